@@ -1,0 +1,193 @@
+"""The prompt artifact: weights and a manifest, the one format that trial, registry and serving share.
+
+A folder with two files::
+
+    prompt.safetensors   tensor "prompt", [P, H], float32
+    manifest.json        everything needed to use it, checked on load
+
+P virtual tokens, H width of the backbone's embeddings. No pickle, no code, no path that is followed on load.
+This module imports no torch: registry and command line read artifacts without it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from orchestrator.errors import BadInput
+
+WEIGHTS = "prompt.safetensors"
+MANIFEST = "manifest.json"
+FORMAT_VERSION: Literal[1] = 1
+MAX_WEIGHTS_BYTES = 1 << 30  # a soft prompt is kilobytes; anything near this is not one
+
+Label = int | bool | str
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BaseModelRecord(Record):
+    """Which frozen model a prompt was learned on; a prompt means nothing on any other."""
+
+    id: str
+    revision: str
+    model_type: str
+    hidden_size: int = Field(ge=1)
+    vocab_size: int = Field(ge=1)
+    context_length: int = Field(ge=1)
+    fingerprint: str
+    """sha256 over names, dtypes, shapes and bytes of the weights, as stored."""
+    tokenizer_digest: str
+    """sha256 over the tokenizer's serialised form."""
+
+
+class VerbalizerEntry(Record):
+    label: Label
+    text: str
+
+
+class DataRecord(Record):
+    path: str
+    fingerprint: str
+    """sha256 over the rows as used, all splits."""
+    rows: dict[str, int]
+
+
+class Manifest(Record):
+    """What a prompt needs besides its weights, and where it came from."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    method: str
+    num_virtual_tokens: int = Field(ge=1)
+    config: dict[str, Any]
+    """The trial's configuration: init, num_virtual_tokens, learning_rate, seed."""
+    template: str
+    target: str
+    verbalizer: tuple[VerbalizerEntry, ...] | None
+    max_input_tokens: int = Field(ge=1)
+    max_target_tokens: int = Field(ge=1)
+    base_model: BaseModelRecord
+    data: DataRecord
+    metrics: dict[str, dict[str, float]]
+    """Split to metric to value, e.g. {"test": {"accuracy": 0.97}}."""
+    baselines: dict[str, dict[str, dict[str, float]]]
+    """Baseline to split to metric to value, e.g. {"zero_shot": {"test": {"accuracy": 0.23}}}."""
+    steps: int = Field(ge=0)
+    search: str
+    trial: str
+    created_at: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    orchestrator_version: str
+    weights_sha256: str = ""
+
+    def verbalizer_map(self) -> dict[Label, str] | None:
+        """Label to text, in the manifest's order; None for a generation task."""
+        if self.verbalizer is None:
+            return None
+        return {entry.label: entry.text for entry in self.verbalizer}
+
+
+class PromptArtifact:
+    """A loaded, checked prompt: ``weights`` [P, H] float32 and its manifest."""
+
+    def __init__(self, weights: np.ndarray, manifest: Manifest) -> None:
+        self.weights = weights
+        self.manifest = manifest
+
+    def save(self, folder: Path) -> Path:
+        """Write the artifact whole or not at all; ``folder`` must not exist yet."""
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            weights = np.ascontiguousarray(self.weights, dtype=np.float32)
+            save_file({"prompt": weights}, staging / WEIGHTS)
+            manifest = self.manifest.model_copy(update={"weights_sha256": file_sha256(staging / WEIGHTS)})
+            (staging / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            staging.chmod(0o755)
+            os.rename(staging, folder)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        return folder
+
+    @classmethod
+    def load(cls, folder: Path) -> PromptArtifact:
+        """Read and check an artifact: format, digest, shape, dtype, finiteness. BadInput names what is wrong."""
+        manifest = read_manifest(folder)
+        weights = _read_weights(folder, manifest)
+        expected = (manifest.num_virtual_tokens, manifest.base_model.hidden_size)
+        if weights.shape != expected:
+            raise _broken(folder, f"the prompt has shape {list(weights.shape)}, the manifest says {list(expected)}")
+        if weights.dtype != np.float32:
+            raise _broken(folder, f"the prompt is {weights.dtype}, expected float32")
+        if not np.isfinite(weights).all():
+            raise _broken(folder, "the prompt holds values that are not finite")
+        return cls(weights, manifest)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest alone, checked against the format."""
+    try:
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+    except OSError as error:
+        raise _broken(folder, f"{MANIFEST} can't be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise _broken(folder, f"{MANIFEST} is not UTF-8 text") from None
+    try:
+        document = json.loads(text)
+        version = document.get("format_version") if isinstance(document, dict) else None
+        if version != FORMAT_VERSION:
+            raise _broken(folder, f"format_version is {version!r}, this release reads {FORMAT_VERSION}")
+        return Manifest.model_validate(document)
+    except json.JSONDecodeError as error:
+        raise _broken(folder, f"{MANIFEST} is not JSON ({error})") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise _broken(folder, f"{MANIFEST}: {where}: {first['msg']}") from None
+
+
+def _read_weights(folder: Path, manifest: Manifest) -> np.ndarray:
+    file = folder / WEIGHTS
+    try:
+        size = file.stat().st_size
+    except OSError as error:
+        raise _broken(folder, f"{WEIGHTS} can't be read ({error.strerror})") from None
+    if size > MAX_WEIGHTS_BYTES:
+        raise _broken(folder, f"{WEIGHTS} has {size} bytes, more than any soft prompt")
+    if file_sha256(file) != manifest.weights_sha256:
+        raise _broken(folder, f"{WEIGHTS} does not match the digest in {MANIFEST}: cut short or altered")
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise _broken(folder, f"{WEIGHTS} is not a safetensors file ({error})") from None
+    if set(tensors) != {"prompt"} or tensors["prompt"].ndim != 2:
+        raise _broken(folder, f"{WEIGHTS} should hold one tensor 'prompt' of 2 dimensions, found {sorted(tensors)}")
+    prompt: np.ndarray = tensors["prompt"]
+    return prompt
+
+
+def file_sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _broken(folder: Path, what: str) -> BadInput:
+    return BadInput(
+        f"prompt artifact {folder}: {what}", "register the prompt again from its search, or choose another version"
+    )

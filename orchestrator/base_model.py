@@ -1,0 +1,204 @@
+"""Find a base model and say whether it can be tuned, from its small files alone: before any weight is read."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import BadInput, Unreachable
+from orchestrator.spec import QUICKSTART, BaseModelSpec
+
+SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+WEIGHTS = "*.safetensors"
+NO_LIMIT = 1 << 20  # context of a model whose configuration names none
+
+
+@dataclass(frozen=True)
+class BaseModelInfo:
+    """What identifies a frozen model, and what a prompt must fit into."""
+
+    id: str
+    revision: str
+    model_type: str
+    hidden_size: int
+    vocab_size: int
+    context_length: int
+    fingerprint: str
+    tokenizer_digest: str
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A base model's files on this machine."""
+
+    id: str
+    revision: str
+    path: Path
+
+    @cached_property
+    def config(self) -> Any:
+        quiet_transformers()
+        from transformers import AutoConfig
+
+        if not (self.path / "config.json").is_file():
+            raise BadInput(f"base_model.id {self.id!r}: {self.path} holds no config.json", _MODEL_HINT)
+        try:
+            return AutoConfig.from_pretrained(self.path, trust_remote_code=False)
+        except (ValueError, KeyError, OSError) as error:
+            raise BadInput(
+                f"base_model.id {self.id!r} can't be read as a model: {_first_line(error)}", _MODEL_HINT
+            ) from None
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        quiet_transformers()
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
+        except Exception as error:  # tokenizer files fail in many ways: KeyError, TypeError, OSError, a Rust panic
+            raise BadInput(
+                f"base_model.id {self.id!r} has no usable tokenizer: {_first_line(error)}", _MODEL_HINT
+            ) from None
+        if tokenizer.eos_token_id is None:
+            raise BadInput(
+                f"base_model.id {self.id!r}: the tokenizer has no end token, which ends every target",
+                "choose a model whose tokenizer names an eos_token",
+            )
+        return tokenizer
+
+    def tokenizer(self) -> Any:
+        return self._tokenizer
+
+    def weight_files(self) -> list[Path]:
+        files = sorted(self.path.glob(WEIGHTS))
+        if not files:
+            raise BadInput(
+                f"base_model.id {self.id!r}: no *.safetensors in {self.path}; pickled weights are not read",
+                "convert the model with save_pretrained(..., safe_serialization=True)",
+            )
+        return files
+
+    @property
+    def context_length(self) -> int:
+        for key in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
+            if isinstance(value := getattr(self.config, key, None), int):
+                return value
+        return NO_LIMIT
+
+    def info(self, fingerprint: str) -> BaseModelInfo:
+        config = self.config.get_text_config()
+        return BaseModelInfo(
+            id=self.id,
+            revision=self.revision,
+            model_type=config.model_type,
+            hidden_size=getattr(config, "embedding_size", None) or config.hidden_size,
+            vocab_size=config.vocab_size,
+            context_length=self.context_length,
+            fingerprint=fingerprint,
+            tokenizer_digest=tokenizer_digest(self._tokenizer),
+        )
+
+    def check_tunable(self) -> None:
+        """Refuse what is no causal language model, before any weight is read."""
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+        config = self.config
+        names = config.architectures or []
+        causal = config.model_type in CAUSAL and not getattr(config, "is_encoder_decoder", False)
+        if not causal or (names and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)):
+            raise BadInput(
+                f"base_model.id {self.id!r} is not a causal language model "
+                f"(model_type {config.model_type!r}, architectures {names})",
+                _MODEL_HINT,
+            )
+
+
+_MODEL_HINT = "give a causal language model: a hub id such as Qwen/Qwen2.5-0.5B, a local folder, or builtin:quickstart"
+
+
+def resolve_model(spec: BaseModelSpec, weights: bool = True) -> ModelSource:
+    """The model's files: made for builtin:quickstart, found for a folder, fetched for a hub id.
+
+    ``weights=False`` fetches only configuration and tokenizer, enough to refuse a bad choice early.
+    """
+    if spec.id == QUICKSTART:
+        from orchestrator.quickstart import quickstart_model
+
+        source = ModelSource(spec.id, spec.revision, quickstart_model())
+    elif spec.id.startswith("builtin:"):
+        raise BadInput(f"base_model.id {spec.id!r} is unknown; the only built-in model is {QUICKSTART}", _MODEL_HINT)
+    elif (folder := Path(spec.id).expanduser()).exists() or looks_like_path(spec.id):
+        source = ModelSource(spec.id, spec.revision, _local_folder(spec.id, folder))
+    else:
+        source = ModelSource(spec.id, spec.revision, _from_hub(spec, weights))
+    source.check_tunable()
+    return source
+
+
+def looks_like_path(text: str) -> bool:
+    """Hub ids are ``name`` or ``owner/name``; anything else was meant as a path."""
+    return text.startswith((".", "/", "~")) or text.count("/") > 1
+
+
+def _local_folder(name: str, folder: Path) -> Path:
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise BadInput(f"base_model.id {name!r}: the folder {folder.resolve()} {what}", _MODEL_HINT)
+    return folder.resolve()
+
+
+def _from_hub(spec: BaseModelSpec, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    patterns = [*SMALL_FILES, WEIGHTS] if weights else SMALL_FILES
+    try:
+        return Path(snapshot_download(spec.id, revision=spec.revision, allow_patterns=patterns))
+    except GatedRepoError:
+        raise BadInput(f"base_model.id {spec.id!r} is gated", "ask for access on the hub, then set HF_TOKEN") from None
+    except RevisionNotFoundError:
+        raise BadInput(f"base_model.revision {spec.revision!r} does not exist for {spec.id!r}", _MODEL_HINT) from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise BadInput(
+            f"base_model.id {spec.id!r} is neither a folder here nor a model on the hub", _MODEL_HINT
+        ) from None
+    except Exception as error:  # no network, no cache, HF_HUB_OFFLINE: the hub client raises many types
+        raise hub_unreachable(f"base_model.id {spec.id!r}", error) from None
+
+
+def hub_unreachable(what: str, error: Exception) -> Unreachable:
+    """The one message for a hub name that can't be had from here."""
+    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+    return Unreachable(
+        f"{what} is not in the local cache and the hub can't be reached{offline}: {type(error).__name__}",
+        "connect to the network, point HF_HOME at a cache that holds it, or use a local path",
+    )
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """sha256 over the tokenizer's serialised form: equal digests tokenise alike."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def quiet_transformers() -> None:
+    """Progress bars and notices of the libraries would tear our own output apart."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -1,0 +1,299 @@
+"""The command line: thin verbs. Heavy libraries are imported inside them, so that --help answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from orchestrator import __version__
+from orchestrator.errors import BadInput, OrchestratorError, SpecError, Unreachable
+
+app = typer.Typer(
+    name="orchestrator",
+    help="Search, register and serve soft prompts for one frozen language model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Job = Annotated[Path, typer.Argument(help="Job spec, a YAML file.", show_default=False)]
+Overrides = Annotated[list[str], typer.Option("--set", metavar="A.B.C=VALUE", help="Override a key; repeatable.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, nothing else there.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also the logs of Ray and its workers.")]
+Url = Annotated[str, typer.Option(envvar="ORCHESTRATOR_URL", help="Address of the running server.")]
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+def out(text: str = "") -> None:
+    """A result, on standard output."""
+    typer.echo(text)
+
+
+def say(text: str) -> None:
+    """Anything else, on standard error."""
+    typer.echo(text, err=True)
+
+
+def print_json(document: Any) -> None:
+    out(json.dumps(document, indent=2, ensure_ascii=False, default=str))
+
+
+def version(show: bool) -> None:
+    if show:
+        out(f"orchestrator {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    show: Annotated[
+        bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Search, register and serve soft prompts for one frozen language model."""
+
+
+@app.command()
+def validate(job: Job, overrides: Overrides = [], as_json: Json = False) -> None:  # noqa: B006
+    """Check a job spec: every problem at once, each with its line."""
+    from orchestrator.job_file import load_job
+    from orchestrator.space import trials
+
+    spec = load_job(job, overrides)
+    if as_json:
+        return print_json({"valid": True, "spec": spec.model_dump(mode="json")})
+    out(f"{job}: sound. {spec.method} of {spec.base_model.id}, {len(trials(spec.search))} trials.")
+    out(f"next: orchestrator run {job}{_repeated(overrides)}")
+
+
+@app.command()
+def run(
+    job: Job,
+    overrides: Overrides = [],  # noqa: B006
+    address: Annotated[
+        str | None, typer.Option(envvar="RAY_ADDRESS", help="Ray cluster; this machine by default.")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run the search, register the best prompt, and promote it when it beats the champion."""
+    from rich.console import Console
+
+    from orchestrator.job_file import load_job
+
+    spec = load_job(job, overrides)
+    console = Console(stderr=True)
+    from orchestrator.progress import ConsoleProgress
+    from orchestrator.run import run_job
+
+    document = run_job(spec, ConsoleProgress(spec, console, quiet), address, verbose)
+    if as_json:
+        return print_json(document)
+    from orchestrator.display import run_summary
+
+    for line in run_summary(document, spec):
+        out(line)
+
+
+@app.command()
+def models(
+    model: Annotated[str | None, typer.Argument(help="NAME, NAME@ALIAS or NAME:VERSION.", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """The registry: every model, the versions of one, or one version in full."""
+    from orchestrator import display
+    from orchestrator.registry import Registry, parse_ref
+
+    registry = Registry()
+    registry.check()
+    if model is None:
+        listed = registry.list_models()
+        return print_json(display.models_document(listed)) if as_json else _lines(display.models_table(listed))
+    ref = parse_ref(model)
+    if ref.alias is None and ref.version is None:
+        versions = registry.versions(ref.name)
+        document = display.versions_document(ref.name, versions)
+        return print_json(document) if as_json else _lines(display.versions_table(ref.name, versions))
+    detail = registry.version(ref)
+    return print_json(display.version_document(detail)) if as_json else _lines(display.version_page(detail))
+
+
+@app.command()
+def promote(
+    model: Annotated[str, typer.Argument(help="Registered model.", show_default=False)],
+    number: Annotated[int, typer.Argument(metavar="VERSION", help="Version to promote.", show_default=False)],
+    alias: Annotated[str, typer.Option(help="Alias to move.")] = "champion",
+    force: Annotated[
+        str | None, typer.Option(metavar="REASON", help="Skip the compatibility gate; kept on record.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Move an alias to a version, after the compatibility gate."""
+    from orchestrator.registry import Registry
+
+    registry = Registry()
+    registry.check()
+    before, after = registry.promote(model, number, alias, force_reason=force)
+    if as_json:
+        return print_json({"name": model, "alias": alias, "from": before, "to": after})
+    was = f"; it was on version {before}, `orchestrator rollback {model}` puts it back" if before else ""
+    out(f"{model}@{alias} is version {after}{was}.")
+    out(f"next: orchestrator serve {model}   (a running server follows by itself)")
+
+
+@app.command()
+def rollback(
+    model: Annotated[str, typer.Argument(help="Registered model.", show_default=False)],
+    alias: Annotated[str, typer.Option(help="Alias to put back.")] = "champion",
+    as_json: Json = False,
+) -> None:
+    """Put an alias back to the version it was on before."""
+    from orchestrator.registry import Registry
+
+    registry = Registry()
+    registry.check()
+    before, after = registry.rollback(model, alias)
+    if as_json:
+        return print_json({"name": model, "alias": alias, "from": before, "to": after})
+    out(f"{model}@{alias} is version {after} again, after version {before}.")
+    out(f"next: orchestrator models {model}")
+
+
+@app.command()
+def serve(
+    models: Annotated[
+        list[str] | None, typer.Argument(help="Models to serve; all by default.", show_default=False)
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; loopback only without API keys.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    base_model: Annotated[str | None, typer.Option(help="Base model, if it lies elsewhere than when tuning.")] = None,
+    replicas: Annotated[int, typer.Option(min=1)] = 1,
+) -> None:
+    """Serve registered prompts until interrupted, by default every model at its champion."""
+    from orchestrator.registry import Registry
+    from orchestrator.serving.app import ServeOptions, start
+
+    Registry().check()
+    options = ServeOptions(tuple(models or ()), base_model=base_model, host=host, port=port, replicas=replicas)
+    say("starting Ray Serve ...")
+    server = start(options)
+    try:
+        say(f"serving {', '.join(options.models) or 'every registered prompt'} on {server.base_model} at {server.url}")
+        say('next: in another terminal, orchestrator query MODEL "some text"   (Ctrl-C ends the server)')
+        server.wait()
+    finally:
+        server.close()
+
+
+@app.command()
+def query(
+    model: Annotated[str, typer.Argument(help="NAME, NAME@ALIAS or NAME:VERSION.", show_default=False)],
+    text: Annotated[
+        str, typer.Argument(help="Input text, or a JSON object with one value a column.", show_default=False)
+    ],
+    url: Url = DEFAULT_URL,
+    as_json: Json = False,
+) -> None:
+    """Ask a running server: the label and its probability, or the generated text."""
+    from orchestrator.query import ask
+
+    answer = ask(url, model, text, os.environ.get("ORCHESTRATOR_API_KEY"))
+    if as_json:
+        return print_json(answer.document)
+    out(answer.text)
+
+
+@app.command()
+def ui(port: Annotated[int, typer.Option(min=1, max=65535)] = 5000) -> None:
+    """Open the registry in MLflow's own UI, until interrupted."""
+    from orchestrator.registry import Registry
+
+    registry = Registry()
+    registry.check()
+    command = registry.ui_command(port)
+    say(f"MLflow on {registry.display_uri}: http://127.0.0.1:{port}   (Ctrl-C ends it)")
+    os.execvpe(command.argv[0], command.argv, {**os.environ, **command.env})
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """What this machine has, what is missing, and the fix."""
+    from orchestrator.doctor import examine
+
+    findings = examine()
+    if as_json:
+        print_json([finding.document() for finding in findings])
+    else:
+        for finding in findings:
+            out(str(finding))
+        if all(finding.ok for finding in findings):
+            out("next: orchestrator run jobs/quickstart.yaml")
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(3)
+
+
+@app.command()
+def schema() -> None:
+    """JSON schema of the job spec, for editors."""
+    from orchestrator.spec import job_schema
+
+    print_json(job_schema())
+
+
+def _lines(lines: list[str]) -> None:
+    for line in lines:
+        out(line)
+
+
+def _repeated(overrides: list[str]) -> str:
+    import shlex
+
+    return "".join(f" --set {shlex.quote(override)}" for override in overrides)
+
+
+def main() -> NoReturn:
+    """Entry point: runs a verb and turns errors into messages and exit codes."""
+    sys.exit(_guarded(lambda: app(standalone_mode=False)))
+
+
+def _guarded(verb: Callable[[], Any]) -> int:
+    import click
+
+    try:
+        result = verb()
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Exit as leave:
+        return leave.exit_code
+    except click.exceptions.Abort:
+        return _interrupted()
+    except click.ClickException as error:
+        error.show()
+        return BadInput.exit_code
+    except KeyboardInterrupt:
+        return _interrupted()
+    except OrchestratorError as error:
+        return _failed(error)
+
+
+def _failed(error: OrchestratorError) -> int:
+    if "--json" in sys.argv[1:]:
+        problems = [vars(problem) for problem in error.problems] if isinstance(error, SpecError) else []
+        failure = {"message": error.message, "next": error.hint, "problems": problems, "exit_code": error.exit_code}
+        print_json({"status": "failed", "error": failure})
+    kind = {BadInput.exit_code: "bad input", Unreachable.exit_code: "unreachable"}.get(error.exit_code, "failed")
+    say(f"{kind}: {error}" if not isinstance(error, SpecError) else str(error))
+    return error.exit_code
+
+
+def _interrupted() -> int:
+    say("interrupted")
+    return 130

@@ -1,0 +1,179 @@
+"""Load rows from files, the hub or the quickstart, and split them; everything wrong is refused before training."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.base_model import hub_unreachable, looks_like_path
+from orchestrator.data.template import Template
+from orchestrator.errors import BadInput
+from orchestrator.spec import QUICKSTART, DataFiles, DataSpec
+
+Row = Mapping[str, Any]
+SPLITS = ("train", "validation", "test")
+READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class RowSplits:
+    """Rows of the three splits, cut down to the columns that the job uses."""
+
+    train: list[Row]
+    validation: list[Row]
+    test: list[Row]
+
+    def __getitem__(self, split: str) -> list[Row]:
+        rows: list[Row] = getattr(self, split)
+        return rows
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {split: len(self[split]) for split in SPLITS}
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over all rows in order."""
+        digest = hashlib.sha256()
+        for split in SPLITS:
+            for row in self[split]:
+                digest.update(json.dumps([split, row], sort_keys=True, default=str).encode())
+        return digest.hexdigest()
+
+
+def load_rows(data: DataSpec) -> RowSplits:
+    """All three splits, checked: no split is empty and no column is missing. Raises BadInput or Unreachable."""
+    found = {split: rows for split, rows in _read(data).items() if split in SPLITS}
+    columns = [*dict.fromkeys([*Template(data.template).columns, data.target])]
+    cut = {split: _columns(rows, columns, data, split) for split, rows in found.items()}
+    splits = _split(cut, data)
+    for split in SPLITS:
+        if not splits[split]:
+            raise BadInput(f"the {split} split is empty", f"give data.path.{split} at least one row, or leave it out")
+    return splits
+
+
+def _read(data: DataSpec) -> dict[str, list[Row]]:
+    if isinstance(data.path, DataFiles):
+        files = {split: getattr(data.path, split) for split in SPLITS if getattr(data.path, split)}
+        return {split: read_file(Path(file), f"data.path.{split}") for split, file in files.items()}
+    if data.path == QUICKSTART:
+        from orchestrator.quickstart import quickstart_rows
+
+        return {split: list(rows) for split, rows in quickstart_rows().items()}
+    if Path(data.path).expanduser().exists() or looks_like_path(data.path):
+        hint = f"write the files one by one: --set data.path.train={data.path}"
+        raise BadInput(f"data.path {data.path!r} is a path; files are named by split", hint)
+    return _read_hub(data, data.path)
+
+
+def read_file(file: Path, where: str) -> list[Row]:
+    """Rows of one local file; the reader is chosen by the suffix."""
+    file = file.expanduser()
+    if not file.is_file():
+        raise BadInput(f"{where}: the file {file} does not exist (looked in {Path.cwd()})", "correct the path")
+    if file.suffix not in READERS:
+        raise BadInput(f"{where}: can't tell the format of {file}", f"use one of {', '.join(READERS)}")
+    if not file.stat().st_size:
+        return []
+    from datasets import Dataset, disable_progress_bars
+
+    disable_progress_bars()
+    options = {"sep": "\t"} if file.suffix == ".tsv" else {}
+    reader = getattr(Dataset, f"from_{READERS[file.suffix]}")
+    try:
+        return list(reader(str(file), keep_in_memory=True, **options))
+    except Exception as error:  # pyarrow, pandas and datasets each raise their own types
+        reason = str(error.__cause__ or error).strip().splitlines()[0][:200]
+        raise BadInput(f"{where}: {file} can't be read as {file.suffix[1:]}: {reason}", "correct the file") from None
+
+
+def _read_hub(data: DataSpec, name: str) -> dict[str, list[Row]]:
+    from datasets import disable_progress_bars, load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    disable_progress_bars()
+    try:
+        loaded = load_dataset(name, data.subset, revision=data.revision, trust_remote_code=False)
+    except (ConnectionError, DatasetNotFoundError) as error:
+        raise hub_unreachable(f"data.path {name!r}", error) from None
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        raise BadInput(
+            f"data.path {name!r} can't be loaded: {str(error).splitlines()[0][:300]}", "see the hub page"
+        ) from None
+    return {split: _named_labels(list(loaded[split]), loaded[split].features, data) for split in loaded}
+
+
+def _named_labels(rows: list[Row], features: Mapping[str, Any], data: DataSpec) -> list[Row]:
+    """Class numbers become class names where the verbalizer is written with names."""
+    renamed = {new: old for old, new in data.rename.items()}
+    column = renamed.get(data.target, data.target)
+    names = getattr(features.get(column), "names", None)
+    keys = list(data.verbalizer or {})
+    if not names or not keys or not all(isinstance(key, str) for key in keys):
+        return rows
+    return [{**row, column: names[row[column]]} for row in rows]
+
+
+def _columns(rows: Sequence[Row], columns: Sequence[str], data: DataSpec, split: str) -> list[Row]:
+    """Rows cut down to the named columns, after renaming. BadInput names a missing column or a missing target."""
+    cut: list[Row] = []
+    for number, raw in enumerate(rows, start=1):
+        row = {**raw, **{new: raw[old] for old, new in data.rename.items() if old in raw}}
+        for column in columns:
+            if column not in row:
+                key = "data.target" if column == data.target else "data.template"
+                raise BadInput(
+                    f"{key} names column {column!r}, which row {number} of {split} lacks; it has {sorted(row)}",
+                    f"correct {key}, or map the column with data.rename",
+                )
+        if row[data.target] is None:
+            raise BadInput(
+                f"row {number} of {split} has no value in the target column {data.target!r}", "fill or drop it"
+            )
+        cut.append({column: row[column] for column in columns})
+    return cut
+
+
+def _split(found: dict[str, list[Row]], data: DataSpec) -> RowSplits:
+    if "train" not in found:
+        raise BadInput(f"the data has no train split, only {sorted(found)}", "name it under data.path.train")
+    train, made = found["train"], dict(found)
+    for split, fraction in (("test", data.test_fraction), ("validation", data.validation_fraction)):
+        if split not in found and train:
+            train, made[split] = set_aside(train, fraction, data)
+    made["train"] = train
+    limited = {split: _limit(made.get(split, []), getattr(data.limit, split), data.split_seed) for split in SPLITS}
+    return RowSplits(**limited)
+
+
+def set_aside(rows: list[Row], fraction: float, data: DataSpec) -> tuple[list[Row], list[Row]]:
+    """Rows kept and rows set aside, seeded. Rows with the same input stay together, so that nothing leaks."""
+    template = Template(data.template)
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(template.fill(row), []).append(row)
+    keys = list(groups)
+    random.Random(data.split_seed).shuffle(keys)
+    wanted = max(1, round(fraction * len(rows))) if len(keys) > 1 else 0
+    aside: set[str] = set()
+    count = 0
+    for key in keys:
+        if count >= wanted:
+            break
+        aside.add(key)
+        count += len(groups[key])
+    in_order = [(template.fill(row), row) for row in rows]
+    return [row for key, row in in_order if key not in aside], [row for key, row in in_order if key in aside]
+
+
+def _limit(rows: list[Row], limit: int | None, seed: int) -> list[Row]:
+    if limit is None or len(rows) <= limit:
+        return rows
+    chosen = sorted(random.Random(seed).sample(range(len(rows)), limit))
+    return [rows[place] for place in chosen]

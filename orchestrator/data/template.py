@@ -1,0 +1,120 @@
+"""Template and verbalizer: a row to input text, a label to the text that stands for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from orchestrator.errors import BadInput
+from orchestrator.spec import FIELD, template_columns
+
+Label = int | bool | str
+
+
+@dataclass(frozen=True)
+class Template:
+    """Input text with the row's columns in braces; doubled braces stand for themselves."""
+
+    text: str
+
+    @cached_property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(template_columns(self.text)))
+
+    def fill(self, row: Mapping[str, Any]) -> str:
+        """The row's input text. BadInput names a column that the row lacks."""
+
+        def value(match: Any) -> str:
+            if match.group(1) is None:
+                return str(match.group(0)[0])
+            if match.group(1) not in row:
+                raise BadInput(
+                    f"the template names column {match.group(1)!r}, the row has {sorted(row)}",
+                    "correct data.template, or map the column with data.rename",
+                )
+            cell = row[match.group(1)]
+            return "" if cell is None else str(cell)
+
+        return FIELD.sub(value, self.text)
+
+    def row(self, given: str | Mapping[str, Any]) -> Mapping[str, Any]:
+        """A served input as a row: a bare text fills the only column."""
+        if not isinstance(given, str):
+            return given
+        if len(self.columns) != 1:
+            raise BadInput(
+                f"a bare text can't fill the columns {list(self.columns)}", "send an object with one value a column"
+            )
+        return {self.columns[0]: given}
+
+    @property
+    def tail(self) -> str:
+        """What stands between the last column and the answer; decides how answers are tokenised."""
+        return self.text.rsplit("}", 1)[-1]
+
+
+@dataclass(frozen=True)
+class Verbalizer:
+    """Labels and their texts. ``labels[i]`` is written as ``texts[i]``; texts are distinct."""
+
+    labels: tuple[Label, ...]
+    texts: tuple[str, ...]
+
+    @classmethod
+    def covering(cls, mapping: Mapping[Label, str], seen: Iterable[Any]) -> Verbalizer:
+        """The entries that the data needs, in the spec's order. BadInput names labels without a text, or sharing one.
+
+        Keys that no row has are left out, so that one spec may name the labels of several sources.
+        """
+        seen_labels = set(seen)
+        keyed = {_typed(key): text for key, text in mapping.items()}
+        missing = sorted((label for label in seen_labels if _typed(label) not in keyed), key=str)
+        if missing:
+            raise BadInput(
+                f"data.verbalizer does not cover label {', '.join(map(repr, missing[:5]))} of the data; "
+                f"it has {list(mapping)}",
+                "add a text for each label, or correct data.target",
+            )
+        used = [label for label in mapping if _typed(label) in {_typed(one) for one in seen_labels}]
+        texts = [mapping[label] for label in used]
+        for text in texts:
+            if texts.count(text) > 1:
+                sharing = [label for label in used if mapping[label] == text]
+                raise BadInput(
+                    f"data.verbalizer gives labels {sharing} the same text {text!r}", "make the texts distinct"
+                )
+        return cls(tuple(used), tuple(texts))
+
+    def index(self, label: Any) -> int:
+        return self._places[_typed(label)]
+
+    @cached_property
+    def _places(self) -> dict[tuple[type, Any], int]:
+        return {_typed(label): place for place, label in enumerate(self.labels)}
+
+
+def _typed(label: Any) -> tuple[type, Any]:
+    """True and 1 are equal in Python but are different labels; numpy and Arrow integers are plain integers here."""
+    if isinstance(label, bool | str) or not hasattr(label, "__index__"):
+        return type(label), label
+    return int, int(label)
+
+
+def continuation_ids(tokenizer: Any, before: str, text: str) -> list[int]:
+    """Token ids of ``text`` as they come after ``before``: tokenised together, then cut.
+
+    Tokenising a label on its own gives other tokens: a SentencePiece tokenizer puts a space in front of it.
+    """
+    anchor = before or "a"
+    head = tokenizer(anchor, add_special_tokens=False)["input_ids"]
+    whole = tokenizer(anchor + text, add_special_tokens=False)["input_ids"]
+    if whole[: len(head)] == head and len(whole) > len(head):
+        return list(whole[len(head) :])
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def answer_ids(tokenizer: Any, template: Template, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each answer text as it follows the template, without the end token."""
+    return [continuation_ids(tokenizer, template.tail, text) for text in texts]

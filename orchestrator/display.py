@@ -1,0 +1,162 @@
+"""Results as text lines for people and as documents for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from orchestrator.progress import duration
+from orchestrator.registry import ModelSummary, VersionDetail, VersionSummary, printable
+from orchestrator.space import TrialSpec
+from orchestrator.spec import JobSpec
+
+BASELINES = {"zero_shot": "without a prompt", "instruction": "written instruction"}
+START_HERE = "nothing is registered yet\nnext: orchestrator run jobs/quickstart.yaml"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    """Aligned columns, as wide as their content."""
+    cells = [list(header), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+
+
+def metric_text(metrics: dict[str, dict[str, float]] | None, split: str = "test") -> str:
+    """accuracy 0.970, exact_match 0.970, loss 0.081"""
+    return ", ".join(f"{name} {value:.3f}" for name, value in (metrics or {}).get(split, {}).items())
+
+
+# Searches
+
+
+def run_summary(document: dict[str, Any], spec: JobSpec) -> list[str]:
+    """What a finished search means for the person who started it."""
+    best, metric = document["best"], spec.search.metric
+    rows = [
+        (BASELINES[name], f"{found['validation'][metric]:.3f}", f"{found['test'][metric]:.3f}")
+        for name, found in document["baselines"].items()
+    ]
+    tuned = best["metrics"]
+    rows.append(("tuned prompt", f"{tuned['validation'][metric]:.3f}", f"{tuned['test'][metric]:.3f}"))
+    seconds = document["seconds"]
+    lines = [
+        f"search {document['search']}: {len(document['trials'])} trials in {duration(seconds['training'])}, "
+        f"{duration(seconds['total'])} in all",
+        f"best trial {best['trial']}: {TrialSpec.from_config(best['config']).label()}",
+        "",
+        *table((metric, "validation", "test"), rows),
+        "",
+    ]
+    return [*lines, *_registered(document["model"])]
+
+
+def _registered(model: dict[str, Any] | None) -> list[str]:
+    if model is None:
+        return ["nothing was registered (registry.register_top is 0)"]
+    alias = f", alias {model['alias']}" if model["alias"] else ""
+    steps = [f"orchestrator serve {model['name']}", "orchestrator ui"]
+    if model["alias"] != "champion":
+        steps.insert(0, f"orchestrator promote {model['name']} {model['version']}")
+    return [f"registered {model['name']} version {model['version']}{alias}", f"next: {'   or   '.join(steps)}"]
+
+
+# Registry
+
+
+def models_document(models: Sequence[ModelSummary]) -> list[dict[str, Any]]:
+    return [asdict(model) for model in models]
+
+
+def models_table(models: Sequence[ModelSummary]) -> list[str]:
+    if not models:
+        return START_HERE.splitlines()
+    rows = [
+        (
+            printable(model.name),
+            model.versions,
+            _aliases(model.aliases),
+            metric_text(model.champion_metrics) or ("" if model.is_prompt else "not a soft prompt"),
+        )
+        for model in models
+    ]
+    return [*table(("model", "versions", "aliases", "champion on test"), rows), "next: orchestrator models NAME"]
+
+
+def _aliases(aliases: dict[str, int]) -> str:
+    return ", ".join(f"{alias}={version}" for alias, version in sorted(aliases.items()))
+
+
+def versions_document(name: str, versions: Sequence[VersionSummary]) -> dict[str, Any]:
+    return {"name": name, "versions": [_version_fields(version) for version in versions]}
+
+
+def _version_fields(version: VersionSummary) -> dict[str, Any]:
+    fields = asdict(version)
+    fields.pop("tags")
+    return fields
+
+
+def versions_table(name: str, versions: Sequence[VersionSummary]) -> list[str]:
+    rows = [
+        (
+            version.version,
+            ", ".join(version.aliases),
+            _config_label(version.config),
+            metric_text(version.metrics),
+            f"{version.created_at:%Y-%m-%d %H:%M}",
+        )
+        for version in versions
+    ]
+    shown = printable(name)
+    return [
+        *table(("version", "aliases", "configuration", "test", "registered (UTC)"), rows),
+        f"next: orchestrator models {shown}:VERSION   or   orchestrator promote {shown} VERSION",
+    ]
+
+
+def _config_label(config: dict[str, Any]) -> str:
+    try:
+        return TrialSpec.from_config(config).label()
+    except Exception:  # whoever may edit tags may put anything here, and a listing goes on
+        return ""
+
+
+def version_document(detail: VersionDetail) -> dict[str, Any]:
+    return {
+        **_version_fields(detail.summary),
+        "source": detail.source,
+        "manifest": None if detail.manifest is None else detail.manifest.model_dump(mode="json"),
+        "problem": detail.problem,
+    }
+
+
+def version_page(detail: VersionDetail) -> list[str]:
+    """Everything a version says about itself."""
+    summary, manifest = detail.summary, detail.manifest
+    name = printable(summary.name)
+    head = [f"{name} version {summary.version}" + (f" ({', '.join(summary.aliases)})" if summary.aliases else "")]
+    if manifest is None:
+        return [*head, f"this version can't be used: {detail.problem}", f"next: orchestrator models {name}"]
+    facts: list[tuple[str, Any]] = [
+        ("method", f"{manifest.method}: {_config_label(manifest.config)}"),
+        ("base model", f"{manifest.base_model.id} ({manifest.base_model.revision}), {manifest.base_model.model_type}"),
+        ("fingerprint", manifest.base_model.fingerprint),
+        ("template", json.dumps(manifest.template, ensure_ascii=False)),
+        ("verbalizer", _verbalizer(manifest.verbalizer_map())),
+        ("data", f"{manifest.data.path}, rows {manifest.data.rows}"),
+        ("trained", f"{manifest.steps} steps, search {manifest.search}, trial {manifest.trial}, {manifest.created_at}"),
+        *((BASELINES.get(key, key), metric_text(found)) for key, found in manifest.baselines.items()),
+        ("tuned prompt", metric_text(manifest.metrics)),
+        ("MLflow run", summary.run_id or ""),
+    ]
+    width = max(len(key) for key, _ in facts)
+    lines = [f"  {key.ljust(width)}  {value}" for key, value in facts]
+    return [*head, *lines, f"next: orchestrator serve {name}:{summary.version}"]
+
+
+def _verbalizer(mapping: dict[Any, str] | None) -> str:
+    if mapping is None:
+        return "none: the prompt generates text"
+    return ", ".join(f"{label} = {text!r}" for label, text in mapping.items())

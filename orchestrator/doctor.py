@@ -1,0 +1,108 @@
+"""What this machine has, what is missing, and the fix."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import OrchestratorError
+
+LIBRARIES = ("torch", "transformers", "datasets", "ray", "mlflow", "safetensors", "fastapi")
+NEEDED_GB = 2.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at; ``fix`` is empty where all is well."""
+
+    what: str
+    found: str
+    ok: bool = True
+    fix: str = ""
+
+    def document(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        mark = "ok  " if self.ok else "FIX "
+        return f"{mark}{self.what}: {self.found}" + (f"\n    next: {self.fix}" if self.fix else "")
+
+
+def examine() -> list[Finding]:
+    """Every finding; a check that breaks is a finding too."""
+    checks: list[Callable[[], list[Finding]]] = [_python, _libraries, _device, _room, _cluster, _registry, _hub]
+    findings = []
+    for check in checks:
+        try:
+            findings.extend(check())
+        except OrchestratorError as error:
+            findings.append(Finding(check.__name__.lstrip("_"), error.message, False, error.hint))
+    return findings
+
+
+def _python() -> list[Finding]:
+    ok = sys.version_info >= (3, 11)
+    return [
+        Finding("python", sys.version.split()[0], ok, "" if ok else "use Python 3.11 or newer: make PYTHON=python3.11")
+    ]
+
+
+def _libraries() -> list[Finding]:
+    found = []
+    for name in LIBRARIES:
+        try:
+            found.append(Finding(name, importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            found.append(Finding(name, "not installed", False, "make venv"))
+    return found
+
+
+def _device() -> list[Finding]:
+    import torch
+
+    cores = Finding("cpu", f"{os.cpu_count()} cores")
+    if not torch.cuda.is_available():
+        return [cores, Finding("accelerator", "none; searches run on the CPU")]
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return [cores, Finding("accelerator", ", ".join(names))]
+
+
+def _room() -> list[Finding]:
+    free = shutil.disk_usage(Path.cwd()).free / 1e9
+    ok = free >= NEEDED_GB
+    return [
+        Finding("disk", f"{free:.0f} GB free here", ok, "" if ok else f"free {NEEDED_GB:.0f} GB: searches write here")
+    ]
+
+
+def _cluster() -> list[Finding]:
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        return [Finding("Ray", "RAY_ADDRESS is not set: searches start Ray on this machine")]
+    from orchestrator.search.cluster_session import nodes, ray_session
+
+    with ray_session(address):
+        total = nodes()
+    cpus, gpus = sum(node.cpus for node in total), sum(node.gpus for node in total)
+    return [Finding("Ray", f"{address}: {len(total)} nodes, {cpus:g} CPUs, {gpus:g} GPUs")]
+
+
+def _registry() -> list[Finding]:
+    from orchestrator.registry import Registry
+
+    registry = Registry()
+    registry.check()
+    return [Finding("registry", f"{registry.display_uri}: {len(registry.list_models())} models")]
+
+
+def _hub() -> list[Finding]:
+    if os.environ.get("HF_HUB_OFFLINE"):
+        return [Finding("hub", "HF_HUB_OFFLINE is set: models and data come from local folders and the cache")]
+    home = os.environ.get("HF_HOME", "~/.cache/huggingface")
+    return [Finding("hub", f"cache in {home}; HF_TOKEN is {'set' if os.environ.get('HF_TOKEN') else 'not set'}")]

@@ -1,0 +1,141 @@
+"""What a person sees of a search, on standard error: a live table on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from orchestrator.search.outcome import Outcome, TrialRecord
+from orchestrator.space import TrialSpec
+from orchestrator.spec import JobSpec
+from orchestrator.tuning.report import Report
+
+ROWS = 20  # of the live table; the best trials come first
+SPARKS = "▁▂▃▄▅▆▇█"
+
+
+class ConsoleProgress:
+    """Shows stages, notes and trials as they come."""
+
+    def __init__(self, job: JobSpec, console: Console, quiet: bool = False) -> None:
+        self._job = job
+        self._console = console
+        self._quiet = quiet
+        self._live: Live | None = None
+        self._outcome = Outcome(job.search, [])
+        self._started = 0.0
+
+    def stage(self, text: str) -> None:
+        self._say(f"{text} ...")
+
+    def note(self, text: str) -> None:
+        self._say(text)
+
+    @contextmanager
+    def trials(self, trials: Sequence[tuple[str, TrialSpec]]) -> Iterator[None]:
+        """Around the study: the table lives as long as this does."""
+        self._outcome = Outcome(self._job.search, trials)
+        self._started = time.monotonic()
+        if self._quiet or not self._console.is_terminal:
+            yield
+            self._say(self._summary())
+            return
+        with Live(self._table(), console=self._console, refresh_per_second=4, transient=False) as self._live:
+            yield
+            self._live.update(self._table())
+        self._live = None
+
+    def trial_started(self, trial: str, spec: TrialSpec) -> None:
+        self._outcome.trial_started(trial, spec)
+        self._update()
+
+    def trial_reported(self, trial: str, report: Report) -> None:
+        self._outcome.trial_reported(trial, report)
+        self._update()
+        if self._live is None:
+            self._say(self._line(trial, report))
+
+    def trial_ended(self, trial: str, status: str, note: str) -> None:
+        self._outcome.trial_ended(trial, status, note)
+        self._update()
+        if self._live is None and status != "finished":
+            self._say(f"{trial} {status} {note}")
+
+    def _say(self, text: str) -> None:
+        if not self._quiet:
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _update(self) -> None:
+        if self._live is not None:
+            self._live.update(self._table())
+
+    def _line(self, trial: str, report: Report) -> str:
+        record, metric = self._outcome.records[trial], self._job.search.metric
+        value = f"{metric} {report.metrics[metric]:.3f}" if report.metrics else "diverged"
+        steps = f"step {report.step}/{self._job.train.steps}"
+        return f"{trial} {steps} {value} loss {report.train_loss:.3f} [{record.spec.label()}] {self._eta()}"
+
+    def _done(self) -> float:
+        """Part of the search that is behind us; a stopped trial is a whole one."""
+        records = self._outcome.records.values()
+        parts = [record.step / self._job.train.steps if record.status == "running" else 1.0 for record in records
+                 if record.status != "waiting"]  # fmt: skip
+        return sum(parts) / max(1, len(records))
+
+    def _eta(self) -> str:
+        done = self._done()
+        if not 0.02 < done < 1.0:
+            return ""
+        left = (time.monotonic() - self._started) * (1 - done) / done
+        return f"about {duration(left)} left"
+
+    def _summary(self) -> str:
+        statuses = [record.status for record in self._outcome.records.values()]
+        counts = ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses))
+        return f"{len(statuses)} trials in {duration(time.monotonic() - self._started)}: {counts}"
+
+    def _table(self) -> Group:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name, justify in (("rank", "right"), ("trial", "left"), ("configuration", "left"), ("step", "right"),
+                              (self._job.search.metric, "right"), ("curve", "left"), ("status", "left")):  # fmt: skip
+            table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+        for rank, record in enumerate(self._ordered()[:ROWS], start=1):
+            table.add_row(*self._row(rank, record))
+        bar = ProgressBar(total=1.0, completed=self._done(), width=40)
+        return Group(table, bar, Text(f"{self._summary()}  {self._eta()}"))
+
+    def _ordered(self) -> list[TrialRecord]:
+        ranked = self._outcome.ranking()
+        others = [r for r in self._outcome.records.values() if r not in ranked and r.status != "waiting"]
+        return [*ranked, *others]
+
+    def _row(self, rank: int, record: TrialRecord) -> list[str]:
+        best = record.metrics.get(self._job.search.metric)
+        shown = "" if best is None else f"{best:.3f}"
+        status = f"{record.status} ({record.note})" if record.note.startswith("diverged") else record.status
+        label = Text(record.spec.label()).plain
+        return [str(rank), record.id, label, str(record.step), shown, sparkline(record.curve), status]
+
+
+def sparkline(values: Sequence[float], width: int = 12) -> str:
+    """The last values as bars, scaled to their own range."""
+    shown = list(values[-width:])
+    if not shown:
+        return ""
+    low, high = min(shown), max(shown)
+    return "".join(SPARKS[round((value - low) / ((high - low) or 1.0) * (len(SPARKS) - 1))] for value in shown)
+
+
+def duration(seconds: float) -> str:
+    """1 h 5 min, 2 min 3 s, 4 s."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{whole} s"

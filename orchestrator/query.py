@@ -1,0 +1,88 @@
+"""One request to a running server."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from orchestrator.errors import BadInput, JobFailed, Unreachable
+
+TIMEOUT_S = 60.0
+NOT_A_CLASSIFIER = "not_a_classifier"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What to show, and the whole response."""
+
+    text: str
+    document: dict[str, Any]
+
+
+def ask(url: str, model: str, text: str, key: str | None = None) -> Answer:
+    """Classify ``text``, or complete it where the prompt has no labels. ``text`` may be a JSON object: a whole row.
+
+    Raises BadInput for what the server refuses, Unreachable when nobody answers.
+    """
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    with httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT_S) as client:
+        entry = _entry(client, url, model)
+        if entry.get("labels") is None:
+            body = {"model": model, "prompt": text, "max_tokens": 64, "temperature": 0}
+            found = _post(client, url, "/v1/completions", body)
+            return Answer(found["choices"][0]["text"].strip(), found)
+        found = _post(client, url, "/classify", {"model": model, "input": [_row(text)]})
+        first = found["data"][0]
+        probs = ", ".join(
+            f"{label} {prob:.3f}" for label, prob in sorted(first["probs"].items(), key=lambda it: -it[1])
+        )
+        return Answer(f"{first['label']}   ({probs})", found)
+
+
+def _row(text: str) -> Any:
+    if text.lstrip().startswith("{"):
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError:
+            return text
+    return text
+
+
+def _entry(client: httpx.Client, url: str, model: str) -> dict[str, Any]:
+    """The model's entry in the server's list; an unlisted name is left for the server to refuse."""
+    listed = _checked(_send(client, url, "GET", "/v1/models"))["data"]
+    name = model.split("@", maxsplit=1)[0].split(":", maxsplit=1)[0]
+    return next((entry for entry in listed if entry["id"].split("@")[0].split(":")[0] == name), {"labels": []})
+
+
+def _post(client: httpx.Client, url: str, route: str, body: dict[str, Any]) -> dict[str, Any]:
+    return _checked(_send(client, url, "POST", route, body))
+
+
+def _send(
+    client: httpx.Client, url: str, method: str, route: str, body: dict[str, Any] | None = None
+) -> httpx.Response:
+    try:
+        return client.request(method, route, json=body)
+    except (httpx.TransportError, httpx.InvalidURL) as error:
+        hint = "start one with `orchestrator serve`, or name it with --url"
+        raise Unreachable(f"no server answers at {url}: {type(error).__name__}", hint) from None
+
+
+def _checked(response: httpx.Response) -> dict[str, Any]:
+    try:
+        body = response.json()
+    except ValueError:
+        body = {}
+    if response.is_success:
+        return dict(body)
+    error = body.get("error") if isinstance(body, dict) else None
+    message = error.get("message") if isinstance(error, dict) else f"the server answered HTTP {response.status_code}"
+    if response.status_code == 401:
+        raise BadInput(str(message), "set ORCHESTRATOR_API_KEY to a key of the server")
+    if response.is_client_error:
+        raise BadInput(str(message), "orchestrator models lists what is registered")
+    raise JobFailed(str(message), "look into the server's log")

@@ -1,0 +1,220 @@
+"""Makes the quickstart language model: tokenizer, weights, and the Hugging Face folder that holds them.
+
+Shapes: B rows, T tokens, V vocabulary. torch and transformers are imported inside functions only, so that the
+package can be imported without them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, TypeAlias
+
+from orchestrator.quickstart.corpus import Document, documents
+
+if TYPE_CHECKING:
+    import torch
+    from tokenizers import Tokenizer
+    from transformers import LlamaForCausalLM
+
+Progress: TypeAlias = Callable[[int, int], None]  # (steps done, steps in all)
+
+BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+BOS_ID, EOS_ID, PAD_ID = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that determines the model; another recipe is another folder in the cache."""
+
+    version: int = 1  # raise it when the world, the corpus or this module changes what the model learns
+    seed: int = 0
+    vocab_size: int = 1024
+    hidden_size: int = 96
+    layers: int = 4
+    heads: int = 4
+    key_value_heads: int = 2
+    intermediate_size: int = 256
+    context: int = 512
+    initializer_range: float = 0.05
+    documents: int = 18_000
+    batch_rows: int = 16
+    learning_rate: float = 3e-3
+    warmup_steps: int = 50
+    weight_decay: float = 0.05
+    text_weight: float = 0.2  # loss weight of what is not an answer
+    answer_weight: float = 8.0
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Row:
+    ids: list[int]
+    weights: list[float]  # of each token in the loss
+
+
+def make_language_model(folder: Path, recipe: Recipe, progress: Progress | None = None) -> None:
+    """Train by ``recipe`` and write a Hugging Face folder that the Auto classes load without a network."""
+    texts = documents(recipe.documents, recipe.seed)
+    # Every sixth document is enough for a vocabulary, and every lesson has its share.
+    tokenizer = train_tokenizer([text.text for text in texts[::6]], recipe.vocab_size)
+    model = train(encode(texts, tokenizer, recipe), tokenizer.get_vocab_size(), recipe, progress)
+    save(folder, model, tokenizer, recipe)
+
+
+def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE, so that any text can be encoded; a begin token in front and no end token, as Llama has it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS, EOS, PAD],  # ids 0, 1, 2, in this order
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, BOS_ID)]
+    )
+    return tokenizer
+
+
+def encode(texts: Sequence[Document], tokenizer: Tokenizer, recipe: Recipe) -> list[Row]:
+    """Documents as ``preface BOS pieces EOS``, in the same order."""
+    strings = [string for text in texts for string in (text.preface, *(piece.text for piece in text.pieces))]
+    encoded: Iterator[list[int]] = (
+        encoding.ids for encoding in tokenizer.encode_batch_fast(strings, add_special_tokens=False)
+    )
+    return [_row(text, encoded, recipe) for text in texts]
+
+
+def _row(text: Document, encoded: Iterator[list[int]], recipe: Recipe) -> Row:
+    ids = [*next(encoded), BOS_ID]
+    weights = [recipe.text_weight] * len(ids)
+    for piece in text.pieces:
+        tokens = next(encoded)
+        ids += tokens
+        weights += [recipe.answer_weight if piece.answer else recipe.text_weight] * len(tokens)
+    return Row([*ids, EOS_ID], [*weights, recipe.text_weight])
+
+
+def batches(rows: Sequence[Row], recipe: Recipe, pool_batches: int = 16) -> list[list[Row]]:
+    """Rows of like length together, for little padding; the order of the lessons stays, but for pools of batches."""
+    random = Random(recipe.seed)
+    ordered: list[list[Row]] = []
+    size = recipe.batch_rows
+    for start in range(0, len(rows), pool_batches * size):
+        pool = sorted(rows[start : start + pool_batches * size], key=lambda row: len(row.ids))
+        pooled = [pool[first : first + size] for first in range(0, len(pool), size)]
+        random.shuffle(pooled)
+        ordered += pooled
+    return ordered
+
+
+def train(rows: Sequence[Row], vocab_size: int, recipe: Recipe, progress: Progress | None = None) -> LlamaForCausalLM:
+    """One pass over ``rows``, in order. Leaves the caller's random state as it was."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        model = _untrained(vocab_size, recipe)
+    todo = batches(rows, recipe)
+    optimizer, schedule = _optimizer(model, len(todo), recipe)
+    for done, batch in enumerate(todo, start=1):
+        _loss(model, batch).backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if progress is not None:
+            progress(done, len(todo))
+    return model.eval()
+
+
+def _untrained(vocab_size: int, recipe: Recipe) -> LlamaForCausalLM:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=recipe.hidden_size,
+        intermediate_size=recipe.intermediate_size,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.key_value_heads,
+        max_position_embeddings=recipe.context,
+        initializer_range=recipe.initializer_range,
+        tie_word_embeddings=True,
+        bos_token_id=BOS_ID,
+        eos_token_id=EOS_ID,
+        pad_token_id=PAD_ID,
+    )
+    return LlamaForCausalLM(config)
+
+
+def _optimizer(
+    model: LlamaForCausalLM, steps: int, recipe: Recipe
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """AdamW without decay on the norms' scales; a short warm-up, then a cosine down to a twentieth."""
+    import torch
+
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    scales = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": scales, "weight_decay": 0.0}],
+        lr=recipe.learning_rate,
+        betas=(0.9, 0.98),
+    )
+
+    def factor(step: int) -> float:
+        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+        return min((step + 1) / recipe.warmup_steps, 0.05 + 0.95 * cosine)
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def _loss(model: LlamaForCausalLM, batch: Sequence[Row]) -> torch.Tensor:
+    """Weighted mean of the next-token losses of a batch, padded at the end to [B, T]."""
+    import torch
+
+    ids = _padded([row.ids for row in batch], PAD_ID)
+    weights = _padded([row.weights for row in batch], 0.0)[:, 1:]
+    # Causal attention never looks at the padding, which stands at the end: no mask is needed.
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]  # [B, T - 1, V]
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    return (losses * weights).sum() / weights.sum()
+
+
+def _padded(rows: Sequence[Sequence[float]], value: float) -> torch.Tensor:
+    import torch
+
+    longest = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
+
+
+def save(folder: Path, model: LlamaForCausalLM, tokenizer: Tokenizer, recipe: Recipe) -> None:
+    """config.json, generation_config.json, model.safetensors, tokenizer.json, tokenizer_config.json."""
+    from transformers import PreTrainedTokenizerFast
+
+    model.generation_config.update(bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID, do_sample=False)
+    model.save_pretrained(folder)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        model_max_length=recipe.context,
+        clean_up_tokenization_spaces=False,
+    )
+    wrapped.save_pretrained(folder)
+    (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,23 @@
+"""MLflow behind one door: search logging, registered models, aliases, artifacts. Only this package imports mlflow.
+
+Importing it is cheap: mlflow itself is imported by the first call that needs the store.
+"""
+
+from orchestrator.registry.records import AliasOutcome, ModelSummary, UiCommand, VersionDetail, VersionSummary
+from orchestrator.registry.refs import ModelRef, parse_ref, printable
+from orchestrator.registry.registry import CHAMPION, Registry
+from orchestrator.registry.search_log import SearchLog
+
+__all__ = [
+    "CHAMPION",
+    "AliasOutcome",
+    "ModelRef",
+    "ModelSummary",
+    "Registry",
+    "SearchLog",
+    "UiCommand",
+    "VersionDetail",
+    "VersionSummary",
+    "parse_ref",
+    "printable",
+]

@@ -1,0 +1,111 @@
+"""What the search log queues for MLflow: small values that merge, and that survive on disk when MLflow is away."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+MAX_PARAM = 6000
+MAX_TAG = 5000
+
+Kind = Literal["start", "log", "end", "finish"]
+Point = tuple[str, float, int, int]  # metric, value, step, milliseconds
+
+
+@dataclass
+class Entry:
+    """One thing to write to one run: the trial's, or the search's own when ``trial`` is None."""
+
+    kind: Kind
+    trial: str | None = None
+    metrics: list[Point] = field(default_factory=list)
+    params: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    name: str = ""
+    """Run name, of a start."""
+    status: str = ""
+    """MLflow's run status, of an end or finish."""
+    at: int = field(default_factory=lambda: int(time.time() * 1000))
+
+    def absorb(self, other: Entry) -> None:
+        self.metrics.extend(other.metrics)
+        self.params.update(other.params)
+        self.tags.update(other.tags)
+
+
+def coalesce(entries: Iterable[Entry]) -> list[Entry]:
+    """Merge the log entries of each run between its start and its end; a run's own order is kept."""
+    merged: list[Entry] = []
+    open_logs: dict[str | None, Entry] = {}
+    for entry in entries:
+        if entry.kind == "finish":
+            open_logs.clear()
+        elif entry.kind != "log":
+            open_logs.pop(entry.trial, None)
+        elif entry.trial in open_logs:
+            open_logs[entry.trial].absorb(entry)
+            continue
+        else:
+            open_logs[entry.trial] = entry
+        merged.append(entry)
+    return merged
+
+
+def chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def as_texts(values: Mapping[str, Any], limit: int) -> dict[str, str]:
+    """Values as MLflow stores them: text, no longer than it accepts, what was cut marked."""
+    return {str(key)[:250]: _cut(_text(value), limit) for key, value in values.items()}
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list | tuple) else str(value)
+
+
+def _cut(text: str, limit: int) -> str:
+    note = f"... ({len(text)} characters)"
+    return text if len(text) <= limit else text[: limit - len(note)] + note
+
+
+def run_label(config: Mapping[str, Any], trial: str) -> str:
+    """A child run's name: what a person tells trials apart by."""
+    init = config.get("init")
+    parts = [f"text {init['text'][:30]!r}" if isinstance(init, dict) and "text" in init else str(init)] if init else []
+    if "num_virtual_tokens" in config:
+        parts.append(f"{config['num_virtual_tokens']} tokens")
+    if isinstance(rate := config.get("learning_rate"), int | float):
+        parts.append(f"lr {rate:.3g}")
+    if "seed" in config:
+        parts.append(f"seed {config['seed']}")
+    return ", ".join(parts) or trial
+
+
+def save_entries(file: Path, entries: Iterable[Entry]) -> None:
+    """Write the entries as JSON lines, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    staging = file.with_name(f".{file.name}.{os.getpid()}")
+    with staging.open("w", encoding="utf-8") as stream:
+        for entry in entries:
+            stream.write(json.dumps(asdict(entry)) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    staging.replace(file)
+
+
+def load_entries(file: Path) -> list[Entry]:
+    """The entries of a file that ``save_entries`` wrote; none when there is no file."""
+    if not file.exists():
+        return []
+    with file.open(encoding="utf-8") as stream:
+        entries = [Entry(**json.loads(line)) for line in stream]
+    for entry in entries:
+        entry.metrics = [(key, value, step, at) for key, value, step, at in entry.metrics]
+    return entries

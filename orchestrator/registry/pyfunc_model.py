@@ -1,0 +1,41 @@
+"""The model that MLflow itself loads (``mlflow.pyfunc``, ``mlflow models serve``): a copy travels with each version.
+
+Models from code: MLflow runs this file, so nothing is pickled. Our own serving never loads it, it reads the two files
+of the artifact.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from mlflow.models import set_model
+from mlflow.pyfunc.model import PythonModel
+
+from orchestrator.artifact import read_manifest
+
+
+class PromptModel(PythonModel):
+    """Answers rows, one column for each column of the template."""
+
+    def load_context(self, context: Any) -> None:
+        self.folder = Path(context.artifacts["prompt"])
+        self.model: Any = None
+
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> list[Any]:
+        """One ``{"label", "probs"}`` a row, or one ``{"text"}`` when the prompt generates."""
+        rows = model_input.to_dict("records")
+        if not all(isinstance(value, str) for row in rows for value in row.values()):
+            raise ValueError("each row is one text for each column; give a data frame or a list of such rows")
+        if self.model is None:
+            # Loads the backbone, so not before the first row: reading a model's metadata must stay cheap.
+            from orchestrator.serving.offline import OfflineModel
+
+            self.model = OfflineModel.from_artifact(self.folder)
+        if read_manifest(self.folder).verbalizer is None:
+            return [{"text": completion.text} for completion in self.model.complete(rows)]
+        return list(self.model.classify(rows))
+
+
+set_model(PromptModel())

@@ -1,0 +1,348 @@
+"""The registry: the one object that the rest of the program talks to."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.artifact import Manifest, read_manifest
+from orchestrator.errors import BadInput
+from orchestrator.registry import promotion, searches
+from orchestrator.registry.fetch import default_cache, fetch
+from orchestrator.registry.promotion import Better
+from orchestrator.registry.publish import publish
+from orchestrator.registry.records import (
+    KIND,
+    KIND_TAG,
+    AliasOutcome,
+    ModelSummary,
+    UiCommand,
+    VersionDetail,
+    VersionSummary,
+    version_summary,
+)
+from orchestrator.registry.refs import ModelRef, nearest, parse_ref, printable
+from orchestrator.registry.search_log import SearchLog
+from orchestrator.registry.store import SERVERS, Store, masked
+from orchestrator.spec import NAME_PATTERN, RESERVED_ALIAS
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion, RegisteredModel
+
+CHAMPION = "champion"
+ALIAS_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,99}$"  # MLflow's own rule, narrower than a model's name
+PATIENCE_SECONDS = 60.0
+PAGE = 100
+
+
+class Registry:
+    """Searches, registered prompts and their aliases in one MLflow store.
+
+    Making one is free; the first call connects and, for a new SQLite file, creates the schema. It may be sent to other
+    processes. Errors: BadInput for what doesn't exist or is refused, Unreachable when MLflow does not answer.
+    """
+
+    def __init__(
+        self, tracking_uri: str | None = None, registry_uri: str | None = None, cache_dir: Path | None = None
+    ) -> None:
+        """The addresses default to MLFLOW_TRACKING_URI and MLFLOW_REGISTRY_URI, then to ./mlflow.db."""
+        self._store = Store(tracking_uri, registry_uri)
+        self.cache_dir = cache_dir or default_cache()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Registry, (self._store.tracking_uri, self._store.registry_uri, self.cache_dir))
+
+    @property
+    def tracking_uri(self) -> str:
+        """The address in full; show ``display_uri`` instead, an address may hold a password."""
+        return self._store.tracking_uri
+
+    @property
+    def display_uri(self) -> str:
+        return masked(self._store.tracking_uri)
+
+    def check(self) -> None:
+        """Raise Unreachable within about 10 s when MLflow does not answer."""
+        self._store.check()
+
+    # Searches.
+
+    def start_search(
+        self,
+        name: str,
+        params: Mapping[str, Any],
+        tags: Mapping[str, Any],
+        *,
+        spill: Path | None = None,
+        patience: float = PATIENCE_SECONDS,
+    ) -> SearchLog:
+        """Open the search's run in the experiment of its name. ``spill`` takes what can't be written at the end."""
+        with self._store.translating(f"starting search {printable(name)}"):
+            return searches.start(self._store, name, params, tags, spill, patience)
+
+    def resume_search(
+        self,
+        parent_run_id: str,
+        run_ids: Mapping[str, str] | None = None,
+        *,
+        spill: Path | None = None,
+        patience: float = PATIENCE_SECONDS,
+    ) -> SearchLog:
+        """Go on logging into an earlier search's run; MLflow knows its trials' runs, ``run_ids`` adds to them."""
+        with self._store.translating(f"resuming the search of run {printable(parent_run_id)}"):
+            return searches.resume(self._store, parent_run_id, run_ids or {}, spill, patience)
+
+    # Versions in.
+
+    def register(
+        self,
+        artifact: Path,
+        name: str,
+        run_id: str,
+        *,
+        tags: Mapping[str, Any] | None = None,
+        description: str | None = None,
+    ) -> int:
+        """Make the artifact a new version of the registered model, which is made when it doesn't exist yet."""
+        if not re.fullmatch(NAME_PATTERN, name):
+            raise BadInput(f"{printable(name)!r} can't name a registered model", f"allowed: {NAME_PATTERN}")
+        with self._store.translating(f"registering {name}"):
+            return publish(self._store, artifact, name, run_id, tags or {}, description)
+
+    # Reading.
+
+    def list_models(self) -> list[ModelSummary]:
+        """Every registered model of the store, by name."""
+        with self._store.translating("listing the registered models"):
+            models = list(self._models())
+            versions: dict[str, list[ModelVersion]] = {model.name: [] for model in models}
+            for version in self._pages("search_model_versions"):
+                versions.setdefault(version.name, []).append(version)
+            return sorted((_model_summary(model, versions[model.name]) for model in models), key=lambda it: it.name)
+
+    def versions(self, name: str) -> list[VersionSummary]:
+        """Every version of one registered model, the newest first."""
+        model = self._model(name)
+        # Names may hold quotes, which a filter can't express; then the store's whole list is gone through.
+        condition = f"name = '{name}'" if re.fullmatch(NAME_PATTERN, name) else None
+        with self._store.translating(f"listing the versions of {printable(name)}"):
+            found = [it for it in self._pages("search_model_versions", filter_string=condition) if it.name == name]
+        summaries = [version_summary(entity, _aliases(model)) for entity in found]
+        return sorted(summaries, key=lambda it: it.version, reverse=True)
+
+    def resolve(self, ref: ModelRef | str) -> VersionSummary:
+        """The version that a reference means, a bare name being its champion; BadInput lists what exists."""
+        ref = parse_ref(ref) if isinstance(ref, str) else ref
+        model = self._model(ref.name)
+        if ref.version is not None:
+            return self._version(model, ref.version)
+        alias = ref.alias or CHAMPION
+        aliases = _aliases(model)
+        if alias not in aliases:
+            raise BadInput(
+                f"registered model {printable(ref.name)} has no alias {printable(alias)!r}",
+                nearest(alias, aliases) or self._known_versions(ref.name),
+            )
+        return self._version(model, aliases[alias])
+
+    def version(self, ref: ModelRef | str) -> VersionDetail:
+        """One version in full, its manifest included."""
+        summary = self.resolve(ref)
+        with self._store.translating(f"reading version {summary.version} of {printable(summary.name)}"):
+            source = self._store.client.get_model_version_download_uri(summary.name, str(summary.version))
+            try:
+                return VersionDetail(summary, source, read_manifest(self._fetch(summary)))
+            except BadInput as error:
+                return VersionDetail(summary, source, None, error.message)
+
+    def fetch(self, name: str, version: int, cache_dir: Path | None = None) -> Path:
+        """The version's checked artifact as a local folder, downloaded once; treat it as read-only."""
+        summary = self._version(self._model(name), version)
+        with self._store.translating(f"fetching version {version} of {printable(name)}"):
+            return self._fetch(summary, cache_dir)
+
+    def aliases(self, name: str) -> dict[str, int]:
+        """Alias to version of one registered model."""
+        return _aliases(self._model(name))
+
+    def snapshot(self) -> dict[str, dict[str, int]]:
+        """Registered prompt to alias to version, in one request a hundred models; made for polling."""
+        with self._store.translating("reading the aliases"):
+            return {model.name: _aliases(model) for model in self._models() if _is_prompt(model)}
+
+    def _models(self) -> Iterator[RegisteredModel]:
+        return self._pages("search_registered_models")
+
+    def _pages(self, method: str, **arguments: Any) -> Iterator[Any]:
+        token: str | None = None
+        while True:
+            page = getattr(self._store.client, method)(max_results=PAGE, page_token=token, **arguments)
+            yield from page
+            token = page.token
+            if not token:
+                return
+
+    def _model(self, name: str) -> RegisteredModel:
+        from mlflow.exceptions import MlflowException
+
+        with self._store.translating(f"reading registered model {printable(name)}"):
+            try:
+                return self._store.client.get_registered_model(name)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+            known = [model.name for model in self._models()]
+        empty = "none is registered yet; orchestrator run JOB registers one"
+        raise BadInput(f"no registered model {printable(name)!r} in {self.display_uri}", nearest(name, known) or empty)
+
+    def _version(self, model: RegisteredModel, version: int) -> VersionSummary:
+        from mlflow.exceptions import MlflowException
+
+        with self._store.translating(f"reading version {version} of {printable(model.name)}"):
+            try:
+                entity = self._store.client.get_model_version(model.name, str(version))
+                return version_summary(entity, _aliases(model))
+            except MlflowException as error:
+                if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                    raise
+        raise BadInput(
+            f"registered model {printable(model.name)} has no version {version}", self._known_versions(model.name)
+        )
+
+    def _known_versions(self, name: str) -> str:
+        known = [it.version for it in self.versions(name)]
+        shown = ", ".join(str(number) for number in known[:10]) + (", ..." if len(known) > 10 else "")
+        return f"known versions: {shown}" if known else "it has no versions"
+
+    def _fetch(self, summary: VersionSummary, cache_dir: Path | None = None) -> Path:
+        return fetch(self._store, summary, cache_dir or self.cache_dir)
+
+    def _manifest(self, name: str, version: int) -> Manifest:
+        return read_manifest(self.fetch(name, version))
+
+    # Aliases.
+
+    def set_alias(self, name: str, alias: str, version: int, reason: str = "set") -> int | None:
+        """Point the alias at the version without comparing anything; returns the former holder. Keeps a record."""
+        check_alias(alias)
+        model = self._model(name)
+        self._version(model, version)
+        old = _aliases(model).get(alias)
+        if old != version:
+            moves = promotion.read_history(model.tags.get(promotion.HISTORY_TAG))
+            with self._store.translating(f"moving {alias} of {printable(name)}"):
+                self._store.client.set_registered_model_alias(name, alias, str(version))
+                record = promotion.with_move(moves, alias, old, version, reason)
+                self._store.client.set_registered_model_tag(name, promotion.HISTORY_TAG, record)
+        return old
+
+    def promote(
+        self, name: str, version: int, alias: str = CHAMPION, force_reason: str | None = None
+    ) -> tuple[int | None, int]:
+        """Move the alias after the compatibility gate; returns old and new version.
+
+        The artifact must load and fit the backbone of the alias's holder, unless a reason to differ is given.
+        """
+        check_alias(alias)
+        new = self._manifest(name, version)
+        old = self.aliases(name).get(alias)
+        if old is not None and old != version and force_reason is None:
+            self._gate(name, version, new, alias, old)
+        return self.set_alias(name, alias, version, force_reason or "promote"), version
+
+    def rollback(self, name: str, alias: str = CHAMPION) -> tuple[int, int]:
+        """Put the alias back to the version that held it before; returns old and new version."""
+        model = self._model(name)
+        current = _aliases(model).get(alias)
+        moves = promotion.read_history(model.tags.get(promotion.HISTORY_TAG))
+        before = promotion.previous_holder(moves, alias, current) if current is not None else None
+        if current is None or before is None:
+            raise BadInput(
+                f"alias {printable(alias)} of {printable(name)} has no former version on record",
+                f"orchestrator promote {printable(name)} VERSION; {self._known_versions(name)}",
+            )
+        self._manifest(name, before)
+        self.set_alias(name, alias, before, "rollback")
+        return current, before
+
+    def auto_alias(
+        self, name: str, version: int, alias: str = "challenger", metric: str = "accuracy", better: Better = "max"
+    ) -> AliasOutcome:
+        """After a search: give the new version the spec's alias, and make it champion when it earns that."""
+        if alias != CHAMPION:
+            self.set_alias(name, alias, version, "search")
+        champion = self.aliases(name).get(CHAMPION)
+        won, reason = self._contest(name, version, champion, metric, better)
+        if won:
+            self.set_alias(name, CHAMPION, version, "search")
+            return AliasOutcome(CHAMPION, f"Version {version} is champion: {reason}.")
+        kept = None if alias == CHAMPION else alias
+        return AliasOutcome(kept, f"Version {version} is not champion, version {champion} stays: {reason}.")
+
+    def _contest(self, name: str, version: int, champion: int | None, metric: str, better: Better) -> tuple[bool, str]:
+        if champion is None:
+            return True, "there was none before"
+        if champion == version:
+            return True, "it was already"
+        try:
+            holder = self._manifest(name, champion)
+        except BadInput as error:
+            return False, f"the champion can't be read to compare ({error.message})"
+        return promotion.verdict(self._manifest(name, version), holder, metric, better)
+
+    def _gate(self, name: str, version: int, new: Manifest, alias: str, holder: int) -> None:
+        try:
+            found = promotion.differences(new, self._manifest(name, holder))
+        except BadInput as error:
+            found = [f"its holder can't be read to compare ({error.message})"]
+        if found:
+            raise BadInput(
+                f"version {version} of {printable(name)} can't replace version {holder} as {alias}: {'; '.join(found)}",
+                "choose a version of the same base model, or give a reason to force it",
+            )
+
+    # The rest.
+
+    def ui_command(self, port: int = 5000) -> UiCommand:
+        """How to start MLflow's pages on this store, for this machine only; BadInput when it is a server itself."""
+        store = self._store
+        if store.tracking_uri.startswith(SERVERS):
+            raise BadInput("the store is an MLflow server, which has its own pages", f"open {self.display_uri}")
+        argv = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+        if store.artifact_root:
+            # Runs made through this server then keep their files where the others are.
+            argv += ["--artifacts-destination", str(store.artifact_root)]
+        env = {"MLFLOW_BACKEND_STORE_URI": store.tracking_uri, "MLFLOW_DISABLE_TELEMETRY": "true"}
+        if store.registry_uri != store.tracking_uri:
+            env["MLFLOW_REGISTRY_STORE_URI"] = store.registry_uri
+        return UiCommand(argv, env)
+
+
+def check_alias(alias: str) -> None:
+    """BadInput for an alias that MLflow refuses or reserves."""
+    if not re.fullmatch(ALIAS_PATTERN, alias) or RESERVED_ALIAS.match(alias):
+        raise BadInput(f"{printable(alias)!r} can't be an alias", "letters, digits, - and _; not latest, v1, v2, ...")
+
+
+def _aliases(model: RegisteredModel) -> dict[str, int]:
+    return {alias: int(version) for alias, version in (model.aliases or {}).items()}
+
+
+def _is_prompt(model: RegisteredModel) -> bool:
+    return bool(model.tags.get(KIND_TAG) == KIND)
+
+
+def _model_summary(model: RegisteredModel, versions: list[ModelVersion]) -> ModelSummary:
+    aliases = _aliases(model)
+    champions = [version_summary(it, aliases) for it in versions if int(it.version) == aliases.get(CHAMPION)]
+    return ModelSummary(
+        name=model.name,
+        versions=len(versions),
+        latest=max((int(it.version) for it in versions), default=None),
+        aliases=aliases,
+        champion_metrics=champions[0].metrics if champions else None,
+        is_prompt=_is_prompt(model),
+    )

@@ -1,0 +1,86 @@
+"""Opening a search's run in MLflow, a new one or an earlier one."""
+
+from __future__ import annotations
+
+import getpass
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.errors import BadInput
+from orchestrator.registry.entries import MAX_TAG, as_texts
+from orchestrator.registry.refs import printable
+from orchestrator.registry.search_log import STATE_TAG, SearchLog, children
+from orchestrator.registry.store import Store, sqlite_file
+
+if TYPE_CHECKING:
+    from mlflow.entities import Experiment
+
+
+def start(
+    store: Store, name: str, params: Mapping[str, Any], tags: Mapping[str, Any], spill: Path | None, patience: float
+) -> SearchLog:
+    """A new run in the experiment of the search's name, which is made when it doesn't exist yet."""
+    experiment = _experiment(store, name)
+    own = {STATE_TAG: "running", "mlflow.source.name": "orchestrator", **_user_tag()}
+    run = store.client.create_run(
+        experiment.experiment_id,
+        tags=as_texts({**tags, **own}, MAX_TAG),
+        run_name=f"{name} {datetime.now().astimezone():%Y-%m-%d %H:%M:%S}",
+    )
+    log = SearchLog(store, run, {}, spill or _default_spill(run.info.run_id), patience)
+    log.parent_params(params)
+    return log
+
+
+def resume(
+    store: Store, parent_run_id: str, run_ids: Mapping[str, str], spill: Path | None, patience: float
+) -> SearchLog:
+    """An earlier search's run, running again."""
+    run = store.client.get_run(parent_run_id)
+    store.client.update_run(parent_run_id, status="RUNNING")
+    store.client.set_tag(parent_run_id, STATE_TAG, "running")
+    known = children(store, run.info.experiment_id, parent_run_id) | dict(run_ids)
+    return SearchLog(store, run, known, spill or _default_spill(parent_run_id), patience)
+
+
+def _experiment(store: Store, name: str) -> Experiment:
+    experiment = store.client.get_experiment_by_name(name)
+    if experiment is None:
+        root = store.artifact_root
+        return store.client.get_experiment(_create_experiment(store, name, root / name if root else None))
+    if experiment.lifecycle_stage != "active":
+        raise BadInput(
+            f"experiment {printable(name)} was deleted in MLflow, and its name is still taken",
+            f"mlflow experiments restore -x {experiment.experiment_id}, or give the search another name",
+        )
+    if experiment.artifact_location.startswith("mlflow-artifacts:") and sqlite_file(store.tracking_uri):
+        raise BadInput(
+            f"experiment {printable(name)} was made through an MLflow server, which alone reaches its artifacts",
+            "set MLFLOW_TRACKING_URI to that server's address, or give the search another name",
+        )
+    return experiment
+
+
+def _create_experiment(store: Store, name: str, location: Path | None) -> str:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return str(store.client.create_experiment(name, str(location) if location else None))
+    except MlflowException as error:
+        experiment = store.client.get_experiment_by_name(name)
+        if error.error_code != "RESOURCE_ALREADY_EXISTS" or experiment is None:
+            raise
+        return str(experiment.experiment_id)  # another search made it meanwhile
+
+
+def _default_spill(run_id: str) -> Path:
+    return Path(f"mlflow-unwritten-{run_id}.jsonl").absolute()
+
+
+def _user_tag() -> dict[str, str]:
+    try:
+        return {"mlflow.user": getpass.getuser()}
+    except (OSError, KeyError):  # a container's user without a name
+        return {}

@@ -1,0 +1,245 @@
+"""Where MLflow keeps things: addresses, the connection, and MLflow's errors in the words of our own tree."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
+
+from filelock import FileLock
+from filelock import Timeout as LockTimeout
+
+from orchestrator.errors import BadInput, JobFailed, OrchestratorError, Unreachable
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+DEFAULT_URI = "sqlite:///mlflow.db"
+SERVERS = ("http", "https")
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+CHECK_SECONDS = 8.0
+LOCK_SECONDS = 120.0
+
+# MLflow's own defaults would stall for minutes on an outage (7 retries of 120 s), copy a uv.lock found in the working
+# directory into the model, and draw progress bars for kilobytes.
+ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_UV_AUTO_DETECT": "false",
+}
+
+# The request itself was refused; everything else counts as the store not answering.
+REFUSALS = frozenset(
+    {
+        "ALREADY_EXISTS",
+        "INVALID_PARAMETER_VALUE",
+        "INVALID_STATE",
+        "NOT_FOUND",
+        "RESOURCE_ALREADY_EXISTS",
+        "RESOURCE_DOES_NOT_EXIST",
+    }
+)
+
+# Errors of these, and OSError, may pass when the store is back; any other exception is a mistake in a program.
+STORE_MODULES = frozenset({"mlflow", "sqlalchemy", "requests", "urllib3", "sqlite3", "psycopg2", "pymysql", "pyodbc"})
+
+Result = TypeVar("Result")
+
+
+class Store:
+    """A tracking store and a registry store; connects, and creates an SQLite schema, on first use."""
+
+    def __init__(self, tracking_uri: str | None = None, registry_uri: str | None = None) -> None:
+        tracking = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+        self.tracking_uri = normalised(tracking)
+        self.registry_uri = normalised(registry_uri or os.environ.get("MLFLOW_REGISTRY_URI") or tracking)
+        self._lock = threading.Lock()
+        self._client: MlflowClient | None = None
+
+    @property
+    def client(self) -> MlflowClient:
+        """The connected client; safe to share between threads."""
+        with self._lock:
+            if self._client is None:
+                self._client = self._connect()
+            return self._client
+
+    @property
+    def artifact_root(self) -> Path | None:
+        """Where an SQLite store's artifacts go: beside the database, whatever the working directory is later.
+
+        None for the other stores, which know their own root.
+        """
+        file = sqlite_file(self.tracking_uri)
+        return file.parent / "mlruns" if file else None
+
+    def check(self) -> None:
+        """Raise Unreachable within about 10 s when a store does not answer; nothing but a schema is created."""
+        import_mlflow()
+        # A new SQLite file takes its time for the schema, and there is nobody who might not answer.
+        local = sqlite_file(self.tracking_uri) is not None
+        with self.translating("asking MLflow"):
+            self._probe() if local else within(CHECK_SECONDS, self._probe)
+
+    def _probe(self) -> None:
+        self.client.search_experiments(max_results=1)
+        self.client.search_registered_models(max_results=1)
+
+    @contextmanager
+    def translating(self, doing: str) -> Iterator[None]:
+        """Run mlflow calls with its errors turned into ours."""
+        try:
+            yield
+        except Exception as error:
+            raise self.translate(error, doing) from error
+
+    def translate(self, error: Exception, doing: str) -> OrchestratorError:
+        """BadInput for what was refused, Unreachable for what did not answer; passwords masked."""
+        if isinstance(error, OrchestratorError):
+            return error
+        text = masked(first_lines(str(error))) or type(error).__name__
+        if isinstance(error, ModuleNotFoundError):
+            return BadInput(f"{masked(self.tracking_uri)} needs a driver: {text}", f"pip install {error.name}")
+        if type(error).__name__ == "NoSuchModuleError":  # SQLAlchemy's, for a driver that it does not know
+            return BadInput(f"{masked(self.tracking_uri)} names an unknown driver: {text}", "write postgresql://...")
+        if "out-of-date database schema" in text:
+            return BadInput(f"{doing}: {text}", f"mlflow db upgrade {masked(self.tracking_uri)}, after a backup")
+        if getattr(error, "error_code", None) in REFUSALS:
+            return BadInput(f"{doing}: {text}")
+        if not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in STORE_MODULES:
+            return JobFailed(f"{doing}: {type(error).__name__}: {text}")
+        where = masked(self.tracking_uri)
+        if self.registry_uri != self.tracking_uri:
+            where += f" or {masked(self.registry_uri)}"
+        return Unreachable(f"{doing}: no answer from {where} ({text})", self._next_step())
+
+    def _next_step(self) -> str:
+        elsewhere = f"or unset MLFLOW_TRACKING_URI to use {DEFAULT_URI} in the working directory"
+        if self.tracking_uri.startswith(SERVERS):
+            return f"start it with: mlflow server --host 127.0.0.1 --port 5000, check the address, {elsewhere}"
+        if file := sqlite_file(self.tracking_uri):
+            return f"check that {file} is an MLflow database and that its folder is writable"
+        return f"check that the database runs and that the user may log in, {elsewhere}"
+
+    def _connect(self) -> MlflowClient:
+        mlflow = import_mlflow()
+        file = sqlite_file(self.tracking_uri)
+        # Several processes that open an empty SQLite file at once all try to create the schema, and all but one fail.
+        with schema_lock(file) if file else nullcontext():
+            client: MlflowClient = mlflow.MlflowClient(self.tracking_uri, self.registry_uri)
+            client.search_experiments(max_results=1)
+        return client
+
+
+def normalised(uri: str) -> str:
+    """A checked address, an SQLite path made absolute; BadInput for what can't hold a registry."""
+    scheme, divider, rest = uri.partition(":")
+    backend = scheme.split("+")[0]
+    if not divider or backend == "file":
+        raise BadInput(
+            f"tracking URI {masked(uri)!r} is a folder: MLflow's file store is retired and refuses to start",
+            f"use {DEFAULT_URI}; mlflow migrate-filestore moves an old ./mlruns into it",
+        )
+    if backend not in SERVERS + DATABASES or not rest.startswith("//"):
+        allowed = ", ".join(f"{name}://" for name in SERVERS + DATABASES)
+        raise BadInput(f"tracking URI {masked(uri)!r} is not one of {allowed}", f"{DEFAULT_URI} needs no server")
+    if backend != "sqlite":
+        return _with_a_valid_port(uri).rstrip("/")
+    path, query, options = rest.removeprefix("///").partition("?")
+    if not rest.startswith("///") or path in ("", ":memory:") or path.startswith("file:"):
+        raise BadInput(f"tracking URI {uri!r} names no file; an SQLite store must be one", f"use {DEFAULT_URI}")
+    return f"{scheme}:///{os.path.abspath(path)}{query}{options}"
+
+
+def _with_a_valid_port(uri: str) -> str:
+    try:
+        _ = urlsplit(uri).port
+    except ValueError as error:
+        hint = "write http://host:port or scheme://user@host/database"
+        raise BadInput(f"tracking URI {masked(uri)!r}: {error}", hint) from None
+    return uri
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The database file of a normalised SQLite address."""
+    return Path(uri.partition(":///")[2].partition("?")[0]) if uri.startswith("sqlite") else None
+
+
+def masked(text: str) -> str:
+    """The text without the passwords of the addresses in it."""
+    text = re.sub(r"(://[^:/@\s]*:)[^/\s]*@", r"\1***@", text)
+    return re.sub(r"([?&](?:password|pwd)=)[^&\s]*", r"\1***", text, flags=re.IGNORECASE)
+
+
+def first_lines(text: str) -> str:
+    """An error's own words: SQLAlchemy appends the statement, its parameters and a link."""
+    return " ".join(re.split(r"\n\s*\[SQL|\n\(Background", text)[0].split())[:500]
+
+
+def import_mlflow() -> Any:
+    """mlflow with our defaults in the environment and its logs quiet; 1.5 s the first time."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import mlflow
+
+    if "MLFLOW_LOGGING_LEVEL" not in os.environ:
+        logging.getLogger("mlflow").setLevel(logging.ERROR)
+        # It logs a traceback for each database error that it also raises.
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        # Each retry would print a line; the error at the end says it all.
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+    return mlflow
+
+
+@contextmanager
+def schema_lock(file: Path) -> Iterator[None]:
+    """Hold others back while the schema is created; a lock file exists only as long as one may be incomplete.
+
+    The lock file comes before the database and goes after the schema is whole: a database without one is ready.
+    """
+    lock_file = file.with_name(f".{file.name}.lock")
+    if file.exists() and file.stat().st_size and not lock_file.exists():
+        yield
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(lock_file, timeout=LOCK_SECONDS):
+            yield
+            with suppress(OSError):
+                lock_file.unlink()
+    except LockTimeout:
+        raise Unreachable(
+            f"another process has been creating {file} for {LOCK_SECONDS:.0f} s",
+            f"end that process, or delete {lock_file} when there is none",
+        ) from None
+
+
+def within(seconds: float, call: Callable[[], Result]) -> Result:
+    """The call's result, or TimeoutError: neither MLflow nor database drivers take a deadline for the whole."""
+    box: queue.SimpleQueue[tuple[Result | None, BaseException | None]] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            box.put((call(), None))
+        except BaseException as error:
+            box.put((None, error))
+
+    threading.Thread(target=work, name="mlflow-check", daemon=True).start()
+    try:
+        result, error = box.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no answer within {seconds:.0f} s") from None
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]  # None only when the call gave None

@@ -1,0 +1,287 @@
+"""A tuning job from spec to registered model: prepare, search, compare with baselines, register, promote."""
+
+from __future__ import annotations
+
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from orchestrator import __version__
+from orchestrator.artifact import BaseModelRecord, DataRecord, Manifest, PromptArtifact, VerbalizerEntry
+from orchestrator.base_model import BaseModelInfo
+from orchestrator.errors import JobFailed
+from orchestrator.registry import Registry, SearchLog
+from orchestrator.search.cluster_session import ray_session, searches_folder
+from orchestrator.search.outcome import Outcome, TrialRecord
+from orchestrator.search.prepare import Prepared, prepare
+from orchestrator.search.search import Running, running
+from orchestrator.search.study import Listener
+from orchestrator.space import TrialSpec
+from orchestrator.spec import JobSpec
+from orchestrator.tuning.report import EvaluationJob, Report
+
+Metrics = dict[str, float]
+SPLITS = ("validation", "test")
+
+
+class Progress(Listener, Protocol):
+    """What the command line shows; ``stage`` names what goes on outside the trials."""
+
+    def stage(self, text: str) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def trials(self, outcome_of: Sequence[tuple[str, TrialSpec]]) -> AbstractContextManager[None]: ...
+
+
+@dataclass
+class Clock:
+    """Where the seconds go."""
+
+    started: float = field(default_factory=time.monotonic)
+    marks: dict[str, float] = field(default_factory=dict)
+    _last: float = field(default_factory=time.monotonic)
+
+    def mark(self, name: str) -> None:
+        """Everything since the last mark was spent on ``name``."""
+        now = time.monotonic()
+        self.marks[name] = round(self.marks.get(name, 0.0) + now - self._last, 3)
+        self._last = now
+
+    def seconds(self) -> dict[str, float]:
+        startup = sum(self.marks.get(name, 0.0) for name in ("prepare", "ray", "workers"))
+        return {
+            "total": round(time.monotonic() - self.started, 3),
+            "startup": round(startup, 3),
+            "training": self.marks.get("trials", 0.0),
+            **self.marks,
+        }
+
+
+class MlflowListener:
+    """Passes a study's events on to the search's log."""
+
+    def __init__(self, log: SearchLog) -> None:
+        self._log = log
+
+    def trial_started(self, trial: str, spec: TrialSpec) -> None:
+        self._log.trial_started(trial, flat(spec.config()))
+
+    def trial_reported(self, trial: str, report: Report) -> None:
+        named = {f"validation_{name}": value for name, value in report.metrics.items()}
+        self._log.trial_metrics(trial, report.step, {**named, "train_loss": report.train_loss})
+
+    def trial_ended(self, trial: str, status: str, note: str) -> None:
+        state = {"finished": "finished", "failed": "failed"}.get(status, "stopped")
+        self._log.trial_ended(trial, state, note if state == "failed" else "")  # type: ignore[arg-type]
+
+
+def flat(config: dict[str, Any]) -> dict[str, Any]:
+    """A trial's configuration without nesting: an init text is a parameter of its own."""
+    init = config["init"]
+    if isinstance(init, dict):
+        return {**config, "init": "text", "init_text": init["text"]}
+    return config
+
+
+def run_job(job: JobSpec, progress: Progress, address: str | None = None, verbose: bool = False) -> dict[str, Any]:
+    """Run the job; returns the document of ``run --json``. Raises OrchestratorError; nothing half-made stays behind."""
+    clock = Clock()
+    registry = Registry()
+    registry.check()
+    progress.stage("reading data and base model")
+    prepared = prepare(job)
+    clock.mark("prepare")
+    progress.stage("starting Ray")
+    with ray_session(address, verbose):
+        clock.mark("ray")
+        return Pipeline(prepared, registry, progress, clock).run()
+
+
+class Pipeline:
+    """The parts of one job that need the cluster."""
+
+    def __init__(self, prepared: Prepared, registry: Registry, progress: Progress, clock: Clock) -> None:
+        self.job = prepared.job
+        self.prepared = prepared
+        self.registry = registry
+        self.progress = progress
+        self.clock = clock
+        self.id = f"{self.job.name}-{datetime.now():%Y%m%d-%H%M%S}"
+        self.storage = searches_folder() / self.id
+
+    def run(self) -> dict[str, Any]:
+        self.storage.mkdir(parents=True)
+        with self._log() as log, running(self.prepared, self.storage) as search:
+            return self._search(search, log)
+
+    def _log(self) -> SearchLog:
+        job = self.job
+        params = {
+            "method": job.method, "base_model": job.base_model.id, "revision": job.base_model.revision,
+            "template": job.data.template, "searcher": job.search.searcher, "scheduler": job.search.scheduler,
+            "trials": len(self.prepared.trials), "metric": job.search.metric, "steps": job.train.steps,
+            "batch_size": job.train.batch_size, "evaluate_every": job.train.evaluate_every,
+            "optimizer": job.train.optimizer, "space": job.search.space.model_dump(),
+        }  # fmt: skip
+        tags = {
+            "orchestrator.search": self.id, "orchestrator.version": __version__,
+            "orchestrator.data_fingerprint": self.prepared.rows.fingerprint, "python": platform.python_version(),
+        }  # fmt: skip
+        return self.registry.start_search(job.name, params, tags, spill=self.storage / "mlflow-unwritten.jsonl")
+
+    def _search(self, search: Running, log: SearchLog) -> dict[str, Any]:
+        self.progress.stage("loading the base model into the worker")
+        trials = [(f"t{number:03d}", spec) for number, spec in enumerate(self.prepared.trials)]
+        # Tune starts its trials' actors while the worker loads the model; the baselines go first once it has.
+        with ThreadPoolExecutor(1) as beside:
+            baselines_ready = beside.submit(self._baselines, search, log)
+            with self.progress.trials(trials):
+                outcome = search.study([MlflowListener(log), self.progress])
+            baselines = baselines_ready.result()
+        self.clock.mark("trials")
+        best = outcome.ranking()
+        if not best:
+            raise JobFailed(
+                f"none of the {len(outcome.records)} trials has a result: "
+                + "; ".join(sorted({record.note for record in outcome.records.values() if record.note})),
+                "lower the learning rates of search.space, or see the search's log with --verbose",
+            )
+        self.progress.stage("evaluating the best prompt on the test split")
+        tests = {
+            record.id: search.evaluate(EvaluationJob("test", record.checkpoint))
+            for record in best[: max(1, self.job.registry.register_top)]
+        }
+        self.clock.mark("test")
+        info = search.base_model()
+        self._log_result(log, outcome, best[0], tests[best[0].id])
+        model = self._register(log, best, tests, baselines, info)
+        self.clock.mark("registry")
+        return self._document(outcome, best[0], tests[best[0].id], baselines, model, log)
+
+    # Baselines
+
+    def _baselines(self, search: Running, log: SearchLog) -> dict[str, Any]:
+        """The model as it stands, and behind each init text as a written instruction; the best text by validation."""
+        found: dict[str, Any] = {"zero_shot": self._both(search, None)}
+        self.clock.mark("workers")
+        written = {text: self._both(search, text) for text in self.prepared.instructions}
+        if written:
+            sign = 1.0 if self.job.search.better == "max" else -1.0
+            text = max(written, key=lambda text: sign * written[text]["validation"][self.job.search.metric])
+            found["instruction"] = {"text": text, **written[text]}
+        for name, metrics in found.items():
+            log.parent_metrics(
+                {f"{name}_{split}_{metric}": v for split in SPLITS for metric, v in metrics[split].items()}
+            )
+            shown = metrics["validation"][self.job.search.metric]
+            self.progress.note(f"{BASELINE_NAMES[name]}: validation {self.job.search.metric} {shown:.3f}")
+        self.clock.mark("baselines")
+        return found
+
+    @staticmethod
+    def _both(search: Running, instruction: str | None) -> dict[str, Metrics]:
+        return {split: search.evaluate(EvaluationJob(split, instruction=instruction)) for split in SPLITS}
+
+    # Results
+
+    def _log_result(self, log: SearchLog, outcome: Outcome, best: TrialRecord, test: Metrics) -> None:
+        log.parent_metrics({f"best_validation_{name}": value for name, value in best.metrics.items()})
+        log.parent_metrics({f"best_test_{name}": value for name, value in test.items()})
+        counts = [record.status for record in outcome.records.values()]
+        log.parent_tags({f"orchestrator.{status}": counts.count(status) for status in sorted(set(counts))})
+        log.parent_tags({"orchestrator.best_trial": best.id})
+
+    def _register(
+        self,
+        log: SearchLog,
+        best: list[TrialRecord],
+        tests: dict[str, Metrics],
+        baselines: dict[str, Any],
+        info: BaseModelInfo,
+    ) -> dict[str, Any] | None:
+        """Register the best trials, worst of them first, so that the best is the newest version and takes the alias."""
+        top = best[: self.job.registry.register_top]
+        if not top:
+            return None
+        self.progress.stage(f"registering {self.job.model_name}")
+        log.flush(60.0)
+        version = 0
+        for record in reversed(top):
+            manifest = self._manifest(record, tests[record.id], baselines, info)
+            version = self._register_one(record, manifest, log.run_ids.get(record.id, log.run_id))
+        metric, better = self.job.search.metric, self.job.search.better
+        outcome = self.registry.auto_alias(self.job.model_name, version, self.job.registry.alias, metric, better)
+        self.progress.note(outcome.reason)
+        return {"name": self.job.model_name, "version": version, "alias": outcome.alias}
+
+    def _register_one(self, record: TrialRecord, manifest: Manifest, run_id: str) -> int:
+        from orchestrator.tuning.checkpoint import TrialState
+
+        assert record.checkpoint is not None  # a ranked trial has reported
+        weights = TrialState.from_bytes(record.checkpoint).tensors["best"].float().numpy()
+        with tempfile.TemporaryDirectory() as folder:
+            artifact = PromptArtifact(weights, manifest).save(Path(folder) / "prompt")
+            return self.registry.register(artifact, self.job.model_name, run_id)
+
+    def _manifest(self, record: TrialRecord, test: Metrics, baselines: dict[str, Any], info: BaseModelInfo) -> Manifest:
+        data, verbalizer = self.job.data, self.prepared.task.encoder.verbalizer
+        entries = verbalizer and zip(verbalizer.labels, verbalizer.texts, strict=True)
+        return Manifest(
+            method=self.job.method,
+            num_virtual_tokens=record.spec.num_virtual_tokens,
+            config=record.spec.config(),
+            template=data.template,
+            target=data.target,
+            verbalizer=tuple(VerbalizerEntry(label=label, text=text) for label, text in entries) if entries else None,
+            max_input_tokens=data.max_input_tokens,
+            max_target_tokens=data.max_target_tokens,
+            base_model=BaseModelRecord(**asdict(info)),
+            data=DataRecord(
+                path=data.path if isinstance(data.path, str) else data.path.model_dump_json(exclude_none=True),
+                fingerprint=self.prepared.rows.fingerprint,
+                rows=self.prepared.rows.counts,
+            ),
+            metrics={"validation": record.metrics, "test": test},
+            baselines={name: {split: found[split] for split in SPLITS} for name, found in baselines.items()},
+            steps=record.best_step,
+            search=self.id,
+            trial=record.id,
+            orchestrator_version=__version__,
+        )
+
+    def _document(
+        self,
+        outcome: Outcome,
+        best: TrialRecord,
+        test: Metrics,
+        baselines: dict[str, Any],
+        model: dict[str, Any] | None,
+        log: SearchLog,
+    ) -> dict[str, Any]:
+        return {
+            "search": self.id,
+            "status": "succeeded",
+            "trials": [record.document() for record in outcome.records.values()],
+            "best": {
+                "trial": best.id,
+                "config": best.spec.config(),
+                "metrics": {"validation": best.metrics, "test": test},
+            },
+            "baselines": baselines,
+            "model": model,
+            "mlflow": {"tracking_uri": self.registry.display_uri, "run_id": log.run_id},
+            "seconds": self.clock.seconds(),
+        }
+
+
+BASELINE_NAMES = {"zero_shot": "without a prompt", "instruction": "with the written instruction"}
+
+ProgressFactory = Callable[[JobSpec], Progress]

@@ -1,0 +1,113 @@
+"""Scores of answers: the one computation behind training loss, evaluation and serving.
+
+Shapes: B rows, T input tokens, Y target tokens, V vocabulary, C answers of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from orchestrator.backbone import Backbone, PreparedPrompts, Rows
+
+Ids = Sequence[int]
+
+
+def teacher_forced(
+    backbone: Backbone,
+    prompts: PreparedPrompts | None,
+    inputs: Sequence[Ids],
+    targets: Sequence[Ids],
+    prompt: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """Logits [B, Y, V] that predict the targets, and the targets [B, Y], at the right edge, -100 where a row has none.
+
+    The last target token is never fed: nothing is predicted from it.
+    """
+    rows = Rows.pad([[*ids, *target[:-1]] for ids, target in zip(inputs, targets, strict=True)], prompt, backbone)
+    longest = max(map(len, targets))
+    padded = [[*[-100] * (longest - len(target)), *target] for target in targets]
+    return backbone.target_logits(prompts, rows, longest), torch.tensor(padded, device=backbone.device)
+
+
+def answer_scores(
+    backbone: Backbone,
+    prompts: PreparedPrompts | None,
+    inputs: Sequence[Ids],
+    prompt: Sequence[int],
+    answers: Sequence[Sequence[Ids]],
+) -> list[Tensor]:
+    """For each row the log-probability [C] of each of its answers (sum over the answer's tokens), float32 on the CPU.
+
+    ``answers[b]`` are the token ids that row b chooses from; rows may have different ones. The input runs once,
+    however many answers there are and however long they are.
+    """
+    if prompts is not None and not backbone.prompt_once:
+        return _scores_without_cache(backbone, prompts, inputs, prompt, answers)
+    if all(len(ids) == 1 for choices in answers for ids in choices):
+        rows = Rows.pad(inputs, prompt, backbone)
+        first = backbone.target_logits(prompts, rows, 1)[:, 0].float().log_softmax(-1)
+        return [
+            first[place, torch.tensor([ids[0] for ids in choices], device=first.device)].cpu()
+            for place, choices in enumerate(answers)
+        ]
+    log_probs, _ = answer_tokens(backbone, prompts, inputs, prompt, answers)
+    return _split_by_row(log_probs.sum(1).cpu(), answers)
+
+
+def answer_tokens(
+    backbone: Backbone,
+    prompts: PreparedPrompts | None,
+    inputs: Sequence[Ids],
+    prompt: Sequence[int],
+    answers: Sequence[Sequence[Ids]],
+) -> tuple[Tensor, Tensor]:
+    """Every (row, answer) pair, one after another: log-probability [N, Y] of each token of the answer (0 after its
+    end), and whether greedy decoding would have chosen it [N, Y] (true after its end).
+
+    The input runs once and its cache is shared by the row's answers. Needs the prompt-once path (or no prompts).
+    """
+    state = backbone.run(prompts, Rows.pad(inputs, prompt, backbone))
+    device = backbone.device
+    owner = torch.tensor([row for row, choices in enumerate(answers) for _ in choices], device=device)
+    flat = [list(ids) for choices in answers for ids in choices]
+    longest = max(map(len, flat))
+    target = torch.tensor([[*ids, *[-100] * (longest - len(ids))] for ids in flat], device=device)
+    real = target >= 0
+    logits = state.logits[owner][:, None]
+    if longest > 1:
+        # A fed token at column j predicts column j + 1; a row's last token is fed too where another row goes on.
+        later, _ = backbone.extend(state.select(owner), target[:, :-1].clamp(min=0), real[:, :-1])
+        logits = torch.cat([logits, later], dim=1)
+    return target_log_probs(logits, target), (logits.argmax(-1) == target) | ~real
+
+
+def _scores_without_cache(
+    backbone: Backbone,
+    prompts: PreparedPrompts,
+    inputs: Sequence[Ids],
+    prompt: Sequence[int],
+    answers: Sequence[Sequence[Ids]],
+) -> list[Tensor]:
+    """The plain path: every (row, answer) pair is a row of its own."""
+    pairs = [(row, ids) for row, choices in enumerate(answers) for ids in choices]
+    logits, targets = teacher_forced(
+        backbone,
+        prompts,
+        [inputs[row] for row, _ in pairs],
+        [ids for _, ids in pairs],
+        [prompt[row] for row, _ in pairs],
+    )
+    return _split_by_row(target_log_probs(logits, targets).sum(1).cpu(), answers)
+
+
+def target_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
+    """[B, Y] log-probability of each target token, 0 where there is none. The head's sum runs in float32."""
+    picked = logits.float().log_softmax(-1).gather(2, targets.clamp(min=0)[:, :, None]).squeeze(2)
+    return picked * (targets >= 0)
+
+
+def _split_by_row(scores: Tensor, answers: Sequence[Sequence[Ids]]) -> list[Tensor]:
+    return list(scores.split([len(choices) for choices in answers]))

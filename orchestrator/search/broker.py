@@ -1,0 +1,239 @@
+"""The broker: hands trials to worker slots, carries reports back, and keeps every trial's newest checkpoint.
+
+One asyncio object (an actor in a cluster, a plain object in tests). Three kinds of callers:
+
+* trials (Ray Tune trainables) ``submit`` themselves and then wait in ``next_report``;
+* workers (Ray Train) ``join`` and then loop in ``next_orders``, bringing their reports along;
+* the driver passes on what Tune ``decide``d of each report, asks for an ``evaluation``, and says ``finish``.
+
+A search repeats exactly on one worker because the broker lets nothing race: after a round it hands out the reports one
+by one, in the order of the trials, waits each time for Tune's decision, then waits for the trials that Tune starts in
+the freed slots. Only then the next round begins. The waits are milliseconds and have a limit, so that a trial that
+never comes costs time once, and the repeatability, but never the search.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from orchestrator.errors import JobFailed
+from orchestrator.space import TrialSpec
+from orchestrator.tuning.report import EvaluationJob, Report
+
+PATIENCE_S = 60.0  # the longest wait for a decision or for a trial to start
+IMPATIENCE_S = 0.5  # the same, once a wait has run out
+
+
+@dataclass(frozen=True)
+class Seat:
+    """A trial for a worker's slot, from its newest checkpoint if it has one."""
+
+    trial: str
+    spec: TrialSpec
+    checkpoint: bytes | None
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What a worker does next: free and fill slots, evaluate, train a round; or stop."""
+
+    free: tuple[str, ...] = ()
+    seat: tuple[Seat, ...] = ()
+    evaluate: tuple[tuple[int, EvaluationJob], ...] = ()
+    stop: bool = False
+
+
+@dataclass
+class Entry:
+    """A trial as the broker knows it."""
+
+    number: int
+    spec: TrialSpec
+    worker: str | None = None
+    checkpoint: bytes | None = None
+    reports: asyncio.Queue[Report] = field(default_factory=asyncio.Queue)
+    released: bool = False
+    undecided: bool = False  # a report is with Tune, which has not yet said whether to go on
+
+
+@dataclass
+class Worker:
+    """A worker's slots: who sits, who sits but is not yet known to the worker, who has to leave."""
+
+    capacity: int
+    seated: list[str] = field(default_factory=list)
+    fresh: set[str] = field(default_factory=set)
+    leaving: list[str] = field(default_factory=list)
+
+
+class Broker:
+    """See the module's text. ``total`` is the number of trials that the search will have."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.trials: dict[str, Entry] = {}
+        self.workers: dict[str, Worker] = {}
+        self.jobs: dict[int, EvaluationJob] = {}
+        self.results: dict[int, dict[str, float]] = {}
+        self.finished = False
+        self.failure: str | None = None
+        self.base_model: Any = None  # what the first worker found its backbone to be
+        self.patience = PATIENCE_S
+        self._numbers = itertools.count()
+        self._changed = asyncio.Condition()
+
+    # Trials
+
+    async def submit(self, trial: str, number: int, config: dict[str, Any]) -> None:
+        """A trial that wants a slot. Submitting again (a restarted trainable) goes on from the newest checkpoint."""
+        if trial not in self.trials:
+            self.trials[trial] = Entry(number, TrialSpec.from_config(config))
+        await self._notify()
+
+    async def next_report(self, trial: str) -> Report:
+        """The trial's next evaluation. Raises JobFailed once the search can't go on."""
+        entry = self.trials[trial]
+        async with self._changed:
+            await self._changed.wait_for(lambda: not entry.reports.empty() or self.failure)
+        self._check()
+        return entry.reports.get_nowait()
+
+    async def decide(self, trial: str, goes_on: bool) -> None:
+        """Tune has seen the newest report (or lost the trial): the trial goes on, or its slot is free at once."""
+        if entry := self.trials.get(trial):
+            entry.undecided = False
+            entry.released = not goes_on
+        if entry and entry.released and entry.worker and trial in (worker := self.workers[entry.worker]).seated:
+            worker.seated.remove(trial)
+            worker.leaving.append(trial)
+        await self._notify()
+
+    async def checkpoint(self, trial: str) -> bytes | None:
+        return self.trials[trial].checkpoint
+
+    # Workers
+
+    async def join(self, worker: str, capacity: int, info: Any = None) -> None:
+        """A worker with free slots. If it was here before, its trials wait again, from their checkpoints."""
+        self.workers[worker] = Worker(capacity)
+        self.base_model = info
+        for entry in self.trials.values():
+            if entry.worker == worker:
+                entry.worker = None
+        await self._notify()
+
+    async def next_orders(
+        self, name: str, reports: Sequence[Report] = (), evaluated: Sequence[tuple[int, dict[str, float]]] = ()
+    ) -> Orders:
+        """Take the worker's reports and results; answer with its next orders once there is something to do."""
+        for number, metrics in evaluated:
+            self.jobs.pop(number, None)
+            self.results[number] = metrics
+        await self._notify()
+        worker = self.workers[name]
+        for report in sorted(reports, key=lambda report: self.trials[report.trial].number):
+            await self._deliver(report)
+        while True:
+            await self._trials_to_come(worker)
+            if self.finished or self.failure:
+                return Orders(stop=True)
+            self._assign(name, worker)
+            if self.jobs or worker.seated:
+                return self._orders(worker)
+            async with self._changed:
+                await self._changed.wait_for(lambda: self.jobs or self._waiting() or self.finished or self.failure)
+
+    def _orders(self, worker: Worker) -> Orders:
+        """An evaluation if one is asked for, since somebody waits for it; else a round."""
+        free, worker.leaving = tuple(worker.leaving), []
+        if self.jobs:
+            return Orders(free, evaluate=tuple(self.jobs.items())[:1])
+        fresh = [trial for trial in worker.seated if trial in worker.fresh]
+        worker.fresh.clear()
+        seats = (Seat(trial, self.trials[trial].spec, self.trials[trial].checkpoint) for trial in fresh)
+        return Orders(free, tuple(seats))
+
+    async def _deliver(self, report: Report) -> None:
+        """Hand one report to Tune and wait for its decision."""
+        entry = self.trials[report.trial]
+        if entry.released:
+            return
+        entry.checkpoint = report.checkpoint
+        if report.ending and entry.worker:
+            worker = self.workers[entry.worker]
+            worker.seated = [trial for trial in worker.seated if trial != report.trial]
+        entry.reports.put_nowait(report)
+        entry.undecided = True
+        await self._notify()
+        await self._until(lambda: not entry.undecided)
+
+    async def _trials_to_come(self, worker: Worker) -> None:
+        """Wait while slots are free and Tune still has trials that it has not started."""
+        await self._until(
+            lambda: (
+                len(self.trials) >= self.total
+                or len(worker.seated) + len(self._waiting()) >= worker.capacity
+                or bool(self.jobs)
+            )
+        )
+
+    def _assign(self, name: str, worker: Worker) -> None:
+        for trial in self._waiting()[: worker.capacity - len(worker.seated)]:
+            self.trials[trial].worker = name
+            worker.seated.append(trial)
+            worker.fresh.add(trial)
+
+    def _waiting(self) -> list[str]:
+        """Trials without a slot, first come first served in the order in which Tune made them."""
+        waiting = [trial for trial, entry in self.trials.items() if entry.worker is None and not entry.released]
+        return sorted(waiting, key=lambda trial: self.trials[trial].number)
+
+    # Driver
+
+    async def evaluation(self, job: EvaluationJob) -> dict[str, float]:
+        """Metrics of a job, done by whichever worker comes first."""
+        number = next(self._numbers)
+        self.jobs[number] = job
+        await self._notify()
+        async with self._changed:
+            await self._changed.wait_for(lambda: number in self.results or self.failure)
+        self._check()
+        return self.results.pop(number)
+
+    async def base_model_info(self) -> Any:
+        """What the first worker found its backbone to be; None before any has joined."""
+        return self.base_model
+
+    async def finish(self) -> None:
+        """No more work: workers stop at their next call."""
+        self.finished = True
+        await self._notify()
+
+    async def fail(self, message: str) -> None:
+        """The workers are gone for good: whoever waits gets the reason."""
+        self.failure = message
+        await self._notify()
+
+    def _check(self) -> None:
+        if self.failure:
+            raise JobFailed(self.failure)
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _until(self, condition: Any) -> None:
+        """Wait for ``condition``, at most ``patience`` seconds; after one wait that ran out, be quick for good."""
+
+        async def wait() -> None:
+            async with self._changed:
+                await self._changed.wait_for(lambda: condition() or self.finished or self.failure is not None)
+
+        try:
+            await asyncio.wait_for(wait(), self.patience)
+        except TimeoutError:
+            self.patience = IMPATIENCE_S

@@ -1,0 +1,70 @@
+"""Ray for the length of a search: the cluster that is named, or one on this machine, started and stopped here."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from orchestrator.errors import Unreachable
+from orchestrator.search.placement import Node
+
+# Read by Ray and its workers at their start. Ray's own loggers would write three files a trial.
+ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # an interrupt reaches our own code, which closes the MLflow runs
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+}
+
+
+@contextmanager
+def ray_session(address: str | None = None, verbose: bool = False) -> Iterator[None]:
+    """Connect to ``address``, RAY_ADDRESS or a fresh local Ray; a session that is open already is used and left open.
+
+    Raises Unreachable when a named cluster does not answer.
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if ray.is_initialized():
+        yield
+        return
+    address = address or os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
+    logging.getLogger("ray").setLevel(options["logging_level"])
+    try:
+        if address:
+            ray.init(address=address, runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}, **options)
+        else:
+            ray.init(address="local", include_dashboard=False, **options)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        raise Unreachable(
+            f"no Ray cluster answers at {address or 'this machine'}: {str(error).splitlines()[0]}",
+            "check RAY_ADDRESS or --address (ray://HOST:10001 or HOST:6379), or leave it out to run on this machine",
+        ) from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def nodes() -> list[Node]:
+    """What the live nodes have, and at most what Ray may use of it."""
+    return [
+        Node(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def searches_folder() -> Path:
+    """Where searches keep their state: $ORCHESTRATOR_HOME or .orchestrator, in the working directory."""
+    return Path(os.environ.get("ORCHESTRATOR_HOME", ".orchestrator")).absolute() / "searches"

@@ -1,0 +1,46 @@
+"""Everything that can be refused before anything is spent: rows, labels, model, tokens, context. No weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from orchestrator.base_model import ModelSource, resolve_model
+from orchestrator.data.dataset import SPLITS, RowSplits, load_rows
+from orchestrator.data.encoding import check_context, make_encoder
+from orchestrator.errors import BadInput
+from orchestrator.space import TrialSpec, init_texts, longest, trials
+from orchestrator.spec import JobSpec
+from orchestrator.tuning.engine import Task
+
+INSTRUCTION_END = "\n"  # between a written instruction and the input
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job whose inputs are sound: its trials, its rows and their tokens."""
+
+    job: JobSpec
+    trials: list[TrialSpec]
+    source: ModelSource
+    rows: RowSplits
+    task: Task
+    instructions: list[str]
+
+
+def prepare(job: JobSpec) -> Prepared:
+    """Load and check the job's inputs. Raises BadInput or Unreachable."""
+    rows = load_rows(job.data)
+    source = resolve_model(job.base_model, weights=False)
+    encoder = make_encoder(job.data, rows, source.tokenizer())
+    task = Task(encoder, {split: encoder.encode(rows[split], job.data.target) for split in SPLITS})
+    check_context(encoder, task.splits, longest(job.search.space), source.context_length)
+    instructions = init_texts(job.search.space)
+    for text in instructions:
+        if not encoder.tokenizer(text, add_special_tokens=False)["input_ids"]:
+            raise BadInput(f"search.space.init text {text!r} has no tokens", "write some words")
+        task.instructed[text] = {
+            split: encoder.encode(rows[split], job.data.target, before=text + INSTRUCTION_END)
+            for split in ("validation", "test")
+        }
+        check_context(encoder, task.instructed[text], 0, source.context_length)
+    return Prepared(job, trials(job.search), source, rows, task, instructions)

@@ -1,0 +1,341 @@
+"""The serving application: Ray Serve replicas that hold the backbone and answer HTTP. Only this file imports Ray.
+
+Each replica is a whole server (store, engine, routes); Serve starts, watches and restarts them and spreads requests.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a warning about a default that does not concern us
+
+import ray
+from ray import serve
+from ray.serve.config import HTTPOptions
+from ray.serve.exceptions import RayServeException
+from ray.serve.schema import LoggingConfig
+
+from orchestrator.artifact import BaseModelRecord, read_manifest
+from orchestrator.base_model import resolve_model
+from orchestrator.errors import BadInput, JobFailed, OrchestratorError, Unreachable
+from orchestrator.registry import Registry
+from orchestrator.registry.refs import ModelRef, nearest, parse_ref, printable
+from orchestrator.serving.access import KEYS_VARIABLE, Access, is_loopback, key_digests
+from orchestrator.serving.engine import EngineLimits
+from orchestrator.serving.prompt_store import CHAMPION, MAX_BYTES, POLL_SECONDS, RegistrySource
+from orchestrator.serving.service import RequestLimits
+from orchestrator.spec import BaseModelSpec
+
+log = logging.getLogger(__name__)
+
+APP_NAME = "orchestrator"
+MAX_ONGOING = 4096  # above the engine's own limit, which answers 429 in OpenAI's shape
+START_SECONDS = 600.0  # a large base model takes its time to load
+HEALTH_SECONDS = 60.0
+NEXT_STEP = "orchestrator run jobs/quickstart.yaml registers one"
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """What to serve, where and with what."""
+
+    models: tuple[str, ...] = ()
+    """References as people type them; none serves every registered prompt."""
+    base_model: str | None = None
+    """The frozen model; by default the one that the served prompts were tuned on."""
+    revision: str = "main"
+    dtype: str = "auto"
+    host: str = "127.0.0.1"
+    port: int = 8000
+    tracking_uri: str | None = None
+    registry_uri: str | None = None
+    replicas: int = 1
+    cpus: int | None = None
+    """Cores of a replica; half of this machine's unless given."""
+    gpus: float | None = None
+    """Accelerators of a replica; one where the cluster has any, unless given."""
+    prompt_bytes: int = MAX_BYTES
+    poll_seconds: float = POLL_SECONDS
+    limits: EngineLimits = field(default_factory=EngineLimits)
+    request_limits: RequestLimits = field(default_factory=RequestLimits)
+
+    @property
+    def url(self) -> str:
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)
+        return f"http://{f'[{host}]' if ':' in host and not host.startswith('[') else host}:{self.port}"
+
+    @property
+    def cores(self) -> int:
+        return self.cpus or max(1, (os.cpu_count() or 1) // 2)
+
+
+# A constructor that failed fails again: the reason should reach the person who waits.
+@serve.deployment(
+    name="prompts",
+    max_ongoing_requests=MAX_ONGOING,
+    graceful_shutdown_timeout_s=20,
+    max_constructor_retry_count=1,
+)
+@serve.ingress()
+class PromptReplica:
+    """One replica: loads the backbone itself, by name, and follows the registry on its own."""
+
+    def __init__(
+        self, options: ServeOptions, base: BaseModelSpec, source: RegistrySource, digests: tuple[str, ...], device: str
+    ) -> None:
+        from orchestrator.backbone import load_backbone, set_threads
+        from orchestrator.serving.engine import Engine
+        from orchestrator.serving.metrics import Metrics
+        from orchestrator.serving.prompt_store import PromptStore
+        from orchestrator.serving.service import PromptService
+
+        set_threads(options.cores)
+        backbone = load_backbone(resolve_model(base), device, base.dtype)
+        self.metrics = Metrics()
+        store = PromptStore(backbone, source, options.models, options.prompt_bytes, options.poll_seconds)
+        store.start()
+        engine = Engine(backbone, options.limits, self.metrics.batch)
+        self.service = PromptService(store, engine, options.request_limits)
+        self.access = Access(digests)
+
+    def __serve_build_asgi_app__(self) -> Any:
+        from orchestrator.serving.routes import make_api
+
+        return make_api(self.service, self.access, self.metrics)
+
+    def check_health(self) -> None:
+        """Serve replaces a replica whose engine has died."""
+        if not self.service.healthy:
+            raise RuntimeError("the engine's thread has ended")
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server; ``close`` ends it, and Ray too when it was started for it."""
+
+    url: str
+    base_model: str
+    owns_ray: bool
+
+    def wait(self) -> None:
+        """Until the application ends or the caller is interrupted. JobFailed when it ended by itself."""
+        while True:
+            time.sleep(2)
+            status = serve.status().applications.get(APP_NAME)
+            if status is None or status.status in ("DEPLOY_FAILED", "DELETING"):
+                raise JobFailed("the serving application has ended", "look into Ray's logs for the reason")
+
+    def close(self) -> None:
+        with suppress(RayServeException):  # Serve itself never came up
+            serve.delete(APP_NAME)  # lets the requests under way finish
+        if self.owns_ray:
+            ray.shutdown()
+
+
+def build_app(
+    options: ServeOptions, base: BaseModelSpec | None = None, source: RegistrySource | None = None
+) -> serve.Application:
+    """The application for ``serve.run``. Asks the registry for the base model unless it is given."""
+    source = source or Registry(options.tracking_uri, options.registry_uri)
+    base = base or choose_base_model(options, source)
+    device = "cuda" if options.gpus else "cpu"
+    replica = PromptReplica.options(  # type: ignore[attr-defined]
+        num_replicas=options.replicas,
+        ray_actor_options={"num_cpus": options.cores, "num_gpus": options.gpus or 0},
+    )
+    return replica.bind(options, base, source, key_digests(), device)
+
+
+def application(args: Mapping[str, Any]) -> serve.Application:
+    """Entry for Serve's own config files: ``import_path: orchestrator.serving.app:application``, options as args."""
+    known = {name: value for name, value in args.items() if name != "models"}
+    return build_app(ServeOptions(models=tuple(args.get("models", ())), **known))
+
+
+def start(options: ServeOptions, source: RegistrySource | None = None) -> Server:
+    """Check everything that can be checked, start Ray and Serve as needed, and return when requests are answered.
+
+    BadInput for options that can't work, Unreachable for a registry or cluster that doesn't answer or a taken port.
+    """
+    check_address(options)
+    check_cores(options)
+    source = source or Registry(options.tracking_uri, options.registry_uri)
+    base = choose_base_model(options, source)
+    resolve_model(base, weights=False)
+    owns_ray = _connect_ray(options)
+    options = _with_devices(options)
+    server = Server(options.url, base.id, owns_ray)
+    try:
+        _deploy(options, build_app(options, base, source))
+        _await_running()
+        _await_health(options)
+    except BaseException:
+        server.close()
+        raise
+    return server
+
+
+def serve_forever(options: ServeOptions, source: RegistrySource | None = None) -> None:
+    """Serve until interrupted."""
+    server = start(options, source)
+    try:
+        server.wait()
+    finally:
+        server.close()
+
+
+def check_address(options: ServeOptions) -> None:
+    """BadInput for an open address without keys, Unreachable for a port that is taken."""
+    if not is_loopback(options.host) and not key_digests():
+        raise BadInput(
+            f"--host {options.host} can be reached from other machines, and there are no API keys",
+            f"set {KEYS_VARIABLE} to one key or several, separated by commas, or serve on 127.0.0.1",
+        )
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((options.host.strip("[]"), options.port))
+        except OSError as error:
+            raise Unreachable(
+                f"port {options.port} on {options.host} can't be used: {error.strerror}",
+                "stop the server that holds it, or choose another with --port",
+            ) from None
+
+
+def check_cores(options: ServeOptions) -> None:
+    """BadInput for more cores than this machine has: a cluster may grow, but here Serve would wait for ever."""
+    needed, there = options.cores * options.replicas, os.cpu_count() or 1
+    if not (ray.is_initialized() or os.environ.get("RAY_ADDRESS")) and needed > there:
+        raise BadInput(f"the replicas need {needed} cores, this machine has {there}", "ask for fewer cores or replicas")
+
+
+def choose_base_model(options: ServeOptions, source: RegistrySource) -> BaseModelSpec:
+    """The one base model of everything that is to be served. BadInput when there is nothing, or more than one."""
+    if options.base_model is not None:
+        return BaseModelSpec.model_validate(
+            {"id": options.base_model, "revision": options.revision, "dtype": options.dtype}
+        )
+    records = dict(_base_models(options, source))
+    fingerprints = {record.fingerprint for record in records.values()}
+    if len(fingerprints) > 1:
+        shown = "; ".join(f"{name} on {record.id}" for name, record in records.items())
+        raise BadInput(f"these prompts were tuned on different base models: {shown}", "name those of one base model")
+    record = next(iter(records.values()))
+    return BaseModelSpec.model_validate({"id": record.id, "revision": record.revision, "dtype": options.dtype})
+
+
+def _base_models(options: ServeOptions, source: RegistrySource) -> Iterator[tuple[str, BaseModelRecord]]:
+    """What each prompt to be served was tuned on. A version that can't be read is left out, unless it was named."""
+    snapshot = source.snapshot()
+    refs = [parse_ref(text) for text in options.models] or [ModelRef(name) for name in sorted(snapshot)]
+    found = False
+    problem: OrchestratorError | None = None
+    for ref in refs:
+        try:
+            version = _version(ref, snapshot)
+            yield str(ref), read_manifest(source.fetch(ref.name, version)).base_model
+            found = True
+        except BadInput as error:
+            if options.models:
+                raise
+            log.warning("%s is left out: %s", ref, error.message)
+            problem = error
+    if not found:
+        raise problem or BadInput("no prompt is registered yet", NEXT_STEP)
+
+
+def _version(ref: ModelRef, snapshot: Mapping[str, Mapping[str, int]]) -> int:
+    if ref.name not in snapshot:
+        raise BadInput(f"no registered prompt {printable(ref.name)!r}", nearest(ref.name, snapshot) or NEXT_STEP)
+    if ref.version is not None:
+        return ref.version
+    aliases = snapshot[ref.name]
+    if ref.alias is None and CHAMPION not in aliases and aliases:
+        return next(iter(aliases.values()))  # no champion yet: its other aliases are served
+    if (ref.alias or CHAMPION) not in aliases:
+        raise BadInput(
+            f"{printable(ref.name)} has no alias {ref.alias or CHAMPION!r}",
+            nearest(ref.alias or CHAMPION, aliases) or f"orchestrator promote {ref.name} VERSION",
+        )
+    return aliases[ref.alias or CHAMPION]
+
+
+def _connect_ray(options: ServeOptions) -> bool:
+    """Connect to the cluster at RAY_ADDRESS, or start Ray here; true when it was started here."""
+    if ray.is_initialized():
+        return False
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        ray.init(
+            address=address,
+            namespace=APP_NAME,
+            include_dashboard=None if address else False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            configure_logging=True,
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = f"no Ray cluster answers at {address}" if address else "Ray can't be started here"
+        raise Unreachable(f"{where}: {str(error).splitlines()[0]}", "orchestrator doctor") from None
+    return not address
+
+
+def _with_devices(options: ServeOptions) -> ServeOptions:
+    if options.gpus is not None:
+        return options
+    available: dict[str, float] = ray.cluster_resources()
+    return replace(options, gpus=1.0 if available.get("GPU", 0) >= options.replicas else 0.0)
+
+
+def _deploy(options: ServeOptions, app: serve.Application) -> None:
+    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    http = HTTPOptions(host=options.host, port=options.port)
+    serve.start(proxy_location="EveryNode", http_options=http, logging_config=quiet)
+    target = serve.RunTarget(target=app, name=APP_NAME, route_prefix="/", logging_config=quiet)
+    serve.run_many([target], wait_for_applications_running=False)
+
+
+def _await_running() -> None:
+    """Until the replicas are up. JobFailed with a replica's own error, Unreachable when the cluster has no room."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        state = serve.status().applications[APP_NAME]
+        if state.status == "RUNNING":
+            return
+        if state.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            raise JobFailed(f"the serving application did not start: {_reason(state)}", "look into Ray's logs")
+        time.sleep(0.1)
+    raise Unreachable(
+        f"no replica came up within {START_SECONDS:.0f} s: {_reason(state)}", "free cores on the cluster, or add a node"
+    )
+
+
+def _reason(state: Any) -> str:
+    """The error itself: Serve hands on a whole traceback, whose last line at the margin names it."""
+    messages = [it.message for it in state.deployments.values() if it.message] or [state.message]
+    at_margin = [line for line in messages[0].splitlines() if line and not line[0].isspace()]
+    return at_margin[-1] if at_margin else str(state.status.value)
+
+
+def _await_health(options: ServeOptions) -> None:
+    """Until requests are answered at the address that was asked for."""
+    deadline = time.monotonic() + HEALTH_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"{options.url}/health", timeout=5) as answer:
+                if answer.status == 200:
+                    return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.1)
+    raise Unreachable(f"{options.url} does not answer", "Serve may already run on this cluster with another port")

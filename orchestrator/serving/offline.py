@@ -1,0 +1,64 @@
+"""The offline twin of the server: one artifact, the same computation, no thread and no HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from orchestrator.artifact import read_manifest
+from orchestrator.backbone import Backbone, default_device, load_backbone
+from orchestrator.base_model import resolve_model
+from orchestrator.errors import BadInput
+from orchestrator.serving.generation import Completion, GenerationBatch, GenerationRow, Sampling
+from orchestrator.serving.ranking import answer_probs
+from orchestrator.serving.served_prompt import ServedPrompt, classified, load_prompt
+from orchestrator.spec import BaseModelSpec
+
+Input = str | Mapping[str, Any]
+BATCH_ROWS = 32
+
+
+class OfflineModel:
+    """A prompt on its base model, in this process."""
+
+    def __init__(self, backbone: Backbone, prompt: ServedPrompt) -> None:
+        self.backbone = backbone
+        self.prompt = prompt
+
+    @classmethod
+    def from_artifact(cls, folder: Path | str, backbone: Backbone | None = None) -> OfflineModel:
+        """Load an artifact and, unless given, the base model that its manifest names. BadInput when they don't fit."""
+        folder = Path(folder)
+        if backbone is None:
+            record = read_manifest(folder).base_model
+            source = resolve_model(BaseModelSpec(id=record.id, revision=record.revision))
+            backbone = load_backbone(source, default_device())
+        return cls(backbone, load_prompt(backbone, folder, folder.name, 0))
+
+    def classify(self, inputs: Sequence[Input]) -> list[dict[str, Any]]:
+        """``{"label", "probs"}`` for each text or row. BadInput for a prompt without a verbalizer."""
+        if not self.prompt.answers:
+            raise BadInput("this prompt generates text: it has no labels to choose from", "use complete() instead")
+        encoded = [self.prompt.encode(given, self.prompt.longest_answer) for given in inputs]
+        probs = [
+            row
+            for start in range(0, len(encoded), BATCH_ROWS)
+            for row in self._probs(encoded[start : start + BATCH_ROWS])
+        ]
+        return [classified(self.prompt.labels, self.prompt.label_keys, row) for row in probs]
+
+    def _probs(self, inputs: list[list[int]]) -> list[list[float]]:
+        return answer_probs(self.backbone, [self.prompt] * len(inputs), inputs)
+
+    def complete(self, inputs: Sequence[Input], sampling: Sampling | None = None) -> list[Completion]:
+        """A completion for each text or row, one after another; greedy, up to 64 tokens by default."""
+        sampling = sampling or Sampling(max_tokens=64, temperature=0.0)
+        return [self._complete(self.prompt.encode(given, sampling.max_tokens), sampling) for given in inputs]
+
+    def _complete(self, ids: list[int], sampling: Sampling) -> Completion:
+        row = GenerationRow(self.prompt, ids, sampling)
+        batch = GenerationBatch(self.backbone, [row])
+        while row.completion is None:
+            batch.step()
+        return row.completion

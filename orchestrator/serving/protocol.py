@@ -1,0 +1,218 @@
+"""What goes over the wire: OpenAI's models of requests, answers and errors, and /classify in the same manner."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+MAX_INT = 2**63 - 1
+MAX_COLUMNS = 256
+
+Cell: TypeAlias = str | bool | Annotated[int, Field(ge=-MAX_INT, le=MAX_INT)] | float | None
+Row: TypeAlias = Annotated[dict[str, Cell], Field(max_length=MAX_COLUMNS)]
+ModelName: TypeAlias = Annotated[str, Field(min_length=1, max_length=512)]
+Stop: TypeAlias = Annotated[str, Field(min_length=1, max_length=1000)]
+StopList: TypeAlias = Annotated[list[Stop], Field(max_length=4)]
+
+
+class ApiError(Exception):
+    """An error as the client gets it, in OpenAI's shape."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.code = code
+        self.param = param
+        self.headers = headers or {}
+
+    @property
+    def type(self) -> str:
+        if self.status == 401:
+            return "authentication_error"
+        if self.status == 429:
+            return "rate_limit_error"
+        return "invalid_request_error" if self.status < 500 else "server_error"
+
+    def body(self) -> dict[str, Any]:
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+class WireRequest(BaseModel):
+    """A request body: exact types, and no field that would be silently left undone."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+    harmless: ClassVar[frozenset[str]] = frozenset(
+        {"user", "metadata", "store", "service_tier", "safety_identifier", "stream_options"}
+    )
+    """Fields that clients send along and that change no answer."""
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    """Fields that are not supported, and the values at which they change nothing."""
+
+    model: ModelName
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_what_is_done(cls, body: Any) -> Any:
+        if isinstance(body, dict):
+            for field, value in body.items():
+                cls._check_field(field, value)
+        return body
+
+    @classmethod
+    def _check_field(cls, field: str, value: Any) -> None:
+        if field in cls.neutral:
+            if not any(type(value) is type(one) and value == one for one in (*cls.neutral[field], None)):
+                raise _field_error(field, "is not supported by this server; leave it out")
+        elif field not in cls.model_fields and field not in cls.harmless:
+            close = difflib.get_close_matches(field[:50], [*cls.model_fields, *cls.neutral], n=1)
+            raise _field_error(field, "is not recognised" + (f"; did you mean {close[0]!r}?" if close else ""))
+
+
+class CompletionRequest(WireRequest):
+    """POST /v1/completions. A prompt is put through the served prompt's own template, as it was tuned."""
+
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "n": (1,),
+        "best_of": (1,),
+        "echo": (False,),
+        "logprobs": (),
+        "stream": (False,),
+        "suffix": ("",),
+        "logit_bias": ({},),
+        "presence_penalty": (0, 0.0),
+        "frequency_penalty": (0, 0.0),
+    }
+
+    prompt: str | Annotated[list[str], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_INT)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    stop: Stop | StopList | None = None
+    seed: Annotated[int, Field(ge=-MAX_INT, le=MAX_INT)] | None = None
+
+    @property
+    def prompts(self) -> list[str]:
+        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+class ClassifyRequest(WireRequest):
+    """POST /classify. Each input is a text (for a template with one column) or a row with the template's columns."""
+
+    input: str | Row | Annotated[list[str | Row], Field(min_length=1)]
+
+    @property
+    def inputs(self) -> list[str | dict[str, Any]]:
+        return list(self.input) if isinstance(self.input, list) else [self.input]
+
+
+class Answer(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Usage(Answer):
+    prompt_tokens: int
+    """Tokens of the input as the model saw it, without the virtual tokens."""
+    completion_tokens: int
+    """Tokens made, the end token included."""
+    total_tokens: int
+
+
+class Choice(Answer):
+    index: int
+    text: str
+    finish_reason: Literal["stop", "length"]
+    logprobs: None = None
+
+
+class CompletionAnswer(Answer):
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage
+
+
+class Classified(Answer):
+    index: int
+    label: int | bool | str
+    probs: dict[str, float]
+
+
+class ClassifyAnswer(Answer):
+    object: Literal["list"] = "list"
+    model: str
+    data: list[Classified]
+
+
+class ModelEntry(Answer):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "orchestrator"
+    root: str
+    """The base model."""
+    version: int
+    alias: str
+    labels: list[int | bool | str] | None
+    """What /classify chooses from; null for a prompt that generates text."""
+
+
+class ModelList(Answer):
+    object: Literal["list"] = "list"
+    data: list[ModelEntry]
+
+
+RequestType = TypeVar("RequestType", bound=WireRequest)
+
+
+def parse_body(kind: type[RequestType], body: bytes) -> RequestType:
+    """A request body as its model; ApiError 400 names the field that is wrong."""
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        raise _as_api_error(error.errors(include_url=False, include_context=True)) from None
+
+
+def _field_error(field: str, message: str) -> PydanticCustomError:
+    shown = field if field.isprintable() and len(field) <= 100 else json.dumps(field[:100])
+    return PydanticCustomError("field", "{field!r} {message}", {"field": shown, "message": message})
+
+
+def _as_api_error(problems: list[ErrorDetails]) -> ApiError:
+    first = problems[0]
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"The body is not valid JSON: {first['ctx']['error']}", "invalid_json")
+    if first["type"] == "field":
+        return ApiError(400, first["msg"], "unsupported_parameter", str(first["ctx"]["field"]))
+    where = str(first["loc"][0]) if first["loc"] else None
+    return ApiError(400, _wrong_value(problems), "invalid_value", where)
+
+
+def _wrong_value(problems: list[ErrorDetails]) -> str:
+    """The first problem in words; a union reports one problem for each of its members, all at the same field."""
+    first = problems[0]
+    if not first["loc"]:
+        return "The body must be a JSON object"
+    field = first["loc"][0]
+    if first["type"] == "missing":
+        return f"{field!r} is required"
+    same = list(dict.fromkeys(it["msg"][0].lower() + it["msg"][1:] for it in problems if it["loc"][0] == field))
+    return f"{field!r} is wrong: {'; or '.join(same[:4])}"

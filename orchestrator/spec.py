@@ -1,0 +1,371 @@
+"""The job spec: what a user writes in YAML, as frozen, strict models.
+
+A default lives here and nowhere else: the command line, the docs and the JSON schema read it from these models.
+This module imports neither torch nor Ray; ``job_file`` reads a YAML file into it and reports problems with lines.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeAlias, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+RESERVED_ALIAS = re.compile(r"^(latest|v\d+)$", re.IGNORECASE)
+QUICKSTART = "builtin:quickstart"
+DEFAULT_TRIALS = 16
+MAX_TRIALS = 10_000
+MAX_SEED = 2**32 - 1  # the widest range that every random generator in use takes
+
+FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
+
+
+def template_columns(template: str) -> list[str]:
+    """Columns named in braces, in order of appearance; doubled braces stand for themselves."""
+    return [match.group(1) for match in FIELD.finditer(template) if match.group(1) is not None]
+
+
+# A value's own checks are written as predicates: "<value> names no column" is how job_file reports them.
+def _checked_template(template: str) -> str:
+    lone = re.search(r"[{}]", FIELD.sub("", template))
+    if lone:
+        raise ValueError(f"has a lone {lone.group()}; write {lone.group() * 2} for a brace, {{text}} for a column")
+    columns = template_columns(template)
+    if not columns:
+        raise ValueError("names no column; write at least one column in braces, for instance {text}")
+    if "" in columns:
+        raise ValueError("has braces without a column's name; write for instance {text}, or {{}} for the braces")
+    return template
+
+
+def _free_alias(alias: str) -> str:
+    if RESERVED_ALIAS.match(alias):
+        raise ValueError("is reserved by MLflow (latest, v1, v2, ...); choose another alias")
+    return alias
+
+
+def _ordered(bounds: tuple[float, float]) -> tuple[float, float]:
+    if bounds[0] >= bounds[1]:
+        raise ValueError("is not a range; write the smaller bound first")
+    return bounds
+
+
+T = TypeVar("T")
+
+
+def _without_repeats(values: list[T]) -> list[T]:
+    seen: set[T] = set()
+    for value in values:
+        if value in seen:
+            shown = value.model_dump() if isinstance(value, BaseModel) else value
+            raise ValueError(f"lists {shown} twice; list each value once")
+        seen.add(value)
+    return values
+
+
+Text: TypeAlias = Annotated[str, Field(min_length=1)]
+Name: TypeAlias = Annotated[str, Field(pattern=NAME_PATTERN)]
+PositiveInt: TypeAlias = Annotated[int, Field(ge=1)]
+PositiveFloat: TypeAlias = Annotated[float, Field(gt=0)]
+Seed: TypeAlias = Annotated[int, Field(ge=0, le=MAX_SEED)]
+Fraction: TypeAlias = Annotated[float, Field(gt=0, lt=0.5)]
+Bounds: TypeAlias = Annotated[tuple[PositiveFloat, PositiveFloat], Field(strict=False), AfterValidator(_ordered)]
+Choices: TypeAlias = Annotated[
+    list[T], Field(min_length=1, json_schema_extra={"uniqueItems": True}), AfterValidator(_without_repeats)
+]
+Template: TypeAlias = Annotated[str, Field(min_length=1), AfterValidator(_checked_template)]
+Label: TypeAlias = int | bool | str
+Auto: TypeAlias = Literal["auto"]
+
+
+class Conflict(NamedTuple):
+    """Values that are each allowed and do not fit together. Keys are dotted, relative to the section that checks."""
+
+    where: str  # the key to change first
+    message: str
+    reads: tuple[str, ...]  # the other keys that the check looked at
+
+
+class Section(BaseModel):
+    """A part of the job spec: unknown keys fail, types are exact, values never change after loading."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    def _conflicts(self) -> Iterator[Conflict]:
+        """Checks across keys; a section with any overrides this."""
+        return iter(())
+
+    @model_validator(mode="after")
+    def _values_fit_together(self) -> Self:
+        # One error with all conflicts: raising in the first check would hide the others.
+        conflicts = tuple(self._conflicts())
+        if conflicts:
+            text = "; ".join(f"{conflict.where}: {conflict.message}" for conflict in conflicts)
+            raise PydanticCustomError("conflict", "{text}", {"text": text, "conflicts": conflicts})
+        return self
+
+
+class BaseModelSpec(Section):
+    """The frozen language model."""
+
+    id: Text
+    """Hub id, local folder, or builtin:quickstart."""
+    revision: str = "main"
+    """Branch, tag or commit of a hub model."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the frozen weights; auto is float32 on a CPU and the model's own on an accelerator."""
+
+
+class DataFiles(Section):
+    """Local files, .jsonl/.json, .csv, .tsv or .parquet."""
+
+    train: Text
+    """File with the rows to train on."""
+    validation: Text | None = None
+    """Without one, a part of train is set aside."""
+    test: Text | None = None
+    """Without one, a part of train is set aside."""
+
+
+class RowLimits(Section):
+    """At most so many rows of a split, chosen by the split seed."""
+
+    train: PositiveInt | None = None
+    """Most rows of train; all unless given."""
+    validation: PositiveInt | None = None
+    """Most rows of validation; all unless given."""
+    test: PositiveInt | None = None
+    """Most rows of test; all unless given."""
+
+
+class DataSpec(Section):
+    """Where the rows come from and how a row becomes input text and target."""
+
+    path: Text | DataFiles
+    """Hub data set, builtin:quickstart, or files: {train: a.jsonl, validation: b.csv, test: c.parquet}."""
+    subset: str | None = None
+    """Configuration name of a hub data set."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set."""
+    rename: dict[str, str] = {}
+    """Old column name to new one; a column that is absent is left alone."""
+    template: Template
+    """Input text, with the row's columns in braces, for instance "{text}\\nSpam or not?"."""
+    target: Text
+    """Column with the label (with a verbalizer) or with the text to generate (without one)."""
+    verbalizer: Annotated[dict[Label, Text], Field(min_length=1)] | None = None
+    """Label to the text that stands for it, leading space included."""
+    max_input_tokens: PositiveInt = 256
+    """Longer inputs are cut at the end of their longest column; the template stays whole."""
+    max_target_tokens: PositiveInt = 64
+    """Longest target, end token included; longer ones are refused."""
+    validation_fraction: Fraction = 0.1
+    """Part of train set aside when there is no validation split."""
+    test_fraction: Fraction = 0.1
+    """Part of train set aside when there is no test split."""
+    split_seed: Seed = 0
+    """Seed of the rows set aside and of the rows that limit keeps."""
+    limit: RowLimits = RowLimits()
+    """Use only so many rows of a split."""
+
+
+class TextInit(Section):
+    """Start from the embeddings of a text's tokens, cut or repeated to the prompt's length."""
+
+    text: Text
+    """Its tokens are the start; it may be longer or shorter than the prompt."""
+
+
+class LogUniform(Section):
+    """A range to draw from, evenly on a logarithmic scale."""
+
+    loguniform: Bounds
+    """Lowest and highest value."""
+
+
+class Uniform(Section):
+    """A range to draw from, evenly."""
+
+    uniform: Bounds
+    """Lowest and highest value."""
+
+
+NamedInit: TypeAlias = Literal["random", "sample_vocab", "class_labels"]
+Init: TypeAlias = NamedInit | TextInit
+
+
+class SpaceSpec(Section):
+    """The search space: one value, a list to choose from, or a range to draw from."""
+
+    init: Init | Choices[Init] = "sample_vocab"
+    """How the virtual tokens start: random, from sampled vocabulary, from the labels' words, or from a text."""
+    num_virtual_tokens: PositiveInt | Choices[PositiveInt] = 20
+    """Length of the soft prompt."""
+    learning_rate: PositiveFloat | Choices[PositiveFloat] | LogUniform | Uniform = 0.3
+    """Peak learning rate; soft prompts want large ones."""
+    seed: Seed | Choices[Seed] = 0
+    """Seed of a trial's initialisation and data order."""
+
+
+Metric: TypeAlias = Literal["accuracy", "exact_match", "loss"]
+
+
+class StopSpec(Section):
+    """Targets that end the search early."""
+
+    metric: float | None = None
+    """End once a trial's validation metric is at least as good as this."""
+    minutes: PositiveFloat | None = None
+    """Start no further step after so many minutes of search."""
+
+
+class SearchSpec(Section):
+    """Which trials to run, how to rank them and when to stop."""
+
+    space: SpaceSpec = SpaceSpec()
+    """What the trials differ in."""
+    trials: Annotated[int, Field(ge=1, le=MAX_TRIALS)] | None = None
+    """Trials to draw: the whole grid with searcher grid unless given, otherwise 16. A space with fewer points gives
+    fewer."""
+    searcher: Literal["random", "grid"] = "random"
+    """How trials are drawn from the space: spread at random, or every combination."""
+    scheduler: Literal["asha", "median", "fifo"] = "asha"
+    """How bad trials are stopped early; fifo stops none."""
+    grace_steps: PositiveInt | None = None
+    """First rung of ASHA (no trial is stopped before it); train.evaluate_every unless given."""
+    reduction_factor: Annotated[int, Field(ge=2)] = 3
+    """ASHA keeps one trial in so many at each rung."""
+    metric: Metric = "accuracy"
+    """Validation metric that ranks trials: accuracy ranks the verbalizer's texts, exact_match generates."""
+    mode: Literal["max", "min"] | None = None
+    """max or min; by default what the metric means."""
+    seed: Seed = 0
+    """Seed of the draws from the space."""
+    stop: StopSpec = StopSpec()
+    """Targets that end the search early."""
+
+    def _conflicts(self) -> Iterator[Conflict]:
+        if self.mode not in (None, self.better):
+            text = f"{self.mode} would look for the worst {self.metric}; leave mode out or set {self.better}"
+            yield Conflict("mode", text, ("metric",))
+        if self.searcher == "grid" and isinstance(self.space.learning_rate, LogUniform | Uniform):
+            text = "grid needs listed values and space.learning_rate is a range; list values or use searcher random"
+            yield Conflict("searcher", text, ("space.learning_rate",))
+        target = self.stop.metric
+        if target is not None and self.metric != "loss" and not 0 <= target <= 1:
+            yield Conflict("stop.metric", f"{target:g} is no {self.metric}: it lies between 0 and 1", ("metric",))
+
+    @property
+    def better(self) -> Literal["max", "min"]:
+        """Which way the metric improves."""
+        return "min" if self.metric == "loss" else "max"
+
+
+class TrainSpec(Section):
+    """How one trial is trained."""
+
+    steps: PositiveInt = 500
+    """Most optimiser steps of a trial."""
+    batch_size: PositiveInt = 16
+    """Rows in a step of one trial."""
+    evaluate_every: PositiveInt = 50
+    """Steps between evaluations; each one reports metrics and a checkpoint."""
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    """Optimiser of the soft prompt."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled, times the learning rate for adamw; added as T5X does (not times it) for adafactor."""
+    patience: PositiveInt | None = None
+    """Stop a trial after so many evaluations without a better validation metric."""
+
+
+class ResourcesSpec(Section):
+    """What the workers take of this machine or the cluster."""
+
+    workers: PositiveInt | Auto = "auto"
+    """Worker groups; auto is one for each GPU, or one on a cluster without any."""
+    workers_per_group: Literal[1] = 1
+    """Processes that share one group of trials."""
+    trials_per_worker: PositiveInt | Auto = "auto"
+    """Trials packed into one forward."""
+    cpus_per_worker: PositiveInt | Auto = "auto"
+    """Cores that a worker reserves."""
+    gpus_per_worker: Annotated[float, Field(ge=0)] | Auto = "auto"
+    """Accelerators that a worker reserves; 0 trains on the CPU."""
+    sharding: Literal["none"] = "none"
+    """Whether a group splits the frozen weights among its workers."""
+
+
+class RegistrySpec(Section):
+    """What becomes of the best soft prompts."""
+
+    model: Name | None = None
+    """Registered model; the search's name unless given."""
+    register_top: Annotated[int, Field(ge=0)] = 1
+    """Register so many of the best trials; 0 registers none."""
+    alias: Annotated[Name, AfterValidator(_free_alias)] = "challenger"
+    """Alias of the best new version; promoted to champion when it beats the champion on the same test split."""
+
+
+class JobSpec(Section):
+    """One tuning job: base model, data, method, search space, budget, registered model."""
+
+    name: Name
+    """Name of the search, and of the registered model unless registry.model says otherwise."""
+    base_model: BaseModelSpec
+    """The frozen language model."""
+    data: DataSpec
+    """Rows, and how a row becomes input text and target."""
+    method: Literal["prompt_tuning"] = "prompt_tuning"
+    """What is tuned."""
+    search: SearchSpec = SearchSpec()
+    """Which trials to run, how to rank and when to stop them."""
+    train: TrainSpec = TrainSpec()
+    """How one trial is trained."""
+    resources: ResourcesSpec = ResourcesSpec()
+    """What the workers take of the cluster."""
+    registry: RegistrySpec = RegistrySpec()
+    """What becomes of the best soft prompts."""
+
+    @property
+    def model_name(self) -> str:
+        """Name of the registered model."""
+        return self.registry.model or self.name
+
+    def _conflicts(self) -> Iterator[Conflict]:
+        if self.data.verbalizer is None:
+            yield from self._needs_a_verbalizer()
+        if self.train.evaluate_every > self.train.steps:
+            text = (
+                f"{self.train.evaluate_every} is more than train.steps {self.train.steps}: no trial would be evaluated"
+            )
+            yield Conflict("train.evaluate_every", f"{text}; evaluate at least once", ("train.steps",))
+
+    def _needs_a_verbalizer(self) -> Iterator[Conflict]:
+        if self.search.metric == "accuracy":
+            # Point at what the user wrote: a metric that is only the default has no line of its own.
+            chosen = "metric" in self.search.model_fields_set
+            keys = ("search.metric", "data.verbalizer") if chosen else ("data.verbalizer", "search.metric")
+            text = "search.metric accuracy ranks labels and needs data.verbalizer"
+            yield Conflict(keys[0], f"{text}; add one, or set search.metric to exact_match or loss", keys[1:])
+        inits = self.search.space.init
+        if "class_labels" in (inits if isinstance(inits, list) else [inits]):
+            text = "class_labels needs data.verbalizer; add one or drop class_labels"
+            yield Conflict("search.space.init", text, ("data.verbalizer",))
+
+
+def job_schema() -> dict[str, Any]:
+    """JSON schema of the job spec, for editors: allowed keys, types, choices, defaults, descriptions.
+
+    It can't say what holds across keys, nor that a range is ordered; ``job_file.load_job`` checks those too.
+    """
+    schema = JobSpec.model_json_schema(mode="validation")
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **schema,
+        "title": "prompt-orchestrator job spec",
+    }

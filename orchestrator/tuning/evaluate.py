@@ -1,0 +1,137 @@
+"""Metrics of prompts on a split, several prompts in one forward, without gradients.
+
+``accuracy``: the verbalizer's text with the highest log-probability is the right one. ``exact_match``: greedy decoding
+gives exactly the target's tokens and then the end token; an illegal answer counts as wrong. ``loss``: mean negative
+log-likelihood of the target tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from orchestrator.backbone import Backbone, PreparedPrompts
+from orchestrator.data.encoding import Encoded, Encoder
+from orchestrator.scoring import answer_scores, answer_tokens, target_log_probs, teacher_forced
+
+MAX_TOKENS = 16384  # padded tokens of one forward
+
+
+@dataclass
+class Tally:
+    """Running sums of one prompt over the rows seen so far."""
+
+    rows: int = 0
+    ranked: int = 0
+    exact: int = 0
+    nll: float = 0.0
+    tokens: int = 0
+
+    def metrics(self, ranking: bool) -> dict[str, float]:
+        accuracy = {"accuracy": self.ranked / self.rows} if ranking else {}
+        return {**accuracy, "exact_match": self.exact / self.rows, "loss": self.nll / self.tokens}
+
+
+@torch.inference_mode()
+def evaluate(
+    backbone: Backbone, prompts: Sequence[Tensor] | None, split: Encoded, encoder: Encoder
+) -> list[dict[str, float]]:
+    """Metrics of each prompt [P_k, H] on all rows; ``None`` evaluates the model without a prompt, as one entry."""
+    count = 1 if prompts is None else len(prompts)
+    prepared = None if prompts is None else backbone.prepare(prompts)
+    tallies = [Tally() for _ in range(count)]
+    for rows, owner in _forwards(split, count):
+        _score(backbone, prepared, split, encoder, rows, owner, tallies)
+    return [tally.metrics(bool(encoder.answers)) for tally in tallies]
+
+
+def _forwards(split: Encoded, count: int) -> Iterator[tuple[list[int], list[int]]]:
+    """(rows, prompt of each row), by length, each forward within MAX_TOKENS; every prompt meets every row."""
+    order = sorted(range(len(split)), key=lambda row: split.lengths[row], reverse=True)
+    start = 0
+    while start < len(order):
+        longest = split.lengths[order[start]]
+        rows = order[start : start + max(1, MAX_TOKENS // (longest * count))]
+        start += len(rows)
+        yield [row for _ in range(count) for row in rows], [prompt for prompt in range(count) for _ in rows]
+
+
+def _score(
+    backbone: Backbone,
+    prompts: PreparedPrompts | None,
+    split: Encoded,
+    encoder: Encoder,
+    rows: list[int],
+    owner: list[int],
+    tallies: list[Tally],
+) -> None:
+    judge = _by_answers if encoder.answers and (prompts is None or backbone.prompt_once) else _by_target
+    if all(len(ids) == 1 for ids in encoder.scored_answers):
+        judge = _by_target
+    judged = judge(backbone, prompts, split, encoder, rows, owner)
+    for place, (row, prompt) in enumerate(zip(rows, owner, strict=True)):
+        tally = tallies[prompt]
+        tally.rows += 1
+        tally.exact += judged.exact[place]
+        tally.nll += judged.nll[place]
+        tally.tokens += len(split.targets[row])
+        tally.ranked += bool(judged.ranked) and judged.ranked[place] == split.labels[row]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What one forward says of its rows: exact match, target NLL, and the best answer's place (ranking only)."""
+
+    exact: list[bool]
+    nll: list[float]
+    ranked: list[int]
+
+
+def _by_target(
+    backbone: Backbone,
+    prompts: PreparedPrompts | None,
+    split: Encoded,
+    encoder: Encoder,
+    rows: list[int],
+    owner: list[int],
+) -> Judged:
+    """The right target is fed. Answers of one token each are read off the logits in front of it."""
+    inputs, targets = [split.inputs[row] for row in rows], [split.targets[row] for row in rows]
+    logits, wanted = teacher_forced(backbone, prompts, inputs, targets, owner)
+    nll = -target_log_probs(logits, wanted).sum(1)
+    exact = ((logits.argmax(-1) == wanted) | (wanted < 0)).all(1)
+    answers = encoder.scored_answers
+    ranked: list[int] = []
+    if answers and all(len(ids) == 1 for ids in answers):
+        first = (wanted >= 0).long().argmax(1)
+        scores = logits[torch.arange(len(logits), device=logits.device), first][:, [ids[0] for ids in answers]]
+        ranked = scores.argmax(-1).tolist()
+    elif answers:
+        scored = answer_scores(backbone, prompts, inputs, owner, [answers] * len(inputs))
+        ranked = [int(scores.argmax()) for scores in scored]
+    return Judged(exact.tolist(), nll.tolist(), ranked)
+
+
+def _by_answers(
+    backbone: Backbone,
+    prompts: PreparedPrompts | None,
+    split: Encoded,
+    encoder: Encoder,
+    rows: list[int],
+    owner: list[int],
+) -> Judged:
+    """Every answer is fed after the input's cache, so that longer answers cost the input only once."""
+    count = len(encoder.answers)
+    ended = [[*ids, encoder.end_id] for ids in encoder.answers]
+    log_probs, greedy = answer_tokens(
+        backbone, prompts, [split.inputs[row] for row in rows], owner, [ended] * len(rows)
+    )
+    labels = torch.tensor([split.labels[row] for row in rows], device=log_probs.device)
+    right = torch.arange(len(rows), device=log_probs.device) * count + labels
+    scored = torch.tensor([len(ids) for ids in encoder.scored_answers], device=log_probs.device).repeat(len(rows))
+    counts = torch.arange(log_probs.shape[1], device=log_probs.device)[None, :] < scored[:, None]
+    ranked = (log_probs * counts).sum(1).view(-1, count).argmax(1)
+    return Judged(greedy[right].all(1).tolist(), (-log_probs[right].sum(1)).tolist(), ranked.tolist())

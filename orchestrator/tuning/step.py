@@ -1,0 +1,81 @@
+"""One packed step: losses and gradients of K trials from shared forwards, each as if it were alone.
+
+Each trial's loss is the mean negative log-likelihood over the target tokens (end token included) of its own rows. The
+sum of the K losses is differentiated; a trial's rows see no prompt but its own, so its gradient is its own too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from orchestrator.backbone import Backbone
+from orchestrator.data.bucketing import length_groups
+from orchestrator.data.encoding import Encoded
+from orchestrator.scoring import target_log_probs, teacher_forced
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How a packed batch is cut into forwards; changes time and memory, never the result."""
+
+    forward_overhead: int = 32
+    """Cost of one more forward, in padded tokens."""
+    max_tokens: int | None = None
+    """Padded tokens of one forward at most; None is no limit."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Rows of K trials in one list: ``row`` places in the split, ``trial`` 0..K-1, ``weight`` of each target token."""
+
+    row: list[int]
+    trial: list[int]
+    weight: list[float]
+
+
+def pack(rows_of_trials: Sequence[Sequence[int]], split: Encoded) -> Packed:
+    """Concatenate the trials' rows; a target token weighs 1 / (target tokens of its trial)."""
+    row: list[int] = []
+    trial: list[int] = []
+    weight: list[float] = []
+    for place, rows in enumerate(rows_of_trials):
+        tokens = sum(len(split.targets[number]) for number in rows)
+        row.extend(rows)
+        trial.extend([place] * len(rows))
+        weight.extend([1.0 / tokens] * len(rows))
+    return Packed(row, trial, weight)
+
+
+def packed_gradients(
+    backbone: Backbone,
+    prompts: Sequence[Tensor],
+    rows_of_trials: Sequence[Sequence[int]],
+    split: Encoded,
+    limits: Limits = Limits(),
+) -> list[float]:
+    """Set ``prompt.grad`` of each trial's prompt [P_k, H]; returns the K losses.
+
+    The prompts run once. Rows are grouped by length into forwards; each leaves its gradient on the prompts' keys and
+    values, and one backward at the end carries the sum to the prompts.
+    """
+    packed = pack(rows_of_trials, split)
+    prepared = backbone.prepare(prompts)
+    leaf = prepared.leaf()
+    losses = torch.zeros(len(prompts), device=backbone.device)
+    lengths = [split.lengths[number] for number in packed.row]
+    for group in length_groups(lengths, limits.forward_overhead, limits.max_tokens):
+        numbers = [packed.row[place] for place in group]
+        trial = [packed.trial[place] for place in group]
+        logits, targets = teacher_forced(
+            backbone, leaf, [split.inputs[n] for n in numbers], [split.targets[n] for n in numbers], trial
+        )
+        weight = torch.tensor([packed.weight[place] for place in group], device=backbone.device)
+        row_losses = -target_log_probs(logits, targets).sum(1) * weight
+        row_losses.sum().backward()
+        losses.index_add_(0, torch.tensor(trial, device=backbone.device), row_losses.detach())
+    prepared.backward_from(leaf)
+    return list(losses.tolist())

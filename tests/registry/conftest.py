@@ -1,0 +1,148 @@
+"""Two stores for one contract: an SQLite file, and a real MLflow server on a loopback port."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from orchestrator.artifact import BaseModelRecord, DataRecord, Manifest, PromptArtifact, VerbalizerEntry
+from orchestrator.registry import Registry
+
+MakeArtifact = Callable[..., Path]
+
+
+class Server:
+    """An ``mlflow server`` process that a test may stop and start again on the same store and port."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port: int = probe.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> Server:
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/server.db"]
+        command += ["--artifacts-destination", str(self.folder / "artifacts")]
+        environment = os.environ | {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        }
+        with (self.folder / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        self._await()
+        return self
+
+    def _await(self) -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            try:
+                with urllib.request.urlopen(f"{self.uri}/health", timeout=1):
+                    return
+            except (OSError, urllib.error.URLError):
+                time.sleep(0.1)
+        raise RuntimeError((self.folder / "server.log").read_text())
+
+    def stop(self) -> None:
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)  # the server's own session, with its workers
+            self.process.wait()
+            self.process = None
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    running = Server(tmp_path_factory.mktemp("mlflow-server")).start()
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="session")
+def sqlite_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow sqlite 50%')}/mlflow.db"
+
+
+@pytest.fixture(params=["sqlite", "server"])
+def registry(request: pytest.FixtureRequest, tmp_path: Path) -> Registry:
+    """A registry on each kind of store, with a cache of its own."""
+    uri = request.getfixturevalue("sqlite_uri") if request.param == "sqlite" else request.getfixturevalue("server").uri
+    return Registry(uri, cache_dir=tmp_path / "cache")
+
+
+@pytest.fixture
+def local(sqlite_uri: str, tmp_path: Path) -> Registry:
+    return Registry(sqlite_uri, cache_dir=tmp_path / "cache")
+
+
+_numbers = count(1)
+
+
+@pytest.fixture
+def name() -> str:
+    """A model and search name that no other test uses: the stores are shared, their schema takes seconds to make."""
+    return f"sms-spam.{next(_numbers)}"
+
+
+@pytest.fixture
+def make_artifact(tmp_path: Path) -> MakeArtifact:
+    def make(accuracy: float = 0.9, hidden: int = 8, fingerprint: str = "f" * 64, data: str = "d" * 64) -> Path:
+        base = BaseModelRecord(
+            id="builtin:quickstart",
+            revision="main",
+            model_type="gpt2",
+            hidden_size=hidden,
+            vocab_size=100,
+            context_length=128,
+            fingerprint=fingerprint,
+            tokenizer_digest="t" * 64,
+        )
+        manifest = Manifest(
+            method="prompt_tuning",
+            num_virtual_tokens=5,
+            config={"init": "sample_vocab", "num_virtual_tokens": 5, "learning_rate": 0.3, "seed": 0},
+            template="{text}\nSpam or not?",
+            target="label",
+            verbalizer=(VerbalizerEntry(label=0, text=" ham"), VerbalizerEntry(label=1, text=" spam")),
+            max_input_tokens=32,
+            max_target_tokens=4,
+            base_model=base,
+            data=DataRecord(path="`odd` <b>data</b>", fingerprint=data, rows={"train": 10, "test": 5}),
+            metrics={"validation": {"accuracy": 0.91}, "test": {"accuracy": accuracy, "loss": 1 - accuracy}},
+            baselines={"zero_shot": {"test": {"accuracy": 0.23}}},
+            steps=100,
+            search="sms-spam",
+            trial="t1",
+            orchestrator_version="0.1.0",
+        )
+        weights = np.random.default_rng(0).normal(size=(5, hidden)).astype(np.float32)
+        return PromptArtifact(weights, manifest).save(tmp_path / f"artifact-{next(_numbers)}")
+
+    return make
+
+
+@pytest.fixture
+def register(registry: Registry, name: str, make_artifact: MakeArtifact) -> Callable[..., int]:
+    """Registers a new artifact under the test's name, in one search run."""
+    with registry.start_search(name, {}, {}) as search:
+        run_id = search.run_id
+
+    def call(**changes: Any) -> int:
+        return registry.register(make_artifact(**changes), name, run_id)
+
+    return call

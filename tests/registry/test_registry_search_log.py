@@ -1,0 +1,169 @@
+"""A search in MLflow: runs, states, histories, and what happens when the server goes away."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.errors import BadInput, JobFailed, Unreachable
+from orchestrator.registry import Registry
+from orchestrator.registry.entries import load_entries
+
+CONFIG = {"init": {"text": "Classify."}, "num_virtual_tokens": 20, "learning_rate": 0.3, "seed": 1}
+
+
+def run(registry: Registry, run_id: str) -> Any:
+    return registry._store.client.get_run(run_id)
+
+
+def history(registry: Registry, run_id: str, metric: str) -> list[tuple[int, float]]:
+    points = registry._store.client.get_metric_history(run_id, metric)
+    return sorted((point.step, point.value) for point in points)
+
+
+def test_a_search_is_a_parent_run_with_a_child_a_trial(registry: Registry, name: str) -> None:
+    with registry.start_search(name, {"train.steps": 100}, {"job": "quickstart"}) as search:
+        search.trial_started("t1", CONFIG)
+        for step in (10, 20):
+            search.trial_metrics("t1", step, {"validation_accuracy": step / 100, "loss": math.nan})
+        search.trial_ended("t1", "finished")
+        search.parent_metrics({"zero_shot_test_accuracy": 0.23})
+        search.parent_tags({"best_trial": "t1"})
+    parent, child = run(registry, search.run_id), run(registry, search.run_ids["t1"])
+    assert parent.info.status == child.info.status == "FINISHED"
+    assert parent.data.params == {"train.steps": "100"}
+    assert parent.data.metrics == {"zero_shot_test_accuracy": 0.23}
+    assert parent.data.tags["job"] == "quickstart" and parent.data.tags["best_trial"] == "t1"
+    assert child.data.tags["mlflow.parentRunId"] == search.run_id
+    assert child.info.run_name == "text 'Classify.', 20 tokens, lr 0.3, seed 1"
+    assert child.data.params["init"] == '{"text": "Classify."}'
+    assert history(registry, child.info.run_id, "validation_accuracy") == [(10, 0.1), (20, 0.2)]
+    assert "loss" not in child.data.metrics
+    assert child.data.tags["orchestrator.not_finite"] == "loss was nan at step 20"
+
+
+def test_a_state_is_mlflows_status_and_a_tag(registry: Registry, name: str) -> None:
+    """Stopped by the scheduler is a normal end; what still runs when the search ends is killed."""
+    search = registry.start_search(name, {}, {})
+    for state in ("finished", "stopped", "failed", "interrupted"):
+        search.trial_started(state, CONFIG)
+        search.trial_ended(state, state, error="out of memory" if state == "failed" else "")
+    search.trial_started("running", CONFIG)
+    search.finish("KILLED")
+    search.close()
+    ended = {trial: run(registry, run_id) for trial, run_id in search.run_ids.items()}
+    assert {trial: it.info.status for trial, it in ended.items()} == {
+        "finished": "FINISHED",
+        "stopped": "FINISHED",
+        "failed": "FAILED",
+        "interrupted": "KILLED",
+        "running": "KILLED",
+    }
+    assert ended["stopped"].data.tags["orchestrator.state"] == "stopped"
+    assert ended["failed"].data.tags["orchestrator.error"] == "out of memory"
+    assert ended["running"].data.tags["orchestrator.state"] == "interrupted"
+    assert run(registry, search.run_id).info.status == "KILLED"
+
+
+def test_thousands_of_reports_go_out_in_few_calls(registry: Registry, name: str) -> None:
+    """More than MLflow takes in one call; queueing them takes no time."""
+    with registry.start_search(name, {f"p{number}": number for number in range(250)}, {}) as search:
+        search.trial_started("t1", CONFIG)
+        started = time.perf_counter()
+        for step in range(2500):
+            search.trial_metrics("t1", step, {"loss": float(step)})
+        assert time.perf_counter() - started < 0.5
+    points = history(registry, search.run_ids["t1"], "loss")
+    assert points == [(step, float(step)) for step in range(2500)]
+    assert len(run(registry, search.run_id).data.params) == 250
+
+
+def test_a_resumed_search_goes_on_in_the_same_runs(registry: Registry, name: str) -> None:
+    """Runs are found by their trial's tag, so an interruption that lost the table of runs makes no second one."""
+    search = registry.start_search(name, {}, {})
+    search.trial_started("t1", CONFIG)
+    search.trial_metrics("t1", 10, {"loss": 1.0})
+    search.finish("KILLED")
+    with registry.resume_search(search.run_id) as again:
+        assert again.run_ids == search.run_ids
+        again.trial_started("t1", CONFIG)
+        again.trial_metrics("t1", 20, {"loss": 0.5})
+        again.trial_ended("t1", "finished")
+    child = run(registry, search.run_ids["t1"])
+    assert (again.run_id, again.run_ids) == (search.run_id, search.run_ids)
+    assert child.info.status == run(registry, search.run_id).info.status == "FINISHED"
+    assert history(registry, child.info.run_id, "loss") == [(10, 1.0), (20, 0.5)]
+
+
+def test_an_error_in_the_search_ends_its_run_as_failed(registry: Registry, name: str) -> None:
+    with pytest.raises(RuntimeError, match="worker lost"), registry.start_search(name, {}, {}) as search:
+        raise RuntimeError("worker lost")
+    assert run(registry, search.run_id).info.status == "FAILED"
+
+
+def test_a_refused_entry_is_reported_and_the_rest_written(registry: Registry, name: str, tmp_path: Path) -> None:
+    """A parameter never changes in MLflow; neither silence nor a lost search is the answer to one that does."""
+    search = registry.start_search(name, {"p": 1}, {}, spill=tmp_path / "left.jsonl")
+    assert search.flush(10)
+    search.parent_params({"p": 2})
+    assert search.flush(10)
+    search.parent_metrics({"m": 1.0})
+    with pytest.raises(JobFailed, match="refused 1 entries"):
+        search.finish()
+    assert load_entries(tmp_path / "left.refused.jsonl")[0].params == {"p": "2"}
+    parent = run(registry, search.run_id)
+    assert parent.info.status == "FINISHED" and parent.data.metrics == {"m": 1.0}
+
+
+def test_a_deleted_experiment_is_refused_before_anything_runs(registry: Registry, name: str) -> None:
+    search = registry.start_search(name, {}, {})
+    search.finish()
+    registry._store.client.delete_experiment(search.experiment_id)
+    with pytest.raises(BadInput, match="was deleted in MLflow"):
+        registry.start_search(name, {}, {})
+
+
+def test_artifacts_lie_beside_the_database(local: Registry, name: str) -> None:
+    """Not below whatever working directory the search was started in."""
+    with local.start_search(name, {}, {}) as search:
+        pass
+    experiment = local._store.client.get_experiment(search.experiment_id)
+    assert (
+        Path(experiment.artifact_location)
+        == Path(local.tracking_uri.removeprefix("sqlite:///")).parent / "mlruns" / name
+    )
+
+
+def test_nothing_is_lost_when_the_server_restarts_or_stays_away(server: Any, name: str, tmp_path: Path) -> None:
+    """Reports during an outage arrive after it; an outage to the end leaves a file that a resumed search writes."""
+    registry, spill = Registry(server.uri), tmp_path / "left.jsonl"
+    patient = registry.start_search(name, {}, {}, patience=30)
+    hasty = registry.start_search(name, {}, {}, spill=spill, patience=0.5)
+    for search in (patient, hasty):
+        search.trial_started("t1", CONFIG)
+        search.trial_metrics("t1", 10, {"loss": 1.0})
+        assert search.flush(10)
+    server.stop()
+    for search in (patient, hasty):
+        started = time.perf_counter()
+        search.trial_started("t2", CONFIG)
+        search.trial_metrics("t1", 20, {"loss": 0.5})
+        assert time.perf_counter() - started < 0.1
+    with pytest.raises(Unreachable, match="could not be written") as failure:
+        hasty.finish()
+    assert str(spill) in failure.value.hint
+    assert [entry.kind for entry in load_entries(spill)] == ["start", "log", "finish"]
+    assert not patient.flush(0)
+    server.start()
+    patient.finish()
+    with registry.resume_search(hasty.run_id, spill=spill) as again:
+        pass
+    assert not spill.exists()
+    for search in (patient, again):
+        assert history(registry, search.run_ids["t1"], "loss") == [(10, 1.0), (20, 0.5)]
+        assert set(search.run_ids) == {"t1", "t2"}
+        assert run(registry, search.run_id).info.status == "FINISHED"

@@ -1,0 +1,238 @@
+"""The job spec's models: strict types, checks across keys, and the JSON schema that editors use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jsonschema  # type: ignore[import-untyped,unused-ignore]
+import pytest
+from pydantic import ValidationError
+
+from orchestrator.spec import (
+    Conflict,
+    JobSpec,
+    LogUniform,
+    RegistrySpec,
+    SearchSpec,
+    SpaceSpec,
+    TextInit,
+    Uniform,
+    job_schema,
+    template_columns,
+)
+
+
+def job(**sections: Any) -> dict[str, Any]:
+    """The smallest good job, with ``sections`` in place of its own."""
+    smallest: dict[str, Any] = {
+        "name": "sms-spam",
+        "base_model": {"id": "builtin:quickstart"},
+        "data": {"path": "a.jsonl", "template": "{text}", "target": "label", "verbalizer": {0: " ham", 1: " spam"}},
+    }
+    return smallest | sections
+
+
+def full_job() -> dict[str, Any]:
+    """A job with a value for most keys, ranges and texts among them."""
+    return job(
+        data={
+            "path": {"train": "a.jsonl", "test": "c.parquet"},
+            "rename": {"sms": "text"},
+            "template": "{text}\nSpam or not? {{}}",
+            "target": "label",
+            "verbalizer": {0: " ham", 1: " spam"},
+            "limit": {"train": 100},
+        },
+        search={
+            "space": {
+                "init": ["random", "class_labels", {"text": "Classify the message."}],
+                "num_virtual_tokens": [5, 20],
+                "learning_rate": {"loguniform": [0.003, 0.5]},
+                "seed": [0, 1],
+            },
+            "trials": 32,
+            "stop": {"metric": 0.98, "minutes": 5},
+        },
+        resources={"workers": 2, "gpus_per_worker": 0.5},
+        registry={"model": "sms", "alias": "challenger"},
+    )
+
+
+def conflicts(sections: dict[str, Any]) -> list[str]:
+    """Keys of the conflicts in a job."""
+    with pytest.raises(ValidationError) as caught:
+        JobSpec.model_validate(job(**sections))
+    found: list[Conflict] = [
+        conflict for detail in caught.value.errors() for conflict in detail.get("ctx", {}).get("conflicts", ())
+    ]
+    return [conflict.where for conflict in found]
+
+
+DATA_WITHOUT_VERBALIZER = {"path": "a.jsonl", "template": "{text}", "target": "label"}
+
+
+def test_the_smallest_job_has_a_default_for_everything_else() -> None:
+    """Three sections are enough; the registered model takes the search's name."""
+    spec = JobSpec.model_validate(job())
+    assert (spec.train.steps, spec.search.metric, spec.model_name) == (500, "accuracy", "sms-spam")
+
+
+def test_a_dumped_spec_loads_as_the_same_spec() -> None:
+    """model_dump and model_validate are inverse, ranges, texts and label types included."""
+    spec = JobSpec.model_validate(full_job())
+    assert JobSpec.model_validate(spec.model_dump()) == spec
+
+
+@pytest.mark.parametrize("value", ["5", True, 5.0, None])
+def test_an_integer_is_only_an_integer(value: Any) -> None:
+    """Text, truth values and floats are not taken for whole numbers."""
+    with pytest.raises(ValidationError):
+        SpaceSpec.model_validate({"num_virtual_tokens": value})
+
+
+@pytest.mark.parametrize("value", ["0.1", True, float("nan"), float("inf"), 0, -1])
+def test_a_learning_rate_is_a_finite_number_above_zero(value: Any) -> None:
+    """Text, truth values, infinities and everything not above zero are refused."""
+    with pytest.raises(ValidationError):
+        SpaceSpec.model_validate({"learning_rate": value})
+
+
+def test_a_whole_number_is_a_good_learning_rate() -> None:
+    """Strict floats still take whole numbers, which YAML writes without a point."""
+    assert SpaceSpec.model_validate({"learning_rate": [1, 0.1]}).learning_rate == [1.0, 0.1]
+
+
+def test_labels_keep_their_type() -> None:
+    """The verbalizer's keys stay numbers, truth values or text: rows are looked up by them."""
+    data = DATA_WITHOUT_VERBALIZER | {"verbalizer": {0: " a", "1": " b", True: " c"}}
+    labels = list(JobSpec.model_validate(job(data=data)).data.verbalizer or {})
+    assert [type(label) for label in labels] == [int, str, bool]
+
+
+@pytest.mark.parametrize("section", [LogUniform, Uniform])
+def test_a_range_is_ordered(section: type[LogUniform] | type[Uniform]) -> None:
+    """A range whose bounds are equal or the wrong way round is refused."""
+    name = next(iter(section.model_fields))
+    for bounds in ([0.5, 0.003], [0.5, 0.5]):
+        with pytest.raises(ValidationError, match="smaller bound first"):
+            section.model_validate({name: bounds})
+
+
+def test_a_list_names_each_value_once() -> None:
+    """Repeats in a list are refused: they would weigh a value twice and repeat trials."""
+    for space in ({"seed": [0, 1, 0]}, {"init": [TextInit(text="a"), TextInit(text="a")]}, {"learning_rate": [1, 1.0]}):
+        with pytest.raises(ValidationError, match="twice"):
+            SpaceSpec.model_validate(space)
+
+
+@pytest.mark.parametrize("alias", ["latest", "Latest", "v1", "V20"])
+def test_aliases_that_mlflow_reserves_are_refused(alias: str) -> None:
+    """latest and v1, v2, ... can't be aliases."""
+    with pytest.raises(ValidationError, match="reserved by MLflow"):
+        RegistrySpec(alias=alias)
+
+
+@pytest.mark.parametrize("template", ["no column", "{{text}}", "a { b {text}", "{text} }", "{text} {}"])
+def test_a_template_names_columns_and_has_no_lone_brace(template: str) -> None:
+    """A template without a column, with a brace too many or an empty name is refused."""
+    with pytest.raises(ValidationError):
+        JobSpec.model_validate(job(data=DATA_WITHOUT_VERBALIZER | {"template": template, "verbalizer": {0: "a"}}))
+
+
+def test_template_columns_reads_doubled_braces_as_text() -> None:
+    """Columns come in order of appearance; {{ and }} name nothing."""
+    assert template_columns("{{a}} {b} {c d}{{{e}}}") == ["b", "c d", "e"]
+
+
+def test_accuracy_and_class_labels_need_a_verbalizer() -> None:
+    """Both conflicts are found at once, and at the key that the user wrote."""
+    chosen = {"metric": "accuracy", "space": {"init": ["random", "class_labels"]}}
+    assert conflicts({"data": DATA_WITHOUT_VERBALIZER, "search": chosen}) == ["search.metric", "search.space.init"]
+    assert conflicts({"data": DATA_WITHOUT_VERBALIZER}) == ["data.verbalizer"]
+
+
+def test_a_job_that_generates_needs_no_verbalizer() -> None:
+    """exact_match and loss work without labels."""
+    for metric in ("exact_match", "loss"):
+        JobSpec.model_validate(job(data=DATA_WITHOUT_VERBALIZER, search={"metric": metric}))
+
+
+def test_mode_can_only_be_what_the_metric_means() -> None:
+    """mode min with accuracy, or max with loss, would look for the worst trial."""
+    assert conflicts({"search": {"mode": "min"}}) == ["mode"]
+    assert conflicts({"search": {"metric": "loss", "mode": "max"}}) == ["mode"]
+    assert SearchSpec(metric="loss", mode="min").better == "min"
+
+
+def test_a_grid_needs_listed_values() -> None:
+    """searcher grid is refused with a range of learning rates."""
+    space = {"learning_rate": {"uniform": [0.1, 0.2]}}
+    assert conflicts({"search": {"searcher": "grid", "space": space}}) == ["searcher"]
+
+
+def test_a_target_out_of_the_metrics_reach_is_refused() -> None:
+    """An accuracy of 98 is a per cent mistaken for a fraction; a loss has no upper bound."""
+    assert conflicts({"search": {"stop": {"metric": 98}}}) == ["stop.metric"]
+    SearchSpec.model_validate({"metric": "loss", "stop": {"metric": 98}})
+
+
+def test_every_trial_is_evaluated_at_least_once() -> None:
+    """evaluate_every above steps is refused."""
+    assert conflicts({"train": {"steps": 10, "evaluate_every": 20}}) == ["train.evaluate_every"]
+
+
+# -- JSON schema ------------------------------------------------------------------------------------------------------
+
+
+def as_json(value: Any) -> Any:
+    """A job as an editor sees it: JSON has no keys but text."""
+    if isinstance(value, dict):
+        return {str(key): as_json(inner) for key, inner in value.items()}
+    return [as_json(inner) for inner in value] if isinstance(value, list) else value
+
+
+def test_the_schema_is_valid_and_titled() -> None:
+    """The schema is a JSON schema of draft 2020-12 itself."""
+    schema = job_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    assert schema["$schema"].endswith("2020-12/schema")
+    assert schema["title"] == "prompt-orchestrator job spec"
+
+
+def test_the_schema_describes_every_key_and_closes_every_section() -> None:
+    """Each key has a description, each optional one its default, and unknown keys fail in each section."""
+    schema = job_schema()
+    for section in [schema, *schema["$defs"].values()]:
+        assert section["additionalProperties"] is False
+        assert section["description"]
+        for key, value in section["properties"].items():
+            # A key whose words are those of its section has them there.
+            section_of = schema["$defs"].get(value.get("$ref", "").rsplit("/", 1)[-1], {})
+            assert value.get("description") or section_of.get("description"), key
+            assert key in section.get("required", ()) or "default" in value, key
+
+
+@pytest.mark.parametrize("good", [job(), full_job()])
+def test_the_schema_accepts_good_jobs(good: dict[str, Any]) -> None:
+    """What the models accept, the schema accepts."""
+    jsonschema.validate(as_json(good), job_schema(), jsonschema.Draft202012Validator)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        job(nmae="x"),
+        job(name="has spaces"),
+        job(train={"steps": 0}),
+        job(train={"steps": "5"}),
+        job(search={"space": {"seed": [1, 1]}}),
+        job(search={"space": {"learning_rate": {"loguniform": [0.1]}}}),
+        {"name": "x"},
+    ],
+)
+def test_the_schema_refuses_what_the_models_refuse(bad: dict[str, Any]) -> None:
+    """Unknown keys, wrong types, values out of range, repeats and missing keys fail in the editor already."""
+    with pytest.raises(ValidationError):
+        JobSpec.model_validate(bad)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(as_json(bad), job_schema(), jsonschema.Draft202012Validator)
