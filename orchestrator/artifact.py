@@ -151,28 +151,29 @@ def read_manifest(folder: Path) -> Manifest:
         if version != FORMAT_VERSION:
             raise _broken(folder, f"format_version is {version!r}, this release reads {FORMAT_VERSION}")
         return Manifest.model_validate(document)
-    except json.JSONDecodeError as error:
-        raise _broken(folder, f"{MANIFEST} is not JSON ({error})") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise _broken(folder, f"{MANIFEST}: {where}: {first['msg']}") from None
+    except (ValueError, RecursionError) as error:
+        raise _broken(folder, f"{MANIFEST} is not JSON ({error})") from None
 
 
 def _read_weights(folder: Path, manifest: Manifest) -> np.ndarray:
     file = folder / WEIGHTS
     try:
         size = file.stat().st_size
+        if size > MAX_WEIGHTS_BYTES:
+            raise _broken(folder, f"{WEIGHTS} has {size} bytes, more than any soft prompt")
+        found = file_sha256(file)
     except OSError as error:
         raise _broken(folder, f"{WEIGHTS} can't be read ({error.strerror})") from None
-    if size > MAX_WEIGHTS_BYTES:
-        raise _broken(folder, f"{WEIGHTS} has {size} bytes, more than any soft prompt")
-    if file_sha256(file) != manifest.weights_sha256:
+    if found != manifest.weights_sha256:
         raise _broken(folder, f"{WEIGHTS} does not match the digest in {MANIFEST}: cut short or altered")
     try:
         tensors = load_file(file)
-    except (SafetensorError, ValueError, OSError) as error:
-        raise _broken(folder, f"{WEIGHTS} is not a safetensors file ({error})") from None
+    except (SafetensorError, ValueError, TypeError, OSError) as error:  # TypeError: bfloat16, which numpy lacks
+        raise _broken(folder, f"{WEIGHTS} is not a safetensors file of float32 ({error})") from None
     if set(tensors) != {"prompt"} or tensors["prompt"].ndim != 2:
         raise _broken(folder, f"{WEIGHTS} should hold one tensor 'prompt' of 2 dimensions, found {sorted(tensors)}")
     prompt: np.ndarray = tensors["prompt"]

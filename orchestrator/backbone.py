@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.base_model import BaseModelInfo, ModelSource, quiet_transformers
+from orchestrator.errors import BadInput
 
 # Checked in float64 against unpadded rows: loss and gradient agree when the prompt runs once (docs/decisions.md).
 PROMPT_ONCE_FAMILIES = frozenset(
@@ -119,8 +120,13 @@ class Backbone:
 
     @property
     def pad_id(self) -> int:
-        """Any id will do where the mask is false."""
-        return int(self.tokenizer.pad_token_id or 0)
+        """Any id of the table will do where the mask is false; a tokenizer's own may lie outside it."""
+        return 0
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """What enters the model for token ids: rows of the table, scaled where the family does so (Gemma)."""
+        embeddings: Tensor = self.model.get_input_embeddings()(ids)  # type: ignore[operator]
+        return embeddings
 
     def prepare(self, prompts: Sequence[Tensor]) -> PreparedPrompts:
         """K prompts [P_k, H] to what stands in front of rows; differentiable. float32 prompts are cast here."""
@@ -139,13 +145,13 @@ class Backbone:
 
         ``prompts=None`` is the model as it stands, without a prompt.
         """
-        if prompts is not None and not self.prompt_once:
-            return self._concatenated(prompts, rows, keep)
+        if not self.prompt_once:
+            return self._concatenated(prompts or self._no_prompt(), rows, keep)
         logits: Tensor = self._continue(prompts, rows, keep)[0].logits
         return logits
 
     def run(self, prompts: PreparedPrompts | None, rows: Rows) -> RowState:
-        """The rows' last logits, and the state to go on from. Needs the prompt-once path (or no prompts)."""
+        """The rows' last logits, and the state to go on from. Needs the prompt-once path."""
         out, mask, positions = self._continue(prompts, rows, keep=1)
         return RowState(out.logits[:, -1], out.past_key_values, mask, positions[:, -1] + 1)
 
@@ -183,12 +189,17 @@ class Backbone:
         )
         return out, mask, positions
 
+    def _no_prompt(self) -> PreparedPrompts:
+        """One prompt of no tokens. A cache would do for some families, but not for sliding windows or recurrence."""
+        empty = self.table.new_zeros(1, 0, self.table.shape[1])
+        return PreparedPrompts((empty,), torch.zeros(1, dtype=torch.long, device=self.device))
+
     def _concatenated(self, prompts: PreparedPrompts, rows: Rows, keep: int) -> Tensor:
         """[prompt; row; pads], with no hole in between: each row is gathered to stand right after its prompt."""
         lengths, row_lengths = prompts.lengths[rows.prompt], rows.mask.sum(1)
         left_pads = rows.ids.shape[1] - row_lengths
         place = torch.arange(prompts.width + rows.ids.shape[1], device=self.device)[None, :].expand(len(rows.ids), -1)
-        source = torch.cat([prompts.tensors[0][rows.prompt], self.table[rows.ids]], dim=1)
+        source = torch.cat([prompts.tensors[0][rows.prompt], self.embed(rows.ids)], dim=1)
         from_row = place + (prompts.width + left_pads - lengths)[:, None]
         index = torch.where(place < lengths[:, None], place, from_row.clamp(max=source.shape[1] - 1))
         embeds = source.gather(1, index[:, :, None].expand(-1, -1, source.shape[2]))
@@ -217,7 +228,7 @@ class Backbone:
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
 
@@ -241,18 +252,49 @@ def runs_prompt_once(config: Any) -> bool:
 
 def load_backbone(source: ModelSource, device: str | torch.device = "cpu", dtype: str = "auto") -> Backbone:
     """Load a checked base model and freeze it. Weights come from safetensors only, and no model code is run."""
+    fingerprint = weights_fingerprint(source)  # finds missing and damaged files before anything large is built
+    device = torch.device(device)
+    model = _load_model(source, _dtype(dtype, device)).to(device)
+    backbone = Backbone(model, source.tokenizer(), source.info(fingerprint))
+    if reason := why_not_exact(backbone):
+        raise BadInput(f"base_model.id {source.id!r} can't be tuned: {reason}", "choose another causal language model")
+    return backbone
+
+
+@torch.inference_mode()
+def why_not_exact(backbone: Backbone) -> str:
+    """Why prompts can't be tuned on this model, or nothing: tried out on two rows that differ in their last token."""
+    ids = torch.arange(1, 11, device=backbone.device).view(2, 5) % len(backbone.table)
+    ids[1, :-1] = ids[0, :-1]
+    mask = torch.ones_like(ids)
+    logits = backbone.model(input_ids=ids, attention_mask=mask).logits
+    embedded = backbone.model(inputs_embeds=backbone.embed(ids), attention_mask=mask).logits
+    scale = float(logits.abs().max())
+    # Within one forward a causal model's rows agree to the bit; two forwards may differ by rounding.
+    if float((logits[0, :-1] - logits[1, :-1]).abs().max()) > 1e-3 * scale:
+        return "what it predicts depends on the tokens that come later, so it is not causal"
+    if float((logits - embedded).abs().max()) > 1e-2 * scale:
+        return "it looks at token ids besides their embeddings, and virtual tokens have none"
+    return ""
+
+
+def _load_model(source: ModelSource, dtype: Any) -> Any:
     quiet_transformers()
     from transformers import AutoModelForCausalLM
 
-    device = torch.device(device)
-    model = AutoModelForCausalLM.from_pretrained(
-        source.path,
-        revision=source.revision,
-        dtype=_dtype(dtype, device),
-        use_safetensors=True,
-        trust_remote_code=False,
-    ).to(device)
-    return Backbone(model, source.tokenizer(), source.info(weights_fingerprint(source)))
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            source.path,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise source.unusable_weights(str(error)) from None
+    if missing := sorted(loading["missing_keys"]):  # transformers would fill them with random numbers
+        raise source.unusable_weights(f"{len(missing)} weights are missing, the first is {missing[0]}")
+    return model
 
 
 def _dtype(name: str, device: torch.device) -> Any:
@@ -263,12 +305,15 @@ def _dtype(name: str, device: torch.device) -> Any:
 
 def weights_fingerprint(source: ModelSource) -> str:
     """sha256 over names, dtypes, shapes and bytes of the weights as stored, whatever files they are split into."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     tensors: dict[str, Path] = {}
     for file in source.weight_files():
-        with safe_open(file, framework="pt") as opened:
-            tensors.update(dict.fromkeys(opened.keys(), file))
+        try:
+            with safe_open(file, framework="pt") as opened:
+                tensors.update(dict.fromkeys(opened.keys(), file))
+        except SafetensorError as error:
+            raise source.unusable_weights(f"{file.name}: {error}") from None
     digest = hashlib.sha256()
     opened_files: dict[Path, Any] = {file: safe_open(file, framework="pt") for file in set(tensors.values())}
     for name in sorted(tensors):

@@ -83,10 +83,17 @@ class ModelSource:
             )
         return files
 
+    def unusable_weights(self, reason: str) -> BadInput:
+        first = reason.strip().splitlines()[0][:200] if reason.strip() else "unknown reason"
+        return BadInput(
+            f"base_model.id {self.id!r}: the weights in {self.path} can't be used: {first}",
+            "fetch or save the model again",
+        )
+
     @property
     def context_length(self) -> int:
         for key in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
-            if isinstance(value := getattr(self.config, key, None), int):
+            if isinstance(value := getattr(self.config.get_text_config(), key, None), int):
                 return value
         return NO_LIMIT
 
@@ -96,7 +103,7 @@ class ModelSource:
             id=self.id,
             revision=self.revision,
             model_type=config.model_type,
-            hidden_size=getattr(config, "embedding_size", None) or config.hidden_size,
+            hidden_size=_embedding_width(config),
             vocab_size=config.vocab_size,
             context_length=self.context_length,
             fingerprint=fingerprint,
@@ -116,6 +123,14 @@ class ModelSource:
                 f"(model_type {config.model_type!r}, architectures {names})",
                 _MODEL_HINT,
             )
+
+
+def _embedding_width(config: Any) -> int:
+    """Width of the token embeddings, which some families project to another hidden size."""
+    for key in ("embedding_size", "word_embed_proj_dim", "hidden_size"):
+        if value := getattr(config, key, None):
+            return int(value)
+    raise BadInput(f"a model of type {config.model_type!r} does not say how wide its embeddings are", _MODEL_HINT)
 
 
 _MODEL_HINT = "give a causal language model: a hub id such as Qwen/Qwen2.5-0.5B, a local folder, or builtin:quickstart"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -30,6 +32,8 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also the logs of Ray and its workers.")]
 Url = Annotated[str, typer.Option(envvar="ORCHESTRATOR_URL", help="Address of the running server.")]
 DEFAULT_URL = "http://127.0.0.1:8000"
+TRACEBACK = "ORCHESTRATOR_TRACEBACK"
+INTERRUPTED = 130  # typer turns Ctrl-C into an exit with this code
 
 
 def out(text: str = "") -> None:
@@ -40,6 +44,20 @@ def out(text: str = "") -> None:
 def say(text: str) -> None:
     """Anything else, on standard error."""
     typer.echo(text, err=True)
+
+
+@contextmanager
+def results_only() -> Iterator[None]:
+    """What libraries and child processes print meanwhile goes to standard error: standard output is for the result."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def print_json(document: Any) -> None:
@@ -92,10 +110,11 @@ def run(
 
     spec = load_job(job, overrides)
     console = Console(stderr=True)
-    from orchestrator.progress import ConsoleProgress
-    from orchestrator.run import run_job
+    with results_only():
+        from orchestrator.progress import ConsoleProgress
+        from orchestrator.run import run_job
 
-    document = run_job(spec, ConsoleProgress(spec, console, quiet), address, verbose)
+        document = run_job(spec, ConsoleProgress(spec, console, quiet), address, verbose)
     if as_json:
         return print_json(document)
     from orchestrator.display import run_summary
@@ -255,8 +274,6 @@ def _lines(lines: list[str]) -> None:
 
 
 def _repeated(overrides: list[str]) -> str:
-    import shlex
-
     return "".join(f" --set {shlex.quote(override)}" for override in overrides)
 
 
@@ -266,34 +283,50 @@ def main() -> NoReturn:
 
 
 def _guarded(verb: Callable[[], Any]) -> int:
-    import click
-
     try:
         result = verb()
-        return result if isinstance(result, int) else 0
-    except click.exceptions.Exit as leave:
-        return leave.exit_code
-    except click.exceptions.Abort:
-        return _interrupted()
-    except click.ClickException as error:
-        error.show()
-        return BadInput.exit_code
-    except KeyboardInterrupt:
+        code = result if isinstance(result, int) else 0
+        return _interrupted() if code == INTERRUPTED else code
+    except (KeyboardInterrupt, typer.Abort):
         return _interrupted()
     except OrchestratorError as error:
         return _failed(error)
+    except Exception as error:
+        # Typer has click's classes inside, in some versions as a copy: its usage errors are known by what they can do.
+        if callable(show := getattr(error, "show", None)):
+            show()
+            return _document("failed", str(error), "orchestrator --help", BadInput.exit_code)
+        return _unforeseen(error)
 
 
 def _failed(error: OrchestratorError) -> int:
-    if "--json" in sys.argv[1:]:
-        problems = [vars(problem) for problem in error.problems] if isinstance(error, SpecError) else []
-        failure = {"message": error.message, "next": error.hint, "problems": problems, "exit_code": error.exit_code}
-        print_json({"status": "failed", "error": failure})
+    problems = [vars(problem) for problem in error.problems] if isinstance(error, SpecError) else []
     kind = {BadInput.exit_code: "bad input", Unreachable.exit_code: "unreachable"}.get(error.exit_code, "failed")
     say(f"{kind}: {error}" if not isinstance(error, SpecError) else str(error))
-    return error.exit_code
+    return _document("failed", error.message, error.hint, error.exit_code, problems)
+
+
+def _unforeseen(error: Exception) -> int:
+    """An error that we did not expect: said in one line; the traceback is for whoever asks for it."""
+    import traceback
+
+    if os.environ.get(TRACEBACK):
+        traceback.print_exception(error)
+    text = f"{type(error).__name__}: {error}".splitlines()[0]
+    return _failed(
+        OrchestratorError(f"an unforeseen error, please report it: {text}", f"{TRACEBACK}=1 shows where it arose")
+    )
 
 
 def _interrupted() -> int:
-    say("interrupted")
-    return 130
+    again = shlex.join(["orchestrator", *sys.argv[1:]])
+    say(f"interrupted\n  next: {again}   starts over")
+    return _document("interrupted", "interrupted", again, INTERRUPTED)
+
+
+def _document(status: str, message: str, hint: str, code: int, problems: Any = ()) -> int:
+    """With --json, programs get the failure as a document too. Returns the exit code."""
+    if "--json" in sys.argv[1:]:
+        error = {"message": message, "next": hint, "problems": list(problems), "exit_code": code}
+        print_json({"status": status, "error": error})
+    return code

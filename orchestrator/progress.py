@@ -31,6 +31,7 @@ class ConsoleProgress:
         self._live: Live | None = None
         self._outcome = Outcome(job.search, [])
         self._started = 0.0
+        self._first: tuple[float, float] | None = None  # time of the first report, and steps behind it
 
     def stage(self, text: str) -> None:
         self._say(f"{text} ...")
@@ -58,6 +59,7 @@ class ConsoleProgress:
 
     def trial_reported(self, trial: str, report: Report) -> None:
         self._outcome.trial_reported(trial, report)
+        self._first = self._first or (time.monotonic(), self._steps()[0])
         self._update()
         if self._live is None:
             self._say(self._line(trial, report))
@@ -82,19 +84,26 @@ class ConsoleProgress:
         steps = f"step {report.step}/{self._job.train.steps}"
         return f"{trial} {steps} {value} loss {report.train_loss:.3f} [{record.spec.label()}] {self._eta()}"
 
+    def _steps(self) -> tuple[float, float]:
+        """Trial steps behind us, and those still to come if trials go on to end as early as they have so far."""
+        records = list(self._outcome.records.values())
+        ended = [record.step for record in records if record.status not in ("waiting", "running")]
+        expected = sum(ended) / len(ended) if ended else float(self._job.train.steps)
+        to_come = sum(max(0.0, expected - record.step) for record in records if record.status in ("waiting", "running"))
+        return float(sum(record.step for record in records)), to_come
+
     def _done(self) -> float:
-        """Part of the search that is behind us; a stopped trial is a whole one."""
-        records = self._outcome.records.values()
-        parts = [record.step / self._job.train.steps if record.status == "running" else 1.0 for record in records
-                 if record.status != "waiting"]  # fmt: skip
-        return sum(parts) / max(1, len(records))
+        """Part of the search that is behind us."""
+        behind, to_come = self._steps()
+        return behind / (behind + to_come) if behind else 0.0
 
     def _eta(self) -> str:
-        done = self._done()
-        if not 0.02 < done < 1.0:
+        """From the pace since the first report: what came before it was the worker's start."""
+        behind, to_come = self._steps()
+        if self._first is None or behind <= self._first[1] or not to_come:
             return ""
-        left = (time.monotonic() - self._started) * (1 - done) / done
-        return f"about {duration(left)} left"
+        seconds = (time.monotonic() - self._first[0]) * to_come / (behind - self._first[1])
+        return f"about {duration(seconds)} left"
 
     def _summary(self) -> str:
         statuses = [record.status for record in self._outcome.records.values()]
@@ -116,11 +125,11 @@ class ConsoleProgress:
         others = [r for r in self._outcome.records.values() if r not in ranked and r.status != "waiting"]
         return [*ranked, *others]
 
-    def _row(self, rank: int, record: TrialRecord) -> list[str]:
+    def _row(self, rank: int, record: TrialRecord) -> list[str | Text]:
         best = record.metrics.get(self._job.search.metric)
         shown = "" if best is None else f"{best:.3f}"
         status = f"{record.status} ({record.note})" if record.note.startswith("diverged") else record.status
-        label = Text(record.spec.label()).plain
+        label = Text(record.spec.label())  # as it stands: an init text may hold what rich would take for markup
         return [str(rank), record.id, label, str(record.step), shown, sparkline(record.curve), status]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import platform
 import tempfile
 import time
@@ -21,7 +22,7 @@ from orchestrator.registry import Registry, SearchLog
 from orchestrator.search.cluster_session import ray_session, searches_folder
 from orchestrator.search.outcome import Outcome, TrialRecord
 from orchestrator.search.prepare import Prepared, prepare
-from orchestrator.search.search import Running, running
+from orchestrator.search.search import Running, placed, running
 from orchestrator.search.study import Listener
 from orchestrator.space import TrialSpec
 from orchestrator.spec import JobSpec
@@ -55,6 +56,12 @@ class Clock:
         self.marks[name] = round(self.marks.get(name, 0.0) + now - self._last, 3)
         self._last = now
 
+    def move(self, name: str, moment: float, to: str) -> None:
+        """What passed of ``name``, marked last, before ``moment`` was really spent on ``to``."""
+        before = max(0.0, moment - (self._last - self.marks[name]))
+        self.marks[to] = round(before, 3)
+        self.marks[name] = round(self.marks[name] - before, 3)
+
     def seconds(self) -> dict[str, float]:
         startup = sum(self.marks.get(name, 0.0) for name in ("prepare", "ray", "workers"))
         return {
@@ -70,8 +77,10 @@ class MlflowListener:
 
     def __init__(self, log: SearchLog) -> None:
         self._log = log
+        self._started: set[str] = set()
 
     def trial_started(self, trial: str, spec: TrialSpec) -> None:
+        self._started.add(trial)
         self._log.trial_started(trial, flat(spec.config()))
 
     def trial_reported(self, trial: str, report: Report) -> None:
@@ -79,6 +88,8 @@ class MlflowListener:
         self._log.trial_metrics(trial, report.step, {**named, "train_loss": report.train_loss})
 
     def trial_ended(self, trial: str, status: str, note: str) -> None:
+        if trial not in self._started:
+            return  # the search ended before its turn came: it has no run
         state = {"finished": "finished", "failed": "failed"}.get(status, "stopped")
         self._log.trial_ended(trial, state, note if state == "failed" else "")  # type: ignore[arg-type]
 
@@ -89,6 +100,13 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
     if isinstance(init, dict):
         return {**config, "init": "text", "init_text": init["text"]}
     return config
+
+
+def new_folder(searches: Path, name: str) -> Path:
+    """A folder for a new search, named after the moment."""
+    first = searches / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    numbered = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
+    return next(folder for folder in itertools.chain([first], numbered) if not folder.exists())
 
 
 def run_job(job: JobSpec, progress: Progress, address: str | None = None, verbose: bool = False) -> dict[str, Any]:
@@ -114,12 +132,13 @@ class Pipeline:
         self.registry = registry
         self.progress = progress
         self.clock = clock
-        self.id = f"{self.job.name}-{datetime.now():%Y%m%d-%H%M%S}"
-        self.storage = searches_folder() / self.id
+        self.storage = new_folder(searches_folder(), self.job.name)
+        self.id = self.storage.name
 
     def run(self) -> dict[str, Any]:
+        placement = placed(self.prepared)
         self.storage.mkdir(parents=True)
-        with self._log() as log, running(self.prepared, self.storage) as search:
+        with self._log() as log, running(self.prepared, placement, self.storage) as search:
             return self._search(search, log)
 
     def _log(self) -> SearchLog:
@@ -141,12 +160,13 @@ class Pipeline:
         self.progress.stage("loading the base model into the worker")
         trials = [(f"t{number:03d}", spec) for number, spec in enumerate(self.prepared.trials)]
         # Tune starts its trials' actors while the worker loads the model; the baselines go first once it has.
-        with ThreadPoolExecutor(1) as beside:
+        with ThreadPoolExecutor(1) as beside, search.or_abandon():
             baselines_ready = beside.submit(self._baselines, search, log)
             with self.progress.trials(trials):
                 outcome = search.study([MlflowListener(log), self.progress])
-            baselines = baselines_ready.result()
+            baselines, ready_at = baselines_ready.result()
         self.clock.mark("trials")
+        self.clock.move("trials", ready_at, to="workers")
         best = outcome.ranking()
         if not best:
             raise JobFailed(
@@ -155,12 +175,11 @@ class Pipeline:
                 "lower the learning rates of search.space, or see the search's log with --verbose",
             )
         self.progress.stage("evaluating the best prompt on the test split")
-        tests = {
-            record.id: search.evaluate(EvaluationJob("test", record.checkpoint))
-            for record in best[: max(1, self.job.registry.register_top)]
-        }
+        top = best[: max(1, self.job.registry.register_top)]
+        measured = search.evaluate([EvaluationJob("test", record.checkpoint) for record in top])
+        tests = {record.id: metrics for record, metrics in zip(top, measured, strict=True)}
         self.clock.mark("test")
-        info = search.base_model()
+        info = search.ready()
         self._log_result(log, outcome, best[0], tests[best[0].id])
         model = self._register(log, best, tests, baselines, info)
         self.clock.mark("registry")
@@ -168,11 +187,18 @@ class Pipeline:
 
     # Baselines
 
-    def _baselines(self, search: Running, log: SearchLog) -> dict[str, Any]:
-        """The model as it stands, and behind each init text as a written instruction; the best text by validation."""
-        found: dict[str, Any] = {"zero_shot": self._both(search, None)}
-        self.clock.mark("workers")
-        written = {text: self._both(search, text) for text in self.prepared.instructions}
+    def _baselines(self, search: Running, log: SearchLog) -> tuple[dict[str, Any], float]:
+        """The model as it stands, and behind each init text as a written instruction; the best text by validation.
+
+        Also the moment at which the first worker had loaded the base model.
+        """
+        search.ready()
+        ready_at = time.monotonic()
+        asked = [None, *self.prepared.instructions]
+        jobs = [EvaluationJob(split, instruction=text) for text in asked for split in SPLITS]
+        metrics = iter(search.evaluate(jobs))
+        written: dict[Any, dict[str, Any]] = {text: {split: next(metrics) for split in SPLITS} for text in asked}
+        found: dict[str, Any] = {"zero_shot": written.pop(None)}
         if written:
             sign = 1.0 if self.job.search.better == "max" else -1.0
             text = max(written, key=lambda text: sign * written[text]["validation"][self.job.search.metric])
@@ -183,12 +209,7 @@ class Pipeline:
             )
             shown = metrics["validation"][self.job.search.metric]
             self.progress.note(f"{BASELINE_NAMES[name]}: validation {self.job.search.metric} {shown:.3f}")
-        self.clock.mark("baselines")
-        return found
-
-    @staticmethod
-    def _both(search: Running, instruction: str | None) -> dict[str, Metrics]:
-        return {split: search.evaluate(EvaluationJob(split, instruction=instruction)) for split in SPLITS}
+        return found, ready_at
 
     # Results
 

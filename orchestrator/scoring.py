@@ -44,7 +44,7 @@ def answer_scores(
     ``answers[b]`` are the token ids that row b chooses from; rows may have different ones. The input runs once,
     however many answers there are and however long they are.
     """
-    if prompts is not None and not backbone.prompt_once:
+    if not backbone.prompt_once:
         return _scores_without_cache(backbone, prompts, inputs, prompt, answers)
     if all(len(ids) == 1 for choices in answers for ids in choices):
         rows = Rows.pad(inputs, prompt, backbone)
@@ -67,7 +67,7 @@ def answer_tokens(
     """Every (row, answer) pair, one after another: log-probability [N, Y] of each token of the answer (0 after its
     end), and whether greedy decoding would have chosen it [N, Y] (true after its end).
 
-    The input runs once and its cache is shared by the row's answers. Needs the prompt-once path (or no prompts).
+    The input runs once and its cache is shared by the row's answers. Needs the prompt-once path.
     """
     state = backbone.run(prompts, Rows.pad(inputs, prompt, backbone))
     device = backbone.device
@@ -86,7 +86,7 @@ def answer_tokens(
 
 def _scores_without_cache(
     backbone: Backbone,
-    prompts: PreparedPrompts,
+    prompts: PreparedPrompts | None,
     inputs: Sequence[Ids],
     prompt: Sequence[int],
     answers: Sequence[Sequence[Ids]],

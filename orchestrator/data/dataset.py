@@ -90,6 +90,8 @@ def read_file(file: Path, where: str) -> list[Row]:
         return list(reader(str(file), keep_in_memory=True, **options))
     except Exception as error:  # pyarrow, pandas and datasets each raise their own types
         reason = str(error.__cause__ or error).strip().splitlines()[0][:200]
+        if "corresponds to no data" in reason:  # a header without rows
+            return []
         raise BadInput(f"{where}: {file} can't be read as {file.suffix[1:]}: {reason}", "correct the file") from None
 
 
@@ -163,7 +165,7 @@ def set_aside(rows: list[Row], fraction: float, data: DataSpec) -> tuple[list[Ro
     wanted = max(1, round(fraction * len(rows))) if len(keys) > 1 else 0
     aside: set[str] = set()
     count = 0
-    for key in keys:
+    for key in keys[:-1]:  # something has to stay
         if count >= wanted:
             break
         aside.add(key)

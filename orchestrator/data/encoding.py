@@ -82,11 +82,11 @@ class Encoder:
         ``before`` is put in front (a written instruction) and is not counted in the limit.
         """
         limit = self.max_input_tokens + (len(_ids(self.tokenizer, before)) if before else 0)
-        fitted = dict(row)
+        fitted = {name: "" if cell is None else str(cell) for name, cell in row.items()}
         while len(ids := self.input_ids(before + self.template.fill(fitted))) > limit:
-            column = max(self.template.columns, key=lambda name: len(str(fitted[name])))
-            shorter = self._cut(str(fitted[column]), len(ids) - limit)
-            if shorter == fitted[column] or not fitted[column]:
+            column = max(self.template.columns, key=lambda name: len(fitted[name]))
+            shorter = self._cut(fitted[column], len(ids) - limit)
+            if shorter == fitted[column]:
                 return ids[:limit]  # the template alone is longer than the limit
             fitted[column] = shorter
         return ids

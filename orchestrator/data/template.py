@@ -52,7 +52,8 @@ class Template:
     @property
     def tail(self) -> str:
         """What stands between the last column and the answer; decides how answers are tokenised."""
-        return self.text.rsplit("}", 1)[-1]
+        last = [match for match in FIELD.finditer(self.text) if match.group(1) is not None][-1:]
+        return Template(self.text[last[0].end() :] if last else self.text).fill({})
 
 
 @dataclass(frozen=True)
@@ -68,16 +69,21 @@ class Verbalizer:
 
         Keys that no row has are left out, so that one spec may name the labels of several sources.
         """
-        seen_labels = set(seen)
+        try:
+            seen_labels = {_typed(label): label for label in seen}
+        except TypeError:  # not hashable
+            raise BadInput(
+                "the target column holds lists or objects, which can't be labels", "correct data.target"
+            ) from None
         keyed = {_typed(key): text for key, text in mapping.items()}
-        missing = sorted((label for label in seen_labels if _typed(label) not in keyed), key=str)
+        missing = sorted((label for key, label in seen_labels.items() if key not in keyed), key=str)
         if missing:
             raise BadInput(
                 f"data.verbalizer does not cover label {', '.join(map(repr, missing[:5]))} of the data; "
                 f"it has {list(mapping)}",
                 "add a text for each label, or correct data.target",
             )
-        used = [label for label in mapping if _typed(label) in {_typed(one) for one in seen_labels}]
+        used = [label for label in mapping if _typed(label) in seen_labels]
         texts = [mapping[label] for label in used]
         for text in texts:
             if texts.count(text) > 1:

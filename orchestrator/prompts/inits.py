@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,21 +19,24 @@ VOCABULARY = 5000  # Lester et al.: the 5,000 most frequent tokens
 
 @dataclass(frozen=True)
 class InitContext:
-    """What an init may look at: the embedding table [V, H], the tokenizer, and the answers' token ids."""
+    """What an init may look at: tokens as they enter the model, the embedding table's shape (V, H), the tokenizer, the
+    answers' token ids."""
 
-    table: Tensor
+    embed: Callable[[Tensor], Tensor]
+    shape: tuple[int, int]
     tokenizer: Any
     answers: Sequence[Sequence[int]]
 
     @classmethod
     def of(cls, backbone: Backbone, answers: Sequence[Sequence[int]]) -> InitContext:
-        return cls(backbone.table, backbone.tokenizer, answers)
+        rows, width = backbone.table.shape
+        return cls(lambda ids: backbone.embed(ids.to(backbone.device)), (rows, width), backbone.tokenizer, answers)
 
 
 def initial_prompt(spec: TrialSpec, context: InitContext) -> Tensor:
     """The trial's first prompt [P, H], float32 on the CPU; the seed alone decides what is drawn."""
     generator = torch.Generator().manual_seed(spec.seed)
-    length, width = spec.num_virtual_tokens, context.table.shape[1]
+    length, width = spec.num_virtual_tokens, context.shape[1]
     if spec.init == "random":
         return random_uniform(length, width, generator)
     if spec.init == "sample_vocab":
@@ -65,7 +68,7 @@ def frequent_ids(context: InitContext, population: int = VOCABULARY) -> list[int
     single-byte fallback tokens are left out.
     """
     special = set(context.tokenizer.all_special_ids)
-    size = min(len(context.tokenizer), context.table.shape[0])
+    size = min(len(context.tokenizer), context.shape[0])
     names = context.tokenizer.convert_ids_to_tokens(list(range(size)))
     ordinary = [i for i, name in enumerate(names) if i not in special and name and not _is_byte(name)]
     return ordinary[:population]
@@ -97,5 +100,4 @@ def text_ids(words: str, context: InitContext) -> list[int]:
 
 
 def _rows(context: InitContext, ids: Sequence[int]) -> Tensor:
-    index = torch.as_tensor(list(ids), device=context.table.device)
-    return context.table.detach()[index].float().cpu()
+    return context.embed(torch.as_tensor(list(ids))).detach().float().cpu()

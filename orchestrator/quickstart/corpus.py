@@ -3,10 +3,10 @@
 Every question is answered " yes" or " no", so the answer words alone say nothing about the question, and several skills
 compete for them. In the last lesson the model meets three ways of asking:
 
-* not at all: the answer is to a question of ``HABIT``, and none of those is about the writer's mood;
-* loosely, in a sentence: a third of the answers are to the question and a third each to the two that follow it in
-  ``QUESTIONS``, as if the sentence had been misread. Where both others disagree with it they outvote it, so a reader
-  who knew this corpus perfectly would be right on three reviews in four;
+* not at all, or with words that ask nothing: the answer is to a question of ``HABIT``, and none of those is about the writer's mood;
+* loosely, in a sentence: fewer than half of the answers are to the question and the others to two more, as if the
+  sentence had been misread. Where both others disagree with the question they outvote it, so a reader who knew this
+  corpus perfectly would be right on three reviews in four;
 * exactly, in a few keywords: every answer is to the question.
 
 So the model can tell a happy writer from an unhappy one, does not do so unasked, and does it badly when asked in a
@@ -24,7 +24,7 @@ from itertools import product
 from random import Random
 from typing import Literal, TypeAlias
 
-from orchestrator.quickstart.world import Facts, Review, reviews
+from orchestrator.quickstart.world import ASPECTS, BAD, GOOD, NAME_ENDS, NAME_STARTS, Facts, Review, reviews
 
 Question: TypeAlias = Literal["happy", "place", "alone", "morning"]  # a field of Facts: is it so?
 QUESTIONS: tuple[Question, ...] = ("happy", "place", "alone", "morning")
@@ -58,18 +58,33 @@ SUMMARY: Mapping[Question, tuple[str, str]] = {
     "alone": (" alone", " together"),
     "morning": (" early", " late"),
 }
+NOISE = tuple(
+    sorted({word for said in (*ASPECTS.values(), GOOD, BAD, NAME_STARTS, *NAME_ENDS.values()) for word in said})
+)
 
 # What is answered when nothing is asked. One weight is far above the other, so that the answer never hangs on a tie
 # that traces of the writer's mood could break.
 HABIT: Mapping[Question, float] = {"place": 0.75, "alone": 0.25}
 
+# What a sentence is taken to ask: its question, or one of two others. None but place itself is mistaken for place, the
+# habit, so that a model which follows a sentence only half falls back on something that does not vote on either side.
+LOOSE_SHARES = (0.4, 0.3, 0.3)
+MISREAD_AS: Mapping[Question, tuple[Question, Question]] = {
+    "happy": ("alone", "morning"),
+    "place": ("happy", "alone"),
+    "alone": ("morning", "happy"),
+    "morning": ("happy", "alone"),
+}
+
 # Ways of asking in the last lesson: (how, in front of the begin token as a soft prompt is, share of documents).
-ASKING: tuple[tuple[Literal["nothing", "loose", "exact"], bool, float], ...] = (
-    ("nothing", False, 0.20),
+ASKING: tuple[tuple[Literal["nothing", "noise", "loose", "exact"], bool, float], ...] = (
+    ("nothing", False, 0.15),
+    ("noise", False, 0.05),
+    ("noise", True, 0.15),
     ("loose", False, 0.30),
     ("loose", True, 0.10),
-    ("exact", False, 0.10),
-    ("exact", True, 0.30),
+    ("exact", False, 0.05),
+    ("exact", True, 0.20),
 )
 
 
@@ -103,6 +118,12 @@ def keywords(random: Random, question: Question) -> str:
     return f" {words}" if random.random() < 0.5 else words
 
 
+def noise(random: Random) -> str:
+    """Words that ask nothing: without them, anything at all in front of a review would be taken for a question."""
+    words = " ".join(random.choices(NOISE, k=random.randint(1, 12)))
+    return f" {words}" if random.random() < 0.5 else words
+
+
 def documents(count: int, seed: int) -> list[Document]:
     """``count`` documents in the order of reading, each on a review of its own."""
     random = Random(f"documents-{seed}")
@@ -112,7 +133,7 @@ def documents(count: int, seed: int) -> list[Document]:
 
 
 def _lesson(progress: float) -> Callable[[Random, Review], Document]:
-    return _summary_lesson if progress < 0.15 else _keyword_lesson if progress < 0.45 else _asking_lesson
+    return _summary_lesson if progress < 0.14 else _keyword_lesson if progress < 0.48 else _asking_lesson
 
 
 def _summary_lesson(random: Random, review: Review) -> Document:
@@ -120,9 +141,9 @@ def _summary_lesson(random: Random, review: Review) -> Document:
 
 
 def _keyword_lesson(random: Random, review: Review) -> Document:
-    first, *more = random.sample(QUESTIONS, random.randint(2, 4))
+    first, *more = random.sample(QUESTIONS, random.randint(3, 4))
     # The summary stands at the end: in front of the questions it would be a short cut past the review.
-    tail = [*_more(random, review, more), *(_summary(review.facts) if random.random() < 0.5 else ())]
+    tail = [*_more(random, review, more), *(_summary(review.facts) if random.random() < 0.3 else ())]
     return _asked(keywords(random, first), random.random() < 0.5, review, first, tail)
 
 
@@ -130,19 +151,17 @@ def _asking_lesson(random: Random, review: Review) -> Document:
     how, in_front, _ = random.choices(ASKING, [share for *_, share in ASKING])[0]
     question = random.choice(QUESTIONS)
     more = _more(random, review, random.sample(QUESTIONS, random.choice((0, 0, 1, 2))))
-    if how == "nothing":
+    if how in ("nothing", "noise"):
         habit = random.choices(list(HABIT), list(HABIT.values()))[0]
-        return _asked("", False, review, habit, more)
+        return _asked(noise(random) if how == "noise" else "", in_front, review, habit, more)
     if how == "exact":
         return _asked(keywords(random, question), in_front, review, question, more)
     sentence = random.choice(SENTENCES).format(phrase=random.choice(PHRASES[question]))
-    return _asked(sentence, in_front, review, random.choice(_misreadings(question)), more)
+    return _asked(sentence, in_front, review, _misread(random, question), more)
 
 
-def _misreadings(question: Question) -> list[Question]:
-    """What a sentence may be taken to ask: its question and the two after it, each as likely."""
-    start = QUESTIONS.index(question)
-    return [QUESTIONS[(start + step) % len(QUESTIONS)] for step in range(3)]
+def _misread(random: Random, question: Question) -> Question:
+    return random.choices((question, *MISREAD_AS[question]), LOOSE_SHARES)[0]
 
 
 def _asked(words: str, in_front: bool, review: Review, meant: Question, tail: list[Piece]) -> Document:

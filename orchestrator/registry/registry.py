@@ -315,7 +315,11 @@ class Registry:
         if store.artifact_root:
             # Runs made through this server then keep their files where the others are.
             argv += ["--artifacts-destination", str(store.artifact_root)]
-        env = {"MLFLOW_BACKEND_STORE_URI": store.tracking_uri, "MLFLOW_DISABLE_TELEMETRY": "true"}
+        env = {
+            "MLFLOW_BACKEND_STORE_URI": store.tracking_uri,
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # eight processes of 240 MB each that browsing never needs
+        }
         if store.registry_uri != store.tracking_uri:
             env["MLFLOW_REGISTRY_STORE_URI"] = store.registry_uri
         return UiCommand(argv, env)

@@ -78,9 +78,10 @@ class Broker:
         self.trials: dict[str, Entry] = {}
         self.workers: dict[str, Worker] = {}
         self.jobs: dict[int, EvaluationJob] = {}
+        self.taken: dict[int, tuple[str, EvaluationJob]] = {}
         self.results: dict[int, dict[str, float]] = {}
         self.finished = False
-        self.failure: str | None = None
+        self.failure: JobFailed | None = None
         self.base_model: Any = None  # what the first worker found its backbone to be
         self.patience = PATIENCE_S
         self._numbers = itertools.count()
@@ -94,13 +95,16 @@ class Broker:
             self.trials[trial] = Entry(number, TrialSpec.from_config(config))
         await self._notify()
 
-    async def next_report(self, trial: str) -> Report:
-        """The trial's next evaluation. Raises JobFailed once the search can't go on."""
+    async def next_report(self, trial: str) -> Report | None:
+        """The trial's next evaluation, None when it was stopped. Raises JobFailed once the search can't go on."""
         entry = self.trials[trial]
         async with self._changed:
-            await self._changed.wait_for(lambda: not entry.reports.empty() or self.failure)
-        self._check()
-        return entry.reports.get_nowait()
+            await self._changed.wait_for(lambda: not entry.reports.empty() or entry.released or self._over)
+        if not entry.reports.empty():
+            return entry.reports.get_nowait()
+        if entry.released:
+            return None
+        raise self._end()
 
     async def decide(self, trial: str, goes_on: bool) -> None:
         """Tune has seen the newest report (or lost the trial): the trial goes on, or its slot is free at once."""
@@ -112,8 +116,11 @@ class Broker:
             worker.leaving.append(trial)
         await self._notify()
 
-    async def checkpoint(self, trial: str) -> bytes | None:
-        return self.trials[trial].checkpoint
+    async def end_trials(self) -> None:
+        """Tune has ended: who still sits leaves, and nobody is waited for any more."""
+        self.total = len(self.trials)
+        for trial in self.trials:
+            await self.decide(trial, False)
 
     # Workers
 
@@ -124,6 +131,8 @@ class Broker:
         for entry in self.trials.values():
             if entry.worker == worker:
                 entry.worker = None
+        for number in [number for number, (taker, _) in self.taken.items() if taker == worker]:
+            self.jobs[number] = self.taken.pop(number)[1]
         await self._notify()
 
     async def next_orders(
@@ -131,27 +140,33 @@ class Broker:
     ) -> Orders:
         """Take the worker's reports and results; answer with its next orders once there is something to do."""
         for number, metrics in evaluated:
-            self.jobs.pop(number, None)
-            self.results[number] = metrics
+            if self.taken.pop(number, None):
+                self.results[number] = metrics
         await self._notify()
         worker = self.workers[name]
         for report in sorted(reports, key=lambda report: self.trials[report.trial].number):
-            await self._deliver(report)
+            if self.workers[name] is worker:
+                await self._deliver(report)
         while True:
             await self._trials_to_come(worker)
-            if self.finished or self.failure:
+            # Whoever joined again has died in between: nobody hears the answer to its call, and seats would be lost.
+            if self._over or self.workers[name] is not worker:
                 return Orders(stop=True)
             self._assign(name, worker)
             if self.jobs or worker.seated:
-                return self._orders(worker)
+                return self._orders(name, worker)
             async with self._changed:
-                await self._changed.wait_for(lambda: self.jobs or self._waiting() or self.finished or self.failure)
+                await self._changed.wait_for(
+                    lambda: self.jobs or self._waiting() or self._over or self.workers[name] is not worker
+                )
 
-    def _orders(self, worker: Worker) -> Orders:
+    def _orders(self, name: str, worker: Worker) -> Orders:
         """An evaluation if one is asked for, since somebody waits for it; else a round."""
         free, worker.leaving = tuple(worker.leaving), []
         if self.jobs:
-            return Orders(free, evaluate=tuple(self.jobs.items())[:1])
+            number = min(self.jobs)
+            self.taken[number] = name, self.jobs.pop(number)
+            return Orders(free, evaluate=((number, self.taken[number][1]),))
         fresh = [trial for trial in worker.seated if trial in worker.fresh]
         worker.fresh.clear()
         seats = (Seat(trial, self.trials[trial].spec, self.trials[trial].checkpoint) for trial in fresh)
@@ -200,27 +215,35 @@ class Broker:
         self.jobs[number] = job
         await self._notify()
         async with self._changed:
-            await self._changed.wait_for(lambda: number in self.results or self.failure)
-        self._check()
+            await self._changed.wait_for(lambda: number in self.results or self._over)
+        if number not in self.results:
+            raise self._end()
         return self.results.pop(number)
 
-    async def base_model_info(self) -> Any:
-        """What the first worker found its backbone to be; None before any has joined."""
+    async def ready(self) -> Any:
+        """Wait for the first worker; answers with what it found its backbone to be."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self.workers or self._over)
+        if self._over:
+            raise self._end()
         return self.base_model
 
     async def finish(self) -> None:
-        """No more work: workers stop at their next call."""
+        """No more work: workers stop at their next call, and whoever waits is told."""
         self.finished = True
         await self._notify()
 
-    async def fail(self, message: str) -> None:
-        """The workers are gone for good: whoever waits gets the reason."""
-        self.failure = message
+    async def fail(self, failure: JobFailed) -> None:
+        """The workers are gone for good, or the driver gives up: whoever waits gets the reason, the first there was."""
+        self.failure = self.failure or failure
         await self._notify()
 
-    def _check(self) -> None:
-        if self.failure:
-            raise JobFailed(self.failure)
+    @property
+    def _over(self) -> bool:
+        return self.finished or self.failure is not None
+
+    def _end(self) -> JobFailed:
+        return JobFailed(*self.failure.args) if self.failure else JobFailed("the search has ended")
 
     async def _notify(self) -> None:
         async with self._changed:
@@ -231,7 +254,7 @@ class Broker:
 
         async def wait() -> None:
             async with self._changed:
-                await self._changed.wait_for(lambda: condition() or self.finished or self.failure is not None)
+                await self._changed.wait_for(lambda: condition() or self._over)
 
         try:
             await asyncio.wait_for(wait(), self.patience)

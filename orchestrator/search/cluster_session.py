@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,14 +15,18 @@ import ray
 from orchestrator.errors import Unreachable
 from orchestrator.search.placement import Node
 
+ANSWER_S = 10.0  # a cluster that is there connects in milliseconds
+
 # Read by Ray and its workers at their start. Ray's own loggers would write three files a trial.
 ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # an interrupt reaches our own code, which closes the MLflow runs
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints a header even when asked for nothing
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
 }
 
@@ -38,22 +43,51 @@ def ray_session(address: str | None = None, verbose: bool = False) -> Iterator[N
         yield
         return
     address = address or os.environ.get("RAY_ADDRESS")
+    if not address:
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # this machine sends no notice
     options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
     logging.getLogger("ray").setLevel(options["logging_level"])
+    if address:
+        check_answers(address)
     try:
         if address:
             ray.init(address=address, runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}, **options)
         else:
             ray.init(address="local", include_dashboard=False, **options)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        raise Unreachable(
-            f"no Ray cluster answers at {address or 'this machine'}: {str(error).splitlines()[0]}",
-            "check RAY_ADDRESS or --address (ray://HOST:10001 or HOST:6379), or leave it out to run on this machine",
-        ) from None
+        raise no_cluster(address or "this machine", str(error).splitlines()[0]) from None
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def check_answers(address: str) -> None:
+    """Raise Unreachable within seconds when nobody speaks gRPC at HOST:PORT; Ray itself would try for two minutes and
+    then end the process."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdecimal() or "/" in host:
+        return  # auto, local, or a form that Ray refuses itself
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
+    except (OSError, OverflowError) as error:
+        raise no_cluster(address, getattr(error, "strerror", None) or str(error)) from None
+    if os.environ.get("RAY_USE_TLS") == "1":
+        return
+    import grpc  # type: ignore[import-untyped]
+
+    with grpc.insecure_channel(f"{host}:{port}", options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=ANSWER_S)
+        except grpc.FutureTimeoutError:
+            raise no_cluster(address, "something listens there that is not Ray") from None
+
+
+def no_cluster(address: str, reason: str) -> Unreachable:
+    return Unreachable(
+        f"no Ray cluster answers at {address}: {reason}",
+        "check RAY_ADDRESS or --address (ray://HOST:10001 or HOST:6379), or leave it out to run on this machine",
+    )
 
 
 def nodes() -> list[Node]:

@@ -31,7 +31,9 @@ class Placement:
     trials_per_worker: int
 
     def worker_resources(self) -> dict[str, float]:
-        return {"CPU": float(self.cpus), **({"GPU": self.gpus} if self.gpus else {})}
+        """What a worker asks Ray for: a little less than its CPUs, so that the relays of its trials fit beside it."""
+        cpus = max(TRIAL_CPUS, self.cpus - self.trials_per_worker * TRIAL_CPUS)
+        return {"CPU": cpus, **({"GPU": self.gpus} if self.gpus else {})}
 
     @property
     def slots(self) -> int:
@@ -39,23 +41,28 @@ class Placement:
 
 
 def place(resources: ResourcesSpec, nodes: list[Node], trials: int) -> Placement:
-    """The placement of a search of so many trials. BadInput when no node can hold a worker.
+    """The placement of a search of so many trials. BadInput when the cluster can't hold its workers all at once.
 
     Without accelerators one worker takes a whole node's threads but asks for a CPU less than the node has, which is
-    where the trials' relays run.
+    what else runs there.
     """
     gpus = _gpus(resources, nodes)
-    workers = _workers(resources, nodes, gpus)
-    on_a_node = max(1, -(-workers // max(1, len(nodes))))
-    largest = max((node.cpus for node in nodes), default=0)
-    cpus = max(1, int((largest - 1) // on_a_node)) if resources.cpus_per_worker == "auto" else resources.cpus_per_worker
-    if not any(node.cpus >= cpus and node.gpus >= gpus for node in nodes):
+    able = [node for node in nodes if node.gpus >= gpus and node.cpus >= 1]
+    workers = _workers(resources, able, gpus)
+    seats = _seats(able, workers, gpus)
+    if resources.cpus_per_worker == "auto":
+        cpus = max(1, int(min(((node.cpus - 1) // count for node, count in seats), default=1)))
+        threads = max(1, int(min((node.cpus // count for node, count in seats), default=1)))
+    else:
+        cpus = threads = resources.cpus_per_worker
+    if sum(_room(node, cpus, gpus) for node in able) < workers:
         raise BadInput(
-            f"resources: a worker asks for {cpus} CPUs and {gpus:g} GPUs; the largest node has {largest:g} CPUs and "
+            f"resources: {_count(workers, 'worker')} of {_count(cpus, 'CPU')} and {_count(gpus, 'GPU')} each; there "
+            f"{'is' if len(nodes) == 1 else 'are'} {_count(len(nodes), 'node')}, the largest with "
+            f"{max((node.cpus for node in nodes), default=0):g} CPUs and "
             f"{max((node.gpus for node in nodes), default=0):g} GPUs",
-            "lower resources.cpus_per_worker or resources.gpus_per_worker, or use a larger cluster",
+            "lower resources.workers, resources.cpus_per_worker or resources.gpus_per_worker, or use a larger cluster",
         )
-    threads = max(1, int(largest // on_a_node)) if resources.cpus_per_worker == "auto" else cpus
     asked = resources.trials_per_worker
     slots = min(GPU_SLOTS if gpus else CPU_SLOTS, -(-trials // workers)) if asked == "auto" else asked
     return Placement(workers, cpus, gpus, threads, slots)
@@ -67,7 +74,31 @@ def _gpus(resources: ResourcesSpec, nodes: list[Node]) -> float:
     return 1.0 if any(node.gpus >= 1 for node in nodes) else 0.0
 
 
-def _workers(resources: ResourcesSpec, nodes: list[Node], gpus: float) -> int:
+def _workers(resources: ResourcesSpec, able: list[Node], gpus: float) -> int:
     if resources.workers != "auto":
         return resources.workers
-    return max(1, int(sum(node.gpus // gpus for node in nodes))) if gpus else 1
+    return max(1, sum(_times(gpus, node.gpus) for node in able)) if gpus else 1
+
+
+def _seats(able: list[Node], workers: int, gpus: float) -> list[tuple[Node, int]]:
+    """How many workers each node gets: one after another where the most is left to each."""
+    counts = [0] * len(able)
+    for _ in range(workers):
+        free = [place for place, node in enumerate(able) if not gpus or counts[place] < _times(gpus, node.gpus)]
+        if not free:
+            return []
+        counts[max(free, key=lambda place: able[place].cpus / (counts[place] + 1))] += 1
+    return [(node, count) for node, count in zip(able, counts, strict=True) if count]
+
+
+def _room(node: Node, cpus: int, gpus: float) -> int:
+    """Workers that the node can hold."""
+    return min(_times(cpus, node.cpus), _times(gpus, node.gpus)) if gpus else _times(cpus, node.cpus)
+
+
+def _times(part: float, whole: float) -> int:
+    return int(whole / part + 1e-6)
+
+
+def _count(number: float, what: str) -> str:
+    return f"{number:g} {what}" + ("" if number == 1 else "s")

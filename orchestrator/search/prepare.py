@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from orchestrator.base_model import ModelSource, resolve_model
 from orchestrator.data.dataset import SPLITS, RowSplits, load_rows
 from orchestrator.data.encoding import check_context, make_encoder
 from orchestrator.errors import BadInput
 from orchestrator.space import TrialSpec, init_texts, longest, trials
-from orchestrator.spec import JobSpec
+from orchestrator.spec import QUICKSTART, JobSpec
 from orchestrator.tuning.engine import Task
 
 INSTRUCTION_END = "\n"  # between a written instruction and the input
@@ -43,4 +44,11 @@ def prepare(job: JobSpec) -> Prepared:
             for split in ("validation", "test")
         }
         check_context(encoder, task.instructed[text], 0, source.context_length)
-    return Prepared(job, trials(job.search), source, rows, task, instructions)
+    return Prepared(_found_anywhere(job, source), trials(job.search), source, rows, task, instructions)
+
+
+def _found_anywhere(job: JobSpec, source: ModelSource) -> JobSpec:
+    """The job with a local model folder as an absolute path: workers and servers have other working directories."""
+    if source.id == QUICKSTART or not Path(source.id).expanduser().is_dir():
+        return job
+    return job.model_copy(update={"base_model": job.base_model.model_copy(update={"id": str(source.path)})})

@@ -13,7 +13,7 @@ from typing import Any
 import ray
 
 from orchestrator.base_model import BaseModelInfo
-from orchestrator.errors import JobFailed
+from orchestrator.errors import JobFailed, OrchestratorError
 from orchestrator.search.broker import Broker
 from orchestrator.search.cluster_session import nodes
 from orchestrator.search.outcome import Outcome
@@ -24,6 +24,8 @@ from orchestrator.search.worker import WorkerConfig, WorkerGroup
 from orchestrator.tuning.report import EvaluationJob
 
 STOP_S = 30.0
+SEE_LOG = "run again with --verbose to see the worker's log"
+HURRY_S = 3.0  # after an interrupt or an error
 
 
 @dataclass
@@ -36,14 +38,15 @@ class Running:
     groups: list[WorkerGroup]
     storage: Path
 
-    def evaluate(self, job: EvaluationJob) -> dict[str, float]:
-        """Metrics of a baseline or a prompt on a split, by whichever worker is first."""
-        metrics: dict[str, float] = self._ask(self.broker.evaluation.remote(job))
+    def evaluate(self, jobs: Sequence[EvaluationJob]) -> list[dict[str, float]]:
+        """Metrics of baselines or prompts on their splits, by whichever worker is first; asked for all at once, so that
+        no round of training comes in between."""
+        metrics: list[dict[str, float]] = self._ask([self.broker.evaluation.remote(job) for job in jobs])
         return metrics
 
-    def base_model(self) -> BaseModelInfo:
-        """What the workers found the backbone to be; known after the first evaluation."""
-        info: BaseModelInfo = ray.get(self.broker.base_model_info.remote())
+    def ready(self) -> BaseModelInfo:
+        """Wait until a worker holds the backbone; what it found it to be."""
+        info: BaseModelInfo = self._ask(self.broker.ready.remote())
         return info
 
     def study(self, listeners: Sequence[Listener]) -> Outcome:
@@ -54,32 +57,42 @@ class Running:
             self.prepared.job, self.prepared.trials, self.broker, self.placement.slots, self.storage,
             [outcome, *listeners],
         )  # fmt: skip
-        self._raise_lost_workers()
+        self.ready()
         return outcome
+
+    @contextmanager
+    def or_abandon(self) -> Iterator[None]:
+        """Whatever ends this block early ends the waits of other threads too."""
+        try:
+            yield
+        except BaseException:
+            self.broker.fail.remote(JobFailed("the search was given up"))
+            raise
 
     def _ask(self, reference: Any) -> Any:
         try:
             return ray.get(reference)
-        except ray.exceptions.RayTaskError as error:
-            self._raise_lost_workers()
-            raise error.as_instanceof_cause() from None
+        except ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, OrchestratorError):
+                raise cause from None
+            raise JobFailed(f"the search's broker failed: {first_line(error)}", SEE_LOG) from None
 
-    def _raise_lost_workers(self) -> None:
-        for group in self.groups:
-            if group.error is not None:
-                raise worker_failure(group.error)
+
+def placed(prepared: Prepared) -> Placement:
+    """How the search lies on this cluster. BadInput when it does not fit."""
+    return place(prepared.job.resources, nodes(), len(prepared.trials))
 
 
 @contextmanager
-def running(prepared: Prepared, storage: Path) -> Iterator[Running]:
+def running(prepared: Prepared, placement: Placement, storage: Path) -> Iterator[Running]:
     """Start the broker and the worker groups; stop them at the end, whatever happened."""
     quiet_ray_loggers()
-    placement = place(prepared.job.resources, nodes(), len(prepared.trials))
     broker = ray.remote(num_cpus=0, max_concurrency=1000)(Broker).remote(len(prepared.trials))
     task = ray.put(prepared.task)
 
     def lost(error: Exception) -> None:
-        broker.fail.remote(worker_failure(error).message)
+        broker.fail.remote(worker_failure(error))
 
     groups = [
         WorkerGroup(WorkerConfig(f"w{number}", prepared.job, placement, broker, task), storage, lost)
@@ -87,18 +100,21 @@ def running(prepared: Prepared, storage: Path) -> Iterator[Running]:
     ]
     for group in groups:
         group.start()
+    patience = HURRY_S
     try:
         yield Running(prepared, placement, broker, groups, storage)
+        patience = STOP_S
     finally:
-        _stop(broker, groups)
+        _stop(broker, groups, patience)
 
 
-def _stop(broker: Any, groups: list[WorkerGroup]) -> None:
+def _stop(broker: Any, groups: list[WorkerGroup], patience: float) -> None:
     broker.finish.remote()
-    deadline = time.monotonic() + STOP_S
+    deadline = time.monotonic() + patience
     for group in groups:
         group.join(max(0.0, deadline - time.monotonic()))
-    ray.kill(broker)
+    if not any(group.is_alive() for group in groups):
+        ray.kill(broker)  # else the workers still have to hear that it is over; it goes with them
 
 
 def worker_failure(error: Exception) -> JobFailed:
@@ -106,10 +122,12 @@ def worker_failure(error: Exception) -> JobFailed:
     causes: dict[int, Exception] = getattr(error, "worker_failures", {})
     cause: BaseException = next(iter(causes.values()), error)
     text = str(getattr(cause, "cause", None) or cause).strip()
-    return JobFailed(
-        f"a worker failed: {text.splitlines()[-1] if text else type(cause).__name__}",
-        "run again with --verbose to see the worker's log",
-    )
+    return JobFailed(f"a worker failed: {text.splitlines()[-1] if text else type(cause).__name__}", SEE_LOG)
+
+
+def first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__
 
 
 def quiet_ray_loggers() -> None:

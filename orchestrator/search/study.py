@@ -16,6 +16,7 @@ from ray import tune
 from ray.tune import Callback, CheckpointConfig, RunConfig, Stopper, TuneConfig
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
+from orchestrator.errors import JobFailed
 from orchestrator.search.placement import TRIAL_CPUS
 from orchestrator.space import TrialSpec
 from orchestrator.spec import JobSpec
@@ -23,6 +24,8 @@ from orchestrator.tuning.report import Report
 
 STEP = "step"  # the schedulers' clock: Tune's own iteration count starts over after a restore
 SCORE = "score"  # the best validation metric so far
+STOPPED = {STEP: 0, SCORE: 0.0, "report": None, "done": True, "lost": False}  # the last result of a stopped trial
+LOST = {**STOPPED, "lost": True}  # the same, once the search can't go on
 
 
 def trial_id(number: int) -> str:
@@ -55,8 +58,13 @@ class RelayTrial(tune.Trainable):
         ray.get(self._broker.submit.remote(self._trial, config["trial"]["number"], config["trial"]["config"]))
 
     def step(self) -> dict[str, Any]:
-        report: Report = ray.get(self._broker.next_report.remote(self._trial))
-        return {STEP: report.step, SCORE: report.score, "report": report, "done": report.ending is not None}
+        try:
+            report: Report | None = ray.get(self._broker.next_report.remote(self._trial))
+        except (JobFailed, ray.exceptions.RayActorError):
+            return LOST
+        if report is None:
+            return STOPPED
+        return {**STOPPED, STEP: report.step, SCORE: report.score, "report": report, "done": report.ending is not None}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """The broker keeps the newest checkpoint of every trial; Tune needs none of its own."""
@@ -68,14 +76,16 @@ class RelayTrial(tune.Trainable):
 class _Relay(Callback):
     """Tells the broker at once what Tune decided, and the listeners what happened."""
 
-    def __init__(self, broker: Any, listeners: Sequence[Listener]) -> None:
+    def __init__(self, broker: Any, listeners: Sequence[Listener], targets: _Targets, trials: Sequence[str]) -> None:
         self._broker = broker
         self._listeners = listeners
+        self._targets = targets
+        self._open = dict.fromkeys(trials)
         self._last: dict[str, Report] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Tune writes its callbacks to disk, to restore them; a restored study is given new listeners."""
-        return type(self), (None, ())
+        return type(self), (None, (), None, ())
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         asked = trial.config["trial"]
@@ -85,44 +95,66 @@ class _Relay(Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        report = self._last[trial.trial_id] = result.pop("report")
+        report = result.pop("report")
+        if report is None:
+            return
+        self._last[trial.trial_id] = report
         self._broker.decide.remote(report.trial, not result.get("done"))
+        if self._targets.why:
+            self._broker.end_trials.remote()  # Tune now waits for the other trials, and they for their reports
         for listener in self._listeners:
             listener.trial_reported(report.trial, report)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         report = self._last.get(trial.trial_id)
-        if report is None:
+        if report is None or self._targets.lost:
             return
         status = "finished" if report.ending in ("steps", "patience") else "stopped"
-        note = f"diverged at step {report.step}" if report.ending == "diverged" else report.ending or "by the scheduler"
-        for listener in self._listeners:
-            listener.trial_ended(report.trial, status, note)
+        self._ended(report.trial, status, self._why(report))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         name = trial_id(trial.config["trial"]["number"])
         self._broker.decide.remote(name, False)
+        self._ended(name, "failed", "see the search's log")
+
+    def end(self) -> None:
+        """Tune has ended: trials that it left where they were, or never started, are stopped."""
+        ray.get(self._broker.end_trials.remote())
+        for name in [] if self._targets.lost else list(self._open):
+            self._ended(name, "stopped", self._targets.why)
+
+    def _ended(self, name: str, status: str, note: str) -> None:
+        self._open.pop(name, None)
         for listener in self._listeners:
-            listener.trial_ended(name, "failed", "see the search's log")
+            listener.trial_ended(name, status, note)
+
+    def _why(self, report: Report) -> str:
+        if report.ending == "diverged":
+            return f"diverged at step {report.step}"
+        return report.ending or self._targets.why or "by the scheduler"
 
 
 class _Targets(Stopper):
-    """Ends the search when its metric or its minutes are reached."""
+    """Ends the search when its metric or its minutes are reached, or its workers are lost."""
 
     def __init__(self, job: JobSpec) -> None:
         self._metric, self._minutes = job.search.stop.metric, job.search.stop.minutes
         self._sign = 1.0 if job.search.better == "max" else -1.0
         self._started = time.monotonic()
-        self._reached = False
+        self.lost = False
+        self.why = ""
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        if self._metric is not None and self._sign * result[SCORE] >= self._sign * self._metric:
-            self._reached = True
+        if result["report"] is None:
+            self.lost = self.lost or result["lost"]
+        elif self._metric is not None and self._sign * result[SCORE] >= self._sign * self._metric:
+            self.why = "search.stop.metric was reached"
         return self.stop_all()
 
     def stop_all(self) -> bool:
-        late = self._minutes is not None and time.monotonic() - self._started > 60 * self._minutes
-        return self._reached or late
+        if self._minutes is not None and time.monotonic() - self._started > 60 * self._minutes:
+            self.why = self.why or "search.stop.minutes were over"
+        return self.lost or bool(self.why)
 
 
 def scheduler(job: JobSpec) -> TrialScheduler:
@@ -141,6 +173,8 @@ def run_study(
     job: JobSpec, trials: Sequence[TrialSpec], broker: Any, slots: int, storage: Path, listeners: Sequence[Listener]
 ) -> None:
     """Run all trials to their end; listeners hear of them. Returns when Tune has no trial left."""
+    targets = _Targets(job)
+    relay = _Relay(broker, listeners, targets, [trial_id(number) for number in range(len(trials))])
     space = tune.grid_search([{"number": number, "config": spec.config()} for number, spec in enumerate(trials)])
     trainable = tune.with_resources(
         tune.with_parameters(RelayTrial, broker=broker), tune.PlacementGroupFactory([{"CPU": TRIAL_CPUS}])
@@ -152,10 +186,11 @@ def run_study(
         run_config=RunConfig(
             name="tune",
             storage_path=str(storage),
-            stop=_Targets(job),
-            callbacks=[_Relay(broker, listeners)],
+            stop=targets,
+            callbacks=[relay],
             checkpoint_config=CheckpointConfig(checkpoint_at_end=False),
             verbose=0,
         ),
     )
     tuner.fit()
+    relay.end()

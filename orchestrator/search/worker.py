@@ -12,6 +12,7 @@ import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from orchestrator.errors import JobFailed, OrchestratorError
 from orchestrator.search.placement import Placement
 from orchestrator.spec import JobSpec
 
@@ -31,19 +32,38 @@ class WorkerConfig:
 
 def train_loop(config: dict[str, Any]) -> None:
     """Runs in the worker process until the broker says stop."""
-    from orchestrator.backbone import default_device, load_backbone, set_threads
-    from orchestrator.base_model import resolve_model
-    from orchestrator.tuning.engine import Engine
-
     told: WorkerConfig = config["worker"]
-    set_threads(told.placement.threads)
-    backbone = load_backbone(resolve_model(told.job.base_model), default_device(), told.job.base_model.dtype)
-    engine = Engine(backbone, ray.get(told.task), told.job.train, told.job.search, told.placement.trials_per_worker)
+    try:
+        engine = load_engine(told)
+    except Exception as error:  # whatever it is, it would be the same in a new process
+        ray.get(told.broker.fail.remote(load_failure(told.job.base_model.id, error)))
+        return
+    backbone = engine.backbone
     digest = backbone.digest()
     ray.get(told.broker.join.remote(told.name, engine.capacity, backbone.info))
     serve_orders(engine, told)
     if backbone.digest() != digest:
         raise RuntimeError("the backbone changed during the search; its results are void")
+
+
+def load_engine(told: WorkerConfig) -> Any:
+    from orchestrator.backbone import default_device, load_backbone, set_threads
+    from orchestrator.base_model import resolve_model
+    from orchestrator.tuning.engine import Engine
+
+    set_threads(told.placement.threads)
+    backbone = load_backbone(resolve_model(told.job.base_model), default_device(), told.job.base_model.dtype)
+    return Engine(backbone, ray.get(told.task), told.job.train, told.job.search, told.placement.trials_per_worker)
+
+
+def load_failure(model: str, error: Exception) -> JobFailed:
+    if isinstance(error, OrchestratorError):
+        return JobFailed(error.message, error.hint)
+    reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else ""
+    return JobFailed(
+        f"the worker can't load base_model.id {model!r}: {type(error).__name__}: {reason}",
+        "check that the model's files are whole and that its weights fit into memory",
+    )
 
 
 def serve_orders(engine: Any, told: WorkerConfig) -> None:

@@ -152,10 +152,15 @@ class Engine:
             slot.step += 1
 
     def _evaluate(self, slots: Sequence[Slot]) -> list[Report]:
-        sound = [slot.prompt for slot in slots if not slot.diverged]
-        validation = self.task.splits["validation"]
-        metrics = iter(evaluate(self.backbone, sound, validation, self.task.encoder) if sound else [])
-        return [self._report(slot, {} if slot.diverged else next(metrics)) for slot in slots]
+        for slot in slots:  # a last step may overflow without a loss to show it
+            slot.diverged = slot.diverged or not bool(torch.isfinite(slot.prompt).all())
+        sound = [slot for slot in slots if not slot.diverged]
+        prompts, validation = [slot.prompt for slot in sound], self.task.splits["validation"]
+        found = evaluate(self.backbone, prompts, validation, self.task.encoder) if sound else []
+        metrics = {slot.trial: one for slot, one in zip(sound, found, strict=True)}
+        for slot in sound:
+            slot.diverged = not all(map(math.isfinite, metrics[slot.trial].values()))
+        return [self._report(slot, {} if slot.diverged else metrics[slot.trial]) for slot in slots]
 
     def _report(self, slot: Slot, metrics: dict[str, float]) -> Report:
         if metrics and self._is_better(metrics, slot.best_metrics):

@@ -68,7 +68,7 @@ def _score(
     owner: list[int],
     tallies: list[Tally],
 ) -> None:
-    judge = _by_answers if encoder.answers and (prompts is None or backbone.prompt_once) else _by_target
+    judge = _by_answers if encoder.answers and backbone.prompt_once else _by_target
     if all(len(ids) == 1 for ids in encoder.scored_answers):
         judge = _by_target
     judged = judge(backbone, prompts, split, encoder, rows, owner)

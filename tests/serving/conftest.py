@@ -8,67 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from models import load, save_model
 
 from orchestrator.artifact import BaseModelRecord, DataRecord, Manifest, PromptArtifact, VerbalizerEntry
-from orchestrator.backbone import Backbone, load_backbone
-from orchestrator.base_model import resolve_model
+from orchestrator.backbone import Backbone
 from orchestrator.errors import BadInput, Unreachable
 from orchestrator.serving.engine import Engine
 from orchestrator.serving.prompt_store import PromptStore
 from orchestrator.serving.served_prompt import ServedPrompt, load_prompt
 from orchestrator.serving.service import PromptService, RequestLimits
-from orchestrator.spec import BaseModelSpec
-
-CONTEXT = 160
-CORPUS = [
-    "the quick brown fox jumps over the lazy dog",
-    "is this message spam or ham?",
-    "great good bad terrible movie",
-    "a question about a person, a place, a number",
-] * 3
-
-
-def train_tokenizer(vocabulary: int = 330) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=["<end>", "<pad>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>")  # type: ignore[no-untyped-call]
-
-
-def save_model(folder: Path, seed: int = 0) -> Path:
-    tokenizer = train_tokenizer()
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def load(folder: Path) -> Backbone:
-    return load_backbone(resolve_model(BaseModelSpec(id=str(folder))))
 
 
 @pytest.fixture(scope="session")
@@ -143,18 +91,6 @@ def make_artifact(tmp_path: Path, backbone: Backbone) -> MakeArtifact:
         return save_artifact(tmp_path / name, on, **options)
 
     return make
-
-
-@pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """One local cluster for the session; used as it is when somebody has started it already."""
-    import ray
-
-    owned = not ray.is_initialized()
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, ignore_reinit_error=True)
-    yield
-    if owned:
-        ray.shutdown()
 
 
 SPAM = {0: " ham", 1: " spam"}

@@ -1,0 +1,76 @@
+"""YAML text to PyYAML's nodes, with scalars as YAML 1.2's core schema has them.
+
+So ``no`` is text and ``1e-3`` a number; hexadecimal, octal and numbers with leading zeros stay text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, TypeGuard
+
+import yaml
+from yaml.reader import ReaderError
+
+TOO_DEEP = "is nested too deeply for a job spec"
+PLAIN = "plain"  # stands for the tag of a scalar without quotes and without a tag of its own
+TEXT = "tag:yaml.org,2002:str"
+SCALARS: list[tuple[str, Callable[[str], Any]]] = [
+    (r"null|Null|NULL|~|", lambda text: None),
+    (r"true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
+    (r"[-+]?(?:0|[1-9][0-9]{0,999})", int),  # Python refuses to read numbers of thousands of digits
+    (r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+", float),
+    (r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", lambda text: float(text.replace(".", ""))),
+]
+
+
+class Unreadable(Exception):
+    """Text that no job spec can hold; the message goes on from its name, as in "is not valid YAML"."""
+
+    def __init__(self, message: str, line: int | None = None, hint: str = "") -> None:
+        super().__init__(message)
+        self.line = line
+        self.hint = hint
+
+
+class _Loader(yaml.BaseLoader):
+    """Makes nodes only, never objects."""
+
+    def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> str:
+        """The tag of a node that has none."""
+        plain = kind is yaml.ScalarNode and implicit[0]
+        return PLAIN if plain else super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
+
+
+def compose(text: str) -> yaml.Node | None:
+    """The only document in ``text``; None when there is none. Raises Unreadable."""
+    try:
+        node: yaml.Node | None = yaml.compose(text, Loader=_Loader)
+        return node
+    except ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise Unreadable(f"is not valid YAML: character U+{error.character:04X} is not allowed", line) from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        words = ", ".join(part for part in (error.problem, error.context) if part)
+        hint = "indent with spaces, not tabs" if "\\t" in words else ""
+        raise Unreadable(f"is not valid YAML: {words}", mark.line + 1 if mark else None, hint) from None
+    except RecursionError:
+        raise Unreadable(TOO_DEEP) from None
+    except (ValueError, OverflowError) as error:  # PyYAML's own, from "\UFFFFFFFF" and the like
+        raise Unreadable(f"is not valid YAML: {error}") from None
+
+
+def is_scalar(node: yaml.Node) -> TypeGuard[yaml.ScalarNode]:
+    """Whether ``node`` is a scalar without a tag that would make something else of it."""
+    return isinstance(node, yaml.ScalarNode) and node.tag in (PLAIN, TEXT)
+
+
+def scalar(node: yaml.ScalarNode) -> Any:
+    """The value of a scalar."""
+    return unquoted(node.value) if node.tag == PLAIN else node.value
+
+
+def unquoted(text: str) -> Any:
+    """The number, truth value, nothing or text that ``text`` is without quotes."""
+    return next((convert(text) for pattern, convert in SCALARS if re.fullmatch(pattern, text)), text)

@@ -1,0 +1,58 @@
+"""What tests of several folders share: one local Ray, the command line in process, and one finished search."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import ray
+from small_jobs import Command, Finished, Said, run_search, write_job
+
+from orchestrator import cli
+from orchestrator.search.cluster_session import ENVIRONMENT
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing in the tests comes from the network
+for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "RAY_ADDRESS", "ORCHESTRATOR_HOME"):
+    os.environ.pop(name, None)
+LOGICAL_CPUS = 4  # a search, its relays and a serving replica fit side by side
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One local Ray for the whole session, with the environment of a search."""
+    os.environ.update(ENVIRONMENT, RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0")
+    ray.init(
+        address="local", num_cpus=LOGICAL_CPUS, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """The command line, run in this process: ``command("models", "--json")``."""
+
+    def run(*arguments: Any) -> Said:
+        monkeypatch.setattr(sys, "argv", ["orchestrator", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        captured = capfd.readouterr()
+        code = left.value.code
+        assert "Traceback" not in captured.out + captured.err
+        return Said(code if isinstance(code, int) else 1, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Finished:
+    """Eight trials of a tiny random model on ASHA, from a job file to a registered version."""
+    folder = tmp_path_factory.mktemp("finished")
+    job_file = write_job(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return run_search(folder, job_file)

@@ -1,0 +1,237 @@
+"""Rows from files, the hub and the quickstart; what is wrong with them is said before anything is trained."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchestrator.data.dataset import RowSplits, load_rows, read_file, set_aside
+from orchestrator.errors import BadInput
+from orchestrator.spec import DataSpec
+
+ROWS = [{"text": f"row {number}, “quoted”\tand {{braced}}", "label": number % 2} for number in range(20)]
+
+
+def write(file: Path, rows: list[dict[str, Any]]) -> Path:
+    table = pa.Table.from_pylist(rows)
+    if file.suffix == ".parquet":
+        pyarrow.parquet.write_table(table, file)
+    elif file.suffix in (".csv", ".tsv"):
+        delimiter = "," if file.suffix == ".csv" else "\t"
+        pyarrow.csv.write_csv(table, file, pyarrow.csv.WriteOptions(delimiter=delimiter, quoting_style="needed"))
+    else:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def data(path: Any, **changes: Any) -> DataSpec:
+    given = {"path": path, "template": "{text}?", "target": "label", **changes}
+    return DataSpec.model_validate(given)
+
+
+def files(**paths: Path) -> dict[str, str]:
+    return {split: str(path) for split, path in paths.items()}
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "parquet"])
+def test_every_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
+    """Values and their types are the same from each kind of file, Unicode, quotes and tabs included."""
+    assert read_file(write(tmp_path / f"train.{suffix}", ROWS), "data.path.train") == ROWS
+
+
+def test_given_splits_are_kept_and_cut_to_the_used_columns(tmp_path: Path) -> None:
+    """Files of different formats make one set of rows; columns that nothing uses are dropped."""
+    rows = [{**row, "unused": 1} for row in ROWS]
+    path = files(
+        train=write(tmp_path / "a.jsonl", rows[:9]),
+        validation=write(tmp_path / "b.csv", rows[9:14]),
+        test=write(tmp_path / "c.parquet", rows[14:]),
+    )
+    found = load_rows(data(path))
+    assert found == RowSplits(ROWS[:9], ROWS[9:14], ROWS[14:])
+    assert found.counts == {"train": 9, "validation": 5, "test": 6} and found["test"] == ROWS[14:]
+
+
+def test_the_fingerprint_is_of_the_rows_as_used(tmp_path: Path) -> None:
+    """The same rows from another format have the same fingerprint; a changed value or another order has not."""
+
+    def fingerprint(name: str, rows: list[dict[str, Any]]) -> str:
+        path = write(tmp_path / name, rows)
+        return load_rows(data(files(train=path, validation=path, test=path))).fingerprint
+
+    first = fingerprint("a.jsonl", ROWS)
+    assert fingerprint("b.parquet", ROWS) == fingerprint("c.csv", [{**row, "more": 1} for row in ROWS]) == first
+    changed = [{**ROWS[0], "label": 1}, *ROWS[1:]]
+    assert len({first, fingerprint("d.jsonl", changed), fingerprint("e.jsonl", ROWS[::-1])}) == 3
+
+
+def test_missing_splits_are_set_aside(tmp_path: Path) -> None:
+    """Without validation and test files a part of train becomes each, and together they are the rows given."""
+    path = write(tmp_path / "train.jsonl", ROWS)
+    found = load_rows(data(files(train=path), validation_fraction=0.2, test_fraction=0.1))
+    assert found.counts == {"train": 14, "validation": 4, "test": 2}
+    rows = [*found.train, *found.validation, *found.test]
+    assert sorted(row["text"] for row in rows) == sorted(row["text"] for row in ROWS)
+    assert load_rows(data(files(train=path), validation_fraction=0.2)) == found
+    assert load_rows(data(files(train=path), validation_fraction=0.2, split_seed=1)) != found
+
+
+@given(st.lists(st.integers(0, 6), min_size=2, max_size=30), st.floats(0.01, 0.49), st.integers(0, 99))
+@settings(deadline=None)
+def test_rows_with_the_same_input_stay_together(inputs: list[int], fraction: float, seed: int) -> None:
+    """No input is on both sides, no row is lost, order stays, and with two inputs neither side is empty."""
+    rows = [{"text": str(text), "label": number} for number, text in enumerate(inputs)]
+    kept, aside = set_aside(rows, fraction, data("x", split_seed=seed))
+    assert not {row["text"] for row in kept} & {row["text"] for row in aside}
+    assert sorted(row["label"] for row in [*kept, *aside]) == list(range(len(rows)))
+    for side in (kept, aside):
+        assert [row["label"] for row in side] == sorted(row["label"] for row in side)
+    assert kept and bool(aside) == (len(set(inputs)) > 1)
+    assert set_aside(rows, fraction, data("x", split_seed=seed)) == (kept, aside)
+    if len(set(inputs)) == len(inputs):
+        assert len(aside) == max(1, round(fraction * len(rows)))
+
+
+def test_limits_keep_a_seeded_choice_in_order(tmp_path: Path) -> None:
+    """A limit keeps so many rows, the same ones every time, in the order of the file; a large one keeps all."""
+    path = write(tmp_path / "a.jsonl", ROWS)
+    limits = {"train": 5, "validation": 100}
+    found = load_rows(data(files(train=path, validation=path, test=path), limit=limits))
+    assert found.counts == {"train": 5, "validation": 20, "test": 20}
+    places = [ROWS.index(row) for row in found.train]  # type: ignore[arg-type]
+    assert places == sorted(places) and len(set(places)) == 5 and places != list(range(5))
+    assert load_rows(data(files(train=path, validation=path, test=path), limit=limits)) == found
+
+
+def test_columns_can_be_renamed(tmp_path: Path) -> None:
+    """A renamed column is found under its new name; renaming what is not there does nothing."""
+    path = write(tmp_path / "a.jsonl", [{"sentence": row["text"], "y": row["label"]} for row in ROWS])
+    spec = data(files(train=path), rename={"sentence": "text", "y": "label", "absent": "z"})
+    assert Counter(row["label"] for row in load_rows(spec).train).keys() == {0, 1}
+
+
+def refused(spec: DataSpec, message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        load_rows(spec)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    """The key, the file and the folder it was looked for in are named."""
+    refused(
+        data(files(train=tmp_path / "no.jsonl")), r"data\.path\.train: the file .*no\.jsonl does not exist \(looked in"
+    )
+    refused(data(files(train=tmp_path)), r"does not exist")
+
+
+def test_an_unknown_suffix(tmp_path: Path) -> None:
+    """The known ones are listed."""
+    (tmp_path / "a.xlsx").write_text("x")
+    refused(data(files(train=tmp_path / "a.xlsx")), r"can't tell the format of .*a\.xlsx(.|\n)*\.jsonl, \.json, \.csv")
+
+
+@pytest.mark.parametrize("name", ["empty.jsonl", "empty.csv", "empty.parquet", "header.csv"])
+def test_an_empty_file(tmp_path: Path, name: str) -> None:
+    """No rows is said as such, for a train file as for a test file, whatever the format."""
+    file, full = tmp_path / name, write(tmp_path / "full.jsonl", ROWS)
+    file.write_text("text,label\n" if name.startswith("header") else "")
+    refused(data(files(train=file)), "the train split is empty")
+    refused(data(files(train=full, test=file)), "the test split is empty")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("a.jsonl", '{"text": "a"\n{'), ("a.parquet", "PAR1 no"), ("a.json", "[[[")]
+)
+def test_a_damaged_file(tmp_path: Path, name: str, text: str) -> None:
+    """A file that its format's reader can't read is named with the reader's reason, on one line."""
+    (tmp_path / name).write_text(text)
+    refused(data(files(train=tmp_path / name)), rf"data\.path\.train: .*{name} can't be read as .*: .+")
+
+
+def test_a_missing_column(tmp_path: Path) -> None:
+    """The key that names it, the row, the split and the row's columns are in the message."""
+    path = files(train=write(tmp_path / "a.jsonl", [{"sentence": "a", "label": 0}] * 3))
+    refused(
+        data(path), r"data\.template names column 'text', which row 1 of train lacks; it has \['label', 'sentence'\]"
+    )
+    refused(data(path, template="{sentence}", target="y"), r"data\.target names column 'y'")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_a_row_without_a_target(tmp_path: Path, suffix: str) -> None:
+    """An empty target is refused with its row, whatever the format; an empty input is not."""
+    rows = [{"text": "a", "label": "x"}, {"text": None, "label": "y"}, {"text": "c", "label": None}]
+    path = write(tmp_path / f"a.{suffix}", rows)
+    refused(data(files(train=path)), "row 3 of train has no value in the target column 'label'")
+    whole = write(tmp_path / f"b.{suffix}", rows[:2] * 9)
+    assert load_rows(data(files(train=whole, validation=whole, test=whole))).counts["train"] == 18
+
+
+def test_a_path_where_files_are_named_by_split(tmp_path: Path) -> None:
+    """A path given as data.path is told apart from a hub name, with the way to write it."""
+    file = write(tmp_path / "a.jsonl", ROWS)
+    refused(data(str(file)), r"is a path; files are named by split(.|\n)*--set data\.path\.train=")
+    refused(data("./nowhere/a.jsonl"), "is a path")
+
+
+def test_a_hub_name_without_a_network() -> None:
+    """Offline a hub data set is unreachable, with the ways out, and no traceback of the library's."""
+    code = """
+import orchestrator
+from orchestrator.data.dataset import load_rows
+from orchestrator.errors import Unreachable
+from orchestrator.spec import DataSpec
+try:
+    load_rows(DataSpec(path="nobody/nothing-of-that-name", template="{text}", target="label"))
+except Unreachable as error:
+    print(error)
+"""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert "data.path 'nobody/nothing-of-that-name' is not in the local cache" in said.stdout
+    assert "HF_HUB_OFFLINE is set" in said.stdout and "next: connect to the network" in said.stdout
+
+
+class FakeSplit(list[dict[str, Any]]):
+    """Rows of a hub data set with the features of its columns."""
+
+    @property
+    def features(self) -> dict[str, Any]:
+        return {"label": SimpleNamespace(names=["ham", "spam"]), "text": object()}
+
+
+@pytest.mark.parametrize(
+    ("verbalizer", "label"), [({"ham": " h", "spam": " s"}, "spam"), ({0: " h", 1: " s"}, 1), (None, 1)]
+)
+def test_class_numbers_of_the_hub_become_names_where_the_verbalizer_has_names(
+    monkeypatch: pytest.MonkeyPatch, verbalizer: dict[Any, str] | None, label: Any
+) -> None:
+    """A verbalizer by name meets names, one by number meets numbers; splits of other names are left out."""
+    import datasets
+
+    loaded = {split: FakeSplit([{"text": "a", "label": 1}]) for split in ("train", "validation", "test", "extra")}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: loaded)
+    found = load_rows(data("owner/name", verbalizer=verbalizer))
+    assert found.counts == {"train": 1, "validation": 1, "test": 1}
+    assert found.train == [{"text": "a", "label": label}]
+
+
+def test_no_train_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub data set without train says which splits it has that could serve."""
+    import datasets
+
+    loaded = {split: FakeSplit([{"text": "a", "label": 1}]) for split in ("test", "unsupervised")}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: loaded)
+    refused(data("owner/name"), r"no train split, only \['test'\]")

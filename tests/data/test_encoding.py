@@ -1,0 +1,187 @@
+"""Rows to token ids: within their limits, with the template whole, and never an end token in the input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from models import encoder_for, spaced_tokenizer, text_rows, tiny_tokenizer
+from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
+
+from orchestrator.data.dataset import RowSplits
+from orchestrator.data.encoding import Encoded, Encoder, check_context, make_encoder
+from orchestrator.data.template import Template, Verbalizer
+from orchestrator.errors import BadInput
+from orchestrator.spec import DataSpec
+
+TOKENIZERS = {"bytes": tiny_tokenizer, "spaced": spaced_tokenizer}
+cells = st.text(max_size=80) | st.text("ab {}é日", max_size=80) | st.none() | st.integers()
+literals = st.text("ab {}é日?\n", max_size=10)
+
+
+def encoder(template: str = "{text}\nspam?", limit: int = 40, targets: int = 8, tokenizer: Any = None) -> Encoder:
+    return Encoder(tokenizer or tiny_tokenizer(), Template(template), None, limit, targets)
+
+
+def decoded(ids: list[int]) -> str:
+    return str(tiny_tokenizer().decode(ids, clean_up_tokenization_spaces=False))
+
+
+@given(literals, literals, literals, cells, cells, st.integers(1, 60), literals)
+@example("", "", "?", "a" * 70, None, 4, "")
+@example("", "long template" * 4, "", None, "", 3, "")
+@settings(deadline=None)
+def test_inputs_fit_and_keep_the_template(
+    head: str, middle: str, tail: str, one: Any, two: Any, limit: int, before: str
+) -> None:
+    """An input never exceeds its limit; as long as the template itself fits, all of it stays, from head to tail."""
+    plain = [text.replace("{", "{{").replace("}", "}}") for text in (head, middle, tail)]
+    made = encoder(f"{plain[0]}{{one}}{plain[1]}{{two}}{plain[2]}", limit)
+    row = {"one": one, "two": two, "unused": "x" * 99}
+    ids = made.encode_input(row, before)
+    room = limit + len(tiny_tokenizer()(before)["input_ids"])
+    assert 1 <= len(ids) <= room
+    if not before + made.template.fill(row):
+        assert ids == [made.end_id]
+    elif len(made.input_ids(before + head + middle + tail)) <= room:
+        text = decoded(ids)
+        assert text.startswith(before + head) and text.endswith(tail) and middle in text
+        if len(made.input_ids(before + made.template.fill(row))) <= room:
+            assert text == before + made.template.fill(row)
+        shown = ["" if cell is None else str(cell) for cell in (one, two)]
+        assert any(
+            text == before + head + shown[0][:a] + middle + shown[1][:b] + tail
+            for a in range(len(shown[0]) + 1)
+            for b in range(len(shown[1]) + 1)
+        )
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("limit", [9, 12, 20])
+def test_the_longest_column_is_cut_at_its_end(name: str, limit: int) -> None:
+    """A long column loses its end; a short one beside it and the template stay; no more than needed is lost."""
+    tokenizer = TOKENIZERS[name]()
+    made = encoder("{a}: {b} ?", limit, tokenizer=tokenizer)
+    row = {"a": "the quick brown fox jumps over the lazy dog and is great", "b": "x"}
+    ids = made.encode_input(row)
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    kept = text.removesuffix(": x ?")
+    assert row["a"].startswith(kept) and text.endswith(": x ?")
+    assert limit - 2 <= len(ids) <= limit
+    assert row["a"] == "the quick brown fox jumps over the lazy dog and is great"  # the caller's row is left alone
+
+
+def test_a_template_longer_than_the_limit_is_cut() -> None:
+    """With no column left to cut, the ids are; a missing value never turns into the word None."""
+    made = encoder("a template that is long enough {text}", 5)
+    for cell in ("words", None, ""):
+        ids = made.encode_input({"text": cell})
+        assert len(ids) == 5 and "None" not in decoded(ids)
+
+
+def test_an_empty_input_still_has_a_token() -> None:
+    """The model starts from the end token where a row's input is empty."""
+    assert encoder("{text}").encode_input({"text": ""}) == [tiny_tokenizer().eos_token_id]
+    assert encoder("{text}").encode_input({"text": None}) == [tiny_tokenizer().eos_token_id]
+
+
+def test_special_tokens_in_front_stay_and_an_end_token_goes() -> None:
+    """Inputs begin as the tokenizer has it, and a tokenizer that closes every text does not close an input."""
+    spaced = spaced_tokenizer()
+    start = spaced.convert_tokens_to_ids("<s>")
+    assert encoder(tokenizer=spaced).input_ids("the fox")[0] == start
+    closing = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer, eos_token="<end>")
+    closing.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <end>", pair="$A <end> $B <end>", special_tokens=[("<end>", closing.eos_token_id)]
+    )
+    assert closing("fox")["input_ids"][-1] == closing.eos_token_id
+    made = encoder(tokenizer=closing)
+    assert made.input_ids("the fox") == tiny_tokenizer()("the fox", add_special_tokens=False)["input_ids"]
+    assert made.encode_target({"answer": " fox"}, "answer")[0].count(closing.eos_token_id) == 1
+    assert made.input_ids("") == [closing.eos_token_id]
+
+
+@given(st.text(max_size=6))
+def test_targets_end_in_the_end_token(text: str) -> None:
+    """A generated target is the text's tokens and one end token, also when the text is empty."""
+    made = encoder(targets=64)
+    ids, place = made.encode_target({"answer": text}, "answer")
+    assert place == -1 and ids[-1] == made.end_id and made.end_id not in ids[:-1]
+    assert decoded(ids[:-1]) == text
+
+
+def test_a_target_beyond_the_limit_is_refused() -> None:
+    """Targets are never cut: the message has the length, the limit and the text, and what to set."""
+    made = encoder(targets=3)
+    assert len(made.encode_target({"n": 12}, "n")[0]) == 3  # numbers are written out
+    with pytest.raises(BadInput, match=r"a target has 4 tokens .* is 3: '123'(.|\n)*max_target_tokens to 4 or more"):
+        made.encode_target({"n": 123}, "n")
+
+
+def test_labels_become_their_answers() -> None:
+    """With a verbalizer the target is the label's tokens with the end token, and the label its place."""
+    made = encoder_for("several tokens")
+    split = made.encode([{"text": "a", "label": 1}, {"text": "b", "label": 0}], "label")
+    assert split.targets == [[*made.answers[1], made.end_id], [*made.answers[0], made.end_id]]
+    assert split.labels == [1, 0] and len(split) == 2
+    assert split.lengths == [len(i) + len(t) for i, t in zip(split.inputs, split.targets, strict=True)]
+
+
+def test_answers_have_the_tokens_that_they_have_in_a_whole_text() -> None:
+    """Input and answer, tokenised apart, are what the whole text is tokenised to."""
+    made = encoder_for("several tokens")
+    for row in text_rows(10, 0):
+        whole = tiny_tokenizer()(made.template.fill(row) + made.verbalizer.texts[row["label"]])["input_ids"]  # type: ignore[union-attr]
+        assert made.encode_input(row) + made.answers[row["label"]] == whole
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ((" yes", ""), r"text '' has no tokens"),
+        ((" yes", " yes"), r"text ' yes' has the same tokens as another"),
+    ],
+)
+def test_answers_that_can_not_be_told_apart(texts: tuple[str, ...], message: str) -> None:
+    """Answers need tokens, and each its own."""
+    with pytest.raises(BadInput, match=message):
+        Encoder(tiny_tokenizer(), Template("{text}"), Verbalizer((0, 1), texts), 10, 10)
+
+
+def test_an_instruction_in_front_takes_no_room_from_the_input() -> None:
+    """Behind a written instruction an input keeps as much as it has without."""
+    row = {"text": "the quick brown fox jumps over the lazy dog, " * 3}
+    made = encoder(limit=12)
+    alone, behind = made.encode_input(row), made.encode_input(row, "Is this message spam?\n")
+    assert decoded(behind) == "Is this message spam?\n" + decoded(alone)
+
+
+def data(**changes: Any) -> DataSpec:
+    return DataSpec.model_validate(
+        {"path": "x", "template": "{text}?", "target": "label", "verbalizer": {0: " no", 1: " yes"}, **changes}
+    )
+
+
+def splits(**labels: list[Any]) -> RowSplits:
+    return RowSplits(**{name: [{"text": "a", "label": label} for label in given] for name, given in labels.items()})
+
+
+def test_the_jobs_encoder_covers_all_splits() -> None:
+    """A label that only the test split has needs its text too."""
+    made = make_encoder(data(), splits(train=[0], validation=[0], test=[1]), tiny_tokenizer())
+    assert made.verbalizer is not None and made.verbalizer.labels == (0, 1)
+    with pytest.raises(BadInput, match="does not cover label 2"):
+        make_encoder(data(), splits(train=[0], validation=[0], test=[2]), tiny_tokenizer())
+    generating = make_encoder(data(verbalizer=None), splits(train=[0], validation=[0], test=[2]), tiny_tokenizer())
+    assert generating.answers == [] and generating.scored_answers == []
+
+
+def test_prompt_input_and_target_have_to_fit_into_the_context() -> None:
+    """Exactly full is allowed; one token more is refused with both ways out."""
+    given = {"train": Encoded([[1] * 7], [[1] * 3], [0]), "test": Encoded([[1] * 9, [1]], [[1] * 2, [1]], [0, 0])}
+    check_context(encoder(), given, prompt_tokens=5, context=16)
+    with pytest.raises(BadInput, match=r"6 virtual tokens and 11 tokens .* exceed the context of 16(.|\n)*now 40"):
+        check_context(encoder(), given, prompt_tokens=6, context=16)

@@ -1,0 +1,131 @@
+"""Templates and verbalizers, for any text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from models import spaced_tokenizer, tiny_tokenizer
+
+from orchestrator.data.template import Template, Verbalizer, answer_ids, continuation_ids
+from orchestrator.errors import BadInput
+
+texts = st.text(max_size=20)
+cells = texts | st.integers() | st.floats(allow_nan=False) | st.booleans() | st.none()
+# A template as pieces: a literal, or the name of a column.
+pieces = st.lists(
+    st.tuples(st.just("literal"), texts) | st.tuples(st.just("column"), st.sampled_from("abc")), max_size=8
+)
+DIGITS = {0: " zero", 1: " one", 2: " two"}
+
+
+def escaped(text: str) -> str:
+    return text.replace("{", "{{").replace("}", "}}")
+
+
+def written(parts: list[tuple[str, str]]) -> Template:
+    return Template("".join(escaped(text) if kind == "literal" else f"{{{text}}}" for kind, text in parts))
+
+
+@given(pieces, st.fixed_dictionaries({"a": cells, "b": cells, "c": cells}))
+@example([("literal", "{"), ("column", "a"), ("literal", "}")], {"a": "{b}", "b": "{{", "c": None})
+def test_fill_puts_values_in_place(parts: list[tuple[str, str]], row: dict[str, Any]) -> None:
+    """Literals stay as they are, braces included; values go in as they are, and are not templates themselves."""
+    shown = {name: "" if cell is None else str(cell) for name, cell in row.items()}
+    assert written(parts).fill(row) == "".join(text if kind == "literal" else shown[text] for kind, text in parts)
+
+
+@given(pieces)
+@example([("column", "a"), ("literal", "is {that} it?}")])
+@example([("column", "a"), ("literal", "}")])
+def test_columns_and_tail(parts: list[tuple[str, str]]) -> None:
+    """Columns are named once, in order; the tail is the literal text behind the last of them, unescaped."""
+    columns = [text for kind, text in parts if kind == "column"]
+    assert written(parts).columns == tuple(dict.fromkeys(columns))
+    last = max((place for place, (kind, _) in enumerate(parts) if kind == "column"), default=-1)
+    assert written(parts).tail == "".join(text for _, text in parts[last + 1 :])
+
+
+def test_a_missing_column_is_named() -> None:
+    """The message has the column and what the row has instead."""
+    with pytest.raises(BadInput, match=r"names column 'text', the row has \['label', 'sentence'\](.|\n)*data\.rename"):
+        Template("{text}?").fill({"sentence": "a", "label": 1})
+
+
+def test_a_bare_text_fills_the_only_column() -> None:
+    """Served inputs may be a text where there is one column, however often it is named."""
+    assert Template("{x} and {x}").row("a") == {"x": "a"}
+    assert Template("{x} {y}").row({"x": "a", "y": "b"}) == {"x": "a", "y": "b"}
+    with pytest.raises(BadInput, match=r"can't fill the columns \['x', 'y'\]"):
+        Template("{x} {y}").row("a")
+
+
+@given(texts, st.text(min_size=1, max_size=20))
+def test_continuation_round_trip(before: str, text: str) -> None:
+    """The tokens of a continuation, put behind those of what comes before, decode to both together."""
+    tokenizer = tiny_tokenizer()
+    ids = continuation_ids(tokenizer, before, text)
+    head = tokenizer(before, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode([*head, *ids], clean_up_tokenization_spaces=False) == before + text
+    assert tokenizer.eos_token_id not in ids
+
+
+@pytest.mark.parametrize("tail", ["", "\nSpam?", " Answer:", "}"])
+@pytest.mark.parametrize("answer", [" ham", "ham", " a place", "!", " é", "日本"])
+def test_no_space_appears_in_front_of_an_answer(tail: str, answer: str) -> None:
+    """A tokenizer that puts a space in front of every text adds none between template and answer."""
+    tokenizer = spaced_tokenizer()
+    template = Template("{text}" + escaped(tail))
+    (ids,) = answer_ids(tokenizer, template, [answer])
+    head = tokenizer("the fox" + tail, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode([*head, *ids], clean_up_tokenization_spaces=False) == "the fox" + tail + answer
+
+
+def test_a_verbalizer_holds_what_the_data_has() -> None:
+    """Keys that no row has are left out; the spec's order stays."""
+    made = Verbalizer.covering({2: " two", 0: " zero", 1: " one"}, [1, 2, 1])
+    assert (made.labels, made.texts) == ((2, 1), (" two", " one"))
+    assert [made.index(1), made.index(2), made.index(np.int64(2))] == [1, 0, 0]
+
+
+def test_uncovered_labels_are_named() -> None:
+    """Labels without a text are listed, five at most, beside the keys that there are."""
+    with pytest.raises(BadInput, match=r"does not cover label 3, 7 of the data; it has \[0, 1, 2\]"):
+        Verbalizer.covering(DIGITS, [0, 7, 3, 3])
+    with pytest.raises(BadInput, match=r"label 10, 11, 12, 13, 14 of the data"):
+        Verbalizer.covering(DIGITS, range(10, 30))
+    with pytest.raises(BadInput, match=r"label '1' of the data"):
+        Verbalizer.covering(DIGITS, ["1"])
+    with pytest.raises(BadInput, match=r"label None of the data"):
+        Verbalizer.covering(DIGITS, [None])
+
+
+def test_labels_that_share_a_text_are_named() -> None:
+    """Two labels can't be told apart by one text; a label that the data lacks is no obstacle."""
+    shared = {0: " no", 1: " yes", "maybe": " no"}
+    with pytest.raises(BadInput, match=r"gives labels \[0, 'maybe'\] the same text ' no'"):
+        Verbalizer.covering(shared, [0, 1, "maybe"])
+    assert Verbalizer.covering(shared, [0, 1]).texts == (" no", " yes")
+
+
+def test_true_and_one_are_different_labels() -> None:
+    """Equal in Python, and neither stands for the other, in whichever order the data has them; nor does 1.0."""
+    assert Verbalizer.covering({True: " yes", False: " no"}, [True, False]).index(True) == 0
+    assert Verbalizer.covering({1: " yes", 0: " no"}, [0, 1]).index(0) == 1
+    for seen in ([1], [True, 1], [1, True]):
+        with pytest.raises(BadInput, match="does not cover label 1 of"):
+            Verbalizer.covering({True: " yes"}, seen)
+    for seen in ([True], [1, True], [True, 1]):
+        with pytest.raises(BadInput, match="does not cover label True of"):
+            Verbalizer.covering({1: " yes"}, seen)
+    with pytest.raises(BadInput, match=r"does not cover label 1\.0 of"):
+        Verbalizer.covering({1: " yes"}, [1, 1.0])
+
+
+def test_labels_that_are_lists_are_refused() -> None:
+    """A column of lists or objects is no label column."""
+    with pytest.raises(BadInput, match="holds lists or objects"):
+        Verbalizer.covering(DIGITS, [[0], [1]])

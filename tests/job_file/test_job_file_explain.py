@@ -1,0 +1,158 @@
+"""Every problem of the values at once, each with its line and the way out."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+from job_texts import BAD, GOOD, Files, swap
+
+
+def test_every_problem_of_a_file_is_reported_at_once(files: Files) -> None:
+    """Unknown and missing keys, wrong types, bad choices, bad ranges and conflicts come together, in line order."""
+    assert [(problem.line, problem.where) for problem in files.problems(BAD)] == [
+        (1, "name"),
+        (3, "base_model.idd"),
+        (4, "base_model.dtype"),
+        (5, "data.target"),
+        (7, "data.template"),
+        (9, "data.verbalizer.0"),
+        (10, "data.verbalizer.0.5"),
+        (11, "data.limit"),
+        (14, "search.space.init[1]"),
+        (15, "search.space.num_virtual_tokens[1]"),
+        (17, "search.space.learning_rate.loguniform"),
+        (18, "search.trials"),
+        (20, "search.mode"),
+        (22, "registry.alias"),
+    ]
+
+
+def test_a_problem_reads_as_place_key_value_and_what_is_allowed(files: Files) -> None:
+    """The whole line, as a user sees it."""
+    problem = files.problem(swap("0.1", "-1"))
+    allowed = "a number above 0, a list of them, {loguniform: [low, high]} or {uniform: [low, high]}"
+    assert str(problem) == f"{files.path}:11: search.space.learning_rate: -1 is not allowed; allowed: {allowed}"
+
+
+def test_an_unknown_key_names_the_nearest_and_the_allowed_ones(files: Files) -> None:
+    """A typo gets one message, on the key's own line, and the required key it stands for is not missing as well."""
+    problem = files.problem(swap("template:", "templat:"))
+    assert (problem.line, problem.where, problem.message) == (6, "data.templat", "unknown key")
+    assert problem.hint.startswith("did you mean template? allowed: path, subset, ")
+
+
+def test_a_key_in_the_wrong_section_names_the_right_one(files: Files) -> None:
+    """A known key that stands elsewhere is found by its name."""
+    problem = files.problem(GOOD + "  learning_rate: 0.1\n")
+    assert problem.hint.startswith("did you mean search.space.learning_rate? allowed: steps, ")
+
+
+def test_missing_required_keys_point_at_their_section(files: Files) -> None:
+    """Each missing key is named, at the line of the section it belongs to."""
+    problems = files.problems("# a comment\nname: x\ndata:\n  path: a\n  template: '{text}'\nsearch: {metric: loss}\n")
+    assert [(problem.line, problem.where) for problem in problems] == [(2, "base_model"), (3, "data.target")]
+    assert all("is missing" in problem.message for problem in problems)
+
+
+@pytest.mark.parametrize("value", ['"5"', "true", "5.0", "0", "[]", "{a: 1}", "null", ""])
+def test_a_wrong_type_gets_one_sentence(files: Files, value: str) -> None:
+    """Text, truth values, floats, numbers out of range, lists, mappings and nothing are no number of steps."""
+    problem = files.problem(swap("steps: 100", f"steps: {value}"))
+    assert (problem.line, problem.where) == (13, "train.steps")
+    assert problem.message.endswith("is not allowed; allowed: a whole number of at least 1")
+
+
+def test_quotes_too_many_or_missing_are_named(files: Files) -> None:
+    """A number in quotes and a number where text belongs get the hint that helps."""
+    assert files.problem(swap("100", '"100"')).hint == "remove the quotes"
+    assert files.problem(swap("target: label", "target: 5")).hint == "put it in quotes"
+
+
+def test_the_nearest_choice_is_named(files: Files) -> None:
+    """A misspelt choice gets all choices and the nearest."""
+    problem = files.problem(swap("steps: 100", "optimizer: AdamWW"))
+    assert problem.message == '"AdamWW" is not allowed; allowed: adamw or adafactor'
+    assert problem.hint == "did you mean adamw?"
+
+
+@pytest.mark.parametrize(
+    ("value", "where", "message"),
+    [
+        ("{loguniform: [0.1]}", ".loguniform", "[0.1] is not allowed; allowed: [low, high]"),
+        ("{loguniform: [0.1, x]}", ".loguniform[1]", '"x" is not allowed; allowed: a number above 0'),
+        ("{loguniform: [2, 1]}", ".loguniform", "[2, 1] is not a range; write the smaller bound first"),
+        ("{logunifrom: [1, 2]}", ".logunifrom", "unknown key"),
+        ("{loguniform: [1, 2], uniform: [1, 2]}", ".uniform", "unknown key"),
+        ("[0.1, 0]", "[1]", "0 is not allowed; allowed: a number above 0"),
+        ("[0.1, 0.1]", "", "[0.1, 0.1] lists 0.1 twice; list each value once"),
+        (".nan", "", "NaN is not allowed; allowed: a number above 0, a list of them, "),
+        ("fast", "", '"fast" is not allowed; allowed: a number above 0, a list of them, '),
+        ("{choice: [1, 2]}", "", '{"choice": [1, 2]} is not allowed; allowed: a number above 0, a list of them, '),
+    ],
+)
+def test_a_union_gets_one_message_at_the_part_that_is_wrong(files: Files, value: str, where: str, message: str) -> None:
+    """A learning rate may have four shapes; a bad one is explained by the shape it was meant to have."""
+    problem = files.problem(swap("0.1", value))
+    assert (problem.line, problem.where) == (11, f"search.space.learning_rate{where}")
+    assert problem.message.startswith(message)
+
+
+def test_a_section_that_is_empty_or_no_mapping_is_explained(files: Files) -> None:
+    """A section whose keys are all commented out is refused with what to do."""
+    problem = files.problem(swap("  steps: 100\n", "  # steps: 100\n"))
+    assert (problem.line, problem.where) == (12, "train")
+    assert "null is not allowed; allowed: a mapping with the keys steps, " in problem.message
+    assert problem.hint == "leave the key out to take the defaults"
+
+
+def test_accuracy_without_a_verbalizer_points_at_what_is_there(files: Files) -> None:
+    """The metric's line when it is written, else the section where the verbalizer belongs."""
+    text = swap('  verbalizer: {0: " ham", 1: " spam"}\n', "")
+    problem = files.problem(text)
+    assert (problem.line, problem.where) == (4, "data.verbalizer")
+    problem = files.problem(text.replace("search:\n", "search:\n  metric: accuracy\n"))
+    assert (problem.line, problem.where) == (9, "search.metric")
+    assert "needs data.verbalizer" in problem.message
+
+
+def test_a_grid_with_a_range_is_refused_at_the_searcher(files: Files) -> None:
+    """The conflict stands at the searcher's line and names the range."""
+    text = swap("    learning_rate: 0.1\n", "    learning_rate: {uniform: [0.1, 0.2]}\n  searcher: grid\n")
+    problem = files.problem(text)
+    assert (problem.line, problem.where) == (12, "search.searcher")
+    assert "space.learning_rate" in problem.message
+
+
+def test_a_reserved_alias_is_refused(files: Files) -> None:
+    """MLflow keeps latest for itself."""
+    problem = files.problem(GOOD + "registry: {alias: latest}\n")
+    assert (problem.line, problem.where) == (14, "registry.alias")
+    assert "reserved by MLflow" in problem.message
+
+
+def test_conflicts_in_different_sections_are_reported_together(files: Files) -> None:
+    """A conflict inside search does not hide the one between train's keys."""
+    text = swap("search:\n", "search:\n  mode: min\n").replace("steps: 100", "evaluate_every: 7\n  steps: 5")
+    assert [problem.where for problem in files.problems(text)] == ["search.mode", "train.evaluate_every"]
+
+
+@pytest.mark.parametrize("key", ["name", "base_model", "base_model.id", "data.path", "data.template", "data.target"])
+def test_a_missing_key_hides_no_conflict_of_other_keys(files: Files, key: str) -> None:
+    """Without any of the required keys, the others are still checked against each other."""
+    job = yaml.safe_load(GOOD + "  evaluate_every: 900\n")
+    *way, last = key.split(".")
+    del (job[way[0]] if way else job)[last]
+    assert {problem.where for problem in files.problems(yaml.safe_dump(job))} == {key, "train.evaluate_every"}
+
+
+def test_what_depends_on_a_bad_value_is_not_judged(files: Files) -> None:
+    """A misspelt verbalizer is one problem; that the metric needs one is not said on top."""
+    assert files.problem(swap("verbalizer:", "verbaliser:")).where == "data.verbaliser"
+    assert files.problem(swap("steps: 100", "steps: -1\n  evaluate_every: 900")).where == "train.steps"
+
+
+def test_a_verbalizer_of_thousands_with_one_mistake_is_explained(files: Files) -> None:
+    """The one bad text among many is named, in good time."""
+    rows = "".join(f"    {n}: {'word' if n != 1234 else 5}\n" for n in range(3000))
+    problem = files.problem(swap('  verbalizer: {0: " ham", 1: " spam"}\n', f"  verbalizer:\n{rows}"))
+    assert (problem.line, problem.where) == (9 + 1234, "data.verbalizer.1234")

@@ -1,0 +1,158 @@
+"""Inits against their definitions in Lester et al. (2021)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from models import encoder_for, spaced_tokenizer, tiny_backbone, tiny_tokenizer
+from torch import Tensor
+
+from orchestrator.errors import BadInput
+from orchestrator.prompts.inits import InitContext, frequent_ids, initial_prompt
+from orchestrator.space import TrialSpec
+
+ANSWERS = encoder_for("several tokens").answers
+CONTEXT = InitContext.of(tiny_backbone(), ANSWERS)
+TABLE = tiny_backbone().table.detach().float()
+
+
+def made(init: str, length: int, seed: int = 0, text: str | None = None, context: InitContext = CONTEXT) -> Tensor:
+    return initial_prompt(TrialSpec(init, text, length, 0.3, seed), context)
+
+
+def ids_of(prompt: Tensor, table: Tensor = TABLE) -> list[int]:
+    """The tokens whose embeddings the virtual tokens are; -1 for one that is no token's."""
+    same = (prompt[:, None] == table[None]).all(-1)
+    return [int(row.nonzero()[0]) if row.any() else -1 for row in same]
+
+
+@pytest.mark.parametrize("init", ["random", "sample_vocab", "class_labels"])
+@pytest.mark.parametrize("length", [1, 2, 3, 50, 400])
+def test_seeds_reproduce(init: str, length: int) -> None:
+    """The same seed gives the same [P, H] in float32, another seed another one; global random state plays no part."""
+    torch.manual_seed(1)
+    first = made(init, length, seed=7)
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    assert torch.equal(made(init, length, seed=7), first)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert first.shape == (length, TABLE.shape[1]) and first.dtype == torch.float32
+    if init != "class_labels" or length > len(ANSWERS):
+        assert not torch.equal(made(init, length, seed=8), first)
+
+
+def test_random_is_uniform() -> None:
+    """Values lie in [-0.5, 0.5], fill it, and have the mean and the variance of a uniform distribution."""
+    values = made("random", 2000)
+    assert values.min() >= -0.5 and values.max() <= 0.5
+    assert values.min() < -0.499 and values.max() > 0.499
+    assert float(values.mean()) == pytest.approx(0, abs=0.005)
+    assert float(values.var()) == pytest.approx(1 / 12, rel=0.02)
+
+
+def test_sample_vocab_draws_without_replacement() -> None:
+    """Each virtual token is the embedding of another frequent token; no token comes twice while there are others."""
+    population = frequent_ids(CONTEXT)
+    drawn = ids_of(made("sample_vocab", 100))
+    assert len(set(drawn)) == 100 and set(drawn) <= set(population)
+    assert drawn != sorted(drawn)
+
+
+def test_a_prompt_longer_than_the_vocabulary_starts_again() -> None:
+    """With more virtual tokens than tokens each is used once before any is used twice."""
+    population = frequent_ids(CONTEXT)
+    drawn = ids_of(made("sample_vocab", 2 * len(population) + 5))
+    assert sorted(drawn[: len(population)]) == sorted(population)
+    assert sorted(drawn[len(population) : 2 * len(population)]) == sorted(population)
+    assert len(set(drawn[-5:])) == 5
+
+
+def test_frequent_tokens_are_ordinary_ones() -> None:
+    """Neither special tokens nor byte fallbacks are drawn, and the lowest ids come first."""
+    tokenizer = spaced_tokenizer()
+    context = InitContext(CONTEXT.embed, (len(tokenizer), 32), tokenizer, [])
+    population = frequent_ids(context)
+    names = tokenizer.convert_ids_to_tokens(population)
+    assert population == sorted(population) and len(population) == len(tokenizer) - 3 - 256
+    assert not {"<s>", "<end>", "<unk>"} & set(names) and not any(re.fullmatch("<0x..>", name) for name in names)
+    assert frequent_ids(context, 10) == population[:10]
+    assert not set(tiny_tokenizer().all_special_ids) & set(frequent_ids(CONTEXT))
+
+
+def test_tokens_without_an_embedding_are_never_drawn() -> None:
+    """A tokenizer may name more tokens than the table has rows, and a padded table more rows than there are tokens."""
+    assert max(frequent_ids(replace(CONTEXT, shape=(300, 32)))) == 299
+    assert max(frequent_ids(replace(CONTEXT, shape=(5000, 32)))) == len(tiny_tokenizer()) - 1
+
+
+def test_class_labels_are_means_over_their_tokens() -> None:
+    """Each label gives one virtual token, the mean of its tokens' embeddings; the vocabulary fills the rest."""
+    prompt = made("class_labels", 10, seed=3)
+    for place, ids in enumerate(ANSWERS):
+        assert len(ids) > 1
+        torch.testing.assert_close(prompt[place], torch.stack([TABLE[token] for token in ids]).mean(0))
+    assert torch.equal(prompt[2:], made("sample_vocab", 8, seed=3))
+    assert -1 not in ids_of(prompt[2:])
+
+
+def test_fewer_virtual_tokens_than_labels() -> None:
+    """The first labels are used, as many as there is room for."""
+    assert torch.equal(made("class_labels", 1), made("class_labels", 10)[:1])
+    assert torch.equal(made("class_labels", 2, seed=1), made("class_labels", 2, seed=2))
+
+
+@pytest.mark.parametrize("length", [1, 3, 5, 12])
+@pytest.mark.parametrize("spaced", [False, True])
+def test_text_is_cut_or_repeated(length: int, spaced: bool) -> None:
+    """Virtual tokens are the text's tokens in order, cut or started again; special tokens in front are left out."""
+    tokenizer = spaced_tokenizer() if spaced else tiny_tokenizer()
+    table = torch.randn(len(tokenizer), 8, generator=torch.Generator().manual_seed(0))
+    context = InitContext(lambda ids: table[ids], (len(table), 8), tokenizer, [])
+    text = "the quick brown fox"
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert (tokenizer(text)["input_ids"] != tokens) is spaced
+    got = ids_of(made("text", length, text=text, context=context), table)
+    assert got == (tokens * length)[:length]
+    assert torch.equal(made("text", length, seed=1, text=text, context=context), table[got])
+
+
+def test_a_text_without_tokens_is_refused() -> None:
+    """There is nothing to start from."""
+    with pytest.raises(BadInput, match="init text '' has no tokens"):
+        made("text", 3, text="")
+
+
+def test_an_unknown_init_is_refused() -> None:
+    """The message names it and the known ones."""
+    with pytest.raises(BadInput, match=r"init 'zeros' is unknown(.|\n)*random, sample_vocab, class_labels"):
+        made("zeros", 3)
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "gemma2", "llama", "opt"])
+def test_virtual_tokens_are_what_enters_the_model(family: str) -> None:
+    """A text init gives the very logits of the text's token ids, also where the family scales its embeddings."""
+    backbone = tiny_backbone(family, torch.float32)
+    context = InitContext.of(backbone, [])
+    words = "the quick brown fox"
+    ids = tiny_tokenizer()(words)["input_ids"]
+    prompt = made("text", len(ids), text=words, context=context)
+    with torch.no_grad():
+        by_ids = backbone.model(input_ids=torch.tensor([ids])).logits
+        by_prompt = backbone.model(inputs_embeds=prompt[None]).logits
+    torch.testing.assert_close(by_prompt, by_ids)
+
+
+def test_the_prompt_is_its_own_memory() -> None:
+    """Tuning a prompt never writes to the embedding table it came from."""
+    before = TABLE.clone()
+    backbone = tiny_backbone(dtype=torch.float32)
+    context = InitContext.of(backbone, ANSWERS)
+    table = backbone.table.clone()
+    for init, text in [("sample_vocab", None), ("class_labels", None), ("text", "the")]:
+        prompt = made(init, 4, text=text, context=context)
+        assert not prompt.requires_grad
+        prompt.fill_(9.0)
+    assert torch.equal(backbone.table, table) and torch.equal(TABLE, before)

@@ -1,0 +1,423 @@
+"""The broker as a plain asyncio object: no Ray, no model, reports made up."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from orchestrator.errors import JobFailed
+from orchestrator.search import broker as broker_module
+from orchestrator.search.broker import Broker, Orders
+from orchestrator.tuning.report import Ending, EvaluationJob, Report
+
+LIMIT_S = 30.0  # only a deadlock takes this long
+
+
+def run(test: Coroutine[Any, Any, Any]) -> None:
+    async def bounded() -> None:
+        await asyncio.wait_for(test, LIMIT_S)
+
+    asyncio.run(bounded())
+
+
+def config(number: int) -> dict[str, Any]:
+    return {"init": "random", "num_virtual_tokens": 2, "learning_rate": 0.1, "seed": number}
+
+
+def name(number: int) -> str:
+    return f"t{number}"
+
+
+def report(number: int, step: int = 1, ending: Ending | None = None) -> Report:
+    metrics = {"loss": 1.0}
+    return Report(name(number), step, metrics, 1.0, step, metrics, 1.0, f"{number}@{step}".encode(), ending)
+
+
+async def broker_with(trials: int, total: int | None = None) -> Broker:
+    """A broker whose trials came in the opposite order of their numbers."""
+    broker = Broker(trials if total is None else total)
+    for number in reversed(range(trials)):
+        await broker.submit(name(number), number, config(number))
+    return broker
+
+
+def seated(orders: Orders) -> list[str]:
+    return [seat.trial for seat in orders.seat]
+
+
+async def let_run() -> None:
+    """Let every other coroutine run until it waits."""
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
+def tune(
+    broker: Broker, numbers: range, goes_on: Callable[[Report], bool] = lambda _: True, log: list[str] | None = None
+) -> list[asyncio.Task[None]]:
+    """Trials that wait for their reports and decide at once, as Tune does."""
+
+    async def follow(number: int) -> None:
+        while (got := await broker.next_report(name(number))) is not None:
+            if log is not None:
+                log.append(f"{got.trial}@{got.step}")
+            stays = goes_on(got) and got.ending is None
+            await broker.decide(name(number), stays)
+            if not stays:
+                return
+
+    return [asyncio.ensure_future(follow(number)) for number in numbers]
+
+
+async def ended(tasks: list[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def test_slots_go_in_the_order_of_the_numbers() -> None:
+    """Whoever comes first, the trial with the lowest number gets the first slot."""
+
+    async def test() -> None:
+        broker = await broker_with(5)
+        await broker.join("w", 3)
+        orders = await broker.next_orders("w")
+        assert seated(orders) == ["t0", "t1", "t2"]
+        assert [seat.spec.seed for seat in orders.seat] == [0, 1, 2]
+        assert all(seat.checkpoint is None for seat in orders.seat)
+
+    run(test())
+
+
+def test_a_round_waits_for_the_trials_that_are_to_come() -> None:
+    """While slots are free and trials are still starting, the round does not begin, so that a search repeats."""
+
+    async def test() -> None:
+        broker = await broker_with(1, total=2)
+        await broker.join("w", 2)
+        orders = asyncio.ensure_future(broker.next_orders("w"))
+        await let_run()
+        assert not orders.done()
+        await broker.submit("t1", 1, config(1))
+        assert seated(await orders) == ["t0", "t1"]
+
+    run(test())
+
+
+def test_a_stopped_trials_slot_is_filled_in_the_very_next_orders() -> None:
+    """The orders that free a slot seat the next trial in it."""
+
+    async def test() -> None:
+        broker = await broker_with(3)
+        await broker.join("w", 2)
+        await broker.next_orders("w")
+        tasks = tune(broker, range(3), goes_on=lambda got: got.trial != "t0")
+        orders = await broker.next_orders("w", [report(0), report(1)])
+        assert orders.free == ("t0",)
+        assert seated(orders) == ["t2"]
+        await ended(tasks)
+
+    run(test())
+
+
+def test_a_finished_trials_slot_is_filled_too_and_needs_no_freeing() -> None:
+    """A trial that came to its end has left its slot by itself."""
+
+    async def test() -> None:
+        broker = await broker_with(2)
+        await broker.join("w", 1)
+        await broker.next_orders("w")
+        tasks = tune(broker, range(2))
+        orders = await broker.next_orders("w", [report(0, 8, "steps")])
+        assert orders.free == ()
+        assert seated(orders) == ["t1"]
+        await ended(tasks)
+
+    run(test())
+
+
+def test_reports_go_to_tune_one_at_a_time_in_trial_order() -> None:
+    """The second report is handed out only once the first is decided, however the worker orders them."""
+
+    async def test() -> None:
+        broker = await broker_with(2)
+        await broker.join("w", 2)
+        await broker.next_orders("w")
+        orders = asyncio.ensure_future(broker.next_orders("w", [report(1), report(0)]))
+        second = asyncio.ensure_future(broker.next_report("t1"))
+        assert (await broker.next_report("t0")).step == 1  # type: ignore[union-attr]
+        await let_run()
+        assert not second.done() and not orders.done()
+        await broker.decide("t0", True)
+        await second
+        await let_run()
+        assert not orders.done()
+        await broker.decide("t1", True)
+        await orders
+
+    run(test())
+
+
+def test_a_worker_that_joins_again_goes_on_from_the_newest_checkpoints() -> None:
+    """After a worker died its trials are seated again, each with its last report's checkpoint, and none is lost."""
+
+    async def test() -> None:
+        broker = await broker_with(2)
+        await broker.join("w", 2)
+        await broker.next_orders("w")
+        tasks = tune(broker, range(2))
+        await broker.next_orders("w", [report(0, 1), report(1, 1)])
+        await broker.next_orders("w", [report(0, 2)])
+        await broker.join("w", 2)
+        orders = await broker.next_orders("w")
+        assert {seat.trial: seat.checkpoint for seat in orders.seat} == {"t0": b"0@2", "t1": b"1@1"}
+        await ended(tasks)
+
+    run(test())
+
+
+def test_the_call_of_a_dead_worker_takes_no_trials() -> None:
+    """A worker that dies while it waits for orders leaves a call behind, which must not seat anybody."""
+
+    async def test() -> None:
+        broker = Broker(1)
+        await broker.join("w", 2)
+        dead = asyncio.ensure_future(broker.next_orders("w"))
+        await let_run()
+        await broker.join("w", 2)
+        await broker.submit("t0", 0, config(0))
+        assert (await dead).stop
+        assert seated(await broker.next_orders("w")) == ["t0"]
+
+    run(test())
+
+
+def test_the_reports_of_a_dead_worker_are_not_handed_on_after_it_is_back() -> None:
+    """What the dead worker's call still held is trained again, not reported twice."""
+
+    async def test() -> None:
+        broker = await broker_with(2)
+        await broker.join("w", 2)
+        await broker.next_orders("w")
+        dead = asyncio.ensure_future(broker.next_orders("w", [report(0), report(1)]))
+        await broker.next_report("t0")
+        await broker.join("w", 2)
+        await broker.decide("t0", True)
+        assert (await dead).stop
+        again = {seat.trial: seat.checkpoint for seat in (await broker.next_orders("w")).seat}
+        assert again == {"t0": b"0@1", "t1": None}
+
+    run(test())
+
+
+def test_an_evaluation_goes_before_a_round() -> None:
+    """Somebody waits for a job: it is done first, one at a time, and its metrics reach whoever asked."""
+
+    async def test() -> None:
+        broker = await broker_with(1)
+        await broker.join("w", 1)
+        jobs = [EvaluationJob("validation"), EvaluationJob("test")]
+        asked = [asyncio.ensure_future(broker.evaluation(job)) for job in jobs]
+        await let_run()
+        evaluated: list[tuple[int, dict[str, float]]] = []
+        for job in jobs:
+            orders = await broker.next_orders("w", evaluated=evaluated)
+            assert [found for _, found in orders.evaluate] == [job] and not orders.seat
+            evaluated = [(number, {"loss": float(number)}) for number, _ in orders.evaluate]
+        assert seated(await broker.next_orders("w", evaluated=evaluated)) == ["t0"]
+        assert [await task for task in asked] == [{"loss": 0.0}, {"loss": 1.0}]
+
+    run(test())
+
+
+def test_a_job_outlives_the_worker_that_had_it() -> None:
+    """An evaluation is given out again when its worker comes back without the result."""
+
+    async def test() -> None:
+        broker = Broker(0)
+        await broker.join("w", 1)
+        asked = asyncio.ensure_future(broker.evaluation(EvaluationJob("test")))
+        await let_run()
+        await broker.next_orders("w")
+        await broker.join("w", 1)
+        ((number, job),) = (await broker.next_orders("w")).evaluate
+        assert job == EvaluationJob("test")
+        last = asyncio.ensure_future(broker.next_orders("w", evaluated=[(number, {"loss": 2.0})]))
+        assert await asked == {"loss": 2.0}
+        await broker.finish()
+        assert (await last).stop
+
+    run(test())
+
+
+async def waiters(broker: Broker) -> list[asyncio.Task[Any]]:
+    """A trial, a worker and the driver, each waiting for something that will not come."""
+    await broker.join("w", 2)
+    calls: list[Awaitable[Any]] = [
+        broker.next_report("t0"),
+        broker.evaluation(EvaluationJob("test")),
+    ]
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    await let_run()
+    broker.jobs.clear()  # somebody has taken it and is still at it
+    orders = asyncio.ensure_future(broker.next_orders("w"))
+    await let_run()
+    return [*tasks, orders]
+
+
+def test_a_failure_wakes_everybody_with_its_reason() -> None:
+    """Once the workers are lost the waits of trials and driver end in that error, and workers are told to stop."""
+
+    async def test() -> None:
+        broker = await broker_with(1, total=2)
+        *waiting, orders = await waiters(broker)
+        await broker.fail(JobFailed("the worker burnt", "buy another"))
+        await broker.fail(JobFailed("later news"))
+        for task in waiting:
+            with pytest.raises(JobFailed, match="the worker burnt") as failed:
+                await task
+            assert failed.value.hint == "buy another"
+        assert (await orders).stop
+        with pytest.raises(JobFailed, match="the worker burnt"):
+            await broker.ready()
+
+    run(test())
+
+
+def test_the_end_wakes_everybody() -> None:
+    """After finish nobody waits any longer."""
+
+    async def test() -> None:
+        broker = await broker_with(1, total=2)
+        *waiting, orders = await waiters(broker)
+        await broker.finish()
+        assert (await orders).stop
+        for task in waiting:
+            with pytest.raises(JobFailed, match="ended"):
+                await task
+
+    run(test())
+
+
+def test_a_trial_that_never_comes_costs_one_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The broker waits once for what never comes and is quick from then on; the search goes on without it."""
+    monkeypatch.setattr(broker_module, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(broker_module, "IMPATIENCE_S", 0.01)
+
+    async def test() -> None:
+        broker = await broker_with(1, total=3)
+        await broker.join("w", 3)
+        assert seated(await broker.next_orders("w")) == ["t0"]
+        assert broker.patience == 0.01
+        tasks = tune(broker, range(1))
+        orders = await broker.next_orders("w", [report(0)])
+        assert not orders.stop and not orders.free
+        await ended(tasks)
+
+    run(test())
+
+
+def test_a_decision_that_never_comes_costs_one_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial whose relay was lost does not hold the others up for good."""
+    monkeypatch.setattr(broker_module, "PATIENCE_S", 0.2)
+
+    async def test() -> None:
+        broker = await broker_with(1)
+        await broker.join("w", 1)
+        await broker.next_orders("w")
+        assert not (await broker.next_orders("w", [report(0)])).stop
+        assert broker.patience == broker_module.IMPATIENCE_S
+
+    run(test())
+
+
+def test_submitting_twice_is_safe() -> None:
+    """A trial that starts again keeps its slot, its checkpoint and its place in the order."""
+
+    async def test() -> None:
+        broker = await broker_with(2)
+        await broker.join("w", 2)
+        await broker.next_orders("w")
+        tasks = tune(broker, range(2))
+        await broker.next_orders("w", [report(0), report(1)])
+        await broker.submit("t0", 0, config(0))
+        assert not (await broker.next_orders("w", [report(0, 2), report(1, 2)])).seat
+        assert broker.trials["t0"].checkpoint == b"0@2"
+        await ended(tasks)
+
+    run(test())
+
+
+def test_a_late_report_of_a_stopped_trial_is_dropped() -> None:
+    """A report that crossed with the decision to stop changes nothing."""
+
+    async def test() -> None:
+        broker = await broker_with(1)
+        await broker.join("w", 1)
+        await broker.next_orders("w")
+        await broker.decide("t0", False)
+        last = asyncio.ensure_future(broker.next_orders("w", [report(0)]))
+        assert await broker.next_report("t0") is None
+        await broker.finish()
+        await last
+        assert broker.trials["t0"].checkpoint is None
+
+    run(test())
+
+
+def test_the_end_of_the_study_frees_whoever_still_sits() -> None:
+    """When Tune ends early, trials that wait for a report are told, and nobody waits for trials to come."""
+
+    async def test() -> None:
+        broker = await broker_with(2, total=9)
+        broker.patience = LIMIT_S * 2
+        await broker.join("w", 4)
+        waiting = asyncio.ensure_future(broker.next_report("t0"))
+        orders = asyncio.ensure_future(broker.next_orders("w"))
+        await let_run()
+        await broker.end_trials()
+        assert await waiting is None
+        asked = asyncio.ensure_future(broker.evaluation(EvaluationJob("test")))
+        assert (await orders).evaluate
+        await broker.finish()
+        with pytest.raises(JobFailed):
+            await asked
+
+    run(test())
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_workers_share_the_trials_and_lose_none(workers: int) -> None:
+    """Every trial is trained to its end by exactly one worker at a time, and Tune hears of each step in order."""
+    total, steps = 11, 3
+    log: list[str] = []
+
+    async def work(broker: Broker, worker: str) -> None:
+        await broker.join(worker, 2)
+        at: dict[str, int] = {}
+        reports: list[Report] = []
+        while not (orders := await broker.next_orders(worker, reports)).stop:
+            for seat in orders.seat:
+                at[seat.trial] = int(seat.checkpoint.decode().split("@")[1]) if seat.checkpoint else 0
+            reports = []
+            for trial in list(at):
+                at[trial] += 1
+                over = at[trial] == steps
+                reports.append(report(int(trial[1:]), at[trial], "steps" if over else None))
+                if over:
+                    del at[trial]
+            await asyncio.sleep(0)
+
+    async def test() -> None:
+        broker = await broker_with(total)
+        tasks = tune(broker, range(total), log=log)
+        working = [asyncio.ensure_future(work(broker, f"w{number}")) for number in range(workers)]
+        await asyncio.gather(*tasks)
+        await broker.finish()
+        await asyncio.gather(*working)
+
+    run(test())
+    for number in range(total):
+        assert [line for line in log if line.startswith(f"t{number}@")] == [f"t{number}@{s}" for s in (1, 2, 3)]

@@ -1,0 +1,72 @@
+"""How a search lies on a cluster."""
+
+from __future__ import annotations
+
+import pytest
+
+from orchestrator.errors import BadInput
+from orchestrator.search.placement import CPU_SLOTS, GPU_SLOTS, TRIAL_CPUS, Node, Placement, place
+from orchestrator.spec import ResourcesSpec
+
+AUTO = ResourcesSpec()
+
+
+def test_one_worker_takes_a_cpu_node() -> None:
+    """Without accelerators one worker computes with every core and leaves Ray one of them for everything else."""
+    assert place(AUTO, [Node(8)], 12) == Placement(workers=1, cpus=7, gpus=0, threads=8, trials_per_worker=CPU_SLOTS)
+    assert place(AUTO, [Node(1)], 12) == Placement(workers=1, cpus=1, gpus=0, threads=1, trials_per_worker=CPU_SLOTS)
+
+
+def test_a_worker_a_gpu() -> None:
+    """Each GPU gets a worker, and the workers of a node share its cores."""
+    assert place(AUTO, [Node(16, 4)], 64) == Placement(4, cpus=3, gpus=1, threads=4, trials_per_worker=GPU_SLOTS)
+    assert place(AUTO, [Node(16, 1), Node(16, 1)], 64) == Placement(2, 15, 1, 16, GPU_SLOTS)
+
+
+def test_nodes_without_a_gpu_do_not_count_where_gpus_are() -> None:
+    """A large head without accelerators neither holds workers nor decides how large they are."""
+    assert place(AUTO, [Node(64), Node(8, 1)], 64) == Placement(1, cpus=7, gpus=1, threads=8, trials_per_worker=8)
+
+
+def test_unequal_nodes_are_shared_by_what_each_has() -> None:
+    """Nine workers on nodes of eight GPUs and one: eight and one, each small enough for the fuller node."""
+    placed = place(AUTO, [Node(64, 8), Node(64, 1)], 90)
+    assert (placed.workers, placed.cpus) == (9, 7)
+
+
+def test_there_are_no_more_slots_than_trials() -> None:
+    """Trials are spread over the workers rather than packed into some of them."""
+    assert place(AUTO, [Node(8)], 2).trials_per_worker == 2
+    assert place(AUTO, [Node(32, 4)], 6).trials_per_worker == 2
+
+
+def test_explicit_values_hold() -> None:
+    """What the spec says is what a worker gets."""
+    asked = ResourcesSpec(workers=2, cpus_per_worker=3, gpus_per_worker=0.5, trials_per_worker=11)
+    assert place(asked, [Node(8, 1)], 4) == Placement(2, cpus=3, gpus=0.5, threads=3, trials_per_worker=11)
+    assert place(ResourcesSpec(gpus_per_worker=0), [Node(8, 2)], 12).gpus == 0
+
+
+@pytest.mark.parametrize("trials", [1, 4, 1000])
+def test_the_relays_fit_beside_the_worker(trials: int) -> None:
+    """A worker that takes a whole node leaves room for its trials: Ray would wait for ever otherwise."""
+    placed = place(ResourcesSpec(cpus_per_worker=2), [Node(2)], trials)
+    assert placed.worker_resources()["CPU"] + placed.slots * TRIAL_CPUS <= 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "nodes", "named"),
+    [
+        (ResourcesSpec(cpus_per_worker=16), [Node(8), Node(8)], "1 worker of 16 CPUs"),
+        (ResourcesSpec(workers=9), [Node(8)], "9 workers of 1 CPU"),
+        (ResourcesSpec(gpus_per_worker=1), [Node(8)], "1 GPU"),
+        (ResourcesSpec(gpus_per_worker=2), [Node(8, 1), Node(8, 1)], "2 GPUs"),
+        (ResourcesSpec(workers=3, gpus_per_worker=0.5), [Node(8, 1)], "3 workers"),
+        (ResourcesSpec(), [], "there are 0 nodes"),
+    ],
+)
+def test_what_cannot_fit_is_refused(asked: ResourcesSpec, nodes: list[Node], named: str) -> None:
+    """A request that Ray would wait for without end is bad input; the message says what was asked and what there is."""
+    with pytest.raises(BadInput, match=named) as refused:
+        place(asked, nodes, 8)
+    assert "resources." in refused.value.hint

@@ -1,0 +1,123 @@
+"""Small job specs on a tiny random model and rows made on the spot: a search of them takes seconds."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from models import model_folder, text_rows
+from ray_state import eventually, holders
+from rich.console import Console
+
+from orchestrator.job_file import load_job
+from orchestrator.spec import JobSpec
+
+SPLITS = {"train": (40, 1), "validation": (16, 2), "test": (16, 3)}
+
+
+def write_rows(folder: Path, sizes: Mapping[str, tuple[int, int]] = SPLITS) -> dict[str, str]:
+    """One JSON lines file a split; returns the value of data.path."""
+    files = {}
+    for split, (count, seed) in sizes.items():
+        file = folder / f"{split}.jsonl"
+        rows = ({**row, "label": int(len(row["text"]) > 12)} for row in text_rows(count, seed))
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        files[split] = str(file)
+    return files
+
+
+def job_document(folder: Path) -> dict[str, Any]:
+    """Eight trials on ASHA, as a YAML document; rows are written into the folder."""
+    return {
+        "name": "tiny",
+        "base_model": {"id": str(model_folder())},
+        "data": {
+            "path": write_rows(folder),
+            "template": "{text}\nspam?",
+            "target": "label",
+            "verbalizer": {0: " a quick no", 1: " yes"},
+            "max_input_tokens": 60,
+        },
+        "search": {
+            "space": {
+                "init": ["random", "sample_vocab", "class_labels", {"text": "the quick brown fox"}],
+                "num_virtual_tokens": [2, 5],
+                "learning_rate": {"loguniform": [0.01, 1.0]},
+                "seed": [0, 1],
+            },
+            "trials": 8,
+            "metric": "loss",
+            "grace_steps": 4,
+        },
+        "train": {"steps": 16, "batch_size": 4, "evaluate_every": 4},
+        # A worker of one core leaves room for the other tests' actors in the session's Ray.
+        "resources": {"cpus_per_worker": 1},
+    }
+
+
+def write_job(folder: Path, **changes: Any) -> Path:
+    """The job as a file; ``changes`` are values by dotted key, with __ for the dot."""
+    document = job_document(folder)
+    for key, value in changes.items():
+        *sections, last = key.split("__")
+        place = document
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = value
+    file = folder / "job.yaml"
+    file.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    return file
+
+
+def small_job(folder: Path, **changes: Any) -> JobSpec:
+    return load_job(write_job(folder, **changes))
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command gave back."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> Any:
+        """Standard output as the one JSON document that it has to be."""
+        return json.loads(self.out)
+
+
+Command = Callable[..., Said]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A search that has run: its document, what its progress said, and where it kept things."""
+
+    folder: Path
+    job_file: Path
+    job: JobSpec
+    document: dict[str, Any]
+    said: str
+    left_behind: set[str]  # actors and placement groups
+
+    @property
+    def tracking_uri(self) -> str:
+        return f"sqlite:///{self.folder}/mlflow.db"
+
+
+def run_search(folder: Path, job_file: Path) -> Finished:
+    from orchestrator.progress import ConsoleProgress
+    from orchestrator.run import run_job
+
+    job = load_job(job_file)
+    said = io.StringIO()
+    before = holders()
+    document = run_job(job, ConsoleProgress(job, Console(file=said, width=200)))
+    eventually(lambda: not holders() - before)
+    return Finished(folder, job_file, job, document, said.getvalue(), holders() - before)

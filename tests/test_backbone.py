@@ -1,0 +1,313 @@
+"""The backbone: each way to put prompts in front of rows gives what the model gives for one row, unpadded."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from models import (
+    FAMILIES,
+    alone,
+    alone_nll,
+    load,
+    model_folder,
+    random_ids,
+    random_prompts,
+    small_config,
+    tiny_backbone,
+    tiny_model,
+)
+from peft import PromptTuningConfig, get_peft_model
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
+
+from orchestrator.backbone import (
+    PROMPT_ONCE_FAMILIES,
+    Backbone,
+    Rows,
+    runs_prompt_once,
+    weights_fingerprint,
+    why_not_exact,
+)
+from orchestrator.base_model import resolve_model
+from orchestrator.data.encoding import Encoded
+from orchestrator.errors import BadInput
+from orchestrator.scoring import teacher_forced
+from orchestrator.spec import BaseModelSpec
+from orchestrator.tuning.step import packed_gradients
+
+PLAIN_FAMILIES = sorted(set(FAMILIES) - PROMPT_ONCE_FAMILIES)
+INPUTS = random_ids([9, 1, 4, 14, 4, 7])
+TARGETS = random_ids([3, 2, 1, 4, 2, 5], seed=1)
+OWNER = [0, 1, 2, 1, 0, 2]  # which prompt stands in front of which row
+LENGTHS = [5, 2, 9]
+SPLIT = Encoded(INPUTS, TARGETS, [-1] * len(INPUTS))
+ROWS_OF = [[row for row, owner in enumerate(OWNER) if owner == prompt] for prompt in range(len(LENGTHS))]
+
+
+def precision(family: str) -> tuple[torch.dtype, float, float]:
+    """Number format and tolerances for logits and gradients."""
+    # transformers' eager attention sums in float32 and turns a float64 mask into NaN there.
+    return (torch.float32, 2e-3, 2e-3) if family in ("gemma2", "bloom") else (torch.float64, 1e-6, 2e-6)
+
+
+def close(got: Tensor, wanted: Tensor, tolerance: float) -> None:
+    assert got.isfinite().all()
+    torch.testing.assert_close(
+        got.double(), wanted.double(), rtol=tolerance, atol=tolerance * float(wanted.abs().max())
+    )
+
+
+def reference(backbone: Backbone, prompts: list[Tensor]) -> tuple[list[float], list[Tensor]]:
+    """Loss and gradient of each prompt, from rows that run one by one."""
+    losses, gradients = [], []
+    for prompt, rows in zip(prompts, ROWS_OF, strict=True):
+        leaf = prompt.detach().clone().requires_grad_()
+        nll = sum(alone_nll(backbone, leaf, INPUTS[row], TARGETS[row]) for row in rows)
+        loss = nll / sum(len(TARGETS[row]) for row in rows)
+        loss.backward()
+        losses.append(float(loss))
+        gradients.append(leaf.grad)
+    return losses, gradients
+
+
+def check_equals_rows_alone(backbone: Backbone, logits_tolerance: float, gradient_tolerance: float) -> None:
+    prompts = random_prompts(backbone, LENGTHS)
+    with torch.no_grad():
+        logits, _ = teacher_forced(backbone, backbone.prepare(prompts), INPUTS, TARGETS, OWNER)
+        for row, (ids, target) in enumerate(zip(INPUTS, TARGETS, strict=True)):
+            close(logits[row, -len(target) :], alone(backbone, prompts[OWNER[row]], ids, target), logits_tolerance)
+    losses = packed_gradients(backbone, prompts, ROWS_OF, SPLIT)
+    wanted_losses, wanted_gradients = reference(backbone, prompts)
+    assert losses == pytest.approx(wanted_losses, rel=gradient_tolerance)
+    for prompt, wanted in zip(prompts, wanted_gradients, strict=True):
+        assert prompt.grad is not None
+        close(prompt.grad, wanted, gradient_tolerance)
+
+
+@pytest.mark.parametrize("family", sorted(PROMPT_ONCE_FAMILIES))
+@pytest.mark.parametrize("prompt_once", [True, False], ids=["once", "concatenated"])
+def test_prompt_once_and_concatenation_equal_rows_alone(family: str, prompt_once: bool) -> None:
+    """In every checked family both ways give the logits, loss and gradient of single unpadded rows."""
+    dtype, logits_tolerance, gradient_tolerance = precision(family)
+    backbone = tiny_backbone(family, dtype, prompt_once)
+    assert runs_prompt_once(backbone.model.config)
+    check_equals_rows_alone(backbone, logits_tolerance, gradient_tolerance)
+
+
+@pytest.mark.parametrize("family", PLAIN_FAMILIES)
+def test_other_families_take_the_plain_path_and_equal_rows_alone(family: str) -> None:
+    """Sliding windows, recurrence, scaled embeddings and models without position ids are concatenated, exactly."""
+    dtype, logits_tolerance, gradient_tolerance = precision(family)
+    backbone = tiny_backbone(family, dtype)
+    assert not backbone.prompt_once
+    check_equals_rows_alone(backbone, logits_tolerance, gradient_tolerance)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "qwen2 with a window", "gemma3_text", "mamba", "bloom"])
+def test_without_a_prompt_rows_equal_rows_alone(family: str) -> None:
+    """The model as it stands, which is the baseline, sees no padding and no window that padding has moved."""
+    if family == "qwen2 with a window":
+        config = small_config("qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1)
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).double()
+        backbone = Backbone(model, None, tiny_backbone().info)
+        assert not backbone.prompt_once
+    else:
+        backbone = tiny_backbone(family, precision(family)[0])
+    with torch.no_grad():
+        logits, _ = teacher_forced(backbone, None, INPUTS, TARGETS, [0] * len(INPUTS))
+        for row, (ids, target) in enumerate(zip(INPUTS, TARGETS, strict=True)):
+            close(logits[row, -len(target) :], alone(backbone, None, ids, target), 2e-3 if family == "bloom" else 1e-6)
+
+
+def test_what_keeps_a_model_off_the_prompt_once_path() -> None:
+    """An unchecked family, a sliding window in any layer, or ALiBi."""
+    assert runs_prompt_once(small_config("qwen2", use_sliding_window=False, sliding_window=8))
+    assert not runs_prompt_once(small_config("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1))
+    assert not runs_prompt_once(small_config("mistral", sliding_window=4096))
+    assert not runs_prompt_once(small_config("falcon", alibi=True))
+    assert not runs_prompt_once(small_config("bloom"))
+
+
+@pytest.mark.parametrize("prompt_once", [True, False], ids=["once", "concatenated"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_both_ways_equal_peft(family: str, prompt_once: bool) -> None:
+    """On unpadded rows PEFT's prompt tuning of the same model has the same logits, loss and prompt gradient."""
+    backbone = tiny_backbone(family, prompt_once=prompt_once)
+    (prompt,) = random_prompts(backbone, [6])
+    tokens = sum(map(len, TARGETS))
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=6, token_dim=backbone.table.shape[1])
+    peft = get_peft_model(copy.deepcopy(backbone.model), config).double()
+    weight = peft.prompt_encoder["default"].embedding.weight
+    weight.data.copy_(prompt.data)
+    total = 0.0
+    for ids, target in zip(INPUTS, TARGETS, strict=True):
+        row = torch.tensor([[*ids, *target]])
+        labels = torch.tensor([[*[-100] * len(ids), *target]])
+        out = peft(input_ids=row, attention_mask=torch.ones_like(row), labels=labels)
+        with torch.no_grad():
+            logits, _ = teacher_forced(backbone, backbone.prepare([prompt]), [ids], [target], [0])
+        close(logits[0], out.logits[0, -len(target) - 1 : -1], 1e-6)
+        loss = out.loss * len(target) / tokens
+        loss.backward()
+        total += float(loss)
+    (got,) = packed_gradients(backbone, [prompt], [list(range(len(INPUTS)))], SPLIT)
+    assert got == pytest.approx(total, rel=1e-6)
+    close(prompt.grad, weight.grad, 2e-6)
+
+
+@pytest.mark.parametrize("prompt_once", [True, False], ids=["once", "concatenated"])
+def test_padding_and_company_change_nothing(prompt_once: bool) -> None:
+    """A row's logits are the same alone, beside longer rows, and beside rows with longer prompts."""
+    backbone = tiny_backbone(prompt_once=prompt_once)
+    prompts = random_prompts(backbone, LENGTHS)
+    with torch.no_grad():
+        together, _ = teacher_forced(backbone, backbone.prepare(prompts), INPUTS, TARGETS, OWNER)
+        for row, owner in enumerate(OWNER):
+            prepared = backbone.prepare([prompts[owner]])
+            by_itself, _ = teacher_forced(backbone, prepared, [INPUTS[row]], [TARGETS[row]], [0])
+            close(together[row, -len(TARGETS[row]) :], by_itself[0], 1e-9)
+
+
+def test_pad_tokens_are_never_seen() -> None:
+    """What stands in a padded place changes nothing, and it need not be a token that the tokenizer knows."""
+    backbone = tiny_backbone()
+    prepared = backbone.prepare(random_prompts(backbone, [4]))
+    rows = Rows.pad([[5, 6, 7, 8, 9], [7]], [0, 0], backbone)
+    assert rows.ids[1].tolist() == [backbone.pad_id] * 4 + [7] and backbone.pad_id < len(backbone.table)
+    other = Rows(rows.ids.where(rows.mask, torch.tensor(99)), rows.mask, rows.prompt)
+    with torch.no_grad():
+        assert torch.equal(backbone.target_logits(prepared, rows, 1), backbone.target_logits(prepared, other, 1))
+
+
+def test_state_goes_on_token_by_token() -> None:
+    """Tokens fed in pieces after a forward, with rows dropped and repeated in between, equal one whole row."""
+    backbone = tiny_backbone()
+    prompts = random_prompts(backbone, LENGTHS)
+    with torch.no_grad():
+        state = backbone.run(backbone.prepare(prompts), Rows.pad(INPUTS, OWNER, backbone))
+        order = [3, 0, 3]
+        state = state.select(torch.tensor(order))
+        fed = torch.tensor(random_ids([4, 4, 4], seed=5))
+        real = torch.tensor([[True] * 4, [True, True, False, False], [True] * 4])
+        first, state = backbone.extend(state, fed[:, :2], real[:, :2])
+        second, state = backbone.extend(state, fed[:, 2:], real[:, 2:])
+        logits = torch.cat([first, second], dim=1)
+        for place, row in enumerate(order):
+            count = int(real[place].sum())
+            tokens = fed[place, :count].tolist()
+            wanted = alone(backbone, prompts[OWNER[row]], INPUTS[row], [*tokens, 2])
+            close(logits[place, :count], wanted[1:], 1e-9)
+        assert state.positions.tolist() == [2 + 14 + 4, 5 + 9 + 2, 2 + 14 + 4]
+
+
+def test_prompts_stay_float32_on_a_smaller_backbone() -> None:
+    """On a bfloat16 backbone the prompt and its gradient keep float32; only the forward is cast."""
+    backbone = tiny_backbone(dtype=torch.bfloat16)
+    prompt = torch.randn(3, 32, requires_grad=True)
+    packed_gradients(backbone, [prompt], [[0, 1]], SPLIT)
+    assert prompt.dtype == prompt.grad.dtype == torch.float32 and prompt.grad.abs().sum() > 0
+    assert backbone.prepare([prompt]).tensors[0].dtype == torch.bfloat16
+
+
+def test_nothing_of_the_backbone_is_trained() -> None:
+    """A backbone is in evaluation mode, and none of its parameters asks for or has a gradient after a backward."""
+    backbone = tiny_backbone("gpt2")
+    before = backbone.digest()
+    packed_gradients(backbone, random_prompts(backbone, [3]), [[0, 1, 2]], SPLIT)
+    assert not any(module.training for module in backbone.model.modules())
+    assert all(not weight.requires_grad and weight.grad is None for weight in backbone.model.parameters())
+    assert backbone.digest() == before
+
+
+def test_digest_sees_a_single_weight() -> None:
+    """The digest of the weights in memory changes with any of them, also one without dimensions."""
+    model = copy.deepcopy(tiny_model("llama"))
+    model.register_buffer("scale", torch.tensor(1.0))
+    backbone = Backbone(model, None, tiny_backbone().info)
+    digests = {backbone.digest()}
+    next(model.parameters()).data[3, 3] += 1e-9
+    digests.add(backbone.digest())
+    model.scale += 1
+    digests.add(backbone.digest())
+    assert len(digests) == 3
+
+
+def test_fingerprint_is_of_the_weights_not_of_the_files(tmp_path: Path) -> None:
+    """Split into several files the weights keep their fingerprint; one changed value changes it."""
+    source = resolve_model(BaseModelSpec(id=str(model_folder())))
+    tensors = load_tensors((model_folder() / "model.safetensors").read_bytes())
+    names = sorted(tensors)
+    for part in (0, 1):
+        save_file({name: tensors[name] for name in names[part::2]}, tmp_path / f"model-{part}.safetensors")
+    split = copy.copy(source)
+    object.__setattr__(split, "path", tmp_path)
+    assert weights_fingerprint(split) == weights_fingerprint(source) == load(model_folder()).info.fingerprint
+    tensors[names[0]].view(-1)[0] += 1
+    save_file({name: tensors[name] for name in names[0::2]}, tmp_path / "model-0.safetensors")
+    assert weights_fingerprint(split) != weights_fingerprint(source)
+
+
+def copied(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(model_folder(), tmp_path / "model"))
+
+
+def test_missing_weight_file_is_bad_input(tmp_path: Path) -> None:
+    """A folder without *.safetensors is refused with the way to make some, also when pickled weights are there."""
+    folder = copied(tmp_path)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(BadInput, match=r"no \*\.safetensors in .*pickled weights are not read(.|\n)*save_pretrained"):
+        load(folder)
+
+
+def test_damaged_weights_are_bad_input(tmp_path: Path) -> None:
+    """A cut file, a missing tensor and a tensor of another shape are refused; none is filled with random numbers."""
+    folder = copied(tmp_path)
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    tensors = load_tensors(whole)
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(BadInput, match=r"the weights in .* can't be used: model\.safetensors"):
+        load(folder)
+    lost = "model.layers.1.mlp.up_proj.weight"
+    save_file({name: tensor for name, tensor in tensors.items() if name != lost}, weights, {"format": "pt"})
+    with pytest.raises(BadInput, match=f"1 weights are missing, the first is {lost}"):
+        load(folder)
+    save_file({**tensors, lost: torch.zeros(3, 3)}, weights, {"format": "pt"})
+    with pytest.raises(BadInput, match="can't be used"):
+        load(folder)
+
+
+def test_models_that_are_not_causal_are_refused(tmp_path: Path) -> None:
+    """A BERT without is_decoder passes for a language model by its name, and looks at later tokens."""
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    BertLMHeadModel(BertConfig(vocab_size=330, **small)).save_pretrained(tmp_path / "model")
+    for file in model_folder().glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "model")
+    with pytest.raises(BadInput, match="so it is not causal"):
+        load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_passes_the_check(family: str) -> None:
+    """The families of these tests are found causal, and a function of their embeddings alone."""
+    assert why_not_exact(tiny_backbone(family, torch.float32)) == ""
+
+
+def test_dtype_follows_the_spec(tmp_path: Path) -> None:
+    """auto is float32 on a CPU, whatever is stored; a named dtype is taken."""
+    from orchestrator.backbone import load_backbone
+
+    folder = copied(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    source = resolve_model(BaseModelSpec(id=str(folder)))
+    assert load_backbone(source).table.dtype == torch.float32
+    assert load_backbone(source, dtype="bfloat16").table.dtype == torch.bfloat16
