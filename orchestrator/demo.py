@@ -1,4 +1,4 @@
-"""The quickstart from end to end, by the command line's own verbs: tune, register, serve, ask. ``make demo`` runs it."""
+"""The quickstart from end to end, by the command line's own verbs: tune, register, serve, ask."""
 
 from __future__ import annotations
 
@@ -100,8 +100,8 @@ def _a_text_of_each_label() -> dict[str, str]:
 def _server(folder: Path, name: str, port: int) -> Iterator[str]:
     url = f"http://127.0.0.1:{port}"
     log = folder / "serve.log"
-    argv, options = _argv("serve", name, "--port", port), {"cwd": folder, "env": _environment()}
-    with log.open("w") as stderr, subprocess.Popen(argv, stderr=stderr, **options) as process:
+    argv = _argv("serve", name, "--port", port)
+    with log.open("w") as stderr, subprocess.Popen(argv, stderr=stderr, cwd=folder, env=_environment()) as process:
         try:
             _await(url, process, log)
             yield url

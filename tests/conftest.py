@@ -55,4 +55,4 @@ def finished(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Fin
     job_file = write_job(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        return run_search(folder, job_file)
+        return run_search(job_file)

@@ -9,6 +9,7 @@ from typing import Any
 import ray
 from ray._private.state import state
 
+RAYS_OWN = "_AutoscalingCoordinatorActor"  # one a cluster, made by the first search and kept
 WAIT_S = 90.0  # a limit for what will never come; what does come takes a second or two
 
 
@@ -21,7 +22,8 @@ def actors(named: str = "") -> dict[str, dict[str, Any]]:
 def holders() -> set[str]:
     """Ids of what holds something in Ray: actors and placement groups."""
     groups = ray.util.placement_group_table().items()
-    return set(actors()) | {key for key, info in groups if info["state"] != "REMOVED"}
+    ours = {key for key, info in actors().items() if info["ActorClassName"] != RAYS_OWN}
+    return ours | {key for key, info in groups if info["state"] != "REMOVED"}
 
 
 def eventually(condition: Callable[[], Any]) -> Any:

@@ -15,7 +15,10 @@ from ray_state import eventually, holders
 from rich.console import Console
 
 from orchestrator.job_file import load_job
+from orchestrator.progress import ConsoleProgress
+from orchestrator.run import run_job
 from orchestrator.spec import JobSpec
+from orchestrator.tuning.report import Report
 
 SPLITS = {"train": (40, 1), "validation": (16, 2), "test": (16, 3)}
 
@@ -103,6 +106,7 @@ class Finished:
     job_file: Path
     job: JobSpec
     document: dict[str, Any]
+    reports: dict[str, list[Report]]
     said: str
     left_behind: set[str]  # actors and placement groups
 
@@ -111,13 +115,28 @@ class Finished:
         return f"sqlite:///{self.folder}/mlflow.db"
 
 
-def run_search(folder: Path, job_file: Path) -> Finished:
-    from orchestrator.progress import ConsoleProgress
-    from orchestrator.run import run_job
+class Recorder(ConsoleProgress):
+    """Progress that keeps every report; ``on_report`` is called with each."""
 
+    def __init__(self, job: JobSpec, on_report: Callable[[Report], None] | None = None) -> None:
+        self.said = io.StringIO()
+        self.reports: dict[str, list[Report]] = {}
+        self._on_report = on_report
+        super().__init__(job, Console(file=self.said, width=200))
+
+    def trial_reported(self, trial: str, report: Report) -> None:
+        super().trial_reported(trial, report)
+        self.reports.setdefault(trial, []).append(report)
+        if self._on_report is not None:
+            self._on_report(report)
+
+
+def run_search(job_file: Path, on_report: Callable[[Report], None] | None = None) -> Finished:
+    """Run the job in the working directory, on the session's Ray."""
     job = load_job(job_file)
-    said = io.StringIO()
+    progress = Recorder(job, on_report)
     before = holders()
-    document = run_job(job, ConsoleProgress(job, Console(file=said, width=200)))
-    eventually(lambda: not holders() - before)
-    return Finished(folder, job_file, job, document, said.getvalue(), holders() - before)
+    document = run_job(job, progress)
+    eventually(lambda: holders() <= before)
+    left = holders() - before
+    return Finished(Path.cwd(), job_file, job, document, progress.reports, progress.said.getvalue(), left)

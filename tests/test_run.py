@@ -2,10 +2,217 @@
 
 from __future__ import annotations
 
-from small_jobs import Finished
+import os
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import mlflow
+import pytest
+import torch
+from mlflow.entities import Run
+from models import load, model_folder
+from small_jobs import Command, Finished, Said
+
+import orchestrator.run
+from orchestrator.artifact import PromptArtifact
+from orchestrator.registry import Registry
+from orchestrator.search.prepare import Prepared, prepare
+from orchestrator.serving.offline import OfflineModel
+from orchestrator.space import TrialSpec, trials
+from orchestrator.spec import JobSpec
+from orchestrator.tuning.checkpoint import TrialState
+from orchestrator.tuning.engine import Engine
 
 
-def test_x(finished: Finished) -> None:
-    import json
-    print(json.dumps(finished.document, indent=1)); print(finished.said, finished.left_behind)
-    assert 0
+def record(**fields: Any) -> dict[str, Any]:
+    """A JSON schema of an object with these fields, all of them there."""
+    return {"type": "object", "properties": fields, "required": list(fields)}
+
+
+NUMBER, TEXT, COUNT = {"type": "number"}, {"type": "string", "minLength": 1}, {"type": "integer", "minimum": 0}
+METRICS = {**record(accuracy=NUMBER, exact_match=NUMBER, loss=NUMBER), "additionalProperties": False}
+CONFIG = {
+    **record(init={}, num_virtual_tokens=COUNT, learning_rate=NUMBER, seed=COUNT),
+    "additionalProperties": False,
+}
+DOCUMENT = record(
+    search=TEXT,
+    status={"const": "succeeded"},
+    trials={
+        "type": "array",
+        "items": record(
+            id=TEXT, status={"enum": ["finished", "stopped", "failed"]}, config=CONFIG, steps=COUNT, metrics=METRICS
+        ),
+    },
+    best=record(trial=TEXT, config=CONFIG, metrics=record(validation=METRICS, test=METRICS)),
+    baselines=record(zero_shot=record(test=METRICS), instruction=record(test=METRICS, text=TEXT)),
+    model=record(name=TEXT, version=COUNT, alias=TEXT),
+    mlflow=record(tracking_uri=TEXT, run_id=TEXT),
+    seconds=record(total=NUMBER, startup=NUMBER, training=NUMBER),
+)
+
+
+def client(finished: Finished) -> mlflow.MlflowClient:
+    return mlflow.MlflowClient(finished.tracking_uri)
+
+
+def children(finished: Finished) -> dict[str, Run]:
+    parent = finished.document["mlflow"]["run_id"]
+    store = client(finished)
+    runs = store.search_runs([store.get_run(parent).info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'")
+    return {run.data.tags["orchestrator.trial"]: run for run in runs}
+
+
+def artifact(finished: Finished, version: int = 1) -> Path:
+    registry = Registry(finished.tracking_uri, cache_dir=finished.folder / "cache")
+    return registry.fetch("tiny", version)
+
+
+def test_the_document_has_the_documented_shape(finished: Finished) -> None:
+    """``run --json`` is what scripts rely on, key by key."""
+    jsonschema.validate(finished.document, DOCUMENT)
+    assert finished.document["search"].startswith("tiny-")
+    assert finished.document["mlflow"]["tracking_uri"] == finished.tracking_uri
+    assert finished.document["model"] == {"name": "tiny", "version": 1, "alias": "champion"}
+
+
+def test_every_trial_is_there_once_in_order(finished: Finished) -> None:
+    """The document lists the spec's trials in their order, each with its own configuration and its true end."""
+    documents = finished.document["trials"]
+    assert [document["id"] for document in documents] == [f"t{number:03d}" for number in range(8)]
+    assert [document["config"] for document in documents] == [spec.config() for spec in trials(finished.job.search)]
+    for document in documents:
+        last = finished.reports[document["id"]][-1]
+        assert document["steps"] == last.step and document["metrics"] == last.best_metrics
+        assert document["status"] == ("finished" if last.step == finished.job.train.steps else "stopped")
+    assert {document["status"] for document in documents} == {"finished", "stopped"}  # ASHA has stopped some
+
+
+def test_the_best_trial_is_the_best(finished: Finished) -> None:
+    """No trial has a better validation metric than the one that was registered."""
+    best = finished.document["best"]
+    losses = {document["id"]: document["metrics"]["loss"] for document in finished.document["trials"]}
+    assert best["metrics"]["validation"]["loss"] == losses[best["trial"]] == min(losses.values())
+
+
+def test_tuning_beats_the_baselines(finished: Finished) -> None:
+    """The random model's prompt learns something: its validation loss is below both baselines'."""
+    found = finished.document["best"]["metrics"]["validation"]["loss"]
+    assert all(found < baseline["validation"]["loss"] for baseline in finished.document["baselines"].values())
+
+
+def test_mlflow_has_one_parent_and_a_child_a_trial(finished: Finished) -> None:
+    """One finished parent with the search's results; each child in its trial's true state."""
+    parent = client(finished).get_run(finished.document["mlflow"]["run_id"])
+    assert parent.info.status == "FINISHED"
+    assert parent.data.tags["orchestrator.best_trial"] == finished.document["best"]["trial"]
+    best, zero_shot = finished.document["best"]["metrics"], finished.document["baselines"]["zero_shot"]
+    assert parent.data.metrics["best_test_loss"] == pytest.approx(best["test"]["loss"])
+    assert parent.data.metrics["zero_shot_test_loss"] == pytest.approx(zero_shot["test"]["loss"])
+    assert parent.data.params["scheduler"] == "asha"
+    runs = children(finished)
+    assert len(runs) == 8
+    for document in finished.document["trials"]:
+        assert runs[document["id"]].info.status == "FINISHED"
+        assert runs[document["id"]].data.tags["orchestrator.state"] == document["status"]
+
+
+def test_a_child_has_its_parameters_and_its_history_on_our_own_steps(finished: Finished) -> None:
+    """Charts of several trials line up: the axis counts optimiser steps, not reports or seconds."""
+    for trial, run in children(finished).items():
+        reports = finished.reports[trial]
+        config = next(document["config"] for document in finished.document["trials"] if document["id"] == trial)
+        assert run.data.params["learning_rate"] == str(config["learning_rate"])
+        assert run.data.params["num_virtual_tokens"] == str(config["num_virtual_tokens"])
+        assert run.data.params["init"] == ("text" if isinstance(config["init"], dict) else config["init"])
+        history = client(finished).get_metric_history(run.info.run_id, "validation_loss")
+        assert [(point.step, point.value) for point in history] == [(r.step, r.metrics["loss"]) for r in reports]
+        assert [r.step for r in reports] == list(range(4, 4 * len(reports) + 1, 4))
+
+
+def test_the_registered_weights_are_the_best_checkpoints(finished: Finished) -> None:
+    """What is registered is the prompt of the best trial at its best evaluation, bit by bit."""
+    checkpoint = TrialState.from_bytes(finished.reports[finished.document["best"]["trial"]][-1].checkpoint)
+    registered = PromptArtifact.load(artifact(finished))
+    assert torch.equal(torch.from_numpy(registered.weights), checkpoint.tensors["best"])
+    assert registered.manifest.steps == checkpoint.best_step
+    assert registered.manifest.metrics["test"] == finished.document["best"]["metrics"]["test"]
+    assert registered.manifest.trial == finished.document["best"]["trial"]
+
+
+def test_the_offline_model_answers_as_the_search_measured(finished: Finished) -> None:
+    """Classifying the test rows with the registered artifact gives the document's test accuracy."""
+    rows = prepare(finished.job).rows.test
+    model = OfflineModel.from_artifact(artifact(finished), load(model_folder()))
+    answers = model.classify([{"text": row["text"]} for row in rows])
+    right = sum(answer["label"] == row["label"] for answer, row in zip(answers, rows, strict=True))
+    assert right / len(rows) == finished.document["best"]["metrics"]["test"]["accuracy"]
+
+
+def test_a_packed_search_equals_its_trial_alone(finished: Finished) -> None:
+    """The best trial, run alone without Ray, ends with the same prompt and the same metrics as packed in the search."""
+    best = finished.document["best"]
+    prepared = prepare(finished.job)
+    engine = Engine(load(model_folder()), prepared.task, finished.job.train, finished.job.search, capacity=1)
+    engine.seat("alone", TrialSpec.from_config(best["config"]))
+    reports = []
+    while engine.slots:
+        reports += engine.round()
+    packed = finished.reports[best["trial"]]
+    for one, other in zip(reports, packed, strict=False):  # the packed one may have been stopped
+        assert one.metrics == pytest.approx(other.metrics, rel=1e-4)
+    mine = TrialState.from_bytes(reports[len(packed) - 1].checkpoint).tensors["prompt"]
+    theirs = TrialState.from_bytes(packed[-1].checkpoint).tensors["prompt"]
+    torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_nothing_of_a_search_stays_in_ray(finished: Finished) -> None:
+    """No actor and no placement group outlives the search."""
+    assert finished.left_behind == set()
+
+
+def test_progress_tells_the_search_in_plain_lines(finished: Finished) -> None:
+    """Not on a terminal: a line a report and a line a stop, each whole."""
+    lines = finished.said.splitlines()
+    assert lines[0] == "reading data and base model ..."
+    assert sum(" step " in line for line in lines) == sum(map(len, finished.reports.values()))
+    assert any(line.startswith("8 trials in ") for line in lines)
+    assert "without a prompt: validation loss" in finished.said
+    assert "with the written instruction: validation loss" in finished.said
+    assert "\x1b" not in finished.said
+
+
+@pytest.fixture(scope="module")
+def noisy() -> Any:
+    """``prepare`` in an environment whose libraries print what they think."""
+
+    def prepare_noisily(job: JobSpec) -> Prepared:
+        print("a library greets you")
+        os.write(1, b"and another, from C\n")
+        return prepare(job)
+
+    return prepare_noisily
+
+
+def test_the_same_spec_gives_the_same_search_and_only_its_document_on_stdout(
+    finished: Finished, command: Command, monkeypatch: pytest.MonkeyPatch, noisy: Any
+) -> None:
+    """A second run through the command line repeats trials, metrics and best to the last digit.
+
+    ``--json`` keeps standard output for the one document, whatever libraries print. The second version is as good as
+    the first, not better, so it becomes challenger and the champion stays.
+    """
+    monkeypatch.chdir(finished.folder)
+    monkeypatch.setattr(orchestrator.run, "prepare", noisy)
+    said: Said = command("run", finished.job_file, "--json")
+    assert said.code == 0, said.err
+    jsonschema.validate(said.document, DOCUMENT)
+    assert said.document["trials"] == finished.document["trials"]
+    assert said.document["best"] == finished.document["best"]
+    assert said.document["baselines"] == finished.document["baselines"]
+    assert said.document["model"] == {"name": "tiny", "version": 2, "alias": "challenger"}
+    assert "a library greets you" in said.err and "and another, from C" in said.err
+    assert Registry(finished.tracking_uri).aliases("tiny") == {"champion": 1, "challenger": 2}
+    first, second = (PromptArtifact.load(artifact(finished, version)).weights for version in (1, 2))
+    assert (first == second).all()

@@ -1,0 +1,47 @@
+"""Rules on imports that import-linter has no contract for: parts of Ray, and what a light start may load."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "orchestrator"
+ONLY_IN = {
+    "ray.tune": "search/study.py",
+    "ray.train": "search/worker.py",
+    "ray.serve": "serving/app.py",
+}
+
+
+def imported(file: Path) -> Iterator[str]:
+    """Every module named in an import of the file, at any depth, ``from ray import tune`` included."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("module", ONLY_IN)
+def test_each_heavy_part_of_ray_is_imported_by_one_file_only(module: str) -> None:
+    """ray.tune, ray.train and ray.serve each have one importer."""
+    importers = {
+        str(file.relative_to(PACKAGE))
+        for file in PACKAGE.rglob("*.py")
+        if any(name == module or name.startswith(f"{module}.") for name in imported(file))
+    }
+    assert importers == {ONLY_IN[module]}
+
+
+def test_only_the_registry_imports_mlflow() -> None:
+    """mlflow is imported inside orchestrator/registry and nowhere else."""
+    importers = {
+        file.relative_to(PACKAGE).parts[0]
+        for file in PACKAGE.rglob("*.py")
+        if any(name.split(".")[0] == "mlflow" for name in imported(file))
+    }
+    assert importers == {"registry"}
