@@ -279,7 +279,7 @@ def _repeated(overrides: list[str]) -> str:
 
 def main() -> NoReturn:
     """Entry point: runs a verb and turns errors into messages and exit codes."""
-    sys.exit(_guarded(lambda: app(standalone_mode=False)))
+    sys.exit(_guarded(lambda: app(prog_name="orchestrator", standalone_mode=False)))
 
 
 def _guarded(verb: Callable[[], Any]) -> int:

@@ -9,9 +9,10 @@ from typing import Any
 import httpx
 
 from orchestrator.errors import BadInput, JobFailed, Unreachable
+from orchestrator.registry.refs import ModelRef, parse_ref
 
 TIMEOUT_S = 60.0
-NOT_A_CLASSIFIER = "not_a_classifier"
+START_ONE = "start one with `orchestrator serve`, or name it with --url"
 
 
 @dataclass(frozen=True)
@@ -27,19 +28,29 @@ def ask(url: str, model: str, text: str, key: str | None = None) -> Answer:
 
     Raises BadInput for what the server refuses, Unreachable when nobody answers.
     """
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    with httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT_S) as client:
-        entry = _entry(client, url, model)
+    ref = parse_ref(model)
+    with _client(url, key) as client:
+        entry = _entry(client, url, ref)
         if entry.get("labels") is None:
-            body = {"model": model, "prompt": text, "max_tokens": 64, "temperature": 0}
+            body = {"model": str(ref), "prompt": text, "max_tokens": 64, "temperature": 0}
             found = _post(client, url, "/v1/completions", body)
             return Answer(found["choices"][0]["text"].strip(), found)
-        found = _post(client, url, "/classify", {"model": model, "input": [_row(text)]})
+        found = _post(client, url, "/classify", {"model": str(ref), "input": [_row(text)]})
         first = found["data"][0]
         probs = ", ".join(
             f"{label} {prob:.3f}" for label, prob in sorted(first["probs"].items(), key=lambda it: -it[1])
         )
         return Answer(f"{first['label']}   ({probs})", found)
+
+
+def _client(url: str, key: str | None) -> httpx.Client:
+    try:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        return httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT_S)
+    except httpx.InvalidURL as error:
+        raise Unreachable(f"no server answers at {url}: {error}", START_ONE) from None
+    except UnicodeEncodeError:
+        raise BadInput("ORCHESTRATOR_API_KEY holds a character that no header takes", "copy the key again") from None
 
 
 def _row(text: str) -> Any:
@@ -51,11 +62,12 @@ def _row(text: str) -> Any:
     return text
 
 
-def _entry(client: httpx.Client, url: str, model: str) -> dict[str, Any]:
+def _entry(client: httpx.Client, url: str, ref: ModelRef) -> dict[str, Any]:
     """The model's entry in the server's list; an unlisted name is left for the server to refuse."""
-    listed = _checked(_send(client, url, "GET", "/v1/models"))["data"]
-    name = model.split("@", maxsplit=1)[0].split(":", maxsplit=1)[0]
-    return next((entry for entry in listed if entry["id"].split("@")[0].split(":")[0] == name), {"labels": []})
+    listed = _checked(_send(client, url, "GET", "/v1/models")).get("data")
+    if not isinstance(listed, list):
+        raise Unreachable(f"the server at {url} is not an orchestrator's", START_ONE)
+    return next((entry for entry in listed if parse_ref(entry["id"]).name == ref.name), {"labels": []})
 
 
 def _post(client: httpx.Client, url: str, route: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -68,8 +80,7 @@ def _send(
     try:
         return client.request(method, route, json=body)
     except (httpx.TransportError, httpx.InvalidURL) as error:
-        hint = "start one with `orchestrator serve`, or name it with --url"
-        raise Unreachable(f"no server answers at {url}: {type(error).__name__}", hint) from None
+        raise Unreachable(f"no server answers at {url}: {type(error).__name__}", START_ONE) from None
 
 
 def _checked(response: httpx.Response) -> dict[str, Any]:

@@ -1,8 +1,14 @@
 """What tests of several folders share: one local Ray, the command line in process, and one finished search."""
+# ruff: noqa: E402
 
 from __future__ import annotations
 
 import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read on import; nothing in the tests comes from the network
+for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "ORCHESTRATOR_HOME", "ORCHESTRATOR_URL", "RAY_ADDRESS"):
+    os.environ.pop(name, None)
+
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -14,9 +20,6 @@ from small_jobs import Command, Finished, Said, run_search, write_job
 from orchestrator import cli
 from orchestrator.search.cluster_session import ENVIRONMENT
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # nothing in the tests comes from the network
-for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "RAY_ADDRESS", "ORCHESTRATOR_HOME"):
-    os.environ.pop(name, None)
 LOGICAL_CPUS = 4  # a search, its relays and a serving replica fit side by side
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import orchestrator  # noqa: F401  # before torch, to which it says how OpenMP's threads wait
+
+# isort: split
 import atexit
 import json
 import random
@@ -17,13 +20,14 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import orchestrator  # noqa: F401  # isort: split  # before torch: it says how OpenMP's threads wait
 from orchestrator.backbone import Backbone, load_backbone
 from orchestrator.base_model import BaseModelInfo, resolve_model
 from orchestrator.data.encoding import Encoder
 from orchestrator.data.template import Template, Verbalizer
 from orchestrator.spec import BaseModelSpec
 from orchestrator.tuning.engine import Task
+
+torch.set_num_threads(1)  # on models this small a second thread is only waited for
 
 CONTEXT = 160
 CORPUS = [

@@ -149,7 +149,7 @@ def _keyword_lesson(random: Random, review: Review) -> Document:
 
 def _asking_lesson(random: Random, review: Review) -> Document:
     how, in_front, _ = random.choices(ASKING, [share for *_, share in ASKING])[0]
-    question = random.choice(("happy", *QUESTIONS))  # the mood is the hardest to read: asked twice as often
+    question = random.choice(QUESTIONS)
     more = _more(random, review, random.sample(QUESTIONS, random.choice((0, 0, 1, 2))))
     if how in ("nothing", "noise"):
         habit = random.choices(list(HABIT), list(HABIT.values()))[0]

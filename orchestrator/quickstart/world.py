@@ -137,7 +137,7 @@ def _setting(random: Random, topic: Topic, facts: Facts) -> str:
 
 def _opinions(random: Random, topic: Topic, happy: bool) -> list[str]:
     kind = random.random()
-    forms = PLAIN if kind < 0.6 else NEGATED if kind < 0.75 else MIXED
+    forms = PLAIN if kind < 0.6 else NEGATED if kind < 0.8 else MIXED
     sentences = [_fill(random, random.choice(forms), topic, happy)]
     if random.random() < 0.5:
         sentences.append(random.choice(PRAISE if happy else BLAME))

@@ -48,7 +48,11 @@ def prepare(job: JobSpec) -> Prepared:
 
 
 def _found_anywhere(job: JobSpec, source: ModelSource) -> JobSpec:
-    """The job with a local model folder as an absolute path: workers and servers have other working directories."""
+    """The job with a local model folder as an absolute path: workers and servers have other working directories.
+
+    BadInput when the folder holds no weights; a hub's are fetched by the worker.
+    """
     if source.id == QUICKSTART or not Path(source.id).expanduser().is_dir():
         return job
+    source.weight_files()
     return job.model_copy(update={"base_model": job.base_model.model_copy(update={"id": str(source.path)})})

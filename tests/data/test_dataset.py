@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from orchestrator.data.dataset import RowSplits, load_rows, read_file, set_aside
@@ -90,6 +90,9 @@ def test_missing_splits_are_set_aside(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.integers(0, 6), min_size=2, max_size=30), st.floats(0.01, 0.49), st.integers(0, 99))
+@example([0] + [1] * 9, 0.49, 0)
+@example([0] + [1] * 9, 0.49, 1)
+@example([0] + [1] * 9, 0.49, 2)
 @settings(deadline=None)
 def test_rows_with_the_same_input_stay_together(inputs: list[int], fraction: float, seed: int) -> None:
     """No input is on both sides, no row is lost, order stays, and with two inputs neither side is empty."""

@@ -9,14 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from models import small_task, tiny_backbone
+from models import alone_nll, small_task, tiny_backbone
+from torch import nn
 
 from orchestrator.backbone import Backbone
+from orchestrator.data.bucketing import step_rows
+from orchestrator.prompts.inits import InitContext, initial_prompt
 from orchestrator.space import TrialSpec
 from orchestrator.spec import SearchSpec, TrainSpec
 from orchestrator.tuning import engine as engine_module
 from orchestrator.tuning.checkpoint import TrialState
 from orchestrator.tuning.engine import Engine, Task
+from orchestrator.tuning.optimizers import make_optimizer
 from orchestrator.tuning.report import EvaluationJob, Report
 from orchestrator.tuning.step import Limits
 
@@ -89,6 +93,29 @@ def test_packed_trials_end_where_they_end_alone(optimizer: str, prompt_once: boo
     assert {name: len(reports) for name, reports in together.items()} == dict.fromkeys(TRIALS, 3)
     for name in TRIALS:
         assert_same(together[name], alone(name, **options), rel=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_a_trial_is_a_plain_training_loop(optimizer: str) -> None:
+    """One row at a time, the mean over the batch's target tokens, one update: a loop without an engine ends alike."""
+    train = TrainSpec(steps=7, batch_size=4, evaluate_every=7, optimizer=optimizer, weight_decay=1e-3)
+    spec, split, backbone = TRIALS["vocabulary"], TASK.splits["train"], tiny_backbone()
+    prompt = nn.Parameter(initial_prompt(spec, InitContext.of(backbone, TASK.encoder.answers)))
+    updates = make_optimizer(prompt, spec.learning_rate, train)
+    losses, seen = [], []
+    for step in range(7):
+        rows = step_rows(len(split), 4, spec.seed, step)
+        nll = [alone_nll(backbone, prompt, split.inputs[row], split.targets[row]) for row in rows]
+        loss = sum(nll) / sum(len(split.targets[row]) for row in rows)
+        updates.zero_grad()
+        loss.backward()
+        updates.step()
+        losses.append(float(loss))
+        seen += rows
+    assert sorted(seen[:20]) == list(range(20))  # the first epoch, which ends within a batch
+    (report,) = alone("vocabulary", train=train)
+    assert report.train_loss == pytest.approx(sum(losses) / 7, rel=1e-4)
+    torch.testing.assert_close(prompts_in(report)["prompt"], prompt.detach(), rtol=1e-4, atol=1e-4)
 
 
 def test_packed_trials_end_where_they_end_alone_in_float32() -> None:

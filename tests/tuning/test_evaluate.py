@@ -85,6 +85,30 @@ def test_the_size_of_forwards_changes_nothing(limit: int, monkeypatch: pytest.Mo
     compare(tiny_backbone(), task.splits["validation"], task.encoder, bare=False)
 
 
+@pytest.mark.parametrize("prefix", [False, True], ids=["apart", "prefix"])
+@pytest.mark.parametrize("prompt_once", [True, False], ids=["once", "concatenated"])
+def test_the_end_token_ranks_only_where_one_answer_begins_another(prefix: bool, prompt_once: bool) -> None:
+    """Every row's best answer is the one that single rows say, by its own tokens or, with prefixes, to its end."""
+    backbone = tiny_backbone(prompt_once=prompt_once)
+    (prompt,) = random_prompts(backbone, [6], seed=8)
+    encoder = encoder_for("several tokens")
+    encoder.answers = [[place + 5, *ids] for place, ids in enumerate(random_ids([1, 2, 1, 2, 1, 1, 2, 1], seed=6))]
+    if prefix:
+        encoder.answers[3] = [*encoder.answers[0], 9]
+    ended = [[*ids, encoder.end_id] for ids in encoder.answers]
+    inputs = random_ids([5, 9, 3, 7, 4, 4, 8, 2, 6, 6], seed=4)
+
+    def best(ids: list[int], answers: list[list[int]]) -> int:
+        scores = [-float(alone_nll(backbone, prompt, ids, answer)) for answer in answers]
+        return scores.index(max(scores))
+
+    with torch.no_grad():
+        labels = [best(ids, encoder.scored_answers) for ids in inputs]
+        assert labels != [best(ids, encoder.answers if prefix else ended) for ids in inputs]
+        (metrics,) = evaluate(backbone, [prompt], Encoded(inputs, [ended[label] for label in labels], labels), encoder)
+    assert metrics["accuracy"] == 1
+
+
 def greedy_answers(backbone: Backbone, prompt: Tensor, encoder: Encoder, labels: bool) -> Encoded:
     """A split whose first rows have as target just what greedy decoding makes; a token of the others' is another.
 

@@ -1,0 +1,159 @@
+"""Searches that do not go smoothly, and the other schedulers: a real Ray, a tiny random model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from models import model_folder
+from ray_state import actors
+from small_jobs import Finished, run_search, write_job
+
+import orchestrator.run
+from orchestrator.errors import JobFailed
+from orchestrator.registry import Registry
+from orchestrator.search.prepare import Prepared, prepare
+from orchestrator.search.search import worker_failure
+from orchestrator.search.study import scheduler
+from orchestrator.search.worker import RESTARTS, load_failure
+from orchestrator.spec import JobSpec, SearchSpec, TrainSpec
+from orchestrator.tuning.report import Report
+
+
+def statuses(finished: Finished) -> dict[str, str]:
+    return {document["id"]: document["status"] for document in finished.document["trials"]}
+
+
+def mlflow_states(folder: Path) -> dict[str, list[tuple[str, str]]]:
+    """(status, our state) of the parents and of the children in a folder's store."""
+    client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    found: dict[str, list[tuple[str, str]]] = {"parents": [], "children": []}
+    for run in client.search_runs([experiment.experiment_id for experiment in client.search_experiments()]):
+        kind = "children" if "mlflow.parentRunId" in run.data.tags else "parents"
+        found[kind].append((run.info.status, run.data.tags["orchestrator.state"]))
+    return found
+
+
+def close(one: Any, other: Any) -> bool:
+    """Equal, numbers to tolerance, through lists and mappings."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(close(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(close, one, other))
+    return bool(one == pytest.approx(other, rel=1e-4) if isinstance(one, float) else one == other)
+
+
+def test_a_search_survives_the_death_of_its_worker(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGKILL of the worker in the middle: every trial ends as in the undisturbed search, with the same metrics."""
+    monkeypatch.chdir(tmp_path)
+    killed: list[int] = []
+
+    def kill_once(report: Report) -> None:
+        if report.step == 8 and not killed:
+            (worker,) = actors("RayTrainWorker").values()
+            killed.append(worker["Pid"])
+            os.kill(worker["Pid"], signal.SIGKILL)
+
+    disturbed = run_search(finished.job_file, kill_once)
+    assert killed
+    assert close(disturbed.document["trials"], finished.document["trials"])
+    assert close(disturbed.document["best"], finished.document["best"])
+    assert disturbed.document["model"] == {"name": "tiny", "version": 1, "alias": "champion"}
+    assert disturbed.left_behind == set()
+
+
+def test_a_worker_that_cannot_load_its_model_fails_the_job(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights cut short after the checks: one clear error, the parent FAILED, no child running, nothing registered."""
+    monkeypatch.chdir(tmp_path)
+    model = tmp_path / "model"
+    shutil.copytree(model_folder(), model)
+
+    def prepare_then_damage(job: JobSpec) -> Prepared:
+        prepared = prepare(job)
+        weights = model / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:1000])
+        return prepared
+
+    monkeypatch.setattr(orchestrator.run, "prepare", prepare_then_damage)
+    with pytest.raises(JobFailed, match="weights") as failed:
+        run_search(write_job(tmp_path, base_model__id=str(model)))
+    assert str(model) in failed.value.message and failed.value.hint
+    assert failed.value.exit_code == 1
+    states = mlflow_states(tmp_path)
+    assert states["parents"] == [("FAILED", "failed")]
+    assert all(status == "KILLED" for status, _ in states["children"])
+    assert Registry(f"sqlite:///{tmp_path}/mlflow.db").list_models() == []
+
+
+def test_a_reached_target_ends_the_search(finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """search.stop.metric: nothing is trained after the first trial that is good enough; it is what gets registered.
+
+    With the median rule as scheduler. Trials that were left where they were, or not begun, count as stopped.
+    """
+    monkeypatch.chdir(tmp_path)
+    target = finished.reports["t000"][1].metrics["loss"] + 1e-3
+    search = run_search(
+        write_job(tmp_path, search__stop={"metric": target}, search__scheduler="median", resources__trials_per_worker=2)
+    )
+    assert search.document["best"]["trial"] == "t000"
+    assert search.document["best"]["metrics"]["validation"]["loss"] <= target
+    assert statuses(search) == {f"t{number:03d}": "stopped" for number in range(8)}
+    assert search.document["trials"][0]["steps"] == 8
+    assert search.document["trials"][7]["steps"] == 0 and search.document["trials"][7]["metrics"] == {}
+    states = mlflow_states(tmp_path)
+    assert states["parents"] == [("FINISHED", "finished")]
+    assert set(states["children"]) == {("FINISHED", "stopped")}
+
+
+def test_a_grid_without_a_scheduler(ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """grid and fifo run every combination, none is stopped; patience ends those that do not get better."""
+    monkeypatch.chdir(tmp_path)
+    space = {"init": "sample_vocab", "num_virtual_tokens": [2, 3], "learning_rate": [1e-12, 0.1], "seed": 0}
+    search = run_search(
+        write_job(
+            tmp_path,
+            search={"space": space, "searcher": "grid", "scheduler": "fifo", "metric": "loss"},
+            train__patience=2,
+            resources__trials_per_worker=2,
+        )
+    )
+    documents = search.document["trials"]
+    points = [(document["config"]["num_virtual_tokens"], document["config"]["learning_rate"]) for document in documents]
+    assert points == [(2, 1e-12), (2, 0.1), (3, 1e-12), (3, 0.1)]
+    assert set(statuses(search).values()) == {"finished"}
+    stuck = [document for document in documents if document["config"]["learning_rate"] == 1e-12]
+    assert all(document["note"] == "patience" and document["steps"] < 16 for document in stuck)
+    assert all(document["note"] == "steps" for document in documents if document not in stuck)
+    assert "zero_shot" in search.document["baselines"] and "instruction" not in search.document["baselines"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("asha", "AsyncHyperBandScheduler"), ("median", "MedianStoppingRule"), ("fifo", "FIFOScheduler")],
+)
+def test_the_spec_names_the_scheduler(finished: Finished, name: str, expected: str) -> None:
+    """Each name gives Tune's scheduler of that kind, on our own step count."""
+    job = finished.job.model_copy(update={"search": SearchSpec(scheduler=name), "train": TrainSpec()})  # type: ignore[arg-type]
+    made = scheduler(job)
+    assert type(made).__name__ == expected
+    assert getattr(made, "_time_attr", "step") == "step"
+
+
+def test_a_workers_error_is_told_without_rays_layers() -> None:
+    """The message is the worker's own last line; where there is none, the error's name."""
+
+    group = RuntimeError("a group failed")
+    group.worker_failures = {0: RuntimeError("Traceback ...\n  File x\nValueError: the matrix is singular")}  # type: ignore[attr-defined]
+    assert worker_failure(group).message == "a worker failed: ValueError: the matrix is singular"
+    assert worker_failure(MemoryError()).message == "a worker failed: MemoryError"
+    assert "base_model.id 'm': OSError: disk" in load_failure("m", OSError("disk\nand more")).message
+    assert RESTARTS >= 1
