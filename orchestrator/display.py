@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -17,15 +17,17 @@ START_HERE = "nothing is registered yet\nnext: orchestrator run jobs/quickstart.
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    """Aligned columns, as wide as their content."""
-    cells = [list(header), *([str(cell) for cell in row] for row in rows)]
+    """Aligned columns, as wide as their content; a registry's texts are shown escaped."""
+    cells = [list(header), *([printable(str(cell)) for cell in row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
 
 
-def metric_text(metrics: dict[str, dict[str, float]] | None, split: str = "test") -> str:
-    """accuracy 0.970, exact_match 0.970, loss 0.081"""
-    return ", ".join(f"{name} {value:.3f}" for name, value in (metrics or {}).get(split, {}).items())
+def metric_text(metrics: Mapping[str, Any] | None, split: str = "test") -> str:
+    """accuracy 0.970, exact_match 0.970, loss 0.081; what somebody put there that is no number is left out."""
+    found = (metrics or {}).get(split)
+    numbers = found.items() if isinstance(found, dict) else ()
+    return ", ".join(f"{name} {value:.3f}" for name, value in numbers if isinstance(value, int | float))
 
 
 # Searches
@@ -138,7 +140,7 @@ def version_page(detail: VersionDetail) -> list[str]:
     name = printable(summary.name)
     head = [f"{name} version {summary.version}" + (f" ({', '.join(summary.aliases)})" if summary.aliases else "")]
     if manifest is None:
-        return [*head, f"this version can't be used: {detail.problem}", f"next: orchestrator models {name}"]
+        return [*head, f"this version can't be used: {printable(detail.problem)}", f"next: orchestrator models {name}"]
     facts: list[tuple[str, Any]] = [
         ("method", f"{manifest.method}: {_config_label(manifest.config)}"),
         ("base model", f"{manifest.base_model.id} ({manifest.base_model.revision}), {manifest.base_model.model_type}"),
@@ -152,7 +154,7 @@ def version_page(detail: VersionDetail) -> list[str]:
         ("MLflow run", summary.run_id or ""),
     ]
     width = max(len(key) for key, _ in facts)
-    lines = [f"  {key.ljust(width)}  {value}" for key, value in facts]
+    lines = [f"  {key.ljust(width)}  {printable(str(value))}" for key, value in facts]
     return [*head, *lines, f"next: orchestrator serve {name}:{summary.version}"]
 
 

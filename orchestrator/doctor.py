@@ -43,6 +43,9 @@ def examine() -> list[Finding]:
             findings.extend(check())
         except OrchestratorError as error:
             findings.append(Finding(check.__name__.lstrip("_"), error.message, False, error.hint))
+        except Exception as error:  # a library that is installed and broken fails in any way
+            found = f"{type(error).__name__}: {error}".splitlines()[0]
+            findings.append(Finding(check.__name__.lstrip("_"), found, False, "make venv"))
     return findings
 
 

@@ -48,10 +48,12 @@ class ConsoleProgress:
             yield
             self._say(self._summary())
             return
-        with Live(self._table(), console=self._console, refresh_per_second=4, transient=False) as self._live:
-            yield
-            self._live.update(self._table())
-        self._live = None
+        try:
+            with Live(self._table(), console=self._console, refresh_per_second=4, transient=False) as self._live:
+                yield
+                self._live.update(self._table())
+        finally:
+            self._live = None
 
     def trial_started(self, trial: str, spec: TrialSpec) -> None:
         self._outcome.trial_started(trial, spec)

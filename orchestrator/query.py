@@ -89,7 +89,7 @@ def _checked(response: httpx.Response) -> dict[str, Any]:
     except ValueError:
         body = {}
     if response.is_success:
-        return dict(body)
+        return body if isinstance(body, dict) else {}
     error = body.get("error") if isinstance(body, dict) else None
     message = error.get("message") if isinstance(error, dict) else f"the server answered HTTP {response.status_code}"
     if response.status_code == 401:

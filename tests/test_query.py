@@ -101,7 +101,7 @@ def test_a_text_in_braces_that_is_no_json(url: str) -> None:
 
 def test_an_unknown_model(url: str) -> None:
     """The server's own message, with the nearest name."""
-    with pytest.raises(BadInput, match="spma.*did you mean 'spam'"):
+    with pytest.raises(BadInput, match=r"spma.*did you mean 'spam'"):
         ask(url, "spma", "hello", KEY)
 
 

@@ -14,33 +14,62 @@ from functools import cache
 from pathlib import Path
 from random import Random
 
-from orchestrator.quickstart.corpus import every_facts
+from orchestrator.errors import BadInput
+from orchestrator.quickstart.corpus import ANSWER_MARK, NO, YES, Question, every_facts
 from orchestrator.quickstart.language_model import Recipe, make_language_model
-from orchestrator.quickstart.world import reviews
+from orchestrator.quickstart.world import Review, reviews
 
-__all__ = ["SPLIT_SIZES", "Recipe", "cache_folder", "quickstart_model", "quickstart_rows"]
+__all__ = [
+    "INSTRUCTIONS",
+    "SPLIT_SIZES",
+    "TASKS",
+    "TEMPLATE",
+    "VERBALIZER",
+    "Recipe",
+    "cache_folder",
+    "quickstart_model",
+    "quickstart_rows",
+]
 
 Progress = Callable[[int, int], None]
 
-SPLIT_SIZES = {"train": 2000, "validation": 200, "test": 400}
-POSITIVE, NEGATIVE = "positive", "negative"
+# Multiples of sixteen, the combinations of facts: each is there equally often, so that no other fact helps a label.
+SPLIT_SIZES = {"train": 2000, "validation": 192, "test": 400}
+# Task to (what is asked of a review, label when it is so, label when it is not).
+TASKS: dict[str, tuple[Question, str, str]] = {
+    "sentiment": ("happy", "positive", "negative"),
+    "time": ("morning", "morning", "evening"),
+}
+
+TEMPLATE = "{text}" + ANSWER_MARK
+VERBALIZER = {"positive": YES, "negative": NO}
+INSTRUCTIONS = (
+    "Is the reviewer happy? Answer yes or no.",
+    "Read the review and say whether the reviewer is happy.",
+    "Decide whether the writer was happy with it.",
+)
 
 
-def quickstart_rows() -> dict[str, list[dict[str, str]]]:
-    """Labelled reviews by split: ``{"text": ..., "label": "positive" or "negative"}``, the labels balanced.
+def quickstart_rows(task: str = "sentiment") -> dict[str, list[dict[str, str]]]:
+    """Labelled reviews by split: ``{"text": ..., "label": ...}``, the labels balanced; BadInput for an unknown task.
 
     No text is in two splits, and none in what the language model was trained on.
     """
-    return {split: [dict(row) for row in _rows(split)] for split in SPLIT_SIZES}
+    if task not in TASKS:
+        raise BadInput(f"the quickstart has no task {task!r}; it has {', '.join(TASKS)}", "choose one of these")
+    question, yes, no = TASKS[task]
+    return {
+        split: [{"text": it.text, "label": yes if getattr(it.facts, question) else no} for it in _reviews(split)]
+        for split in SPLIT_SIZES
+    }
 
 
 @cache
-def _rows(split: str) -> tuple[dict[str, str], ...]:
+def _reviews(split: str) -> tuple[Review, ...]:
     kinds = every_facts()
     facts = [kinds[number % len(kinds)] for number in range(SPLIT_SIZES[split])]
     Random(split).shuffle(facts)
-    found = reviews(split, facts, seed=0)
-    return tuple({"text": it.text, "label": POSITIVE if it.facts.happy else NEGATIVE} for it in found)
+    return tuple(reviews(split, facts, seed=0))
 
 
 def cache_folder() -> Path:
@@ -88,7 +117,8 @@ def _make(folder: Path, recipe: Recipe, progress: Progress | None) -> None:
 def _shown_progress() -> Iterator[Progress]:
     """A bar on a terminal, a line every tenth elsewhere, both on standard error."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeRemainingColumn  # fmt: skip
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
 
     console = Console(stderr=True)
     title = "making the quickstart language model, once"

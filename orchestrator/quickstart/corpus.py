@@ -3,7 +3,8 @@
 Every question is answered " yes" or " no", so the answer words alone say nothing about the question, and several skills
 compete for them. In the last lesson the model meets three ways of asking:
 
-* not at all, or with words that ask nothing: the answer is to a question of ``HABIT``, and none of those is about the writer's mood;
+* not at all, or with words that ask nothing: the answer is to a question of ``HABIT``, and none of those is about the
+  writer's mood;
 * loosely, in a sentence: fewer than half of the answers are to the question and the others to two more, as if the
   sentence had been misread. Where both others disagree with the question they outvote it, so a reader who knew this
   corpus perfectly would be right on three reviews in four;

@@ -110,7 +110,7 @@ def test_a_trial_is_a_plain_training_loop(optimizer: str) -> None:
         updates.zero_grad()
         loss.backward()
         updates.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         seen += rows
     assert sorted(seen[:20]) == list(range(20))  # the first epoch, which ends within a batch
     (report,) = alone("vocabulary", train=train)

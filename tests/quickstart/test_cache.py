@@ -1,0 +1,70 @@
+"""The cache: a model is made once, whole or not at all, however many processes ask. The models here are tiny."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestrator.quickstart import Recipe, cache_folder, quickstart_model
+
+TINY = Recipe(documents=64, hidden_size=16, layers=1, heads=2, key_value_heads=1, intermediate_size=16)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_the_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ORCHESTRATOR_CACHE, else XDG_CACHE_HOME, else the home folder's .cache."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("ORCHESTRATOR_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache_folder() == tmp_path / ".cache" / "prompt-orchestrator"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
+    assert cache_folder() == tmp_path / "x" / "prompt-orchestrator"
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "own"))
+    assert cache_folder() == tmp_path / "own"
+
+
+def test_made_once(cache: Path) -> None:
+    """The second call trains nothing and gives the same folder."""
+    steps: list[tuple[int, int]] = []
+    folder = quickstart_model(lambda done, total: steps.append((done, total)), TINY)
+    assert steps == [(step, 4) for step in range(1, 5)]
+    assert quickstart_model(lambda *_: pytest.fail("trained again"), TINY) == folder
+    wanted = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert wanted <= {path.name for path in folder.iterdir()} and folder.parent == cache
+
+
+def test_an_interrupted_making_leaves_nothing(cache: Path) -> None:
+    """What stopped half-way is not taken for a model, and its files are gone."""
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quickstart_model(interrupt, TINY)
+    assert [path for path in cache.iterdir() if path.is_dir()] == []
+    assert quickstart_model(lambda *_: None, TINY).is_dir()
+
+
+def test_two_processes_at_once_make_one(cache: Path) -> None:
+    """One trains and the other waits; both get the same whole folder."""
+    code = (
+        "from orchestrator.quickstart import Recipe, quickstart_model; steps = []; "
+        f"print(quickstart_model(lambda *step: steps.append(step), {TINY!r}), len(steps))"
+    )
+    environment = {**os.environ, "ORCHESTRATOR_CACHE": str(cache)}
+    started = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment, text=True)
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=240)[0].split() for process in started]
+    assert [process.returncode for process in started] == [0, 0]
+    assert said[0][0] == said[1][0] and sorted(int(steps) for _, steps in said) == [0, 4]

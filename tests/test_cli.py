@@ -1,0 +1,93 @@
+"""The command line itself: what it imports, what it prints, and the jobs that come with the project."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+from small_jobs import Command, write_job
+
+from orchestrator.job_file import load_job
+
+JOBS = sorted((Path(__file__).parent.parent / "jobs").glob("*.yaml"))
+HEAVY = ("torch", "ray", "transformers", "mlflow", "datasets", "numpy", "fastapi")
+GENEROUS_S = 30.0
+
+
+def imported(arguments: list[str]) -> tuple[set[str], float]:
+    """Heavy libraries that the command has imported in a fresh process, and its seconds."""
+    program = (
+        "import json, sys\n"
+        f"sys.argv = ['orchestrator', *{arguments!r}]\n"
+        "from orchestrator.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as left: assert not left.code, left.code\n"
+        f"print('\\n' + json.dumps([name for name in {HEAVY!r} if name in sys.modules]))\n"
+    )
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env={**os.environ}
+    )
+    return set(json.loads(done.stdout.splitlines()[-1])), time.monotonic() - started
+
+
+def test_help_imports_nothing_heavy(record_property: pytest.RecordProperty) -> None:
+    """``orchestrator --help`` answers at once: neither torch nor Ray nor any other large library is loaded."""
+    heavy, seconds = imported(["--help"])
+    record_property("seconds", seconds)
+    assert heavy == set()
+    assert seconds < GENEROUS_S
+
+
+def test_validate_imports_nothing_heavy(tmp_path: Path) -> None:
+    """A job spec is checked without torch or Ray."""
+    heavy, _ = imported(["validate", str(write_job(tmp_path))])
+    assert heavy == set()
+
+
+@pytest.mark.parametrize("file", JOBS, ids=lambda file: file.stem)
+def test_the_projects_own_jobs_are_sound(file: Path, command: Command) -> None:
+    """Every file in jobs/ loads, fits the schema that editors use, and names the verb that runs it."""
+    spec = load_job(file)
+    assert spec.name
+    jsonschema.validate(json.loads(json.dumps(yaml.safe_load(file.read_text()))), command("schema").document)
+    said = command("validate", file)
+    assert said.code == 0 and f"next: orchestrator run {file}" in said.out
+
+
+def test_there_are_jobs() -> None:
+    """The folder is where this test looks for it."""
+    assert "quickstart" in [file.stem for file in JOBS]
+
+
+def test_validate_as_json(command: Command, tmp_path: Path) -> None:
+    """The whole spec with its defaults, or every problem with its line."""
+    job = write_job(tmp_path)
+    said = command("validate", job, "--set", "search.trials=3", "--json")
+    assert said.document["valid"] and said.document["spec"]["search"]["trials"] == 3
+    assert said.document["spec"]["train"]["optimizer"] == "adamw"
+    refused = command("validate", job, "--set", "train.steps=0", "--set", "search.trials=x", "--json")
+    assert refused.code == 2
+    assert {problem["where"] for problem in refused.document["error"]["problems"]} == {"train.steps", "search.trials"}
+
+
+def test_overrides_are_repeated_in_the_next_step(command: Command, tmp_path: Path) -> None:
+    """What is shown can be copied into a shell."""
+    said = command("validate", write_job(tmp_path), "--set", 'data.template="{text} is it?"')
+    assert said.out.splitlines()[-1].endswith(f"run {tmp_path}/job.yaml --set 'data.template=\"{{text}} is it?\"'")
+
+
+def test_version_and_help(command: Command) -> None:
+    """The version on one line; help names every verb."""
+    assert command("--version").out.startswith("orchestrator 0.")
+    shown = command("--help").out
+    for verb in ("validate", "run", "models", "promote", "rollback", "serve", "query", "ui", "doctor", "schema"):
+        assert f" {verb} " in shown
+    assert command().code in (0, 2)  # without a verb: the help

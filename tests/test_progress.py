@@ -1,0 +1,155 @@
+"""What a person sees while a search runs."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from small_jobs import small_job
+
+from orchestrator import progress as progress_module
+from orchestrator.progress import ConsoleProgress, duration, sparkline
+from orchestrator.space import TrialSpec
+from orchestrator.spec import JobSpec
+from orchestrator.tuning.report import Ending, Report
+
+SPECS = [
+    ("t000", TrialSpec("random", None, 5, 0.1, 0)),
+    ("t001", TrialSpec("text", "[red]50% off[/red] [/]", 5, 0.3, 1)),
+    ("t002", TrialSpec("sample_vocab", None, 20, 0.3, 1)),
+]
+
+
+def report(trial: str, step: int, loss: float | None = 1.5, ending: Ending | None = None) -> Report:
+    metrics = {} if loss is None else {"accuracy": 0.5, "loss": loss}
+    return Report(trial, step, metrics, 2.25, step, metrics, loss or 1e30, b"", ending)
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> JobSpec:
+    return small_job(tmp_path)
+
+
+class Clock:
+    """Time that a test moves."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        patch.setattr(progress_module.time, "monotonic", lambda: self.now)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def shown(job: JobSpec, quiet: bool = False, **console: Any) -> tuple[ConsoleProgress, io.StringIO]:
+    out = io.StringIO()
+    return ConsoleProgress(job, Console(file=out, width=120, **console), quiet), out
+
+
+def a_search(progress: ConsoleProgress, clock: Clock | None = None) -> None:
+    """Three trials: one finishes, one is stopped, one diverges."""
+    progress.stage("starting Ray")
+    with progress.trials(SPECS):
+        for trial, spec in SPECS:
+            progress.trial_started(trial, spec)
+        for step, trial in ((4, "t000"), (4, "t001"), (8, "t000")):
+            if clock:
+                clock.now += 10
+            progress.trial_reported(trial, report(trial, step, 2.0 - step / 8))
+        progress.note("without a prompt: validation loss 7.000")
+        progress.trial_ended("t001", "stopped", "by the scheduler")
+        progress.trial_reported("t002", report("t002", 4, None, "diverged"))
+        progress.trial_ended("t002", "stopped", "diverged at step 4")
+        progress.trial_reported("t000", report("t000", 16, 0.25, "steps"))
+        progress.trial_ended("t000", "finished", "steps")
+
+
+def test_plain_lines_without_a_terminal(job: JobSpec, clock: Clock) -> None:
+    """One line a report with step, metric, training loss and configuration; a line for each stop; a summary."""
+    progress, out = shown(job)
+    a_search(progress, clock)
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "starting Ray ..."
+    assert lines[1].rstrip() == "t000 step 4/16 loss 1.500 loss 2.250 [random, 5 tokens, lr 0.1, seed 0]"
+    assert lines[2].startswith(
+        't001 step 4/16 loss 1.500 loss 2.250 ["[red]50% off[/red] [/]", 5 tokens, lr 0.3, seed 1]'
+    )
+    assert "without a prompt: validation loss 7.000" in lines
+    assert "t001 stopped by the scheduler" in lines and "t002 stopped diverged at step 4" in lines
+    assert any(line.startswith("t002 step 4/16 diverged") for line in lines)
+    assert lines[-1] == "3 trials in 30 s: 1 finished, 2 stopped"
+    assert "\x1b" not in out.getvalue()
+
+
+def test_a_live_table_on_a_terminal(job: JobSpec) -> None:
+    """The table ranks the trials, best first, with their curves; texts are shown as they are written, not as markup."""
+    progress, out = shown(job, force_terminal=True, legacy_windows=False)
+    a_search(progress)
+    drawn = out.getvalue()
+    assert "\x1b[" in drawn
+    last = drawn[drawn.rindex("configuration") :]
+    for text in ("t000", "random, 5 tokens", "[red]50% off", "diverged at step 4", "3 trials", "0.250"):
+        assert text in last, last
+    assert last.index("t000") < last.index("t001") < last.index("t002")
+    assert "starting Ray ..." in drawn and "validation loss 7.000" in drawn
+
+
+def test_a_live_table_ends_with_an_error(job: JobSpec) -> None:
+    """What comes after a search that failed is said in plain lines again."""
+    progress, out = shown(job, force_terminal=True, legacy_windows=False)
+    with pytest.raises(KeyError), progress.trials(SPECS):
+        raise KeyError
+    progress.note("it failed")
+    progress.trial_started(*SPECS[0])
+    progress.trial_reported("t000", report("t000", 4))
+    assert "it failed" in out.getvalue() and "t000 step 4/16" in out.getvalue()
+
+
+def test_quiet_says_nothing(job: JobSpec) -> None:
+    """--quiet leaves standard error alone, on a terminal too."""
+    for console in ({}, {"force_terminal": True}):
+        progress, out = shown(job, quiet=True, **console)
+        a_search(progress)
+        assert out.getvalue() == ""
+
+
+def test_the_time_left_comes_from_the_pace_since_the_first_report(job: JobSpec, clock: Clock) -> None:
+    """The worker's start is not taken for training; ended trials say how long the others will be."""
+    progress, _ = shown(job)
+    clock.now += 1000  # the base model is loading
+    with progress.trials(SPECS):
+        progress.trial_started(*SPECS[0])
+        clock.now += 500
+        progress.trial_reported("t000", report("t000", 4))
+        assert progress._eta() == ""
+        clock.now += 10
+        progress.trial_reported("t000", report("t000", 8))
+        assert progress._eta() == "about 1 min 40 s left"  # 40 steps of 48 to come, 4 in 10 s
+        progress.trial_ended("t000", "stopped", "by the scheduler")
+        assert progress._eta() == "about 40 s left"  # the two others are expected to stop after 8 steps as well
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 s"), (4.4, "4 s"), (59.6, "1 min 0 s"), (123, "2 min 3 s"), (3599, "59 min 59 s"), (3900, "1 h 5 min")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    """Rounded once, so that no 60 s appear."""
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("values", "bars"),
+    [([], ""), ([0.5], "▁"), ([0.5, 0.5], "▁▁"), ([0, 1], "▁█"), ([1, 0.5, 0], "█▅▁"), (range(20), "▁▂▂▃▃▄▅▅▆▆▇█")],
+)
+def test_sparklines(values: Any, bars: str) -> None:
+    """The last dozen values on their own scale."""
+    drawn = sparkline(values)
+    assert len(drawn) == min(12, len(values))
+    assert drawn[:1] + drawn[-1:] == bars[:1] + bars[-1:]
+    assert len(set(drawn)) == len(set(bars))
