@@ -31,7 +31,7 @@ class ConsoleProgress:
         self._live: Live | None = None
         self._outcome = Outcome(job.search, [])
         self._started = 0.0
-        self._first: tuple[float, float] | None = None  # time of the first report, and steps behind it
+        self._first: tuple[float, float] | None = None  # time of the newest first report of a trial, and steps behind it
 
     def stage(self, text: str) -> None:
         self._say(f"{text} ...")
@@ -61,7 +61,9 @@ class ConsoleProgress:
 
     def trial_reported(self, trial: str, report: Report) -> None:
         self._outcome.trial_reported(trial, report)
-        self._first = self._first or (time.monotonic(), self._steps()[0])
+        if self._first is None or report.step <= self._job.train.evaluate_every:
+            # Reports of a round come in a burst: the pace counts from the end of the last first round.
+            self._first = time.monotonic(), self._steps()[0]
         self._update()
         if self._live is None:
             self._say(self._line(trial, report))
@@ -100,7 +102,7 @@ class ConsoleProgress:
         return behind / (behind + to_come) if behind else 0.0
 
     def _eta(self) -> str:
-        """From the pace since the first report: what came before it was the worker's start."""
+        """From the pace since a trial last reported for the first time; before that, the worker was starting."""
         behind, to_come = self._steps()
         if self._first is None or behind <= self._first[1] or not to_come:
             return ""
