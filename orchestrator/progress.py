@@ -31,7 +31,7 @@ class ConsoleProgress:
         self._live: Live | None = None
         self._outcome = Outcome(job.search, [])
         self._started = 0.0
-        self._first: tuple[float, float] | None = None  # time of the newest first report of a trial, and steps behind it
+        self._first: tuple[float, float] | None = None  # newest first report: when, steps behind
 
     def stage(self, text: str) -> None:
         self._say(f"{text} ...")
