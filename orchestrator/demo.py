@@ -101,7 +101,8 @@ def _server(folder: Path, name: str, port: int) -> Iterator[str]:
     url = f"http://127.0.0.1:{port}"
     log = folder / "serve.log"
     argv = _argv("serve", name, "--port", port)
-    with log.open("w") as stderr, subprocess.Popen(argv, stderr=stderr, cwd=folder, env=_environment()) as process:
+    options: dict[str, Any] = {"cwd": folder, "env": _environment(), "preexec_fn": _heed_interrupts}
+    with log.open("w") as stderr, subprocess.Popen(argv, stderr=stderr, **options) as process:
         try:
             _await(url, process, log)
             yield url
@@ -111,6 +112,11 @@ def _server(folder: Path, name: str, port: int) -> Iterator[str]:
                 process.wait(30)
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+def _heed_interrupts() -> None:
+    """In a script's background the server would inherit that interrupts are ignored, and could not be ended by one."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _await(url: str, process: subprocess.Popen[bytes], log: Path) -> None:

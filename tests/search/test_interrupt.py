@@ -27,6 +27,7 @@ def interrupted(tmp_path: Path) -> dict[str, Any]:
     process = subprocess.Popen(
         [sys.executable, "-m", "orchestrator", "run", str(job), "--json"],
         cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        preexec_fn=heed_interrupts,
     )  # fmt: skip
     assert process.stderr is not None
     try:
@@ -45,6 +46,11 @@ def interrupted(tmp_path: Path) -> dict[str, Any]:
     eventually(lambda: not [child for child in names.values() if alive(child)])
     left = [child for child in names.values() if alive(child)]
     return {"code": process.returncode, "out": out, "err": "".join(seen) + err, "left": left, "had": len(names)}
+
+
+def heed_interrupts() -> None:
+    """A job in the background of a script is told to ignore interrupts, and passes that on; a terminal's is not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def alive(process: psutil.Process) -> bool:
