@@ -2,10 +2,12 @@
 
 A folder with two files::
 
-    prompt.safetensors   tensor "prompt", [P, H], float32
+    prompt.safetensors   float32 tensors: "prompt" [P, H], or for a prefix and each attention site that it stands in
+                         "prefix.decoder", "prefix.encoder", "prefix.cross" [L, 2, kv heads, P, head width]
     manifest.json        everything needed to use it, checked on load
 
-P virtual tokens, H width of the backbone's embeddings. No pickle, no code, no path that is followed on load.
+P virtual tokens, H width of the backbone's embeddings, L layers; 2 stands for keys and values. No
+pickle, no code, no path that is followed on load.
 This module imports no torch: registry and command line read artifacts without it.
 """
 
@@ -16,6 +18,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +34,10 @@ WEIGHTS = "prompt.safetensors"
 MANIFEST = "manifest.json"
 FORMAT_VERSION: Literal[1] = 1
 MAX_WEIGHTS_BYTES = 1 << 30  # a soft prompt is kilobytes; anything near this is not one
+
+SOFT = "prompt"
+PREFIXES = ("prefix.decoder", "prefix.encoder", "prefix.cross")
+METHODS = ("prompt_tuning", "prefix_tuning", "p_tuning")
 
 Label = int | bool | str
 
@@ -100,19 +107,24 @@ class Manifest(Record):
 
 
 class PromptArtifact:
-    """A loaded, checked prompt: ``weights`` [P, H] float32 and its manifest."""
+    """A loaded, checked prompt: float32 ``tensors`` by name, and its manifest."""
 
-    def __init__(self, weights: np.ndarray, manifest: Manifest) -> None:
-        self.weights = weights
+    def __init__(self, tensors: np.ndarray | Mapping[str, np.ndarray], manifest: Manifest) -> None:
+        self.tensors: dict[str, np.ndarray] = {SOFT: tensors} if isinstance(tensors, np.ndarray) else dict(tensors)
         self.manifest = manifest
+
+    @property
+    def weights(self) -> np.ndarray:
+        """The virtual tokens' embeddings [P, H]; KeyError for a prefix."""
+        return self.tensors[SOFT]
 
     def save(self, folder: Path) -> Path:
         """Write the artifact whole or not at all; ``folder`` must not exist yet."""
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
-            weights = np.ascontiguousarray(self.weights, dtype=np.float32)
-            save_file({"prompt": weights}, staging / WEIGHTS)
+            tensors = {name: np.ascontiguousarray(tensor, dtype=np.float32) for name, tensor in self.tensors.items()}
+            save_file(tensors, staging / WEIGHTS)
             manifest = self.manifest.model_copy(update={"weights_sha256": file_sha256(staging / WEIGHTS)})
             (staging / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
             staging.chmod(0o755)
@@ -126,15 +138,33 @@ class PromptArtifact:
     def load(cls, folder: Path) -> PromptArtifact:
         """Read and check an artifact: format, digest, shape, dtype, finiteness. BadInput names what is wrong."""
         manifest = read_manifest(folder)
-        weights = _read_weights(folder, manifest)
-        expected = (manifest.num_virtual_tokens, manifest.base_model.hidden_size)
-        if weights.shape != expected:
-            raise _broken(folder, f"the prompt has shape {list(weights.shape)}, the manifest says {list(expected)}")
-        if weights.dtype != np.float32:
-            raise _broken(folder, f"the prompt is {weights.dtype}, expected float32")
-        if not np.isfinite(weights).all():
-            raise _broken(folder, "the prompt holds values that are not finite")
-        return cls(weights, manifest)
+        tensors = _read_weights(folder, manifest)
+        _check_names(folder, manifest, tensors)
+        for name, tensor in tensors.items():
+            _check_tensor(folder, manifest, name, tensor)
+        return cls(tensors, manifest)
+
+
+def _check_names(folder: Path, manifest: Manifest, tensors: Mapping[str, np.ndarray]) -> None:
+    if manifest.method not in METHODS:
+        raise _broken(folder, f"its method is {manifest.method!r}, this release knows {', '.join(METHODS)}")
+    prefix = manifest.method == "prefix_tuning"
+    expected = set(tensors) <= set(PREFIXES) if prefix else set(tensors) == {SOFT}
+    if not tensors or not expected:
+        allowed = " and ".join(PREFIXES) if prefix else SOFT
+        raise _broken(folder, f"{WEIGHTS} holds {sorted(tensors)}, {manifest.method} has {allowed}")
+
+
+def _check_tensor(folder: Path, manifest: Manifest, name: str, tensor: np.ndarray) -> None:
+    shape, length, width = list(tensor.shape), manifest.num_virtual_tokens, manifest.base_model.hidden_size
+    if name == SOFT and shape != [length, width]:
+        raise _broken(folder, f"the prompt has shape {shape}, the manifest says {[length, width]}")
+    if name != SOFT and (len(shape) != 5 or shape[1] != 2 or shape[3] != length):
+        raise _broken(folder, f"{name} has shape {shape}, expected [layers, 2, kv heads, {length}, head width]")
+    if tensor.dtype != np.float32:
+        raise _broken(folder, f"{name} is {tensor.dtype}, expected float32")
+    if not np.isfinite(tensor).all():
+        raise _broken(folder, f"{name} holds values that are not finite")
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -159,7 +189,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise _broken(folder, f"{MANIFEST} is not JSON ({error})") from None
 
 
-def _read_weights(folder: Path, manifest: Manifest) -> np.ndarray:
+def _read_weights(folder: Path, manifest: Manifest) -> dict[str, np.ndarray]:
     file = folder / WEIGHTS
     try:
         size = file.stat().st_size
@@ -171,13 +201,10 @@ def _read_weights(folder: Path, manifest: Manifest) -> np.ndarray:
     if found != manifest.weights_sha256:
         raise _broken(folder, f"{WEIGHTS} does not match the digest in {MANIFEST}: cut short or altered")
     try:
-        tensors = load_file(file)
+        tensors: dict[str, np.ndarray] = load_file(file)
     except (SafetensorError, ValueError, TypeError, OSError) as error:  # TypeError: bfloat16, which numpy lacks
         raise _broken(folder, f"{WEIGHTS} is not a safetensors file of float32 ({error})") from None
-    if set(tensors) != {"prompt"} or tensors["prompt"].ndim != 2:
-        raise _broken(folder, f"{WEIGHTS} should hold one tensor 'prompt' of 2 dimensions, found {sorted(tensors)}")
-    prompt: np.ndarray = tensors["prompt"]
-    return prompt
+    return tensors
 
 
 def file_sha256(file: Path) -> str:

@@ -7,14 +7,18 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from orchestrator.errors import BadInput, Unreachable
 from orchestrator.spec import QUICKSTART, BaseModelSpec
 
 SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 WEIGHTS = "*.safetensors"
+_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")
 NO_LIMIT = 1 << 20  # context of a model whose configuration names none
+
+
+Family: TypeAlias = Literal["causal", "seq2seq", "masked"]
 
 
 @dataclass(frozen=True)
@@ -64,10 +68,16 @@ class ModelSource:
             raise BadInput(
                 f"base_model.id {self.id!r} has no usable tokenizer: {_first_line(error)}", _MODEL_HINT
             ) from None
-        if tokenizer.eos_token_id is None:
+        needed = "mask_token" if self.family == "masked" else "eos_token"
+        if getattr(tokenizer, f"{needed}_id") is None:
+            what = (
+                "no mask token, where answers are filled in"
+                if self.family == "masked"
+                else "no end token, which ends every target"
+            )
             raise BadInput(
-                f"base_model.id {self.id!r}: the tokenizer has no end token, which ends every target",
-                "choose a model whose tokenizer names an eos_token",
+                f"base_model.id {self.id!r}: the tokenizer has {what}",
+                f"choose a model whose tokenizer names a {needed}",
             )
         return tokenizer
 
@@ -94,7 +104,9 @@ class ModelSource:
     def context_length(self) -> int:
         for key in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
             if isinstance(value := getattr(self.config.get_text_config(), key, None), int):
-                return value
+                # RoBERTa numbers positions from its pad token's id on, and its table holds those numbers too.
+                offset = self.config.pad_token_id + 1 if self.config.model_type in _OFFSET_POSITIONS else 0
+                return value - offset
         return NO_LIMIT
 
     def info(self, fingerprint: str) -> BaseModelInfo:
@@ -110,19 +122,51 @@ class ModelSource:
             tokenizer_digest=tokenizer_digest(self._tokenizer),
         )
 
-    def check_tunable(self) -> None:
-        """Refuse what is no causal language model, before any weight is read."""
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+    @property
+    def family(self) -> Family:
+        return family_of(self.config)
 
+    def check_tunable(self) -> None:
+        """Refuse what is no language model, before any weight is read."""
         config = self.config
-        names = config.architectures or []
-        causal = config.model_type in CAUSAL and not getattr(config, "is_encoder_decoder", False)
-        if not causal or (names and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)):
+        if not _is_language_model(config):
             raise BadInput(
-                f"base_model.id {self.id!r} is not a causal language model "
-                f"(model_type {config.model_type!r}, architectures {names})",
+                f"base_model.id {self.id!r} is not a language model "
+                f"(model_type {config.model_type!r}, architectures {config.architectures or []})",
                 _MODEL_HINT,
             )
+
+
+_ENDINGS: dict[Family, tuple[str, ...]] = {
+    "causal": ("ForCausalLM", "LMHeadModel"),
+    "seq2seq": ("ForConditionalGeneration",),
+    "masked": ("ForMaskedLM",),
+}
+
+
+def family_of(config: Any) -> Family:
+    """The model's family, from its configuration alone."""
+    if getattr(config, "is_encoder_decoder", False):
+        return "seq2seq"
+    names = config.architectures or []
+    if any(name.endswith(_ENDINGS["causal"]) for name in names) or getattr(config, "is_decoder", False):
+        return "causal"
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    return "masked" if config.model_type in MASKED else "causal"
+
+
+def _is_language_model(config: Any) -> bool:
+    from transformers.models.auto import modeling_auto as auto
+
+    mapping = {
+        "causal": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "seq2seq": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        "masked": auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    }
+    family, names = family_of(config), config.architectures or []
+    ends = _ENDINGS[family]
+    return config.model_type in mapping[family] and (not names or any(name.endswith(ends) for name in names))
 
 
 def _embedding_width(config: Any) -> int:
@@ -133,7 +177,7 @@ def _embedding_width(config: Any) -> int:
     raise BadInput(f"a model of type {config.model_type!r} does not say how wide its embeddings are", _MODEL_HINT)
 
 
-_MODEL_HINT = "give a causal language model: a hub id such as Qwen/Qwen2.5-0.5B, a local folder, or builtin:quickstart"
+_MODEL_HINT = "give a language model: a hub id such as Qwen/Qwen2.5-0.5B, a local folder, or builtin:quickstart"
 
 
 def resolve_model(spec: BaseModelSpec, weights: bool = True) -> ModelSource:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from orchestrator import __version__
 from orchestrator.artifact import BaseModelRecord, DataRecord, Manifest, PromptArtifact, VerbalizerEntry
-from orchestrator.base_model import BaseModelInfo
+from orchestrator.base_model import BaseModelInfo, looks_like_path
 from orchestrator.errors import JobFailed
 from orchestrator.registry import Registry, SearchLog
 from orchestrator.search.cluster_session import ray_session, searches_folder
@@ -24,7 +24,7 @@ from orchestrator.search.outcome import Outcome, TrialRecord
 from orchestrator.search.prepare import Prepared, prepare
 from orchestrator.search.search import Running, placed, running
 from orchestrator.search.study import Listener
-from orchestrator.space import TrialSpec
+from orchestrator.space import TrialSpec, init_artifacts
 from orchestrator.spec import JobSpec
 from orchestrator.tuning.report import EvaluationJob, Report
 
@@ -95,10 +95,11 @@ class MlflowListener:
 
 
 def flat(config: dict[str, Any]) -> dict[str, Any]:
-    """A trial's configuration without nesting: an init text is a parameter of its own."""
+    """A trial's configuration without nesting: what an init starts from is a parameter of its own."""
     init = config["init"]
     if isinstance(init, dict):
-        return {**config, "init": "text", "init_text": init["text"]}
+        ((name, value),) = init.items()
+        return {**config, "init": name, f"init_{name}": value}
     return config
 
 
@@ -115,12 +116,24 @@ def run_job(job: JobSpec, progress: Progress, address: str | None = None, verbos
     registry = Registry()
     registry.check()
     progress.stage("reading data and base model")
-    prepared = prepare(job)
+    prepared = prepare(job, fetch_artifacts(job, registry))
     clock.mark("prepare")
     progress.stage("starting Ray")
     with ray_session(address, verbose):
         clock.mark("ray")
         return Pipeline(prepared, registry, progress, clock).run()
+
+
+def fetch_artifacts(job: JobSpec, registry: Registry) -> dict[str, Path]:
+    """The folder of each prompt that trials start from: a local one as it is, a registered one fetched."""
+    found = {}
+    for reference in init_artifacts(job.search.space):
+        folder = Path(reference).expanduser()
+        if not folder.is_dir() and not looks_like_path(reference):
+            summary = registry.resolve(reference)
+            folder = registry.fetch(summary.name, summary.version)
+        found[reference] = folder
+    return found
 
 
 class Pipeline:
@@ -247,9 +260,10 @@ class Pipeline:
         from orchestrator.tuning.checkpoint import TrialState
 
         assert record.checkpoint is not None  # a ranked trial has reported
-        weights = TrialState.from_bytes(record.checkpoint).tensors["best"].float().numpy()
+        best = TrialState.from_bytes(record.checkpoint).best()
+        tensors = {name: tensor.float().numpy() for name, tensor in best.items()}
         with tempfile.TemporaryDirectory() as folder:
-            artifact = PromptArtifact(weights, manifest).save(Path(folder) / "prompt")
+            artifact = PromptArtifact(tensors, manifest).save(Path(folder) / "prompt")
             return self.registry.register(artifact, self.job.model_name, run_id)
 
     def _manifest(self, record: TrialRecord, test: Metrics, baselines: dict[str, Any], info: BaseModelInfo) -> Manifest:

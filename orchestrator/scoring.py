@@ -1,6 +1,6 @@
 """Scores of answers: the one computation behind training loss, evaluation and serving.
 
-Shapes: B rows, T input tokens, Y target tokens, V vocabulary, C answers of a row.
+Shapes: B rows, Y target tokens, V vocabulary, C answers of a row.
 """
 
 from __future__ import annotations
@@ -10,26 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from orchestrator.backbone import Backbone, PreparedPrompts, Rows
+from orchestrator.backbone import Backbone, PreparedPrompts
 
 Ids = Sequence[int]
-
-
-def teacher_forced(
-    backbone: Backbone,
-    prompts: PreparedPrompts | None,
-    inputs: Sequence[Ids],
-    targets: Sequence[Ids],
-    prompt: Sequence[int],
-) -> tuple[Tensor, Tensor]:
-    """Logits [B, Y, V] that predict the targets, and the targets [B, Y], at the right edge, -100 where a row has none.
-
-    The last target token is never fed: nothing is predicted from it.
-    """
-    rows = Rows.pad([[*ids, *target[:-1]] for ids, target in zip(inputs, targets, strict=True)], prompt, backbone)
-    longest = max(map(len, targets))
-    padded = [[*[-100] * (longest - len(target)), *target] for target in targets]
-    return backbone.target_logits(prompts, rows, longest), torch.tensor(padded, device=backbone.device)
 
 
 def answer_scores(
@@ -44,15 +27,15 @@ def answer_scores(
     ``answers[b]`` are the token ids that row b chooses from; rows may have different ones. The input runs once,
     however many answers there are and however long they are.
     """
-    if not backbone.prompt_once:
-        return _scores_without_cache(backbone, prompts, inputs, prompt, answers)
     if all(len(ids) == 1 for choices in answers for ids in choices):
-        rows = Rows.pad(inputs, prompt, backbone)
-        first = backbone.target_logits(prompts, rows, 1)[:, 0].float().log_softmax(-1)
+        logits, _ = backbone.teacher_forced(prompts, inputs, [choices[0] for choices in answers], prompt)
+        first = logits[:, 0].float().log_softmax(-1)
         return [
             first[place, torch.tensor([ids[0] for ids in choices], device=first.device)].cpu()
             for place, choices in enumerate(answers)
         ]
+    if not backbone.continues:
+        return _scores_of_pairs(backbone, prompts, inputs, prompt, answers)
     log_probs, _ = answer_tokens(backbone, prompts, inputs, prompt, answers)
     return _split_by_row(log_probs.sum(1).cpu(), answers)
 
@@ -67,9 +50,9 @@ def answer_tokens(
     """Every (row, answer) pair, one after another: log-probability [N, Y] of each token of the answer (0 after its
     end), and whether greedy decoding would have chosen it [N, Y] (true after its end).
 
-    The input runs once and its cache is shared by the row's answers. Needs the prompt-once path.
+    The input runs once and its cache is shared by the row's answers. Needs a backbone that ``continues``.
     """
-    state = backbone.run(prompts, Rows.pad(inputs, prompt, backbone))
+    state = backbone.start(prompts, inputs, prompt)
     device = backbone.device
     owner = torch.tensor([row for row, choices in enumerate(answers) for _ in choices], device=device)
     flat = [list(ids) for choices in answers for ids in choices]
@@ -84,23 +67,32 @@ def answer_tokens(
     return target_log_probs(logits, target), (logits.argmax(-1) == target) | ~real
 
 
-def _scores_without_cache(
+def _scores_of_pairs(
     backbone: Backbone,
     prompts: PreparedPrompts | None,
     inputs: Sequence[Ids],
     prompt: Sequence[int],
     answers: Sequence[Sequence[Ids]],
 ) -> list[Tensor]:
-    """The plain path: every (row, answer) pair is a row of its own."""
-    pairs = [(row, ids) for row, choices in enumerate(answers) for ids in choices]
-    logits, targets = teacher_forced(
-        backbone,
+    """Every (row, answer) pair is a row of its own: the plain path, and masked models, whose blank is as long as the
+    answer. A masked model's answers of one length share their blank, so those run once."""
+    pairs = [(row, tuple(ids)) for row, choices in enumerate(answers) for ids in choices]
+    # What a masked model predicts depends on the answer's length alone; elsewhere on the answer itself.
+    runs = {(row, len(ids) if backbone.family == "masked" else ids): (row, ids) for row, ids in pairs}
+    place = {key: number for number, key in enumerate(runs)}
+    logits, _ = backbone.teacher_forced(
         prompts,
-        [inputs[row] for row, _ in pairs],
-        [ids for _, ids in pairs],
-        [prompt[row] for row, _ in pairs],
+        [inputs[row] for row, _ in runs.values()],
+        [ids for _, ids in runs.values()],
+        [prompt[row] for row, _ in runs.values()],
     )
-    return _split_by_row(target_log_probs(logits, targets).sum(1).cpu(), answers)
+    log_probs = logits.float().log_softmax(-1)
+    scores = []
+    for row, ids in pairs:
+        run = log_probs[place[row, len(ids) if backbone.family == "masked" else ids]]
+        start = run.shape[0] - len(ids) if backbone.family == "causal" else 0  # causal targets end at the right edge
+        scores.append(run[start + torch.arange(len(ids)), torch.tensor(ids)].sum())
+    return _split_by_row(torch.stack(scores).cpu(), answers)
 
 
 def target_log_probs(logits: Tensor, targets: Tensor) -> Tensor:

@@ -17,7 +17,18 @@ from typing import Any
 from pydantic import ValidationError
 
 from .errors import BadInput
-from .spec import DEFAULT_TRIALS, MAX_TRIALS, Init, LogUniform, SearchSpec, SpaceSpec, TextInit, Uniform
+from .spec import (
+    DEFAULT_TRIALS,
+    MAX_TRIALS,
+    ArtifactInit,
+    Init,
+    LogUniform,
+    SampleVocabInit,
+    SearchSpec,
+    SpaceSpec,
+    TextInit,
+    Uniform,
+)
 
 Row = list[Any]  # a value for each dimension, in the order of TrialSpec.config()
 
@@ -28,20 +39,29 @@ MIXING = 20  # swaps tried for each value; the draws' pattern is gone long befor
 class TrialSpec:
     """What tells one trial of a search from another."""
 
-    init: str  # random, sample_vocab, class_labels or text
+    init: str  # random, random_normal, sample_vocab, class_labels, text or artifact
     init_text: str | None  # the text when init is text
     num_virtual_tokens: int
     learning_rate: float
     seed: int
+    init_artifact: str | None = None  # the prompt when init is artifact
+    init_population: int | None = None  # the most frequent tokens that sample_vocab draws from
 
     def config(self) -> dict[str, Any]:
         """As ``run --json`` prints it; ``from_config`` reads it back."""
         return {
-            "init": self.init if self.init_text is None else {"text": self.init_text},
+            "init": self.init_config,
             "num_virtual_tokens": self.num_virtual_tokens,
             "learning_rate": self.learning_rate,
             "seed": self.seed,
         }
+
+    @property
+    def init_config(self) -> Any:
+        """The init as the job spec writes it."""
+        options = {"text": self.init_text, "artifact": self.init_artifact, "sample_vocab": self.init_population}
+        given = {name: value for name, value in options.items() if value is not None}
+        return given or self.init
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> TrialSpec:
@@ -62,8 +82,8 @@ class TrialSpec:
 
     def label(self) -> str:
         """One short line for tables."""
-        text = " ".join((self.init_text or "").split())
-        start = self.init if self.init_text is None else f'"{text if len(text) <= 24 else text[:21] + "..."}"'
+        text = " ".join((self.init_text or self.init_artifact or "").split())
+        start = f'"{text if len(text) <= 24 else text[:21] + "..."}"' if text else self.init
         return f"{start}, {self.num_virtual_tokens} tokens, lr {self.learning_rate:.3g}, seed {self.seed}"
 
 
@@ -128,6 +148,11 @@ def init_texts(space: SpaceSpec) -> list[str]:
     return [init.text for init in _values(space.init) if isinstance(init, TextInit)]
 
 
+def init_artifacts(space: SpaceSpec) -> list[str]:
+    """The prompts that others start from, in the order of the spec."""
+    return [init.artifact for init in _values(space.init) if isinstance(init, ArtifactInit)]
+
+
 def _dimensions(space: SpaceSpec) -> Row:
     return [space.init, space.num_virtual_tokens, space.learning_rate, space.seed]
 
@@ -154,9 +179,14 @@ def _point(values: list[list[Any]], index: int) -> Row:
 
 def _trial(row: Row) -> TrialSpec:
     init: Init = row[0]
-    named = init if isinstance(init, str) else "text"
-    text = init.text if isinstance(init, TextInit) else None
-    return TrialSpec(named, text, row[1], float(row[2]), row[3])
+    plain = (row[1], float(row[2]), row[3])
+    if isinstance(init, TextInit):
+        return TrialSpec("text", init.text, *plain)
+    if isinstance(init, ArtifactInit):
+        return TrialSpec("artifact", None, *plain, init_artifact=init.artifact)
+    if isinstance(init, SampleVocabInit):
+        return TrialSpec("sample_vocab", None, *plain, init_population=init.sample_vocab)
+    return TrialSpec(init, None, *plain)
 
 
 def _column(value: Any, count: int, rng: random.Random) -> list[Any]:

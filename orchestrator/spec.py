@@ -18,14 +18,24 @@ RESERVED_ALIAS = re.compile(r"^(latest|v\d+)$", re.IGNORECASE)
 QUICKSTART = "builtin:quickstart"
 DEFAULT_TRIALS = 16
 MAX_TRIALS = 10_000
+DEFAULT_BETAS = (0.9, 0.999)  # torch's own
 MAX_SEED = 2**32 - 1  # the widest range that every random generator in use takes
 
 FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
+VIRTUAL = "*"
+"""In a template's braces: virtual tokens stand here."""
+BLANK = "_"
+"""In a template's braces: the answer stands here."""
+
+
+def template_fields(template: str) -> list[str]:
+    """What stands in braces, in order of appearance; doubled braces stand for themselves."""
+    return [match.group(1) for match in FIELD.finditer(template) if match.group(1) is not None]
 
 
 def template_columns(template: str) -> list[str]:
-    """Columns named in braces, in order of appearance; doubled braces stand for themselves."""
-    return [match.group(1) for match in FIELD.finditer(template) if match.group(1) is not None]
+    """Columns named in braces, in order of appearance."""
+    return [name for name in template_fields(template) if name not in (VIRTUAL, BLANK)]
 
 
 # A value's own checks are written as predicates: "<value> names no column" is how job_file reports them.
@@ -36,6 +46,8 @@ def _checked_template(template: str) -> str:
     columns = template_columns(template)
     if not columns:
         raise ValueError("names no column; write at least one column in braces, for instance {text}")
+    if template_fields(template).count(BLANK) > 1:
+        raise ValueError("has more than one blank {_}; an answer has one place")
     if "" in columns:
         raise ValueError("has braces without a column's name; write for instance {text}, or {{}} for the braces")
     return template
@@ -73,6 +85,8 @@ PositiveFloat: TypeAlias = Annotated[float, Field(gt=0)]
 Seed: TypeAlias = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Fraction: TypeAlias = Annotated[float, Field(gt=0, lt=0.5)]
 Bounds: TypeAlias = Annotated[tuple[PositiveFloat, PositiveFloat], Field(strict=False), AfterValidator(_ordered)]
+Decay: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
+Betas: TypeAlias = Annotated[tuple[Decay, Decay], Field(strict=False, examples=[DEFAULT_BETAS])]
 Choices: TypeAlias = Annotated[
     list[T], Field(min_length=1, json_schema_extra={"uniqueItems": True}), AfterValidator(_without_repeats)
 ]
@@ -155,7 +169,8 @@ class DataSpec(Section):
     rename: dict[str, str] = {}
     """Old column name to new one; a column that is absent is left alone."""
     template: Template
-    """Input text, with the row's columns in braces, for instance "{text}\\nSpam or not?"."""
+    """Input text, with the row's columns in braces, for instance "{text}\\nSpam or not?". {*} marks where virtual
+    tokens stand (in front of everything without one), {_} where the answer stands (the end without one)."""
     target: Text
     """Column with the label (with a verbalizer) or with the text to generate (without one)."""
     verbalizer: Annotated[dict[Label, Text], Field(min_length=1)] | None = None
@@ -181,6 +196,20 @@ class TextInit(Section):
     """Its tokens are the start; it may be longer or shorter than the prompt."""
 
 
+class ArtifactInit(Section):
+    """Start from another prompt of the same base model, cut or repeated to the length."""
+
+    artifact: Text
+    """Registered prompt (name, name@alias, name:version), or the folder of an exported one."""
+
+
+class SampleVocabInit(Section):
+    """Start from sampled tokens of the vocabulary."""
+
+    sample_vocab: PositiveInt
+    """Draw from so many of the most frequent tokens; the plain word sample_vocab draws from 5,000."""
+
+
 class LogUniform(Section):
     """A range to draw from, evenly on a logarithmic scale."""
 
@@ -195,15 +224,16 @@ class Uniform(Section):
     """Lowest and highest value."""
 
 
-NamedInit: TypeAlias = Literal["random", "sample_vocab", "class_labels"]
-Init: TypeAlias = NamedInit | TextInit
+NamedInit: TypeAlias = Literal["random", "random_normal", "sample_vocab", "class_labels"]
+Init: TypeAlias = NamedInit | TextInit | ArtifactInit | SampleVocabInit
 
 
 class SpaceSpec(Section):
     """The search space: one value, a list to choose from, or a range to draw from."""
 
     init: Init | Choices[Init] = "sample_vocab"
-    """How the virtual tokens start: random, from sampled vocabulary, from the labels' words, or from a text."""
+    """How the virtual tokens start: random (uniform in [-0.5, 0.5]), random_normal (as wide as the vocabulary), from
+    sampled vocabulary, from the labels' words, from a text, or from another prompt."""
     num_virtual_tokens: PositiveInt | Choices[PositiveInt] = 20
     """Length of the soft prompt."""
     learning_rate: PositiveFloat | Choices[PositiveFloat] | LogUniform | Uniform = 0.3
@@ -273,14 +303,58 @@ class TrainSpec(Section):
     """Most optimiser steps of a trial."""
     batch_size: PositiveInt = 16
     """Rows in a step of one trial."""
+    micro_batch_size: PositiveInt | None = None
+    """Rows of one forward at most, all of a step's unless given: gradients add up over the forwards, so that memory
+    shrinks and the result stays."""
     evaluate_every: PositiveInt = 50
     """Steps between evaluations; each one reports metrics and a checkpoint."""
-    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    loss_reduction: Literal["token_mean", "sum_per_row", "sum"] = "token_mean"
+    """How a batch's token losses become one: their mean, the mean over rows of each row's sum (as in prefix tuning),
+    or their sum (as T5X has it). It matters to sgd and clip_norm; adamw and adafactor rescale gradients themselves."""
+    optimizer: Literal["adamw", "adafactor", "sgd"] = "adamw"
     """Optimiser of the soft prompt."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled, times the learning rate for adamw; added as T5X does (not times it) for adafactor."""
+    """Subtracted from the prompt times the learning rate by adamw and as it stands by adafactor (as T5X does); added to
+    the gradient by sgd."""
+    betas: Betas | None = None
+    """Decay of adamw's first and second moment; [0.9, 0.999] unless given."""
+    momentum: Decay | None = None
+    """Momentum of sgd; none unless given."""
+    clip_norm: PositiveFloat | None = None
+    """Longest gradient of a trial, as the Euclidean norm over all that it trains; longer ones are scaled down."""
+    schedule: Literal["constant", "linear", "cosine", "exponential"] = "constant"
+    """Course of the learning rate after the warmup; linear and cosine end at 0 after the last step."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps in which the learning rate rises evenly from 0 to its peak."""
+    decay_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """With schedule exponential, the learning rate is multiplied by this after every decay_steps."""
+    decay_steps: PositiveInt | None = None
+    """Steps between two decays of schedule exponential."""
+    frozen_dropout: bool = False
+    """Whether the frozen model's own dropout is active in training steps (published recipes differ)."""
     patience: PositiveInt | None = None
     """Stop a trial after so many evaluations without a better validation metric."""
+
+    def _conflicts(self) -> Iterator[Conflict]:
+        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
+            text = f"{self.micro_batch_size} is more than train.batch_size {self.batch_size}: a step has no more rows"
+            yield Conflict("micro_batch_size", f"{text}; lower it or leave it out", ("batch_size",))
+        if self.warmup_steps >= self.steps:
+            text = f"{self.warmup_steps} is not below train.steps {self.steps}: no trial would reach its learning rate"
+            yield Conflict("warmup_steps", f"{text}; lower it", ("steps",))
+        yield from self._only_with("betas", "optimizer", "adamw")
+        yield from self._only_with("momentum", "optimizer", "sgd")
+        for name in ("decay_rate", "decay_steps"):
+            yield from self._only_with(name, "schedule", "exponential")
+            if self.schedule == "exponential" and getattr(self, name) is None:
+                yield Conflict("schedule", f"exponential needs train.{name}; add it", (name,))
+
+    def _only_with(self, name: str, switch: str, value: str) -> Iterator[Conflict]:
+        """A conflict when ``name`` is set and would have no effect."""
+        chosen = getattr(self, switch)
+        if getattr(self, name) is not None and chosen != value:
+            text = f"train.{name} has no effect with train.{switch} {chosen}"
+            yield Conflict(name, f"{text}; leave it out, or set train.{switch} to {value}", (switch,))
 
 
 class ResourcesSpec(Section):
@@ -311,6 +385,26 @@ class RegistrySpec(Section):
     """Alias of the best new version; promoted to champion when it beats the champion on the same test split."""
 
 
+Reparameterization: TypeAlias = Literal["none", "mlp", "lstm"]
+
+
+class ReparameterizationSpec(Section):
+    """A network that makes the prompt from fewer or freer numbers while it is trained; inference does not need it."""
+
+    type: Reparameterization
+    """none or mlp for prefix_tuning, lstm or mlp for p_tuning."""
+    hidden_size: PositiveInt | None = None
+    """Width of the network; by default 512 for prefix_tuning, half the model's width a direction for lstm, the model's
+    width for the mlp of p_tuning."""
+
+
+REPARAMETERIZATIONS: dict[str, tuple[Reparameterization, ...]] = {
+    "prompt_tuning": ("none",),
+    "prefix_tuning": ("mlp", "none"),
+    "p_tuning": ("lstm", "mlp"),
+}
+
+
 class JobSpec(Section):
     """One tuning job: base model, data, method, search space, budget, registered model."""
 
@@ -320,8 +414,10 @@ class JobSpec(Section):
     """The frozen language model."""
     data: DataSpec
     """Rows, and how a row becomes input text and target."""
-    method: Literal["prompt_tuning"] = "prompt_tuning"
-    """What is tuned."""
+    method: Literal["prompt_tuning", "prefix_tuning", "p_tuning"] = "prompt_tuning"
+    """What is tuned: virtual tokens, keys and values of every layer, or virtual tokens through a small network."""
+    reparameterization: ReparameterizationSpec | None = None
+    """The small network that makes the prompt; by default mlp for prefix_tuning and lstm for p_tuning."""
     search: SearchSpec = SearchSpec()
     """Which trials to run, how to rank and when to stop them."""
     train: TrainSpec = TrainSpec()
@@ -336,7 +432,22 @@ class JobSpec(Section):
         """Name of the registered model."""
         return self.registry.model or self.name
 
+    @property
+    def reparameterization_type(self) -> Reparameterization:
+        """none, mlp or lstm."""
+        return self.reparameterization.type if self.reparameterization else REPARAMETERIZATIONS[self.method][0]
+
+    def _method_conflicts(self) -> Iterator[Conflict]:
+        allowed = REPARAMETERIZATIONS[self.method]
+        if self.reparameterization_type not in allowed:
+            text = f"{self.reparameterization_type} does not go with method {self.method}; use {' or '.join(allowed)}"
+            yield Conflict("reparameterization.type", text, ("method",))
+        if self.method == "prefix_tuning" and VIRTUAL in template_fields(self.data.template):
+            text = "{*} places virtual tokens, and a prefix has none; drop it, or use prompt_tuning or p_tuning"
+            yield Conflict("data.template", text, ("method",))
+
     def _conflicts(self) -> Iterator[Conflict]:
+        yield from self._method_conflicts()
         if self.data.verbalizer is None:
             yield from self._needs_a_verbalizer()
         if self.train.evaluate_every > self.train.steps:

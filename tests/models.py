@@ -18,9 +18,17 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
-from orchestrator.backbone import Backbone, load_backbone
+from orchestrator.backbone import Backbone, CausalBackbone, load_backbone, make_backbone
 from orchestrator.base_model import BaseModelInfo, resolve_model
 from orchestrator.data.encoding import Encoder
 from orchestrator.data.template import Template, Verbalizer
@@ -60,6 +68,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bloom": {},
     "mamba": {"state_size": 4},
 }
+
+# Families whose input is read in both directions.
+SEQ2SEQ: dict[str, dict[str, Any]] = {
+    "t5": {
+        "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 1,
+        "initializer_factor": 4.0,
+    },
+    "bart": {
+        "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "init_std": 0.3,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "decoder_start_token_id": 0,
+    },
+}  # fmt: skip
+MASKED: dict[str, dict[str, Any]] = {"bert": {}, "roberta": {}}
 
 
 def train_tokenizer(vocabulary: int = 330) -> PreTrainedTokenizerFast:
@@ -132,9 +153,42 @@ def load(folder: Path) -> Backbone:
     return load_backbone(resolve_model(BaseModelSpec(id=str(folder))))
 
 
+@lru_cache
+def closing_tokenizer() -> PreTrainedTokenizerFast:
+    """The end token behind every text, as encoder-decoder models have it."""
+    tokenizer = train_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <end>", special_tokens=[("<end>", 0)]
+    )
+    return tokenizer
+
+
+@lru_cache
+def cloze_tokenizer() -> PreTrainedTokenizerFast:
+    """A token in front of every text and one behind it, and a mask token, as masked models have it."""
+    tokenizer = train_tokenizer(327)
+    tokenizer.add_special_tokens({"cls_token": "<cls>", "sep_token": "<sep>", "mask_token": "<mask>"})
+    cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<cls> $A <sep>", special_tokens=[("<cls>", cls), ("<sep>", sep)]
+    )
+    return tokenizer
+
+
+def tokenizer_of(family: str) -> PreTrainedTokenizerFast:
+    """The tokenizer that goes with a tiny model."""
+    if family in SEQ2SEQ:
+        return closing_tokenizer()
+    return cloze_tokenizer() if family in MASKED else tiny_tokenizer()
+
+
 def small_config(family: str, **changes: Any) -> Any:
     """The family's configuration, as small as the tests need."""
     wanted = {**SMALL, **FAMILIES.get(family, {}), **changes}
+    if family in SEQ2SEQ:
+        wanted = {"max_position_embeddings": CONTEXT, "tie_word_embeddings": True, **SEQ2SEQ[family], **changes}
+    if family in MASKED:
+        wanted = {**wanted, "num_key_value_heads": None, **MASKED[family]}
     special = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 1}
     kept = {key: value for key, value in wanted.items() if value is not None}
     return AutoConfig.for_model(family, vocab_size=len(tiny_tokenizer()), **special, **kept)
@@ -144,7 +198,8 @@ def small_config(family: str, **changes: Any) -> Any:
 def tiny_model(family: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        model = AutoModelForCausalLM.from_config(small_config(family))
+        kinds = {**dict.fromkeys(SEQ2SEQ, AutoModelForSeq2SeqLM), **dict.fromkeys(MASKED, AutoModelForMaskedLM)}
+        model = kinds.get(family, AutoModelForCausalLM).from_config(small_config(family))
         for parameter in model.parameters():  # biases start at zero and scales at one: too regular to prove much
             parameter.data.add_(0.02 * torch.randn_like(parameter))
     return model.to(dtype)
@@ -152,12 +207,21 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float64) -> nn.Module:
 
 def tiny_backbone(
     family: str = "llama", dtype: torch.dtype = torch.float64, prompt_once: bool | None = None
-) -> Backbone:
+) -> CausalBackbone:
     """A frozen random model of the family; the weights are shared by all callers."""
     model = tiny_model(family, dtype)
     width = model.get_input_embeddings().weight.shape[1]
     info = BaseModelInfo("tiny", "main", family, width, len(tiny_tokenizer()), CONTEXT, "0", "0")
-    return Backbone(model, tiny_tokenizer(), info, prompt_once)
+    return CausalBackbone(model, tiny_tokenizer(), info, prompt_once)
+
+
+def backbone_of(family: str, dtype: torch.dtype = torch.float64, prompt_once: bool | None = None) -> Backbone:
+    """A frozen random model of any family, with a tokenizer of its kind."""
+    if family in FAMILIES:
+        return tiny_backbone(family, dtype, prompt_once)
+    model, tokenizer = tiny_model(family, dtype), tokenizer_of(family)
+    assert len(tokenizer) == len(tiny_tokenizer())
+    return make_backbone(model, tokenizer, BaseModelInfo("tiny", "main", family, 32, len(tokenizer), CONTEXT, "0", "0"))
 
 
 def random_prompts(backbone: Backbone, lengths: Sequence[int], seed: int = 0) -> list[Tensor]:

@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
 from orchestrator.backbone import (
     PROMPT_ONCE_FAMILIES,
     Backbone,
+    CausalBackbone,
     Rows,
     runs_prompt_once,
     weights_fingerprint,
@@ -38,7 +39,6 @@ from orchestrator.backbone import (
 from orchestrator.base_model import resolve_model
 from orchestrator.data.encoding import Encoded
 from orchestrator.errors import BadInput
-from orchestrator.scoring import teacher_forced
 from orchestrator.spec import BaseModelSpec
 from orchestrator.tuning.step import packed_gradients
 
@@ -80,7 +80,7 @@ def reference(backbone: Backbone, prompts: list[Tensor]) -> tuple[list[float], l
 def check_equals_rows_alone(backbone: Backbone, logits_tolerance: float, gradient_tolerance: float) -> None:
     prompts = random_prompts(backbone, LENGTHS)
     with torch.no_grad():
-        logits, _ = teacher_forced(backbone, backbone.prepare(prompts), INPUTS, TARGETS, OWNER)
+        logits, _ = backbone.teacher_forced(backbone.prepare(prompts), INPUTS, TARGETS, OWNER)
         for row, (ids, target) in enumerate(zip(INPUTS, TARGETS, strict=True)):
             close(logits[row, -len(target) :], alone(backbone, prompts[OWNER[row]], ids, target), logits_tolerance)
     losses = packed_gradients(backbone, prompts, ROWS_OF, SPLIT)
@@ -117,12 +117,12 @@ def test_without_a_prompt_rows_equal_rows_alone(family: str) -> None:
         config = small_config("qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1)
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config).double()
-        backbone = Backbone(model, None, tiny_backbone().info)
+        backbone = CausalBackbone(model, None, tiny_backbone().info)
         assert not backbone.prompt_once
     else:
         backbone = tiny_backbone(family, precision(family)[0])
     with torch.no_grad():
-        logits, _ = teacher_forced(backbone, None, INPUTS, TARGETS, [0] * len(INPUTS))
+        logits, _ = backbone.teacher_forced(None, INPUTS, TARGETS, [0] * len(INPUTS))
         for row, (ids, target) in enumerate(zip(INPUTS, TARGETS, strict=True)):
             close(logits[row, -len(target) :], alone(backbone, None, ids, target), 2e-3 if family == "bloom" else 1e-6)
 
@@ -155,7 +155,7 @@ def test_both_ways_equal_peft(family: str, prompt_once: bool) -> None:
         labels = torch.tensor([[*[-100] * len(ids), *target]])
         out = peft(input_ids=row, attention_mask=torch.ones_like(row), labels=labels)
         with torch.no_grad():
-            logits, _ = teacher_forced(backbone, backbone.prepare([prompt]), [ids], [target], [0])
+            logits, _ = backbone.teacher_forced(backbone.prepare([prompt]), [ids], [target], [0])
         close(logits[0], out.logits[0, -len(target) - 1 : -1], 1e-6)
         loss = out.loss * len(target) / tokens
         loss.backward()
@@ -171,10 +171,10 @@ def test_padding_and_company_change_nothing(prompt_once: bool) -> None:
     backbone = tiny_backbone(prompt_once=prompt_once)
     prompts = random_prompts(backbone, LENGTHS)
     with torch.no_grad():
-        together, _ = teacher_forced(backbone, backbone.prepare(prompts), INPUTS, TARGETS, OWNER)
+        together, _ = backbone.teacher_forced(backbone.prepare(prompts), INPUTS, TARGETS, OWNER)
         for row, owner in enumerate(OWNER):
             prepared = backbone.prepare([prompts[owner]])
-            by_itself, _ = teacher_forced(backbone, prepared, [INPUTS[row]], [TARGETS[row]], [0])
+            by_itself, _ = backbone.teacher_forced(prepared, [INPUTS[row]], [TARGETS[row]], [0])
             close(together[row, -len(TARGETS[row]) :], by_itself[0], 1e-9)
 
 
@@ -182,8 +182,8 @@ def test_pad_tokens_are_never_seen() -> None:
     """What stands in a padded place changes nothing, and it need not be a token that the tokenizer knows."""
     backbone = tiny_backbone()
     prepared = backbone.prepare(random_prompts(backbone, [4]))
-    rows = Rows.pad([[5, 6, 7, 8, 9], [7]], [0, 0], backbone)
-    assert rows.ids[1].tolist() == [backbone.pad_id] * 4 + [7] and backbone.pad_id < len(backbone.table)
+    rows = Rows.pad([[5, 6, 7, 8, 9], [7]], [0, 0], backbone.device)
+    assert rows.ids[1].tolist() == [0, 0, 0, 0, 7]
     other = Rows(rows.ids.where(rows.mask, torch.tensor(99)), rows.mask, rows.prompt)
     with torch.no_grad():
         assert torch.equal(backbone.target_logits(prepared, rows, 1), backbone.target_logits(prepared, other, 1))
@@ -194,7 +194,7 @@ def test_state_goes_on_token_by_token() -> None:
     backbone = tiny_backbone()
     prompts = random_prompts(backbone, LENGTHS)
     with torch.no_grad():
-        state = backbone.run(backbone.prepare(prompts), Rows.pad(INPUTS, OWNER, backbone))
+        state = backbone.run(backbone.prepare(prompts), Rows.pad(INPUTS, OWNER, backbone.device))
         order = [3, 0, 3]
         state = state.select(torch.tensor(order))
         fed = torch.tensor(random_ids([4, 4, 4], seed=5))
@@ -233,7 +233,7 @@ def test_digest_sees_a_single_weight() -> None:
     """The digest of the weights in memory changes with any of them, also one without dimensions."""
     model = copy.deepcopy(tiny_model("llama"))
     model.register_buffer("scale", torch.tensor(1.0))
-    backbone = Backbone(model, None, tiny_backbone().info)
+    backbone = CausalBackbone(model, None, tiny_backbone().info)
     digests = {backbone.digest()}
     next(model.parameters()).data[3, 3] += 1e-9
     digests.add(backbone.digest())

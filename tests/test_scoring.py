@@ -8,7 +8,7 @@ from models import alone_nll, encoder_for, random_ids, random_prompts, tiny_back
 from torch import Tensor
 
 from orchestrator.backbone import Backbone
-from orchestrator.scoring import answer_scores, answer_tokens, target_log_probs, teacher_forced
+from orchestrator.scoring import answer_scores, answer_tokens, target_log_probs
 
 INPUTS = random_ids([6, 1, 11, 3])
 OWNER = [1, 0, 1, 2]
@@ -100,7 +100,7 @@ def test_answer_tokens_say_what_greedy_decoding_does() -> None:
         for ids, owner in zip(INPUTS, OWNER, strict=True):
             made: list[int] = []
             for _ in range(3):
-                logits, _ = teacher_forced(backbone, backbone.prepare([prompts[owner]]), [[*ids, *made]], [[0]], [0])
+                logits, _ = backbone.teacher_forced(backbone.prepare([prompts[owner]]), [[*ids, *made]], [[0]], [0])
                 made.append(int(logits[0, -1].argmax()))
             answers.append([made, made[:2], [made[0], (made[1] + 1) % 300, made[2]], [(made[0] + 1) % 300]])
         log_probs, greedy = answer_tokens(backbone, prepared, INPUTS, OWNER, answers)
@@ -114,7 +114,7 @@ def test_targets_stand_at_the_right_edge() -> None:
     """Targets of different lengths end in the same column; there is nothing to predict in front of a short one."""
     backbone = tiny_backbone()
     with torch.no_grad():
-        logits, targets = teacher_forced(backbone, None, [[5, 6], [7]], [[8], [9, 10, 11]], [0, 0])
+        logits, targets = backbone.teacher_forced(None, [[5, 6], [7]], [[8], [9, 10, 11]], [0, 0])
     assert targets.tolist() == [[-100, -100, 8], [9, 10, 11]]
     assert logits.shape == (2, 3, len(backbone.table))
     log_probs = target_log_probs(logits, targets)

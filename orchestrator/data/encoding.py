@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from orchestrator.base_model import Family
 from orchestrator.data.dataset import SPLITS, RowSplits
-from orchestrator.data.template import Template, Verbalizer, answer_ids, continuation_ids
+from orchestrator.data.template import Mark, Template, Verbalizer, continuation_ids
 from orchestrator.errors import BadInput
+from orchestrator.placing import BLANK, marker
 from orchestrator.spec import DataSpec
 
 Row = Mapping[str, Any]
@@ -41,16 +43,25 @@ class Encoder:
         verbalizer: Verbalizer | None,
         max_input_tokens: int,
         max_target_tokens: int,
+        family: Family = "causal",
     ) -> None:
         self.tokenizer = tokenizer
         self.template = template
         self.verbalizer = verbalizer
         self.max_input_tokens = max_input_tokens
         self.max_target_tokens = max_target_tokens
-        self.end_id: int = tokenizer.eos_token_id
-        self._adds_end = _ids(tokenizer, "a")[-1:] == [self.end_id]
-        self.answers = answer_ids(tokenizer, template, verbalizer.texts) if verbalizer else []
+        self.family = family
+        self._front, self._back = _special_tokens(tokenizer)
+        self.end_id: int | None = None if family == "masked" else tokenizer.eos_token_id
+        if family == "causal":
+            self._back = []  # the target goes on where the input ends
+        self.answers = [self.answer_ids(text) for text in verbalizer.texts] if verbalizer else []
         self._check_answers()
+
+    @property
+    def _ended(self) -> list[int]:
+        """What ends a target: the end token, or nothing where the blank says how long it is."""
+        return [] if self.end_id is None else [self.end_id]
 
     @property
     def scored_answers(self) -> list[list[int]]:
@@ -59,8 +70,12 @@ class Encoder:
         Without the end token, "A" would always be at least as likely as "A b".
         """
         if any(a != b and b[: len(a)] == a for a in self.answers for b in self.answers):
-            return [[*ids, self.end_id] for ids in self.answers]
+            return self.ended_answers
         return self.answers
+
+    @property
+    def ended_answers(self) -> list[list[int]]:
+        return [[*ids, *self._ended] for ids in self.answers]
 
     def _check_answers(self) -> None:
         for place, ids in enumerate(self.answers):
@@ -70,20 +85,66 @@ class Encoder:
             if ids in self.answers[:place]:
                 raise BadInput(f"data.verbalizer text {text!r} has the same tokens as another", "make the texts differ")
 
-    def input_ids(self, text: str) -> list[int]:
-        """Ids of a filled template, special tokens as the tokenizer sets them in front, never an end token."""
-        ids = _ids(self.tokenizer, text)
-        ids = ids[:-1] if self._adds_end and len(ids) > 1 else ids
-        return ids or [self.end_id]  # a model can't start from nothing
+    def answer_ids(self, text: str) -> list[int]:
+        """Token ids of an answer as the model gives it, without the end token."""
+        if not text:
+            return []
+        if self.family == "seq2seq":  # the decoder starts anew: a target is tokenised as a text of its own
+            ids = list(self.tokenizer(text_target=text)["input_ids"])
+            return ids[:-1] if ids[-1:] == self._ended else ids
+        tail = self.template.tail
+        if self.family == "causal" and self.template.has_blank:
+            tail, text = tail.rstrip(), tail[len(tail.rstrip()) :] + text
+        return continuation_ids(self.tokenizer, tail, text)
+
+    def input_ids(self, segments: str | Sequence[str | Mark]) -> list[int]:
+        """Ids of a filled template: special tokens in front as the tokenizer sets them, and behind unless the target
+        goes on from there. Marks become the negative entries of ``backbone.rows``."""
+        ids = self._marked_ids([segments] if isinstance(segments, str) else self._until_blank(segments))
+        whole = [*self._front, *ids, *self._back]
+        return whole or [self.tokenizer.eos_token_id]  # a model can't start from nothing
+
+    def _until_blank(self, segments: Sequence[str | Mark]) -> list[str | Mark]:
+        """All of it where the blank stays in the input; elsewhere what comes before it, but for the space there."""
+        kept: list[str | Mark] = []
+        for segment in segments:
+            if self.family != "masked" and isinstance(segment, Mark) and segment.is_blank:
+                if kept and isinstance(last := kept[-1], str):
+                    kept[-1] = last.rstrip()
+                break
+            kept.append(segment)
+        return kept
+
+    def _marked_ids(self, segments: Sequence[str | Mark]) -> list[int]:
+        ids: list[int] = []
+        groups = 0
+        for segment in segments:
+            if isinstance(segment, Mark):
+                ids.append(BLANK if segment.is_blank else marker(groups))
+                groups += not segment.is_blank
+            elif ids and segment:
+                ids.extend(continuation_ids(self.tokenizer, "", segment))
+            elif segment:
+                ids.extend(self.tokenizer(segment, add_special_tokens=False)["input_ids"])
+        return ids
+
+    def row_ids(self, row: Row, before: str = "") -> list[int]:
+        """Ids of a row's whole input, however long. ``before`` is put in front (a written instruction)."""
+        segments = self.template.segments(row)
+        if before and isinstance(segments[0], str):
+            segments[0] = before + segments[0]
+        elif before:
+            segments.insert(0, before)
+        return self.input_ids(segments)
 
     def encode_input(self, row: Row, before: str = "") -> list[int]:
         """Ids of a row's input within ``max_input_tokens``: the longest column is cut at its end, the template stays.
 
         ``before`` is put in front (a written instruction) and is not counted in the limit.
         """
-        limit = self.max_input_tokens + (len(_ids(self.tokenizer, before)) if before else 0)
+        limit = self.max_input_tokens + (len(self.input_ids(before)) if before else 0)
         fitted = {name: "" if cell is None else str(cell) for name, cell in row.items()}
-        while len(ids := self.input_ids(before + self.template.fill(fitted))) > limit:
+        while len(ids := self.row_ids(fitted, before)) > limit:
             column = max(self.template.columns, key=lambda name: len(fitted[name]))
             shorter = self._cut(fitted[column], len(ids) - limit)
             if shorter == fitted[column]:
@@ -101,15 +162,20 @@ class Encoder:
         """Target ids with the end token, and the label's place (-1 without a verbalizer)."""
         if self.verbalizer is not None:
             place = self.verbalizer.index(row[target])
-            return [*self.answers[place], self.end_id], place
-        ids = continuation_ids(self.tokenizer, self.template.tail, str(row[target])) if str(row[target]) else []
-        if len(ids) + 1 > self.max_target_tokens:
+            return [*self.answers[place], *self._ended], place
+        ids = [*self.answer_ids(str(row[target])), *self._ended]
+        if not ids:
             raise BadInput(
-                f"a target has {len(ids) + 1} tokens with its end token, data.max_target_tokens is "
-                f"{self.max_target_tokens}: {str(row[target])[:60]!r}",
-                f"set data.max_target_tokens to {len(ids) + 1} or more, or drop such rows",
+                f"a target has no tokens: {str(row[target])[:60]!r}",
+                "a masked model fills in at least one; drop such rows",
             )
-        return [*ids, self.end_id], -1
+        if len(ids) > self.max_target_tokens:
+            raise BadInput(
+                f"a target has {len(ids)} tokens with its end token, data.max_target_tokens is "
+                f"{self.max_target_tokens}: {str(row[target])[:60]!r}",
+                f"set data.max_target_tokens to {len(ids)} or more, or drop such rows",
+            )
+        return ids, -1
 
     def encode(self, rows: Sequence[Row], target: str, before: str = "") -> Encoded:
         targets = [self.encode_target(row, target) for row in rows]
@@ -120,13 +186,15 @@ class Encoder:
         )
 
 
-def make_encoder(data: DataSpec, rows: RowSplits, tokenizer: Any) -> Encoder:
+def make_encoder(data: DataSpec, rows: RowSplits, tokenizer: Any, family: Family = "causal") -> Encoder:
     """The job's encoder; its verbalizer holds the labels that the data has. BadInput for a label without a text."""
     verbalizer = None
     if data.verbalizer is not None:
         seen = (row[data.target] for split in SPLITS for row in rows[split])
         verbalizer = Verbalizer.covering(data.verbalizer, seen)
-    return Encoder(tokenizer, Template(data.template), verbalizer, data.max_input_tokens, data.max_target_tokens)
+    return Encoder(
+        tokenizer, Template(data.template), verbalizer, data.max_input_tokens, data.max_target_tokens, family
+    )
 
 
 def check_context(encoder: Encoder, splits: Mapping[str, Encoded], prompt_tokens: int, context: int) -> None:
@@ -139,5 +207,11 @@ def check_context(encoder: Encoder, splits: Mapping[str, Encoded], prompt_tokens
         )
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text)["input_ids"])
+def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts in front of a text, and behind it."""
+    bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    whole = list(tokenizer("a")["input_ids"])
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return whole[:start], whole[start + len(bare) :]
+    return [], []

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from orchestrator.errors import BadInput
-from orchestrator.spec import FIELD, template_columns
+from orchestrator.spec import BLANK, FIELD, VIRTUAL, template_columns
 
 Label = int | bool | str
 
 
 @dataclass(frozen=True)
+class Mark:
+    """A place in a filled template that is no text: virtual tokens, or the blank."""
+
+    name: str
+
+    @property
+    def is_blank(self) -> bool:
+        return self.name == BLANK
+
+
+@dataclass(frozen=True)
 class Template:
-    """Input text with the row's columns in braces; doubled braces stand for themselves."""
+    """Input text with the row's columns in braces; doubled braces stand for themselves, {*} and {_} are marks."""
 
     text: str
 
@@ -23,21 +34,56 @@ class Template:
     def columns(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(template_columns(self.text)))
 
+    @cached_property
+    def places_virtual_tokens(self) -> bool:
+        """Whether the template itself says where virtual tokens stand."""
+        return any(piece == VIRTUAL for kind, piece in self._pieces if kind == "mark")
+
+    @cached_property
+    def has_blank(self) -> bool:
+        return ("mark", BLANK) in self._pieces
+
+    @cached_property
+    def _pieces(self) -> tuple[tuple[str, str], ...]:
+        """Literal texts, columns and marks, in order."""
+        pieces: list[tuple[str, str]] = []
+        end = 0
+        for match in FIELD.finditer(self.text):
+            pieces.append(("text", self.text[end : match.start()]))
+            name, end = match.group(1), match.end()
+            if name is None:
+                pieces.append(("text", match.group(0)[0]))
+            else:
+                pieces.append(("mark" if name in (VIRTUAL, BLANK) else "column", name))
+        return tuple(piece for piece in [*pieces, ("text", self.text[end:])] if piece != ("text", ""))
+
+    def segments(self, row: Mapping[str, Any]) -> list[str | Mark]:
+        """The row's input: texts, and the marks between them. BadInput names a column that the row lacks."""
+        segments: list[str | Mark] = []
+        for kind, piece in self._pieces:
+            if kind == "mark":
+                segments.append(Mark(piece))
+                continue
+            text = piece if kind == "text" else self._cell(row, piece)
+            if segments and isinstance(segments[-1], str):
+                segments[-1] += text
+            else:
+                segments.append(text)
+        return segments
+
     def fill(self, row: Mapping[str, Any]) -> str:
-        """The row's input text. BadInput names a column that the row lacks."""
+        """The row's input text without its marks. BadInput names a column that the row lacks."""
+        return "".join(segment for segment in self.segments(row) if isinstance(segment, str))
 
-        def value(match: Any) -> str:
-            if match.group(1) is None:
-                return str(match.group(0)[0])
-            if match.group(1) not in row:
-                raise BadInput(
-                    f"the template names column {match.group(1)!r}, the row has {sorted(row)}",
-                    "correct data.template, or map the column with data.rename",
-                )
-            cell = row[match.group(1)]
-            return "" if cell is None else str(cell)
-
-        return FIELD.sub(value, self.text)
+    @staticmethod
+    def _cell(row: Mapping[str, Any], column: str) -> str:
+        if column not in row:
+            raise BadInput(
+                f"the template names column {column!r}, the row has {sorted(row)}",
+                "correct data.template, or map the column with data.rename",
+            )
+        cell = row[column]
+        return "" if cell is None else str(cell)
 
     def row(self, given: str | Mapping[str, Any]) -> Mapping[str, Any]:
         """A served input as a row: a bare text fills the only column."""
@@ -49,11 +95,18 @@ class Template:
             )
         return {self.columns[0]: given}
 
-    @property
+    @cached_property
     def tail(self) -> str:
-        """What stands between the last column and the answer; decides how answers are tokenised."""
-        last = [match for match in FIELD.finditer(self.text) if match.group(1) is not None][-1:]
-        return Template(self.text[last[0].end() :] if last else self.text).fill({})
+        """What stands between the answer and the column or mark before it; decides how answers are tokenised."""
+        before: list[str] = []
+        for kind, piece in self._pieces:
+            if (kind, piece) == ("mark", BLANK):
+                break
+            if kind == "text":
+                before.append(piece)
+            else:
+                before.clear()
+        return "".join(before)
 
 
 @dataclass(frozen=True)
@@ -119,8 +172,3 @@ def continuation_ids(tokenizer: Any, before: str, text: str) -> list[int]:
     if whole[: len(head)] == head and len(whole) > len(head):
         return list(whole[len(head) :])
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def answer_ids(tokenizer: Any, template: Template, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each answer text as it follows the template, without the end token."""
-    return [continuation_ids(tokenizer, template.tail, text) for text in texts]

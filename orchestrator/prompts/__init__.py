@@ -1,4 +1,24 @@
-"""Soft prompts: what is learned, and where it starts.
+"""Prompt methods: what is learned, and where it starts."""
 
-Shape legend: B rows, P virtual tokens, T input tokens, Y target tokens, H width, L layers, K trials.
-"""
+from collections.abc import Callable
+
+from orchestrator.prompts.base import Method, MethodName, Prompt
+from orchestrator.prompts.inits import InitContext
+from orchestrator.prompts.p_tuning import EncodedPrompt
+from orchestrator.prompts.prefix import Prefix
+from orchestrator.prompts.soft import SoftPrompt
+from orchestrator.space import TrialSpec
+
+METHODS: dict[MethodName, Callable[[Method, TrialSpec, InitContext], Prompt]] = {
+    "prompt_tuning": SoftPrompt.create,
+    "prefix_tuning": Prefix.create,
+    "p_tuning": EncodedPrompt.create,
+}
+
+
+def make_prompt(method: Method, spec: TrialSpec, context: InitContext) -> Prompt:
+    """A trial's prompt before its first step; the spec and the seed alone decide what is drawn. On the CPU."""
+    return METHODS[method.name](method, spec, context)
+
+
+__all__ = ["METHODS", "InitContext", "Method", "MethodName", "Prompt", "make_prompt"]

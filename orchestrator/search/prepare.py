@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
+from orchestrator.artifact import PromptArtifact
 from orchestrator.base_model import ModelSource, resolve_model
 from orchestrator.data.dataset import SPLITS, RowSplits, load_rows
-from orchestrator.data.encoding import check_context, make_encoder
+from orchestrator.data.encoding import Encoder, check_context, make_encoder
 from orchestrator.errors import BadInput
-from orchestrator.space import TrialSpec, init_texts, longest, trials
+from orchestrator.prompts import Method
+from orchestrator.space import TrialSpec, init_artifacts, init_texts, longest, trials
 from orchestrator.spec import QUICKSTART, JobSpec
 from orchestrator.tuning.engine import Task
 
@@ -28,12 +34,16 @@ class Prepared:
     instructions: list[str]
 
 
-def prepare(job: JobSpec) -> Prepared:
-    """Load and check the job's inputs. Raises BadInput or Unreachable."""
+def prepare(job: JobSpec, artifacts: Mapping[str, Path] | None = None) -> Prepared:
+    """Load and check the job's inputs. Raises BadInput or Unreachable.
+
+    ``artifacts`` are the folders of the prompts that trials start from, by the reference that the spec has.
+    """
     rows = load_rows(job.data)
     source = resolve_model(job.base_model, weights=False)
-    encoder = make_encoder(job.data, rows, source.tokenizer())
-    task = Task(encoder, {split: encoder.encode(rows[split], job.data.target) for split in SPLITS})
+    encoder = make_encoder(job.data, rows, source.tokenizer(), source.family)
+    splits = {split: encoder.encode(rows[split], job.data.target) for split in SPLITS}
+    task = Task(encoder, splits, method=_method(job, encoder), artifacts=_artifacts(job, artifacts))
     check_context(encoder, task.splits, longest(job.search.space), source.context_length)
     instructions = init_texts(job.search.space)
     for text in instructions:
@@ -45,6 +55,25 @@ def prepare(job: JobSpec) -> Prepared:
         }
         check_context(encoder, task.instructed[text], 0, source.context_length)
     return Prepared(_found_anywhere(job, source), trials(job.search), source, rows, task, instructions)
+
+
+def _method(job: JobSpec, encoder: Encoder) -> Method:
+    hidden = job.reparameterization.hidden_size if job.reparameterization else None
+    return Method(job.method, job.reparameterization_type, hidden, encoder.template.places_virtual_tokens)
+
+
+def _artifacts(job: JobSpec, folders: Mapping[str, Path] | None) -> dict[str, dict[str, Tensor]]:
+    """The tensors of the prompts that trials start from."""
+    found = {}
+    for reference in init_artifacts(job.search.space):
+        artifact = PromptArtifact.load((folders or {}).get(reference) or Path(reference))
+        found[reference] = {name: torch.from_numpy(array) for name, array in artifact.tensors.items()}
+        if job.method != "prefix_tuning" and "prompt" not in found[reference]:
+            raise BadInput(
+                f"search.space.init artifact {reference!r} is a prefix and can't start method {job.method}",
+                "choose a prompt of prompt_tuning or p_tuning, or set method prefix_tuning",
+            )
+    return found
 
 
 def _found_anywhere(job: JobSpec, source: ModelSource) -> JobSpec:

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from orchestrator.backbone import Backbone, PreparedPrompts, Rows
+from orchestrator.backbone import Backbone, PreparedPrompts, RowState
 from orchestrator.serving.served_prompt import ServedPrompt, stack_prompts
 
 GREEDY_BELOW = 1e-4  # a smaller temperature divides the logits out of float32's range, and is greedy anyway
@@ -125,7 +125,7 @@ class CachedDecoder(Decoder):
         self, backbone: Backbone, prompts: PreparedPrompts, place: list[int], inputs: Sequence[Sequence[int]]
     ) -> None:
         self._backbone = backbone
-        self._state = backbone.run(prompts, Rows.pad(inputs, place, backbone))
+        self._state: RowState = backbone.start(prompts, inputs, place)
 
     @property
     def logits(self) -> Tensor:
@@ -154,8 +154,10 @@ class ReplayDecoder(Decoder):
         return self._logits
 
     def _run(self) -> Tensor:
-        rows = Rows.pad(self._rows, self._place, self._backbone)
-        return self._backbone.target_logits(self._prompts, rows, 1)[:, 0]
+        # The target is only asked for its first token, whichever it is.
+        logits: Tensor
+        logits, _ = self._backbone.teacher_forced(self._prompts, self._rows, [[0]] * len(self._rows), self._place)
+        return logits[:, 0]
 
     def keep(self, rows: list[int]) -> None:
         self._place, self._rows = [self._place[row] for row in rows], [self._rows[row] for row in rows]
@@ -174,7 +176,7 @@ class GenerationBatch:
     def __init__(self, backbone: Backbone, rows: Sequence[GenerationRow]) -> None:
         self.rows = list(rows)
         prompts, place = stack_prompts([row.prompt for row in rows])
-        make: type[Decoder] = CachedDecoder if backbone.prompt_once else ReplayDecoder
+        make: type[Decoder] = CachedDecoder if backbone.continues else ReplayDecoder
         self._decoder = make(backbone, prompts, place, [row.input_ids for row in rows])
 
     @torch.inference_mode()

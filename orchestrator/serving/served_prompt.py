@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import pad
 
 from orchestrator.artifact import Label, Manifest, PromptArtifact
-from orchestrator.backbone import Backbone, PreparedPrompts
+from orchestrator.backbone import Backbone, PreparedPrompts, PromptTensors, stack_prepared
 from orchestrator.data.encoding import Encoder
 from orchestrator.data.template import Template, Verbalizer
 from orchestrator.errors import BadInput
@@ -45,7 +43,7 @@ class ServedPrompt:
 
     @property
     def virtual_tokens(self) -> int:
-        return self.prepared.width
+        return self.manifest.num_virtual_tokens
 
     @property
     def labels(self) -> tuple[Label, ...]:
@@ -58,7 +56,7 @@ class ServedPrompt:
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.prepared.tensors)
+        return self.prepared.nbytes
 
     @property
     def longest_answer(self) -> int:
@@ -73,7 +71,7 @@ class ServedPrompt:
         missing = [column for column in self.encoder.template.columns if column not in row]
         if missing:
             raise BadInput(f"a row lacks {missing}; the prompt's template needs {list(self.encoder.template.columns)}")
-        ids = self.encoder.input_ids(self.encoder.template.fill(row))
+        ids = self.encoder.row_ids(row)
         self._check_room(len(ids), answer_tokens)
         return ids if len(ids) <= self.encoder.max_input_tokens else self.encoder.encode_input(row)
 
@@ -108,8 +106,8 @@ def load_prompt(backbone: Backbone, folder: Path, name: str, version: int) -> Se
     artifact = PromptArtifact.load(folder)
     manifest = artifact.manifest
     _check_base_model(manifest, backbone)
-    encoder = make_encoder(manifest, backbone.tokenizer)
-    prepared = _prepare(backbone, torch.from_numpy(artifact.weights))
+    encoder = make_encoder(manifest, backbone)
+    prepared = _prepare(backbone, prompt_tensors(artifact))
     prompt = ServedPrompt(
         name=name,
         version=version,
@@ -126,7 +124,14 @@ def load_prompt(backbone: Backbone, folder: Path, name: str, version: int) -> Se
     return prompt
 
 
-def make_encoder(manifest: Manifest, tokenizer: Any) -> Encoder:
+def prompt_tensors(artifact: PromptArtifact) -> PromptTensors:
+    """An artifact's tensors as the backbone takes them."""
+    inside = Template(artifact.manifest.template).places_virtual_tokens
+    tensors = {name: torch.from_numpy(array) for name, array in artifact.tensors.items()}
+    return PromptTensors.from_named(tensors, inside)
+
+
+def make_encoder(manifest: Manifest, backbone: Backbone) -> Encoder:
     """The encoder that the prompt was trained with. BadInput when the manifest's template or verbalizer is unusable."""
     template = Template(manifest.template)
     if not template.columns:
@@ -137,24 +142,15 @@ def make_encoder(manifest: Manifest, tokenizer: Any) -> Encoder:
             raise BadInput("the verbalizer is empty")
         entries = manifest.verbalizer
         verbalizer = Verbalizer(tuple(entry.label for entry in entries), tuple(entry.text for entry in entries))
-    return Encoder(tokenizer, template, verbalizer, manifest.max_input_tokens, manifest.max_target_tokens)
+    limits = manifest.max_input_tokens, manifest.max_target_tokens
+    return Encoder(backbone.tokenizer, template, verbalizer, *limits, backbone.family)
 
 
 def stack_prompts(prompts: Sequence[ServedPrompt]) -> tuple[PreparedPrompts, list[int]]:
     """The different prompts of B rows as one K-prompt value, padded on the right, and each row's place in it."""
     distinct = list({id(prompt): prompt for prompt in prompts}.values())
     place = {id(prompt): index for index, prompt in enumerate(distinct)}
-    return _stack([prompt.prepared for prompt in distinct]), [place[id(prompt)] for prompt in prompts]
-
-
-def _stack(prepared: Sequence[PreparedPrompts]) -> PreparedPrompts:
-    if len(prepared) == 1:
-        return prepared[0]
-    width = max(one.width for one in prepared)
-    layers = zip(*(one.tensors for one in prepared), strict=True)
-    # Virtual tokens are the last dimension but one in both forms, keys and values or embeddings.
-    padded = ([pad(tensor, (0, 0, 0, width - tensor.shape[-2])) for tensor in layer] for layer in layers)
-    return PreparedPrompts(tuple(torch.cat(layer) for layer in padded), torch.cat([one.lengths for one in prepared]))
+    return stack_prepared([prompt.prepared for prompt in distinct]), [place[id(prompt)] for prompt in prompts]
 
 
 def _check_base_model(manifest: Manifest, backbone: Backbone) -> None:
@@ -171,8 +167,8 @@ def _check_base_model(manifest: Manifest, backbone: Backbone) -> None:
 
 
 @torch.inference_mode()
-def _prepare(backbone: Backbone, weights: Tensor) -> PreparedPrompts:
-    prepared = backbone.prepare([weights])
+def _prepare(backbone: Backbone, prompt: PromptTensors) -> PreparedPrompts:
+    prepared = backbone.prepare([prompt])
     if not all(bool(tensor.isfinite().all()) for tensor in prepared.tensors):
         raise BadInput(f"it overflows in {backbone.table.dtype}: its keys and values are not finite")
     return prepared

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from orchestrator.errors import BadInput
 
 HEADER = "state"
+PROMPT = "prompt."
+BEST = "best."
 
 
 @dataclass(frozen=True)
 class TrialState:
     """Everything that a trial's next step depends on.
 
-    ``tensors``: prompt [P, H], best prompt [P, H] and the optimiser's moments. The data position is ``step``, and the
-    data order and the init are functions of the trial's seed, so no random state is left to keep.
+    ``tensors``: the prompt's own state (``prompt.*``: parameters, and where a reparameterisation starts), the best
+    prompt as an artifact has it (``best.*``) and the optimiser's moments (``optimizer.*``). The data position is ``step``; the
+    data order, the schedule and the init are functions of the spec and the step, so no random state is left to keep.
     """
 
     step: int
@@ -30,9 +33,37 @@ class TrialState:
     waited: int
     tensors: dict[str, Tensor] = field(compare=False)
 
+    @classmethod
+    def of(
+        cls,
+        *,
+        step: int,
+        best_step: int,
+        best_metrics: dict[str, float],
+        waited: int,
+        prompt: Mapping[str, Tensor],
+        best: Mapping[str, Tensor],
+        optimizer: Mapping[str, Tensor],
+    ) -> TrialState:
+        tensors = {
+            **{f"{PROMPT}{name}": tensor for name, tensor in prompt.items()},
+            **{f"{BEST}{name}": tensor for name, tensor in best.items()},
+            **optimizer,
+        }
+        return cls(step, best_step, best_metrics, waited, tensors)
+
+    def best(self) -> dict[str, Tensor]:
+        """The best prompt's tensors, by the names that an artifact stores them under."""
+        return _under(BEST, self.tensors)
+
+    def prompt(self) -> dict[str, Tensor]:
+        """The prompt's own state, as its module has it."""
+        return _under(PROMPT, self.tensors)
+
     def to_bytes(self) -> bytes:
-        header = asdict(self)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in header.pop("tensors").items()}
+        header = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "tensors"}
+        # Copies, where a tensor is a view of another: safetensors stores no tensor twice.
+        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.tensors.items()}
         return bytes(save(tensors, metadata={HEADER: json.dumps(header)}))
 
     @classmethod
@@ -46,14 +77,16 @@ class TrialState:
             raise BadInput(f"this checkpoint can't be read: {error}", "resume from an earlier one") from None
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, prompt: Tensor) -> dict[str, Tensor]:
-    """The optimiser's state of the prompt, flat."""
-    return {f"optimizer.{name}": value for name, value in optimizer.state.get(prompt, {}).items()}
+def restore_prompt(prompt: nn.Module, state: TrialState) -> None:
+    """Load the prompt's own state. BadInput when it is another method's, or of other shapes."""
+    try:
+        prompt.load_state_dict(state.prompt())
+    except RuntimeError as error:
+        first = " ".join(str(error).split())[:200]
+        raise BadInput(
+            f"this checkpoint is of another prompt: {first}", "resume with the job spec that it was written with"
+        ) from None
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, prompt: Tensor, tensors: dict[str, Tensor]) -> None:
-    state = {key.removeprefix("optimizer."): tensor for key, tensor in tensors.items() if key.startswith("optimizer.")}
-    if state:
-        optimizer.state[prompt] = {
-            name: tensor.clone() if name == "step" else tensor.to(prompt.device) for name, tensor in state.items()
-        }
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -7,35 +7,40 @@ Slots start and end at round boundaries, so all seated trials evaluate together,
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from orchestrator.backbone import Backbone
+from orchestrator.backbone import Backbone, PromptTensors
 from orchestrator.data.bucketing import step_rows
 from orchestrator.data.encoding import Encoded, Encoder
-from orchestrator.prompts.inits import InitContext, initial_prompt
+from orchestrator.prompts import InitContext, Method, Prompt, make_prompt
+from orchestrator.prompts.base import seeded
 from orchestrator.space import TrialSpec
 from orchestrator.spec import SearchSpec, TrainSpec
-from orchestrator.tuning.checkpoint import TrialState, optimizer_tensors, restore_optimizer
+from orchestrator.tuning.checkpoint import TrialState, restore_prompt
 from orchestrator.tuning.evaluate import evaluate
-from orchestrator.tuning.optimizers import make_optimizer
 from orchestrator.tuning.report import Ending, EvaluationJob, Report
 from orchestrator.tuning.step import Limits, packed_gradients
+from orchestrator.tuning.updater import Updater, apply_all
 
 WORST = {"max": 0.0, "min": 1e30}  # accuracies are never below 0; schedulers can't compare an infinity
 
 
 @dataclass
 class Task:
-    """What is learned: the encoder, the tokenised splits, and those again behind each written instruction."""
+    """What is learned: the encoder, the tokenised splits, those again behind each written instruction, the method, and
+    the prompts that trials may start from."""
 
     encoder: Encoder
     splits: dict[str, Encoded]
     instructed: dict[str, dict[str, Encoded]] = field(default_factory=dict)
+    method: Method = field(default_factory=Method)
+    artifacts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
 @dataclass
@@ -44,20 +49,37 @@ class Slot:
 
     trial: str
     spec: TrialSpec
-    prompt: nn.Parameter
-    optimizer: torch.optim.Optimizer
+    prompt: Prompt
+    updater: Updater
     step: int = 0
     best_step: int = 0
     best_metrics: dict[str, float] = field(default_factory=dict)
-    best_prompt: Tensor | None = None
+    best: dict[str, Tensor] = field(default_factory=dict)
+    """The best prompt as an artifact has it; empty before the first evaluation."""
     waited: int = 0
     losses: list[float] = field(default_factory=list)
     diverged: bool = False
 
+    @torch.no_grad()
+    def tensors(self) -> PromptTensors:
+        """The prompt as it stands, for evaluation."""
+        return self.prompt()  # type: ignore[no-any-return]
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.prompt.named_parameters())
+
     def state(self) -> TrialState:
-        best = self.prompt if self.best_prompt is None else self.best_prompt
-        tensors = {"prompt": self.prompt.data, "best": best.data, **optimizer_tensors(self.optimizer, self.prompt)}
-        return TrialState(self.step, self.best_step, self.best_metrics, self.waited, tensors)
+        best = self.best or self.tensors().named()
+        return TrialState.of(
+            step=self.step,
+            best_step=self.best_step,
+            best_metrics=self.best_metrics,
+            waited=self.waited,
+            prompt=self.prompt.state_dict(),
+            best=best,
+            optimizer=self.updater.state_tensors(list(self.parameters)),
+        )
 
 
 class Engine:
@@ -79,7 +101,7 @@ class Engine:
         self.capacity = capacity
         self.limits = limits
         self.slots: dict[str, Slot] = {}
-        self._context = InitContext.of(backbone, task.encoder.answers)
+        self._context = InitContext.of(backbone, task.encoder.answers, task.artifacts)
 
     @property
     def free_slots(self) -> int:
@@ -89,19 +111,18 @@ class Engine:
         """Give a trial a slot, from the start or from a checkpoint."""
         if not self.free_slots:
             raise RuntimeError(f"no slot is free for trial {trial}: {self.capacity} are taken")
-        if checkpoint is None:
-            prompt = nn.Parameter(initial_prompt(spec, self._context).to(self.backbone.device))
-            slot = Slot(trial, spec, prompt, make_optimizer(prompt, spec.learning_rate, self.train))
-        else:
-            slot = self._restored(trial, spec, TrialState.from_bytes(checkpoint))
+        prompt = make_prompt(self.task.method, spec, self._context).to(self.backbone.device)
+        slot = Slot(trial, spec, prompt, Updater(list(prompt.parameters()), spec.learning_rate, self.train))
+        if checkpoint is not None:
+            self._restore(slot, TrialState.from_bytes(checkpoint))
         self.slots[trial] = slot
 
-    def _restored(self, trial: str, spec: TrialSpec, state: TrialState) -> Slot:
-        prompt = nn.Parameter(state.tensors["prompt"].to(self.backbone.device))
-        optimizer = make_optimizer(prompt, spec.learning_rate, self.train)
-        restore_optimizer(optimizer, prompt, state.tensors)
-        best = state.tensors["best"].to(self.backbone.device)
-        return Slot(trial, spec, prompt, optimizer, state.step, state.best_step, state.best_metrics, best, state.waited)
+    @staticmethod
+    def _restore(slot: Slot, state: TrialState) -> None:
+        restore_prompt(slot.prompt, state)
+        slot.updater.load_state_tensors(list(slot.parameters), state.tensors)
+        slot.step, slot.best_step, slot.waited = state.step, state.best_step, state.waited
+        slot.best_metrics, slot.best = state.best_metrics, state.best()
 
     def free(self, trial: str) -> None:
         """Take a trial's slot away; unknown trials are ignored, since stops may cross."""
@@ -126,7 +147,7 @@ class Engine:
     def evaluate(self, job: EvaluationJob) -> dict[str, float]:
         """Metrics of a prompt or a baseline on a whole split."""
         if job.checkpoint is not None:
-            best = TrialState.from_bytes(job.checkpoint).tensors["best"].to(self.backbone.device)
+            best = PromptTensors.from_named(TrialState.from_bytes(job.checkpoint).best(), self.task.method.inside)
             return evaluate(self.backbone, [best], self.task.splits[job.split], self.task.encoder)[0]
         splits = self.task.splits if job.instruction is None else self.task.instructed[job.instruction]
         return evaluate(self.backbone, None, splits[job.split], self.task.encoder)[0]
@@ -142,20 +163,37 @@ class Engine:
     def _step(self, slots: Sequence[Slot]) -> None:
         split = self.task.splits["train"]
         rows = [step_rows(len(split), self.train.batch_size, slot.spec.seed, slot.step) for slot in slots]
-        losses = packed_gradients(self.backbone, [slot.prompt for slot in slots], rows, split, self.limits)
+        with self._dropout(slots[0]):
+            losses = packed_gradients(self.backbone, [slot.prompt() for slot in slots], rows, split, self.limits)
         for slot, loss in zip(slots, losses, strict=True):
-            slot.diverged = not math.isfinite(loss) or not bool(torch.isfinite(slot.prompt.grad).all())  # type: ignore[arg-type]
+            if not math.isfinite(loss):
+                slot.prompt.zero_grad()  # no gradient: nothing is updated
+        norms = apply_all([slot.updater for slot in slots], [slot.step for slot in slots])
+        for slot, loss, norm in zip(slots, losses, norms, strict=True):
+            slot.diverged = not (math.isfinite(loss) and math.isfinite(norm))
             if not slot.diverged:
-                slot.optimizer.step()
                 slot.losses.append(loss)
-            slot.optimizer.zero_grad(set_to_none=True)
             slot.step += 1
+
+    @contextmanager
+    def _dropout(self, first: Slot) -> Iterator[None]:
+        """The frozen model's own dropout, where the spec asks for it; drawn anew from seed and step, so that a resumed
+        trial goes on as it would have."""
+        if not self.train.frozen_dropout:
+            yield
+            return
+        with seeded(hash((first.spec.seed, first.step)) % 2**32):
+            self.backbone.model.train()
+            try:
+                yield
+            finally:
+                self.backbone.model.eval()
 
     def _evaluate(self, slots: Sequence[Slot]) -> list[Report]:
         for slot in slots:  # a last step may overflow without a loss to show it
-            slot.diverged = slot.diverged or not bool(torch.isfinite(slot.prompt).all())
+            slot.diverged = slot.diverged or not all(bool(part.isfinite().all()) for part in slot.prompt.parameters())
         sound = [slot for slot in slots if not slot.diverged]
-        prompts, validation = [slot.prompt for slot in sound], self.task.splits["validation"]
+        prompts, validation = [slot.tensors() for slot in sound], self.task.splits["validation"]
         found = evaluate(self.backbone, prompts, validation, self.task.encoder) if sound else []
         metrics = {slot.trial: one for slot, one in zip(sound, found, strict=True)}
         for slot in sound:
@@ -165,7 +203,7 @@ class Engine:
     def _report(self, slot: Slot, metrics: dict[str, float]) -> Report:
         if metrics and self._is_better(metrics, slot.best_metrics):
             slot.best_step, slot.best_metrics, slot.waited = slot.step, metrics, 0
-            slot.best_prompt = slot.prompt.detach().clone()
+            slot.best = {name: tensor.clone() for name, tensor in slot.tensors().named().items()}
         else:
             slot.waited += 1
         train_loss = float(np.mean(slot.losses)) if slot.losses else math.nan

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from orchestrator.backbone import Backbone, PreparedPrompts
+from orchestrator.backbone import Backbone, PreparedPrompts, PromptTensors
 from orchestrator.data.encoding import Encoded, Encoder
-from orchestrator.scoring import answer_scores, answer_tokens, target_log_probs, teacher_forced
+from orchestrator.scoring import answer_scores, answer_tokens, target_log_probs
 
 MAX_TOKENS = 16384  # padded tokens of one forward
 
@@ -37,9 +37,9 @@ class Tally:
 
 @torch.inference_mode()
 def evaluate(
-    backbone: Backbone, prompts: Sequence[Tensor] | None, split: Encoded, encoder: Encoder
+    backbone: Backbone, prompts: Sequence[Tensor | PromptTensors] | None, split: Encoded, encoder: Encoder
 ) -> list[dict[str, float]]:
-    """Metrics of each prompt [P_k, H] on all rows; ``None`` evaluates the model without a prompt, as one entry."""
+    """Metrics of each prompt on all rows; ``None`` evaluates the model without a prompt, as one entry."""
     count = 1 if prompts is None else len(prompts)
     prepared = None if prompts is None else backbone.prepare(prompts)
     tallies = [Tally() for _ in range(count)]
@@ -68,7 +68,7 @@ def _score(
     owner: list[int],
     tallies: list[Tally],
 ) -> None:
-    judge = _by_answers if encoder.answers and backbone.prompt_once else _by_target
+    judge = _by_answers if encoder.answers and backbone.continues else _by_target
     if all(len(ids) == 1 for ids in encoder.scored_answers):
         judge = _by_target
     judged = judge(backbone, prompts, split, encoder, rows, owner)
@@ -100,7 +100,7 @@ def _by_target(
 ) -> Judged:
     """The right target is fed. Answers of one token each are read off the logits in front of it."""
     inputs, targets = [split.inputs[row] for row in rows], [split.targets[row] for row in rows]
-    logits, wanted = teacher_forced(backbone, prompts, inputs, targets, owner)
+    logits, wanted = backbone.teacher_forced(prompts, inputs, targets, owner)
     nll = -target_log_probs(logits, wanted).sum(1)
     exact = ((logits.argmax(-1) == wanted) | (wanted < 0)).all(1)
     answers = encoder.scored_answers
@@ -125,7 +125,7 @@ def _by_answers(
 ) -> Judged:
     """Every answer is fed after the input's cache, so that longer answers cost the input only once."""
     count = len(encoder.answers)
-    ended = [[*ids, encoder.end_id] for ids in encoder.answers]
+    ended = encoder.ended_answers
     log_probs, greedy = answer_tokens(
         backbone, prompts, [split.inputs[row] for row in rows], owner, [ended] * len(rows)
     )

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from orchestrator.backbone import Backbone
+from orchestrator.backbone import Backbone, PromptTensors
 from orchestrator.data.bucketing import length_groups
 from orchestrator.data.encoding import Encoded
-from orchestrator.scoring import target_log_probs, teacher_forced
+from orchestrator.scoring import target_log_probs
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,12 @@ def pack(rows_of_trials: Sequence[Sequence[int]], split: Encoded) -> Packed:
 
 def packed_gradients(
     backbone: Backbone,
-    prompts: Sequence[Tensor],
+    prompts: Sequence[Tensor | PromptTensors],
     rows_of_trials: Sequence[Sequence[int]],
     split: Encoded,
     limits: Limits = Limits(),
 ) -> list[float]:
-    """Set ``prompt.grad`` of each trial's prompt [P_k, H]; returns the K losses.
+    """Add each trial's gradient to what its prompt was computed from (``.grad``); returns the K losses.
 
     The prompts run once. Rows are grouped by length into forwards; each leaves its gradient on the prompts' keys and
     values, and one backward at the end carries the sum to the prompts.
@@ -70,8 +70,8 @@ def packed_gradients(
     for group in length_groups(lengths, limits.forward_overhead, limits.max_tokens):
         numbers = [packed.row[place] for place in group]
         trial = [packed.trial[place] for place in group]
-        logits, targets = teacher_forced(
-            backbone, leaf, [split.inputs[n] for n in numbers], [split.targets[n] for n in numbers], trial
+        logits, targets = backbone.teacher_forced(
+            leaf, [split.inputs[n] for n in numbers], [split.targets[n] for n in numbers], trial
         )
         weight = torch.tensor([packed.weight[place] for place in group], device=backbone.device)
         row_losses = -target_log_probs(logits, targets).sum(1) * weight

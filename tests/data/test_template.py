@@ -10,7 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from models import spaced_tokenizer, tiny_tokenizer
 
-from orchestrator.data.template import Template, Verbalizer, answer_ids, continuation_ids
+from orchestrator.data.encoding import Encoder
+from orchestrator.data.template import Template, Verbalizer, continuation_ids
 from orchestrator.errors import BadInput
 
 texts = st.text(max_size=20)
@@ -79,7 +80,7 @@ def test_no_space_appears_in_front_of_an_answer(tail: str, answer: str) -> None:
     """A tokenizer that puts a space in front of every text adds none between template and answer."""
     tokenizer = spaced_tokenizer()
     template = Template("{text}" + escaped(tail))
-    (ids,) = answer_ids(tokenizer, template, [answer])
+    ids = Encoder(tokenizer, template, None, 100, 100).answer_ids(answer)
     head = tokenizer("the fox" + tail, add_special_tokens=False)["input_ids"]
     assert tokenizer.decode([*head, *ids], clean_up_tokenization_spaces=False) == "the fox" + tail + answer
 

@@ -127,7 +127,7 @@ def test_a_text_without_tokens_is_refused() -> None:
 
 def test_an_unknown_init_is_refused() -> None:
     """The message names it and the known ones."""
-    with pytest.raises(BadInput, match=r"init 'zeros' is unknown(.|\n)*random, sample_vocab, class_labels"):
+    with pytest.raises(BadInput, match=r"init 'zeros' is unknown(.|\n)*random_normal, sample_vocab, class_labels"):
         made("zeros", 3)
 
 

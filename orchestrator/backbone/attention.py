@@ -1,0 +1,121 @@
+"""Prefixes for models whose attention keeps no cache to put them in: encoders, and cross-attention.
+
+transformers lets a model's attention be any registered function of (module, query, key, value, mask). Ours puts the
+rows' prefix in front of key and value where one is set for the module, and hands on to the library's own function.
+
+Shapes: B rows, P virtual tokens, Q queries, T keys, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+NAME = "orchestrator_prefix"
+
+
+@dataclass(frozen=True)
+class RowPrefix:
+    """One module's prefix for the rows of a forward: ``key`` and ``value`` [B, kv heads, P, width], ``mask`` [B, P]."""
+
+    key: Tensor
+    value: Tensor
+    mask: Tensor
+
+
+_active: dict[nn.Module, RowPrefix] = {}
+_recorders: list[dict[nn.Module, tuple[Tensor, Tensor]]] = []
+
+
+@contextmanager
+def prefixed(prefixes: Mapping[nn.Module, RowPrefix]) -> Iterator[None]:
+    """Within, the attention modules named see their prefix in front of their keys. One thread runs a model."""
+    before = dict(_active)
+    _active.update(prefixes)
+    try:
+        yield
+    finally:
+        _active.clear()
+        _active.update(before)
+
+
+@contextmanager
+def recorded() -> Iterator[dict[nn.Module, tuple[Tensor, Tensor]]]:
+    """Within, keys and values of every attention module are kept, in the order in which they are called."""
+    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    _recorders.append(seen)
+    try:
+        yield seen
+    finally:
+        _recorders.remove(seen)
+
+
+def attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, Any]:
+    """The library's scaled dot product attention, behind the module's prefix if it has one."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    for seen in _recorders:
+        seen[module] = (key, value)
+    prefix = _active.get(module)
+    if prefix is not None:
+        attention_mask = _extended(module, query, key, attention_mask, prefix, options.get("is_causal"))
+        key = torch.cat([prefix.key.to(key), key], dim=2)
+        value = torch.cat([prefix.value.to(value), value], dim=2)
+        options["is_causal"] = False  # the mask says it all
+        if (bias := options.get("position_bias")) is not None:
+            # A relative position has no meaning for a prefix: its keys stand at no place.
+            options["position_bias"] = pad(bias, (prefix.mask.shape[1], 0))
+    out: tuple[Tensor, Any] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    return out
+
+
+def _extended(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    prefix: RowPrefix,
+    is_causal: bool | None,
+) -> Tensor:
+    """The mask [B, 1, Q, P + T] with the prefix's columns in front."""
+    rows, queries, keys = len(query), query.shape[2], key.shape[2]
+    if mask is None:
+        causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
+        mask = mask.tril(keys - queries) if causal and queries > 1 else mask
+        mask = mask[None, None]
+    mask = mask.expand(rows, -1, queries, -1)
+    front = prefix.mask[:, None, None, :].expand(rows, mask.shape[1], queries, -1)
+    if mask.dtype != torch.bool:
+        front = torch.zeros_like(front, dtype=mask.dtype).masked_fill(~front, torch.finfo(mask.dtype).min)
+    return torch.cat([front, mask], dim=-1)
+
+
+def install(model: nn.Module) -> None:
+    """Make the model's attention ours. The results without a prefix stay the library's."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)  # type: ignore[operator]
+
+
+def called_modules(seen: Mapping[nn.Module, Any], within: nn.Module) -> list[nn.Module]:
+    """The recorded attention modules that are part of ``within``, in the order of their calls."""
+    inside = set(within.modules())
+    return [module for module in seen if module in inside]
+
+
+def layer_prefixes(modules: Sequence[nn.Module], tensors: Sequence[Tensor], mask: Tensor) -> dict[nn.Module, RowPrefix]:
+    """A site's rows' prefixes for its modules: ``tensors`` are key and value of each layer."""
+    pairs = zip(modules, tensors[::2], tensors[1::2], strict=True)
+    return {module: RowPrefix(key, value, mask) for module, key, value in pairs}

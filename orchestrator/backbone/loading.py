@@ -1,0 +1,128 @@
+"""Load a base model, freeze it, and find out whether it can be tuned exactly."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orchestrator.backbone.base import Backbone
+from orchestrator.backbone.causal import CausalBackbone
+from orchestrator.backbone.masked import MaskedBackbone
+from orchestrator.backbone.seq2seq import Seq2SeqBackbone
+from orchestrator.base_model import BaseModelInfo, Family, ModelSource, family_of, quiet_transformers
+from orchestrator.errors import BadInput
+
+BACKBONES: dict[Family, type[Backbone]] = {
+    "causal": CausalBackbone,
+    "seq2seq": Seq2SeqBackbone,
+    "masked": MaskedBackbone,
+}
+
+
+def make_backbone(model: nn.Module, tokenizer: Any, info: BaseModelInfo) -> Backbone:
+    """The backbone of the model's family, frozen."""
+    return BACKBONES[family_of(model.config)](model, tokenizer, info)
+
+
+def load_backbone(source: ModelSource, device: str | torch.device = "cpu", dtype: str = "auto") -> Backbone:
+    """Load a checked base model and freeze it. Weights come from safetensors only, and no model code is run."""
+    fingerprint = weights_fingerprint(source)  # finds missing and damaged files before anything large is built
+    device = torch.device(device)
+    model = _load_model(source, _dtype(dtype, device)).to(device)
+    backbone = make_backbone(model, source.tokenizer(), source.info(fingerprint))
+    if reason := why_not_exact(backbone):
+        raise BadInput(f"base_model.id {source.id!r} can't be tuned: {reason}", "choose another language model")
+    return backbone
+
+
+@torch.inference_mode()
+def why_not_exact(backbone: Backbone) -> str:
+    """Why prompts can't be tuned on this model, or nothing: tried out on two rows that differ in their last token."""
+    special = set(backbone.tokenizer.all_special_ids)
+    ordinary = [token for token in range(len(backbone.table)) if token not in special]
+    ids = torch.tensor(ordinary[:10], device=backbone.device).view(2, 5)
+    ids[1, :-1] = ids[0, :-1]
+    mask = torch.ones_like(ids)
+    decoder = {"decoder_input_ids": ids[:, :2]} if backbone.family == "seq2seq" else {}
+    logits = backbone.model(input_ids=ids, attention_mask=mask, **decoder).logits
+    embedded = backbone.model(inputs_embeds=backbone.embed(ids), attention_mask=mask, **decoder).logits
+    scale = float(logits.abs().max())
+    # Within one forward a causal model's rows agree to the bit; two forwards may differ by rounding.
+    if backbone.family == "causal" and float((logits[0, :-1] - logits[1, :-1]).abs().max()) > 1e-3 * scale:
+        return "what it predicts depends on the tokens that come later, so it is not causal"
+    if _differs(logits, embedded, scale):
+        return "it looks at token ids besides their embeddings, and virtual tokens have none"
+    if isinstance(backbone, MaskedBackbone) and _differs(_headed(backbone, ids, mask), logits, scale):
+        return "its head is not one module on top of its body"
+    return ""
+
+
+def _differs(one: Tensor, other: Tensor, scale: float) -> bool:
+    return float((one - other).abs().max()) > 1e-2 * scale
+
+
+def _headed(backbone: MaskedBackbone, ids: Tensor, mask: Tensor) -> Tensor:
+    logits: Tensor = backbone.head(backbone.body(input_ids=ids, attention_mask=mask).last_hidden_state)
+    return logits
+
+
+def _load_model(source: ModelSource, dtype: Any) -> Any:
+    quiet_transformers()
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+
+    kinds = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM, "masked": AutoModelForMaskedLM}
+    try:
+        model, loading = kinds[family_of(source.config)].from_pretrained(
+            source.path,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise source.unusable_weights(str(error)) from None
+    if missing := sorted(loading["missing_keys"]):  # transformers would fill them with random numbers
+        raise source.unusable_weights(f"{len(missing)} weights are missing, the first is {missing[0]}")
+    return model
+
+
+def _dtype(name: str, device: torch.device) -> Any:
+    if name != "auto":
+        return getattr(torch, name)
+    return torch.float32 if device.type == "cpu" else "auto"
+
+
+def weights_fingerprint(source: ModelSource) -> str:
+    """sha256 over names, dtypes, shapes and bytes of the weights as stored, whatever files they are split into."""
+    from safetensors import SafetensorError, safe_open
+
+    tensors: dict[str, Path] = {}
+    for file in source.weight_files():
+        try:
+            with safe_open(file, framework="pt") as opened:
+                tensors.update(dict.fromkeys(opened.keys(), file))
+        except SafetensorError as error:
+            raise source.unusable_weights(f"{file.name}: {error}") from None
+    digest = hashlib.sha256()
+    opened_files: dict[Path, Any] = {file: safe_open(file, framework="pt") for file in set(tensors.values())}
+    for name in sorted(tensors):
+        tensor = opened_files[tensors[name]].get_tensor(name).contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def default_device() -> torch.device:
+    """The accelerator of this process, if it has one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def set_threads(count: int) -> None:
+    """Ray sets OMP_NUM_THREADS from the CPUs a worker asks for; torch may already have read something else."""
+    os.environ["OMP_NUM_THREADS"] = str(count)
+    torch.set_num_threads(count)
