@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from orchestrator.base_model import ModelSource, resolve_model
 from orchestrator.data.dataset import SPLITS, RowSplits, load_rows
 from orchestrator.data.encoding import check_context, make_encoder
 from orchestrator.errors import BadInput
+from orchestrator.quickstart import quickstart_model
 from orchestrator.space import TrialSpec, init_texts, longest, trials
 from orchestrator.spec import QUICKSTART, JobSpec
 from orchestrator.tuning.engine import Task
@@ -26,11 +28,16 @@ class Prepared:
     rows: RowSplits
     task: Task
     instructions: list[str]
+    making_s: float = 0.0  # seconds that making the quickstart model took
 
 
 def prepare(job: JobSpec) -> Prepared:
     """Load and check the job's inputs. Raises BadInput or Unreachable."""
     rows = load_rows(job.data)
+    started = time.monotonic()
+    if job.base_model.id == QUICKSTART:
+        quickstart_model()
+    making_s = time.monotonic() - started
     source = resolve_model(job.base_model, weights=False)
     encoder = make_encoder(job.data, rows, source.tokenizer())
     task = Task(encoder, {split: encoder.encode(rows[split], job.data.target) for split in SPLITS})
@@ -44,7 +51,7 @@ def prepare(job: JobSpec) -> Prepared:
             for split in ("validation", "test")
         }
         check_context(encoder, task.instructed[text], 0, source.context_length)
-    return Prepared(_found_anywhere(job, source), trials(job.search), source, rows, task, instructions)
+    return Prepared(_found_anywhere(job, source), trials(job.search), source, rows, task, instructions, making_s)
 
 
 def _found_anywhere(job: JobSpec, source: ModelSource) -> JobSpec:
