@@ -15,6 +15,7 @@ import typer
 
 from orchestrator import __version__
 from orchestrator.errors import BadInput, OrchestratorError, SpecError, Unreachable
+from orchestrator.sigterm import Sigterm
 
 app = typer.Typer(
     name="orchestrator",
@@ -34,6 +35,7 @@ Url = Annotated[str, typer.Option(envvar="ORCHESTRATOR_URL", help="Address of th
 DEFAULT_URL = "http://127.0.0.1:8000"
 TRACEBACK = "ORCHESTRATOR_TRACEBACK"
 INTERRUPTED = 130  # typer turns Ctrl-C into an exit with this code
+TERMINATED = 143  # the same by SIGTERM; both as shells count, 128 and the signal
 
 
 def out(text: str = "") -> None:
@@ -283,12 +285,14 @@ def main() -> NoReturn:
 
 
 def _guarded(verb: Callable[[], Any]) -> int:
+    sigterm = Sigterm()
     try:
-        result = verb()
+        with sigterm:
+            result = verb()
         code = result if isinstance(result, int) else 0
-        return _interrupted() if code == INTERRUPTED else code
+        return _interrupted(sigterm) if code == INTERRUPTED else code
     except (KeyboardInterrupt, typer.Abort):
-        return _interrupted()
+        return _interrupted(sigterm)
     except OrchestratorError as error:
         return _failed(error)
     except Exception as error:
@@ -318,10 +322,10 @@ def _unforeseen(error: Exception) -> int:
     )
 
 
-def _interrupted() -> int:
+def _interrupted(sigterm: Sigterm) -> int:
     again = shlex.join(["orchestrator", *sys.argv[1:]])
     say(f"interrupted\n  next: {again}   starts over")
-    return _document("interrupted", "interrupted", again, INTERRUPTED)
+    return _document("interrupted", "interrupted", again, TERMINATED if sigterm.received else INTERRUPTED)
 
 
 def _document(status: str, message: str, hint: str, code: int, problems: Any = ()) -> int:

@@ -72,7 +72,7 @@ class ConsoleProgress:
         self._outcome.trial_ended(trial, status, note)
         self._update()
         if self._live is None and status != "finished":
-            self._say(f"{trial} {status} {note}")
+            self._say(f"{trial} {status} {note}".rstrip())
 
     def _say(self, text: str) -> None:
         if not self._quiet:
@@ -86,7 +86,8 @@ class ConsoleProgress:
         record, metric = self._outcome.records[trial], self._job.search.metric
         value = f"{metric} {report.metrics[metric]:.3f}" if report.metrics else "diverged"
         steps = f"step {report.step}/{self._job.train.steps}"
-        return f"{trial} {steps} {value} loss {report.train_loss:.3f} [{record.spec.label()}] {self._eta()}"
+        line = f"{trial} {steps} {value} loss {report.train_loss:.3f} [{record.spec.label()}]"
+        return f"{line} {self._eta()}".rstrip()
 
     def _steps(self) -> tuple[float, float]:
         """Trial steps behind us, and those still to come if trials go on to end as early as they have so far."""

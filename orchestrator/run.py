@@ -48,22 +48,16 @@ class Clock:
 
     started: float = field(default_factory=time.monotonic)
     marks: dict[str, float] = field(default_factory=dict)
-    _last: float = field(default_factory=time.monotonic)
+    last: float = field(default_factory=time.monotonic)
 
-    def mark(self, name: str) -> None:
-        """Everything since the last mark was spent on ``name``."""
-        now = time.monotonic()
-        self.marks[name] = round(self.marks.get(name, 0.0) + now - self._last, 3)
-        self._last = now
-
-    def move(self, name: str, moment: float, to: str) -> None:
-        """What passed of ``name``, marked last, before ``moment`` was really spent on ``to``."""
-        before = max(0.0, moment - (self._last - self.marks[name]))
-        self.marks[to] = round(before, 3)
-        self.marks[name] = round(self.marks[name] - before, 3)
+    def mark(self, name: str, until: float | None = None) -> None:
+        """Everything since the last mark, up to a moment or to now, was spent on ``name``."""
+        moment = time.monotonic() if until is None else until
+        self.marks[name] = round(self.marks.get(name, 0.0) + moment - self.last, 3)
+        self.last = moment
 
     def seconds(self) -> dict[str, float]:
-        startup = sum(self.marks.get(name, 0.0) for name in ("prepare", "ray", "workers"))
+        startup = sum(self.marks.get(name, 0.0) for name in ("model", "prepare", "ray", "workers"))
         return {
             "total": round(time.monotonic() - self.started, 3),
             "startup": round(startup, 3),
@@ -117,6 +111,7 @@ def run_job(job: JobSpec, progress: Progress, address: str | None = None, verbos
     registry.check()
     progress.stage("reading data and base model")
     prepared = prepare(job, fetch_artifacts(job, registry))
+    clock.mark("model", until=clock.last + prepared.making_s)
     clock.mark("prepare")
     progress.stage("starting Ray")
     with ray_session(address, verbose):
@@ -178,8 +173,8 @@ class Pipeline:
             with self.progress.trials(trials):
                 outcome = search.study([MlflowListener(log), self.progress])
             baselines, ready_at = baselines_ready.result()
+        self.clock.mark("workers", until=ready_at)
         self.clock.mark("trials")
-        self.clock.move("trials", ready_at, to="workers")
         best = outcome.ranking()
         if not best:
             raise JobFailed(

@@ -14,11 +14,13 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from pydantic_core import PydanticCustomError
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+ALIAS_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,99}$"  # MLflow's own rule, narrower than a model's name
 RESERVED_ALIAS = re.compile(r"^(latest|v\d+)$", re.IGNORECASE)
 QUICKSTART = "builtin:quickstart"
 DEFAULT_TRIALS = 16
 MAX_TRIALS = 10_000
 DEFAULT_BETAS = (0.9, 0.999)  # torch's own
+MAX_LEARNING_RATE = 1000  # far above what any prompt trains with, far below what torch's arithmetic takes
 MAX_SEED = 2**32 - 1  # the widest range that every random generator in use takes
 
 FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
@@ -80,11 +82,13 @@ def _without_repeats(values: list[T]) -> list[T]:
 
 Text: TypeAlias = Annotated[str, Field(min_length=1)]
 Name: TypeAlias = Annotated[str, Field(pattern=NAME_PATTERN)]
+Alias: TypeAlias = Annotated[str, Field(pattern=ALIAS_PATTERN)]
 PositiveInt: TypeAlias = Annotated[int, Field(ge=1)]
 PositiveFloat: TypeAlias = Annotated[float, Field(gt=0)]
+LearningRate: TypeAlias = Annotated[float, Field(gt=0, le=MAX_LEARNING_RATE)]
 Seed: TypeAlias = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Fraction: TypeAlias = Annotated[float, Field(gt=0, lt=0.5)]
-Bounds: TypeAlias = Annotated[tuple[PositiveFloat, PositiveFloat], Field(strict=False), AfterValidator(_ordered)]
+Bounds: TypeAlias = Annotated[tuple[LearningRate, LearningRate], Field(strict=False), AfterValidator(_ordered)]
 Decay: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 Betas: TypeAlias = Annotated[tuple[Decay, Decay], Field(strict=False, examples=[DEFAULT_BETAS])]
 Choices: TypeAlias = Annotated[
@@ -236,7 +240,7 @@ class SpaceSpec(Section):
     sampled vocabulary, from the labels' words, from a text, or from another prompt."""
     num_virtual_tokens: PositiveInt | Choices[PositiveInt] = 20
     """Length of the soft prompt."""
-    learning_rate: PositiveFloat | Choices[PositiveFloat] | LogUniform | Uniform = 0.3
+    learning_rate: LearningRate | Choices[LearningRate] | LogUniform | Uniform = 0.3
     """Peak learning rate; soft prompts want large ones."""
     seed: Seed | Choices[Seed] = 0
     """Seed of a trial's initialisation and data order."""
@@ -381,7 +385,7 @@ class RegistrySpec(Section):
     """Registered model; the search's name unless given."""
     register_top: Annotated[int, Field(ge=0)] = 1
     """Register so many of the best trials; 0 registers none."""
-    alias: Annotated[Name, AfterValidator(_free_alias)] = "challenger"
+    alias: Annotated[Alias, AfterValidator(_free_alias)] = "challenger"
     """Alias of the best new version; promoted to champion when it beats the champion on the same test split."""
 
 

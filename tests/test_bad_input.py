@@ -70,7 +70,7 @@ def test_a_missing_job_file(command: Command) -> None:
     ("override", "named"),
     [
         ("search.trails=3", ["search.trails", "did you mean trials"]),
-        ("search.space.learning_rate=-1", ["search.space.learning_rate", "-1", "a number above 0"]),
+        ("search.space.learning_rate=-1", ["search.space.learning_rate", "-1", "a number above 0 and at most 1000"]),
         ("method=magic", ["method", "magic", "prompt_tuning"]),
         ("search.metric=speed", ["search.metric", "speed", "accuracy"]),
     ],

@@ -75,7 +75,7 @@ def test_plain_lines_without_a_terminal(job: JobSpec, clock: Clock) -> None:
     a_search(progress, clock)
     lines = out.getvalue().splitlines()
     assert lines[0] == "starting Ray ..."
-    assert lines[1].rstrip() == "t000 step 4/16 loss 1.500 loss 2.250 [random, 5 tokens, lr 0.1, seed 0]"
+    assert lines[1] == "t000 step 4/16 loss 1.500 loss 2.250 [random, 5 tokens, lr 0.1, seed 0]"
     assert lines[2].startswith(
         't001 step 4/16 loss 1.500 loss 2.250 ["[red]50% off[/red] [/]", 5 tokens, lr 0.3, seed 1]'
     )
@@ -84,6 +84,17 @@ def test_plain_lines_without_a_terminal(job: JobSpec, clock: Clock) -> None:
     assert any(line.startswith("t002 step 4/16 diverged") for line in lines)
     assert lines[-1] == "3 trials in 30 s: 1 finished, 2 stopped"
     assert "\x1b" not in out.getvalue()
+
+
+def test_plain_lines_end_with_their_last_word(job: JobSpec) -> None:
+    """Neither a time left that is not known yet nor a stop without a reason leaves a space behind."""
+    progress, out = shown(job)
+    with progress.trials(SPECS):
+        progress.trial_reported("t000", report("t000", 4))
+        progress.trial_ended("t000", "stopped", "")
+    lines = out.getvalue().splitlines()
+    assert lines[0].endswith("seed 0]") and lines[1] == "t000 stopped"
+    assert [line for line in lines if line != line.rstrip()] == []
 
 
 def test_a_live_table_on_a_terminal(job: JobSpec) -> None:

@@ -89,6 +89,16 @@ def test_every_trial_is_there_once_in_order(finished: Finished) -> None:
     assert {document["status"] for document in documents} == {"finished", "stopped"}  # ASHA has stopped some
 
 
+def test_every_second_is_accounted_for(finished: Finished) -> None:
+    """The parts add up to the total, startup is the sum of what comes before the trials."""
+    seconds = finished.document["seconds"]
+    before = sum(seconds[name] for name in ("model", "prepare", "ray", "workers"))
+    assert seconds["startup"] == pytest.approx(before, abs=0.01)
+    assert seconds["training"] == seconds["trials"] > 0 and seconds["workers"] > 0
+    parts = before + sum(seconds[name] for name in ("trials", "test", "registry"))
+    assert seconds["total"] == pytest.approx(parts, abs=0.1)
+
+
 def test_the_best_trial_is_the_best(finished: Finished) -> None:
     """No trial has a better validation metric than the one that was registered."""
     best = finished.document["best"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import jsonschema  # type: ignore[import-untyped,unused-ignore]
@@ -97,6 +98,14 @@ def test_a_learning_rate_is_a_finite_number_above_zero(value: Any) -> None:
         SpaceSpec.model_validate({"learning_rate": value})
 
 
+@pytest.mark.parametrize("written", ["{0}", "[0.1, {0}]", '{{"loguniform": [0.1, {0}]}}', '{{"uniform": [0.1, {0}]}}'])
+def test_a_learning_rate_is_at_most_a_thousand(written: str) -> None:
+    """Alone, in a list and as a bound: the worker's arithmetic overflows somewhere above."""
+    SpaceSpec.model_validate({"learning_rate": json.loads(written.format("1000"))})
+    with pytest.raises(ValidationError):
+        SpaceSpec.model_validate({"learning_rate": json.loads(written.format("1000.001"))})
+
+
 def test_a_whole_number_is_a_good_learning_rate() -> None:
     """Strict floats still take whole numbers, which YAML writes without a point."""
     assert SpaceSpec.model_validate({"learning_rate": [1, 0.1]}).learning_rate == [1.0, 0.1]
@@ -130,6 +139,14 @@ def test_aliases_that_mlflow_reserves_are_refused(alias: str) -> None:
     """latest and v1, v2, ... can't be aliases."""
     with pytest.raises(ValidationError, match="reserved by MLflow"):
         RegistrySpec(alias=alias)
+
+
+@pytest.mark.parametrize("alias", ["a.b", "v1.2", "-a", "_a", "a b", "ä", "", "a" * 101])
+def test_aliases_that_mlflow_does_not_take_are_refused(alias: str) -> None:
+    """Letters, digits, - and _; a dot is good in a model's name only."""
+    with pytest.raises(ValidationError, match="should match pattern"):
+        RegistrySpec(alias=alias)
+    assert RegistrySpec(alias="A-b_3", model="a.b").alias == "A-b_3"
 
 
 @pytest.mark.parametrize("template", ["no column", "{{text}}", "a { b {text}", "{text} }", "{text} {}"])
@@ -227,6 +244,9 @@ def test_the_schema_accepts_good_jobs(good: dict[str, Any]) -> None:
         job(train={"steps": "5"}),
         job(search={"space": {"seed": [1, 1]}}),
         job(search={"space": {"learning_rate": {"loguniform": [0.1]}}}),
+        job(search={"space": {"learning_rate": 1001}}),
+        job(search={"space": {"learning_rate": {"uniform": [0.1, 1001]}}}),
+        job(registry={"alias": "a.b"}),
         {"name": "x"},
     ],
 )

@@ -7,11 +7,11 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from orchestrator.spec import NAME_PATTERN
+from orchestrator.spec import ALIAS_PATTERN, NAME_PATTERN
 
 KINDS = {"integer": "a whole number", "number": "a number", "string": "text", "boolean": "true or false"}
 RANGE = "[low, high]"  # the only lists of fixed length
-LIMITS = {"minimum": "of at least", "maximum": "at most", "exclusiveMinimum": "above", "exclusiveMaximum": "below"}
+LIMITS = {"minimum": "of at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -79,6 +79,8 @@ def _one(schema: dict[str, Any]) -> str:
             return str(word)
         case {"pattern": pattern} if pattern == NAME_PATTERN:
             return "letters, digits, '.', '_' and '-', a letter or digit first, 100 at most"
+        case {"pattern": pattern} if pattern == ALIAS_PATTERN:
+            return "letters, digits, '_' and '-', a letter or digit first, 100 at most"
         case {"minLength": _}:
             return "text that is not empty"
         case {"type": kind}:

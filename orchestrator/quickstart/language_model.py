@@ -214,7 +214,9 @@ def _padded(rows: Sequence[Sequence[float]], value: float) -> torch.Tensor:
 def save(folder: Path, model: LlamaForCausalLM, tokenizer: Tokenizer, recipe: Recipe) -> None:
     """config.json, generation_config.json, model.safetensors, tokenizer.json, tokenizer_config.json."""
     from transformers import PreTrainedTokenizerFast
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # one file of a megabyte needs none, and ours is on the screen
     model.generation_config.update(bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID, do_sample=False)
     model.save_pretrained(folder)
     wrapped = PreTrainedTokenizerFast(

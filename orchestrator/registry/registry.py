@@ -27,13 +27,12 @@ from orchestrator.registry.records import (
 from orchestrator.registry.refs import ModelRef, nearest, parse_ref, printable
 from orchestrator.registry.search_log import SearchLog
 from orchestrator.registry.store import SERVERS, Store, masked
-from orchestrator.spec import NAME_PATTERN, RESERVED_ALIAS
+from orchestrator.spec import ALIAS_PATTERN, NAME_PATTERN, RESERVED_ALIAS
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
 CHAMPION = "champion"
-ALIAS_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,99}$"  # MLflow's own rule, narrower than a model's name
 PATIENCE_SECONDS = 60.0
 PAGE = 100
 

@@ -14,6 +14,7 @@ import ray
 
 from orchestrator.errors import Unreachable
 from orchestrator.search.placement import Node
+from orchestrator.sigterm import sigterm_kept
 
 ANSWER_S = 10.0  # a cluster that is there connects in milliseconds
 
@@ -50,10 +51,11 @@ def ray_session(address: str | None = None, verbose: bool = False) -> Iterator[N
     if address:
         check_answers(address)
     try:
-        if address:
-            ray.init(address=address, runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}, **options)
-        else:
-            ray.init(address="local", include_dashboard=False, **options)
+        with sigterm_kept():  # Ray's own handler would leave the MLflow runs open
+            if address:
+                ray.init(address=address, runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}, **options)
+            else:
+                ray.init(address="local", include_dashboard=False, **options)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         raise no_cluster(address or "this machine", str(error).splitlines()[0]) from None
     try:

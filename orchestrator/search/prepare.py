@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from orchestrator.data.dataset import SPLITS, RowSplits, load_rows
 from orchestrator.data.encoding import Encoder, check_context, make_encoder
 from orchestrator.errors import BadInput
 from orchestrator.prompts import Method
+from orchestrator.quickstart import quickstart_model
 from orchestrator.space import TrialSpec, init_artifacts, init_texts, longest, trials
 from orchestrator.spec import QUICKSTART, JobSpec
 from orchestrator.tuning.engine import Task
@@ -32,6 +34,7 @@ class Prepared:
     rows: RowSplits
     task: Task
     instructions: list[str]
+    making_s: float = 0.0  # seconds that making the quickstart model took
 
 
 def prepare(job: JobSpec, artifacts: Mapping[str, Path] | None = None) -> Prepared:
@@ -40,6 +43,10 @@ def prepare(job: JobSpec, artifacts: Mapping[str, Path] | None = None) -> Prepar
     ``artifacts`` are the folders of the prompts that trials start from, by the reference that the spec has.
     """
     rows = load_rows(job.data)
+    started = time.monotonic()
+    if job.base_model.id == QUICKSTART:
+        quickstart_model()
+    making_s = time.monotonic() - started
     source = resolve_model(job.base_model, weights=False)
     encoder = make_encoder(job.data, rows, source.tokenizer(), source.family)
     splits = {split: encoder.encode(rows[split], job.data.target) for split in SPLITS}
@@ -54,7 +61,7 @@ def prepare(job: JobSpec, artifacts: Mapping[str, Path] | None = None) -> Prepar
             for split in ("validation", "test")
         }
         check_context(encoder, task.instructed[text], 0, source.context_length)
-    return Prepared(_found_anywhere(job, source), trials(job.search), source, rows, task, instructions)
+    return Prepared(_found_anywhere(job, source), trials(job.search), source, rows, task, instructions, making_s)
 
 
 def _method(job: JobSpec, encoder: Encoder) -> Method:

@@ -30,7 +30,7 @@ def test_every_problem_of_a_file_is_reported_at_once(files: Files) -> None:
 def test_a_problem_reads_as_place_key_value_and_what_is_allowed(files: Files) -> None:
     """The whole line, as a user sees it."""
     problem = files.problem(swap("0.1", "-1"))
-    allowed = "a number above 0, a list of them, {loguniform: [low, high]} or {uniform: [low, high]}"
+    allowed = "a number above 0 and at most 1000, a list of them, {loguniform: [low, high]} or {uniform: [low, high]}"
     assert str(problem) == f"{files.path}:11: search.space.learning_rate: -1 is not allowed; allowed: {allowed}"
 
 
@@ -79,15 +79,22 @@ def test_the_nearest_choice_is_named(files: Files) -> None:
     ("value", "where", "message"),
     [
         ("{loguniform: [0.1]}", ".loguniform", "[0.1] is not allowed; allowed: [low, high]"),
-        ("{loguniform: [0.1, x]}", ".loguniform[1]", '"x" is not allowed; allowed: a number above 0'),
+        ("{loguniform: [0.1, x]}", ".loguniform[1]", '"x" is not allowed; allowed: a number above 0 and at most 1000'),
         ("{loguniform: [2, 1]}", ".loguniform", "[2, 1] is not a range; write the smaller bound first"),
         ("{logunifrom: [1, 2]}", ".logunifrom", "unknown key"),
         ("{loguniform: [1, 2], uniform: [1, 2]}", ".uniform", "unknown key"),
-        ("[0.1, 0]", "[1]", "0 is not allowed; allowed: a number above 0"),
+        ("1.0e+38", "", "1e+38 is not allowed; allowed: a number above 0 and at most 1000, a list of them, "),
+        ("[0.1, 1001]", "[1]", "1001 is not allowed; allowed: a number above 0 and at most 1000"),
+        ("{uniform: [1, 1001]}", ".uniform[1]", "1001 is not allowed; allowed: a number above 0 and at most 1000"),
+        ("[0.1, 0]", "[1]", "0 is not allowed; allowed: a number above 0 and at most 1000"),
         ("[0.1, 0.1]", "", "[0.1, 0.1] lists 0.1 twice; list each value once"),
-        (".nan", "", "NaN is not allowed; allowed: a number above 0, a list of them, "),
-        ("fast", "", '"fast" is not allowed; allowed: a number above 0, a list of them, '),
-        ("{choice: [1, 2]}", "", '{"choice": [1, 2]} is not allowed; allowed: a number above 0, a list of them, '),
+        (".nan", "", "NaN is not allowed; allowed: a number above 0 and at most 1000, a list of them, "),
+        ("fast", "", '"fast" is not allowed; allowed: a number above 0 and at most 1000, a list of them, '),
+        (
+            "{choice: [1, 2]}",
+            "",
+            '{"choice": [1, 2]} is not allowed; allowed: a number above 0 and at most 1000, a list of them, ',
+        ),
     ],
 )
 def test_a_union_gets_one_message_at_the_part_that_is_wrong(files: Files, value: str, where: str, message: str) -> None:
@@ -128,6 +135,13 @@ def test_a_reserved_alias_is_refused(files: Files) -> None:
     problem = files.problem(GOOD + "registry: {alias: latest}\n")
     assert (problem.line, problem.where) == (14, "registry.alias")
     assert "reserved by MLflow" in problem.message
+
+
+def test_an_alias_with_a_dot_is_refused(files: Files) -> None:
+    """MLflow takes dots in a model's name and none in an alias."""
+    problem = files.problem(GOOD + "registry: {alias: v1.2}\n")
+    allowed = "letters, digits, '_' and '-', a letter or digit first, 100 at most"
+    assert (problem.where, problem.message) == ("registry.alias", f'"v1.2" is not allowed; allowed: {allowed}')
 
 
 def test_conflicts_in_different_sections_are_reported_together(files: Files) -> None:

@@ -55,16 +55,20 @@ def test_an_interrupted_making_leaves_nothing(cache: Path) -> None:
 
 
 def test_two_processes_at_once_make_one(cache: Path) -> None:
-    """One trains and the other waits; both get the same whole folder."""
+    """One trains and the other waits; both get the same whole folder, and no library draws bars of its own."""
     code = (
         "from orchestrator.quickstart import Recipe, quickstart_model; steps = []; "
         f"print(quickstart_model(lambda *step: steps.append(step), {TINY!r}), len(steps))"
     )
     environment = {**os.environ, "ORCHESTRATOR_CACHE": str(cache)}
     started = [
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True
+        )
         for _ in range(2)
     ]
-    said = [process.communicate(timeout=240)[0].split() for process in started]
+    answers = [process.communicate(timeout=240) for process in started]
     assert [process.returncode for process in started] == [0, 0]
+    assert [errors for _, errors in answers] == ["", ""]
+    said = [output.split() for output, _ in answers]
     assert said[0][0] == said[1][0] and sorted(int(steps) for _, steps in said) == [0, 4]

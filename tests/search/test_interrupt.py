@@ -1,4 +1,4 @@
-"""Ctrl-C in the middle of ``orchestrator run``: a process and a Ray of its own, as on a terminal."""
+"""Ctrl-C and SIGTERM in the middle of ``orchestrator run``: a process and a Ray of its own, as on a terminal."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,22 @@ from small_jobs import write_job
 LIMIT_S = 200.0  # only a hang takes this long
 
 
-@pytest.fixture
-def interrupted(tmp_path: Path) -> dict[str, Any]:
+def to_the_group(process: subprocess.Popen[str]) -> int:
+    """Ctrl-C: a terminal tells every process of the foreground group."""
+    os.killpg(process.pid, signal.SIGINT)
+    return 130
+
+
+def to_the_process(process: subprocess.Popen[str]) -> int:
+    """Whoever ends a process politely, a second time before it has tidied up."""
+    os.kill(process.pid, signal.SIGTERM)
+    time.sleep(0.5)
+    os.kill(process.pid, signal.SIGTERM)
+    return 143
+
+
+@pytest.fixture(params=[to_the_group, to_the_process])
+def interrupted(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
     """A search with hours to go, interrupted after its first evaluation; what was left of it."""
     train = {"steps": 1_000_000, "batch_size": 4, "evaluate_every": 10}
     job = write_job(tmp_path, train=train, search__grace_steps=1_000_000, resources__trials_per_worker=2)
@@ -37,7 +52,7 @@ def interrupted(tmp_path: Path) -> dict[str, Any]:
             if " step 20/" in line:
                 break
         descendants = psutil.Process(process.pid).children(recursive=True)
-        os.killpg(process.pid, signal.SIGINT)  # a terminal tells every process of the foreground group
+        code = request.param(process)
         out, err = process.communicate(timeout=LIMIT_S)
     finally:
         if process.poll() is None:
@@ -45,7 +60,8 @@ def interrupted(tmp_path: Path) -> dict[str, Any]:
     names = {child.pid: child for child in descendants}
     eventually(lambda: not [child for child in names.values() if alive(child)])
     left = [child for child in names.values() if alive(child)]
-    return {"code": process.returncode, "out": out, "err": "".join(seen) + err, "left": left, "had": len(names)}
+    said = {"out": out, "err": "".join(seen) + err}
+    return {"code": process.returncode, "wanted": code, "left": left, "had": len(names), **said}
 
 
 def heed_interrupts() -> None:
@@ -61,11 +77,12 @@ def alive(process: psutil.Process) -> bool:
 
 
 def test_an_interrupt_leaves_everything_closed(interrupted: dict[str, Any], tmp_path: Path) -> None:
-    """Exit code 130, a message with the next step, MLflow runs KILLED and none running, no process left behind."""
-    assert interrupted["code"] == 130, interrupted["err"]
+    """The signal's exit code, a message with the next step, MLflow runs KILLED, none running, no process left."""
+    assert interrupted["code"] == interrupted["wanted"], interrupted["err"]
     assert "Traceback" not in interrupted["err"]
     assert "interrupted\n  next: orchestrator run " in interrupted["err"]
-    assert json.loads(interrupted["out"])["status"] == "interrupted"
+    document = json.loads(interrupted["out"])
+    assert (document["status"], document["error"]["exit_code"]) == ("interrupted", interrupted["wanted"])
     assert interrupted["had"] > 3 and interrupted["left"] == []
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])

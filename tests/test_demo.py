@@ -1,0 +1,23 @@
+"""What the demo says of itself; the demo as a whole is run by ``make demo``."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from small_jobs import Finished
+
+from orchestrator.demo import time_table
+
+
+def test_the_time_table_adds_up(finished: Finished) -> None:
+    """Eight lines at most; the rows are the demo's seconds, none twice and none missing."""
+    seconds = finished.document["seconds"]
+    head, *rows = time_table(finished.document, 20.0, seconds["total"] + 30.0)
+    assert len(rows) <= 7
+    assert head == f"where the demo's {seconds['total'] + 30:.0f} s went:"
+    spent = {name: float(value) for name, value in (re.split(r"\s\s+", row.strip().removesuffix(" s")) for row in rows)}
+    assert sum(spent.values()) == pytest.approx(seconds["total"] + 30, abs=0.05 * len(rows))
+    assert spent["8 trials"] == pytest.approx(seconds["trials"], abs=0.051)
+    assert spent["serving and asking"] == 20.0
+    assert spent["starting and ending programs"] == pytest.approx(10.0, abs=0.2)

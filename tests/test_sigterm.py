@@ -1,0 +1,84 @@
+"""SIGTERM as an interrupt, and libraries that would take it over."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from orchestrator.sigterm import Sigterm, sigterm_kept
+
+
+@pytest.fixture(autouse=True)
+def handler() -> Iterator[object]:
+    """What handles SIGTERM before, and has to afterwards."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield before
+    found = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, before)
+    assert found == before
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def library(terminated: bool = False) -> None:
+    """Takes SIGTERM over as ray.init does; ``terminated`` while it starts."""
+    with sigterm_kept():
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+        if terminated:
+            terminate()
+
+
+def test_the_first_interrupts_and_the_second_does_nothing() -> None:
+    """KeyboardInterrupt once; what tidies up after it is left in peace."""
+    sigterm, tidied = Sigterm(), []
+
+    def command() -> None:
+        try:
+            terminate()
+        finally:
+            terminate()
+            tidied.append(True)
+
+    assert not sigterm.received
+    with pytest.raises(KeyboardInterrupt), sigterm:
+        command()
+    assert sigterm.received and tidied
+
+
+def test_other_threads_leave_signals_alone() -> None:
+    """Python lets only the main thread handle signals; elsewhere both do nothing and fail at nothing."""
+    ended: list[bool] = []
+
+    def work() -> None:
+        with Sigterm() as sigterm, sigterm_kept():
+            ended.append(sigterm.received)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert ended == [False]
+
+
+def test_a_library_gives_back_what_it_took_over() -> None:
+    """The library's handler is gone after its start; where nobody had handled the signal, it stays."""
+    with Sigterm():
+        mine = signal.getsignal(signal.SIGTERM)
+        library()
+        assert signal.getsignal(signal.SIGTERM) == mine
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    library()
+    assert callable(signal.signal(signal.SIGTERM, before))
+
+
+def test_a_signal_during_the_librarys_start_interrupts() -> None:
+    """The library's handler ends the process with SystemExit; it becomes the interrupt that was meant."""
+    with pytest.raises(KeyboardInterrupt), Sigterm() as sigterm:
+        library(terminated=True)
+    assert sigterm.received
