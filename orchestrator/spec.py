@@ -18,6 +18,7 @@ RESERVED_ALIAS = re.compile(r"^(latest|v\d+)$", re.IGNORECASE)
 QUICKSTART = "builtin:quickstart"
 DEFAULT_TRIALS = 16
 MAX_TRIALS = 10_000
+DEFAULT_BETAS = (0.9, 0.999)  # torch's own
 MAX_SEED = 2**32 - 1  # the widest range that every random generator in use takes
 
 FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
@@ -73,6 +74,8 @@ PositiveFloat: TypeAlias = Annotated[float, Field(gt=0)]
 Seed: TypeAlias = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Fraction: TypeAlias = Annotated[float, Field(gt=0, lt=0.5)]
 Bounds: TypeAlias = Annotated[tuple[PositiveFloat, PositiveFloat], Field(strict=False), AfterValidator(_ordered)]
+Decay: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
+Betas: TypeAlias = Annotated[tuple[Decay, Decay], Field(strict=False, examples=[DEFAULT_BETAS])]
 Choices: TypeAlias = Annotated[
     list[T], Field(min_length=1, json_schema_extra={"uniqueItems": True}), AfterValidator(_without_repeats)
 ]
@@ -273,14 +276,58 @@ class TrainSpec(Section):
     """Most optimiser steps of a trial."""
     batch_size: PositiveInt = 16
     """Rows in a step of one trial."""
+    micro_batch_size: PositiveInt | None = None
+    """Rows of one forward at most, all of a step's unless given: gradients add up over the forwards, so that memory
+    shrinks and the result stays."""
     evaluate_every: PositiveInt = 50
     """Steps between evaluations; each one reports metrics and a checkpoint."""
-    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    loss_reduction: Literal["token_mean", "sum_per_row", "sum"] = "token_mean"
+    """How a batch's token losses become one: their mean, the mean over rows of each row's sum (as in prefix tuning),
+    or their sum (as T5X has it). It matters to sgd and clip_norm; adamw and adafactor rescale gradients themselves."""
+    optimizer: Literal["adamw", "adafactor", "sgd"] = "adamw"
     """Optimiser of the soft prompt."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled, times the learning rate for adamw; added as T5X does (not times it) for adafactor."""
+    """Subtracted from the prompt times the learning rate by adamw and as it stands by adafactor (as T5X does); added to
+    the gradient by sgd."""
+    betas: Betas | None = None
+    """Decay of adamw's first and second moment; [0.9, 0.999] unless given."""
+    momentum: Decay | None = None
+    """Momentum of sgd; none unless given."""
+    clip_norm: PositiveFloat | None = None
+    """Longest gradient of a trial, as the Euclidean norm over all that it trains; longer ones are scaled down."""
+    schedule: Literal["constant", "linear", "cosine", "exponential"] = "constant"
+    """Course of the learning rate after the warmup; linear and cosine end at 0 after the last step."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps in which the learning rate rises evenly from 0 to its peak."""
+    decay_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """With schedule exponential, the learning rate is multiplied by this after every decay_steps."""
+    decay_steps: PositiveInt | None = None
+    """Steps between two decays of schedule exponential."""
+    frozen_dropout: bool = False
+    """Whether the frozen model's own dropout is active in training steps (published recipes differ)."""
     patience: PositiveInt | None = None
     """Stop a trial after so many evaluations without a better validation metric."""
+
+    def _conflicts(self) -> Iterator[Conflict]:
+        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
+            text = f"{self.micro_batch_size} is more than train.batch_size {self.batch_size}: a step has no more rows"
+            yield Conflict("micro_batch_size", f"{text}; lower it or leave it out", ("batch_size",))
+        if self.warmup_steps >= self.steps:
+            text = f"{self.warmup_steps} is not below train.steps {self.steps}: no trial would reach its learning rate"
+            yield Conflict("warmup_steps", f"{text}; lower it", ("steps",))
+        yield from self._only_with("betas", "optimizer", "adamw")
+        yield from self._only_with("momentum", "optimizer", "sgd")
+        for name in ("decay_rate", "decay_steps"):
+            yield from self._only_with(name, "schedule", "exponential")
+            if self.schedule == "exponential" and getattr(self, name) is None:
+                yield Conflict("schedule", f"exponential needs train.{name}; add it", (name,))
+
+    def _only_with(self, name: str, switch: str, value: str) -> Iterator[Conflict]:
+        """A conflict when ``name`` is set and would have no effect."""
+        chosen = getattr(self, switch)
+        if getattr(self, name) is not None and chosen != value:
+            text = f"train.{name} has no effect with train.{switch} {chosen}"
+            yield Conflict(name, f"{text}; leave it out, or set train.{switch} to {value}", (switch,))
 
 
 class ResourcesSpec(Section):
