@@ -91,14 +91,14 @@ class Engine:
             raise RuntimeError(f"no slot is free for trial {trial}: {self.capacity} are taken")
         if checkpoint is None:
             prompt = nn.Parameter(initial_prompt(spec, self._context).to(self.backbone.device))
-            slot = Slot(trial, spec, prompt, make_optimizer(prompt, spec.learning_rate, self.train))
+            slot = Slot(trial, spec, prompt, make_optimizer([prompt], spec.learning_rate, self.train))
         else:
             slot = self._restored(trial, spec, TrialState.from_bytes(checkpoint))
         self.slots[trial] = slot
 
     def _restored(self, trial: str, spec: TrialSpec, state: TrialState) -> Slot:
         prompt = nn.Parameter(state.tensors["prompt"].to(self.backbone.device))
-        optimizer = make_optimizer(prompt, spec.learning_rate, self.train)
+        optimizer = make_optimizer([prompt], spec.learning_rate, self.train)
         restore_optimizer(optimizer, prompt, state.tensors)
         best = state.tensors["best"].to(self.backbone.device)
         return Slot(trial, spec, prompt, optimizer, state.step, state.best_step, state.best_metrics, best, state.waited)
