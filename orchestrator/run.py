@@ -157,6 +157,7 @@ class Pipeline:
             "trials": len(self.prepared.trials), "metric": job.search.metric, "steps": job.train.steps,
             "batch_size": job.train.batch_size, "evaluate_every": job.train.evaluate_every,
             "optimizer": job.train.optimizer, "space": job.search.space.model_dump(),
+            "train": job.train.model_dump(),
         }  # fmt: skip
         tags = {
             "orchestrator.search": self.id, "orchestrator.version": __version__,

@@ -17,6 +17,7 @@ from orchestrator.spec import (
     SearchSpec,
     SpaceSpec,
     TextInit,
+    TrainSpec,
     Uniform,
     job_schema,
     template_columns,
@@ -196,6 +197,67 @@ def test_a_target_out_of_the_metrics_reach_is_refused() -> None:
 def test_every_trial_is_evaluated_at_least_once() -> None:
     """evaluate_every above steps is refused."""
     assert conflicts({"train": {"steps": 10, "evaluate_every": 20}}) == ["train.evaluate_every"]
+
+
+@pytest.mark.parametrize(
+    ("train", "where"),
+    [
+        ({"steps": 60, "warmup_steps": 60}, ["warmup_steps"]),
+        ({"batch_size": 4, "micro_batch_size": 5}, ["micro_batch_size"]),
+        ({"momentum": 0.9}, ["momentum"]),
+        ({"optimizer": "adafactor", "momentum": 0.0}, ["momentum"]),
+        ({"optimizer": "sgd", "betas": [0.9, 0.99]}, ["betas"]),
+        ({"decay_rate": 0.9}, ["decay_rate"]),
+        ({"schedule": "cosine", "decay_rate": 0.9, "decay_steps": 5}, ["decay_rate", "decay_steps"]),
+        ({"schedule": "exponential"}, ["schedule", "schedule"]),
+        ({"schedule": "exponential", "decay_rate": 0.9}, ["schedule"]),
+    ],
+)
+def test_train_settings_that_would_do_nothing_are_refused(train: dict[str, Any], where: list[str]) -> None:
+    """Keys of another optimiser or schedule, ones that are missing, and sizes beyond steps or rows: at that key."""
+    assert conflicts({"train": train}) == where
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"steps": 60, "warmup_steps": 59},
+        {"batch_size": 4, "micro_batch_size": 4},
+        {"optimizer": "sgd", "momentum": 0.9, "clip_norm": 1, "loss_reduction": "sum_per_row"},
+        {"optimizer": "adamw", "betas": [0, 0.999], "frozen_dropout": True},
+        {"schedule": "exponential", "decay_rate": 0.98, "decay_steps": 10, "warmup_steps": 5},
+    ],
+)
+def test_train_settings_that_fit_are_kept_through_a_dump(train: dict[str, Any]) -> None:
+    """Each optimiser and schedule takes its own keys, in the schema too, and a dumped section loads as the same."""
+    spec = JobSpec.model_validate(job(train=train))
+    jsonschema.validate(as_json(job(train=train)), job_schema(), jsonschema.Draft202012Validator)
+    assert TrainSpec.model_validate(spec.train.model_dump()) == spec.train
+    assert spec.train.model_dump(include=set(train)) == train | ({"betas": (0, 0.999)} if "betas" in train else {})
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"betas": [0.9]},
+        {"betas": [0.9, 0.99, 0.999]},
+        {"betas": [0.9, 1.0]},
+        {"momentum": 1.0, "optimizer": "sgd"},
+        {"clip_norm": 0},
+        {"warmup_steps": -1},
+        {"micro_batch_size": 0},
+        {"schedule": "exponential", "decay_rate": 1.0, "decay_steps": 1},
+        {"schedule": "exponential", "decay_rate": 0.5, "decay_steps": 0},
+        {"loss_reduction": "mean"},
+        {"frozen_dropout": 0.1},
+    ],
+)
+def test_train_settings_out_of_range_are_refused(train: dict[str, Any]) -> None:
+    """Decays lie in [0, 1), counts are positive, and the schema says so as well."""
+    with pytest.raises(ValidationError):
+        TrainSpec.model_validate(train)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(as_json(job(train=train)), job_schema(), jsonschema.Draft202012Validator)
 
 
 # -- JSON schema ------------------------------------------------------------------------------------------------------

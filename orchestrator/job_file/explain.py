@@ -112,11 +112,13 @@ class _Explanation:
             self._note((written or [places[where]])[0], message, where=prefix + where)
 
     def _refuse_key(self, section: type[Section], name: Any, node: Node) -> None:
+        # A key that another section has by that very name was meant there, however near one of this section is.
+        elsewhere = [key for key in _known_keys(JobSpec) if f".{key}".endswith(f".{name}")]
         free = [field for field in section.model_fields if field not in node.value]
-        near = nearest(str(name), free) or nearest(str(name), section.model_fields)
+        near = "" if elsewhere else nearest(str(name), free) or nearest(str(name), section.model_fields)
         if near:
             self.unknown.append(below(node.where, near))
-        options = [near] if near else [key for key in _known_keys(JobSpec) if f".{key}".endswith(f".{name}")]
+        options = elsewhere or [near] * bool(near)
         hint = f"did you mean {' or '.join(options)}? " if options else ""
         self._note(node.value[name], "unknown key", f"{hint}allowed: {', '.join(section.model_fields)}")
 

@@ -10,7 +10,7 @@ from typing import Any
 from orchestrator.spec import ALIAS_PATTERN, NAME_PATTERN
 
 KINDS = {"integer": "a whole number", "number": "a number", "string": "text", "boolean": "true or false"}
-RANGE = "[low, high]"  # the only lists of fixed length
+RANGE = "[low, high]"  # the lists of fixed length, but for those that give an example
 LIMITS = {"minimum": "of at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
 
 
@@ -60,6 +60,8 @@ def _alternatives(schema: dict[str, Any], models: dict[str, Any]) -> list[str]:
             return [str(word) for word in words]
         case {"$ref": name}:
             return _alternatives(models[name.rsplit("/", 1)[-1]], models)
+        case {"prefixItems": [part, *_] as parts, "examples": [example, *_]}:
+            return [f"a list of {len(parts)}, each {listed(_alternatives(part, models))}, as {show(example)}"]
         case {"prefixItems": _}:
             return [RANGE]
         case {"items": items}:

@@ -1,27 +1,21 @@
-"""Optimisers of a soft prompt: AdamW, and Adafactor as T5X has it."""
+"""Optimisers as torch has them, for loops that call ``step`` themselves; ``updater`` is the trials' own way."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from orchestrator.spec import TrainSpec
-
-DECAY_EXPONENT = 0.8  # second moment: 1 - t^-0.8
-CLIPPING_THRESHOLD = 1.0
-EPSILON = 1e-30
+from orchestrator.spec import DEFAULT_BETAS, TrainSpec
+from orchestrator.tuning import update_rules
+from orchestrator.tuning.update_rules import Batch, fresh_state
 
 
 class Adafactor(Optimizer):
-    """Adafactor (Shazeer & Stern 2018) as Lester et al. use it through T5X.
-
-    Fixed learning rate, no parameter scaling, no momentum, unfactored second moment (their prompt is not factored),
-    update clipping at RMS 1; weight decay is subtracted as it stands, not times the learning rate.
-    """
+    """``update_rules.Adafactor``, T5X's, in the form of a torch optimiser."""
 
     def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
@@ -30,24 +24,23 @@ class Adafactor(Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    self._update(param, param.grad, group["lr"], group["weight_decay"])
-
-    def _update(self, param: Tensor, grad: Tensor, lr: float, weight_decay: float) -> None:
-        state = self.state[param]
-        if not state:
-            state["step"], state["second_moment"] = torch.tensor(0.0), torch.zeros_like(param)
-        state["step"] += 1
-        decay = 1.0 - float(state["step"]) ** -DECAY_EXPONENT
-        state["second_moment"].mul_(decay).add_(grad.square() + EPSILON, alpha=1.0 - decay)
-        update = grad * state["second_moment"].rsqrt()
-        update /= (update.square().mean().sqrt() / CLIPPING_THRESHOLD).clamp(min=1.0)
-        param.mul_(1.0 - weight_decay).sub_(update, alpha=lr)
+            rule = update_rules.Adafactor(group["weight_decay"])
+            params = [param for param in group["params"] if param.grad is not None]
+            for param in params:
+                if not self.state[param]:
+                    self.state[param] = fresh_state(rule, param)
+            states = [self.state[param] for param in params]
+            rule.update(Batch(params, [param.grad for param in params], states, [group["lr"]] * len(params)))
 
 
-def make_optimizer(prompt: Tensor, learning_rate: float, train: TrainSpec) -> Optimizer:
-    """The spec's optimiser over one prompt [P, H]."""
-    if train.optimizer == "adafactor":
-        return Adafactor([prompt], lr=learning_rate, weight_decay=train.weight_decay)
-    return torch.optim.AdamW([prompt], lr=learning_rate, weight_decay=train.weight_decay)
+def make_optimizer(parameters: Sequence[Tensor], learning_rate: float, train: TrainSpec) -> Optimizer:
+    """The spec's optimiser over a trial's parameters, without schedule and clipping."""
+    match train.optimizer:
+        case "adamw":
+            betas = train.betas or DEFAULT_BETAS
+            return torch.optim.AdamW(parameters, lr=learning_rate, betas=betas, weight_decay=train.weight_decay)
+        case "adafactor":
+            return Adafactor(parameters, lr=learning_rate, weight_decay=train.weight_decay)
+        case "sgd":
+            momentum = train.momentum or 0.0
+            return torch.optim.SGD(parameters, lr=learning_rate, momentum=momentum, weight_decay=train.weight_decay)

@@ -71,8 +71,26 @@ def test_quotes_too_many_or_missing_are_named(files: Files) -> None:
 def test_the_nearest_choice_is_named(files: Files) -> None:
     """A misspelt choice gets all choices and the nearest."""
     problem = files.problem(swap("steps: 100", "optimizer: AdamWW"))
-    assert problem.message == '"AdamWW" is not allowed; allowed: adamw or adafactor'
+    assert problem.message == '"AdamWW" is not allowed; allowed: adamw, adafactor or sgd'
     assert problem.hint == "did you mean adamw?"
+
+
+def test_a_list_of_fixed_length_is_shown_by_example(files: Files) -> None:
+    """A pair of wrong length gets what its parts may be and an example; a bad part is named itself."""
+    part = "a number of at least 0 and below 1"
+    problem = files.problem(swap("steps: 100", "betas: [0.9]"))
+    assert problem.message == f"[0.9] is not allowed; allowed: a list of 2, each {part}, as [0.9, 0.999] or null"
+    problem = files.problem(swap("steps: 100", "betas: [0.9, 2]"))
+    assert (problem.where, problem.message) == ("train.betas[1]", f"2 is not allowed; allowed: {part}")
+
+
+def test_a_train_setting_without_effect_is_named_with_the_way_out(files: Files) -> None:
+    """The conflict has the line of the key, its switch, and what to change."""
+    problem = files.problem(GOOD + "  momentum: 0.9\n")
+    assert problem.where == "train.momentum"
+    assert problem.message == (
+        "train.momentum has no effect with train.optimizer adamw; leave it out, or set train.optimizer to sgd"
+    )
 
 
 @pytest.mark.parametrize(

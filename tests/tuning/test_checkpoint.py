@@ -18,7 +18,7 @@ from orchestrator.tuning.optimizers import make_optimizer
 
 def state(optimizer: str = "adamw") -> TrialState:
     parameter = nn.Parameter(torch.randn(3, 4, generator=torch.Generator().manual_seed(0)))
-    made = make_optimizer(parameter, 0.1, TrainSpec(optimizer=optimizer))
+    made = make_optimizer([parameter], 0.1, TrainSpec(optimizer=optimizer))
     for _ in range(3):
         parameter.grad = parameter.detach() * 0.5 + 1
         made.step()
@@ -42,13 +42,13 @@ def test_a_restored_optimizer_goes_on(optimizer: str) -> None:
     """After restoring, the next update is the one that the first optimiser would have made."""
     train = TrainSpec(optimizer=optimizer, weight_decay=0.01)
     first = nn.Parameter(torch.ones(2, 3))
-    one = make_optimizer(first, 0.1, train)
+    one = make_optimizer([first], 0.1, train)
     for step in range(4):
         first.grad = torch.full((2, 3), 1.0 + step)
         one.step()
         if step == 1:
             other = nn.Parameter(first.detach().clone())
-            two = make_optimizer(other, 0.1, train)
+            two = make_optimizer([other], 0.1, train)
             saved = TrialState(0, 0, {}, 0, {"prompt": first.data, **optimizer_tensors(one, first)})
             restore_optimizer(two, other, TrialState.from_bytes(saved.to_bytes()).tensors)
     for step in range(2, 4):
@@ -60,7 +60,7 @@ def test_a_restored_optimizer_goes_on(optimizer: str) -> None:
 def test_before_the_first_step_there_is_nothing_to_restore() -> None:
     """An optimiser that has not stepped has no tensors, and restoring none leaves it fresh."""
     parameter = nn.Parameter(torch.ones(2, 3))
-    optimizer = make_optimizer(parameter, 0.1, TrainSpec())
+    optimizer = make_optimizer([parameter], 0.1, TrainSpec())
     assert optimizer_tensors(optimizer, parameter) == {}
     restore_optimizer(optimizer, parameter, {"prompt": parameter.data})
     assert parameter not in optimizer.state

@@ -101,7 +101,7 @@ def test_a_trial_is_a_plain_training_loop(optimizer: str) -> None:
     train = TrainSpec(steps=7, batch_size=4, evaluate_every=7, optimizer=optimizer, weight_decay=1e-3)
     spec, split, backbone = TRIALS["vocabulary"], TASK.splits["train"], tiny_backbone()
     prompt = nn.Parameter(initial_prompt(spec, InitContext.of(backbone, TASK.encoder.answers)))
-    updates = make_optimizer(prompt, spec.learning_rate, train)
+    updates = make_optimizer([prompt], spec.learning_rate, train)
     losses, seen = [], []
     for step in range(7):
         rows = step_rows(len(split), 4, spec.seed, step)
