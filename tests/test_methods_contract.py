@@ -245,23 +245,21 @@ def test_a_text_prefix_is_the_text(family: str) -> None:
         assert not torch.allclose(other, one)
 
 
-def test_methods_share_a_forward() -> None:
+@pytest.mark.parametrize("family", ["llama", "t5", "bert"])
+def test_methods_share_a_forward(family: str) -> None:
     """Trials of different methods, lengths and batch sizes in one step get what each gets alone."""
-    for family in ("llama", "t5", "bert"):
-        backbone, split = model(family), task(family, Method()).splits["train"]
-        context = InitContext.of(backbone, task(family, Method()).encoder.answers)
-        methods = [Method(), Method("prefix_tuning", "mlp"), Method("p_tuning", "lstm")]
-        rows = [[3, 8, 0], [3], [11, 2, 4, 6, 7]]
+    backbone, split = model(family), task(family, Method()).splits["train"]
+    context = InitContext.of(backbone, task(family, Method()).encoder.answers)
+    methods = [Method(), Method("prefix_tuning", "mlp"), Method("p_tuning", "lstm")]
+    rows = [[3, 8, 0], [3], [11, 2, 4, 6, 7]]
 
-        def made() -> list[Prompt]:
-            return [make_prompt(method, spec, context) for method, spec in zip(methods, TRIALS, strict=True)]
+    def made() -> list[Prompt]:
+        return [make_prompt(method, spec, context) for method, spec in zip(methods, TRIALS, strict=True)]
 
-        together, apart = made(), made()
-        losses = packed_gradients(backbone, [prompt() for prompt in together], rows, split)
-        alone = [
-            packed_gradients(backbone, [prompt()], [own], split)[0] for prompt, own in zip(apart, rows, strict=True)
-        ]
-        assert losses == pytest.approx(alone, rel=1e-6)
-        for one, other in zip(together, apart, strict=True):
-            for part, gradient in gradients(one).items():
-                close(gradient, gradients(other)[part], 1e-4)
+    together, apart = made(), made()
+    losses = packed_gradients(backbone, [prompt() for prompt in together], rows, split)
+    alone = [packed_gradients(backbone, [prompt()], [own], split)[0] for prompt, own in zip(apart, rows, strict=True)]
+    assert losses == pytest.approx(alone, rel=1e-6)
+    for one, other in zip(together, apart, strict=True):
+        for part, gradient in gradients(one).items():
+            close(gradient, gradients(other)[part], 1e-4)

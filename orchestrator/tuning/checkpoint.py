@@ -23,8 +23,9 @@ class TrialState:
     """Everything that a trial's next step depends on.
 
     ``tensors``: the prompt's own state (``prompt.*``: parameters, and where a reparameterisation starts), the best
-    prompt as an artifact has it (``best.*``) and the optimiser's moments (``optimizer.*``). The data position is ``step``; the
-    data order, the schedule and the init are functions of the spec and the step, so no random state is left to keep.
+    prompt as an artifact has it (``best.*``) and the optimiser's moments (``optimizer.*``). The data position is
+    ``step``; the data order, the schedule and the init are functions of the spec and the step, so no random state is
+    left to keep.
     """
 
     step: int

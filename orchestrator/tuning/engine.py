@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -99,7 +99,7 @@ class Engine:
         self.train = train
         self.search = search
         self.capacity = capacity
-        self.limits = limits
+        self.limits = replace(limits, max_rows=train.micro_batch_size) if train.micro_batch_size else limits
         self.slots: dict[str, Slot] = {}
         self._context = InitContext.of(backbone, task.encoder.answers, task.artifacts)
 
@@ -164,7 +164,8 @@ class Engine:
         split = self.task.splits["train"]
         rows = [step_rows(len(split), self.train.batch_size, slot.spec.seed, slot.step) for slot in slots]
         with self._dropout(slots[0]):
-            losses = packed_gradients(self.backbone, [slot.prompt() for slot in slots], rows, split, self.limits)
+            prompts = [slot.prompt() for slot in slots]
+            losses = packed_gradients(self.backbone, prompts, rows, split, self.limits, self.train.loss_reduction)
         for slot, loss in zip(slots, losses, strict=True):
             if not math.isfinite(loss):
                 slot.prompt.zero_grad()  # no gradient: nothing is updated

@@ -1,13 +1,15 @@
 """One packed step: losses and gradients of K trials from shared forwards, each as if it were alone.
 
-Each trial's loss is the mean negative log-likelihood over the target tokens (end token included) of its own rows. The
-sum of the K losses is differentiated; a trial's rows see no prompt but its own, so its gradient is its own too.
+Each trial's loss is the negative log-likelihood of the target tokens (end token included) of its own rows, by default
+their mean. The sum of the K losses is differentiated; a trial's rows see no prompt but its own, so its gradient is its
+own too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +18,8 @@ from orchestrator.backbone import Backbone, PromptTensors
 from orchestrator.data.bucketing import length_groups
 from orchestrator.data.encoding import Encoded
 from orchestrator.scoring import target_log_probs
+
+Reduction = Literal["token_mean", "sum_per_row", "sum"]
 
 
 @dataclass(frozen=True)
@@ -26,19 +30,22 @@ class Limits:
     """Cost of one more forward, in padded tokens."""
     max_tokens: int | None = None
     """Padded tokens of one forward at most; None is no limit."""
+    max_rows: int | None = None
+    """Rows of one forward at most; None is no limit."""
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Rows of K trials in one list: ``row`` places in the split, ``trial`` 0..K-1, ``weight`` of each target token."""
+    """Rows of K trials in one list: ``row`` places in the split, ``trial`` 0..K-1, ``weight`` of its target tokens."""
 
     row: list[int]
     trial: list[int]
     weight: list[float]
 
 
-def pack(rows_of_trials: Sequence[Sequence[int]], split: Encoded) -> Packed:
-    """Concatenate the trials' rows; a target token weighs 1 / (target tokens of its trial)."""
+def pack(rows_of_trials: Sequence[Sequence[int]], split: Encoded, reduction: Reduction = "token_mean") -> Packed:
+    """Concatenate the trials' rows; the weights make a trial's loss the mean over its target tokens, the mean over its
+    rows of each row's sum, or the sum."""
     row: list[int] = []
     trial: list[int] = []
     weight: list[float] = []
@@ -46,7 +53,8 @@ def pack(rows_of_trials: Sequence[Sequence[int]], split: Encoded) -> Packed:
         tokens = sum(len(split.targets[number]) for number in rows)
         row.extend(rows)
         trial.extend([place] * len(rows))
-        weight.extend([1.0 / tokens] * len(rows))
+        whole = {"token_mean": tokens, "sum_per_row": len(rows), "sum": 1}[reduction]
+        weight.extend([1.0 / whole] * len(rows))
     return Packed(row, trial, weight)
 
 
@@ -56,18 +64,19 @@ def packed_gradients(
     rows_of_trials: Sequence[Sequence[int]],
     split: Encoded,
     limits: Limits = Limits(),
+    reduction: Reduction = "token_mean",
 ) -> list[float]:
     """Add each trial's gradient to what its prompt was computed from (``.grad``); returns the K losses.
 
     The prompts run once. Rows are grouped by length into forwards; each leaves its gradient on the prompts' keys and
     values, and one backward at the end carries the sum to the prompts.
     """
-    packed = pack(rows_of_trials, split)
+    packed = pack(rows_of_trials, split, reduction)
     prepared = backbone.prepare(prompts)
     leaf = prepared.leaf()
     losses = torch.zeros(len(prompts), device=backbone.device)
     lengths = [split.lengths[number] for number in packed.row]
-    for group in length_groups(lengths, limits.forward_overhead, limits.max_tokens):
+    for group in length_groups(lengths, limits.forward_overhead, limits.max_tokens, limits.max_rows):
         numbers = [packed.row[place] for place in group]
         trial = [packed.trial[place] for place in group]
         logits, targets = backbone.teacher_forced(

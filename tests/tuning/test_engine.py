@@ -20,9 +20,9 @@ from orchestrator.spec import SearchSpec, TrainSpec
 from orchestrator.tuning import engine as engine_module
 from orchestrator.tuning.checkpoint import TrialState
 from orchestrator.tuning.engine import Engine, Task
-from orchestrator.tuning.optimizers import make_optimizer
 from orchestrator.tuning.report import EvaluationJob, Report
 from orchestrator.tuning.step import Limits
+from orchestrator.tuning.updater import Updater
 
 TASK = small_task()
 TRAIN = TrainSpec(steps=6, batch_size=4, evaluate_every=2)
@@ -74,7 +74,7 @@ def assert_same(got: list[Report], wanted: list[Report], rel: float) -> None:
         assert one.score == pytest.approx(other.score, rel=rel)
         tensors, others = prompts_in(one), prompts_in(other)
         assert tensors.keys() == others.keys()
-        for name in ("prompt", "best"):
+        for name in ("prompt.prompt", "best.prompt"):
             torch.testing.assert_close(
                 tensors[name], others[name], rtol=rel, atol=rel * float(others[name].abs().max())
             )
@@ -101,21 +101,20 @@ def test_a_trial_is_a_plain_training_loop(optimizer: str) -> None:
     train = TrainSpec(steps=7, batch_size=4, evaluate_every=7, optimizer=optimizer, weight_decay=1e-3)
     spec, split, backbone = TRIALS["vocabulary"], TASK.splits["train"], tiny_backbone()
     prompt = nn.Parameter(initial_prompt(spec, InitContext.of(backbone, TASK.encoder.answers)))
-    updates = make_optimizer([prompt], spec.learning_rate, train)
+    updates = Updater([prompt], spec.learning_rate, train)
     losses, seen = [], []
     for step in range(7):
         rows = step_rows(len(split), 4, spec.seed, step)
         nll = [alone_nll(backbone, prompt, split.inputs[row], split.targets[row]) for row in rows]
         loss = sum(nll) / sum(len(split.targets[row]) for row in rows)
-        updates.zero_grad()
         loss.backward()
-        updates.step()
+        updates.apply(step)
         losses.append(float(loss.detach()))
         seen += rows
     assert sorted(seen[:20]) == list(range(20))  # the first epoch, which ends within a batch
     (report,) = alone("vocabulary", train=train)
     assert report.train_loss == pytest.approx(sum(losses) / 7, rel=1e-4)
-    torch.testing.assert_close(prompts_in(report)["prompt"], prompt.detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(prompts_in(report)["prompt.prompt"], prompt.detach(), rtol=1e-4, atol=1e-4)
 
 
 def test_packed_trials_end_where_they_end_alone_in_float32() -> None:
