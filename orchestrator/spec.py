@@ -18,6 +18,7 @@ RESERVED_ALIAS = re.compile(r"^(latest|v\d+)$", re.IGNORECASE)
 QUICKSTART = "builtin:quickstart"
 DEFAULT_TRIALS = 16
 MAX_TRIALS = 10_000
+MAX_BEAMS = 64  # each one is a row of its own in memory
 MAX_SEED = 2**32 - 1  # the widest range that every random generator in use takes
 
 FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
@@ -158,6 +159,9 @@ class DataSpec(Section):
     """Input text, with the row's columns in braces, for instance "{text}\\nSpam or not?"."""
     target: Text
     """Column with the label (with a verbalizer) or with the text to generate (without one)."""
+    references: Text | None = None
+    """Column with a list of texts that are all right, for bleu, rouge_l and f1; without one, or where a row's list is
+    empty, the target."""
     verbalizer: Annotated[dict[Label, Text], Field(min_length=1)] | None = None
     """Label to the text that stands for it, leading space included."""
     max_input_tokens: PositiveInt = 256
@@ -212,7 +216,8 @@ class SpaceSpec(Section):
     """Seed of a trial's initialisation and data order."""
 
 
-Metric: TypeAlias = Literal["accuracy", "exact_match", "loss"]
+Metric: TypeAlias = Literal["accuracy", "exact_match", "bleu", "rouge_l", "f1", "loss"]
+TEXT_METRICS = frozenset({"bleu", "rouge_l", "f1"})  # of generated texts against references
 
 
 class StopSpec(Section):
@@ -241,7 +246,8 @@ class SearchSpec(Section):
     reduction_factor: Annotated[int, Field(ge=2)] = 3
     """ASHA keeps one trial in so many at each rung."""
     metric: Metric = "accuracy"
-    """Validation metric that ranks trials: accuracy ranks the verbalizer's texts, exact_match generates."""
+    """Validation metric that ranks trials: accuracy ranks the verbalizer's texts, exact_match asks for the target's
+    tokens; bleu, rouge_l and f1 compare a generated text with the references."""
     mode: Literal["max", "min"] | None = None
     """max or min; by default what the metric means."""
     seed: Seed = 0
@@ -281,6 +287,15 @@ class TrainSpec(Section):
     """Decoupled, times the learning rate for adamw; added as T5X does (not times it) for adafactor."""
     patience: PositiveInt | None = None
     """Stop a trial after so many evaluations without a better validation metric."""
+
+
+class GenerationSpec(Section):
+    """How texts are generated for bleu, rouge_l and f1."""
+
+    max_tokens: PositiveInt | None = None
+    """Most tokens of a text, end token included; data.max_target_tokens unless given."""
+    num_beams: Annotated[int, Field(ge=1, le=MAX_BEAMS)] = 1
+    """Beams of the beam search; 1 is greedy decoding."""
 
 
 class ResourcesSpec(Section):
@@ -326,6 +341,8 @@ class JobSpec(Section):
     """Which trials to run, how to rank and when to stop them."""
     train: TrainSpec = TrainSpec()
     """How one trial is trained."""
+    generation: GenerationSpec = GenerationSpec()
+    """How texts are generated for bleu, rouge_l and f1."""
     resources: ResourcesSpec = ResourcesSpec()
     """What the workers take of the cluster."""
     registry: RegistrySpec = RegistrySpec()
@@ -336,9 +353,21 @@ class JobSpec(Section):
         """Name of the registered model."""
         return self.registry.model or self.name
 
+    @property
+    def generates(self) -> bool:
+        """Whether evaluations generate texts, because the metric compares them."""
+        return self.search.metric in TEXT_METRICS
+
+    @property
+    def max_generated_tokens(self) -> int:
+        """Most tokens of a generated text, end token included."""
+        return self.generation.max_tokens or self.data.max_target_tokens
+
     def _conflicts(self) -> Iterator[Conflict]:
         if self.data.verbalizer is None:
             yield from self._needs_a_verbalizer()
+        else:
+            yield from self._needs_no_verbalizer()
         if self.train.evaluate_every > self.train.steps:
             text = (
                 f"{self.train.evaluate_every} is more than train.steps {self.train.steps}: no trial would be evaluated"
@@ -351,11 +380,21 @@ class JobSpec(Section):
             chosen = "metric" in self.search.model_fields_set
             keys = ("search.metric", "data.verbalizer") if chosen else ("data.verbalizer", "search.metric")
             text = "search.metric accuracy ranks labels and needs data.verbalizer"
-            yield Conflict(keys[0], f"{text}; add one, or set search.metric to exact_match or loss", keys[1:])
+            others = "exact_match, bleu, rouge_l, f1 or loss"
+            yield Conflict(keys[0], f"{text}; add one, or set search.metric to {others}", keys[1:])
         inits = self.search.space.init
         if "class_labels" in (inits if isinstance(inits, list) else [inits]):
             text = "class_labels needs data.verbalizer; add one or drop class_labels"
             yield Conflict("search.space.init", text, ("data.verbalizer",))
+
+    def _needs_no_verbalizer(self) -> Iterator[Conflict]:
+        if self.generates:
+            text = f"{self.search.metric} compares generated texts, and data.verbalizer makes the target a label"
+            hint = "remove data.verbalizer, or set search.metric to accuracy"
+            yield Conflict("search.metric", f"{text}; {hint}", ("data.verbalizer",))
+        if self.data.references is not None:
+            text = "data.references are texts, and data.verbalizer makes the target a label; remove one of them"
+            yield Conflict("data.references", text, ("data.verbalizer",))
 
 
 def job_schema() -> dict[str, Any]:
