@@ -22,6 +22,7 @@ from orchestrator.space import TrialSpec
 from orchestrator.spec import SearchSpec, TrainSpec
 from orchestrator.tuning.checkpoint import TrialState, optimizer_tensors, restore_optimizer
 from orchestrator.tuning.evaluate import evaluate
+from orchestrator.tuning.generate import Decoding
 from orchestrator.tuning.optimizers import make_optimizer
 from orchestrator.tuning.report import Ending, EvaluationJob, Report
 from orchestrator.tuning.step import Limits, packed_gradients
@@ -36,6 +37,8 @@ class Task:
     encoder: Encoder
     splits: dict[str, Encoded]
     instructed: dict[str, dict[str, Encoded]] = field(default_factory=dict)
+    decoding: Decoding | None = None
+    """How evaluations generate texts, where the metric compares them."""
 
 
 @dataclass
@@ -127,9 +130,12 @@ class Engine:
         """Metrics of a prompt or a baseline on a whole split."""
         if job.checkpoint is not None:
             best = TrialState.from_bytes(job.checkpoint).tensors["best"].to(self.backbone.device)
-            return evaluate(self.backbone, [best], self.task.splits[job.split], self.task.encoder)[0]
+            return self._metrics([best], self.task.splits[job.split])[0]
         splits = self.task.splits if job.instruction is None else self.task.instructed[job.instruction]
-        return evaluate(self.backbone, None, splits[job.split], self.task.encoder)[0]
+        return self._metrics(None, splits[job.split])[0]
+
+    def _metrics(self, prompts: Sequence[Tensor] | None, split: Encoded) -> list[dict[str, float]]:
+        return evaluate(self.backbone, prompts, split, self.task.encoder, self.task.decoding)
 
     def _next_evaluation(self, slot: Slot) -> int:
         every = self.train.evaluate_every
@@ -156,7 +162,7 @@ class Engine:
             slot.diverged = slot.diverged or not bool(torch.isfinite(slot.prompt).all())
         sound = [slot for slot in slots if not slot.diverged]
         prompts, validation = [slot.prompt for slot in sound], self.task.splits["validation"]
-        found = evaluate(self.backbone, prompts, validation, self.task.encoder) if sound else []
+        found = self._metrics(prompts, validation) if sound else []
         metrics = {slot.trial: one for slot, one in zip(sound, found, strict=True)}
         for slot in sound:
             slot.diverged = not all(map(math.isfinite, metrics[slot.trial].values()))
