@@ -21,6 +21,7 @@ DEFAULT_TRIALS = 16
 MAX_TRIALS = 10_000
 DEFAULT_BETAS = (0.9, 0.999)  # torch's own
 MAX_LEARNING_RATE = 1000  # far above what any prompt trains with, far below what torch's arithmetic takes
+MAX_BEAMS = 64  # each one is a row of its own in memory
 MAX_SEED = 2**32 - 1  # the widest range that every random generator in use takes
 
 FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
@@ -177,6 +178,9 @@ class DataSpec(Section):
     tokens stand (in front of everything without one), {_} where the answer stands (the end without one)."""
     target: Text
     """Column with the label (with a verbalizer) or with the text to generate (without one)."""
+    references: Text | None = None
+    """Column with a list of texts that are all right, for bleu, rouge_l and f1; without one, or where a row's list is
+    empty, the target."""
     verbalizer: Annotated[dict[Label, Text], Field(min_length=1)] | None = None
     """Label to the text that stands for it, leading space included."""
     max_input_tokens: PositiveInt = 256
@@ -246,7 +250,8 @@ class SpaceSpec(Section):
     """Seed of a trial's initialisation and data order."""
 
 
-Metric: TypeAlias = Literal["accuracy", "exact_match", "loss"]
+Metric: TypeAlias = Literal["accuracy", "exact_match", "bleu", "rouge_l", "f1", "loss"]
+TEXT_METRICS = frozenset({"bleu", "rouge_l", "f1"})  # of generated texts against references
 
 
 class StopSpec(Section):
@@ -275,7 +280,8 @@ class SearchSpec(Section):
     reduction_factor: Annotated[int, Field(ge=2)] = 3
     """ASHA keeps one trial in so many at each rung."""
     metric: Metric = "accuracy"
-    """Validation metric that ranks trials: accuracy ranks the verbalizer's texts, exact_match generates."""
+    """Validation metric that ranks trials: accuracy ranks the verbalizer's texts, exact_match asks for the target's
+    tokens; bleu, rouge_l and f1 compare a generated text with the references."""
     mode: Literal["max", "min"] | None = None
     """max or min; by default what the metric means."""
     seed: Seed = 0
@@ -361,6 +367,15 @@ class TrainSpec(Section):
             yield Conflict(name, f"{text}; leave it out, or set train.{switch} to {value}", (switch,))
 
 
+class GenerationSpec(Section):
+    """How texts are generated for bleu, rouge_l and f1."""
+
+    max_tokens: PositiveInt | None = None
+    """Most tokens of a text, end token included; data.max_target_tokens unless given."""
+    num_beams: Annotated[int, Field(ge=1, le=MAX_BEAMS)] = 1
+    """Beams of the beam search; 1 is greedy decoding."""
+
+
 class ResourcesSpec(Section):
     """What the workers take of this machine or the cluster."""
 
@@ -426,6 +441,8 @@ class JobSpec(Section):
     """Which trials to run, how to rank and when to stop them."""
     train: TrainSpec = TrainSpec()
     """How one trial is trained."""
+    generation: GenerationSpec = GenerationSpec()
+    """How texts are generated for bleu, rouge_l and f1."""
     resources: ResourcesSpec = ResourcesSpec()
     """What the workers take of the cluster."""
     registry: RegistrySpec = RegistrySpec()
@@ -450,10 +467,21 @@ class JobSpec(Section):
             text = "{*} places virtual tokens, and a prefix has none; drop it, or use prompt_tuning or p_tuning"
             yield Conflict("data.template", text, ("method",))
 
+    def generates(self) -> bool:
+        """Whether evaluations generate texts, because the metric compares them."""
+        return self.search.metric in TEXT_METRICS
+
+    @property
+    def max_generated_tokens(self) -> int:
+        """Most tokens of a generated text, end token included."""
+        return self.generation.max_tokens or self.data.max_target_tokens
+
     def _conflicts(self) -> Iterator[Conflict]:
         yield from self._method_conflicts()
         if self.data.verbalizer is None:
             yield from self._needs_a_verbalizer()
+        else:
+            yield from self._needs_no_verbalizer()
         if self.train.evaluate_every > self.train.steps:
             text = (
                 f"{self.train.evaluate_every} is more than train.steps {self.train.steps}: no trial would be evaluated"
@@ -466,11 +494,21 @@ class JobSpec(Section):
             chosen = "metric" in self.search.model_fields_set
             keys = ("search.metric", "data.verbalizer") if chosen else ("data.verbalizer", "search.metric")
             text = "search.metric accuracy ranks labels and needs data.verbalizer"
-            yield Conflict(keys[0], f"{text}; add one, or set search.metric to exact_match or loss", keys[1:])
+            others = "exact_match, bleu, rouge_l, f1 or loss"
+            yield Conflict(keys[0], f"{text}; add one, or set search.metric to {others}", keys[1:])
         inits = self.search.space.init
         if "class_labels" in (inits if isinstance(inits, list) else [inits]):
             text = "class_labels needs data.verbalizer; add one or drop class_labels"
             yield Conflict("search.space.init", text, ("data.verbalizer",))
+
+    def _needs_no_verbalizer(self) -> Iterator[Conflict]:
+        if self.generates:
+            text = f"{self.search.metric} compares generated texts, and data.verbalizer makes the target a label"
+            hint = "remove data.verbalizer, or set search.metric to accuracy"
+            yield Conflict("search.metric", f"{text}; {hint}", ("data.verbalizer",))
+        if self.data.references is not None:
+            text = "data.references are texts, and data.verbalizer makes the target a label; remove one of them"
+            yield Conflict("data.references", text, ("data.verbalizer",))
 
 
 def job_schema() -> dict[str, Any]:

@@ -55,6 +55,7 @@ def full_job() -> dict[str, Any]:
             "trials": 32,
             "stop": {"metric": 0.98, "minutes": 5},
         },
+        generation={"max_tokens": 30, "num_beams": 5},
         resources={"workers": 2, "gpus_per_worker": 0.5},
         registry={"model": "sms", "alias": "challenger"},
     )
@@ -170,9 +171,44 @@ def test_accuracy_and_class_labels_need_a_verbalizer() -> None:
 
 
 def test_a_job_that_generates_needs_no_verbalizer() -> None:
-    """exact_match and loss work without labels."""
-    for metric in ("exact_match", "loss"):
-        JobSpec.model_validate(job(data=DATA_WITHOUT_VERBALIZER, search={"metric": metric}))
+    """exact_match, loss and the text metrics work without labels, and all but loss are better when larger."""
+    for metric in ("exact_match", "loss", "bleu", "rouge_l", "f1"):
+        spec = JobSpec.model_validate(job(data=DATA_WITHOUT_VERBALIZER, search={"metric": metric}))
+        assert spec.search.better == ("min" if metric == "loss" else "max")
+        assert spec.generates == (metric in {"bleu", "rouge_l", "f1"})
+
+
+@pytest.mark.parametrize("metric", ["bleu", "rouge_l", "f1"])
+def test_a_text_metric_needs_a_target_that_is_text(metric: str) -> None:
+    """With a verbalizer the target is a label: neither text metrics nor references fit, each said at its own key."""
+    assert conflicts({"search": {"metric": metric}}) == ["search.metric"]
+    data = job()["data"] | {"references": "texts"}
+    assert conflicts({"data": data, "search": {"metric": metric}}) == ["search.metric", "data.references"]
+    assert conflicts({"data": data}) == ["data.references"]
+    JobSpec.model_validate(job(data=DATA_WITHOUT_VERBALIZER | {"references": "texts"}, search={"metric": metric}))
+
+
+def test_a_text_metric_lies_between_0_and_1() -> None:
+    """A BLEU of 40 as a target is sacreBLEU's own scale, and refused."""
+    stop = {"metric": "bleu", "stop": {"metric": 40}}
+    assert conflicts({"data": DATA_WITHOUT_VERBALIZER, "search": stop}) == ["stop.metric"]
+
+
+def test_generation_is_greedy_and_as_long_as_a_target_may_be() -> None:
+    """The defaults of generation, and its own values where they are given."""
+    data = DATA_WITHOUT_VERBALIZER | {"max_target_tokens": 33}
+    spec = JobSpec.model_validate(job(data=data, search={"metric": "f1"}))
+    assert (spec.max_generated_tokens, spec.generation.num_beams) == (33, 1)
+    generation = {"max_tokens": 7, "num_beams": 5}
+    spec = JobSpec.model_validate(job(data=data, search={"metric": "f1"}, generation=generation))
+    assert (spec.max_generated_tokens, spec.generation.num_beams) == (7, 5)
+
+
+@pytest.mark.parametrize("generation", [{"max_tokens": 0}, {"num_beams": 0}, {"num_beams": 65}, {"beams": 2}])
+def test_generation_out_of_range_is_refused(generation: dict[str, int]) -> None:
+    """No tokens, no beams, or more beams than fit anywhere."""
+    with pytest.raises(ValidationError):
+        JobSpec.model_validate(job(generation=generation))
 
 
 def test_mode_can_only_be_what_the_metric_means() -> None:
@@ -304,6 +340,8 @@ def test_the_schema_accepts_good_jobs(good: dict[str, Any]) -> None:
         job(name="has spaces"),
         job(train={"steps": 0}),
         job(train={"steps": "5"}),
+        job(generation={"num_beams": 0}),
+        job(search={"metric": "rouge"}),
         job(search={"space": {"seed": [1, 1]}}),
         job(search={"space": {"learning_rate": {"loguniform": [0.1]}}}),
         job(search={"space": {"learning_rate": 1001}}),

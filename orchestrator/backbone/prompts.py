@@ -96,6 +96,11 @@ class PreparedPrompts:
         return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
+    def width(self) -> int:
+        """Columns that a row's prompt takes at most."""
+        return max((part.width for part in self.parts.values()), default=0)
+
+    @property
     def kinds(self) -> frozenset[str]:
         """Prompts of equal kinds can share a forward on every family."""
         return frozenset(self.parts)

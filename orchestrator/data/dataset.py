@@ -50,6 +50,7 @@ def load_rows(data: DataSpec) -> RowSplits:
     """All three splits, checked: no split is empty and no column is missing. Raises BadInput or Unreachable."""
     found = {split: rows for split, rows in _read(data).items() if split in SPLITS}
     columns = [*dict.fromkeys([*Template(data.template).columns, data.target])]
+    columns += [data.references] if data.references and data.references not in columns else []
     cut = {split: _columns(rows, columns, data, split) for split, rows in found.items()}
     splits = _split(cut, data)
     for split in SPLITS:
@@ -123,13 +124,13 @@ def _named_labels(rows: list[Row], features: Mapping[str, Any], data: DataSpec) 
 
 
 def _columns(rows: Sequence[Row], columns: Sequence[str], data: DataSpec, split: str) -> list[Row]:
-    """Rows cut down to the named columns, after renaming. BadInput names a missing column or a missing target."""
+    """Rows cut down to the named columns, after renaming. BadInput names what is missing, or no list of texts."""
     cut: list[Row] = []
     for number, raw in enumerate(rows, start=1):
         row = {**raw, **{new: raw[old] for old, new in data.rename.items() if old in raw}}
         for column in columns:
             if column not in row:
-                key = "data.target" if column == data.target else "data.template"
+                key = {data.target: "data.target", data.references: "data.references"}.get(column, "data.template")
                 raise BadInput(
                     f"{key} names column {column!r}, which row {number} of {split} lacks; it has {sorted(row)}",
                     f"correct {key}, or map the column with data.rename",
@@ -138,8 +139,19 @@ def _columns(rows: Sequence[Row], columns: Sequence[str], data: DataSpec, split:
             raise BadInput(
                 f"row {number} of {split} has no value in the target column {data.target!r}", "fill or drop it"
             )
+        if data.references is not None:
+            _check_references(row[data.references], data.references, f"row {number} of {split}")
         cut.append({column: row[column] for column in columns})
     return cut
+
+
+def _check_references(cell: Any, column: str, where: str) -> None:
+    if cell is not None and not (isinstance(cell, list) and all(isinstance(text, str) for text in cell)):
+        raise BadInput(
+            f"{where} has {str(cell)[:60]!r} in column {column!r}, which data.references names; a list of texts belongs"
+            " there, or nothing",
+            "correct data.references; .jsonl and .parquet files can hold lists",
+        )
 
 
 def _split(found: dict[str, list[Row]], data: DataSpec) -> RowSplits:

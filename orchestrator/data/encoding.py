@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -19,11 +19,15 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Encoded:
-    """A tokenised split: ids of ``inputs`` and ``targets`` (end token included), labels as places in the verbalizer."""
+    """A tokenised split: ids of ``inputs`` and ``targets`` (end token included), labels as places in the verbalizer.
+
+    ``references``: for each row the texts that a generated one is compared with, stripped; empty where none will be.
+    """
 
     inputs: list[list[int]]
     targets: list[list[int]]
     labels: list[int]
+    references: list[list[str]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -186,6 +190,15 @@ class Encoder:
         )
 
 
+def reference_texts(rows: Sequence[Row], data: DataSpec) -> list[list[str]]:
+    """What is right for each row, stripped: the texts of ``data.references``, or the target where there are none."""
+    lists = (row[data.references] if data.references else None for row in rows)
+    return [
+        [text.strip() for text in texts] if texts else [str(row[data.target]).strip()]
+        for row, texts in zip(rows, lists, strict=True)
+    ]
+
+
 def make_encoder(data: DataSpec, rows: RowSplits, tokenizer: Any, family: Family = "causal") -> Encoder:
     """The job's encoder; its verbalizer holds the labels that the data has. BadInput for a label without a text."""
     verbalizer = None
@@ -215,3 +228,14 @@ def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
         if whole[start : start + len(bare)] == bare:
             return whole[:start], whole[start + len(bare) :]
     return [], []
+
+
+def check_generation(splits: Mapping[str, Encoded], prompt_tokens: int, context: int, max_tokens: int) -> None:
+    """Refuse a job whose generated texts, behind the longest prompt and input, may outgrow the model's context."""
+    longest = max(len(ids) for split in splits.values() for ids in split.inputs)
+    if prompt_tokens + longest + max_tokens > context:
+        raise BadInput(
+            f"{prompt_tokens} virtual tokens, an input of {longest} tokens and a generated text of {max_tokens} exceed "
+            f"the context of {context}",
+            f"set generation.max_tokens below {max_tokens}, or lower data.max_input_tokens",
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,14 +13,16 @@ from torch import Tensor
 from orchestrator.artifact import PromptArtifact
 from orchestrator.base_model import ModelSource, resolve_model
 from orchestrator.data.dataset import SPLITS, RowSplits, load_rows
-from orchestrator.data.encoding import Encoder, check_context, make_encoder
+from orchestrator.data.encoding import Encoder, check_context, check_generation, make_encoder, reference_texts
 from orchestrator.errors import BadInput
 from orchestrator.prompts import Method
 from orchestrator.quickstart import quickstart_model
 from orchestrator.space import TrialSpec, init_artifacts, init_texts, longest, trials
 from orchestrator.spec import QUICKSTART, JobSpec
 from orchestrator.tuning.engine import Task
+from orchestrator.tuning.generate import Decoding
 
+EVALUATED = ("validation", "test")
 INSTRUCTION_END = "\n"  # between a written instruction and the input
 
 
@@ -51,16 +53,18 @@ def prepare(job: JobSpec, artifacts: Mapping[str, Path] | None = None) -> Prepar
     encoder = make_encoder(job.data, rows, source.tokenizer(), source.family)
     splits = {split: encoder.encode(rows[split], job.data.target) for split in SPLITS}
     task = Task(encoder, splits, method=_method(job, encoder), artifacts=_artifacts(job, artifacts))
-    check_context(encoder, task.splits, longest(job.search.space), source.context_length)
+    context = source.context_length
+    check_context(encoder, task.splits, longest(job.search.space), context)
     instructions = init_texts(job.search.space)
     for text in instructions:
         if not encoder.tokenizer(text, add_special_tokens=False)["input_ids"]:
             raise BadInput(f"search.space.init text {text!r} has no tokens", "write some words")
         task.instructed[text] = {
-            split: encoder.encode(rows[split], job.data.target, before=text + INSTRUCTION_END)
-            for split in ("validation", "test")
+            split: encoder.encode(rows[split], job.data.target, before=text + INSTRUCTION_END) for split in EVALUATED
         }
-        check_context(encoder, task.instructed[text], 0, source.context_length)
+        check_context(encoder, task.instructed[text], 0, context)
+    if job.generates:
+        _prepare_generation(job, task, rows, source)
     return Prepared(_found_anywhere(job, source), trials(job.search), source, rows, task, instructions, making_s)
 
 
@@ -81,6 +85,23 @@ def _artifacts(job: JobSpec, folders: Mapping[str, Path] | None) -> dict[str, di
                 "choose a prompt of prompt_tuning or p_tuning, or set method prefix_tuning",
             )
     return found
+
+
+def _prepare_generation(job: JobSpec, task: Task, rows: RowSplits, source: ModelSource) -> None:
+    """Give the task what evaluations need to generate: how, and what is right for each row that they look at."""
+    if source.family == "masked":
+        raise BadInput(
+            f"search.metric {job.search.metric} compares generated texts, and base_model.id {source.id!r} is a masked "
+            "language model, which fills in a blank",
+            "set search.metric to accuracy, exact_match or loss, or choose a causal or encoder-decoder model",
+        )
+    task.decoding = Decoding(job.max_generated_tokens, job.generation.num_beams)
+    references = {split: reference_texts(rows[split], job.data) for split in EVALUATED}
+    places = [(longest(job.search.space), task.splits), *((0, splits) for splits in task.instructed.values())]
+    for prompt_tokens, splits in places:
+        found = {split: replace(splits[split], references=references[split]) for split in EVALUATED}
+        check_generation(found, prompt_tokens, source.context_length, task.decoding.max_tokens)
+        splits.update(found)
 
 
 def _found_anywhere(job: JobSpec, source: ModelSource) -> JobSpec:

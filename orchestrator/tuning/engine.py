@@ -24,6 +24,7 @@ from orchestrator.space import TrialSpec
 from orchestrator.spec import SearchSpec, TrainSpec
 from orchestrator.tuning.checkpoint import TrialState, restore_prompt
 from orchestrator.tuning.evaluate import evaluate
+from orchestrator.tuning.generate import Decoding
 from orchestrator.tuning.report import Ending, EvaluationJob, Report
 from orchestrator.tuning.step import Limits, packed_gradients
 from orchestrator.tuning.updater import Updater, apply_all
@@ -41,6 +42,8 @@ class Task:
     instructed: dict[str, dict[str, Encoded]] = field(default_factory=dict)
     method: Method = field(default_factory=Method)
     artifacts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    decoding: Decoding | None = None
+    """How evaluations generate texts, where the metric compares them."""
 
 
 @dataclass
@@ -148,9 +151,12 @@ class Engine:
         """Metrics of a prompt or a baseline on a whole split."""
         if job.checkpoint is not None:
             best = PromptTensors.from_named(TrialState.from_bytes(job.checkpoint).best(), self.task.method.inside)
-            return evaluate(self.backbone, [best], self.task.splits[job.split], self.task.encoder)[0]
+            return self._metrics([best], self.task.splits[job.split])[0]
         splits = self.task.splits if job.instruction is None else self.task.instructed[job.instruction]
-        return evaluate(self.backbone, None, splits[job.split], self.task.encoder)[0]
+        return self._metrics(None, splits[job.split])[0]
+
+    def _metrics(self, prompts: Sequence[PromptTensors] | None, split: Encoded) -> list[dict[str, float]]:
+        return evaluate(self.backbone, prompts, split, self.task.encoder, self.task.decoding)
 
     def _next_evaluation(self, slot: Slot) -> int:
         every = self.train.evaluate_every
@@ -195,7 +201,7 @@ class Engine:
             slot.diverged = slot.diverged or not all(bool(part.isfinite().all()) for part in slot.prompt.parameters())
         sound = [slot for slot in slots if not slot.diverged]
         prompts, validation = [slot.tensors() for slot in sound], self.task.splits["validation"]
-        found = evaluate(self.backbone, prompts, validation, self.task.encoder) if sound else []
+        found = self._metrics(prompts, validation) if sound else []
         metrics = {slot.trial: one for slot, one in zip(sound, found, strict=True)}
         for slot in sound:
             slot.diverged = not all(map(math.isfinite, metrics[slot.trial].values()))

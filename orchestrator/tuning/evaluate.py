@@ -2,7 +2,7 @@
 
 ``accuracy``: the verbalizer's text with the highest log-probability is the right one. ``exact_match``: greedy decoding
 gives exactly the target's tokens and then the end token; an illegal answer counts as wrong. ``loss``: mean negative
-log-likelihood of the target tokens.
+log-likelihood of the target tokens. Texts are generated and compared (``generate.py``) where a ``Decoding`` is given.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from orchestrator.backbone import Backbone, PreparedPrompts, PromptTensors
 from orchestrator.data.encoding import Encoded, Encoder
 from orchestrator.scoring import answer_scores, answer_tokens, target_log_probs
+from orchestrator.tuning.generate import Decoding, generated_metrics
 
 MAX_TOKENS = 16384  # padded tokens of one forward
 
@@ -37,15 +38,26 @@ class Tally:
 
 @torch.inference_mode()
 def evaluate(
-    backbone: Backbone, prompts: Sequence[Tensor | PromptTensors] | None, split: Encoded, encoder: Encoder
+    backbone: Backbone,
+    prompts: Sequence[Tensor | PromptTensors] | None,
+    split: Encoded,
+    encoder: Encoder,
+    decoding: Decoding | None = None,
 ) -> list[dict[str, float]]:
-    """Metrics of each prompt on all rows; ``None`` evaluates the model without a prompt, as one entry."""
+    """Metrics of each prompt on all rows; ``None`` evaluates the model without a prompt, as one entry.
+
+    ``decoding``: also generate, and add the metrics of the texts; the split then has references.
+    """
     count = 1 if prompts is None else len(prompts)
     prepared = None if prompts is None else backbone.prepare(prompts)
     tallies = [Tally() for _ in range(count)]
     for rows, owner in _forwards(split, count):
         _score(backbone, prepared, split, encoder, rows, owner, tallies)
-    return [tally.metrics(bool(encoder.answers)) for tally in tallies]
+    found = [tally.metrics(bool(encoder.answers)) for tally in tallies]
+    if decoding is None:
+        return found
+    texts = generated_metrics(backbone, prepared, split, encoder, decoding)
+    return [{**metrics, **of_texts} for metrics, of_texts in zip(found, texts, strict=True)]
 
 
 def _forwards(split: Encoded, count: int) -> Iterator[tuple[list[int], list[int]]]:

@@ -182,6 +182,28 @@ def test_a_row_without_a_target(tmp_path: Path, suffix: str) -> None:
     assert load_rows(data(files(train=whole, validation=whole, test=whole))).counts["train"] == 18
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_references_are_lists_of_texts_or_nothing(tmp_path: Path, suffix: str) -> None:
+    """The column is kept as it is, with None and empty lists, and the fingerprint depends on it."""
+    lists = [["a", "b"], [], None, ["ä"]]
+    rows = [{"text": f"row {n}", "label": "x", "right": lists[n % 4]} for n in range(8)]
+    path = write(tmp_path / f"a.{suffix}", rows)
+    spec = data(files(train=path, validation=path, test=path), references="right")
+    found = load_rows(spec)
+    assert [row["right"] for row in found.test] == lists * 2
+    plain = load_rows(spec.model_copy(update={"references": None}))
+    assert "right" not in plain.test[0] and plain.fingerprint != found.fingerprint
+
+
+@pytest.mark.parametrize(("cell", "shown"), [("a", "'a'"), ([1], r"'\[1\]'"), ({"a": "b"}, r"\{")])
+def test_references_that_are_no_list_of_texts(tmp_path: Path, cell: Any, shown: str) -> None:
+    """The row, the value and the key are named; so is a column that is not there."""
+    path = write(tmp_path / "a.jsonl", [{"text": "a", "label": "x", "right": cell}] * 4)
+    spec = data(files(train=path, validation=path, test=path), references="right")
+    refused(spec, rf"row 1 of train has .*{shown}.* in column 'right', which data\.references names; a list of texts")
+    refused(spec.model_copy(update={"references": "rihgt"}), r"data\.references names column 'rihgt', which row 1")
+
+
 def test_a_path_where_files_are_named_by_split(tmp_path: Path) -> None:
     """A path given as data.path is told apart from a hub name, with the way to write it."""
     file = write(tmp_path / "a.jsonl", ROWS)

@@ -12,7 +12,14 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from orchestrator.data.dataset import RowSplits
-from orchestrator.data.encoding import Encoded, Encoder, check_context, make_encoder
+from orchestrator.data.encoding import (
+    Encoded,
+    Encoder,
+    check_context,
+    check_generation,
+    make_encoder,
+    reference_texts,
+)
 from orchestrator.data.template import Template, Verbalizer
 from orchestrator.errors import BadInput
 from orchestrator.spec import DataSpec
@@ -186,3 +193,24 @@ def test_prompt_input_and_target_have_to_fit_into_the_context() -> None:
     check_context(encoder(), given, prompt_tokens=5, context=16)
     with pytest.raises(BadInput, match=r"6 virtual tokens and 11 tokens .* exceed the context of 16(.|\n)*now 40"):
         check_context(encoder(), given, prompt_tokens=6, context=16)
+
+
+def test_generated_texts_have_to_fit_into_the_context() -> None:
+    """The longest input of any split counts, targets do not; exactly full is allowed, one token more is refused."""
+    given = {"validation": Encoded([[1] * 7], [[1] * 30], [0]), "test": Encoded([[1] * 9, [1]], [[1], [1]], [0, 0])}
+    check_generation(given, prompt_tokens=5, context=16, max_tokens=2)
+    with pytest.raises(BadInput, match=r"5 virtual tokens, an input of 9 .* text of 3 exceed the context of 16"):
+        check_generation(given, prompt_tokens=5, context=16, max_tokens=3)
+
+
+def test_references_are_the_target_where_there_are_none() -> None:
+    """The column's texts, stripped; an empty list or nothing gives the target, and so does a job without the column."""
+    rows = [
+        {"label": " yes ", "right": [" yes", "aye\n"]},
+        {"label": " no", "right": []},
+        {"label": 7, "right": None},
+    ]
+    spec = data(verbalizer=None)
+    assert reference_texts(rows, spec) == [["yes"], ["no"], ["7"]]
+    with_lists = spec.model_copy(update={"references": "right"})
+    assert reference_texts(rows, with_lists) == [["yes", "aye"], ["no"], ["7"]]

@@ -140,6 +140,23 @@ def test_accuracy_without_a_verbalizer_points_at_what_is_there(files: Files) -> 
     assert "needs data.verbalizer" in problem.message
 
 
+def test_a_text_metric_with_a_verbalizer_points_at_the_metric(files: Files) -> None:
+    """The metric's line, with both ways out; references beside a verbalizer are said at their own line."""
+    text = swap("search:\n", "search:\n  metric: bleu\n")
+    problem = files.problem(text)
+    assert (problem.line, problem.where) == (10, "search.metric")
+    assert "remove data.verbalizer, or set search.metric to accuracy" in problem.message
+    problem = files.problem(swap("  target: label\n", "  target: label\n  references: texts\n"))
+    assert (problem.line, problem.where) == (8, "data.references")
+
+
+def test_an_unknown_metric_names_the_nearest(files: Files) -> None:
+    """rouge is one of rouge_l's misspellings; all metrics are listed."""
+    problem = files.problem(swap("search:\n", "search:\n  metric: rouge\n"))
+    assert "allowed: accuracy, exact_match, bleu, rouge_l, f1 or loss" in problem.message
+    assert problem.hint == "did you mean rouge_l?"
+
+
 def test_a_grid_with_a_range_is_refused_at_the_searcher(files: Files) -> None:
     """The conflict stands at the searcher's line and names the range."""
     text = swap("    learning_rate: 0.1\n", "    learning_rate: {uniform: [0.1, 0.2]}\n  searcher: grid\n")

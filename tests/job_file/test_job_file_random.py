@@ -41,12 +41,15 @@ FULL: dict[str, Any] = {
         "stop": {"metric": 0.5, "minutes": 3},
     },
     "train": {"steps": 100, "evaluate_every": 10, "weight_decay": 0.0},
+    "generation": {"max_tokens": 20, "num_beams": 2},
     "resources": {"workers": "auto", "gpus_per_worker": 0.5},
     "registry": {"model": "m", "alias": "challenger"},
 }
 
 numbers = st.sampled_from([0, 1, -1, 5, 10**12, 0.5, 1.5, -0.0, math.inf, math.nan])
-words = st.sampled_from(["", "5", "auto", "random", "class_labels", "latest", "min", "grid", "exact_match", "loss"])
+words = st.sampled_from(
+    ["", "5", "auto", "random", "class_labels", "latest", "min", "grid", "exact_match", "loss", "bleu"]
+)
 oddities = st.sampled_from([None, True, False, "x y", "{a}", "{", "\x00", "\ud800"])
 atoms = numbers | words | oddities
 keys = st.sampled_from(["init", "text", "loguniform", "steps", "x", "train", "", "a.b", 0, 1, True, "verbalizer"])

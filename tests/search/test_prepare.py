@@ -1,17 +1,71 @@
-"""A job's inputs, before anything is spent on it."""
+"""What a search is given before anything is spent."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from small_jobs import small_job
+from models import CONTEXT
+from small_jobs import job_document, small_job
 
 import orchestrator.quickstart
+from orchestrator.errors import BadInput
 from orchestrator.quickstart import Recipe
 from orchestrator.search.prepare import prepare
+from orchestrator.spec import JobSpec
+from orchestrator.tuning.generate import Decoding
 
 TINY = Recipe(documents=64, hidden_size=16, layers=1, heads=2, key_value_heads=1, intermediate_size=16)
+
+
+def generating_job(folder: Path, **data: Any) -> JobSpec:
+    """The small job with a text to generate, an instruction to compare with, and lists of references."""
+    document = job_document(folder)
+    for split, file in document["data"]["path"].items():
+        rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
+        lists = [{**row, "right": [f" {split}", row["answer"]]} for row in rows]
+        Path(file).write_text("".join(json.dumps(row) + "\n" for row in lists))
+    space = document["search"]["space"] | {"init": ["random", {"text": "the quick brown fox"}]}
+    document["search"] |= {"metric": "rouge_l", "space": space}
+    document["data"] |= {"target": "answer", "verbalizer": None, "max_target_tokens": 40, **data}
+    return JobSpec.model_validate(document)
+
+
+def test_evaluated_splits_get_their_references(tmp_path: Path) -> None:
+    """Validation and test rows, also behind a written instruction, have the column's texts; training rows have none."""
+    task = prepare(generating_job(tmp_path, references="right")).task
+    assert task.decoding == Decoding(max_tokens=40, num_beams=1)
+    assert task.splits["train"].references == []
+    (instructed,) = task.instructed.values()
+    for split in ("validation", "test"):
+        references = task.splits[split].references
+        assert len(references) == len(task.splits[split]) and {texts[0] for texts in references} == {split}
+        assert instructed[split].references == references
+
+
+def test_without_the_column_the_target_is_the_reference(tmp_path: Path) -> None:
+    """One reference a row: the target's text, stripped."""
+    prepared = prepare(generating_job(tmp_path))
+    wanted = [[row["answer"].strip()] for row in prepared.rows.test]
+    assert prepared.task.splits["test"].references == wanted
+
+
+def test_a_job_that_ranks_by_another_metric_generates_nothing(tmp_path: Path) -> None:
+    """With loss as the metric there is nothing to compare and nothing to generate."""
+    job = generating_job(tmp_path, references="right")
+    job = job.model_copy(update={"search": job.search.model_copy(update={"metric": "loss"})})
+    task = prepare(job).task
+    assert task.decoding is None and task.splits["test"].references == []
+
+
+def test_texts_that_may_outgrow_the_context_are_refused(tmp_path: Path) -> None:
+    """A generated text has to fit behind the longest prompt and input, even where targets are short."""
+    job = generating_job(tmp_path)
+    generation = job.generation.model_copy(update={"max_tokens": CONTEXT - 10})
+    with pytest.raises(BadInput, match=f"a generated text of {CONTEXT - 10} exceed the context of {CONTEXT}"):
+        prepare(job.model_copy(update={"generation": generation}))
 
 
 def test_making_the_quickstart_model_is_timed_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

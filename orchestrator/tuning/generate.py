@@ -1,0 +1,72 @@
+"""Texts that prompts generate for a split, and the metrics of those texts; several prompts in one batch.
+
+Shapes: B rows, K prompts, N beams of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from orchestrator.backbone import Backbone, PreparedPrompts
+from orchestrator.data.encoding import Encoded, Encoder
+from orchestrator.decoding import decode, start
+from orchestrator.tuning.text_metrics import text_metrics
+
+MAX_TOKENS = 16384  # padded tokens that a batch's keys and values may grow to
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How texts are generated: at most ``max_tokens`` tokens, end token included; one beam is greedy decoding."""
+
+    max_tokens: int
+    num_beams: int = 1
+
+
+def generated_metrics(
+    backbone: Backbone, prompts: PreparedPrompts | None, split: Encoded, encoder: Encoder, decoding: Decoding
+) -> list[dict[str, float]]:
+    """Text metrics of each of the K prompts on all rows; ``None`` is the model without a prompt, as one entry."""
+    texts = generate(backbone, prompts, split.inputs, encoder, decoding)
+    return [text_metrics(made, split.references) for made in texts]
+
+
+@torch.inference_mode()
+def generate(
+    backbone: Backbone,
+    prompts: PreparedPrompts | None,
+    inputs: Sequence[Sequence[int]],
+    encoder: Encoder,
+    decoding: Decoding,
+) -> list[list[str]]:
+    """For each of the K prompts the text that it generates for each input, without special tokens, stripped."""
+    assert encoder.end_id is not None  # a masked model generates nothing
+    count = 1 if prompts is None else prompts.count
+    texts = [[""] * len(inputs) for _ in range(count)]
+    before = decoding.max_tokens + (0 if prompts is None else prompts.width)
+    for rows in _batches([len(ids) + before for ids in inputs], MAX_TOKENS // (count * decoding.num_beams)):
+        owner = [prompt for prompt in range(count) for _ in rows]
+        state = start(backbone, prompts, [inputs[row] for row in rows] * count, owner)
+        made = decode(state, encoder.end_id, decoding.max_tokens, decoding.num_beams)
+        for prompt, row, ids in zip(owner, [*rows] * count, made, strict=True):
+            texts[prompt][row] = _text(encoder, ids)
+    return texts
+
+
+def _text(encoder: Encoder, ids: Sequence[int]) -> str:
+    # Cleaned-up spaces ("a ." to "a.") would be another text than the one that was generated.
+    text = encoder.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return str(text).strip()
+
+
+def _batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Row numbers by length, longest first, each batch within ``max_tokens`` padded tokens or one row."""
+    order = sorted(range(len(lengths)), key=lambda row: lengths[row], reverse=True)
+    start_at = 0
+    while start_at < len(order):
+        rows = order[start_at : start_at + max(1, max_tokens // lengths[order[start_at]])]
+        start_at += len(rows)
+        yield rows
