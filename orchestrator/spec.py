@@ -467,6 +467,7 @@ class JobSpec(Section):
             text = "{*} places virtual tokens, and a prefix has none; drop it, or use prompt_tuning or p_tuning"
             yield Conflict("data.template", text, ("method",))
 
+    @property
     def generates(self) -> bool:
         """Whether evaluations generate texts, because the metric compares them."""
         return self.search.metric in TEXT_METRICS
