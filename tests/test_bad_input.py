@@ -128,13 +128,13 @@ def test_an_init_text_without_tokens(command: Command, tmp_path: Path) -> None:
 # The base model
 
 
-@pytest.mark.parametrize("config", [ViTConfig(), BertConfig(architectures=["BertForMaskedLM"])], ids=["vit", "bert"])
+@pytest.mark.parametrize("config", [ViTConfig(), BertConfig(architectures=["BertForSequenceClassification"])], ids=["vit", "bert"])
 def test_a_base_model_that_is_no_language_model(command: Command, tmp_path: Path, config: Any) -> None:
     """The folder, what it is, and what would be right."""
     folder = tmp_path / "model"
     config.save_pretrained(folder)
     said = command("run", write_job(tmp_path, base_model__id=str(folder)), "-q")
-    refused(said, 2, str(folder), "not a causal language model", config.model_type)
+    refused(said, 2, str(folder), "not a language model", config.model_type)
 
 
 def test_a_missing_model_folder(command: Command, tmp_path: Path) -> None:

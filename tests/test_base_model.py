@@ -94,21 +94,45 @@ def test_a_configuration_that_can_not_be_read(folder: Path, text: str) -> None:
     ("kind", "architecture"),
     [
         ("vit", "ViTForImageClassification"),
-        ("bert", "BertForMaskedLM"),
-        ("t5", "T5ForConditionalGeneration"),
-        ("bart", "BartForConditionalGeneration"),
+        ("bert", "BertForSequenceClassification"),
+        ("t5", "T5EncoderModel"),
+        ("bart", "BartForSequenceClassification"),
         ("llama", "LlamaForSequenceClassification"),
         ("clip", None),
-        ("t5", None),
     ],
 )
 def test_other_kinds_of_models(tmp_path: Path, kind: str, architecture: str | None) -> None:
-    """Vision, masked, encoder-decoder and classification models are refused by what they are."""
+    """Vision models, bare encoders and classifiers are refused by what they are."""
     config = AutoConfig.for_model(kind)
     config.architectures = architecture and [architecture]
     config.save_pretrained(tmp_path)
-    error = refused(tmp_path, f"is not a causal language model .*'{kind}'")
+    error = refused(tmp_path, f"is not a language model .*'{kind}'")
     assert (architecture or "") in error.message and "Qwen" in error.hint
+
+
+@pytest.mark.parametrize(
+    ("kind", "architecture", "family"),
+    [
+        ("llama", "LlamaForCausalLM", "causal"),
+        ("gpt2", "GPT2LMHeadModel", "causal"),
+        ("llama", None, "causal"),
+        ("t5", "T5ForConditionalGeneration", "seq2seq"),
+        ("bart", None, "seq2seq"),
+        ("bert", "BertForMaskedLM", "masked"),
+        ("roberta", "RobertaForMaskedLM", "masked"),
+        ("roberta", "RobertaForCausalLM", "causal"),
+        ("bert", None, "masked"),
+    ],
+)
+def test_the_family_is_read_from_the_configuration(
+    tmp_path: Path, kind: str, architecture: str | None, family: str
+) -> None:
+    """What the weights were saved as decides, and without that the kind of model."""
+    config = AutoConfig.for_model(kind)
+    config.architectures = architecture and [architecture]
+    config.save_pretrained(tmp_path)
+    source = resolve_model(BaseModelSpec(id=str(tmp_path)), weights=False)
+    assert source.family == family
 
 
 def test_an_unknown_builtin() -> None:

@@ -145,7 +145,7 @@ def test_the_registered_weights_are_the_best_checkpoints(finished: Finished) -> 
     """What is registered is the prompt of the best trial at its best evaluation, bit by bit."""
     checkpoint = TrialState.from_bytes(finished.reports[finished.document["best"]["trial"]][-1].checkpoint)
     registered = PromptArtifact.load(artifact(finished))
-    assert torch.equal(torch.from_numpy(registered.weights), checkpoint.tensors["best"])
+    assert torch.equal(torch.from_numpy(registered.weights), checkpoint.best()["prompt"])
     assert registered.manifest.steps == checkpoint.best_step
     assert registered.manifest.metrics["test"] == finished.document["best"]["metrics"]["test"]
     assert registered.manifest.trial == finished.document["best"]["trial"]
@@ -172,8 +172,8 @@ def test_a_packed_search_equals_its_trial_alone(finished: Finished) -> None:
     packed = finished.reports[best["trial"]]
     for one, other in zip(reports, packed, strict=False):  # the packed one may have been stopped
         assert one.metrics == pytest.approx(other.metrics, rel=1e-4)
-    mine = TrialState.from_bytes(reports[len(packed) - 1].checkpoint).tensors["prompt"]
-    theirs = TrialState.from_bytes(packed[-1].checkpoint).tensors["prompt"]
+    mine = TrialState.from_bytes(reports[len(packed) - 1].checkpoint).prompt()["prompt"]
+    theirs = TrialState.from_bytes(packed[-1].checkpoint).prompt()["prompt"]
     torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
 
 
@@ -197,10 +197,10 @@ def test_progress_tells_the_search_in_plain_lines(finished: Finished) -> None:
 def noisy() -> Any:
     """``prepare`` in an environment whose libraries print what they think."""
 
-    def prepare_noisily(job: JobSpec) -> Prepared:
+    def prepare_noisily(job: JobSpec, artifacts: Any) -> Prepared:
         print("a library greets you")
         os.write(1, b"and another, from C\n")
-        return prepare(job)
+        return prepare(job, artifacts)
 
     return prepare_noisily
 

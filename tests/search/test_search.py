@@ -77,8 +77,8 @@ def test_a_worker_that_cannot_load_its_model_fails_the_job(
     model = tmp_path / "model"
     shutil.copytree(model_folder(), model)
 
-    def prepare_then_damage(job: JobSpec) -> Prepared:
-        prepared = prepare(job)
+    def prepare_then_damage(job: JobSpec, artifacts: Any) -> Prepared:
+        prepared = prepare(job, artifacts)
         weights = model / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:1000])
         return prepared

@@ -22,7 +22,7 @@ from orchestrator.tuning.checkpoint import TrialState
 from orchestrator.tuning.engine import Engine, Task
 from orchestrator.tuning.report import EvaluationJob, Report
 from orchestrator.tuning.step import Limits
-from orchestrator.tuning.updater import Updater
+from orchestrator.tuning.updater import Updater, apply_all
 
 TASK = small_task()
 TRAIN = TrainSpec(steps=6, batch_size=4, evaluate_every=2)
@@ -165,25 +165,32 @@ def test_divergence_ends_a_trial_and_keeps_its_best_prompt() -> None:
     engine = make_engine(TrainSpec(steps=8, batch_size=4, evaluate_every=2))
     engine.seat("ruined", TRIALS["uniform"])
     (sound,) = engine.round()
-    engine.slots["ruined"].prompt.data[0, 0] = math.nan
+    engine.slots["ruined"].prompt.get_parameter("prompt").data[0, 0] = math.nan
     (report,) = engine.round()
     assert (report.ending, report.step, report.metrics) == ("diverged", 3, {}) and not engine.slots
     assert math.isnan(report.train_loss)
     assert (report.best_step, report.best_metrics, report.score) == (2, sound.best_metrics, sound.score)
-    assert torch.equal(prompts_in(report)["best"], prompts_in(sound)["best"])
+    assert torch.equal(prompts_in(report)["best.prompt"], prompts_in(sound)["best.prompt"])
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "loss"])
-def test_divergence_in_the_last_step_before_an_evaluation(metric: str) -> None:
+def test_divergence_in_the_last_step_before_an_evaluation(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An update that overflows shows in no training loss; the evaluation finds it, and the score stays comparable."""
     engine = make_engine(search=SearchSpec(metric=metric))
     engine.seat("sound", TRIALS["labels"])
     engine.seat("ruined", TRIALS["uniform"])
-    slot = engine.slots["ruined"]
-    slot.optimizer.step = lambda: slot.prompt.data.fill_(math.inf) if slot.step == 1 else None  # type: ignore[method-assign]
+    prompt = engine.slots["ruined"].prompt.get_parameter("prompt")
+
+    def overflowing(updaters: Any, steps: list[int]) -> list[float]:
+        norms = apply_all(updaters, steps)
+        prompt.data.fill_(math.inf if steps[0] == 1 else 0.1)
+        return norms
+
+    monkeypatch.setattr(engine_module, "apply_all", overflowing)
     sound, ruined = engine.round()
     assert (ruined.ending, ruined.step, ruined.metrics, ruined.best_metrics) == ("diverged", 2, {}, {})
     assert math.isfinite(ruined.train_loss) and ruined.score == (0.0 if metric == "accuracy" else 1e30)
+    monkeypatch.undo()
     assert_same([sound], alone("labels", search=SearchSpec(metric=metric))[:1], rel=1e-4)
 
 
@@ -304,11 +311,11 @@ def test_patience_counts_on_after_a_resume(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_best_prompt_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """The prompt of the best evaluation stays in every later checkpoint, while training goes on."""
     reports = scripted(monkeypatch, [(0.5, 1.0), (0.8, 1.0), (0.7, 0.5), (0.1, 0.1)])
-    best = prompts_in(reports[1])["prompt"]
+    best = prompts_in(reports[1])["prompt.prompt"]
     for report in reports[1:]:
-        assert torch.equal(prompts_in(report)["best"], best)
+        assert torch.equal(prompts_in(report)["best.prompt"], best)
         assert (report.best_step, report.best_metrics["accuracy"], report.score) == (2, 0.8, 0.8)
-    assert not torch.equal(prompts_in(reports[-1])["prompt"], best)
+    assert not torch.equal(prompts_in(reports[-1])["prompt.prompt"], best)
 
 
 def test_ties_are_decided_by_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:

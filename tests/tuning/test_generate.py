@@ -118,7 +118,7 @@ def test_the_engine_ranks_trials_by_a_text_metric() -> None:
     task = small_task(None, train=8, validation=4)
     engine, report = one_round(task, "loss")
     assert set(report.metrics) == {"exact_match", "loss"}
-    prepared = engine.backbone.prepare([TrialState.from_bytes(report.checkpoint).tensors["best"]])
+    prepared = engine.backbone.prepare([TrialState.from_bytes(report.checkpoint).best()["prompt"]])
     (said,) = generate(engine.backbone, prepared, task.splits["validation"].inputs, task.encoder, GREEDY)
     references = {"validation": [[said[0]], [said[1]], ["no"], ["no"]], "test": [["no"]] * 5}
     for split, texts in references.items():
