@@ -128,7 +128,10 @@ def test_an_init_text_without_tokens(command: Command, tmp_path: Path) -> None:
 # The base model
 
 
-@pytest.mark.parametrize("config", [ViTConfig(), BertConfig(architectures=["BertForSequenceClassification"])], ids=["vit", "bert"])
+CLASSIFIER = BertConfig(architectures=["BertForSequenceClassification"])
+
+
+@pytest.mark.parametrize("config", [ViTConfig(), CLASSIFIER], ids=["vit", "bert"])
 def test_a_base_model_that_is_no_language_model(command: Command, tmp_path: Path, config: Any) -> None:
     """The folder, what it is, and what would be right."""
     folder = tmp_path / "model"
