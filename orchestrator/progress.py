@@ -133,7 +133,7 @@ class ConsoleProgress:
     def _row(self, rank: int, record: TrialRecord) -> list[str | Text]:
         best = record.metrics.get(self._job.search.metric)
         shown = "" if best is None else f"{best:.3f}"
-        status = f"{record.status} ({record.note})" if record.note.startswith("diverged") else record.status
+        status = f"{record.status} ({record.note})" if record.status == "failed" and record.note else record.status
         label = Text(record.spec.label())  # as it stands: an init text may hold what rich would take for markup
         return [str(rank), record.id, label, str(record.step), shown, sparkline(record.curve), status]
 

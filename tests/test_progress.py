@@ -64,7 +64,7 @@ def a_search(progress: ConsoleProgress, clock: Clock | None = None) -> None:
         progress.note("without a prompt: validation loss 7.000")
         progress.trial_ended("t001", "stopped", "by the scheduler")
         progress.trial_reported("t002", report("t002", 4, None, "diverged"))
-        progress.trial_ended("t002", "stopped", "diverged at step 4")
+        progress.trial_ended("t002", "failed", "diverged at step 4")
         progress.trial_reported("t000", report("t000", 16, 0.25, "steps"))
         progress.trial_ended("t000", "finished", "steps")
 
@@ -80,9 +80,9 @@ def test_plain_lines_without_a_terminal(job: JobSpec, clock: Clock) -> None:
         't001 step 4/16 loss 1.500 loss 2.250 ["[red]50% off[/red] [/]", 5 tokens, lr 0.3, seed 1]'
     )
     assert "without a prompt: validation loss 7.000" in lines
-    assert "t001 stopped by the scheduler" in lines and "t002 stopped diverged at step 4" in lines
+    assert "t001 stopped by the scheduler" in lines and "t002 failed diverged at step 4" in lines
     assert any(line.startswith("t002 step 4/16 diverged") for line in lines)
-    assert lines[-1] == "3 trials in 30 s: 1 finished, 2 stopped"
+    assert lines[-1] == "3 trials in 30 s: 1 finished, 1 stopped, 1 failed"
     assert "\x1b" not in out.getvalue()
 
 

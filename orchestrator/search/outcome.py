@@ -15,7 +15,8 @@ Metrics = dict[str, float]
 
 @dataclass
 class TrialRecord:
-    """A trial so far. ``status``: waiting, running, finished, stopped (by the scheduler, or diverged), failed."""
+    """A trial so far. ``status``: waiting, running, finished, stopped (by the scheduler), failed (diverged, or
+    broken)."""
 
     id: str
     spec: TrialSpec

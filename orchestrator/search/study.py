@@ -109,7 +109,7 @@ class _Relay(Callback):
         report = self._last.get(trial.trial_id)
         if report is None or self._targets.lost:
             return
-        status = "finished" if report.ending in ("steps", "patience") else "stopped"
+        status = "failed" if report.ending == "diverged" else "finished" if report.ending else "stopped"
         self._ended(report.trial, status, self._why(report))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
