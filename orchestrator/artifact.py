@@ -59,6 +59,8 @@ class BaseModelRecord(Record):
     """sha256 over names, dtypes, shapes and bytes of the weights, as stored."""
     tokenizer_digest: str
     """sha256 over the tokenizer's serialised form."""
+    quantization: str = "none"
+    """What the frozen weights were rounded to while the prompt was learned: none, int8 or int4."""
 
 
 class VerbalizerEntry(Record):

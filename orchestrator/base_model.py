@@ -6,6 +6,7 @@ import hashlib
 import os
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -33,6 +34,7 @@ class BaseModelInfo:
     context_length: int
     fingerprint: str
     tokenizer_digest: str
+    quantization: str = "none"
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class ModelSource:
     id: str
     revision: str
     path: Path
+    quantization: str = "none"
+    allow_remote_code: bool = False
 
     @cached_property
     def config(self) -> Any:
@@ -51,8 +55,13 @@ class ModelSource:
         if not (self.path / "config.json").is_file():
             raise BadInput(f"base_model.id {self.id!r}: {self.path} holds no config.json", _MODEL_HINT)
         try:
-            return AutoConfig.from_pretrained(self.path, trust_remote_code=False)
+            return AutoConfig.from_pretrained(self.path, trust_remote_code=self.allow_remote_code)
         except (ValueError, KeyError, OSError) as error:
+            if "trust_remote_code" in str(error):
+                raise BadInput(
+                    f"base_model.id {self.id!r} brings Python code of its own, which is not run",
+                    "choose a model that transformers knows, or set base_model.allow_remote_code: true if you trust it",
+                ) from None
             raise BadInput(
                 f"base_model.id {self.id!r} can't be read as a model: {_first_line(error)}", _MODEL_HINT
             ) from None
@@ -63,7 +72,7 @@ class ModelSource:
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.allow_remote_code)
         except Exception as error:  # tokenizer files fail in many ways: KeyError, TypeError, OSError, a Rust panic
             raise BadInput(
                 f"base_model.id {self.id!r} has no usable tokenizer: {_first_line(error)}", _MODEL_HINT
@@ -120,7 +129,14 @@ class ModelSource:
             context_length=self.context_length,
             fingerprint=fingerprint,
             tokenizer_digest=tokenizer_digest(self._tokenizer),
+            quantization=self.quantization,
         )
+
+    @property
+    def _brings_model_code(self) -> bool:
+        """Whether the spec allows, and the model has, a language model class of its own."""
+        classes = getattr(self.config, "auto_map", None) or {}
+        return self.allow_remote_code and any(name in classes for name in _AUTO_CLASSES.values())
 
     @property
     def family(self) -> Family:
@@ -129,7 +145,12 @@ class ModelSource:
     def check_tunable(self) -> None:
         """Refuse what is no language model, before any weight is read."""
         config = self.config
-        if not _is_language_model(config):
+        if self.quantization != "none" and find_spec("bitsandbytes") is None:
+            raise BadInput(
+                f"base_model.quantization {self.quantization} needs the package bitsandbytes, which is not installed",
+                "pip install bitsandbytes, or leave base_model.quantization out",
+            )
+        if not (self._brings_model_code or _is_language_model(config)):
             raise BadInput(
                 f"base_model.id {self.id!r} is not a language model "
                 f"(model_type {config.model_type!r}, architectures {config.architectures or []})",
@@ -137,6 +158,11 @@ class ModelSource:
             )
 
 
+_AUTO_CLASSES: dict[Family, str] = {
+    "causal": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "masked": "AutoModelForMaskedLM",
+}
 _ENDINGS: dict[Family, tuple[str, ...]] = {
     "causal": ("ForCausalLM", "LMHeadModel"),
     "seq2seq": ("ForConditionalGeneration",),
@@ -188,13 +214,14 @@ def resolve_model(spec: BaseModelSpec, weights: bool = True) -> ModelSource:
     if spec.id == QUICKSTART:
         from orchestrator.quickstart import quickstart_model
 
-        source = ModelSource(spec.id, spec.revision, quickstart_model())
+        path = quickstart_model()
     elif spec.id.startswith("builtin:"):
         raise BadInput(f"base_model.id {spec.id!r} is unknown; the only built-in model is {QUICKSTART}", _MODEL_HINT)
     elif (folder := Path(spec.id).expanduser()).exists() or looks_like_path(spec.id):
-        source = ModelSource(spec.id, spec.revision, _local_folder(spec.id, folder))
+        path = _local_folder(spec.id, folder)
     else:
-        source = ModelSource(spec.id, spec.revision, _from_hub(spec, weights))
+        path = _from_hub(spec, weights)
+    source = ModelSource(spec.id, spec.revision, path, spec.quantization, spec.allow_remote_code)
     source.check_tunable()
     return source
 
@@ -220,7 +247,7 @@ def _from_hub(spec: BaseModelSpec, weights: bool) -> Path:
         RevisionNotFoundError,
     )
 
-    patterns = [*SMALL_FILES, WEIGHTS] if weights else SMALL_FILES
+    patterns = [*SMALL_FILES, *([WEIGHTS] if weights else []), *(["*.py"] if spec.allow_remote_code else [])]
     try:
         return Path(snapshot_download(spec.id, revision=spec.revision, allow_patterns=patterns))
     except GatedRepoError:

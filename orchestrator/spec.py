@@ -138,6 +138,11 @@ class BaseModelSpec(Section):
     """Branch, tag or commit of a hub model."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the frozen weights; auto is float32 on a CPU and the model's own on an accelerator."""
+    quantization: Literal["none", "int8", "int4"] = "none"
+    """Round the frozen weights to 8 or 4 bits as they are read; needs the package bitsandbytes. The prompt stays
+    float32."""
+    allow_remote_code: bool = False
+    """Run Python code that the model's folder or hub repository brings along. Only for sources that you trust."""
 
 
 class DataFiles(Section):

@@ -15,6 +15,7 @@ import pytest
 from models import model_folder, small_config, tiny_tokenizer
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
+from orchestrator.backbone import load_backbone
 from orchestrator.base_model import NO_LIMIT, ModelSource, looks_like_path, resolve_model, tokenizer_digest
 from orchestrator.errors import BadInput
 from orchestrator.spec import BaseModelSpec
@@ -144,6 +145,7 @@ def test_a_hub_name_without_a_network() -> None:
     """Offline a hub model is unreachable, with the ways out; a name that can't be one is bad input all the same."""
     code = """
 import orchestrator
+from orchestrator.backbone import load_backbone
 from orchestrator.base_model import resolve_model
 from orchestrator.errors import OrchestratorError
 from orchestrator.spec import BaseModelSpec
@@ -201,8 +203,26 @@ def test_remote_code_is_never_run(folder: Path) -> None:
     change_config(folder, auto_map=auto)
     resolve(folder)
     change_config(folder, auto_map=auto, model_type="evil")
-    refused(folder, "can't be read as a model")
+    assert "allow_remote_code: true" in refused(folder, "brings Python code of its own, which is not run").hint
     assert not (folder / "ran").exists()
+
+
+def test_remote_code_runs_where_the_spec_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A model class that the folder brings is loaded and tuned like any other, once the spec allows it."""
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    code = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+    (folder / "modeling_own.py").write_text(code)
+    auto = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    change_config(folder, auto_map=auto, model_type="own", architectures=["OwnForCausalLM"])
+    refused(folder, "brings Python code of its own")
+    backbone = load_backbone(resolve_model(BaseModelSpec(id=str(folder), allow_remote_code=True)))
+    assert type(backbone.model).__name__ == "OwnForCausalLM" and backbone.family == "causal"
 
 
 def test_context_length_by_any_name(folder: Path) -> None:

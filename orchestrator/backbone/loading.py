@@ -33,7 +33,7 @@ def load_backbone(source: ModelSource, device: str | torch.device = "cpu", dtype
     """Load a checked base model and freeze it. Weights come from safetensors only, and no model code is run."""
     fingerprint = weights_fingerprint(source)  # finds missing and damaged files before anything large is built
     device = torch.device(device)
-    model = _load_model(source, _dtype(dtype, device)).to(device)
+    model = _load_model(source, _dtype(dtype, device), device)
     backbone = make_backbone(model, source.tokenizer(), source.info(fingerprint))
     if reason := why_not_exact(backbone):
         raise BadInput(f"base_model.id {source.id!r} can't be tuned: {reason}", "choose another language model")
@@ -71,7 +71,7 @@ def _headed(backbone: MaskedBackbone, ids: Tensor, mask: Tensor) -> Tensor:
     return logits
 
 
-def _load_model(source: ModelSource, dtype: Any) -> Any:
+def _load_model(source: ModelSource, dtype: Any, device: torch.device) -> Any:
     quiet_transformers()
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
@@ -81,14 +81,37 @@ def _load_model(source: ModelSource, dtype: Any) -> Any:
             source.path,
             dtype=dtype,
             use_safetensors=True,
-            trust_remote_code=False,
+            trust_remote_code=source.allow_remote_code,
             output_loading_info=True,
+            **_quantized(source.quantization, device),
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise source.unusable_weights(str(error)) from None
     if missing := sorted(loading["missing_keys"]):  # transformers would fill them with random numbers
         raise source.unusable_weights(f"{len(missing)} weights are missing, the first is {missing[0]}")
+    if source.quantization == "none":
+        return model.to(device)
+    for module in model.modules():
+        # On CPUs bitsandbytes repacks 4-bit weights for inference, and later gradients come out wrong (seen in 0.50).
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model
+
+
+def _quantized(quantization: str, device: torch.device) -> dict[str, Any]:
+    """Linear layers rounded to 8 bits (Dettmers et al. 2022) or to 4-bit normal floats (Dettmers et al. 2023) as they
+    are read; quantised weights can't be moved, so they are read to the device."""
+    if quantization == "none":
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_8bit=quantization == "int8",
+        load_in_4bit=quantization == "int4",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32 if device.type == "cpu" else torch.bfloat16,
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def _dtype(name: str, device: torch.device) -> Any:

@@ -231,7 +231,8 @@ def choose_base_model(options: ServeOptions, source: RegistrySource) -> BaseMode
         shown = "; ".join(f"{name} on {record.id}" for name, record in records.items())
         raise BadInput(f"these prompts were tuned on different base models: {shown}", "name those of one base model")
     record = next(iter(records.values()))
-    return BaseModelSpec.model_validate({"id": record.id, "revision": record.revision, "dtype": options.dtype})
+    stored = {"id": record.id, "revision": record.revision, "quantization": record.quantization}
+    return BaseModelSpec.model_validate({**stored, "dtype": options.dtype})
 
 
 def _base_models(options: ServeOptions, source: RegistrySource) -> Iterator[tuple[str, BaseModelRecord]]:

@@ -32,7 +32,11 @@ class OfflineModel:
         folder = Path(folder)
         if backbone is None:
             record = read_manifest(folder).base_model
-            source = resolve_model(BaseModelSpec(id=record.id, revision=record.revision))
+            source = resolve_model(
+                BaseModelSpec.model_validate(
+                    {"id": record.id, "revision": record.revision, "quantization": record.quantization}
+                )
+            )
             backbone = load_backbone(source, default_device())
         return cls(backbone, load_prompt(backbone, folder, folder.name, 0))
 

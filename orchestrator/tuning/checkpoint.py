@@ -32,6 +32,8 @@ class TrialState:
     best_step: int
     best_metrics: dict[str, float]
     waited: int
+    base_model: str
+    """Fingerprint of the frozen weights."""
     tensors: dict[str, Tensor] = field(compare=False)
 
     @classmethod
@@ -42,6 +44,7 @@ class TrialState:
         best_step: int,
         best_metrics: dict[str, float],
         waited: int,
+        base_model: str,
         prompt: Mapping[str, Tensor],
         best: Mapping[str, Tensor],
         optimizer: Mapping[str, Tensor],
@@ -51,7 +54,7 @@ class TrialState:
             **{f"{BEST}{name}": tensor for name, tensor in best.items()},
             **optimizer,
         }
-        return cls(step, best_step, best_metrics, waited, tensors)
+        return cls(step, best_step, best_metrics, waited, base_model, tensors)
 
     def best(self) -> dict[str, Tensor]:
         """The best prompt's tensors, by the names that an artifact stores them under."""
@@ -78,8 +81,16 @@ class TrialState:
             raise BadInput(f"this checkpoint can't be read: {error}", "resume from an earlier one") from None
 
 
-def restore_prompt(prompt: nn.Module, state: TrialState) -> None:
-    """Load the prompt's own state. BadInput when it is another method's, or of other shapes."""
+def restore_prompt(prompt: nn.Module, state: TrialState, base_model: str) -> None:
+    """Load the prompt's own state. BadInput when it is of another base model, method or shape, or not finite."""
+    if state.base_model != base_model:
+        raise BadInput(
+            f"this checkpoint was written on another base model (fingerprint {state.base_model[:12]}) than the one "
+            f"loaded ({base_model[:12]})",
+            "resume with the base model that it was written on",
+        )
+    if broken := [name for name, tensor in state.prompt().items() if not bool(tensor.isfinite().all())]:
+        raise BadInput(f"this checkpoint's {broken[0]} holds values that are not finite", "resume from an earlier one")
     try:
         prompt.load_state_dict(state.prompt())
     except RuntimeError as error:

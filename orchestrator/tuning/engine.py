@@ -54,6 +54,7 @@ class Slot:
     spec: TrialSpec
     prompt: Prompt
     updater: Updater
+    base_model: str = ""
     step: int = 0
     best_step: int = 0
     best_metrics: dict[str, float] = field(default_factory=dict)
@@ -79,6 +80,7 @@ class Slot:
             best_step=self.best_step,
             best_metrics=self.best_metrics,
             waited=self.waited,
+            base_model=self.base_model,
             prompt=self.prompt.state_dict(),
             best=best,
             optimizer=self.updater.state_tensors(list(self.parameters)),
@@ -115,14 +117,15 @@ class Engine:
         if not self.free_slots:
             raise RuntimeError(f"no slot is free for trial {trial}: {self.capacity} are taken")
         prompt = make_prompt(self.task.method, spec, self._context).to(self.backbone.device)
-        slot = Slot(trial, spec, prompt, Updater(list(prompt.parameters()), spec.learning_rate, self.train))
+        updater = Updater(list(prompt.parameters()), spec.learning_rate, self.train)
+        slot = Slot(trial, spec, prompt, updater, self.backbone.info.fingerprint)
         if checkpoint is not None:
             self._restore(slot, TrialState.from_bytes(checkpoint))
         self.slots[trial] = slot
 
     @staticmethod
     def _restore(slot: Slot, state: TrialState) -> None:
-        restore_prompt(slot.prompt, state)
+        restore_prompt(slot.prompt, state, slot.base_model)
         slot.updater.load_state_tensors(list(slot.parameters), state.tensors)
         slot.step, slot.best_step, slot.waited = state.step, state.best_step, state.waited
         slot.best_metrics, slot.best = state.best_metrics, state.best()

@@ -29,6 +29,7 @@ def state(optimizer: str = "adamw") -> TrialState:
         best_step=4,
         best_metrics={"accuracy": 0.75, "loss": 1.25},
         waited=1,
+        base_model="f00d",
         prompt={"prompt": parameter.data},
         best={"prompt": parameter.data * 2},
         optimizer=made.state_tensors(["prompt"]),
@@ -58,7 +59,14 @@ def test_a_view_is_written_as_it_looks() -> None:
     """Tensors that share memory are stored each on its own."""
     whole = torch.arange(12.0).view(3, 4)
     made = TrialState.of(
-        step=0, best_step=0, best_metrics={}, waited=0, prompt={"a": whole}, best={"b": whole[1:]}, optimizer={}
+        step=0,
+        best_step=0,
+        best_metrics={},
+        waited=0,
+        base_model="",
+        prompt={"a": whole},
+        best={"b": whole[1:]},
+        optimizer={},
     )
     after = TrialState.from_bytes(made.to_bytes())
     assert torch.equal(after.prompt()["a"], whole) and torch.equal(after.best()["b"], whole[1:])
@@ -67,11 +75,25 @@ def test_a_view_is_written_as_it_looks() -> None:
 def test_another_prompts_state_is_refused() -> None:
     """A checkpoint of another method or of another length can't be restored, and the message says so."""
     start = SoftPrompt(torch.zeros(3, 4))
-    restore_prompt(start, state())
+    restore_prompt(start, state(), "f00d")
     assert torch.equal(start.prompt.detach(), state().prompt()["prompt"])
     for other in (SoftPrompt(torch.zeros(5, 4)), Prefix({"decoder": DirectSite(torch.zeros(2, 2, 1, 3, 4))})):
         with pytest.raises(BadInput, match="of another prompt"):
-            restore_prompt(other, state())
+            restore_prompt(other, state(), "f00d")
+
+
+def test_another_base_models_state_is_refused() -> None:
+    """The fingerprints of both are named."""
+    with pytest.raises(BadInput, match=r"another base model \(fingerprint f00d\)(.|\n)*\(beef\)"):
+        restore_prompt(SoftPrompt(torch.zeros(3, 4)), state(), "beef")
+
+
+def test_a_state_that_is_not_finite_is_refused() -> None:
+    """A diverged trial's checkpoint can be read for its best prompt, and not be gone on from."""
+    ruined = state()
+    ruined.tensors["prompt.prompt"][1, 1] = torch.nan
+    with pytest.raises(BadInput, match="prompt holds values that are not finite"):
+        restore_prompt(SoftPrompt(torch.zeros(3, 4)), TrialState.from_bytes(ruined.to_bytes()), "f00d")
 
 
 def test_it_is_a_safetensors_document_and_nothing_else() -> None:
@@ -81,7 +103,7 @@ def test_it_is_a_safetensors_document_and_nothing_else() -> None:
     header = json.loads(data[8 : 8 + size])
     metadata = header.pop("__metadata__")
     assert set(metadata) == {"state"}
-    assert set(json.loads(metadata["state"])) == {"step", "best_step", "best_metrics", "waited"}
+    assert set(json.loads(metadata["state"])) == {"step", "best_step", "best_metrics", "waited", "base_model"}
     assert 8 + size + max(entry["data_offsets"][1] for entry in header.values()) == len(data)
     assert sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in header.values()) == len(data) - 8 - size
     assert len(data) < 2000
