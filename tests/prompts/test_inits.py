@@ -11,7 +11,7 @@ from models import encoder_for, spaced_tokenizer, tiny_backbone, tiny_tokenizer
 from torch import Tensor
 
 from orchestrator.errors import BadInput
-from orchestrator.prompts.inits import InitContext, frequent_ids, initial_prompt
+from orchestrator.prompts.inits import InitContext, frequent_ids, initial_prefix, initial_prompt
 from orchestrator.space import TrialSpec
 
 ANSWERS = encoder_for("several tokens").answers
@@ -156,3 +156,56 @@ def test_the_prompt_is_its_own_memory() -> None:
         assert not prompt.requires_grad
         prompt.fill_(9.0)
     assert torch.equal(backbone.table, table) and torch.equal(TABLE, before)
+
+
+def test_random_normal_is_as_wide_as_the_vocabulary() -> None:
+    """Mean zero, and the standard deviation of the embedding table's entries."""
+    prompt = made("random_normal", 400, seed=1)
+    spread = float(tiny_backbone().table.float().std())
+    assert float(prompt.std()) == pytest.approx(spread, rel=0.05) and abs(float(prompt.mean())) < 0.05 * spread
+    assert torch.equal(prompt, made("random_normal", 400, seed=1)) and not torch.equal(
+        prompt, made("random_normal", 400, seed=2)
+    )
+
+
+def test_the_population_of_sampled_tokens_is_an_option() -> None:
+    """sample_vocab: N draws from the N most frequent tokens only, each once before any twice."""
+    spec = TrialSpec("sample_vocab", None, 8, 0.3, 0, init_population=4)
+    rows = {tuple(row.tolist()) for row in initial_prompt(spec, CONTEXT)}
+    allowed = CONTEXT.embed(torch.tensor(frequent_ids(CONTEXT, 4))).float()
+    assert rows == {tuple(row.tolist()) for row in allowed}
+
+
+STORED = torch.arange(3.0 * 32).view(3, 32)
+
+
+@pytest.mark.parametrize(("length", "places"), [(3, [0, 1, 2]), (2, [0, 1]), (7, [0, 1, 2, 0, 1, 2, 0])])
+def test_another_prompt_is_cut_or_repeated(length: int, places: list[int]) -> None:
+    """An artifact's virtual tokens in their order, to the length that the trial has."""
+    context = replace(CONTEXT, artifacts={"other@champion": {"prompt": STORED}})
+    spec = TrialSpec("artifact", None, length, 0.3, 0, init_artifact="other@champion")
+    assert torch.equal(initial_prompt(spec, context), STORED[places])
+
+
+def test_what_can_not_start_a_soft_prompt() -> None:
+    """A prefix has no embeddings, and another model's prompt another width: both are named."""
+    prefix = {"prefix.decoder": torch.zeros(2, 2, 2, 3, 8)}
+    context = replace(CONTEXT, artifacts={"p": prefix, "wide": {"prompt": torch.zeros(3, 64)}})
+    for name, message in (("p", "'p' is a prefix"), ("wide", "'wide' has width 64, the base model's is 32")):
+        with pytest.raises(BadInput, match=message):
+            initial_prompt(TrialSpec("artifact", None, 3, 0.3, 0, init_artifact=name), context)
+
+
+def test_a_prefix_starts_from_a_prefix_or_from_keys_and_values() -> None:
+    """A registered prefix is taken as it is; any other start is what the same soft prompt has in the model."""
+    prefix = torch.randn(2, 2, 2, 3, 8)
+    context = replace(CONTEXT, artifacts={"p": {"prefix.decoder": prefix}, "s": {"prompt": STORED / 100}})
+    taken = initial_prefix(TrialSpec("artifact", None, 2, 0.3, 0, init_artifact="p"), context)
+    assert torch.equal(taken["decoder"], prefix[:, :, :, :2])
+    for spec in (
+        TrialSpec("artifact", None, 5, 0.3, 0, init_artifact="s"),
+        TrialSpec("class_labels", None, 5, 0.3, 0),
+        TrialSpec("text", "is this spam", 5, 0.3, 0),
+    ):
+        wanted = tiny_backbone().activations(initial_prompt(spec, context))["decoder"]
+        assert torch.equal(initial_prefix(spec, context)["decoder"], wanted.float())

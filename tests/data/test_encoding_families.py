@@ -1,0 +1,124 @@
+"""Encoding for each family: what stands in front and behind, where the answer is, how targets end."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from models import closing_tokenizer, cloze_tokenizer, spaced_tokenizer, tiny_tokenizer
+
+from orchestrator.base_model import Family
+from orchestrator.data.encoding import Encoder
+from orchestrator.data.template import Mark, Template, Verbalizer
+from orchestrator.errors import BadInput
+from orchestrator.placing import BLANK, marker
+
+TOKENIZERS = {"causal": tiny_tokenizer(), "seq2seq": closing_tokenizer(), "masked": cloze_tokenizer()}
+FAMILIES: list[Family] = ["causal", "seq2seq", "masked"]
+every_family = pytest.mark.parametrize("family", FAMILIES)
+texts = st.text(max_size=30)
+
+
+def encoder(family: Family, template: str, verbalizer: Verbalizer | None = None, limit: int = 200) -> Encoder:
+    return Encoder(TOKENIZERS[family], Template(template), verbalizer, limit, 64, family)
+
+
+def decoded(family: Family, ids: list[int]) -> str:
+    return str(TOKENIZERS[family].decode([i for i in ids if i >= 0], clean_up_tokenization_spaces=False))
+
+
+@every_family
+@given(text=texts)
+def test_any_text_is_whole_between_its_special_tokens(family: Family, text: str) -> None:
+    """Whatever the text, empty or not, it decodes back, with the family's special tokens around it."""
+    ids = encoder(family, "a{text}").encode_input({"text": text})
+    front, back = {"causal": ("", ""), "seq2seq": ("", "<end>"), "masked": ("<cls>", "<sep>")}[family]
+    assert decoded(family, ids) == f"{front}a{text}{back}"
+    assert min(ids) >= 0
+
+
+@every_family
+@given(text=texts, tail=st.sampled_from(["", "!", " spam?"]))
+def test_marks_keep_their_place(family: Family, text: str, tail: str) -> None:
+    """Markers are numbered in order and stand between the very tokens that the template has around them."""
+    ids = encoder(family, "a{*}{text}{*}" + tail).encode_input({"text": text})
+    assert [entry for entry in ids if entry < 0] == [marker(0), marker(1)]
+    first, second = ids.index(marker(0)), ids.index(marker(1))
+    assert decoded(family, ids[first + 1 : second]) == text
+    assert decoded(family, ids[second + 1 :]) == tail + {"causal": "", "seq2seq": "<end>", "masked": "<sep>"}[family]
+
+
+@every_family
+@given(text=texts)
+def test_the_blank_is_where_the_answer_goes(family: Family, text: str) -> None:
+    """A masked model keeps what follows the blank; elsewhere the input ends there and the space goes to the answer."""
+    made = encoder(family, "a {text} is {_}.")
+    ids = made.encode_input({"text": text})
+    if family == "masked":
+        assert ids.count(BLANK) == 1 and decoded(family, ids) == f"<cls>a {text} is .<sep>"
+    else:
+        assert decoded(family, ids) == f"a {text} is" + ("<end>" if family == "seq2seq" else "")
+    if family == "causal":
+        assert decoded(family, made.answer_ids("fox")) == " fox"
+
+
+@every_family
+@given(answer=st.text(min_size=1, max_size=12))
+def test_targets_end_where_their_family_ends_them(family: Family, answer: str) -> None:
+    """A generated target has the end token behind it, a blank's does not; both decode to the text."""
+    ids, label = encoder(family, "{text}:").encode_target({"label": answer}, "label")
+    assert label == -1 and decoded(family, ids) == answer + ("" if family == "masked" else "<end>")
+
+
+def test_an_empty_target_can_not_be_filled_in() -> None:
+    """A blank of no tokens has nothing to learn; generating nothing but the end is a target like any other."""
+    assert encoder("causal", "{text}").encode_target({"label": ""}, "label")[0] == [tiny_tokenizer().eos_token_id]
+    with pytest.raises(BadInput, match="a target has no tokens"):
+        encoder("masked", "{text}").encode_target({"label": ""}, "label")
+
+
+@every_family
+def test_a_verbalizer_scores_what_the_target_has(family: Family) -> None:
+    """Answers are the target's tokens without the end; where one begins another, the end decides, if there is one."""
+    plain = encoder(family, "{text}\nspam?", Verbalizer((0, 1), (" good", " a place")))
+    assert plain.scored_answers == plain.answers
+    assert [plain.encode_target({"label": label}, "label")[0] for label in (0, 1)] == plain.ended_answers
+    nested = encoder(family, "{text}\nspam?", Verbalizer((0, 1), (" good", " good movie")))
+    assert (nested.scored_answers == nested.ended_answers) and (nested.ended_answers == nested.answers) == (
+        family == "masked"
+    )
+
+
+@every_family
+@given(text=st.text(min_size=60, max_size=200), limit=st.integers(14, 30))
+def test_long_inputs_lose_their_column_not_their_marks(family: Family, text: str, limit: int) -> None:
+    """Cut to the limit, an input still has its markers, its blank and the template's words."""
+    ids = encoder(family, "a{*}{text} is{*}{_}", limit=limit).encode_input({"text": text})
+    assert len(ids) <= limit
+    marks = [entry for entry in ids if entry < 0]
+    assert marks == [marker(0), marker(1), *([BLANK] if family == "masked" else [])]
+
+
+def test_a_written_instruction_stands_in_front_of_everything() -> None:
+    """Also of a marker at the template's beginning."""
+    made = encoder("causal", "{*}{text}")
+    ids = made.encode_input({"text": "fox"}, before="a place\n")
+    assert decoded("causal", ids[: ids.index(marker(0))]) == "a place\n"
+
+
+def test_a_tokenizer_that_adds_spaces_adds_none_behind_a_mark() -> None:
+    """Text behind a mark goes on as written, with SentencePiece too."""
+    made = Encoder(spaced_tokenizer(), Template("the{*}fox {text}"), None, 100, 10, "causal")
+    ids = made.encode_input({"text": "jumps"})
+    behind = ids[ids.index(marker(0)) + 1 :]
+    anchor = spaced_tokenizer()("a", add_special_tokens=False)["input_ids"]
+    assert spaced_tokenizer().decode([*anchor, *behind]) == "afox jumps"
+
+
+def test_segments_are_texts_and_marks() -> None:
+    """Neighbouring texts are one; doubled braces are braces; marks are no columns."""
+    template = Template("{{{x}}} and {*}{y}{_}!")
+    assert template.columns == ("x", "y")
+    assert template.segments({"x": "1", "y": "2"}) == ["{1} and ", Mark("*"), "2", Mark("_"), "!"]
+    assert template.fill({"x": "1", "y": "2"}) == "{1} and 2!"
+    assert template.places_virtual_tokens and template.has_blank and template.tail == ""
