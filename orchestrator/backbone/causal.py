@@ -83,7 +83,7 @@ class CausalBackbone(Backbone):
         return PreparedPrompts(parts, len(each))
 
     def shares_forward(self, kinds: frozenset[str]) -> bool:
-        """On the plain path a prefix is padded on the left and a soft prompt on the right."""
+        """On the plain path prefixes and soft prompts run apart: each row would carry the longest prefix's columns."""
         return self.prompt_once or not kinds >= {"front", "cache"}
 
     def _cache_part(self, prompts: Sequence[PromptTensors]) -> dict[str, Part]:
