@@ -24,11 +24,16 @@ def shares(virtual_tokens: int, groups: int) -> list[int]:
     return [virtual_tokens // groups + (group < virtual_tokens % groups) for group in range(groups)]
 
 
+def text_ids(ids: Sequence[int]) -> list[int]:
+    """The entries of a row that are tokens: what is left of it without the places."""
+    return [entry for entry in ids if entry >= 0]
+
+
 def placed(ids: Sequence[int], virtual_tokens: int, blank: Sequence[int] = ()) -> list[int]:
     """An encoded input with its virtual tokens numbered in order and its blank filled by the tokens ``blank``."""
     groups = max((-entry - 1 for entry in ids if entry < BLANK), default=0)
     if not groups and not (blank and BLANK in ids):
-        return [entry for entry in ids if entry >= 0]
+        return text_ids(ids)
     counts = shares(virtual_tokens, groups) if groups else []
     row: list[int] = []
     next_virtual = 0

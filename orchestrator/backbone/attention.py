@@ -8,6 +8,7 @@ Shapes: B rows, P virtual tokens, Q queries, T keys, L layers.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,31 +30,37 @@ class RowPrefix:
     mask: Tensor
 
 
-_active: dict[nn.Module, RowPrefix] = {}
-_recorders: list[dict[nn.Module, tuple[Tensor, Tensor]]] = []
+class _Thread(threading.local):
+    """What a thread has set: a server reads a new prompt's shapes off the model while it answers with others."""
+
+    def __init__(self) -> None:
+        self.active: dict[nn.Module, RowPrefix] = {}
+        self.recorders: list[dict[nn.Module, tuple[Tensor, Tensor]]] = []
+
+
+_here = _Thread()
 
 
 @contextmanager
 def prefixed(prefixes: Mapping[nn.Module, RowPrefix]) -> Iterator[None]:
-    """Within, the attention modules named see their prefix in front of their keys. One thread runs a model."""
-    before = dict(_active)
-    _active.update(prefixes)
+    """Within, the attention modules named see their prefix in front of their keys, in this thread's forwards."""
+    before = _here.active
+    _here.active = {**before, **prefixes}
     try:
         yield
     finally:
-        _active.clear()
-        _active.update(before)
+        _here.active = before
 
 
 @contextmanager
 def recorded() -> Iterator[dict[nn.Module, tuple[Tensor, Tensor]]]:
-    """Within, keys and values of every attention module are kept, in the order in which they are called."""
+    """Within, keys and values of every attention module that this thread runs are kept, in the order of the calls."""
     seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-    _recorders.append(seen)
+    _here.recorders.append(seen)
     try:
         yield seen
     finally:
-        _recorders.remove(seen)
+        _here.recorders.pop()
 
 
 def attention(
@@ -62,9 +69,9 @@ def attention(
     """The library's scaled dot product attention, behind the module's prefix if it has one."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    for seen in _recorders:
+    for seen in _here.recorders:
         seen[module] = (key, value)
-    prefix = _active.get(module)
+    prefix = _here.active.get(module)
     if prefix is not None:
         attention_mask = _extended(module, query, key, attention_mask, prefix, options.get("is_causal"))
         key = torch.cat([prefix.key.to(key), key], dim=2)

@@ -63,6 +63,10 @@ class Backbone(ABC):
         A bare tensor [P_k, H] is a soft prompt. BadInput for a prompt that the family can't take.
         """
 
+    def shares_forward(self, kinds: frozenset[str]) -> bool:
+        """Whether one forward takes prompts that have these ``PreparedPrompts.kinds`` between them."""
+        return True
+
     @abstractmethod
     def teacher_forced(
         self, prompts: PreparedPrompts | None, inputs: Sequence[Ids], targets: Sequence[Ids], prompt: Sequence[int]

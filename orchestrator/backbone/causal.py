@@ -78,9 +78,13 @@ class CausalBackbone(Backbone):
         else:
             parts |= self._embedding_part(each, inside=False)
             parts |= self._prefix_part(each)
-            if {"front", "cache"} <= set(parts):
+            if not self.shares_forward(frozenset(parts)):
                 raise BadInput(f"soft prompts and prefixes can't share a forward of a {self.info.model_type} model")
         return PreparedPrompts(parts, len(each))
+
+    def shares_forward(self, kinds: frozenset[str]) -> bool:
+        """On the plain path prefixes and soft prompts run apart: each row would carry the longest prefix's columns."""
+        return self.prompt_once or not kinds >= {"front", "cache"}
 
     def _cache_part(self, prompts: Sequence[PromptTensors]) -> dict[str, Part]:
         soft = [place for place, prompt in enumerate(prompts) if prompt.embeddings is not None and not prompt.inside]

@@ -1,7 +1,8 @@
 """The serving engine: one thread that owns the model and runs all waiting requests as mixed batches.
 
 A request is split into rows; rows of any requests and any prompts share a forward. Classification is one forward;
-generation is many, so waiting classifications run between its steps. No Ray, no HTTP: any event loop may call it.
+generation is many, so waiting classifications run between its steps. Where a model can't take prompts of some kinds
+together, rows of the other kind wait for the next batch. No Ray, no HTTP: any event loop may call it.
 """
 
 from __future__ import annotations
@@ -97,6 +98,10 @@ class Job:
         """Rows that it becomes: answers of several tokens are continued side by side."""
         return len(self.prompt.answers) if self.sampling is None and self.prompt.longest_answer > 1 else 1
 
+    @property
+    def kinds(self) -> frozenset[str]:
+        return self.prompt.prepared.kinds
+
 
 class Engine:
     """Takes rows from any thread or event loop, runs them on its own thread."""
@@ -171,18 +176,28 @@ class Engine:
             return not self._closed
 
     def _take(self, line: deque[Job]) -> list[Job]:
-        """The next batch, first come first served, within the limits; rows that nobody waits for are dropped."""
+        """The next batch, first come first served, within the limits; rows that nobody waits for are dropped.
+
+        Rows that can't share a forward with the first one keep their place in the line.
+        """
         taken: list[Job] = []
+        left: list[Job] = []
         width = rows = 0
+        kinds: frozenset[str] = frozenset()
         with self._changed:
             while line:
-                if line[0].request.over:
-                    line.popleft()
+                job = line.popleft()
+                if job.request.over:
                     continue
-                width, rows = max(width, line[0].width), rows + line[0].copies
+                if not self.backbone.shares_forward(kinds | job.kinds):
+                    left.append(job)
+                    continue
+                width, rows, kinds = max(width, job.width), rows + job.copies, kinds | job.kinds
                 if taken and (rows > self.limits.max_rows or rows * width > self.limits.max_tokens):
+                    left.append(job)
                     break
-                taken.append(line.popleft())
+                taken.append(job)
+            line.extendleft(reversed(left))
         return taken
 
     def _guarded(self, jobs: list[Job], work: Callable[[list[Job]], None]) -> None:

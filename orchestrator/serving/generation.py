@@ -5,7 +5,6 @@ Shapes: B rows still running, V vocabulary.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,7 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from orchestrator.backbone import Backbone, PreparedPrompts, RowState
+from orchestrator.backbone import Backbone
+from orchestrator.decoding import start
+from orchestrator.placing import text_ids
 from orchestrator.serving.served_prompt import ServedPrompt, stack_prompts
 
 GREEDY_BELOW = 1e-4  # a smaller temperature divides the logits out of float32's range, and is greedy anyway
@@ -89,84 +90,19 @@ class GenerationRow:
         return text[: min(found)] if found else None
 
     def text(self, tokens: Sequence[int]) -> str:
-        """Text of new tokens as they follow the input: decoded alone they may lose their leading space."""
+        """Text of new tokens as they follow the input: decoded alone they may lose their leading space.
+
+        A model with a decoder of its own begins a text of its own.
+        """
+        alone = self.prompt.encoder.family == "seq2seq"
+        before = [] if alone else text_ids(self.input_ids)[-CONTEXT_TOKENS:]
+        head, whole = self._decoded(before), self._decoded([*before, *tokens])
+        return whole[len(head) :] if whole.startswith(head) else self._decoded(tokens)
+
+    def _decoded(self, tokens: Sequence[int]) -> str:
+        # Cleaned-up spaces ("a ." to "a.") would be another text than the one that was generated.
         decode = self.prompt.encoder.tokenizer.decode
-        before = self.input_ids[-CONTEXT_TOKENS:]
-        head, whole = decode(before, skip_special_tokens=True), decode([*before, *tokens], skip_special_tokens=True)
-        return str(whole[len(head) :] if whole.startswith(head) else decode(tokens, skip_special_tokens=True))
-
-
-class Decoder(ABC):
-    """Rows that grow by a token at a time, each in front of its prompt: ``place[b]`` is its index among the prompts."""
-
-    @abstractmethod
-    def __init__(
-        self, backbone: Backbone, prompts: PreparedPrompts, place: list[int], inputs: Sequence[Sequence[int]]
-    ) -> None: ...
-
-    @property
-    @abstractmethod
-    def logits(self) -> Tensor:
-        """[B, V] of each row's last token."""
-
-    @abstractmethod
-    def keep(self, rows: list[int]) -> None:
-        """Go on with these rows only."""
-
-    @abstractmethod
-    def feed(self, tokens: list[int]) -> None:
-        """Append one token to each row and compute the next logits."""
-
-
-class CachedDecoder(Decoder):
-    """Keys and values are kept: a step costs one token a row."""
-
-    def __init__(
-        self, backbone: Backbone, prompts: PreparedPrompts, place: list[int], inputs: Sequence[Sequence[int]]
-    ) -> None:
-        self._backbone = backbone
-        self._state: RowState = backbone.start(prompts, inputs, place)
-
-    @property
-    def logits(self) -> Tensor:
-        return self._state.logits
-
-    def keep(self, rows: list[int]) -> None:
-        self._state = self._state.select(torch.tensor(rows, device=self._backbone.device))
-
-    def feed(self, tokens: list[int]) -> None:
-        ids = torch.tensor(tokens, device=self._backbone.device)[:, None]
-        _, self._state = self._backbone.extend(self._state, ids, torch.ones_like(ids, dtype=torch.bool))
-
-
-class ReplayDecoder(Decoder):
-    """For backbones whose cache can't hold a prompt of its own for each row: every step runs the whole rows again."""
-
-    def __init__(
-        self, backbone: Backbone, prompts: PreparedPrompts, place: list[int], inputs: Sequence[Sequence[int]]
-    ) -> None:
-        self._backbone, self._prompts = backbone, prompts
-        self._place, self._rows = list(place), [list(ids) for ids in inputs]
-        self._logits = self._run()
-
-    @property
-    def logits(self) -> Tensor:
-        return self._logits
-
-    def _run(self) -> Tensor:
-        # The target is only asked for its first token, whichever it is.
-        logits: Tensor
-        logits, _ = self._backbone.teacher_forced(self._prompts, self._rows, [[0]] * len(self._rows), self._place)
-        return logits[:, 0]
-
-    def keep(self, rows: list[int]) -> None:
-        self._place, self._rows = [self._place[row] for row in rows], [self._rows[row] for row in rows]
-        self._logits = self._logits[rows]
-
-    def feed(self, tokens: list[int]) -> None:
-        for row, token in zip(self._rows, tokens, strict=True):
-            row.append(token)
-        self._logits = self._run()
+        return str(decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 class GenerationBatch:
@@ -176,22 +112,25 @@ class GenerationBatch:
     def __init__(self, backbone: Backbone, rows: Sequence[GenerationRow]) -> None:
         self.rows = list(rows)
         prompts, place = stack_prompts([row.prompt for row in rows])
-        make: type[Decoder] = CachedDecoder if backbone.continues else ReplayDecoder
-        self._decoder = make(backbone, prompts, place, [row.input_ids for row in rows])
+        self._state = start(backbone, prompts, [row.input_ids for row in rows], place)
 
     @torch.inference_mode()
     def step(self) -> list[GenerationRow]:
         """One token for every row; returns the rows that ended, which are out of the batch now."""
-        logits = self._decoder.logits.float().cpu()
+        logits = self._state.logits.float().cpu()
         for row, scores in zip(self.rows, logits, strict=True):
             if not row.abandoned:
                 row.take(row.choose(scores))
         done = [row for row in self.rows if row.completion is not None or row.abandoned]
         going = [place for place, row in enumerate(self.rows) if row.completion is None and not row.abandoned]
-        if done:
-            self.rows = [self.rows[place] for place in going]
-            if self.rows:
-                self._decoder.keep(going)
+        self.rows = [self.rows[place] for place in going]
         if self.rows:
-            self._decoder.feed([row.made[-1] for row in self.rows])
+            self._go_on(going if done else None)
         return done
+
+    def _go_on(self, places: list[int] | None) -> None:
+        """Feed the rows their last tokens; ``places`` are theirs in the state, where others have left it."""
+        device = self._state.logits.device
+        if places is not None:  # selecting copies the cache
+            self._state = self._state.select(torch.tensor(places, device=device))
+        self._state = self._state.extend(torch.tensor([row.made[-1] for row in self.rows], device=device))

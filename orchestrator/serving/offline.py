@@ -17,6 +17,7 @@ from orchestrator.spec import BaseModelSpec
 
 Input = str | Mapping[str, Any]
 BATCH_ROWS = 32
+NEEDS_LABELS = "tune one with data.verbalizer"
 
 
 class OfflineModel:
@@ -42,8 +43,8 @@ class OfflineModel:
 
     def classify(self, inputs: Sequence[Input]) -> list[dict[str, Any]]:
         """``{"label", "probs"}`` for each text or row. BadInput for a prompt without a verbalizer."""
-        if not self.prompt.answers:
-            raise BadInput("this prompt generates text: it has no labels to choose from", "use complete() instead")
+        if reason := self.prompt.why_no_labels:
+            raise BadInput(f"this prompt {reason}", "use complete()" if self.prompt.generates else NEEDS_LABELS)
         encoded = [self.prompt.encode(given, self.prompt.longest_answer) for given in inputs]
         probs = [
             row
@@ -56,7 +57,12 @@ class OfflineModel:
         return answer_probs(self.backbone, [self.prompt] * len(inputs), inputs)
 
     def complete(self, inputs: Sequence[Input], sampling: Sampling | None = None) -> list[Completion]:
-        """A completion for each text or row, one after another; greedy, up to 64 tokens by default."""
+        """A completion for each text or row, one after another; greedy, up to 64 tokens by default.
+
+        BadInput for a prompt on a masked model.
+        """
+        if reason := self.prompt.why_no_text:
+            raise BadInput(f"this prompt {reason}", "use classify()" if self.prompt.answers else NEEDS_LABELS)
         sampling = sampling or Sampling(max_tokens=64, temperature=0.0)
         return [self._complete(self.prompt.encode(given, sampling.max_tokens), sampling) for given in inputs]
 

@@ -172,7 +172,7 @@ class ModelEntry(Answer):
     version: int
     alias: str
     labels: list[int | bool | str] | None
-    """What /classify chooses from; null for a prompt that generates text."""
+    """What /classify chooses from; null for a prompt without labels."""
 
 
 class ModelList(Answer):

@@ -19,6 +19,7 @@ from orchestrator.backbone import Backbone, PreparedPrompts, PromptTensors, stac
 from orchestrator.data.encoding import Encoder
 from orchestrator.data.template import Template, Verbalizer
 from orchestrator.errors import BadInput
+from orchestrator.placing import text_ids
 
 Given = str | Mapping[str, Any]
 
@@ -62,6 +63,24 @@ class ServedPrompt:
     def longest_answer(self) -> int:
         return max(map(len, self.answers), default=0)
 
+    @property
+    def generates(self) -> bool:
+        """Whether it makes texts that end by themselves; a masked model fills a blank whose length is given."""
+        return self.encoder.end_id is not None
+
+    @property
+    def why_no_labels(self) -> str:
+        """Why it can't classify, or nothing."""
+        if self.answers:
+            return ""
+        return "generates text and has no labels" if self.generates else "was tuned without labels to choose from"
+
+    @property
+    def why_no_text(self) -> str:
+        """Why it can't complete, or nothing."""
+        reason = "is on a masked model, which fills in a blank of a given length and generates no text"
+        return "" if self.generates else reason
+
     def encode(self, given: Given, answer_tokens: int) -> list[int]:
         """Ids of an input through the template, cut to max_input_tokens as the offline evaluation does.
 
@@ -72,10 +91,11 @@ class ServedPrompt:
         if missing:
             raise BadInput(f"a row lacks {missing}; the prompt's template needs {list(self.encoder.template.columns)}")
         ids = self.encoder.row_ids(row)
-        self._check_room(len(ids), answer_tokens)
+        self._check_room(len(text_ids(ids)), answer_tokens)
         return ids if len(ids) <= self.encoder.max_input_tokens else self.encoder.encode_input(row)
 
     def _check_room(self, input_tokens: int, answer_tokens: int) -> None:
+        # An encoder-decoder model has this room twice, for the input and for the answer; the search counts as here.
         total = self.virtual_tokens + input_tokens + answer_tokens
         if total > self.context_length:
             raise ContextExceeded(

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from orchestrator.errors import BadInput, OrchestratorError, Unreachable
+from orchestrator.placing import text_ids
 from orchestrator.serving.engine import Engine, Overloaded
 from orchestrator.serving.generation import Completion, Sampling
 from orchestrator.serving.prompt_store import ModelCard, ModelNotFound, PromptStore
@@ -76,13 +77,8 @@ class PromptService:
     async def classify(self, request: ClassifyRequest) -> ClassifyAnswer:
         self._check_count(len(request.inputs), "input")
         prompt = await self._prompt(request.model)
-        if not prompt.answers:
-            raise ApiError(
-                400,
-                f"The model {request.model!r} generates text and has no labels; use /v1/completions",
-                "unsupported_operation",
-                "model",
-            )
+        if reason := prompt.why_no_labels:
+            raise _unsupported(request.model, reason, "/v1/completions" if prompt.generates else None)
         encoded = await self._encode(prompt, request.inputs, prompt.longest_answer, "input")
         probs = await self._run(self.engine.classify(prompt, encoded))
         rows = (classified(prompt.labels, prompt.label_keys, row) for row in probs)
@@ -93,6 +89,8 @@ class PromptService:
     async def complete(self, request: CompletionRequest) -> CompletionAnswer:
         self._check_count(len(request.prompts), "prompt")
         prompt = await self._prompt(request.model)
+        if reason := prompt.why_no_text:
+            raise _unsupported(request.model, reason, "/classify" if prompt.answers else None)
         sampling = _sampling(request)
         encoded = await self._encode(prompt, request.prompts, sampling.max_tokens, "prompt")
         made: list[Completion] = await self._run(self.engine.complete(prompt, encoded, sampling))
@@ -101,7 +99,7 @@ class PromptService:
             created=int(time.time()),
             model=request.model,
             choices=[Choice(index=i, text=it.text, finish_reason=it.finish_reason) for i, it in enumerate(made)],
-            usage=_usage(sum(map(len, encoded)), sum(it.tokens for it in made)),
+            usage=_usage(sum(len(text_ids(ids)) for ids in encoded), sum(it.tokens for it in made)),
         )
 
     def _check_count(self, count: int, param: str) -> None:
@@ -175,6 +173,12 @@ def _entry(card: ModelCard) -> ModelEntry:
         alias=card.alias,
         labels=list(card.labels) or None,
     )
+
+
+def _unsupported(model: str, reason: str, route: str | None) -> ApiError:
+    """The model is there, but does not do what the route asks of it."""
+    other = f"; use {route}" if route else ""
+    return ApiError(400, f"The model {model!r} {reason}{other}", "unsupported_operation", "model")
 
 
 def _unavailable(message: str) -> ApiError:

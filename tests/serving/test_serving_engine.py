@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from orchestrator.artifact import PromptArtifact
-from orchestrator.backbone import Backbone
+from orchestrator.backbone import Backbone, CausalBackbone
 from orchestrator.errors import Unreachable
 from orchestrator.serving import engine as engine_module
 from orchestrator.serving.engine import Engine, EngineLimits, Overloaded
@@ -97,7 +97,7 @@ def reference_greedy(
         do_sample=False,
         max_new_tokens=tokens,
         eos_token_id=backbone.tokenizer.eos_token_id,
-        pad_token_id=backbone.pad_id,
+        pad_token_id=backbone.tokenizer.pad_token_id,
     )
     result: list[int] = made[0].tolist()
     return result
@@ -106,7 +106,7 @@ def reference_greedy(
 @pytest.mark.parametrize("prompt_once", [True, False])
 def test_greedy_generation_equals_transformers(backbone: Backbone, make_artifact: Any, prompt_once: bool) -> None:
     """A mixed batch generates what transformers generates for each row alone, with and without the cached prompt."""
-    backbone = Backbone(backbone.model, backbone.tokenizer, backbone.info, prompt_once)
+    backbone = CausalBackbone(backbone.model, backbone.tokenizer, backbone.info, prompt_once)
     folders = [make_artifact(f"p{size}", tokens=size, seed=size, template="{text}") for size in (3, 9)]
     prompts = [load_prompt(backbone, folder, folder.name, 1) for folder in folders]
     weights = [torch.from_numpy(PromptArtifact.load(folder).weights) for folder in folders]

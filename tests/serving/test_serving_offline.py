@@ -47,7 +47,7 @@ def test_stacked_prompts_share_one_copy_each(spam: ServedPrompt, trec: ServedPro
     """Rows of the same prompt point to one place; shorter prompts are padded."""
     stacked, place = stack_prompts([trec, spam, trec])
     assert place == [0, 1, 0]
-    assert (stacked.lengths.tolist(), stacked.width) == ([11, 4], 11)
+    assert (stacked.parts["cache"].lengths.tolist(), stacked.width) == ([11, 4], 11)
 
 
 def test_the_longest_prompt_that_fits(make_artifact: Any, backbone: Backbone) -> None:

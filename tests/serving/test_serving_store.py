@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from orchestrator.artifact import file_sha256
-from orchestrator.backbone import Backbone
+from orchestrator.backbone import Backbone, make_backbone
 from orchestrator.errors import BadInput, Unreachable
 from orchestrator.serving.prompt_store import RETRY_SECONDS, ModelNotFound, PromptStore
 from orchestrator.serving.served_prompt import load_prompt
@@ -129,7 +129,8 @@ def test_a_bad_version_is_refused_and_the_old_one_goes_on(
 def test_a_tokenizer_of_another_model_is_refused(backbone: Backbone, make_artifact: Any) -> None:
     """The same weights with another tokenizer would read other text."""
     info = backbone.info
-    other = Backbone(backbone.model, backbone.tokenizer, type(info)(**{**vars(info), "tokenizer_digest": "other"}))
+    changed = type(info)(**{**vars(info), "tokenizer_digest": "other"})
+    other = make_backbone(backbone.model, backbone.tokenizer, changed)
     with pytest.raises(BadInput, match="tokenizer"):
         load_prompt(backbone, make_artifact("p", on=other, verbalizer=SPAM), "p", 1)
 
