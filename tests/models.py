@@ -224,6 +224,13 @@ def backbone_of(family: str, dtype: torch.dtype = torch.float64, prompt_once: bo
     return make_backbone(model, tokenizer, BaseModelInfo("tiny", "main", family, 32, len(tokenizer), CONTEXT, "0", "0"))
 
 
+def save_family(folder: Path, family: str) -> Path:
+    """A tiny random model of any family with its tokenizer, as a model folder."""
+    tiny_model(family, torch.float32).save_pretrained(folder)  # type: ignore[operator]
+    tokenizer_of(family).save_pretrained(folder)
+    return folder
+
+
 def random_prompts(backbone: Backbone, lengths: Sequence[int], seed: int = 0) -> list[Tensor]:
     """One prompt [P, H] for each length, in the backbone's own dtype, ready for gradients."""
     generator = torch.Generator().manual_seed(seed)
