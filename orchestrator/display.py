@@ -80,7 +80,8 @@ def inspection_page(document: Mapping[str, Any]) -> list[str]:
     )
     drift = f"no drift from the start: {printable(document['no_drift'])}" if document["no_drift"] else DRIFT
     return [
-        f"{name}: {document['method']}, {document['num_virtual_tokens']} virtual tokens of {document['base_model']}",
+        f"{name}: {document['method']}, {document['num_virtual_tokens']} virtual tokens of "
+        + printable(document["base_model"]),
         *table(TOKEN_COLUMNS if soft else LAYER_COLUMNS, rows),
         legend,
         drift,
