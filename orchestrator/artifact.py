@@ -18,7 +18,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -108,6 +109,20 @@ class Manifest(Record):
         return {entry.label: entry.text for entry in self.verbalizer}
 
 
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder to write into, which becomes ``folder`` at the end; after an error nothing is left of it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield staging
+        staging.chmod(0o755)
+        os.rename(staging, folder)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
 class PromptArtifact:
     """A loaded, checked prompt: float32 ``tensors`` by name, and its manifest."""
 
@@ -122,18 +137,11 @@ class PromptArtifact:
 
     def save(self, folder: Path) -> Path:
         """Write the artifact whole or not at all; ``folder`` must not exist yet."""
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
+        with whole_folder(folder) as staging:
             tensors = {name: np.ascontiguousarray(tensor, dtype=np.float32) for name, tensor in self.tensors.items()}
             save_file(tensors, staging / WEIGHTS)
             manifest = self.manifest.model_copy(update={"weights_sha256": file_sha256(staging / WEIGHTS)})
             (staging / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-            staging.chmod(0o755)
-            os.rename(staging, folder)
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
         return folder
 
     @classmethod

@@ -182,6 +182,15 @@ def family_of(config: Any) -> Family:
     return "masked" if config.model_type in MASKED else "causal"
 
 
+def usual_family(model_type: str) -> Family:
+    """The family that models of a type usually have, where no configuration is at hand."""
+    from transformers.models.auto import modeling_auto as auto
+
+    if model_type in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+        return "seq2seq"
+    return "masked" if model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES else "causal"
+
+
 def _is_language_model(config: Any) -> bool:
     from transformers.models.auto import modeling_auto as auto
 

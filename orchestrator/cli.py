@@ -189,6 +189,81 @@ def rollback(
     out(f"next: orchestrator models {model}")
 
 
+@app.command("export")
+def export_(
+    model: Annotated[str, typer.Argument(help="NAME, NAME@ALIAS or NAME:VERSION.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write; must not exist.", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """Write a registered prompt as a PEFT adapter folder."""
+    with results_only():
+        from orchestrator.exchange import export_model
+        from orchestrator.registry import Registry
+
+        registry = Registry()
+        registry.check()
+        document = export_model(registry, model, folder)
+    if as_json:
+        return print_json(document)
+    out(f"{document['name']}:{document['version']} is in {folder}, as {document['peft_type']} of PEFT.")
+    out(f"next: PeftModel.from_pretrained(base, {str(folder)!r}) in Python")
+    out(f"  or: orchestrator import {shlex.quote(str(folder))} --name NAME --job JOB   (into another registry)")
+
+
+@app.command("import")
+def import_(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="PEFT adapter folder.", show_default=False)],
+    name: Annotated[str, typer.Option(help="Registered model to make a version of.", show_default=False)],
+    job: Annotated[
+        Path,
+        typer.Option(help="Job spec with the base model, template, target, verbalizer and data.", show_default=False),
+    ],
+    overrides: Overrides = [],  # noqa: B006
+    renamed: Annotated[
+        bool, typer.Option("--renamed-base-model", help="The job's base model is the folder's under another name.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Register a PEFT adapter folder (prompt tuning, prefix tuning or P-tuning)."""
+    from orchestrator.job_file import load_job
+
+    spec = load_job(job, overrides)
+    with results_only():
+        from orchestrator.exchange import import_folder
+        from orchestrator.registry import Registry
+
+        registry = Registry()
+        registry.check()
+        document = import_folder(registry, folder, name, spec, renamed, say)
+    if as_json:
+        return print_json(document)
+    made = f"{document['model']['name']}:{document['model']['version']}"
+    out(f"{made} holds {document['num_virtual_tokens']} virtual tokens of {document['base_model']}.")
+    out(f"next: orchestrator inspect {made}   or   orchestrator serve {made}")
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="NAME, NAME@ALIAS or NAME:VERSION.", show_default=False)],
+    nearest: Annotated[int, typer.Option(min=1, help="Vocabulary tokens to show for each virtual one.")] = 5,
+    base_model: Annotated[str | None, typer.Option(help="Base model, if it lies elsewhere than when tuning.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Read a prompt: the words that its virtual tokens are near, and how far they went from their start."""
+    with results_only():
+        from orchestrator.inspection import inspect_model
+        from orchestrator.registry import Registry
+
+        registry = Registry()
+        registry.check()
+        document = inspect_model(registry, model, nearest, base_model)
+    if as_json:
+        return print_json(document)
+    from orchestrator.display import inspection_page
+
+    _lines(inspection_page(document))
+
+
 @app.command()
 def serve(
     models: Annotated[

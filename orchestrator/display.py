@@ -64,6 +64,55 @@ def _registered(model: dict[str, Any] | None) -> list[str]:
     return [f"registered {model['name']} version {model['version']}{alias}", f"next: {'   or   '.join(steps)}"]
 
 
+# Reading a prompt
+
+
+def inspection_page(document: Mapping[str, Any]) -> list[str]:
+    """Each virtual token with its neighbours, or each layer of a prefix with its lengths; how far they drifted."""
+    name = printable(f"{document['name']}:{document['version']}")
+    soft = bool(document["tokens"])
+    rows = [_token_row(token) for token in document["tokens"]] + [_layer_row(layer) for layer in document["layers"]]
+    legend = (
+        f"nearest: vocabulary tokens by cosine distance; a token of the vocabulary has norm "
+        f"{document['vocabulary_norm']:.3g} on average"
+        if soft
+        else "a prefix has keys and values and no embeddings: mean norms of a head's, next to those of real tokens"
+    )
+    drift = f"no drift from the start: {printable(document['no_drift'])}" if document["no_drift"] else DRIFT
+    return [
+        f"{name}: {document['method']}, {document['num_virtual_tokens']} virtual tokens of "
+        + printable(document["base_model"]),
+        *table(TOKEN_COLUMNS if soft else LAYER_COLUMNS, rows),
+        legend,
+        drift,
+        f"next: orchestrator models {name}   or   orchestrator serve {name}",
+    ]
+
+
+DRIFT = "drift: cosine with the start, and the norm of the difference over the start's"
+TOKEN_COLUMNS = ("token", "norm", "cosine", "moved", "nearest")
+LAYER_COLUMNS = ("attention", "layer", "key", "real key", "value", "real value", "cosine", "moved")
+
+
+def _token_row(token: Mapping[str, Any]) -> tuple[Any, ...]:
+    near = "  ".join(
+        f"{json.dumps(one['token'], ensure_ascii=False)} {one['distance']:.3f}" for one in token["nearest"]
+    )
+    return token["place"], f"{token['norm']:.3g}", *_drift_cells(token["drift"]), near
+
+
+def _layer_row(layer: Mapping[str, Any]) -> tuple[Any, ...]:
+    norms = (layer[key] for key in ("key_norm", "real_key_norm", "value_norm", "real_value_norm"))
+    return layer["site"], layer["layer"], *(f"{norm:.3g}" for norm in norms), *_drift_cells(layer["drift"])
+
+
+def _drift_cells(drift: Mapping[str, float] | None) -> tuple[str, str]:
+    if drift is None:
+        return "", ""
+    moved = f"{drift['norm'] / drift['start_norm']:.2f}" if drift["start_norm"] else "from 0"
+    return f"{drift['cosine']:.3f}", moved
+
+
 # Registry
 
 

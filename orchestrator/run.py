@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from orchestrator import __version__
-from orchestrator.artifact import BaseModelRecord, DataRecord, Manifest, PromptArtifact, VerbalizerEntry
+from orchestrator.artifact import BaseModelRecord, Manifest, PromptArtifact
 from orchestrator.base_model import BaseModelInfo, looks_like_path
 from orchestrator.errors import JobFailed
 from orchestrator.registry import Registry, SearchLog
 from orchestrator.search.cluster_session import ray_session, searches_folder
 from orchestrator.search.outcome import Outcome, TrialRecord
-from orchestrator.search.prepare import Prepared, prepare
+from orchestrator.search.prepare import Prepared, data_record, prepare, verbalizer_entries
 from orchestrator.search.search import Running, placed, running
 from orchestrator.search.study import Listener
 from orchestrator.space import TrialSpec, init_artifacts
@@ -263,23 +263,18 @@ class Pipeline:
             return self.registry.register(artifact, self.job.model_name, run_id)
 
     def _manifest(self, record: TrialRecord, test: Metrics, baselines: dict[str, Any], info: BaseModelInfo) -> Manifest:
-        data, verbalizer = self.job.data, self.prepared.task.encoder.verbalizer
-        entries = verbalizer and zip(verbalizer.labels, verbalizer.texts, strict=True)
+        data = self.job.data
         return Manifest(
             method=self.job.method,
             num_virtual_tokens=record.spec.num_virtual_tokens,
             config=record.spec.config(),
             template=data.template,
             target=data.target,
-            verbalizer=tuple(VerbalizerEntry(label=label, text=text) for label, text in entries) if entries else None,
+            verbalizer=verbalizer_entries(self.prepared.task.encoder),
             max_input_tokens=data.max_input_tokens,
             max_target_tokens=data.max_target_tokens,
             base_model=BaseModelRecord(**asdict(info)),
-            data=DataRecord(
-                path=data.path if isinstance(data.path, str) else data.path.model_dump_json(exclude_none=True),
-                fingerprint=self.prepared.rows.fingerprint,
-                rows=self.prepared.rows.counts,
-            ),
+            data=data_record(data, self.prepared.rows),
             metrics={"validation": record.metrics, "test": test},
             baselines={name: {split: found[split] for split in SPLITS} for name, found in baselines.items()},
             steps=record.best_step,

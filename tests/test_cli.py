@@ -88,6 +88,7 @@ def test_version_and_help(command: Command) -> None:
     """The version on one line; help names every verb."""
     assert command("--version").out.startswith("orchestrator 0.")
     shown = command("--help").out
-    for verb in ("validate", "run", "models", "promote", "rollback", "serve", "query", "ui", "doctor", "schema"):
+    registry = ("models", "promote", "rollback", "export", "import", "inspect")
+    for verb in ("validate", "run", *registry, "serve", "query", "ui", "doctor", "schema"):
         assert f" {verb} " in shown
     assert command().code in (0, 2)  # without a verb: the help

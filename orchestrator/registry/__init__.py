@@ -5,7 +5,7 @@ Importing it is cheap: mlflow itself is imported by the first call that needs th
 
 from orchestrator.registry.records import AliasOutcome, ModelSummary, UiCommand, VersionDetail, VersionSummary
 from orchestrator.registry.refs import ModelRef, parse_ref, printable
-from orchestrator.registry.registry import CHAMPION, Registry
+from orchestrator.registry.registry import CHAMPION, Registry, check_name
 from orchestrator.registry.search_log import SearchLog
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "UiCommand",
     "VersionDetail",
     "VersionSummary",
+    "check_name",
     "parse_ref",
     "printable",
 ]

@@ -106,8 +106,7 @@ class Registry:
         description: str | None = None,
     ) -> int:
         """Make the artifact a new version of the registered model, which is made when it doesn't exist yet."""
-        if not re.fullmatch(NAME_PATTERN, name):
-            raise BadInput(f"{printable(name)!r} can't name a registered model", f"allowed: {NAME_PATTERN}")
+        check_name(name)
         with self._store.translating(f"registering {name}"):
             return publish(self._store, artifact, name, run_id, tags or {}, description)
 
@@ -322,6 +321,12 @@ class Registry:
         if store.registry_uri != store.tracking_uri:
             env["MLFLOW_REGISTRY_STORE_URI"] = store.registry_uri
         return UiCommand(argv, env)
+
+
+def check_name(name: str) -> None:
+    """BadInput for a name that no registered model may have."""
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise BadInput(f"{printable(name)!r} can't name a registered model", f"allowed: {NAME_PATTERN}")
 
 
 def check_alias(alias: str) -> None:

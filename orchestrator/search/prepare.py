@@ -10,15 +10,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from orchestrator.artifact import PromptArtifact
+from orchestrator.artifact import DataRecord, PromptArtifact, VerbalizerEntry
 from orchestrator.base_model import ModelSource, resolve_model
 from orchestrator.data.dataset import SPLITS, RowSplits, load_rows
 from orchestrator.data.encoding import Encoder, check_context, check_generation, make_encoder, reference_texts
 from orchestrator.errors import BadInput
+from orchestrator.peft_folder import is_peft, read_peft
 from orchestrator.prompts import Method
 from orchestrator.quickstart import quickstart_model
 from orchestrator.space import TrialSpec, init_artifacts, init_texts, longest, trials
-from orchestrator.spec import QUICKSTART, JobSpec
+from orchestrator.spec import QUICKSTART, DataSpec, JobSpec
 from orchestrator.tuning.engine import Task
 from orchestrator.tuning.generate import Decoding
 
@@ -65,7 +66,7 @@ def prepare(job: JobSpec, artifacts: Mapping[str, Path] | None = None) -> Prepar
         check_context(encoder, task.instructed[text], 0, context)
     if job.generates:
         _prepare_generation(job, task, rows, source)
-    return Prepared(_found_anywhere(job, source), trials(job.search), source, rows, task, instructions, making_s)
+    return Prepared(found_anywhere(job, source), trials(job.search), source, rows, task, instructions, making_s)
 
 
 def _method(job: JobSpec, encoder: Encoder) -> Method:
@@ -77,14 +78,19 @@ def _artifacts(job: JobSpec, folders: Mapping[str, Path] | None) -> dict[str, di
     """The tensors of the prompts that trials start from."""
     found = {}
     for reference in init_artifacts(job.search.space):
-        artifact = PromptArtifact.load((folders or {}).get(reference) or Path(reference))
-        found[reference] = {name: torch.from_numpy(array) for name, array in artifact.tensors.items()}
+        found[reference] = stored_tensors((folders or {}).get(reference) or Path(reference))
         if job.method != "prefix_tuning" and "prompt" not in found[reference]:
             raise BadInput(
                 f"search.space.init artifact {reference!r} is a prefix and can't start method {job.method}",
                 "choose a prompt of prompt_tuning or p_tuning, or set method prefix_tuning",
             )
     return found
+
+
+def stored_tensors(folder: Path) -> dict[str, Tensor]:
+    """The named tensors of an artifact, or of one of PEFT's folders. BadInput for a folder that is neither."""
+    arrays = (read_peft(folder) if is_peft(folder) else PromptArtifact.load(folder)).tensors
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def _prepare_generation(job: JobSpec, task: Task, rows: RowSplits, source: ModelSource) -> None:
@@ -104,7 +110,21 @@ def _prepare_generation(job: JobSpec, task: Task, rows: RowSplits, source: Model
         splits.update(found)
 
 
-def _found_anywhere(job: JobSpec, source: ModelSource) -> JobSpec:
+def data_record(data: DataSpec, rows: RowSplits) -> DataRecord:
+    """What an artifact says of the rows that it belongs to."""
+    path = data.path if isinstance(data.path, str) else data.path.model_dump_json(exclude_none=True)
+    return DataRecord(path=path, fingerprint=rows.fingerprint, rows=rows.counts)
+
+
+def verbalizer_entries(encoder: Encoder) -> tuple[VerbalizerEntry, ...] | None:
+    """The encoder's verbalizer as an artifact has it."""
+    if (verbalizer := encoder.verbalizer) is None:
+        return None
+    pairs = zip(verbalizer.labels, verbalizer.texts, strict=True)
+    return tuple(VerbalizerEntry(label=label, text=text) for label, text in pairs)
+
+
+def found_anywhere(job: JobSpec, source: ModelSource) -> JobSpec:
     """The job with a local model folder as an absolute path: workers and servers have other working directories.
 
     BadInput when the folder holds no weights; a hub's are fetched by the worker.

@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import CONTEXT
+import torch
+from models import CONTEXT, load, model_folder
+from peft import PeftConfig, PrefixTuningConfig, PromptEncoderConfig, get_peft_model
+from safetensors.torch import load_file
 from small_jobs import job_document, small_job
+from transformers import AutoModelForCausalLM
 
 import orchestrator.quickstart
 from orchestrator.errors import BadInput
+from orchestrator.prompts.inits import InitContext, initial_prefix, initial_prompt
 from orchestrator.quickstart import Recipe
 from orchestrator.search.prepare import prepare
 from orchestrator.spec import JobSpec
@@ -77,3 +82,36 @@ def test_making_the_quickstart_model_is_timed_apart(tmp_path: Path, monkeypatch:
     assert making_s > 0.01
     assert prepare(job).making_s < making_s / 2
     assert prepare(small_job(tmp_path)).making_s < making_s / 2
+
+
+def peft_folder(folder: Path, config: PeftConfig) -> Path:
+    """A prompt of PEFT's for the small jobs' base model, as it drew it."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32)
+    get_peft_model(model, config).save_pretrained(str(folder))
+    return folder
+
+
+def test_trials_start_from_a_peft_folder(tmp_path: Path) -> None:
+    """``init: {artifact: FOLDER}`` takes one of PEFT's: the trial's first prompt is what PEFT saved."""
+    config = PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=4)
+    folder = peft_folder(tmp_path / "adapter", config)
+    space = {"init": {"artifact": str(folder)}, "num_virtual_tokens": 3}
+    prepared = prepare(small_job(tmp_path, search__space=space))
+    saved = load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]
+    assert torch.equal(prepared.task.artifacts[str(folder)]["prompt"], saved)
+    context = InitContext.of(load(model_folder()), [], prepared.task.artifacts)
+    assert torch.equal(initial_prompt(prepared.trials[0], context), saved)
+
+
+def test_a_peft_prefix_starts_prefixes_only(tmp_path: Path) -> None:
+    """A prefix can't start a soft prompt; with method prefix_tuning its keys and values are the start."""
+    folder = peft_folder(tmp_path / "adapter", PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    space = {"init": {"artifact": str(folder)}, "num_virtual_tokens": 3}
+    with pytest.raises(BadInput, match="is a prefix and can't start method prompt_tuning"):
+        prepare(small_job(tmp_path, search__space=space))
+    prepared = prepare(small_job(tmp_path, search__space=space, method="prefix_tuning"))
+    context = InitContext.of(load(model_folder()), [], prepared.task.artifacts)
+    found = initial_prefix(prepared.trials[0], context)["decoder"]
+    assert found.shape == (2, 2, 2, 3, 8)
+    saved = load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]
+    assert torch.equal(found.permute(3, 0, 1, 2, 4).flatten(1), saved)

@@ -1,0 +1,106 @@
+"""Registered prompts out to PEFT's adapter folders, and such folders in."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from orchestrator import __version__
+from orchestrator.artifact import BaseModelRecord, PromptArtifact
+from orchestrator.backbone import Backbone, default_device, load_backbone
+from orchestrator.base_model import resolve_model
+from orchestrator.data.dataset import RowSplits, load_rows
+from orchestrator.data.encoding import Encoder, make_encoder
+from orchestrator.peft_folder import export_peft, import_peft, read_peft
+from orchestrator.registry import Registry, check_name
+from orchestrator.search.prepare import data_record, found_anywhere, verbalizer_entries
+from orchestrator.serving.served_prompt import load_prompt
+from orchestrator.spec import JobSpec
+
+Say = Callable[[str], None]
+
+
+def export_model(registry: Registry, model: str, folder: Path) -> dict[str, Any]:
+    """Write a registered prompt as a PEFT folder; returns the document of ``export --json``.
+
+    BadInput for a prompt that PEFT can't express, and for a folder that exists.
+    """
+    version = registry.resolve(model)
+    artifact = PromptArtifact.load(registry.fetch(version.name, version.version))
+    export_peft(artifact, folder)
+    written = read_peft(folder).config
+    return {
+        "name": version.name,
+        "version": version.version,
+        "folder": str(folder.resolve()),
+        "peft_type": written.peft_type,
+        "task_type": written.task_type,
+        "num_virtual_tokens": written.num_virtual_tokens,
+        "base_model": written.base_model_name_or_path,
+    }
+
+
+def import_folder(registry: Registry, folder: Path, name: str, job: JobSpec, renamed: bool, say: Say) -> dict[str, Any]:
+    """Register a PEFT folder as a version of ``name``; returns the document of ``import --json``.
+
+    Base model, template, target, verbalizer and rows are the job's. The prompt is tried on the base model before it is
+    registered; its metrics are unknown until it is evaluated. ``renamed`` is ``import_peft``'s.
+    """
+    check_name(name)
+    read_peft(folder)  # what is broken is refused before a model is loaded
+    rows = load_rows(job.data)
+    say("loading the base model")
+    job, encoder, backbone = _loaded(job, rows)
+    artifact = import_peft(
+        folder,
+        base_model=BaseModelRecord(**asdict(backbone.info)),
+        template=job.data.template,
+        target=job.data.target,
+        verbalizer=verbalizer_entries(encoder),
+        max_input_tokens=job.data.max_input_tokens,
+        max_target_tokens=job.data.max_target_tokens,
+        data=data_record(job.data, rows),
+        orchestrator_version=__version__,
+        renamed=renamed,
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        saved = artifact.save(Path(scratch) / "prompt")
+        load_prompt(backbone, saved, name, 0)
+        return _registered(registry, artifact, saved, folder, name, job, say)
+
+
+def _loaded(job: JobSpec, rows: RowSplits) -> tuple[JobSpec, Encoder, Backbone]:
+    """The job with its base model by a name that other processes find too, its encoder, and the model."""
+    job = found_anywhere(job, resolve_model(job.base_model))
+    source = resolve_model(job.base_model)
+    encoder = make_encoder(job.data, rows, source.tokenizer(), source.family)
+    return job, encoder, load_backbone(source, default_device(), job.base_model.dtype)
+
+
+def _registered(
+    registry: Registry, artifact: PromptArtifact, saved: Path, folder: Path, name: str, job: JobSpec, say: Say
+) -> dict[str, Any]:
+    """In a run of its own, in the experiment of the model's name; with the alias that a search would have given it."""
+    manifest = artifact.manifest
+    params = {
+        "imported_from": str(folder.resolve()),
+        "method": manifest.method,
+        "base_model": manifest.base_model.id,
+        "num_virtual_tokens": manifest.num_virtual_tokens,
+        "template": manifest.template,
+    }
+    with registry.start_search(name, params, {"orchestrator.version": __version__}) as log:
+        version = registry.register(saved, name, log.run_id)
+    metric, better = job.search.metric, job.search.better
+    outcome = registry.auto_alias(name, version, job.registry.alias, metric, better)
+    say(outcome.reason)
+    return {
+        "model": {"name": name, "version": version, "alias": outcome.alias},
+        "folder": str(folder.resolve()),
+        "method": manifest.method,
+        "num_virtual_tokens": manifest.num_virtual_tokens,
+        "base_model": manifest.base_model.id,
+    }
