@@ -176,13 +176,15 @@ class CausalBackbone(Backbone):
             mask = torch.cat([part.mask(rows.prompt), mask], dim=1)
             positions = positions + part.lengths[rows.prompt][:, None]
             cache = _cache(part.of_rows(rows.prompt))
+        width = rows.ids.shape[1]
         out = self.model(
             **self._entering(prompts, rows),
             attention_mask=mask.long(),
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=keep,
+            # Places and not a count: of a view, torch would take the head's frozen matrix once for every row.
+            logits_to_keep=torch.arange(width - keep, width, device=self.device),
         )
         return out, mask, positions
 

@@ -1,12 +1,29 @@
-"""Two ways of doing the same, measured in turn in one process, so that a machine's drift hits both."""
+"""Ways of doing the same, measured in turn in one process, so that a machine's drift hits all of them."""
 
 from __future__ import annotations
 
+import json
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a benchmark's table: what was measured, the columns to show, and all that the JSON keeps besides."""
+
+    name: str
+    shown: dict[str, float | str]
+    kept: dict[str, Any] = field(default_factory=dict)
+
+    def document(self) -> dict[str, Any]:
+        return {"name": self.name, **self.shown, **self.kept}
 
 
 @dataclass
@@ -30,22 +47,64 @@ class Comparison:
         each = [peer / ours for ours, peer in zip(self.ours, self.peer, strict=True)]
         return min(each), statistics.median(each), max(each)
 
-    def document(self) -> dict[str, Any]:
+    def line(self, **more: float | str) -> Line:
+        """How many times faster ours is, with the spread over the pairs, and further columns."""
         low, median, high = self.ratios()
-        return {**vars(self), "ratio": {"min": low, "median": median, "max": high}}
+        shown = {"ours, ms": self.ours_ms, "peer, ms": self.peer_ms, "times faster": median}
+        spread = {"spread": f"{low:.2f} to {high:.2f}"}
+        seconds = {"ours, s": self.ours, "peer, s": self.peer, "ratio": {"min": low, "median": median, "max": high}}
+        return Line(self.name, {**shown, **spread, **more}, seconds)
 
 
-def compare(name: str, ours: Callable[[], Any], peer: Callable[[], Any], pairs: int = 7) -> Comparison:
+def compare(name: str, ours: Callable[[], Any], peer: Callable[[], Any], pairs: int) -> Comparison:
     """Alternate the two, after one run of each that does not count."""
     ours(), peer()
     comparison = Comparison(name)
     for _ in range(pairs):
-        comparison.ours.append(_seconds(ours))
-        comparison.peer.append(_seconds(peer))
+        comparison.ours.append(seconds(ours))
+        comparison.peer.append(seconds(peer))
     return comparison
 
 
-def _seconds(call: Callable[[], Any]) -> float:
+def seconds(call: Callable[[], Any]) -> float:
+    """How long a call takes, its work on the accelerator included."""
+    _finish()
     start = time.perf_counter()
     call()
+    _finish()
     return time.perf_counter() - start
+
+
+def _finish() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def in_fresh_process(module: str, arguments: dict[str, Any]) -> dict[str, float]:
+    """What ``python -m module`` prints as JSON for JSON arguments. Memory that a process took is not given back."""
+    command = [sys.executable, "-m", module, json.dumps(arguments)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def table(lines: Sequence[Line]) -> list[str]:
+    """The lines under one heading for each set of columns."""
+    printed: list[str] = []
+    heading: list[str] = []
+    for line in lines:
+        if list(line.shown) != heading:
+            heading = list(line.shown)
+            printed.append(f"{'what':58}" + "".join(f" {_width(column, column)}" for column in heading))
+        printed.append(f"{line.name:58}" + "".join(f" {_width(_text(line.shown[at]), at)}" for at in heading))
+    return printed
+
+
+def _width(text: str, column: str) -> str:
+    return f"{text:>{max(14, len(column) + 2)}}"
+
+
+def _text(value: float | str) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"

@@ -1,89 +1,128 @@
-"""A training step: ours against PEFT's prompt tuning on the same model, rows, prompt and threads.
+"""A training step of one trial: ours against PEFT's on the same model, rows, prompt and threads.
 
-Both sides compute the same loss and gradient (tests prove it). PEFT concatenates the prompt to every row and computes
-every logit; ours runs the prompt once and computes the logits of the target. The packed step is compared with the same
-trials one after another, on our own engine.
+Both sides compute the same loss and gradient (tests prove it). PEFT puts the prompt in front of every row and computes
+every logit; ours runs the prompt once and computes the logits of the target. How much faster operations alone make it is
+counted (``operations``); the last column says what share of that is reached. More than all of it: what is no matrix
+product, and memory, cost PEFT more too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
 import torch
-from peft import PromptTuningConfig, TaskType, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import nn
 
-from orchestrator.backbone import Backbone
-from orchestrator.base_model import BaseModelInfo
+from orchestrator.backbone import CausalBackbone, default_device
 from orchestrator.data.encoding import Encoded
+from orchestrator.prompts import InitContext, Method, Prompt, make_prompt
+from orchestrator.space import TrialSpec
 from orchestrator.tuning.step import packed_gradients
-from tests.benchmarks.measure import Comparison, compare
+from tests.benchmarks import operations
+from tests.benchmarks.measure import Line, compare
+from tests.benchmarks.subjects import MIDDLE, Size, backbone_of, make_model, make_rows
 
-WIDTH, LAYERS, VOCABULARY, INPUT, ROWS = 256, 6, 16_000, 32, 32
-
-
-class Pads:
-    """All of a tokenizer that a step needs."""
-
-    pad_token_id = 0
+TARGET = 2  # tokens of a row's target
+HIDDEN = 512  # of P-tuning's network
 
 
-def comparisons() -> list[Comparison]:
+@dataclass(frozen=True)
+class Case:
+    """One line: a method and how many virtual tokens it has."""
+
+    method: Literal["prompt_tuning", "prefix_tuning", "p_tuning"]
+    length: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}, {self.length} virtual tokens"
+
+
+CASES = (
+    *(Case("prompt_tuning", length) for length in (1, 20, 100)),
+    Case("prefix_tuning", 20),
+    Case("p_tuning", 20),
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How large, and which lines."""
+
+    size: Size = MIDDLE
+    inputs: int = 32
+    rows: int = 32
+    pairs: int = 3
+    cases: tuple[Case, ...] = CASES
+    device: torch.device = field(default_factory=default_device)
+
+
+def lines(setting: Setting) -> list[Line]:
     torch.manual_seed(0)
-    torch.set_num_threads(torch.get_num_threads())
-    backbone = _backbone()
-    against_peft = [_against_peft(backbone, length) for length in (1, 20, 100)]
-    return [*against_peft, *(_packed(backbone, trials) for trials in (4, 8))]
+    model = make_model(setting.size, setting.device)
+    backbone = backbone_of(model)
+    # Rows of one length, so that PEFT's left padding plays no part.
+    rows = make_rows(setting.rows, setting.size.vocabulary, setting.inputs)
+    return [_line(setting, case, backbone, rows) for case in setting.cases]
 
 
-def _config() -> LlamaConfig:
-    return LlamaConfig(
-        hidden_size=WIDTH, intermediate_size=688, num_hidden_layers=LAYERS, num_attention_heads=8,
-        num_key_value_heads=4, vocab_size=VOCABULARY, max_position_embeddings=512, tie_word_embeddings=True,
-    )  # fmt: skip
+def _line(setting: Setting, case: Case, backbone: CausalBackbone, rows: Encoded) -> Line:
+    weights = operations.Weights.of(backbone.model)
+    shape = (weights, case.length, setting.inputs, TARGET, setting.rows)
+    prefix = case.method == "prefix_tuning"
+    allowed = operations.repeated(*shape, prefix=prefix) / operations.once(*shape, prefix=prefix)
+    ours = our_step(backbone, our_prompt(backbone, case), rows)
+    comparison = compare(case.name, ours, peft_step(backbone, case, rows), setting.pairs)
+    reached = comparison.ratios()[1] / allowed
+    return comparison.line(**{"allowed": allowed, "share reached": f"{reached:.0%}"})
 
 
-def _backbone() -> Backbone:
-    model = LlamaForCausalLM(_config())
-    info = BaseModelInfo("bench", "main", "llama", WIDTH, VOCABULARY, 512, "", "")
-    return Backbone(model, Pads(), info)
+def our_prompt(backbone: CausalBackbone, case: Case) -> Prompt:
+    """The same parameters as PEFT's: a prefix without a network, P-tuning through three linear layers."""
+    network: Literal["none", "mlp"] = "mlp" if case.method == "p_tuning" else "none"
+    method = Method(case.method, network, HIDDEN if case.method == "p_tuning" else None)
+    spec = TrialSpec("random", None, case.length, 0.1, 0)
+    return make_prompt(method, spec, InitContext.of(backbone, [[1], [2]])).to(backbone.device)
 
 
-def _rows(count: int) -> Encoded:
-    """Rows of one length, so that PEFT's left padding plays no part."""
-    ids = torch.randint(1, VOCABULARY, (count, INPUT)).tolist()
-    return Encoded([list(row) for row in ids], [[int(row[0]), 2] for row in ids], [0] * count)
+def our_step(backbone: CausalBackbone, prompt: Prompt, rows: Encoded) -> Callable[[], float]:
+    """Loss and gradient of one trial."""
+
+    def step() -> float:
+        prompt.zero_grad()
+        return packed_gradients(backbone, [prompt()], [list(range(len(rows)))], rows)[0]
+
+    return step
 
 
-def _against_peft(backbone: Backbone, length: int) -> Comparison:
-    rows = _rows(ROWS)
-    prompt = torch.randn(length, WIDTH).mul_(0.02).requires_grad_()
-    tuned = LlamaForCausalLM(_config())
-    tuned.load_state_dict(backbone.model.state_dict())
-    peft = get_peft_model(tuned, PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=length))
+def peft_step(backbone: CausalBackbone, case: Case, rows: Encoded) -> Callable[[], float]:
+    """The same with PEFT, around the same weights."""
+    tuned = peft_model(backbone, case)
     ids = torch.tensor([[*row, *target] for row, target in zip(rows.inputs, rows.targets, strict=True)])
+    ids = ids.to(backbone.device)
     labels = ids.clone()
-    labels[:, :INPUT] = -100
+    labels[:, :-TARGET] = -100
 
-    def peer() -> None:
-        peft.zero_grad()
-        peft(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss.backward()
+    def step() -> float:
+        tuned.zero_grad()
+        loss = tuned(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
+        loss.backward()
+        return float(loss.detach())
 
-    def ours() -> None:
-        prompt.grad = None
-        packed_gradients(backbone, [prompt], [list(range(ROWS))], rows)
-
-    return compare(f"step against PEFT, {length} virtual tokens", ours, peer)
+    return step
 
 
-def _packed(backbone: Backbone, trials: int) -> Comparison:
-    rows = _rows(trials * 4)
-    prompts = [torch.randn(20, WIDTH).mul_(0.02).requires_grad_() for _ in range(trials)]
-    batches = [list(range(trial * 4, trial * 4 + 4)) for trial in range(trials)]
+def peft_model(backbone: CausalBackbone, case: Case) -> nn.Module:
+    """The backbone's model in PEFT's wrapper, whose prompt is drawn anew."""
+    import peft
 
-    def ours() -> None:
-        packed_gradients(backbone, prompts, batches, rows)
-
-    def peer() -> None:
-        for prompt, batch in zip(prompts, batches, strict=True):
-            packed_gradients(backbone, [prompt], [batch], rows)
-
-    return compare(f"{trials} trials of 4 rows packed against one by one", ours, peer)
+    common: dict[str, Any] = {"task_type": peft.TaskType.CAUSAL_LM, "num_virtual_tokens": case.length}
+    config = {
+        "prompt_tuning": lambda: peft.PromptTuningConfig(**common),
+        "prefix_tuning": lambda: peft.PrefixTuningConfig(**common),
+        "p_tuning": lambda: peft.PromptEncoderConfig(encoder_hidden_size=HIDDEN, **common),
+    }[case.method]()
+    wrapped: nn.Module = peft.get_peft_model(backbone.model, config).to(backbone.device)
+    return wrapped

@@ -1,0 +1,71 @@
+"""The most memory that a packed step takes, in a process of its own: ``python -m tests.benchmarks.memory JSON``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from orchestrator.backbone import default_device
+from orchestrator.tuning.step import packed_gradients
+from tests.benchmarks.measure import in_fresh_process
+from tests.benchmarks.subjects import SIZES, batches, make_backbone, make_prompts, make_rows
+
+MEGABYTE = 2**20
+
+
+@dataclass(frozen=True)
+class Step:
+    """``trials`` prompts with ``rows`` rows each, of a model named in ``SIZES``."""
+
+    size: str
+    trials: int
+    rows: int
+    shortest: int
+    longest: int
+    prompt: int
+
+
+def measured(step: Step) -> dict[str, float]:
+    """``weights`` in megabytes, and what a step takes ``above`` what is held before it; in a fresh process."""
+    return in_fresh_process("tests.benchmarks.memory", asdict(step))
+
+
+def measure_here(step: Step) -> dict[str, float]:
+    """The same in this process, whose earlier peaks then still show where the system can't forget them."""
+    device = default_device()
+    backbone = make_backbone(SIZES[step.size], device)
+    count = step.trials * step.rows
+    split = make_rows(count, SIZES[step.size].vocabulary, step.shortest, step.longest)
+    prompts = make_prompts(backbone, step.trials, step.prompt)
+    packed_gradients(backbone, prompts[:1], [[0]], split)  # what the first step alone allocates
+    before = _forget_peak(device)
+    packed_gradients(backbone, prompts, batches(step.trials, step.rows, count), split)
+    weights = sum(parameter.nbytes for parameter in backbone.model.parameters())
+    return {"weights": weights / MEGABYTE, "above": (_peak(device) - before) / MEGABYTE}
+
+
+def _forget_peak(device: torch.device) -> int:
+    """Start a new peak; returns the bytes held now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else _status("VmHWM")
+
+
+def _status(name: str) -> int:
+    """A line of /proc/self/status, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure_here(Step(**json.loads(sys.argv[1])))))
