@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from orchestrator.peft_folder import IMPORTED
 from orchestrator.progress import duration
 from orchestrator.registry import ModelSummary, VersionDetail, VersionSummary, printable
 from orchestrator.space import TrialSpec
@@ -169,7 +170,7 @@ def versions_table(name: str, versions: Sequence[VersionSummary]) -> list[str]:
 
 def _config_label(config: dict[str, Any]) -> str:
     try:
-        return TrialSpec.from_config(config).label()
+        return "imported from PEFT" if IMPORTED in config else TrialSpec.from_config(config).label()
     except Exception:  # whoever may edit tags may put anything here, and a listing goes on
         return ""
 

@@ -12,11 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import model_folder, small_config, tiny_tokenizer
+from models import FAMILIES, MASKED, SEQ2SEQ, model_folder, small_config, tiny_tokenizer
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from orchestrator.backbone import load_backbone
-from orchestrator.base_model import NO_LIMIT, ModelSource, looks_like_path, resolve_model, tokenizer_digest
+from orchestrator.base_model import (
+    NO_LIMIT,
+    ModelSource,
+    family_of,
+    looks_like_path,
+    resolve_model,
+    tokenizer_digest,
+    usual_family,
+)
 from orchestrator.errors import BadInput
 from orchestrator.spec import BaseModelSpec
 
@@ -242,6 +250,12 @@ def test_the_width_is_that_of_the_embeddings(folder: Path) -> None:
     assert resolve(folder).info("").hidden_size == 16
     small_config("gpt2").save_pretrained(folder)
     assert resolve(folder).info("").hidden_size == 32
+
+
+@pytest.mark.parametrize("model_type", [*FAMILIES, *SEQ2SEQ, *MASKED])
+def test_the_usual_family_is_the_configurations(model_type: str) -> None:
+    """What a model's type alone says agrees with what its configuration says."""
+    assert usual_family(model_type) == family_of(small_config(model_type))
 
 
 def test_tokenizer_digest_sees_any_change(folder: Path) -> None:

@@ -137,7 +137,7 @@ def test_export_and_import(store: Store, command: Command, tmp_path: Path, name:
     assert again.manifest.data.rows == {"train": 40, "validation": 16, "test": 16}
     assert again.manifest.metrics == {} and again.manifest.base_model == original.manifest.base_model
     shown = command("models", f"{name}-again:1")
-    assert shown.code == 0 and str(model_folder()) in shown.out
+    assert shown.code == 0 and str(model_folder()) in shown.out and "imported from PEFT" in shown.out
     second = command("import", tmp_path / "adapter", "--name", f"{name}-again", "--job", store.job)
     assert "stays: it has no test loss" in second.err
     assert second.out.splitlines()[-1].startswith(f"next: orchestrator inspect {name}-again:2")
