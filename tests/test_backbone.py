@@ -165,6 +165,21 @@ def test_both_ways_equal_peft(family: str, prompt_once: bool) -> None:
     close(prompt.grad, weight.grad, 2e-6)
 
 
+@pytest.mark.parametrize("family", sorted(PROMPT_ONCE_FAMILIES))
+@pytest.mark.parametrize("prompt_once", [True, False], ids=["once", "concatenated"])
+def test_the_head_reads_its_matrix_once(family: str, prompt_once: bool) -> None:
+    """What enters the head is contiguous: of a view, torch would make a product with the whole matrix for every row."""
+    backbone = tiny_backbone(family, prompt_once=prompt_once)
+    entered: list[Tensor] = []
+    head = backbone.model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0]))
+    try:
+        packed_gradients(backbone, random_prompts(backbone, LENGTHS), ROWS_OF, SPLIT)
+    finally:
+        hook.remove()
+    assert any(hidden.shape[1] > 1 for hidden in entered) and all(hidden.is_contiguous() for hidden in entered)
+
+
 @pytest.mark.parametrize("prompt_once", [True, False], ids=["once", "concatenated"])
 def test_padding_and_company_change_nothing(prompt_once: bool) -> None:
     """A row's logits are the same alone, beside longer rows, and beside rows with longer prompts."""

@@ -1,7 +1,7 @@
 """How much of an accelerator's arithmetic a packed step uses, at 100 million and a billion parameters.
 
-Model FLOPs utilisation with 4 N operations a token (``operations``, attention left out): ``MFU`` counts every token that
-was computed, padding included; ``useful`` counts only tokens that are no padding.
+Model FLOPs utilisation with 4 N operations a token (``operations``, attention left out): ``MFU`` counts every token
+that was computed, padding included; ``useful`` counts only tokens that are no padding.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """A training step of one trial: ours against PEFT's on the same model, rows, prompt and threads.
 
 Both sides compute the same loss and gradient (tests prove it). PEFT puts the prompt in front of every row and computes
-every logit; ours runs the prompt once and computes the logits of the target. How much faster operations alone make it is
-counted (``operations``); the last column says what share of that is reached. More than all of it: what is no matrix
-product, and memory, cost PEFT more too.
+every logit; ours runs the prompt once and computes the logits of the target. How much faster that is by its operations
+is counted (``operations``); the last column says what share of that is reached. It can be more than all of it: what is
+no matrix product, and memory, cost PEFT more too.
 """
 
 from __future__ import annotations
