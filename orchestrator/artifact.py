@@ -76,6 +76,20 @@ class DataRecord(Record):
     rows: dict[str, int]
 
 
+class ReparameterizationRecord(Record):
+    """The network that made the prompt in training."""
+
+    type: Literal["none", "mlp", "lstm"] = "none"
+    hidden_size: int | None = None
+
+
+class GenerationRecord(Record):
+    """How evaluations generated texts."""
+
+    max_tokens: int = Field(ge=1)
+    num_beams: int = Field(ge=1)
+
+
 class Manifest(Record):
     """What a prompt needs besides its weights, and where it came from."""
 
@@ -84,6 +98,7 @@ class Manifest(Record):
     num_virtual_tokens: int = Field(ge=1)
     config: dict[str, Any]
     """The trial's configuration: init, num_virtual_tokens, learning_rate, seed."""
+    reparameterization: ReparameterizationRecord = ReparameterizationRecord()
     template: str
     target: str
     verbalizer: tuple[VerbalizerEntry, ...] | None
@@ -95,6 +110,8 @@ class Manifest(Record):
     """Split to metric to value, e.g. {"test": {"accuracy": 0.97}}."""
     baselines: dict[str, dict[str, dict[str, float]]]
     """Baseline to split to metric to value, e.g. {"zero_shot": {"test": {"accuracy": 0.23}}}."""
+    generation: GenerationRecord | None = None
+    """None where no metric compares generated texts."""
     steps: int = Field(ge=0)
     search: str
     trial: str

@@ -21,8 +21,8 @@ from orchestrator.backbone import Backbone, PromptTensors, default_device, load_
 from orchestrator.base_model import looks_like_path, resolve_model
 from orchestrator.errors import BadInput, OrchestratorError
 from orchestrator.peft_folder import IMPORTED
-from orchestrator.prompts import InitContext
-from orchestrator.prompts.inits import frequent_ids, initial_prefix, initial_prompt
+from orchestrator.prompts import InitContext, Method, make_prompt
+from orchestrator.prompts.inits import frequent_ids
 from orchestrator.registry import Registry, parse_ref
 from orchestrator.search.prepare import stored_tensors
 from orchestrator.serving.served_prompt import load_prompt, prompt_tensors
@@ -142,17 +142,15 @@ def initial(manifest: Manifest, context: InitContext, artifacts: Artifacts) -> P
     if IMPORTED in manifest.config:
         raise BadInput("it was imported from PEFT, which does not keep a prompt's start")
     spec = TrialSpec.from_config(manifest.config)
-    if spec.init == "random" and manifest.method != "prompt_tuning":
-        raise BadInput(f"a random start of {manifest.method} comes from a network that an artifact does not keep")
     if spec.init_artifact is not None:
         try:
             tensors = artifacts(spec.init_artifact)
         except OrchestratorError as error:
             raise BadInput(f"the prompt that it started from is not to be had: {error.message}") from None
         context = _with(context, spec.init_artifact, tensors)
-    if manifest.method == "prefix_tuning":
-        return PromptTensors(prefixes=initial_prefix(spec, context))
-    return PromptTensors(initial_prompt(spec, context))
+    network = manifest.reparameterization
+    method = Method(manifest.method, network.type, network.hidden_size)  # type: ignore[arg-type]  # checked at load
+    return make_prompt(method, spec, context)()  # type: ignore[no-any-return]
 
 
 def nearest_tokens(backbone: Backbone, embeddings: Tensor, count: int) -> list[tuple[Neighbour, ...]]:

@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from orchestrator import __version__
-from orchestrator.artifact import BaseModelRecord, Manifest, PromptArtifact
+from orchestrator.artifact import (
+    BaseModelRecord,
+    GenerationRecord,
+    Manifest,
+    PromptArtifact,
+    ReparameterizationRecord,
+)
 from orchestrator.base_model import BaseModelInfo, looks_like_path
 from orchestrator.errors import JobFailed
 from orchestrator.registry import Registry, SearchLog
@@ -263,11 +269,12 @@ class Pipeline:
             return self.registry.register(artifact, self.job.model_name, run_id)
 
     def _manifest(self, record: TrialRecord, test: Metrics, baselines: dict[str, Any], info: BaseModelInfo) -> Manifest:
-        data = self.job.data
+        data, method, decoding = self.job.data, self.prepared.task.method, self.prepared.task.decoding
         return Manifest(
             method=self.job.method,
             num_virtual_tokens=record.spec.num_virtual_tokens,
             config=record.spec.config(),
+            reparameterization=ReparameterizationRecord(type=method.reparameterization, hidden_size=method.hidden_size),
             template=data.template,
             target=data.target,
             verbalizer=verbalizer_entries(self.prepared.task.encoder),
@@ -277,6 +284,7 @@ class Pipeline:
             data=data_record(data, self.prepared.rows),
             metrics={"validation": record.metrics, "test": test},
             baselines={name: {split: found[split] for split in SPLITS} for name, found in baselines.items()},
+            generation=GenerationRecord(**asdict(decoding)) if decoding else None,
             steps=record.best_step,
             search=self.id,
             trial=record.id,

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from orchestrator.artifact import Manifest
+from orchestrator.spec import TEXT_METRICS
 
 HISTORY_TAG = "orchestrator.alias_history"
 HISTORY_LENGTH = 100
@@ -39,6 +40,8 @@ def verdict(new: Manifest, champion: Manifest, metric: str, better: Better) -> t
         return False, f"its {found[0]}"
     if new.data.fingerprint != champion.data.fingerprint:
         return False, "the champion was tested on other data"
+    if metric in TEXT_METRICS and new.generation != champion.generation:
+        return False, "the champion's texts were generated with other settings"
     mine, other = (manifest.metrics.get("test", {}).get(metric) for manifest in (new, champion))
     if mine is None or other is None:
         return False, f"{'it' if mine is None else 'the champion'} has no test {metric}"

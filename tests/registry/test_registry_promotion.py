@@ -1,0 +1,27 @@
+"""Which of two prompts is better, as a pure decision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from test_artifact import manifest
+
+from orchestrator.artifact import GenerationRecord, Manifest
+from orchestrator.registry.promotion import verdict
+
+GREEDY, BEAMS = (GenerationRecord(max_tokens=32, num_beams=beams) for beams in (1, 5))
+
+
+def scored(bleu: float, generation: GenerationRecord) -> Manifest:
+    changes: dict[str, Any] = {"metrics": {"test": {"bleu": bleu, "loss": 1 - bleu}}, "generation": generation}
+    return manifest(**changes)
+
+
+@pytest.mark.parametrize(("generation", "won"), [(GREEDY, True), (BEAMS, False)])
+def test_texts_are_compared_where_they_were_generated_alike(generation: GenerationRecord, won: bool) -> None:
+    """A BLEU of five beams is no better than one of greedy decoding because it is higher; a loss can be compared."""
+    new, champion = scored(0.4, generation), scored(0.3, GREEDY)
+    found, reason = verdict(new, champion, "bleu", "max")
+    assert found == won and ("other settings" in reason) == (not won)
+    assert verdict(new, champion, "loss", "min")[0]
