@@ -19,6 +19,7 @@ from orchestrator.scoring import answer_scores, answer_tokens, target_log_probs
 from orchestrator.tuning.generate import Decoding, generated_metrics
 
 MAX_TOKENS = 16384  # padded tokens of one forward
+CPU_TOKENS = 2048  # there, what no longer fits the caches costs more than further forwards
 
 
 @dataclass
@@ -51,7 +52,8 @@ def evaluate(
     count = 1 if prompts is None else len(prompts)
     prepared = None if prompts is None else backbone.prepare(prompts)
     tallies = [Tally() for _ in range(count)]
-    for rows, owner in _forwards(split, count):
+    limit = min(MAX_TOKENS, CPU_TOKENS) if backbone.device.type == "cpu" else MAX_TOKENS
+    for rows, owner in _forwards(split, count, limit):
         _score(backbone, prepared, split, encoder, rows, owner, tallies)
     found = [tally.metrics(bool(encoder.answers)) for tally in tallies]
     if decoding is None:
@@ -60,13 +62,14 @@ def evaluate(
     return [{**metrics, **of_texts} for metrics, of_texts in zip(found, texts, strict=True)]
 
 
-def _forwards(split: Encoded, count: int) -> Iterator[tuple[list[int], list[int]]]:
-    """(rows, prompt of each row), by length, each forward within MAX_TOKENS; every prompt meets every row."""
+def _forwards(split: Encoded, count: int, limit: int) -> Iterator[tuple[list[int], list[int]]]:
+    """(rows, prompt of each row), by length, each forward within ``limit`` padded tokens, or with one row for each
+    prompt; every prompt meets every row."""
     order = sorted(range(len(split)), key=lambda row: split.lengths[row], reverse=True)
     start = 0
     while start < len(order):
         longest = split.lengths[order[start]]
-        rows = order[start : start + max(1, MAX_TOKENS // (longest * count))]
+        rows = order[start : start + max(1, limit // (longest * count))]
         start += len(rows)
         yield [row for _ in range(count) for row in rows], [prompt for prompt in range(count) for _ in rows]
 
