@@ -374,3 +374,40 @@ def test_a_generation_task_is_tuned_too() -> None:
     reports = alone("uniform", task=small_task(None), search=search)
     assert set(reports[0].metrics) == {"exact_match", "loss"}
     assert json.loads(json.dumps(reports[0].metrics)) == reports[0].metrics
+
+
+def test_the_frozen_models_dropout_is_a_setting() -> None:
+    """Off, training repeats itself; on, the model drops what it was built to drop, in training steps only, and a trial
+    that is resumed draws what it would have drawn."""
+    backbone = tiny_backbone("gpt2")  # drops a tenth of everything while it trains
+    losses = {}
+    for dropout in (False, True):
+        train = TrainSpec(steps=4, batch_size=4, evaluate_every=2, frozen_dropout=dropout)
+        first, last = alone("labels", train=train, backbone=backbone)
+        losses[dropout] = (first.train_loss, last.train_loss)
+        again = make_engine(train, capacity=1, backbone=backbone)
+        again.seat("labels", TRIALS["labels"], first.checkpoint)
+        (resumed,) = again.round()
+        assert resumed.train_loss == last.train_loss and resumed.metrics == last.metrics
+        assert not backbone.model.training
+    assert losses[False] != losses[True]
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "sum_per_row", "sum"])
+def test_how_token_losses_become_one(reduction: str) -> None:
+    """Mean over tokens, mean over rows of each row's sum, or sum: the loss and the gradient are scaled alike."""
+    train = TrainSpec.model_validate({"steps": 1, "batch_size": 4, "evaluate_every": 1, "loss_reduction": reduction})
+    spec, split, backbone = TRIALS["vocabulary"], TASK.splits["train"], tiny_backbone()
+    prompt = initial_prompt(spec, InitContext.of(backbone, TASK.encoder.answers))
+    rows = step_rows(len(split), 4, spec.seed, 0)
+    nll = sum(float(alone_nll(backbone, prompt, split.inputs[row], split.targets[row])) for row in rows)
+    whole = {"token_mean": sum(len(split.targets[row]) for row in rows), "sum_per_row": 4, "sum": 1}[reduction]
+    (report,) = alone("vocabulary", train=train)
+    assert report.train_loss == pytest.approx(nll / whole, rel=1e-5)
+
+
+@pytest.mark.parametrize("micro", [1, 3])
+def test_micro_batches_change_nothing(micro: int) -> None:
+    """However few rows a forward may hold, the trial ends where it ends without the limit."""
+    small = TrainSpec(steps=6, batch_size=4, evaluate_every=2, micro_batch_size=micro)
+    assert_same(alone("text", train=small), alone("text"), rel=1e-4)
