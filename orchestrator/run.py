@@ -72,6 +72,7 @@ class MlflowListener:
     def __init__(self, log: SearchLog) -> None:
         self._log = log
         self._started: set[str] = set()
+        self._notes: dict[str, str] = {}
 
     def trial_started(self, trial: str, spec: TrialSpec) -> None:
         self._started.add(trial)
@@ -80,6 +81,9 @@ class MlflowListener:
     def trial_reported(self, trial: str, report: Report) -> None:
         named = {f"validation_{name}": value for name, value in report.metrics.items()}
         self._log.trial_metrics(trial, report.step, {**named, "train_loss": report.train_loss})
+        if report.note and self._notes.get(trial) != report.note:
+            self._notes[trial] = report.note
+            self._log.trial_tags(trial, {"orchestrator.memory": report.note})
 
     def trial_ended(self, trial: str, status: str, note: str) -> None:
         if trial not in self._started:
