@@ -154,8 +154,8 @@ class Engine:
             return []
         targets = {trial: self._next_evaluation(slot) for trial, slot in self.slots.items()}
         while running := [slot for trial, slot in self.slots.items() if self._runs(slot, targets[trial])]:
-            self._step(running)
-        reports = self._evaluate(list(self.slots.values()))
+            self.step(running)
+        reports = self.reports(list(self.slots.values()))
         for report in reports:
             if report.ending:
                 self.free(report.trial)
@@ -194,7 +194,8 @@ class Engine:
     def _runs(slot: Slot, target: int) -> bool:
         return slot.step < target and not slot.broken
 
-    def _step(self, slots: Sequence[Slot]) -> None:
+    def step(self, slots: Sequence[Slot]) -> None:
+        """One step of each of these seated trials, packed."""
         split = self.task.splits["train"]
         rows = [step_rows(len(split), self.train.batch_size, slot.spec.seed, slot.step) for slot in slots]
         found = self._training.each(
@@ -242,7 +243,8 @@ class Engine:
             finally:
                 self.backbone.model.eval()
 
-    def _evaluate(self, slots: Sequence[Slot]) -> list[Report]:
+    def reports(self, slots: Sequence[Slot]) -> list[Report]:
+        """Evaluate these seated trials together; a report each."""
         for slot in slots:  # a last step may overflow without a loss to show it
             slot.diverged = slot.diverged or not all(bool(part.isfinite().all()) for part in slot.prompt.parameters())
         sound = [slot for slot in slots if not slot.broken]
