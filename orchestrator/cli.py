@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from orchestrator import __version__
-from orchestrator.errors import BadInput, OrchestratorError, SpecError, Unreachable
+from orchestrator.errors import TRACEBACK, BadInput, OrchestratorError, SpecError, Unreachable
 from orchestrator.sigterm import Sigterm
 
 app = typer.Typer(
@@ -34,7 +34,6 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also the logs of
 Address = Annotated[str | None, typer.Option(envvar="RAY_ADDRESS", help="Ray cluster; this machine by default.")]
 Url = Annotated[str, typer.Option(envvar="ORCHESTRATOR_URL", help="Address of the running server.")]
 DEFAULT_URL = "http://127.0.0.1:8000"
-TRACEBACK = "ORCHESTRATOR_TRACEBACK"
 INTERRUPTED = 130  # typer turns Ctrl-C into an exit with this code
 TERMINATED = 143  # the same by SIGTERM; both as shells count, 128 and the signal
 

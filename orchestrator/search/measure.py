@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -20,7 +21,7 @@ import torch
 from orchestrator.backbone import default_device, load_backbone, set_threads
 from orchestrator.base_model import resolve_model
 from orchestrator.data.encoding import Encoded
-from orchestrator.errors import JobFailed, OrchestratorError
+from orchestrator.errors import TRACEBACK, JobFailed, OrchestratorError
 from orchestrator.search.forecast import Pace
 from orchestrator.search.placement import Placement
 from orchestrator.search.prepare import Prepared
@@ -93,8 +94,10 @@ def _call(sender: Connection, work: Callable[..., Any], arguments: Sequence[Any]
     except OrchestratorError as error:
         sender.send((False, error))
     except Exception as error:
+        if os.environ.get(TRACEBACK):
+            traceback.print_exc()
         first = f"{type(error).__name__}: {error}".splitlines()[0]
-        sender.send((False, JobFailed(f"the job can't be measured: {first}", "run it with --verbose to see more")))
+        sender.send((False, JobFailed(f"the job can't be measured: {first}", f"{TRACEBACK}=1 shows where it arose")))
 
 
 def _measure(prepared: Prepared, placement: Placement, started: float) -> Measured:
