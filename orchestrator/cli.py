@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from orchestrator import __version__
-from orchestrator.errors import BadInput, OrchestratorError, SpecError, Unreachable
+from orchestrator.errors import TRACEBACK, BadInput, OrchestratorError, SpecError, Unreachable
 from orchestrator.sigterm import Sigterm
 
 app = typer.Typer(
@@ -31,9 +31,9 @@ Overrides = Annotated[list[str], typer.Option("--set", metavar="A.B.C=VALUE", he
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also the logs of Ray and its workers.")]
+Address = Annotated[str | None, typer.Option(envvar="RAY_ADDRESS", help="Ray cluster; this machine by default.")]
 Url = Annotated[str, typer.Option(envvar="ORCHESTRATOR_URL", help="Address of the running server.")]
 DEFAULT_URL = "http://127.0.0.1:8000"
-TRACEBACK = "ORCHESTRATOR_TRACEBACK"
 INTERRUPTED = 130  # typer turns Ctrl-C into an exit with this code
 TERMINATED = 143  # the same by SIGTERM; both as shells count, 128 and the signal
 
@@ -95,12 +95,36 @@ def validate(job: Job, overrides: Overrides = [], as_json: Json = False) -> None
 
 
 @app.command()
+def plan(
+    job: Job,
+    overrides: Overrides = [],  # noqa: B006
+    address: Address = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure a few real steps: what the search will take in time, memory and device hours. Nothing is kept."""
+    from orchestrator.job_file import load_job
+
+    spec = load_job(job, overrides)
+    with results_only():
+        from orchestrator.run import plan_job
+
+        made = plan_job(spec, (lambda text: None) if quiet else (lambda text: say(f"{text} ...")), address, verbose)
+    if as_json:
+        return print_json(made.document())
+    from orchestrator.display import plan_page
+
+    _lines(plan_page(made, spec))
+    out(f"next: orchestrator run {job}{_repeated(overrides)}")
+
+
+@app.command()
 def run(
     job: Job,
     overrides: Overrides = [],  # noqa: B006
-    address: Annotated[
-        str | None, typer.Option(envvar="RAY_ADDRESS", help="Ray cluster; this machine by default.")
-    ] = None,
+    address: Address = None,
+    planned: Annotated[bool, typer.Option("--plan", help="Measure first; the estimate is kept in MLflow.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -116,7 +140,7 @@ def run(
         from orchestrator.progress import ConsoleProgress
         from orchestrator.run import run_job
 
-        document = run_job(spec, ConsoleProgress(spec, console, quiet), address, verbose)
+        document = run_job(spec, ConsoleProgress(spec, console, quiet), address, verbose, planned)
     if as_json:
         return print_json(document)
     from orchestrator.display import run_summary

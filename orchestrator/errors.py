@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+TRACEBACK = "ORCHESTRATOR_TRACEBACK"  # set, it prints the traceback of an error that nobody foresaw
+
 
 class OrchestratorError(Exception):
     """Base of all errors that a user is meant to read: a message, and the next step as ``hint``."""

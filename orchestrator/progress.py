@@ -15,7 +15,7 @@ from rich.text import Text
 from orchestrator.search.outcome import Outcome, TrialRecord
 from orchestrator.space import TrialSpec
 from orchestrator.spec import JobSpec
-from orchestrator.tuning.report import Report
+from orchestrator.tuning.report import BROKEN, Report
 
 ROWS = 20  # of the live table; the best trials come first
 SPARKS = "▁▂▃▄▅▆▇█"
@@ -84,7 +84,7 @@ class ConsoleProgress:
 
     def _line(self, trial: str, report: Report) -> str:
         record, metric = self._outcome.records[trial], self._job.search.metric
-        value = f"{metric} {report.metrics[metric]:.3f}" if report.metrics else "diverged"
+        value = f"{metric} {report.metrics[metric]:.3f}" if report.metrics else BROKEN[report.ending or "diverged"]
         steps = f"step {report.step}/{self._job.train.steps}"
         line = f"{trial} {steps} {value} loss {report.train_loss:.3f} [{record.spec.label()}]"
         return f"{line} {self._eta()}".rstrip()

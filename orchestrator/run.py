@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import platform
 import tempfile
 import time
@@ -25,8 +26,10 @@ from orchestrator.artifact import (
 from orchestrator.base_model import BaseModelInfo, looks_like_path
 from orchestrator.errors import JobFailed
 from orchestrator.registry import Registry, SearchLog
-from orchestrator.search.cluster_session import ray_session, searches_folder
+from orchestrator.search.cluster_session import nodes, ray_session, searches_folder
 from orchestrator.search.outcome import Outcome, TrialRecord
+from orchestrator.search.placement import Placement, place
+from orchestrator.search.plan import Plan, device_hours, make_plan, this_machine
 from orchestrator.search.prepare import Prepared, data_record, prepare, verbalizer_entries
 from orchestrator.search.search import Running, placed, running
 from orchestrator.search.study import Listener
@@ -78,6 +81,7 @@ class MlflowListener:
     def __init__(self, log: SearchLog) -> None:
         self._log = log
         self._started: set[str] = set()
+        self._notes: dict[str, str] = {}
 
     def trial_started(self, trial: str, spec: TrialSpec) -> None:
         self._started.add(trial)
@@ -86,6 +90,9 @@ class MlflowListener:
     def trial_reported(self, trial: str, report: Report) -> None:
         named = {f"validation_{name}": value for name, value in report.metrics.items()}
         self._log.trial_metrics(trial, report.step, {**named, "train_loss": report.train_loss})
+        if report.note and self._notes.get(trial) != report.note:
+            self._notes[trial] = report.note
+            self._log.trial_tags(trial, {"orchestrator.memory": report.note})
 
     def trial_ended(self, trial: str, status: str, note: str) -> None:
         if trial not in self._started:
@@ -110,8 +117,13 @@ def new_folder(searches: Path, name: str) -> Path:
     return next(folder for folder in itertools.chain([first], numbered) if not folder.exists())
 
 
-def run_job(job: JobSpec, progress: Progress, address: str | None = None, verbose: bool = False) -> dict[str, Any]:
-    """Run the job; returns the document of ``run --json``. Raises OrchestratorError; nothing half-made stays behind."""
+def run_job(
+    job: JobSpec, progress: Progress, address: str | None = None, verbose: bool = False, planned: bool = False
+) -> dict[str, Any]:
+    """Run the job; returns the document of ``run --json``. Raises OrchestratorError; nothing half-made stays behind.
+
+    ``planned``: measure first, and keep the estimate beside the outcome.
+    """
     clock = Clock()
     registry = Registry()
     registry.check()
@@ -122,7 +134,24 @@ def run_job(job: JobSpec, progress: Progress, address: str | None = None, verbos
     progress.stage("starting Ray")
     with ray_session(address, verbose):
         clock.mark("ray")
-        return Pipeline(prepared, registry, progress, clock).run()
+        return Pipeline(prepared, registry, progress, clock, planned).run()
+
+
+def plan_job(job: JobSpec, say: Callable[[str], None], address: str | None = None, verbose: bool = False) -> Plan:
+    """What the job will take; nothing is kept. Raises OrchestratorError, BadInput for what ``run_job`` would refuse.
+
+    A cluster is only asked for its nodes; the measuring is done on this machine.
+    """
+    say("reading data and base model")
+    prepared = prepare(job, fetch_artifacts(job, Registry()))
+    if address or os.environ.get("RAY_ADDRESS"):
+        with ray_session(address, verbose):
+            there = nodes()
+    else:
+        there = this_machine()
+    placement = place(job.resources, there, len(prepared.trials))
+    say("measuring steps and evaluations")
+    return make_plan(prepared, placement, there)
 
 
 def fetch_artifacts(job: JobSpec, registry: Registry) -> dict[str, Path]:
@@ -140,7 +169,11 @@ def fetch_artifacts(job: JobSpec, registry: Registry) -> dict[str, Path]:
 class Pipeline:
     """The parts of one job that need the cluster."""
 
-    def __init__(self, prepared: Prepared, registry: Registry, progress: Progress, clock: Clock) -> None:
+    def __init__(
+        self, prepared: Prepared, registry: Registry, progress: Progress, clock: Clock, planned: bool = False
+    ) -> None:
+        self.planned = planned
+        self.plan: Plan | None = None
         self.job = prepared.job
         self.prepared = prepared
         self.registry = registry
@@ -151,6 +184,10 @@ class Pipeline:
 
     def run(self) -> dict[str, Any]:
         placement = placed(self.prepared)
+        if self.planned:
+            self.progress.stage("measuring steps and evaluations")
+            self.plan = make_plan(self.prepared, placement, nodes())
+            self.clock.mark("plan")
         self.storage.mkdir(parents=True)
         with self._log() as log, running(self.prepared, placement, self.storage) as search:
             return self._search(search, log)
@@ -172,6 +209,10 @@ class Pipeline:
         return self.registry.start_search(job.name, params, tags, spill=self.storage / "mlflow-unwritten.jsonl")
 
     def _search(self, search: Running, log: SearchLog) -> dict[str, Any]:
+        if self.plan:
+            self.progress.note(f"planned: about {self.plan.seconds['total']:.0f} s in all")
+            log.parent_metrics(self.plan.metrics())
+            log.parent_tags({"orchestrator.plan.warnings": "; ".join(self.plan.warnings)})
         self.progress.stage("loading the base model into the worker")
         trials = [(f"t{number:03d}", spec) for number, spec in enumerate(self.prepared.trials)]
         # Tune starts its trials' actors while the worker loads the model; the baselines go first once it has.
@@ -198,6 +239,7 @@ class Pipeline:
         self._log_result(log, outcome, best[0], tests[best[0].id])
         model = self._register(log, best, tests, baselines, info)
         self.clock.mark("registry")
+        log.parent_metrics(self._took(outcome, search.placement))
         return self._document(outcome, best[0], tests[best[0].id], baselines, model, log)
 
     # Baselines
@@ -234,6 +276,15 @@ class Pipeline:
         counts = [record.status for record in outcome.records.values()]
         log.parent_tags({f"orchestrator.{status}": counts.count(status) for status in sorted(set(counts))})
         log.parent_tags({"orchestrator.best_trial": best.id})
+
+    def _took(self, outcome: Outcome, placement: Placement) -> Metrics:
+        """What the search took: seconds in all, without a plan's; hours of the devices while they worked; steps."""
+        seconds = self.clock.seconds()
+        return {
+            "seconds": seconds["total"] - seconds.get("plan", 0.0),
+            "device_hours": device_hours(placement, seconds["training"] + seconds.get("test", 0.0)),
+            "trained_steps": float(sum(record.step for record in outcome.records.values())),
+        }
 
     def _register(
         self,
@@ -313,6 +364,7 @@ class Pipeline:
             "model": model,
             "mlflow": {"tracking_uri": self.registry.display_uri, "run_id": log.run_id},
             "seconds": self.clock.seconds(),
+            **({"plan": self.plan.document()} if self.plan else {}),
         }
 
 

@@ -99,6 +99,10 @@ class SearchLog:
             self.trial_started(trial_id, {})
         self._put(_metrics_entry(trial_id, step, metrics))
 
+    def trial_tags(self, trial_id: str, tags: Mapping[str, Any]) -> None:
+        """Tags of a trial's run that has started."""
+        self._put(Entry("log", trial_id, tags=as_texts(tags, MAX_TAG)))
+
     def trial_ended(self, trial_id: str, state: State, error: str = "") -> None:
         """Close the trial's run; ``error`` says why it failed."""
         tags = {STATE_TAG: state} | ({ERROR_TAG: error} if error else {})

@@ -20,7 +20,7 @@ from orchestrator.errors import JobFailed
 from orchestrator.search.placement import TRIAL_CPUS
 from orchestrator.space import TrialSpec
 from orchestrator.spec import JobSpec
-from orchestrator.tuning.report import Report
+from orchestrator.tuning.report import BROKEN, Report
 
 STEP = "step"  # the schedulers' clock: Tune's own iteration count starts over after a restore
 SCORE = "score"  # the best validation metric so far
@@ -109,7 +109,7 @@ class _Relay(Callback):
         report = self._last.get(trial.trial_id)
         if report is None or self._targets.lost:
             return
-        status = "failed" if report.ending == "diverged" else "finished" if report.ending else "stopped"
+        status = "failed" if report.ending in BROKEN else "finished" if report.ending else "stopped"
         self._ended(report.trial, status, self._why(report))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -129,9 +129,11 @@ class _Relay(Callback):
             listener.trial_ended(name, status, note)
 
     def _why(self, report: Report) -> str:
-        if report.ending == "diverged":
-            return f"diverged at step {report.step}"
-        return report.ending or self._targets.why or "by the scheduler"
+        if report.ending in BROKEN:
+            why = f"{BROKEN[report.ending]} at step {report.step}"
+        else:
+            why = report.ending or self._targets.why or "by the scheduler"
+        return f"{why}; {report.note}" if report.note else why
 
 
 class _Targets(Stopper):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from orchestrator.backbone import Backbone, PromptTensors
 from orchestrator.data.bucketing import step_rows
 from orchestrator.data.encoding import Encoded, Encoder
+from orchestrator.errors import JobFailed
 from orchestrator.prompts import InitContext, Method, Prompt, make_prompt
 from orchestrator.prompts.base import seeded
 from orchestrator.space import TrialSpec
@@ -26,10 +27,12 @@ from orchestrator.tuning.checkpoint import TrialState, restore_prompt
 from orchestrator.tuning.evaluate import evaluate
 from orchestrator.tuning.generate import Decoding
 from orchestrator.tuning.report import Ending, EvaluationJob, Report
+from orchestrator.tuning.room import NoRoom, Room, needs_room
 from orchestrator.tuning.step import Limits, packed_gradients
 from orchestrator.tuning.updater import Updater, apply_all
 
 WORST = {"max": 0.0, "min": 1e30}  # accuracies are never below 0; schedulers can't compare an infinity
+NO_ROOM = "memory does not suffice"
 
 
 @dataclass
@@ -63,11 +66,17 @@ class Slot:
     waited: int = 0
     losses: list[float] = field(default_factory=list)
     diverged: bool = False
+    no_room: str = ""
+    """What did not fit into memory, however it was cut; such a trial is over."""
 
     @torch.no_grad()
     def tensors(self) -> PromptTensors:
         """The prompt as it stands, for evaluation."""
         return self.prompt()  # type: ignore[no-any-return]
+
+    @property
+    def broken(self) -> bool:
+        return self.diverged or bool(self.no_room)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -106,6 +115,8 @@ class Engine:
         self.capacity = capacity
         self.limits = replace(limits, max_rows=train.micro_batch_size) if train.micro_batch_size else limits
         self.slots: dict[str, Slot] = {}
+        self._training = Room(self.limits.max_tokens)
+        self._evaluation = Room()
         self._context = InitContext.of(backbone, task.encoder.answers, task.artifacts)
 
     @property
@@ -143,8 +154,8 @@ class Engine:
             return []
         targets = {trial: self._next_evaluation(slot) for trial, slot in self.slots.items()}
         while running := [slot for trial, slot in self.slots.items() if self._runs(slot, targets[trial])]:
-            self._step(running)
-        reports = self._evaluate(list(self.slots.values()))
+            self.step(running)
+        reports = self.reports(list(self.slots.values()))
         for report in reports:
             if report.ending:
                 self.free(report.trial)
@@ -154,12 +165,26 @@ class Engine:
         """Metrics of a prompt or a baseline on a whole split."""
         if job.checkpoint is not None:
             best = PromptTensors.from_named(TrialState.from_bytes(job.checkpoint).best(), self.task.method.inside)
-            return self._metrics([best], self.task.splits[job.split])[0]
-        splits = self.task.splits if job.instruction is None else self.task.instructed[job.instruction]
-        return self._metrics(None, splits[job.split])[0]
+            (metrics,) = self._metrics([best], self.task.splits[job.split])
+        else:
+            splits = self.task.splits if job.instruction is None else self.task.instructed[job.instruction]
+            (metrics,) = self._metrics(None, splits[job.split])
+        if metrics is None:
+            raise JobFailed(
+                f"the {job.split} split can't be evaluated: {NO_ROOM}, even one row at a time",
+                "lower data.max_input_tokens, or use a larger machine or a smaller base model",
+            )
+        return metrics
 
-    def _metrics(self, prompts: Sequence[PromptTensors] | None, split: Encoded) -> list[dict[str, float]]:
-        return evaluate(self.backbone, prompts, split, self.task.encoder, self.task.decoding)
+    def _metrics(self, prompts: Sequence[PromptTensors] | None, split: Encoded) -> list[dict[str, float] | None]:
+        """Metrics of each prompt, or of the model without one; None where memory does not suffice for one row."""
+
+        def of(places: Sequence[int]) -> list[dict[str, float]]:
+            chosen = None if prompts is None else [prompts[place] for place in places]
+            task, tokens = self.task, self._evaluation.tokens
+            return evaluate(self.backbone, chosen, split, task.encoder, task.decoding, tokens)
+
+        return self._evaluation.each(1 if prompts is None else len(prompts), of)
 
     def _next_evaluation(self, slot: Slot) -> int:
         every = self.train.evaluate_every
@@ -167,23 +192,42 @@ class Engine:
 
     @staticmethod
     def _runs(slot: Slot, target: int) -> bool:
-        return slot.step < target and not slot.diverged
+        return slot.step < target and not slot.broken
 
-    def _step(self, slots: Sequence[Slot]) -> None:
+    def step(self, slots: Sequence[Slot]) -> None:
+        """One step of each of these seated trials, packed."""
         split = self.task.splits["train"]
         rows = [step_rows(len(split), self.train.batch_size, slot.spec.seed, slot.step) for slot in slots]
-        with self._dropout(slots[0]):
-            prompts = [slot.prompt() for slot in slots]
-            losses = packed_gradients(self.backbone, prompts, rows, split, self.limits, self.train.loss_reduction)
-        for slot, loss in zip(slots, losses, strict=True):
+        found = self._training.each(
+            len(slots), lambda places: self._gradients([slots[k] for k in places], [rows[k] for k in places])
+        )
+        for slot, loss, batch in zip(slots, found, rows, strict=True):
+            if loss is None:
+                longest = max(split.lengths[row] for row in batch)
+                slot.no_room = f"{NO_ROOM} for one row of {longest} tokens behind {_virtual_tokens(slot)}"
+        fitted = [(slot, loss) for slot, loss in zip(slots, found, strict=True) if loss is not None]
+        for slot, loss in fitted:
             if not math.isfinite(loss):
                 slot.prompt.zero_grad()  # no gradient: nothing is updated
-        norms = apply_all([slot.updater for slot in slots], [slot.step for slot in slots])
-        for slot, loss, norm in zip(slots, losses, norms, strict=True):
+        norms = apply_all([slot.updater for slot, _ in fitted], [slot.step for slot, _ in fitted])
+        for (slot, loss), norm in zip(fitted, norms, strict=True):
             slot.diverged = not (math.isfinite(loss) and math.isfinite(norm))
             if not slot.diverged:
                 slot.losses.append(loss)
             slot.step += 1
+
+    def _gradients(self, slots: Sequence[Slot], rows: Sequence[Sequence[int]]) -> list[float]:
+        """Losses of the slots' rows, with the gradients left on their parameters; NoRoom leaves none."""
+        split, limits = self.task.splits["train"], replace(self.limits, max_tokens=self._training.tokens)
+        try:
+            with self._dropout(slots[0]):
+                with needs_room():
+                    prompts = [slot.prompt() for slot in slots]
+                return packed_gradients(self.backbone, prompts, rows, split, limits, self.train.loss_reduction)
+        except NoRoom:
+            for slot in slots:
+                slot.prompt.zero_grad()  # of forwards that came before the one that failed
+            raise
 
     @contextmanager
     def _dropout(self, first: Slot) -> Iterator[None]:
@@ -199,16 +243,21 @@ class Engine:
             finally:
                 self.backbone.model.eval()
 
-    def _evaluate(self, slots: Sequence[Slot]) -> list[Report]:
+    def reports(self, slots: Sequence[Slot]) -> list[Report]:
+        """Evaluate these seated trials together; a report each."""
         for slot in slots:  # a last step may overflow without a loss to show it
             slot.diverged = slot.diverged or not all(bool(part.isfinite().all()) for part in slot.prompt.parameters())
-        sound = [slot for slot in slots if not slot.diverged]
+        sound = [slot for slot in slots if not slot.broken]
         prompts, validation = [slot.tensors() for slot in sound], self.task.splits["validation"]
-        found = self._metrics(prompts, validation) if sound else []
-        metrics = {slot.trial: one for slot, one in zip(sound, found, strict=True)}
-        for slot in sound:
-            slot.diverged = not all(map(math.isfinite, metrics[slot.trial].values()))
-        return [self._report(slot, {} if slot.diverged else metrics[slot.trial]) for slot in slots]
+        metrics: dict[str, dict[str, float]] = {}
+        for slot, one in zip(sound, self._metrics(prompts, validation), strict=True):
+            if one is None:
+                slot.no_room = f"{NO_ROOM} to evaluate one row behind {_virtual_tokens(slot)}"
+            elif not all(map(math.isfinite, one.values())):
+                slot.diverged = True
+            else:
+                metrics[slot.trial] = one
+        return [self._report(slot, metrics.get(slot.trial, {})) for slot in slots]
 
     def _report(self, slot: Slot, metrics: dict[str, float]) -> Report:
         if metrics and self._is_better(metrics, slot.best_metrics):
@@ -228,7 +277,12 @@ class Engine:
             score=slot.best_metrics.get(self.search.metric, WORST[self.search.better]),
             checkpoint=slot.state().to_bytes(),
             ending=self._ending(slot),
+            note=slot.no_room or self._room_notes(),
         )
+
+    def _room_notes(self) -> str:
+        rooms = {"training": self._training, "evaluation": self._evaluation}
+        return "; ".join(f"{name} {room.note}" for name, room in rooms.items() if room.note)
 
     def _is_better(self, metrics: dict[str, float], best: dict[str, float]) -> bool:
         """Better by the search's metric; equal metrics are decided by the loss."""
@@ -239,6 +293,8 @@ class Engine:
         return (sign * metrics[name], -metrics["loss"]) > (sign * best[name], -best["loss"])
 
     def _ending(self, slot: Slot) -> Ending | None:
+        if slot.no_room:
+            return "no_room"
         if slot.diverged:
             return "diverged"
         if slot.step >= self.train.steps:
@@ -246,3 +302,8 @@ class Engine:
         if self.train.patience is not None and slot.waited >= self.train.patience:
             return "patience"
         return None
+
+
+def _virtual_tokens(slot: Slot) -> str:
+    count = slot.spec.num_virtual_tokens
+    return f"{count} virtual token{'' if count == 1 else 's'}"

@@ -17,6 +17,7 @@ from orchestrator.backbone import Backbone, PreparedPrompts, PromptTensors
 from orchestrator.data.encoding import Encoded, Encoder
 from orchestrator.scoring import answer_scores, answer_tokens, target_log_probs
 from orchestrator.tuning.generate import Decoding, generated_metrics
+from orchestrator.tuning.room import needs_room
 
 MAX_TOKENS = 16384  # padded tokens of one forward
 CPU_TOKENS = 2048  # there, what no longer fits the caches costs more than further forwards
@@ -44,32 +45,38 @@ def evaluate(
     split: Encoded,
     encoder: Encoder,
     decoding: Decoding | None = None,
+    max_tokens: int | None = None,
 ) -> list[dict[str, float]]:
     """Metrics of each prompt on all rows; ``None`` evaluates the model without a prompt, as one entry.
 
-    ``decoding``: also generate, and add the metrics of the texts; the split then has references.
+    ``decoding``: also generate, and add the metrics of the texts; the split then has references. ``max_tokens``: padded
+    tokens of a forward at most, by default what suits the device. Raises NoRoom when memory runs out.
     """
     count = 1 if prompts is None else len(prompts)
-    prepared = None if prompts is None else backbone.prepare(prompts)
+    with needs_room():
+        prepared = None if prompts is None else backbone.prepare(prompts)
     tallies = [Tally() for _ in range(count)]
-    limit = min(MAX_TOKENS, CPU_TOKENS) if backbone.device.type == "cpu" else MAX_TOKENS
-    for rows, owner in _forwards(split, count, limit):
-        _score(backbone, prepared, split, encoder, rows, owner, tallies)
+    if max_tokens is None:
+        max_tokens = min(MAX_TOKENS, CPU_TOKENS) if backbone.device.type == "cpu" else MAX_TOKENS
+    for rows, owner in _forwards(split, count, max_tokens):
+        tokens = len(rows) * max(split.lengths[row] for row in rows)
+        with needs_room(tokens, divisible=len(rows) > count):
+            _score(backbone, prepared, split, encoder, rows, owner, tallies)
     found = [tally.metrics(bool(encoder.answers)) for tally in tallies]
     if decoding is None:
         return found
-    texts = generated_metrics(backbone, prepared, split, encoder, decoding)
+    texts = generated_metrics(backbone, prepared, split, encoder, decoding, max_tokens)
     return [{**metrics, **of_texts} for metrics, of_texts in zip(found, texts, strict=True)]
 
 
-def _forwards(split: Encoded, count: int, limit: int) -> Iterator[tuple[list[int], list[int]]]:
-    """(rows, prompt of each row), by length, each forward within ``limit`` padded tokens, or with one row for each
+def _forwards(split: Encoded, count: int, max_tokens: int) -> Iterator[tuple[list[int], list[int]]]:
+    """(rows, prompt of each row), by length, each forward within ``max_tokens`` padded tokens, or with one row for each
     prompt; every prompt meets every row."""
     order = sorted(range(len(split)), key=lambda row: split.lengths[row], reverse=True)
     start = 0
     while start < len(order):
         longest = split.lengths[order[start]]
-        rows = order[start : start + max(1, limit // (longest * count))]
+        rows = order[start : start + max(1, max_tokens // (longest * count))]
         start += len(rows)
         yield [row for _ in range(count) for row in rows], [prompt for prompt in range(count) for _ in rows]
 

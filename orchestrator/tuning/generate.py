@@ -13,6 +13,7 @@ import torch
 from orchestrator.backbone import Backbone, PreparedPrompts
 from orchestrator.data.encoding import Encoded, Encoder
 from orchestrator.decoding import decode, start
+from orchestrator.tuning.room import needs_room
 from orchestrator.tuning.text_metrics import text_metrics
 
 MAX_TOKENS = 16384  # padded tokens that a batch's keys and values may grow to
@@ -27,10 +28,15 @@ class Decoding:
 
 
 def generated_metrics(
-    backbone: Backbone, prompts: PreparedPrompts | None, split: Encoded, encoder: Encoder, decoding: Decoding
+    backbone: Backbone,
+    prompts: PreparedPrompts | None,
+    split: Encoded,
+    encoder: Encoder,
+    decoding: Decoding,
+    max_tokens: int | None = None,
 ) -> list[dict[str, float]]:
     """Text metrics of each of the K prompts on all rows; ``None`` is the model without a prompt, as one entry."""
-    texts = generate(backbone, prompts, split.inputs, encoder, decoding)
+    texts = generate(backbone, prompts, split.inputs, encoder, decoding, max_tokens)
     return [text_metrics(made, split.references) for made in texts]
 
 
@@ -41,16 +47,23 @@ def generate(
     inputs: Sequence[Sequence[int]],
     encoder: Encoder,
     decoding: Decoding,
+    max_tokens: int | None = None,
 ) -> list[list[str]]:
-    """For each of the K prompts the text that it generates for each input, without special tokens, stripped."""
+    """For each of the K prompts the text that it generates for each input, without special tokens, stripped.
+
+    ``max_tokens``: padded tokens of a batch at most, MAX_TOKENS unless given. Raises NoRoom when memory runs out.
+    """
     assert encoder.end_id is not None  # a masked model generates nothing
     count = 1 if prompts is None else prompts.count
     texts = [[""] * len(inputs) for _ in range(count)]
     before = decoding.max_tokens + (0 if prompts is None else prompts.width)
-    for rows in _batches([len(ids) + before for ids in inputs], MAX_TOKENS // (count * decoding.num_beams)):
+    lengths, copies = [len(ids) + before for ids in inputs], count * decoding.num_beams
+    for rows in _batches(lengths, (MAX_TOKENS if max_tokens is None else max_tokens) // copies):
         owner = [prompt for prompt in range(count) for _ in rows]
-        state = start(backbone, prompts, [inputs[row] for row in rows] * count, owner)
-        made = decode(state, encoder.end_id, decoding.max_tokens, decoding.num_beams)
+        tokens = copies * len(rows) * max(lengths[row] for row in rows)
+        with needs_room(tokens, divisible=len(rows) > 1):
+            state = start(backbone, prompts, [inputs[row] for row in rows] * count, owner)
+            made = decode(state, encoder.end_id, decoding.max_tokens, decoding.num_beams)
         for prompt, row, ids in zip(owner, [*rows] * count, made, strict=True):
             texts[prompt][row] = _text(encoder, ids)
     return texts

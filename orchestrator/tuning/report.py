@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Ending = Literal["steps", "patience", "diverged"]
+Ending = Literal["steps", "patience", "diverged", "no_room"]
+BROKEN: dict[Ending, str] = {"diverged": "diverged", "no_room": "out of memory"}
+"""Endings of a trial that failed, in words."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class Report:
     score: float
     checkpoint: bytes
     ending: Ending | None = None
+    note: str = ""
+    """How memory that ran out was dealt with; empty where there was enough."""
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from orchestrator.backbone import Backbone, PromptTensors
+from orchestrator.backbone import Backbone, PreparedPrompts, PromptTensors
 from orchestrator.data.bucketing import length_groups
 from orchestrator.data.encoding import Encoded
 from orchestrator.scoring import target_log_probs
+from orchestrator.tuning.room import needs_room
 
 Reduction = Literal["token_mean", "sum_per_row", "sum"]
 
@@ -69,22 +70,34 @@ def packed_gradients(
     """Add each trial's gradient to what its prompt was computed from (``.grad``); returns the K losses.
 
     The prompts run once. Rows are grouped by length into forwards; each leaves its gradient on the prompts' keys and
-    values, and one backward at the end carries the sum to the prompts.
+    values, and one backward at the end carries the sum to the prompts. Raises NoRoom when memory runs out; gradients
+    may then have been added to some of the prompts.
     """
     packed = pack(rows_of_trials, split, reduction)
-    prepared = backbone.prepare(prompts)
-    leaf = prepared.leaf()
+    with needs_room():
+        prepared = backbone.prepare(prompts)
+        leaf = prepared.leaf()
     losses = torch.zeros(len(prompts), device=backbone.device)
     lengths = [split.lengths[number] for number in packed.row]
     for group in length_groups(lengths, limits.forward_overhead, limits.max_tokens, limits.max_rows):
-        numbers = [packed.row[place] for place in group]
-        trial = [packed.trial[place] for place in group]
-        logits, targets = backbone.teacher_forced(
-            leaf, [split.inputs[n] for n in numbers], [split.targets[n] for n in numbers], trial
-        )
-        weight = torch.tensor([packed.weight[place] for place in group], device=backbone.device)
-        row_losses = -target_log_probs(logits, targets).sum(1) * weight
-        row_losses.sum().backward()
-        losses.index_add_(0, torch.tensor(trial, device=backbone.device), row_losses.detach())
-    prepared.backward_from(leaf)
+        tokens = len(group) * max(lengths[place] for place in group)
+        with needs_room(tokens, divisible=len(group) > 1):
+            _forward_backward(backbone, leaf, split, packed, group, losses)
+    with needs_room():
+        prepared.backward_from(leaf)
     return list(losses.tolist())
+
+
+def _forward_backward(
+    backbone: Backbone, leaf: PreparedPrompts, split: Encoded, packed: Packed, group: Sequence[int], losses: Tensor
+) -> None:
+    """One forward of the rows at the places ``group``: gradients go to ``leaf``, losses are added to [K]."""
+    numbers = [packed.row[place] for place in group]
+    trial = [packed.trial[place] for place in group]
+    logits, targets = backbone.teacher_forced(
+        leaf, [split.inputs[n] for n in numbers], [split.targets[n] for n in numbers], trial
+    )
+    weight = torch.tensor([packed.weight[place] for place in group], device=backbone.device)
+    row_losses = -target_log_probs(logits, targets).sum(1) * weight
+    row_losses.sum().backward()
+    losses.index_add_(0, torch.tensor(trial, device=backbone.device), row_losses.detach())

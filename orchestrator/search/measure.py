@@ -1,0 +1,258 @@
+"""Real steps and evaluations of a job, in a process of its own that ends with them: what a worker would take.
+
+Memory is measured at the largest that the space and the rows allow, time on trials and rows as the search has them.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orchestrator.backbone import default_device, load_backbone, set_threads
+from orchestrator.base_model import resolve_model
+from orchestrator.data.encoding import Encoded
+from orchestrator.errors import TRACEBACK, JobFailed, OrchestratorError
+from orchestrator.search.forecast import Pace
+from orchestrator.search.placement import Placement
+from orchestrator.search.prepare import Prepared
+from orchestrator.space import TrialSpec
+from orchestrator.tuning import evaluate as evaluation
+from orchestrator.tuning.engine import Engine, Task
+from orchestrator.tuning.report import EvaluationJob
+
+STEPS = 12  # most steps of one measurement
+BUDGET_S = 2.0  # a measurement ends with the step that goes beyond
+ROWS = 64  # rows that an evaluation is measured on, spread over the lengths
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one worker takes. Memory in bytes: ``weights`` alone, ``idle`` with the base model loaded, ``peak``."""
+
+    device: str
+    pace: Pace
+    bare_row_s: float
+    """Seconds of a row that is evaluated without a prompt."""
+    load_s: float
+    """Seconds from the start of the process to the loaded base model."""
+    weights: int
+    idle: int
+    peak: int
+    room: int
+    """All memory of the device, or of the machine for a CPU."""
+    cuts: tuple[str, ...] = ()
+    """What had to be cut for the largest step or evaluation to fit, or did not fit at all."""
+
+
+def measure(prepared: Prepared, placement: Placement) -> Measured:
+    """Measure in a child process. JobFailed when the system ended it, which memory is the usual reason for."""
+    started = time.time()
+    measured: Measured = in_child(_measure, prepared, placement, started)
+    return measured
+
+
+def in_child(work: Callable[..., Any], *arguments: Any) -> Any:
+    """``work(*arguments)`` in a fresh process; its errors are raised here."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_call, args=(sender, work, arguments), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        done, result = receiver.recv()
+    except EOFError:
+        process.join()
+        raise JobFailed(
+            f"the process that measured the job was ended (exit code {process.exitcode}), most likely because its "
+            "largest step does not fit into memory",
+            "lower train.batch_size, resources.trials_per_worker or data.max_input_tokens, or set "
+            "train.micro_batch_size",
+        ) from None
+    finally:
+        process.terminate()
+        process.join()
+        receiver.close()
+    if not done:
+        raise result
+    return result
+
+
+def _call(sender: Connection, work: Callable[..., Any], arguments: Sequence[Any]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears of it too, and ends this process
+    try:
+        sender.send((True, work(*arguments)))
+    except OrchestratorError as error:
+        sender.send((False, error))
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            traceback.print_exc()
+        first = f"{type(error).__name__}: {error}".splitlines()[0]
+        sender.send((False, JobFailed(f"the job can't be measured: {first}", f"{TRACEBACK}=1 shows where it arose")))
+
+
+def _measure(prepared: Prepared, placement: Placement, started: float) -> Measured:
+    set_threads(placement.threads)
+    device = default_device() if placement.gpus else torch.device("cpu")
+    model = prepared.job.base_model
+    backbone = load_backbone(resolve_model(model), device, model.dtype)
+    load_s = time.time() - started
+    memory = Memory(device)
+    idle = memory.start_over()
+    bench = Bench(prepared, placement, backbone)
+    cuts = bench.largest()
+    peak = memory.peak()
+    return Measured(
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        pace=bench.pace(),
+        bare_row_s=bench.bare_row(),
+        load_s=load_s,
+        weights=sum(tensor.nbytes for tensor in backbone.model.state_dict(keep_vars=True).values()),
+        idle=idle,
+        peak=max(peak, idle),
+        room=memory.room(),
+        cuts=cuts,
+    )
+
+
+class Bench:
+    """Engines on one backbone, for parts of a job."""
+
+    def __init__(self, prepared: Prepared, placement: Placement, backbone: Any) -> None:
+        self._prepared = prepared
+        self._slots = placement.trials_per_worker
+        self._backbone = backbone
+        self._task = prepared.task
+        whole = prepared.task.splits["validation"]
+        sample = spread(range(len(whole)), ROWS, key=lambda row: whole.lengths[row])
+        self._scale = len(whole) / len(sample)
+        self._sampled = self._with(validation=cut(whole, sample))
+
+    def largest(self) -> tuple[str, ...]:
+        """One step and one evaluation of full slots, the longest prompts and the longest rows; what had to be cut."""
+        train, validation = (self._task.splits[name] for name in ("train", "validation"))
+        rows = by_length(train)[: self._prepared.job.train.batch_size]
+        fits = max(1, evaluation.MAX_TOKENS // (max(validation.lengths) * self._slots))
+        task = self._with(train=cut(train, rows), validation=cut(validation, by_length(validation)[:fits]))
+        trial = max(self._prepared.trials, key=lambda trial: trial.num_virtual_tokens)
+        engine = self._engine(task, [trial] * self._slots)
+        seated = list(engine.slots.values())
+        engine.step(seated)
+        return tuple(dict.fromkeys(report.note for report in engine.reports(seated) if report.note))
+
+    def pace(self) -> Pace:
+        """Seconds of a step and of a whole evaluation, of one trial and of as many as there are slots."""
+        typical = spread(self._prepared.trials, self._slots, key=lambda trial: trial.num_virtual_tokens)
+        filled = (typical * self._slots)[: self._slots]
+        packed = self._seconds(filled)
+        alone = packed if self._slots == 1 else self._seconds([filled[len(filled) // 2]])
+        return Pace(alone[0], packed[0], alone[1], packed[1], self._slots)
+
+    def _seconds(self, trials: Sequence[TrialSpec]) -> tuple[float, float]:
+        engine = self._engine(self._sampled, trials)
+        seated = list(engine.slots.values())
+        engine.step(seated)  # what only the first step does is left out
+        most = max(1, min(STEPS, self._prepared.job.train.steps - 1))
+        step_s = timed(lambda: engine.step(seated), most)
+        return step_s, self._scale * timed(lambda: engine.reports(seated), 1)
+
+    def bare_row(self) -> float:
+        engine = self._engine(self._sampled, [])
+        seconds = timed(lambda: engine.evaluate(EvaluationJob("validation")), 1)
+        return seconds / len(self._sampled.splits["validation"])
+
+    def _engine(self, task: Task, trials: Sequence[TrialSpec]) -> Engine:
+        job = self._prepared.job
+        engine = Engine(self._backbone, task, job.train, job.search, max(1, len(trials)))
+        for place, trial in enumerate(trials):
+            engine.seat(f"t{place}", trial)
+        return engine
+
+    def _with(self, **splits: Encoded) -> Task:
+        return replace(self._task, splits={**self._task.splits, **splits})
+
+
+def timed(work: Callable[[], Any], most: int) -> float:
+    """Mean seconds of ``work``, done at most so often and not for long."""
+    started, done = time.perf_counter(), 0
+    while done < most and time.perf_counter() - started < BUDGET_S:
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        done += 1
+    return (time.perf_counter() - started) / done
+
+
+def by_length(split: Encoded) -> list[int]:
+    """Row numbers, longest rows first."""
+    return sorted(range(len(split)), key=lambda row: -split.lengths[row])
+
+
+def cut(split: Encoded, rows: Sequence[int]) -> Encoded:
+    """The split's rows of these numbers."""
+    return Encoded(
+        [split.inputs[row] for row in rows],
+        [split.targets[row] for row in rows],
+        [split.labels[row] for row in rows],
+        [split.references[row] for row in rows] if split.references else [],
+    )
+
+
+def spread(values: Sequence[Any], count: int, key: Callable[[Any], Any]) -> list[Any]:
+    """At most ``count`` of the values, evenly over their order by ``key``."""
+    ordered = sorted(values, key=key)
+    taken = min(count, len(ordered))
+    return [ordered[(2 * place + 1) * len(ordered) // (2 * taken)] for place in range(taken)]
+
+
+class Memory:
+    """Bytes that this process holds: of the accelerator, or of the machine."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def start_over(self) -> int:
+        """Forget the peak so far; returns what is held now."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self._device)
+            return torch.cuda.memory_reserved(self._device)
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:  # not allowed everywhere: then the peak is that since the start, loading included
+            return self.peak()
+        return _status("VmRSS")
+
+    def peak(self) -> int:
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_reserved(self._device)
+        if Path("/proc/self/status").exists():
+            return _status("VmHWM")
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes where there is no /proc (macOS)
+
+    def room(self) -> int:
+        """All memory that there is."""
+        if self._device.type == "cuda":
+            return int(torch.cuda.get_device_properties(self._device).total_memory)
+        limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+        for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+            if Path(file).is_file() and (text := Path(file).read_text().strip()).isdecimal():
+                limits.append(int(text))
+        return min(limits)
+
+
+def _status(name: str) -> int:
+    """A line of /proc/self/status, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))

@@ -1,0 +1,139 @@
+"""What a search will take, before it runs: arithmetic over what was measured on one worker."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from orchestrator.data.encoding import Encoded
+from orchestrator.search.forecast import Forecast, forecast
+from orchestrator.search.measure import Measured, measure
+from orchestrator.search.placement import Node, Placement
+from orchestrator.search.prepare import EVALUATED, Prepared
+from orchestrator.spec import JobSpec
+
+# Measured on two idle cores, and in them alone: what a search does besides loading, steps and evaluations.
+RAY_S = 4.0  # start of Ray on this machine; nothing where a cluster is up
+WORKERS_S = 8.0  # processes of Train and Tune up to the worker's own start
+END_S = 2.0  # registering
+REPORT_S = 0.03  # a report's way to Tune and back
+FULL = 0.9  # of a device's memory; beyond, fragments and neighbours decide
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The estimate: ``seconds`` by part and ``device_hours`` of all workers; memory in bytes."""
+
+    placement: Placement
+    trials: int
+    most_steps: int
+    forecast: Forecast
+    measured: Measured
+    seconds: dict[str, float]
+    device_hours: float
+    warnings: tuple[str, ...]
+
+    @property
+    def slot(self) -> int:
+        """A slot's share of a worker's memory, beyond what the base model takes."""
+        return (self.measured.peak - self.measured.idle) // self.placement.trials_per_worker
+
+    def document(self) -> dict[str, Any]:
+        """As ``plan --json`` prints it."""
+        placement, measured, pace, found = self.placement, self.measured, self.measured.pace, self.forecast
+        return {
+            "trials": self.trials,
+            "scheduler_rungs": [
+                {"step": step, "trials": round(trials, 1)}
+                for step, trials in zip(found.rungs, found.reached, strict=True)
+            ],
+            "steps": {"expected": round(found.steps), "most": self.most_steps},
+            "placement": {**asdict(placement), "slots": placement.slots, "device": measured.device},
+            "memory": {
+                "weights": measured.weights, "idle": measured.idle, "slot": self.slot, "worker": measured.peak,
+                "room": measured.room,
+            },
+            "pace": {
+                "step_alone": pace.step_alone, "step_packed": pace.step_packed,
+                "evaluation_alone": pace.evaluation_alone, "evaluation_packed": pace.evaluation_packed,
+            },
+            "seconds": {name: round(value, 1) for name, value in self.seconds.items()},
+            "device_hours": self.device_hours,
+            "warnings": list(self.warnings),
+        }  # fmt: skip
+
+    def metrics(self) -> dict[str, float]:
+        """The estimate as metrics of the search's MLflow run, beside those of the outcome."""
+        return {
+            "plan_seconds": self.seconds["total"], "plan_device_hours": self.device_hours,
+            "plan_trained_steps": self.forecast.steps, "plan_worker_bytes": float(self.measured.peak),
+        }  # fmt: skip
+
+
+def make_plan(prepared: Prepared, placement: Placement, nodes: Sequence[Node]) -> Plan:
+    """Measure the job and estimate. JobFailed when it can't be measured."""
+    return estimate(prepared, placement, measure(prepared, placement), len(nodes))
+
+
+def estimate(prepared: Prepared, placement: Placement, measured: Measured, nodes: int = 1) -> Plan:
+    """The plan that follows from what was measured; the workers are spread evenly over so many ``nodes``."""
+    job, trials = prepared.job, len(prepared.trials)
+    found = forecast(
+        job.search, job.train, trials, placement.workers, placement.trials_per_worker, measured.pace, REPORT_S
+    )
+    seconds = _seconds(prepared, measured, found)
+    held = sum(seconds[part] for part in ("baselines", "search", "test"))
+    return Plan(
+        placement, trials, trials * job.train.steps, found, measured, seconds,
+        device_hours(placement, held), _warnings(job, placement, measured, -(-placement.workers // nodes)),
+    )  # fmt: skip
+
+
+def device_hours(placement: Placement, seconds: float) -> float:
+    """Hours of all accelerators, or of all workers where there are none."""
+    return placement.workers * (placement.gpus or 1.0) * seconds / 3600
+
+
+def _seconds(prepared: Prepared, measured: Measured, found: Forecast) -> dict[str, float]:
+    splits, registry = prepared.task.splits, prepared.job.registry
+    rows = sum(_rows(splits, name) for name in EVALUATED) * (1 + len(prepared.instructions))
+    tuned = measured.pace.evaluation_alone * _rows(splits, "test") / _rows(splits, "validation")
+    limit = prepared.job.search.stop.minutes
+    parts = {
+        "startup": RAY_S + WORKERS_S + measured.load_s,
+        "baselines": rows * measured.bare_row_s,
+        "search": found.seconds if limit is None else min(found.seconds, 60 * limit),
+        "test": tuned * max(1, registry.register_top),
+        "end": END_S,
+    }
+    return {**parts, "total": sum(parts.values())}
+
+
+def _rows(splits: dict[str, Encoded], name: str) -> int:
+    return len(splits[name])
+
+
+def _warnings(job: JobSpec, placement: Placement, measured: Measured, together: int) -> tuple[str, ...]:
+    """What can't fit, or makes the estimate worth little; ``together`` workers share a machine."""
+    found = [f"the largest step and evaluation: {cut}" for cut in measured.cuts]
+    on_cpu = measured.device == "cpu"
+    if placement.gpus and on_cpu:
+        found.append("measured on a CPU, while workers get accelerators: times and memory say little about them")
+    elif (need := measured.peak * (together if on_cpu else 1)) > FULL * measured.room:
+        what = f"{together} workers of this machine need" if on_cpu and together > 1 else "a worker needs"
+        found.append(
+            f"{what} {need / 1e9:.1f} GB of {measured.room / 1e9:.1f} GB: lower resources.trials_per_worker or "
+            "train.batch_size, or set train.micro_batch_size"
+        )
+    if job.train.patience is not None or job.search.stop.metric is not None:
+        found.append("train.patience and search.stop.metric are not counted on: they may end the search earlier")
+    return tuple(found)
+
+
+def this_machine() -> list[Node]:
+    """What a Ray that is started here would have."""
+    import torch
+
+    return [Node(float(os.cpu_count() or 1), float(torch.cuda.device_count()))]

@@ -1,0 +1,153 @@
+"""The plan: its arithmetic exactly, and what is measured in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import mlflow
+import pytest
+from models import small_task
+from small_jobs import Command, Recorder, small_job, write_job
+
+from orchestrator.errors import BadInput, JobFailed
+from orchestrator.run import run_job
+from orchestrator.search import measure as measure_module
+from orchestrator.search.forecast import Pace
+from orchestrator.search.measure import Measured, cut, in_child, measure, spread
+from orchestrator.search.placement import Node, Placement, place
+from orchestrator.search.plan import END_S, RAY_S, REPORT_S, WORKERS_S, Plan, estimate
+from orchestrator.search.prepare import prepare
+
+PLACEMENT = Placement(workers=1, cpus=1, gpus=0.0, threads=1, trials_per_worker=2)
+PACE = Pace(step_alone=0.1, step_packed=0.15, evaluation_alone=1.0, evaluation_packed=1.5, packed=2)
+MEASURED = Measured("cpu", PACE, 0.01, 3.0, weights=100, idle=500, peak=900, room=1000)
+FIFO = {"search__scheduler": "fifo", "search__trials": 4}
+
+
+def planned(
+    folder: Path, placement: Placement = PLACEMENT, measured: Measured = MEASURED, nodes: int = 1, **changes: object
+) -> Plan:
+    return estimate(prepare(small_job(folder, **{**FIFO, **changes})), placement, measured, nodes)
+
+
+def test_the_parts_add_up(tmp_path: Path) -> None:
+    """Four trials of 16 steps on two slots, an evaluation every 4; two baselines on 16 validation and 16 test rows."""
+    plan = planned(tmp_path)
+    search = 2 * (16 * 0.15 + 4 * (1.5 + 2 * REPORT_S))
+    parts = {"startup": RAY_S + WORKERS_S + 3.0, "baselines": 2 * 32 * 0.01, "search": search, "test": 1.0}
+    assert plan.seconds == pytest.approx({**parts, "end": END_S, "total": sum(parts.values()) + END_S})
+    assert plan.device_hours == pytest.approx((search + 1.0 + 0.64) / 3600)
+    assert (plan.trials, plan.most_steps, plan.forecast.steps, plan.slot) == (4, 64, 64, 200)
+    assert plan.warnings == ()
+    metrics = plan.metrics()
+    assert metrics["plan_seconds"] == plan.seconds["total"] and metrics["plan_trained_steps"] == 64
+
+
+def test_hours_count_every_device(tmp_path: Path) -> None:
+    """Two workers of two accelerators each are four devices, for as long as trials run."""
+    four = planned(tmp_path, replace(PLACEMENT, workers=2, gpus=2.0), replace(MEASURED, device="GPU"))
+    held = sum(four.seconds[part] for part in ("baselines", "search", "test"))
+    assert four.device_hours == pytest.approx(4 * held / 3600)
+    assert four.seconds["search"] == pytest.approx(planned(tmp_path).seconds["search"] / 2)
+
+
+def test_a_limit_of_minutes_ends_the_search(tmp_path: Path) -> None:
+    """No longer than search.stop.minutes."""
+    assert planned(tmp_path, search__stop={"minutes": 0.05}).seconds["search"] == pytest.approx(3.0)
+
+
+def test_what_cannot_fit_is_named(tmp_path: Path) -> None:
+    """Memory near all there is, of one worker or of those that share a machine; cuts; and steps of another device."""
+    (full,) = planned(tmp_path, measured=replace(MEASURED, room=950)).warnings
+    assert full.startswith("a worker needs") and "lower resources.trials_per_worker" in full
+    two = replace(PLACEMENT, workers=2)
+    assert planned(tmp_path, two).warnings[0].startswith("2 workers of this machine need")
+    assert planned(tmp_path, two, nodes=2).warnings == ()
+    (cut_up,) = planned(tmp_path, measured=replace(MEASURED, cuts=("ran out",))).warnings
+    assert cut_up.endswith(": ran out")
+    (other,) = planned(tmp_path, replace(PLACEMENT, gpus=1.0)).warnings
+    assert other.startswith("measured on a CPU")
+    (early,) = planned(tmp_path, train__patience=2).warnings
+    assert "patience" in early
+
+
+def test_real_steps_are_measured(tmp_path: Path) -> None:
+    """A worker's time and memory in a process that is gone afterwards; the largest step takes more than the model."""
+    prepared = prepare(small_job(tmp_path, **FIFO))
+    found = measure(prepared, place(prepared.job.resources, [Node(2)], len(prepared.trials)))
+    assert 0 < found.weights < found.idle <= found.peak < found.room
+    assert all(value > 0 for value in (found.pace.step_alone, found.pace.step_packed, found.bare_row_s, found.load_s))
+    assert (found.device, found.cuts, found.pace.packed) == ("cpu", (), 4)
+
+
+def fails() -> None:
+    raise BadInput("no such thing", "try another")
+
+
+def breaks() -> None:
+    raise ValueError("broken\nin two lines")
+
+
+def dies() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)  # as the system does when memory runs out
+
+
+def test_what_goes_wrong_in_the_child_is_told() -> None:
+    """Our own errors arrive as they are, others in one line, and a killed process is most likely memory."""
+    with pytest.raises(BadInput, match="no such thing"):
+        in_child(fails)
+    with pytest.raises(JobFailed, match=r"can't be measured: ValueError: broken\n"):
+        in_child(breaks)
+    with pytest.raises(JobFailed, match=r"exit code -9.*does not fit into memory"):
+        in_child(dies)
+
+
+def test_samples_lie_evenly() -> None:
+    """Over the sorted values, each at most once; a cut split keeps its rows together."""
+    assert spread([9, 1, 5, 3, 7, 11], 3, key=lambda value: value) == [3, 7, 11]
+    assert spread([2, 1], 5, key=lambda value: value) == [1, 2]
+    split = small_task().splits["train"]
+    few = cut(split, [3, 1])
+    assert (few.inputs, few.targets) == ([split.inputs[3], split.inputs[1]], [split.targets[3], split.targets[1]])
+    assert few.labels == [split.labels[3], split.labels[1]] and few.references == []
+    assert measure_module.by_length(split)[0] == split.lengths.index(max(split.lengths))
+
+
+def test_the_verb(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table that ends with the next step, or one document; nothing is written."""
+    job = write_job(tmp_path)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    shown = command("plan", job, "--set", "search.trials=6")
+    assert shown.code == 0 and shown.out.startswith("trials") and "of at most 96" in shown.out
+    assert shown.out.splitlines()[-1] == f"next: orchestrator run {job} --set search.trials=6"
+    document = command("plan", job, "--json", "--quiet").document
+    assert (document["trials"], document["steps"]["most"], document["placement"]["slots"]) == (8, 128, 4)
+    assert document["scheduler_rungs"][0] == {"step": 4, "trials": 8.0}
+    assert document["seconds"]["total"] > document["seconds"]["startup"] > 0 and document["warnings"] == []
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_the_verb_refuses_what_a_run_would(command: Command, tmp_path: Path) -> None:
+    """A prompt longer than the context is bad input, before anything is measured."""
+    refused = command("plan", write_job(tmp_path), "--set", "search.space.num_virtual_tokens=[500]")
+    assert refused.code == 2 and "exceed the context" in refused.err
+
+
+def test_estimate_and_outcome_lie_side_by_side(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search that is planned first has both in its MLflow run: seconds, device hours and steps; FIFO's are exact."""
+    monkeypatch.chdir(tmp_path)
+    job = small_job(tmp_path, **{**FIFO, "search__trials": 2, "registry__register_top": 0})
+    document = run_job(job, Recorder(job), planned=True)
+    run = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_run(document["mlflow"]["run_id"])
+    for name in ("seconds", "device_hours", "trained_steps"):
+        assert run.data.metrics[name] > 0 and run.data.metrics[f"plan_{name}"] > 0
+    assert run.data.metrics["trained_steps"] == run.data.metrics["plan_trained_steps"] == 32
+    assert run.data.metrics["plan_seconds"] == pytest.approx(document["plan"]["seconds"]["total"], abs=0.1)
+    seconds = document["seconds"]
+    assert seconds["training"] < run.data.metrics["seconds"] <= seconds["total"] - seconds["plan"] + 0.01
