@@ -141,7 +141,7 @@ class Bench:
         """One step and one evaluation of full slots, the longest prompts and the longest rows; what had to be cut."""
         train, validation = (self._task.splits[name] for name in ("train", "validation"))
         rows = by_length(train)[: self._prepared.job.train.batch_size]
-        fits = max(1, evaluation.MAX_TOKENS // (max(validation.lengths) * self._slots))
+        fits = max(1, evaluation.forward_tokens(self._backbone) // (max(validation.lengths) * self._slots))
         task = self._with(train=cut(train, rows), validation=cut(validation, by_length(validation)[:fits]))
         trial = max(self._prepared.trials, key=lambda trial: trial.num_virtual_tokens)
         engine = self._engine(task, [trial] * self._slots)

@@ -56,9 +56,7 @@ def evaluate(
     with needs_room():
         prepared = None if prompts is None else backbone.prepare(prompts)
     tallies = [Tally() for _ in range(count)]
-    if max_tokens is None:
-        max_tokens = min(MAX_TOKENS, CPU_TOKENS) if backbone.device.type == "cpu" else MAX_TOKENS
-    for rows, owner in _forwards(split, count, max_tokens):
+    for rows, owner in _forwards(split, count, max_tokens or forward_tokens(backbone)):
         tokens = len(rows) * max(split.lengths[row] for row in rows)
         with needs_room(tokens, divisible=len(rows) > count):
             _score(backbone, prepared, split, encoder, rows, owner, tallies)
@@ -67,6 +65,11 @@ def evaluate(
         return found
     texts = generated_metrics(backbone, prepared, split, encoder, decoding, max_tokens)
     return [{**metrics, **of_texts} for metrics, of_texts in zip(found, texts, strict=True)]
+
+
+def forward_tokens(backbone: Backbone) -> int:
+    """Padded tokens of one forward at most, by default."""
+    return min(MAX_TOKENS, CPU_TOKENS) if backbone.device.type == "cpu" else MAX_TOKENS
 
 
 def _forwards(split: Encoded, count: int, max_tokens: int) -> Iterator[tuple[list[int], list[int]]]:
