@@ -54,7 +54,7 @@ def shown(job: JobSpec, quiet: bool = False, **console: Any) -> tuple[ConsolePro
 def a_search(progress: ConsoleProgress, clock: Clock | None = None) -> None:
     """Three trials: one finishes, one is stopped, one diverges."""
     progress.stage("starting Ray")
-    with progress.trials(SPECS):
+    with progress.trials(SPECS, len(SPECS)):
         for trial, spec in SPECS:
             progress.trial_started(trial, spec)
         for step, trial in ((4, "t000"), (4, "t001"), (8, "t000")):
@@ -89,7 +89,7 @@ def test_plain_lines_without_a_terminal(job: JobSpec, clock: Clock) -> None:
 def test_plain_lines_end_with_their_last_word(job: JobSpec) -> None:
     """Neither a time left that is not known yet nor a stop without a reason leaves a space behind."""
     progress, out = shown(job)
-    with progress.trials(SPECS):
+    with progress.trials(SPECS, len(SPECS)):
         progress.trial_reported("t000", report("t000", 4))
         progress.trial_ended("t000", "stopped", "")
     lines = out.getvalue().splitlines()
@@ -113,7 +113,7 @@ def test_a_live_table_on_a_terminal(job: JobSpec) -> None:
 def test_a_live_table_ends_with_an_error(job: JobSpec) -> None:
     """What comes after a search that failed is said in plain lines again."""
     progress, out = shown(job, force_terminal=True, legacy_windows=False)
-    with pytest.raises(KeyError), progress.trials(SPECS):
+    with pytest.raises(KeyError), progress.trials(SPECS, len(SPECS)):
         raise KeyError
     progress.note("it failed")
     progress.trial_started(*SPECS[0])
@@ -133,7 +133,7 @@ def test_the_time_left_comes_from_the_pace_since_the_first_report(job: JobSpec, 
     """The worker's start is not taken for training; ended trials say how long the others will be."""
     progress, _ = shown(job)
     clock.now += 1000  # the base model is loading
-    with progress.trials(SPECS):
+    with progress.trials(SPECS, len(SPECS)):
         progress.trial_started(*SPECS[0])
         clock.now += 500
         progress.trial_reported("t000", report("t000", 4))

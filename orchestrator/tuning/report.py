@@ -5,7 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from orchestrator.space import TrialSpec
+
 Ending = Literal["steps", "patience", "diverged"]
+
+
+@dataclass(frozen=True)
+class Copied:
+    """A trial goes on from what ``source`` was at ``step``, as ``spec``: prompt, optimiser and result so far."""
+
+    source: str
+    step: int
+    spec: TrialSpec
 
 
 @dataclass(frozen=True)
@@ -13,6 +24,7 @@ class Report:
     """One evaluation of one trial. ``ending`` says why the trial is over, None while it goes on.
 
     ``score`` is the best validation metric so far, by which trials are compared; the worst possible one before any.
+    ``copied`` is what the trial took over since its last report, if it did.
     """
 
     trial: str
@@ -24,6 +36,7 @@ class Report:
     score: float
     checkpoint: bytes
     ending: Ending | None = None
+    copied: Copied | None = None
 
 
 @dataclass(frozen=True)
