@@ -68,6 +68,8 @@ class ConsoleProgress:
             self._first = time.monotonic(), self._steps()[0]
         self._update()
         if self._live is None:
+            if report.copied is not None:
+                self._say(f"{trial} went on from {report.copied.source} at step {report.copied.step}")
             self._say(self._line(trial, report))
 
     def trial_ended(self, trial: str, status: str, note: str) -> None:
@@ -88,8 +90,6 @@ class ConsoleProgress:
         record, metric = self._outcome.records[trial], self._job.search.metric
         value = f"{metric} {report.metrics[metric]:.3f}" if report.metrics else "diverged"
         steps = f"step {report.step}/{self._job.train.steps}"
-        if report.copied is not None:
-            self._say(f"{trial} goes on from {report.copied.source} at step {report.copied.step}")
         line = f"{trial} {steps} {value} loss {report.train_loss:.3f} [{record.spec.label()}]"
         return f"{line} {self._eta()}".rstrip()
 
