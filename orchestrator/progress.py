@@ -30,6 +30,7 @@ class ConsoleProgress:
         self._quiet = quiet
         self._live: Live | None = None
         self._outcome = Outcome(job.search, [])
+        self._total = 0
         self._started = 0.0
         self._first: tuple[float, float] | None = None  # newest first report: when, steps behind
 
@@ -40,9 +41,10 @@ class ConsoleProgress:
         self._say(text)
 
     @contextmanager
-    def trials(self, trials: Sequence[tuple[str, TrialSpec]]) -> Iterator[None]:
-        """Around the study: the table lives as long as this does."""
+    def trials(self, trials: Sequence[tuple[str, TrialSpec]], total: int) -> Iterator[None]:
+        """Around the study: the table lives as long as this does. ``trials`` are those known beforehand."""
         self._outcome = Outcome(self._job.search, trials)
+        self._total = total
         self._started = time.monotonic()
         if self._quiet or not self._console.is_terminal:
             yield
@@ -66,6 +68,8 @@ class ConsoleProgress:
             self._first = time.monotonic(), self._steps()[0]
         self._update()
         if self._live is None:
+            if report.copied is not None:
+                self._say(f"{trial} went on from {report.copied.source} at step {report.copied.step}")
             self._say(self._line(trial, report))
 
     def trial_ended(self, trial: str, status: str, note: str) -> None:
@@ -95,6 +99,7 @@ class ConsoleProgress:
         ended = [record.step for record in records if record.status not in ("waiting", "running")]
         expected = sum(ended) / len(ended) if ended else float(self._job.train.steps)
         to_come = sum(max(0.0, expected - record.step) for record in records if record.status in ("waiting", "running"))
+        to_come += expected * max(0, self._total - len(records))  # not proposed yet
         return float(sum(record.step for record in records)), to_come
 
     def _done(self) -> float:

@@ -32,7 +32,7 @@ from orchestrator.search.placement import Placement, place
 from orchestrator.search.plan import Plan, device_hours, make_plan, this_machine
 from orchestrator.search.prepare import Prepared, data_record, prepare, verbalizer_entries
 from orchestrator.search.search import Running, placed, running
-from orchestrator.search.study import Listener
+from orchestrator.search.study import Listener, trial_id
 from orchestrator.space import TrialSpec, init_artifacts
 from orchestrator.spec import JobSpec
 from orchestrator.tuning.report import EvaluationJob, Report
@@ -48,7 +48,7 @@ class Progress(Listener, Protocol):
 
     def note(self, text: str) -> None: ...
 
-    def trials(self, outcome_of: Sequence[tuple[str, TrialSpec]]) -> AbstractContextManager[None]: ...
+    def trials(self, trials: Sequence[tuple[str, TrialSpec]], total: int) -> AbstractContextManager[None]: ...
 
 
 @dataclass
@@ -76,26 +76,33 @@ class Clock:
 
 
 class MlflowListener:
-    """Passes a study's events on to the search's log."""
+    """Passes a study's events on to the search's log. Where trials copy each other, what changes with that is logged as
+    metrics by step, since a run's parameters can't change."""
 
-    def __init__(self, log: SearchLog) -> None:
+    def __init__(self, log: SearchLog, copying: bool = False) -> None:
         self._log = log
-        self._started: set[str] = set()
+        self._copying = copying
+        self._specs: dict[str, TrialSpec] = {}
         self._notes: dict[str, str] = {}
 
     def trial_started(self, trial: str, spec: TrialSpec) -> None:
-        self._started.add(trial)
+        self._specs[trial] = spec
         self._log.trial_started(trial, flat(spec.config()))
 
     def trial_reported(self, trial: str, report: Report) -> None:
         named = {f"validation_{name}": value for name, value in report.metrics.items()}
+        if report.copied is not None:
+            self._specs[trial] = report.copied.spec
+        if self._copying:
+            spec = self._specs[trial]
+            named |= {"learning_rate": spec.learning_rate, "num_virtual_tokens": float(spec.num_virtual_tokens)}
         self._log.trial_metrics(trial, report.step, {**named, "train_loss": report.train_loss})
         if report.note and self._notes.get(trial) != report.note:
             self._notes[trial] = report.note
             self._log.trial_tags(trial, {"orchestrator.memory": report.note})
 
     def trial_ended(self, trial: str, status: str, note: str) -> None:
-        if trial not in self._started:
+        if trial not in self._specs:
             return  # the search ended before its turn came: it has no run
         state = {"finished": "finished", "failed": "failed"}.get(status, "stopped")
         self._log.trial_ended(trial, state, note if state == "failed" else "")  # type: ignore[arg-type]
@@ -197,7 +204,7 @@ class Pipeline:
         params = {
             "method": job.method, "base_model": job.base_model.id, "revision": job.base_model.revision,
             "template": job.data.template, "searcher": job.search.searcher, "scheduler": job.search.scheduler,
-            "trials": len(self.prepared.trials), "metric": job.search.metric, "steps": job.train.steps,
+            "trials": self.prepared.total, "metric": job.search.metric, "steps": job.train.steps,
             "batch_size": job.train.batch_size, "evaluate_every": job.train.evaluate_every,
             "optimizer": job.train.optimizer, "space": job.search.space.model_dump(),
             "train": job.train.model_dump(),
@@ -214,12 +221,12 @@ class Pipeline:
             log.parent_metrics(self.plan.metrics())
             log.parent_tags({"orchestrator.plan.warnings": "; ".join(self.plan.warnings)})
         self.progress.stage("loading the base model into the worker")
-        trials = [(f"t{number:03d}", spec) for number, spec in enumerate(self.prepared.trials)]
+        trials = [(trial_id(number), spec) for number, spec in enumerate(self.prepared.trials)]
         # Tune starts its trials' actors while the worker loads the model; the baselines go first once it has.
         with ThreadPoolExecutor(1) as beside, search.or_abandon():
             baselines_ready = beside.submit(self._baselines, search, log)
-            with self.progress.trials(trials):
-                outcome = search.study([MlflowListener(log), self.progress])
+            with self.progress.trials(trials, self.prepared.total):
+                outcome = search.study([MlflowListener(log, self.job.search.scheduler == "pbt"), self.progress])
             baselines, ready_at = baselines_ready.result()
         self.clock.mark("workers", until=ready_at)
         self.clock.mark("trials")

@@ -78,7 +78,7 @@ class TrialSpec:
             raise BadInput(f"a trial's configuration has a bad {place}: {first['msg']}: {dict(config)}") from None
         if any(isinstance(value, list | LogUniform | Uniform) for value in _dimensions(space)):
             raise BadInput(f"a trial's configuration has one value for each key: {dict(config)}")
-        return _trial(_dimensions(space))
+        return trial_at(_dimensions(space))
 
     def label(self) -> str:
         """One short line for tables."""
@@ -90,15 +90,26 @@ class TrialSpec:
 def trials(search: SearchSpec) -> list[TrialSpec]:
     """The trials of a search: the grid or so many of it, or draws, 16 unless ``trials`` says otherwise.
 
-    Fewer when the space has fewer points: no trial is run twice. Raises BadInput as ``grid`` does.
+    Fewer when the space has fewer points: no trial is run twice. None with a searcher that proposes trials while the
+    search runs. Raises BadInput as ``grid`` does.
     """
+    if search.searcher == "optuna":
+        return []
     if search.searcher == "random":
         return draw(search.space, search.trials or DEFAULT_TRIALS, search.seed)
     values = _listed(search.space)
     if values is None or search.trials is None or search.trials >= math.prod(map(len, values)):
         return grid(search.space)
     chosen = random.Random(search.seed).sample(range(math.prod(map(len, values))), search.trials)
-    return [_trial(_point(values, index)) for index in chosen]
+    return [trial_at(_point(values, index)) for index in chosen]
+
+
+def trial_count(search: SearchSpec) -> int:
+    """How many trials the search will have, unless it ends early. Raises BadInput as ``grid`` does."""
+    if search.searcher != "optuna":
+        return len(trials(search))
+    count, size = search.trials or DEFAULT_TRIALS, grid_size(search.space)
+    return count if size is None else min(count, size)
 
 
 def grid_size(space: SpaceSpec) -> int | None:
@@ -118,7 +129,7 @@ def grid(space: SpaceSpec) -> list[TrialSpec]:
     size = math.prod(map(len, values))
     if size > MAX_TRIALS:
         raise BadInput(f"the grid has {size} points, and a search at most {MAX_TRIALS} trials", "set search.trials")
-    return [_trial(_point(values, index)) for index in range(size)]
+    return [trial_at(_point(values, index)) for index in range(size)]
 
 
 def draw(space: SpaceSpec, count: int, seed: int) -> list[TrialSpec]:
@@ -134,7 +145,28 @@ def draw(space: SpaceSpec, count: int, seed: int) -> list[TrialSpec]:
     count = min(count, math.prod(map(len, columns)))
     rows = _spread(columns, count)
     _mix(rows, rng)
-    return [_trial(row) for row in rows]
+    return [trial_at(row) for row in rows]
+
+
+def dimensions(space: SpaceSpec) -> dict[str, Any]:
+    """What trials differ in, by name in the order of a row: a list of values, or a range."""
+    return {
+        name: value if isinstance(value, LogUniform | Uniform) else _values(value)
+        for name, value in zip(SpaceSpec.model_fields, _dimensions(space), strict=True)
+    }
+
+
+def trial_at(row: Row) -> TrialSpec:
+    """The trial with one value for each dimension."""
+    init: Init = row[0]
+    plain = (row[1], float(row[2]), row[3])
+    if isinstance(init, TextInit):
+        return TrialSpec("text", init.text, *plain)
+    if isinstance(init, ArtifactInit):
+        return TrialSpec("artifact", None, *plain, init_artifact=init.artifact)
+    if isinstance(init, SampleVocabInit):
+        return TrialSpec("sample_vocab", None, *plain, init_population=init.sample_vocab)
+    return TrialSpec(init, None, *plain)
 
 
 def longest(space: SpaceSpec) -> int:
@@ -175,18 +207,6 @@ def _point(values: list[list[Any]], index: int) -> Row:
         index, place = divmod(index, len(column))
         row.append(column[place])
     return row[::-1]
-
-
-def _trial(row: Row) -> TrialSpec:
-    init: Init = row[0]
-    plain = (row[1], float(row[2]), row[3])
-    if isinstance(init, TextInit):
-        return TrialSpec("text", init.text, *plain)
-    if isinstance(init, ArtifactInit):
-        return TrialSpec("artifact", None, *plain, init_artifact=init.artifact)
-    if isinstance(init, SampleVocabInit):
-        return TrialSpec("sample_vocab", None, *plain, init_population=init.sample_vocab)
-    return TrialSpec(init, None, *plain)
 
 
 def _column(value: Any, count: int, rng: random.Random) -> list[Any]:

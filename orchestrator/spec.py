@@ -276,14 +276,19 @@ class SearchSpec(Section):
     trials: Annotated[int, Field(ge=1, le=MAX_TRIALS)] | None = None
     """Trials to draw: the whole grid with searcher grid unless given, otherwise 16. A space with fewer points gives
     fewer."""
-    searcher: Literal["random", "grid"] = "random"
-    """How trials are drawn from the space: spread at random, or every combination."""
-    scheduler: Literal["asha", "median", "fifo"] = "asha"
-    """How bad trials are stopped early; fifo stops none."""
+    searcher: Literal["random", "grid", "optuna"] = "random"
+    """How trials are drawn from the space: spread at random, every combination, or each one after what the ones before
+    it reached (optuna's TPE)."""
+    scheduler: Literal["asha", "pbt", "median", "fifo"] = "asha"
+    """How bad trials are stopped early; pbt lets them go on from a better trial's prompt with another learning rate,
+    fifo stops none."""
     grace_steps: PositiveInt | None = None
     """First rung of ASHA (no trial is stopped before it); train.evaluate_every unless given."""
     reduction_factor: Annotated[int, Field(ge=2)] = 3
     """ASHA keeps one trial in so many at each rung."""
+    perturbation_steps: PositiveInt | None = None
+    """Steps between two comparisons of PBT, each of which lets bad trials copy good ones; train.evaluate_every unless
+    given."""
     metric: Metric = "accuracy"
     """Validation metric that ranks trials: accuracy ranks the verbalizer's texts, exact_match asks for the target's
     tokens; bleu, rouge_l and f1 compare a generated text with the references."""
@@ -301,9 +306,28 @@ class SearchSpec(Section):
         if self.searcher == "grid" and isinstance(self.space.learning_rate, LogUniform | Uniform):
             text = "grid needs listed values and space.learning_rate is a range; list values or use searcher random"
             yield Conflict("searcher", text, ("space.learning_rate",))
+        yield from self._population_conflicts()
         target = self.stop.metric
         if target is not None and self.metric != "loss" and not 0 <= target <= 1:
             yield Conflict("stop.metric", f"{target:g} is no {self.metric}: it lies between 0 and 1", ("metric",))
+
+    def _population_conflicts(self) -> Iterator[Conflict]:
+        if self.scheduler != "pbt":
+            if self.perturbation_steps is not None:
+                text = f"search.perturbation_steps has no effect with search.scheduler {self.scheduler}"
+                hint = "leave it out, or set search.scheduler to pbt"
+                yield Conflict("perturbation_steps", f"{text}; {hint}", ("scheduler",))
+            return
+        if self.trials == 1:
+            text = "pbt compares trials, and search.trials is 1; raise it, or use another scheduler"
+            yield Conflict("scheduler", text, ("trials",))
+        rates = self.space.learning_rate
+        if isinstance(rates, float) or (isinstance(rates, list) and len(rates) == 1):
+            text = (
+                "pbt changes the learning rate between the lowest and the highest of the space, and there is only one"
+            )
+            hint = "make space.learning_rate a range or a list, or use another scheduler"
+            yield Conflict("scheduler", f"{text}; {hint}", ("space.learning_rate",))
 
     @property
     def better(self) -> Literal["max", "min"]:
@@ -488,11 +512,36 @@ class JobSpec(Section):
             yield from self._needs_a_verbalizer()
         else:
             yield from self._needs_no_verbalizer()
+        if self.search.scheduler == "pbt":
+            yield from self._population_conflicts()
         if self.train.evaluate_every > self.train.steps:
             text = (
                 f"{self.train.evaluate_every} is more than train.steps {self.train.steps}: no trial would be evaluated"
             )
             yield Conflict("train.evaluate_every", f"{text}; evaluate at least once", ("train.steps",))
+
+    @property
+    def perturbation_steps(self) -> int:
+        """Steps between two comparisons of PBT."""
+        return self.search.perturbation_steps or self.train.evaluate_every
+
+    def _population_conflicts(self) -> Iterator[Conflict]:
+        every, steps = self.train.evaluate_every, self.train.steps
+        if self.perturbation_steps % every:
+            text = f"{self.perturbation_steps} is no multiple of train.evaluate_every {every}: trials are compared by"
+            yield Conflict(
+                "search.perturbation_steps", f"{text} their evaluations; choose a multiple", ("train.evaluate_every",)
+            )
+        if self.perturbation_steps >= steps:
+            given = self.search.perturbation_steps is not None
+            keys = ("search.perturbation_steps" if given else "train.evaluate_every", "train.steps")
+            text = f"{self.perturbation_steps} is not below train.steps {steps}: pbt would never compare trials"
+            yield Conflict(keys[0], f"{text} before their end; lower it", (*keys[1:], "search.scheduler"))
+        if self.resources.workers == 1 and self.resources.trials_per_worker == 1:
+            text = "pbt needs at least two trials at once, and resources leave room for one"
+            hint = "raise resources.trials_per_worker, or use another scheduler"
+            keys = ("resources.trials_per_worker", "resources.workers")
+            yield Conflict("search.scheduler", f"{text}; {hint}", keys)
 
     def _needs_a_verbalizer(self) -> Iterator[Conflict]:
         if self.search.metric == "accuracy":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from orchestrator import progress as progress_module
 from orchestrator.progress import ConsoleProgress, duration, sparkline
 from orchestrator.space import TrialSpec
 from orchestrator.spec import JobSpec
-from orchestrator.tuning.report import Ending, Report
+from orchestrator.tuning.report import Copied, Ending, Report
 
 SPECS = [
     ("t000", TrialSpec("random", None, 5, 0.1, 0)),
@@ -54,7 +55,7 @@ def shown(job: JobSpec, quiet: bool = False, **console: Any) -> tuple[ConsolePro
 def a_search(progress: ConsoleProgress, clock: Clock | None = None) -> None:
     """Three trials: one finishes, one is stopped, one diverges."""
     progress.stage("starting Ray")
-    with progress.trials(SPECS):
+    with progress.trials(SPECS, len(SPECS)):
         for trial, spec in SPECS:
             progress.trial_started(trial, spec)
         for step, trial in ((4, "t000"), (4, "t001"), (8, "t000")):
@@ -89,12 +90,38 @@ def test_plain_lines_without_a_terminal(job: JobSpec, clock: Clock) -> None:
 def test_plain_lines_end_with_their_last_word(job: JobSpec) -> None:
     """Neither a time left that is not known yet nor a stop without a reason leaves a space behind."""
     progress, out = shown(job)
-    with progress.trials(SPECS):
+    with progress.trials(SPECS, len(SPECS)):
         progress.trial_reported("t000", report("t000", 4))
         progress.trial_ended("t000", "stopped", "")
     lines = out.getvalue().splitlines()
     assert lines[0].endswith("seed 0]") and lines[1] == "t000 stopped"
     assert [line for line in lines if line != line.rstrip()] == []
+
+
+def test_a_copy_is_told_before_its_first_result(job: JobSpec) -> None:
+    """Whose prompt a trial went on from, and the configuration that it has now."""
+    progress, out = shown(job)
+    copied = Copied("t002", 4, TrialSpec("sample_vocab", None, 20, 0.36, 0))
+    with progress.trials(SPECS, len(SPECS)):
+        progress.trial_reported("t000", report("t000", 4))
+        progress.trial_reported("t000", replace(report("t000", 8), copied=copied))
+    lines = out.getvalue().splitlines()
+    assert lines[0].startswith("t000 step 4/16") and "[random, 5 tokens, lr 0.1, seed 0]" in lines[0]
+    assert lines[1] == "t000 went on from t002 at step 4"
+    assert lines[2].startswith("t000 step 8/16") and "[sample_vocab, 20 tokens, lr 0.36, seed 0]" in lines[2]
+
+
+def test_trials_that_are_not_proposed_yet_count(job: JobSpec, clock: Clock) -> None:
+    """A search whose trials come one by one is not nearly over when those that came are."""
+    progress, _ = shown(job)
+    with progress.trials([], 4):
+        for trial, spec in SPECS[:2]:
+            progress.trial_started(trial, spec)
+        for step in (4, 8, 12, 16):
+            for trial, _ in SPECS[:2]:
+                progress.trial_reported(trial, report(trial, step))
+        assert progress._done() == 0.5
+        assert list(progress._outcome.records) == ["t000", "t001"]
 
 
 def test_a_live_table_on_a_terminal(job: JobSpec) -> None:
@@ -113,7 +140,7 @@ def test_a_live_table_on_a_terminal(job: JobSpec) -> None:
 def test_a_live_table_ends_with_an_error(job: JobSpec) -> None:
     """What comes after a search that failed is said in plain lines again."""
     progress, out = shown(job, force_terminal=True, legacy_windows=False)
-    with pytest.raises(KeyError), progress.trials(SPECS):
+    with pytest.raises(KeyError), progress.trials(SPECS, len(SPECS)):
         raise KeyError
     progress.note("it failed")
     progress.trial_started(*SPECS[0])
@@ -133,7 +160,7 @@ def test_the_time_left_comes_from_the_pace_since_the_first_report(job: JobSpec, 
     """The worker's start is not taken for training; ended trials say how long the others will be."""
     progress, _ = shown(job)
     clock.now += 1000  # the base model is loading
-    with progress.trials(SPECS):
+    with progress.trials(SPECS, len(SPECS)):
         progress.trial_started(*SPECS[0])
         clock.now += 500
         progress.trial_reported("t000", report("t000", 4))

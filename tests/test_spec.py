@@ -230,6 +230,35 @@ def test_a_target_out_of_the_metrics_reach_is_refused() -> None:
     SearchSpec.model_validate({"metric": "loss", "stop": {"metric": 98}})
 
 
+PBT = {"scheduler": "pbt", "space": {"learning_rate": [0.1, 0.2]}}
+
+
+@pytest.mark.parametrize(
+    ("sections", "where"),
+    [
+        ({"search": {"perturbation_steps": 50}}, ["perturbation_steps"]),
+        ({"search": PBT | {"trials": 1}}, ["scheduler"]),
+        ({"search": {"scheduler": "pbt"}}, ["scheduler"]),
+        ({"search": PBT | {"space": {"learning_rate": [0.1]}, "trials": 1}}, ["scheduler", "scheduler"]),
+        ({"search": PBT | {"perturbation_steps": 75}}, ["search.perturbation_steps"]),
+        ({"search": PBT | {"perturbation_steps": 500}}, ["search.perturbation_steps"]),
+        ({"search": PBT, "train": {"steps": 50}}, ["train.evaluate_every"]),
+        ({"search": PBT, "resources": {"workers": 1, "trials_per_worker": 1}}, ["search.scheduler"]),
+    ],
+)
+def test_a_population_that_could_not_change_is_refused(sections: dict[str, Any], where: list[str]) -> None:
+    """Without several trials at once, learning rates to move between, or an evaluation to compare at before the end."""
+    assert conflicts(sections) == where
+
+
+def test_a_population_is_compared_at_evaluations() -> None:
+    """At each of them unless the spec says otherwise."""
+    assert JobSpec.model_validate(job(search=PBT)).perturbation_steps == 50
+    assert JobSpec.model_validate(job(search=PBT | {"perturbation_steps": 150})).perturbation_steps == 150
+    ranged = {"scheduler": "pbt", "space": {"learning_rate": {"loguniform": [0.1, 0.2]}}}
+    JobSpec.model_validate(job(search=ranged, resources={"workers": 2, "trials_per_worker": 1}))
+
+
 def test_every_trial_is_evaluated_at_least_once() -> None:
     """evaluate_every above steps is refused."""
     assert conflicts({"train": {"steps": 10, "evaluate_every": 20}}) == ["train.evaluate_every"]

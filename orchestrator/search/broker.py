@@ -8,8 +8,10 @@ One asyncio object (an actor in a cluster, a plain object in tests). Three kinds
 
 A search repeats exactly on one worker because the broker lets nothing race: after a round it hands out the reports one
 by one, in the order of the trials, waits each time for Tune's decision, then waits for the trials that Tune starts in
-the freed slots. Only then the next round begins. The waits are milliseconds and have a limit, so that a trial that
-never comes costs time once, and the repeatability, but never the search.
+the freed slots. Only then the next round begins. Where trials are proposed from the results of others (``in_turn``), it
+waits for each trial that takes the place of an ended one before it hands out the next report. The waits are
+milliseconds and have a limit, so that a trial that never comes costs time once, and the repeatability, but never the
+search.
 """
 
 from __future__ import annotations
@@ -17,12 +19,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from orchestrator.errors import JobFailed
+from orchestrator.search.population import Copy, Population
 from orchestrator.space import TrialSpec
-from orchestrator.tuning.report import EvaluationJob, Report
+from orchestrator.tuning.report import Copied, EvaluationJob, Report
 
 PATIENCE_S = 60.0  # the longest wait for a decision or for a trial to start
 IMPATIENCE_S = 0.5  # the same, once a wait has run out
@@ -55,6 +58,7 @@ class Entry:
     spec: TrialSpec
     worker: str | None = None
     checkpoint: bytes | None = None
+    copied: Copied | None = None  # since the last report
     reports: asyncio.Queue[Report] = field(default_factory=asyncio.Queue)
     released: bool = False
     undecided: bool = False  # a report is with Tune, which has not yet said whether to go on
@@ -71,10 +75,13 @@ class Worker:
 
 
 class Broker:
-    """See the module's text. ``total`` is the number of trials that the search will have."""
+    """See the module's text. ``total`` is the number of trials that the search will have; with a ``population``, trials
+    copy each other."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, in_turn: bool = False, population: Population | None = None) -> None:
         self.total = total
+        self.in_turn = in_turn
+        self.population = population
         self.trials: dict[str, Entry] = {}
         self.workers: dict[str, Worker] = {}
         self.jobs: dict[int, EvaluationJob] = {}
@@ -144,9 +151,14 @@ class Broker:
                 self.results[number] = metrics
         await self._notify()
         worker = self.workers[name]
-        for report in sorted(reports, key=lambda report: self.trials[report.trial].number):
+        reports = sorted(reports, key=lambda report: self.trials[report.trial].number)
+        for report in reports:
             if self.workers[name] is worker:
-                await self._deliver(report)
+                await self._deliver(report, worker)
+        if self.population and self.workers[name] is worker:
+            specs = [(report, self.trials[report.trial].spec) for report in reports]
+            for copy in self.population.copies(specs, list(worker.seated)):
+                self._copy(copy, worker)
         while True:
             await self._trials_to_come(worker)
             # Whoever joined again has died in between: nobody hears the answer to its call, and seats would be lost.
@@ -172,29 +184,36 @@ class Broker:
         seats = (Seat(trial, self.trials[trial].spec, self.trials[trial].checkpoint) for trial in fresh)
         return Orders(free, tuple(seats))
 
-    async def _deliver(self, report: Report) -> None:
+    async def _deliver(self, report: Report, worker: Worker) -> None:
         """Hand one report to Tune and wait for its decision."""
         entry = self.trials[report.trial]
         if entry.released:
             return
+        report, entry.copied = replace(report, copied=entry.copied), None
         entry.checkpoint = report.checkpoint
         if report.ending and entry.worker:
-            worker = self.workers[entry.worker]
-            worker.seated = [trial for trial in worker.seated if trial != report.trial]
+            seats = self.workers[entry.worker]
+            seats.seated = [trial for trial in seats.seated if trial != report.trial]
         entry.reports.put_nowait(report)
         entry.undecided = True
         await self._notify()
         await self._until(lambda: not entry.undecided)
+        if self.in_turn:
+            await self._until(lambda: self._all_came(worker))
+
+    def _copy(self, copy: Copy, worker: Worker) -> None:
+        """Seat a trial anew, as another was: the worker hears that it leaves and that it comes."""
+        entry = self.trials[copy.trial]
+        entry.spec, entry.checkpoint, entry.copied = copy.copied.spec, copy.checkpoint, copy.copied
+        worker.leaving.append(copy.trial)
+        worker.fresh.add(copy.trial)
 
     async def _trials_to_come(self, worker: Worker) -> None:
         """Wait while slots are free and Tune still has trials that it has not started."""
-        await self._until(
-            lambda: (
-                len(self.trials) >= self.total
-                or len(worker.seated) + len(self._waiting()) >= worker.capacity
-                or bool(self.jobs)
-            )
-        )
+        await self._until(lambda: self._all_came(worker) or bool(self.jobs))
+
+    def _all_came(self, worker: Worker) -> bool:
+        return len(self.trials) >= self.total or len(worker.seated) + len(self._waiting()) >= worker.capacity
 
     def _assign(self, name: str, worker: Worker) -> None:
         for trial in self._waiting()[: worker.capacity - len(worker.seated)]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from orchestrator.space import TrialSpec
 from orchestrator.spec import SearchSpec
-from orchestrator.tuning.report import Report
+from orchestrator.tuning.report import Copied, Report
 
 Metrics = dict[str, float]
 
@@ -27,10 +27,20 @@ class TrialRecord:
     metrics: Metrics = field(default_factory=dict)
     checkpoint: bytes | None = None
     curve: list[float] = field(default_factory=list)
+    copied: list[Copied] = field(default_factory=list)
+
+    @property
+    def inherited(self) -> bool:
+        """Whether its best evaluation is that of a trial that it copied."""
+        return bool(self.copied) and self.best_step <= self.copied[-1].step
 
     def document(self) -> dict[str, Any]:
         """As ``run --json`` prints it; the metrics are those of the best evaluation, which the prompt is taken from."""
-        note = {"note": self.note} if self.note else {}
+        note: dict[str, Any] = {"note": self.note} if self.note else {}
+        if self.copied:
+            note["copied"] = [
+                {"trial": one.source, "step": one.step, "learning_rate": one.spec.learning_rate} for one in self.copied
+            ]
         return {
             "id": self.id, "status": self.status, "config": self.spec.config(), "steps": self.step,
             "best_step": self.best_step, "metrics": self.metrics, **note,
@@ -38,19 +48,22 @@ class TrialRecord:
 
 
 class Outcome:
-    """Listens to a study and keeps its records."""
+    """Listens to a study and keeps its records: of the trials known beforehand, and of those that start."""
 
     def __init__(self, search: SearchSpec, trials: Sequence[tuple[str, TrialSpec]]) -> None:
         self.search = search
         self.records = {name: TrialRecord(name, spec) for name, spec in trials}
 
     def trial_started(self, trial: str, spec: TrialSpec) -> None:
-        self.records[trial].status = "running"
+        self.records.setdefault(trial, TrialRecord(trial, spec)).status = "running"
 
     def trial_reported(self, trial: str, report: Report) -> None:
         record = self.records[trial]
         record.step, record.best_step, record.metrics = report.step, report.best_step, report.best_metrics
         record.checkpoint = report.checkpoint
+        if report.copied is not None:
+            record.spec = report.copied.spec
+            record.copied.append(report.copied)
         if self.search.metric in report.metrics:
             record.curve.append(report.metrics[self.search.metric])
 
@@ -58,9 +71,15 @@ class Outcome:
         self.records[trial].status, self.records[trial].note = status, note
 
     def ranking(self) -> list[TrialRecord]:
-        """Trials with a result, best first: by the search's metric, then by the loss, then in order."""
+        """Trials with a result, best first: by the search's metric, then by the loss, then in order.
+
+        A trial that copied another's best prompt and found no better one is left out beside the one that it has it
+        from: it is the same prompt.
+        """
         sign = -1.0 if self.search.better == "max" else 1.0
         scored = [record for record in self.records.values() if record.metrics and record.status != "failed"]
+        found = [record.metrics for record in scored if not record.inherited]
+        scored = [record for record in scored if not (record.inherited and record.metrics in found)]
         return sorted(
             scored, key=lambda record: (sign * record.metrics[self.search.metric], record.metrics["loss"], record.id)
         )

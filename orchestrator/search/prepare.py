@@ -18,7 +18,7 @@ from orchestrator.errors import BadInput
 from orchestrator.peft_folder import is_peft, read_peft
 from orchestrator.prompts import Method
 from orchestrator.quickstart import quickstart_model
-from orchestrator.space import TrialSpec, init_artifacts, init_texts, longest, trials
+from orchestrator.space import TrialSpec, init_artifacts, init_texts, longest, trial_count, trials
 from orchestrator.spec import QUICKSTART, DataSpec, JobSpec
 from orchestrator.tuning.engine import Task
 from orchestrator.tuning.generate import Decoding
@@ -33,6 +33,9 @@ class Prepared:
 
     job: JobSpec
     trials: list[TrialSpec]
+    """Those known beforehand; none where they are proposed while the search runs."""
+    total: int
+    """How many there will be."""
     source: ModelSource
     rows: RowSplits
     task: Task
@@ -66,7 +69,8 @@ def prepare(job: JobSpec, artifacts: Mapping[str, Path] | None = None) -> Prepar
         check_context(encoder, task.instructed[text], 0, context)
     if job.generates:
         _prepare_generation(job, task, rows, source)
-    return Prepared(found_anywhere(job, source), trials(job.search), source, rows, task, instructions, making_s)
+    known, total = trials(job.search), trial_count(job.search)
+    return Prepared(found_anywhere(job, source), known, total, source, rows, task, instructions, making_s)
 
 
 def _method(job: JobSpec, encoder: Encoder) -> Method:

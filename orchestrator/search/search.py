@@ -18,9 +18,12 @@ from orchestrator.search.broker import Broker
 from orchestrator.search.cluster_session import nodes
 from orchestrator.search.outcome import Outcome
 from orchestrator.search.placement import Placement, place
+from orchestrator.search.population import Population
 from orchestrator.search.prepare import Prepared
 from orchestrator.search.study import Listener, run_study, trial_id
 from orchestrator.search.worker import WorkerConfig, WorkerGroup
+from orchestrator.space import trial_count
+from orchestrator.spec import JobSpec
 from orchestrator.tuning.report import EvaluationJob
 
 STOP_S = 30.0
@@ -81,14 +84,14 @@ class Running:
 
 def placed(prepared: Prepared) -> Placement:
     """How the search lies on this cluster. BadInput when it does not fit."""
-    return place(prepared.job.resources, nodes(), len(prepared.trials))
+    return place(prepared.job.resources, nodes(), prepared.total)
 
 
 @contextmanager
 def running(prepared: Prepared, placement: Placement, storage: Path) -> Iterator[Running]:
     """Start the broker and the worker groups; stop them at the end, whatever happened."""
     quiet_ray_loggers()
-    broker = ray.remote(num_cpus=0, max_concurrency=1000)(Broker).remote(len(prepared.trials))
+    broker = start_broker(prepared.job)
     task = ray.put(prepared.task)
 
     def lost(error: Exception) -> None:
@@ -106,6 +109,13 @@ def running(prepared: Prepared, placement: Placement, storage: Path) -> Iterator
         patience = STOP_S
     finally:
         _stop(broker, groups, patience)
+
+
+def start_broker(job: JobSpec) -> Any:
+    """The broker's actor, for the job's searcher and scheduler."""
+    population = Population(job) if job.search.scheduler == "pbt" else None
+    remote = ray.remote(num_cpus=0, max_concurrency=1000)(Broker).remote
+    return remote(trial_count(job.search), in_turn=job.search.searcher == "optuna", population=population)
 
 
 def _stop(broker: Any, groups: list[WorkerGroup], patience: float) -> None:

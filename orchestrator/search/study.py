@@ -1,4 +1,4 @@
-"""The study: Ray Tune over a fixed list of trials. The only importer of ray.tune.
+"""The study: Ray Tune over a list of trials, or over trials as they are proposed. The only importer of ray.tune.
 
 A Tune trial is light: a class trainable whose actor is reused, which submits its configuration to the broker and then
 relays reports. It imports no torch and holds no model.
@@ -6,6 +6,7 @@ relays reports. It imports no torch and holds no model.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,16 +16,19 @@ import ray
 from ray import tune
 from ray.tune import Callback, CheckpointConfig, RunConfig, Stopper, TuneConfig
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.search import Searcher
 
 from orchestrator.errors import JobFailed
 from orchestrator.search.placement import TRIAL_CPUS
+from orchestrator.search.tpe import Proposer
 from orchestrator.space import TrialSpec
 from orchestrator.spec import JobSpec
 from orchestrator.tuning.report import BROKEN, Report
 
 STEP = "step"  # the schedulers' clock: Tune's own iteration count starts over after a restore
 SCORE = "score"  # the best validation metric so far
-STOPPED = {STEP: 0, SCORE: 0.0, "report": None, "done": True, "lost": False}  # the last result of a stopped trial
+OWN = "own_score"  # the same as long as the trial has copied no other; None once it has diverged
+STOPPED = {STEP: 0, SCORE: 0.0, OWN: None, "report": None, "done": True, "lost": False}  # the last of a stopped trial
 LOST = {**STOPPED, "lost": True}  # the same, once the search can't go on
 
 
@@ -55,6 +59,8 @@ class RelayTrial(tune.Trainable):
 
     def _submit(self, config: dict[str, Any]) -> None:
         self._trial = trial_id(config["trial"]["number"])
+        self._copied = False
+        self._own: float | None = None
         ray.get(self._broker.submit.remote(self._trial, config["trial"]["number"], config["trial"]["config"]))
 
     def step(self) -> dict[str, Any]:
@@ -64,13 +70,46 @@ class RelayTrial(tune.Trainable):
             return LOST
         if report is None:
             return STOPPED
-        return {**STOPPED, STEP: report.step, SCORE: report.score, "report": report, "done": report.ending is not None}
+        self._copied = self._copied or report.copied is not None
+        if not self._copied:
+            self._own = None if report.ending == "diverged" else report.score
+        found = {STEP: report.step, SCORE: report.score, OWN: self._own}
+        return {**STOPPED, **found, "report": report, "done": report.ending is not None}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """The broker keeps the newest checkpoint of every trial; Tune needs none of its own."""
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """A trial that starts again goes on from the broker's checkpoint."""
+
+
+class _Proposals(Searcher):
+    """Asks for a trial whenever Tune has a free slot, and passes on what became of it."""
+
+    def __init__(self, proposer: Proposer) -> None:
+        super().__init__(metric=SCORE)
+        self._proposer = proposer
+        self._numbers: dict[str, int] = {}
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+        spec = self._proposer.propose()
+        if spec is None:
+            finished: str = Searcher.FINISHED
+            return finished
+        self._numbers[trial_id] = len(self._numbers)
+        return {"trial": {"number": self._numbers[trial_id], "config": spec.config()}}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        self._proposer.learn(self._numbers[trial_id], None if error or result is None else result[OWN])
+
+    def save(self, checkpoint_path: str) -> None:
+        state = {"numbers": self._numbers, "proposer": self._proposer.to_json()}
+        Path(checkpoint_path).write_text(json.dumps(state), encoding="utf-8")
+
+    def restore(self, checkpoint_path: str) -> None:
+        state = json.loads(Path(checkpoint_path).read_text(encoding="utf-8"))
+        self._numbers = state["numbers"]
+        self._proposer.load_json(state["proposer"])
 
 
 class _Relay(Callback):
@@ -89,6 +128,7 @@ class _Relay(Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         asked = trial.config["trial"]
+        self._open[trial_id(asked["number"])] = None
         for listener in self._listeners:
             listener.trial_started(trial_id(asked["number"]), TrialSpec.from_config(asked["config"]))
 
@@ -168,23 +208,35 @@ def scheduler(job: JobSpec) -> TrialScheduler:
         return ASHAScheduler(max_t=job.train.steps, **rungs, **common)
     if job.search.scheduler == "median":
         return MedianStoppingRule(grace_period=grace, min_samples_required=3, **common)
-    return FIFOScheduler()
+    return FIFOScheduler()  # with pbt too: no trial is stopped, and the broker lets them copy each other
+
+
+def _source(job: JobSpec, trials: Sequence[TrialSpec]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Where Tune takes trials from: its parameter space for a list, or its options for a searcher."""
+    if job.search.searcher != "optuna":
+        listed = [{"number": number, "config": spec.config()} for number, spec in enumerate(trials)]
+        return {"trial": tune.grid_search(listed)}, {}
+    proposer = Proposer(job.search)
+    return {}, {"search_alg": _Proposals(proposer), "num_samples": proposer.total}
 
 
 def run_study(
     job: JobSpec, trials: Sequence[TrialSpec], broker: Any, slots: int, storage: Path, listeners: Sequence[Listener]
 ) -> None:
-    """Run all trials to their end; listeners hear of them. Returns when Tune has no trial left."""
+    """Run all trials to their end; listeners hear of them. Returns when Tune has no trial left.
+
+    With a searcher that proposes trials ``trials`` is empty.
+    """
     targets = _Targets(job)
     relay = _Relay(broker, listeners, targets, [trial_id(number) for number in range(len(trials))])
-    space = tune.grid_search([{"number": number, "config": spec.config()} for number, spec in enumerate(trials)])
+    listed, proposed = _source(job, trials)
     trainable = tune.with_resources(
         tune.with_parameters(RelayTrial, broker=broker), tune.PlacementGroupFactory([{"CPU": TRIAL_CPUS}])
     )
     tuner = tune.Tuner(
         trainable,
-        param_space={"trial": space},
-        tune_config=TuneConfig(scheduler=scheduler(job), max_concurrent_trials=slots, reuse_actors=True),
+        param_space=listed,
+        tune_config=TuneConfig(scheduler=scheduler(job), max_concurrent_trials=slots, reuse_actors=True, **proposed),
         run_config=RunConfig(
             name="tune",
             storage_path=str(storage),

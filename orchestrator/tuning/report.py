@@ -5,9 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from orchestrator.space import TrialSpec
+
 Ending = Literal["steps", "patience", "diverged", "no_room"]
 BROKEN: dict[Ending, str] = {"diverged": "diverged", "no_room": "out of memory"}
 """Endings of a trial that failed, in words."""
+
+
+@dataclass(frozen=True)
+class Copied:
+    """A trial goes on from what ``source`` was at ``step``, as ``spec``: prompt, optimiser and result so far."""
+
+    source: str
+    step: int
+    spec: TrialSpec
 
 
 @dataclass(frozen=True)
@@ -15,6 +26,7 @@ class Report:
     """One evaluation of one trial. ``ending`` says why the trial is over, None while it goes on.
 
     ``score`` is the best validation metric so far, by which trials are compared; the worst possible one before any.
+    ``copied`` is what the trial took over since its last report, if it did.
     """
 
     trial: str
@@ -28,6 +40,7 @@ class Report:
     ending: Ending | None = None
     note: str = ""
     """How memory that ran out was dealt with; empty where there was enough."""
+    copied: Copied | None = None
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ import pytest
 from orchestrator.errors import JobFailed
 from orchestrator.search import broker as broker_module
 from orchestrator.search.broker import Broker, Orders
-from orchestrator.tuning.report import Ending, EvaluationJob, Report
+from orchestrator.search.population import Population
+from orchestrator.spec import JobSpec
+from orchestrator.tuning.report import Copied, Ending, EvaluationJob, Report
 
 LIMIT_S = 30.0  # only a deadlock takes this long
 
@@ -384,6 +387,114 @@ def test_the_end_of_the_study_frees_whoever_still_sits() -> None:
         await broker.finish()
         with pytest.raises(JobFailed):
             await asked
+
+    run(test())
+
+
+def population() -> Population:
+    """Compares at every step; learning rates lie between 0.01 and 1."""
+    return Population(
+        JobSpec.model_validate(
+            {
+                "name": "population",
+                "base_model": {"id": "none"},
+                "data": {"path": "none", "template": "{text}", "target": "text"},
+                "search": {
+                    "space": {"init": "random", "num_virtual_tokens": 2, "learning_rate": [0.01, 1.0]},
+                    "scheduler": "pbt",
+                    "metric": "loss",
+                },
+                "train": {"steps": 9, "evaluate_every": 1},
+            }
+        )
+    )
+
+
+def scored(number: int, score: float, step: int = 1) -> Report:
+    return replace(report(number, step), score=score, best_metrics={"loss": score})
+
+
+def test_a_bad_trial_is_seated_anew_as_a_good_one() -> None:
+    """It leaves and comes back with the other's checkpoint and its own configuration; the next report says so, once."""
+
+    async def test() -> None:
+        broker = await broker_with(2)
+        broker.population = population()
+        await broker.join("w", 2)
+        await broker.next_orders("w")
+        heard: list[Report] = []
+        tasks = tune(broker, range(2), goes_on=lambda got: not heard.append(got))  # type: ignore[func-returns-value]
+        orders = await broker.next_orders("w", [scored(0, 0.5), scored(1, 0.1)])
+        assert orders.free == ("t0",)
+        (seat,) = orders.seat
+        assert (seat.trial, seat.checkpoint) == ("t0", b"1@1")
+        assert seat.spec.seed == 0 and seat.spec.learning_rate in (0.1 * 0.8, 0.1 * 1.2)
+        for step in (2, 3):
+            await broker.next_orders("w", [scored(0, 0.1, step), scored(1, 0.1, step)])
+        copied = Copied("t1", 1, seat.spec)
+        assert [one.copied for one in heard if one.trial == "t0"] == [None, copied, None]
+        assert [one.copied for one in heard if one.trial == "t1"] == [None, None, None]
+        await ended(tasks)
+
+    run(test())
+
+
+def test_a_copy_outlives_its_worker() -> None:
+    """A worker that dies before it trained the copy comes back and trains the copy, not what was before."""
+
+    async def test() -> None:
+        broker = await broker_with(2)
+        broker.population = population()
+        await broker.join("w", 2)
+        await broker.next_orders("w")
+        tasks = tune(broker, range(2))
+        await broker.next_orders("w", [scored(0, 0.5), scored(1, 0.1)])
+        await broker.join("w", 2)
+        orders = await broker.next_orders("w")
+        assert {seat.trial: seat.checkpoint for seat in orders.seat} == {"t0": b"1@1", "t1": b"1@1"}
+        assert orders.seat[0].spec.learning_rate != 0.1
+        await ended(tasks)
+
+    run(test())
+
+
+def test_a_trial_that_tune_stopped_copies_nothing() -> None:
+    """Its slot goes to the next trial."""
+
+    async def test() -> None:
+        broker = await broker_with(3)
+        broker.population = population()
+        await broker.join("w", 2)
+        await broker.next_orders("w")
+        tasks = tune(broker, range(3), goes_on=lambda got: got.trial != "t0")
+        orders = await broker.next_orders("w", [scored(0, 0.5), scored(1, 0.1)])
+        assert orders.free == ("t0",) and seated(orders) == ["t2"] and orders.seat[0].checkpoint is None
+        await ended(tasks)
+
+    run(test())
+
+
+@pytest.mark.parametrize("in_turn", [True, False])
+def test_trials_that_are_proposed_come_between_two_reports(in_turn: bool) -> None:
+    """The trial that takes an ended one's place is proposed before Tune hears more, and waited for; trials that are
+    known beforehand are not."""
+
+    async def test() -> None:
+        broker = await broker_with(2, total=4)
+        broker.in_turn = in_turn
+        await broker.join("w", 2)
+        await broker.next_orders("w")
+        log: list[str] = []
+        tasks = tune(broker, range(2), log=log)
+        orders = asyncio.ensure_future(broker.next_orders("w", [report(0, 8, "steps"), report(1, 8, "steps")]))
+        await let_run()
+        assert log == (["t0@8"] if in_turn else ["t0@8", "t1@8"])
+        await broker.submit("t2", 2, config(2))
+        await let_run()
+        assert log == ["t0@8", "t1@8"] and not orders.done()
+        await broker.submit("t3", 3, config(3))
+        assert seated(await orders) == ["t2", "t3"]
+        await ended(tasks)
 
     run(test())
 

@@ -15,6 +15,7 @@ from ray_state import actors
 from small_jobs import Finished, run_search, write_job
 
 import orchestrator.run
+from orchestrator.artifact import PromptArtifact
 from orchestrator.errors import JobFailed
 from orchestrator.registry import Registry
 from orchestrator.search.prepare import Prepared, prepare
@@ -136,9 +137,55 @@ def test_a_grid_without_a_scheduler(ray_cluster: None, tmp_path: Path, monkeypat
     assert "zero_shot" in search.document["baselines"] and "instruction" not in search.document["baselines"]
 
 
+def learning_rates(finished: Finished) -> dict[str, list[tuple[int, float]]]:
+    """The learning rate of every trial by step, as MLflow has it."""
+    client = mlflow.MlflowClient(finished.tracking_uri)
+    parent = client.get_run(finished.document["mlflow"]["run_id"])
+    children = client.search_runs([parent.info.experiment_id], "tags.`orchestrator.trial` != ''")
+    return {
+        run.data.tags["orchestrator.trial"]: [
+            (point.step, point.value) for point in client.get_metric_history(run.info.run_id, "learning_rate")
+        ]
+        for run in children
+    }
+
+
+def test_proposed_trials_that_copy_each_other(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """optuna and pbt on a real model: copies take over the source's result at the same step, the document and MLflow
+    tell what changed when, and the registered prompt is as long as its configuration says."""
+    monkeypatch.chdir(tmp_path)
+    search = run_search(write_job(tmp_path, search__searcher="optuna", search__scheduler="pbt"))
+    documents = {document["id"]: document for document in search.document["trials"]}
+    assert list(documents) == [f"t{number:03d}" for number in range(8)]
+    assert {(document["status"], document["steps"]) for document in documents.values()} == {("finished", 16)}
+    assert any(document.get("copied") for document in documents.values())
+    rates = learning_rates(search)
+    for name, document in documents.items():
+        assert rates[name][-1] == (16, document["config"]["learning_rate"])
+        by_step = dict(rates[name])
+        for copied in document.get("copied", []):
+            source, step = search.reports[copied["trial"]][copied["step"] // 4 - 1], copied["step"]
+            after = search.reports[name][step // 4]
+            assert after.score <= source.score < search.reports[name][step // 4 - 1].score  # a loss
+            assert by_step[step + 4] == copied["learning_rate"] != by_step[step]
+    best = search.document["best"]["config"]
+    folder = Registry(search.tracking_uri, cache_dir=tmp_path / "cache").fetch("tiny", 1)
+    artifact = PromptArtifact.load(folder)
+    assert artifact.manifest.config == best
+    assert artifact.tensors["prompt"].shape[0] == best["num_virtual_tokens"]
+    assert search.left_behind == set()
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("asha", "AsyncHyperBandScheduler"), ("median", "MedianStoppingRule"), ("fifo", "FIFOScheduler")],
+    [
+        ("asha", "AsyncHyperBandScheduler"),
+        ("median", "MedianStoppingRule"),
+        ("fifo", "FIFOScheduler"),
+        ("pbt", "FIFOScheduler"),
+    ],
 )
 def test_the_spec_names_the_scheduler(finished: Finished, name: str, expected: str) -> None:
     """Each name gives Tune's scheduler of that kind, on our own step count."""

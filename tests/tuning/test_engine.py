@@ -14,6 +14,7 @@ from torch import nn
 
 from orchestrator.backbone import Backbone
 from orchestrator.data.bucketing import step_rows
+from orchestrator.prompts import Method
 from orchestrator.prompts.inits import InitContext, initial_prompt
 from orchestrator.space import TrialSpec
 from orchestrator.spec import SearchSpec, TrainSpec
@@ -224,6 +225,25 @@ def test_resuming_beside_others_equals_never_stopping() -> None:
     reports = run_out(engine)
     assert_same(reports["vocabulary"], whole[1:], rel=1e-4)
     assert_same(reports["uniform"], alone("uniform")[1:], rel=1e-4)
+
+
+@pytest.mark.parametrize("method", [Method(), Method("prefix_tuning", "mlp", 8), Method("p_tuning", "lstm")], ids=str)
+def test_a_copy_goes_on_from_anothers_checkpoint(method: Method) -> None:
+    """Prompt, moments, best result and step are the other's; learning rate and seed its own, in the engine in which it
+    has trained so far."""
+    task, other = replace(TASK, method=method), TRIALS["vocabulary"]
+    engine = make_engine(TRAIN, task=task)
+    engine.seat("source", other)
+    engine.seat("copy", TRIALS["uniform"])
+    source = next(report for report in engine.round() if report.trial == "source")
+    engine.free("copy")
+    copied = replace(other, learning_rate=other.learning_rate * 1.2, seed=5)
+    engine.seat("copy", copied, source.checkpoint)
+    state = engine.slots["copy"].state()
+    assert state == TrialState.from_bytes(source.checkpoint) and state.to_bytes() == source.checkpoint
+    reports = run_out(engine)
+    assert [report.step for report in reports["copy"]] == [report.step for report in reports["source"]] == [4, 6]
+    assert reports["copy"][0].train_loss != reports["source"][0].train_loss
 
 
 def test_the_same_trial_twice_gives_the_same_bits() -> None:
