@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
-import itertools
+import json
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
 from orchestrator import __version__
 from orchestrator.artifact import BaseModelRecord, Manifest, PromptArtifact
 from orchestrator.base_model import BaseModelInfo, looks_like_path
-from orchestrator.errors import JobFailed
+from orchestrator.errors import BadInput, Interrupted, JobFailed, Unreachable
+from orchestrator.mirror import BASELINES, SPLITS, MlflowMirror
 from orchestrator.registry import Registry, SearchLog
-from orchestrator.search.cluster_session import ray_session, searches_folder
+from orchestrator.search.cluster_session import ray_session
+from orchestrator.search.folder import SearchFolder, write_whole
+from orchestrator.search.history import History
+from orchestrator.search.journal import Journal
 from orchestrator.search.outcome import Outcome, TrialRecord
+from orchestrator.search.placement import Placement
 from orchestrator.search.prepare import Prepared, data_record, prepare, verbalizer_entries
+from orchestrator.search.processes import save_processes
+from orchestrator.search.recorder import Recorder
+from orchestrator.search.saved import SavedSearch, refuse_changes
 from orchestrator.search.search import Running, placed, running
-from orchestrator.search.study import Listener
+from orchestrator.search.study import Listener, trial_id
 from orchestrator.space import TrialSpec, init_artifacts
 from orchestrator.spec import JobSpec
-from orchestrator.tuning.report import EvaluationJob, Report
+from orchestrator.tuning.report import EvaluationJob
 
 Metrics = dict[str, float]
-SPLITS = ("validation", "test")
+BASE_MODEL = "base_model"
 
 
 class Progress(Listener, Protocol):
@@ -39,7 +46,7 @@ class Progress(Listener, Protocol):
 
     def note(self, text: str) -> None: ...
 
-    def trials(self, outcome_of: Sequence[tuple[str, TrialSpec]]) -> AbstractContextManager[None]: ...
+    def trials(self, outcome_of: Sequence[tuple[str, TrialSpec]], history: History) -> AbstractContextManager[None]: ...
 
 
 @dataclass
@@ -66,88 +73,111 @@ class Clock:
         }
 
 
-class MlflowListener:
-    """Passes a study's events on to the search's log."""
-
-    def __init__(self, log: SearchLog) -> None:
-        self._log = log
-        self._started: set[str] = set()
-
-    def trial_started(self, trial: str, spec: TrialSpec) -> None:
-        self._started.add(trial)
-        self._log.trial_started(trial, flat(spec.config()))
-
-    def trial_reported(self, trial: str, report: Report) -> None:
-        named = {f"validation_{name}": value for name, value in report.metrics.items()}
-        self._log.trial_metrics(trial, report.step, {**named, "train_loss": report.train_loss})
-
-    def trial_ended(self, trial: str, status: str, note: str) -> None:
-        if trial not in self._started:
-            return  # the search ended before its turn came: it has no run
-        state = {"finished": "finished", "failed": "failed"}.get(status, "stopped")
-        self._log.trial_ended(trial, state, note if state == "failed" else "")  # type: ignore[arg-type]
-
-
-def flat(config: dict[str, Any]) -> dict[str, Any]:
-    """A trial's configuration without nesting: what an init starts from is a parameter of its own."""
-    init = config["init"]
-    if isinstance(init, dict):
-        ((name, value),) = init.items()
-        return {**config, "init": name, f"init_{name}": value}
-    return config
-
-
-def new_folder(searches: Path, name: str) -> Path:
-    """A folder for a new search, named after the moment."""
-    first = searches / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
-    numbered = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
-    return next(folder for folder in itertools.chain([first], numbered) if not folder.exists())
-
-
 def run_job(job: JobSpec, progress: Progress, address: str | None = None, verbose: bool = False) -> dict[str, Any]:
-    """Run the job; returns the document of ``run --json``. Raises OrchestratorError; nothing half-made stays behind."""
+    """Run the job; returns the document of ``run --json``. Raises OrchestratorError; nothing half-made stays behind.
+
+    An interrupt raises Interrupted, once there is a search that can be resumed.
+    """
     clock = Clock()
     registry = Registry()
     registry.check()
     progress.stage("reading data and base model")
-    prepared = prepare(job, fetch_artifacts(job, registry))
+    artifacts, pins = find_artifacts(job, registry)
+    prepared = prepare(job, artifacts)
     clock.mark("model", until=clock.last + prepared.making_s)
     clock.mark("prepare")
     progress.stage("starting Ray")
-    with ray_session(address, verbose):
+    with ray_session(address, verbose) as ours:
         clock.mark("ray")
-        return Pipeline(prepared, registry, progress, clock).run()
+        placement = placed(prepared)
+        folder = SearchFolder.new(job.name)
+        with folder.locked(), going_on(folder):
+            return Pipeline(prepared, registry, progress, clock, folder, pins).run(placement, ours)
 
 
-def fetch_artifacts(job: JobSpec, registry: Registry) -> dict[str, Path]:
-    """The folder of each prompt that trials start from: a local one as it is, a registered one fetched."""
-    found = {}
+def find_artifacts(
+    job: JobSpec, registry: Registry, pins: Mapping[str, str] | None = None
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """The folder of each prompt that trials start from: a local one as it is, a registered one fetched. Also which
+    versions those are; ``pins`` says which they have to be."""
+    found, used = {}, {}
     for reference in init_artifacts(job.search.space):
         folder = Path(reference).expanduser()
         if not folder.is_dir() and not looks_like_path(reference):
-            summary = registry.resolve(reference)
+            summary = registry.resolve((pins or {}).get(reference, reference))
             folder = registry.fetch(summary.name, summary.version)
+            used[reference] = f"{summary.name}:{summary.version}"
         found[reference] = folder
-    return found
+    return found, used
+
+
+@contextmanager
+def going_on(folder: SearchFolder) -> Iterator[None]:
+    """Around a search: what ends it early says how to go on, once there is something to go on from."""
+    resume = f"orchestrator resume {folder.id}"
+    try:
+        yield
+    except KeyboardInterrupt:
+        if folder.description.is_file():
+            raise Interrupted("interrupted", resume) from None
+        raise
+    except Unreachable as error:
+        if folder.description.is_file():
+            raise Unreachable(error.message, f"{error.hint}; then {resume}") from None
+        raise
 
 
 class Pipeline:
     """The parts of one job that need the cluster."""
 
-    def __init__(self, prepared: Prepared, registry: Registry, progress: Progress, clock: Clock) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        registry: Registry,
+        progress: Progress,
+        clock: Clock,
+        folder: SearchFolder,
+        pins: Mapping[str, str],
+        saved: SavedSearch | None = None,
+        history: History | None = None,
+    ) -> None:
+        """``saved`` and ``history`` are those of a search that goes on."""
         self.job = prepared.job
         self.prepared = prepared
         self.registry = registry
         self.progress = progress
         self.clock = clock
-        self.storage = new_folder(searches_folder(), self.job.name)
-        self.id = self.storage.name
+        self.folder = folder
+        self.id = folder.id
+        self.pins = pins
+        self.saved = saved
+        self.history = history or History()
+        self.trials = [(trial_id(number), spec) for number, spec in enumerate(prepared.trials)]
 
-    def run(self) -> dict[str, Any]:
-        placement = placed(self.prepared)
-        self.storage.mkdir(parents=True)
-        with self._log() as log, running(self.prepared, placement, self.storage) as search:
-            return self._search(search, log)
+    def run(self, placement: Placement, ours: bool) -> dict[str, Any]:
+        """Search, compare, register. ``ours`` says that Ray's processes are this search's own."""
+        with running(self.prepared, placement, self.folder.ray) as search:
+            self._check_base_model(search)
+            with self._log() as log:
+                if self.saved is None:
+                    saved = SavedSearch.of(self.prepared, self.pins, self.registry.display_uri, log.run_id)
+                    saved.save(self.folder, self.job)
+                mirror = MlflowMirror(log, dict(self.trials))
+                mirror.restore(self.history)
+                journal = Journal(self.folder, self.history)
+                with Recorder(journal, self.history, mirror.write, self.progress.note) as recorder:
+                    if ours:
+                        save_processes(self.folder.processes)
+                    document = self._search(search, log, recorder)
+        write_whole(self.folder.result, json.dumps(document, default=str).encode())
+        self.folder.processes.unlink(missing_ok=True)
+        return document
+
+    def _check_base_model(self, search: Running) -> None:
+        """A search that goes on does so on the weights that it began with."""
+        if known := self.history.found(BASE_MODEL):
+            found = search.ready().fingerprint
+            refuse_changes(self.folder, [] if found == known.value else ["the base model's weights"])
 
     def _log(self) -> SearchLog:
         job = self.job
@@ -163,17 +193,19 @@ class Pipeline:
             "orchestrator.search": self.id, "orchestrator.version": __version__,
             "orchestrator.data_fingerprint": self.prepared.rows.fingerprint, "python": platform.python_version(),
         }  # fmt: skip
-        return self.registry.start_search(job.name, params, tags, spill=self.storage / "mlflow-unwritten.jsonl")
+        if self.saved is not None:
+            return self.registry.resume_search(self.saved.run_id, params=params, spill=self.folder.unwritten)
+        return self.registry.start_search(job.name, params, tags, spill=self.folder.unwritten)
 
-    def _search(self, search: Running, log: SearchLog) -> dict[str, Any]:
+    def _search(self, search: Running, log: SearchLog, recorder: Recorder) -> dict[str, Any]:
         self.progress.stage("loading the base model into the worker")
-        trials = [(f"t{number:03d}", spec) for number, spec in enumerate(self.prepared.trials)]
         # Tune starts its trials' actors while the worker loads the model; the baselines go first once it has.
         with ThreadPoolExecutor(1) as beside, search.or_abandon():
-            baselines_ready = beside.submit(self._baselines, search, log)
-            with self.progress.trials(trials):
-                outcome = search.study([MlflowListener(log), self.progress])
+            baselines_ready = beside.submit(self._baselines, search, recorder)
+            with self.progress.trials(self.trials, self.history):
+                outcome = search.study([recorder, self.progress], self.history)
             baselines, ready_at = baselines_ready.result()
+        recorder.flush()
         self.clock.mark("workers", until=ready_at)
         self.clock.mark("trials")
         best = outcome.ranking()
@@ -196,13 +228,17 @@ class Pipeline:
 
     # Baselines
 
-    def _baselines(self, search: Running, log: SearchLog) -> tuple[dict[str, Any], float]:
+    def _baselines(self, search: Running, recorder: Recorder) -> tuple[dict[str, Any], float]:
         """The model as it stands, and behind each init text as a written instruction; the best text by validation.
 
         Also the moment at which the first worker had loaded the base model.
         """
-        search.ready()
+        info = search.ready()
         ready_at = time.monotonic()
+        if self.history.found(BASE_MODEL) is None:
+            recorder.found(BASE_MODEL, info.fingerprint)
+        if known := self.history.found(BASELINES):
+            return known.value, ready_at
         asked = [None, *self.prepared.instructions]
         jobs = [EvaluationJob(split, instruction=text) for text in asked for split in SPLITS]
         metrics = iter(search.evaluate(jobs))
@@ -212,10 +248,8 @@ class Pipeline:
             sign = 1.0 if self.job.search.better == "max" else -1.0
             text = max(written, key=lambda text: sign * written[text]["validation"][self.job.search.metric])
             found["instruction"] = {"text": text, **written[text]}
+        recorder.found(BASELINES, found)
         for name, metrics in found.items():
-            log.parent_metrics(
-                {f"{name}_{split}_{metric}": v for split in SPLITS for metric, v in metrics[split].items()}
-            )
             shown = metrics["validation"][self.job.search.metric]
             self.progress.note(f"{BASELINE_NAMES[name]}: validation {self.job.search.metric} {shown:.3f}")
         return found, ready_at
@@ -237,20 +271,35 @@ class Pipeline:
         baselines: dict[str, Any],
         info: BaseModelInfo,
     ) -> dict[str, Any] | None:
-        """Register the best trials, worst of them first, so that the best is the newest version and takes the alias."""
+        """Register the best trials, those not registered before.
+
+        The worst of them is first, so that the best is the newest version and takes the alias.
+        """
         top = best[: self.job.registry.register_top]
         if not top:
             return None
         self.progress.stage(f"registering {self.job.model_name}")
         log.flush(60.0)
+        registered = self._registered()
         version = 0
         for record in reversed(top):
             manifest = self._manifest(record, tests[record.id], baselines, info)
-            version = self._register_one(record, manifest, log.run_ids.get(record.id, log.run_id))
+            run_id = log.run_ids.get(record.id, log.run_id)
+            version = registered.get(run_id) or self._register_one(record, manifest, run_id)
         metric, better = self.job.search.metric, self.job.search.better
         outcome = self.registry.auto_alias(self.job.model_name, version, self.job.registry.alias, metric, better)
         self.progress.note(outcome.reason)
         return {"name": self.job.model_name, "version": version, "alias": outcome.alias}
+
+    def _registered(self) -> dict[str, int]:
+        """Run to version, of what this search registered before it was interrupted."""
+        if self.saved is None:
+            return {}
+        try:
+            versions = self.registry.versions(self.job.model_name)
+        except BadInput:  # there is no such model yet
+            return {}
+        return {it.run_id: it.version for it in versions if it.run_id and it.tags.get("search") == self.id}
 
     def _register_one(self, record: TrialRecord, manifest: Manifest, run_id: str) -> int:
         from orchestrator.tuning.checkpoint import TrialState

@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from orchestrator.errors import JobFailed
@@ -75,6 +75,7 @@ class Broker:
 
     def __init__(self, total: int) -> None:
         self.total = total
+        self.checkpoints: dict[str, bytes] = {}
         self.trials: dict[str, Entry] = {}
         self.workers: dict[str, Worker] = {}
         self.jobs: dict[int, EvaluationJob] = {}
@@ -92,7 +93,7 @@ class Broker:
     async def submit(self, trial: str, number: int, config: dict[str, Any]) -> None:
         """A trial that wants a slot. Submitting again (a restarted trainable) goes on from the newest checkpoint."""
         if trial not in self.trials:
-            self.trials[trial] = Entry(number, TrialSpec.from_config(config))
+            self.trials[trial] = Entry(number, TrialSpec.from_config(config), checkpoint=self.checkpoints.get(trial))
         await self._notify()
 
     async def next_report(self, trial: str) -> Report | None:
@@ -144,9 +145,10 @@ class Broker:
                 self.results[number] = metrics
         await self._notify()
         worker = self.workers[name]
-        for report in sorted(reports, key=lambda report: self.trials[report.trial].number):
+        in_order = sorted(reports, key=lambda report: self.trials[report.trial].number)
+        for place, report in enumerate(in_order, start=1):
             if self.workers[name] is worker:
-                await self._deliver(report)
+                await self._deliver(replace(report, pending=len(in_order) - place))
         while True:
             await self._trials_to_come(worker)
             # Whoever joined again has died in between: nobody hears the answer to its call, and seats would be lost.
@@ -208,6 +210,12 @@ class Broker:
         return sorted(waiting, key=lambda trial: self.trials[trial].number)
 
     # Driver
+
+    async def expect(self, total: int, checkpoints: dict[str, bytes]) -> None:
+        """A search that goes on: so many trials are left, some of them from a checkpoint."""
+        self.total = total
+        self.checkpoints = checkpoints
+        await self._notify()
 
     async def evaluation(self, job: EvaluationJob) -> dict[str, float]:
         """Metrics of a job, done by whichever worker comes first."""

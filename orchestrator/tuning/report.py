@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Ending = Literal["steps", "patience", "diverged"]
@@ -13,6 +13,7 @@ class Report:
     """One evaluation of one trial. ``ending`` says why the trial is over, None while it goes on.
 
     ``score`` is the best validation metric so far, by which trials are compared; the worst possible one before any.
+    ``pending`` counts the reports of the same round that are handed on after this one.
     """
 
     trial: str
@@ -24,6 +25,7 @@ class Report:
     score: float
     checkpoint: bytes
     ending: Ending | None = None
+    pending: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
