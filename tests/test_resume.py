@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,8 +15,9 @@ import mlflow
 import psutil
 import pytest
 from mlflow.entities import Run
+from models import model_folder
 from ray_state import eventually
-from small_jobs import Command, Finished, Recorder, run_search, write_job
+from small_jobs import Command, Finished, Recorder, close, run_search, write_job
 
 from orchestrator.errors import BadInput, Interrupted
 from orchestrator.job_file import load_job
@@ -133,3 +132,147 @@ def test_a_finished_search_gives_its_document_again(
     assert said.code == 0 and said.document == resumed.document
     assert "is finished" in said.err
     assert [it.version for it in Registry().versions("tiny")] == [1]
+
+
+# A driver that is killed
+
+
+@dataclass(frozen=True)
+class Killed:
+    """A search whose driver got SIGKILL, resumed by another process."""
+
+    folder: Path
+    search: SearchFolder
+    reports_before: int
+    had: int
+    outlived: list[psutil.Process]
+    document: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def killed(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Killed:
+    """The session's ASHA search as a process with a Ray of its own, killed in its second round and resumed here."""
+    folder = tmp_path_factory.mktemp("killed")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "orchestrator", "run", str(finished.job_file), "--json"],
+        cwd=folder, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if " step 8/" in line:
+            break
+    descendants = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    process.stderr.close()
+    assert " step 8/" in said[-1], "".join(said)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        search = find_search("latest")
+        before = len(read_history(search).reports)
+        document, _ = resume_search("latest", Recorder)
+    eventually(lambda: not [child for child in descendants if alive(child)])
+    outlived = [child for child in descendants if alive(child)]
+    return Killed(folder, search, before, len(descendants), outlived, document)
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.failure
+def test_a_killed_search_ends_as_an_undisturbed_one(killed: Killed, finished: Finished) -> None:
+    """asha on one worker: the rungs know the earlier reports, so every trial stops where it would have."""
+    assert 0 < killed.reports_before < sum(map(len, finished.reports.values()))
+    assert close(found(killed.document), found(finished.document))
+
+
+@pytest.mark.failure
+def test_a_killed_search_leaves_no_process_and_no_run(killed: Killed, finished: Finished) -> None:
+    """What Ray leaves of itself ends with the resumption; MLflow has every run once, ended, with every report once."""
+    assert killed.had > 3 and killed.outlived == []
+    assert {run.info.status for run in runs(killed.folder)} == {"FINISHED"}
+    assert len(runs(killed.folder)) == 9
+    assert close(histories(killed.folder), histories(finished.folder))
+
+
+# What is refused
+
+
+@pytest.fixture(scope="module")
+def left(resumed: Resumed, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory with a search that was interrupted, its data and its model in it."""
+    folder = tmp_path_factory.mktemp("left")
+    shutil.copytree(model_folder(), folder / "model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        interrupt_at(write_job(folder, base_model__id=str(folder / "model"), search__trials=2), "t000", 8)
+    return folder
+
+
+def test_a_search_that_is_being_run_is_left_alone(left: Path, command: Command, monkeypatch: Any) -> None:
+    """Who holds the lock runs the search: exit code 2, and nothing is touched."""
+    monkeypatch.chdir(left)
+    with find_search("latest").locked():
+        said = command("resume", "latest")
+    assert said.code == 2 and "still being run" in said.err
+
+
+def test_other_data_is_refused(left: Path, command: Command, monkeypatch: Any) -> None:
+    """Rows that changed since the search began: named, and exit code 2."""
+    monkeypatch.chdir(left)
+    rows = left / "train.jsonl"
+    text = rows.read_text()
+    rows.write_text(text.replace("a", "b", 1))
+    said = command("resume", "latest")
+    rows.write_text(text)
+    assert said.code == 2 and "the data changed since it began" in said.err
+
+
+def test_other_weights_are_refused(left: Path, command: Command, monkeypatch: Any) -> None:
+    """A base model whose weights changed: named, exit code 2, and MLflow shows the search as it was."""
+    monkeypatch.chdir(left)
+    weights = left / "model" / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-4] + b"\0\0\0\0")
+    said = command("resume", "latest")
+    weights.write_bytes(data)
+    assert said.code == 2 and "the base model's weights changed" in said.err
+    assert {run.info.status for run in runs(left)} == {"KILLED"}
+
+
+def test_another_mlflow_is_refused(left: Path, command: Command, monkeypatch: Any) -> None:
+    """A search goes on in the store that it began in; the message says how."""
+    monkeypatch.chdir(left)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{left}/other.db")
+    said = command("resume", "latest")
+    assert said.code == 2 and f"MLFLOW_TRACKING_URI=sqlite:///{left}/mlflow.db" in said.err
+
+
+def test_a_search_that_is_not_there(left: Path, command: Command, monkeypatch: Any) -> None:
+    """The message lists what can be resumed; where there is nothing, how to begin."""
+    monkeypatch.chdir(left)
+    said = command("resume", "nothing", "--json")
+    assert said.code == 2 and find_search("latest").id in said.document["error"]["next"]
+    monkeypatch.setenv("ORCHESTRATOR_HOME", str(left / "empty"))
+    assert "orchestrator run JOB" in command("resume", "latest").err
+    with pytest.raises(BadInput, match="not the folder of a search"):
+        find_search(str(left / "model"))
+
+
+def test_a_damaged_checkpoint_costs_its_trial_alone(left: Path, command: Command, monkeypatch: Any) -> None:
+    """A checkpoint that was cut short: the trial begins again, the search ends with both trials finished or stopped."""
+    monkeypatch.chdir(left)
+    folder = find_search("latest")
+    (damaged,) = folder.checkpoints.glob("t001-*")
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    said = command("resume", folder.path, "--json")
+    assert said.code == 0 and "t001 begins again" in said.err
+    assert [trial["steps"] for trial in said.document["trials"]] == [16, 16]
+    assert {run.info.status for run in runs(left)} == {"FINISHED"}
+    assert json.loads(folder.result.read_bytes()) == said.document
