@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from orchestrator import __version__
-from orchestrator.errors import TRACEBACK, BadInput, OrchestratorError, SpecError, Unreachable
+from orchestrator.errors import TRACEBACK, BadInput, Interrupted, OrchestratorError, SpecError, Unreachable
 from orchestrator.sigterm import Sigterm
 
 app = typer.Typer(
@@ -31,7 +31,9 @@ Overrides = Annotated[list[str], typer.Option("--set", metavar="A.B.C=VALUE", he
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also the logs of Ray and its workers.")]
-Address = Annotated[str | None, typer.Option(envvar="RAY_ADDRESS", help="Ray cluster; this machine by default.")]
+Address = Annotated[
+    str | None, typer.Option(envvar="RAY_ADDRESS", help="Ray cluster; this machine by default.", show_default=False)
+]
 Url = Annotated[str, typer.Option(envvar="ORCHESTRATOR_URL", help="Address of the running server.")]
 DEFAULT_URL = "http://127.0.0.1:8000"
 INTERRUPTED = 130  # typer turns Ctrl-C into an exit with this code
@@ -141,6 +143,33 @@ def run(
         from orchestrator.run import run_job
 
         document = run_job(spec, ConsoleProgress(spec, console, quiet), address, verbose, planned)
+    if as_json:
+        return print_json(document)
+    from orchestrator.display import run_summary
+
+    for line in run_summary(document, spec):
+        out(line)
+
+
+@app.command()
+def resume(
+    search: Annotated[
+        str, typer.Argument(help="Id of a search, its beginning, its folder, or latest.", show_default=False)
+    ],
+    address: Address = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Go on with a search that was interrupted, killed or cut off from MLflow."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with results_only():
+        from orchestrator.progress import ConsoleProgress
+        from orchestrator.resume import resume_search
+
+        document, spec = resume_search(search, lambda job: ConsoleProgress(job, console, quiet), address, verbose)
     if as_json:
         return print_json(document)
     from orchestrator.display import run_summary
@@ -392,6 +421,8 @@ def _guarded(verb: Callable[[], Any]) -> int:
         return _interrupted(sigterm) if code == INTERRUPTED else code
     except (KeyboardInterrupt, typer.Abort):
         return _interrupted(sigterm)
+    except Interrupted as error:
+        return _interrupted(sigterm, error.hint)
     except OrchestratorError as error:
         return _failed(error)
     except Exception as error:
@@ -421,9 +452,10 @@ def _unforeseen(error: Exception) -> int:
     )
 
 
-def _interrupted(sigterm: Sigterm) -> int:
-    again = shlex.join(["orchestrator", *sys.argv[1:]])
-    say(f"interrupted\n  next: {again}   starts over")
+def _interrupted(sigterm: Sigterm, resume: str = "") -> int:
+    """``resume`` is the command that goes on; without one nothing was kept, and the same command starts over."""
+    again = resume or shlex.join(["orchestrator", *sys.argv[1:]])
+    say(f"interrupted\n  next: {again}   {'goes on' if resume else 'starts over'}")
     return _document("interrupted", "interrupted", again, TERMINATED if sigterm.received else INTERRUPTED)
 
 

@@ -1,6 +1,7 @@
 """One error tree. Every error says what is wrong, what is allowed and what to do next.
 
-``exit_code`` is what the command line returns: 1 the job failed, 2 bad input, 3 something needed is unreachable.
+``exit_code`` is what the command line returns: 1 the job failed, 2 bad input, 3 something needed is unreachable,
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -43,6 +44,12 @@ class JobFailed(OrchestratorError):
     """The job was accepted and then failed."""
 
     exit_code = 1
+
+
+class Interrupted(OrchestratorError):
+    """The user ended the job early; the hint names the verb that goes on."""
+
+    exit_code = 130
 
 
 @dataclass(frozen=True)

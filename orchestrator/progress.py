@@ -12,12 +12,14 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from orchestrator.search.history import History
 from orchestrator.search.outcome import Outcome, TrialRecord
 from orchestrator.space import TrialSpec
 from orchestrator.spec import JobSpec
 from orchestrator.tuning.report import BROKEN, Report
 
 ROWS = 20  # of the live table; the best trials come first
+NOTHING = History()
 SPARKS = "▁▂▃▄▅▆▇█"
 
 
@@ -41,10 +43,12 @@ class ConsoleProgress:
         self._say(text)
 
     @contextmanager
-    def trials(self, trials: Sequence[tuple[str, TrialSpec]], total: int) -> Iterator[None]:
-        """Around the study: the table lives as long as this does. ``trials`` are those known beforehand."""
+    def trials(self, trials: Sequence[tuple[str, TrialSpec]], total: int, history: History = NOTHING) -> Iterator[None]:
+        """Around the study: the table lives as long as this does. ``trials`` are those known beforehand; ``history`` is
+        what was before, of a search that goes on."""
         self._outcome = Outcome(self._job.search, trials)
         self._total = total
+        history.tell(self._outcome)
         self._started = time.monotonic()
         if self._quiet or not self._console.is_terminal:
             yield

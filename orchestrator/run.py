@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
+import json
 import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,21 +23,28 @@ from orchestrator.artifact import (
     ReparameterizationRecord,
 )
 from orchestrator.base_model import BaseModelInfo, looks_like_path
-from orchestrator.errors import JobFailed
+from orchestrator.errors import BadInput, Interrupted, JobFailed, Unreachable
+from orchestrator.mirror import BASELINES, SPLITS, MlflowMirror
 from orchestrator.registry import Registry, SearchLog
-from orchestrator.search.cluster_session import nodes, ray_session, searches_folder
+from orchestrator.search.cluster_session import nodes, ray_session
+from orchestrator.search.folder import SearchFolder, write_whole
+from orchestrator.search.history import History
+from orchestrator.search.journal import Journal
 from orchestrator.search.outcome import Outcome, TrialRecord
 from orchestrator.search.placement import Placement, place
 from orchestrator.search.plan import Plan, device_hours, make_plan, this_machine
 from orchestrator.search.prepare import Prepared, data_record, prepare, verbalizer_entries
+from orchestrator.search.processes import save_processes
+from orchestrator.search.recorder import Recorder
+from orchestrator.search.saved import SavedSearch, refuse_changes
 from orchestrator.search.search import Running, placed, running
 from orchestrator.search.study import Listener, trial_id
 from orchestrator.space import TrialSpec, init_artifacts
 from orchestrator.spec import JobSpec
-from orchestrator.tuning.report import EvaluationJob, Report
+from orchestrator.tuning.report import EvaluationJob
 
 Metrics = dict[str, float]
-SPLITS = ("validation", "test")
+BASE_MODEL = "base_model"
 
 
 class Progress(Listener, Protocol):
@@ -48,7 +54,9 @@ class Progress(Listener, Protocol):
 
     def note(self, text: str) -> None: ...
 
-    def trials(self, trials: Sequence[tuple[str, TrialSpec]], total: int) -> AbstractContextManager[None]: ...
+    def trials(
+        self, trials: Sequence[tuple[str, TrialSpec]], total: int, history: History
+    ) -> AbstractContextManager[None]: ...
 
 
 @dataclass
@@ -75,73 +83,29 @@ class Clock:
         }
 
 
-class MlflowListener:
-    """Passes a study's events on to the search's log. Where trials copy each other, what changes with that is logged as
-    metrics by step, since a run's parameters can't change."""
-
-    def __init__(self, log: SearchLog, copying: bool = False) -> None:
-        self._log = log
-        self._copying = copying
-        self._specs: dict[str, TrialSpec] = {}
-        self._notes: dict[str, str] = {}
-
-    def trial_started(self, trial: str, spec: TrialSpec) -> None:
-        self._specs[trial] = spec
-        self._log.trial_started(trial, flat(spec.config()))
-
-    def trial_reported(self, trial: str, report: Report) -> None:
-        named = {f"validation_{name}": value for name, value in report.metrics.items()}
-        if report.copied is not None:
-            self._specs[trial] = report.copied.spec
-        if self._copying:
-            spec = self._specs[trial]
-            named |= {"learning_rate": spec.learning_rate, "num_virtual_tokens": float(spec.num_virtual_tokens)}
-        self._log.trial_metrics(trial, report.step, {**named, "train_loss": report.train_loss})
-        if report.note and self._notes.get(trial) != report.note:
-            self._notes[trial] = report.note
-            self._log.trial_tags(trial, {"orchestrator.memory": report.note})
-
-    def trial_ended(self, trial: str, status: str, note: str) -> None:
-        if trial not in self._specs:
-            return  # the search ended before its turn came: it has no run
-        state = {"finished": "finished", "failed": "failed"}.get(status, "stopped")
-        self._log.trial_ended(trial, state, note if state == "failed" else "")  # type: ignore[arg-type]
-
-
-def flat(config: dict[str, Any]) -> dict[str, Any]:
-    """A trial's configuration without nesting: what an init starts from is a parameter of its own."""
-    init = config["init"]
-    if isinstance(init, dict):
-        ((name, value),) = init.items()
-        return {**config, "init": name, f"init_{name}": value}
-    return config
-
-
-def new_folder(searches: Path, name: str) -> Path:
-    """A folder for a new search, named after the moment."""
-    first = searches / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
-    numbered = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
-    return next(folder for folder in itertools.chain([first], numbered) if not folder.exists())
-
-
 def run_job(
     job: JobSpec, progress: Progress, address: str | None = None, verbose: bool = False, planned: bool = False
 ) -> dict[str, Any]:
     """Run the job; returns the document of ``run --json``. Raises OrchestratorError; nothing half-made stays behind.
 
-    ``planned``: measure first, and keep the estimate beside the outcome.
+    ``planned``: measure first, and keep the estimate beside the outcome. An interrupt raises Interrupted, once there is
+    a search that can be resumed.
     """
     clock = Clock()
     registry = Registry()
     registry.check()
     progress.stage("reading data and base model")
-    prepared = prepare(job, fetch_artifacts(job, registry))
+    artifacts, pins = find_artifacts(job, registry)
+    prepared = prepare(job, artifacts)
     clock.mark("model", until=clock.last + prepared.making_s)
     clock.mark("prepare")
     progress.stage("starting Ray")
-    with ray_session(address, verbose):
+    with ray_session(address, verbose) as ours:
         clock.mark("ray")
-        return Pipeline(prepared, registry, progress, clock, planned).run()
+        placement = placed(prepared)
+        folder = SearchFolder.new(job.name)
+        with folder.locked(), going_on(folder, job):
+            return Pipeline(prepared, registry, progress, clock, folder, pins, planned=planned).run(placement, ours)
 
 
 def plan_job(job: JobSpec, say: Callable[[str], None], address: str | None = None, verbose: bool = False) -> Plan:
@@ -150,7 +114,8 @@ def plan_job(job: JobSpec, say: Callable[[str], None], address: str | None = Non
     A cluster is only asked for its nodes; the measuring is done on this machine.
     """
     say("reading data and base model")
-    prepared = prepare(job, fetch_artifacts(job, Registry()))
+    artifacts, _ = find_artifacts(job, Registry())
+    prepared = prepare(job, artifacts)
     if address or os.environ.get("RAY_ADDRESS"):
         with ray_session(address, verbose):
             there = nodes()
@@ -161,24 +126,54 @@ def plan_job(job: JobSpec, say: Callable[[str], None], address: str | None = Non
     return make_plan(prepared, placement, there)
 
 
-def fetch_artifacts(job: JobSpec, registry: Registry) -> dict[str, Path]:
-    """The folder of each prompt that trials start from: a local one as it is, a registered one fetched."""
-    found = {}
+def find_artifacts(
+    job: JobSpec, registry: Registry, pins: Mapping[str, str] | None = None
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """The folder of each prompt that trials start from: a local one as it is, a registered one fetched. Also which
+    versions those are; ``pins`` says which they have to be."""
+    found, used = {}, {}
     for reference in init_artifacts(job.search.space):
         folder = Path(reference).expanduser()
         if not folder.is_dir() and not looks_like_path(reference):
-            summary = registry.resolve(reference)
+            summary = registry.resolve((pins or {}).get(reference, reference))
             folder = registry.fetch(summary.name, summary.version)
+            used[reference] = f"{summary.name}:{summary.version}"
         found[reference] = folder
-    return found
+    return found, used
+
+
+@contextmanager
+def going_on(folder: SearchFolder, job: JobSpec) -> Iterator[None]:
+    """Around a search: what ends it early says how to go on, once there is something to go on from."""
+    resume = f"orchestrator resume {folder.id}"
+    try:
+        yield
+    except KeyboardInterrupt:
+        if folder.description.is_file() and job.search.resumable:
+            raise Interrupted("interrupted", resume) from None
+        raise
+    except Unreachable as error:
+        if folder.description.is_file() and job.search.resumable:
+            raise Unreachable(error.message, f"{error.hint}; then {resume}") from None
+        raise
 
 
 class Pipeline:
     """The parts of one job that need the cluster."""
 
     def __init__(
-        self, prepared: Prepared, registry: Registry, progress: Progress, clock: Clock, planned: bool = False
+        self,
+        prepared: Prepared,
+        registry: Registry,
+        progress: Progress,
+        clock: Clock,
+        folder: SearchFolder,
+        pins: Mapping[str, str],
+        saved: SavedSearch | None = None,
+        history: History | None = None,
+        planned: bool = False,
     ) -> None:
+        """``saved`` and ``history`` are those of a search that goes on; ``planned`` measures first."""
         self.planned = planned
         self.plan: Plan | None = None
         self.job = prepared.job
@@ -186,18 +181,41 @@ class Pipeline:
         self.registry = registry
         self.progress = progress
         self.clock = clock
-        self.storage = new_folder(searches_folder(), self.job.name)
-        self.id = self.storage.name
+        self.folder = folder
+        self.id = folder.id
+        self.pins = pins
+        self.saved = saved
+        self.history = history or History()
+        self.trials = [(trial_id(number), spec) for number, spec in enumerate(prepared.trials)]
 
-    def run(self) -> dict[str, Any]:
-        placement = placed(self.prepared)
+    def run(self, placement: Placement, ours: bool) -> dict[str, Any]:
+        """Search, compare, register. ``ours`` says that Ray's processes are this search's own."""
         if self.planned:
             self.progress.stage("measuring steps and evaluations")
             self.plan = make_plan(self.prepared, placement, nodes())
             self.clock.mark("plan")
-        self.storage.mkdir(parents=True)
-        with self._log() as log, running(self.prepared, placement, self.storage) as search:
-            return self._search(search, log)
+        with running(self.prepared, placement, self.folder.ray) as search:
+            self._check_base_model(search)
+            with self._log() as log:
+                if self.saved is None:
+                    saved = SavedSearch.of(self.prepared, self.pins, self.registry.display_uri, log.run_id)
+                    saved.save(self.folder, self.job)
+                mirror = MlflowMirror(log, self.job.search.scheduler == "pbt")
+                mirror.restore(self.history)
+                journal = Journal(self.folder, self.history)
+                with Recorder(journal, self.history, mirror.write, self.progress.note) as recorder:
+                    if ours:
+                        save_processes(self.folder.processes)
+                    document = self._search(search, log, recorder)
+        write_whole(self.folder.result, json.dumps(document, default=str).encode())
+        self.folder.processes.unlink(missing_ok=True)
+        return document
+
+    def _check_base_model(self, search: Running) -> None:
+        """A search that goes on does so on the weights that it began with."""
+        if known := self.history.found(BASE_MODEL):
+            found = search.ready().fingerprint
+            refuse_changes(self.folder, [] if found == known.value else ["the base model's weights"])
 
     def _log(self) -> SearchLog:
         job = self.job
@@ -213,21 +231,23 @@ class Pipeline:
             "orchestrator.search": self.id, "orchestrator.version": __version__,
             "orchestrator.data_fingerprint": self.prepared.rows.fingerprint, "python": platform.python_version(),
         }  # fmt: skip
-        return self.registry.start_search(job.name, params, tags, spill=self.storage / "mlflow-unwritten.jsonl")
+        if self.saved is not None:
+            return self.registry.resume_search(self.saved.run_id, params=params, spill=self.folder.unwritten)
+        return self.registry.start_search(job.name, params, tags, spill=self.folder.unwritten)
 
-    def _search(self, search: Running, log: SearchLog) -> dict[str, Any]:
+    def _search(self, search: Running, log: SearchLog, recorder: Recorder) -> dict[str, Any]:
         if self.plan:
             self.progress.note(f"planned: about {self.plan.seconds['total']:.0f} s in all")
             log.parent_metrics(self.plan.metrics())
             log.parent_tags({"orchestrator.plan.warnings": "; ".join(self.plan.warnings)})
         self.progress.stage("loading the base model into the worker")
-        trials = [(trial_id(number), spec) for number, spec in enumerate(self.prepared.trials)]
         # Tune starts its trials' actors while the worker loads the model; the baselines go first once it has.
         with ThreadPoolExecutor(1) as beside, search.or_abandon():
-            baselines_ready = beside.submit(self._baselines, search, log)
-            with self.progress.trials(trials, self.prepared.total):
-                outcome = search.study([MlflowListener(log, self.job.search.scheduler == "pbt"), self.progress])
+            baselines_ready = beside.submit(self._baselines, search, recorder)
+            with self.progress.trials(self.trials, self.prepared.total, self.history):
+                outcome = search.study([recorder, self.progress], self.history)
             baselines, ready_at = baselines_ready.result()
+        recorder.flush()
         self.clock.mark("workers", until=ready_at)
         self.clock.mark("trials")
         best = outcome.ranking()
@@ -251,13 +271,17 @@ class Pipeline:
 
     # Baselines
 
-    def _baselines(self, search: Running, log: SearchLog) -> tuple[dict[str, Any], float]:
+    def _baselines(self, search: Running, recorder: Recorder) -> tuple[dict[str, Any], float]:
         """The model as it stands, and behind each init text as a written instruction; the best text by validation.
 
         Also the moment at which the first worker had loaded the base model.
         """
-        search.ready()
+        info = search.ready()
         ready_at = time.monotonic()
+        if self.history.found(BASE_MODEL) is None:
+            recorder.found(BASE_MODEL, info.fingerprint)
+        if known := self.history.found(BASELINES):
+            return known.value, ready_at
         asked = [None, *self.prepared.instructions]
         jobs = [EvaluationJob(split, instruction=text) for text in asked for split in SPLITS]
         metrics = iter(search.evaluate(jobs))
@@ -267,10 +291,8 @@ class Pipeline:
             sign = 1.0 if self.job.search.better == "max" else -1.0
             text = max(written, key=lambda text: sign * written[text]["validation"][self.job.search.metric])
             found["instruction"] = {"text": text, **written[text]}
+        recorder.found(BASELINES, found)
         for name, metrics in found.items():
-            log.parent_metrics(
-                {f"{name}_{split}_{metric}": v for split in SPLITS for metric, v in metrics[split].items()}
-            )
             shown = metrics["validation"][self.job.search.metric]
             self.progress.note(f"{BASELINE_NAMES[name]}: validation {self.job.search.metric} {shown:.3f}")
         return found, ready_at
@@ -301,20 +323,35 @@ class Pipeline:
         baselines: dict[str, Any],
         info: BaseModelInfo,
     ) -> dict[str, Any] | None:
-        """Register the best trials, worst of them first, so that the best is the newest version and takes the alias."""
+        """Register the best trials, those not registered before.
+
+        The worst of them is first, so that the best is the newest version and takes the alias.
+        """
         top = best[: self.job.registry.register_top]
         if not top:
             return None
         self.progress.stage(f"registering {self.job.model_name}")
         log.flush(60.0)
+        registered = self._registered()
         version = 0
         for record in reversed(top):
             manifest = self._manifest(record, tests[record.id], baselines, info)
-            version = self._register_one(record, manifest, log.run_ids.get(record.id, log.run_id))
+            run_id = log.run_ids.get(record.id, log.run_id)
+            version = registered.get(run_id) or self._register_one(record, manifest, run_id)
         metric, better = self.job.search.metric, self.job.search.better
         outcome = self.registry.auto_alias(self.job.model_name, version, self.job.registry.alias, metric, better)
         self.progress.note(outcome.reason)
         return {"name": self.job.model_name, "version": version, "alias": outcome.alias}
+
+    def _registered(self) -> dict[str, int]:
+        """Run to version, of what this search registered before it was interrupted."""
+        if self.saved is None:
+            return {}
+        try:
+            versions = self.registry.versions(self.job.model_name)
+        except BadInput:  # there is no such model yet
+            return {}
+        return {it.run_id: it.version for it in versions if it.run_id and it.tags.get("search") == self.id}
 
     def _register_one(self, record: TrialRecord, manifest: Manifest, run_id: str) -> int:
         from orchestrator.tuning.checkpoint import TrialState

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from models import model_folder, text_rows
 from ray_state import eventually, holders
@@ -79,6 +80,15 @@ def write_job(folder: Path, **changes: Any) -> Path:
 
 def small_job(folder: Path, **changes: Any) -> JobSpec:
     return load_job(write_job(folder, **changes))
+
+
+def close(one: Any, other: Any) -> bool:
+    """Equal, numbers to tolerance, through lists and mappings."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(close(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(close, one, other))
+    return bool(one == pytest.approx(other, rel=1e-4) if isinstance(one, float) else one == other)
 
 
 @dataclass(frozen=True)

@@ -87,12 +87,16 @@ class Registry:
         parent_run_id: str,
         run_ids: Mapping[str, str] | None = None,
         *,
+        params: Mapping[str, Any] | None = None,
         spill: Path | None = None,
         patience: float = PATIENCE_SECONDS,
     ) -> SearchLog:
-        """Go on logging into an earlier search's run; MLflow knows its trials' runs, ``run_ids`` adds to them."""
+        """Go on logging into an earlier search's run; MLflow knows its trials' runs, ``run_ids`` adds to them.
+
+        ``params`` are those of the search, logged where the first attempt had not come to it.
+        """
         with self._store.translating(f"resuming the search of run {printable(parent_run_id)}"):
-            return searches.resume(self._store, parent_run_id, run_ids or {}, spill, patience)
+            return searches.resume(self._store, parent_run_id, run_ids or {}, params or {}, spill, patience)
 
     # Versions in.
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -60,8 +61,18 @@ SEARCH_STATE: dict[Status, str] = {"FINISHED": "finished", "FAILED": "failed", "
 class SearchLog:
     """Logs one search. Every method but ``flush``, ``finish`` and ``close`` returns at once and raises nothing."""
 
-    def __init__(self, store: Store, parent: Run, run_ids: Mapping[str, str], spill: Path, patience: float) -> None:
+    def __init__(
+        self,
+        store: Store,
+        parent: Run,
+        run_ids: Mapping[str, str],
+        spill: Path,
+        patience: float,
+        ended: Collection[str] = (),
+    ) -> None:
+        """``ended`` are the trials whose runs had come to their end before, in a search that goes on."""
         self.run_id: str = parent.info.run_id
+        self.ended = frozenset(ended)
         self.experiment_id: str = parent.info.experiment_id
         self.spill = spill
         self.patience = patience
@@ -86,31 +97,35 @@ class SearchLog:
         """Trial to MLflow run, as far as written; keep it to go on after an interruption."""
         return dict(self._run_ids)
 
-    def trial_started(self, trial_id: str, config: Mapping[str, Any]) -> None:
-        """Open the trial's child run; a trial that started before goes on in the same run."""
+    def trial_started(self, trial_id: str, config: Mapping[str, Any], at: int | None = None) -> None:
+        """Open the trial's child run; a trial that started before goes on in the same run.
+
+        ``at``, here and below: when it was, in milliseconds, if not now. A point that comes again with its time is the
+        same point.
+        """
         self._known.add(trial_id)
         params = as_texts(config, MAX_PARAM)
         tags = {STATE_TAG: "running"}
-        self._put(Entry("start", trial_id, params=params, tags=tags, name=run_label(config, trial_id)))
+        self._put(_dated(Entry("start", trial_id, params=params, tags=tags, name=run_label(config, trial_id)), at))
 
-    def trial_metrics(self, trial_id: str, step: int, metrics: Mapping[str, float]) -> None:
+    def trial_metrics(self, trial_id: str, step: int, metrics: Mapping[str, float], at: int | None = None) -> None:
         """Log a report; values that are not finite become a tag, since charts and databases choke on them."""
         if trial_id not in self._known:
             self.trial_started(trial_id, {})
-        self._put(_metrics_entry(trial_id, step, metrics))
+        self._put(_metrics_entry(trial_id, step, metrics, at))
 
     def trial_tags(self, trial_id: str, tags: Mapping[str, Any]) -> None:
         """Tags of a trial's run that has started."""
         self._put(Entry("log", trial_id, tags=as_texts(tags, MAX_TAG)))
 
-    def trial_ended(self, trial_id: str, state: State, error: str = "") -> None:
+    def trial_ended(self, trial_id: str, state: State, error: str = "", at: int | None = None) -> None:
         """Close the trial's run; ``error`` says why it failed."""
         tags = {STATE_TAG: state} | ({ERROR_TAG: error} if error else {})
-        self._put(Entry("end", trial_id, tags=as_texts(tags, MAX_TAG), status=STATUS[state]))
+        self._put(_dated(Entry("end", trial_id, tags=as_texts(tags, MAX_TAG), status=STATUS[state]), at))
 
-    def parent_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
+    def parent_metrics(self, metrics: Mapping[str, float], step: int = 0, at: int | None = None) -> None:
         """Log metrics of the search itself, its baselines for instance."""
-        self._put(_metrics_entry(None, step, metrics))
+        self._put(_metrics_entry(None, step, metrics, at))
 
     def parent_tags(self, tags: Mapping[str, Any]) -> None:
         self._put(Entry("log", tags=as_texts(tags, MAX_TAG)))
@@ -292,8 +307,12 @@ def children(store: Store, experiment_id: str, parent: str, status: str = "") ->
             return found
 
 
-def _metrics_entry(trial: str | None, step: int, metrics: Mapping[str, float]) -> Entry:
-    entry = Entry("log", trial)
+def _dated(entry: Entry, at: int | None) -> Entry:
+    return entry if at is None else replace(entry, at=at)
+
+
+def _metrics_entry(trial: str | None, step: int, metrics: Mapping[str, float], at: int | None) -> Entry:
+    entry = _dated(Entry("log", trial), at)
     for key, value in metrics.items():
         if math.isfinite(value):
             entry.metrics.append((key, float(value), int(step), entry.at))

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from mlflow.entities import Experiment
 
 
+ENDED = ("FINISHED", "FAILED")
+
+
 def start(
     store: Store, name: str, params: Mapping[str, Any], tags: Mapping[str, Any], spill: Path | None, patience: float
 ) -> SearchLog:
@@ -35,14 +38,24 @@ def start(
 
 
 def resume(
-    store: Store, parent_run_id: str, run_ids: Mapping[str, str], spill: Path | None, patience: float
+    store: Store,
+    parent_run_id: str,
+    run_ids: Mapping[str, str],
+    params: Mapping[str, Any],
+    spill: Path | None,
+    patience: float,
 ) -> SearchLog:
-    """An earlier search's run, running again."""
+    """An earlier search's run, running again. ``params`` are logged where they had not been."""
     run = store.client.get_run(parent_run_id)
     store.client.update_run(parent_run_id, status="RUNNING")
     store.client.set_tag(parent_run_id, STATE_TAG, "running")
-    known = children(store, run.info.experiment_id, parent_run_id) | dict(run_ids)
-    return SearchLog(store, run, known, spill or _default_spill(parent_run_id), patience)
+    experiment = run.info.experiment_id
+    known = children(store, experiment, parent_run_id)
+    ended = {trial for status in ENDED for trial in children(store, experiment, parent_run_id, status)}
+    log = SearchLog(store, run, known | dict(run_ids), spill or _default_spill(parent_run_id), patience, ended)
+    if missing := {name: value for name, value in params.items() if name not in run.data.params}:
+        log.parent_params(missing)
+    return log
 
 
 def _experiment(store: Store, name: str) -> Experiment:

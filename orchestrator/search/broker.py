@@ -82,6 +82,7 @@ class Broker:
         self.total = total
         self.in_turn = in_turn
         self.population = population
+        self.checkpoints: dict[str, bytes] = {}
         self.trials: dict[str, Entry] = {}
         self.workers: dict[str, Worker] = {}
         self.jobs: dict[int, EvaluationJob] = {}
@@ -99,7 +100,7 @@ class Broker:
     async def submit(self, trial: str, number: int, config: dict[str, Any]) -> None:
         """A trial that wants a slot. Submitting again (a restarted trainable) goes on from the newest checkpoint."""
         if trial not in self.trials:
-            self.trials[trial] = Entry(number, TrialSpec.from_config(config))
+            self.trials[trial] = Entry(number, TrialSpec.from_config(config), checkpoint=self.checkpoints.get(trial))
         await self._notify()
 
     async def next_report(self, trial: str) -> Report | None:
@@ -152,9 +153,9 @@ class Broker:
         await self._notify()
         worker = self.workers[name]
         reports = sorted(reports, key=lambda report: self.trials[report.trial].number)
-        for report in reports:
+        for place, report in enumerate(reports, start=1):
             if self.workers[name] is worker:
-                await self._deliver(report, worker)
+                await self._deliver(replace(report, pending=len(reports) - place), worker)
         if self.population and self.workers[name] is worker:
             specs = [(report, self.trials[report.trial].spec) for report in reports]
             for copy in self.population.copies(specs, list(worker.seated)):
@@ -227,6 +228,12 @@ class Broker:
         return sorted(waiting, key=lambda trial: self.trials[trial].number)
 
     # Driver
+
+    async def expect(self, total: int, checkpoints: dict[str, bytes]) -> None:
+        """A search that goes on: so many trials are left, some of them from a checkpoint."""
+        self.total = total
+        self.checkpoints = checkpoints
+        await self._notify()
 
     async def evaluation(self, job: EvaluationJob) -> dict[str, float]:
         """Metrics of a job, done by whichever worker comes first."""

@@ -7,7 +7,6 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -33,15 +32,16 @@ ENVIRONMENT = {
 
 
 @contextmanager
-def ray_session(address: str | None = None, verbose: bool = False) -> Iterator[None]:
+def ray_session(address: str | None = None, verbose: bool = False) -> Iterator[bool]:
     """Connect to ``address``, RAY_ADDRESS or a fresh local Ray; a session that is open already is used and left open.
 
-    Raises Unreachable when a named cluster does not answer.
+    Says whether Ray's processes are ours, started here and for this. Raises Unreachable when a named cluster does not
+    answer.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if ray.is_initialized():
-        yield
+        yield False
         return
     address = address or os.environ.get("RAY_ADDRESS")
     if not address:
@@ -59,7 +59,7 @@ def ray_session(address: str | None = None, verbose: bool = False) -> Iterator[N
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         raise no_cluster(address or "this machine", str(error).splitlines()[0]) from None
     try:
-        yield
+        yield not address
     finally:
         ray.shutdown()
 
@@ -99,8 +99,3 @@ def nodes() -> list[Node]:
         for node in ray.nodes()
         if node["Alive"]
     ]
-
-
-def searches_folder() -> Path:
-    """Where searches keep their state: $ORCHESTRATOR_HOME or .orchestrator, in the working directory."""
-    return Path(os.environ.get("ORCHESTRATOR_HOME", ".orchestrator")).absolute() / "searches"

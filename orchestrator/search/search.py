@@ -16,6 +16,7 @@ from orchestrator.base_model import BaseModelInfo
 from orchestrator.errors import JobFailed, OrchestratorError
 from orchestrator.search.broker import Broker
 from orchestrator.search.cluster_session import nodes
+from orchestrator.search.history import History
 from orchestrator.search.outcome import Outcome
 from orchestrator.search.placement import Placement, place
 from orchestrator.search.population import Population
@@ -52,13 +53,14 @@ class Running:
         info: BaseModelInfo = self._ask(self.broker.ready.remote())
         return info
 
-    def study(self, listeners: Sequence[Listener]) -> Outcome:
-        """Run every trial; raises JobFailed when the workers are lost for good."""
+    def study(self, listeners: Sequence[Listener], history: History) -> Outcome:
+        """Run every trial that is not over yet; raises JobFailed when the workers are lost for good."""
         named = [(trial_id(number), spec) for number, spec in enumerate(self.prepared.trials)]
         outcome = Outcome(self.prepared.job.search, named)
+        history.tell(outcome)
         run_study(
             self.prepared.job, self.prepared.trials, self.broker, self.placement.slots, self.storage,
-            [outcome, *listeners],
+            [outcome, *listeners], history,
         )  # fmt: skip
         self.ready()
         return outcome

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 from ray.tune.search import Searcher
 
 from orchestrator.errors import JobFailed
+from orchestrator.search.history import History
 from orchestrator.search.placement import TRIAL_CPUS
 from orchestrator.search.tpe import Proposer
 from orchestrator.space import TrialSpec
@@ -34,6 +36,10 @@ LOST = {**STOPPED, "lost": True}  # the same, once the search can't go on
 
 def trial_id(number: int) -> str:
     return f"t{number:03d}"
+
+
+def trial_number(name: str) -> int:
+    return int(name[1:])
 
 
 class Listener(Protocol):
@@ -147,15 +153,18 @@ class _Relay(Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         report = self._last.get(trial.trial_id)
-        if report is None or self._targets.lost:
-            return
-        status = "failed" if report.ending in BROKEN else "finished" if report.ending else "stopped"
-        self._ended(report.trial, status, self._why(report))
+        if report is not None and not self._targets.lost:
+            self.ended(report)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         name = trial_id(trial.config["trial"]["number"])
         self._broker.decide.remote(name, False)
         self._ended(name, "failed", "see the search's log")
+
+    def ended(self, report: Report) -> None:
+        """A trial's last report was this one."""
+        status = "failed" if report.ending in BROKEN else "finished" if report.ending else "stopped"
+        self._ended(report.trial, status, self._why(report))
 
     def end(self) -> None:
         """Tune has ended: trials that it left where they were, or never started, are stopped."""
@@ -179,10 +188,10 @@ class _Relay(Callback):
 class _Targets(Stopper):
     """Ends the search when its metric or its minutes are reached, or its workers are lost."""
 
-    def __init__(self, job: JobSpec) -> None:
+    def __init__(self, job: JobSpec, spent_s: float = 0.0) -> None:
         self._metric, self._minutes = job.search.stop.metric, job.search.stop.minutes
         self._sign = 1.0 if job.search.better == "max" else -1.0
-        self._started = time.monotonic()
+        self._started = time.monotonic() - spent_s
         self.lost = False
         self.why = ""
 
@@ -211,24 +220,144 @@ def scheduler(job: JobSpec) -> TrialScheduler:
     return FIFOScheduler()  # with pbt too: no trial is stopped, and the broker lets them copy each other
 
 
-def _source(job: JobSpec, trials: Sequence[TrialSpec]) -> tuple[dict[str, Any], dict[str, Any]]:
+def proposes(job: JobSpec) -> bool:
+    """Whether trials are proposed while the search runs."""
+    return job.search.searcher == "optuna"
+
+
+def _source(job: JobSpec, trials: Mapping[str, TrialSpec]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Where Tune takes trials from: its parameter space for a list, or its options for a searcher."""
-    if job.search.searcher != "optuna":
-        listed = [{"number": number, "config": spec.config()} for number, spec in enumerate(trials)]
+    if not proposes(job):
+        listed = [{"number": trial_number(name), "config": spec.config()} for name, spec in trials.items()]
         return {"trial": tune.grid_search(listed)}, {}
     proposer = Proposer(job.search)
     return {}, {"search_alg": _Proposals(proposer), "num_samples": proposer.total}
 
 
+@dataclass(frozen=True)
+class _Stand:
+    """Stands for a trial in a scheduler that goes on: the same for its earlier reports and for those to come."""
+
+    trial_id: str
+
+
+class Continued(TrialScheduler):
+    """A scheduler that knows a search's earlier reports, and decides on the later ones as if it had never stopped.
+
+    Tune gives a trial another id in every process; the scheduler inside sees ours.
+    """
+
+    def __init__(self, inner: TrialScheduler) -> None:
+        super().__init__()
+        self._inner = inner
+        self._metric = inner.metric
+        self._known: set[str] = set()
+
+    def learn(self, history: History, targets: _Targets) -> dict[str, Report]:
+        """Pass it the earlier reports in their order, as Tune would have. Returns the last report of each trial that
+        is over by its own ending, the scheduler's decision or a target."""
+        over: dict[str, Report] = {}
+        for report in history.reports:
+            stand = self._stand(report.trial)
+            result = {STEP: report.step, SCORE: report.score, "report": report, "done": report.ending is not None}
+            stops = targets(report.trial, result) or report.ending is not None
+            if not stops:
+                stops = self._inner.on_trial_result(_NO_TUNE, stand, result) == TrialScheduler.STOP
+            if stops:
+                self._inner.on_trial_complete(_NO_TUNE, stand, result)
+                over[report.trial] = report
+        return over
+
+    def _stand(self, name: str) -> _Stand:
+        stand = _Stand(name)
+        if name not in self._known:
+            self._known.add(name)
+            self._inner.on_trial_add(_NO_TUNE, stand)
+        return stand
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        self._stand(_name(trial))
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        self._inner.on_trial_error(tune_controller, self._stand(_name(trial)))
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        return str(self._inner.on_trial_result(tune_controller, self._stand(_name(trial)), result))
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        self._inner.on_trial_complete(tune_controller, self._stand(_name(trial)), result)
+
+    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
+        self._inner.on_trial_remove(tune_controller, self._stand(_name(trial)))
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        return self._inner.choose_trial_to_run(tune_controller)
+
+    def debug_string(self) -> str:
+        return str(self._inner.debug_string())
+
+    def save(self, checkpoint_path: str) -> None:
+        """The search's own journal is what a resumption starts from."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """See ``save``."""
+
+
+class _NoTune:
+    """What a scheduler sees of Tune while it learns: no trial waits."""
+
+    def get_live_trials(self) -> set[Any]:
+        return set()
+
+
+_NO_TUNE = _NoTune()
+
+
+def _name(trial: Any) -> str:
+    return trial_id(trial.config["trial"]["number"])
+
+
 def run_study(
-    job: JobSpec, trials: Sequence[TrialSpec], broker: Any, slots: int, storage: Path, listeners: Sequence[Listener]
+    job: JobSpec,
+    trials: Sequence[TrialSpec],
+    broker: Any,
+    slots: int,
+    storage: Path,
+    listeners: Sequence[Listener],
+    history: History,
 ) -> None:
-    """Run all trials to their end; listeners hear of them. Returns when Tune has no trial left.
+    """Run the trials that are not over yet to their end; listeners hear of them. Returns when Tune has none left.
 
     With a searcher that proposes trials ``trials`` is empty.
     """
-    targets = _Targets(job)
-    relay = _Relay(broker, listeners, targets, [trial_id(number) for number in range(len(trials))])
+    targets = _Targets(job, history.spent_s)
+    names = {trial_id(number): spec for number, spec in enumerate(trials)}
+    relay = _Relay(broker, listeners, targets, history.remaining(names))
+    decides, over = scheduler(job), {}
+    if history.events:
+        decides = Continued(decides)
+        over = decides.learn(history, targets)
+    left = [name for name in history.remaining(names) if name not in over]
+    for name in history.remaining(over):  # its last report was kept, and what was decided of it not
+        relay.ended(over[name])
+    if not proposes(job):
+        begun = {name: history.checkpoints[name] for name in left if name in history.steps()}
+        ray.get(broker.expect.remote(len(left), begun))
+    if (left or proposes(job)) and not targets.stop_all():
+        _tune(job, {name: names[name] for name in left}, broker, slots, storage, targets, relay, decides)
+    relay.end()
+
+
+def _tune(
+    job: JobSpec,
+    trials: Mapping[str, TrialSpec],
+    broker: Any,
+    slots: int,
+    storage: Path,
+    targets: _Targets,
+    relay: _Relay,
+    decides: TrialScheduler,
+) -> None:
     listed, proposed = _source(job, trials)
     trainable = tune.with_resources(
         tune.with_parameters(RelayTrial, broker=broker), tune.PlacementGroupFactory([{"CPU": TRIAL_CPUS}])
@@ -236,7 +365,7 @@ def run_study(
     tuner = tune.Tuner(
         trainable,
         param_space=listed,
-        tune_config=TuneConfig(scheduler=scheduler(job), max_concurrent_trials=slots, reuse_actors=True, **proposed),
+        tune_config=TuneConfig(scheduler=decides, max_concurrent_trials=slots, reuse_actors=True, **proposed),
         run_config=RunConfig(
             name="tune",
             storage_path=str(storage),
@@ -247,4 +376,3 @@ def run_study(
         ),
     )
     tuner.fit()
-    relay.end()

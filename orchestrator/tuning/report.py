@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from orchestrator.space import TrialSpec
@@ -26,7 +26,8 @@ class Report:
     """One evaluation of one trial. ``ending`` says why the trial is over, None while it goes on.
 
     ``score`` is the best validation metric so far, by which trials are compared; the worst possible one before any.
-    ``copied`` is what the trial took over since its last report, if it did.
+    ``copied`` is what the trial took over since its last report, if it did. ``pending`` counts the reports of the same
+    round that are handed on after this one.
     """
 
     trial: str
@@ -41,6 +42,7 @@ class Report:
     note: str = ""
     """How memory that ran out was dealt with; empty where there was enough."""
     copied: Copied | None = None
+    pending: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)

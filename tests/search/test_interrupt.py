@@ -80,8 +80,10 @@ def test_an_interrupt_leaves_everything_closed(interrupted: dict[str, Any], tmp_
     """The signal's exit code, a message with the next step, MLflow runs KILLED, none running, no process left."""
     assert interrupted["code"] == interrupted["wanted"], interrupted["err"]
     assert "Traceback" not in interrupted["err"]
-    assert "interrupted\n  next: orchestrator run " in interrupted["err"]
+    (search,) = (tmp_path / ".orchestrator" / "searches").iterdir()
+    assert f"interrupted\n  next: orchestrator resume {search.name}   goes on" in interrupted["err"]
     document = json.loads(interrupted["out"])
+    assert document["error"]["next"] == f"orchestrator resume {search.name}"
     assert (document["status"], document["error"]["exit_code"]) == ("interrupted", interrupted["wanted"])
     assert interrupted["had"] > 3 and interrupted["left"] == []
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")

@@ -12,7 +12,7 @@ import mlflow
 import pytest
 from models import model_folder
 from ray_state import actors
-from small_jobs import Finished, run_search, write_job
+from small_jobs import Finished, close, run_search, write_job
 
 import orchestrator.run
 from orchestrator.artifact import PromptArtifact
@@ -38,15 +38,6 @@ def mlflow_states(folder: Path) -> dict[str, list[tuple[str, str]]]:
         kind = "children" if "mlflow.parentRunId" in run.data.tags else "parents"
         found[kind].append((run.info.status, run.data.tags["orchestrator.state"]))
     return found
-
-
-def close(one: Any, other: Any) -> bool:
-    """Equal, numbers to tolerance, through lists and mappings."""
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(close(one[key], other[key]) for key in one)
-    if isinstance(one, list):
-        return len(one) == len(other) and all(map(close, one, other))
-    return bool(one == pytest.approx(other, rel=1e-4) if isinstance(one, float) else one == other)
 
 
 def test_a_search_survives_the_death_of_its_worker(

@@ -1,55 +1,107 @@
-"""What the listeners of a study hear of a trial's end, up to the trial's run in MLflow."""
+"""A scheduler that goes on: it decides as the one that was never interrupted."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import random
 from types import SimpleNamespace
 from typing import Any
 
-import mlflow
 import pytest
 from small_jobs import small_job
 
-from orchestrator.registry import Registry
-from orchestrator.run import MlflowListener
-from orchestrator.search.outcome import Outcome
-from orchestrator.search.study import _Relay, _Targets
-from orchestrator.space import trials
-from orchestrator.tuning.report import Ending, Report
+from orchestrator.search.events import Event, Reported
+from orchestrator.search.history import History
+from orchestrator.search.study import SCORE, STEP, Continued, _Targets, scheduler, trial_id
+from orchestrator.spec import JobSpec
+from orchestrator.tuning.report import Report
 
-NOTE = "training ran out of memory and went on with forwards of at most 64 tokens"
-
-
-def report(step: int, ending: Ending | None, note: str) -> Report:
-    metrics = {} if ending == "no_room" else {"accuracy": 0.5, "loss": 1.0}
-    return Report("t000", step, metrics, 1.0, step, metrics, 0.5, b"", ending, note)
+STEPS = (4, 8, 12, 16)
+TRIALS = 20
 
 
-@pytest.mark.parametrize(
-    ("ending", "status", "note"),
-    [
-        ("steps", "finished", f"steps; {NOTE}"),
-        (None, "stopped", f"by the scheduler; {NOTE}"),
-        ("no_room", "failed", f"out of memory at step 8; {NOTE}"),
-    ],
-)
-def test_memory_that_ran_out_is_on_the_trials_record(
-    tmp_path: Path, ending: Ending | None, status: str, note: str
-) -> None:
-    """However the trial ends, its record and its MLflow run say how it went on; a trial without room has failed."""
-    job = small_job(tmp_path)
-    registry = Registry(f"sqlite:///{tmp_path}/mlflow.db", cache_dir=tmp_path / "cache")
-    broker: Any = SimpleNamespace(decide=SimpleNamespace(remote=lambda *decision: None))
-    trial = SimpleNamespace(trial_id="x", config={"trial": {"number": 0, "config": trials(job.search)[0].config()}})
-    outcome = Outcome(job.search, [("t000", trials(job.search)[0])])
-    with registry.start_search(job.name, {}, {}, spill=tmp_path / "spill.jsonl") as log:
-        relay = _Relay(broker, [outcome, MlflowListener(log)], _Targets(job), ["t000"])
-        relay.on_trial_start(0, [], trial)
-        for one in (report(4, None, ""), report(8, ending, NOTE)):
-            relay.on_trial_result(0, [], trial, {"report": one, "done": one.ending is not None})
-        relay.on_trial_complete(0, [], trial)
-    record = outcome.records["t000"]
-    assert (record.status, record.note) == (status, note)
-    tags = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_run(log.run_ids["t000"]).data.tags
-    assert (tags["orchestrator.memory"], tags["orchestrator.state"]) == (NOTE, status)
-    assert tags.get("orchestrator.error") == (note if status == "failed" else None)
+@pytest.fixture(params=["asha", "median", "fifo"])
+def job(request: pytest.FixtureRequest, tmp_path: Any) -> JobSpec:
+    return small_job(tmp_path, search__scheduler=request.param, search__metric="accuracy")
+
+
+def tune_trial(number: int, prefix: str) -> Any:
+    """What a scheduler sees of a Tune trial; its own id differs from process to process."""
+    return SimpleNamespace(trial_id=f"{prefix}_{number}", config={"trial": {"number": number}})
+
+
+class Tune:
+    """Feeds reports to a scheduler as Tune does, and keeps what it decides."""
+
+    def __init__(self, decides: Any, prefix: str) -> None:
+        self.decides, self.prefix = decides, prefix
+        self.trials: dict[int, Any] = {}
+        self.over: set[int] = set()
+
+    def get_live_trials(self) -> set[Any]:
+        return set()
+
+    def report(self, number: int, step: int, score: float) -> None:
+        if number in self.over:
+            return
+        if number not in self.trials:
+            self.trials[number] = SimpleHash(tune_trial(number, self.prefix))
+            self.decides.on_trial_add(self, self.trials[number])
+        trial, result = self.trials[number], {STEP: step, SCORE: score}
+        if step == STEPS[-1] or self.decides.on_trial_result(self, trial, result) == "STOP":
+            self.decides.on_trial_complete(self, trial, result)
+            self.over.add(number)
+
+
+class SimpleHash:
+    """A trial that can be a key, as Tune's own."""
+
+    def __init__(self, trial: Any) -> None:
+        self.trial_id, self.config = trial.trial_id, trial.config
+
+
+def as_report(number: int, step: int, score: float) -> Report:
+    metrics = {"accuracy": score, "loss": 1.0}
+    ending: Any = "steps" if step == STEPS[-1] else None
+    return Report(trial_id(number), step, metrics, 0.0, step, metrics, score, b"", ending)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_scheduler_that_goes_on_decides_as_if_it_had_not_stopped(job: JobSpec, seed: int) -> None:
+    """Cut anywhere: trials that learning finds over, and those that stop later, are those of one uncut scheduler."""
+    rng = random.Random(seed)
+    scores = {number: sorted(rng.random() for _ in STEPS) for number in range(TRIALS)}
+    order = [(number, place) for group in range(0, TRIALS, 4) for place in range(len(STEPS))
+             for number in range(group, group + 4)]  # fmt: skip
+    feed = [(number, STEPS[place], scores[number][place]) for number, place in order]
+    uncut = Tune(scheduler(job), "a")
+    seen = []  # the reports that there are: none of a trial that is over
+    for one in feed:
+        if one[0] not in uncut.over:
+            seen.append(one)
+        uncut.report(*one)
+    assert (len(seen) < len(feed)) == (job.search.scheduler != "fifo")  # there are decisions to repeat
+    for cut in range(1, len(seen), 7):
+        events: list[Event] = [Reported(as_report(*one)) for one in seen[:cut]]
+        decides = Continued(scheduler(job))
+        over = decides.learn(History(events), _Targets(job))
+        later = Tune(decides, "b")
+        later.over = {int(name[1:]) for name in over}
+        for one in seen[cut:]:
+            assert one[0] not in later.over  # it would have stopped a trial that the uncut one let go on
+            later.report(*one)
+        assert later.over == uncut.over
+
+
+def test_a_target_reached_before_is_known(job: JobSpec) -> None:
+    """search.stop.metric of an earlier report, and minutes spent earlier, end a search that goes on."""
+    aim = job.model_copy(
+        update={"search": job.search.model_copy(update={"stop": SimpleNamespace(metric=0.8, minutes=None)})}
+    )
+    targets = _Targets(aim)
+    Continued(scheduler(job)).learn(History([Reported(as_report(0, 4, 0.9))]), targets)
+    assert targets.why == "search.stop.metric was reached"
+    timed = job.model_copy(
+        update={"search": job.search.model_copy(update={"stop": SimpleNamespace(metric=None, minutes=1.0)})}
+    )
+    assert not _Targets(timed, spent_s=50.0).stop_all()
+    assert _Targets(timed, spent_s=61.0).stop_all()

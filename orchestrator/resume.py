@@ -1,0 +1,77 @@
+"""Going on with a search that was interrupted, from what its folder keeps."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+from orchestrator.errors import BadInput
+from orchestrator.registry import Registry
+from orchestrator.run import Clock, Pipeline, Progress, find_artifacts, going_on
+from orchestrator.search.cluster_session import ray_session
+from orchestrator.search.folder import SearchFolder
+from orchestrator.search.journal import read_history
+from orchestrator.search.prepare import prepare
+from orchestrator.search.processes import end_processes
+from orchestrator.search.saved import SavedSearch, find_search, load_saved
+from orchestrator.search.search import placed
+from orchestrator.spec import JobSpec
+
+
+def resume_search(
+    wanted: str, progress_for: Callable[[JobSpec], Progress], address: str | None = None, verbose: bool = False
+) -> tuple[dict[str, Any], JobSpec]:
+    """Go on with the search that ``wanted`` means; returns the document of ``run --json``, and the job.
+
+    A search that is finished gives its document again, and nothing is done. Raises BadInput for a search that is not
+    there, is still being run, or began with other data or another base model; otherwise as ``run_job``.
+    """
+    folder = find_search(wanted)
+    with folder.locked():
+        saved, job = load_saved(folder)
+        progress = progress_for(job)
+        if folder.result.is_file():
+            progress.note(f"search {folder.id} is finished; this is what it found")
+            return json.loads(folder.result.read_bytes()), job
+        if not job.search.resumable:
+            raise BadInput(
+                f"search {folder.id} can't be resumed: searcher optuna and scheduler pbt go on from what they "
+                "remember, which is not kept",
+                f"begin anew: orchestrator run {folder.job}",
+            )
+        with going_on(folder, job):
+            return _go_on(folder, saved, job, progress, address, verbose), job
+
+
+def _go_on(
+    folder: SearchFolder, saved: SavedSearch, job: JobSpec, progress: Progress, address: str | None, verbose: bool
+) -> dict[str, Any]:
+    clock = Clock()
+    registry = Registry()
+    registry.check()
+    if registry.display_uri != saved.tracking_uri:
+        raise BadInput(
+            f"search {folder.id} logs to {saved.tracking_uri}, and MLflow's address is now {registry.display_uri}",
+            f"MLFLOW_TRACKING_URI={saved.tracking_uri} orchestrator resume {folder.id}",
+        )
+    progress.stage("reading data and base model")
+    history = read_history(folder)
+    for trial in history.lost:
+        progress.note(f"{trial} begins again: its checkpoint can't be read")
+    artifacts, _ = find_artifacts(job, registry, saved.pins)
+    prepared = prepare(job, artifacts)
+    saved.check(folder, prepared)
+    clock.mark("model", until=clock.last + prepared.making_s)
+    clock.mark("prepare")
+    end_processes(folder.processes)
+    shutil.rmtree(folder.ray, ignore_errors=True)
+    progress.stage("starting Ray")
+    with ray_session(address, verbose) as ours:
+        clock.mark("ray")
+        ended = len(history.ended)
+        progress.note(f"going on with search {folder.id}: {ended} of {len(prepared.trials)} trials are over")
+        return Pipeline(prepared, registry, progress, clock, folder, saved.pins, saved, history).run(
+            placed(prepared), ours
+        )

@@ -1,0 +1,106 @@
+"""A search's folder: its paths, and the lock of whoever runs it."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from orchestrator.errors import BadInput
+
+
+def searches_folder() -> Path:
+    """Where searches keep their state: $ORCHESTRATOR_HOME or .orchestrator, in the working directory."""
+    return Path(os.environ.get("ORCHESTRATOR_HOME", ".orchestrator")).absolute() / "searches"
+
+
+@dataclass(frozen=True)
+class SearchFolder:
+    """Every path of one search."""
+
+    path: Path
+
+    @classmethod
+    def new(cls, name: str) -> SearchFolder:
+        """A folder for a new search, named after the moment; not made yet."""
+        first = searches_folder() / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+        numbered = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
+        return cls(next(folder for folder in itertools.chain([first], numbered) if not folder.exists()))
+
+    @property
+    def id(self) -> str:
+        return self.path.name
+
+    @property
+    def job(self) -> Path:
+        """The job spec as resolved."""
+        return self.path / "job.yaml"
+
+    @property
+    def description(self) -> Path:
+        """What the search is; written last of what a resumption needs, so that it marks a search that can be."""
+        return self.path / "search.json"
+
+    @property
+    def journal(self) -> Path:
+        return self.path / "journal.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def checkpoint(self, trial: str, step: int) -> Path:
+        return self.checkpoints / f"{trial}-{step}.safetensors"
+
+    @property
+    def result(self) -> Path:
+        """The final document; there once the search is finished."""
+        return self.path / "result.json"
+
+    @property
+    def processes(self) -> Path:
+        return self.path / "processes.json"
+
+    @property
+    def unwritten(self) -> Path:
+        """Log entries that MLflow did not take."""
+        return self.path / "mlflow-unwritten.jsonl"
+
+    @property
+    def ray(self) -> Path:
+        """What Tune and Train write; of no use to a resumption."""
+        return self.path / "ray"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Make the folder if need be, and be the only one to run the search. The lock falls with its process, however
+        that ends. Raises BadInput when somebody else has it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.path / "lock", timeout=0):
+                yield
+        except Timeout:
+            raise BadInput(
+                f"search {self.id} is still being run by another process", "wait for its end, or interrupt it first"
+            ) from None
+
+
+def write_whole(file: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    staging = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        with staging.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        staging.replace(file)
+    except OSError:
+        staging.unlink(missing_ok=True)
+        raise

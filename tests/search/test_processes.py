@@ -1,0 +1,57 @@
+"""Ending what a killed search left behind: only those very processes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+from orchestrator.search.processes import end_processes, save_processes
+
+SLEEP = "import signal, sys, time; {}; print('up', flush=True); time.sleep(600)"
+
+
+def sleeper(deaf: bool = False) -> subprocess.Popen[str]:
+    code = SLEEP.format("signal.signal(signal.SIGTERM, signal.SIG_IGN)" if deaf else "0")
+    process = subprocess.Popen([sys.executable, "-c", code], text=True, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    return process
+
+
+def kill(*processes: subprocess.Popen[str]) -> None:
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def test_descendants_are_ended_by_id(tmp_path: Path) -> None:
+    """Polite and deaf ones both, once; the file is gone afterwards."""
+    polite, deaf = sleeper(), sleeper(deaf=True)
+    file = tmp_path / "processes.json"
+    try:
+        save_processes(file)
+        # Other descendants of this process (a test session's Ray) are none of this test's.
+        mine = [known for known in json.loads(file.read_bytes()) if known["pid"] in (polite.pid, deaf.pid)]
+        file.write_text(json.dumps(mine))
+        assert end_processes(file) == 2
+        assert not psutil.pid_exists(polite.pid) and not psutil.pid_exists(deaf.pid)
+        assert not file.exists() and end_processes(file) == 0
+    finally:
+        kill(polite, deaf)
+
+
+def test_another_process_of_the_same_id_is_left_alone(tmp_path: Path) -> None:
+    """An id that the system has given away again, and one that nobody has."""
+    process = sleeper()
+    file = tmp_path / "processes.json"
+    try:
+        started = psutil.Process(process.pid).create_time()
+        file.write_text(json.dumps([{"pid": process.pid, "started": started - 60}, {"pid": 2**30, "started": 0.0}]))
+        assert end_processes(file) == 0
+        assert process.poll() is None
+    finally:
+        kill(process)

@@ -1,0 +1,72 @@
+"""What the listeners of a study hear of a trial's end, up to the trial's run in MLflow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import mlflow
+import pytest
+from small_jobs import small_job
+
+from orchestrator.mirror import MlflowMirror
+from orchestrator.registry import Registry
+from orchestrator.search.events import Ended, Reported, Started
+from orchestrator.search.outcome import Outcome
+from orchestrator.search.study import _Relay, _Targets
+from orchestrator.space import TrialSpec, trials
+from orchestrator.tuning.report import Ending, Report
+
+NOTE = "training ran out of memory and went on with forwards of at most 64 tokens"
+
+
+class Told:
+    """A listener that passes everything on to MLflow at once."""
+
+    def __init__(self, mirror: MlflowMirror) -> None:
+        self.mirror = mirror
+
+    def trial_started(self, trial: str, spec: TrialSpec) -> None:
+        self.mirror.write([Started(trial, spec.config())])
+
+    def trial_reported(self, trial: str, report: Report) -> None:
+        self.mirror.write([Reported(report)])
+
+    def trial_ended(self, trial: str, status: str, note: str) -> None:
+        self.mirror.write([Ended(trial, status, note)])
+
+
+def report(step: int, ending: Ending | None, note: str) -> Report:
+    metrics = {} if ending == "no_room" else {"accuracy": 0.5, "loss": 1.0}
+    return Report("t000", step, metrics, 1.0, step, metrics, 0.5, b"", ending, note)
+
+
+@pytest.mark.parametrize(
+    ("ending", "status", "note"),
+    [
+        ("steps", "finished", f"steps; {NOTE}"),
+        (None, "stopped", f"by the scheduler; {NOTE}"),
+        ("no_room", "failed", f"out of memory at step 8; {NOTE}"),
+    ],
+)
+def test_memory_that_ran_out_is_on_the_trials_record(
+    tmp_path: Path, ending: Ending | None, status: str, note: str
+) -> None:
+    """However the trial ends, its record and its MLflow run say how it went on; a trial without room has failed."""
+    job = small_job(tmp_path)
+    registry = Registry(f"sqlite:///{tmp_path}/mlflow.db", cache_dir=tmp_path / "cache")
+    broker: Any = SimpleNamespace(decide=SimpleNamespace(remote=lambda *decision: None))
+    trial = SimpleNamespace(trial_id="x", config={"trial": {"number": 0, "config": trials(job.search)[0].config()}})
+    outcome = Outcome(job.search, [("t000", trials(job.search)[0])])
+    with registry.start_search(job.name, {}, {}, spill=tmp_path / "spill.jsonl") as log:
+        relay = _Relay(broker, [outcome, Told(MlflowMirror(log))], _Targets(job), ["t000"])
+        relay.on_trial_start(0, [], trial)
+        for one in (report(4, None, ""), report(8, ending, NOTE)):
+            relay.on_trial_result(0, [], trial, {"report": one, "done": one.ending is not None})
+        relay.on_trial_complete(0, [], trial)
+    record = outcome.records["t000"]
+    assert (record.status, record.note) == (status, note)
+    tags = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_run(log.run_ids["t000"]).data.tags
+    assert (tags["orchestrator.memory"], tags["orchestrator.state"]) == (NOTE, status)
+    assert tags.get("orchestrator.error") == (note if status == "failed" else None)
