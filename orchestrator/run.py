@@ -156,6 +156,8 @@ class Pipeline:
 
     def run(self, placement: Placement, ours: bool) -> dict[str, Any]:
         """Search, compare, register. ``ours`` says that Ray's processes are this search's own."""
+        if ours:
+            save_processes(self.folder.processes)
         with running(self.prepared, placement, self.folder.ray) as search:
             self._check_base_model(search)
             with self._log() as log:
@@ -167,7 +169,7 @@ class Pipeline:
                 journal = Journal(self.folder, self.history)
                 with Recorder(journal, self.history, mirror.write, self.progress.note) as recorder:
                     if ours:
-                        save_processes(self.folder.processes)
+                        save_processes(self.folder.processes)  # again: Ray's agents come a little later
                     document = self._search(search, log, recorder)
         write_whole(self.folder.result, json.dumps(document, default=str).encode())
         self.folder.processes.unlink(missing_ok=True)
