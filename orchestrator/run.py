@@ -194,6 +194,8 @@ class Pipeline:
             self.progress.stage("measuring steps and evaluations")
             self.plan = make_plan(self.prepared, placement, nodes())
             self.clock.mark("plan")
+        if ours:
+            save_processes(self.folder.processes)
         with running(self.prepared, placement, self.folder.ray) as search:
             self._check_base_model(search)
             with self._log() as log:
@@ -205,7 +207,7 @@ class Pipeline:
                 journal = Journal(self.folder, self.history)
                 with Recorder(journal, self.history, mirror.write, self.progress.note) as recorder:
                     if ours:
-                        save_processes(self.folder.processes)
+                        save_processes(self.folder.processes)  # again: Ray's agents come a little later
                     document = self._search(search, log, recorder)
         write_whole(self.folder.result, json.dumps(document, default=str).encode())
         self.folder.processes.unlink(missing_ok=True)

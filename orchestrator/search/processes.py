@@ -33,9 +33,11 @@ def end_processes(file: Path) -> int:
     for process in left:
         with suppress(psutil.NoSuchProcess):
             process.terminate()
-    for process in psutil.wait_procs(left, PATIENCE_S)[1]:
+    deaf = psutil.wait_procs(left, PATIENCE_S)[1]
+    for process in deaf:
         with suppress(psutil.NoSuchProcess):
             process.kill()
+    psutil.wait_procs(deaf, PATIENCE_S)
     file.unlink()
     return len(left)
 

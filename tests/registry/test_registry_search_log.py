@@ -167,3 +167,24 @@ def test_nothing_is_lost_when_the_server_restarts_or_stays_away(server: Any, nam
         assert history(registry, search.run_ids["t1"], "loss") == [(10, 1.0), (20, 0.5)]
         assert set(search.run_ids) == {"t1", "t2"}
         assert run(registry, search.run_id).info.status == "FINISHED"
+
+
+def test_a_resumed_search_may_repeat_itself(registry: Registry, name: str) -> None:
+    """Points that come again with their time are the same points; ended runs are known, parameters are kept."""
+    search = registry.start_search(name, {"p": 1}, {})
+    for trial in ("over", "open"):
+        search.trial_started(trial, CONFIG, at=1_000)
+        search.trial_metrics(trial, 10, {"loss": 0.5}, at=2_000)
+    search.trial_ended("over", "stopped", at=3_000)
+    search.finish("KILLED")
+    with registry.resume_search(search.run_id, params={"p": 2, "q": 3}) as again:
+        assert again.ended == {"over"}
+        again.trial_started("open", CONFIG, at=1_000)
+        again.trial_metrics("open", 10, {"loss": 0.5}, at=2_000)
+        again.trial_metrics("open", 20, {"loss": 0.25})
+        again.trial_ended("open", "finished")
+    assert again.run_ids == search.run_ids
+    assert history(registry, again.run_ids["open"], "loss") == [(10, 0.5), (20, 0.25)]
+    assert run(registry, again.run_ids["over"]).info.end_time == 3_000
+    assert run(registry, search.run_id).data.params == {"p": "1", "q": "3"}
+    assert {run(registry, it).info.status for it in again.run_ids.values()} == {"FINISHED"}
