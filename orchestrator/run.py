@@ -400,7 +400,7 @@ class Pipeline:
         return {
             "search": self.id,
             "status": "succeeded",
-            "trials": [record.document() for record in outcome.records.values()],
+            "trials": [record.document() for record in outcome.in_order()],
             "best": {
                 "trial": best.id,
                 "config": best.spec.config(),

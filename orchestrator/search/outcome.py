@@ -70,6 +70,10 @@ class Outcome:
     def trial_ended(self, trial: str, status: str, note: str) -> None:
         self.records[trial].status, self.records[trial].note = status, note
 
+    def in_order(self) -> list[TrialRecord]:
+        """All records by their number; proposed trials may start in another order."""
+        return sorted(self.records.values(), key=lambda record: (len(record.id), record.id))
+
     def ranking(self) -> list[TrialRecord]:
         """Trials with a result, best first: by the search's metric, then by the loss, then in order.
 

@@ -109,7 +109,7 @@ def _watched(watch: Stopwatch, backbone: CausalBackbone, engine: Engine) -> Iter
     """Within, the parts' own functions report to the stopwatch; each still does its work."""
     body = backbone.model.base_model
     watched: list[tuple[Any, str, str]] = [
-        (engine, "_step", "steps"),
+        (engine, "step", "steps"),
         (engine_module, "evaluate", "evaluation"),
         (engine_module, "apply_all", "optimiser"),
         (engine_module, "step_rows", "data"),

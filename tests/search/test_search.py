@@ -22,7 +22,7 @@ from orchestrator.search.prepare import Prepared, prepare
 from orchestrator.search.search import worker_failure
 from orchestrator.search.study import scheduler
 from orchestrator.search.worker import RESTARTS, load_failure
-from orchestrator.spec import JobSpec, SearchSpec, TrainSpec
+from orchestrator.spec import JobSpec, SearchSpec, SpaceSpec, TrainSpec
 from orchestrator.tuning.report import Report
 
 
@@ -180,7 +180,8 @@ def test_proposed_trials_that_copy_each_other(
 )
 def test_the_spec_names_the_scheduler(finished: Finished, name: str, expected: str) -> None:
     """Each name gives Tune's scheduler of that kind, on our own step count."""
-    job = finished.job.model_copy(update={"search": SearchSpec(scheduler=name), "train": TrainSpec()})  # type: ignore[arg-type]
+    search = SearchSpec(scheduler=name, space=SpaceSpec(learning_rate=[0.1, 0.3]))  # type: ignore[arg-type]
+    job = finished.job.model_copy(update={"search": search, "train": TrainSpec()})
     made = scheduler(job)
     assert type(made).__name__ == expected
     assert getattr(made, "_time_attr", "step") == "step"

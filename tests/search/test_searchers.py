@@ -20,6 +20,7 @@ import pytest
 import ray
 from ray_state import eventually, holders
 
+from orchestrator.search.history import History
 from orchestrator.search.outcome import Outcome, TrialRecord
 from orchestrator.search.search import quiet_ray_loggers, start_broker
 from orchestrator.search.study import run_study, trial_id
@@ -157,7 +158,7 @@ def search(job: JobSpec) -> Study:
     worker.start()
     try:
         with TemporaryDirectory() as storage:
-            run_study(job, known, broker, SLOTS, Path(storage), [outcome, heard])
+            run_study(job, known, broker, SLOTS, Path(storage), [outcome, heard], History())
     finally:
         broker.finish.remote()
         worker.join()
