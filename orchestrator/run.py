@@ -400,7 +400,7 @@ class Pipeline:
         return {
             "search": self.id,
             "status": "succeeded",
-            "trials": [record.document() for record in outcome.in_order()],
+            "trials": [record.document() for record in outcome.records.values()],
             "best": {
                 "trial": best.id,
                 "config": best.spec.config(),

@@ -55,7 +55,10 @@ class Outcome:
         self.records = {name: TrialRecord(name, spec) for name, spec in trials}
 
     def trial_started(self, trial: str, spec: TrialSpec) -> None:
-        self.records.setdefault(trial, TrialRecord(trial, spec)).status = "running"
+        if trial not in self.records:  # proposed while the search runs; starts may come in another order than numbers
+            self.records[trial] = TrialRecord(trial, spec)
+            self.records = {name: self.records[name] for name in sorted(self.records, key=lambda it: (len(it), it))}
+        self.records[trial].status = "running"
 
     def trial_reported(self, trial: str, report: Report) -> None:
         record = self.records[trial]
@@ -69,10 +72,6 @@ class Outcome:
 
     def trial_ended(self, trial: str, status: str, note: str) -> None:
         self.records[trial].status, self.records[trial].note = status, note
-
-    def in_order(self) -> list[TrialRecord]:
-        """All records by their number; proposed trials may start in another order."""
-        return sorted(self.records.values(), key=lambda record: (len(record.id), record.id))
 
     def ranking(self) -> list[TrialRecord]:
         """Trials with a result, best first: by the search's metric, then by the loss, then in order.
