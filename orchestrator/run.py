@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,20 +24,20 @@ from orchestrator.artifact import (
     ReparameterizationRecord,
 )
 from orchestrator.base_model import BaseModelInfo, looks_like_path
-from orchestrator.errors import BadInput, Interrupted, JobFailed, Unreachable
+from orchestrator.errors import BadInput, Interrupted, JobFailed, NothingFound, SearchLost, Unreachable
 from orchestrator.mirror import BASELINES, SPLITS, MlflowMirror
 from orchestrator.registry import Registry, SearchLog
 from orchestrator.search.cluster_session import nodes, ray_session
 from orchestrator.search.folder import SearchFolder, write_whole
 from orchestrator.search.history import History
-from orchestrator.search.journal import Journal
+from orchestrator.search.journal import Journal, read_history
 from orchestrator.search.outcome import Outcome, TrialRecord
 from orchestrator.search.placement import Placement, place
 from orchestrator.search.plan import Plan, device_hours, make_plan, this_machine
 from orchestrator.search.prepare import Prepared, data_record, prepare, verbalizer_entries
 from orchestrator.search.processes import save_processes
 from orchestrator.search.recorder import Recorder
-from orchestrator.search.saved import SavedSearch, refuse_changes
+from orchestrator.search.saved import SavedSearch, load_saved, refuse_changes
 from orchestrator.search.search import Running, placed, running
 from orchestrator.search.study import Listener, trial_id
 from orchestrator.space import TrialSpec, init_artifacts
@@ -45,6 +46,7 @@ from orchestrator.tuning.report import EvaluationJob
 
 Metrics = dict[str, float]
 BASE_MODEL = "base_model"
+RESTARTS = 3  # of a whole search whose broker or controller was lost
 
 
 class Progress(Listener, Protocol):
@@ -104,7 +106,7 @@ def run_job(
         clock.mark("ray")
         placement = placed(prepared)
         folder = SearchFolder.new(job.name)
-        with folder.locked(), going_on(folder, job):
+        with folder.locked(), going_on(folder):
             return Pipeline(prepared, registry, progress, clock, folder, pins, planned=planned).run(placement, ours)
 
 
@@ -143,18 +145,20 @@ def find_artifacts(
 
 
 @contextmanager
-def going_on(folder: SearchFolder, job: JobSpec) -> Iterator[None]:
+def going_on(folder: SearchFolder) -> Iterator[None]:
     """Around a search: what ends it early says how to go on, once there is something to go on from."""
     resume = f"orchestrator resume {folder.id}"
     try:
         yield
     except KeyboardInterrupt:
-        if folder.description.is_file() and job.search.resumable:
+        if folder.description.is_file():
             raise Interrupted("interrupted", resume) from None
         raise
-    except Unreachable as error:
-        if folder.description.is_file() and job.search.resumable:
-            raise Unreachable(error.message, f"{error.hint}; then {resume}") from None
+    except NothingFound:
+        raise
+    except (Unreachable, JobFailed) as error:
+        if folder.description.is_file():
+            raise type(error)(error.message, f"{error.hint}; then {resume}") from None
         raise
 
 
@@ -196,22 +200,36 @@ class Pipeline:
             self.clock.mark("plan")
         if ours:
             save_processes(self.folder.processes)
+        for left in reversed(range(RESTARTS + 1)):
+            try:
+                document = self._attempt(placement, ours)
+                break
+            except SearchLost as error:
+                if not left or not self.folder.description.is_file():
+                    raise
+                self.progress.note(f"{error.message}; going on from what was kept")
+                self.saved, self.history = load_saved(self.folder)[0], read_history(self.folder)
+                shutil.rmtree(self.folder.ray, ignore_errors=True)
+        write_whole(self.folder.result, json.dumps(document, default=str).encode())
+        self.folder.processes.unlink(missing_ok=True)
+        return document
+
+    def _attempt(self, placement: Placement, ours: bool) -> dict[str, Any]:
+        """The search from where it stands, until it is done or lost."""
         with running(self.prepared, placement, self.folder.ray) as search:
             self._check_base_model(search)
             with self._log() as log:
                 if self.saved is None:
                     saved = SavedSearch.of(self.prepared, self.pins, self.registry.display_uri, log.run_id)
                     saved.save(self.folder, self.job)
-                mirror = MlflowMirror(log, self.job.search.scheduler == "pbt")
+                copying = self.job.search.scheduler == "pbt"
+                mirror = MlflowMirror(log, copying)
                 mirror.restore(self.history)
-                journal = Journal(self.folder, self.history)
+                journal = Journal(self.folder, self.history, self.job.perturbation_steps if copying else None)
                 with Recorder(journal, self.history, mirror.write, self.progress.note) as recorder:
                     if ours:
                         save_processes(self.folder.processes)  # again: Ray's agents come a little later
-                    document = self._search(search, log, recorder)
-        write_whole(self.folder.result, json.dumps(document, default=str).encode())
-        self.folder.processes.unlink(missing_ok=True)
-        return document
+                    return self._search(search, log, recorder)
 
     def _check_base_model(self, search: Running) -> None:
         """A search that goes on does so on the weights that it began with."""
@@ -254,7 +272,7 @@ class Pipeline:
         self.clock.mark("trials")
         best = outcome.ranking()
         if not best:
-            raise JobFailed(
+            raise NothingFound(
                 f"none of the {len(outcome.records)} trials has a result: "
                 + "; ".join(sorted({record.note for record in outcome.records.values() if record.note})),
                 "lower the learning rates of search.space, or see the search's log with --verbose",
@@ -269,7 +287,8 @@ class Pipeline:
         model = self._register(log, best, tests, baselines, info)
         self.clock.mark("registry")
         log.parent_metrics(self._took(outcome, search.placement))
-        return self._document(outcome, best[0], tests[best[0].id], baselines, model, log)
+        document = self._document(outcome, best[0], tests[best[0].id], baselines, model, log)
+        return {**document, "workers": {name: {"node": node} for name, node in search.nodes().items()}}
 
     # Baselines
 

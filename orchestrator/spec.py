@@ -330,11 +330,6 @@ class SearchSpec(Section):
             yield Conflict("scheduler", f"{text}; {hint}", ("space.learning_rate",))
 
     @property
-    def resumable(self) -> bool:
-        """Whether a search can go on in another process: what it does next follows from the spec and its reports."""
-        return self.searcher != "optuna" and self.scheduler != "pbt"
-
-    @property
     def better(self) -> Literal["max", "min"]:
         """Which way the metric improves."""
         return "min" if self.metric == "loss" else "max"

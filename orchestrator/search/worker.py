@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from orchestrator.errors import JobFailed, OrchestratorError
+from orchestrator.search.broker import Place
 from orchestrator.search.placement import Placement
 from orchestrator.spec import JobSpec
 
@@ -40,8 +41,12 @@ def train_loop(config: dict[str, Any]) -> None:
         return
     backbone = engine.backbone
     digest = backbone.digest()
-    ray.get(told.broker.join.remote(told.name, engine.capacity, backbone.info))
-    serve_orders(engine, told)
+    try:
+        place = Place(ray.get_runtime_context().get_node_id(), ray.util.get_current_placement_group())
+        ray.get(told.broker.join.remote(told.name, engine.capacity, backbone.info, place))
+        serve_orders(engine, told)
+    except ray.exceptions.RayActorError:
+        return  # the broker is gone, and with it the search: whoever goes on with it starts workers of its own
     if backbone.digest() != digest:
         raise RuntimeError("the backbone changed during the search; its results are void")
 
@@ -82,11 +87,24 @@ def serve_orders(engine: Any, told: WorkerConfig) -> None:
         reports = [] if orders.evaluate else engine.round()
 
 
+class TellBroker(UserCallback):
+    """Runs beside Train's controller: the broker hears at once that a worker was lost, so that its trials go on
+    elsewhere while Train looks for room to start it again."""
+
+    def __init__(self, worker: str, broker: Any) -> None:
+        self._worker = worker
+        self._broker = broker
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        self._broker.leave.remote(self._worker, ray.get_runtime_context().current_actor)
+
+
 class WorkerGroup(threading.Thread):
     """One TorchTrainer, run in a thread of the driver. ``error`` is what ended it, if anything went wrong."""
 
     def __init__(self, config: WorkerConfig, storage: Path, on_error: Any) -> None:
         super().__init__(name=f"worker-group-{config.name}", daemon=True)
+        self.worker = config.name
         self.error: Exception | None = None
         self._on_error = on_error
         self._trainer = TorchTrainer(
@@ -102,6 +120,7 @@ class WorkerGroup(threading.Thread):
                 name=f"worker-{config.name}",
                 storage_path=str(storage),
                 failure_config=FailureConfig(max_failures=RESTARTS),
+                callbacks=[TellBroker(config.name, config.broker)],
             ),
         )
 
