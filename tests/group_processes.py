@@ -16,6 +16,7 @@ import torch.distributed as dist
 from models import MASKED, SEQ2SEQ, text_rows, tiny_model, tiny_tokenizer, tokenizer_of
 
 from orchestrator.backbone import Backbone, make_backbone
+from orchestrator.backbone.sharding import blocks_of, local
 from orchestrator.base_model import BaseModelInfo
 from orchestrator.data.encoding import Encoder
 from orchestrator.data.template import Template, Verbalizer
@@ -24,16 +25,19 @@ from orchestrator.space import TrialSpec
 from orchestrator.spec import SearchSpec, TrainSpec
 from orchestrator.tuning.engine import Engine, Task
 from orchestrator.tuning.generate import Decoding
-from orchestrator.tuning.group import Group, joined_group
+from orchestrator.tuning.group import joined_group
 from orchestrator.tuning.report import EvaluationJob, Report
 
-LIMIT_S = 60.0  # for a group that hangs
+LIMIT_S = 240.0  # for a group that hangs
 TRIALS = {
     "text": TrialSpec("text", "is this message spam", 5, 0.05, 0),
     "random": TrialSpec("random", None, 2, 0.02, 1),
     "labels": TrialSpec("class_labels", None, 7, 0.03, 2),
 }
 CPU = torch.device("cpu")
+PLAIN = Method()
+# Updates in proportion to gradients: adamw's first ones are signs, and the sign of a rounded zero is anything.
+SGD = TrainSpec(steps=4, batch_size=5, evaluate_every=2, optimizer="sgd", momentum=0.5)
 
 
 class Processes:
@@ -58,13 +62,12 @@ class Processes:
         """What it returns in each, by rank. Raises AssertionError for an error in one of them, or none's answer."""
         for pipe in self._pipes:
             pipe.send((work, arguments))
-        found = []
         for rank, pipe in enumerate(self._pipes):
             assert pipe.poll(LIMIT_S), f"worker {rank} hangs"
-            done, value = pipe.recv()
+        answers = [pipe.recv() for pipe in self._pipes]
+        for done, value in answers:
             assert done, value
-            found.append(value)
-        return found
+        return [value for _, value in answers]
 
     def close(self) -> None:
         for process in self._processes:
@@ -89,16 +92,11 @@ class Case:
     """What a group trains: TRIALS with a method on a tiny model."""
 
     family: str = "llama"
-    method: Method = Method()
-    train: TrainSpec = TrainSpec(steps=4, batch_size=5, evaluate_every=2)
+    method: Method = PLAIN
+    train: TrainSpec = SGD
     sharded: bool = False
     generates: bool = False
     num_beams: int = 1
-    prompt_once: bool | None = None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float64
 
     def task(self) -> Task:
         tokenizer = tokenizer_of(self.family)
@@ -119,18 +117,15 @@ class Case:
 
     def backbone(self) -> Backbone:
         """A model of its own: sharding changes it."""
-        model = tiny_model.__wrapped__(self.family, self.dtype)
+        model = tiny_model.__wrapped__(self.family)
         info = BaseModelInfo("tiny", "main", self.family, 32, len(tiny_tokenizer()), 160, "0", "0")
-        made: Any = make_backbone(model, tokenizer_of(self.family), info)
-        if self.prompt_once is not None:
-            made.prompt_once = self.prompt_once
-        return made  # type: ignore[no-any-return]
+        return make_backbone(model, tokenizer_of(self.family), info)
 
     def engine(self) -> Engine:
         backbone = self.backbone()
         group = joined_group(CPU, self.sharded)
         if self.sharded and group.size > 1:
-            backbone.shard(CPU, group.agree)  # type: ignore[attr-defined]
+            backbone.shard(CPU, group.agree)
             backbone.gather_once()
         return Engine(backbone, self.task(), self.train, SearchSpec(metric="loss"), len(TRIALS), group=group)
 
@@ -160,5 +155,69 @@ def ended(case: Case, change: Callable[[Engine], None] | None = None) -> Ended:
     return Ended(reports, bare, engine.backbone.digest() == digest)
 
 
-def group() -> Group:
-    return joined_group(CPU)
+def cramped(engine: Engine, tokens: int, backward: bool) -> None:
+    """On the last worker, memory runs out beyond so many tokens of a forward: within its blocks, or in training within
+    the backward."""
+    if engine.group.rank != engine.group.size - 1:
+        return
+    last = blocks_of(engine.backbone.model)[-1]
+
+    def run_out(*_: Any) -> None:
+        raise MemoryError
+
+    def forward(module: Any, inputs: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        if hidden.shape[0] * hidden.shape[1] > tokens:
+            if not (backward and hidden.requires_grad):
+                run_out()
+            hidden.register_hook(run_out)
+
+    last.register_forward_hook(forward)
+
+
+def short_of_room(engine: Engine) -> None:
+    cramped(engine, 60, backward=True)
+
+
+def roomless(engine: Engine) -> None:
+    cramped(engine, 1, backward=False)
+
+
+def notes_of(case: Case, change: Callable[[Engine], None]) -> dict[str, tuple[Any, str]]:
+    """How each trial ends, and what its report says of it."""
+    engine = case.engine()
+    for name, spec in TRIALS.items():
+        engine.seat(name, spec)
+    change(engine)
+    return {report.trial: (report.ending, report.note) for report in engine.round()}
+
+
+@dataclass(frozen=True)
+class Held:
+    """A worker's weights: how many bytes they are, and whether with the others' they are the ones loaded."""
+
+    nbytes: int
+    same: bool
+
+
+def held(case: Case) -> Held:
+    engine, whole = case.engine(), case.backbone().model.state_dict()
+    mine = engine.backbone.model.state_dict()
+    unshared = {id(tensor): local(tensor) for tensor in engine.backbone.model.parameters()}
+    full = {name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for name, tensor in mine.items()}
+    same = full.keys() == whole.keys() and all(torch.equal(full[name], whole[name]) for name in whole)
+    return Held(sum(tensor.nbytes for tensor in unshared.values()), same)
+
+
+def left_alone(case: Case) -> str:
+    engine = case.engine()
+
+    def work() -> str:
+        if engine.group.leads:
+            raise RuntimeError("shapes do not match")
+        return "left alone"
+
+    try:
+        return work() if engine.group.rank else engine.group.together(work)
+    except RuntimeError as error:
+        return f"{type(error).__name__}: {error}"

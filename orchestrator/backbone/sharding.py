@@ -36,8 +36,10 @@ def shard_blocks(model: nn.Module, device: torch.device, before_gather: Callable
     a block is about to be put together; it may raise.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import FSDPModule, fully_shard
 
+    if not hasattr(FSDPModule, "reset_iter_state"):
+        raise BadInput(f"resources.sharding fsdp does not work with torch {torch.__version__}", "install a newer torch")
     blocks = blocks_of(model)
     if not blocks:
         raise BadInput(f"a {type(model).__name__} has no list of blocks to shard", "set resources.sharding to none")
@@ -84,9 +86,16 @@ def reset_blocks(model: nn.Module) -> None:
         cast(Any, block).reset_iter_state()
 
 
+def bytes_elsewhere(model: nn.Module, workers: int) -> int:
+    """Bytes of a model's weights that a worker would not hold with the model sharded among so many, while one block,
+    the largest, is whole."""
+    sizes = [sum(tensor.nbytes for tensor in block.parameters()) for block in blocks_of(model)]
+    return (sum(sizes) - max(sizes, default=0)) * (workers - 1) // workers
+
+
 def local(tensor: Tensor) -> Tensor:
     """What this worker holds of a weight."""
-    held: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
+    held: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return held
 
 
@@ -109,4 +118,6 @@ def through_last_block(last: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor,
     FSDP does that when a gradient reaches the block's output. Keys and values leave a block beside its output, and
     nothing else follows from ``last``, what the last block puts out.
     """
-    return _Needs.apply(last, *tensors)  # type: ignore[no-untyped-call]
+    apply: Any = _Needs.apply
+    held: tuple[Tensor, ...] = apply(last, *tensors)
+    return held

@@ -53,6 +53,10 @@ class Group:
         """This worker's ``work``. NoRoom on every worker when memory ran out on any."""
         return work()
 
+    def agree(self) -> bool:
+        """Wait for the others. NoRoom on every worker when memory ran out on any."""
+        return False
+
     def gathered(self, value: T) -> list[T]:
         """Every worker's value, by rank."""
         return [value]
