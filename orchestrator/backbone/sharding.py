@@ -48,7 +48,9 @@ def shard_blocks(model: nn.Module, device: torch.device, before_gather: Callable
         # Every block is a root of its own: parts of the model (an encoder, the body without its head) run alone too.
         sharded: Any = fully_shard(block, mesh=mesh, reshard_after_forward=True)
         sharded.set_custom_all_gather(_Gather(before_gather))
-    model.to(device)
+    for kept in (*model.parameters(), *model.buffers()):
+        if not is_part(kept):
+            kept.data = kept.data.to(device, copy=True)  # a view would keep the whole file in memory
 
 
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before 2.12
@@ -93,9 +95,14 @@ def bytes_elsewhere(model: nn.Module, workers: int) -> int:
     return (sum(sizes) - max(sizes, default=0)) * (workers - 1) // workers
 
 
+def is_part(tensor: Tensor) -> bool:
+    """Whether a weight is sharded."""
+    return hasattr(tensor, "to_local")
+
+
 def local(tensor: Tensor) -> Tensor:
     """What this worker holds of a weight."""
-    held: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    held: Tensor = cast(Any, tensor).to_local() if is_part(tensor) else tensor
     return held
 
 

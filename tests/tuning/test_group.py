@@ -29,10 +29,11 @@ from orchestrator.tuning.checkpoint import TrialState
 
 PROMPT, INSIDE = Method("prompt_tuning"), Method("prompt_tuning", inside=True)
 PREFIX, NETWORK = Method("prefix_tuning"), Method("p_tuning", "lstm")
+GENTLE = SGD.model_copy(update={"clip_norm": 1.0})  # the tiny T5's gradients are in the hundreds
 CASES = [
     *(Case("llama", method) for method in (PROMPT, INSIDE, PREFIX, NETWORK)),
     *(Case("gemma3_text", method) for method in (PROMPT, PREFIX)),
-    *(Case("t5", method) for method in (PROMPT, INSIDE, PREFIX)),
+    *(Case("t5", method, GENTLE) for method in (PROMPT, INSIDE, PREFIX)),
     *(Case("bert", method) for method in (PREFIX, NETWORK)),
 ]
 OPTIONS = {
@@ -104,7 +105,7 @@ def test_three_workers_end_where_one_does(three: Processes, option: str) -> None
 @pytest.mark.parametrize("beams", [1, 2])
 def test_texts_are_the_same(three: Processes, family: str, beams: int, sharded: bool) -> None:
     """Rows are shared out for generation, though one worker's texts may end sooner than another's."""
-    case = Case(family, train=SGD.model_copy(update={"steps": 2}), generates=True, num_beams=beams)
+    case = Case(family, train=GENTLE.model_copy(update={"steps": 2}), generates=True, num_beams=beams)
     wanted = alone(case)
     assert_same(three(ended, replace(case, sharded=sharded)), wanted)
     assert "bleu" in wanted.bare
