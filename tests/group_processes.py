@@ -16,7 +16,7 @@ import torch.distributed as dist
 from models import MASKED, SEQ2SEQ, text_rows, tiny_model, tiny_tokenizer, tokenizer_of
 
 from orchestrator.backbone import Backbone, make_backbone
-from orchestrator.backbone.sharding import blocks_of, local
+from orchestrator.backbone.sharding import blocks_of, is_part, local
 from orchestrator.base_model import BaseModelInfo
 from orchestrator.data.encoding import Encoder
 from orchestrator.data.template import Template, Verbalizer
@@ -221,3 +221,21 @@ def left_alone(case: Case) -> str:
         return work() if engine.group.rank else engine.group.together(work)
     except RuntimeError as error:
         return f"{type(error).__name__}: {error}"
+
+
+def most_whole(case: Case) -> int:
+    """How many blocks are whole at most when another is about to be put together, in a step and an evaluation."""
+    backbone, counts = case.backbone(), [0]
+    group = joined_group(CPU, in_step=True)
+
+    def count() -> None:
+        group.agree()
+        counts.append(sum(not is_part(next(block.parameters())) for block in blocks_of(backbone.model)))
+
+    backbone.shard(CPU, count)
+    backbone.gather_once()
+    engine = Engine(backbone, case.task(), case.train, SearchSpec(metric="loss"), len(TRIALS), group=group)
+    for name, spec in TRIALS.items():
+        engine.seat(name, spec)
+    engine.round()
+    return max(counts)

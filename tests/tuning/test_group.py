@@ -17,6 +17,7 @@ from group_processes import (
     ended,
     held,
     left_alone,
+    most_whole,
     notes_of,
     roomless,
     short_of_room,
@@ -143,6 +144,11 @@ def test_a_worker_keeps_its_part(three: Processes) -> None:
     for part in parts:
         assert part.same
         assert part.nbytes == pytest.approx(total - blocks * 2 / 3, rel=0.05)
+
+
+def test_one_block_is_whole_at_a_time(two: Processes) -> None:
+    """Forwards and backwards, prompts that run once and rows: a block is in its parts again before the next is whole."""
+    assert two(most_whole, Case()) == [0, 0]
 
 
 def test_an_error_is_no_lack_of_room(two: Processes) -> None:
