@@ -147,7 +147,7 @@ def test_a_worker_keeps_its_part(three: Processes) -> None:
 
 
 def test_one_block_is_whole_at_a_time(two: Processes) -> None:
-    """Forwards and backwards, prompts that run once and rows: a block is in its parts again before the next is whole."""
+    """Forwards and backwards, prompts that run once and rows: a block is in parts again before the next is whole."""
     assert two(most_whole, Case()) == [0, 0]
 
 
