@@ -210,7 +210,10 @@ class Pipeline:
                 self.progress.note(f"{error.message}; going on from what was kept")
                 self.saved, self.history = load_saved(self.folder)[0], read_history(self.folder)
                 shutil.rmtree(self.folder.ray, ignore_errors=True)
-        write_whole(self.folder.result, json.dumps(document, default=str).encode())
+        try:
+            write_whole(self.folder.result, json.dumps(document, default=str).encode())
+        except OSError as error:
+            self.progress.note(f"the result can't be kept in {self.folder.result} ({error.strerror})")
         self.folder.processes.unlink(missing_ok=True)
         return document
 

@@ -87,13 +87,13 @@ def estimate(prepared: Prepared, placement: Placement, measured: Measured, nodes
     held = sum(seconds[part] for part in ("baselines", "search", "test"))
     return Plan(
         placement, trials, trials * job.train.steps, found, measured, seconds,
-        device_hours(placement, held), _warnings(job, placement, measured, -(-placement.workers // nodes)),
+        device_hours(placement, held), _warnings(job, placement, measured, -(-placement.processes // nodes)),
     )  # fmt: skip
 
 
 def device_hours(placement: Placement, seconds: float) -> float:
     """Hours of all accelerators, or of all workers where there are none."""
-    return placement.workers * (placement.gpus or 1.0) * seconds / 3600
+    return placement.processes * (placement.gpus or 1.0) * seconds / 3600
 
 
 def _seconds(prepared: Prepared, measured: Measured, found: Forecast) -> dict[str, float]:
@@ -126,6 +126,12 @@ def _warnings(job: JobSpec, placement: Placement, measured: Measured, together: 
         found.append(
             f"{what} {need / 1e9:.1f} GB of {measured.room / 1e9:.1f} GB: lower resources.trials_per_worker or "
             "train.batch_size, or set train.micro_batch_size"
+        )
+    if placement.workers_per_group > 1:
+        sent = "gradients and every block's weights" if job.resources.sharding == "fsdp" else "gradients"
+        found.append(
+            f"one worker's share of a group of {placement.workers_per_group} was measured by itself: the time in which "
+            f"they exchange {sent} comes on top"
         )
     if job.train.patience is not None or job.search.stop.metric is not None:
         found.append("train.patience and search.stop.metric are not counted on: they may end the search earlier")

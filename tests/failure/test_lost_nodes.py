@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -84,9 +85,12 @@ def test_every_node_trains_and_a_lost_one_costs_nothing(cluster: Cluster, tmp_pa
     assert set.union(*whole.workers) == {"w0", "w1", "w2"}
 
     killed: list[str] = []
+    under_way: set[str] = set()
 
     def kill_a_node(line: str) -> None:
-        if " step 150/" in line and not killed:
+        if found := re.search(r"\b(t00[0-2])\b.* step \d", line):
+            under_way.add(found[1])
+        if len(under_way) == 3 and not killed:  # so that each worker has one
             node = next(iter(cluster.worker_nodes))
             killed.append(node.node_id)
             cluster.remove_node(node, allow_graceful=False)

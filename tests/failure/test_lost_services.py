@@ -88,6 +88,7 @@ def test_a_full_disk_costs_the_state_alone(
             filler.write_bytes(b"\0" * (free.f_bavail * free.f_frsize))
 
     disturbed = run_search(write_job(tmp_path, search__scheduler="fifo", search__trials=4), fill)
-    assert disturbed.said.count("No space left on device") == 1
+    assert disturbed.said.count("the search's state can't be written (No space left on device)") == 1
+    assert disturbed.said.count("the result can't be kept") == 1
     assert [trial["steps"] for trial in disturbed.document["trials"]] == [16] * 4
     assert disturbed.document["model"] == {"name": "tiny", "version": 1, "alias": "champion"}

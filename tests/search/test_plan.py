@@ -9,9 +9,10 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from models import small_task
+from models import load, model_folder, small_task
 from small_jobs import Command, Recorder, small_job, write_job
 
+from orchestrator.backbone import bytes_elsewhere
 from orchestrator.errors import BadInput, JobFailed
 from orchestrator.run import run_job
 from orchestrator.search import measure as measure_module
@@ -54,6 +55,16 @@ def test_hours_count_every_device(tmp_path: Path) -> None:
     assert four.seconds["search"] == pytest.approx(planned(tmp_path).seconds["search"] / 2)
 
 
+def test_a_groups_workers_all_count(tmp_path: Path) -> None:
+    """Two groups of two workers are four devices and four processes; what they send each other is not measured."""
+    two = replace(PLACEMENT, workers=2)
+    four = planned(tmp_path, replace(two, workers_per_group=2), nodes=4)
+    assert four.device_hours == pytest.approx(2 * planned(tmp_path, two, nodes=4).device_hours)
+    (said,) = four.warnings
+    assert "a group of 2 was measured by itself" in said and said.endswith("exchange gradients comes on top")
+    assert planned(tmp_path, replace(two, workers_per_group=2)).warnings[0].startswith("4 workers of this machine need")
+
+
 def test_a_limit_of_minutes_ends_the_search(tmp_path: Path) -> None:
     """No longer than search.stop.minutes."""
     assert planned(tmp_path, search__stop={"minutes": 0.05}).seconds["search"] == pytest.approx(3.0)
@@ -81,6 +92,16 @@ def test_real_steps_are_measured(tmp_path: Path) -> None:
     assert 0 < found.weights < found.idle <= found.peak < found.room
     assert all(value > 0 for value in (found.pace.step_alone, found.pace.step_packed, found.bare_row_s, found.load_s))
     assert (found.device, found.cuts, found.pace.packed) == ("cpu", (), 4)
+
+
+def test_one_workers_share_is_measured(tmp_path: Path) -> None:
+    """Half of the rows for each of two; what sharding leaves on the other is counted off."""
+    prepared = prepare(small_job(tmp_path, **FIFO, resources__workers_per_group=2, resources__sharding="fsdp"))
+    bench = measure_module.Bench(prepared, replace(PLACEMENT, workers_per_group=2), load(model_folder()))
+    assert bench._train.batch_size == 2 and bench._scale == pytest.approx(1 / 2)
+    model = load(model_folder()).model
+    blocks = bytes_elsewhere(model, 2) * 4
+    assert 0 < blocks < sum(tensor.nbytes for tensor in model.parameters()) and bytes_elsewhere(model, 1) == 0
 
 
 def fails() -> None:
