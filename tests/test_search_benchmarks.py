@@ -124,9 +124,9 @@ def report(at: float, trial: str, step: int, score: float) -> dict[str, Any]:
 def test_a_side_s_time_to_the_target() -> None:
     """The first report that is good enough, from the program's start; ratios seed by seed; never is never."""
     reports = [report(103.0, "t000", 1, 0.2), report(105.0, "t001", 1, 0.5), report(106.0, "t000", 2, 0.6)]
-    ours = search.side_of(Ran(100.0, 10.0, 2**20, 1.5, {"reports": reports, "steps": 3}), 0.4)
+    ours = search.side_of(Ran(100.0, 10.0, 2**20, [], {"reports": reports, "steps": 3}), 0.4)
     assert (ours.seconds, ours.to_target, ours.best, ours.steps) == (10.0, 5.0, 0.6, 3)
-    slow = search.side_of(Ran(100.0, 50.0, 2**20, 1.5, {"reports": reports[:1], "steps": 1}), 0.4)
+    slow = search.side_of(Ran(100.0, 50.0, 2**20, [], {"reports": reports[:1], "steps": 1}), 0.4)
     shown = search.line("slow", [slow, ours], [ours, ours]).shown
     assert (shown["times ours"], shown["spread"], shown["to target, s"]) == (3.0, "1.00 to 5.00", "never")
 
@@ -158,13 +158,15 @@ def test_a_plan_is_compared_part_by_part() -> None:
     planned = {"startup": 12.0, "baselines": 2.0, "search": 31.0, "test": 1.0, "end": 2.0, "total": 48.0}
     document = {"seconds": seconds, "plan": {"seconds": planned, "memory": {"worker": 2 * processes.MEGABYTE}}}
     work = {"w0": [{"kind": "peak", "value": 4 * processes.MEGABYTE}]}
-    found = plans.of("job", Ran(0.0, 1.0, 0, 1.0, {"document": document, "work": work}))
+    ran = Ran(0.0, 1.0, 0, [(1.0, 2), (2.0, 4), (3.0, 8)], {"document": document, "work": work, "started": [3.0]})
+    found = plans.of("job", ran)
     shown = [(line.name, line.shown["planned"], line.shown["outcome"]) for line in found]
     assert shown == [
         ("job: total, s", 48.0, 50.0), ("job: startup, s", 12.0, 15.0), ("job: search, s", 33.0, 30.0),
         ("job: end, s", 3.0, 5.0), ("job: worker, MB", 2.0, 4.0),
     ]  # fmt: skip
     assert found[0].shown["off, %"] == pytest.approx(-4.0)
+    assert (found[0].shown["load, planning"], found[0].shown["load, running"]) == (3.0, 8.0)
 
 
 def test_a_search_of_ours_is_watched(tmp_path: Path) -> None:

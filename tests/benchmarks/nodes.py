@@ -76,6 +76,6 @@ def line(nodes: int, trials: int, ran: Ran) -> Line:
         "ms a result": 1000 * (last - first) / (reports - 1),
         "arithmetic": 1000 * within / (reports - 1),
         "end, s": ran.started + ran.seconds - last,
-        "peak, MB": ran.peak / MEGABYTE, "busy cores": ran.load,
+        "peak, MB": ran.peak / MEGABYTE, "load": ran.load,
     }  # fmt: skip
     return Line(f"{nodes} nodes, {nodes * trials} trials", shown, {"loaded": loaded})

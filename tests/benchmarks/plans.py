@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,15 +68,12 @@ def of(name: str, ran: Ran) -> list[Line]:
     document = ran.found["document"]
     plan, seconds = document["plan"], document["seconds"]
     peaks = [one["value"] for worker in ran.found["work"].values() for one in worker if one["kind"] == "peak"]
-    return [
-        compared(f"{name}: total, s", plan["seconds"]["total"], outcome(seconds)["total"], ran.load),
-        *(
-            compared(f"{name}: {part}, s", estimate(plan["seconds"])[part], value, ran.load)
-            for part, value in outcome(seconds).items()
-            if part != "total"
-        ),
-        compared(f"{name}: worker, MB", plan["memory"]["worker"] / MEGABYTE, max(peaks) / MEGABYTE, ran.load),
-    ]
+    begun = ran.found["started"][0]
+    loads = {"load, planning": ran.load_between(0.0, begun), "load, running": ran.load_between(begun, math.inf)}
+    estimated = {"total": plan["seconds"]["total"], **estimate(plan["seconds"])}
+    found = [compared(f"{name}: {part}, s", estimated[part], value, loads) for part, value in outcome(seconds).items()]
+    worker = plan["memory"]["worker"] / MEGABYTE, max(peaks) / MEGABYTE
+    return [*found, compared(f"{name}: worker, MB", *worker, loads)]
 
 
 def outcome(seconds: Mapping[str, float]) -> dict[str, float]:
@@ -96,7 +94,6 @@ def estimate(seconds: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-def compared(name: str, planned: float, found: float, load: float) -> Line:
+def compared(name: str, planned: float, found: float, loads: Mapping[str, float]) -> Line:
     off = 100 * (planned - found) / found
-    shown: dict[str, float | str] = {"planned": planned, "outcome": found, "off, %": off, "busy cores": load}
-    return Line(name, shown)
+    return Line(name, {"planned": planned, "outcome": found, "off, %": off, **loads})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -34,9 +35,18 @@ class Ran:
     seconds: float
     peak: int
     """Bytes that the program and all its descendants held at once, pages that they share counted once."""
-    load: float
-    """Processes that wanted to run on this machine, on average over the program's time: its own and those of others."""
+    samples: list[tuple[float, int]] = field(default_factory=list)
+    """Moments, and how many processes of this machine, ours and others', were running or wanted to."""
     found: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def load(self) -> float:
+        return self.load_between(0.0, math.inf)
+
+    def load_between(self, start: float, end: float) -> float:
+        """Processes that wanted a core, on average; with more than there are cores, everything took longer."""
+        within = [running for moment, running in self.samples if start <= moment < end]
+        return sum(within) / len(within) if within else math.nan
 
 
 def run(module: str, arguments: dict[str, Any], folder: Path, limit_s: float = LIMIT_S) -> Ran:
@@ -46,11 +56,11 @@ def run(module: str, arguments: dict[str, Any], folder: Path, limit_s: float = L
         "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "MLFLOW_DISABLE_TELEMETRY": "true",
     }  # fmt: skip
     log = folder / "log.txt"
-    before, started = psutil.cpu_times(), time.time()
+    started = time.time()
     with log.open("wb") as stream:
         command = [sys.executable, "-m", module, json.dumps(arguments)]
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=stream, stderr=subprocess.STDOUT)
-        with TreeMemory(process.pid) as memory:
+        with Watch(process.pid) as watch:
             try:
                 code = process.wait(limit_s)
             except subprocess.TimeoutExpired:
@@ -61,7 +71,7 @@ def run(module: str, arguments: dict[str, Any], folder: Path, limit_s: float = L
     if code or not (folder / OUT).is_file():
         raise Broken(f"{module} ended with exit code {code}:\n{_end(log)}")
     found = json.loads((folder / OUT).read_text())
-    return Ran(started, seconds, memory.peak, _busy(before) / seconds, found)
+    return Ran(started, seconds, watch.peak, watch.samples, found)
 
 
 def run_in(folder: str, name: str, arguments: dict[str, Any], limit_s: float = LIMIT_S) -> Ran:
@@ -69,27 +79,22 @@ def run_in(folder: str, name: str, arguments: dict[str, Any], limit_s: float = L
     return run(f"tests.benchmarks.{name}", {**arguments, "folder": folder}, Path(folder), limit_s)
 
 
-def _busy(before: Any) -> float:
-    """Seconds of the machine's cores that were worked since, by whomever."""
-    now = psutil.cpu_times()
-    return float(sum(getattr(now, part) - getattr(before, part) for part in ("user", "nice", "system")))
-
-
 def _end(log: Path) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-30:])
 
 
-class TreeMemory:
-    """Samples the memory of a process and of all that it started. A page that n processes share counts as one."""
+class Watch:
+    """Samples the memory of a process and of all that it started, and the machine's load."""
 
     def __init__(self, pid: int, every_s: float = SAMPLE_S) -> None:
         self.peak = 0
+        self.samples: list[tuple[float, int]] = []
         self._root = psutil.Process(pid)
         self._every_s = every_s
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
 
-    def __enter__(self) -> TreeMemory:
+    def __enter__(self) -> Watch:
         self._thread.start()
         return self
 
@@ -99,11 +104,18 @@ class TreeMemory:
 
     def _work(self) -> None:
         while not self._stop.wait(self._every_s):
+            self.samples.append((time.time(), running()))
             self.peak = max(self.peak, tree_bytes(self._root))
 
 
+def running() -> int:
+    """Processes that run or wait for a core, this one left out."""
+    lines = Path("/proc/stat").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("procs_running")) - 1
+
+
 def tree_bytes(root: psutil.Process) -> int:
-    """Proportional set size of the process and its descendants, now."""
+    """Proportional set size of the process and its descendants, now: a page that n processes share counts once."""
     total = 0
     for process in tree(root):
         try:
@@ -119,12 +131,3 @@ def tree(root: psutil.Process) -> list[psutil.Process]:
         return [root, *root.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
-
-
-def peak_bytes(pid: int) -> int:
-    """The most that a process has held in memory so far."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return 1024 * next((int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)

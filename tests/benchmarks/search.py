@@ -43,7 +43,7 @@ class Setting:
     ablations: bool = True
 
 
-SMALL = Setting(seeds=(0,), trials=8, steps=100, target=0.3)
+SMALL = Setting(seeds=(0,), trials=8, steps=60, every=20, grace=20, target=0.3)
 SETTINGS = {"real": Setting(), "small": SMALL}
 
 
@@ -120,7 +120,7 @@ def line(name: str, sides: Sequence[Side], ours: Sequence[Side]) -> Line:
         "accuracy": f"{min(one.best for one in sides):.2f} to {max(one.best for one in sides):.2f}",
         "steps": statistics.median(one.steps for one in sides),
         "peak, MB": max(one.peak for one in sides) / MEGABYTE,
-        "busy cores": statistics.median(one.load for one in sides),
+        "load": statistics.median(one.load for one in sides),
     }
     return Line(name, shown, {"sides": [asdict(one) for one in sides], "ratios": ratios, "ratios to target": both})
 

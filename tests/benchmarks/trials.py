@@ -86,7 +86,7 @@ def overhead_line(name: str, ran: Ran, trials: int) -> Line:
         "overhead a trial, s": running / trials, "with start and end": (ran.seconds - arithmetic) / trials,
         "overhead, %": 100 * running / (last - first),
         "with start and end, %": 100 * (ran.seconds - arithmetic) / ran.seconds,
-        "busy cores": ran.load,
+        "load": ran.load,
     }  # fmt: skip
     return Line(name, shown, {"document": ran.found["document"]["seconds"], "peak": ran.peak})
 
