@@ -189,6 +189,17 @@ def test_a_search_of_ours_is_watched(tmp_path: Path) -> None:
     assert line["trained on"] == 1 and float(line["first ready, s"]) == float(line["all ready, s"]) > 0
 
 
+def test_parts_of_ours_can_be_taken_away_and_nodes_added(tmp_path: Path) -> None:
+    """Two nodes with a worker each, the plain step, a new actor a trial: the same search, and both nodes train."""
+    changes = {"nodes": 2, "plain_step": True, "fresh_actors": True}
+    resources = {"workers": 2, "cpus_per_worker": 1, "trials_per_worker": 1}
+    job = {**jobs.random_model(tmp_path), **SEARCH, "resources": resources, "registry": {"register_top": 0}}
+    ran = processes.run_in(str(tmp_path), "our_search", {"job": job, **changes})
+    assert ran.found["steps"] == 8 and sorted(ran.found["work"]) == ["w0", "w1"]
+    line = nodes.line(2, 2, ran).shown
+    assert line["trained on"] == 2 and float(line["all ready, s"]) >= float(line["first ready, s"]) > 0
+
+
 def test_a_program_that_fails_says_how(tmp_path: Path) -> None:
     """The end of what it wrote."""
     with pytest.raises(Broken, match=r"(?s)exit code 1.*base_model"):

@@ -66,7 +66,7 @@ def lines(setting: Setting, only: str = "") -> list[Line]:
     for seed in setting.seeds:
         for name, sides in found.items():
             sides.append(side(setting, name, seed))
-            print(f"  seed {seed}, {name}: {sides[-1].seconds:.0f} s", flush=True)
+            print(f"  seed {seed}, {name}: {sides[-1]}", flush=True)  # hours may pass until the table
     return [line(name, sides, found[OURS]) for name, sides in found.items()]
 
 
