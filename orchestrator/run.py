@@ -32,8 +32,8 @@ from orchestrator.search.folder import SearchFolder, write_whole
 from orchestrator.search.history import History
 from orchestrator.search.journal import Journal, read_history
 from orchestrator.search.outcome import Outcome, TrialRecord
-from orchestrator.search.placement import Placement, place
-from orchestrator.search.plan import Plan, device_hours, make_plan, this_machine
+from orchestrator.search.placement import Placement
+from orchestrator.search.plan import Plan, device_hours, make_plan
 from orchestrator.search.prepare import Prepared, data_record, prepare, verbalizer_entries
 from orchestrator.search.processes import save_processes
 from orchestrator.search.recorder import Recorder
@@ -75,6 +75,10 @@ class Clock:
         self.marks[name] = round(self.marks.get(name, 0.0) + moment - self.last, 3)
         self.last = moment
 
+    def before(self) -> float:
+        """Seconds up to a Ray that is up, without those of making a model, which is done once."""
+        return self.marks.get("prepare", 0.0) + self.marks.get("ray", 0.0)
+
     def seconds(self) -> dict[str, float]:
         startup = sum(self.marks.get(name, 0.0) for name in ("model", "prepare", "ray", "workers"))
         return {
@@ -113,19 +117,22 @@ def run_job(
 def plan_job(job: JobSpec, say: Callable[[str], None], address: str | None = None, verbose: bool = False) -> Plan:
     """What the job will take; nothing is kept. Raises OrchestratorError, BadInput for what ``run_job`` would refuse.
 
-    A cluster is only asked for its nodes; the measuring is done on this machine.
+    A cluster is only asked for its nodes; the measuring is done on this machine, where the search's start is rehearsed
+    if it is here that the search would run.
     """
+    clock = Clock()
     say("reading data and base model")
     artifacts, _ = find_artifacts(job, Registry())
     prepared = prepare(job, artifacts)
-    if address or os.environ.get("RAY_ADDRESS"):
-        with ray_session(address, verbose):
-            there = nodes()
-    else:
-        there = this_machine()
-    placement = place(job.resources, there, len(prepared.trials))
-    say("measuring steps and evaluations")
-    return make_plan(prepared, placement, there)
+    clock.mark("model", until=clock.last + prepared.making_s)
+    clock.mark("prepare")
+    elsewhere = bool(address or os.environ.get("RAY_ADDRESS"))
+    say("asking the cluster for its nodes" if elsewhere else "starting Ray")
+    with ray_session(address, verbose), tempfile.TemporaryDirectory(prefix="plan-") as folder:
+        clock.mark("ray")
+        placement = placed(prepared)
+        say("measuring the start, steps and evaluations")
+        return make_plan(prepared, placement, nodes(), clock.before(), None if elsewhere else Path(folder))
 
 
 def find_artifacts(
@@ -195,8 +202,9 @@ class Pipeline:
     def run(self, placement: Placement, ours: bool) -> dict[str, Any]:
         """Search, compare, register. ``ours`` says that Ray's processes are this search's own."""
         if self.planned:
-            self.progress.stage("measuring steps and evaluations")
-            self.plan = make_plan(self.prepared, placement, nodes())
+            self.progress.stage("measuring the start, steps and evaluations")
+            storage = self.folder.ray / "rehearsal"
+            self.plan = make_plan(self.prepared, placement, nodes(), self.clock.before(), storage)
             self.clock.mark("plan")
         if ours:
             save_processes(self.folder.processes)

@@ -26,7 +26,7 @@ from orchestrator.data.encoding import Encoded
 from orchestrator.errors import TRACEBACK, JobFailed, OrchestratorError
 from orchestrator.search.forecast import Pace
 from orchestrator.search.placement import Placement
-from orchestrator.search.prepare import Prepared
+from orchestrator.search.prepare import Prepared, likely_trials
 from orchestrator.space import TrialSpec
 from orchestrator.tuning import evaluate as evaluation
 from orchestrator.tuning.engine import Engine, Task
@@ -140,6 +140,7 @@ class Bench:
         self._train = train.model_copy(update={"batch_size": -(-train.batch_size // self._together)})
         self._backbone = backbone
         self._task = prepared.task
+        self._trials = likely_trials(prepared)
         whole = prepared.task.splits["validation"]
         sample = spread(range(len(whole)), ROWS, key=lambda row: whole.lengths[row])
         self._scale = len(whole) / len(sample) / self._together
@@ -151,7 +152,7 @@ class Bench:
         rows = by_length(train)[: self._prepared.job.train.batch_size : self._together]
         fits = max(1, evaluation.forward_tokens(self._backbone) // (max(validation.lengths) * self._slots))
         task = self._with(train=cut(train, rows), validation=cut(validation, by_length(validation)[:fits]))
-        trial = max(self._prepared.trials, key=lambda trial: trial.num_virtual_tokens)
+        trial = max(self._trials, key=lambda trial: trial.num_virtual_tokens)
         engine = self._engine(task, [trial] * self._slots)
         seated = list(engine.slots.values())
         engine.step(seated)
@@ -159,7 +160,7 @@ class Bench:
 
     def pace(self) -> Pace:
         """Seconds of a step and of a whole evaluation, of one trial and of as many as there are slots."""
-        typical = spread(self._prepared.trials, self._slots, key=lambda trial: trial.num_virtual_tokens)
+        typical = spread(self._trials, self._slots, key=lambda trial: trial.num_virtual_tokens)
         filled = (typical * self._slots)[: self._slots]
         packed = self._seconds(filled)
         alone = packed if self._slots == 1 else self._seconds([filled[len(filled) // 2]])
