@@ -14,7 +14,7 @@ from orchestrator.search.plan import Plan
 from orchestrator.space import TrialSpec
 from orchestrator.spec import JobSpec
 
-BASELINES = {"zero_shot": "without a prompt", "instruction": "written instruction"}
+BASELINES = {"zero_shot": "without a prompt", "few_shot": "a few examples", "instruction": "written instruction"}
 START_HERE = "nothing is registered yet\nnext: orchestrator run jobs/quickstart.yaml"
 
 
