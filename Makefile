@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo test lint imports types unit bench format ui clean
+.PHONY: venv demo test test-failure lint imports types unit bench format ui clean
 
 venv: $(STAMP)
 
@@ -31,7 +31,11 @@ types: venv
 	$(BIN)/mypy
 
 unit: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not long"
+
+# Everything that kills processes, with what takes too long for every run.
+test-failure: venv
+	$(BIN)/python -m pytest -m "failure or long"
 
 bench: venv
 	$(BIN)/python -m tests.benchmarks

@@ -43,7 +43,14 @@ def states(folder: Path) -> list[str]:
     return [run.info.status for run in client.search_runs(experiments)]
 
 
-@pytest.mark.parametrize("lost", ["Broker", "TrainController", "with_resources.<locals>.ResourceTrainable"])
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "Broker",
+        pytest.param("TrainController", marks=pytest.mark.long),
+        "with_resources.<locals>.ResourceTrainable",
+    ],
+)
 def test_a_search_survives(lost: str, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The broker, Train's controller, a relay of Tune: the same trials, result and version as undisturbed, no process
     or placement group and no running MLflow run stays behind."""
@@ -59,6 +66,7 @@ def test_a_search_survives(lost: str, finished: Finished, tmp_path: Path, monkey
     assert states(tmp_path) == ["FINISHED"] * 9
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("searcher", "scheduler"), [("optuna", "asha"), ("random", "pbt")])
 def test_what_a_search_remembers_survives(
     searcher: str, scheduler: str, ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 from models import model_folder
+from ray.cluster_utils import Cluster
+from small_jobs import write_job
 
 from orchestrator.base_model import resolve_model
 from orchestrator.errors import JobFailed
@@ -66,3 +74,44 @@ def test_one_node_needs_no_copies(ray_cluster: None) -> None:
     """Nor does a model from a hub, which every node fetches itself."""
     assert start_files(BaseModelSpec(id=str(model_folder()))) is None
     assert start_files(BaseModelSpec(id="Qwen/Qwen2.5-0.5B")) is None
+
+
+@pytest.fixture
+def poor_node(tmp_path: Path) -> Iterator[tuple[Cluster, Path]]:
+    """A head of one core, and a node of one that sees an empty folder where the model's is."""
+    hidden = tmp_path / "models"
+    shutil.copytree(model_folder(), hidden / "model")
+    inside = ["unshare", "-m", "sh", "-c"]
+    hide = f"mount -t tmpfs tmpfs {hidden}"
+    if (tried := subprocess.run([*inside, hide], capture_output=True, text=True)).returncode:
+        pytest.skip(f"a node can't have its own view of the disk here: {tried.stderr.strip()}")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    start = f"ray start --address {cluster.address} --num-cpus 1 --block --disable-usage-stats"
+    node = subprocess.Popen(
+        [*inside, f"{hide} && exec {Path(sys.executable).parent}/{start}"],
+        env=os.environ | {"ORCHESTRATOR_CACHE": str(tmp_path / "cache")},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    yield cluster, hidden / "model"
+    os.killpg(node.pid, signal.SIGTERM)
+    node.wait()
+    cluster.shutdown()
+
+
+@pytest.mark.long
+def test_a_node_without_the_folder_trains_too(poor_node: tuple[Cluster, Path], tmp_path: Path) -> None:
+    """A search on both nodes: trials end on each, from one copy in the cache of the node that had no files."""
+    cluster, model = poor_node
+    resources = {"workers": 2, "cpus_per_worker": 1, "trials_per_worker": 1}
+    train = {"steps": 1000, "batch_size": 4, "evaluate_every": 100}  # until the other worker is there
+    job = write_job(tmp_path, base_model__id=str(model), search__scheduler="fifo", resources=resources, train=train)
+    ran = subprocess.run(
+        [sys.executable, "-m", "orchestrator", "run", str(job), "--address", cluster.address, "--json"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=250,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    document = json.loads(ran.stdout)
+    assert len({worker["node"] for worker in document["workers"].values()}) == 2
+    assert {name for trial in document["trials"] for name in trial["workers"]} == {"w0", "w1"}
+    (copy,) = [entry for entry in (tmp_path / "cache" / "base-models").iterdir() if entry.is_dir()]
+    assert (copy / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
