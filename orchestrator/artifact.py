@@ -74,6 +74,8 @@ class DataRecord(Record):
     fingerprint: str
     """sha256 over the rows as used, all splits."""
     rows: dict[str, int]
+    test_fingerprint: str = ""
+    """sha256 over the test rows: prompts are compared where these are the same. Empty in early artifacts."""
 
 
 class ReparameterizationRecord(Record):

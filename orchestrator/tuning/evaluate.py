@@ -7,8 +7,9 @@ log-likelihood of the target tokens. Texts are generated and compared (``generat
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from orchestrator.backbone import Backbone, PreparedPrompts, PromptTensors
 from orchestrator.data.encoding import Encoded, Encoder
 from orchestrator.scoring import answer_scores, answer_tokens, target_log_probs
 from orchestrator.tuning.generate import Decoding, generated_metrics
+from orchestrator.tuning.report import CONFUSION
 from orchestrator.tuning.room import needs_room
 
 MAX_TOKENS = 16384  # padded tokens of one forward
@@ -32,10 +34,14 @@ class Tally:
     exact: int = 0
     nll: float = 0.0
     tokens: int = 0
+    answered: Counter[tuple[int, int]] = field(default_factory=Counter)
+    """Rows by (true label, answered label)."""
 
-    def metrics(self, ranking: bool) -> dict[str, float]:
+    def metrics(self, ranking: bool, confusion: bool = False) -> dict[str, float]:
         accuracy = {"accuracy": self.ranked / self.rows} if ranking else {}
-        return {**accuracy, "exact_match": self.exact / self.rows, "loss": self.nll / self.tokens}
+        counts = {f"{CONFUSION}{true}/{said}": float(rows) for (true, said), rows in self.answered.items()}
+        more = counts if confusion else {}
+        return {**accuracy, "exact_match": self.exact / self.rows, "loss": self.nll / self.tokens, **more}
 
 
 @torch.inference_mode()
@@ -46,11 +52,13 @@ def evaluate(
     encoder: Encoder,
     decoding: Decoding | None = None,
     max_tokens: int | None = None,
+    confusion: bool = False,
 ) -> list[dict[str, float]]:
     """Metrics of each prompt on all rows; ``None`` evaluates the model without a prompt, as one entry.
 
     ``decoding``: also generate, and add the metrics of the texts; the split then has references. ``max_tokens``: padded
-    tokens of a forward at most, by default what suits the device. Raises NoRoom when memory runs out.
+    tokens of a forward at most, by default what suits the device. ``confusion``: as in ``EvaluationJob``. Raises NoRoom
+    when memory runs out.
     """
     count = 1 if prompts is None else len(prompts)
     with needs_room():
@@ -60,7 +68,7 @@ def evaluate(
         tokens = len(rows) * max(split.lengths[row] for row in rows)
         with needs_room(tokens, divisible=len(rows) > count):
             _score(backbone, prepared, split, encoder, rows, owner, tallies)
-    found = [tally.metrics(bool(encoder.answers)) for tally in tallies]
+    found = [tally.metrics(bool(encoder.answers), confusion) for tally in tallies]
     if decoding is None:
         return found
     texts = generated_metrics(backbone, prepared, split, encoder, decoding, max_tokens)
@@ -103,7 +111,9 @@ def _score(
         tally.exact += judged.exact[place]
         tally.nll += judged.nll[place]
         tally.tokens += len(split.targets[row])
-        tally.ranked += bool(judged.ranked) and judged.ranked[place] == split.labels[row]
+        if judged.ranked:
+            tally.ranked += judged.ranked[place] == split.labels[row]
+            tally.answered[split.labels[row], judged.ranked[place]] += 1
 
 
 @dataclass(frozen=True)

@@ -250,24 +250,6 @@ def test_a_version_of_another_program_is_refused(registry: Registry, name: str, 
         registry.fetch(name, 1)
 
 
-def test_promote_passes_the_gate_or_names_what_differs(registry: Registry, name: str, register: Register) -> None:
-    """A prompt of another base model would be noise to the running server."""
-    assert registry.promote(name, register()) == (None, 1)
-    assert registry.promote(name, register(accuracy=0.5)) == (1, 2)
-    other = register(fingerprint="e" * 64, hidden=16)
-    with pytest.raises(BadInput, match=r"base model fingerprint is e+, not f+; hidden size is 16, not 8"):
-        registry.promote(name, other)
-    assert registry.aliases(name) == {"champion": 2}
-    assert registry.promote(name, other, force_reason="the server moves too") == (2, 3)
-    tag = registry._store.client.get_registered_model(name).tags["orchestrator.alias_history"]
-    moves = [(move["from"], move["to"], move["reason"]) for move in json.loads(tag)]
-    assert moves == [(None, 1, "promote"), (1, 2, "promote"), (2, 3, "the server moves too")]
-    assert registry.rollback(name) == (3, 2)
-    assert registry.rollback(name) == (2, 1)
-    with pytest.raises(BadInput, match="no former version"):
-        registry.rollback(name)
-
-
 @pytest.mark.parametrize("alias", ["latest", "v1", "a.b", "", "a b"])
 def test_aliases_that_mlflow_refuses_are_refused_first(local: Registry, name: str, alias: str) -> None:
     with pytest.raises(BadInput, match="can't be an alias"):
