@@ -189,13 +189,13 @@ def models_table(models: Sequence[ModelSummary]) -> list[str]:
     rows = [
         (
             printable(model.name),
-            model.versions,
+            model.latest or "",
             _aliases(model.aliases),
             metric_text(model.champion_metrics) or ("" if model.is_prompt else "not a soft prompt"),
         )
         for model in models
     ]
-    return [*table(("model", "versions", "aliases", "champion on test"), rows), "next: orchestrator models NAME"]
+    return [*table(("model", "newest", "aliases", "champion on test"), rows), "next: orchestrator models NAME"]
 
 
 def _aliases(aliases: dict[str, int]) -> str:

@@ -25,7 +25,7 @@ def version(**changes: Any) -> VersionSummary:
 
 def model(**changes: Any) -> ModelSummary:
     fields: dict[str, Any] = {
-        "name": "spam", "versions": 2, "latest": 2, "aliases": {"champion": 1, "challenger": 2},
+        "name": "spam", "latest": 2, "aliases": {"champion": 1, "challenger": 2},
         "champion_metrics": {"test": {"accuracy": 0.97}}, "is_prompt": True,
     }  # fmt: skip
     return ModelSummary(**{**fields, **changes})
@@ -39,7 +39,7 @@ def test_a_table_is_as_wide_as_its_content() -> None:
 def test_the_models_table() -> None:
     """Every model with its aliases and what its champion reached, and the next step."""
     lines = display.models_table([model(), model(name="other", is_prompt=False, champion_metrics=None, aliases={})])
-    assert lines[0].split() == ["model", "versions", "aliases", "champion", "on", "test"]
+    assert lines[0].split() == ["model", "newest", "aliases", "champion", "on", "test"]
     assert "challenger=2, champion=1" in lines[1] and "accuracy 0.970" in lines[1]
     assert "not a soft prompt" in lines[2]
     assert lines[-1] == "next: orchestrator models NAME"

@@ -25,6 +25,8 @@ NEAREST_TAG = "orchestrator.nearest"
 KIND_TAG = "orchestrator.kind"
 """On a registered model: what it holds; ``KIND`` when it was made here."""
 KIND = "soft-prompt"
+CHAMPION_TAG = "orchestrator.champion"
+"""On a registered model: its champion's version and metrics as JSON, so that a listing reads no versions."""
 
 
 class UiCommand(NamedTuple):
@@ -46,8 +48,8 @@ class ModelSummary:
     """One registered model in a listing."""
 
     name: str
-    versions: int
     latest: int | None
+    """The newest version's number; None when there is none."""
     aliases: dict[str, int]
     champion_metrics: Metrics | None
     is_prompt: bool

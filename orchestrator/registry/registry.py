@@ -7,6 +7,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +22,12 @@ from orchestrator.registry.ledger import Check, Overtaken, move_alias, recorded
 from orchestrator.registry.promotion import METRIC_TAG, Better, Candidate
 from orchestrator.registry.publish import publish
 from orchestrator.registry.records import (
+    CHAMPION_TAG,
     KIND,
     KIND_TAG,
     NEAREST_TAG,
     AliasOutcome,
+    Metrics,
     ModelSummary,
     UiCommand,
     VersionDetail,
@@ -37,11 +40,11 @@ from orchestrator.registry.store import SERVERS, Store, masked
 from orchestrator.spec import ALIAS_PATTERN, NAME_PATTERN, RESERVED_ALIAS
 
 if TYPE_CHECKING:
-    from mlflow.entities.model_registry import ModelVersion, RegisteredModel
+    from mlflow.entities.model_registry import RegisteredModel
 
 CHAMPION = "champion"
 PATIENCE_SECONDS = 60.0
-PAGE = 100
+PAGE = 1000  # as many as MLflow gives at once
 MAX_NEAREST = 100  # virtual tokens whose words are kept
 
 
@@ -151,13 +154,20 @@ class Registry:
     # Reading.
 
     def list_models(self) -> list[ModelSummary]:
-        """Every registered model of the store, by name."""
+        """Every registered model of the store, by name; two requests a thousand models."""
         with self._store.translating("listing the registered models"):
-            models = list(self._models())
-            versions: dict[str, list[ModelVersion]] = {model.name: [] for model in models}
-            for version in self._pages("search_model_versions"):
-                versions.setdefault(version.name, []).append(version)
-            return sorted((_model_summary(model, versions[model.name]) for model in models), key=lambda it: it.name)
+            return sorted(map(self._summary, self._models()), key=lambda it: it.name)
+
+    def _summary(self, model: RegisteredModel) -> ModelSummary:
+        aliases = _aliases(model)
+        newest = {int(it.version): it for it in model.latest_versions or []}
+        metrics = None
+        if (champion := aliases.get(CHAMPION)) is not None:
+            metrics = _noted(model, champion)
+            if metrics is None:  # moved by something that leaves no note
+                found = newest.get(champion) or self._store.client.get_model_version(model.name, str(champion))
+                metrics = version_summary(found, aliases).metrics
+        return ModelSummary(model.name, max(newest, default=None), aliases, metrics, _is_prompt(model))
 
     def versions(self, name: str) -> list[VersionSummary]:
         """Every version of one registered model, the newest first."""
@@ -165,7 +175,8 @@ class Registry:
         # Names may hold quotes, which a filter can't express; then the store's whole list is gone through.
         condition = f"name = '{name}'" if re.fullmatch(NAME_PATTERN, name) else None
         with self._store.translating(f"listing the versions of {printable(name)}"):
-            found = [it for it in self._pages("search_model_versions", filter_string=condition) if it.name == name]
+            pages = self._pages("search_model_versions", filter_string=condition)
+            found = [it for it in pages if it.name == name]
         summaries = [version_summary(entity, _aliases(model)) for entity in found]
         return sorted(summaries, key=lambda it: it.version, reverse=True)
 
@@ -275,8 +286,18 @@ class Registry:
         """Point the alias at the version without comparing anything; returns the former holder. Keeps a record."""
         check_alias(alias)
         self._version(self._model(name), version)
+        old, _ = self._move(name, alias, version, kind, check or (lambda holder: reason))
+        return old
+
+    def _move(self, name: str, alias: str, version: int, kind: Kind, check: Check) -> tuple[int | None, str]:
         with self._store.translating(f"moving {alias} of {printable(name)}"):
-            return move_alias(self._store, name, alias, version, kind, check or (lambda holder: reason))[0]
+            moved = move_alias(self._store, name, alias, version, kind, check)
+            if alias == CHAMPION:
+                with suppress(Exception):  # a listing looks at the version itself where the note is another's
+                    found = self._store.client.get_model_version(name, str(version))
+                    note = {"version": version, "metrics": version_summary(found, {}).metrics}
+                    self._store.client.set_registered_model_tag(name, CHAMPION_TAG, json.dumps(note))
+            return moved
 
     def promote(
         self, name: str, version: int, alias: str = CHAMPION, force_reason: str | None = None
@@ -339,8 +360,7 @@ class Registry:
             return reason
 
         try:
-            with self._store.translating(f"moving {CHAMPION} of {printable(name)}"):
-                reason = move_alias(self._store, name, CHAMPION, version, "search", contest)[1]
+            _, reason = self._move(name, CHAMPION, version, "search", contest)
         except _NotBetter as lost:
             return AliasOutcome(None if alias == CHAMPION else alias, lost.message)
         return AliasOutcome(CHAMPION, f"Version {version} is champion: {reason}.")
@@ -442,14 +462,10 @@ def _is_prompt(model: RegisteredModel) -> bool:
     return bool(model.tags.get(KIND_TAG) == KIND)
 
 
-def _model_summary(model: RegisteredModel, versions: list[ModelVersion]) -> ModelSummary:
-    aliases = _aliases(model)
-    champions = [version_summary(it, aliases) for it in versions if int(it.version) == aliases.get(CHAMPION)]
-    return ModelSummary(
-        name=model.name,
-        versions=len(versions),
-        latest=max((int(it.version) for it in versions), default=None),
-        aliases=aliases,
-        champion_metrics=champions[0].metrics if champions else None,
-        is_prompt=_is_prompt(model),
-    )
+def _noted(model: RegisteredModel, champion: int) -> Metrics | None:
+    """The champion's metrics as they were noted when it became that; None when the note is of another version."""
+    try:
+        note = json.loads(model.tags.get(CHAMPION_TAG, ""))
+        return dict(note["metrics"]) if note["version"] == champion else None
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -74,6 +74,8 @@ def test_a_version_holds_no_pickle_and_no_path(
         "python_env.yaml",
         "requirements.txt",
         "pyfunc_model.py",
+        "input_example.json",
+        "serving_input_example.json",
         f"artifacts/prompt/{MANIFEST}",
         f"artifacts/prompt/{WEIGHTS}",
     }
@@ -84,6 +86,7 @@ def test_a_version_holds_no_pickle_and_no_path(
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
     model = mlflow.pyfunc.load_model(str(folder))
     assert model.metadata.get_input_schema().input_names() == ["text"]
+    assert model.input_example.to_dict("records") == [{"text": "some text"}]
     monkeypatch.setitem(sys.modules, "orchestrator.serving.offline", fake_serving())
     assert model.predict([{"text": "win a prize"}]) == [
         {"label": 1, "probs": {"1": 1.0}, "of": {"text": "win a prize"}}
@@ -138,7 +141,7 @@ def test_lists_and_snapshot(registry: Registry, name: str, register: Register) -
     registry._store.client.create_registered_model(f"{name}-other")
     models = {model.name: model for model in registry.list_models()}
     mine, other = models[name], models[f"{name}-other"]
-    assert (mine.versions, mine.latest, mine.aliases) == (2, 2, {"champion": 1, "challenger": 2})
+    assert (mine.latest, mine.aliases) == (2, {"champion": 1, "challenger": 2})
     assert mine.champion_metrics is not None and mine.champion_metrics["test"]["accuracy"] == 0.8
     assert mine.is_prompt and not other.is_prompt and other.latest is None
     assert [it.version for it in registry.versions(name)] == [2, 1]
