@@ -53,6 +53,12 @@ REFUSALS = frozenset(
 # Errors of these, and OSError, may pass when the store is back; any other exception is a mistake in a program.
 STORE_MODULES = frozenset({"mlflow", "sqlalchemy", "requests", "urllib3", "sqlite3", "psycopg2", "pymysql", "pyodbc"})
 
+NEWER_SCHEMA = "Can't locate revision"  # Alembic's words
+READ_ONLY = re.compile(
+    r"read-?only (database|transaction)|permission denied for (table|schema|database)", re.IGNORECASE
+)
+LOGIN = re.compile(r"error code 40[13]\b")
+
 Result = TypeVar("Result")
 
 
@@ -86,10 +92,21 @@ class Store:
     def check(self) -> None:
         """Raise Unreachable within about 10 s when a store does not answer; nothing but a schema is created."""
         import_mlflow()
-        # A new SQLite file takes its time for the schema, and there is nobody who might not answer.
-        local = sqlite_file(self.tracking_uri) is not None
         with self.translating("asking MLflow"):
-            self._probe() if local else within(CHECK_SECONDS, self._probe)
+            if self.tracking_uri.startswith(SERVERS):
+                within(CHECK_SECONDS, self._probe)
+                return
+            # A new database takes its time for the schema; only whether there is somebody is asked with a limit.
+            if sqlite_file(self.tracking_uri) is None:
+                within(CHECK_SECONDS, self._knock)
+            self._probe()
+
+    def _knock(self) -> None:
+        from sqlalchemy import create_engine
+
+        engine = create_engine(self.tracking_uri)
+        engine.connect().close()
+        engine.dispose()
 
     def _probe(self) -> None:
         self.client.search_experiments(max_results=1)
@@ -108,20 +125,36 @@ class Store:
         if isinstance(error, OrchestratorError):
             return error
         text = masked(first_lines(str(error))) or type(error).__name__
-        if isinstance(error, ModuleNotFoundError):
-            return BadInput(f"{masked(self.tracking_uri)} needs a driver: {text}", f"pip install {error.name}")
-        if type(error).__name__ == "NoSuchModuleError":  # SQLAlchemy's, for a driver that it does not know
-            return BadInput(f"{masked(self.tracking_uri)} names an unknown driver: {text}", "write postgresql://...")
-        if "out-of-date database schema" in text:
-            return BadInput(f"{doing}: {text}", f"mlflow db upgrade {masked(self.tracking_uri)}, after a backup")
-        if getattr(error, "error_code", None) in REFUSALS:
-            return BadInput(f"{doing}: {text}")
+        if refusal := self._refusal(error, text, doing):
+            return refusal
         if not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in STORE_MODULES:
             return JobFailed(f"{doing}: {type(error).__name__}: {text}")
         where = masked(self.tracking_uri)
         if self.registry_uri != self.tracking_uri:
             where += f" or {masked(self.registry_uri)}"
         return Unreachable(f"{doing}: no answer from {where} ({text})", self._next_step())
+
+    def _refusal(self, error: Exception, text: str, doing: str) -> BadInput | None:
+        """What somebody has to change, or None for what may pass by itself."""
+        where, code = masked(self.tracking_uri), getattr(error, "error_code", None)
+        if isinstance(error, ModuleNotFoundError):
+            return BadInput(f"{where} needs a driver: {text}", f"pip install {error.name}")
+        if type(error).__name__ == "NoSuchModuleError":  # SQLAlchemy's, for a driver that it does not know
+            return BadInput(f"{where} names an unknown driver: {text}", "write postgresql://...")
+        if "out-of-date database schema" in text:
+            return BadInput(f"{doing}: {text}", f"mlflow db upgrade {where}, after a backup")
+        if NEWER_SCHEMA in text:
+            return BadInput(
+                f"{doing}: {where} was made by a newer MLflow than the one here ({text})",
+                "pip install --upgrade mlflow, or use another database",
+            )
+        if READ_ONLY.search(text):
+            hint = "ask whoever runs it for the right to write; nothing was changed"
+            return BadInput(f"{doing}: {where} may only be read ({text})", hint)
+        if LOGIN.search(text) or code in ("PERMISSION_DENIED", "UNAUTHENTICATED"):
+            hint = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or ask for the permission"
+            return BadInput(f"{doing}: {where} does not let this login do that ({text})", hint)
+        return BadInput(f"{doing}: {text}") if code in REFUSALS else None
 
     def _next_step(self) -> str:
         elsewhere = f"or unset MLFLOW_TRACKING_URI to use {DEFAULT_URI} in the working directory"
