@@ -53,7 +53,7 @@ REFUSALS = frozenset(
 # Errors of these, and OSError, may pass when the store is back; any other exception is a mistake in a program.
 STORE_MODULES = frozenset({"mlflow", "sqlalchemy", "requests", "urllib3", "sqlite3", "psycopg2", "pymysql", "pyodbc"})
 
-NEWER_SCHEMA = "Can't locate revision"  # Alembic's words
+OTHER_SCHEMA = re.compile(r"out-of-date database schema \(found version (\w+)")
 READ_ONLY = re.compile(
     r"read-?only (database|transaction)|permission denied for (table|schema|database)", re.IGNORECASE
 )
@@ -141,11 +141,11 @@ class Store:
             return BadInput(f"{where} needs a driver: {text}", f"pip install {error.name}")
         if type(error).__name__ == "NoSuchModuleError":  # SQLAlchemy's, for a driver that it does not know
             return BadInput(f"{where} names an unknown driver: {text}", "write postgresql://...")
-        if "out-of-date database schema" in text:
-            return BadInput(f"{doing}: {text}", f"mlflow db upgrade {where}, after a backup")
-        if NEWER_SCHEMA in text:
+        if found := OTHER_SCHEMA.search(text):
+            if known_schema(found[1]):
+                return BadInput(f"{doing}: {text}", f"mlflow db upgrade {where}, after a backup")
             return BadInput(
-                f"{doing}: {where} was made by a newer MLflow than the one here ({text})",
+                f"{doing}: {where} was made by a newer MLflow than the one here (schema {found[1]})",
                 "pip install --upgrade mlflow, or use another database",
             )
         if READ_ONLY.search(text):
@@ -212,6 +212,14 @@ def masked(text: str) -> str:
     """The text without the passwords of the addresses in it."""
     text = re.sub(r"(://[^:/@\s]*:)[^/\s]*@", r"\1***@", text)
     return re.sub(r"([?&](?:password|pwd)=)[^&\s]*", r"\1***", text, flags=re.IGNORECASE)
+
+
+def known_schema(revision: str) -> bool:
+    """Whether the MLflow here has ever made databases of that schema."""
+    import mlflow.store.db_migrations
+
+    versions = Path(mlflow.store.db_migrations.__path__[0]) / "versions"
+    return any(versions.glob(f"{revision}_*.py"))
 
 
 def first_lines(text: str) -> str:
