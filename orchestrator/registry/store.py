@@ -28,7 +28,7 @@ CHECK_SECONDS = 8.0
 LOCK_SECONDS = 120.0
 
 # MLflow's own defaults would stall for minutes on an outage (7 retries of 120 s), copy a uv.lock found in the working
-# directory into the model, and draw progress bars for kilobytes.
+# directory into the model, draw progress bars for kilobytes, and print an address for each run that ends.
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
@@ -36,6 +36,7 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_UV_AUTO_DETECT": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 
 # The request itself was refused; everything else counts as the store not answering.

@@ -25,8 +25,8 @@ MOST_LABELS = 20
 STATUS = {"finished": "#0072B2", "stopped": "#9A9A9A", "failed": "#D55E00"}
 STYLE: Any = {
     "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.grid": True, "grid.color": "#E4E4E4", "grid.linewidth": 0.6,
-    "legend.fontsize": 8, "legend.frameon": False, "figure.constrained_layout.use": True,
+    "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.6, "legend.fontsize": 8, "legend.frameon": False, "figure.constrained_layout.use": True,
 }  # fmt: skip
 
 
@@ -167,9 +167,10 @@ def _scaled_axis(
     name: str, values: Sequence[float], text: Callable[[float], str]
 ) -> tuple[str, list[float], list[tuple[float, str]]]:
     low, high = min(values), max(values)
-    span = (high - low) or 1.0
-    ticks = [(0.02, text(low)), (0.97, text(high))] if high > low else [(0.02, text(low))]
-    return name, [0.02 + 0.95 * (value - low) / span for value in values], ticks
+    if low == high:
+        return name, [0.5] * len(values), [(0.5, text(low))]
+    heights = [0.02 + 0.95 * (value - low) / (high - low) for value in values]
+    return name, heights, [(0.02, text(low)), (0.97, text(high))]
 
 
 def confusion(facts: SearchFacts) -> Figure | None:
@@ -216,6 +217,7 @@ def cost(facts: SearchFacts) -> Figure | None:
         steps = sorted((trial.points[-1][0] for trial in trials if trial.points), reverse=True)
         if steps:
             below.plot(range(1, len(steps) + 1), steps, marker=".", color=STATUS.get(status, "#9A9A9A"), label=status)
+    below.xaxis.get_major_locator().set_params(integer=True)
     below.set_xlabel("trials")
     below.set_ylabel("steps taken")
     below.legend()
