@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -196,3 +201,48 @@ def test_plain_mlflow_answers_as_we_do(finished: Finished, several: Registry) ->
     assert [row["label"] for row in found] == [row["label"] for row in ours]
     for one, other in zip(found, ours, strict=True):
         assert one["probs"] == pytest.approx(other["probs"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_mlflows_own_server_answers_as_we_do(finished: Finished, several: Registry) -> None:
+    """``mlflow models serve`` of a version, with pickle forbidden, asked over HTTP."""
+    texts = ["great movie", "is this spam or ham"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    argv = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/tiny/1", "--env-manager", "local"]
+    environment = os.environ | {
+        "MLFLOW_TRACKING_URI": finished.tracking_uri, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }  # fmt: skip
+    log = (finished.folder / "models-serve.log").open("w+b")
+    process = subprocess.Popen(
+        [*argv, "--port", str(port)], env=environment, stdout=log, stderr=log, start_new_session=True
+    )
+    try:
+        found = asked(f"http://127.0.0.1:{port}/invocations", {"dataframe_records": [{"text": it} for it in texts]})
+    except TimeoutError:
+        pytest.fail((finished.folder / "models-serve.log").read_text()[-3000:])
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        log.close()
+    ours = OfflineModel.from_artifact(several.fetch("tiny", 1)).classify(texts)
+    assert [row["label"] for row in found["predictions"]] == [row["label"] for row in ours]
+    for one, other in zip(found["predictions"], ours, strict=True):
+        assert one["probs"] == pytest.approx(other["probs"], rel=1e-6)
+
+
+def asked(url: str, document: Any) -> Any:
+    """The answer of a server that may still be starting."""
+    deadline = time.monotonic() + 150
+    while time.monotonic() < deadline:
+        request = urllib.request.Request(url, json.dumps(document).encode(), {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            raise AssertionError(error.read().decode()) from None
+        except OSError:
+            time.sleep(0.3)
+    raise TimeoutError

@@ -94,7 +94,7 @@ def _ablation(facts: SearchFacts, key: Callable[[TrialFacts], str], what: str) -
     if len(groups) < 2:
         return None
     figure, axes = _figure(max(HEIGHT * 0.7, 0.5 + 0.42 * len(groups)))
-    for place, (label, trials) in enumerate(groups.items()):
+    for place, trials in enumerate(groups.values()):
         values = [trial.best[facts.metric] for trial in trials]
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         axes.errorbar(
@@ -103,11 +103,9 @@ def _ablation(facts: SearchFacts, key: Callable[[TrialFacts], str], what: str) -
         for trial, value in zip(trials, values, strict=True):
             seed = sorted({it.spec.seed for it in facts.scored}).index(trial.spec.seed)
             axes.scatter(value, place + 0.18, color=COLOURS[seed % len(COLOURS)], s=16, alpha=0.8, linewidths=0)
-        groups[label] = trials
     axes.set_yticks(range(len(groups)), [f"{label.strip()} (n={len(trials)})" for label, trials in groups.items()])
     axes.set_ylim(-0.6, len(groups) - 0.2)
-    axes.set_xlabel(f"best validation {facts.metric}: mean, standard deviation; dots are trials, a colour a seed")
-    axes.xaxis.label.set_fontsize(8)
+    axes.set_xlabel(f"best validation {facts.metric}\nmean and standard deviation; a dot a trial, a colour a seed")
     axes.set_ylabel(what)
     return figure
 

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from pathlib import Path
 from threading import Barrier
 from typing import Any
 
 import pytest
 
-from orchestrator.artifact import GenerationRecord, VerbalizerEntry
+from orchestrator.artifact import GenerationRecord, VerbalizerEntry, read_manifest
 from orchestrator.errors import BadInput, OrchestratorError
 from orchestrator.registry import Move, Overtaken, Registry, ledger
 from orchestrator.registry.history import who
+from orchestrator.registry.promotion import (
+    EVALUATION_TAG,
+    METRIC_TAG,
+    Candidate,
+    comparison_metric,
+    differences,
+    verdict,
+)
 
 Serve = Callable[..., int]
 
@@ -61,18 +71,48 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-def test_a_champion_is_replaced_by_what_fits_and_is_better(served: Registry, name: str, serve: Serve) -> None:
-    """Each refusal says what is against it and leaves the alias alone; another alias asks for the fit only."""
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_against_a_version(make_artifact: Callable[..., Path], case: str) -> None:
+    """Each thing that may be is named; the same prompt, but better, has nothing against it."""
+    changes, reason = REFUSED[case]
+    old, new, better = (
+        Candidate(read_manifest(make_artifact(**it)), {})
+        for it in ({"accuracy": 0.8}, {"accuracy": 0.99, **changes}, {"accuracy": 0.99})
+    )
+    assert not differences(better.manifest, old.manifest) and verdict(better, old, "accuracy", "max")[0]
+    found = differences(new.manifest, old.manifest) or [verdict(new, old, "accuracy", "max")[1]]
+    assert re.search(reason, "; ".join(found)) and not verdict(new, old, "accuracy", "max")[0]
+
+
+def test_versions_are_compared_by_rows_that_both_were_evaluated_on(make_artifact: Callable[..., Path]) -> None:
+    """Their own test rows where those are the same, else any other; a tag that somebody damaged counts for nothing."""
+    old, new = (read_manifest(make_artifact(accuracy=it, data=str(it) * 16)) for it in (0.8, 0.7))
+    assert (
+        verdict(Candidate(new, {}), Candidate(old, {}), "accuracy", "max")[1] == "the champion was tested on other data"
+    )
+    tags = [{f"{EVALUATION_TAG}rows": f'{{"metrics": {{"accuracy": {it}}}}}'} for it in (0.6, 0.65)]
+    assert verdict(Candidate(new, tags[1]), Candidate(old, tags[0]), "accuracy", "max") == (
+        True, "its test accuracy is 0.65, the champion's 0.6",
+    )  # fmt: skip
+    for damaged in ("", "[]", '{"metrics": 3}', '{"metrics": {"accuracy": "much"}}'):
+        assert not verdict(
+            Candidate(new, {f"{EVALUATION_TAG}rows": damaged}), Candidate(old, tags[0]), "accuracy", "max"
+        )[0]
+    assert comparison_metric(Candidate(new, {METRIC_TAG: "loss"}), Candidate(old, {})) == ("loss", "min")
+    assert comparison_metric(Candidate(new, {METRIC_TAG: "odd"}), Candidate(old, {})) == ("accuracy", "max")
+
+
+def test_an_alias_of_another_name_asks_for_the_fit_only(served: Registry, name: str, serve: Serve) -> None:
+    """Being better is a champion's duty."""
     served.promote(name, serve(accuracy=0.8))
-    versions = {case: serve(**{"accuracy": 0.99, **changes}) for case, (changes, _) in REFUSED.items()}
-    for case, (_, reason) in REFUSED.items():
-        with pytest.raises(BadInput, match=reason):
-            served.promote(name, versions[case])
-    assert steps(served, name) == [(None, 1, "promoted")]
     served.promote(name, 1, alias="staging")
-    assert served.promote(name, versions["worse"], alias="staging") == (1, versions["worse"])
+    worse, other = serve(accuracy=0.7), serve(tokenizer="u" * 64)
+    with pytest.raises(BadInput, match=r"its test accuracy is 0\.7, the champion's 0\.8"):
+        served.promote(name, worse)
+    assert served.promote(name, worse, alias="staging") == (1, worse)
     with pytest.raises(BadInput, match="tokenizer"):
-        served.promote(name, versions["tokenizer"], alias="staging")
+        served.promote(name, other, alias="staging")
+    assert steps(served, name) == [(None, 1, "promoted")]
 
 
 @pytest.mark.parametrize(
@@ -97,9 +137,9 @@ def test_what_no_server_could_use_is_never_promoted(
 
 
 def test_of_concurrent_promotions_one_wins_and_the_others_hear_of_it(served: Registry, name: str, serve: Serve) -> None:
-    """Eight programs at once, each with a better prompt than the champion: the loser is told, nobody is overwritten."""
+    """Five programs at once, each with a better prompt than the champion: the loser is told, nobody is overwritten."""
     served.promote(name, serve(accuracy=0.5))
-    versions = [serve(accuracy=0.6 + number / 100) for number in range(8)]
+    versions = [serve(accuracy=0.6 + number / 100) for number in range(5)]
     start = Barrier(len(versions))
 
     def promote(version: int) -> str:
@@ -125,7 +165,7 @@ def test_of_concurrent_promotions_one_wins_and_the_others_hear_of_it(served: Reg
 
 def test_concurrent_searches_leave_the_best_as_champion(served: Registry, name: str, serve: Serve) -> None:
     """Whoever is overtaken compares again: in whatever order they come, the best one stays."""
-    versions = [serve(accuracy=accuracy) for accuracy in (0.7, 0.9, 0.6, 0.8, 0.5, 0.65)]
+    versions = [serve(accuracy=accuracy) for accuracy in (0.7, 0.9, 0.6, 0.8)]
     start = Barrier(len(versions))
 
     def finish(version: int) -> None:
