@@ -28,7 +28,7 @@ from orchestrator.errors import BadInput, Interrupted, JobFailed, Unreachable
 from orchestrator.mirror import BASELINES, SPLITS, MlflowMirror
 from orchestrator.registry import Registry, SearchLog
 from orchestrator.report import read_facts, write_report
-from orchestrator.run_tags import outcome_tags, search_tags
+from orchestrator.run_tags import outcome_tags, search_note, search_tags
 from orchestrator.search.cluster_session import nodes, ray_session
 from orchestrator.search.folder import SearchFolder, write_whole
 from orchestrator.search.history import History
@@ -278,6 +278,8 @@ class Pipeline:
         self.clock.mark("test")
         info = search.ready()
         self._log_result(log, outcome, best[0], tests[best[0].id])
+        reached = {"validation": best[0].metrics, "test": tests[best[0].id]}
+        log.parent_tags(search_note(self.job, best[0].spec, reached, baselines))
         model = self._register(log, best, tests, baselines, info)
         self.clock.mark("registry")
         took = self._took(outcome, search.placement)

@@ -9,7 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator import __version__
+from orchestrator.registry.description import metrics_table
+from orchestrator.registry.records import Metrics
+from orchestrator.search.prepare import EVALUATED as SPLITS
 from orchestrator.search.prepare import Prepared
+from orchestrator.space import TrialSpec
+from orchestrator.spec import JobSpec
 
 GIT_SECONDS = 5.0
 COMPARED = ("seconds", "device_hours", "trained_steps")  # what a plan says beforehand
@@ -36,6 +41,15 @@ def outcome_tags(took: Mapping[str, float], planned: Mapping[str, float]) -> dic
     pairs = [(name, planned.get(f"plan_{name}"), took.get(name)) for name in COMPARED]
     texts = [f"{name} {before:.4g} planned, {now:.4g} taken" for name, before, now in pairs if before and now]
     return tags | ({"plan_against_outcome": "; ".join(texts)} if texts else {})
+
+
+def search_note(job: JobSpec, best: TrialSpec, tuned: Metrics, baselines: Mapping[str, Metrics]) -> dict[str, str]:
+    """The description that MLflow's page of the search's run shows, in markdown."""
+    rows = {"tuned prompt": tuned}
+    rows |= {name: {split: found[split] for split in SPLITS} for name, found in baselines.items()}
+    words = " ".join(best.label().replace("`", "'").split())
+    lines = [f"Best by validation {job.search.metric}: `{words}`.", "", *metrics_table(rows), ""]
+    return {"mlflow.note.content": "\n".join([*lines, "Pictures and tables: the artifact `report.html`."])}
 
 
 @lru_cache

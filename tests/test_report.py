@@ -127,7 +127,7 @@ def test_versions_say_what_they_are(finished: Finished, monkeypatch: pytest.Monk
         assert tags["base_model_revision"] == "main" and len(tags["data_fingerprint"]) == 64
         assert tags["orchestrator.version"]
     parent = client.get_run(finished.document["mlflow"]["run_id"]).data.tags
-    assert float(parent["device_hours"]) > 0
+    assert float(parent["device_hours"]) > 0 and "| zero shot |" in parent["mlflow.note.content"]
     child = client.get_run(summary.run_id).data.tags
     assert child["num_virtual_tokens"] == str(summary.config["num_virtual_tokens"]) and child["init"]
 

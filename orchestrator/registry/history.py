@@ -14,6 +14,14 @@ from typing import Literal
 
 Kind = Literal["promoted", "forced", "search", "rollback", "set", "elsewhere"]
 MAX_REASON = 1000
+HOW: dict[Kind, str] = {
+    "promoted": "promoted",
+    "forced": "forced past the gate",
+    "search": "moved after a search",
+    "rollback": "rolled back",
+    "set": "set",
+    "elsewhere": "moved elsewhere, noticed",
+}
 
 
 def who() -> str:
@@ -56,8 +64,8 @@ class Move:
         """version 5, before that 4: promoted by ann, 2026-11-21T10:00:00+00:00 (reason)"""
         to = "taken away" if self.new is None else f"version {self.new}"
         was = "" if self.old is None else f", before that {self.old}"
-        how = "moved elsewhere, noticed" if self.kind == "elsewhere" else self.kind
-        return f"{to}{was}: {how} by {self.by}, {self.at}" + (f" ({self.reason})" if self.reason else "")
+        reason = f" ({self.reason})" if self.reason else ""
+        return f"{to}{was}: {HOW[self.kind]} by {self.by}, {self.at}{reason}"
 
 
 def read_moves(params: Mapping[str, str]) -> list[Move]:
@@ -68,7 +76,7 @@ def read_moves(params: Mapping[str, str]) -> list[Move]:
             move = Move(**json.loads(text))
         except (ValueError, TypeError):
             continue
-        if isinstance(move.number, int) and move.key == key:
+        if isinstance(move.number, int) and move.key == key and move.kind in HOW:
             moves.append(move)
     return sorted(moves, key=lambda move: (move.alias, move.number))
 

@@ -56,7 +56,7 @@ def test_every_move_is_kept_with_who_when_and_why(served: Registry, name: str, s
     ]  # fmt: skip
     assert {move.by for move in moves} == {who()} and all(move.at[:2] == "20" for move in moves)
     page = served._store.client.get_registered_model(name)
-    assert page.tags["alias.champion"].startswith("version 1, before that 2: rollback by")
+    assert page.tags["alias.champion"].startswith("version 1, before that 2: rolled back by")
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
