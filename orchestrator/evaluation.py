@@ -18,7 +18,7 @@ from orchestrator.base_model import resolve_model
 from orchestrator.data.dataset import READERS, load_split, rows_fingerprint
 from orchestrator.data.encoding import Encoded, reference_texts
 from orchestrator.data.template import Template
-from orchestrator.errors import BadInput, JobFailed
+from orchestrator.errors import BadInput, JobFailed, Unreachable
 from orchestrator.registry import EvaluationRecord, Registry, VersionSummary, printable
 from orchestrator.serving.ranking import answer_probs
 from orchestrator.serving.served_prompt import ServedPrompt, load_prompt, prompt_tensors
@@ -109,10 +109,18 @@ def evaluate_models(
     for question, of_models, splits in zip(questions, read, encoded, strict=True):
         say(f"evaluating {len(loaded)} of {question.data}")
         targets += _targets(backbone, loaded, question, of_models, splits, ensemble)
-    if log:
+    return {**_document(loaded, targets), "logged": log and _kept(registry, loaded, targets, say)}
+
+
+def _kept(registry: Registry, loaded: Sequence[Loaded], targets: Sequence[Target], say: Callable[[str], None]) -> bool:
+    """Keep the results with the versions; a registry that does not take them costs nobody what was computed."""
+    try:
         for place, one in enumerate(loaded):
             registry.log_evaluations(one.summary, [_record(target, place) for target in targets])
-    return _document(loaded, targets)
+        return True
+    except (BadInput, Unreachable) as error:
+        say(f"not kept in the registry: {error}")
+        return False
 
 
 def _backbone(artifacts: Sequence[PromptArtifact], base_model: str | None) -> Backbone:

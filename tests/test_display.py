@@ -123,8 +123,15 @@ def test_promote_and_rollback(finished: Finished, command: Command, monkeypatch:
     for _ in range(2):
         registry.register(artifact, name, finished.document["mlflow"]["run_id"])
     assert command("promote", name, 1).out.startswith("copied@champion is version 1.")
-    said = command("promote", name, 2)
+    refused = command("promote", name, 2)
+    assert refused.code == 2 and "--force REASON" in refused.err  # the same prompt is no better
+    said = command("promote", name, 2, "--force", "a trial")
     assert "it was on version 1" in said.out and "orchestrator rollback copied" in said.out
     assert command("rollback", name, "--json").document == {"name": name, "alias": "champion", "from": 2, "to": 1}
+    moves = command("models", name, "--json").document["history"]
+    assert [(it["old"], it["new"], it["kind"], it["reason"]) for it in moves] == [
+        (None, 1, "promoted", ""), (1, 2, "forced", "a trial"), (2, 1, "rollback", ""),
+    ]  # fmt: skip
+    assert "before that 1: forced past the gate by" in command("models", name).out
     refused = command("promote", name, 9)
     assert refused.code == 2 and "no version 9" in refused.err

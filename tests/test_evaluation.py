@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,27 +15,29 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import mlflow
+import numpy as np
 import pytest
 from models import load
 from small_jobs import Command, Finished
 
+from orchestrator.artifact import PromptArtifact
 from orchestrator.base_model import resolve_model
 from orchestrator.evaluation import Question, evaluate_models, majority
 from orchestrator.inspection import nearest_tokens
 from orchestrator.registry import Registry
 from orchestrator.registry.promotion import EVALUATION_TAG
 from orchestrator.serving.offline import OfflineModel
+from orchestrator.serving.served_prompt import prompt_tensors
 from orchestrator.vocabulary import nearest_words
 
 
 @pytest.fixture(scope="module")
 def several(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Registry:
-    """The search's version and two more, of its prompt moved by noise, in a registry with the same cache."""
-    import numpy as np
-
-    from orchestrator.artifact import PromptArtifact
-
-    registry = Registry(finished.tracking_uri, cache_dir=tmp_path_factory.mktemp("cache"))
+    """The search's version and two more, of its prompt moved by noise, in a copy of its store."""
+    store = tmp_path_factory.mktemp("several") / "mlflow.db"
+    shutil.copyfile(finished.folder / "mlflow.db", store)
+    registry = Registry(f"sqlite:///{store}", cache_dir=store.parent / "cache")
     artifact = PromptArtifact.load(registry.fetch("tiny", 1))
     folder = tmp_path_factory.mktemp("moved")
     for seed in (1, 2):
@@ -103,9 +106,7 @@ def test_what_was_found_is_kept_with_the_version(
     finished: Finished, several: Registry, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run with metrics linked to the logged model, tags on the version; and the gate compares by it afterwards."""
-    import mlflow
-
-    monkeypatch.chdir(finished.folder)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", several.tracking_uri)
     file = rows_with_sources(finished, tmp_path)
     arguments = ["--data", file, "--by", "source", "--rename", "sentence=text"]
     said = command("evaluate", "several:1", "several:2", *arguments)
@@ -116,7 +117,7 @@ def test_what_was_found_is_kept_with_the_version(
     assert sorted(it["group"] for it in documents) == ["", "source=a", "source=b"]
     label = f"{tmp_path.name}.elsewhere"
     assert f"evaluated.{label[:150]}" in summary.tags
-    client = mlflow.MlflowClient(finished.tracking_uri)
+    client = mlflow.MlflowClient(several.tracking_uri)
     run = client.get_run(documents[0]["run_id"])
     assert run.info.status == "FINISHED" and f"{label}/loss" in run.data.metrics
     assert run.inputs.model_inputs[0].model_id in client.get_model_version_download_uri("several", "1")
@@ -153,7 +154,7 @@ def test_two_versions_side_by_side(
     finished: Finished, several: Registry, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What differs comes first; metrics, evaluations and nearest words stand next to each other."""
-    monkeypatch.chdir(finished.folder)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", several.tracking_uri)
     said = command("compare", "tiny:1", "several:1", "--json")
     assert said.code == 0 and said.document["versions"] == ["tiny:1", "several:1"]
     assert "config.seed" in said.document["differs"] or said.document["facts"]["config.seed"] == [1, 1]
@@ -167,9 +168,6 @@ def test_two_versions_side_by_side(
 
 def test_nearest_words_are_those_of_the_loaded_model(finished: Finished, several: Registry) -> None:
     """Read from the table on disk, without a model."""
-    from orchestrator.artifact import PromptArtifact
-    from orchestrator.serving.served_prompt import prompt_tensors
-
     artifact = PromptArtifact.load(several.fetch("tiny", 1))
     embeddings = prompt_tensors(artifact).embeddings
     assert embeddings is not None
