@@ -39,6 +39,8 @@ MAX_WEIGHTS_BYTES = 1 << 30  # a soft prompt is kilobytes; anything near this is
 SOFT = "prompt"
 PREFIXES = ("prefix.decoder", "prefix.encoder", "prefix.cross")
 METHODS = ("prompt_tuning", "prefix_tuning", "p_tuning")
+IMPORTED = "peft"
+"""Key of an imported prompt's configuration: what PEFT's own says about its origin."""
 
 Label = int | bool | str
 

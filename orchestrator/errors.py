@@ -46,6 +46,14 @@ class JobFailed(OrchestratorError):
     exit_code = 1
 
 
+class NothingFound(JobFailed):
+    """The search has run to its end, and no trial has a result: running on would change nothing."""
+
+
+class SearchLost(JobFailed):
+    """Processes that hold a search together died. What it has found is kept, and it can go on."""
+
+
 class Interrupted(OrchestratorError):
     """The user ended the job early; the hint names the verb that goes on."""
 

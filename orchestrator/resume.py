@@ -35,13 +35,7 @@ def resume_search(
         if folder.result.is_file():
             progress.note(f"search {folder.id} is finished; this is what it found")
             return json.loads(folder.result.read_bytes()), job
-        if not job.search.resumable:
-            raise BadInput(
-                f"search {folder.id} can't be resumed: searcher optuna and scheduler pbt go on from what they "
-                "remember, which is not kept",
-                f"begin anew: orchestrator run {folder.job}",
-            )
-        with going_on(folder, job):
+        with going_on(folder):
             return _go_on(folder, saved, job, progress, address, verbose), job
 
 

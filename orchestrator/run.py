@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from orchestrator.artifact import (
     ReparameterizationRecord,
 )
 from orchestrator.base_model import BaseModelInfo, looks_like_path
-from orchestrator.errors import BadInput, Interrupted, JobFailed, Unreachable
+from orchestrator.errors import BadInput, Interrupted, JobFailed, NothingFound, SearchLost, Unreachable
 from orchestrator.mirror import BASELINES, SPLITS, MlflowMirror
 from orchestrator.registry import Registry, SearchLog
 from orchestrator.report import read_facts, write_report
@@ -32,14 +33,14 @@ from orchestrator.run_tags import outcome_tags, search_note, search_tags
 from orchestrator.search.cluster_session import nodes, ray_session
 from orchestrator.search.folder import SearchFolder, write_whole
 from orchestrator.search.history import History
-from orchestrator.search.journal import Journal
+from orchestrator.search.journal import Journal, read_history
 from orchestrator.search.outcome import Outcome, TrialRecord
-from orchestrator.search.placement import Placement, place
-from orchestrator.search.plan import Plan, device_hours, make_plan, this_machine
+from orchestrator.search.placement import Placement
+from orchestrator.search.plan import Plan, device_hours, make_plan
 from orchestrator.search.prepare import Prepared, data_record, prepare, verbalizer_entries
 from orchestrator.search.processes import save_processes
 from orchestrator.search.recorder import Recorder
-from orchestrator.search.saved import SavedSearch, refuse_changes
+from orchestrator.search.saved import SavedSearch, load_saved, refuse_changes
 from orchestrator.search.search import Running, placed, running
 from orchestrator.search.study import Listener, trial_id
 from orchestrator.space import TrialSpec, init_artifacts
@@ -49,6 +50,7 @@ from orchestrator.vocabulary import nearest_words
 
 Metrics = dict[str, float]
 BASE_MODEL = "base_model"
+RESTARTS = 3  # of a whole search whose broker or controller was lost
 
 
 class Progress(Listener, Protocol):
@@ -76,6 +78,10 @@ class Clock:
         moment = time.monotonic() if until is None else until
         self.marks[name] = round(self.marks.get(name, 0.0) + moment - self.last, 3)
         self.last = moment
+
+    def before(self) -> float:
+        """Seconds up to a Ray that is up, without those of making a model, which is done once."""
+        return self.marks.get("prepare", 0.0) + self.marks.get("ray", 0.0)
 
     def seconds(self) -> dict[str, float]:
         startup = sum(self.marks.get(name, 0.0) for name in ("model", "prepare", "ray", "workers"))
@@ -108,26 +114,29 @@ def run_job(
         clock.mark("ray")
         placement = placed(prepared)
         folder = SearchFolder.new(job.name)
-        with folder.locked(), going_on(folder, job):
+        with folder.locked(), going_on(folder):
             return Pipeline(prepared, registry, progress, clock, folder, pins, planned=planned).run(placement, ours)
 
 
 def plan_job(job: JobSpec, say: Callable[[str], None], address: str | None = None, verbose: bool = False) -> Plan:
     """What the job will take; nothing is kept. Raises OrchestratorError, BadInput for what ``run_job`` would refuse.
 
-    A cluster is only asked for its nodes; the measuring is done on this machine.
+    A cluster is only asked for its nodes; the measuring is done on this machine, where the search's start is rehearsed
+    if it is here that the search would run.
     """
+    clock = Clock()
     say("reading data and base model")
     artifacts, _ = find_artifacts(job, Registry())
     prepared = prepare(job, artifacts)
-    if address or os.environ.get("RAY_ADDRESS"):
-        with ray_session(address, verbose):
-            there = nodes()
-    else:
-        there = this_machine()
-    placement = place(job.resources, there, len(prepared.trials))
-    say("measuring steps and evaluations")
-    return make_plan(prepared, placement, there)
+    clock.mark("model", until=clock.last + prepared.making_s)
+    clock.mark("prepare")
+    elsewhere = bool(address or os.environ.get("RAY_ADDRESS"))
+    say("asking the cluster for its nodes" if elsewhere else "starting Ray")
+    with ray_session(address, verbose), tempfile.TemporaryDirectory(prefix="plan-") as folder:
+        clock.mark("ray")
+        placement = placed(prepared)
+        say("measuring the start, steps and evaluations")
+        return make_plan(prepared, placement, nodes(), clock.before(), None if elsewhere else Path(folder))
 
 
 def find_artifacts(
@@ -147,18 +156,20 @@ def find_artifacts(
 
 
 @contextmanager
-def going_on(folder: SearchFolder, job: JobSpec) -> Iterator[None]:
+def going_on(folder: SearchFolder) -> Iterator[None]:
     """Around a search: what ends it early says how to go on, once there is something to go on from."""
     resume = f"orchestrator resume {folder.id}"
     try:
         yield
     except KeyboardInterrupt:
-        if folder.description.is_file() and job.search.resumable:
+        if folder.description.is_file():
             raise Interrupted("interrupted", resume) from None
         raise
-    except Unreachable as error:
-        if folder.description.is_file() and job.search.resumable:
-            raise Unreachable(error.message, f"{error.hint}; then {resume}") from None
+    except NothingFound:
+        raise
+    except (Unreachable, JobFailed) as error:
+        if folder.description.is_file():
+            raise type(error)(error.message, f"{error.hint}; then {resume}") from None
         raise
 
 
@@ -195,29 +206,46 @@ class Pipeline:
     def run(self, placement: Placement, ours: bool) -> dict[str, Any]:
         """Search, compare, register. ``ours`` says that Ray's processes are this search's own."""
         if self.planned:
-            self.progress.stage("measuring steps and evaluations")
-            self.plan = make_plan(self.prepared, placement, nodes())
+            self.progress.stage("measuring the start, steps and evaluations")
+            storage = self.folder.ray / "rehearsal"
+            self.plan = make_plan(self.prepared, placement, nodes(), self.clock.before(), storage)
             self.clock.mark("plan")
         if ours:
             save_processes(self.folder.processes)
+        for left in reversed(range(RESTARTS + 1)):
+            try:
+                document = self._attempt(placement, ours)
+                break
+            except SearchLost as error:
+                if not left or not self.folder.description.is_file():
+                    raise
+                self.progress.note(f"{error.message}; going on from what was kept")
+                self.saved, self.history = load_saved(self.folder)[0], read_history(self.folder)
+                shutil.rmtree(self.folder.ray, ignore_errors=True)
+        try:
+            write_whole(self.folder.result, json.dumps(document, default=str).encode())
+        except OSError as error:
+            self.progress.note(f"the result can't be kept in {self.folder.result} ({error.strerror})")
+        self.folder.processes.unlink(missing_ok=True)
+        self._report()
+        return document
+
+    def _attempt(self, placement: Placement, ours: bool) -> dict[str, Any]:
+        """The search from where it stands, until it is done or lost."""
         with running(self.prepared, placement, self.folder.ray) as search:
             self._check_base_model(search)
             with self._log() as log:
                 if self.saved is None:
                     saved = SavedSearch.of(self.prepared, self.pins, self.registry.display_uri, log.run_id)
                     saved.save(self.folder, self.job)
-                tags = search_tags(self.prepared, self.id)
-                mirror = MlflowMirror(log, self.job.search.scheduler == "pbt", tags)
+                copying, tags = self.job.search.scheduler == "pbt", search_tags(self.prepared, self.id)
+                mirror = MlflowMirror(log, copying, tags)
                 mirror.restore(self.history)
-                journal = Journal(self.folder, self.history)
+                journal = Journal(self.folder, self.history, self.job.perturbation_steps if copying else None)
                 with Recorder(journal, self.history, mirror.write, self.progress.note) as recorder:
                     if ours:
                         save_processes(self.folder.processes)  # again: Ray's agents come a little later
-                    document = self._search(search, log, recorder)
-        write_whole(self.folder.result, json.dumps(document, default=str).encode())
-        self.folder.processes.unlink(missing_ok=True)
-        self._report()
-        return document
+                    return self._search(search, log, recorder)
 
     def _report(self) -> None:
         """Draw the search, for its folder and its run. What was found stands, whatever becomes of its pictures."""
@@ -266,7 +294,7 @@ class Pipeline:
         self.clock.mark("trials")
         best = outcome.ranking()
         if not best:
-            raise JobFailed(
+            raise NothingFound(
                 f"none of the {len(outcome.records)} trials has a result: "
                 + "; ".join(sorted({record.note for record in outcome.records.values() if record.note})),
                 "lower the learning rates of search.space, or see the search's log with --verbose",
@@ -289,7 +317,7 @@ class Pipeline:
         if verbalizer := self.prepared.task.encoder.verbalizer:
             counts = confusion_counts(measured[0], len(verbalizer.labels))
             document["best"]["confusion"] = {"labels": list(verbalizer.labels), "counts": counts}
-        return document
+        return {**document, "workers": {name: {"node": node} for name, node in search.nodes().items()}}
 
     # Baselines
 

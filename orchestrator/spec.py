@@ -330,11 +330,6 @@ class SearchSpec(Section):
             yield Conflict("scheduler", f"{text}; {hint}", ("space.learning_rate",))
 
     @property
-    def resumable(self) -> bool:
-        """Whether a search can go on in another process: what it does next follows from the spec and its reports."""
-        return self.searcher != "optuna" and self.scheduler != "pbt"
-
-    @property
     def better(self) -> Literal["max", "min"]:
         """Which way the metric improves."""
         return "min" if self.metric == "loss" else "max"
@@ -414,17 +409,27 @@ class ResourcesSpec(Section):
     """What the workers take of this machine or the cluster."""
 
     workers: PositiveInt | Auto = "auto"
-    """Worker groups; auto is one for each GPU, or one on a cluster without any."""
-    workers_per_group: Literal[1] = 1
-    """Processes that share one group of trials."""
+    """Worker groups; auto is as many as there are GPUs for, or one on a cluster without any."""
+    workers_per_group: PositiveInt = 1
+    """Workers that train the same trials, each on its part of every batch; the result is that of one worker."""
     trials_per_worker: PositiveInt | Auto = "auto"
     """Trials packed into one forward."""
     cpus_per_worker: PositiveInt | Auto = "auto"
     """Cores that a worker reserves."""
     gpus_per_worker: Annotated[float, Field(ge=0)] | Auto = "auto"
     """Accelerators that a worker reserves; 0 trains on the CPU."""
-    sharding: Literal["none"] = "none"
-    """Whether a group splits the frozen weights among its workers."""
+    sharding: Literal["none", "fsdp"] = "none"
+    """fsdp splits the frozen weights of the model's blocks among a group's workers, for models larger than a device."""
+
+    def _conflicts(self) -> Iterator[Conflict]:
+        if self.sharding != "none" and self.workers_per_group == 1:
+            text = f"{self.sharding} splits the weights among a group's workers, and resources.workers_per_group is 1"
+            yield Conflict("sharding", f"{text}; raise it, or leave sharding out", ("workers_per_group",))
+        gpus = self.gpus_per_worker
+        if self.workers_per_group > 1 and not isinstance(gpus, str) and 0 < gpus < 1:
+            text = f"{gpus:g} would put several of a group's workers on one GPU, which can't talk to itself"
+            hint = "set it to 1, or set resources.workers_per_group to 1 and raise resources.workers"
+            yield Conflict("gpus_per_worker", f"{text}; {hint}", ("workers_per_group",))
 
 
 class RegistrySpec(Section):
@@ -519,6 +524,11 @@ class JobSpec(Section):
             yield from self._needs_no_verbalizer()
         if self.search.scheduler == "pbt":
             yield from self._population_conflicts()
+        if self.resources.sharding != "none" and self.base_model.quantization != "none":
+            text = f"{self.resources.sharding} can't split weights with base_model.quantization"
+            hint = "leave one of them out: rounded weights are a quarter of the size or less"
+            keys = ("base_model.quantization",)
+            yield Conflict("resources.sharding", f"{text} {self.base_model.quantization}; {hint}", keys)
         if self.train.evaluate_every > self.train.steps:
             text = (
                 f"{self.train.evaluate_every} is more than train.steps {self.train.steps}: no trial would be evaluated"

@@ -9,7 +9,8 @@ from typing import Any
 import ray
 from ray._private.state import state
 
-RAYS_OWN = "_AutoscalingCoordinatorActor"  # one a cluster, made by the first search and kept
+# One a cluster, made by the first search and kept; what tidies up after a lost controller, which needs a dashboard.
+RAYS_OWN = ("_AutoscalingCoordinatorActor", "PlacementGroupCleaner")
 WAIT_S = 90.0  # a limit for what will never come; what does come takes a second or two
 
 
@@ -22,7 +23,7 @@ def actors(named: str = "") -> dict[str, dict[str, Any]]:
 def holders() -> set[str]:
     """Ids of what holds something in Ray: actors and placement groups."""
     groups = ray.util.placement_group_table().items()
-    ours = {key for key, info in actors().items() if info["ActorClassName"] != RAYS_OWN}
+    ours = {key for key, info in actors().items() if info["ActorClassName"] not in RAYS_OWN}
     return ours | {key for key, info in groups if info["state"] != "REMOVED"}
 
 

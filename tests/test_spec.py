@@ -259,6 +259,32 @@ def test_a_population_is_compared_at_evaluations() -> None:
     JobSpec.model_validate(job(search=ranged, resources={"workers": 2, "trials_per_worker": 1}))
 
 
+@pytest.mark.parametrize(
+    ("sections", "where"),
+    [
+        ({"resources": {"sharding": "fsdp"}}, ["sharding"]),
+        ({"resources": {"workers_per_group": 2, "gpus_per_worker": 0.5}}, ["gpus_per_worker"]),
+        (
+            {
+                "resources": {"sharding": "fsdp", "workers_per_group": 2},
+                "base_model": {"id": "m", "quantization": "int4"},
+            },
+            ["resources.sharding"],
+        ),
+    ],
+)
+def test_groups_that_could_not_work_are_refused(sections: dict[str, Any], where: list[str]) -> None:
+    """Nobody to share the weights with, several of a group on one GPU, weights that can't be cut."""
+    assert conflicts(sections) == where
+
+
+@pytest.mark.parametrize("resources", [{"workers_per_group": 0}, {"workers_per_group": "auto"}, {"sharding": "zero"}])
+def test_groups_out_of_range_are_refused(resources: dict[str, Any]) -> None:
+    """No workers, a size that nobody can guess, a sharding that there is not."""
+    with pytest.raises(ValidationError):
+        JobSpec.model_validate(job(resources=resources))
+
+
 def test_every_trial_is_evaluated_at_least_once() -> None:
     """evaluate_every above steps is refused."""
     assert conflicts({"train": {"steps": 10, "evaluate_every": 20}}) == ["train.evaluate_every"]

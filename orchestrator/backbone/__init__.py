@@ -3,9 +3,11 @@
 from orchestrator.backbone.base import Backbone, RowState
 from orchestrator.backbone.causal import PROMPT_ONCE_FAMILIES, CausalBackbone, runs_prompt_once
 from orchestrator.backbone.loading import (
+    check_exact,
     default_device,
     load_backbone,
     make_backbone,
+    read_backbone,
     set_threads,
     weights_fingerprint,
     why_not_exact,
@@ -14,9 +16,11 @@ from orchestrator.backbone.masked import MaskedBackbone
 from orchestrator.backbone.prompts import SITES, PreparedPrompts, PromptTensors, stack_prepared
 from orchestrator.backbone.rows import Rows
 from orchestrator.backbone.seq2seq import Seq2SeqBackbone
+from orchestrator.backbone.sharding import bytes_elsewhere
 
 __all__ = [
     "PROMPT_ONCE_FAMILIES", "SITES", "Backbone", "CausalBackbone", "MaskedBackbone", "PreparedPrompts",
-    "PromptTensors", "RowState", "Rows", "Seq2SeqBackbone", "default_device", "load_backbone", "make_backbone",
-    "runs_prompt_once", "set_threads", "stack_prepared", "weights_fingerprint", "why_not_exact",
+    "PromptTensors", "RowState", "Rows", "Seq2SeqBackbone", "bytes_elsewhere", "check_exact", "default_device",
+    "load_backbone", "make_backbone", "read_backbone", "runs_prompt_once", "set_threads", "stack_prepared",
+    "weights_fingerprint", "why_not_exact",
 ]  # fmt: skip

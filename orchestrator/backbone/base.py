@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Protocol, Self
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.backbone.prompts import Part, PreparedPrompts, PromptTensors, pad_part
+from orchestrator.backbone.sharding import gather_once, local, reset_blocks, shard_blocks
 from orchestrator.base_model import BaseModelInfo, Family
 from orchestrator.errors import BadInput
 
@@ -40,6 +41,13 @@ class Backbone(ABC):
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.info = info
+        self.sharded = False
+
+    def shard(self, device: torch.device, before_gather: Callable[[], Any]) -> None:
+        """Keep only this worker's part of the blocks, on ``device``; see ``sharding.shard_blocks``. ``gather_once``
+        comes before the first forward."""
+        shard_blocks(self.model, device, before_gather)
+        self.sharded = True
 
     @property
     def device(self) -> torch.device:
@@ -145,12 +153,23 @@ class Backbone(ABC):
                     f"which takes {[*expected[:3], got[3], expected[4]]} in {site} attention"
                 )
 
+    def gather_once(self) -> None:
+        """With the other workers, find out that all parts of a sharded model are there."""
+        if self.sharded:
+            gather_once(self.model)
+
+    def give_up_forward(self) -> None:
+        """After a forward or backward that broke off: nothing of it is left in the model."""
+        if self.sharded:
+            reset_blocks(self.model)
+
     def digest(self) -> str:
-        """sha256 over the weights in memory: the same before and after a search."""
+        """sha256 over the weights in memory, where they are sharded those of this worker: the same before and after a
+        search."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(local(tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from orchestrator.backbone.base import Backbone, Ids, no_prefix
 from orchestrator.backbone.prompts import Part, PreparedPrompts, PromptTensors, pad_part
 from orchestrator.backbone.rows import Rows
+from orchestrator.backbone.sharding import through_last_block
 from orchestrator.base_model import BaseModelInfo, Family
 from orchestrator.errors import BadInput
 from orchestrator.placing import placed
@@ -102,8 +103,9 @@ class CausalBackbone(Backbone):
         """Key and value of each layer, [K, kv heads, P, head width], of soft prompts that run once."""
         padded = nn.utils.rnn.pad_sequence(list(prompts), batch_first=True).to(self.device, self.table.dtype)
         # No mask: the pads are on the right, where no real virtual token looks, and rows mask them out later.
-        cache = self._body(inputs_embeds=padded, use_cache=True).past_key_values
-        return tuple(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
+        out = self._body(inputs_embeds=padded, use_cache=True)
+        cache = tuple(tensor for layer in out.past_key_values.layers for tensor in (layer.keys, layer.values))
+        return through_last_block(out.last_hidden_state, cache) if self.sharded else cache
 
     def _prefix_part(self, prompts: Sequence[PromptTensors]) -> dict[str, Part]:
         members = [_layers(prompt) for prompt in prompts]

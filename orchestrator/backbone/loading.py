@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,34 @@ def make_backbone(model: nn.Module, tokenizer: Any, info: BaseModelInfo) -> Back
 
 def load_backbone(source: ModelSource, device: str | torch.device = "cpu", dtype: str = "auto") -> Backbone:
     """Load a checked base model and freeze it. Weights come from safetensors only, and no model code is run."""
+    backbone = read_backbone(source, device, dtype)
+    check_exact(backbone)
+    return backbone
+
+
+def read_backbone(
+    source: ModelSource,
+    device: str | torch.device = "cpu",
+    dtype: str = "auto",
+    before_gather: Callable[[], Any] | None = None,
+) -> Backbone:
+    """``load_backbone`` without trying the model out. With ``before_gather`` its blocks are sharded among the workers
+    of torch's process group, each of which calls this; nothing is communicated yet."""
     fingerprint = weights_fingerprint(source)  # finds missing and damaged files before anything large is built
     device = torch.device(device)
-    model = _load_model(source, _dtype(dtype, device), device)
+    # What is sharded goes to the device block by block.
+    model = _load_model(source, _dtype(dtype, device), device if before_gather is None else torch.device("cpu"))
     backbone = make_backbone(model, source.tokenizer(), source.info(fingerprint))
-    if reason := why_not_exact(backbone):
-        raise BadInput(f"base_model.id {source.id!r} can't be tuned: {reason}", "choose another language model")
+    if before_gather is not None:
+        backbone.shard(device, before_gather)
     return backbone
+
+
+def check_exact(backbone: Backbone) -> None:
+    """BadInput when prompts can't be tuned on the model. The workers of a sharded one call this together."""
+    backbone.gather_once()
+    if reason := why_not_exact(backbone):
+        raise BadInput(f"base_model.id {backbone.info.id!r} can't be tuned: {reason}", "choose another language model")
 
 
 @torch.inference_mode()

@@ -26,13 +26,14 @@ def _epoch(num_rows: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def length_groups(
-    lengths: Sequence[int], overhead: int, max_tokens: int | None = None, max_rows: int | None = None
+    lengths: Sequence[int], overhead: int, max_tokens: int | None = None, max_rows: int | None = None, ways: int = 1
 ) -> list[list[int]]:
     """Split rows, sorted by length, into groups that each pad to their longest row, at the least cost.
 
     A group costs rows x longest tokens, plus ``overhead`` tokens for its own forward; a group of several rows holds
-    at most ``max_tokens`` padded tokens, any group at most ``max_rows`` rows. Exact but for ``max_rows``, by dynamic
-    programming over at most 64 distinct cuts.
+    at most ``max_tokens`` padded tokens, any group at most ``max_rows`` rows. A group that is dealt out to ``ways``
+    workers counts with the rows of one of them. Exact but for ``max_rows``, by dynamic programming over at most 64
+    distinct cuts.
     """
     order = sorted(range(len(lengths)), key=lambda row: lengths[row])
     cuts = _cuts([lengths[row] for row in order])
@@ -40,7 +41,7 @@ def length_groups(
     for end in range(1, len(cuts)):
         options = []
         for start in range(end):
-            rows, longest = cuts[end] - cuts[start], lengths[order[cuts[end] - 1]]
+            rows, longest = -(-(cuts[end] - cuts[start]) // ways), lengths[order[cuts[end] - 1]]
             if max_tokens is None or rows * longest <= max_tokens or start == end - 1:
                 options.append((best[start][0] + overhead + rows * longest, start))
         best.append(min(options))
@@ -49,7 +50,7 @@ def length_groups(
         start = best[end][1]
         groups.append(order[cuts[start] : cuts[end]])
         end = start
-    return [piece for group in reversed(groups) for piece in _chunks(group, lengths, max_tokens, max_rows)]
+    return [piece for group in reversed(groups) for piece in _chunks(group, lengths, max_tokens, max_rows, ways)]
 
 
 def _cuts(sorted_lengths: list[int]) -> list[int]:
@@ -59,9 +60,11 @@ def _cuts(sorted_lengths: list[int]) -> list[int]:
     return [0, *changes[step - 1 :: step], len(sorted_lengths)]
 
 
-def _chunks(group: list[int], lengths: Sequence[int], max_tokens: int | None, max_rows: int | None) -> list[list[int]]:
+def _chunks(
+    group: list[int], lengths: Sequence[int], max_tokens: int | None, max_rows: int | None, ways: int
+) -> list[list[int]]:
     """A group that is still too large (many rows of one length) is cut into equal pieces."""
     longest = max((lengths[row] for row in group), default=1)
     most = len(group) if max_tokens is None else max(1, max_tokens // max(1, longest))
-    most = most if max_rows is None else min(most, max_rows)
+    most = ways * (most if max_rows is None else min(most, max_rows))
     return [group[start : start + most] for start in range(0, len(group), most)]

@@ -25,7 +25,7 @@ from typing import Any
 from orchestrator.errors import JobFailed
 from orchestrator.search.population import Copy, Population
 from orchestrator.space import TrialSpec
-from orchestrator.tuning.report import Copied, EvaluationJob, Report
+from orchestrator.tuning.report import Begun, Copied, EvaluationJob, Report
 
 PATIENCE_S = 60.0  # the longest wait for a decision or for a trial to start
 IMPATIENCE_S = 0.5  # the same, once a wait has run out
@@ -50,6 +50,14 @@ class Orders:
     stop: bool = False
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a worker is: the node's id, and Ray's placement group."""
+
+    node: str
+    placement_group: Any
+
+
 @dataclass
 class Entry:
     """A trial as the broker knows it."""
@@ -59,9 +67,12 @@ class Entry:
     worker: str | None = None
     checkpoint: bytes | None = None
     copied: Copied | None = None  # since the last report
+    own_score: float | None = None
+    has_copied: bool = False
     reports: asyncio.Queue[Report] = field(default_factory=asyncio.Queue)
+    submitted: int = 1  # how often; only the trainable that came last gets reports
     released: bool = False
-    undecided: bool = False  # a report is with Tune, which has not yet said whether to go on
+    undecided: Report | None = None  # is with Tune, which has not yet said whether to go on
 
 
 @dataclass
@@ -82,9 +93,11 @@ class Broker:
         self.total = total
         self.in_turn = in_turn
         self.population = population
-        self.checkpoints: dict[str, bytes] = {}
+        self.begun: dict[str, Begun] = {}
         self.trials: dict[str, Entry] = {}
         self.workers: dict[str, Worker] = {}
+        self.lost: dict[str, Any] = {}
+        self.places: dict[str, Place] = {}
         self.jobs: dict[int, EvaluationJob] = {}
         self.taken: dict[int, tuple[str, EvaluationJob]] = {}
         self.results: dict[int, dict[str, float]] = {}
@@ -98,16 +111,32 @@ class Broker:
     # Trials
 
     async def submit(self, trial: str, number: int, config: dict[str, Any]) -> None:
-        """A trial that wants a slot. Submitting again (a restarted trainable) goes on from the newest checkpoint."""
-        if trial not in self.trials:
-            self.trials[trial] = Entry(number, TrialSpec.from_config(config), checkpoint=self.checkpoints.get(trial))
+        """A trial that wants a slot.
+
+        Submitting again (a trainable that was lost with its node and started anew) changes nothing for the trial; the
+        report that Tune never answered is handed out once more.
+        """
+        if entry := self.trials.get(trial):
+            entry.submitted += 1
+            if entry.undecided and entry.reports.empty():
+                entry.reports.put_nowait(entry.undecided)
+        else:
+            begun = self.begun.get(trial) or Begun(TrialSpec.from_config(config))
+            self.trials[trial] = Entry(
+                number, begun.spec, None, begun.checkpoint, begun.copied, begun.own_score, begun.has_copied
+            )
         await self._notify()
 
     async def next_report(self, trial: str) -> Report | None:
         """The trial's next evaluation, None when it was stopped. Raises JobFailed once the search can't go on."""
         entry = self.trials[trial]
+        asker = entry.submitted
         async with self._changed:
-            await self._changed.wait_for(lambda: not entry.reports.empty() or entry.released or self._over)
+            await self._changed.wait_for(
+                lambda: not entry.reports.empty() or entry.released or self._over or entry.submitted != asker
+            )
+        if entry.submitted != asker:
+            return None
         if not entry.reports.empty():
             return entry.reports.get_nowait()
         if entry.released:
@@ -117,7 +146,7 @@ class Broker:
     async def decide(self, trial: str, goes_on: bool) -> None:
         """Tune has seen the newest report (or lost the trial): the trial goes on, or its slot is free at once."""
         if entry := self.trials.get(trial):
-            entry.undecided = False
+            entry.undecided = None
             entry.released = not goes_on
         if entry and entry.released and entry.worker and trial in (worker := self.workers[entry.worker]).seated:
             worker.seated.remove(trial)
@@ -132,16 +161,40 @@ class Broker:
 
     # Workers
 
-    async def join(self, worker: str, capacity: int, info: Any = None) -> None:
+    async def join(self, worker: str, capacity: int, info: Any = None, place: Place | None = None) -> None:
         """A worker with free slots. If it was here before, its trials wait again, from their checkpoints."""
+        self._vacate(worker)
         self.workers[worker] = Worker(capacity)
+        self.lost.pop(worker, None)
         self.base_model = info
+        if place is not None:
+            self.places[worker] = place
+        await self._notify()
+
+    async def leave(self, worker: str, controller: Any = None) -> None:
+        """A worker was lost. Its trials wait for a slot anywhere, from their checkpoints; it may join again.
+
+        ``controller`` is whoever tries to start it again; ``lost_controllers`` tells.
+        """
+        self._vacate(worker)
+        self.workers.pop(worker, None)
+        self.lost[worker] = controller
+        await self._notify()
+
+    async def worker_places(self) -> dict[str, Place]:
+        """Where each worker is, or was last."""
+        return dict(self.places)
+
+    async def lost_controllers(self) -> dict[str, Any]:
+        """Workers that left and have not come back, and who tries to start them again."""
+        return dict(self.lost)
+
+    def _vacate(self, worker: str) -> None:
         for entry in self.trials.values():
             if entry.worker == worker:
                 entry.worker = None
         for number in [number for number, (taker, _) in self.taken.items() if taker == worker]:
             self.jobs[number] = self.taken.pop(number)[1]
-        await self._notify()
 
     async def next_orders(
         self, name: str, reports: Sequence[Report] = (), evaluated: Sequence[tuple[int, dict[str, float]]] = ()
@@ -151,27 +204,35 @@ class Broker:
             if self.taken.pop(number, None):
                 self.results[number] = metrics
         await self._notify()
-        worker = self.workers[name]
-        reports = sorted(reports, key=lambda report: self.trials[report.trial].number)
-        for place, report in enumerate(reports, start=1):
-            if self.workers[name] is worker:
-                await self._deliver(replace(report, pending=len(reports) - place), worker)
-        if self.population and self.workers[name] is worker:
-            specs = [(report, self.trials[report.trial].spec) for report in reports]
-            for copy in self.population.copies(specs, list(worker.seated)):
-                self._copy(copy, worker)
+        worker = self.workers.get(name)
+        if worker is None:
+            return Orders(stop=True)  # it was taken for lost, and its trials sit elsewhere
+        await self._take(name, worker, reports)
         while True:
             await self._trials_to_come(worker)
-            # Whoever joined again has died in between: nobody hears the answer to its call, and seats would be lost.
-            if self._over or self.workers[name] is not worker:
+            if self._gone(name, worker):
                 return Orders(stop=True)
             self._assign(name, worker)
             if self.jobs or worker.seated:
                 return self._orders(name, worker)
             async with self._changed:
-                await self._changed.wait_for(
-                    lambda: self.jobs or self._waiting() or self._over or self.workers[name] is not worker
-                )
+                await self._changed.wait_for(lambda: self.jobs or self._waiting() or self._gone(name, worker))
+
+    def _gone(self, name: str, worker: Worker) -> bool:
+        """Who was lost or joined again has died in between: nobody hears the answer to its call, and seats would be
+        lost. So it is once the search is over."""
+        return self._over or self.workers.get(name) is not worker
+
+    async def _take(self, name: str, worker: Worker, reports: Sequence[Report]) -> None:
+        """A round's reports, one after another, and what a population makes of them."""
+        reports = sorted(reports, key=lambda report: self.trials[report.trial].number)
+        for place, report in enumerate(reports, start=1):
+            if not self._gone(name, worker):
+                await self._deliver(replace(report, pending=len(reports) - place), worker)
+        if self.population and not self._gone(name, worker):
+            specs = [(report, self.trials[report.trial].spec) for report in reports]
+            for copy in self.population.copies(specs, list(worker.seated)):
+                self._copy(copy, worker)
 
     def _orders(self, name: str, worker: Worker) -> Orders:
         """An evaluation if one is asked for, since somebody waits for it; else a round."""
@@ -190,17 +251,27 @@ class Broker:
         entry = self.trials[report.trial]
         if entry.released:
             return
-        report, entry.copied = replace(report, copied=entry.copied), None
-        entry.checkpoint = report.checkpoint
+        report = self._kept(entry, report)
         if report.ending and entry.worker:
             seats = self.workers[entry.worker]
             seats.seated = [trial for trial in seats.seated if trial != report.trial]
         entry.reports.put_nowait(report)
-        entry.undecided = True
+        entry.undecided = report
         await self._notify()
-        await self._until(lambda: not entry.undecided)
+        await self._until(lambda: entry.undecided is None)
         if self.in_turn:
             await self._until(lambda: self._all_came(worker))
+
+    @staticmethod
+    def _kept(entry: Entry, report: Report) -> Report:
+        """Keep what the report says of its trial, and add what only the broker knows."""
+        entry.has_copied = entry.has_copied or entry.copied is not None
+        if not entry.has_copied:
+            entry.own_score = None if report.ending == "diverged" else report.score
+        worker = entry.worker or ""
+        report, entry.copied = replace(report, copied=entry.copied, own_score=entry.own_score, worker=worker), None
+        entry.checkpoint = report.checkpoint
+        return report
 
     def _copy(self, copy: Copy, worker: Worker) -> None:
         """Seat a trial anew, as another was: the worker hears that it leaves and that it comes."""
@@ -229,10 +300,11 @@ class Broker:
 
     # Driver
 
-    async def expect(self, total: int, checkpoints: dict[str, bytes]) -> None:
-        """A search that goes on: so many trials are left, some of them from a checkpoint."""
+    async def expect(self, total: int, begun: dict[str, Begun], population: Population | None = None) -> None:
+        """A search that goes on: so many trials are left, some of them under way; what the population knows."""
         self.total = total
-        self.checkpoints = checkpoints
+        self.begun = begun
+        self.population = population or self.population
         await self._notify()
 
     async def evaluation(self, job: EvaluationJob) -> dict[str, float]:
@@ -269,7 +341,7 @@ class Broker:
         return self.finished or self.failure is not None
 
     def _end(self) -> JobFailed:
-        return JobFailed(*self.failure.args) if self.failure else JobFailed("the search has ended")
+        return type(self.failure)(*self.failure.args) if self.failure else JobFailed("the search has ended")
 
     async def _notify(self) -> None:
         async with self._changed:

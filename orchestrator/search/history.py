@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,8 @@ class History:
     checkpoints: dict[str, bytes] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)
     """Trials that begin again because their checkpoint can't be read, and why."""
+    checkpoint_at: Callable[[str, int], bytes] = lambda trial, step: b""
+    """A trial's checkpoint at a step that it was compared at, empty where there is none; kept for populations."""
 
     @property
     def reports(self) -> list[Report]:
@@ -42,12 +44,29 @@ class History:
         """The newest reported step of each trial that has reported."""
         return {report.trial: report.step for report in self.reports}
 
+    def configs(self) -> dict[str, dict[str, Any]]:
+        """The configuration that each trial started with."""
+        return {event.trial: event.config for event in self.events if isinstance(event, Started)}
+
+    def first_specs(self) -> dict[str, TrialSpec]:
+        """The same as specs."""
+        return {trial: TrialSpec.from_config(config) for trial, config in self.configs().items()}
+
+    def specs(self) -> dict[str, TrialSpec]:
+        """What each trial is by now: it may have copied others."""
+        copied = {report.trial: report.copied.spec for report in self.reports if report.copied}
+        return self.first_specs() | copied
+
+    def own_scores(self) -> dict[str, float | None]:
+        """The own score of each trial that has reported."""
+        return {report.trial: report.own_score for report in self.reports}
+
     def found(self, name: str) -> Found | None:
         return next((event for event in self.events if isinstance(event, Found) and event.name == name), None)
 
     def without(self, lost: Mapping[str, str]) -> History:
         """The same search with some trials not begun."""
-        kept = [event for event in self.events if trial_of(event) not in lost]
+        kept = [event for event in self.events if isinstance(event, Started) or trial_of(event) not in lost]
         return replace(self, events=kept, lost=dict(lost))
 
     def tell(self, listener: Listener) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from orchestrator.errors import BadInput
@@ -19,25 +20,34 @@ from orchestrator.tuning.checkpoint import TrialState
 
 
 class Journal:
-    """Writes one search's events; one process at a time. Raises OSError when the disk does not take them."""
+    """Writes one search's events; one process at a time. Raises OSError when the disk does not take them.
 
-    def __init__(self, folder: SearchFolder, history: History) -> None:
+    Checkpoints at multiples of ``kept_every`` steps stay, for a population to copy.
+    """
+
+    def __init__(self, folder: SearchFolder, history: History, kept_every: int | None = None) -> None:
         self._folder = folder
         self._end = history.length
-        self._kept = {trial: folder.checkpoint(trial, step) for trial, step in history.steps().items()}
+        self._newest = history.steps()
+        self._kept_every = kept_every
 
     def append(self, events: Sequence[Event], spent_s: float) -> None:
         """Add a batch: whole, or not at all when this raises."""
-        newest = {event.report.trial: event.report for event in events if isinstance(event, Reported)}
-        for report in newest.values():
-            write_whole(self._folder.checkpoint(report.trial, report.step), report.checkpoint)
+        reports = [event.report for event in events if isinstance(event, Reported)]
+        newest = {report.trial: report.step for report in reports}
+        for report in reports:
+            if newest[report.trial] == report.step or self._stays(report.step):
+                write_whole(self._folder.checkpoint(report.trial, report.step), report.checkpoint)
         line = json.dumps({"spent_s": round(spent_s, 3), "events": [to_document(event) for event in events]})
         self._write(line.encode() + b"\n")
-        for report in newest.values():
-            file = self._folder.checkpoint(report.trial, report.step)
-            if (former := self._kept.get(report.trial, file)) != file:
-                former.unlink(missing_ok=True)
-            self._kept[report.trial] = file
+        for trial, step in newest.items():
+            former = self._newest.get(trial, step)
+            if former != step and not self._stays(former):
+                self._folder.checkpoint(trial, former).unlink(missing_ok=True)
+            self._newest[trial] = step
+
+    def _stays(self, step: int) -> bool:
+        return self._kept_every is not None and step % self._kept_every == 0
 
     def _write(self, line: bytes) -> None:
         with self._folder.journal.open("r+b" if self._end else "wb") as stream:
@@ -58,12 +68,23 @@ def read_history(folder: SearchFolder) -> History:
     broken = {}
     for trial, step in history.steps().items():
         try:
-            data = folder.checkpoint(trial, step).read_bytes()
-            TrialState.from_bytes(data)
-            history.checkpoints[trial] = data
+            history.checkpoints[trial] = _read_checkpoint(folder, trial, step)
         except (OSError, BadInput) as error:
             broken[trial] = str(error)
-    return history.without(broken)
+
+    def checkpoint_at(trial: str, step: int) -> bytes:
+        try:
+            return _read_checkpoint(folder, trial, step)
+        except (OSError, BadInput):
+            return b""  # it is copied by nobody, which is all that it was kept for
+
+    return replace(history.without(broken), checkpoint_at=checkpoint_at)
+
+
+def _read_checkpoint(folder: SearchFolder, trial: str, step: int) -> bytes:
+    data = folder.checkpoint(trial, step).read_bytes()
+    TrialState.from_bytes(data)
+    return data
 
 
 def read_events(folder: SearchFolder) -> History:

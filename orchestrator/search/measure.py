@@ -1,6 +1,8 @@
 """Real steps and evaluations of a job, in a process of its own that ends with them: what a worker would take.
 
 Memory is measured at the largest that the space and the rows allow, time on trials and rows as the search has them.
+Of a group one worker's share of the rows is measured, without the others; what sharding would leave on other workers
+is counted off.
 """
 
 from __future__ import annotations
@@ -18,13 +20,13 @@ from typing import Any
 
 import torch
 
-from orchestrator.backbone import default_device, load_backbone, set_threads
+from orchestrator.backbone import bytes_elsewhere, default_device, load_backbone, set_threads
 from orchestrator.base_model import resolve_model
 from orchestrator.data.encoding import Encoded
 from orchestrator.errors import TRACEBACK, JobFailed, OrchestratorError
 from orchestrator.search.forecast import Pace
 from orchestrator.search.placement import Placement
-from orchestrator.search.prepare import Prepared
+from orchestrator.search.prepare import Prepared, likely_trials
 from orchestrator.space import TrialSpec
 from orchestrator.tuning import evaluate as evaluation
 from orchestrator.tuning.engine import Engine, Task
@@ -110,15 +112,18 @@ def _measure(prepared: Prepared, placement: Placement, started: float) -> Measur
     idle = memory.start_over()
     bench = Bench(prepared, placement, backbone)
     cuts = bench.largest()
-    peak = memory.peak()
+    peak = max(memory.peak(), idle)
+    weights = sum(tensor.nbytes for tensor in backbone.model.state_dict(keep_vars=True).values())
+    sharded = prepared.job.resources.sharding != "none"
+    elsewhere = bytes_elsewhere(backbone.model, placement.workers_per_group) if sharded else 0
     return Measured(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         pace=bench.pace(),
         bare_row_s=bench.bare_row(),
         load_s=load_s,
-        weights=sum(tensor.nbytes for tensor in backbone.model.state_dict(keep_vars=True).values()),
-        idle=idle,
-        peak=max(peak, idle),
+        weights=weights - elsewhere,
+        idle=max(0, idle - elsewhere),
+        peak=max(0, peak - elsewhere),
         room=memory.room(),
         cuts=cuts,
     )
@@ -130,20 +135,24 @@ class Bench:
     def __init__(self, prepared: Prepared, placement: Placement, backbone: Any) -> None:
         self._prepared = prepared
         self._slots = placement.trials_per_worker
+        self._together = placement.workers_per_group
+        train = prepared.job.train
+        self._train = train.model_copy(update={"batch_size": -(-train.batch_size // self._together)})
         self._backbone = backbone
         self._task = prepared.task
+        self._trials = likely_trials(prepared)
         whole = prepared.task.splits["validation"]
         sample = spread(range(len(whole)), ROWS, key=lambda row: whole.lengths[row])
-        self._scale = len(whole) / len(sample)
+        self._scale = len(whole) / len(sample) / self._together
         self._sampled = self._with(validation=cut(whole, sample))
 
     def largest(self) -> tuple[str, ...]:
         """One step and one evaluation of full slots, the longest prompts and the longest rows; what had to be cut."""
         train, validation = (self._task.splits[name] for name in ("train", "validation"))
-        rows = by_length(train)[: self._prepared.job.train.batch_size]
+        rows = by_length(train)[: self._prepared.job.train.batch_size : self._together]
         fits = max(1, evaluation.forward_tokens(self._backbone) // (max(validation.lengths) * self._slots))
         task = self._with(train=cut(train, rows), validation=cut(validation, by_length(validation)[:fits]))
-        trial = max(self._prepared.trials, key=lambda trial: trial.num_virtual_tokens)
+        trial = max(self._trials, key=lambda trial: trial.num_virtual_tokens)
         engine = self._engine(task, [trial] * self._slots)
         seated = list(engine.slots.values())
         engine.step(seated)
@@ -151,7 +160,7 @@ class Bench:
 
     def pace(self) -> Pace:
         """Seconds of a step and of a whole evaluation, of one trial and of as many as there are slots."""
-        typical = spread(self._prepared.trials, self._slots, key=lambda trial: trial.num_virtual_tokens)
+        typical = spread(self._trials, self._slots, key=lambda trial: trial.num_virtual_tokens)
         filled = (typical * self._slots)[: self._slots]
         packed = self._seconds(filled)
         alone = packed if self._slots == 1 else self._seconds([filled[len(filled) // 2]])
@@ -168,11 +177,11 @@ class Bench:
     def bare_row(self) -> float:
         engine = self._engine(self._sampled, [])
         seconds = timed(lambda: engine.evaluate(EvaluationJob("validation")), 1)
-        return seconds / len(self._sampled.splits["validation"])
+        return seconds / len(self._sampled.splits["validation"]) / self._together
 
     def _engine(self, task: Task, trials: Sequence[TrialSpec]) -> Engine:
         job = self._prepared.job
-        engine = Engine(self._backbone, task, job.train, job.search, max(1, len(trials)))
+        engine = Engine(self._backbone, task, self._train, job.search, max(1, len(trials)))
         for place, trial in enumerate(trials):
             engine.seat(f"t{place}", trial)
         return engine

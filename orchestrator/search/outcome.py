@@ -28,6 +28,8 @@ class TrialRecord:
     checkpoint: bytes | None = None
     curve: list[float] = field(default_factory=list)
     copied: list[Copied] = field(default_factory=list)
+    workers: list[str] = field(default_factory=list)
+    """Worker groups that trained it, in their order: more than one where one was lost."""
 
     @property
     def inherited(self) -> bool:
@@ -43,7 +45,7 @@ class TrialRecord:
             ]
         return {
             "id": self.id, "status": self.status, "config": self.spec.config(), "steps": self.step,
-            "best_step": self.best_step, "metrics": self.metrics, **note,
+            "best_step": self.best_step, "metrics": self.metrics, "workers": self.workers, **note,
         }  # fmt: skip
 
 
@@ -64,6 +66,8 @@ class Outcome:
         record = self.records[trial]
         record.step, record.best_step, record.metrics = report.step, report.best_step, report.best_metrics
         record.checkpoint = report.checkpoint
+        if report.worker and report.worker not in record.workers[-1:]:
+            record.workers.append(report.worker)
         if report.copied is not None:
             record.spec = report.copied.spec
             record.copied.append(report.copied)

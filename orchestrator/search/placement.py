@@ -22,13 +22,15 @@ class Node:
 
 @dataclass(frozen=True)
 class Placement:
-    """``workers`` groups; each worker asks for ``cpus`` and ``gpus``, uses ``threads`` and seats so many trials."""
+    """``workers`` groups of ``workers_per_group``; each worker asks for ``cpus`` and ``gpus`` and uses ``threads``. A
+    group seats ``trials_per_worker`` trials, on all of its workers."""
 
     workers: int
     cpus: int
     gpus: float
     threads: int
     trials_per_worker: int
+    workers_per_group: int = 1
 
     def worker_resources(self) -> dict[str, float]:
         """What a worker asks Ray for: a little less than its CPUs, so that the relays of its trials fit beside it."""
@@ -39,33 +41,41 @@ class Placement:
     def slots(self) -> int:
         return self.workers * self.trials_per_worker
 
+    @property
+    def processes(self) -> int:
+        """Workers of all groups."""
+        return self.workers * self.workers_per_group
+
 
 def place(resources: ResourcesSpec, nodes: list[Node], trials: int) -> Placement:
     """The placement of a search of so many trials. BadInput when the cluster can't hold its workers all at once.
 
     Without accelerators one worker takes a whole node's threads but asks for a CPU less than the node has, which is
-    what else runs there.
+    what else runs there. The workers of a group may lie on several nodes.
     """
     gpus = _gpus(resources, nodes)
     able = [node for node in nodes if node.gpus >= gpus and node.cpus >= 1]
-    workers = _workers(resources, able, gpus)
-    seats = _seats(able, workers, gpus)
+    workers, together = _workers(resources, able, gpus), resources.workers_per_group
+    seats = _seats(able, workers * together, gpus)
     if resources.cpus_per_worker == "auto":
         cpus = max(1, int(min(((node.cpus - 1) // count for node, count in seats), default=1)))
         threads = max(1, int(min((node.cpus // count for node, count in seats), default=1)))
     else:
         cpus = threads = resources.cpus_per_worker
-    if sum(_room(node, cpus, gpus) for node in able) < workers:
+    if sum(_room(node, cpus, gpus) for node in able) < workers * together:
+        groups = f" in {_count(workers, 'group')}" if together > 1 else ""
         raise BadInput(
-            f"resources: {_count(workers, 'worker')} of {_count(cpus, 'CPU')} and {_count(gpus, 'GPU')} each; there "
-            f"{'is' if len(nodes) == 1 else 'are'} {_count(len(nodes), 'node')}, the largest with "
+            f"resources: {_count(workers * together, 'worker')}{groups} of {_count(cpus, 'CPU')} and "
+            f"{_count(gpus, 'GPU')} each; there {'is' if len(nodes) == 1 else 'are'} {_count(len(nodes), 'node')}, "
+            "the largest with "
             f"{max((node.cpus for node in nodes), default=0):g} CPUs and "
             f"{max((node.gpus for node in nodes), default=0):g} GPUs",
-            "lower resources.workers, resources.cpus_per_worker or resources.gpus_per_worker, or use a larger cluster",
+            f"lower resources.workers, {'resources.workers_per_group, ' if together > 1 else ''}"
+            "resources.cpus_per_worker or resources.gpus_per_worker, or use a larger cluster",
         )
     asked = resources.trials_per_worker
     slots = min(GPU_SLOTS if gpus else CPU_SLOTS, -(-trials // workers)) if asked == "auto" else asked
-    return Placement(workers, cpus, gpus, threads, slots)
+    return Placement(workers, cpus, gpus, threads, slots, together)
 
 
 def _gpus(resources: ResourcesSpec, nodes: list[Node]) -> float:
@@ -77,7 +87,7 @@ def _gpus(resources: ResourcesSpec, nodes: list[Node]) -> float:
 def _workers(resources: ResourcesSpec, able: list[Node], gpus: float) -> int:
     if resources.workers != "auto":
         return resources.workers
-    return max(1, sum(_times(gpus, node.gpus) for node in able)) if gpus else 1
+    return max(1, sum(_times(gpus, node.gpus) for node in able) // resources.workers_per_group) if gpus else 1
 
 
 def _seats(able: list[Node], workers: int, gpus: float) -> list[tuple[Node, int]]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from orchestrator.data.encoding import Encoded
@@ -12,13 +12,12 @@ from orchestrator.search.forecast import Forecast, forecast
 from orchestrator.search.measure import Measured, measure
 from orchestrator.search.placement import Node, Placement
 from orchestrator.search.prepare import EVALUATED, Prepared
+from orchestrator.search.rehearsal import REPORT_S, Rehearsal, rehearse
 from orchestrator.spec import JobSpec
 
-# Measured on two idle cores, and in them alone: what a search does besides loading, steps and evaluations.
-RAY_S = 4.0  # start of Ray on this machine; nothing where a cluster is up
-WORKERS_S = 8.0  # processes of Train and Tune up to the worker's own start
+# Measured on two idle cores, and in them alone.
+WORKERS_S = 8.0  # processes of Train and Tune up to the worker's own start, where no rehearsal shows it
 END_S = 2.0  # registering
-REPORT_S = 0.03  # a report's way to Tune and back
 FULL = 0.9  # of a device's memory; beyond, fragments and neighbours decide
 
 
@@ -72,37 +71,52 @@ class Plan:
         }  # fmt: skip
 
 
-def make_plan(prepared: Prepared, placement: Placement, nodes: Sequence[Node]) -> Plan:
-    """Measure the job and estimate. JobFailed when it can't be measured."""
-    return estimate(prepared, placement, measure(prepared, placement), len(nodes))
+def make_plan(
+    prepared: Prepared, placement: Placement, nodes: Sequence[Node], before_s: float, storage: Path | None
+) -> Plan:
+    """Measure the job and estimate. JobFailed when it can't be measured.
+
+    ``before_s`` is what came before, from the program's start to a Ray that is up. The search's start is rehearsed in
+    that Ray, which may write to ``storage``; without one it is not.
+    """
+    rehearsal = None if storage is None else rehearse(prepared, placement, storage)
+    return estimate(prepared, placement, measure(prepared, placement), len(nodes), before_s, rehearsal)
 
 
-def estimate(prepared: Prepared, placement: Placement, measured: Measured, nodes: int = 1) -> Plan:
+def estimate(
+    prepared: Prepared,
+    placement: Placement,
+    measured: Measured,
+    nodes: int = 1,
+    before_s: float = 0.0,
+    rehearsal: Rehearsal | None = None,
+) -> Plan:
     """The plan that follows from what was measured; the workers are spread evenly over so many ``nodes``."""
-    job, trials = prepared.job, len(prepared.trials)
+    rehearsal = rehearsal or Rehearsal(WORKERS_S + measured.load_s, REPORT_S)
+    job, trials = prepared.job, prepared.total
     found = forecast(
-        job.search, job.train, trials, placement.workers, placement.trials_per_worker, measured.pace, REPORT_S
+        job.search, job.train, trials, placement.workers, placement.trials_per_worker, measured.pace, rehearsal.report_s
     )
-    seconds = _seconds(prepared, measured, found)
+    seconds = _seconds(prepared, measured, found, before_s + rehearsal.start_s)
     held = sum(seconds[part] for part in ("baselines", "search", "test"))
     return Plan(
         placement, trials, trials * job.train.steps, found, measured, seconds,
-        device_hours(placement, held), _warnings(job, placement, measured, -(-placement.workers // nodes)),
+        device_hours(placement, held), _warnings(job, placement, measured, -(-placement.processes // nodes)),
     )  # fmt: skip
 
 
 def device_hours(placement: Placement, seconds: float) -> float:
     """Hours of all accelerators, or of all workers where there are none."""
-    return placement.workers * (placement.gpus or 1.0) * seconds / 3600
+    return placement.processes * (placement.gpus or 1.0) * seconds / 3600
 
 
-def _seconds(prepared: Prepared, measured: Measured, found: Forecast) -> dict[str, float]:
+def _seconds(prepared: Prepared, measured: Measured, found: Forecast, startup: float) -> dict[str, float]:
     splits, registry = prepared.task.splits, prepared.job.registry
     rows = sum(_rows(splits, name) for name in EVALUATED) * (1 + len(prepared.instructions))
     tuned = measured.pace.evaluation_alone * _rows(splits, "test") / _rows(splits, "validation")
     limit = prepared.job.search.stop.minutes
     parts = {
-        "startup": RAY_S + WORKERS_S + measured.load_s,
+        "startup": startup,
         "baselines": rows * measured.bare_row_s,
         "search": found.seconds if limit is None else min(found.seconds, 60 * limit),
         "test": tuned * max(1, registry.register_top),
@@ -127,13 +141,12 @@ def _warnings(job: JobSpec, placement: Placement, measured: Measured, together: 
             f"{what} {need / 1e9:.1f} GB of {measured.room / 1e9:.1f} GB: lower resources.trials_per_worker or "
             "train.batch_size, or set train.micro_batch_size"
         )
+    if placement.workers_per_group > 1:
+        sent = "gradients and every block's weights" if job.resources.sharding == "fsdp" else "gradients"
+        found.append(
+            f"one worker's share of a group of {placement.workers_per_group} was measured by itself: the time in which "
+            f"they exchange {sent} comes on top"
+        )
     if job.train.patience is not None or job.search.stop.metric is not None:
         found.append("train.patience and search.stop.metric are not counted on: they may end the search earlier")
     return tuple(found)
-
-
-def this_machine() -> list[Node]:
-    """What a Ray that is started here would have."""
-    import torch
-
-    return [Node(float(os.cpu_count() or 1), float(torch.cuda.device_count()))]

@@ -61,13 +61,18 @@ class Population:
         """Take a round's reports and the trials' specs; answer with what the ``staying`` trials copy."""
         steps = {}
         for report, spec in reports:
-            if report.step % self._every == 0 and report.metrics:
+            if self.compares(report):
                 steps[report.trial] = report.step
-                self._add(report, spec)
-        found = [self._copy(trial, steps[trial]) for trial in staying if trial in steps]
+                self.add(report, spec)
+        found = [self.copy(trial, steps[trial]) for trial in staying if trial in steps]
         return [copy for copy in found if copy is not None]
 
-    def _add(self, report: Report, spec: TrialSpec) -> None:
+    def compares(self, report: Report) -> bool:
+        """Whether trials are compared at this report."""
+        return report.step % self._every == 0 and bool(report.metrics)
+
+    def add(self, report: Report, spec: TrialSpec) -> None:
+        """A trial's comparison, as ``spec``; with its checkpoint, or it is never copied."""
         rank = (self._sign * report.score, -report.best_metrics["loss"])
         members = [one for one in self._members[report.step] if one.trial != report.trial]
         members.append(Member(report.trial, spec, rank, report.checkpoint))
@@ -76,13 +81,15 @@ class Population:
         good = members[: self._most_good]
         self._members[report.step] = [*good, *(replace(one, checkpoint=b"") for one in members[self._most_good :])]
 
-    def _copy(self, trial: str, step: int) -> Copy | None:
-        """By score, not by the newest metric: a trial's result is its best evaluation, and a copy must not lose it."""
+    def copy(self, trial: str, step: int) -> Copy | None:
+        """What a trial that was compared at ``step`` copies, if anything.
+
+        By score, not by the newest metric: a trial's result is its best evaluation, and a copy must not lose it."""
         members = self._members[step]
         part = min(-(-len(members) // QUARTER), len(members) // 2)
         place = next(place for place, member in enumerate(members) if member.trial == trial)
         rng = random.Random(f"{self._seed} {trial} {step}")
-        better = [member for member in members[:part] if member.rank > members[place].rank]
+        better = [one for one in members[:part] if one.rank > members[place].rank and one.checkpoint]
         if place < len(members) - part or not better:
             return None
         source = rng.choice(better)

@@ -18,7 +18,7 @@ from orchestrator.errors import BadInput
 from orchestrator.peft_folder import is_peft, read_peft
 from orchestrator.prompts import Method
 from orchestrator.quickstart import quickstart_model
-from orchestrator.space import TrialSpec, init_artifacts, init_texts, longest, trial_count, trials
+from orchestrator.space import TrialSpec, draw, init_artifacts, init_texts, longest, trial_count, trials
 from orchestrator.spec import QUICKSTART, DataSpec, JobSpec
 from orchestrator.tuning.engine import Task
 from orchestrator.tuning.generate import Decoding
@@ -71,6 +71,12 @@ def prepare(job: JobSpec, artifacts: Mapping[str, Path] | None = None) -> Prepar
         _prepare_generation(job, task, rows, source)
     known, total = trials(job.search), trial_count(job.search)
     return Prepared(found_anywhere(job, source), known, total, source, rows, task, instructions, making_s)
+
+
+def likely_trials(prepared: Prepared) -> list[TrialSpec]:
+    """The search's trials; where they are proposed while it runs, as many draws from its space."""
+    search = prepared.job.search
+    return prepared.trials or draw(search.space, prepared.total, search.seed)
 
 
 def _method(job: JobSpec, encoder: Encoder) -> Method:

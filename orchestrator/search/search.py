@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util import remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.base_model import BaseModelInfo
-from orchestrator.errors import JobFailed, OrchestratorError
+from orchestrator.errors import JobFailed, OrchestratorError, SearchLost
 from orchestrator.search.broker import Broker
 from orchestrator.search.cluster_session import nodes
 from orchestrator.search.history import History
@@ -53,15 +55,22 @@ class Running:
         info: BaseModelInfo = self._ask(self.broker.ready.remote())
         return info
 
+    def nodes(self) -> dict[str, str]:
+        """The id of the node that each worker is on, or was on last."""
+        return {worker: place.node for worker, place in self._ask(self.broker.worker_places.remote()).items()}
+
     def study(self, listeners: Sequence[Listener], history: History) -> Outcome:
         """Run every trial that is not over yet; raises JobFailed when the workers are lost for good."""
         named = [(trial_id(number), spec) for number, spec in enumerate(self.prepared.trials)]
         outcome = Outcome(self.prepared.job.search, named)
         history.tell(outcome)
-        run_study(
-            self.prepared.job, self.prepared.trials, self.broker, self.placement.slots, self.storage,
-            [outcome, *listeners], history,
-        )  # fmt: skip
+        try:
+            run_study(
+                self.prepared.job, self.prepared.trials, self.broker, self.placement.slots, self.storage,
+                [outcome, *listeners], history,
+            )  # fmt: skip
+        except ray.exceptions.RayActorError as error:
+            raise _broker_lost(error) from None
         self.ready()
         return outcome
 
@@ -81,6 +90,8 @@ class Running:
             cause = getattr(error, "cause", None)
             if isinstance(cause, OrchestratorError):
                 raise cause from None
+            if isinstance(error, ray.exceptions.RayActorError):
+                raise _broker_lost(error) from None
             raise JobFailed(f"the search's broker failed: {first_line(error)}", SEE_LOG) from None
 
 
@@ -116,21 +127,47 @@ def running(prepared: Prepared, placement: Placement, storage: Path) -> Iterator
 def start_broker(job: JobSpec) -> Any:
     """The broker's actor, for the job's searcher and scheduler."""
     population = Population(job) if job.search.scheduler == "pbt" else None
-    remote = ray.remote(num_cpus=0, max_concurrency=1000)(Broker).remote
+    # Beside the driver, so that the search outlives every other node.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    remote = ray.remote(num_cpus=0, max_concurrency=1000, scheduling_strategy=here)(Broker).remote
     return remote(trial_count(job.search), in_turn=job.search.searcher == "optuna", population=population)
 
 
 def _stop(broker: Any, groups: list[WorkerGroup], patience: float) -> None:
     broker.finish.remote()
     deadline = time.monotonic() + patience
-    for group in groups:
+    gone = _give_up_lost(broker, groups)
+    for group in (group for group in groups if group.worker not in gone):
         group.join(max(0.0, deadline - time.monotonic()))
-    if not any(group.is_alive() for group in groups):
+    if not any(group.is_alive() for group in groups if group.worker not in gone):
         ray.kill(broker)  # else the workers still have to hear that it is over; it goes with them
+
+
+def _give_up_lost(broker: Any, groups: list[WorkerGroup]) -> set[str]:
+    """End those who still wait for room to start a lost worker again; the workers that it is about.
+
+    Also free what a controller held that died itself: Ray would see to that only where its dashboard runs.
+    """
+    try:
+        lost, places = ray.get([broker.lost_controllers.remote(), broker.worker_places.remote()], timeout=HURRY_S)
+    except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
+        return set()
+    for controller in filter(None, lost.values()):
+        ray.kill(controller)
+    for group in groups:
+        if isinstance(group.error, ray.exceptions.RayActorError) and group.worker in places:
+            remove_placement_group(places[group.worker].placement_group)
+    return set(lost)
+
+
+def _broker_lost(error: Exception) -> SearchLost:
+    return SearchLost(f"the search's broker was lost: {first_line(error)}", SEE_LOG)
 
 
 def worker_failure(error: Exception) -> JobFailed:
     """What went wrong in a worker, without the layers that Ray wrapped around it."""
+    if isinstance(error, ray.exceptions.RayActorError):
+        return SearchLost(f"whoever started the workers was lost: {first_line(error)}", SEE_LOG)
     causes: dict[int, Exception] = getattr(error, "worker_failures", {})
     cause: BaseException = next(iter(causes.values()), error)
     text = str(getattr(cause, "cause", None) or cause).strip()

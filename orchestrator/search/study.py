@@ -6,7 +6,6 @@ relays reports. It imports no torch and holds no model.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,13 +14,14 @@ from typing import Any, Protocol
 
 import ray
 from ray import tune
-from ray.tune import Callback, CheckpointConfig, RunConfig, Stopper, TuneConfig
+from ray.tune import Callback, CheckpointConfig, FailureConfig, RunConfig, Stopper, TuneConfig
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Searcher
 
 from orchestrator.errors import JobFailed
 from orchestrator.search.history import History
 from orchestrator.search.placement import TRIAL_CPUS
+from orchestrator.search.replay import replayed, under_way
 from orchestrator.search.tpe import Proposer
 from orchestrator.space import TrialSpec
 from orchestrator.spec import JobSpec
@@ -29,7 +29,8 @@ from orchestrator.tuning.report import BROKEN, Report
 
 STEP = "step"  # the schedulers' clock: Tune's own iteration count starts over after a restore
 SCORE = "score"  # the best validation metric so far
-OWN = "own_score"  # the same as long as the trial has copied no other; None once it has diverged
+OWN = "own_score"  # see Report
+RESTARTS = 3  # of a relay that was lost with its node
 STOPPED = {STEP: 0, SCORE: 0.0, OWN: None, "report": None, "done": True, "lost": False}  # the last of a stopped trial
 LOST = {**STOPPED, "lost": True}  # the same, once the search can't go on
 
@@ -65,8 +66,6 @@ class RelayTrial(tune.Trainable):
 
     def _submit(self, config: dict[str, Any]) -> None:
         self._trial = trial_id(config["trial"]["number"])
-        self._copied = False
-        self._own: float | None = None
         ray.get(self._broker.submit.remote(self._trial, config["trial"]["number"], config["trial"]["config"]))
 
     def step(self) -> dict[str, Any]:
@@ -76,10 +75,7 @@ class RelayTrial(tune.Trainable):
             return LOST
         if report is None:
             return STOPPED
-        self._copied = self._copied or report.copied is not None
-        if not self._copied:
-            self._own = None if report.ending == "diverged" else report.score
-        found = {STEP: report.step, SCORE: report.score, OWN: self._own}
+        found = {STEP: report.step, SCORE: report.score, OWN: report.own_score}
         return {**STOPPED, **found, "report": report, "done": report.ending is not None}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -92,30 +88,30 @@ class RelayTrial(tune.Trainable):
 class _Proposals(Searcher):
     """Asks for a trial whenever Tune has a free slot, and passes on what became of it."""
 
-    def __init__(self, proposer: Proposer) -> None:
+    def __init__(self, proposer: Proposer, begun: Mapping[str, TrialSpec]) -> None:
         super().__init__(metric=SCORE)
         self._proposer = proposer
+        self._begun = {trial_number(name): spec for name, spec in begun.items()}
         self._numbers: dict[str, int] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
-        spec = self._proposer.propose()
+        """Trials under way come first where a search goes on."""
+        number = next(iter(self._begun), self._proposer.proposed)
+        spec = self._begun.pop(number, None) or self._proposer.propose()
         if spec is None:
             finished: str = Searcher.FINISHED
             return finished
-        self._numbers[trial_id] = len(self._numbers)
-        return {"trial": {"number": self._numbers[trial_id], "config": spec.config()}}
+        self._numbers[trial_id] = number
+        return {"trial": {"number": number, "config": spec.config()}}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         self._proposer.learn(self._numbers[trial_id], None if error or result is None else result[OWN])
 
     def save(self, checkpoint_path: str) -> None:
-        state = {"numbers": self._numbers, "proposer": self._proposer.to_json()}
-        Path(checkpoint_path).write_text(json.dumps(state), encoding="utf-8")
+        """The search's own journal is what a resumption starts from."""
 
     def restore(self, checkpoint_path: str) -> None:
-        state = json.loads(Path(checkpoint_path).read_text(encoding="utf-8"))
-        self._numbers = state["numbers"]
-        self._proposer.load_json(state["proposer"])
+        """See ``save``."""
 
 
 class _Relay(Callback):
@@ -225,13 +221,12 @@ def proposes(job: JobSpec) -> bool:
     return job.search.searcher == "optuna"
 
 
-def _source(job: JobSpec, trials: Mapping[str, TrialSpec]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _source(proposer: Proposer | None, trials: Mapping[str, TrialSpec]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Where Tune takes trials from: its parameter space for a list, or its options for a searcher."""
-    if not proposes(job):
+    if proposer is None:
         listed = [{"number": trial_number(name), "config": spec.config()} for name, spec in trials.items()]
         return {"trial": tune.grid_search(listed)}, {}
-    proposer = Proposer(job.search)
-    return {}, {"search_alg": _Proposals(proposer), "num_samples": proposer.total}
+    return {}, {"search_alg": _Proposals(proposer, trials), "num_samples": len(trials) + proposer.left}
 
 
 @dataclass(frozen=True)
@@ -332,6 +327,10 @@ def run_study(
     """
     targets = _Targets(job, history.spent_s)
     names = {trial_id(number): spec for number, spec in enumerate(trials)}
+    proposer = Proposer(job.search) if proposes(job) else None
+    if proposer:
+        numbered = {trial_number(name): config for name, config in history.configs().items()}
+        names = {trial_id(number): spec for number, spec in enumerate(proposer.replay(numbered))}
     relay = _Relay(broker, listeners, targets, history.remaining(names))
     decides, over = scheduler(job), {}
     if history.events:
@@ -340,16 +339,23 @@ def run_study(
     left = [name for name in history.remaining(names) if name not in over]
     for name in history.remaining(over):  # its last report was kept, and what was decided of it not
         relay.ended(over[name])
-    if not proposes(job):
-        begun = {name: history.checkpoints[name] for name in left if name in history.steps()}
-        ray.get(broker.expect.remote(len(left), begun))
-    if (left or proposes(job)) and not targets.stop_all():
-        _tune(job, {name: names[name] for name in left}, broker, slots, storage, targets, relay, decides)
+    total = len(left)
+    if proposer:
+        for name, score in history.own_scores().items():
+            if name not in left:
+                proposer.learn(trial_number(name), score)
+        total += proposer.left
+    population, copies = replayed(job, history, left)
+    begun = {name: under_way(history, name, copies.get(name)) for name in left if name in history.steps()}
+    ray.get(broker.expect.remote(total, begun, population))
+    if total and not targets.stop_all():
+        _tune(job, proposer, {name: names[name] for name in left}, broker, slots, storage, targets, relay, decides)
     relay.end()
 
 
 def _tune(
     job: JobSpec,
+    proposer: Proposer | None,
     trials: Mapping[str, TrialSpec],
     broker: Any,
     slots: int,
@@ -358,7 +364,7 @@ def _tune(
     relay: _Relay,
     decides: TrialScheduler,
 ) -> None:
-    listed, proposed = _source(job, trials)
+    listed, proposed = _source(proposer, trials)
     trainable = tune.with_resources(
         tune.with_parameters(RelayTrial, broker=broker), tune.PlacementGroupFactory([{"CPU": TRIAL_CPUS}])
     )
@@ -371,6 +377,7 @@ def _tune(
             storage_path=str(storage),
             stop=targets,
             callbacks=[relay],
+            failure_config=FailureConfig(max_failures=RESTARTS),
             checkpoint_config=CheckpointConfig(checkpoint_at_end=False),
             verbose=0,
         ),

@@ -7,8 +7,8 @@ is seeded anew each time, so that a history that was written down goes on as it 
 
 from __future__ import annotations
 
-import json
 import random
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.space import TrialSpec, dimensions, draw, trial_at, trial_count
@@ -65,18 +65,25 @@ class Proposer:
         worst = -WORST if self._search.better == "max" else WORST
         self._study.tell(self._trials[number], worst if score is None else score)
 
-    def to_json(self) -> str:
-        """The trials so far and their scores."""
-        history = [spec.config() for spec in self._specs]
-        return json.dumps({"trials": history, "scores": list(self._scores.items())})
+    def replay(self, configs: Mapping[int, dict[str, Any]]) -> list[TrialSpec]:
+        """Take the trials of a search that goes on, by number; only before the first proposal. Returns all that are
+        proposed now: one that was proposed and never started is proposed anew."""
+        for number in range(max(configs, default=-1) + 1):
+            if number in configs:
+                self._take(TrialSpec.from_config(configs[number]))
+            else:
+                self.propose()
+        return list(self._specs)
 
-    def load_json(self, text: str) -> None:
-        """Go on where ``to_json`` was written; only before the first proposal."""
-        history = json.loads(text)
-        for config in history["trials"]:
-            self._take(TrialSpec.from_config(config))
-        for number, score in history["scores"]:
-            self.learn(number, score)
+    @property
+    def proposed(self) -> int:
+        """How many trials were proposed."""
+        return len(self._specs)
+
+    @property
+    def left(self) -> int:
+        """How many may still be."""
+        return self.total - self.proposed
 
     def _take(self, spec: TrialSpec) -> TrialSpec:
         """Make ``spec`` the next trial, whoever thought of it."""

@@ -1,20 +1,28 @@
 """The Ray Train worker: loads and freezes the backbone once, then trains whatever trials the broker seats. The only
-importer of ray.train."""
+importer of ray.train.
+
+The workers of a group do the same at the same time; the first of them talks to the broker for all.
+"""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from orchestrator.errors import JobFailed, OrchestratorError
+from orchestrator.search.broker import Orders, Place
 from orchestrator.search.placement import Placement
 from orchestrator.spec import JobSpec
+from orchestrator.tuning.group import PATIENCE
 
 RESTARTS = 3  # of a worker that dies; its trials go on from their newest checkpoints
 
@@ -33,27 +41,55 @@ class WorkerConfig:
 def train_loop(config: dict[str, Any]) -> None:
     """Runs in the worker process until the broker says stop."""
     told: WorkerConfig = config["worker"]
-    try:
-        engine = load_engine(told)
-    except Exception as error:  # whatever it is, it would be the same in a new process
-        ray.get(told.broker.fail.remote(load_failure(told.job.base_model.id, error)))
+    engine = load_engine(told)
+    if engine is None:
         return
     backbone = engine.backbone
     digest = backbone.digest()
-    ray.get(told.broker.join.remote(told.name, engine.capacity, backbone.info))
+    if engine.group.leads:
+        join(engine, told)
     serve_orders(engine, told)
     if backbone.digest() != digest:
         raise RuntimeError("the backbone changed during the search; its results are void")
 
 
 def load_engine(told: WorkerConfig) -> Any:
-    from orchestrator.backbone import default_device, load_backbone, set_threads
+    """The engine on its backbone, or None once the broker knows why a worker of the group can't load it."""
+    from orchestrator.backbone import check_exact, default_device, read_backbone, set_threads
     from orchestrator.base_model import resolve_model
     from orchestrator.tuning.engine import Engine
+    from orchestrator.tuning.group import joined_group
 
     set_threads(told.placement.threads)
-    backbone = load_backbone(resolve_model(told.job.base_model), default_device(), told.job.base_model.dtype)
-    return Engine(backbone, ray.get(told.task), told.job.train, told.job.search, told.placement.trials_per_worker)
+    job, device = told.job, default_device()
+    sharded = job.resources.sharding == "fsdp"
+    group = joined_group(device, in_step=sharded)
+
+    def read() -> Any:
+        announce = group.agree if sharded else None
+        return read_backbone(resolve_model(job.base_model), device, job.base_model.dtype, announce)
+
+    def ready(backbone: Any) -> Any:
+        check_exact(backbone)
+        slots = told.placement.trials_per_worker
+        return Engine(backbone, ray.get(told.task), job.train, job.search, slots, group=group)
+
+    backbone = _by_all(group, told, read)
+    return None if backbone is None else _by_all(group, told, partial(ready, backbone))
+
+
+def _by_all(group: Any, told: WorkerConfig, work: Callable[[], Any]) -> Any:
+    """What ``work`` makes, or None on every worker where one of them failed: what comes next needs all of them."""
+    made, failure = None, None
+    try:
+        made = work()
+    except Exception as error:  # whatever it is, it would be the same in a new process
+        failure = load_failure(told.job.base_model.id, error)
+    failures = [one for one in group.gathered(failure) if one is not None]
+    if not failures:
+        return made
+    ray.get(told.broker.fail.remote(failures[0]))
+    return None
 
 
 def load_failure(model: str, error: Exception) -> JobFailed:
@@ -67,11 +103,11 @@ def load_failure(model: str, error: Exception) -> JobFailed:
 
 
 def serve_orders(engine: Any, told: WorkerConfig) -> None:
-    """Fetch orders, carry them out, bring back what came of them."""
+    """Fetch orders, carry them out, bring back what came of them. In a group the first worker does so for all."""
     reports: list[Any] = []
     evaluated: list[tuple[int, dict[str, float]]] = []
     while True:
-        orders = ray.get(told.broker.next_orders.remote(told.name, reports, evaluated))
+        orders = engine.group.led(partial(next_orders, told, reports, evaluated))
         if orders.stop:
             return
         for trial in orders.free:
@@ -82,26 +118,59 @@ def serve_orders(engine: Any, told: WorkerConfig) -> None:
         reports = [] if orders.evaluate else engine.round()
 
 
+class TellBroker(UserCallback):
+    """Runs beside Train's controller: the broker hears at once that a worker was lost, so that its trials go on
+    elsewhere while Train looks for room to start it again."""
+
+    def __init__(self, worker: str, broker: Any) -> None:
+        self._worker = worker
+        self._broker = broker
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        self._broker.leave.remote(self._worker, ray.get_runtime_context().current_actor)
+
+
+def join(engine: Any, told: WorkerConfig) -> None:
+    place = Place(ray.get_runtime_context().get_node_id(), ray.util.get_current_placement_group())
+    with suppress(ray.exceptions.RayActorError):  # the next call sees to it
+        ray.get(told.broker.join.remote(told.name, engine.capacity, engine.backbone.info, place))
+
+
+def next_orders(told: WorkerConfig, reports: list[Any], evaluated: list[tuple[int, dict[str, float]]]) -> Any:
+    try:
+        return ray.get(told.broker.next_orders.remote(told.name, reports, evaluated))
+    except ray.exceptions.RayActorError:
+        return Orders(stop=True)  # the broker is gone: whoever goes on with the search starts workers of its own
+
+
+def torch_config(placement: Placement) -> TorchConfig:
+    """Gradients go from accelerator to accelerator where there are any. A group waits for its orders without end."""
+    backend = "nccl" if placement.gpus and placement.workers_per_group > 1 else "gloo"
+    return TorchConfig(backend=backend, timeout_s=int(PATIENCE.total_seconds()))
+
+
 class WorkerGroup(threading.Thread):
     """One TorchTrainer, run in a thread of the driver. ``error`` is what ended it, if anything went wrong."""
 
     def __init__(self, config: WorkerConfig, storage: Path, on_error: Any) -> None:
         super().__init__(name=f"worker-group-{config.name}", daemon=True)
+        self.worker = config.name
         self.error: Exception | None = None
         self._on_error = on_error
         self._trainer = TorchTrainer(
             train_loop,
             train_loop_config={"worker": config},
             scaling_config=ScalingConfig(
-                num_workers=1,
+                num_workers=config.placement.workers_per_group,
                 use_gpu=config.placement.gpus > 0,
                 resources_per_worker=config.placement.worker_resources(),
             ),
-            torch_config=TorchConfig(backend="gloo"),
+            torch_config=torch_config(config.placement),
             run_config=RunConfig(
                 name=f"worker-{config.name}",
                 storage_path=str(storage),
                 failure_config=FailureConfig(max_failures=RESTARTS),
+                callbacks=[TellBroker(config.name, config.broker)],
             ),
         )
 

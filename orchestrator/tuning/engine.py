@@ -26,6 +26,7 @@ from orchestrator.spec import SearchSpec, TrainSpec
 from orchestrator.tuning.checkpoint import TrialState, restore_prompt
 from orchestrator.tuning.evaluate import evaluate
 from orchestrator.tuning.generate import Decoding
+from orchestrator.tuning.group import Group
 from orchestrator.tuning.report import Ending, EvaluationJob, Report
 from orchestrator.tuning.room import NoRoom, Room, needs_room
 from orchestrator.tuning.step import Limits, packed_gradients
@@ -97,7 +98,8 @@ class Slot:
 
 
 class Engine:
-    """Trains up to ``capacity`` trials at once on one backbone."""
+    """Trains up to ``capacity`` trials at once on one backbone; the workers of a ``group`` do so together, each asked
+    for the same."""
 
     def __init__(
         self,
@@ -107,12 +109,14 @@ class Engine:
         search: SearchSpec,
         capacity: int,
         limits: Limits = Limits(),
+        group: Group = Group(),
     ) -> None:
         self.backbone = backbone
         self.task = task
         self.train = train
         self.search = search
         self.capacity = capacity
+        self.group = group
         self.limits = replace(limits, max_rows=train.micro_batch_size) if train.micro_batch_size else limits
         self.slots: dict[str, Slot] = {}
         self._training = Room(self.limits.max_tokens)
@@ -184,7 +188,13 @@ class Engine:
         def of(places: Sequence[int]) -> list[dict[str, float]]:
             chosen = None if prompts is None else [prompts[place] for place in places]
             task, tokens = self.task, self._evaluation.tokens
-            return evaluate(self.backbone, chosen, split, task.encoder, task.decoding, tokens, confusion)
+            try:
+                return evaluate(
+                    self.backbone, chosen, split, task.encoder, task.decoding, tokens, self.group, confusion
+                )
+            except NoRoom:
+                self.backbone.give_up_forward()
+                raise
 
         return self._evaluation.each(1 if prompts is None else len(prompts), of)
 
@@ -220,25 +230,33 @@ class Engine:
 
     def _gradients(self, slots: Sequence[Slot], rows: Sequence[Sequence[int]]) -> list[float]:
         """Losses of the slots' rows, with the gradients left on their parameters; NoRoom leaves none."""
-        split, limits = self.task.splits["train"], replace(self.limits, max_tokens=self._training.tokens)
+        parameters = [param for slot in slots for param in slot.prompt.parameters()]
         try:
-            with self._dropout(slots[0]):
-                with needs_room():
-                    prompts = [slot.prompt() for slot in slots]
-                return packed_gradients(self.backbone, prompts, rows, split, limits, self.train.loss_reduction)
+            return self.group.summed(parameters, len(slots), lambda: self._own_gradients(slots, rows))
         except NoRoom:
             for slot in slots:
                 slot.prompt.zero_grad()  # of forwards that came before the one that failed
+            self.backbone.give_up_forward()
             raise
+
+    def _own_gradients(self, slots: Sequence[Slot], rows: Sequence[Sequence[int]]) -> list[float]:
+        """This worker's part of the slots' losses and gradients."""
+        split, limits = self.task.splits["train"], replace(self.limits, max_tokens=self._training.tokens)
+        reduction = self.train.loss_reduction
+        with self._dropout(slots[0]):
+            with needs_room():
+                prompts = [slot.prompt() for slot in slots]
+            return packed_gradients(self.backbone, prompts, rows, split, limits, reduction, self.group)
 
     @contextmanager
     def _dropout(self, first: Slot) -> Iterator[None]:
-        """The frozen model's own dropout, where the spec asks for it; drawn anew from seed and step, so that a resumed
-        trial goes on as it would have."""
+        """The frozen model's own dropout, where the spec asks for it; drawn anew from seed, step and worker, so that a
+        resumed trial goes on as it would have."""
         if not self.train.frozen_dropout:
             yield
             return
-        with seeded(hash((first.spec.seed, first.step)) % 2**32):
+        place = (first.spec.seed, first.step) + ((self.group.rank,) if self.group.rank else ())
+        with seeded(hash(place) % 2**32):
             self.backbone.model.train()
             try:
                 yield
@@ -277,7 +295,7 @@ class Engine:
             best_step=slot.best_step,
             best_metrics=slot.best_metrics,
             score=slot.best_metrics.get(self.search.metric, WORST[self.search.better]),
-            checkpoint=slot.state().to_bytes(),
+            checkpoint=slot.state().to_bytes() if self.group.leads else b"",
             ending=self._ending(slot),
             note=slot.no_room or self._room_notes(),
         )

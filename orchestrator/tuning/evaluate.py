@@ -18,6 +18,7 @@ from orchestrator.backbone import Backbone, PreparedPrompts, PromptTensors
 from orchestrator.data.encoding import Encoded, Encoder
 from orchestrator.scoring import answer_scores, answer_tokens, target_log_probs
 from orchestrator.tuning.generate import Decoding, generated_metrics
+from orchestrator.tuning.group import Group
 from orchestrator.tuning.report import CONFUSION
 from orchestrator.tuning.room import needs_room
 
@@ -37,6 +38,16 @@ class Tally:
     answered: Counter[tuple[int, int]] = field(default_factory=Counter)
     """Rows by (true label, answered label)."""
 
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(
+            self.rows + other.rows,
+            self.ranked + other.ranked,
+            self.exact + other.exact,
+            self.nll + other.nll,
+            self.tokens + other.tokens,
+            self.answered + other.answered,
+        )
+
     def metrics(self, ranking: bool, confusion: bool = False) -> dict[str, float]:
         accuracy = {"accuracy": self.ranked / self.rows} if ranking else {}
         counts = {f"{CONFUSION}{true}/{said}": float(rows) for (true, said), rows in self.answered.items()}
@@ -52,27 +63,52 @@ def evaluate(
     encoder: Encoder,
     decoding: Decoding | None = None,
     max_tokens: int | None = None,
+    group: Group = Group(),
     confusion: bool = False,
 ) -> list[dict[str, float]]:
     """Metrics of each prompt on all rows; ``None`` evaluates the model without a prompt, as one entry.
 
     ``decoding``: also generate, and add the metrics of the texts; the split then has references. ``max_tokens``: padded
     tokens of a forward at most, by default what suits the device. ``confusion``: as in ``EvaluationJob``. Raises NoRoom
-    when memory runs out.
+    when memory runs out. The workers of a
+    ``group`` share each forward's rows, and all get the metrics of all rows.
     """
+    most = max_tokens or forward_tokens(backbone)
+    prepared, tallies = group.together(lambda: _own_tallies(backbone, prompts, split, encoder, most, group))
+    parts = group.gathered(tallies)
+    found = [
+        sum(of_prompt[1:], of_prompt[0]).metrics(bool(encoder.answers), confusion)
+        for of_prompt in zip(*parts, strict=True)
+    ]
+    if decoding is None:
+        return found
+    texts = generated_metrics(backbone, prepared, split, encoder, decoding, max_tokens, group)
+    return [{**metrics, **of_texts} for metrics, of_texts in zip(found, texts, strict=True)]
+
+
+def _own_tallies(
+    backbone: Backbone,
+    prompts: Sequence[Tensor | PromptTensors] | None,
+    split: Encoded,
+    encoder: Encoder,
+    max_tokens: int,
+    group: Group,
+) -> tuple[PreparedPrompts | None, list[Tally]]:
+    """The prompts made ready, and each one's tally over this worker's rows."""
     count = 1 if prompts is None else len(prompts)
     with needs_room():
         prepared = None if prompts is None else backbone.prepare(prompts)
     tallies = [Tally() for _ in range(count)]
-    for rows, owner in _forwards(split, count, max_tokens or forward_tokens(backbone)):
+    for places in _forwards(split, max_tokens // count, group.size):
+        own = group.share(places)
+        each = own or places[:1]  # all workers run as many forwards
+        rows, owner = [row for _ in range(count) for row in each], [prompt for prompt in range(count) for _ in each]
         tokens = len(rows) * max(split.lengths[row] for row in rows)
-        with needs_room(tokens, divisible=len(rows) > count):
-            _score(backbone, prepared, split, encoder, rows, owner, tallies)
-    found = [tally.metrics(bool(encoder.answers), confusion) for tally in tallies]
-    if decoding is None:
-        return found
-    texts = generated_metrics(backbone, prepared, split, encoder, decoding, max_tokens)
-    return [{**metrics, **of_texts} for metrics, of_texts in zip(found, texts, strict=True)]
+        with needs_room(tokens, divisible=len(each) > 1):
+            judged = _judge(backbone, prepared, split, encoder, rows, owner)
+        if own:
+            _tally(judged, split, rows, owner, tallies)
+    return prepared, tallies
 
 
 def forward_tokens(backbone: Backbone) -> int:
@@ -80,31 +116,32 @@ def forward_tokens(backbone: Backbone) -> int:
     return min(MAX_TOKENS, CPU_TOKENS) if backbone.device.type == "cpu" else MAX_TOKENS
 
 
-def _forwards(split: Encoded, count: int, max_tokens: int) -> Iterator[tuple[list[int], list[int]]]:
-    """(rows, prompt of each row), by length, each forward within ``max_tokens`` padded tokens, or with one row for each
-    prompt; every prompt meets every row."""
+def _forwards(split: Encoded, max_tokens: int, ways: int) -> Iterator[list[int]]:
+    """Rows by length, each forward within ``max_tokens`` padded tokens or one row, for each of the ``ways`` workers
+    that share it."""
     order = sorted(range(len(split)), key=lambda row: split.lengths[row], reverse=True)
     start = 0
     while start < len(order):
-        longest = split.lengths[order[start]]
-        rows = order[start : start + max(1, max_tokens // (longest * count))]
+        rows = order[start : start + ways * max(1, max_tokens // split.lengths[order[start]])]
         start += len(rows)
-        yield [row for _ in range(count) for row in rows], [prompt for prompt in range(count) for _ in rows]
+        yield rows
 
 
-def _score(
+def _judge(
     backbone: Backbone,
     prompts: PreparedPrompts | None,
     split: Encoded,
     encoder: Encoder,
     rows: list[int],
     owner: list[int],
-    tallies: list[Tally],
-) -> None:
+) -> Judged:
     judge = _by_answers if encoder.answers and backbone.continues else _by_target
     if all(len(ids) == 1 for ids in encoder.scored_answers):
         judge = _by_target
-    judged = judge(backbone, prompts, split, encoder, rows, owner)
+    return judge(backbone, prompts, split, encoder, rows, owner)
+
+
+def _tally(judged: Judged, split: Encoded, rows: list[int], owner: list[int], tallies: list[Tally]) -> None:
     for place, (row, prompt) in enumerate(zip(rows, owner, strict=True)):
         tally = tallies[prompt]
         tally.rows += 1

@@ -13,6 +13,7 @@ import torch
 from orchestrator.backbone import Backbone, PreparedPrompts
 from orchestrator.data.encoding import Encoded, Encoder
 from orchestrator.decoding import decode, start
+from orchestrator.tuning.group import Group
 from orchestrator.tuning.room import needs_room
 from orchestrator.tuning.text_metrics import text_metrics
 
@@ -34,10 +35,11 @@ def generated_metrics(
     encoder: Encoder,
     decoding: Decoding,
     max_tokens: int | None = None,
+    group: Group = Group(),
 ) -> list[dict[str, float]]:
     """Text metrics of each of the K prompts on all rows; ``None`` is the model without a prompt, as one entry."""
-    texts = generate(backbone, prompts, split.inputs, encoder, decoding, max_tokens)
-    return [text_metrics(made, split.references) for made in texts]
+    texts = generate(backbone, prompts, split.inputs, encoder, decoding, max_tokens, group)
+    return group.led(lambda: [text_metrics(made, split.references) for made in texts])
 
 
 @torch.inference_mode()
@@ -48,24 +50,49 @@ def generate(
     encoder: Encoder,
     decoding: Decoding,
     max_tokens: int | None = None,
+    group: Group = Group(),
 ) -> list[list[str]]:
     """For each of the K prompts the text that it generates for each input, without special tokens, stripped.
 
-    ``max_tokens``: padded tokens of a batch at most, MAX_TOKENS unless given. Raises NoRoom when memory runs out.
+    ``max_tokens``: padded tokens of a batch at most, MAX_TOKENS unless given. Raises NoRoom when memory runs out. The
+    workers of a ``group`` share each batch's rows, and all get all texts.
     """
     assert encoder.end_id is not None  # a masked model generates nothing
     count = 1 if prompts is None else prompts.count
-    texts = [[""] * len(inputs) for _ in range(count)]
+    parts = group.gathered(
+        group.together(lambda: _own_texts(backbone, prompts, inputs, encoder, decoding, max_tokens, group))
+    )
+    made = {place: text for part in parts for place, text in part.items()}
+    return [[made[prompt, row] for row in range(len(inputs))] for prompt in range(count)]
+
+
+def _own_texts(
+    backbone: Backbone,
+    prompts: PreparedPrompts | None,
+    inputs: Sequence[Sequence[int]],
+    encoder: Encoder,
+    decoding: Decoding,
+    max_tokens: int | None,
+    group: Group,
+) -> dict[tuple[int, int], str]:
+    """The texts of this worker's rows, by prompt and row."""
+    texts: dict[tuple[int, int], str] = {}
+    count = 1 if prompts is None else prompts.count
     before = decoding.max_tokens + (0 if prompts is None else prompts.width)
     lengths, copies = [len(ids) + before for ids in inputs], count * decoding.num_beams
-    for rows in _batches(lengths, (MAX_TOKENS if max_tokens is None else max_tokens) // copies):
+    for batch in _batches(lengths, (MAX_TOKENS if max_tokens is None else max_tokens) // copies, group.size):
+        own = group.share(batch)
+        rows = own or batch[:1]  # all workers run as many forwards
         owner = [prompt for prompt in range(count) for _ in rows]
         tokens = copies * len(rows) * max(lengths[row] for row in rows)
         with needs_room(tokens, divisible=len(rows) > 1):
             state = start(backbone, prompts, [inputs[row] for row in rows] * count, owner)
-            made = decode(state, encoder.end_id, decoding.max_tokens, decoding.num_beams)
-        for prompt, row, ids in zip(owner, [*rows] * count, made, strict=True):
-            texts[prompt][row] = _text(encoder, ids)
+            made = group.decoded(
+                state, lambda state: decode(state, encoder.end_id or 0, decoding.max_tokens, decoding.num_beams)
+            )
+        if own:
+            places = zip(owner, [*rows] * count, strict=True)
+            texts.update(zip(places, (_text(encoder, ids) for ids in made), strict=True))
     return texts
 
 
@@ -75,11 +102,12 @@ def _text(encoder: Encoder, ids: Sequence[int]) -> str:
     return str(text).strip()
 
 
-def _batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Row numbers by length, longest first, each batch within ``max_tokens`` padded tokens or one row."""
+def _batches(lengths: Sequence[int], max_tokens: int, ways: int = 1) -> Iterator[list[int]]:
+    """Row numbers by length, longest first, each batch within ``max_tokens`` padded tokens or one row, for each of the
+    ``ways`` workers that share it."""
     order = sorted(range(len(lengths)), key=lambda row: lengths[row], reverse=True)
     start_at = 0
     while start_at < len(order):
-        rows = order[start_at : start_at + max(1, max_tokens // lengths[order[start_at]])]
+        rows = order[start_at : start_at + ways * max(1, max_tokens // lengths[order[start_at]])]
         start_at += len(rows)
         yield rows

@@ -43,7 +43,24 @@ class Report:
     note: str = ""
     """How memory that ran out was dealt with; empty where there was enough."""
     copied: Copied | None = None
+    own_score: float | None = None
+    """The score as long as the trial has copied no other, which is what its configuration was worth; None once it has
+    diverged. The broker keeps it."""
+    worker: str = field(default="", compare=False)
+    """The worker group that trained it. The broker adds it."""
     pending: int = field(default=0, compare=False)
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A trial under way, as a search goes on with it: what it is by now, its newest checkpoint if it has one, what it
+    takes over before its next report, and its own score so far."""
+
+    spec: TrialSpec
+    checkpoint: bytes | None = None
+    copied: Copied | None = None
+    own_score: float | None = None
+    has_copied: bool = False
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ class Room:
             except NoRoom as error:
                 # Nothing of the error may outlive this clause: its frames hold the tensors that are in the way.
                 tokens, divisible = error.tokens, error.divisible
-            _release()
+            release()
             if not self._shrink(tokens if divisible else None, len(places)):
                 found.append(None)
                 self._forget()
@@ -102,7 +102,8 @@ class Room:
         self.tokens, self.prompts, self.note = self._given, None, ""
 
 
-def _release() -> None:
+def release() -> None:
+    """Give back what nothing holds any more."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

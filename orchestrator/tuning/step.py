@@ -18,6 +18,7 @@ from orchestrator.backbone import Backbone, PreparedPrompts, PromptTensors
 from orchestrator.data.bucketing import length_groups
 from orchestrator.data.encoding import Encoded
 from orchestrator.scoring import target_log_probs
+from orchestrator.tuning.group import Group
 from orchestrator.tuning.room import needs_room
 
 Reduction = Literal["token_mean", "sum_per_row", "sum"]
@@ -66,12 +67,15 @@ def packed_gradients(
     split: Encoded,
     limits: Limits = Limits(),
     reduction: Reduction = "token_mean",
+    group: Group = Group(),
 ) -> list[float]:
     """Add each trial's gradient to what its prompt was computed from (``.grad``); returns the K losses.
 
     The prompts run once. Rows are grouped by length into forwards; each leaves its gradient on the prompts' keys and
     values, and one backward at the end carries the sum to the prompts. Raises NoRoom when memory runs out; gradients
     may then have been added to some of the prompts.
+
+    A worker of a ``group`` runs its share of each forward's rows, and gives its part of gradients and losses.
     """
     packed = pack(rows_of_trials, split, reduction)
     with needs_room():
@@ -79,25 +83,34 @@ def packed_gradients(
         leaf = prepared.leaf()
     losses = torch.zeros(len(prompts), device=backbone.device)
     lengths = [split.lengths[number] for number in packed.row]
-    for group in length_groups(lengths, limits.forward_overhead, limits.max_tokens, limits.max_rows):
-        tokens = len(group) * max(lengths[place] for place in group)
-        with needs_room(tokens, divisible=len(group) > 1):
-            _forward_backward(backbone, leaf, split, packed, group, losses)
+    cut = (limits.forward_overhead, limits.max_tokens, limits.max_rows)
+    for places in length_groups(lengths, *cut, ways=group.size):
+        # All workers run as many forwards, if need be with a row that is another's and counts nothing here.
+        own = group.share(places) or places[:1]
+        tokens = len(own) * max(lengths[place] for place in own)
+        with needs_room(tokens, divisible=len(own) > 1):
+            _forward_backward(backbone, leaf, split, packed, own, losses, counts=bool(group.share(places)))
     with needs_room():
         prepared.backward_from(leaf)
     return list(losses.tolist())
 
 
 def _forward_backward(
-    backbone: Backbone, leaf: PreparedPrompts, split: Encoded, packed: Packed, group: Sequence[int], losses: Tensor
+    backbone: Backbone,
+    leaf: PreparedPrompts,
+    split: Encoded,
+    packed: Packed,
+    places: Sequence[int],
+    losses: Tensor,
+    counts: bool,
 ) -> None:
-    """One forward of the rows at the places ``group``: gradients go to ``leaf``, losses are added to [K]."""
-    numbers = [packed.row[place] for place in group]
-    trial = [packed.trial[place] for place in group]
+    """One forward of the rows at ``places``: gradients go to ``leaf``, losses are added to [K], if it ``counts``."""
+    numbers = [packed.row[place] for place in places]
+    trial = [packed.trial[place] for place in places]
     logits, targets = backbone.teacher_forced(
         leaf, [split.inputs[n] for n in numbers], [split.targets[n] for n in numbers], trial
     )
-    weight = torch.tensor([packed.weight[place] for place in group], device=backbone.device)
+    weight = torch.tensor([packed.weight[place] * counts for place in places], device=backbone.device)
     row_losses = -target_log_probs(logits, targets).sum(1) * weight
     row_losses.sum().backward()
     losses.index_add_(0, torch.tensor(trial, device=backbone.device), row_losses.detach())

@@ -1,4 +1,4 @@
-"""``make bench``: every measurement of the tuning engine; tables on the screen, JSON in build/bench/."""
+"""``make bench``: the tuning engine and whole searches, measured; tables on the screen, JSON in build/bench/."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import orchestrator  # before torch, to which it says how OpenMP's threads wait
 
@@ -16,11 +17,24 @@ import orchestrator  # before torch, to which it says how OpenMP's threads wait
 import torch
 
 from orchestrator.backbone import default_device
-from tests.benchmarks import accelerator, evaluation, logs, overhead, packing, step
-from tests.benchmarks.measure import Line, table
+from tests.benchmarks import (
+    accelerator,
+    evaluation,
+    logs,
+    nodes,
+    overhead,
+    packing,
+    plans,
+    population,
+    search,
+    step,
+    trials,
+)
+from tests.benchmarks.measure import Line, Skipped, table
 from tests.benchmarks.subjects import TOY
 
 OUT = Path("build/bench")
+S = TypeVar("S")
 
 
 def _step(args: argparse.Namespace) -> list[Line]:
@@ -63,6 +77,37 @@ def _logging(args: argparse.Namespace) -> list[Line]:
     return [line for name, lines in parts.items() if args.only in name for line in lines(chosen)]
 
 
+def _search(args: argparse.Namespace) -> list[Line]:
+    setting = _of_size(args, search.SETTINGS)
+    setting = replace(setting, seeds=tuple(range(args.seeds))) if args.seeds else setting
+    return search.lines(setting, args.only)
+
+
+def _trials(args: argparse.Namespace) -> list[Line]:
+    return trials.lines(_of_size(args, trials.SETTINGS), args.only)
+
+
+def _nodes(args: argparse.Namespace) -> list[Line]:
+    return nodes.lines(_of_size(args, nodes.SETTINGS))
+
+
+def _plans(args: argparse.Namespace) -> list[Line]:
+    return plans.lines(_of_size(args, plans.SETTINGS), args.only)
+
+
+def _population(args: argparse.Namespace) -> list[Line]:
+    setting = _of_size(args, population.SETTINGS)
+    return population.lines(replace(setting, seeds=tuple(range(args.seeds))) if args.seeds else setting)
+
+
+def _of_size(args: argparse.Namespace, settings: dict[str, S]) -> S:
+    """The benchmark's setting: real, or small."""
+    name = "small" if args.toy else args.size or "real"
+    if name not in settings:
+        raise Skipped(f"--size {name} is none of {', '.join(settings)}")
+    return settings[name]
+
+
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Line]]] = {
     "step": _step,
     "packing": _packing,
@@ -70,6 +115,11 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Line]]] = {
     "evaluation": _evaluation,
     "accelerator": _accelerator,
     "logging": _logging,
+    "search": _search,
+    "trials": _trials,
+    "nodes": _nodes,
+    "plans": _plans,
+    "population": _population,
 }
 
 
@@ -83,7 +133,7 @@ def main(arguments: Sequence[str], out: Path = OUT) -> int:
         print(f"\n{name}")
         try:
             lines = BENCHMARKS[name](args)
-        except accelerator.Skipped as reason:
+        except Skipped as reason:
             print(f"skipped: {reason}")
             continue
         print("\n".join(table(lines)), flush=True)
@@ -113,13 +163,16 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--only",
         default="",
-        help="step: lines with this in their name; packing: speed or memory; logging: search or listing",
+        help="lines, sides or jobs with this in their name; also packing: speed, memory; logging: search, listing",
     )
-    made.add_argument("--size", help="one of the models 6x192, 6x512, 100M, 1B instead of the benchmark's own")
+    made.add_argument("--size", help="one of the models 6x192, 6x512, 100M, 1B; of whole searches: small or real")
+    made.add_argument("--seeds", type=int, default=0, help="search, population: so many seeds (default 3)")
     made.add_argument("--pairs", type=int, default=3, help="how often each side is measured, in turn (default 3)")
     made.add_argument("--threads", type=int, default=0, help="threads of torch (default: torch's own choice)")
     made.add_argument("--peak", type=float, help="the accelerator's peak in TFLOPS, where its name is unknown")
-    made.add_argument("--toy", action="store_true", help="toy size: seconds, to see that all of it runs")
+    made.add_argument(
+        "--toy", action="store_true", help="toy size: seconds (whole searches: minutes), to see that all of it runs"
+    )
     return made
 
 

@@ -15,7 +15,7 @@ from orchestrator.backbone import CausalBackbone
 from orchestrator.data.bucketing import length_groups
 from orchestrator.data.encoding import Encoded
 from orchestrator.tuning.step import Limits, packed_gradients
-from tests.benchmarks.measure import Line, compare
+from tests.benchmarks.measure import Line, Skipped, compare
 from tests.benchmarks.operations import Weights
 from tests.benchmarks.subjects import SIZES, batches, make_backbone, make_prompts, make_rows
 
@@ -27,10 +27,6 @@ LIMITS = Limits(max_tokens=32_768)
 PEAK_TFLOPS = {
     "H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0, "A10": 125.0,
 }  # fmt: skip
-
-
-class Skipped(Exception):
-    """Why a benchmark was not run."""
 
 
 @dataclass(frozen=True)

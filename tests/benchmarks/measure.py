@@ -14,6 +14,10 @@ from typing import Any
 import torch
 
 
+class Skipped(Exception):
+    """A benchmark can't run here; the message says why."""
+
+
 @dataclass(frozen=True)
 class Line:
     """One line of a benchmark's table: what was measured, the columns to show, and all that the JSON keeps besides."""

@@ -28,6 +28,18 @@ def test_groups_are_a_partition_within_the_limit(of: list[int], overhead: int, l
     assert [of[row] for group in groups for row in group] == sorted(of)
 
 
+@given(lengths, limits, st.none() | st.integers(1, 5), st.integers(2, 4))
+def test_limits_are_those_of_one_worker(of: list[int], limit: int | None, rows: int | None, ways: int) -> None:
+    """A group that is dealt out holds that many times more; no worker's share of it is beyond the limits."""
+    groups = length_groups(of, 32, limit, rows, ways)
+    assert sorted(itertools.chain(*groups)) == list(range(len(of)))
+    for group in groups:
+        for part in (group[place::ways] for place in range(ways)):
+            assert rows is None or len(part) <= rows
+            assert limit is None or len(part) <= 1 or len(part) * max(of[row] for row in part) <= limit
+    assert len(length_groups(of, 10_000, None, 1, ways)) >= -(-len(of) // ways)
+
+
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=7), st.integers(0, 30))
 @settings(deadline=None)
 def test_groups_cost_least(of: list[int], overhead: int) -> None:

@@ -346,8 +346,63 @@ def test_submitting_twice_is_safe() -> None:
         tasks = tune(broker, range(2))
         await broker.next_orders("w", [report(0), report(1)])
         await broker.submit("t0", 0, config(0))
+        tasks += tune(broker, range(1))
         assert not (await broker.next_orders("w", [report(0, 2), report(1, 2)])).seat
         assert broker.trials["t0"].checkpoint == b"0@2"
+        await ended(tasks)
+
+    run(test())
+
+
+def test_a_report_that_died_with_its_trainable_comes_again() -> None:
+    """It had been handed out and was never decided: the trainable that starts anew gets it, and only that one."""
+
+    async def test() -> None:
+        broker = await broker_with(1)
+        await broker.join("w", 1)
+        await broker.next_orders("w")
+        orders = asyncio.ensure_future(broker.next_orders("w", [report(0)]))
+        assert (await broker.next_report("t0")) is not None
+        await broker.submit("t0", 0, config(0))
+        again = await broker.next_report("t0")
+        assert again is not None and again.step == 1
+        await broker.decide("t0", True)
+        assert not (await orders).seat
+        stale = asyncio.ensure_future(broker.next_report("t0"))
+        await let_run()
+        await broker.submit("t0", 0, config(0))
+        assert await stale is None
+        tasks = tune(broker, range(1))
+        await broker.next_orders("w", [report(0, 2)])
+        assert broker.trials["t0"].undecided is None
+        await ended(tasks)
+
+    run(test())
+
+
+def test_trials_of_a_lost_worker_go_on_in_another() -> None:
+    """Who left is told to stop should it still ask; its trials sit elsewhere from their checkpoints, and its evaluation
+    is done elsewhere."""
+
+    async def test() -> None:
+        broker = await broker_with(2)
+        await broker.join("lost", 1)
+        await broker.next_orders("lost")
+        tasks = tune(broker, range(2))
+        await broker.next_orders("lost", [report(0)])
+        job = asyncio.ensure_future(broker.evaluation(EvaluationJob("test")))
+        await let_run()
+        assert (await broker.next_orders("lost", [report(0, 2)])).evaluate
+        await broker.leave("lost", "whoever starts it")
+        assert await broker.lost_controllers() == {"lost": "whoever starts it"}
+        assert (await broker.next_orders("lost", [report(0, 3)])).stop
+        await broker.join("other", 2)
+        ((number, _),) = (await broker.next_orders("other")).evaluate
+        seats = (await broker.next_orders("other", [], [(number, {"loss": 1.0})])).seat
+        assert {seat.trial: seat.checkpoint for seat in seats} == {"t0": b"0@2", "t1": None}
+        assert await job == {"loss": 1.0}
+        await broker.join("lost", 1)
+        assert await broker.lost_controllers() == {}
         await ended(tasks)
 
     run(test())

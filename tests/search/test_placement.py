@@ -47,6 +47,16 @@ def test_explicit_values_hold() -> None:
     assert place(ResourcesSpec(gpus_per_worker=0), [Node(8, 2)], 12).gpus == 0
 
 
+def test_a_group_is_several_workers() -> None:
+    """Each with CPUs and GPUs of its own, on one node or on several; the group has the slots of one worker."""
+    two = ResourcesSpec(workers_per_group=2)
+    assert place(two, [Node(8)], 12) == Placement(1, 3, 0, 4, CPU_SLOTS, workers_per_group=2)
+    assert place(two, [Node(16, 4)], 64) == Placement(2, 3, 1, 4, GPU_SLOTS, workers_per_group=2)
+    apart = place(two, [Node(16, 1), Node(16, 1)], 64)
+    assert apart == Placement(1, 15, 1, 16, GPU_SLOTS, workers_per_group=2)
+    assert (apart.slots, apart.processes) == (GPU_SLOTS, 2)
+
+
 @pytest.mark.parametrize("trials", [1, 4, 1000])
 def test_the_relays_fit_beside_the_worker(trials: int) -> None:
     """A worker that takes a whole node leaves room for its trials: Ray would wait for ever otherwise."""
@@ -63,6 +73,8 @@ def test_the_relays_fit_beside_the_worker(trials: int) -> None:
         (ResourcesSpec(gpus_per_worker=2), [Node(8, 1), Node(8, 1)], "2 GPUs"),
         (ResourcesSpec(workers=3, gpus_per_worker=0.5), [Node(8, 1)], "3 workers"),
         (ResourcesSpec(), [], "there are 0 nodes"),
+        (ResourcesSpec(workers_per_group=2), [Node(1)], "2 workers in 1 group of 1 CPU"),
+        (ResourcesSpec(workers=2, workers_per_group=2), [Node(16, 3)], "4 workers in 2 groups of 1 CPU and 1 GPU"),
     ],
 )
 def test_what_cannot_fit_is_refused(asked: ResourcesSpec, nodes: list[Node], named: str) -> None:

@@ -9,17 +9,20 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from models import small_task
+from models import load, model_folder, small_task
+from ray_state import eventually, holders
 from small_jobs import Command, Recorder, small_job, write_job
 
+from orchestrator.backbone import bytes_elsewhere
 from orchestrator.errors import BadInput, JobFailed
 from orchestrator.run import run_job
 from orchestrator.search import measure as measure_module
 from orchestrator.search.forecast import Pace
 from orchestrator.search.measure import Measured, cut, in_child, measure, spread
 from orchestrator.search.placement import Node, Placement, place
-from orchestrator.search.plan import END_S, RAY_S, REPORT_S, WORKERS_S, Plan, estimate
-from orchestrator.search.prepare import prepare
+from orchestrator.search.plan import END_S, WORKERS_S, Plan, estimate
+from orchestrator.search.prepare import likely_trials, prepare
+from orchestrator.search.rehearsal import REPORT_S, Moments, Rehearsal, rehearse, shortened
 
 PLACEMENT = Placement(workers=1, cpus=1, gpus=0.0, threads=1, trials_per_worker=2)
 PACE = Pace(step_alone=0.1, step_packed=0.15, evaluation_alone=1.0, evaluation_packed=1.5, packed=2)
@@ -37,7 +40,7 @@ def test_the_parts_add_up(tmp_path: Path) -> None:
     """Four trials of 16 steps on two slots, an evaluation every 4; two baselines on 16 validation and 16 test rows."""
     plan = planned(tmp_path)
     search = 2 * (16 * 0.15 + 4 * (1.5 + 2 * REPORT_S))
-    parts = {"startup": RAY_S + WORKERS_S + 3.0, "baselines": 2 * 32 * 0.01, "search": search, "test": 1.0}
+    parts = {"startup": WORKERS_S + 3.0, "baselines": 2 * 32 * 0.01, "search": search, "test": 1.0}
     assert plan.seconds == pytest.approx({**parts, "end": END_S, "total": sum(parts.values()) + END_S})
     assert plan.device_hours == pytest.approx((search + 1.0 + 0.64) / 3600)
     assert (plan.trials, plan.most_steps, plan.forecast.steps, plan.slot) == (4, 64, 64, 200)
@@ -46,12 +49,61 @@ def test_the_parts_add_up(tmp_path: Path) -> None:
     assert metrics["plan_seconds"] == plan.seconds["total"] and metrics["plan_trained_steps"] == 64
 
 
+def test_what_was_rehearsed_counts_and_what_came_before(tmp_path: Path) -> None:
+    """The start as it was seen, after reading data and Ray's start; and a report's way as it was seen."""
+    prepared = prepare(small_job(tmp_path, **FIFO))
+    plan = estimate(prepared, PLACEMENT, MEASURED, before_s=7.0, rehearsal=Rehearsal(start_s=20.0, report_s=0.5))
+    assert plan.seconds["startup"] == pytest.approx(27.0)
+    assert plan.seconds["search"] == pytest.approx(2 * (16 * 0.15 + 4 * (1.5 + 2 * 0.5)))
+
+
+def test_a_rehearsal_is_the_search_in_short(tmp_path: Path) -> None:
+    """A trial a slot, two steps of one row, whatever the scheduler; proposed trials are drawn, and measured too."""
+    job = small_job(tmp_path, search__searcher="optuna", search__scheduler="pbt", train__patience=1)
+    prepared = prepare(job)
+    short = shortened(prepared, PLACEMENT)
+    assert (short.total, len(short.trials), short.job.search.scheduler, short.job.search.searcher) == (
+        2, 2, "fifo", "random",
+    )  # fmt: skip
+    assert (short.job.train.steps, short.job.train.batch_size, short.job.train.patience) == (2, 1, None)
+    assert {name: len(split) for name, split in short.task.splits.items()} == dict.fromkeys(short.task.splits, 1)
+    assert short.job.base_model == job.base_model and len(likely_trials(prepared)) == prepared.total == 8
+    assert estimate(prepared, PLACEMENT, MEASURED).trials == 8
+
+
+def test_a_report_s_way_is_seen_within_a_round() -> None:
+    """Between two rounds lies training; a worker of one slot has no two reports in a round."""
+    moments = Moments()
+    moments.times = [(1.0, True), (1.25, True), (1.5, False), (9.0, True), (9.25, True), (9.75, False)]
+    assert (moments.first_round(), moments.report_s()) == (1.0, 0.25)
+    moments.times = [(1.0, False), (9.0, False)]
+    assert moments.report_s() == REPORT_S
+
+
+def test_the_start_is_rehearsed(ray_cluster: None, tmp_path: Path) -> None:
+    """In the Ray that is up, with the real worker; nothing of it stays."""
+    before = holders()
+    found = rehearse(prepare(small_job(tmp_path)), PLACEMENT, tmp_path / "rehearsal")
+    assert found.start_s > found.report_s > 0
+    assert eventually(lambda: holders() <= before)
+
+
 def test_hours_count_every_device(tmp_path: Path) -> None:
     """Two workers of two accelerators each are four devices, for as long as trials run."""
     four = planned(tmp_path, replace(PLACEMENT, workers=2, gpus=2.0), replace(MEASURED, device="GPU"))
     held = sum(four.seconds[part] for part in ("baselines", "search", "test"))
     assert four.device_hours == pytest.approx(4 * held / 3600)
     assert four.seconds["search"] == pytest.approx(planned(tmp_path).seconds["search"] / 2)
+
+
+def test_a_groups_workers_all_count(tmp_path: Path) -> None:
+    """Two groups of two workers are four devices and four processes; what they send each other is not measured."""
+    two = replace(PLACEMENT, workers=2)
+    four = planned(tmp_path, replace(two, workers_per_group=2), nodes=4)
+    assert four.device_hours == pytest.approx(2 * planned(tmp_path, two, nodes=4).device_hours)
+    (said,) = four.warnings
+    assert "a group of 2 was measured by itself" in said and said.endswith("exchange gradients comes on top")
+    assert planned(tmp_path, replace(two, workers_per_group=2)).warnings[0].startswith("4 workers of this machine need")
 
 
 def test_a_limit_of_minutes_ends_the_search(tmp_path: Path) -> None:
@@ -81,6 +133,16 @@ def test_real_steps_are_measured(tmp_path: Path) -> None:
     assert 0 < found.weights < found.idle <= found.peak < found.room
     assert all(value > 0 for value in (found.pace.step_alone, found.pace.step_packed, found.bare_row_s, found.load_s))
     assert (found.device, found.cuts, found.pace.packed) == ("cpu", (), 4)
+
+
+def test_one_workers_share_is_measured(tmp_path: Path) -> None:
+    """Half of the rows for each of two; what sharding leaves on the other is counted off."""
+    prepared = prepare(small_job(tmp_path, **FIFO, resources__workers_per_group=2, resources__sharding="fsdp"))
+    bench = measure_module.Bench(prepared, replace(PLACEMENT, workers_per_group=2), load(model_folder()))
+    assert bench._train.batch_size == 2 and bench._scale == pytest.approx(1 / 2)
+    model = load(model_folder()).model
+    blocks = bytes_elsewhere(model, 2) * 4
+    assert 0 < blocks < sum(tensor.nbytes for tensor in model.parameters()) and bytes_elsewhere(model, 1) == 0
 
 
 def fails() -> None:
@@ -116,14 +178,16 @@ def test_samples_lie_evenly() -> None:
     assert measure_module.by_length(split)[0] == split.lengths.index(max(split.lengths))
 
 
-def test_the_verb(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_verb(ray_cluster: None, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A table that ends with the next step, or one document; nothing is written."""
     job = write_job(tmp_path)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    shown = command("plan", job, "--set", "search.trials=6")
+    shown = command("plan", job, "--set", "search.trials=6", "--set", "search.searcher=optuna")
     assert shown.code == 0 and shown.out.startswith("trials") and "of at most 96" in shown.out
-    assert shown.out.splitlines()[-1] == f"next: orchestrator run {job} --set search.trials=6"
+    assert (
+        shown.out.splitlines()[-1] == f"next: orchestrator run {job} --set search.trials=6 --set search.searcher=optuna"
+    )
     document = command("plan", job, "--json", "--quiet").document
     assert (document["trials"], document["steps"]["most"], document["placement"]["slots"]) == (8, 128, 4)
     assert document["scheduler_rungs"][0] == {"step": 4, "trials": 8.0}

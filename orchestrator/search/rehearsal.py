@@ -1,0 +1,86 @@
+"""A search's start, rehearsed: what Ray, the workers and Tune take on this machine as it is now, and a report's way.
+
+It is a search of two steps a trial on next to no rows, with the job's own model, workers and slots.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from orchestrator.data.encoding import Encoded
+from orchestrator.search.history import History
+from orchestrator.search.placement import Placement
+from orchestrator.search.prepare import Prepared, likely_trials
+from orchestrator.search.search import running
+from orchestrator.space import TrialSpec
+from orchestrator.spec import StopSpec
+from orchestrator.tuning.report import Report
+
+STEPS = 2  # the second round shows a report's way without anything that is done once
+REPORT_S = 0.03  # a report's way to Tune and back on an idle machine; where a worker has one slot it can't be seen
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """``start_s``: from a Ray that is up to the end of the first round, with workers, models and Tune's trials there.
+
+    ``report_s``: a report's way from the worker to Tune and back.
+    """
+
+    start_s: float
+    report_s: float
+
+
+class Moments:
+    """A study's listener: when each round's reports came."""
+
+    def __init__(self) -> None:
+        self.times: list[tuple[float, bool]] = []
+        """Of each report, and whether another one of the same round follows."""
+
+    def trial_started(self, trial: str, spec: TrialSpec) -> None: ...
+
+    def trial_reported(self, trial: str, report: Report) -> None:
+        self.times.append((time.monotonic(), report.pending > 0))
+
+    def trial_ended(self, trial: str, status: str, note: str) -> None: ...
+
+    def first_round(self) -> float:
+        """When the first report came."""
+        return self.times[0][0]
+
+    def report_s(self) -> float:
+        """Seconds between two reports of a round: nothing is trained between them."""
+        pairs = zip(self.times, self.times[1:], strict=False)
+        found = [second - first for (first, more), (second, _) in pairs if more]
+        return statistics.median(found) if found else REPORT_S
+
+
+def rehearse(prepared: Prepared, placement: Placement, storage: Path) -> Rehearsal:
+    """In the Ray that is up. Raises what the search itself would."""
+    moments = Moments()
+    started = time.monotonic()
+    with running(shortened(prepared, placement), placement, storage) as search, search.or_abandon():
+        search.study([moments], History())
+    return Rehearsal(moments.first_round() - started, moments.report_s())
+
+
+def shortened(prepared: Prepared, placement: Placement) -> Prepared:
+    """A trial for every slot, two steps of a row each, an evaluation of one row after each of them."""
+    job = prepared.job
+    trials = likely_trials(prepared)[: placement.slots]
+    plain = {"searcher": "random", "scheduler": "fifo", "stop": StopSpec(), "trials": len(trials)}
+    short = {"steps": STEPS, "evaluate_every": 1, "batch_size": 1, "micro_batch_size": None, "warmup_steps": 0}
+    task = replace(prepared.task, splits={name: first_row(split) for name, split in prepared.task.splits.items()})
+    changes = {
+        "search": job.search.model_copy(update={**plain, "perturbation_steps": None}),
+        "train": job.train.model_copy(update={**short, "patience": None}),
+    }
+    return replace(prepared, job=job.model_copy(update=changes), trials=trials, total=len(trials), task=task)
+
+
+def first_row(split: Encoded) -> Encoded:
+    return Encoded(split.inputs[:1], split.targets[:1], split.labels[:1], split.references[:1])

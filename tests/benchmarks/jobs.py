@@ -1,0 +1,91 @@
+"""Jobs that whole searches are measured on: real data with a small story model, or something made on the spot."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.benchmarks.measure import Skipped
+from tests.benchmarks.subjects import SIZES, make_model, make_tokenizer
+
+SHARED = Path(os.environ.get("BENCH_SHARED", Path(__file__).parents[3] / "shared"))
+"""Folder with ``data`` and ``models``; see the README."""
+
+ONE_TOKEN = {
+    "abbreviation": " letter", "description": " why", "entity": " thing", "human": " person", "location": " place",
+    "number": " number",
+}  # fmt: skip
+"""trec6's classes in words that are one token each: the cheapest evaluation that there is, for whoever is compared."""
+
+
+def shared(*parts: str) -> Path:
+    """A file or folder of the shared data and models. Skipped where it is not."""
+    path = SHARED.joinpath(*parts)
+    if not path.exists():
+        raise Skipped(f"{path} is not there; BENCH_SHARED names the folder with data/ and models/")
+    return path
+
+
+def trec6(folder: Path, validation: int = 100, test: int = 100) -> dict[str, Any]:
+    """What a question asks for, with the story model of three million weights; the validation rows are set aside."""
+    rows = [json.loads(line) for line in shared("data", "trec6", "train.jsonl").read_text().splitlines()]
+    random.Random(0).shuffle(rows)
+    files = {"validation": rows[:300], "train": rows[300:]}
+    paths = {"test": str(shared("data", "trec6", "test.jsonl"))}
+    for split, part in files.items():
+        paths[split] = _write(folder / f"{split}.jsonl", part)
+    return {
+        "name": "trec6",
+        "base_model": {"id": str(shared("models", "stories3M"))},
+        "data": {
+            "path": paths, "template": "{text}\nThe question asks for:", "target": "label_name",
+            "verbalizer": ONE_TOKEN, "max_input_tokens": 64, "limit": {"validation": validation, "test": test},
+        },
+    }  # fmt: skip
+
+
+def sms_spam(folder: Path, validation: int = 200, test: int = 200) -> dict[str, Any]:
+    """Spam or not, with the same model."""
+    files = {split: str(shared("data", "sms_spam", f"{split}.jsonl")) for split in ("train", "validation", "test")}
+    return {
+        "name": "sms-spam",
+        "base_model": {"id": str(shared("models", "stories3M"))},
+        "data": {
+            "path": files, "template": "{text}\nSpam or not?", "target": "label_name",
+            "verbalizer": {"ham": " ham", "spam": " spam"}, "max_input_tokens": 128,
+            "limit": {"validation": validation, "test": test},
+        },
+    }  # fmt: skip
+
+
+def random_model(folder: Path, size: str = "toy", rows: int = 200) -> dict[str, Any]:
+    """A random model of words w1, w2, ... and random rows: nothing to learn, and hardly anything to compute."""
+    model = folder / f"model-{size}"
+    torch.manual_seed(0)
+    made = SIZES[size]
+    make_model(made, torch.device("cpu")).save_pretrained(model)
+    make_tokenizer(made.vocabulary).save_pretrained(model)
+    choose = random.Random(0)
+    paths = {}
+    for split, count in (("train", rows), ("validation", 16), ("test", 16)):
+        texts = [" ".join(f"w{choose.randrange(3, made.vocabulary)}" for _ in range(8)) for _ in range(count)]
+        found = [{"text": text, "label": choose.choice(["one", "two"])} for text in texts]
+        paths[split] = _write(folder / f"{split}.jsonl", found)
+    return {
+        "name": "random",
+        "base_model": {"id": str(model)},
+        "data": {
+            "path": paths, "template": "{text}", "target": "label", "verbalizer": {"one": " w1", "two": " w2"},
+            "max_input_tokens": 16,
+        },
+    }  # fmt: skip
+
+
+def _write(file: Path, rows: list[dict[str, Any]]) -> str:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(file)

@@ -1,0 +1,180 @@
+"""One trial as people train it with PEFT: rows padded on the right, the prompt in every row, logits everywhere.
+
+Tokenised rows are held in memory, batches are those that ours has, and answers are one token each, so that an
+evaluation is one forward. ``PlainTrial`` is a loop of torch, ``trainer`` the transformers Trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orchestrator.data.bucketing import step_rows
+from orchestrator.data.encoding import Encoded
+
+IGNORED = -100
+FORWARD_ROWS = 64  # of an evaluation
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a trial is trained and evaluated on. ``answers``: the token of each label."""
+
+    train: Encoded
+    validation: Encoded
+    answers: tuple[int, ...]
+    pad: int
+
+    @classmethod
+    def of(cls, task: Any) -> Data:
+        """Of our tokenised task. ValueError for answers of several tokens, which would need a forward each."""
+        encoder = task.encoder
+        if any(len(ids) != 1 for ids in encoder.scored_answers):
+            raise ValueError(f"peers need answers of one token: {encoder.scored_answers}")
+        pad = encoder.tokenizer.pad_token_id
+        answers = tuple(ids[0] for ids in encoder.scored_answers)
+        return cls(task.splits["train"], task.splits["validation"], answers, 0 if pad is None else pad)
+
+
+def padded(split: Encoded, rows: Sequence[int], pad: int) -> dict[str, Tensor]:
+    """input_ids, attention_mask and labels [B, T] of these rows; only targets have labels."""
+    whole = [[*split.inputs[row], *split.targets[row]] for row in rows]
+    width = max(map(len, whole))
+    labels = [
+        [*[IGNORED] * len(split.inputs[row]), *split.targets[row], *[IGNORED] * (width - len(ids))]
+        for row, ids in zip(rows, whole, strict=True)
+    ]
+    return {
+        "input_ids": torch.tensor([[*ids, *[pad] * (width - len(ids))] for ids in whole]),
+        "attention_mask": torch.tensor([[*[1] * len(ids), *[0] * (width - len(ids))] for ids in whole]),
+        "labels": torch.tensor(labels),
+    }
+
+
+def with_prompt(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
+    """PEFT's prompt tuning around the frozen model, from sampled tokens, as the trial's configuration has it."""
+    import peft
+
+    torch.manual_seed(config["seed"])
+    wrapped: nn.Module = peft.get_peft_model(
+        model,
+        peft.PromptTuningConfig(
+            task_type=peft.TaskType.CAUSAL_LM,
+            num_virtual_tokens=config["num_virtual_tokens"],
+            prompt_tuning_init=peft.PromptTuningInit.SAMPLE_VOCAB,
+        ),
+    )
+    return wrapped
+
+
+def chosen(logits: Tensor, labels: Tensor, answers: Sequence[int]) -> Tensor:
+    """Place of the likeliest answer of each row [B]; ``logits`` [B, P + T, V] begin with the prompt's."""
+    first = (labels != IGNORED).int().argmax(1)  # the target's first token; the logits before it predict it
+    place = first - 1 + logits.shape[1] - labels.shape[1]
+    return logits[torch.arange(len(labels)), place][:, list(answers)].argmax(1)
+
+
+class PlainTrial:
+    """A plain loop of torch."""
+
+    def __init__(self, model: nn.Module, data: Data, config: Mapping[str, Any], batch: int) -> None:
+        self.step = 0
+        self._data = data
+        self._seed = config["seed"]
+        self._batch = batch
+        self._tuned = with_prompt(model, config)
+        prompt = [parameter for parameter in self._tuned.parameters() if parameter.requires_grad]
+        self._optimizer = torch.optim.AdamW(prompt, lr=config["learning_rate"], weight_decay=0.0)
+
+    def train(self, steps: int) -> float:
+        """Mean loss of so many further steps."""
+        total = 0.0
+        for _ in range(steps):
+            rows = step_rows(len(self._data.train), self._batch, self._seed, self.step)
+            self._optimizer.zero_grad()
+            loss = self._tuned(**padded(self._data.train, rows, self._data.pad)).loss
+            loss.backward()
+            self._optimizer.step()
+            total += float(loss.detach())
+            self.step += 1
+        return total / steps
+
+    @torch.inference_mode()
+    def accuracy(self) -> float:
+        split, right = self._data.validation, 0
+        for start in range(0, len(split), FORWARD_ROWS):
+            rows = range(start, min(start + FORWARD_ROWS, len(split)))
+            batch = padded(split, rows, self._data.pad)
+            labels = batch.pop("labels")
+            found = chosen(self._tuned(**batch).logits, labels, self._data.answers)
+            right += sum(int(place) == split.labels[row] for place, row in zip(found, rows, strict=True))
+        return right / len(split)
+
+
+class Rows(torch.utils.data.Dataset[dict[str, int]]):
+    """Rows of a split, in the order of ``numbers``; the collator makes tensors of whole batches."""
+
+    def __init__(self, numbers: Sequence[int]) -> None:
+        self._numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, place: int) -> dict[str, int]:
+        return {"row": self._numbers[place]}
+
+
+def trainer(
+    model: nn.Module, data: Data, config: Mapping[str, Any], setting: Mapping[str, Any], report: Callable[..., None]
+) -> Any:
+    """A transformers Trainer for the trial: ``report(step, accuracy)`` after every evaluation, no checkpoints.
+
+    ``setting``: ``steps``, ``batch``, ``every`` and the ``folder`` that it may write to.
+    """
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    train = [
+        row
+        for step in range(setting["steps"])
+        for row in step_rows(len(data.train), setting["batch"], config["seed"], step)
+    ]
+
+    class Reporting(TrainerCallback):  # type: ignore[misc]
+        def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
+            report(state.global_step, metrics["eval_accuracy"])
+
+    return Trainer(
+        model=with_prompt(model, config),
+        args=TrainingArguments(
+            output_dir=str(setting["folder"]), max_steps=setting["steps"], learning_rate=config["learning_rate"],
+            per_device_train_batch_size=setting["batch"], per_device_eval_batch_size=FORWARD_ROWS,
+            lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=0.0, seed=config["seed"],
+            eval_strategy="steps", eval_steps=setting["every"], logging_steps=setting["every"], save_strategy="no",
+            report_to=[], disable_tqdm=True, use_cpu=True, remove_unused_columns=False, dataloader_pin_memory=False,
+        ),
+        train_dataset=Rows(train),
+        eval_dataset=Rows([len(data.train) + row for row in range(len(data.validation))]),
+        data_collator=lambda rows: _collated(data, [row["row"] for row in rows]),
+        compute_metrics=lambda found: _accuracy(data, found),
+        preprocess_logits_for_metrics=lambda logits, labels: chosen(
+            logits[0] if isinstance(logits, tuple) else logits, labels, data.answers
+        ),
+        callbacks=[Reporting()],
+    )  # fmt: skip
+
+
+def _collated(data: Data, numbers: Sequence[int]) -> dict[str, Tensor]:
+    """Validation rows are numbered behind the training rows."""
+    count = len(data.train)
+    if numbers[0] < count:
+        return padded(data.train, numbers, data.pad)
+    return padded(data.validation, [number - count for number in numbers], data.pad)
+
+
+def _accuracy(data: Data, found: Any) -> dict[str, float]:
+    right = sum(int(place) == label for place, label in zip(found.predictions, data.validation.labels, strict=True))
+    return {"accuracy": right / len(data.validation)}

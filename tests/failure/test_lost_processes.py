@@ -1,0 +1,79 @@
+"""Processes of a search that get SIGKILL, one after another kind: the search ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import mlflow
+import pytest
+from ray_state import actors
+from small_jobs import Finished, close, run_search, write_job
+
+from orchestrator.tuning.report import Report
+
+pytestmark = pytest.mark.failure
+
+
+class Killer:
+    """Kills the one actor of a class at the first report of a step."""
+
+    def __init__(self, named: str, step: int = 8) -> None:
+        self.named = named
+        self.step = step
+        self.killed: list[int] = []
+
+    def __call__(self, report: Report) -> None:
+        if report.step == self.step and not self.killed:
+            found = actors(self.named)
+            assert found, " ".join(sorted(info["ActorClassName"] for info in actors().values()))
+            pid = next(iter(found.values()))["Pid"]
+            self.killed.append(pid)
+            os.kill(pid, signal.SIGKILL)
+
+
+def without_workers(search: Finished) -> list[dict[str, object]]:
+    return [{**trial, "workers": None} for trial in search.document["trials"]]
+
+
+def states(folder: Path) -> list[str]:
+    client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    return [run.info.status for run in client.search_runs(experiments)]
+
+
+@pytest.mark.parametrize("lost", ["Broker", "TrainController", "with_resources.<locals>.ResourceTrainable"])
+def test_a_search_survives(lost: str, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The broker, Train's controller, a relay of Tune: the same trials, result and version as undisturbed, no process
+    or placement group and no running MLflow run stays behind."""
+    monkeypatch.chdir(tmp_path)
+    killer = Killer(lost)
+    disturbed = run_search(finished.job_file, killer)
+    assert killer.killed
+    assert close(without_workers(disturbed), without_workers(finished))
+    assert close(disturbed.document["best"], finished.document["best"])
+    assert disturbed.document["model"] == {"name": "tiny", "version": 1, "alias": "champion"}
+    assert ("going on from what was kept" in disturbed.said) == ("Trainable" not in lost)
+    assert disturbed.left_behind == set()
+    assert states(tmp_path) == ["FINISHED"] * 9
+
+
+@pytest.mark.parametrize(("searcher", "scheduler"), [("optuna", "asha"), ("random", "pbt")])
+def test_what_a_search_remembers_survives(
+    searcher: str, scheduler: str, ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Proposals that follow from earlier trials, and copies of earlier prompts, after the loss of the broker that knew
+    them: as undisturbed."""
+    (tmp_path / "disturbed").mkdir()
+    changes = {"search__searcher": searcher, "search__scheduler": scheduler, "search__trials": 6}
+    job_file = write_job(tmp_path, **changes, resources__trials_per_worker=2)
+    found = []
+    for folder, killer in [("disturbed", Killer("Broker")), (".", None)]:
+        monkeypatch.chdir(tmp_path / folder)
+        found.append(run_search(job_file, killer))
+    disturbed, undisturbed = found
+    assert "going on from what was kept" in disturbed.said
+    assert close(without_workers(disturbed), without_workers(undisturbed))
+    assert close(disturbed.document["best"], undisturbed.document["best"])
+    assert disturbed.left_behind == set()

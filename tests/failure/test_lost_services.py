@@ -1,0 +1,94 @@
+"""An MLflow server that goes away for a while, and a full disk: the search ends, and nothing is lost silently."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import pytest
+from registry.conftest import Server
+from small_jobs import Finished, close, run_search, write_job
+
+from orchestrator.search.saved import find_search
+from orchestrator.tuning.report import Report
+
+AWAY_S = 6.0
+
+pytestmark = pytest.mark.failure
+
+
+@pytest.fixture
+def mlflow_server(tmp_path: Path) -> Iterator[Server]:
+    running = Server(tmp_path).start()
+    yield running
+    running.stop()
+
+
+def test_mlflow_goes_away_and_comes_back(
+    mlflow_server: Server, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the middle and started again seconds later: the result of an undisturbed search; every run ended, with
+    every report."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri)
+    back: list[threading.Timer] = []
+
+    def go_away(report: Report) -> None:
+        if report.step == 8 and not back:
+            mlflow_server.stop()
+            back.append(threading.Timer(AWAY_S, mlflow_server.start))
+            back[0].start()
+
+    disturbed = run_search(finished.job_file, go_away)
+    back[0].join()
+    assert close(disturbed.document["trials"], finished.document["trials"])
+    assert disturbed.document["model"] == {"name": "tiny", "version": 1, "alias": "champion"}
+    assert not find_search("latest").unwritten.exists()
+    client = mlflow.MlflowClient(mlflow_server.uri)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    runs = client.search_runs(experiments)
+    assert [run.info.status for run in runs] == ["FINISHED"] * 9
+    logged = {
+        run.data.tags["orchestrator.trial"]: [
+            point.step for point in client.get_metric_history(run.info.run_id, "validation_loss")
+        ]
+        for run in runs
+        if "orchestrator.trial" in run.data.tags
+    }
+    assert logged == {trial: [one.step for one in reports] for trial, reports in disturbed.reports.items()}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own that takes a few kilobytes."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", place], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"file systems can't be mounted here: {mounted.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+def test_a_full_disk_costs_the_state_alone(
+    small_disk: Path, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The search says so once, ends as it would have, and its version is registered: MLflow lies elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ORCHESTRATOR_HOME", str(small_disk))
+    filler = small_disk / "filler"
+
+    def fill(report: Report) -> None:
+        if report.step == 8 and not filler.exists():
+            free = os.statvfs(small_disk)
+            filler.write_bytes(b"\0" * (free.f_bavail * free.f_frsize))
+
+    disturbed = run_search(write_job(tmp_path, search__scheduler="fifo", search__trials=4), fill)
+    assert disturbed.said.count("the search's state can't be written (No space left on device)") == 1
+    assert disturbed.said.count("the result can't be kept") == 1
+    assert [trial["steps"] for trial in disturbed.document["trials"]] == [16] * 4
+    assert disturbed.document["model"] == {"name": "tiny", "version": 1, "alias": "champion"}
