@@ -16,7 +16,7 @@ from orchestrator.spec import JobSpec
 if TYPE_CHECKING:
     from orchestrator.search.plan import Plan
 
-BASELINES = {"zero_shot": "without a prompt", "instruction": "written instruction"}
+BASELINES = {"zero_shot": "without a prompt", "few_shot": "a few examples", "instruction": "written instruction"}
 START_HERE = "nothing is registered yet\nnext: orchestrator run jobs/quickstart.yaml"
 
 

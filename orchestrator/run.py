@@ -332,11 +332,14 @@ class Pipeline:
             recorder.found(BASE_MODEL, info.fingerprint)
         if known := self.history.found(BASELINES):
             return known.value, ready_at
-        asked = [None, *self.prepared.instructions]
+        shown, examples = self.prepared.few_shot
+        asked = [None, *self.prepared.instructions, *([shown] if examples else [])]
         jobs = [EvaluationJob(split, instruction=text) for text in asked for split in SPLITS]
         metrics = iter(search.evaluate(jobs))
         written: dict[Any, dict[str, Any]] = {text: {split: next(metrics) for split in SPLITS} for text in asked}
         found: dict[str, Any] = {"zero_shot": written.pop(None)}
+        if examples:
+            found["few_shot"] = {"examples": examples, **written.pop(shown)}
         if written:
             sign = 1.0 if self.job.search.better == "max" else -1.0
             text = max(written, key=lambda text: sign * written[text]["validation"][self.job.search.metric])
@@ -460,6 +463,7 @@ class Pipeline:
                 "trial": best.id,
                 "config": best.spec.config(),
                 "metrics": {"validation": best.metrics, "test": test},
+                **({"seeds": seeds} if (seeds := outcome.over_seeds(best)) else {}),
             },
             "baselines": baselines,
             "model": model,
@@ -469,6 +473,10 @@ class Pipeline:
         }
 
 
-BASELINE_NAMES = {"zero_shot": "without a prompt", "instruction": "with the written instruction"}
+BASELINE_NAMES = {
+    "zero_shot": "without a prompt",
+    "few_shot": "with a few examples",
+    "instruction": "with the written instruction",
+}
 
 ProgressFactory = Callable[[JobSpec], Progress]

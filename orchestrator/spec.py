@@ -295,7 +295,10 @@ class SearchSpec(Section):
     mode: Literal["max", "min"] | None = None
     """max or min; by default what the metric means."""
     seed: Seed = 0
-    """Seed of the draws from the space."""
+    """Seed of the draws from the space, and of the rows of the few-shot baseline."""
+    few_shot: Annotated[int, Field(ge=0, le=64)] = 4
+    """Training rows that the few-shot baseline writes in front of an input, fewer where the model's context ends; 0
+    leaves the baseline out."""
     stop: StopSpec = StopSpec()
     """Targets that end the search early."""
 

@@ -42,13 +42,23 @@ DOCUMENT = record(
     trials={
         "type": "array",
         "items": record(
-            id=TEXT, status={"enum": ["finished", "stopped", "failed"]}, config=CONFIG, steps=COUNT, metrics=METRICS
+            id=TEXT,
+            status={"enum": ["finished", "stopped", "failed"]},
+            config=CONFIG,
+            steps=COUNT,
+            metrics=METRICS,
+            workers={"type": "array", "items": TEXT, "minItems": 1},
         ),
     },
     best=record(trial=TEXT, config=CONFIG, metrics=record(validation=METRICS, test=METRICS)),
-    baselines=record(zero_shot=record(test=METRICS), instruction=record(test=METRICS, text=TEXT)),
+    baselines=record(
+        zero_shot=record(test=METRICS),
+        few_shot=record(test=METRICS, examples={"type": "integer", "minimum": 1, "maximum": 4}),
+        instruction=record(test=METRICS, text=TEXT),
+    ),
     model=record(name=TEXT, version=COUNT, alias=TEXT),
     mlflow=record(tracking_uri=TEXT, run_id=TEXT),
+    workers=record(w0=record(node=TEXT)),
     seconds=record(total=NUMBER, startup=NUMBER, training=NUMBER),
 )
 

@@ -54,7 +54,7 @@ def curves(facts: SearchFacts) -> Figure | None:
     for number, (name, found) in enumerate(facts.baselines.items()):
         value = found["validation"].get(facts.metric)
         if value is not None:
-            label = {"zero_shot": "without a prompt"}.get(name, name)
+            label = {"zero_shot": "without a prompt", "few_shot": "few examples"}.get(name, name)
             axes.axhline(value, color="#444444", linestyle=("--", ":")[number % 2], linewidth=1, label=label)
     for status in sorted({trial.status for trial in facts.trials if trial.points}):
         axes.plot([], [], color=STATUS.get(status, "#9A9A9A"), label=status)

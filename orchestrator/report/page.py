@@ -14,7 +14,7 @@ from orchestrator.report.facts import SearchFacts
 from orchestrator.report.figures import FIGURES
 
 MOST_TRIALS = 200
-NAMES = {"zero_shot": "without a prompt", "instruction": "written instruction"}
+NAMES = {"zero_shot": "without a prompt", "few_shot": "a few examples", "instruction": "written instruction"}
 STYLE = """
 :root{color-scheme:light}
 body{font:15px/1.5 system-ui,sans-serif;color:#222;background:#fff;margin:0 auto;padding:1rem;max-width:76rem}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from statistics import mean, stdev
 from typing import Any
 
 from orchestrator.space import TrialSpec
@@ -76,6 +77,21 @@ class Outcome:
 
     def trial_ended(self, trial: str, status: str, note: str) -> None:
         self.records[trial].status, self.records[trial].note = status, note
+
+    def over_seeds(self, best: TrialRecord) -> dict[str, Any]:
+        """The validation metrics of a trial and of those with as many steps that differ in their seed alone: how many,
+        mean and standard deviation (of a sample). Empty when there is no other."""
+        wanted = replace(best.spec, seed=0), best.step
+        sound = [record for record in self.records.values() if record.metrics and record.status != "failed"]
+        same = [record.metrics for record in sound if (replace(record.spec, seed=0), record.step) == wanted]
+        if len(same) < 2:
+            return {}
+        spread = {
+            name: {"mean": mean(values), "std": stdev(values)}
+            for name in best.metrics
+            if len(values := [metrics[name] for metrics in same if name in metrics]) > 1
+        }
+        return {"trials": len(same), "validation": spread}
 
     def ranking(self) -> list[TrialRecord]:
         """Trials with a result, best first: by the search's metric, then by the loss, then in order.

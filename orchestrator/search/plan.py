@@ -112,7 +112,7 @@ def device_hours(placement: Placement, seconds: float) -> float:
 
 def _seconds(prepared: Prepared, measured: Measured, found: Forecast, startup: float) -> dict[str, float]:
     splits, registry = prepared.task.splits, prepared.job.registry
-    rows = sum(_rows(splits, name) for name in EVALUATED) * (1 + len(prepared.instructions))
+    rows = sum(_rows(splits, name) for name in EVALUATED) * _baselines(prepared)
     tuned = measured.pace.evaluation_alone * _rows(splits, "test") / _rows(splits, "validation")
     limit = prepared.job.search.stop.minutes
     parts = {
@@ -123,6 +123,14 @@ def _seconds(prepared: Prepared, measured: Measured, found: Forecast, startup: f
         "end": END_S,
     }
     return {**parts, "total": sum(parts.values())}
+
+
+def _baselines(prepared: Prepared) -> float:
+    """Baselines as multiples of the one without a prompt: what stands in front of the rows costs what it is long."""
+    bare = sum(sum(prepared.task.splits[name].lengths) for name in EVALUATED)
+    return (
+        1 + sum(sum(splits[name].lengths) for splits in prepared.task.instructed.values() for name in EVALUATED) / bare
+    )
 
 
 def _rows(splits: dict[str, Encoded], name: str) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 from orchestrator.artifact import DataRecord, PromptArtifact, VerbalizerEntry
 from orchestrator.base_model import ModelSource, resolve_model
 from orchestrator.data.dataset import SPLITS, RowSplits, load_rows, rows_fingerprint
+from orchestrator.data.demonstrations import demonstrations
 from orchestrator.data.encoding import Encoder, check_context, check_generation, make_encoder, reference_texts
 from orchestrator.errors import BadInput
 from orchestrator.peft_folder import is_peft, read_peft
@@ -25,6 +26,7 @@ from orchestrator.tuning.generate import Decoding
 
 EVALUATED = ("validation", "test")
 INSTRUCTION_END = "\n"  # between a written instruction and the input
+BOUNDARY = 4  # tokens that two texts may have more together than each alone
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Prepared:
     rows: RowSplits
     task: Task
     instructions: list[str]
+    few_shot: tuple[str, int] = ("", 0)
+    """Rows with their answers, as text in front of an input, and how many; none without room for any."""
     making_s: float = 0.0  # seconds that making the quickstart model took
 
 
@@ -67,10 +71,28 @@ def prepare(job: JobSpec, artifacts: Mapping[str, Path] | None = None) -> Prepar
             split: encoder.encode(rows[split], job.data.target, before=text + INSTRUCTION_END) for split in EVALUATED
         }
         check_context(encoder, task.instructed[text], 0, context)
+    few_shot = _few_shot(job, task, rows, context)
+    if few_shot[1]:
+        task.instructed[few_shot[0]] = {
+            split: encoder.encode(rows[split], job.data.target, before=few_shot[0]) for split in EVALUATED
+        }
     if job.generates:
         _prepare_generation(job, task, rows, source)
     known, total = trials(job.search), trial_count(job.search)
-    return Prepared(found_anywhere(job, source), known, total, source, rows, task, instructions, making_s)
+    return Prepared(found_anywhere(job, source), known, total, source, rows, task, instructions, few_shot, making_s)
+
+
+def _few_shot(job: JobSpec, task: Task, rows: RowSplits, context: int) -> tuple[str, int]:
+    """The few-shot baseline's text, as long as the context has room for it in front of every row."""
+    encoder = task.encoder
+    splits = [task.splits[split] for split in EVALUATED]
+    answer = max(len(ids) for split in splits for ids in split.targets)
+    answer = max(answer, job.max_generated_tokens) if job.generates else answer
+    room = context - answer - max(len(ids) for split in splits for ids in split.inputs) - BOUNDARY
+    return demonstrations(
+        encoder, rows["train"], job.data.target, job.search.few_shot, job.search.seed,
+        lambda text: len(encoder.input_ids(text)) <= room,
+    )  # fmt: skip
 
 
 def likely_trials(prepared: Prepared) -> list[TrialSpec]:

@@ -19,6 +19,7 @@ from orchestrator.errors import JobFailed, OrchestratorError, SearchLost
 from orchestrator.search.broker import Broker
 from orchestrator.search.cluster_session import nodes
 from orchestrator.search.history import History
+from orchestrator.search.model_files import start_files
 from orchestrator.search.outcome import Outcome
 from orchestrator.search.placement import Placement, place
 from orchestrator.search.population import Population
@@ -106,12 +107,13 @@ def running(prepared: Prepared, placement: Placement, storage: Path) -> Iterator
     quiet_ray_loggers()
     broker = start_broker(prepared.job)
     task = ray.put(prepared.task)
+    files = start_files(prepared.job.base_model)
 
     def lost(error: Exception) -> None:
         broker.fail.remote(worker_failure(error))
 
     groups = [
-        WorkerGroup(WorkerConfig(f"w{number}", prepared.job, placement, broker, task), storage, lost)
+        WorkerGroup(WorkerConfig(f"w{number}", prepared.job, placement, broker, task, files), storage, lost)
         for number in range(placement.workers)
     ]
     for group in groups:
@@ -122,6 +124,8 @@ def running(prepared: Prepared, placement: Placement, storage: Path) -> Iterator
         patience = STOP_S
     finally:
         _stop(broker, groups, patience)
+        if files is not None:
+            ray.kill(files)
 
 
 def start_broker(job: JobSpec) -> Any:

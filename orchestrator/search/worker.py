@@ -36,6 +36,7 @@ class WorkerConfig:
     placement: Placement
     broker: Any  # actor handle
     task: Any  # object reference of a tuning.engine.Task
+    files: Any = None  # actor handle of the base model's files, where a node may lack them
 
 
 def train_loop(config: dict[str, Any]) -> None:
@@ -56,7 +57,7 @@ def train_loop(config: dict[str, Any]) -> None:
 def load_engine(told: WorkerConfig) -> Any:
     """The engine on its backbone, or None once the broker knows why a worker of the group can't load it."""
     from orchestrator.backbone import check_exact, default_device, read_backbone, set_threads
-    from orchestrator.base_model import resolve_model
+    from orchestrator.search.model_files import model_source
     from orchestrator.tuning.engine import Engine
     from orchestrator.tuning.group import joined_group
 
@@ -67,7 +68,7 @@ def load_engine(told: WorkerConfig) -> Any:
 
     def read() -> Any:
         announce = group.agree if sharded else None
-        return read_backbone(resolve_model(job.base_model), device, job.base_model.dtype, announce)
+        return read_backbone(model_source(job.base_model, told.files), device, job.base_model.dtype, announce)
 
     def ready(backbone: Any) -> Any:
         check_exact(backbone)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from orchestrator.search.outcome import Outcome
 from orchestrator.space import TrialSpec
 from orchestrator.spec import SearchSpec
@@ -63,3 +65,15 @@ def test_a_prompt_is_ranked_once() -> None:
     outcome.trial_ended("b", "finished", "")
     outcome.trial_reported("a", report("a", 12, 12, 0.8))
     assert order(outcome) == ["a", "b"]
+
+
+def test_the_spread_over_seeds_is_of_equal_trials() -> None:
+    """Those that differ in the seed alone and came as far; nothing where there is no other."""
+    seeds = {f"s{seed}": replace(SPEC, seed=seed) for seed in range(4)}
+    outcome = Outcome(SearchSpec(), [*seeds.items(), ("other", OTHER)])
+    for name, accuracy, step in (("s0", 0.5, 8), ("s1", 0.7, 8), ("s2", 0.6, 8), ("s3", 0.1, 4), ("other", 0.9, 8)):
+        outcome.trial_reported(name, report(name, step, step, accuracy))
+    found = outcome.over_seeds(outcome.records["s1"])
+    assert found["trials"] == 3
+    assert found["validation"]["accuracy"] == {"mean": pytest.approx(0.6), "std": pytest.approx(0.1)}
+    assert outcome.over_seeds(outcome.records["other"]) == {}

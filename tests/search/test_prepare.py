@@ -39,15 +39,28 @@ def generating_job(folder: Path, **data: Any) -> JobSpec:
 
 
 def test_evaluated_splits_get_their_references(tmp_path: Path) -> None:
-    """Validation and test rows, also behind a written instruction, have the column's texts; training rows have none."""
+    """Validation and test rows, also behind a written instruction or examples, have the column's texts; training rows
+    have none."""
     task = prepare(generating_job(tmp_path, references="right")).task
     assert task.decoding == Decoding(max_tokens=40, num_beams=1)
     assert task.splits["train"].references == []
-    (instructed,) = task.instructed.values()
+    assert len(task.instructed) == 2
     for split in ("validation", "test"):
         references = task.splits[split].references
         assert len(references) == len(task.splits[split]) and {texts[0] for texts in references} == {split}
-        assert instructed[split].references == references
+        assert [splits[split].references for splits in task.instructed.values()] == [references] * 2
+
+
+@pytest.mark.parametrize(("wanted", "limit"), [(2, 60), (64, 60), (0, 60), (4, 100)])
+def test_examples_as_many_as_the_context_holds(tmp_path: Path, wanted: int, limit: int) -> None:
+    """The few-shot baseline shows what was asked for, or fewer; with it no row is longer than the context."""
+    job = small_job(tmp_path, search__few_shot=wanted, data__max_input_tokens=limit)
+    prepared = prepare(job)
+    text, examples = prepared.few_shot
+    assert (examples == wanted) if wanted < 4 else (0 < examples < 64)
+    assert bool(text) == bool(examples) == (text in prepared.task.instructed)
+    for splits in prepared.task.instructed.values():
+        assert max(max(split.lengths) for split in splits.values()) <= prepared.source.context_length
 
 
 def test_without_the_column_the_target_is_the_reference(tmp_path: Path) -> None:

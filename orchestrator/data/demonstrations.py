@@ -1,0 +1,58 @@
+"""Demonstrations: training rows with their answers, written out in front of an input.
+
+Few-shot prompting (Brown et al. 2020, section 2), the baseline that learns nothing: what tuning has to beat.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+from orchestrator.data.encoding import Encoder, Row
+from orchestrator.data.template import Mark
+
+SEPARATOR = "\n\n"
+
+
+def written_out(encoder: Encoder, row: Row, target: str) -> str:
+    """The row's input text with its answer where the model would give it: at the blank, else at the end."""
+    verbalizer = encoder.verbalizer
+    answer = str(row[target]) if verbalizer is None else verbalizer.texts[verbalizer.index(row[target])]
+    segments = encoder.template.segments(row)
+    if not encoder.template.has_blank:
+        segments = [*segments, answer]
+    texts = (answer if isinstance(part, Mark) and part.is_blank else part for part in segments)
+    return "".join(text for text in texts if isinstance(text, str))
+
+
+def chosen(encoder: Encoder, rows: Sequence[Row], target: str, count: int, seed: int) -> list[Row]:
+    """Up to ``count`` rows at random, whole within ``max_input_tokens``, each label as often as any other."""
+    order = list(rows)
+    random.Random(seed).shuffle(order)
+    groups: defaultdict[int, list[Row]] = defaultdict(list)
+    for row in order:
+        label = encoder.verbalizer.index(row[target]) if encoder.verbalizer else 0
+        if len(groups[label]) < count and len(encoder.row_ids(row)) <= encoder.max_input_tokens:
+            groups[label].append(row)
+        if groups and all(len(group) == count for group in groups.values()) and len(groups) == _labels(encoder):
+            break
+    found = [group[place] for place in range(count) for group in groups.values() if place < len(group)]
+    return found[:count]
+
+
+def _labels(encoder: Encoder) -> int:
+    return len(encoder.verbalizer.labels) if encoder.verbalizer else 1
+
+
+def demonstrations(
+    encoder: Encoder, rows: Sequence[Row], target: str, count: int, seed: int, fits: Callable[[str], bool]
+) -> tuple[str, int]:
+    """The text to put in front, and of how many rows it is: at most ``count``, as many as ``fits`` says there is room
+    for. No text when not even one has."""
+    texts = [written_out(encoder, row, target) for row in chosen(encoder, rows, target, count, seed)]
+    for number in range(len(texts), 0, -1):
+        text = SEPARATOR.join([*texts[:number], ""])
+        if fits(text):
+            return text, number
+    return "", 0
