@@ -39,6 +39,8 @@ MAX_WEIGHTS_BYTES = 1 << 30  # a soft prompt is kilobytes; anything near this is
 SOFT = "prompt"
 PREFIXES = ("prefix.decoder", "prefix.encoder", "prefix.cross")
 METHODS = ("prompt_tuning", "prefix_tuning", "p_tuning")
+IMPORTED = "peft"
+"""Key of an imported prompt's configuration: what PEFT's own says about its origin."""
 
 Label = int | bool | str
 
@@ -74,6 +76,8 @@ class DataRecord(Record):
     fingerprint: str
     """sha256 over the rows as used, all splits."""
     rows: dict[str, int]
+    test_fingerprint: str = ""
+    """sha256 over the test rows: prompts are compared where these are the same. Empty in early artifacts."""
 
 
 class ReparameterizationRecord(Record):

@@ -179,6 +179,34 @@ def resume(
 
 
 @app.command()
+def report(
+    search: Annotated[
+        str, typer.Argument(help="Id of a search, its beginning, its folder, or latest.", show_default=False)
+    ],
+    out_file: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Where to; report.html in the search's folder.")
+    ] = None,
+    keep: Annotated[bool, typer.Option("--log/--no-log", help="Log it to the search's MLflow run too.")] = True,
+    as_json: Json = False,
+) -> None:
+    """One self-contained HTML page about a search, with tables and plots."""
+    with results_only():
+        from orchestrator.registry import Registry
+        from orchestrator.report import read_facts, write_report
+        from orchestrator.search.saved import find_search
+
+        folder = find_search(search)
+        file = out_file or folder.report
+        registry = Registry() if keep else None
+        if registry:
+            registry.check()
+        write_report(read_facts(folder), file, registry)
+    if as_json:
+        return print_json({"search": folder.id, "file": str(file.absolute()), "logged": keep})
+    out(f"{file}: open it in a browser; it needs no network.")
+
+
+@app.command()
 def models(
     model: Annotated[str | None, typer.Argument(help="NAME, NAME@ALIAS or NAME:VERSION.", show_default=False)] = None,
     as_json: Json = False,
@@ -194,9 +222,12 @@ def models(
         return print_json(display.models_document(listed)) if as_json else _lines(display.models_table(listed))
     ref = parse_ref(model)
     if ref.alias is None and ref.version is None:
-        versions = registry.versions(ref.name)
-        document = display.versions_document(ref.name, versions)
-        return print_json(document) if as_json else _lines(display.versions_table(ref.name, versions))
+        from orchestrator.registry_pages import history_document, history_lines
+
+        versions, moves = registry.versions(ref.name), registry.history(ref.name)
+        if as_json:
+            return print_json(display.versions_document(ref.name, versions) | {"history": history_document(moves)})
+        return _lines([*history_lines(moves), *display.versions_table(ref.name, versions)])
     detail = registry.version(ref)
     return print_json(display.version_document(detail)) if as_json else _lines(display.version_page(detail))
 
@@ -207,11 +238,11 @@ def promote(
     number: Annotated[int, typer.Argument(metavar="VERSION", help="Version to promote.", show_default=False)],
     alias: Annotated[str, typer.Option(help="Alias to move.")] = "champion",
     force: Annotated[
-        str | None, typer.Option(metavar="REASON", help="Skip the compatibility gate; kept on record.")
+        str | None, typer.Option(metavar="REASON", help="Pass the gate; who, when and why are kept on record.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Move an alias to a version, after the compatibility gate."""
+    """Move an alias to a version that fits and, for champion, beats the one that is there."""
     from orchestrator.registry import Registry
 
     registry = Registry()
@@ -228,6 +259,7 @@ def promote(
 def rollback(
     model: Annotated[str, typer.Argument(help="Registered model.", show_default=False)],
     alias: Annotated[str, typer.Option(help="Alias to put back.")] = "champion",
+    reason: Annotated[str, typer.Option(help="Why; kept on record.")] = "",
     as_json: Json = False,
 ) -> None:
     """Put an alias back to the version it was on before."""
@@ -235,11 +267,68 @@ def rollback(
 
     registry = Registry()
     registry.check()
-    before, after = registry.rollback(model, alias)
+    before, after = registry.rollback(model, alias, reason)
     if as_json:
         return print_json({"name": model, "alias": alias, "from": before, "to": after})
     out(f"{model}@{alias} is version {after} again, after version {before}.")
     out(f"next: orchestrator models {model}")
+
+
+@app.command()
+def compare(
+    one: Annotated[str, typer.Argument(metavar="A", help="NAME, NAME@ALIAS or NAME:VERSION.", show_default=False)],
+    other: Annotated[str, typer.Argument(metavar="B", help="The same.", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """Two versions side by side: configuration, metrics, nearest words."""
+    from orchestrator.registry import Registry
+    from orchestrator.registry_pages import comparison_document, comparison_page
+
+    registry = Registry()
+    registry.check()
+    document = comparison_document(registry.version(one), registry.version(other))
+    return print_json(document) if as_json else _lines(comparison_page(document))
+
+
+@app.command()
+def evaluate(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="NAME, NAME@ALIAS or NAME:VERSION.", show_default=False)
+    ],
+    data: Annotated[list[str], typer.Option(help="File (.jsonl, .csv, .tsv, .parquet) or hub data set; repeatable.")],
+    split: Annotated[str, typer.Option(help="Split of a data set that has several.")] = "test",
+    by: Annotated[str | None, typer.Option(metavar="COLUMN", help="A line for each value of a column too.")] = None,
+    target: Annotated[str | None, typer.Option(metavar="COLUMN", help="Target, if named otherwise there.")] = None,
+    references: Annotated[str | None, typer.Option(metavar="COLUMN", help="Right texts of generated ones.")] = None,
+    rename: Annotated[list[str], typer.Option(metavar="OLD=NEW", help="Rename a column; repeatable.")] = [],  # noqa: B006
+    limit: Annotated[int | None, typer.Option(min=1, help="The first so many rows only.")] = None,
+    ensemble: Annotated[bool, typer.Option("--ensemble", help="The versions also vote, in one batch.")] = False,
+    base_model: Annotated[str | None, typer.Option(help="Base model, if it lies elsewhere than when tuning.")] = None,
+    keep: Annotated[bool, typer.Option("--log/--no-log", help="Keep the result with each version.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Registered prompts on any data: domain shift, several versions at once, votes."""
+    pairs = _renames(rename)
+    with results_only():
+        from orchestrator.evaluation import Question, evaluate_models
+        from orchestrator.registry import Registry
+
+        registry = Registry()
+        registry.check()
+        questions = [Question(one, split, by, target, references, pairs, limit) for one in data]
+        document = evaluate_models(registry, models, questions, ensemble, base_model, keep, say)
+    if as_json:
+        return print_json(document)
+    from orchestrator.registry_pages import shift_page
+
+    _lines(shift_page(document))
+
+
+def _renames(pairs: list[str]) -> dict[str, str]:
+    named = [pair.partition("=") for pair in pairs]
+    if wrong := [pair for pair, (old, _, new) in zip(pairs, named, strict=True) if not (old and new)]:
+        raise BadInput(f"--rename {wrong[0]!r} is not OLD=NEW", "for instance --rename sentence=text")
+    return {old: new for old, _, new in named}
 
 
 @app.command("export")

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from orchestrator.peft_folder import IMPORTED
+from orchestrator.artifact import IMPORTED
 from orchestrator.progress import duration
 from orchestrator.registry import ModelSummary, VersionDetail, VersionSummary, printable
-from orchestrator.search.plan import Plan
 from orchestrator.space import TrialSpec
 from orchestrator.spec import JobSpec
+
+if TYPE_CHECKING:
+    from orchestrator.search.plan import Plan
 
 BASELINES = {"zero_shot": "without a prompt", "few_shot": "a few examples", "instruction": "written instruction"}
 START_HERE = "nothing is registered yet\nnext: orchestrator run jobs/quickstart.yaml"
@@ -189,13 +191,13 @@ def models_table(models: Sequence[ModelSummary]) -> list[str]:
     rows = [
         (
             printable(model.name),
-            model.versions,
+            model.latest or "",
             _aliases(model.aliases),
             metric_text(model.champion_metrics) or ("" if model.is_prompt else "not a soft prompt"),
         )
         for model in models
     ]
-    return [*table(("model", "versions", "aliases", "champion on test"), rows), "next: orchestrator models NAME"]
+    return [*table(("model", "newest", "aliases", "champion on test"), rows), "next: orchestrator models NAME"]
 
 
 def _aliases(aliases: dict[str, int]) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from orchestrator import __version__
-from orchestrator.artifact import BaseModelRecord, PromptArtifact
+from orchestrator.artifact import SOFT, BaseModelRecord, PromptArtifact
 from orchestrator.backbone import Backbone, default_device, load_backbone
 from orchestrator.base_model import resolve_model
 from orchestrator.data.dataset import RowSplits, load_rows
@@ -19,6 +19,7 @@ from orchestrator.registry import Registry, check_name
 from orchestrator.search.prepare import data_record, found_anywhere, verbalizer_entries
 from orchestrator.serving.served_prompt import load_prompt
 from orchestrator.spec import JobSpec
+from orchestrator.vocabulary import nearest_words
 
 Say = Callable[[str], None]
 
@@ -69,7 +70,7 @@ def import_folder(registry: Registry, folder: Path, name: str, job: JobSpec, ren
     with tempfile.TemporaryDirectory() as scratch:
         saved = artifact.save(Path(scratch) / "prompt")
         load_prompt(backbone, saved, name, 0)
-        return _registered(registry, artifact, saved, folder, name, job, say)
+        return _registered(registry, artifact, saved, folder, name, job, rows.test[0], say)
 
 
 def _loaded(job: JobSpec, rows: RowSplits) -> tuple[JobSpec, Encoder, Backbone]:
@@ -81,7 +82,14 @@ def _loaded(job: JobSpec, rows: RowSplits) -> tuple[JobSpec, Encoder, Backbone]:
 
 
 def _registered(
-    registry: Registry, artifact: PromptArtifact, saved: Path, folder: Path, name: str, job: JobSpec, say: Say
+    registry: Registry,
+    artifact: PromptArtifact,
+    saved: Path,
+    folder: Path,
+    name: str,
+    job: JobSpec,
+    example: Mapping[str, Any],
+    say: Say,
 ) -> dict[str, Any]:
     """In a run of its own, in the experiment of the model's name; with the alias that a search would have given it."""
     manifest = artifact.manifest
@@ -92,8 +100,9 @@ def _registered(
         "num_virtual_tokens": manifest.num_virtual_tokens,
         "template": manifest.template,
     }
+    near = nearest_words(resolve_model(job.base_model), artifact.weights, 3) if SOFT in artifact.tensors else []
     with registry.start_search(name, params, {"orchestrator.version": __version__}) as log:
-        version = registry.register(saved, name, log.run_id)
+        version = registry.register(saved, name, log.run_id, metric=job.search.metric, example=example, nearest=near)
     metric, better = job.search.metric, job.search.better
     outcome = registry.auto_alias(name, version, job.registry.alias, metric, better)
     say(outcome.reason)

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from orchestrator.artifact import Manifest, PromptArtifact
+from orchestrator.artifact import IMPORTED, Manifest, PromptArtifact
 from orchestrator.backbone import Backbone, PromptTensors, default_device, load_backbone
 from orchestrator.base_model import looks_like_path, resolve_model
 from orchestrator.errors import BadInput, OrchestratorError
-from orchestrator.peft_folder import IMPORTED
 from orchestrator.prompts import InitContext, Method, make_prompt
 from orchestrator.prompts.inits import frequent_ids
 from orchestrator.registry import Registry, parse_ref

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orchestrator.registry import SearchLog
@@ -13,6 +13,7 @@ from orchestrator.tuning.report import Report
 
 BASELINES = "baselines"
 SPLITS = ("validation", "test")
+TAGGED = ("init", "num_virtual_tokens")  # of a trial's configuration: what people filter by
 
 
 class MlflowMirror:
@@ -22,8 +23,10 @@ class MlflowMirror:
     change.
     """
 
-    def __init__(self, log: SearchLog, copying: bool = False) -> None:
+    def __init__(self, log: SearchLog, copying: bool = False, tags: Mapping[str, Any] | None = None) -> None:
+        """``tags`` are what every trial's run shares with the search's."""
         self._log = log
+        self._tags = dict(tags or {})
         self._copying = copying
         self._specs: dict[str, TrialSpec] = {}
         self._notes: dict[str, str] = {}
@@ -42,7 +45,9 @@ class MlflowMirror:
         if isinstance(event, Started):
             self._started.add(event.trial)
             self._specs[event.trial] = TrialSpec.from_config(event.config)
-            self._log.trial_started(event.trial, flat(event.config), event.at)
+            config = flat(event.config)
+            shown = {name: config[name] for name in TAGGED if name in config}
+            self._log.trial_started(event.trial, config, event.at, self._tags | shown)
         elif isinstance(event, Reported):
             self._reported(event.report, event.at)
         elif isinstance(event, Ended):

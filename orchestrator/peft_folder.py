@@ -24,6 +24,7 @@ from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save_file
 
 from orchestrator.artifact import (
+    IMPORTED,
     MAX_WEIGHTS_BYTES,
     SOFT,
     BaseModelRecord,
@@ -42,8 +43,6 @@ WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 TENSOR = "prompt_embeddings"
 DECODER = "prefix.decoder"
-IMPORTED = "peft"
-"""Key of an imported prompt's configuration: what PEFT's own says about its origin."""
 
 MAX_CONFIG_BYTES = 1 << 20
 TASK_TYPES: dict[Family, str] = {

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from orchestrator import __version__
 from orchestrator.artifact import (
+    SOFT,
     BaseModelRecord,
     GenerationRecord,
     Manifest,
@@ -27,6 +28,8 @@ from orchestrator.base_model import BaseModelInfo, looks_like_path
 from orchestrator.errors import BadInput, Interrupted, JobFailed, NothingFound, SearchLost, Unreachable
 from orchestrator.mirror import BASELINES, SPLITS, MlflowMirror
 from orchestrator.registry import Registry, SearchLog
+from orchestrator.report import read_facts, write_report
+from orchestrator.run_tags import outcome_tags, search_note, search_tags
 from orchestrator.search.cluster_session import nodes, ray_session
 from orchestrator.search.folder import SearchFolder, write_whole
 from orchestrator.search.history import History
@@ -42,7 +45,8 @@ from orchestrator.search.search import Running, placed, running
 from orchestrator.search.study import Listener, trial_id
 from orchestrator.space import TrialSpec, init_artifacts
 from orchestrator.spec import JobSpec
-from orchestrator.tuning.report import EvaluationJob
+from orchestrator.tuning.report import EvaluationJob, confusion_counts, without_confusion
+from orchestrator.vocabulary import nearest_words
 
 Metrics = dict[str, float]
 BASE_MODEL = "base_model"
@@ -223,6 +227,7 @@ class Pipeline:
         except OSError as error:
             self.progress.note(f"the result can't be kept in {self.folder.result} ({error.strerror})")
         self.folder.processes.unlink(missing_ok=True)
+        self._report()
         return document
 
     def _attempt(self, placement: Placement, ours: bool) -> dict[str, Any]:
@@ -233,14 +238,23 @@ class Pipeline:
                 if self.saved is None:
                     saved = SavedSearch.of(self.prepared, self.pins, self.registry.display_uri, log.run_id)
                     saved.save(self.folder, self.job)
-                copying = self.job.search.scheduler == "pbt"
-                mirror = MlflowMirror(log, copying)
+                copying, tags = self.job.search.scheduler == "pbt", search_tags(self.prepared, self.id)
+                mirror = MlflowMirror(log, copying, tags)
                 mirror.restore(self.history)
                 journal = Journal(self.folder, self.history, self.job.perturbation_steps if copying else None)
                 with Recorder(journal, self.history, mirror.write, self.progress.note) as recorder:
                     if ours:
                         save_processes(self.folder.processes)  # again: Ray's agents come a little later
                     return self._search(search, log, recorder)
+
+    def _report(self) -> None:
+        """Draw the search, for its folder and its run. What was found stands, whatever becomes of its pictures."""
+        self.progress.stage("drawing the report")
+        try:
+            write_report(read_facts(self.folder), self.folder.report, self.registry)
+        except Exception as error:
+            text = str(error).splitlines()[0] if str(error) else type(error).__name__
+            self.progress.note(f"no report: {text}; again with orchestrator report {self.id}")
 
     def _check_base_model(self, search: Running) -> None:
         """A search that goes on does so on the weights that it began with."""
@@ -258,10 +272,7 @@ class Pipeline:
             "optimizer": job.train.optimizer, "space": job.search.space.model_dump(),
             "train": job.train.model_dump(),
         }  # fmt: skip
-        tags = {
-            "orchestrator.search": self.id, "orchestrator.version": __version__,
-            "orchestrator.data_fingerprint": self.prepared.rows.fingerprint, "python": platform.python_version(),
-        }  # fmt: skip
+        tags = {**search_tags(self.prepared, self.id), "python": platform.python_version()}
         if self.saved is not None:
             return self.registry.resume_search(self.saved.run_id, params=params, spill=self.folder.unwritten)
         return self.registry.start_search(job.name, params, tags, spill=self.folder.unwritten)
@@ -290,15 +301,22 @@ class Pipeline:
             )
         self.progress.stage("evaluating the best prompt on the test split")
         top = best[: max(1, self.job.registry.register_top)]
-        measured = search.evaluate([EvaluationJob("test", record.checkpoint) for record in top])
-        tests = {record.id: metrics for record, metrics in zip(top, measured, strict=True)}
+        measured = search.evaluate([EvaluationJob("test", record.checkpoint, confusion=True) for record in top])
+        tests = {record.id: without_confusion(metrics) for record, metrics in zip(top, measured, strict=True)}
         self.clock.mark("test")
         info = search.ready()
         self._log_result(log, outcome, best[0], tests[best[0].id])
+        reached = {"validation": best[0].metrics, "test": tests[best[0].id]}
+        log.parent_tags(search_note(self.job, best[0].spec, reached, baselines))
         model = self._register(log, best, tests, baselines, info)
         self.clock.mark("registry")
-        log.parent_metrics(self._took(outcome, search.placement))
+        took = self._took(outcome, search.placement)
+        log.parent_metrics(took)
+        log.parent_tags(outcome_tags(took, self.plan.metrics() if self.plan else {}))
         document = self._document(outcome, best[0], tests[best[0].id], baselines, model, log)
+        if verbalizer := self.prepared.task.encoder.verbalizer:
+            counts = confusion_counts(measured[0], len(verbalizer.labels))
+            document["best"]["confusion"] = {"labels": list(verbalizer.labels), "counts": counts}
         return {**document, "workers": {name: {"node": node} for name, node in search.nodes().items()}}
 
     # Baselines
@@ -396,7 +414,14 @@ class Pipeline:
         tensors = {name: tensor.float().numpy() for name, tensor in best.items()}
         with tempfile.TemporaryDirectory() as folder:
             artifact = PromptArtifact(tensors, manifest).save(Path(folder) / "prompt")
-            return self.registry.register(artifact, self.job.model_name, run_id)
+            return self.registry.register(
+                artifact,
+                self.job.model_name,
+                run_id,
+                metric=self.job.search.metric,
+                example=self.prepared.rows.test[0],
+                nearest=nearest_words(self.prepared.source, tensors[SOFT], 3) if SOFT in tensors else [],
+            )
 
     def _manifest(self, record: TrialRecord, test: Metrics, baselines: dict[str, Any], info: BaseModelInfo) -> Manifest:
         data, method, decoding = self.job.data, self.prepared.task.method, self.prepared.task.decoding

@@ -25,7 +25,7 @@ def version(**changes: Any) -> VersionSummary:
 
 def model(**changes: Any) -> ModelSummary:
     fields: dict[str, Any] = {
-        "name": "spam", "versions": 2, "latest": 2, "aliases": {"champion": 1, "challenger": 2},
+        "name": "spam", "latest": 2, "aliases": {"champion": 1, "challenger": 2},
         "champion_metrics": {"test": {"accuracy": 0.97}}, "is_prompt": True,
     }  # fmt: skip
     return ModelSummary(**{**fields, **changes})
@@ -39,7 +39,7 @@ def test_a_table_is_as_wide_as_its_content() -> None:
 def test_the_models_table() -> None:
     """Every model with its aliases and what its champion reached, and the next step."""
     lines = display.models_table([model(), model(name="other", is_prompt=False, champion_metrics=None, aliases={})])
-    assert lines[0].split() == ["model", "versions", "aliases", "champion", "on", "test"]
+    assert lines[0].split() == ["model", "newest", "aliases", "champion", "on", "test"]
     assert "challenger=2, champion=1" in lines[1] and "accuracy 0.970" in lines[1]
     assert "not a soft prompt" in lines[2]
     assert lines[-1] == "next: orchestrator models NAME"
@@ -123,8 +123,15 @@ def test_promote_and_rollback(finished: Finished, command: Command, monkeypatch:
     for _ in range(2):
         registry.register(artifact, name, finished.document["mlflow"]["run_id"])
     assert command("promote", name, 1).out.startswith("copied@champion is version 1.")
-    said = command("promote", name, 2)
+    refused = command("promote", name, 2)
+    assert refused.code == 2 and "--force REASON" in refused.err  # the same prompt is no better
+    said = command("promote", name, 2, "--force", "a trial")
     assert "it was on version 1" in said.out and "orchestrator rollback copied" in said.out
     assert command("rollback", name, "--json").document == {"name": name, "alias": "champion", "from": 2, "to": 1}
+    moves = command("models", name, "--json").document["history"]
+    assert [(it["old"], it["new"], it["kind"], it["reason"]) for it in moves] == [
+        (None, 1, "promoted", ""), (1, 2, "forced", "a trial"), (2, 1, "rollback", ""),
+    ]  # fmt: skip
+    assert "before that 1: forced past the gate by" in command("models", name).out
     refused = command("promote", name, 9)
     assert refused.code == 2 and "no version 9" in refused.err

@@ -46,6 +46,14 @@ class RowSplits:
         return digest.hexdigest()
 
 
+def rows_fingerprint(rows: Sequence[Row]) -> str:
+    """sha256 over some rows in order, whatever split they are."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
 def load_rows(data: DataSpec) -> RowSplits:
     """All three splits, checked: no split is empty and no column is missing. Raises BadInput or Unreachable."""
     found = {split: rows for split, rows in _read(data).items() if split in SPLITS}
@@ -57,6 +65,16 @@ def load_rows(data: DataSpec) -> RowSplits:
         if not splits[split]:
             raise BadInput(f"the {split} split is empty", f"give data.path.{split} at least one row, or leave it out")
     return splits
+
+
+def load_split(data: DataSpec, split: str, more: Sequence[str] = ()) -> list[Row]:
+    """The rows of one split, cut down to what the spec names and ``more`` columns. Raises BadInput or Unreachable."""
+    found = _read(data)
+    if not found.get(split):
+        known = ", ".join(sorted(name for name in found if found[name])) or "none"
+        raise BadInput(f"the data has no rows in split {split!r}; it has {known}", "choose one of them")
+    columns = [*Template(data.template).columns, data.target, *more, *([data.references] if data.references else [])]
+    return _columns(found[split], list(dict.fromkeys(columns)), data, split)
 
 
 def _read(data: DataSpec) -> dict[str, list[Row]]:

@@ -3,6 +3,9 @@
 Importing it is cheap: mlflow itself is imported by the first call that needs the store.
 """
 
+from orchestrator.registry.evaluations import EvaluationRecord
+from orchestrator.registry.history import Move
+from orchestrator.registry.ledger import Overtaken
 from orchestrator.registry.records import AliasOutcome, ModelSummary, UiCommand, VersionDetail, VersionSummary
 from orchestrator.registry.refs import ModelRef, parse_ref, printable
 from orchestrator.registry.registry import CHAMPION, Registry, check_name
@@ -11,8 +14,11 @@ from orchestrator.registry.search_log import SearchLog
 __all__ = [
     "CHAMPION",
     "AliasOutcome",
+    "EvaluationRecord",
     "ModelRef",
     "ModelSummary",
+    "Move",
+    "Overtaken",
     "Registry",
     "SearchLog",
     "UiCommand",

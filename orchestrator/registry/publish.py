@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.artifact import MANIFEST, WEIGHTS, Manifest, PromptArtifact, file_sha256
 from orchestrator.registry.entries import as_texts
+from orchestrator.registry.ledger import LEDGER_TAG, new_ledger
 from orchestrator.registry.records import DIGEST_TAG, FACTS_TAG, FORMAT_TAG, KIND, KIND_TAG
 from orchestrator.registry.store import Store
 from orchestrator.spec import template_columns
 
 if TYPE_CHECKING:
+    import pandas as pd
     from mlflow.entities import LoggedModel
     from mlflow.models import ModelSignature
 
@@ -35,9 +37,18 @@ MAX_VERSION_TAG = 100_000
 
 
 def publish(
-    store: Store, folder: Path, name: str, run_id: str, tags: Mapping[str, Any], description: str | None
+    store: Store,
+    folder: Path,
+    name: str,
+    run_id: str,
+    tags: Mapping[str, Any],
+    description: str,
+    example: Mapping[str, Any] | None,
 ) -> int:
-    """Log the artifact and make a version of it. On any error neither a version nor a ready logged model stays."""
+    """Log the artifact and make a version of it. On any error neither a version nor a ready logged model stays.
+
+    ``example``: a row that the page shows and that ``mlflow models predict`` can be tried with.
+    """
     manifest = PromptArtifact.load(folder).manifest
     client = store.client
     run = client.get_run(run_id)
@@ -45,32 +56,36 @@ def publish(
         run.info.experiment_id, "prompt", run_id, as_texts(plain_tags(manifest), 5000), model_type=KIND
     )
     try:
-        _upload(store, folder, manifest, model)
+        _upload(store, folder, manifest, model, example)
         # Shows the model on the run's page.
         from mlflow.entities import LoggedModelOutput
 
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, manifest.steps)])
         version_tags = as_texts({**tags, **plain_tags(manifest), **machine_tags(manifest, folder)}, MAX_VERSION_TAG)
-        return _create_version(store, name, model, version_tags, description or version_description(manifest, name))
+        return _create_version(store, name, model, version_tags, description)
     except BaseException:
         with suppress(Exception):
             client.delete_logged_model(model.model_id)
         raise
 
 
-def _upload(store: Store, folder: Path, manifest: Manifest, model: LoggedModel) -> None:
+def _upload(
+    store: Store, folder: Path, manifest: Manifest, model: LoggedModel, example: Mapping[str, Any] | None
+) -> None:
     with tempfile.TemporaryDirectory(prefix="orchestrator-") as scratch:
         prompt = Path(scratch, "prompt")
         prompt.mkdir()
         for file in (WEIGHTS, MANIFEST):
             shutil.copyfile(folder / file, prompt / file)
         package = Path(scratch, "model")
-        save_pyfunc(package, prompt, manifest, model)
+        save_pyfunc(package, prompt, manifest, model, example or {})
         store.client.log_model_artifacts(model.model_id, str(package))
     store.client.finalize_logged_model(model.model_id, "READY")
 
 
-def save_pyfunc(package: Path, prompt: Path, manifest: Manifest, model: LoggedModel) -> None:
+def save_pyfunc(
+    package: Path, prompt: Path, manifest: Manifest, model: LoggedModel, example: Mapping[str, Any]
+) -> None:
     """Write the folder that MLflow loads as a model: no pickle, no path of this machine."""
     import mlflow
     from mlflow.models import Model
@@ -82,13 +97,14 @@ def save_pyfunc(package: Path, prompt: Path, manifest: Manifest, model: LoggedMo
         run_id=model.source_run_id,
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it recommends an input example, which would load the backbone here
+        warnings.simplefilter("ignore")
         mlflow.pyfunc.save_model(
             package,
             python_model=str(Path(__file__).with_name("pyfunc_model.py")),
             artifacts={"prompt": str(prompt)},
             mlflow_model=description,
-            signature=signature(manifest),
+            signature=signature(manifest),  # given, so that the example is only looked at and not predicted
+            input_example=input_example(manifest, example),
             # Given, because inferring them starts processes that run the model.
             pip_requirements=[f"prompt-orchestrator>={own_version()}", f"mlflow>={mlflow.__version__}"],
         )
@@ -105,6 +121,14 @@ def signature(manifest: Manifest) -> ModelSignature:
 
     columns = dict.fromkeys(template_columns(manifest.template))
     return ModelSignature(inputs=Schema([ColSpec("string", name) for name in columns]))
+
+
+def input_example(manifest: Manifest, row: Mapping[str, Any]) -> pd.DataFrame:
+    """One row of texts, as the signature has it; a column that is not known is shown by its name."""
+    import pandas as pd
+
+    cells = {name: str(row.get(name, f"some {name}")) for name in dict.fromkeys(template_columns(manifest.template))}
+    return pd.DataFrame([cells])
 
 
 def _create_version(store: Store, name: str, model: LoggedModel, tags: dict[str, str], description: str) -> int:
@@ -154,12 +178,19 @@ def _ensure_registered_model(store: Store, name: str) -> bool:
     client = store.client
     text = f'Soft prompts found by prompt-orchestrator. Ask the champion: `orchestrator query {name} "text"`.'
     try:
-        client.create_registered_model(name, {KIND_TAG: KIND}, text)
-        return True
+        model = client.get_registered_model(name)
     except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-    model = client.get_registered_model(name)
+        ledger = new_ledger(store, name)  # made with the model, so that nobody can make a second one
+        try:
+            client.create_registered_model(name, {KIND_TAG: KIND, LEDGER_TAG: ledger}, text)
+            return True
+        except MlflowException as other:
+            client.delete_run(ledger)
+            if other.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        model = client.get_registered_model(name)
     if model.tags.get(KIND_TAG) != KIND:
         client.set_registered_model_tag(name, KIND_TAG, KIND)
     if not model.description:
@@ -194,42 +225,6 @@ def machine_tags(manifest: Manifest, folder: Path) -> dict[str, str]:
         DIGEST_TAG: file_sha256(folder / MANIFEST),
         FACTS_TAG: json.dumps(facts),
     }
-
-
-def version_description(manifest: Manifest, name: str) -> str:
-    """Markdown for MLflow's page of the version: results against baselines, origin, how to ask."""
-    base = manifest.base_model
-    config = ", ".join(f"{key} {_code(value)}" for key, value in manifest.config.items())
-    return "\n".join(
-        [
-            f"Soft prompt of {manifest.num_virtual_tokens} virtual tokens ({_code(manifest.method)}), {config}.",
-            "",
-            *_metrics_table(manifest),
-            "",
-            f"Base model {_code(base.id)} at {_code(base.revision)}, fingerprint {_code(base.fingerprint[:16])}.",
-            f"Data {_code(manifest.data.path)}, {manifest.steps} steps.",
-            f"Trial {_code(manifest.trial)} of search {_code(manifest.search)}.",
-            "",
-            f'Ask it: `orchestrator query {name} "text"` (the champion), `name@alias` or `name:version` for another.',
-        ]
-    )
-
-
-def _metrics_table(manifest: Manifest) -> list[str]:
-    rows = {"this prompt": manifest.metrics} | manifest.baselines
-    columns = list(dict.fromkeys((split, metric) for row in rows.values() for split in row for metric in row[split]))
-    lines = ["| | " + " | ".join(f"{split} {metric}" for split, metric in columns) + " |"]
-    lines.append("|---|" + "---|" * len(columns))
-    for label, row in rows.items():
-        values = [row.get(split, {}).get(metric) for split, metric in columns]
-        cells = ["" if value is None else f"{value:.4g}" for value in values]
-        lines.append(f"| {label.replace('_', ' ')} | " + " | ".join(cells) + " |")
-    return lines
-
-
-def _code(value: Any) -> str:
-    """The value as inline code: job specs are free text, and a page must show it, not render it."""
-    return "`" + " ".join(str(value).replace("`", "'").split()) + "`"
 
 
 def own_version() -> str:

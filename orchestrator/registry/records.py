@@ -20,9 +20,13 @@ FACTS_TAG = "orchestrator.facts"
 """On a version: configuration, metrics and baselines of the manifest as JSON, so that a listing downloads nothing."""
 DIGEST_TAG = "orchestrator.manifest_sha256"
 """On a version: digest of manifest.json, which holds the weights' own; the two stores vouch for each other."""
+NEAREST_TAG = "orchestrator.nearest"
+"""On a version: the nearest words of each virtual token and their distances as JSON."""
 KIND_TAG = "orchestrator.kind"
 """On a registered model: what it holds; ``KIND`` when it was made here."""
 KIND = "soft-prompt"
+CHAMPION_TAG = "orchestrator.champion"
+"""On a registered model: its champion's version and metrics as JSON, so that a listing reads no versions."""
 
 
 class UiCommand(NamedTuple):
@@ -44,8 +48,8 @@ class ModelSummary:
     """One registered model in a listing."""
 
     name: str
-    versions: int
     latest: int | None
+    """The newest version's number; None when there is none."""
     aliases: dict[str, int]
     champion_metrics: Metrics | None
     is_prompt: bool
@@ -71,6 +75,14 @@ class VersionSummary:
     @property
     def is_prompt(self) -> bool:
         return FORMAT_TAG in self.tags
+
+    @property
+    def nearest(self) -> list[list[tuple[str, float]]]:
+        """The nearest words of each virtual token, as far as they were looked up."""
+        try:
+            return [[(str(word), float(far)) for word, far in words] for words in json.loads(self.tags[NEAREST_TAG])]
+        except (KeyError, ValueError, TypeError):
+            return []
 
 
 @dataclass(frozen=True)

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.artifact import Manifest, read_manifest
+from orchestrator.artifact import read_manifest
 from orchestrator.errors import BadInput
 from orchestrator.registry import promotion, searches
+from orchestrator.registry.description import version_description
+from orchestrator.registry.evaluations import EvaluationRecord, log_evaluations
 from orchestrator.registry.fetch import default_cache, fetch
-from orchestrator.registry.promotion import Better
+from orchestrator.registry.history import Kind, Move, former_holder
+from orchestrator.registry.ledger import Check, Overtaken, move_alias, recorded
+from orchestrator.registry.promotion import METRIC_TAG, Better, Candidate
 from orchestrator.registry.publish import publish
 from orchestrator.registry.records import (
+    CHAMPION_TAG,
     KIND,
     KIND_TAG,
+    NEAREST_TAG,
     AliasOutcome,
+    Metrics,
     ModelSummary,
     UiCommand,
     VersionDetail,
@@ -30,11 +40,12 @@ from orchestrator.registry.store import SERVERS, Store, masked
 from orchestrator.spec import ALIAS_PATTERN, NAME_PATTERN, RESERVED_ALIAS
 
 if TYPE_CHECKING:
-    from mlflow.entities.model_registry import ModelVersion, RegisteredModel
+    from mlflow.entities.model_registry import RegisteredModel
 
 CHAMPION = "champion"
 PATIENCE_SECONDS = 60.0
-PAGE = 100
+PAGE = 1000  # as many as MLflow gives at once
+MAX_NEAREST = 100  # virtual tokens whose words are kept
 
 
 class Registry:
@@ -98,6 +109,15 @@ class Registry:
         with self._store.translating(f"resuming the search of run {printable(parent_run_id)}"):
             return searches.resume(self._store, parent_run_id, run_ids or {}, params or {}, spill, patience)
 
+    def log_files(self, run_id: str, files: Mapping[str, bytes]) -> None:
+        """Keep files with a run, by their path there."""
+        with self._store.translating("logging files"), tempfile.TemporaryDirectory() as scratch:
+            for path, content in files.items():
+                file = Path(scratch, path)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(content)
+            self._store.client.log_artifacts(run_id, scratch)
+
     # Versions in.
 
     def register(
@@ -107,23 +127,47 @@ class Registry:
         run_id: str,
         *,
         tags: Mapping[str, Any] | None = None,
-        description: str | None = None,
+        metric: str = "",
+        example: Mapping[str, Any] | None = None,
+        nearest: Sequence[Sequence[tuple[str, float]]] = (),
     ) -> int:
-        """Make the artifact a new version of the registered model, which is made when it doesn't exist yet."""
+        """Make the artifact a new version of the registered model, which is made when it doesn't exist yet.
+
+        ``metric`` ranked the trials, ``example`` is a row of the data, ``nearest`` the words that each virtual token is
+        near: all for whoever reads or compares the version later.
+        """
         check_name(name)
+        known = {METRIC_TAG: metric} if metric else {}
+        known |= {NEAREST_TAG: json.dumps(nearest[:MAX_NEAREST])} if nearest else {}
         with self._store.translating(f"registering {name}"):
-            return publish(self._store, artifact, name, run_id, tags or {}, description)
+            manifest = read_manifest(artifact)
+            description = version_description(manifest, name, self._champion(name), nearest)
+            return publish(self._store, artifact, name, run_id, {**(tags or {}), **known}, description, example)
+
+    def _champion(self, name: str) -> VersionSummary | None:
+        """The model's champion, where there are both."""
+        try:
+            return self.resolve(ModelRef(name, alias=CHAMPION))
+        except BadInput:
+            return None
 
     # Reading.
 
     def list_models(self) -> list[ModelSummary]:
-        """Every registered model of the store, by name."""
+        """Every registered model of the store, by name; two requests a thousand models."""
         with self._store.translating("listing the registered models"):
-            models = list(self._models())
-            versions: dict[str, list[ModelVersion]] = {model.name: [] for model in models}
-            for version in self._pages("search_model_versions"):
-                versions.setdefault(version.name, []).append(version)
-            return sorted((_model_summary(model, versions[model.name]) for model in models), key=lambda it: it.name)
+            return sorted(map(self._summary, self._models()), key=lambda it: it.name)
+
+    def _summary(self, model: RegisteredModel) -> ModelSummary:
+        aliases = _aliases(model)
+        newest = {int(it.version): it for it in model.latest_versions or []}
+        metrics = None
+        if (champion := aliases.get(CHAMPION)) is not None:
+            metrics = _noted(model, champion)
+            if metrics is None:  # moved by something that leaves no note
+                found = newest.get(champion) or self._store.client.get_model_version(model.name, str(champion))
+                metrics = version_summary(found, aliases).metrics
+        return ModelSummary(model.name, max(newest, default=None), aliases, metrics, _is_prompt(model))
 
     def versions(self, name: str) -> list[VersionSummary]:
         """Every version of one registered model, the newest first."""
@@ -131,7 +175,8 @@ class Registry:
         # Names may hold quotes, which a filter can't express; then the store's whole list is gone through.
         condition = f"name = '{name}'" if re.fullmatch(NAME_PATTERN, name) else None
         with self._store.translating(f"listing the versions of {printable(name)}"):
-            found = [it for it in self._pages("search_model_versions", filter_string=condition) if it.name == name]
+            pages = self._pages("search_model_versions", filter_string=condition)
+            found = [it for it in pages if it.name == name]
         summaries = [version_summary(entity, _aliases(model)) for entity in found]
         return sorted(summaries, key=lambda it: it.version, reverse=True)
 
@@ -222,52 +267,82 @@ class Registry:
     def _fetch(self, summary: VersionSummary, cache_dir: Path | None = None) -> Path:
         return fetch(self._store, summary, cache_dir or self.cache_dir)
 
-    def _manifest(self, name: str, version: int) -> Manifest:
-        return read_manifest(self.fetch(name, version))
+    def log_evaluations(self, version: VersionSummary, records: Sequence[EvaluationRecord]) -> str:
+        """Keep with a version what it was found to do on other data; returns the run that has the metrics."""
+        with self._store.translating(f"logging the evaluation of {printable(version.name)}:{version.version}"):
+            return log_evaluations(self._store, version, records)
 
-    # Aliases.
+    # Aliases. Every move is on record, one after another: see ledger.py.
 
-    def set_alias(self, name: str, alias: str, version: int, reason: str = "set") -> int | None:
+    def history(self, name: str) -> list[Move]:
+        """Every move of the model's aliases on record, oldest first for each alias."""
+        model = self._model(name)
+        with self._store.translating(f"reading the history of {printable(name)}"):
+            return recorded(self._store, model)
+
+    def set_alias(
+        self, name: str, alias: str, version: int, reason: str = "", kind: Kind = "set", check: Check | None = None
+    ) -> int | None:
         """Point the alias at the version without comparing anything; returns the former holder. Keeps a record."""
         check_alias(alias)
-        model = self._model(name)
-        self._version(model, version)
-        old = _aliases(model).get(alias)
-        if old != version:
-            moves = promotion.read_history(model.tags.get(promotion.HISTORY_TAG))
-            with self._store.translating(f"moving {alias} of {printable(name)}"):
-                self._store.client.set_registered_model_alias(name, alias, str(version))
-                record = promotion.with_move(moves, alias, old, version, reason)
-                self._store.client.set_registered_model_tag(name, promotion.HISTORY_TAG, record)
+        self._version(self._model(name), version)
+        old, _ = self._move(name, alias, version, kind, check or (lambda holder: reason))
         return old
+
+    def _move(self, name: str, alias: str, version: int, kind: Kind, check: Check) -> tuple[int | None, str]:
+        with self._store.translating(f"moving {alias} of {printable(name)}"):
+            moved = move_alias(self._store, name, alias, version, kind, check)
+            if alias == CHAMPION:
+                with suppress(Exception):  # a listing looks at the version itself where the note is another's
+                    found = self._store.client.get_model_version(name, str(version))
+                    note = {"version": version, "metrics": version_summary(found, {}).metrics}
+                    self._store.client.set_registered_model_tag(name, CHAMPION_TAG, json.dumps(note))
+            return moved
 
     def promote(
         self, name: str, version: int, alias: str = CHAMPION, force_reason: str | None = None
     ) -> tuple[int | None, int]:
-        """Move the alias after the compatibility gate; returns old and new version.
+        """Move the alias after the gate; returns old and new version.
 
-        The artifact must load and fit the backbone of the alias's holder, unless a reason to differ is given.
+        The artifact must be whole and fit its base model's context, and the server and the clients of the alias's
+        holder; a new champion must beat the old one on the same test rows. A reason lets a version pass that differs
+        or is no better; it is kept on record. Overtaken when somebody else moves the alias in this moment.
         """
         check_alias(alias)
-        new = self._manifest(name, version)
-        old = self.aliases(name).get(alias)
-        if old is not None and old != version and force_reason is None:
-            self._gate(name, version, new, alias, old)
-        return self.set_alias(name, alias, version, force_reason or "promote"), version
+        new = self._candidate(name, version)
+        seen = self.aliases(name).get(alias)
 
-    def rollback(self, name: str, alias: str = CHAMPION) -> tuple[int, int]:
+        def check(holder: int | None) -> str:
+            if holder != seen:
+                raise Overtaken(
+                    f"{alias} of {printable(name)} was moved to version {holder} by somebody else meanwhile",
+                    f"look at it, then promote again: orchestrator models {printable(name)}",
+                )
+            return self._admitted(name, version, new, alias, holder, force_reason)
+
+        kind: Kind = "promoted" if force_reason is None else "forced"
+        return self.set_alias(name, alias, version, kind=kind, check=check), version
+
+    def rollback(self, name: str, alias: str = CHAMPION, reason: str = "") -> tuple[int, int]:
         """Put the alias back to the version that held it before; returns old and new version."""
-        model = self._model(name)
-        current = _aliases(model).get(alias)
-        moves = promotion.read_history(model.tags.get(promotion.HISTORY_TAG))
-        before = promotion.previous_holder(moves, alias, current) if current is not None else None
+        current = self.aliases(name).get(alias)
+        before = former_holder(self.history(name), alias, current)
         if current is None or before is None:
             raise BadInput(
                 f"alias {printable(alias)} of {printable(name)} has no former version on record",
                 f"orchestrator promote {printable(name)} VERSION; {self._known_versions(name)}",
             )
-        self._manifest(name, before)
-        self.set_alias(name, alias, before, "rollback")
+        self._candidate(name, before)
+
+        def check(holder: int | None) -> str:
+            if holder != current:
+                raise Overtaken(
+                    f"{alias} of {printable(name)} was moved to version {holder} by somebody else meanwhile",
+                    f"look at it first: orchestrator models {printable(name)}",
+                )
+            return reason
+
+        self.set_alias(name, alias, before, kind="rollback", check=check)
         return current, before
 
     def auto_alias(
@@ -275,36 +350,72 @@ class Registry:
     ) -> AliasOutcome:
         """After a search: give the new version the spec's alias, and make it champion when it earns that."""
         if alias != CHAMPION:
-            self.set_alias(name, alias, version, "search")
-        champion = self.aliases(name).get(CHAMPION)
-        won, reason = self._contest(name, version, champion, metric, better)
-        if won:
-            self.set_alias(name, CHAMPION, version, "search")
-            return AliasOutcome(CHAMPION, f"Version {version} is champion: {reason}.")
-        kept = None if alias == CHAMPION else alias
-        return AliasOutcome(kept, f"Version {version} is not champion, version {champion} stays: {reason}.")
+            self.set_alias(name, alias, version, kind="search")
+        new = self._candidate(name, version)
 
-    def _contest(self, name: str, version: int, champion: int | None, metric: str, better: Better) -> tuple[bool, str]:
+        def contest(holder: int | None) -> str:
+            won, reason = self._contest(name, version, new, holder, metric, better)
+            if not won:
+                raise _NotBetter(f"Version {version} is not champion, version {holder} stays: {reason}.")
+            return reason
+
+        try:
+            _, reason = self._move(name, CHAMPION, version, "search", contest)
+        except _NotBetter as lost:
+            return AliasOutcome(None if alias == CHAMPION else alias, lost.message)
+        return AliasOutcome(CHAMPION, f"Version {version} is champion: {reason}.")
+
+    def _candidate(self, name: str, version: int) -> Candidate:
+        """The version with its whole artifact checked: digests, shapes, finite values."""
+        summary = self._version(self._model(name), version)
+        with self._store.translating(f"fetching version {version} of {printable(name)}"):
+            return Candidate(read_manifest(self._fetch(summary)), summary.tags)
+
+    def _contest(
+        self, name: str, version: int, new: Candidate, champion: int | None, metric: str, better: Better
+    ) -> tuple[bool, str]:
+        if found := promotion.unsound(new.manifest):
+            return False, found[0]
         if champion is None:
             return True, "there was none before"
         if champion == version:
             return True, "it was already"
         try:
-            holder = self._manifest(name, champion)
+            holder = self._candidate(name, champion)
         except BadInput as error:
             return False, f"the champion can't be read to compare ({error.message})"
-        return promotion.verdict(self._manifest(name, version), holder, metric, better)
+        return promotion.verdict(new, holder, metric, better)
 
-    def _gate(self, name: str, version: int, new: Manifest, alias: str, holder: int) -> None:
-        try:
-            found = promotion.differences(new, self._manifest(name, holder))
-        except BadInput as error:
-            found = [f"its holder can't be read to compare ({error.message})"]
-        if found:
+    def _admitted(
+        self, name: str, version: int, new: Candidate, alias: str, holder: int | None, force_reason: str | None
+    ) -> str:
+        """The reason of a promotion. BadInput says everything that is against it."""
+        if found := promotion.unsound(new.manifest):
+            raise BadInput(f"version {version} of {printable(name)} can't be served: {'; '.join(found)}")
+        if force_reason is not None:
+            return force_reason
+        if holder is None or holder == version:
+            return ""
+        against, reason = self._against(name, new, alias, holder)
+        if against:
             raise BadInput(
-                f"version {version} of {printable(name)} can't replace version {holder} as {alias}: {'; '.join(found)}",
-                "choose a version of the same base model, or give a reason to force it",
+                f"version {version} of {printable(name)} can't replace version {holder} as {alias}: {against}",
+                "choose another version, or write why it has to be: --force REASON",
             )
+        return reason
+
+    def _against(self, name: str, new: Candidate, alias: str, holder: int) -> tuple[str, str]:
+        """What is against the new version in the holder's place, and what is for it."""
+        try:
+            old = self._candidate(name, holder)
+        except BadInput as error:
+            return f"its holder can't be read to compare ({error.message})", ""
+        if found := promotion.differences(new.manifest, old.manifest):
+            return "; ".join(found), ""
+        if alias != CHAMPION:
+            return "", ""
+        won, reason = promotion.verdict(new, old, *promotion.comparison_metric(new, old))
+        return ("", reason) if won else (reason, "")
 
     # The rest.
 
@@ -327,6 +438,10 @@ class Registry:
         return UiCommand(argv, env)
 
 
+class _NotBetter(BadInput):
+    """A search's prompt that leaves the champion where it is."""
+
+
 def check_name(name: str) -> None:
     """BadInput for a name that no registered model may have."""
     if not re.fullmatch(NAME_PATTERN, name):
@@ -347,14 +462,10 @@ def _is_prompt(model: RegisteredModel) -> bool:
     return bool(model.tags.get(KIND_TAG) == KIND)
 
 
-def _model_summary(model: RegisteredModel, versions: list[ModelVersion]) -> ModelSummary:
-    aliases = _aliases(model)
-    champions = [version_summary(it, aliases) for it in versions if int(it.version) == aliases.get(CHAMPION)]
-    return ModelSummary(
-        name=model.name,
-        versions=len(versions),
-        latest=max((int(it.version) for it in versions), default=None),
-        aliases=aliases,
-        champion_metrics=champions[0].metrics if champions else None,
-        is_prompt=_is_prompt(model),
-    )
+def _noted(model: RegisteredModel, champion: int) -> Metrics | None:
+    """The champion's metrics as they were noted when it became that; None when the note is of another version."""
+    try:
+        note = json.loads(model.tags.get(CHAMPION_TAG, ""))
+        return dict(note["metrics"]) if note["version"] == champion else None
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -97,7 +97,9 @@ class SearchLog:
         """Trial to MLflow run, as far as written; keep it to go on after an interruption."""
         return dict(self._run_ids)
 
-    def trial_started(self, trial_id: str, config: Mapping[str, Any], at: int | None = None) -> None:
+    def trial_started(
+        self, trial_id: str, config: Mapping[str, Any], at: int | None = None, tags: Mapping[str, Any] | None = None
+    ) -> None:
         """Open the trial's child run; a trial that started before goes on in the same run.
 
         ``at``, here and below: when it was, in milliseconds, if not now. A point that comes again with its time is the
@@ -105,8 +107,8 @@ class SearchLog:
         """
         self._known.add(trial_id)
         params = as_texts(config, MAX_PARAM)
-        tags = {STATE_TAG: "running"}
-        self._put(_dated(Entry("start", trial_id, params=params, tags=tags, name=run_label(config, trial_id)), at))
+        named = as_texts(tags or {}, MAX_TAG) | {STATE_TAG: "running"}
+        self._put(_dated(Entry("start", trial_id, params=params, tags=named, name=run_label(config, trial_id)), at))
 
     def trial_metrics(self, trial_id: str, step: int, metrics: Mapping[str, float], at: int | None = None) -> None:
         """Log a report; values that are not finite become a tag, since charts and databases choke on them."""

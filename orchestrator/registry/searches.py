@@ -25,7 +25,7 @@ def start(
     store: Store, name: str, params: Mapping[str, Any], tags: Mapping[str, Any], spill: Path | None, patience: float
 ) -> SearchLog:
     """A new run in the experiment of the search's name, which is made when it doesn't exist yet."""
-    experiment = _experiment(store, name)
+    experiment = experiment_named(store, name)
     own = {STATE_TAG: "running", "mlflow.source.name": "orchestrator", **_user_tag()}
     run = store.client.create_run(
         experiment.experiment_id,
@@ -58,7 +58,8 @@ def resume(
     return log
 
 
-def _experiment(store: Store, name: str) -> Experiment:
+def experiment_named(store: Store, name: str) -> Experiment:
+    """The experiment of that name, made when there is none. BadInput when it can't be used."""
     experiment = store.client.get_experiment_by_name(name)
     if experiment is None:
         root = store.artifact_root

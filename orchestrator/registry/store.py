@@ -28,7 +28,7 @@ CHECK_SECONDS = 8.0
 LOCK_SECONDS = 120.0
 
 # MLflow's own defaults would stall for minutes on an outage (7 retries of 120 s), copy a uv.lock found in the working
-# directory into the model, and draw progress bars for kilobytes.
+# directory into the model, draw progress bars for kilobytes, and print an address for each run that ends.
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
@@ -36,6 +36,7 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_UV_AUTO_DETECT": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 
 # The request itself was refused; everything else counts as the store not answering.
@@ -52,6 +53,12 @@ REFUSALS = frozenset(
 
 # Errors of these, and OSError, may pass when the store is back; any other exception is a mistake in a program.
 STORE_MODULES = frozenset({"mlflow", "sqlalchemy", "requests", "urllib3", "sqlite3", "psycopg2", "pymysql", "pyodbc"})
+
+OTHER_SCHEMA = re.compile(r"out-of-date database schema \(found version (\w+)")
+READ_ONLY = re.compile(
+    r"read-?only (database|transaction)|permission denied for (table|schema|database)", re.IGNORECASE
+)
+LOGIN = re.compile(r"error code 40[13]\b")
 
 Result = TypeVar("Result")
 
@@ -86,10 +93,21 @@ class Store:
     def check(self) -> None:
         """Raise Unreachable within about 10 s when a store does not answer; nothing but a schema is created."""
         import_mlflow()
-        # A new SQLite file takes its time for the schema, and there is nobody who might not answer.
-        local = sqlite_file(self.tracking_uri) is not None
         with self.translating("asking MLflow"):
-            self._probe() if local else within(CHECK_SECONDS, self._probe)
+            if self.tracking_uri.startswith(SERVERS):
+                within(CHECK_SECONDS, self._probe)
+                return
+            # A new database takes its time for the schema; only whether there is somebody is asked with a limit.
+            if sqlite_file(self.tracking_uri) is None:
+                within(CHECK_SECONDS, self._knock)
+            self._probe()
+
+    def _knock(self) -> None:
+        from sqlalchemy import create_engine
+
+        engine = create_engine(self.tracking_uri)
+        engine.connect().close()
+        engine.dispose()
 
     def _probe(self) -> None:
         self.client.search_experiments(max_results=1)
@@ -108,20 +126,36 @@ class Store:
         if isinstance(error, OrchestratorError):
             return error
         text = masked(first_lines(str(error))) or type(error).__name__
-        if isinstance(error, ModuleNotFoundError):
-            return BadInput(f"{masked(self.tracking_uri)} needs a driver: {text}", f"pip install {error.name}")
-        if type(error).__name__ == "NoSuchModuleError":  # SQLAlchemy's, for a driver that it does not know
-            return BadInput(f"{masked(self.tracking_uri)} names an unknown driver: {text}", "write postgresql://...")
-        if "out-of-date database schema" in text:
-            return BadInput(f"{doing}: {text}", f"mlflow db upgrade {masked(self.tracking_uri)}, after a backup")
-        if getattr(error, "error_code", None) in REFUSALS:
-            return BadInput(f"{doing}: {text}")
+        if refusal := self._refusal(error, text, doing):
+            return refusal
         if not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in STORE_MODULES:
             return JobFailed(f"{doing}: {type(error).__name__}: {text}")
         where = masked(self.tracking_uri)
         if self.registry_uri != self.tracking_uri:
             where += f" or {masked(self.registry_uri)}"
         return Unreachable(f"{doing}: no answer from {where} ({text})", self._next_step())
+
+    def _refusal(self, error: Exception, text: str, doing: str) -> BadInput | None:
+        """What somebody has to change, or None for what may pass by itself."""
+        where, code = masked(self.tracking_uri), getattr(error, "error_code", None)
+        if isinstance(error, ModuleNotFoundError):
+            return BadInput(f"{where} needs a driver: {text}", f"pip install {error.name}")
+        if type(error).__name__ == "NoSuchModuleError":  # SQLAlchemy's, for a driver that it does not know
+            return BadInput(f"{where} names an unknown driver: {text}", "write postgresql://...")
+        if found := OTHER_SCHEMA.search(text):
+            if known_schema(found[1]):
+                return BadInput(f"{doing}: {text}", f"mlflow db upgrade {where}, after a backup")
+            return BadInput(
+                f"{doing}: {where} was made by a newer MLflow than the one here (schema {found[1]})",
+                "pip install --upgrade mlflow, or use another database",
+            )
+        if READ_ONLY.search(text):
+            hint = "ask whoever runs it for the right to write; nothing was changed"
+            return BadInput(f"{doing}: {where} may only be read ({text})", hint)
+        if LOGIN.search(text) or code in ("PERMISSION_DENIED", "UNAUTHENTICATED"):
+            hint = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or ask for the permission"
+            return BadInput(f"{doing}: {where} does not let this login do that ({text})", hint)
+        return BadInput(f"{doing}: {text}") if code in REFUSALS else None
 
     def _next_step(self) -> str:
         elsewhere = f"or unset MLFLOW_TRACKING_URI to use {DEFAULT_URI} in the working directory"
@@ -179,6 +213,14 @@ def masked(text: str) -> str:
     """The text without the passwords of the addresses in it."""
     text = re.sub(r"(://[^:/@\s]*:)[^/\s]*@", r"\1***@", text)
     return re.sub(r"([?&](?:password|pwd)=)[^&\s]*", r"\1***", text, flags=re.IGNORECASE)
+
+
+def known_schema(revision: str) -> bool:
+    """Whether the MLflow here has ever made databases of that schema."""
+    import mlflow.store.db_migrations
+
+    versions = Path(mlflow.store.db_migrations.__path__[0]) / "versions"
+    return any(versions.glob(f"{revision}_*.py"))
 
 
 def first_lines(text: str) -> str:

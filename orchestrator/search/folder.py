@@ -64,6 +64,11 @@ class SearchFolder:
         return self.path / "result.json"
 
     @property
+    def report(self) -> Path:
+        """The search as one HTML page."""
+        return self.path / "report.html"
+
+    @property
     def processes(self) -> Path:
         return self.path / "processes.json"
 

@@ -87,6 +87,11 @@ def _read_checkpoint(folder: SearchFolder, trial: str, step: int) -> bytes:
     return data
 
 
+def read_events(folder: SearchFolder) -> History:
+    """What the journal says, without the checkpoints: enough to look at a search, not to go on with it."""
+    return _read_lines(folder.journal)
+
+
 def _read_lines(file: Path) -> History:
     data = file.read_bytes() if file.exists() else b""
     length = data.rfind(b"\n") + 1

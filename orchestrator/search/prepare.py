@@ -12,7 +12,7 @@ from torch import Tensor
 
 from orchestrator.artifact import DataRecord, PromptArtifact, VerbalizerEntry
 from orchestrator.base_model import ModelSource, resolve_model
-from orchestrator.data.dataset import SPLITS, RowSplits, load_rows
+from orchestrator.data.dataset import SPLITS, RowSplits, load_rows, rows_fingerprint
 from orchestrator.data.demonstrations import demonstrations
 from orchestrator.data.encoding import Encoder, check_context, check_generation, make_encoder, reference_texts
 from orchestrator.errors import BadInput
@@ -145,7 +145,8 @@ def _prepare_generation(job: JobSpec, task: Task, rows: RowSplits, source: Model
 def data_record(data: DataSpec, rows: RowSplits) -> DataRecord:
     """What an artifact says of the rows that it belongs to."""
     path = data.path if isinstance(data.path, str) else data.path.model_dump_json(exclude_none=True)
-    return DataRecord(path=path, fingerprint=rows.fingerprint, rows=rows.counts)
+    tested = rows_fingerprint(rows.test)
+    return DataRecord(path=path, fingerprint=rows.fingerprint, rows=rows.counts, test_fingerprint=tested)
 
 
 def verbalizer_entries(encoder: Encoder) -> tuple[VerbalizerEntry, ...] | None:

@@ -169,7 +169,7 @@ class Engine:
         """Metrics of a prompt or a baseline on a whole split."""
         if job.checkpoint is not None:
             best = PromptTensors.from_named(TrialState.from_bytes(job.checkpoint).best(), self.task.method.inside)
-            (metrics,) = self._metrics([best], self.task.splits[job.split])
+            (metrics,) = self._metrics([best], self.task.splits[job.split], job.confusion)
         else:
             splits = self.task.splits if job.instruction is None else self.task.instructed[job.instruction]
             (metrics,) = self._metrics(None, splits[job.split])
@@ -180,14 +180,18 @@ class Engine:
             )
         return metrics
 
-    def _metrics(self, prompts: Sequence[PromptTensors] | None, split: Encoded) -> list[dict[str, float] | None]:
+    def _metrics(
+        self, prompts: Sequence[PromptTensors] | None, split: Encoded, confusion: bool = False
+    ) -> list[dict[str, float] | None]:
         """Metrics of each prompt, or of the model without one; None where memory does not suffice for one row."""
 
         def of(places: Sequence[int]) -> list[dict[str, float]]:
             chosen = None if prompts is None else [prompts[place] for place in places]
             task, tokens = self.task, self._evaluation.tokens
             try:
-                return evaluate(self.backbone, chosen, split, task.encoder, task.decoding, tokens, self.group)
+                return evaluate(
+                    self.backbone, chosen, split, task.encoder, task.decoding, tokens, self.group, confusion
+                )
             except NoRoom:
                 self.backbone.give_up_forward()
                 raise

@@ -7,8 +7,9 @@ log-likelihood of the target tokens. Texts are generated and compared (``generat
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from orchestrator.data.encoding import Encoded, Encoder
 from orchestrator.scoring import answer_scores, answer_tokens, target_log_probs
 from orchestrator.tuning.generate import Decoding, generated_metrics
 from orchestrator.tuning.group import Group
+from orchestrator.tuning.report import CONFUSION
 from orchestrator.tuning.room import needs_room
 
 MAX_TOKENS = 16384  # padded tokens of one forward
@@ -33,6 +35,8 @@ class Tally:
     exact: int = 0
     nll: float = 0.0
     tokens: int = 0
+    answered: Counter[tuple[int, int]] = field(default_factory=Counter)
+    """Rows by (true label, answered label)."""
 
     def __add__(self, other: Tally) -> Tally:
         return Tally(
@@ -41,11 +45,14 @@ class Tally:
             self.exact + other.exact,
             self.nll + other.nll,
             self.tokens + other.tokens,
+            self.answered + other.answered,
         )
 
-    def metrics(self, ranking: bool) -> dict[str, float]:
+    def metrics(self, ranking: bool, confusion: bool = False) -> dict[str, float]:
         accuracy = {"accuracy": self.ranked / self.rows} if ranking else {}
-        return {**accuracy, "exact_match": self.exact / self.rows, "loss": self.nll / self.tokens}
+        counts = {f"{CONFUSION}{true}/{said}": float(rows) for (true, said), rows in self.answered.items()}
+        more = counts if confusion else {}
+        return {**accuracy, "exact_match": self.exact / self.rows, "loss": self.nll / self.tokens, **more}
 
 
 @torch.inference_mode()
@@ -57,17 +64,22 @@ def evaluate(
     decoding: Decoding | None = None,
     max_tokens: int | None = None,
     group: Group = Group(),
+    confusion: bool = False,
 ) -> list[dict[str, float]]:
     """Metrics of each prompt on all rows; ``None`` evaluates the model without a prompt, as one entry.
 
     ``decoding``: also generate, and add the metrics of the texts; the split then has references. ``max_tokens``: padded
-    tokens of a forward at most, by default what suits the device. Raises NoRoom when memory runs out. The workers of a
+    tokens of a forward at most, by default what suits the device. ``confusion``: as in ``EvaluationJob``. Raises NoRoom
+    when memory runs out. The workers of a
     ``group`` share each forward's rows, and all get the metrics of all rows.
     """
     most = max_tokens or forward_tokens(backbone)
     prepared, tallies = group.together(lambda: _own_tallies(backbone, prompts, split, encoder, most, group))
     parts = group.gathered(tallies)
-    found = [sum(of_prompt[1:], of_prompt[0]).metrics(bool(encoder.answers)) for of_prompt in zip(*parts, strict=True)]
+    found = [
+        sum(of_prompt[1:], of_prompt[0]).metrics(bool(encoder.answers), confusion)
+        for of_prompt in zip(*parts, strict=True)
+    ]
     if decoding is None:
         return found
     texts = generated_metrics(backbone, prepared, split, encoder, decoding, max_tokens, group)
@@ -136,7 +148,9 @@ def _tally(judged: Judged, split: Encoded, rows: list[int], owner: list[int], ta
         tally.exact += judged.exact[place]
         tally.nll += judged.nll[place]
         tally.tokens += len(split.targets[row])
-        tally.ranked += bool(judged.ranked) and judged.ranked[place] == split.labels[row]
+        if judged.ranked:
+            tally.ranked += judged.ranked[place] == split.labels[row]
+            tally.answered[split.labels[row], judged.ranked[place]] += 1
 
 
 @dataclass(frozen=True)

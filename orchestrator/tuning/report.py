@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -69,3 +70,17 @@ class EvaluationJob:
     split: str
     checkpoint: bytes | None = None
     instruction: str | None = None
+    confusion: bool = False
+    """Also count which label was answered for which, as metrics ``confusion/TRUE/SAID`` by places in the verbalizer."""
+
+
+CONFUSION = "confusion/"
+
+
+def without_confusion(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if not name.startswith(CONFUSION)}
+
+
+def confusion_counts(metrics: Mapping[str, float], labels: int) -> list[list[int]]:
+    """[true][said] counts, of metrics that were asked for with ``confusion``."""
+    return [[int(metrics.get(f"{CONFUSION}{true}/{said}", 0)) for said in range(labels)] for true in range(labels)]

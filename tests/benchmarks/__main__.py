@@ -17,7 +17,19 @@ import orchestrator  # before torch, to which it says how OpenMP's threads wait
 import torch
 
 from orchestrator.backbone import default_device
-from tests.benchmarks import accelerator, evaluation, nodes, overhead, packing, plans, population, search, step, trials
+from tests.benchmarks import (
+    accelerator,
+    evaluation,
+    logs,
+    nodes,
+    overhead,
+    packing,
+    plans,
+    population,
+    search,
+    step,
+    trials,
+)
 from tests.benchmarks.measure import Line, Skipped, table
 from tests.benchmarks.subjects import TOY
 
@@ -57,6 +69,14 @@ def _accelerator(args: argparse.Namespace) -> list[Line]:
     return accelerator.lines(replace(setting, sizes=(args.size,)) if args.size else setting)
 
 
+def _logging(args: argparse.Namespace) -> list[Line]:
+    setting = logs.Setting(pairs=args.pairs, size=args.size or "6x192")
+    toy = replace(setting, size="toy", steps=3, models=20, versions=2)
+    parts = {"search": logs.search_lines, "listing": logs.listing_lines}
+    chosen = toy if args.toy else setting
+    return [line for name, lines in parts.items() if args.only in name for line in lines(chosen)]
+
+
 def _search(args: argparse.Namespace) -> list[Line]:
     setting = _of_size(args, search.SETTINGS)
     setting = replace(setting, seeds=tuple(range(args.seeds))) if args.seeds else setting
@@ -94,6 +114,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Line]]] = {
     "overhead": _overhead,
     "evaluation": _evaluation,
     "accelerator": _accelerator,
+    "logging": _logging,
     "search": _search,
     "trials": _trials,
     "nodes": _nodes,
@@ -140,7 +161,9 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     made.add_argument("names", nargs="*", choices=[[], *BENCHMARKS], metavar="NAME", help=", ".join(BENCHMARKS))
     made.add_argument(
-        "--only", default="", help="lines, sides or jobs with this in their name; packing: speed or memory"
+        "--only",
+        default="",
+        help="lines, sides or jobs with this in their name; also packing: speed, memory; logging: search, listing",
     )
     made.add_argument("--size", help="one of the models 6x192, 6x512, 100M, 1B; of whole searches: small or real")
     made.add_argument("--seeds", type=int, default=0, help="search, population: so many seeds (default 3)")

@@ -1,15 +1,7 @@
-"""Two stores for one contract: an SQLite file, and a real MLflow server on a loopback port."""
+"""Stores for one contract: an SQLite file, and real MLflow servers on loopback ports, on SQLite and on PostgreSQL."""
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
@@ -17,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mlflow_server import Server
+from postgres import Cluster, running_cluster, why_no_postgres
 
 from orchestrator.artifact import BaseModelRecord, DataRecord, Manifest, PromptArtifact, VerbalizerEntry
 from orchestrator.registry import Registry
@@ -24,51 +18,26 @@ from orchestrator.registry import Registry
 MakeArtifact = Callable[..., Path]
 
 
-class Server:
-    """An ``mlflow server`` process that a test may stop and start again on the same store and port."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> Server:
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/server.db"]
-        command += ["--artifacts-destination", str(self.folder / "artifacts")]
-        environment = os.environ | {
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "MLFLOW_DISABLE_TELEMETRY": "true",
-            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        }
-        with (self.folder / "server.log").open("ab") as log:
-            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        self._await()
-        return self
-
-    def _await(self) -> None:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            try:
-                with urllib.request.urlopen(f"{self.uri}/health", timeout=1):
-                    return
-            except (OSError, urllib.error.URLError):
-                time.sleep(0.1)
-        raise RuntimeError((self.folder / "server.log").read_text())
-
-    def stop(self) -> None:
-        if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)  # the server's own session, with its workers
-            self.process.wait()
-            self.process = None
-
-
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     running = Server(tmp_path_factory.mktemp("mlflow-server")).start()
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A PostgreSQL of this session's own."""
+    if reason := why_no_postgres():
+        pytest.skip(reason)
+    with running_cluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def postgres_server(postgres: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("mlflow-postgres")
+    running = Server(folder, postgres.database("served")).start()
     yield running
     running.stop()
 
@@ -83,6 +52,12 @@ def registry(request: pytest.FixtureRequest, tmp_path: Path) -> Registry:
     """A registry on each kind of store, with a cache of its own."""
     uri = request.getfixturevalue("sqlite_uri") if request.param == "sqlite" else request.getfixturevalue("server").uri
     return Registry(uri, cache_dir=tmp_path / "cache")
+
+
+@pytest.fixture(params=["server", "postgres_server"])
+def served(request: pytest.FixtureRequest, tmp_path: Path) -> Registry:
+    """A registry behind an MLflow server, on SQLite and on PostgreSQL."""
+    return Registry(request.getfixturevalue(request.param).uri, cache_dir=tmp_path / "cache")
 
 
 @pytest.fixture
@@ -101,7 +76,9 @@ def name() -> str:
 
 @pytest.fixture
 def make_artifact(tmp_path: Path) -> MakeArtifact:
-    def make(accuracy: float = 0.9, hidden: int = 8, fingerprint: str = "f" * 64, data: str = "d" * 64) -> Path:
+    def make(
+        accuracy: float = 0.9, hidden: int = 8, fingerprint: str = "f" * 64, data: str = "d" * 64, **changes: Any
+    ) -> Path:
         base = BaseModelRecord(
             id="builtin:quickstart",
             revision="main",
@@ -110,7 +87,7 @@ def make_artifact(tmp_path: Path) -> MakeArtifact:
             vocab_size=100,
             context_length=128,
             fingerprint=fingerprint,
-            tokenizer_digest="t" * 64,
+            tokenizer_digest=changes.pop("tokenizer", "t" * 64),
         )
         manifest = Manifest(
             method="prompt_tuning",
@@ -130,6 +107,7 @@ def make_artifact(tmp_path: Path) -> MakeArtifact:
             trial="t1",
             orchestrator_version="0.1.0",
         )
+        manifest = manifest.model_copy(update=changes)
         weights = np.random.default_rng(0).normal(size=(5, hidden)).astype(np.float32)
         return PromptArtifact(weights, manifest).save(tmp_path / f"artifact-{next(_numbers)}")
 
@@ -139,6 +117,16 @@ def make_artifact(tmp_path: Path) -> MakeArtifact:
 @pytest.fixture
 def register(registry: Registry, name: str, make_artifact: MakeArtifact) -> Callable[..., int]:
     """Registers a new artifact under the test's name, in one search run."""
+    return _registering(registry, name, make_artifact)
+
+
+@pytest.fixture
+def serve(served: Registry, name: str, make_artifact: MakeArtifact) -> Callable[..., int]:
+    """The same, behind a server."""
+    return _registering(served, name, make_artifact)
+
+
+def _registering(registry: Registry, name: str, make_artifact: MakeArtifact) -> Callable[..., int]:
     with registry.start_search(name, {}, {}) as search:
         run_id = search.run_id
 

@@ -74,6 +74,8 @@ def test_a_version_holds_no_pickle_and_no_path(
         "python_env.yaml",
         "requirements.txt",
         "pyfunc_model.py",
+        "input_example.json",
+        "serving_input_example.json",
         f"artifacts/prompt/{MANIFEST}",
         f"artifacts/prompt/{WEIGHTS}",
     }
@@ -84,6 +86,7 @@ def test_a_version_holds_no_pickle_and_no_path(
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
     model = mlflow.pyfunc.load_model(str(folder))
     assert model.metadata.get_input_schema().input_names() == ["text"]
+    assert model.input_example.to_dict("records") == [{"text": "some text"}]
     monkeypatch.setitem(sys.modules, "orchestrator.serving.offline", fake_serving())
     assert model.predict([{"text": "win a prize"}]) == [
         {"label": 1, "probs": {"1": 1.0}, "of": {"text": "win a prize"}}
@@ -138,7 +141,7 @@ def test_lists_and_snapshot(registry: Registry, name: str, register: Register) -
     registry._store.client.create_registered_model(f"{name}-other")
     models = {model.name: model for model in registry.list_models()}
     mine, other = models[name], models[f"{name}-other"]
-    assert (mine.versions, mine.latest, mine.aliases) == (2, 2, {"champion": 1, "challenger": 2})
+    assert (mine.latest, mine.aliases) == (2, {"champion": 1, "challenger": 2})
     assert mine.champion_metrics is not None and mine.champion_metrics["test"]["accuracy"] == 0.8
     assert mine.is_prompt and not other.is_prompt and other.latest is None
     assert [it.version for it in registry.versions(name)] == [2, 1]
@@ -248,24 +251,6 @@ def test_a_version_of_another_program_is_refused(registry: Registry, name: str, 
     client.create_model_version(name, f"runs:/{search.run_id}/nothing", search.run_id)
     with pytest.raises(BadInput, match=r"no prompt artifact|can't be read|No such"):
         registry.fetch(name, 1)
-
-
-def test_promote_passes_the_gate_or_names_what_differs(registry: Registry, name: str, register: Register) -> None:
-    """A prompt of another base model would be noise to the running server."""
-    assert registry.promote(name, register()) == (None, 1)
-    assert registry.promote(name, register(accuracy=0.5)) == (1, 2)
-    other = register(fingerprint="e" * 64, hidden=16)
-    with pytest.raises(BadInput, match=r"base model fingerprint is e+, not f+; hidden size is 16, not 8"):
-        registry.promote(name, other)
-    assert registry.aliases(name) == {"champion": 2}
-    assert registry.promote(name, other, force_reason="the server moves too") == (2, 3)
-    tag = registry._store.client.get_registered_model(name).tags["orchestrator.alias_history"]
-    moves = [(move["from"], move["to"], move["reason"]) for move in json.loads(tag)]
-    assert moves == [(None, 1, "promote"), (1, 2, "promote"), (2, 3, "the server moves too")]
-    assert registry.rollback(name) == (3, 2)
-    assert registry.rollback(name) == (2, 1)
-    with pytest.raises(BadInput, match="no former version"):
-        registry.rollback(name)
 
 
 @pytest.mark.parametrize("alias", ["latest", "v1", "a.b", "", "a b"])

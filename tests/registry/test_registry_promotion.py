@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 from test_artifact import manifest
 
-from orchestrator.artifact import GenerationRecord, Manifest
-from orchestrator.registry.promotion import verdict
+from orchestrator.artifact import GenerationRecord
+from orchestrator.registry.promotion import Candidate, verdict
 
 GREEDY, BEAMS = (GenerationRecord(max_tokens=32, num_beams=beams) for beams in (1, 5))
 
 
-def scored(bleu: float, generation: GenerationRecord) -> Manifest:
+def scored(bleu: float, generation: GenerationRecord) -> Candidate:
     changes: dict[str, Any] = {"metrics": {"test": {"bleu": bleu, "loss": 1 - bleu}}, "generation": generation}
-    return manifest(**changes)
+    return Candidate(manifest(**changes), {})
 
 
 @pytest.mark.parametrize(("generation", "won"), [(GREEDY, True), (BEAMS, False)])

@@ -12,7 +12,7 @@ import pytest
 from orchestrator.errors import BadInput
 from orchestrator.registry import ModelRef, Registry, parse_ref, printable
 from orchestrator.registry.entries import Entry, as_texts, coalesce, load_entries, run_label, save_entries
-from orchestrator.registry.promotion import Move, previous_holder
+from orchestrator.registry.history import Kind, Move, former_holder, read_moves
 from orchestrator.registry.refs import nearest
 from orchestrator.registry.store import masked, normalised
 
@@ -98,24 +98,38 @@ def test_importing_the_registry_imports_no_heavy_module() -> None:
     assert answer.stdout.strip() == "set()"
 
 
-def move(old: int | None, new: int, reason: str = "promote", alias: str = "champion") -> Move:
-    return {"alias": alias, "from": old, "to": new, "reason": reason}
+def moves(*steps: tuple[int | None, int | None, Kind], alias: str = "champion") -> list[Move]:
+    return [Move(alias, number, *step) for number, step in enumerate(steps, start=1)]
+
+
+FIRST: tuple[int | None, int, Kind] = (None, 1, "promoted")
+SECOND: tuple[int | None, int, Kind] = (1, 2, "promoted")
 
 
 @pytest.mark.parametrize(
-    ("moves", "current", "before"),
+    ("history", "current", "before"),
     [
         ([], 1, None),
-        ([move(None, 1)], 1, None),
-        ([move(None, 1), move(1, 2)], 2, 1),
-        ([move(None, 1), move(1, 2), move(2, 3), move(3, 2, "rollback")], 2, 1),
-        ([move(None, 1), move(1, 2, alias="challenger"), move(1, 3)], 3, 1),
-        ([move(1, 2)], 2, 1),
-        ([{"alias": "champion", "to": "x"}, move(None, 1), move(1, 2)], 2, 1),
+        (moves(FIRST), 1, None),
+        (moves(FIRST, SECOND), 2, 1),
+        (moves(FIRST, SECOND, (2, 3, "forced"), (3, 2, "rollback")), 2, 1),
+        (moves(FIRST, SECOND, (2, 3, "search"), (3, 2, "rollback"), (2, 1, "rollback")), 1, None),
+        (moves(FIRST, (1, 3, "promoted")) + moves(SECOND, alias="challenger"), 3, 1),
+        (moves((7, 2, "promoted")), 2, 7),
+        (moves(FIRST, SECOND, (2, None, "elsewhere"), (None, 3, "set")), 3, 2),
+        (moves(FIRST, SECOND), 5, 2),
     ],
 )
-def test_rollback_goes_back_one_move_at_a_time(moves: list[Move], current: int, before: int | None) -> None:
-    assert previous_holder(moves, "champion", current) == before
+def test_rollback_goes_back_one_move_at_a_time(history: list[Move], current: int, before: int | None) -> None:
+    assert former_holder(history, "champion", current) == before
+
+
+def test_moves_are_read_in_order_and_what_is_none_is_passed_over() -> None:
+    """A run's parameters come in any order, and somebody may add others."""
+    history = moves(FIRST, *((number, number + 1, "set") for number in range(1, 12)))
+    params = {move.key: move.text() for move in reversed(history)}
+    params |= {"lr": "0.1", "champion.000099": "{}", "champion.000098": history[0].text(), "x": "[1]"}
+    assert read_moves(params) == history
 
 
 def test_log_entries_merge_between_a_runs_start_and_end() -> None:

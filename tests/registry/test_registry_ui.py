@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import os
 import re
 import shutil
@@ -13,12 +14,18 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from orchestrator.registry import Registry
+from orchestrator.report.facts import SearchFacts, TrialFacts
+from orchestrator.report.figures import FIGURES, draw
+from orchestrator.report.page import page
+from orchestrator.space import TrialSpec
+from orchestrator.spec import JobSpec
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
 SCREENSHOTS = Path(__file__).parents[2] / "build" / "screenshots"
@@ -70,29 +77,75 @@ def answers(url: str, process: subprocess.Popen[bytes]) -> bool:
 
 def text_of(address: str, picture: str, profile: Path) -> str:
     """The text of a page once its scripts have run; a screenshot of it is kept in build/screenshots."""
+    return read_page(address, picture, profile)[0]
+
+
+def read_page(address: str, picture: str, profile: Path, more: Sequence[str] = ()) -> tuple[str, str]:
+    """Text and title."""
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     file = SCREENSHOTS / f"{picture}.png"
     file.unlink(missing_ok=True)
-    argv = [BROWSER, *FLAGS, f"--user-data-dir={profile}", f"--screenshot={file}", "--dump-dom", address]
+    argv = [BROWSER, *FLAGS, *more, f"--user-data-dir={profile}", f"--screenshot={file}", "--dump-dom", address]
     done = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=LIMIT_S)
     assert file.read_bytes().startswith(b"\x89PNG")
     words = re.sub(r"<(script|style).*?</\1>|<[^>]+>", " ", done.stdout, flags=re.DOTALL)
-    return " ".join(html.unescape(words).split())
+    title = re.search(r"<title>(.*?)</title>", done.stdout, re.DOTALL)
+    return " ".join(html.unescape(words).split()), title[1] if title else ""
 
 
 @pytest.fixture
-def parent(local: Registry, name: str, make_artifact: Callable[..., Path]) -> str:
-    """The run of a search with three trials, the best of which is registered as champion."""
-    with local.start_search(name, {"trials": 3}, {}) as search:
+def parent(local: Registry, name: str, make_artifact: Callable[..., Path], report: Report) -> str:
+    """The run of a search with three trials and its report, the best of which is registered as champion."""
+    with local.start_search(name, {"trials": 3, "method": "prompt_tuning"}, {"device_hours": "0.01"}) as search:
         for number, init in enumerate(INITS):
             trial = f"t{number:03d}"
             search.trial_started(trial, {"init": init, "num_virtual_tokens": 20, "learning_rate": 0.1, "seed": 0})
             search.trial_metrics(trial, 10, {"validation_accuracy": 0.5 + number / 10})
             search.trial_ended(trial, "finished")
         assert search.flush(10)
-        version = local.register(make_artifact(), name, search.run_ids["t002"])
+        search.parent_metrics({"best_test_accuracy": 0.9})
+        near = [[(" good", 0.11), (" great", 0.12)]] * 5
+        version = local.register(make_artifact(), name, search.run_ids["t002"], metric="accuracy", nearest=near)
     assert local.auto_alias(name, version).alias == "champion"
+    pictures = {f"figures/{name}.svg": svg for name, svg in report.pictures.items()}
+    local.log_files(search.run_id, {"report.html": report.page.encode(), **pictures})
     return search.run_id
+
+
+class Report(NamedTuple):
+    """A search's page and its pictures."""
+
+    page: str
+    pictures: dict[str, bytes]
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    """Of a search with everything there is to see: inits, lengths, seeds, learning rates, a failed trial."""
+    job = JobSpec.model_validate(
+        {
+            "name": "everything", "base_model": {"id": "builtin:quickstart"},
+            "data": {
+                "path": "builtin:quickstart", "template": "{text}", "target": "label", "verbalizer": {0: "a", 1: "b"},
+            },
+        }
+    )  # fmt: skip
+    trials = []
+    for number, (init, tokens, seed) in enumerate(itertools.product(INITS, (5, 20), (0, 1))):
+        rate = 0.01 * 1.4**number
+        points = [(step, {"accuracy": 0.5 + 0.03 * number * step / 90, "loss": 1.0}) for step in (30, 60, 90)]
+        status = "failed" if number == 3 else "stopped" if number % 2 else "finished"
+        spec = TrialSpec(init, None, tokens, rate, seed)
+        trials.append(TrialFacts(f"t{number:03}", spec, status, points, points[-1][1]))
+    found = {split: {"accuracy": 0.5, "loss": 2.0} for split in ("validation", "test")}
+    confusion = {"labels": [0, 1], "counts": [[40, 10], [5, 45]]}
+    result = {
+        "best": {"trial": "t011", "metrics": found, "confusion": confusion}, "model": None,
+        "seconds": {"total": 90.0, "ray": 8.0, "trials": 70.0, "registry": 2.0}, "plan": {"seconds": {"total": 80.0}},
+    }  # fmt: skip
+    facts = SearchFacts("everything-1", job, "0" * 32, trials, {"zero_shot": found}, result)
+    pictures = draw(facts)
+    return Report(page(facts, pictures), pictures)
 
 
 def test_the_pages_show_a_search_and_its_version(
@@ -110,5 +163,32 @@ def test_the_pages_show_a_search_and_its_version(
     listed = text_of(by_metric, "runs", tmp_path)
     assert [it for it in (run.info.run_name, *children) if it not in listed] == []
     assert listed.index(children[2]) < listed.index(children[1]) < listed.index(children[0])
+    # The search's own page: parameters, metrics, tags; its charts; its artifacts.
+    run_page = f"{pages}/#/experiments/{run.info.experiment_id}/runs/{parent}"
+    overview = text_of(run_page, "run", tmp_path)
+    assert [it for it in ("best_test_accuracy", "prompt_tuning", "device_hours") if it not in overview] == []
+    assert "best_test_accuracy" in text_of(f"{run_page}/model-metrics", "run-charts", tmp_path)
+    artifacts = text_of(f"{run_page}/artifacts", "run-artifacts", tmp_path)
+    assert "report.html" in artifacts and "figures" in artifacts
     model_page = text_of(f"{pages}/#/models/{name}", "model", tmp_path)
     assert name in model_page and "Version 1" in model_page and "@ champion" in model_page
+    version_page = text_of(f"{pages}/#/models/{name}/versions/1", "version", tmp_path)
+    wanted = ["champion", "this prompt", "zero shot", "Nearest words of the vocabulary", f"orchestrator query {name}"]
+    assert [it for it in wanted if it not in version_page] == []
+
+
+WIDTHS = {"wide": "1400,2400", "narrow": "390,5000"}
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_report_opens_without_a_network(report: Report, tmp_path: Path, width: str) -> None:
+    """Every picture is loaded at a size to read it by, and nothing is wider than the window."""
+    file = tmp_path / "report.html"
+    probe = """<script>onload=()=>{const i=[...document.images];document.title=[i.length,
+      i.filter(x=>x.complete&&x.naturalWidth>200&&x.clientWidth>250).length,
+      document.documentElement.scrollWidth<=innerWidth].join(" ")}</script>"""
+    file.write_text(report.page.replace("</body>", f"{probe}</body>"))
+    offline = ["--host-resolver-rules=MAP * ~NOTFOUND", f"--window-size={WIDTHS[width]}"]
+    text, title = read_page(file.as_uri(), f"report-{width}", tmp_path, offline)
+    assert "Search everything-1" in text and "t003" in text
+    assert title == f"{len(FIGURES)} {len(FIGURES)} true"

@@ -1,0 +1,264 @@
+"""The gate, the history and the rollback, behind real MLflow servers on SQLite and on PostgreSQL."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+from threading import Barrier
+from typing import Any
+
+import pytest
+
+from orchestrator.artifact import GenerationRecord, VerbalizerEntry, read_manifest
+from orchestrator.errors import BadInput, OrchestratorError
+from orchestrator.registry import Move, Overtaken, Registry, ledger
+from orchestrator.registry.history import who
+from orchestrator.registry.promotion import (
+    EVALUATION_TAG,
+    METRIC_TAG,
+    Candidate,
+    comparison_metric,
+    differences,
+    verdict,
+)
+
+Serve = Callable[..., int]
+
+
+def steps(registry: Registry, name: str, alias: str = "champion") -> list[tuple[Any, ...]]:
+    return [(it.old, it.new, it.kind) for it in registry.history(name) if it.alias == alias]
+
+
+def test_every_move_is_kept_with_who_when_and_why(served: Registry, name: str, serve: Serve) -> None:
+    """Promoted, forced past the gate, rolled back twice: the alias follows, the history says it all."""
+    assert served.promote(name, serve(accuracy=0.8)) == (None, 1)
+    assert served.promote(name, serve(accuracy=0.9)) == (1, 2)
+    other = serve(fingerprint="e" * 64, hidden=16)
+    with pytest.raises(BadInput, match=r"base model fingerprint is e+, not f+; hidden size is 16, not 8") as refusal:
+        served.promote(name, other)
+    assert "--force REASON" in refusal.value.hint
+    assert served.aliases(name) == {"champion": 2}
+    assert served.promote(name, other, force_reason="the server moves\ntoo") == (2, 3)
+    assert served.rollback(name, reason="it was slow") == (3, 2)
+    assert served.rollback(name) == (2, 1)
+    with pytest.raises(BadInput, match="no former version"):
+        served.rollback(name)
+    assert served.aliases(name) == {"champion": 1}
+    wanted = [(None, 1, "promoted"), (1, 2, "promoted"), (2, 3, "forced"), (3, 2, "rollback"), (2, 1, "rollback")]
+    assert steps(served, name) == wanted
+    moves = served.history(name)
+    assert [move.reason for move in moves[1:4]] == [
+        "its test accuracy is 0.9, the champion's 0.8", "the server moves\ntoo", "it was slow",
+    ]  # fmt: skip
+    assert {move.by for move in moves} == {who()} and all(move.at[:2] == "20" for move in moves)
+    page = served._store.client.get_registered_model(name)
+    assert page.tags["alias.champion"].startswith("version 1, before that 2: rolled back by")
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "worse": ({"accuracy": 0.7}, "its test accuracy is 0.7, the champion's 0.8"),
+    "as good": ({"accuracy": 0.8}, "its test accuracy is 0.8, the champion's 0.8"),
+    "never tested": ({"metrics": {}}, "it has no test accuracy"),
+    "other rows": ({"data": "c" * 64}, "tested on other data"),
+    "tokenizer": ({"tokenizer": "u" * 64}, "tokenizer digest is u+, not t+"),
+    "columns": ({"template": "{title}: {text}"}, "template takes the columns text, title, not text"),
+    "labels": ({"verbalizer": (VerbalizerEntry(label=0, text=" a"),)}, "answers are the labels 0, not 0, 1"),
+    "generates": ({"verbalizer": None}, "answers are the labels none, not 0, 1"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_against_a_version(make_artifact: Callable[..., Path], case: str) -> None:
+    """Each thing that may be is named; the same prompt, but better, has nothing against it."""
+    changes, reason = REFUSED[case]
+    old, new, better = (
+        Candidate(read_manifest(make_artifact(**it)), {})
+        for it in ({"accuracy": 0.8}, {"accuracy": 0.99, **changes}, {"accuracy": 0.99})
+    )
+    assert not differences(better.manifest, old.manifest) and verdict(better, old, "accuracy", "max")[0]
+    found = differences(new.manifest, old.manifest) or [verdict(new, old, "accuracy", "max")[1]]
+    assert re.search(reason, "; ".join(found)) and not verdict(new, old, "accuracy", "max")[0]
+
+
+def test_versions_are_compared_by_rows_that_both_were_evaluated_on(make_artifact: Callable[..., Path]) -> None:
+    """Their own test rows where those are the same, else any other; a tag that somebody damaged counts for nothing."""
+    old, new = (read_manifest(make_artifact(accuracy=it, data=str(it) * 16)) for it in (0.8, 0.7))
+    assert (
+        verdict(Candidate(new, {}), Candidate(old, {}), "accuracy", "max")[1] == "the champion was tested on other data"
+    )
+    tags = [{f"{EVALUATION_TAG}rows": f'{{"metrics": {{"accuracy": {it}}}}}'} for it in (0.6, 0.65)]
+    assert verdict(Candidate(new, tags[1]), Candidate(old, tags[0]), "accuracy", "max") == (
+        True, "its test accuracy is 0.65, the champion's 0.6",
+    )  # fmt: skip
+    for damaged in ("", "[]", '{"metrics": 3}', '{"metrics": {"accuracy": "much"}}'):
+        assert not verdict(
+            Candidate(new, {f"{EVALUATION_TAG}rows": damaged}), Candidate(old, tags[0]), "accuracy", "max"
+        )[0]
+    assert comparison_metric(Candidate(new, {METRIC_TAG: "loss"}), Candidate(old, {})) == ("loss", "min")
+    assert comparison_metric(Candidate(new, {METRIC_TAG: "odd"}), Candidate(old, {})) == ("accuracy", "max")
+
+
+def test_an_alias_of_another_name_asks_for_the_fit_only(served: Registry, name: str, serve: Serve) -> None:
+    """Being better is a champion's duty."""
+    served.promote(name, serve(accuracy=0.8))
+    served.promote(name, 1, alias="staging")
+    worse, other = serve(accuracy=0.7), serve(tokenizer="u" * 64)
+    with pytest.raises(BadInput, match=r"its test accuracy is 0\.7, the champion's 0\.8"):
+        served.promote(name, worse)
+    assert served.promote(name, worse, alias="staging") == (1, worse)
+    with pytest.raises(BadInput, match="tokenizer"):
+        served.promote(name, other, alias="staging")
+    assert steps(served, name) == [(None, 1, "promoted")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"generation": GenerationRecord(max_tokens=125, num_beams=1)}, "don't fit into the base model's context"),
+        ({"verbalizer": ()}, "its verbalizer is empty"),
+    ],
+)
+def test_what_no_server_could_use_is_never_promoted(
+    local: Registry, name: str, make_artifact: Callable[..., Any], changes: dict[str, Any], reason: str
+) -> None:
+    """Not by a reason either, and a search's winner of that kind is no champion."""
+    with local.start_search(name, {}, {}) as search:
+        version = local.register(make_artifact(**changes), name, search.run_id)
+    for force in (None, "because"):
+        with pytest.raises(BadInput, match=reason):
+            local.promote(name, version, force_reason=force)
+    outcome = local.auto_alias(name, version)
+    assert outcome.alias == "challenger" and reason in outcome.reason
+    assert local.aliases(name) == {"challenger": 1}
+
+
+def test_of_concurrent_promotions_one_wins_and_the_others_hear_of_it(served: Registry, name: str, serve: Serve) -> None:
+    """Five programs at once, each with a better prompt than the champion: the loser is told, nobody is overwritten."""
+    served.promote(name, serve(accuracy=0.5))
+    versions = [serve(accuracy=0.6 + number / 100) for number in range(5)]
+    start = Barrier(len(versions))
+
+    def promote(version: int) -> str:
+        own = Registry(served.tracking_uri, cache_dir=served.cache_dir)
+        own.aliases(name)
+        start.wait()
+        try:
+            own.promote(name, version)
+        except OrchestratorError as error:
+            return type(error).__name__
+        return "won"
+
+    with ThreadPoolExecutor(len(versions)) as threads:
+        found = list(threads.map(promote, versions))
+    moves = steps(served, name)
+    winners = [version for version, outcome in zip(versions, found, strict=True) if outcome == "won"]
+    assert set(found) <= {"won", "Overtaken", "BadInput"} and winners
+    assert [new for _, new, _ in moves] == [1, *(new for _, new, _ in moves[1:])]
+    assert sorted(new for _, new, _ in moves[1:]) == winners
+    assert all(later[0] == earlier[1] for earlier, later in pairwise(moves))
+    assert served.aliases(name)["champion"] == moves[-1][1]
+
+
+def test_concurrent_searches_leave_the_best_as_champion(served: Registry, name: str, serve: Serve) -> None:
+    """Whoever is overtaken compares again: in whatever order they come, the best one stays."""
+    versions = [serve(accuracy=accuracy) for accuracy in (0.7, 0.9, 0.6, 0.8)]
+    start = Barrier(len(versions))
+
+    def finish(version: int) -> None:
+        own = Registry(served.tracking_uri, cache_dir=served.cache_dir)
+        own.aliases(name)
+        start.wait()
+        own.auto_alias(name, version)
+
+    with ThreadPoolExecutor(len(versions)) as threads:
+        list(threads.map(finish, versions))
+    assert served.aliases(name)["champion"] == versions[1]
+    moves = steps(served, name)
+    assert all(later[0] == earlier[1] for earlier, later in pairwise(moves))
+    assert len(steps(served, name, "challenger")) == len(versions)
+
+
+def test_whoever_is_overtaken_is_told_by_whom(
+    served: Registry, name: str, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at the champion and the claim somebody else comes: no promotion over an unknown champion."""
+    served.promote(name, serve(accuracy=0.5))
+    second, third = serve(accuracy=0.6), serve(accuracy=0.7)
+    claim = ledger.Ledger.claim
+
+    def slow(self: ledger.Ledger, move: Move) -> bool:
+        monkeypatch.setattr(ledger.Ledger, "claim", claim)
+        Registry(served.tracking_uri, cache_dir=served.cache_dir).promote(name, third)
+        return claim(self, move)
+
+    monkeypatch.setattr(ledger.Ledger, "claim", slow)
+    with pytest.raises(Overtaken, match="was moved to version 3 by somebody else"):
+        served.promote(name, second)
+    assert served.aliases(name) == {"champion": 3}
+
+
+def test_moves_that_keep_no_history_are_noticed(
+    served: Registry, name: str, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow's pages, or a program killed between the claim and the alias: what is there counts, and goes on record."""
+    monkeypatch.setattr(ledger, "SETTLE_SECONDS", 0.2)
+    for accuracy in (0.5, 0.6, 0.7):
+        serve(accuracy=accuracy)
+    served.promote(name, 1)
+    client = served._store.client
+    client.set_registered_model_alias(name, "champion", "2")
+    assert served.rollback(name) == (2, 1)
+    client.set_registered_model_alias(name, "champion", "2")
+    assert served.promote(name, 3) == (2, 3)
+    wanted = [(None, 1, "promoted"), (1, 2, "elsewhere"), (2, 1, "rollback"), (1, 2, "elsewhere"), (2, 3, "promoted")]
+    assert steps(served, name) == wanted
+    client.delete_registered_model_alias(name, "champion")
+    assert served.promote(name, 1) == (None, 1)
+    assert steps(served, name)[-2:] == [(3, None, "elsewhere"), (None, 1, "promoted")]
+
+
+def test_a_move_that_fails_half_way_is_taken_back(
+    served: Registry, name: str, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served.promote(name, serve(accuracy=0.5))
+    serve(accuracy=0.6)
+    client = served._store.client
+    monkeypatch.setattr(client, "set_registered_model_alias", refuse)
+    with pytest.raises(OrchestratorError, match="disk full"):
+        served.promote(name, 2)
+    monkeypatch.undo()
+    assert served.aliases(name) == {"champion": 1}
+    assert steps(served, name)[-2:] == [(1, 2, "promoted"), (2, 1, "rollback")]
+    started = time.monotonic()
+    assert served.promote(name, 2) == (1, 2)
+    assert time.monotonic() - started < ledger.SETTLE_SECONDS
+
+
+def refuse(*_: Any) -> None:
+    from mlflow.exceptions import MlflowException
+
+    raise MlflowException("disk full")
+
+
+def test_a_model_of_another_program_gets_a_history_with_its_first_move(
+    served: Registry, name: str, serve: Serve
+) -> None:
+    serve()
+    served._store.client.delete_registered_model_tag(name, ledger.LEDGER_TAG)
+    assert served.history(name) == []
+    assert served.promote(name, 1) == (None, 1)
+    assert steps(served, name) == [(None, 1, "promoted")]
+
+
+def test_a_deleted_history_says_how_to_bring_it_back(served: Registry, name: str, serve: Serve) -> None:
+    served.promote(name, serve())
+    run_id = served._store.client.get_registered_model(name).tags[ledger.LEDGER_TAG]
+    served._store.client.delete_run(run_id)
+    with pytest.raises(BadInput, match="was deleted") as refusal:
+        served.set_alias(name, "challenger", 1)
+    assert refusal.value.hint == f"mlflow runs restore --run-id {run_id}"
+    assert served.history(name) == [] and served.aliases(name) == {"champion": 1}

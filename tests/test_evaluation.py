@@ -1,0 +1,246 @@
+"""Registered prompts on other data: what is measured, what is kept, votes; and two versions side by side."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pytest
+from models import load
+from small_jobs import Command, Finished
+
+from orchestrator.artifact import PromptArtifact
+from orchestrator.base_model import resolve_model
+from orchestrator.evaluation import Question, evaluate_models, majority
+from orchestrator.inspection import nearest_tokens
+from orchestrator.registry import Registry
+from orchestrator.registry.promotion import EVALUATION_TAG
+from orchestrator.serving.offline import OfflineModel
+from orchestrator.serving.served_prompt import prompt_tensors
+from orchestrator.vocabulary import nearest_words
+
+
+@pytest.fixture(scope="module")
+def several(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Registry:
+    """The search's version and two more, of its prompt moved by noise, in a copy of its store."""
+    store = tmp_path_factory.mktemp("several") / "mlflow.db"
+    shutil.copyfile(finished.folder / "mlflow.db", store)
+    registry = Registry(f"sqlite:///{store}", cache_dir=store.parent / "cache")
+    artifact = PromptArtifact.load(registry.fetch("tiny", 1))
+    folder = tmp_path_factory.mktemp("moved")
+    for seed in (1, 2):
+        noise = np.random.default_rng(seed).normal(size=artifact.weights.shape, scale=0.5).astype(np.float32)
+        config = artifact.manifest.config | {"seed": seed}
+        manifest = artifact.manifest.model_copy(update={"config": config, "metrics": {"test": {"loss": 5.0}}})
+        moved = PromptArtifact(artifact.weights + noise, manifest).save(folder / str(seed))
+        registry.register(moved, "several", finished.document["mlflow"]["run_id"], metric="loss")
+    return registry
+
+
+def rows_with_sources(finished: Finished, folder: Path) -> Path:
+    """The test rows, each with where it is from, under another name for the text."""
+    file = folder / "elsewhere.jsonl"
+    rows = [json.loads(line) for line in (finished.folder / "test.jsonl").read_text().splitlines()]
+    changed = [
+        {"sentence": row["text"], "label": row["label"], "source": "ab"[place % 2]} for place, row in enumerate(rows)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in changed))
+    return file
+
+
+def test_on_its_own_test_rows_a_prompt_does_what_the_search_measured(finished: Finished, several: Registry) -> None:
+    """To tolerance of batching; nothing drops."""
+    question = Question(str(finished.folder / "test.jsonl"))
+    document = evaluate_models(several, ["tiny:1"], [question], log=False)
+    (target,) = document["targets"]
+    assert target["metrics"][0] == pytest.approx(finished.document["best"]["metrics"]["test"], rel=1e-4)
+    assert target["drop"] == pytest.approx([0.0], abs=1e-4) and target["rows"] == 16
+
+
+def test_versions_share_forwards_groups_add_up_and_votes_are_counted(
+    finished: Finished, several: Registry, tmp_path: Path
+) -> None:
+    """Several versions at once give what each gives alone; parts make up the whole; a vote is the majority's."""
+    models = ["tiny:1", "several:1", "several:2"]
+    question = Question(str(rows_with_sources(finished, tmp_path)), by="source", rename={"sentence": "text"})
+    document = evaluate_models(several, models, [question], ensemble=True, log=False)
+    whole, *parts = document["targets"]
+    assert [part["group"] for part in parts] == ["a", "b"] and whole["rows"] == sum(part["rows"] for part in parts)
+    for place, model in enumerate(models):
+        alone = evaluate_models(several, [model], [question], log=False)["targets"]
+        assert [it["metrics"][0] for it in alone] == [pytest.approx(it["metrics"][place]) for it in document["targets"]]
+        mean = sum(part["metrics"][place]["accuracy"] * part["rows"] for part in parts) / whole["rows"]
+        assert mean == pytest.approx(whole["metrics"][place]["accuracy"])
+    backbone = load(Path(finished.job.base_model.id))
+    names = [model.split(":") for model in models]
+    offline = [OfflineModel.from_artifact(several.fetch(name, int(number)), backbone) for name, number in names]
+    rows = [json.loads(line) for line in (tmp_path / "elsewhere.jsonl").read_text().splitlines()]
+    said = [one.classify([row["sentence"] for row in rows]) for one in offline]
+    votes = [
+        majority([{0: it[row]["probs"]["0"], 1: it[row]["probs"]["1"]} for it in said], (0, 1)) for row in range(16)
+    ]
+    right = [vote == row["label"] for vote, row in zip(votes, rows, strict=True)]
+    assert whole["ensemble"]["accuracy"] == pytest.approx(sum(right) / 16)
+    assert parts[0]["ensemble"]["accuracy"] == pytest.approx(sum(right[::2]) / 8)
+
+
+def test_a_tie_goes_to_the_likelier_label() -> None:
+    assert majority([{"a": 0.9, "b": 0.1}, {"a": 0.4, "b": 0.6}], ["a", "b"]) == "a"
+    assert majority([{"a": 0.6, "b": 0.4}, {"a": 0.1, "b": 0.9}], ["a", "b"]) == "b"
+    assert majority([{"a": 0.99, "b": 0.01}, {"a": 0.4, "b": 0.6}, {"a": 0.4, "b": 0.6}], ["a", "b"]) == "b"
+
+
+def test_what_was_found_is_kept_with_the_version(
+    finished: Finished, several: Registry, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run with metrics linked to the logged model, tags on the version; and the gate compares by it afterwards."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", several.tracking_uri)
+    file = rows_with_sources(finished, tmp_path)
+    arguments = ["--data", file, "--by", "source", "--rename", "sentence=text"]
+    said = command("evaluate", "several:1", "several:2", *arguments)
+    assert said.code == 0, said.err
+    assert "own test split" in said.out and "source a" in said.out and "several:2" in said.out
+    summary = several.resolve("several:1")
+    documents = [json.loads(text) for key, text in summary.tags.items() if key.startswith(EVALUATION_TAG)]
+    assert sorted(it["group"] for it in documents) == ["", "source=a", "source=b"]
+    label = f"{tmp_path.name}.elsewhere"
+    assert f"evaluated.{label[:150]}" in summary.tags
+    client = mlflow.MlflowClient(several.tracking_uri)
+    run = client.get_run(documents[0]["run_id"])
+    assert run.info.status == "FINISHED" and f"{label}/loss" in run.data.metrics
+    assert run.inputs.model_inputs[0].model_id in client.get_model_version_download_uri("several", "1")
+    several.promote("several", 1)
+    better = several.resolve("several:2")
+    losses = [json.loads(it.tags[f"{EVALUATION_TAG}{documents[0]['fingerprint']}"])["metrics"]["loss"]
+              for it in (summary, better)]  # fmt: skip
+    assert losses[0] != losses[1]
+
+
+REFUSED = {
+    "no such column": (["--rename", "sentence=txt"], "'text'"),
+    "no such file": (["--data", "nosuch.jsonl"], "does not exist"),
+    "not a pair": (["--rename", "sentence"], "OLD=NEW"),
+    "other labels": (["--rename", "sentence=text", "--target", "source"], "holds 'a', 'b'; tiny:1 answers 0, 1"),
+    "one voter": (["--rename", "sentence=text", "--ensemble"], "one version can't vote"),
+    "many groups": (["--rename", "sentence=text", "--by", "nosuch"], "nosuch"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_evaluated_is_refused_with_the_reason(
+    finished: Finished, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    monkeypatch.chdir(finished.folder)
+    arguments, reason = REFUSED[case]
+    file = rows_with_sources(finished, tmp_path)
+    given = arguments if "--data" in arguments else ["--data", file, *arguments]
+    said = command("evaluate", "tiny:1", *given)
+    assert said.code == 2 and reason in said.err
+
+
+def test_two_versions_side_by_side(
+    finished: Finished, several: Registry, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What differs comes first; metrics, evaluations and nearest words stand next to each other."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", several.tracking_uri)
+    said = command("compare", "tiny:1", "several:1", "--json")
+    assert said.code == 0 and said.document["versions"] == ["tiny:1", "several:1"]
+    assert "config.seed" in said.document["differs"] or said.document["facts"]["config.seed"] == [1, 1]
+    assert "template" not in said.document["differs"] and "aliases" in said.document["differs"]
+    assert len(said.document["nearest"][0]) == said.document["facts"]["config.num_virtual_tokens"][0]
+    text = command("compare", "tiny:1", "several:1").out
+    assert "what differs" in text and "nearest words of token" in text
+    assert "nothing differs" in command("compare", "tiny:1", "tiny:1").out
+    assert command("compare", "tiny:1", "tiny:9").code == 2
+
+
+def test_nearest_words_are_those_of_the_loaded_model(finished: Finished, several: Registry) -> None:
+    """Read from the table on disk, without a model."""
+    artifact = PromptArtifact.load(several.fetch("tiny", 1))
+    embeddings = prompt_tensors(artifact).embeddings
+    assert embeddings is not None
+    wanted = nearest_tokens(load(Path(finished.job.base_model.id)), embeddings, 3)
+    found = nearest_words(resolve_model(finished.job.base_model), artifact.weights, 3)
+    assert [[word for word, _ in row] for row in found] == [[it.token for it in row] for row in wanted]
+    assert found[0][0][1] == pytest.approx(wanted[0][0].distance, abs=1e-4)
+    assert nearest_words(resolve_model(finished.job.base_model), artifact.weights[:, :7], 3) == []
+
+
+PLAIN = """
+import json, sys, mlflow
+mlflow.set_tracking_uri(sys.argv[1])
+model = mlflow.pyfunc.load_model("models:/tiny/1")
+print(json.dumps(model.predict([{"text": text} for text in json.loads(sys.argv[2])])))
+"""
+
+
+def test_plain_mlflow_answers_as_we_do(finished: Finished, several: Registry) -> None:
+    """A process that knows only MLflow, with pickle forbidden, gives the labels and probabilities of our own engine."""
+    texts = ["great movie", "is this spam or ham", "a quick brown fox jumps"]
+    environment: dict[str, Any] = {**os.environ, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
+    answer = subprocess.run(
+        [sys.executable, "-c", PLAIN, finished.tracking_uri, json.dumps(texts)],
+        capture_output=True, text=True, check=True, env=environment,
+    )  # fmt: skip
+    found = json.loads(answer.stdout.splitlines()[-1])
+    ours = OfflineModel.from_artifact(several.fetch("tiny", 1)).classify(texts)
+    assert [row["label"] for row in found] == [row["label"] for row in ours]
+    for one, other in zip(found, ours, strict=True):
+        assert one["probs"] == pytest.approx(other["probs"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_mlflows_own_server_answers_as_we_do(finished: Finished, several: Registry) -> None:
+    """``mlflow models serve`` of a version, with pickle forbidden, asked over HTTP."""
+    texts = ["great movie", "is this spam or ham"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    argv = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/tiny/1", "--env-manager", "local"]
+    environment = os.environ | {
+        "MLFLOW_TRACKING_URI": finished.tracking_uri, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }  # fmt: skip
+    log = (finished.folder / "models-serve.log").open("w+b")
+    process = subprocess.Popen(
+        [*argv, "--port", str(port)], env=environment, stdout=log, stderr=log, start_new_session=True
+    )
+    try:
+        found = asked(f"http://127.0.0.1:{port}/invocations", {"dataframe_records": [{"text": it} for it in texts]})
+    except TimeoutError:
+        pytest.fail((finished.folder / "models-serve.log").read_text()[-3000:])
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        log.close()
+    ours = OfflineModel.from_artifact(several.fetch("tiny", 1)).classify(texts)
+    assert [row["label"] for row in found["predictions"]] == [row["label"] for row in ours]
+    for one, other in zip(found["predictions"], ours, strict=True):
+        assert one["probs"] == pytest.approx(other["probs"], rel=1e-6)
+
+
+def asked(url: str, document: Any) -> Any:
+    """The answer of a server that may still be starting."""
+    deadline = time.monotonic() + 150
+    while time.monotonic() < deadline:
+        request = urllib.request.Request(url, json.dumps(document).encode(), {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            raise AssertionError(error.read().decode()) from None
+        except OSError:
+            time.sleep(0.3)
+    raise TimeoutError
