@@ -1,7 +1,7 @@
 """The frozen backbone: load, freeze, embed, forward. The only place that knows model families."""
 
 from orchestrator.backbone.base import Backbone, RowState
-from orchestrator.backbone.causal import PROMPT_ONCE_FAMILIES, CausalBackbone, runs_prompt_once
+from orchestrator.backbone.causal import PROMPT_ONCE_FAMILIES, CausalBackbone, CausalState, runs_prompt_once
 from orchestrator.backbone.loading import (
     default_device,
     load_backbone,
@@ -16,7 +16,7 @@ from orchestrator.backbone.rows import Rows
 from orchestrator.backbone.seq2seq import Seq2SeqBackbone
 
 __all__ = [
-    "PROMPT_ONCE_FAMILIES", "SITES", "Backbone", "CausalBackbone", "MaskedBackbone", "PreparedPrompts",
+    "PROMPT_ONCE_FAMILIES", "SITES", "Backbone", "CausalBackbone", "CausalState", "MaskedBackbone", "PreparedPrompts",
     "PromptTensors", "RowState", "Rows", "Seq2SeqBackbone", "default_device", "load_backbone", "make_backbone",
     "runs_prompt_once", "set_threads", "stack_prepared", "weights_fingerprint", "why_not_exact",
 ]  # fmt: skip
