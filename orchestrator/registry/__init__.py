@@ -3,6 +3,7 @@
 Importing it is cheap: mlflow itself is imported by the first call that needs the store.
 """
 
+from orchestrator.registry.canary import Canary, LiveModel
 from orchestrator.registry.records import AliasOutcome, ModelSummary, UiCommand, VersionDetail, VersionSummary
 from orchestrator.registry.refs import ModelRef, parse_ref, printable
 from orchestrator.registry.registry import CHAMPION, Registry, check_name
@@ -11,6 +12,8 @@ from orchestrator.registry.search_log import SearchLog
 __all__ = [
     "CHAMPION",
     "AliasOutcome",
+    "Canary",
+    "LiveModel",
     "ModelRef",
     "ModelSummary",
     "Registry",

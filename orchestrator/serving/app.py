@@ -29,7 +29,7 @@ from orchestrator.base_model import resolve_model
 from orchestrator.errors import BadInput, JobFailed, OrchestratorError, Unreachable
 from orchestrator.registry import Registry
 from orchestrator.registry.refs import ModelRef, nearest, parse_ref, printable
-from orchestrator.serving.access import KEYS_VARIABLE, Access, is_loopback, key_digests
+from orchestrator.serving.access import KEYS_VARIABLE, Access, ApiKey, is_loopback, load_keys
 from orchestrator.serving.engine import EngineLimits
 from orchestrator.serving.prompt_store import CHAMPION, MAX_BYTES, POLL_SECONDS, RegistrySource
 from orchestrator.serving.service import RequestLimits
@@ -90,7 +90,7 @@ class PromptReplica:
     """One replica: loads the backbone itself, by name, and follows the registry on its own."""
 
     def __init__(
-        self, options: ServeOptions, base: BaseModelSpec, source: RegistrySource, digests: tuple[str, ...], device: str
+        self, options: ServeOptions, base: BaseModelSpec, source: RegistrySource, keys: tuple[ApiKey, ...], device: str
     ) -> None:
         from orchestrator.backbone import load_backbone, set_threads
         from orchestrator.serving.engine import Engine
@@ -100,17 +100,17 @@ class PromptReplica:
 
         set_threads(options.cores)
         backbone = load_backbone(resolve_model(base), device, base.dtype)
-        self.metrics = Metrics()
+        metrics = Metrics()
         store = PromptStore(backbone, source, options.models, options.prompt_bytes, options.poll_seconds)
         store.start()
-        engine = Engine(backbone, options.limits, self.metrics.batch)
-        self.service = PromptService(store, engine, options.request_limits)
-        self.access = Access(digests)
+        engine = Engine(backbone, options.limits, metrics.batch, metrics.first_token)
+        self.service = PromptService(store, engine, options.request_limits, metrics)
+        self.access = Access(keys)
 
     def __serve_build_asgi_app__(self) -> Any:
         from orchestrator.serving.routes import make_api
 
-        return make_api(self.service, self.access, self.metrics)
+        return make_api(self.service, self.access)
 
     def check_health(self) -> None:
         """Serve replaces a replica whose engine has died."""
@@ -152,7 +152,7 @@ def build_app(
         num_replicas=options.replicas,
         ray_actor_options={"num_cpus": options.cores, "num_gpus": options.gpus or 0},
     )
-    return replica.bind(options, base, source, key_digests(), device)
+    return replica.bind(options, base, source, load_keys(), device)
 
 
 def application(args: Mapping[str, Any]) -> serve.Application:
@@ -195,7 +195,7 @@ def serve_forever(options: ServeOptions, source: RegistrySource | None = None) -
 
 def check_address(options: ServeOptions) -> None:
     """BadInput for an open address without keys, Unreachable for a port that is taken."""
-    if not is_loopback(options.host) and not key_digests():
+    if not is_loopback(options.host) and not load_keys():
         raise BadInput(
             f"--host {options.host} can be reached from other machines, and there are no API keys",
             f"set {KEYS_VARIABLE} to one key or several, separated by commas, or serve on 127.0.0.1",
@@ -237,7 +237,7 @@ def choose_base_model(options: ServeOptions, source: RegistrySource) -> BaseMode
 
 def _base_models(options: ServeOptions, source: RegistrySource) -> Iterator[tuple[str, BaseModelRecord]]:
     """What each prompt to be served was tuned on. A version that can't be read is left out, unless it was named."""
-    snapshot = source.snapshot()
+    snapshot = {name: model.aliases for name, model in source.live().items()}
     refs = [parse_ref(text) for text in options.models] or [ModelRef(name) for name in sorted(snapshot)]
     found = False
     problem: OrchestratorError | None = None
