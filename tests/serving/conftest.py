@@ -173,5 +173,6 @@ def service(backbone: Backbone, registry: MemoryRegistry, engine: Engine) -> Ite
     store = PromptStore(backbone, registry)
     store.refresh()
     service = PromptService(store, engine, RequestLimits(max_inputs=8, max_body_bytes=20_000))
+    engine._observe, engine._first_token = service.metrics.batch, service.metrics.first_token
     yield service
     service.close()
