@@ -20,6 +20,7 @@ from orchestrator.serving.protocol import (
 
 READING = (401, 403, 429)
 ASKING = (400, 401, 403, 404, 413, 429, 500, 503, 504)
+MODEL = {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
 TEXTS = {
     400: "What was sent is wrong", 401: "No valid key", 403: "Not from here", 404: "No such model", 413: "Too large",
     429: "Too many requests; Retry-After says when", 500: "The server's own fault", 503: "Not now", 504: "Too slow",
@@ -35,7 +36,10 @@ def describe(path: str) -> dict[str, Any]:
         },
         "/openapi.json": {"include_in_schema": False},
         "/v1/models": {"responses": {200: {"model": ModelList}, **_errors(READING)}},
-        "/v1/models/{model:path}": {"responses": {200: {"model": ModelEntry}, **_errors((*READING, 404))}},
+        "/v1/models/{model:path}": {
+            "responses": {200: {"model": ModelEntry}, **_errors((*READING, 404))},
+            "openapi_extra": {"parameters": [MODEL]},
+        },
         "/v1/completions": _asking(CompletionRequest, CompletionAnswer, streams=True),
         "/v1/chat/completions": _asking(ChatRequest, ChatAnswer, streams=True),
         "/classify": _asking(ClassifyRequest, ClassifyAnswer),

@@ -6,7 +6,7 @@ import difflib
 import json
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 MAX_INT = 2**63 - 1
@@ -64,6 +64,14 @@ class WireRequest(BaseModel):
     """Fields that are not supported, and the values at which they change nothing."""
 
     model: ModelName
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """All fields that are taken, and no other."""
+        schema: dict[str, Any] = handler.resolve_ref_schema(handler(core_schema))
+        allowed = {name: {"enum": [*values, None]} for name, values in cls.neutral.items()}
+        schema["properties"] = {**schema["properties"], **allowed, **{name: {} for name in sorted(cls.harmless)}}
+        return {**schema, "additionalProperties": False}
 
     @model_validator(mode="before")
     @classmethod
@@ -371,7 +379,8 @@ def parse_body(kind: type[RequestType], body: bytes) -> RequestType:
 
 def _field_error(field: str, message: str) -> PydanticCustomError:
     shown = field if field.isprintable() and len(field) <= 100 else json.dumps(field[:100])
-    return PydanticCustomError("field", "{field!r} {message}", {"field": shown, "message": message})
+    context = {"field": shown, "quoted": repr(shown), "message": message}
+    return PydanticCustomError("field", "{quoted} {message}", context)
 
 
 def _as_api_error(problems: list[ErrorDetails]) -> ApiError:

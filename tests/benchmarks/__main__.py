@@ -16,7 +16,7 @@ import orchestrator  # before torch, to which it says how OpenMP's threads wait
 import torch
 
 from orchestrator.backbone import default_device
-from tests.benchmarks import accelerator, evaluation, overhead, packing, step
+from tests.benchmarks import accelerator, evaluation, overhead, packing, serving, step
 from tests.benchmarks.measure import Line, table
 from tests.benchmarks.subjects import TOY
 
@@ -55,12 +55,21 @@ def _accelerator(args: argparse.Namespace) -> list[Line]:
     return accelerator.lines(replace(setting, sizes=(args.size,)) if args.size else setting)
 
 
+def _serving(args: argparse.Namespace) -> list[Line]:
+    setting = serving.Setting(pairs=args.pairs, size=args.size or "6x192")
+    if args.toy:
+        setting = replace(setting, size="toy", lengths=(3,), prompts=2, many=4, clients=4, requests=8, inputs=5)
+    parts = {"peer": serving.peer_lines, "many": serving.many_lines, "http": serving.http_lines}
+    return [line for name, lines in parts.items() if args.only in name for line in lines(setting)]
+
+
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Line]]] = {
     "step": _step,
     "packing": _packing,
     "overhead": _overhead,
     "evaluation": _evaluation,
     "accelerator": _accelerator,
+    "serving": _serving,
 }
 
 
@@ -101,7 +110,8 @@ def machine() -> dict[str, str | int]:
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     made.add_argument("names", nargs="*", choices=[[], *BENCHMARKS], metavar="NAME", help=", ".join(BENCHMARKS))
-    made.add_argument("--only", default="", help="step: lines with this in their name; packing: speed or memory")
+    only = "step: lines with this in their name; packing: speed or memory; serving: peer, many or http"
+    made.add_argument("--only", default="", help=only)
     made.add_argument("--size", help="one of the models 6x192, 6x512, 100M, 1B instead of the benchmark's own")
     made.add_argument("--pairs", type=int, default=3, help="how often each side is measured, in turn (default 3)")
     made.add_argument("--threads", type=int, default=0, help="threads of torch (default: torch's own choice)")

@@ -1,8 +1,8 @@
 """Requests a second and latency over HTTP: ours against PEFT behind FastAPI, on loopback, in turn, with equal answers.
 
-Both sides are uvicorn with FastAPI in a process of their own, with the same weights and prompts and one thread of torch;
-this process is the clients. "Plain" takes one request after another (set_adapter, generate); "batched" takes all that
-wait for the adapter of the oldest one together.
+Both sides are uvicorn with FastAPI in a process of their own, with the same weights and prompts and one thread of
+torch; this process is the clients. "Plain" takes one request after another (set_adapter, generate); "batched" takes all
+that wait for the adapter of the oldest one together.
 """
 
 from __future__ import annotations

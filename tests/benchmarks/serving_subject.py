@@ -26,7 +26,7 @@ from orchestrator.serving.prompt_store import PromptStore
 from orchestrator.serving.routes import make_api
 from orchestrator.serving.served_prompt import ServedPrompt
 from orchestrator.serving.service import PromptService
-from tests.benchmarks.subjects import SIZES, backbone_of, make_model, make_tokenizer
+from tests.benchmarks.subjects import CONTEXT, SIZES, backbone_of, make_model, make_tokenizer
 
 MAX_ROWS = 64
 
@@ -35,8 +35,8 @@ def save_prompts(folder: Path, size: str, count: int, length: int) -> list[str]:
     """Prompts of random numbers as artifacts, one folder each; their names."""
     dimensions = SIZES[size]
     record = BaseModelRecord(
-        id="bench", revision="main", fingerprint="", hidden_size=dimensions.width, vocab_size=dimensions.vocabulary,
-        tokenizer_digest="",
+        id="bench", revision="main", model_type="llama", fingerprint="", hidden_size=dimensions.width,
+        vocab_size=dimensions.vocabulary, context_length=CONTEXT, tokenizer_digest="",
     )  # fmt: skip
     manifest = Manifest(
         method="prompt_tuning", num_virtual_tokens=length, config={}, template="{text}", target="text", verbalizer=None,
