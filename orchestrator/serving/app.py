@@ -1,4 +1,4 @@
-"""The serving application on Ray Serve: checked, deployed, waited for. Only this file and replica.py import Ray.
+"""The serving application on Ray Serve: checked, deployed, waited for. Only this file imports Ray.
 
 Each replica is a whole server (store, engine, routes); Serve starts, watches, restarts and scales them and spreads
 requests.
@@ -22,8 +22,10 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a warning ab
 
 import ray
 from ray import serve
+from ray.exceptions import RayActorError
 from ray.serve.config import HTTPOptions
-from ray.serve.exceptions import RayServeException
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from orchestrator.artifact import BaseModelRecord, read_manifest
@@ -34,6 +36,7 @@ from orchestrator.registry.refs import ModelRef, nearest, parse_ref, printable
 from orchestrator.serving.access import KEYS_VARIABLE, is_loopback, load_keys
 from orchestrator.serving.options import ServeOptions, options_from
 from orchestrator.serving.prompt_store import CHAMPION, RegistrySource
+from orchestrator.serving.replica import Front, Replica
 from orchestrator.spec import BaseModelSpec
 
 log = logging.getLogger(__name__)
@@ -42,6 +45,42 @@ APP_NAME = "orchestrator"
 START_SECONDS = 600.0  # a large base model takes its time to load
 HEALTH_SECONDS = 60.0
 NEXT_STEP = "orchestrator run jobs/quickstart.yaml registers one"
+
+
+DEPLOYMENT: dict[str, Any] = {
+    "max_ongoing_requests": 4096,  # above the engine's own limit, which answers 429 in OpenAI's shape
+    "max_queued_requests": 1024,  # while no replica is there
+    "backpressure_config": {"status_code": 429, "retry_after_s": 1},
+    "health_check_period_s": 5,
+    "max_constructor_retry_count": 1,  # one that failed fails again: the reason should reach the person who waits
+}
+
+
+@serve.deployment(name="prompts", **DEPLOYMENT)
+@serve.ingress()
+class PromptReplica(Replica):
+    """A replica that answers HTTP itself."""
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return self.api
+
+
+@serve.deployment(name="prompts", **DEPLOYMENT)
+class HiddenReplica(Replica):
+    """A replica behind the front."""
+
+
+@serve.deployment(name="front", **DEPLOYMENT)
+@serve.ingress()
+class FrontReplica(Front):
+    """What stands before the hidden replicas."""
+
+    def __init__(self, replicas: DeploymentHandle, max_body_bytes: int) -> None:
+        answer = replicas.options(stream=True).answer.remote
+        super().__init__(answer, max_body_bytes, RayActorError, BackPressureError)
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return self.pass_on
 
 
 @dataclass(frozen=True)
@@ -71,8 +110,6 @@ def build_app(
     options: ServeOptions, base: BaseModelSpec | None = None, source: RegistrySource | None = None
 ) -> serve.Application:
     """The application for ``serve.run``. Asks the registry for the base model unless it is given."""
-    from orchestrator.serving.replica import Front, HiddenReplica, PromptReplica
-
     options.check()
     source = source or Registry(options.tracking_uri, options.registry_uri)
     base = base or choose_base_model(options, source)
@@ -85,7 +122,7 @@ def build_app(
     if not options.retry_dead:
         return PromptReplica.options(**made).bind(*arguments)  # type: ignore[attr-defined]
     replicas = HiddenReplica.options(**made).bind(*arguments)  # type: ignore[attr-defined]
-    front = Front.options(ray_actor_options={"num_cpus": 0})  # type: ignore[attr-defined]
+    front = FrontReplica.options(ray_actor_options={"num_cpus": 0})  # type: ignore[attr-defined]
     return front.bind(replicas, options.request_limits.max_body_bytes)
 
 

@@ -1,17 +1,15 @@
-"""Serve's deployments: replicas that are a whole server each (store, engine, routes), and the front that retries."""
+"""What runs in Serve's processes: replicas, each a whole server (store, engine, routes), and the front that retries.
+
+No Ray here: ``app`` makes deployments of these classes.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
-from typing import Any
 
-from ray import serve
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError
-from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import Message, Receive, Scope, Send
@@ -31,20 +29,9 @@ from orchestrator.spec import BaseModelSpec
 
 log = logging.getLogger(__name__)
 
-MAX_ONGOING = 4096  # above the engine's own limit, which answers 429 in OpenAI's shape
-MAX_QUEUED = 1024  # while no replica is there; beyond it Serve's proxy answers 429
 MAX_TRIES = 3
 KEPT = ("type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "headers", "client", "server")
 """What a scope has that another process can use."""
-
-OPTIONS: dict[str, Any] = {
-    "max_ongoing_requests": MAX_ONGOING,
-    "max_queued_requests": MAX_QUEUED,
-    "backpressure_config": {"status_code": 429, "retry_after_s": 1},
-    "health_check_period_s": 5,
-    # A constructor that failed fails again: the reason should reach the person who waits.
-    "max_constructor_retry_count": 1,
-}
 
 
 class Replica:
@@ -95,32 +82,21 @@ class Replica:
                 await running
 
 
-@serve.deployment(name="prompts", **OPTIONS)
-@serve.ingress()
-class PromptReplica(Replica):
-    """A replica that answers HTTP itself."""
-
-    def __serve_build_asgi_app__(self) -> Any:
-        return self.api
-
-
-@serve.deployment(name="prompts", **OPTIONS)
-class HiddenReplica(Replica):
-    """A replica behind the front."""
-
-
-@serve.deployment(name="front", **OPTIONS)
-@serve.ingress()
 class Front:
     """Passes requests on to replicas, and on to another one when a replica dies before its answer began."""
 
-    def __init__(self, replicas: DeploymentHandle, max_body_bytes: int) -> None:
-        self._replicas = replicas.options(stream=True)
+    def __init__(
+        self,
+        answer: Callable[[Scope, bytes], AsyncIterator[Message]],
+        max_body_bytes: int,
+        died: type[Exception],
+        busy: type[Exception],
+    ) -> None:
+        """``answer`` asks some replica; it raises ``died`` when that is gone, ``busy`` when too many wait."""
+        self._answer = answer
         self._max_body_bytes = max_body_bytes
-        self.retried = 0
-
-    def __serve_build_asgi_app__(self) -> Any:
-        return self.pass_on
+        self._died = died
+        self._busy = busy
 
     async def pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -129,7 +105,7 @@ class Front:
         try:
             body = await read_body(Request(scope, receive), self._max_body_bytes)
             await self._try(kept, body, send)
-        except BackPressureError:
+        except self._busy:
             busy = ApiError(429, "The server is busy; try again", "server_overloaded", headers={"Retry-After": "1"})
             await JSONResponse(busy.body(), busy.status, busy.headers)(scope, receive, send)
         except ApiError as error:
@@ -139,14 +115,12 @@ class Front:
         begun = False
         for tried in range(MAX_TRIES):
             try:
-                async for message in self._replicas.answer.remote({**scope, "asgi": {"version": "3.0"}}, body):
+                async for message in self._answer({**scope, "asgi": {"version": "3.0"}}, body):
                     begun = True
                     await send(message)
                 return
-            except RayActorError:
+            except self._died:
                 if begun:
                     raise  # what was sent can't be taken back
-                self.retried += 1
                 log.warning("a replica died before it answered; attempt %d", tried + 2)
-        error = ApiError(503, "No replica could answer", "unavailable", headers={"Retry-After": "5"})
-        raise error
+        raise ApiError(503, "No replica could answer", "unavailable", headers={"Retry-After": "5"})
