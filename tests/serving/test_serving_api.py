@@ -258,6 +258,38 @@ def test_a_client_that_hangs_up_frees_its_row(
     assert httpx.post(f"{url}/v1/completions", json={**body, "max_tokens": 1, "stream": False}).status_code == 200
 
 
+def test_slow_readers_hold_nobody_up(url: str, service: PromptService, endless: str) -> None:
+    """Streams that nobody reads end in the engine like any other, and others are answered meanwhile."""
+    body = json.dumps({"model": "story", "prompt": endless, "max_tokens": 140, "temperature": 0, "stream": True})
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+    host, port = url.removeprefix("http://").split(":")
+    readers = [socket.create_connection((host, int(port))) for _ in range(5)]
+    for reader in readers:
+        reader.sendall((head + body).encode())
+    plain = {"model": "story", "prompt": "a", "max_tokens": 2, "temperature": 0}
+    assert httpx.post(f"{url}/v1/completions", json=plain).status_code == 200
+    assert until(lambda: "orchestrator_first_token_seconds_count" in service.metrics.text().decode())
+    assert until(lambda: service.engine.running == 0 and service.engine.waiting == 0)
+    for reader in readers:
+        reader.close()
+
+
+def test_bytes_that_are_no_request(url: str) -> None:
+    """Whatever arrives on the socket, the next one is answered."""
+    host, port = url.removeprefix("http://").split(":")
+    for sent in (
+        b"\0" * 100,
+        b"GET / HTTP/9\r\n\r\n",
+        b"POST /classify HTTP/1.1\r\nContent-Length: x\r\n\r\n",
+        b"\xff\xfe",
+    ):
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(sent)
+    long = httpx.get(f"{url}/v1/models/{'a' * 5000}")
+    assert (long.status_code, long.json()["error"]["code"]) == (404, "model_not_found")
+    assert httpx.get(f"{url}/health").status_code == 200
+
+
 def test_a_request_that_takes_too_long_ends(
     url: str, service: PromptService, endless: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
