@@ -23,7 +23,7 @@ from orchestrator.serving.options import ServeOptions
 from orchestrator.serving.prompt_store import PromptStore, RegistrySource
 from orchestrator.serving.protocol import ApiError
 from orchestrator.serving.record import log_to_standard_output
-from orchestrator.serving.routes import make_api, read_body
+from orchestrator.serving.routes import make_api, no_request, read_body
 from orchestrator.serving.service import PromptService
 from orchestrator.spec import BaseModelSpec
 
@@ -100,6 +100,7 @@ class Front:
 
     async def pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
+            await no_request(scope, receive, send)
             return
         kept = {name: scope[name] for name in KEPT if name in scope}
         try:

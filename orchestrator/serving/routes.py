@@ -73,7 +73,7 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await _refuse_socket(scope, receive, send)
+            await no_request(scope, receive, send)
             return
         start, status, record = time.perf_counter(), 0, RequestRecord()
         scope["record"] = record
@@ -240,7 +240,7 @@ def _internal() -> ApiError:
     return ApiError(500, "Internal error; the server's log has the details", "internal_error")
 
 
-async def _refuse_socket(scope: Scope, receive: Receive, send: Send) -> None:
+async def no_request(scope: Scope, receive: Receive, send: Send) -> None:
     """There are no web sockets; what the server's own life cycle asks is agreed to."""
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -94,3 +95,19 @@ def test_too_many_requests_for_replicas(client: Client) -> None:
     answer = FrontClient(Replicas(client.api, 1, 0, Busy)).post("/v1/completions", BODY)
     assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
     assert error_of(answer)["code"] == "server_overloaded"
+
+
+def test_the_server_s_own_life_cycle(client: Client) -> None:
+    """What a server asks an application at its start and end is agreed to: Serve starts no replica without."""
+    asked, said = [{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}], []
+
+    async def receive() -> Message:
+        return asked.pop(0)
+
+    async def send(message: Message) -> None:
+        said.append(message["type"])
+
+    for api in (FrontClient(Replicas(client.api, 0, 0)).api, client.api):
+        asked[:] = [{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}]
+        asyncio.run(api({"type": "lifespan", "asgi": {"version": "3.0"}}, receive, send))
+    assert said == ["lifespan.startup.complete", "lifespan.shutdown.complete"] * 2
