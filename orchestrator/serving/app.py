@@ -19,6 +19,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a warning about a default that does not concern us
+# A proxy that died is noticed after a second, not after ten; Serve's controller reads it when it starts.
+os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1")
 
 import ray
 from ray import serve
@@ -80,7 +82,10 @@ class FrontReplica(Front):
         super().__init__(answer, max_body_bytes, RayActorError, BackPressureError)
 
     def __serve_build_asgi_app__(self) -> Any:
-        return self.pass_on
+        async def front(scope: Any, receive: Any, send: Any) -> None:
+            await self.pass_on(scope, receive, send)
+
+        return front  # a bound method would be taken for an application of ASGI 2
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,8 @@ class Server:
     def close(self) -> None:
         with suppress(RayServeException):  # Serve itself never came up
             serve.delete(APP_NAME)  # lets the requests under way finish
+            if not serve.status().applications:
+                serve.shutdown()  # gives the port back
         if self.owns_ray:
             ray.shutdown()
 

@@ -293,7 +293,7 @@ class Engine:
     def _step(self, batch: GenerationBatch) -> None:
         for row in batch.rows:
             row.abandoned = self._owners[row].request.over
-        rows = list(batch.rows)
+        rows = [row for row in batch.rows if not row.abandoned]
         self._observe("generate", len(rows))
         done = batch.step()
         for row in rows:
