@@ -105,7 +105,7 @@ class Server:
                 raise JobFailed("the serving application has ended", "look into Ray's logs for the reason")
 
     def close(self) -> None:
-        with suppress(RayServeException):  # Serve itself never came up
+        with suppress(RayServeException, RayActorError):  # Serve itself never came up, or is gone
             serve.delete(APP_NAME)  # lets the requests under way finish
             if not serve.status().applications:
                 serve.shutdown()  # gives the port back
