@@ -35,7 +35,7 @@ from orchestrator.base_model import resolve_model
 from orchestrator.errors import BadInput, JobFailed, OrchestratorError, Unreachable
 from orchestrator.registry import Registry
 from orchestrator.registry.refs import ModelRef, nearest, parse_ref, printable
-from orchestrator.serving.access import KEYS_VARIABLE, is_loopback, load_keys
+from orchestrator.serving.access import KEYS_VARIABLE, ApiKey, is_loopback, load_keys
 from orchestrator.serving.options import ServeOptions, options_from
 from orchestrator.serving.prompt_store import CHAMPION, RegistrySource
 from orchestrator.serving.replica import Front, Replica
@@ -77,9 +77,9 @@ class HiddenReplica(Replica):
 class FrontReplica(Front):
     """What stands before the hidden replicas."""
 
-    def __init__(self, replicas: DeploymentHandle, max_body_bytes: int) -> None:
+    def __init__(self, replicas: DeploymentHandle, keys: tuple[ApiKey, ...], max_body_bytes: int) -> None:
         answer = replicas.options(stream=True).answer.remote
-        super().__init__(answer, max_body_bytes, RayActorError, BackPressureError)
+        super().__init__(answer, keys, max_body_bytes, RayActorError, BackPressureError)
 
     def __serve_build_asgi_app__(self) -> Any:
         async def front(scope: Any, receive: Any, send: Any) -> None:
@@ -120,7 +120,8 @@ def build_app(
     options.check()
     source = source or Registry(options.tracking_uri, options.registry_uri)
     base = base or choose_base_model(options, source)
-    arguments = (options, base, source, load_keys(), "cuda" if options.gpus else "cpu")
+    keys = load_keys()
+    arguments = (options, base, source, keys, "cuda" if options.gpus else "cpu")
     made = {
         **_scaling(options),
         "graceful_shutdown_timeout_s": options.drain_seconds,
@@ -130,7 +131,7 @@ def build_app(
         return PromptReplica.options(**made).bind(*arguments)  # type: ignore[attr-defined]
     replicas = HiddenReplica.options(**made).bind(*arguments)  # type: ignore[attr-defined]
     front = FrontReplica.options(ray_actor_options={"num_cpus": 0})  # type: ignore[attr-defined]
-    return front.bind(replicas, options.request_limits.max_body_bytes)
+    return front.bind(replicas, keys, options.request_limits.max_body_bytes)
 
 
 def _scaling(options: ServeOptions) -> dict[str, Any]:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import Message, Receive, Scope, Send
@@ -88,12 +90,15 @@ class Front:
     def __init__(
         self,
         answer: Callable[[Scope, bytes], AsyncIterator[Message]],
+        keys: Sequence[ApiKey],
         max_body_bytes: int,
         died: type[Exception],
         busy: type[Exception],
     ) -> None:
         """``answer`` asks some replica; it raises ``died`` when that is gone, ``busy`` when too many wait."""
         self._answer = answer
+        # Replicas check again, and count what a key asks; here nobody without one gets to send a body.
+        self._access = Access([replace(key, per_minute=None) for key in keys])
         self._max_body_bytes = max_body_bytes
         self._died = died
         self._busy = busy
@@ -103,7 +108,9 @@ class Front:
             await no_request(scope, receive, send)
             return
         kept = {name: scope[name] for name in KEPT if name in scope}
+        peer = scope["client"][0] if scope.get("client") else None
         try:
+            self._access.check(scope["path"], Headers(scope=scope), peer)
             body = await read_body(Request(scope, receive), self._max_body_bytes)
             await self._try(kept, body, send)
         except self._busy:

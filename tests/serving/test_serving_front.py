@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -12,6 +13,7 @@ import pytest
 from starlette.types import Message, Scope
 from test_serving_routes import Client, error_of
 
+from orchestrator.serving.access import ApiKey, load_keys
 from orchestrator.serving.replica import MAX_TRIES, Front, Replica
 from orchestrator.serving.service import PromptService
 
@@ -53,8 +55,8 @@ def client(service: PromptService) -> Client:
 
 
 class FrontClient(Client):
-    def __init__(self, replicas: Replicas) -> None:
-        self.api: Any = Front(replicas.answer, 20_000, Died, Busy).pass_on
+    def __init__(self, replicas: Replicas, keys: tuple[ApiKey, ...] = ()) -> None:
+        self.api: Any = Front(replicas.answer, keys, 20_000, Died, Busy).pass_on
 
 
 def test_a_request_passes_through(client: Client) -> None:
@@ -95,6 +97,19 @@ def test_too_many_requests_for_replicas(client: Client) -> None:
     answer = FrontClient(Replicas(client.api, 1, 0, Busy)).post("/v1/completions", BODY)
     assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
     assert error_of(answer)["code"] == "server_overloaded"
+
+
+def test_nobody_without_a_key_gets_past_the_front(client: Client) -> None:
+    """Refused before the body is read and before a replica is asked; a key's rate is left to the replicas."""
+    replicas = Replicas(client.api, 0, 0)
+    (key,) = load_keys({"ORCHESTRATOR_API_KEYS": "secret"})
+    front = FrontClient(replicas, (replace(key, per_minute=1),))
+    assert front.post("/v1/completions", b" " * 30_000).status_code == 401
+    assert replicas.asked == 0
+    for _ in range(3):
+        answer = front.post("/v1/completions", BODY, headers={"Authorization": "Bearer secret"})
+        assert answer.status_code == 200
+    assert front.get("/health").status_code == 200
 
 
 def test_the_server_s_own_life_cycle(client: Client) -> None:
