@@ -139,7 +139,7 @@ def _scaling(options: ServeOptions) -> dict[str, Any]:
         return {"num_replicas": options.replicas}
     autoscaling = {
         "min_replicas": options.replicas,
-        "initial_replicas": options.replicas,
+        "initial_replicas": max(1, options.replicas),  # one that can't start should say so at once
         "max_replicas": options.max_replicas,
         "target_ongoing_requests": options.target_ongoing,
         "upscale_delay_s": options.upscale_seconds,

@@ -28,7 +28,8 @@ class ServeOptions:
     tracking_uri: str | None = None
     registry_uri: str | None = None
     replicas: int = 1
-    """The number of replicas, or with ``max_replicas`` the least; 0 lets go of the model while nobody asks."""
+    """The number of replicas, or with ``max_replicas`` the least; 0 lets go of the model while nobody
+    asks, after a first one that shows that it loads."""
     max_replicas: int | None = None
     """Up to how many replicas follow the load; without it their number is fixed."""
     target_ongoing: float = 16
