@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from orchestrator.backbone import Backbone, PreparedPrompts, RowState
+from orchestrator.backbone import Backbone, CausalState, PreparedPrompts, RowState, stack_prepared
 
 
 class DecodingState(Protocol):
@@ -30,6 +30,9 @@ class DecodingState(Protocol):
 
     def extend(self, ids: Tensor) -> Self:
         """The state after one further token [B] in each row."""
+
+    def join(self, other: Any) -> Self | None:
+        """The rows of both, this one's first; None where they can't share a forward."""
 
 
 @dataclass
@@ -49,6 +52,11 @@ class CachedState:
     def extend(self, ids: Tensor) -> CachedState:
         mask = torch.ones_like(ids, dtype=torch.bool)[:, None]
         return CachedState(self.backbone, self.backbone.extend(self.rows, ids[:, None], mask)[1])
+
+    def join(self, other: CachedState) -> CachedState | None:
+        if not isinstance(self.rows, CausalState) or not isinstance(other.rows, CausalState):
+            return None  # a decoder counts the columns of its batch: rows have to begin together
+        return CachedState(self.backbone, CausalState.join([self.rows, other.rows]))
 
 
 @dataclass
@@ -77,6 +85,19 @@ class ReplayState:
     def extend(self, ids: Tensor) -> ReplayState:
         sequences = [[*sequence, token] for sequence, token in zip(self.sequences, ids.tolist(), strict=True)]
         return ReplayState.of(self.backbone, self.prompts, sequences, self.prompt)
+
+    def join(self, other: ReplayState) -> ReplayState | None:
+        if self.prompts is None or other.prompts is None:
+            return None
+        # Prompts that no row has any more are dropped: a batch may run for ever.
+        mine, theirs = sorted(set(self.prompt)), sorted(set(other.prompt))
+        kept = [self.prompts.select(mine), other.prompts.select(theirs)]
+        if not self.backbone.shares_forward(kept[0].kinds | kept[1].kinds):
+            return None
+        place = [mine.index(one) for one in self.prompt]
+        place += [len(mine) + theirs.index(one) for one in other.prompt]
+        sequences, logits = [*self.sequences, *other.sequences], torch.cat([self.logits, other.logits])
+        return ReplayState(self.backbone, stack_prepared(kept), sequences, place, logits)
 
 
 def start(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from orchestrator.backbone import CausalBackbone
-from tests.benchmarks import accelerator, evaluation, operations, overhead, step
+from tests.benchmarks import accelerator, evaluation, operations, overhead, serving, step
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.measure import Comparison, Line, table
 from tests.benchmarks.memory import Step, measure_here
@@ -215,6 +215,14 @@ def test_all_of_it_runs_at_toy_size(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert document["machine"]["threads"] >= 1
         printed = capsys.readouterr().out
         assert document["rows"] and all(row["name"] in printed for row in document["rows"])
+
+
+def test_served_answers_are_those_of_the_peer() -> None:
+    """Our server and PEFT behind FastAPI answer the same over HTTP, and what is shown is what was measured."""
+    setting = serving.Setting("toy", (3,), prompts=2, clients=4, requests=6, inputs=5, pairs=1, peers=("batched",))
+    (line,) = serving.peer_lines(setting)
+    assert line.kept["equal"] == 6
+    assert all(float(line.shown[column]) > 0 for column in ("ours, req/s", "peer, req/s", "ours p99, ms"))
 
 
 def test_neither_ray_nor_mlflow_is_needed() -> None:

@@ -18,7 +18,7 @@ from small_jobs import Command
 
 from orchestrator.errors import BadInput, JobFailed, Unreachable
 from orchestrator.query import ask
-from orchestrator.serving.access import Access, key_digests
+from orchestrator.serving.access import Access, load_keys
 from orchestrator.serving.engine import Engine
 from orchestrator.serving.offline import OfflineModel
 from orchestrator.serving.prompt_store import PromptStore
@@ -48,7 +48,7 @@ def url(prompts: dict[str, Path]) -> Iterator[str]:
     store.refresh()
     engine = Engine(backbone)
     service = PromptService(store, engine)
-    api = make_api(service, Access(key_digests({"ORCHESTRATOR_API_KEYS": KEY})))
+    api = make_api(service, Access(load_keys({"ORCHESTRATOR_API_KEYS": KEY})))
     server = uvicorn.Server(uvicorn.Config(api, port=0, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

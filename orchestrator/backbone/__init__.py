@@ -1,7 +1,7 @@
 """The frozen backbone: load, freeze, embed, forward. The only place that knows model families."""
 
 from orchestrator.backbone.base import Backbone, RowState
-from orchestrator.backbone.causal import PROMPT_ONCE_FAMILIES, CausalBackbone, runs_prompt_once
+from orchestrator.backbone.causal import PROMPT_ONCE_FAMILIES, CausalBackbone, CausalState, runs_prompt_once
 from orchestrator.backbone.loading import (
     check_exact,
     default_device,
@@ -19,7 +19,7 @@ from orchestrator.backbone.seq2seq import Seq2SeqBackbone
 from orchestrator.backbone.sharding import bytes_elsewhere
 
 __all__ = [
-    "PROMPT_ONCE_FAMILIES", "SITES", "Backbone", "CausalBackbone", "MaskedBackbone", "PreparedPrompts",
+    "PROMPT_ONCE_FAMILIES", "SITES", "Backbone", "CausalBackbone", "CausalState", "MaskedBackbone", "PreparedPrompts",
     "PromptTensors", "RowState", "Rows", "Seq2SeqBackbone", "bytes_elsewhere", "check_exact", "default_device",
     "load_backbone", "make_backbone", "read_backbone", "runs_prompt_once", "set_threads", "stack_prepared",
     "weights_fingerprint", "why_not_exact",

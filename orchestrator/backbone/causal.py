@@ -52,6 +52,28 @@ class CausalState:
         layers = [(layer.keys.index_select(0, rows), layer.values.index_select(0, rows)) for layer in self.cache.layers]
         return CausalState(self.logits[rows], DynamicCache(layers), self.mask[rows], self.positions[rows])
 
+    @classmethod
+    def join(cls, states: Sequence[CausalState]) -> CausalState:
+        """The rows of all states, in order, for one forward. Columns that nobody needs are left out, so that a batch
+        whose rows come and go is never wider than its longest row."""
+        from transformers import DynamicCache
+
+        width = max(int(state.mask.sum(1).max()) for state in states)
+        moves = [_to_the_right(state.mask, width) for state in states]
+        layers = [
+            tuple(
+                torch.cat([_moved(getattr(layer, name), move[0]) for layer, move in zip(each, moves, strict=True)])
+                for name in ("keys", "values")
+            )
+            for each in zip(*(state.cache.layers for state in states), strict=True)
+        ]
+        return cls(
+            torch.cat([state.logits for state in states]),
+            DynamicCache(layers),
+            torch.cat([mask for _, mask in moves]),
+            torch.cat([state.positions for state in states]),
+        )
+
 
 class CausalBackbone(Backbone):
     """A frozen causal language model with its tokenizer."""
@@ -246,6 +268,20 @@ def _layers(prompt: PromptTensors) -> tuple[Tensor, ...] | None:
     """Key and value of each layer, [kv heads, P, head width], of a prefix."""
     tensor = prompt.prefixes.get("decoder")
     return None if tensor is None else tuple(tensor.flatten(0, 1).unbind(0))
+
+
+def _to_the_right(mask: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """For each row the columns [B, width] that bring its real ones to the right edge, in their order; the new mask."""
+    order = mask.long().argsort(dim=1, stable=True)[:, -width:]
+    order = nn.functional.pad(order, (width - order.shape[1], 0))  # any column will do where the mask is false
+    column = torch.arange(width, device=mask.device)[None, :]
+    return order, column >= width - mask.sum(1, keepdim=True)
+
+
+def _moved(tensor: Tensor, order: Tensor) -> Tensor:
+    """Keys or values [B, heads, C, width] with their columns in the given order."""
+    index = order[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
+    return tensor.gather(2, index)
 
 
 def _cache(tensors: Sequence[Tensor]) -> Any:

@@ -105,6 +105,15 @@ class PreparedPrompts:
         """Prompts of equal kinds can share a forward on every family."""
         return frozenset(self.parts)
 
+    def select(self, places: Sequence[int]) -> PreparedPrompts:
+        """Some of the prompts, in the given order."""
+
+        def picked(part: Part) -> Part:
+            index = torch.tensor(list(places), device=part.lengths.device)
+            return Part(tuple(tensor[index] for tensor in part.tensors), part.lengths[index])
+
+        return replace(self, parts={name: picked(part) for name, part in self.parts.items()}, count=len(places))
+
     def leaf(self) -> PreparedPrompts:
         """The same values cut off from their graph, ready to collect gradients over several micro-batches."""
         return replace(self, parts={name: _map(part, _leaf) for name, part in self.parts.items()})

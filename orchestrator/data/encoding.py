@@ -132,6 +132,14 @@ class Encoder:
                 ids.extend(self.tokenizer(segment, add_special_tokens=False)["input_ids"])
         return ids
 
+    def input_segments(self, row: Row) -> list[str | Mark]:
+        """A row's filled template up to where the answer follows."""
+        return self._until_blank(self.template.segments(row))
+
+    def segment_ids(self, segments: Sequence[str | Mark]) -> list[int]:
+        """Ids of texts and marks as they stand, without special tokens around them."""
+        return self._marked_ids(segments)
+
     def row_ids(self, row: Row, before: str = "") -> list[int]:
         """Ids of a row's whole input, however long. ``before`` is put in front (a written instruction)."""
         segments = self.template.segments(row)

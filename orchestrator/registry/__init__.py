@@ -3,6 +3,7 @@
 Importing it is cheap: mlflow itself is imported by the first call that needs the store.
 """
 
+from orchestrator.registry.canary import Canary, LiveModel
 from orchestrator.registry.evaluations import EvaluationRecord
 from orchestrator.registry.history import Move
 from orchestrator.registry.ledger import Overtaken
@@ -14,6 +15,8 @@ from orchestrator.registry.search_log import SearchLog
 __all__ = [
     "CHAMPION",
     "AliasOutcome",
+    "Canary",
+    "LiveModel",
     "EvaluationRecord",
     "ModelRef",
     "ModelSummary",

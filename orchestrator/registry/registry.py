@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.artifact import read_manifest
 from orchestrator.errors import BadInput
 from orchestrator.registry import promotion, searches
+from orchestrator.registry.canary import CANARY_TAG, Canary, LiveModel, make_canary, read_canary
 from orchestrator.registry.description import version_description
 from orchestrator.registry.evaluations import EvaluationRecord, log_evaluations
 from orchestrator.registry.fetch import default_cache, fetch
@@ -220,6 +221,12 @@ class Registry:
         with self._store.translating("reading the aliases"):
             return {model.name: _aliases(model) for model in self._models() if _is_prompt(model)}
 
+    def live(self) -> dict[str, LiveModel]:
+        """Registered prompt to its aliases and canary, in one request a hundred models; made for polling."""
+        with self._store.translating("reading the aliases"):
+            found = [model for model in self._models() if _is_prompt(model)]
+            return {it.name: LiveModel(_aliases(it), read_canary(it.tags.get(CANARY_TAG))) for it in found}
+
     def _models(self) -> Iterator[RegisteredModel]:
         return self._pages("search_registered_models")
 
@@ -344,6 +351,28 @@ class Registry:
 
         self.set_alias(name, alias, before, kind="rollback", check=check)
         return current, before
+
+    def set_canary(self, name: str, alias: str, percent: float) -> Canary:
+        """Let servers send a share of the name's traffic to another alias, which has to exist."""
+        canary = make_canary(alias, percent)
+        aliases = self.aliases(name)
+        if alias == CHAMPION or alias not in aliases:
+            others = [it for it in aliases if it != CHAMPION]
+            raise BadInput(
+                f"registered model {printable(name)} has no alias {printable(alias)!r} beside its champion",
+                nearest(alias, others) or f"orchestrator promote {printable(name)} VERSION --alias challenger",
+            )
+        with self._store.translating(f"setting the canary of {printable(name)}"):
+            self._store.client.set_registered_model_tag(name, CANARY_TAG, str(canary))
+        return canary
+
+    def end_canary(self, name: str) -> Canary | None:
+        """All of the name's traffic goes to its champion again; returns the canary that was."""
+        model = self._model(name)
+        if CANARY_TAG in model.tags:
+            with self._store.translating(f"ending the canary of {printable(name)}"):
+                self._store.client.delete_registered_model_tag(name, CANARY_TAG)
+        return read_canary(model.tags.get(CANARY_TAG))
 
     def auto_alias(
         self, name: str, version: int, alias: str = "challenger", metric: str = "accuracy", better: Better = "max"

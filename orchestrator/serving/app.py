@@ -1,6 +1,7 @@
-"""The serving application: Ray Serve replicas that hold the backbone and answer HTTP. Only this file imports Ray.
+"""The serving application on Ray Serve: checked, deployed, waited for. Only this file imports Ray.
 
-Each replica is a whole server (store, engine, routes); Serve starts, watches and restarts them and spreads requests.
+Each replica is a whole server (store, engine, routes); Serve starts, watches, restarts and scales them and spreads
+requests.
 """
 
 from __future__ import annotations
@@ -8,20 +9,25 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import ssl
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a warning about a default that does not concern us
+# A proxy that died is noticed after a second, not after ten; Serve's controller reads it when it starts.
+os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1")
 
 import ray
 from ray import serve
+from ray.exceptions import RayActorError
 from ray.serve.config import HTTPOptions
-from ray.serve.exceptions import RayServeException
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from orchestrator.artifact import BaseModelRecord, read_manifest
@@ -29,93 +35,57 @@ from orchestrator.base_model import resolve_model
 from orchestrator.errors import BadInput, JobFailed, OrchestratorError, Unreachable
 from orchestrator.registry import Registry
 from orchestrator.registry.refs import ModelRef, nearest, parse_ref, printable
-from orchestrator.serving.access import KEYS_VARIABLE, Access, is_loopback, key_digests
-from orchestrator.serving.engine import EngineLimits
-from orchestrator.serving.prompt_store import CHAMPION, MAX_BYTES, POLL_SECONDS, RegistrySource
-from orchestrator.serving.service import RequestLimits
+from orchestrator.serving.access import KEYS_VARIABLE, ApiKey, is_loopback, load_keys
+from orchestrator.serving.options import ServeOptions, options_from
+from orchestrator.serving.prompt_store import CHAMPION, RegistrySource
+from orchestrator.serving.replica import Front, Replica
 from orchestrator.spec import BaseModelSpec
 
 log = logging.getLogger(__name__)
 
 APP_NAME = "orchestrator"
-MAX_ONGOING = 4096  # above the engine's own limit, which answers 429 in OpenAI's shape
 START_SECONDS = 600.0  # a large base model takes its time to load
 HEALTH_SECONDS = 60.0
 NEXT_STEP = "orchestrator run jobs/quickstart.yaml registers one"
 
 
-@dataclass(frozen=True)
-class ServeOptions:
-    """What to serve, where and with what."""
-
-    models: tuple[str, ...] = ()
-    """References as people type them; none serves every registered prompt."""
-    base_model: str | None = None
-    """The frozen model; by default the one that the served prompts were tuned on."""
-    revision: str = "main"
-    dtype: str = "auto"
-    host: str = "127.0.0.1"
-    port: int = 8000
-    tracking_uri: str | None = None
-    registry_uri: str | None = None
-    replicas: int = 1
-    cpus: int | None = None
-    """Cores of a replica; half of this machine's unless given."""
-    gpus: float | None = None
-    """Accelerators of a replica; one where the cluster has any, unless given."""
-    prompt_bytes: int = MAX_BYTES
-    poll_seconds: float = POLL_SECONDS
-    limits: EngineLimits = field(default_factory=EngineLimits)
-    request_limits: RequestLimits = field(default_factory=RequestLimits)
-
-    @property
-    def url(self) -> str:
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)
-        return f"http://{f'[{host}]' if ':' in host and not host.startswith('[') else host}:{self.port}"
-
-    @property
-    def cores(self) -> int:
-        return self.cpus or max(1, (os.cpu_count() or 1) // 2)
+DEPLOYMENT: dict[str, Any] = {
+    "max_ongoing_requests": 4096,  # above the engine's own limit, which answers 429 in OpenAI's shape
+    "max_queued_requests": 1024,  # while no replica is there
+    "backpressure_config": {"status_code": 429, "retry_after_s": 1},
+    "health_check_period_s": 5,
+    "max_constructor_retry_count": 1,  # one that failed fails again: the reason should reach the person who waits
+}
 
 
-# A constructor that failed fails again: the reason should reach the person who waits.
-@serve.deployment(
-    name="prompts",
-    max_ongoing_requests=MAX_ONGOING,
-    graceful_shutdown_timeout_s=20,
-    max_constructor_retry_count=1,
-)
+@serve.deployment(name="prompts", **DEPLOYMENT)
 @serve.ingress()
-class PromptReplica:
-    """One replica: loads the backbone itself, by name, and follows the registry on its own."""
-
-    def __init__(
-        self, options: ServeOptions, base: BaseModelSpec, source: RegistrySource, digests: tuple[str, ...], device: str
-    ) -> None:
-        from orchestrator.backbone import load_backbone, set_threads
-        from orchestrator.serving.engine import Engine
-        from orchestrator.serving.metrics import Metrics
-        from orchestrator.serving.prompt_store import PromptStore
-        from orchestrator.serving.service import PromptService
-
-        set_threads(options.cores)
-        backbone = load_backbone(resolve_model(base), device, base.dtype)
-        self.metrics = Metrics()
-        store = PromptStore(backbone, source, options.models, options.prompt_bytes, options.poll_seconds)
-        store.start()
-        engine = Engine(backbone, options.limits, self.metrics.batch)
-        self.service = PromptService(store, engine, options.request_limits)
-        self.access = Access(digests)
+class PromptReplica(Replica):
+    """A replica that answers HTTP itself."""
 
     def __serve_build_asgi_app__(self) -> Any:
-        from orchestrator.serving.routes import make_api
+        return self.api
 
-        return make_api(self.service, self.access, self.metrics)
 
-    def check_health(self) -> None:
-        """Serve replaces a replica whose engine has died."""
-        if not self.service.healthy:
-            raise RuntimeError("the engine's thread has ended")
+@serve.deployment(name="prompts", **DEPLOYMENT)
+class HiddenReplica(Replica):
+    """A replica behind the front."""
+
+
+@serve.deployment(name="front", **DEPLOYMENT)
+@serve.ingress()
+class FrontReplica(Front):
+    """What stands before the hidden replicas."""
+
+    def __init__(self, replicas: DeploymentHandle, keys: tuple[ApiKey, ...], max_body_bytes: int) -> None:
+        answer = replicas.options(stream=True).answer.remote
+        super().__init__(answer, keys, max_body_bytes, RayActorError, BackPressureError)
+
+    def __serve_build_asgi_app__(self) -> Any:
+        async def front(scope: Any, receive: Any, send: Any) -> None:
+            await self.pass_on(scope, receive, send)
+
+        return front  # a bound method would be taken for an application of ASGI 2
 
 
 @dataclass(frozen=True)
@@ -135,8 +105,10 @@ class Server:
                 raise JobFailed("the serving application has ended", "look into Ray's logs for the reason")
 
     def close(self) -> None:
-        with suppress(RayServeException):  # Serve itself never came up
+        with suppress(RayServeException, RayActorError):  # Serve itself never came up, or is gone
             serve.delete(APP_NAME)  # lets the requests under way finish
+            if not serve.status().applications:
+                serve.shutdown()  # gives the port back
         if self.owns_ray:
             ray.shutdown()
 
@@ -145,20 +117,42 @@ def build_app(
     options: ServeOptions, base: BaseModelSpec | None = None, source: RegistrySource | None = None
 ) -> serve.Application:
     """The application for ``serve.run``. Asks the registry for the base model unless it is given."""
+    options.check()
     source = source or Registry(options.tracking_uri, options.registry_uri)
     base = base or choose_base_model(options, source)
-    device = "cuda" if options.gpus else "cpu"
-    replica = PromptReplica.options(  # type: ignore[attr-defined]
-        num_replicas=options.replicas,
-        ray_actor_options={"num_cpus": options.cores, "num_gpus": options.gpus or 0},
-    )
-    return replica.bind(options, base, source, key_digests(), device)
+    keys = load_keys()
+    arguments = (options, base, source, keys, "cuda" if options.gpus else "cpu")
+    made = {
+        **_scaling(options),
+        "graceful_shutdown_timeout_s": options.drain_seconds,
+        "ray_actor_options": {"num_cpus": options.cores, "num_gpus": options.gpus or 0},
+    }
+    if not options.retry_dead:
+        return PromptReplica.options(**made).bind(*arguments)  # type: ignore[attr-defined]
+    replicas = HiddenReplica.options(**made).bind(*arguments)  # type: ignore[attr-defined]
+    front = FrontReplica.options(ray_actor_options={"num_cpus": 0})  # type: ignore[attr-defined]
+    return front.bind(replicas, keys, options.request_limits.max_body_bytes)
+
+
+def _scaling(options: ServeOptions) -> dict[str, Any]:
+    if options.max_replicas is None:
+        return {"num_replicas": options.replicas}
+    autoscaling = {
+        "min_replicas": options.replicas,
+        "initial_replicas": max(1, options.replicas),  # one that can't start should say so at once
+        "max_replicas": options.max_replicas,
+        "target_ongoing_requests": options.target_ongoing,
+        "upscale_delay_s": options.upscale_seconds,
+        "downscale_delay_s": options.downscale_seconds,
+        "metrics_interval_s": 1,
+        "look_back_period_s": 5,
+    }
+    return {"autoscaling_config": autoscaling}
 
 
 def application(args: Mapping[str, Any]) -> serve.Application:
     """Entry for Serve's own config files: ``import_path: orchestrator.serving.app:application``, options as args."""
-    known = {name: value for name, value in args.items() if name != "models"}
-    return build_app(ServeOptions(models=tuple(args.get("models", ())), **known))
+    return build_app(options_from(args))
 
 
 def start(options: ServeOptions, source: RegistrySource | None = None) -> Server:
@@ -166,6 +160,7 @@ def start(options: ServeOptions, source: RegistrySource | None = None) -> Server
 
     BadInput for options that can't work, Unreachable for a registry or cluster that doesn't answer or a taken port.
     """
+    options.check()
     check_address(options)
     check_cores(options)
     source = source or Registry(options.tracking_uri, options.registry_uri)
@@ -195,7 +190,7 @@ def serve_forever(options: ServeOptions, source: RegistrySource | None = None) -
 
 def check_address(options: ServeOptions) -> None:
     """BadInput for an open address without keys, Unreachable for a port that is taken."""
-    if not is_loopback(options.host) and not key_digests():
+    if not is_loopback(options.host) and not load_keys():
         raise BadInput(
             f"--host {options.host} can be reached from other machines, and there are no API keys",
             f"set {KEYS_VARIABLE} to one key or several, separated by commas, or serve on 127.0.0.1",
@@ -214,7 +209,7 @@ def check_address(options: ServeOptions) -> None:
 
 def check_cores(options: ServeOptions) -> None:
     """BadInput for more cores than this machine has: a cluster may grow, but here Serve would wait for ever."""
-    needed, there = options.cores * options.replicas, os.cpu_count() or 1
+    needed, there = options.cores * max(1, options.replicas), os.cpu_count() or 1
     if not (ray.is_initialized() or os.environ.get("RAY_ADDRESS")) and needed > there:
         raise BadInput(f"the replicas need {needed} cores, this machine has {there}", "ask for fewer cores or replicas")
 
@@ -237,7 +232,7 @@ def choose_base_model(options: ServeOptions, source: RegistrySource) -> BaseMode
 
 def _base_models(options: ServeOptions, source: RegistrySource) -> Iterator[tuple[str, BaseModelRecord]]:
     """What each prompt to be served was tuned on. A version that can't be read is left out, unless it was named."""
-    snapshot = source.snapshot()
+    snapshot = {name: model.aliases for name, model in source.live().items()}
     refs = [parse_ref(text) for text in options.models] or [ModelRef(name) for name in sorted(snapshot)]
     found = False
     problem: OrchestratorError | None = None
@@ -301,7 +296,14 @@ def _with_devices(options: ServeOptions) -> ServeOptions:
 def _deploy(options: ServeOptions, app: serve.Application) -> None:
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    http = HTTPOptions(host=options.host, port=options.port)
+    http = HTTPOptions(
+        host=options.host,
+        port=options.port,
+        # Above the replicas' own limit, which answers in OpenAI's shape.
+        request_timeout_s=options.request_limits.seconds + START_SECONDS,
+        ssl_certfile=options.tls_cert,
+        ssl_keyfile=options.tls_key,
+    )
     serve.start(proxy_location="EveryNode", http_options=http, logging_config=quiet)
     target = serve.RunTarget(target=app, name=APP_NAME, route_prefix="/", logging_config=quiet)
     serve.run_many([target], wait_for_applications_running=False)
@@ -334,7 +336,9 @@ def _await_health(options: ServeOptions) -> None:
     deadline = time.monotonic() + HEALTH_SECONDS
     while time.monotonic() < deadline:
         try:
-            with urllib.request.urlopen(f"{options.url}/health", timeout=5) as answer:
+            # Whoever owns the name on a certificate, this is the server that was just started.
+            context = ssl._create_unverified_context() if options.tls_cert else None
+            with urllib.request.urlopen(f"{options.url}/health", timeout=HEALTH_SECONDS, context=context) as answer:
                 if answer.status == 200:
                     return
         except (urllib.error.URLError, OSError):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -15,10 +16,13 @@ from torch import Tensor
 from orchestrator.backbone import Backbone
 from orchestrator.decoding import start
 from orchestrator.placing import text_ids
+from orchestrator.serving.row_text import RowText
 from orchestrator.serving.served_prompt import ServedPrompt, stack_prompts
 
 GREEDY_BELOW = 1e-4  # a smaller temperature divides the logits out of float32's range, and is greedy anyway
-CONTEXT_TOKENS = 6  # enough in front of the new tokens for any decoder to treat them as a continuation
+CONTEXT_CHARACTERS = 8  # an unfinished character may have stood at the end of the text
+
+FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,23 @@ class Sampling:
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    logprobs: int | None = None
+    """How many of the likeliest tokens to tell for each place, besides the one taken; None tells nothing."""
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < GREEDY_BELOW
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """One token of a row: its text, the model's log-probability of it (at temperature 1), and the likeliest ones."""
+
+    text: str
+    logprob: float
+    top: tuple[tuple[str, float], ...]
+    offset: int
+    """Where it begins in the row's text."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +58,19 @@ class Completion:
     """What a row became: ``text`` without end token and stop string; ``tokens`` made, the end token included."""
 
     text: str
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
     tokens: int
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What came to a row since the last one: text, tokens, and at the end why it ended."""
+
+    text: str
+    tokens: int
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
 
 
 @dataclass(eq=False)
@@ -50,63 +82,105 @@ class GenerationRow:
     sampling: Sampling
     made: list[int] = field(default_factory=list)
     completion: Completion | None = None
+    failure: Exception | None = None
+    """What went wrong with this row alone."""
     abandoned: bool = False
     """Nobody waits for it any more."""
 
     def __post_init__(self) -> None:
-        self._random = torch.Generator()
+        # A model with a decoder of its own begins a text of its own.
+        alone = self.prompt.encoder.family == "seq2seq"
+        self._text = RowText(self.prompt.encoder.tokenizer, [] if alone else text_ids(self.input_ids))
+        self._logprobs: list[TokenLogprob] = []
+        self._told = Delta("", 0)
+
+    @cached_property
+    def _random(self) -> torch.Generator:
+        generator = torch.Generator()
         if self.sampling.seed is None:
-            self._random.seed()
+            generator.seed()
         else:
-            self._random.manual_seed(self.sampling.seed)
+            generator.manual_seed(self.sampling.seed)
+        return generator
+
+    @property
+    def over(self) -> bool:
+        return self.completion is not None or self.failure is not None or self.abandoned
 
     def choose(self, logits: Tensor) -> int:
         """The next token from logits [V], float32 on the CPU. Drawn by the row's own generator, so that the batch's
         other rows don't matter.
         """
-        if self.sampling.temperature < GREEDY_BELOW:
+        if self.sampling.greedy:
             return int(logits.argmax())
         probs, order = (logits / self.sampling.temperature).softmax(-1).sort(descending=True)
         # Kept while what stands before it is less than top_p; the first always is.
         kept = probs * ((probs.cumsum(-1) - probs) < self.sampling.top_p)
         return int(order[torch.multinomial(kept, 1, generator=self._random)])
 
+    def go_on(self, logits: Tensor, greedy: int) -> None:
+        """One step from logits [V]; ``greedy`` is their likeliest token. What goes wrong is this row's own failure."""
+        try:
+            token = greedy if self.sampling.greedy else self.choose(logits)
+            if self.sampling.logprobs is not None:
+                self._logprobs.append(self._logprob(logits, token))
+            self.take(token)
+        except Exception as error:
+            self.failure = error
+
     def take(self, token: int) -> None:
         """Append a token; sets ``completion`` when the row ends with it."""
         self.made.append(token)
         if token == self.prompt.encoder.end_id:
-            self.completion = Completion(self.text(self.made[:-1]), "stop", len(self.made))
-        elif (text := self._stopped()) is not None:
-            self.completion = Completion(text, "stop", len(self.made))
+            self._end(self._text.text, "stop")
+            return
+        before = len(self._text.text) if self.sampling.stop else 0
+        self._text.add(token)
+        if (text := self._stopped(before)) is not None:
+            self._end(text, "stop")
         elif len(self.made) >= self.sampling.max_tokens:
-            self.completion = Completion(self.text(self.made), "length", len(self.made))
+            self._end(self._text.text, "length")
 
-    def _stopped(self) -> str | None:
-        """The text before the first stop string, when there is one."""
+    def pull(self) -> Delta | None:
+        """What can be told since the last time, if anything. Told texts add up to the completion's."""
+        done = self.completion
+        text = done.text if done else self._text.shown(self.sampling.stop)
+        told = self._told
+        news = Delta(
+            text[len(told.text) :],
+            len(self.made) - told.tokens,
+            tuple(self._logprobs[len(told.logprobs) :]),
+            done.finish_reason if done else None,
+        )
+        if not (news.text or news.logprobs or done):
+            return None
+        self._told = Delta(max(text, told.text, key=len), len(self.made), tuple(self._logprobs))
+        return news
+
+    def _end(self, text: str, reason: FinishReason) -> None:
+        self.completion = Completion(text, reason, len(self.made), tuple(self._logprobs))
+
+    def _stopped(self, before: int) -> str | None:
+        """The text before the first stop string, when there is one; ``before`` characters were looked at already."""
         if not self.sampling.stop:
             return None
-        text = self.text(self.made)
-        found = [place for stop in self.sampling.stop if (place := text.find(stop)) >= 0]
+        text = self._text.text
+        start = max(0, before - max(map(len, self.sampling.stop)) - CONTEXT_CHARACTERS)
+        found = [place for stop in self.sampling.stop if (place := text.find(stop, start)) >= 0]
         return text[: min(found)] if found else None
 
-    def text(self, tokens: Sequence[int]) -> str:
-        """Text of new tokens as they follow the input: decoded alone they may lose their leading space.
+    def _logprob(self, logits: Tensor, token: int) -> TokenLogprob:
+        scores = logits.log_softmax(-1)
+        values, ids = scores.topk(min(self.sampling.logprobs or 0, len(scores)))
+        top = tuple((self._piece(one), value) for one, value in zip(ids.tolist(), values.tolist(), strict=True))
+        return TokenLogprob(self._piece(token), float(scores[token]), top, len(self._text.text))
 
-        A model with a decoder of its own begins a text of its own.
-        """
-        alone = self.prompt.encoder.family == "seq2seq"
-        before = [] if alone else text_ids(self.input_ids)[-CONTEXT_TOKENS:]
-        head, whole = self._decoded(before), self._decoded([*before, *tokens])
-        return whole[len(head) :] if whole.startswith(head) else self._decoded(tokens)
-
-    def _decoded(self, tokens: Sequence[int]) -> str:
-        # Cleaned-up spaces ("a ." to "a.") would be another text than the one that was generated.
-        decode = self.prompt.encoder.tokenizer.decode
-        return str(decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    def _piece(self, token: int) -> str:
+        return str(self.prompt.encoder.tokenizer.decode([token], clean_up_tokenization_spaces=False))
 
 
 class GenerationBatch:
-    """Rows of different prompts that generate together; a row leaves when it is done."""
+    """Rows of different prompts that generate together; a row leaves when it is done, others may join."""
 
     @torch.inference_mode()
     def __init__(self, backbone: Backbone, rows: Sequence[GenerationRow]) -> None:
@@ -115,14 +189,27 @@ class GenerationBatch:
         self._state = start(backbone, prompts, [row.input_ids for row in rows], place)
 
     @torch.inference_mode()
+    def absorb(self, other: GenerationBatch) -> bool:
+        """Take the other batch's rows over; false where the model can't run them in one forward."""
+        joined = self._state.join(other._state)
+        if joined is None:
+            return False
+        self._state = joined
+        self.rows += other.rows
+        return True
+
+    @torch.inference_mode()
     def step(self) -> list[GenerationRow]:
         """One token for every row; returns the rows that ended, which are out of the batch now."""
-        logits = self._state.logits.float().cpu()
-        for row, scores in zip(self.rows, logits, strict=True):
+        logits = self._state.logits.float()
+        likeliest = logits.argmax(-1).tolist()
+        plain = all(row.sampling.greedy and row.sampling.logprobs is None for row in self.rows)
+        scores = logits if plain else logits.cpu()
+        for row, one, greedy in zip(self.rows, scores, likeliest, strict=True):
             if not row.abandoned:
-                row.take(row.choose(scores))
-        done = [row for row in self.rows if row.completion is not None or row.abandoned]
-        going = [place for place, row in enumerate(self.rows) if row.completion is None and not row.abandoned]
+                row.go_on(one, greedy)
+        done = [row for row in self.rows if row.over]
+        going = [place for place, row in enumerate(self.rows) if not row.over]
         self.rows = [self.rows[place] for place in going]
         if self.rows:
             self._go_on(going if done else None)

@@ -7,9 +7,10 @@ version that can't be served is refused and the old one stays. While the registr
 from __future__ import annotations
 
 import logging
+import random
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -18,6 +19,7 @@ from typing import Protocol
 
 from orchestrator.backbone import Backbone
 from orchestrator.errors import BadInput, OrchestratorError, Unreachable
+from orchestrator.registry.canary import Canary, LiveModel
 from orchestrator.registry.refs import ModelRef, nearest, parse_ref, printable
 from orchestrator.serving.served_prompt import ServedPrompt, created_timestamp, load_prompt
 
@@ -37,8 +39,8 @@ Key = tuple[str, int]
 class RegistrySource(Protocol):
     """What the store needs of a registry. Errors: BadInput for what doesn't exist, Unreachable for an outage."""
 
-    def snapshot(self) -> Mapping[str, Mapping[str, int]]:
-        """Registered prompt to alias to version."""
+    def live(self) -> Mapping[str, LiveModel]:
+        """Registered prompt to its aliases and its canary."""
 
     def fetch(self, name: str, version: int) -> Path:
         """The version's artifact as a local folder."""
@@ -86,11 +88,15 @@ class PromptStore:
         self._poll_seconds = poll_seconds
         self._known: dict[str, dict[str, int]] | None = None
         """Name to alias to version as the registry last said; None before it ever answered."""
+        self._canaries: dict[str, Canary] = {}
         self._routes: dict[tuple[str, str], int] = {}
         """(name, alias) to the version that answers for it: one that was loaded and found good."""
         self._cards: dict[Key, ModelCard] = {}
         self._prompts: OrderedDict[Key, ServedPrompt] = OrderedDict()
+        self._bytes = 0
         self._refused: OrderedDict[Key, _Refusal] = OrderedDict()
+        self.counts: Counter[tuple[str, str]] = Counter()
+        """(hits, loads, evictions or refusals; registered model) to how often. Names are the registry's."""
         self._lock = threading.RLock()  # guards the fields above, held for moments
         self._loading = threading.Lock()  # one load at a time, so that a version is loaded once
         self._outage = ""
@@ -99,11 +105,19 @@ class PromptStore:
 
     # Asking.
 
+    def route(self, model: str) -> str:
+        """What a wire ``model`` asks for this time: with a canary, a bare name is now and then its other alias."""
+        canary = self._canaries.get(model)
+        if canary is None or (model, canary.alias) not in self._routes or random.random() * 100 >= canary.percent:
+            return model
+        return f"{model}@{canary.alias}"
+
     def loaded(self, model: str) -> ServedPrompt | None:
         """The prompt that answers for a wire ``model``, if no loading is needed. ModelNotFound for an unknown one."""
         with self._lock:
             for key in self._candidates(model):
                 if prompt := self._touch(key):
+                    self.counts["hits", key[0]] += 1
                     return prompt
                 if not self._is_refused(key):
                     return None
@@ -131,12 +145,22 @@ class PromptStore:
 
     @property
     def loaded_bytes(self) -> int:
-        with self._lock:
-            return sum(prompt.nbytes for prompt in self._prompts.values())
+        return self._bytes
 
     @property
     def loaded_count(self) -> int:
         return len(self._prompts)
+
+    def versions(self) -> dict[tuple[str, str], int]:
+        """(name, alias) to the version that answers."""
+        with self._lock:
+            return dict(self._routes)
+
+    def refused(self) -> list[Key]:
+        """Versions that an alias asks for and that can't be served; older ones answer instead."""
+        with self._lock:
+            wanted = {(name, version) for (name, _), version in self._targets()}
+            return sorted(key for key in wanted if key in self._refused)
 
     # Keeping in step.
 
@@ -155,7 +179,7 @@ class PromptStore:
     def refresh(self) -> None:
         """Ask the registry once and follow the aliases that moved. An outage leaves things as they are."""
         try:
-            known = {name: dict(aliases) for name, aliases in self._source.snapshot().items()}
+            live = self._source.live()
         except Exception as error:  # whatever the registry's client raises, this process keeps serving
             self._report_outage(error)
             return
@@ -163,7 +187,7 @@ class PromptStore:
             log.warning("the registry answers again")
             self._outage = ""
         with self._lock:
-            self._known = known
+            self._known = {name: dict(model.aliases) for name, model in live.items()}
             targets = dict(self._targets())
             self._routes = {route: version for route, version in self._routes.items() if route in targets}
             held = {(name, version) for (name, _), version in self._routes.items()}
@@ -171,6 +195,14 @@ class PromptStore:
         # Champions come last, so that they are the most recently used when memory is short.
         for route in sorted(targets, key=lambda route: route[1] == CHAMPION):
             self._follow(route, targets[route])
+        self._follow_canaries({name: model.canary for name, model in live.items() if model.canary})
+
+    def _follow_canaries(self, canaries: dict[str, Canary]) -> None:
+        for name in canaries.keys() | self._canaries.keys():
+            before, now = self._canaries.get(name), canaries.get(name)
+            if before != now:
+                log.info("canary of %s: %s, before %s", printable(name), now, before)
+        self._canaries = canaries
 
     def _poll(self) -> None:
         while not self._stop.wait(self._poll_seconds):
@@ -282,7 +314,9 @@ class PromptStore:
 
     def _fetch(self, key: Key) -> ServedPrompt:
         try:
-            return load_prompt(self._backbone, self._source.fetch(*key), *key)
+            prompt = load_prompt(self._backbone, self._source.fetch(*key), *key)
+            self.counts["loads", key[0]] += 1
+            return prompt
         except Unreachable as error:
             log.warning("version %s of %s can't be fetched: %s", key[1], printable(key[0]), error.message)
             raise
@@ -302,9 +336,12 @@ class PromptStore:
         with self._lock:
             self._refused.pop(key, None)
             self._prompts[key] = prompt
+            self._bytes += prompt.nbytes
             self._cards[key] = card
-            while self.loaded_bytes > self._max_bytes and len(self._prompts) > 1:
-                dropped, _ = self._prompts.popitem(last=False)
+            while self._bytes > self._max_bytes and len(self._prompts) > 1:
+                dropped, gone = self._prompts.popitem(last=False)
+                self._bytes -= gone.nbytes
+                self.counts["evictions", dropped[0]] += 1
                 log.info("version %s of %s leaves memory", dropped[1], printable(dropped[0]))
 
     def _is_refused(self, key: Key) -> bool:
@@ -313,6 +350,8 @@ class PromptStore:
 
     def _refuse(self, key: Key, reason: str) -> None:
         with self._lock:
+            if key[0] in (self._known or {}):
+                self.counts["refusals", key[0]] += 1
             known = self._refused.pop(key, None)
             self._refused[key] = _Refusal(reason, time.monotonic())
             while len(self._refused) > MAX_REFUSED:

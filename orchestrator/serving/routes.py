@@ -2,79 +2,110 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from orchestrator.serving.access import Access
-from orchestrator.serving.metrics import CONTENT_TYPE, Metrics
-from orchestrator.serving.protocol import ApiError, ClassifyRequest, CompletionRequest, parse_body
+from orchestrator.serving.answers import Chunk
+from orchestrator.serving.metrics import CONTENT_TYPE
+from orchestrator.serving.openapi import describe
+from orchestrator.serving.protocol import ApiError, ChatRequest, ClassifyRequest, CompletionRequest, parse_body
+from orchestrator.serving.record import RequestRecord
 from orchestrator.serving.service import PromptService
 
 log = logging.getLogger(__name__)
 
+HUNG_UP = 499  # as others log a client that went away before its answer
+Result = TypeVar("Result")
 
-def make_api(service: PromptService, access: Access | None = None, metrics: Metrics | None = None) -> FastAPI:
-    """The application. Every answer but /metrics is JSON, every error has OpenAI's shape."""
-    metrics = metrics or Metrics()
-    # No documentation pages: they would be open routes, and load scripts from elsewhere.
+
+def make_api(service: PromptService, access: Access | None = None) -> FastAPI:
+    """The application. Every answer but /metrics and streams is JSON, every error has OpenAI's shape."""
+    # No documentation pages: they would load scripts from elsewhere.
     api = FastAPI(title="prompt-orchestrator", docs_url=None, redoc_url=None, openapi_url=None)
     api.add_exception_handler(ApiError, _api_error)
     api.add_exception_handler(HTTPException, _http_error)
-    api.add_middleware(Gate, access=access or Access(), metrics=metrics)
-    api.add_api_route("/health", _health(service), methods=["GET"])
-    api.add_api_route("/metrics", _metrics(metrics), methods=["GET"])
-    api.add_api_route("/v1/models", _models(service), methods=["GET"])
-    api.add_api_route("/v1/models/{model:path}", _model(service), methods=["GET"])
-    api.add_api_route("/v1/completions", _completions(service), methods=["POST"])
-    api.add_api_route("/classify", _classify(service), methods=["POST"])
-    metrics.gauge("orchestrator_waiting_rows", "Rows that no batch has taken yet", lambda: service.engine.waiting)
-    metrics.gauge("orchestrator_loaded_prompts", "Prompts in memory", lambda: service.store.loaded_count)
-    metrics.gauge("orchestrator_loaded_prompt_bytes", "Their keys and values", lambda: service.store.loaded_bytes)
+    api.add_middleware(Gate, access=access or Access(), service=service)
+    for method, path, handler in (
+        ("GET", "/health", _health(service)),
+        ("GET", "/metrics", _metrics(service)),
+        ("GET", "/openapi.json", _openapi(api)),
+        ("GET", "/v1/models", _models(service)),
+        ("GET", "/v1/models/{model:path}", _model(service)),
+        ("POST", "/v1/completions", _generate(service, CompletionRequest)),
+        ("POST", "/v1/chat/completions", _generate(service, ChatRequest)),
+        ("POST", "/classify", _classify(service)),
+    ):
+        api.add_api_route(path, handler, methods=[method], **describe(path))
+    _watch(service)
     return api
+
+
+def _watch(service: PromptService) -> None:
+    metrics, store, engine = service.metrics, service.store, service.engine
+    metrics.gauge("orchestrator_waiting_rows", "Rows that no batch has taken yet", lambda: engine.waiting)
+    metrics.gauge("orchestrator_running_rows", "Rows that are being generated", lambda: engine.running)
+    metrics.gauge("orchestrator_loaded_prompts", "Prompts in memory", lambda: store.loaded_count)
+    metrics.gauge("orchestrator_loaded_prompt_bytes", "Their keys and values", lambda: store.loaded_bytes)
+    metrics.watch(store)
 
 
 class Gate:
     """Around all routes: who may ask, how long it took, and no exception that reaches the client."""
 
-    def __init__(self, app: ASGIApp, access: Access, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, access: Access, service: PromptService) -> None:
         self._app = app
         self._access = access
-        self._metrics = metrics
+        self._metrics = service.metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await no_request(scope, receive, send)
             return
-        start, status = time.perf_counter(), 0
+        start, status, record = time.perf_counter(), 0, RequestRecord()
+        scope["record"] = record
 
         async def noting(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = record.id
             await send(message)
 
+        peer = scope["client"][0] if scope.get("client") else None
         try:
-            self._access.check(scope["path"], Headers(scope=scope))
+            record.key = self._access.check(scope["path"], Headers(scope=scope), peer)
             await self._app(scope, receive, noting)
         except ApiError as error:
+            record.error = error.code
             await _response(error)(scope, receive, noting)
         except ClientDisconnect:
-            status = 499
+            status = HUNG_UP
+        except asyncio.CancelledError:
+            status = status or HUNG_UP
+            raise
         except Exception:
-            log.exception("%s %s failed", scope["method"], scope["path"])
+            log.exception("%s %s failed", scope["method"], _route(scope))
+            record.error = "internal_error"
             if not status:
                 await _response(_internal())(scope, receive, noting)
         finally:
-            self._metrics.request(_route(scope), status or 499, time.perf_counter() - start)
+            seconds, route = time.perf_counter() - start, _route(scope)
+            self._metrics.request(route, status or HUNG_UP, seconds, record.model)
+            record.log(scope["method"], route, status or HUNG_UP, seconds, peer)
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -91,6 +122,25 @@ async def read_body(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
+async def while_connected(request: Request, work: Awaitable[Result]) -> Result:
+    """The work's result; ClientDisconnect, and the work cancelled, when the client hangs up before."""
+    working = asyncio.ensure_future(work)
+    hanging_up = asyncio.ensure_future(_hung_up(request))
+    try:
+        await asyncio.wait([working, hanging_up], return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        for task in (working, hanging_up):
+            task.cancel()
+
+
+async def _hung_up(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -103,41 +153,79 @@ def _health(service: PromptService) -> Handler:
     return health
 
 
-def _metrics(metrics: Metrics) -> Handler:
+def _metrics(service: PromptService) -> Handler:
     async def show(request: Request) -> Response:
-        return Response(metrics.text(), media_type=CONTENT_TYPE)
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE)
 
     return show
 
 
+def _openapi(api: FastAPI) -> Handler:
+    async def openapi(request: Request) -> Response:
+        return JSONResponse(api.openapi())
+
+    return openapi
+
+
 def _models(service: PromptService) -> Handler:
     async def models(request: Request) -> Response:
-        return _json(service.models())
+        return _json(service.models(_record(request)))
 
     return models
 
 
 def _model(service: PromptService) -> Handler:
     async def model(request: Request) -> Response:
-        return _json(service.model(request.path_params["model"]))
+        return _json(service.model(request.path_params["model"], _record(request)))
 
     return model
 
 
-def _completions(service: PromptService) -> Handler:
-    async def completions(request: Request) -> Response:
-        body = await read_body(request, service.limits.max_body_bytes)
-        return _json(await service.complete(parse_body(CompletionRequest, body)))
+def _generate(service: PromptService, kind: type[CompletionRequest] | type[ChatRequest]) -> Handler:
+    async def generate(request: Request) -> Response:
+        body: Any = parse_body(kind, await read_body(request, service.limits.max_body_bytes))
+        record = _record(request)
+        if body.stream:
+            chunks = await while_connected(request, service.stream(body, record))
+            return StreamingResponse(_events(chunks, record), media_type="text/event-stream", headers=UNBUFFERED)
+        ask = service.chat if kind is ChatRequest else service.complete
+        return _json(await while_connected(request, ask(body, record)))
 
-    return completions
+    return generate
 
 
 def _classify(service: PromptService) -> Handler:
     async def classify(request: Request) -> Response:
         body = await read_body(request, service.limits.max_body_bytes)
-        return _json(await service.classify(parse_body(ClassifyRequest, body)))
+        work = service.classify(parse_body(ClassifyRequest, body), _record(request))
+        return _json(await while_connected(request, work))
 
     return classify
+
+
+UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+DONE = "data: [DONE]\n\n"
+
+
+async def _events(chunks: AsyncIterator[Chunk], record: RequestRecord) -> AsyncIterator[str]:
+    """Server-sent events. The status is out already: an error is an event of its own, as OpenAI's clients know it."""
+    async with aclosing(chunks):  # type: ignore[type-var]
+        try:
+            async for chunk in chunks:
+                yield f"data: {chunk.model_dump_json()}\n\n"
+            yield DONE
+        except ApiError as error:
+            record.error = error.code
+            yield f"data: {json.dumps(error.body())}\n\n"
+        except Exception:
+            log.exception("a stream failed")
+            record.error = "internal_error"
+            yield f"data: {json.dumps(_internal().body())}\n\n"
+
+
+def _record(request: Request) -> RequestRecord:
+    record: RequestRecord = request.scope["record"]
+    return record
 
 
 def _json(answer: BaseModel) -> Response:
@@ -152,8 +240,20 @@ def _internal() -> ApiError:
     return ApiError(500, "Internal error; the server's log has the details", "internal_error")
 
 
+async def no_request(scope: Scope, receive: Receive, send: Send) -> None:
+    """There are no web sockets; what the server's own life cycle asks is agreed to."""
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": 1008})
+        return
+    while (message := await receive())["type"] in ("lifespan.startup", "lifespan.shutdown"):
+        await send({"type": f"{message['type']}.complete"})
+        if message["type"] == "lifespan.shutdown":
+            return
+
+
 async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
+    _record(request).error = error.code
     return _response(error)
 
 
@@ -161,10 +261,11 @@ async def _http_error(request: Request, error: Exception) -> Response:
     """What the framework refuses itself: unknown routes and wrong methods."""
     assert isinstance(error, HTTPException)
     texts = {
-        404: ("There is no such route; see GET /v1/models, POST /v1/completions, POST /classify", "route_not_found"),
+        404: ("There is no such route; GET /openapi.json describes those there are", "route_not_found"),
         405: ("This route does not take that method", "method_not_allowed"),
     }
     message, code = texts.get(error.status_code, (str(error.detail), "http_error"))
+    _record(request).error = code
     return _response(ApiError(error.status_code, message, code, headers=dict(error.headers or {})))
 
 

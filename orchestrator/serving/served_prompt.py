@@ -51,6 +51,11 @@ class ServedPrompt:
         return self.encoder.verbalizer.labels if self.encoder.verbalizer else ()
 
     @property
+    def id(self) -> str:
+        """name:version, which says which version answered."""
+        return f"{self.name}:{self.version}"
+
+    @property
     def label_keys(self) -> list[str]:
         """The labels as keys of a JSON object."""
         return label_keys(self.labels)
@@ -91,10 +96,11 @@ class ServedPrompt:
         if missing:
             raise BadInput(f"a row lacks {missing}; the prompt's template needs {list(self.encoder.template.columns)}")
         ids = self.encoder.row_ids(row)
-        self._check_room(len(text_ids(ids)), answer_tokens)
+        self.check_room(len(text_ids(ids)), answer_tokens)
         return ids if len(ids) <= self.encoder.max_input_tokens else self.encoder.encode_input(row)
 
-    def _check_room(self, input_tokens: int, answer_tokens: int) -> None:
+    def check_room(self, input_tokens: int, answer_tokens: int) -> None:
+        """ContextExceeded when input and answer don't fit behind the prompt."""
         # An encoder-decoder model has this room twice, for the input and for the answer; the search counts as here.
         total = self.virtual_tokens + input_tokens + answer_tokens
         if total > self.context_length:

@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 import asyncio
-import time
-import uuid
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from orchestrator.errors import BadInput, OrchestratorError, Unreachable
 from orchestrator.placing import text_ids
+from orchestrator.registry.refs import printable
+from orchestrator.serving import answers
+from orchestrator.serving.chat import NoChatTemplate, encode_chat
 from orchestrator.serving.engine import Engine, Overloaded
-from orchestrator.serving.generation import Completion, Sampling
-from orchestrator.serving.prompt_store import ModelCard, ModelNotFound, PromptStore
+from orchestrator.serving.generation import Completion, Delta, Sampling
+from orchestrator.serving.metrics import Metrics
+from orchestrator.serving.prompt_store import CHAMPION, ModelCard, ModelNotFound, PromptStore
 from orchestrator.serving.protocol import (
     ApiError,
-    Choice,
+    ChatAnswer,
+    ChatRequest,
     Classified,
     ClassifyAnswer,
     ClassifyRequest,
     CompletionAnswer,
     CompletionRequest,
+    GenerationRequest,
     ModelEntry,
     ModelList,
-    Usage,
 )
+from orchestrator.serving.record import RequestRecord
 from orchestrator.serving.served_prompt import ContextExceeded, Given, ServedPrompt, classified
+
+Tokens = TypeVar("Tokens")
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 DEFAULT_TEMPERATURE = 1.0  # OpenAI's
@@ -36,19 +43,42 @@ DEFAULT_TEMPERATURE = 1.0  # OpenAI's
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """What one request may hold."""
+    """What one request may hold, and how long it may take."""
 
     max_inputs: int = 256
     max_body_bytes: int = 4 << 20
+    seconds: float = 300.0
+    """From its arrival to its last token; a stream that nobody reads ends then too."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request for texts, checked and encoded."""
+
+    prompt: ServedPrompt
+    inputs: list[list[int]]
+    sampling: Sampling
+    head: answers.Head
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(text_ids(ids)) for ids in self.inputs)
 
 
 class PromptService:
     """The routes' work, without HTTP. Raises ApiError for whatever a client did wrong, or should try again."""
 
-    def __init__(self, store: PromptStore, engine: Engine, limits: RequestLimits | None = None) -> None:
+    def __init__(
+        self,
+        store: PromptStore,
+        engine: Engine,
+        limits: RequestLimits | None = None,
+        metrics: Metrics | None = None,
+    ) -> None:
         self.store = store
         self.engine = engine
         self.limits = limits or RequestLimits()
+        self.metrics = metrics or Metrics()
         # One thread: a tokenizer is not safe to use from several while it changes its own settings.
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
         self._loading = ThreadPoolExecutor(4, thread_name_prefix="prompt-load")
@@ -64,43 +94,105 @@ class PromptService:
         self._tokenizing.shutdown(wait=False)
         self._loading.shutdown(wait=False)
 
-    def models(self) -> ModelList:
-        return ModelList(data=[_entry(card) for card in self.store.cards()])
+    def models(self, record: RequestRecord) -> ModelList:
+        """Every served model that the key may ask."""
+        return ModelList(data=[_entry(card) for card in self.store.cards() if _allowed(record, card.name)])
 
-    def model(self, wanted: str) -> ModelEntry:
+    def model(self, wanted: str, record: RequestRecord) -> ModelEntry:
         """One served model of the list. ApiError 404 when it is not in it."""
         for card in self.store.cards():
-            if wanted in (card.id, f"{card.name}@{card.alias}"):
+            if wanted in (card.id, f"{card.name}@{card.alias}") and _allowed(record, card.name):
                 return _entry(card)
-        raise ApiError(404, f"The model {wanted!r} does not exist", "model_not_found", "model")
+        raise _not_found(f"The model {printable(wanted)!r} does not exist")
 
-    async def classify(self, request: ClassifyRequest) -> ClassifyAnswer:
+    async def classify(self, request: ClassifyRequest, record: RequestRecord) -> ClassifyAnswer:
         self._check_count(len(request.inputs), "input")
-        prompt = await self._prompt(request.model)
+        prompt = await self._prompt(request.model, record)
         if reason := prompt.why_no_labels:
             raise _unsupported(request.model, reason, "/v1/completions" if prompt.generates else None)
         encoded = await self._encode(prompt, request.inputs, prompt.longest_answer, "input")
+        self._count(record, sum(len(text_ids(ids)) for ids in encoded), 0)
         probs = await self._run(self.engine.classify(prompt, encoded))
         rows = (classified(prompt.labels, prompt.label_keys, row) for row in probs)
         return ClassifyAnswer(
-            model=request.model, data=[Classified(index=index, **row) for index, row in enumerate(rows)]
+            model=request.model,
+            system_fingerprint=prompt.id,
+            data=[Classified(index=index, **row) for index, row in enumerate(rows)],
         )
 
-    async def complete(self, request: CompletionRequest) -> CompletionAnswer:
+    async def complete(self, request: CompletionRequest, record: RequestRecord) -> CompletionAnswer:
+        asked = await self._completion(request, record)
+        return answers.completion(asked.head, await self._completed(asked, record), asked.prompt_tokens)
+
+    async def chat(self, request: ChatRequest, record: RequestRecord) -> ChatAnswer:
+        asked = await self._conversation(request, record)
+        (made,) = await self._completed(asked, record)
+        return answers.chat(asked.head, made, asked.prompt_tokens)
+
+    async def stream(
+        self, request: CompletionRequest | ChatRequest, record: RequestRecord
+    ) -> AsyncIterator[answers.Chunk]:
+        """The chunks of an answer, from the moment that the engine has taken the request: refusals come before."""
+        asked = await (
+            self._conversation(request, record)
+            if isinstance(request, ChatRequest)
+            else self._completion(request, record)
+        )
+        record.streamed = True
+        kind = answers.ChatStream if isinstance(request, ChatRequest) else answers.CompletionStream
+        with _refusals():
+            told = self.engine.stream(asked.prompt, asked.inputs, asked.sampling)
+        return self._chunks(kind(asked.head), told, asked, request.wants_usage, record)
+
+    async def _chunks(
+        self,
+        shape: answers.Stream,
+        told: AsyncIterator[tuple[int, Delta]],
+        asked: Asked,
+        wants_usage: bool,
+        record: RequestRecord,
+    ) -> AsyncIterator[answers.Chunk]:
+        made = 0
+        try:
+            for chunk in shape.opening(len(asked.inputs)):
+                yield chunk
+            with _refusals():
+                async for row, delta in _until(told, self.limits.seconds):
+                    made += delta.tokens
+                    yield shape.chunk(row, delta)
+            if wants_usage:
+                yield shape.closing(asked.prompt_tokens, made)
+        finally:
+            await told.aclose()  # type: ignore[attr-defined]
+            self._count(record, asked.prompt_tokens, made)
+
+    async def _completion(self, request: CompletionRequest, record: RequestRecord) -> Asked:
         self._check_count(len(request.prompts), "prompt")
-        prompt = await self._prompt(request.model)
+        prompt = await self._prompt(request.model, record)
         if reason := prompt.why_no_text:
             raise _unsupported(request.model, reason, "/classify" if prompt.answers else None)
-        sampling = _sampling(request)
-        encoded = await self._encode(prompt, request.prompts, sampling.max_tokens, "prompt")
-        made: list[Completion] = await self._run(self.engine.complete(prompt, encoded, sampling))
-        return CompletionAnswer(
-            id=f"cmpl-{uuid.uuid4().hex}",
-            created=int(time.time()),
-            model=request.model,
-            choices=[Choice(index=i, text=it.text, finish_reason=it.finish_reason) for i, it in enumerate(made)],
-            usage=_usage(sum(len(text_ids(ids)) for ids in encoded), sum(it.tokens for it in made)),
-        )
+        sampling = _sampling(request, request.max_tokens, request.logprobs)
+        inputs = await self._encode(prompt, request.prompts, sampling.max_tokens, "prompt")
+        return Asked(prompt, inputs, sampling, answers.Head.new("cmpl", request.model, prompt.id))
+
+    async def _conversation(self, request: ChatRequest, record: RequestRecord) -> Asked:
+        prompt = await self._prompt(request.model, record)
+        if reason := prompt.why_no_text:
+            raise _unsupported(request.model, reason, "/classify" if prompt.answers else None)
+        logprobs = (request.top_logprobs or 0) if request.logprobs else None
+        sampling = _sampling(request, request.limit, logprobs)
+        work = partial(encode_chat, prompt, request.messages, sampling.max_tokens)
+        ids = await self._tokenized(work, "messages")
+        return Asked(prompt, [ids], sampling, answers.Head.new("chatcmpl", request.model, prompt.id))
+
+    async def _completed(self, asked: Asked, record: RequestRecord) -> list[Completion]:
+        made: list[Completion] = await self._run(self.engine.complete(asked.prompt, asked.inputs, asked.sampling))
+        self._count(record, asked.prompt_tokens, sum(it.tokens for it in made))
+        return made
+
+    def _count(self, record: RequestRecord, prompt_tokens: int, completion_tokens: int) -> None:
+        record.prompt_tokens, record.completion_tokens = prompt_tokens, completion_tokens
+        self.metrics.tokens(record.model, prompt_tokens, completion_tokens)
 
     def _check_count(self, count: int, param: str) -> None:
         if count > self.limits.max_inputs:
@@ -111,57 +203,95 @@ class PromptService:
                 param,
             )
 
-    async def _prompt(self, model: str) -> ServedPrompt:
+    async def _prompt(self, model: str, record: RequestRecord) -> ServedPrompt:
+        """The prompt that answers this time. One request has one version, whatever moves meanwhile."""
+        wanted = self.store.route(model)
+        try:
+            prompt = await self._loaded(wanted)
+        except ApiError:
+            if wanted == model:
+                raise
+            prompt = await self._loaded(f"{model}@{CHAMPION}")  # the canary can't be had
+        if not _allowed(record, prompt.name):
+            raise _not_found(f"The model {printable(model)!r} does not exist")
+        record.model, record.version = prompt.name, prompt.version
+        return prompt
+
+    async def _loaded(self, model: str) -> ServedPrompt:
         try:
             loaded = self.store.loaded(model)
             if loaded is not None:
                 return loaded
             return await asyncio.get_running_loop().run_in_executor(self._loading, self.store.get, model)
         except ModelNotFound as error:
-            raise ApiError(404, error.message, "model_not_found", "model") from None
+            raise _not_found(error.message) from None
         except Unreachable:
             raise _unavailable("The registry can't be reached and this model is not loaded") from None
 
     async def _encode(
         self, prompt: ServedPrompt, given: Sequence[Given], answer_tokens: int, param: str
     ) -> list[list[int]]:
+        return await self._tokenized(partial(_encode_all, prompt, given, answer_tokens), param)
+
+    async def _tokenized(self, work: Callable[[], Tokens], param: str) -> Tokens:
         try:
-            work = partial(_encode_all, prompt, given, answer_tokens)
             return await asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
         except ContextExceeded as error:
             raise ApiError(400, error.message, "context_length_exceeded", param) from None
+        except NoChatTemplate as error:
+            raise ApiError(400, error.message, "chat_template_missing", param) from None
         except BadInput as error:
             hint = f"; {error.hint}" if error.hint else ""
             raise ApiError(400, f"{error.message}{hint}", "invalid_value", param) from None
 
-    async def _run(self, work: Any) -> list[Any]:
+    async def _run(self, work: Awaitable[list[Any]]) -> list[Any]:
+        with _refusals():
+            return await asyncio.wait_for(work, self.limits.seconds)
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What the engine refuses, as the client gets it."""
+    try:
+        yield
+    except Overloaded as error:
+        headers = {"Retry-After": str(error.retry_after)}
+        raise ApiError(429, f"{error.message}; {error.hint}", "server_overloaded", headers=headers) from None
+    except TimeoutError:
+        raise ApiError(504, "The request took longer than this server allows", "request_timeout") from None
+    except OrchestratorError as error:
+        raise _unavailable(error.message) from None
+
+
+async def _until(told: AsyncIterator[Tokens], seconds: float) -> AsyncIterator[Tokens]:
+    """The events, until they took so long together. TimeoutError then."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + seconds
+    while True:
         try:
-            answered: list[Any] = await work
-            return answered
-        except Overloaded as error:
-            headers = {"Retry-After": str(error.retry_after)}
-            raise ApiError(429, f"{error.message}; {error.hint}", "server_overloaded", headers=headers) from None
-        except OrchestratorError as error:
-            raise _unavailable(error.message) from None
+            event = await asyncio.wait_for(anext(told), max(0.0, end - loop.time()))
+        except StopAsyncIteration:
+            return
+        yield event
 
 
 def _encode_all(prompt: ServedPrompt, given: Sequence[Given], answer_tokens: int) -> list[list[int]]:
     return [prompt.encode(one, answer_tokens) for one in given]
 
 
-def _sampling(request: CompletionRequest) -> Sampling:
+def _sampling(request: GenerationRequest, max_tokens: int | None, logprobs: int | None) -> Sampling:
     return Sampling(
-        max_tokens=DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens,
+        max_tokens=DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
         temperature=DEFAULT_TEMPERATURE if request.temperature is None else request.temperature,
         top_p=1.0 if request.top_p is None else request.top_p,
         stop=request.stops,
         seed=request.seed,
+        logprobs=logprobs,
     )
 
 
-def _usage(prompt_tokens: int, completion_tokens: int) -> Usage:
-    total = prompt_tokens + completion_tokens
-    return Usage(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, total_tokens=total)
+def _allowed(record: RequestRecord, name: str) -> bool:
+    return record.key is None or record.key.allows(name)
 
 
 def _entry(card: ModelCard) -> ModelEntry:
@@ -173,6 +303,10 @@ def _entry(card: ModelCard) -> ModelEntry:
         alias=card.alias,
         labels=list(card.labels) or None,
     )
+
+
+def _not_found(message: str) -> ApiError:
+    return ApiError(404, message, "model_not_found", "model")
 
 
 def _unsupported(model: str, reason: str, route: str | None) -> ApiError:

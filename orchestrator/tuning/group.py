@@ -180,6 +180,9 @@ class _InStep:
         self.group.agree(going=True)
         return _InStep(self.state.extend(ids), self.group)
 
+    def join(self, other: _InStep) -> None:
+        """No rows come in between: those of an evaluation begin together."""
+
 
 def joined_group(device: torch.device, in_step: bool = False) -> Group:
     """The group that this process is in: its workers where it has several."""

@@ -27,6 +27,7 @@ from tests.benchmarks import (
     plans,
     population,
     search,
+    serving,
     step,
     trials,
 )
@@ -108,6 +109,14 @@ def _of_size(args: argparse.Namespace, settings: dict[str, S]) -> S:
     return settings[name]
 
 
+def _serving(args: argparse.Namespace) -> list[Line]:
+    setting = serving.Setting(pairs=args.pairs, size=args.size or "6x192")
+    if args.toy:
+        setting = replace(setting, size="toy", lengths=(3,), prompts=2, many=4, clients=4, requests=8, inputs=5)
+    parts = {"peer": serving.peer_lines, "many": serving.many_lines, "http": serving.http_lines}
+    return [line for name, lines in parts.items() if args.only in name for line in lines(setting)]
+
+
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Line]]] = {
     "step": _step,
     "packing": _packing,
@@ -120,6 +129,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Line]]] = {
     "nodes": _nodes,
     "plans": _plans,
     "population": _population,
+    "serving": _serving,
 }
 
 
@@ -163,7 +173,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--only",
         default="",
-        help="lines, sides or jobs with this in their name; also packing: speed, memory; logging: search, listing",
+        help="lines, sides or jobs with this in their name; also packing: speed, memory; logging: search, listing; "
+        "serving: peer, many, http",
     )
     made.add_argument("--size", help="one of the models 6x192, 6x512, 100M, 1B; of whole searches: small or real")
     made.add_argument("--seeds", type=int, default=0, help="search, population: so many seeds (default 3)")

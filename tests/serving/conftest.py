@@ -13,6 +13,7 @@ from models import load, save_model
 from orchestrator.artifact import BaseModelRecord, DataRecord, Manifest, PromptArtifact, VerbalizerEntry
 from orchestrator.backbone import Backbone
 from orchestrator.errors import BadInput, Unreachable
+from orchestrator.registry import Canary, LiveModel
 from orchestrator.serving.engine import Engine
 from orchestrator.serving.prompt_store import PromptStore
 from orchestrator.serving.served_prompt import ServedPrompt, load_prompt
@@ -122,6 +123,7 @@ class MemoryRegistry:
     def __init__(self) -> None:
         self.aliases: dict[str, dict[str, int]] = {}
         self.folders: dict[tuple[str, int], Path] = {}
+        self.canaries: dict[str, Canary] = {}
         self.away = False
         self.fetched: list[tuple[str, int]] = []
 
@@ -129,10 +131,10 @@ class MemoryRegistry:
         self.folders[name, version] = folder
         self.aliases.setdefault(name, {}).update(dict.fromkeys(aliases, version))
 
-    def snapshot(self) -> dict[str, dict[str, int]]:
+    def live(self) -> dict[str, LiveModel]:
         if self.away:
             raise Unreachable("no answer")
-        return {name: dict(aliases) for name, aliases in self.aliases.items()}
+        return {name: LiveModel(dict(aliases), self.canaries.get(name)) for name, aliases in self.aliases.items()}
 
     def fetch(self, name: str, version: int) -> Path:
         if self.away:
@@ -171,5 +173,6 @@ def service(backbone: Backbone, registry: MemoryRegistry, engine: Engine) -> Ite
     store = PromptStore(backbone, registry)
     store.refresh()
     service = PromptService(store, engine, RequestLimits(max_inputs=8, max_body_bytes=20_000))
+    engine._observe, engine._first_token = service.metrics.batch, service.metrics.first_token
     yield service
     service.close()

@@ -13,15 +13,19 @@ import httpx
 import openai
 import pytest
 import ray
+from load import Load
 
 from orchestrator.backbone import Backbone
 from orchestrator.errors import BadInput, Unreachable
 from orchestrator.registry import Registry
-from orchestrator.serving.app import ServeOptions, Server, check_address, choose_base_model, start
+from orchestrator.serving.app import Server, check_address, choose_base_model, start
+from orchestrator.serving.generation import Sampling
 from orchestrator.serving.offline import OfflineModel
+from orchestrator.serving.options import ServeOptions
 
 KEY = "test-key"
 SPAM = {0: " ham", 1: " spam"}
+LINES = ["the quick brown fox", "win a prize"]
 
 
 def free_port() -> int:
@@ -38,6 +42,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory, backbone: Backbone, write_
         "spam": write_artifact(folder / "spam", backbone, verbalizer=SPAM),
         "spam-2": write_artifact(folder / "spam-2", backbone, verbalizer=SPAM, tokens=9, seed=3),
         "story": write_artifact(folder / "story", backbone, tokens=7, seed=2, template="{text}"),
+        "story-2": write_artifact(folder / "story-2", backbone, tokens=5, seed=8, template="{text}"),
     }
 
 
@@ -46,9 +51,11 @@ def mlflow_registry(tmp_path_factory: pytest.TempPathFactory, prompts: dict[str,
     folder = tmp_path_factory.mktemp("mlflow")
     registry = Registry(f"sqlite:///{folder}/mlflow.db", cache_dir=folder / "cache")
     with registry.start_search("serving", {}, {}) as search:
-        for name in ("spam", "story"):
-            registry.register(prompts[name], name, search.run_id)
-            registry.set_alias(name, "champion", 1)
+        registry.register(prompts["story"], "story", search.run_id)
+        registry.register(prompts["story-2"], "story", search.run_id)
+        registry.set_alias("story", "champion", 1)
+        registry.register(prompts["spam"], "spam", search.run_id)
+        registry.set_alias("spam", "champion", 1)
         registry.register(prompts["spam-2"], "spam", search.run_id)
     return registry
 
@@ -118,6 +125,46 @@ def test_served_equals_offline_and_follows_the_champion(
         for row, want in zip(rows, expected, strict=True):
             assert row["probs"] == pytest.approx(want["probs"], abs=1e-5)
             assert row["label"] == want["label"]
+
+
+def test_a_stream_through_serve(client: openai.OpenAI) -> None:
+    """Pieces arrive one by one and add up to the plain answer; chat does the same."""
+    asked: dict[str, Any] = {"model": "story", "max_tokens": 12, "temperature": 0}
+    whole = client.completions.create(**asked, prompt="the fox").choices[0].text
+    pieces = [chunk.choices[0].text for chunk in client.completions.create(**asked, prompt="the fox", stream=True)]
+    assert "".join(pieces) == whole and len(pieces) > 2
+    messages: Any = [{"role": "user", "content": "the fox"}]
+    chat = client.chat.completions.create(**asked, messages=messages, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chat) == whole
+
+
+def test_aliases_and_canaries_move_under_load(
+    server: Server, backbone: Backbone, prompts: dict[str, Path], mlflow_registry: Registry
+) -> None:
+    """While requests keep coming, the champion moves, a canary comes and goes, and the champion moves back: no request
+    fails, and every answer is wholly of the version that it names."""
+    story = [prompts["story"], prompts["story-2"]]
+    texts = {
+        f"story:{version}": [
+            one.text for one in OfflineModel.from_artifact(folder, backbone).complete(LINES, Sampling(6, 0.0))
+        ]
+        for version, folder in enumerate(story, 1)
+    }
+    assert texts["story:1"] != texts["story:2"]
+    with Load(server.url, KEY, {"model": "story", "prompt": LINES, "max_tokens": 6, "temperature": 0}) as load:
+        load.until(lambda seen: seen["story:1"] > 5)
+        mlflow_registry.set_alias("story", "champion", 2)
+        load.until(lambda seen: seen["story:2"] > 5)
+        mlflow_registry.set_alias("story", "champion", 1)
+        mlflow_registry.set_alias("story", "challenger", 2)
+        load.until(lambda seen: set(seen) == {"story:1"}, newest=30)
+        mlflow_registry.set_canary("story", "challenger", 50)
+        load.until(lambda seen: min(seen["story:1"], seen["story:2"]) > 5, newest=30)
+        mlflow_registry.end_canary("story")
+        load.until(lambda seen: set(seen) == {"story:1"}, newest=30)
+    assert load.failed == []
+    for version, made in load.answers:
+        assert made == texts[version]
 
 
 def test_a_taken_port_is_refused_before_anything_starts(registry: Any, monkeypatch: pytest.MonkeyPatch) -> None:

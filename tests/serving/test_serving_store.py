@@ -266,6 +266,7 @@ def test_one_load_for_many_callers(backbone: Backbone, registry: Any) -> None:
     store = PromptStore(backbone, registry)
     store.refresh()
     store._prompts.clear()
+    store._bytes = 0
     registry.fetched.clear()
     threads = [threading.Thread(target=store.get, args=("spam",)) for _ in range(8)]
     for thread in threads:

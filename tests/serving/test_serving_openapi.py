@@ -1,0 +1,47 @@
+"""The OpenAPI document, and requests that schemathesis makes from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from test_serving_api import listen  # noqa: F401
+from test_serving_routes import Client
+
+from orchestrator.serving.service import PromptService
+
+schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed: make venv")
+
+
+def test_the_document_describes_every_route(service: PromptService) -> None:
+    """Bodies and answers of all routes, with the models' own limits; the document itself needs no description."""
+    document = Client(service).get("/openapi.json").json()
+    assert set(document["paths"]) == {path for _, path in OPERATIONS}
+    body = document["paths"]["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body["properties"]["temperature"]["anyOf"][0]["maximum"] == 2
+    assert "$ref" not in str(body)
+
+
+OPERATIONS = [
+    ("GET", "/health"), ("GET", "/metrics"), ("GET", "/v1/models"), ("GET", "/v1/models/{model}"),
+    ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("POST", "/classify"),
+]  # fmt: skip
+MODELS = ["story", "spam", "trec", "spam:1", "none"]
+
+
+@pytest.mark.parametrize(("method", "path"), OPERATIONS)
+def test_answers_keep_to_the_document(method: str, path: str, service: PromptService, listen: Any) -> None:  # noqa: F811
+    """Whatever fits the document, and whatever does not: a described status, with a body as described, and none that
+    says the server broke."""
+    described = schemathesis.openapi.from_url(f"{listen(service)}/openapi.json")
+
+    @settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(case=described[path][method].as_strategy())
+    def ask(case: Any) -> None:
+        if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
+            case.body["model"] = MODELS[len(case.body["model"]) % len(MODELS)]
+        # What fits the document may still be too long for the context, or miss a column of the prompt's template.
+        case.call_and_validate(excluded_checks=[schemathesis.checks.positive_data_acceptance])
+
+    ask()
