@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 import yaml
+from mlflow.entities import Run
 from models import model_folder, text_rows
 from ray_state import eventually, holders
 from rich.console import Console
@@ -150,3 +152,10 @@ def run_search(job_file: Path, on_report: Callable[[Report], None] | None = None
     eventually(lambda: holders() <= before)
     left = holders() - before
     return Finished(Path.cwd(), job_file, job, document, progress.reports, progress.said.getvalue(), left)
+
+
+def search_runs(uri: str) -> list[Run]:
+    """The runs of searches in an MLflow store, parents and children; not those that keep the aliases' history."""
+    client = mlflow.MlflowClient(uri)
+    found = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    return [run for run in found if "orchestrator.state" in run.data.tags]

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from mlflow.entities import Run
 from models import model_folder
-from small_jobs import Command, Finished, Recorder, close, run_search, write_job
+from small_jobs import Command, Finished, Recorder, close, run_search, search_runs, write_job
 
 from orchestrator.errors import BadInput, Interrupted
 from orchestrator.job_file import load_job
@@ -35,8 +35,7 @@ def found(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def runs(folder: Path) -> list[Run]:
-    client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
-    return list(client.search_runs([experiment.experiment_id for experiment in client.search_experiments()]))
+    return search_runs(f"sqlite:///{folder}/mlflow.db")
 
 
 def histories(folder: Path) -> dict[str, list[tuple[int, float]]]:

@@ -169,6 +169,7 @@ def test_a_plan_is_compared_part_by_part() -> None:
     assert (found[0].shown["load, planning"], found[0].shown["load, running"]) == (3.0, 8.0)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_search_of_ours_is_watched(tmp_path: Path) -> None:
     """Four trials of a toy model in a program of their own: reports, the worker's work and memory; and all that the
@@ -190,6 +191,7 @@ def test_a_search_of_ours_is_watched(tmp_path: Path) -> None:
     assert line["trained on"] == 1 and float(line["first ready, s"]) == float(line["all ready, s"]) > 0
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_parts_of_ours_can_be_taken_away_and_nodes_added(tmp_path: Path) -> None:
     """Two nodes with a worker each, the plain step, a new actor a trial: the same search, and both nodes train."""

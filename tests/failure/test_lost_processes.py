@@ -6,10 +6,9 @@ import os
 import signal
 from pathlib import Path
 
-import mlflow
 import pytest
 from ray_state import actors
-from small_jobs import Finished, close, run_search, write_job
+from small_jobs import Finished, close, run_search, search_runs, write_job
 
 from orchestrator.tuning.report import Report
 
@@ -38,9 +37,7 @@ def without_workers(search: Finished) -> list[dict[str, object]]:
 
 
 def states(folder: Path) -> list[str]:
-    client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    return [run.info.status for run in client.search_runs(experiments)]
+    return [run.info.status for run in search_runs(f"sqlite:///{folder}/mlflow.db")]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 import mlflow
 import pytest
 from registry.conftest import Server
-from small_jobs import Finished, close, run_search, write_job
+from small_jobs import Finished, close, run_search, search_runs, write_job
 
 from orchestrator.search.saved import find_search
 from orchestrator.tuning.report import Report
@@ -49,8 +49,7 @@ def test_mlflow_goes_away_and_comes_back(
     assert disturbed.document["model"] == {"name": "tiny", "version": 1, "alias": "champion"}
     assert not find_search("latest").unwritten.exists()
     client = mlflow.MlflowClient(mlflow_server.uri)
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    runs = client.search_runs(experiments)
+    runs = search_runs(mlflow_server.uri)
     assert [run.info.status for run in runs] == ["FINISHED"] * 9
     logged = {
         run.data.tags["orchestrator.trial"]: [

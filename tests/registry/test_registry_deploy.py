@@ -54,6 +54,7 @@ def guarded(postgres: Cluster, tmp_path: Path) -> Iterator[Server]:
             server.stop()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_server_with_logins_starts_by_one_command(
     guarded: Server, name: str, make_artifact: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -74,6 +75,7 @@ def test_a_server_with_logins_starts_by_one_command(
     assert PASSWORD not in (tmp_path / "server.log").read_text()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_store_moves_to_postgres_with_all_it_has(
     tmp_path: Path, postgres: Cluster, name: str, make_artifact: Callable[..., Path]

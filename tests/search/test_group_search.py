@@ -53,6 +53,7 @@ def test_a_sharded_backbone_searches_as_a_whole_one(one_worker: Finished, tmp_pa
     assert_same(searched(tmp_path / "search", **PAIR, resources__sharding="fsdp"), one_worker)
 
 
+@pytest.mark.long
 @pytest.mark.failure
 def test_a_search_survives_the_death_of_one_of_a_group(one_worker: Finished, tmp_path: Path) -> None:
     """SIGKILL of one of two workers in the middle: the group starts again, and the trials go on as if undisturbed."""

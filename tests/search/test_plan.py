@@ -37,12 +37,17 @@ def planned(
 
 
 def test_the_parts_add_up(tmp_path: Path) -> None:
-    """Four trials of 16 steps on two slots, an evaluation every 4; two baselines on 16 validation and 16 test rows."""
-    plan = planned(tmp_path)
+    """Four trials of 16 steps on two slots, an evaluation every 4; baselines on 16 validation and 16 test rows, a
+    written instruction as much dearer as it makes the rows longer."""
+    plan = planned(tmp_path, search__few_shot=0)
+    task = prepare(small_job(tmp_path, **FIFO, search__few_shot=0)).task
+    (instructed,) = task.instructed.values()
+    bare, longer = (sum(sum(of[name].lengths) for name in ("validation", "test")) for of in (task.splits, instructed))
+    baselines = 32 * 0.01 * (1 + longer / bare)
     search = 2 * (16 * 0.15 + 4 * (1.5 + 2 * REPORT_S))
-    parts = {"startup": WORKERS_S + 3.0, "baselines": 2 * 32 * 0.01, "search": search, "test": 1.0}
+    parts = {"startup": WORKERS_S + 3.0, "baselines": baselines, "search": search, "test": 1.0}
     assert plan.seconds == pytest.approx({**parts, "end": END_S, "total": sum(parts.values()) + END_S})
-    assert plan.device_hours == pytest.approx((search + 1.0 + 0.64) / 3600)
+    assert plan.device_hours == pytest.approx((search + 1.0 + baselines) / 3600)
     assert (plan.trials, plan.most_steps, plan.forecast.steps, plan.slot) == (4, 64, 64, 200)
     assert plan.warnings == ()
     metrics = plan.metrics()

@@ -12,7 +12,7 @@ import mlflow
 import pytest
 from models import model_folder
 from ray_state import actors
-from small_jobs import Finished, close, run_search, write_job
+from small_jobs import Finished, close, run_search, search_runs, write_job
 
 import orchestrator.run
 from orchestrator.artifact import PromptArtifact
@@ -32,9 +32,8 @@ def statuses(finished: Finished) -> dict[str, str]:
 
 def mlflow_states(folder: Path) -> dict[str, list[tuple[str, str]]]:
     """(status, our state) of the parents and of the children in a folder's store."""
-    client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
     found: dict[str, list[tuple[str, str]]] = {"parents": [], "children": []}
-    for run in client.search_runs([experiment.experiment_id for experiment in client.search_experiments()]):
+    for run in search_runs(f"sqlite:///{folder}/mlflow.db"):
         kind = "children" if "mlflow.parentRunId" in run.data.tags else "parents"
         found[kind].append((run.info.status, run.data.tags["orchestrator.state"]))
     return found

@@ -27,6 +27,7 @@ from orchestrator.search.study import run_study, trial_id
 from orchestrator.search.worker import serve_orders
 from orchestrator.space import TrialSpec, draw, grid, trial_count, trials
 from orchestrator.spec import JobSpec
+from orchestrator.tuning.group import Group
 from orchestrator.tuning.report import Report
 
 SEARCHERS = ("random", "grid", "optuna")
@@ -90,6 +91,7 @@ class Curves:
     capacity: int = SLOTS
     slots: dict[str, Curve] = field(default_factory=dict)
     trained: Counter[str] = field(default_factory=Counter)  # steps
+    group: Group = field(default_factory=Group)  # itself alone
 
     def seat(self, trial: str, spec: TrialSpec, checkpoint: bytes | None) -> None:
         assert trial not in self.slots and len(self.slots) < self.capacity

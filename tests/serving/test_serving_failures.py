@@ -27,7 +27,7 @@ from orchestrator.registry import Registry
 from orchestrator.serving.app import APP_NAME, Server, start
 from orchestrator.serving.options import ServeOptions
 
-pytestmark = [pytest.mark.failure, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.failure, pytest.mark.long, pytest.mark.slow, pytest.mark.timeout(600)]
 
 KEY = "test-key"
 BODY = {"model": "story", "prompt": "the fox", "max_tokens": 8, "temperature": 0}
