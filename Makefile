@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo test test-failure lint imports types unit bench format ui clean
+.PHONY: venv demo test test-long test-failure lint imports types unit bench format ui clean
 
 venv: $(STAMP)
 
@@ -33,9 +33,12 @@ types: venv
 unit: venv
 	$(BIN)/python -m pytest -m "not long"
 
-# Everything that kills processes, with what takes too long for every run.
-test-failure: venv
+# What takes too long for every run: PostgreSQL, clusters of several nodes, everything that kills processes.
+test-long: venv
 	$(BIN)/python -m pytest -m "failure or long"
+
+test-failure: venv
+	$(BIN)/python -m pytest -m failure
 
 bench: venv
 	$(BIN)/python -m tests.benchmarks

@@ -12,7 +12,7 @@ from small_jobs import Finished, close, run_search, search_runs, write_job
 
 from orchestrator.tuning.report import Report
 
-pytestmark = pytest.mark.failure
+pytestmark = [pytest.mark.failure, pytest.mark.long]
 
 
 class Killer:
@@ -44,7 +44,7 @@ def states(folder: Path) -> list[str]:
     "lost",
     [
         "Broker",
-        pytest.param("TrainController", marks=pytest.mark.long),
+        "TrainController",
         "with_resources.<locals>.ResourceTrainable",
     ],
 )
@@ -63,7 +63,6 @@ def test_a_search_survives(lost: str, finished: Finished, tmp_path: Path, monkey
     assert states(tmp_path) == ["FINISHED"] * 9
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(("searcher", "scheduler"), [("optuna", "asha"), ("random", "pbt")])
 def test_what_a_search_remembers_survives(
     searcher: str, scheduler: str, ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

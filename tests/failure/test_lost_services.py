@@ -18,7 +18,7 @@ from orchestrator.tuning.report import Report
 
 AWAY_S = 6.0
 
-pytestmark = pytest.mark.failure
+pytestmark = [pytest.mark.failure, pytest.mark.long]
 
 
 @pytest.fixture

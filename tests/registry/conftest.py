@@ -54,7 +54,7 @@ def registry(request: pytest.FixtureRequest, tmp_path: Path) -> Registry:
     return Registry(uri, cache_dir=tmp_path / "cache")
 
 
-@pytest.fixture(params=["server", "postgres_server"])
+@pytest.fixture(params=["server", pytest.param("postgres_server", marks=pytest.mark.long)])
 def served(request: pytest.FixtureRequest, tmp_path: Path) -> Registry:
     """A registry behind an MLflow server, on SQLite and on PostgreSQL."""
     return Registry(request.getfixturevalue(request.param).uri, cache_dir=tmp_path / "cache")

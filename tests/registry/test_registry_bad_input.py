@@ -56,7 +56,7 @@ def stored(registry: Registry, name: str, version: int, folder: Path) -> Path:
     return folder / "artifacts" / path / "artifacts" / "prompt"
 
 
-@pytest.fixture(params=["server", "postgres_server"])
+@pytest.fixture(params=["server", pytest.param("postgres_server", marks=pytest.mark.long)])
 def broken(request: pytest.FixtureRequest, tmp_path: Path, name: str, make_artifact: Any) -> Any:
     """A registry with a champion and a better version, whose files a test may spoil."""
     server = request.getfixturevalue(request.param)
@@ -115,6 +115,7 @@ def on_postgres(postgres: Cluster, tmp_path: Path, make_artifact: Any) -> tuple[
     return uri, registry
 
 
+@pytest.mark.long
 def test_a_registry_that_may_only_be_read(
     on_postgres: tuple[str, Registry], name: str, make_artifact: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,7 +216,7 @@ def _pump(one: socket.socket, other: socket.socket) -> None:
         pass
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.long)])
 def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """A store's database, reached directly."""
     if request.param == "sqlite":

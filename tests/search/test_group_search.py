@@ -48,6 +48,7 @@ def test_two_workers_search_as_one(one_worker: Finished, tmp_path: Path) -> None
     assert_same(searched(tmp_path / "search", **PAIR), one_worker)
 
 
+@pytest.mark.long
 def test_a_sharded_backbone_searches_as_a_whole_one(one_worker: Finished, tmp_path: Path) -> None:
     """With sharding: fsdp, from the job's file to its result."""
     assert_same(searched(tmp_path / "search", **PAIR, resources__sharding="fsdp"), one_worker)
