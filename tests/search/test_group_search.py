@@ -24,6 +24,8 @@ CHANGES = {
 }
 PAIR = {**CHANGES, "resources__workers_per_group": 2}
 
+pytestmark = pytest.mark.long
+
 
 def searched(folder: Path, on_report: Callable[[Report], None] | None = None, **changes: Any) -> Finished:
     folder.mkdir()
@@ -48,13 +50,11 @@ def test_two_workers_search_as_one(one_worker: Finished, tmp_path: Path) -> None
     assert_same(searched(tmp_path / "search", **PAIR), one_worker)
 
 
-@pytest.mark.long
 def test_a_sharded_backbone_searches_as_a_whole_one(one_worker: Finished, tmp_path: Path) -> None:
     """With sharding: fsdp, from the job's file to its result."""
     assert_same(searched(tmp_path / "search", **PAIR, resources__sharding="fsdp"), one_worker)
 
 
-@pytest.mark.long
 @pytest.mark.failure
 def test_a_search_survives_the_death_of_one_of_a_group(one_worker: Finished, tmp_path: Path) -> None:
     """SIGKILL of one of two workers in the middle: the group starts again, and the trials go on as if undisturbed."""
