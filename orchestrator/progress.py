@@ -126,8 +126,9 @@ class ConsoleProgress:
 
     def _table(self) -> Group:
         table = Table(box=None, pad_edge=False, header_style="bold")
-        for name, justify in (("rank", "right"), ("trial", "left"), ("configuration", "left"), ("step", "right"),
-                              (self._job.search.metric, "right"), ("curve", "left"), ("status", "left")):  # fmt: skip
+        columns = ("rank", "trial", "configuration", "step", self._job.search.metric, "curve", "slot", "status")
+        for name in columns:
+            justify = "right" if name in ("rank", "step", self._job.search.metric) else "left"
             table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
         for rank, record in enumerate(self._ordered()[:ROWS], start=1):
             table.add_row(*self._row(rank, record))
@@ -144,7 +145,7 @@ class ConsoleProgress:
         shown = "" if best is None else f"{best:.3f}"
         status = f"{record.status} ({record.note})" if record.status == "failed" and record.note else record.status
         label = Text(record.spec.label())  # as it stands: an init text may hold what rich would take for markup
-        return [str(rank), record.id, label, str(record.step), shown, sparkline(record.curve), status]
+        return [str(rank), record.id, label, str(record.step), shown, sparkline(record.curve), record.slot, status]
 
 
 def sparkline(values: Sequence[float], width: int = 12) -> str:

@@ -47,32 +47,19 @@ class CausalState:
 
     def select(self, rows: Tensor) -> CausalState:
         """The state of the given rows, in that order, with repetition."""
-        from transformers import DynamicCache
+        from orchestrator.backbone import cache
 
-        layers = [(layer.keys.index_select(0, rows), layer.values.index_select(0, rows)) for layer in self.cache.layers]
-        return CausalState(self.logits[rows], DynamicCache(layers), self.mask[rows], self.positions[rows])
+        return CausalState(self.logits[rows], cache.select(self.cache, rows), self.mask[rows], self.positions[rows])
 
     @classmethod
     def join(cls, states: Sequence[CausalState]) -> CausalState:
         """The rows of all states, in order, for one forward. Columns that nobody needs are left out, so that a batch
         whose rows come and go is never wider than its longest row."""
-        from transformers import DynamicCache
+        from orchestrator.backbone import cache
 
-        width = max(int(state.mask.sum(1).max()) for state in states)
-        moves = [_to_the_right(state.mask, width) for state in states]
-        layers = [
-            tuple(
-                torch.cat([_moved(getattr(layer, name), move[0]) for layer, move in zip(each, moves, strict=True)])
-                for name in ("keys", "values")
-            )
-            for each in zip(*(state.cache.layers for state in states), strict=True)
-        ]
-        return cls(
-            torch.cat([state.logits for state in states]),
-            DynamicCache(layers),
-            torch.cat([mask for _, mask in moves]),
-            torch.cat([state.positions for state in states]),
-        )
+        joined, mask = cache.join([state.cache for state in states], [state.mask for state in states])
+        logits, positions = (torch.cat([getattr(state, name) for state in states]) for name in ("logits", "positions"))
+        return cls(logits, joined, mask, positions)
 
 
 class CausalBackbone(Backbone):
@@ -179,7 +166,9 @@ class CausalBackbone(Backbone):
 
     def run(self, prompts: PreparedPrompts | None, rows: Rows) -> CausalState:
         """The rows' last logits, and the state to go on from. Needs the prompt-once path."""
-        out, mask, positions = self._continue(prompts, rows, keep=1)
+        from orchestrator.backbone.cache import ROOM
+
+        out, mask, positions = self._continue(prompts, rows, keep=1, room=ROOM)
         return CausalState(out.logits[:, -1], out.past_key_values, mask, positions[:, -1] + 1)
 
     def extend(self, state: CausalState, ids: Tensor, mask: Tensor) -> tuple[Tensor, CausalState]:
@@ -194,18 +183,21 @@ class CausalBackbone(Backbone):
         )
         return out.logits, CausalState(out.logits[:, -1], out.past_key_values, full, state.positions + mask.sum(1))
 
-    def _continue(self, prompts: PreparedPrompts | None, rows: Rows, keep: int) -> tuple[Any, Tensor, Tensor]:
-        mask, positions, cache = rows.mask, (rows.mask.cumsum(1) - 1).clamp(min=0), None
-        if prompts is not None and (part := prompts.parts.get("cache")):
+    def _continue(
+        self, prompts: PreparedPrompts | None, rows: Rows, keep: int, room: int = 0
+    ) -> tuple[Any, Tensor, Tensor]:
+        """``room`` columns may follow the rows without another copy of what is kept of them."""
+        mask, positions = rows.mask, (rows.mask.cumsum(1) - 1).clamp(min=0)
+        width = rows.ids.shape[1]
+        part = prompts.parts.get("cache") if prompts is not None else None
+        if part is not None:
             mask = torch.cat([part.mask(rows.prompt), mask], dim=1)
             positions = positions + part.lengths[rows.prompt][:, None]
-            cache = _cache(part.of_rows(rows.prompt))
-        width = rows.ids.shape[1]
         out = self.model(
             **self._entering(prompts, rows),
             attention_mask=mask.long(),
             position_ids=positions,
-            past_key_values=cache,
+            past_key_values=_rows_cache(part, rows.prompt, width + room),
             use_cache=True,
             # Places and not a count: of a view, torch would take the head's frozen matrix once for every row.
             logits_to_keep=torch.arange(width - keep, width, device=self.device),
@@ -270,18 +262,13 @@ def _layers(prompt: PromptTensors) -> tuple[Tensor, ...] | None:
     return None if tensor is None else tuple(tensor.flatten(0, 1).unbind(0))
 
 
-def _to_the_right(mask: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """For each row the columns [B, width] that bring its real ones to the right edge, in their order; the new mask."""
-    order = mask.long().argsort(dim=1, stable=True)[:, -width:]
-    order = nn.functional.pad(order, (width - order.shape[1], 0))  # any column will do where the mask is false
-    column = torch.arange(width, device=mask.device)[None, :]
-    return order, column >= width - mask.sum(1, keepdim=True)
+def _rows_cache(part: Part | None, prompt: Tensor, further: int) -> Any:
+    """What the rows find before them, to which ``further`` columns come."""
+    from orchestrator.backbone import cache
 
-
-def _moved(tensor: Tensor, order: Tensor) -> Tensor:
-    """Keys or values [B, heads, C, width] with their columns in the given order."""
-    index = order[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
-    return tensor.gather(2, index)
+    if torch.is_grad_enabled():
+        return None if part is None else _cache(part.of_rows(prompt))
+    return cache.empty_cache() if part is None else cache.rows_cache(part.tensors, prompt, further)
 
 
 def _cache(tensors: Sequence[Tensor]) -> Any:

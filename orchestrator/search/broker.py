@@ -73,6 +73,7 @@ class Entry:
     submitted: int = 1  # how often; only the trainable that came last gets reports
     released: bool = False
     undecided: Report | None = None  # is with Tune, which has not yet said whether to go on
+    slot: int = 0
 
 
 @dataclass
@@ -269,7 +270,8 @@ class Broker:
         if not entry.has_copied:
             entry.own_score = None if report.ending == "diverged" else report.score
         worker = entry.worker or ""
-        report, entry.copied = replace(report, copied=entry.copied, own_score=entry.own_score, worker=worker), None
+        report = replace(report, copied=entry.copied, own_score=entry.own_score, worker=worker, slot=entry.slot)
+        entry.copied = None
         entry.checkpoint = report.checkpoint
         return report
 
@@ -289,7 +291,9 @@ class Broker:
 
     def _assign(self, name: str, worker: Worker) -> None:
         for trial in self._waiting()[: worker.capacity - len(worker.seated)]:
-            self.trials[trial].worker = name
+            entry = self.trials[trial]
+            taken = {self.trials[other].slot for other in worker.seated}
+            entry.worker, entry.slot = name, next(slot for slot in itertools.count() if slot not in taken)
             worker.seated.append(trial)
             worker.fresh.add(trial)
 

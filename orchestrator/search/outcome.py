@@ -31,6 +31,8 @@ class TrialRecord:
     copied: list[Copied] = field(default_factory=list)
     workers: list[str] = field(default_factory=list)
     """Worker groups that trained it, in their order: more than one where one was lost."""
+    slot: str = ""
+    """Where it is trained, or was last: group and place in it, as ``w0:2``."""
 
     @property
     def inherited(self) -> bool:
@@ -69,6 +71,7 @@ class Outcome:
         record.checkpoint = report.checkpoint
         if report.worker and report.worker not in record.workers[-1:]:
             record.workers.append(report.worker)
+        record.slot = f"{report.worker}:{report.slot}" if report.worker else ""
         if report.copied is not None:
             record.spec = report.copied.spec
             record.copied.append(report.copied)

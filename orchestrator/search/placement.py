@@ -47,10 +47,16 @@ class Placement:
         return self.workers * self.workers_per_group
 
 
+def room_for_groups(placement: Placement, nodes: list[Node]) -> int:
+    """Groups like the placement's that the nodes could hold in all."""
+    able = [node for node in nodes if node.gpus >= placement.gpus and node.cpus >= 1]
+    return sum(_room(node, placement.cpus, placement.gpus) for node in able) // placement.workers_per_group
+
+
 def place(resources: ResourcesSpec, nodes: list[Node], trials: int) -> Placement:
     """The placement of a search of so many trials. BadInput when the cluster can't hold its workers all at once.
 
-    Without accelerators one worker takes a whole node's threads but asks for a CPU less than the node has, which is
+    Without accelerators a worker takes a whole node's threads but asks for a CPU less than the node has, which is
     what else runs there. The workers of a group may lie on several nodes.
     """
     gpus = _gpus(resources, nodes)
@@ -87,7 +93,9 @@ def _gpus(resources: ResourcesSpec, nodes: list[Node]) -> float:
 def _workers(resources: ResourcesSpec, able: list[Node], gpus: float) -> int:
     if resources.workers != "auto":
         return resources.workers
-    return max(1, sum(_times(gpus, node.gpus) for node in able) // resources.workers_per_group) if gpus else 1
+    least = 1 if resources.cpus_per_worker == "auto" else resources.cpus_per_worker
+    places = sum(_times(gpus, node.gpus) if gpus else node.cpus >= least for node in able)
+    return max(1, places // resources.workers_per_group)
 
 
 def _seats(able: list[Node], workers: int, gpus: float) -> list[tuple[Node, int]]:

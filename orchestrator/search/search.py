@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,17 +18,20 @@ from orchestrator.base_model import BaseModelInfo
 from orchestrator.errors import JobFailed, OrchestratorError, SearchLost
 from orchestrator.search.broker import Broker
 from orchestrator.search.cluster_session import nodes
+from orchestrator.search.growth import Growth
 from orchestrator.search.history import History
 from orchestrator.search.model_files import start_files
 from orchestrator.search.outcome import Outcome
 from orchestrator.search.placement import Placement, place
 from orchestrator.search.population import Population
 from orchestrator.search.prepare import Prepared
-from orchestrator.search.study import Listener, run_study, trial_id
+from orchestrator.search.study import Concurrency, Listener, run_study, trial_id
 from orchestrator.search.worker import WorkerConfig, WorkerGroup
 from orchestrator.space import trial_count
 from orchestrator.spec import JobSpec
 from orchestrator.tuning.report import EvaluationJob
+
+log = logging.getLogger(__name__)
 
 STOP_S = 30.0
 SEE_LOG = "run again with --verbose to see the worker's log"
@@ -44,6 +47,7 @@ class Running:
     broker: Any
     groups: list[WorkerGroup]
     storage: Path
+    concurrency: Concurrency
 
     def evaluate(self, jobs: Sequence[EvaluationJob]) -> list[dict[str, float]]:
         """Metrics of baselines or prompts on their splits, by whichever worker is first; asked for all at once, so that
@@ -67,7 +71,7 @@ class Running:
         history.tell(outcome)
         try:
             run_study(
-                self.prepared.job, self.prepared.trials, self.broker, self.placement.slots, self.storage,
+                self.prepared.job, self.prepared.trials, self.broker, self.concurrency, self.storage,
                 [outcome, *listeners], history,
             )  # fmt: skip
         except ray.exceptions.RayActorError as error:
@@ -112,20 +116,47 @@ def running(prepared: Prepared, placement: Placement, storage: Path) -> Iterator
     def lost(error: Exception) -> None:
         broker.fail.remote(worker_failure(error))
 
-    groups = [
-        WorkerGroup(WorkerConfig(f"w{number}", prepared.job, placement, broker, task, files), storage, lost)
-        for number in range(placement.workers)
-    ]
-    for group in groups:
-        group.start()
+    groups: list[WorkerGroup] = []
+    concurrency = Concurrency(placement.slots)
+
+    def start(on_error: Callable[[Exception], None] = lost) -> None:
+        config = WorkerConfig(f"w{len(groups)}", prepared.job, placement, broker, task, files)
+        groups.append(WorkerGroup(config, storage, on_error))
+        groups[-1].start()
+
+    def grow(workers: int) -> None:
+        log.info("the cluster has grown: worker group %d is started", workers)
+        start(_not_needed)
+        concurrency.grow(workers * placement.trials_per_worker)
+
+    for _ in range(placement.workers):
+        start()
+    growth = _growth(prepared, placement, grow)
     patience = HURRY_S
     try:
-        yield Running(prepared, placement, broker, groups, storage)
+        yield Running(prepared, placement, broker, groups, storage, concurrency)
         patience = STOP_S
     finally:
+        if growth is not None:
+            growth.stop()
         _stop(broker, groups, patience)
         if files is not None:
             ray.kill(files)
+
+
+def _growth(prepared: Prepared, placement: Placement, grow: Callable[[int], None]) -> Growth | None:
+    """Watches for further nodes where the number of workers is ours to choose."""
+    most = -(-prepared.total // placement.trials_per_worker)
+    if prepared.job.resources.workers != "auto" or most <= placement.workers:
+        return None
+    growth = Growth(placement, most, grow)
+    growth.start()
+    return growth
+
+
+def _not_needed(error: Exception) -> None:
+    """A group on a node that came later: the search began without it, and goes on without it."""
+    log.warning("a worker group on a further node ended: %s", worker_failure(error).message)
 
 
 def start_broker(job: JobSpec) -> Any:

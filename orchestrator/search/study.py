@@ -16,7 +16,7 @@ import ray
 from ray import tune
 from ray.tune import Callback, CheckpointConfig, FailureConfig, RunConfig, Stopper, TuneConfig
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
-from ray.tune.search import Searcher
+from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, Searcher
 
 from orchestrator.errors import JobFailed
 from orchestrator.search.history import History
@@ -112,6 +112,28 @@ class _Proposals(Searcher):
 
     def restore(self, checkpoint_path: str) -> None:
         """See ``save``."""
+
+
+class Concurrency:
+    """How many trials Tune runs at a time, which may grow while it does."""
+
+    def __init__(self, slots: int) -> None:
+        self._slots = slots
+        self._searcher: BasicVariantGenerator | ConcurrencyLimiter | None = None
+
+    def searcher(self, proposals: Searcher | None) -> BasicVariantGenerator | ConcurrencyLimiter:
+        """Tune's source of trials: a list's, or of proposals."""
+        self._searcher = (
+            BasicVariantGenerator(max_concurrent=self._slots)
+            if proposals is None
+            else ConcurrencyLimiter(proposals, max_concurrent=self._slots)
+        )
+        return self._searcher
+
+    def grow(self, slots: int) -> None:
+        self._slots = slots
+        if self._searcher is not None:
+            self._searcher.max_concurrent = slots  # both read it whenever Tune asks for another trial
 
 
 class _Relay(Callback):
@@ -221,12 +243,15 @@ def proposes(job: JobSpec) -> bool:
     return job.search.searcher == "optuna"
 
 
-def _source(proposer: Proposer | None, trials: Mapping[str, TrialSpec]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Where Tune takes trials from: its parameter space for a list, or its options for a searcher."""
+def _source(
+    proposer: Proposer | None, trials: Mapping[str, TrialSpec], concurrency: Concurrency
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Where Tune takes trials from: its parameter space for a list, and its options."""
     if proposer is None:
         listed = [{"number": trial_number(name), "config": spec.config()} for name, spec in trials.items()]
-        return {"trial": tune.grid_search(listed)}, {}
-    return {}, {"search_alg": _Proposals(proposer, trials), "num_samples": len(trials) + proposer.left}
+        return {"trial": tune.grid_search(listed)}, {"search_alg": concurrency.searcher(None)}
+    searcher = concurrency.searcher(_Proposals(proposer, trials))
+    return {}, {"search_alg": searcher, "num_samples": len(trials) + proposer.left}
 
 
 @dataclass(frozen=True)
@@ -316,7 +341,7 @@ def run_study(
     job: JobSpec,
     trials: Sequence[TrialSpec],
     broker: Any,
-    slots: int,
+    concurrency: Concurrency,
     storage: Path,
     listeners: Sequence[Listener],
     history: History,
@@ -349,29 +374,29 @@ def run_study(
     begun = {name: under_way(history, name, copies.get(name)) for name in left if name in history.steps()}
     ray.get(broker.expect.remote(total, begun, population))
     if total and not targets.stop_all():
-        _tune(job, proposer, {name: names[name] for name in left}, broker, slots, storage, targets, relay, decides)
+        trials_left = {name: names[name] for name in left}
+        _tune(proposer, trials_left, broker, concurrency, storage, targets, relay, decides)
     relay.end()
 
 
 def _tune(
-    job: JobSpec,
     proposer: Proposer | None,
     trials: Mapping[str, TrialSpec],
     broker: Any,
-    slots: int,
+    concurrency: Concurrency,
     storage: Path,
     targets: _Targets,
     relay: _Relay,
     decides: TrialScheduler,
 ) -> None:
-    listed, proposed = _source(proposer, trials)
+    listed, proposed = _source(proposer, trials, concurrency)
     trainable = tune.with_resources(
         tune.with_parameters(RelayTrial, broker=broker), tune.PlacementGroupFactory([{"CPU": TRIAL_CPUS}])
     )
     tuner = tune.Tuner(
         trainable,
         param_space=listed,
-        tune_config=TuneConfig(scheduler=decides, max_concurrent_trials=slots, reuse_actors=True, **proposed),
+        tune_config=TuneConfig(scheduler=decides, reuse_actors=True, **proposed),
         run_config=RunConfig(
             name="tune",
             storage_path=str(storage),

@@ -48,6 +48,8 @@ class Report:
     diverged. The broker keeps it."""
     worker: str = field(default="", compare=False)
     """The worker group that trained it. The broker adds it."""
+    slot: int = field(default=0, compare=False)
+    """Its place among the trials of the group, from 0. The broker adds it."""
     pending: int = field(default=0, compare=False)
 
 

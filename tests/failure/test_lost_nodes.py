@@ -52,11 +52,17 @@ class Ran:
         return [{**trial, "workers": None} for trial in self.document["trials"]]
 
 
-def run_on(cluster: Cluster, folder: Path, on_line: Callable[[str], None] = lambda line: None) -> Ran:
+def run_on(
+    cluster: Cluster,
+    folder: Path,
+    on_line: Callable[[str], None] = lambda line: None,
+    workers: int | str = 3,
+    steps: int = 400,
+) -> Ran:
     """Nine trials on three workers, as a process; ``on_line`` hears its progress."""
     folder.mkdir()
-    train = {"steps": 400, "batch_size": 4, "evaluate_every": 50}
-    resources = {"workers": 3, "cpus_per_worker": 1, "trials_per_worker": 1}
+    train = {"steps": steps, "batch_size": 4, "evaluate_every": 50}
+    resources = {"workers": workers, "cpus_per_worker": 1, "trials_per_worker": 1}
     job = write_job(folder, train=train, search__trials=9, search__scheduler="fifo", resources=resources)
     process = subprocess.Popen(
         [sys.executable, "-m", "orchestrator", "run", str(job), "--address", cluster.address, "--json"],
@@ -103,3 +109,22 @@ def test_every_node_trains_and_a_lost_one_costs_nothing(cluster: Cluster, tmp_pa
     assert any(lost in workers and workers & others for workers in disturbed.workers)
     assert close(disturbed.found, whole.found)
     assert close(disturbed.document["best"], whole.document["best"])
+
+
+def test_a_node_that_comes_later_trains_too(tmp_path: Path) -> None:
+    """A search that began on one node takes a second one into use when it joins, and finds what it would have found."""
+    small = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    added = []
+
+    def add_a_node(line: str) -> None:
+        if " step " in line and not added:
+            added.append(small.add_node(num_cpus=1))
+
+    try:
+        ran = run_on(small, tmp_path / "grows", add_a_node, workers="auto", steps=2000)
+    finally:
+        small.shutdown()
+    assert len(added) == 1
+    assert ran.document["workers"]["w1"]["node"] == added[0].node_id
+    assert set.union(*ran.workers) == {"w0", "w1"}
+    assert [trial["status"] for trial in ran.document["trials"]] == ["finished"] * 9

@@ -5,15 +5,16 @@ from __future__ import annotations
 import pytest
 
 from orchestrator.errors import BadInput
-from orchestrator.search.placement import CPU_SLOTS, GPU_SLOTS, TRIAL_CPUS, Node, Placement, place
+from orchestrator.search.placement import CPU_SLOTS, GPU_SLOTS, TRIAL_CPUS, Node, Placement, place, room_for_groups
 from orchestrator.spec import ResourcesSpec
 
 AUTO = ResourcesSpec()
 
 
 def test_one_worker_takes_a_cpu_node() -> None:
-    """Without accelerators one worker computes with every core and leaves Ray one of them for everything else."""
+    """Without accelerators one worker a node computes with every core and leaves Ray one of them for all else."""
     assert place(AUTO, [Node(8)], 12) == Placement(workers=1, cpus=7, gpus=0, threads=8, trials_per_worker=CPU_SLOTS)
+    assert place(AUTO, [Node(8), Node(8)], 12).workers == 2
     assert place(AUTO, [Node(1)], 12) == Placement(workers=1, cpus=1, gpus=0, threads=1, trials_per_worker=CPU_SLOTS)
 
 
@@ -55,6 +56,15 @@ def test_a_group_is_several_workers() -> None:
     apart = place(two, [Node(16, 1), Node(16, 1)], 64)
     assert apart == Placement(1, 15, 1, 16, GPU_SLOTS, workers_per_group=2)
     assert (apart.slots, apart.processes) == (GPU_SLOTS, 2)
+
+
+def test_room_counts_groups() -> None:
+    """What the nodes could hold in all, whoever holds it now; of a group all workers, wherever they lie."""
+    alone = Placement(1, cpus=3, gpus=1, threads=4, trials_per_worker=8)
+    assert room_for_groups(alone, [Node(16, 4)]) == 4
+    assert room_for_groups(alone, [Node(16, 4), Node(64), Node(2, 8)]) == 4
+    pairs = Placement(1, cpus=4, gpus=0, threads=4, trials_per_worker=4, workers_per_group=2)
+    assert [room_for_groups(pairs, [Node(7)] * count) for count in (1, 2, 3, 4)] == [0, 1, 1, 2]
 
 
 @pytest.mark.parametrize("trials", [1, 4, 1000])

@@ -23,7 +23,7 @@ from ray_state import eventually, holders
 from orchestrator.search.history import History
 from orchestrator.search.outcome import Outcome, TrialRecord
 from orchestrator.search.search import quiet_ray_loggers, start_broker
-from orchestrator.search.study import run_study, trial_id
+from orchestrator.search.study import Concurrency, run_study, trial_id
 from orchestrator.search.worker import serve_orders
 from orchestrator.space import TrialSpec, draw, grid, trial_count, trials
 from orchestrator.spec import JobSpec
@@ -160,7 +160,7 @@ def search(job: JobSpec) -> Study:
     worker.start()
     try:
         with TemporaryDirectory() as storage:
-            run_study(job, known, broker, SLOTS, Path(storage), [outcome, heard], History())
+            run_study(job, known, broker, Concurrency(SLOTS), Path(storage), [outcome, heard], History())
     finally:
         broker.finish.remote()
         worker.join()
