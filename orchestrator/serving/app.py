@@ -39,6 +39,7 @@ from orchestrator.serving.access import KEYS_VARIABLE, ApiKey, is_loopback, load
 from orchestrator.serving.options import ServeOptions, options_from
 from orchestrator.serving.prompt_store import CHAMPION, RegistrySource
 from orchestrator.serving.replica import Front, Replica
+from orchestrator.serving.tracing import asked_exporter
 from orchestrator.spec import BaseModelSpec
 
 log = logging.getLogger(__name__)
@@ -163,6 +164,7 @@ def start(options: ServeOptions, source: RegistrySource | None = None) -> Server
     options.check()
     check_address(options)
     check_cores(options)
+    asked_exporter()
     source = source or Registry(options.tracking_uri, options.registry_uri)
     base = choose_base_model(options, source)
     resolve_model(base, weights=False)

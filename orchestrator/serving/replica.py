@@ -27,6 +27,7 @@ from orchestrator.serving.protocol import ApiError
 from orchestrator.serving.record import log_to_standard_output
 from orchestrator.serving.routes import make_api, no_request, read_body
 from orchestrator.serving.service import PromptService
+from orchestrator.serving.tracing import tracer
 from orchestrator.spec import BaseModelSpec
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ class Replica:
         store.start()
         engine = Engine(backbone, options.limits, metrics.batch, metrics.first_token)
         self.service = PromptService(store, engine, options.request_limits, metrics)
-        self.api = make_api(self.service, Access(keys))
+        self.api = make_api(self.service, Access(keys), tracer())
 
     def check_health(self) -> None:
         """Serve replaces a replica whose engine has died."""

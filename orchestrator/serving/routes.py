@@ -25,6 +25,7 @@ from orchestrator.serving.openapi import describe
 from orchestrator.serving.protocol import ApiError, ChatRequest, ClassifyRequest, CompletionRequest, parse_body
 from orchestrator.serving.record import RequestRecord
 from orchestrator.serving.service import PromptService
+from orchestrator.serving.tracing import NoTracer, Tracer
 
 log = logging.getLogger(__name__)
 
@@ -32,13 +33,13 @@ HUNG_UP = 499  # as others log a client that went away before its answer
 Result = TypeVar("Result")
 
 
-def make_api(service: PromptService, access: Access | None = None) -> FastAPI:
+def make_api(service: PromptService, access: Access | None = None, tracer: Tracer | None = None) -> FastAPI:
     """The application. Every answer but /metrics and streams is JSON, every error has OpenAI's shape."""
     # No documentation pages: they would load scripts from elsewhere.
     api = FastAPI(title="prompt-orchestrator", docs_url=None, redoc_url=None, openapi_url=None)
     api.add_exception_handler(ApiError, _api_error)
     api.add_exception_handler(HTTPException, _http_error)
-    api.add_middleware(Gate, access=access or Access(), service=service)
+    api.add_middleware(Gate, access=access or Access(), service=service, tracer=tracer or NoTracer())
     for method, path, handler in (
         ("GET", "/health", _health(service)),
         ("GET", "/metrics", _metrics(service)),
@@ -66,17 +67,25 @@ def _watch(service: PromptService) -> None:
 class Gate:
     """Around all routes: who may ask, how long it took, and no exception that reaches the client."""
 
-    def __init__(self, app: ASGIApp, access: Access, service: PromptService) -> None:
+    def __init__(self, app: ASGIApp, access: Access, service: PromptService, tracer: Tracer) -> None:
         self._app = app
         self._access = access
         self._metrics = service.metrics
+        self._tracer = tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await no_request(scope, receive, send)
             return
-        start, status, record = time.perf_counter(), 0, RequestRecord()
+        record = RequestRecord()
         scope["record"] = record
+        with self._tracer.request(scope, record) as finish:
+            status = await self._answer(scope, receive, send, record)
+            finish(_route(scope), status)  # the route is known now
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, record: RequestRecord) -> int:
+        """Returns the status that was sent."""
+        start, status = time.perf_counter(), 0
 
         async def noting(message: Message) -> None:
             nonlocal status
@@ -106,6 +115,7 @@ class Gate:
             seconds, route = time.perf_counter() - start, _route(scope)
             self._metrics.request(route, status or HUNG_UP, seconds, record.model)
             record.log(scope["method"], route, status or HUNG_UP, seconds, peer)
+        return status or HUNG_UP
 
 
 async def read_body(request: Request, limit: int) -> bytes:

@@ -21,13 +21,14 @@ from orchestrator.serving.offline import OfflineModel
 from orchestrator.serving.prompt_store import PromptStore
 from orchestrator.serving.routes import make_api
 from orchestrator.serving.service import PromptService
+from orchestrator.serving.tracing import Tracer
 
 
 class Client:
     """Sends one request at a time to the application, in this process."""
 
-    def __init__(self, service: PromptService, access: Access | None = None) -> None:
-        self.api = make_api(service, access)
+    def __init__(self, service: PromptService, access: Access | None = None, tracer: Tracer | None = None) -> None:
+        self.api = make_api(service, access, tracer)
 
     def send(self, method: str, path: str, base: str = "http://localhost", **options: Any) -> httpx.Response:
         async def ask() -> httpx.Response:
