@@ -90,7 +90,8 @@ def plan_page(plan: Plan, spec: JobSpec) -> list[str]:
         ),
         (
             "memory",
-            f"{_gigabytes(measured.peak)} a worker at the most: {_gigabytes(measured.idle)} with the base model loaded "
+            f"about {_gigabytes(measured.usual)} a worker, {_gigabytes(measured.peak)} with the longest rows and "
+            f"prompts alone: {_gigabytes(measured.idle)} with the base model loaded "
             f"(its weights {_gigabytes(measured.weights)}) and {_gigabytes(plan.slot)} a slot; there is "
             f"{_gigabytes(measured.room)}",
         ),

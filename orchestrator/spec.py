@@ -412,7 +412,7 @@ class ResourcesSpec(Section):
     """What the workers take of this machine or the cluster."""
 
     workers: PositiveInt | Auto = "auto"
-    """Worker groups; auto is as many as there are GPUs for, or one on a cluster without any."""
+    """Worker groups; auto is as many as there are GPUs for, or one a node without any, and more when nodes join."""
     workers_per_group: PositiveInt = 1
     """Workers that train the same trials, each on its part of every batch; the result is that of one worker."""
     trials_per_worker: PositiveInt | Auto = "auto"

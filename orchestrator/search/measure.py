@@ -39,7 +39,8 @@ ROWS = 64  # rows that an evaluation is measured on, spread over the lengths
 
 @dataclass(frozen=True)
 class Measured:
-    """What one worker takes. Memory in bytes: ``weights`` alone, ``idle`` with the base model loaded, ``peak``."""
+    """What one worker takes. Memory in bytes: ``weights`` alone, ``idle`` with the base model loaded, ``usual`` with
+    trials and rows as the search has them, ``peak`` with the largest."""
 
     device: str
     pace: Pace
@@ -49,6 +50,7 @@ class Measured:
     """Seconds from the start of the process to the loaded base model."""
     weights: int
     idle: int
+    usual: int
     peak: int
     room: int
     """All memory of the device, or of the machine for a CPU."""
@@ -111,18 +113,21 @@ def _measure(prepared: Prepared, placement: Placement, started: float) -> Measur
     memory = Memory(device)
     idle = memory.start_over()
     bench = Bench(prepared, placement, backbone)
-    cuts = bench.largest()
-    peak = max(memory.peak(), idle)
+    pace, bare_row_s = bench.pace(), bench.bare_row()
+    usual = max(memory.peak(), idle)
+    cuts = bench.largest()  # after the usual ones: what it took may not all come back
+    peak = max(memory.peak(), usual)
     weights = sum(tensor.nbytes for tensor in backbone.model.state_dict(keep_vars=True).values())
     sharded = prepared.job.resources.sharding != "none"
     elsewhere = bytes_elsewhere(backbone.model, placement.workers_per_group) if sharded else 0
     return Measured(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        pace=bench.pace(),
-        bare_row_s=bench.bare_row(),
+        pace=pace,
+        bare_row_s=bare_row_s,
         load_s=load_s,
         weights=weights - elsewhere,
         idle=max(0, idle - elsewhere),
+        usual=max(0, usual - elsewhere),
         peak=max(0, peak - elsewhere),
         room=memory.room(),
         cuts=cuts,

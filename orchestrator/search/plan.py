@@ -51,8 +51,8 @@ class Plan:
             "steps": {"expected": round(found.steps), "most": self.most_steps},
             "placement": {**asdict(placement), "slots": placement.slots, "device": measured.device},
             "memory": {
-                "weights": measured.weights, "idle": measured.idle, "slot": self.slot, "worker": measured.peak,
-                "room": measured.room,
+                "weights": measured.weights, "idle": measured.idle, "slot": self.slot, "usual": measured.usual,
+                "worker": measured.peak, "room": measured.room,
             },
             "pace": {
                 "step_alone": pace.step_alone, "step_packed": pace.step_packed,
@@ -67,7 +67,8 @@ class Plan:
         """The estimate as metrics of the search's MLflow run, beside those of the outcome."""
         return {
             "plan_seconds": self.seconds["total"], "plan_device_hours": self.device_hours,
-            "plan_trained_steps": self.forecast.steps, "plan_worker_bytes": float(self.measured.peak),
+            "plan_trained_steps": self.forecast.steps, "plan_worker_bytes": float(self.measured.usual),
+            "plan_worker_bytes_most": float(self.measured.peak),
         }  # fmt: skip
 
 

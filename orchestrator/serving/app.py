@@ -108,8 +108,9 @@ class Server:
     def close(self) -> None:
         with suppress(RayServeException, RayActorError):  # Serve itself never came up, or is gone
             serve.delete(APP_NAME)  # lets the requests under way finish
-            if not serve.status().applications:
-                serve.shutdown()  # gives the port back
+            # Gives the port back; a Ray of our own is about to end anyway, and would complain of a task cut short.
+            if not self.owns_ray and not serve.status().applications:
+                serve.shutdown()
         if self.owns_ray:
             ray.shutdown()
 

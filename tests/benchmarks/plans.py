@@ -72,8 +72,10 @@ def of(name: str, ran: Ran) -> list[Line]:
     loads = {"load, planning": ran.load_between(0.0, begun), "load, running": ran.load_between(begun, math.inf)}
     estimated = {"total": plan["seconds"]["total"], **estimate(plan["seconds"])}
     found = [compared(f"{name}: {part}, s", estimated[part], value, loads) for part, value in outcome(seconds).items()]
-    worker = plan["memory"]["worker"] / MEGABYTE, max(peaks) / MEGABYTE
-    return [*found, compared(f"{name}: worker, MB", *worker, loads)]
+    usual, most = (plan["memory"][name] / MEGABYTE for name in ("usual", "worker"))
+    held = max(peaks) / MEGABYTE
+    memory = {"worker, MB": usual, "worker at the most, MB": most}
+    return [*found, *(compared(f"{name}: {what}", value, held, loads) for what, value in memory.items())]
 
 
 def outcome(seconds: Mapping[str, float]) -> dict[str, float]:

@@ -26,7 +26,7 @@ from orchestrator.search.rehearsal import REPORT_S, Moments, Rehearsal, rehearse
 
 PLACEMENT = Placement(workers=1, cpus=1, gpus=0.0, threads=1, trials_per_worker=2)
 PACE = Pace(step_alone=0.1, step_packed=0.15, evaluation_alone=1.0, evaluation_packed=1.5, packed=2)
-MEASURED = Measured("cpu", PACE, 0.01, 3.0, weights=100, idle=500, peak=900, room=1000)
+MEASURED = Measured("cpu", PACE, 0.01, 3.0, weights=100, idle=500, usual=700, peak=900, room=1000)
 FIFO = {"search__scheduler": "fifo", "search__trials": 4}
 
 
@@ -132,10 +132,11 @@ def test_what_cannot_fit_is_named(tmp_path: Path) -> None:
 
 
 def test_real_steps_are_measured(tmp_path: Path) -> None:
-    """A worker's time and memory in a process that is gone afterwards; the largest step takes more than the model."""
+    """A worker's time and memory in a process that is gone afterwards; a step takes more than the model, the largest
+    one no less."""
     prepared = prepare(small_job(tmp_path, **FIFO))
     found = measure(prepared, place(prepared.job.resources, [Node(2)], len(prepared.trials)))
-    assert 0 < found.weights < found.idle <= found.peak < found.room
+    assert 0 < found.weights < found.idle <= found.usual <= found.peak < found.room
     assert all(value > 0 for value in (found.pace.step_alone, found.pace.step_packed, found.bare_row_s, found.load_s))
     assert (found.device, found.cuts, found.pace.packed) == ("cpu", (), 4)
 
