@@ -293,7 +293,7 @@ def _with_devices(options: ServeOptions) -> ServeOptions:
     if options.gpus is not None:
         return options
     available: dict[str, float] = ray.cluster_resources()
-    return replace(options, gpus=1.0 if available.get("GPU", 0) >= options.replicas else 0.0)
+    return replace(options, gpus=1.0 if available.get("GPU", 0) >= max(1, options.replicas) else 0.0)
 
 
 def _deploy(options: ServeOptions, app: serve.Application) -> None:

@@ -86,7 +86,7 @@ def test_one_to_three_to_one_under_load(registry: Registry) -> None:
     with serving(registry, replicas=1, max_replicas=3, target_ongoing=2, upscale_seconds=1, downscale_seconds=3) as up:
         watch = Watch()
         assert watch.now() == 1
-        body = {**BODY, "max_tokens": 200}
+        body = {**BODY, "max_tokens": 100}
         with Load(up.url, KEY, body, clients=12, pause=0.0) as heavy:
             assert eventually(lambda: watch.now() == 3)
             heavy.until(lambda answers: sum(answers.values()) > 50)
