@@ -288,6 +288,8 @@ def service_arithmetic(store: dict[str, float], registry: dict[str, float]) -> l
         _says("minutes of a replica's start, the toy model's load", store["load"] * service.prompts / 60, kind),
         _says("seconds of CPU of one poll of the registry", poll, EXTRAPOLATED),
         _says("processors that polling every 2 s keeps busy, a replica", poll / POLL_S, EXTRAPOLATED),
+        _says("models with which a poll every 2 s keeps pace", service.prompts * POLL_S / poll, EXTRAPOLATED),
+        _says("seconds of CPU of one scrape of /metrics", store["metrics"] * service.prompts / store["count"], kind),
         _says("cores for 10,000 requests/s, without Serve and model", service.cores(store["request"]), EXTRAPOLATED),
         _says("cores the same with uvicorn and a 3M model", 2 * service.rate / EARLIER_UVICORN, EARLIER),
         _says("cores the same through Serve", 2 * service.rate / EARLIER_SERVE, EARLIER),
