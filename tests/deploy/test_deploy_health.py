@@ -20,8 +20,8 @@ PROGRAM = """
 set -eu
 ip link set lo up
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN={token} RAY_TMPDIR={folder} RAY_USAGE_STATS_ENABLED=0 HOME={folder}
-ray start --head --block --port=6379 --node-ip-address=127.0.0.1 --include-dashboard=true --object-store-memory=100000000 {parameters} \
-  >{folder}/log 2>&1 &
+ray start --head --block --port=6379 --node-ip-address=127.0.0.1 --include-dashboard=true \\
+  --object-store-memory=100000000 {parameters} >{folder}/log 2>&1 &
 for probe in {head} {worker}; do
   up=
   for _ in $(seq 120); do if sh -c "$probe"; then up=1; break; fi; sleep 1; done

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
@@ -29,6 +33,7 @@ from tests.deploy.manifests import (
     found,
     labels,
     pinned,
+    pods,
     quantity,
     version,
     yaml_files,
@@ -75,6 +80,67 @@ def test_kuberay_s_schemas_take_what_is_built(folder: str, tmp_path: Path) -> No
     broken.write_text(file.read_text().replace("headGroupSpec:", "headGroup:"))
     if "headGroupSpec:" in file.read_text():
         assert subprocess.run([sys.executable, checker, broken], capture_output=True, timeout=60).returncode == 1
+
+
+@lru_cache
+def schemas() -> dict[str, Any]:
+    """Schemas of parts that KubeRay's own contain: pod templates, claims, and rules of network policies."""
+    if not (SCHEMAS / "raycluster.json").exists():
+        pytest.skip("no ../shared/schemas")
+    cluster = json.loads((SCHEMAS / "raycluster.json").read_text())["properties"]["spec"]["properties"]
+    template = cluster["headGroupSpec"]["properties"]["template"]
+    volume = template["properties"]["spec"]["properties"]["volumes"]["items"]["properties"]
+    rules = cluster["networkPolicy"]["properties"]["head"]["properties"]
+    return {
+        "pod": template,
+        "claim": volume["ephemeral"]["properties"]["volumeClaimTemplate"]["properties"]["spec"],
+        "ingress": rules["ingressRules"],
+        "egress": rules["egressRules"],
+    }
+
+
+def problems(part: str, value: Any) -> list[str]:
+    found_ones = jsonschema.Draft202012Validator(schemas()[part]).iter_errors(value)
+    return [f"{'/'.join(map(str, it.path))}: {it.message[:200]}" for it in found_ones]
+
+
+@pytest.mark.parametrize("folder", OVERLAYS)
+def test_kubernetes_takes_pods_claims_and_policies(folder: str) -> None:
+    """Pods outside of Ray too, volume claims and rules of network policies fit the schemas that KubeRay has of them."""
+    for where, pod in all_pods(folder):
+        assert not problems("pod", pod), where
+    claims = [it["spec"] for it in of_kind(folder, "PersistentVolumeClaim")]
+    claims += [it["spec"] for templates in found(built(folder), "volumeClaimTemplates") for it in templates]
+    for claim in claims:
+        assert not problems("claim", claim)
+    for policy in of_kind(folder, "NetworkPolicy"):
+        for direction in ("ingress", "egress"):
+            assert not problems(direction, policy["spec"].get(direction, [])), policy["metadata"]["name"]
+    assert problems("pod", {"spec": {"containers": [{"name": "x", "imgae": "y"}]}})
+
+
+@pytest.mark.parametrize("folder", OVERLAYS)
+def test_parts_of_a_workload_fit_together(folder: str) -> None:
+    """Selectors choose their own pods and services some pod; mounts, probes and services name what is there."""
+    every = [pod for _, pod in all_pods(folder)]
+    for document in built(folder):
+        spec = document.get("spec", {})
+        if document["kind"] in ("Deployment", "StatefulSet"):
+            assert spec["selector"]["matchLabels"].items() <= labels(spec["template"]).items()
+        if document["kind"] == "Service":
+            chosen = [pod for pod in every if spec["selector"].items() <= labels(pod).items()]
+            opened = {
+                port[key] for pod in chosen for c in pod["spec"]["containers"] for port in c["ports"]
+                for key in ("name", "containerPort")
+            }  # fmt: skip
+            assert chosen and {port.get("targetPort", port["port"]) for port in spec["ports"]} <= opened
+        templates = {it["metadata"]["name"] for it in spec.get("volumeClaimTemplates", [])}
+        for where, pod in pods(document):
+            volumes = {it["name"] for it in pod["spec"].get("volumes", [])} | templates
+            for container in pod["spec"]["containers"]:
+                assert {it["name"] for it in container.get("volumeMounts", [])} <= volumes, where
+                named = {it["name"] for it in container.get("ports", [])}
+                assert {it["port"] for it in found(container, "httpGet")} <= named, where
 
 
 @pytest.mark.parametrize("folder", OVERLAYS)
