@@ -39,7 +39,7 @@ from tests.deploy.manifests import (
     yaml_files,
 )
 
-NO_PROBES = {"dump", "submitter"}  # they end by themselves
+NO_PROBES = {"dump", "logins", "submitter"}  # they end by themselves
 SETS = [("overlays/small", "overlays/small/tuning"), ("overlays/large", "overlays/large/tuning")]
 
 
@@ -196,7 +196,7 @@ def test_secrets_come_by_reference_only(pair: tuple[str, str]) -> None:
             assert name in made
         for variables in found(built(folder), "env"):
             for variable in variables:
-                if re.search(r"PASSWORD|TOKEN|SECRET|ACCESS_KEY", variable["name"]):
+                if re.search(r"PASSWORD|TOKEN|SECRET|ACCESS_KEY|LOGIN", variable["name"]):
                     assert "secretKeyRef" in variable.get("valueFrom", {}), variable
         for cluster in ray_clusters(folder):
             assert cluster["authOptions"]["mode"] == "token"
@@ -209,7 +209,7 @@ def test_the_example_is_what_its_command_prints() -> None:
     shown = subprocess.run([script, "--example"], capture_output=True, text=True, check=True).stdout
     assert shown == (KUBERNETES / "secrets.example.yaml").read_text()
     values = [value for document in yaml.safe_load_all(shown) for value in document["stringData"].values()]
-    assert all(value.startswith("REPLACE-") or value == "admin" for value in values)
+    assert all(value.startswith("REPLACE-") or value in ("tuning", "serving") for value in values)
     first, second = (
         list(yaml.safe_load_all(subprocess.run([script, "a-team"], capture_output=True, text=True, check=True).stdout))
         for _ in range(2)
@@ -219,7 +219,7 @@ def test_the_example_is_what_its_command_prints() -> None:
     assert passwords != [it["stringData"] for it in second if it["metadata"]["name"] == "orchestrator-postgres"]
     assert re.fullmatch("[0-9a-f]{48}", passwords[0]["password"])
     named = {it["metadata"]["name"]: it["stringData"] for it in first}
-    assert named["orchestrator-tracking"]["password"] == named["orchestrator-mlflow"]["admin-password"]
+    assert len({secret["password"] for secret in named.values() if "password" in secret}) == 4, "each its own"
 
 
 def test_the_script_for_secrets_explains_itself() -> None:
@@ -244,6 +244,10 @@ def test_what_pods_name_is_there(pair: tuple[str, str]) -> None:
     assert set(found(everything, "priorityClassName")) == names("PriorityClass")
     (address,) = {it["redisAddress"] for it in found(everything, "gcsFaultToleranceOptions")}
     assert address.partition(":")[0] in names("Service")
+    (jobs_names,) = [it["command"][2:] for it in found(everything, "containers") for it in it if it["name"] == "logins"]
+    assert {f"orchestrator-{name}" for name in jobs_names} == {
+        it["name"] for it in found(everything, "secretKeyRef") if it["key"] == "username"
+    }
     (tracking,) = set(found(everything, "MLFLOW_TRACKING_URI"))
     assert tracking == "http://mlflow:5000" and {"mlflow", "postgres"} <= names("Service")
     (uri,) = [it["value"] for env in found(everything, "env") for it in env if it["name"] == "POSTGRES_URI"]
