@@ -1,7 +1,8 @@
 """Make the logins that programs use, or give them new passwords: python logins.py tuning serving
 
 Passwords are read from LOGIN_TUNING, LOGIN_SERVING and so on; the server from MLFLOW_TRACKING_URI, the administrator
-from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD. A login that is there gets the password: once more is no harm.
+from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD. A login that is there gets the password: once more does
+no harm.
 """
 
 from __future__ import annotations
