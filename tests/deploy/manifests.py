@@ -19,7 +19,8 @@ DEPLOY = ROOT / "deploy"
 KUBERNETES = DEPLOY / "kubernetes"
 SCHEMAS = ROOT.parent / "shared" / "schemas"
 BASES = ("base", "tuning", "serving", "monitoring")
-OVERLAYS = ("overlays/small", "overlays/large", "overlays/small/tuning", "overlays/large/tuning")
+SIZES = ("small", "large")
+OVERLAYS = tuple(f"overlays/{size}{part}" for size in SIZES for part in ("", "/tuning", "/serving"))
 OURS = ("prompt-orchestrator", "prompt-orchestrator-mlflow")
 Document = dict[str, Any]
 
@@ -79,6 +80,15 @@ def all_pods(folder: str) -> list[tuple[str, Document]]:
         for document in built(folder)
         for at, pod in pods(document)
     ]
+
+
+def whole(size: str) -> list[Document]:
+    """All that an overlay of this size brings, its search and its service included."""
+    return [document for folder in OVERLAYS if f"/{size}" in folder for document in built(folder)]
+
+
+def whole_pods(size: str) -> list[tuple[str, Document]]:
+    return [it for folder in OVERLAYS if f"/{size}" in folder for it in all_pods(folder)]
 
 
 def labels(pod: Document) -> dict[str, str]:

@@ -24,7 +24,9 @@ from tests.deploy.manifests import (
     KUBERNETES,
     OURS,
     OVERLAYS,
+    ROOT,
     SCHEMAS,
+    SIZES,
     Document,
     all_pods,
     built,
@@ -36,11 +38,12 @@ from tests.deploy.manifests import (
     pods,
     quantity,
     version,
+    whole,
+    whole_pods,
     yaml_files,
 )
 
 NO_PROBES = {"dump", "logins", "submitter"}  # they end by themselves
-SETS = [("overlays/small", "overlays/small/tuning"), ("overlays/large", "overlays/large/tuning")]
 
 
 def of_kind(folder: str, kind: str) -> list[Document]:
@@ -182,13 +185,13 @@ def test_images_have_one_version_each(folder: str) -> None:
     assert {spec["rayVersion"] for spec in ray_clusters(folder)} <= {pinned()["ray"]}
 
 
-@pytest.mark.parametrize("pair", SETS)
-def test_secrets_come_by_reference_only(pair: tuple[str, str]) -> None:
+@pytest.mark.parametrize("size", SIZES)
+def test_secrets_come_by_reference_only(size: str) -> None:
     """Whatever is called a password, key or token refers to a Secret that deploy/kubernetes/secrets makes, or that the
     docs make by a command; no manifest has a Secret in it."""
     made = {it["metadata"]["name"]: set(it["stringData"]) for it in documents(KUBERNETES / "secrets.example.yaml")}
     made |= {"orchestrator-api-keys": {"keys.json"}, "orchestrator-metrics-key": {"metrics"}}
-    for folder in pair:
+    for folder in (it for it in OVERLAYS if f"/{size}" in it):
         assert not of_kind(folder, "Secret")
         for reference in found(built(folder), "secretKeyRef"):
             assert reference["key"] in made[reference["name"]], reference
@@ -229,10 +232,10 @@ def test_the_script_for_secrets_explains_itself() -> None:
         assert done.returncode == 2 and "--example" in done.stderr and not done.stdout
 
 
-@pytest.mark.parametrize("pair", SETS)
-def test_what_pods_name_is_there(pair: tuple[str, str]) -> None:
+@pytest.mark.parametrize("size", SIZES)
+def test_what_pods_name_is_there(size: str) -> None:
     """Volume claims, settings, priorities, and the services that addresses speak of."""
-    everything = [document for folder in pair for document in built(folder)]
+    everything = whole(size)
 
     def names(kind: str) -> set[str]:
         return {document["metadata"]["name"] for document in everything if document["kind"] == kind}
@@ -254,13 +257,26 @@ def test_what_pods_name_is_there(pair: tuple[str, str]) -> None:
     assert "@postgres/" in uri
 
 
-@pytest.mark.parametrize("pair", SETS)
-def test_network_policies_are_about_pods_that_there_are(pair: tuple[str, str]) -> None:
+@pytest.mark.parametrize("size", SIZES)
+def test_names_do_not_meet(size: str) -> None:
+    """KubeRay names services after its objects, whatever their kind: a cluster and a service must not share a name. No
+    two overlays of one size bring the same object."""
+    objects = [(it["kind"], it["metadata"]["name"]) for it in whole(size)]
+    assert len(objects) == len(set(objects))
+    of_ray = [name for kind, name in objects if kind in ("RayCluster", "RayJob", "RayService")]
+    assert len(of_ray) == len(set(of_ray)) == 3
+    made = {f"{name}-{suffix}" for name in of_ray for suffix in ("head-svc", "serve-svc")}
+    asked = set(re.findall(r"service/([\w-]+-svc)", "".join(it.read_text() for it in (ROOT / "docs").glob("*.md"))))
+    assert asked and asked <= made
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_network_policies_are_about_pods_that_there_are(size: str) -> None:
     """Nobody may speak unless a policy says so; each policy selects pods, opens ports that these have, and no pod is
     left without a policy of its own."""
-    policies = {it["metadata"]["name"]: it["spec"] for it in of_kind(pair[0], "NetworkPolicy")}
+    policies = {it["metadata"]["name"]: it["spec"] for it in whole(size) if it["kind"] == "NetworkPolicy"}
     assert policies["nobody"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
-    every = [pod for folder in pair for _, pod in all_pods(folder)]
+    every = [pod for _, pod in whole_pods(size)]
     chosen: set[int] = set()
     for name, policy in policies.items():
         wanted = policy["podSelector"].get("matchLabels", {})
@@ -278,7 +294,7 @@ def test_network_policies_are_about_pods_that_there_are(pair: tuple[str, str]) -
     assert opened <= {8000, 8080, 8265, 44217, 44227, 52365}, "Ray's own ports are for Ray's own pods"
 
 
-@pytest.mark.parametrize("folder", ["overlays/small", "overlays/large", "serving"])
+@pytest.mark.parametrize("folder", ["overlays/small/serving", "overlays/large/serving", "serving"])
 def test_the_service_s_config_is_one_that_serve_and_we_accept(folder: str) -> None:
     """Serve's schema and our options take it, and it says what deploy/serve.yaml says but for what a cluster needs."""
     (service,) = of_kind(folder, "RayService")
@@ -314,10 +330,10 @@ def fits_its_pods(options: ServeOptions, cluster: Document) -> None:
 
 def test_upgrades_move_requests_step_by_step_where_there_is_room_for_it() -> None:
     """The large overlay by increments, with a gateway; the small one as a whole."""
-    (large,) = of_kind("overlays/large", "RayService")
+    (large,) = of_kind("overlays/large/serving", "RayService")
     assert large["spec"]["upgradeStrategy"]["type"] == "NewClusterWithIncrementalUpgrade"
     assert large["spec"]["upgradeStrategy"]["clusterUpgradeOptions"]["gatewayClassName"]
-    (small,) = of_kind("overlays/small", "RayService")
+    (small,) = of_kind("overlays/small/serving", "RayService")
     assert small["spec"]["upgradeStrategy"] == {"type": "NewCluster"}
 
 

@@ -17,7 +17,7 @@ from orchestrator.serving.metrics import Metrics
 from orchestrator.serving.prompt_store import PromptStore
 from orchestrator.serving.routes import make_api
 from orchestrator.serving.service import PromptService
-from tests.deploy.manifests import DEPLOY, KUBERNETES, all_pods, built, labels
+from tests.deploy.manifests import DEPLOY, KUBERNETES, all_pods, built, labels, whole_pods
 
 MONITORING = KUBERNETES / "monitoring"
 SCRAPES = (MONITORING / "prometheus.yaml", DEPLOY / "compose" / "prometheus.yaml")
@@ -86,7 +86,7 @@ def test_the_service_is_asked_with_a_key(file: Path) -> None:
 
 def test_prometheus_finds_pods_by_labels_and_ports_that_they_have() -> None:
     """Each job keeps at least one pod of the large overlay, by its labels and by a port of that name."""
-    every = [pod for _, pod in all_pods("overlays/large")]
+    every = [pod for _, pod in whole_pods("large")]
     sanitised = {re.sub(r"\W", "_", name): name for pod in every for name in labels(pod)}
     for job in yaml.safe_load(SCRAPES[0].read_text())["scrape_configs"]:
         matching = every
