@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-
-from mlflow.exceptions import MlflowException
-from mlflow.server import get_app_client
-from mlflow.server.auth.client import AuthServiceClient
+from typing import Any
 
 
 def main(names: list[str]) -> int:
@@ -20,7 +17,9 @@ def main(names: list[str]) -> int:
     if missing or not names:
         print(f"not set: {', '.join(missing)}" if names else __doc__, file=sys.stderr)
         return 2
-    client: AuthServiceClient = get_app_client("basic-auth", os.environ["MLFLOW_TRACKING_URI"])
+    from mlflow.server import get_app_client
+
+    client = get_app_client("basic-auth", os.environ["MLFLOW_TRACKING_URI"])
     for name in names:
         print(f"{name}: {renew(client, name, os.environ[variable(name)])}")
     return 0
@@ -30,7 +29,9 @@ def variable(name: str) -> str:
     return f"LOGIN_{name.upper()}"
 
 
-def renew(client: AuthServiceClient, name: str, password: str) -> str:
+def renew(client: Any, name: str, password: str) -> str:
+    from mlflow.exceptions import MlflowException
+
     try:
         client.create_user(name, password)
         return "made"

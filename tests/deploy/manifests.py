@@ -113,3 +113,13 @@ def quantity(text: Any) -> float:
     assert match, text
     scale = {None: 1.0, "m": 1e-3, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
     return float(match[1]) * scale[match[2]]
+
+
+def check_ray_command(words: list[str]) -> None:
+    """Ray's own command line takes the words, verb and options; nothing is run."""
+    from ray.scripts.scripts import cli
+
+    assert words[0].rpartition("/")[2] == "ray", words
+    context = cli.make_context("ray", list(words[1:]))
+    name, command, rest = cli.resolve_command(context, [*context._protected_args, *context.args])
+    command.make_context(name, list(rest), parent=context)

@@ -14,7 +14,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from orchestrator.serving.access import read_keys
 from orchestrator.serving.options import options_from
-from tests.deploy.manifests import DEPLOY, KUBERNETES, OURS, built, found, version
+from tests.deploy.manifests import DEPLOY, KUBERNETES, OURS, built, check_ray_command, found, version
 
 FOLDER = DEPLOY / "compose"
 FILE = FOLDER / "compose.yaml"
@@ -62,6 +62,8 @@ def test_services_are_whole() -> None:
             source = volume.split(":")[0]
             assert source in document["volumes"] if "/" not in source else (FOLDER / source).exists(), volume
         assert set(service.get("secrets", [])) <= document["secrets"].keys()
+    for name in ("head", "worker"):
+        check_ray_command(known[name]["command"])
     assert known["head"]["image"] == f"{OURS[0]}:{version()}"
     dockerfile = FOLDER / known["head"]["build"]["context"] / known["head"]["build"]["dockerfile"]
     assert dockerfile.resolve() == DEPLOY / "image" / "Dockerfile"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from tests.deploy.manifests import DEPLOY, version
+from tests.deploy.manifests import DEPLOY, check_ray_command, version
 
 FILES = sorted((DEPLOY / "cluster").glob("*.yaml"))
 
@@ -42,6 +43,8 @@ def test_clusters_are_closed(file: Path) -> None:
     head = next(command for command in config["head_start_ray_commands"] if "--head" in command)
     assert {"--num-cpus=0", "--dashboard-host=127.0.0.1", "--port=6379"} <= set(shlex.split(head.replace(";", " ; ")))
     assert all("--address=$RAY_HEAD_IP:6379" in it for it in config["worker_start_ray_commands"] if "ray start" in it)
+    for command in [*config["head_start_ray_commands"], *config["worker_start_ray_commands"]]:
+        check_ray_command(shlex.split(re.sub(r"^(ulimit [^;]*; )?(cd \S+ && )?(\w+=\S+ )*", "", command)))
 
 
 def test_the_cloud_s_nodes_have_work_for_gpus_only() -> None:

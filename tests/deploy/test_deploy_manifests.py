@@ -31,6 +31,7 @@ from tests.deploy.manifests import (
     all_pods,
     built,
     built_text,
+    check_ray_command,
     documents,
     found,
     labels,
@@ -373,6 +374,20 @@ def test_clusters_keep_their_heads_free(folder: str) -> None:
             for pod in (head["template"], *(group["template"] for group in cluster["workerGroupSpecs"]))
         ]
         assert all(env >= {"MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"} for env in environments)
+
+
+@pytest.mark.parametrize("folder", ["base", "tuning", "serving"])
+def test_ray_takes_its_parameters(folder: str) -> None:
+    """What KubeRay makes of rayStartParams, and what pods run before they end, are commands that this Ray knows."""
+    for cluster in ray_clusters(folder):
+        head, workers = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
+        for kind, group in [("--head", head), *(("--address=head:6379", group) for group in workers)]:
+            given = [f"--{name}={value}" for name, value in group["rayStartParams"].items()]
+            check_ray_command(["ray", "start", kind, "--block", *given])
+        for ended in found(cluster, "preStop"):
+            check_ray_command(ended["exec"]["command"])
+    with pytest.raises(Exception, match="no-such"):
+        check_ray_command(["ray", "start", "--no-such=1"])
 
 
 def test_nothing_in_deploy_looks_like_a_secret() -> None:
