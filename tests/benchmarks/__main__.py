@@ -26,6 +26,7 @@ from tests.benchmarks import (
     packing,
     plans,
     population,
+    scaling,
     search,
     serving,
     step,
@@ -117,6 +118,10 @@ def _serving(args: argparse.Namespace) -> list[Line]:
     return [line for name, lines in parts.items() if args.only in name for line in lines(setting)]
 
 
+def _scaling(args: argparse.Namespace) -> list[Line]:
+    return scaling.lines(scaling.TOY if args.toy else scaling.Setting(), args.only)
+
+
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Line]]] = {
     "step": _step,
     "packing": _packing,
@@ -130,6 +135,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Line]]] = {
     "plans": _plans,
     "population": _population,
     "serving": _serving,
+    "scaling": _scaling,
 }
 
 
@@ -174,7 +180,7 @@ def parser() -> argparse.ArgumentParser:
         "--only",
         default="",
         help="lines, sides or jobs with this in their name; also packing: speed, memory; logging: search, listing; "
-        "serving: peer, many, http",
+        "serving: peer, many, http; scaling: search, service",
     )
     made.add_argument("--size", help="one of the models 6x192, 6x512, 100M, 1B; of whole searches: small or real")
     made.add_argument("--seeds", type=int, default=0, help="search, population: so many seeds (default 3)")

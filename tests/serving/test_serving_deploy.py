@@ -60,7 +60,7 @@ def test_addresses() -> None:
 
 def test_the_dashboard_asks_for_metrics_that_there_are(service: PromptService) -> None:
     """Every metric that a panel names is one that a replica has."""
-    document = json.loads((DEPLOY / "grafana-serving.json").read_text())
+    document = json.loads((DEPLOY / "kubernetes" / "monitoring" / "grafana-serving.json").read_text())
     asked = {
         name
         for panel in document["panels"]

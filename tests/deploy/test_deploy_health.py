@@ -1,0 +1,62 @@
+"""The manifests' health checks, on a real head that is started with their parameters and their token authentication.
+
+In a network and a process namespace of its own, so that the ports are free and nothing outlives the test.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.deploy.manifests import KUBERNETES, documents
+
+PROGRAM = """
+set -eu
+ip link set lo up
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN={token} RAY_TMPDIR={folder} RAY_USAGE_STATS_ENABLED=0 HOME={folder}
+ray start --head --block --port=6379 --node-ip-address=127.0.0.1 --include-dashboard=true \\
+  --object-store-memory=100000000 {parameters} >{folder}/log 2>&1 &
+for probe in {head} {worker}; do
+  up=
+  for _ in $(seq 120); do if sh -c "$probe"; then up=1; break; fi; sleep 1; done
+  if [ -z "$up" ]; then echo "not healthy: $probe"; tail -20 {folder}/log; exit 1; fi
+done
+refused=$(wget -S -O- http://127.0.0.1:8265/api/jobs/ 2>&1 || true)
+case $refused in *401*) ;; *) echo "without the token: $refused"; exit 1 ;; esac
+wget -q -O- --header "Authorization: Bearer {token}" http://127.0.0.1:8265/api/jobs/ >/dev/null
+wget -q -O- http://127.0.0.1:8080/metrics | grep -q '^ray_'
+echo healthy
+"""
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_the_health_checks_answer_on_a_guarded_head(tmp_path: Path) -> None:
+    """Without a token, as the kubelet asks; other routes refuse without one; metrics come on the manifests' port."""
+    alone = ["unshare", "--net", "--pid", "--mount-proc", "--fork", "--kill-child"]
+    if (
+        not all(map(shutil.which, ("unshare", "ip", "wget")))
+        or subprocess.run([*alone, "true"], capture_output=True).returncode
+    ):
+        pytest.skip("needs unshare with its rights, ip and wget")
+    (cluster,) = documents(KUBERNETES / "base" / "ray-cluster.yaml")
+    head, (worker,) = cluster["spec"]["headGroupSpec"], cluster["spec"]["workerGroupSpecs"]
+    parameters = " ".join(f"--{name}={value}" for name, value in head["rayStartParams"].items())
+    probes = [
+        shlex.quote(group["template"]["spec"]["containers"][0]["livenessProbe"]["exec"]["command"][-1])
+        for group in (head, worker)
+    ]
+    program = PROGRAM.format(
+        token="0123456789abcdef" * 2, folder=tmp_path, parameters=parameters, head=probes[0], worker=probes[1]
+    )
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        [*alone, "bash", "-c", program], env=os.environ | {"PATH": path}, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0 and done.stdout.endswith("healthy\n"), done.stdout + done.stderr

@@ -1,0 +1,111 @@
+"""deploy/image and deploy/mlflow/Dockerfile: what the images hold, and as whom they run. No engine is needed."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+from tests.deploy.manifests import DEPLOY, ROOT, pinned, version
+
+IMAGE = DEPLOY / "image"
+FILES = (IMAGE / "Dockerfile", DEPLOY / "mlflow" / "Dockerfile")
+
+
+def instructions(file: Path) -> list[tuple[str, str]]:
+    """Each instruction of a Dockerfile with its arguments, continued lines joined, comments left out."""
+    lines = [line for line in file.read_text().splitlines() if not line.lstrip().startswith("#")]
+    joined = re.sub(r"\\\n", " ", "\n".join(lines))
+    return [(line.split()[0], line.split(None, 1)[1]) for line in joined.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.parent.name)
+def test_an_image_runs_as_nobody_special(file: Path) -> None:
+    """Its last user is a number above 0, which Kubernetes can check, and nothing is copied or run after it."""
+    names = [name for name, _ in instructions(file)]
+    users = [argument for name, argument in instructions(file) if name == "USER"]
+    assert all(int(part) > 0 for part in users[-1].split(":"))
+    assert not {"RUN", "COPY", "ADD"} & set(names[len(names) - names[::-1].index("USER") :])
+    assert "ADD" not in names and "sudo" not in file.read_text()
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.parent.name)
+def test_an_image_starts_from_a_named_version(file: Path) -> None:
+    """Of the Python that the project needs; a stage may also start from another one's name."""
+    variables = dict(
+        argument.split("=", 1) for name, argument in instructions(file) if name == "ARG" and "=" in argument
+    )
+    stages = set()
+    for _, argument in [it for it in instructions(file) if it[0] == "FROM"]:
+        image = re.sub(r"\$\{(\w+)\}", lambda name: variables[name[1]], argument.split()[0])
+        assert image in stages or re.fullmatch(r"python:3\.1[1-9]\S*", image), image
+        stages |= set(argument.split()[2:])
+
+
+def test_the_image_is_pinned_by_the_constraints() -> None:
+    """Every pip install names constraints.txt, and the package itself then needs nothing more."""
+    runs = " && ".join(argument for name, argument in instructions(FILES[0]) if name == "RUN")
+    installs = re.findall(r"pip install [^&;]*", runs)
+    assert len(installs) >= 3 and all("--constraint constraints.txt" in install for install in installs)
+    given = {argument.partition("=")[0] for name, argument in instructions(FILES[0]) if name == "ARG"}
+    assert given == {"PYTHON_IMAGE", "ACCELERATOR", "TORCH_INDEX"}
+    assert sum(name == "FROM" for name, _ in instructions(FILES[0])) == 2
+    assert f"org.opencontainers.image.version={version()}" in FILES[0].read_text()
+
+
+def test_mlflow_s_image_has_the_versions_of_the_constraints() -> None:
+    """Client and server speak of one schema."""
+    text = FILES[1].read_text()
+    for package in ("mlflow", "psycopg", "Flask-WTF"):
+        (found,) = re.findall(rf"\b{package}(?:\[\w+\])?==([\w.]+)", text)
+        assert found == pinned()[package]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.parent.name)
+def test_what_is_copied_is_there_and_may_be(file: Path) -> None:
+    """The build sees nothing but what it copies."""
+    context = ROOT if file.parent == IMAGE else file.parent
+    ignored = file.with_name("Dockerfile.dockerignore")
+    allowed = [it[1:] for it in ignored.read_text().split("\n") if it.startswith("!")] if ignored.exists() else ["*"]
+    copied = set()
+    for _, argument in [it for it in instructions(file) if it[0] == "COPY" and "--from" not in it[1]]:
+        copied |= {part for part in shlex.split(argument)[:-1] if not part.startswith("--")}
+    for source in copied:
+        assert (context / source).exists(), source
+        assert any(fnmatch(source, pattern) for pattern in allowed), source
+    if ignored.exists():
+        assert copied == set(allowed) and ignored.read_text().splitlines()[1] == "*"
+
+
+def entrypoint(*arguments: str | Path, home: Path) -> subprocess.CompletedProcess[str]:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"ORCHESTRATOR_HOME": str(home), "PATH": path}
+    argv = [IMAGE / "run-or-resume", *arguments]
+    return subprocess.run(argv, env=environment, cwd=home, capture_output=True, text=True, timeout=120)
+
+
+def test_a_first_attempt_runs_the_job(tmp_path: Path) -> None:
+    """Nothing is there to go on with: ``run`` gets the job and the options."""
+    done = entrypoint("no-such-job.yaml", "--quiet", home=tmp_path)
+    assert done.returncode == 2 and "no-such-job.yaml" in done.stderr
+
+
+def test_a_later_attempt_goes_on_with_the_search(tmp_path: Path) -> None:
+    """A search that an earlier attempt has begun is resumed, whatever the job's file says by now."""
+    begun = tmp_path / "searches" / "sms-spam-20260101-000000"
+    begun.mkdir(parents=True)
+    (begun / "search.json").write_text("{}")
+    done = entrypoint("no-such-job.yaml", home=tmp_path)
+    assert done.returncode == 2 and "going on with it" in done.stderr
+    assert "sms-spam-20260101-000000" in done.stderr and "no-such-job" not in done.stderr
+
+
+def test_an_attempt_without_a_job_says_how(tmp_path: Path) -> None:
+    done = entrypoint(home=tmp_path)
+    assert done.returncode == 2 and "usage: run-or-resume JOB" in done.stderr

@@ -1,0 +1,84 @@
+"""The arithmetic of docs/scaling.md, and its measurements at toy size. No clock is judged."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from orchestrator.search import placement
+from orchestrator.search import search as search_module
+from orchestrator.serving import prompt_store
+from tests.benchmarks import prompt_stores, scaling
+from tests.benchmarks.__main__ import main
+from tests.benchmarks.subjects import SIZES
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_a_search_s_demand() -> None:
+    """Eight thousand trials that report once a minute, on a driver that takes 14 reports a second."""
+    search = scaling.Search(gpus=1000, slots=8, round_s=60.0)
+    assert search.seats == 8000
+    assert search.demand() == pytest.approx(133.33, abs=0.01)
+    assert search.fed(14.0) == pytest.approx(105.0)
+    assert search.shortest_round(14.0) == pytest.approx(571.43, abs=0.01)
+    assert search.fed(search.demand()) == pytest.approx(1000)
+    assert search.waiting_calls() == 9000 and search.most_gpus(1000) == 111
+    assert scaling.Search(trials=10, reports=3).driver_bytes(26e3) == 780e3
+
+
+def test_a_service_s_size() -> None:
+    """Keys and values of every layer, twice, for each virtual token; a forward of two operations a weight and token."""
+    service = scaling.Service()
+    assert service.prompt_bytes() == 2 * 16 * 512 * 20 * 2 == 655_360
+    assert service.memory(beside=0) == 65.536e9
+    assert service.held(2 << 30) == 3276
+    assert service.cores(0.0005) == pytest.approx(5.0)
+    assert service.gpus() == pytest.approx(10_000 * 50 * 2 * 1.24e9 / (989e12 * 0.3))
+
+
+def test_the_constants_are_those_of_the_program() -> None:
+    """What the arithmetic takes from the code is what stands there; the 1B model is the benchmarks' own."""
+    assert scaling.Search().slots == placement.GPU_SLOTS
+    assert prompt_store.MAX_BYTES == scaling.DEFAULT_BYTES and prompt_store.POLL_SECONDS == scaling.POLL_S
+    source = Path(search_module.__file__).read_text()
+    assert f"max_concurrency={scaling.ACTOR_CALLS}" in source, "scaling.md says what this number means"
+    size, service = SIZES["1B"], scaling.Service()
+    assert (size.layers, size.kv_heads * size.width // size.heads) == (service.layers, service.kv_width)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_reports_go_through_the_broker(together: bool) -> None:
+    """As many as were asked for, also with trials that are over, whether workers report at once or in turn."""
+    spent = asyncio.run(asyncio.wait_for(scaling.deliver(3, 2, over=5, wanted=30, together=together), 60))
+    assert spent > 0
+
+
+def test_the_bytes_of_a_prompt_are_those_that_its_tensors_have() -> None:
+    """The store counts what the arithmetic counts: keys and values of each layer and virtual token."""
+    found = prompt_stores.measure_here(30, 10)
+    toy = SIZES["toy"]
+    width = toy.kv_heads * toy.width // toy.heads
+    assert found["keys and values"] == 2 * toy.layers * width * prompt_stores.LENGTH * 4
+    assert min(found[name] for name in ("load", "lookup", "request", "metrics, bytes")) > 0
+
+
+@pytest.mark.slow
+def test_all_of_it_runs_at_toy_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every line says whether it was measured, extrapolated, assumed or measured earlier."""
+    assert main(["scaling", "--toy"], tmp_path) == 0
+    rows = json.loads((tmp_path / "scaling.json").read_text())["rows"]
+    kinds = {scaling.MEASURED, scaling.EXTRAPOLATED, scaling.EARLIER, scaling.ASSUMED}
+    assert {row["kind"] for row in rows[:-1]} == kinds and rows[-1]["name"] == "load of the machine"
+    assert "store of 20 prompts" in capsys.readouterr().out
+
+
+def test_the_page_says_which_figures_are_which() -> None:
+    """Each table of docs/scaling.md has a column that says it."""
+    text = (ROOT / "docs" / "scaling.md").read_text()
+    heads = re.findall(r"^(\|.*\|)\n\|[-|: ]+\|$", text, re.MULTILINE)
+    assert len(heads) >= 3 and all("kind" in head or "measured" in head for head in heads)
