@@ -100,7 +100,6 @@ class Request:
             },
             "job": self.package.job.model_dump(mode="json"),
             "on_the_cluster": list(self.package.elsewhere),
-            "notes": list(self.environment.notes),
         }
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from orchestrator.errors import BadInput, Interrupted, Unreachable
 from orchestrator.spec import JobSpec
@@ -25,6 +26,7 @@ from orchestrator.submission.request import ENTRYPOINT, SEARCH_KEY, STOP_SECONDS
 PATIENCE_S = 60.0  # how long a cluster that does not answer is waited for
 RETURN_S = 600.0  # the same where the job would be submitted again: a new head takes minutes
 PAUSE_S = 1.0
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 Say = Callable[[str], None]
 
 
@@ -42,7 +44,7 @@ class Submission:
 
     def document(self) -> dict[str, Any]:
         """What ``--dry-run`` shows."""
-        return {**self.request.document(self.cluster.address), "retries": self.retries}
+        return {**self.request.document(self.cluster.address), "retries": self.retries, "notes": warnings(self)}
 
 
 def make_submission(
@@ -76,6 +78,18 @@ def make_submission(
     return Submission(request, Cluster(address), retries)
 
 
+def warnings(submission: Submission) -> list[str]:
+    """What a submission may not have meant."""
+    request, found = submission.request, list(submission.request.environment.notes)
+    if submission.retries and request.home is None:
+        found.append("without --home a search is kept on its driver's node: lost with that, it begins again")
+    if urlsplit(submission.cluster.address).hostname not in LOOPBACK:
+        for name, value in request.environment.public.items():
+            if urlsplit(value).hostname in LOOPBACK or value.startswith("sqlite:"):
+                found.append(f"{name}={value} means the node that the driver runs on, and not this machine")
+    return found
+
+
 @dataclass(frozen=True)
 class Attempt:
     """A job that is there: submitted by this command, or found."""
@@ -95,7 +109,7 @@ def submit_job(submission: Submission, say: Say, show: Say, wait: bool = True) -
     Interrupted when it is this command that was interrupted: the job goes on.
     """
     cluster = submission.cluster
-    for note in submission.request.environment.notes:
+    for note in warnings(submission):
         say(note)
     for path in submission.request.package.elsewhere:
         say(f"{path} is not packed: the cluster has to have it")
