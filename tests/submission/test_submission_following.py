@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from orchestrator.submission.follow import Forgotten, Lines, follow
 from orchestrator.submission.outcome import failure, is_lost, result_in, result_line, visible
 from orchestrator.submission.submit import Attempt, next_attempt
 
+JOBS = Path(__file__).parents[2] / "jobs"
 BASE = "tiny-0123456789ab"
 
 
@@ -167,7 +169,7 @@ def answers() -> Iterator[Answers]:
 def test_a_cluster_of_an_older_ray_is_refused(answers: Answers, command: Command) -> None:
     """Before anything is packed or sent, with both versions."""
     answers.version("2.9.3")
-    said = command("submit", "jobs/quickstart.yaml", "--address", answers.url)
+    said = command("submit", JOBS / "quickstart.yaml", "--address", answers.url)
     assert said.code == 2 and "runs Ray 2.9.3" in said.err and "newer image" in said.err
     assert {line.split()[0] for line in answers.asked} == {"GET"}
 
