@@ -16,7 +16,6 @@ import mlflow
 import pytest
 from mlflow.entities import Run
 from ray_processes import RayProcesses
-from ray_state import eventually
 from small_jobs import Said, close, search_runs, write_job
 
 from orchestrator.submission.outcome import MARK
@@ -53,6 +52,7 @@ class Orchestrator:
             self.cluster.network.inside(0, command),
             env=self.cluster.environment | code | variables, cwd=self.folder,
             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+            preexec_fn=heed_interrupts,
         )  # fmt: skip
 
     def __call__(self, *arguments: Any, **variables: str) -> Said:
@@ -87,8 +87,21 @@ def heard(process: subprocess.Popen[str], wanted: Callable[[str], bool]) -> str:
     return "".join(said)
 
 
-def until_logged(orchestrator: Orchestrator, job: str, text: str) -> None:
-    assert eventually(lambda: text in orchestrator("logs", job).out), orchestrator("logs", job).out
+def following(orchestrator: Orchestrator, job: str, text: str) -> subprocess.Popen[str]:
+    """``logs --follow``, once the log has the text."""
+    process = orchestrator.start("logs", job, "--follow")
+    assert process.stdout is not None
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if text in line:
+            return process
+    raise AssertionError("".join(said))
+
+
+def heed_interrupts() -> None:
+    """A job in the background of a script is told to ignore interrupts, and passes that on; a terminal's is not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_a_job_submitted_twice_runs_once(orchestrator: Orchestrator, tmp_path: Path) -> None:
@@ -147,12 +160,11 @@ def test_a_stopped_job_is_closed_and_goes_on(orchestrator: Orchestrator, tmp_pat
     job = write_job(tmp_path, **HOURS, resources={"workers": 1, "cpus_per_worker": 1, "trials_per_worker": 2})
     line = ("submit", job, "--home", orchestrator.home)
     name = orchestrator(*line, "--no-wait").out.strip()
-    until_logged(orchestrator, name, " step 20/")
-    following = orchestrator.start("logs", name, "--follow")
+    follower = following(orchestrator, name, " step 20/")
     stopped = orchestrator("stop", name, "--json")
     assert stopped.document == {"id": name, "stopped": True, "status": "stopped"}
-    out, err = following.communicate(timeout=LIMIT_S)
-    assert following.returncode == 130 and f"job {name} was stopped" in err and " step 20/" in out
+    out, err = follower.communicate(timeout=LIMIT_S)
+    assert follower.returncode == 130 and f"job {name} was stopped" in err
     assert f"next: orchestrator resume {name}" in out  # the driver's own farewell: it was not killed
     assert {run.info.status for run in orchestrator.runs} == {"KILLED"}
 
