@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import threading
+import zipfile
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 
 import pytest
 import ray
-from small_jobs import Command
+from small_jobs import Command, write_job
 
 from orchestrator.errors import BadInput, Interrupted, JobFailed, Unreachable
 from orchestrator.submission.cluster import Cluster, Job
@@ -129,12 +131,16 @@ class Answers:
     def __init__(self) -> None:
         self.routes: dict[str, tuple[int, Any]] = {}
         self.asked: list[str] = []
+        self.bodies: dict[str, bytes] = {}
         told = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 told.asked.append(f"{self.command} {self.path}")
-                status, body = told.routes.get(self.path, (404, "no such job"))
+                if length := int(self.headers.get("Content-Length") or 0):
+                    told.bodies[f"{self.command} {self.path}"] = self.rfile.read(length)
+                known = told.routes.get(f"{self.command} {self.path}") or told.routes.get(self.path)
+                status, body = known or (200 if self.command == "PUT" else 404, "no such job")
                 data = (body if isinstance(body, str) else json.dumps(body)).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(data)))
@@ -153,8 +159,7 @@ class Answers:
         self.routes["/api/version"] = (200, {"version": "4", "ray_version": found, "ray_commit": "x"})
 
     def job(self, name: str, **fields: Any) -> None:
-        known = {"type": "SUBMISSION", "submission_id": name, "entrypoint": "e", "start_time": 1000}
-        self.routes[f"/api/jobs/{name}"] = (200, known | fields)
+        self.routes[f"/api/jobs/{name}"] = (200, listed(name, **fields))
 
 
 @pytest.fixture
@@ -181,6 +186,44 @@ def test_a_cluster_of_a_newer_ray_is_noted(answers: Answers) -> None:
     assert "2.99.0" in note and ray.__version__ in note
     answers.version(ray.__version__)
     assert Cluster(answers.url).connect() == []
+
+
+def test_what_is_sent(answers: Answers, command: Command, tmp_path: Path) -> None:
+    """The packages hold the spec with its files and this code; the job names them by their content, and nothing of this
+    machine's folders is left in it."""
+    answers.routes["GET /api/jobs/"] = (200, [])
+    answers.routes["POST /api/jobs/"] = (200, {"job_id": BASE, "submission_id": BASE})
+    pip = tmp_path / "more.txt"
+    pip.write_text("optuna==5.0.0\n")
+    job = write_job(tmp_path, base_model__id="owner/model")
+    options = ("--no-wait", "--env", "HF_TOKEN=t", "--pip", pip, "--label", "project=p", "--home", "/mnt/searches")
+    said = command("submit", job, "--address", answers.url, *options)
+    assert said.code == 0, said.err
+    name = said.out.strip()
+    assert f"orchestrator stop {name}" in said.err
+    sent = json.loads(answers.bodies["POST /api/jobs/"])
+    assert (sent["submission_id"], sent["entrypoint"]) == (name, "python -m orchestrator on-cluster")
+    assert sent["metadata"] | {"label.project": "p", "search": name, "name": "tiny"} == sent["metadata"]
+    environment = sent["runtime_env"]
+    assert environment["env_vars"] | {"HF_TOKEN": "t", "ORCHESTRATOR_HOME": "/mnt/searches"} == environment["env_vars"]
+    assert environment["pip"]["packages"] == ["optuna==5.0.0"]
+    assert str(tmp_path) not in json.dumps(sent)
+    uploaded = {path.rpartition("/")[2]: body for path, body in answers.bodies.items() if path.startswith("PUT")}
+    packages = [zipfile.ZipFile(io.BytesIO(uploaded[uri.removeprefix("gcs://")])).namelist() for uri in (
+        environment["working_dir"], *environment["py_modules"])]  # fmt: skip
+    assert {"job.yaml", "inputs/data-path-train.jsonl"} <= set(packages[0])
+    assert {"orchestrator/__main__.py", "orchestrator/submission/submit.py"} <= set(packages[1])
+
+    answers.asked.clear()
+    answers.routes["GET /api/jobs/"] = (200, [listed(name, "RUNNING")])
+    again = command("submit", job, "--address", answers.url, *options, "--json")
+    assert again.document["status"] == "attached" and again.document["id"] == name
+    assert {line.split()[0] for line in answers.asked} == {"GET"}
+
+
+def listed(name: str, status: str, **fields: Any) -> dict[str, Any]:
+    known = {"type": "SUBMISSION", "submission_id": name, "entrypoint": "e", "start_time": 1000, "status": status}
+    return known | fields
 
 
 def test_an_address_given_wins_over_the_environment(answers: Answers, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,23 +266,23 @@ def test_a_cluster_that_is_away(command: Command) -> None:
 def test_jobs_are_listed_for_people_and_programs(answers: Answers, command: Command) -> None:
     """Names, users and labels are in both; nothing of the environment is."""
     metadata = {"name": "tiny", "search": BASE, "user": "ada", "label.project": "p"}
-    one = {"type": "SUBMISSION", "submission_id": BASE, "entrypoint": "e", "status": "SUCCEEDED", "start_time": 1000,
-           "end_time": 61000, "metadata": metadata, "driver_exit_code": 0,
-           "runtime_env": {"env_vars": {"HF_TOKEN": "hf_verysecret"}}}  # fmt: skip
+    secret = {"env_vars": {"HF_TOKEN": "hf_verysecret"}}
+    fields = {"end_time": 61000, "metadata": metadata, "driver_exit_code": 0, "runtime_env": secret}
+    one = listed(BASE, "SUCCEEDED", **fields)
     answers.routes["/api/jobs/"] = (
         200,
         [one, {"type": "DRIVER", "job_id": "01", "entrypoint": "e", "status": "RUNNING"}],
     )
     said = command("jobs", "--address", answers.url)
     assert "1 min 0 s" in said.out and "ada" in said.out and "project=p" in said.out and "verysecret" not in said.out
-    (listed,) = command("jobs", "--address", answers.url, "--json").document
-    assert (listed["id"], listed["status"], listed["labels"], listed["seconds"]) == (
+    (shown,) = command("jobs", "--address", answers.url, "--json").document
+    assert (shown["id"], shown["status"], shown["labels"], shown["seconds"]) == (
         BASE,
         "succeeded",
         {"project": "p"},
         60,
     )
-    assert listed["submitted"] == "1970-01-01T00:00:01+00:00"
+    assert shown["submitted"] == "1970-01-01T00:00:01+00:00"
     answers.routes["/api/jobs/"] = (200, [])
     assert "no job was submitted" in command("jobs", "--address", answers.url).out
 
