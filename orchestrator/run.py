@@ -94,12 +94,17 @@ class Clock:
 
 
 def run_job(
-    job: JobSpec, progress: Progress, address: str | None = None, verbose: bool = False, planned: bool = False
+    job: JobSpec,
+    progress: Progress,
+    address: str | None = None,
+    verbose: bool = False,
+    planned: bool = False,
+    folder: SearchFolder | None = None,
 ) -> dict[str, Any]:
     """Run the job; returns the document of ``run --json``. Raises OrchestratorError; nothing half-made stays behind.
 
-    ``planned``: measure first, and keep the estimate beside the outcome. An interrupt raises Interrupted, once there is
-    a search that can be resumed.
+    ``planned``: measure first, and keep the estimate beside the outcome. ``folder``: keep the search there; one of its
+    own unless given. An interrupt raises Interrupted, once there is a search that can be resumed.
     """
     clock = Clock()
     registry = Registry()
@@ -113,7 +118,7 @@ def run_job(
     with ray_session(address, verbose) as ours:
         clock.mark("ray")
         placement = placed(prepared)
-        folder = SearchFolder.new(job.name)
+        folder = folder or SearchFolder.new(job.name)
         with folder.locked(), going_on(folder):
             return Pipeline(prepared, registry, progress, clock, folder, pins, planned=planned).run(placement, ours)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 from collections.abc import Mapping
 from functools import lru_cache
@@ -15,6 +17,7 @@ from orchestrator.search.prepare import EVALUATED as SPLITS
 from orchestrator.search.prepare import Prepared
 from orchestrator.space import TrialSpec
 from orchestrator.spec import JobSpec
+from orchestrator.submission import LABELS
 
 GIT_SECONDS = 5.0
 COMPARED = ("seconds", "device_hours", "trained_steps")  # what a plan says beforehand
@@ -32,7 +35,18 @@ def search_tags(prepared: Prepared, search: str) -> dict[str, Any]:
         "orchestrator.version": __version__,
         "orchestrator.data_fingerprint": prepared.rows.fingerprint,
     }
-    return tags | ({"mlflow.source.git.commit": commit} if (commit := code_commit()) else {})
+    return tags | label_tags() | ({"mlflow.source.git.commit": commit} if (commit := code_commit()) else {})
+
+
+def label_tags() -> dict[str, str]:
+    """Who submitted the search and what for, where it runs as a job on a cluster: costs are attributed by it."""
+    try:
+        given = json.loads(os.environ.get(LABELS, "{}"))
+    except ValueError:  # somebody else's variable; no reason to fail a search
+        return {}
+    return (
+        {f"orchestrator.label.{name}": str(value) for name, value in given.items()} if isinstance(given, dict) else {}
+    )
 
 
 def outcome_tags(took: Mapping[str, float], planned: Mapping[str, float]) -> dict[str, str]:

@@ -89,6 +89,20 @@ def test_version_and_help(command: Command) -> None:
     assert command("--version").out.startswith("orchestrator 0.")
     shown = command("--help").out
     registry = ("models", "promote", "rollback", "export", "import", "inspect")
-    for verb in ("validate", "plan", "run", *registry, "serve", "query", "ui", "doctor", "schema"):
+    for verb in (
+        "validate",
+        "plan",
+        "run",
+        "submit",
+        "jobs",
+        "logs",
+        "stop",
+        *registry,
+        "serve",
+        "query",
+        "ui",
+        "doctor",
+        "schema",
+    ):
         assert f" {verb} " in shown
     assert command().code in (0, 2)  # without a verb: the help

@@ -14,6 +14,7 @@ ONLY_IN = {
     "ray.train": "search/worker.py",
     "ray.serve": "serving/app.py",
     "optuna": "search/tpe.py",
+    "ray.job_submission": "submission/cluster.py",
 }
 
 
@@ -29,7 +30,7 @@ def imported(file: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("module", ONLY_IN)
 def test_each_heavy_integration_is_imported_by_one_file_only(module: str) -> None:
-    """ray.tune, ray.train, ray.serve and optuna each have one importer."""
+    """ray.tune, ray.train, ray.serve, ray.job_submission and optuna each have one importer."""
     importers = {
         str(file.relative_to(PACKAGE))
         for file in PACKAGE.rglob("*.py")

@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 
-from orchestrator.errors import Unreachable
+from orchestrator.errors import BadInput, Unreachable
 from orchestrator.search.placement import Node
 from orchestrator.sigterm import sigterm_kept
 
@@ -66,7 +66,11 @@ def ray_session(address: str | None = None, verbose: bool = False) -> Iterator[b
 
 def check_answers(address: str) -> None:
     """Raise Unreachable within seconds when nobody speaks gRPC at HOST:PORT; Ray itself would try for two minutes and
-    then end the process."""
+    then end the process. BadInput for a dashboard's address."""
+    if address.startswith(("http://", "https://")):
+        raise BadInput(
+            f"{address} is a dashboard's address, to which jobs are submitted", "orchestrator submit JOB --address URL"
+        )
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdecimal() or "/" in host:
         return  # auto, local, or a form that Ray refuses itself

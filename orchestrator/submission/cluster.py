@@ -1,0 +1,261 @@
+"""Ray's job server, with its errors in the words of our own tree. The only importer of ``ray.job_submission``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+from orchestrator.errors import BadInput, OrchestratorError, Unreachable
+from orchestrator.submission.environment import masked
+
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"  # of `ray start --head` here, or of a forwarded port
+OLDEST_RAY = (2, 60)  # what pyproject.toml asks for
+ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # Ray's client would prefer these to the address it is given
+ANSWER_S = (10.0, 120.0)  # to connect, and to answer
+ENDED = ("succeeded", "failed", "stopped")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the cluster knows of a job. ``status`` is pending, running, succeeded, failed or stopped; times are in
+    seconds since 1970, None before they are known."""
+
+    id: str
+    status: str
+    exit_code: int | None
+    error_type: str
+    message: str
+    metadata: Mapping[str, str]
+    started: float | None
+    ended: float | None
+
+    @property
+    def is_over(self) -> bool:
+        return self.status in ENDED
+
+    @property
+    def seconds(self) -> float | None:
+        """How long it took, or has taken so far."""
+        return None if self.started is None else (self.ended or time.time()) - self.started
+
+
+class AlreadyThere(OrchestratorError):
+    """The cluster has a job of that id: somebody else was first."""
+
+
+class Cluster:
+    """The job server at a dashboard's address."""
+
+    def __init__(self, address: str | None = None) -> None:
+        """Raises BadInput for what is no dashboard's address; nothing is asked yet."""
+        self.address = checked_address(address or DEFAULT_ADDRESS)
+        self._client: Any = None
+
+    @property
+    def shown(self) -> str:
+        return masked(self.address)
+
+    def connect(self) -> list[str]:
+        """Look whether the cluster answers, takes the token and has a Ray that this release works with; what is worth
+        saying of it. Raises Unreachable or BadInput."""
+        import ray
+
+        with self._translated():
+            self._client = _client(self.address)
+        found = self._client.ray_version
+        if _release(found) < OLDEST_RAY:
+            raise BadInput(
+                f"the cluster at {self.shown} runs Ray {found}, and this release needs "
+                f"{'.'.join(map(str, OLDEST_RAY))} or newer",
+                "submit to a cluster with a newer image",
+            )
+        if _release(found) != _release(ray.__version__):
+            return [f"the cluster runs Ray {found}, and here it is {ray.__version__}: the job runs on the cluster's"]
+        return []
+
+    def job(self, job_id: str) -> Job | None:
+        """None when the cluster knows none of that id."""
+        with self._translated():
+            try:
+                return _job(self._connected().get_job_info(job_id))
+            except RuntimeError as error:
+                if _code(error) == 404:
+                    return None
+                raise
+
+    def jobs(self) -> list[Job]:
+        """Every submitted job that the cluster remembers, the newest last."""
+        with self._translated():
+            found = [_job(details) for details in self._connected().list_jobs() if details.submission_id]
+        return sorted(found, key=lambda job: (job.started or 0.0, job.id))
+
+    def submit(self, **request: Any) -> None:
+        """Upload and start. Raises AlreadyThere when there is a job of that id."""
+        with self._translated():
+            try:
+                self._connected().submit_job(**request)
+            except RuntimeError as error:
+                if "already exists" in str(error):
+                    raise AlreadyThere(f"there is a job {request['submission_id']} already") from None
+                raise
+
+    def stop(self, job_id: str) -> None:
+        with self._translated():
+            self._connected().stop_job(job_id)
+
+    def log(self, job_id: str) -> str:
+        """What the job has said so far; empty before it has started, and when the log is gone with its node."""
+        with self._translated():
+            try:
+                return cast(str, self._connected().get_job_logs(job_id) or "")
+            except RuntimeError as error:
+                if _code(error) in (400, 404, 500):  # 500: the node that has the log does not answer
+                    return ""
+                raise
+
+    async def tail(self, job_id: str) -> AsyncIterator[str]:
+        """The log from its beginning, as it grows, until the job is over."""
+        with self._translated():
+            async for text in self._connected().tail_job_logs(job_id):
+                yield text
+
+    def _connected(self) -> Any:
+        if self._client is None:
+            self.connect()
+        return self._client
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+
+        import aiohttp
+        import requests
+        from ray.exceptions import AuthenticationError
+
+        try:
+            yield
+        except OrchestratorError:
+            raise
+        except AuthenticationError as error:
+            raise self._locked(str(error)) from None
+        except (TimeoutError, requests.RequestException, aiohttp.ClientError, OSError) as error:
+            raise self._silent(_reason(error)) from None
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:  # what answers is no Ray, or is in trouble
+            raise self._silent(
+                masked(str(error).strip().splitlines()[-1][:300] if str(error).strip() else "")
+            ) from None
+
+    def _locked(self, text: str) -> BadInput:
+        given = "refuses the token" if text.startswith("Authentication failed") else "asks for a token"
+        return BadInput(
+            f"the cluster at {self.shown} {given}",
+            "set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file; on the head, `ray get-auth-token` prints it",
+        )
+
+    def _silent(self, reason: str) -> Unreachable:
+        return Unreachable(
+            f"no Ray cluster answers at {self.shown}: {reason}",
+            f"give --address the dashboard of the cluster's head, such as {DEFAULT_ADDRESS}; on Kubernetes forward its "
+            "port: kubectl port-forward service/NAME-head-svc 8265",
+        )
+
+
+def checked_address(text: str) -> str:
+    """The address without a slash at its end. Raises BadInput unless it is a dashboard's."""
+    parts = urlsplit(text)
+    try:
+        if parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port):
+            return text.rstrip("/")
+    except ValueError:  # a port that is none
+        pass
+    host = re.sub(r"^\w+://|:.*$", "", text) or "HOST"
+    named = host if re.fullmatch(r"[\w.-]+", host) and host not in ("auto", "local") else "HOST"
+    raise BadInput(
+        f"{masked(text)!r} is not the address of a dashboard, to which jobs are submitted",
+        f"give --address http://{named}:8265 (RAY_API_SERVER_ADDRESS and RAY_ADDRESS are read too)",
+    )
+
+
+def token(here: Mapping[str, str]) -> str | None:
+    """The token that was given for the cluster, found as Ray finds it. Raises BadInput for a file that can't be read.
+
+    The one in the home folder, which belongs to this machine's own Ray, only goes out when RAY_AUTH_MODE asks for it.
+    """
+    if here.get("RAY_AUTH_MODE", "").lower() == "disabled":
+        return None
+    if text := here.get("RAY_AUTH_TOKEN", "").strip():
+        return text
+    path = here.get("RAY_AUTH_TOKEN_PATH")
+    if not path and here.get("RAY_AUTH_MODE", "").lower() == "token":
+        own = Path.home() / ".ray" / "auth_token"
+        path = str(own) if own.is_file() else None
+    if not path:
+        return None
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "is not text"
+        raise BadInput(f"RAY_AUTH_TOKEN_PATH {path}: {reason}", "name the file that holds the token") from None
+
+
+def _client(address: str) -> Any:
+    """Ray's client for the address, with a limit for each request, which Ray sets none for."""
+    from ray.job_submission import JobSubmissionClient
+
+    for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+    class Client(JobSubmissionClient):
+        @property
+        def ray_version(self) -> str:
+            return str(self._server_ray_version)
+
+        def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
+            return super()._do_request(method, endpoint, **{"timeout": ANSWER_S, **options})
+
+    given = token(os.environ)
+    kept = {name: os.environ.pop(name) for name in ADDRESSES if name in os.environ}
+    try:
+        return Client(address, headers={"Authorization": f"Bearer {given}"} if given else None)
+    finally:
+        os.environ.update(kept)
+
+
+def _job(details: Any) -> Job:
+    return Job(
+        id=details.submission_id or details.job_id,
+        status=str(details.status).lower(),
+        exit_code=details.driver_exit_code,
+        error_type=str(getattr(details.error_type, "value", details.error_type) or ""),
+        message=details.message or "",
+        metadata=details.metadata or {},
+        started=details.start_time / 1000 if details.start_time else None,
+        ended=details.end_time / 1000 if details.end_time else None,
+    )
+
+
+def _code(error: Exception) -> int | None:
+    found = re.search(r"status code (\d{3})", str(error))
+    return int(found[1]) if found else None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+
+
+def _reason(error: BaseException) -> str:
+    """An error's kind in words: the text of requests' own errors is a chain of objects."""
+    text = str(error)
+    for known in ("Connection refused", "Name or service not known", "timed out", "No route to host", "CERTIFICATE"):
+        if known.lower() in text.lower():
+            return known if known != "CERTIFICATE" else "its certificate is not trusted here"
+    if isinstance(error, ConnectionError) and text.startswith("Failed to connect"):
+        return "nobody listens there"
+    return type(error).__name__

@@ -1,0 +1,83 @@
+"""What a job on a cluster is told of this machine's environment, and how little of it is shown.
+
+Ray keeps a job's environment variables where everybody who may list the cluster's jobs can read them. So secrets stay
+here unless they are asked for by name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from orchestrator.errors import BadInput
+
+MLFLOW = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
+HUB = "HF_"
+PLACE = re.compile(r"_(HOME|CACHE|PATH|DIR|FILE)$")  # folders of this machine, which mean nothing elsewhere
+SECRET = re.compile(r"TOKEN|PASSWORD|SECRET|CREDENTIAL|(^|_)KEY($|_)|^MLFLOW_TRACKING_USERNAME$")
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+OURS = re.compile(r"^(ORCHESTRATOR_|RAY_)")
+HIDDEN = "***"
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Variables for a job: ``public`` ones may be shown, ``private`` ones never are; what is worth saying of them."""
+
+    public: dict[str, str]
+    private: dict[str, str]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def variables(self) -> dict[str, str]:
+        return {**self.public, **self.private}
+
+    def shown(self) -> dict[str, str]:
+        return {**self.public, **dict.fromkeys(self.private, HIDDEN)}
+
+
+def forwarded(here: Mapping[str, str], asked: Sequence[str] = ()) -> Environment:
+    """The addresses of MLflow and the settings of the hub, and what was ``asked`` for as NAME or NAME=VALUE.
+
+    Raises BadInput for a name that is not set or not allowed, and for an address with a password in it.
+    """
+    private = dict(_asked(text, here) for text in asked)
+    known = {name: value for name, value in here.items() if value and (name in MLFLOW or name.startswith(HUB))}
+    public = {name: value for name, value in known.items() if not (PLACE.search(name) or SECRET.search(name))}
+    public = {name: value for name, value in sorted(public.items()) if name not in private}
+    for name, value in public.items():
+        if "@" in urlsplit(value).netloc:
+            raise BadInput(
+                f"{name} holds a login, and whoever may list the cluster's jobs could read it",
+                f"set MLFLOW_TRACKING_USERNAME and _PASSWORD on the cluster's nodes, or pass it anyway: --env {name}",
+            )
+    return Environment(public, private, tuple(_kept_back(here, private)))
+
+
+def _asked(text: str, here: Mapping[str, str]) -> tuple[str, str]:
+    name, given, value = text.partition("=")
+    if not NAME.fullmatch(name):
+        raise BadInput(f"--env {name!r} is not the name of a variable", "write --env NAME or --env NAME=VALUE")
+    if OURS.match(name):
+        raise BadInput(f"--env {name} is not for a job to set: Ray and this program use it", "leave it out")
+    if not given and name not in here:
+        raise BadInput(f"--env {name}: {name} is not set here", f"set it, or write --env {name}=VALUE")
+    return name, value if given else here[name]
+
+
+def _kept_back(here: Mapping[str, str], private: Mapping[str, str]) -> list[str]:
+    names = [name for name in sorted(here) if name.startswith((HUB, "MLFLOW_TRACKING_")) and name not in private]
+    secrets = ", ".join(name for name in names if SECRET.search(name))
+    if not secrets:
+        return []
+    return [
+        f"{secrets} stays here, since whoever may list the cluster's jobs could read it: set it on the cluster's "
+        "nodes, or pass it with --env"
+    ]
+
+
+def masked(text: str) -> str:
+    """The text without the logins of the addresses in it."""
+    return re.sub(r"(://)[^/@\s]*@", rf"\1{HIDDEN}@", text)

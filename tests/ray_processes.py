@@ -1,0 +1,179 @@
+"""A Ray cluster as people start one: ``ray start`` for a head and a worker, with a token, each in its own network."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+HEAD, WORKER = "10.187.0.1", "10.187.0.2"
+LIMIT_S = 120.0  # only what hangs takes this long
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+OURS = ("RAY_", "MLFLOW_", "ORCHESTRATOR_", "PYTHONPATH")  # of this process's environment, nothing that would leak in
+
+
+class Network:
+    """Two network namespaces with a wire between them, held by a process each that also has mounts of its own; without
+    the right to make them, the loopback of this machine."""
+
+    def __init__(self) -> None:
+        self.holders: list[subprocess.Popen[bytes]] = []
+        self.apart = os.geteuid() == 0 and bool(shutil.which("ip")) and self._made()
+
+    def _made(self) -> bool:
+        try:
+            for _ in (HEAD, WORKER):
+                holder = subprocess.Popen(["unshare", "--net", "--mount", "sleep", "100000"], stderr=subprocess.DEVNULL)
+                self.holders.append(holder)
+            ours = os.readlink("/proc/self/ns/mnt")
+            deadline = time.monotonic() + 5
+            while any(os.readlink(f"/proc/{it.pid}/ns/mnt") == ours for it in self.holders):
+                if time.monotonic() > deadline or any(it.poll() is not None for it in self.holders):
+                    raise OSError("no namespace of its own")
+                time.sleep(0.01)
+            one, other = (str(holder.pid) for holder in self.holders)
+            ends = ["ip", "link", "add", "name", "wire", "netns", one, "type", "veth"]
+            subprocess.run([*ends, "peer", "name", "wire", "netns", other], check=True, capture_output=True)
+            for node, address in enumerate((HEAD, WORKER)):
+                up = ("link set wire up", "link set lo up", "route add default dev wire")
+                for command in (f"addr add {address}/24 dev wire", *up):
+                    subprocess.run(self.inside(node, ["ip", *command.split()]), check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            self.close()
+            return False
+        return True
+
+    def inside(self, node: int, command: list[str]) -> list[str]:
+        """The command as a process of a node's network: 0 is the head's, 1 the worker's."""
+        if not self.holders:
+            return command
+        spaces = f"/proc/{self.holders[node].pid}/ns"
+        return ["nsenter", f"--net={spaces}/net", f"--mount={spaces}/mnt", "--wd=.", *command]
+
+    def address(self, node: int) -> str:
+        return (HEAD, WORKER)[node] if self.apart else "127.0.0.1"
+
+    def close(self) -> None:
+        for holder in self.holders:
+            holder.kill()
+            holder.wait()
+        self.holders = []
+
+
+class RayProcesses:
+    """A head whose dashboard listens on its loopback, and a worker; both started with ``ray start --block``."""
+
+    def __init__(self, cpus: int = 1) -> None:
+        self.network = Network()
+        self.cpus = cpus
+        self.folder = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))  # short: sockets lie in it
+        self.token = self.folder / "token"
+        self.token.write_text(secrets.token_hex(32), encoding="utf-8")
+        self.port, self.dashboard, self.client, *self.agents = free_ports(7)
+        (self.folder / "t").mkdir()
+        if self.network.apart:  # a node knows itself by a file in there, so the worker needs another disk at that place
+            disk = ["mount", "-t", "tmpfs", "tmpfs", str(self.folder / "t")]
+            subprocess.run(self.network.inside(1, disk), check=True)
+        self.url = f"http://127.0.0.1:{self.dashboard}"
+        self.nodes: dict[int, subprocess.Popen[bytes]] = {}
+        self.processes: dict[int, list[psutil.Process]] = {}
+
+    @property
+    def environment(self) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
+        path = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
+        return kept | QUIET | {"PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token)}
+
+    def start(self) -> None:
+        self.start_node(0)
+        self.start_node(1)
+        self.await_nodes(2)
+
+    def start_node(self, node: int) -> None:
+        where = self.network.address(node)
+        ports = [
+            "--dashboard-agent-listen-port",
+            self.agents[2 * node],
+            "--metrics-export-port",
+            self.agents[2 * node + 1],
+        ]
+        if node == 0:
+            role = ["--head", "--port", self.port, "--dashboard-port", self.dashboard, "--temp-dir", self.folder / "t"]
+            role += ["--dashboard-host", "127.0.0.1", "--ray-client-server-port", self.client]
+        else:
+            role = ["--address", f"{self.network.address(0)}:{self.port}"]
+        command = ["ray", "start", "--block", "--disable-usage-stats", "--node-ip-address", where, *role, *ports]
+        command += ["--num-cpus", self.cpus, "--object-store-memory", 100_000_000]
+        with (self.folder / f"node{node}.log").open("ab") as log:
+            self.nodes[node] = subprocess.Popen(
+                self.network.inside(node, [str(part) for part in command]),
+                env=self.environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+
+    def await_nodes(self, count: int) -> None:
+        """Until the dashboard lists so many nodes that live."""
+        ask = "from ray.util.state import list_nodes; print(sum(it.state == 'ALIVE' for it in list_nodes()))"
+        deadline = time.monotonic() + LIMIT_S
+        found = ""
+        while time.monotonic() < deadline:
+            said = self.run([sys.executable, "-c", ask], RAY_API_SERVER_ADDRESS=self.url, check=False)
+            found = said.stdout.strip() or said.stderr[-500:]
+            if said.stdout.strip() == str(count):
+                return
+            time.sleep(0.5)
+        logs = "".join(file.read_text() for file in sorted(self.folder.glob("node*.log")))
+        raise RuntimeError(f"{found}\n{logs}")
+
+    def run(self, command: list[str], check: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
+        """A command on the head."""
+        return subprocess.run(
+            self.network.inside(0, command),
+            env=self.environment | variables, text=True, capture_output=True, timeout=LIMIT_S, check=check,
+        )  # fmt: skip
+
+    def kill_node(self, node: int) -> None:
+        """End a node as a power cut would, by the ids of its processes."""
+        shell = psutil.Process(self.nodes.pop(node).pid)
+        doomed = [shell, *shell.children(recursive=True)]
+        for process in doomed:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(doomed, timeout=LIMIT_S)
+
+    def close(self) -> list[psutil.Process]:
+        """End both nodes politely; returns the processes that they left behind, which are ended too."""
+        shells = [psutil.Process(node.pid) for node in self.nodes.values()]
+        known = [child for shell in shells for child in [shell, *shell.children(recursive=True)]]
+        for node in self.nodes.values():
+            node.send_signal(signal.SIGTERM)
+        for node in self.nodes.values():
+            with suppress(subprocess.TimeoutExpired):
+                node.wait(30)
+        _, left = psutil.wait_procs(known, timeout=20)
+        for process in left:
+            process.kill()
+        psutil.wait_procs(left, timeout=10)
+        self.network.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return left
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on here."""
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports

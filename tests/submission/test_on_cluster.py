@@ -1,0 +1,71 @@
+"""The cluster's side of a submitted job, in this process and on the session's Ray."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from small_jobs import Command, Recorder, close, search_runs, small_job
+
+from orchestrator.on_cluster import carry_out
+from orchestrator.submission import LABELS, SEARCH
+from orchestrator.submission.outcome import result_in
+from orchestrator.submission.package import pack
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A job as Ray unpacks it, in the working directory, and the environment of an attempt at a search."""
+    (tmp_path / "source").mkdir()
+    job = small_job(tmp_path / "source", search__trials=2, train={"steps": 4, "batch_size": 4, "evaluate_every": 4})
+    folder = tmp_path / "package"
+    pack(job).write(folder)
+    shutil.rmtree(tmp_path / "source")
+    monkeypatch.setenv(SEARCH, "tiny-0123456789ab")
+    monkeypatch.setenv("ORCHESTRATOR_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv(LABELS, '{"user": "ada", "project": "p"}')
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_a_search_is_kept_where_the_next_attempt_finds_it(
+    package: Path, tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch, command: Command
+) -> None:
+    """Under the submission's name, with its inputs: another attempt needs nothing of the first one's package. Its runs
+    say who submitted it and what for."""
+    document, job = carry_out(Recorder)
+    assert document["search"] == "tiny-0123456789ab"
+    folder = tmp_path / "home" / "searches" / "tiny-0123456789ab"
+    assert str(folder / "inputs") in str(job.data.path) and (folder / "result.json").is_file()
+    for run in search_runs(f"sqlite:///{tmp_path}/home/mlflow.db"):
+        assert run.data.tags["orchestrator.label.user"] == "ada"
+        assert run.data.tags["orchestrator.label.project"] == "p"
+
+    for child in package.iterdir():
+        shutil.rmtree(child) if child.is_dir() else child.unlink()
+    (folder / "result.json").unlink()  # as if it had died just before its end
+    monkeypatch.chdir(package)
+    said = command("on-cluster")
+    assert said.code == 0 and "going on with search tiny-0123456789ab: 2 of 2 trials are over" in said.err
+    again = result_in(said.out)
+    assert close(again["trials"], [{**trial, "workers": found["workers"]} for trial, found in zip(
+        document["trials"], again["trials"], strict=True)])  # fmt: skip
+    assert again["summary"][0].startswith("search tiny-0123456789ab: 2 trials")
+
+
+def test_an_error_is_left_for_the_submitter(package: Path, command: Command, ray_cluster: None) -> None:
+    """In a line for programs, with the exit code of run."""
+    (package / "inputs" / "data-path-train.jsonl").write_text("{")
+    said = command("on-cluster")
+    error = result_in(said.out)["error"]
+    assert said.code == error["exit_code"] == 2 and "can't be read as jsonl" in error["message"]
+    assert "bad input: " in said.err
+
+
+def test_it_is_no_verb_for_people(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in the help, and refused outside a job."""
+    monkeypatch.delenv(SEARCH, raising=False)
+    said = command("on-cluster")
+    assert said.code == 2 and "orchestrator submit" in said.err
+    assert "on-cluster" not in command("--help").out

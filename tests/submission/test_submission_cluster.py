@@ -1,0 +1,230 @@
+"""Jobs on a real cluster: ``ray start`` for a head and a worker, in networks of their own, with a token."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from mlflow.entities import Run
+from ray_processes import RayProcesses
+from small_jobs import Said, close, search_runs, write_job
+
+from orchestrator.submission.outcome import MARK
+
+LIMIT_S = 250.0  # only what hangs takes this long
+HOURS = {"train": {"steps": 1_000_000, "batch_size": 4, "evaluate_every": 10}, "search__grace_steps": 1_000_000}
+
+pytestmark = pytest.mark.long
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[RayProcesses]:
+    made = RayProcesses()
+    try:
+        made.start()
+        yield made
+    finally:
+        left = made.close()
+    assert left == [], [process.cmdline() for process in left]
+
+
+class Orchestrator:
+    """The command line on the head, as a process of its own."""
+
+    def __init__(self, cluster: RayProcesses, folder: Path) -> None:
+        self.cluster = cluster
+        self.folder = folder
+        self.home = folder / "home"
+
+    def start(self, *arguments: Any, **variables: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "orchestrator", *map(str, arguments), "--address", self.cluster.url]
+        code = {"PYTHONPATH": str(Path(__file__).parents[2])}
+        return subprocess.Popen(
+            self.cluster.network.inside(0, command),
+            env=self.cluster.environment | code | variables, cwd=self.folder,
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+            preexec_fn=heed_interrupts,
+        )  # fmt: skip
+
+    def __call__(self, *arguments: Any, **variables: str) -> Said:
+        process = self.start(*arguments, **variables)
+        try:
+            out, err = process.communicate(timeout=LIMIT_S)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        assert "Traceback" not in err, err
+        return Said(process.returncode, out, err)
+
+    @property
+    def runs(self) -> list[Run]:
+        return search_runs(f"sqlite:///{self.home}/mlflow.db")
+
+
+@pytest.fixture
+def orchestrator(cluster: RayProcesses, tmp_path: Path) -> Orchestrator:
+    return Orchestrator(cluster, tmp_path)
+
+
+def heard(process: subprocess.Popen[str], wanted: Callable[[str], bool]) -> str:
+    """What a process says on standard error up to the wanted line."""
+    assert process.stderr is not None
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if wanted(line):
+            break
+    assert said and wanted(said[-1]), "".join(said)
+    return "".join(said)
+
+
+def following(orchestrator: Orchestrator, job: str, text: str) -> subprocess.Popen[str]:
+    """``logs --follow``, once the log has the text."""
+    process = orchestrator.start("logs", job, "--follow")
+    assert process.stdout is not None
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if text in line:
+            return process
+    raise AssertionError("".join(said))
+
+
+def heed_interrupts() -> None:
+    """A job in the background of a script is told to ignore interrupts, and passes that on; a terminal's is not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def test_a_job_submitted_twice_runs_once(orchestrator: Orchestrator, tmp_path: Path) -> None:
+    """Packed with its data and its model's folder, it runs on both nodes; the second submission attaches, follows and
+    ends with the outcome; jobs and logs tell the same afterwards."""
+    job = write_job(tmp_path, resources={"workers": 2, "cpus_per_worker": 1})
+    line = ("submit", job, "--home", orchestrator.home, "--label", "project=toys", "--json")
+    first = orchestrator(*line, "--no-wait")
+    assert first.code == 0, first.err
+    name = first.document["id"]
+    assert first.document["status"] == "submitted" and name.startswith("tiny-")
+    second = orchestrator(*line)
+    assert second.code == 0, second.err
+    document = second.document
+    assert (document["id"], document["attached"], document["status"]) == (name, True, "succeeded")
+    result = document["result"]
+    assert (result["status"], result["search"], len(result["trials"])) == ("succeeded", name, 8)
+    assert len({worker["node"] for worker in result["workers"].values()}) == 2
+    assert f"job {name} is under way already" in second.err and " step 4/16 " in second.err
+    assert MARK not in second.err
+
+    (listed,) = [one for one in orchestrator("jobs", "--json").document if one["id"] == name]
+    assert (listed["status"], listed["exit_code"], listed["search"]) == ("succeeded", 0, name)
+    assert listed["labels"] == {"project": "toys"} and listed["user"]
+    assert name in orchestrator("jobs").out
+    log = orchestrator("logs", name)
+    assert log.code == 0 and " step 4/16 " in log.out and MARK not in log.out
+    again = orchestrator("logs", name, "--follow", "--json")
+    assert again.code == 0 and again.document["result"] == result
+    assert any(" step 4/16 " in said for said in again.document["log"])
+    stopped = orchestrator("stop", name)
+    assert stopped.code == 0 and f"job {name} has succeeded" in stopped.out
+
+    parents = [run for run in orchestrator.runs if "mlflow.parentRunId" not in run.data.tags]
+    assert [run.data.tags["orchestrator.label.project"] for run in parents] == ["toys"]
+    client = mlflow.MlflowClient(f"sqlite:///{orchestrator.home}/mlflow.db")
+    assert [model.name for model in client.search_registered_models()] == ["tiny"]
+
+
+def test_a_wrong_token_and_an_unknown_job_are_refused(orchestrator: Orchestrator, tmp_path: Path) -> None:
+    """Exit code 2 and the next step, before anything is sent."""
+    job = write_job(tmp_path)
+    wrong = orchestrator("submit", job, RAY_AUTH_TOKEN="0" * 64, RAY_AUTH_TOKEN_PATH="")
+    assert wrong.code == 2 and "refuses the token" in wrong.err and "RAY_AUTH_TOKEN" in wrong.err
+    assert "0" * 64 not in wrong.err
+    none = orchestrator("jobs", RAY_AUTH_MODE="disabled")
+    assert none.code == 2 and "asks for a token" in none.err
+    for verb in (("logs", "no-such"), ("logs", "no-such", "--follow"), ("stop", "no-such")):
+        unknown = orchestrator(*verb)
+        assert unknown.code == 2 and "knows no job 'no-such'" in unknown.err
+
+
+def test_a_stopped_job_is_closed_and_goes_on(orchestrator: Orchestrator, tmp_path: Path) -> None:
+    """stop waits until the MLflow runs are KILLED; following it ends with 130; the same submit goes on with its search;
+    Ctrl-C leaves that running."""
+    job = write_job(tmp_path, **HOURS, resources={"workers": 1, "cpus_per_worker": 1, "trials_per_worker": 2})
+    line = ("submit", job, "--home", orchestrator.home)
+    name = orchestrator(*line, "--no-wait").out.strip()
+    follower = following(orchestrator, name, " step 20/")
+    stopped = orchestrator("stop", name, "--json")
+    assert stopped.document == {"id": name, "stopped": True, "status": "stopped"}
+    out, err = follower.communicate(timeout=LIMIT_S)
+    assert follower.returncode == 130 and f"job {name} was stopped" in err
+    assert f"next: orchestrator resume {name}" in out  # the driver's own farewell: it was not killed
+    assert {run.info.status for run in orchestrator.runs} == {"KILLED"}
+
+    submitter = orchestrator.start(*line)
+    said = heard(submitter, lambda text: "going on with search" in text)
+    assert f"job {name}-2 is submitted" in said and f"going on with search {name}:" in said
+    os.killpg(submitter.pid, signal.SIGINT)
+    _, err = submitter.communicate(timeout=LIMIT_S)
+    assert submitter.returncode == 130
+    assert f"left job {name}-2 running\n  next: orchestrator logs {name}-2 --follow" in err
+    status = {one["id"]: one["status"] for one in orchestrator("jobs", "--json").document}
+    assert status[f"{name}-2"] == "running"
+    assert orchestrator("stop", f"{name}-2").code == 0
+
+
+def test_what_the_image_lacks_is_named(orchestrator: Orchestrator, tmp_path: Path) -> None:
+    """A package that can't be imported on the cluster: exit code 1, its name, and what to do."""
+    shadow = tmp_path / "shadow" / "safetensors"
+    shadow.mkdir(parents=True)
+    (shadow / "__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'safetensors'\")\n")
+    job = write_job(tmp_path)
+    said = orchestrator("submit", job, "--home", orchestrator.home, "--env", f"PYTHONPATH={shadow.parent}")
+    assert said.code == 1
+    assert "lacks the Python package safetensors" in said.err and "--pip FILE" in said.err
+
+
+def test_bad_data_is_the_jobs_own_error(orchestrator: Orchestrator, tmp_path: Path) -> None:
+    """What only the driver can see is refused there, and the submitter exits with the driver's code and words."""
+    said = orchestrator(
+        "submit", write_job(tmp_path), "--home", orchestrator.home, "--set", "data.target=nothing", "--json"
+    )
+    assert said.code == 2
+    assert "data.target names column 'nothing'" in said.document["error"]["message"]
+
+
+@pytest.mark.failure
+def test_a_search_outlives_its_head(cluster: RayProcesses, tmp_path: Path) -> None:
+    """The head dies in the middle of a search and another takes its place: the submitter submits again, the search goes
+    on from its folder, and ends as an undisturbed one."""
+    train = {"steps": 400, "batch_size": 4, "evaluate_every": 50}
+    resources = {"workers": 1, "cpus_per_worker": 1, "trials_per_worker": 1}
+    job = write_job(tmp_path, train=train, search__trials=3, search__scheduler="fifo", resources=resources)
+    whole = Orchestrator(cluster, tmp_path)
+    undisturbed = whole("submit", job, "--home", tmp_path / "whole", "--json")
+    assert undisturbed.code == 0, undisturbed.err
+
+    submitter = whole.start("submit", job, "--home", tmp_path / "disturbed", "--retries", "1", "--json")
+    said = heard(submitter, lambda text: "t001 step 100/" in text)
+    cluster.kill_node(1)
+    cluster.kill_node(0)
+    time.sleep(2)
+    cluster.start()
+    out, err = submitter.communicate(timeout=LIMIT_S)
+    assert submitter.returncode == 0, said + err
+    assert "was lost; submitting it again" in err and "going on with search" in err
+    document = json.loads(out)["result"]
+    expected = undisturbed.document["result"]
+    assert close(trials(document), trials(expected))
+    assert close(document["best"], expected["best"])
+
+
+def trials(document: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{**trial, "workers": None} for trial in document["trials"]]
