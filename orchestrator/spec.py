@@ -188,7 +188,8 @@ class DataSpec(Section):
     """Input text, with the row's columns in braces, for instance "{text}\\nSpam or not?". {*} marks where virtual
     tokens stand (in front of everything without one), {_} where the answer stands (the end without one)."""
     target: Text
-    """Column with the label (with a verbalizer) or with the text to generate (without one)."""
+    """Column with the label (with a verbalizer) or with the text to generate (without one); of a list of texts the
+    first."""
     references: Text | None = None
     """Column with a list of texts that are all right, for bleu, rouge_l and f1; without one, or where a row's list is
     empty, the target."""

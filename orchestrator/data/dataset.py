@@ -90,7 +90,7 @@ def _read(data: DataSpec) -> dict[str, list[Row]]:
     kept = {split: [row for row in rows if _is_wanted(row, data)] for split, rows in found.items()}
     if not any(kept.values()):
         raise BadInput(f"no row is as data.where asks: {data.where}", "correct the values, or leave data.where out")
-    return kept
+    return {split: rows for split, rows in kept.items() if rows}  # a split that has none is set aside from train
 
 
 def _is_wanted(row: Row, data: DataSpec) -> bool:

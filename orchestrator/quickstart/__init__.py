@@ -11,12 +11,12 @@ from pathlib import Path
 from random import Random
 
 from orchestrator.errors import BadInput
-from orchestrator.quickstart.making import Progress, cache_folder, made_once
 from orchestrator.quickstart.corpus import ANSWER_MARK, NO, YES, Question, every_facts
 from orchestrator.quickstart.labels import TASKS as LABEL_TASKS
 from orchestrator.quickstart.labels import words_of
 from orchestrator.quickstart.ladder import RUNGS, ladder_model
 from orchestrator.quickstart.language_model import Recipe, make_language_model
+from orchestrator.quickstart.making import Progress, cache_folder, made_once
 from orchestrator.quickstart.world import Review, reviews
 
 __all__ = [

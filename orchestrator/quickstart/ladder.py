@@ -13,7 +13,6 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from orchestrator.quickstart.making import Progress, made_once
 from orchestrator.quickstart.corpus import Document
 from orchestrator.quickstart.labels import label_documents
 from orchestrator.quickstart.language_model import (
@@ -31,6 +30,7 @@ from orchestrator.quickstart.language_model import (
     train,
     train_tokenizer,
 )
+from orchestrator.quickstart.making import Progress, made_once
 from orchestrator.quickstart.objectives import IGNORED, Pair, cut_in_two, masked, span_corrupted
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def ladder_model(name: str, progress: Progress | None = None, rung: Rung | None 
     def make(folder: Path, shown: Progress) -> None:
         make_rung(folder, rung, shown, base)
 
-    kept = name if base or not rung.kind == "encdec" else name.split("-lm")[0]
+    kept = name if base else name.partition("-lm")[0]
     return made_once(f"{kept}-{rung.digest}", make, f"making the model {kept}, once", progress)
 
 

@@ -62,7 +62,10 @@ def span_corrupted(random: Random, row: Row, label_weight: float, sentinels: Seq
 
 
 def cut_in_two(random: Random, row: Row, label_weight: float, end: int) -> Pair:
-    """The first part is read and the rest said; half of the cuts are in front of a label, and some texts end after it."""
+    """The first part is read and the rest said.
+
+    Half of the cuts are in front of a label, and half of these texts end behind it, as targets of tasks do.
+    """
     starts = [
         place
         for place in range(1, len(row.ids))

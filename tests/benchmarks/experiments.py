@@ -1,4 +1,4 @@
-"""Trains all trials of a job file in one process, without Ray, MLflow or early stopping: for tables of docs/experiments.md.
+"""Trains all trials of a job file in one process, without Ray, MLflow or early stopping, for docs/experiments.md.
 
 ``python -m tests.benchmarks.experiments jobs/init-ablation.yaml --by init [--set KEY=VALUE ...] [--out build/x.json]``
 
@@ -159,7 +159,8 @@ def _shown(value: Any) -> str:
 def table(experiment: Experiment, by: Sequence[str]) -> Iterator[str]:
     """What docs/experiments.md shows: test metric, mean and standard deviation over seeds, and each seed's value."""
     job, metric = experiment.job, experiment.job.search.metric
-    yield f"{job.name}: {job.base_model.id} ({experiment.parameters:,} weights), test {metric}, {experiment.seconds:.0f} s"
+    size = f"{experiment.parameters:,} weights"
+    yield f"{job.name}: {job.base_model.id} ({size}), test {metric}, {experiment.seconds:.0f} s"
     for name, found in experiment.untuned.items():
         yield f"| {name} | {found['test'][metric]:.3f} | | |"
     for line in lines(experiment, by):
