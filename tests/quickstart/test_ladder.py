@@ -104,7 +104,7 @@ def test_labels_are_what_the_task_asks_for(task: str) -> None:
     found = builtin_rows(f"reviews-{task}")
     assert f"reviews-{task}" in BUILTIN_DATA and {split: len(of) for split, of in found.items()} == SPLIT_SIZES
     for row in found["train"]:
-        assert [word in WORDS[facet] for word, facet in zip(row["label"].split(), TASKS[task], strict=True)]
+        assert all(word in WORDS[facet] for word, facet in zip(row["label"].split(), TASKS[task], strict=True))
         assert row["source"] in WORDS["topic"]
     labels = [row["label"] for row in found["train"]]
     for label in set(labels):
