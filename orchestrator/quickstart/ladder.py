@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from orchestrator.quickstart.corpus import Document
 from orchestrator.quickstart.labels import label_documents
@@ -56,14 +56,21 @@ class Rung(Recipe):
 
 
 def _rungs() -> dict[str, Rung]:
-    sizes: Mapping[str, dict[str, Any]] = {
-        "s": {"hidden_size": 64, "layers": 2, "intermediate_size": 172, "documents": 12_000},
-        "m": {"hidden_size": 128, "layers": 3, "intermediate_size": 344, "documents": 12_000},
-        "l": {"hidden_size": 192, "layers": 5, "intermediate_size": 516, "documents": 12_000},
+    # Where only some labels are taken out, it takes twice the documents to see as many.
+    documents: Mapping[Kind, int] = {"causal": 12_000, "encdec": 24_000, "masked": 24_000}
+    shapes: Mapping[Kind, Mapping[str, tuple[int, int]]] = {  # width and layers; of an encoder and of a decoder
+        "causal": {"s": (64, 2), "m": (128, 3), "l": (192, 5)},
+        "encdec": {"s": (64, 2), "m": (96, 3), "l": (128, 4)},
+        "masked": {"s": (64, 2), "m": (128, 3), "l": (192, 5)},
     }
-    kinds: tuple[Kind, ...] = ("causal", "encdec", "masked")
-    made = {f"{kind}-{size}": Rung(kind=kind, **shape) for kind in kinds for size, shape in sizes.items()}
-    for size in sizes:
+    made = {
+        f"{kind}-{size}": Rung(
+            kind=kind, hidden_size=width, layers=layers, intermediate_size=43 * width // 16, documents=documents[kind]
+        )
+        for kind, of_kind in shapes.items()
+        for size, (width, layers) in of_kind.items()
+    }
+    for size in "sml":
         for steps in ADAPTATIONS:
             made[f"encdec-{size}-lm{steps}"] = replace(made[f"encdec-{size}"], adaptation_steps=steps)
     return made

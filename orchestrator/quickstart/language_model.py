@@ -242,7 +242,8 @@ def save(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer, recipe: Rec
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # one file of a megabyte needs none, and ours is on the screen
-    model.generation_config.update(bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID, do_sample=False)
+    if model.can_generate():
+        model.generation_config.update(bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID, do_sample=False)
     model.save_pretrained(folder)
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
