@@ -59,6 +59,13 @@ def test_lines_take_the_best_rate_of_each_seed_by_validation(tmp_path: Path) -> 
     assert "| random | 6.000 ± 1.414 | 5.000, 7.000 | 0.3, 0.01 |" in list(table(experiment, ["init"]))
 
 
+def test_a_vote_of_one_is_its_own_answer(tmp_path: Path) -> None:
+    """The majority of a single prompt is what that prompt says."""
+    job = small_job(tmp_path, **{**SPACE, "search__space__init": "random", "search__space__learning_rate": 0.3})
+    found = run_experiment(job.model_copy(update={"search": job.search.model_copy(update={"trials": 1})}), vote=True)
+    assert found.voted == found.trials[0].metrics["test"]["accuracy"]
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A table on the screen, and all trials as JSON."""
     job = write_job(tmp_path, **{**SPACE, "train__steps": 3})

@@ -24,11 +24,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from orchestrator.backbone import default_device, load_backbone, set_threads
+import torch
+
+from orchestrator.backbone import PromptTensors, default_device, load_backbone, set_threads
 from orchestrator.base_model import resolve_model
+from orchestrator.evaluation import majority
 from orchestrator.job_file import load_job
+from orchestrator.scoring import answer_scores
 from orchestrator.search.prepare import Prepared, likely_trials, prepare
 from orchestrator.spec import JobSpec
+from orchestrator.tuning.checkpoint import TrialState
 from orchestrator.tuning.engine import Engine
 from orchestrator.tuning.report import EvaluationJob
 
@@ -42,6 +47,7 @@ class Trial:
     config: dict[str, Any]
     steps: int
     metrics: dict[str, dict[str, float]]
+    checkpoint: bytes = b""
 
 
 @dataclass
@@ -53,6 +59,8 @@ class Experiment:
     untuned: dict[str, dict[str, dict[str, float]]]
     parameters: int
     seconds: float
+    voted: float | None = None
+    """Test accuracy of the majority of all trials' prompts, where it was asked for."""
 
     def document(self) -> dict[str, Any]:
         return {
@@ -63,6 +71,7 @@ class Experiment:
             "steps": self.job.train.steps,
             "untuned": self.untuned,
             "trials": [{"config": it.config, "steps": it.steps, "metrics": it.metrics} for it in self.trials],
+            "voted": self.voted,
             "seconds": round(self.seconds, 1),
         }
 
@@ -84,8 +93,11 @@ class Line:
         return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
 
 
-def run_experiment(job: JobSpec, capacity: int = 4) -> Experiment:
-    """Train every trial to its end, ``capacity`` of them at a time. Raises OrchestratorError as ``run`` would."""
+def run_experiment(job: JobSpec, capacity: int = 4, vote: bool = False) -> Experiment:
+    """Train every trial to its end, ``capacity`` of them at a time; ``vote`` lets all of them answer together.
+
+    Raises OrchestratorError as ``run`` would.
+    """
     started = time.monotonic()
     prepared = prepare(job)
     backbone = load_backbone(resolve_model(job.base_model), default_device(), job.base_model.dtype)
@@ -93,7 +105,8 @@ def run_experiment(job: JobSpec, capacity: int = 4) -> Experiment:
     untuned = {name: _evaluated(engine, text) for name, text in _asked(prepared)}
     trials = [trial for pack in _packs(prepared, capacity) for trial in _trained(engine, pack)]
     weights = sum(weight.numel() for weight in backbone.model.parameters())
-    return Experiment(job, trials, untuned, weights, time.monotonic() - started)
+    voted = _vote(engine, trials) if vote else None
+    return Experiment(job, trials, untuned, weights, time.monotonic() - started, voted)
 
 
 def _asked(prepared: Prepared) -> Iterator[tuple[str, str | None]]:
@@ -130,8 +143,24 @@ def _trained(engine: Engine, pack: Sequence[Any]) -> list[Trial]:
         if not report.best_metrics:  # broken before its first evaluation
             continue
         test = engine.evaluate(EvaluationJob("test", report.checkpoint))
-        found.append(Trial(spec.config(), report.step, {"validation": report.best_metrics, "test": test}))
+        metrics = {"validation": report.best_metrics, "test": test}
+        found.append(Trial(spec.config(), report.step, metrics, report.checkpoint))
     return found
+
+
+@torch.inference_mode()
+def _vote(engine: Engine, trials: Sequence[Trial]) -> float:
+    """As ``orchestrator evaluate --ensemble`` counts: the label that most prompts find likeliest."""
+    task, backbone = engine.task, engine.backbone
+    split, answers = task.splits["test"], task.encoder.scored_answers
+    states = [TrialState.from_bytes(trial.checkpoint) for trial in trials]
+    prepared = backbone.prepare([PromptTensors.from_named(state.best(), task.method.inside) for state in states])
+    owner, right = list(range(len(trials))), 0
+    for row, ids in enumerate(split.inputs):
+        scores = answer_scores(backbone, prepared, [ids] * len(trials), owner, [answers] * len(trials))
+        said = [dict(enumerate(one.softmax(0).tolist())) for one in scores]
+        right += majority(said, range(len(answers))) == split.labels[row]
+    return right / len(split)
 
 
 def lines(experiment: Experiment, by: Sequence[str]) -> list[Line]:
@@ -167,13 +196,15 @@ def table(experiment: Experiment, by: Sequence[str]) -> Iterator[str]:
         values = ", ".join(f"{value:.3f}" for value in line.values)
         rates = ", ".join(f"{rate:g}" for rate in line.rates)
         yield f"| {line.label} | {line.mean:.3f} ± {line.spread:.3f} | {values} | {rates} |"
+    if experiment.voted is not None:
+        yield f"| majority of all | {experiment.voted:.3f} | | |"
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the job and print its table."""
     args = parser().parse_args(arguments)
     set_threads(args.threads)
-    experiment = run_experiment(load_job(args.job, args.set), args.capacity)
+    experiment = run_experiment(load_job(args.job, args.set), args.capacity, args.vote)
     print("\n".join(table(experiment, args.by)), flush=True)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -186,6 +217,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("job", type=Path)
     made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     made.add_argument("--by", action="append", default=[], help="init, num_virtual_tokens, learning_rate; repeatable")
+    made.add_argument("--vote", action="store_true", help="also the majority of all trials, by accuracy")
     made.add_argument("--capacity", type=int, default=4, help="trials at a time (default 4)")
     made.add_argument("--threads", type=int, default=1)
     made.add_argument("--out", type=Path, help="also write all trials as JSON")
