@@ -132,7 +132,7 @@ def _train_encdec(
     random, weight = Random(f"spans-{rung.seed}"), rung.answer_weight
     rows = _plain_rows(texts, tokenizer, rung)
     if base is None:
-        sentinels = [tokenizer.token_to_id(mark) for mark in SENTINELS]
+        sentinels = [tokenizer.get_vocab()[mark] for mark in SENTINELS]
         pairs = [span_corrupted(random, row, weight, sentinels, EOS_ID) for row in rows]
         return fit(_drawn(rung, _t5(rung, tokenizer)), batches(pairs, rung), decoder_loss, rung, progress)
     from transformers import T5ForConditionalGeneration
@@ -146,7 +146,7 @@ def _train_encdec(
 
 
 def _train_masked(texts: Sequence[Document], tokenizer: Tokenizer, rung: Rung, progress: Progress) -> PreTrainedModel:
-    random, mask = Random(f"masks-{rung.seed}"), tokenizer.token_to_id(MASK)
+    random, mask = Random(f"masks-{rung.seed}"), tokenizer.get_vocab()[MASK]
     rows = _plain_rows(texts, tokenizer, rung)
     pairs = [masked(random, row, rung.answer_weight, BOS_ID, EOS_ID, mask) for row in rows]
     return fit(_drawn(rung, _bert(rung, tokenizer)), batches(pairs, rung), masked_loss, rung, progress)

@@ -166,7 +166,8 @@ def fit(
         model.zero_grad()
         if progress is not None:
             progress(done, len(todo))
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _untrained(vocab_size: int, recipe: Recipe) -> LlamaForCausalLM:
