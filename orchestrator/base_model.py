@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from orchestrator.errors import BadInput, Unreachable
-from orchestrator.spec import QUICKSTART, BaseModelSpec
+from orchestrator.quickstart import BUILTIN_MODELS, builtin_model
+from orchestrator.spec import BUILTIN, QUICKSTART, BaseModelSpec
 
 SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 WEIGHTS = "*.safetensors"
@@ -212,20 +213,16 @@ def _embedding_width(config: Any) -> int:
     raise BadInput(f"a model of type {config.model_type!r} does not say how wide its embeddings are", _MODEL_HINT)
 
 
-_MODEL_HINT = "give a language model: a hub id such as Qwen/Qwen2.5-0.5B, a local folder, or builtin:quickstart"
+_MODEL_HINT = f"give a language model: a hub id such as Qwen/Qwen2.5-0.5B, a local folder, or {QUICKSTART}"
 
 
 def resolve_model(spec: BaseModelSpec, weights: bool = True) -> ModelSource:
-    """The model's files: made for builtin:quickstart, found for a folder, fetched for a hub id.
+    """The model's files: made for a built-in model, found for a folder, fetched for a hub id.
 
     ``weights=False`` fetches only configuration and tokenizer, enough to refuse a bad choice early.
     """
-    if spec.id == QUICKSTART:
-        from orchestrator.quickstart import quickstart_model
-
-        path = quickstart_model()
-    elif spec.id.startswith("builtin:"):
-        raise BadInput(f"base_model.id {spec.id!r} is unknown; the only built-in model is {QUICKSTART}", _MODEL_HINT)
+    if spec.id.startswith(BUILTIN):
+        path = builtin_model(known_builtin(spec.id))
     elif (folder := Path(spec.id).expanduser()).exists() or looks_like_path(spec.id):
         path = _local_folder(spec.id, folder)
     else:
@@ -233,6 +230,18 @@ def resolve_model(spec: BaseModelSpec, weights: bool = True) -> ModelSource:
     source = ModelSource(spec.id, spec.revision, path, spec.quantization, spec.allow_remote_code)
     source.check_tunable()
     return source
+
+
+def known_builtin(name: str) -> str:
+    """The name of a built-in model without what marks it as one; BadInput lists those there are."""
+    bare = name.removeprefix(BUILTIN)
+    if bare not in BUILTIN_MODELS:
+        raise BadInput(
+            f"base_model.id {name!r} is unknown; built-in models are "
+            + ", ".join(BUILTIN + known for known in BUILTIN_MODELS),
+            _MODEL_HINT,
+        )
+    return bare
 
 
 def looks_like_path(text: str) -> bool:

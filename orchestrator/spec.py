@@ -16,7 +16,9 @@ from pydantic_core import PydanticCustomError
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 ALIAS_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,99}$"  # MLflow's own rule, narrower than a model's name
 RESERVED_ALIAS = re.compile(r"^(latest|v\d+)$", re.IGNORECASE)
-QUICKSTART = "builtin:quickstart"
+BUILTIN = "builtin:"
+"""In front of the names of models and data that are made on the spot."""
+QUICKSTART = f"{BUILTIN}quickstart"
 DEFAULT_TRIALS = 16
 MAX_TRIALS = 10_000
 DEFAULT_BETAS = (0.9, 0.999)  # torch's own
@@ -133,7 +135,7 @@ class BaseModelSpec(Section):
     """The frozen language model."""
 
     id: Text
-    """Hub id, local folder, or builtin:quickstart."""
+    """Hub id, local folder, or a model made on the spot: builtin:quickstart, builtin:causal-s, ..."""
     revision: str = "main"
     """Branch, tag or commit of a hub model."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -171,18 +173,23 @@ class DataSpec(Section):
     """Where the rows come from and how a row becomes input text and target."""
 
     path: Text | DataFiles
-    """Hub data set, builtin:quickstart, or files: {train: a.jsonl, validation: b.csv, test: c.parquet}."""
+    """Hub data set, files ({train: a.jsonl, validation: b.csv, test: c.parquet}), or data made on the spot:
+    builtin:quickstart, builtin:reviews-mood, ..."""
     subset: str | None = None
     """Configuration name of a hub data set."""
     revision: str | None = None
     """Branch, tag or commit of a hub data set."""
     rename: dict[str, str] = {}
     """Old column name to new one; a column that is absent is left alone."""
+    where: dict[str, Label] = {}
+    """Only the rows in which these columns have these values, for instance {relation: P19}; before columns are
+    renamed."""
     template: Template
     """Input text, with the row's columns in braces, for instance "{text}\\nSpam or not?". {*} marks where virtual
     tokens stand (in front of everything without one), {_} where the answer stands (the end without one)."""
     target: Text
-    """Column with the label (with a verbalizer) or with the text to generate (without one)."""
+    """Column with the label (with a verbalizer) or with the text to generate (without one); of a list of texts the
+    first."""
     references: Text | None = None
     """Column with a list of texts that are all right, for bleu, rouge_l and f1; without one, or where a row's list is
     empty, the target."""

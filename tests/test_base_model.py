@@ -145,8 +145,8 @@ def test_the_family_is_read_from_the_configuration(
 
 
 def test_an_unknown_builtin() -> None:
-    """There is one built-in model, and the message has it."""
-    refused("builtin:gpt5", r"'builtin:gpt5' is unknown; the only built-in model is builtin:quickstart")
+    """The message has those there are."""
+    refused("builtin:gpt5", r"'builtin:gpt5' is unknown; built-in models are builtin:quickstart, builtin:causal-s, ")
 
 
 def test_a_hub_name_without_a_network() -> None:

@@ -1,4 +1,4 @@
-"""The command line itself: what it imports, what it prints, and the jobs that come with the project."""
+"""The command line itself: what it imports and what it prints."""
 
 from __future__ import annotations
 
@@ -9,14 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-import jsonschema
 import pytest
-import yaml
 from small_jobs import Command, write_job
 
-from orchestrator.job_file import load_job
-
-JOBS = sorted((Path(__file__).parent.parent / "jobs").glob("*.yaml"))
 HEAVY = ("torch", "ray", "transformers", "mlflow", "datasets", "numpy", "fastapi")
 GENEROUS_S = 30.0
 
@@ -50,21 +45,6 @@ def test_validate_imports_nothing_heavy(tmp_path: Path) -> None:
     """A job spec is checked without torch or Ray."""
     heavy, _ = imported(["validate", str(write_job(tmp_path))])
     assert heavy == set()
-
-
-@pytest.mark.parametrize("file", JOBS, ids=lambda file: file.stem)
-def test_the_projects_own_jobs_are_sound(file: Path, command: Command) -> None:
-    """Every file in jobs/ loads, fits the schema that editors use, and names the verb that runs it."""
-    spec = load_job(file)
-    assert spec.name
-    jsonschema.validate(json.loads(json.dumps(yaml.safe_load(file.read_text()))), command("schema").document)
-    said = command("validate", file)
-    assert said.code == 0 and f"next: orchestrator run {file}" in said.out
-
-
-def test_there_are_jobs() -> None:
-    """The folder is where this test looks for it."""
-    assert "quickstart" in [file.stem for file in JOBS]
 
 
 def test_validate_as_json(command: Command, tmp_path: Path) -> None:

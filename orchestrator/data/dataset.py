@@ -13,7 +13,8 @@ from typing import Any
 from orchestrator.base_model import hub_unreachable, looks_like_path
 from orchestrator.data.template import Template
 from orchestrator.errors import BadInput
-from orchestrator.spec import QUICKSTART, DataFiles, DataSpec
+from orchestrator.quickstart import BUILTIN_DATA, builtin_rows
+from orchestrator.spec import BUILTIN, DataFiles, DataSpec
 
 Row = Mapping[str, Any]
 SPLITS = ("train", "validation", "test")
@@ -78,13 +79,38 @@ def load_split(data: DataSpec, split: str, more: Sequence[str] = ()) -> list[Row
 
 
 def _read(data: DataSpec) -> dict[str, list[Row]]:
+    """All rows of all splits; only those that ``where`` asks for."""
+    found = _read_all(data)
+    if not data.where:
+        return found
+    for column in data.where:
+        if not any(column in row for rows in found.values() for row in rows):
+            known = sorted({name for rows in found.values() for row in rows[:1] for name in row})
+            raise BadInput(f"data.where names column {column!r}, which no row has; rows have {known}", "correct it")
+    kept = {split: [row for row in rows if _is_wanted(row, data)] for split, rows in found.items()}
+    if not any(kept.values()):
+        raise BadInput(f"no row is as data.where asks: {data.where}", "correct the values, or leave data.where out")
+    return {split: rows for split, rows in kept.items() if rows}  # a split that has none is set aside from train
+
+
+def _is_wanted(row: Row, data: DataSpec) -> bool:
+    return all(column in row and row[column] == value for column, value in data.where.items())
+
+
+def _known_builtin(path: str) -> str:
+    bare = path.removeprefix(BUILTIN)
+    if bare not in BUILTIN_DATA:
+        known = ", ".join(BUILTIN + name for name in BUILTIN_DATA)
+        raise BadInput(f"data.path {path!r} is unknown; built-in data sets are {known}", "choose one of them")
+    return bare
+
+
+def _read_all(data: DataSpec) -> dict[str, list[Row]]:
     if isinstance(data.path, DataFiles):
         files = {split: getattr(data.path, split) for split in SPLITS if getattr(data.path, split)}
         return {split: read_file(Path(file), f"data.path.{split}") for split, file in files.items()}
-    if data.path == QUICKSTART:
-        from orchestrator.quickstart import quickstart_rows
-
-        return {split: list(rows) for split, rows in quickstart_rows().items()}
+    if data.path.startswith(BUILTIN):
+        return {split: list(rows) for split, rows in builtin_rows(_known_builtin(data.path)).items()}
     if Path(data.path).expanduser().exists() or looks_like_path(data.path):
         hint = f"write the files one by one: --set data.path.train={data.path}"
         raise BadInput(f"data.path {data.path!r} is a path; files are named by split", hint)

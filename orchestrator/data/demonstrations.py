@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 from orchestrator.data.encoding import Encoder, Row
-from orchestrator.data.template import Mark
+from orchestrator.data.template import Mark, target_text
 
 SEPARATOR = "\n\n"
 
@@ -18,7 +18,7 @@ SEPARATOR = "\n\n"
 def written_out(encoder: Encoder, row: Row, target: str) -> str:
     """The row's input text with its answer where the model would give it: at the blank, else at the end."""
     verbalizer = encoder.verbalizer
-    answer = str(row[target]) if verbalizer is None else verbalizer.texts[verbalizer.index(row[target])]
+    answer = target_text(row[target]) if verbalizer is None else verbalizer.texts[verbalizer.index(row[target])]
     segments = encoder.template.segments(row)
     if not encoder.template.has_blank:
         segments = [*segments, answer]

@@ -9,7 +9,7 @@ from typing import Any
 
 from orchestrator.base_model import Family
 from orchestrator.data.dataset import SPLITS, RowSplits
-from orchestrator.data.template import Mark, Template, Verbalizer, continuation_ids
+from orchestrator.data.template import Mark, Template, Verbalizer, continuation_ids, target_text
 from orchestrator.errors import BadInput
 from orchestrator.placing import BLANK, marker
 from orchestrator.spec import DataSpec
@@ -175,16 +175,16 @@ class Encoder:
         if self.verbalizer is not None:
             place = self.verbalizer.index(row[target])
             return [*self.answers[place], *self._ended], place
-        ids = [*self.answer_ids(str(row[target])), *self._ended]
+        ids = [*self.answer_ids(target_text(row[target])), *self._ended]
         if not ids:
             raise BadInput(
-                f"a target has no tokens: {str(row[target])[:60]!r}",
+                f"a target has no tokens: {target_text(row[target])[:60]!r}",
                 "a masked model fills in at least one; drop such rows",
             )
         if len(ids) > self.max_target_tokens:
             raise BadInput(
                 f"a target has {len(ids)} tokens with its end token, data.max_target_tokens is "
-                f"{self.max_target_tokens}: {str(row[target])[:60]!r}",
+                f"{self.max_target_tokens}: {target_text(row[target])[:60]!r}",
                 f"set data.max_target_tokens to {len(ids)} or more, or drop such rows",
             )
         return ids, -1
@@ -202,7 +202,7 @@ def reference_texts(rows: Sequence[Row], data: DataSpec) -> list[list[str]]:
     """What is right for each row, stripped: the texts of ``data.references``, or the target where there are none."""
     lists = (row[data.references] if data.references else None for row in rows)
     return [
-        [text.strip() for text in texts] if texts else [str(row[data.target]).strip()]
+        [text.strip() for text in texts] if texts else [target_text(row[data.target]).strip()]
         for row, texts in zip(rows, lists, strict=True)
     ]
 

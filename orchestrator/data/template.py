@@ -13,6 +13,13 @@ from orchestrator.spec import BLANK, FIELD, VIRTUAL, template_columns
 Label = int | bool | str
 
 
+def target_text(cell: Any) -> str:
+    """The text of a target column's cell; of a list of texts the first."""
+    if isinstance(cell, list):
+        return str(cell[0]) if cell else ""
+    return str(cell)
+
+
 @dataclass(frozen=True)
 class Mark:
     """A place in a filled template that is no text: virtual tokens, or the blank."""

@@ -13,16 +13,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 from orchestrator.quickstart.corpus import Document, documents
 
 if TYPE_CHECKING:
     import torch
     from tokenizers import Tokenizer
-    from transformers import LlamaForCausalLM
+    from transformers import LlamaForCausalLM, PreTrainedModel
+
+    M = TypeVar("M", bound=PreTrainedModel)
 
 Progress: TypeAlias = Callable[[int, int], None]  # (steps done, steps in all)
+T = TypeVar("T")
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 BOS_ID, EOS_ID, PAD_ID = 0, 1, 2
@@ -62,6 +65,14 @@ class Row:
     weights: list[float]  # of each token in the loss
 
 
+class HasIds(Protocol):
+    @property
+    def ids(self) -> list[int]: ...
+
+
+R = TypeVar("R", bound=HasIds)
+
+
 def make_language_model(folder: Path, recipe: Recipe, progress: Progress | None = None) -> None:
     """Train by ``recipe`` and write a Hugging Face folder that the Auto classes load without a network."""
     texts = documents(recipe.documents, recipe.seed)
@@ -71,8 +82,11 @@ def make_language_model(folder: Path, recipe: Recipe, progress: Progress | None 
     save(folder, model, tokenizer, recipe)
 
 
-def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE, so that any text can be encoded; a begin token in front and no end token, as Llama has it."""
+def train_tokenizer(texts: Sequence[str], vocab_size: int, more: Sequence[str] = ()) -> Tokenizer:
+    """Byte-level BPE, so that any text can be encoded; a begin token in front and no end token, as Llama has it.
+
+    ``more`` special tokens follow begin, end and padding.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -80,7 +94,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[BOS, EOS, PAD],  # ids 0, 1, 2, in this order
+        special_tokens=[BOS, EOS, PAD, *more],  # ids 0, 1, 2, ... in this order
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -110,10 +124,10 @@ def _row(text: Document, encoded: Iterator[list[int]], recipe: Recipe) -> Row:
     return Row([*ids, EOS_ID], [*weights, recipe.text_weight])
 
 
-def batches(rows: Sequence[Row], recipe: Recipe, pool_batches: int = 16) -> list[list[Row]]:
+def batches(rows: Sequence[R], recipe: Recipe, pool_batches: int = 16) -> list[list[R]]:
     """Rows of like length together, for little padding; the order of the lessons stays, but for pools of batches."""
     random = Random(recipe.seed)
-    ordered: list[list[Row]] = []
+    ordered: list[list[R]] = []
     size = recipe.batch_rows
     for start in range(0, len(rows), pool_batches * size):
         pool = sorted(rows[start : start + pool_batches * size], key=lambda row: len(row.ids))
@@ -126,16 +140,24 @@ def batches(rows: Sequence[Row], recipe: Recipe, pool_batches: int = 16) -> list
 def train(rows: Sequence[Row], vocab_size: int, recipe: Recipe, progress: Progress | None = None) -> LlamaForCausalLM:
     """One pass over ``rows``, in order. Leaves the caller's random state as it was."""
     import torch
-    from torch.optim.lr_scheduler import LambdaLR
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         model = _untrained(vocab_size, recipe)
-    todo = batches(rows, recipe)
+    return fit(model, batches(rows, recipe), next_token_loss, recipe, progress)
+
+
+def fit(
+    model: M, todo: Sequence[T], loss: Callable[[M, T], torch.Tensor], recipe: Recipe, progress: Progress | None = None
+) -> M:
+    """One step a batch, in order."""
+    import torch
+    from torch.optim.lr_scheduler import LambdaLR
+
     optimizers = _optimizers(model, recipe)
     schedules = [LambdaLR(optimizer, lambda step: _rate(step, len(todo), recipe)) for optimizer in optimizers]
     for done, batch in enumerate(todo, start=1):
-        _loss(model, batch).backward()
+        loss(model, batch).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -144,7 +166,8 @@ def train(rows: Sequence[Row], vocab_size: int, recipe: Recipe, progress: Progre
         model.zero_grad()
         if progress is not None:
             progress(done, len(todo))
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _untrained(vocab_size: int, recipe: Recipe) -> LlamaForCausalLM:
@@ -172,15 +195,15 @@ def _untrained(vocab_size: int, recipe: Recipe) -> LlamaForCausalLM:
     return model
 
 
-def _optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, AdamW for the embeddings and the norms' scales."""
+def _optimizers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, AdamW for all embeddings and the norms' scales."""
     import torch
 
     from orchestrator.quickstart.optimizer import Muon
 
-    table = model.get_input_embeddings().weight
-    matrices = [p for p in model.parameters() if p.dim() == 2 and p is not table]
-    others = [p for p in model.parameters() if p.dim() != 2 or p is table]
+    tables = {id(part.weight) for part in model.modules() if isinstance(part, torch.nn.Embedding)}
+    matrices = [p for p in model.parameters() if p.dim() == 2 and id(p) not in tables]
+    others = [p for p in model.parameters() if p.dim() != 2 or id(p) in tables]
     return [
         Muon(matrices, lr=recipe.matrix_learning_rate, weight_decay=0.05),
         torch.optim.AdamW(others, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
@@ -192,32 +215,36 @@ def _rate(step: int, steps: int, recipe: Recipe) -> float:
     return min((step + 1) / recipe.warmup_steps, 0.525 + 0.475 * math.cos(math.pi * step / steps))
 
 
-def _loss(model: LlamaForCausalLM, batch: Sequence[Row]) -> torch.Tensor:
+def next_token_loss(model: LlamaForCausalLM, batch: Sequence[Row]) -> torch.Tensor:
     """Weighted mean of the next-token losses of a batch, padded at the end to [B, T]."""
     import torch
 
-    ids = _padded([row.ids for row in batch], PAD_ID)
-    weights = _padded([row.weights for row in batch], 0.0)[:, 1:]
+    ids = padded([row.ids for row in batch], PAD_ID)
+    weights = padded([row.weights for row in batch], 0.0)[:, 1:]
     # Causal attention never looks at the padding, which stands at the end: no mask is needed.
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]  # [B, T - 1, V]
     losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     return (losses * weights.flatten()).sum() / weights.sum()
 
 
-def _padded(rows: Sequence[Sequence[float]], value: float) -> torch.Tensor:
+def padded(rows: Sequence[Sequence[float]], value: float) -> torch.Tensor:
     import torch
 
     longest = max(len(row) for row in rows)
     return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
 
 
-def save(folder: Path, model: LlamaForCausalLM, tokenizer: Tokenizer, recipe: Recipe) -> None:
-    """config.json, generation_config.json, model.safetensors, tokenizer.json, tokenizer_config.json."""
+def save(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer, recipe: Recipe, **special: Any) -> None:
+    """config.json, generation_config.json, model.safetensors, tokenizer.json, tokenizer_config.json.
+
+    ``special``: more that the tokenizer is told of itself.
+    """
     from transformers import PreTrainedTokenizerFast
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # one file of a megabyte needs none, and ours is on the screen
-    model.generation_config.update(bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID, do_sample=False)
+    if model.can_generate():
+        model.generation_config.update(bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID, do_sample=False)
     model.save_pretrained(folder)
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -226,6 +253,7 @@ def save(folder: Path, model: LlamaForCausalLM, tokenizer: Tokenizer, recipe: Re
         pad_token=PAD,
         model_max_length=recipe.context,
         clean_up_tokenization_spaces=False,
+        **special,
     )
     wrapped.save_pretrained(folder)
     (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n", encoding="utf-8")

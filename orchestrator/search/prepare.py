@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from orchestrator.artifact import DataRecord, PromptArtifact, VerbalizerEntry
-from orchestrator.base_model import ModelSource, resolve_model
+from orchestrator.base_model import ModelSource, known_builtin, resolve_model
 from orchestrator.data.dataset import SPLITS, RowSplits, load_rows, rows_fingerprint
 from orchestrator.data.demonstrations import demonstrations
 from orchestrator.data.encoding import Encoder, check_context, check_generation, make_encoder, reference_texts
 from orchestrator.errors import BadInput
 from orchestrator.peft_folder import is_peft, read_peft
 from orchestrator.prompts import Method
-from orchestrator.quickstart import quickstart_model
+from orchestrator.quickstart import builtin_model
 from orchestrator.space import TrialSpec, draw, init_artifacts, init_texts, longest, trial_count, trials
-from orchestrator.spec import QUICKSTART, DataSpec, JobSpec
+from orchestrator.spec import BUILTIN, DataSpec, JobSpec
 from orchestrator.tuning.engine import Task
 from orchestrator.tuning.generate import Decoding
 
@@ -44,7 +44,7 @@ class Prepared:
     instructions: list[str]
     few_shot: tuple[str, int] = ("", 0)
     """Rows with their answers, as text in front of an input, and how many; none without room for any."""
-    making_s: float = 0.0  # seconds that making the quickstart model took
+    making_s: float = 0.0  # seconds that making a built-in model took
 
 
 def prepare(job: JobSpec, artifacts: Mapping[str, Path] | None = None) -> Prepared:
@@ -54,8 +54,8 @@ def prepare(job: JobSpec, artifacts: Mapping[str, Path] | None = None) -> Prepar
     """
     rows = load_rows(job.data)
     started = time.monotonic()
-    if job.base_model.id == QUICKSTART:
-        quickstart_model()
+    if job.base_model.id.startswith(BUILTIN):
+        builtin_model(known_builtin(job.base_model.id))
     making_s = time.monotonic() - started
     source = resolve_model(job.base_model, weights=False)
     encoder = make_encoder(job.data, rows, source.tokenizer(), source.family)
@@ -162,7 +162,7 @@ def found_anywhere(job: JobSpec, source: ModelSource) -> JobSpec:
 
     BadInput when the folder holds no weights; a hub's are fetched by the worker.
     """
-    if source.id == QUICKSTART or not Path(source.id).expanduser().is_dir():
+    if source.id.startswith(BUILTIN) or not Path(source.id).expanduser().is_dir():
         return job
     source.weight_files()
     return job.model_copy(update={"base_model": job.base_model.model_copy(update={"id": str(source.path)})})

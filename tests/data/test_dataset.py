@@ -18,7 +18,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from orchestrator.data.dataset import RowSplits, load_rows, read_file, set_aside
+from orchestrator.data.dataset import RowSplits, load_rows, load_split, read_file, set_aside
 from orchestrator.errors import BadInput
 from orchestrator.spec import DataSpec
 
@@ -202,6 +202,40 @@ def test_references_that_are_no_list_of_texts(tmp_path: Path, cell: Any, shown: 
     spec = data(files(train=path, validation=path, test=path), references="right")
     refused(spec, rf"row 1 of train has .*{shown}.* in column 'right', which data\.references names; a list of texts")
     refused(spec.model_copy(update={"references": "rihgt"}), r"data\.references names column 'rihgt', which row 1")
+
+
+def test_only_the_rows_that_are_asked_for(tmp_path: Path) -> None:
+    """``where`` keeps rows by columns that nothing else uses; a split without any is set aside from train."""
+    rows = [{**row, "kind": "ab"[number % 2], "label": number} for number, row in enumerate(ROWS)]
+    path = files(
+        train=write(tmp_path / "a.jsonl", rows[:12]),
+        validation=write(tmp_path / "b.jsonl", rows[12:]),
+        test=write(tmp_path / "c.jsonl", [row for row in rows if row["kind"] == "b"]),
+    )
+    found = load_rows(data(path, where={"kind": "a"}))
+    assert [row["label"] for row in found.validation] == [12, 14, 16, 18]
+    assert sorted(row["label"] for row in [*found.train, *found.test]) == [0, 2, 4, 6, 8, 10]
+    assert load_split(data(path, where={"kind": "b", "label": 3}), "train") == [{"text": ROWS[3]["text"], "label": 3}]
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [({"knid": "a"}, r"data\.where names column 'knid', which no row has; rows have \['label', 'text'\]"),
+     ({"text": "nowhere"}, r"no row is as data\.where asks: \{'text': 'nowhere'\}")],
+)  # fmt: skip
+def test_rows_that_nobody_has(tmp_path: Path, where: dict[str, str], message: str) -> None:
+    """A misspelt column and a value that no row has are told apart."""
+    refused(data(files(train=write(tmp_path / "a.jsonl", ROWS)), where=where), message)
+
+
+def test_built_in_data(tmp_path: Path) -> None:
+    """The ladder's tasks load by name, and a wrong name lists them."""
+    found = load_rows(data("builtin:reviews-topic"))
+    assert {row["label"] for row in found.test} == {"food", "hotel", "film", "book"}
+    assert len(load_rows(data("builtin:reviews-topic", where={"source": "film"})).test) in range(60, 140)
+    refused(
+        data("builtin:reviews"), "'builtin:reviews' is unknown; built-in data sets are builtin:quickstart, builtin:rev"
+    )
 
 
 def test_a_path_where_files_are_named_by_split(tmp_path: Path) -> None:

@@ -1,0 +1,80 @@
+"""Where models made on the spot are kept: each is made once, whole or not at all, however many processes ask."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeAlias
+
+Progress: TypeAlias = Callable[[int, int], None]  # (steps done, steps in all)
+
+
+def cache_folder() -> Path:
+    """$ORCHESTRATOR_CACHE, else prompt-orchestrator in the user's cache folder."""
+    if own := os.environ.get("ORCHESTRATOR_CACHE"):
+        return Path(own).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "prompt-orchestrator"
+
+
+def made_once(name: str, make: Callable[[Path, Progress], None], title: str, progress: Progress | None = None) -> Path:
+    """The folder ``name`` of the cache, filled by ``make`` when it is not there yet.
+
+    Processes that ask at the same time wait for the one that makes it. ``progress`` is told (steps done, steps in
+    all); without it, standard error is, under ``title``.
+    """
+    from filelock import FileLock
+
+    folder = cache_folder() / name
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.is_dir():
+            _make(folder, make, title, progress)
+    return folder
+
+
+def _make(folder: Path, make: Callable[[Path, Progress], None], title: str, progress: Progress | None) -> None:
+    """Make a folder beside the final one, then move it."""
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        if progress is not None:
+            make(staging, progress)
+        else:
+            with _shown_progress(title) as shown:
+                make(staging, shown)
+        staging.chmod(0o755)
+        staging.rename(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def _shown_progress(title: str) -> Iterator[Progress]:
+    """A bar on a terminal, a line every tenth elsewhere, both on standard error."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda done, total: _line(console, title, done, total)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=console) as bar:
+        task = bar.add_task(title)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _line(console: object, title: str, done: int, total: int) -> None:
+    if done * 10 // total > (done - 1) * 10 // total:
+        console.print(f"{title}: {100 * done // total} %", highlight=False)  # type: ignore[attr-defined]

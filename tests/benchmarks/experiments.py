@@ -1,0 +1,228 @@
+"""Trains all trials of a job file in one process, without Ray, MLflow or early stopping, for docs/experiments.md.
+
+``python -m tests.benchmarks.experiments jobs/init-ablation.yaml --by init [--set KEY=VALUE ...] [--out build/x.json]``
+
+Every trial runs all its steps, trials packed as in a search. Each is judged as a search judges it: the best of its
+evaluations on the validation rows, and that prompt on the test rows. Lines are means over the trials that agree in what
+``--by`` names, with the standard deviation over them; the best learning rate of each seed's trials is taken by
+validation where the space lists several and ``--by`` does not name it.
+"""
+
+from __future__ import annotations
+
+import orchestrator  # noqa: F401  # before torch, to which it says how OpenMP's threads wait
+
+# isort: split
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orchestrator.backbone import PromptTensors, default_device, load_backbone, set_threads
+from orchestrator.base_model import resolve_model
+from orchestrator.evaluation import majority
+from orchestrator.job_file import load_job
+from orchestrator.scoring import answer_scores
+from orchestrator.search.prepare import Prepared, likely_trials, prepare
+from orchestrator.spec import JobSpec
+from orchestrator.tuning.checkpoint import TrialState
+from orchestrator.tuning.engine import Engine
+from orchestrator.tuning.report import EvaluationJob
+
+SPLITS = ("validation", "test")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A configuration, and what its best prompt reached on each split."""
+
+    config: dict[str, Any]
+    steps: int
+    metrics: dict[str, dict[str, float]]
+    checkpoint: bytes = b""
+
+
+@dataclass
+class Experiment:
+    """The trials of a job, what the model does without a prompt, and what that took."""
+
+    job: JobSpec
+    trials: list[Trial]
+    untuned: dict[str, dict[str, dict[str, float]]]
+    parameters: int
+    seconds: float
+    voted: float | None = None
+    """Test accuracy of the majority of all trials' prompts, where it was asked for."""
+
+    def document(self) -> dict[str, Any]:
+        return {
+            "job": self.job.name,
+            "base_model": self.job.base_model.id,
+            "parameters": self.parameters,
+            "metric": self.job.search.metric,
+            "steps": self.job.train.steps,
+            "untuned": self.untuned,
+            "trials": [{"config": it.config, "steps": it.steps, "metrics": it.metrics} for it in self.trials],
+            "voted": self.voted,
+            "seconds": round(self.seconds, 1),
+        }
+
+
+@dataclass
+class Line:
+    """Trials that agree in what a table is cut by: one of each seed."""
+
+    label: str
+    values: list[float]
+    rates: list[float] = field(default_factory=list)
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.values)
+
+    @property
+    def spread(self) -> float:
+        return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
+
+
+def run_experiment(job: JobSpec, capacity: int = 4, vote: bool = False) -> Experiment:
+    """Train every trial to its end, ``capacity`` of them at a time; ``vote`` lets all of them answer together.
+
+    Raises OrchestratorError as ``run`` would.
+    """
+    started = time.monotonic()
+    prepared = prepare(job)
+    backbone = load_backbone(resolve_model(job.base_model), default_device(), job.base_model.dtype)
+    engine = Engine(backbone, prepared.task, job.train, job.search, capacity)
+    untuned = {name: _evaluated(engine, text) for name, text in _asked(prepared)}
+    trials = [trial for pack in _packs(prepared, capacity) for trial in _trained(engine, pack)]
+    weights = sum(weight.numel() for weight in backbone.model.parameters())
+    voted = _vote(engine, trials) if vote else None
+    return Experiment(job, trials, untuned, weights, time.monotonic() - started, voted)
+
+
+def _asked(prepared: Prepared) -> Iterator[tuple[str, str | None]]:
+    yield "no prompt", None
+    shown, examples = prepared.few_shot
+    if examples:
+        yield f"{examples} examples", shown
+    for text in prepared.instructions:
+        yield f"written: {text}", text
+
+
+def _evaluated(engine: Engine, text: str | None) -> dict[str, dict[str, float]]:
+    return {split: engine.evaluate(EvaluationJob(split, instruction=text)) for split in SPLITS}
+
+
+def _packs(prepared: Prepared, capacity: int) -> Iterator[list[Any]]:
+    """Trials of like length together, so that a pack is not as slow as its longest prompt."""
+    trials = sorted(likely_trials(prepared), key=lambda trial: trial.num_virtual_tokens)
+    for start in range(0, len(trials), capacity):
+        yield trials[start : start + capacity]
+
+
+def _trained(engine: Engine, pack: Sequence[Any]) -> list[Trial]:
+    names = {f"t{place}": spec for place, spec in enumerate(pack)}
+    for name, spec in names.items():
+        engine.seat(name, spec)
+    last = {}
+    while engine.slots:
+        for report in engine.round():
+            last[report.trial] = report
+    found = []
+    for name, spec in names.items():
+        report = last[name]
+        if not report.best_metrics:  # broken before its first evaluation
+            continue
+        test = engine.evaluate(EvaluationJob("test", report.checkpoint))
+        metrics = {"validation": report.best_metrics, "test": test}
+        found.append(Trial(spec.config(), report.step, metrics, report.checkpoint))
+    return found
+
+
+@torch.inference_mode()
+def _vote(engine: Engine, trials: Sequence[Trial]) -> float:
+    """As ``orchestrator evaluate --ensemble`` counts: the label that most prompts find likeliest."""
+    task, backbone = engine.task, engine.backbone
+    split, answers = task.splits["test"], task.encoder.scored_answers
+    states = [TrialState.from_bytes(trial.checkpoint) for trial in trials]
+    prepared = backbone.prepare([PromptTensors.from_named(state.best(), task.method.inside) for state in states])
+    owner, right = list(range(len(trials))), 0
+    for row, ids in enumerate(split.inputs):
+        scores = answer_scores(backbone, prepared, [ids] * len(trials), owner, [answers] * len(trials))
+        said = [dict(enumerate(one.softmax(0).tolist())) for one in scores]
+        right += majority(said, range(len(answers))) == split.labels[row]
+    return right / len(split)
+
+
+def lines(experiment: Experiment, by: Sequence[str]) -> list[Line]:
+    """A line for each combination of what ``by`` names, in the order in which the space lists them."""
+    metric, sign = experiment.job.search.metric, 1.0 if experiment.job.search.better == "max" else -1.0
+    groups: dict[str, dict[int, list[Trial]]] = defaultdict(lambda: defaultdict(list))
+    for trial in experiment.trials:
+        label = ", ".join(_shown(trial.config[name]) for name in by) or "all"
+        groups[label][trial.config["seed"]].append(trial)
+    made = []
+    for label, seeds in groups.items():
+        best = [max(of, key=lambda it: sign * it.metrics["validation"][metric]) for of in seeds.values()]
+        rates = [it.config["learning_rate"] for it in best]
+        made.append(Line(label, [it.metrics["test"][metric] for it in best], rates))
+    return made
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        ((kind, what),) = value.items()
+        return f"{kind}: {what}"
+    return str(value)
+
+
+def table(experiment: Experiment, by: Sequence[str]) -> Iterator[str]:
+    """What docs/experiments.md shows: test metric, mean and standard deviation over seeds, and each seed's value."""
+    job, metric = experiment.job, experiment.job.search.metric
+    size = f"{experiment.parameters:,} weights"
+    yield f"{job.name}: {job.base_model.id} ({size}), test {metric}, {experiment.seconds:.0f} s"
+    for name, found in experiment.untuned.items():
+        yield f"| {name} | {found['test'][metric]:.3f} | | |"
+    for line in lines(experiment, by):
+        values = ", ".join(f"{value:.3f}" for value in line.values)
+        rates = ", ".join(f"{rate:g}" for rate in line.rates)
+        yield f"| {line.label} | {line.mean:.3f} ± {line.spread:.3f} | {values} | {rates} |"
+    if experiment.voted is not None:
+        yield f"| majority of all | {experiment.voted:.3f} | | |"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the job and print its table."""
+    args = parser().parse_args(arguments)
+    set_threads(args.threads)
+    experiment = run_experiment(load_job(args.job, args.set), args.capacity, args.vote)
+    print("\n".join(table(experiment, args.by)), flush=True)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(experiment.document(), indent=2) + "\n")
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="python -m tests.benchmarks.experiments", description=__doc__)
+    made.add_argument("job", type=Path)
+    made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    made.add_argument("--by", action="append", default=[], help="init, num_virtual_tokens, learning_rate; repeatable")
+    made.add_argument("--vote", action="store_true", help="also the majority of all trials, by accuracy")
+    made.add_argument("--capacity", type=int, default=4, help="trials at a time (default 4)")
+    made.add_argument("--threads", type=int, default=1)
+    made.add_argument("--out", type=Path, help="also write all trials as JSON")
+    return made
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

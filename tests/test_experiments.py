@@ -1,0 +1,77 @@
+"""The script behind docs/experiments.md: every trial of a job file to its end, judged as a search judges it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from small_jobs import small_job, write_job
+
+from orchestrator.search.prepare import prepare
+from orchestrator.space import trials
+from orchestrator.tuning.engine import Engine
+from orchestrator.tuning.report import EvaluationJob
+from tests.benchmarks.experiments import Experiment, Trial, lines, main, run_experiment, table
+
+SPACE = {
+    "search__space__init": ["random", "class_labels"],
+    "search__space__num_virtual_tokens": 3,
+    "search__space__learning_rate": [0.01, 0.3],
+    "search__space__seed": [0, 1],
+    "search__searcher": "grid",
+    "search__trials": 8,
+    "train__steps": 6,
+    "train__evaluate_every": 3,
+}
+
+
+def test_every_trial_runs_to_its_end_as_it_would_alone(tmp_path: Path) -> None:
+    """Eight trials, four at a time; one of them by itself reaches the same."""
+    job = small_job(tmp_path, **SPACE)
+    found = run_experiment(job, capacity=4)
+    assert [trial.config for trial in found.trials] == [spec.config() for spec in trials(job.search)]
+    assert {trial.steps for trial in found.trials} == {6} and found.parameters > 0
+    assert set(found.untuned) == {"no prompt", "4 examples"}
+    prepared = prepare(job)
+    from orchestrator.backbone import load_backbone
+    from orchestrator.base_model import resolve_model
+
+    engine = Engine(load_backbone(resolve_model(job.base_model)), prepared.task, job.train, job.search, 1)
+    engine.seat("alone", prepared.trials[3])
+    reports = [engine.round() for _ in range(2)][-1]
+    alone = engine.evaluate(EvaluationJob("test", reports[0].checkpoint))
+    assert found.trials[3].metrics["test"] == pytest.approx(alone, rel=1e-3)
+
+
+def test_lines_take_the_best_rate_of_each_seed_by_validation(tmp_path: Path) -> None:
+    """Test values are those of the trials that validation chose, one a seed; the spread is over seeds."""
+
+    def trial(seed: int, rate: float, validation: float, test: float) -> Trial:
+        config = {"init": "random", "num_virtual_tokens": 3, "learning_rate": rate, "seed": seed}
+        return Trial(config, 6, {"validation": {"loss": validation}, "test": {"loss": test}})
+
+    given = [trial(0, 0.01, 2.0, 9.0), trial(0, 0.3, 1.0, 5.0), trial(1, 0.01, 3.0, 7.0), trial(1, 0.3, 4.0, 1.0)]
+    experiment = Experiment(small_job(tmp_path, **SPACE), given, {"no prompt": given[0].metrics}, 1000, 1.0)
+    (line,) = lines(experiment, ["init"])
+    assert (line.values, line.rates, line.mean) == ([5.0, 7.0], [0.3, 0.01], 6.0)
+    assert line.spread == pytest.approx(2**0.5)
+    assert "| random | 6.000 ± 1.414 | 5.000, 7.000 | 0.3, 0.01 |" in list(table(experiment, ["init"]))
+
+
+def test_a_vote_of_one_is_its_own_answer(tmp_path: Path) -> None:
+    """The majority of a single prompt is what that prompt says."""
+    job = small_job(tmp_path, **{**SPACE, "search__space__init": "random", "search__space__learning_rate": 0.3})
+    found = run_experiment(job.model_copy(update={"search": job.search.model_copy(update={"trials": 1})}), vote=True)
+    assert found.voted == found.trials[0].metrics["test"]["accuracy"]
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A table on the screen, and all trials as JSON."""
+    job = write_job(tmp_path, **{**SPACE, "train__steps": 3})
+    out = tmp_path / "build" / "x.json"
+    assert main([str(job), "--set", "search.space.seed=0", "--by", "init", "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "| class_labels |" in shown and "| no prompt |" in shown
+    document = json.loads(out.read_text())
+    assert len(document["trials"]) == 4 and document["metric"] == "loss"

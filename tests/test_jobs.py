@@ -1,0 +1,160 @@
+"""The jobs that come with the project: each is sound, says what it is for, and runs."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any, get_args
+
+import jsonschema
+import pytest
+import yaml
+from models import WORDS, model_folder, save_family
+from small_jobs import Command, Recorder
+
+from orchestrator.job_file import load_job
+from orchestrator.run import run_job
+from orchestrator.search.folder import searches_folder
+from orchestrator.spec import BUILTIN, JobSpec, template_columns
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted((ROOT / "jobs").glob("*.yaml"))
+SHARED = ROOT.parent / "shared"
+METHODS = get_args(JobSpec.model_fields["method"].annotation)
+PLAIN = ("quickstart", "sms-spam", "trec6", "e2e-nlg")  # data sets to begin with; the others are experiments
+TINY = (
+    "train.steps=4", "train.evaluate_every=2", "train.batch_size=2", "search.searcher=random", "search.trials=2",
+    "search.grace_steps=2", "search.few_shot=1", "data.limit={train: 24, validation: 8, test: 8}",
+    "resources.cpus_per_worker=1",
+)  # fmt: skip
+SHORT = ("data.max_input_tokens=40", "search.space.num_virtual_tokens=4")  # what a tiny model has room for
+STAND_INS = {"google/t5-base-lm-adapt": "t5", "facebook/bart-large": "bart", "google-bert/bert-base-cased": "bert"}
+
+each_file = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+
+
+def document(file: Path) -> dict[str, Any]:
+    """The file as YAML has it; skipped where this version of the job spec does not have its method."""
+    found: dict[str, Any] = yaml.safe_load(file.read_text())
+    if (method := found.get("method", "prompt_tuning")) not in METHODS:
+        pytest.skip(f"the job spec has no method {method}")
+    return found
+
+
+@each_file
+def test_a_file_is_sound(file: Path, command: Command) -> None:
+    """It loads, fits the schema that editors use, is named as its file, and names the verb that runs it."""
+    written = document(file)
+    assert load_job(file).name == file.stem
+    jsonschema.validate(json.loads(json.dumps(written)), command("schema").document)
+    said = command("validate", file)
+    assert said.code == 0 and f"next: orchestrator run {file}" in said.out
+
+
+@each_file
+def test_a_file_says_what_it_is_for(file: Path) -> None:
+    """The command that runs it stands in its header; an experiment has its claim, the paper and the time too."""
+    header = "".join(line for line in file.read_text().splitlines(keepends=True) if line.startswith("#"))
+    assert f"orchestrator run jobs/{file.name}" in header
+    if file.stem not in PLAIN:
+        assert "# Claim:" in header and re.search(r"# Papers?: ", header)
+        assert re.search(r"minute|hour|day", header, re.IGNORECASE)
+
+
+@each_file
+def test_a_files_data_is_named(file: Path) -> None:
+    """Files are below ../shared, and there where that folder is; everything else is built in or a hub's."""
+    written = document(file)
+    paths = written["data"]["path"]
+    named = [paths] if isinstance(paths, str) else list(paths.values())
+    for name in [*named, written["base_model"]["id"]]:
+        if name.startswith(BUILTIN) or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            continue
+        assert name.startswith("../shared/")
+        assert not SHARED.is_dir() or (ROOT / name).exists()
+
+
+def test_the_ladder_is_named_in_the_page() -> None:
+    """docs/experiments.md has every experiment's file."""
+    page = (ROOT / "docs" / "experiments.md").read_text()
+    assert [file.stem for file in FILES if file.stem not in PLAIN and f"jobs/{file.name}" not in page] == []
+
+
+def run_small(file: Path, place: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> dict[str, Any]:
+    """Run the job with a few steps, in a folder of its own beside ../shared."""
+    place.mkdir(exist_ok=True)
+    if SHARED.is_dir() and not (place.parent / "shared").exists():
+        (place.parent / "shared").symlink_to(SHARED)
+    monkeypatch.chdir(place)
+    job = load_job(file, [*TINY, *more])
+    made: dict[str, Any] = run_job(job, Recorder(job))
+    return made
+
+
+def reported(made: dict[str, Any]) -> str:
+    return (searches_folder() / made["search"] / "report.html").read_text()
+
+
+def test_a_job_runs_with_another_model(ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The init ablation on a tiny random model, by --set alone: every init has a trial, and the page shows them."""
+    made = run_small(
+        ROOT / "jobs" / "init-ablation.yaml", tmp_path / "work", monkeypatch, f"base_model.id={model_folder()}", *SHORT,
+        "search.trials=4", "search.space.seed=0", "search.space.learning_rate=0.03",
+    )  # fmt: skip
+    inits = [json.dumps(trial["config"]["init"]) for trial in made["trials"]]
+    assert len(set(inits)) == 4 and made["status"] == "succeeded"
+    assert "class_labels" in reported(made)
+
+
+@pytest.mark.long
+@each_file
+def test_a_file_runs(ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
+    """Every job to its end, with its report: on its own built-in or local model and data, with tiny random models and
+    made-up rows in the place of the hub's."""
+    written = document(file)
+    place = tmp_path / "work"
+    if file.stem == "transfer":  # starts from another job's prompt
+        run_small(file.with_name("personal.yaml"), place, monkeypatch, "name=mood")
+    made = run_small(file, place, monkeypatch, *stand_ins(written, tmp_path))
+    assert made["status"] == "succeeded" and 1 <= len(made["trials"]) <= 2
+    assert made["model"] is None or made["model"]["version"] >= 1
+    assert made["best"]["trial"] in reported(made)
+
+
+def stand_ins(written: dict[str, Any], folder: Path) -> list[str]:
+    """Overrides that put something local in the place of what only the hub has."""
+    changes = []
+    model, path = written["base_model"]["id"], written["data"]["path"]
+    if not model.startswith(BUILTIN) and not (ROOT / model).is_dir():
+        family = STAND_INS.get(model, "llama")
+        changes += [f"base_model.id={save_family(folder / 'model', family)}", *SHORT]
+    here = isinstance(path, dict) and all((ROOT / name).is_file() for name in path.values())
+    if not here and not str(path).startswith(BUILTIN):
+        changes += [
+            "data.subset=null",
+            "data.revision=null",
+            f"data.path={{train: {rows_for(written['data'], folder)}}}",
+        ]
+    return changes
+
+
+def rows_for(data: dict[str, Any], folder: Path) -> Path:
+    """Made-up rows with all columns that the job names."""
+    choose = random.Random(0)
+    labels = [label for label in data.get("verbalizer", {}) if isinstance(label, str)] or list(
+        data.get("verbalizer", {})
+    )
+    renamed = {new: old for old, new in data.get("rename", {}).items()}
+    rows = []
+    for _ in range(60):
+        words = {column: " ".join(choose.choices(WORDS, k=4)) for column in template_columns(data["template"])}
+        target = choose.choice(labels) if labels else " ".join(choose.choices(WORDS, k=2))
+        row = {**words, data["target"]: target, **data.get("where", {})}
+        if references := data.get("references"):
+            row[references] = [str(target), "another text"]
+        rows.append({renamed.get(column, column): cell for column, cell in row.items()})
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
