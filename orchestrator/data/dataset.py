@@ -126,9 +126,9 @@ def read_file(file: Path, where: str) -> list[Row]:
         raise BadInput(f"{where}: can't tell the format of {file}", f"use one of {', '.join(READERS)}")
     if not file.stat().st_size:
         return []
-    from datasets import Dataset, disable_progress_bars
+    from datasets import Dataset
 
-    disable_progress_bars()
+    _quiet_datasets()
     options = {"sep": "\t"} if file.suffix == ".tsv" else {}
     reader = getattr(Dataset, f"from_{READERS[file.suffix]}")
     try:
@@ -140,11 +140,20 @@ def read_file(file: Path, where: str) -> list[Row]:
         raise BadInput(f"{where}: {file} can't be read as {file.suffix[1:]}: {reason}", "correct the file") from None
 
 
-def _read_hub(data: DataSpec, name: str) -> dict[str, list[Row]]:
-    from datasets import disable_progress_bars, load_dataset
-    from datasets.exceptions import DatasetNotFoundError
+def _quiet_datasets() -> None:
+    """What it would log as an error is raised too, and said by us."""
+    from datasets import disable_progress_bars
+    from datasets.utils import logging
 
     disable_progress_bars()
+    logging.set_verbosity(logging.CRITICAL)
+
+
+def _read_hub(data: DataSpec, name: str) -> dict[str, list[Row]]:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    _quiet_datasets()
     try:
         loaded = load_dataset(name, data.subset, revision=data.revision, trust_remote_code=False)
     except (ConnectionError, DatasetNotFoundError) as error:
