@@ -54,10 +54,14 @@ def rows_fingerprint(rows: Sequence[Row]) -> str:
     return digest.hexdigest()
 
 
-def load_rows(data: DataSpec) -> RowSplits:
-    """All three splits, checked: no split is empty and no column is missing. Raises BadInput or Unreachable."""
+def load_rows(data: DataSpec, templates: Sequence[str] = ()) -> RowSplits:
+    """All three splits, checked: no split is empty and no column is missing. Raises BadInput or Unreachable.
+
+    ``templates`` are further ones, whose columns are kept too.
+    """
     found = {split: rows for split, rows in _read(data).items() if split in SPLITS}
-    columns = [*dict.fromkeys([*Template(data.template).columns, data.target])]
+    named = [column for template in (data.template, *templates) for column in Template(template).columns]
+    columns = [*dict.fromkeys([*named, data.target])]
     columns += [data.references] if data.references and data.references not in columns else []
     cut = {split: _columns(rows, columns, data, split) for split, rows in found.items()}
     splits = _split(cut, data)

@@ -14,6 +14,7 @@ from orchestrator.search.journal import read_events
 from orchestrator.search.saved import load_saved
 from orchestrator.space import TrialSpec
 from orchestrator.spec import JobSpec
+from orchestrator.tuning.report import Costs
 
 
 @dataclass
@@ -25,6 +26,7 @@ class TrialFacts:
     status: str = "running"
     points: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     best: dict[str, float] = field(default_factory=dict)
+    costs: Costs = field(default_factory=Costs)
 
     @property
     def init(self) -> str:
@@ -80,6 +82,7 @@ def read_facts(folder: SearchFolder) -> SearchFacts:
             trial, report = trials[event.report.trial], event.report
             trial.points.append((report.step, report.metrics))
             trial.best = report.best_metrics
+            trial.costs = trial.costs.plus(report.costs)
         elif isinstance(event, Ended) and event.trial in trials:
             trials[event.trial].status = event.status
         elif isinstance(event, Found) and event.name == "baselines":

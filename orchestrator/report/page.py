@@ -89,7 +89,7 @@ def _columns(facts: SearchFacts) -> list[tuple[str, str]]:
 def _results(facts: SearchFacts) -> list[list[Any]]:
     lines: dict[str, Any] = {NAMES.get(name, name): found for name, found in facts.baselines.items()}
     if facts.result:
-        lines["tuned prompt"] = facts.result["best"]["metrics"]
+        lines[facts.job.result_name] = facts.result["best"]["metrics"]
     elif facts.winner:
         lines["best so far"] = {"validation": facts.winner.best}
     return [[name, *(_number(found.get(split, {}).get(metric)) for split, metric in _columns(facts))]

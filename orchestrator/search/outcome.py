@@ -9,7 +9,7 @@ from typing import Any
 
 from orchestrator.space import TrialSpec
 from orchestrator.spec import SearchSpec
-from orchestrator.tuning.report import Copied, Report
+from orchestrator.tuning.report import Copied, Costs, Report
 
 Metrics = dict[str, float]
 
@@ -31,6 +31,7 @@ class TrialRecord:
     copied: list[Copied] = field(default_factory=list)
     workers: list[str] = field(default_factory=list)
     """Worker groups that trained it, in their order: more than one where one was lost."""
+    costs: Costs = field(default_factory=Costs)
 
     @property
     def inherited(self) -> bool:
@@ -67,6 +68,7 @@ class Outcome:
         record = self.records[trial]
         record.step, record.best_step, record.metrics = report.step, report.best_step, report.best_metrics
         record.checkpoint = report.checkpoint
+        record.costs = record.costs.plus(report.costs)
         if report.worker and report.worker not in record.workers[-1:]:
             record.workers.append(report.worker)
         if report.copied is not None:
