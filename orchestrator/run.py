@@ -411,7 +411,8 @@ class Pipeline:
         data, folder = self.job.data, self.folder.artifact
         about = {
             "method": self.job.method, "base_model": asdict(info), "template": best.spec.template or data.template,
-            "target": data.target, "verbalizer": data.verbalizer, "metrics": reached, "costs": asdict(best.costs),
+            "target": data.target, "verbalizer": data.verbalizer, "sentinel": data.sentinel,
+            "metrics": reached, "costs": asdict(best.costs),
             "steps": best.best_step, "search": self.id, "trial": best.id, "orchestrator_version": __version__,
         }  # fmt: skip
         if designs := self.prepared.task.designs:
@@ -459,6 +460,7 @@ class Pipeline:
             template=data.template,
             target=data.target,
             verbalizer=verbalizer_entries(self.prepared.task.encoder),
+            sentinel=data.sentinel,
             max_input_tokens=data.max_input_tokens,
             max_target_tokens=data.max_target_tokens,
             base_model=BaseModelRecord(**asdict(info)),

@@ -203,6 +203,9 @@ class DataSpec(Section):
     empty, the target."""
     verbalizer: Annotated[dict[Label, Text], Field(min_length=1)] | None = None
     """Label to the text that stands for it, leading space included."""
+    sentinel: bool = False
+    """Put the first sentinel token (<extra_id_0>) in front of every target: what an encoder-decoder model that was
+    pretrained on span corruption alone expects there."""
     max_input_tokens: PositiveInt = 256
     """Longer inputs are cut at the end of their longest column; the template stays whole."""
     max_target_tokens: PositiveInt = 64

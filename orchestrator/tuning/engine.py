@@ -153,7 +153,7 @@ class Engine:
 
     @cached_property
     def _context(self) -> InitContext:
-        return InitContext.of(self.backbone, self.task.encoder.answers, self.task.artifacts)
+        return InitContext.of(self.backbone, self.task.encoder.answer_words, self.task.artifacts)
 
     def _learned(self, spec: TrialSpec) -> Prompt | Change:
         """What a trial learns, before its first step."""
