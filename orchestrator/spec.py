@@ -32,6 +32,8 @@ MAX_SEED = 2**32 - 1  # the widest range that every random generator in use take
 FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 VIRTUAL = "*"
 """In a template's braces: virtual tokens stand here."""
+PREFIX, CONTINUATION = "prefix", "continuation"
+"""Columns of a text that was cut in two."""
 BLANK = "_"
 """In a template's braces: the answer stands here."""
 
@@ -203,6 +205,9 @@ class DataSpec(Section):
     empty, the target."""
     verbalizer: Annotated[dict[Label, Text], Field(min_length=1)] | None = None
     """Label to the text that stands for it, leading space included."""
+    prefix_lm: Text | None = None
+    """Column of plain text, cut in two at a place drawn by split_seed: the columns prefix and continuation. With method
+    model_tuning, template "{prefix}" and target continuation this is LM adaptation; long continuations are cut."""
     sentinel: bool = False
     """Put the first sentinel token (<extra_id_0>) in front of every target: what an encoder-decoder model that was
     pretrained on span corruption alone expects there."""
@@ -218,6 +223,17 @@ class DataSpec(Section):
     """Seed of the rows set aside and of the rows that limit keeps."""
     limit: RowLimits = RowLimits()
     """Use only so many rows of a split."""
+
+    def _conflicts(self) -> Iterator[Conflict]:
+        if self.prefix_lm is None:
+            return
+        made = "data.prefix_lm makes the columns prefix and continuation"
+        if self.target != CONTINUATION:
+            yield Conflict("target", f"{self.target} is not what follows: {made}; set {CONTINUATION}", ("prefix_lm",))
+        if PREFIX not in template_columns(self.template):
+            yield Conflict("template", f"{made}, and the template lacks {{{PREFIX}}}; write it there", ("prefix_lm",))
+        if self.verbalizer is not None:
+            yield Conflict("verbalizer", f"{made}, texts and not labels; leave one of them out", ("prefix_lm",))
 
 
 class TextInit(Section):

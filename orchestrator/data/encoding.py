@@ -50,7 +50,9 @@ class Encoder:
         max_target_tokens: int,
         family: Family = "causal",
         sentinel: bool = False,
+        cuts_targets: bool = False,
     ) -> None:
+        """``cuts_targets``: targets longer than their limit end there, without an end token, and are not refused."""
         self.tokenizer = tokenizer
         self.template = template
         self.verbalizer = verbalizer
@@ -61,6 +63,7 @@ class Encoder:
         self.end_id: int | None = None if family == "masked" else tokenizer.eos_token_id
         if family == "causal":
             self._back = []  # the target goes on where the input ends
+        self._cuts_targets = cuts_targets
         self._opening = [_sentinel(tokenizer, family)] if sentinel else []
         self.answers = [self.answer_ids(text) for text in verbalizer.texts] if verbalizer else []
         self._check_answers()
@@ -189,6 +192,8 @@ class Encoder:
                 f"a target has no tokens: {str(row[target])[:60]!r}",
                 "a masked model fills in at least one; drop such rows",
             )
+        if len(ids) > self.max_target_tokens and self._cuts_targets:
+            ids = ids[: self.max_target_tokens]
         if len(ids) > self.max_target_tokens:
             raise BadInput(
                 f"a target has {len(ids)} tokens with its end token, data.max_target_tokens is "
@@ -223,7 +228,7 @@ def make_encoder(data: DataSpec, rows: RowSplits, tokenizer: Any, family: Family
         verbalizer = Verbalizer.covering(data.verbalizer, seen)
     return Encoder(
         tokenizer, Template(data.template), verbalizer, data.max_input_tokens, data.max_target_tokens, family,
-        data.sentinel,
+        data.sentinel, data.prefix_lm is not None,
     )  # fmt: skip
 
 
