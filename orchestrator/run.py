@@ -491,9 +491,9 @@ class Pipeline:
                 "trial": best.id,
                 "config": best.spec.config(),
                 "metrics": {"validation": best.metrics, "test": test},
-                "costs": asdict(best.costs),
                 **({"seeds": seeds} if (seeds := outcome.over_seeds(best)) else {}),
             },
+            "costs": asdict(best.costs),  # beside the best trial, which is the same for the same seed
             "baselines": baselines,
             "model": model,
             **({"artifact": str(self.folder.artifact)} if self.folder.artifact.is_dir() else {}),

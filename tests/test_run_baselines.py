@@ -14,6 +14,12 @@ from orchestrator.report import read_facts
 from orchestrator.resume import resume_search
 from orchestrator.search.folder import SearchFolder
 
+METHODS = [
+    "lora",
+    "prompt_design",
+    pytest.param("adapter", marks=pytest.mark.long),
+    pytest.param("model_tuning", marks=pytest.mark.long),
+]
 RATES: list[float] = [0.001, 0.01]
 TRAINED: dict[str, Any] = {"search__trials": 2, "train__steps": 8}
 JOBS: dict[str, tuple[dict[str, Any], set[str]]] = {
@@ -39,21 +45,32 @@ def search_of(method: str, folder: Path) -> Finished:
     return run_search(write_job(folder, name=method.replace("_", "-"), method=method, **changes))
 
 
+class Searches:
+    """A search of each method, run when a test first asks for it; all in one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._found: dict[str, Finished] = {}
+
+    def __getitem__(self, method: str) -> Finished:
+        if method not in self._found:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(self.folder)
+                self._found[method] = search_of(method, self.folder)
+        return self._found[method]
+
+
 @pytest.fixture(scope="module")
-def searches(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
-    """All of them in one folder."""
-    folder = tmp_path_factory.mktemp("baselines")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        return {method: search_of(method, folder) for method in JOBS}
+def searches(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Searches:
+    return Searches(tmp_path_factory.mktemp("baselines"))
 
 
 def folder_of(search: Finished) -> SearchFolder:
     return SearchFolder(search.folder / ".orchestrator" / "searches" / search.document["search"])
 
 
-@pytest.mark.parametrize("method", JOBS)
-def test_a_baselines_result_is_kept_and_not_registered(searches: dict[str, Finished], method: str) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_a_baselines_result_is_kept_and_not_registered(searches: Searches, method: str) -> None:
     """Files that the libraries read, in the search's folder and with the trial's run; no registered model."""
     search, document = searches[method], searches[method].document
     assert document["status"] == "succeeded" and document["model"] is None
@@ -69,13 +86,14 @@ def test_a_baselines_result_is_kept_and_not_registered(searches: dict[str, Finis
     runs = client.search_runs([experiment.experiment_id])
     best = next(run for run in runs if run.data.tags.get("orchestrator.trial") == document["best"]["trial"])
     assert {file.path for file in client.list_artifacts(best.info.run_id, "baseline")} >= {"baseline/baseline.json"}
-    costs = document["best"]["costs"]
+    costs = document["costs"]
     assert {name: best.data.metrics[f"cost_{name}"] for name in costs} == pytest.approx(costs)
     trained = method != "prompt_design"
     assert (costs["parameters"] > 0) == (costs["seconds"] > 0) == trained and costs["stored_bytes"] > 0
 
 
-def test_a_resumed_search_finds_the_same(searches: dict[str, Finished], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.long
+def test_a_resumed_search_finds_the_same(searches: Searches, monkeypatch: pytest.MonkeyPatch) -> None:
     """A search that was cut off before its result was written evaluates and keeps the same trial again."""
     search = searches["lora"]
     monkeypatch.chdir(search.folder)
@@ -88,29 +106,28 @@ def test_a_resumed_search_finds_the_same(searches: dict[str, Finished], monkeypa
 
 
 def test_searches_are_compared(
-    searches: dict[str, Finished], command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    searches: Searches, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A line each with accuracy, parameters, bytes, seconds and memory; the same as a page and as a document."""
-    monkeypatch.chdir(searches["lora"].folder)
-    ids = [search.document["search"] for search in searches.values()]
+    compared = {method: searches[method] for method in ("lora", "prompt_design")}
+    monkeypatch.chdir(searches.folder)
+    ids = [search.document["search"] for search in compared.values()]
     said = command("report", *ids, "--out", tmp_path / "methods.html", "--json")
     assert said.code == 0 and not said.document["warnings"]
     assert set(said.document["baselines"]) == {"zero_shot", "few_shot"}
-    for entry, search in zip(said.document["searches"], searches.values(), strict=True):
-        best = search.document["best"]
-        assert entry["metrics"] == best["metrics"] and entry["costs"] == pytest.approx(best["costs"])
+    for entry, search in zip(said.document["searches"], compared.values(), strict=True):
+        assert entry["metrics"] == search.document["best"]["metrics"]
+        assert entry["costs"] == pytest.approx(search.document["costs"])
     page = (tmp_path / "methods.html").read_text()
     lines = command("report", *ids).out.splitlines()
     assert len(lines) == 1 + 2 + len(ids) and lines[1].startswith("without a prompt")
-    for method in searches:
+    for method in compared:
         assert any(line.startswith(method.replace("_", " ")) for line in lines[3:])
         assert f"<td>{method.replace('_', ' ')}</td>" in page
     assert command("report", ids[0], "nosuch").code == 2
 
 
-def test_searches_on_other_data_are_not_comparable(
-    searches: dict[str, Finished], finished: Finished, command: Command
-) -> None:
+def test_searches_on_other_data_are_not_comparable(searches: Searches, finished: Finished, command: Command) -> None:
     """What differs is named, and the baselines, which are each search's own, are left out."""
     folders = [folder_of(search).path for search in (searches["lora"], finished)]
     said = command("report", *folders, "--json")
@@ -118,8 +135,8 @@ def test_searches_on_other_data_are_not_comparable(
     assert [warning.partition(":")[0] for warning in said.document["warnings"]] == ["not the same metric"]
 
 
-@pytest.mark.parametrize("method", JOBS)
-def test_a_baseline_has_a_report(searches: dict[str, Finished], method: str) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_a_baseline_has_a_report(searches: Searches, method: str) -> None:
     """Its page was written and logged with the run, and lists every trial with its costs."""
     folder = folder_of(searches[method])
     facts, text = read_facts(folder), folder.report.read_text()
