@@ -184,7 +184,10 @@ def parser() -> argparse.ArgumentParser:
         help="lines, sides or jobs with this in their name; also packing: speed, memory; logging: search, listing; "
         "serving: peer, many, http",
     )
-    made.add_argument("--size", help="one of the models 6x192, 6x512, 100M, 1B; of whole searches: small or real")
+    made.add_argument(
+        "--size",
+        help="one of the models 6x192, 6x512, 100M, 1B; of whole searches: small or real; of methods also short",
+    )
     made.add_argument("--seeds", type=int, default=0, help="search, population, methods: so many seeds (default 3)")
     made.add_argument("--pairs", type=int, default=3, help="how often each side is measured, in turn (default 3)")
     made.add_argument("--threads", type=int, default=0, help="threads of torch (default: torch's own choice)")

@@ -6,21 +6,24 @@ are then compared as ``orchestrator report`` compares them. The lines are the be
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import chdir, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
+from rich.console import Console
 
+from orchestrator.progress import ConsoleProgress
 from orchestrator.report import comparison, comparison_page, read_facts
+from orchestrator.run import run_job
+from orchestrator.search.cluster_session import ray_session
 from orchestrator.search.saved import find_search
+from orchestrator.spec import JobSpec
 from tests.benchmarks.jobs import random_model, sst2, trec6
 from tests.benchmarks.measure import Line
 
@@ -57,6 +60,7 @@ class Setting:
 
 SETTINGS = {
     "real": Setting(),
+    "short": Setting(steps=200, rates=1),
     "small": Setting({"random": random_model}, steps=4, seeds=(0,), rates=1),
 }
 
@@ -81,36 +85,42 @@ def job(base: dict[str, Any], method: str, setting: Setting) -> dict[str, Any]:
 
 def lines(setting: Setting, only: str = "", out: Path | None = None) -> list[Line]:
     """A line for each method on each data set; pages of the comparisons go into ``out``."""
-    found = []
+    found: list[Line] = []
     for name, make in setting.data.items():
-        with tempfile.TemporaryDirectory(prefix="methods-") as scratch:
-            folder = Path(scratch)
-            base = make(folder)
-            searches = [
-                _run(folder, {**job(base, method, setting), "name": method.replace("_", "-")})
-                for method in SPACES
-                if only in f"{name} {method}"
-            ]
-            if not searches:
-                continue
-            document = comparison([read_facts(find_search(str(search))) for search in searches])
-            if out:
-                (out / f"methods-{name}.html").write_text(comparison_page(document))
+        chosen = [method for method in SPACES if only in f"{name} {method}"]
+        if not chosen:
+            continue
+        with tempfile.TemporaryDirectory(prefix="methods-") as scratch, _own_store(Path(scratch)):
+            base = make(Path(scratch))
+            with ray_session():  # one for all: only what a search itself takes is of interest
+                searches = [_run({**job(base, method, setting), "name": method.replace("_", "-")}) for method in chosen]
+            document = comparison([read_facts(find_search(search)) for search in searches])
+        if out:
+            (out / f"methods-{name}.html").write_text(comparison_page(document))
         found += [_bare(name, which, one) for which, one in document["baselines"].items()]
         found += [_line(name, entry) for entry in document["searches"]]
     return found
 
 
-def _run(folder: Path, document: dict[str, Any]) -> Path:
-    """A search in a process of its own; its folder."""
-    file = folder / f"{document['name']}.yaml"
-    file.write_text(yaml.safe_dump(document, sort_keys=False))
+@contextmanager
+def _own_store(folder: Path) -> Iterator[None]:
+    """Within, searches and runs are kept in a folder, whatever the environment says."""
     plain = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "ORCHESTRATOR_HOME", "RAY_ADDRESS")
-    environment = {name: value for name, value in os.environ.items() if name not in plain}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "orchestrator", "run", str(file), "--json"]
-    done = subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-    return folder / ".orchestrator" / "searches" / str(json.loads(done.stdout)["search"])
+    kept = {name: os.environ.pop(name) for name in plain if name in os.environ}
+    try:
+        with chdir(folder):
+            yield
+    finally:
+        os.environ.update(kept)
+
+
+def _run(document: dict[str, Any]) -> str:
+    """A search; its id."""
+    spec = JobSpec.model_validate(document)
+    found = run_job(spec, ConsoleProgress(spec, Console(stderr=True), quiet=True))
+    reached, costs = found["best"]["metrics"], found["costs"]
+    print(f"{document['method']}: {reached} {costs} {found['seconds']['total']:.0f} s", file=sys.stderr, flush=True)
+    return str(found["search"])
 
 
 def _bare(data: str, name: str, found: dict[str, Any]) -> Line:
