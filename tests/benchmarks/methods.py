@@ -16,13 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from orchestrator.progress import ConsoleProgress
-from orchestrator.report import comparison, comparison_page, read_facts
-from orchestrator.run import run_job
-from orchestrator.search.cluster_session import ray_session
-from orchestrator.search.saved import find_search
 from orchestrator.spec import JobSpec
 from tests.benchmarks.jobs import random_model, sst2, trec6
 from tests.benchmarks.measure import Line
@@ -85,6 +78,11 @@ def job(base: dict[str, Any], method: str, setting: Setting) -> dict[str, Any]:
 
 def lines(setting: Setting, only: str = "", out: Path | None = None) -> list[Line]:
     """A line for each method on each data set; pages of the comparisons go into ``out``."""
+    # Neither Ray nor MLflow is there before a search needs it.
+    from orchestrator.report import comparison, comparison_page, read_facts
+    from orchestrator.search.cluster_session import ray_session
+    from orchestrator.search.saved import find_search
+
     found: list[Line] = []
     for name, make in setting.data.items():
         chosen = [method for method in SPACES if only in f"{name} {method}"]
@@ -116,6 +114,11 @@ def _own_store(folder: Path) -> Iterator[None]:
 
 def _run(document: dict[str, Any]) -> str:
     """A search; its id."""
+    from rich.console import Console
+
+    from orchestrator.progress import ConsoleProgress
+    from orchestrator.run import run_job
+
     spec = JobSpec.model_validate(document)
     found = run_job(spec, ConsoleProgress(spec, Console(stderr=True), quiet=True))
     reached, costs = found["best"]["metrics"], found["costs"]
