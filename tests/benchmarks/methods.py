@@ -53,7 +53,7 @@ class Setting:
 
 SETTINGS = {
     "real": Setting(),
-    "short": Setting(steps=200, rates=1),
+    "short": Setting(steps=150, rates=1),
     "small": Setting({"random": random_model}, steps=4, seeds=(0,), rates=1),
 }
 
