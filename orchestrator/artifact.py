@@ -106,6 +106,8 @@ class Manifest(Record):
     template: str
     target: str
     verbalizer: tuple[VerbalizerEntry, ...] | None
+    sentinel: bool = False
+    """Whether targets begin with the first sentinel token."""
     max_input_tokens: int = Field(ge=1)
     max_target_tokens: int = Field(ge=1)
     base_model: BaseModelRecord

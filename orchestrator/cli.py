@@ -328,8 +328,11 @@ def on_cluster() -> None:
 
 @app.command()
 def report(
-    search: Annotated[
-        str, typer.Argument(help="Id of a search, its beginning, its folder, or latest.", show_default=False)
+    searches: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SEARCH...", help="Ids of searches, their beginnings, their folders, or latest.", show_default=False
+        ),
     ],
     out_file: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="Where to; report.html in the search's folder.")
@@ -337,7 +340,10 @@ def report(
     keep: Annotated[bool, typer.Option("--log/--no-log", help="Log it to the search's MLflow run too.")] = True,
     as_json: Json = False,
 ) -> None:
-    """One self-contained HTML page about a search, with tables and plots."""
+    """One self-contained HTML page about a search, with tables and plots; several searches side by side."""
+    if len(searches) > 1:
+        return _compared(searches, out_file, as_json)
+    (search,) = searches
     with results_only():
         from orchestrator.registry import Registry
         from orchestrator.report import read_facts, write_report
@@ -352,6 +358,25 @@ def report(
     if as_json:
         return print_json({"search": folder.id, "file": str(file.absolute()), "logged": keep})
     out(f"{file}: open it in a browser; it needs no network.")
+
+
+def _compared(searches: list[str], out_file: Path | None, as_json: bool) -> None:
+    """The best trial of each search, with what it took."""
+    with results_only():
+        from orchestrator.display import table
+        from orchestrator.report import comparison, comparison_page, comparison_rows, read_facts
+        from orchestrator.report.comparison import HEADING
+        from orchestrator.search.folder import write_whole
+        from orchestrator.search.saved import find_search
+
+        document = comparison([read_facts(find_search(search)) for search in searches])
+        if out_file:
+            write_whole(out_file, comparison_page(document).encode())
+    if as_json:
+        return print_json(document | ({"file": str(out_file.absolute())} if out_file else {}))
+    _lines([*table(HEADING, comparison_rows(document)), *(f"warning: {text}" for text in document["warnings"])])
+    if out_file:
+        out(f"{out_file}: open it in a browser; it needs no network.")
 
 
 @app.command()

@@ -47,7 +47,7 @@ def run_summary(document: dict[str, Any], spec: JobSpec) -> list[str]:
         for name, found in document["baselines"].items()
     ]
     tuned = best["metrics"]
-    rows.append(("tuned prompt", f"{tuned['validation'][metric]:.3f}", f"{tuned['test'][metric]:.3f}"))
+    rows.append((spec.result_name, f"{tuned['validation'][metric]:.3f}", f"{tuned['test'][metric]:.3f}"))
     seconds = document["seconds"]
     lines = [
         f"search {document['search']}: {len(document['trials'])} trials in {duration(seconds['training'])}, "
@@ -57,6 +57,11 @@ def run_summary(document: dict[str, Any], spec: JobSpec) -> list[str]:
         *table((metric, "validation", "test"), rows),
         "",
     ]
+    if kept := document.get("artifact"):
+        text = (
+            f"kept in {kept} and with the search's run; a baseline is no prompt, and is neither registered nor served"
+        )
+        return [*lines, text, f"next: orchestrator report {document['search']} OTHER...   (beside other searches)"]
     return [*lines, *_registered(document["model"])]
 
 

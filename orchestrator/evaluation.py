@@ -63,7 +63,8 @@ class Loaded:
     def kind(self) -> tuple[Any, ...]:
         """Versions that agree in this see the same tokens, and share forwards."""
         it = self.artifact.manifest
-        return it.template, it.target, it.verbalizer, it.max_input_tokens, it.max_target_tokens, self.decoding
+        limits = it.max_input_tokens, it.max_target_tokens
+        return it.template, it.target, it.verbalizer, it.sentinel, *limits, self.decoding
 
 
 @dataclass(frozen=True)

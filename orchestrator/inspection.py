@@ -94,7 +94,7 @@ def inspect_model(registry: Registry, model: str, nearest: int, base_model: str 
     record = artifact.manifest.base_model
     source = resolve_model(BaseModelSpec(id=base_model or record.id, revision=record.revision))
     backbone = load_backbone(source, default_device())
-    answers = load_prompt(backbone, folder, version.name, version.version).encoder.answers
+    answers = load_prompt(backbone, folder, version.name, version.version).encoder.answer_words
     context = InitContext.of(backbone, answers)
     found = inspect_prompt(backbone, artifact, context, lambda reference: registered(registry, reference), nearest)
     return {

@@ -9,11 +9,19 @@ from orchestrator.registry import SearchLog
 from orchestrator.search.events import Ended, Event, Found, Reported, Started
 from orchestrator.search.history import History, trial_of
 from orchestrator.space import TrialSpec
-from orchestrator.tuning.report import Report
+from orchestrator.tuning.report import Costs, Report
 
 BASELINES = "baselines"
 SPLITS = ("validation", "test")
-TAGGED = ("init", "num_virtual_tokens")  # of a trial's configuration: what people filter by
+TAGGED = (
+    "init",
+    "num_virtual_tokens",
+    "rank",
+    "alpha",
+    "bottleneck",
+    "shots",
+    "demonstrations",
+)  # of a trial's configuration: what people filter by
 
 
 class MlflowMirror:
@@ -30,6 +38,7 @@ class MlflowMirror:
         self._copying = copying
         self._specs: dict[str, TrialSpec] = {}
         self._notes: dict[str, str] = {}
+        self._last: dict[str, tuple[int, Costs]] = {}
         self._started: set[str] = set()
 
     def restore(self, history: History) -> None:
@@ -57,6 +66,8 @@ class MlflowMirror:
 
     def _reported(self, report: Report, at: int) -> None:
         named = {f"validation_{name}": value for name, value in report.metrics.items()}
+        before = self._last.get(report.trial, (0, Costs()))[1]
+        self._last[report.trial] = report.step, before.plus(report.costs)
         if report.copied is not None:
             self._specs[report.trial] = report.copied.spec
         if self._copying:
@@ -70,6 +81,8 @@ class MlflowMirror:
     def _ended(self, event: Ended) -> None:
         if event.trial not in self._started:
             return  # the search ended before its turn came: it has no run
+        step, costs = self._last.get(event.trial, (0, Costs()))
+        self._log.trial_metrics(event.trial, step, costs.metrics(), event.at)
         state = {"finished": "finished", "failed": "failed"}.get(event.status, "stopped")
         note = event.note if state == "failed" else ""
         self._log.trial_ended(event.trial, state, note, event.at)  # type: ignore[arg-type]
@@ -87,7 +100,7 @@ def baseline_metrics(found: Found) -> dict[str, float]:
 
 def flat(config: dict[str, Any]) -> dict[str, Any]:
     """A trial's configuration without nesting: what an init starts from is a parameter of its own."""
-    init = config["init"]
+    init = config.get("init")
     if isinstance(init, dict):
         ((name, value),) = init.items()
         return {**config, "init": name, f"init_{name}": value}

@@ -198,6 +198,7 @@ def import_peft(
     max_target_tokens: int,
     data: DataRecord,
     orchestrator_version: str,
+    sentinel: bool = False,
     renamed: bool = False,
 ) -> PromptArtifact:
     """A PEFT folder as an artifact; what PEFT does not store is given.
@@ -230,6 +231,7 @@ def import_peft(
         template=template,
         target=target,
         verbalizer=verbalizer,
+        sentinel=sentinel,
         max_input_tokens=max_input_tokens,
         max_target_tokens=max_target_tokens,
         base_model=base_model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -94,7 +95,8 @@ class ConsoleProgress:
         record, metric = self._outcome.records[trial], self._job.search.metric
         value = f"{metric} {report.metrics[metric]:.3f}" if report.metrics else BROKEN[report.ending or "diverged"]
         steps = f"step {report.step}/{self._job.train.steps}"
-        line = f"{trial} {steps} {value} loss {report.train_loss:.3f} [{record.spec.label()}]"
+        loss = "" if math.isnan(report.train_loss) else f" loss {report.train_loss:.3f}"
+        line = f"{trial} {steps} {value}{loss} [{record.spec.label()}]"
         return f"{line} {self._eta()}".rstrip()
 
     def _steps(self) -> tuple[float, float]:

@@ -25,6 +25,7 @@ from orchestrator.artifact import (
     ReparameterizationRecord,
 )
 from orchestrator.base_model import BaseModelInfo, looks_like_path
+from orchestrator.data.designs import Design
 from orchestrator.errors import BadInput, Interrupted, JobFailed, NothingFound, SearchLost, Unreachable
 from orchestrator.mirror import BASELINES, SPLITS, MlflowMirror
 from orchestrator.registry import Registry, SearchLog
@@ -306,14 +307,18 @@ class Pipeline:
             )
         self.progress.stage("evaluating the best prompt on the test split")
         top = best[: max(1, self.job.registry.register_top)]
-        measured = search.evaluate([EvaluationJob("test", record.checkpoint, confusion=True) for record in top])
+        measured = search.evaluate(
+            [EvaluationJob("test", record.checkpoint, spec=record.spec, confusion=True) for record in top]
+        )
         tests = {record.id: without_confusion(metrics) for record, metrics in zip(top, measured, strict=True)}
         self.clock.mark("test")
         info = search.ready()
         self._log_result(log, outcome, best[0], tests[best[0].id])
         reached = {"validation": best[0].metrics, "test": tests[best[0].id]}
         log.parent_tags(search_note(self.job, best[0].spec, reached, baselines))
-        model = self._register(log, best, tests, baselines, info)
+        model = None if self.job.is_baseline else self._register(log, best, tests, baselines, info)
+        if self.job.is_baseline and self.job.registry.register_top:
+            self._keep(log, best[0], reached, info)
         self.clock.mark("registry")
         took = self._took(outcome, search.placement)
         log.parent_metrics(took)
@@ -401,6 +406,28 @@ class Pipeline:
         self.progress.note(outcome.reason)
         return {"name": self.job.model_name, "version": version, "alias": outcome.alias}
 
+    def _keep(self, log: SearchLog, best: TrialRecord, reached: Mapping[str, Metrics], info: BaseModelInfo) -> None:
+        """Keep a baseline's result in the search's folder and with its run: it is no prompt to register."""
+        from orchestrator.baselines.store import save_result
+        from orchestrator.tuning.checkpoint import TrialState
+
+        assert best.checkpoint is not None  # a ranked trial has reported
+        self.progress.stage("keeping the result")
+        data, folder = self.job.data, self.folder.artifact
+        about = {
+            "method": self.job.method, "base_model": asdict(info), "template": best.spec.template or data.template,
+            "target": data.target, "verbalizer": data.verbalizer, "sentinel": data.sentinel,
+            "metrics": reached, "costs": asdict(best.costs),
+            "steps": best.best_step, "search": self.id, "trial": best.id, "orchestrator_version": __version__,
+        }  # fmt: skip
+        if designs := self.prepared.task.designs:
+            about["demonstrations"] = designs.text(Design.of(best.spec))
+        shutil.rmtree(folder, ignore_errors=True)  # of a search that was interrupted here
+        save_result(folder, best.spec, TrialState.from_bytes(best.checkpoint).best(), self.prepared.source, about)
+        log.flush(60.0)
+        files = {f"baseline/{file.name}": file.read_bytes() for file in sorted(folder.iterdir())}
+        self.registry.log_files(log.run_ids.get(best.id, log.run_id), files)
+
     def _registered(self) -> dict[str, int]:
         """Run to version, of what this search registered before it was interrupted."""
         if self.saved is None:
@@ -438,6 +465,7 @@ class Pipeline:
             template=data.template,
             target=data.target,
             verbalizer=verbalizer_entries(self.prepared.task.encoder),
+            sentinel=data.sentinel,
             max_input_tokens=data.max_input_tokens,
             max_target_tokens=data.max_target_tokens,
             base_model=BaseModelRecord(**asdict(info)),
@@ -470,8 +498,10 @@ class Pipeline:
                 "metrics": {"validation": best.metrics, "test": test},
                 **({"seeds": seeds} if (seeds := outcome.over_seeds(best)) else {}),
             },
+            "costs": asdict(best.costs),  # beside the best trial, which is the same for the same seed
             "baselines": baselines,
             "model": model,
+            **({"artifact": str(self.folder.artifact)} if self.folder.artifact.is_dir() else {}),
             "mlflow": {"tracking_uri": self.registry.display_uri, "run_id": log.run_id},
             "seconds": self.clock.seconds(),
             **({"plan": self.plan.document()} if self.plan else {}),

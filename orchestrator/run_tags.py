@@ -59,7 +59,7 @@ def outcome_tags(took: Mapping[str, float], planned: Mapping[str, float]) -> dic
 
 def search_note(job: JobSpec, best: TrialSpec, tuned: Metrics, baselines: Mapping[str, Metrics]) -> dict[str, str]:
     """The description that MLflow's page of the search's run shows, in markdown."""
-    rows = {"tuned prompt": tuned}
+    rows = {job.result_name: tuned}
     rows |= {name: {split: found[split] for split in SPLITS} for name, found in baselines.items()}
     words = " ".join(best.label().replace("`", "'").split())
     lines = [f"Best by validation {job.search.metric}: `{words}`.", "", *metrics_table(rows), ""]

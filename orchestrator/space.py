@@ -1,16 +1,16 @@
 """The search space: how many points it has, and which of them become trials.
 
-A space has four dimensions: init, num_virtual_tokens, learning_rate, seed. Each is listed, or, for the learning rate,
-a range. Draws are spread, not independent: a search of a dozen trials that happens to leave out an init says nothing
-about it, so every listed value is drawn as often as every other, give or take one, and a range is cut into as many
-equal bins as there are draws, with one draw in each.
+A space has a few dimensions, those that ``spec.SPACES`` gives its method: for prompts init, num_virtual_tokens,
+learning_rate and seed. Each is listed, or, for the learning rate, a range. Draws are spread, not independent: a search
+of a dozen trials that happens to leave out an init says nothing about it, so every listed value is drawn as often as
+every other, give or take one, and a range is cut into as many equal bins as there are draws, with one draw in each.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,10 @@ from pydantic import ValidationError
 from .errors import BadInput
 from .spec import (
     DEFAULT_TRIALS,
+    LACKING,
     MAX_TRIALS,
+    PROMPT_SPACE,
+    SPACES,
     ArtifactInit,
     Init,
     LogUniform,
@@ -46,15 +49,27 @@ class TrialSpec:
     seed: int
     init_artifact: str | None = None  # the prompt when init is artifact
     init_population: int | None = None  # the most frequent tokens that sample_vocab draws from
+    # Of baselines, whose init is empty and num_virtual_tokens 0; without training the learning rate is 0 too.
+    rank: int | None = None
+    alpha: int | None = None
+    bottleneck: int | None = None
+    template: str | None = None
+    shots: int | None = None
+    demonstrations: str | None = None
 
     def config(self) -> dict[str, Any]:
-        """As ``run --json`` prints it; ``from_config`` reads it back."""
-        return {
-            "init": self.init_config,
-            "num_virtual_tokens": self.num_virtual_tokens,
-            "learning_rate": self.learning_rate,
-            "seed": self.seed,
-        }
+        """As ``run --json`` prints it, what the method has of it; ``from_config`` reads it back."""
+        own = {
+            "init": self.init_config or None, "num_virtual_tokens": self.num_virtual_tokens or None,
+            "rank": self.rank, "alpha": self.alpha, "bottleneck": self.bottleneck, "template": self.template,
+            "shots": self.shots, "demonstrations": self.demonstrations, "learning_rate": self.learning_rate or None,
+        }  # fmt: skip
+        return {**{name: value for name, value in own.items() if value is not None}, "seed": self.seed}
+
+    @property
+    def size(self) -> int:
+        """Of what is learned or written: the larger, the more memory and time a trial takes."""
+        return max(self.num_virtual_tokens, self.rank or 0, self.bottleneck or 0, self.shots or 0)
 
     @property
     def init_config(self) -> Any:
@@ -66,25 +81,45 @@ class TrialSpec:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> TrialSpec:
         """The trial that ``config`` describes. Raises BadInput unless it has each key once, with one allowed value."""
-        missing = [key for key in SpaceSpec.model_fields if key not in config]
-        if missing:
+        if missing := _missing(config):
             raise BadInput(f"a trial's configuration has no {', '.join(missing)}: {dict(config)}")
         try:
             # A single point is a space too, so the spec's own limits hold.
-            space = SpaceSpec.model_validate(dict(config))
+            space = SpaceSpec.model_validate({**dict.fromkeys(SpaceSpec.model_fields), **config}, context=LACKING)
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"]))
             raise BadInput(f"a trial's configuration has a bad {place}: {first['msg']}: {dict(config)}") from None
         if any(isinstance(value, list | LogUniform | Uniform) for value in _dimensions(space)):
             raise BadInput(f"a trial's configuration has one value for each key: {dict(config)}")
-        return trial_at(_dimensions(space))
+        return trial_at(_dimensions(space), _names(space))
 
     def label(self) -> str:
         """One short line for tables."""
+        if not self.init:
+            return self._baseline_label()
         text = " ".join((self.init_text or self.init_artifact or "").split())
         start = f'"{text if len(text) <= 24 else text[:21] + "..."}"' if text else self.init
         return f"{start}, {self.num_virtual_tokens} tokens, lr {self.learning_rate:.3g}, seed {self.seed}"
+
+    def _baseline_label(self) -> str:
+        template = " ".join((self.template or "").split())
+        parts = [
+            f'"{template if len(template) <= 24 else template[:21] + "..."}"' if template else "",
+            f"{self.shots} {self.demonstrations} demonstrations" if self.shots else "",
+            "no demonstrations" if self.shots == 0 else "",
+            f"rank {self.rank}, alpha {self.alpha}" if self.rank and self.alpha else "",
+            f"bottleneck {self.bottleneck}" if self.bottleneck else "",
+            f"lr {self.learning_rate:.3g}" if self.learning_rate else "",
+        ]
+        return ", ".join([*filter(None, parts), f"seed {self.seed}"])
+
+
+def _missing(config: Mapping[str, Any]) -> list[str]:
+    """Keys that a configuration lacks of those that the method with the most of them has."""
+    spaces = [[name for name in own if name != "template"] for own in SPACES.values()]
+    nearest = max(spaces, key=lambda own: (sum(name in config for name in own), -len(own)))
+    return [name for name in nearest if name not in config]
 
 
 def trials(search: SearchSpec) -> list[TrialSpec]:
@@ -101,7 +136,8 @@ def trials(search: SearchSpec) -> list[TrialSpec]:
     if values is None or search.trials is None or search.trials >= math.prod(map(len, values)):
         return grid(search.space)
     chosen = random.Random(search.seed).sample(range(math.prod(map(len, values))), search.trials)
-    return [trial_at(_point(values, index)) for index in chosen]
+    names = _names(search.space)
+    return [trial_at(_point(values, index), names) for index in chosen]
 
 
 def trial_count(search: SearchSpec) -> int:
@@ -129,7 +165,8 @@ def grid(space: SpaceSpec) -> list[TrialSpec]:
     size = math.prod(map(len, values))
     if size > MAX_TRIALS:
         raise BadInput(f"the grid has {size} points, and a search at most {MAX_TRIALS} trials", "set search.trials")
-    return [trial_at(_point(values, index)) for index in range(size)]
+    names = _names(space)
+    return [trial_at(_point(values, index), names) for index in range(size)]
 
 
 def draw(space: SpaceSpec, count: int, seed: int) -> list[TrialSpec]:
@@ -145,34 +182,42 @@ def draw(space: SpaceSpec, count: int, seed: int) -> list[TrialSpec]:
     count = min(count, math.prod(map(len, columns)))
     rows = _spread(columns, count)
     _mix(rows, rng)
-    return [trial_at(row) for row in rows]
+    names = _names(space)
+    return [trial_at(row, names) for row in rows]
 
 
 def dimensions(space: SpaceSpec) -> dict[str, Any]:
     """What trials differ in, by name in the order of a row: a list of values, or a range."""
     return {
         name: value if isinstance(value, LogUniform | Uniform) else _values(value)
-        for name, value in zip(SpaceSpec.model_fields, _dimensions(space), strict=True)
+        for name, value in zip(_names(space), _dimensions(space), strict=True)
     }
 
 
-def trial_at(row: Row) -> TrialSpec:
-    """The trial with one value for each dimension."""
-    init: Init = row[0]
-    plain = (row[1], float(row[2]), row[3])
+def trial_at(row: Row, names: Sequence[str] = PROMPT_SPACE) -> TrialSpec:
+    """The trial with one value for each of the named dimensions."""
+    found = dict(zip(names, row, strict=True))
+    init: Init | None = found.pop("init", None)
+    found["learning_rate"] = float(found.get("learning_rate") or 0.0)
+    kind: dict[str, Any] = {"init": init or "", "init_text": None}
     if isinstance(init, TextInit):
-        return TrialSpec("text", init.text, *plain)
-    if isinstance(init, ArtifactInit):
-        return TrialSpec("artifact", None, *plain, init_artifact=init.artifact)
-    if isinstance(init, SampleVocabInit):
-        return TrialSpec("sample_vocab", None, *plain, init_population=init.sample_vocab)
-    return TrialSpec(init, None, *plain)
+        kind = {"init": "text", "init_text": init.text}
+    elif isinstance(init, ArtifactInit):
+        kind = {"init": "artifact", "init_text": None, "init_artifact": init.artifact}
+    elif isinstance(init, SampleVocabInit):
+        kind = {"init": "sample_vocab", "init_text": None, "init_population": init.sample_vocab}
+    return TrialSpec(**{"num_virtual_tokens": 0, **kind, **found})
 
 
 def longest(space: SpaceSpec) -> int:
-    """The greatest num_virtual_tokens of the space."""
+    """The greatest num_virtual_tokens of the space, 0 where there are none."""
     lengths: list[int] = _values(space.num_virtual_tokens)
-    return max(lengths)
+    return max(lengths, default=0)
+
+
+def templates(space: SpaceSpec) -> list[str]:
+    """The templates that trials try, in the order of the spec; none where they all have the data's."""
+    return _values(space.template)
 
 
 def init_texts(space: SpaceSpec) -> list[str]:
@@ -185,11 +230,19 @@ def init_artifacts(space: SpaceSpec) -> list[str]:
     return [init.artifact for init in _values(space.init) if isinstance(init, ArtifactInit)]
 
 
+def _names(space: SpaceSpec) -> list[str]:
+    """The dimensions that the space has."""
+    return [name for name in SpaceSpec.model_fields if getattr(space, name) is not None]
+
+
 def _dimensions(space: SpaceSpec) -> Row:
-    return [space.init, space.num_virtual_tokens, space.learning_rate, space.seed]
+    return [getattr(space, name) for name in _names(space)]
 
 
 def _values(value: Any) -> list[Any]:
+    """The values of a dimension; none of one that the space lacks."""
+    if value is None:
+        return []
     return value if isinstance(value, list) else [value]
 
 

@@ -7,10 +7,11 @@ This module imports neither torch nor Ray; ``job_file`` reads a YAML file into i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, Self, TypeAlias, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticCustomError
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
@@ -24,11 +25,17 @@ MAX_TRIALS = 10_000
 DEFAULT_BETAS = (0.9, 0.999)  # torch's own
 MAX_LEARNING_RATE = 1000  # far above what any prompt trains with, far below what torch's arithmetic takes
 MAX_BEAMS = 64  # each one is a row of its own in memory
+DEFAULT_RANK = 8
+DEFAULT_ALPHA = 16
+DEFAULT_BOTTLENECK = 64
+MAX_SHOTS = 64
 MAX_SEED = 2**32 - 1  # the widest range that every random generator in use takes
 
 FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 VIRTUAL = "*"
 """In a template's braces: virtual tokens stand here."""
+PREFIX, CONTINUATION = "prefix", "continuation"
+"""Columns of a text that was cut in two."""
 BLANK = "_"
 """In a template's braces: the answer stands here."""
 
@@ -71,6 +78,14 @@ def _ordered(bounds: tuple[float, float]) -> tuple[float, float]:
 
 
 T = TypeVar("T")
+LACKING = {"may lack": "what only prompts have"}
+"""Context in which a space is validated that may lack what only prompts have."""
+
+
+def _only_baselines_lack(value: T, info: ValidationInfo) -> T:
+    if value is None and info.context is not LACKING:
+        raise ValueError("is not allowed; leave the key out to take the default")
+    return value
 
 
 def _without_repeats(values: list[T]) -> list[T]:
@@ -97,6 +112,8 @@ Betas: TypeAlias = Annotated[tuple[Decay, Decay], Field(strict=False, examples=[
 Choices: TypeAlias = Annotated[
     list[T], Field(min_length=1, json_schema_extra={"uniqueItems": True}), AfterValidator(_without_repeats)
 ]
+Prompts: TypeAlias = Annotated[T | SkipJsonSchema[None], AfterValidator(_only_baselines_lack)]
+"""What prompts always have; None in the space of a baseline that has no such thing, never in a file."""
 Template: TypeAlias = Annotated[str, Field(min_length=1), AfterValidator(_checked_template)]
 Label: TypeAlias = int | bool | str
 Auto: TypeAlias = Literal["auto"]
@@ -195,6 +212,12 @@ class DataSpec(Section):
     empty, the target."""
     verbalizer: Annotated[dict[Label, Text], Field(min_length=1)] | None = None
     """Label to the text that stands for it, leading space included."""
+    prefix_lm: Text | None = None
+    """Column of plain text, cut in two at a place drawn by split_seed: the columns prefix and continuation. With method
+    model_tuning, template "{prefix}" and target continuation this is LM adaptation; long continuations are cut."""
+    sentinel: bool = False
+    """Put the first sentinel token (<extra_id_0>) in front of every target: what an encoder-decoder model that was
+    pretrained on span corruption alone expects there."""
     max_input_tokens: PositiveInt = 256
     """Longer inputs are cut at the end of their longest column; the template stays whole."""
     max_target_tokens: PositiveInt = 64
@@ -207,6 +230,17 @@ class DataSpec(Section):
     """Seed of the rows set aside and of the rows that limit keeps."""
     limit: RowLimits = RowLimits()
     """Use only so many rows of a split."""
+
+    def _conflicts(self) -> Iterator[Conflict]:
+        if self.prefix_lm is None:
+            return
+        made = "data.prefix_lm makes the columns prefix and continuation"
+        if self.target != CONTINUATION:
+            yield Conflict("target", f"{self.target} is not what follows: {made}; set {CONTINUATION}", ("prefix_lm",))
+        if PREFIX not in template_columns(self.template):
+            yield Conflict("template", f"{made}, and the template lacks {{{PREFIX}}}; write it there", ("prefix_lm",))
+        if self.verbalizer is not None:
+            yield Conflict("verbalizer", f"{made}, texts and not labels; leave one of them out", ("prefix_lm",))
 
 
 class TextInit(Section):
@@ -244,6 +278,8 @@ class Uniform(Section):
     """Lowest and highest value."""
 
 
+Shots: TypeAlias = Annotated[int, Field(ge=0, le=MAX_SHOTS)]
+Demonstrations: TypeAlias = Literal["random", "nearest"]
 NamedInit: TypeAlias = Literal["random", "random_normal", "sample_vocab", "class_labels"]
 Init: TypeAlias = NamedInit | TextInit | ArtifactInit | SampleVocabInit
 
@@ -251,15 +287,29 @@ Init: TypeAlias = NamedInit | TextInit | ArtifactInit | SampleVocabInit
 class SpaceSpec(Section):
     """The search space: one value, a list to choose from, or a range to draw from."""
 
-    init: Init | Choices[Init] = "sample_vocab"
+    init: Prompts[Init | Choices[Init]] = "sample_vocab"
     """How the virtual tokens start: random (uniform in [-0.5, 0.5]), random_normal (as wide as the vocabulary), from
     sampled vocabulary, from the labels' words, from a text, or from another prompt."""
-    num_virtual_tokens: PositiveInt | Choices[PositiveInt] = 20
+    num_virtual_tokens: Prompts[PositiveInt | Choices[PositiveInt]] = 20
     """Length of the soft prompt."""
-    learning_rate: LearningRate | Choices[LearningRate] | LogUniform | Uniform = 0.3
-    """Peak learning rate; soft prompts want large ones."""
+    rank: PositiveInt | Choices[PositiveInt] | None = None
+    """Rank of the matrices of lora and qlora; 8 unless given."""
+    alpha: PositiveInt | Choices[PositiveInt] | None = None
+    """What lora and qlora add is multiplied by alpha / rank; 16 unless given."""
+    bottleneck: PositiveInt | Choices[PositiveInt] | None = None
+    """Width of an adapter's inner layer; 64 unless given."""
+    template: Template | Choices[Template] | None = None
+    """Wordings that prompt_design tries; data.template unless given."""
+    shots: Shots | Choices[Shots] | None = None
+    """Training rows with their answers that prompt_design writes in front of an input, fewer where the model's context
+    ends; 0, which is none, unless given."""
+    demonstrations: Demonstrations | Choices[Demonstrations] | None = None
+    """How prompt_design takes these rows: random (by the seed, each label as often as any other), which they are unless
+    given, or nearest (for each input those that share its rarest words)."""
+    learning_rate: Prompts[LearningRate | Choices[LearningRate] | LogUniform | Uniform] = 0.3
+    """Peak learning rate; soft prompts want large ones, and methods that change the model's weights have no default."""
     seed: Seed | Choices[Seed] = 0
-    """Seed of a trial's initialisation and data order."""
+    """Seed of a trial's initialisation and data order, or of its demonstrations."""
 
 
 Metric: TypeAlias = Literal["accuracy", "exact_match", "bleu", "rouge_l", "f1", "loss"]
@@ -467,10 +517,35 @@ class ReparameterizationSpec(Section):
 
 
 REPARAMETERIZATIONS: dict[str, tuple[Reparameterization, ...]] = {
-    "prompt_tuning": ("none",),
     "prefix_tuning": ("mlp", "none"),
     "p_tuning": ("lstm", "mlp"),
 }
+"""Of the other methods: none."""
+
+MethodName: TypeAlias = Literal[
+    "prompt_tuning", "prefix_tuning", "p_tuning", "prompt_design", "model_tuning", "lora", "qlora", "adapter"
+]
+PROMPT_SPACE = ("init", "num_virtual_tokens", "learning_rate", "seed")
+LORA_SPACE = ("rank", "alpha", "learning_rate", "seed")
+SPACES: dict[MethodName, tuple[str, ...]] = {
+    "prompt_tuning": PROMPT_SPACE,
+    "prefix_tuning": PROMPT_SPACE,
+    "p_tuning": PROMPT_SPACE,
+    "prompt_design": ("template", "shots", "demonstrations", "seed"),
+    "model_tuning": ("learning_rate", "seed"),
+    "lora": LORA_SPACE,
+    "qlora": LORA_SPACE,
+    "adapter": ("bottleneck", "learning_rate", "seed"),
+}
+"""What the trials of each method can differ in."""
+BASELINES: tuple[MethodName, ...] = ("prompt_design", "model_tuning", "lora", "qlora", "adapter")
+"""Methods that learn no soft prompt: what prompts are compared with."""
+SPACE_DEFAULTS: dict[str, Any] = {
+    "rank": DEFAULT_RANK, "alpha": DEFAULT_ALPHA, "bottleneck": DEFAULT_BOTTLENECK, "shots": 0,
+    "demonstrations": "random",
+}  # fmt: skip
+"""Of the dimensions that only some methods have."""
+RATES = {"model_tuning": "[0.00001, 0.001]", "adapter": "[0.0001, 0.01]"}  # to start from; lora's are adapter's
 
 
 class JobSpec(Section):
@@ -482,8 +557,10 @@ class JobSpec(Section):
     """The frozen language model."""
     data: DataSpec
     """Rows, and how a row becomes input text and target."""
-    method: Literal["prompt_tuning", "prefix_tuning", "p_tuning"] = "prompt_tuning"
-    """What is tuned: virtual tokens, keys and values of every layer, or virtual tokens through a small network."""
+    method: MethodName = "prompt_tuning"
+    """What is tuned: virtual tokens, keys and values of every layer, or virtual tokens through a small network. Or a
+    baseline: a written prompt (prompt_design), all weights (model_tuning), low-rank changes of them (lora; qlora where
+    base_model.quantization rounds them), or layers in between (adapter)."""
     reparameterization: ReparameterizationSpec | None = None
     """The small network that makes the prompt; by default mlp for prefix_tuning and lstm for p_tuning."""
     search: SearchSpec = SearchSpec()
@@ -505,10 +582,100 @@ class JobSpec(Section):
     @property
     def reparameterization_type(self) -> Reparameterization:
         """none, mlp or lstm."""
-        return self.reparameterization.type if self.reparameterization else REPARAMETERIZATIONS[self.method][0]
+        if self.reparameterization:
+            return self.reparameterization.type
+        return REPARAMETERIZATIONS.get(self.method, ("none",))[0]
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether the method learns something else than a soft prompt."""
+        return self.method in BASELINES
+
+    @property
+    def result_name(self) -> str:
+        """What tables call the best trial."""
+        return self.method.replace("_", " ") if self.is_baseline else "tuned prompt"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _space_of_baseline(cls, given: Any) -> Any:
+        """A baseline's space has its own dimensions, with their defaults, and not those of prompts."""
+        if not isinstance(given, Mapping) or given.get("method") not in BASELINES:
+            return given
+        search = _plain(given.get("search"))
+        space = None if search is None else _plain(search.get("space"))
+        if search is None or space is None:
+            return given  # what is wrong with it is said later
+        own = SPACES[given["method"]]
+        none = {name: None for name in SpaceSpec.model_fields if name not in own}
+        defaults = {name: value for name, value in SPACE_DEFAULTS.items() if name in own}
+        made = SpaceSpec.model_validate({**none, **defaults, **space}, context=LACKING)
+        return {**given, "search": {**search, "space": made}}
+
+    def _space_conflicts(self) -> Iterator[Conflict]:
+        """Dimensions of other methods, and those that this one needs."""
+        own, space = SPACES[self.method], self.search.space
+        given = {name for name in space.model_fields_set if getattr(space, name) is not None}
+        for name in SpaceSpec.model_fields:
+            if name in given and name not in own:
+                text = f"method {self.method} has no {name}; leave it out, its space has {', '.join(own)}"
+                yield Conflict(f"search.space.{name}", text, ("method",))
+            elif name in own and name not in SPACE_DEFAULTS and name != "template" and getattr(space, name) is None:
+                yield Conflict(f"search.space.{name}", f"method {self.method} needs a {name}", ("method",))
+        if self.is_baseline and "learning_rate" in own and "learning_rate" not in space.model_fields_set:
+            text = f"method {self.method} has no default, since soft prompts' rates are far too large for it"
+            hint = f"write for instance {{loguniform: {RATES.get(self.method, RATES['adapter'])}}}"
+            yield Conflict("search.space.learning_rate", f"{text}; {hint}", ("method",))
+
+    def _baseline_conflicts(self) -> Iterator[Conflict]:
+        method, resources, registry = self.method, self.resources, self.registry
+        templates = self.search.space.template or []
+        for where, template in [
+            ("data.template", self.data.template),
+            *(("search.space.template", one) for one in ([templates] if isinstance(templates, str) else templates)),
+        ]:
+            if VIRTUAL in template_fields(template):
+                yield Conflict(
+                    where, f"{{*}} places virtual tokens, and method {method} has none; drop it", ("method",)
+                )
+        if self.search.scheduler == "pbt":
+            text = f"pbt compares trials side by side, and method {method} trains one at a time; use asha, median or"
+            yield Conflict("search.scheduler", f"{text} fifo", ("method",))
+        if resources.trials_per_worker not in ("auto", 1):
+            text = (
+                f"{resources.trials_per_worker} trials can't share a model that method {method} changes; leave it out"
+            )
+            yield Conflict("resources.trials_per_worker", f"{text} or set 1", ("method",))
+        if resources.workers_per_group > 1:
+            text = f"method {method} trains on one worker at a time; set 1, and raise resources.workers"
+            yield Conflict("resources.workers_per_group", text, ("method",))
+        if registry.model is not None or registry.alias != RegistrySpec().alias:
+            key = "model" if registry.model is not None else "alias"
+            text = (
+                f"method {method} makes no prompt to register or serve: its result is kept with its run; leave it out"
+            )
+            yield Conflict(f"registry.{key}", text, ("method",))
+        if method == "prompt_design" and self.train != TrainSpec():
+            yield Conflict("train", "prompt_design trains nothing; leave train out", ("method",))
+        yield from self._quantization_conflicts()
+
+    def _quantization_conflicts(self) -> Iterator[Conflict]:
+        rounded, keys = self.base_model.quantization, ("method",)
+        if self.method == "qlora" and rounded == "none":
+            text = "qlora is lora over rounded weights; set int4 (as its paper) or int8, or use method lora"
+            yield Conflict("base_model.quantization", text, keys)
+        if self.method == "lora" and rounded != "none":
+            text = f"lora over weights rounded to {rounded} is method qlora; say so, or leave quantization out"
+            yield Conflict("base_model.quantization", text, keys)
+        if self.method in ("model_tuning", "adapter") and rounded != "none":
+            text = f"method {self.method} does not go with rounded weights; leave it out, or use method qlora"
+            yield Conflict("base_model.quantization", text, keys)
 
     def _method_conflicts(self) -> Iterator[Conflict]:
-        allowed = REPARAMETERIZATIONS[self.method]
+        yield from self._space_conflicts()
+        if self.is_baseline:
+            yield from self._baseline_conflicts()
+        allowed = REPARAMETERIZATIONS.get(self.method, ("none",))
         if self.reparameterization_type not in allowed:
             text = f"{self.reparameterization_type} does not go with method {self.method}; use {' or '.join(allowed)}"
             yield Conflict("reparameterization.type", text, ("method",))
@@ -589,6 +756,15 @@ class JobSpec(Section):
         if self.data.references is not None:
             text = "data.references are texts, and data.verbalizer makes the target a label; remove one of them"
             yield Conflict("data.references", text, ("data.verbalizer",))
+
+
+def _plain(section: Any) -> dict[str, Any] | None:
+    """A section as it was written, nothing for one that was left out; None for what is no section."""
+    if section is None:
+        return {}
+    if isinstance(section, Section):
+        return section.model_dump(exclude_unset=True)
+    return dict(section) if isinstance(section, Mapping) else None
 
 
 def job_schema() -> dict[str, Any]:

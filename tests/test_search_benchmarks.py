@@ -18,7 +18,7 @@ from orchestrator.job_file import load_job
 from orchestrator.search.prepare import Prepared, prepare
 from orchestrator.tuning.evaluate import evaluate
 from orchestrator.tuning.step import packed_gradients
-from tests.benchmarks import jobs, nodes, plans, population, processes, search, trials
+from tests.benchmarks import jobs, methods, nodes, plans, population, processes, search, trials
 from tests.benchmarks.measure import Skipped
 from tests.benchmarks.our_search import plain_backbone
 from tests.benchmarks.peer_training import IGNORED, Data, PlainTrial, chosen, padded, trainer
@@ -202,6 +202,18 @@ def test_parts_of_ours_can_be_taken_away_and_nodes_added(tmp_path: Path) -> None
     assert ran.found["steps"] == 8 and sorted(ran.found["work"]) == ["w0", "w1"]
     line = nodes.line(2, 2, ran).shown
     assert line["trained on"] == 2 and float(line["all ready, s"]) >= float(line["first ready, s"]) > 0
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_methods_are_compared_at_toy_size(ray_cluster: None, tmp_path: Path) -> None:
+    """A search each with the same steps and seeds; lines for both and for what learns nothing, and a page."""
+    found = methods.lines(methods.SETTINGS["small"], "random ", tmp_path)
+    names = [line.name.removeprefix("random, ") for line in found]
+    assert names == ["zero shot", "few shot", *(method.replace("_", " ") for method in methods.SPACES)]
+    trained = {line.name.removeprefix("random, "): int(str(line.shown["parameters"])) for line in found}
+    assert trained["prompt design"] == 0 < trained["prompt tuning"] < trained["model tuning"]
+    assert (tmp_path / "methods-random.html").read_text().startswith("<!doctype html>")
 
 
 def test_a_program_that_fails_says_how(tmp_path: Path) -> None:

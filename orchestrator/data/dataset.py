@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from orchestrator.base_model import hub_unreachable, looks_like_path
 from orchestrator.data.template import Template
 from orchestrator.errors import BadInput
 from orchestrator.quickstart import BUILTIN_DATA, builtin_rows
-from orchestrator.spec import BUILTIN, DataFiles, DataSpec
+from orchestrator.spec import BUILTIN, CONTINUATION, PREFIX, DataFiles, DataSpec
 
 Row = Mapping[str, Any]
 SPLITS = ("train", "validation", "test")
+WORD = re.compile(r"\S+")
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
 
@@ -55,10 +57,16 @@ def rows_fingerprint(rows: Sequence[Row]) -> str:
     return digest.hexdigest()
 
 
-def load_rows(data: DataSpec) -> RowSplits:
-    """All three splits, checked: no split is empty and no column is missing. Raises BadInput or Unreachable."""
+def load_rows(data: DataSpec, templates: Sequence[str] = ()) -> RowSplits:
+    """All three splits, checked: no split is empty and no column is missing. Raises BadInput or Unreachable.
+
+    ``templates`` are further ones, whose columns are kept too.
+    """
     found = {split: rows for split, rows in _read(data).items() if split in SPLITS}
-    columns = [*dict.fromkeys([*Template(data.template).columns, data.target])]
+    if data.prefix_lm:
+        found = {split: list(cut_in_two(rows, data.prefix_lm, data.split_seed)) for split, rows in found.items()}
+    named = [column for template in (data.template, *templates) for column in Template(template).columns]
+    columns = [*dict.fromkeys([*named, data.target])]
     columns += [data.references] if data.references and data.references not in columns else []
     cut = {split: _columns(rows, columns, data, split) for split, rows in found.items()}
     splits = _split(cut, data)
@@ -76,6 +84,21 @@ def load_split(data: DataSpec, split: str, more: Sequence[str] = ()) -> list[Row
         raise BadInput(f"the data has no rows in split {split!r}; it has {known}", "choose one of them")
     columns = [*Template(data.template).columns, data.target, *more, *([data.references] if data.references else [])]
     return _columns(found[split], list(dict.fromkeys(columns)), data, split)
+
+
+def cut_in_two(rows: Sequence[Row], column: str, seed: int) -> Iterator[Row]:
+    """Each text of two words or more as a prefix and what follows it (the prefix LM objective of Raffel et al. 2020,
+    section 3.1.2; Lester et al. 2021 adapt T5 with it), cut between two words at random."""
+    for number, row in enumerate(rows):
+        if not isinstance(text := row.get(column), str):
+            raise BadInput(
+                f"data.prefix_lm names column {column!r}, and row {number + 1} has no text there; it has {sorted(row)}",
+                "correct data.prefix_lm",
+            )
+        starts = [match.start() for match in WORD.finditer(text)][1:]
+        if starts:
+            prefix = text[: random.Random(f"{seed} {number}").choice(starts)].rstrip()
+            yield {PREFIX: prefix, CONTINUATION: text[len(prefix) :]}
 
 
 def _read(data: DataSpec) -> dict[str, list[Row]]:

@@ -15,6 +15,7 @@ from orchestrator.placing import BLANK, marker
 from orchestrator.spec import DataSpec
 
 Row = Mapping[str, Any]
+SENTINEL = "<extra_id_0>"
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,10 @@ class Encoder:
         max_input_tokens: int,
         max_target_tokens: int,
         family: Family = "causal",
+        sentinel: bool = False,
+        cuts_targets: bool = False,
     ) -> None:
+        """``cuts_targets``: targets longer than their limit end there, without an end token, and are not refused."""
         self.tokenizer = tokenizer
         self.template = template
         self.verbalizer = verbalizer
@@ -59,6 +63,8 @@ class Encoder:
         self.end_id: int | None = None if family == "masked" else tokenizer.eos_token_id
         if family == "causal":
             self._back = []  # the target goes on where the input ends
+        self._cuts_targets = cuts_targets
+        self._opening = [_sentinel(tokenizer, family)] if sentinel else []
         self.answers = [self.answer_ids(text) for text in verbalizer.texts] if verbalizer else []
         self._check_answers()
 
@@ -78,15 +84,20 @@ class Encoder:
         return self.answers
 
     @property
+    def answer_words(self) -> list[list[int]]:
+        """The answers' tokens without a sentinel, which says nothing of any label."""
+        return [ids[len(self._opening) :] for ids in self.answers]
+
+    @property
     def ended_answers(self) -> list[list[int]]:
         return [[*ids, *self._ended] for ids in self.answers]
 
     def _check_answers(self) -> None:
-        for place, ids in enumerate(self.answers):
+        for place, ids in enumerate(self.answer_words):
             text = self.verbalizer.texts[place] if self.verbalizer else ""
             if not ids:
                 raise BadInput(f"data.verbalizer text {text!r} has no tokens", "write a text that the tokenizer keeps")
-            if ids in self.answers[:place]:
+            if ids in self.answer_words[:place]:
                 raise BadInput(f"data.verbalizer text {text!r} has the same tokens as another", "make the texts differ")
 
     def answer_ids(self, text: str) -> list[int]:
@@ -95,7 +106,7 @@ class Encoder:
             return []
         if self.family == "seq2seq":  # the decoder starts anew: a target is tokenised as a text of its own
             ids = list(self.tokenizer(text_target=text)["input_ids"])
-            return ids[:-1] if ids[-1:] == self._ended else ids
+            return [*self._opening, *(ids[:-1] if ids[-1:] == self._ended else ids)]
         tail = self.template.tail
         if self.family == "causal" and self.template.has_blank:
             tail, text = tail.rstrip(), tail[len(tail.rstrip()) :] + text
@@ -181,6 +192,8 @@ class Encoder:
                 f"a target has no tokens: {target_text(row[target])[:60]!r}",
                 "a masked model fills in at least one; drop such rows",
             )
+        if len(ids) > self.max_target_tokens and self._cuts_targets:
+            ids = ids[: self.max_target_tokens]
         if len(ids) > self.max_target_tokens:
             raise BadInput(
                 f"a target has {len(ids)} tokens with its end token, data.max_target_tokens is "
@@ -214,8 +227,18 @@ def make_encoder(data: DataSpec, rows: RowSplits, tokenizer: Any, family: Family
         seen = (row[data.target] for split in SPLITS for row in rows[split])
         verbalizer = Verbalizer.covering(data.verbalizer, seen)
     return Encoder(
-        tokenizer, Template(data.template), verbalizer, data.max_input_tokens, data.max_target_tokens, family
-    )
+        tokenizer, Template(data.template), verbalizer, data.max_input_tokens, data.max_target_tokens, family,
+        data.sentinel, data.prefix_lm is not None,
+    )  # fmt: skip
+
+
+def _sentinel(tokenizer: Any, family: Family) -> int:
+    """The id of the first sentinel (Raffel et al. 2020). BadInput where there is none."""
+    found = tokenizer.get_vocab().get(SENTINEL)
+    if family != "seq2seq" or found is None:
+        what = f"the base model's tokenizer has no {SENTINEL}" if family == "seq2seq" else f"a {family} model has none"
+        raise BadInput(f"data.sentinel: {what}", "leave data.sentinel out, or choose a T5 model")
+    return int(found)
 
 
 def check_context(encoder: Encoder, splits: Mapping[str, Encoded], prompt_tokens: int, context: int) -> None:

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 
-from orchestrator.prompts.base import Method, MethodName, Prompt
+from orchestrator.prompts.base import Method, Prompt
 from orchestrator.prompts.inits import InitContext
 from orchestrator.prompts.p_tuning import EncodedPrompt
 from orchestrator.prompts.prefix import Prefix
 from orchestrator.prompts.soft import SoftPrompt
 from orchestrator.space import TrialSpec
+from orchestrator.spec import MethodName
 
 METHODS: dict[MethodName, Callable[[Method, TrialSpec, InitContext], Prompt]] = {
     "prompt_tuning": SoftPrompt.create,
@@ -21,4 +22,4 @@ def make_prompt(method: Method, spec: TrialSpec, context: InitContext) -> Prompt
     return METHODS[method.name](method, spec, context)
 
 
-__all__ = ["METHODS", "InitContext", "Method", "MethodName", "Prompt", "make_prompt"]
+__all__ = ["METHODS", "InitContext", "Method", "Prompt", "make_prompt"]

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.backbone import PromptTensors
-
-MethodName = Literal["prompt_tuning", "prefix_tuning", "p_tuning"]
+from orchestrator.spec import MethodName
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,12 @@ class Prompt(nn.Module, ABC):
     @abstractmethod
     def forward(self) -> PromptTensors:
         """The prompt as inference uses it: what an artifact keeps."""
+
+    @torch.no_grad()
+    def named(self) -> dict[str, Tensor]:
+        """The tensors of that, by their names."""
+        made: PromptTensors = self()
+        return made.named()
 
 
 @contextmanager

@@ -75,12 +75,16 @@ def _cut(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - len(note)] + note
 
 
+SIZES = {
+    "num_virtual_tokens": "{} tokens", "rank": "rank {}", "bottleneck": "bottleneck {}", "shots": "{} demonstrations",
+}  # fmt: skip
+
+
 def run_label(config: Mapping[str, Any], trial: str) -> str:
     """A child run's name: what a person tells trials apart by."""
     init = config.get("init")
     parts = [f"text {init['text'][:30]!r}" if isinstance(init, dict) and "text" in init else str(init)] if init else []
-    if "num_virtual_tokens" in config:
-        parts.append(f"{config['num_virtual_tokens']} tokens")
+    parts += [text.format(config[name]) for name, text in SIZES.items() if name in config]
     if isinstance(rate := config.get("learning_rate"), int | float):
         parts.append(f"lr {rate:.3g}")
     if "seed" in config:

@@ -14,6 +14,7 @@ from orchestrator.search.journal import read_events
 from orchestrator.search.saved import load_saved
 from orchestrator.space import TrialSpec
 from orchestrator.spec import JobSpec
+from orchestrator.tuning.report import Costs
 
 
 @dataclass
@@ -25,13 +26,14 @@ class TrialFacts:
     status: str = "running"
     points: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     best: dict[str, float] = field(default_factory=dict)
+    costs: Costs = field(default_factory=Costs)
 
     @property
     def init(self) -> str:
-        """Which init, as short as it can be told apart."""
-        text = self.spec.init_text or self.spec.init_artifact
+        """Which init, or which wording or demonstrations of a written prompt, as short as it can be told apart."""
+        text = self.spec.init_text or self.spec.init_artifact or self.spec.template
         if text is None:
-            return self.spec.init
+            return self.spec.init or (self.spec.demonstrations if self.spec.shots else "") or ""
         words = " ".join(text.split())
         return f"\u201c{words if len(words) <= 18 else words[:17] + '…'}\u201d"
 
@@ -50,10 +52,18 @@ class SearchFacts:
     trials: list[TrialFacts]
     baselines: Mapping[str, Any]
     result: Mapping[str, Any] | None
+    data_fingerprint: str = ""
 
     @property
     def metric(self) -> str:
         return self.job.search.metric
+
+    @property
+    def size_name(self) -> str:
+        """What ``TrialSpec.size`` counts with the job's method."""
+        return {"lora": "rank", "qlora": "rank", "adapter": "bottleneck", "prompt_design": "demonstrations"}.get(
+            self.job.method, "tokens"
+        )
 
     @cached_property
     def scored(self) -> list[TrialFacts]:
@@ -80,10 +90,11 @@ def read_facts(folder: SearchFolder) -> SearchFacts:
             trial, report = trials[event.report.trial], event.report
             trial.points.append((report.step, report.metrics))
             trial.best = report.best_metrics
+            trial.costs = trial.costs.plus(report.costs)
         elif isinstance(event, Ended) and event.trial in trials:
             trials[event.trial].status = event.status
         elif isinstance(event, Found) and event.name == "baselines":
             baselines = event.value
     result = json.loads(folder.result.read_bytes()) if folder.result.is_file() else None
     ordered = sorted(trials.values(), key=lambda trial: (len(trial.id), trial.id))
-    return SearchFacts(folder.id, job, saved.run_id, ordered, baselines, result)
+    return SearchFacts(folder.id, job, saved.run_id, ordered, baselines, result, saved.data_fingerprint)

@@ -65,7 +65,8 @@ def curves(facts: SearchFacts) -> Figure | None:
 
 
 def _against_rate(facts: SearchFacts, key: Callable[[TrialFacts], str], what: str) -> Figure | None:
-    if len({trial.spec.learning_rate for trial in facts.scored}) < 2:
+    groups = {key(trial) for trial in facts.scored}
+    if len({trial.spec.learning_rate for trial in facts.scored}) < 2 or groups == {""}:
         return None
     figure, axes = _figure()
     for place, (label, trials) in enumerate(_grouped(facts.scored, key).items()):
@@ -86,7 +87,7 @@ def rate_by_init(facts: SearchFacts) -> Figure | None:
 
 
 def rate_by_length(facts: SearchFacts) -> Figure | None:
-    return _against_rate(facts, lambda trial: f"{trial.spec.num_virtual_tokens:>4} tokens", "length")
+    return _against_rate(facts, lambda trial: f"{trial.spec.size:>4} {facts.size_name}", "length")
 
 
 def _ablation(facts: SearchFacts, key: Callable[[TrialFacts], str], what: str) -> Figure | None:
@@ -115,7 +116,8 @@ def init_ablation(facts: SearchFacts) -> Figure | None:
 
 
 def length_ablation(facts: SearchFacts) -> Figure | None:
-    return _ablation(facts, lambda trial: f"{trial.spec.num_virtual_tokens:>6}", "virtual tokens")
+    what = "virtual tokens" if facts.size_name == "tokens" else facts.size_name
+    return _ablation(facts, lambda trial: f"{trial.spec.size:>6}", what)
 
 
 def parallel(facts: SearchFacts) -> Figure | None:
@@ -123,11 +125,9 @@ def parallel(facts: SearchFacts) -> Figure | None:
     if len(facts.scored) < 2:
         return None
     columns: list[tuple[str, list[float], list[tuple[float, str]]]] = [
-        _named_axis("init", [trial.init for trial in facts.scored]),
-        _named_axis("tokens", [f"{trial.spec.num_virtual_tokens:>6}" for trial in facts.scored]),
-        _scaled_axis(
-            "log lr", [math.log10(trial.spec.learning_rate) for trial in facts.scored], lambda x: f"{10**x:.2g}"
-        ),
+        *([_named_axis("init", inits)] if any(inits := [trial.init for trial in facts.scored]) else []),
+        _named_axis(facts.size_name, [f"{trial.spec.size:>6}" for trial in facts.scored]),
+        *([_scaled_axis("log lr", rates, lambda x: f"{10**x:.2g}")] if (rates := _log_rates(facts)) else []),
         _named_axis("seed", [f"{trial.spec.seed:>10}" for trial in facts.scored]),
         _scaled_axis(facts.metric, [trial.best[facts.metric] for trial in facts.scored], lambda x: f"{x:.3g}"),
     ]
@@ -153,6 +153,12 @@ def parallel(facts: SearchFacts) -> Figure | None:
     axes.set_xlim(-0.1, len(columns) - 0.55)
     axes.spines[["left", "bottom"]].set_visible(False)
     return figure
+
+
+def _log_rates(facts: SearchFacts) -> list[float]:
+    """None where nothing is trained."""
+    rates = [trial.spec.learning_rate for trial in facts.scored]
+    return [math.log10(rate) for rate in rates] if all(rates) else []
 
 
 def _named_axis(name: str, labels: Sequence[str]) -> tuple[str, list[float], list[tuple[float, str]]]:

@@ -39,7 +39,7 @@ def page(facts: SearchFacts, figures: Mapping[str, bytes]) -> str:
         f"<h1>Search {escape(facts.id)}</h1>",
         f"<p>{escape(_sentence(facts))}</p>",
         "<h2>Result</h2>",
-        _table(["", *_metric_names(facts)], _results(facts)),
+        table_of(["", *_metric_names(facts)], _results(facts)),
         *_model(facts),
         "<h2>Pictures</h2>",
         '<div class="figures">'
@@ -51,12 +51,15 @@ def page(facts: SearchFacts, figures: Mapping[str, bytes]) -> str:
         f"<pre>{escape(_job(facts))}</pre>",
         f"<p>MLflow run {escape(facts.run_id)}. Made by prompt-orchestrator {escape(__version__)}.</p>",
     ]
+    return document_of(facts.id, body)
+
+
+def document_of(title: str, body: Sequence[str]) -> str:
+    """A whole HTML document around parts that are HTML already."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(facts.id)}</title><style>{STYLE}</style></head><body>\n"
-        + "\n".join(body)
-        + "\n</body></html>\n"
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
     )
 
 
@@ -89,7 +92,7 @@ def _columns(facts: SearchFacts) -> list[tuple[str, str]]:
 def _results(facts: SearchFacts) -> list[list[Any]]:
     lines: dict[str, Any] = {NAMES.get(name, name): found for name, found in facts.baselines.items()}
     if facts.result:
-        lines["tuned prompt"] = facts.result["best"]["metrics"]
+        lines[facts.job.result_name] = facts.result["best"]["metrics"]
     elif facts.winner:
         lines["best so far"] = {"validation": facts.winner.best}
     return [[name, *(_number(found.get(split, {}).get(metric)) for split, metric in _columns(facts))]
@@ -118,9 +121,9 @@ def _trials(facts: SearchFacts) -> str:
     ordered = [*facts.scored, *(trial for trial in facts.trials if trial not in facts.scored)]
     rows = [
         [
-            trial.id, trial.status, trial.init, trial.spec.num_virtual_tokens, f"{trial.spec.learning_rate:.3g}",
+            trial.id, trial.status, trial.init, trial.spec.size or "", f"{trial.spec.learning_rate:.3g}",
             trial.spec.seed, trial.points[-1][0] if trial.points else 0, _number(trial.best_of(facts.metric)),
-            _number(trial.best_of("loss")),
+            _number(trial.best_of("loss")), f"{trial.costs.parameters:,}", f"{trial.costs.seconds:.1f}",
         ]
         for trial in ordered[:MOST_TRIALS]
     ]  # fmt: skip
@@ -128,18 +131,20 @@ def _trials(facts: SearchFacts) -> str:
         "trial",
         "status",
         "init",
-        "tokens",
+        facts.size_name,
         "learning rate",
         "seed",
         "steps",
         f"validation {facts.metric}",
         "loss",
+        "trained parameters",
+        "training s",
     ]
     more = f"<p>and {len(ordered) - MOST_TRIALS} more, in MLflow</p>" if len(ordered) > MOST_TRIALS else ""
-    return _table(heading, rows, best=bool(facts.scored)) + more
+    return table_of(heading, rows, best=bool(facts.scored)) + more
 
 
-def _table(heading: Sequence[str], rows: Sequence[Sequence[Any]], best: bool = False) -> str:
+def table_of(heading: Sequence[str], rows: Sequence[Sequence[Any]], best: bool = False) -> str:
     head = "".join(f"<th>{escape(text)}</th>" for text in heading)
     lines = [
         f"<tr{' class=best' if best and not number else ''}>" + "".join(map(_cell, row)) + "</tr>"

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
 
 from orchestrator.space import TrialSpec
-from orchestrator.tuning.report import Copied, Report
+from orchestrator.tuning.report import Copied, Costs, Report
 
 
 def now() -> int:
@@ -68,7 +68,9 @@ def from_document(document: dict[str, Any]) -> Event:
     """The event again. Raises KeyError or TypeError for a document that is none."""
     fields = {key: value for key, value in document.items() if key != "kind"}
     if document["kind"] == "reported":
-        fields["report"] = Report(**{**fields["report"], "copied": _copied(fields["report"]["copied"])}, checkpoint=b"")
+        report = fields["report"]
+        own = {"copied": _copied(report["copied"]), "costs": Costs(**report.get("costs", {}))}
+        fields["report"] = Report(**{**report, **own}, checkpoint=b"")
     event: Event = KINDS[document["kind"]](**fields)
     return event
 

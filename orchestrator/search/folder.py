@@ -69,6 +69,11 @@ class SearchFolder:
         return self.path / "report.html"
 
     @property
+    def artifact(self) -> Path:
+        """A baseline's result, as a folder."""
+        return self.path / "artifact"
+
+    @property
     def processes(self) -> Path:
         return self.path / "processes.json"
 

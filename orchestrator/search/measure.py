@@ -15,7 +15,6 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +29,8 @@ from orchestrator.search.prepare import Prepared, likely_trials
 from orchestrator.space import TrialSpec
 from orchestrator.tuning import evaluate as evaluation
 from orchestrator.tuning.engine import Engine, Task
+from orchestrator.tuning.make import make_engine
+from orchestrator.tuning.memory import Memory
 from orchestrator.tuning.report import EvaluationJob
 
 STEPS = 12  # most steps of one measurement
@@ -148,7 +149,8 @@ class Bench:
         self._trials = likely_trials(prepared)
         whole = prepared.task.splits["validation"]
         sample = spread(range(len(whole)), ROWS, key=lambda row: whole.lengths[row])
-        self._scale = len(whole) / len(sample) / self._together
+        # Written prompts are evaluated on all rows, as they stand in the task.
+        self._scale = (1.0 if self._task.designs else len(whole) / len(sample)) / self._together
         self._sampled = self._with(validation=cut(whole, sample))
 
     def largest(self) -> tuple[str, ...]:
@@ -157,7 +159,7 @@ class Bench:
         rows = by_length(train)[: self._prepared.job.train.batch_size : self._together]
         fits = max(1, evaluation.forward_tokens(self._backbone) // (max(validation.lengths) * self._slots))
         task = self._with(train=cut(train, rows), validation=cut(validation, by_length(validation)[:fits]))
-        trial = max(self._trials, key=lambda trial: trial.num_virtual_tokens)
+        trial = max(self._trials, key=lambda trial: trial.size)
         engine = self._engine(task, [trial] * self._slots)
         seated = list(engine.slots.values())
         engine.step(seated)
@@ -165,7 +167,7 @@ class Bench:
 
     def pace(self) -> Pace:
         """Seconds of a step and of a whole evaluation, of one trial and of as many as there are slots."""
-        typical = spread(self._trials, self._slots, key=lambda trial: trial.num_virtual_tokens)
+        typical = spread(self._trials, self._slots, key=lambda trial: trial.size)
         filled = (typical * self._slots)[: self._slots]
         packed = self._seconds(filled)
         alone = packed if self._slots == 1 else self._seconds([filled[len(filled) // 2]])
@@ -186,7 +188,7 @@ class Bench:
 
     def _engine(self, task: Task, trials: Sequence[TrialSpec]) -> Engine:
         job = self._prepared.job
-        engine = Engine(self._backbone, task, self._train, job.search, max(1, len(trials)))
+        engine = make_engine(self._backbone, task, self._train, job.search, max(1, len(trials)))
         for place, trial in enumerate(trials):
             engine.seat(f"t{place}", trial)
         return engine
@@ -226,47 +228,3 @@ def spread(values: Sequence[Any], count: int, key: Callable[[Any], Any]) -> list
     ordered = sorted(values, key=key)
     taken = min(count, len(ordered))
     return [ordered[(2 * place + 1) * len(ordered) // (2 * taken)] for place in range(taken)]
-
-
-class Memory:
-    """Bytes that this process holds: of the accelerator, or of the machine."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def start_over(self) -> int:
-        """Forget the peak so far; returns what is held now."""
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self._device)
-            return torch.cuda.memory_reserved(self._device)
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:  # not allowed everywhere: then the peak is that since the start, loading included
-            return self.peak()
-        return _status("VmRSS")
-
-    def peak(self) -> int:
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_reserved(self._device)
-        if Path("/proc/self/status").exists():
-            return _status("VmHWM")
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes where there is no /proc (macOS)
-
-    def room(self) -> int:
-        """All memory that there is."""
-        if self._device.type == "cuda":
-            return int(torch.cuda.get_device_properties(self._device).total_memory)
-        limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-        for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-            if Path(file).is_file() and (text := Path(file).read_text().strip()).isdecimal():
-                limits.append(int(text))
-        return min(limits)
-
-
-def _status(name: str) -> int:
-    """A line of /proc/self/status, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))

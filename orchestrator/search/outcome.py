@@ -9,7 +9,7 @@ from typing import Any
 
 from orchestrator.space import TrialSpec
 from orchestrator.spec import SearchSpec
-from orchestrator.tuning.report import Copied, Report
+from orchestrator.tuning.report import Copied, Costs, Report
 
 Metrics = dict[str, float]
 
@@ -33,6 +33,7 @@ class TrialRecord:
     """Worker groups that trained it, in their order: more than one where one was lost."""
     slot: str = ""
     """Where it is trained, or was last: group and place in it, as ``w0:2``."""
+    costs: Costs = field(default_factory=Costs)
 
     @property
     def inherited(self) -> bool:
@@ -69,6 +70,7 @@ class Outcome:
         record = self.records[trial]
         record.step, record.best_step, record.metrics = report.step, report.best_step, report.best_metrics
         record.checkpoint = report.checkpoint
+        record.costs = record.costs.plus(report.costs)
         if report.worker and report.worker not in record.workers[-1:]:
             record.workers.append(report.worker)
         record.slot = f"{report.worker}:{report.slot}" if report.worker else ""

@@ -95,13 +95,15 @@ def estimate(
     """The plan that follows from what was measured; the workers are spread evenly over so many ``nodes``."""
     rehearsal = rehearsal or Rehearsal(WORKERS_S + measured.load_s, REPORT_S)
     job, trials = prepared.job, prepared.total
+    # What trains nothing is evaluated once.
+    train = job.train.model_copy(update={"steps": 1, "evaluate_every": 1}) if prepared.task.designs else job.train
     found = forecast(
-        job.search, job.train, trials, placement.workers, placement.trials_per_worker, measured.pace, rehearsal.report_s
+        job.search, train, trials, placement.workers, placement.trials_per_worker, measured.pace, rehearsal.report_s
     )
     seconds = _seconds(prepared, measured, found, before_s + rehearsal.start_s)
     held = sum(seconds[part] for part in ("baselines", "search", "test"))
     return Plan(
-        placement, trials, trials * job.train.steps, found, measured, seconds,
+        placement, trials, trials * train.steps, found, measured, seconds,
         device_hours(placement, held), _warnings(job, placement, measured, -(-placement.processes // nodes)),
     )  # fmt: skip
 

@@ -12,21 +12,22 @@ from torch import Tensor
 
 from orchestrator.artifact import DataRecord, PromptArtifact, VerbalizerEntry
 from orchestrator.base_model import ModelSource, known_builtin, resolve_model
+from orchestrator.baselines import check_peft
 from orchestrator.data.dataset import SPLITS, RowSplits, load_rows, rows_fingerprint
 from orchestrator.data.demonstrations import demonstrations
+from orchestrator.data.designs import BOUNDARY, Design, Designs
 from orchestrator.data.encoding import Encoder, check_context, check_generation, make_encoder, reference_texts
 from orchestrator.errors import BadInput
 from orchestrator.peft_folder import is_peft, read_peft
 from orchestrator.prompts import Method
 from orchestrator.quickstart import builtin_model
-from orchestrator.space import TrialSpec, draw, init_artifacts, init_texts, longest, trial_count, trials
+from orchestrator.space import TrialSpec, draw, init_artifacts, init_texts, longest, templates, trial_count, trials
 from orchestrator.spec import BUILTIN, DataSpec, JobSpec
 from orchestrator.tuning.engine import Task
 from orchestrator.tuning.generate import Decoding
 
 EVALUATED = ("validation", "test")
 INSTRUCTION_END = "\n"  # between a written instruction and the input
-BOUNDARY = 4  # tokens that two texts may have more together than each alone
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,9 @@ def prepare(job: JobSpec, artifacts: Mapping[str, Path] | None = None) -> Prepar
 
     ``artifacts`` are the folders of the prompts that trials start from, by the reference that the spec has.
     """
-    rows = load_rows(job.data)
+    if job.method in ("lora", "qlora"):
+        check_peft(job.method)
+    rows = load_rows(job.data, templates(job.search.space))
     started = time.monotonic()
     if job.base_model.id.startswith(BUILTIN):
         builtin_model(known_builtin(job.base_model.id))
@@ -78,8 +81,27 @@ def prepare(job: JobSpec, artifacts: Mapping[str, Path] | None = None) -> Prepar
         }
     if job.generates:
         _prepare_generation(job, task, rows, source)
+    if job.method == "prompt_design":
+        task.designs = _designs(job, rows, source)
     known, total = trials(job.search), trial_count(job.search)
     return Prepared(found_anywhere(job, source), known, total, source, rows, task, instructions, few_shot, making_s)
+
+
+def _designs(job: JobSpec, rows: RowSplits, source: ModelSource) -> Designs:
+    """What the trials write in front of rows. BadInput where an input, or not one demonstration, fits the context."""
+    generated, context = job.max_generated_tokens if job.generates else 0, source.context_length
+    designs = Designs(job.data, rows, source.tokenizer(), source.family, context, generated)
+    for template in templates(job.search.space):
+        bare = Design(template)
+        check_context(designs.encoder(bare), {split: designs.encoded(bare, split) for split in EVALUATED}, 0, context)
+    for spec in trials(job.search) or draw(job.search.space, trial_count(job.search), job.search.seed):
+        if not designs.fits(Design.of(spec)):
+            raise BadInput(
+                f"search.space.shots {spec.shots}: the context of {context} tokens has no room for a single "
+                "demonstration in front of the longest input",
+                "lower data.max_input_tokens, set search.space.shots to 0, or use demonstrations: nearest",
+            )
+    return designs
 
 
 def _few_shot(job: JobSpec, task: Task, rows: RowSplits, context: int) -> tuple[str, int]:

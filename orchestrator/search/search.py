@@ -102,7 +102,10 @@ class Running:
 
 def placed(prepared: Prepared) -> Placement:
     """How the search lies on this cluster. BadInput when it does not fit."""
-    return place(prepared.job.resources, nodes(), prepared.total)
+    resources = prepared.job.resources
+    if prepared.job.is_baseline:  # it changes the model, or has it alone
+        resources = resources.model_copy(update={"trials_per_worker": 1})
+    return place(resources, nodes(), prepared.total)
 
 
 @contextmanager

@@ -19,7 +19,14 @@ if TYPE_CHECKING:
 
 FIRST = 10  # spread proposals before TPE takes over, but at most half of the trials; as many as optuna has by default
 ATTEMPTS = 8  # at a point that no trial had
-ORDERED = ("num_virtual_tokens", "learning_rate")  # listed values of these lie on a scale
+ORDERED = (
+    "num_virtual_tokens",
+    "rank",
+    "alpha",
+    "bottleneck",
+    "shots",
+    "learning_rate",
+)  # listed values of these lie on a scale
 WORST = 1e30  # of a failed trial, in either direction: what led there is to be avoided, not forgotten
 
 
@@ -102,7 +109,7 @@ class Proposer:
         asked = self._study.ask(self._distributions)
         self._study.tell(asked, state=optuna.trial.TrialState.FAIL)
         found = asked.params
-        return trial_at([axis.value(found.get(name)) for name, axis in self._axes.items()])
+        return trial_at([axis.value(found.get(name)) for name, axis in self._axes.items()], list(self._axes))
 
     def _new_points(self, number: int) -> list[TrialSpec]:
         """Points at random that no trial had, at least one while the space has any."""

@@ -58,8 +58,8 @@ def load_engine(told: WorkerConfig) -> Any:
     """The engine on its backbone, or None once the broker knows why a worker of the group can't load it."""
     from orchestrator.backbone import check_exact, default_device, read_backbone, set_threads
     from orchestrator.search.model_files import model_source
-    from orchestrator.tuning.engine import Engine
     from orchestrator.tuning.group import joined_group
+    from orchestrator.tuning.make import make_engine
 
     set_threads(told.placement.threads)
     job, device = told.job, default_device()
@@ -73,7 +73,7 @@ def load_engine(told: WorkerConfig) -> Any:
     def ready(backbone: Any) -> Any:
         check_exact(backbone)
         slots = told.placement.trials_per_worker
-        return Engine(backbone, ray.get(told.task), job.train, job.search, slots, group=group)
+        return make_engine(backbone, ray.get(told.task), job.train, job.search, slots, group)
 
     backbone = _by_all(group, told, read)
     return None if backbone is None else _by_all(group, told, partial(ready, backbone))

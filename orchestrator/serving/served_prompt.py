@@ -169,7 +169,7 @@ def make_encoder(manifest: Manifest, backbone: Backbone) -> Encoder:
         entries = manifest.verbalizer
         verbalizer = Verbalizer(tuple(entry.label for entry in entries), tuple(entry.text for entry in entries))
     limits = manifest.max_input_tokens, manifest.max_target_tokens
-    return Encoder(backbone.tokenizer, template, verbalizer, *limits, backbone.family)
+    return Encoder(backbone.tokenizer, template, verbalizer, *limits, backbone.family, manifest.sentinel)
 
 
 def stack_prompts(prompts: Sequence[ServedPrompt]) -> tuple[PreparedPrompts, list[int]]:

@@ -120,7 +120,7 @@ def moved(job: JobSpec, change: Change) -> JobSpec:
     return job.model_copy(update={"data": data, "base_model": base, "search": search})
 
 
-def _moved_init(number: int, init: Init, change: Change) -> Init:
+def _moved_init(number: int, init: Init | None, change: Change) -> Init | None:
     if not isinstance(init, ArtifactInit) or not _is_local(init.artifact):
         return init  # a registered prompt is fetched on the cluster
     return ArtifactInit(artifact=change(f"search.space.init.{number}", init.artifact))

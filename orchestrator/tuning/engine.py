@@ -7,16 +7,20 @@ Slots start and end at round boundaries, so all seated trials evaluate together,
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from orchestrator.backbone import Backbone, PromptTensors
+from orchestrator.baselines import Change
 from orchestrator.data.bucketing import step_rows
+from orchestrator.data.designs import Designs
 from orchestrator.data.encoding import Encoded, Encoder
 from orchestrator.errors import JobFailed
 from orchestrator.prompts import InitContext, Method, Prompt, make_prompt
@@ -27,13 +31,15 @@ from orchestrator.tuning.checkpoint import TrialState, restore_prompt
 from orchestrator.tuning.evaluate import evaluate
 from orchestrator.tuning.generate import Decoding
 from orchestrator.tuning.group import Group
-from orchestrator.tuning.report import Ending, EvaluationJob, Report
+from orchestrator.tuning.memory import Memory
+from orchestrator.tuning.report import Costs, Ending, EvaluationJob, Report
 from orchestrator.tuning.room import NoRoom, Room, needs_room
 from orchestrator.tuning.step import Limits, packed_gradients
 from orchestrator.tuning.updater import Updater, apply_all
 
 WORST = {"max": 0.0, "min": 1e30}  # accuracies are never below 0; schedulers can't compare an infinity
 NO_ROOM = "memory does not suffice"
+FLOAT32_BYTES = 4  # of a number as artifacts keep it
 
 
 @dataclass
@@ -48,6 +54,8 @@ class Task:
     artifacts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     decoding: Decoding | None = None
     """How evaluations generate texts, where the metric compares them."""
+    designs: Designs | None = None
+    """The rows as prompt_design writes them out."""
 
 
 @dataclass
@@ -56,7 +64,7 @@ class Slot:
 
     trial: str
     spec: TrialSpec
-    prompt: Prompt
+    prompt: Prompt | Change
     updater: Updater
     base_model: str = ""
     step: int = 0
@@ -69,6 +77,9 @@ class Slot:
     diverged: bool = False
     no_room: str = ""
     """What did not fit into memory, however it was cut; such a trial is over."""
+    seconds: float = 0.0
+    """Its share of the training since its last report."""
+    evaluation_seconds: float = 0.0
 
     @torch.no_grad()
     def tensors(self) -> PromptTensors:
@@ -84,7 +95,7 @@ class Slot:
         return dict(self.prompt.named_parameters())
 
     def state(self) -> TrialState:
-        best = self.best or self.tensors().named()
+        best = self.best or self.prompt.named()
         return TrialState.of(
             step=self.step,
             best_step=self.best_step,
@@ -121,7 +132,7 @@ class Engine:
         self.slots: dict[str, Slot] = {}
         self._training = Room(self.limits.max_tokens)
         self._evaluation = Room()
-        self._context = InitContext.of(backbone, task.encoder.answers, task.artifacts)
+        self._memory = Memory(backbone.device)
 
     @property
     def free_slots(self) -> int:
@@ -131,12 +142,22 @@ class Engine:
         """Give a trial a slot, from the start or from a checkpoint."""
         if not self.free_slots:
             raise RuntimeError(f"no slot is free for trial {trial}: {self.capacity} are taken")
-        prompt = make_prompt(self.task.method, spec, self._context).to(self.backbone.device)
+        if not self.slots:
+            self._memory.start_over()
+        prompt = self._learned(spec)
         updater = Updater(list(prompt.parameters()), spec.learning_rate, self.train)
         slot = Slot(trial, spec, prompt, updater, self.backbone.info.fingerprint)
         if checkpoint is not None:
             self._restore(slot, TrialState.from_bytes(checkpoint))
         self.slots[trial] = slot
+
+    @cached_property
+    def _context(self) -> InitContext:
+        return InitContext.of(self.backbone, self.task.encoder.answer_words, self.task.artifacts)
+
+    def _learned(self, spec: TrialSpec) -> Prompt | Change:
+        """What a trial learns, before its first step."""
+        return make_prompt(self.task.method, spec, self._context).to(self.backbone.device)
 
     @staticmethod
     def _restore(slot: Slot, state: TrialState) -> None:
@@ -168,8 +189,7 @@ class Engine:
     def evaluate(self, job: EvaluationJob) -> dict[str, float]:
         """Metrics of a prompt or a baseline on a whole split."""
         if job.checkpoint is not None:
-            best = PromptTensors.from_named(TrialState.from_bytes(job.checkpoint).best(), self.task.method.inside)
-            (metrics,) = self._metrics([best], self.task.splits[job.split], job.confusion)
+            metrics = self._checkpoint_metrics(job, TrialState.from_bytes(job.checkpoint))
         else:
             splits = self.task.splits if job.instruction is None else self.task.instructed[job.instruction]
             (metrics,) = self._metrics(None, splits[job.split])
@@ -179,6 +199,14 @@ class Engine:
                 "lower data.max_input_tokens, or use a larger machine or a smaller base model",
             )
         return metrics
+
+    def _checkpoint_metrics(self, job: EvaluationJob, state: TrialState) -> dict[str, float] | None:
+        best = PromptTensors.from_named(state.best(), self.task.method.inside)
+        return self._metrics([best], self.task.splits[job.split], job.confusion)[0]
+
+    def _slot_metrics(self, slots: Sequence[Slot]) -> list[dict[str, float] | None]:
+        """Validation metrics of these slots, together."""
+        return self._metrics([slot.tensors() for slot in slots], self.task.splits["validation"])
 
     def _metrics(
         self, prompts: Sequence[PromptTensors] | None, split: Encoded, confusion: bool = False
@@ -208,6 +236,7 @@ class Engine:
 
     def step(self, slots: Sequence[Slot]) -> None:
         """One step of each of these seated trials, packed."""
+        started = time.perf_counter()
         split = self.task.splits["train"]
         rows = [step_rows(len(split), self.train.batch_size, slot.spec.seed, slot.step) for slot in slots]
         found = self._training.each(
@@ -227,6 +256,8 @@ class Engine:
             if not slot.diverged:
                 slot.losses.append(loss)
             slot.step += 1
+        for slot in slots:
+            slot.seconds += (time.perf_counter() - started) / len(slots)
 
     def _gradients(self, slots: Sequence[Slot], rows: Sequence[Sequence[int]]) -> list[float]:
         """Losses of the slots' rows, with the gradients left on their parameters; NoRoom leaves none."""
@@ -268,9 +299,11 @@ class Engine:
         for slot in slots:  # a last step may overflow without a loss to show it
             slot.diverged = slot.diverged or not all(bool(part.isfinite().all()) for part in slot.prompt.parameters())
         sound = [slot for slot in slots if not slot.broken]
-        prompts, validation = [slot.tensors() for slot in sound], self.task.splits["validation"]
+        started = time.perf_counter()
+        found = self._slot_metrics(sound) if sound else []
         metrics: dict[str, dict[str, float]] = {}
-        for slot, one in zip(sound, self._metrics(prompts, validation), strict=True):
+        for slot, one in zip(sound, found, strict=True):
+            slot.evaluation_seconds = (time.perf_counter() - started) / len(sound)
             if one is None:
                 slot.no_room = f"{NO_ROOM} to evaluate one row behind {_virtual_tokens(slot)}"
             elif not all(map(math.isfinite, one.values())):
@@ -282,11 +315,12 @@ class Engine:
     def _report(self, slot: Slot, metrics: dict[str, float]) -> Report:
         if metrics and self._is_better(metrics, slot.best_metrics):
             slot.best_step, slot.best_metrics, slot.waited = slot.step, metrics, 0
-            slot.best = {name: tensor.clone() for name, tensor in slot.tensors().named().items()}
+            slot.best = {name: tensor.clone() for name, tensor in slot.prompt.named().items()}
         else:
             slot.waited += 1
         train_loss = float(np.mean(slot.losses)) if slot.losses else math.nan
-        slot.losses = []
+        costs = self._costs(slot)
+        slot.losses, slot.seconds = [], 0.0
         return Report(
             trial=slot.trial,
             step=slot.step,
@@ -298,7 +332,20 @@ class Engine:
             checkpoint=slot.state().to_bytes() if self.group.leads else b"",
             ending=self._ending(slot),
             note=slot.no_room or self._room_notes(),
+            costs=costs,
         )
+
+    def _costs(self, slot: Slot) -> Costs:
+        return Costs(
+            parameters=sum(parameter.numel() for parameter in slot.prompt.parameters()),
+            stored_bytes=self._stored_bytes(slot),
+            peak_bytes=self._memory.peak(),
+            seconds=slot.seconds,
+            evaluation_seconds=slot.evaluation_seconds,
+        )
+
+    def _stored_bytes(self, slot: Slot) -> int:
+        return sum(FLOAT32_BYTES * tensor.numel() for tensor in (slot.best or slot.prompt.named()).values())
 
     def _room_notes(self) -> str:
         rooms = {"training": self._training, "evaluation": self._evaluation}
@@ -326,4 +373,6 @@ class Engine:
 
 def _virtual_tokens(slot: Slot) -> str:
     count = slot.spec.num_virtual_tokens
+    if not count:
+        return "no prompt"
     return f"{count} virtual token{'' if count == 1 else 's'}"

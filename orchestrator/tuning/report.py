@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from orchestrator.space import TrialSpec
 
-Ending = Literal["steps", "patience", "diverged", "no_room"]
+Ending = Literal["steps", "patience", "evaluated", "diverged", "no_room"]
 BROKEN: dict[Ending, str] = {"diverged": "diverged", "no_room": "out of memory"}
 """Endings of a trial that failed, in words."""
 
@@ -20,6 +20,31 @@ class Copied:
     source: str
     step: int
     spec: TrialSpec
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a trial takes, besides its accuracy."""
+
+    parameters: int = 0
+    """Numbers that are trained, those of a reparameterisation included."""
+    stored_bytes: int = 0
+    """What has to be kept for a task: the float32 tensors that inference needs, or the text."""
+    peak_bytes: int = 0
+    """The most that its worker held, frozen model and other seated trials included."""
+    seconds: float = 0.0
+    """Of training since the last report; a trial's share of steps that several took together."""
+    evaluation_seconds: float = 0.0
+    """Of this evaluation, the trial's share."""
+
+    def metrics(self) -> dict[str, float]:
+        """By the names that MLflow has them under."""
+        return {f"cost_{name}": float(value) for name, value in vars(self).items()}
+
+    def plus(self, later: Costs) -> Costs:
+        """Both reports' costs: seconds of training add up."""
+        peak = max(self.peak_bytes, later.peak_bytes)
+        return replace(later, peak_bytes=peak, seconds=self.seconds + later.seconds)
 
 
 @dataclass(frozen=True)
@@ -50,6 +75,7 @@ class Report:
     """The worker group that trained it. The broker adds it."""
     slot: int = field(default=0, compare=False)
     """Its place among the trials of the group, from 0. The broker adds it."""
+    costs: Costs = field(default=Costs(), compare=False)
     pending: int = field(default=0, compare=False)
 
 
@@ -72,6 +98,8 @@ class EvaluationJob:
     split: str
     checkpoint: bytes | None = None
     instruction: str | None = None
+    spec: TrialSpec | None = None
+    """The checkpoint's trial, by which baselines know what it holds."""
     confusion: bool = False
     """Also count which label was answered for which, as metrics ``confusion/TRUE/SAID`` by places in the verbalizer."""
 

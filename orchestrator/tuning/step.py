@@ -62,7 +62,7 @@ def pack(rows_of_trials: Sequence[Sequence[int]], split: Encoded, reduction: Red
 
 def packed_gradients(
     backbone: Backbone,
-    prompts: Sequence[Tensor | PromptTensors],
+    prompts: Sequence[Tensor | PromptTensors] | None,
     rows_of_trials: Sequence[Sequence[int]],
     split: Encoded,
     limits: Limits = Limits(),
@@ -70,6 +70,8 @@ def packed_gradients(
     group: Group = Group(),
 ) -> list[float]:
     """Add each trial's gradient to what its prompt was computed from (``.grad``); returns the K losses.
+
+    ``prompts=None`` is the model without a prompt, whose own parameters then get the gradients.
 
     The prompts run once. Rows are grouped by length into forwards; each leaves its gradient on the prompts' keys and
     values, and one backward at the end carries the sum to the prompts. Raises NoRoom when memory runs out; gradients
@@ -79,9 +81,9 @@ def packed_gradients(
     """
     packed = pack(rows_of_trials, split, reduction)
     with needs_room():
-        prepared = backbone.prepare(prompts)
-        leaf = prepared.leaf()
-    losses = torch.zeros(len(prompts), device=backbone.device)
+        prepared = None if prompts is None else backbone.prepare(prompts)
+        leaf = None if prepared is None else prepared.leaf()
+    losses = torch.zeros(len(rows_of_trials), device=backbone.device)
     lengths = [split.lengths[number] for number in packed.row]
     cut = (limits.forward_overhead, limits.max_tokens, limits.max_rows)
     for places in length_groups(lengths, *cut, ways=group.size):
@@ -90,14 +92,15 @@ def packed_gradients(
         tokens = len(own) * max(lengths[place] for place in own)
         with needs_room(tokens, divisible=len(own) > 1):
             _forward_backward(backbone, leaf, split, packed, own, losses, counts=bool(group.share(places)))
-    with needs_room():
-        prepared.backward_from(leaf)
+    if prepared is not None and leaf is not None:
+        with needs_room():
+            prepared.backward_from(leaf)
     return list(losses.tolist())
 
 
 def _forward_backward(
     backbone: Backbone,
-    leaf: PreparedPrompts,
+    leaf: PreparedPrompts | None,
     split: Encoded,
     packed: Packed,
     places: Sequence[int],

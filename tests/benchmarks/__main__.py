@@ -21,6 +21,7 @@ from tests.benchmarks import (
     accelerator,
     evaluation,
     logs,
+    methods,
     nodes,
     overhead,
     packing,
@@ -102,6 +103,12 @@ def _population(args: argparse.Namespace) -> list[Line]:
     return population.lines(replace(setting, seeds=tuple(range(args.seeds))) if args.seeds else setting)
 
 
+def _methods(args: argparse.Namespace) -> list[Line]:
+    setting = _of_size(args, methods.SETTINGS)
+    changes = {"seeds": tuple(range(args.seeds))} if args.seeds else {}
+    return methods.lines(replace(setting, **changes), args.only, OUT)  # type: ignore[arg-type]
+
+
 def _of_size(args: argparse.Namespace, settings: dict[str, S]) -> S:
     """The benchmark's setting: real, or small."""
     name = "small" if args.toy else args.size or "real"
@@ -136,6 +143,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Line]]] = {
     "population": _population,
     "serving": _serving,
     "scaling": _scaling,
+    "methods": _methods,
 }
 
 
@@ -182,8 +190,11 @@ def parser() -> argparse.ArgumentParser:
         help="lines, sides or jobs with this in their name; also packing: speed, memory; logging: search, listing; "
         "serving: peer, many, http; scaling: search, service",
     )
-    made.add_argument("--size", help="one of the models 6x192, 6x512, 100M, 1B; of whole searches: small or real")
-    made.add_argument("--seeds", type=int, default=0, help="search, population: so many seeds (default 3)")
+    made.add_argument(
+        "--size",
+        help="one of the models 6x192, 6x512, 100M, 1B; of whole searches: small or real; of methods also short",
+    )
+    made.add_argument("--seeds", type=int, default=0, help="search, population, methods: so many seeds (default 3)")
     made.add_argument("--pairs", type=int, default=3, help="how often each side is measured, in turn (default 3)")
     made.add_argument("--threads", type=int, default=0, help="threads of torch (default: torch's own choice)")
     made.add_argument("--peak", type=float, help="the accelerator's peak in TFLOPS, where its name is unknown")

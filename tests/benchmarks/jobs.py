@@ -49,6 +49,20 @@ def trec6(folder: Path, validation: int = 100, test: int = 100) -> dict[str, Any
     }  # fmt: skip
 
 
+def sst2(folder: Path, validation: int = 300, test: int = 500) -> dict[str, Any]:
+    """Whether a sentence of a film review is for or against the film, with the same model."""
+    files = {split: str(shared("data", "sst2", f"{split}.jsonl")) for split in ("train", "validation", "test")}
+    return {
+        "name": "sst2",
+        "base_model": {"id": str(shared("models", "stories3M"))},
+        "data": {
+            "path": files, "template": "{text}\nThe film is", "target": "label_name",
+            "verbalizer": {"negative": " bad", "positive": " good"}, "max_input_tokens": 64,
+            "limit": {"validation": validation, "test": test},
+        },
+    }  # fmt: skip
+
+
 def sms_spam(folder: Path, validation: int = 200, test: int = 200) -> dict[str, Any]:
     """Spam or not, with the same model."""
     files = {split: str(shared("data", "sms_spam", f"{split}.jsonl")) for split in ("train", "validation", "test")}

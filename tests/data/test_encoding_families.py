@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from models import closing_tokenizer, cloze_tokenizer, spaced_tokenizer, tiny_tokenizer
 
 from orchestrator.base_model import Family
-from orchestrator.data.encoding import Encoder
+from orchestrator.data.encoding import SENTINEL, Encoder
 from orchestrator.data.template import Mark, Template, Verbalizer
 from orchestrator.errors import BadInput
 from orchestrator.placing import BLANK, marker
@@ -122,3 +125,33 @@ def test_segments_are_texts_and_marks() -> None:
     assert template.segments({"x": "1", "y": "2"}) == ["{1} and ", Mark("*"), "2", Mark("_"), "!"]
     assert template.fill({"x": "1", "y": "2"}) == "{1} and 2!"
     assert template.places_virtual_tokens and template.has_blank and template.tail == ""
+
+
+def with_sentinel() -> Any:
+    tokenizer = copy.deepcopy(closing_tokenizer())
+    tokenizer.add_special_tokens({"additional_special_tokens": [SENTINEL]})
+    return tokenizer
+
+
+def test_a_sentinel_stands_in_front_of_every_target() -> None:
+    """Answers, targets and what is ranked begin with it; the words that inits are made of do not."""
+    tokenizer = with_sentinel()
+    verbalizer = Verbalizer((0, 1), ("no", "yes"))
+    plain, marked = (
+        Encoder(tokenizer, Template("{text}"), verbalizer, 20, 20, "seq2seq", sentinel) for sentinel in (False, True)
+    )
+    mark = tokenizer.convert_tokens_to_ids(SENTINEL)
+    assert marked.answers == [[mark, *ids] for ids in plain.answers] and marked.answer_words == plain.answers
+    row = {"text": "is this spam", "label": 1}
+    assert marked.encode_target(row, "label")[0] == [mark, *plain.encode_target(row, "label")[0]]
+    texts = Encoder(tokenizer, Template("{text}"), None, 20, 20, "seq2seq", sentinel=True)
+    target, _ = texts.encode_target({"text": "is", "label": "spam"}, "label")
+    assert target[0] == mark and tokenizer.decode(target, skip_special_tokens=True).strip() == "spam"
+
+
+def test_a_model_without_a_sentinel_is_refused() -> None:
+    """A tokenizer that has none, and a family that starts no target anew."""
+    with pytest.raises(BadInput, match="the base model's tokenizer has no <extra_id_0>"):
+        Encoder(closing_tokenizer(), Template("{text}"), None, 20, 20, "seq2seq", sentinel=True)
+    with pytest.raises(BadInput, match="a causal model has none"):
+        Encoder(with_sentinel(), Template("{text}"), None, 20, 20, "causal", sentinel=True)

@@ -1,0 +1,194 @@
+"""Prompt design: rows behind a written text instead of a learned one (Brown et al. 2020, section 2).
+
+A design is a template and some training rows with their answers, written out in front of each input as far as the
+model's context has room: rows at random, or for each input its nearest ones (as Liu et al. 2022, "What makes good
+in-context examples for GPT-3?", with words instead of embeddings).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from orchestrator.base_model import Family
+from orchestrator.data.dataset import RowSplits
+from orchestrator.data.demonstrations import SEPARATOR, demonstrations, written_out
+from orchestrator.data.encoding import Encoded, Encoder, Row, make_encoder, reference_texts
+from orchestrator.space import TrialSpec
+from orchestrator.spec import DataSpec
+
+BOUNDARY = 4  # tokens that two texts may have more together than each alone
+WORD = re.compile(r"\w+")
+
+
+@dataclass(frozen=True)
+class Design:
+    """A written prompt; without a template it has the data's."""
+
+    template: str | None = None
+    shots: int = 0
+    demonstrations: str = "random"
+    seed: int = 0
+
+    @classmethod
+    def of(cls, spec: TrialSpec) -> Design:
+        return cls(spec.template, spec.shots or 0, spec.demonstrations or "random", spec.seed)
+
+
+class Designs:
+    """A job's rows, and how each design writes them out.
+
+    ``context``: tokens that the model takes. ``generated``: tokens of a generated text at most, 0 where none is.
+    """
+
+    def __init__(
+        self, data: DataSpec, rows: RowSplits, tokenizer: Any, family: Family, context: int, generated: int = 0
+    ) -> None:
+        self._data = data
+        self._rows = rows
+        self._tokenizer = tokenizer
+        self._family: Family = family
+        self._context = context
+        self._generated = generated
+        self._encoders: dict[str | None, Encoder] = {}
+        self._kept: dict[tuple[Design, str], tuple[Encoded, float]] = {}
+
+    def encoder(self, design: Design) -> Encoder:
+        """The encoder of a design's template."""
+        if design.template not in self._encoders:
+            data = self._data.model_copy(update={"template": design.template or self._data.template})
+            self._encoders[design.template] = make_encoder(data, self._rows, self._tokenizer, self._family)
+        return self._encoders[design.template]
+
+    def encoded(self, design: Design, split: str) -> Encoded:
+        """The split's rows, each behind its demonstrations."""
+        return self._made(design, split)[0]
+
+    def shown(self, design: Design, split: str) -> float:
+        """Demonstrations in front of a row, on average."""
+        return self._made(design, split)[1]
+
+    def text(self, design: Design) -> str:
+        """What stands in front of every row; nothing with ``nearest``, where each row has its own."""
+        return self._random(design)[0] if design.shots and design.demonstrations == "random" else ""
+
+    def fits(self, design: Design) -> bool:
+        """Whether the context has room for any demonstration; ``nearest`` finds out row by row."""
+        return not design.shots or design.demonstrations == "nearest" or self._random(design)[1] > 0
+
+    def stored_bytes(self, design: Design) -> int:
+        """What the design takes as text; with ``nearest`` all training rows, since any may be needed."""
+        encoder = self.encoder(design)
+        texts = [encoder.template.text]
+        if design.shots and design.demonstrations == "nearest":
+            texts += [written_out(encoder, row, self._data.target) for row in self._rows.train]
+        elif design.shots:
+            texts.append(self.text(design))
+        return sum(len(text.encode()) for text in texts)
+
+    def _made(self, design: Design, split: str) -> tuple[Encoded, float]:
+        if (design, split) not in self._kept:
+            self._kept.clear()  # designs come one after another, and a split behind many demonstrations is large
+            self._kept[design, split] = self._encode(design, self._rows[split])
+        return self._kept[design, split]
+
+    def _encode(self, design: Design, rows: Sequence[Row]) -> tuple[Encoded, float]:
+        encoder, target = self.encoder(design), self._data.target
+        targets = [encoder.encode_target(row, target) for row in rows]
+        texts, shown = self._in_front(design, rows)
+        encoded = Encoded(
+            [encoder.encode_input(row, text) for row, text in zip(rows, texts, strict=True)],
+            [ids for ids, _ in targets],
+            [place for _, place in targets],
+            reference_texts(rows, self._data) if self._generated else [],
+        )
+        return encoded, shown
+
+    def _in_front(self, design: Design, rows: Sequence[Row]) -> tuple[list[str], float]:
+        """What stands in front of each row, and how many demonstrations that is on average."""
+        if not design.shots:
+            return [""] * len(rows), 0.0
+        if design.demonstrations == "random":
+            text, count = self._random(design)
+            return [text] * len(rows), float(count)
+        found = [self._nearest(design, row) for row in rows]
+        return [text for text, _ in found], sum(count for _, count in found) / len(found)
+
+    def _random(self, design: Design) -> tuple[str, int]:
+        """The same text for all rows, as long as the longest of them leaves room for."""
+        encoder = self.encoder(design)
+        longest = max(
+            len(encoder.encode_input(row)) for split in (self._rows.validation, self._rows.test) for row in split
+        )
+        room = self._room(encoder, longest)
+        return demonstrations(
+            encoder, self._rows.train, self._data.target, design.shots, design.seed,
+            lambda text: len(encoder.input_ids(text)) <= room,
+        )  # fmt: skip
+
+    def _nearest(self, design: Design, row: Row) -> tuple[str, int]:
+        """The row's nearest training rows, the nearest last: right in front of it."""
+        encoder = self.encoder(design)
+        room = self._room(encoder, len(encoder.encode_input(row)))
+        texts: list[str] = []
+        for place in self._index.nearest(_words(row, encoder), design.shots):
+            text = written_out(encoder, self._rows.train[place], self._data.target) + SEPARATOR
+            room -= len(encoder.input_ids(text))
+            if room < 0:
+                break
+            texts.insert(0, text)
+        return "".join(texts), len(texts)
+
+    def _room(self, encoder: Encoder, input_tokens: int) -> int:
+        answer = max((len(ids) for ids in encoder.ended_answers), default=self._data.max_target_tokens)
+        return self._context - max(answer, self._generated) - input_tokens - BOUNDARY
+
+    @cached_property
+    def _index(self) -> _Index:
+        encoder = self.encoder(Design())
+        return _Index([_words(row, encoder) for row in self._rows.train])
+
+
+def _words(row: Row, encoder: Encoder) -> Counter[str]:
+    text = " ".join(str(row[column]) for column in encoder.template.columns if column in row)
+    return Counter(WORD.findall(text.lower()))
+
+
+class _Index:
+    """Training rows by their words, to be found by the cosine of tf-idf weights."""
+
+    def __init__(self, rows: Sequence[Counter[str]]) -> None:
+        self._size = len(rows)
+        places: dict[str, list[tuple[int, int]]] = {}
+        for place, words in enumerate(rows):
+            for word, count in words.items():
+                places.setdefault(word, []).append((place, count))
+        self._weights = {word: math.log(1 + len(rows) / len(found)) for word, found in places.items()}
+        self._postings = {
+            word: (
+                np.array([place for place, _ in found]),
+                self._weights[word] * np.array([n for _, n in found], float),
+            )
+            for word, found in places.items()
+        }
+        squares = np.zeros(len(rows))
+        for where, weights in self._postings.values():
+            squares[where] += weights**2
+        self._lengths = np.sqrt(squares) + 1e-9
+
+    def nearest(self, words: Counter[str], count: int) -> list[int]:
+        """The places of the nearest rows, the nearest first; among equals the first."""
+        scores = np.zeros(self._size)
+        for word, times in words.items():
+            if word in self._postings:
+                where, weights = self._postings[word]
+                scores[where] += times * self._weights[word] * weights
+        found: list[int] = np.argsort(-scores / self._lengths, kind="stable")[:count].tolist()
+        return found

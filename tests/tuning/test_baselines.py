@@ -1,0 +1,214 @@
+"""Baselines: they learn, under the loss and the evaluation of prompts, and leave the frozen model as it was."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+from models import VERBALIZERS, backbone_of, load, save_family, save_model, text_rows, tokenizer_of
+
+from orchestrator.backbone import Backbone, load_backbone
+from orchestrator.base_model import resolve_model
+from orchestrator.baselines import CHANGES, check_peft, make_change
+from orchestrator.baselines.adapter import block_ends
+from orchestrator.baselines.store import save_result
+from orchestrator.data.encoding import Encoder
+from orchestrator.data.template import Template, Verbalizer
+from orchestrator.errors import BadInput
+from orchestrator.prompts import Method
+from orchestrator.space import TrialSpec
+from orchestrator.spec import BaseModelSpec, MethodName, SearchSpec, TrainSpec
+from orchestrator.tuning import step as step_module
+from orchestrator.tuning.checkpoint import TrialState
+from orchestrator.tuning.engine import Engine, Task
+from orchestrator.tuning.make import make_engine
+from orchestrator.tuning.report import EvaluationJob, Report
+
+NOTHING = TrialSpec("", None, 0, 0.01, 0)
+SPECS: dict[MethodName, TrialSpec] = {
+    "model_tuning": replace(NOTHING, learning_rate=0.003),
+    "lora": replace(NOTHING, learning_rate=0.03, rank=4, alpha=16),
+    "adapter": replace(NOTHING, learning_rate=0.03, bottleneck=8),
+}
+FAMILIES = ["llama", "gpt2", "falcon", "t5", "bart", "bert"]
+TRAIN = TrainSpec(steps=30, batch_size=8, evaluate_every=15)
+SEARCH = SearchSpec(metric="loss")
+
+
+@lru_cache
+def task(family: str, method: MethodName) -> Task:
+    """Rows to learn by heart: they are trained on and evaluated on."""
+    backbone = backbone_of(family, torch.float32)
+    verbalizer = Verbalizer(tuple(VERBALIZERS["several tokens"]), tuple(VERBALIZERS["several tokens"].values()))
+    encoder = Encoder(tokenizer_of(family), Template("{text}\nspam?"), verbalizer, 40, 32, backbone.family)
+    rows = encoder.encode(text_rows(8, 1), "label")
+    return Task(encoder, {"train": rows, "validation": rows, "test": rows}, method=Method(method))
+
+
+def engine_of(family: str, method: MethodName, train: TrainSpec = TRAIN, backbone: Backbone | None = None) -> Engine:
+    made = backbone or backbone_of(family, torch.float32)
+    return make_engine(made, task(family, method), train, SEARCH, capacity=4)
+
+
+def run_out(engine: Engine) -> list[Report]:
+    reports = []
+    while engine.slots:
+        reports += engine.round()
+    return reports
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", SPECS)
+def test_a_baseline_learns_and_leaves_the_model_as_it_was(family: str, method: MethodName) -> None:
+    """The loss falls far below the bare model's; digest, names and frozen parameters of the model stay, between two
+    rounds too, and the best checkpoint gives again what was reported."""
+    engine = engine_of(family, method)
+    backbone = engine.backbone
+    before, names = backbone.digest(), [name for name, _ in backbone.model.named_modules()]
+    bare = engine.evaluate(EvaluationJob("validation"))["loss"]
+    engine.seat("t", SPECS[method])
+    assert not engine.free_slots  # one trial at a time, whatever was asked for
+    (first,) = engine.round()
+    assert backbone.digest() == before and engine.evaluate(EvaluationJob("validation"))["loss"] == bare
+    last = run_out(engine)[-1]
+    assert last.ending == "steps" and last.best_metrics["loss"] < 0.6 * bare
+    assert backbone.digest() == before and [name for name, _ in backbone.model.named_modules()] == names
+    assert not any(parameter.requires_grad for parameter in backbone.model.parameters())
+    again = engine.evaluate(EvaluationJob("test", last.checkpoint, spec=SPECS[method]))
+    assert again["loss"] == pytest.approx(last.best_metrics["loss"], rel=1e-4)
+    assert last.costs.seconds > 0 and last.costs.evaluation_seconds > 0 and last.costs.peak_bytes > 0
+    assert last.costs.parameters * 4 == last.costs.stored_bytes > 0 and first.costs.parameters == last.costs.parameters
+
+
+@pytest.mark.parametrize("method", SPECS)
+def test_a_baseline_starts_from_the_model_as_it_is(method: MethodName) -> None:
+    """Before the first step the change is none, or in an adapter next to none: what is measured is what is learned."""
+    backbone = backbone_of("llama", torch.float32)
+    ids = torch.arange(2, 12)[None]
+    bare = backbone.model(input_ids=ids).logits
+    with make_change(method, SPECS[method], backbone).applied():
+        changed = backbone.model(input_ids=ids).logits
+    assert torch.allclose(changed, bare, atol=1e-3 if method == "adapter" else 1e-6)
+
+
+@pytest.mark.parametrize("method", SPECS)
+def test_a_baseline_goes_on_from_its_checkpoint(method: MethodName) -> None:
+    """From the first round's checkpoint the last report is that of the run that never stopped."""
+    whole = engine_of("llama", method)
+    whole.seat("t", SPECS[method])
+    first, last = run_out(whole)
+    again = engine_of("llama", method)
+    again.seat("t", SPECS[method], first.checkpoint)
+    (resumed,) = run_out(again)
+    assert resumed.metrics["loss"] == pytest.approx(last.metrics["loss"], rel=1e-5)
+    ended, wanted = (TrialState.from_bytes(one.checkpoint).best() for one in (resumed, last))
+    assert ended.keys() == wanted.keys()
+    assert all(torch.allclose(ended[name], wanted[name], atol=1e-6) for name in wanted)
+
+
+def test_the_model_is_put_right_after_a_step_that_breaks_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error in the middle of a forward leaves the frozen model behind."""
+    for method, spec in SPECS.items():
+        engine = engine_of("llama", method)
+        before = engine.backbone.digest()
+        engine.seat("t", spec)
+        with monkeypatch.context() as patch:
+            patch.setattr(step_module, "target_log_probs", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                engine.round()
+        assert engine.backbone.digest() == before
+        assert not any(module._forward_hooks for module in engine.backbone.model.modules())
+
+
+def test_lora_counts_and_rank() -> None:
+    """Two matrices for each of PEFT's usual projections: of query and value in a Llama."""
+    found = {}
+    for rank in (2, 4):
+        change = make_change("lora", replace(SPECS["lora"], rank=rank), backbone_of("llama", torch.float32))
+        found[rank] = sum(parameter.numel() for parameter in change.parameters())
+    assert found == {2: 2 * 2 * (32 + 32 + 32 + 16), 4: 4 * 2 * (32 + 32 + 32 + 16)}  # 2 layers, 2 of 4 heads are kv
+    assert {name.rsplit(".", 3)[1] for name in change.named()} == {"q_proj", "v_proj"}
+
+
+def test_adapters_stand_behind_attention_and_feed_forward() -> None:
+    """Houlsby's two a block, three in a decoder that also looks at an encoder; none outside of blocks."""
+    counts = {family: len(block_ends(backbone_of(family).model, 32)) for family in FAMILIES}
+    assert counts == {"llama": 4, "gpt2": 4, "falcon": 4, "t5": 10, "bart": 10, "bert": 4}
+
+
+def test_a_model_without_such_parts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model whose projections have other names is told what names are known."""
+    monkeypatch.setattr("orchestrator.baselines.adapter.ENDS", frozenset({"elsewhere"}))
+    text = "method adapter finds no attention or feed-forward part of width 32 in a llama"
+    with pytest.raises(BadInput, match=text) as refused:
+        make_change("adapter", SPECS["adapter"], backbone_of("llama"))
+    assert "method lora" in refused.value.hint
+
+
+def test_without_peft_lora_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message names the fix."""
+    monkeypatch.setattr("orchestrator.baselines.lora.find_spec", lambda name: None)
+    with pytest.raises(BadInput, match="method lora needs the package peft") as refused:
+        check_peft("lora")
+    assert "prompt-orchestrator[baselines]" in refused.value.hint
+
+
+def test_peft_reads_a_lora_result(tmp_path: Path) -> None:
+    """PEFT's model from the kept folder gives the logits of ours, and the description stands beside it."""
+    from peft import PeftModel
+
+    model = save_family(tmp_path / "model", "llama")
+    backbone, spec = load(model), replace(SPECS["lora"], rank=3)
+    change = make_change("lora", spec, backbone)
+    torch.nn.init.normal_(next(p for name, p in change.named_parameters() if "lora_B" in name))
+    ids = torch.arange(2, 12)[None]
+    with change.applied():
+        wanted = backbone.model(input_ids=ids).logits
+    source = resolve_model(BaseModelSpec(id=str(model)))
+    folder = save_result(tmp_path / "result", spec, change.named(), source, {"method": "lora"})
+    assert json.loads((folder / "baseline.json").read_text())["config"]["rank"] == 3
+    read = PeftModel.from_pretrained(load(model).model, str(folder))  # type: ignore[arg-type]
+    assert torch.allclose(read(input_ids=ids).logits, wanted, atol=1e-5)
+    assert not torch.allclose(wanted, backbone.model(input_ids=ids).logits, atol=1e-2)
+
+
+def test_a_tuned_model_is_a_model_folder(tmp_path: Path) -> None:
+    """Model tuning's result loads as a base model of its own, with the tuned logits."""
+    model = save_family(tmp_path / "model", "t5")
+    backbone, spec = load(model), SPECS["model_tuning"]
+    change = make_change("model_tuning", spec, backbone)
+    with torch.no_grad():
+        for parameter in change.parameters():
+            parameter.mul_(1.1)
+    rows = [[5, 6, 7]], [[8, 9]], [0]
+    with change.applied():
+        wanted, _ = backbone.teacher_forced(None, *rows)
+    source = resolve_model(BaseModelSpec(id=str(model)))
+    folder = save_result(tmp_path / "result", spec, change.named(), source, {"method": "model_tuning"})
+    tuned, _ = load(folder).teacher_forced(None, *rows)
+    assert torch.allclose(tuned, wanted, atol=1e-5)
+    assert not torch.allclose(wanted, backbone.teacher_forced(None, *rows)[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_qlora_learns_over_rounded_weights(tmp_path: Path, quantization: str) -> None:
+    """The loss falls; the rounded weights stay."""
+    folder = save_model(tmp_path / "model", hidden_size=128, intermediate_size=256)
+    spec = BaseModelSpec.model_validate({"id": str(folder), "quantization": quantization})
+    backbone = load_backbone(resolve_model(spec))
+    engine = engine_of("llama", "qlora", backbone=backbone)
+    before, bare = backbone.digest(), engine.evaluate(EvaluationJob("validation"))["loss"]
+    engine.seat("t", SPECS["lora"])
+    assert run_out(engine)[-1].best_metrics["loss"] < 0.6 * bare
+    assert backbone.digest() == before
+
+
+def test_every_baseline_that_changes_the_model_is_tested() -> None:
+    """A new one without an entry here would go untested."""
+    assert set(CHANGES) == {*SPECS, "qlora"}
