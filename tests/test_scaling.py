@@ -46,7 +46,7 @@ def test_the_constants_are_those_of_the_program() -> None:
     assert scaling.Search().slots == placement.GPU_SLOTS
     assert prompt_store.MAX_BYTES == scaling.DEFAULT_BYTES and prompt_store.POLL_SECONDS == scaling.POLL_S
     source = Path(search_module.__file__).read_text()
-    assert f"max_concurrency={scaling.ACTOR_CALLS}" in source, "scaling.md says what this number means"
+    assert f"CALLS = {scaling.ACTOR_CALLS:_}" in source and "max_concurrency=CALLS" in source, "see scaling.md"
     size, service = SIZES["1B"], scaling.Service()
     assert (size.layers, size.kv_heads * size.width // size.heads) == (service.layers, service.kv_width)
 

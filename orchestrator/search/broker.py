@@ -74,6 +74,8 @@ class Entry:
     released: bool = False
     undecided: Report | None = None  # is with Tune, which has not yet said whether to go on
     slot: int = 0
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+    """For whoever waits in ``next_report``; a waiter clears it, and looks for what came."""
 
 
 @dataclass
@@ -119,6 +121,7 @@ class Broker:
         """
         if entry := self.trials.get(trial):
             entry.submitted += 1
+            entry.news.set()
             if entry.undecided and entry.reports.empty():
                 entry.reports.put_nowait(entry.undecided)
         else:
@@ -132,10 +135,10 @@ class Broker:
         """The trial's next evaluation, None when it was stopped. Raises JobFailed once the search can't go on."""
         entry = self.trials[trial]
         asker = entry.submitted
-        async with self._changed:
-            await self._changed.wait_for(
-                lambda: not entry.reports.empty() or entry.released or self._over or entry.submitted != asker
-            )
+        # Not the condition that all share: thousands of trials would wake for every report of another.
+        while entry.reports.empty() and not (entry.released or self._over) and entry.submitted == asker:
+            entry.news.clear()
+            await entry.news.wait()
         if entry.submitted != asker:
             return None
         if not entry.reports.empty():
@@ -149,6 +152,7 @@ class Broker:
         if entry := self.trials.get(trial):
             entry.undecided = None
             entry.released = not goes_on
+            entry.news.set()
         if entry and entry.released and entry.worker and trial in (worker := self.workers[entry.worker]).seated:
             worker.seated.remove(trial)
             worker.leaving.append(trial)
@@ -257,6 +261,7 @@ class Broker:
             seats = self.workers[entry.worker]
             seats.seated = [trial for trial in seats.seated if trial != report.trial]
         entry.reports.put_nowait(report)
+        entry.news.set()
         entry.undecided = report
         await self._notify()
         await self._until(lambda: entry.undecided is None)
@@ -333,11 +338,13 @@ class Broker:
     async def finish(self) -> None:
         """No more work: workers stop at their next call, and whoever waits is told."""
         self.finished = True
+        self._tell_trials()
         await self._notify()
 
     async def fail(self, failure: JobFailed) -> None:
         """The workers are gone for good, or the driver gives up: whoever waits gets the reason, the first there was."""
         self.failure = self.failure or failure
+        self._tell_trials()
         await self._notify()
 
     @property
@@ -346,6 +353,10 @@ class Broker:
 
     def _end(self) -> JobFailed:
         return type(self.failure)(*self.failure.args) if self.failure else JobFailed("the search has ended")
+
+    def _tell_trials(self) -> None:
+        for entry in self.trials.values():
+            entry.news.set()
 
     async def _notify(self) -> None:
         async with self._changed:

@@ -33,6 +33,7 @@ from orchestrator.tuning.report import EvaluationJob
 
 log = logging.getLogger(__name__)
 
+CALLS = 100_000  # that the broker may have open
 STOP_S = 30.0
 SEE_LOG = "run again with --verbose to see the worker's log"
 HURRY_S = 3.0  # after an interrupt or an error
@@ -163,11 +164,14 @@ def _not_needed(error: Exception) -> None:
 
 
 def start_broker(job: JobSpec) -> Any:
-    """The broker's actor, for the job's searcher and scheduler."""
+    """The broker's actor, for the job's searcher and scheduler.
+
+    Each seated trial and each worker keeps a call of it open, so that it has to take as many as there may be.
+    """
     population = Population(job) if job.search.scheduler == "pbt" else None
     # Beside the driver, so that the search outlives every other node.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    remote = ray.remote(num_cpus=0, max_concurrency=1000, scheduling_strategy=here)(Broker).remote
+    remote = ray.remote(num_cpus=0, max_concurrency=CALLS, scheduling_strategy=here)(Broker).remote
     return remote(trial_count(job.search), in_turn=job.search.searcher == "optuna", population=population)
 
 

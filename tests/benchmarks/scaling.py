@@ -141,9 +141,9 @@ def lines(setting: Setting, only: str = "") -> list[Line]:
 
 # The search.
 
-EARLIER_RESULTS = 14.0  # a second, through Tune, on two cores
+EARLIER_RESULTS = 25.0  # a second, through Tune, on two cores
 EARLIER_DRIVER_BYTES = 26e3  # a result
-ACTOR_CALLS = 1000  # search.start_broker's max_concurrency
+ACTOR_CALLS = 100_000  # search.CALLS
 RAY_RESULTS = 500.0  # Ray's own figure for a whole cluster, nothing logged
 
 
@@ -218,7 +218,7 @@ def search_arithmetic(broker: float, at: tuple[int, int]) -> list[Line]:
         _says(f"reports/s of the broker at {at[0]} x {at[1]} slots", broker, MEASURED),
         _says("seconds of a round that it allows", search.shortest_round(broker), EXTRAPOLATED),
         _says("calls that wait in the broker", search.waiting_calls(), EXTRAPOLATED),
-        _says("GPUs at which an actor's 1,000 calls are full", search.most_gpus(ACTOR_CALLS), EXTRAPOLATED),
+        _says("GPUs at which the broker's 100,000 calls are full", search.most_gpus(ACTOR_CALLS), EXTRAPOLATED),
         _says("GB of the driver, 100,000 trials of 10 reports", search.driver_bytes(EARLIER_DRIVER_BYTES) / GB,
               EXTRAPOLATED),
     ]  # fmt: skip
