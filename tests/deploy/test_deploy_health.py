@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -22,9 +23,14 @@ ip link set lo up
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN={token} RAY_TMPDIR={folder} RAY_USAGE_STATS_ENABLED=0 HOME={folder}
 ray start --head --block --port=6379 --node-ip-address=127.0.0.1 --include-dashboard=true \\
   --object-store-memory=100000000 {parameters} >{folder}/log 2>&1 &
+started=$!
 for probe in {head} {worker}; do
   up=
-  for _ in $(seq 120); do if sh -c "$probe"; then up=1; break; fi; sleep 1; done
+  for _ in $(seq 120); do
+    if sh -c "$probe"; then up=1; break; fi
+    kill -0 "$started" || break
+    sleep 1
+  done
   if [ -z "$up" ]; then echo "not healthy: $probe"; tail -20 {folder}/log; exit 1; fi
 done
 refused=$(wget -S -O- http://127.0.0.1:8265/api/jobs/ 2>&1 || true)
@@ -37,7 +43,7 @@ echo healthy
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_the_health_checks_answer_on_a_guarded_head(tmp_path: Path) -> None:
+def test_the_health_checks_answer_on_a_guarded_head() -> None:
     """Without a token, as the kubelet asks; other routes refuse without one; metrics come on the manifests' port."""
     alone = ["unshare", "--net", "--pid", "--mount-proc", "--fork", "--kill-child"]
     if (
@@ -52,11 +58,11 @@ def test_the_health_checks_answer_on_a_guarded_head(tmp_path: Path) -> None:
         shlex.quote(group["template"]["spec"]["containers"][0]["livenessProbe"]["exec"]["command"][-1])
         for group in (head, worker)
     ]
-    program = PROGRAM.format(
-        token="0123456789abcdef" * 2, folder=tmp_path, parameters=parameters, head=probes[0], worker=probes[1]
-    )
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    done = subprocess.run(
-        [*alone, "bash", "-c", program], env=os.environ | {"PATH": path}, capture_output=True, text=True, timeout=280
-    )
+    with tempfile.TemporaryDirectory(prefix="head-") as folder:  # a short path: sockets lie in it
+        program = PROGRAM.format(
+            token="0123456789abcdef" * 2, folder=folder, parameters=parameters, head=probes[0], worker=probes[1]
+        )
+        argv = [*alone, "bash", "-c", program]
+        done = subprocess.run(argv, env=os.environ | {"PATH": path}, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0 and done.stdout.endswith("healthy\n"), done.stdout + done.stderr
