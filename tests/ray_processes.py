@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -62,6 +61,17 @@ class Network:
 
     def address(self, node: int) -> str:
         return (HEAD, WORKER)[node] if self.apart else "127.0.0.1"
+
+    def inhabitants(self) -> list[psutil.Process]:
+        """Processes that live in the nodes' networks, but for the holders."""
+        ours = {os.readlink(f"/proc/{holder.pid}/ns/net") for holder in self.holders}
+        holders = {holder.pid for holder in self.holders}
+        found = []
+        for process in psutil.process_iter():
+            with suppress(OSError, psutil.Error):
+                if process.pid not in holders and os.readlink(f"/proc/{process.pid}/ns/net") in ours:
+                    found.append(process)
+        return found
 
     def close(self) -> None:
         for holder in self.holders:
@@ -144,28 +154,26 @@ class RayProcesses:
     def kill_node(self, node: int) -> None:
         """End a node as a power cut would, by the ids of its processes."""
         shell = psutil.Process(self.nodes.pop(node).pid)
-        doomed = [shell, *shell.children(recursive=True)]
-        for process in doomed:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(doomed, timeout=LIMIT_S)
+        end([shell, *shell.children(recursive=True)])
 
     def close(self) -> list[psutil.Process]:
-        """End both nodes politely; returns the processes that they left behind, which are ended too."""
-        shells = [psutil.Process(node.pid) for node in self.nodes.values()]
-        known = [child for shell in shells for child in [shell, *shell.children(recursive=True)]]
-        for node in self.nodes.values():
-            node.send_signal(signal.SIGTERM)
-        for node in self.nodes.values():
-            with suppress(subprocess.TimeoutExpired):
-                node.wait(30)
-        _, left = psutil.wait_procs(known, timeout=20)
-        for process in left:
-            process.kill()
-        psutil.wait_procs(left, timeout=10)
+        """End both nodes; returns what still lives in their networks then, which is ended too."""
+        for node in list(self.nodes):
+            self.kill_node(node)
+        deadline = time.monotonic() + 10  # whatever watches another process looks once a second
+        while (left := self.network.inhabitants()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        end(left)
         self.network.close()
         shutil.rmtree(self.folder, ignore_errors=True)
         return left
+
+
+def end(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=LIMIT_S)
 
 
 def free_ports(count: int) -> list[int]:
