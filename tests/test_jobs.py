@@ -162,9 +162,7 @@ def stand_ins(written: dict[str, Any], folder: Path, models: bool = False) -> li
 def rows_for(data: dict[str, Any], folder: Path) -> Path:
     """Made-up rows with all columns that the job names."""
     choose = random.Random(0)
-    labels = [label for label in data.get("verbalizer", {}) if isinstance(label, str)] or list(
-        data.get("verbalizer", {})
-    )
+    labels = list({text: label for label, text in data.get("verbalizer", {}).items()}.values())  # one a text
     renamed = {new: old for old, new in data.get("rename", {}).items()}
     rows = []
     for _ in range(60):
