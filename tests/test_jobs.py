@@ -18,6 +18,7 @@ from orchestrator.job_file import load_job
 from orchestrator.run import run_job
 from orchestrator.search.folder import searches_folder
 from orchestrator.spec import BUILTIN, JobSpec, template_columns
+from tests.benchmarks.experiments import run_experiment
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "jobs").glob("*.yaml"))
@@ -30,7 +31,11 @@ TINY = (
     "resources.cpus_per_worker=1",
 )  # fmt: skip
 SHORT = ("data.max_input_tokens=40", "search.space.num_virtual_tokens=4")  # what a tiny model has room for
-STAND_INS = {"google/t5-base-lm-adapt": "t5", "facebook/bart-large": "bart", "google-bert/bert-base-cased": "bert"}
+PROMPTS = ("prompt_tuning", "prefix_tuning", "p_tuning")
+STAND_INS = {
+    "google/t5-base-lm-adapt": "t5", "facebook/bart-large": "bart", "google-bert/bert-base-cased": "bert",
+    "builtin:encdec-s": "t5",
+}  # fmt: skip
 
 each_file = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 
@@ -82,6 +87,21 @@ def test_the_ladder_is_named_in_the_page() -> None:
     assert [file.stem for file in FILES if file.stem not in PLAIN and f"jobs/{file.name}" not in page] == []
 
 
+@each_file
+def test_a_file_trains(tmp_path: Path, file: Path) -> None:
+    """Every prompt's job takes its steps and is evaluated by its metric, on a tiny random model of its family, without
+    Ray; on its own rows where they are built in."""
+    written = document(file)
+    if written.get("method", "prompt_tuning") not in PROMPTS:
+        pytest.skip("learns no prompt")
+    more = ["search.space.init=sample_vocab"] if file.stem == "transfer" else []
+    job = load_job(file, [*TINY, *stand_ins(written, tmp_path, models=True), *more])
+    found = run_experiment(job, capacity=2)
+    assert 1 <= len(found.trials) <= 2
+    for trial in found.trials:
+        assert trial.steps == 4 and job.search.metric in trial.metrics["test"]
+
+
 def run_small(file: Path, place: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> dict[str, Any]:
     """Run the job with a few steps, in a folder of its own beside ../shared."""
     place.mkdir(exist_ok=True)
@@ -123,34 +143,31 @@ def test_a_file_runs(ray_cluster: None, tmp_path: Path, monkeypatch: pytest.Monk
     assert made["best"]["trial"] in reported(made)
 
 
-def stand_ins(written: dict[str, Any], folder: Path) -> list[str]:
-    """Overrides that put something local in the place of what only the hub has."""
-    changes = []
+def stand_ins(written: dict[str, Any], folder: Path, models: bool = False) -> list[str]:
+    """Overrides that put a tiny random model in the place of one that only the hub has, or of any (``models``), and
+    made-up rows in the place of those that are not here or too long for such a model."""
+    changes: list[str] = []
     model, path = written["base_model"]["id"], written["data"]["path"]
-    if not model.startswith(BUILTIN) and not (ROOT / model).is_dir():
-        family = STAND_INS.get(model, "llama")
-        changes += [f"base_model.id={save_family(folder / 'model', family)}", *SHORT]
+    replaced = models or (not model.startswith(BUILTIN) and not (ROOT / model).is_dir())
+    if replaced:
+        changes += [f"base_model.id={save_family(folder / 'model', STAND_INS.get(model, 'llama'))}", *SHORT]
+        changes += ["generation.max_tokens=8"] if "generation" in written else []
     here = isinstance(path, dict) and all((ROOT / name).is_file() for name in path.values())
-    if not here and not str(path).startswith(BUILTIN):
-        changes += [
-            "data.subset=null",
-            "data.revision=null",
-            f"data.path={{train: {rows_for(written['data'], folder)}}}",
-        ]
+    if not str(path).startswith(BUILTIN) and (replaced or not here):
+        rows = rows_for(written["data"], folder)
+        changes += ["data.subset=null", "data.revision=null", f"data.path={{train: {rows}}}"]
     return changes
 
 
 def rows_for(data: dict[str, Any], folder: Path) -> Path:
     """Made-up rows with all columns that the job names."""
     choose = random.Random(0)
-    labels = [label for label in data.get("verbalizer", {}) if isinstance(label, str)] or list(
-        data.get("verbalizer", {})
-    )
+    labels = list({text: label for label, text in data.get("verbalizer", {}).items()}.values())  # one a text
     renamed = {new: old for old, new in data.get("rename", {}).items()}
     rows = []
     for _ in range(60):
         words = {column: " ".join(choose.choices(WORDS, k=4)) for column in template_columns(data["template"])}
-        target = choose.choice(labels) if labels else " ".join(choose.choices(WORDS, k=2))
+        target = choose.choice(labels) if labels else choose.choice(WORDS)
         row = {**words, data["target"]: target, **data.get("where", {})}
         if references := data.get("references"):
             row[references] = [str(target), "another text"]
