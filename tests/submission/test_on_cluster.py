@@ -29,6 +29,15 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+def test_an_error_is_left_for_the_submitter(package: Path, command: Command) -> None:
+    """In a line for programs, with the exit code of run."""
+    (package / "inputs" / "data-path-train.jsonl").write_text("{")
+    said = command("on-cluster")
+    error = result_in(said.out)["error"]
+    assert said.code == error["exit_code"] == 2 and "can't be read as jsonl" in error["message"]
+    assert "bad input: " in said.err
+
+
 def test_a_search_is_kept_where_the_next_attempt_finds_it(
     package: Path, tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch, command: Command
 ) -> None:
@@ -52,15 +61,6 @@ def test_a_search_is_kept_where_the_next_attempt_finds_it(
     assert close(again["trials"], [{**trial, "workers": found["workers"]} for trial, found in zip(
         document["trials"], again["trials"], strict=True)])  # fmt: skip
     assert again["summary"][0].startswith("search tiny-0123456789ab: 2 trials")
-
-
-def test_an_error_is_left_for_the_submitter(package: Path, command: Command, ray_cluster: None) -> None:
-    """In a line for programs, with the exit code of run."""
-    (package / "inputs" / "data-path-train.jsonl").write_text("{")
-    said = command("on-cluster")
-    error = result_in(said.out)["error"]
-    assert said.code == error["exit_code"] == 2 and "can't be read as jsonl" in error["message"]
-    assert "bad input: " in said.err
 
 
 def test_it_is_no_verb_for_people(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
