@@ -47,7 +47,7 @@ def sqlite_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"sqlite:///{tmp_path_factory.mktemp('mlflow sqlite 50%')}/mlflow.db"
 
 
-@pytest.fixture(params=["sqlite", "server"])
+@pytest.fixture(params=["sqlite", pytest.param("server", marks=pytest.mark.long)])
 def registry(request: pytest.FixtureRequest, tmp_path: Path) -> Registry:
     """A registry on each kind of store, with a cache of its own."""
     uri = request.getfixturevalue("sqlite_uri") if request.param == "sqlite" else request.getfixturevalue("server").uri
