@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo test test-long test-failure lint imports types unit unit-with-ray unit-without-ray bench format ui clean
+.PHONY: venv demo test test-long test-failure lint imports types unit bench format ui clean
 
 venv: $(STAMP)
 
@@ -30,15 +30,8 @@ imports: venv
 types: venv
 	$(BIN)/mypy
 
-# In two halves side by side, each with its output in one piece: most tests wait for other processes most of the time.
 unit: venv
-	$(MAKE) --no-print-directory --jobs 2 --output-sync=target --keep-going unit-with-ray unit-without-ray
-
-unit-with-ray: venv
-	$(BIN)/python -m pytest -m "ray and not long"
-
-unit-without-ray: venv
-	$(BIN)/python -m pytest -m "not ray and not long"
+	$(BIN)/python -m pytest -m "not long"
 
 # What takes too long for every run: PostgreSQL, clusters of several nodes, everything that kills processes.
 test-long: venv

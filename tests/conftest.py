@@ -25,7 +25,7 @@ LOGICAL_CPUS = 4  # a search, its relays and a serving replica fit side by side
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that use the session's Ray are marked, so that the others can run beside them (Makefile)."""
+    """Tests that use the session's Ray are marked, so that either kind can be run by itself."""
     for item in items:
         if "ray_cluster" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.ray)

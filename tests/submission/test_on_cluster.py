@@ -38,6 +38,7 @@ def test_an_error_is_left_for_the_submitter(package: Path, command: Command) -> 
     assert "bad input: " in said.err
 
 
+@pytest.mark.long
 def test_a_search_is_kept_where_the_next_attempt_finds_it(
     package: Path, tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch, command: Command
 ) -> None:
