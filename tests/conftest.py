@@ -23,12 +23,18 @@ from orchestrator.search.cluster_session import ENVIRONMENT
 LOGICAL_CPUS = 4  # a search, its relays and a serving replica fit side by side
 
 
+# Of the tests on the session's Ray `make test` runs these files' alone, so that it ends well within half an hour.
+CORE = ("test_run.py", "test_search.py", "test_report.py", "test_serving_api.py", "test_interrupt.py")
+
+
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that use the session's Ray are marked, so that either kind can be run by itself."""
+    """Mark what uses the session's Ray; all but the core of it is long."""
     for item in items:
         if "ray_cluster" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.ray)
+            if item.path.name not in CORE:
+                item.add_marker(pytest.mark.long)
 
 
 @pytest.fixture(scope="session")
