@@ -143,7 +143,7 @@ def test_drift_is_measured() -> None:
 LOST: dict[str, tuple[dict[str, Any], str]] = {
     "gone": ({"config": SPECS["artifact"].config() | {"init": {"artifact": "other:2"}}}, "no registered model"),
     "imported": ({"config": {"peft": {"peft_type": "PROMPT_TUNING"}}}, "imported from PEFT"),
-    "no configuration": ({"config": {}}, "configuration has no init"),
+    "no configuration": ({"config": {}}, "configuration has no learning_rate, seed"),
     "another length": ({"config": SPECS["text"].config() | {"num_virtual_tokens": 9}}, "of another shape"),
 }
 

@@ -156,7 +156,8 @@ def test_a_plan_is_compared_part_by_part() -> None:
     seconds = {"total": 60.0, "plan": 9.0, "model": 1.0, "prepare": 3.0, "ray": 4.0, "workers": 8.0, "trials": 30.0,
                "test": 1.0, "registry": 4.0}  # fmt: skip
     planned = {"startup": 12.0, "baselines": 2.0, "search": 31.0, "test": 1.0, "end": 2.0, "total": 48.0}
-    document = {"seconds": seconds, "plan": {"seconds": planned, "memory": {"worker": 2 * processes.MEGABYTE}}}
+    memory = {"usual": 2 * processes.MEGABYTE, "worker": 6 * processes.MEGABYTE}
+    document = {"seconds": seconds, "plan": {"seconds": planned, "memory": memory}}
     work = {"w0": [{"kind": "peak", "value": 4 * processes.MEGABYTE}]}
     ran = Ran(0.0, 1.0, 0, [(1.0, 2), (2.0, 4), (3.0, 8)], {"document": document, "work": work, "started": [3.0]})
     found = plans.of("job", ran)
@@ -164,6 +165,7 @@ def test_a_plan_is_compared_part_by_part() -> None:
     assert shown == [
         ("job: total, s", 48.0, 50.0), ("job: startup, s", 12.0, 15.0), ("job: search, s", 33.0, 30.0),
         ("job: end, s", 3.0, 5.0), ("job: worker, MB", 2.0, 4.0),
+        ("job: worker at the most, MB", 6.0, 4.0),
     ]  # fmt: skip
     assert found[0].shown["off, %"] == pytest.approx(-4.0)
     assert (found[0].shown["load, planning"], found[0].shown["load, running"]) == (3.0, 8.0)
