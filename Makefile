@@ -30,8 +30,10 @@ imports: venv
 types: venv
 	$(BIN)/mypy
 
+# Ray's workers have nothing to do with the rest and starve beside it: they come after it, alone.
 unit: venv
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -m "not long and not ray" --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not long and ray"
 
 # What takes too long for every run: PostgreSQL, clusters of several nodes, everything that kills processes.
 test-long: venv

@@ -33,8 +33,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "ray_cluster" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.ray)
-            if item.path.name not in CORE:
-                item.add_marker(pytest.mark.long)
+        if item.get_closest_marker("ray") and item.path.name not in CORE:
+            item.add_marker(pytest.mark.long)
 
 
 @pytest.fixture(scope="session")

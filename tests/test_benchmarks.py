@@ -217,6 +217,7 @@ def test_all_of_it_runs_at_toy_size(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert document["rows"] and all(row["name"] in printed for row in document["rows"])
 
 
+@pytest.mark.long
 def test_served_answers_are_those_of_the_peer() -> None:
     """Our server and PEFT behind FastAPI answer the same over HTTP, and what is shown is what was measured."""
     setting = serving.Setting("toy", (3,), prompts=2, clients=4, requests=6, inputs=5, pairs=1, peers=("batched",))

@@ -67,6 +67,7 @@ def test_the_bytes_of_a_prompt_are_those_that_its_tensors_have() -> None:
     assert min(found[name] for name in ("load", "lookup", "request", "metrics, bytes")) > 0
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_all_of_it_runs_at_toy_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every line says whether it was measured, extrapolated, assumed or measured earlier."""

@@ -46,6 +46,7 @@ def store_uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return cluster.database("writers")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_sixteen_searches_at_once_lose_nothing(store_uri: str, tmp_path: Path) -> None:
     """Four processes of four searches each on one database: every run, every point, every end is there."""

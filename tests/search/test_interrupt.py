@@ -34,7 +34,7 @@ def to_the_process(process: subprocess.Popen[str]) -> int:
     return 143
 
 
-@pytest.fixture(params=[to_the_group, to_the_process])
+@pytest.fixture(params=[pytest.param(to_the_group, marks=pytest.mark.long), to_the_process])
 def interrupted(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
     """A search with hours to go, interrupted after its first evaluation; what was left of it."""
     train = {"steps": 1_000_000, "batch_size": 4, "evaluate_every": 10}
@@ -76,6 +76,7 @@ def alive(process: psutil.Process) -> bool:
         return False
 
 
+@pytest.mark.ray  # its own
 def test_an_interrupt_leaves_everything_closed(interrupted: dict[str, Any], tmp_path: Path) -> None:
     """The signal's exit code, a message with the next step, MLflow runs KILLED, none running, no process left."""
     assert interrupted["code"] == interrupted["wanted"], interrupted["err"]

@@ -163,6 +163,7 @@ def dies() -> None:
     os.kill(os.getpid(), signal.SIGKILL)  # as the system does when memory runs out
 
 
+@pytest.mark.long
 def test_what_goes_wrong_in_the_child_is_told() -> None:
     """Our own errors arrive as they are, others in one line, and a killed process is most likely memory."""
     with pytest.raises(BadInput, match="no such thing"):

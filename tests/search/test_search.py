@@ -39,6 +39,7 @@ def mlflow_states(folder: Path) -> dict[str, list[tuple[str, str]]]:
     return found
 
 
+@pytest.mark.long
 def test_a_search_survives_the_death_of_its_worker(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,6 +141,7 @@ def learning_rates(finished: Finished) -> dict[str, list[tuple[int, float]]]:
     }
 
 
+@pytest.mark.long
 def test_proposed_trials_that_copy_each_other(
     ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -92,6 +92,7 @@ def test_two_workers_end_where_one_does(two: Processes, case: Case, sharded: boo
     assert_same(two(ended, replace(case, sharded=sharded)), alone(case))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("option", OPTIONS)
 def test_three_workers_end_where_one_does(three: Processes, option: str) -> None:
     """Whatever the loss's normaliser, the size of forwards and of batches, three workers' sum is the whole batch's."""
@@ -102,6 +103,7 @@ def test_three_workers_end_where_one_does(three: Processes, option: str) -> None
 
 
 @sharded_or_not
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "t5"])
 @pytest.mark.parametrize("beams", [1, 2])
 def test_texts_are_the_same(three: Processes, family: str, beams: int, sharded: bool) -> None:
@@ -135,6 +137,7 @@ def test_trials_without_room_are_reported(two: Processes, sharded: bool) -> None
         )
 
 
+@pytest.mark.long
 def test_a_worker_keeps_its_part(three: Processes) -> None:
     """Of the blocks each worker holds about a third; all parts together are the weights that were loaded."""
     whole = Case().backbone()
