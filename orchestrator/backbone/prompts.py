@@ -128,6 +128,14 @@ class PreparedPrompts:
         if pairs:
             torch.autograd.backward([tensor for tensor, _ in pairs], [gradient for _, gradient in pairs])
 
+    def to(self, device: torch.device) -> PreparedPrompts:
+        """The same values in a device's memory."""
+
+        def moved(part: Part) -> Part:
+            return Part(tuple(tensor.to(device) for tensor in part.tensors), part.lengths.to(device))
+
+        return replace(self, parts={name: moved(part) for name, part in self.parts.items()})
+
     def detach(self) -> PreparedPrompts:
         return replace(self, parts={name: _map(part, Tensor.detach) for name, part in self.parts.items()})
 

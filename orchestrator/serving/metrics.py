@@ -17,9 +17,10 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 COUNTS = {
-    "hits": "Requests whose prompt was in memory",
+    "hits": "Requests whose prompt was beside the model",
     "loads": "Prompts read from the registry",
-    "evictions": "Prompts that left memory for others",
+    "returns": "Prompts brought back from the host's memory",
+    "evictions": "Prompts that left the model's memory for others",
     "refusals": "Versions that could not be served",
 }
 

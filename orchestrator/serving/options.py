@@ -9,7 +9,7 @@ from typing import Any
 
 from orchestrator.errors import BadInput
 from orchestrator.serving.engine import EngineLimits
-from orchestrator.serving.prompt_store import MAX_BYTES, POLL_SECONDS
+from orchestrator.serving.prompt_store import MAX_BYTES, MAX_HOST_BYTES, POLL_SECONDS
 from orchestrator.serving.service import RequestLimits
 
 
@@ -41,6 +41,9 @@ class ServeOptions:
     gpus: float | None = None
     """Accelerators of a replica; one where the cluster has any, unless given."""
     prompt_bytes: int = MAX_BYTES
+    """Keys and values of prompts in the memory that the model is in."""
+    host_prompt_bytes: int = MAX_HOST_BYTES
+    """The same in the host's memory, for those that had to leave an accelerator's."""
     poll_seconds: float = POLL_SECONDS
     drain_seconds: float = 60
     """A replica that has to go answers what it has for so long."""

@@ -21,6 +21,7 @@ from orchestrator.backbone import Backbone
 from orchestrator.errors import BadInput, OrchestratorError, Unreachable
 from orchestrator.registry.canary import Canary, LiveModel
 from orchestrator.registry.refs import ModelRef, nearest, parse_ref, printable
+from orchestrator.serving.prompt_cache import Key, PromptCache
 from orchestrator.serving.served_prompt import ServedPrompt, created_timestamp, load_prompt
 
 log = logging.getLogger(__name__)
@@ -28,12 +29,11 @@ log = logging.getLogger(__name__)
 CHAMPION = "champion"
 POLL_SECONDS = 2.0
 MAX_BYTES = 2 << 30
+MAX_HOST_BYTES = 8 << 30
 RETRY_SECONDS = 30.0  # a refused version is looked at again: a store may be repaired
 MAX_REFUSED = 1024  # clients may name any version; what is remembered about them is bounded
 MAX_COMPARED = 500  # names that an unknown one is compared with: it takes a while, and clients choose when
 MAX_VERSION = 2**31 - 1  # what a registry's database holds
-
-Key = tuple[str, int]
 
 
 class RegistrySource(Protocol):
@@ -70,7 +70,8 @@ class _Refusal:
 
 
 class PromptStore:
-    """Loaded prompts of one backbone: at most ``max_bytes`` of keys and values, least recently used dropped first."""
+    """Loaded prompts of one backbone: at most ``max_bytes`` of keys and values beside the model, and ``max_host_bytes``
+    in the host's memory, where that is another; least recently used dropped first."""
 
     def __init__(
         self,
@@ -79,12 +80,12 @@ class PromptStore:
         served: Sequence[str] = (),
         max_bytes: int = MAX_BYTES,
         poll_seconds: float = POLL_SECONDS,
+        max_host_bytes: int = 0,
     ) -> None:
         """``served`` restricts what may be asked for: a bare name allows all its versions, else only what it says."""
         self._backbone = backbone
         self._source = source
         self._served = tuple(parse_ref(text) for text in served)
-        self._max_bytes = max_bytes
         self._poll_seconds = poll_seconds
         self._known: dict[str, dict[str, int]] | None = None
         """Name to alias to version as the registry last said; None before it ever answered."""
@@ -92,11 +93,10 @@ class PromptStore:
         self._routes: dict[tuple[str, str], int] = {}
         """(name, alias) to the version that answers for it: one that was loaded and found good."""
         self._cards: dict[Key, ModelCard] = {}
-        self._prompts: OrderedDict[Key, ServedPrompt] = OrderedDict()
-        self._bytes = 0
+        self._cache = PromptCache(max_bytes, max_host_bytes)
         self._refused: OrderedDict[Key, _Refusal] = OrderedDict()
         self.counts: Counter[tuple[str, str]] = Counter()
-        """(hits, loads, evictions or refusals; registered model) to how often. Names are the registry's."""
+        """(hits, loads, returns, evictions or refusals; registered model) to how often. Names are the registry's."""
         self._lock = threading.RLock()  # guards the fields above, held for moments
         self._loading = threading.Lock()  # one load at a time, so that a version is loaded once
         self._outage = ""
@@ -116,7 +116,7 @@ class PromptStore:
         """The prompt that answers for a wire ``model``, if no loading is needed. ModelNotFound for an unknown one."""
         with self._lock:
             for key in self._candidates(model):
-                if prompt := self._touch(key):
+                if prompt := self._cache.ready(key):
                     self.counts["hits", key[0]] += 1
                     return prompt
                 if not self._is_refused(key):
@@ -145,11 +145,18 @@ class PromptStore:
 
     @property
     def loaded_bytes(self) -> int:
-        return self._bytes
+        """Keys and values beside the model."""
+        return self._cache.nbytes
 
     @property
     def loaded_count(self) -> int:
-        return len(self._prompts)
+        """Prompts beside the model."""
+        return len(self._cache)
+
+    @property
+    def host_bytes(self) -> int:
+        """Keys and values in the host's memory, where that is not the model's."""
+        return self._cache.host_nbytes
 
     def versions(self) -> dict[tuple[str, str], int]:
         """(name, alias) to the version that answers."""
@@ -191,7 +198,7 @@ class PromptStore:
             targets = dict(self._targets())
             self._routes = {route: version for route, version in self._routes.items() if route in targets}
             held = {(name, version) for (name, _), version in self._routes.items()}
-            self._cards = {key: card for key, card in self._cards.items() if key in held or key in self._prompts}
+            self._cards = {key: card for key, card in self._cards.items() if key in held or key in self._cache}
         # Champions come last, so that they are the most recently used when memory is short.
         for route in sorted(targets, key=lambda route: route[1] == CHAMPION):
             self._follow(route, targets[route])
@@ -263,7 +270,7 @@ class PromptStore:
             return [(name, wanted)]
         # The alias moved: the old version answers until the new one is loaded. Neither loaded: the new one first.
         old, new = (name, current), (name, wanted)
-        return [old, new] if old in self._prompts else [new, old]
+        return [old, new] if old in self._cache else [new, old]
 
     def _parse(self, model: str) -> ModelRef | None:
         if self._known and model in self._known:
@@ -308,9 +315,15 @@ class PromptStore:
 
     def _hit(self, key: Key) -> ServedPrompt | None:
         with self._lock:
-            if (prompt := self._touch(key)) is None and self._is_refused(key):
+            if prompt := self._cache.ready(key):
+                return prompt
+            if found := self._cache.bring(key):
+                self.counts["returns", key[0]] += 1
+                self._note_gone(found[1])
+                return found[0]
+            if self._is_refused(key):
                 raise BadInput(self._refused[key].reason)
-            return prompt
+            return None
 
     def _fetch(self, key: Key) -> ServedPrompt:
         try:
@@ -325,24 +338,17 @@ class PromptStore:
             self._refuse(key, reason)
             raise BadInput(reason) from error
 
-    def _touch(self, key: Key) -> ServedPrompt | None:
-        prompt = self._prompts.get(key)
-        if prompt is not None:
-            self._prompts.move_to_end(key)
-        return prompt
-
     def _keep(self, key: Key, prompt: ServedPrompt) -> None:
         card = ModelCard("", *key, "", prompt.manifest.base_model.id, created_timestamp(prompt.manifest), prompt.labels)
         with self._lock:
             self._refused.pop(key, None)
-            self._prompts[key] = prompt
-            self._bytes += prompt.nbytes
             self._cards[key] = card
-            while self._bytes > self._max_bytes and len(self._prompts) > 1:
-                dropped, gone = self._prompts.popitem(last=False)
-                self._bytes -= gone.nbytes
-                self.counts["evictions", dropped[0]] += 1
-                log.info("version %s of %s leaves memory", dropped[1], printable(dropped[0]))
+            self._note_gone(self._cache.put(key, prompt))
+
+    def _note_gone(self, keys: Sequence[Key]) -> None:
+        for name, version in keys:
+            self.counts["evictions", name] += 1
+            log.info("version %s of %s leaves the model's memory", version, printable(name))
 
     def _is_refused(self, key: Key) -> bool:
         refusal = self._refused.get(key)

@@ -48,7 +48,8 @@ class Replica:
             log_to_standard_output()
         backbone = load_backbone(resolve_model(base), device, base.dtype)
         metrics = Metrics()
-        store = PromptStore(backbone, source, options.models, options.prompt_bytes, options.poll_seconds)
+        host_bytes = 0 if backbone.device.type == "cpu" else options.host_prompt_bytes  # the same memory
+        store = PromptStore(backbone, source, options.models, options.prompt_bytes, options.poll_seconds, host_bytes)
         store.start()
         engine = Engine(backbone, options.limits, metrics.batch, metrics.first_token)
         self.service = PromptService(store, engine, options.request_limits, metrics)

@@ -59,8 +59,9 @@ def _watch(service: PromptService) -> None:
     metrics, store, engine = service.metrics, service.store, service.engine
     metrics.gauge("orchestrator_waiting_rows", "Rows that no batch has taken yet", lambda: engine.waiting)
     metrics.gauge("orchestrator_running_rows", "Rows that are being generated", lambda: engine.running)
-    metrics.gauge("orchestrator_loaded_prompts", "Prompts in memory", lambda: store.loaded_count)
+    metrics.gauge("orchestrator_loaded_prompts", "Prompts beside the model", lambda: store.loaded_count)
     metrics.gauge("orchestrator_loaded_prompt_bytes", "Their keys and values", lambda: store.loaded_bytes)
+    metrics.gauge("orchestrator_host_prompt_bytes", "Keys and values in the host's memory", lambda: store.host_bytes)
     metrics.watch(store)
 
 

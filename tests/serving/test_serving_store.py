@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from orchestrator.artifact import file_sha256
 from orchestrator.backbone import Backbone, make_backbone
 from orchestrator.errors import BadInput, Unreachable
+from orchestrator.serving.prompt_cache import PromptCache
 from orchestrator.serving.prompt_store import RETRY_SECONDS, ModelNotFound, PromptStore
 from orchestrator.serving.served_prompt import load_prompt
 
@@ -265,8 +266,7 @@ def test_one_load_for_many_callers(backbone: Backbone, registry: Any) -> None:
     """Callers that need the same version at once wait for one load."""
     store = PromptStore(backbone, registry)
     store.refresh()
-    store._prompts.clear()
-    store._bytes = 0
+    store._cache = PromptCache(1 << 30)
     registry.fetched.clear()
     threads = [threading.Thread(target=store.get, args=("spam",)) for _ in range(8)]
     for thread in threads:
