@@ -389,10 +389,10 @@ def models(
     from orchestrator.registry import Registry, parse_ref
 
     registry = Registry()
-    registry.check()
     if model is None:
         listed = registry.list_models()
         return print_json(display.models_document(listed)) if as_json else _lines(display.models_table(listed))
+    registry.check()
     ref = parse_ref(model)
     if ref.alias is None and ref.version is None:
         from orchestrator.registry_pages import history_document, history_lines

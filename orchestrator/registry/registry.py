@@ -38,6 +38,7 @@ from orchestrator.registry.records import (
 from orchestrator.registry.refs import ModelRef, nearest, parse_ref, printable
 from orchestrator.registry.search_log import SearchLog
 from orchestrator.registry.store import SERVERS, Store, masked
+from orchestrator.registry.tables import ModelRow, read_models
 from orchestrator.spec import ALIAS_PATTERN, NAME_PATTERN, RESERVED_ALIAS
 
 if TYPE_CHECKING:
@@ -155,20 +156,25 @@ class Registry:
     # Reading.
 
     def list_models(self) -> list[ModelSummary]:
-        """Every registered model of the store, by name; two requests a thousand models."""
-        with self._store.translating("listing the registered models"):
-            return sorted(map(self._summary, self._models()), key=lambda it: it.name)
+        """Every registered model of the store, by name; a few statements, or two requests a thousand models.
 
-    def _summary(self, model: RegisteredModel) -> ModelSummary:
-        aliases = _aliases(model)
-        newest = {int(it.version): it for it in model.latest_versions or []}
+        Raises Unreachable within about 10 s when MLflow does not answer.
+        """
+        rows = read_models(self._store.registry_uri)
+        if rows is None:
+            self.check()
+        with self._store.translating("listing the registered models"):
+            found = self._asked() if rows is None else rows
+            return sorted(map(self._summary, found), key=lambda it: it.name)
+
+    def _summary(self, model: ModelRow) -> ModelSummary:
         metrics = None
-        if (champion := aliases.get(CHAMPION)) is not None:
+        if (champion := model.aliases.get(CHAMPION)) is not None:
             metrics = _noted(model, champion)
             if metrics is None:  # moved by something that leaves no note
-                found = newest.get(champion) or self._store.client.get_model_version(model.name, str(champion))
-                metrics = version_summary(found, aliases).metrics
-        return ModelSummary(model.name, max(newest, default=None), aliases, metrics, _is_prompt(model))
+                found = self._store.client.get_model_version(model.name, str(champion))
+                metrics = version_summary(found, model.aliases).metrics
+        return ModelSummary(model.name, model.newest, model.aliases, metrics, _is_prompt(model.tags))
 
     def versions(self, name: str) -> list[VersionSummary]:
         """Every version of one registered model, the newest first."""
@@ -219,13 +225,20 @@ class Registry:
     def snapshot(self) -> dict[str, dict[str, int]]:
         """Registered prompt to alias to version, in one request a hundred models; made for polling."""
         with self._store.translating("reading the aliases"):
-            return {model.name: _aliases(model) for model in self._models() if _is_prompt(model)}
+            return {model.name: model.aliases for model in self._rows() if _is_prompt(model.tags)}
 
     def live(self) -> dict[str, LiveModel]:
         """Registered prompt to its aliases and canary, in one request a hundred models; made for polling."""
         with self._store.translating("reading the aliases"):
-            found = [model for model in self._models() if _is_prompt(model)]
-            return {it.name: LiveModel(_aliases(it), read_canary(it.tags.get(CANARY_TAG))) for it in found}
+            found = [model for model in self._rows() if _is_prompt(model.tags)]
+            return {it.name: LiveModel(it.aliases, read_canary(it.tags.get(CANARY_TAG))) for it in found}
+
+    def _rows(self) -> list[ModelRow]:
+        rows = read_models(self._store.registry_uri)
+        return self._asked() if rows is None else rows
+
+    def _asked(self) -> list[ModelRow]:
+        return list(map(_row, self._models()))
 
     def _models(self) -> Iterator[RegisteredModel]:
         return self._pages("search_registered_models")
@@ -487,11 +500,16 @@ def _aliases(model: RegisteredModel) -> dict[str, int]:
     return {alias: int(version) for alias, version in (model.aliases or {}).items()}
 
 
-def _is_prompt(model: RegisteredModel) -> bool:
-    return bool(model.tags.get(KIND_TAG) == KIND)
+def _row(model: RegisteredModel) -> ModelRow:
+    newest = max((int(it.version) for it in model.latest_versions or []), default=None)
+    return ModelRow(model.name, newest, _aliases(model), dict(model.tags or {}))
 
 
-def _noted(model: RegisteredModel, champion: int) -> Metrics | None:
+def _is_prompt(tags: Mapping[str, str]) -> bool:
+    return tags.get(KIND_TAG) == KIND
+
+
+def _noted(model: ModelRow, champion: int) -> Metrics | None:
     """The champion's metrics as they were noted when it became that; None when the note is of another version."""
     try:
         note = json.loads(model.tags.get(CHAMPION_TAG, ""))
