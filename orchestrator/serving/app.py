@@ -13,7 +13,7 @@ import ssl
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +21,8 @@ from typing import Any
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a warning about a default that does not concern us
 # A proxy that died is noticed after a second, not after ten; Serve's controller reads it when it starts.
 os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1")
+# With HAProxy in front: what a replica began and did not answer may be asked again, for an answer changes nothing.
+os.environ.setdefault("RAY_SERVE_HAPROXY_RETRY_ON", "conn-failure empty-response")
 
 import ray
 from ray import serve
@@ -47,6 +49,8 @@ log = logging.getLogger(__name__)
 APP_NAME = "orchestrator"
 START_SECONDS = 600.0  # a large base model takes its time to load
 HEALTH_SECONDS = 60.0
+HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"
+"""Serve's own switch."""
 NEXT_STEP = "orchestrator run jobs/quickstart.yaml registers one"
 
 
@@ -120,9 +124,10 @@ def build_app(
 ) -> serve.Application:
     """The application for ``serve.run``. Asks the registry for the base model unless it is given."""
     options.check()
+    keys = load_keys()
+    check_haproxy(keys)
     source = source or Registry(options.tracking_uri, options.registry_uri)
     base = base or choose_base_model(options, source)
-    keys = load_keys()
     arguments = (options, base, source, keys, "cuda" if options.gpus else "cpu")
     made = {
         **_scaling(options),
@@ -164,6 +169,7 @@ def start(options: ServeOptions, source: RegistrySource | None = None) -> Server
     """
     options.check()
     check_address(options)
+    check_haproxy(load_keys())
     check_cores(options)
     asked_exporter()
     source = source or Registry(options.tracking_uri, options.registry_uri)
@@ -208,6 +214,17 @@ def check_address(options: ServeOptions) -> None:
                 f"port {options.port} on {options.host} can't be used: {error.strerror}",
                 "stop the server that holds it, or choose another with --port",
             ) from None
+
+
+def check_haproxy(keys: Sequence[ApiKey]) -> None:
+    """BadInput where Serve is told to use HAProxy and there are no keys: it makes replicas listen on all interfaces,
+    and hides from them who asks.
+    """
+    if os.environ.get(HAPROXY) == "1" and not keys:
+        raise BadInput(
+            f"{HAPROXY}=1 lets other machines reach the replicas, and there are no API keys",
+            f"set {KEYS_VARIABLE} to one key or several, separated by commas, or serve without HAProxy",
+        )
 
 
 def check_cores(options: ServeOptions) -> None:

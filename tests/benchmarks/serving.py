@@ -18,7 +18,8 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import aiohttp
@@ -74,7 +75,7 @@ def peer_lines(setting: Setting) -> list[Line]:
 
 def many_lines(setting: Setting) -> list[Line]:
     """Traffic over many prompts against traffic on one, on the same server."""
-    length = setting.lengths[0]
+    length, setting = setting.lengths[0], replace(setting, requests=4 * setting.requests)  # the difference is small
     with tempfile.TemporaryDirectory() as folder:
         names = save_prompts(Path(folder), setting.size, setting.many, length)
         with running("ours", setting, Path(folder)) as url:
@@ -95,12 +96,25 @@ def many_lines(setting: Setting) -> list[Line]:
     return [Line(f"{setting.many} prompts of {length} against one", shown, {"rates": [one.rates, all_.rates]})]
 
 
+PLACES = {
+    "uvicorn alone": ("null", "ours"),
+    "Ray Serve": ("serve-null", "serve-ours"),
+    "Ray Serve, with the front": ("front-null", "front-ours"),
+}
+"""Where the routes stand, and the subjects there: without an engine, and with it."""
+
+
 def http_lines(setting: Setting) -> list[Line]:
-    """What HTTP, JSON and the checks cost: the same routes over an engine that answers at once."""
+    """What HTTP, JSON and the checks cost, and Ray Serve: the same routes over an engine that answers at once."""
+    there = find_spec("ray") is not None
+    return [_place(setting, name, *kinds) for name, kinds in PLACES.items() if there or name == "uvicorn alone"]
+
+
+def _place(setting: Setting, name: str, without: str, with_engine: str) -> Line:
     with tempfile.TemporaryDirectory() as folder:
         names = save_prompts(Path(folder), setting.size, setting.prompts, setting.lengths[0])
         null, real = Side(), Side()
-        with running("null", setting, Path(folder)) as nothing, running("ours", setting, Path(folder)) as ours:
+        with running(without, setting, Path(folder)) as nothing, running(with_engine, setting, Path(folder)) as ours:
             for _ in range(setting.pairs + 1):
                 measure(nothing, setting, requests(setting, names), null)
                 measure(ours, setting, requests(setting, names), real)
@@ -111,7 +125,7 @@ def http_lines(setting: Setting) -> list[Line]:
         "null p50, ms": null.p50_ms,
         "ours p50, ms": real.p50_ms,
     }
-    return [Line("uvicorn alone: no engine, and ours", shown, {"rates": [null.rates, real.rates]})]
+    return Line(f"{name}: no engine, and ours", shown, {"rates": [null.rates, real.rates]})
 
 
 def _against(setting: Setting, length: int, kind: str) -> Line:
@@ -190,7 +204,8 @@ def running(kind: str, setting: Setting, folder: Path) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     arguments = {"kind": kind, "size": setting.size, "folder": str(folder), "port": port}
-    command = [sys.executable, "-m", "tests.benchmarks.serving_subject", json.dumps(arguments)]
+    module = "serve_subject" if "-" in kind else "serving_subject"
+    command = [sys.executable, "-m", f"tests.benchmarks.{module}", json.dumps(arguments)]
     process = subprocess.Popen(command)
     try:
         _await(f"http://127.0.0.1:{port}/health", process)

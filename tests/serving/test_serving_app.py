@@ -18,7 +18,7 @@ from load import Load
 from orchestrator.backbone import Backbone
 from orchestrator.errors import BadInput, Unreachable
 from orchestrator.registry import Registry
-from orchestrator.serving.app import Server, check_address, choose_base_model, start
+from orchestrator.serving.app import Server, build_app, check_address, choose_base_model, start
 from orchestrator.serving.generation import Sampling
 from orchestrator.serving.offline import OfflineModel
 from orchestrator.serving.options import ServeOptions
@@ -186,6 +186,15 @@ def test_an_open_address_needs_keys(monkeypatch: pytest.MonkeyPatch) -> None:
             check_address(ServeOptions(host=host, port=free_port()))
     monkeypatch.setenv("ORCHESTRATOR_API_KEYS", KEY)
     check_address(ServeOptions(host="0.0.0.0", port=free_port()))
+
+
+def test_haproxy_needs_keys(monkeypatch: pytest.MonkeyPatch, registry: Any) -> None:
+    """It makes replicas listen on all interfaces, whatever the host is."""
+    monkeypatch.delenv("ORCHESTRATOR_API_KEYS", raising=False)
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
+    for attempt in (lambda: start(ServeOptions(port=free_port()), registry), lambda: build_app(ServeOptions())):
+        with pytest.raises(BadInput, match="RAY_SERVE_ENABLE_HA_PROXY=1 lets other machines"):
+            attempt()
 
 
 def test_the_base_model_comes_from_the_prompts(
