@@ -8,6 +8,7 @@ import platform
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,6 +21,7 @@ from orchestrator.backbone import default_device
 from tests.benchmarks import (
     accelerator,
     evaluation,
+    live,
     logs,
     methods,
     nodes,
@@ -121,7 +123,13 @@ def _serving(args: argparse.Namespace) -> list[Line]:
     setting = serving.Setting(pairs=args.pairs, size=args.size or "6x192")
     if args.toy:
         setting = replace(setting, size="toy", lengths=(3,), prompts=2, many=4, clients=4, requests=8, inputs=5)
-    parts = {"peer": serving.peer_lines, "many": serving.many_lines, "http": serving.http_lines}
+    parts: dict[str, Callable[[serving.Setting], list[Line]]] = {
+        "peer": serving.peer_lines,
+        "many": serving.many_lines,
+        "http": serving.http_lines,
+    }
+    if find_spec("ray") and find_spec("mlflow"):
+        parts["live"] = lambda setting: live.live_lines(setting.size, 4 * setting.pairs, setting.pairs)
     return [line for name, lines in parts.items() if args.only in name for line in lines(setting)]
 
 
@@ -188,7 +196,7 @@ def parser() -> argparse.ArgumentParser:
         "--only",
         default="",
         help="lines, sides or jobs with this in their name; also packing: speed, memory; logging: search, listing; "
-        "serving: peer, many, http; scaling: search, service",
+        "serving: peer, many, http, live; scaling: search, service",
     )
     made.add_argument(
         "--size",

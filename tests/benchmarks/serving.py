@@ -200,9 +200,7 @@ async def _measure(url: str, setting: Setting, asked: Sequence[Asked], side: Sid
 @contextmanager
 def running(kind: str, setting: Setting, folder: Path) -> Iterator[str]:
     """A server of the kind in a process of its own; its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     arguments = {"kind": kind, "size": setting.size, "folder": str(folder), "port": port}
     module = "serve_subject" if "-" in kind else "serving_subject"
     command = [sys.executable, "-m", f"tests.benchmarks.{module}", json.dumps(arguments)]
@@ -213,6 +211,14 @@ def running(kind: str, setting: Setting, folder: Path) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait(30)
+
+
+def free_port() -> int:
+    """A port of the loopback address that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def _await(url: str, process: subprocess.Popen[bytes]) -> None:

@@ -61,6 +61,7 @@ def test_a_search_survives_the_death_of_its_worker(
     assert disturbed.left_behind == set()
 
 
+@pytest.mark.long
 def test_a_worker_that_cannot_load_its_model_fails_the_job(
     ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,6 +87,7 @@ def test_a_worker_that_cannot_load_its_model_fails_the_job(
     assert Registry(f"sqlite:///{tmp_path}/mlflow.db").list_models() == []
 
 
+@pytest.mark.long
 def test_a_reached_target_ends_the_search(finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """search.stop.metric: nothing is trained after the first trial that is good enough; it is what gets registered.
 
