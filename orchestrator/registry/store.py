@@ -8,7 +8,7 @@ import queue
 import re
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
@@ -26,6 +26,8 @@ SERVERS = ("http", "https")
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 CHECK_SECONDS = 8.0
 LOCK_SECONDS = 120.0
+SCHEMA_LOCK = 0x6F726368
+"""Our number among PostgreSQL's advisory locks: "orch"."""
 
 # MLflow's own defaults would stall for minutes on an outage (7 retries of 120 s), copy a uv.lock found in the working
 # directory into the model, draw progress bars for kilobytes, and print an address for each run that ends.
@@ -167,12 +169,16 @@ class Store:
 
     def _connect(self) -> MlflowClient:
         mlflow = import_mlflow()
-        file = sqlite_file(self.tracking_uri)
-        # Several processes that open an empty SQLite file at once all try to create the schema, and all but one fail.
-        with schema_lock(file) if file else nullcontext():
+        # Several processes that open an empty database at once all try to create the schema, and all but one fail.
+        with self._schema_alone():
             client: MlflowClient = mlflow.MlflowClient(self.tracking_uri, self.registry_uri)
             client.search_experiments(max_results=1)
         return client
+
+    def _schema_alone(self) -> AbstractContextManager[None]:
+        if file := sqlite_file(self.tracking_uri):
+            return schema_lock(file)
+        return advisory_lock(self.tracking_uri) if self.tracking_uri.startswith("postgresql") else nullcontext()
 
 
 def normalised(uri: str) -> str:
@@ -265,6 +271,20 @@ def schema_lock(file: Path) -> Iterator[None]:
             f"another process has been creating {file} for {LOCK_SECONDS:.0f} s",
             f"end that process, or delete {lock_file} when there is none",
         ) from None
+
+
+@contextmanager
+def advisory_lock(uri: str) -> Iterator[None]:
+    """The same on PostgreSQL, which lets go of the lock when whoever has it ends, in whatever way."""
+    from sqlalchemy import create_engine, text
+
+    engine = create_engine(uri)
+    try:
+        with engine.begin() as transaction:  # bound to it, so that a pooler of connections does no harm
+            transaction.execute(text("SELECT pg_advisory_xact_lock(:number)"), {"number": SCHEMA_LOCK})
+            yield
+    finally:
+        engine.dispose()
 
 
 def within(seconds: float, call: Callable[[], Result]) -> Result:

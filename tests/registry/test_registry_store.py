@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from postgres import Cluster
 
 from orchestrator.errors import BadInput, Unreachable
 from orchestrator.registry import Registry, store
@@ -26,6 +27,16 @@ def test_processes_that_open_a_new_file_at_once_all_succeed(tmp_path: Path) -> N
     answers = [process.communicate(timeout=60) for process in processes]
     assert answers == [("0\n", "")] * 2
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["mlflow.db"]
+
+
+@pytest.mark.long
+def test_programs_that_open_an_empty_postgresql_at_once_all_succeed(postgres: Cluster) -> None:
+    code = OPEN.format(uri=postgres.database("at_once"))
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    assert [process.communicate(timeout=200) for process in processes] == [("0\n", "")] * 3
 
 
 def test_a_dead_port_is_reported_within_ten_seconds() -> None:
