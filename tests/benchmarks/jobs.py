@@ -39,42 +39,35 @@ def trec6(folder: Path, validation: int = 100, test: int = 100) -> dict[str, Any
     paths = {"test": str(shared("data", "trec6", "test.jsonl"))}
     for split, part in files.items():
         paths[split] = _write(folder / f"{split}.jsonl", part)
-    return {
-        "name": "trec6",
-        "base_model": {"id": str(shared("models", "stories3M"))},
-        "data": {
-            "path": paths, "template": "{text}\nThe question asks for:", "target": "label_name",
-            "verbalizer": ONE_TOKEN, "max_input_tokens": 64, "limit": {"validation": validation, "test": test},
-        },
-    }  # fmt: skip
+    data = {"template": "{text}\nThe question asks for:", "verbalizer": ONE_TOKEN, "max_input_tokens": 64}
+    return _story_job("trec6", {**data, "path": paths}, validation, test)
 
 
 def sst2(folder: Path, validation: int = 300, test: int = 500) -> dict[str, Any]:
     """Whether a sentence of a film review is for or against the film, with the same model."""
-    files = {split: str(shared("data", "sst2", f"{split}.jsonl")) for split in ("train", "validation", "test")}
-    return {
-        "name": "sst2",
-        "base_model": {"id": str(shared("models", "stories3M"))},
-        "data": {
-            "path": files, "template": "{text}\nThe film is", "target": "label_name",
-            "verbalizer": {"negative": " bad", "positive": " good"}, "max_input_tokens": 64,
-            "limit": {"validation": validation, "test": test},
-        },
-    }  # fmt: skip
+    words = {"negative": " bad", "positive": " good"}
+    data = {"template": "{text}\nThe film is", "verbalizer": words, "max_input_tokens": 64}
+    return _story_job("sst2", {**data, "path": _splits("sst2")}, validation, test)
 
 
 def sms_spam(folder: Path, validation: int = 200, test: int = 200) -> dict[str, Any]:
     """Spam or not, with the same model."""
-    files = {split: str(shared("data", "sms_spam", f"{split}.jsonl")) for split in ("train", "validation", "test")}
+    words = {"ham": " ham", "spam": " spam"}
+    data = {"template": "{text}\nSpam or not?", "verbalizer": words, "max_input_tokens": 128}
+    return _story_job("sms-spam", {**data, "path": _splits("sms_spam")}, validation, test)
+
+
+def _splits(name: str) -> dict[str, str]:
+    return {split: str(shared("data", name, f"{split}.jsonl")) for split in ("train", "validation", "test")}
+
+
+def _story_job(name: str, data: dict[str, Any], validation: int, test: int) -> dict[str, Any]:
+    limit = {"validation": validation, "test": test}
     return {
-        "name": "sms-spam",
+        "name": name,
         "base_model": {"id": str(shared("models", "stories3M"))},
-        "data": {
-            "path": files, "template": "{text}\nSpam or not?", "target": "label_name",
-            "verbalizer": {"ham": " ham", "spam": " spam"}, "max_input_tokens": 128,
-            "limit": {"validation": validation, "test": test},
-        },
-    }  # fmt: skip
+        "data": {**data, "target": "label_name", "limit": limit},
+    }
 
 
 def random_model(folder: Path, size: str = "toy", rows: int = 200) -> dict[str, Any]:

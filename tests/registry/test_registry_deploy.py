@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from mlflow_server import Server
+from object_store import object_store, why_no_object_store
 from postgres import Cluster
 
 from orchestrator.errors import BadInput
@@ -22,15 +23,29 @@ DEPLOY = Path(__file__).parents[2] / "deploy" / "mlflow"
 PASSWORD = "a-long-password-of-ours"
 
 
+@pytest.fixture(params=["folder", "bucket"])
+def artifacts(request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
+    """Settings of start.sh for artifacts in its own folder, and in an object store."""
+    if request.param == "folder":
+        yield {}
+        return
+    if reason := why_no_object_store():
+        pytest.skip(reason)
+    with object_store("prompts") as environment:
+        yield {**environment, "ARTIFACTS": "s3://prompts/of/mlflow"}
+
+
 @pytest.fixture
-def guarded(postgres: Cluster, tmp_path: Path) -> Iterator[Server]:
+def guarded(postgres: Cluster, tmp_path: Path, artifacts: dict[str, str]) -> Iterator[Server]:
     """The server as start.sh starts it, on a PostgreSQL that runs already."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
+    database = postgres.database(f"guarded{len(artifacts)}").replace("+psycopg", "")
     settings = {
-        "DATA": str(tmp_path / "data"), "POSTGRES_URI": postgres.database("guarded").replace("+psycopg", ""),
+        "DATA": str(tmp_path / "data"), "POSTGRES_URI": database,
         "PORT": str(port), "WORKERS": "1", "PYTHON": sys.executable, "MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORD,
+        **artifacts,
     }  # fmt: skip
     server = Server(tmp_path)
     server.port, server.uri = port, f"http://127.0.0.1:{port}"
@@ -57,9 +72,16 @@ def guarded(postgres: Cluster, tmp_path: Path) -> Iterator[Server]:
 @pytest.mark.long
 @pytest.mark.slow
 def test_a_server_with_logins_starts_by_one_command(
-    guarded: Server, name: str, make_artifact: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    guarded: Server,
+    artifacts: dict[str, str],
+    name: str,
+    make_artifact: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Nobody without a login; with one a search, a version, an alias that says who moved it; secrets stay secret."""
+    """Nobody without a login; with one a search, a version, an alias that says who moved it; secrets stay secret.
+    Clients need no keys of the object store, the server has them.
+    """
     with pytest.raises(BadInput, match="does not let this login") as refusal:
         Registry(guarded.uri).check()
     assert "MLFLOW_TRACKING_USERNAME" in refusal.value.hint
@@ -70,7 +92,10 @@ def test_a_server_with_logins_starts_by_one_command(
         version = registry.register(make_artifact(), name, search.run_id)
     registry.promote(name, version)
     assert registry.history(name)[0].by == "admin"
-    assert registry.fetch(name, version).is_dir()
+    fetched = registry.fetch(name, version)
+    assert {file.name for file in fetched.iterdir()} >= {"manifest.json", "prompt.safetensors"}
+    kept = list((tmp_path / "data" / "artifacts").rglob("prompt.safetensors"))
+    assert len(kept) == (0 if artifacts else 1)
     assert (tmp_path / "data" / "secrets.env").stat().st_mode & 0o077 == 0
     assert PASSWORD not in (tmp_path / "server.log").read_text()
 
