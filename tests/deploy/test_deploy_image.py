@@ -62,7 +62,7 @@ def test_the_image_is_pinned_by_the_constraints() -> None:
 def test_mlflow_s_image_has_the_versions_of_the_constraints() -> None:
     """Client and server speak of one schema."""
     text = FILES[1].read_text()
-    for package in ("mlflow", "psycopg", "Flask-WTF"):
+    for package in ("mlflow", "psycopg", "Flask-WTF", "boto3"):
         (found,) = re.findall(rf"\b{package}(?:\[\w+\])?==([\w.]+)", text)
         assert found == pinned()[package]
 

@@ -12,7 +12,7 @@ from small_jobs import Finished, close, run_search, search_runs, write_job
 
 from orchestrator.tuning.report import Report
 
-pytestmark = [pytest.mark.failure, pytest.mark.long]
+pytestmark = [pytest.mark.failure, pytest.mark.long, pytest.mark.timeout(900)]  # whole searches, several a test
 
 
 class Killer:

@@ -18,7 +18,7 @@ from orchestrator.tuning.report import Report
 
 AWAY_S = 6.0
 
-pytestmark = [pytest.mark.failure, pytest.mark.long]
+pytestmark = [pytest.mark.failure, pytest.mark.long, pytest.mark.timeout(900)]  # whole searches, several a test
 
 
 @pytest.fixture

@@ -97,11 +97,11 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str
 
 
 def ask_together(
-    backbone: Backbone, ask: Callable[[Engine], list[Coroutine[Any, Any, list[Any]]]]
+    backbone: Backbone, ask: Callable[[Engine], list[Coroutine[Any, Any, list[Any]]]], **options: Any
 ) -> tuple[list[list[Any]], list[tuple[str, int]]]:
     """Answers of requests that all wait before the first is answered, and the batches that they took."""
     recorder = Recorder()
-    engine = Blocked(backbone, observe=recorder)
+    engine = Blocked(backbone, observe=recorder, **options)
 
     async def run() -> list[list[Any]]:
         tasks = [asyncio.create_task(one) for one in ask(engine)]
