@@ -52,6 +52,9 @@ from orchestrator.vocabulary import nearest_words
 Metrics = dict[str, float]
 BASE_MODEL = "base_model"
 RESTARTS = 3  # of a whole search whose broker or controller was lost
+SOON_S = 10.0
+REGISTRY_PATIENCE_S = 600.0
+"""How long a search that is over waits for MLflow; nothing is lost beyond it, `resume` registers later."""
 
 
 class Progress(Listener, Protocol):
@@ -394,7 +397,7 @@ class Pipeline:
         if not top:
             return None
         self.progress.stage(f"registering {self.job.model_name}")
-        log.flush(60.0)
+        self._await_registry(log)
         registered = self._registered()
         version = 0
         for record in reversed(top):
@@ -405,6 +408,14 @@ class Pipeline:
         outcome = self.registry.auto_alias(self.job.model_name, version, self.job.registry.alias, metric, better)
         self.progress.note(outcome.reason)
         return {"name": self.job.model_name, "version": version, "alias": outcome.alias}
+
+    def _await_registry(self, log: SearchLog) -> None:
+        """Until MLflow has all that was logged, so that it answers; whoever asks it next finds out if it does not."""
+        if not log.flush(SOON_S):
+            self.progress.note(
+                f"MLflow has not taken all reports yet; waiting for it, at most {REGISTRY_PATIENCE_S / 60:.0f} minutes"
+            )
+            log.flush(REGISTRY_PATIENCE_S)
 
     def _keep(self, log: SearchLog, best: TrialRecord, reached: Mapping[str, Metrics], info: BaseModelInfo) -> None:
         """Keep a baseline's result in the search's folder and with its run: it is no prompt to register."""
@@ -424,7 +435,7 @@ class Pipeline:
             about["demonstrations"] = designs.text(Design.of(best.spec))
         shutil.rmtree(folder, ignore_errors=True)  # of a search that was interrupted here
         save_result(folder, best.spec, TrialState.from_bytes(best.checkpoint).best(), self.prepared.source, about)
-        log.flush(60.0)
+        self._await_registry(log)
         files = {f"baseline/{file.name}": file.read_bytes() for file in sorted(folder.iterdir())}
         self.registry.log_files(log.run_ids.get(best.id, log.run_id), files)
 
