@@ -31,8 +31,8 @@ def mlflow_server(tmp_path: Path) -> Iterator[Server]:
 def test_mlflow_goes_away_and_comes_back(
     mlflow_server: Server, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed in the middle and started again a minute later, when the search itself is over: the result of an undisturbed search; every run ended, with
-    every report."""
+    """Killed in the middle and started again a minute later, when the search itself is over: the result of an
+    undisturbed search; every run ended, with every report."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri)
     back: list[threading.Timer] = []
