@@ -17,7 +17,7 @@ from orchestrator.backbone import CausalBackbone
 from tests.benchmarks import accelerator, evaluation, operations, overhead, serving, step
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.measure import Comparison, Line, table
-from tests.benchmarks.memory import Step, measure_here
+from tests.benchmarks.memory import Step, measured
 from tests.benchmarks.packing import Setting as Packing
 from tests.benchmarks.packing import speed_lines
 from tests.benchmarks.subjects import TOY, Size, backbone_of, batches, make_backbone, make_model, make_rows
@@ -196,7 +196,7 @@ def test_the_parts_of_a_step_are_all_seen() -> None:
 
 def test_a_step_s_memory_grows_with_its_rows() -> None:
     """Sixteen trials of four long rows take more above the weights than one."""
-    above = [measure_here(Step("toy", trials, 4, 200, 200, 5))["above"] for trials in (1, 16)]
+    above = [measured(Step("toy", trials, 4, 200, 200, 5))["above"] for trials in (1, 16)]
     assert above[1] > above[0]
 
 
