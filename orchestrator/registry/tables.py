@@ -67,7 +67,7 @@ def _read(connection: Connection) -> list[ModelRow] | None:
     models = {name: ModelRow(name) for (name,) in rows("name", "registered_models")}
     unlisted = ModelRow("")  # takes what belongs to a model that was registered between two statements
     for name, key, value in rows("name, key, value", "registered_model_tags"):
-        models.get(name, unlisted).tags[key] = value
+        models.get(name, unlisted).tags[key] = value or ""
     for name, alias, version in rows("name, alias, version", "registered_model_aliases"):
         models.get(name, unlisted).aliases[alias] = int(version)
     alive = f"AND current_stage <> '{DELETED}' GROUP BY name"
