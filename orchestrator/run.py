@@ -284,7 +284,8 @@ class Pipeline:
         tags = {**search_tags(self.prepared, self.id), "python": platform.python_version()}
         if self.saved is not None:
             return self.registry.resume_search(self.saved.run_id, params=params, spill=self.folder.unwritten)
-        return self.registry.start_search(job.name, params, tags, spill=self.folder.unwritten)
+        data = data_record(job.data, self.prepared.rows)
+        return self.registry.start_search(job.name, params, tags, data=data, spill=self.folder.unwritten)
 
     def _search(self, search: Running, log: SearchLog, recorder: Recorder) -> dict[str, Any]:
         if self.plan:

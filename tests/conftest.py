@@ -24,7 +24,14 @@ LOGICAL_CPUS = 4  # a search, its relays and a serving replica fit side by side
 
 
 # Of the tests on the session's Ray `make test` runs these files' alone, so that it ends well within half an hour.
-CORE = ("test_run.py", "test_search.py", "test_report.py", "test_serving_api.py", "test_interrupt.py")
+CORE = (
+    "test_run.py",
+    "test_search.py",
+    "test_report.py",
+    "test_serving_api.py",
+    "test_interrupt.py",
+    "test_registry_ui.py",
+)
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.artifact import read_manifest
+from orchestrator.artifact import DataRecord, read_manifest
 from orchestrator.errors import BadInput
 from orchestrator.registry import promotion, searches
 from orchestrator.registry.canary import CANARY_TAG, Canary, LiveModel, make_canary, read_canary
@@ -88,12 +88,16 @@ class Registry:
         params: Mapping[str, Any],
         tags: Mapping[str, Any],
         *,
+        data: DataRecord | None = None,
         spill: Path | None = None,
         patience: float = PATIENCE_SECONDS,
     ) -> SearchLog:
-        """Open the search's run in the experiment of its name. ``spill`` takes what can't be written at the end."""
+        """Open the search's run in the experiment of its name.
+
+        ``data`` are the rows that it works on, ``spill`` takes what can't be written at the end.
+        """
         with self._store.translating(f"starting search {printable(name)}"):
-            return searches.start(self._store, name, params, tags, spill, patience)
+            return searches.start(self._store, name, params, tags, data, spill, patience)
 
     def resume_search(
         self,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import getpass
+import json
+import os
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.artifact import DataRecord
 from orchestrator.errors import BadInput
 from orchestrator.registry.entries import MAX_TAG, as_texts
 from orchestrator.registry.refs import printable
@@ -15,14 +18,25 @@ from orchestrator.registry.search_log import STATE_TAG, SearchLog, children
 from orchestrator.registry.store import Store, sqlite_file
 
 if TYPE_CHECKING:
-    from mlflow.entities import Experiment
+    from mlflow.entities import DatasetInput, Experiment
 
 
 ENDED = ("FINISHED", "FAILED")
 
 
+MAX_DIGEST = 36  # what MLflow keeps of a data set's fingerprint
+MAX_DATA_NAME = 500
+MAX_SOURCE = 65_535
+
+
 def start(
-    store: Store, name: str, params: Mapping[str, Any], tags: Mapping[str, Any], spill: Path | None, patience: float
+    store: Store,
+    name: str,
+    params: Mapping[str, Any],
+    tags: Mapping[str, Any],
+    data: DataRecord | None,
+    spill: Path | None,
+    patience: float,
 ) -> SearchLog:
     """A new run in the experiment of the search's name, which is made when it doesn't exist yet."""
     experiment = experiment_named(store, name)
@@ -32,9 +46,25 @@ def start(
         tags=as_texts({**tags, **own}, MAX_TAG),
         run_name=f"{name} {datetime.now().astimezone():%Y-%m-%d %H:%M:%S}",
     )
+    if data is not None:
+        store.client.log_inputs(run.info.run_id, [_data_input(data)])
     log = SearchLog(store, run, {}, spill or _default_spill(run.info.run_id), patience)
     log.parent_params(params)
     return log
+
+
+def _data_input(data: DataRecord) -> DatasetInput:
+    """The rows as MLflow shows and filters them: by the name of where they are from, and by their fingerprint."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    found = Dataset(
+        _data_name(data.path)[:MAX_DATA_NAME],
+        data.fingerprint[:MAX_DIGEST],
+        source_type="orchestrator",
+        source=json.dumps({"path": data.path})[:MAX_SOURCE],
+        profile=json.dumps({"rows": data.rows}),
+    )
+    return DatasetInput(found, [InputTag("mlflow.data.context", "tuning")])
 
 
 def resume(
@@ -56,6 +86,15 @@ def resume(
     if missing := {name: value for name, value in params.items() if name not in run.data.params}:
         log.parent_params(missing)
     return log
+
+
+def _data_name(path: str) -> str:
+    """Where the rows are from, in short: for files of their own for each split, the folder that has them all."""
+    try:
+        files = [file for found in json.loads(path).values() for file in ([found] if isinstance(found, str) else found)]
+        return os.path.commonpath(files) or path
+    except (ValueError, TypeError, AttributeError):  # one path, or files that share nothing
+        return path
 
 
 def experiment_named(store: Store, name: str) -> Experiment:

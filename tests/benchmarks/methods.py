@@ -6,6 +6,7 @@ are then compared as ``orchestrator report`` compares them. The lines are the be
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
@@ -90,11 +91,15 @@ def lines(setting: Setting, only: str = "", out: Path | None = None) -> list[Lin
             continue
         with tempfile.TemporaryDirectory(prefix="methods-") as scratch, _own_store(Path(scratch)):
             base = make(Path(scratch))
+            facts = []
             with ray_session():  # one for all: only what a search itself takes is of interest
-                searches = [_run({**job(base, method, setting), "name": method.replace("_", "-")}) for method in chosen]
-            document = comparison([read_facts(find_search(search)) for search in searches])
-        if out:
-            (out / f"methods-{name}.html").write_text(comparison_page(document))
+                for method in chosen:
+                    search = _run({**job(base, method, setting), "name": method.replace("_", "-")})
+                    facts.append(read_facts(find_search(search)))
+                    document = comparison(facts)
+                    if out:  # what was measured is kept, also when the next one is not waited for
+                        (out / f"methods-{name}.html").write_text(comparison_page(document))
+                        (out / f"methods-{name}.json").write_text(json.dumps(document, indent=1))
         found += [_bare(name, which, one) for which, one in document["baselines"].items()]
         found += [_line(name, entry) for entry in document["searches"]]
     return found

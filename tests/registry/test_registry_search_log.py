@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.artifact import DataRecord
 from orchestrator.errors import BadInput, JobFailed, Unreachable
 from orchestrator.registry import Registry
 from orchestrator.registry.entries import load_entries
@@ -44,6 +46,29 @@ def test_a_search_is_a_parent_run_with_a_child_a_trial(registry: Registry, name:
     assert history(registry, child.info.run_id, "validation_accuracy") == [(10, 0.1), (20, 0.2)]
     assert "loss" not in child.data.metrics
     assert child.data.tags["orchestrator.not_finite"] == "loss was nan at step 20"
+
+
+@pytest.mark.parametrize(
+    ("path", "named"),
+    [
+        ("builtin:quickstart", "builtin:quickstart"),
+        ('{"test": "data/sms/test.jsonl", "train": "data/sms/train.jsonl"}', "data/sms"),
+        ('{"train": "train.jsonl", "test": "test.jsonl"}', '{"train": "train.jsonl", "test": "test.jsonl"}'),
+        ('{"train": "/data/a", "test": "b"}', '{"train": "/data/a", "test": "b"}'),
+        ("{ö" * 300, "{ö" * 250),
+    ],
+)
+def test_the_rows_are_an_input_of_the_search(registry: Registry, name: str, path: str, named: str) -> None:
+    """MLflow's pages have a column for them, and runs are found by their name and by their fingerprint."""
+    data = DataRecord(path=path, fingerprint="0123456789abcdef" * 4, rows={"train": 40, "test": 16})
+    with registry.start_search(name, {}, {}, data=data) as search:
+        pass
+    (found,) = run(registry, search.run_id).inputs.dataset_inputs
+    assert found.dataset.name == named and found.dataset.digest == data.fingerprint[:36]
+    assert json.loads(found.dataset.source)["path"] == path and json.loads(found.dataset.profile)["rows"] == data.rows
+    query = f"dataset.digest = '{found.dataset.digest}'"
+    same = registry._store.client.search_runs([search.experiment_id], query)
+    assert [it.info.run_id for it in same] == [search.run_id]
 
 
 def test_a_state_is_mlflows_status_and_a_tag(registry: Registry, name: str) -> None:

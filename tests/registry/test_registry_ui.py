@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import html
 import itertools
-import os
-import re
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from browser import check_pages, mlflow_pages, needs_browser, read_page, text_of
+from mlflow import MlflowClient
+from small_jobs import Finished, search_runs
 
 from orchestrator.registry import Registry
 from orchestrator.report.facts import SearchFacts, TrialFacts
@@ -27,76 +19,16 @@ from orchestrator.report.page import page
 from orchestrator.space import TrialSpec
 from orchestrator.spec import JobSpec
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
-SCREENSHOTS = Path(__file__).parents[2] / "build" / "screenshots"
-FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-dev-shm-usage", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1500,900",
-    "--timeout=40000", "--virtual-time-budget=30000",  # the pages fetch most of what they show
-]  # fmt: skip
-LIMIT_S = 90.0  # only a hang takes this long
-LOADS = 3
 INITS = ("random", "sample_vocab", "class_labels")
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not BROWSER, reason="no chromium here; on Debian: apt-get install chromium"),
-]
+pytestmark = [pytest.mark.slow, needs_browser]
 
 
 @pytest.fixture
 def pages(local: Registry) -> Iterator[str]:
-    """Address of ``orchestrator ui`` on the store, a process of its own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    argv = [sys.executable, "-m", "orchestrator", "ui", "--port", str(port)]
-    environment = os.environ | {"MLFLOW_TRACKING_URI": local.tracking_uri}
-    process = subprocess.Popen(
-        argv, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    try:
-        assert answers(url, process)
+    """Address of ``orchestrator ui`` on the store."""
+    with mlflow_pages(local.tracking_uri) as url:
         yield url
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)  # the server's own session, with its workers
-        process.wait()
-
-
-def answers(url: str, process: subprocess.Popen[bytes]) -> bool:
-    """Whether the server is up in time."""
-    deadline = time.monotonic() + LIMIT_S
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=1):
-                return True
-        except (OSError, urllib.error.URLError):
-            time.sleep(0.1)
-    return False
-
-
-def text_of(address: str, picture: str, profile: Path, wanted: Sequence[str] = ()) -> str:
-    """The text of a page once its scripts have run; a screenshot of it is kept in build/screenshots. On a busy machine
-    the browser's own limit may end before the page has fetched what is ``wanted``: it is then opened again."""
-    for _ in range(LOADS):
-        text = read_page(address, picture, profile)[0]
-        if all(word in text for word in wanted):
-            break
-    return text
-
-
-def read_page(address: str, picture: str, profile: Path, more: Sequence[str] = ()) -> tuple[str, str]:
-    """Text and title."""
-    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    file = SCREENSHOTS / f"{picture}.png"
-    file.unlink(missing_ok=True)
-    argv = [BROWSER, *FLAGS, *more, f"--user-data-dir={profile}", f"--screenshot={file}", "--dump-dom", address]
-    done = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=LIMIT_S)
-    assert file.read_bytes().startswith(b"\x89PNG")
-    words = re.sub(r"<(script|style).*?</\1>|<[^>]+>", " ", done.stdout, flags=re.DOTALL)
-    title = re.search(r"<title>(.*?)</title>", done.stdout, re.DOTALL)
-    return " ".join(html.unescape(words).split()), title[1] if title else ""
 
 
 @pytest.fixture
@@ -182,9 +114,35 @@ def test_the_pages_show_a_search_and_its_version(
             ["champion", "this prompt", "zero shot", "Nearest words of the vocabulary", f"orchestrator query {name}"],
         ),
     }
-    for picture, (address, wanted) in shown.items():
-        text = text_of(address, picture, tmp_path, wanted)
-        assert [it for it in wanted if it not in text] == [], picture
+    check_pages(shown, tmp_path)
+
+
+def test_the_pages_show_a_search_that_trained(finished: Finished, tmp_path: Path) -> None:
+    """The walk of somebody who comes back to a search: all trials by their outcome, the search itself and its charts,
+    its best trial and that one's curve, what was kept, and the version with its alias."""
+    store = MlflowClient(finished.tracking_uri)
+    parent = store.get_run(finished.document["mlflow"]["run_id"])
+    runs = [run for run in search_runs(finished.tracking_uri) if run.info.run_id != parent.info.run_id]
+    best = next(run for run in runs if run.data.tags["orchestrator.trial"] == finished.document["best"]["trial"])
+    test_loss = parent.data.metrics["best_test_loss"]
+    with mlflow_pages(finished.tracking_uri) as pages:
+        experiment = f"{pages}/#/experiments/{parent.info.experiment_id}"
+        by_metric = "orderByKey=metrics.%60validation_loss%60&orderByAsc=true"
+        version = f"{pages}/#/models/tiny/versions/{finished.document['model']['version']}"
+        nested = [run.info.run_name or "" for run in (parent, *runs)]
+        shown = {
+            "search-runs": (f"{experiment}/runs?{by_metric}", [*nested, "9 matching runs", "tuning"]),
+            "search-charts": (f"{experiment}/runs?{by_metric}&compareRunsMode=CHART", ["validation_loss"]),
+            "search": (f"{experiment}/runs/{parent.info.run_id}", ["best_test_loss", f"{test_loss:.4f}"[:5], "asha"]),
+            "search-artifacts": (f"{experiment}/runs/{parent.info.run_id}/artifacts", ["report.html", "figures"]),
+            "search-best": (f"{experiment}/runs/{best.info.run_id}", ["learning_rate", best.info.run_name or ""]),
+            "search-best-curve": (f"{experiment}/runs/{best.info.run_id}/model-metrics", ["train_loss"]),
+            "search-model": (f"{pages}/#/models/tiny", ["Version 1", "@ champion"]),
+            "search-version": (
+                version, ["champion", "this prompt", "zero shot", "Nearest words", "orchestrator query tiny"],
+            ),
+        }  # fmt: skip
+        check_pages(shown, tmp_path)
 
 
 WIDTHS = {"wide": "1400,2400", "narrow": "390,5000"}
