@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -298,10 +299,12 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 def quiet_transformers() -> None:
     """Progress bars and notices of the libraries would tear our own output apart."""
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    # PEFT imports it for LoRA, quantized or not, and it asks for a package with faster 4-bit products for CPUs.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _first_line(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from orchestrator.errors import BadInput
 from orchestrator.job_file import load_job
 from orchestrator.resume import resume_search
 from orchestrator.run import Progress, run_job
-from orchestrator.search.folder import SearchFolder, searches_folder, write_whole
+from orchestrator.search.folder import SearchFolder, home_folder, searches_folder, write_whole
 from orchestrator.spec import JobSpec
 from orchestrator.submission import SEARCH, unpacked
 
@@ -28,10 +28,12 @@ def carry_out(progress_for: Callable[[JobSpec], Progress]) -> tuple[dict[str, An
     package, name = Path.cwd(), os.environ.get(SEARCH)
     if not name:
         raise BadInput("on-cluster is what a submitted job runs", "orchestrator submit JOB --address URL")
-    home = Path(os.environ.setdefault("ORCHESTRATOR_HOME", str(HOME.expanduser())))
+    os.environ.setdefault("ORCHESTRATOR_HOME", str(HOME.expanduser()))
+    home = home_folder()
     home.mkdir(parents=True, exist_ok=True)
     os.chdir(home)  # the package's folder goes with the job
     folder = SearchFolder(searches_folder() / name)
+    folder.fetch()
     if folder.description.is_file():
         return resume_search(str(folder.path), progress_for)
     job = _placed(package, folder)

@@ -83,13 +83,15 @@ class Network:
 class RayProcesses:
     """A head whose dashboard listens on its loopback, and a worker; both started with ``ray start --block``."""
 
-    def __init__(self, cpus: int = 1) -> None:
+    def __init__(self, cpus: int = 1, redis: bool = False) -> None:
+        """With ``redis`` the head keeps what it knows in one, in its own network, that outlives it."""
         self.network = Network()
         self.cpus = cpus
         self.folder = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))  # short: sockets lie in it
         self.token = self.folder / "token"
         self.token.write_text(secrets.token_hex(32), encoding="utf-8")
-        self.port, self.dashboard, self.client, *self.agents = free_ports(7)
+        self.port, self.dashboard, self.client, self.redis_port, *self.agents = free_ports(8)
+        self.redis = self._start_redis() if redis else None
         (self.folder / "t").mkdir()
         if self.network.apart:  # a node knows itself by a file in there, so the worker needs another disk at that place
             disk = ["mount", "-t", "tmpfs", "tmpfs", str(self.folder / "t")]
@@ -97,6 +99,11 @@ class RayProcesses:
         self.url = f"http://127.0.0.1:{self.dashboard}"
         self.nodes: dict[int, subprocess.Popen[bytes]] = {}
         self.processes: dict[int, list[psutil.Process]] = {}
+
+    def _start_redis(self) -> subprocess.Popen[bytes]:
+        command = ["redis-server", "--port", str(self.redis_port), "--bind", "127.0.0.1", "--save", "", "--dir"]
+        command += [str(self.folder), "--requirepass", self.token.read_text(encoding="utf-8")]
+        return subprocess.Popen(self.network.inside(0, command), stdout=subprocess.DEVNULL)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -111,6 +118,7 @@ class RayProcesses:
 
     def start_node(self, node: int) -> None:
         where = self.network.address(node)
+        kept: dict[str, str] = {}
         ports = [
             "--dashboard-agent-listen-port",
             self.agents[2 * node],
@@ -120,6 +128,11 @@ class RayProcesses:
         if node == 0:
             role = ["--head", "--port", self.port, "--dashboard-port", self.dashboard, "--temp-dir", self.folder / "t"]
             role += ["--dashboard-host", "127.0.0.1", "--ray-client-server-port", self.client]
+            # Nodes here see one another's processes, and so a head that comes back would take its worker for itself.
+            (self.folder / "t" / "ray_current_cluster").unlink(missing_ok=True)
+            if self.redis:
+                kept = {"RAY_REDIS_ADDRESS": f"127.0.0.1:{self.redis_port}"}
+                role += ["--redis-password", self.token.read_text(encoding="utf-8")]
         else:
             role = ["--address", f"{self.network.address(0)}:{self.port}"]
         command = ["ray", "start", "--block", "--disable-usage-stats", "--node-ip-address", where, *role, *ports]
@@ -127,7 +140,7 @@ class RayProcesses:
         with (self.folder / f"node{node}.log").open("ab") as log:
             self.nodes[node] = subprocess.Popen(
                 self.network.inside(node, [str(part) for part in command]),
-                env=self.environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
+                env=self.environment | kept, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
 
     def await_nodes(self, count: int) -> None:
@@ -160,6 +173,9 @@ class RayProcesses:
         """End both nodes; returns what still lives in their networks then, which is ended too."""
         for node in list(self.nodes):
             self.kill_node(node)
+        if self.redis:
+            self.redis.kill()
+            self.redis.wait()
         deadline = time.monotonic() + 10  # whatever watches another process looks once a second
         while (left := self.network.inhabitants()) and time.monotonic() < deadline:
             time.sleep(0.2)

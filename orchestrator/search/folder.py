@@ -13,11 +13,19 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from orchestrator.errors import BadInput
+from orchestrator.search.remote import followed, remote_home
+
+
+def home_folder() -> Path:
+    """$ORCHESTRATOR_HOME or .orchestrator, in the working directory; of a store, the folder that stands for it here."""
+    if (remote := remote_home()) is not None:
+        return remote.local
+    return Path(os.environ.get("ORCHESTRATOR_HOME", ".orchestrator")).absolute()
 
 
 def searches_folder() -> Path:
-    """Where searches keep their state: $ORCHESTRATOR_HOME or .orchestrator, in the working directory."""
-    return Path(os.environ.get("ORCHESTRATOR_HOME", ".orchestrator")).absolute() / "searches"
+    """Where searches keep their state."""
+    return home_folder() / "searches"
 
 
 @dataclass(frozen=True)
@@ -87,13 +95,19 @@ class SearchFolder:
         """What Tune and Train write; of no use to a resumption."""
         return self.path / "ray"
 
+    def fetch(self) -> None:
+        """What a store has of the search, where searches are kept in one."""
+        if (remote := remote_home()) is not None and self.path.parent == searches_folder():
+            remote.fetch(self.path)
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Make the folder if need be, and be the only one to run the search. The lock falls with its process, however
-        that ends. Raises BadInput when somebody else has it."""
+        that ends. A search that is kept in a store is fetched first, and its copy there follows. Raises BadInput when
+        somebody else has it."""
         self.path.mkdir(parents=True, exist_ok=True)
         try:
-            with FileLock(self.path / "lock", timeout=0):
+            with FileLock(self.path / "lock", timeout=0), followed(self.path):
                 yield
         except Timeout:
             raise BadInput(

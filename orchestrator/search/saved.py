@@ -16,6 +16,7 @@ from orchestrator.errors import BadInput
 from orchestrator.job_file import load_job
 from orchestrator.search.folder import SearchFolder, searches_folder, write_whole
 from orchestrator.search.prepare import Prepared
+from orchestrator.search.remote import remote_home
 from orchestrator.space import TrialSpec
 from orchestrator.spec import JobSpec
 from orchestrator.tuning.engine import Task
@@ -111,6 +112,7 @@ def find_search(wanted: str) -> SearchFolder:
         if folder.description.is_file():
             return folder
         raise BadInput(f"{wanted} is not the folder of a search that can be resumed", _known(_all()))
+    _fetch_known(wanted)
     known = _all()
     exact = [folder for folder in known if folder.id == wanted]
     matching = exact or (known[-1:] if wanted == "latest" else [it for it in known if it.id.startswith(wanted)])
@@ -119,6 +121,14 @@ def find_search(wanted: str) -> SearchFolder:
     if matching:
         raise BadInput(f"{wanted!r} begins {len(matching)} searches", f"say which: {_names(matching)}")
     raise BadInput(f"no search {wanted!r} in {searches_folder()}", _known(known))
+
+
+def _fetch_known(wanted: str) -> None:
+    """Of a store, the searches that may be meant."""
+    if (remote := remote_home()) is not None:
+        known = remote.ids()
+        for found in known[-1:] if wanted == "latest" else [it for it in known if it.startswith(wanted)]:
+            remote.fetch(searches_folder() / found)
 
 
 def _all() -> list[SearchFolder]:

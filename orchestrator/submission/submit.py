@@ -61,8 +61,10 @@ def make_submission(
     cpus: float = 0.0,
 ) -> Submission:
     """Everything that can be checked without the cluster. Raises BadInput."""
-    if home is not None and not Path(home).is_absolute():
-        raise BadInput(f"--home {home} is not a whole path", "name a folder on the cluster, from / on")
+    if home is not None and "://" not in home and not Path(home).is_absolute():
+        raise BadInput(
+            f"--home {home} is not a whole path", "name a folder on the cluster, from / on, or s3://BUCKET/FOLDER"
+        )
     missing = [str(folder) for folder in shared if not folder.is_dir()]
     if missing:
         raise BadInput(f"--shared {missing[0]} is no folder here", "name one that this machine and the nodes have")
@@ -170,7 +172,7 @@ def concluded(cluster: Cluster, job_id: str, job: Job | None) -> dict[str, Any]:
     if job is None:
         raise Forgotten(
             f"job {job_id} was lost: the cluster at {cluster.shown} was started anew and does not know it",
-            "the same orchestrator submit goes on, if --home is a folder that outlived the cluster",
+            "the same orchestrator submit goes on, if --home outlived the cluster",
         )
     log = cluster.log(job_id)
     if job.status != "succeeded":

@@ -23,8 +23,8 @@ from tests.benchmarks.measure import Line
 
 RATES: dict[str, list[float]] = {
     "prompt_tuning": [0.03, 0.1],
-    "prefix_tuning": [0.003, 0.01],
-    "p_tuning": [0.003, 0.01],
+    "prefix_tuning": [0.03, 0.1],
+    "p_tuning": [0.001, 0.003],
     "lora": [0.003, 0.01],
     "adapter": [0.001, 0.003],
     "model_tuning": [0.0003, 0.001],

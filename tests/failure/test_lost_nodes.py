@@ -7,7 +7,9 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,17 +24,35 @@ PROMPTLY = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "
 pytestmark = [pytest.mark.failure, pytest.mark.long, pytest.mark.timeout(900)]  # whole searches, several a test
 
 
-@pytest.fixture
-def cluster() -> Iterator[Cluster]:
-    """Three nodes of one core: each holds one worker, and none two."""
+NOTICE_S = 8  # between a cloud's notice and the end of the machine
+
+
+@contextmanager
+def three_nodes() -> Iterator[Cluster]:
+    """Of one core each: each holds one worker, and none two."""
     made = Cluster(
         initialize_head=True,
         head_node_args={"num_cpus": 1, "include_dashboard": False, "_system_config": PROMPTLY},
     )
-    for _ in range(2):
-        made.add_node(num_cpus=1)
-    yield made
-    made.shutdown()
+    try:
+        for _ in range(2):
+            made.add_node(num_cpus=1)
+        yield made
+    finally:
+        made.shutdown()
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    with three_nodes() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    """The search with all of its nodes."""
+    with three_nodes() as cluster:
+        return run_on(cluster, tmp_path_factory.mktemp("whole") / "job")
 
 
 @dataclass(frozen=True)
@@ -83,33 +103,66 @@ def run_on(
     return Ran(json.loads(out), "".join(said))
 
 
-def test_every_node_trains_and_a_lost_one_costs_nothing(cluster: Cluster, tmp_path: Path) -> None:
-    """Three workers on three nodes train trials of one search. With one node killed in the middle its trial goes on
-    elsewhere, and every trial ends with the same result."""
-    whole = run_on(cluster, tmp_path / "whole")
-    assert len({worker["node"] for worker in whole.document["workers"].values()}) == 3
-    assert set.union(*whole.workers) == {"w0", "w1", "w2"}
+class Under:
+    """Hears a search's progress, and does something to one of its nodes once each worker has a trial under way."""
 
-    killed: list[str] = []
-    under_way: set[str] = set()
+    def __init__(self, cluster: Cluster, act: Callable[[Any], None]) -> None:
+        self.cluster = cluster
+        self.act = act
+        self.seen: set[str] = set()
+        self.node = ""
 
-    def kill_a_node(line: str) -> None:
+    def __call__(self, line: str) -> None:
         if found := re.search(r"\b(t00[0-2])\b.* step \d", line):
-            under_way.add(found[1])
-        if len(under_way) == 3 and not killed:  # so that each worker has one
-            node = next(iter(cluster.worker_nodes))
-            killed.append(node.node_id)
-            cluster.remove_node(node, allow_graceful=False)
+            self.seen.add(found[1])
+        if len(self.seen) == 3 and not self.node:
+            node = next(iter(self.cluster.worker_nodes))
+            self.node = node.node_id
+            self.act(node)
 
-    disturbed = run_on(cluster, tmp_path / "disturbed", kill_a_node)
+
+def check_went_on(disturbed: Ran, whole: Ran, lost_node: str) -> str:
+    """A trial of the lost node went on elsewhere, and all ended as they would have. Returns the lost worker."""
     nodes = {name: worker["node"] for name, worker in disturbed.document["workers"].items()}
     # The driver may have joined the cluster by that very node: then the broker died too, and has forgotten the place.
-    (lost,) = [name for name in ("w0", "w1", "w2") if nodes.get(name, killed[0]) == killed[0]]
+    (lost,) = [name for name in ("w0", "w1", "w2") if nodes.get(name, lost_node) == lost_node]
     others = {"w0", "w1", "w2"} - {lost}
-    assert {lost} not in disturbed.workers, "the trial of the lost node ended where it began"
     assert any(lost in workers and workers & others for workers in disturbed.workers)
     assert close(disturbed.found, whole.found)
     assert close(disturbed.document["best"], whole.document["best"])
+    return lost
+
+
+def test_every_node_trains(whole: Ran) -> None:
+    """Three workers on three nodes train trials of one search."""
+    assert len({worker["node"] for worker in whole.document["workers"].values()}) == 3
+    assert set.union(*whole.workers) == {"w0", "w1", "w2"}
+
+
+def test_a_lost_node_costs_nothing(cluster: Cluster, whole: Ran, tmp_path: Path) -> None:
+    """With one node killed in the middle its trial goes on elsewhere, and every trial ends with the same result."""
+    kill = Under(cluster, lambda node: cluster.remove_node(node, allow_graceful=False))
+    disturbed = run_on(cluster, tmp_path / "disturbed", kill)
+    lost = check_went_on(disturbed, whole, kill.node)
+    assert {lost} not in disturbed.workers, "the trial of the lost node ended where it began"
+
+
+def test_a_machine_that_is_taken_back_costs_nothing(cluster: Cluster, whole: Ran, tmp_path: Path) -> None:
+    """A cloud says that it takes a machine back, as an autoscaler passes it on to Ray, and does so."""
+    taken: list[threading.Timer] = []
+
+    def give_notice(node: Any) -> None:
+        drain = ["drain-node", "--address", cluster.address, "--node-id", node.node_id]
+        drain += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+        drain += ["--deadline-remaining-seconds", str(NOTICE_S)]
+        subprocess.run([str(Path(sys.executable).parent / "ray"), *drain], check=True, capture_output=True)
+        taken.append(threading.Timer(NOTICE_S, cluster.remove_node, [node, False]))
+        taken[0].start()
+
+    notice = Under(cluster, give_notice)
+    disturbed = run_on(cluster, tmp_path / "disturbed", notice)
+    taken[0].join()
+    check_went_on(disturbed, whole, notice.node)
 
 
 def test_a_node_that_comes_later_trains_too(tmp_path: Path) -> None:

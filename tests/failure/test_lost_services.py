@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
 import pytest
+from object_store import object_store, why_no_object_store
+from ray_state import eventually
 from registry.conftest import Server
-from small_jobs import Finished, close, run_search, search_runs, write_job
+from small_jobs import Finished, Recorder, close, run_search, search_runs, write_job
 
+from orchestrator.resume import resume_search
+from orchestrator.search.journal import read_history
+from orchestrator.search.remote import JOURNAL, RemoteHome
 from orchestrator.search.saved import find_search
 from orchestrator.tuning.report import Report
 
@@ -91,3 +98,40 @@ def test_a_full_disk_costs_the_state_alone(
     assert disturbed.said.count("the result can't be kept") == 1
     assert [trial["steps"] for trial in disturbed.document["trials"]] == [16] * 4
     assert disturbed.document["model"] == {"name": "tiny", "version": 1, "alias": "champion"}
+
+
+def test_a_lost_machine_whose_searches_are_in_a_store(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine that drove a search is gone with all its files: another one goes on from the copy in an object store,
+    and finds what an undisturbed one finds."""
+    if reason := why_no_object_store():
+        pytest.skip(reason)
+    monkeypatch.chdir(tmp_path)
+    train = {"steps": 2000, "batch_size": 4, "evaluate_every": 50}
+    job = write_job(tmp_path, train=train, search__trials=4, search__scheduler="fifo")
+    whole = run_search(job).document
+    with object_store("team") as store:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", store.pop("MLFLOW_S3_ENDPOINT_URL"))
+        for name, value in store.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("ORCHESTRATOR_HOME", "s3://team/searches")
+        monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "lost"))
+        driver = subprocess.Popen(
+            [sys.executable, "-m", "orchestrator", "run", str(job)],
+            cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        home = RemoteHome("s3://team/searches")
+        try:
+            eventually(lambda: any(b"reported" in (home.read(Path(it), JOURNAL) or b"") for it in home.ids()))
+        finally:
+            driver.kill()
+            driver.wait()
+        shutil.rmtree(tmp_path / "lost")
+        monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "elsewhere"))
+        search = find_search("latest")
+        assert 0 < len(read_history(search).reports) < 4 * 2000 / 50
+        document, _ = resume_search("latest", Recorder)
+        assert home.read(search.path, "result.json") == search.result.read_bytes()
+    for name in ("status", "trials", "best", "baselines"):
+        assert close(document[name], whole[name]), name

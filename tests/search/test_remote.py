@@ -1,0 +1,224 @@
+"""Searches in an object store: a copy that is a state at all times, one runner at a time, errors with a way out."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from object_store import object_store, why_no_object_store
+
+from orchestrator.errors import BadInput, JobFailed, Unreachable
+from orchestrator.search import remote
+from orchestrator.search.events import Reported, Started
+from orchestrator.search.folder import SearchFolder, searches_folder
+from orchestrator.search.history import History
+from orchestrator.search.journal import Journal, read_history
+from orchestrator.search.remote import RemoteHome
+from orchestrator.search.saved import find_search
+from tests.search.test_journal import CONFIG, checkpoint, report
+
+WRITER = """
+import itertools, sys
+from orchestrator.search import remote
+remote.BEAT_S = 0.01
+from tests.search.test_remote import folder_named, write_round
+folder = folder_named("search")
+with folder.locked():
+    (folder.path / "job.yaml").write_text("name: x")
+    (folder.path / "search.json").write_text("{}")
+    journal = None
+    for number in itertools.count(1):
+        journal = write_round(folder, number, journal)
+        print(number, flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[dict[str, str]]:
+    if reason := why_no_object_store():
+        pytest.skip(reason)
+    with object_store("team") as environment:
+        yield {name: value for name, value in environment.items() if name.startswith("AWS_")} | {
+            "AWS_ENDPOINT_URL": environment["MLFLOW_S3_ENDPOINT_URL"]
+        }
+
+
+@pytest.fixture(params=["file", "s3"])
+def home(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Address of an empty store, the home of searches here; silence is short."""
+    if request.param == "s3":
+        for name, value in request.getfixturevalue("bucket").items():
+            monkeypatch.setenv(name, value)
+        url = f"s3://team/{tmp_path.name}"
+    else:
+        url = (tmp_path / "store").as_uri()
+    monkeypatch.setenv("ORCHESTRATOR_HOME", url)
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "here"))
+    monkeypatch.setattr(remote, "BEAT_S", 0.1)
+    monkeypatch.setattr(remote, "SILENCE_S", 1.0)
+    return url
+
+
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on this is another machine, which has nothing of what the first one kept."""
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "elsewhere"))
+
+
+def folder_named(name: str) -> SearchFolder:
+    return SearchFolder(searches_folder() / name)
+
+
+def write_round(folder: SearchFolder, number: int, journal: Journal | None = None) -> Journal:
+    """Three trials' reports at step ``number``, which replace those before."""
+    if journal is None:
+        journal = Journal(folder, History())
+        journal.append([Started(f"t{trial}", CONFIG) for trial in range(3)], 0.0)
+    journal.append([Reported(report(f"t{trial}", number)) for trial in range(3)], float(number))
+    return journal
+
+
+def contents(folder: SearchFolder) -> dict[str, bytes]:
+    files = [it for it in folder.path.rglob("*") if it.is_file() and it.name != "lock"]
+    return {it.relative_to(folder.path).as_posix(): it.read_bytes() for it in files}
+
+
+def test_what_a_search_leaves_is_there_elsewhere(home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but what is of use on its own node only, and nothing that it has removed; found by its name and as latest."""
+    folder = folder_named("search-1")
+    with folder.locked():
+        (folder.path / "inputs").mkdir()
+        (folder.path / "inputs" / "rows.jsonl").write_text("{}")
+        (folder.path / "job.yaml").write_text("name: x")
+        (folder.path / "search.json").write_text("{}")
+        (folder.path / "ray").mkdir()
+        (folder.path / "ray" / "log").write_text("x")
+        journal = write_round(folder, 1)
+        time.sleep(1.0)
+        write_round(folder, 2, journal)
+    shutil.rmtree(folder.path / "ray")
+    kept = contents(folder)
+    assert set(kept) == {
+        "inputs/rows.jsonl", "job.yaml", "search.json", "journal.jsonl",
+        *(f"checkpoints/t{trial}-2.safetensors" for trial in range(3)),
+    }  # fmt: skip
+    elsewhere(tmp_path, monkeypatch)
+    assert not folder_named("search-1").path.exists()
+    for wanted in ("latest", "search"):
+        found = find_search(wanted)
+        assert found.path != folder.path and contents(found) == kept
+    with found.locked():  # nobody holds it any more
+        pass
+
+
+def test_a_copy_is_a_state_whenever_its_writer_dies(home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGKILL between whatever requests: each trial that the copied journal knows has its checkpoint beside it."""
+    environment = os.environ | {"PYTHONPATH": f".{os.pathsep}tests"}
+    command = [sys.executable, "-c", WRITER]
+    root = Path(__file__).parents[2]
+    writer = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=root)
+    assert writer.stdout is not None
+    time.sleep(8)
+    writer.send_signal(signal.SIGKILL)
+    written = [int(line) for line in writer.stdout.read().split()]
+    writer.wait()
+    elsewhere(tmp_path, monkeypatch)
+    folder = find_search("latest")
+    began = time.monotonic()
+    with folder.locked():  # the dead one's hold falls after it was silent
+        assert time.monotonic() - began >= remote.SILENCE_S
+        history = read_history(folder)
+    assert history.lost == {} and len(history.checkpoints) == 3
+    step = history.steps()["t0"]
+    assert 1 <= step <= written[-1] + 1
+    assert history.checkpoints["t0"] == checkpoint(step)
+
+
+def test_of_two_runners_one_is_refused(home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with folder_named("x").locked():
+        elsewhere(tmp_path, monkeypatch)
+        with pytest.raises(BadInput, match=f"still being run by process {os.getpid()} on "):
+            run_for(0.0)
+
+
+def test_who_was_taken_over_hears_of_it(home: str, tmp_path: Path) -> None:
+    """A runner that could not reach the store for long enough finds somebody else there, and leaves the copy alone."""
+    folder, found = folder_named("search"), RemoteHome(home)
+    other = json.dumps({"host": "elsewhere", "pid": 7, "token": "theirs"}).encode()
+
+    def run() -> None:
+        with folder.locked():
+            found.write(folder.path, remote.LOCK, other)
+            time.sleep(1.0)
+            write_round(folder, 1)
+
+    with pytest.raises(JobFailed, match="process 7 on elsewhere took over search search"):
+        run()
+    assert found.read(folder.path, remote.JOURNAL) is None
+    assert found.read(folder.path, remote.LOCK) == other
+
+
+def test_what_is_ahead_here_stays(home: str) -> None:
+    """A driver that died between two copies, and goes on where it was."""
+    folder = folder_named("search")
+    with folder.locked():
+        (folder.path / "search.json").write_text("{}")
+        journal = write_round(folder, 1)
+    write_round(folder, 2, journal)
+    folder.fetch()
+    assert read_history(folder).steps()["t0"] == 2
+    with folder.locked():
+        pass
+    shutil.rmtree(folder.path)
+    folder.fetch()
+    assert read_history(folder).steps()["t0"] == 2 and read_history(folder).lost == {}
+
+
+def test_a_store_that_is_away(bucket: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a search it ends the command; at the end of one it says how the copy is completed."""
+    for name, value in bucket.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path))
+    monkeypatch.setenv("ORCHESTRATOR_HOME", "s3://nobodys/searches")
+    with pytest.raises(Unreachable, match=r"s3://nobodys/searches.*ORCHESTRATOR_HOME.*") as lacking:
+        run_for(0.0)
+    assert "AWS_ENDPOINT_URL" in lacking.value.hint
+    monkeypatch.setenv("ORCHESTRATOR_HOME", f"s3://team/{tmp_path.name}")
+    monkeypatch.setattr(remote, "LAST_S", 0.1)
+    monkeypatch.setattr(remote, "BEAT_S", 0.1)
+    threading.Timer(1.5, monkeypatch.setattr, [RemoteHome, "write", refuse]).start()
+    with pytest.raises(Unreachable) as away:
+        run_for(3.0)
+    assert "orchestrator resume x on this machine completes the copy" in away.value.hint
+
+
+def run_for(seconds: float) -> None:
+    with folder_named("x").locked():
+        time.sleep(seconds)
+
+
+def refuse(*_: object) -> None:
+    raise OSError("connection refused")
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("ftp://host/searches", "no store of kind 'ftp' is known"),
+        ("s3://me:secret@bucket/searches", "holds a key"),
+        ("s3://", "ORCHESTRATOR_HOME is 's3://'"),
+    ],
+)
+def test_addresses_that_are_none(url: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_HOME", url)
+    with pytest.raises(BadInput, match=message) as found:
+        find_search("latest")
+    assert "secret" not in str(found.value).replace("AWS_SECRET_ACCESS_KEY", "")
