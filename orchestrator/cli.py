@@ -199,7 +199,10 @@ def submit(
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the log, and exit with the outcome.")] = True,
     retries: Annotated[int, typer.Option(min=0, help="Submit again so often when the job or its cluster is lost.")] = 0,
     home: Annotated[
-        str | None, typer.Option(metavar="DIR", help="The cluster's folder for searches; one that outlives its nodes.")
+        str | None,
+        typer.Option(
+            metavar="DIR", help="The cluster's folder for searches, or s3://...; one that outlives its nodes."
+        ),
     ] = None,
     shared: Annotated[
         list[Path], typer.Option(metavar="DIR", help="Folder that the nodes have too: not packed; repeatable.")

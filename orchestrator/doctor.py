@@ -36,7 +36,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Every finding; a check that breaks is a finding too."""
-    checks: list[Callable[[], list[Finding]]] = [_python, _libraries, _device, _room, _cluster, _registry, _hub]
+    checks: list[Callable[[], list[Finding]]] = [_python, _libraries, _device, _room, _cluster, _registry, _searches, _hub]
     findings = []
     for check in checks:
         try:
@@ -102,6 +102,15 @@ def _registry() -> list[Finding]:
     registry = Registry()
     registry.check()
     return [Finding("registry", f"{registry.display_uri}: {len(registry.list_models())} models")]
+
+
+def _searches() -> list[Finding]:
+    from orchestrator.search.folder import home_folder
+    from orchestrator.search.remote import remote_home
+
+    if (remote := remote_home()) is not None:
+        return [Finding("searches", f"{remote.url}: {len(remote.ids())}; a copy of them here in {remote.local}")]
+    return [Finding("searches", f"kept in {home_folder()}")]
 
 
 def _hub() -> list[Finding]:

@@ -83,25 +83,36 @@ def test_what_is_copied_is_there_and_may_be(file: Path) -> None:
         assert copied == set(allowed) and ignored.read_text().splitlines()[1] == "*"
 
 
-def entrypoint(*arguments: str | Path, home: Path) -> subprocess.CompletedProcess[str]:
+def entrypoint(*arguments: str | Path, home: Path, store: bool = False) -> subprocess.CompletedProcess[str]:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = os.environ | {"ORCHESTRATOR_HOME": str(home), "PATH": path}
+    code = str(Path(__file__).parents[2])
+    environment = os.environ | {"ORCHESTRATOR_HOME": home.as_uri() if store else str(home), "PATH": path}
+    environment |= {"PYTHONPATH": code, "ORCHESTRATOR_CACHE": str(home / "cache")}
     argv = [IMAGE / "run-or-resume", *arguments]
     return subprocess.run(argv, env=environment, cwd=home, capture_output=True, text=True, timeout=120)
 
 
-def test_a_first_attempt_runs_the_job(tmp_path: Path) -> None:
+@pytest.mark.parametrize("store", [False, True])
+def test_a_first_attempt_runs_the_job(tmp_path: Path, store: bool) -> None:
     """Nothing is there to go on with: ``run`` gets the job and the options."""
-    done = entrypoint("no-such-job.yaml", "--quiet", home=tmp_path)
+    done = entrypoint("no-such-job.yaml", "--quiet", home=tmp_path, store=store)
     assert done.returncode == 2 and "no-such-job.yaml" in done.stderr
 
 
-def test_a_later_attempt_goes_on_with_the_search(tmp_path: Path) -> None:
+def test_an_attempt_that_can_not_look_begins_nothing(tmp_path: Path) -> None:
+    """A store that does not answer may have a search."""
+    (tmp_path / "searches").write_text("no folder")
+    done = entrypoint("no-such-job.yaml", home=tmp_path, store=True)
+    assert done.returncode != 0 and "no-such-job" not in done.stderr
+
+
+@pytest.mark.parametrize("store", [False, True])
+def test_a_later_attempt_goes_on_with_the_search(tmp_path: Path, store: bool) -> None:
     """A search that an earlier attempt has begun is resumed, whatever the job's file says by now."""
     begun = tmp_path / "searches" / "sms-spam-20260101-000000"
     begun.mkdir(parents=True)
     (begun / "search.json").write_text("{}")
-    done = entrypoint("no-such-job.yaml", home=tmp_path)
+    done = entrypoint("no-such-job.yaml", home=tmp_path, store=store)
     assert done.returncode == 2 and "going on with it" in done.stderr
     assert "sms-spam-20260101-000000" in done.stderr and "no-such-job" not in done.stderr
 
