@@ -42,7 +42,7 @@ MARKS = (
     "search.json",
     "result.json",
 )  # each says that what it speaks of is there: they go last, in this order
-OF_THE_NODE = ("ray", "lock")  # of a search's folder, of no use elsewhere
+OF_THE_NODE = ("ray", "lock", "processes.json")  # of a search's folder, of no use elsewhere
 TRIES = 20
 
 
