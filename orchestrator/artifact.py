@@ -79,6 +79,16 @@ class DataRecord(Record):
     test_fingerprint: str = ""
     """sha256 over the test rows: prompts are compared where these are the same. Empty in early artifacts."""
 
+    @property
+    def place(self) -> str:
+        """``path`` in short: for splits with files of their own, the folder that has them all."""
+        try:
+            named = json.loads(self.path).values()
+            files = [file for it in named for file in ([it] if isinstance(it, str) else it)]
+            return os.path.commonpath(files) or self.path
+        except (ValueError, TypeError, AttributeError):  # one path, or files that share nothing
+            return self.path
+
 
 class ReparameterizationRecord(Record):
     """The network that made the prompt in training."""

@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import shutil
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Every finding; a check that breaks is a finding too."""
-    checks: list[Callable[[], list[Finding]]] = [_python, _libraries, _device, _room, _cluster, _registry, _searches, _hub]
+    checks = [_python, _libraries, _device, _room, _cluster, _registry, _searches, _hub]
     findings = []
     for check in checks:
         try:

@@ -30,7 +30,19 @@ def test_a_sound_machine(command: Command, store: str) -> None:
     """Every part is named with what was found, and the next step is the quickstart."""
     said = command("doctor")
     assert said.code == 0, said.out
-    for what in ("python", "torch", "ray", "mlflow", "cpu", "accelerator", "disk", "Ray", "registry", "searches", "hub"):
+    for what in (
+        "python",
+        "torch",
+        "ray",
+        "mlflow",
+        "cpu",
+        "accelerator",
+        "disk",
+        "Ray",
+        "registry",
+        "searches",
+        "hub",
+    ):
         assert f"ok  {what}: " in said.out, said.out
     assert store in said.out and "HF_HUB_OFFLINE" in said.out
     assert said.out.splitlines()[-1] == "next: orchestrator run jobs/quickstart.yaml"

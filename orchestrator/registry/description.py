@@ -21,7 +21,8 @@ def version_description(
 ) -> str:
     """Markdown, within what MLflow takes. ``champion`` is the one that the version came after."""
     base = manifest.base_model
-    config = ", ".join(f"{key} {_code(value)}" for key, value in manifest.config.items())
+    config = ", ".join(f"{key} {_code(_plain(value))}" for key, value in manifest.config.items())
+    counts = ", ".join(f"{count:,} {split}" for split, count in manifest.data.rows.items())
     rows: dict[str, Metrics] = {"this prompt": manifest.metrics} | manifest.baselines
     if champion is not None:
         rows[f"the champion then, version {champion.version}"] = champion.metrics
@@ -31,7 +32,7 @@ def version_description(
         *metrics_table(rows),
         "",
         f"Base model {_code(base.id)} at {_code(base.revision)}, fingerprint {_code(base.fingerprint[:16])}.",
-        f"Data {_code(manifest.data.path)} (rows {_code(manifest.data.rows)}), {manifest.steps} steps.",
+        f"Data {_code(manifest.data.place)} (rows: {counts}), {manifest.steps} steps.",
         f"Template {_code(manifest.template)}. Trial {_code(manifest.trial)} of search {_code(manifest.search)}.",
         "",
         f'Ask it: `orchestrator query {name} "text"` (the champion), `name@alias` or `name:version` for another.',
@@ -50,6 +51,13 @@ def metrics_table(rows: Mapping[str, Metrics]) -> list[str]:
         cells = [f"{value:.4g}" if isinstance(value, int | float) else "" for value in values]
         lines.append(f"| {label.replace('_', ' ')} | " + " | ".join(cells) + " |")
     return lines
+
+
+def _plain(value: Any) -> Any:
+    """A configuration's value as people write it: an init's own text or artifact, a number without its noise."""
+    if isinstance(value, dict) and len(value) == 1:
+        return " ".join(map(str, next(iter(value.items()))))
+    return f"{value:.4g}" if isinstance(value, float) else value
 
 
 def _nearest(nearest: Words) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import getpass
 import json
-import os
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -58,7 +57,7 @@ def _data_input(data: DataRecord) -> DatasetInput:
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     found = Dataset(
-        _data_name(data.path)[:MAX_DATA_NAME],
+        data.place[:MAX_DATA_NAME],
         data.fingerprint[:MAX_DIGEST],
         source_type="orchestrator",
         source=json.dumps({"path": data.path})[:MAX_SOURCE],
@@ -86,15 +85,6 @@ def resume(
     if missing := {name: value for name, value in params.items() if name not in run.data.params}:
         log.parent_params(missing)
     return log
-
-
-def _data_name(path: str) -> str:
-    """Where the rows are from, in short: for files of their own for each split, the folder that has them all."""
-    try:
-        files = [file for found in json.loads(path).values() for file in ([found] if isinstance(found, str) else found)]
-        return os.path.commonpath(files) or path
-    except (ValueError, TypeError, AttributeError):  # one path, or files that share nothing
-        return path
 
 
 def experiment_named(store: Store, name: str) -> Experiment:

@@ -89,6 +89,7 @@ def make_artifact(tmp_path: Path) -> MakeArtifact:
             fingerprint=fingerprint,
             tokenizer_digest=changes.pop("tokenizer", "t" * 64),
         )
+        rows = DataRecord(path="`odd` <b>data</b>", fingerprint=data, rows={"train": 10, "test": 5})
         manifest = Manifest(
             method="prompt_tuning",
             num_virtual_tokens=5,
@@ -99,7 +100,7 @@ def make_artifact(tmp_path: Path) -> MakeArtifact:
             max_input_tokens=32,
             max_target_tokens=4,
             base_model=base,
-            data=DataRecord(path="`odd` <b>data</b>", fingerprint=data, rows={"train": 10, "test": 5}),
+            data=changes.pop("record", rows),
             metrics={"validation": {"accuracy": 0.91}, "test": {"accuracy": accuracy, "loss": 1 - accuracy}},
             baselines={"zero_shot": {"test": {"accuracy": 0.23}}},
             steps=100,

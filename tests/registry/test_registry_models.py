@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.artifact import MANIFEST, WEIGHTS, PromptArtifact, read_manifest
+from orchestrator.artifact import MANIFEST, WEIGHTS, DataRecord, PromptArtifact, read_manifest
 from orchestrator.errors import BadInput
 from orchestrator.registry import AliasOutcome, Registry
 
@@ -55,6 +55,19 @@ def test_a_version_tells_what_it_is(registry: Registry, name: str, register: Reg
     assert detail.manifest is not None and detail.manifest.base_model.id == "builtin:quickstart"
     found = registry._store.client.search_model_versions("tags.init = 'sample_vocab'")
     assert name in {version.name for version in found}
+
+
+def test_a_version_speaks_as_people_do(local: Registry, name: str, make_artifact: Callable[..., Path]) -> None:
+    """An init's own text, numbers without their noise, the folder that the rows are in."""
+    path = json.dumps({split: f"/data/sms/{split}.jsonl" for split in ("train", "validation", "test")})
+    config = {"init": {"text": "Spam or not?"}, "num_virtual_tokens": 5, "learning_rate": 0.1234567891, "seed": 0}
+    data = DataRecord(path=path, fingerprint="d" * 64, rows={"train": 4000, "test": 50})
+    with local.start_search(name, {}, {}) as search:
+        search.trial_started("t1", config)
+    version = local.register(make_artifact(config=config, record=data), name, search.run_ids["t1"])
+    said = local.version(f"{name}:{version}").summary.description
+    assert "init `text Spam or not?`, num_virtual_tokens `5`, learning_rate `0.1235`, seed `0`" in said
+    assert "Data `/data/sms` (rows: 4,000 train, 50 test)" in said
 
 
 def test_a_version_holds_no_pickle_and_no_path(
