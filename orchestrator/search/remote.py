@@ -19,17 +19,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from orchestrator.errors import BadInput, JobFailed, Unreachable
 from orchestrator.quickstart.making import cache_folder
+from orchestrator.store_address import check_address, is_address
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
 log = logging.getLogger(__name__)
 
-SCHEMES = ("s3", "gs", "abfs", "file")
 SETTINGS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION")
 BEAT_S = 5.0
 SILENCE_S = 3 * BEAT_S  # a runner that has not moved its lock for so long is dead
@@ -54,18 +53,8 @@ class RemoteHome:
     """
 
     def __init__(self, url: str) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in SCHEMES:
-            raise BadInput(
-                f"ORCHESTRATOR_HOME is {url!r}: no store of kind {parts.scheme!r} is known",
-                f"name a folder, or an address with {', '.join(f'{it}://' for it in SCHEMES)}",
-            )
-        if parts.username or parts.password:
-            raise BadInput(
-                "ORCHESTRATOR_HOME holds a key, and addresses end up in logs",
-                "put it into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
-            )
-        self.url = url if url.endswith("://") else url.rstrip("/")
+        check_address(url, "ORCHESTRATOR_HOME")
+        self.url = url.rstrip("/")
         self._opened: tuple[FileSystem, str] | None = None
 
     @property
@@ -157,8 +146,6 @@ class RemoteHome:
 
             try:
                 store, root = FileSystem.from_uri(self.url)
-                if not root:
-                    raise ArrowInvalid("it names no bucket")
             except ArrowInvalid as error:
                 raise BadInput(
                     f"ORCHESTRATOR_HOME is {self.url!r}: {error}", "s3://BUCKET/FOLDER, for instance"
@@ -170,7 +157,7 @@ class RemoteHome:
 def remote_home() -> RemoteHome | None:
     """The store that ORCHESTRATOR_HOME names; None when it is a folder."""
     url = os.environ.get("ORCHESTRATOR_HOME", "")
-    return RemoteHome(url) if "://" in url else None
+    return RemoteHome(url) if is_address(url) else None
 
 
 @contextmanager

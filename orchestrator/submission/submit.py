@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from orchestrator.errors import BadInput, Interrupted, Unreachable
 from orchestrator.spec import JobSpec
+from orchestrator.store_address import check_address, is_address
 from orchestrator.submission.cluster import DEFAULT_ADDRESS, AlreadyThere, Cluster, Job
 from orchestrator.submission.environment import forwarded
 from orchestrator.submission.follow import Forgotten, follow
@@ -61,7 +62,9 @@ def make_submission(
     cpus: float = 0.0,
 ) -> Submission:
     """Everything that can be checked without the cluster. Raises BadInput."""
-    if home is not None and "://" not in home and not Path(home).is_absolute():
+    if home is not None and is_address(home):
+        check_address(home, "--home")
+    elif home is not None and not Path(home).is_absolute():
         raise BadInput(
             f"--home {home} is not a whole path", "name a folder on the cluster, from / on, or s3://BUCKET/FOLDER"
         )

@@ -214,7 +214,7 @@ def refuse(*_: object) -> None:
     [
         ("ftp://host/searches", "no store of kind 'ftp' is known"),
         ("s3://me:secret@bucket/searches", "holds a key"),
-        ("s3://", "ORCHESTRATOR_HOME is 's3://'"),
+        ("s3://", "names no bucket"),
     ],
 )
 def test_addresses_that_are_none(url: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:

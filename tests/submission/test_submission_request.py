@@ -121,6 +121,9 @@ def test_a_dry_run_asks_nobody_and_shows_the_request(command: Command, tmp_path:
         ({"labels": ["user=somebody"]}, "is set already"),
         ({"labels": ["a=line\nbreak"]}, "plain characters"),
         ({"home": "relative"}, "is not a whole path"),
+        ({"home": "ftp://host/searches"}, "--home is 'ftp://host/searches': no store of kind 'ftp'"),
+        ({"home": "s3://me:secret@bucket/searches"}, "--home holds a key"),
+        ({"home": "s3://"}, "names no bucket"),
         ({"shared": [Path("/no/such/folder")]}, "is no folder here"),
         ({"pip": Path("/no/such/file")}, "--pip /no/such/file"),
     ],
@@ -129,6 +132,10 @@ def test_bad_options_are_refused(tmp_path: Path, options: dict[str, Any], messag
     """Before the cluster hears of them."""
     with pytest.raises(BadInput, match=re.escape(message)):
         made(tmp_path, **options)
+
+
+def test_searches_may_be_kept_in_a_store(tmp_path: Path) -> None:
+    assert made(tmp_path, home="s3://bucket/searches").request.home == "s3://bucket/searches"
 
 
 def test_an_address_with_a_login_is_not_passed_on_by_itself() -> None:

@@ -1,0 +1,31 @@
+"""Addresses of stores that searches may be kept in, s3://BUCKET/FOLDER for instance."""
+
+from __future__ import annotations
+
+from urllib.parse import urlsplit
+
+from orchestrator.errors import BadInput
+
+SCHEMES = ("s3", "gs", "abfs", "file")
+
+
+def is_address(home: str) -> bool:
+    """Whether it is a store's address, and not a folder."""
+    return "://" in home
+
+
+def check_address(url: str, given_as: str) -> None:
+    """BadInput for a store of an unknown kind, and for a key in the address; ``given_as`` is where it stood."""
+    parts = urlsplit(url)
+    if parts.username or parts.password:
+        raise BadInput(
+            f"{given_as} holds a key, and addresses end up in logs",
+            "put it into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, on the nodes",
+        )
+    if parts.scheme not in SCHEMES:
+        raise BadInput(
+            f"{given_as} is {url!r}: no store of kind {parts.scheme!r} is known",
+            f"name a folder, or an address with {', '.join(f'{it}://' for it in SCHEMES)}",
+        )
+    if parts.scheme != "file" and not parts.netloc:
+        raise BadInput(f"{given_as} is {url!r}, which names no bucket", f"{parts.scheme}://BUCKET/FOLDER")
