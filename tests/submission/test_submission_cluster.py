@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,9 @@ from typing import Any
 
 import mlflow
 import pytest
+import yaml
 from mlflow.entities import Run
-from ray_processes import RayProcesses
+from ray_processes import RayProcesses, free_ports
 from small_jobs import Said, close, search_runs, write_job
 
 from orchestrator.submission.outcome import MARK
@@ -218,6 +220,36 @@ def test_bad_data_is_the_jobs_own_error(orchestrator: Orchestrator, tmp_path: Pa
     )
     assert said.code == 2
     assert "data.target names column 'nothing'" in said.document["error"]["message"]
+
+
+def test_what_was_tuned_is_served_there(cluster: RayProcesses, ran: Ran, tmp_path: Path) -> None:
+    """``serve deploy`` with deploy/serve.yaml, to the same cluster with its token: the job's prompt answers."""
+    (port,) = free_ports(1)
+    settings = yaml.safe_load((Path(__file__).parents[2] / "deploy" / "serve.yaml").read_text())
+    settings["http_options"]["port"] = port
+    (application,) = settings["applications"]
+    application["args"]["max_replicas"] = 1
+    application["runtime_env"]["env_vars"]["MLFLOW_TRACKING_URI"] = f"sqlite:///{ran.orchestrator.home}/mlflow.db"
+    file = tmp_path / "serve.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    refused = cluster.run(
+        ["serve", "deploy", str(file), "--address", cluster.url], check=False, RAY_AUTH_MODE="disabled"
+    )
+    assert refused.returncode != 0
+    cluster.run(["serve", "deploy", str(file), "--address", cluster.url])
+    try:
+        ready = ["serve", "status", "--address", cluster.url, "--name", "orchestrator"]
+        deadline = time.monotonic() + LIMIT_S
+        while "status: RUNNING" not in (said := cluster.run(ready, check=False).stdout):
+            assert time.monotonic() < deadline and "DEPLOY_FAILED" not in said, said
+            time.sleep(1.0)
+        query = [sys.executable, "-m", "orchestrator", "query", "tiny", "the quick brown fox", "--json"]
+        answered = cluster.run([*query, "--url", f"http://127.0.0.1:{port}"])
+    finally:
+        cluster.run(["serve", "shutdown", "--address", cluster.url, "--yes"])
+    (answer,) = json.loads(answered.stdout)["data"]
+    assert answer["label"] in (0, 1)
+    assert sum(answer["probs"].values()) == pytest.approx(1.0)
 
 
 @pytest.mark.failure
