@@ -32,7 +32,7 @@ from orchestrator.registry import Registry, SearchLog
 from orchestrator.report import read_facts, write_report
 from orchestrator.run_tags import outcome_tags, search_note, search_tags
 from orchestrator.search.cluster_session import nodes, ray_session
-from orchestrator.search.folder import SearchFolder, write_whole
+from orchestrator.search.folder import SearchFolder, check_home, write_whole
 from orchestrator.search.history import History
 from orchestrator.search.journal import Journal, read_history
 from orchestrator.search.outcome import Outcome, TrialRecord
@@ -113,6 +113,7 @@ def run_job(
     clock = Clock()
     registry = Registry()
     registry.check()
+    check_home()
     progress.stage("reading data and base model")
     artifacts, pins = find_artifacts(job, registry)
     prepared = prepare(job, artifacts)

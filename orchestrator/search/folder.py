@@ -28,6 +28,12 @@ def searches_folder() -> Path:
     return home_folder() / "searches"
 
 
+def check_home() -> None:
+    """Raise Unreachable, before anything is spent, when searches are kept in a store that does not answer."""
+    if (remote := remote_home()) is not None:
+        remote.check()
+
+
 @dataclass(frozen=True)
 class SearchFolder:
     """Every path of one search."""

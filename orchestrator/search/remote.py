@@ -62,6 +62,13 @@ class RemoteHome:
         """The folder on this machine that stands for it."""
         return cache_folder() / "homes" / hashlib.sha256(self.url.encode()).hexdigest()[:16]
 
+    def check(self) -> None:
+        """Whether it takes files and gives them up."""
+        place, name = Path(".check"), secrets.token_hex(8)
+        with self.translating():
+            self.write(place, name, b"")
+            self.remove(place, name)
+
     def ids(self) -> list[str]:
         """Searches that can be resumed, the oldest first."""
         with self.translating():

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import pytest
 from object_store import object_store, why_no_object_store
+from ray_state import eventually
 
 from orchestrator.errors import BadInput, JobFailed, Unreachable
 from orchestrator.search import remote
 from orchestrator.search.events import Reported, Started
-from orchestrator.search.folder import SearchFolder, searches_folder
+from orchestrator.search.folder import SearchFolder, check_home, searches_folder
 from orchestrator.search.history import History
 from orchestrator.search.journal import Journal, read_history
 from orchestrator.search.remote import RemoteHome
@@ -64,7 +65,7 @@ def home(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("ORCHESTRATOR_HOME", url)
     monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "here"))
     monkeypatch.setattr(remote, "BEAT_S", 0.1)
-    monkeypatch.setattr(remote, "SILENCE_S", 1.0)
+    monkeypatch.setattr(remote, "SILENCE_S", 3.0)
     return url
 
 
@@ -102,7 +103,7 @@ def test_what_a_search_leaves_is_there_elsewhere(home: str, tmp_path: Path, monk
         (folder.path / "ray").mkdir()
         (folder.path / "ray" / "log").write_text("x")
         journal = write_round(folder, 1)
-        time.sleep(1.0)
+        eventually(lambda: RemoteHome(home).read(folder.path, "journal.jsonl"))
         write_round(folder, 2, journal)
     shutil.rmtree(folder.path / "ray")
     kept = contents(folder)
@@ -126,10 +127,13 @@ def test_a_copy_is_a_state_whenever_its_writer_dies(home: str, tmp_path: Path, m
     root = Path(__file__).parents[2]
     writer = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=root)
     assert writer.stdout is not None
-    time.sleep(8)
-    writer.send_signal(signal.SIGKILL)
-    written = [int(line) for line in writer.stdout.read().split()]
-    writer.wait()
+    try:
+        eventually(RemoteHome(home).ids)
+        written = [int(next(writer.stdout)) for _ in range(40)]
+    finally:
+        writer.send_signal(signal.SIGKILL)
+        written += [int(line) for line in writer.stdout.read().split()]
+        writer.wait()
     elsewhere(tmp_path, monkeypatch)
     folder = find_search("latest")
     began = time.monotonic()
@@ -146,7 +150,7 @@ def test_of_two_runners_one_is_refused(home: str, tmp_path: Path, monkeypatch: p
     with folder_named("x").locked():
         elsewhere(tmp_path, monkeypatch)
         with pytest.raises(BadInput, match=f"still being run by process {os.getpid()} on "):
-            run_for(0.0)
+            run_nothing()
 
 
 def test_who_was_taken_over_hears_of_it(home: str, tmp_path: Path) -> None:
@@ -157,7 +161,7 @@ def test_who_was_taken_over_hears_of_it(home: str, tmp_path: Path) -> None:
     def run() -> None:
         with folder.locked():
             found.write(folder.path, remote.LOCK, other)
-            time.sleep(1.0)
+            eventually(lambda: not any(it.name == "search-copy" for it in threading.enumerate()))
             write_round(folder, 1)
 
     with pytest.raises(JobFailed, match="process 7 on elsewhere took over search search"):
@@ -188,21 +192,26 @@ def test_a_store_that_is_away(bucket: dict[str, str], tmp_path: Path, monkeypatc
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path))
     monkeypatch.setenv("ORCHESTRATOR_HOME", "s3://nobodys/searches")
-    with pytest.raises(Unreachable, match=r"s3://nobodys/searches.*ORCHESTRATOR_HOME.*") as lacking:
-        run_for(0.0)
+    for use in (check_home, run_nothing):
+        with pytest.raises(Unreachable, match=r"s3://nobodys/searches.*ORCHESTRATOR_HOME.*") as lacking:
+            use()
     assert "AWS_ENDPOINT_URL" in lacking.value.hint
     monkeypatch.setenv("ORCHESTRATOR_HOME", f"s3://team/{tmp_path.name}")
     monkeypatch.setattr(remote, "LAST_S", 0.1)
     monkeypatch.setattr(remote, "BEAT_S", 0.1)
-    threading.Timer(1.5, monkeypatch.setattr, [RemoteHome, "write", refuse]).start()
+
+    def run_on() -> None:
+        with folder_named("x").locked():
+            monkeypatch.setattr(RemoteHome, "write", refuse)
+
     with pytest.raises(Unreachable) as away:
-        run_for(3.0)
+        run_on()
     assert "orchestrator resume x on this machine completes the copy" in away.value.hint
 
 
-def run_for(seconds: float) -> None:
+def run_nothing() -> None:
     with folder_named("x").locked():
-        time.sleep(seconds)
+        pass
 
 
 def refuse(*_: object) -> None:
