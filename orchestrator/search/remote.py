@@ -107,11 +107,12 @@ class RemoteHome:
             return None
 
     def write(self, folder: Path, name: str, data: bytes) -> None:
-        """Raises OSError."""
+        """A file whole or not at all. Raises OSError."""
         store, root = self._open()
         path = f"{root}/searches/{folder.name}/{name}"
-        if store.type_name == "local":  # object stores have no folders to make
-            store.create_dir(str(Path(path).parent))
+        if store.type_name == "local":  # an object store's are there once they are complete, and need no folder
+            _write(Path(path), data)
+            return
         with store.open_output_stream(path) as stream:
             stream.write(data)
 
@@ -140,7 +141,7 @@ class RemoteHome:
 
         store, root = self._open()
         found = store.get_file_info(FileSelector(f"{root}/{below}", recursive=True, allow_not_found=True))
-        return [it for it in found if it.type == FileType.File]
+        return [it for it in found if it.type == FileType.File and not it.base_name.startswith(".")]
 
     @staticmethod
     def _below(path: str, folder: Path) -> str:
