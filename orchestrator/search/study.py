@@ -54,22 +54,30 @@ class Listener(Protocol):
 
 
 class RelayTrial(tune.Trainable):
-    """A Tune trial: submits itself to the broker, then hands on one report a step."""
+    """A Tune trial: submits itself to the broker with its first step, then hands on one report a step.
+
+    Not when it is made: while it starts Tune may give its trial to a process that has become free, and this one
+    another trial later. Two that submit the same trial would be taken for a lost one and its successor.
+    """
 
     def setup(self, config: dict[str, Any], broker: Any = None) -> None:
         self._broker = broker
-        self._submit(config)
+        self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._submit(new_config)
+        self._asked = new_config["trial"]
+        self._trial = trial_id(self._asked["number"])
+        self._submitted = False
         return True
 
-    def _submit(self, config: dict[str, Any]) -> None:
-        self._trial = trial_id(config["trial"]["number"])
-        ray.get(self._broker.submit.remote(self._trial, config["trial"]["number"], config["trial"]["config"]))
+    def _submit(self) -> None:
+        if not self._submitted:
+            ray.get(self._broker.submit.remote(self._trial, self._asked["number"], self._asked["config"]))
+            self._submitted = True
 
     def step(self) -> dict[str, Any]:
         try:
+            self._submit()
             report: Report | None = ray.get(self._broker.next_report.remote(self._trial))
         except (JobFailed, ray.exceptions.RayActorError):
             return LOST

@@ -1,0 +1,43 @@
+"""Tune's trials between Tune and the broker."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import ray
+
+from orchestrator.search.broker import Broker
+from orchestrator.search.study import STOPPED, RelayTrial
+from orchestrator.space import TrialSpec
+
+
+def asked(number: int) -> dict[str, Any]:
+    return {"trial": {"number": number, "config": TrialSpec("random", None, 2, 0.1, number).config()}}
+
+
+def relay(broker: Any, number: int) -> RelayTrial:
+    made: RelayTrial = RelayTrial.__new__(RelayTrial)  # Tune's own part is not needed
+    made.setup(asked(number), broker=broker)
+    return made
+
+
+def test_a_process_that_comes_too_late_for_its_trial_does_not_end_it(ray_cluster: None) -> None:
+    """While a trial's process starts, one that has become free takes the trial over, as Tune arranges it. The late one
+    leaves the trial alone, until it is given one of its own."""
+    broker = ray.remote(Broker).remote(3)
+    ray.get(broker.worker_places.remote())  # it is there, and answers at once from now on
+    free = relay(broker, 1)
+    free.reset_config(asked(0))
+    heard: list[dict[str, Any]] = []
+    waiting = threading.Thread(target=lambda: heard.append(free.step()), daemon=True)
+    waiting.start()
+    waiting.join(1.0)  # until it is with the broker
+    late = relay(broker, 0)
+    waiting.join(1.0)
+    assert waiting.is_alive() and heard == []
+    late.reset_config(asked(2))
+    ray.get(broker.decide.remote("t000", False))
+    waiting.join(30.0)
+    assert heard == [STOPPED]
+    ray.kill(broker)
