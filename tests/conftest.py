@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """One local Ray for the whole session, with the environment of a search."""
-    os.environ.update(ENVIRONMENT, RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0")
+    os.environ.update(ENVIRONMENT)
     ray.init(
         address="local", num_cpus=LOGICAL_CPUS, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
     )

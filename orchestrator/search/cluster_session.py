@@ -27,6 +27,9 @@ ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    # It ends a worker before its machine goes without telling the broker, whose trials would wait for it. A machine that
+    # is taken back is one that is lost: the trials go on elsewhere from their last report.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
 }
 
@@ -44,8 +47,6 @@ def ray_session(address: str | None = None, verbose: bool = False) -> Iterator[b
         yield False
         return
     address = address or os.environ.get("RAY_ADDRESS")
-    if not address:
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # this machine sends no notice
     options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
     logging.getLogger("ray").setLevel(options["logging_level"])
     if address:

@@ -166,7 +166,7 @@ def _cluster(nodes: int) -> Iterator[None]:
 
     from orchestrator.search.cluster_session import ENVIRONMENT
 
-    os.environ.update(ENVIRONMENT, RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0")
+    os.environ.update(ENVIRONMENT)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     for _ in range(nodes - 1):
         cluster.add_node(num_cpus=2)

@@ -124,7 +124,7 @@ def main(asked: Asked) -> None:
     from orchestrator.search.study import scheduler
     from tests.benchmarks.peer_training import Data
 
-    os.environ.update(ENVIRONMENT, RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0")
+    os.environ.update(ENVIRONMENT)
     file = Path("job.yaml")
     file.write_text(json.dumps(asked.job))
     prepared = prepare(load_job(file))
