@@ -27,8 +27,8 @@ ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_METRICS_ENABLED": "0",
-    # It ends a worker before its machine goes without telling the broker, whose trials would wait for it. A machine that
-    # is taken back is one that is lost: the trials go on elsewhere from their last report.
+    # It ends a worker before its machine goes, without telling the broker, whose trials would wait for it. A machine
+    # that is taken back is one that is lost: the trials go on elsewhere from their last report.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
 }
