@@ -369,8 +369,8 @@ def _compared(searches: list[str], out_file: Path | None, as_json: bool) -> None
         from orchestrator.display import table
         from orchestrator.report import comparison, comparison_page, comparison_rows, read_facts
         from orchestrator.report.comparison import HEADING
-        from orchestrator.search.folder import write_whole
         from orchestrator.search.saved import find_search
+        from orchestrator.search.whole_file import write_whole
 
         document = comparison([read_facts(find_search(search)) for search in searches])
         if out_file:

@@ -12,7 +12,8 @@ from orchestrator.errors import BadInput
 from orchestrator.job_file import load_job
 from orchestrator.resume import resume_search
 from orchestrator.run import Progress, run_job
-from orchestrator.search.folder import SearchFolder, home_folder, searches_folder, write_whole
+from orchestrator.search.folder import SearchFolder, home_folder, searches_folder
+from orchestrator.search.whole_file import write_whole
 from orchestrator.spec import JobSpec
 from orchestrator.submission import SEARCH, unpacked
 

@@ -32,7 +32,7 @@ from orchestrator.registry import Registry, SearchLog
 from orchestrator.report import read_facts, write_report
 from orchestrator.run_tags import outcome_tags, search_note, search_tags
 from orchestrator.search.cluster_session import nodes, ray_session
-from orchestrator.search.folder import SearchFolder, check_home, write_whole
+from orchestrator.search.folder import SearchFolder, check_home
 from orchestrator.search.history import History
 from orchestrator.search.journal import Journal, read_history
 from orchestrator.search.outcome import Outcome, TrialRecord
@@ -44,6 +44,7 @@ from orchestrator.search.recorder import Recorder
 from orchestrator.search.saved import SavedSearch, load_saved, refuse_changes
 from orchestrator.search.search import Running, placed, running
 from orchestrator.search.study import Listener, trial_id
+from orchestrator.search.whole_file import write_whole
 from orchestrator.space import TrialSpec, init_artifacts
 from orchestrator.spec import JobSpec
 from orchestrator.tuning.report import EvaluationJob, confusion_counts, without_confusion

@@ -10,7 +10,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -183,6 +184,18 @@ class RayProcesses:
         self.network.close()
         shutil.rmtree(self.folder, ignore_errors=True)
         return left
+
+
+@contextmanager
+def ray_processes(redis: bool = False) -> Iterator[RayProcesses]:
+    """A head and a worker that are up; nothing of them may be left in the end."""
+    made = RayProcesses(redis=redis)
+    try:
+        made.start()
+        yield made
+    finally:
+        left = made.close()
+    assert left == [], [process.cmdline() for process in left]
 
 
 def end(processes: list[psutil.Process]) -> None:

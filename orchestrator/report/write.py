@@ -6,7 +6,7 @@ from pathlib import Path
 
 from orchestrator.registry import Registry
 from orchestrator.report.facts import SearchFacts
-from orchestrator.search.folder import write_whole
+from orchestrator.search.whole_file import write_whole
 
 PAGE = "report.html"
 

@@ -119,18 +119,3 @@ class SearchFolder:
             raise BadInput(
                 f"search {self.id} is still being run by another process", "wait for its end, or interrupt it first"
             ) from None
-
-
-def write_whole(file: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    staging = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        with staging.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        staging.replace(file)
-    except OSError:
-        staging.unlink(missing_ok=True)
-        raise

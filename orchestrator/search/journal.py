@@ -14,8 +14,9 @@ from pathlib import Path
 
 from orchestrator.errors import BadInput
 from orchestrator.search.events import Event, Reported, from_document, to_document
-from orchestrator.search.folder import SearchFolder, write_whole
+from orchestrator.search.folder import SearchFolder
 from orchestrator.search.history import History
+from orchestrator.search.whole_file import write_whole
 from orchestrator.tuning.checkpoint import TrialState
 
 

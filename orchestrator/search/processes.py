@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from orchestrator.search.folder import write_whole
+from orchestrator.search.whole_file import write_whole
 
 PATIENCE_S = 5.0
 

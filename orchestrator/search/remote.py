@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import BadInput, JobFailed, Unreachable
 from orchestrator.quickstart.making import cache_folder
+from orchestrator.search.whole_file import write_whole
 from orchestrator.store_address import check_address, is_address
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class RemoteHome:
                 file = folder / name
                 if _order(name)[0] == 0 and file.is_file() and file.stat().st_size == found[name]:
                     continue  # a checkpoint, which never changes
-                _write(file, self.read(folder, name) or b"")
+                write_whole(file, self.read(folder, name) or b"")
 
     def _is_ahead(self, folder: Path, found: dict[str, int]) -> bool:
         journal, there = folder / JOURNAL, self.read(folder, JOURNAL) or b""
@@ -111,7 +112,7 @@ class RemoteHome:
         store, root = self._open()
         path = f"{root}/searches/{folder.name}/{name}"
         if store.type_name == "local":  # an object store's are there once they are complete, and need no folder
-            _write(Path(path), data)
+            write_whole(Path(path), data)
             return
         with store.open_output_stream(path) as stream:
             stream.write(data)
@@ -324,7 +325,7 @@ class _Copy(threading.Thread):
         return {name: (state, None) for name, state in self._sent.items()}  # too busy: the next time
 
     def _states(self) -> dict[str, tuple[int, int]]:
-        """Time and size of each file that goes along; the journal's first, so that it is never newer than it says."""
+        """Time and size of each file that goes along, from before it is read: what changes in between goes again."""
         found = {}
         for place, folders, names in os.walk(self._folder):
             if Path(place) == self._folder:
@@ -348,11 +349,3 @@ def _order(name: str) -> tuple[int, str]:
     if name in MARKS:
         return 2 + MARKS.index(name), name
     return (0 if name.startswith(f"{CHECKPOINTS}/") else 1), name
-
-
-def _write(file: Path, data: bytes) -> None:
-    """A file whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    staging = file.with_name(f".{file.name}.{os.getpid()}")
-    staging.write_bytes(data)
-    staging.replace(file)

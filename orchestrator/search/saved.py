@@ -14,9 +14,10 @@ import yaml
 
 from orchestrator.errors import BadInput
 from orchestrator.job_file import load_job
-from orchestrator.search.folder import SearchFolder, searches_folder, write_whole
+from orchestrator.search.folder import SearchFolder, searches_folder
 from orchestrator.search.prepare import Prepared
 from orchestrator.search.remote import remote_home
+from orchestrator.search.whole_file import write_whole
 from orchestrator.space import TrialSpec
 from orchestrator.spec import JobSpec
 from orchestrator.tuning.engine import Task

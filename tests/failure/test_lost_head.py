@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ray_processes import RayProcesses
+from ray_processes import RayProcesses, ray_processes
 from small_jobs import close, write_job
 
 from tests.submission.test_submission_cluster import LIMIT_S, Orchestrator, heard, trials
@@ -26,13 +26,8 @@ print(*(it.node_id for it in list_nodes() if it.state == "ALIVE" and not it.is_h
 def cluster() -> Iterator[RayProcesses]:
     if shutil.which("redis-server") is None:
         pytest.skip("redis-server is not installed (Debian: redis)")
-    made = RayProcesses(redis=True)
-    try:
-        made.start()
+    with ray_processes(redis=True) as made:
         yield made
-    finally:
-        left = made.close()
-    assert left == [], [process.cmdline() for process in left]
 
 
 def worker_nodes(cluster: RayProcesses) -> list[str]:

@@ -17,7 +17,7 @@ import mlflow
 import pytest
 import yaml
 from mlflow.entities import Run
-from ray_processes import RayProcesses, free_ports
+from ray_processes import RayProcesses, free_ports, ray_processes
 from small_jobs import Said, close, search_runs, write_job
 
 from orchestrator.submission.outcome import MARK
@@ -30,13 +30,8 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[RayProcesses]:
-    made = RayProcesses()
-    try:
-        made.start()
+    with ray_processes() as made:
         yield made
-    finally:
-        left = made.close()
-    assert left == [], [process.cmdline() for process in left]
 
 
 class Orchestrator:
