@@ -64,6 +64,25 @@ def test_a_search_is_kept_where_the_next_attempt_finds_it(
     assert again["summary"][0].startswith("search tiny-0123456789ab: 2 trials")
 
 
+@pytest.mark.long
+def test_a_store_keeps_it_for_a_node_that_has_nothing(
+    package: Path, tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch, command: Command
+) -> None:
+    """The second attempt is on another node of the same image: nothing of the first one is there."""
+    monkeypatch.setenv("ORCHESTRATOR_HOME", (tmp_path / "store").as_uri())
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    document, _ = carry_out(Recorder)
+    (tmp_path / "store" / "searches" / document["search"] / "result.json").unlink()
+    for child in package.iterdir():
+        shutil.rmtree(child) if child.is_dir() else child.unlink()
+    monkeypatch.chdir(package)
+    shutil.rmtree(tmp_path / "cache")
+    said = command("on-cluster")
+    assert said.code == 0 and "2 of 2 trials are over" in said.err
+    assert result_in(said.out)["best"]["metrics"] == document["best"]["metrics"]
+
+
 def test_it_is_no_verb_for_people(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not in the help, and refused outside a job."""
     monkeypatch.delenv(SEARCH, raising=False)
