@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from orchestrator.artifact import PromptArtifact
 from orchestrator.backbone import Backbone, default_device, load_backbone
 from orchestrator.base_model import resolve_model
@@ -26,6 +28,7 @@ from orchestrator.spec import BaseModelSpec, DataFiles, DataSpec
 from orchestrator.tuning.evaluate import evaluate, forward_tokens
 from orchestrator.tuning.generate import Decoding
 from orchestrator.tuning.room import Room
+from orchestrator.tuning.threads import Threads
 
 Row = Mapping[str, Any]
 Metrics = dict[str, float]
@@ -277,10 +280,11 @@ def _metrics(backbone: Backbone, loaded: Sequence[Loaded], splits: Sequence[Enco
 def _alike(backbone: Backbone, loaded: Sequence[Loaded], split: Encoded) -> list[Metrics]:
     prompts = [prompt_tensors(one.artifact) for one in loaded]
     first, room = loaded[0], Room()
+    threads = Threads.of(torch.get_num_threads(), backbone.model, backbone.device)
 
     def work(places: Sequence[int]) -> list[Metrics]:
-        chosen = [prompts[place] for place in places]
-        return evaluate(backbone, chosen, split, first.prompt.encoder, first.decoding, room.tokens)
+        chosen, cores = [prompts[place] for place in places], threads.together() if room.note else threads
+        return evaluate(backbone, chosen, split, first.prompt.encoder, first.decoding, room.tokens, threads=cores)
 
     found = room.each(len(prompts), work)
     if any(metrics is None for metrics in found):

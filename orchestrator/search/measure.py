@@ -141,6 +141,7 @@ class Bench:
     def __init__(self, prepared: Prepared, placement: Placement, backbone: Any) -> None:
         self._prepared = prepared
         self._slots = placement.trials_per_worker
+        self._cores = placement.threads
         self._together = placement.workers_per_group
         train = prepared.job.train
         self._train = train.model_copy(update={"batch_size": -(-train.batch_size // self._together)})
@@ -188,7 +189,7 @@ class Bench:
 
     def _engine(self, task: Task, trials: Sequence[TrialSpec]) -> Engine:
         job = self._prepared.job
-        engine = make_engine(self._backbone, task, self._train, job.search, max(1, len(trials)))
+        engine = make_engine(self._backbone, task, self._train, job.search, max(1, len(trials)), cores=self._cores)
         for place, trial in enumerate(trials):
             engine.seat(f"t{place}", trial)
         return engine

@@ -72,8 +72,8 @@ def load_engine(told: WorkerConfig) -> Any:
 
     def ready(backbone: Any) -> Any:
         check_exact(backbone)
-        slots = told.placement.trials_per_worker
-        return make_engine(backbone, ray.get(told.task), job.train, job.search, slots, group)
+        slots, cores = told.placement.trials_per_worker, told.placement.threads
+        return make_engine(backbone, ray.get(told.task), job.train, job.search, slots, group, cores)
 
     backbone = _by_all(group, told, read)
     return None if backbone is None else _by_all(group, told, partial(ready, backbone))

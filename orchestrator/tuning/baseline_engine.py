@@ -15,7 +15,6 @@ from orchestrator.space import TrialSpec
 from orchestrator.tuning.checkpoint import TrialState
 from orchestrator.tuning.engine import Engine, Slot
 from orchestrator.tuning.report import Ending, EvaluationJob, Report
-from orchestrator.tuning.step import packed_gradients
 
 
 class BaselineEngine(Engine):
@@ -25,10 +24,9 @@ class BaselineEngine(Engine):
         return make_change(self.task.method.name, spec, self.backbone)
 
     def _own_gradients(self, slots: Sequence[Slot], rows: Sequence[Sequence[int]]) -> list[float]:
-        split, limits = self.task.splits["train"], replace(self.limits, max_tokens=self._training.tokens)
         (slot,) = slots
         with self._dropout(slot), _change(slot).applied():
-            return packed_gradients(self.backbone, None, rows, split, limits, self.train.loss_reduction, self.group)
+            return self._packed(None, rows, list(slot.prompt.parameters()))
 
     def _slot_metrics(self, slots: Sequence[Slot]) -> list[dict[str, float] | None]:
         (slot,) = slots

@@ -35,6 +35,7 @@ from orchestrator.tuning.memory import Memory
 from orchestrator.tuning.report import Costs, Ending, EvaluationJob, Report
 from orchestrator.tuning.room import NoRoom, Room, needs_room
 from orchestrator.tuning.step import Limits, packed_gradients
+from orchestrator.tuning.threads import Threads
 from orchestrator.tuning.updater import Updater, apply_all
 
 WORST = {"max": 0.0, "min": 1e30}  # accuracies are never below 0; schedulers can't compare an infinity
@@ -121,6 +122,7 @@ class Engine:
         capacity: int,
         limits: Limits = Limits(),
         group: Group = Group(),
+        threads: Threads = Threads(),
     ) -> None:
         self.backbone = backbone
         self.task = task
@@ -128,6 +130,7 @@ class Engine:
         self.search = search
         self.capacity = capacity
         self.group = group
+        self.threads = threads
         self.limits = replace(limits, max_rows=train.micro_batch_size) if train.micro_batch_size else limits
         self.slots: dict[str, Slot] = {}
         self._training = Room(self.limits.max_tokens)
@@ -216,9 +219,10 @@ class Engine:
         def of(places: Sequence[int]) -> list[dict[str, float]]:
             chosen = None if prompts is None else [prompts[place] for place in places]
             task, tokens = self.task, self._evaluation.tokens
+            threads = self._side_by_side(self._evaluation)
             try:
                 return evaluate(
-                    self.backbone, chosen, split, task.encoder, task.decoding, tokens, self.group, confusion
+                    self.backbone, chosen, split, task.encoder, task.decoding, tokens, self.group, confusion, threads
                 )
             except NoRoom:
                 self.backbone.give_up_forward()
@@ -272,12 +276,23 @@ class Engine:
 
     def _own_gradients(self, slots: Sequence[Slot], rows: Sequence[Sequence[int]]) -> list[float]:
         """This worker's part of the slots' losses and gradients."""
-        split, limits = self.task.splits["train"], replace(self.limits, max_tokens=self._training.tokens)
-        reduction = self.train.loss_reduction
         with self._dropout(slots[0]):
             with needs_room():
                 prompts = [slot.prompt() for slot in slots]
-            return packed_gradients(self.backbone, prompts, rows, split, limits, reduction, self.group)
+            return self._packed(prompts, rows)
+
+    def _packed(
+        self, prompts: Sequence[PromptTensors] | None, rows: Sequence[Sequence[int]], learned: Sequence[Tensor] = ()
+    ) -> list[float]:
+        limits, threads = replace(self.limits, max_tokens=self._training.tokens), self._side_by_side(self._training)
+        if self.train.frozen_dropout:
+            threads = threads.together()  # what is drawn must not depend on who draws first
+        split, reduction = self.task.splits["train"], self.train.loss_reduction
+        return packed_gradients(self.backbone, prompts, rows, split, limits, reduction, self.group, threads, learned)
+
+    def _side_by_side(self, room: Room) -> Threads:
+        """Where memory was short, one forward at a time needs the least."""
+        return self.threads.together() if room.note else self.threads
 
     @contextmanager
     def _dropout(self, first: Slot) -> Iterator[None]:

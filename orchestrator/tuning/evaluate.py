@@ -21,6 +21,7 @@ from orchestrator.tuning.generate import Decoding, generated_metrics
 from orchestrator.tuning.group import Group
 from orchestrator.tuning.report import CONFUSION
 from orchestrator.tuning.room import needs_room
+from orchestrator.tuning.threads import Threads
 
 MAX_TOKENS = 16384  # padded tokens of one forward
 CPU_TOKENS = 2048  # there, what no longer fits the caches costs more than further forwards
@@ -65,16 +66,17 @@ def evaluate(
     max_tokens: int | None = None,
     group: Group = Group(),
     confusion: bool = False,
+    threads: Threads = Threads(),
 ) -> list[dict[str, float]]:
     """Metrics of each prompt on all rows; ``None`` evaluates the model without a prompt, as one entry.
 
     ``decoding``: also generate, and add the metrics of the texts; the split then has references. ``max_tokens``: padded
     tokens of a forward at most, by default what suits the device. ``confusion``: as in ``EvaluationJob``. Raises NoRoom
     when memory runs out. The workers of a
-    ``group`` share each forward's rows, and all get the metrics of all rows.
+    ``group`` share each forward's rows, and so do a worker's ``threads``; all get the metrics of all rows.
     """
     most = max_tokens or forward_tokens(backbone)
-    prepared, tallies = group.together(lambda: _own_tallies(backbone, prompts, split, encoder, most, group))
+    prepared, tallies = group.together(lambda: _own_tallies(backbone, prompts, split, encoder, most, group, threads))
     parts = group.gathered(tallies)
     found = [
         sum(of_prompt[1:], of_prompt[0]).metrics(bool(encoder.answers), confusion)
@@ -82,7 +84,7 @@ def evaluate(
     ]
     if decoding is None:
         return found
-    texts = generated_metrics(backbone, prepared, split, encoder, decoding, max_tokens, group)
+    texts = generated_metrics(backbone, prepared, split, encoder, decoding, max_tokens, group, threads)
     return [{**metrics, **of_texts} for metrics, of_texts in zip(found, texts, strict=True)]
 
 
@@ -93,22 +95,32 @@ def _own_tallies(
     encoder: Encoder,
     max_tokens: int,
     group: Group,
+    threads: Threads,
 ) -> tuple[PreparedPrompts | None, list[Tally]]:
     """The prompts made ready, and each one's tally over this worker's rows."""
     count = 1 if prompts is None else len(prompts)
     with needs_room():
         prepared = None if prompts is None else backbone.prepare(prompts)
-    tallies = [Tally() for _ in range(count)]
-    for places in _forwards(split, max_tokens // count, group.size):
-        own = group.share(places)
-        each = own or places[:1]  # all workers run as many forwards
-        rows, owner = [row for _ in range(count) for row in each], [prompt for prompt in range(count) for _ in each]
-        tokens = len(rows) * max(split.lengths[row] for row in rows)
-        with needs_room(tokens, divisible=len(each) > 1):
-            judged = _judge(backbone, prepared, split, encoder, rows, owner)
-        if own:
-            _tally(judged, split, rows, owner, tallies)
-    return prepared, tallies
+    forwards = list(_forwards(split, max_tokens // count, group.size * threads.ways))
+
+    @torch.inference_mode()
+    def part_tallies(part: int) -> list[Tally]:
+        tallies = [Tally() for _ in range(count)]
+        for places in forwards:
+            own = threads.share(group.share(places))[part]
+            each = own or (places[:1] if threads.ways == 1 else [])  # all workers run as many forwards
+            if not each:
+                continue
+            rows, owner = [row for _ in range(count) for row in each], [prompt for prompt in range(count) for _ in each]
+            tokens = len(rows) * max(split.lengths[row] for row in rows)
+            with needs_room(tokens, divisible=len(each) > 1):
+                judged = _judge(backbone, prepared, split, encoder, rows, owner)
+            if own:
+                _tally(judged, split, rows, owner, tallies)
+        return tallies
+
+    parts = threads.each(part_tallies)
+    return prepared, [sum(of_prompt[1:], of_prompt[0]) for of_prompt in zip(*parts, strict=True)]
 
 
 def forward_tokens(backbone: Backbone) -> int:
@@ -118,7 +130,7 @@ def forward_tokens(backbone: Backbone) -> int:
 
 def _forwards(split: Encoded, max_tokens: int, ways: int) -> Iterator[list[int]]:
     """Rows by length, each forward within ``max_tokens`` padded tokens or one row, for each of the ``ways`` workers
-    that share it."""
+    or threads that share it."""
     order = sorted(range(len(split)), key=lambda row: split.lengths[row], reverse=True)
     start = 0
     while start < len(order):

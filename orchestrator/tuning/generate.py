@@ -16,6 +16,7 @@ from orchestrator.decoding import decode, start
 from orchestrator.tuning.group import Group
 from orchestrator.tuning.room import needs_room
 from orchestrator.tuning.text_metrics import text_metrics
+from orchestrator.tuning.threads import Threads
 
 MAX_TOKENS = 16384  # padded tokens that a batch's keys and values may grow to
 
@@ -36,9 +37,10 @@ def generated_metrics(
     decoding: Decoding,
     max_tokens: int | None = None,
     group: Group = Group(),
+    threads: Threads = Threads(),
 ) -> list[dict[str, float]]:
     """Text metrics of each of the K prompts on all rows; ``None`` is the model without a prompt, as one entry."""
-    texts = generate(backbone, prompts, split.inputs, encoder, decoding, max_tokens, group)
+    texts = generate(backbone, prompts, split.inputs, encoder, decoding, max_tokens, group, threads)
     return group.led(lambda: [text_metrics(made, split.references) for made in texts])
 
 
@@ -51,16 +53,17 @@ def generate(
     decoding: Decoding,
     max_tokens: int | None = None,
     group: Group = Group(),
+    threads: Threads = Threads(),
 ) -> list[list[str]]:
     """For each of the K prompts the text that it generates for each input, without special tokens, stripped.
 
     ``max_tokens``: padded tokens of a batch at most, MAX_TOKENS unless given. Raises NoRoom when memory runs out. The
-    workers of a ``group`` share each batch's rows, and all get all texts.
+    workers of a ``group`` share each batch's rows, and so do a worker's ``threads``; all get all texts.
     """
     assert encoder.end_id is not None  # a masked model generates nothing
     count = 1 if prompts is None else prompts.count
     parts = group.gathered(
-        group.together(lambda: _own_texts(backbone, prompts, inputs, encoder, decoding, max_tokens, group))
+        group.together(lambda: _own_texts(backbone, prompts, inputs, encoder, decoding, max_tokens, group, threads))
     )
     made = {place: text for part in parts for place, text in part.items()}
     return [[made[prompt, row] for row in range(len(inputs))] for prompt in range(count)]
@@ -74,26 +77,36 @@ def _own_texts(
     decoding: Decoding,
     max_tokens: int | None,
     group: Group,
+    threads: Threads,
 ) -> dict[tuple[int, int], str]:
     """The texts of this worker's rows, by prompt and row."""
-    texts: dict[tuple[int, int], str] = {}
     count = 1 if prompts is None else prompts.count
     before = decoding.max_tokens + (0 if prompts is None else prompts.width)
     lengths, copies = [len(ids) + before for ids in inputs], count * decoding.num_beams
-    for batch in _batches(lengths, (MAX_TOKENS if max_tokens is None else max_tokens) // copies, group.size):
-        own = group.share(batch)
-        rows = own or batch[:1]  # all workers run as many forwards
-        owner = [prompt for prompt in range(count) for _ in rows]
-        tokens = copies * len(rows) * max(lengths[row] for row in rows)
-        with needs_room(tokens, divisible=len(rows) > 1):
-            state = start(backbone, prompts, [inputs[row] for row in rows] * count, owner)
-            made = group.decoded(
-                state, lambda state: decode(state, encoder.end_id or 0, decoding.max_tokens, decoding.num_beams)
-            )
-        if own:
-            places = zip(owner, [*rows] * count, strict=True)
-            texts.update(zip(places, (_text(encoder, ids) for ids in made), strict=True))
-    return texts
+    most = (MAX_TOKENS if max_tokens is None else max_tokens) // (copies * threads.ways)
+    batches = list(_batches(lengths, most, group.size * threads.ways))
+
+    @torch.inference_mode()
+    def part_texts(part: int) -> dict[tuple[int, int], str]:
+        texts: dict[tuple[int, int], str] = {}
+        for batch in batches:
+            own = threads.share(group.share(batch))[part]
+            rows = own or (batch[:1] if threads.ways == 1 else [])  # all workers run as many forwards
+            if not rows:
+                continue
+            owner = [prompt for prompt in range(count) for _ in rows]
+            tokens = copies * len(rows) * max(lengths[row] for row in rows)
+            with needs_room(tokens, divisible=len(rows) > 1):
+                state = start(backbone, prompts, [inputs[row] for row in rows] * count, owner)
+                made = group.decoded(
+                    state, lambda state: decode(state, encoder.end_id or 0, decoding.max_tokens, decoding.num_beams)
+                )
+            if own:
+                places = zip(owner, [*rows] * count, strict=True)
+                texts.update(zip(places, (_text(encoder, ids) for ids in made), strict=True))
+        return texts
+
+    return {place: text for texts in threads.each(part_texts) for place, text in texts.items()}
 
 
 def _text(encoder: Encoder, ids: Sequence[int]) -> str:

@@ -7,14 +7,24 @@ from orchestrator.spec import BASELINES, SearchSpec, TrainSpec
 from orchestrator.tuning.baseline_engine import BaselineEngine, DesignEngine
 from orchestrator.tuning.engine import Engine, Task
 from orchestrator.tuning.group import Group
+from orchestrator.tuning.threads import Threads
 
 
 def make_engine(
-    backbone: Backbone, task: Task, train: TrainSpec, search: SearchSpec, capacity: int, group: Group = Group()
+    backbone: Backbone,
+    task: Task,
+    train: TrainSpec,
+    search: SearchSpec,
+    capacity: int,
+    group: Group = Group(),
+    cores: int = 1,
 ) -> Engine:
-    """An engine for the task's method. Baselines have one slot, whatever ``capacity`` is."""
+    """An engine for the task's method, with so many ``cores`` of this process. Baselines have one slot, whatever
+    ``capacity`` is."""
     method = task.method.name
+    # A sharded model gathers its weights in every forward, for which all workers meet: one forward at a time.
+    threads = Threads(cores) if backbone.sharded else Threads.of(cores, backbone.model, backbone.device)
     if method not in BASELINES:
-        return Engine(backbone, task, train, search, capacity, group=group)
+        return Engine(backbone, task, train, search, capacity, group=group, threads=threads)
     kind = DesignEngine if method == "prompt_design" else BaselineEngine
-    return kind(backbone, task, train, search, 1, group=group)
+    return kind(backbone, task, train, search, 1, group=group, threads=threads)

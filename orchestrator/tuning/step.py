@@ -20,6 +20,7 @@ from orchestrator.data.encoding import Encoded
 from orchestrator.scoring import target_log_probs
 from orchestrator.tuning.group import Group
 from orchestrator.tuning.room import needs_room
+from orchestrator.tuning.threads import Threads
 
 Reduction = Literal["token_mean", "sum_per_row", "sum"]
 
@@ -33,7 +34,11 @@ class Limits:
     max_tokens: int | None = None
     """Padded tokens of one forward at most; None is no limit."""
     max_rows: int | None = None
-    """Rows of one forward at most; None is no limit."""
+    """Rows of one forward at most, or of those that run side by side; None is no limit."""
+
+    def rows_of(self, threads: Threads) -> int | None:
+        """Rows of each thread's forward at most."""
+        return self.max_rows and max(1, self.max_rows // threads.ways)
 
 
 @dataclass(frozen=True)
@@ -68,52 +73,98 @@ def packed_gradients(
     limits: Limits = Limits(),
     reduction: Reduction = "token_mean",
     group: Group = Group(),
+    threads: Threads = Threads(),
+    learned: Sequence[Tensor] = (),
 ) -> list[float]:
     """Add each trial's gradient to what its prompt was computed from (``.grad``); returns the K losses.
 
-    ``prompts=None`` is the model without a prompt, whose own parameters then get the gradients.
+    ``prompts=None`` is the model without a prompt; ``learned`` are then the tensors in it that get the gradients.
 
     The prompts run once. Rows are grouped by length into forwards; each leaves its gradient on the prompts' keys and
     values, and one backward at the end carries the sum to the prompts. Raises NoRoom when memory runs out; gradients
     may then have been added to some of the prompts.
 
-    A worker of a ``group`` runs its share of each forward's rows, and gives its part of gradients and losses.
+    A worker of a ``group`` runs its share of each forward's rows, and gives its part of gradients and losses. Its
+    ``threads`` deal that share out among them once more.
     """
     packed = pack(rows_of_trials, split, reduction)
     with needs_room():
         prepared = None if prompts is None else backbone.prepare(prompts)
         leaf = None if prepared is None else prepared.leaf()
-    losses = torch.zeros(len(rows_of_trials), device=backbone.device)
     lengths = [split.lengths[number] for number in packed.row]
-    cut = (limits.forward_overhead, limits.max_tokens, limits.max_rows)
-    for places in length_groups(lengths, *cut, ways=group.size):
-        # All workers run as many forwards, if need be with a row that is another's and counts nothing here.
-        own = group.share(places) or places[:1]
-        tokens = len(own) * max(lengths[place] for place in own)
-        with needs_room(tokens, divisible=len(own) > 1):
-            _forward_backward(backbone, leaf, split, packed, own, losses, counts=bool(group.share(places)))
+    cut = (limits.forward_overhead, limits.max_tokens, limits.rows_of(threads))
+    groups = length_groups(lengths, *cut, ways=group.size * threads.ways)
+    batch = Batch(backbone, split, packed, lengths, leaf, learned if leaf is None else leaf.tensors)
+    gradients, losses = zip(
+        *threads.each(lambda part: batch.run(_dealt(groups, group, threads, part), len(rows_of_trials))), strict=True
+    )
+    for tensor, parts in zip(batch.wanted, zip(*gradients, strict=True), strict=True):
+        _add(tensor, parts)
     if prepared is not None and leaf is not None:
         with needs_room():
             prepared.backward_from(leaf)
-    return list(losses.tolist())
+    return list(torch.stack(losses).sum(0).tolist())
 
 
-def _forward_backward(
-    backbone: Backbone,
-    leaf: PreparedPrompts | None,
-    split: Encoded,
-    packed: Packed,
-    places: Sequence[int],
-    losses: Tensor,
-    counts: bool,
-) -> None:
-    """One forward of the rows at ``places``: gradients go to ``leaf``, losses are added to [K], if it ``counts``."""
-    numbers = [packed.row[place] for place in places]
-    trial = [packed.trial[place] for place in places]
-    logits, targets = backbone.teacher_forced(
-        leaf, [split.inputs[n] for n in numbers], [split.targets[n] for n in numbers], trial
-    )
-    weight = torch.tensor([packed.weight[place] * counts for place in places], device=backbone.device)
-    row_losses = -target_log_probs(logits, targets).sum(1) * weight
-    row_losses.sum().backward()
-    losses.index_add_(0, torch.tensor(trial, device=backbone.device), row_losses.detach())
+@dataclass(frozen=True)
+class Share:
+    """Rows of one forward. ``counts`` is false where they are another worker's, since all run as many forwards."""
+
+    places: Sequence[int]
+    counts: bool = True
+
+
+def _dealt(groups: Sequence[Sequence[int]], group: Group, threads: Threads, part: int) -> list[Share]:
+    """This thread's rows of each forward."""
+    found = []
+    for places in groups:
+        own = threads.share(group.share(places))[part]
+        if own:
+            found.append(Share(own))
+        elif threads.ways == 1:
+            found.append(Share(places[:1], counts=False))
+    return found
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A step's rows; gradients are asked of ``wanted``."""
+
+    backbone: Backbone
+    split: Encoded
+    packed: Packed
+    lengths: Sequence[int]
+    prompts: PreparedPrompts | None
+    wanted: Sequence[Tensor]
+
+    def run(self, shares: Sequence[Share], trials: int) -> tuple[list[Tensor | None], Tensor]:
+        """Gradients of ``wanted``, None where nothing depends on one, and losses [K]; of these forwards."""
+        losses = torch.zeros(trials, device=self.backbone.device)
+        summed: list[Tensor | None] = [None] * len(self.wanted)
+        for share in shares:
+            tokens = len(share.places) * max(self.lengths[place] for place in share.places)
+            with needs_room(tokens, divisible=len(share.places) > 1):
+                for place, gradient in enumerate(self._forward_backward(share, losses)):
+                    held = summed[place]
+                    summed[place] = gradient if held is None else held if gradient is None else held.add_(gradient)
+        return summed, losses
+
+    def _forward_backward(self, share: Share, losses: Tensor) -> Sequence[Tensor | None]:
+        """Gradients of one forward's rows; its losses are added to [K], if it counts."""
+        numbers = [self.packed.row[place] for place in share.places]
+        trial = [self.packed.trial[place] for place in share.places]
+        logits, targets = self.backbone.teacher_forced(
+            self.prompts, [self.split.inputs[n] for n in numbers], [self.split.targets[n] for n in numbers], trial
+        )
+        device = self.backbone.device
+        weight = torch.tensor([self.packed.weight[place] * share.counts for place in share.places], device=device)
+        row_losses = -target_log_probs(logits, targets).sum(1) * weight
+        losses.index_add_(0, torch.tensor(trial, device=device), row_losses.detach())
+        return torch.autograd.grad(row_losses.sum(), self.wanted, allow_unused=True)
+
+
+def _add(tensor: Tensor, gradients: Sequence[Tensor | None]) -> None:
+    """Add the threads' gradients to the tensor's, in their order, so that a search repeats itself."""
+    for gradient in gradients:
+        if gradient is not None:
+            tensor.grad = gradient if tensor.grad is None else tensor.grad.add_(gradient)

@@ -1,0 +1,189 @@
+"""A CPU's cores share a step's rows: losses, prompts, metrics and texts are those of one core, whatever fails."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from models import VERBALIZERS, backbone_of, small_task, text_rows, tiny_backbone, tokenizer_of
+
+from orchestrator.backbone import Backbone
+from orchestrator.data.encoding import Encoder
+from orchestrator.data.template import Template, Verbalizer
+from orchestrator.prompts import Method
+from orchestrator.space import TrialSpec
+from orchestrator.spec import MethodName, SearchSpec, TrainSpec
+from orchestrator.tuning.engine import Engine, Task
+from orchestrator.tuning.generate import Decoding
+from orchestrator.tuning.make import make_engine
+from orchestrator.tuning.report import EvaluationJob, Report
+from orchestrator.tuning.threads import MOST, Threads
+
+PROMPTS = [TrialSpec("random", None, 3, 0.02, 0), TrialSpec("sample_vocab", None, 7, 0.05, 1)]
+SPECS: dict[MethodName, list[TrialSpec]] = {
+    "prompt_tuning": PROMPTS,
+    "prefix_tuning": PROMPTS,
+    "p_tuning": PROMPTS,
+    "lora": [TrialSpec("", None, 0, 0.03, 0, rank=4, alpha=16)],
+    "adapter": [TrialSpec("", None, 0, 0.03, 0, bottleneck=8)],
+    "model_tuning": [TrialSpec("", None, 0, 0.003, 0)],
+}
+TRAIN = TrainSpec(steps=4, batch_size=5, evaluate_every=2)
+SEARCH = SearchSpec(metric="loss")
+
+
+@lru_cache
+def task_of(family: str, method: MethodName, backbone: Backbone) -> Task:
+    verbalizer = Verbalizer(tuple(VERBALIZERS["several tokens"]), tuple(VERBALIZERS["several tokens"].values()))
+    encoder = Encoder(tokenizer_of(family), Template("{text}\nspam?"), verbalizer, 40, 32, backbone.family)
+    rows = {split: encoder.encode(text_rows(11, seed), "label") for seed, split in enumerate(("train", "validation"))}
+    return Task(encoder, rows, method=Method(method))
+
+
+def run_out(engine: Engine, specs: Sequence[TrialSpec]) -> list[Report]:
+    for place, spec in enumerate(specs):
+        engine.seat(f"t{place}", spec)
+    reports = []
+    while engine.slots:
+        reports += engine.round()
+    return reports
+
+
+def engine_of(family: str, method: MethodName, cores: int, train: TrainSpec = TRAIN) -> Engine:
+    backbone = backbone_of(family, torch.float64)
+    return make_engine(backbone, task_of(family, method, backbone), train, SEARCH, len(SPECS[method]), cores=cores)
+
+
+@pytest.mark.parametrize("cores", [2, 3, 7])
+@pytest.mark.parametrize("method", SPECS)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "t5", "bert"])
+def test_the_rows_of_a_step_may_be_shared(family: str, method: MethodName, cores: int) -> None:
+    """Losses, metrics and what was learned are one core's, also where there are fewer rows than cores in a forward."""
+    train = TRAIN.model_copy(update={"optimizer": "sgd", "clip_norm": 1.0})  # Adam would make much of tiny gradients
+    wanted, got = (run_out(engine_of(family, method, count, train), SPECS[method]) for count in (1, cores))
+    assert [(one.trial, one.step) for one in got] == [(one.trial, one.step) for one in wanted]
+    near = 1e-6 if SPECS[method] is PROMPTS else 1e-4  # baselines learn in float32
+    for one, other in zip(got, wanted, strict=True):
+        assert one.train_loss == pytest.approx(other.train_loss, rel=near)
+        assert one.metrics == pytest.approx(other.metrics, rel=10 * near)
+
+
+def test_a_search_repeats_itself() -> None:
+    """Whichever thread ends first: the same bytes twice."""
+    one, two = (run_out(engine_of("llama", method, 3), SPECS[method]) for method in ("prompt_tuning",) * 2)
+    assert [report.checkpoint for report in one] == [report.checkpoint for report in two]
+    one, two = (run_out(engine_of("llama", method, 3), SPECS[method]) for method in ("lora",) * 2)
+    assert [report.checkpoint for report in one] == [report.checkpoint for report in two]
+
+
+def test_texts_are_the_same() -> None:
+    """Every row's text stands at its row."""
+    task = small_task(None, train=8, validation=9)
+    texts = [[f"{row}"] for row in range(9)]
+    task.splits["validation"] = replace(task.splits["validation"], references=texts)
+    task.decoding = Decoding(6, num_beams=2)
+    seen = []
+    for cores in (1, 3):
+        engine = make_engine(tiny_backbone(), task, TRAIN, SEARCH, 2, cores=cores)
+        seen.append([report.metrics for report in run_out(engine, PROMPTS)])
+    for one, other in zip(*seen, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_rows_run_side_by_side() -> None:
+    """Two threads are within the model at the same moment, and the caller is none of them."""
+    backbone: Any = tiny_backbone()
+    meeting, seen, forced = threading.Barrier(2), set(), backbone.teacher_forced
+
+    def teacher_forced(*arguments: Any) -> Any:
+        meeting.wait(30)
+        seen.add(threading.current_thread().name)
+        return forced(*arguments)
+
+    engine = make_engine(backbone, small_task(), TRAIN, SEARCH, 2, cores=2)
+    for place, spec in enumerate(PROMPTS):
+        engine.seat(f"t{place}", spec)
+    backbone.teacher_forced = teacher_forced
+    engine.step(list(engine.slots.values()))
+    assert len(seen) == 2 and threading.current_thread().name not in seen
+
+
+def test_memory_that_runs_out_in_one_thread() -> None:
+    """The step is done again with one smaller forward at a time, with the same result; the report says so."""
+    wanted = run_out(make_engine(tiny_backbone(), small_task(), TRAIN, SEARCH, 2), PROMPTS)
+    backbone: Any = tiny_backbone()
+    forced = backbone.teacher_forced
+    running, most = [], []
+
+    def teacher_forced(prompts: Any, inputs: Any, *rest: Any) -> Any:
+        running.append(1)
+        most.append(len(running))
+        try:
+            if len(inputs) * max(map(len, inputs)) > 40:
+                most.clear()
+                raise MemoryError
+            time.sleep(0.001)
+            return forced(prompts, inputs, *rest)
+        finally:
+            running.pop()
+
+    backbone.teacher_forced = teacher_forced
+    got = run_out(make_engine(backbone, small_task(), TRAIN, SEARCH, 2, cores=3), PROMPTS)
+    assert max(most) == 1  # since the last time that memory ran out
+    for one, other in zip(got, wanted, strict=True):
+        assert "ran out of memory and went on with forwards of at most" in one.note
+        assert one.metrics == pytest.approx(other.metrics, rel=1e-5)
+
+
+def test_an_error_of_one_thread_is_the_steps() -> None:
+    """It is raised when the others have ended, and the next step finds every thread free."""
+    threads, ended = Threads.of(3, tiny_backbone().model, torch.device("cpu")), []
+
+    def work(part: int) -> int:
+        if part == 1:
+            raise KeyError("the second")
+        time.sleep(0.05)
+        ended.append(part)
+        return part
+
+    with pytest.raises(KeyError, match="the second"):
+        threads.each(work)
+    assert sorted(ended) == [0, 2]
+    assert threads.each(lambda part: part) == [0, 1, 2]
+
+
+def test_who_can_share_rows() -> None:
+    """An accelerator and a model that remembers its last forward take one forward at a time; many cores share both
+    rows and operations."""
+    model: Any = backbone_of("llama", torch.float32).model
+    assert Threads.of(4, model, torch.device("cuda")).ways == Threads.of(1, model, torch.device("cpu")).ways == 1
+    assert Threads.of(64, model, torch.device("cpu")).ways == MOST
+    before = model.config.rope_parameters
+    model.config.rope_parameters = {**before, "rope_type": "dynamic"}
+    try:
+        assert Threads.of(4, model, torch.device("cpu")).ways == 1
+    finally:
+        model.config.rope_parameters = before
+
+
+def test_dropout_is_drawn_in_one_thread() -> None:
+    """What the frozen model drops depends on seed and step, not on who is first."""
+    train = TrainSpec(steps=4, batch_size=5, evaluate_every=2, frozen_dropout=True)
+    one, two = (run_out(engine_of("bert", "prompt_tuning", cores, train), PROMPTS[:1]) for cores in (1, 3))
+    assert [report.train_loss for report in one] == pytest.approx([report.train_loss for report in two], rel=1e-9)
+
+
+def test_an_evaluation_asks_every_row_once() -> None:
+    """Counts of the confusion matrix add up to the rows, and to the same cells."""
+    engines = [engine_of("llama", "prompt_tuning", cores) for cores in (1, 4)]
+    reports = [run_out(engine, PROMPTS)[-1] for engine in engines]
+    job = EvaluationJob("validation", reports[0].checkpoint, confusion=True)
+    one, two = (engine.evaluate(job) for engine in engines)
+    assert one == pytest.approx(two, rel=1e-6)
+    assert sum(value for name, value in two.items() if "/" in name) == 11
