@@ -18,7 +18,7 @@ from orchestrator.job_file import load_job
 from orchestrator.search.prepare import Prepared, prepare
 from orchestrator.tuning.evaluate import evaluate
 from orchestrator.tuning.step import packed_gradients
-from tests.benchmarks import jobs, methods, nodes, plans, population, processes, search, trials
+from tests.benchmarks import jobs, methods, nodes, paces, plans, population, processes, search, trials
 from tests.benchmarks.measure import Skipped
 from tests.benchmarks.our_search import plain_backbone
 from tests.benchmarks.peer_training import IGNORED, Data, PlainTrial, chosen, padded, trainer
@@ -222,3 +222,10 @@ def test_a_program_that_fails_says_how(tmp_path: Path) -> None:
     """The end of what it wrote."""
     with pytest.raises(Broken, match=r"(?s)exit code 1.*base_model"):
         processes.run_in(str(tmp_path), "our_search", {"job": {"name": "x"}})
+
+
+def test_paces_are_measured_at_toy_size() -> None:
+    """Every method that trains has a line, and prompt tuning is what the others are held against."""
+    found = paces.lines(paces.SETTINGS["small"])
+    assert [line.name for line in found] == [f"random, {method}" for method in methods.RATES]
+    assert found[0].shown["times prompt tuning's"] == 1 and all(line.kept["steps, s"] for line in found)

@@ -26,6 +26,7 @@ from tests.benchmarks import (
     methods,
     nodes,
     overhead,
+    paces,
     packing,
     plans,
     population,
@@ -111,6 +112,10 @@ def _methods(args: argparse.Namespace) -> list[Line]:
     return methods.lines(replace(setting, **changes), args.only, OUT)  # type: ignore[arg-type]
 
 
+def _paces(args: argparse.Namespace) -> list[Line]:
+    return paces.lines(_of_size(args, paces.SETTINGS), args.only)
+
+
 def _of_size(args: argparse.Namespace, settings: dict[str, S]) -> S:
     """The benchmark's setting: real, or small."""
     name = "small" if args.toy else args.size or "real"
@@ -152,6 +157,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Line]]] = {
     "serving": _serving,
     "scaling": _scaling,
     "methods": _methods,
+    "paces": _paces,
 }
 
 
@@ -200,7 +206,8 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument(
         "--size",
-        help="one of the models 6x192, 6x512, 100M, 1B; of whole searches: small or real; of methods also short",
+        help="one of the models 6x192, 6x512, 100M, 1B; of whole searches: small or real; of methods also short, "
+        "of search also middle",
     )
     made.add_argument("--seeds", type=int, default=0, help="search, population, methods: so many seeds (default 3)")
     made.add_argument("--pairs", type=int, default=3, help="how often each side is measured, in turn (default 3)")

@@ -44,7 +44,8 @@ class Setting:
 
 
 SMALL = Setting(seeds=(0,), trials=8, steps=60, every=20, grace=20, target=0.3)
-SETTINGS = {"real": Setting(), "small": SMALL}
+MIDDLE = Setting(trials=16, steps=100, grace=25, target=0.35, ablations=False)
+SETTINGS = {"real": Setting(), "middle": MIDDLE, "small": SMALL}
 
 
 @dataclass(frozen=True)
