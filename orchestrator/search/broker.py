@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -108,6 +109,7 @@ class Broker:
         self.failure: JobFailed | None = None
         self.base_model: Any = None  # what the first worker found its backbone to be
         self.patience = PATIENCE_S
+        self.starting = False  # whether some worker's process is there
         self._numbers = itertools.count()
         self._changed = asyncio.Condition()
 
@@ -165,6 +167,18 @@ class Broker:
             await self.decide(trial, False)
 
     # Workers
+
+    async def start(self) -> None:
+        """A worker's process is there, and begins to load what it needs."""
+        self.starting = True
+        await self._notify()
+
+    async def started(self, patience: float) -> bool:
+        """Wait until a worker's process is there, but not for more than so many seconds; whether it is."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(patience), self._changed:
+                await self._changed.wait_for(lambda: self.starting or self._over)
+        return self.starting
 
     async def join(self, worker: str, capacity: int, info: Any = None, place: Place | None = None) -> None:
         """A worker with free slots. If it was here before, its trials wait again, from their checkpoints."""

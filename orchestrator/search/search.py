@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 CALLS = 100_000  # that the broker may have open
 STOP_S = 30.0
+WORKER_S = 20.0  # that trials' processes wait for a worker's at most
 SEE_LOG = "run again with --verbose to see the worker's log"
 HURRY_S = 3.0  # after an interrupt or an error
 
@@ -70,6 +71,9 @@ class Running:
         named = [(trial_id(number), spec) for number, spec in enumerate(self.prepared.trials)]
         outcome = Outcome(self.prepared.job.search, named)
         history.tell(outcome)
+        # A dozen processes start for a worker, one after another, and Tune's for each slot at once. On few cores the
+        # worker, which takes longest, would wait for those of trials that can't begin without it.
+        self._ask(self.broker.started.remote(WORKER_S))
         try:
             run_study(
                 self.prepared.job, self.prepared.trials, self.broker, self.concurrency, self.storage,

@@ -42,6 +42,7 @@ class WorkerConfig:
 def train_loop(config: dict[str, Any]) -> None:
     """Runs in the worker process until the broker says stop."""
     told: WorkerConfig = config["worker"]
+    told.broker.start.remote()
     engine = load_engine(told)
     if engine is None:
         return

@@ -29,7 +29,7 @@ Reduction = Literal["token_mean", "sum_per_row", "sum"]
 class Limits:
     """How a packed batch is cut into forwards; changes time and memory, never the result."""
 
-    forward_overhead: int = 32
+    forward_overhead: int = 128
     """Cost of one more forward, in padded tokens."""
     max_tokens: int | None = None
     """Padded tokens of one forward at most; None is no limit."""
