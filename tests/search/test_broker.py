@@ -587,3 +587,23 @@ def test_workers_share_the_trials_and_lose_none(workers: int) -> None:
     run(test())
     for number in range(total):
         assert [line for line in log if line.startswith(f"t{number}@")] == [f"t{number}@{s}" for s in (1, 2, 3)]
+
+
+def test_trials_wait_for_a_workers_process() -> None:
+    """Until it is there, and no longer than they are told; the end of the search ends the wait as well."""
+
+    async def test() -> None:
+        broker = Broker(1)
+        assert not await broker.started(0.01)
+        waiting = asyncio.create_task(broker.started(LIMIT_S))
+        await let_run()
+        assert not waiting.done()
+        await broker.start()
+        assert await waiting and await broker.started(0)
+        lost = Broker(1)
+        waiting = asyncio.create_task(lost.started(LIMIT_S))
+        await let_run()
+        await lost.fail(JobFailed("no worker came"))
+        assert not await waiting
+
+    run(test())
