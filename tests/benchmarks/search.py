@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -40,12 +40,14 @@ class Setting:
     grace: int = 50
     validation: int = 100
     target: float = 0.4
+    lengths: tuple[int, ...] = (10, 20)
     ablations: bool = True
 
 
 SMALL = Setting(seeds=(0,), trials=8, steps=60, every=20, grace=20, target=0.3)
 MIDDLE = Setting(trials=16, steps=100, grace=25, target=0.35, ablations=False)
-SETTINGS = {"real": Setting(), "middle": MIDDLE, "small": SMALL}
+LONG = replace(MIDDLE, lengths=(20, 100))  # the papers' usual ones, behind which rows are the smaller part
+SETTINGS = {"real": Setting(), "middle": MIDDLE, "long": LONG, "small": SMALL}
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def job(setting: Setting, folder: Path, seed: int) -> dict[str, Any]:
         **jobs.trec6(folder, validation=setting.validation),
         "search": {
             "space": {
-                "num_virtual_tokens": [10, 20], "learning_rate": {"loguniform": [0.01, 0.3]}, "seed": [0, 1, 2],
+                "num_virtual_tokens": list(setting.lengths), "learning_rate": {"loguniform": [0.01, 0.3]}, "seed": [0, 1, 2],
             },
             "trials": setting.trials, "scheduler": "asha", "grace_steps": setting.grace, "seed": seed,
         },
