@@ -79,7 +79,8 @@ def job(setting: Setting, folder: Path, seed: int) -> dict[str, Any]:
         **jobs.trec6(folder, validation=setting.validation),
         "search": {
             "space": {
-                "num_virtual_tokens": list(setting.lengths), "learning_rate": {"loguniform": [0.01, 0.3]}, "seed": [0, 1, 2],
+                "num_virtual_tokens": list(setting.lengths), "learning_rate": {"loguniform": [0.01, 0.3]},
+                "seed": [0, 1, 2],
             },
             "trials": setting.trials, "scheduler": "asha", "grace_steps": setting.grace, "seed": seed,
         },
