@@ -285,8 +285,9 @@ class Engine:
         self, prompts: Sequence[PromptTensors] | None, rows: Sequence[Sequence[int]], learned: Sequence[Tensor] = ()
     ) -> list[float]:
         limits, threads = replace(self.limits, max_tokens=self._training.tokens), self._side_by_side(self._training)
-        if self.train.frozen_dropout:
-            threads = threads.together()  # what is drawn must not depend on who draws first
+        if self.train.frozen_dropout or (self.limits.max_rows or threads.ways) < threads.ways:
+            # What is drawn must not depend on who draws first; and no more rows at once than were asked for.
+            threads = threads.together()
         split, reduction = self.task.splits["train"], self.train.loss_reduction
         return packed_gradients(self.backbone, prompts, rows, split, limits, reduction, self.group, threads, learned)
 

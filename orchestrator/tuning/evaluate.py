@@ -113,7 +113,7 @@ def _own_tallies(
                 continue
             rows, owner = [row for _ in range(count) for row in each], [prompt for prompt in range(count) for _ in each]
             tokens = len(rows) * max(split.lengths[row] for row in rows)
-            with needs_room(tokens, divisible=len(each) > 1):
+            with needs_room(tokens, divisible=len(each) > 1 or threads.ways > 1):
                 judged = _judge(backbone, prepared, split, encoder, rows, owner)
             if own:
                 _tally(judged, split, rows, owner, tallies)

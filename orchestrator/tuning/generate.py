@@ -96,7 +96,7 @@ def _own_texts(
                 continue
             owner = [prompt for prompt in range(count) for _ in rows]
             tokens = copies * len(rows) * max(lengths[row] for row in rows)
-            with needs_room(tokens, divisible=len(rows) > 1):
+            with needs_room(tokens, divisible=len(rows) > 1 or threads.ways > 1):
                 state = start(backbone, prompts, [inputs[row] for row in rows] * count, owner)
                 made = group.decoded(
                     state, lambda state: decode(state, encoder.end_id or 0, decoding.max_tokens, decoding.num_beams)

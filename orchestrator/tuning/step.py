@@ -94,7 +94,8 @@ def packed_gradients(
     lengths = [split.lengths[number] for number in packed.row]
     cut = (limits.forward_overhead, limits.max_tokens, limits.rows_of(threads))
     groups = length_groups(lengths, *cut, ways=group.size * threads.ways)
-    batch = Batch(backbone, split, packed, lengths, leaf, learned if leaf is None else leaf.tensors)
+    wanted = learned if leaf is None else leaf.tensors
+    batch = Batch(backbone, split, packed, lengths, leaf, wanted, alone=threads.ways == 1)
     gradients, losses = zip(
         *threads.each(lambda part: batch.run(_dealt(groups, group, threads, part), len(rows_of_trials))), strict=True
     )
@@ -136,6 +137,8 @@ class Batch:
     lengths: Sequence[int]
     prompts: PreparedPrompts | None
     wanted: Sequence[Tensor]
+    alone: bool
+    """Whether one forward runs at a time. Where several do, even those of one row each leave something to cut."""
 
     def run(self, shares: Sequence[Share], trials: int) -> tuple[list[Tensor | None], Tensor]:
         """Gradients of ``wanted``, None where nothing depends on one, and losses [K]; of these forwards."""
@@ -143,7 +146,7 @@ class Batch:
         summed: list[Tensor | None] = [None] * len(self.wanted)
         for share in shares:
             tokens = len(share.places) * max(self.lengths[place] for place in share.places)
-            with needs_room(tokens, divisible=len(share.places) > 1):
+            with needs_room(tokens, divisible=len(share.places) > 1 or not self.alone):
                 for place, gradient in enumerate(self._forward_backward(share, losses)):
                     held = summed[place]
                     summed[place] = gradient if held is None else held if gradient is None else held.add_(gradient)

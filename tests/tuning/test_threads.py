@@ -141,6 +141,53 @@ def test_memory_that_runs_out_in_one_thread() -> None:
         assert one.metrics == pytest.approx(other.metrics, rel=1e-5)
 
 
+@pytest.mark.parametrize("generates", [False, True])
+def test_a_row_a_core_is_not_the_least(generates: bool) -> None:
+    """Where memory holds one forward, trials of as many rows as cores are trained and evaluated one row at a time."""
+    task, train = small_task(None if generates else "several tokens", validation=3), TRAIN.model_copy(update={"batch_size": 2})
+    if generates:
+        rows = task.splits["validation"]
+        task.splits["validation"] = replace(rows, references=[["no"]] * len(rows))
+        task.decoding = Decoding(5)
+    wanted = run_out(make_engine(tiny_backbone(), task, train, SEARCH, 1), PROMPTS[:1])
+    backbone: Any = tiny_backbone()
+    for name in ("teacher_forced", "start"):
+        setattr(backbone, name, _for_one(getattr(backbone, name)))
+    got = run_out(make_engine(backbone, task, train, SEARCH, 1, cores=2), PROMPTS[:1])
+    assert [one.ending for one in got] == [one.ending for one in wanted] == [None, "steps"]
+    for one, other in zip(got, wanted, strict=True):
+        assert one.metrics == pytest.approx(other.metrics, rel=1e-5)
+
+
+def _for_one(forward: Any) -> Any:
+    """A forward that runs out of memory in any thread but the caller's."""
+
+    def checked(*arguments: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            raise MemoryError
+        return forward(*arguments)
+
+    return checked
+
+
+def test_no_more_rows_at_once_than_asked_for() -> None:
+    """With micro_batch_size 1 two cores train one row at a time; with 4, two rows each."""
+    for most, wanted in ((1, 1), (4, 2)):
+        backbone: Any = tiny_backbone()
+        forced, seen = backbone.teacher_forced, []
+
+        def teacher_forced(prompts: Any, inputs: Any, *rest: Any, forced: Any = forced, seen: Any = seen) -> Any:
+            seen.append((len(inputs), threading.current_thread() is threading.main_thread()))
+            return forced(prompts, inputs, *rest)
+
+        train = TrainSpec(steps=4, batch_size=5, evaluate_every=4, micro_batch_size=most)
+        engine = make_engine(backbone, small_task(), train, SEARCH, 1, cores=2)
+        engine.seat("t", PROMPTS[0])
+        backbone.teacher_forced = teacher_forced
+        engine.step(list(engine.slots.values()))
+        assert max(rows for rows, _ in seen) <= wanted and all(main == (most == 1) for _, main in seen)
+
+
 def test_an_error_of_one_thread_is_the_steps() -> None:
     """It is raised when the others have ended, and the next step finds every thread free."""
     threads, ended = Threads.of(3, tiny_backbone().model, torch.device("cpu")), []
