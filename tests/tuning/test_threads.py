@@ -144,7 +144,8 @@ def test_memory_that_runs_out_in_one_thread() -> None:
 @pytest.mark.parametrize("generates", [False, True])
 def test_a_row_a_core_is_not_the_least(generates: bool) -> None:
     """Where memory holds one forward, trials of as many rows as cores are trained and evaluated one row at a time."""
-    task, train = small_task(None if generates else "several tokens", validation=3), TRAIN.model_copy(update={"batch_size": 2})
+    task = small_task(None if generates else "several tokens", validation=3)
+    train = TRAIN.model_copy(update={"batch_size": 2})
     if generates:
         rows = task.splits["validation"]
         task.splits["validation"] = replace(rows, references=[["no"]] * len(rows))
