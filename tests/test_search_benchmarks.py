@@ -15,13 +15,15 @@ import torch
 from orchestrator.backbone import Backbone, PromptTensors, load_backbone
 from orchestrator.base_model import resolve_model
 from orchestrator.job_file import load_job
+from orchestrator.prompts.inits import InitContext, initial_prompt
 from orchestrator.search.prepare import Prepared, prepare
 from orchestrator.tuning.evaluate import evaluate
+from orchestrator.tuning.make import make_engine
 from orchestrator.tuning.step import packed_gradients
 from tests.benchmarks import jobs, methods, nodes, paces, plans, population, processes, search, trials
 from tests.benchmarks.measure import Skipped
 from tests.benchmarks.our_search import plain_backbone
-from tests.benchmarks.peer_training import IGNORED, Data, PlainTrial, chosen, padded, trainer
+from tests.benchmarks.peer_training import IGNORED, Data, PlainTrial, chosen, padded, start_ids, trainer
 from tests.benchmarks.processes import Broken, Ran
 
 CONFIG = {"seed": 3, "num_virtual_tokens": 5, "learning_rate": 0.5}
@@ -77,6 +79,24 @@ def test_a_peer_trains_its_prompt_and_has_our_accuracy(
     prompt = PromptTensors(prompt_of(peer).detach())
     (ours,) = evaluate(backbone, [prompt], prepared.task.splits["validation"], prepared.task.encoder)
     assert peer.accuracy() == ours["accuracy"]
+
+
+def test_a_peer_s_trial_is_ours(prepared: Prepared, backbone: Backbone) -> None:
+    """From the same first prompt, over the same rows: losses and scores of whole trials agree, and so accuracies that a
+    search reaches differ by when its scheduler stops what."""
+    engine = make_engine(backbone, prepared.task, prepared.job.train, prepared.job.search, 1)
+    for spec in prepared.trials:
+        config = {**spec.config(), "start": start_ids(spec, prepared.task.encoder.tokenizer)}
+        model = load_backbone(resolve_model(prepared.job.base_model)).model
+        theirs = PlainTrial(model, Data.of(prepared.task), config, batch=4)
+        torch.testing.assert_close(
+            prompt_of(theirs).detach(), initial_prompt(spec, InitContext.of(backbone, [])), rtol=0, atol=0
+        )
+        engine.seat("ours", spec)
+        while engine.slots:
+            for report in engine.round():
+                assert theirs.train(1) == pytest.approx(report.train_loss, rel=1e-4)
+                assert theirs.accuracy() == report.metrics["accuracy"]
 
 
 def test_the_trainer_reports_every_evaluation(

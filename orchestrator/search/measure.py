@@ -27,6 +27,7 @@ from orchestrator.search.forecast import Pace
 from orchestrator.search.placement import Placement
 from orchestrator.search.prepare import Prepared, likely_trials
 from orchestrator.space import TrialSpec
+from orchestrator.spec import StopSpec
 from orchestrator.tuning import evaluate as evaluation
 from orchestrator.tuning.engine import Engine, Task
 from orchestrator.tuning.make import make_engine
@@ -36,6 +37,7 @@ from orchestrator.tuning.report import EvaluationJob
 STEPS = 12  # most steps of one measurement
 BUDGET_S = 2.0  # a measurement ends with the step that goes beyond
 ROWS = 64  # rows that an evaluation is measured on, spread over the lengths
+SHORT_STEPS = 2  # of a trial cut short: the second round shows a report's way without anything that is done once
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class Measured:
     peak: int
     room: int
     """All memory of the device, or of the machine for a CPU."""
+    short: int = 0
+    """What trials cut short hold, by which a worker that ran them shows what it holds besides."""
     cuts: tuple[str, ...] = ()
     """What had to be cut for the largest step or evaluation to fit, or did not fit at all."""
 
@@ -113,10 +117,12 @@ def _measure(prepared: Prepared, placement: Placement, started: float) -> Measur
     load_s = time.time() - started
     memory = Memory(device)
     idle = memory.start_over()
+    # From small to large: what one took may not all come back.
+    short = max(Bench(shortened(prepared, placement), placement, backbone).held(), idle)
     bench = Bench(prepared, placement, backbone)
     pace, bare_row_s = bench.pace(), bench.bare_row()
-    usual = max(memory.peak(), idle)
-    cuts = bench.largest()  # after the usual ones: what it took may not all come back
+    usual = max(bench.most, memory.peak(), short)
+    cuts = bench.largest()
     peak = max(memory.peak(), usual)
     weights = sum(tensor.nbytes for tensor in backbone.model.state_dict(keep_vars=True).values())
     sharded = prepared.job.resources.sharding != "none"
@@ -131,6 +137,7 @@ def _measure(prepared: Prepared, placement: Placement, started: float) -> Measur
         usual=max(0, usual - elsewhere),
         peak=max(0, peak - elsewhere),
         room=memory.room(),
+        short=max(0, short - elsewhere),
         cuts=cuts,
     )
 
@@ -153,6 +160,14 @@ class Bench:
         # Written prompts are evaluated on all rows, as they stand in the task.
         self._scale = (1.0 if self._task.designs else len(whole) / len(sample)) / self._together
         self._sampled = self._with(validation=cut(whole, sample))
+        self._memory = Memory(backbone.device)
+        self.most = 0
+        """Bytes, of the engines so far; each forgets what the one before it held."""
+
+    def held(self) -> int:
+        """Bytes at the most while trials in all slots are trained and evaluated."""
+        self._seconds(self._trials[: self._slots])
+        return self.most
 
     def largest(self) -> tuple[str, ...]:
         """One step and one evaluation of full slots, the longest prompts and the longest rows; what had to be cut."""
@@ -180,7 +195,9 @@ class Bench:
         engine.step(seated)  # what only the first step does is left out
         most = max(1, min(STEPS, self._prepared.job.train.steps - 1))
         step_s = timed(lambda: engine.step(seated), most)
-        return step_s, self._scale * timed(lambda: engine.reports(seated), 1)
+        evaluation_s = timed(lambda: engine.reports(seated), 1)
+        self.most = max(self.most, self._memory.peak())
+        return step_s, self._scale * evaluation_s
 
     def bare_row(self) -> float:
         engine = self._engine(self._sampled, [])
@@ -196,6 +213,20 @@ class Bench:
 
     def _with(self, **splits: Encoded) -> Task:
         return replace(self._task, splits={**self._task.splits, **splits})
+
+
+def shortened(prepared: Prepared, placement: Placement) -> Prepared:
+    """A trial for every slot, two steps of a row each, an evaluation of one row after each of them."""
+    job = prepared.job
+    trials = likely_trials(prepared)[: placement.slots]
+    plain = {"searcher": "random", "scheduler": "fifo", "stop": StopSpec(), "trials": len(trials)}
+    short = {"steps": SHORT_STEPS, "evaluate_every": 1, "batch_size": 1, "micro_batch_size": None, "warmup_steps": 0}
+    task = replace(prepared.task, splits={name: cut(split, [0]) for name, split in prepared.task.splits.items()})
+    changes = {
+        "search": job.search.model_copy(update={**plain, "perturbation_steps": None}),
+        "train": job.train.model_copy(update={**short, "patience": None}),
+    }
+    return replace(prepared, job=job.model_copy(update=changes), trials=trials, total=len(trials), task=task)
 
 
 def timed(work: Callable[[], Any], most: int) -> float:

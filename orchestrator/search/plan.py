@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,7 @@ def estimate(
 ) -> Plan:
     """The plan that follows from what was measured; the workers are spread evenly over so many ``nodes``."""
     rehearsal = rehearsal or Rehearsal(WORKERS_S + measured.load_s, REPORT_S)
+    measured = in_worker(measured, rehearsal.held)
     job, trials = prepared.job, prepared.total
     # What trains nothing is evaluated once.
     train = job.train.model_copy(update={"steps": 1, "evaluate_every": 1}) if prepared.task.designs else job.train
@@ -106,6 +107,15 @@ def estimate(
         placement, trials, trials * train.steps, found, measured, seconds,
         device_hours(placement, held), _warnings(job, placement, measured, -(-placement.processes // nodes)),
     )  # fmt: skip
+
+
+def in_worker(measured: Measured, held: int) -> Measured:
+    """What was measured by itself, with what a worker holds besides (Ray, and what came with it).
+
+    ``held``: bytes of a worker that ran the trials cut short; 0 for not known.
+    """
+    besides = max(0, held - measured.short) if held else 0
+    return replace(measured, idle=measured.idle + besides, usual=measured.usual + besides, peak=measured.peak + besides)
 
 
 def device_hours(placement: Placement, seconds: float) -> float:

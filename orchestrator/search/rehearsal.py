@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.data.encoding import Encoded
 from orchestrator.search.history import History
+from orchestrator.search.measure import shortened
 from orchestrator.search.placement import Placement
-from orchestrator.search.prepare import Prepared, likely_trials
+from orchestrator.search.prepare import Prepared
 from orchestrator.search.search import running
 from orchestrator.space import TrialSpec
-from orchestrator.spec import StopSpec
 from orchestrator.tuning.report import Report
 
-STEPS = 2  # the second round shows a report's way without anything that is done once
 REPORT_S = 0.03  # a report's way to Tune and back on an idle machine; where a worker has one slot it can't be seen
 
 
@@ -27,24 +25,27 @@ REPORT_S = 0.03  # a report's way to Tune and back on an idle machine; where a w
 class Rehearsal:
     """``start_s``: from a Ray that is up to the end of the first round, with workers, models and Tune's trials there.
 
-    ``report_s``: a report's way from the worker to Tune and back.
+    ``report_s``: a report's way from the worker to Tune and back. ``held``: the most bytes that a worker held.
     """
 
     start_s: float
     report_s: float
+    held: int = 0
 
 
 class Moments:
-    """A study's listener: when each round's reports came."""
+    """A study's listener: when each round's reports came, and what the worker held by then."""
 
     def __init__(self) -> None:
         self.times: list[tuple[float, bool]] = []
         """Of each report, and whether another one of the same round follows."""
+        self.held = 0
 
     def trial_started(self, trial: str, spec: TrialSpec) -> None: ...
 
     def trial_reported(self, trial: str, report: Report) -> None:
         self.times.append((time.monotonic(), report.pending > 0))
+        self.held = max(self.held, report.costs.peak_bytes)
 
     def trial_ended(self, trial: str, status: str, note: str) -> None: ...
 
@@ -65,22 +66,4 @@ def rehearse(prepared: Prepared, placement: Placement, storage: Path) -> Rehears
     started = time.monotonic()
     with running(shortened(prepared, placement), placement, storage) as search, search.or_abandon():
         search.study([moments], History())
-    return Rehearsal(moments.first_round() - started, moments.report_s())
-
-
-def shortened(prepared: Prepared, placement: Placement) -> Prepared:
-    """A trial for every slot, two steps of a row each, an evaluation of one row after each of them."""
-    job = prepared.job
-    trials = likely_trials(prepared)[: placement.slots]
-    plain = {"searcher": "random", "scheduler": "fifo", "stop": StopSpec(), "trials": len(trials)}
-    short = {"steps": STEPS, "evaluate_every": 1, "batch_size": 1, "micro_batch_size": None, "warmup_steps": 0}
-    task = replace(prepared.task, splits={name: first_row(split) for name, split in prepared.task.splits.items()})
-    changes = {
-        "search": job.search.model_copy(update={**plain, "perturbation_steps": None}),
-        "train": job.train.model_copy(update={**short, "patience": None}),
-    }
-    return replace(prepared, job=job.model_copy(update=changes), trials=trials, total=len(trials), task=task)
-
-
-def first_row(split: Encoded) -> Encoded:
-    return Encoded(split.inputs[:1], split.targets[:1], split.labels[:1], split.references[:1])
+    return Rehearsal(moments.first_round() - started, moments.report_s(), moments.held)

@@ -1,5 +1,4 @@
-"""The Ray Train worker: loads and freezes the backbone once, then trains whatever trials the broker seats. The only
-importer of ray.train.
+"""The Ray Train worker: loads and freezes the backbone once, then trains whatever trials the broker seats.
 
 The workers of a group do the same at the same time; the first of them talks to the broker for all.
 """
@@ -16,11 +15,12 @@ from typing import Any
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig
 
 from orchestrator.errors import JobFailed, OrchestratorError
 from orchestrator.search.broker import Orders, Place
 from orchestrator.search.placement import Placement
+from orchestrator.search.trainer import LeanTrainer
 from orchestrator.spec import JobSpec
 from orchestrator.tuning.group import PATIENCE
 
@@ -152,14 +152,14 @@ def torch_config(placement: Placement) -> TorchConfig:
 
 
 class WorkerGroup(threading.Thread):
-    """One TorchTrainer, run in a thread of the driver. ``error`` is what ended it, if anything went wrong."""
+    """One trainer, run in a thread of the driver. ``error`` is what ended it, if anything went wrong."""
 
     def __init__(self, config: WorkerConfig, storage: Path, on_error: Any) -> None:
         super().__init__(name=f"worker-group-{config.name}", daemon=True)
         self.worker = config.name
         self.error: Exception | None = None
         self._on_error = on_error
-        self._trainer = TorchTrainer(
+        self._trainer = LeanTrainer(
             train_loop,
             train_loop_config={"worker": config},
             scaling_config=ScalingConfig(

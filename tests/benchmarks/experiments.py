@@ -35,6 +35,7 @@ from orchestrator.search.prepare import Prepared, likely_trials, prepare
 from orchestrator.spec import JobSpec
 from orchestrator.tuning.checkpoint import TrialState
 from orchestrator.tuning.engine import Engine
+from orchestrator.tuning.make import make_engine
 from orchestrator.tuning.report import EvaluationJob
 
 SPLITS = ("validation", "test")
@@ -101,9 +102,9 @@ def run_experiment(job: JobSpec, capacity: int = 4, vote: bool = False) -> Exper
     started = time.monotonic()
     prepared = prepare(job)
     backbone = load_backbone(resolve_model(job.base_model), default_device(), job.base_model.dtype)
-    engine = Engine(backbone, prepared.task, job.train, job.search, capacity)
+    engine = make_engine(backbone, prepared.task, job.train, job.search, capacity)
     untuned = {name: _evaluated(engine, text) for name, text in _asked(prepared)}
-    trials = [trial for pack in _packs(prepared, capacity) for trial in _trained(engine, pack)]
+    trials = [trial for pack in _packs(prepared, engine.capacity) for trial in _trained(engine, pack)]
     weights = sum(weight.numel() for weight in backbone.model.parameters())
     voted = _vote(engine, trials) if vote else None
     return Experiment(job, trials, untuned, weights, time.monotonic() - started, voted)
@@ -142,7 +143,7 @@ def _trained(engine: Engine, pack: Sequence[Any]) -> list[Trial]:
         report = last[name]
         if not report.best_metrics:  # broken before its first evaluation
             continue
-        test = engine.evaluate(EvaluationJob("test", report.checkpoint))
+        test = engine.evaluate(EvaluationJob("test", report.checkpoint, spec=spec))
         metrics = {"validation": report.best_metrics, "test": test}
         found.append(Trial(spec.config(), report.step, metrics, report.checkpoint))
     return found
@@ -173,7 +174,7 @@ def lines(experiment: Experiment, by: Sequence[str]) -> list[Line]:
     made = []
     for label, seeds in groups.items():
         best = [max(of, key=lambda it: sign * it.metrics["validation"][metric]) for of in seeds.values()]
-        rates = [it.config["learning_rate"] for it in best]
+        rates = [it.config["learning_rate"] for it in best if "learning_rate" in it.config]
         made.append(Line(label, [it.metrics["test"][metric] for it in best], rates))
     return made
 

@@ -2,8 +2,8 @@
 
 ``recipe``: the documented one. Each Tune trial is a function that calls ``TorchTrainer.fit``, whose worker loads the
 model and runs the transformers Trainer; no scheduler. ``reused``: the same training as a class trainable that keeps the
-model from trial to trial, with ASHA. Both have our trials, rows, steps and cores, and as many trials at once as there
-are cores, of a thread each; neither writes checkpoints.
+model from trial to trial, with ASHA. Both have our trials, their first prompts, rows, steps and cores, and as many
+trials at once as there are cores, of a thread each; neither writes checkpoints.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def main(asked: Asked) -> None:
     from orchestrator.search.cluster_session import ENVIRONMENT
     from orchestrator.search.prepare import prepare
     from orchestrator.search.study import scheduler
-    from tests.benchmarks.peer_training import Data
+    from tests.benchmarks.peer_training import Data, start_ids
 
     os.environ.update(ENVIRONMENT)
     file = Path("job.yaml")
@@ -137,7 +137,11 @@ def main(asked: Asked) -> None:
     moments = Moments()
     started = time.time()
     here = importlib.import_module("tests.benchmarks.peer_search")  # a main module's code would be sent by value
-    listed = [{**spec.config(), "number": number} for number, spec in enumerate(prepared.trials)]
+    tokenizer = prepared.task.encoder.tokenizer
+    listed = [
+        {**spec.config(), "number": number, "start": start_ids(spec, tokenizer)}
+        for number, spec in enumerate(prepared.trials)
+    ]
     recipe = asked.kind == "recipe"
     trainable = tune.with_resources(
         tune.with_parameters(here.recipe_trial if recipe else here.ReusedTrial, told=told),

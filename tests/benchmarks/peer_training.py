@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from orchestrator.data.bucketing import step_rows
 from orchestrator.data.encoding import Encoded
+from orchestrator.prompts.inits import InitContext, initial_prompt
+from orchestrator.space import TrialSpec
 
 IGNORED = -100
 FORWARD_ROWS = 64  # of an evaluation
@@ -55,8 +57,17 @@ def padded(split: Encoded, rows: Sequence[int], pad: int) -> dict[str, Tensor]:
     }
 
 
+def start_ids(spec: TrialSpec, tokenizer: Any) -> list[int]:
+    """The tokens that the trial starts from, found without a model. ValueError for a start of something else."""
+    if spec.init != "sample_vocab":
+        raise ValueError(f"init {spec.init} does not start from tokens; write sample_vocab")
+    numbers = InitContext(lambda ids: ids[:, None], (len(tokenizer), 1), tokenizer, ())
+    return [int(number) for number in initial_prompt(spec, numbers)]
+
+
 def with_prompt(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
-    """PEFT's prompt tuning around the frozen model, from sampled tokens, as the trial's configuration has it."""
+    """PEFT's prompt tuning around the frozen model, as the trial's configuration has it: from the tokens ``start``, or
+    from some that PEFT samples."""
     import peft
 
     torch.manual_seed(config["seed"])
@@ -68,6 +79,10 @@ def with_prompt(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
             prompt_tuning_init=peft.PromptTuningInit.SAMPLE_VOCAB,
         ),
     )
+    if "start" in config:
+        (prompt,) = (parameter for parameter in wrapped.parameters() if parameter.requires_grad)
+        with torch.no_grad():
+            prompt.copy_(model.get_input_embeddings().weight[config["start"]])  # type: ignore[operator, index]
     return wrapped
 
 

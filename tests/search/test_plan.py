@@ -18,11 +18,11 @@ from orchestrator.errors import BadInput, JobFailed
 from orchestrator.run import run_job
 from orchestrator.search import measure as measure_module
 from orchestrator.search.forecast import Pace
-from orchestrator.search.measure import Measured, cut, in_child, measure, spread
+from orchestrator.search.measure import Measured, cut, in_child, measure, shortened, spread
 from orchestrator.search.placement import Node, Placement, place
 from orchestrator.search.plan import END_S, WORKERS_S, Plan, estimate
 from orchestrator.search.prepare import likely_trials, prepare
-from orchestrator.search.rehearsal import REPORT_S, Moments, Rehearsal, rehearse, shortened
+from orchestrator.search.rehearsal import REPORT_S, Moments, Rehearsal, rehearse
 
 PLACEMENT = Placement(workers=1, cpus=1, gpus=0.0, threads=1, trials_per_worker=2)
 PACE = Pace(step_alone=0.1, step_packed=0.15, evaluation_alone=1.0, evaluation_packed=1.5, packed=2)
@@ -62,6 +62,17 @@ def test_what_was_rehearsed_counts_and_what_came_before(tmp_path: Path) -> None:
     assert plan.seconds["search"] == pytest.approx(2 * (16 * 0.15 + 4 * (1.5 + 2 * 0.5)))
 
 
+def test_a_worker_holds_more_than_what_measures(tmp_path: Path) -> None:
+    """Ray and what came with it: what a worker held with the short trials, beyond what those took by themselves."""
+    prepared = prepare(small_job(tmp_path, **FIFO))
+    measured = replace(MEASURED, short=550)
+    for held, besides in ((0, 0), (750, 200), (500, 0)):  # 0: no worker was seen
+        rehearsal = Rehearsal(start_s=20.0, report_s=0.5, held=held)
+        memory = estimate(prepared, PLACEMENT, measured, rehearsal=rehearsal).document()["memory"]
+        found = tuple(memory[name] - besides for name in ("idle", "usual", "worker"))
+        assert found == (500, 700, 900) and memory["slot"] == 200
+
+
 def test_a_rehearsal_is_the_search_in_short(tmp_path: Path) -> None:
     """A trial a slot, two steps of one row, whatever the scheduler; proposed trials are drawn, and measured too."""
     job = small_job(tmp_path, search__searcher="optuna", search__scheduler="pbt", train__patience=1)
@@ -86,10 +97,15 @@ def test_a_report_s_way_is_seen_within_a_round() -> None:
 
 
 def test_the_start_is_rehearsed(ray_cluster: None, tmp_path: Path) -> None:
-    """In the Ray that is up, with the real worker; nothing of it stays."""
+    """In the Ray that is up, with the real worker, which holds more than the same trials by themselves; nothing of it
+    stays."""
     before = holders()
-    found = rehearse(prepare(small_job(tmp_path)), PLACEMENT, tmp_path / "rehearsal")
+    prepared = prepare(small_job(tmp_path))
+    found = rehearse(prepared, PLACEMENT, tmp_path / "rehearsal")
     assert found.start_s > found.report_s > 0
+    measured = measure(prepared, PLACEMENT)
+    assert measured.idle <= measured.short <= measured.usual <= measured.peak
+    assert measured.short < found.held < measured.short + 1e9
     assert eventually(lambda: holders() <= before)
 
 
