@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from orchestrator.errors import BadInput, Unreachable
+from orchestrator.importing import uncollected
 from orchestrator.quickstart import BUILTIN_MODELS, builtin_model
 from orchestrator.spec import BUILTIN, QUICKSTART, BaseModelSpec
 
@@ -52,7 +53,8 @@ class ModelSource:
     @cached_property
     def config(self) -> Any:
         quiet_transformers()
-        from transformers import AutoConfig
+        with uncollected():
+            from transformers import AutoConfig
 
         if not (self.path / "config.json").is_file():
             raise BadInput(f"base_model.id {self.id!r}: {self.path} holds no config.json", _MODEL_HINT)

@@ -15,6 +15,7 @@ import typer
 
 from orchestrator import __version__
 from orchestrator.errors import TRACEBACK, BadInput, Interrupted, OrchestratorError, SpecError, Unreachable
+from orchestrator.importing import uncollected
 from orchestrator.sigterm import Sigterm
 
 app = typer.Typer(
@@ -123,7 +124,8 @@ def plan(
 
     spec = load_job(job, overrides)
     with results_only():
-        from orchestrator.run import plan_job
+        with uncollected():
+            from orchestrator.run import plan_job
 
         made = plan_job(spec, (lambda text: None) if quiet else (lambda text: say(f"{text} ...")), address, verbose)
     if as_json:
@@ -152,8 +154,9 @@ def run(
     spec = load_job(job, overrides)
     console = Console(stderr=True)
     with results_only():
-        from orchestrator.progress import ConsoleProgress
-        from orchestrator.run import run_job
+        with uncollected():
+            from orchestrator.progress import ConsoleProgress
+            from orchestrator.run import run_job
 
         document = run_job(spec, ConsoleProgress(spec, console, quiet), address, verbose, planned)
     if as_json:
@@ -179,8 +182,9 @@ def resume(
 
     console = Console(stderr=True)
     with results_only():
-        from orchestrator.progress import ConsoleProgress
-        from orchestrator.resume import resume_search
+        with uncollected():
+            from orchestrator.progress import ConsoleProgress
+            from orchestrator.resume import resume_search
 
         document, spec = resume_search(search, lambda job: ConsoleProgress(job, console, quiet), address, verbose)
     if as_json:

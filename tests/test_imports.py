@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "orchestrator"
 ONLY_IN = {
     "ray.tune": "search/study.py",
-    "ray.train": "search/worker.py",
+    "ray.train": "search/worker_group.py",
     "ray.serve": "serving/app.py",
     "optuna": "search/tpe.py",
     "ray.job_submission": "submission/cluster.py",

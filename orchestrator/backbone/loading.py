@@ -17,6 +17,7 @@ from orchestrator.backbone.masked import MaskedBackbone
 from orchestrator.backbone.seq2seq import Seq2SeqBackbone
 from orchestrator.base_model import BaseModelInfo, Family, ModelSource, family_of, quiet_transformers
 from orchestrator.errors import BadInput
+from orchestrator.importing import uncollected
 
 BACKBONES: dict[Family, type[Backbone]] = {
     "causal": CausalBackbone,
@@ -95,7 +96,8 @@ def _headed(backbone: MaskedBackbone, ids: Tensor, mask: Tensor) -> Tensor:
 
 def _load_model(source: ModelSource, dtype: Any, device: torch.device) -> Any:
     quiet_transformers()
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+    with uncollected():
+        from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
     kinds = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM, "masked": AutoModelForMaskedLM}
     try:

@@ -17,6 +17,7 @@ from filelock import FileLock
 from filelock import Timeout as LockTimeout
 
 from orchestrator.errors import BadInput, JobFailed, OrchestratorError, Unreachable
+from orchestrator.importing import uncollected
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -238,7 +239,8 @@ def import_mlflow() -> Any:
     """mlflow with our defaults in the environment and its logs quiet; 1.5 s the first time."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    import mlflow
+    with uncollected():
+        import mlflow
 
     if "MLFLOW_LOGGING_LEVEL" not in os.environ:
         logging.getLogger("mlflow").setLevel(logging.ERROR)

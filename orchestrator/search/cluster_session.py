@@ -27,6 +27,7 @@ ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a search's end waits for the next one; Train's own choice is 2
     # It ends a worker before its machine goes, without telling the broker, whose trials would wait for it. A machine
     # that is taken back is one that is lost: the trials go on elsewhere from their last report.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",

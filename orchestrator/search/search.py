@@ -26,7 +26,8 @@ from orchestrator.search.placement import Placement, place
 from orchestrator.search.population import Population
 from orchestrator.search.prepare import Prepared
 from orchestrator.search.study import Concurrency, Listener, run_study, trial_id
-from orchestrator.search.worker import WorkerConfig, WorkerGroup
+from orchestrator.search.worker import WorkerConfig
+from orchestrator.search.worker_group import WorkerGroup
 from orchestrator.space import trial_count
 from orchestrator.spec import JobSpec
 from orchestrator.tuning.report import EvaluationJob

@@ -5,26 +5,19 @@ The workers of a group do the same at the same time; the first of them talks to 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
-from ray.train.torch import TorchConfig
 
 from orchestrator.errors import JobFailed, OrchestratorError
+from orchestrator.importing import uncollected
 from orchestrator.search.broker import Orders, Place
 from orchestrator.search.placement import Placement
-from orchestrator.search.trainer import LeanTrainer
 from orchestrator.spec import JobSpec
-from orchestrator.tuning.group import PATIENCE
-
-RESTARTS = 3  # of a worker that dies; its trials go on from their newest checkpoints
 
 
 @dataclass(frozen=True)
@@ -57,10 +50,11 @@ def train_loop(config: dict[str, Any]) -> None:
 
 def load_engine(told: WorkerConfig) -> Any:
     """The engine on its backbone, or None once the broker knows why a worker of the group can't load it."""
-    from orchestrator.backbone import check_exact, default_device, read_backbone, set_threads
-    from orchestrator.search.model_files import model_source
-    from orchestrator.tuning.group import joined_group
-    from orchestrator.tuning.make import make_engine
+    with uncollected():
+        from orchestrator.backbone import check_exact, default_device, read_backbone, set_threads
+        from orchestrator.search.model_files import model_source
+        from orchestrator.tuning.group import joined_group
+        from orchestrator.tuning.make import make_engine
 
     set_threads(told.placement.threads)
     job, device = told.job, default_device()
@@ -120,18 +114,6 @@ def serve_orders(engine: Any, told: WorkerConfig) -> None:
         reports = [] if orders.evaluate else engine.round()
 
 
-class TellBroker(UserCallback):
-    """Runs beside Train's controller: the broker hears at once that a worker was lost, so that its trials go on
-    elsewhere while Train looks for room to start it again."""
-
-    def __init__(self, worker: str, broker: Any) -> None:
-        self._worker = worker
-        self._broker = broker
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        self._broker.leave.remote(self._worker, ray.get_runtime_context().current_actor)
-
-
 def join(engine: Any, told: WorkerConfig) -> None:
     place = Place(ray.get_runtime_context().get_node_id(), ray.util.get_current_placement_group())
     with suppress(ray.exceptions.RayActorError):  # the next call sees to it
@@ -143,42 +125,3 @@ def next_orders(told: WorkerConfig, reports: list[Any], evaluated: list[tuple[in
         return ray.get(told.broker.next_orders.remote(told.name, reports, evaluated))
     except ray.exceptions.RayActorError:
         return Orders(stop=True)  # the broker is gone: whoever goes on with the search starts workers of its own
-
-
-def torch_config(placement: Placement) -> TorchConfig:
-    """Gradients go from accelerator to accelerator where there are any. A group waits for its orders without end."""
-    backend = "nccl" if placement.gpus and placement.workers_per_group > 1 else "gloo"
-    return TorchConfig(backend=backend, timeout_s=int(PATIENCE.total_seconds()))
-
-
-class WorkerGroup(threading.Thread):
-    """One trainer, run in a thread of the driver. ``error`` is what ended it, if anything went wrong."""
-
-    def __init__(self, config: WorkerConfig, storage: Path, on_error: Any) -> None:
-        super().__init__(name=f"worker-group-{config.name}", daemon=True)
-        self.worker = config.name
-        self.error: Exception | None = None
-        self._on_error = on_error
-        self._trainer = LeanTrainer(
-            train_loop,
-            train_loop_config={"worker": config},
-            scaling_config=ScalingConfig(
-                num_workers=config.placement.workers_per_group,
-                use_gpu=config.placement.gpus > 0,
-                resources_per_worker=config.placement.worker_resources(),
-            ),
-            torch_config=torch_config(config.placement),
-            run_config=RunConfig(
-                name=f"worker-{config.name}",
-                storage_path=str(storage),
-                failure_config=FailureConfig(max_failures=RESTARTS),
-                callbacks=[TellBroker(config.name, config.broker)],
-            ),
-        )
-
-    def run(self) -> None:
-        try:
-            self._trainer.fit()
-        except Exception as error:  # Train wraps whatever happened in a worker in its own types
-            self.error = error
-            self._on_error(error)

@@ -135,12 +135,12 @@ def plain_backbone(backbone: Any) -> None:
 @contextmanager
 def prepared_process(asked: Asked) -> Iterator[None]:
     """What was asked, in this process and, by its environment, in those that Ray starts."""
-    from orchestrator.search import study, worker
+    from orchestrator.search import study, worker_group
 
     os.environ[WORK] = asked.folder
     if asked.plain_step:
         os.environ[PLAIN] = "1"
-    worker.train_loop = importable(watched_loop)
+    worker_group.train_loop = importable(watched_loop)
     if asked.fresh_actors:
         study.TuneConfig = functools.partial(_without_reuse, study.TuneConfig)
     with _cluster(asked.nodes) if asked.nodes else nullcontext():

@@ -21,7 +21,8 @@ from orchestrator.registry import Registry
 from orchestrator.search.prepare import Prepared, prepare
 from orchestrator.search.search import worker_failure
 from orchestrator.search.study import scheduler
-from orchestrator.search.worker import RESTARTS, load_failure
+from orchestrator.search.worker import load_failure
+from orchestrator.search.worker_group import RESTARTS
 from orchestrator.spec import JobSpec, SearchSpec, SpaceSpec, TrainSpec
 from orchestrator.tuning.report import Report
 
