@@ -25,6 +25,15 @@ SPACE = {
     "train__evaluate_every": 3,
 }
 
+BASELINE = {
+    "method": "model_tuning",
+    "search__space": {"learning_rate": [0.001], "seed": [0, 1]},
+    "search__searcher": "grid",
+    "search__trials": 2,
+    "train__steps": 2,
+    "train__evaluate_every": 1,
+}
+
 
 def test_every_trial_runs_to_its_end_as_it_would_alone(tmp_path: Path) -> None:
     """Eight trials, four at a time; one of them by itself reaches the same."""
@@ -75,3 +84,14 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "| class_labels |" in shown and "| no prompt |" in shown
     document = json.loads(out.read_text())
     assert len(document["trials"]) == 4 and document["metric"] == "loss"
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "model_tuning"])
+def test_other_files_are_evaluated_too(tmp_path: Path, method: str) -> None:
+    """The same rows under another name give the same figures, whatever is learned."""
+    job = small_job(tmp_path, **(SPACE if method == "prompt_tuning" else BASELINE))
+    path = job.data.path
+    assert job.method == method and not isinstance(path, str)
+    found = run_experiment(job, also={"again": str(path.test)})
+    assert found.trials and all(trial.metrics["again"] == trial.metrics["test"] for trial in found.trials)
+    assert any(line.startswith("| all, again |") for line in table(found, []))

@@ -3,9 +3,9 @@
 ``python -m tests.benchmarks.experiments jobs/init-ablation.yaml --by init [--set KEY=VALUE ...] [--out build/x.json]``
 
 Every trial runs all its steps, trials packed as in a search. Each is judged as a search judges it: the best of its
-evaluations on the validation rows, and that prompt on the test rows. Lines are means over the trials that agree in what
-``--by`` names, with the standard deviation over them; the best learning rate of each seed's trials is taken by
-validation where the space lists several and ``--by`` does not name it.
+evaluations on the validation rows, and that prompt on the test rows, and on other files' with ``--also NAME=FILE``.
+Lines are means over the trials that agree in what ``--by`` names, with the standard deviation over them; the best
+learning rate of each seed's trials is taken by validation where the space lists several and it is not named.
 """
 
 from __future__ import annotations
@@ -19,20 +19,22 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from orchestrator.backbone import PromptTensors, default_device, load_backbone, set_threads
 from orchestrator.base_model import resolve_model
+from orchestrator.data.dataset import load_split
 from orchestrator.evaluation import majority
 from orchestrator.job_file import load_job
 from orchestrator.scoring import answer_scores
 from orchestrator.search.prepare import Prepared, likely_trials, prepare
-from orchestrator.spec import JobSpec
+from orchestrator.spec import DataFiles, JobSpec, RowLimits
 from orchestrator.tuning.checkpoint import TrialState
 from orchestrator.tuning.engine import Engine
 from orchestrator.tuning.make import make_engine
@@ -60,6 +62,7 @@ class Experiment:
     untuned: dict[str, dict[str, dict[str, float]]]
     parameters: int
     seconds: float
+    also: list[str] = field(default_factory=list)
     voted: float | None = None
     """Test accuracy of the majority of all trials' prompts, where it was asked for."""
 
@@ -94,20 +97,29 @@ class Line:
         return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
 
 
-def run_experiment(job: JobSpec, capacity: int = 4, vote: bool = False) -> Experiment:
+def run_experiment(
+    job: JobSpec, capacity: int = 4, vote: bool = False, also: Mapping[str, str] = MappingProxyType({})
+) -> Experiment:
     """Train every trial to its end, ``capacity`` of them at a time; ``vote`` lets all of them answer together.
+
+    ``also``: further files with rows to evaluate, by the names that they get.
 
     Raises OrchestratorError as ``run`` would.
     """
     started = time.monotonic()
     prepared = prepare(job)
+    for name, file in also.items():
+        files = DataFiles(train=file, test=file)
+        rows = load_split(job.data.model_copy(update={"path": files, "limit": RowLimits()}), "test")
+        prepared.task.splits[name] = prepared.task.encoder.encode(rows, job.data.target)
     backbone = load_backbone(resolve_model(job.base_model), default_device(), job.base_model.dtype)
     engine = make_engine(backbone, prepared.task, job.train, job.search, capacity)
     untuned = {name: _evaluated(engine, text) for name, text in _asked(prepared)}
-    trials = [trial for pack in _packs(prepared, engine.capacity) for trial in _trained(engine, pack)]
+    judged = ["test", *also]
+    trials = [trial for pack in _packs(prepared, engine.capacity) for trial in _trained(engine, pack, judged)]
     weights = sum(weight.numel() for weight in backbone.model.parameters())
     voted = _vote(engine, trials) if vote else None
-    return Experiment(job, trials, untuned, weights, time.monotonic() - started, voted)
+    return Experiment(job, trials, untuned, weights, time.monotonic() - started, [*also], voted)
 
 
 def _asked(prepared: Prepared) -> Iterator[tuple[str, str | None]]:
@@ -130,7 +142,7 @@ def _packs(prepared: Prepared, capacity: int) -> Iterator[list[Any]]:
         yield trials[start : start + capacity]
 
 
-def _trained(engine: Engine, pack: Sequence[Any]) -> list[Trial]:
+def _trained(engine: Engine, pack: Sequence[Any], judged: Sequence[str]) -> list[Trial]:
     names = {f"t{place}": spec for place, spec in enumerate(pack)}
     for name, spec in names.items():
         engine.seat(name, spec)
@@ -143,8 +155,9 @@ def _trained(engine: Engine, pack: Sequence[Any]) -> list[Trial]:
         report = last[name]
         if not report.best_metrics:  # broken before its first evaluation
             continue
-        test = engine.evaluate(EvaluationJob("test", report.checkpoint, spec=spec))
-        metrics = {"validation": report.best_metrics, "test": test}
+        metrics = {"validation": report.best_metrics}
+        for split in judged:
+            metrics[split] = engine.evaluate(EvaluationJob(split, report.checkpoint, spec=spec))
         found.append(Trial(spec.config(), report.step, metrics, report.checkpoint))
     return found
 
@@ -164,7 +177,7 @@ def _vote(engine: Engine, trials: Sequence[Trial]) -> float:
     return right / len(split)
 
 
-def lines(experiment: Experiment, by: Sequence[str]) -> list[Line]:
+def lines(experiment: Experiment, by: Sequence[str], split: str = "test") -> list[Line]:
     """A line for each combination of what ``by`` names, in the order in which the space lists them."""
     metric, sign = experiment.job.search.metric, 1.0 if experiment.job.search.better == "max" else -1.0
     groups: dict[str, dict[int, list[Trial]]] = defaultdict(lambda: defaultdict(list))
@@ -175,7 +188,7 @@ def lines(experiment: Experiment, by: Sequence[str]) -> list[Line]:
     for label, seeds in groups.items():
         best = [max(of, key=lambda it: sign * it.metrics["validation"][metric]) for of in seeds.values()]
         rates = [it.config["learning_rate"] for it in best if "learning_rate" in it.config]
-        made.append(Line(label, [it.metrics["test"][metric] for it in best], rates))
+        made.append(Line(label, [it.metrics[split][metric] for it in best], rates))
     return made
 
 
@@ -193,10 +206,12 @@ def table(experiment: Experiment, by: Sequence[str]) -> Iterator[str]:
     yield f"{job.name}: {job.base_model.id} ({size}), test {metric}, {experiment.seconds:.0f} s"
     for name, found in experiment.untuned.items():
         yield f"| {name} | {found['test'][metric]:.3f} | | |"
-    for line in lines(experiment, by):
-        values = ", ".join(f"{value:.3f}" for value in line.values)
-        rates = ", ".join(f"{rate:g}" for rate in line.rates)
-        yield f"| {line.label} | {line.mean:.3f} ± {line.spread:.3f} | {values} | {rates} |"
+    for split in ("test", *experiment.also):
+        for line in lines(experiment, by, split):
+            label = line.label if split == "test" else f"{line.label}, {split}"
+            values = ", ".join(f"{value:.3f}" for value in line.values)
+            rates = ", ".join(f"{rate:g}" for rate in line.rates)
+            yield f"| {label} | {line.mean:.3f} ± {line.spread:.3f} | {values} | {rates} |"
     if experiment.voted is not None:
         yield f"| majority of all | {experiment.voted:.3f} | | |"
 
@@ -205,7 +220,8 @@ def main(arguments: Sequence[str]) -> int:
     """Run the job and print its table."""
     args = parser().parse_args(arguments)
     set_threads(args.threads)
-    experiment = run_experiment(load_job(args.job, args.set), args.capacity, args.vote)
+    also = dict(pair.split("=", 1) for pair in args.also)
+    experiment = run_experiment(load_job(args.job, args.set), args.capacity, args.vote, also)
     print("\n".join(table(experiment, args.by)), flush=True)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -218,6 +234,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("job", type=Path)
     made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     made.add_argument("--by", action="append", default=[], help="init, num_virtual_tokens, learning_rate; repeatable")
+    made.add_argument("--also", action="append", default=[], metavar="NAME=FILE", help="further rows to evaluate")
     made.add_argument("--vote", action="store_true", help="also the majority of all trials, by accuracy")
     made.add_argument("--capacity", type=int, default=4, help="trials at a time (default 4)")
     made.add_argument("--threads", type=int, default=1)
