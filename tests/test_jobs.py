@@ -108,7 +108,9 @@ def run_small(file: Path, place: Path, monkeypatch: pytest.MonkeyPatch, *more: s
     if SHARED.is_dir() and not (place.parent / "shared").exists():
         (place.parent / "shared").symlink_to(SHARED)
     monkeypatch.chdir(place)
-    job = load_job(file, [*TINY, *more])
+    trains = document(file).get("method") != "prompt_design"
+    tiny = [override for override in TINY if trains or not override.startswith("train.")]
+    job = load_job(file, [*tiny, *more])
     made: dict[str, Any] = run_job(job, Recorder(job))
     return made
 
