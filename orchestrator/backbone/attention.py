@@ -1,7 +1,9 @@
-"""Prefixes for models whose attention keeps no cache to put them in: encoders, and cross-attention.
+"""What is done inside a model's attention.
 
-transformers lets a model's attention be any registered function of (module, query, key, value, mask). Ours puts the
-rows' prefix in front of key and value where one is set for the module, and hands on to the library's own function.
+transformers lets a model's attention be any registered function of (module, query, key, value, mask). Ours are two, and
+hand on to the library's own. One puts the rows' prefix in front of key and value where one is set for the module: for
+models whose attention keeps no cache to put it in, which are encoders, and cross-attention. The other spares a CPU the
+copies of keys and values that the heads of a group share.
 
 Shapes: B rows, P virtual tokens, Q queries, T keys, L layers.
 """
@@ -16,9 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import pad, scaled_dot_product_attention
 
-NAME = "orchestrator_prefix"
+PREFIXED = "orchestrator_prefix"
+GROUPED = "orchestrator_grouped"
 
 
 @dataclass(frozen=True)
@@ -106,14 +109,52 @@ def _extended(
     return torch.cat([front, mask], dim=-1)
 
 
-def install(model: nn.Module) -> None:
-    """Make the model's attention ours. The results without a prefix stay the library's."""
+def grouped_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, Any]:
+    """The library's attention, bit for bit, with each group's keys and values read where they are.
+
+    The library copies them for every head. Torch's function for CPUs need not, and is faster unless each row has a
+    single query (docs/decisions.md).
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    shares = query.device.type == "cpu" and query.shape[1] > key.shape[1] and query.shape[2] > 1
+    if not shares or attention_mask is None or options.keys() & {"softcap", "position_bias", "cache"}:
+        out: tuple[Tensor, Any] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return out
+    attended = scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=attention_mask,
+        dropout_p=options.get("dropout", 0.0),
+        scale=options.get("scaling"),
+        enable_gqa=True,
+    )
+    return attended.transpose(1, 2).contiguous(), None
+
+
+def install_prefixes(model: nn.Module) -> None:
+    """Let the model's attention have prefixes. The results without one stay the library's."""
+    _install(model, PREFIXED, attention)
+
+
+def install_grouped(model: Any) -> None:
+    """Spare a model whose heads share keys and values the copies of them, where transformers lets us."""
+    config = model.config
+    heads = getattr(config, "num_attention_heads", 0)
+    if getattr(config, "num_key_value_heads", None) not in (None, heads) and model._supports_attention_backend:
+        _install(model, GROUPED, grouped_attention)
+
+
+def _install(model: Any, name: str, function: Any) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.set_attn_implementation(NAME)  # type: ignore[operator]
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    model.set_attn_implementation(name)
 
 
 def called_modules(seen: Mapping[nn.Module, Any], within: nn.Module) -> list[nn.Module]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -21,6 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from orchestrator.backbone.attention import install_grouped
 from orchestrator.backbone.base import Backbone, Ids, no_prefix
 from orchestrator.backbone.prompts import Part, PreparedPrompts, PromptTensors, pad_part
 from orchestrator.backbone.rows import Rows
@@ -70,6 +72,11 @@ class CausalBackbone(Backbone):
     def __init__(self, model: nn.Module, tokenizer: Any, info: BaseModelInfo, prompt_once: bool | None = None) -> None:
         super().__init__(model, tokenizer, info)
         self.prompt_once = runs_prompt_once(model.config) if prompt_once is None else prompt_once
+        if self.prompt_once:
+            from orchestrator.backbone import last_block
+
+            last_block.watch(model)
+            install_grouped(model)
 
     @property
     def continues(self) -> bool:
@@ -111,8 +118,16 @@ class CausalBackbone(Backbone):
     def _prompt_cache(self, prompts: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Key and value of each layer, [K, kv heads, P, head width], of soft prompts that run once."""
         padded = nn.utils.rnn.pad_sequence(list(prompts), batch_first=True).to(self.device, self.table.dtype)
-        # No mask: the pads are on the right, where no real virtual token looks, and rows mask them out later.
-        out = self._body(inputs_embeds=padded, use_cache=True)
+        width = padded.shape[1]
+        with self._reading(_cache(()), keep=1) as cache:  # its keys and values are read, not what it gives
+            # The pads are on the right, where no real virtual token looks, and rows mask them out later.
+            out = self._body(
+                inputs_embeds=padded,
+                attention_mask=torch.ones(1, 1, width, width, dtype=torch.bool, device=self.device).tril(),
+                position_ids=torch.arange(width, device=self.device)[None],
+                past_key_values=cache,
+                use_cache=True,
+            )
         cache = tuple(tensor for layer in out.past_key_values.layers for tensor in (layer.keys, layer.values))
         return through_last_block(out.last_hidden_state, cache) if self.sharded else cache
 
@@ -193,16 +208,23 @@ class CausalBackbone(Backbone):
         if part is not None:
             mask = torch.cat([part.mask(rows.prompt), mask], dim=1)
             positions = positions + part.lengths[rows.prompt][:, None]
-        out = self.model(
-            **self._entering(prompts, rows),
-            attention_mask=mask.long(),
-            position_ids=positions,
-            past_key_values=_rows_cache(part, rows.prompt, width + room),
-            use_cache=True,
-            # Places and not a count: of a view, torch would take the head's frozen matrix once for every row.
-            logits_to_keep=torch.arange(width - keep, width, device=self.device),
-        )
+        with self._reading(_rows_cache(part, rows.prompt, width + room), keep) as cache:
+            out = self.model(
+                **self._entering(prompts, rows),
+                attention_mask=mask.long(),
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                # Places and not a count: of a view, torch would take the head's frozen matrix once for every row.
+                logits_to_keep=torch.arange(width - keep, width, device=self.device),
+            )
         return out, mask, positions
+
+    def _reading(self, cache: Any, keep: int) -> AbstractContextManager[Any]:
+        """A forward of which the last ``keep`` columns are read. All parts of a sharded block run once, and whole."""
+        from orchestrator.backbone import last_block
+
+        return nullcontext(cache) if self.sharded else last_block.reading(cache, keep)
 
     def _entering(self, prompts: PreparedPrompts | None, rows: Rows) -> dict[str, Tensor]:
         if prompts is not None and "inner" in prompts.parts:
@@ -267,7 +289,7 @@ def _rows_cache(part: Part | None, prompt: Tensor, further: int) -> Any:
     from orchestrator.backbone import cache
 
     if torch.is_grad_enabled():
-        return None if part is None else _cache(part.of_rows(prompt))
+        return _cache(() if part is None else part.of_rows(prompt))
     return cache.empty_cache() if part is None else cache.rows_cache(part.tensors, prompt, further)
 
 

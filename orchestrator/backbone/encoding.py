@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orchestrator.backbone.attention import called_modules, install, layer_prefixes, prefixed, recorded
+from orchestrator.backbone.attention import called_modules, install_prefixes, layer_prefixes, prefixed, recorded
 from orchestrator.backbone.base import Backbone
 from orchestrator.backbone.prompts import SITES, PreparedPrompts, PromptTensors, pad_part
 from orchestrator.backbone.rows import Rows
@@ -23,7 +23,7 @@ class EncodingBackbone(Backbone):
 
     def __init__(self, model: nn.Module, tokenizer: Any, info: BaseModelInfo) -> None:
         super().__init__(model, tokenizer, info)
-        install(model)
+        install_prefixes(model)
 
     @cached_property
     @abstractmethod

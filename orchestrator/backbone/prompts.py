@@ -118,15 +118,16 @@ class PreparedPrompts:
         """The same values cut off from their graph, ready to collect gradients over several micro-batches."""
         return replace(self, parts={name: _map(part, _leaf) for name, part in self.parts.items()})
 
-    def backward_from(self, leaf: PreparedPrompts) -> None:
-        """Send the gradients collected by ``leaf`` on to the prompts."""
-        pairs = [
-            (tensor, other.grad)
-            for tensor, other in zip(self.tensors, leaf.tensors, strict=True)
-            if tensor.requires_grad and other.grad is not None
-        ]
-        if pairs:
-            torch.autograd.backward([tensor for tensor, _ in pairs], [gradient for _, gradient in pairs])
+    def backward_from(self, leaf: PreparedPrompts, first: int = 0) -> None:
+        """Send the gradients collected by ``leaf`` on to the prompts, which are those of its places from ``first``."""
+        tensors, gradients = [], []
+        for name, part in self.parts.items():
+            for tensor, other in zip(part.tensors, leaf.parts[name].tensors, strict=True):
+                if tensor.requires_grad and other.grad is not None:
+                    tensors.append(tensor)
+                    gradients.append(other.grad[first : first + self.count].narrow(-2, 0, part.width))
+        if tensors:
+            torch.autograd.backward(tensors, gradients)
 
     def to(self, device: torch.device) -> PreparedPrompts:
         """The same values in a device's memory."""

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from orchestrator.backbone import Backbone, PreparedPrompts, PromptTensors
+from orchestrator.backbone import Backbone, PreparedPrompts, PromptTensors, stack_prepared
 from orchestrator.data.bucketing import length_groups
 from orchestrator.data.encoding import Encoded
 from orchestrator.scoring import target_log_probs
@@ -85,12 +85,11 @@ def packed_gradients(
     may then have been added to some of the prompts.
 
     A worker of a ``group`` runs its share of each forward's rows, and gives its part of gradients and losses. Its
-    ``threads`` deal that share out among them once more.
+    ``threads`` deal that share out among them once more, and the prompts too.
     """
     packed = pack(rows_of_trials, split, reduction)
-    with needs_room():
-        prepared = None if prompts is None else backbone.prepare(prompts)
-        leaf = None if prepared is None else prepared.leaf()
+    shared = [] if prompts is None else Prompts.prepare(backbone, prompts, threads)
+    leaf = None if prompts is None else stack_prepared([own.prepared.detach() for own in shared]).leaf()
     lengths = [split.lengths[number] for number in packed.row]
     cut = (limits.forward_overhead, limits.max_tokens, limits.rows_of(threads))
     groups = length_groups(lengths, *cut, ways=group.size * threads.ways)
@@ -101,10 +100,35 @@ def packed_gradients(
     )
     for tensor, parts in zip(batch.wanted, zip(*gradients, strict=True), strict=True):
         _add(tensor, parts)
-    if prepared is not None and leaf is not None:
-        with needs_room():
-            prepared.backward_from(leaf)
+    if leaf is not None:
+        threads.each(lambda part: shared[part].backward_from(leaf) if part < len(shared) else None)
     return list(torch.stack(losses).sum(0).tolist())
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Some of a step's prompts, made ready by one thread; ``first`` is the place of the first of them."""
+
+    prepared: PreparedPrompts
+    first: int
+
+    @classmethod
+    def prepare(cls, backbone: Backbone, prompts: Sequence[Tensor | PromptTensors], threads: Threads) -> list[Prompts]:
+        """All prompts, in their order, each thread's its own; no more threads than prompts."""
+        parts = min(threads.ways, len(prompts))
+        ends = [len(prompts) * part // parts for part in range(parts + 1)]
+
+        def own(part: int) -> Prompts | None:
+            if part >= parts:
+                return None
+            with needs_room():
+                return cls(backbone.prepare(prompts[ends[part] : ends[part + 1]]), ends[part])
+
+        return [one for one in threads.each(own) if one is not None]
+
+    def backward_from(self, leaf: PreparedPrompts) -> None:
+        with needs_room():
+            self.prepared.backward_from(leaf, self.first)
 
 
 @dataclass(frozen=True)

@@ -115,14 +115,18 @@ def test_the_model_is_put_right_after_a_step_that_breaks_off(monkeypatch: pytest
     """An error in the middle of a forward leaves the frozen model behind."""
     for method, spec in SPECS.items():
         engine = engine_of("llama", method)
-        before = engine.backbone.digest()
+        before, hooks = engine.backbone.digest(), hooks_of(engine)
         engine.seat("t", spec)
         with monkeypatch.context() as patch:
             patch.setattr(step_module, "target_log_probs", lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 engine.round()
         assert engine.backbone.digest() == before
-        assert not any(module._forward_hooks for module in engine.backbone.model.modules())
+        assert hooks_of(engine) == hooks
+
+
+def hooks_of(engine: Engine) -> list[list[object]]:
+    return [list(module._forward_hooks.values()) for module in engine.backbone.model.modules()]
 
 
 def test_lora_counts_and_rank() -> None:
