@@ -127,8 +127,8 @@ def test_gradients_of_a_half_done_step_are_dropped(monkeypatch: pytest.MonkeyPat
     wanted = ended(tiny_backbone(), small_task())
     send, calls = PreparedPrompts.backward_from, []
 
-    def fails_at_first(self: PreparedPrompts, leaf: PreparedPrompts) -> None:
-        send(self, leaf)
+    def fails_at_first(self: PreparedPrompts, leaf: PreparedPrompts, first: int) -> None:
+        send(self, leaf, first)
         calls.append(self.count)
         if len(calls) == 1:
             raise MemoryError
