@@ -72,8 +72,8 @@ def gradients(module: nn.Module) -> list[Tensor]:
 
 @pytest.mark.parametrize("length", [1, 20])
 def test_the_operations_counted_are_those_that_run(length: int) -> None:
-    """PEFT's matrix products are as many as counted. Ours are about as many: what no gradient needs is not run backward,
-    which are the rows' first queries, keys and values; and the last block asks all tokens for queries that nobody
+    """PEFT's matrix products are as many as counted. Ours are about as many: what no gradient needs is not run
+    backward, the rows' first queries, keys and values; and the last block asks all tokens for queries that nobody
     reads, and the tokens that are read for keys and values once more."""
     model = make_model(LAYERED, CPU)
     backbone, case = backbone_of(model), step.Case("prompt_tuning", length)
