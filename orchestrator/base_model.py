@@ -53,13 +53,13 @@ class ModelSource:
     @cached_property
     def config(self) -> Any:
         quiet_transformers()
-        with uncollected():
-            from transformers import AutoConfig
-
         if not (self.path / "config.json").is_file():
             raise BadInput(f"base_model.id {self.id!r}: {self.path} holds no config.json", _MODEL_HINT)
         try:
-            return AutoConfig.from_pretrained(self.path, trust_remote_code=self.allow_remote_code)
+            with uncollected():  # transformers imports a model's module, and all that it needs, when it is asked for it
+                from transformers import AutoConfig
+
+                return AutoConfig.from_pretrained(self.path, trust_remote_code=self.allow_remote_code)
         except (ValueError, KeyError, OSError) as error:
             if "trust_remote_code" in str(error):
                 raise BadInput(
@@ -73,10 +73,11 @@ class ModelSource:
     @cached_property
     def _tokenizer(self) -> Any:
         quiet_transformers()
-        from transformers import AutoTokenizer
-
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.allow_remote_code)
+            with uncollected():
+                from transformers import AutoTokenizer
+
+                tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.allow_remote_code)
         except Exception as error:  # tokenizer files fail in many ways: KeyError, TypeError, OSError, a Rust panic
             raise BadInput(
                 f"base_model.id {self.id!r} has no usable tokenizer: {_first_line(error)}", _MODEL_HINT

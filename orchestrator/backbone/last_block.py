@@ -87,11 +87,12 @@ def watch(model: nn.Module) -> None:
 def reading(cache: Cache, keep: int) -> Iterator[Cache]:
     """Within, the model's last block gives the ``keep`` last columns of this thread's forward, and zeros before them.
     The forward takes the cache that this yields, and masks as [B, 1, T, S] or [B, S]."""
+    before = _here.cache
     _here.cache = narrow = LastColumns(cache, keep)
     try:
         yield narrow
     finally:
-        _here.cache = None
+        _here.cache = before
         narrow.ended()
 
 

@@ -96,19 +96,16 @@ def _headed(backbone: MaskedBackbone, ids: Tensor, mask: Tensor) -> Tensor:
 
 def _load_model(source: ModelSource, dtype: Any, device: torch.device) -> Any:
     quiet_transformers()
-    with uncollected():
-        from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
-
-    kinds = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM, "masked": AutoModelForMaskedLM}
     try:
-        model, loading = kinds[family_of(source.config)].from_pretrained(
-            source.path,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=source.allow_remote_code,
-            output_loading_info=True,
-            **_quantized(source.quantization, device),
-        )
+        with uncollected():
+            model, loading = _auto_model(family_of(source.config)).from_pretrained(
+                source.path,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=source.allow_remote_code,
+                output_loading_info=True,
+                **_quantized(source.quantization, device),
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise source.unusable_weights(str(error)) from None
     if missing := sorted(loading["missing_keys"]):  # transformers would fill them with random numbers
@@ -120,6 +117,12 @@ def _load_model(source: ModelSource, dtype: Any, device: torch.device) -> Any:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def _auto_model(family: Family) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+
+    return {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM, "masked": AutoModelForMaskedLM}[family]
 
 
 def _quantized(quantization: str, device: torch.device) -> dict[str, Any]:
