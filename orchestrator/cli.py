@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
@@ -737,28 +738,30 @@ def _repeated(overrides: list[str]) -> str:
 
 def main() -> NoReturn:
     """Entry point: runs a verb and turns errors into messages and exit codes."""
-    sys.exit(_guarded(lambda: app(prog_name="orchestrator", standalone_mode=False)))
+    code = _guarded(lambda: app(prog_name="orchestrator", standalone_mode=False))
+    if code == TERMINATED:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all is said: a second one has nothing to end
+    sys.exit(code)
 
 
 def _guarded(verb: Callable[[], Any]) -> int:
-    sigterm = Sigterm()
-    try:
-        with sigterm:
+    with Sigterm() as sigterm:
+        try:
             result = verb()
-        code = result if isinstance(result, int) else 0
-        return _interrupted(sigterm) if code == INTERRUPTED else code
-    except (KeyboardInterrupt, typer.Abort):
-        return _interrupted(sigterm)
-    except Interrupted as error:
-        return _interrupted(sigterm, error.hint, error.message)
-    except OrchestratorError as error:
-        return _failed(error)
-    except Exception as error:
-        # Typer has click's classes inside, in some versions as a copy: its usage errors are known by what they can do.
-        if callable(show := getattr(error, "show", None)):
-            show()
-            return _document("failed", str(error), "orchestrator --help", BadInput.exit_code)
-        return _unforeseen(error)
+            code = result if isinstance(result, int) else 0
+            return _interrupted(sigterm) if code == INTERRUPTED else code
+        except (KeyboardInterrupt, typer.Abort):
+            return _interrupted(sigterm)
+        except Interrupted as error:
+            return _interrupted(sigterm, error.hint, error.message)
+        except OrchestratorError as error:
+            return _failed(error)
+        except Exception as error:
+            # Typer has click's classes inside, in some versions as a copy: what they can do tells its usage errors.
+            if callable(show := getattr(error, "show", None)):
+                show()
+                return _document("failed", str(error), "orchestrator --help", BadInput.exit_code)
+            return _unforeseen(error)
 
 
 def _failed(error: OrchestratorError) -> int:

@@ -55,3 +55,10 @@ def sigterm_kept() -> Iterator[None]:
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def sigterm_again() -> None:
+    """Let Python's handler of SIGTERM have it again, where a library took the signal from it behind its back."""
+    handler = signal.getsignal(signal.SIGTERM)
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)

@@ -17,6 +17,7 @@ from orchestrator.base_model import resolve_model
 from orchestrator.job_file import load_job
 from orchestrator.prompts.inits import InitContext, initial_prompt
 from orchestrator.search.prepare import Prepared, prepare
+from orchestrator.spec import BaseModelSpec
 from orchestrator.tuning.evaluate import evaluate
 from orchestrator.tuning.make import make_engine
 from orchestrator.tuning.step import packed_gradients
@@ -97,6 +98,28 @@ def test_a_peer_s_trial_is_ours(prepared: Prepared, backbone: Backbone) -> None:
             for report in engine.round():
                 assert theirs.train(1) == pytest.approx(report.train_loss, rel=1e-4)
                 assert theirs.accuracy() == report.metrics["accuracy"]
+
+
+def test_a_model_with_copied_words_says_what_it_said(tmp_path: Path) -> None:
+    """A word's probability is that of its copies together, and a prompt's gradient stays as it was."""
+    try:
+        story = load_backbone(resolve_model(BaseModelSpec(id=str(jobs.shared("models", "stories3M")))))
+    except Skipped as reason:
+        pytest.skip(str(reason))
+    copied = load_backbone(resolve_model(BaseModelSpec(id=str(jobs.copied_words(tmp_path / "copied", 3)))))
+    words = len(story.table)
+    assert len(copied.table) == 3 * words
+    ids = story.tokenizer("Once upon a time there was a")["input_ids"]
+    gradients, chances = [], []
+    for backbone in (story, copied):
+        prompt = story.table[100:105].clone().requires_grad_()
+        logits, targets = backbone.teacher_forced(backbone.prepare([prompt]), [ids[:-2]], [ids[-2:]], [0])
+        log_probs = logits.log_softmax(-1)
+        log_probs.gather(2, targets[:, :, None]).sum().backward()
+        gradients.append(prompt.grad)
+        chances.append(log_probs.exp().view(1, 2, -1, words).sum(2))
+    torch.testing.assert_close(*chances, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
 
 
 def test_the_trainer_reports_every_evaluation(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -82,3 +83,42 @@ def test_a_signal_during_the_librarys_start_interrupts() -> None:
     with pytest.raises(KeyboardInterrupt), Sigterm() as sigterm:
         library(terminated=True)
     assert sigterm.received
+
+
+SHUT_DOWN = """
+import os, signal, sys
+import ray
+from orchestrator.leaving_ray import leave_ray
+from orchestrator.sigterm import Sigterm, sigterm_kept
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+end = ray._private.node.Node.kill_all_processes
+
+def told_again(self, *args, **options):
+    terminate()
+    end(self, *args, **options)
+
+sigterm = Sigterm()
+try:
+    with sigterm:
+        with sigterm_kept():
+            ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+        ray._private.node.Node.kill_all_processes = told_again
+        try:
+            terminate()
+        finally:
+            leave_ray()
+            terminate()
+except KeyboardInterrupt:
+    print("said", ray.is_initialized(), flush=True)
+os._exit(0)  # without what Ray does at a program's end
+"""
+
+
+@pytest.mark.ray  # its own
+def test_a_second_one_does_not_cut_ray_s_end_short() -> None:
+    """While its processes end, and after that, though Ray gives the signal back to the system."""
+    ran = subprocess.run([sys.executable, "-c", SHUT_DOWN], capture_output=True, text=True, timeout=120)
+    assert (ran.returncode, ran.stdout) == (0, "said False\n"), ran.stderr

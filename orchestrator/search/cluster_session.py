@@ -12,6 +12,7 @@ from typing import Any
 import ray
 
 from orchestrator.errors import BadInput, Unreachable
+from orchestrator.leaving_ray import leave_ray
 from orchestrator.search.placement import Node
 from orchestrator.sigterm import sigterm_kept
 
@@ -63,7 +64,7 @@ def ray_session(address: str | None = None, verbose: bool = False) -> Iterator[b
     try:
         yield not address
     finally:
-        ray.shutdown()
+        leave_ray()
 
 
 def check_answers(address: str) -> None:

@@ -35,6 +35,7 @@ from ray.serve.schema import LoggingConfig
 from orchestrator.artifact import BaseModelRecord, read_manifest
 from orchestrator.base_model import resolve_model
 from orchestrator.errors import BadInput, JobFailed, OrchestratorError, Unreachable
+from orchestrator.leaving_ray import leave_ray
 from orchestrator.registry import Registry
 from orchestrator.registry.refs import ModelRef, nearest, parse_ref, printable
 from orchestrator.serving.access import KEYS_VARIABLE, ApiKey, is_loopback, load_keys
@@ -116,7 +117,7 @@ class Server:
             if not self.owns_ray and not serve.status().applications:
                 serve.shutdown()
         if self.owns_ray:
-            ray.shutdown()
+            leave_ray()
 
 
 def build_app(

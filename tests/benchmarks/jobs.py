@@ -31,8 +31,9 @@ def shared(*parts: str) -> Path:
     return path
 
 
-def trec6(folder: Path, validation: int = 100, test: int = 100) -> dict[str, Any]:
-    """What a question asks for, with the story model of three million weights; the validation rows are set aside."""
+def trec6(folder: Path, validation: int = 100, test: int = 100, copies: int = 1) -> dict[str, Any]:
+    """What a question asks for, with the story model of three million weights; the validation rows are set aside.
+    ``copies``: as ``copied_words`` has it."""
     rows = [json.loads(line) for line in shared("data", "trec6", "train.jsonl").read_text().splitlines()]
     random.Random(0).shuffle(rows)
     files = {"validation": rows[:300], "train": rows[300:]}
@@ -40,7 +41,28 @@ def trec6(folder: Path, validation: int = 100, test: int = 100) -> dict[str, Any
     for split, part in files.items():
         paths[split] = _write(folder / f"{split}.jsonl", part)
     data = {"template": "{text}\nThe question asks for:", "verbalizer": ONE_TOKEN, "max_input_tokens": 64}
-    return _story_job("trec6", {**data, "path": paths}, validation, test)
+    job = _story_job("trec6", {**data, "path": paths}, validation, test)
+    return job if copies == 1 else {**job, "base_model": {"id": str(copied_words(folder / "model", copies))}}
+
+
+def copied_words(folder: Path, copies: int) -> Path:
+    """The story model with each word of its vocabulary so many times, in a folder of its own.
+
+    It says what it said: the copies share what was the word's probability, and no text has one of them. What it costs
+    is what a vocabulary of that size costs, which in most models is ten times as large as this one's.
+    """
+    from transformers import AutoModelForCausalLM
+
+    source = shared("models", "stories3M")
+    model = AutoModelForCausalLM.from_pretrained(source)
+    words = model.get_input_embeddings().weight.detach()
+    model.resize_token_embeddings(copies * len(words), mean_resizing=False)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.copy_(words.repeat(copies, 1))
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((source / name).read_bytes())
+    return folder
 
 
 def sst2(folder: Path, validation: int = 300, test: int = 500) -> dict[str, Any]:
