@@ -31,6 +31,7 @@ CORE = (
     "test_serving_api.py",
     "test_interrupt.py",
     "test_registry_ui.py",
+    "test_sigterm.py",
 )
 
 

@@ -207,7 +207,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--size",
         help="one of the models 6x192, 6x512, 100M, 1B; of whole searches: small or real; of methods also short, "
-        "of search also middle and long",
+        "of search also middle, long and usual",
     )
     made.add_argument("--seeds", type=int, default=0, help="search, population, methods: so many seeds (default 3)")
     made.add_argument("--pairs", type=int, default=3, help="how often each side is measured, in turn (default 3)")
