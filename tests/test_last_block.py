@@ -62,23 +62,27 @@ def test_what_is_kept_goes_on() -> None:
 def test_forwards_of_several_threads_stay_apart() -> None:
     """One reads a column while another reads many, and a third is no forward of ours."""
     backbone = tiny_backbone("llama", torch.float64)
-    rows = torch.tensor(random_ids([12] * 3))
+    rows = random_ids([12, 9, 12])  # of one length they would need no mask, and the last block would run whole
 
-    def bare(_: int) -> Tensor:
+    def bare(row: int) -> Tensor:
         with torch.no_grad():
-            return backbone.model(input_ids=rows).logits
+            return backbone.model(input_ids=torch.tensor([rows[row]])).logits[0]
 
     def ours(count: int) -> Tensor:
         with torch.no_grad():
-            targets = [row[-count:] for row in rows.tolist()]
-            return backbone.teacher_forced(None, [row[:-count] for row in rows.tolist()], targets, [0] * 3)[0]
+            inputs, targets = [row[:-count] for row in rows], [row[-count:] for row in rows]
+            return backbone.teacher_forced(None, inputs, targets, [0] * len(rows))[0]
 
-    wanted = bare(0)
-    with ThreadPoolExecutor(3) as pool:
+    wanted = [bare(row) for row in range(len(rows))]
+    with ThreadPoolExecutor(3) as pool, columns(blocks_of(backbone.model)[-1]) as narrow:
         found = [(count, pool.submit(ours if count else bare, count)) for _ in range(20) for count in (0, 1, 5)]
         for count, future in found:
             logits = future.result()
-            torch.testing.assert_close(logits, wanted[:, -count - 1 : -1] if count else wanted)
+            if not count:
+                torch.testing.assert_close(logits, wanted[0])
+            for row in range(len(rows) if count else 0):
+                torch.testing.assert_close(logits[row], wanted[row][-count - 1 : -1])
+    assert sorted(set(narrow)) == [1, 5, 12]
 
 
 def test_a_forward_that_breaks_off_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

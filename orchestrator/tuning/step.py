@@ -89,7 +89,8 @@ def packed_gradients(
     """
     packed = pack(rows_of_trials, split, reduction)
     shared = [] if prompts is None else Prompts.prepare(backbone, prompts, threads)
-    leaf = None if prompts is None else stack_prepared([own.prepared.detach() for own in shared]).leaf()
+    with needs_room():
+        leaf = None if prompts is None else stack_prepared([own.prepared.detach() for own in shared]).leaf()
     lengths = [split.lengths[number] for number in packed.row]
     cut = (limits.forward_overhead, limits.max_tokens, limits.rows_of(threads))
     groups = length_groups(lengths, *cut, ways=group.size * threads.ways)
