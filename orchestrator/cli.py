@@ -755,8 +755,10 @@ def _guarded(verb: Callable[[], Any]) -> int:
         except Interrupted as error:
             return _interrupted(sigterm, error.hint, error.message)
         except OrchestratorError as error:
+            sigterm.over()
             return _failed(error)
         except Exception as error:
+            sigterm.over()
             # Typer has click's classes inside, in some versions as a copy: what they can do tells its usage errors.
             if callable(show := getattr(error, "show", None)):
                 show()

@@ -333,7 +333,7 @@ class Pipeline:
         if verbalizer := self.prepared.task.encoder.verbalizer:
             counts = confusion_counts(measured[0], len(verbalizer.labels))
             document["best"]["confusion"] = {"labels": list(verbalizer.labels), "counts": counts}
-        return {**document, "workers": {name: {"node": node} for name, node in search.nodes().items()}}
+        return {**document, "workers": {name: place.shown() for name, place in search.places().items()}}
 
     # Baselines
 
@@ -344,6 +344,8 @@ class Pipeline:
         """
         info = search.ready()
         ready_at = time.monotonic()
+        if slow := search.slow():
+            self.progress.note(f"warning: {slow}")
         if self.history.found(BASE_MODEL) is None:
             recorder.found(BASE_MODEL, info.fingerprint)
         if known := self.history.found(BASELINES):

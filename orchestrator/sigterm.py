@@ -19,6 +19,7 @@ class Sigterm:
 
     def __init__(self) -> None:
         self.received = False
+        self._over = False
         self._before: Any = None
 
     def __enter__(self) -> Self:
@@ -32,8 +33,12 @@ class Sigterm:
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
 
+    def over(self) -> None:
+        """The command has ended by itself and says how: from now on there is nothing to interrupt."""
+        self._over = True
+
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        if not self.received:
+        if not self.received and not self._over:
             self.received = True
             raise KeyboardInterrupt
 

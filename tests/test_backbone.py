@@ -32,6 +32,7 @@ from orchestrator.backbone import (
     Backbone,
     CausalBackbone,
     Rows,
+    device_for,
     runs_prompt_once,
     weights_fingerprint,
     why_not_exact,
@@ -328,3 +329,10 @@ def test_dtype_follows_the_spec(tmp_path: Path) -> None:
     source = resolve_model(BaseModelSpec(id=str(folder)))
     assert load_backbone(source).table.dtype == torch.float32
     assert load_backbone(source, dtype="bfloat16").table.dtype == torch.bfloat16
+
+
+def test_who_asked_for_no_accelerator_takes_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert (device_for(0).type, device_for(0.5).type, device_for(2).type) == ("cpu", "cuda", "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device_for(1).type == "cpu"  # as told by whoever placed it: the loading says what it lacks

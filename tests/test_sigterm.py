@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from orchestrator import cli
+from orchestrator.errors import BadInput
 from orchestrator.sigterm import Sigterm, sigterm_kept
 
 
@@ -51,6 +53,25 @@ def test_the_first_interrupts_and_the_second_does_nothing() -> None:
     with pytest.raises(KeyboardInterrupt), sigterm:
         command()
     assert sigterm.received and tidied
+
+
+@pytest.mark.parametrize(
+    "error", [BadInput("no such job", "ls"), ValueError("unforeseen")], ids=lambda it: type(it).__name__
+)
+def test_a_command_that_failed_says_so_to_its_end(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal while the message is written has nothing left to interrupt."""
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        terminate()
+        said.append(text)
+
+    def verb() -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "say", say)
+    assert cli._guarded(verb) == getattr(error, "exit_code", 1)
+    assert len(said) == 1 and str(error.args[0]) in said[0]
 
 
 def test_other_threads_leave_signals_alone() -> None:

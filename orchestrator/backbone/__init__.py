@@ -5,6 +5,7 @@ from orchestrator.backbone.causal import PROMPT_ONCE_FAMILIES, CausalBackbone, C
 from orchestrator.backbone.loading import (
     check_exact,
     default_device,
+    device_for,
     load_backbone,
     make_backbone,
     read_backbone,
@@ -21,6 +22,6 @@ from orchestrator.backbone.sharding import bytes_elsewhere
 __all__ = [
     "PROMPT_ONCE_FAMILIES", "SITES", "Backbone", "CausalBackbone", "CausalState", "MaskedBackbone", "PreparedPrompts",
     "PromptTensors", "RowState", "Rows", "Seq2SeqBackbone", "bytes_elsewhere", "check_exact", "default_device",
-    "load_backbone", "make_backbone", "read_backbone", "runs_prompt_once", "set_threads", "stack_prepared",
-    "weights_fingerprint", "why_not_exact",
+    "device_for", "load_backbone", "make_backbone", "read_backbone", "runs_prompt_once", "set_threads",
+    "stack_prepared", "weights_fingerprint", "why_not_exact",
 ]  # fmt: skip

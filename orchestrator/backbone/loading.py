@@ -172,6 +172,12 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def device_for(gpus: float) -> torch.device:
+    """Of a worker that asked for ``gpus``. Without any it leaves alone what it can see: Ray may hide others' GPUs, and
+    may not."""
+    return default_device() if gpus else torch.device("cpu")
+
+
 def set_threads(count: int) -> None:
     """Ray sets OMP_NUM_THREADS from the CPUs a worker asks for; torch may already have read something else."""
     os.environ["OMP_NUM_THREADS"] = str(count)

@@ -53,10 +53,14 @@ class Orders:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a worker is: the node's id, and Ray's placement group."""
+    """Where a worker is: the node's id, Ray's placement group, and the kind of device that it trains on."""
 
     node: str
     placement_group: Any
+    device: str = "cpu"
+
+    def shown(self) -> dict[str, str]:
+        return {"node": self.node, "device": self.device}
 
 
 @dataclass

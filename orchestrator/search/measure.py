@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from orchestrator.backbone import bytes_elsewhere, default_device, load_backbone, set_threads
+from orchestrator.backbone import bytes_elsewhere, device_for, load_backbone, set_threads
 from orchestrator.base_model import resolve_model
 from orchestrator.data.encoding import Encoded
 from orchestrator.errors import TRACEBACK, JobFailed, OrchestratorError
@@ -111,7 +111,7 @@ def _call(sender: Connection, work: Callable[..., Any], arguments: Sequence[Any]
 
 def _measure(prepared: Prepared, placement: Placement, started: float) -> Measured:
     set_threads(placement.threads)
-    device = default_device() if placement.gpus else torch.device("cpu")
+    device = device_for(placement.gpus)
     model = prepared.job.base_model
     backbone = load_backbone(resolve_model(model), device, model.dtype)
     load_s = time.time() - started
@@ -234,7 +234,7 @@ def timed(work: Callable[[], Any], most: int) -> float:
     started, done = time.perf_counter(), 0
     while done < most and time.perf_counter() - started < BUDGET_S:
         work()
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         done += 1
     return (time.perf_counter() - started) / done

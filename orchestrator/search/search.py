@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.base_model import BaseModelInfo
 from orchestrator.errors import JobFailed, OrchestratorError, SearchLost
-from orchestrator.search.broker import Broker
+from orchestrator.search.broker import Broker, Place
 from orchestrator.search.cluster_session import nodes
 from orchestrator.search.growth import Growth
 from orchestrator.search.history import History
@@ -63,9 +63,16 @@ class Running:
         info: BaseModelInfo = self._ask(self.broker.ready.remote())
         return info
 
-    def nodes(self) -> dict[str, str]:
-        """The id of the node that each worker is on, or was on last."""
-        return {worker: place.node for worker, place in self._ask(self.broker.worker_places.remote()).items()}
+    def places(self) -> dict[str, Place]:
+        """Where each worker is, or was last."""
+        places: dict[str, Place] = self._ask(self.broker.worker_places.remote())
+        return places
+
+    def slow(self) -> str:
+        """What makes the search slower than its cluster is; "" if nothing does."""
+        if not self.placement.gpus or all(place.device != "cpu" for place in self.places().values()):
+            return ""
+        return "torch sees none of the GPUs that Ray gave the workers: they train on CPUs"
 
     def study(self, listeners: Sequence[Listener], history: History) -> Outcome:
         """Run every trial that is not over yet; raises JobFailed when the workers are lost for good."""

@@ -51,17 +51,18 @@ def train_loop(config: dict[str, Any]) -> None:
 def load_engine(told: WorkerConfig) -> Any:
     """The engine on its backbone, or None once the broker knows why a worker of the group can't load it."""
     with uncollected():
-        from orchestrator.backbone import check_exact, default_device, read_backbone, set_threads
+        from orchestrator.backbone import check_exact, device_for, read_backbone, set_threads
         from orchestrator.search.model_files import model_source
         from orchestrator.tuning.group import joined_group
         from orchestrator.tuning.make import make_engine
 
     set_threads(told.placement.threads)
-    job, device = told.job, default_device()
+    job, device = told.job, device_for(told.placement.gpus)
     sharded = job.resources.sharding == "fsdp"
     group = joined_group(device, in_step=sharded)
 
     def read() -> Any:
+        check_device(told, device)
         announce = group.agree if sharded else None
         return read_backbone(model_source(job.base_model, told.files), device, job.base_model.dtype, announce)
 
@@ -72,6 +73,19 @@ def load_engine(told: WorkerConfig) -> Any:
 
     backbone = _by_all(group, told, read)
     return None if backbone is None else _by_all(group, told, partial(ready, backbone))
+
+
+def check_device(told: WorkerConfig, device: Any) -> None:
+    """Ray counts a machine's accelerators; torch may lack what it takes to use them. JobFailed when the job asks for
+    them by number; "auto" is content with the CPU, and the driver says so."""
+    gpus = told.placement.gpus
+    if gpus and device.type == "cpu" and told.job.resources.gpus_per_worker != "auto":
+        import torch
+
+        raise JobFailed(
+            f"resources.gpus_per_worker: {gpus:g}: torch {torch.__version__} sees none of the GPUs of the worker",
+            "install a torch for these GPUs and their driver on each node, or set resources.gpus_per_worker: 0",
+        )
 
 
 def _by_all(group: Any, told: WorkerConfig, work: Callable[[], Any]) -> Any:
@@ -115,7 +129,8 @@ def serve_orders(engine: Any, told: WorkerConfig) -> None:
 
 
 def join(engine: Any, told: WorkerConfig) -> None:
-    place = Place(ray.get_runtime_context().get_node_id(), ray.util.get_current_placement_group())
+    context = ray.get_runtime_context()
+    place = Place(context.get_node_id(), ray.util.get_current_placement_group(), engine.backbone.device.type)
     with suppress(ray.exceptions.RayActorError):  # the next call sees to it
         ray.get(told.broker.join.remote(told.name, engine.capacity, engine.backbone.info, place))
 
