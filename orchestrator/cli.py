@@ -599,6 +599,12 @@ def serve(
     max_replicas: Annotated[
         int | None, typer.Option(min=1, help="Follow the load up to so many replicas.", show_default=False)
     ] = None,
+    cpus: Annotated[
+        int | None, typer.Option(min=1, help="Cores of a replica; half of this machine's.", show_default=False)
+    ] = None,
+    gpus: Annotated[
+        float | None, typer.Option(min=0, max=1, help="GPUs of a replica; one if there are any.", show_default=False)
+    ] = None,
     retry_dead: Annotated[
         bool, typer.Option("--retry-dead", help="Ask another replica when one dies before it answers; a hop more.")
     ] = False,
@@ -614,7 +620,7 @@ def serve(
     Registry().check()
     options = ServeOptions(
         tuple(models or ()), base_model=base_model, host=host, port=port, replicas=replicas, max_replicas=max_replicas,
-        retry_dead=retry_dead, access_log=access_log, tls_cert=tls_cert, tls_key=tls_key,
+        cpus=cpus, gpus=gpus, retry_dead=retry_dead, access_log=access_log, tls_cert=tls_cert, tls_key=tls_key,
     )  # fmt: skip
     say("starting Ray Serve ...")
     server = start(options)

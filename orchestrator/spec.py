@@ -477,7 +477,7 @@ class ResourcesSpec(Section):
     cpus_per_worker: PositiveInt | Auto = "auto"
     """Cores that a worker reserves."""
     gpus_per_worker: Annotated[float, Field(ge=0)] | Auto = "auto"
-    """Accelerators that a worker reserves; 0 trains on the CPU."""
+    """Accelerators that a worker reserves, 1 at most; 0 trains on the CPU."""
     sharding: Literal["none", "fsdp"] = "none"
     """fsdp splits the frozen weights of the model's blocks among a group's workers, for models larger than a device."""
 
@@ -486,6 +486,10 @@ class ResourcesSpec(Section):
             text = f"{self.sharding} splits the weights among a group's workers, and resources.workers_per_group is 1"
             yield Conflict("sharding", f"{text}; raise it, or leave sharding out", ("workers_per_group",))
         gpus = self.gpus_per_worker
+        if not isinstance(gpus, str) and gpus > 1:
+            text = f"{gpus:g}, and a worker trains on one GPU: the others would idle"
+            hint = "set it to 1, and raise resources.workers, or resources.workers_per_group to train steps together"
+            yield Conflict("gpus_per_worker", f"{text}; {hint}", ())
         if self.workers_per_group > 1 and not isinstance(gpus, str) and 0 < gpus < 1:
             text = f"{gpus:g} would put several of a group's workers on one GPU, which can't talk to itself"
             hint = "set it to 1, or set resources.workers_per_group to 1 and raise resources.workers"

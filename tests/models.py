@@ -1,4 +1,7 @@
-"""Tiny random models of many families, a small tokenizer, and a task to tune them on: all made on the spot."""
+"""Tiny random models of many families, a small tokenizer, and a task to tune them on: all made on the spot.
+
+They are on the device that TEST_DEVICE names: ``cpu``, ``cuda``, or ``away``, which is in ``other_device``.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import orchestrator  # noqa: F401  # before torch, to which it says how OpenMP's
 # isort: split
 import atexit
 import json
+import os
 import random
 import shutil
 import tempfile
@@ -36,6 +40,9 @@ from orchestrator.spec import BaseModelSpec
 from orchestrator.tuning.engine import Task
 
 torch.set_num_threads(1)  # on models this small a second thread is only waited for
+DEVICE = os.environ.get("TEST_DEVICE", "cpu")
+if DEVICE == "away":
+    import other_device  # noqa: F401  # which makes it
 
 CONTEXT = 160
 CORPUS = [
@@ -150,7 +157,7 @@ def model_folder() -> Path:
 
 
 def load(folder: Path) -> Backbone:
-    return load_backbone(resolve_model(BaseModelSpec(id=str(folder))))
+    return load_backbone(resolve_model(BaseModelSpec(id=str(folder))), DEVICE)
 
 
 @lru_cache
@@ -202,7 +209,7 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float64) -> nn.Module:
         model = kinds.get(family, AutoModelForCausalLM).from_config(small_config(family))
         for parameter in model.parameters():  # biases start at zero and scales at one: too regular to prove much
             parameter.data.add_(0.02 * torch.randn_like(parameter))
-    return model.to(dtype)
+    return model.to(DEVICE, dtype)
 
 
 def tiny_backbone(
@@ -246,7 +253,7 @@ def random_ids(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
 
 def alone(backbone: Backbone, prompt: Tensor | None, ids: Sequence[int], target: Sequence[int]) -> Tensor:
     """Logits [Y, V] that predict the target of one row: the model itself, no batch, no padding, no mask, no cache."""
-    embeds = backbone.embed(torch.tensor([[*ids, *target[:-1]]]))
+    embeds = backbone.embed(torch.tensor([[*ids, *target[:-1]]], device=backbone.device))
     if prompt is not None:
         embeds = torch.cat([prompt[None].to(embeds), embeds], dim=1)
     logits: Tensor = backbone.model(inputs_embeds=embeds, use_cache=False).logits[0]
@@ -256,7 +263,7 @@ def alone(backbone: Backbone, prompt: Tensor | None, ids: Sequence[int], target:
 def alone_nll(backbone: Backbone, prompt: Tensor | None, ids: Sequence[int], target: Sequence[int]) -> Tensor:
     """Negative log-likelihood of one row's target, summed."""
     logits = alone(backbone, prompt, ids, target)
-    return nn.functional.cross_entropy(logits, torch.tensor(list(target)), reduction="sum")
+    return nn.functional.cross_entropy(logits, torch.tensor(list(target), device=logits.device), reduction="sum")
 
 
 def text_rows(count: int, seed: int) -> list[dict[str, Any]]:

@@ -39,7 +39,7 @@ from orchestrator.backbone import (
 )
 from orchestrator.base_model import resolve_model
 from orchestrator.data.encoding import Encoded
-from orchestrator.errors import BadInput
+from orchestrator.errors import BadInput, JobFailed
 from orchestrator.spec import BaseModelSpec
 from orchestrator.tuning.step import packed_gradients
 
@@ -331,8 +331,11 @@ def test_dtype_follows_the_spec(tmp_path: Path) -> None:
     assert load_backbone(source, dtype="bfloat16").table.dtype == torch.bfloat16
 
 
-def test_who_asked_for_no_accelerator_takes_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_are_for_those_who_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert (device_for(0).type, device_for(0.5).type, device_for(2).type) == ("cpu", "cuda", "cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert device_for(1).type == "cpu"  # as told by whoever placed it: the loading says what it lacks
+    assert device_for(1).type == "cpu" and device_for(0, "gpus").type == "cpu"
+    with pytest.raises(JobFailed, match=r"gpus: 1: torch .* sees none of the GPUs") as refused:
+        device_for(1, "gpus")
+    assert "set gpus: 0" in refused.value.hint

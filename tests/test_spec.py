@@ -264,6 +264,7 @@ def test_a_population_is_compared_at_evaluations() -> None:
     [
         ({"resources": {"sharding": "fsdp"}}, ["sharding"]),
         ({"resources": {"workers_per_group": 2, "gpus_per_worker": 0.5}}, ["gpus_per_worker"]),
+        ({"resources": {"gpus_per_worker": 2}}, ["gpus_per_worker"]),
         (
             {
                 "resources": {"sharding": "fsdp", "workers_per_group": 2},

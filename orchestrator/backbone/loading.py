@@ -16,7 +16,7 @@ from orchestrator.backbone.causal import CausalBackbone
 from orchestrator.backbone.masked import MaskedBackbone
 from orchestrator.backbone.seq2seq import Seq2SeqBackbone
 from orchestrator.base_model import BaseModelInfo, Family, ModelSource, family_of, quiet_transformers
-from orchestrator.errors import BadInput
+from orchestrator.errors import BadInput, JobFailed
 from orchestrator.importing import uncollected
 
 BACKBONES: dict[Family, type[Backbone]] = {
@@ -172,10 +172,16 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def device_for(gpus: float) -> torch.device:
-    """Of a worker that asked for ``gpus``. Without any it leaves alone what it can see: Ray may hide others' GPUs, and
-    may not."""
-    return default_device() if gpus else torch.device("cpu")
+def device_for(gpus: float, setting: str = "") -> torch.device:
+    """Of a process that Ray gave so many GPUs. Without any it leaves alone what it can see: Ray may hide others' GPUs,
+    and may not. ``setting``: what asked for them expressly; JobFailed when torch can't use them."""
+    device = default_device() if gpus else torch.device("cpu")
+    if setting and gpus and device.type == "cpu":
+        raise JobFailed(
+            f"{setting}: {gpus:g}: torch {torch.__version__} sees none of the GPUs that Ray counts here",
+            f"install a torch for these GPUs and their driver on each node, or set {setting}: 0",
+        )
+    return device
 
 
 def set_threads(count: int) -> None:

@@ -58,11 +58,14 @@ def load_engine(told: WorkerConfig) -> Any:
 
     set_threads(told.placement.threads)
     job, device = told.job, device_for(told.placement.gpus)
-    sharded = job.resources.sharding == "fsdp"
+    resources = job.resources
+    sharded = resources.sharding == "fsdp"
     group = joined_group(device, in_step=sharded)
 
     def read() -> Any:
-        check_device(told, device)
+        # Ray counts a machine's accelerators; torch may lack what it takes to use them. A job that takes what there is
+        # goes on, and the driver says so.
+        device_for(told.placement.gpus, "" if resources.gpus_per_worker == "auto" else "resources.gpus_per_worker")
         announce = group.agree if sharded else None
         return read_backbone(model_source(job.base_model, told.files), device, job.base_model.dtype, announce)
 
@@ -73,19 +76,6 @@ def load_engine(told: WorkerConfig) -> Any:
 
     backbone = _by_all(group, told, read)
     return None if backbone is None else _by_all(group, told, partial(ready, backbone))
-
-
-def check_device(told: WorkerConfig, device: Any) -> None:
-    """Ray counts a machine's accelerators; torch may lack what it takes to use them. JobFailed when the job asks for
-    them by number; "auto" is content with the CPU, and the driver says so."""
-    gpus = told.placement.gpus
-    if gpus and device.type == "cpu" and told.job.resources.gpus_per_worker != "auto":
-        import torch
-
-        raise JobFailed(
-            f"resources.gpus_per_worker: {gpus:g}: torch {torch.__version__} sees none of the GPUs of the worker",
-            "install a torch for these GPUs and their driver on each node, or set resources.gpus_per_worker: 0",
-        )
 
 
 def _by_all(group: Any, told: WorkerConfig, work: Callable[[], Any]) -> Any:

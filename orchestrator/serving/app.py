@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 import ssl
 import time
@@ -25,6 +26,7 @@ os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1")
 os.environ.setdefault("RAY_SERVE_HAPROXY_RETRY_ON", "conn-failure empty-response")
 
 import ray
+import torch
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.config import HTTPOptions
@@ -43,6 +45,7 @@ from orchestrator.serving.options import ServeOptions, options_from
 from orchestrator.serving.prompt_store import CHAMPION, RegistrySource
 from orchestrator.serving.replica import Front, Replica
 from orchestrator.serving.tracing import asked_exporter
+from orchestrator.sigterm import sigterm_kept
 from orchestrator.spec import BaseModelSpec
 
 log = logging.getLogger(__name__)
@@ -52,6 +55,8 @@ START_SECONDS = 600.0  # a large base model takes its time to load
 HEALTH_SECONDS = 60.0
 HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"
 """Serve's own switch."""
+NEXT = "next: "
+"""What the next step of our own errors begins with."""
 NEXT_STEP = "orchestrator run jobs/quickstart.yaml registers one"
 
 
@@ -129,7 +134,7 @@ def build_app(
     check_haproxy(keys)
     source = source or Registry(options.tracking_uri, options.registry_uri)
     base = base or choose_base_model(options, source)
-    arguments = (options, base, source, keys, "cuda" if options.gpus else "cpu")
+    arguments = (options, base, source, keys)
     made = {
         **_scaling(options),
         "graceful_shutdown_timeout_s": options.drain_seconds,
@@ -177,9 +182,9 @@ def start(options: ServeOptions, source: RegistrySource | None = None) -> Server
     base = choose_base_model(options, source)
     resolve_model(base, weights=False)
     owns_ray = _connect_ray(options)
-    options = _with_devices(options)
     server = Server(options.url, base.id, owns_ray)
     try:
+        options = _with_devices(options, owns_ray)
         _deploy(options, build_app(options, base, source))
         _await_running()
         _await_health(options)
@@ -229,10 +234,10 @@ def check_haproxy(keys: Sequence[ApiKey]) -> None:
 
 
 def check_cores(options: ServeOptions) -> None:
-    """BadInput for more cores than this machine has: a cluster may grow, but here Serve would wait for ever."""
+    """BadInput for more cores than this machine has: a cluster may grow, but here Serve would wait in vain."""
     needed, there = options.cores * max(1, options.replicas), os.cpu_count() or 1
     if not (ray.is_initialized() or os.environ.get("RAY_ADDRESS")) and needed > there:
-        raise BadInput(f"the replicas need {needed} cores, this machine has {there}", "ask for fewer cores or replicas")
+        raise BadInput(f"the replicas need {needed} cores, this machine has {there}", "lower --cpus or --replicas")
 
 
 def choose_base_model(options: ServeOptions, source: RegistrySource) -> BaseModelSpec:
@@ -293,25 +298,38 @@ def _connect_ray(options: ServeOptions) -> bool:
         return False
     address = os.environ.get("RAY_ADDRESS")
     try:
-        ray.init(
-            address=address,
-            namespace=APP_NAME,
-            include_dashboard=None if address else False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            configure_logging=True,
-        )
+        with sigterm_kept():
+            ray.init(
+                address=address,
+                namespace=APP_NAME,
+                include_dashboard=None if address else False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                configure_logging=True,
+            )
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"no Ray cluster answers at {address}" if address else "Ray can't be started here"
         raise Unreachable(f"{where}: {str(error).splitlines()[0]}", "orchestrator doctor") from None
     return not address
 
 
-def _with_devices(options: ServeOptions) -> ServeOptions:
+def _with_devices(options: ServeOptions, here: bool) -> ServeOptions:
+    """``here``: Ray is this machine alone, whose GPUs torch may lack what it takes to use."""
     if options.gpus is not None:
+        needed = options.gpus * max(1, options.replicas)
+        if here and needed > _gpus():
+            raise BadInput(
+                f"the replicas need {needed:g} GPU{'' if needed == 1 else 's'}, this machine has {_gpus():g}",
+                "lower --gpus or --replicas; --gpus 0 computes on CPUs",
+            )
         return options
-    available: dict[str, float] = ray.cluster_resources()
-    return replace(options, gpus=1.0 if available.get("GPU", 0) >= max(1, options.replicas) else 0.0)
+    usable = _gpus() if not here or torch.cuda.is_available() else 0
+    return replace(options, gpus=1.0 if usable >= max(1, options.replicas) else 0.0)
+
+
+def _gpus() -> float:
+    """As Ray counts them."""
+    return float(ray.cluster_resources().get("GPU", 0))
 
 
 def _deploy(options: ServeOptions, app: serve.Application) -> None:
@@ -338,18 +356,26 @@ def _await_running() -> None:
         if state.status == "RUNNING":
             return
         if state.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-            raise JobFailed(f"the serving application did not start: {_reason(state)}", "look into Ray's logs")
+            reason, hint = _reason(state)
+            raise JobFailed(f"the serving application did not start: {reason}", hint or "look into Ray's logs")
         time.sleep(0.1)
     raise Unreachable(
-        f"no replica came up within {START_SECONDS:.0f} s: {_reason(state)}", "free cores on the cluster, or add a node"
+        f"no replica came up within {START_SECONDS:.0f} s: {_reason(state)[0]}",
+        "free cores on the cluster, or add a node",
     )
 
 
-def _reason(state: Any) -> str:
-    """The error itself: Serve hands on a whole traceback, whose last line at the margin names it."""
+def _reason(state: Any) -> tuple[str, str]:
+    """The error itself, and its next step if it names one: Serve hands on a whole traceback, whose last line at the
+    margin names it."""
     messages = [it.message for it in state.deployments.values() if it.message] or [state.message]
-    at_margin = [line for line in messages[0].splitlines() if line and not line[0].isspace()]
-    return at_margin[-1] if at_margin else str(state.status.value)
+    lines = messages[0].splitlines()
+    at_margin = [number for number, line in enumerate(lines) if line and not line[0].isspace()]
+    if not at_margin:
+        return str(state.status.value), ""
+    error, *further = lines[at_margin[-1] :]
+    hint = next((line.strip() for line in further), "")
+    return re.sub(r"^orchestrator\.errors\.\w+: ", "", error), hint.removeprefix(NEXT) if hint.startswith(NEXT) else ""
 
 
 def _await_health(options: ServeOptions) -> None:

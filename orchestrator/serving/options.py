@@ -39,7 +39,7 @@ class ServeOptions:
     cpus: int | None = None
     """Cores of a replica; half of this machine's unless given."""
     gpus: float | None = None
-    """Accelerators of a replica; one where the cluster has any, unless given."""
+    """Accelerators of a replica, 1 at most; one where the cluster has any, unless given."""
     prompt_bytes: int = MAX_BYTES
     """Keys and values of prompts in the memory that the model is in."""
     host_prompt_bytes: int = MAX_HOST_BYTES
@@ -75,6 +75,8 @@ class ServeOptions:
             )
         if self.replicas < 1 and self.max_replicas is None:
             raise BadInput("0 replicas answer nothing", "add --max-replicas: they then start when somebody asks")
+        if not 0 <= (self.gpus or 0) <= 1:
+            raise BadInput(f"gpus: {self.gpus:g}: a replica computes on one GPU, a part of one, or none", "0 to 1")
         if bool(self.tls_cert) != bool(self.tls_key):
             raise BadInput("TLS needs a certificate and its key", "give --tls-cert and --tls-key")
 

@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from orchestrator.backbone import load_backbone, set_threads
+from orchestrator.backbone import device_for, load_backbone, set_threads
 from orchestrator.base_model import resolve_model
 from orchestrator.serving.access import Access, ApiKey
 from orchestrator.serving.engine import Engine
@@ -41,12 +41,12 @@ class Replica:
     """Loads the backbone itself, by name, and follows the registry on its own."""
 
     def __init__(
-        self, options: ServeOptions, base: BaseModelSpec, source: RegistrySource, keys: tuple[ApiKey, ...], device: str
+        self, options: ServeOptions, base: BaseModelSpec, source: RegistrySource, keys: tuple[ApiKey, ...]
     ) -> None:
         set_threads(options.cores)
         if options.access_log:
             log_to_standard_output()
-        backbone = load_backbone(resolve_model(base), device, base.dtype)
+        backbone = load_backbone(resolve_model(base), device_for(options.gpus or 0, "gpus"), base.dtype)
         metrics = Metrics()
         host_bytes = 0 if backbone.device.type == "cpu" else options.host_prompt_bytes  # the same memory
         store = PromptStore(backbone, source, options.models, options.prompt_bytes, options.poll_seconds, host_bytes)

@@ -1,4 +1,4 @@
-"""A node whose Ray counts a GPU that torch can't use: a driver too old, a torch built without it."""
+"""Searches on a node whose Ray counts a GPU that torch can't use."""
 
 from __future__ import annotations
 
@@ -9,27 +9,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
+from hidden_gpu import NEEDS_NONE, hidden_gpu
 from ray.cluster_utils import Cluster
 from small_jobs import write_job
 
 WARNING = "warning: torch sees none of the GPUs that Ray gave the workers: they train on CPUs"
 TRIALS = {"search__trials": 2, "search__scheduler": "fifo", "train__steps": 4, "registry__register_top": 0}
 
-pytestmark = [
-    pytest.mark.long,
-    pytest.mark.timeout(600),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use this machine's GPUs"),
-]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(600), NEEDS_NONE]
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 1, "include_dashboard": False})
-    try:
+    with hidden_gpu() as made:
         yield made
-    finally:
-        made.shutdown()
 
 
 def run_on(cluster: Cluster, folder: Path, gpus: float | str) -> subprocess.CompletedProcess[str]:

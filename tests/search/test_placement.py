@@ -80,7 +80,7 @@ def test_the_relays_fit_beside_the_worker(trials: int) -> None:
         (ResourcesSpec(cpus_per_worker=16), [Node(8), Node(8)], "1 worker of 16 CPUs"),
         (ResourcesSpec(workers=9), [Node(8)], "9 workers of 1 CPU"),
         (ResourcesSpec(gpus_per_worker=1), [Node(8)], "1 GPU"),
-        (ResourcesSpec(gpus_per_worker=2), [Node(8, 1), Node(8, 1)], "2 GPUs"),
+        (ResourcesSpec(workers=3, gpus_per_worker=1), [Node(8, 1), Node(8, 1)], "3 workers"),
         (ResourcesSpec(workers=3, gpus_per_worker=0.5), [Node(8, 1)], "3 workers"),
         (ResourcesSpec(), [], "there are 0 nodes"),
         (ResourcesSpec(workers_per_group=2), [Node(1)], "2 workers in 1 group of 1 CPU"),

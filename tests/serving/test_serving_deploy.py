@@ -45,6 +45,7 @@ def test_unknown_args_are_refused() -> None:
         ({"replicas": 2, "max_replicas": 1}, "below"),
         ({"replicas": 0}, "answer nothing"),
         ({"tls_cert": "a.pem"}, "certificate and its key"),
+        ({"gpus": 2}, "computes on one GPU"),
     ],
 )
 def test_options_that_contradict_each_other(given: dict[str, Any], message: str) -> None:

@@ -90,10 +90,10 @@ def reference_greedy(
 ) -> list[int]:
     """transformers' own generation on [prompt; input], unpadded."""
     ids = prompt.encode(text, tokens)
-    embeds = torch.cat([weights, backbone.table[torch.tensor(ids)]])[None]
+    embeds = torch.cat([weights.to(backbone.device), backbone.table[torch.tensor(ids)]])[None]
     made = backbone.model.generate(  # type: ignore[operator]
         inputs_embeds=embeds,
-        attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
+        attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=backbone.device),
         do_sample=False,
         max_new_tokens=tokens,
         eos_token_id=backbone.tokenizer.eos_token_id,
