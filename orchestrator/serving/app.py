@@ -300,7 +300,7 @@ def _connect_ray(options: ServeOptions) -> bool:
     try:
         with sigterm_kept():
             ray.init(
-                address=address,
+                address=address or "local",  # not whichever was started here last, which is somebody else's
                 namespace=APP_NAME,
                 include_dashboard=None if address else False,
                 log_to_driver=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from models import load, save_model
 from orchestrator.artifact import BaseModelRecord, DataRecord, Manifest, PromptArtifact, VerbalizerEntry
 from orchestrator.backbone import Backbone
 from orchestrator.errors import BadInput, Unreachable
-from orchestrator.registry import Canary, LiveModel
+from orchestrator.registry import Canary, LiveModel, Registry
 from orchestrator.serving.engine import Engine
 from orchestrator.serving.prompt_store import PromptStore
 from orchestrator.serving.served_prompt import ServedPrompt, load_prompt
@@ -102,6 +103,18 @@ TREC = {"person": " a person", "place": " a place", "number": " a number of thin
 def spam(backbone: Backbone, make_artifact: MakeArtifact) -> ServedPrompt:
     """4 virtual tokens, integer labels."""
     return load_prompt(backbone, make_artifact("spam", verbalizer=SPAM), "spam", 1)
+
+
+@pytest.fixture(scope="session")
+def spam_store(tmp_path_factory: pytest.TempPathFactory, backbone: Backbone) -> dict[str, str]:
+    """A registry with one prompt, as the environment of a command."""
+    folder = tmp_path_factory.mktemp("registry")
+    uri, cache = f"sqlite:///{folder}/mlflow.db", folder / "cache"
+    registry = Registry(uri, cache_dir=cache)
+    with registry.start_search("serving", {}, {}) as search:
+        registry.register(save_artifact(folder / "spam", backbone, verbalizer=SPAM), "spam", search.run_id)
+        registry.set_alias("spam", "champion", 1)
+    return {**os.environ, "MLFLOW_TRACKING_URI": uri, "ORCHESTRATOR_CACHE": str(cache)}
 
 
 @pytest.fixture

@@ -105,17 +105,18 @@ def test_a_waiting_row_takes_the_place_of_a_finished_one(backbone: Backbone, sto
 def test_a_batch_stays_as_narrow_as_its_rows(backbone: Backbone) -> None:
     """Columns of rows that left, and pads, are dropped when others enter."""
     states = []
+    device = backbone.device
     for lengths, steps in (((3, 9), 4), ((2,), 0)):
         inputs = [[5 + place] * length for place, length in enumerate(lengths)]
         state: Any = backbone.start(None, inputs, [0] * len(lengths))
         for _ in range(steps):
-            ids = torch.full((len(lengths), 1), 7)
+            ids = torch.full((len(lengths), 1), 7, device=device)
             state = backbone.extend(state, ids, torch.ones_like(ids, dtype=torch.bool))[1]
         states.append(state)
-    short = CausalState.join([states[0].select(torch.tensor([0])), states[1]])
+    short = CausalState.join([states[0].select(torch.tensor([0], device=device)), states[1]])
     assert short.mask.tolist() == [[True] * 7, [False] * 5 + [True] * 2]
-    alone = backbone.extend(states[1], torch.tensor([[9]]), torch.tensor([[True]]))[0]
-    ids = torch.full((2, 1), 9)
+    alone = backbone.extend(states[1], torch.tensor([[9]], device=device), torch.tensor([[True]], device=device))[0]
+    ids = torch.full((2, 1), 9, device=device)
     both = backbone.extend(short, ids, torch.ones_like(ids, dtype=torch.bool))[0]
     torch.testing.assert_close(both[1], alone[0], rtol=1e-5, atol=1e-5)
 

@@ -169,18 +169,22 @@ def test_served_labels_are_those_of_the_evaluation(family: str, name: str, serve
 
 def generated(backbone: Backbone, prompt: ServedPrompt, vectors: torch.Tensor, ids: list[int], tokens: int) -> str:
     """What transformers generates for one row, [prompt; input] or with the prompt inside, without padding."""
+    device = backbone.device
+    vectors = vectors.to(device)
     if prompt.encoder.template.places_virtual_tokens:
         row = placed(ids, len(vectors))
         assert sorted(-entry - 1 for entry in row if entry < 0) == list(range(len(vectors)))
-        each = [vectors[-entry - 1] if entry < 0 else backbone.embed(torch.tensor(entry)) for entry in row]
+        each = [
+            vectors[-entry - 1] if entry < 0 else backbone.embed(torch.tensor(entry, device=device)) for entry in row
+        ]
         embeds = torch.stack(each)[None]
     else:
-        embeds = torch.cat([vectors, backbone.embed(torch.tensor(ids))])[None]
+        embeds = torch.cat([vectors, backbone.embed(torch.tensor(ids, device=device))])[None]
     model: Any = backbone.model
     with torch.no_grad():
         made = model.generate(
             inputs_embeds=embeds,
-            attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
+            attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=device),
             do_sample=False,
             num_beams=1,
             max_new_tokens=tokens,
@@ -368,7 +372,8 @@ def test_a_prompt_loads_while_others_are_answered(family: str, tmp_path: Path) -
     del backbone.prefix_shapes
     with ThreadPoolExecutor(1) as other, torch.inference_mode():
         alone = backbone.teacher_forced(answering, [[5, 6]], [[7]], [0])[0]
-        with backbone.prefix_of(answering, torch.zeros(3, dtype=torch.long), list(backbone.sites)):
+        rows = torch.zeros(3, dtype=torch.long, device=backbone.device)
+        with backbone.prefix_of(answering, rows, list(backbone.sites)):
             loaded = other.submit(load_prompt, backbone, folder, "p", 1).result()
             logits = other.submit(lambda: backbone.teacher_forced(None, [[5, 6]], [[7]], [0])[0].clone()).result()
         assert not torch.allclose(logits, alone)

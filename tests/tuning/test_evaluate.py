@@ -149,8 +149,8 @@ def test_exact_match_is_what_generate_gives() -> None:
         split = greedy_answers(backbone, prompt, encoder, labels=False)
         matched = 0
         for ids, target in zip(split.inputs, split.targets, strict=True):
-            embeds = torch.cat([prompt[None], backbone.embed(torch.tensor([ids]))], dim=1)
-            mask = torch.ones(embeds.shape[:2], dtype=torch.long)
+            embeds = torch.cat([prompt[None], backbone.embed(torch.tensor([ids], device=backbone.device))], dim=1)
+            mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
             made = model.generate(
                 inputs_embeds=embeds, attention_mask=mask, max_new_tokens=len(target), do_sample=False, eos_token_id=-1
             )
