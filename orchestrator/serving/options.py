@@ -76,7 +76,10 @@ class ServeOptions:
         if self.replicas < 1 and self.max_replicas is None:
             raise BadInput("0 replicas answer nothing", "add --max-replicas: they then start when somebody asks")
         if not 0 <= (self.gpus or 0) <= 1:
-            raise BadInput(f"gpus: {self.gpus:g}: a replica computes on one GPU, a part of one, or none", "0 to 1")
+            raise BadInput(
+                f"gpus: {self.gpus:g}: a replica computes on one GPU, a part of one, or none",
+                "give 0 to 1; more replicas take more",
+            )
         if bool(self.tls_cert) != bool(self.tls_key):
             raise BadInput("TLS needs a certificate and its key", "give --tls-cert and --tls-key")
 
