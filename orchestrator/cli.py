@@ -16,7 +16,7 @@ import typer
 
 from orchestrator import __version__
 from orchestrator.errors import TRACEBACK, BadInput, Interrupted, OrchestratorError, SpecError, Unreachable
-from orchestrator.importing import uncollected
+from orchestrator.importing import uncollected, unfreed
 from orchestrator.sigterm import Sigterm
 
 app = typer.Typer(
@@ -747,6 +747,7 @@ def main() -> NoReturn:
     code = _guarded(lambda: app(prog_name="orchestrator", standalone_mode=False))
     if code == TERMINATED:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all is said: a second one has nothing to end
+    unfreed()
     sys.exit(code)
 
 

@@ -31,7 +31,7 @@ from orchestrator.mirror import BASELINES, SPLITS, MlflowMirror
 from orchestrator.registry import Registry, SearchLog
 from orchestrator.report import read_facts, write_report
 from orchestrator.run_tags import outcome_tags, search_note, search_tags
-from orchestrator.search.cluster_session import nodes, ray_session
+from orchestrator.search.cluster_session import nodes, ray_beside
 from orchestrator.search.folder import SearchFolder, check_home
 from orchestrator.search.history import History
 from orchestrator.search.journal import Journal, read_history
@@ -40,6 +40,7 @@ from orchestrator.search.placement import Placement
 from orchestrator.search.plan import Plan, device_hours, make_plan
 from orchestrator.search.prepare import Prepared, data_record, prepare, verbalizer_entries
 from orchestrator.search.processes import save_processes
+from orchestrator.search.ready import make_ready
 from orchestrator.search.recorder import Recorder
 from orchestrator.search.saved import SavedSearch, load_saved, refuse_changes
 from orchestrator.search.search import Running, placed, running
@@ -113,15 +114,16 @@ def run_job(
     """
     clock = Clock()
     registry = Registry()
-    registry.check()
     check_home()
-    progress.stage("reading data and base model")
-    artifacts, pins = find_artifacts(job, registry)
-    prepared = prepare(job, artifacts)
-    clock.mark("model", until=clock.last + prepared.making_s)
-    clock.mark("prepare")
-    progress.stage("starting Ray")
-    with ray_session(address, verbose) as ours:
+    with ray_beside(address, verbose, then=make_ready) as ray_up:
+        registry.check()
+        progress.stage("reading data and base model")
+        artifacts, pins = find_artifacts(job, registry)
+        prepared = prepare(job, artifacts)
+        clock.mark("model", until=clock.last + prepared.making_s)
+        clock.mark("prepare")
+        progress.stage("starting Ray")
+        ours = ray_up()
         clock.mark("ray")
         placement = placed(prepared)
         folder = folder or SearchFolder.new(job.name)
@@ -136,14 +138,18 @@ def plan_job(job: JobSpec, say: Callable[[str], None], address: str | None = Non
     if it is here that the search would run.
     """
     clock = Clock()
-    say("reading data and base model")
-    artifacts, _ = find_artifacts(job, Registry())
-    prepared = prepare(job, artifacts)
-    clock.mark("model", until=clock.last + prepared.making_s)
-    clock.mark("prepare")
     elsewhere = bool(address or os.environ.get("RAY_ADDRESS"))
-    say("asking the cluster for its nodes" if elsewhere else "starting Ray")
-    with ray_session(address, verbose), tempfile.TemporaryDirectory(prefix="plan-") as folder:
+    with (
+        ray_beside(address, verbose, make_ready) as ray_up,
+        tempfile.TemporaryDirectory(prefix="plan-") as folder,
+    ):
+        say("reading data and base model")
+        artifacts, _ = find_artifacts(job, Registry())
+        prepared = prepare(job, artifacts)
+        clock.mark("model", until=clock.last + prepared.making_s)
+        clock.mark("prepare")
+        say("asking the cluster for its nodes" if elsewhere else "starting Ray")
+        ray_up()
         clock.mark("ray")
         placement = placed(prepared)
         say("measuring the start, steps and evaluations")

@@ -30,6 +30,7 @@ CORE = (
     "test_report.py",
     "test_serving_api.py",
     "test_interrupt.py",
+    "test_ray_session.py",
     "test_registry_ui.py",
     "test_sigterm.py",
 )

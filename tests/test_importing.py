@@ -1,4 +1,4 @@
-"""Garbage collection pauses while large libraries are imported, and only then."""
+"""Garbage collection pauses while large libraries are imported, and skips what they made at a program's end."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import gc
 
 import pytest
 
-from orchestrator.importing import uncollected
+from orchestrator.importing import uncollected, unfreed
 
 
 def test_collection_pauses_and_goes_on() -> None:
@@ -29,3 +29,12 @@ def test_who_collects_nothing_goes_on_so() -> None:
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+def test_at_the_end_nothing_is_looked_through() -> None:
+    """All objects that there are count as permanent."""
+    try:
+        unfreed()
+        assert gc.get_freeze_count() > 10_000 and gc.get_count()[2] == 0
+    finally:
+        gc.unfreeze()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import ray
@@ -14,9 +16,10 @@ import ray
 from orchestrator.errors import BadInput, Unreachable
 from orchestrator.leaving_ray import leave_ray
 from orchestrator.search.placement import Node
-from orchestrator.sigterm import sigterm_kept
+from orchestrator.sigterm import sigterm_kept, sigterm_kept_by_system
 
 ANSWER_S = 10.0  # a cluster that is there connects in milliseconds
+FAILURES = (ConnectionError, RuntimeError, ValueError, TimeoutError)  # what ray.init raises
 
 # Read by Ray and its workers at their start. Ray's own loggers would write three files a trial.
 ENVIRONMENT = {
@@ -32,8 +35,16 @@ ENVIRONMENT = {
     # It ends a worker before its machine goes, without telling the broker, whose trials would wait for it. A machine
     # that is taken back is one that is lost: the trials go on elsewhere from their last report.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # as Train has it for its controller
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
 }
+
+_started_here = threading.Event()
+
+
+def started_here() -> bool:
+    """Whether the Ray that this process uses was started by ``ray_session``, with this process's environment."""
+    return _started_here.is_set()
 
 
 @contextmanager
@@ -43,28 +54,97 @@ def ray_session(address: str | None = None, verbose: bool = False) -> Iterator[b
     Says whether Ray's processes are ours, started here and for this. Raises Unreachable when a named cluster does not
     answer.
     """
+    with ray_beside(address, verbose) as up:
+        yield up()
+
+
+@contextmanager
+def ray_beside(
+    address: str | None = None, verbose: bool = False, then: Callable[[], None] | None = None
+) -> Iterator[Callable[[], bool]]:
+    """A session as ``ray_session`` has it, of a Ray that starts while other work is done, where it is one of our own.
+    The function that this gives waits until it is up, and says whether it is ours.
+
+    Ray's start is seconds of waiting for its processes. ``then`` is done in it, beside what follows, and its module is
+    imported by each of Ray's processes as it starts. A named cluster is asked by the given function, at once, and
+    nothing more is done in it.
+    """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if ray.is_initialized():
-        yield False
+        yield lambda: False
         return
     address = address or os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
     logging.getLogger("ray").setLevel(options["logging_level"])
     if address:
-        check_answers(address)
+        try:
+            yield partial(_connect, address, options)
+        finally:
+            leave_ray()
+        return
+    if then is not None:
+        os.environ.setdefault("RAY_preload_python_modules", then.__module__)
+    start = LocalStart(options, then)
+    start.start()
+    try:
+        yield start.up
+    finally:
+        start.leave()
+
+
+def _connect(address: str, options: dict[str, Any]) -> bool:
+    check_answers(address)
     try:
         with sigterm_kept():  # Ray's own handler would leave the MLflow runs open
-            if address:
-                ray.init(address=address, runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}, **options)
-            else:
-                ray.init(address="local", include_dashboard=False, **options)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        raise no_cluster(address or "this machine", str(error).splitlines()[0]) from None
-    try:
-        yield not address
-    finally:
+            ray.init(address=address, runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}, **options)
+    except FAILURES as error:
+        raise no_cluster(address, str(error).splitlines()[0]) from None
+    return False
+
+
+class LocalStart(threading.Thread):
+    """Starts a Ray on this machine, and lives as long as it does: Ray has the system end its processes with the thread
+    that made them."""
+
+    def __init__(self, options: dict[str, Any], then: Callable[[], None] | None = None) -> None:
+        super().__init__(name="ray-start", daemon=True)
+        self._options = options
+        self._then = then
+        self._error: Exception | None = None
+        self._tried = threading.Event()
+        self._left = threading.Event()
+
+    def run(self) -> None:
+        try:
+            with sigterm_kept_by_system():
+                ray.init(address="local", include_dashboard=False, **self._options)
+        except Exception as error:
+            self._error = error
+        else:
+            _started_here.set()
+        self._tried.set()
+        if self._then is not None and self._error is None:
+            with suppress(Exception):  # it only makes a search start sooner, and Ray may be gone by now
+                self._then()
+        self._left.wait()
+
+    def up(self) -> bool:
+        """Wait until it is up; says that it is ours. Raises Unreachable when Ray does not start."""
+        self._tried.wait()
+        if isinstance(self._error, FAILURES):
+            raise no_cluster("this machine", str(self._error).splitlines()[0]) from None
+        if self._error is not None:
+            raise self._error
+        return True
+
+    def leave(self) -> None:
+        """End it, once it has started."""
+        self._tried.wait()
+        _started_here.clear()
         leave_ray()
+        self._left.set()
+        self.join()
 
 
 def check_answers(address: str) -> None:

@@ -7,7 +7,8 @@ relays reports. It imports no torch and holds no model.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, Searcher
 
 from orchestrator.errors import JobFailed
+from orchestrator.search.cluster_session import started_here
 from orchestrator.search.history import History
 from orchestrator.search.placement import TRIAL_CPUS
 from orchestrator.search.replay import replayed, under_way
@@ -387,6 +389,19 @@ def run_study(
     relay.end()
 
 
+@contextmanager
+def _plain_trials() -> Iterator[None]:
+    """Tune hands no environment variables to the processes that it starts meanwhile: see worker_group.py."""
+    from ray.tune.execution import class_cache
+
+    before = class_cache.DEFAULT_ENV_VARS, class_cache.ENV_VARS_TO_PROPAGATE
+    class_cache.DEFAULT_ENV_VARS, class_cache.ENV_VARS_TO_PROPAGATE = {}, set()
+    try:
+        yield
+    finally:
+        class_cache.DEFAULT_ENV_VARS, class_cache.ENV_VARS_TO_PROPAGATE = before
+
+
 def _tune(
     proposer: Proposer | None,
     trials: Mapping[str, TrialSpec],
@@ -415,4 +430,5 @@ def _tune(
             verbose=0,
         ),
     )
-    tuner.fit()
+    with _plain_trials() if started_here() else nullcontext():
+        tuner.fit()

@@ -3,6 +3,13 @@
 Train starts processes that a search has no use for; each takes two seconds of a core, before or beside the worker's
 own, which a search waits for. What they are is Ray's own business and may be called otherwise in another version: then
 they start as ever.
+
+Train's controller imports this file before it starts a worker, so that nothing here imports torch: only the controller
+of a group of several workers, which torch has to bring together, needs it.
+
+Train also hands environment variables to its processes, for clusters, whose processes know nothing of the driver's. Ray
+then makes each of them in two steps, a Python that imports Ray to set the variables and another one that imports it
+again, and leaves those processes idle that it has ready. A Ray that was started here has all of the variables anyway.
 """
 
 from __future__ import annotations
@@ -12,12 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train import BackendConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup as TrainWorkers
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+from orchestrator.search.cluster_session import started_here
 from orchestrator.search.placement import Placement
 from orchestrator.search.worker import WorkerConfig, train_loop
-from orchestrator.tuning.group import PATIENCE
 
 RESTARTS = 3  # of a worker that dies; its trials go on from their newest checkpoints
 UNUSED = {
@@ -26,14 +36,37 @@ UNUSED = {
 }
 
 
-class LeanTrainer(TorchTrainer):
+class LeanTrainer(DataParallelTrainer):
     """``fit`` as Train has it, with a worker group of fixed size."""
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         parts["callbacks"] = [each for each in parts.get("callbacks", ()) if type(each).__name__ not in UNUSED]
         if type(parts.get("scaling_policy")).__name__ == "FixedScalingPolicy":
             parts["scaling_policy"] = unannounced(parts["scaling_policy"])
+        if started_here():
+            return run_controller(**parts)
         return super()._initialize_and_run_controller(**parts)
+
+
+def run_controller(callbacks: list[Any], **parts: Any) -> Any:
+    """Train's controller on this node, with this node's environment, until the training is over; its result."""
+    here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
+    remote = ray.remote(num_cpus=0, label_selector=here)(TrainController).remote
+    controller = remote(callbacks=[*callbacks, PlainWorkers()], **parts)
+    ray.get(controller.run.remote())
+    return ray.get(controller.get_result.remote())
+
+
+class PlainWorkers(ControllerCallback):
+    """In Train's controller: its workers have the node's environment too."""
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        TrainWorkers._get_worker_runtime_env = staticmethod(no_environment)
+
+
+def no_environment(custom_runtime_env: Any) -> dict[str, Any]:
+    """What a worker's process needs of variables besides its node's."""
+    return {}
 
 
 def unannounced(policy: Any) -> Any:
@@ -60,10 +93,16 @@ class TellBroker(UserCallback):
         self._broker.leave.remote(self._worker, ray.get_runtime_context().current_actor)
 
 
-def torch_config(placement: Placement) -> TorchConfig:
-    """Gradients go from accelerator to accelerator where there are any. A group waits for its orders without end."""
-    backend = "nccl" if placement.gpus and placement.workers_per_group > 1 else "gloo"
-    return TorchConfig(backend=backend, timeout_s=int(PATIENCE.total_seconds()))
+def backend(placement: Placement) -> BackendConfig:
+    """None for a worker alone; torch's process group for several. Gradients go from accelerator to accelerator where
+    there are any. A group waits for its orders without end."""
+    if placement.workers_per_group == 1:
+        return BackendConfig()
+    from ray.train.torch import TorchConfig
+
+    from orchestrator.tuning.group import PATIENCE
+
+    return TorchConfig(backend="nccl" if placement.gpus else "gloo", timeout_s=int(PATIENCE.total_seconds()))
 
 
 class WorkerGroup(threading.Thread):
@@ -82,7 +121,7 @@ class WorkerGroup(threading.Thread):
                 use_gpu=config.placement.gpus > 0,
                 resources_per_worker=config.placement.worker_resources(),
             ),
-            torch_config=torch_config(config.placement),
+            backend_config=backend(config.placement),
             run_config=RunConfig(
                 name=f"worker-{config.name}",
                 storage_path=str(storage),

@@ -216,4 +216,7 @@ def profiled(work: Callable[[], Any]) -> Any:
 
 
 if __name__ == "__main__":
+    from orchestrator.importing import unfreed
+
     main(Asked(**json.loads(sys.argv[1])))
+    unfreed()

@@ -1,0 +1,109 @@
+"""A Ray that starts beside other work, each in a process of its own: what it gives, and that nothing of it stays."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from small_jobs import write_job
+
+pytestmark = pytest.mark.ray  # their own
+
+LIMIT_S = 150.0  # only a hang takes this long
+START = """
+import os, signal, sys, time
+import psutil, ray
+from orchestrator.search.cluster_session import ray_beside, started_here
+from orchestrator.search.ready import PROCESSES, make_ready
+from orchestrator.sigterm import Sigterm
+
+def children():
+    return psutil.Process().children(recursive=True)
+
+"""
+USED = """
+@ray.remote
+class Probe:
+    def loaded(self):
+        return "orchestrator.search.worker_group" in sys.modules
+
+with ray_beside(then=make_ready) as up:
+    assert up() and started_here()
+    deadline = time.monotonic() + 60
+    ready = 0
+    while ready < PROCESSES and time.monotonic() < deadline:
+        ready = sum(child.name().startswith("ray::IDLE") for child in children())
+        time.sleep(0.1)
+    print(ready >= PROCESSES, ray.get(Probe.remote().loaded.remote()))
+    began = children()
+print(started_here(), ray.is_initialized(), psutil.wait_procs(began, 30)[1])
+"""
+REFUSED = """
+try:
+    with ray_beside() as up:
+        while not children():
+            time.sleep(0.01)
+        raise ValueError("a column that is not there")
+except ValueError as error:
+    print(error, ray.is_initialized(), children())
+"""
+TERMINATED = """
+try:
+    with Sigterm(), ray_beside() as up:
+        while not started_here():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+except KeyboardInterrupt:
+    print("interrupted", ray.is_initialized(), children())
+"""
+
+
+@pytest.fixture
+def ray_folder() -> Iterator[Path]:
+    """Where Ray keeps its sockets, whose paths have to be short, and its logs."""
+    folder = Path(tempfile.mkdtemp(prefix="ray-"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def run(arguments: list[str], ray_folder: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "RAY_TMPDIR": str(ray_folder)}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT_S
+    )
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        pytest.param(USED, "True True\nFalse False []\n", id="used"),
+        pytest.param(REFUSED, "a column that is not there False []\n", id="refused"),
+        pytest.param(TERMINATED, "interrupted False []\n", id="terminated"),
+    ],
+)
+def test_it_starts_beside_other_work(code: str, said: str, ray_folder: Path, tmp_path: Path) -> None:
+    """Processes wait ready, with what they need; when the work fails or is interrupted meanwhile, and at the end, all
+    of them are gone."""
+    ran = run(["-c", START + code], ray_folder, tmp_path)
+    assert (ran.returncode, ran.stdout) == (0, said), ran.stderr
+
+
+def test_a_search_s_processes_have_its_environment(ray_folder: Path, tmp_path: Path) -> None:
+    """Nothing is handed to them by Ray, which would start each in two steps; the search is whole, and nothing stays."""
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    ran = run(["-m", "orchestrator", "run", str(write_job(tmp_path)), "--json", "-q"], ray_folder, tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout)["model"] == {"name": "tiny", "version": 1, "alias": "champion"}
+    (log,) = (ray_folder / "ray").glob("session_2*/logs/runtime_env_agent.log")
+    agent = log.read_text()
+    assert "Starting runtime env agent" in agent and "Creating runtime env" not in agent
+    assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
