@@ -339,7 +339,8 @@ class Pipeline:
         if verbalizer := self.prepared.task.encoder.verbalizer:
             counts = confusion_counts(measured[0], len(verbalizer.labels))
             document["best"]["confusion"] = {"labels": list(verbalizer.labels), "counts": counts}
-        return {**document, "workers": {name: place.shown() for name, place in search.places().items()}}
+        here = {name: place.shown() for name, place in search.places().items()}
+        return {**document, "workers": {**outcome.places, **here}}
 
     # Baselines
 

@@ -286,14 +286,15 @@ class Broker:
         if self.in_turn:
             await self._until(lambda: self._all_came(worker))
 
-    @staticmethod
-    def _kept(entry: Entry, report: Report) -> Report:
+    def _kept(self, entry: Entry, report: Report) -> Report:
         """Keep what the report says of its trial, and add what only the broker knows."""
         entry.has_copied = entry.has_copied or entry.copied is not None
         if not entry.has_copied:
             entry.own_score = None if report.ending == "diverged" else report.score
         worker = entry.worker or ""
-        report = replace(report, copied=entry.copied, own_score=entry.own_score, worker=worker, slot=entry.slot)
+        place = self.places[worker].shown() if worker in self.places else {}
+        report = replace(report, worker=worker, slot=entry.slot, place=place)
+        report = replace(report, copied=entry.copied, own_score=entry.own_score)
         entry.copied = None
         entry.checkpoint = report.checkpoint
         return report

@@ -18,6 +18,8 @@ from orchestrator.leaving_ray import leave_ray
 from orchestrator.search.placement import Node
 from orchestrator.sigterm import sigterm_kept, sigterm_kept_by_system
 
+FEW_CORES = 8
+"""Ray makes a process for each core: with more of them most would import what nobody asks them for."""
 ANSWER_S = 10.0  # a cluster that is there connects in milliseconds
 FAILURES = (ConnectionError, RuntimeError, ValueError, TimeoutError)  # what ray.init raises
 
@@ -65,9 +67,9 @@ def ray_beside(
     """A session as ``ray_session`` has it, of a Ray that starts while other work is done, where it is one of our own.
     The function that this gives waits until it is up, and says whether it is ours.
 
-    Ray's start is seconds of waiting for its processes. ``then`` is done in it, beside what follows, and its module is
-    imported by each of Ray's processes as it starts. A named cluster is asked by the given function, at once, and
-    nothing more is done in it.
+    Ray's start is seconds of waiting for its processes. ``then`` is done in it, beside what follows; on a machine of
+    few cores its module is imported by each of Ray's processes as it starts. A named cluster is asked by the given
+    function, at once, and nothing more is done in it.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -83,7 +85,7 @@ def ray_beside(
         finally:
             leave_ray()
         return
-    if then is not None:
+    if then is not None and (os.cpu_count() or 1) <= FEW_CORES:
         os.environ.setdefault("RAY_preload_python_modules", then.__module__)
     start = LocalStart(options, then)
     start.start()

@@ -59,6 +59,8 @@ class Outcome:
     def __init__(self, search: SearchSpec, trials: Sequence[tuple[str, TrialSpec]]) -> None:
         self.search = search
         self.records = {name: TrialRecord(name, spec) for name, spec in trials}
+        self.places: dict[str, dict[str, str]] = {}
+        """Where each worker group was that trained a trial, also of those that are gone: node and device."""
 
     def trial_started(self, trial: str, spec: TrialSpec) -> None:
         if trial not in self.records:  # proposed while the search runs; starts may come in another order than numbers
@@ -73,6 +75,8 @@ class Outcome:
         record.costs = record.costs.plus(report.costs)
         if report.worker and report.worker not in record.workers[-1:]:
             record.workers.append(report.worker)
+        if report.place:
+            self.places[report.worker] = report.place
         record.slot = f"{report.worker}:{report.slot}" if report.worker else ""
         if report.copied is not None:
             record.spec = report.copied.spec

@@ -32,6 +32,7 @@ from orchestrator.tuning.report import BROKEN, Report
 STEP = "step"  # the schedulers' clock: Tune's own iteration count starts over after a restore
 SCORE = "score"  # the best validation metric so far
 OWN = "own_score"  # see Report
+HANDED = ("DEFAULT_ENV_VARS", "ENV_VARS_TO_PROPAGATE")  # what Tune calls the variables that it hands on
 RESTARTS = 3  # of a relay that was lost with its node
 STOPPED = {STEP: 0, SCORE: 0.0, OWN: None, "report": None, "done": True, "lost": False}  # the last of a stopped trial
 LOST = {**STOPPED, "lost": True}  # the same, once the search can't go on
@@ -394,12 +395,12 @@ def _plain_trials() -> Iterator[None]:
     """Tune hands no environment variables to the processes that it starts meanwhile: see worker_group.py."""
     from ray.tune.execution import class_cache
 
-    before = class_cache.DEFAULT_ENV_VARS, class_cache.ENV_VARS_TO_PROPAGATE
-    class_cache.DEFAULT_ENV_VARS, class_cache.ENV_VARS_TO_PROPAGATE = {}, set()
+    before = {name: value for name, value in vars(class_cache).items() if name in HANDED}
+    vars(class_cache).update({name: type(value)() for name, value in before.items()})
     try:
         yield
     finally:
-        class_cache.DEFAULT_ENV_VARS, class_cache.ENV_VARS_TO_PROPAGATE = before
+        vars(class_cache).update(before)
 
 
 def _tune(

@@ -75,6 +75,8 @@ class Report:
     """The worker group that trained it. The broker adds it."""
     slot: int = field(default=0, compare=False)
     """Its place among the trials of the group, from 0. The broker adds it."""
+    place: dict[str, str] = field(default_factory=dict, compare=False)
+    """Where the group was then: ``node`` and ``device``. The broker adds it."""
     costs: Costs = field(default=Costs(), compare=False)
     pending: int = field(default=0, compare=False)
 

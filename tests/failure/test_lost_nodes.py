@@ -124,8 +124,8 @@ class Under:
 def check_went_on(disturbed: Ran, whole: Ran, lost_node: str) -> str:
     """A trial of the lost node went on elsewhere, and all ended as they would have. Returns the lost worker."""
     nodes = {name: worker["node"] for name, worker in disturbed.document["workers"].items()}
-    # The driver may have joined the cluster by that very node: then the broker died too, and has forgotten the place.
-    (lost,) = [name for name in ("w0", "w1", "w2") if nodes.get(name, lost_node) == lost_node]
+    # The driver may have joined the cluster by that very node: then the broker died too, and the journal has the place.
+    (lost,) = [name for name in ("w0", "w1", "w2") if nodes[name] == lost_node]
     others = {"w0", "w1", "w2"} - {lost}
     assert any(lost in workers and workers & others for workers in disturbed.workers)
     assert close(disturbed.found, whole.found)

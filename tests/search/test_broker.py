@@ -11,7 +11,7 @@ import pytest
 
 from orchestrator.errors import JobFailed
 from orchestrator.search import broker as broker_module
-from orchestrator.search.broker import Broker, Orders
+from orchestrator.search.broker import Broker, Orders, Place
 from orchestrator.search.population import Population
 from orchestrator.spec import JobSpec
 from orchestrator.tuning.report import Copied, Ending, EvaluationJob, Report
@@ -403,6 +403,23 @@ def test_trials_of_a_lost_worker_go_on_in_another() -> None:
         assert await job == {"loss": 1.0}
         await broker.join("lost", 1)
         assert await broker.lost_controllers() == {}
+        await ended(tasks)
+
+    run(test())
+
+
+def test_a_report_says_where_it_comes_from() -> None:
+    """Worker, slot, and the place of which the worker told."""
+
+    async def test() -> None:
+        found: list[Report] = []
+        broker = await broker_with(2)
+        await broker.join("w", 2, place=Place("node", None, "cuda"))
+        await broker.next_orders("w")
+        tasks = tune(broker, range(2), lambda report: found.append(report) is None)
+        await broker.next_orders("w", [report(0), report(1)])
+        assert [(it.worker, it.slot) for it in found] == [("w", 0), ("w", 1)]
+        assert [it.place for it in found] == 2 * [{"node": "node", "device": "cuda"}]
         await ended(tasks)
 
     run(test())

@@ -52,7 +52,8 @@ def test_what_is_written_comes_back(folder: SearchFolder) -> None:
         Found("baselines", {"zero_shot": {"loss": 0.1}}),
         Reported(report("t0", 4)),
     ]
-    second: list[Event] = [Reported(report("t0", 8)), Reported(report("t1", 4)), Ended("t0", "stopped", "why")]
+    placed = replace(report("t0", 8), worker="w1", place={"node": "n", "device": "cpu"})
+    second: list[Event] = [Reported(placed), Reported(report("t1", 4)), Ended("t0", "stopped", "why")]
     journal.append(first, 1.5)
     assert files(folder) == ["t0-4.safetensors"]
     journal.append(second, 2.5)
@@ -60,6 +61,7 @@ def test_what_is_written_comes_back(folder: SearchFolder) -> None:
     history = read_history(folder)
     bare = [replace(it, report=replace(it.report, checkpoint=b"")) if isinstance(it, Reported) else it for it in second]
     assert history.events[3:] == bare and len(history.events) == 6
+    assert history.reports[1].place == placed.place  # which equality leaves out
     assert history.spent_s == 2.5 and history.checkpoints == {"t0": checkpoint(8), "t1": checkpoint(4)}
     assert history.remaining(["t0", "t1", "t2"]) == ["t1", "t2"]
     assert history.found("baselines") == first[1] and history.found("other") is None

@@ -34,6 +34,16 @@ def test_trials_that_nobody_knew_of_get_a_record_when_they_start() -> None:
     assert outcome.records["t001"].spec == OTHER
 
 
+def test_where_a_worker_was_is_known_when_it_is_gone() -> None:
+    """From its reports: the place of the last one."""
+    outcome = Outcome(SearchSpec(), [("a", SPEC)])
+    for worker, node in (("w0", "n1"), ("w1", "n2"), ("w0", "n3")):
+        outcome.trial_reported("a", replace(report("a", 4, 4, 0.5), worker=worker, place={"node": node}))
+    outcome.trial_reported("a", replace(report("a", 8, 4, 0.5), worker="w1"))  # of a journal from before there were any
+    assert outcome.places == {"w0": {"node": "n3"}, "w1": {"node": "n2"}}
+    assert outcome.records["a"].workers == ["w0", "w1", "w0", "w1"]
+
+
 def test_the_metric_ranks_then_the_loss_then_the_order() -> None:
     """Best first."""
     outcome = Outcome(SearchSpec(), [(name, SPEC) for name in ("a", "b", "c", "d")])

@@ -21,7 +21,7 @@ LIMIT_S = 150.0  # only a hang takes this long
 START = """
 import os, signal, sys, time
 import psutil, ray
-from orchestrator.search.cluster_session import ray_beside, started_here
+from orchestrator.search.cluster_session import FEW_CORES, ray_beside, started_here
 from orchestrator.search.ready import PROCESSES, make_ready
 from orchestrator.sigterm import Sigterm
 
@@ -42,7 +42,7 @@ with ray_beside(then=make_ready) as up:
     while ready < PROCESSES and time.monotonic() < deadline:
         ready = sum(child.name().startswith("ray::IDLE") for child in children())
         time.sleep(0.1)
-    print(ready >= PROCESSES, ray.get(Probe.remote().loaded.remote()))
+    print(ready >= PROCESSES, ray.get(Probe.remote().loaded.remote()) == (os.cpu_count() <= FEW_CORES))
     began = children()
 print(started_here(), ray.is_initialized(), psutil.wait_procs(began, 30)[1])
 """
