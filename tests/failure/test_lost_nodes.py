@@ -77,7 +77,7 @@ def run_on(
     folder: Path,
     on_line: Callable[[str], None] = lambda line: None,
     workers: int | str = 3,
-    steps: int = 400,
+    steps: int = 800,  # seconds a trial: the last worker may be long in coming
 ) -> Ran:
     """Nine trials on three workers, as a process; ``on_line`` hears its progress."""
     folder.mkdir()
@@ -121,22 +121,24 @@ class Under:
             self.act(node)
 
 
-def check_went_on(disturbed: Ran, whole: Ran, lost_node: str) -> str:
-    """A trial of the lost node went on elsewhere, and all ended as they would have. Returns the lost worker."""
+def check_went_on(disturbed: Ran, whole: Ran, lost_node: str) -> set[str]:
+    """A trial of the lost node went on elsewhere, and all ended as they would have. Returns the workers that were on the
+    lost node to their end: one, or none where the broker died with it (the driver may have joined the cluster by that
+    very node), since the groups that come after it bear the same names."""
     nodes = {name: worker["node"] for name, worker in disturbed.document["workers"].items()}
-    # The driver may have joined the cluster by that very node: then the broker died too, and the journal has the place.
-    (lost,) = [name for name in ("w0", "w1", "w2") if nodes[name] == lost_node]
-    others = {"w0", "w1", "w2"} - {lost}
-    assert any(lost in workers and workers & others for workers in disturbed.workers)
+    assert set.union(*disturbed.workers) <= set(nodes), "where each worker was is known"
+    assert any(len(workers) > 1 for workers in disturbed.workers), disturbed.said
     assert close(disturbed.found, whole.found)
     assert close(disturbed.document["best"], whole.document["best"])
+    lost = {name for name, node in nodes.items() if node == lost_node}
+    assert len(lost) <= 1
     return lost
 
 
 def test_every_node_trains(whole: Ran) -> None:
     """Three workers on three nodes train trials of one search."""
-    assert len({worker["node"] for worker in whole.document["workers"].values()}) == 3
-    assert set.union(*whole.workers) == {"w0", "w1", "w2"}
+    assert set.union(*whole.workers) == {"w0", "w1", "w2"}, whole.said
+    assert len({worker["node"] for worker in whole.document["workers"].values()}) == 3, whole.document["workers"]
 
 
 def test_a_lost_node_costs_nothing(cluster: Cluster, whole: Ran, tmp_path: Path) -> None:
@@ -144,7 +146,7 @@ def test_a_lost_node_costs_nothing(cluster: Cluster, whole: Ran, tmp_path: Path)
     kill = Under(cluster, lambda node: cluster.remove_node(node, allow_graceful=False))
     disturbed = run_on(cluster, tmp_path / "disturbed", kill)
     lost = check_went_on(disturbed, whole, kill.node)
-    assert {lost} not in disturbed.workers, "the trial of the lost node ended where it began"
+    assert not any(workers <= lost for workers in disturbed.workers), "the trial of the lost node ended where it began"
 
 
 def test_a_machine_that_is_taken_back_costs_nothing(cluster: Cluster, whole: Ran, tmp_path: Path) -> None:
