@@ -122,9 +122,11 @@ class Under:
 
 
 def check_went_on(disturbed: Ran, whole: Ran, lost_node: str) -> set[str]:
-    """A trial of the lost node went on elsewhere, and all ended as they would have. Returns the workers that were on the
-    lost node to their end: one, or none where the broker died with it (the driver may have joined the cluster by that
-    very node), since the groups that come after it bear the same names."""
+    """A trial of the lost node went on elsewhere, and all ended as they would have.
+
+    Returns the workers that were on the lost node to their end: one, or none where the broker died with it (the driver
+    may have joined the cluster by that very node), since the groups that come after it bear the same names.
+    """
     nodes = {name: worker["node"] for name, worker in disturbed.document["workers"].items()}
     assert set.union(*disturbed.workers) <= set(nodes), "where each worker was is known"
     assert any(len(workers) > 1 for workers in disturbed.workers), disturbed.said
