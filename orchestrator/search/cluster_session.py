@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,8 @@ from orchestrator.errors import BadInput, Unreachable
 from orchestrator.leaving_ray import leave_ray
 from orchestrator.search.placement import Node
 from orchestrator.sigterm import sigterm_kept, sigterm_kept_by_system
+
+log = logging.getLogger(__name__)
 
 FEW_CORES = 8
 """Ray makes a process for each core: with more of them most would import what nobody asks them for."""
@@ -127,8 +129,10 @@ class LocalStart(threading.Thread):
             _started_here.set()
         self._tried.set()
         if self._then is not None and self._error is None:
-            with suppress(Exception):  # it only makes a search start sooner, and Ray may be gone by now
+            try:
                 self._then()
+            except Exception:  # it only makes a search start sooner, and Ray may be gone by now
+                log.info("nothing was made ready in Ray", exc_info=True)
         self._left.wait()
 
     def up(self) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ray_state import eventually
 from small_jobs import write_job
 
 pytestmark = pytest.mark.ray  # their own
@@ -27,6 +28,9 @@ from orchestrator.sigterm import Sigterm
 
 def children():
     return psutil.Process().children(recursive=True)
+
+def alive(processes):
+    return psutil.wait_procs(processes, 30)[1]
 
 """
 USED = """
@@ -44,7 +48,7 @@ with ray_beside(then=make_ready) as up:
         time.sleep(0.1)
     print(ready >= PROCESSES, ray.get(Probe.remote().loaded.remote()) == (os.cpu_count() <= FEW_CORES))
     began = children()
-print(started_here(), ray.is_initialized(), psutil.wait_procs(began, 30)[1])
+print(started_here(), ray.is_initialized(), alive(began))
 """
 REFUSED = """
 try:
@@ -53,7 +57,7 @@ try:
             time.sleep(0.01)
         raise ValueError("a column that is not there")
 except ValueError as error:
-    print(error, ray.is_initialized(), children())
+    print(error, ray.is_initialized(), alive(children()))
 """
 TERMINATED = """
 try:
@@ -63,7 +67,7 @@ try:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
 except KeyboardInterrupt:
-    print("interrupted", ray.is_initialized(), children())
+    print("interrupted", ray.is_initialized(), alive(children()))
 """
 
 
@@ -99,11 +103,16 @@ def test_it_starts_beside_other_work(code: str, said: str, ray_folder: Path, tmp
 
 def test_a_search_s_processes_have_its_environment(ray_folder: Path, tmp_path: Path) -> None:
     """Nothing is handed to them by Ray, which would start each in two steps; the search is whole, and nothing stays."""
-    before = {child.pid for child in psutil.Process().children(recursive=True)}
     ran = run(["-m", "orchestrator", "run", str(write_job(tmp_path)), "--json", "-q"], ray_folder, tmp_path)
     assert ran.returncode == 0, ran.stderr
     assert json.loads(ran.stdout)["model"] == {"name": "tiny", "version": 1, "alias": "champion"}
     (log,) = (ray_folder / "ray").glob("session_2*/logs/runtime_env_agent.log")
     agent = log.read_text()
     assert "Starting runtime env agent" in agent and "Creating runtime env" not in agent
-    assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
+    assert eventually(lambda: not processes_of(ray_folder)), processes_of(ray_folder)
+
+
+def processes_of(ray_folder: Path) -> list[psutil.Process]:
+    """Those that work in the folder, whoever is their parent by now."""
+    found = psutil.process_iter(["cmdline"])
+    return [process for process in found if str(ray_folder) in " ".join(process.info["cmdline"] or [])]
