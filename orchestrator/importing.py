@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ def uncollected() -> Iterator[None]:
 
 
 def unfreed() -> None:
-    """At a program's very end: what it holds is left to the system. Python would look through hundreds of thousands of
+    """At the program's very end, what it holds is left to the system. Python would look through hundreds of thousands of
     objects for garbage once more, for two seconds."""
-    gc.freeze()
+    atexit.unregister(gc.freeze)
+    atexit.register(gc.freeze)

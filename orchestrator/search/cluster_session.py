@@ -117,6 +117,7 @@ class LocalStart(threading.Thread):
         self._then = then
         self._error: Exception | None = None
         self._tried = threading.Event()
+        self._idle = threading.Event()
         self._left = threading.Event()
 
     def run(self) -> None:
@@ -131,8 +132,9 @@ class LocalStart(threading.Thread):
         if self._then is not None and self._error is None:
             try:
                 self._then()
-            except Exception:  # it only makes a search start sooner, and Ray may be gone by now
+            except Exception:  # it only makes a search start sooner
                 log.info("nothing was made ready in Ray", exc_info=True)
+        self._idle.set()
         self._left.wait()
 
     def up(self) -> bool:
@@ -145,8 +147,9 @@ class LocalStart(threading.Thread):
         return True
 
     def leave(self) -> None:
-        """End it, once it has started."""
-        self._tried.wait()
+        """End it, once it has started and nothing is done in it from here: Ray that is asked for anything after its end
+        starts another one, of which nobody would know."""
+        self._idle.wait()
         _started_here.clear()
         leave_ray()
         self._left.set()

@@ -59,6 +59,18 @@ try:
 except ValueError as error:
     print(error, ray.is_initialized(), alive(children()))
 """
+STILL_ASKING = """
+def asks_late():
+    time.sleep(0.5)
+    print(len(ray.nodes()))
+
+try:
+    with ray_beside(then=asks_late) as up:
+        up()
+        raise ValueError("a column that is not there")
+except ValueError as error:
+    print(error, ray.is_initialized(), alive(children()))
+"""
 TERMINATED = """
 try:
     with Sigterm(), ray_beside() as up:
@@ -91,12 +103,13 @@ def run(arguments: list[str], ray_folder: Path, folder: Path) -> subprocess.Comp
     [
         pytest.param(USED, "True True\nFalse False []\n", id="used"),
         pytest.param(REFUSED, "a column that is not there False []\n", id="refused"),
+        pytest.param(STILL_ASKING, "1\na column that is not there False []\n", id="still asking"),
         pytest.param(TERMINATED, "interrupted False []\n", id="terminated"),
     ],
 )
 def test_it_starts_beside_other_work(code: str, said: str, ray_folder: Path, tmp_path: Path) -> None:
     """Processes wait ready, with what they need; when the work fails or is interrupted meanwhile, and at the end, all
-    of them are gone."""
+    of them are gone, and no Ray is started by asking one that has ended."""
     ran = run(["-c", START + code], ray_folder, tmp_path)
     assert (ran.returncode, ran.stdout) == (0, said), ran.stderr
 
