@@ -22,7 +22,7 @@ def uncollected() -> Iterator[None]:
 
 
 def unfreed() -> None:
-    """At the program's very end, what it holds is left to the system. Python would look through hundreds of thousands of
+    """What the program holds at its very end is left to the system. Python would look through hundreds of thousands of
     objects for garbage once more, for two seconds."""
     atexit.unregister(gc.freeze)
     atexit.register(gc.freeze)
