@@ -127,8 +127,14 @@ def test_a_copy_is_a_state_whenever_its_writer_dies(home: str, tmp_path: Path, m
     root = Path(__file__).parents[2]
     writer = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=root)
     assert writer.stdout is not None
+
+    def is_copied() -> bool:
+        """Without the description, which comes last, there is no search yet."""
+        files = [RemoteHome(home).read(folder_named("search").path, name) for name in ("search.json", "journal.jsonl")]
+        return None not in files and b'"reported"' in files[1]
+
     try:
-        eventually(RemoteHome(home).ids)
+        assert eventually(is_copied)
         written = [int(next(writer.stdout)) for _ in range(40)]
     finally:
         writer.send_signal(signal.SIGKILL)
