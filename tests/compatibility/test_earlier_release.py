@@ -1,0 +1,102 @@
+"""What commit b67b99a wrote is still read: a registered version and an interrupted search.
+
+``data/earlier_release.tar.gz`` holds a working directory of that commit (a tiny random model, 80
+rows, ``mlflow.db``, one finished and one interrupted search) and ``expected.json``: the answers of
+the registered version, and how that commit itself went on with the search. Manifests name the
+model by an absolute path, so the archive is always unpacked at the same place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from orchestrator.serving.offline import OfflineModel
+
+ARCHIVE = Path(__file__).parent / "data" / "earlier_release.tar.gz"
+FOLDER = Path("/tmp/orchestrator-earlier-release")
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """The working directory of the earlier release, as it left it."""
+    with FileLock(f"{FOLDER}.lock"):
+        shutil.rmtree(FOLDER, ignore_errors=True)
+        FOLDER.mkdir()
+        with tarfile.open(ARCHIVE) as archive:
+            archive.extractall(FOLDER, filter="data")
+        yield FOLDER
+        shutil.rmtree(FOLDER, ignore_errors=True)
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line in the folder, with its own cache."""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache")}
+    command = [sys.executable, "-m", "orchestrator", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def expected(folder: Path) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((folder / "expected.json").read_text())
+    return document
+
+
+def test_a_version_of_an_earlier_release_answers_as_before(folder: Path) -> None:
+    """The registered version loads, and gives the labels and probabilities that it gave then."""
+    prompt = next(folder.glob("mlruns/finished/models/*/artifacts/artifacts/prompt"))
+    known = expected(folder)["answers"]
+    answers = OfflineModel.from_artifact(prompt).classify([{"text": row["text"]} for row in known])
+    for answer, row in zip(answers, known, strict=True):
+        assert answer["label"] == row["label"]
+        assert answer["probs"] == pytest.approx(row["probs"], abs=1e-4)
+
+
+def test_a_version_of_an_earlier_release_passes_the_gate(folder: Path) -> None:
+    """``promote`` checks digests, shapes and the base model before it moves an alias."""
+    moved = run(folder, "promote", "finished", "1", "--alias", "checked")
+    assert moved.returncode == 0, moved.stderr
+    shown = run(folder, "models", "finished@checked", "--json")
+    assert shown.returncode == 0, shown.stderr
+    assert json.loads(shown.stdout)["version"] == 1
+
+
+def test_pyfunc_of_an_earlier_release_still_answers(folder: Path) -> None:
+    """The copy of the pyfunc file that the version carries imports what it needs."""
+    code = (
+        "import mlflow, json\n"
+        "mlflow.set_tracking_uri('sqlite:///mlflow.db')\n"
+        "model = mlflow.pyfunc.load_model('models:/finished/1')\n"
+        "print(json.dumps(list(model.predict([{'text': 'the quick brown fox'}]))))\n"
+    )
+    environment = {**os.environ, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
+    answer = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert json.loads(answer.stdout)[0]["label"] in (0, 1)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_a_search_of_an_earlier_release_goes_on(folder: Path) -> None:
+    """``resume`` ends it as the release that began it would have."""
+    resumed = run(folder, "resume", "latest", "--json", "--quiet")
+    assert resumed.returncode == 0, resumed.stderr
+    document, known = json.loads(resumed.stdout), expected(folder)["resumed"]
+    assert [(trial["id"], trial["status"], trial["steps"]) for trial in document["trials"]] == [
+        (trial["id"], trial["status"], trial["steps"]) for trial in known["trials"]
+    ]
+    assert document["best"]["trial"] == known["best"]["trial"]
+    loss = document["best"]["metrics"]["validation"]["loss"]
+    assert loss == pytest.approx(known["best"]["metrics"]["validation"]["loss"], rel=1e-3)
+    assert document["model"]["version"] == 1
