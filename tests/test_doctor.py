@@ -11,8 +11,8 @@ import pytest
 import ray
 from small_jobs import Command
 
-from orchestrator import doctor
-from orchestrator.doctor import Finding
+from orchestrator.cli import doctor
+from orchestrator.cli.doctor import Finding
 
 
 @pytest.fixture(scope="module")
