@@ -9,13 +9,14 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli.groups import app
+from orchestrator.cli.common import console_progress, progress_line, read_job
+from orchestrator.cli.groups import CLUSTER, app, verb
 from orchestrator.cli.options import Dashboard, Job, JobId, Json, Overrides, Quiet
-from orchestrator.cli.output import _lines, out, print_json, results_only, say
+from orchestrator.cli.output import out, present, print_json, print_lines, results_only, say
 from orchestrator.errors import OrchestratorError
 
 
-@app.command()
+@verb(CLUSTER)
 def submit(
     job: Job,
     overrides: Overrides = [],  # noqa: B006
@@ -25,34 +26,41 @@ def submit(
     home: Annotated[
         str | None,
         typer.Option(
-            metavar="DIR", help="The cluster's folder for searches, or s3://...; one that outlives its nodes."
+            metavar="DIR",
+            help="The cluster's folder for searches, or s3://...; one that outlives its nodes.",
         ),
     ] = None,
     shared: Annotated[
-        list[Path], typer.Option(metavar="DIR", help="Folder that the nodes have too: not packed; repeatable.")
+        list[Path],
+        typer.Option(metavar="DIR", help="Folder that the nodes have too: not packed; repeatable."),
     ] = [],  # noqa: B006
     env: Annotated[
-        list[str], typer.Option(metavar="NAME[=VALUE]", help="Environment variable of the job; repeatable.")
+        list[str],
+        typer.Option(metavar="NAME[=VALUE]", help="Environment variable of the job; repeatable."),
     ] = [],  # noqa: B006
     pip: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Install these packages for the job, where the image has not.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Install these packages for the job, where the image has not."),
     ] = None,
     image_has_code: Annotated[
-        bool, typer.Option("--image-has-code", help="Run the orchestrator of the cluster's image, not this one.")
+        bool,
+        typer.Option("--image-has-code", help="Run the orchestrator of the cluster's image, not this one."),
     ] = False,
     label: Annotated[list[str], typer.Option(metavar="NAME=VALUE", help="For attributing costs; repeatable.")] = [],  # noqa: B006
     cpus: Annotated[
         float,
-        typer.Option("--entrypoint-num-cpus", min=0, help="Reserve so many for the driver, on any node; 0: the head."),
+        typer.Option(
+            "--entrypoint-num-cpus",
+            min=0,
+            help="Reserve so many for the driver, on any node; 0: the head.",
+        ),
     ] = 0.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the request; ask nobody, send nothing.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Run a job on a cluster, packed with its files; submitting the same again attaches to it."""
-    from orchestrator.job_file import load_job
-
-    spec = load_job(job, overrides)
+    spec = read_job(job, overrides)
     with results_only():
         from orchestrator.submission import make_submission, submit_job
 
@@ -60,25 +68,21 @@ def submit(
             spec, address, retries=retries, home=home, shared=shared, asked=env, pip=pip,
             image_has_code=image_has_code, labels=label, cpus=cpus,
         )  # fmt: skip
-        document = made.document() if dry_run else submit_job(made, say, _nothing if quiet else say, wait)
+        document = made.document() if dry_run else submit_job(made, say, progress_line(quiet), wait)
     if as_json:
         return print_json(document)
     if dry_run:
         from orchestrator.cli.pages.cluster import request_page
 
-        return _lines(request_page(document))
+        return print_lines(request_page(document))
     if not wait:
         found = shlex.quote(document["id"])
         out(document["id"])
         return say(f"next: orchestrator logs {found} --follow   or   orchestrator stop {found}")
-    _lines(document["result"].get("summary", []))
+    print_lines(document["result"].get("summary", []))
 
 
-def _nothing(text: str) -> None:
-    """Where progress goes that nobody wants."""
-
-
-@app.command()
+@verb(CLUSTER)
 def jobs(address: Dashboard = None, as_json: Json = False) -> None:
     """Jobs that were submitted to a cluster, the newest last."""
     from orchestrator.submission import Cluster
@@ -87,10 +91,10 @@ def jobs(address: Dashboard = None, as_json: Json = False) -> None:
         found = Cluster(address).jobs()
     from orchestrator.cli.pages.cluster import jobs_document, jobs_table
 
-    return print_json(jobs_document(found)) if as_json else _lines(jobs_table(found))
+    present(jobs_document(found), as_json, lambda: jobs_table(found))
 
 
-@app.command()
+@verb(CLUSTER)
 def logs(
     job_id: JobId,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="To the job's end; exits with its outcome.")] = False,
@@ -114,10 +118,10 @@ def logs(
     if as_json:
         print_json({**document, "log": seen})
     elif follow:
-        _lines(document["result"].get("summary", []))
+        print_lines(document["result"].get("summary", []))
 
 
-@app.command()
+@verb(CLUSTER)
 def stop(job_id: JobId, address: Dashboard = None, as_json: Json = False) -> None:
     """Stop a submitted job, and wait until it has closed its MLflow runs and ended."""
     from orchestrator.submission import Cluster, stop_job
@@ -134,20 +138,26 @@ def stop(job_id: JobId, address: Dashboard = None, as_json: Json = False) -> Non
 @app.command("on-cluster", hidden=True)
 def on_cluster() -> None:
     """What a submitted job runs on the cluster."""
-    from rich.console import Console
-
     from orchestrator.submission import result_line
 
-    console = Console(stderr=True)
     try:
         with results_only():
             from orchestrator.cli.pages.search import run_summary
-            from orchestrator.cli.progress import ConsoleProgress
             from orchestrator.on_cluster import carry_out
 
-            document, spec = carry_out(lambda job: ConsoleProgress(job, console))
+            document, spec = carry_out(console_progress())
             document["summary"] = run_summary(document, spec)
     except OrchestratorError as error:
-        out(result_line({"error": {"message": error.message, "next": error.hint, "exit_code": error.exit_code}}))
+        out(
+            result_line(
+                {
+                    "error": {
+                        "message": error.message,
+                        "next": error.hint,
+                        "exit_code": error.exit_code,
+                    }
+                }
+            )
+        )
         raise
     out(result_line(document))

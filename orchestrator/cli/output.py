@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
@@ -14,37 +13,49 @@ import typer
 
 
 def out(text: str = "") -> None:
-    """A result, on standard output."""
+    """Print a line of the result, on standard output."""
     typer.echo(text)
 
 
 def say(text: str) -> None:
-    """Anything else, on standard error."""
+    """Print a line that is not part of the result, on standard error."""
     typer.echo(text, err=True)
+
+
+def print_json(document: Any) -> None:
+    """Print a document as JSON, on standard output."""
+    out(json.dumps(document, indent=2, ensure_ascii=False, default=str))
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Print the lines of a page, on standard output."""
+    for line in lines:
+        out(line)
+
+
+def present(document: Any, as_json: bool, page: Callable[[], Iterable[str]]) -> None:
+    """Print a verb's result: the document with ``--json``, otherwise the lines of ``page``.
+
+    ``page`` is only called when it is printed.
+    """
+    if as_json:
+        print_json(document)
+    else:
+        print_lines(page())
 
 
 @contextmanager
 def results_only() -> Iterator[None]:
-    """What libraries and child processes print meanwhile goes to standard error: standard output is for the result."""
+    """Send what libraries and child processes print meanwhile to standard error.
+
+    Standard output is for the result.
+    """
     sys.stdout.flush()
-    kept = os.dup(1)
+    standard_output = os.dup(1)
     os.dup2(2, 1)
     try:
         with redirect_stdout(sys.stderr):
             yield
     finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-
-
-def print_json(document: Any) -> None:
-    out(json.dumps(document, indent=2, ensure_ascii=False, default=str))
-
-
-def _lines(lines: list[str]) -> None:
-    for line in lines:
-        out(line)
-
-
-def _repeated(overrides: list[str]) -> str:
-    return "".join(f" --set {shlex.quote(override)}" for override in overrides)
+        os.dup2(standard_output, 1)
+        os.close(standard_output)

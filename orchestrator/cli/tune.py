@@ -7,26 +7,50 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli.groups import app
+from orchestrator.cli.common import (
+    console_progress,
+    open_registry,
+    present_search,
+    progress_line,
+    read_job,
+    repeated,
+)
+from orchestrator.cli.groups import TUNE, verb
 from orchestrator.cli.options import Address, Job, Json, Overrides, Quiet, Verbose
-from orchestrator.cli.output import _lines, _repeated, out, print_json, results_only, say
+from orchestrator.cli.output import out, present, print_json, print_lines, results_only
 from orchestrator.importing import uncollected
 
 
-@app.command()
+@verb(TUNE)
+def doctor(as_json: Json = False) -> None:
+    """What this machine has, what is missing, and the fix."""
+    from orchestrator.cli.doctor import examine
+
+    findings = examine()
+    if as_json:
+        print_json([finding.document() for finding in findings])
+    else:
+        for finding in findings:
+            out(str(finding))
+        if all(finding.ok for finding in findings):
+            out("next: orchestrator run jobs/quickstart.yaml")
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(3)
+
+
+@verb(TUNE)
 def validate(job: Job, overrides: Overrides = [], as_json: Json = False) -> None:  # noqa: B006
     """Check a job spec: every problem at once, each with its line."""
-    from orchestrator.job_file import load_job
     from orchestrator.space import trials
 
-    spec = load_job(job, overrides)
+    spec = read_job(job, overrides)
     if as_json:
         return print_json({"valid": True, "spec": spec.model_dump(mode="json")})
     out(f"{job}: sound. {spec.method} of {spec.base_model.id}, {len(trials(spec.search))} trials.")
-    out(f"next: orchestrator run {job}{_repeated(overrides)}")
+    out(f"next: orchestrator run {job}{repeated(overrides)}")
 
 
-@app.command()
+@verb(TUNE)
 def plan(
     job: Job,
     overrides: Overrides = [],  # noqa: B006
@@ -36,23 +60,19 @@ def plan(
     verbose: Verbose = False,
 ) -> None:
     """Measure a few real steps: what the search will take in time, memory and device hours. Nothing is kept."""
-    from orchestrator.job_file import load_job
-
-    spec = load_job(job, overrides)
+    spec = read_job(job, overrides)
     with results_only():
         with uncollected():
             from orchestrator.run import plan_job
 
-        made = plan_job(spec, (lambda text: None) if quiet else (lambda text: say(f"{text} ...")), address, verbose)
-    if as_json:
-        return print_json(made.document())
+        made = plan_job(spec, progress_line(quiet, "{} ..."), address, verbose)
     from orchestrator.cli.pages.search import plan_page
 
-    _lines(plan_page(made, spec))
-    out(f"next: orchestrator run {job}{_repeated(overrides)}")
+    next_step = f"next: orchestrator run {job}{repeated(overrides)}"
+    present(made.document(), as_json, lambda: [*plan_page(made, spec), next_step])
 
 
-@app.command()
+@verb(TUNE)
 def run(
     job: Job,
     overrides: Overrides = [],  # noqa: B006
@@ -63,30 +83,21 @@ def run(
     verbose: Verbose = False,
 ) -> None:
     """Run the search, register the best prompt, and promote it when it beats the champion."""
-    from rich.console import Console
-
-    from orchestrator.job_file import load_job
-
-    spec = load_job(job, overrides)
-    console = Console(stderr=True)
+    spec = read_job(job, overrides)
     with results_only():
         with uncollected():
-            from orchestrator.cli.progress import ConsoleProgress
             from orchestrator.run import run_job
 
-        document = run_job(spec, ConsoleProgress(spec, console, quiet), address, verbose, planned)
-    if as_json:
-        return print_json(document)
-    from orchestrator.cli.pages.search import run_summary
-
-    for line in run_summary(document, spec):
-        out(line)
+            progress = console_progress(quiet)
+        document = run_job(spec, progress(spec), address, verbose, planned)
+    present_search(document, spec, as_json)
 
 
-@app.command()
+@verb(TUNE)
 def resume(
     search: Annotated[
-        str, typer.Argument(help="Id of a search, its beginning, its folder, or latest.", show_default=False)
+        str,
+        typer.Argument(help="Id of a search, its beginning, its folder, or latest.", show_default=False),
     ],
     address: Address = None,
     as_json: Json = False,
@@ -94,33 +105,28 @@ def resume(
     verbose: Verbose = False,
 ) -> None:
     """Go on with a search that was interrupted, killed or cut off from MLflow."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
     with results_only():
         with uncollected():
-            from orchestrator.cli.progress import ConsoleProgress
             from orchestrator.resume import resume_search
 
-        document, spec = resume_search(search, lambda job: ConsoleProgress(job, console, quiet), address, verbose)
-    if as_json:
-        return print_json(document)
-    from orchestrator.cli.pages.search import run_summary
-
-    for line in run_summary(document, spec):
-        out(line)
+            progress = console_progress(quiet)
+        document, spec = resume_search(search, progress, address, verbose)
+    present_search(document, spec, as_json)
 
 
-@app.command()
+@verb(TUNE)
 def report(
     searches: Annotated[
         list[str],
         typer.Argument(
-            metavar="SEARCH...", help="Ids of searches, their beginnings, their folders, or latest.", show_default=False
+            metavar="SEARCH...",
+            help="Ids of searches, their beginnings, their folders, or latest.",
+            show_default=False,
         ),
     ],
     out_file: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="Where to; report.html in the search's folder.")
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Where to; report.html in the search's folder."),
     ] = None,
     keep: Annotated[bool, typer.Option("--log/--no-log", help="Log it to the search's MLflow run too.")] = True,
     as_json: Json = False,
@@ -130,15 +136,12 @@ def report(
         return _compared(searches, out_file, as_json)
     (search,) = searches
     with results_only():
-        from orchestrator.registry import Registry
         from orchestrator.report import read_facts, write_report
         from orchestrator.search.saved import find_search
 
         folder = find_search(search)
         file = out_file or folder.report
-        registry = Registry() if keep else None
-        if registry:
-            registry.check()
+        registry = open_registry() if keep else None
         write_report(read_facts(folder), file, registry)
     if as_json:
         return print_json({"search": folder.id, "file": str(file.absolute()), "logged": keep})
@@ -159,29 +162,17 @@ def _compared(searches: list[str], out_file: Path | None, as_json: bool) -> None
             write_whole(out_file, comparison_page(document).encode())
     if as_json:
         return print_json(document | ({"file": str(out_file.absolute())} if out_file else {}))
-    _lines([*table(HEADING, comparison_rows(document)), *(f"warning: {text}" for text in document["warnings"])])
+    print_lines(
+        [
+            *table(HEADING, comparison_rows(document)),
+            *(f"warning: {text}" for text in document["warnings"]),
+        ]
+    )
     if out_file:
         out(f"{out_file}: open it in a browser; it needs no network.")
 
 
-@app.command()
-def doctor(as_json: Json = False) -> None:
-    """What this machine has, what is missing, and the fix."""
-    from orchestrator.cli.doctor import examine
-
-    findings = examine()
-    if as_json:
-        print_json([finding.document() for finding in findings])
-    else:
-        for finding in findings:
-            out(str(finding))
-        if all(finding.ok for finding in findings):
-            out("next: orchestrator run jobs/quickstart.yaml")
-    if not all(finding.ok for finding in findings):
-        raise typer.Exit(3)
-
-
-@app.command()
+@verb(TUNE)
 def schema() -> None:
     """JSON schema of the job spec, for editors."""
     from orchestrator.spec import job_schema
