@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import OrchestratorError
+from orchestrator.utils.text import mask_secrets
 
 LIBRARIES = ("torch", "transformers", "datasets", "ray", "mlflow", "safetensors", "fastapi")
 NEEDED_GB = 2.0
@@ -43,7 +44,7 @@ def examine() -> list[Finding]:
         except OrchestratorError as error:
             findings.append(Finding(check.__name__.lstrip("_"), error.message, False, error.hint))
         except Exception as error:  # a library that is installed and broken fails in any way
-            found = f"{type(error).__name__}: {error}".splitlines()[0]
+            found = mask_secrets(f"{type(error).__name__}: {error}".splitlines()[0])
             findings.append(Finding(check.__name__.lstrip("_"), found, False, "make venv"))
     return findings
 
@@ -92,7 +93,7 @@ def _cluster() -> list[Finding]:
     with ray_session(address):
         total = nodes()
     cpus, gpus = sum(node.cpus for node in total), sum(node.gpus for node in total)
-    return [Finding("Ray", f"{address}: {len(total)} nodes, {cpus:g} CPUs, {gpus:g} GPUs")]
+    return [Finding("Ray", f"{mask_secrets(address)}: {len(total)} nodes, {cpus:g} CPUs, {gpus:g} GPUs")]
 
 
 def _registry() -> list[Finding]:

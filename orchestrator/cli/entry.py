@@ -17,6 +17,7 @@ from orchestrator.cli.output import print_json, say
 from orchestrator.errors import TRACEBACK, BadInput, Interrupted, OrchestratorError, SpecError, Unreachable
 from orchestrator.importing import unfreed
 from orchestrator.sigterm import Sigterm
+from orchestrator.utils.text import mask_secrets
 
 INTERRUPTED = 130  # typer turns Ctrl-C into an exit with this code
 TERMINATED = 143  # the same by SIGTERM; both as shells count, 128 and the signal
@@ -66,7 +67,7 @@ def _unforeseen(error: Exception) -> int:
 
     if os.environ.get(TRACEBACK):
         traceback.print_exception(error)
-    text = f"{type(error).__name__}: {error}".splitlines()[0]
+    text = mask_secrets(f"{type(error).__name__}: {error}".splitlines()[0])
     return _failed(
         OrchestratorError(f"an unforeseen error, please report it: {text}", f"{TRACEBACK}=1 shows where it arose")
     )
