@@ -45,7 +45,7 @@ def test_the_models_table() -> None:
     assert "challenger=2, champion=1" in lines[1] and "accuracy 0.970" in lines[1]
     assert "not a soft prompt" in lines[2]
     assert lines[-1] == "next: orchestrator models NAME"
-    assert pages.models_table([])[-1].startswith("next: orchestrator run")
+    assert pages.models_table([])[-1].startswith("next: orchestrator demo")
 
 
 def test_what_a_registry_holds_cannot_move_the_cursor() -> None:

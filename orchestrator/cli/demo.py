@@ -17,10 +17,11 @@ from typing import Any
 
 import httpx
 
+from orchestrator.cli.init import starter_file
 from orchestrator.quickstart import quickstart_rows
 from orchestrator.serving.client import ask
 
-JOB = Path(__file__).parents[2] / "jobs" / "quickstart.yaml"
+JOB = "quickstart.yaml"
 START_S = 120.0
 
 
@@ -63,6 +64,7 @@ def time_table(document: dict[str, Any], serving_s: float, total_s: float) -> li
 
 def _search(folder: Path) -> dict[str, Any]:
     """The search; prints accuracy on the held-out test rows, without a prompt, instructed, and tuned."""
+    (folder / JOB).write_bytes(starter_file(JOB))
     _print(f"$ {_command('run', JOB)}")
     done = subprocess.run(
         [*_argv("run", JOB), "--json"], cwd=folder, env=_environment(), stdout=subprocess.PIPE, check=False

@@ -33,9 +33,34 @@ def doctor(as_json: Json = False) -> None:
         for finding in findings:
             out(str(finding))
         if all(finding.ok for finding in findings):
-            out("next: orchestrator run jobs/quickstart.yaml")
+            out("next: orchestrator demo   or   orchestrator init")
     if not all(finding.ok for finding in findings):
         raise typer.Exit(3)
+
+
+@verb(TUNE)
+def demo() -> None:
+    """Tune, register, serve and ask, all on this machine: the quickstart from end to end, in build/demo."""
+    from orchestrator.cli.demo import main
+
+    raise typer.Exit(main())
+
+
+@verb(TUNE)
+def init(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder to write to; made if it is missing.")
+    ] = Path(),
+    as_json: Json = False,
+) -> None:
+    """Write a commented job spec and a few rows of data to start from."""
+    from orchestrator.cli.init import next_steps, write_starter
+
+    written = write_starter(folder)
+    steps = next_steps(folder)
+    document = {"files": [str(file.absolute()) for file in written], "next": steps}
+    lines = [f"wrote {file}" for file in written]
+    present(document, as_json, lambda: [*lines, f"next: {' && '.join(steps)}"])
 
 
 @verb(TUNE)

@@ -58,7 +58,7 @@ HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"
 """Serve's own switch."""
 NEXT = "next: "
 """What the next step of our own errors begins with."""
-NEXT_STEP = "orchestrator run jobs/quickstart.yaml registers one"
+NEXT_STEP = "orchestrator run JOB registers one; orchestrator init writes a JOB to start from"
 
 
 DEPLOYMENT: dict[str, Any] = {

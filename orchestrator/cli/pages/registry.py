@@ -12,7 +12,7 @@ from orchestrator.cli.pages.table import BASELINES, metric_text, table
 from orchestrator.registry import ModelSummary, VersionDetail, VersionSummary, printable
 from orchestrator.space import TrialSpec
 
-START_HERE = "nothing is registered yet\nnext: orchestrator run jobs/quickstart.yaml"
+START_HERE = "nothing is registered yet\nnext: orchestrator demo   or   orchestrator init"
 
 
 # Reading a prompt
