@@ -18,6 +18,7 @@ from orchestrator.search.processes import end_processes
 from orchestrator.search.saved import SavedSearch, find_search, load_saved
 from orchestrator.search.search import placed
 from orchestrator.spec import JobSpec
+from orchestrator.utils.text import mask_secrets
 
 
 def resume_search(
@@ -45,7 +46,7 @@ def _go_on(
     clock = Clock()
     registry = Registry()
     registry.check()
-    if registry.display_uri != saved.tracking_uri:
+    if registry.display_uri != mask_secrets(saved.tracking_uri):
         raise BadInput(
             f"search {folder.id} logs to {saved.tracking_uri}, and MLflow's address is now {registry.display_uri}",
             f"MLFLOW_TRACKING_URI={saved.tracking_uri} orchestrator resume {folder.id}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from urllib.parse import urlsplit
 
 from orchestrator.errors import BadInput
+from orchestrator.utils.text import holds_login
 
 SCHEMES = ("s3", "gs", "abfs", "file")
 
@@ -17,7 +18,7 @@ def is_address(home: str) -> bool:
 def check_address(url: str, given_as: str) -> None:
     """BadInput for a store of an unknown kind, and for a key in the address; ``given_as`` is where it stood."""
     parts = urlsplit(url)
-    if parts.username or parts.password:
+    if holds_login(url):
         raise BadInput(
             f"{given_as} holds a key, and addresses end up in logs",
             "put it into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, on the nodes",

@@ -17,8 +17,8 @@ from models import model_folder, text_rows
 from ray_state import eventually, holders
 from rich.console import Console
 
+from orchestrator.cli.progress import ConsoleProgress
 from orchestrator.job_file import load_job
-from orchestrator.progress import ConsoleProgress
 from orchestrator.run import run_job
 from orchestrator.spec import JobSpec
 from orchestrator.tuning.report import Report

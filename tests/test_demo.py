@@ -7,7 +7,7 @@ import re
 import pytest
 from small_jobs import Finished
 
-from orchestrator.demo import time_table
+from orchestrator.cli.demo import time_table
 
 
 def test_the_time_table_adds_up(finished: Finished) -> None:

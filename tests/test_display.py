@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from small_jobs import Command, Finished
 
-from orchestrator import display
+from orchestrator.cli.pages import registry as pages
+from orchestrator.cli.pages.search import run_summary
+from orchestrator.cli.pages.table import table
 from orchestrator.registry import ModelSummary, Registry, VersionDetail, VersionSummary
 
 ESCAPE = "\x1b[2J\u202espam"  # clears a terminal, and turns the text around
@@ -33,26 +35,26 @@ def model(**changes: Any) -> ModelSummary:
 
 def test_a_table_is_as_wide_as_its_content() -> None:
     """Columns are aligned and nothing trails."""
-    assert display.table(("a", "bb"), [("xyz", 1), ("", 22)]) == ["a    bb", "xyz  1", "     22"]
+    assert table(("a", "bb"), [("xyz", 1), ("", 22)]) == ["a    bb", "xyz  1", "     22"]
 
 
 def test_the_models_table() -> None:
     """Every model with its aliases and what its champion reached, and the next step."""
-    lines = display.models_table([model(), model(name="other", is_prompt=False, champion_metrics=None, aliases={})])
+    lines = pages.models_table([model(), model(name="other", is_prompt=False, champion_metrics=None, aliases={})])
     assert lines[0].split() == ["model", "newest", "aliases", "champion", "on", "test"]
     assert "challenger=2, champion=1" in lines[1] and "accuracy 0.970" in lines[1]
     assert "not a soft prompt" in lines[2]
     assert lines[-1] == "next: orchestrator models NAME"
-    assert display.models_table([])[-1].startswith("next: orchestrator run")
+    assert pages.models_table([])[-1].startswith("next: orchestrator demo")
 
 
 def test_what_a_registry_holds_cannot_move_the_cursor() -> None:
     """Names, aliases, tags and texts from the store are shown escaped: whoever may write there is not trusted."""
     config = {"init": {"text": ESCAPE}, "num_virtual_tokens": 5, "learning_rate": 0.1, "seed": 0}
     lines = [
-        *display.models_table([model(name=ESCAPE, champion_metrics={"test": {ESCAPE: 1.0}})]),
-        *display.versions_table(ESCAPE, [version(name=ESCAPE, config=config)]),
-        *display.version_page(VersionDetail(version(name=ESCAPE), "s", None, ESCAPE)),
+        *pages.models_table([model(name=ESCAPE, champion_metrics={"test": {ESCAPE: 1.0}})]),
+        *pages.versions_table(ESCAPE, [version(name=ESCAPE, config=config)]),
+        *pages.version_page(VersionDetail(version(name=ESCAPE), "s", None, ESCAPE)),
     ]
     for line in lines:
         assert line.isprintable(), line
@@ -63,19 +65,19 @@ def test_what_a_registry_holds_cannot_move_the_cursor() -> None:
 )
 def test_a_listing_survives_facts_that_somebody_edited(metrics: Any) -> None:
     """A tag may hold anything; the row is still there, without what makes no sense."""
-    lines = display.versions_table("spam", [version(metrics=metrics, config={"init": 3})])
+    lines = pages.versions_table("spam", [version(metrics=metrics, config={"init": 3})])
     assert lines[1].split() == ["3", "champion", "2026-01-02", "03:04"]
 
 
 def test_a_version_that_cannot_be_read_says_why() -> None:
     """Its page holds the problem and a way on."""
-    page = display.version_page(VersionDetail(version(), "source", None, "the files were deleted"))
+    page = pages.version_page(VersionDetail(version(), "source", None, "the files were deleted"))
     assert "the files were deleted" in page[1] and page[-1] == "next: orchestrator models spam"
 
 
 def test_the_summary_of_a_search(finished: Finished) -> None:
     """Where the tuned prompt stands against the baselines, what was registered, and the next step."""
-    text = "\n".join(display.run_summary(finished.document, finished.job))
+    text = "\n".join(run_summary(finished.document, finished.job))
     for shown in (
         "8 trials in",
         f"best trial {finished.document['best']['trial']}",
@@ -91,8 +93,8 @@ def test_the_summary_of_a_search(finished: Finished) -> None:
 def test_a_summary_without_champion_or_version(finished: Finished) -> None:
     """A challenger is offered for promotion; a search that registers nothing says so."""
     document = {**finished.document, "model": {"name": "tiny", "version": 2, "alias": "challenger"}}
-    assert display.run_summary(document, finished.job)[-1].startswith("next: orchestrator promote tiny 2")
-    assert "register_top" in display.run_summary({**document, "model": None}, finished.job)[-1]
+    assert run_summary(document, finished.job)[-1].startswith("next: orchestrator promote tiny 2")
+    assert "register_top" in run_summary({**document, "model": None}, finished.job)[-1]
 
 
 def test_the_models_verb(finished: Finished, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,8 @@ import pytest
 import ray
 from small_jobs import Command
 
-from orchestrator import doctor
-from orchestrator.doctor import Finding
+from orchestrator.cli import doctor
+from orchestrator.cli.doctor import Finding
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def place(tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_sound_machine(command: Command, store: str) -> None:
-    """Every part is named with what was found, and the next step is the quickstart."""
+    """Every part is named with what was found, and the next step is the demo, or a job of one's own."""
     said = command("doctor")
     assert said.code == 0, said.out
     for what in (
@@ -45,7 +45,7 @@ def test_a_sound_machine(command: Command, store: str) -> None:
     ):
         assert f"ok  {what}: " in said.out, said.out
     assert store in said.out and "HF_HUB_OFFLINE" in said.out
-    assert said.out.splitlines()[-1] == "next: orchestrator run jobs/quickstart.yaml"
+    assert said.out.splitlines()[-1] == "next: orchestrator demo   or   orchestrator init"
     assert all(finding["ok"] for finding in command("doctor", "--json").document)
 
 
@@ -62,7 +62,7 @@ def test_what_does_not_answer_is_a_finding(command: Command, monkeypatch: pytest
     broken = [line for line in said.out.splitlines() if line.startswith("FIX ")]
     assert len(broken) == 2 and all(str(port) in line for line in broken)
     assert "mlflow server" in said.out and "RAY_ADDRESS" in said.out
-    assert "quickstart" not in said.out
+    assert "orchestrator demo" not in said.out
 
 
 def test_a_full_disk_and_a_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +71,7 @@ def test_a_full_disk_and_a_missing_library(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(doctor, "LIBRARIES", ("no-such-library",))
     found = {finding.what: finding for finding in doctor.examine()}
     assert not found["disk"].ok and "free 2 GB" in found["disk"].fix
-    assert not found["no-such-library"].ok and found["no-such-library"].fix == "make venv"
+    assert not found["no-such-library"].ok and found["no-such-library"].fix == doctor.INSTALL_AGAIN
 
 
 def test_a_check_that_breaks_is_a_finding_too(monkeypatch: pytest.MonkeyPatch) -> None:

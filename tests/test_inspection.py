@@ -12,9 +12,10 @@ from models import backbone_of, encoder_for, tiny_backbone, tiny_tokenizer
 from test_artifact import manifest
 from torch import Tensor
 
-from orchestrator import display, inspection
+from orchestrator import inspection
 from orchestrator.artifact import PromptArtifact, ReparameterizationRecord
 from orchestrator.backbone import PromptTensors
+from orchestrator.cli.pages.registry import inspection_page
 from orchestrator.errors import BadInput
 from orchestrator.inspection import inspect_prompt, nearest_tokens, registered
 from orchestrator.peft_folder import export_peft
@@ -207,8 +208,8 @@ def test_pages_hold_nothing_that_moves_the_cursor() -> None:
     layer |= {"real_value_norm": 4.0, "drift": drift}
     common = {"version": 1, "method": "m", "num_virtual_tokens": 1, "base_model": "b" + escape, "vocabulary_norm": 1.0}
     pages = [
-        display.inspection_page({**common, "name": escape, "tokens": [token], "layers": [], "no_drift": escape}),
-        display.inspection_page({**common, "name": "spam", "tokens": [], "layers": [layer], "no_drift": ""}),
+        inspection_page({**common, "name": escape, "tokens": [token], "layers": [], "no_drift": escape}),
+        inspection_page({**common, "name": "spam", "tokens": [], "layers": [layer], "no_drift": ""}),
     ]
     for line in (*pages[0], *pages[1]):
         assert line.isprintable(), line

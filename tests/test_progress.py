@@ -12,7 +12,7 @@ from rich.console import Console
 from small_jobs import small_job
 
 from orchestrator import progress as progress_module
-from orchestrator.progress import ConsoleProgress, duration, sparkline
+from orchestrator.cli.progress import ConsoleProgress, duration, sparkline
 from orchestrator.space import TrialSpec
 from orchestrator.spec import JobSpec
 from orchestrator.tuning.report import Copied, Ending, Report

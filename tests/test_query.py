@@ -17,8 +17,8 @@ from serving.conftest import SPAM, TREC, MemoryRegistry, save_artifact
 from small_jobs import Command
 
 from orchestrator.errors import BadInput, JobFailed, Unreachable
-from orchestrator.query import ask
 from orchestrator.serving.access import Access, load_keys
+from orchestrator.serving.client import ask
 from orchestrator.serving.engine import Engine
 from orchestrator.serving.offline import OfflineModel
 from orchestrator.serving.prompt_store import PromptStore

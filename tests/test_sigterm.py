@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from orchestrator import cli
+from orchestrator.cli import entry
 from orchestrator.errors import BadInput
 from orchestrator.sigterm import Sigterm, sigterm_kept
 
@@ -69,8 +69,8 @@ def test_a_command_that_failed_says_so_to_its_end(error: Exception, monkeypatch:
     def verb() -> None:
         raise error
 
-    monkeypatch.setattr(cli, "say", say)
-    assert cli._guarded(verb) == getattr(error, "exit_code", 1)
+    monkeypatch.setattr(entry, "say", say)
+    assert entry._guarded(verb) == getattr(error, "exit_code", 1)
     assert len(said) == 1 and str(error.args[0]) in said[0]
 
 

@@ -37,9 +37,10 @@ from orchestrator.registry.records import (
 )
 from orchestrator.registry.refs import ModelRef, nearest, parse_ref, printable
 from orchestrator.registry.search_log import SearchLog
-from orchestrator.registry.store import SERVERS, Store, masked
+from orchestrator.registry.store import SERVERS, Store
 from orchestrator.registry.tables import ModelRow, read_models
 from orchestrator.spec import ALIAS_PATTERN, NAME_PATTERN, RESERVED_ALIAS
+from orchestrator.utils.text import mask_secrets
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import RegisteredModel
@@ -74,7 +75,7 @@ class Registry:
 
     @property
     def display_uri(self) -> str:
-        return masked(self._store.tracking_uri)
+        return mask_secrets(self._store.tracking_uri)
 
     def check(self) -> None:
         """Raise Unreachable within about 10 s when MLflow does not answer."""

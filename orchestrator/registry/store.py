@@ -18,6 +18,7 @@ from filelock import Timeout as LockTimeout
 
 from orchestrator.errors import BadInput, JobFailed, OrchestratorError, Unreachable
 from orchestrator.importing import uncollected
+from orchestrator.utils.text import mask_secrets
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -128,19 +129,19 @@ class Store:
         """BadInput for what was refused, Unreachable for what did not answer; passwords masked."""
         if isinstance(error, OrchestratorError):
             return error
-        text = masked(first_lines(str(error))) or type(error).__name__
+        text = mask_secrets(first_lines(str(error))) or type(error).__name__
         if refusal := self._refusal(error, text, doing):
             return refusal
         if not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in STORE_MODULES:
             return JobFailed(f"{doing}: {type(error).__name__}: {text}")
-        where = masked(self.tracking_uri)
+        where = mask_secrets(self.tracking_uri)
         if self.registry_uri != self.tracking_uri:
-            where += f" or {masked(self.registry_uri)}"
+            where += f" or {mask_secrets(self.registry_uri)}"
         return Unreachable(f"{doing}: no answer from {where} ({text})", self._next_step())
 
     def _refusal(self, error: Exception, text: str, doing: str) -> BadInput | None:
         """What somebody has to change, or None for what may pass by itself."""
-        where, code = masked(self.tracking_uri), getattr(error, "error_code", None)
+        where, code = mask_secrets(self.tracking_uri), getattr(error, "error_code", None)
         if isinstance(error, ModuleNotFoundError):
             return BadInput(f"{where} needs a driver: {text}", f"pip install {error.name}")
         if type(error).__name__ == "NoSuchModuleError":  # SQLAlchemy's, for a driver that it does not know
@@ -188,38 +189,34 @@ def normalised(uri: str) -> str:
     backend = scheme.split("+")[0]
     if not divider or backend == "file":
         raise BadInput(
-            f"tracking URI {masked(uri)!r} is a folder: MLflow's file store is retired and refuses to start",
+            f"tracking URI {mask_secrets(uri)!r} is a folder: MLflow's file store is retired and refuses to start",
             f"use {DEFAULT_URI}; mlflow migrate-filestore moves an old ./mlruns into it",
         )
     if backend not in SERVERS + DATABASES or not rest.startswith("//"):
         allowed = ", ".join(f"{name}://" for name in SERVERS + DATABASES)
-        raise BadInput(f"tracking URI {masked(uri)!r} is not one of {allowed}", f"{DEFAULT_URI} needs no server")
+        raise BadInput(f"tracking URI {mask_secrets(uri)!r} is not one of {allowed}", f"{DEFAULT_URI} needs no server")
     if backend != "sqlite":
         return _with_a_valid_port(uri).rstrip("/")
     path, query, options = rest.removeprefix("///").partition("?")
     if not rest.startswith("///") or path in ("", ":memory:") or path.startswith("file:"):
-        raise BadInput(f"tracking URI {uri!r} names no file; an SQLite store must be one", f"use {DEFAULT_URI}")
+        raise BadInput(
+            f"tracking URI {mask_secrets(uri)!r} names no file; an SQLite store must be one", f"use {DEFAULT_URI}"
+        )
     return f"{scheme}:///{os.path.abspath(path)}{query}{options}"
 
 
 def _with_a_valid_port(uri: str) -> str:
     try:
         _ = urlsplit(uri).port
-    except ValueError as error:
+    except ValueError:  # its text may hold a part of the password
         hint = "write http://host:port or scheme://user@host/database"
-        raise BadInput(f"tracking URI {masked(uri)!r}: {error}", hint) from None
+        raise BadInput(f"tracking URI {mask_secrets(uri)!r}: the port is not a number up to 65535", hint) from None
     return uri
 
 
 def sqlite_file(uri: str) -> Path | None:
     """The database file of a normalised SQLite address."""
     return Path(uri.partition(":///")[2].partition("?")[0]) if uri.startswith("sqlite") else None
-
-
-def masked(text: str) -> str:
-    """The text without the passwords of the addresses in it."""
-    text = re.sub(r"(://[^:/@\s]*:)[^/\s]*@", r"\1***@", text)
-    return re.sub(r"([?&](?:password|pwd)=)[^&\s]*", r"\1***", text, flags=re.IGNORECASE)
 
 
 def known_schema(revision: str) -> bool:

@@ -17,6 +17,7 @@ from orchestrator.errors import BadInput, Unreachable
 from orchestrator.leaving_ray import leave_ray
 from orchestrator.search.placement import Node
 from orchestrator.sigterm import sigterm_kept, sigterm_kept_by_system
+from orchestrator.utils.text import mask_secrets
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +162,8 @@ def check_answers(address: str) -> None:
     then end the process. BadInput for a dashboard's address."""
     if address.startswith(("http://", "https://")):
         raise BadInput(
-            f"{address} is a dashboard's address, to which jobs are submitted", "orchestrator submit JOB --address URL"
+            f"{mask_secrets(address)} is a dashboard's address, to which jobs are submitted",
+            "orchestrator submit JOB --address URL",
         )
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdecimal() or "/" in host:
@@ -183,7 +185,7 @@ def check_answers(address: str) -> None:
 
 def no_cluster(address: str, reason: str) -> Unreachable:
     return Unreachable(
-        f"no Ray cluster answers at {address}: {reason}",
+        f"no Ray cluster answers at {mask_secrets(address)}: {mask_secrets(reason)}",
         "check RAY_ADDRESS or --address (ray://HOST:10001 or HOST:6379), or leave it out to run on this machine",
     )
 

@@ -24,6 +24,7 @@ from orchestrator.errors import BadInput, JobFailed, Unreachable
 from orchestrator.quickstart.making import cache_folder
 from orchestrator.search.whole_file import write_whole
 from orchestrator.store_address import check_address, is_address
+from orchestrator.utils.text import mask_secrets
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -131,7 +132,7 @@ class RemoteHome:
             raise self.unreachable(error) from error
 
     def unreachable(self, error: OSError) -> Unreachable:
-        reason = str(error).splitlines()[0][:300]
+        reason = mask_secrets(str(error).splitlines()[0])[:300]
         return Unreachable(
             f"{self.url}, where searches are kept (ORCHESTRATOR_HOME), can't be used: {reason}",
             f"look at the address and at {', '.join(SETTINGS)}",

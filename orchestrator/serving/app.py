@@ -47,6 +47,7 @@ from orchestrator.serving.replica import Front, Replica
 from orchestrator.serving.tracing import asked_exporter
 from orchestrator.sigterm import sigterm_kept
 from orchestrator.spec import BaseModelSpec
+from orchestrator.utils.text import mask_secrets
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"
 """Serve's own switch."""
 NEXT = "next: "
 """What the next step of our own errors begins with."""
-NEXT_STEP = "orchestrator run jobs/quickstart.yaml registers one"
+NEXT_STEP = "orchestrator run JOB registers one; orchestrator init writes a JOB to start from"
 
 
 DEPLOYMENT: dict[str, Any] = {
@@ -308,8 +309,8 @@ def _connect_ray(options: ServeOptions) -> bool:
                 configure_logging=True,
             )
     except (ConnectionError, RuntimeError, ValueError) as error:
-        where = f"no Ray cluster answers at {address}" if address else "Ray can't be started here"
-        raise Unreachable(f"{where}: {str(error).splitlines()[0]}", "orchestrator doctor") from None
+        where = f"no Ray cluster answers at {mask_secrets(address)}" if address else "Ray can't be started here"
+        raise Unreachable(f"{where}: {mask_secrets(str(error).splitlines()[0])}", "orchestrator doctor") from None
     return not address
 
 

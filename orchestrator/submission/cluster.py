@@ -14,7 +14,7 @@ from typing import Any, cast
 from urllib.parse import urlsplit
 
 from orchestrator.errors import BadInput, OrchestratorError, Unreachable
-from orchestrator.submission.environment import masked
+from orchestrator.utils.text import mask_secrets
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"  # of `ray start --head` here, or of a forwarded port
 OLDEST_RAY = (2, 60)  # what pyproject.toml asks for
@@ -61,7 +61,7 @@ class Cluster:
 
     @property
     def shown(self) -> str:
-        return masked(self.address)
+        return mask_secrets(self.address)
 
     def connect(self) -> list[str]:
         """Look whether the cluster answers, takes the token and has a Ray that this release works with; what is worth
@@ -149,7 +149,7 @@ class Cluster:
             raise self._silent(_reason(error)) from None
         except (RuntimeError, ValueError, KeyError, TypeError) as error:  # what answers is no Ray, or is in trouble
             raise self._silent(
-                masked(str(error).strip().splitlines()[-1][:300] if str(error).strip() else "")
+                mask_secrets(str(error).strip().splitlines()[-1][:300] if str(error).strip() else "")
             ) from None
 
     def _locked(self, text: str) -> BadInput:
@@ -178,9 +178,14 @@ def checked_address(text: str) -> str:
     host = re.sub(r"^\w+://|:.*$", "", text) or "HOST"
     named = host if re.fullmatch(r"[\w.-]+", host) and host not in ("auto", "local") else "HOST"
     raise BadInput(
-        f"{masked(text)!r} is not the address of a dashboard, to which jobs are submitted",
+        f"{_shown(text)!r} is not the address of a dashboard, to which jobs are submitted",
         f"give --address http://{named}:8265 (RAY_API_SERVER_ADDRESS and RAY_ADDRESS are read too)",
     )
+
+
+def _shown(text: str) -> str:
+    """Mask an address that may lack its scheme."""
+    return mask_secrets(text) if "://" in text else mask_secrets(f"http://{text}").removeprefix("http://")
 
 
 def token(here: Mapping[str, str]) -> str | None:

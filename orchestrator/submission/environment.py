@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 from orchestrator.errors import BadInput
+from orchestrator.utils.text import HIDDEN, holds_login
 
 MLFLOW = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 HUB = "HF_"
@@ -19,7 +19,6 @@ PLACE = re.compile(r"_(HOME|CACHE|PATH|DIR|FILE)$")  # folders of this machine, 
 SECRET = re.compile(r"TOKEN|PASSWORD|SECRET|CREDENTIAL|(^|_)KEY($|_)|^MLFLOW_TRACKING_USERNAME$")
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 OURS = re.compile(r"^(ORCHESTRATOR_|RAY_)")
-HIDDEN = "***"
 
 
 @dataclass(frozen=True)
@@ -41,14 +40,15 @@ class Environment:
 def forwarded(here: Mapping[str, str], asked: Sequence[str] = ()) -> Environment:
     """The addresses of MLflow and the settings of the hub, and what was ``asked`` for as NAME or NAME=VALUE.
 
-    Raises BadInput for a name that is not set or not allowed, and for an address with a password in it.
+    Raises BadInput for a name that is not set or not allowed, and for an address with a login, before its host or in
+    its query.
     """
     private = dict(_asked(text, here) for text in asked)
     known = {name: value for name, value in here.items() if value and (name in MLFLOW or name.startswith(HUB))}
     public = {name: value for name, value in known.items() if not (PLACE.search(name) or SECRET.search(name))}
     public = {name: value for name, value in sorted(public.items()) if name not in private}
     for name, value in public.items():
-        if "@" in urlsplit(value).netloc:
+        if holds_login(value):
             raise BadInput(
                 f"{name} holds a login, and whoever may list the cluster's jobs could read it",
                 f"set MLFLOW_TRACKING_USERNAME and _PASSWORD on the cluster's nodes, or pass it anyway: --env {name}",
@@ -76,8 +76,3 @@ def _kept_back(here: Mapping[str, str], private: Mapping[str, str]) -> list[str]
         f"{secrets} stays here, since whoever may list the cluster's jobs could read it: set it on the cluster's "
         "nodes, or pass it with --env"
     ]
-
-
-def masked(text: str) -> str:
-    """The text without the logins of the addresses in it."""
-    return re.sub(r"(://)[^/@\s]*@", rf"\1{HIDDEN}@", text)

@@ -14,8 +14,9 @@ from typing import Any
 
 from orchestrator import __version__
 from orchestrator.errors import BadInput
-from orchestrator.submission.environment import Environment, masked
+from orchestrator.submission.environment import Environment
 from orchestrator.submission.package import HOME, LABELS, SEARCH, Package, PackedFile
+from orchestrator.utils.text import mask_secrets
 
 ENTRYPOINT = "python -m orchestrator on-cluster"  # a shell's command: nothing that anybody wrote gets into it
 STOP_SECONDS = "60"  # between SIGTERM and SIGKILL; Ray's own 3 s are too few for closing MLflow's runs
@@ -87,7 +88,7 @@ class Request:
         search = self.base_id
         shown = self.environment.shown() | self._variables(search)
         return {
-            "address": masked(address),
+            "address": mask_secrets(address),
             "submission_id": search,
             "entrypoint": ENTRYPOINT,
             "entrypoint_num_cpus": self.cpus,
@@ -95,8 +96,8 @@ class Request:
             "runtime_env": {
                 "working_dir": [_file(file) for file in self.package.files],
                 "py_modules": {"orchestrator": len(self.code)} if self.code else None,
-                "pip": [masked(line) for line in self.pip] or None,
-                "env_vars": {name: masked(value) for name, value in shown.items()},
+                "pip": [mask_secrets(line) for line in self.pip] or None,
+                "env_vars": {name: mask_secrets(value) for name, value in shown.items()},
             },
             "job": self.package.job.model_dump(mode="json"),
             "on_the_cluster": list(self.package.elsewhere),

@@ -123,7 +123,7 @@ def _run(document: dict[str, Any]) -> str:
     """A search; its id."""
     from rich.console import Console
 
-    from orchestrator.progress import ConsoleProgress
+    from orchestrator.cli.progress import ConsoleProgress
     from orchestrator.run import run_job
 
     spec = JobSpec.model_validate(document)

@@ -32,7 +32,6 @@ FENCE = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 STARTS_WITH_COMMANDS = {
     "first-job", "install", "kuberay", "operations", "registry", "scaling", "security", "serving", "troubleshooting",
 }  # fmt: skip
-MAY_BE_MISSING = {"submit", "jobs", "logs", "stop", "init"}  # verbs that another part brings
 ENDS_A_COMMAND = {"|", "&&", "||", ";"}
 OTHERS = {
     ".", "aws", "base64", "chmod", "docker", "export", "helm", "kubectl", "make", "mkdir", "pg_restore", "python", "rm",
@@ -173,9 +172,6 @@ def test_every_command_is_one_that_its_program_takes(page: Path) -> None:
 
 
 def check_parses(command: Simple, line: str) -> None:
-    verb = command.arguments[0]
-    if command.program == "orchestrator" and verb in MAY_BE_MISSING - set(command_line("orchestrator").commands):
-        return
     try:
         assert not parse(command), line
     except Exception as error:  # click's usage errors, of its own or of a copy that typer brings

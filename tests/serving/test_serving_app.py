@@ -212,4 +212,4 @@ def test_the_base_model_comes_from_the_prompts(
     registry.aliases = {}
     with pytest.raises(BadInput) as nothing:
         choose_base_model(ServeOptions(), registry)
-    assert "orchestrator run jobs/quickstart.yaml" in nothing.value.hint
+    assert "orchestrator init" in nothing.value.hint

@@ -14,8 +14,9 @@ from orchestrator.errors import BadInput
 from orchestrator.job_file import load_job
 from orchestrator.submission import Submission, make_submission
 from orchestrator.submission.cluster import OLDEST_RAY, checked_address, token
-from orchestrator.submission.environment import forwarded, masked
+from orchestrator.submission.environment import forwarded
 from orchestrator.submission.request import ENTRYPOINT, parse_labels, read_pip
+from orchestrator.utils.text import mask_secrets
 
 SECRET = "hf_verysecret"
 
@@ -145,7 +146,7 @@ def test_an_address_with_a_login_is_not_passed_on_by_itself() -> None:
         forwarded(here)
     assert SECRET not in str(refused.value)
     assert forwarded(here, ["MLFLOW_TRACKING_URI"]).shown() == {"MLFLOW_TRACKING_URI": "***"}
-    assert masked(f"--index-url https://me:{SECRET}@index/simple x") == "--index-url https://***@index/simple x"
+    assert mask_secrets(f"--index-url https://me:{SECRET}@index/simple x") == "--index-url https://***@index/simple x"
 
 
 def test_what_was_probably_not_meant_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import OrchestratorError
+from orchestrator.utils.text import mask_secrets
 
 LIBRARIES = ("torch", "transformers", "datasets", "ray", "mlflow", "safetensors", "fastapi")
 NEEDED_GB = 2.0
+INSTALL_AGAIN = "install the package again, with pip; in a clone: make venv"
 
 
 @dataclass(frozen=True)
@@ -43,16 +45,14 @@ def examine() -> list[Finding]:
         except OrchestratorError as error:
             findings.append(Finding(check.__name__.lstrip("_"), error.message, False, error.hint))
         except Exception as error:  # a library that is installed and broken fails in any way
-            found = f"{type(error).__name__}: {error}".splitlines()[0]
-            findings.append(Finding(check.__name__.lstrip("_"), found, False, "make venv"))
+            found = mask_secrets(f"{type(error).__name__}: {error}".splitlines()[0])
+            findings.append(Finding(check.__name__.lstrip("_"), found, False, INSTALL_AGAIN))
     return findings
 
 
 def _python() -> list[Finding]:
     ok = sys.version_info >= (3, 11)
-    return [
-        Finding("python", sys.version.split()[0], ok, "" if ok else "use Python 3.11 or newer: make PYTHON=python3.11")
-    ]
+    return [Finding("python", sys.version.split()[0], ok, "" if ok else "install it with Python 3.11 or newer")]
 
 
 def _libraries() -> list[Finding]:
@@ -61,7 +61,7 @@ def _libraries() -> list[Finding]:
         try:
             found.append(Finding(name, importlib.metadata.version(name)))
         except importlib.metadata.PackageNotFoundError:
-            found.append(Finding(name, "not installed", False, "make venv"))
+            found.append(Finding(name, "not installed", False, INSTALL_AGAIN))
     return found
 
 
@@ -92,7 +92,7 @@ def _cluster() -> list[Finding]:
     with ray_session(address):
         total = nodes()
     cpus, gpus = sum(node.cpus for node in total), sum(node.gpus for node in total)
-    return [Finding("Ray", f"{address}: {len(total)} nodes, {cpus:g} CPUs, {gpus:g} GPUs")]
+    return [Finding("Ray", f"{mask_secrets(address)}: {len(total)} nodes, {cpus:g} CPUs, {gpus:g} GPUs")]
 
 
 def _registry() -> list[Finding]:

@@ -10,6 +10,7 @@ import httpx
 
 from orchestrator.errors import BadInput, JobFailed, Unreachable
 from orchestrator.registry.refs import ModelRef, parse_ref
+from orchestrator.utils.text import mask_secrets
 
 TIMEOUT_S = 60.0
 START_ONE = "start one with `orchestrator serve`, or name it with --url"
@@ -48,7 +49,7 @@ def _client(url: str, key: str | None) -> httpx.Client:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         return httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT_S)
     except httpx.InvalidURL as error:
-        raise Unreachable(f"no server answers at {url}: {error}", START_ONE) from None
+        raise Unreachable(f"no server answers at {mask_secrets(url)}: {error}", START_ONE) from None
     except UnicodeEncodeError:
         raise BadInput("ORCHESTRATOR_API_KEY holds a character that no header takes", "copy the key again") from None
 
@@ -66,7 +67,7 @@ def _entry(client: httpx.Client, url: str, ref: ModelRef) -> dict[str, Any]:
     """The model's entry in the server's list; an unlisted name is left for the server to refuse."""
     listed = _checked(_send(client, url, "GET", "/v1/models")).get("data")
     if not isinstance(listed, list):
-        raise Unreachable(f"the server at {url} is not an orchestrator's", START_ONE)
+        raise Unreachable(f"the server at {mask_secrets(url)} is not an orchestrator's", START_ONE)
     return next((entry for entry in listed if parse_ref(entry["id"]).name == ref.name), {"labels": []})
 
 
@@ -80,7 +81,7 @@ def _send(
     try:
         return client.request(method, route, json=body)
     except (httpx.TransportError, httpx.InvalidURL) as error:
-        raise Unreachable(f"no server answers at {url}: {type(error).__name__}", START_ONE) from None
+        raise Unreachable(f"no server answers at {mask_secrets(url)}: {type(error).__name__}", START_ONE) from None
 
 
 def _checked(response: httpx.Response) -> dict[str, Any]:

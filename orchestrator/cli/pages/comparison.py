@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from orchestrator.display import metric_text, table
+from orchestrator.cli.pages.table import metric_text, table
 from orchestrator.registry import Move, VersionDetail, printable
 
 LAST_MOVES = 5

@@ -1,0 +1,60 @@
+"""Steps that most verbs take: read the job, open the registry, show progress."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.cli.output import present, say
+
+if TYPE_CHECKING:
+    from orchestrator.cli.progress import ConsoleProgress
+    from orchestrator.registry import Registry
+    from orchestrator.spec import JobSpec
+
+
+def read_job(file: Path, overrides: list[str]) -> JobSpec:
+    """Read a job spec with the values of ``--set`` laid over it. Raises SpecError with every problem."""
+    from orchestrator.job_file import load_job
+
+    return load_job(file, overrides)
+
+
+def repeated(overrides: list[str]) -> str:
+    """Write the ``--set`` options again, for a next step that is copied into a shell."""
+    return "".join(f" --set {shlex.quote(override)}" for override in overrides)
+
+
+def open_registry() -> Registry:
+    """Open the registry that the environment names. Raises Unreachable when it does not answer."""
+    from orchestrator.registry import Registry
+
+    registry = Registry()
+    registry.check()
+    return registry
+
+
+def progress_line(quiet: bool, text: str = "{}") -> Callable[[str], None]:
+    """Make a function that says a line, formatted by ``text``; with ``--quiet`` it says nothing."""
+    if quiet:
+        return lambda line: None
+    return lambda line: say(text.format(line))
+
+
+def console_progress(quiet: bool = False) -> Callable[[JobSpec], ConsoleProgress]:
+    """Make a function that opens the progress of a job's search, on standard error."""
+    from rich.console import Console
+
+    from orchestrator.cli.progress import ConsoleProgress
+
+    console = Console(stderr=True)
+    return lambda job: ConsoleProgress(job, console, quiet)
+
+
+def present_search(document: dict[str, Any], job: JobSpec, as_json: bool) -> None:
+    """Print the result of a search that has ended."""
+    from orchestrator.cli.pages.search import run_summary
+
+    present(document, as_json, lambda: run_summary(document, job))

@@ -1,0 +1,88 @@
+"""Run a verb, and turn errors into messages and exit codes."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import typer
+
+from orchestrator.cli import cluster, registry, serve, tune  # noqa: F401  # each adds its verbs
+from orchestrator.cli.groups import app
+from orchestrator.cli.output import print_json, say
+from orchestrator.errors import TRACEBACK, BadInput, Interrupted, OrchestratorError, SpecError, Unreachable
+from orchestrator.importing import unfreed
+from orchestrator.sigterm import Sigterm
+from orchestrator.utils.text import mask_secrets
+
+INTERRUPTED = 130  # typer turns Ctrl-C into an exit with this code
+TERMINATED = 143  # the same by SIGTERM; both as shells count, 128 and the signal
+
+
+def main() -> NoReturn:
+    """Entry point: runs a verb and turns errors into messages and exit codes."""
+    code = _guarded(lambda: app(prog_name="orchestrator", standalone_mode=False))
+    if code == TERMINATED:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all is said: a second one has nothing to end
+    unfreed()
+    sys.exit(code)
+
+
+def _guarded(verb: Callable[[], Any]) -> int:
+    with Sigterm() as sigterm:
+        try:
+            result = verb()
+            code = result if isinstance(result, int) else 0
+            return _interrupted(sigterm) if code == INTERRUPTED else code
+        except (KeyboardInterrupt, typer.Abort):
+            return _interrupted(sigterm)
+        except Interrupted as error:
+            return _interrupted(sigterm, error.hint, error.message)
+        except OrchestratorError as error:
+            sigterm.over()
+            return _failed(error)
+        except Exception as error:
+            sigterm.over()
+            # Typer has click's classes inside, in some versions as a copy: what they can do tells its usage errors.
+            if callable(show := getattr(error, "show", None)):
+                show()
+                return _document("failed", str(error), "orchestrator --help", BadInput.exit_code)
+            return _unforeseen(error)
+
+
+def _failed(error: OrchestratorError) -> int:
+    problems = [vars(problem) for problem in error.problems] if isinstance(error, SpecError) else []
+    kind = {BadInput.exit_code: "bad input", Unreachable.exit_code: "unreachable"}.get(error.exit_code, "failed")
+    say(f"{kind}: {error}" if not isinstance(error, SpecError) else str(error))
+    return _document("failed", error.message, error.hint, error.exit_code, problems)
+
+
+def _unforeseen(error: Exception) -> int:
+    """An error that we did not expect: said in one line; the traceback is for whoever asks for it."""
+    import traceback
+
+    if os.environ.get(TRACEBACK):
+        traceback.print_exception(error)
+    text = mask_secrets(f"{type(error).__name__}: {error}".splitlines()[0])
+    return _failed(
+        OrchestratorError(f"an unforeseen error, please report it: {text}", f"{TRACEBACK}=1 shows where it arose")
+    )
+
+
+def _interrupted(sigterm: Sigterm, resume: str = "", message: str = "interrupted") -> int:
+    """``resume`` is the command that goes on; without one nothing was kept, and the same command starts over."""
+    again = resume or shlex.join(["orchestrator", *sys.argv[1:]])
+    say(f"{message}\n  next: {again}   {'goes on' if resume else 'starts over'}")
+    return _document("interrupted", message, again, TERMINATED if sigterm.received else INTERRUPTED)
+
+
+def _document(status: str, message: str, hint: str, code: int, problems: Any = ()) -> int:
+    """With --json, programs get the failure as a document too. Returns the exit code."""
+    if "--json" in sys.argv[1:]:
+        error = {"message": message, "next": hint, "problems": list(problems), "exit_code": code}
+        print_json({"status": status, "error": error})
+    return code

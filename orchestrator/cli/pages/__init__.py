@@ -1,0 +1,1 @@
+"""Results as text lines for people and as documents for programs."""

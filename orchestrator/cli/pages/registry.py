@@ -1,0 +1,164 @@
+"""Registered models, their versions, and one prompt read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from orchestrator.artifact import IMPORTED
+from orchestrator.cli.pages.table import BASELINES, metric_text, table
+from orchestrator.registry import ModelSummary, VersionDetail, VersionSummary, printable
+from orchestrator.space import TrialSpec
+
+START_HERE = "nothing is registered yet\nnext: orchestrator demo   or   orchestrator init"
+
+
+# Reading a prompt
+
+
+def inspection_page(document: Mapping[str, Any]) -> list[str]:
+    """Each virtual token with its neighbours, or each layer of a prefix with its lengths; how far they drifted."""
+    name = printable(f"{document['name']}:{document['version']}")
+    soft = bool(document["tokens"])
+    rows = [_token_row(token) for token in document["tokens"]] + [_layer_row(layer) for layer in document["layers"]]
+    legend = (
+        f"nearest: vocabulary tokens by cosine distance; a token of the vocabulary has norm "
+        f"{document['vocabulary_norm']:.3g} on average"
+        if soft
+        else "a prefix has keys and values and no embeddings: mean norms of a head's, next to those of real tokens"
+    )
+    drift = f"no drift from the start: {printable(document['no_drift'])}" if document["no_drift"] else DRIFT
+    return [
+        f"{name}: {document['method']}, {document['num_virtual_tokens']} virtual tokens of "
+        + printable(document["base_model"]),
+        *table(TOKEN_COLUMNS if soft else LAYER_COLUMNS, rows),
+        legend,
+        drift,
+        f"next: orchestrator models {name}   or   orchestrator serve {name}",
+    ]
+
+
+DRIFT = "drift: cosine with the start, and the norm of the difference over the start's"
+TOKEN_COLUMNS = ("token", "norm", "cosine", "moved", "nearest")
+LAYER_COLUMNS = ("attention", "layer", "key", "real key", "value", "real value", "cosine", "moved")
+
+
+def _token_row(token: Mapping[str, Any]) -> tuple[Any, ...]:
+    near = "  ".join(
+        f"{json.dumps(one['token'], ensure_ascii=False)} {one['distance']:.3f}" for one in token["nearest"]
+    )
+    return token["place"], f"{token['norm']:.3g}", *_drift_cells(token["drift"]), near
+
+
+def _layer_row(layer: Mapping[str, Any]) -> tuple[Any, ...]:
+    norms = (layer[key] for key in ("key_norm", "real_key_norm", "value_norm", "real_value_norm"))
+    return layer["site"], layer["layer"], *(f"{norm:.3g}" for norm in norms), *_drift_cells(layer["drift"])
+
+
+def _drift_cells(drift: Mapping[str, float] | None) -> tuple[str, str]:
+    if drift is None:
+        return "", ""
+    moved = f"{drift['norm'] / drift['start_norm']:.2f}" if drift["start_norm"] else "from 0"
+    return f"{drift['cosine']:.3f}", moved
+
+
+# Registry
+
+
+def models_document(models: Sequence[ModelSummary]) -> list[dict[str, Any]]:
+    return [asdict(model) for model in models]
+
+
+def models_table(models: Sequence[ModelSummary]) -> list[str]:
+    if not models:
+        return START_HERE.splitlines()
+    rows = [
+        (
+            printable(model.name),
+            model.latest or "",
+            _aliases(model.aliases),
+            metric_text(model.champion_metrics) or ("" if model.is_prompt else "not a soft prompt"),
+        )
+        for model in models
+    ]
+    return [*table(("model", "newest", "aliases", "champion on test"), rows), "next: orchestrator models NAME"]
+
+
+def _aliases(aliases: dict[str, int]) -> str:
+    return ", ".join(f"{alias}={version}" for alias, version in sorted(aliases.items()))
+
+
+def versions_document(name: str, versions: Sequence[VersionSummary]) -> dict[str, Any]:
+    return {"name": name, "versions": [_version_fields(version) for version in versions]}
+
+
+def _version_fields(version: VersionSummary) -> dict[str, Any]:
+    fields = asdict(version)
+    fields.pop("tags")
+    return fields
+
+
+def versions_table(name: str, versions: Sequence[VersionSummary]) -> list[str]:
+    rows = [
+        (
+            version.version,
+            ", ".join(version.aliases),
+            _config_label(version.config),
+            metric_text(version.metrics),
+            f"{version.created_at:%Y-%m-%d %H:%M}",
+        )
+        for version in versions
+    ]
+    shown = printable(name)
+    return [
+        *table(("version", "aliases", "configuration", "test", "registered (UTC)"), rows),
+        f"next: orchestrator models {shown}:VERSION   or   orchestrator promote {shown} VERSION",
+    ]
+
+
+def _config_label(config: dict[str, Any]) -> str:
+    try:
+        return "imported from PEFT" if IMPORTED in config else TrialSpec.from_config(config).label()
+    except Exception:  # whoever may edit tags may put anything here, and a listing goes on
+        return ""
+
+
+def version_document(detail: VersionDetail) -> dict[str, Any]:
+    return {
+        **_version_fields(detail.summary),
+        "source": detail.source,
+        "manifest": None if detail.manifest is None else detail.manifest.model_dump(mode="json"),
+        "problem": detail.problem,
+    }
+
+
+def version_page(detail: VersionDetail) -> list[str]:
+    """Everything a version says about itself."""
+    summary, manifest = detail.summary, detail.manifest
+    name = printable(summary.name)
+    head = [f"{name} version {summary.version}" + (f" ({', '.join(summary.aliases)})" if summary.aliases else "")]
+    if manifest is None:
+        return [*head, f"this version can't be used: {printable(detail.problem)}", f"next: orchestrator models {name}"]
+    facts: list[tuple[str, Any]] = [
+        ("method", f"{manifest.method}: {_config_label(manifest.config)}"),
+        ("base model", f"{manifest.base_model.id} ({manifest.base_model.revision}), {manifest.base_model.model_type}"),
+        ("fingerprint", manifest.base_model.fingerprint),
+        ("template", json.dumps(manifest.template, ensure_ascii=False)),
+        ("verbalizer", _verbalizer(manifest.verbalizer_map())),
+        ("data", f"{manifest.data.path}, rows {manifest.data.rows}"),
+        ("trained", f"{manifest.steps} steps, search {manifest.search}, trial {manifest.trial}, {manifest.created_at}"),
+        *((BASELINES.get(key, key), metric_text(found)) for key, found in manifest.baselines.items()),
+        ("tuned prompt", metric_text(manifest.metrics)),
+        ("MLflow run", summary.run_id or ""),
+    ]
+    width = max(len(key) for key, _ in facts)
+    lines = [f"  {key.ljust(width)}  {printable(str(value))}" for key, value in facts]
+    return [*head, *lines, f"next: orchestrator serve {name}:{summary.version}"]
+
+
+def _verbalizer(mapping: dict[Any, str] | None) -> str:
+    if mapping is None:
+        return "none: the prompt generates text"
+    return ", ".join(f"{label} = {text!r}" for label, text in mapping.items())

@@ -1,0 +1,114 @@
+"""A finished search, and a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.cli.pages.table import BASELINES, table
+from orchestrator.cli.progress import duration
+from orchestrator.space import TrialSpec
+from orchestrator.spec import JobSpec
+
+if TYPE_CHECKING:
+    from orchestrator.search.plan import Plan
+
+# Searches
+
+
+def run_summary(document: dict[str, Any], spec: JobSpec) -> list[str]:
+    """What a finished search means for the person who started it."""
+    best, metric = document["best"], spec.search.metric
+    rows = [
+        (BASELINES[name], f"{found['validation'][metric]:.3f}", f"{found['test'][metric]:.3f}")
+        for name, found in document["baselines"].items()
+    ]
+    tuned = best["metrics"]
+    rows.append((spec.result_name, f"{tuned['validation'][metric]:.3f}", f"{tuned['test'][metric]:.3f}"))
+    seconds = document["seconds"]
+    lines = [
+        f"search {document['search']}: {len(document['trials'])} trials in {duration(seconds['training'])}, "
+        f"{duration(seconds['total'])} in all",
+        f"best trial {best['trial']}: {TrialSpec.from_config(best['config']).label()}",
+        "",
+        *table((metric, "validation", "test"), rows),
+        "",
+    ]
+    if kept := document.get("artifact"):
+        text = (
+            f"kept in {kept} and with the search's run; a baseline is no prompt, and is neither registered nor served"
+        )
+        return [*lines, text, f"next: orchestrator report {document['search']} OTHER...   (beside other searches)"]
+    return [*lines, *_registered(document["model"])]
+
+
+def _registered(model: dict[str, Any] | None) -> list[str]:
+    if model is None:
+        return ["nothing was registered (registry.register_top is 0)"]
+    alias = f", alias {model['alias']}" if model["alias"] else ""
+    steps = [f"orchestrator serve {model['name']}", "orchestrator ui"]
+    if model["alias"] != "champion":
+        steps.insert(0, f"orchestrator promote {model['name']} {model['version']}")
+    return [f"registered {model['name']} version {model['version']}{alias}", f"next: {'   or   '.join(steps)}"]
+
+
+# Plans
+
+
+def plan_page(plan: Plan, spec: JobSpec) -> list[str]:
+    """What a search will take, with what cannot fit."""
+    placement, measured, found = plan.placement, plan.measured, plan.forecast
+    pace, packed = measured.pace, f"{_count(placement.trials_per_worker, 'trial')} packed"
+    reached = ", ".join(
+        f"{step} steps: {_number(trials)}" for step, trials in zip(found.rungs, found.reached, strict=True)
+    )
+    low, high = found.spread
+    spread = f" ({duration(low)} to {duration(high)})" if round(high) > round(low) else ""
+    facts = [
+        ("trials", f"{plan.trials}; expected to reach {reached} ({spec.search.scheduler})"),
+        ("steps", f"about {found.steps:.0f} of at most {plan.most_steps}"),
+        (
+            "slots",
+            f"{placement.slots}: {_count(placement.workers, 'worker')} of {_count(placement.trials_per_worker, 'slot')}"
+            f", {_count(placement.threads, 'thread')} each, on {measured.device}",
+        ),
+        (
+            "memory",
+            f"about {_gigabytes(measured.usual)} a worker, {_gigabytes(measured.peak)} with the longest rows and "
+            f"prompts alone: {_gigabytes(measured.idle)} with the base model loaded "
+            f"(its weights {_gigabytes(measured.weights)}) and {_gigabytes(plan.slot)} a slot; there is "
+            f"{_gigabytes(measured.room)}",
+        ),
+        ("step", f"{_milliseconds(pace.step_packed)} of {packed}, {_milliseconds(pace.step_alone)} alone"),
+        (
+            "evaluation",
+            f"{_milliseconds(pace.evaluation_packed)} of {packed}, {_milliseconds(pace.evaluation_alone)} alone",
+        ),
+        ("search", f"about {duration(plan.seconds['search'])}{spread}, {plan.device_hours:.3g} device hours in all"),
+        ("in all", f"about {duration(plan.seconds['total'])}: " + _parts(plan.seconds)),
+    ]
+    width = max(len(key) for key, _ in facts)
+    return [
+        *(f"{key.ljust(width)}  {value}" for key, value in facts),
+        *(f"warning: {text}" for text in plan.warnings),
+    ]
+
+
+def _parts(seconds: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {duration(value)}" for name, value in seconds.items() if name != "total")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")
+
+
+def _number(value: float) -> str:
+    return f"{value:.1f}".removesuffix(".0")
+
+
+def _gigabytes(count: float) -> str:
+    return f"{count / 1e9:.2f} GB"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.0f} ms"

@@ -1,0 +1,220 @@
+"""Verbs about registered prompts: list, move aliases, compare, evaluate, take out and in."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from orchestrator.cli.common import open_registry, read_job
+from orchestrator.cli.groups import REGISTRY, verb
+from orchestrator.cli.options import Json, Overrides
+from orchestrator.cli.output import out, present, print_json, results_only, say
+from orchestrator.errors import BadInput
+
+
+@verb(REGISTRY)
+def models(
+    model: Annotated[str | None, typer.Argument(help="NAME, NAME@ALIAS or NAME:VERSION.", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """The registry: every model, the versions of one, or one version in full."""
+    from orchestrator.cli.pages import registry as pages
+    from orchestrator.registry import Registry, parse_ref
+
+    if model is None:
+        listed = Registry().list_models()
+        return present(pages.models_document(listed), as_json, lambda: pages.models_table(listed))
+    registry = open_registry()
+    ref = parse_ref(model)
+    if ref.alias is None and ref.version is None:
+        from orchestrator.cli.pages.comparison import history_document, history_lines
+
+        versions, moves = registry.versions(ref.name), registry.history(ref.name)
+        document = pages.versions_document(ref.name, versions) | {"history": history_document(moves)}
+        return present(
+            document,
+            as_json,
+            lambda: [*history_lines(moves), *pages.versions_table(ref.name, versions)],
+        )
+    detail = registry.version(ref)
+    present(pages.version_document(detail), as_json, lambda: pages.version_page(detail))
+
+
+@verb(REGISTRY)
+def compare(
+    one: Annotated[
+        str,
+        typer.Argument(metavar="A", help="NAME, NAME@ALIAS or NAME:VERSION.", show_default=False),
+    ],
+    other: Annotated[str, typer.Argument(metavar="B", help="The same.", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """Two versions side by side: configuration, metrics, nearest words."""
+    from orchestrator.cli.pages.comparison import comparison_document, comparison_page
+
+    registry = open_registry()
+    document = comparison_document(registry.version(one), registry.version(other))
+    present(document, as_json, lambda: comparison_page(document))
+
+
+@verb(REGISTRY)
+def inspect(
+    model: Annotated[str, typer.Argument(help="NAME, NAME@ALIAS or NAME:VERSION.", show_default=False)],
+    nearest: Annotated[int, typer.Option(min=1, help="Vocabulary tokens to show for each virtual one.")] = 5,
+    base_model: Annotated[str | None, typer.Option(help="Base model, if it lies elsewhere than when tuning.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Read a prompt: the words that its virtual tokens are near, and how far they went from their start."""
+    with results_only():
+        from orchestrator.inspection import inspect_model
+
+        registry = open_registry()
+        document = inspect_model(registry, model, nearest, base_model)
+    from orchestrator.cli.pages.registry import inspection_page
+
+    present(document, as_json, lambda: inspection_page(document))
+
+
+@verb(REGISTRY)
+def evaluate(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="NAME, NAME@ALIAS or NAME:VERSION.", show_default=False),
+    ],
+    data: Annotated[
+        list[str],
+        typer.Option(help="File (.jsonl, .csv, .tsv, .parquet) or hub data set; repeatable."),
+    ],
+    split: Annotated[str, typer.Option(help="Split of a data set that has several.")] = "test",
+    by: Annotated[str | None, typer.Option(metavar="COLUMN", help="A line for each value of a column too.")] = None,
+    target: Annotated[str | None, typer.Option(metavar="COLUMN", help="Target, if named otherwise there.")] = None,
+    references: Annotated[str | None, typer.Option(metavar="COLUMN", help="Right texts of generated ones.")] = None,
+    rename: Annotated[list[str], typer.Option(metavar="OLD=NEW", help="Rename a column; repeatable.")] = [],  # noqa: B006
+    limit: Annotated[int | None, typer.Option(min=1, help="The first so many rows only.")] = None,
+    ensemble: Annotated[bool, typer.Option("--ensemble", help="The versions also vote, in one batch.")] = False,
+    base_model: Annotated[str | None, typer.Option(help="Base model, if it lies elsewhere than when tuning.")] = None,
+    keep: Annotated[bool, typer.Option("--log/--no-log", help="Keep the result with each version.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Registered prompts on any data: domain shift, several versions at once, votes."""
+    pairs = _renames(rename)
+    with results_only():
+        from orchestrator.evaluation import Question, evaluate_models
+
+        registry = open_registry()
+        questions = [Question(one, split, by, target, references, pairs, limit) for one in data]
+        document = evaluate_models(registry, models, questions, ensemble, base_model, keep, say)
+    from orchestrator.cli.pages.comparison import shift_page
+
+    present(document, as_json, lambda: shift_page(document))
+
+
+def _renames(pairs: list[str]) -> dict[str, str]:
+    named = [pair.partition("=") for pair in pairs]
+    if wrong := [pair for pair, (old, _, new) in zip(pairs, named, strict=True) if not (old and new)]:
+        raise BadInput(f"--rename {wrong[0]!r} is not OLD=NEW", "for instance --rename sentence=text")
+    return {old: new for old, _, new in named}
+
+
+@verb(REGISTRY)
+def promote(
+    model: Annotated[str, typer.Argument(help="Registered model.", show_default=False)],
+    number: Annotated[int, typer.Argument(metavar="VERSION", help="Version to promote.", show_default=False)],
+    alias: Annotated[str, typer.Option(help="Alias to move.")] = "champion",
+    force: Annotated[
+        str | None,
+        typer.Option(metavar="REASON", help="Pass the gate; who, when and why are kept on record."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Move an alias to a version that fits and, for champion, beats the one that is there."""
+    registry = open_registry()
+    before, after = registry.promote(model, number, alias, force_reason=force)
+    if as_json:
+        return print_json({"name": model, "alias": alias, "from": before, "to": after})
+    was = f"; it was on version {before}, `orchestrator rollback {model}` puts it back" if before else ""
+    out(f"{model}@{alias} is version {after}{was}.")
+    out(f"next: orchestrator serve {model}   (a running server follows by itself)")
+
+
+@verb(REGISTRY)
+def rollback(
+    model: Annotated[str, typer.Argument(help="Registered model.", show_default=False)],
+    alias: Annotated[str, typer.Option(help="Alias to put back.")] = "champion",
+    reason: Annotated[str, typer.Option(help="Why; kept on record.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Put an alias back to the version it was on before."""
+    registry = open_registry()
+    before, after = registry.rollback(model, alias, reason)
+    if as_json:
+        return print_json({"name": model, "alias": alias, "from": before, "to": after})
+    out(f"{model}@{alias} is version {after} again, after version {before}.")
+    out(f"next: orchestrator models {model}")
+
+
+@verb(REGISTRY, "export")
+def export_(
+    model: Annotated[str, typer.Argument(help="NAME, NAME@ALIAS or NAME:VERSION.", show_default=False)],
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", help="Folder to write; must not exist.", show_default=False),
+    ],
+    as_json: Json = False,
+) -> None:
+    """Write a registered prompt as a PEFT adapter folder."""
+    with results_only():
+        from orchestrator.exchange import export_model
+
+        registry = open_registry()
+        document = export_model(registry, model, folder)
+    if as_json:
+        return print_json(document)
+    out(f"{document['name']}:{document['version']} is in {folder}, as {document['peft_type']} of PEFT.")
+    out(f"next: PeftModel.from_pretrained(base, {str(folder)!r}) in Python")
+    out(f"  or: orchestrator import {shlex.quote(str(folder))} --name NAME --job JOB   (into another registry)")
+
+
+@verb(REGISTRY, "import")
+def import_(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="PEFT adapter folder.", show_default=False)],
+    name: Annotated[str, typer.Option(help="Registered model to make a version of.", show_default=False)],
+    job: Annotated[
+        Path,
+        typer.Option(
+            help="Job spec with the base model, template, target, verbalizer and data.",
+            show_default=False,
+        ),
+    ],
+    overrides: Overrides = [],  # noqa: B006
+    renamed: Annotated[
+        bool,
+        typer.Option("--renamed-base-model", help="The job's base model is the folder's under another name."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Register a PEFT adapter folder (prompt tuning, prefix tuning or P-tuning)."""
+    spec = read_job(job, overrides)
+    with results_only():
+        from orchestrator.exchange import import_folder
+
+        registry = open_registry()
+        document = import_folder(registry, folder, name, spec, renamed, say)
+    if as_json:
+        return print_json(document)
+    made = f"{document['model']['name']}:{document['model']['version']}"
+    out(f"{made} holds {document['num_virtual_tokens']} virtual tokens of {document['base_model']}.")
+    out(f"next: orchestrator inspect {made}   or   orchestrator serve {made}")
+
+
+@verb(REGISTRY)
+def ui(port: Annotated[int, typer.Option(min=1, max=65535)] = 5000) -> None:
+    """Open the registry in MLflow's own UI, until interrupted."""
+    registry = open_registry()
+    command = registry.ui_command(port)
+    say(f"MLflow on {registry.display_uri}: http://127.0.0.1:{port}   (Ctrl-C ends it)")
+    os.execvpe(command.argv[0], command.argv, {**os.environ, **command.env})

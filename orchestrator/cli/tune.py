@@ -1,0 +1,205 @@
+"""Verbs that tune: check a job, run it, go on with it, report on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from orchestrator.cli.common import (
+    console_progress,
+    open_registry,
+    present_search,
+    progress_line,
+    read_job,
+    repeated,
+)
+from orchestrator.cli.groups import TUNE, verb
+from orchestrator.cli.options import Address, Job, Json, Overrides, Quiet, Verbose
+from orchestrator.cli.output import out, present, print_json, print_lines, results_only
+from orchestrator.importing import uncollected
+
+
+@verb(TUNE)
+def doctor(as_json: Json = False) -> None:
+    """What this machine has, what is missing, and the fix."""
+    from orchestrator.cli.doctor import examine
+
+    findings = examine()
+    if as_json:
+        print_json([finding.document() for finding in findings])
+    else:
+        for finding in findings:
+            out(str(finding))
+        if all(finding.ok for finding in findings):
+            out("next: orchestrator demo   or   orchestrator init")
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(3)
+
+
+@verb(TUNE)
+def demo() -> None:
+    """Tune, register, serve and ask, all on this machine: the quickstart from end to end, in build/demo."""
+    from orchestrator.cli.demo import main
+
+    raise typer.Exit(main())
+
+
+@verb(TUNE)
+def init(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder to write to; made if it is missing.")
+    ] = Path(),
+    as_json: Json = False,
+) -> None:
+    """Write a commented job spec and a few rows of data to start from."""
+    from orchestrator.cli.init import next_steps, write_starter
+
+    written = write_starter(folder)
+    steps = next_steps(folder)
+    document = {"files": [str(file.absolute()) for file in written], "next": steps}
+    lines = [f"wrote {file}" for file in written]
+    present(document, as_json, lambda: [*lines, f"next: {' && '.join(steps)}"])
+
+
+@verb(TUNE)
+def validate(job: Job, overrides: Overrides = [], as_json: Json = False) -> None:  # noqa: B006
+    """Check a job spec: every problem at once, each with its line."""
+    from orchestrator.space import trials
+
+    spec = read_job(job, overrides)
+    if as_json:
+        return print_json({"valid": True, "spec": spec.model_dump(mode="json")})
+    out(f"{job}: sound. {spec.method} of {spec.base_model.id}, {len(trials(spec.search))} trials.")
+    out(f"next: orchestrator run {job}{repeated(overrides)}")
+
+
+@verb(TUNE)
+def plan(
+    job: Job,
+    overrides: Overrides = [],  # noqa: B006
+    address: Address = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure a few real steps: what the search will take in time, memory and device hours. Nothing is kept."""
+    spec = read_job(job, overrides)
+    with results_only():
+        with uncollected():
+            from orchestrator.run import plan_job
+
+        made = plan_job(spec, progress_line(quiet, "{} ..."), address, verbose)
+    from orchestrator.cli.pages.search import plan_page
+
+    next_step = f"next: orchestrator run {job}{repeated(overrides)}"
+    present(made.document(), as_json, lambda: [*plan_page(made, spec), next_step])
+
+
+@verb(TUNE)
+def run(
+    job: Job,
+    overrides: Overrides = [],  # noqa: B006
+    address: Address = None,
+    planned: Annotated[bool, typer.Option("--plan", help="Measure first; the estimate is kept in MLflow.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run the search, register the best prompt, and promote it when it beats the champion."""
+    spec = read_job(job, overrides)
+    with results_only():
+        with uncollected():
+            from orchestrator.run import run_job
+
+            progress = console_progress(quiet)
+        document = run_job(spec, progress(spec), address, verbose, planned)
+    present_search(document, spec, as_json)
+
+
+@verb(TUNE)
+def resume(
+    search: Annotated[
+        str,
+        typer.Argument(help="Id of a search, its beginning, its folder, or latest.", show_default=False),
+    ],
+    address: Address = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Go on with a search that was interrupted, killed or cut off from MLflow."""
+    with results_only():
+        with uncollected():
+            from orchestrator.resume import resume_search
+
+            progress = console_progress(quiet)
+        document, spec = resume_search(search, progress, address, verbose)
+    present_search(document, spec, as_json)
+
+
+@verb(TUNE)
+def report(
+    searches: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SEARCH...",
+            help="Ids of searches, their beginnings, their folders, or latest.",
+            show_default=False,
+        ),
+    ],
+    out_file: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Where to; report.html in the search's folder."),
+    ] = None,
+    keep: Annotated[bool, typer.Option("--log/--no-log", help="Log it to the search's MLflow run too.")] = True,
+    as_json: Json = False,
+) -> None:
+    """One self-contained HTML page about a search, with tables and plots; several searches side by side."""
+    if len(searches) > 1:
+        return _compared(searches, out_file, as_json)
+    (search,) = searches
+    with results_only():
+        from orchestrator.report import read_facts, write_report
+        from orchestrator.search.saved import find_search
+
+        folder = find_search(search)
+        file = out_file or folder.report
+        registry = open_registry() if keep else None
+        write_report(read_facts(folder), file, registry)
+    if as_json:
+        return print_json({"search": folder.id, "file": str(file.absolute()), "logged": keep})
+    out(f"{file}: open it in a browser; it needs no network.")
+
+
+def _compared(searches: list[str], out_file: Path | None, as_json: bool) -> None:
+    """The best trial of each search, with what it took."""
+    with results_only():
+        from orchestrator.cli.pages.table import table
+        from orchestrator.report import comparison, comparison_page, comparison_rows, read_facts
+        from orchestrator.report.comparison import HEADING
+        from orchestrator.search.saved import find_search
+        from orchestrator.search.whole_file import write_whole
+
+        document = comparison([read_facts(find_search(search)) for search in searches])
+        if out_file:
+            write_whole(out_file, comparison_page(document).encode())
+    if as_json:
+        return print_json(document | ({"file": str(out_file.absolute())} if out_file else {}))
+    print_lines(
+        [
+            *table(HEADING, comparison_rows(document)),
+            *(f"warning: {text}" for text in document["warnings"]),
+        ]
+    )
+    if out_file:
+        out(f"{out_file}: open it in a browser; it needs no network.")
+
+
+@verb(TUNE)
+def schema() -> None:
+    """JSON schema of the job spec, for editors."""
+    from orchestrator.spec import job_schema
+
+    print_json(job_schema())

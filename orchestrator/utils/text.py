@@ -1,0 +1,69 @@
+"""Texts for people: secrets in addresses are hidden."""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import unquote_plus
+
+HIDDEN = "***"
+
+# scheme://user:password@. A database's password may hold any character but @ (SQLAlchemy reads it so).
+DATABASE_LOGIN = re.compile(
+    r"((?:postgres|postgresql|mysql|mariadb|mssql|oracle)(?:\+\w+)?://)[^:/@\s]*:[^@\s]*@", re.IGNORECASE
+)
+# The same elsewhere, with a / in the password; what looks like a port is one.
+SLASHED_LOGIN = re.compile(r"(://)[^/?#\s:@\[]*:(?!\d+(?:[/?#\s]|$))[^\s@]*@")
+LOGIN = re.compile(r"(://)[^/?#\s]*@")
+
+PARAMETER = re.compile(r"([?&;#])([^=&?#;\s/]+)=([^&\s]*)")
+# password=... without an address around it, as in a driver's own connection string
+PASSWORD = re.compile(r"(\b(?:ssl)?(?:password|passwd|pwd)=)[^&;\s'\"]+", re.IGNORECASE)
+NAME_IN_VALUE = re.compile(r"([\w.-]+)\s*=")
+
+SECRET_NAME = re.compile(
+    r"(?:password|passwd|passphrase|passcode|pwd|token|secret|credentials?|signature|apikey|accesskey|accesskeyid)$"
+    r"|(?:^|[_.-])(?:pass|key|key_id|sig)$",
+    re.IGNORECASE,
+)
+KEY_FILE = re.compile(r"^ssl[_-]?key$", re.IGNORECASE)  # the path of a file, and not its content
+USER_NAME = re.compile(r"^(?:user|username|uid|user_?id|login)$", re.IGNORECASE)
+
+
+def mask_secrets(text: str) -> str:
+    """Hide logins and secret query parameters in the addresses of a text.
+
+    Both ``scheme://user:password@host`` and ``scheme://host?password=...`` are found, as are tokens and keys. Masking
+    a masked text again changes nothing.
+    """
+    text = DATABASE_LOGIN.sub(rf"\1{HIDDEN}@", text)
+    text = SLASHED_LOGIN.sub(rf"\1{HIDDEN}@", text)
+    text = LOGIN.sub(rf"\1{HIDDEN}@", text)
+    text = PARAMETER.sub(_masked_parameter, text)
+    return PASSWORD.sub(rf"\1{HIDDEN}", text)
+
+
+def holds_login(url: str) -> bool:
+    """Tell whether an address holds a user's name, a password, a token or a key, wherever it stands."""
+    if mask_secrets(url) != url or LOGIN.search(url):
+        return True
+    return any(USER_NAME.search(_decoded(name)) for _, name, value in PARAMETER.findall(url) if value)
+
+
+def _masked_parameter(found: re.Match[str]) -> str:
+    separator, name, value = found.groups()
+    if value and (_is_secret(_decoded(name)) or _holds_secret(_decoded(value))):
+        return f"{separator}{name}={HIDDEN}"
+    return found[0]
+
+
+def _is_secret(name: str) -> bool:
+    return bool(SECRET_NAME.search(name)) and not KEY_FILE.search(name)
+
+
+def _holds_secret(value: str) -> bool:
+    """Look into a value that is a connection string or an address of its own."""
+    return bool(LOGIN.search(value)) or any(map(_is_secret, NAME_IN_VALUE.findall(value)))
+
+
+def _decoded(text: str) -> str:
+    return unquote_plus(text)

@@ -1,0 +1,113 @@
+"""Every command that an error message, a hint or a help text names is one that the command line takes."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from orchestrator import cli
+
+PACKAGE = Path(cli.__file__).parents[1]
+FILLED_IN = "1"  # in the place of a value: as good a name as it is a number
+COMMAND = re.compile(r"(?<![\w./-])orchestrator +([a-z][\w-]*|1\b)([^`,;()\n]*)")
+ENDS = re.compile(r" {3,}| && | \| |[.:] |[.:'\"]$")
+PROSE = {"of", "files", "that"}  # that follow the word where it is no command
+
+
+def strings(file: Path) -> Iterator[tuple[int, str]]:
+    """Every string of a module with its line; values in f-strings are filled in."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    parts = {id(value) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for value in node.values}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            yield (
+                node.lineno,
+                "".join(value.value if isinstance(value, ast.Constant) else FILLED_IN for value in node.values),
+            )
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in parts:
+            yield node.lineno, node.value
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The words after `orchestrator` up to where its command ends at the latest; prose may follow the command."""
+    for found in COMMAND.finditer(text):
+        verb, rest = found[1], ENDS.split(found[2])[0]
+        try:
+            words = shlex.split(rest)
+        except ValueError:  # an apostrophe of the prose
+            words = rest.split()
+        yield [verb, *(FILLED_IN if re.fullmatch(r"[A-Z]+", word) else word for word in words)]
+
+
+def named() -> list[tuple[str, list[str]]]:
+    """Every command that is named in the package, with its place."""
+    found = []
+    for file in sorted(PACKAGE.rglob("*.py")):
+        for line, text in strings(file):
+            found += [(f"{file.relative_to(PACKAGE)}:{line}", words) for words in commands(text)]
+    for file in sorted((PACKAGE / "cli" / "starter").glob("*.yaml")):
+        found += [(file.name, words) for words in commands(file.read_text(encoding="utf-8"))]
+    return [(place, words) for place, words in found if words[0] not in PROSE]
+
+
+def problem(words: list[str]) -> str:
+    """Why the command line does not take the command, or "".
+
+    Words of prose may follow the command, but no option may be among them.
+    """
+    verbs: dict[str, Any] = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    if words[0] not in verbs:
+        return f"no verb {words[0]}"
+    reason = ""
+    for count in range(len(words), 0, -1):
+        try:
+            verbs[words[0]].make_context(words[0], list(words[1:count]), resilient_parsing="--help" in words)
+        except Exception as error:  # click's usage errors, of its own or of a copy that typer brings
+            reason = reason or getattr(error, "message", "") or str(error)
+            continue
+        options = [word for word in words[count:] if word.startswith("-")]
+        return reason if options else ""
+    return reason
+
+
+@pytest.mark.parametrize(
+    ("place", "words"), [pytest.param(*it, id=f"{it[0]} {' '.join(it[1])[:40]}") for it in named()]
+)
+def test_a_command_that_is_named_is_taken(place: str, words: list[str]) -> None:
+    """Its verb, its options and their values are there, and no argument is missing."""
+    assert not problem(words), f"{place}: orchestrator {shlex.join(words)}: {problem(words)}"
+
+
+def test_the_commands_of_hints_are_found() -> None:
+    """Those in plain strings, in f-strings and in files that come with the package."""
+    found = {(place.split(":")[0], words[0]) for place, words in named()}
+    for known in (("job_file/load.py", "init"), ("resume.py", "resume"), ("job.yaml", "plan"), ("cli/tune.py", "demo")):
+        assert known in found, known
+    assert len(found) > 40
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "orchestrator strat", "orchestrator logs --folow ID", "orchestrator promote NAME", "orchestrator logs ID --last",
+        "orchestrator ui --port x", "start one with `orchestrator srve`", "orchestrator run",
+    ],
+)  # fmt: skip
+def test_a_wrong_command_would_be_noticed(wrong: str) -> None:
+    """A verb or an option that there is not, a missing argument, a value of another type."""
+    (words,) = commands(wrong)
+    assert problem(words)
+
+
+def test_hints_name_no_file_of_the_clone() -> None:
+    """Whoever installed the wheel has no jobs/ folder."""
+    for file in sorted(PACKAGE.rglob("*.py")):
+        for line, text in strings(file):
+            assert not re.search(r"(?<![\w/])jobs/\w", text), f"{file.relative_to(PACKAGE)}:{line}: {text}"
