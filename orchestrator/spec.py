@@ -93,8 +93,8 @@ def _known_encoding(name: str) -> str:
     if name == AUTO:
         return name
     try:
-        sound = codecs.decode(codecs.encode("text,1\n", name), name) == "text,1\n"
         codecs.getincrementaldecoder(name)
+        sound = "text,1\n".encode(name).decode(name) == "text,1\n"
     except (LookupError, UnicodeError, TypeError, ValueError):
         sound = False
     if not sound:
@@ -278,13 +278,15 @@ class DataSpec(Section):
     """Delimiter, quoting and encoding of CSV and TSV files."""
 
     def _conflicts(self) -> Iterator[Conflict]:
-        if self.csv != CsvSpec() and not self._has_csv_file():
-            yield Conflict("csv", "concerns .csv and .tsv files, and data.path names none; leave it out", ("path",))
+        yield from self._csv_conflicts()
         yield from self._prefix_lm_conflicts()
 
-    def _has_csv_file(self) -> bool:
-        files = self.path.model_dump().values() if isinstance(self.path, DataFiles) else []
-        return any(CSV_FILE.search(file) for file in files if file)
+    def _csv_conflicts(self) -> Iterator[Conflict]:
+        path = getattr(self, "path", "")  # absent while problems are collected
+        files = path.model_dump().values() if isinstance(path, DataFiles) else []
+        if self.csv != CsvSpec() and not any(file and CSV_FILE.search(file) for file in files):
+            text = "has no effect: it concerns .csv and .tsv files, and data.path names none; leave it out"
+            yield Conflict("csv", text, ("path",))
 
     def _prefix_lm_conflicts(self) -> Iterator[Conflict]:
         if self.prefix_lm is None:
