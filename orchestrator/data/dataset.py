@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.base_model import hub_unreachable, looks_like_path
+from orchestrator.data.source_row import SourceRow, place_of
 from orchestrator.data.tables import read_table
 from orchestrator.data.template import Template
 from orchestrator.errors import BadInput
@@ -92,15 +93,17 @@ def cut_in_two(rows: Sequence[Row], column: str, seed: int) -> Iterator[Row]:
     """Each text of two words or more as a prefix and what follows it (the prefix LM objective of Raffel et al. 2020,
     section 3.1.2; Lester et al. 2021 adapt T5 with it), cut between two words at random."""
     for number, row in enumerate(rows):
+        placed = row if isinstance(row, SourceRow) else SourceRow(row, number=number + 1)
         if not isinstance(text := row.get(column), str):
             raise BadInput(
-                f"data.prefix_lm names column {column!r}, and row {number + 1} has no text there; it has {sorted(row)}",
+                f"data.prefix_lm names column {column!r}, and {place_of(placed)} has no text there; "
+                f"it has {sorted(row)}",
                 "correct data.prefix_lm",
             )
         starts = [match.start() for match in WORD.finditer(text)][1:]
         if starts:
             prefix = text[: random.Random(f"{seed} {number}").choice(starts)].rstrip()
-            yield {PREFIX: prefix, CONTINUATION: text[len(prefix) :]}
+            yield placed.with_cells({PREFIX: prefix, CONTINUATION: text[len(prefix) :]})
 
 
 def _read(data: DataSpec) -> dict[str, list[Row]]:

@@ -37,6 +37,7 @@ def read_json(text: TextFile) -> tuple[list[str], list[SourceRow]]:
 
     An array may also hold texts alone, which become the column ``text``; an object whose only value
     is a list of objects stands for that list. A key that a row lacks is None there, as in a table.
+    NaN, which is no JSON and many programs write all the same, stays what it is: a missing value.
     """
     source = str(text)
     rows: list[SourceRow] = []

@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import tempfile
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from orchestrator.data import text_files
+from orchestrator.data.cells import is_missing
 from orchestrator.data.dataset import load_rows, read_file
 from orchestrator.data.tables import Table, read_table, table_suffix
 from orchestrator.errors import BadInput
@@ -243,6 +245,27 @@ def test_a_json_row_without_a_key_has_none_there() -> None:
     assert found.columns == ["a", "b", "c"]
     assert read("a.json", b'["x", "y"]').rows == [{"text": "x"}, {"text": "y"}]
     assert read("a.json", b'{"a": [1], "b": [2]}').rows == [{"a": [1], "b": [2]}]
+
+
+def test_nan_in_json_is_a_missing_value() -> None:
+    """Python and pandas write it; where a job reads that column, its checks name the line."""
+    found = read("a.jsonl", b'{"text": "a", "score": NaN}\n{"text": NaN, "score": 1}\n')
+    assert [is_missing(row["text"]) for row in found.rows] == [False, True] and found.rows[1].line == 2
+    assert is_missing(found.rows[0]["score"])
+
+
+def test_reading_holds_no_more_than_a_part_of_the_file_beside_the_rows(tmp_path: Path) -> None:
+    """The most memory that reading takes is what the rows take and less than twice the file's size."""
+    file = tmp_path / "a.csv"
+    file.write_text("text,label\n" + "".join(f"{n:08}{'x' * 86},{n % 2:03}\n" for n in range(100_000)))
+    tracemalloc.start()
+    try:
+        table = read_table(file, "data.path.train")
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(table.rows) == 100_000
+    assert peak - held < 2 * file.stat().st_size
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.json", "a.parquet", "a.csv.gz", "a.jsonl.bz2"])
