@@ -211,7 +211,13 @@ def test_packed_speed_has_a_line_for_each_count() -> None:
 
 def test_all_of_it_runs_at_toy_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every benchmark prints its table and writes its figures."""
-    for name, more in {"step": [], "packing": ["--only", "speed"], "evaluation": [], "accelerator": []}.items():
+    for name, more in {
+        "step": [],
+        "packing": ["--only", "speed"],
+        "evaluation": [],
+        "accelerator": [],
+        "tables": [],
+    }.items():
         assert main([name, "--toy", "--pairs", "1", *more], tmp_path) == 0
         document = json.loads((tmp_path / f"{name}.json").read_text())
         assert document["machine"]["threads"] >= 1

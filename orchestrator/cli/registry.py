@@ -87,7 +87,7 @@ def evaluate(
     ],
     data: Annotated[
         list[str],
-        typer.Option(help="File (.jsonl, .csv, .tsv, .parquet) or hub data set; repeatable."),
+        typer.Option(help="File (.jsonl, .csv, .parquet, ...) or hub data set; repeatable."),
     ],
     split: Annotated[str, typer.Option(help="Split of a data set that has several.")] = "test",
     by: Annotated[str | None, typer.Option(metavar="COLUMN", help="A line for each value of a column too.")] = None,

@@ -34,6 +34,7 @@ from tests.benchmarks import (
     search,
     serving,
     step,
+    tables,
     trials,
 )
 from tests.benchmarks.measure import Line, Skipped, table
@@ -116,6 +117,11 @@ def _paces(args: argparse.Namespace) -> list[Line]:
     return paces.lines(_of_size(args, paces.SETTINGS), args.only)
 
 
+def _tables(args: argparse.Namespace) -> list[Line]:
+    setting = tables.Setting(pairs=args.pairs)
+    return tables.lines(replace(setting, rows=2000) if args.toy else setting, args.only)
+
+
 def _of_size(args: argparse.Namespace, settings: dict[str, S]) -> S:
     """The benchmark's setting: real, or small."""
     name = "small" if args.toy else args.size or "real"
@@ -158,6 +164,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Line]]] = {
     "scaling": _scaling,
     "methods": _methods,
     "paces": _paces,
+    "tables": _tables,
 }
 
 
