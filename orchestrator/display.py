@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.artifact import IMPORTED
+from orchestrator.labels import label_text
 from orchestrator.progress import duration
 from orchestrator.registry import ModelSummary, VersionDetail, VersionSummary, printable
 from orchestrator.space import TrialSpec
@@ -353,4 +354,4 @@ def version_page(detail: VersionDetail) -> list[str]:
 def _verbalizer(mapping: dict[Any, str] | None) -> str:
     if mapping is None:
         return "none: the prompt generates text"
-    return ", ".join(f"{label} = {text!r}" for label, text in mapping.items())
+    return ", ".join(f"{label_text(label)} = {text!r}" for label, text in mapping.items())
