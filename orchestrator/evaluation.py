@@ -70,7 +70,7 @@ class Loaded:
         """Versions that agree in this see the same tokens, and share forwards."""
         it = self.artifact.manifest
         limits = it.max_input_tokens, it.max_target_tokens
-        return it.template, it.target, it.verbalizer, it.sentinel, *limits, self.decoding
+        return it.template, it.target, it.verbalizer, it.cells, it.sentinel, *limits, self.decoding
 
 
 @dataclass(frozen=True)
