@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from orchestrator.errors import BadInput
+from orchestrator.labels import Label
 
 WEIGHTS = "prompt.safetensors"
 MANIFEST = "manifest.json"
@@ -41,8 +42,6 @@ PREFIXES = ("prefix.decoder", "prefix.encoder", "prefix.cross")
 METHODS = ("prompt_tuning", "prefix_tuning", "p_tuning")
 IMPORTED = "peft"
 """Key of an imported prompt's configuration: what PEFT's own says about its origin."""
-
-Label = int | bool | str
 
 
 class Record(BaseModel):
@@ -104,6 +103,13 @@ class GenerationRecord(Record):
     num_beams: int = Field(ge=1)
 
 
+class CellsRecord(Record):
+    """How a row's cells become text. Early artifacts have none: they wrote ``True`` and took null as the empty text."""
+
+    empty: Literal["refuse", "keep"] = "refuse"
+    """Whether a column may be missing, because the prompt was tuned on rows that lacked some."""
+
+
 class Manifest(Record):
     """What a prompt needs besides its weights, and where it came from."""
 
@@ -116,6 +122,8 @@ class Manifest(Record):
     template: str
     target: str
     verbalizer: tuple[VerbalizerEntry, ...] | None
+    cells: CellsRecord | None = CellsRecord()
+    """None in early artifacts."""
     sentinel: bool = False
     """Whether targets begin with the first sentinel token."""
     max_input_tokens: int = Field(ge=1)
@@ -223,7 +231,7 @@ def read_manifest(folder: Path) -> Manifest:
         version = document.get("format_version") if isinstance(document, dict) else None
         if version != FORMAT_VERSION:
             raise _broken(folder, f"format_version is {version!r}, this release reads {FORMAT_VERSION}")
-        return Manifest.model_validate(document)
+        return Manifest.model_validate({"cells": None, **document})
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

@@ -17,11 +17,13 @@ import torch
 from orchestrator.artifact import PromptArtifact
 from orchestrator.backbone import Backbone, default_device, load_backbone
 from orchestrator.base_model import resolve_model
+from orchestrator.data.cells import cell_text
 from orchestrator.data.dataset import load_split, rows_fingerprint
 from orchestrator.data.encoding import Encoded, reference_texts
 from orchestrator.data.tables import table_suffix
 from orchestrator.data.template import Template
 from orchestrator.errors import BadInput, JobFailed, Unreachable
+from orchestrator.labels import by_meaning, label_key
 from orchestrator.registry import EvaluationRecord, Registry, VersionSummary, printable
 from orchestrator.serving.ranking import answer_probs
 from orchestrator.serving.served_prompt import ServedPrompt, load_prompt, prompt_tensors
@@ -35,6 +37,7 @@ Row = Mapping[str, Any]
 Metrics = dict[str, float]
 FILE_SPLIT = "train"  # a file has no splits; this is what data sets call their only one
 MAX_GROUPS = 100
+NO_GROUP = "(empty)"  # the group of rows that have no text in the column
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Loaded:
         """Versions that agree in this see the same tokens, and share forwards."""
         it = self.artifact.manifest
         limits = it.max_input_tokens, it.max_target_tokens
-        return it.template, it.target, it.verbalizer, it.sentinel, *limits, self.decoding
+        return it.template, it.target, it.verbalizer, it.cells, it.sentinel, *limits, self.decoding
 
 
 @dataclass(frozen=True)
@@ -156,7 +159,7 @@ def _groups(artifact: PromptArtifact, question: Question) -> list[Group]:
     found: dict[str, list[int]] = {}
     for place, row in enumerate(rows):
         if question.by:
-            found.setdefault(str(row[question.by]), []).append(place)
+            found.setdefault(cell_text(row[question.by]) or NO_GROUP, []).append(place)
     if len(found) > MAX_GROUPS:
         raise BadInput(
             f"column {question.by!r} has {len(found)} values, more than {MAX_GROUPS}", "choose a column of few values"
@@ -171,7 +174,7 @@ def _columns(artifact: PromptArtifact, data: DataSpec) -> set[str]:
 
 def _data_spec(artifact: PromptArtifact, question: Question) -> DataSpec:
     """The version's own template, target and labels on other rows."""
-    manifest, file = artifact.manifest, Path(question.data).expanduser()
+    manifest, cells, file = artifact.manifest, artifact.manifest.cells, Path(question.data).expanduser()
     is_file = bool(table_suffix(file)) or file.exists()
     return DataSpec(
         path=DataFiles(train=question.data) if is_file else question.data,
@@ -180,6 +183,7 @@ def _data_spec(artifact: PromptArtifact, question: Question) -> DataSpec:
         target=question.target or manifest.target,
         references=question.references,
         verbalizer=manifest.verbalizer_map(),
+        empty=cells.empty if cells else "refuse",
     )
 
 
@@ -210,12 +214,16 @@ def _part(whole: Encoded, places: Sequence[int]) -> Encoded:
 
 def _check_labels(one: Loaded, rows: Sequence[Row], target: str) -> None:
     known = one.prompt.labels
-    strange = {row[target] for row in rows} - set(known)
+    keys = by_meaning(known)
+    version = f"{printable(one.summary.name)}:{one.summary.version}"
+    if len(keys) < len(known):
+        raise BadInput(f"{version} was tuned with labels that mean the same: {list(known)}", "tune it again")
+    seen = {label_key(row[target]): row[target] for row in rows}
+    strange = [label for key, label in seen.items() if key not in keys]
     if strange:
         shown = ", ".join(repr(label) for label in sorted(strange, key=repr)[:5])
         raise BadInput(
-            f"column {target!r} holds {shown}; {printable(one.summary.name)}:{one.summary.version} answers "
-            f"{', '.join(map(repr, known))}",
+            f"column {target!r} holds {shown}; {version} answers {', '.join(map(repr, known))}",
             "choose the column of the labels with --target, or map it with --rename",
         )
 
@@ -226,7 +234,7 @@ def _check_votes(loaded: Sequence[Loaded]) -> None:
     for one in loaded:
         if reason := one.prompt.why_no_labels:
             raise BadInput(f"{printable(one.summary.name)}:{one.summary.version} can't vote: it {reason}")
-        if set(one.prompt.labels) != set(loaded[0].prompt.labels):
+        if by_meaning(one.prompt.labels).keys() != by_meaning(loaded[0].prompt.labels).keys():
             raise BadInput("the versions have different labels and can't vote together", "leave out --ensemble")
 
 
@@ -303,6 +311,7 @@ def _votes(
     """Accuracy of the majority's label on each group. Every version sees a row in the same forward; of equally many
     votes the label of the highest mean probability wins."""
     target, truths = question.target or loaded[0].artifact.manifest.target, groups[0][0].rows
+    keys = [[label_key(label) for label in one.prompt.labels] for one in loaded]
     right: list[bool] = []
     prompts = max(one.prompt.virtual_tokens for one in loaded)
     longest = prompts + max(length for of in splits for length in of[0].lengths)
@@ -313,10 +322,10 @@ def _votes(
         probs = answer_probs(backbone, [one.prompt for one in loaded for _ in places], inputs)
         for offset, row in enumerate(places):
             said = [
-                dict(zip(one.prompt.labels, probs[number * len(places) + offset], strict=True))
-                for number, one in enumerate(loaded)
+                dict(zip(keys[number], probs[number * len(places) + offset], strict=True))
+                for number in range(len(loaded))
             ]
-            right.append(majority(said, loaded[0].prompt.labels) == truths[row][target])
+            right.append(majority(said, keys[0]) == label_key(truths[row][target]))
     return [{"accuracy": sum(right[place] for place in group.places) / len(group.places)} for group in groups[0]]
 
 

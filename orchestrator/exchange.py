@@ -16,7 +16,7 @@ from orchestrator.data.dataset import RowSplits, load_rows
 from orchestrator.data.encoding import Encoder, make_encoder
 from orchestrator.peft_folder import export_peft, import_peft, read_peft
 from orchestrator.registry import Registry, check_name
-from orchestrator.search.prepare import data_record, found_anywhere, verbalizer_entries
+from orchestrator.search.prepare import cells_record, data_record, found_anywhere, verbalizer_entries
 from orchestrator.serving.served_prompt import load_prompt
 from orchestrator.spec import JobSpec
 from orchestrator.vocabulary import nearest_words
@@ -65,6 +65,7 @@ def import_folder(registry: Registry, folder: Path, name: str, job: JobSpec, ren
         max_target_tokens=job.data.max_target_tokens,
         data=data_record(job.data, rows),
         orchestrator_version=__version__,
+        cells=cells_record(job.data),
         sentinel=job.data.sentinel,
         renamed=renamed,
     )

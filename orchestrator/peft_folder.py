@@ -28,6 +28,7 @@ from orchestrator.artifact import (
     MAX_WEIGHTS_BYTES,
     SOFT,
     BaseModelRecord,
+    CellsRecord,
     DataRecord,
     Manifest,
     PromptArtifact,
@@ -198,6 +199,7 @@ def import_peft(
     max_target_tokens: int,
     data: DataRecord,
     orchestrator_version: str,
+    cells: CellsRecord,
     sentinel: bool = False,
     renamed: bool = False,
 ) -> PromptArtifact:
@@ -231,6 +233,7 @@ def import_peft(
         template=template,
         target=target,
         verbalizer=verbalizer,
+        cells=cells,
         sentinel=sentinel,
         max_input_tokens=max_input_tokens,
         max_target_tokens=max_target_tokens,

@@ -60,6 +60,8 @@ def _go_on(
     saved.check(folder, prepared)
     clock.mark("model", until=clock.last + prepared.making_s)
     clock.mark("prepare")
+    for text in prepared.rows.notes:
+        progress.note(text)
     end_processes(folder.processes)
     shutil.rmtree(folder.ray, ignore_errors=True)
     progress.stage("starting Ray")

@@ -38,7 +38,7 @@ from orchestrator.search.journal import Journal, read_history
 from orchestrator.search.outcome import Outcome, TrialRecord
 from orchestrator.search.placement import Placement
 from orchestrator.search.plan import Plan, device_hours, make_plan
-from orchestrator.search.prepare import Prepared, data_record, prepare, verbalizer_entries
+from orchestrator.search.prepare import Prepared, cells_record, data_record, prepare, verbalizer_entries
 from orchestrator.search.processes import save_processes
 from orchestrator.search.ready import make_ready
 from orchestrator.search.recorder import Recorder
@@ -122,6 +122,8 @@ def run_job(
         prepared = prepare(job, artifacts)
         clock.mark("model", until=clock.last + prepared.making_s)
         clock.mark("prepare")
+        for text in prepared.rows.notes:
+            progress.note(text)
         progress.stage("starting Ray")
         ours = ray_up()
         clock.mark("ray")
@@ -148,6 +150,8 @@ def plan_job(job: JobSpec, say: Callable[[str], None], address: str | None = Non
         prepared = prepare(job, artifacts)
         clock.mark("model", until=clock.last + prepared.making_s)
         clock.mark("prepare")
+        for text in prepared.rows.notes:
+            say(text)
         say("asking the cluster for its nodes" if elsewhere else "starting Ray")
         ray_up()
         clock.mark("ray")
@@ -488,6 +492,7 @@ class Pipeline:
             template=data.template,
             target=data.target,
             verbalizer=verbalizer_entries(self.prepared.task.encoder),
+            cells=cells_record(data),
             sentinel=data.sentinel,
             max_input_tokens=data.max_input_tokens,
             max_target_tokens=data.max_target_tokens,

@@ -15,6 +15,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticCustomError
 
+from orchestrator.labels import contradictions
+
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 ALIAS_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,99}$"  # MLflow's own rule, narrower than a model's name
 RESERVED_ALIAS = re.compile(r"^(latest|v\d+)$", re.IGNORECASE)
@@ -140,7 +142,7 @@ Choices: TypeAlias = Annotated[
 Prompts: TypeAlias = Annotated[T | SkipJsonSchema[None], AfterValidator(_only_baselines_lack)]
 """What prompts always have; None in the space of a baseline that has no such thing, never in a file."""
 Template: TypeAlias = Annotated[str, Field(min_length=1), AfterValidator(_checked_template)]
-Label: TypeAlias = int | bool | str
+Label: TypeAlias = int | float | bool | str
 Delimiter: TypeAlias = Annotated[str, AfterValidator(_one_character)]
 Encoding: TypeAlias = Annotated[str, AfterValidator(_known_encoding)]
 Auto: TypeAlias = Literal["auto"]
@@ -244,7 +246,10 @@ class DataSpec(Section):
     """Old column name to new one; a column that is absent is left alone."""
     where: dict[str, Label] = {}
     """Only the rows in which these columns have these values, for instance {relation: P19}; before columns are
-    renamed."""
+    renamed. Values match as labels do: 1, 1.0 and "1" are the same."""
+    empty: Literal["refuse", "drop", "keep"] = "refuse"
+    """Rows whose template columns are missing or empty: refuse the data, drop these rows, or keep them and take an
+    empty text."""
     template: Template
     """Input text, with the row's columns in braces, for instance "{text}\\nSpam or not?". {*} marks where virtual
     tokens stand (in front of everything without one), {_} where the answer stands (the end without one)."""
@@ -255,7 +260,8 @@ class DataSpec(Section):
     """Column with a list of texts that are all right, for bleu, rouge_l and f1; without one, or where a row's list is
     empty, the target."""
     verbalizer: Annotated[dict[Label, Text], Field(min_length=1)] | None = None
-    """Label to the text that stands for it, leading space included."""
+    """Label to the text that stands for it, leading space included. Labels match by meaning: 1, 1.0 and "1" are the
+    same label, and so are true and "true"; "007" is a text."""
     prefix_lm: Text | None = None
     """Column of plain text, cut in two at a place drawn by split_seed: the columns prefix and continuation. With method
     model_tuning, template "{prefix}" and target continuation this is LM adaptation; long continuations are cut."""
@@ -760,6 +766,8 @@ class JobSpec(Section):
             yield from self._needs_a_verbalizer()
         else:
             yield from self._needs_no_verbalizer()
+            for text in contradictions(self.data.verbalizer):
+                yield Conflict("data.verbalizer", f"{text}; keep one of them", ())
         if self.search.scheduler == "pbt":
             yield from self._population_conflicts()
         if self.resources.sharding != "none" and self.base_model.quantization != "none":

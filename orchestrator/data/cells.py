@@ -7,14 +7,28 @@ import decimal
 import json
 import math
 import uuid
+from collections.abc import Mapping
 from typing import Any
 
 from orchestrator.errors import BadInput
 
+MAX_DEPTH = 100  # of lists and objects inside each other; JSON readers stop at a few hundred
+HINT = "write it as text, a number, true or false, a list or an object"
+NUMPY_DATE, NUMPY_DURATION = "M", "m"
+
 
 def is_missing(cell: Any) -> bool:
-    """Tell whether a cell holds no value: None, or the NaN that stands for it in data frames."""
-    return cell is None or (isinstance(cell, float) and math.isnan(cell))
+    """Tell whether a cell holds no value: None, or NaN, NaT or NA, which stand for it in data frames."""
+    if cell is None or isinstance(cell, str):
+        return cell is None
+    if isinstance(cell, float | decimal.Decimal):
+        return math.isnan(cell)
+    kind = type(cell)
+    if kind.__name__ in ("NAType", "NaTType"):
+        return kind.__module__.startswith("pandas.")
+    if kind.__module__ == "numpy" and kind.__name__ in ("float16", "float32", "datetime64"):
+        return str(cell) in ("nan", "NaT")
+    return False
 
 
 def cell_text(cell: Any) -> str:
@@ -22,32 +36,104 @@ def cell_text(cell: Any) -> str:
 
     A text stays as it is. Numbers and booleans are written as JSON writes them (``1.5``, ``true``),
     dates in ISO 8601, lists and objects as JSON. A missing cell is the empty text; callers that
-    refuse missing input check ``is_missing`` first. Raises BadInput for bytes and other objects.
+    refuse missing input check ``is_missing`` first. Raises BadInput for bytes and other objects, and
+    for what no JSON holds: infinite numbers, NaN inside a list, halves of characters.
     """
-    if is_missing(cell):
+    if not isinstance(cell, str) and is_missing(cell):
         return ""
-    return cell if isinstance(cell, str) else _text(_plain(cell))
+    text = cell if isinstance(cell, str) else _json_text(_plain(cell))
+    if not text.isascii():
+        _check_characters(text)
+    return text
 
 
-def _text(value: Any) -> str:
+def early_cell_text(cell: Any) -> str:
+    """Return a cell's text as prompts were tuned with it before ``cell_text`` existed."""
+    return "" if cell is None else str(cell)
+
+
+def is_blank(text: str) -> bool:
+    """Tell whether a text has no character but white space."""
+    return not text or text.isspace()
+
+
+def _json_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _plain(cell: Any) -> Any:
-    """Return the cell as JSON's types have it: numpy, Arrow and date types as what they stand for."""
-    if isinstance(cell, str | bool | int | float) or cell is None:
+def _check_characters(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadInput(
+            f"a cell holds half a character, U+{ord(text[error.start]):04X}, which is no text",
+            "write the whole character",
+        ) from None
+
+
+def _plain(cell: Any, depth: int = 0) -> Any:
+    """Return the cell as JSON's types have it, numpy, Arrow and date types as what they stand for."""
+    if cell is None or isinstance(cell, str | int):
         return cell
-    if isinstance(cell, dict):
-        return {str(key): _plain(value) for key, value in cell.items()}
-    if isinstance(cell, list | tuple):
-        return [_plain(value) for value in cell]
+    if isinstance(cell, float):
+        return _finite(float(cell))
+    if isinstance(cell, Mapping | list | tuple):
+        return _nested(cell, depth)
     if isinstance(cell, datetime.datetime | datetime.date | datetime.time):
-        return cell.isoformat()
-    if isinstance(cell, decimal.Decimal | uuid.UUID):
+        return _date_text(cell)
+    if isinstance(cell, decimal.Decimal):
+        return format(_finite(cell), "f")
+    if isinstance(cell, uuid.UUID):
         return str(cell)
-    if hasattr(cell, "tolist") and type(cell).__module__.partition(".")[0] in ("numpy", "torch"):
-        return _plain(cell.tolist())
-    raise BadInput(
-        f"a cell holds {type(cell).__name__}, which has no text: {str(cell)[:60]!r}",
-        "write it as text, a number, a list or an object",
-    )
+    return _library_value(cell, depth)
+
+
+def _nested(cell: Mapping[Any, Any] | list[Any] | tuple[Any, ...], depth: int) -> Any:
+    if depth == MAX_DEPTH:
+        raise BadInput(f"a cell holds more than {MAX_DEPTH} lists and objects inside each other", HINT)
+    if not isinstance(cell, Mapping):
+        return [_plain(value, depth + 1) for value in cell]
+    for key in cell:
+        if not isinstance(key, str):
+            raise BadInput(f"a cell holds an object with the key {key!r}, and keys are texts", HINT)
+    return {key: _plain(value, depth + 1) for key, value in cell.items()}
+
+
+def _finite(number: Any) -> Any:
+    if not math.isfinite(number):
+        raise BadInput(f"a cell holds {number}, which is no number", HINT)
+    return number
+
+
+def _date_text(date: Any) -> str:
+    if is_missing(date):  # pandas' NaT inside a list
+        raise BadInput("a cell holds NaT, which is no date", HINT)
+    return str(date.isoformat())
+
+
+def _library_value(cell: Any, depth: int) -> Any:
+    """Return a value of numpy, torch or Arrow as Python's own. Raises BadInput for any other type."""
+    library = type(cell).__module__.partition(".")[0]
+    if library == "pyarrow" and hasattr(cell, "as_py"):
+        return _plain(cell.as_py(), depth)
+    if library in ("numpy", "torch") and hasattr(cell, "tolist"):
+        kind = getattr(getattr(cell, "dtype", None), "kind", "")
+        if kind in (NUMPY_DATE, NUMPY_DURATION):
+            return _numpy_dates(cell, kind, depth)
+        return _plain(cell.tolist(), depth)
+    raise BadInput(f"a cell holds {type(cell).__name__}, which has no text: {str(cell)[:60]!r}", HINT)
+
+
+def _numpy_dates(cell: Any, kind: str, depth: int) -> Any:
+    """Return numpy's dates as Python's; those of nanoseconds would otherwise become numbers."""
+    if kind == NUMPY_DURATION:
+        raise BadInput(f"a cell holds a duration, {str(cell)[:60]}, which has no text", HINT)
+    if cell.ndim:
+        return [_numpy_dates(value, kind, depth + 1) for value in cell]
+    date = cell.tolist()
+    if date is None:
+        raise BadInput("a cell holds NaT, which is no date", HINT)
+    if not isinstance(date, int):
+        return date.isoformat()
+    whole = cell.astype("datetime64[us]")
+    return whole.tolist().isoformat() if whole == cell else str(cell)

@@ -8,7 +8,7 @@ import logging
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from orchestrator.base_model import hub_unreachable, looks_like_path
 from orchestrator.data.source_row import SourceRow, place_of
 from orchestrator.data.tables import read_table
 from orchestrator.data.template import Template
+from orchestrator.data.used_columns import UsedColumns
 from orchestrator.errors import BadInput
+from orchestrator.labels import NUMBER, label_key
 from orchestrator.quickstart import BUILTIN_DATA, builtin_rows
 from orchestrator.spec import BUILTIN, CONTINUATION, PREFIX, CsvSpec, DataFiles, DataSpec
 
@@ -33,6 +35,8 @@ class RowSplits:
     train: list[Row]
     validation: list[Row]
     test: list[Row]
+    notes: tuple[str, ...] = field(default=(), compare=False)
+    """What was done to the rows that the user should hear of."""
 
     def __getitem__(self, split: str) -> list[Row]:
         rows: list[Row] = getattr(self, split)
@@ -69,14 +73,26 @@ def load_rows(data: DataSpec, templates: Sequence[str] = ()) -> RowSplits:
     if data.prefix_lm:
         found = {split: list(cut_in_two(rows, data.prefix_lm, data.split_seed)) for split, rows in found.items()}
     named = [column for template in (data.template, *templates) for column in Template(template).columns]
-    columns = [*dict.fromkeys([*named, data.target])]
-    columns += [data.references] if data.references and data.references not in columns else []
-    cut = {split: _columns(rows, columns, data, split) for split, rows in found.items()}
+    used = UsedColumns(data, list(dict.fromkeys(named)))
+    cut = {split: used.cut(rows, split) for split, rows in found.items()}
+    for split, count in used.dropped.items():
+        if not cut[split]:
+            raise BadInput(
+                f"data.empty: drop leaves no row of {split}: {count} of {count} have no input",
+                "fill in the columns that data.template names, or correct it",
+            )
     splits = _split(cut, data)
     for split in SPLITS:
         if not splits[split]:
             raise BadInput(f"the {split} split is empty", f"give data.path.{split} at least one row, or leave it out")
-    return splits
+    return replace(splits, notes=_dropped_notes(used.dropped, found))
+
+
+def _dropped_notes(dropped: Mapping[str, int], found: Mapping[str, Sequence[Row]]) -> tuple[str, ...]:
+    return tuple(
+        f"data.empty: drop left out {count} of {len(found[split])} rows of {split}, which have no input"
+        for split, count in dropped.items()
+    )
 
 
 def load_split(data: DataSpec, split: str, more: Sequence[str] = ()) -> list[Row]:
@@ -85,8 +101,7 @@ def load_split(data: DataSpec, split: str, more: Sequence[str] = ()) -> list[Row
     if not found.get(split):
         known = ", ".join(sorted(name for name in found if found[name])) or "none"
         raise BadInput(f"the data has no rows in split {split!r}; it has {known}", "choose one of them")
-    columns = [*Template(data.template).columns, data.target, *more, *([data.references] if data.references else [])]
-    return _columns(found[split], list(dict.fromkeys(columns)), data, split)
+    return UsedColumns(data, Template(data.template).columns, more).cut(found[split], split)
 
 
 def cut_in_two(rows: Sequence[Row], column: str, seed: int) -> Iterator[Row]:
@@ -122,7 +137,14 @@ def _read(data: DataSpec) -> dict[str, list[Row]]:
 
 
 def _is_wanted(row: Row, data: DataSpec) -> bool:
-    return all(column in row and row[column] == value for column, value in data.where.items())
+    return all(column in row and _means(row[column], value) for column, value in data.where.items())
+
+
+def _means(cell: Any, value: Any) -> bool:
+    try:
+        return label_key(cell) == label_key(value)
+    except BadInput:  # a list or an object is no such value
+        return False
 
 
 def _known_builtin(path: str) -> str:
@@ -179,45 +201,21 @@ def _read_hub(data: DataSpec, name: str) -> dict[str, list[Row]]:
 
 
 def _named_labels(rows: list[Row], features: Mapping[str, Any], data: DataSpec) -> list[Row]:
-    """Class numbers become class names where the verbalizer is written with names."""
+    """Put class names in place of class numbers where the verbalizer is written with names."""
     renamed = {new: old for old, new in data.rename.items()}
     column = renamed.get(data.target, data.target)
     names = getattr(features.get(column), "names", None)
     keys = list(data.verbalizer or {})
     if not names or not keys or not all(isinstance(key, str) for key in keys):
         return rows
-    return [{**row, column: names[row[column]]} for row in rows]
+    if not set(keys) & set(names) and all(label_key(key)[0] == NUMBER for key in keys):
+        return rows  # "0" and "1" stand for the numbers
+    return [{**row, column: _class_name(row[column], names)} for row in rows]
 
 
-def _columns(rows: Sequence[Row], columns: Sequence[str], data: DataSpec, split: str) -> list[Row]:
-    """Rows cut down to the named columns, after renaming. BadInput names what is missing, or no list of texts."""
-    cut: list[Row] = []
-    for number, raw in enumerate(rows, start=1):
-        row = {**raw, **{new: raw[old] for old, new in data.rename.items() if old in raw}}
-        for column in columns:
-            if column not in row:
-                key = {data.target: "data.target", data.references: "data.references"}.get(column, "data.template")
-                raise BadInput(
-                    f"{key} names column {column!r}, which row {number} of {split} lacks; it has {sorted(row)}",
-                    f"correct {key}, or map the column with data.rename",
-                )
-        if row[data.target] is None:
-            raise BadInput(
-                f"row {number} of {split} has no value in the target column {data.target!r}", "fill or drop it"
-            )
-        if data.references is not None:
-            _check_references(row[data.references], data.references, f"row {number} of {split}")
-        cut.append({column: row[column] for column in columns})
-    return cut
-
-
-def _check_references(cell: Any, column: str, where: str) -> None:
-    if cell is not None and not (isinstance(cell, list) and all(isinstance(text, str) for text in cell)):
-        raise BadInput(
-            f"{where} has {str(cell)[:60]!r} in column {column!r}, which data.references names; a list of texts belongs"
-            " there, or nothing",
-            "correct data.references; .jsonl and .parquet files can hold lists",
-        )
+def _class_name(number: Any, names: Sequence[str]) -> str | None:
+    """Return the name of a class; None for the number -1, which data sets without labels have."""
+    return names[number] if number is not None and 0 <= number < len(names) else None
 
 
 def _split(found: dict[str, list[Row]], data: DataSpec) -> RowSplits:
@@ -229,7 +227,7 @@ def _split(found: dict[str, list[Row]], data: DataSpec) -> RowSplits:
             train, made[split] = set_aside(train, fraction, data)
     made["train"] = train
     limited = {split: _limit(made.get(split, []), getattr(data.limit, split), data.split_seed) for split in SPLITS}
-    return RowSplits(**limited)
+    return RowSplits(limited["train"], limited["validation"], limited["test"])
 
 
 def set_aside(rows: list[Row], fraction: float, data: DataSpec) -> tuple[list[Row], list[Row]]:

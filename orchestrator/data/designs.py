@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from orchestrator.base_model import Family
+from orchestrator.data.cells import cell_text
 from orchestrator.data.dataset import RowSplits
 from orchestrator.data.demonstrations import SEPARATOR, demonstrations, written_out
 from orchestrator.data.encoding import Encoded, Encoder, Row, make_encoder, reference_texts
@@ -157,7 +158,7 @@ class Designs:
 
 
 def _words(row: Row, encoder: Encoder) -> Counter[str]:
-    text = " ".join(str(row[column]) for column in encoder.template.columns if column in row)
+    text = " ".join(cell_text(row[column]) for column in encoder.template.columns if column in row)
     return Counter(WORD.findall(text.lower()))
 
 

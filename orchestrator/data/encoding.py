@@ -166,7 +166,7 @@ class Encoder:
         ``before`` is put in front (a written instruction) and is not counted in the limit.
         """
         limit = self.max_input_tokens + (len(self.input_ids(before)) if before else 0)
-        fitted = {name: "" if cell is None else str(cell) for name, cell in row.items()}
+        fitted = self.template.texts(row)
         while len(ids := self.row_ids(fitted, before)) > limit:
             column = max(self.template.columns, key=lambda name: len(fitted[name]))
             shorter = self._cut(fitted[column], len(ids) - limit)
@@ -213,11 +213,14 @@ class Encoder:
 
 def reference_texts(rows: Sequence[Row], data: DataSpec) -> list[list[str]]:
     """What is right for each row, stripped: the texts of ``data.references``, or the target where there are none."""
-    lists = (row[data.references] if data.references else None for row in rows)
-    return [
-        [text.strip() for text in texts] if texts else [target_text(row[data.target]).strip()]
-        for row, texts in zip(rows, lists, strict=True)
-    ]
+    return [_right_texts(row, data) for row in rows]
+
+
+def _right_texts(row: Row, data: DataSpec) -> list[str]:
+    references = row[data.references] if data.references else None
+    if isinstance(references, list) and references:
+        return [text.strip() for text in references]
+    return [target_text(row[data.target]).strip()]
 
 
 def make_encoder(data: DataSpec, rows: RowSplits, tokenizer: Any, family: Family = "causal") -> Encoder:

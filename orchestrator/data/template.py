@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from orchestrator.data.cells import cell_text
 from orchestrator.errors import BadInput
+from orchestrator.labels import Label, LabelKey, by_meaning, contradictions, label_key, spelled
 from orchestrator.spec import BLANK, FIELD, VIRTUAL, template_columns
-
-Label = int | bool | str
 
 
 def target_text(cell: Any) -> str:
-    """The text of a target column's cell; of a list of texts the first."""
+    """Return the text of a target column's cell; of a list of texts the first."""
     if isinstance(cell, list):
-        return str(cell[0]) if cell else ""
-    return str(cell)
+        return cell_text(cell[0]) if cell else ""
+    return cell_text(cell)
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class Template:
     """Input text with the row's columns in braces; doubled braces stand for themselves, {*} and {_} are marks."""
 
     text: str
+    convert: Callable[[Any], str] = cell_text
+    """Turns a cell into text."""
 
     @cached_property
     def columns(self) -> tuple[str, ...]:
@@ -82,15 +84,20 @@ class Template:
         """The row's input text without its marks. BadInput names a column that the row lacks."""
         return "".join(segment for segment in self.segments(row) if isinstance(segment, str))
 
-    @staticmethod
-    def _cell(row: Mapping[str, Any], column: str) -> str:
+    def texts(self, row: Mapping[str, Any]) -> dict[str, str]:
+        """Return the row's columns as texts. BadInput names a column that the row lacks."""
+        return {column: self._cell(row, column) for column in self.columns}
+
+    def _cell(self, row: Mapping[str, Any], column: str) -> str:
         if column not in row:
             raise BadInput(
                 f"the template names column {column!r}, the row has {sorted(row)}",
                 "correct data.template, or map the column with data.rename",
             )
-        cell = row[column]
-        return "" if cell is None else str(cell)
+        try:
+            return self.convert(row[column])
+        except BadInput as error:
+            raise BadInput(f"column {column!r}: {error.message}", error.hint) from None
 
     def row(self, given: str | Mapping[str, Any]) -> Mapping[str, Any]:
         """A served input as a row: a bare text fills the only column."""
@@ -127,23 +134,21 @@ class Verbalizer:
     def covering(cls, mapping: Mapping[Label, str], seen: Iterable[Any]) -> Verbalizer:
         """The entries that the data needs, in the spec's order. BadInput names labels without a text, or sharing one.
 
-        Keys that no row has are left out, so that one spec may name the labels of several sources.
+        Labels match by meaning, and are kept as the spec spells them. Keys that no row has are left out, so that one
+        spec may name the labels of several sources.
         """
-        try:
-            seen_labels = {_typed(label): label for label in seen}
-        except TypeError:  # not hashable
-            raise BadInput(
-                "the target column holds lists or objects, which can't be labels", "correct data.target"
-            ) from None
-        keyed = {_typed(key): text for key, text in mapping.items()}
+        if conflict := next(contradictions(mapping), None):
+            raise BadInput(f"data.verbalizer: {conflict}", "keep one of them")
+        seen_labels = {label_key(label): label for label in seen}
+        keyed = by_meaning(mapping)
         missing = sorted((label for key, label in seen_labels.items() if key not in keyed), key=str)
         if missing:
             raise BadInput(
                 f"data.verbalizer does not cover label {', '.join(map(repr, missing[:5]))} of the data; "
                 f"it has {list(mapping)}",
-                "add a text for each label, or correct data.target",
+                _uncovered_hint(missing, keyed),
             )
-        used = [label for label in mapping if _typed(label) in seen_labels]
+        used = [label for key, label in keyed.items() if key in seen_labels]
         texts = [mapping[label] for label in used]
         for text in texts:
             if texts.count(text) > 1:
@@ -154,18 +159,26 @@ class Verbalizer:
         return cls(tuple(used), tuple(texts))
 
     def index(self, label: Any) -> int:
-        return self._places[_typed(label)]
+        return self._places[label_key(label)]
 
     @cached_property
-    def _places(self) -> dict[tuple[type, Any], int]:
-        return {_typed(label): place for place, label in enumerate(self.labels)}
+    def _places(self) -> dict[LabelKey, int]:
+        return {label_key(label): place for place, label in enumerate(self.labels)}
 
 
-def _typed(label: Any) -> tuple[type, Any]:
-    """True and 1 are equal in Python but are different labels; numpy and Arrow integers are plain integers here."""
-    if isinstance(label, bool | str) or not hasattr(label, "__index__"):
-        return type(label), label
-    return int, int(label)
+def _uncovered_hint(missing: Iterable[Any], keyed: Mapping[LabelKey, Label]) -> str:
+    """Say how to cover labels; a text that looks like a number needs quotes where YAML reads one."""
+    for label in missing:
+        if isinstance(label, str) and _as_number(label) in keyed:
+            return f"write the key as the data has it, in quotes: {spelled(label)}"
+    return "add a text for each label, or correct data.target"
+
+
+def _as_number(text: str) -> LabelKey | None:
+    try:
+        return label_key(float(text))
+    except (ValueError, OverflowError):
+        return None
 
 
 def continuation_ids(tokenizer: Any, before: str, text: str) -> list[int]:

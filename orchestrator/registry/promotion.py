@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from orchestrator.artifact import Manifest
+from orchestrator.labels import by_meaning, spelled
 from orchestrator.spec import TEXT_METRICS, template_columns
 
 METRIC_TAG = "orchestrator.metric"
@@ -67,13 +68,16 @@ def differences(new: Manifest, holder: Manifest) -> list[str]:
     found = [f"{what} is {mine[what]:.16}, not {other[what]:.16}" for what in mine if mine[what] != other[what]]
     if found and new.base_model.id != holder.base_model.id:
         found.insert(0, f"base model is {new.base_model.id}, not {holder.base_model.id}")
-    for what, ours, theirs in (
-        ("template takes the columns", _columns(new), _columns(holder)),
-        ("answers are the labels", _labels(new), _labels(holder)),
-    ):
-        if ours != theirs:
-            found.append(f"{what} {', '.join(ours) or 'none'}, not {', '.join(theirs) or 'none'}")
+    columns, labels = (_columns(new), _columns(holder)), (_labels(new), _labels(holder))
+    if columns[0] != columns[1]:
+        found.append(_difference("template takes the columns", *columns))
+    if by_meaning(new.verbalizer_map() or {}).keys() != by_meaning(holder.verbalizer_map() or {}).keys():
+        found.append(_difference("answers are the labels", *labels))
     return found
+
+
+def _difference(what: str, ours: Sequence[str], theirs: Sequence[str]) -> str:
+    return f"{what} {', '.join(ours) or 'none'}, not {', '.join(theirs) or 'none'}"
 
 
 def _fit(manifest: Manifest) -> dict[str, str]:
@@ -91,7 +95,7 @@ def _columns(manifest: Manifest) -> list[str]:
 
 def _labels(manifest: Manifest) -> list[str]:
     """As JSON has them; none for a prompt that generates."""
-    return sorted(json.dumps(label) for label in manifest.verbalizer_map() or {})
+    return sorted(spelled(label) for label in manifest.verbalizer_map() or {})
 
 
 def comparison_metric(new: Candidate, holder: Candidate) -> tuple[str, Better]:

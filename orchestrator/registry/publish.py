@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.artifact import MANIFEST, WEIGHTS, Manifest, PromptArtifact, file_sha256
+from orchestrator.data.cells import cell_text
 from orchestrator.registry.entries import as_texts
 from orchestrator.registry.ledger import LEDGER_TAG, new_ledger
 from orchestrator.registry.records import DIGEST_TAG, FACTS_TAG, FORMAT_TAG, KIND, KIND_TAG
@@ -115,19 +116,23 @@ def save_pyfunc(
 
 
 def signature(manifest: Manifest) -> ModelSignature:
-    """Input: the template's columns, as text. Output: left open, a label may be text, a number or a truth value."""
+    """Input: the template's columns, of any type that has a text. Output: left open, labels are of several types."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, Schema
+    from mlflow.types.schema import AnyType
 
     columns = dict.fromkeys(template_columns(manifest.template))
-    return ModelSignature(inputs=Schema([ColSpec("string", name) for name in columns]))
+    required = manifest.cells is None or manifest.cells.empty == "refuse"
+    return ModelSignature(inputs=Schema([ColSpec(AnyType(), name, required=required) for name in columns]))
 
 
 def input_example(manifest: Manifest, row: Mapping[str, Any]) -> pd.DataFrame:
-    """One row of texts, as the signature has it; a column that is not known is shown by its name."""
+    """One row of texts; a column that is not known is shown by its name."""
     import pandas as pd
 
-    cells = {name: str(row.get(name, f"some {name}")) for name in dict.fromkeys(template_columns(manifest.template))}
+    cells = {
+        name: cell_text(row.get(name, f"some {name}")) for name in dict.fromkeys(template_columns(manifest.template))
+    }
     return pd.DataFrame([cells])
 
 

@@ -26,8 +26,6 @@ class PromptModel(PythonModel):
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> list[Any]:
         """One ``{"label", "probs"}`` a row, or one ``{"text"}`` when the prompt generates."""
         rows = model_input.to_dict("records")
-        if not all(isinstance(value, str) for row in rows for value in row.values()):
-            raise ValueError("each row is one text for each column; give a data frame or a list of such rows")
         if self.model is None:
             # Loads the backbone, so not before the first row: reading a model's metadata must stay cheap.
             from orchestrator.serving.offline import OfflineModel

@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.labels import label_text
 from orchestrator.report.facts import SearchFacts, TrialFacts
 
 if TYPE_CHECKING:
@@ -182,7 +183,7 @@ def confusion(facts: SearchFacts) -> Figure | None:
     matrix = (facts.result or {}).get("best", {}).get("confusion")
     if not matrix or len(matrix["labels"]) > MOST_LABELS:
         return None
-    labels, rows = [str(label)[:14] for label in matrix["labels"]], matrix["counts"]
+    labels, rows = [label_text(label)[:14] for label in matrix["labels"]], matrix["counts"]
     figure, axes = _figure(max(HEIGHT, 0.3 * len(labels) + 1.2))
     axes.grid(False)
     shares = [[count / max(1, sum(row)) for count in row] for row in rows]

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from orchestrator.artifact import DataRecord, PromptArtifact, VerbalizerEntry
+from orchestrator.artifact import CellsRecord, DataRecord, PromptArtifact, VerbalizerEntry
 from orchestrator.base_model import ModelSource, known_builtin, resolve_model
 from orchestrator.baselines import check_peft
 from orchestrator.data.dataset import SPLITS, RowSplits, load_rows, rows_fingerprint
@@ -169,6 +169,11 @@ def data_record(data: DataSpec, rows: RowSplits) -> DataRecord:
     path = data.path if isinstance(data.path, str) else data.path.model_dump_json(exclude_none=True)
     tested = rows_fingerprint(rows.test)
     return DataRecord(path=path, fingerprint=rows.fingerprint, rows=rows.counts, test_fingerprint=tested)
+
+
+def cells_record(data: DataSpec) -> CellsRecord:
+    """Say in an artifact whether its rows may lack a column."""
+    return CellsRecord(empty="keep" if data.empty == "keep" else "refuse")
 
 
 def verbalizer_entries(encoder: Encoder) -> tuple[VerbalizerEntry, ...] | None:

@@ -45,7 +45,7 @@ class OfflineModel:
         """``{"label", "probs"}`` for each text or row. BadInput for a prompt without a verbalizer."""
         if reason := self.prompt.why_no_labels:
             raise BadInput(f"this prompt {reason}", "use complete()" if self.prompt.generates else NEEDS_LABELS)
-        encoded = [self.prompt.encode(given, self.prompt.longest_answer) for given in inputs]
+        encoded = self._encoded(inputs, self.prompt.longest_answer)
         probs = [
             row
             for start in range(0, len(encoded), BATCH_ROWS)
@@ -64,7 +64,17 @@ class OfflineModel:
         if reason := self.prompt.why_no_text:
             raise BadInput(f"this prompt {reason}", "use classify()" if self.prompt.answers else NEEDS_LABELS)
         sampling = sampling or Sampling(max_tokens=64, temperature=0.0)
-        return [self._complete(self.prompt.encode(given, sampling.max_tokens), sampling) for given in inputs]
+        return [self._complete(ids, sampling) for ids in self._encoded(inputs, sampling.max_tokens)]
+
+    def _encoded(self, inputs: Sequence[Input], answer_tokens: int) -> list[list[int]]:
+        """Return the ids of each input; an error says in which row it is."""
+        encoded = []
+        for number, given in enumerate(inputs, start=1):
+            try:
+                encoded.append(self.prompt.encode(given, answer_tokens))
+            except BadInput as error:
+                raise type(error)(f"row {number}: {error.message}", error.hint) from None
+        return encoded
 
     def _complete(self, ids: list[int], sampling: Sampling) -> Completion:
         row = GenerationRow(self.prompt, ids, sampling)

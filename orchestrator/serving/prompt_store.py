@@ -19,6 +19,7 @@ from typing import Protocol
 
 from orchestrator.backbone import Backbone
 from orchestrator.errors import BadInput, OrchestratorError, Unreachable
+from orchestrator.labels import Label
 from orchestrator.registry.canary import Canary, LiveModel
 from orchestrator.registry.refs import ModelRef, nearest, parse_ref, printable
 from orchestrator.serving.prompt_cache import Key, PromptCache
@@ -60,7 +61,7 @@ class ModelCard:
     alias: str
     base_model: str
     created: int
-    labels: tuple[int | bool | str, ...]
+    labels: tuple[Label, ...]
 
 
 @dataclass(frozen=True)

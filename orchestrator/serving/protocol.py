@@ -9,12 +9,14 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from orchestrator.labels import Label
+
 MAX_INT = 2**63 - 1
 MAX_COLUMNS = 256
 MAX_MESSAGES = 256
 
-Cell: TypeAlias = str | bool | Annotated[int, Field(ge=-MAX_INT, le=MAX_INT)] | float | None
-Row: TypeAlias = Annotated[dict[str, Cell], Field(max_length=MAX_COLUMNS)]
+Row: TypeAlias = Annotated[dict[str, Any], Field(max_length=MAX_COLUMNS)]
+"""Cells of any JSON type; the template turns them into text as training does."""
 ModelName: TypeAlias = Annotated[str, Field(min_length=1, max_length=512)]
 FinishReason: TypeAlias = Literal["stop", "length"]
 Stop: TypeAlias = Annotated[str, Field(min_length=1, max_length=1000)]
@@ -336,7 +338,7 @@ class ErrorAnswer(Answer):
 
 class Classified(Answer):
     index: int
-    label: int | bool | str
+    label: Label
     probs: dict[str, float]
 
 
@@ -357,7 +359,7 @@ class ModelEntry(Answer):
     """The base model."""
     version: int
     alias: str
-    labels: list[int | bool | str] | None
+    labels: list[Label] | None
     """What /classify chooses from; null for a prompt without labels."""
 
 

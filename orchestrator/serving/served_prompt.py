@@ -5,7 +5,6 @@ Shapes: B rows, K prompts, P virtual tokens, T input tokens, H width.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -14,11 +13,13 @@ from typing import Any
 
 import torch
 
-from orchestrator.artifact import Label, Manifest, PromptArtifact
+from orchestrator.artifact import Manifest, PromptArtifact
 from orchestrator.backbone import Backbone, PreparedPrompts, PromptTensors, stack_prepared
+from orchestrator.data.cells import cell_text, early_cell_text, is_missing
 from orchestrator.data.encoding import Encoder
 from orchestrator.data.template import Template, Verbalizer
 from orchestrator.errors import BadInput
+from orchestrator.labels import Label, label_text, spelled
 from orchestrator.placing import text_ids
 
 Given = str | Mapping[str, Any]
@@ -91,13 +92,23 @@ class ServedPrompt:
 
         ContextExceeded when the input as sent does not fit; BadInput when a row lacks a column of the template.
         """
-        row = self.encoder.template.row(given)
-        missing = [column for column in self.encoder.template.columns if column not in row]
-        if missing:
-            raise BadInput(f"a row lacks {missing}; the prompt's template needs {list(self.encoder.template.columns)}")
+        row = self._whole_row(self.encoder.template.row(given))
         ids = self.encoder.row_ids(row)
         self.check_room(len(text_ids(ids)), answer_tokens)
         return ids if len(ids) <= self.encoder.max_input_tokens else self.encoder.encode_input(row)
+
+    def _whole_row(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return a row that has each column of the template. BadInput unless missing ones were tuned with."""
+        columns, cells = self.encoder.template.columns, self.manifest.cells
+        if cells is not None and cells.empty == "keep":
+            return {column: row.get(column) for column in columns}
+        absent = [column for column in columns if column not in row]
+        if absent:
+            raise BadInput(f"a row lacks {absent}; the prompt's template needs {list(columns)}")
+        null = [column for column in columns if is_missing(row[column])]
+        if null and cells is not None:
+            raise BadInput(f"a row has no value in {null}; the prompt's template needs {list(columns)}")
+        return row
 
     def check_room(self, input_tokens: int, answer_tokens: int) -> None:
         """ContextExceeded when input and answer don't fit behind the prompt."""
@@ -112,10 +123,10 @@ class ServedPrompt:
 
 def label_keys(labels: Sequence[Label]) -> list[str]:
     """Labels as JSON writes keys: 0 is "0", True is "true", a text stands for itself."""
-    keys = [label if isinstance(label, str) else json.dumps(label) for label in labels]
+    keys = [label_text(label) for label in labels]
     if len(set(keys)) == len(keys):
         return keys
-    return [json.dumps(label) for label in labels]  # 1 and "1" in one verbalizer: the text keeps its quotes
+    return [spelled(label) for label in labels]  # 1 and "1" in an early verbalizer: the text keeps its quotes
 
 
 def classified(labels: Sequence[Label], keys: Sequence[str], probs: Sequence[float]) -> dict[str, Any]:
@@ -159,7 +170,7 @@ def prompt_tensors(artifact: PromptArtifact) -> PromptTensors:
 
 def make_encoder(manifest: Manifest, backbone: Backbone) -> Encoder:
     """The encoder that the prompt was trained with. BadInput when the manifest's template or verbalizer is unusable."""
-    template = Template(manifest.template)
+    template = Template(manifest.template, early_cell_text if manifest.cells is None else cell_text)
     if not template.columns:
         raise BadInput(f"the template {manifest.template!r} names no column")
     verbalizer = None

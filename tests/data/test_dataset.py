@@ -180,8 +180,8 @@ def test_a_missing_column(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
 def test_a_row_without_a_target(tmp_path: Path, suffix: str) -> None:
-    """An empty target is refused with its row, whatever the format; an empty input is not."""
-    rows = [{"text": "a", "label": "x"}, {"text": None, "label": "y"}, {"text": "c", "label": None}]
+    """An empty target is refused with its row, whatever the format."""
+    rows = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}, {"text": "c", "label": None}]
     path = write(tmp_path / f"a.{suffix}", rows)
     refused(data(files(train=path)), r"row 3\b.* has no value in the target column 'label'")
     whole = write(tmp_path / f"b.{suffix}", rows[:2] * 9)

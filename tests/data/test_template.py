@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import date
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -10,12 +12,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from models import spaced_tokenizer, tiny_tokenizer
 
+from orchestrator.data.cells import cell_text
 from orchestrator.data.encoding import Encoder
 from orchestrator.data.template import Template, Verbalizer, continuation_ids
 from orchestrator.errors import BadInput
 
 texts = st.text(max_size=20)
-cells = texts | st.integers() | st.floats(allow_nan=False) | st.booleans() | st.none()
+cells = texts | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.booleans() | st.none()
 # A template as pieces: a literal, or the name of a column.
 pieces = st.lists(
     st.tuples(st.just("literal"), texts) | st.tuples(st.just("column"), st.sampled_from("abc")), max_size=8
@@ -35,7 +38,7 @@ def written(parts: list[tuple[str, str]]) -> Template:
 @example([("literal", "{"), ("column", "a"), ("literal", "}")], {"a": "{b}", "b": "{{", "c": None})
 def test_fill_puts_values_in_place(parts: list[tuple[str, str]], row: dict[str, Any]) -> None:
     """Literals stay as they are, braces included; values go in as they are, and are not templates themselves."""
-    shown = {name: "" if cell is None else str(cell) for name, cell in row.items()}
+    shown = {name: cell_text(cell) for name, cell in row.items()}
     assert written(parts).fill(row) == "".join(text if kind == "literal" else shown[text] for kind, text in parts)
 
 
@@ -98,8 +101,8 @@ def test_uncovered_labels_are_named() -> None:
         Verbalizer.covering(DIGITS, [0, 7, 3, 3])
     with pytest.raises(BadInput, match=r"label 10, 11, 12, 13, 14 of the data"):
         Verbalizer.covering(DIGITS, range(10, 30))
-    with pytest.raises(BadInput, match=r"label '1' of the data"):
-        Verbalizer.covering(DIGITS, ["1"])
+    with pytest.raises(BadInput, match=r"label '01' of the data(.|\n)*in quotes: \"01\""):
+        Verbalizer.covering(DIGITS, ["1", "01"])
     with pytest.raises(BadInput, match=r"label None of the data"):
         Verbalizer.covering(DIGITS, [None])
 
@@ -113,7 +116,7 @@ def test_labels_that_share_a_text_are_named() -> None:
 
 
 def test_true_and_one_are_different_labels() -> None:
-    """Equal in Python, and neither stands for the other, in whichever order the data has them; nor does 1.0."""
+    """Equal in Python, and neither stands for the other, in whichever order the data has them."""
     assert Verbalizer.covering({True: " yes", False: " no"}, [True, False]).index(True) == 0
     assert Verbalizer.covering({1: " yes", 0: " no"}, [0, 1]).index(0) == 1
     for seen in ([1], [True, 1], [1, True]):
@@ -122,8 +125,35 @@ def test_true_and_one_are_different_labels() -> None:
     for seen in ([True], [1, True], [True, 1]):
         with pytest.raises(BadInput, match="does not cover label True of"):
             Verbalizer.covering({1: " yes"}, seen)
-    with pytest.raises(BadInput, match=r"does not cover label 1\.0 of"):
-        Verbalizer.covering({1: " yes"}, [1, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("key", "same"),
+    [
+        (1, [1, 1.0, "1", "1.0", np.int64(1), np.float32(1), Decimal("1.00")]),
+        ("1", [1, 1.0, "1"]),
+        (1.5, [1.5, "1.5", np.float64(1.5)]),
+        (True, [True, "true", "True", "TRUE", np.True_]),
+        ("true", [True, "true"]),
+        ("007", ["007"]),
+        ("2024-01-02", ["2024-01-02", date(2024, 1, 2)]),
+    ],
+)
+def test_labels_match_by_meaning(key: Any, same: list[Any]) -> None:
+    """Whatever a file makes of a label, it is the spec's; the label keeps the spec's spelling."""
+    made = Verbalizer.covering({"other": " no", key: " yes"}, ["other", *same])
+    assert made.labels == ("other", key) and type(made.labels[1]) is type(key)
+    assert [made.index(cell) for cell in same] == [1] * len(same)
+
+
+def test_two_spellings_of_one_label_are_a_conflict_unless_their_texts_agree() -> None:
+    """The message has both spellings; with one text they are one entry, spelled as the first."""
+    with pytest.raises(BadInput, match=r"1 and \"1\" are the same label, with the texts ' a' and ' b'"):
+        Verbalizer.covering({1: " a", "1": " b"}, [1])
+    with pytest.raises(BadInput, match=r"true and \"True\" are the same label"):
+        Verbalizer.covering({True: " a", "True": " b"}, [True])
+    made = Verbalizer.covering({0: " no", 1: " yes", "0": " no", "1": " yes"}, ["0", 1, "1"])
+    assert (made.labels, made.texts) == ((0, 1), (" no", " yes"))
 
 
 def test_labels_that_are_lists_are_refused() -> None:

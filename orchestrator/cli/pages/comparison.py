@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from orchestrator.cli.pages.table import metric_text, table
+from orchestrator.labels import label_text
 from orchestrator.registry import Move, VersionDetail, printable
 
 LAST_MOVES = 5
@@ -59,7 +60,7 @@ def _facts(detail: VersionDetail) -> dict[str, Any]:
         "base model": f"{base.id} ({base.revision})",
         "base model fingerprint": base.fingerprint,
         "template": manifest.template,
-        "verbalizer": {str(label): text for label, text in (manifest.verbalizer_map() or {}).items()} or None,
+        "verbalizer": {label_text(label): text for label, text in (manifest.verbalizer_map() or {}).items()} or None,
         "data": manifest.data.path,
         "data fingerprint": manifest.data.fingerprint,
         "steps": manifest.steps,

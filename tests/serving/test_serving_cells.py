@@ -1,0 +1,185 @@
+"""A cell is the same text wherever it is read: training, evaluation, /classify, offline and MLflow's model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from orchestrator.artifact import MANIFEST, CellsRecord, PromptArtifact
+from orchestrator.backbone import Backbone
+from orchestrator.data.dataset import load_rows
+from orchestrator.data.encoding import make_encoder
+from orchestrator.errors import BadInput
+from orchestrator.evaluation import Question, _groups
+from orchestrator.serving.offline import OfflineModel
+from orchestrator.serving.protocol import ApiError, ClassifyRequest, parse_body
+from orchestrator.serving.served_prompt import load_prompt
+from orchestrator.spec import DataSpec
+
+Ids = list[list[int]]
+
+TEMPLATE = "{text} of {more}\nSpam?"
+LABELS = {0: " ham", 1: " spam"}
+ODD: list[Any] = [
+    0, 1, -5, 10**25, 1.0, 0.5, -0.0, 1e-7, 1e21, True, False, "true", "None", "null", "nan", "NA", "007", "1.10",
+    "2024-01-02", "2024-01-02T00:00:00", " a ", "é日本\u2028", '"quoted"\t', [], ["a", 1, None], {}, {"b": "x", "n": 0},
+    [{"é": [True, 1.5]}], "x" * 300, ["long"] * 100,
+]  # fmt: skip
+ROWS = [{"text": cell, "more": cell, "label": place % 2} for place, cell in enumerate(ODD)]
+REFUSED: list[tuple[Any, str]] = [
+    ({"more": "a"}, "text"),
+    ({"text": None, "more": "a"}, "text"),
+    ({"text": "a", "more": None}, "more"),
+]
+
+
+@pytest.fixture
+def folder(make_artifact: Callable[..., Path]) -> Path:
+    return make_artifact("odd", template=TEMPLATE, verbalizer=LABELS)
+
+
+def jsonl(file: Path, rows: list[dict[str, Any]]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def data(file: Path, **changes: Any) -> DataSpec:
+    path = {"train": str(file), "validation": str(file), "test": str(file)}
+    given = {"path": path, "template": TEMPLATE, "target": "label", "verbalizer": LABELS, "max_input_tokens": 64}
+    return DataSpec.model_validate({**given, **changes})
+
+
+def trained_ids(file: Path, backbone: Backbone) -> Ids:
+    """What training makes of the test rows of a file."""
+    spec = data(file)
+    rows = load_rows(spec)
+    return make_encoder(spec, rows, backbone.tokenizer).encode(rows.test, "label").inputs
+
+
+def recorded(model: OfflineModel, ask: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> Ids:
+    """The token ids that the base model is given while ``ask`` runs."""
+    seen: Ids = []
+    probs = OfflineModel._probs
+
+    def look(self: OfflineModel, inputs: Ids) -> list[list[float]]:
+        seen.extend(inputs)
+        return probs(self, inputs)
+
+    monkeypatch.setattr(OfflineModel, "_probs", look)
+    ask()
+    return seen
+
+
+def predict(folder: Path, backbone: Backbone, frame: pd.DataFrame) -> list[Any]:
+    """MLflow's model on a data frame, on a base model that is there already."""
+    from orchestrator.registry.pyfunc_model import PromptModel  # imports mlflow
+
+    model = PromptModel()
+    model.load_context(SimpleNamespace(artifacts={"prompt": str(folder)}))
+    model.model = OfflineModel.from_artifact(folder, backbone)
+    return model.predict(None, frame)
+
+
+def test_every_side_gives_a_cell_the_same_tokens(
+    folder: Path, backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numbers, truth values, lists, objects and texts that look like one of them, cut where they are long."""
+    file = jsonl(tmp_path / "odd.jsonl", ROWS)
+    prompt, offline = load_prompt(backbone, folder, "odd", 1), OfflineModel.from_artifact(folder, backbone)
+    expected = trained_ids(file, backbone)
+    assert len({tuple(ids) for ids in expected}) >= len(ODD) - 4 and max(map(len, expected)) == 64
+    question = Question(str(file))
+    (group,) = _groups(PromptArtifact.load(folder), question)
+    assert prompt.encoder.encode(group.rows, "label").inputs == expected
+    cells = [{"text": row["text"], "more": row["more"]} for row in ROWS]
+    body = json.dumps({"model": "odd", "input": cells}).encode()
+    served = [prompt.encode(row, 0) for row in parse_body(ClassifyRequest, body).inputs if len(str(row)) < 300]
+    short = [ids for ids, row in zip(expected, cells, strict=True) if len(str(row)) < 300]
+    assert served == short
+    frame = pd.DataFrame(cells, dtype=object)
+    fitting = [place for place, row in enumerate(cells) if len(str(row)) < 300]
+    asked = recorded(offline, lambda: offline.classify([cells[place] for place in fitting]), monkeypatch)
+    assert asked == short
+    assert recorded(offline, lambda: predict(folder, backbone, frame.iloc[fitting]), monkeypatch) == short
+
+
+@pytest.mark.parametrize("cell", [b"bytes", float("inf"), [float("nan")], {1: "a"}, "\ud800"])
+def test_what_training_refuses_no_side_takes(folder: Path, backbone: Backbone, cell: Any) -> None:
+    """Offline as in a data frame; over HTTP such a value can't be written, or is refused as JSON."""
+    offline = OfflineModel.from_artifact(folder, backbone)
+    row = {"text": "a", "more": cell}
+    with pytest.raises(BadInput, match=r"row 1: column 'more': a cell holds"):
+        offline.classify([row])
+    with pytest.raises(BadInput, match=r"row 2: column 'more': a cell holds"):
+        predict(folder, backbone, pd.DataFrame([{"text": "a", "more": "b"}, row], dtype=object))
+
+
+@pytest.mark.parametrize(
+    "text", ["NaN", "Infinity", "[NaN]", "1e400", '{"a": -1e999}', '"\\ud800"', "[" * 150 + "]" * 150]
+)
+def test_json_that_has_no_text_is_refused_over_http(folder: Path, backbone: Backbone, text: str) -> None:
+    """As a bad request, wherever it is noticed."""
+    prompt = load_prompt(backbone, folder, "odd", 1)
+    body = f'{{"model": "odd", "input": {{"text": {text}, "more": "a"}}}}'
+    with pytest.raises((ApiError, BadInput)):
+        prompt.encode(parse_body(ClassifyRequest, body.encode()).inputs[0], 0)
+
+
+@pytest.mark.parametrize(("row", "column"), REFUSED)
+def test_a_missing_column_is_refused_by_name(folder: Path, backbone: Backbone, row: Any, column: str) -> None:
+    """Absent and null alike; NaN in a data frame is null."""
+    offline = OfflineModel.from_artifact(folder, backbone)
+    with pytest.raises(BadInput, match=rf"row 1: a row (lacks|has no value in) \['{column}'\]"):
+        offline.classify([row])
+    frame = pd.DataFrame([{"text": "a", "more": "b"}, row])
+    with pytest.raises(BadInput, match=rf"row 2: a row (lacks|has no value in) \['{column}'\]"):
+        predict(folder, backbone, frame)
+
+
+def test_a_version_tuned_with_empty_inputs_takes_them(
+    make_artifact: Callable[..., Path], backbone: Backbone, tmp_path: Path
+) -> None:
+    """Absent, null and empty are the empty text that training made of them."""
+    kept = make_artifact("kept", template=TEMPLATE, verbalizer=LABELS, cells=CellsRecord(empty="keep"))
+    file = jsonl(tmp_path / "a.jsonl", [{"text": "a", "label": 0}, {"text": "b", "more": None, "label": 1}])
+    with pytest.raises(BadInput, match="no text in column 'more'"):
+        load_rows(data(file))
+    spec = data(file, empty="keep")
+    rows = load_rows(spec)
+    expected = make_encoder(spec, rows, backbone.tokenizer).encode(rows.test, "label").inputs
+    prompt = load_prompt(backbone, kept, "kept", 1)
+    assert [prompt.encode(row, 0) for row in ({"text": "a"}, {"text": "b", "more": None})] == expected
+    assert prompt.encode({"text": "a", "more": ""}, 0) == expected[0]
+    (group,) = _groups(PromptArtifact.load(kept), Question(str(file)))
+    assert prompt.encoder.encode(group.rows, "label").inputs == expected
+
+
+def test_an_early_version_goes_on_as_it_was_tuned(folder: Path, backbone: Backbone) -> None:
+    """A manifest without the record of cells means Python's texts, and null as the empty text."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest["cells"]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    prompt = load_prompt(backbone, folder, "early", 1)
+    assert prompt.manifest.cells is None
+    assert prompt.encode({"text": True, "more": None}, 0) == prompt.encode({"text": "True", "more": ""}, 0)
+    assert prompt.encode({"text": 1.5, "more": 3}, 0) == prompt.encode({"text": "1.5", "more": "3"}, 0)
+    with pytest.raises(BadInput, match=r"lacks \['more'\]"):
+        prompt.encode({"text": "a"}, 0)
+
+
+@pytest.mark.parametrize("key", [1, 1.0, "1", True, "true", "007"])
+def test_an_answer_has_the_label_as_the_verbalizer_spells_it(
+    make_artifact: Callable[..., Path], backbone: Backbone, key: Any
+) -> None:
+    """In its type, through the manifest and back."""
+    labels = make_artifact("labels", verbalizer={key: " ham", "other": " spam"})
+    answers = OfflineModel.from_artifact(labels, backbone).classify(["win a prize", "the quick brown fox", "a", "b"])
+    found = load_prompt(backbone, labels, "labels", 1).labels
+    assert found == (key, "other") and type(found[0]) is type(key)
+    assert all(type(row["label"]) in (type(key), str) for row in answers)
