@@ -96,7 +96,8 @@ def test_the_commands_of_hints_are_found() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        "orchestrator strat", "orchestrator logs --folow ID", "orchestrator promote NAME", "orchestrator logs ID --last",
+        "orchestrator strat", "orchestrator logs --folow ID", "orchestrator promote NAME",
+        "orchestrator logs ID --last",
         "orchestrator ui --port x", "start one with `orchestrator srve`", "orchestrator run",
     ],
 )  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 
 from orchestrator.artifact import IMPORTED
 from orchestrator.cli.pages.table import BASELINES, metric_text, table
+from orchestrator.labels import label_text
 from orchestrator.registry import ModelSummary, VersionDetail, VersionSummary, printable
 from orchestrator.space import TrialSpec
 
@@ -161,4 +162,4 @@ def version_page(detail: VersionDetail) -> list[str]:
 def _verbalizer(mapping: dict[Any, str] | None) -> str:
     if mapping is None:
         return "none: the prompt generates text"
-    return ", ".join(f"{label} = {text!r}" for label, text in mapping.items())
+    return ", ".join(f"{label_text(label)} = {text!r}" for label, text in mapping.items())
