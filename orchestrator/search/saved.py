@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ class SavedSearch:
     run_id: str
     created: str
     format_version: int = FORMAT_VERSION
+    warnings: list[str] = field(default_factory=list)
+    """What was said of the data when the search began."""
 
     @classmethod
     def of(cls, prepared: Prepared, pins: Mapping[str, str], tracking_uri: str, run_id: str) -> SavedSearch:
@@ -52,6 +54,7 @@ class SavedSearch:
             tracking_uri=tracking_uri,
             run_id=run_id,
             created=datetime.now().astimezone().isoformat(timespec="seconds"),
+            warnings=list(prepared.warnings),
         )
 
     def save(self, folder: SearchFolder, job: JobSpec) -> None:
@@ -95,12 +98,20 @@ def load_saved(folder: SearchFolder) -> tuple[SavedSearch, JobSpec]:
                 f"search {folder.id} has format_version {version!r}, this release reads {FORMAT_VERSION}",
                 "resume it with the release that began it",
             )
-        return SavedSearch(**document), load_job(folder.job)
+        return SavedSearch(**document), _saved_job(folder)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise BadInput(
             f"search {folder.id} can't be resumed: {folder.description}: {type(error).__name__}: {error}",
             "begin anew: orchestrator run JOB",
         ) from None
+
+
+def _saved_job(folder: SearchFolder) -> JobSpec:
+    """Return the search's job. One that was saved before ``data.held_out`` existed drew its rows at random."""
+    job = load_job(folder.job)
+    if "held_out" in job.data.model_fields_set:
+        return job
+    return job.model_copy(update={"data": job.data.model_copy(update={"held_out": "random"})})
 
 
 def find_search(wanted: str) -> SearchFolder:
