@@ -86,6 +86,10 @@ T = TypeVar("T")
 LACKING = {"may lack": "what only prompts have"}
 """Context in which a space is validated that may lack what only prompts have."""
 
+BEGUN = {"begun": "by an earlier release"}
+"""Context in which the job of a search that has begun is validated: conflicts are let pass, since a later release may
+know more of them."""
+
 
 def _only_baselines_lack(value: T, info: ValidationInfo) -> T:
     if value is None and info.context is not LACKING:
@@ -144,7 +148,9 @@ class Section(BaseModel):
         return iter(())
 
     @model_validator(mode="after")
-    def _values_fit_together(self) -> Self:
+    def _values_fit_together(self, info: ValidationInfo) -> Self:
+        if info.context is BEGUN:
+            return self
         # One error with all conflicts: raising in the first check would hide the others.
         conflicts = tuple(self._conflicts())
         if conflicts:

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.base_model import hub_unreachable, looks_like_path
-from orchestrator.data.cells import cell_text
-from orchestrator.data.held_out import held_out_inputs
+from orchestrator.data.held_out import held_out_inputs, label_of
 from orchestrator.data.template import Template
 from orchestrator.errors import BadInput
 from orchestrator.quickstart import BUILTIN_DATA, builtin_rows
@@ -86,17 +85,15 @@ def _empty_split(split: str, found: Mapping[str, list[Row]], data: DataSpec) -> 
     template = Template(data.template)
     inputs = {template.fill(row) for row in found["train"]}
     count = len(found["train"])
-    more = f"give train more rows, or name data.path.{split}"
     if len(inputs) == 1 and count > 1:
-        shown = repr(min(inputs)[:60])
         return BadInput(
-            f"all {count} rows of train have the same input {shown}: no {split} split can be set aside",
+            f"all {count} rows of train have the same input {min(inputs)[:60]!r}: no {split} split can be set aside",
             "correct the columns in data.template, or give rows whose inputs differ",
         )
     return BadInput(
-        f"train has {len(inputs)} different input{'s' * (len(inputs) != 1)}, which is too few to set a {split} split"
-        " aside",
-        more,
+        f"no {split} split can be set aside: the {count} rows of train have {len(inputs)} different inputs, and rows "
+        "with the same input stay together",
+        f"give train more rows, or name data.path.{split}",
     )
 
 
@@ -281,7 +278,7 @@ def set_aside(
     if data.held_out == "random":
         aside = _random_inputs(inputs, fraction, data.split_seed)
     else:
-        labels = [cell_text(row[data.target]) for row in rows]
+        labels = [label_of(row, data) for row in rows]
         pool_rare = data.verbalizer is None  # most texts to generate occur once
         aside = held_out_inputs(
             inputs, labels, fraction, data.split_seed, stays=stays, pool_rare=pool_rare

@@ -11,6 +11,11 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.data.cells import cell_text
+from orchestrator.data.template import target_text
+from orchestrator.spec import DataSpec
 
 ENOUGH_INPUTS = 3
 """A class with so many inputs can have one in each of train, validation and test."""
@@ -62,6 +67,12 @@ def held_out_inputs(
     if not chosen:  # no class has two inputs
         chosen = _nearest([text for each in classes for text in each.inputs], sizes, wanted)
     return set(chosen[: max(0, len(sizes) - stays)])
+
+
+def label_of(row: Mapping[str, Any], data: DataSpec) -> str:
+    """Return a row's label as text; without a verbalizer the text to generate."""
+    cell = row[data.target]
+    return target_text(cell) if data.verbalizer is None else cell_text(cell)
 
 
 def _inputs_by_label(

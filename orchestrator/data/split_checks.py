@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 from orchestrator.data.cells import cell_text
 from orchestrator.data.dataset import SPLITS, RowSplits
+from orchestrator.data.held_out import label_of
 from orchestrator.data.source_row import place_of
-from orchestrator.data.template import Template, target_text
+from orchestrator.data.template import Template
 from orchestrator.errors import BadInput
 from orchestrator.spec import DataSpec
 
@@ -73,7 +74,7 @@ def check_splits(rows: RowSplits, data: DataSpec, *, learns: bool = True) -> lis
 
 
 def check_distinct_tokens(inputs: Mapping[str, Sequence[Sequence[int]]], max_tokens: int) -> None:
-    """Refuse inputs that all become the same tokens, cut before they differ or unknown to the model.
+    """Refuse inputs that all become the same tokens: cut before they differ, or unknown tokens.
 
     ``inputs`` are the ids of each split's rows. Raises BadInput.
     """
@@ -102,7 +103,7 @@ class _Splits:
     @cached_property
     def labels(self) -> dict[str, list[str]]:
         """Each row's label as text; without a verbalizer the text to generate."""
-        return {split: [self._label(row) for row in self.rows[split]] for split in SPLITS}
+        return {split: [label_of(row, self.data) for row in self.rows[split]] for split in SPLITS}
 
     @property
     def has_classes(self) -> bool:
@@ -138,10 +139,6 @@ class _Splits:
         if self.data.prefix_lm is None:
             return text
         return text + str(row[self.data.target])  # a short prefix is shared by many texts
-
-    def _label(self, row: Mapping[str, Any]) -> str:
-        cell = row[self.data.target]
-        return cell_text(cell) if self.has_classes else target_text(cell)
 
 
 def _single_input(splits: _Splits) -> Iterator[Finding]:
@@ -249,7 +246,7 @@ def _shared_with_train(splits: _Splits) -> Iterator[Finding]:
                 "refuse",
                 f"every row of {split} has an input that train has too, for instance {example}: "
                 f"{split} can't show what a prompt does with new inputs",
-                f"give {split} other rows, or leave data.path.{split} out: a part of train is set aside",
+                f"give {split} other rows, or leave data.path.{split} out to hold out a part of train",
             )
             continue
         yield Finding(
@@ -322,7 +319,7 @@ def _columns_that_tell(splits: _Splits) -> Iterator[Finding]:
         if cells == answers or (splits.has_classes and _correspond(cells, answers)):
             yield Finding(
                 "warn",
-                f"column {column!r} of data.template tells the answer: each answer has its own value",
+                f"column {column!r} of data.template tells the answer: each has a value of its own",
                 f"leave {{{column}}} out of the template, unless that is what the task is about",
             )
 

@@ -51,7 +51,7 @@ class Prepared:
     """What makes the result less trustworthy, as sentences."""
 
 
-def prepare(job: JobSpec, artifacts: Mapping[str, Path] | None = None, begun: bool = False) -> Prepared:
+def prepare(job: JobSpec, artifacts: Mapping[str, Path] | None = None, *, begun: bool = False) -> Prepared:
     """Load and check the job's inputs. Raises BadInput or Unreachable.
 
     ``artifacts`` are the folders of the prompts that trials start from, by the reference that the spec has. ``begun``

@@ -11,19 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
-from orchestrator.errors import BadInput
+from orchestrator.errors import BadInput, SpecError
 from orchestrator.job_file import load_job
 from orchestrator.search.folder import SearchFolder, searches_folder
 from orchestrator.search.prepare import Prepared
 from orchestrator.search.remote import remote_home
 from orchestrator.search.whole_file import write_whole
 from orchestrator.space import TrialSpec
-from orchestrator.spec import JobSpec
+from orchestrator.spec import BEGUN, JobSpec
 from orchestrator.tuning.engine import Task
 
 FORMAT_VERSION = 1
 SHOWN = 5
+EARLIER_DATA = {"held_out": "random"}
+"""What keys of ``data`` stand for in a job that was saved before they existed."""
 
 
 @dataclass(frozen=True)
@@ -107,11 +110,21 @@ def load_saved(folder: SearchFolder) -> tuple[SavedSearch, JobSpec]:
 
 
 def _saved_job(folder: SearchFolder) -> JobSpec:
-    """Return the search's job. One that was saved before ``data.held_out`` existed drew its rows at random."""
-    job = load_job(folder.job)
-    if "held_out" in job.data.model_fields_set:
-        return job
-    return job.model_copy(update={"data": job.data.model_copy(update={"held_out": "random"})})
+    """Return the search's job as the release that began it understood it."""
+    try:
+        job = load_job(folder.job)
+    except SpecError as error:
+        job = _with_conflicts(folder, error)
+    earlier = {key: value for key, value in EARLIER_DATA.items() if key not in job.data.model_fields_set}
+    return job.model_copy(update={"data": job.data.model_copy(update=earlier)}) if earlier else job
+
+
+def _with_conflicts(folder: SearchFolder, error: SpecError) -> JobSpec:
+    """Return a job whose only fault is a conflict between its values, which the release that began it let pass."""
+    try:
+        return JobSpec.model_validate(yaml.safe_load(folder.job.read_bytes()), context=BEGUN)
+    except (ValidationError, yaml.YAMLError):
+        raise error from None
 
 
 def find_search(wanted: str) -> SearchFolder:
