@@ -17,8 +17,6 @@ from orchestrator.data.cells import cell_text
 from orchestrator.data.template import target_text
 from orchestrator.spec import DataSpec
 
-ENOUGH_INPUTS = 3
-"""A class with so many inputs can have one in each of train, validation and test."""
 GROWTH = 4
 """Rare classes may make a split larger by one part in so many, and always by one row."""
 
@@ -63,7 +61,8 @@ def held_out_inputs(
     sizes = Counter(inputs)
     wanted = max(1, round(fraction * len(inputs)))
     classes = _draw(_inputs_by_label(inputs, labels, pool_rare), sizes, fraction, seed)
-    chosen = _choose(classes, sizes, wanted)
+    shares = _whole_shares(classes, wanted, stays)
+    chosen = _choose(classes, shares, sizes)
     if not chosen:  # no class has two inputs
         chosen = _nearest([text for each in classes for text in each.inputs], sizes, wanted)
     return set(chosen[: max(0, len(sizes) - stays)])
@@ -103,11 +102,13 @@ def _draw(
     return [_Class(group, fraction * sum(sizes[text] for text in group)) for group in groups]
 
 
-def _choose(classes: Sequence[_Class], sizes: Mapping[str, int], wanted: int) -> list[str]:
+def _choose(
+    classes: Sequence[_Class], shares: Sequence[int], sizes: Mapping[str, int]
+) -> list[str]:
     """Choose inputs of each class, making up in the next class for groups of the wrong size."""
     chosen: list[str] = []
     missing = 0
-    for each, count in zip(classes, _whole_shares(classes, wanted), strict=True):
+    for each, count in zip(classes, shares, strict=True):
         if not count:
             continue
         most = count // 2  # so that no class pays for the large groups of another one
@@ -118,20 +119,21 @@ def _choose(classes: Sequence[_Class], sizes: Mapping[str, int], wanted: int) ->
     return chosen
 
 
-def _whole_shares(classes: Sequence[_Class], wanted: int) -> list[int]:
-    """Round each class's share to whole rows that add up to ``wanted``, or to a few more."""
+def _whole_shares(classes: Sequence[_Class], wanted: int, stays: int) -> list[int]:
+    """Round each class's share to whole rows that add up to ``wanted``, or to a few more.
+
+    The first to be rounded up are classes without a whole row that leave ``stays`` inputs.
+    """
     shares = [each.whole_rows for each in classes]
     left = max(0, wanted - sum(shares))
     candidates = [place for place, each in enumerate(classes) if each.remainder > 0]
 
     def urgency(place: int) -> tuple[bool, bool, float]:
         each = classes[place]
-        return shares[place] > 0, len(each.inputs) < ENOUGH_INPUTS, -each.remainder
+        return shares[place] > 0, len(each.inputs) <= stays, -each.remainder
 
     candidates.sort(key=urgency)
-    rare = sum(
-        not shares[place] and len(classes[place].inputs) >= ENOUGH_INPUTS for place in candidates
-    )
+    rare = sum(urgency(place)[:2] == (False, False) for place in candidates)
     rounded_up = max(left, min(rare, left + max(1, wanted // GROWTH)))
     for place in candidates[:rounded_up]:
         shares[place] += 1

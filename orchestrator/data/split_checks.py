@@ -246,7 +246,7 @@ def _shared_with_train(splits: _Splits) -> Iterator[Finding]:
                 "refuse",
                 f"every row of {split} has an input that train has too, for instance {example}: "
                 f"{split} can't show what a prompt does with new inputs",
-                f"give {split} other rows, or leave data.path.{split} out to hold out a part of train",
+                f"give {split} other rows, or leave data.path.{split} out: train then gives a part",
             )
             continue
         yield Finding(
