@@ -9,7 +9,7 @@ from typing import Any
 
 from orchestrator.errors import BadInput
 from orchestrator.registry import Registry
-from orchestrator.run import Clock, Pipeline, Progress, find_artifacts, going_on
+from orchestrator.run import Clock, Pipeline, Progress, find_artifacts, going_on, note_warnings
 from orchestrator.search.cluster_session import ray_session
 from orchestrator.search.folder import SearchFolder
 from orchestrator.search.journal import read_history
@@ -56,8 +56,9 @@ def _go_on(
     for trial in history.lost:
         progress.note(f"{trial} begins again: its checkpoint can't be read")
     artifacts, _ = find_artifacts(job, registry, saved.pins)
-    prepared = prepare(job, artifacts)
+    prepared = prepare(job, artifacts, begun=True)
     saved.check(folder, prepared)
+    note_warnings(prepared, progress)
     clock.mark("model", until=clock.last + prepared.making_s)
     clock.mark("prepare")
     for text in prepared.rows.notes:

@@ -120,6 +120,7 @@ def run_job(
         progress.stage("reading data and base model")
         artifacts, pins = find_artifacts(job, registry)
         prepared = prepare(job, artifacts)
+        note_warnings(prepared, progress)
         clock.mark("model", until=clock.last + prepared.making_s)
         clock.mark("prepare")
         for text in prepared.rows.notes:
@@ -158,6 +159,12 @@ def plan_job(job: JobSpec, say: Callable[[str], None], address: str | None = Non
         placement = placed(prepared)
         say("measuring the start, steps and evaluations")
         return make_plan(prepared, placement, nodes(), clock.before(), None if elsewhere else Path(folder))
+
+
+def note_warnings(prepared: Prepared, progress: Progress) -> None:
+    """Show what makes the result less trustworthy."""
+    for warning in prepared.warnings:
+        progress.note(f"warning: {warning}")
 
 
 def find_artifacts(
@@ -304,6 +311,8 @@ class Pipeline:
             self.progress.note(f"planned: about {self.plan.seconds['total']:.0f} s in all")
             log.parent_metrics(self.plan.metrics())
             log.parent_tags({"orchestrator.plan.warnings": "; ".join(self.plan.warnings)})
+        if self.prepared.warnings:
+            log.parent_tags({"orchestrator.warnings": " ".join(self.prepared.warnings)})
         self.progress.stage("loading the base model into the worker")
         # Tune starts its trials' actors while the worker loads the model; the baselines go first once it has.
         with ThreadPoolExecutor(1) as beside, search.or_abandon():
@@ -331,7 +340,7 @@ class Pipeline:
         info = search.ready()
         self._log_result(log, outcome, best[0], tests[best[0].id])
         reached = {"validation": best[0].metrics, "test": tests[best[0].id]}
-        log.parent_tags(search_note(self.job, best[0].spec, reached, baselines))
+        log.parent_tags(search_note(self.job, best[0].spec, reached, baselines, self.prepared.warnings))
         model = None if self.job.is_baseline else self._register(log, best, tests, baselines, info)
         if self.job.is_baseline and self.job.registry.register_top:
             self._keep(log, best[0], reached, info)
@@ -531,6 +540,7 @@ class Pipeline:
             "model": model,
             **({"artifact": str(self.folder.artifact)} if self.folder.artifact.is_dir() else {}),
             "mlflow": {"tracking_uri": self.registry.display_uri, "run_id": log.run_id},
+            "warnings": list(self.prepared.warnings),
             "seconds": self.clock.seconds(),
             **({"plan": self.plan.document()} if self.plan else {}),
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -57,12 +57,17 @@ def outcome_tags(took: Mapping[str, float], planned: Mapping[str, float]) -> dic
     return tags | ({"plan_against_outcome": "; ".join(texts)} if texts else {})
 
 
-def search_note(job: JobSpec, best: TrialSpec, tuned: Metrics, baselines: Mapping[str, Metrics]) -> dict[str, str]:
+def search_note(
+    job: JobSpec, best: TrialSpec, tuned: Metrics, baselines: Mapping[str, Metrics], warnings: Sequence[str] = ()
+) -> dict[str, str]:
     """The description that MLflow's page of the search's run shows, in markdown."""
     rows = {job.result_name: tuned}
     rows |= {name: {split: found[split] for split in SPLITS} for name, found in baselines.items()}
     words = " ".join(best.label().replace("`", "'").split())
     lines = [f"Best by validation {job.search.metric}: `{words}`.", "", *metrics_table(rows), ""]
+    for warning in warnings:
+        shown = " ".join(warning.replace("`", "'").split())
+        lines += [f"Warning: `{shown}`", ""]
     return {"mlflow.note.content": "\n".join([*lines, "Pictures and tables: the artifact `report.html`."])}
 
 

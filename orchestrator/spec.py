@@ -104,9 +104,18 @@ def _known_encoding(name: str) -> str:
     return name
 
 
+def answer_in_input(column: str, key: str) -> str:
+    """Say that a template writes the answer into the input. ``key`` names the answer's column."""
+    return f"writes {{{column}}} into the input, and {key} says that it is the answer; leave it out of the template"
+
+
 T = TypeVar("T")
 LACKING = {"may lack": "what only prompts have"}
 """Context in which a space is validated that may lack what only prompts have."""
+
+BEGUN = {"begun": "by an earlier release"}
+"""Context in which the job of a search that has begun is validated: conflicts are let pass, since a later release may
+know more of them."""
 
 
 def _only_baselines_lack(value: T, info: ValidationInfo) -> T:
@@ -168,7 +177,9 @@ class Section(BaseModel):
         return iter(())
 
     @model_validator(mode="after")
-    def _values_fit_together(self) -> Self:
+    def _values_fit_together(self, info: ValidationInfo) -> Self:
+        if info.context is BEGUN:
+            return self
         # One error with all conflicts: raising in the first check would hide the others.
         conflicts = tuple(self._conflicts())
         if conflicts:
@@ -276,6 +287,9 @@ class DataSpec(Section):
     """Part of train set aside when there is no validation split."""
     test_fraction: Fraction = 0.1
     """Part of train set aside when there is no test split."""
+    held_out: Literal["stratified", "random"] = "stratified"
+    """How rows are set aside: stratified keeps each label's share, random pays no attention to labels (as searches did
+    before there was a choice). Rows with the same input stay together either way."""
     split_seed: Seed = 0
     """Seed of the rows set aside and of the rows that limit keeps."""
     limit: RowLimits = RowLimits()
@@ -283,9 +297,41 @@ class DataSpec(Section):
     csv: CsvSpec = CsvSpec()
     """Delimiter, quoting and encoding of CSV and TSV files."""
 
+    def columns_with_answer(self, template: str) -> dict[str, str]:
+        """Return the columns of a template that hold the answer, each with the key that says so.
+
+        A column that ``rename`` made is the same as the one that it was made from.
+        """
+        answers = {"data.target": getattr(self, "target", None), "data.references": self.references}
+        return {
+            column: key
+            for key, answer in answers.items()
+            for column in template_columns(template)
+            if answer is not None and self._origins(column) & self._origins(answer)
+        }
+
+    def _origins(self, column: str) -> set[str]:
+        """Return the columns of the source that a column is read from."""
+        return {old for old, new in self.rename.items() if new == column} or {column}
+
+    def _answer_conflicts(self) -> Iterator[Conflict]:
+        template = getattr(self, "template", None)  # absent while problems are collected
+        for column, key in self.columns_with_answer(template or "").items():
+            name = key.removeprefix("data.")
+            yield Conflict("template", answer_in_input(column, key), (name, "rename"))
+
     def _conflicts(self) -> Iterator[Conflict]:
+        yield from self._answer_conflicts()
+        yield from self._held_out_conflicts()
         yield from self._csv_conflicts()
         yield from self._prefix_lm_conflicts()
+
+    def _held_out_conflicts(self) -> Iterator[Conflict]:
+        files = getattr(self, "path", None)
+        given = isinstance(files, DataFiles) and files.validation and files.test
+        if given and self.held_out == "random":
+            text = "random has no effect where data.path has validation and test; leave it out"
+            yield Conflict("held_out", text, ("path",))
 
     def _csv_conflicts(self) -> Iterator[Conflict]:
         path = getattr(self, "path", "")  # absent while problems are collected
@@ -738,8 +784,16 @@ class JobSpec(Section):
             text = f"method {self.method} does not go with rounded weights; leave it out, or use method qlora"
             yield Conflict("base_model.quantization", text, keys)
 
+    def _answer_conflicts(self) -> Iterator[Conflict]:
+        """Wordings of prompt_design that write the answer into the input."""
+        wordings = self.search.space.template or []
+        for template in [wordings] if isinstance(wordings, str) else wordings:
+            for column, key in self.data.columns_with_answer(template).items():
+                yield Conflict("search.space.template", answer_in_input(column, key), (key, "data.rename"))
+
     def _method_conflicts(self) -> Iterator[Conflict]:
         yield from self._space_conflicts()
+        yield from self._answer_conflicts()
         if self.is_baseline:
             yield from self._baseline_conflicts()
         allowed = REPARAMETERIZATIONS.get(self.method, ("none",))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 import torch
 from mlflow.entities import Run
 from models import load, model_folder
+from orchestrator.display import run_summary
 from small_jobs import Command, Finished, Said
 
 import orchestrator.run
@@ -59,6 +62,7 @@ DOCUMENT = record(
     model=record(name=TEXT, version=COUNT, alias=TEXT),
     mlflow=record(tracking_uri=TEXT, run_id=TEXT),
     workers=record(w0=record(node=TEXT)),
+    warnings={"type": "array", "items": TEXT},
     seconds=record(total=NUMBER, startup=NUMBER, training=NUMBER),
 )
 
@@ -85,6 +89,21 @@ def test_the_document_has_the_documented_shape(finished: Finished) -> None:
     assert finished.document["search"].startswith("tiny-")
     assert finished.document["mlflow"]["tracking_uri"] == finished.tracking_uri
     assert finished.document["model"] == {"name": "tiny", "version": 1, "alias": "champion"}
+
+
+def test_what_makes_the_result_less_trustworthy_is_said_everywhere(finished: Finished) -> None:
+    """The few rows of a class are in the document, the progress, the saved search, the page and the run."""
+    warnings = finished.document["warnings"]
+    assert warnings == list(prepare(finished.job).warnings)
+    assert warnings[0].startswith("train has 9 rows of class '0'")
+    folder = finished.folder / ".orchestrator" / "searches" / finished.document["search"]
+    assert json.loads((folder / "search.json").read_text())["warnings"] == warnings
+    tags = client(finished).get_run(finished.document["mlflow"]["run_id"]).data.tags
+    page = unescape((folder / "report.html").read_text())
+    summary = run_summary(finished.document, finished.job)
+    for text in warnings:
+        assert f"warning: {text}" in finished.said and f"<li>{text}</li>" in page
+        assert text in tags["orchestrator.warnings"] and f"warning: {text}" in summary
 
 
 def test_every_trial_is_there_once_in_order(finished: Finished) -> None:

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from orchestrator.spec import (
     Conflict,
+    DataSpec,
     JobSpec,
     LogUniform,
     RegistrySpec,
@@ -412,3 +413,40 @@ def test_the_schema_refuses_what_the_models_refuse(bad: dict[str, Any]) -> None:
         JobSpec.model_validate(bad)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(as_json(bad), job_schema(), jsonschema.Draft202012Validator)
+
+
+def test_the_answer_in_the_input_is_a_conflict() -> None:
+    """A template that writes the target or the references makes any result meaningless."""
+    data = job()["data"]
+    assert conflicts({"data": {**data, "template": "{label} {text}"}}) == ["template"]
+    texts = {"path": "x", "template": "{text} {right}", "target": "answer", "references": "right"}
+    assert conflicts({"data": texts, "search": {"metric": "bleu"}}) == ["template"]
+    pieces = {"path": "x", "prefix_lm": "text", "template": "{prefix}{continuation}", "target": "continuation"}
+    assert conflicts({"data": pieces, "search": {"metric": "loss"}}) == ["template"]
+    wordings = {"space": {"template": ["{text}", "{text} {label}"]}}
+    assert conflicts({"method": "prompt_design", "search": wordings}) == ["search.space.template"]
+    for template in ("{{label}} {text}", "label {text}", "{label_of} {text}"):
+        assert JobSpec.model_validate(job(data={**data, "template": template}))
+
+
+@pytest.mark.parametrize(
+    ("rename", "template", "where"),
+    [
+        ({"label": "kind"}, "{kind} {text}", ["template"]),
+        ({"kind": "label"}, "{kind} {text}", ["template"]),
+        ({"label": "text", "text": "label"}, "{text}", []),
+        ({"sms": "text"}, "{text}", []),
+    ],
+)
+def test_the_answer_in_the_input_by_another_name(rename: dict[str, str], template: str, where: list[str]) -> None:
+    """A column is the same before and after it is renamed; two that change their names are two."""
+    data = {**job()["data"], "rename": rename, "template": template}
+    assert [conflict.where for conflict in DataSpec.model_construct(**data)._conflicts()] == where
+
+
+def test_a_way_to_hold_out_rows_needs_rows_to_hold_out() -> None:
+    """With files for validation and test nothing is set aside."""
+    path = {"train": "a.jsonl", "validation": "b.jsonl", "test": "c.jsonl"}
+    data = {**job()["data"], "held_out": "random"}
+    assert conflicts({"data": {**data, "path": path}}) == ["held_out"]
+    assert JobSpec.model_validate(job(data={**data, "path": {"train": "a.jsonl", "test": "c.jsonl"}}))

@@ -7,12 +7,14 @@ import json
 import logging
 import random
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from orchestrator.base_model import hub_unreachable, looks_like_path
+from orchestrator.data.held_out import held_out_inputs, label_of
 from orchestrator.data.source_row import SourceRow, place_of
 from orchestrator.data.tables import read_table
 from orchestrator.data.template import Template
@@ -84,7 +86,7 @@ def load_rows(data: DataSpec, templates: Sequence[str] = ()) -> RowSplits:
     splits = _split(cut, data)
     for split in SPLITS:
         if not splits[split]:
-            raise BadInput(f"the {split} split is empty", f"give data.path.{split} at least one row, or leave it out")
+            raise _empty_split(split, cut, data)
     return replace(splits, notes=_dropped_notes(used.dropped, found))
 
 
@@ -92,6 +94,25 @@ def _dropped_notes(dropped: Mapping[str, int], found: Mapping[str, Sequence[Row]
     return tuple(
         f"data.empty: drop left out {count} of {len(found[split])} rows of {split}, which have no input"
         for split, count in dropped.items()
+    )
+
+
+def _empty_split(split: str, found: Mapping[str, list[Row]], data: DataSpec) -> BadInput:
+    """Say why a split has no rows, and what to do about it."""
+    if split in found:
+        return BadInput(f"the {split} split is empty", f"give data.path.{split} at least one row, or leave it out")
+    template = Template(data.template)
+    inputs = {template.fill(row) for row in found["train"]}
+    count = len(found["train"])
+    if len(inputs) == 1 and count > 1:
+        return BadInput(
+            f"all {count} rows of train have the same input {min(inputs)[:60]!r}: no {split} split can be set aside",
+            "correct the columns in data.template, or give rows whose inputs differ",
+        )
+    return BadInput(
+        f"no {split} split can be set aside: the {count} rows of train have {len(inputs)} different inputs, and rows "
+        "with the same input stay together",
+        f"give train more rows, or name data.path.{split}",
     )
 
 
@@ -222,32 +243,48 @@ def _split(found: dict[str, list[Row]], data: DataSpec) -> RowSplits:
     if "train" not in found:
         raise BadInput(f"the data has no train split, only {sorted(found)}", "name it under data.path.train")
     train, made = found["train"], dict(found)
-    for split, fraction in (("test", data.test_fraction), ("validation", data.validation_fraction)):
-        if split not in found and train:
-            train, made[split] = set_aside(train, fraction, data)
+    fractions = {"test": data.test_fraction, "validation": data.validation_fraction}
+    missing = [split for split in fractions if split not in found and train]
+    for place, split in enumerate(missing):
+        stays = len(missing) - place  # one input for train, and one for each split that comes later
+        train, made[split] = set_aside(train, fractions[split], data, stays)
     made["train"] = train
     limited = {split: _limit(made.get(split, []), getattr(data.limit, split), data.split_seed) for split in SPLITS}
     return RowSplits(limited["train"], limited["validation"], limited["test"])
 
 
-def set_aside(rows: list[Row], fraction: float, data: DataSpec) -> tuple[list[Row], list[Row]]:
-    """Rows kept and rows set aside, seeded. Rows with the same input stay together, so that nothing leaks."""
+def set_aside(rows: list[Row], fraction: float, data: DataSpec, stays: int = 1) -> tuple[list[Row], list[Row]]:
+    """Divide rows into those kept and those held out, by ``data.held_out`` and ``data.split_seed``.
+
+    Rows with the same input stay together, so that nothing leaks. At least ``stays`` different
+    inputs are kept.
+    """
     template = Template(data.template)
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(template.fill(row), []).append(row)
-    keys = list(groups)
-    random.Random(data.split_seed).shuffle(keys)
-    wanted = max(1, round(fraction * len(rows))) if len(keys) > 1 else 0
+    inputs = [template.fill(row) for row in rows]
+    if data.held_out == "random":
+        aside = _random_inputs(inputs, fraction, data.split_seed)
+    else:
+        labels = [label_of(row, data) for row in rows]
+        pool_rare = data.verbalizer is None  # most texts to generate occur once
+        aside = held_out_inputs(inputs, labels, fraction, data.split_seed, stays=stays, pool_rare=pool_rare)
+    kept = [row for text, row in zip(inputs, rows, strict=True) if text not in aside]
+    return kept, [row for text, row in zip(inputs, rows, strict=True) if text in aside]
+
+
+def _random_inputs(inputs: Sequence[str], fraction: float, seed: int) -> set[str]:
+    """Draw the inputs to hold out whatever their labels are, as the first searches did."""
+    sizes = Counter(inputs)
+    keys = list(sizes)
+    random.Random(seed).shuffle(keys)
+    wanted = max(1, round(fraction * len(inputs))) if len(keys) > 1 else 0
     aside: set[str] = set()
     count = 0
     for key in keys[:-1]:  # something has to stay
         if count >= wanted:
             break
         aside.add(key)
-        count += len(groups[key])
-    in_order = [(template.fill(row), row) for row in rows]
-    return [row for key, row in in_order if key not in aside], [row for key, row in in_order if key in aside]
+        count += sizes[key]
+    return aside
 
 
 def _limit(rows: list[Row], limit: int | None, seed: int) -> list[Row]:

@@ -53,6 +53,8 @@ class SearchFacts:
     baselines: Mapping[str, Any]
     result: Mapping[str, Any] | None
     data_fingerprint: str = ""
+    warnings: tuple[str, ...] = ()
+    """What makes the result less trustworthy."""
 
     @property
     def metric(self) -> str:
@@ -97,4 +99,5 @@ def read_facts(folder: SearchFolder) -> SearchFacts:
             baselines = event.value
     result = json.loads(folder.result.read_bytes()) if folder.result.is_file() else None
     ordered = sorted(trials.values(), key=lambda trial: (len(trial.id), trial.id))
-    return SearchFacts(folder.id, job, saved.run_id, ordered, baselines, result, saved.data_fingerprint)
+    warnings = tuple((result or {}).get("warnings", saved.warnings))
+    return SearchFacts(folder.id, job, saved.run_id, ordered, baselines, result, saved.data_fingerprint, warnings)

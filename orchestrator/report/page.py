@@ -41,6 +41,7 @@ def page(facts: SearchFacts, figures: Mapping[str, bytes]) -> str:
         "<h2>Result</h2>",
         table_of(["", *_metric_names(facts)], _results(facts)),
         *_model(facts),
+        *_warnings(facts),
         "<h2>Pictures</h2>",
         '<div class="figures">'
         + "".join(_figure(name, figures[name]) for name in FIGURES if name in figures)
@@ -107,6 +108,14 @@ def _model(facts: SearchFacts) -> list[str]:
         alias = f", alias {model['alias']}" if model.get("alias") else ""
         lines.append(f"<p>Registered as {escape(model['name'])} version {model['version']}{escape(alias)}.</p>")
     return lines
+
+
+def _warnings(facts: SearchFacts) -> list[str]:
+    """Return the section of warnings; nothing where there are none."""
+    if not facts.warnings:
+        return []
+    items = "".join(f"<li>{escape(warning)}</li>" for warning in facts.warnings)
+    return ["<h2>Warnings</h2>", f"<ul>{items}</ul>"]
 
 
 def _figure(name: str, svg: bytes) -> str:

@@ -33,6 +33,8 @@ class Plan:
     seconds: dict[str, float]
     device_hours: float
     warnings: tuple[str, ...]
+    data_warnings: tuple[str, ...] = ()
+    """What ``prepare`` said of the data."""
 
     @property
     def slot(self) -> int:
@@ -60,7 +62,7 @@ class Plan:
             },
             "seconds": {name: round(value, 1) for name, value in self.seconds.items()},
             "device_hours": self.device_hours,
-            "warnings": list(self.warnings),
+            "warnings": [*self.data_warnings, *self.warnings],
         }  # fmt: skip
 
     def metrics(self) -> dict[str, float]:
@@ -106,6 +108,7 @@ def estimate(
     return Plan(
         placement, trials, trials * train.steps, found, measured, seconds,
         device_hours(placement, held), _warnings(job, placement, measured, -(-placement.processes // nodes)),
+        prepared.warnings,
     )  # fmt: skip
 
 

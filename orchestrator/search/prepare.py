@@ -17,6 +17,7 @@ from orchestrator.data.dataset import SPLITS, RowSplits, load_rows, rows_fingerp
 from orchestrator.data.demonstrations import demonstrations
 from orchestrator.data.designs import BOUNDARY, Design, Designs
 from orchestrator.data.encoding import Encoder, check_context, check_generation, make_encoder, reference_texts
+from orchestrator.data.split_checks import check_distinct_tokens, judge
 from orchestrator.errors import BadInput
 from orchestrator.peft_folder import is_peft, read_peft
 from orchestrator.prompts import Method
@@ -46,16 +47,20 @@ class Prepared:
     few_shot: tuple[str, int] = ("", 0)
     """Rows with their answers, as text in front of an input, and how many; none without room for any."""
     making_s: float = 0.0  # seconds that making a built-in model took
+    warnings: tuple[str, ...] = ()
+    """What makes the result less trustworthy, as sentences."""
 
 
-def prepare(job: JobSpec, artifacts: Mapping[str, Path] | None = None) -> Prepared:
+def prepare(job: JobSpec, artifacts: Mapping[str, Path] | None = None, *, begun: bool = False) -> Prepared:
     """Load and check the job's inputs. Raises BadInput or Unreachable.
 
-    ``artifacts`` are the folders of the prompts that trials start from, by the reference that the spec has.
+    ``artifacts`` are the folders of the prompts that trials start from, by the reference that the spec has. ``begun``
+    is for a search that goes on: splits that a new search would be refused for are warned about.
     """
     if job.method in ("lora", "qlora"):
         check_peft(job.method)
     rows = load_rows(job.data, templates(job.search.space))
+    warnings = judge(rows, job.data, learns=job.method != "prompt_design", begun=begun)
     started = time.monotonic()
     if job.base_model.id.startswith(BUILTIN):
         builtin_model(known_builtin(job.base_model.id))
@@ -63,6 +68,8 @@ def prepare(job: JobSpec, artifacts: Mapping[str, Path] | None = None) -> Prepar
     source = resolve_model(job.base_model, weights=False)
     encoder = make_encoder(job.data, rows, source.tokenizer(), source.family)
     splits = {split: encoder.encode(rows[split], job.data.target) for split in SPLITS}
+    if not begun:
+        check_distinct_tokens({split: splits[split].inputs for split in SPLITS}, job.data.max_input_tokens)
     task = Task(encoder, splits, method=_method(job, encoder), artifacts=_artifacts(job, artifacts))
     context = source.context_length
     check_context(encoder, task.splits, longest(job.search.space), context)
@@ -84,7 +91,8 @@ def prepare(job: JobSpec, artifacts: Mapping[str, Path] | None = None) -> Prepar
     if job.method == "prompt_design":
         task.designs = _designs(job, rows, source)
     known, total = trials(job.search), trial_count(job.search)
-    return Prepared(found_anywhere(job, source), known, total, source, rows, task, instructions, few_shot, making_s)
+    job = found_anywhere(job, source)
+    return Prepared(job, known, total, source, rows, task, instructions, few_shot, making_s, warnings)
 
 
 def _designs(job: JobSpec, rows: RowSplits, source: ModelSource) -> Designs:

@@ -5,25 +5,28 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
-from orchestrator.errors import BadInput
+from orchestrator.errors import BadInput, SpecError
 from orchestrator.job_file import load_job
 from orchestrator.search.folder import SearchFolder, searches_folder
 from orchestrator.search.prepare import Prepared
 from orchestrator.search.remote import remote_home
 from orchestrator.search.whole_file import write_whole
 from orchestrator.space import TrialSpec
-from orchestrator.spec import JobSpec
+from orchestrator.spec import BEGUN, JobSpec
 from orchestrator.tuning.engine import Task
 
 FORMAT_VERSION = 1
 SHOWN = 5
+EARLIER_DATA = {"held_out": "random"}
+"""What keys of ``data`` stand for in a job that was saved before they existed."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class SavedSearch:
     run_id: str
     created: str
     format_version: int = FORMAT_VERSION
+    warnings: list[str] = field(default_factory=list)
+    """What was said of the data when the search began."""
 
     @classmethod
     def of(cls, prepared: Prepared, pins: Mapping[str, str], tracking_uri: str, run_id: str) -> SavedSearch:
@@ -52,6 +57,7 @@ class SavedSearch:
             tracking_uri=tracking_uri,
             run_id=run_id,
             created=datetime.now().astimezone().isoformat(timespec="seconds"),
+            warnings=list(prepared.warnings),
         )
 
     def save(self, folder: SearchFolder, job: JobSpec) -> None:
@@ -95,12 +101,30 @@ def load_saved(folder: SearchFolder) -> tuple[SavedSearch, JobSpec]:
                 f"search {folder.id} has format_version {version!r}, this release reads {FORMAT_VERSION}",
                 "resume it with the release that began it",
             )
-        return SavedSearch(**document), load_job(folder.job)
+        return SavedSearch(**document), _saved_job(folder)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise BadInput(
             f"search {folder.id} can't be resumed: {folder.description}: {type(error).__name__}: {error}",
             "begin anew: orchestrator run JOB",
         ) from None
+
+
+def _saved_job(folder: SearchFolder) -> JobSpec:
+    """Return the search's job as the release that began it understood it."""
+    try:
+        job = load_job(folder.job)
+    except SpecError as error:
+        job = _with_conflicts(folder, error)
+    earlier = {key: value for key, value in EARLIER_DATA.items() if key not in job.data.model_fields_set}
+    return job.model_copy(update={"data": job.data.model_copy(update=earlier)}) if earlier else job
+
+
+def _with_conflicts(folder: SearchFolder, error: SpecError) -> JobSpec:
+    """Return a job whose only fault is a conflict between its values, which the release that began it let pass."""
+    try:
+        return JobSpec.model_validate(yaml.safe_load(folder.job.read_bytes()), context=BEGUN)
+    except (ValidationError, yaml.YAMLError):
+        raise error from None
 
 
 def find_search(wanted: str) -> SearchFolder:

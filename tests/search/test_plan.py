@@ -15,6 +15,7 @@ from small_jobs import Command, Recorder, small_job, write_job
 
 from orchestrator.backbone import bytes_elsewhere
 from orchestrator.errors import BadInput, JobFailed
+from orchestrator.job_file import load_job
 from orchestrator.run import run_job
 from orchestrator.search import measure as measure_module
 from orchestrator.search.forecast import Pace
@@ -214,7 +215,9 @@ def test_the_verb(ray_cluster: None, command: Command, tmp_path: Path, monkeypat
     document = command("plan", job, "--json", "--quiet").document
     assert (document["trials"], document["steps"]["most"], document["placement"]["slots"]) == (8, 128, 4)
     assert document["scheduler_rungs"][0] == {"step": 4, "trials": 8.0}
-    assert document["seconds"]["total"] > document["seconds"]["startup"] > 0 and document["warnings"] == []
+    assert document["seconds"]["total"] > document["seconds"]["startup"] > 0
+    assert document["warnings"] == list(prepare(load_job(job)).warnings) != []
+    assert all(f"warning: {text}" in shown.out for text in document["warnings"])
     assert list(Path.cwd().iterdir()) == []
 
 

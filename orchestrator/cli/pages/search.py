@@ -33,6 +33,7 @@ def run_summary(document: dict[str, Any], spec: JobSpec) -> list[str]:
         "",
         *table((metric, "validation", "test"), rows),
         "",
+        *(f"warning: {text}" for text in document.get("warnings", [])),
     ]
     if kept := document.get("artifact"):
         text = (
@@ -90,7 +91,7 @@ def plan_page(plan: Plan, spec: JobSpec) -> list[str]:
     width = max(len(key) for key, _ in facts)
     return [
         *(f"{key.ljust(width)}  {value}" for key, value in facts),
-        *(f"warning: {text}" for text in plan.warnings),
+        *(f"warning: {text}" for text in (*plan.data_warnings, *plan.warnings)),
     ]
 
 

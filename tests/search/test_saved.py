@@ -1,0 +1,80 @@
+"""A search that an earlier release began is understood as that release did."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from small_jobs import job_document, small_job
+
+from orchestrator.data.dataset import load_rows
+from orchestrator.errors import SpecError
+from orchestrator.job_file import load_job
+from orchestrator.search.folder import SearchFolder
+from orchestrator.search.prepare import prepare
+from orchestrator.search.saved import SavedSearch, load_saved
+from orchestrator.spec import JobSpec
+
+
+def saved(path: Path, job: JobSpec) -> SearchFolder:
+    """The folder of a search that has just begun."""
+    folder = SearchFolder(path / "search")
+    folder.path.mkdir()
+    SavedSearch.of(prepare(job), {}, "sqlite:///mlflow.db", "run").save(folder, job)
+    return folder
+
+
+def without_new_keys(folder: SearchFolder, **data: Any) -> None:
+    """Make the folder one of a release that knew neither data.held_out nor warnings."""
+    document = yaml.safe_load(folder.job.read_text())
+    del document["data"]["held_out"]
+    document["data"].update(data)
+    folder.job.write_text(yaml.safe_dump(document, sort_keys=False))
+    description = json.loads(folder.description.read_text())
+    del description["warnings"]
+    folder.description.write_text(json.dumps(description))
+
+
+def set_aside_job(path: Path) -> JobSpec:
+    """A job that gives train alone."""
+    train = job_document(path)["data"]["path"]["train"]
+    return small_job(path, data__path={"train": train})
+
+
+def test_a_search_keeps_how_its_rows_were_held_out_and_its_warnings(tmp_path: Path) -> None:
+    """The saved job says it in full, whatever the default becomes."""
+    job = set_aside_job(tmp_path)
+    folder = saved(tmp_path, job)
+    search, kept = load_saved(folder)
+    assert kept.data == job.data and yaml.safe_load(folder.job.read_text())["data"]["held_out"] == "stratified"
+    assert search.warnings == list(prepare(job).warnings) != []
+
+
+def test_a_search_of_an_earlier_release_finds_its_rows(tmp_path: Path) -> None:
+    """Without the key the rows are drawn as they were then, so that the fingerprint is the same."""
+    job = set_aside_job(tmp_path)
+    earlier = job.model_copy(update={"data": job.data.model_copy(update={"held_out": "random"})})
+    folder = saved(tmp_path, earlier)
+    without_new_keys(folder)
+    search, kept = load_saved(folder)
+    assert kept.data.held_out == "random" and search.warnings == []
+    assert load_rows(kept.data).fingerprint == search.data_fingerprint != load_rows(job.data).fingerprint
+    search.check(folder, prepare(kept, begun=True))
+
+
+def test_a_search_of_an_earlier_release_may_have_conflicts(tmp_path: Path) -> None:
+    """What a new search is refused for does not stop one that has begun; a value that is wrong by itself does."""
+    folder = saved(tmp_path, set_aside_job(tmp_path))
+    without_new_keys(folder, template="{label} {text}")
+    with pytest.raises(SpecError, match="the input"):
+        load_job(folder.job)
+    _, kept = load_saved(folder)
+    assert kept.data.template == "{label} {text}" and kept.data.held_out == "random"
+    document = yaml.safe_load(folder.job.read_text())
+    document["data"]["max_input_tokens"] = "many"
+    folder.job.write_text(yaml.safe_dump(document))
+    with pytest.raises(SpecError, match="max_input_tokens"):
+        load_saved(folder)
