@@ -476,7 +476,7 @@ def evaluate(
     models: Annotated[
         list[str], typer.Argument(metavar="MODEL...", help="NAME, NAME@ALIAS or NAME:VERSION.", show_default=False)
     ],
-    data: Annotated[list[str], typer.Option(help="File (.jsonl, .csv, .tsv, .parquet) or hub data set; repeatable.")],
+    data: Annotated[list[str], typer.Option(help="File (.jsonl, .csv, .parquet, ...) or hub data set; repeatable.")],
     split: Annotated[str, typer.Option(help="Split of a data set that has several.")] = "test",
     by: Annotated[str | None, typer.Option(metavar="COLUMN", help="A line for each value of a column too.")] = None,
     target: Annotated[str | None, typer.Option(metavar="COLUMN", help="Target, if named otherwise there.")] = None,

@@ -18,8 +18,9 @@ from orchestrator.artifact import PromptArtifact
 from orchestrator.backbone import Backbone, default_device, load_backbone
 from orchestrator.base_model import resolve_model
 from orchestrator.data.cells import cell_text
-from orchestrator.data.dataset import READERS, load_split, rows_fingerprint
+from orchestrator.data.dataset import load_split, rows_fingerprint
 from orchestrator.data.encoding import Encoded, reference_texts
+from orchestrator.data.tables import table_suffix
 from orchestrator.data.template import Template
 from orchestrator.errors import BadInput, JobFailed, Unreachable
 from orchestrator.labels import by_meaning, label_key
@@ -174,7 +175,7 @@ def _columns(artifact: PromptArtifact, data: DataSpec) -> set[str]:
 def _data_spec(artifact: PromptArtifact, question: Question) -> DataSpec:
     """The version's own template, target and labels on other rows."""
     manifest, cells, file = artifact.manifest, artifact.manifest.cells, Path(question.data).expanduser()
-    is_file = file.suffix in READERS or file.exists()
+    is_file = bool(table_suffix(file)) or file.exists()
     return DataSpec(
         path=DataFiles(train=question.data) if is_file else question.data,
         rename=dict(question.rename),

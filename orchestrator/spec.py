@@ -6,6 +6,7 @@ This module imports neither torch nor Ray; ``job_file`` reads a YAML file into i
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, Self, TypeAlias, TypeVar
@@ -79,6 +80,30 @@ def _ordered(bounds: tuple[float, float]) -> tuple[float, float]:
     return bounds
 
 
+AUTO = "auto"
+
+
+def _one_character(delimiter: str) -> str:
+    if delimiter == AUTO or (len(delimiter) == 1 and delimiter not in '"\r\n\0'):
+        return delimiter
+    if len(delimiter) == 1:
+        raise ValueError("can't separate cells; write one other character, or auto")
+    raise ValueError('is not one character; write for instance ";" or, in double quotes, "\\t", or auto')
+
+
+def _known_encoding(name: str) -> str:
+    if name == AUTO:
+        return name
+    try:
+        codecs.getincrementaldecoder(name)
+        sound = "text,1\n".encode(name).decode(name) == "text,1\n"
+    except (LookupError, UnicodeError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise ValueError("is no encoding of text that Python knows; for instance utf-8, latin-1, cp1252, utf-16, auto")
+    return name
+
+
 T = TypeVar("T")
 LACKING = {"may lack": "what only prompts have"}
 """Context in which a space is validated that may lack what only prompts have."""
@@ -118,6 +143,8 @@ Prompts: TypeAlias = Annotated[T | SkipJsonSchema[None], AfterValidator(_only_ba
 """What prompts always have; None in the space of a baseline that has no such thing, never in a file."""
 Template: TypeAlias = Annotated[str, Field(min_length=1), AfterValidator(_checked_template)]
 Label: TypeAlias = int | float | bool | str
+Delimiter: TypeAlias = Annotated[str, AfterValidator(_one_character)]
+Encoding: TypeAlias = Annotated[str, AfterValidator(_known_encoding)]
 Auto: TypeAlias = Literal["auto"]
 
 
@@ -167,7 +194,7 @@ class BaseModelSpec(Section):
 
 
 class DataFiles(Section):
-    """Local files, .jsonl/.json, .csv, .tsv or .parquet."""
+    """Local files: .jsonl, .ndjson, .json, .csv, .tsv or .parquet, also compressed: .csv.gz, .jsonl.zst, .tsv.bz2."""
 
     train: Text
     """File with the rows to train on."""
@@ -175,6 +202,23 @@ class DataFiles(Section):
     """Without one, a part of train is set aside."""
     test: Text | None = None
     """Without one, a part of train is set aside."""
+
+
+CSV_FILE = re.compile(r"\.[ct]sv(\.(gz|zst|bz2))?$", re.IGNORECASE)
+
+
+class CsvSpec(Section):
+    """How CSV and TSV files are read. Every cell is text, exactly as it stands in the file."""
+
+    delimiter: Delimiter = AUTO
+    """The character between cells; auto: a comma in .csv files, a tab in .tsv files."""
+    quoting: Literal["auto", "standard", "none"] = "auto"
+    """standard: a cell may stand in double quotes, and a quote in it is written twice; none: a quote is a character
+    like any other, and each line is a row; auto: standard for .csv files; none for .tsv files, but standard where every
+    cell of the file is quoted."""
+    encoding: Encoding = AUTO
+    """Encoding of files without a byte order mark, as Python names it; auto: utf-8. A byte order mark (of UTF-8, UTF-16
+    or UTF-32) always decides."""
 
 
 class RowLimits(Section):
@@ -236,8 +280,21 @@ class DataSpec(Section):
     """Seed of the rows set aside and of the rows that limit keeps."""
     limit: RowLimits = RowLimits()
     """Use only so many rows of a split."""
+    csv: CsvSpec = CsvSpec()
+    """Delimiter, quoting and encoding of CSV and TSV files."""
 
     def _conflicts(self) -> Iterator[Conflict]:
+        yield from self._csv_conflicts()
+        yield from self._prefix_lm_conflicts()
+
+    def _csv_conflicts(self) -> Iterator[Conflict]:
+        path = getattr(self, "path", "")  # absent while problems are collected
+        files = path.model_dump().values() if isinstance(path, DataFiles) else []
+        if self.csv != CsvSpec() and not any(file and CSV_FILE.search(file) for file in files):
+            text = "has no effect: it concerns .csv and .tsv files, and data.path names none; leave it out"
+            yield Conflict("csv", text, ("path",))
+
+    def _prefix_lm_conflicts(self) -> Iterator[Conflict]:
         if self.prefix_lm is None:
             return
         made = "data.prefix_lm makes the columns prefix and continuation"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,17 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.base_model import hub_unreachable, looks_like_path
+from orchestrator.data.tables import read_table
 from orchestrator.data.template import Template
 from orchestrator.data.used_columns import UsedColumns
 from orchestrator.errors import BadInput
 from orchestrator.labels import NUMBER, label_key
 from orchestrator.quickstart import BUILTIN_DATA, builtin_rows
-from orchestrator.spec import BUILTIN, CONTINUATION, PREFIX, DataFiles, DataSpec
+from orchestrator.spec import BUILTIN, CONTINUATION, PREFIX, CsvSpec, DataFiles, DataSpec
 
 Row = Mapping[str, Any]
 SPLITS = ("train", "validation", "test")
 WORD = re.compile(r"\S+")
-READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ def _known_builtin(path: str) -> str:
 def _read_all(data: DataSpec) -> dict[str, list[Row]]:
     if isinstance(data.path, DataFiles):
         files = {split: getattr(data.path, split) for split in SPLITS if getattr(data.path, split)}
-        return {split: read_file(Path(file), f"data.path.{split}") for split, file in files.items()}
+        return {split: read_file(Path(file), f"data.path.{split}", data.csv) for split, file in files.items()}
     if data.path.startswith(BUILTIN):
         return {split: list(rows) for split, rows in builtin_rows(_known_builtin(data.path)).items()}
     if Path(data.path).expanduser().exists() or looks_like_path(data.path):
@@ -162,27 +164,12 @@ def _read_all(data: DataSpec) -> dict[str, list[Row]]:
     return _read_hub(data, data.path)
 
 
-def read_file(file: Path, where: str) -> list[Row]:
-    """Rows of one local file; the reader is chosen by the suffix."""
-    file = file.expanduser()
-    if not file.is_file():
-        raise BadInput(f"{where}: the file {file} does not exist (looked in {Path.cwd()})", "correct the path")
-    if file.suffix not in READERS:
-        raise BadInput(f"{where}: can't tell the format of {file}", f"use one of {', '.join(READERS)}")
-    if not file.stat().st_size:
-        return []
-    from datasets import Dataset
-
-    _quiet_datasets()
-    options = {"sep": "\t"} if file.suffix == ".tsv" else {}
-    reader = getattr(Dataset, f"from_{READERS[file.suffix]}")
-    try:
-        return list(reader(str(file), keep_in_memory=True, **options))
-    except Exception as error:  # pyarrow, pandas and datasets each raise their own types
-        reason = str(error.__cause__ or error).strip().splitlines()[0][:200]
-        if "corresponds to no data" in reason:  # a header without rows
-            return []
-        raise BadInput(f"{where}: {file} can't be read as {file.suffix[1:]}: {reason}", "correct the file") from None
+def read_file(file: Path, where: str, options: CsvSpec | None = None) -> list[Row]:
+    """Read the rows of one local file, and log what may differ from what the user had in mind."""
+    table = read_table(file, where, options)
+    for note in table.notes:
+        log.warning("%s: %s", where, note)
+    return list(table.rows)
 
 
 def _quiet_datasets() -> None:

@@ -13,9 +13,7 @@ class SourceRow(dict[str, Any]):
 
     __slots__ = ("line", "number", "source")
 
-    def __init__(
-        self, cells: Any = (), *, source: str = "", number: int = 0, line: int | None = None
-    ) -> None:
+    def __init__(self, cells: Any = (), *, source: str = "", number: int = 0, line: int | None = None) -> None:
         """``source`` is the file or data set, ``number`` the row's (from 1), ``line`` the file's
         (from 1) on which the row begins; None where the format has no lines."""
         super().__init__(cells)

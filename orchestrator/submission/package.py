@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 import yaml
 
 from orchestrator.base_model import SMALL_FILES, WEIGHTS, looks_like_path
+from orchestrator.data.tables import table_suffix
 from orchestrator.errors import BadInput
 from orchestrator.space import init_artifacts
 from orchestrator.spec import ArtifactInit, DataFiles, Init, JobSpec
@@ -144,7 +145,7 @@ def _is_elsewhere(key: str, path: Path, shared: Sequence[Path]) -> bool:
 def _place(key: str, path: Path) -> str:
     """Where in the package a key's file lies, or with a slash at the end its folder's files."""
     name = key.replace(".", "-")
-    return f"{name}/" if path.is_dir() else f"{name}{path.suffix}"
+    return f"{name}/" if path.is_dir() else f"{name}{table_suffix(path) or path.suffix}"
 
 
 def _found(key: str, path: Path) -> Iterator[tuple[str, Path]]:

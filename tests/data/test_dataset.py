@@ -30,8 +30,8 @@ def write(file: Path, rows: list[dict[str, Any]]) -> Path:
     if file.suffix == ".parquet":
         pyarrow.parquet.write_table(table, file)
     elif file.suffix in (".csv", ".tsv"):
-        delimiter = "," if file.suffix == ".csv" else "\t"
-        pyarrow.csv.write_csv(table, file, pyarrow.csv.WriteOptions(delimiter=delimiter, quoting_style="needed"))
+        delimiter, quoting = (",", "needed") if file.suffix == ".csv" else ("\t", "all_valid")
+        pyarrow.csv.write_csv(table, file, pyarrow.csv.WriteOptions(delimiter=delimiter, quoting_style=quoting))
     else:
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return file
@@ -46,10 +46,15 @@ def files(**paths: Path) -> dict[str, str]:
     return {split: str(path) for split, path in paths.items()}
 
 
+def as_texts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: str(cell) for name, cell in row.items()} for row in rows]
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "parquet"])
 def test_every_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
-    """Values and their types are the same from each kind of file, Unicode, quotes and tabs included."""
-    assert read_file(write(tmp_path / f"train.{suffix}", ROWS), "data.path.train") == ROWS
+    """Values are the same from each kind of file, Unicode, quotes and tabs included; in CSV and TSV all are texts."""
+    expected = as_texts(ROWS) if suffix in ("csv", "tsv") else ROWS
+    assert read_file(write(tmp_path / f"train.{suffix}", ROWS), "data.path.train") == expected
 
 
 def test_given_splits_are_kept_and_cut_to_the_used_columns(tmp_path: Path) -> None:
@@ -61,7 +66,7 @@ def test_given_splits_are_kept_and_cut_to_the_used_columns(tmp_path: Path) -> No
         test=write(tmp_path / "c.parquet", rows[14:]),
     )
     found = load_rows(data(path))
-    assert found == RowSplits(ROWS[:9], ROWS[9:14], ROWS[14:])
+    assert found == RowSplits(ROWS[:9], as_texts(ROWS[9:14]), ROWS[14:])
     assert found.counts == {"train": 9, "validation": 5, "test": 6} and found["test"] == ROWS[14:]
 
 
@@ -72,10 +77,11 @@ def test_the_fingerprint_is_of_the_rows_as_used(tmp_path: Path) -> None:
         path = write(tmp_path / name, rows)
         return load_rows(data(files(train=path, validation=path, test=path))).fingerprint
 
-    first = fingerprint("a.jsonl", ROWS)
-    assert fingerprint("b.parquet", ROWS) == fingerprint("c.csv", [{**row, "more": 1} for row in ROWS]) == first
-    changed = [{**ROWS[0], "label": 1}, *ROWS[1:]]
-    assert len({first, fingerprint("d.jsonl", changed), fingerprint("e.jsonl", ROWS[::-1])}) == 3
+    rows = as_texts(ROWS)
+    first = fingerprint("a.jsonl", rows)
+    assert fingerprint("b.parquet", rows) == fingerprint("c.csv", [{**row, "more": 1} for row in rows]) == first
+    changed = [{**rows[0], "label": "1"}, *rows[1:]]
+    assert len({first, fingerprint("d.jsonl", changed), fingerprint("e.jsonl", rows[::-1])}) == 3
 
 
 def test_missing_splits_are_set_aside(tmp_path: Path) -> None:
@@ -158,16 +164,17 @@ def test_an_empty_file(tmp_path: Path, name: str) -> None:
     ("name", "text"), [("a.jsonl", '{"text": "a"\n{'), ("a.parquet", "PAR1 no"), ("a.json", "[[[")]
 )
 def test_a_damaged_file(tmp_path: Path, name: str, text: str) -> None:
-    """A file that its format's reader can't read is named with the reader's reason, on one line."""
+    """A file that its format's reader can't read is named with the line, if it has lines, and the reader's reason."""
     (tmp_path / name).write_text(text)
-    refused(data(files(train=tmp_path / name)), rf"data\.path\.train: .*{name} can't be read as .*: .+")
+    refused(data(files(train=tmp_path / name)), rf"data\.path\.train: .*{name}(:\d)? can't be read as .*: .+")
 
 
 def test_a_missing_column(tmp_path: Path) -> None:
-    """The key that names it, the row, the split and the row's columns are in the message."""
+    """The key that names it, the row, its line and the row's columns are in the message."""
     path = files(train=write(tmp_path / "a.jsonl", [{"sentence": "a", "label": 0}] * 3))
     refused(
-        data(path), r"data\.template names column 'text', which row 1 of train lacks; it has \['label', 'sentence'\]"
+        data(path),
+        r"data\.template names column 'text', which .*a\.jsonl:1 \(row 1\) lacks; it has \['label', 'sentence'\]",
     )
     refused(data(path, template="{sentence}", target="y"), r"data\.target names column 'y'")
 
@@ -177,7 +184,7 @@ def test_a_row_without_a_target(tmp_path: Path, suffix: str) -> None:
     """An empty target is refused with its row, whatever the format."""
     rows = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}, {"text": "c", "label": None}]
     path = write(tmp_path / f"a.{suffix}", rows)
-    refused(data(files(train=path)), "row 3.* has no value in the target column 'label'")
+    refused(data(files(train=path)), r"row 3\b.* has no value in the target column 'label'")
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
@@ -198,8 +205,10 @@ def test_references_that_are_no_list_of_texts(tmp_path: Path, cell: Any, shown: 
     """The row, the value and the key are named; so is a column that is not there."""
     path = write(tmp_path / "a.jsonl", [{"text": "a", "label": "x", "right": cell}] * 4)
     spec = data(files(train=path, validation=path, test=path), references="right")
-    refused(spec, rf"row 1 of train has .*{shown}.* in column 'right', which data\.references names; a list of texts")
-    refused(spec.model_copy(update={"references": "rihgt"}), r"data\.references names column 'rihgt', which row 1")
+    refused(
+        spec, rf"a\.jsonl:1 \(row 1\) has .*{shown}.* in column 'right', which data\.references names; a list of texts"
+    )
+    refused(spec.model_copy(update={"references": "rihgt"}), r"data\.references names column 'rihgt', which .*row 1")
 
 
 def test_only_the_rows_that_are_asked_for(tmp_path: Path) -> None:

@@ -1,0 +1,109 @@
+"""Read local files into rows, as the cells stand in them: CSV and TSV as text, the others with their types."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.data.csv_table import Dialect, distinct_names, read_csv
+from orchestrator.data.json_table import read_json
+from orchestrator.data.source_row import SourceRow
+from orchestrator.data.text_files import COMPRESSIONS, TextFile, compression_of, open_binary
+from orchestrator.errors import BadInput
+from orchestrator.importing import uncollected
+from orchestrator.spec import CsvSpec
+
+FORMATS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".ndjson": "json",
+}
+SUFFIXES = f"{', '.join(FORMATS)}, each also with {', '.join(COMPRESSIONS)} behind it"
+CSV_REMEDY = "set data.csv.encoding, for instance to latin-1 or cp1252, or convert the file to UTF-8"
+JSON_REMEDY = "convert the file to UTF-8, for instance with iconv -f latin1 -t utf-8"
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of one file, and what a user should know of how they were read."""
+
+    rows: list[SourceRow]
+    columns: list[str]
+    dialect: Dialect | None = None
+    """Of CSV and TSV files."""
+    notes: tuple[str, ...] = ()
+    """Decisions that may differ from what the user had in mind, each a sentence with a remedy."""
+
+
+def table_suffix(file: Path) -> str:
+    """Return the end of a name that tells how to read the file: .csv, .csv.gz; empty for no table."""
+    return _format_suffix(file) + compression_of(file) if _format_suffix(file) else ""
+
+
+def _format_suffix(file: Path) -> str:
+    """Return the suffix in front of the compression's, where it is one of a table."""
+    suffix = Path(file.stem if compression_of(file) else file).suffix.lower()
+    return suffix if suffix in FORMATS else ""
+
+
+def read_table(file: Path, where: str, options: CsvSpec | None = None) -> Table:
+    """Read all rows of a file, in the format that its name tells.
+
+    ``where`` is the key or flag that names the file. ``options`` concern CSV and TSV. Raises
+    BadInput for a file that cannot be read as it stands, with the line at fault where there is one.
+    """
+    file = file.expanduser()
+    if not file.is_file():
+        raise BadInput(f"{where}: the file {file} does not exist (looked in {Path.cwd()})", "correct the path")
+    suffix = _format_suffix(file)
+    if not suffix:
+        raise BadInput(f"{where}: can't tell the format of {file}", f"use one of {SUFFIXES}")
+    if not file.stat().st_size:
+        return Table([], [])
+    try:
+        with uncollected():  # looking for garbage among rows that stay takes a third of the time
+            return _read(file, FORMATS[suffix], options or CsvSpec())
+    except BadInput as error:
+        raise BadInput(f"{where}: {error.message}", error.hint) from None
+
+
+def _read(file: Path, kind: str, options: CsvSpec) -> Table:
+    if kind == "parquet":
+        columns, rows = _read_parquet(file)
+        return Table(rows, columns)
+    if kind == "json":
+        columns, rows = read_json(TextFile(file, JSON_REMEDY))
+        return Table(rows, columns)
+    found = read_csv(TextFile(file, CSV_REMEDY, options.encoding), options, tabs=kind == "tsv")
+    return Table(found.rows, found.columns, found.dialect, tuple(found.notes))
+
+
+def _read_parquet(file: Path) -> tuple[list[str], list[SourceRow]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    with open_binary(file) as stream:
+        # A compressed file cannot be read from its end, as parquet is.
+        whole = io.BytesIO(stream.read()) if compression_of(file) else str(file)
+    try:
+        with parquet.ParquetFile(whole) as table:
+            columns = distinct_names(table.schema_arrow.names)
+            return columns, list(_parquet_rows(table, columns, str(file)))
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise BadInput(f"{file} can't be read as parquet: {reason}", "correct the file") from None
+
+
+def _parquet_rows(table: Any, columns: list[str], source: str) -> Iterator[SourceRow]:
+    number = 0
+    for batch in table.iter_batches():
+        cells = [column.to_pylist() for column in batch.columns]
+        for row in zip(*cells, strict=True):
+            number += 1
+            yield SourceRow(zip(columns, row, strict=True), source=source, number=number)
