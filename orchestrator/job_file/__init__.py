@@ -7,5 +7,6 @@ them, ``explain`` compares them with the models of ``spec``, and ``words`` says 
 from __future__ import annotations
 
 from .load import load_job
+from .yaml_text import write
 
-__all__ = ["load_job"]
+__all__ = ["load_job", "write"]

@@ -110,9 +110,10 @@ class _Growth:
                 node.note(f"{shown} can't be a key; write text in quotes", line=line)
             else:
                 first = node.value.get(name)
+                spelling = next((key for key in node.value if key == name), name)
                 node.value[name] = self.node(value, below(node.where, name), line, parents)
                 if first:
-                    before = f", first on line {first.line}" if line else ""
+                    before = f", first{_otherwise(spelling, name)} on line {first.line}" if line else ""
                     node.value[name].note(f"is given twice{before}", "keep one")
         for line, part in merges:
             self._merge(node, self.node(part, node.where, line, parents), line)
@@ -123,3 +124,8 @@ class _Growth:
             node.problems += source.problems
         else:
             node.note("<< takes an alias of another mapping, or a list of them", line=line)
+
+
+def _otherwise(spelling: Any, name: Any) -> str:
+    """Name a key's first spelling where it is another one: 1 and 1.0, or 1 and true, can't be two keys."""
+    return "" if type(spelling) is type(name) else f" as {show(spelling)}"

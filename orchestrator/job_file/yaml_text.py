@@ -74,3 +74,21 @@ def scalar(node: yaml.ScalarNode) -> Any:
 def unquoted(text: str) -> Any:
     """The number, truth value, nothing or text that ``text`` is without quotes."""
     return next((convert(text) for pattern, convert in SCALARS if re.fullmatch(pattern, text)), text)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes YAML that this module reads back as it was."""
+
+
+def _text_node(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    # PyYAML takes 1e3 for text and leaves it bare; YAML 1.2 and this module read a number.
+    style = "'" if unquoted(text) != text else None
+    return dumper.represent_scalar(TEXT, text, style=style)
+
+
+_Dumper.add_representer(str, _text_node)
+
+
+def write(document: Any) -> str:
+    """Write a job spec's document as YAML."""
+    return str(yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True))

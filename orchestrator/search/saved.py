@@ -14,7 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from orchestrator.errors import BadInput, SpecError
-from orchestrator.job_file import load_job
+from orchestrator.job_file import load_job, write
 from orchestrator.search.folder import SearchFolder, searches_folder
 from orchestrator.search.prepare import Prepared
 from orchestrator.search.remote import remote_home
@@ -62,7 +62,7 @@ class SavedSearch:
 
     def save(self, folder: SearchFolder, job: JobSpec) -> None:
         """Write it, the description last: a folder with a description is a search that can be resumed."""
-        text = yaml.safe_dump(job.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True)
+        text = write(job.model_dump(exclude_none=True))
         write_whole(folder.job, text.encode())
         write_whole(folder.description, json.dumps(asdict(self), indent=2).encode())
 

@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-import yaml
-
 from orchestrator.base_model import SMALL_FILES, WEIGHTS, looks_like_path
 from orchestrator.data.tables import table_suffix
 from orchestrator.errors import BadInput
+from orchestrator.job_file import write
 from orchestrator.space import init_artifacts
 from orchestrator.spec import ArtifactInit, DataFiles, Init, JobSpec
 
@@ -53,7 +52,7 @@ class Package:
     @property
     def text(self) -> str:
         """The job spec as it is packed."""
-        return yaml.safe_dump(self.job.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True)
+        return write(self.job.model_dump(exclude_none=True))
 
     def write(self, folder: Path) -> None:
         folder.mkdir()
@@ -101,7 +100,7 @@ def unpacked(folder: Path, inputs: Path) -> tuple[str, list[tuple[Path, Path]]]:
         return str(inputs / text.removeprefix(INPUTS)) if text.startswith(INPUTS) else text
 
     job = moved(load_job(folder / JOB), place)
-    text = yaml.safe_dump(job.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True)
+    text = write(job.model_dump(exclude_none=True))
     return text, [(source, target) for source, target in copies if source.is_file()]
 
 

@@ -170,10 +170,11 @@ def test_a_damaged_file(tmp_path: Path, name: str, text: str) -> None:
 
 
 def test_a_missing_column(tmp_path: Path) -> None:
-    """The key that names it, the row, the split and the row's columns are in the message."""
+    """The key that names it, the row, its line and the row's columns are in the message."""
     path = files(train=write(tmp_path / "a.jsonl", [{"sentence": "a", "label": 0}] * 3))
     refused(
-        data(path), r"data\.template names column 'text', which row 1 of train lacks; it has \['label', 'sentence'\]"
+        data(path),
+        r"data\.template names column 'text', which .*a\.jsonl:1 \(row 1\) lacks; it has \['label', 'sentence'\]",
     )
     refused(data(path, template="{sentence}", target="y"), r"data\.target names column 'y'")
 
@@ -184,8 +185,6 @@ def test_a_row_without_a_target(tmp_path: Path, suffix: str) -> None:
     rows = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}, {"text": "c", "label": None}]
     path = write(tmp_path / f"a.{suffix}", rows)
     refused(data(files(train=path)), r"row 3\b.* has no value in the target column 'label'")
-    whole = write(tmp_path / f"b.{suffix}", rows[:2] * 9)
-    assert load_rows(data(files(train=whole, validation=whole, test=whole))).counts["train"] == 18
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
@@ -206,8 +205,10 @@ def test_references_that_are_no_list_of_texts(tmp_path: Path, cell: Any, shown: 
     """The row, the value and the key are named; so is a column that is not there."""
     path = write(tmp_path / "a.jsonl", [{"text": "a", "label": "x", "right": cell}] * 4)
     spec = data(files(train=path, validation=path, test=path), references="right")
-    refused(spec, rf"row 1 of train has .*{shown}.* in column 'right', which data\.references names; a list of texts")
-    refused(spec.model_copy(update={"references": "rihgt"}), r"data\.references names column 'rihgt', which row 1")
+    refused(
+        spec, rf"a\.jsonl:1 \(row 1\) has .*{shown}.* in column 'right', which data\.references names; a list of texts"
+    )
+    refused(spec.model_copy(update={"references": "rihgt"}), r"data\.references names column 'rihgt', which .*row 1")
 
 
 def test_only_the_rows_that_are_asked_for(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ data:
   template: Spam or not?
   verbalizer:
     0: 7
-    0.5: half
+    .inf: half
   limit:
 search:
   space:

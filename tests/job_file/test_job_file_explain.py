@@ -16,7 +16,7 @@ def test_every_problem_of_a_file_is_reported_at_once(files: Files) -> None:
         (5, "data.target"),
         (7, "data.template"),
         (9, "data.verbalizer.0"),
-        (10, "data.verbalizer.0.5"),
+        (10, "data.verbalizer.Infinity"),
         (11, "data.limit"),
         (14, "search.space.init[1]"),
         (15, "search.space.num_virtual_tokens[1]"),

@@ -35,8 +35,8 @@ def test_an_override_below_a_scalar_replaces_the_scalar(files: Files) -> None:
 
 def test_an_override_reaches_typed_and_quoted_keys(files: Files) -> None:
     """A number in a key is a number as in YAML; quotes make text of it and keep dots together."""
-    spec = files.load(GOOD, ["data.verbalizer.0= ' good'", 'data.verbalizer."1"=x', 'data.rename."a.b=c"=text'])
-    assert spec.data.verbalizer == {0: " good", 1: " spam", "1": "x"}
+    spec = files.load(GOOD, ["data.verbalizer.0= ' good'", 'data.verbalizer."2"=x', 'data.rename."a.b=c"=text'])
+    assert spec.data.verbalizer == {0: " good", 1: " spam", "2": "x"}
     assert spec.data.rename == {"a.b=c": "text"}
 
 
