@@ -29,6 +29,7 @@ CORE = (
     "test_search.py",
     "test_report.py",
     "test_serving_api.py",
+    "test_init.py",
     "test_interrupt.py",
     "test_ray_session.py",
     "test_registry_ui.py",

@@ -16,9 +16,11 @@ from orchestrator import cli
 
 PACKAGE = Path(cli.__file__).parents[1]
 FILLED_IN = "1"  # in the place of a value: as good a name as it is a number
+VERSION = [FILLED_IN]  # `orchestrator 0.1.0`, which is no command
+ADDS_OPTIONS = {"_option", "repeated"}  # functions that write options, or nothing
 COMMAND = re.compile(r"(?<![\w./-])orchestrator +([a-z][\w-]*|1\b)([^`,;()\n]*)")
 ENDS = re.compile(r" {3,}| && | \| |[.:] |[.:'\"]$")
-PROSE = {"of", "files", "that"}  # that follow the word where it is no command
+VERB_ALONE = re.compile(r"`+(orchestrator [\w-]+)`+|the same (orchestrator [\w-]+)")  # speaks of a verb
 
 
 def strings(file: Path) -> Iterator[tuple[int, str]]:
@@ -27,16 +29,25 @@ def strings(file: Path) -> Iterator[tuple[int, str]]:
     parts = {id(value) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for value in node.values}
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
-            yield (
-                node.lineno,
-                "".join(value.value if isinstance(value, ast.Constant) else FILLED_IN for value in node.values),
-            )
+            yield node.lineno, "".join(map(filled_in, node.values))
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in parts:
             yield node.lineno, node.value
 
 
+def filled_in(part: ast.expr) -> str:
+    """A part of an f-string: its text, or something in the place of its value."""
+    if isinstance(part, ast.Constant):
+        return str(part.value)
+    value = part.value if isinstance(part, ast.FormattedValue) else part
+    if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id in ADDS_OPTIONS:
+        return ""
+    return FILLED_IN
+
+
 def commands(text: str) -> Iterator[list[str]]:
     """The words after `orchestrator` up to where its command ends at the latest; prose may follow the command."""
+    # Where a text only speaks of a verb, no argument follows: the verb has to be there all the same.
+    text = VERB_ALONE.sub(lambda found: f"`{found[1] or found[2]} --help`", text)
     for found in COMMAND.finditer(text):
         verb, rest = found[1], ENDS.split(found[2])[0]
         try:
@@ -54,7 +65,7 @@ def named() -> list[tuple[str, list[str]]]:
             found += [(f"{file.relative_to(PACKAGE)}:{line}", words) for words in commands(text)]
     for file in sorted((PACKAGE / "cli" / "starter").glob("*.yaml")):
         found += [(file.name, words) for words in commands(file.read_text(encoding="utf-8"))]
-    return [(place, words) for place, words in found if words[0] not in PROSE]
+    return [(place, words) for place, words in found if words != VERSION]
 
 
 def problem(words: list[str]) -> str:
@@ -65,10 +76,12 @@ def problem(words: list[str]) -> str:
     verbs: dict[str, Any] = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
     if words[0] not in verbs:
         return f"no verb {words[0]}"
+    if words[1:] == ["--help"]:
+        return ""
     reason = ""
     for count in range(len(words), 0, -1):
         try:
-            verbs[words[0]].make_context(words[0], list(words[1:count]), resilient_parsing="--help" in words)
+            verbs[words[0]].make_context(words[0], list(words[1:count]))
         except Exception as error:  # click's usage errors, of its own or of a copy that typer brings
             reason = reason or getattr(error, "message", "") or str(error)
             continue
@@ -97,8 +110,8 @@ def test_the_commands_of_hints_are_found() -> None:
     "wrong",
     [
         "orchestrator strat", "orchestrator logs --folow ID", "orchestrator promote NAME",
-        "orchestrator logs ID --last",
-        "orchestrator ui --port x", "start one with `orchestrator srve`", "orchestrator run",
+        "orchestrator logs ID --last", "the same orchestrator sumbit", "orchestrator ui --port x",
+        "start one with `orchestrator srve`", "orchestrator run",
     ],
 )  # fmt: skip
 def test_a_wrong_command_would_be_noticed(wrong: str) -> None:

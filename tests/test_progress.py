@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from small_jobs import small_job
 
-from orchestrator import progress as progress_module
+from orchestrator.cli import progress as progress_module
 from orchestrator.cli.progress import ConsoleProgress, duration, sparkline
 from orchestrator.space import TrialSpec
 from orchestrator.spec import JobSpec

@@ -44,7 +44,7 @@ def submit(
     ] = None,
     image_has_code: Annotated[
         bool,
-        typer.Option("--image-has-code", help="Run the orchestrator of the cluster's image, not this one."),
+        typer.Option("--image-has-code", help="Run the code of the cluster's image, not this one's."),
     ] = False,
     label: Annotated[list[str], typer.Option(metavar="NAME=VALUE", help="For attributing costs; repeatable.")] = [],  # noqa: B006
     cpus: Annotated[
