@@ -132,7 +132,7 @@ def cut_in_two(rows: Sequence[Row], column: str, seed: int) -> Iterator[Row]:
         placed = row if isinstance(row, SourceRow) else SourceRow(row, number=number + 1)
         if not isinstance(text := row.get(column), str):
             raise BadInput(
-                f"data.prefix_lm names column {column!r}, and {place_of(placed)} has no text there; "
+                f"data.prefix_lm names column {column!r}, and {place_of(placed, 'the data')} has no text there; "
                 f"it has {sorted(row)}",
                 "correct data.prefix_lm",
             )

@@ -39,7 +39,7 @@ def test_a_text_is_a_prefix_and_what_follows() -> None:
     assert len({row["prefix"] for row in cut}) > 4 and all(row["prefix"] for row in cut)
     assert all(row["continuation"].startswith(" ") for row in cut)
     assert cut == list(cut_in_two(rows, "text", 0)) != list(cut_in_two(rows, "text", 1))
-    with pytest.raises(BadInput, match="row 1 has no text there"):
+    with pytest.raises(BadInput, match="row 1 of the data has no text there"):
         list(cut_in_two(rows, "body", 0))
 
 

@@ -18,7 +18,7 @@ from orchestrator.data.encoding import make_encoder
 from orchestrator.spec import BaseModelSpec, DataSpec
 
 SHARED = Path(__file__).parents[3] / "shared"
-ROWS = 2000  # of each split; the cells of all rows are compared
+ROWS = 500  # of each split; the cells of all rows are compared
 TASKS = {
     "sms_spam": ("{text}\nSpam or not?", "label_name"),
     "trec6": ("{text}\n{fine}", "label"),
