@@ -15,6 +15,7 @@ from orchestrator.errors import BadInput, Unreachable
 from orchestrator.importing import uncollected
 from orchestrator.quickstart import BUILTIN_MODELS, builtin_model
 from orchestrator.spec import BUILTIN, QUICKSTART, BaseModelSpec
+from orchestrator.spec import looks_like_path as looks_like_path  # noqa: PLC0414 - part of this module's names
 
 SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 WEIGHTS = "*.safetensors"
@@ -246,11 +247,6 @@ def known_builtin(name: str) -> str:
             _MODEL_HINT,
         )
     return bare
-
-
-def looks_like_path(text: str) -> bool:
-    """Hub ids are ``name`` or ``owner/name``; anything else was meant as a path."""
-    return text.startswith((".", "/", "~")) or text.count("/") > 1
 
 
 def _local_folder(name: str, folder: Path) -> Path:
