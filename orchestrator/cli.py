@@ -99,15 +99,32 @@ def options(
 
 
 @app.command()
-def validate(job: Job, overrides: Overrides = [], as_json: Json = False) -> None:  # noqa: B006
-    """Check a job spec: every problem at once, each with its line."""
-    from orchestrator.job_file import load_job
-    from orchestrator.space import trials
+def validate(
+    job: Job,
+    overrides: Overrides = [],  # noqa: B006
+    spec_only: Annotated[
+        bool, typer.Option("--spec-only", help="Check the spec alone, not the files and folders it names.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Check a job spec, and the files and folders it names: every problem at once, each with its line."""
+    from orchestrator.space import trial_count
 
-    spec = load_job(job, overrides)
+    if spec_only:
+        from orchestrator.job_file import load_job
+
+        spec = load_job(job, overrides)
+        unchecked = [{"key": "", "reason": "files and folders are not looked at with --spec-only"}]
+    else:
+        from orchestrator.inputs import load_checked
+
+        spec, inputs = load_checked(job, overrides)
+        unchecked = [{"key": each.key, "reason": each.reason} for each in inputs.unchecked]
     if as_json:
-        return print_json({"valid": True, "spec": spec.model_dump(mode="json")})
-    out(f"{job}: sound. {spec.method} of {spec.base_model.id}, {len(trials(spec.search))} trials.")
+        return print_json({"valid": True, "spec": spec.model_dump(mode="json"), "not_checked": unchecked})
+    out(f"{job}: sound. {spec.method} of {spec.base_model.id}, {trial_count(spec.search)} trials.")
+    for each in unchecked:
+        out(f"not checked: {each['key']}{': ' if each['key'] else ''}{each['reason']}")
     out(f"next: orchestrator run {job}{_repeated(overrides)}")
 
 
@@ -121,14 +138,15 @@ def plan(
     verbose: Verbose = False,
 ) -> None:
     """Measure a few real steps: what the search will take in time, memory and device hours. Nothing is kept."""
-    from orchestrator.job_file import load_job
+    from orchestrator.inputs import load_checked
 
-    spec = load_job(job, overrides)
+    spec, inputs = load_checked(job, overrides)
     with results_only():
         with uncollected():
             from orchestrator.run import plan_job
 
-        made = plan_job(spec, (lambda text: None) if quiet else (lambda text: say(f"{text} ...")), address, verbose)
+        show = _nothing if quiet else (lambda text: say(f"{text} ..."))
+        made = plan_job(spec, show, address, verbose, inputs)
     if as_json:
         return print_json(made.document())
     from orchestrator.display import plan_page
@@ -150,16 +168,16 @@ def run(
     """Run the search, register the best prompt, and promote it when it beats the champion."""
     from rich.console import Console
 
-    from orchestrator.job_file import load_job
+    from orchestrator.inputs import load_checked
 
-    spec = load_job(job, overrides)
+    spec, inputs = load_checked(job, overrides)
     console = Console(stderr=True)
     with results_only():
         with uncollected():
             from orchestrator.progress import ConsoleProgress
             from orchestrator.run import run_job
 
-        document = run_job(spec, ConsoleProgress(spec, console, quiet), address, verbose, planned)
+        document = run_job(spec, ConsoleProgress(spec, console, quiet), address, verbose, planned, inputs=inputs)
     if as_json:
         return print_json(document)
     from orchestrator.display import run_summary
@@ -231,9 +249,9 @@ def submit(
     quiet: Quiet = False,
 ) -> None:
     """Run a job on a cluster, packed with its files; submitting the same again attaches to it."""
-    from orchestrator.job_file import load_job
+    from orchestrator.inputs import load_checked
 
-    spec = load_job(job, overrides)
+    spec, _ = load_checked(job, overrides, elsewhere=True)
     with results_only():
         from orchestrator.submission import make_submission, submit_job
 

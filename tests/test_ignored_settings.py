@@ -219,7 +219,7 @@ def _keys(section: type[Section], prefix: str = "") -> list[str]:
 def test_a_model_built_in_python_is_checked_too() -> None:
     """The check belongs to the spec, not to the reading of files."""
     search = {"scheduler": "fifo", "grace_steps": 100}
-    with pytest.raises(ValidationError, match="search.grace_steps has no effect with search.scheduler fifo"):
+    with pytest.raises(ValidationError, match=r"search\.grace_steps has no effect with search\.scheduler fifo"):
         JobSpec.model_validate({**BASE, "search": search})
 
 
