@@ -32,7 +32,8 @@ class Rule(NamedTuple):
 
     ``reads`` are the keys that ``reason`` looks at. ``reason`` ends the sentence "KEY has no effect ...",
     and is empty where the key has one. ``otherwise`` is what to do instead of leaving the key out.
-    ``defaults`` are values that ask for nothing, besides the field's own default.
+    ``defaults`` are values that ask for nothing, besides the field's own default. ``needed`` is a key that
+    another setting requires, so that it can't be left out.
     """
 
     key: str
@@ -40,6 +41,7 @@ class Rule(NamedTuple):
     reason: Callable[[JobSpec], str]
     otherwise: str
     defaults: tuple[Any, ...] = ()
+    needed: bool = False
 
 
 def without_effect(job: JobSpec) -> Iterator[NoEffect]:
@@ -55,7 +57,8 @@ def without_effect(job: JobSpec) -> Iterator[NoEffect]:
             continue
         if reason := rule.reason(job):
             reported.add(rule.key)
-            message = f"{rule.key} has no effect {reason}; leave it out, or {rule.otherwise}"
+            remedy = rule.otherwise if rule.needed else f"leave it out, or {rule.otherwise}"
+            message = f"{rule.key} has no effect {reason}; {remedy}"
             yield NoEffect(rule.key, message, rule.reads)
 
 
@@ -231,7 +234,8 @@ def _decays_after_the_end(job: JobSpec) -> str:
     length = train.steps - train.warmup_steps
     if train.schedule != "exponential" or train.decay_steps is None or train.decay_steps < length:
         return ""
-    return f"with {length} steps after the warmup: the learning rate never decays"
+    steps = f"train.steps {train.steps} and train.warmup_steps {train.warmup_steps}"
+    return f"with {steps}: the learning rate never decays"
 
 
 def _has_no_network(job: JobSpec) -> str:
@@ -310,7 +314,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "train.decay_steps", ("train.steps", "train.warmup_steps", "train.schedule"), _decays_after_the_end,
-        "lower it",
+        "lower it, or set train.schedule to constant", needed=True,
     ),
     Rule("generation.max_tokens", ("search.metric",), _texts_are_not_compared, GENERATE),
     Rule("generation.num_beams", ("search.metric",), _texts_are_not_compared, GENERATE),

@@ -55,7 +55,7 @@ IDLE: list[tuple[tuple[str, ...], str, str]] = [
     (("data.rename={sms: message}",), "data.rename", "data.target"),
     (
         (
-            "data.rename={body: text}", "data.prefix_lm=body", "data.template={prefix}",
+            "data.rename={body: text}", "data.prefix_lm=body", "data.template=\"{prefix}\"",
             "data.target=continuation", *TEXTS,
         ),
         "data.rename", "data.prefix_lm",
@@ -132,7 +132,7 @@ AT_WORK: list[tuple[str, ...]] = [
     (FILES, "data.limit={train: 9}", "data.split_seed=1"),
     (BUILTIN, "data.limit={train: 9}", "data.split_seed=1"),
     (
-        BUILTIN, "data.prefix_lm=text", "data.template={prefix}", "data.target=continuation", *TEXTS,
+        BUILTIN, "data.prefix_lm=text", "data.template=\"{prefix}\"", "data.target=continuation", *TEXTS,
         "data.split_seed=1",
     ),
     ("data.rename={sms: text, spam: label}",),
@@ -183,7 +183,9 @@ def test_a_setting_without_effect_is_a_conflict(
     (problem,) = problems(command, job_file, overrides)
     assert problem["where"] == key
     assert f"{key} has no effect" in problem["message"]
-    assert other in problem["message"] and "leave it out, or " in problem["message"]
+    reason, remedy = problem["message"].rsplit("; ", 1)
+    assert other in reason
+    assert "leave it out, or " in remedy or key == "train.decay_steps"  # which its schedule requires
 
 
 @pytest.mark.parametrize("overrides", AT_WORK, ids=" ".join)
@@ -237,7 +239,7 @@ def test_a_job_that_lacks_values_gets_the_problems_of_the_others(command: Comman
     file = tmp_path / "job.yaml"
     file.write_text("name: idle\nsearch: {scheduler: fifo, grace_steps: 4}\ndata: {subset: x}\n", encoding="utf-8")
     found = {problem["where"] for problem in problems(command, file, ())}
-    assert found == {"base_model", "data.path", "data.template", "data.target", "search.grace_steps"}
+    assert found == {"base_model", "data.path", "data.template", "data.target", "data.verbalizer", "search.grace_steps"}
 
 
 def test_each_key_is_reported_once(tmp_path: Path) -> None:

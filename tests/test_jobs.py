@@ -51,7 +51,7 @@ def test_a_file_is_sound(file: Path, command: Command) -> None:
     written = document(file)
     assert load_job(file).name == file.stem
     jsonschema.validate(json.loads(json.dumps(written)), command("schema").document)
-    said = command("validate", file)
+    said = command("validate", file, *([] if SHARED.is_dir() else ["--spec-only"]))
     assert said.code == 0 and f"next: orchestrator run {file}" in said.out
 
 

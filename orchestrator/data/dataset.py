@@ -65,6 +65,7 @@ def load_rows(data: DataSpec, templates: Sequence[str] = (), files: Mapping[str,
     """
     read = _read_all(data) if files is None else files
     found = {split: rows for split, rows in wanted_rows(read, data).items() if split in SPLITS}
+    _refuse_idle_fractions(found, data)
     if data.prefix_lm:
         found = {split: list(cut_in_two(rows, data.prefix_lm, data.split_seed)) for split, rows in found.items()}
     named = [column for template in (data.template, *templates) for column in Template(template).columns]
@@ -86,6 +87,14 @@ def load_split(data: DataSpec, split: str, more: Sequence[str] = ()) -> list[Row
         raise BadInput(f"the data has no rows in split {split!r}; it has {known}", "choose one of them")
     columns = [*Template(data.template).columns, data.target, *more, *([data.references] if data.references else [])]
     return _columns(found[split], list(dict.fromkeys(columns)), data, split)
+
+
+def _refuse_idle_fractions(found: Mapping[str, list[Row]], data: DataSpec) -> None:
+    """Raise BadInput for a fraction of a split that the data has: only the data itself shows that."""
+    for name, split in (("validation_fraction", "validation"), ("test_fraction", "test")):
+        value = getattr(data, name)
+        if split in found and value != DataSpec.model_fields[name].default:
+            raise BadInput(f"data.{name} {value} has no effect: the data has a {split} split", f"leave data.{name} out")
 
 
 def cut_in_two(rows: Sequence[Row], column: str, seed: int) -> Iterator[Row]:
