@@ -15,6 +15,7 @@ from orchestrator.errors import BadInput, Unreachable
 from orchestrator.importing import uncollected
 from orchestrator.quickstart import BUILTIN_MODELS, builtin_model
 from orchestrator.spec import BUILTIN, QUICKSTART, BaseModelSpec
+from orchestrator.spec import looks_like_path as looks_like_path  # noqa: PLC0414 - part of this module's names
 
 SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 WEIGHTS = "*.safetensors"
@@ -54,7 +55,7 @@ class ModelSource:
     def config(self) -> Any:
         quiet_transformers()
         if not (self.path / "config.json").is_file():
-            raise BadInput(f"base_model.id {self.id!r}: {self.path} holds no config.json", _MODEL_HINT)
+            raise BadInput(f"base_model.id {self.id!r}: {self.path} holds no config.json", MODEL_HINT)
         try:
             with uncollected():  # transformers imports a model's module, and all that it needs, when it is asked for it
                 from transformers import AutoConfig
@@ -67,7 +68,7 @@ class ModelSource:
                     "choose a model that transformers knows, or set base_model.allow_remote_code: true if you trust it",
                 ) from None
             raise BadInput(
-                f"base_model.id {self.id!r} can't be read as a model: {_first_line(error)}", _MODEL_HINT
+                f"base_model.id {self.id!r} can't be read as a model: {_first_line(error)}", MODEL_HINT
             ) from None
 
     @cached_property
@@ -80,7 +81,7 @@ class ModelSource:
                 tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.allow_remote_code)
         except Exception as error:  # tokenizer files fail in many ways: KeyError, TypeError, OSError, a Rust panic
             raise BadInput(
-                f"base_model.id {self.id!r} has no usable tokenizer: {_first_line(error)}", _MODEL_HINT
+                f"base_model.id {self.id!r} has no usable tokenizer: {_first_line(error)}", MODEL_HINT
             ) from None
         needed = "mask_token" if self.family == "masked" else "eos_token"
         if getattr(tokenizer, f"{needed}_id") is None:
@@ -159,7 +160,7 @@ class ModelSource:
             raise BadInput(
                 f"base_model.id {self.id!r} is not a language model "
                 f"(model_type {config.model_type!r}, architectures {config.architectures or []})",
-                _MODEL_HINT,
+                MODEL_HINT,
             )
 
 
@@ -168,7 +169,7 @@ _AUTO_CLASSES: dict[Family, str] = {
     "seq2seq": "AutoModelForSeq2SeqLM",
     "masked": "AutoModelForMaskedLM",
 }
-_ENDINGS: dict[Family, tuple[str, ...]] = {
+ENDINGS: dict[Family, tuple[str, ...]] = {
     "causal": ("ForCausalLM", "LMHeadModel"),
     "seq2seq": ("ForConditionalGeneration",),
     "masked": ("ForMaskedLM",),
@@ -180,7 +181,7 @@ def family_of(config: Any) -> Family:
     if getattr(config, "is_encoder_decoder", False):
         return "seq2seq"
     names = config.architectures or []
-    if any(name.endswith(_ENDINGS["causal"]) for name in names) or getattr(config, "is_decoder", False):
+    if any(name.endswith(ENDINGS["causal"]) for name in names) or getattr(config, "is_decoder", False):
         return "causal"
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
@@ -205,7 +206,7 @@ def _is_language_model(config: Any) -> bool:
         "masked": auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     }
     family, names = family_of(config), config.architectures or []
-    ends = _ENDINGS[family]
+    ends = ENDINGS[family]
     return config.model_type in mapping[family] and (not names or any(name.endswith(ends) for name in names))
 
 
@@ -214,10 +215,10 @@ def _embedding_width(config: Any) -> int:
     for key in ("embedding_size", "word_embed_proj_dim", "hidden_size"):
         if value := getattr(config, key, None):
             return int(value)
-    raise BadInput(f"a model of type {config.model_type!r} does not say how wide its embeddings are", _MODEL_HINT)
+    raise BadInput(f"a model of type {config.model_type!r} does not say how wide its embeddings are", MODEL_HINT)
 
 
-_MODEL_HINT = f"give a language model: a hub id such as Qwen/Qwen2.5-0.5B, a local folder, or {QUICKSTART}"
+MODEL_HINT = f"give a language model: a hub id such as Qwen/Qwen2.5-0.5B, a local folder, or {QUICKSTART}"
 
 
 def resolve_model(spec: BaseModelSpec, weights: bool = True) -> ModelSource:
@@ -227,8 +228,8 @@ def resolve_model(spec: BaseModelSpec, weights: bool = True) -> ModelSource:
     """
     if spec.id.startswith(BUILTIN):
         path = builtin_model(known_builtin(spec.id))
-    elif (folder := Path(spec.id).expanduser()).exists() or looks_like_path(spec.id):
-        path = _local_folder(spec.id, folder)
+    elif Path(spec.id).expanduser().exists() or looks_like_path(spec.id):
+        path = local_folder(spec.id)
     else:
         path = _from_hub(spec, weights)
     source = ModelSource(spec.id, spec.revision, path, spec.quantization, spec.allow_remote_code)
@@ -243,20 +244,17 @@ def known_builtin(name: str) -> str:
         raise BadInput(
             f"base_model.id {name!r} is unknown; built-in models are "
             + ", ".join(BUILTIN + known for known in BUILTIN_MODELS),
-            _MODEL_HINT,
+            MODEL_HINT,
         )
     return bare
 
 
-def looks_like_path(text: str) -> bool:
-    """Hub ids are ``name`` or ``owner/name``; anything else was meant as a path."""
-    return text.startswith((".", "/", "~")) or text.count("/") > 1
-
-
-def _local_folder(name: str, folder: Path) -> Path:
+def local_folder(name: str) -> Path:
+    """Return the folder that a base model's id names. Raises BadInput for a file, and for what is not there."""
+    folder = Path(name).expanduser()
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
-        raise BadInput(f"base_model.id {name!r}: the folder {folder.resolve()} {what}", _MODEL_HINT)
+        raise BadInput(f"base_model.id {name!r}: the folder {folder.resolve()} {what}", MODEL_HINT)
     return folder.resolve()
 
 
@@ -275,10 +273,10 @@ def _from_hub(spec: BaseModelSpec, weights: bool) -> Path:
     except GatedRepoError:
         raise BadInput(f"base_model.id {spec.id!r} is gated", "ask for access on the hub, then set HF_TOKEN") from None
     except RevisionNotFoundError:
-        raise BadInput(f"base_model.revision {spec.revision!r} does not exist for {spec.id!r}", _MODEL_HINT) from None
+        raise BadInput(f"base_model.revision {spec.revision!r} does not exist for {spec.id!r}", MODEL_HINT) from None
     except (RepositoryNotFoundError, HFValidationError):
         raise BadInput(
-            f"base_model.id {spec.id!r} is neither a folder here nor a model on the hub", _MODEL_HINT
+            f"base_model.id {spec.id!r} is neither a folder here nor a model on the hub", MODEL_HINT
         ) from None
     except Exception as error:  # no network, no cache, HF_HUB_OFFLINE: the hub client raises many types
         raise hub_unreachable(f"base_model.id {spec.id!r}", error) from None

@@ -27,6 +27,7 @@ from orchestrator.artifact import (
 from orchestrator.base_model import BaseModelInfo, looks_like_path
 from orchestrator.data.designs import Design
 from orchestrator.errors import BadInput, Interrupted, JobFailed, NothingFound, SearchLost, Unreachable
+from orchestrator.inputs import Inputs, check_inputs
 from orchestrator.mirror import BASELINES, SPLITS, MlflowMirror
 from orchestrator.registry import Registry, SearchLog
 from orchestrator.report import read_facts, write_report
@@ -79,6 +80,12 @@ class Clock:
     marks: dict[str, float] = field(default_factory=dict)
     last: float = field(default_factory=time.monotonic)
 
+    @classmethod
+    def after(cls, seconds: float) -> Clock:
+        """Make a clock that was started so many seconds ago."""
+        started = time.monotonic() - seconds
+        return cls(started=started, last=started)
+
     def mark(self, name: str, until: float | None = None) -> None:
         """Everything since the last mark, up to a moment or to now, was spent on ``name``."""
         moment = time.monotonic() if until is None else until
@@ -106,20 +113,23 @@ def run_job(
     verbose: bool = False,
     planned: bool = False,
     folder: SearchFolder | None = None,
+    inputs: Inputs | None = None,
 ) -> dict[str, Any]:
     """Run the job; returns the document of ``run --json``. Raises OrchestratorError; nothing half-made stays behind.
 
     ``planned``: measure first, and keep the estimate beside the outcome. ``folder``: keep the search there; one of its
-    own unless given. An interrupt raises Interrupted, once there is a search that can be resumed.
+    own unless given. ``inputs``: what was found of the job's files, checked here unless given. An interrupt raises
+    Interrupted, once there is a search that can be resumed.
     """
-    clock = Clock()
+    inputs = inputs or check_inputs(job)  # before Ray is started, whose start and end take seconds
+    clock = Clock.after(inputs.seconds)
     registry = Registry()
     check_home()
     with ray_beside(address, verbose, then=make_ready) as ray_up:
         registry.check()
         progress.stage("reading data and base model")
         artifacts, pins = find_artifacts(job, registry)
-        prepared = prepare(job, artifacts)
+        prepared = prepare(job, artifacts, inputs.rows)
         note_warnings(prepared, progress)
         clock.mark("model", until=clock.last + prepared.making_s)
         clock.mark("prepare")
@@ -134,13 +144,20 @@ def run_job(
             return Pipeline(prepared, registry, progress, clock, folder, pins, planned=planned).run(placement, ours)
 
 
-def plan_job(job: JobSpec, say: Callable[[str], None], address: str | None = None, verbose: bool = False) -> Plan:
+def plan_job(
+    job: JobSpec,
+    say: Callable[[str], None],
+    address: str | None = None,
+    verbose: bool = False,
+    inputs: Inputs | None = None,
+) -> Plan:
     """What the job will take; nothing is kept. Raises OrchestratorError, BadInput for what ``run_job`` would refuse.
 
     A cluster is only asked for its nodes; the measuring is done on this machine, where the search's start is rehearsed
     if it is here that the search would run.
     """
-    clock = Clock()
+    inputs = inputs or check_inputs(job)
+    clock = Clock.after(inputs.seconds)
     elsewhere = bool(address or os.environ.get("RAY_ADDRESS"))
     with (
         ray_beside(address, verbose, make_ready) as ray_up,
@@ -148,7 +165,7 @@ def plan_job(job: JobSpec, say: Callable[[str], None], address: str | None = Non
     ):
         say("reading data and base model")
         artifacts, _ = find_artifacts(job, Registry())
-        prepared = prepare(job, artifacts)
+        prepared = prepare(job, artifacts, inputs.rows)
         clock.mark("model", until=clock.last + prepared.making_s)
         clock.mark("prepare")
         for text in prepared.rows.notes:

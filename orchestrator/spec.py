@@ -16,6 +16,7 @@ from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticCustomError
 
 from orchestrator.labels import contradictions
+from orchestrator.no_effect import without_effect
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 ALIAS_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,99}$"  # MLflow's own rule, narrower than a model's name
@@ -51,6 +52,11 @@ def template_fields(template: str) -> list[str]:
 def template_columns(template: str) -> list[str]:
     """Columns named in braces, in order of appearance."""
     return [name for name in template_fields(template) if name not in (VIRTUAL, BLANK)]
+
+
+def looks_like_path(text: str) -> bool:
+    """Tell whether a name was meant as a path: hub ids are ``name`` or ``owner/name``."""
+    return text.startswith((".", "/", "~")) or text.count("/") > 1
 
 
 # A value's own checks are written as predicates: "<value> names no column" is how job_file reports them.
@@ -203,6 +209,13 @@ class BaseModelSpec(Section):
     allow_remote_code: bool = False
     """Run Python code that the model's folder or hub repository brings along. Only for sources that you trust."""
 
+    @property
+    def source(self) -> Literal["builtin", "folder", "hub"]:
+        """Where the id alone says that the model is; a folder may also have the form of a hub id."""
+        if self.id.startswith(BUILTIN):
+            return "builtin"
+        return "folder" if looks_like_path(self.id) else "hub"
+
 
 class DataFiles(Section):
     """Local files: .jsonl, .ndjson, .json, .csv, .tsv or .parquet, also compressed: .csv.gz, .jsonl.zst, .tsv.bz2."""
@@ -319,6 +332,13 @@ class DataSpec(Section):
         for column, key in self.columns_with_answer(template or "").items():
             name = key.removeprefix("data.")
             yield Conflict("template", answer_in_input(column, key), (name, "rename"))
+
+    @property
+    def source(self) -> Literal["builtin", "files", "hub"]:
+        """Where the rows are."""
+        if isinstance(self.path, DataFiles):
+            return "files"
+        return "builtin" if self.path.startswith(BUILTIN) else "hub"
 
     def _conflicts(self) -> Iterator[Conflict]:
         yield from self._answer_conflicts()
@@ -805,6 +825,15 @@ class JobSpec(Section):
             yield Conflict("data.template", text, ("method",))
 
     @property
+    def columns(self) -> set[str]:
+        """Columns that the templates, the target and the references name."""
+        more = self.search.space.template or []
+        templates = [self.data.template, *([more] if isinstance(more, str) else more)]
+        named = {column for template in templates for column in template_columns(template)}
+        references = [self.data.references] if self.data.references else []
+        return {*named, self.data.target, *references}
+
+    @property
     def generates(self) -> bool:
         """Whether evaluations generate texts, because the metric compares them."""
         return self.search.metric in TEXT_METRICS
@@ -834,6 +863,7 @@ class JobSpec(Section):
                 f"{self.train.evaluate_every} is more than train.steps {self.train.steps}: no trial would be evaluated"
             )
             yield Conflict("train.evaluate_every", f"{text}; evaluate at least once", ("train.steps",))
+        yield from (Conflict(*setting) for setting in without_effect(self))
 
     @property
     def perturbation_steps(self) -> int:

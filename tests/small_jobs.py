@@ -58,7 +58,6 @@ def job_document(folder: Path) -> dict[str, Any]:
             },
             "trials": 8,
             "metric": "loss",
-            "grace_steps": 4,
         },
         "train": {"steps": 16, "batch_size": 4, "evaluate_every": 4},
         # A worker of one core leaves room for the other tests' actors in the session's Ray.

@@ -131,7 +131,10 @@ def test_an_init_text_without_tokens(command: Command, tmp_path: Path) -> None:
 CLASSIFIER = BertConfig(architectures=["BertForSequenceClassification"])
 
 
-@pytest.mark.parametrize("config", [ViTConfig(), CLASSIFIER], ids=["vit", "bert"])
+IMAGES = ViTConfig(architectures=["ViTForImageClassification"])
+
+
+@pytest.mark.parametrize("config", [IMAGES, CLASSIFIER], ids=["vit", "bert"])
 def test_a_base_model_that_is_no_language_model(command: Command, tmp_path: Path, config: Any) -> None:
     """The folder, what it is, and what would be right."""
     folder = tmp_path / "model"
@@ -293,7 +296,7 @@ def test_unforeseen_errors_are_one_line(command: Command, tmp_path: Path, monkey
     def broken(*_: Any) -> Callable[..., Any]:
         raise ZeroDivisionError("division by zero\nsecond line")
 
-    monkeypatch.setattr("orchestrator.job_file.load_job", broken)
+    monkeypatch.setattr("orchestrator.inputs.load_checked", broken)
     said = command("validate", write_job(tmp_path))
     refused(said, 1, "please report it", "ZeroDivisionError: division by zero")
     assert json.loads(command("validate", tmp_path / "job.yaml", "--json").out)["error"]["exit_code"] == 1

@@ -42,9 +42,13 @@ def test_help_imports_nothing_heavy(record_property: pytest.RecordProperty) -> N
 
 
 def test_validate_imports_nothing_heavy(tmp_path: Path) -> None:
-    """A job spec is checked without torch or Ray."""
-    heavy, _ = imported(["validate", str(write_job(tmp_path))])
+    """A job spec is checked without any large library, and its files without torch or Ray."""
+    job = str(write_job(tmp_path))
+    heavy, _ = imported(["validate", job, "--spec-only"])
     assert heavy == set()
+    heavy, seconds = imported(["validate", job])
+    assert heavy & {"torch", "ray", "transformers", "mlflow", "fastapi"} == set()
+    assert seconds < GENEROUS_S
 
 
 def test_validate_as_json(command: Command, tmp_path: Path) -> None:

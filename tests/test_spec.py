@@ -56,7 +56,6 @@ def full_job() -> dict[str, Any]:
             "trials": 32,
             "stop": {"metric": 0.98, "minutes": 5},
         },
-        generation={"max_tokens": 30, "num_beams": 5},
         resources={"workers": 2, "gpus_per_worker": 0.5},
         registry={"model": "sms", "alias": "challenger"},
     )

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli.common import console_progress, progress_line, read_job
+from orchestrator.cli.common import console_progress, progress_line, read_checked
 from orchestrator.cli.groups import CLUSTER, app, verb
 from orchestrator.cli.options import Dashboard, Job, JobId, Json, Overrides, Quiet
 from orchestrator.cli.output import out, present, print_json, print_lines, results_only, say
@@ -60,7 +60,7 @@ def submit(
     quiet: Quiet = False,
 ) -> None:
     """Run a job on a cluster, packed with its files; submitting the same again attaches to it."""
-    spec = read_job(job, overrides)
+    spec, _ = read_checked(job, overrides, elsewhere=True)
     with results_only():
         from orchestrator.submission import make_submission, submit_job
 

@@ -11,6 +11,7 @@ from orchestrator.cli.output import present, say
 
 if TYPE_CHECKING:
     from orchestrator.cli.progress import ConsoleProgress
+    from orchestrator.inputs import Inputs
     from orchestrator.registry import Registry
     from orchestrator.spec import JobSpec
 
@@ -20,6 +21,16 @@ def read_job(file: Path, overrides: list[str]) -> JobSpec:
     from orchestrator.job_file import load_job
 
     return load_job(file, overrides)
+
+
+def read_checked(file: Path, overrides: list[str], *, elsewhere: bool = False) -> tuple[JobSpec, Inputs]:
+    """Read a job spec as ``read_job``, and check the files and folders it names.
+
+    ``elsewhere``: a whole path that this machine lacks is one of the cluster's. Raises SpecError.
+    """
+    from orchestrator.inputs import load_checked
+
+    return load_checked(file, overrides, elsewhere=elsewhere)
 
 
 def repeated(overrides: list[str]) -> str:

@@ -12,6 +12,7 @@ from orchestrator.cli.common import (
     open_registry,
     present_search,
     progress_line,
+    read_checked,
     read_job,
     repeated,
 )
@@ -62,14 +63,35 @@ def init(
 
 
 @verb(TUNE)
-def validate(job: Job, overrides: Overrides = [], as_json: Json = False) -> None:  # noqa: B006
-    """Check a job spec: every problem at once, each with its line."""
-    from orchestrator.space import trials
+def validate(
+    job: Job,
+    overrides: Overrides = [],  # noqa: B006
+    spec_only: Annotated[
+        bool, typer.Option("--spec-only", help="Check the spec alone, not the files and folders it names.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Check a job spec, and the files and folders it names: every problem at once, each with its line."""
+    from orchestrator.space import trial_count
+    from orchestrator.wording import counted
 
-    spec = read_job(job, overrides)
+    warnings: tuple[str, ...] = ()
+    if spec_only:
+        spec = read_job(job, overrides)
+        unchecked = [{"key": "", "reason": "files and folders are not looked at with --spec-only"}]
+    else:
+        spec, inputs = read_checked(job, overrides)
+        unchecked = [{"key": each.key, "reason": each.reason} for each in inputs.unchecked]
+        warnings = inputs.warnings
     if as_json:
-        return print_json({"valid": True, "spec": spec.model_dump(mode="json")})
-    out(f"{job}: sound. {spec.method} of {spec.base_model.id}, {len(trials(spec.search))} trials.")
+        document = {"valid": True, "spec": spec.model_dump(mode="json")}
+        return print_json(document | {"not_checked": unchecked, "warnings": list(warnings)})
+    trials = counted(trial_count(spec.search), "trial")
+    out(f"{job}: sound. {spec.method} of {spec.base_model.id}, {trials}.")
+    for each in unchecked:
+        out(f"not checked: {each['key']}{': ' if each['key'] else ''}{each['reason']}")
+    for warning in warnings:
+        out(f"warning: {warning}")
     out(f"next: orchestrator run {job}{repeated(overrides)}")
 
 
@@ -83,12 +105,12 @@ def plan(
     verbose: Verbose = False,
 ) -> None:
     """Measure a few real steps: what the search will take in time, memory and device hours. Nothing is kept."""
-    spec = read_job(job, overrides)
+    spec, inputs = read_checked(job, overrides)
     with results_only():
         with uncollected():
             from orchestrator.run import plan_job
 
-        made = plan_job(spec, progress_line(quiet, "{} ..."), address, verbose)
+        made = plan_job(spec, progress_line(quiet, "{} ..."), address, verbose, inputs)
     from orchestrator.cli.pages.search import plan_page
 
     next_step = f"next: orchestrator run {job}{repeated(overrides)}"
@@ -106,13 +128,13 @@ def run(
     verbose: Verbose = False,
 ) -> None:
     """Run the search, register the best prompt, and promote it when it beats the champion."""
-    spec = read_job(job, overrides)
+    spec, inputs = read_checked(job, overrides)
     with results_only():
         with uncollected():
             from orchestrator.run import run_job
 
             progress = console_progress(quiet)
-        document = run_job(spec, progress(spec), address, verbose, planned)
+        document = run_job(spec, progress(spec), address, verbose, planned, inputs=inputs)
     present_search(document, spec, as_json)
 
 

@@ -66,12 +66,15 @@ def rows_fingerprint(rows: Sequence[Row]) -> str:
     return digest.hexdigest()
 
 
-def load_rows(data: DataSpec, templates: Sequence[str] = ()) -> RowSplits:
+def load_rows(data: DataSpec, templates: Sequence[str] = (), files: Mapping[str, list[Row]] | None = None) -> RowSplits:
     """All three splits, checked: no split is empty and no column is missing. Raises BadInput or Unreachable.
 
-    ``templates`` are further ones, whose columns are kept too.
+    ``templates`` are further ones, whose columns are kept too. ``files`` are the rows of the spec's files, by split,
+    where they have been read already.
     """
-    found = {split: rows for split, rows in _read(data).items() if split in SPLITS}
+    read = _read_all(data) if files is None else files
+    found = {split: rows for split, rows in wanted_rows(read, data).items() if split in SPLITS}
+    _refuse_idle_fractions(found, data)
     if data.prefix_lm:
         found = {split: list(cut_in_two(rows, data.prefix_lm, data.split_seed)) for split, rows in found.items()}
     named = [column for template in (data.template, *templates) for column in Template(template).columns]
@@ -118,11 +121,19 @@ def _empty_split(split: str, found: Mapping[str, list[Row]], data: DataSpec) -> 
 
 def load_split(data: DataSpec, split: str, more: Sequence[str] = ()) -> list[Row]:
     """The rows of one split, cut down to what the spec names and ``more`` columns. Raises BadInput or Unreachable."""
-    found = _read(data)
+    found = wanted_rows(_read_all(data), data)
     if not found.get(split):
         known = ", ".join(sorted(name for name in found if found[name])) or "none"
         raise BadInput(f"the data has no rows in split {split!r}; it has {known}", "choose one of them")
     return UsedColumns(data, Template(data.template).columns, more).cut(found[split], split)
+
+
+def _refuse_idle_fractions(found: Mapping[str, list[Row]], data: DataSpec) -> None:
+    """Raise BadInput for a fraction of a split that the data has: only the data itself shows that."""
+    for name, split in (("validation_fraction", "validation"), ("test_fraction", "test")):
+        value = getattr(data, name)
+        if split in found and value != DataSpec.model_fields[name].default:
+            raise BadInput(f"data.{name} {value} has no effect: the data has a {split} split", f"leave data.{name} out")
 
 
 def cut_in_two(rows: Sequence[Row], column: str, seed: int) -> Iterator[Row]:
@@ -142,11 +153,10 @@ def cut_in_two(rows: Sequence[Row], column: str, seed: int) -> Iterator[Row]:
             yield placed.with_cells({PREFIX: prefix, CONTINUATION: text[len(prefix) :]})
 
 
-def _read(data: DataSpec) -> dict[str, list[Row]]:
-    """All rows of all splits; only those that ``where`` asks for."""
-    found = _read_all(data)
+def wanted_rows(found: Mapping[str, list[Row]], data: DataSpec) -> dict[str, list[Row]]:
+    """Keep the rows of each split that ``data.where`` asks for. Raises BadInput where there are none."""
     if not data.where:
-        return found
+        return dict(found)
     for column in data.where:
         if not any(column in row for rows in found.values() for row in rows):
             known = sorted({name for rows in found.values() for row in rows[:1] for name in row})
@@ -178,13 +188,10 @@ def _known_builtin(path: str) -> str:
 
 def _read_all(data: DataSpec) -> dict[str, list[Row]]:
     if isinstance(data.path, DataFiles):
-        files = {split: getattr(data.path, split) for split in SPLITS if getattr(data.path, split)}
-        return {split: read_file(Path(file), f"data.path.{split}", data.csv) for split, file in files.items()}
+        return {split: read_split(data, split) for split in SPLITS if getattr(data.path, split)}
+    known_data(data.path)
     if data.path.startswith(BUILTIN):
         return {split: list(rows) for split, rows in builtin_rows(_known_builtin(data.path)).items()}
-    if Path(data.path).expanduser().exists() or looks_like_path(data.path):
-        hint = f"write the files one by one: --set data.path.train={data.path}"
-        raise BadInput(f"data.path {data.path!r} is a path; files are named by split", hint)
     return _read_hub(data, data.path)
 
 
@@ -194,6 +201,20 @@ def read_file(file: Path, where: str, options: CsvSpec | None = None) -> list[Ro
     for note in table.notes:
         log.warning("%s: %s", where, note)
     return list(table.rows)
+
+
+def read_split(data: DataSpec, split: str) -> list[Row]:
+    """Read the file that ``data.path`` names for a split."""
+    return read_file(Path(getattr(data.path, split)), f"data.path.{split}", data.csv)
+
+
+def known_data(path: str) -> None:
+    """Raise BadInput unless a bare ``data.path`` names built-in data, or has the form of a hub data set."""
+    if path.startswith(BUILTIN):
+        _known_builtin(path)
+    elif Path(path).expanduser().exists() or looks_like_path(path):
+        hint = f"write the files one by one: --set data.path.train={path}"
+        raise BadInput(f"data.path {path!r} is a path; files are named by split", hint)
 
 
 def _quiet_datasets() -> None:

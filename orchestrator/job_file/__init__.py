@@ -6,7 +6,8 @@ them, ``explain`` compares them with the models of ``spec``, and ``words`` says 
 
 from __future__ import annotations
 
-from .load import load_job
+from .load import load_job, load_with_places
+from .places import Places
 from .yaml_text import write
 
-__all__ = ["load_job", "write"]
+__all__ = ["Places", "load_job", "load_with_places", "write"]

@@ -56,7 +56,7 @@ class _Explanation:
                     self._note(node, f"is missing; allowed: {_allowed(kind)}", field.description or "", where)
                 # The checks across keys look into a section even when it is missing.
                 good[name] = kind.model_construct() if _is_section(kind) else BAD
-        built = section.model_construct(**{name: value for name, value in good.items() if value is not BAD})
+        built = _built(section, good)
         self._check_across(built, node)
         return built
 
@@ -130,6 +130,19 @@ class _Explanation:
     def _note(self, node: Node, message: str, hint: str = "", where: str = "") -> None:
         self.unknown.append(where or node.where)
         self.problems.append(Problem(node.file, node.line, where or node.where, message, hint))
+
+
+def _built(section: type[Section], good: dict[str, Any]) -> Section:
+    """Make an instance of the good values.
+
+    A bad value is left to its default. Where there is none, the empty text takes its place: checks across
+    keys read it, and what they find there is not reported.
+    """
+    values = {name: value for name, value in good.items() if value is not BAD}
+    for name in good.keys() - values.keys():
+        if section.model_fields[name].is_required():
+            values[name] = ""
+    return section.model_construct(**values)
 
 
 def _is_section(kind: Any) -> TypeGuard[type[Section]]:

@@ -13,6 +13,7 @@ from orchestrator.spec import JobSpec
 
 from .explain import explain
 from .overrides import lay_over
+from .places import Places
 from .tree import Node, grow
 from .words import nearest, printable
 from .yaml_text import Unreadable, compose
@@ -29,6 +30,11 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobSpec:
 
     Raises SpecError with all problems of the file and of the overrides.
     """
+    return load_with_places(path, overrides)[0]
+
+
+def load_with_places(path: str | Path, overrides: Sequence[str] = ()) -> tuple[JobSpec, Places]:
+    """Read a job spec as ``load_job`` does; return it with the lines of its values."""
     file = printable(str(path))
     try:
         root = _tree(_text(Path(path)), file)
@@ -39,11 +45,10 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobSpec:
     problems = [*root.found(), *explain(root)]
     if not problems:
         try:
-            return JobSpec.model_validate(root.plain())
+            return JobSpec.model_validate(root.plain()), Places(root)
         except ValidationError as error:  # a check that explain does not know of; better said badly than not at all
             problems = [Problem(file, None, "", str(error))]
-    # Lines first and in order, then what came from --set.
-    raise SpecError(sorted(problems, key=lambda problem: (problem.file != file, problem.line or 0)))
+    raise SpecError(Places(root).in_order(problems))
 
 
 def _tree(text: str, file: str) -> Node:

@@ -19,6 +19,7 @@ from orchestrator.data.designs import BOUNDARY, Design, Designs
 from orchestrator.data.encoding import Encoder, check_context, check_generation, make_encoder, reference_texts
 from orchestrator.data.split_checks import check_distinct_tokens, judge
 from orchestrator.errors import BadInput
+from orchestrator.inputs import check_can_start
 from orchestrator.peft_folder import is_peft, read_peft
 from orchestrator.prompts import Method
 from orchestrator.quickstart import builtin_model
@@ -51,15 +52,22 @@ class Prepared:
     """What makes the result less trustworthy, as sentences."""
 
 
-def prepare(job: JobSpec, artifacts: Mapping[str, Path] | None = None, *, begun: bool = False) -> Prepared:
+def prepare(
+    job: JobSpec,
+    artifacts: Mapping[str, Path] | None = None,
+    rows: RowSplits | None = None,
+    *,
+    begun: bool = False,
+) -> Prepared:
     """Load and check the job's inputs. Raises BadInput or Unreachable.
 
-    ``artifacts`` are the folders of the prompts that trials start from, by the reference that the spec has. ``begun``
-    is for a search that goes on: splits that a new search would be refused for are warned about.
+    ``artifacts`` are the folders of the prompts that trials start from, by the reference that the spec has. ``rows``
+    are those that ``inputs`` read, where it did. ``begun`` is for a search that goes on: splits that a new search would
+    be refused for are warned about.
     """
     if job.method in ("lora", "qlora"):
         check_peft(job.method)
-    rows = load_rows(job.data, templates(job.search.space))
+    rows = rows or load_rows(job.data, templates(job.search.space))
     warnings = judge(rows, job.data, learns=job.method != "prompt_design", begun=begun)
     started = time.monotonic()
     if job.base_model.id.startswith(BUILTIN):
@@ -141,11 +149,7 @@ def _artifacts(job: JobSpec, folders: Mapping[str, Path] | None) -> dict[str, di
     found = {}
     for reference in init_artifacts(job.search.space):
         found[reference] = stored_tensors((folders or {}).get(reference) or Path(reference))
-        if job.method != "prefix_tuning" and "prompt" not in found[reference]:
-            raise BadInput(
-                f"search.space.init artifact {reference!r} is a prefix and can't start method {job.method}",
-                "choose a prompt of prompt_tuning or p_tuning, or set method prefix_tuning",
-            )
+        check_can_start(job, reference, found[reference])
     return found
 
 

@@ -47,7 +47,7 @@ def documents(setting: Setting, folder: Path) -> dict[str, dict[str, Any]]:
     return {
         "quickstart, 16 trials, asha": job(quickstart, 16, 120, 20),
         "trec6, 6 trials, fifo": job(jobs.trec6(folder, 300, 500), 6, 200, 50, scheduler="fifo"),
-        "sms-spam, 12 trials, asha": job(jobs.sms_spam(folder, 550, 554), 12, 200, 50, grace_steps=50),
+        "sms-spam, 12 trials, asha": job(jobs.sms_spam(folder, 550, 554), 12, 200, 50),
     }
 
 

@@ -98,6 +98,8 @@ def side(setting: Setting, name: str, seed: int) -> Side:
         asked = job(setting, Path(folder), seed)
         changes = dict(ABLATIONS.get(name, {}))
         asked["search"]["scheduler"] = changes.pop("scheduler", "asha")
+        if asked["search"]["scheduler"] != "asha":
+            del asked["search"]["grace_steps"]
         asked["resources"] = changes.pop("resources", {})
         if name in PEERS:
             ran = processes.run_in(folder, "peer_search", {"job": asked, "kind": PEERS[name]})

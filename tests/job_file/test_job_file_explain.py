@@ -205,3 +205,14 @@ def test_a_verbalizer_of_thousands_with_one_mistake_is_explained(files: Files) -
     rows = "".join(f"    {n}: {'word' if n != 1234 else 5}\n" for n in range(3000))
     problem = files.problem(swap('  verbalizer: {0: " ham", 1: " spam"}\n', f"  verbalizer:\n{rows}"))
     assert (problem.line, problem.where) == (9 + 1234, "data.verbalizer.1234")
+
+
+@pytest.mark.parametrize(
+    ("more", "section"),
+    [("", "data:\n  prefix_lm: body\n"), ("method: prefix_tuning\n", "data:\n"), ("method: lora\n", "data:\n")],
+)
+def test_a_bad_template_is_one_problem_whatever_reads_it(files: Files, more: str, section: str) -> None:
+    """Checks across keys that look at the template stay silent where it can't be read."""
+    text = GOOD.replace('template: "{text}\\nSpam or not?"', "template: {text}").replace("data:\n", section)
+    found = [problem.where for problem in files.problems(more + text)]
+    assert found.count("data.template") == 1

@@ -58,11 +58,9 @@ def test_an_override_mends_what_could_not_be_read(files: Files) -> None:
 
 def test_an_override_changes_one_use_of_an_alias(files: Files) -> None:
     """What an anchor stands for elsewhere, merged in or not, stays."""
-    text = swap(
-        "path: ucirvine/sms_spam", "path: &files {train: a}\n  rename: {<<: *files}\n  limit: &limit {train: 5}"
-    )
-    spec = files.load(text, ["data.path.train=b", "data.rename.x=y"])
-    assert (spec.data.path, spec.data.rename) == (DataFiles(train="b"), {"train": "a", "x": "y"})
+    text = swap("path: ucirvine/sms_spam", "path: &files {train: a}\n  where: {<<: *files}\n  limit: &limit {train: 5}")
+    spec = files.load(text, ["data.path.train=b", "data.where.x=y"])
+    assert (spec.data.path, spec.data.where) == (DataFiles(train="b"), {"train": "a", "x": "y"})
 
 
 def test_an_unknown_key_of_an_override_names_the_override(files: Files) -> None:

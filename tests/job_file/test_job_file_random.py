@@ -20,7 +20,7 @@ FULL: dict[str, Any] = {
     "base_model": {"id": "x", "revision": "main", "dtype": "auto"},
     "data": {
         "path": {"train": "a.jsonl", "test": "b"},
-        "rename": {"a": "b"},
+        "rename": {"a": "text"},
         "template": "{text}",
         "target": "y",
         "verbalizer": {0: "a", True: "b", "c": "d"},
@@ -41,7 +41,7 @@ FULL: dict[str, Any] = {
         "stop": {"metric": 0.5, "minutes": 3},
     },
     "train": {"steps": 100, "evaluate_every": 10, "weight_decay": 0.0},
-    "generation": {"max_tokens": 20, "num_beams": 2},
+    "generation": {"num_beams": 1},
     "resources": {"workers": "auto", "gpus_per_worker": 0.5},
     "registry": {"model": "m", "alias": "challenger"},
 }

@@ -35,9 +35,9 @@ def test_label_types_are_kept(files: Files) -> None:
 def test_aliases_and_merge_keys_work(files: Files) -> None:
     """An anchor's value can be used again, and << fills in keys that are not given."""
     text = swap('{0: " ham", 1: " spam"}', "&words {0: a, 1: b}\n  limit: &limit {train: 5, test: 3}")
-    text = text.replace("  template", "  rename: {<<: {a: b, c: d}, a: z}\n  template")
+    text = text.replace("  template", "  where: {<<: {a: b, c: d}, a: z}\n  template")
     spec = files.load(text)
-    assert spec.data.rename == {"a": "z", "c": "d"}
+    assert spec.data.where == {"a": "z", "c": "d"}
     shared = swap("learning_rate: 0.1", "init: [&t {text: hi}, random]\n    seed: 1").replace("steps: 100", "steps: 9")
     assert files.load(shared + "  evaluate_every: 3\n").search.space.init == [TextInit(text="hi"), "random"]
 

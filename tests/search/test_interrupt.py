@@ -38,7 +38,7 @@ def to_the_process(process: subprocess.Popen[str]) -> int:
 def interrupted(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
     """A search with hours to go, interrupted after its first evaluation; what was left of it."""
     train = {"steps": 1_000_000, "batch_size": 4, "evaluate_every": 10}
-    job = write_job(tmp_path, train=train, search__grace_steps=1_000_000, resources__trials_per_worker=2)
+    job = write_job(tmp_path, train=train, search__scheduler="fifo", resources__trials_per_worker=2)
     process = subprocess.Popen(
         [sys.executable, "-m", "orchestrator", "run", str(job), "--json"],
         cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,

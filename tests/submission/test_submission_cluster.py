@@ -23,7 +23,7 @@ from small_jobs import Said, close, search_runs, write_job
 from orchestrator.submission.outcome import MARK
 
 LIMIT_S = 250.0  # only what hangs takes this long
-HOURS = {"train": {"steps": 1_000_000, "batch_size": 4, "evaluate_every": 10}, "search__grace_steps": 1_000_000}
+HOURS = {"train": {"steps": 1_000_000, "batch_size": 4, "evaluate_every": 10}, "search__scheduler": "fifo"}
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 
