@@ -120,6 +120,7 @@ def run_job(
         progress.stage("reading data and base model")
         artifacts, pins = find_artifacts(job, registry)
         prepared = prepare(job, artifacts)
+        note_warnings(prepared, progress)
         clock.mark("model", until=clock.last + prepared.making_s)
         clock.mark("prepare")
         progress.stage("starting Ray")
@@ -154,6 +155,12 @@ def plan_job(job: JobSpec, say: Callable[[str], None], address: str | None = Non
         placement = placed(prepared)
         say("measuring the start, steps and evaluations")
         return make_plan(prepared, placement, nodes(), clock.before(), None if elsewhere else Path(folder))
+
+
+def note_warnings(prepared: Prepared, progress: Progress) -> None:
+    """Show what makes the result less trustworthy."""
+    for warning in prepared.warnings:
+        progress.note(f"warning: {warning}")
 
 
 def find_artifacts(
@@ -526,6 +533,7 @@ class Pipeline:
             "model": model,
             **({"artifact": str(self.folder.artifact)} if self.folder.artifact.is_dir() else {}),
             "mlflow": {"tracking_uri": self.registry.display_uri, "run_id": log.run_id},
+            "warnings": list(self.prepared.warnings),
             "seconds": self.clock.seconds(),
             **({"plan": self.plan.document()} if self.plan else {}),
         }
