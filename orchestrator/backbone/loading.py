@@ -15,7 +15,14 @@ from orchestrator.backbone.base import Backbone
 from orchestrator.backbone.causal import CausalBackbone
 from orchestrator.backbone.masked import MaskedBackbone
 from orchestrator.backbone.seq2seq import Seq2SeqBackbone
-from orchestrator.backbone.weights import auto_model, check_loaded, stored_tensors, unusable_config, wrong_shapes
+from orchestrator.backbone.weights import (
+    auto_model,
+    check_layers,
+    check_loaded,
+    stored_tensors,
+    unusable_config,
+    wrong_shapes,
+)
 from orchestrator.base_model import BaseModelInfo, Family, ModelSource, family_of, quiet_transformers
 from orchestrator.errors import BadInput, JobFailed
 from orchestrator.importing import uncollected
@@ -115,6 +122,7 @@ def _load_model(source: ModelSource, dtype: Any, device: torch.device) -> Any:
         raise unusable_config(source, error) from None
     if wrong := {name: (found, expected) for name, found, expected in sorted(loading["mismatched_keys"])}:
         raise wrong_shapes(source, wrong)
+    check_layers(source, model, loading["unexpected_keys"], [])
     if missing := sorted(loading["missing_keys"]):  # transformers would fill them with random numbers
         raise source.unusable_weights(f"{len(missing)} weights are missing, the first is {missing[0]}")
     if source.quantization == "none":

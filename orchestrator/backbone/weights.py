@@ -22,6 +22,8 @@ from orchestrator.importing import uncollected
 READ_AT_MOST = 2 << 30
 """Bytes of weights whose values the driver reads; a worker reads larger ones anyway, and finds out then."""
 
+_LAYER = re.compile(r"\.\d+\.")
+
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -59,6 +61,7 @@ def check_files(source: ModelSource) -> None:
     }
     if wrong:
         raise wrong_shapes(source, wrong)
+    check_layers(source, model, set(stored) - set(names), set(expected) - set(names.values()))
     if sum(file.stat().st_size for file in source.weight_files()) <= READ_AT_MOST:
         parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         check_finite(source, _values(stored, [name for name, inside in names.items() if inside in parameters]))
@@ -141,6 +144,39 @@ def wrong_shapes(source: ModelSource, wrong: Mapping[str, tuple[Any, Any]]) -> B
     return BadInput(
         f"base_model.id {source.id!r}: config.json disagrees with the weights: {name} is {list(found)} in the file and "
         f"{list(expected)} by config.json{more}",
+        "put the config.json beside the weights that they were saved with, or fetch the model again",
+    )
+
+
+def check_layers(source: ModelSource, model: Any, unexpected: Iterable[str], missing: Iterable[str]) -> None:
+    """Refuse weights of more or fewer layers than the configuration has: transformers leaves surplus ones out in
+    silence.
+
+    A surplus tensor belongs to a layer if the model has the same tensor in its first layer; other surplus tensors, of
+    another head or of older versions, do no harm.
+    """
+    inside = set(model.state_dict())
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    known = [name for name in unexpected if not any(pattern.search(name) for pattern in ignored)]
+    for name in sorted(known):
+        if _in_first_layer(name) in inside:
+            raise _layers_differ(source, name, "is in the files, and config.json has fewer layers")
+    absent = set(missing)
+    for name in sorted(absent):
+        first = _in_first_layer(name)
+        if first in inside and first not in absent:
+            raise _layers_differ(source, name, "is not in the files, and config.json has as many layers")
+
+
+def _in_first_layer(name: str) -> str:
+    """Return the name of the same tensor in the first layer; nothing for a tensor outside of layers."""
+    first = _LAYER.sub(".0.", name, count=1)
+    return "" if first == name else first
+
+
+def _layers_differ(source: ModelSource, name: str, what: str) -> BadInput:
+    return BadInput(
+        f"base_model.id {source.id!r}: config.json disagrees with the weights: {name} {what}",
         "put the config.json beside the weights that they were saved with, or fetch the model again",
     )
 
