@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 from dataclasses import dataclass
@@ -13,12 +14,14 @@ from typing import Any, Literal, TypeAlias
 
 from orchestrator.errors import BadInput, Unreachable
 from orchestrator.importing import uncollected
+from orchestrator.model_checks import check_config_tokens, check_positions, check_stored_quantization
 from orchestrator.quickstart import BUILTIN_MODELS, builtin_model
 from orchestrator.spec import BUILTIN, QUICKSTART, BaseModelSpec
 from orchestrator.spec import looks_like_path as looks_like_path  # noqa: PLC0414 - part of this module's names
 
 SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 WEIGHTS = "*.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")
 NO_LIMIT = 1 << 20  # context of a model whose configuration names none
 
@@ -61,7 +64,7 @@ class ModelSource:
                 from transformers import AutoConfig
 
                 return AutoConfig.from_pretrained(self.path, trust_remote_code=self.allow_remote_code)
-        except (ValueError, KeyError, OSError) as error:
+        except Exception as error:  # configurations are checked in many ways, which raise errors of their own
             if "trust_remote_code" in str(error):
                 raise BadInput(
                     f"base_model.id {self.id!r} brings Python code of its own, which is not run",
@@ -106,7 +109,21 @@ class ModelSource:
                 f"base_model.id {self.id!r}: no *.safetensors in {self.path}; pickled weights are not read",
                 "convert the model with save_pretrained(..., safe_serialization=True)",
             )
+        self._check_index(files)
         return files
+
+    def _check_index(self, files: list[Path]) -> None:
+        """Refuse weights in several files of which one is missing."""
+        index = self.path / WEIGHTS_INDEX
+        if not index.is_file():
+            return
+        try:
+            needed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise self.unusable_weights(f"{index.name}: {_first_line(error)}") from None
+        missing = sorted(needed - {file.name for file in files})
+        if missing:
+            raise self.unusable_weights(f"{index.name} names {', '.join(missing)}, not in the folder")
 
     def unusable_weights(self, reason: str) -> BadInput:
         first = reason.strip().splitlines()[0][:200] if reason.strip() else "unknown reason"
@@ -139,7 +156,7 @@ class ModelSource:
         )
 
     @property
-    def _brings_model_code(self) -> bool:
+    def brings_model_code(self) -> bool:
         """Whether the spec allows, and the model has, a language model class of its own."""
         classes = getattr(self.config, "auto_map", None) or {}
         return self.allow_remote_code and any(name in classes for name in _AUTO_CLASSES.values())
@@ -147,6 +164,11 @@ class ModelSource:
     @property
     def family(self) -> Family:
         return family_of(self.config)
+
+    @property
+    def table_size(self) -> int:
+        """Rows of the input embedding table: every token id has to be below."""
+        return int(self.config.get_text_config().vocab_size)
 
     def check_tunable(self) -> None:
         """Refuse what is no language model, before any weight is read."""
@@ -156,12 +178,15 @@ class ModelSource:
                 f"base_model.quantization {self.quantization} needs the package bitsandbytes, which is not installed",
                 "pip install bitsandbytes, or leave base_model.quantization out",
             )
-        if not (self._brings_model_code or _is_language_model(config)):
+        if not (self.brings_model_code or _is_language_model(config)):
             raise BadInput(
                 f"base_model.id {self.id!r} is not a language model "
                 f"(model_type {config.model_type!r}, architectures {config.architectures or []})",
                 MODEL_HINT,
             )
+        check_stored_quantization(self.id, config, self.quantization)
+        check_positions(self.id, config, self.family, self.context_length, self.brings_model_code)
+        check_config_tokens(self.id, config, self.family, self.path)
 
 
 _AUTO_CLASSES: dict[Family, str] = {

@@ -79,7 +79,7 @@ def _loaded(job: JobSpec, rows: RowSplits) -> tuple[JobSpec, Encoder, Backbone]:
     """The job with its base model by a name that other processes find too, its encoder, and the model."""
     job = found_anywhere(job, resolve_model(job.base_model))
     source = resolve_model(job.base_model)
-    encoder = make_encoder(job.data, rows, source.tokenizer(), source.family)
+    encoder = make_encoder(job.data, rows, source.tokenizer(), source.family, source.table_size)
     return job, encoder, load_backbone(source, default_device(), job.base_model.dtype)
 
 

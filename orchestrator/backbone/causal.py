@@ -25,11 +25,13 @@ from torch import Tensor, nn
 from orchestrator.backbone.attention import install_grouped
 from orchestrator.backbone.base import Backbone, Ids, no_prefix
 from orchestrator.backbone.prompts import Part, PreparedPrompts, PromptTensors, pad_part
+from orchestrator.backbone.rotary import install_rowwise
 from orchestrator.backbone.rows import Rows
 from orchestrator.backbone.sharding import through_last_block
 from orchestrator.base_model import BaseModelInfo, Family
 from orchestrator.errors import BadInput
 from orchestrator.placing import placed
+from orchestrator.rope import rope_switches
 
 # Checked in float64 against unpadded rows: loss and gradient agree when the prompt runs once (docs/decisions.md).
 PROMPT_ONCE_FAMILIES = frozenset(
@@ -71,7 +73,12 @@ class CausalBackbone(Backbone):
 
     def __init__(self, model: nn.Module, tokenizer: Any, info: BaseModelInfo, prompt_once: bool | None = None) -> None:
         super().__init__(model, tokenizer, info)
-        self.prompt_once = runs_prompt_once(model.config) if prompt_once is None else prompt_once
+        switches = rope_switches(model.config, info.context_length)
+        if switches:
+            install_rowwise(model, switches)
+        # A row beyond the switch needs other keys of its prompt than a short row, so that neither may share them.
+        once = runs_prompt_once(model.config) and not switches
+        self.prompt_once = once if prompt_once is None else prompt_once
         if self.prompt_once:
             from orchestrator.backbone import last_block
 
@@ -250,12 +257,17 @@ class CausalBackbone(Backbone):
         logits = self.model(
             inputs_embeds=embeds,
             logits_to_keep=torch.arange(first, place.shape[1], device=self.device),
-            **self._behind(prefix, rows, place, place < ends[:, None]),
+            **self._behind(prefix, rows, place, ends),
         ).logits
         return torch.take_along_dim(logits, (wanted - first)[:, :, None], dim=1)
 
-    def _behind(self, prefix: Part | None, rows: Rows, place: Tensor, mask: Tensor) -> dict[str, Any]:
-        """Mask, positions and cache of right-padded rows, behind a prefix, which is padded on the left, if any."""
+    def _behind(self, prefix: Part | None, rows: Rows, place: Tensor, ends: Tensor) -> dict[str, Any]:
+        """Mask, positions and cache of right-padded rows, behind a prefix, which is padded on the left, if any.
+
+        Pads have their row's last position: a row's largest position says how long it is.
+        """
+        mask = place < ends[:, None]
+        place = place.minimum(ends[:, None] - 1)
         if prefix is None:
             positions = {"position_ids": place} if self._takes_positions else {}
             return {"attention_mask": mask.long(), "use_cache": False, **positions}

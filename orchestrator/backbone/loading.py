@@ -15,6 +15,14 @@ from orchestrator.backbone.base import Backbone
 from orchestrator.backbone.causal import CausalBackbone
 from orchestrator.backbone.masked import MaskedBackbone
 from orchestrator.backbone.seq2seq import Seq2SeqBackbone
+from orchestrator.backbone.weights import (
+    auto_model,
+    check_layers,
+    check_loaded,
+    stored_tensors,
+    unusable_config,
+    wrong_shapes,
+)
 from orchestrator.base_model import BaseModelInfo, Family, ModelSource, family_of, quiet_transformers
 from orchestrator.errors import BadInput, JobFailed
 from orchestrator.importing import uncollected
@@ -50,6 +58,7 @@ def read_backbone(
     device = torch.device(device)
     # What is sharded goes to the device block by block.
     model = _load_model(source, _dtype(dtype, device), device if before_gather is None else torch.device("cpu"))
+    check_loaded(source, model)
     backbone = make_backbone(model, source.tokenizer(), source.info(fingerprint))
     if before_gather is not None:
         backbone.shard(device, before_gather)
@@ -98,16 +107,22 @@ def _load_model(source: ModelSource, dtype: Any, device: torch.device) -> Any:
     quiet_transformers()
     try:
         with uncollected():
-            model, loading = _auto_model(family_of(source.config)).from_pretrained(
+            model, loading = auto_model(family_of(source.config)).from_pretrained(
                 source.path,
                 dtype=dtype,
                 use_safetensors=True,
                 trust_remote_code=source.allow_remote_code,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # to name them: transformers' own error does not
                 **_quantized(source.quantization, device),
             )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise source.unusable_weights(str(error)) from None
+    except AssertionError as error:
+        raise unusable_config(source, error) from None
+    if wrong := {name: (found, expected) for name, found, expected in sorted(loading["mismatched_keys"])}:
+        raise wrong_shapes(source, wrong)
+    check_layers(source, model, loading["unexpected_keys"], [])
     if missing := sorted(loading["missing_keys"]):  # transformers would fill them with random numbers
         raise source.unusable_weights(f"{len(missing)} weights are missing, the first is {missing[0]}")
     if source.quantization == "none":
@@ -117,12 +132,6 @@ def _load_model(source: ModelSource, dtype: Any, device: torch.device) -> Any:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
-
-
-def _auto_model(family: Family) -> Any:
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
-
-    return {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM, "masked": AutoModelForMaskedLM}[family]
 
 
 def _quantized(quantization: str, device: torch.device) -> dict[str, Any]:
@@ -149,15 +158,9 @@ def _dtype(name: str, device: torch.device) -> Any:
 
 def weights_fingerprint(source: ModelSource) -> str:
     """sha256 over names, dtypes, shapes and bytes of the weights as stored, whatever files they are split into."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    tensors: dict[str, Path] = {}
-    for file in source.weight_files():
-        try:
-            with safe_open(file, framework="pt") as opened:
-                tensors.update(dict.fromkeys(opened.keys(), file))
-        except SafetensorError as error:
-            raise source.unusable_weights(f"{file.name}: {error}") from None
+    tensors = {name: stored.file for name, stored in stored_tensors(source).items()}
     digest = hashlib.sha256()
     opened_files: dict[Path, Any] = {file: safe_open(file, framework="pt") for file in set(tensors.values())}
     for name in sorted(tensors):

@@ -50,7 +50,14 @@ class Designs:
     """
 
     def __init__(
-        self, data: DataSpec, rows: RowSplits, tokenizer: Any, family: Family, context: int, generated: int = 0
+        self,
+        data: DataSpec,
+        rows: RowSplits,
+        tokenizer: Any,
+        family: Family,
+        context: int,
+        generated: int = 0,
+        table_size: int | None = None,
     ) -> None:
         self._data = data
         self._rows = rows
@@ -58,6 +65,7 @@ class Designs:
         self._family: Family = family
         self._context = context
         self._generated = generated
+        self._table_size = table_size
         self._encoders: dict[str | None, Encoder] = {}
         self._kept: dict[tuple[Design, str], tuple[Encoded, float]] = {}
 
@@ -65,7 +73,9 @@ class Designs:
         """The encoder of a design's template."""
         if design.template not in self._encoders:
             data = self._data.model_copy(update={"template": design.template or self._data.template})
-            self._encoders[design.template] = make_encoder(data, self._rows, self._tokenizer, self._family)
+            self._encoders[design.template] = make_encoder(
+                data, self._rows, self._tokenizer, self._family, self._table_size
+            )
         return self._encoders[design.template]
 
     def encoded(self, design: Design, split: str) -> Encoded:

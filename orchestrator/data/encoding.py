@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,6 +12,7 @@ from orchestrator.base_model import Family
 from orchestrator.data.dataset import SPLITS, RowSplits
 from orchestrator.data.template import Mark, Template, Verbalizer, continuation_ids, target_text
 from orchestrator.errors import BadInput
+from orchestrator.model_checks import beyond_table
 from orchestrator.placing import BLANK, marker
 from orchestrator.spec import DataSpec
 
@@ -51,9 +53,15 @@ class Encoder:
         family: Family = "causal",
         sentinel: bool = False,
         cuts_targets: bool = False,
+        table_size: int | None = None,
     ) -> None:
-        """``cuts_targets``: targets longer than their limit end there, without an end token, and are not refused."""
+        """``cuts_targets``: targets longer than their limit end there, without an end token, and are not refused.
+
+        ``table_size``: rows of the model's embedding table. BadInput for a token beyond it, here and wherever a text is
+        encoded; None where no model will read the tokens.
+        """
         self.tokenizer = tokenizer
+        self._table_size = table_size
         self.template = template
         self.verbalizer = verbalizer
         self.max_input_tokens = max_input_tokens
@@ -65,6 +73,7 @@ class Encoder:
             self._back = []  # the target goes on where the input ends
         self._cuts_targets = cuts_targets
         self._opening = [_sentinel(tokenizer, family)] if sentinel else []
+        self._check_special_tokens()
         self.answers = [self.answer_ids(text) for text in verbalizer.texts] if verbalizer else []
         self._check_answers()
 
@@ -92,6 +101,20 @@ class Encoder:
     def ended_answers(self) -> list[list[int]]:
         return [[*ids, *self._ended] for ids in self.answers]
 
+    def _check_special_tokens(self) -> None:
+        """Refuse a tokenizer whose own tokens, which stand in every row, have no embedding."""
+        mask = [self.tokenizer.mask_token_id] if self.family == "masked" else []
+        whole = [*self._front, *self._back, *self._opening, *self._ended, *mask]
+        self._check_table(whole, "every row")
+
+    def _check_table(self, ids: Sequence[int], what: str) -> None:
+        """Refuse token ids beyond the embedding table; ``what`` says where they come from."""
+        if self._table_size is None or max(ids, default=0) < self._table_size:
+            return
+        token_id = max(ids)
+        token = self.tokenizer.convert_ids_to_tokens(token_id)
+        raise beyond_table(token, token_id, self._table_size, what)
+
     def _check_answers(self) -> None:
         for place, ids in enumerate(self.answer_words):
             text = self.verbalizer.texts[place] if self.verbalizer else ""
@@ -102,6 +125,11 @@ class Encoder:
 
     def answer_ids(self, text: str) -> list[int]:
         """Token ids of an answer as the model gives it, without the end token."""
+        ids = self._answer_ids(text)
+        self._check_table(ids, f"the answer {shortened(text)}")
+        return ids
+
+    def _answer_ids(self, text: str) -> list[int]:
         if not text:
             return []
         if self.family == "seq2seq":  # the decoder starts anew: a target is tokenised as a text of its own
@@ -141,6 +169,8 @@ class Encoder:
                 ids.extend(continuation_ids(self.tokenizer, "", segment))
             elif segment:
                 ids.extend(self.tokenizer(segment, add_special_tokens=False)["input_ids"])
+        texts = (segment for segment in segments if isinstance(segment, str))
+        self._check_table(ids, f"the text {shortened(''.join(texts))}")
         return ids
 
     def input_segments(self, row: Row) -> list[str | Mark]:
@@ -169,17 +199,49 @@ class Encoder:
         fitted = self.template.texts(row)
         while len(ids := self.row_ids(fitted, before)) > limit:
             column = max(self.template.columns, key=lambda name: len(fitted[name]))
-            shorter = self._cut(fitted[column], len(ids) - limit)
-            if shorter == fitted[column]:
-                return ids[:limit]  # the template alone is longer than the limit
-            fitted[column] = shorter
-        return ids
+            if not fitted[column]:
+                break
+            fitted[column] = self._cut(fitted[column], len(ids) - limit)
+        if len(ids) > limit and self._template_tokens() > self.max_input_tokens:
+            raise self._template_too_long()
+        return ids[:limit]  # texts may take a token more together than apart
+
+    def check_template(self) -> None:
+        """Refuse a template that leaves no room for a row's own text within ``max_input_tokens``."""
+        if self._template_tokens() >= self.max_input_tokens:
+            raise self._template_too_long()
+
+    def _template_tokens(self) -> int:
+        """Count the tokens of the template with empty columns, marks included as they are in the limit."""
+        segments = self._until_blank(self.template.segments(dict.fromkeys(self.template.columns, "")))
+        return len(self._front) + len(self._marked_ids(segments)) + len(self._back)
+
+    def _template_too_long(self) -> BadInput:
+        count = self._template_tokens()
+        return BadInput(
+            f"the template alone takes {count} tokens, and max_input_tokens is {self.max_input_tokens}: no room is "
+            "left for a row's own text",
+            f"set data.max_input_tokens well above {count}, or shorten the template",
+        )
 
     def _cut(self, text: str, excess: int) -> str:
-        """The text without its last ``excess`` tokens."""
+        """Cut the text's last ``excess`` tokens off; at least one character."""
+        if not getattr(self.tokenizer, "is_fast", False):
+            keep = max(0, self._count(text) - excess)
+            return text[: self._characters_of(text, keep)]
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         keep = max(0, len(encoded["input_ids"]) - excess)
-        return text[: encoded["offset_mapping"][keep][0]] if keep < len(encoded["input_ids"]) else text[:-1]
+        if keep >= len(encoded["input_ids"]):
+            return text[:-1]
+        return text[: min(encoded["offset_mapping"][keep][0], len(text) - 1)]
+
+    def _characters_of(self, text: str, tokens: int) -> int:
+        """Return how many characters of a text take so many tokens at most, for a tokenizer that has no offsets."""
+        whole = range(len(text))
+        return bisect_right(whole, tokens, key=lambda end: self._count(text[:end])) - 1
+
+    def _count(self, text: str) -> int:
+        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def encode_target(self, row: Row, target: str) -> tuple[list[int], int]:
         """Target ids with the end token, and the label's place (-1 without a verbalizer)."""
@@ -223,7 +285,9 @@ def _right_texts(row: Row, data: DataSpec) -> list[str]:
     return [target_text(row[data.target]).strip()]
 
 
-def make_encoder(data: DataSpec, rows: RowSplits, tokenizer: Any, family: Family = "causal") -> Encoder:
+def make_encoder(
+    data: DataSpec, rows: RowSplits, tokenizer: Any, family: Family = "causal", table_size: int | None = None
+) -> Encoder:
     """The job's encoder; its verbalizer holds the labels that the data has. BadInput for a label without a text."""
     verbalizer = None
     if data.verbalizer is not None:
@@ -231,8 +295,13 @@ def make_encoder(data: DataSpec, rows: RowSplits, tokenizer: Any, family: Family
         verbalizer = Verbalizer.covering(data.verbalizer, seen)
     return Encoder(
         tokenizer, Template(data.template), verbalizer, data.max_input_tokens, data.max_target_tokens, family,
-        data.sentinel, data.prefix_lm is not None,
+        data.sentinel, data.prefix_lm is not None, table_size,
     )  # fmt: skip
+
+
+def shortened(text: str) -> str:
+    """Quote a text for a message, without its middle if it is long."""
+    return repr(text if len(text) <= 60 else f"{text[:40]}...{text[-17:]}")
 
 
 def _sentinel(tokenizer: Any, family: Family) -> int:

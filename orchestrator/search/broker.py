@@ -23,7 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from orchestrator.errors import JobFailed
+from orchestrator.errors import JobFailed, OrchestratorError
 from orchestrator.search.population import Copy, Population
 from orchestrator.space import TrialSpec
 from orchestrator.tuning.report import Begun, Copied, EvaluationJob, Report
@@ -110,7 +110,7 @@ class Broker:
         self.taken: dict[int, tuple[str, EvaluationJob]] = {}
         self.results: dict[int, dict[str, float]] = {}
         self.finished = False
-        self.failure: JobFailed | None = None
+        self.failure: OrchestratorError | None = None
         self.base_model: Any = None  # what the first worker found its backbone to be
         self.patience = PATIENCE_S
         self.starting = False  # whether some worker's process is there
@@ -360,7 +360,7 @@ class Broker:
         self._tell_trials()
         await self._notify()
 
-    async def fail(self, failure: JobFailed) -> None:
+    async def fail(self, failure: OrchestratorError) -> None:
         """The workers are gone for good, or the driver gives up: whoever waits gets the reason, the first there was."""
         self.failure = self.failure or failure
         self._tell_trials()
@@ -370,7 +370,7 @@ class Broker:
     def _over(self) -> bool:
         return self.finished or self.failure is not None
 
-    def _end(self) -> JobFailed:
+    def _end(self) -> OrchestratorError:
         return type(self.failure)(*self.failure.args) if self.failure else JobFailed("the search has ended")
 
     def _tell_trials(self) -> None:

@@ -1,4 +1,7 @@
-"""Everything that can be refused before anything is spent: rows, labels, model, tokens, context. No weight is read."""
+"""Everything that can be refused before anything is spent: rows, labels, model, tokens, context.
+
+Of a local model folder the weights are looked at too: their shapes, and whether small ones are finite.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,21 @@ import torch
 from torch import Tensor
 
 from orchestrator.artifact import CellsRecord, DataRecord, PromptArtifact, VerbalizerEntry
+from orchestrator.backbone.weights import check_files
 from orchestrator.base_model import ModelSource, known_builtin, resolve_model
 from orchestrator.baselines import check_peft
 from orchestrator.data.dataset import SPLITS, RowSplits, load_rows, rows_fingerprint
 from orchestrator.data.demonstrations import demonstrations
 from orchestrator.data.designs import BOUNDARY, Design, Designs
-from orchestrator.data.encoding import Encoder, check_context, check_generation, make_encoder, reference_texts
+from orchestrator.data.encoding import (
+    Encoded,
+    Encoder,
+    check_context,
+    check_generation,
+    make_encoder,
+    reference_texts,
+    shortened,
+)
 from orchestrator.data.split_checks import check_distinct_tokens, judge
 from orchestrator.errors import BadInput
 from orchestrator.inputs import check_can_start
@@ -74,21 +86,15 @@ def prepare(
         builtin_model(known_builtin(job.base_model.id))
     making_s = time.monotonic() - started
     source = resolve_model(job.base_model, weights=False)
-    encoder = make_encoder(job.data, rows, source.tokenizer(), source.family)
+    encoder = make_encoder(job.data, rows, source.tokenizer(), source.family, source.table_size)
+    encoder.check_template()
     splits = {split: encoder.encode(rows[split], job.data.target) for split in SPLITS}
     if not begun:
         check_distinct_tokens({split: splits[split].inputs for split in SPLITS}, job.data.max_input_tokens)
     task = Task(encoder, splits, method=_method(job, encoder), artifacts=_artifacts(job, artifacts))
     context = source.context_length
     check_context(encoder, task.splits, longest(job.search.space), context)
-    instructions = init_texts(job.search.space)
-    for text in instructions:
-        if not encoder.tokenizer(text, add_special_tokens=False)["input_ids"]:
-            raise BadInput(f"search.space.init text {text!r} has no tokens", "write some words")
-        task.instructed[text] = {
-            split: encoder.encode(rows[split], job.data.target, before=text + INSTRUCTION_END) for split in EVALUATED
-        }
-        check_context(encoder, task.instructed[text], 0, context)
+    instructions, left_out = _instructions(job, task, rows, context)
     few_shot = _few_shot(job, task, rows, context)
     if few_shot[1]:
         task.instructed[few_shot[0]] = {
@@ -100,15 +106,50 @@ def prepare(
         task.designs = _designs(job, rows, source)
     known, total = trials(job.search), trial_count(job.search)
     job = found_anywhere(job, source)
-    return Prepared(job, known, total, source, rows, task, instructions, few_shot, making_s, warnings)
+    return Prepared(job, known, total, source, rows, task, instructions, few_shot, making_s, warnings + left_out)
+
+
+def _instructions(job: JobSpec, task: Task, rows: RowSplits, context: int) -> tuple[list[str], tuple[str, ...]]:
+    """Encode the rows behind each init text, as a written instruction, and give them to the task.
+
+    Returns the texts that the context has room for, and a warning for each one that it has not.
+    """
+    encoder = task.encoder
+    instructions, warnings = [], []
+    for text in init_texts(job.search.space):
+        text_tokens = len(encoder.segment_ids([text]))
+        if not text_tokens:
+            raise BadInput(f"search.space.init text {text!r} has no tokens", "write some words")
+        splits = {
+            split: encoder.encode(rows[split], job.data.target, before=text + INSTRUCTION_END) for split in EVALUATED
+        }
+        longest_row = max(_whole_length(job, encoded) for encoded in splits.values())
+        if longest_row > context:
+            warnings.append(
+                f"no baseline behind search.space.init text {shortened(text)}: its {text_tokens} tokens in front of "
+                f"the longest row make {longest_row}, and the context is {context}; it starts prompts all the same"
+            )
+            continue
+        task.instructed[text] = splits
+        instructions.append(text)
+    return instructions, tuple(warnings)
+
+
+def _whole_length(job: JobSpec, encoded: Encoded) -> int:
+    """Return the tokens of the longest row with its target, or with the longest text that may be generated."""
+    longest_row = max(encoded.lengths)
+    if not job.generates:
+        return longest_row
+    return max(longest_row, max(map(len, encoded.inputs)) + job.max_generated_tokens)
 
 
 def _designs(job: JobSpec, rows: RowSplits, source: ModelSource) -> Designs:
     """What the trials write in front of rows. BadInput where an input, or not one demonstration, fits the context."""
     generated, context = job.max_generated_tokens if job.generates else 0, source.context_length
-    designs = Designs(job.data, rows, source.tokenizer(), source.family, context, generated)
+    designs = Designs(job.data, rows, source.tokenizer(), source.family, context, generated, source.table_size)
     for template in templates(job.search.space):
         bare = Design(template)
+        designs.encoder(bare).check_template()
         check_context(designs.encoder(bare), {split: designs.encoded(bare, split) for split in EVALUATED}, 0, context)
     for spec in trials(job.search) or draw(job.search.space, trial_count(job.search), job.search.seed):
         if not designs.fits(Design.of(spec)):
@@ -199,9 +240,9 @@ def verbalizer_entries(encoder: Encoder) -> tuple[VerbalizerEntry, ...] | None:
 def found_anywhere(job: JobSpec, source: ModelSource) -> JobSpec:
     """The job with a local model folder as an absolute path: workers and servers have other working directories.
 
-    BadInput when the folder holds no weights; a hub's are fetched by the worker.
+    BadInput when the folder holds no weights, or such as can't be used; a hub's are fetched by the worker.
     """
     if source.id.startswith(BUILTIN) or not Path(source.id).expanduser().is_dir():
         return job
-    source.weight_files()
+    check_files(source)
     return job.model_copy(update={"base_model": job.base_model.model_copy(update={"id": str(source.path)})})

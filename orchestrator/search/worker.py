@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-from orchestrator.errors import JobFailed, OrchestratorError
+from orchestrator.errors import BadInput, JobFailed, OrchestratorError
 from orchestrator.importing import uncollected
 from orchestrator.search.broker import Orders, Place
 from orchestrator.search.placement import Placement
@@ -92,7 +92,10 @@ def _by_all(group: Any, told: WorkerConfig, work: Callable[[], Any]) -> Any:
     return None
 
 
-def load_failure(model: str, error: Exception) -> JobFailed:
+def load_failure(model: str, error: Exception) -> OrchestratorError:
+    """Make the error that the driver raises. A model that can't be used is bad input wherever that comes to light."""
+    if isinstance(error, BadInput):
+        return BadInput(error.message, error.hint)
     if isinstance(error, OrchestratorError):
         return JobFailed(error.message, error.hint)
     reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else ""

@@ -180,7 +180,10 @@ def make_encoder(manifest: Manifest, backbone: Backbone) -> Encoder:
         entries = manifest.verbalizer
         verbalizer = Verbalizer(tuple(entry.label for entry in entries), tuple(entry.text for entry in entries))
     limits = manifest.max_input_tokens, manifest.max_target_tokens
-    return Encoder(backbone.tokenizer, template, verbalizer, *limits, backbone.family, manifest.sentinel)
+    return Encoder(
+        backbone.tokenizer, template, verbalizer, *limits, backbone.family, manifest.sentinel,
+        table_size=len(backbone.table),
+    )  # fmt: skip
 
 
 def stack_prompts(prompts: Sequence[ServedPrompt]) -> tuple[PreparedPrompts, list[int]]:

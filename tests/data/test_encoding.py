@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from models import encoder_for, spaced_tokenizer, text_rows, tiny_tokenizer
+from models import encoder_for, spaced_tokenizer, text_rows, tiny_tokenizer, train_tokenizer
 from tokenizers import processors
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from orchestrator.data.dataset import RowSplits
 from orchestrator.data.encoding import (
@@ -45,10 +45,15 @@ def decoded(ids: list[int]) -> str:
 def test_inputs_fit_and_keep_the_template(
     head: str, middle: str, tail: str, one: Any, two: Any, limit: int, before: str
 ) -> None:
-    """An input never exceeds its limit; as long as the template itself fits, all of it stays, from head to tail."""
+    """An input never exceeds its limit and keeps all of the template, from head to tail; a template that is longer
+    than the limit is refused as soon as a row has to be cut."""
     plain = [text.replace("{", "{{").replace("}", "}}") for text in (head, middle, tail)]
     made = encoder(f"{plain[0]}{{one}}{plain[1]}{{two}}{plain[2]}", limit)
     row = {"one": one, "two": two, "unused": "x" * 99}
+    if len(tiny_tokenizer()(head + middle + tail)["input_ids"]) > limit:
+        with pytest.raises(BadInput, match="the template alone takes"):
+            made.encode_input(row, before)
+        return
     ids = made.encode_input(row, before)
     room = limit + len(tiny_tokenizer()(before)["input_ids"])
     assert 1 <= len(ids) <= room
@@ -82,12 +87,26 @@ def test_the_longest_column_is_cut_at_its_end(name: str, limit: int) -> None:
     assert row["a"] == "the quick brown fox jumps over the lazy dog and is great"  # the caller's row is left alone
 
 
-def test_a_template_longer_than_the_limit_is_cut() -> None:
-    """With no column left to cut, the ids are; a missing value never turns into the word None."""
+@pytest.mark.parametrize("cell", ["words", None, ""])
+def test_a_template_longer_than_the_limit_is_refused(cell: str | None) -> None:
+    """No row's own text would be left: the message has the template's length and the limit."""
     made = encoder("a template that is long enough {text}", 5)
-    for cell in ("words", None, ""):
-        ids = made.encode_input({"text": cell})
-        assert len(ids) == 5 and "None" not in decoded(ids)
+    count = len(tiny_tokenizer()("a template that is long enough ")["input_ids"])
+    wanted = rf"the template alone takes {count} tokens, and max_input_tokens is 5(.|\n)*well above {count}"
+    with pytest.raises(BadInput, match=wanted):
+        made.encode_input({"text": cell})
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_template_needs_room_for_a_text(name: str) -> None:
+    """A template as long as the limit is refused, one token less is not; tokens that the tokenizer puts in front
+    count, and a template of a column alone has none of its own."""
+    tokenizer = TOKENIZERS[name]()
+    count = len(tokenizer("is this message spam?")["input_ids"])
+    encoder("{text}is this message spam?", count + 1, tokenizer=tokenizer).check_template()
+    with pytest.raises(BadInput, match=f"the template alone takes {count} tokens"):
+        encoder("{text}is this message spam?", count, tokenizer=tokenizer).check_template()
+    encoder("{text}", 1 + len(tokenizer("")["input_ids"]), tokenizer=tokenizer).check_template()
 
 
 def test_an_empty_input_still_has_a_token() -> None:
@@ -214,3 +233,76 @@ def test_references_are_the_target_where_there_are_none() -> None:
     assert reference_texts(rows, spec) == [["yes"], ["no"], ["7"]]
     with_lists = spec.model_copy(update={"references": "right"})
     assert reference_texts(rows, with_lists) == [["yes", "aye"], ["no"], ["7"]]
+
+
+def byte_tokenizer(**options: Any) -> ByT5Tokenizer:
+    """A tokenizer in Python, which knows no offsets."""
+    return ByT5Tokenizer(**options)
+
+
+@given(st.text(min_size=1, max_size=60), st.integers(1, 40))
+@example("é" * 20, 3)
+@settings(deadline=None)
+def test_a_tokenizer_without_offsets_cuts_alike(text: str, limit: int) -> None:
+    """A text keeps as many whole characters as the limit has room for, and the template stays."""
+    tokenizer = byte_tokenizer()
+    made = Encoder(tokenizer, Template("{text}?"), None, limit + 1, 8)
+    kept = next(end for end in range(len(text), -1, -1) if len(text[:end].encode()) <= limit)
+    wanted = tokenizer(text[:kept] + "?", add_special_tokens=False)["input_ids"]
+    assert made.encode_input({"text": text}) == wanted
+
+
+@given(st.text("ab é日", min_size=1, max_size=60), st.data())
+def test_bisection_finds_a_cut_within_the_limit(text: str, data: st.DataObject) -> None:
+    """Also where tokens reach over several characters, and part of a word may have other tokens than the word: what is
+    kept has so many tokens at most, and the text is shorter than it was."""
+    tokens = data.draw(st.integers(0, len(tiny_tokenizer()(text)["input_ids"]) - 1))
+    end = encoder("{text}")._characters_of(text, tokens)
+    assert len(tiny_tokenizer()(text[:end])["input_ids"]) <= tokens
+    assert 0 <= end < len(text)
+
+
+def grown_tokenizer() -> tuple[PreTrainedTokenizerFast, int]:
+    """A tokenizer with a token that was added behind the model's table, and the table's size."""
+    tokenizer = train_tokenizer()
+    size = len(tokenizer)
+    tokenizer.add_tokens(["<url>"])
+    return tokenizer, size
+
+
+def test_a_token_beyond_the_table_is_refused_where_it_occurs() -> None:
+    """The message has token, id and table size; in an input, an answer and a target alike. A tokenizer that merely
+    knows such a token is fine."""
+    tokenizer, size = grown_tokenizer()
+    made = Encoder(tokenizer, Template("{text}\nspam?"), None, 40, 8, table_size=size)
+    assert made.encode_input({"text": "the fox"})
+    wanted = rf"the text 'see <url>\\nspam\?' holds token '<url>', id {size}, and .* table has {size} rows"
+    with pytest.raises(BadInput, match=wanted) as refused:
+        made.encode_input({"text": "see <url>"})
+    assert f"ids 0 to {size - 1}" in refused.value.message and "resize_token_embeddings" in refused.value.hint
+    with pytest.raises(BadInput, match=f"the answer ' <url>' holds token '<url>', id {size}"):
+        made.encode_target({"answer": " <url>"}, "answer")
+    with pytest.raises(BadInput, match="the text 'a <url>' holds"):
+        made.segment_ids(["a <url>"])
+    with pytest.raises(BadInput, match="the answer '<url>' holds"):
+        Encoder(tokenizer, Template("{text}"), Verbalizer((0,), ("<url>",)), 40, 8, table_size=size)
+
+
+@pytest.mark.parametrize(
+    ("family", "token"), [("causal", "eos_token"), ("seq2seq", "eos_token"), ("masked", "mask_token")]
+)
+def test_a_special_token_beyond_the_table_is_refused_at_once(family: Any, token: str) -> None:
+    """An end or mask token that stands in every row: before any row is read."""
+    tokenizer = train_tokenizer()
+    size = len(tokenizer)
+    tokenizer.add_special_tokens({token: "<added>"})
+    with pytest.raises(BadInput, match=f"every row holds token '<added>', id {size}"):
+        Encoder(tokenizer, Template("{text}"), None, 40, 8, family, table_size=size)
+
+
+def test_a_padding_token_beyond_the_table_does_no_harm() -> None:
+    """Rows are padded with a token of the table: nobody reads it."""
+    tokenizer = train_tokenizer()
+    size = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<added>"})
+    assert Encoder(tokenizer, Template("{text}"), None, 40, 8, table_size=size).encode_input({"text": "fox"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ import pytest
 import torch
 from models import CONTEXT, load, model_folder
 from peft import PeftConfig, PrefixTuningConfig, PromptEncoderConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_jobs import job_document, small_job
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import orchestrator.quickstart
 from orchestrator.errors import BadInput
@@ -128,3 +129,55 @@ def test_a_peft_prefix_starts_prefixes_only(tmp_path: Path) -> None:
     assert found.shape == (2, 2, 2, 3, 8)
     saved = load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]
     assert torch.equal(found.permute(3, 0, 1, 2, 4).flatten(1), saved)
+
+
+@pytest.mark.parametrize("generates", [False, True])
+def test_an_init_text_too_long_to_be_an_instruction_is_left_out(tmp_path: Path, generates: bool) -> None:
+    """It starts prompts all the same; the warning names the setting, the text and both lengths. A shorter text beside
+    it is compared."""
+    job = generating_job(tmp_path) if generates else small_job(tmp_path)
+    long = "the quick brown fox jumps over the lazy dog " * 30
+    document = job.model_dump(exclude_unset=True)
+    document["search"]["space"]["init"] = ["random", {"text": "the quick brown fox"}, {"text": long}]
+    job = JobSpec.model_validate(document | {"search": {**document["search"], "trials": 16}})
+    prepared = prepare(job)
+    assert prepared.instructions == ["the quick brown fox"]
+    assert long not in prepared.task.instructed
+    (warning,) = prepared.warnings
+    assert "search.space.init text 'the quick brown fox" in warning and f"the context is {CONTEXT}" in warning
+    assert long in {spec.init_text for spec in prepared.trials}
+
+
+def test_a_template_longer_than_the_limit_is_refused(tmp_path: Path) -> None:
+    """Before anything is started, with the number of its tokens."""
+    template = "is this message spam or ham? {text} is it?"
+    with pytest.raises(BadInput, match=r"the template alone takes \d+ tokens, and max_input_tokens is 8"):
+        prepare(small_job(tmp_path, data__template=template, data__max_input_tokens=8))
+
+
+def test_a_token_beyond_the_table_is_refused(tmp_path: Path) -> None:
+    """A token that was added to the tokenizer without an embedding, in rows, in the verbalizer and in an init text."""
+    folder = Path(shutil.copytree(model_folder(), tmp_path / "model"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    size = len(tokenizer)
+    tokenizer.add_tokens(["<added>"])
+    tokenizer.save_pretrained(folder)
+    prepare(small_job(tmp_path, base_model__id=str(folder)))  # nobody uses it
+    wanted = f"holds token '<added>', id {size}, and the base model's embedding table has {size} rows"
+    for change in (
+        {"data__template": "{text} <added>"},
+        {"data__verbalizer": {0: " ham", 1: " <added>"}},
+        {"search__space": {"init": {"text": "a <added> text"}}},
+    ):
+        with pytest.raises(BadInput, match=wanted):
+            prepare(small_job(tmp_path, base_model__id=str(folder), **change))
+
+
+def test_weights_of_a_local_folder_are_looked_at(tmp_path: Path) -> None:
+    """What a worker could not load is refused with the rest of the bad input."""
+    folder = Path(shutil.copytree(model_folder(), tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BadInput, match=r"the weights are not finite: 1 of the 32 numbers of model.norm.weight"):
+        prepare(small_job(tmp_path, base_model__id=str(folder)))

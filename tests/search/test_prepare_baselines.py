@@ -54,8 +54,11 @@ def test_demonstrations_that_did_not_fit_are_told(tmp_path: Path) -> None:
 
 def test_a_wording_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     """Too long for the context, a column that the rows lack, or no room for a single demonstration."""
+    wordings = {"template": ["{text}", "{text} " + "long " * 100]}
     with pytest.raises(BadInput, match="exceed the context"):
-        designed(tmp_path, {"template": ["{text}", "{text} " + "long " * 100]}, data__max_input_tokens=400)
+        designed(tmp_path, wordings, data__max_input_tokens=900)
+    with pytest.raises(BadInput, match="the template alone takes 401 tokens, and max_input_tokens is 400"):
+        designed(tmp_path, wordings, data__max_input_tokens=400)
     with pytest.raises(BadInput, match="names column 'title'"):
         designed(tmp_path, {"template": "{title} {text}"})
     long = "a quick question about the lazy dog " * 9 + "{text}"

@@ -16,7 +16,7 @@ from small_jobs import Finished, close, run_search, search_runs, write_job
 
 import orchestrator.run
 from orchestrator.artifact import PromptArtifact
-from orchestrator.errors import JobFailed
+from orchestrator.errors import BadInput, JobFailed, Unreachable
 from orchestrator.registry import Registry
 from orchestrator.search.prepare import Prepared, prepare
 from orchestrator.search.search import worker_failure
@@ -200,3 +200,10 @@ def test_a_workers_error_is_told_without_rays_layers() -> None:
     assert worker_failure(MemoryError()).message == "a worker failed: MemoryError"
     assert "base_model.id 'm': OSError: disk" in load_failure("m", OSError("disk\nand more")).message
     assert RESTARTS >= 1
+
+
+def test_a_model_that_can_not_be_used_is_bad_input_from_a_worker_too() -> None:
+    """Whoever finds out: the command's exit code is 2. What else goes wrong there is a failure."""
+    refused = load_failure("m", BadInput("the weights are not finite", "choose another"))
+    assert (refused.exit_code, refused.message, refused.hint) == (2, "the weights are not finite", "choose another")
+    assert load_failure("m", Unreachable("the hub is away")).exit_code == 1

@@ -1,0 +1,37 @@
+"""Rotary position encodings whose factors depend on how long a row is, as a model's configuration names them.
+
+LongRoPE (Ding et al. 2024; Phi-3, Phi-3.5, Phi-4-mini) has one set of factors for rows up to a length, here called the
+switch, and another set for longer rows. Dynamic NTK scaling changes its factors beyond ``max_position_embeddings``,
+which is the context length: no row gets there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+LONGROPE = ("longrope", "su")  # the second name is that of the first Phi-3 models
+
+
+def rope_switches(config: Any, context_length: int) -> tuple[int, ...]:
+    """Return the row lengths, shorter than the context, at which a model changes its position factors.
+
+    Empty for a model that treats all rows alike.
+    """
+    document = config.to_dict()
+    whole = document.get("original_max_position_embeddings")
+    switches = {
+        parameters.get("original_max_position_embeddings") or whole or 0
+        for parameters in _longrope_parameters(document)
+    }
+    return tuple(sorted(switch for switch in switches if switch < context_length))
+
+
+def _longrope_parameters(document: Any) -> Iterator[dict[str, Any]]:
+    """Find the LongRoPE parameters at any depth: some models have a set for each type of layer."""
+    if not isinstance(document, dict):
+        return
+    if document.get("rope_type", document.get("type")) in LONGROPE:
+        yield document
+    for value in document.values():
+        yield from _longrope_parameters(value)
