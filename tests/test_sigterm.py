@@ -13,7 +13,8 @@ import pytest
 
 from orchestrator import cli
 from orchestrator.errors import BadInput
-from orchestrator.sigterm import Sigterm, sigterm_kept
+from orchestrator.interrupts import Interrupts
+from orchestrator.sigterm import sigterm_kept
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +41,7 @@ def library(terminated: bool = False) -> None:
 
 def test_the_first_interrupts_and_the_second_does_nothing() -> None:
     """KeyboardInterrupt once; what tidies up after it is left in peace."""
-    sigterm, tidied = Sigterm(), []
+    sigterm, tidied = Interrupts(), []
 
     def command() -> None:
         try:
@@ -79,7 +80,7 @@ def test_other_threads_leave_signals_alone() -> None:
     ended: list[bool] = []
 
     def work() -> None:
-        with Sigterm() as sigterm, sigterm_kept():
+        with Interrupts() as sigterm, sigterm_kept():
             ended.append(sigterm.received)
 
     thread = threading.Thread(target=work)
@@ -90,7 +91,7 @@ def test_other_threads_leave_signals_alone() -> None:
 
 def test_a_library_gives_back_what_it_took_over() -> None:
     """The library's handler is gone after its start; where nobody had handled the signal, it stays."""
-    with Sigterm():
+    with Interrupts():
         mine = signal.getsignal(signal.SIGTERM)
         library()
         assert signal.getsignal(signal.SIGTERM) == mine
@@ -101,7 +102,7 @@ def test_a_library_gives_back_what_it_took_over() -> None:
 
 def test_a_signal_during_the_librarys_start_interrupts() -> None:
     """The library's handler ends the process with SystemExit; it becomes the interrupt that was meant."""
-    with pytest.raises(KeyboardInterrupt), Sigterm() as sigterm:
+    with pytest.raises(KeyboardInterrupt), Interrupts() as sigterm:
         library(terminated=True)
     assert sigterm.received
 
@@ -110,7 +111,8 @@ SHUT_DOWN = """
 import os, signal, sys
 import ray
 from orchestrator.leaving_ray import leave_ray
-from orchestrator.sigterm import Sigterm, sigterm_kept
+from orchestrator.interrupts import Interrupts
+from orchestrator.sigterm import sigterm_kept
 
 def terminate():
     os.kill(os.getpid(), signal.SIGTERM)
@@ -121,7 +123,7 @@ def told_again(self, *args, **options):
     terminate()
     end(self, *args, **options)
 
-sigterm = Sigterm()
+sigterm = Interrupts()
 try:
     with sigterm:
         with sigterm_kept():

@@ -24,7 +24,7 @@ import os, signal, sys, time
 import psutil, ray
 from orchestrator.search.cluster_session import FEW_CORES, ray_beside, started_here
 from orchestrator.search.ready import PROCESSES, make_ready
-from orchestrator.sigterm import Sigterm
+from orchestrator.interrupts import Interrupts
 
 def children():
     return psutil.Process().children(recursive=True)
@@ -73,7 +73,7 @@ except ValueError as error:
 """
 TERMINATED = """
 try:
-    with Sigterm(), ray_beside() as up:
+    with Interrupts(), ray_beside() as up:
         while not started_here():
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
