@@ -259,8 +259,9 @@ class Pipeline:
     def _attempt(self, placement: Placement, ours: bool) -> dict[str, Any]:
         """The search from where it stands, until it is done or lost."""
         workers = partial(running, self.prepared, placement, self.folder.ray)
-        # MLflow's refusal comes before any worker is started.
-        with whole(self._log) as log, whole(workers) as search:
+        # MLflow refuses before any worker is started. Its run is closed before they are stopped, which takes
+        # longer than a process has that was told to end; the outer context closes it where none can be started.
+        with whole(self._log) as log, whole(workers) as search, whole(lambda: log):
             self._check_base_model(search, log)
             if self.saved is None:
                 saved = SavedSearch.of(self.prepared, self.pins, self.registry.display_uri, log.run_id)
