@@ -53,7 +53,7 @@ def test_the_first_interrupts_and_the_second_does_nothing() -> None:
     assert not sigterm.received
     with pytest.raises(KeyboardInterrupt), sigterm:
         command()
-    assert sigterm.received and tidied
+    assert sigterm.received == signal.SIGTERM and tidied
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_a_command_that_failed_says_so_to_its_end(error: Exception, monkeypatch:
 
 def test_other_threads_leave_signals_alone() -> None:
     """Python lets only the main thread handle signals; elsewhere both do nothing and fail at nothing."""
-    ended: list[bool] = []
+    ended: list[int | None] = []
 
     def work() -> None:
         with Interrupts() as sigterm, sigterm_kept():
@@ -86,7 +86,7 @@ def test_other_threads_leave_signals_alone() -> None:
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert ended == [False]
+    assert ended == [None]
 
 
 def test_a_library_gives_back_what_it_took_over() -> None:
