@@ -37,8 +37,10 @@ unit: venv
 
 # What takes too long for every run: PostgreSQL, clusters of several nodes, everything that kills processes.
 test-long: venv
-	$(BIN)/python -m pytest -m "failure or long"
+	$(BIN)/python -m pytest -m "(failure or long) and not endings"
 
+# Everything that kills processes, and two hundred searches that end early: two hours on two cores.
+# ENDINGS_SEED=N draws other moments.
 test-failure: venv
 	$(BIN)/python -m pytest -m failure
 

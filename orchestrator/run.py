@@ -9,9 +9,9 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +28,7 @@ from orchestrator.base_model import BaseModelInfo, looks_like_path
 from orchestrator.data.designs import Design
 from orchestrator.errors import BadInput, Interrupted, JobFailed, NothingFound, SearchLost, Unreachable
 from orchestrator.inputs import Inputs, check_inputs
+from orchestrator.interrupts import nothing_to_interrupt, whole
 from orchestrator.mirror import BASELINES, SPLITS, MlflowMirror
 from orchestrator.registry import Registry, SearchLog
 from orchestrator.report import read_facts, write_report
@@ -130,6 +131,7 @@ def run_job(
         progress.stage("reading data and base model")
         artifacts, pins = find_artifacts(job, registry)
         prepared = prepare(job, artifacts, inputs.rows)
+        registry.check_search(job.name)
         note_warnings(prepared, progress)
         clock.mark("model", until=clock.last + prepared.making_s)
         clock.mark("prepare")
@@ -206,16 +208,22 @@ def going_on(folder: SearchFolder) -> Iterator[None]:
     resume = f"orchestrator resume {folder.id}"
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if folder.description.is_file():
-            raise Interrupted("interrupted", resume) from None
+            raise Interrupted(_with_notes("interrupted", error), resume) from None
         raise
     except NothingFound:
         raise
     except (Unreachable, JobFailed) as error:
         if folder.description.is_file():
-            raise type(error)(error.message, f"{error.hint}; then {resume}") from None
+            raise type(error)(_with_notes(error.message, error), f"{error.hint}; then {resume}") from None
         raise
+
+
+def _with_notes(message: str, error: BaseException) -> str:
+    """The message, and what else went wrong while the search ended."""
+    notes = (note.splitlines()[0] for note in getattr(error, "__notes__", ()) if note)
+    return "; ".join([message, *notes])
 
 
 class Pipeline:
@@ -273,24 +281,28 @@ class Pipeline:
             self.progress.note(f"the result can't be kept in {self.folder.result} ({error.strerror})")
         self.folder.processes.unlink(missing_ok=True)
         self._report()
+        nothing_to_interrupt()
         return document
 
     def _attempt(self, placement: Placement, ours: bool) -> dict[str, Any]:
         """The search from where it stands, until it is done or lost."""
-        with running(self.prepared, placement, self.folder.ray) as search:
-            self._check_base_model(search)
-            with self._log() as log:
-                if self.saved is None:
-                    saved = SavedSearch.of(self.prepared, self.pins, self.registry.display_uri, log.run_id)
-                    saved.save(self.folder, self.job)
-                copying, tags = self.job.search.scheduler == "pbt", search_tags(self.prepared, self.id)
-                mirror = MlflowMirror(log, copying, tags)
-                mirror.restore(self.history)
-                journal = Journal(self.folder, self.history, self.job.perturbation_steps if copying else None)
-                with Recorder(journal, self.history, mirror.write, self.progress.note) as recorder:
-                    if ours:
-                        save_processes(self.folder.processes)  # again: Ray's agents come a little later
-                    return self._search(search, log, recorder)
+        workers = partial(running, self.prepared, placement, self.folder.ray)
+        # MLflow refuses before any worker is started. Its run is closed before they are stopped, which takes
+        # longer than a process has that was told to end; the outer context closes it where none can be started.
+        with whole(self._log) as log, whole(workers) as search, whole(lambda: log):
+            self._check_base_model(search, log)
+            if self.saved is None:
+                saved = SavedSearch.of(self.prepared, self.pins, self.registry.display_uri, log.run_id)
+                saved.save(self.folder, self.job)
+            copying, tags = self.job.search.scheduler == "pbt", search_tags(self.prepared, self.id)
+            mirror = MlflowMirror(log, copying, tags)
+            mirror.restore(self.history)
+            journal = Journal(self.folder, self.history, self.job.perturbation_steps if copying else None)
+            recording = partial(Recorder, journal, self.history, mirror.write, self.progress.note)
+            with whole(recording) as recorder:
+                if ours:
+                    save_processes(self.folder.processes)  # again: Ray's agents come a little later
+                return self._search(search, log, recorder)
 
     def _report(self) -> None:
         """Draw the search, for its folder and its run. What was found stands, whatever becomes of its pictures."""
@@ -301,11 +313,15 @@ class Pipeline:
             text = str(error).splitlines()[0] if str(error) else type(error).__name__
             self.progress.note(f"no report: {text}; again with orchestrator report {self.id}")
 
-    def _check_base_model(self, search: Running) -> None:
-        """A search that goes on does so on the weights that it began with."""
+    def _check_base_model(self, search: Running, log: SearchLog) -> None:
+        """Refuse to go on with a search on other weights than it began with; its run stays interrupted."""
         if known := self.history.found(BASE_MODEL):
             found = search.ready().fingerprint
-            refuse_changes(self.folder, [] if found == known.value else ["the base model's weights"])
+            try:
+                refuse_changes(self.folder, [] if found == known.value else ["the base model's weights"])
+            except BadInput:
+                log.finish("KILLED")
+                raise
 
     def _log(self) -> SearchLog:
         job = self.job
@@ -332,8 +348,7 @@ class Pipeline:
             log.parent_tags({"orchestrator.warnings": " ".join(self.prepared.warnings)})
         self.progress.stage("loading the base model into the worker")
         # Tune starts its trials' actors while the worker loads the model; the baselines go first once it has.
-        with ThreadPoolExecutor(1) as beside, search.or_abandon():
-            baselines_ready = beside.submit(self._baselines, search, recorder)
+        with search.beside(self._baselines, search, recorder) as baselines_ready:
             with self.progress.trials(self.trials, self.prepared.total, self.history):
                 outcome = search.study([recorder, self.progress], self.history)
             baselines, ready_at = baselines_ready.result()

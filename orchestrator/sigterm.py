@@ -1,4 +1,4 @@
-"""SIGTERM, which schedulers, service managers and `timeout` send, as an interrupt: it ends a command as Ctrl-C does."""
+"""SIGTERM beside libraries that take it over: whoever handled it before does so again."""
 
 from __future__ import annotations
 
@@ -7,41 +7,6 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
-from typing import Any, Self
-
-
-class Sigterm:
-    """Around a command: the first SIGTERM raises KeyboardInterrupt in it; afterwards the former handler is back.
-
-    Later ones do nothing: `timeout` sends two, and the second would end the tidying up that the first began. It is no
-    exception of our own, because Ray waits in C++ and hands on a plain KeyboardInterrupt whatever was raised.
-    """
-
-    def __init__(self) -> None:
-        self.received = False
-        self._over = False
-        self._before: Any = None
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():  # no other thread may set or get signals
-            self._before = signal.signal(signal.SIGTERM, self._interrupt) or signal.SIG_DFL
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
-
-    def over(self) -> None:
-        """The command has ended by itself and says how: from now on there is nothing to interrupt."""
-        self._over = True
-
-    def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        if not self.received and not self._over:
-            self.received = True
-            raise KeyboardInterrupt
 
 
 @contextmanager

@@ -13,7 +13,8 @@ import pytest
 
 from orchestrator.cli import entry
 from orchestrator.errors import BadInput
-from orchestrator.sigterm import Sigterm, sigterm_kept
+from orchestrator.interrupts import Interrupts
+from orchestrator.sigterm import sigterm_kept
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +41,7 @@ def library(terminated: bool = False) -> None:
 
 def test_the_first_interrupts_and_the_second_does_nothing() -> None:
     """KeyboardInterrupt once; what tidies up after it is left in peace."""
-    sigterm, tidied = Sigterm(), []
+    sigterm, tidied = Interrupts(), []
 
     def command() -> None:
         try:
@@ -52,7 +53,7 @@ def test_the_first_interrupts_and_the_second_does_nothing() -> None:
     assert not sigterm.received
     with pytest.raises(KeyboardInterrupt), sigterm:
         command()
-    assert sigterm.received and tidied
+    assert sigterm.received == signal.SIGTERM and tidied
 
 
 @pytest.mark.parametrize(
@@ -76,21 +77,21 @@ def test_a_command_that_failed_says_so_to_its_end(error: Exception, monkeypatch:
 
 def test_other_threads_leave_signals_alone() -> None:
     """Python lets only the main thread handle signals; elsewhere both do nothing and fail at nothing."""
-    ended: list[bool] = []
+    ended: list[int | None] = []
 
     def work() -> None:
-        with Sigterm() as sigterm, sigterm_kept():
+        with Interrupts() as sigterm, sigterm_kept():
             ended.append(sigterm.received)
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert ended == [False]
+    assert ended == [None]
 
 
 def test_a_library_gives_back_what_it_took_over() -> None:
     """The library's handler is gone after its start; where nobody had handled the signal, it stays."""
-    with Sigterm():
+    with Interrupts():
         mine = signal.getsignal(signal.SIGTERM)
         library()
         assert signal.getsignal(signal.SIGTERM) == mine
@@ -101,7 +102,7 @@ def test_a_library_gives_back_what_it_took_over() -> None:
 
 def test_a_signal_during_the_librarys_start_interrupts() -> None:
     """The library's handler ends the process with SystemExit; it becomes the interrupt that was meant."""
-    with pytest.raises(KeyboardInterrupt), Sigterm() as sigterm:
+    with pytest.raises(KeyboardInterrupt), Interrupts() as sigterm:
         library(terminated=True)
     assert sigterm.received
 
@@ -110,7 +111,8 @@ SHUT_DOWN = """
 import os, signal, sys
 import ray
 from orchestrator.leaving_ray import leave_ray
-from orchestrator.sigterm import Sigterm, sigterm_kept
+from orchestrator.interrupts import Interrupts
+from orchestrator.sigterm import sigterm_kept
 
 def terminate():
     os.kill(os.getpid(), signal.SIGTERM)
@@ -121,7 +123,7 @@ def told_again(self, *args, **options):
     terminate()
     end(self, *args, **options)
 
-sigterm = Sigterm()
+sigterm = Interrupts()
 try:
     with sigterm:
         with sigterm_kept():

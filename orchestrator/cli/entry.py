@@ -16,7 +16,8 @@ from orchestrator.cli.groups import app
 from orchestrator.cli.output import print_json, say
 from orchestrator.errors import TRACEBACK, BadInput, Interrupted, OrchestratorError, SpecError, Unreachable
 from orchestrator.importing import unfreed
-from orchestrator.sigterm import Sigterm
+from orchestrator.interrupts import Interrupts, ignore_interrupts, ignore_interrupts_at_exit
+from orchestrator.ray_threads import end_process
 from orchestrator.utils.text import mask_secrets
 
 INTERRUPTED = 130  # typer turns Ctrl-C into an exit with this code
@@ -26,27 +27,31 @@ TERMINATED = 143  # the same by SIGTERM; both as shells count, 128 and the signa
 def main() -> NoReturn:
     """Entry point: runs a verb and turns errors into messages and exit codes."""
     code = _guarded(lambda: app(prog_name="orchestrator", standalone_mode=False))
-    if code == TERMINATED:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all is said: a second one has nothing to end
+    if code in (INTERRUPTED, TERMINATED):
+        ignore_interrupts()  # all is said: a second one has nothing to end
     unfreed()
-    sys.exit(code)
+    ignore_interrupts_at_exit()
+    end_process(code)
 
 
 def _guarded(verb: Callable[[], Any]) -> int:
-    with Sigterm() as sigterm:
+    with Interrupts() as interrupts:
         try:
             result = verb()
             code = result if isinstance(result, int) else 0
-            return _interrupted(sigterm) if code == INTERRUPTED else code
+            if code == INTERRUPTED:
+                return _interrupted(interrupts)
+            interrupts.over()
+            return code
         except (KeyboardInterrupt, typer.Abort):
-            return _interrupted(sigterm)
+            return _interrupted(interrupts)
         except Interrupted as error:
-            return _interrupted(sigterm, error.hint, error.message)
+            return _interrupted(interrupts, error.hint, error.message)
         except OrchestratorError as error:
-            sigterm.over()
+            interrupts.over()
             return _failed(error)
         except Exception as error:
-            sigterm.over()
+            interrupts.over()
             # Typer has click's classes inside, in some versions as a copy: what they can do tells its usage errors.
             if callable(show := getattr(error, "show", None)):
                 show()
@@ -73,11 +78,13 @@ def _unforeseen(error: Exception) -> int:
     )
 
 
-def _interrupted(sigterm: Sigterm, resume: str = "", message: str = "interrupted") -> int:
+def _interrupted(interrupts: Interrupts, resume: str = "", message: str = "interrupted") -> int:
     """``resume`` is the command that goes on; without one nothing was kept, and the same command starts over."""
+    interrupts.over()
     again = resume or shlex.join(["orchestrator", *sys.argv[1:]])
     say(f"{message}\n  next: {again}   {'goes on' if resume else 'starts over'}")
-    return _document("interrupted", message, again, TERMINATED if sigterm.received else INTERRUPTED)
+    code = TERMINATED if interrupts.received == signal.SIGTERM else INTERRUPTED
+    return _document("interrupted", message, again, code)
 
 
 def _document(status: str, message: str, hint: str, code: int, problems: Any = ()) -> int:

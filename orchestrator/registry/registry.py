@@ -83,6 +83,12 @@ class Registry:
 
     # Searches.
 
+    def check_search(self, name: str) -> None:
+        """Raise BadInput when MLflow would refuse a search of that name. Nothing is created."""
+        with self._store.translating(f"starting search {printable(name)}"):
+            if experiment := self._store.client.get_experiment_by_name(name):
+                searches.check_experiment(self._store, name, experiment)
+
     def start_search(
         self,
         name: str,

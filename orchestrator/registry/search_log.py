@@ -174,7 +174,7 @@ class SearchLog:
             return
         try:
             self.finish("FAILED" if isinstance(error, Exception) else "KILLED")
-        except OrchestratorError as loss:
+        except (OrchestratorError, OSError) as loss:
             error.add_note(str(loss))  # what ended the search matters more
 
     def _settle(self) -> None:

@@ -93,6 +93,12 @@ def experiment_named(store: Store, name: str) -> Experiment:
     if experiment is None:
         root = store.artifact_root
         return store.client.get_experiment(_create_experiment(store, name, root / name if root else None))
+    check_experiment(store, name, experiment)
+    return experiment
+
+
+def check_experiment(store: Store, name: str, experiment: Experiment) -> None:
+    """Raise BadInput when no run can be added to the experiment."""
     if experiment.lifecycle_stage != "active":
         raise BadInput(
             f"experiment {printable(name)} was deleted in MLflow, and its name is still taken",
@@ -103,7 +109,6 @@ def experiment_named(store: Store, name: str) -> Experiment:
             f"experiment {printable(name)} was made through an MLflow server, which alone reaches its artifacts",
             "set MLFLOW_TRACKING_URI to that server's address, or give the search another name",
         )
-    return experiment
 
 
 def _create_experiment(store: Store, name: str, location: Path | None) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import ray
 
 from orchestrator.errors import BadInput, Unreachable
+from orchestrator.interrupts import undisturbed
 from orchestrator.leaving_ray import leave_ray
 from orchestrator.search.placement import Node
 from orchestrator.sigterm import sigterm_kept, sigterm_kept_by_system
@@ -86,16 +87,19 @@ def ray_beside(
         try:
             yield partial(_connect, address, options)
         finally:
-            leave_ray()
+            with undisturbed():
+                leave_ray()
         return
     if then is not None and (os.cpu_count() or 1) <= FEW_CORES:
         os.environ.setdefault("RAY_preload_python_modules", then.__module__)
     start = LocalStart(options, then)
-    start.start()
     try:
+        with undisturbed():
+            start.start()
         yield start.up
     finally:
-        start.leave()
+        with undisturbed():
+            start.leave()
 
 
 def _connect(address: str, options: dict[str, Any]) -> bool:
@@ -150,9 +154,13 @@ class LocalStart(threading.Thread):
     def leave(self) -> None:
         """End it, once it has started and nothing is done in it from here: Ray that is asked for anything after its end
         starts another one, of which nobody would know."""
+        if self.ident is None:  # it was not started
+            return
         self._idle.wait()
         _started_here.clear()
         leave_ray()
+        if ray.is_initialized():  # a thread is stuck in it: Ray lives as long as this one, which ends with the process
+            return
         self._left.set()
         self.join()
 

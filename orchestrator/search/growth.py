@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable
 
+from orchestrator.ray_threads import RayThread, await_end
 from orchestrator.search.cluster_session import nodes
 from orchestrator.search.placement import Placement, room_for_groups
 
@@ -14,7 +15,7 @@ log = logging.getLogger(__name__)
 LOOK_S = 5.0
 
 
-class Growth(threading.Thread):
+class Growth(RayThread):
     """Looks for room that was not there at the start, until ``stop``.
 
     ``most`` groups have trials enough; ``start(number)`` starts one more, of which there are ``number`` then. A node
@@ -22,7 +23,7 @@ class Growth(threading.Thread):
     """
 
     def __init__(self, placement: Placement, most: int, start: Callable[[int], None]) -> None:
-        super().__init__(name="cluster-growth", daemon=True)
+        super().__init__("cluster-growth")
         self._placement = placement
         self._most = most
         self._start = start
@@ -41,6 +42,7 @@ class Growth(threading.Thread):
                 groups += 1
                 self._start(groups)
 
-    def stop(self) -> None:
+    def stop(self, seconds: float) -> None:
+        """Start no further group, and wait for the end of what goes on, no longer than ``seconds``."""
         self._over.set()
-        self.join()
+        await_end([self], seconds)

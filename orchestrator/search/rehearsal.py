@@ -8,8 +8,10 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from orchestrator.interrupts import whole
 from orchestrator.search.history import History
 from orchestrator.search.measure import shortened
 from orchestrator.search.placement import Placement
@@ -64,6 +66,6 @@ def rehearse(prepared: Prepared, placement: Placement, storage: Path) -> Rehears
     """In the Ray that is up. Raises what the search itself would."""
     moments = Moments()
     started = time.monotonic()
-    with running(shortened(prepared, placement), placement, storage) as search, search.or_abandon():
+    with whole(partial(running, shortened(prepared, placement), placement, storage)) as search, search.or_abandon():
         search.study([moments], History())
     return Rehearsal(moments.first_round() - started, moments.report_s(), moments.held)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.util import remove_placement_group
@@ -16,6 +18,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.base_model import BaseModelInfo
 from orchestrator.errors import JobFailed, OrchestratorError, SearchLost
+from orchestrator.interrupts import undisturbed
+from orchestrator.ray_threads import RayThread, alive, await_end, names
 from orchestrator.search.broker import Broker, Place
 from orchestrator.search.cluster_session import nodes
 from orchestrator.search.growth import Growth
@@ -34,11 +38,30 @@ from orchestrator.tuning.report import EvaluationJob
 
 log = logging.getLogger(__name__)
 
+Value = TypeVar("Value")
+
 CALLS = 100_000  # that the broker may have open
-STOP_S = 30.0
+STOP_S = 30.0  # workers end by themselves in so long
 WORKER_S = 20.0  # that trials' processes wait for a worker's at most
 SEE_LOG = "run again with --verbose to see the worker's log"
-HURRY_S = 3.0  # after an interrupt or an error
+HURRY_S = 3.0  # the same after an interrupt or an error
+ABORT_S = 15.0  # Train ends its workers in so long; it gives them 5 s
+KILL_S = 10.0  # a thread hears in so long that the process it waits for was killed
+
+
+class Beside(RayThread):
+    """A thread of the driver that asks the workers; ``future`` is what comes of its work."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        super().__init__("search-beside")
+        self.future: Future[Any] = Future()
+        self._work = work
+
+    def run(self) -> None:
+        try:
+            self.future.set_result(self._work())
+        except BaseException as error:  # whoever asks for the result gets it
+            self.future.set_exception(error)
 
 
 @dataclass
@@ -51,6 +74,7 @@ class Running:
     groups: list[WorkerGroup]
     storage: Path
     concurrency: Concurrency
+    threads: list[Beside] = field(default_factory=list)
 
     def evaluate(self, jobs: Sequence[EvaluationJob]) -> list[dict[str, float]]:
         """Metrics of baselines or prompts on their splits, by whichever worker is first; asked for all at once, so that
@@ -101,6 +125,23 @@ class Running:
             self.broker.fail.remote(JobFailed("the search was given up"))
             raise
 
+    @contextmanager
+    def beside(self, work: Callable[..., Value], *arguments: Any) -> Iterator[Future[Value]]:
+        """Do the work in a thread, which may ask the workers, and wait for it at the end of the block.
+
+        A block that ends early ends what the thread waits for.
+        """
+        thread = Beside(partial(work, *arguments))
+        self.threads.append(thread)
+        try:
+            with undisturbed():
+                thread.start()
+            with self.or_abandon():
+                yield thread.future
+        finally:
+            with undisturbed():
+                await_end([thread], HURRY_S)  # one that takes longer is waited for at the search's end
+
     def _ask(self, reference: Any) -> Any:
         try:
             return ray.get(reference)
@@ -123,7 +164,11 @@ def placed(prepared: Prepared) -> Placement:
 
 @contextmanager
 def running(prepared: Prepared, placement: Placement, storage: Path) -> Iterator[Running]:
-    """Start the broker and the worker groups; stop them at the end, whatever happened."""
+    """Start the broker and the worker groups; stop them at the end, whatever happened.
+
+    No thread that asks Ray for anything is left at the end: see ``_stop``. To be entered by ``whole``, so that no
+    interrupt comes between the start of a thread and the block.
+    """
     quiet_ray_loggers()
     broker = start_broker(prepared.job)
     task = ray.put(prepared.task)
@@ -145,17 +190,19 @@ def running(prepared: Prepared, placement: Placement, storage: Path) -> Iterator
         start(_not_needed)
         concurrency.grow(workers * placement.trials_per_worker)
 
-    for _ in range(placement.workers):
-        start()
-    growth = _growth(prepared, placement, grow)
+    search = Running(prepared, placement, broker, groups, storage, concurrency)
+    growth = None
     patience = HURRY_S
     try:
-        yield Running(prepared, placement, broker, groups, storage, concurrency)
+        for _ in range(placement.workers):
+            start()
+        growth = _growth(prepared, placement, grow)
+        yield search
         patience = STOP_S
     finally:
         if growth is not None:
-            growth.stop()
-        _stop(broker, groups, patience)
+            growth.stop(KILL_S)
+        _stop(search, patience)
         if files is not None:
             ray.kill(files)
 
@@ -187,31 +234,49 @@ def start_broker(job: JobSpec) -> Any:
     return remote(trial_count(job.search), in_turn=job.search.searcher == "optuna", population=population)
 
 
-def _stop(broker: Any, groups: list[WorkerGroup], patience: float) -> None:
-    broker.finish.remote()
-    deadline = time.monotonic() + patience
-    gone = _give_up_lost(broker, groups)
-    for group in (group for group in groups if group.worker not in gone):
-        group.join(max(0.0, deadline - time.monotonic()))
-    if not any(group.is_alive() for group in groups if group.worker not in gone):
-        ray.kill(broker)  # else the workers still have to hear that it is over; it goes with them
+def _stop(search: Running, patience: float) -> None:
+    """End the workers, the broker and every thread that waits for them, each by harsher means than the one before.
 
-
-def _give_up_lost(broker: Any, groups: list[WorkerGroup]) -> set[str]:
-    """End those who still wait for room to start a lost worker again; the workers that it is about.
-
-    Also free what a controller held that died itself: Ray would see to that only where its dashboard runs.
+    Ray may be shut down afterwards: nothing of this search calls it any more.
     """
+    broker, groups = search.broker, search.groups
+    broker.finish.remote()
+    places = _give_up_lost(broker)
+    left = await_end(groups, patience)
+    for means, seconds in ((WorkerGroup.abort, ABORT_S), (WorkerGroup.kill, KILL_S)):
+        for group in groups:
+            if group in left:
+                means(group)
+        left = _await(left, seconds)
+    _free_lost(groups, places)
+    ray.kill(broker)  # whoever still waits for an answer of it, hears so
+    _await(search.threads, KILL_S)
+
+
+def _await(threads: Sequence[threading.Thread], seconds: float) -> list[threading.Thread]:
+    """Wait for the threads, and say which ones, since nothing else is to be seen meanwhile."""
+    if living := alive(threads):
+        log.info("waiting at most %.0f s for the end of %s", seconds, names(living))
+    return await_end(threads, seconds)
+
+
+def _give_up_lost(broker: Any) -> dict[str, Place]:
+    """End those who still wait for room to start a lost worker again; where each worker is or was, if that is known."""
     try:
         lost, places = ray.get([broker.lost_controllers.remote(), broker.worker_places.remote()], timeout=HURRY_S)
     except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
-        return set()
+        return {}
     for controller in filter(None, lost.values()):
         ray.kill(controller)
+    found: dict[str, Place] = places
+    return found
+
+
+def _free_lost(groups: Sequence[WorkerGroup], places: Mapping[str, Place]) -> None:
+    """Free what a controller held that did not end by itself: Ray would do so only where its dashboard runs."""
     for group in groups:
         if isinstance(group.error, ray.exceptions.RayActorError) and group.worker in places:
             remove_placement_group(places[group.worker].placement_group)
-    return set(lost)
 
 
 def _broker_lost(error: Exception) -> SearchLost:

@@ -20,11 +20,13 @@ from typing import Any
 
 import ray
 from ray.train import BackendConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup as TrainWorkers
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+from orchestrator.ray_threads import RayThread
 from orchestrator.search.cluster_session import started_here
 from orchestrator.search.placement import Placement
 from orchestrator.search.worker import WorkerConfig, train_loop
@@ -37,24 +39,53 @@ UNUSED = {
 
 
 class LeanTrainer(DataParallelTrainer):
-    """``fit`` as Train has it, with a worker group of fixed size."""
+    """``fit`` as Train has it, with a worker group of fixed size, and a controller that can be ended early."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._controller: Any = None
+        self._given_up = False
+        self._making = threading.Lock()
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         parts["callbacks"] = [each for each in parts.get("callbacks", ()) if type(each).__name__ not in UNUSED]
         if type(parts.get("scaling_policy")).__name__ == "FixedScalingPolicy":
             parts["scaling_policy"] = unannounced(parts["scaling_policy"])
-        if started_here():
-            return run_controller(**parts)
-        return super()._initialize_and_run_controller(**parts)
+        with self._making:
+            if self._given_up:
+                raise GivenUp
+            self._controller = make_controller(**parts)
+        ray.get(self._controller.run.remote())
+        return ray.get(self._controller.get_result.remote())
+
+    def abort(self) -> None:
+        """Have the controller end its workers, free their resources and end itself, which ends ``fit``."""
+        with self._making:
+            self._given_up = True
+        if self._controller is not None:
+            self._controller.abort.remote()
+
+    def kill(self) -> None:
+        """End the controller's process; its workers' follow by themselves. What it held is not freed."""
+        if self._controller is not None:
+            ray.kill(self._controller)
 
 
-def run_controller(callbacks: list[Any], **parts: Any) -> Any:
-    """Train's controller on this node, with this node's environment, until the training is over; its result."""
+class GivenUp(Exception):
+    """The search was given up before Train's controller was made."""
+
+
+def make_controller(callbacks: list[Any], **parts: Any) -> Any:
+    """Train's controller on this node: with this node's environment in a Ray that was started here, and with the
+    variables that Train hands on elsewhere."""
+    options: dict[str, Any] = {}
+    if started_here():
+        callbacks = [*callbacks, PlainWorkers()]
+    else:
+        options["runtime_env"] = {"env_vars": get_env_vars_to_propagate()}
     here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
-    remote = ray.remote(num_cpus=0, label_selector=here)(TrainController).remote
-    controller = remote(callbacks=[*callbacks, PlainWorkers()], **parts)
-    ray.get(controller.run.remote())
-    return ray.get(controller.get_result.remote())
+    remote = ray.remote(num_cpus=0, label_selector=here, **options)(TrainController).remote
+    return remote(callbacks=callbacks, **parts)
 
 
 class PlainWorkers(ControllerCallback):
@@ -105,11 +136,11 @@ def backend(placement: Placement) -> BackendConfig:
     return TorchConfig(backend="nccl" if placement.gpus else "gloo", timeout_s=int(PATIENCE.total_seconds()))
 
 
-class WorkerGroup(threading.Thread):
+class WorkerGroup(RayThread):
     """One trainer, run in a thread of the driver. ``error`` is what ended it, if anything went wrong."""
 
     def __init__(self, config: WorkerConfig, storage: Path, on_error: Any) -> None:
-        super().__init__(name=f"worker-group-{config.name}", daemon=True)
+        super().__init__(f"worker-group-{config.name}")
         self.worker = config.name
         self.error: Exception | None = None
         self._on_error = on_error
@@ -133,6 +164,16 @@ class WorkerGroup(threading.Thread):
     def run(self) -> None:
         try:
             self._trainer.fit()
+        except GivenUp:
+            return
         except Exception as error:  # Train wraps whatever happened in a worker in its own types
             self.error = error
             self._on_error(error)
+
+    def abort(self) -> None:
+        """End the workers and the thread, in Train's own way."""
+        self._trainer.abort()
+
+    def kill(self) -> None:
+        """End them where Train does not."""
+        self._trainer.kill()

@@ -24,7 +24,7 @@ import os, signal, sys, time
 import psutil, ray
 from orchestrator.search.cluster_session import FEW_CORES, ray_beside, started_here
 from orchestrator.search.ready import PROCESSES, make_ready
-from orchestrator.sigterm import Sigterm
+from orchestrator.interrupts import Interrupts
 
 def children():
     return psutil.Process().children(recursive=True)
@@ -71,9 +71,49 @@ try:
 except ValueError as error:
     print(error, ray.is_initialized(), alive(children()))
 """
+STILL_CALLED = """
+from orchestrator.ray_threads import RayThread
+
+@ray.remote
+def slow():
+    time.sleep(2)
+    return "heard"
+
+class Asks(RayThread):
+    def run(self):
+        print(ray.get(slow.remote()))
+
+try:
+    with ray_beside() as up:
+        up()
+        Asks("asks").start()
+        raise ValueError("a column that is not there")
+except ValueError as error:
+    print(error, ray.is_initialized(), alive(children()))
+"""
+STUCK = """
+from orchestrator import leaving_ray
+from orchestrator.ray_threads import RayThread, end_process
+
+@ray.remote
+def endless():
+    time.sleep(1000)
+
+class Asks(RayThread):
+    def run(self):
+        ray.get(endless.remote())
+
+leaving_ray.THREADS_S = 1.0
+with ray_beside() as up:
+    up()
+    Asks("asks").start()
+    time.sleep(1)
+print("left", flush=True)
+end_process(0)
+"""
 TERMINATED = """
 try:
-    with Sigterm(), ray_beside() as up:
+    with Interrupts(), ray_beside() as up:
         while not started_here():
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -104,14 +144,42 @@ def run(arguments: list[str], ray_folder: Path, folder: Path) -> subprocess.Comp
         pytest.param(USED, "True True\nFalse False []\n", id="used"),
         pytest.param(REFUSED, "a column that is not there False []\n", id="refused"),
         pytest.param(STILL_ASKING, "1\na column that is not there False []\n", id="still asking"),
+        pytest.param(STILL_CALLED, "heard\na column that is not there False []\n", id="still called"),
+        pytest.param(STUCK, "left\n", id="stuck"),
         pytest.param(TERMINATED, "interrupted False []\n", id="terminated"),
     ],
 )
 def test_it_starts_beside_other_work(code: str, said: str, ray_folder: Path, tmp_path: Path) -> None:
     """Processes wait ready, with what they need; when the work fails or is interrupted meanwhile, and at the end, all
-    of them are gone, and no Ray is started by asking one that has ended."""
+    of them are gone, and no Ray is started by asking one that has ended. Whoever calls Ray is waited for, or where that
+    does not end, ended with the process."""
     ran = run(["-c", START + code], ray_folder, tmp_path)
     assert (ran.returncode, ran.stdout) == (0, said), ran.stderr
+    assert eventually(lambda: not processes_of(ray_folder)), processes_of(ray_folder)
+
+
+REFUSED_LATE = """
+import sys
+from orchestrator.cli import main
+from orchestrator.errors import BadInput
+from orchestrator.progress import ConsoleProgress
+
+def stage(self, text):
+    if text.startswith("loading the base model"):
+        raise BadInput("not this one", "take another")
+
+ConsoleProgress.stage = stage
+main()
+"""
+
+
+def test_a_search_refused_as_its_workers_start_says_so(ray_folder: Path, tmp_path: Path) -> None:
+    """Train is running its workers by then; they are ended, Ray after them, and the message is the last word."""
+    job = str(write_job(tmp_path))
+    for _ in range(2):  # it went wrong in one of three
+        ran = run(["-c", REFUSED_LATE, "run", job, "-q"], ray_folder, tmp_path)
+        assert (ran.returncode, ran.stderr) == (2, "bad input: not this one\n  next: take another\n")
+        assert eventually(lambda: not processes_of(ray_folder)), processes_of(ray_folder)
 
 
 def test_a_search_s_processes_have_its_environment(ray_folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,131 @@
+"""Ctrl-C and SIGTERM as one interrupt: it ends a command once, and never cuts short what tidies up after it.
+
+People press Ctrl-C again when nothing seems to happen, and `timeout`, schedulers and service managers send SIGTERM more
+than once. The command is told of the first signal alone, and of that one not before a block under ``undisturbed`` is
+over.
+"""
+
+from __future__ import annotations
+
+import atexit
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from types import FrameType, TracebackType
+from typing import Any, Self, TypeVar
+
+Value = TypeVar("Value")
+
+_current: list[Interrupts] = []
+
+
+class Interrupts:
+    """Around a command: the first SIGINT or SIGTERM raises KeyboardInterrupt in it, later ones do nothing.
+
+    ``received`` is the first signal's number. It is no exception of our own, because Ray waits in C++ and hands on a
+    plain KeyboardInterrupt whatever was raised.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._over = False
+        self._held = 0
+        self._due = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():  # no other may set signals
+            self._take(signal.SIGTERM)
+            if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as of a job in the background
+                self._take(signal.SIGINT)
+            _current.append(self)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if self in _current:
+            _current.remove(self)
+
+    def over(self) -> None:
+        """Ignore signals from now on: the command has ended by itself and says how."""
+        self._over = True
+
+    def hold(self) -> None:
+        """Keep the interrupt back until as many calls of ``release``."""
+        self._held += 1
+
+    def release(self) -> None:
+        """Raise the interrupt that was kept back, unless an error is on its way already."""
+        self._held -= 1
+        if self._due and not self._held and not self._over and sys.exc_info()[0] is None:
+            self._due = False
+            raise KeyboardInterrupt
+
+    def _take(self, number: int) -> None:
+        self._before[number] = signal.signal(number, self._handle) or signal.SIG_DFL
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None or self._over:
+            return
+        self.received = number
+        if self._held:
+            self._due = True
+            return
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Finish the block before an interrupt is raised; an error of the block or around it goes first."""
+    if not _current or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    interrupts = _current[-1]
+    interrupts.hold()
+    try:
+        yield
+    finally:
+        interrupts.release()
+
+
+@contextmanager
+def whole(make: Callable[[], AbstractContextManager[Value]]) -> Iterator[Value]:
+    """Make, enter and leave a context without an interrupt halfway: one that comes then is raised afterwards."""
+    entered = ExitStack()
+
+    def leave(*error: Any) -> bool | None:
+        with undisturbed():
+            return entered.__exit__(*error)
+
+    with ExitStack() as stack:
+        stack.push(leave)
+        with undisturbed():
+            value = entered.enter_context(make())
+        yield value
+
+
+def nothing_to_interrupt() -> None:
+    """Let the command end as it is about to: its result is there, what is left takes a moment."""
+    if _current:
+        _current[-1].over()
+
+
+def ignore_interrupts() -> None:
+    """Let no further signal change the exit code: all is said, and the process ends."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+
+
+def ignore_interrupts_at_exit() -> None:
+    """Do so once Python ends."""
+    atexit.unregister(ignore_interrupts)
+    atexit.register(ignore_interrupts)

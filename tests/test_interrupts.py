@@ -1,0 +1,210 @@
+"""Signals as one interrupt: raised once, and not in the middle of what has to be whole."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+import pytest
+
+from orchestrator.interrupts import Interrupts, nothing_to_interrupt, undisturbed, whole
+from orchestrator.ray_threads import RayThread, alive, await_end
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """Both signals are handled afterwards as they were before."""
+    before = [signal.getsignal(number) for number in SIGNALS]
+    yield
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("first", SIGNALS)
+@pytest.mark.parametrize("second", SIGNALS)
+def test_only_the_first_signal_interrupts(first: int, second: int) -> None:
+    """Whatever tidies up after Ctrl-C or SIGTERM is not ended by another of either."""
+    tidied = []
+
+    def command() -> None:
+        try:
+            send(first)
+        finally:
+            send(second)
+            tidied.append(True)
+
+    with Interrupts() as interrupts:
+        with pytest.raises(KeyboardInterrupt):
+            command()
+        assert interrupts.received == first and tidied
+
+
+def test_a_command_in_the_background_ignores_ctrl_c() -> None:
+    """A shell starts it with SIGINT ignored; so it stays."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Interrupts() as interrupts:
+            send(signal.SIGINT)
+            assert interrupts.received is None
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_block_that_is_not_to_be_disturbed_is_finished_first(number: int) -> None:
+    """The interrupt comes at the end of the outermost such block."""
+    steps: list[str] = []
+
+    def work() -> None:
+        with undisturbed():
+            with undisturbed():
+                send(number)
+                steps.append("inner")
+            steps.append("outer")
+        steps.append("after")
+
+    with Interrupts(), pytest.raises(KeyboardInterrupt):
+        work()
+    assert steps == ["inner", "outer"]
+
+
+def test_an_error_goes_before_an_interrupt_that_was_kept_back() -> None:
+    """What a search was refused for is said, also when a signal comes while it tidies up; the interrupt is not lost
+    where the error is overcome."""
+
+    def refused() -> None:
+        try:
+            raise ValueError("refused")
+        finally:
+            with undisturbed():
+                send(signal.SIGTERM)
+
+    def goes_on() -> None:
+        with undisturbed():
+            pass
+
+    with Interrupts():
+        with pytest.raises(ValueError, match="refused"):
+            refused()
+        with pytest.raises(KeyboardInterrupt):
+            goes_on()
+
+
+@pytest.mark.parametrize("at", ["enter", "leave"])
+def test_what_is_entered_whole_is_left_whole(at: str) -> None:
+    """A signal while a context is entered or left ends neither, and is raised then."""
+    steps: list[str] = []
+
+    def step(name: str) -> None:
+        if name == at:
+            send(signal.SIGINT)
+        steps.append(name)
+
+    @contextmanager
+    def context() -> Iterator[str]:
+        step("enter")
+        try:
+            yield "value"
+        finally:
+            step("leave")
+
+    def work() -> None:
+        with whole(context) as value:
+            steps.append(value)
+
+    with Interrupts(), pytest.raises(KeyboardInterrupt):
+        work()
+    assert steps == (["enter", "leave"] if at == "enter" else ["enter", "value", "leave"])
+
+
+def test_an_error_in_a_whole_context_reaches_it() -> None:
+    """The context may swallow it, as in a plain ``with``."""
+    seen: list[BaseException] = []
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            seen.append(error)
+
+    with Interrupts(), whole(context):
+        raise ValueError("mine")
+    assert str(seen[0]) == "mine"
+
+
+def test_a_command_whose_result_is_there_is_not_interrupted() -> None:
+    """Nothing is left to end: it says its result."""
+    with Interrupts() as interrupts:
+        with undisturbed():
+            nothing_to_interrupt()
+            send(signal.SIGTERM)
+        send(signal.SIGINT)
+        assert interrupts.received is None
+
+
+class Waits(RayThread):
+    """Ends when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__("waits")
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        self.over.wait(60)
+
+
+def test_threads_are_waited_for_no_longer_than_asked() -> None:
+    """All share the time; one that was never started has nothing to wait for."""
+    threads = [Waits(), Waits(), Waits()]
+    for thread in threads[:2]:
+        thread.start()
+    started = time.monotonic()
+    assert await_end(threads, 0.3) == threads[:2]
+    assert 0.25 < time.monotonic() - started < 5
+    threads[0].over.set()
+    assert await_end(threads[:1], 30) == []
+    assert alive(threads) == threads[1:2]
+    threads[1].over.set()
+
+
+STUCK = """
+import subprocess, sys, threading
+from orchestrator.ray_threads import RayThread, end_process
+
+class Stuck(RayThread):
+    def run(self):
+        threading.Event().wait()
+
+Stuck("stuck").start()
+print(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], stdout=subprocess.DEVNULL).pid)
+end_process(3)
+"""
+
+
+def test_a_stuck_thread_changes_neither_exit_code_nor_what_was_said() -> None:
+    """The process ends with its code and all of its output, and its children with it."""
+    ran = subprocess.run([sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 3
+    assert "stuck in a call of Ray: stuck" in ran.stderr
+    child = int(ran.stdout)
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and lives(child):
+        time.sleep(0.05)
+    assert not lives(child)
+
+
+def lives(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
