@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from orchestrator.errors import BadInput
+from orchestrator.ray_folder import ray_temp_note
 from orchestrator.registry import Registry
 from orchestrator.run import Clock, Pipeline, Progress, find_artifacts, going_on
 from orchestrator.search.cluster_session import ray_session
@@ -63,6 +64,8 @@ def _go_on(
     shutil.rmtree(folder.ray, ignore_errors=True)
     progress.stage("starting Ray")
     with ray_session(address, verbose) as ours:
+        if ours and (note := ray_temp_note()):
+            progress.note(note)
         clock.mark("ray")
         ended = len(history.ended)
         progress.note(f"going on with search {folder.id}: {ended} of {len(prepared.trials)} trials are over")

@@ -28,6 +28,7 @@ from orchestrator.base_model import BaseModelInfo, looks_like_path
 from orchestrator.data.designs import Design
 from orchestrator.errors import BadInput, Interrupted, JobFailed, NothingFound, SearchLost, Unreachable
 from orchestrator.mirror import BASELINES, SPLITS, MlflowMirror
+from orchestrator.ray_folder import ray_temp_note
 from orchestrator.registry import Registry, SearchLog
 from orchestrator.report import read_facts, write_report
 from orchestrator.run_tags import outcome_tags, search_note, search_tags
@@ -124,6 +125,8 @@ def run_job(
         clock.mark("prepare")
         progress.stage("starting Ray")
         ours = ray_up()
+        if ours and (note := ray_temp_note()):
+            progress.note(note)
         clock.mark("ray")
         placement = placed(prepared)
         folder = folder or SearchFolder.new(job.name)

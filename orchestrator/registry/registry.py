@@ -37,7 +37,7 @@ from orchestrator.registry.records import (
 )
 from orchestrator.registry.refs import ModelRef, nearest, parse_ref, printable
 from orchestrator.registry.search_log import SearchLog
-from orchestrator.registry.store import SERVERS, Store, masked
+from orchestrator.registry.store import SERVERS, Store, artifact_location, masked
 from orchestrator.registry.tables import ModelRow, read_models
 from orchestrator.spec import ALIAS_PATTERN, NAME_PATTERN, RESERVED_ALIAS
 
@@ -473,7 +473,7 @@ class Registry:
         argv = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
         if store.artifact_root:
             # Runs made through this server then keep their files where the others are.
-            argv += ["--artifacts-destination", str(store.artifact_root)]
+            argv += ["--artifacts-destination", artifact_location(store.artifact_root)]
         env = {
             "MLFLOW_BACKEND_STORE_URI": store.tracking_uri,
             "MLFLOW_DISABLE_TELEMETRY": "true",

@@ -14,7 +14,7 @@ from orchestrator.errors import BadInput
 from orchestrator.registry.entries import MAX_TAG, as_texts
 from orchestrator.registry.refs import printable
 from orchestrator.registry.search_log import STATE_TAG, SearchLog, children
-from orchestrator.registry.store import Store, sqlite_file
+from orchestrator.registry.store import Store, artifact_location, sqlite_file
 
 if TYPE_CHECKING:
     from mlflow.entities import DatasetInput, Experiment
@@ -110,7 +110,7 @@ def _create_experiment(store: Store, name: str, location: Path | None) -> str:
     from mlflow.exceptions import MlflowException
 
     try:
-        return str(store.client.create_experiment(name, str(location) if location else None))
+        return str(store.client.create_experiment(name, artifact_location(location) if location else None))
     except MlflowException as error:
         experiment = store.client.get_experiment_by_name(name)
         if error.error_code != "RESOURCE_ALREADY_EXISTS" or experiment is None:

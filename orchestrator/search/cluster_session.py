@@ -15,6 +15,7 @@ import ray
 
 from orchestrator.errors import BadInput, Unreachable
 from orchestrator.leaving_ray import leave_ray
+from orchestrator.ray_folder import ray_temp_dir
 from orchestrator.search.placement import Node
 from orchestrator.sigterm import sigterm_kept, sigterm_kept_by_system
 
@@ -89,7 +90,7 @@ def ray_beside(
         return
     if then is not None and (os.cpu_count() or 1) <= FEW_CORES:
         os.environ.setdefault("RAY_preload_python_modules", then.__module__)
-    start = LocalStart(options, then)
+    start = LocalStart(options | {"_temp_dir": ray_temp_dir()}, then)
     start.start()
     try:
         yield start.up
