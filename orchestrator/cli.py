@@ -103,11 +103,12 @@ def validate(job: Job, overrides: Overrides = [], as_json: Json = False) -> None
     """Check a job spec: every problem at once, each with its line."""
     from orchestrator.job_file import load_job
     from orchestrator.space import trials
+    from orchestrator.wording import counted
 
     spec = load_job(job, overrides)
     if as_json:
         return print_json({"valid": True, "spec": spec.model_dump(mode="json")})
-    out(f"{job}: sound. {spec.method} of {spec.base_model.id}, {len(trials(spec.search))} trials.")
+    out(f"{job}: sound. {spec.method} of {spec.base_model.id}, {counted(len(trials(spec.search)), 'trial')}.")
     out(f"next: orchestrator run {job}{_repeated(overrides)}")
 
 
@@ -545,6 +546,13 @@ def import_(
     renamed: Annotated[
         bool, typer.Option("--renamed-base-model", help="The job's base model is the folder's under another name.")
     ] = False,
+    alias: Annotated[
+        str | None,
+        typer.Option(
+            help="Alias to move to the version; the job's by default. An import is champion only if asked for here.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Register a PEFT adapter folder (prompt tuning, prefix tuning or P-tuning)."""
@@ -557,12 +565,15 @@ def import_(
 
         registry = Registry()
         registry.check()
-        document = import_folder(registry, folder, name, spec, renamed, say)
+        document = import_folder(registry, folder, name, spec, renamed, say, alias)
     if as_json:
         return print_json(document)
     made = f"{document['model']['name']}:{document['model']['version']}"
     out(f"{made} holds {document['num_virtual_tokens']} virtual tokens of {document['base_model']}.")
-    out(f"next: orchestrator inspect {made}   or   orchestrator serve {made}")
+    if document["model"]["alias"] == "champion":
+        return out(f"next: orchestrator inspect {made}   or   orchestrator serve {made}")
+    number = document["model"]["version"]
+    out(f"next: orchestrator evaluate {made} --data FILE   then   orchestrator promote {name} {number}")
 
 
 @app.command()

@@ -14,6 +14,7 @@ from orchestrator.registry import ModelSummary, VersionDetail, VersionSummary, p
 from orchestrator.space import TrialSpec
 from orchestrator.spec import JobSpec
 from orchestrator.submission import LABEL_PREFIX, NAME_KEY, SEARCH_KEY, USER_KEY, Job
+from orchestrator.wording import counted
 
 if TYPE_CHECKING:
     from orchestrator.search.plan import Plan
@@ -50,7 +51,7 @@ def run_summary(document: dict[str, Any], spec: JobSpec) -> list[str]:
     rows.append((spec.result_name, f"{tuned['validation'][metric]:.3f}", f"{tuned['test'][metric]:.3f}"))
     seconds = document["seconds"]
     lines = [
-        f"search {document['search']}: {len(document['trials'])} trials in {duration(seconds['training'])}, "
+        f"search {document['search']}: {counted(len(document['trials']), 'trial')} in {duration(seconds['training'])}, "
         f"{duration(seconds['total'])} in all",
         f"best trial {best['trial']}: {TrialSpec.from_config(best['config']).label()}",
         "",

@@ -10,7 +10,7 @@ from typing import Any
 from orchestrator.errors import BadInput
 from orchestrator.ray_folder import ray_temp_note
 from orchestrator.registry import Registry
-from orchestrator.run import Clock, Pipeline, Progress, find_artifacts, going_on
+from orchestrator.run import Clock, Pipeline, Progress, check_search_end, find_artifacts, going_on
 from orchestrator.search.cluster_session import ray_session
 from orchestrator.search.folder import SearchFolder
 from orchestrator.search.journal import read_history
@@ -51,6 +51,7 @@ def _go_on(
             f"search {folder.id} logs to {saved.tracking_uri}, and MLflow's address is now {registry.display_uri}",
             f"MLFLOW_TRACKING_URI={saved.tracking_uri} orchestrator resume {folder.id}",
         )
+    check_search_end(job, registry)
     progress.stage("reading data and base model")
     history = read_history(folder)
     for trial in history.lost:

@@ -47,10 +47,11 @@ from orchestrator.search.saved import SavedSearch, load_saved, refuse_changes
 from orchestrator.search.search import Running, placed, running
 from orchestrator.search.study import Listener, trial_id
 from orchestrator.search.whole_file import write_whole
-from orchestrator.space import TrialSpec, init_artifacts
+from orchestrator.space import TrialSpec, grid_size, init_artifacts
 from orchestrator.spec import JobSpec
 from orchestrator.tuning.report import EvaluationJob, confusion_counts, without_confusion
 from orchestrator.vocabulary import nearest_words
+from orchestrator.wording import counted
 
 Metrics = dict[str, float]
 BASE_MODEL = "base_model"
@@ -118,6 +119,7 @@ def run_job(
     check_home()
     with ray_beside(address, verbose, then=make_ready) as ray_up:
         registry.check()
+        check_search_end(job, registry)
         progress.stage("reading data and base model")
         artifacts, pins = find_artifacts(job, registry)
         prepared = prepare(job, artifacts)
@@ -157,6 +159,22 @@ def plan_job(job: JobSpec, say: Callable[[str], None], address: str | None = Non
         placement = placed(prepared)
         say("measuring the start, steps and evaluations")
         return make_plan(prepared, placement, nodes(), clock.before(), None if elsewhere else Path(folder))
+
+
+def check_search_end(job: JobSpec, registry: Registry) -> None:
+    """Raise BadInput or Unreachable, before anything is spent, for what would keep the result from being registered."""
+    registers = job.registry.register_top > 0 and not job.is_baseline
+    registry.check_search_end(job.name, job.model_name if registers else None)
+
+
+@contextmanager
+def kept_for_resume(folder: SearchFolder) -> Iterator[None]:
+    """Around the registration: a refusal says that the search is kept and can be registered later."""
+    try:
+        yield
+    except BadInput as error:
+        resume = f"orchestrator resume {folder.id}, which registers what the search found"
+        raise BadInput(error.message, f"{error.hint}; then {resume}" if error.hint else resume) from None
 
 
 def find_artifacts(
@@ -315,9 +333,9 @@ class Pipeline:
         self.clock.mark("trials")
         best = outcome.ranking()
         if not best:
+            notes = "; ".join(sorted({record.note for record in outcome.records.values() if record.note}))
             raise NothingFound(
-                f"none of the {len(outcome.records)} trials has a result: "
-                + "; ".join(sorted({record.note for record in outcome.records.values() if record.note})),
+                f"{self._no_result(len(outcome.records))}: {notes}",
                 "lower the learning rates of search.space, or see the search's log with --verbose",
             )
         self.progress.stage("evaluating the best prompt on the test split")
@@ -331,9 +349,10 @@ class Pipeline:
         self._log_result(log, outcome, best[0], tests[best[0].id])
         reached = {"validation": best[0].metrics, "test": tests[best[0].id]}
         log.parent_tags(search_note(self.job, best[0].spec, reached, baselines))
-        model = None if self.job.is_baseline else self._register(log, best, tests, baselines, info)
-        if self.job.is_baseline and self.job.registry.register_top:
-            self._keep(log, best[0], reached, info)
+        with kept_for_resume(self.folder):
+            model = None if self.job.is_baseline else self._register(log, best, tests, baselines, info)
+            if self.job.is_baseline and self.job.registry.register_top:
+                self._keep(log, best[0], reached, info)
         self.clock.mark("registry")
         took = self._took(outcome, search.placement)
         log.parent_metrics(took)
@@ -377,6 +396,14 @@ class Pipeline:
             shown = metrics["validation"][self.job.search.metric]
             self.progress.note(f"{BASELINE_NAMES[name]}: validation {self.job.search.metric} {shown:.3f}")
         return found, ready_at
+
+    def _no_result(self, count: int) -> str:
+        """Say that no trial has a result, and why there are fewer trials than the spec asks for."""
+        text = "the only trial has no result" if count == 1 else f"none of the {count} trials has a result"
+        requested, points = self.job.search.trials, grid_size(self.job.search.space)
+        if requested is None or points is None or self.prepared.total >= requested:
+            return text
+        return f"{text} (search.trials is {requested}, and search.space has {counted(points, 'point')})"
 
     # Results
 

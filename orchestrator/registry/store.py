@@ -214,11 +214,14 @@ def quoted_path(path: str) -> str:
     From the first folder that needs it the slashes are quoted too. MLflow makes the folder that it reads from the
     address without unquoting, and so finds one that exists.
     """
-    quoted = re.sub(r"%(?=[0-9A-Fa-f]{2})", "%25", path).replace("?", "%3F")
-    common = os.path.commonprefix([path, quoted])
-    if common == path:
+    folders = path.split("/")
+    quoted = [re.sub(r"%(?=[0-9A-Fa-f]{2})", "%25", folder).replace("?", "%3F") for folder in folders]
+    plain = 0
+    while plain < len(folders) and quoted[plain] == folders[plain]:
+        plain += 1
+    if plain == len(folders):
         return path
-    return common + quoted[len(common) :].replace("/", "%2F")
+    return "/".join([*quoted[:plain], "%2F".join(quoted[plain:])])
 
 
 def artifact_location(folder: Path) -> str:
