@@ -55,14 +55,14 @@ def _check_model(store: Store, name: str) -> None:
     model = _registered_model(store, name)
     is_file = _check_file(store.registry_uri)
     if model is None:
+        if store.client.get_prompt(name) is not None:
+            raise BadInput(
+                f"{printable(name)} is a text template of MLflow's prompt registry",
+                "set registry.model to another name",
+            )
         if not is_file:
             _try_creating(store, name)
         return
-    if model._is_prompt():  # ``tags`` leaves out the one that says so
-        raise BadInput(
-            f"{printable(name)} is a text template of MLflow's prompt registry",
-            "set registry.model to another name",
-        )
     run_id = model.tags.get(LEDGER_TAG)
     if run_id and not is_purged(store, run_id):
         Ledger(store, name, run_id).check(may_write=sqlite_file(store.tracking_uri) is None)
