@@ -47,11 +47,10 @@ from orchestrator.search.saved import SavedSearch, load_saved, refuse_changes
 from orchestrator.search.search import Running, placed, running
 from orchestrator.search.study import Listener, trial_id
 from orchestrator.search.whole_file import write_whole
-from orchestrator.space import TrialSpec, grid_size, init_artifacts
+from orchestrator.space import TrialSpec, init_artifacts, no_result, why_fewer_trials
 from orchestrator.spec import JobSpec
 from orchestrator.tuning.report import EvaluationJob, confusion_counts, without_confusion
 from orchestrator.vocabulary import nearest_words
-from orchestrator.wording import counted
 
 Metrics = dict[str, float]
 BASE_MODEL = "base_model"
@@ -321,6 +320,8 @@ class Pipeline:
             self.progress.note(f"planned: about {self.plan.seconds['total']:.0f} s in all")
             log.parent_metrics(self.plan.metrics())
             log.parent_tags({"orchestrator.plan.warnings": "; ".join(self.plan.warnings)})
+        if reason := why_fewer_trials(self.job.search):
+            self.progress.note(f"fewer trials than requested: {reason}")
         self.progress.stage("loading the base model into the worker")
         # Tune starts its trials' actors while the worker loads the model; the baselines go first once it has.
         with ThreadPoolExecutor(1) as beside, search.or_abandon():
@@ -335,7 +336,7 @@ class Pipeline:
         if not best:
             notes = "; ".join(sorted({record.note for record in outcome.records.values() if record.note}))
             raise NothingFound(
-                f"{self._no_result(len(outcome.records))}: {notes}",
+                f"{no_result(self.job.search, len(outcome.records))}: {notes}",
                 "lower the learning rates of search.space, or see the search's log with --verbose",
             )
         self.progress.stage("evaluating the best prompt on the test split")
@@ -396,14 +397,6 @@ class Pipeline:
             shown = metrics["validation"][self.job.search.metric]
             self.progress.note(f"{BASELINE_NAMES[name]}: validation {self.job.search.metric} {shown:.3f}")
         return found, ready_at
-
-    def _no_result(self, count: int) -> str:
-        """Say that no trial has a result, and why there are fewer trials than the spec asks for."""
-        text = "the only trial has no result" if count == 1 else f"none of the {count} trials has a result"
-        requested, points = self.job.search.trials, grid_size(self.job.search.space)
-        if requested is None or points is None or self.prepared.total >= requested:
-            return text
-        return f"{text} (search.trials is {requested}, and search.space has {counted(points, 'point')})"
 
     # Results
 
