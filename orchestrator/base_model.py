@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from orchestrator.adapter_folder import instead_of_model
 from orchestrator.errors import BadInput, Unreachable
 from orchestrator.importing import uncollected
 from orchestrator.model_checks import check_config_tokens, check_positions, check_stored_quantization
@@ -58,6 +59,8 @@ class ModelSource:
     def config(self) -> Any:
         quiet_transformers()
         if not (self.path / "config.json").is_file():
+            if misplaced := instead_of_model(self.path):
+                raise BadInput(f"base_model.id {self.id!r} {misplaced.what}", misplaced.step)
             raise BadInput(f"base_model.id {self.id!r}: {self.path} holds no config.json", MODEL_HINT)
         try:
             with uncollected():  # transformers imports a model's module, and all that it needs, when it is asked for it

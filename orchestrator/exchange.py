@@ -14,8 +14,9 @@ from orchestrator.backbone import Backbone, default_device, load_backbone
 from orchestrator.base_model import resolve_model
 from orchestrator.data.dataset import RowSplits, load_rows
 from orchestrator.data.encoding import Encoder, make_encoder
+from orchestrator.errors import BadInput
 from orchestrator.peft_folder import export_peft, import_peft, read_peft
-from orchestrator.registry import Registry, check_name
+from orchestrator.registry import CHAMPION, Registry, check_alias, check_name
 from orchestrator.search.prepare import cells_record, data_record, found_anywhere, verbalizer_entries
 from orchestrator.serving.served_prompt import load_prompt
 from orchestrator.spec import JobSpec
@@ -44,14 +45,28 @@ def export_model(registry: Registry, model: str, folder: Path) -> dict[str, Any]
     }
 
 
-def import_folder(registry: Registry, folder: Path, name: str, job: JobSpec, renamed: bool, say: Say) -> dict[str, Any]:
+def import_folder(
+    registry: Registry,
+    folder: Path,
+    name: str,
+    job: JobSpec,
+    renamed: bool,
+    say: Say,
+    alias: str | None = None,
+) -> dict[str, Any]:
     """Register a PEFT folder as a version of ``name``; returns the document of ``import --json``.
 
     Base model, template, target, verbalizer and rows are the job's. The prompt is tried on the base model before it is
     registered; its metrics are unknown until it is evaluated. ``renamed`` is ``import_peft``'s.
+
+    ``alias`` is moved to the version. Without it the version gets the job's alias, but never becomes champion.
     """
     check_name(name)
+    if alias is None and job.registry.alias != CHAMPION:
+        alias = job.registry.alias
+    _check_alias_free(registry, name, alias)
     read_peft(folder)  # what is broken is refused before a model is loaded
+    registry.check_search_end(name, name)
     rows = load_rows(job.data)
     say("loading the base model")
     job, encoder, backbone = _loaded(job, rows)
@@ -72,7 +87,22 @@ def import_folder(registry: Registry, folder: Path, name: str, job: JobSpec, ren
     with tempfile.TemporaryDirectory() as scratch:
         saved = artifact.save(Path(scratch) / "prompt")
         load_prompt(backbone, saved, name, 0)
-        return _registered(registry, artifact, saved, folder, name, job, rows.test[0], say)
+        return _registered(registry, artifact, saved, folder, name, job, rows.test[0], say, alias)
+
+
+def _check_alias_free(registry: Registry, name: str, alias: str | None) -> None:
+    """Refuse an alias that can't be one, and the champion's where there is one: no metrics say which is better."""
+    if alias is None:
+        return
+    check_alias(alias)
+    if alias != CHAMPION:
+        return
+    models = {model.name: model.aliases for model in registry.list_models()}
+    if (holder := models.get(name, {}).get(CHAMPION)) is not None:
+        raise BadInput(
+            f"version {holder} is champion of {name}, and an imported prompt has no metrics to compare with it",
+            f"import without --alias {CHAMPION}, evaluate the version, then orchestrator promote {name} VERSION",
+        )
 
 
 def _loaded(job: JobSpec, rows: RowSplits) -> tuple[JobSpec, Encoder, Backbone]:
@@ -92,8 +122,9 @@ def _registered(
     job: JobSpec,
     example: Mapping[str, Any],
     say: Say,
+    alias: str | None,
 ) -> dict[str, Any]:
-    """In a run of its own, in the experiment of the model's name; with the alias that a search would have given it."""
+    """Register it in a run of its own, in the experiment of the model's name, and move the alias."""
     manifest = artifact.manifest
     params = {
         "imported_from": str(folder.resolve()),
@@ -105,11 +136,14 @@ def _registered(
     near = nearest_words(resolve_model(job.base_model), artifact.weights, 3) if SOFT in artifact.tensors else []
     with registry.start_search(name, params, {"orchestrator.version": __version__}) as log:
         version = registry.register(saved, name, log.run_id, metric=job.search.metric, example=example, nearest=near)
-    metric, better = job.search.metric, job.search.better
-    outcome = registry.auto_alias(name, version, job.registry.alias, metric, better)
-    say(outcome.reason)
+    if alias == CHAMPION:
+        registry.promote(name, version)
+    elif alias is not None:
+        registry.set_alias(name, alias, version, reason="imported")
+    if alias != CHAMPION:
+        say(f"Version {version} is not champion: nothing is known yet of how good it is.")
     return {
-        "model": {"name": name, "version": version, "alias": outcome.alias},
+        "model": {"name": name, "version": version, "alias": alias},
         "folder": str(folder.resolve()),
         "method": manifest.method,
         "num_virtual_tokens": manifest.num_virtual_tokens,

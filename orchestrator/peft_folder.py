@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save_file
 
+from orchestrator.adapter_folder import instead_of_adapter
 from orchestrator.artifact import (
     IMPORTED,
     MAX_WEIGHTS_BYTES,
@@ -174,6 +175,8 @@ def is_peft(folder: Path) -> bool:
 
 def read_peft(folder: Path) -> PeftPrompt:
     """Read and check a folder that PEFT's ``save_pretrained`` wrote. BadInput names what is wrong."""
+    if not is_peft(folder) and (misplaced := instead_of_adapter(folder)):
+        raise BadInput(f"{folder} {misplaced.what}", misplaced.step)
     config = _read_config(folder)
     _check_defined(folder, config)
     tensor = _read_tensor(folder)

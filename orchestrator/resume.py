@@ -8,8 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 from orchestrator.errors import BadInput
+from orchestrator.ray_folder import ray_temp_note
 from orchestrator.registry import Registry
-from orchestrator.run import Clock, Pipeline, Progress, find_artifacts, going_on, note_warnings
+from orchestrator.run import Clock, Pipeline, Progress, check_search_end, find_artifacts, going_on, note_warnings
 from orchestrator.search.cluster_session import ray_session
 from orchestrator.search.folder import SearchFolder
 from orchestrator.search.journal import read_history
@@ -51,6 +52,7 @@ def _go_on(
             f"search {folder.id} logs to {saved.tracking_uri}, and MLflow's address is now {registry.display_uri}",
             f"MLFLOW_TRACKING_URI={saved.tracking_uri} orchestrator resume {folder.id}",
         )
+    check_search_end(job, registry)
     progress.stage("reading data and base model")
     history = read_history(folder)
     for trial in history.lost:
@@ -67,6 +69,8 @@ def _go_on(
     shutil.rmtree(folder.ray, ignore_errors=True)
     progress.stage("starting Ray")
     with ray_session(address, verbose) as ours:
+        if ours and (note := ray_temp_note()):
+            progress.note(note)
         clock.mark("ray")
         ended = len(history.ended)
         progress.note(f"going on with search {folder.id}: {ended} of {len(prepared.trials)} trials are over")

@@ -30,6 +30,7 @@ from orchestrator.errors import BadInput, Interrupted, JobFailed, NothingFound, 
 from orchestrator.inputs import Inputs, check_inputs
 from orchestrator.interrupts import nothing_to_interrupt, whole
 from orchestrator.mirror import BASELINES, SPLITS, MlflowMirror
+from orchestrator.ray_folder import ray_temp_note
 from orchestrator.registry import Registry, SearchLog
 from orchestrator.report import read_facts, write_report
 from orchestrator.run_tags import outcome_tags, search_note, search_tags
@@ -48,7 +49,7 @@ from orchestrator.search.saved import SavedSearch, load_saved, refuse_changes
 from orchestrator.search.search import Running, placed, running
 from orchestrator.search.study import Listener, trial_id
 from orchestrator.search.whole_file import write_whole
-from orchestrator.space import TrialSpec, init_artifacts
+from orchestrator.space import TrialSpec, init_artifacts, no_result, why_fewer_trials
 from orchestrator.spec import JobSpec
 from orchestrator.tuning.report import EvaluationJob, confusion_counts, without_confusion
 from orchestrator.vocabulary import nearest_words
@@ -128,10 +129,10 @@ def run_job(
     check_home()
     with ray_beside(address, verbose, then=make_ready) as ray_up:
         registry.check()
+        check_search_end(job, registry)
         progress.stage("reading data and base model")
         artifacts, pins = find_artifacts(job, registry)
         prepared = prepare(job, artifacts, inputs.rows)
-        registry.check_search(job.name)
         note_warnings(prepared, progress)
         clock.mark("model", until=clock.last + prepared.making_s)
         clock.mark("prepare")
@@ -139,6 +140,8 @@ def run_job(
             progress.note(text)
         progress.stage("starting Ray")
         ours = ray_up()
+        if ours and (note := ray_temp_note()):
+            progress.note(note)
         clock.mark("ray")
         placement = placed(prepared)
         folder = folder or SearchFolder.new(job.name)
@@ -184,6 +187,22 @@ def note_warnings(prepared: Prepared, progress: Progress) -> None:
     """Show what makes the result less trustworthy."""
     for warning in prepared.warnings:
         progress.note(f"warning: {warning}")
+
+
+def check_search_end(job: JobSpec, registry: Registry) -> None:
+    """Raise BadInput or Unreachable, before anything is spent, for what would keep the result from being registered."""
+    registers = job.registry.register_top > 0 and not job.is_baseline
+    registry.check_search_end(job.name, job.model_name if registers else None)
+
+
+@contextmanager
+def kept_for_resume(folder: SearchFolder) -> Iterator[None]:
+    """Around the registration: a refusal says that the search is kept and can be registered later."""
+    try:
+        yield
+    except BadInput as error:
+        resume = f"orchestrator resume {folder.id}, which registers what the search found"
+        raise BadInput(error.message, f"{error.hint}; then {resume}" if error.hint else resume) from None
 
 
 def find_artifacts(
@@ -346,6 +365,8 @@ class Pipeline:
             log.parent_tags({"orchestrator.plan.warnings": "; ".join(self.plan.warnings)})
         if self.prepared.warnings:
             log.parent_tags({"orchestrator.warnings": " ".join(self.prepared.warnings)})
+        if reason := why_fewer_trials(self.job.search):
+            self.progress.note(f"fewer trials than requested: {reason}")
         self.progress.stage("loading the base model into the worker")
         # Tune starts its trials' actors while the worker loads the model; the baselines go first once it has.
         with search.beside(self._baselines, search, recorder) as baselines_ready:
@@ -357,9 +378,9 @@ class Pipeline:
         self.clock.mark("trials")
         best = outcome.ranking()
         if not best:
+            notes = "; ".join(sorted({record.note for record in outcome.records.values() if record.note}))
             raise NothingFound(
-                f"none of the {len(outcome.records)} trials has a result: "
-                + "; ".join(sorted({record.note for record in outcome.records.values() if record.note})),
+                f"{no_result(self.job.search, len(outcome.records))}: {notes}",
                 "lower the learning rates of search.space, or see the search's log with --verbose",
             )
         self.progress.stage("evaluating the best prompt on the test split")
@@ -373,9 +394,10 @@ class Pipeline:
         self._log_result(log, outcome, best[0], tests[best[0].id])
         reached = {"validation": best[0].metrics, "test": tests[best[0].id]}
         log.parent_tags(search_note(self.job, best[0].spec, reached, baselines, self.prepared.warnings))
-        model = None if self.job.is_baseline else self._register(log, best, tests, baselines, info)
-        if self.job.is_baseline and self.job.registry.register_top:
-            self._keep(log, best[0], reached, info)
+        with kept_for_resume(self.folder):
+            model = None if self.job.is_baseline else self._register(log, best, tests, baselines, info)
+            if self.job.is_baseline and self.job.registry.register_top:
+                self._keep(log, best[0], reached, info)
         self.clock.mark("registry")
         took = self._took(outcome, search.placement)
         log.parent_metrics(took)

@@ -32,6 +32,7 @@ from .spec import (
     TextInit,
     Uniform,
 )
+from .wording import counted
 
 Row = list[Any]  # a value for each dimension, in the order of TrialSpec.config()
 
@@ -146,6 +147,21 @@ def trial_count(search: SearchSpec) -> int:
         return len(trials(search))
     count, size = search.trials or DEFAULT_TRIALS, grid_size(search.space)
     return count if size is None else min(count, size)
+
+
+def why_fewer_trials(search: SearchSpec) -> str:
+    """Explain a search that has fewer trials than the spec asks for; empty where it has as many."""
+    points = grid_size(search.space)
+    if search.trials is None or points is None or points >= search.trials:
+        return ""
+    return f"search.trials is {search.trials}, and search.space has {counted(points, 'point')}"
+
+
+def no_result(search: SearchSpec, count: int) -> str:
+    """Say that none of a search's trials has a result, and why there are fewer than the spec asks for."""
+    text = "the only trial has no result" if count == 1 else f"none of the {count} trials has a result"
+    reason = why_fewer_trials(search)
+    return f"{text} ({reason})" if reason else text
 
 
 def grid_size(space: SpaceSpec) -> int | None:

@@ -123,11 +123,12 @@ def test_what_export_refuses(store: Store, command: Command, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", ["prompt", "prefix"])
 def test_export_and_import(store: Store, command: Command, tmp_path: Path, name: str) -> None:
-    """An imported export is a version that answers as the original does, and is champion as the first of its name."""
+    """An imported export is a version that answers as the original does; without metrics it is no champion, even as
+    the first of its name."""
     command("export", name, tmp_path / "adapter")
     said = command("import", tmp_path / "adapter", "--name", f"{name}-again", "--job", store.job, "--json")
     assert said.code == 0, said.err
-    assert said.document["model"] == {"name": f"{name}-again", "version": 1, "alias": "champion"}
+    assert said.document["model"] == {"name": f"{name}-again", "version": 1, "alias": "challenger"}
     assert said.document["base_model"] == str(model_folder()) and said.document["num_virtual_tokens"] == P
     artifacts = [store.artifact(name), store.artifact(f"{name}-again")]
     assert classified(store, artifacts[0]) == classified(store, artifacts[1])
@@ -139,8 +140,30 @@ def test_export_and_import(store: Store, command: Command, tmp_path: Path, name:
     shown = command("models", f"{name}-again:1")
     assert shown.code == 0 and str(model_folder()) in shown.out and "imported from PEFT" in shown.out
     second = command("import", tmp_path / "adapter", "--name", f"{name}-again", "--job", store.job)
-    assert "stays: it has no test loss" in second.err
-    assert second.out.splitlines()[-1].startswith(f"next: orchestrator inspect {name}-again:2")
+    assert "Version 2 is not champion" in second.err
+    assert second.out.splitlines()[-1] == (
+        f"next: orchestrator evaluate {name}-again:2 --data FILE   then   orchestrator promote {name}-again 2"
+    )
+    assert store.registry.aliases(f"{name}-again") == {"challenger": 2}
+
+
+def test_an_import_is_champion_when_that_is_asked_for(store: Store, command: Command, tmp_path: Path) -> None:
+    """On the command line, not by a job that was written for searches; never in the place of another champion."""
+    command("export", "prompt", tmp_path / "adapter")
+    asked = ("import", tmp_path / "adapter", "--name", "asked", "--job", store.job, "--json")
+    unasked = command(*asked, "--set", "registry.alias=champion")
+    assert unasked.document["model"] == {"name": "asked", "version": 1, "alias": None}
+    assert store.registry.aliases("asked") == {}
+    assert command(*asked, "--alias", "staging").document["model"]["alias"] == "staging"
+    assert command(*asked, "--alias", "champion").document["model"] == {
+        "name": "asked", "version": 3, "alias": "champion",
+    }  # fmt: skip
+    again = command(*asked, "--alias", "champion")
+    assert again.code == 2 and "version 3 is champion of asked" in again.document["error"]["message"]
+    assert "evaluate" in again.document["error"]["next"]
+    assert command(*asked, "--alias", "latest").code == 2
+    assert store.registry.aliases("asked") == {"staging": 2, "champion": 3}
+    assert len(store.registry.versions("asked")) == 3
 
 
 def peft_made(kind: str, folder: Path) -> Path:

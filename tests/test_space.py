@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.errors import BadInput
-from orchestrator.space import TrialSpec, draw, grid, grid_size, init_texts, longest, trials
+from orchestrator.space import TrialSpec, draw, grid, grid_size, init_texts, longest, no_result, trial_count, trials
 from orchestrator.spec import LogUniform, SearchSpec, SpaceSpec, TextInit, Uniform
 
 rates = st.floats(1e-6, 10, allow_nan=False)
@@ -235,3 +235,26 @@ def test_longest_and_init_texts_look_at_every_value() -> None:
     assert init_texts(SpaceSpec()) == []
     assert init_texts(SpaceSpec(init=["random", TextInit(text="b"), TextInit(text="a")])) == ["b", "a"]
     assert init_texts(SpaceSpec(init=TextInit(text="only"))) == ["only"]
+
+
+@pytest.mark.parametrize(
+    ("rates", "requested", "message"),
+    [
+        (0.1, 2, "the only trial has no result (search.trials is 2, and search.space has 1 point)"),
+        ([0.1, 0.2], 5, "none of the 2 trials has a result (search.trials is 5, and search.space has 2 points)"),
+        (0.1, 1, "the only trial has no result"),
+        (0.1, None, "the only trial has no result"),
+        ([0.1, 0.2], 2, "none of the 2 trials has a result"),
+        ({"loguniform": [0.1, 1.0]}, 3, "none of the 3 trials has a result"),
+    ],
+)
+@pytest.mark.parametrize("searcher", ["random", "grid", "optuna"])
+def test_a_search_without_a_result_says_why_it_had_so_few_trials(
+    rates: Any, requested: int | None, message: str, searcher: str
+) -> None:
+    """Where the space has fewer points than the spec asks for trials: no trial is run twice."""
+    if searcher == "grid" and isinstance(rates, dict):
+        return
+    space = {"init": "random", "num_virtual_tokens": 4, "learning_rate": rates}
+    search = SearchSpec.model_validate({"space": space, "trials": requested, "searcher": searcher})
+    assert no_result(search, trial_count(search)) == message

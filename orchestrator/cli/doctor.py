@@ -12,6 +12,7 @@ from typing import Any
 
 from orchestrator.errors import OrchestratorError
 from orchestrator.utils.text import mask_secrets
+from orchestrator.wording import counted
 
 LIBRARIES = ("torch", "transformers", "datasets", "ray", "mlflow", "safetensors", "fastapi")
 NEEDED_GB = 2.0
@@ -100,7 +101,7 @@ def _registry() -> list[Finding]:
 
     registry = Registry()
     registry.check()
-    return [Finding("registry", f"{registry.display_uri}: {len(registry.list_models())} models")]
+    return [Finding("registry", f"{registry.display_uri}: {counted(len(registry.list_models()), 'model')}")]
 
 
 def _searches() -> list[Finding]:

@@ -18,6 +18,7 @@ from orchestrator.search.outcome import Outcome, TrialRecord
 from orchestrator.space import TrialSpec
 from orchestrator.spec import JobSpec
 from orchestrator.tuning.report import BROKEN, Report
+from orchestrator.wording import counted
 
 ROWS = 20  # of the live table; the best trials come first
 NOTHING = History()
@@ -124,7 +125,7 @@ class ConsoleProgress:
     def _summary(self) -> str:
         statuses = [record.status for record in self._outcome.records.values()]
         counts = ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses))
-        return f"{len(statuses)} trials in {duration(time.monotonic() - self._started)}: {counts}"
+        return f"{counted(len(statuses), 'trial')} in {duration(time.monotonic() - self._started)}: {counts}"
 
     def _table(self) -> Group:
         table = Table(box=None, pad_edge=False, header_style="bold")

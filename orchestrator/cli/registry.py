@@ -195,6 +195,13 @@ def import_(
         bool,
         typer.Option("--renamed-base-model", help="The job's base model is the folder's under another name."),
     ] = False,
+    alias: Annotated[
+        str | None,
+        typer.Option(
+            help="Alias to move to the version; the job's by default. An import is champion only if asked for here.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Register a PEFT adapter folder (prompt tuning, prefix tuning or P-tuning)."""
@@ -203,12 +210,15 @@ def import_(
         from orchestrator.exchange import import_folder
 
         registry = open_registry()
-        document = import_folder(registry, folder, name, spec, renamed, say)
+        document = import_folder(registry, folder, name, spec, renamed, say, alias)
     if as_json:
         return print_json(document)
     made = f"{document['model']['name']}:{document['model']['version']}"
     out(f"{made} holds {document['num_virtual_tokens']} virtual tokens of {document['base_model']}.")
-    out(f"next: orchestrator inspect {made}   or   orchestrator serve {made}")
+    if document["model"]["alias"] == "champion":
+        return out(f"next: orchestrator inspect {made}   or   orchestrator serve {made}")
+    number = document["model"]["version"]
+    out(f"next: orchestrator evaluate {made} --data FILE   then   orchestrator promote {name} {number}")
 
 
 @verb(REGISTRY)

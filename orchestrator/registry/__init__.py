@@ -9,7 +9,7 @@ from orchestrator.registry.history import Move
 from orchestrator.registry.ledger import Overtaken
 from orchestrator.registry.records import AliasOutcome, ModelSummary, UiCommand, VersionDetail, VersionSummary
 from orchestrator.registry.refs import ModelRef, parse_ref, printable
-from orchestrator.registry.registry import CHAMPION, Registry, check_name
+from orchestrator.registry.registry import CHAMPION, Registry, check_alias, check_name
 from orchestrator.registry.search_log import SearchLog
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "UiCommand",
     "VersionDetail",
     "VersionSummary",
+    "check_alias",
     "check_name",
     "parse_ref",
     "printable",

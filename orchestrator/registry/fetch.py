@@ -71,7 +71,7 @@ def _checked(folder: Path, version: VersionSummary) -> Path:
 def _download(store: Store, version: VersionSummary, location: str, staging: Path) -> None:
     scheme = urlsplit(location).scheme
     if scheme in ("", "file"):
-        path = unquote(urlsplit(location).path) if scheme else location
+        path = unquote(urlsplit(location).path if scheme else location)  # MLflow unquotes plain paths too
         _copy_local(version, Path(path) / ARTIFACT_PATH, staging)
     else:
         _download_remote(store, version, f"{location.rstrip('/')}/{ARTIFACT_PATH}", staging)

@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING
 from orchestrator.errors import BadInput, JobFailed
 from orchestrator.registry.history import Kind, Move, read_moves
 from orchestrator.registry.refs import printable
-from orchestrator.registry.searches import experiment_named
+from orchestrator.registry.searches import HISTORY_EXPERIMENT, experiment_named, refuse_deleted_run
 from orchestrator.registry.store import Store
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import RegisteredModel
 
-EXPERIMENT = "orchestrator-aliases"
 LEDGER_TAG = "orchestrator.alias_history"
 """On a registered model: the run whose parameters are its aliases' history."""
 SETTLE_SECONDS = 3.0  # how long an alias may differ from its history's end while another program is moving it
@@ -46,12 +45,18 @@ class Ledger:
     def moves(self) -> list[Move]:
         """Every move, oldest first. BadInput when the run that holds them was deleted."""
         run = self.store.client.get_run(self.run_id)
-        if run.info.lifecycle_stage != "active":
-            raise BadInput(
-                f"the history of {printable(self.name)}'s aliases is in MLflow run {self.run_id}, which was deleted",
-                f"mlflow runs restore --run-id {self.run_id}",
-            )
+        refuse_deleted_run(self.store, run, f"the history of {printable(self.name)}'s aliases")
         return read_moves(run.data.params)
+
+    def check(self, may_write: bool) -> None:
+        """Raise BadInput when no move can be recorded: the run was deleted, or its experiment is another login's.
+
+        ``may_write`` tries the permission by writing a tag as it stands.
+        """
+        run = self.store.client.get_run(self.run_id)
+        refuse_deleted_run(self.store, run, f"the history of {printable(self.name)}'s aliases")
+        if may_write:
+            self.store.client.set_tag(self.run_id, "orchestrator.model", self.name[:5000])
 
     def last(self, alias: str) -> Move | None:
         return next((move for move in reversed(self.moves()) if move.alias == alias), None)
@@ -72,7 +77,7 @@ class Ledger:
 
 def new_ledger(store: Store, name: str) -> str:
     """The run of a new history."""
-    experiment = experiment_named(store, EXPERIMENT)
+    experiment = experiment_named(store, HISTORY_EXPERIMENT)
     note = f"Parameters: every move of an alias of `{printable(name)[:200]}`, in order. MLflow writes them only once."
     tags = {"orchestrator.model": name[:5000], "mlflow.note.content": note}
     run = store.client.create_run(experiment.experiment_id, tags=tags, run_name=f"aliases of {printable(name)[:200]}")
@@ -81,13 +86,27 @@ def new_ledger(store: Store, name: str) -> str:
 
 
 def open_ledger(store: Store, model: RegisteredModel) -> Ledger:
-    """The model's history; a model that another program made gets one with its first move."""
+    """The model's history; a model that another program made gets one with its first move, as does one whose
+    history was purged from MLflow's trash."""
     run_id = model.tags.get(LEDGER_TAG)
-    if not run_id:
+    if not run_id or is_purged(store, run_id):
         store.client.set_registered_model_tag(model.name, LEDGER_TAG, new_ledger(store, model.name))
         time.sleep(AGREE_SECONDS)  # two programs may both do this: the last one to write the tag is what both go by
         run_id = store.client.get_registered_model(model.name).tags[LEDGER_TAG]
     return Ledger(store, model.name, run_id)
+
+
+def is_purged(store: Store, run_id: str) -> bool:
+    """Tell whether MLflow no longer knows the run, not even in its trash."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        store.client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return True
+    return False
 
 
 def recorded(store: Store, model: RegisteredModel) -> list[Move]:

@@ -12,6 +12,10 @@ from orchestrator.errors import BadInput
 FORMS = "write name, name@alias, name:version, models:/name@alias or models:/name/version"
 
 
+class NoSuchVersion(BadInput):
+    """A version that a registered model does not have, or has no longer."""
+
+
 @dataclass(frozen=True)
 class ModelRef:
     """A parsed reference; neither alias nor version means the champion."""

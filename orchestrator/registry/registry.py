@@ -22,6 +22,7 @@ from orchestrator.registry.history import Kind, Move, former_holder
 from orchestrator.registry.ledger import Check, Overtaken, move_alias, recorded
 from orchestrator.registry.promotion import METRIC_TAG, Better, Candidate
 from orchestrator.registry.publish import publish
+from orchestrator.registry.readiness import check_search_end
 from orchestrator.registry.records import (
     CHAMPION_TAG,
     KIND,
@@ -35,9 +36,9 @@ from orchestrator.registry.records import (
     VersionSummary,
     version_summary,
 )
-from orchestrator.registry.refs import ModelRef, nearest, parse_ref, printable
+from orchestrator.registry.refs import ModelRef, NoSuchVersion, nearest, parse_ref, printable
 from orchestrator.registry.search_log import SearchLog
-from orchestrator.registry.store import SERVERS, Store
+from orchestrator.registry.store import SERVERS, Store, artifact_location
 from orchestrator.registry.tables import ModelRow, read_models
 from orchestrator.spec import ALIAS_PATTERN, NAME_PATTERN, RESERVED_ALIAS
 from orchestrator.utils.text import mask_secrets
@@ -81,13 +82,14 @@ class Registry:
         """Raise Unreachable within about 10 s when MLflow does not answer."""
         self._store.check()
 
-    # Searches.
+    def check_search_end(self, search: str, model: str | None) -> None:
+        """Raise BadInput or Unreachable for what the end of a search would fail at; it leaves nothing behind.
 
-    def check_search(self, name: str) -> None:
-        """Raise BadInput when MLflow would refuse a search of that name. Nothing is created."""
-        with self._store.translating(f"starting search {printable(name)}"):
-            if experiment := self._store.client.get_experiment_by_name(name):
-                searches.check_experiment(self._store, name, experiment)
+        ``search`` names its experiment, ``model`` the registered model; None for one that registers nothing.
+        """
+        check_search_end(self._store, search, model, self.cache_dir)
+
+    # Searches.
 
     def start_search(
         self,
@@ -286,12 +288,21 @@ class Registry:
             except MlflowException as error:
                 if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                     raise
-        raise BadInput(
-            f"registered model {printable(model.name)} has no version {version}", self._known_versions(model.name)
-        )
+        raise self._no_such_version(model.name, version)
+
+    def _no_such_version(self, name: str, version: int) -> NoSuchVersion:
+        """Tell a version that was deleted from a number that was never given: MLflow counts them up."""
+        known = [summary.version for summary in self.versions(name)]
+        if known and version < max(known):
+            message = f"version {version} of registered model {printable(name)} was deleted"
+        else:
+            message = f"registered model {printable(name)} has no version {version}"
+        return NoSuchVersion(message, self._listed_versions(known))
 
     def _known_versions(self, name: str) -> str:
-        known = [it.version for it in self.versions(name)]
+        return self._listed_versions([summary.version for summary in self.versions(name)])
+
+    def _listed_versions(self, known: Sequence[int]) -> str:
         shown = ", ".join(str(number) for number in known[:10]) + (", ..." if len(known) > 10 else "")
         return f"known versions: {shown}" if known else "it has no versions"
 
@@ -409,7 +420,8 @@ class Registry:
         def contest(holder: int | None) -> str:
             won, reason = self._contest(name, version, new, holder, metric, better)
             if not won:
-                raise _NotBetter(f"Version {version} is not champion, version {holder} stays: {reason}.")
+                stays = "" if holder is None else f", version {holder} stays"
+                raise _NotBetter(f"Version {version} is not champion{stays}: {reason}.")
             return reason
 
         try:
@@ -430,7 +442,8 @@ class Registry:
         if found := promotion.unsound(new.manifest):
             return False, found[0]
         if champion is None:
-            return True, "there was none before"
+            known = bool(new.results())
+            return known, "there was none before" if known else "nothing is known of how good it is"
         if champion == version:
             return True, "it was already"
         try:
@@ -480,7 +493,7 @@ class Registry:
         argv = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
         if store.artifact_root:
             # Runs made through this server then keep their files where the others are.
-            argv += ["--artifacts-destination", str(store.artifact_root)]
+            argv += ["--artifacts-destination", artifact_location(store.artifact_root)]
         env = {
             "MLFLOW_BACKEND_STORE_URI": store.tracking_uri,
             "MLFLOW_DISABLE_TELEMETRY": "true",

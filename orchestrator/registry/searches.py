@@ -14,15 +14,18 @@ from orchestrator.errors import BadInput
 from orchestrator.registry.entries import MAX_TAG, as_texts
 from orchestrator.registry.refs import printable
 from orchestrator.registry.search_log import STATE_TAG, SearchLog, children
-from orchestrator.registry.store import Store, sqlite_file
+from orchestrator.registry.store import Store, artifact_location, sqlite_file
 
 if TYPE_CHECKING:
-    from mlflow.entities import DatasetInput, Experiment
+    from mlflow.entities import DatasetInput, Experiment, Run
 
 
 ENDED = ("FINISHED", "FAILED")
+HISTORY_EXPERIMENT = "orchestrator-aliases"
+"""Holds a run for each registered model, whose parameters are the moves of its aliases."""
 
 
+DESCRIPTION = "search.json"
 MAX_DIGEST = 36  # what MLflow keeps of a data set's fingerprint
 MAX_DATA_NAME = 500
 MAX_SOURCE = 65_535
@@ -47,9 +50,25 @@ def start(
     )
     if data is not None:
         store.client.log_inputs(run.info.run_id, [_data_input(data)])
+    _log_description(store, run, params)
     log = SearchLog(store, run, {}, spill or _default_spill(run.info.run_id), patience)
     log.parent_params(params)
     return log
+
+
+def _log_description(store: Store, run: Run, params: Mapping[str, Any]) -> None:
+    """Keep the search's parameters in full as a file. Where that fails, so would keeping the prompt at the end."""
+    try:
+        store.client.log_text(run.info.run_id, json.dumps(params, indent=2, default=str), DESCRIPTION)
+    except OSError as error:
+        store.client.set_terminated(run.info.run_id, "FAILED")
+        raise BadInput(
+            f"no artifacts can be written to {mask_secrets(run.info.artifact_uri)} ({error.strerror or error})",
+            "make that place writable and free some space; the prompt that a search finds is kept there",
+        ) from None
+    except Exception:
+        store.client.set_terminated(run.info.run_id, "FAILED")
+        raise
 
 
 def _data_input(data: DataRecord) -> DatasetInput:
@@ -76,6 +95,8 @@ def resume(
 ) -> SearchLog:
     """An earlier search's run, running again. ``params`` are logged where they had not been."""
     run = store.client.get_run(parent_run_id)
+    refuse_deleted_run(store, run, "the search")
+    _log_description(store, run, params)
     store.client.update_run(parent_run_id, status="RUNNING")
     store.client.set_tag(parent_run_id, STATE_TAG, "running")
     experiment = run.info.experiment_id
@@ -93,17 +114,7 @@ def experiment_named(store: Store, name: str) -> Experiment:
     if experiment is None:
         root = store.artifact_root
         return store.client.get_experiment(_create_experiment(store, name, root / name if root else None))
-    check_experiment(store, name, experiment)
-    return experiment
-
-
-def check_experiment(store: Store, name: str, experiment: Experiment) -> None:
-    """Raise BadInput when no run can be added to the experiment."""
-    if experiment.lifecycle_stage != "active":
-        raise BadInput(
-            f"experiment {printable(name)} was deleted in MLflow, and its name is still taken",
-            f"mlflow experiments restore -x {experiment.experiment_id}, or give the search another name",
-        )
+    refuse_deleted(experiment)
     if experiment.artifact_location.startswith("mlflow-artifacts:") and sqlite_file(store.tracking_uri):
         raise BadInput(
             f"experiment {printable(name)} was made through an MLflow server, which alone reaches its artifacts",
@@ -111,11 +122,39 @@ def check_experiment(store: Store, name: str, experiment: Experiment) -> None:
         )
 
 
+def refuse_deleted(experiment: Experiment) -> None:
+    """Raise BadInput for an experiment in MLflow's trash, where its name stays taken."""
+    if experiment.lifecycle_stage == "active":
+        return
+    restore = f"mlflow experiments restore --experiment-id {experiment.experiment_id}"
+    internal = experiment.name == HISTORY_EXPERIMENT
+    raise BadInput(
+        f"experiment {printable(experiment.name)} was deleted in MLflow"
+        + (", and the history of all aliases with it" if internal else ", and its name is still taken"),
+        restore if internal else f"{restore}, or give the search another name",
+    )
+
+
+def refuse_deleted_run(store: Store, run: Run, what: str) -> None:
+    """Raise BadInput for a run in MLflow's trash, alone or with its experiment; ``what`` it holds."""
+    if run.info.lifecycle_stage == "active":
+        return
+    experiment = store.client.get_experiment(run.info.experiment_id)
+    alone = experiment.lifecycle_stage == "active"
+    raise BadInput(
+        f"{what} is in MLflow run {run.info.run_id}, which was deleted"
+        + ("" if alone else f" with its experiment {printable(experiment.name)}"),
+        f"mlflow runs restore --run-id {run.info.run_id}"
+        if alone
+        else f"mlflow experiments restore --experiment-id {experiment.experiment_id}",
+    )
+
+
 def _create_experiment(store: Store, name: str, location: Path | None) -> str:
     from mlflow.exceptions import MlflowException
 
     try:
-        return str(store.client.create_experiment(name, str(location) if location else None))
+        return str(store.client.create_experiment(name, artifact_location(location) if location else None))
     except MlflowException as error:
         experiment = store.client.get_experiment_by_name(name)
         if error.error_code != "RESOURCE_ALREADY_EXISTS" or experiment is None:

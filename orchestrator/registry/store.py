@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from filelock import FileLock
 from filelock import Timeout as LockTimeout
@@ -62,6 +62,7 @@ OTHER_SCHEMA = re.compile(r"out-of-date database schema \(found version (\w+)")
 READ_ONLY = re.compile(
     r"read-?only (database|transaction)|permission denied for (table|schema|database)", re.IGNORECASE
 )
+SQLITE_OPTIONS = re.compile(r"[a-z_]+=[^/&]*(&[a-z_]+=[^/&]*)*")
 LOGIN = re.compile(r"error code 40[13]\b")
 
 Result = TypeVar("Result")
@@ -198,11 +199,39 @@ def normalised(uri: str) -> str:
     if backend != "sqlite":
         return _with_a_valid_port(uri).rstrip("/")
     path, query, options = rest.removeprefix("///").partition("?")
+    shown = mask_secrets(uri)
     if not rest.startswith("///") or path in ("", ":memory:") or path.startswith("file:"):
         raise BadInput(
             f"tracking URI {mask_secrets(uri)!r} names no file; an SQLite store must be one", f"use {DEFAULT_URI}"
         )
-    return f"{scheme}:///{os.path.abspath(path)}{query}{options}"
+    if query and not SQLITE_OPTIONS.fullmatch(options):
+        raise BadInput(
+            f"tracking URI {shown!r}: the file's name ends at the question mark, and {options!r} is no option",
+            "write a question mark of the path as %3F",
+        )
+    return f"{scheme}:///{quoted_path(os.path.abspath(unquote(path)))}{query}{options}"
+
+
+def quoted_path(path: str) -> str:
+    """Quote an SQLite file's path for an address: SQLAlchemy ends it at ``?`` and unquotes the rest.
+
+    From the first folder that needs it the slashes are quoted too. MLflow makes the folder that it reads from the
+    address without unquoting, and so finds one that exists.
+    """
+    folders = path.split("/")
+    quoted = [re.sub(r"%(?=[0-9A-Fa-f]{2})", "%25", folder).replace("?", "%3F") for folder in folders]
+    plain = 0
+    while plain < len(folders) and quoted[plain] == folders[plain]:
+        plain += 1
+    if plain == len(folders):
+        return path
+    return "/".join([*quoted[:plain], "%2F".join(quoted[plain:])])
+
+
+def artifact_location(folder: Path) -> str:
+    """Write a folder as MLflow's artifact location: a plain path, or a file address where it would be misread."""
+    path = str(folder)
+    return folder.as_uri() if unquote(path) != path or set("?#;") & set(path) else path
 
 
 def _with_a_valid_port(uri: str) -> str:
@@ -216,7 +245,7 @@ def _with_a_valid_port(uri: str) -> str:
 
 def sqlite_file(uri: str) -> Path | None:
     """The database file of a normalised SQLite address."""
-    return Path(uri.partition(":///")[2].partition("?")[0]) if uri.startswith("sqlite") else None
+    return Path(unquote(uri.partition(":///")[2].partition("?")[0])) if uri.startswith("sqlite") else None
 
 
 def known_schema(revision: str) -> bool:

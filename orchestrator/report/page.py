@@ -12,6 +12,7 @@ import yaml
 from orchestrator import __version__
 from orchestrator.report.facts import SearchFacts
 from orchestrator.report.figures import FIGURES
+from orchestrator.wording import counted
 
 MOST_TRIALS = 200
 NAMES = {"zero_shot": "without a prompt", "few_shot": "a few examples", "instruction": "written instruction"}
@@ -73,9 +74,10 @@ def _sentence(facts: SearchFacts) -> str:
     job, result = facts.job, facts.result
     ended = [trial.status for trial in facts.trials]
     counts = ", ".join(f"{ended.count(status)} {status}" for status in sorted(set(ended)))
+    trials = counted(len(facts.trials), "trial")
     state = f"took {result['seconds']['total']:.0f} s" if result else "is not finished"
     return (
-        f"{job.method} of {job.base_model.id} ({job.base_model.revision}). {len(facts.trials)} trials: {counts}. "
+        f"{job.method} of {job.base_model.id} ({job.base_model.revision}). {trials}: {counts}. "
         f"Searcher {job.search.searcher}, scheduler {job.search.scheduler}, ranked by validation {facts.metric}. "
         f"The search {state}."
     )

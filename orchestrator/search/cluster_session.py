@@ -16,6 +16,7 @@ import ray
 from orchestrator.errors import BadInput, Unreachable
 from orchestrator.interrupts import undisturbed
 from orchestrator.leaving_ray import leave_ray
+from orchestrator.ray_folder import ray_temp_dir
 from orchestrator.search.placement import Node
 from orchestrator.sigterm import sigterm_kept, sigterm_kept_by_system
 from orchestrator.utils.text import mask_secrets
@@ -92,7 +93,7 @@ def ray_beside(
         return
     if then is not None and (os.cpu_count() or 1) <= FEW_CORES:
         os.environ.setdefault("RAY_preload_python_modules", then.__module__)
-    start = LocalStart(options, then)
+    start = LocalStart(options | {"_temp_dir": ray_temp_dir()}, then)
     try:
         with undisturbed():
             start.start()

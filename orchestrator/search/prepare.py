@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from orchestrator.adapter_folder import instead_of_adapter
 from orchestrator.artifact import CellsRecord, DataRecord, PromptArtifact, VerbalizerEntry
 from orchestrator.backbone.weights import check_files
 from orchestrator.base_model import ModelSource, known_builtin, resolve_model
@@ -196,6 +197,8 @@ def _artifacts(job: JobSpec, folders: Mapping[str, Path] | None) -> dict[str, di
 
 def stored_tensors(folder: Path) -> dict[str, Tensor]:
     """The named tensors of an artifact, or of one of PEFT's folders. BadInput for a folder that is neither."""
+    if not is_peft(folder) and (misplaced := instead_of_adapter(folder)):
+        raise BadInput(f"{folder} {misplaced.what}", misplaced.step)
     arrays = (read_peft(folder) if is_peft(folder) else PromptArtifact.load(folder)).tensors
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 

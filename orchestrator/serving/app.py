@@ -38,6 +38,7 @@ from orchestrator.artifact import BaseModelRecord, read_manifest
 from orchestrator.base_model import resolve_model
 from orchestrator.errors import BadInput, JobFailed, OrchestratorError, Unreachable
 from orchestrator.leaving_ray import leave_ray
+from orchestrator.ray_folder import ray_temp_dir
 from orchestrator.registry import Registry
 from orchestrator.registry.refs import ModelRef, nearest, parse_ref, printable
 from orchestrator.serving.access import KEYS_VARIABLE, ApiKey, is_loopback, load_keys
@@ -307,6 +308,7 @@ def _connect_ray(options: ServeOptions) -> bool:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 configure_logging=True,
+                _temp_dir=None if address else ray_temp_dir(),
             )
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"no Ray cluster answers at {mask_secrets(address)}" if address else "Ray can't be started here"

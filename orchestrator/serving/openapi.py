@@ -37,7 +37,7 @@ def describe(path: str) -> dict[str, Any]:
         "/openapi.json": {"include_in_schema": False},
         "/v1/models": {"responses": {200: {"model": ModelList}, **_errors(READING)}},
         "/v1/models/{model:path}": {
-            "responses": {200: {"model": ModelEntry}, **_errors((*READING, 404))},
+            "responses": {200: {"model": ModelEntry}, **_errors((*READING, 404, 500, 503))},
             "openapi_extra": {"parameters": [MODEL]},
         },
         "/v1/completions": _asking(CompletionRequest, CompletionAnswer, streams=True),

@@ -21,7 +21,7 @@ from orchestrator.backbone import Backbone
 from orchestrator.errors import BadInput, OrchestratorError, Unreachable
 from orchestrator.labels import Label
 from orchestrator.registry.canary import Canary, LiveModel
-from orchestrator.registry.refs import ModelRef, nearest, parse_ref, printable
+from orchestrator.registry.refs import ModelRef, NoSuchVersion, nearest, parse_ref, printable
 from orchestrator.serving.prompt_cache import Key, PromptCache
 from orchestrator.serving.served_prompt import ServedPrompt, created_timestamp, load_prompt
 
@@ -66,7 +66,7 @@ class ModelCard:
 
 @dataclass(frozen=True)
 class _Refusal:
-    reason: str
+    error: BadInput
     at: float
 
 
@@ -136,13 +136,23 @@ class PromptStore:
                 return self._load(key)
             except OrchestratorError as error:
                 if place + 1 == len(candidates):
-                    raise error if isinstance(error, Unreachable) else _not_served(model, key) from None
+                    if isinstance(error, Unreachable):
+                        raise
+                    absent = isinstance(error, NoSuchVersion)
+                    raise (_absent if absent else _not_served)(model, key) from None
         raise AssertionError("a known model has a candidate")
 
     def cards(self) -> list[ModelCard]:
         """Every alias that answers, champions under their bare name."""
         with self._lock:
             return [self._card(name, alias, version) for (name, alias), version in sorted(self._routes.items())]
+
+    def card_of(self, wanted: str, prompt: ServedPrompt) -> ModelCard:
+        """The card of a loaded prompt under the name that it was asked for, which need not be in the list."""
+        with self._lock:
+            card = self._cards.get((prompt.name, prompt.version)) or _card_of(prompt)
+            held = (alias for (name, alias), version in self._routes.items() if (name, version) == key_of(prompt))
+            return replace(card, id=wanted, alias=next(iter(sorted(held)), ""))
 
     @property
     def loaded_bytes(self) -> int:
@@ -323,7 +333,7 @@ class PromptStore:
                 self._note_gone(found[1])
                 return found[0]
             if self._is_refused(key):
-                raise BadInput(self._refused[key].reason)
+                raise self._refused[key].error
             return None
 
     def _fetch(self, key: Key) -> ServedPrompt:
@@ -334,13 +344,16 @@ class PromptStore:
         except Unreachable as error:
             log.warning("version %s of %s can't be fetched: %s", key[1], printable(key[0]), error.message)
             raise
+        except NoSuchVersion as error:
+            self._refuse(key, error)
+            raise
         except Exception as error:  # an artifact is input from outside: nothing that it raises may stop the server
             reason = error.message if isinstance(error, OrchestratorError) else f"{type(error).__name__}: {error}"
-            self._refuse(key, reason)
+            self._refuse(key, BadInput(reason))
             raise BadInput(reason) from error
 
     def _keep(self, key: Key, prompt: ServedPrompt) -> None:
-        card = ModelCard("", *key, "", prompt.manifest.base_model.id, created_timestamp(prompt.manifest), prompt.labels)
+        card = _card_of(prompt)
         with self._lock:
             self._refused.pop(key, None)
             self._cards[key] = card
@@ -355,16 +368,22 @@ class PromptStore:
         refusal = self._refused.get(key)
         return refusal is not None and time.monotonic() - refusal.at < RETRY_SECONDS
 
-    def _refuse(self, key: Key, reason: str) -> None:
+    def _refuse(self, key: Key, error: BadInput) -> None:
         with self._lock:
             if key[0] in (self._known or {}):
                 self.counts["refusals", key[0]] += 1
             known = self._refused.pop(key, None)
-            self._refused[key] = _Refusal(reason, time.monotonic())
+            self._refused[key] = _Refusal(error, time.monotonic())
             while len(self._refused) > MAX_REFUSED:
                 self._refused.popitem(last=False)
-        if known is None or known.reason != reason:
-            log.warning("version %s of %s is refused: %s", key[1], printable(key[0]), reason)
+        if known is None or known.error.message != error.message:
+            log.warning("version %s of %s is refused: %s", key[1], printable(key[0]), error.message)
+
+
+def _absent(model: str, key: Key) -> ModelNotFound:
+    return ModelNotFound(
+        f"The model {printable(model)!r} does not exist: {printable(key[0])!r} has no version {key[1]}"
+    )
 
 
 def _not_served(model: str, key: Key) -> ModelNotFound:
@@ -373,6 +392,15 @@ def _not_served(model: str, key: Key) -> ModelNotFound:
         f"The model {printable(model)!r} does not exist or can't be served: version {key[1]} of "
         f"{printable(key[0])!r} was refused; the server's log says why"
     )
+
+
+def key_of(prompt: ServedPrompt) -> Key:
+    return prompt.name, prompt.version
+
+
+def _card_of(prompt: ServedPrompt) -> ModelCard:
+    manifest = prompt.manifest
+    return ModelCard("", *key_of(prompt), "", manifest.base_model.id, created_timestamp(manifest), prompt.labels)
 
 
 def _wire_id(name: str, alias: str) -> str:

@@ -187,7 +187,8 @@ def _models(service: PromptService) -> Handler:
 
 def _model(service: PromptService) -> Handler:
     async def model(request: Request) -> Response:
-        return _json(service.model(request.path_params["model"], _record(request)))
+        work = service.model(request.path_params["model"], _record(request))
+        return _json(await while_connected(request, work))
 
     return model
 

@@ -98,12 +98,15 @@ class PromptService:
         """Every served model that the key may ask."""
         return ModelList(data=[_entry(card) for card in self.store.cards() if _allowed(record, card.name)])
 
-    def model(self, wanted: str, record: RequestRecord) -> ModelEntry:
-        """One served model of the list. ApiError 404 when it is not in it."""
+    async def model(self, wanted: str, record: RequestRecord) -> ModelEntry:
+        """Describe one model of the list, or any other name that requests may use. ApiError 404 when there is none."""
         for card in self.store.cards():
             if wanted in (card.id, f"{card.name}@{card.alias}") and _allowed(record, card.name):
                 return _entry(card)
-        raise _not_found(f"The model {printable(wanted)!r} does not exist")
+        prompt = await self._loaded(wanted)
+        if not _allowed(record, prompt.name):
+            raise _not_found(f"The model {printable(wanted)!r} does not exist")
+        return _entry(self.store.card_of(wanted, prompt))
 
     async def classify(self, request: ClassifyRequest, record: RequestRecord) -> ClassifyAnswer:
         self._check_count(len(request.inputs), "input")

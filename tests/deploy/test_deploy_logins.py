@@ -5,12 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow_server import Server
+from test_artifact import PROMPT, manifest
 
-from orchestrator.errors import OrchestratorError
+from orchestrator.artifact import PromptArtifact
+from orchestrator.errors import BadInput, OrchestratorError
 from orchestrator.registry import Registry
 from tests.deploy.manifests import DEPLOY
 
@@ -33,11 +39,9 @@ def test_it_says_what_is_missing() -> None:
     assert done.returncode == 2 and "LOGIN_SERVING" in done.stderr and "LOGIN_TUNING" not in done.stderr
 
 
-@pytest.mark.long
-@pytest.mark.slow
-def test_searches_write_and_the_service_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both logins work, the service's can't write to a search's experiment, and a new password takes the old one's
-    place."""
+@contextmanager
+def server_with_logins(tmp_path: Path) -> Iterator[Server]:
+    """An MLflow server that asks for logins, started by start.sh."""
     server = Server(tmp_path)
     settings = {
         "DATA": str(tmp_path / "data"), "POSTGRES_URI": f"sqlite:///{tmp_path}/mlflow.db", "PORT": str(server.port),
@@ -50,27 +54,78 @@ def test_searches_write_and_the_service_reads(tmp_path: Path, monkeypatch: pytes
         )  # fmt: skip
     try:
         server.await_answer()
+        yield server
+    finally:
+        server.stop()
+
+
+def become(patch: pytest.MonkeyPatch, name: str, password: str) -> None:
+    patch.setenv("MLFLOW_TRACKING_USERNAME", name)
+    patch.setenv("MLFLOW_TRACKING_PASSWORD", password)
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_searches_write_and_the_service_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both logins work, the service's can't write to a search's experiment, and a new password takes the old one's
+    place."""
+    with server_with_logins(tmp_path) as server:
         made = logins(server.uri, tuning="first-of-tuning", serving="first-of-serving")
         assert made.returncode == 0 and made.stdout.splitlines() == ["tuning: made", "serving: made"], made.stderr
         registry = Registry(server.uri, cache_dir=tmp_path / "cache")
 
-        def become(name: str, password: str) -> None:
-            monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", name)
-            monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
-
-        become("tuning", "first-of-tuning")
+        become(monkeypatch, "tuning", "first-of-tuning")
         with registry.start_search("sms-spam", {"trials": 1}, {}) as search:
             search.parent_metrics({"accuracy": 0.5})
-        become("serving", "first-of-serving")
+        become(monkeypatch, "serving", "first-of-serving")
         assert registry.live() == {}
         with pytest.raises(OrchestratorError), registry.start_search("sms-spam", {"trials": 1}, {}):
             pass
         again = logins(server.uri, tuning="second-of-tuning", serving="first-of-serving")
         assert again.returncode == 0 and "tuning: has its password" in again.stdout, again.stderr
-        become("tuning", "second-of-tuning")
+        become(monkeypatch, "tuning", "second-of-tuning")
         assert registry.live() == {}
-        become("tuning", "first-of-tuning")
+        become(monkeypatch, "tuning", "first-of-tuning")
         with pytest.raises(OrchestratorError):
             registry.live()
-    finally:
-        server.stop()
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_a_login_that_may_not_finish_a_search_is_refused_at_its_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To register under another login's model, to move its aliases, and to keep the aliases' history."""
+    with server_with_logins(tmp_path) as server:
+        assert logins(server.uri, tuning="first-of-tuning", serving="first-of-serving").returncode == 0
+        registry = Registry(server.uri, cache_dir=tmp_path / "cache")
+        become(monkeypatch, "tuning", "first-of-tuning")
+        registry.check_search_end("spam", "spam")
+        with registry.start_search("spam", {"trials": 1}, {}) as search:
+            run_id = search.run_id
+        artifact = PromptArtifact(PROMPT, manifest()).save(tmp_path / "prompt")
+        registry.auto_alias("spam", registry.register(artifact, "spam", run_id))
+        registry.check_search_end("spam", "spam")
+        started = time.monotonic()
+        registry.check_search_end("spam", "spam")
+        assert time.monotonic() - started < 1
+        become(monkeypatch, "serving", "first-of-serving")
+        with pytest.raises(BadInput, match=r"orchestrator-aliases.*does not let this login") as refused:
+            registry.check_search_end("other", "other")
+        assert "ask for the permission" in refused.value.hint
+        client = admin(monkeypatch, server.uri)
+        history = registry._store.client.get_experiment_by_name("orchestrator-aliases")
+        assert history is not None
+        client.create_experiment_permission(history.experiment_id, "serving", "EDIT")
+        become(monkeypatch, "serving", "first-of-serving")
+        registry.check_search_end("other", "other")
+        with pytest.raises(BadInput, match=r"spam can be registered.*does not let this login"):
+            registry.check_search_end("other", "spam")
+
+
+def admin(patch: pytest.MonkeyPatch, uri: str) -> Any:
+    """MLflow's client of permissions, as the administrator."""
+    from mlflow.server import get_app_client
+
+    become(patch, "admin", "the-admin-password")
+    return get_app_client("basic-auth", uri)

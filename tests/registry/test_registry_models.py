@@ -147,6 +147,33 @@ def test_what_does_not_exist_is_named_with_what_does(registry: Registry, name: s
         registry.fetch(name, 7)
 
 
+def test_a_deleted_version_is_told_from_one_that_never_was(registry: Registry, name: str, register: Register) -> None:
+    """A number below the newest was given once."""
+    for _ in range(3):
+        register()
+    registry._store.client.delete_model_version(name, "2")
+    with pytest.raises(BadInput, match=r"version 2 of registered model .* was deleted") as deleted:
+        registry.version(f"{name}:2")
+    assert deleted.value.hint == "known versions: 3, 1"
+    with pytest.raises(BadInput, match="has no version 4") as never:
+        registry.version(f"{name}:4")
+    assert never.value.hint == "known versions: 3, 1"
+
+
+def test_a_prompt_of_unknown_quality_is_no_champion(
+    local: Registry, name: str, make_artifact: Callable[..., Path]
+) -> None:
+    """Not even as the first; with a result, also of a later evaluation, it is."""
+    with local.start_search(name, {}, {}) as search:
+        run_id = search.run_id
+    unknown = local.register(make_artifact(metrics={}), name, run_id)
+    assert local.auto_alias(name, unknown) == AliasOutcome(
+        "challenger", "Version 1 is not champion: nothing is known of how good it is."
+    )
+    assert local.aliases(name) == {"challenger": 1}
+    assert local.auto_alias(name, local.register(make_artifact(), name, run_id)).alias == "champion"
+
+
 def test_lists_and_snapshot(registry: Registry, name: str, register: Register) -> None:
     """Other programs' models are listed and marked, and never polled for serving."""
     registry.set_alias(name, "champion", register(accuracy=0.8))

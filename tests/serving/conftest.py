@@ -13,8 +13,9 @@ from models import load, save_model
 
 from orchestrator.artifact import BaseModelRecord, DataRecord, Manifest, PromptArtifact, VerbalizerEntry
 from orchestrator.backbone import Backbone
-from orchestrator.errors import BadInput, Unreachable
+from orchestrator.errors import Unreachable
 from orchestrator.registry import Canary, LiveModel, Registry
+from orchestrator.registry.refs import NoSuchVersion
 from orchestrator.serving.engine import Engine
 from orchestrator.serving.prompt_store import PromptStore
 from orchestrator.serving.served_prompt import ServedPrompt, load_prompt
@@ -154,7 +155,7 @@ class MemoryRegistry:
             raise Unreachable("no answer")
         self.fetched.append((name, version))
         if (name, version) not in self.folders:
-            raise BadInput(f"registered model {name} has no version {version}")
+            raise NoSuchVersion(f"registered model {name} has no version {version}")
         return self.folders[name, version]
 
 

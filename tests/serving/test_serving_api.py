@@ -290,6 +290,39 @@ def test_bytes_that_are_no_request(url: str) -> None:
     assert httpx.get(f"{url}/health").status_code == 200
 
 
+def test_every_name_that_requests_may_use_can_be_looked_up(url: str, client: openai.OpenAI, registry: Any) -> None:
+    """A version, an alias, quoted or not; with the version that answers and the alias that it has, if any."""
+    registry.add("story", 2, registry.folders["story", 1])
+    for path, expected in (
+        ("story", ("story", 1, "champion")),
+        ("story:1", ("story:1", 1, "champion")),
+        ("story%3A1", ("story:1", 1, "champion")),
+        ("story:2", ("story:2", 2, "")),
+        ("story@champion", ("story", 1, "champion")),
+        ("story%40champion", ("story", 1, "champion")),
+        ("models:/story/2", ("models:/story/2", 2, "")),
+        ("models%3A%2Fstory%2F2", ("models:/story/2", 2, "")),
+    ):
+        answer = httpx.get(f"{url}/v1/models/{path}")
+        found = answer.json()
+        assert answer.status_code == 200, (path, found)
+        assert (found["id"], found["version"], found["alias"]) == expected
+        assert client.completions.create(model=found["id"], prompt="a", max_tokens=1).choices
+    assert client.models.retrieve("story:1").id == "story:1"
+
+
+def test_a_version_that_never_existed_is_not_found(url: str, client: openai.OpenAI) -> None:
+    """The answer says so, and not that it was refused; asked for in any way, again and again."""
+    for _ in range(2):
+        answer = httpx.get(f"{url}/v1/models/story:99")
+        assert answer.status_code == 404
+        assert "'story' has no version 99" in answer.json()["error"]["message"]
+        with pytest.raises(openai.NotFoundError, match="'story' has no version 99"):
+            client.completions.create(model="story:99", prompt="a")
+    absent = httpx.get(f"{url}/v1/models/none:1")
+    assert absent.status_code == 404 and "'none:1' does not exist" in absent.json()["error"]["message"]
+
+
 def test_a_request_that_takes_too_long_ends(
     url: str, service: PromptService, endless: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

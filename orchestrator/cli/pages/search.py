@@ -9,6 +9,7 @@ from orchestrator.cli.pages.table import BASELINES, table
 from orchestrator.cli.progress import duration
 from orchestrator.space import TrialSpec
 from orchestrator.spec import JobSpec
+from orchestrator.wording import counted
 
 if TYPE_CHECKING:
     from orchestrator.search.plan import Plan
@@ -27,7 +28,7 @@ def run_summary(document: dict[str, Any], spec: JobSpec) -> list[str]:
     rows.append((spec.result_name, f"{tuned['validation'][metric]:.3f}", f"{tuned['test'][metric]:.3f}"))
     seconds = document["seconds"]
     lines = [
-        f"search {document['search']}: {len(document['trials'])} trials in {duration(seconds['training'])}, "
+        f"search {document['search']}: {counted(len(document['trials']), 'trial')} in {duration(seconds['training'])}, "
         f"{duration(seconds['total'])} in all",
         f"best trial {best['trial']}: {TrialSpec.from_config(best['config']).label()}",
         "",

@@ -1,0 +1,165 @@
+"""What a search's end needs is checked at its start, and the check leaves nothing behind."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import BadInput
+from orchestrator.registry import Registry
+
+HISTORY = "orchestrator-aliases"
+
+
+@pytest.fixture(scope="module")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("empty") / "mlflow.db"
+    Registry(f"sqlite:///{file}").check()
+    return file
+
+
+@pytest.fixture
+def own(empty_database: Path, tmp_path: Path) -> Registry:
+    """A store that no other test uses: its internal experiment is deleted here."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    shutil.copy(empty_database, folder / "mlflow.db")
+    return Registry(f"sqlite:///{folder}/mlflow.db", cache_dir=folder / "cache")
+
+
+def delete_experiment(registry: Registry, name: str) -> str:
+    client = registry._store.client
+    experiment = client.get_experiment_by_name(name)
+    client.delete_experiment(experiment.experiment_id)
+    return str(experiment.experiment_id)
+
+
+def registered(registry: Registry, artifact: Path, name: str = "spam") -> int:
+    with registry.start_search(name, {}, {}) as search:
+        run_id = search.run_id
+    return registry.register(artifact, name, run_id)
+
+
+def history_run(registry: Registry, name: str = "spam") -> str:
+    return str(registry._store.client.get_registered_model(name).tags["orchestrator.alias_history"])
+
+
+def restored(registry: Registry, hint: str) -> None:
+    """Do what the hint says."""
+    experiment = re.search(r"mlflow experiments restore --experiment-id (\d+)", hint)
+    run = re.search(r"mlflow runs restore --run-id (\w+)", hint)
+    if experiment:
+        registry._store.client.restore_experiment(experiment[1])
+    elif run:
+        registry._store.client.restore_run(run[1])
+    else:
+        raise AssertionError(hint)
+
+
+def test_a_deleted_history_is_refused_for_old_and_new_models(own: Registry, make_artifact: Callable[..., Path]) -> None:
+    """The advice is no other name, which would not help, and after it everything goes on."""
+    own.auto_alias("spam", registered(own, make_artifact()))
+    delete_experiment(own, HISTORY)
+    for model in ("spam", "another"):
+        with pytest.raises(BadInput, match=HISTORY) as refused:
+            own.check_search_end(model, model)
+        assert "another name" not in refused.value.hint
+    with pytest.raises(BadInput, match="deleted with its experiment") as move:
+        own.set_alias("spam", "staging", 1)
+    restored(own, move.value.hint)
+    own.check_search_end("spam", "spam")
+    own.set_alias("spam", "staging", 1)
+    assert own.aliases("spam")["staging"] == 1 and len(own.history("spam")) == 3
+
+
+def test_a_models_own_history_may_be_deleted_alone(own: Registry, make_artifact: Callable[..., Path]) -> None:
+    own.auto_alias("spam", registered(own, make_artifact()))
+    own._store.client.delete_run(history_run(own))
+    own.check_search_end("another", "another")
+    with pytest.raises(BadInput, match="the history of spam's aliases") as refused:
+        own.check_search_end("spam", "spam")
+    restored(own, refused.value.hint)
+    own.check_search_end("spam", "spam")
+
+
+def test_a_purged_history_begins_anew(own: Registry, make_artifact: Callable[..., Path]) -> None:
+    """What mlflow gc removed can't be restored: the model would never move an alias again."""
+    own.auto_alias("spam", registered(own, make_artifact()))
+    run_id = history_run(own)
+    own._store.client.delete_run(run_id)
+    own._store.client._tracking_client.store._hard_delete_run(run_id)
+    own.check_search_end("spam", "spam")
+    own.set_alias("spam", "staging", 1)
+    assert [move.alias for move in own.history("spam")] == ["staging"]
+    assert history_run(own) != run_id
+
+
+def test_the_searchs_own_experiment_may_not_be_deleted(own: Registry, make_artifact: Callable[..., Path]) -> None:
+    """Neither for a search that begins nor for one that goes on."""
+    with own.start_search("spam", {}, {}) as search:
+        run_id = search.run_id
+    delete_experiment(own, "spam")
+    with pytest.raises(BadInput, match="experiment spam was deleted") as refused:
+        own.check_search_end("spam", None)
+    with pytest.raises(BadInput, match="deleted with its experiment spam"):
+        own.resume_search(run_id)
+    restored(own, refused.value.hint)
+    own.check_search_end("spam", None)
+    own.resume_search(run_id).finish()
+
+
+def test_a_search_that_registers_nothing_needs_no_history(own: Registry) -> None:
+    own.check_search_end("spam", "spam")
+    delete_experiment(own, HISTORY)
+    own.check_search_end("spam", None)
+
+
+def test_places_that_can_not_be_written_are_named(own: Registry, tmp_path: Path) -> None:
+    """Artifacts of a new experiment, and the cache through which the champion is compared."""
+    root = own._store.artifact_root
+    assert root is not None
+    root.write_text("a file where a folder belongs")
+    with pytest.raises(BadInput, match=f"{re.escape(str(root))}.* can't be written"):
+        own.check_search_end("spam", "spam")
+    root.unlink()
+    own.cache_dir.write_text("the same")
+    with pytest.raises(BadInput, match=r"cache of prompts .*can't be written"):
+        own.check_search_end("spam", "spam")
+
+
+def test_a_run_whose_artifacts_can_not_be_written_is_refused(own: Registry) -> None:
+    """An existing experiment's folder, found by the check and, if it comes later, as the run begins."""
+    with own.start_search("spam", {"a": 1}, {}):
+        pass
+    root = own._store.artifact_root
+    assert root is not None
+    shutil.rmtree(root / "spam")
+    (root / "spam").write_text("a file where a folder belongs")
+    with pytest.raises(BadInput, match="can't be written"):
+        own.check_search_end("spam", "spam")
+    with pytest.raises(BadInput, match="no artifacts can be written"):
+        own.start_search("spam", {"a": 1}, {})
+    runs = own._store.client.search_runs(["1"])
+    assert {run.info.status for run in runs} == {"FINISHED", "FAILED"}
+
+
+def test_a_text_template_of_mlflow_is_no_registered_model(own: Registry) -> None:
+    own._store.client.register_prompt("greeting", "Hello {{name}}")
+    with pytest.raises(BadInput, match="text template") as refused:
+        own.check_search_end("search", "greeting")
+    assert "registry.model" in refused.value.hint
+
+
+def test_the_check_leaves_nothing_behind(registry: Registry, name: str, make_artifact: Callable[..., Path]) -> None:
+    """For a model that is not there yet, and for one that is; behind a server too."""
+    before = {model.name for model in registry.list_models()}
+    registry.check_search_end(name, name)
+    assert {model.name for model in registry.list_models()} == before
+    registered(registry, make_artifact(), name)
+    tags = registry._store.client.get_registered_model(name).tags
+    registry.check_search_end(name, name)
+    assert registry._store.client.get_registered_model(name).tags == tags
