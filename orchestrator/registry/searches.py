@@ -15,6 +15,7 @@ from orchestrator.registry.entries import MAX_TAG, as_texts
 from orchestrator.registry.refs import printable
 from orchestrator.registry.search_log import STATE_TAG, SearchLog, children
 from orchestrator.registry.store import Store, artifact_location, sqlite_file
+from orchestrator.utils.text import mask_secrets
 
 if TYPE_CHECKING:
     from mlflow.entities import DatasetInput, Experiment, Run
