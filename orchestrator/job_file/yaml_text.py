@@ -81,9 +81,10 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _text_node(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    # PyYAML takes 1e3 for text and leaves it bare; YAML 1.2 and this module read a number.
-    style = "'" if unquoted(text) != text else None
-    return dumper.represent_scalar(TEXT, text, style=style)
+    # PyYAML takes 1e3 for text and leaves it bare, where this module reads a number; and in single
+    # quotes it loses characters such as U+0085.
+    is_bare = unquoted(text) == text and text.isprintable()
+    return dumper.represent_scalar(TEXT, text, style=None if is_bare else '"')
 
 
 _Dumper.add_representer(str, _text_node)

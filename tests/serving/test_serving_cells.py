@@ -62,7 +62,7 @@ def trained_ids(file: Path, backbone: Backbone) -> Ids:
     return make_encoder(spec, rows, backbone.tokenizer).encode(rows.test, "label").inputs
 
 
-def recorded(model: OfflineModel, ask: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> Ids:
+def recorded(ask: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> Ids:
     """The token ids that the base model is given while ``ask`` runs."""
     seen: Ids = []
     probs = OfflineModel._probs
@@ -104,9 +104,9 @@ def test_every_side_gives_a_cell_the_same_tokens(
     assert served == short
     frame = pd.DataFrame(cells, dtype=object)
     fitting = [place for place, row in enumerate(cells) if len(str(row)) < 300]
-    asked = recorded(offline, lambda: offline.classify([cells[place] for place in fitting]), monkeypatch)
+    asked = recorded(lambda: offline.classify([cells[place] for place in fitting]), monkeypatch)
     assert asked == short
-    assert recorded(offline, lambda: predict(folder, backbone, frame.iloc[fitting]), monkeypatch) == short
+    assert recorded(lambda: predict(folder, backbone, frame.iloc[fitting]), monkeypatch) == short
 
 
 @pytest.mark.parametrize("cell", [b"bytes", float("inf"), [float("nan")], {1: "a"}, "\ud800"])
