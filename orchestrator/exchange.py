@@ -65,7 +65,7 @@ def import_folder(registry: Registry, folder: Path, name: str, job: JobSpec, ren
         max_target_tokens=job.data.max_target_tokens,
         data=data_record(job.data, rows),
         orchestrator_version=__version__,
-        cells=cells_record(job.data),
+        empty=cells_record(job.data).empty,
         sentinel=job.data.sentinel,
         renamed=renamed,
     )
