@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from orchestrator.errors import BadInput
-from orchestrator.labels import Label
+from orchestrator.job.labels import Label
 
 WEIGHTS = "prompt.safetensors"
 MANIFEST = "manifest.json"

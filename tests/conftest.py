@@ -18,7 +18,7 @@ import ray
 from small_jobs import Command, Finished, Said, run_search, write_job
 
 from orchestrator import cli
-from orchestrator.search.cluster_session import ENVIRONMENT
+from orchestrator.cluster.session import ENVIRONMENT
 
 LOGICAL_CPUS = 4  # a search, its relays and a serving replica fit side by side
 

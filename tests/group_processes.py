@@ -15,18 +15,18 @@ import torch
 import torch.distributed as dist
 from models import MASKED, SEQ2SEQ, text_rows, tiny_model, tiny_tokenizer, tokenizer_of
 
-from orchestrator.backbone import Backbone, make_backbone
-from orchestrator.backbone.sharding import blocks_of, is_part, local
-from orchestrator.base_model import BaseModelInfo
 from orchestrator.data.encoding import Encoder
 from orchestrator.data.template import Template, Verbalizer
-from orchestrator.prompts import Method
-from orchestrator.space import TrialSpec
-from orchestrator.spec import SearchSpec, TrainSpec
+from orchestrator.job.space import TrialSpec
+from orchestrator.job.spec import SearchSpec, TrainSpec
+from orchestrator.models.backbone import Backbone, make_backbone
+from orchestrator.models.backbone.sharding import blocks_of, is_part, local
+from orchestrator.models.source import BaseModelInfo
 from orchestrator.tuning.engine import Engine, Task
 from orchestrator.tuning.generate import Decoding
-from orchestrator.tuning.group import joined_group
-from orchestrator.tuning.report import EvaluationJob, Report
+from orchestrator.tuning.prompts import Method
+from orchestrator.tuning.reports import EvaluationJob, Report
+from orchestrator.tuning.worker_group import joined_group
 
 LIMIT_S = 240.0  # for a group that hangs
 TRIALS = {

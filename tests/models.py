@@ -32,11 +32,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from orchestrator.backbone import Backbone, CausalBackbone, load_backbone, make_backbone
-from orchestrator.base_model import BaseModelInfo, resolve_model
 from orchestrator.data.encoding import Encoder
 from orchestrator.data.template import Template, Verbalizer
-from orchestrator.spec import BaseModelSpec
+from orchestrator.job.spec import BaseModelSpec
+from orchestrator.models.backbone import Backbone, CausalBackbone, load_backbone, make_backbone
+from orchestrator.models.source import BaseModelInfo, resolve_model
 from orchestrator.tuning.engine import Task
 
 torch.set_num_threads(1)  # on models this small a second thread is only waited for

@@ -18,10 +18,10 @@ from ray_state import eventually, holders
 from rich.console import Console
 
 from orchestrator.cli.progress import ConsoleProgress
-from orchestrator.job_file import load_job
-from orchestrator.run import run_job
-from orchestrator.spec import JobSpec
-from orchestrator.tuning.report import Report
+from orchestrator.job.spec import JobSpec
+from orchestrator.job.yaml import load_job
+from orchestrator.search.run import run_job
+from orchestrator.tuning.reports import Report
 
 SPLITS = {"train": (40, 1), "validation": (16, 2), "test": (16, 3)}
 

@@ -10,11 +10,11 @@ import pytest
 from models import model_folder
 from small_jobs import small_job
 
-from orchestrator.base_model import resolve_model
 from orchestrator.errors import BadInput
-from orchestrator.peft_folder import read_peft
+from orchestrator.job.spec import BaseModelSpec
+from orchestrator.models.source import resolve_model
+from orchestrator.peft_format import read_peft
 from orchestrator.search.prepare import prepare, stored_tensors
-from orchestrator.spec import BaseModelSpec
 
 
 def adapter(folder: Path, **config: Any) -> Path:

@@ -27,7 +27,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
 
-from orchestrator.backbone import (
+from orchestrator.data.encoding import Encoded
+from orchestrator.errors import BadInput, JobFailed
+from orchestrator.job.spec import BaseModelSpec
+from orchestrator.models.backbone import (
     PROMPT_ONCE_FAMILIES,
     Backbone,
     CausalBackbone,
@@ -37,10 +40,7 @@ from orchestrator.backbone import (
     weights_fingerprint,
     why_not_exact,
 )
-from orchestrator.base_model import resolve_model
-from orchestrator.data.encoding import Encoded
-from orchestrator.errors import BadInput, JobFailed
-from orchestrator.spec import BaseModelSpec
+from orchestrator.models.source import resolve_model
 from orchestrator.tuning.step import packed_gradients
 
 PLAIN_FAMILIES = sorted(set(FAMILIES) - PROMPT_ONCE_FAMILIES)
@@ -322,7 +322,7 @@ def test_every_family_passes_the_check(family: str) -> None:
 
 def test_dtype_follows_the_spec(tmp_path: Path) -> None:
     """auto is float32 on a CPU, whatever is stored; a named dtype is taken."""
-    from orchestrator.backbone import load_backbone
+    from orchestrator.models.backbone import load_backbone
 
     folder = copied(tmp_path)
     config = json.loads((folder / "config.json").read_text())

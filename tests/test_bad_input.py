@@ -213,7 +213,7 @@ def test_something_else_listens_at_the_clusters_address(
 ) -> None:
     """A port that takes connections and says nothing is no cluster either."""
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr("orchestrator.search.cluster_session.ANSWER_S", 0.5)
+    monkeypatch.setattr("orchestrator.cluster.session.ANSWER_S", 0.5)
     with socket.socket() as mute:
         mute.bind(("127.0.0.1", 0))
         mute.listen()
@@ -296,7 +296,7 @@ def test_unforeseen_errors_are_one_line(command: Command, tmp_path: Path, monkey
     def broken(*_: Any) -> Callable[..., Any]:
         raise ZeroDivisionError("division by zero\nsecond line")
 
-    monkeypatch.setattr("orchestrator.inputs.load_checked", broken)
+    monkeypatch.setattr("orchestrator.search.inputs.load_checked", broken)
     said = command("validate", write_job(tmp_path))
     refused(said, 1, "please report it", "ZeroDivisionError: division by zero")
     assert json.loads(command("validate", tmp_path / "job.yaml", "--json").out)["error"]["exit_code"] == 1

@@ -15,8 +15,10 @@ import pytest
 from models import FAMILIES, MASKED, SEQ2SEQ, model_folder, small_config, tiny_tokenizer
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from orchestrator.backbone import load_backbone
-from orchestrator.base_model import (
+from orchestrator.errors import BadInput
+from orchestrator.job.spec import BaseModelSpec
+from orchestrator.models.backbone import load_backbone
+from orchestrator.models.source import (
     NO_LIMIT,
     ModelSource,
     family_of,
@@ -25,8 +27,6 @@ from orchestrator.base_model import (
     tokenizer_digest,
     usual_family,
 )
-from orchestrator.errors import BadInput
-from orchestrator.spec import BaseModelSpec
 
 REAL = Path(__file__).parents[2] / "shared" / "models"
 
@@ -153,10 +153,10 @@ def test_a_hub_name_without_a_network() -> None:
     """Offline a hub model is unreachable, with the ways out; a name that can't be one is bad input all the same."""
     code = """
 import orchestrator
-from orchestrator.backbone import load_backbone
-from orchestrator.base_model import resolve_model
+from orchestrator.models.backbone import load_backbone
+from orchestrator.models.source import resolve_model
 from orchestrator.errors import OrchestratorError
-from orchestrator.spec import BaseModelSpec
+from orchestrator.job.spec import BaseModelSpec
 for name in ("nobody/nothing-of-that-name", "not a name"):
     try:
         resolve_model(BaseModelSpec(id=name))
@@ -273,7 +273,7 @@ def test_real_models(name: str) -> None:
     """Small published models are found, loaded, and tell their facts."""
     if not (REAL / name / "config.json").is_file():
         pytest.skip(f"needs the model in {REAL / name}")
-    from orchestrator.backbone import load_backbone
+    from orchestrator.models.backbone import load_backbone
 
     backbone = load_backbone(resolve(REAL / name))
     assert backbone.info.model_type == "llama" and backbone.prompt_once

@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from orchestrator.errors import BadInput, SpecError
-from orchestrator.job_file import load_job
-from orchestrator.search.tpe import Proposer
-from orchestrator.space import TrialSpec, dimensions, draw, grid, longest, trial_count, trials
-from orchestrator.spec import BASELINES, SPACES, JobSpec, MethodName, SearchSpec
+from orchestrator.job.space import TrialSpec, dimensions, draw, grid, longest, trial_count, trials
+from orchestrator.job.spec import BASELINES, SPACES, JobSpec, MethodName, SearchSpec
+from orchestrator.job.yaml import load_job
+from orchestrator.search.study.tpe import Proposer
 
 RATE = {"loguniform": [0.0001, 0.01]}
 SPACE: dict[MethodName, dict[str, Any]] = {

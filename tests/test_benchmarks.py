@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from orchestrator.backbone import CausalBackbone
+from orchestrator.models.backbone import CausalBackbone
 from tests.benchmarks import accelerator, evaluation, operations, overhead, serving, step
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.measure import Comparison, Line, table

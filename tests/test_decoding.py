@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from models import alone, random_ids, random_prompts, tiny_backbone
 from torch import Tensor
 
-from orchestrator.backbone import Backbone
-from orchestrator.decoding import CachedState, ReplayState, decode, start
+from orchestrator.models.backbone import Backbone
+from orchestrator.models.decoding import CachedState, ReplayState, decode, start
 
 LENGTHS = [5, 11, 3, 7, 1, 8]
 PROMPT_OF_ROW = [0, 2, 1, 1, 0, 2]

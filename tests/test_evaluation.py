@@ -22,14 +22,14 @@ from models import load
 from small_jobs import Command, Finished
 
 from orchestrator.artifact import PromptArtifact
-from orchestrator.base_model import resolve_model
-from orchestrator.evaluation import Question, evaluate_models, majority
-from orchestrator.inspection import nearest_tokens
+from orchestrator.models.nearest_words import nearest_words
+from orchestrator.models.source import resolve_model
 from orchestrator.registry import Registry
-from orchestrator.registry.promotion import EVALUATION_TAG
+from orchestrator.registry.aliases.gate import EVALUATION_TAG
 from orchestrator.serving.offline import OfflineModel
-from orchestrator.serving.served_prompt import prompt_tensors
-from orchestrator.vocabulary import nearest_words
+from orchestrator.serving.prompts.served_prompt import prompt_tensors
+from orchestrator.workbench.evaluate import Question, evaluate_models, majority
+from orchestrator.workbench.inspect import nearest_tokens
 
 
 @pytest.fixture(scope="module")

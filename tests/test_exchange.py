@@ -19,12 +19,12 @@ from test_run import COUNT, NUMBER, TEXT, record
 from transformers import AutoModelForCausalLM
 
 from orchestrator.artifact import BaseModelRecord, PromptArtifact, VerbalizerEntry
-from orchestrator.backbone import Backbone
-from orchestrator.peft_folder import CONFIG, WEIGHTS
-from orchestrator.prompts import InitContext, Method, make_prompt
+from orchestrator.job.space import TrialSpec
+from orchestrator.models.backbone import Backbone
+from orchestrator.peft_format import CONFIG, WEIGHTS
 from orchestrator.registry import Registry
 from orchestrator.serving.offline import OfflineModel
-from orchestrator.space import TrialSpec
+from orchestrator.tuning.prompts import InitContext, Method, make_prompt
 
 P = 3
 VERBALIZER = (VerbalizerEntry(label=0, text=" a quick no"), VerbalizerEntry(label=1, text=" yes"))

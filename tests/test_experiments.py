@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from small_jobs import small_job, write_job
 
+from orchestrator.job.space import trials
 from orchestrator.search.prepare import prepare
-from orchestrator.space import trials
 from orchestrator.tuning.engine import Engine
-from orchestrator.tuning.report import EvaluationJob
+from orchestrator.tuning.reports import EvaluationJob
 from tests.benchmarks.experiments import Experiment, Trial, lines, main, run_experiment, table
 
 SPACE = {
@@ -43,8 +43,8 @@ def test_every_trial_runs_to_its_end_as_it_would_alone(tmp_path: Path) -> None:
     assert {trial.steps for trial in found.trials} == {6} and found.parameters > 0
     assert set(found.untuned) == {"no prompt", "4 examples"}
     prepared = prepare(job)
-    from orchestrator.backbone import load_backbone
-    from orchestrator.base_model import resolve_model
+    from orchestrator.models.backbone import load_backbone
+    from orchestrator.models.source import resolve_model
 
     engine = Engine(load_backbone(resolve_model(job.base_model)), prepared.task, job.train, job.search, 1)
     engine.seat("alone", prepared.trials[3])

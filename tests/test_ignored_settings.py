@@ -10,9 +10,9 @@ import yaml
 from pydantic import ValidationError
 from small_jobs import Command, small_job, write_job
 
-from orchestrator.job_file import load_job
-from orchestrator.no_effect import RULES, without_effect
-from orchestrator.spec import JobSpec, Section
+from orchestrator.job.no_effect import RULES, without_effect
+from orchestrator.job.spec import JobSpec, Section
+from orchestrator.job.yaml import load_job
 
 BASE: dict[str, Any] = {
     "name": "idle",

@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-from orchestrator.importing import uncollected
+from orchestrator.utils.imports import uncollected
 
 ENDING = """
 import gc
-from orchestrator.importing import unfreed
+from orchestrator.utils.imports import unfreed
 
 class Held:
     def __init__(self, when):

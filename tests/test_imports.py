@@ -10,11 +10,11 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "orchestrator"
 ONLY_IN = {
-    "ray.tune": "search/study.py",
-    "ray.train": "search/worker_group.py",
+    "ray.tune": "search/study/study.py",
+    "ray.train": "search/workers/train_group.py",
     "ray.serve": "serving/app.py",
-    "optuna": "search/tpe.py",
-    "ray.job_submission": "submission/cluster.py",
+    "optuna": "search/study/tpe.py",
+    "ray.job_submission": "cluster/submit/job_server.py",
 }
 
 

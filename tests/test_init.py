@@ -13,7 +13,7 @@ import pytest
 from small_jobs import Command
 
 from orchestrator.cli.init import STARTER, starter_file
-from orchestrator.job_file import load_job
+from orchestrator.job.yaml import load_job
 
 ROOT = Path(__file__).parents[1]
 

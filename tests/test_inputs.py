@@ -16,8 +16,8 @@ import pytest
 from models import model_folder
 from small_jobs import Command, small_job, write_job
 
-from orchestrator.inputs import examine
-from orchestrator.job_file import load_job
+from orchestrator.job.yaml import load_job
+from orchestrator.search.inputs import examine
 
 SOON_S = 15.0  # of a busy machine; a free one needs less than 3
 

@@ -12,17 +12,17 @@ from models import backbone_of, encoder_for, tiny_backbone, tiny_tokenizer
 from test_artifact import manifest
 from torch import Tensor
 
-from orchestrator import inspection
 from orchestrator.artifact import PromptArtifact, ReparameterizationRecord
-from orchestrator.backbone import PromptTensors
 from orchestrator.cli.pages.registry import inspection_page
 from orchestrator.errors import BadInput
-from orchestrator.inspection import inspect_prompt, nearest_tokens, registered
-from orchestrator.peft_folder import export_peft
-from orchestrator.prompts import InitContext, Method, make_prompt
-from orchestrator.prompts.inits import frequent_ids
+from orchestrator.job.space import TrialSpec
+from orchestrator.models.backbone import PromptTensors
+from orchestrator.peft_format import export_peft
 from orchestrator.registry import Registry
-from orchestrator.space import TrialSpec
+from orchestrator.tuning.prompts import InitContext, Method, make_prompt
+from orchestrator.tuning.prompts.inits import frequent_ids
+from orchestrator.workbench import inspect as inspection
+from orchestrator.workbench.inspect import inspect_prompt, nearest_tokens, registered
 
 ANSWERS = encoder_for().answers
 METHODS = {

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 import psutil
 import pytest
 
-from orchestrator.interrupts import Interrupts, nothing_to_interrupt, undisturbed, whole
-from orchestrator.ray_threads import RayThread, alive, await_end
+from orchestrator.cluster.ray_threads import RayThread, alive, await_end
+from orchestrator.utils.interrupts import Interrupts, nothing_to_interrupt, undisturbed, whole
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -182,7 +182,7 @@ def test_threads_are_waited_for_no_longer_than_asked() -> None:
 
 STUCK = """
 import subprocess, sys, threading
-from orchestrator.ray_threads import RayThread, end_process
+from orchestrator.cluster.ray_threads import RayThread, end_process
 
 class Stuck(RayThread):
     def run(self):

@@ -14,10 +14,10 @@ import yaml
 from models import WORDS, model_folder, save_family
 from small_jobs import Command, Recorder
 
-from orchestrator.job_file import load_job
-from orchestrator.run import run_job
-from orchestrator.search.folder import searches_folder
-from orchestrator.spec import BUILTIN, template_columns
+from orchestrator.job.spec import BUILTIN, template_columns
+from orchestrator.job.yaml import load_job
+from orchestrator.search.run import run_job
+from orchestrator.search.state.folder import searches_folder
 from tests.benchmarks.experiments import run_experiment
 
 ROOT = Path(__file__).parent.parent

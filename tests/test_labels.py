@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from orchestrator.errors import BadInput
-from orchestrator.labels import NUMBER, TEXT, contradictions, label_key, label_text, spelled
+from orchestrator.job.labels import NUMBER, TEXT, contradictions, label_key, label_text, spelled
 
 texts = st.text(max_size=8) | st.from_regex(r"[-+]?[0-9]{1,4}(\.[0-9]{1,3})?(e[0-9])?", fullmatch=True)
 

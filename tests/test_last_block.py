@@ -11,10 +11,10 @@ import torch
 from models import random_ids, random_prompts, tiny_backbone
 from torch import Tensor, nn
 
-from orchestrator.backbone import PROMPT_ONCE_FAMILIES, Backbone, CausalBackbone
-from orchestrator.backbone.attention import grouped_attention
-from orchestrator.backbone.last_block import reading, watch
-from orchestrator.backbone.sharding import blocks_of
+from orchestrator.models.backbone import PROMPT_ONCE_FAMILIES, Backbone, CausalBackbone
+from orchestrator.models.backbone.attention import grouped_attention
+from orchestrator.models.backbone.last_block import reading, watch
+from orchestrator.models.backbone.sharding import blocks_of
 
 INPUTS = random_ids([9, 1, 4, 14, 4, 7])
 TARGETS = random_ids([3, 2, 1, 4, 2, 3], seed=1)

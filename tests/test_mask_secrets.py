@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from small_jobs import Command, write_job
 
+from orchestrator.cluster.session import check_answers, no_cluster
+from orchestrator.cluster.submit.environment import forwarded
+from orchestrator.cluster.submit.job_server import Cluster, checked_address
 from orchestrator.errors import BadInput, Unreachable
 from orchestrator.registry import Registry
-from orchestrator.search.cluster_session import check_answers, no_cluster
 from orchestrator.serving.client import ask
-from orchestrator.store_address import check_address
-from orchestrator.submission.cluster import Cluster, checked_address
-from orchestrator.submission.environment import forwarded
+from orchestrator.utils.object_store import check_address
 from orchestrator.utils.text import holds_login, mask_secrets
 
 SECRET = "s3cr3t"

@@ -13,16 +13,16 @@ from test_artifact import manifest
 from torch import Tensor, nn
 
 from orchestrator.artifact import PromptArtifact
-from orchestrator.backbone import PROMPT_ONCE_FAMILIES, Backbone
 from orchestrator.data.encoding import Encoder
 from orchestrator.data.template import Template, Verbalizer
-from orchestrator.prompts import InitContext, Method, Prompt, make_prompt
-from orchestrator.serving.served_prompt import prompt_tensors
-from orchestrator.space import TrialSpec
-from orchestrator.spec import SearchSpec, TrainSpec
+from orchestrator.job.space import TrialSpec
+from orchestrator.job.spec import SearchSpec, TrainSpec
+from orchestrator.models.backbone import PROMPT_ONCE_FAMILIES, Backbone
+from orchestrator.serving.prompts.served_prompt import prompt_tensors
 from orchestrator.tuning.checkpoint import TrialState
 from orchestrator.tuning.engine import Engine, Task
 from orchestrator.tuning.evaluate import evaluate
+from orchestrator.tuning.prompts import InitContext, Method, Prompt, make_prompt
 from orchestrator.tuning.step import packed_gradients
 
 CAUSAL = ["llama", "qwen2", "qwen3", "gpt2", "gpt_neox", "opt", "gemma2", "gemma3_text", "mistral"]

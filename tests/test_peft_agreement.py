@@ -30,11 +30,11 @@ from models import MASKED, SEQ2SEQ, backbone_of, random_ids, tiny_model
 from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 
-from orchestrator.backbone import Backbone, PromptTensors, make_backbone
-from orchestrator.prompts import Prompt
-from orchestrator.prompts.p_tuning import EncodedPrompt, LstmEncoder, MlpEncoder
-from orchestrator.prompts.prefix import DirectSite, MlpSite, Prefix
-from orchestrator.prompts.soft import SoftPrompt
+from orchestrator.models.backbone import Backbone, PromptTensors, make_backbone
+from orchestrator.tuning.prompts import Prompt
+from orchestrator.tuning.prompts.p_tuning import EncodedPrompt, LstmEncoder, MlpEncoder
+from orchestrator.tuning.prompts.prefix import DirectSite, MlpSite, Prefix
+from orchestrator.tuning.prompts.soft import SoftPrompt
 
 CAUSAL = ["llama", "gpt2", "qwen2", "gpt_neox", "opt", "mistral"]
 SOFT_FAMILIES = [*CAUSAL, *SEQ2SEQ, *MASKED]

@@ -21,13 +21,13 @@ from safetensors.torch import save_file as save_torch
 from test_artifact import manifest
 from torch import Tensor, nn
 
-from orchestrator import peft_folder
+from orchestrator import peft_format as peft_folder
 from orchestrator.artifact import PromptArtifact
-from orchestrator.backbone import Backbone, PromptTensors
 from orchestrator.errors import BadInput
-from orchestrator.peft_folder import CONFIG, PICKLE, WEIGHTS, export_peft, import_peft, is_peft, read_peft, same_name
-from orchestrator.prompts import InitContext, Method, make_prompt
-from orchestrator.space import TrialSpec
+from orchestrator.job.space import TrialSpec
+from orchestrator.models.backbone import Backbone, PromptTensors
+from orchestrator.peft_format import CONFIG, PICKLE, WEIGHTS, export_peft, import_peft, is_peft, read_peft, same_name
+from orchestrator.tuning.prompts import InitContext, Method, make_prompt
 
 P = 4
 ROWS = list(zip(random_ids([5, 2, 8]), random_ids([2, 3, 1], 1), strict=True))
@@ -357,6 +357,6 @@ def test_names_of_one_base_model(tmp_path: Path) -> None:
 
 def test_folders_are_read_without_torch() -> None:
     """The command line stays light."""
-    code = "import sys, orchestrator.peft_folder; print('torch' in sys.modules, 'peft' in sys.modules)"
+    code = "import sys, orchestrator.peft_format; print('torch' in sys.modules, 'peft' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert said.stdout.strip() == "False False"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.placing import BLANK, marker, placed, shares
+from orchestrator.models.placeholders import BLANK, marker, placed, shares
 
 tokens = st.lists(st.integers(0, 500), max_size=5)
 

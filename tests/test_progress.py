@@ -13,9 +13,9 @@ from small_jobs import small_job
 
 from orchestrator.cli import progress as progress_module
 from orchestrator.cli.progress import ConsoleProgress, duration, sparkline
-from orchestrator.space import TrialSpec
-from orchestrator.spec import JobSpec
-from orchestrator.tuning.report import Copied, Ending, Report
+from orchestrator.job.space import TrialSpec
+from orchestrator.job.spec import JobSpec
+from orchestrator.tuning.reports import Copied, Ending, Report
 
 SPECS = [
     ("t000", TrialSpec("random", None, 5, 0.1, 0)),

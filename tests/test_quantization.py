@@ -9,11 +9,11 @@ import pytest
 import torch
 from models import model_folder, random_prompts, save_model, small_task, tiny_backbone
 
-import orchestrator.base_model
-from orchestrator.backbone import load_backbone
-from orchestrator.base_model import resolve_model
+import orchestrator.models.source
 from orchestrator.errors import BadInput
-from orchestrator.spec import BaseModelSpec
+from orchestrator.job.spec import BaseModelSpec
+from orchestrator.models.backbone import load_backbone
+from orchestrator.models.source import resolve_model
 from orchestrator.tuning.step import packed_gradients
 
 HERE = importlib.util.find_spec("bitsandbytes") is not None
@@ -59,7 +59,7 @@ def test_quantised_weights_take_less_memory(wide: Path) -> None:
 
 def test_without_the_package_quantization_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The message names the package, before any weight is read."""
-    monkeypatch.setattr(orchestrator.base_model, "find_spec", lambda name: None)
+    monkeypatch.setattr(orchestrator.models.source, "find_spec", lambda name: None)
     with pytest.raises(BadInput, match=r"int8 needs the package bitsandbytes(.|\n)*pip install bitsandbytes"):
         resolve_model(BaseModelSpec(id=str(Path(model_folder())), quantization="int8"))
 

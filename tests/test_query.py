@@ -17,13 +17,13 @@ from serving.conftest import SPAM, TREC, MemoryRegistry, save_artifact
 from small_jobs import Command
 
 from orchestrator.errors import BadInput, JobFailed, Unreachable
-from orchestrator.serving.access import Access, load_keys
 from orchestrator.serving.client import ask
-from orchestrator.serving.engine import Engine
+from orchestrator.serving.engine.engine import Engine
+from orchestrator.serving.http.access import Access, load_keys
+from orchestrator.serving.http.routes import make_api
+from orchestrator.serving.http.service import PromptService
 from orchestrator.serving.offline import OfflineModel
-from orchestrator.serving.prompt_store import PromptStore
-from orchestrator.serving.routes import make_api
-from orchestrator.serving.service import PromptService
+from orchestrator.serving.prompts.store import PromptStore
 
 KEY = "a-key"
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.cluster.ray_folder import LONGEST, SOCKET_BYTES, ray_temp_dir, ray_temp_note
 from orchestrator.errors import BadInput
-from orchestrator.ray_folder import LONGEST, SOCKET_BYTES, ray_temp_dir, ray_temp_note
 
 START = """
-from orchestrator.ray_folder import ray_temp_note
-from orchestrator.search.cluster_session import ray_session
+from orchestrator.cluster.ray_folder import ray_temp_note
+from orchestrator.cluster.session import ray_session
 with ray_session() as ours:
     import ray
     print(ours, ray._private.worker._global_node.get_session_dir_path())

@@ -11,12 +11,12 @@ import pytest
 from small_jobs import Recorder, write_job
 
 from orchestrator.errors import BadInput
-from orchestrator.job_file import load_job
+from orchestrator.job.yaml import load_job
 from orchestrator.registry import Registry
-from orchestrator.resume import resume_search
-from orchestrator.run import run_job
-from orchestrator.search.saved import find_search
-from orchestrator.tuning.report import Report
+from orchestrator.search.resume import resume_search
+from orchestrator.search.run import run_job
+from orchestrator.search.state.saved import find_search
+from orchestrator.tuning.reports import Report
 
 pytestmark = pytest.mark.ray
 HISTORY = "orchestrator-aliases"

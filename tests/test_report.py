@@ -16,10 +16,10 @@ from small_jobs import Command, Finished
 
 from orchestrator.errors import BadInput
 from orchestrator.registry import Registry
-from orchestrator.report import read_facts
-from orchestrator.report.figures import FIGURES, draw
-from orchestrator.report.page import page
-from orchestrator.search.folder import SearchFolder
+from orchestrator.search.report import read_facts
+from orchestrator.search.report.figures import FIGURES, draw
+from orchestrator.search.report.page import page
+from orchestrator.search.state.folder import SearchFolder
 
 
 @pytest.fixture
@@ -134,8 +134,7 @@ def test_versions_say_what_they_are(finished: Finished, monkeypatch: pytest.Monk
 
 
 def test_looking_at_help_imports_no_plotting() -> None:
-    code = (
-        "import sys, orchestrator.cli, orchestrator.report; print({'matplotlib', 'mlflow', 'ray'} & set(sys.modules))"
-    )
+    code = "import sys, orchestrator.cli, orchestrator.search.report; "
+        "print({'matplotlib', 'mlflow', 'ray'} & set(sys.modules))"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "set()"

@@ -19,14 +19,14 @@ from models import model_folder
 from small_jobs import Command, Finished, Recorder, close, run_search, search_runs, write_job
 
 from orchestrator.errors import BadInput, Interrupted
-from orchestrator.job_file import load_job
+from orchestrator.job.yaml import load_job
 from orchestrator.registry import Registry
-from orchestrator.resume import resume_search
-from orchestrator.run import run_job
-from orchestrator.search.folder import SearchFolder
-from orchestrator.search.journal import read_history
-from orchestrator.search.saved import find_search
-from orchestrator.tuning.report import Report
+from orchestrator.search.resume import resume_search
+from orchestrator.search.run import run_job
+from orchestrator.search.state.folder import SearchFolder
+from orchestrator.search.state.journal import read_history
+from orchestrator.search.state.saved import find_search
+from orchestrator.tuning.reports import Report
 
 
 def found(document: dict[str, Any]) -> dict[str, Any]:

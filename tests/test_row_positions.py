@@ -16,14 +16,14 @@ from models import CONTEXT, random_ids, random_prompts, small_config, tiny_token
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BertConfig, DynamicCache
 
-from orchestrator.backbone import CausalBackbone, PromptTensors
-from orchestrator.backbone.rotary import RowwiseRotary, install_rowwise
-from orchestrator.base_model import BaseModelInfo
-from orchestrator.decoding import decode, start
 from orchestrator.errors import BadInput
-from orchestrator.model_checks import check_positions
-from orchestrator.rope import rope_switches
-from orchestrator.scoring import answer_scores
+from orchestrator.models.backbone import CausalBackbone, PromptTensors
+from orchestrator.models.backbone.rotary import RowwiseRotary, install_rowwise
+from orchestrator.models.checks import check_positions
+from orchestrator.models.decoding import decode, start
+from orchestrator.models.rope import rope_switches
+from orchestrator.models.scoring import answer_scores
+from orchestrator.models.source import BaseModelInfo
 
 SWITCH = 24
 PROMPTS = [2, 5, 14]

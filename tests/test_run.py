@@ -16,14 +16,14 @@ from mlflow.entities import Run
 from models import load, model_folder
 from small_jobs import Command, Finished, Said
 
-import orchestrator.run
+import orchestrator.search.run
 from orchestrator.artifact import PromptArtifact
 from orchestrator.cli.pages.search import run_summary
+from orchestrator.job.space import TrialSpec, trials
+from orchestrator.job.spec import JobSpec
 from orchestrator.registry import Registry
 from orchestrator.search.prepare import Prepared, prepare
 from orchestrator.serving.offline import OfflineModel
-from orchestrator.space import TrialSpec, trials
-from orchestrator.spec import JobSpec
 from orchestrator.tuning.checkpoint import TrialState
 from orchestrator.tuning.engine import Engine
 
@@ -243,7 +243,7 @@ def test_the_same_spec_gives_the_same_search_and_only_its_document_on_stdout(
     the first, not better, so it becomes challenger and the champion stays.
     """
     monkeypatch.chdir(finished.folder)
-    monkeypatch.setattr(orchestrator.run, "prepare", noisy)
+    monkeypatch.setattr(orchestrator.search.run, "prepare", noisy)
     said: Said = command("run", finished.job_file, "--json")
     assert said.code == 0, said.err
     jsonschema.validate(said.document, DOCUMENT)

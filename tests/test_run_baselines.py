@@ -10,9 +10,9 @@ import mlflow
 import pytest
 from small_jobs import Command, Finished, Recorder, close, run_search, write_job
 
-from orchestrator.report import read_facts
-from orchestrator.resume import resume_search
-from orchestrator.search.folder import SearchFolder
+from orchestrator.search.report import read_facts
+from orchestrator.search.resume import resume_search
+from orchestrator.search.state.folder import SearchFolder
 
 METHODS = [
     "lora",

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.search import placement
-from orchestrator.search import search as search_module
-from orchestrator.serving import prompt_store
+from orchestrator.search.workers import placement
+from orchestrator.search.workers import running as search_module
+from orchestrator.serving.prompts import store as prompt_store
 from tests.benchmarks import prompt_stores, scaling
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.subjects import SIZES

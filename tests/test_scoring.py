@@ -7,8 +7,8 @@ import torch
 from models import alone_nll, encoder_for, random_ids, random_prompts, tiny_backbone
 from torch import Tensor
 
-from orchestrator.backbone import Backbone
-from orchestrator.scoring import answer_scores, answer_tokens, target_log_probs
+from orchestrator.models.backbone import Backbone
+from orchestrator.models.scoring import answer_scores, answer_tokens, target_log_probs
 
 INPUTS = random_ids([6, 1, 11, 3])
 OWNER = [1, 0, 1, 2]

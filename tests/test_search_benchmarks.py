@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator.backbone import Backbone, PromptTensors, load_backbone
-from orchestrator.base_model import resolve_model
-from orchestrator.job_file import load_job
-from orchestrator.prompts.inits import InitContext, initial_prompt
+from orchestrator.job.spec import BaseModelSpec
+from orchestrator.job.yaml import load_job
+from orchestrator.models.backbone import Backbone, PromptTensors, load_backbone
+from orchestrator.models.source import resolve_model
 from orchestrator.search.prepare import Prepared, prepare
-from orchestrator.spec import BaseModelSpec
 from orchestrator.tuning.evaluate import evaluate
 from orchestrator.tuning.make import make_engine
+from orchestrator.tuning.prompts.inits import InitContext, initial_prompt
 from orchestrator.tuning.step import packed_gradients
 from tests.benchmarks import jobs, methods, nodes, paces, plans, population, processes, search, trials
 from tests.benchmarks.measure import Skipped

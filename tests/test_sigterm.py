@@ -13,8 +13,8 @@ import pytest
 
 from orchestrator.cli import entry
 from orchestrator.errors import BadInput
-from orchestrator.interrupts import Interrupts
-from orchestrator.sigterm import sigterm_kept
+from orchestrator.utils.interrupts import Interrupts
+from orchestrator.utils.signals import sigterm_kept
 
 
 @pytest.fixture(autouse=True)
@@ -110,9 +110,9 @@ def test_a_signal_during_the_librarys_start_interrupts() -> None:
 SHUT_DOWN = """
 import os, signal, sys
 import ray
-from orchestrator.leaving_ray import leave_ray
-from orchestrator.interrupts import Interrupts
-from orchestrator.sigterm import sigterm_kept
+from orchestrator.cluster.leaving_ray import leave_ray
+from orchestrator.utils.interrupts import Interrupts
+from orchestrator.utils.signals import sigterm_kept
 
 def terminate():
     os.kill(os.getpid(), signal.SIGTERM)

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.errors import BadInput
-from orchestrator.space import TrialSpec, draw, grid, grid_size, init_texts, longest, no_result, trial_count, trials
-from orchestrator.spec import LogUniform, SearchSpec, SpaceSpec, TextInit, Uniform
+from orchestrator.job.space import TrialSpec, draw, grid, grid_size, init_texts, longest, no_result, trial_count, trials
+from orchestrator.job.spec import LogUniform, SearchSpec, SpaceSpec, TextInit, Uniform
 
 rates = st.floats(1e-6, 10, allow_nan=False)
 inits = st.sampled_from(["random", "sample_vocab", "class_labels", TextInit(text="a b"), TextInit(text="c")])

@@ -9,7 +9,7 @@ import jsonschema  # type: ignore[import-untyped,unused-ignore]
 import pytest
 from pydantic import ValidationError
 
-from orchestrator.spec import (
+from orchestrator.job.spec import (
     Conflict,
     DataSpec,
     JobSpec,

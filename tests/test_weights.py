@@ -15,11 +15,11 @@ from models import FAMILIES, MASKED, SEQ2SEQ, load, model_folder, save_family
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from orchestrator.backbone import load_backbone, weights
-from orchestrator.backbone.weights import check_files, is_finite
-from orchestrator.base_model import ModelSource, resolve_model
 from orchestrator.errors import BadInput
-from orchestrator.spec import BaseModelSpec
+from orchestrator.job.spec import BaseModelSpec
+from orchestrator.models.backbone import load_backbone, weights
+from orchestrator.models.backbone.weights import check_files, is_finite
+from orchestrator.models.source import ModelSource, resolve_model
 
 NAME = "model.layers.1.mlp.up_proj.weight"
 

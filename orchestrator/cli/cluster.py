@@ -62,7 +62,7 @@ def submit(
     """Run a job on a cluster, packed with its files; submitting the same again attaches to it."""
     spec, _ = read_checked(job, overrides, elsewhere=True)
     with results_only():
-        from orchestrator.submission import make_submission, submit_job
+        from orchestrator.cluster.submit import make_submission, submit_job
 
         made = make_submission(
             spec, address, retries=retries, home=home, shared=shared, asked=env, pip=pip,
@@ -85,7 +85,7 @@ def submit(
 @verb(CLUSTER)
 def jobs(address: Dashboard = None, as_json: Json = False) -> None:
     """Jobs that were submitted to a cluster, the newest last."""
-    from orchestrator.submission import Cluster
+    from orchestrator.cluster.submit import Cluster
 
     with results_only():
         found = Cluster(address).jobs()
@@ -102,7 +102,7 @@ def logs(
     as_json: Json = False,
 ) -> None:
     """What a submitted job has said so far."""
-    from orchestrator.submission import Cluster, followed_document, known_job, visible
+    from orchestrator.cluster.submit import Cluster, followed_document, known_job, visible
 
     seen: list[str] = []
     show = seen.append if as_json else out
@@ -124,7 +124,7 @@ def logs(
 @verb(CLUSTER)
 def stop(job_id: JobId, address: Dashboard = None, as_json: Json = False) -> None:
     """Stop a submitted job, and wait until it has closed its MLflow runs and ended."""
-    from orchestrator.submission import Cluster, stop_job
+    from orchestrator.cluster.submit import Cluster, stop_job
 
     with results_only():
         stopped, found = stop_job(Cluster(address), job_id)
@@ -138,12 +138,12 @@ def stop(job_id: JobId, address: Dashboard = None, as_json: Json = False) -> Non
 @app.command("on-cluster", hidden=True)
 def on_cluster() -> None:
     """What a submitted job runs on the cluster."""
-    from orchestrator.submission import result_line
+    from orchestrator.cluster.submit import result_line
 
     try:
         with results_only():
             from orchestrator.cli.pages.search import run_summary
-            from orchestrator.on_cluster import carry_out
+            from orchestrator.search.submitted import carry_out
 
             document, spec = carry_out(console_progress())
             document["summary"] = run_summary(document, spec)

@@ -11,14 +11,14 @@ from orchestrator.cli.output import present, say
 
 if TYPE_CHECKING:
     from orchestrator.cli.progress import ConsoleProgress
-    from orchestrator.inputs import Inputs
+    from orchestrator.job.spec import JobSpec
     from orchestrator.registry import Registry
-    from orchestrator.spec import JobSpec
+    from orchestrator.search.inputs import Inputs
 
 
 def read_job(file: Path, overrides: list[str]) -> JobSpec:
     """Read a job spec with the values of ``--set`` laid over it. Raises SpecError with every problem."""
-    from orchestrator.job_file import load_job
+    from orchestrator.job.yaml import load_job
 
     return load_job(file, overrides)
 
@@ -28,7 +28,7 @@ def read_checked(file: Path, overrides: list[str], *, elsewhere: bool = False) -
 
     ``elsewhere``: a whole path that this machine lacks is one of the cluster's. Raises SpecError.
     """
-    from orchestrator.inputs import load_checked
+    from orchestrator.search.inputs import load_checked
 
     return load_checked(file, overrides, elsewhere=elsewhere)
 

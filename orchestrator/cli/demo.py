@@ -18,8 +18,8 @@ from typing import Any
 import httpx
 
 from orchestrator.cli.init import starter_file
-from orchestrator.labels import label_key, label_text
-from orchestrator.quickstart import quickstart_rows
+from orchestrator.job.labels import label_key, label_text
+from orchestrator.models.builtin import quickstart_rows
 from orchestrator.serving.client import ask
 
 JOB = "quickstart.yaml"

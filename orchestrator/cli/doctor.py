@@ -12,7 +12,7 @@ from typing import Any
 
 from orchestrator.errors import OrchestratorError
 from orchestrator.utils.text import mask_secrets
-from orchestrator.wording import counted
+from orchestrator.utils.wording import counted
 
 LIBRARIES = ("torch", "transformers", "datasets", "ray", "mlflow", "safetensors", "fastapi")
 NEEDED_GB = 2.0
@@ -88,7 +88,7 @@ def _cluster() -> list[Finding]:
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         return [Finding("Ray", "RAY_ADDRESS is not set: searches start Ray on this machine")]
-    from orchestrator.search.cluster_session import nodes, ray_session
+    from orchestrator.cluster.session import nodes, ray_session
 
     with ray_session(address):
         total = nodes()
@@ -105,8 +105,8 @@ def _registry() -> list[Finding]:
 
 
 def _searches() -> list[Finding]:
-    from orchestrator.search.folder import home_folder
-    from orchestrator.search.remote import remote_home
+    from orchestrator.search.state.folder import home_folder
+    from orchestrator.search.state.object_store_copy import remote_home
 
     if (remote := remote_home()) is not None:
         return [Finding("searches", f"{remote.url}: {len(remote.ids())}; a copy of them here in {remote.local}")]

@@ -14,10 +14,10 @@ import typer
 from orchestrator.cli import cluster, registry, serve, tune  # noqa: F401  # each adds its verbs
 from orchestrator.cli.groups import app
 from orchestrator.cli.output import print_json, say
+from orchestrator.cluster.ray_threads import end_process
 from orchestrator.errors import TRACEBACK, BadInput, Interrupted, OrchestratorError, SpecError, Unreachable
-from orchestrator.importing import unfreed
-from orchestrator.interrupts import Interrupts, ignore_interrupts, ignore_interrupts_at_exit
-from orchestrator.ray_threads import end_process
+from orchestrator.utils.imports import unfreed
+from orchestrator.utils.interrupts import Interrupts, ignore_interrupts, ignore_interrupts_at_exit
 from orchestrator.utils.text import mask_secrets
 
 INTERRUPTED = 130  # typer turns Ctrl-C into an exit with this code

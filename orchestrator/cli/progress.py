@@ -13,12 +13,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.search.history import History
-from orchestrator.search.outcome import Outcome, TrialRecord
-from orchestrator.space import TrialSpec
-from orchestrator.spec import JobSpec
-from orchestrator.tuning.report import BROKEN, Report
-from orchestrator.wording import counted
+from orchestrator.job.space import TrialSpec
+from orchestrator.job.spec import JobSpec
+from orchestrator.search.state.history import History
+from orchestrator.search.state.trials import Outcome, TrialRecord
+from orchestrator.tuning.reports import BROKEN, Report
+from orchestrator.utils.wording import counted
 
 ROWS = 20  # of the live table; the best trials come first
 NOTHING = History()

@@ -70,7 +70,7 @@ def inspect(
 ) -> None:
     """Read a prompt: the words that its virtual tokens are near, and how far they went from their start."""
     with results_only():
-        from orchestrator.inspection import inspect_model
+        from orchestrator.workbench.inspect import inspect_model
 
         registry = open_registry()
         document = inspect_model(registry, model, nearest, base_model)
@@ -103,7 +103,7 @@ def evaluate(
     """Registered prompts on any data: domain shift, several versions at once, votes."""
     pairs = _renames(rename)
     with results_only():
-        from orchestrator.evaluation import Question, evaluate_models
+        from orchestrator.workbench.evaluate import Question, evaluate_models
 
         registry = open_registry()
         questions = [Question(one, split, by, target, references, pairs, limit) for one in data]
@@ -168,7 +168,7 @@ def export_(
 ) -> None:
     """Write a registered prompt as a PEFT adapter folder."""
     with results_only():
-        from orchestrator.exchange import export_model
+        from orchestrator.workbench.exchange import export_model
 
         registry = open_registry()
         document = export_model(registry, model, folder)
@@ -207,7 +207,7 @@ def import_(
     """Register a PEFT adapter folder (prompt tuning, prefix tuning or P-tuning)."""
     spec = read_job(job, overrides)
     with results_only():
-        from orchestrator.exchange import import_folder
+        from orchestrator.workbench.exchange import import_folder
 
         registry = open_registry()
         document = import_folder(registry, folder, name, spec, renamed, say, alias)

@@ -47,7 +47,7 @@ def serve(
 ) -> None:
     """Serve registered prompts until interrupted, by default every model at its champion."""
     from orchestrator.serving.app import start
-    from orchestrator.serving.options import ServeOptions
+    from orchestrator.serving.deploy.options import ServeOptions
 
     open_registry()
     options = ServeOptions(
@@ -119,7 +119,7 @@ def key(
     as_json: Json = False,
 ) -> None:
     """Make an API key. It is shown once; the file keeps its digest."""
-    from orchestrator.serving.access import add_key
+    from orchestrator.serving.http.access import add_key
 
     secret = add_key(file, name, models or (), per_minute)
     if as_json:

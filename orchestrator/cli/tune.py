@@ -19,7 +19,7 @@ from orchestrator.cli.common import (
 from orchestrator.cli.groups import TUNE, verb
 from orchestrator.cli.options import Address, Job, Json, Overrides, Quiet, Verbose
 from orchestrator.cli.output import out, present, print_json, print_lines, results_only
-from orchestrator.importing import uncollected
+from orchestrator.utils.imports import uncollected
 
 
 @verb(TUNE)
@@ -72,8 +72,8 @@ def validate(
     as_json: Json = False,
 ) -> None:
     """Check a job spec, and the files and folders it names: every problem at once, each with its line."""
-    from orchestrator.space import trial_count
-    from orchestrator.wording import counted
+    from orchestrator.job.space import trial_count
+    from orchestrator.utils.wording import counted
 
     warnings: tuple[str, ...] = ()
     if spec_only:
@@ -108,7 +108,7 @@ def plan(
     spec, inputs = read_checked(job, overrides)
     with results_only():
         with uncollected():
-            from orchestrator.run import plan_job
+            from orchestrator.search.run import plan_job
 
         made = plan_job(spec, progress_line(quiet, "{} ..."), address, verbose, inputs)
     from orchestrator.cli.pages.search import plan_page
@@ -131,7 +131,7 @@ def run(
     spec, inputs = read_checked(job, overrides)
     with results_only():
         with uncollected():
-            from orchestrator.run import run_job
+            from orchestrator.search.run import run_job
 
             progress = console_progress(quiet)
         document = run_job(spec, progress(spec), address, verbose, planned, inputs=inputs)
@@ -152,7 +152,7 @@ def resume(
     """Go on with a search that was interrupted, killed or cut off from MLflow."""
     with results_only():
         with uncollected():
-            from orchestrator.resume import resume_search
+            from orchestrator.search.resume import resume_search
 
             progress = console_progress(quiet)
         document, spec = resume_search(search, progress, address, verbose)
@@ -181,8 +181,8 @@ def report(
         return _compared(searches, out_file, as_json)
     (search,) = searches
     with results_only():
-        from orchestrator.report import read_facts, write_report
-        from orchestrator.search.saved import find_search
+        from orchestrator.search.report import read_facts, write_report
+        from orchestrator.search.state.saved import find_search
 
         folder = find_search(search)
         file = out_file or folder.report
@@ -197,10 +197,10 @@ def _compared(searches: list[str], out_file: Path | None, as_json: bool) -> None
     """The best trial of each search, with what it took."""
     with results_only():
         from orchestrator.cli.pages.table import table
-        from orchestrator.report import comparison, comparison_page, comparison_rows, read_facts
-        from orchestrator.report.comparison import HEADING
-        from orchestrator.search.saved import find_search
-        from orchestrator.search.whole_file import write_whole
+        from orchestrator.search.report import comparison, comparison_page, comparison_rows, read_facts
+        from orchestrator.search.report.comparison import HEADING
+        from orchestrator.search.state.saved import find_search
+        from orchestrator.utils.atomic import write_whole
 
         document = comparison([read_facts(find_search(search)) for search in searches])
         if out_file:
@@ -220,6 +220,6 @@ def _compared(searches: list[str], out_file: Path | None, as_json: bool) -> None
 @verb(TUNE)
 def schema() -> None:
     """JSON schema of the job spec, for editors."""
-    from orchestrator.spec import job_schema
+    from orchestrator.job.spec import job_schema
 
     print_json(job_schema())

@@ -13,7 +13,7 @@ from typing import NoReturn
 from orchestrator.data.source_row import SourceRow
 from orchestrator.data.text_files import TextFile
 from orchestrator.errors import BadInput
-from orchestrator.spec import AUTO, CsvSpec
+from orchestrator.job.spec import AUTO, CsvSpec
 
 NAMES = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar", " ": "space"}
 OTHER_DELIMITERS = re.compile(r"[;\t|,]")

@@ -13,16 +13,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.base_model import hub_unreachable, looks_like_path
 from orchestrator.data.held_out import held_out_inputs, label_of
 from orchestrator.data.source_row import SourceRow, place_of
 from orchestrator.data.tables import read_table
 from orchestrator.data.template import Template
 from orchestrator.data.used_columns import UsedColumns
 from orchestrator.errors import BadInput
-from orchestrator.labels import NUMBER, label_key
-from orchestrator.quickstart import BUILTIN_DATA, builtin_rows
-from orchestrator.spec import BUILTIN, CONTINUATION, PREFIX, CsvSpec, DataFiles, DataSpec
+from orchestrator.job.labels import NUMBER, label_key
+from orchestrator.job.spec import BUILTIN, CONTINUATION, PREFIX, CsvSpec, DataFiles, DataSpec
+from orchestrator.models.builtin import BUILTIN_DATA, builtin_rows
+from orchestrator.models.source import hub_unreachable, looks_like_path
 
 Row = Mapping[str, Any]
 SPLITS = ("train", "validation", "test")

@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.base_model import Family
 from orchestrator.data.cells import cell_text
 from orchestrator.data.dataset import RowSplits
 from orchestrator.data.demonstrations import SEPARATOR, demonstrations, written_out
 from orchestrator.data.encoding import Encoded, Encoder, Row, make_encoder, reference_texts
-from orchestrator.space import TrialSpec
-from orchestrator.spec import DataSpec
+from orchestrator.job.space import TrialSpec
+from orchestrator.job.spec import DataSpec
+from orchestrator.models.source import Family
 
 BOUNDARY = 4  # tokens that two texts may have more together than each alone
 WORD = re.compile(r"\w+")

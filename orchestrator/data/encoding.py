@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from orchestrator.base_model import Family
 from orchestrator.data.dataset import SPLITS, RowSplits
 from orchestrator.data.template import Mark, Template, Verbalizer, continuation_ids, target_text
 from orchestrator.errors import BadInput
-from orchestrator.model_checks import beyond_table
-from orchestrator.placing import BLANK, marker
-from orchestrator.spec import DataSpec
+from orchestrator.job.spec import DataSpec
+from orchestrator.models.checks import beyond_table
+from orchestrator.models.placeholders import BLANK, marker
+from orchestrator.models.source import Family
 
 Row = Mapping[str, Any]
 SENTINEL = "<extra_id_0>"

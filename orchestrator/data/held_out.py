@@ -15,7 +15,7 @@ from typing import Any
 
 from orchestrator.data.cells import cell_text
 from orchestrator.data.template import target_text
-from orchestrator.spec import DataSpec
+from orchestrator.job.spec import DataSpec
 
 GROWTH = 4
 """Rare classes may make a split larger by one part in so many, and always by one row."""

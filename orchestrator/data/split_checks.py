@@ -18,7 +18,7 @@ from orchestrator.data.held_out import label_of
 from orchestrator.data.source_row import place_of
 from orchestrator.data.template import Template
 from orchestrator.errors import BadInput
-from orchestrator.spec import DataSpec
+from orchestrator.job.spec import DataSpec
 
 FEW_ROWS = 10
 """Fewer rows of a class than this are pointed out."""

@@ -13,8 +13,8 @@ from orchestrator.data.json_table import read_json
 from orchestrator.data.source_row import SourceRow
 from orchestrator.data.text_files import COMPRESSIONS, TextFile, compression_of, open_binary
 from orchestrator.errors import BadInput
-from orchestrator.importing import uncollected
-from orchestrator.spec import CsvSpec
+from orchestrator.job.spec import CsvSpec
+from orchestrator.utils.imports import uncollected
 
 FORMATS = {
     ".jsonl": "json",

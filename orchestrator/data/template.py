@@ -9,8 +9,8 @@ from typing import Any
 
 from orchestrator.data.cells import cell_text
 from orchestrator.errors import BadInput
-from orchestrator.labels import Label, LabelKey, by_meaning, contradictions, label_key, spelled
-from orchestrator.spec import BLANK, FIELD, VIRTUAL, template_columns
+from orchestrator.job.labels import Label, LabelKey, by_meaning, contradictions, label_key, spelled
+from orchestrator.job.spec import BLANK, FIELD, VIRTUAL, template_columns
 
 
 def target_text(cell: Any) -> str:

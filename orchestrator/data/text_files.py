@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from orchestrator.errors import BadInput
-from orchestrator.spec import AUTO
+from orchestrator.job.spec import AUTO
 
 CHUNK_BYTES = 1 << 20
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2"}

@@ -9,8 +9,8 @@ from typing import Any
 from orchestrator.data.cells import cell_text, is_blank, is_missing
 from orchestrator.data.source_row import SourceRow, place_of
 from orchestrator.errors import BadInput
-from orchestrator.labels import Label, LabelKey, by_meaning, label_key
-from orchestrator.spec import DataSpec
+from orchestrator.job.labels import Label, LabelKey, by_meaning, label_key
+from orchestrator.job.spec import DataSpec
 
 Row = Mapping[str, Any]
 

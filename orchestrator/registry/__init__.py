@@ -3,14 +3,14 @@
 Importing it is cheap: mlflow itself is imported by the first call that needs the store.
 """
 
-from orchestrator.registry.canary import Canary, LiveModel
-from orchestrator.registry.evaluations import EvaluationRecord
-from orchestrator.registry.history import Move
-from orchestrator.registry.ledger import Overtaken
-from orchestrator.registry.records import AliasOutcome, ModelSummary, UiCommand, VersionDetail, VersionSummary
-from orchestrator.registry.refs import ModelRef, parse_ref, printable
+from orchestrator.registry.aliases.canary import Canary, LiveModel
+from orchestrator.registry.aliases.ledger import Overtaken
+from orchestrator.registry.aliases.moves import Move
 from orchestrator.registry.registry import CHAMPION, Registry, check_alias, check_name
-from orchestrator.registry.search_log import SearchLog
+from orchestrator.registry.runs.search_log import SearchLog
+from orchestrator.registry.versions.evaluations import EvaluationRecord
+from orchestrator.registry.versions.records import AliasOutcome, ModelSummary, UiCommand, VersionDetail, VersionSummary
+from orchestrator.registry.versions.refs import ModelRef, parse_ref, printable
 
 __all__ = [
     "CHAMPION",

@@ -13,17 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.artifact import DataRecord, read_manifest
 from orchestrator.errors import BadInput
-from orchestrator.registry import promotion, searches
-from orchestrator.registry.canary import CANARY_TAG, Canary, LiveModel, make_canary, read_canary
-from orchestrator.registry.description import version_description
-from orchestrator.registry.evaluations import EvaluationRecord, log_evaluations
-from orchestrator.registry.fetch import default_cache, fetch
-from orchestrator.registry.history import Kind, Move, former_holder
-from orchestrator.registry.ledger import Check, Overtaken, move_alias, recorded
-from orchestrator.registry.promotion import METRIC_TAG, Better, Candidate
-from orchestrator.registry.publish import publish
-from orchestrator.registry.readiness import check_search_end
-from orchestrator.registry.records import (
+from orchestrator.job.spec import ALIAS_PATTERN, NAME_PATTERN, RESERVED_ALIAS
+from orchestrator.registry.aliases import gate as promotion
+from orchestrator.registry.aliases.canary import CANARY_TAG, Canary, LiveModel, make_canary, read_canary
+from orchestrator.registry.aliases.gate import METRIC_TAG, Better, Candidate
+from orchestrator.registry.aliases.ledger import Check, Overtaken, move_alias, recorded
+from orchestrator.registry.aliases.moves import Kind, Move, former_holder
+from orchestrator.registry.runs import searches
+from orchestrator.registry.runs.readiness import check_search_end
+from orchestrator.registry.runs.search_log import SearchLog
+from orchestrator.registry.store import SERVERS, Store, artifact_location
+from orchestrator.registry.tables import ModelRow, read_models
+from orchestrator.registry.versions.description import version_description
+from orchestrator.registry.versions.evaluations import EvaluationRecord, log_evaluations
+from orchestrator.registry.versions.fetch import default_cache, fetch
+from orchestrator.registry.versions.publish import publish
+from orchestrator.registry.versions.records import (
     CHAMPION_TAG,
     KIND,
     KIND_TAG,
@@ -36,11 +41,7 @@ from orchestrator.registry.records import (
     VersionSummary,
     version_summary,
 )
-from orchestrator.registry.refs import ModelRef, NoSuchVersion, nearest, parse_ref, printable
-from orchestrator.registry.search_log import SearchLog
-from orchestrator.registry.store import SERVERS, Store, artifact_location
-from orchestrator.registry.tables import ModelRow, read_models
-from orchestrator.spec import ALIAS_PATTERN, NAME_PATTERN, RESERVED_ALIAS
+from orchestrator.registry.versions.refs import ModelRef, NoSuchVersion, nearest, parse_ref, printable
 from orchestrator.utils.text import mask_secrets
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from filelock import FileLock
 from filelock import Timeout as LockTimeout
 
 from orchestrator.errors import BadInput, JobFailed, OrchestratorError, Unreachable
-from orchestrator.importing import uncollected
+from orchestrator.utils.imports import uncollected
 from orchestrator.utils.text import mask_secrets
 
 if TYPE_CHECKING:

@@ -13,11 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from orchestrator.adapter_folder import instead_of_adapter
 from orchestrator.artifact import CellsRecord, DataRecord, PromptArtifact, VerbalizerEntry
-from orchestrator.backbone.weights import check_files
-from orchestrator.base_model import ModelSource, known_builtin, resolve_model
-from orchestrator.baselines import check_peft
 from orchestrator.data.dataset import SPLITS, RowSplits, load_rows, rows_fingerprint
 from orchestrator.data.demonstrations import demonstrations
 from orchestrator.data.designs import BOUNDARY, Design, Designs
@@ -32,14 +28,18 @@ from orchestrator.data.encoding import (
 )
 from orchestrator.data.split_checks import check_distinct_tokens, judge
 from orchestrator.errors import BadInput
-from orchestrator.inputs import check_can_start
-from orchestrator.peft_folder import is_peft, read_peft
-from orchestrator.prompts import Method
-from orchestrator.quickstart import builtin_model
-from orchestrator.space import TrialSpec, draw, init_artifacts, init_texts, longest, templates, trial_count, trials
-from orchestrator.spec import BUILTIN, DataSpec, JobSpec
+from orchestrator.job.space import TrialSpec, draw, init_artifacts, init_texts, longest, templates, trial_count, trials
+from orchestrator.job.spec import BUILTIN, DataSpec, JobSpec
+from orchestrator.models.adapter_folder import instead_of_adapter
+from orchestrator.models.backbone.weights import check_files
+from orchestrator.models.builtin import builtin_model
+from orchestrator.models.source import ModelSource, known_builtin, resolve_model
+from orchestrator.peft_format import is_peft, read_peft
+from orchestrator.search.inputs import check_can_start
+from orchestrator.tuning.baselines import check_peft
 from orchestrator.tuning.engine import Task
 from orchestrator.tuning.generate import Decoding
+from orchestrator.tuning.prompts import Method
 
 EVALUATED = ("validation", "test")
 INSTRUCTION_END = "\n"  # between a written instruction and the input

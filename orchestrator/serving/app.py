@@ -35,19 +35,19 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from orchestrator.artifact import BaseModelRecord, read_manifest
-from orchestrator.base_model import resolve_model
+from orchestrator.cluster.leaving_ray import leave_ray
+from orchestrator.cluster.ray_folder import ray_temp_dir
 from orchestrator.errors import BadInput, JobFailed, OrchestratorError, Unreachable
-from orchestrator.leaving_ray import leave_ray
-from orchestrator.ray_folder import ray_temp_dir
+from orchestrator.job.spec import BaseModelSpec
+from orchestrator.models.source import resolve_model
 from orchestrator.registry import Registry
-from orchestrator.registry.refs import ModelRef, nearest, parse_ref, printable
-from orchestrator.serving.access import KEYS_VARIABLE, ApiKey, is_loopback, load_keys
-from orchestrator.serving.options import ServeOptions, options_from
-from orchestrator.serving.prompt_store import CHAMPION, RegistrySource
-from orchestrator.serving.replica import Front, Replica
-from orchestrator.serving.tracing import asked_exporter
-from orchestrator.sigterm import sigterm_kept
-from orchestrator.spec import BaseModelSpec
+from orchestrator.registry.versions.refs import ModelRef, nearest, parse_ref, printable
+from orchestrator.serving.deploy.options import ServeOptions, options_from
+from orchestrator.serving.deploy.replica import Front, Replica
+from orchestrator.serving.http.access import KEYS_VARIABLE, ApiKey, is_loopback, load_keys
+from orchestrator.serving.http.tracing import asked_exporter
+from orchestrator.serving.prompts.store import CHAMPION, RegistrySource
+from orchestrator.utils.signals import sigterm_kept
 from orchestrator.utils.text import mask_secrets
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 
 from orchestrator.errors import BadInput, JobFailed, Unreachable
-from orchestrator.registry.refs import ModelRef, parse_ref
+from orchestrator.registry.versions.refs import ModelRef, parse_ref
 from orchestrator.utils.text import mask_secrets
 
 TIMEOUT_S = 60.0

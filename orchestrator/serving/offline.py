@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.artifact import read_manifest
-from orchestrator.backbone import Backbone, default_device, load_backbone
-from orchestrator.base_model import resolve_model
 from orchestrator.errors import BadInput
-from orchestrator.serving.generation import Completion, GenerationBatch, GenerationRow, Sampling
-from orchestrator.serving.ranking import answer_probs
-from orchestrator.serving.served_prompt import ServedPrompt, classified, load_prompt
-from orchestrator.spec import BaseModelSpec
+from orchestrator.job.spec import BaseModelSpec
+from orchestrator.models.backbone import Backbone, default_device, load_backbone
+from orchestrator.models.source import resolve_model
+from orchestrator.serving.engine.classify import answer_probs
+from orchestrator.serving.engine.generation import Completion, GenerationBatch, GenerationRow, Sampling
+from orchestrator.serving.prompts.served_prompt import ServedPrompt, classified, load_prompt
 
 Input = str | Mapping[str, Any]
 BATCH_ROWS = 32

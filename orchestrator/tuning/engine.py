@@ -17,26 +17,26 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from orchestrator.backbone import Backbone, PromptTensors
-from orchestrator.baselines import Change
-from orchestrator.data.bucketing import step_rows
+from orchestrator.data.batches import step_rows
 from orchestrator.data.designs import Designs
 from orchestrator.data.encoding import Encoded, Encoder
 from orchestrator.errors import JobFailed
-from orchestrator.prompts import InitContext, Method, Prompt, make_prompt
-from orchestrator.prompts.base import seeded
-from orchestrator.space import TrialSpec
-from orchestrator.spec import SearchSpec, TrainSpec
+from orchestrator.job.space import TrialSpec
+from orchestrator.job.spec import SearchSpec, TrainSpec
+from orchestrator.models.backbone import Backbone, PromptTensors
+from orchestrator.tuning.baselines import Change
 from orchestrator.tuning.checkpoint import TrialState, restore_prompt
+from orchestrator.tuning.cpu_threads import Threads
 from orchestrator.tuning.evaluate import evaluate
 from orchestrator.tuning.generate import Decoding
-from orchestrator.tuning.group import Group
 from orchestrator.tuning.memory import Memory
-from orchestrator.tuning.report import Costs, Ending, EvaluationJob, Report
-from orchestrator.tuning.room import NoRoom, Room, needs_room
+from orchestrator.tuning.out_of_memory import NoRoom, Room, needs_room
+from orchestrator.tuning.prompts import InitContext, Method, Prompt, make_prompt
+from orchestrator.tuning.prompts.base import seeded
+from orchestrator.tuning.reports import Costs, Ending, EvaluationJob, Report
 from orchestrator.tuning.step import Limits, packed_gradients
-from orchestrator.tuning.threads import Threads
 from orchestrator.tuning.updater import Updater, apply_all
+from orchestrator.tuning.worker_group import Group
 
 WORST = {"max": 0.0, "min": 1e30}  # accuracies are never below 0; schedulers can't compare an infinity
 NO_ROOM = "memory does not suffice"

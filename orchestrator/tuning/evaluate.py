@@ -14,14 +14,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from orchestrator.backbone import Backbone, PreparedPrompts, PromptTensors
 from orchestrator.data.encoding import Encoded, Encoder
-from orchestrator.scoring import answer_scores, answer_tokens, target_log_probs
+from orchestrator.models.backbone import Backbone, PreparedPrompts, PromptTensors
+from orchestrator.models.scoring import answer_scores, answer_tokens, target_log_probs
+from orchestrator.tuning.cpu_threads import Threads
 from orchestrator.tuning.generate import Decoding, generated_metrics
-from orchestrator.tuning.group import Group
-from orchestrator.tuning.report import CONFUSION
-from orchestrator.tuning.room import needs_room
-from orchestrator.tuning.threads import Threads
+from orchestrator.tuning.out_of_memory import needs_room
+from orchestrator.tuning.reports import CONFUSION
+from orchestrator.tuning.worker_group import Group
 
 MAX_TOKENS = 16384  # padded tokens of one forward
 CPU_TOKENS = 2048  # there, what no longer fits the caches costs more than further forwards

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
-from orchestrator.backbone import Backbone, PreparedPrompts
 from orchestrator.data.encoding import Encoded, Encoder
-from orchestrator.decoding import decode, start
-from orchestrator.tuning.group import Group
-from orchestrator.tuning.room import needs_room
+from orchestrator.models.backbone import Backbone, PreparedPrompts
+from orchestrator.models.decoding import decode, start
+from orchestrator.tuning.cpu_threads import Threads
+from orchestrator.tuning.out_of_memory import needs_room
 from orchestrator.tuning.text_metrics import text_metrics
-from orchestrator.tuning.threads import Threads
+from orchestrator.tuning.worker_group import Group
 
 MAX_TOKENS = 16384  # padded tokens that a batch's keys and values may grow to
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from orchestrator.backbone import Backbone
-from orchestrator.spec import BASELINES, SearchSpec, TrainSpec
-from orchestrator.tuning.baseline_engine import BaselineEngine, DesignEngine
+from orchestrator.job.spec import BASELINES, SearchSpec, TrainSpec
+from orchestrator.models.backbone import Backbone
+from orchestrator.tuning.baselines.engine import BaselineEngine, DesignEngine
+from orchestrator.tuning.cpu_threads import Threads
 from orchestrator.tuning.engine import Engine, Task
-from orchestrator.tuning.group import Group
-from orchestrator.tuning.threads import Threads
+from orchestrator.tuning.worker_group import Group
 
 
 def make_engine(

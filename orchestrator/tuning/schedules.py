@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from orchestrator.spec import TrainSpec
+from orchestrator.job.spec import TrainSpec
 
 
 def factor(train: TrainSpec, step: int) -> float:

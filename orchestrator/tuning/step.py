@@ -14,13 +14,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from orchestrator.backbone import Backbone, PreparedPrompts, PromptTensors, stack_prepared
-from orchestrator.data.bucketing import length_groups
+from orchestrator.data.batches import length_groups
 from orchestrator.data.encoding import Encoded
-from orchestrator.scoring import target_log_probs
-from orchestrator.tuning.group import Group
-from orchestrator.tuning.room import needs_room
-from orchestrator.tuning.threads import Threads
+from orchestrator.models.backbone import Backbone, PreparedPrompts, PromptTensors, stack_prepared
+from orchestrator.models.scoring import target_log_probs
+from orchestrator.tuning.cpu_threads import Threads
+from orchestrator.tuning.out_of_memory import needs_room
+from orchestrator.tuning.worker_group import Group
 
 Reduction = Literal["token_mean", "sum_per_row", "sum"]
 

@@ -14,7 +14,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from orchestrator.spec import DEFAULT_BETAS, TrainSpec
+from orchestrator.job.spec import DEFAULT_BETAS, TrainSpec
 
 State = dict[str, Tensor]  # of one parameter: "step", a float32 scalar on the CPU, and moments shaped like it
 STEP = "step"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.errors import BadInput
-from orchestrator.spec import TrainSpec
+from orchestrator.job.spec import TrainSpec
 from orchestrator.tuning.schedules import factor
 from orchestrator.tuning.update_rules import STEP, Batch, State, UpdateRule, fresh_state, update_rule
 

@@ -17,7 +17,7 @@ import orchestrator  # before torch, to which it says how OpenMP's threads wait
 # isort: split
 import torch
 
-from orchestrator.backbone import default_device
+from orchestrator.models.backbone import default_device
 from tests.benchmarks import (
     accelerator,
     evaluation,

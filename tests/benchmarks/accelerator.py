@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from orchestrator.backbone import CausalBackbone
-from orchestrator.data.bucketing import length_groups
+from orchestrator.data.batches import length_groups
 from orchestrator.data.encoding import Encoded
+from orchestrator.models.backbone import CausalBackbone
 from orchestrator.tuning.step import Limits, packed_gradients
 from tests.benchmarks.measure import Line, Skipped, compare
 from tests.benchmarks.operations import Weights

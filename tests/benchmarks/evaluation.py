@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from orchestrator.backbone import CausalBackbone, default_device
 from orchestrator.data.encoding import Encoded, Encoder
-from orchestrator.scoring import answer_scores
+from orchestrator.models.backbone import CausalBackbone, default_device
+from orchestrator.models.scoring import answer_scores
 from orchestrator.tuning.evaluate import evaluate
 from tests.benchmarks.measure import Line, compare
 from tests.benchmarks.subjects import SIZES, backbone_of, make_encoder, make_model, make_prompts, make_rows

@@ -27,18 +27,18 @@ from typing import Any
 
 import torch
 
-from orchestrator.backbone import PromptTensors, default_device, load_backbone, set_threads
-from orchestrator.base_model import resolve_model
 from orchestrator.data.dataset import load_split
-from orchestrator.evaluation import majority
-from orchestrator.job_file import load_job
-from orchestrator.scoring import answer_scores
+from orchestrator.job.spec import DataFiles, JobSpec, RowLimits
+from orchestrator.job.yaml import load_job
+from orchestrator.models.backbone import PromptTensors, default_device, load_backbone, set_threads
+from orchestrator.models.scoring import answer_scores
+from orchestrator.models.source import resolve_model
 from orchestrator.search.prepare import Prepared, likely_trials, prepare
-from orchestrator.spec import DataFiles, JobSpec, RowLimits
 from orchestrator.tuning.checkpoint import TrialState
 from orchestrator.tuning.engine import Engine
 from orchestrator.tuning.make import make_engine
-from orchestrator.tuning.report import EvaluationJob
+from orchestrator.tuning.reports import EvaluationJob
+from orchestrator.workbench.evaluate import majority
 
 SPLITS = ("validation", "test")
 

@@ -17,10 +17,10 @@ from typing import Any
 import httpx
 
 from orchestrator.artifact import BaseModelRecord, PromptArtifact
-from orchestrator.backbone import load_backbone
-from orchestrator.base_model import resolve_model
+from orchestrator.job.spec import BaseModelSpec
+from orchestrator.models.backbone import load_backbone
+from orchestrator.models.source import resolve_model
 from orchestrator.registry import Registry
-from orchestrator.spec import BaseModelSpec
 from tests.benchmarks.jobs import random_model
 from tests.benchmarks.measure import Line
 from tests.benchmarks.serving import START_S, free_port

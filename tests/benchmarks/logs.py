@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator.job.spec import TrainSpec
 from orchestrator.registry import Registry, SearchLog
-from orchestrator.spec import TrainSpec
 from orchestrator.tuning.engine import Engine
 from tests.benchmarks import overhead
 from tests.benchmarks.measure import Line

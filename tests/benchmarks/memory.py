@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from orchestrator.backbone import default_device
+from orchestrator.models.backbone import default_device
 from orchestrator.tuning.step import packed_gradients
 from tests.benchmarks.measure import in_fresh_process
 from tests.benchmarks.subjects import SIZES, batches, make_backbone, make_prompts, make_rows

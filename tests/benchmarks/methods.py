@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from orchestrator.spec import JobSpec
+from orchestrator.job.spec import JobSpec
 from tests.benchmarks.jobs import random_model, sst2, trec6
 from tests.benchmarks.measure import Line
 
@@ -82,9 +82,9 @@ def job(base: dict[str, Any], method: str, setting: Setting) -> dict[str, Any]:
 def lines(setting: Setting, only: str = "", out: Path | None = None) -> list[Line]:
     """A line for each method on each data set; pages of the comparisons go into ``out``."""
     # Neither Ray nor MLflow is there before a search needs it.
-    from orchestrator.report import comparison, comparison_page, read_facts
-    from orchestrator.search.cluster_session import ray_session
-    from orchestrator.search.saved import find_search
+    from orchestrator.cluster.session import ray_session
+    from orchestrator.search.report import comparison, comparison_page, read_facts
+    from orchestrator.search.state.saved import find_search
 
     found: list[Line] = []
     for name, make in setting.data.items():
@@ -124,7 +124,7 @@ def _run(document: dict[str, Any]) -> str:
     from rich.console import Console
 
     from orchestrator.cli.progress import ConsoleProgress
-    from orchestrator.run import run_job
+    from orchestrator.search.run import run_job
 
     spec = JobSpec.model_validate(document)
     found = run_job(spec, ConsoleProgress(spec, Console(stderr=True), quiet=True))

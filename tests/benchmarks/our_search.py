@@ -69,7 +69,7 @@ def held_bytes() -> int:
 
 def watched_loop(config: dict[str, Any]) -> None:
     """The worker's own loop, in the worker; when it worked on what goes to a file. Ends with the memory's peak."""
-    from orchestrator.search import worker
+    from orchestrator.search.workers import worker
     from orchestrator.tuning.engine import Engine
 
     name = config["worker"].name
@@ -135,7 +135,8 @@ def plain_backbone(backbone: Any) -> None:
 @contextmanager
 def prepared_process(asked: Asked) -> Iterator[None]:
     """What was asked, in this process and, by its environment, in those that Ray starts."""
-    from orchestrator.search import study, worker_group
+    from orchestrator.search.study.study import study
+    from orchestrator.search.workers import train_group as worker_group
 
     os.environ[WORK] = asked.folder
     if asked.plain_step:
@@ -164,7 +165,7 @@ def _cluster(nodes: int) -> Iterator[None]:
     import ray
     from ray.cluster_utils import Cluster
 
-    from orchestrator.search.cluster_session import ENVIRONMENT
+    from orchestrator.cluster.session import ENVIRONMENT
 
     os.environ.update(ENVIRONMENT)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
@@ -180,8 +181,8 @@ def _cluster(nodes: int) -> Iterator[None]:
 
 
 def main(asked: Asked) -> None:
-    from orchestrator.job_file import load_job
-    from orchestrator.run import run_job
+    from orchestrator.job.yaml import load_job
+    from orchestrator.search.run import run_job
 
     file = Path("job.yaml")
     file.write_text(json.dumps(asked.job))
@@ -216,7 +217,7 @@ def profiled(work: Callable[[], Any]) -> Any:
 
 
 if __name__ == "__main__":
-    from orchestrator.importing import unfreed
+    from orchestrator.utils.imports import unfreed
 
     main(Asked(**json.loads(sys.argv[1])))
     unfreed()

@@ -17,9 +17,9 @@ from unittest.mock import patch
 
 import torch
 
-from orchestrator.backbone import CausalBackbone, Rows, default_device
-from orchestrator.space import TrialSpec
-from orchestrator.spec import SearchSpec, TrainSpec
+from orchestrator.job.space import TrialSpec
+from orchestrator.job.spec import SearchSpec, TrainSpec
+from orchestrator.models.backbone import CausalBackbone, Rows, default_device
 from orchestrator.tuning import engine as engine_module
 from orchestrator.tuning import step as step_module
 from orchestrator.tuning.engine import Engine, Task

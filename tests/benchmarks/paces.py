@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from orchestrator.backbone import Backbone, load_backbone
-from orchestrator.spec import JobSpec
+from orchestrator.job.spec import JobSpec
+from orchestrator.models.backbone import Backbone, load_backbone
 from orchestrator.tuning.engine import Engine, Slot
 from orchestrator.tuning.make import make_engine
 from tests.benchmarks import methods

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from orchestrator.backbone import CausalBackbone, default_device
+from orchestrator.models.backbone import CausalBackbone, default_device
 from orchestrator.tuning.step import packed_gradients
 from tests.benchmarks import memory
 from tests.benchmarks.measure import Line, compare

@@ -118,10 +118,10 @@ class Moments(tune.Callback):
 def main(asked: Asked) -> None:
     import ray
 
-    from orchestrator.job_file import load_job
-    from orchestrator.search.cluster_session import ENVIRONMENT
+    from orchestrator.cluster.session import ENVIRONMENT
+    from orchestrator.job.yaml import load_job
     from orchestrator.search.prepare import prepare
-    from orchestrator.search.study import scheduler
+    from orchestrator.search.study.study import scheduler
     from tests.benchmarks.peer_training import Data, start_ids
 
     os.environ.update(ENVIRONMENT)

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orchestrator.data.bucketing import step_rows
+from orchestrator.data.batches import step_rows
 from orchestrator.data.encoding import Encoded
-from orchestrator.prompts.inits import InitContext, initial_prompt
-from orchestrator.space import TrialSpec
+from orchestrator.job.space import TrialSpec
+from orchestrator.tuning.prompts.inits import InitContext, initial_prompt
 
 IGNORED = -100
 FORWARD_ROWS = 64  # of an evaluation

@@ -24,11 +24,11 @@ import psutil
 import torch
 
 from orchestrator.registry import LiveModel
-from orchestrator.serving.metrics import Metrics
-from orchestrator.serving.prompt_store import PromptStore
-from orchestrator.serving.protocol import CompletionRequest, parse_body
-from orchestrator.serving.routes import make_api
-from orchestrator.serving.service import PromptService
+from orchestrator.serving.http.metrics import Metrics
+from orchestrator.serving.http.protocol import CompletionRequest, parse_body
+from orchestrator.serving.http.routes import make_api
+from orchestrator.serving.http.service import PromptService
+from orchestrator.serving.prompts.store import PromptStore
 from tests.benchmarks.serving_subject import NullEngine, save_prompts
 from tests.benchmarks.subjects import SIZES, backbone_of, make_model
 

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.errors import JobFailed
+from orchestrator.job.space import TrialSpec
 from orchestrator.registry import Registry
-from orchestrator.search.broker import Broker, Entry
-from orchestrator.space import TrialSpec
-from orchestrator.tuning.report import Report
+from orchestrator.search.workers.broker import Broker, Entry
+from orchestrator.tuning.reports import Report
 from tests.benchmarks.measure import Line, in_fresh_process
 from tests.filled_store import fill
 

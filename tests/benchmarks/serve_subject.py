@@ -19,9 +19,9 @@ from ray import serve
 from ray.serve.config import HTTPOptions
 from ray.serve.schema import LoggingConfig
 
-from orchestrator.serving.engine import Engine
-from orchestrator.serving.replica import Replica
-from orchestrator.serving.service import RequestLimits
+from orchestrator.serving.deploy.replica import Replica
+from orchestrator.serving.engine.engine import Engine
+from orchestrator.serving.http.service import RequestLimits
 from tests.benchmarks.serving_subject import NullEngine, ours
 
 

@@ -20,12 +20,12 @@ from fastapi import FastAPI, Request
 
 from orchestrator.artifact import BaseModelRecord, DataRecord, Manifest, PromptArtifact
 from orchestrator.registry import LiveModel
-from orchestrator.serving.engine import Engine
-from orchestrator.serving.generation import Completion, Sampling
-from orchestrator.serving.prompt_store import PromptStore
-from orchestrator.serving.routes import make_api
-from orchestrator.serving.served_prompt import ServedPrompt
-from orchestrator.serving.service import PromptService
+from orchestrator.serving.engine.engine import Engine
+from orchestrator.serving.engine.generation import Completion, Sampling
+from orchestrator.serving.http.routes import make_api
+from orchestrator.serving.http.service import PromptService
+from orchestrator.serving.prompts.served_prompt import ServedPrompt
+from orchestrator.serving.prompts.store import PromptStore
 from tests.benchmarks.subjects import CONTEXT, SIZES, backbone_of, make_model, make_tokenizer
 
 MAX_ROWS = 64

@@ -15,10 +15,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from orchestrator.backbone import CausalBackbone, default_device
 from orchestrator.data.encoding import Encoded
-from orchestrator.prompts import InitContext, Method, Prompt, make_prompt
-from orchestrator.space import TrialSpec
+from orchestrator.job.space import TrialSpec
+from orchestrator.models.backbone import CausalBackbone, default_device
+from orchestrator.tuning.prompts import InitContext, Method, Prompt, make_prompt
 from orchestrator.tuning.step import packed_gradients
 from tests.benchmarks import operations
 from tests.benchmarks.measure import Line, compare

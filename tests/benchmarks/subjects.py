@@ -13,10 +13,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from orchestrator.backbone import CausalBackbone
-from orchestrator.base_model import BaseModelInfo
 from orchestrator.data.encoding import Encoded, Encoder
 from orchestrator.data.template import Template, Verbalizer
+from orchestrator.models.backbone import CausalBackbone
+from orchestrator.models.source import BaseModelInfo
 
 CONTEXT = 1024
 END = 0

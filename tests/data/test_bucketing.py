@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.data.bucketing import length_groups, step_rows
+from orchestrator.data.batches import length_groups, step_rows
 
 lengths = st.lists(st.integers(1, 60), min_size=1, max_size=40)
 limits = st.none() | st.integers(1, 400)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from orchestrator.data.dataset import RowSplits, load_rows, load_split, read_file, set_aside
 from orchestrator.errors import BadInput
-from orchestrator.spec import DataSpec
+from orchestrator.job.spec import DataSpec
 
 ROWS = [{"text": f"row {number}, “quoted”\tand {{braced}}", "label": number % 2} for number in range(20)]
 
@@ -258,7 +258,7 @@ def test_a_hub_name_without_a_network() -> None:
 import orchestrator
 from orchestrator.data.dataset import load_rows
 from orchestrator.errors import Unreachable
-from orchestrator.spec import DataSpec
+from orchestrator.job.spec import DataSpec
 try:
     load_rows(DataSpec(path="nobody/nothing-of-that-name", template="{text}", target="label"))
 except Unreachable as error:

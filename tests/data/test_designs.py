@@ -8,7 +8,7 @@ from models import tiny_tokenizer
 
 from orchestrator.data.dataset import RowSplits
 from orchestrator.data.designs import Design, Designs
-from orchestrator.spec import DataSpec
+from orchestrator.job.spec import DataSpec
 
 TRAIN: list[dict[str, Any]] = [
     {"text": "the quick brown fox jumps", "label": 0},

@@ -22,7 +22,7 @@ from orchestrator.data.encoding import (
 )
 from orchestrator.data.template import Template, Verbalizer
 from orchestrator.errors import BadInput
-from orchestrator.spec import DataSpec
+from orchestrator.job.spec import DataSpec
 
 TOKENIZERS = {"bytes": tiny_tokenizer, "spaced": spaced_tokenizer}
 cells = st.text(max_size=80) | st.text("ab {}é日", max_size=80) | st.none() | st.integers()

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import closing_tokenizer, cloze_tokenizer, spaced_tokenizer, tiny_tokenizer
 
-from orchestrator.base_model import Family
 from orchestrator.data.encoding import SENTINEL, Encoder
 from orchestrator.data.template import Mark, Template, Verbalizer
 from orchestrator.errors import BadInput
-from orchestrator.placing import BLANK, marker
+from orchestrator.models.placeholders import BLANK, marker
+from orchestrator.models.source import Family
 
 TOKENIZERS = {"causal": tiny_tokenizer(), "seq2seq": closing_tokenizer(), "masked": cloze_tokenizer()}
 FAMILIES: list[Family] = ["causal", "seq2seq", "masked"]

@@ -10,14 +10,14 @@ import pytest
 from models import load, model_folder
 from small_jobs import small_job
 
-from orchestrator.base_model import resolve_model
-from orchestrator.baselines.store import save_result
 from orchestrator.data.dataset import cut_in_two, load_rows
 from orchestrator.errors import BadInput, SpecError
+from orchestrator.models.source import resolve_model
 from orchestrator.search.prepare import prepare
+from orchestrator.tuning.baselines.store import save_result
 from orchestrator.tuning.checkpoint import TrialState
 from orchestrator.tuning.make import make_engine
-from orchestrator.tuning.report import EvaluationJob
+from orchestrator.tuning.reports import EvaluationJob
 
 TEXT = "the quick brown fox jumps over the lazy dog"
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from orchestrator.base_model import resolve_model
 from orchestrator.data.cells import cell_text
 from orchestrator.data.dataset import SPLITS, RowSplits, load_rows
 from orchestrator.data.encoding import make_encoder
-from orchestrator.spec import BaseModelSpec, DataSpec
+from orchestrator.job.spec import BaseModelSpec, DataSpec
+from orchestrator.models.source import resolve_model
 
 SHARED = Path(__file__).parents[3] / "shared"
 ROWS = 500  # of each split; the cells of all rows are compared

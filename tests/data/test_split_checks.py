@@ -15,7 +15,7 @@ from orchestrator.data.encoding import make_encoder
 from orchestrator.data.source_row import SourceRow
 from orchestrator.data.split_checks import Finding, check_distinct_tokens, check_splits, judge
 from orchestrator.errors import BadInput
-from orchestrator.spec import DataSpec
+from orchestrator.job.spec import DataSpec
 
 VERBALIZER = {"a": " x", "b": " y"}
 CLASSES = data("x", verbalizer=VERBALIZER)

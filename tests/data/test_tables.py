@@ -27,7 +27,7 @@ from orchestrator.data.cells import is_missing
 from orchestrator.data.dataset import load_rows, read_file
 from orchestrator.data.tables import Table, read_table, table_suffix
 from orchestrator.errors import BadInput
-from orchestrator.spec import CsvSpec, DataSpec
+from orchestrator.job.spec import CsvSpec, DataSpec
 
 COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
     "": lambda data: data,

@@ -17,7 +17,7 @@ from orchestrator.data.encoding import make_encoder
 from orchestrator.data.source_row import SourceRow
 from orchestrator.data.used_columns import UsedColumns
 from orchestrator.errors import BadInput
-from orchestrator.spec import DataSpec
+from orchestrator.job.spec import DataSpec
 
 MISSING = [None, float("nan"), pd.NA, pd.NaT, "", "  ", "\n"]
 

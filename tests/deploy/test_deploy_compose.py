@@ -12,8 +12,8 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from orchestrator.serving.access import read_keys
-from orchestrator.serving.options import options_from
+from orchestrator.serving.deploy.options import options_from
+from orchestrator.serving.http.access import read_keys
 from tests.deploy.manifests import DEPLOY, KUBERNETES, OURS, built, check_ray_command, found, version
 
 FOLDER = DEPLOY / "compose"
@@ -105,7 +105,7 @@ def test_secrets_are_files_that_commands_make(tmp_path: Path) -> None:
 
 def test_keys_for_the_service_can_be_made_into_the_folder(tmp_path: Path) -> None:
     """The commands of the file's head leave a key file that the service reads, and Prometheus' key in clear."""
-    from orchestrator.serving.access import add_key
+    from orchestrator.serving.http.access import add_key
 
     keys = tmp_path / "keys.json"
     assert add_key(keys, "web") != add_key(keys, "metrics")

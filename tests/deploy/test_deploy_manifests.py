@@ -15,9 +15,9 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from orchestrator.job_file import load_job
-from orchestrator.search.placement import Node, place
-from orchestrator.serving.options import ServeOptions, options_from
+from orchestrator.job.yaml import load_job
+from orchestrator.search.workers.placement import Node, place
+from orchestrator.serving.deploy.options import ServeOptions, options_from
 from tests.deploy.manifests import (
     BASES,
     DEPLOY,

@@ -12,11 +12,11 @@ from typing import Any, cast
 import pytest
 import yaml
 
-from orchestrator.serving.access import OPEN_PATHS
-from orchestrator.serving.metrics import Metrics
-from orchestrator.serving.prompt_store import PromptStore
-from orchestrator.serving.routes import make_api
-from orchestrator.serving.service import PromptService
+from orchestrator.serving.http.access import OPEN_PATHS
+from orchestrator.serving.http.metrics import Metrics
+from orchestrator.serving.http.routes import make_api
+from orchestrator.serving.http.service import PromptService
+from orchestrator.serving.prompts.store import PromptStore
 from tests.deploy.manifests import DEPLOY, KUBERNETES, all_pods, built, labels, whole_pods
 
 MONITORING = KUBERNETES / "monitoring"

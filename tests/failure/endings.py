@@ -31,7 +31,7 @@ from mlflow_server import Server
 from models import save_model
 from small_jobs import write_job
 
-from orchestrator.registry.searches import HISTORY_EXPERIMENT as LEDGER
+from orchestrator.registry.runs.searches import HISTORY_EXPERIMENT as LEDGER
 
 LIMIT_S = 180.0  # of a whole attempt
 ENDS_S = 75.0  # from what ends it to its end
@@ -54,7 +54,7 @@ NEVER = ("Traceback", "unforeseen error", "core_worker", "*** SIG", "Segmentatio
 # The program as it is, but for its patience with an MLflow that went away for good: ten minutes.
 COMMAND = """
 import os
-import orchestrator.run as run
+import orchestrator.search.run as run
 from orchestrator.errors import BadInput
 from orchestrator.cli.progress import ConsoleProgress
 from orchestrator.registry import Registry

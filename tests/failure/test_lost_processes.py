@@ -10,7 +10,7 @@ import pytest
 from ray_state import actors
 from small_jobs import Finished, close, run_search, search_runs, write_job
 
-from orchestrator.tuning.report import Report
+from orchestrator.tuning.reports import Report
 
 pytestmark = [pytest.mark.failure, pytest.mark.long, pytest.mark.timeout(900)]  # whole searches, several a test
 

@@ -17,11 +17,11 @@ from ray_state import eventually
 from registry.conftest import Server
 from small_jobs import Finished, Recorder, close, run_search, search_runs, write_job
 
-from orchestrator.resume import resume_search
-from orchestrator.search.journal import read_history
-from orchestrator.search.remote import JOURNAL, RemoteHome
-from orchestrator.search.saved import find_search
-from orchestrator.tuning.report import Report
+from orchestrator.search.resume import resume_search
+from orchestrator.search.state.journal import read_history
+from orchestrator.search.state.object_store_copy import JOURNAL, RemoteHome
+from orchestrator.search.state.saved import find_search
+from orchestrator.tuning.reports import Report
 
 AWAY_S = 60.0
 

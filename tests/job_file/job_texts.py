@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import Problem, SpecError
-from orchestrator.job_file import load_job
-from orchestrator.spec import JobSpec
+from orchestrator.job.spec import JobSpec
+from orchestrator.job.yaml import load_job
 
 GOOD = """\
 name: sms-spam

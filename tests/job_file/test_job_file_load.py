@@ -11,7 +11,7 @@ import pytest
 from job_texts import BAD, GOOD, Files
 
 from orchestrator.errors import SpecError
-from orchestrator.job_file import load_job
+from orchestrator.job.yaml import load_job
 
 
 def test_a_good_file_loads(files: Files) -> None:
@@ -84,6 +84,6 @@ def test_a_spec_error_survives_pickle(files: Files) -> None:
 
 def test_reading_a_job_imports_nothing_heavy() -> None:
     """Neither torch nor Ray nor their kin load with the job spec."""
-    code = "import sys, orchestrator.job_file, orchestrator.space; print(*sys.modules)"
+    code = "import sys, orchestrator.job.yaml, orchestrator.job.space; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "ray", "transformers", "mlflow", "datasets", "numpy"} & set(modules)

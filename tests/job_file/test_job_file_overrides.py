@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from job_texts import GOOD, Files, swap
 
-from orchestrator.spec import DataFiles, LogUniform
+from orchestrator.job.spec import DataFiles, LogUniform
 
 
 def test_an_override_sets_a_key_and_makes_the_mappings_on_the_way(files: Files) -> None:

@@ -13,7 +13,7 @@ from job_texts import GOOD, Files
 from pydantic import ValidationError
 
 from orchestrator.errors import SpecError
-from orchestrator.spec import JobSpec
+from orchestrator.job.spec import JobSpec
 
 FULL: dict[str, Any] = {
     "name": "x",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from job_texts import GOOD, Files, swap
 
-from orchestrator.spec import TextInit
+from orchestrator.job.spec import TextInit
 
 
 def test_yes_and_no_are_words(files: Files) -> None:

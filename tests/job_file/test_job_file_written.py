@@ -11,9 +11,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from orchestrator.errors import SpecError
-from orchestrator.job_file import load_job, write
-from orchestrator.job_file.tree import grow
-from orchestrator.job_file.yaml_text import compose
+from orchestrator.job.yaml import load_job, write
+from orchestrator.job.yaml.scalars import compose
+from orchestrator.job.yaml.tree import grow
 
 labels = st.text(max_size=6) | st.integers() | st.booleans() | st.floats(allow_nan=False, allow_infinity=False)
 numbers = st.from_regex(r"[-+]?\.?[0-9]{1,3}([.eE_x:][-+0-9]{0,3})?", fullmatch=True)

@@ -11,8 +11,8 @@ from models import encoder_for, spaced_tokenizer, tiny_backbone, tiny_tokenizer
 from torch import Tensor
 
 from orchestrator.errors import BadInput
-from orchestrator.prompts.inits import InitContext, frequent_ids, initial_prefix, initial_prompt
-from orchestrator.space import TrialSpec
+from orchestrator.job.space import TrialSpec
+from orchestrator.tuning.prompts.inits import InitContext, frequent_ids, initial_prefix, initial_prompt
 
 ANSWERS = encoder_for("several tokens").answers
 CONTEXT = InitContext.of(tiny_backbone(), ANSWERS)

@@ -6,11 +6,11 @@ import pytest
 import torch
 from models import tiny_backbone
 
-from orchestrator.prompts import InitContext, Method, make_prompt
-from orchestrator.prompts.inits import initial_prefix, initial_prompt
-from orchestrator.prompts.p_tuning import EncodedPrompt, LstmEncoder
-from orchestrator.prompts.prefix import MlpSite, Prefix
-from orchestrator.space import TrialSpec
+from orchestrator.job.space import TrialSpec
+from orchestrator.tuning.prompts import InitContext, Method, make_prompt
+from orchestrator.tuning.prompts.inits import initial_prefix, initial_prompt
+from orchestrator.tuning.prompts.p_tuning import EncodedPrompt, LstmEncoder
+from orchestrator.tuning.prompts.prefix import MlpSite, Prefix
 
 CONTEXT = InitContext.of(tiny_backbone(), [[5], [6, 7]])
 RANDOM = TrialSpec("random", None, 4, 0.1, 0)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.quickstart import quickstart_model
+from orchestrator.models.builtin import quickstart_model
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.quickstart import Recipe, cache_folder, quickstart_model
+from orchestrator.models.builtin import Recipe, cache_folder, quickstart_model
 
 TINY = Recipe(documents=64, hidden_size=16, layers=1, heads=2, key_value_heads=1, intermediate_size=16)
 
@@ -57,7 +57,7 @@ def test_an_interrupted_making_leaves_nothing(cache: Path) -> None:
 def test_two_processes_at_once_make_one(cache: Path) -> None:
     """One trains and the other waits; both get the same whole folder, and no library draws bars of its own."""
     code = (
-        "from orchestrator.quickstart import Recipe, quickstart_model; steps = []; "
+        "from orchestrator.models.builtin import Recipe, quickstart_model; steps = []; "
         f"print(quickstart_model(lambda *step: steps.append(step), {TINY!r}), len(steps))"
     )
     environment = {**os.environ, "ORCHESTRATOR_CACHE": str(cache)}

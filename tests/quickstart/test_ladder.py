@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.backbone import Backbone, check_exact, load_backbone, weights_fingerprint
-from orchestrator.base_model import ModelSource
 from orchestrator.errors import BadInput
-from orchestrator.quickstart import BUILTIN_DATA, BUILTIN_MODELS, SPLIT_SIZES, builtin_model, builtin_rows
-from orchestrator.quickstart.labels import FACETS, TASKS, UNSEEN, WORDS, label_documents
-from orchestrator.quickstart.ladder import RUNGS, SENTINELS, Rung, ladder_model
-from orchestrator.quickstart.language_model import Row
-from orchestrator.quickstart.objectives import IGNORED, cut_in_two, masked, span_corrupted
+from orchestrator.models.backbone import Backbone, check_exact, load_backbone, weights_fingerprint
+from orchestrator.models.builtin import BUILTIN_DATA, BUILTIN_MODELS, SPLIT_SIZES, builtin_model, builtin_rows
+from orchestrator.models.builtin.labels import FACETS, TASKS, UNSEEN, WORDS, label_documents
+from orchestrator.models.builtin.ladder import RUNGS, SENTINELS, Rung, ladder_model
+from orchestrator.models.builtin.language_model import Row
+from orchestrator.models.builtin.objectives import IGNORED, cut_in_two, masked, span_corrupted
+from orchestrator.models.source import ModelSource
 
 TINY = Rung(documents=160, hidden_size=16, layers=1, heads=2, key_value_heads=1, intermediate_size=16)
 FAMILIES = {"causal": "causal", "encdec": "seq2seq", "masked": "masked"}

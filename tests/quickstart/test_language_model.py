@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from orchestrator.quickstart import INSTRUCTIONS, TEMPLATE, VERBALIZER, Recipe, quickstart_rows
-from orchestrator.quickstart.corpus import documents
-from orchestrator.quickstart.language_model import BOS_ID, EOS_ID, PAD_ID, encode, train_tokenizer
-from orchestrator.quickstart.optimizer import orthogonal
+from orchestrator.models.builtin import INSTRUCTIONS, TEMPLATE, VERBALIZER, Recipe, quickstart_rows
+from orchestrator.models.builtin.corpus import documents
+from orchestrator.models.builtin.language_model import BOS_ID, EOS_ID, PAD_ID, encode, train_tokenizer
+from orchestrator.models.builtin.optimizer import orthogonal
 
 ROWS = quickstart_rows()["test"]
 

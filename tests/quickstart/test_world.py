@@ -11,9 +11,9 @@ from dataclasses import astuple
 import pytest
 
 from orchestrator.errors import BadInput
-from orchestrator.quickstart import SPLIT_SIZES, TASKS, Recipe, quickstart_rows
-from orchestrator.quickstart.corpus import documents, every_facts
-from orchestrator.quickstart.world import part_of, reviews
+from orchestrator.models.builtin import SPLIT_SIZES, TASKS, Recipe, quickstart_rows
+from orchestrator.models.builtin.corpus import documents, every_facts
+from orchestrator.models.builtin.world import part_of, reviews
 
 # What Recipe.version stands for. When this changes, raise the version with it: caches are named by the recipe alone.
 VERSION, CORPUS = 2, "822d45f76a1bf3e2"
@@ -64,7 +64,7 @@ def test_an_unknown_task_is_refused_with_those_there_are() -> None:
 def test_rows_need_no_torch() -> None:
     """Neither the import nor the rows load torch or transformers."""
     code = (
-        "import sys; from orchestrator.quickstart import quickstart_rows; quickstart_rows(); "
+        "import sys; from orchestrator.models.builtin import quickstart_rows; quickstart_rows(); "
         "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

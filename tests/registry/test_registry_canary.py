@@ -11,7 +11,7 @@ import pytest
 
 from orchestrator.errors import BadInput
 from orchestrator.registry import Canary, LiveModel, Registry
-from orchestrator.registry.canary import CANARY_TAG, read_canary
+from orchestrator.registry.aliases.canary import CANARY_TAG, read_canary
 
 
 def test_a_canary_is_set_seen_and_ended(registry: Registry, name: str, register: Callable[..., int]) -> None:

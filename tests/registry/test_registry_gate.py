@@ -15,9 +15,9 @@ import pytest
 
 from orchestrator.artifact import GenerationRecord, Manifest, VerbalizerEntry, read_manifest
 from orchestrator.errors import BadInput, OrchestratorError
-from orchestrator.registry import Move, Overtaken, Registry, ledger
-from orchestrator.registry.history import who
-from orchestrator.registry.promotion import (
+from orchestrator.registry import Move, Overtaken, Registry
+from orchestrator.registry.aliases import ledger
+from orchestrator.registry.aliases.gate import (
     EVALUATION_TAG,
     METRIC_TAG,
     Candidate,
@@ -25,6 +25,7 @@ from orchestrator.registry.promotion import (
     differences,
     verdict,
 )
+from orchestrator.registry.aliases.moves import who
 
 Serve = Callable[..., int]
 

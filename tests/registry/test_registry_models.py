@@ -213,7 +213,7 @@ def test_a_failed_registration_leaves_nothing(
     """Neither a registered model without versions nor a version that never becomes ready."""
     from mlflow.exceptions import MlflowException
 
-    from orchestrator.registry import publish
+    from orchestrator.registry.versions import publish
 
     with registry.start_search(name, {}, {}) as search:
         pass

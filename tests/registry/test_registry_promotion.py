@@ -8,7 +8,7 @@ import pytest
 from test_artifact import manifest
 
 from orchestrator.artifact import GenerationRecord
-from orchestrator.registry.promotion import Candidate, verdict
+from orchestrator.registry.aliases.gate import Candidate, verdict
 
 GREEDY, BEAMS = (GenerationRecord(max_tokens=32, num_beams=beams) for beams in (1, 5))
 

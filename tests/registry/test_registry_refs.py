@@ -11,10 +11,10 @@ import pytest
 
 from orchestrator.errors import BadInput
 from orchestrator.registry import ModelRef, Registry, parse_ref, printable
-from orchestrator.registry.entries import Entry, as_texts, coalesce, load_entries, run_label, save_entries
-from orchestrator.registry.history import Kind, Move, former_holder, read_moves
-from orchestrator.registry.refs import nearest
+from orchestrator.registry.aliases.moves import Kind, Move, former_holder, read_moves
+from orchestrator.registry.runs.entries import Entry, as_texts, coalesce, load_entries, run_label, save_entries
 from orchestrator.registry.store import normalised
+from orchestrator.registry.versions.refs import nearest
 from orchestrator.utils.text import mask_secrets
 
 

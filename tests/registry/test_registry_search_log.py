@@ -13,7 +13,7 @@ import pytest
 from orchestrator.artifact import DataRecord
 from orchestrator.errors import BadInput, JobFailed, Unreachable
 from orchestrator.registry import Registry
-from orchestrator.registry.entries import load_entries
+from orchestrator.registry.runs.entries import load_entries
 
 CONFIG = {"init": {"text": "Classify."}, "num_virtual_tokens": 20, "learning_rate": 0.3, "seed": 1}
 

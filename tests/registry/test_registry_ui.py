@@ -12,12 +12,12 @@ from browser import check_pages, mlflow_pages, needs_browser, read_page, text_of
 from mlflow import MlflowClient
 from small_jobs import Finished, search_runs
 
+from orchestrator.job.space import TrialSpec
+from orchestrator.job.spec import JobSpec
 from orchestrator.registry import Registry
-from orchestrator.report.facts import SearchFacts, TrialFacts
-from orchestrator.report.figures import FIGURES, draw
-from orchestrator.report.page import page
-from orchestrator.space import TrialSpec
-from orchestrator.spec import JobSpec
+from orchestrator.search.report.facts import SearchFacts, TrialFacts
+from orchestrator.search.report.figures import FIGURES, draw
+from orchestrator.search.report.page import page
 
 INITS = ("random", "sample_vocab", "class_labels")
 

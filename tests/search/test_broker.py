@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from orchestrator.errors import JobFailed
-from orchestrator.search import broker as broker_module
-from orchestrator.search.broker import Broker, Orders, Place
-from orchestrator.search.population import Population
-from orchestrator.spec import JobSpec
-from orchestrator.tuning.report import Copied, Ending, EvaluationJob, Report
+from orchestrator.job.spec import JobSpec
+from orchestrator.search.study.population import Population
+from orchestrator.search.workers import broker as broker_module
+from orchestrator.search.workers.broker import Broker, Orders, Place
+from orchestrator.tuning.reports import Copied, Ending, EvaluationJob, Report
 
 LIMIT_S = 30.0  # only a deadlock takes this long
 

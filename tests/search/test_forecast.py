@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from ray.tune.schedulers import TrialScheduler
 
-from orchestrator.search.forecast import Pace, forecast, rungs, stopping_rule
-from orchestrator.search.study import scheduler
-from orchestrator.spec import SearchSpec, TrainSpec
+from orchestrator.job.spec import SearchSpec, TrainSpec
+from orchestrator.search.plan.forecast import Pace, forecast, rungs, stopping_rule
+from orchestrator.search.study.study import scheduler
 
 PACE = Pace(step_alone=1.0, step_packed=1.5, evaluation_alone=10.0, evaluation_packed=13.0, packed=3)
 FIFO = SearchSpec(scheduler="fifo")

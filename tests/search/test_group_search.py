@@ -12,7 +12,7 @@ import pytest
 from ray_state import actors
 from small_jobs import Finished, close, run_search, write_job
 
-from orchestrator.tuning.report import Report
+from orchestrator.tuning.reports import Report
 
 # Updates in proportion to gradients: with adamw's first ones a rounded zero decides the sign.
 CHANGES = {

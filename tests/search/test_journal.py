@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from orchestrator.errors import BadInput
-from orchestrator.search.events import Ended, Event, Found, Reported, Started
-from orchestrator.search.folder import SearchFolder
-from orchestrator.search.history import History
-from orchestrator.search.journal import Journal, read_history
-from orchestrator.search.recorder import Recorder
-from orchestrator.space import TrialSpec
+from orchestrator.job.space import TrialSpec
+from orchestrator.search.state.events import Ended, Event, Found, Reported, Started
+from orchestrator.search.state.folder import SearchFolder
+from orchestrator.search.state.history import History
+from orchestrator.search.state.journal import Journal, read_history
+from orchestrator.search.state.recorder import Recorder
 from orchestrator.tuning.checkpoint import TrialState
-from orchestrator.tuning.report import Report
+from orchestrator.tuning.reports import Report
 
 SPEC = TrialSpec("random", None, 2, 0.1, 0)
 

@@ -18,11 +18,11 @@ from models import model_folder
 from ray.cluster_utils import Cluster
 from small_jobs import write_job
 
-from orchestrator.base_model import resolve_model
 from orchestrator.errors import JobFailed
-from orchestrator.search import model_files
-from orchestrator.search.model_files import ModelFiles, fetched, model_source, start_files
-from orchestrator.spec import BaseModelSpec
+from orchestrator.job.spec import BaseModelSpec
+from orchestrator.models.source import resolve_model
+from orchestrator.search.workers import model_files
+from orchestrator.search.workers.model_files import ModelFiles, fetched, model_source, start_files
 
 
 @pytest.fixture

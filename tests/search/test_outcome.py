@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from orchestrator.search.outcome import Outcome
-from orchestrator.space import TrialSpec
-from orchestrator.spec import SearchSpec
-from orchestrator.tuning.report import Copied, Report
+from orchestrator.job.space import TrialSpec
+from orchestrator.job.spec import SearchSpec
+from orchestrator.search.state.trials import Outcome
+from orchestrator.tuning.reports import Copied, Report
 
 SPEC = TrialSpec("random", None, 5, 0.1, 0)
 OTHER = TrialSpec("sample_vocab", None, 20, 0.12, 0)

@@ -5,8 +5,16 @@ from __future__ import annotations
 import pytest
 
 from orchestrator.errors import BadInput
-from orchestrator.search.placement import CPU_SLOTS, GPU_SLOTS, TRIAL_CPUS, Node, Placement, place, room_for_groups
-from orchestrator.spec import ResourcesSpec
+from orchestrator.job.spec import ResourcesSpec
+from orchestrator.search.workers.placement import (
+    CPU_SLOTS,
+    GPU_SLOTS,
+    TRIAL_CPUS,
+    Node,
+    Placement,
+    place,
+    room_for_groups,
+)
 
 AUTO = ResourcesSpec()
 

@@ -13,17 +13,17 @@ from models import load, model_folder, small_task
 from ray_state import eventually, holders
 from small_jobs import Command, Recorder, small_job, write_job
 
-from orchestrator.backbone import bytes_elsewhere
 from orchestrator.errors import BadInput, JobFailed
-from orchestrator.job_file import load_job
-from orchestrator.run import run_job
-from orchestrator.search import measure as measure_module
-from orchestrator.search.forecast import Pace
-from orchestrator.search.measure import Measured, cut, in_child, measure, shortened, spread
-from orchestrator.search.placement import Node, Placement, place
-from orchestrator.search.plan import END_S, WORKERS_S, Plan, estimate
+from orchestrator.job.yaml import load_job
+from orchestrator.models.backbone import bytes_elsewhere
+from orchestrator.search.plan.forecast import Pace
+from orchestrator.search.plan.measure import Measured, cut, in_child, measure, shortened, spread
+from orchestrator.search.plan.plan import END_S, WORKERS_S, Plan, estimate
+from orchestrator.search.plan.plan import measure as measure_module
+from orchestrator.search.plan.rehearsal import REPORT_S, Moments, Rehearsal, rehearse
 from orchestrator.search.prepare import likely_trials, prepare
-from orchestrator.search.rehearsal import REPORT_S, Moments, Rehearsal, rehearse
+from orchestrator.search.run import run_job
+from orchestrator.search.workers.placement import Node, Placement, place
 
 PLACEMENT = Placement(workers=1, cpus=1, gpus=0.0, threads=1, trials_per_worker=2)
 PACE = Pace(step_alone=0.1, step_packed=0.15, evaluation_alone=1.0, evaluation_packed=1.5, packed=2)

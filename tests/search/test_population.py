@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from orchestrator.search.population import FACTORS, Copy, Population
-from orchestrator.space import TrialSpec
-from orchestrator.spec import JobSpec
-from orchestrator.tuning.report import Report
+from orchestrator.job.space import TrialSpec
+from orchestrator.job.spec import JobSpec
+from orchestrator.search.study.population import FACTORS, Copy, Population
+from orchestrator.tuning.reports import Report
 
 RATES = [0.01, 0.1, 1.0]
 

@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 from small_jobs import job_document, small_job
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import orchestrator.quickstart
+import orchestrator.models.builtin
 from orchestrator.errors import BadInput
-from orchestrator.prompts.inits import InitContext, initial_prefix, initial_prompt
-from orchestrator.quickstart import Recipe
+from orchestrator.job.spec import JobSpec
+from orchestrator.models.builtin import Recipe
 from orchestrator.search.prepare import prepare
-from orchestrator.spec import JobSpec
 from orchestrator.tuning.generate import Decoding
+from orchestrator.tuning.prompts.inits import InitContext, initial_prefix, initial_prompt
 
 TINY = Recipe(documents=64, hidden_size=16, layers=1, heads=2, key_value_heads=1, intermediate_size=16)
 
@@ -90,7 +90,7 @@ def test_texts_that_may_outgrow_the_context_are_refused(tmp_path: Path) -> None:
 def test_making_the_quickstart_model_is_timed_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seconds where it is made, none where it lies in the cache already or the job has another model."""
     monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(orchestrator.quickstart, "Recipe", lambda: TINY)
+    monkeypatch.setattr(orchestrator.models.builtin, "Recipe", lambda: TINY)
     job = small_job(tmp_path, base_model__id="builtin:quickstart")
     making_s = prepare(job).making_s
     assert making_s > 0.01

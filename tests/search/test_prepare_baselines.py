@@ -10,11 +10,11 @@ from models import load, model_folder
 from small_jobs import small_job
 
 from orchestrator.errors import BadInput
-from orchestrator.search.measure import Bench
-from orchestrator.search.placement import Placement
+from orchestrator.search.plan.measure import Bench
 from orchestrator.search.prepare import Prepared, prepare
+from orchestrator.search.workers.placement import Placement
 from orchestrator.tuning.make import make_engine
-from orchestrator.tuning.report import EvaluationJob
+from orchestrator.tuning.reports import EvaluationJob
 
 WORDED = "Is it long? {text} A:"
 
@@ -67,7 +67,7 @@ def test_a_wording_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_missing_library_is_said_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orchestrator.baselines.lora.find_spec", lambda name: None)
+    monkeypatch.setattr("orchestrator.tuning.baselines.lora.find_spec", lambda name: None)
     with pytest.raises(BadInput, match="method lora needs the package peft"):
         prepare(small_job(tmp_path, method="lora", search__space={"learning_rate": 0.1}, data__path={"train": "none"}))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from orchestrator.search.processes import end_processes, save_processes
+from orchestrator.search.state.processes import end_processes, save_processes
 
 SLEEP = "import signal, sys, time; {}; print('up', flush=True); time.sleep(600)"
 

@@ -22,9 +22,9 @@ LIMIT_S = 150.0  # only a hang takes this long
 START = """
 import os, signal, sys, time
 import psutil, ray
-from orchestrator.search.cluster_session import FEW_CORES, ray_beside, started_here
-from orchestrator.search.ready import PROCESSES, make_ready
-from orchestrator.interrupts import Interrupts
+from orchestrator.cluster.session import FEW_CORES, ray_beside, started_here
+from orchestrator.search.workers.prestart import PROCESSES, make_ready
+from orchestrator.utils.interrupts import Interrupts
 
 def children():
     return psutil.Process().children(recursive=True)
@@ -37,7 +37,7 @@ USED = """
 @ray.remote
 class Probe:
     def loaded(self):
-        return "orchestrator.search.worker_group" in sys.modules
+        return "orchestrator.search.workers.train_group" in sys.modules
 
 with ray_beside(then=make_ready) as up:
     assert up() and started_here()
@@ -72,7 +72,7 @@ except ValueError as error:
     print(error, ray.is_initialized(), alive(children()))
 """
 STILL_CALLED = """
-from orchestrator.ray_threads import RayThread
+from orchestrator.cluster.ray_threads import RayThread
 
 @ray.remote
 def slow():
@@ -93,7 +93,7 @@ except ValueError as error:
 """
 STUCK = """
 from orchestrator import leaving_ray
-from orchestrator.ray_threads import RayThread, end_process
+from orchestrator.cluster.ray_threads import RayThread, end_process
 
 @ray.remote
 def endless():

@@ -7,9 +7,9 @@ from typing import Any
 
 import ray
 
-from orchestrator.search.broker import Broker
-from orchestrator.search.study import STOPPED, RelayTrial
-from orchestrator.space import TrialSpec
+from orchestrator.job.space import TrialSpec
+from orchestrator.search.study.study import STOPPED, RelayTrial
+from orchestrator.search.workers.broker import Broker
 
 
 def asked(number: int) -> dict[str, Any]:

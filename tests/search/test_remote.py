@@ -18,13 +18,13 @@ from object_store import object_store, why_no_object_store
 from ray_state import eventually
 
 from orchestrator.errors import BadInput, JobFailed, Unreachable
-from orchestrator.search import remote
-from orchestrator.search.events import Reported, Started
-from orchestrator.search.folder import SearchFolder, check_home, searches_folder
-from orchestrator.search.history import History
-from orchestrator.search.journal import Journal, read_history
-from orchestrator.search.remote import RemoteHome
-from orchestrator.search.saved import find_search
+from orchestrator.search.state import object_store_copy as remote
+from orchestrator.search.state.events import Reported, Started
+from orchestrator.search.state.folder import SearchFolder, check_home, searches_folder
+from orchestrator.search.state.history import History
+from orchestrator.search.state.journal import Journal, read_history
+from orchestrator.search.state.object_store_copy import RemoteHome
+from orchestrator.search.state.saved import find_search
 from tests.search.test_journal import CONFIG, checkpoint, report
 
 WRITER = """

@@ -12,11 +12,11 @@ from small_jobs import job_document, small_job
 
 from orchestrator.data.dataset import load_rows
 from orchestrator.errors import SpecError
-from orchestrator.job_file import load_job
-from orchestrator.search.folder import SearchFolder
+from orchestrator.job.spec import JobSpec
+from orchestrator.job.yaml import load_job
 from orchestrator.search.prepare import prepare
-from orchestrator.search.saved import SavedSearch, load_saved
-from orchestrator.spec import JobSpec
+from orchestrator.search.state.folder import SearchFolder
+from orchestrator.search.state.saved import SavedSearch, load_saved
 
 
 def saved(path: Path, job: JobSpec) -> SearchFolder:

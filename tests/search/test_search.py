@@ -14,17 +14,17 @@ from models import model_folder
 from ray_state import actors
 from small_jobs import Finished, close, run_search, search_runs, write_job
 
-import orchestrator.run
+import orchestrator.search.run
 from orchestrator.artifact import PromptArtifact
 from orchestrator.errors import BadInput, JobFailed, Unreachable
+from orchestrator.job.spec import JobSpec, SearchSpec, SpaceSpec, TrainSpec
 from orchestrator.registry import Registry
 from orchestrator.search.prepare import Prepared, prepare
-from orchestrator.search.search import worker_failure
-from orchestrator.search.study import scheduler
-from orchestrator.search.worker import load_failure
-from orchestrator.search.worker_group import RESTARTS
-from orchestrator.spec import JobSpec, SearchSpec, SpaceSpec, TrainSpec
-from orchestrator.tuning.report import Report
+from orchestrator.search.study.study import scheduler
+from orchestrator.search.workers.running import worker_failure
+from orchestrator.search.workers.train_group import RESTARTS
+from orchestrator.search.workers.worker import load_failure
+from orchestrator.tuning.reports import Report
 
 
 def statuses(finished: Finished) -> dict[str, str]:
@@ -77,7 +77,7 @@ def test_a_worker_that_cannot_load_its_model_fails_the_job(
         weights.write_bytes(weights.read_bytes()[:1000])
         return prepared
 
-    monkeypatch.setattr(orchestrator.run, "prepare", prepare_then_damage)
+    monkeypatch.setattr(orchestrator.search.run, "prepare", prepare_then_damage)
     with pytest.raises(JobFailed, match="weights") as failed:
         run_search(write_job(tmp_path, base_model__id=str(model)))
     assert str(model) in failed.value.message and failed.value.hint

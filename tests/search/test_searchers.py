@@ -20,15 +20,15 @@ import pytest
 import ray
 from ray_state import eventually, holders
 
-from orchestrator.search.history import History
-from orchestrator.search.outcome import Outcome, TrialRecord
-from orchestrator.search.search import quiet_ray_loggers, start_broker
-from orchestrator.search.study import Concurrency, run_study, trial_id
-from orchestrator.search.worker import serve_orders
-from orchestrator.space import TrialSpec, draw, grid, trial_count, trials
-from orchestrator.spec import JobSpec
-from orchestrator.tuning.group import Group
-from orchestrator.tuning.report import Report
+from orchestrator.job.space import TrialSpec, draw, grid, trial_count, trials
+from orchestrator.job.spec import JobSpec
+from orchestrator.search.state.history import History
+from orchestrator.search.state.trials import Outcome, TrialRecord
+from orchestrator.search.study.study import Concurrency, run_study, trial_id
+from orchestrator.search.workers.running import quiet_ray_loggers, start_broker
+from orchestrator.search.workers.worker import serve_orders
+from orchestrator.tuning.reports import Report
+from orchestrator.tuning.worker_group import Group
 
 SEARCHERS = ("random", "grid", "optuna")
 SCHEDULERS = ("fifo", "asha", "median", "pbt")

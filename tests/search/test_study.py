@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from small_jobs import small_job
 
-from orchestrator.search.events import Event, Reported
-from orchestrator.search.history import History
-from orchestrator.search.study import SCORE, STEP, Continued, _Targets, scheduler, trial_id
-from orchestrator.spec import JobSpec
-from orchestrator.tuning.report import Report
+from orchestrator.job.spec import JobSpec
+from orchestrator.search.state.events import Event, Reported
+from orchestrator.search.state.history import History
+from orchestrator.search.study.study import SCORE, STEP, Continued, _Targets, scheduler, trial_id
+from orchestrator.tuning.reports import Report
 
 STEPS = (4, 8, 12, 16)
 TRIALS = 20

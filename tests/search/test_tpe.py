@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator.search.tpe import FIRST, Proposer
-from orchestrator.space import TrialSpec, draw, grid
-from orchestrator.spec import SearchSpec
+from orchestrator.job.space import TrialSpec, draw, grid
+from orchestrator.job.spec import SearchSpec
+from orchestrator.search.study.tpe import FIRST, Proposer
 
 SPACE = {
     "init": ["random", {"text": "good"}, {"text": "bad"}, {"sample_vocab": 100}, {"artifact": "other"}],

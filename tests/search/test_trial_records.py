@@ -10,13 +10,13 @@ import mlflow
 import pytest
 from small_jobs import small_job
 
-from orchestrator.mirror import MlflowMirror
+from orchestrator.job.space import TrialSpec, trials
 from orchestrator.registry import Registry
-from orchestrator.search.events import Ended, Reported, Started
-from orchestrator.search.outcome import Outcome
-from orchestrator.search.study import _Relay, _Targets
-from orchestrator.space import TrialSpec, trials
-from orchestrator.tuning.report import Ending, Report
+from orchestrator.search.state.events import Ended, Reported, Started
+from orchestrator.search.state.trials import Outcome
+from orchestrator.search.study.study import _Relay, _Targets
+from orchestrator.search.tracking import MlflowMirror
+from orchestrator.tuning.reports import Ending, Report
 
 NOTE = "training ran out of memory and went on with forwards of at most 64 tokens"
 

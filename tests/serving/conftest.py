@@ -12,14 +12,14 @@ import pytest
 from models import load, save_model
 
 from orchestrator.artifact import BaseModelRecord, DataRecord, Manifest, PromptArtifact, VerbalizerEntry
-from orchestrator.backbone import Backbone
 from orchestrator.errors import Unreachable
+from orchestrator.models.backbone import Backbone
 from orchestrator.registry import Canary, LiveModel, Registry
-from orchestrator.registry.refs import NoSuchVersion
-from orchestrator.serving.engine import Engine
-from orchestrator.serving.prompt_store import PromptStore
-from orchestrator.serving.served_prompt import ServedPrompt, load_prompt
-from orchestrator.serving.service import PromptService, RequestLimits
+from orchestrator.registry.versions.refs import NoSuchVersion
+from orchestrator.serving.engine.engine import Engine
+from orchestrator.serving.http.service import PromptService, RequestLimits
+from orchestrator.serving.prompts.served_prompt import ServedPrompt, load_prompt
+from orchestrator.serving.prompts.store import PromptStore
 
 
 @pytest.fixture(scope="session")

@@ -17,14 +17,14 @@ import openai
 import pytest
 import uvicorn
 
-from orchestrator.backbone import Backbone
 from orchestrator.errors import BadInput
+from orchestrator.models.backbone import Backbone
 from orchestrator.registry import Canary
-from orchestrator.serving.access import Access, Allowance, add_key, load_keys, read_keys
-from orchestrator.serving.generation import GenerationBatch, GenerationRow, Sampling
+from orchestrator.serving.engine.generation import GenerationBatch, GenerationRow, Sampling
+from orchestrator.serving.http.access import Access, Allowance, add_key, load_keys, read_keys
+from orchestrator.serving.http.routes import make_api
+from orchestrator.serving.http.service import PromptService
 from orchestrator.serving.offline import OfflineModel
-from orchestrator.serving.routes import make_api
-from orchestrator.serving.service import PromptService
 
 CHAT = (
     "{% for it in messages %}{% if it.role == 'system' and not loop.first %}{{ raise_exception('system first') }}"

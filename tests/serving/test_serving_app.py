@@ -15,13 +15,13 @@ import pytest
 import ray
 from load import Load
 
-from orchestrator.backbone import Backbone
 from orchestrator.errors import BadInput, Unreachable
+from orchestrator.models.backbone import Backbone
 from orchestrator.registry import Registry
 from orchestrator.serving.app import Server, build_app, check_address, choose_base_model, start
-from orchestrator.serving.generation import Sampling
+from orchestrator.serving.deploy.options import ServeOptions
+from orchestrator.serving.engine.generation import Sampling
 from orchestrator.serving.offline import OfflineModel
-from orchestrator.serving.options import ServeOptions
 
 KEY = "test-key"
 SPAM = {0: " ham", 1: " spam"}

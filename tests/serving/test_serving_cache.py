@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator.backbone import Backbone, load_backbone
-from orchestrator.base_model import resolve_model
-from orchestrator.serving.prompt_cache import PromptCache
-from orchestrator.serving.prompt_store import PromptStore
-from orchestrator.serving.served_prompt import ServedPrompt, load_prompt
-from orchestrator.spec import BaseModelSpec
+from orchestrator.job.spec import BaseModelSpec
+from orchestrator.models.backbone import Backbone, load_backbone
+from orchestrator.models.source import resolve_model
+from orchestrator.serving.prompts.cache import PromptCache
+from orchestrator.serving.prompts.served_prompt import ServedPrompt, load_prompt
+from orchestrator.serving.prompts.store import PromptStore
 
 SPAM = {0: " ham", 1: " spam"}
 

@@ -12,15 +12,15 @@ import pandas as pd
 import pytest
 
 from orchestrator.artifact import MANIFEST, CellsRecord, PromptArtifact
-from orchestrator.backbone import Backbone
 from orchestrator.data.dataset import load_rows
 from orchestrator.data.encoding import make_encoder
 from orchestrator.errors import BadInput
-from orchestrator.evaluation import Question, _groups
+from orchestrator.job.spec import DataSpec
+from orchestrator.models.backbone import Backbone
+from orchestrator.serving.http.protocol import ApiError, ClassifyRequest, parse_body
 from orchestrator.serving.offline import OfflineModel
-from orchestrator.serving.protocol import ApiError, ClassifyRequest, parse_body
-from orchestrator.serving.served_prompt import load_prompt
-from orchestrator.spec import DataSpec
+from orchestrator.serving.prompts.served_prompt import load_prompt
+from orchestrator.workbench.evaluate import Question, _groups
 
 Ids = list[list[int]]
 
@@ -78,7 +78,7 @@ def recorded(ask: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> Ids:
 
 def predict(folder: Path, backbone: Backbone, frame: pd.DataFrame) -> list[Any]:
     """MLflow's model on a data frame, on a base model that is there already."""
-    from orchestrator.registry.pyfunc_model import PromptModel  # imports mlflow
+    from orchestrator.registry.versions.pyfunc_model import PromptModel  # imports mlflow
 
     model = PromptModel()
     model.load_context(SimpleNamespace(artifacts={"prompt": str(folder)}))

@@ -13,9 +13,9 @@ from ray.serve.schema import ServeDeploySchema
 
 from orchestrator.errors import BadInput
 from orchestrator.serving.app import build_app
-from orchestrator.serving.options import ServeOptions, options_from
-from orchestrator.serving.routes import make_api
-from orchestrator.serving.service import PromptService
+from orchestrator.serving.deploy.options import ServeOptions, options_from
+from orchestrator.serving.http.routes import make_api
+from orchestrator.serving.http.service import PromptService
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 

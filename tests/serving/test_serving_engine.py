@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from orchestrator.artifact import PromptArtifact
-from orchestrator.backbone import Backbone, CausalBackbone
 from orchestrator.errors import Unreachable
-from orchestrator.serving import engine as engine_module
-from orchestrator.serving.engine import Engine, EngineLimits, Overloaded
-from orchestrator.serving.generation import Sampling
+from orchestrator.models.backbone import Backbone, CausalBackbone
+from orchestrator.serving.engine.engine import Engine, EngineLimits, Overloaded
+from orchestrator.serving.engine.engine import engine as engine_module
+from orchestrator.serving.engine.generation import Sampling
 from orchestrator.serving.offline import OfflineModel
-from orchestrator.serving.served_prompt import ServedPrompt, load_prompt
+from orchestrator.serving.prompts.served_prompt import ServedPrompt, load_prompt
 
 GREEDY = Sampling(max_tokens=12, temperature=0.0)
 TEXTS = ["the quick brown fox", "win", "is this a great movie, or a terrible one, or what is it?", ""]

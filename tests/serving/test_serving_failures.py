@@ -22,10 +22,10 @@ from load import Load
 from ray import serve
 from ray_state import actors, eventually
 
-from orchestrator.backbone import Backbone
+from orchestrator.models.backbone import Backbone
 from orchestrator.registry import Registry
 from orchestrator.serving.app import APP_NAME, Server, start
-from orchestrator.serving.options import ServeOptions
+from orchestrator.serving.deploy.options import ServeOptions
 
 pytestmark = [pytest.mark.failure, pytest.mark.long, pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -13,9 +13,9 @@ import pytest
 from starlette.types import Message, Scope
 from test_serving_routes import Client, error_of
 
-from orchestrator.serving.access import ApiKey, load_keys
-from orchestrator.serving.replica import MAX_TRIES, Front, Replica
-from orchestrator.serving.service import PromptService
+from orchestrator.serving.deploy.replica import MAX_TRIES, Front, Replica
+from orchestrator.serving.http.access import ApiKey, load_keys
+from orchestrator.serving.http.service import PromptService
 
 BODY = {"model": "story", "prompt": "the fox", "max_tokens": 6, "temperature": 0}
 

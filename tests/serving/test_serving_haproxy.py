@@ -19,7 +19,7 @@ import pytest
 from load import Load
 from test_serving_failures import BODY, KEY, free_port
 
-from orchestrator.backbone import Backbone
+from orchestrator.models.backbone import Backbone
 from orchestrator.registry import Registry
 
 pytestmark = [

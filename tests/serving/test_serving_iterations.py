@@ -14,12 +14,12 @@ from models import backbone_of, tiny_tokenizer
 from test_serving_engine import Blocked, Recorder
 from test_serving_methods import GENERATING, TEXTS, encoded, served  # noqa: F401
 
-from orchestrator.backbone import Backbone, CausalState
-from orchestrator.serving.engine import Engine, EngineLimits
-from orchestrator.serving.generation import Completion, Delta, GenerationRow, Sampling
+from orchestrator.models.backbone import Backbone, CausalState
+from orchestrator.serving.engine.detokenize import WINDOW, RowText
+from orchestrator.serving.engine.engine import Engine, EngineLimits
+from orchestrator.serving.engine.generation import Completion, Delta, GenerationRow, Sampling
 from orchestrator.serving.offline import OfflineModel
-from orchestrator.serving.row_text import WINDOW, RowText
-from orchestrator.serving.served_prompt import ServedPrompt
+from orchestrator.serving.prompts.served_prompt import ServedPrompt
 
 GREEDY = Sampling(max_tokens=10, temperature=0.0)
 

@@ -11,13 +11,13 @@ from test_jobs import ROOT, SHORT, TINY, document, stand_ins
 from test_serving_methods import GREEDY, ask_together
 
 from orchestrator.artifact import BaseModelRecord, PromptArtifact
-from orchestrator.backbone import Backbone
-from orchestrator.job_file import load_job
+from orchestrator.job.spec import JobSpec
+from orchestrator.job.yaml import load_job
+from orchestrator.models.backbone import Backbone
 from orchestrator.search.prepare import prepare, verbalizer_entries
-from orchestrator.serving.engine import EngineLimits
+from orchestrator.serving.engine.engine import EngineLimits
 from orchestrator.serving.offline import OfflineModel
-from orchestrator.serving.served_prompt import ServedPrompt, load_prompt
-from orchestrator.spec import JobSpec
+from orchestrator.serving.prompts.served_prompt import ServedPrompt, load_prompt
 from orchestrator.tuning.checkpoint import TrialState
 from tests.benchmarks.experiments import run_experiment
 

@@ -19,20 +19,20 @@ from test_serving_engine import Blocked, Recorder
 from test_serving_routes import Client, error_of
 
 from orchestrator.artifact import BaseModelRecord, PromptArtifact, VerbalizerEntry
-from orchestrator.backbone import PROMPT_ONCE_FAMILIES, Backbone
 from orchestrator.data.encoding import Encoded, Encoder
 from orchestrator.errors import BadInput
-from orchestrator.placing import placed, text_ids
-from orchestrator.prompts import InitContext, Method, make_prompt
-from orchestrator.serving.engine import Engine
-from orchestrator.serving.generation import GenerationRow, Sampling
+from orchestrator.job.space import TrialSpec
+from orchestrator.models.backbone import PROMPT_ONCE_FAMILIES, Backbone
+from orchestrator.models.placeholders import placed, text_ids
+from orchestrator.serving.engine.engine import Engine
+from orchestrator.serving.engine.generation import GenerationRow, Sampling
+from orchestrator.serving.http.service import PromptService
 from orchestrator.serving.offline import OfflineModel
-from orchestrator.serving.prompt_store import PromptStore
-from orchestrator.serving.served_prompt import ContextExceeded, ServedPrompt, load_prompt, prompt_tensors
-from orchestrator.serving.service import PromptService
-from orchestrator.space import TrialSpec
+from orchestrator.serving.prompts.served_prompt import ContextExceeded, ServedPrompt, load_prompt, prompt_tensors
+from orchestrator.serving.prompts.store import PromptStore
 from orchestrator.tuning.evaluate import evaluate
 from orchestrator.tuning.generate import Decoding, generate
+from orchestrator.tuning.prompts import InitContext, Method, make_prompt
 
 FAMILIES = ["llama", "gpt2", "mistral", "gemma3_text", "t5", "bart", "bert"]
 GENERATING = [family for family in FAMILIES if family not in MASKED]
@@ -342,7 +342,7 @@ def test_masked_models_complete_nothing(ask_family: Any) -> None:
 @pytest.mark.parametrize("family", ["t5", "bart", "bert"])
 def test_mlflows_model_answers_for_every_family(family: str, tmp_path: Path) -> None:
     """The model that travels with a version loads its base model by itself, and answers as one that is there."""
-    from orchestrator.registry.pyfunc_model import PromptModel  # imports mlflow
+    from orchestrator.registry.versions.pyfunc_model import PromptModel  # imports mlflow
 
     base = tmp_path / "base"
     tiny_model(family, torch.float32).save_pretrained(base)

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from orchestrator.backbone import Backbone
 from orchestrator.errors import BadInput
+from orchestrator.models.backbone import Backbone
 from orchestrator.serving.offline import BATCH_ROWS, OfflineModel
-from orchestrator.serving.served_prompt import ServedPrompt, label_keys, load_prompt, stack_prompts
+from orchestrator.serving.prompts.served_prompt import ServedPrompt, label_keys, load_prompt, stack_prompts
 
 
 def test_it_loads_the_base_model_that_its_manifest_names(make_artifact: Any, backbone: Backbone) -> None:

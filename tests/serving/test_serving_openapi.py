@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from test_serving_api import listen  # noqa: F401
 from test_serving_routes import Client
 
-from orchestrator.serving.service import PromptService
+from orchestrator.serving.http.service import PromptService
 
 schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed: make venv")
 

@@ -14,14 +14,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from orchestrator.backbone import Backbone
-from orchestrator.serving.access import Access, is_loopback, load_keys
-from orchestrator.serving.engine import Engine, EngineLimits
+from orchestrator.models.backbone import Backbone
+from orchestrator.serving.engine.engine import Engine, EngineLimits
+from orchestrator.serving.http.access import Access, is_loopback, load_keys
+from orchestrator.serving.http.routes import make_api
+from orchestrator.serving.http.service import PromptService
+from orchestrator.serving.http.tracing import Tracer
 from orchestrator.serving.offline import OfflineModel
-from orchestrator.serving.prompt_store import PromptStore
-from orchestrator.serving.routes import make_api
-from orchestrator.serving.service import PromptService
-from orchestrator.serving.tracing import Tracer
+from orchestrator.serving.prompts.store import PromptStore
 
 
 class Client:

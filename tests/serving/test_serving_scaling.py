@@ -26,10 +26,10 @@ from ray import serve
 from ray_state import eventually
 from test_serving_failures import KEY, free_port
 
-from orchestrator.backbone import Backbone
+from orchestrator.models.backbone import Backbone
 from orchestrator.registry import Registry
 from orchestrator.serving.app import APP_NAME, Server, start
-from orchestrator.serving.options import ServeOptions
+from orchestrator.serving.deploy.options import ServeOptions
 
 pytestmark = [pytest.mark.long, pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -13,11 +13,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from orchestrator.artifact import file_sha256
-from orchestrator.backbone import Backbone, make_backbone
 from orchestrator.errors import BadInput, Unreachable
-from orchestrator.serving.prompt_cache import PromptCache
-from orchestrator.serving.prompt_store import RETRY_SECONDS, ModelNotFound, PromptStore
-from orchestrator.serving.served_prompt import load_prompt
+from orchestrator.models.backbone import Backbone, make_backbone
+from orchestrator.serving.prompts.cache import PromptCache
+from orchestrator.serving.prompts.served_prompt import load_prompt
+from orchestrator.serving.prompts.store import RETRY_SECONDS, ModelNotFound, PromptStore
 
 SPAM = {0: " ham", 1: " spam"}
 

@@ -14,13 +14,13 @@ import pytest
 from models import load, model_folder
 from transformers import AutoTokenizer
 
-from orchestrator.backbone import Backbone
 from orchestrator.errors import BadInput
-from orchestrator.serving.engine import Engine
-from orchestrator.serving.prompt_store import PromptStore
-from orchestrator.serving.routes import make_api
-from orchestrator.serving.served_prompt import load_prompt
-from orchestrator.serving.service import PromptService
+from orchestrator.models.backbone import Backbone
+from orchestrator.serving.engine.engine import Engine
+from orchestrator.serving.http.routes import make_api
+from orchestrator.serving.http.service import PromptService
+from orchestrator.serving.prompts.served_prompt import load_prompt
+from orchestrator.serving.prompts.store import PromptStore
 
 LABELS = {0: " ham", 1: " spam"}
 

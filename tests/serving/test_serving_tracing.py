@@ -16,8 +16,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from test_serving_routes import Client
 
 from orchestrator.errors import BadInput
-from orchestrator.serving.service import PromptService
-from orchestrator.serving.tracing import NoTracer, SpanTracer, tracer
+from orchestrator.serving.http.service import PromptService
+from orchestrator.serving.http.tracing import NoTracer, SpanTracer, tracer
 
 CALLER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from small_jobs import Command, Recorder, close, search_runs, small_job
 
-from orchestrator.on_cluster import carry_out
-from orchestrator.submission import LABELS, SEARCH
-from orchestrator.submission.outcome import result_in
-from orchestrator.submission.package import pack
+from orchestrator.cluster.submit import LABELS, SEARCH
+from orchestrator.cluster.submit.outcome import result_in
+from orchestrator.cluster.submit.package import pack
+from orchestrator.search.submitted import carry_out
 
 
 @pytest.fixture

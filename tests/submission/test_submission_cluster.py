@@ -20,7 +20,7 @@ from mlflow.entities import Run
 from ray_processes import RayProcesses, free_ports, ray_processes
 from small_jobs import Said, close, search_runs, write_job
 
-from orchestrator.submission.outcome import MARK
+from orchestrator.cluster.submit.outcome import MARK
 
 LIMIT_S = 250.0  # only what hangs takes this long
 HOURS = {"train": {"steps": 1_000_000, "batch_size": 4, "evaluate_every": 10}, "search__scheduler": "fifo"}

@@ -15,11 +15,11 @@ import pytest
 import ray
 from small_jobs import Command, write_job
 
+from orchestrator.cluster.submit.follow import Forgotten, Lines, follow
+from orchestrator.cluster.submit.job_server import Cluster, Job
+from orchestrator.cluster.submit.outcome import failure, is_lost, result_in, result_line, visible
+from orchestrator.cluster.submit.submit import Attempt, next_attempt
 from orchestrator.errors import BadInput, Interrupted, JobFailed, Unreachable
-from orchestrator.submission.cluster import Cluster, Job
-from orchestrator.submission.follow import Forgotten, Lines, follow
-from orchestrator.submission.outcome import failure, is_lost, result_in, result_line, visible
-from orchestrator.submission.submit import Attempt, next_attempt
 
 JOBS = Path(__file__).parents[2] / "jobs"
 BASE = "tiny-0123456789ab"
@@ -212,7 +212,7 @@ def test_what_is_sent(answers: Answers, command: Command, tmp_path: Path) -> Non
     packages = [zipfile.ZipFile(io.BytesIO(uploaded[uri.removeprefix("gcs://")])).namelist() for uri in (
         environment["working_dir"], *environment["py_modules"])]  # fmt: skip
     assert {"job.yaml", "inputs/data-path-train.jsonl"} <= set(packages[0])
-    assert {"orchestrator/__main__.py", "orchestrator/submission/submit.py"} <= set(packages[1])
+    assert {"orchestrator/__main__.py", "orchestrator/cluster/submit/submit.py"} <= set(packages[1])
 
     answers.asked.clear()
     answers.routes["GET /api/jobs/"] = (200, [listed(name, "RUNNING")])

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from small_jobs import small_job, write_job
 
+from orchestrator.cluster.submit import package as packing
+from orchestrator.cluster.submit.package import code_files, pack, unpacked
 from orchestrator.errors import BadInput
-from orchestrator.job_file import load_job
-from orchestrator.spec import DataFiles
-from orchestrator.submission import package as packing
-from orchestrator.submission.package import code_files, pack, unpacked
+from orchestrator.job.spec import DataFiles
+from orchestrator.job.yaml import load_job
 
 MODEL = {"config.json": "{}", "tokenizer.json": "{}", "model.safetensors": "weights", "notes.md": "no", "old.bin": "no"}
 
@@ -109,7 +109,9 @@ def test_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mo
 def test_the_code_is_this_package(tmp_path: Path) -> None:
     """Every module, by its name below orchestrator/, and nothing that Python made of them."""
     names = [file.name for file in code_files()]
-    assert {"orchestrator/__init__.py", "orchestrator/cli/entry.py", "orchestrator/submission/package.py"} <= set(names)
+    assert {"orchestrator/__init__.py", "orchestrator/cli/entry.py", "orchestrator/cluster/submit/package.py"} <= set(
+        names
+    )
     assert not [name for name in names if "__pycache__" in name]
 
 

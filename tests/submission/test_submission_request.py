@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from small_jobs import Command, write_job
 
+from orchestrator.cluster.submit import Submission, make_submission
+from orchestrator.cluster.submit.environment import forwarded
+from orchestrator.cluster.submit.job_server import OLDEST_RAY, checked_address, token
+from orchestrator.cluster.submit.request import ENTRYPOINT, parse_labels, read_pip
 from orchestrator.errors import BadInput
-from orchestrator.job_file import load_job
-from orchestrator.submission import Submission, make_submission
-from orchestrator.submission.cluster import OLDEST_RAY, checked_address, token
-from orchestrator.submission.environment import forwarded
-from orchestrator.submission.request import ENTRYPOINT, parse_labels, read_pip
+from orchestrator.job.yaml import load_job
 from orchestrator.utils.text import mask_secrets
 
 SECRET = "hf_verysecret"

@@ -12,22 +12,22 @@ import pytest
 import torch
 from models import VERBALIZERS, backbone_of, load, save_family, save_model, text_rows, tokenizer_of
 
-from orchestrator.backbone import Backbone, load_backbone
-from orchestrator.base_model import resolve_model
-from orchestrator.baselines import CHANGES, check_peft, make_change
-from orchestrator.baselines.adapter import block_ends
-from orchestrator.baselines.store import save_result
 from orchestrator.data.encoding import Encoder
 from orchestrator.data.template import Template, Verbalizer
 from orchestrator.errors import BadInput
-from orchestrator.prompts import Method
-from orchestrator.space import TrialSpec
-from orchestrator.spec import BaseModelSpec, MethodName, SearchSpec, TrainSpec
+from orchestrator.job.space import TrialSpec
+from orchestrator.job.spec import BaseModelSpec, MethodName, SearchSpec, TrainSpec
+from orchestrator.models.backbone import Backbone, load_backbone
+from orchestrator.models.source import resolve_model
 from orchestrator.tuning import step as step_module
+from orchestrator.tuning.baselines import CHANGES, check_peft, make_change
+from orchestrator.tuning.baselines.adapter import block_ends
+from orchestrator.tuning.baselines.store import save_result
 from orchestrator.tuning.checkpoint import TrialState
 from orchestrator.tuning.engine import Engine, Task
 from orchestrator.tuning.make import make_engine
-from orchestrator.tuning.report import EvaluationJob, Report
+from orchestrator.tuning.prompts import Method
+from orchestrator.tuning.reports import EvaluationJob, Report
 
 NOTHING = TrialSpec("", None, 0, 0.01, 0)
 SPECS: dict[MethodName, TrialSpec] = {
@@ -147,7 +147,7 @@ def test_adapters_stand_behind_attention_and_feed_forward() -> None:
 
 def test_a_model_without_such_parts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model whose projections have other names is told what names are known."""
-    monkeypatch.setattr("orchestrator.baselines.adapter.ENDS", frozenset({"elsewhere"}))
+    monkeypatch.setattr("orchestrator.tuning.baselines.adapter.ENDS", frozenset({"elsewhere"}))
     text = "method adapter finds no attention or feed-forward part of width 32 in a llama"
     with pytest.raises(BadInput, match=text) as refused:
         make_change("adapter", SPECS["adapter"], backbone_of("llama"))
@@ -156,7 +156,7 @@ def test_a_model_without_such_parts_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
 def test_without_peft_lora_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The message names the fix."""
-    monkeypatch.setattr("orchestrator.baselines.lora.find_spec", lambda name: None)
+    monkeypatch.setattr("orchestrator.tuning.baselines.lora.find_spec", lambda name: None)
     with pytest.raises(BadInput, match="method lora needs the package peft") as refused:
         check_peft("lora")
     assert "prompt-orchestrator[baselines]" in refused.value.hint

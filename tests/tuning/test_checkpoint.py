@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from orchestrator.errors import BadInput
-from orchestrator.prompts.prefix import DirectSite, Prefix
-from orchestrator.prompts.soft import SoftPrompt
-from orchestrator.spec import TrainSpec
+from orchestrator.job.spec import TrainSpec
 from orchestrator.tuning.checkpoint import TrialState, restore_prompt
+from orchestrator.tuning.prompts.prefix import DirectSite, Prefix
+from orchestrator.tuning.prompts.soft import SoftPrompt
 from orchestrator.tuning.updater import Updater
 
 

@@ -12,16 +12,16 @@ import torch
 from models import alone_nll, small_task, tiny_backbone
 from torch import nn
 
-from orchestrator.backbone import Backbone
-from orchestrator.data.bucketing import step_rows
-from orchestrator.prompts import Method
-from orchestrator.prompts.inits import InitContext, initial_prompt
-from orchestrator.space import TrialSpec
-from orchestrator.spec import SearchSpec, TrainSpec
+from orchestrator.data.batches import step_rows
+from orchestrator.job.space import TrialSpec
+from orchestrator.job.spec import SearchSpec, TrainSpec
+from orchestrator.models.backbone import Backbone
 from orchestrator.tuning import engine as engine_module
 from orchestrator.tuning.checkpoint import TrialState
 from orchestrator.tuning.engine import Engine, Task
-from orchestrator.tuning.report import EvaluationJob, Report
+from orchestrator.tuning.prompts import Method
+from orchestrator.tuning.prompts.inits import InitContext, initial_prompt
+from orchestrator.tuning.reports import EvaluationJob, Report
 from orchestrator.tuning.step import Limits
 from orchestrator.tuning.updater import Updater, apply_all
 

@@ -20,8 +20,8 @@ from models import (
 )
 from torch import Tensor
 
-from orchestrator.backbone import Backbone
 from orchestrator.data.encoding import Encoded, Encoder
+from orchestrator.models.backbone import Backbone
 from orchestrator.tuning import evaluate as evaluate_module
 from orchestrator.tuning.evaluate import evaluate
 

@@ -11,15 +11,15 @@ import torch
 from models import encoder_for, random_ids, random_prompts, small_task, tiny_backbone, tiny_tokenizer
 
 from orchestrator.data.encoding import Encoded
-from orchestrator.decoding import decode, start
-from orchestrator.space import TrialSpec
-from orchestrator.spec import Metric, SearchSpec, TrainSpec
+from orchestrator.job.space import TrialSpec
+from orchestrator.job.spec import Metric, SearchSpec, TrainSpec
+from orchestrator.models.decoding import decode, start
 from orchestrator.tuning import generate as generate_module
 from orchestrator.tuning.checkpoint import TrialState
 from orchestrator.tuning.engine import Engine, Task
 from orchestrator.tuning.evaluate import evaluate
 from orchestrator.tuning.generate import Decoding, generate, generated_metrics
-from orchestrator.tuning.report import EvaluationJob, Report
+from orchestrator.tuning.reports import EvaluationJob, Report
 from orchestrator.tuning.text_metrics import text_metrics
 
 INPUTS = random_ids([4, 9, 1, 6, 12, 2], seed=3)

@@ -23,10 +23,10 @@ from group_processes import (
     short_of_room,
 )
 
-from orchestrator.backbone.sharding import bytes_elsewhere
-from orchestrator.prompts import Method
-from orchestrator.spec import TrainSpec
+from orchestrator.job.spec import TrainSpec
+from orchestrator.models.backbone.sharding import bytes_elsewhere
 from orchestrator.tuning.checkpoint import TrialState
+from orchestrator.tuning.prompts import Method
 
 PROMPT, INSIDE = Method("prompt_tuning"), Method("prompt_tuning", inside=True)
 PREFIX, NETWORK = Method("prefix_tuning"), Method("p_tuning", "lstm")

@@ -10,14 +10,14 @@ import pytest
 import torch
 from models import random_prompts, small_task, tiny_backbone
 
-from orchestrator.backbone import Backbone, PreparedPrompts
 from orchestrator.errors import JobFailed
-from orchestrator.space import TrialSpec
-from orchestrator.spec import SearchSpec, TrainSpec
+from orchestrator.job.space import TrialSpec
+from orchestrator.job.spec import SearchSpec, TrainSpec
+from orchestrator.models.backbone import Backbone, PreparedPrompts
 from orchestrator.tuning.engine import Engine, Task
 from orchestrator.tuning.generate import Decoding
-from orchestrator.tuning.report import EvaluationJob, Report
-from orchestrator.tuning.room import NoRoom, Room, needs_room, ran_out
+from orchestrator.tuning.out_of_memory import NoRoom, Room, needs_room, ran_out
+from orchestrator.tuning.reports import EvaluationJob, Report
 
 TRIALS = {
     "short": TrialSpec("random", None, 3, 0.02, 0),

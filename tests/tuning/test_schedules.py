@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import ExponentialLR, LRScheduler
 from transformers import get_scheduler
 
-from orchestrator.spec import TrainSpec
+from orchestrator.job.spec import TrainSpec
 from orchestrator.tuning.schedules import factor
 
 STEPS = 37

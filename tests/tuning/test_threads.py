@@ -13,17 +13,17 @@ import pytest
 import torch
 from models import VERBALIZERS, backbone_of, small_task, text_rows, tiny_backbone, tokenizer_of
 
-from orchestrator.backbone import Backbone
 from orchestrator.data.encoding import Encoder
 from orchestrator.data.template import Template, Verbalizer
-from orchestrator.prompts import Method
-from orchestrator.space import TrialSpec
-from orchestrator.spec import MethodName, SearchSpec, TrainSpec
+from orchestrator.job.space import TrialSpec
+from orchestrator.job.spec import MethodName, SearchSpec, TrainSpec
+from orchestrator.models.backbone import Backbone
+from orchestrator.tuning.cpu_threads import MOST, Threads
 from orchestrator.tuning.engine import Engine, Task
 from orchestrator.tuning.generate import Decoding
 from orchestrator.tuning.make import make_engine
-from orchestrator.tuning.report import EvaluationJob, Report
-from orchestrator.tuning.threads import MOST, Threads
+from orchestrator.tuning.prompts import Method
+from orchestrator.tuning.reports import EvaluationJob, Report
 
 PROMPTS = [TrialSpec("random", None, 3, 0.02, 0), TrialSpec("sample_vocab", None, 7, 0.05, 1)]
 SPECS: dict[MethodName, list[TrialSpec]] = {

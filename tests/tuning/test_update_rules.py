@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from orchestrator.spec import TrainSpec
+from orchestrator.job.spec import TrainSpec
 from orchestrator.tuning.update_rules import Adafactor, AdamW, Batch, Sgd, UpdateRule, fresh_state, update_rule
 
 SHAPES = [(4, 6), (1, 6), (7,)]  # of three parameters that are updated together

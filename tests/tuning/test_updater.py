@@ -13,7 +13,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from orchestrator.errors import BadInput
-from orchestrator.spec import TrainSpec
+from orchestrator.job.spec import TrainSpec
 from orchestrator.tuning.schedules import factor
 from orchestrator.tuning.updater import Updater, apply_all
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from orchestrator.cli.pages.table import table
 from orchestrator.cli.progress import duration
+from orchestrator.cluster.submit import LABEL_PREFIX, NAME_KEY, SEARCH_KEY, USER_KEY, Job
 from orchestrator.registry import printable
-from orchestrator.submission import LABEL_PREFIX, NAME_KEY, SEARCH_KEY, USER_KEY, Job
 
 
 def jobs_document(jobs: Sequence[Job]) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from orchestrator.cli.pages.table import metric_text, table
-from orchestrator.labels import label_text
+from orchestrator.job.labels import label_text
 from orchestrator.registry import Move, VersionDetail, printable
 
 LAST_MOVES = 5

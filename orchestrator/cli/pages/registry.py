@@ -9,9 +9,9 @@ from typing import Any
 
 from orchestrator.artifact import IMPORTED
 from orchestrator.cli.pages.table import BASELINES, metric_text, table
-from orchestrator.labels import label_text
+from orchestrator.job.labels import label_text
+from orchestrator.job.space import TrialSpec
 from orchestrator.registry import ModelSummary, VersionDetail, VersionSummary, printable
-from orchestrator.space import TrialSpec
 
 START_HERE = "nothing is registered yet\nnext: orchestrator demo   or   orchestrator init"
 

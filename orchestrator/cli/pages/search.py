@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.cli.pages.table import BASELINES, table
 from orchestrator.cli.progress import duration
-from orchestrator.space import TrialSpec
-from orchestrator.spec import JobSpec
-from orchestrator.wording import counted
+from orchestrator.job.space import TrialSpec
+from orchestrator.job.spec import JobSpec
+from orchestrator.utils.wording import counted
 
 if TYPE_CHECKING:
-    from orchestrator.search.plan import Plan
+    from orchestrator.search.plan.plan import Plan
 
 # Searches
 

@@ -1,0 +1,208 @@
+"""Ray for the length of a search: the cluster that is named, or one on this machine, started and stopped here."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import ray
+
+from orchestrator.cluster.leaving_ray import leave_ray
+from orchestrator.cluster.ray_folder import ray_temp_dir
+from orchestrator.errors import BadInput, Unreachable
+from orchestrator.search.workers.placement import Node
+from orchestrator.utils.interrupts import undisturbed
+from orchestrator.utils.signals import sigterm_kept, sigterm_kept_by_system
+from orchestrator.utils.text import mask_secrets
+
+log = logging.getLogger(__name__)
+
+FEW_CORES = 8
+"""Ray makes a process for each core: with more of them most would import what nobody asks them for."""
+ANSWER_S = 10.0  # a cluster that is there connects in milliseconds
+FAILURES = (ConnectionError, RuntimeError, ValueError, TimeoutError)  # what ray.init raises
+
+# Read by Ray and its workers at their start. Ray's own loggers would write three files a trial.
+ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # an interrupt reaches our own code, which closes the MLflow runs
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints a header even when asked for nothing
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a search's end waits for the next one; Train's own choice is 2
+    # It ends a worker before its machine goes, without telling the broker, whose trials would wait for it. A machine
+    # that is taken back is one that is lost: the trials go on elsewhere from their last report.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # as Train has it for its controller
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+}
+
+_started_here = threading.Event()
+
+
+def started_here() -> bool:
+    """Whether the Ray that this process uses was started by ``ray_session``, with this process's environment."""
+    return _started_here.is_set()
+
+
+@contextmanager
+def ray_session(address: str | None = None, verbose: bool = False) -> Iterator[bool]:
+    """Connect to ``address``, RAY_ADDRESS or a fresh local Ray; a session that is open already is used and left open.
+
+    Says whether Ray's processes are ours, started here and for this. Raises Unreachable when a named cluster does not
+    answer.
+    """
+    with ray_beside(address, verbose) as up:
+        yield up()
+
+
+@contextmanager
+def ray_beside(
+    address: str | None = None, verbose: bool = False, then: Callable[[], None] | None = None
+) -> Iterator[Callable[[], bool]]:
+    """A session as ``ray_session`` has it, of a Ray that starts while other work is done, where it is one of our own.
+    The function that this gives waits until it is up, and says whether it is ours.
+
+    Ray's start is seconds of waiting for its processes. ``then`` is done in it, beside what follows; on a machine of
+    few cores its module is imported by each of Ray's processes as it starts. A named cluster is asked by the given
+    function, at once, and nothing more is done in it.
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if ray.is_initialized():
+        yield lambda: False
+        return
+    address = address or os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
+    logging.getLogger("ray").setLevel(options["logging_level"])
+    if address:
+        try:
+            yield partial(_connect, address, options)
+        finally:
+            with undisturbed():
+                leave_ray()
+        return
+    if then is not None and (os.cpu_count() or 1) <= FEW_CORES:
+        os.environ.setdefault("RAY_preload_python_modules", then.__module__)
+    start = LocalStart(options | {"_temp_dir": ray_temp_dir()}, then)
+    try:
+        with undisturbed():
+            start.start()
+        yield start.up
+    finally:
+        with undisturbed():
+            start.leave()
+
+
+def _connect(address: str, options: dict[str, Any]) -> bool:
+    check_answers(address)
+    try:
+        with sigterm_kept():  # Ray's own handler would leave the MLflow runs open
+            ray.init(address=address, runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}, **options)
+    except FAILURES as error:
+        raise no_cluster(address, str(error).splitlines()[0]) from None
+    return False
+
+
+class LocalStart(threading.Thread):
+    """Starts a Ray on this machine, and lives as long as it does: Ray has the system end its processes with the thread
+    that made them."""
+
+    def __init__(self, options: dict[str, Any], then: Callable[[], None] | None = None) -> None:
+        super().__init__(name="ray-start", daemon=True)
+        self._options = options
+        self._then = then
+        self._error: Exception | None = None
+        self._tried = threading.Event()
+        self._idle = threading.Event()
+        self._left = threading.Event()
+
+    def run(self) -> None:
+        try:
+            with sigterm_kept_by_system():
+                ray.init(address="local", include_dashboard=False, **self._options)
+        except Exception as error:
+            self._error = error
+        else:
+            _started_here.set()
+        self._tried.set()
+        if self._then is not None and self._error is None:
+            try:
+                self._then()
+            except Exception:  # it only makes a search start sooner
+                log.info("nothing was made ready in Ray", exc_info=True)
+        self._idle.set()
+        self._left.wait()
+
+    def up(self) -> bool:
+        """Wait until it is up; says that it is ours. Raises Unreachable when Ray does not start."""
+        self._tried.wait()
+        if isinstance(self._error, FAILURES):
+            raise no_cluster("this machine", str(self._error).splitlines()[0]) from None
+        if self._error is not None:
+            raise self._error
+        return True
+
+    def leave(self) -> None:
+        """End it, once it has started and nothing is done in it from here: Ray that is asked for anything after its end
+        starts another one, of which nobody would know."""
+        if self.ident is None:  # it was not started
+            return
+        self._idle.wait()
+        _started_here.clear()
+        leave_ray()
+        if ray.is_initialized():  # a thread is stuck in it: Ray lives as long as this one, which ends with the process
+            return
+        self._left.set()
+        self.join()
+
+
+def check_answers(address: str) -> None:
+    """Raise Unreachable within seconds when nobody speaks gRPC at HOST:PORT; Ray itself would try for two minutes and
+    then end the process. BadInput for a dashboard's address."""
+    if address.startswith(("http://", "https://")):
+        raise BadInput(
+            f"{mask_secrets(address)} is a dashboard's address, to which jobs are submitted",
+            "orchestrator submit JOB --address URL",
+        )
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdecimal() or "/" in host:
+        return  # auto, local, or a form that Ray refuses itself
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
+    except (OSError, OverflowError) as error:
+        raise no_cluster(address, getattr(error, "strerror", None) or str(error)) from None
+    if os.environ.get("RAY_USE_TLS") == "1":
+        return
+    import grpc  # type: ignore[import-untyped]
+
+    with grpc.insecure_channel(f"{host}:{port}", options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=ANSWER_S)
+        except grpc.FutureTimeoutError:
+            raise no_cluster(address, "something listens there that is not Ray") from None
+
+
+def no_cluster(address: str, reason: str) -> Unreachable:
+    return Unreachable(
+        f"no Ray cluster answers at {mask_secrets(address)}: {mask_secrets(reason)}",
+        "check RAY_ADDRESS or --address (ray://HOST:10001 or HOST:6379), or leave it out to run on this machine",
+    )
+
+
+def nodes() -> list[Node]:
+    """What the live nodes have, and at most what Ray may use of it."""
+    return [
+        Node(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
+        for node in ray.nodes()
+        if node["Alive"]
+    ]

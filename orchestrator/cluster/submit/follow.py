@@ -1,0 +1,98 @@
+"""Following a job's log to the job's end, however often the connection breaks meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from orchestrator.cluster.submit.job_server import Cluster, Job
+from orchestrator.cluster.submit.outcome import visible
+from orchestrator.errors import JobFailed, Unreachable
+
+LOOK_S = 10.0  # between two looks at the job itself: a connection may die without a word
+AGAIN_S = 1.0
+
+
+class Forgotten(JobFailed):
+    """The cluster no longer knows the job: it was started anew."""
+
+
+class Lines:
+    """A log's lines, each shown once though the log is read from its beginning again after a break."""
+
+    def __init__(self, show: Callable[[str], None]) -> None:
+        self._show = show
+        self._seen = 0  # characters that were shown or wait in ``_rest``
+        self._position = 0
+        self._rest = ""
+
+    def from_the_start(self) -> None:
+        self._position = 0
+
+    def add(self, text: str) -> None:
+        new = text[max(0, self._seen - self._position) :]
+        self._position += len(text)
+        self._seen = max(self._seen, self._position)
+        *whole, self._rest = (self._rest + new).split("\n")
+        for line in whole:
+            self._one(line)
+
+    def end(self) -> None:
+        if self._rest:
+            self._one(self._rest)
+        self._rest = ""
+
+    def _one(self, line: str) -> None:
+        if visible(line):
+            self._show(line)
+
+
+def follow(cluster: Cluster, job_id: str, show: Callable[[str], None], patience_s: float) -> Job:
+    """Show the log until the job is over, and return what became of it.
+
+    Raises Forgotten when the cluster no longer knows the job, Unreachable when there was no answer for ``patience_s``.
+    """
+    lines = Lines(show)
+    silent_since: float | None = None
+    while True:
+        try:
+            with suppress(Unreachable):  # the log may be out of reach where the job is not
+                asyncio.run(_read(cluster, job_id, lines))
+            job = cluster.job(job_id)
+            silent_since = None
+        except Unreachable:
+            silent_since = silent_since or time.monotonic()
+            if time.monotonic() - silent_since > patience_s:
+                raise
+        else:
+            if job is None:
+                raise Forgotten(f"the cluster at {cluster.shown} knows no job {job_id}")
+            if job.is_over:
+                lines.end()
+                return job
+        time.sleep(AGAIN_S)
+
+
+async def _read(cluster: Cluster, job_id: str, lines: Lines) -> None:
+    """Read until the log's end, or until a look at the job says that nothing more will come."""
+    lines.from_the_start()
+
+    async def read() -> None:
+        async for text in cluster.tail(job_id):
+            lines.add(text)
+
+    reading = asyncio.create_task(read())
+    over = False
+    try:
+        while not (await asyncio.wait([reading], timeout=LOOK_S))[0]:
+            if over:
+                return
+            job = await asyncio.to_thread(cluster.job, job_id)
+            over = job is None or job.is_over  # what the log still has comes within the next look
+        await reading
+    finally:
+        reading.cancel()
+        with suppress(asyncio.CancelledError, Unreachable):
+            await reading

@@ -1,0 +1,98 @@
+"""What became of a job: the document that it leaves at the end of its log, and the reason where it failed."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from orchestrator.cluster.submit.job_server import Job
+from orchestrator.errors import BadInput, Interrupted, JobFailed, OrchestratorError, Unreachable
+
+MARK = "@orchestrator-result "  # begins the line of the log that is for programs
+KINDS: dict[int, type[OrchestratorError]] = {
+    BadInput.exit_code: BadInput,
+    Unreachable.exit_code: Unreachable,
+    Interrupted.exit_code: Interrupted,
+}
+KILLED = (137, 143)  # as shells count SIGKILL and SIGTERM
+LOST = (
+    "JOB_SUPERVISOR_ACTOR_DIED",
+    "JOB_SUPERVISOR_ACTOR_UNKNOWN_FAILURE",
+    "JOB_SUPERVISOR_ACTOR_START_FAILURE",
+    "JOB_SUPERVISOR_ACTOR_START_TIMEOUT",
+)
+MISSING = re.compile(r"No module named '?([A-Za-z_][\w.]*)")
+
+
+def result_line(document: dict[str, Any]) -> str:
+    """A line that carries a document past the text of a log."""
+    return MARK + json.dumps(document, default=str)
+
+
+def visible(line: str) -> bool:
+    return not line.startswith(MARK)
+
+
+def result_in(log: str) -> dict[str, Any]:
+    """The last document in a log; empty where there is none."""
+    for line in reversed(log.splitlines()):
+        if not visible(line):
+            try:
+                found = json.loads(line.removeprefix(MARK))
+            except ValueError:  # cut off
+                continue
+            return found if isinstance(found, dict) else {}
+    return {}
+
+
+def is_lost(job: Job) -> bool:
+    """Whether the job ended because something died under it, so that it may go on elsewhere."""
+    if job.status != "failed":
+        return False
+    return job.error_type in LOST or (job.exit_code is not None and (job.exit_code < 0 or job.exit_code in KILLED))
+
+
+def failure(job: Job, log: str) -> OrchestratorError:
+    """Why a job that is over has no result, as the error whose exit code is the job's own."""
+    said = result_in(log).get("error") or {}
+    kept = f"orchestrator logs {job.id}"
+    if job.status == "stopped":
+        return Interrupted(f"job {job.id} was stopped", "the same orchestrator submit")
+    if is_lost(job):
+        how = "was killed" if job.exit_code is not None else "died with its node"
+        return JobFailed(
+            f"job {job.id} was lost: its driver {how}", "the same orchestrator submit goes on from what was kept"
+        )
+    if found := _known(job, log):
+        return JobFailed(f"job {job.id} failed: {found[0]}", found[1])
+    text = said.get("message") or _last_line(job, log)
+    kind = KINDS.get(job.exit_code or 1, JobFailed)
+    return kind(f"job {job.id} failed: {text}", said.get("next") or kept)
+
+
+def _known(job: Job, log: str) -> tuple[str, str] | None:
+    """Failures that the job itself could not explain: they came before it or in the middle of an import."""
+    if job.error_type == "RUNTIME_ENV_SETUP_FAILURE":
+        return (
+            f"its environment could not be made: {_last_line(job, job.message)}",
+            "see `orchestrator logs`; packages of --pip come from an index that the cluster's nodes must reach: where "
+            "they can't, build them into the image and leave --pip out",
+        )
+    if job.error_type == "JOB_SUPERVISOR_ACTOR_UNSCHEDULABLE":
+        return "no node has room for its driver", "lower --entrypoint-num-cpus, or wait until there is room"
+    if job.exit_code in (126, 127):
+        return "its node has no `python` to run", "put the image's Python on the PATH of its containers"
+    if found := MISSING.findall(log or job.message):
+        name = found[-1].split(".")[0]
+        code = ", or submit without --image-has-code" if name == "orchestrator" else ""
+        return (
+            f"the image of the cluster's nodes lacks the Python package {name}",
+            f"build it into the image, or install it for this job with --pip FILE{code}",
+        )
+    return None
+
+
+def _last_line(job: Job, log: str) -> str:
+    lines = [line.strip() for line in (log or job.message).splitlines() if line.strip() and visible(line)]
+    return lines[-1][:300] if lines else "it said nothing"

@@ -1,0 +1,175 @@
+"""What a job takes to the cluster: its spec, the local files that the spec names, and this package's code."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from orchestrator.data.tables import table_suffix
+from orchestrator.errors import BadInput
+from orchestrator.job.space import init_artifacts
+from orchestrator.job.spec import ArtifactInit, DataFiles, Init, JobSpec
+from orchestrator.job.yaml import write
+from orchestrator.models.source import SMALL_FILES, WEIGHTS, looks_like_path
+
+JOB = "job.yaml"
+INPUTS = "./inputs/"  # how a packed job's spec names what was packed with it
+MOST_BYTES = 100 << 20  # the most that a cluster takes of one package
+SEARCH = "ORCHESTRATOR_SEARCH"  # tells the cluster's side which search the job is an attempt at
+LABELS = "ORCHESTRATOR_LABELS"  # who and what for, as a JSON object
+HOME = "ORCHESTRATOR_HOME"
+
+Change = Callable[[str, str], str]  # from a key of the spec and what stands there
+
+
+@dataclass(frozen=True)
+class PackedFile:
+    """A file of this machine and its place in the package."""
+
+    name: str
+    source: Path
+    size: int
+    digest: str
+
+    @classmethod
+    def of(cls, name: str, source: Path) -> PackedFile:
+        with source.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        return cls(name, source, source.stat().st_size, digest)
+
+
+@dataclass(frozen=True)
+class Package:
+    """A job with the files it needs; ``elsewhere`` are the paths that the cluster has to have."""
+
+    job: JobSpec
+    files: tuple[PackedFile, ...]
+    elsewhere: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """The job spec as it is packed."""
+        return write(self.job.model_dump(exclude_none=True))
+
+    def write(self, folder: Path) -> None:
+        folder.mkdir()
+        (folder / JOB).write_text(self.text, encoding="utf-8")
+        write_files(self.files, folder)
+
+
+def pack(job: JobSpec, shared: Sequence[Path] = ()) -> Package:
+    """Take along every local file that the job names; what lies below ``shared`` is on the cluster's nodes as well.
+
+    A whole path that is not on this machine is taken to be on the cluster. Raises BadInput for a relative one, and for
+    more than a cluster takes.
+    """
+    files: list[PackedFile] = []
+    elsewhere: list[str] = []
+
+    def take(key: str, text: str) -> str:
+        path = Path(text).expanduser()
+        if _is_elsewhere(key, path, shared):
+            elsewhere.append(str(path))
+            return str(path)
+        place = INPUTS.removeprefix("./") + _place(key, path)
+        files.extend(PackedFile.of(f"{place}{name}", file) for name, file in _found(key, path))
+        return f"./{place}"
+
+    packed = moved(job, take)
+    if (size := sum(file.size for file in files)) > MOST_BYTES:
+        largest = max(files, key=lambda file: file.size)
+        raise BadInput(
+            f"the job names {_megabytes(size)} of local files (the largest: {largest.source}), and a package holds "
+            f"{_megabytes(MOST_BYTES)}",
+            "name a hub id, or put them where the cluster's nodes have them too and say --shared FOLDER",
+        )
+    return Package(packed, tuple(files), tuple(elsewhere))
+
+
+def unpacked(folder: Path, inputs: Path) -> tuple[str, list[tuple[Path, Path]]]:
+    """The text of the spec that a package's ``folder`` holds, naming its files where they are to lie below ``inputs``,
+    which outlives the package; and which file goes where."""
+    from orchestrator.job.yaml import load_job
+
+    copies = [(file, inputs / file.relative_to(folder / INPUTS)) for file in sorted((folder / INPUTS).rglob("*"))]
+
+    def place(key: str, text: str) -> str:
+        return str(inputs / text.removeprefix(INPUTS)) if text.startswith(INPUTS) else text
+
+    job = moved(load_job(folder / JOB), place)
+    text = write(job.model_dump(exclude_none=True))
+    return text, [(source, target) for source, target in copies if source.is_file()]
+
+
+def moved(job: JobSpec, change: Change) -> JobSpec:
+    """The job with every file and folder that it names changed."""
+    data, space, base = job.data, job.search.space, job.base_model
+    if isinstance(data.path, DataFiles):
+        named = {split: change(f"data.path.{split}", text) for split, text in data.path if text is not None}
+        data = data.model_copy(update={"path": data.path.model_copy(update=named)})
+    if _is_local(base.id):
+        base = base.model_copy(update={"id": change("base_model.id", base.id)})
+    if init_artifacts(space):
+        inits = space.init if isinstance(space.init, list) else [space.init]
+        changed = [_moved_init(number, init, change) for number, init in enumerate(inits)]
+        space = space.model_copy(update={"init": changed if isinstance(space.init, list) else changed[0]})
+    search = job.search.model_copy(update={"space": space})
+    return job.model_copy(update={"data": data, "base_model": base, "search": search})
+
+
+def _moved_init(number: int, init: Init | None, change: Change) -> Init | None:
+    if not isinstance(init, ArtifactInit) or not _is_local(init.artifact):
+        return init  # a registered prompt is fetched on the cluster
+    return ArtifactInit(artifact=change(f"search.space.init.{number}", init.artifact))
+
+
+def _is_local(text: str) -> bool:
+    return looks_like_path(text) or Path(text).expanduser().is_dir()
+
+
+def _is_elsewhere(key: str, path: Path, shared: Sequence[Path]) -> bool:
+    if path.exists():
+        return any(path.resolve().is_relative_to(folder.resolve()) for folder in shared)
+    if path.is_absolute():
+        return True
+    raise BadInput(
+        f"{key}: {path} does not exist (looked in {Path.cwd()})",
+        "correct the path; what only the cluster has is named by its whole path",
+    )
+
+
+def _place(key: str, path: Path) -> str:
+    """Where in the package a key's file lies, or with a slash at the end its folder's files."""
+    name = key.replace(".", "-")
+    return f"{name}/" if path.is_dir() else f"{name}{table_suffix(path) or path.suffix}"
+
+
+def _found(key: str, path: Path) -> Iterator[tuple[str, Path]]:
+    """Names below a key's place, and the files; of a model's folder only what is read of one."""
+    if not path.is_dir():
+        yield "", path
+        return
+    patterns = [*SMALL_FILES, WEIGHTS, "*.py"] if key == "base_model.id" else ["**/*"]
+    for file in sorted({file for pattern in patterns for file in path.glob(pattern) if file.is_file()}):
+        yield file.relative_to(path).as_posix(), file
+
+
+def code_files() -> tuple[PackedFile, ...]:
+    """This package, as it is here."""
+    folder = Path(__file__).parents[2]
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file() and "__pycache__" not in file.parts)
+    return tuple(PackedFile.of(file.relative_to(folder.parent).as_posix(), file) for file in files)
+
+
+def write_files(files: Sequence[PackedFile], folder: Path) -> None:
+    for file in files:
+        target = folder / PurePosixPath(file.name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file.source, target)
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / (1 << 20):.0f} MiB"

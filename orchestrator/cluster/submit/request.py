@@ -1,0 +1,144 @@
+"""The request that makes a job: built without a cluster, so that it can be shown before it is sent."""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import json
+import re
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator import __version__
+from orchestrator.cluster.submit.environment import Environment
+from orchestrator.cluster.submit.package import HOME, LABELS, SEARCH, Package, PackedFile
+from orchestrator.errors import BadInput
+from orchestrator.utils.text import mask_secrets
+
+ENTRYPOINT = "python -m orchestrator on-cluster"  # a shell's command: nothing that anybody wrote gets into it
+STOP_SECONDS = "60"  # between SIGTERM and SIGKILL; Ray's own 3 s are too few for closing MLflow's runs
+KEY_LENGTH = 12
+LABEL = re.compile(r"([A-Za-z0-9][A-Za-z0-9._/-]{0,62})=([\x20-\x7e]{0,200})")
+SEARCH_KEY = "search"  # metadata that the other verbs read
+NAME_KEY = "name"
+USER_KEY = "user"
+LABEL_PREFIX = "label."
+
+
+@dataclass(frozen=True)
+class Request:
+    """All that is said to the cluster, but for which attempt it is. Equal inputs give equal keys."""
+
+    package: Package
+    code: tuple[PackedFile, ...]
+    """This program's files; none where the cluster's image has them."""
+    environment: Environment
+    pip: tuple[str, ...]
+    home: str | None
+    labels: Mapping[str, str]
+    cpus: float
+
+    @property
+    def base_id(self) -> str:
+        """The id of the first attempt: the job's name and a digest of everything that decides what it does."""
+        settled = {
+            "job": self.package.text,
+            "files": [(file.name, file.digest) for file in self.package.files],
+            "code": [(file.name, file.digest) for file in self.code] or __version__,
+            "environment": [self.environment.public, sorted(self.environment.private)],
+            "pip": self.pip,
+            "home": self.home,
+        }
+        digest = hashlib.sha256(json.dumps(settled, sort_keys=True).encode()).hexdigest()
+        return f"{self.package.job.name}-{digest[:KEY_LENGTH]}"
+
+    def metadata(self, search: str) -> dict[str, str]:
+        """What the cluster's list of jobs says of this one; costs are attributed by it."""
+        known = {
+            NAME_KEY: self.package.job.name,
+            SEARCH_KEY: search,
+            USER_KEY: user(),
+            "host": socket.gethostname(),
+            "orchestrator": __version__,
+        }
+        return known | {f"{LABEL_PREFIX}{name}": value for name, value in self.labels.items()}
+
+    def _variables(self, search: str) -> dict[str, str]:
+        ours = {SEARCH: search, LABELS: json.dumps({USER_KEY: user(), **self.labels})}
+        home = {HOME: self.home} if self.home else {}
+        return {"RAY_JOB_STOP_WAIT_TIME_S": STOP_SECONDS, **ours, **home}
+
+    def runtime_env(self, search: str, working_dir: Path, code: Path) -> dict[str, Any]:
+        """Ray's runtime environment, with the folders that were written for it."""
+        made: dict[str, Any] = {
+            "working_dir": str(working_dir),
+            "env_vars": {**self.environment.variables, **self._variables(search)},
+        }
+        if self.code:
+            made["py_modules"] = [str(code)]
+        if self.pip:
+            made["pip"] = {"packages": list(self.pip), "pip_check": False}
+        return made
+
+    def document(self, address: str) -> dict[str, Any]:
+        """What ``--dry-run`` shows: no values of private variables and the logins of addresses."""
+        search = self.base_id
+        shown = self.environment.shown() | self._variables(search)
+        return {
+            "address": mask_secrets(address),
+            "submission_id": search,
+            "entrypoint": ENTRYPOINT,
+            "entrypoint_num_cpus": self.cpus,
+            "metadata": self.metadata(search),
+            "runtime_env": {
+                "working_dir": [_file(file) for file in self.package.files],
+                "py_modules": {"orchestrator": len(self.code)} if self.code else None,
+                "pip": [mask_secrets(line) for line in self.pip] or None,
+                "env_vars": {name: mask_secrets(value) for name, value in shown.items()},
+            },
+            "job": self.package.job.model_dump(mode="json"),
+            "on_the_cluster": list(self.package.elsewhere),
+        }
+
+
+def _file(file: PackedFile) -> dict[str, Any]:
+    return {"name": file.name, "from": str(file.source), "bytes": file.size, "sha256": file.digest}
+
+
+def parse_labels(texts: Sequence[str]) -> dict[str, str]:
+    """Labels of the form name=value. Raises BadInput."""
+    found = {}
+    for text in texts:
+        if not (match := LABEL.fullmatch(text)):
+            raise BadInput(
+                f"--label {text!r} is not NAME=VALUE with letters, digits, '.', '_', '-' and '/' in the name, and a "
+                "value of at most 200 plain characters",
+                "for instance --label project=spam-filter",
+            )
+        if match[1] == USER_KEY:
+            raise BadInput(f"--label {USER_KEY} is set already, to whoever submits", "choose another name")
+        found[match[1]] = match[2]
+    return found
+
+
+def read_pip(file: Path | None) -> tuple[str, ...]:
+    """The lines of a requirements or constraints file, without comments. Raises BadInput."""
+    if file is None:
+        return ()
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "is not UTF-8 text"
+        raise BadInput(f"--pip {file}: {reason}", "name a requirements file, for instance constraints.txt") from None
+    found = [re.sub(r"(^|\s)#.*", "", line).strip() for line in lines]
+    return tuple(line for line in found if line)
+
+
+def user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # in a container, the user may have no name
+        return "unknown"

@@ -1,0 +1,272 @@
+"""``orchestrator submit``: pack, submit or find what was submitted before, follow, and go on when the job was lost."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from orchestrator.cluster.submit.environment import forwarded
+from orchestrator.cluster.submit.follow import Forgotten, follow
+from orchestrator.cluster.submit.job_server import DEFAULT_ADDRESS, AlreadyThere, Cluster, Job
+from orchestrator.cluster.submit.outcome import failure, is_lost, result_in
+from orchestrator.cluster.submit.package import code_files, pack, write_files
+from orchestrator.cluster.submit.request import ENTRYPOINT, SEARCH_KEY, STOP_SECONDS, Request, parse_labels, read_pip
+from orchestrator.errors import BadInput, Interrupted, Unreachable
+from orchestrator.job.spec import JobSpec
+from orchestrator.utils.object_store import check_address, is_address
+
+PATIENCE_S = 60.0  # how long a cluster that does not answer is waited for
+RETURN_S = 600.0  # the same where the job would be submitted again: a new head takes minutes
+PAUSE_S = 1.0
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A request, and how persistent its submitter is."""
+
+    request: Request
+    cluster: Cluster
+    retries: int = 0
+
+    @property
+    def patience_s(self) -> float:
+        return RETURN_S if self.retries else PATIENCE_S
+
+    def document(self) -> dict[str, Any]:
+        """What ``--dry-run`` shows."""
+        return {**self.request.document(self.cluster.address), "retries": self.retries, "notes": warnings(self)}
+
+
+def make_submission(
+    job: JobSpec,
+    address: str | None,
+    *,
+    retries: int = 0,
+    home: str | None = None,
+    shared: Sequence[Path] = (),
+    asked: Sequence[str] = (),
+    pip: Path | None = None,
+    image_has_code: bool = False,
+    labels: Sequence[str] = (),
+    cpus: float = 0.0,
+) -> Submission:
+    """Everything that can be checked without the cluster. Raises BadInput."""
+    if home is not None and is_address(home):
+        check_address(home, "--home")
+    elif home is not None and not Path(home).is_absolute():
+        raise BadInput(
+            f"--home {home} is not a whole path", "name a folder on the cluster, from / on, or s3://BUCKET/FOLDER"
+        )
+    missing = [str(folder) for folder in shared if not folder.is_dir()]
+    if missing:
+        raise BadInput(f"--shared {missing[0]} is no folder here", "name one that this machine and the nodes have")
+    request = Request(
+        package=pack(job, shared),
+        code=() if image_has_code else code_files(),
+        environment=forwarded(os.environ, asked),
+        pip=read_pip(pip),
+        home=home,
+        labels=parse_labels(labels),
+        cpus=cpus,
+    )
+    return Submission(request, Cluster(address), retries)
+
+
+def warnings(submission: Submission) -> list[str]:
+    """What a submission may not have meant."""
+    request, found = submission.request, list(submission.request.environment.notes)
+    if submission.retries and request.home is None:
+        found.append("without --home a search is kept on its driver's node: lost with that, it begins again")
+    if urlsplit(submission.cluster.address).hostname not in LOOPBACK:
+        for name, value in request.environment.public.items():
+            if urlsplit(value).hostname in LOOPBACK or value.startswith("sqlite:"):
+                found.append(f"{name}={value} means the node that the driver runs on, and not this machine")
+    return found
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A job that is there: submitted by this command, or found."""
+
+    id: str
+    search: str
+    found: bool
+
+    def document(self, cluster: Cluster) -> dict[str, Any]:
+        return {"id": self.id, "search": self.search, "address": cluster.shown, "attached": self.found}
+
+
+def submit_job(submission: Submission, say: Say, show: Say, wait: bool = True) -> dict[str, Any]:
+    """Submit and follow to the end; returns the document of ``submit --json``.
+
+    Without ``wait`` it ends once the cluster has the job. Raises the error whose exit code is the job's own, or
+    Interrupted when it is this command that was interrupted: the job goes on.
+    """
+    cluster = submission.cluster
+    for note in warnings(submission):
+        say(note)
+    for path in submission.request.package.elsewhere:
+        say(f"{path} is not packed: the cluster has to have it")
+    for note in cluster.connect():
+        say(note)
+    with tempfile.TemporaryDirectory(prefix="submit-") as folder:
+        return _attempts(submission, _Folders.written(submission.request, Path(folder)), say, show, wait)
+
+
+@dataclass(frozen=True)
+class _Folders:
+    """What Ray uploads."""
+
+    job: Path
+    code: Path
+
+    @classmethod
+    def written(cls, request: Request, folder: Path) -> _Folders:
+        request.package.write(folder / "job")
+        write_files(request.code, folder / "code")
+        return cls(folder / "job", folder / "code" / "orchestrator")
+
+
+def _attempts(submission: Submission, folders: _Folders, say: Say, show: Say, wait: bool) -> dict[str, Any]:
+    cluster = submission.cluster
+    search: str | None = None  # of the attempt before
+    for left in reversed(range(submission.retries + 1)):
+        begin = partial(_begin, submission, folders, search)
+        attempt = _patiently(begin, submission.patience_s if search else 0.0)
+        say(f"job {attempt.id} {'is under way already' if attempt.found else 'is submitted'} to {cluster.shown}")
+        if not wait:
+            return {**attempt.document(cluster), "status": "attached" if attempt.found else "submitted"}
+        search = attempt.search
+        say(f"following its log (Ctrl-C leaves it running; orchestrator stop {attempt.id}{_option(cluster)} ends it)")
+        job = _followed(cluster, attempt.id, show, submission.patience_s)
+        if left and (job is None or is_lost(job)):
+            say(f"job {attempt.id} was lost; submitting it again, {left} more times at most")
+            continue
+        return attempt.document(cluster) | concluded(cluster, attempt.id, job)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _followed(cluster: Cluster, job_id: str, show: Say, patience_s: float) -> Job | None:
+    """What became of the job; None when the cluster no longer knows it."""
+    goes_on = f"orchestrator logs {job_id} --follow{_option(cluster)}"
+    try:
+        return follow(cluster, job_id, show, patience_s)
+    except Forgotten:
+        return None
+    except Unreachable as error:
+        raise Unreachable(f"{error.message}; job {job_id} may be running", f"{goes_on} picks up") from None
+    except KeyboardInterrupt:
+        raise Interrupted(f"left job {job_id} running", goes_on) from None
+
+
+def concluded(cluster: Cluster, job_id: str, job: Job | None) -> dict[str, Any]:
+    """The outcome of a job that was followed to its end. Raises the error whose exit code is the job's own."""
+    if job is None:
+        raise Forgotten(
+            f"job {job_id} was lost: the cluster at {cluster.shown} was started anew and does not know it",
+            "the same orchestrator submit goes on, if --home outlived the cluster",
+        )
+    log = cluster.log(job_id)
+    if job.status != "succeeded":
+        raise failure(job, log)
+    return {"status": "succeeded", "result": result_in(log)}
+
+
+def followed_document(cluster: Cluster, job_id: str, show: Say) -> dict[str, Any]:
+    """Pick up a job's log and see it to its end, as ``submit`` would have. Raises as ``submit_job``."""
+    return {"id": job_id, **concluded(cluster, job_id, _followed(cluster, job_id, show, PATIENCE_S))}
+
+
+def _begin(submission: Submission, folders: _Folders, search: str | None) -> Attempt:
+    """The newest attempt if it has not ended, otherwise the next one."""
+    request, cluster = submission.request, submission.cluster
+    for _ in range(5):  # somebody else may submit the same at the same moment
+        found, attempt = next_attempt(request.base_id, cluster.jobs(), search)
+        if found:
+            return attempt
+        try:
+            cluster.submit(
+                entrypoint=ENTRYPOINT,
+                submission_id=attempt.id,
+                runtime_env=request.runtime_env(attempt.search, folders.job, folders.code),
+                metadata=request.metadata(attempt.search),
+                entrypoint_num_cpus=request.cpus or None,
+            )
+            return attempt
+        except AlreadyThere:
+            time.sleep(PAUSE_S)
+    raise Unreachable(f"the cluster at {cluster.shown} does not take job {request.base_id}", "try again")
+
+
+def next_attempt(base: str, jobs: Sequence[Job], search: str | None = None) -> tuple[bool, Attempt]:
+    """Whether an attempt is under way, and which; otherwise the one to make.
+
+    An attempt goes on with the search of the one before, unless that succeeded: then it begins a search of its own.
+    ``search`` is the one to go on with when the cluster does not know any attempt.
+    """
+    pattern = re.compile(rf"{re.escape(base)}(?:-([2-9]|[1-9]\d+))?")
+    numbered = [(int(match[1] or 1), job) for job in jobs if (match := pattern.fullmatch(job.id))]
+    if not numbered:
+        return False, Attempt(base, search or base, False)
+    number, last = max(numbered, key=lambda pair: pair[0])
+    of_last = last.metadata.get(SEARCH_KEY, base)
+    if not last.is_over:
+        return True, Attempt(last.id, of_last, True)
+    following = f"{base}-{number + 1}"
+    return False, Attempt(following, following if last.status == "succeeded" else of_last, False)
+
+
+def _patiently(call: Callable[[], Attempt], seconds: float) -> Attempt:
+    """The call's result; while nobody answers it is made again, for so long."""
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            return call()
+        except Unreachable:
+            if time.monotonic() > until:
+                raise
+            time.sleep(PAUSE_S)
+
+
+def stop_job(cluster: Cluster, job_id: str) -> tuple[bool, Job]:
+    """Stop a job and wait until it has stopped; whether it was under way, and what it is now.
+
+    Raises BadInput for an unknown id, Unreachable when it does not end.
+    """
+    job = known_job(cluster, job_id)
+    if job.is_over:
+        return False, job
+    cluster.stop(job_id)
+    until = time.monotonic() + float(STOP_SECONDS) + PATIENCE_S
+    while time.monotonic() < until:
+        if (job := known_job(cluster, job_id)).is_over:
+            return True, job
+        time.sleep(PAUSE_S)
+    raise Unreachable(f"job {job_id} was told to stop and has not ended", f"orchestrator logs {job_id}")
+
+
+def known_job(cluster: Cluster, job_id: str) -> Job:
+    """The job of that id. Raises BadInput that names those there are."""
+    if job := cluster.job(job_id):
+        return job
+    newest = [job.id for job in reversed(cluster.jobs())][:5]
+    raise BadInput(
+        f"the cluster at {cluster.shown} knows no job {job_id!r}",
+        f"jobs there: {', '.join(newest)}" if newest else "it has no jobs; orchestrator submit JOB makes one",
+    )
+
+
+def _option(cluster: Cluster) -> str:
+    """How to name the cluster in the next command; nothing where it is the default."""
+    return "" if cluster.address == DEFAULT_ADDRESS else f" --address {shlex.quote(cluster.shown)}"

@@ -1,0 +1,1 @@
+"""What the user writes: the job spec and the space of its trials."""

@@ -1,0 +1,338 @@
+"""The search space: how many points it has, and which of them become trials.
+
+A space has a few dimensions, those that ``spec.SPACES`` gives its method: for prompts init, num_virtual_tokens,
+learning_rate and seed. Each is listed, or, for the learning rate, a range. Draws are spread, not independent: a search
+of a dozen trials that happens to leave out an init says nothing about it, so every listed value is drawn as often as
+every other, give or take one, and a range is cut into as many equal bins as there are draws, with one draw in each.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from orchestrator.errors import BadInput
+from orchestrator.job.spec import (
+    DEFAULT_TRIALS,
+    LACKING,
+    MAX_TRIALS,
+    PROMPT_SPACE,
+    SPACES,
+    ArtifactInit,
+    Init,
+    LogUniform,
+    SampleVocabInit,
+    SearchSpec,
+    SpaceSpec,
+    TextInit,
+    Uniform,
+)
+from orchestrator.utils.wording import counted
+
+Row = list[Any]  # a value for each dimension, in the order of TrialSpec.config()
+
+MIXING = 20  # swaps tried for each value; the draws' pattern is gone long before
+
+
+@dataclass(frozen=True)
+class TrialSpec:
+    """What tells one trial of a search from another."""
+
+    init: str  # random, random_normal, sample_vocab, class_labels, text or artifact
+    init_text: str | None  # the text when init is text
+    num_virtual_tokens: int
+    learning_rate: float
+    seed: int
+    init_artifact: str | None = None  # the prompt when init is artifact
+    init_population: int | None = None  # the most frequent tokens that sample_vocab draws from
+    # Of baselines, whose init is empty and num_virtual_tokens 0; without training the learning rate is 0 too.
+    rank: int | None = None
+    alpha: int | None = None
+    bottleneck: int | None = None
+    template: str | None = None
+    shots: int | None = None
+    demonstrations: str | None = None
+
+    def config(self) -> dict[str, Any]:
+        """As ``run --json`` prints it, what the method has of it; ``from_config`` reads it back."""
+        own = {
+            "init": self.init_config or None, "num_virtual_tokens": self.num_virtual_tokens or None,
+            "rank": self.rank, "alpha": self.alpha, "bottleneck": self.bottleneck, "template": self.template,
+            "shots": self.shots, "demonstrations": self.demonstrations, "learning_rate": self.learning_rate or None,
+        }  # fmt: skip
+        return {**{name: value for name, value in own.items() if value is not None}, "seed": self.seed}
+
+    @property
+    def size(self) -> int:
+        """Of what is learned or written: the larger, the more memory and time a trial takes."""
+        return max(self.num_virtual_tokens, self.rank or 0, self.bottleneck or 0, self.shots or 0)
+
+    @property
+    def init_config(self) -> Any:
+        """The init as the job spec writes it."""
+        options = {"text": self.init_text, "artifact": self.init_artifact, "sample_vocab": self.init_population}
+        given = {name: value for name, value in options.items() if value is not None}
+        return given or self.init
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> TrialSpec:
+        """The trial that ``config`` describes. Raises BadInput unless it has each key once, with one allowed value."""
+        if missing := _missing(config):
+            raise BadInput(f"a trial's configuration has no {', '.join(missing)}: {dict(config)}")
+        try:
+            # A single point is a space too, so the spec's own limits hold.
+            space = SpaceSpec.model_validate({**dict.fromkeys(SpaceSpec.model_fields), **config}, context=LACKING)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise BadInput(f"a trial's configuration has a bad {place}: {first['msg']}: {dict(config)}") from None
+        if any(isinstance(value, list | LogUniform | Uniform) for value in _dimensions(space)):
+            raise BadInput(f"a trial's configuration has one value for each key: {dict(config)}")
+        return trial_at(_dimensions(space), _names(space))
+
+    def label(self) -> str:
+        """One short line for tables."""
+        if not self.init:
+            return self._baseline_label()
+        text = " ".join((self.init_text or self.init_artifact or "").split())
+        start = f'"{text if len(text) <= 24 else text[:21] + "..."}"' if text else self.init
+        return f"{start}, {self.num_virtual_tokens} tokens, lr {self.learning_rate:.3g}, seed {self.seed}"
+
+    def _baseline_label(self) -> str:
+        template = " ".join((self.template or "").split())
+        parts = [
+            f'"{template if len(template) <= 24 else template[:21] + "..."}"' if template else "",
+            f"{self.shots} {self.demonstrations} demonstrations" if self.shots else "",
+            "no demonstrations" if self.shots == 0 else "",
+            f"rank {self.rank}, alpha {self.alpha}" if self.rank and self.alpha else "",
+            f"bottleneck {self.bottleneck}" if self.bottleneck else "",
+            f"lr {self.learning_rate:.3g}" if self.learning_rate else "",
+        ]
+        return ", ".join([*filter(None, parts), f"seed {self.seed}"])
+
+
+def _missing(config: Mapping[str, Any]) -> list[str]:
+    """Keys that a configuration lacks of those that the method with the most of them has."""
+    spaces = [[name for name in own if name != "template"] for own in SPACES.values()]
+    nearest = max(spaces, key=lambda own: (sum(name in config for name in own), -len(own)))
+    return [name for name in nearest if name not in config]
+
+
+def trials(search: SearchSpec) -> list[TrialSpec]:
+    """The trials of a search: the grid or so many of it, or draws, 16 unless ``trials`` says otherwise.
+
+    Fewer when the space has fewer points: no trial is run twice. None with a searcher that proposes trials while the
+    search runs. Raises BadInput as ``grid`` does.
+    """
+    if search.searcher == "optuna":
+        return []
+    if search.searcher == "random":
+        return draw(search.space, search.trials or DEFAULT_TRIALS, search.seed)
+    values = _listed(search.space)
+    if values is None or search.trials is None or search.trials >= math.prod(map(len, values)):
+        return grid(search.space)
+    chosen = random.Random(search.seed).sample(range(math.prod(map(len, values))), search.trials)
+    names = _names(search.space)
+    return [trial_at(_point(values, index), names) for index in chosen]
+
+
+def trial_count(search: SearchSpec) -> int:
+    """How many trials the search will have, unless it ends early. Raises BadInput as ``grid`` does."""
+    if search.searcher != "optuna":
+        return len(trials(search))
+    count, size = search.trials or DEFAULT_TRIALS, grid_size(search.space)
+    return count if size is None else min(count, size)
+
+
+def why_fewer_trials(search: SearchSpec) -> str:
+    """Explain a search that has fewer trials than the spec asks for; empty where it has as many."""
+    points = grid_size(search.space)
+    if search.trials is None or points is None or points >= search.trials:
+        return ""
+    return f"search.trials is {search.trials}, and search.space has {counted(points, 'point')}"
+
+
+def no_result(search: SearchSpec, count: int) -> str:
+    """Say that none of a search's trials has a result, and why there are fewer than the spec asks for."""
+    text = "the only trial has no result" if count == 1 else f"none of the {count} trials has a result"
+    reason = why_fewer_trials(search)
+    return f"{text} ({reason})" if reason else text
+
+
+def grid_size(space: SpaceSpec) -> int | None:
+    """Points of the space; None when a dimension is a range."""
+    values = _listed(space)
+    return None if values is None else math.prod(map(len, values))
+
+
+def grid(space: SpaceSpec) -> list[TrialSpec]:
+    """Every point, seeds next to each other.
+
+    Raises BadInput when a dimension is a range, or when there are more points than a search may have trials.
+    """
+    values = _listed(space)
+    if values is None:
+        raise BadInput("a range of learning rates has no grid", "list learning rates, or use searcher random")
+    size = math.prod(map(len, values))
+    if size > MAX_TRIALS:
+        raise BadInput(f"the grid has {size} points, and a search at most {MAX_TRIALS} trials", "set search.trials")
+    names = _names(space)
+    return [trial_at(_point(values, index), names) for index in range(size)]
+
+
+def draw(space: SpaceSpec, count: int, seed: int) -> list[TrialSpec]:
+    """``count`` different points, the same ones for the same seed; every point once when the space has fewer.
+
+    Each listed value is drawn as often as any other of its dimension, give or take one. A range is cut into ``count``
+    equal bins, on a logarithmic scale for loguniform, and each bin gives one value.
+    """
+    if count < 1:
+        raise ValueError(f"draw needs a count of at least 1, got {count}")
+    rng = random.Random(seed)
+    columns = [_column(value, count, rng) for value in _dimensions(space)]
+    count = min(count, math.prod(map(len, columns)))
+    rows = _spread(columns, count)
+    _mix(rows, rng)
+    names = _names(space)
+    return [trial_at(row, names) for row in rows]
+
+
+def dimensions(space: SpaceSpec) -> dict[str, Any]:
+    """What trials differ in, by name in the order of a row: a list of values, or a range."""
+    return {
+        name: value if isinstance(value, LogUniform | Uniform) else _values(value)
+        for name, value in zip(_names(space), _dimensions(space), strict=True)
+    }
+
+
+def trial_at(row: Row, names: Sequence[str] = PROMPT_SPACE) -> TrialSpec:
+    """The trial with one value for each of the named dimensions."""
+    found = dict(zip(names, row, strict=True))
+    init: Init | None = found.pop("init", None)
+    found["learning_rate"] = float(found.get("learning_rate") or 0.0)
+    kind: dict[str, Any] = {"init": init or "", "init_text": None}
+    if isinstance(init, TextInit):
+        kind = {"init": "text", "init_text": init.text}
+    elif isinstance(init, ArtifactInit):
+        kind = {"init": "artifact", "init_text": None, "init_artifact": init.artifact}
+    elif isinstance(init, SampleVocabInit):
+        kind = {"init": "sample_vocab", "init_text": None, "init_population": init.sample_vocab}
+    return TrialSpec(**{"num_virtual_tokens": 0, **kind, **found})
+
+
+def longest(space: SpaceSpec) -> int:
+    """The greatest num_virtual_tokens of the space, 0 where there are none."""
+    lengths: list[int] = _values(space.num_virtual_tokens)
+    return max(lengths, default=0)
+
+
+def templates(space: SpaceSpec) -> list[str]:
+    """The templates that trials try, in the order of the spec; none where they all have the data's."""
+    return _values(space.template)
+
+
+def init_texts(space: SpaceSpec) -> list[str]:
+    """The texts that soft prompts start from, in the order of the spec."""
+    return [init.text for init in _values(space.init) if isinstance(init, TextInit)]
+
+
+def init_artifacts(space: SpaceSpec) -> list[str]:
+    """The prompts that others start from, in the order of the spec."""
+    return [init.artifact for init in _values(space.init) if isinstance(init, ArtifactInit)]
+
+
+def _names(space: SpaceSpec) -> list[str]:
+    """The dimensions that the space has."""
+    return [name for name in SpaceSpec.model_fields if getattr(space, name) is not None]
+
+
+def _dimensions(space: SpaceSpec) -> Row:
+    return [getattr(space, name) for name in _names(space)]
+
+
+def _values(value: Any) -> list[Any]:
+    """The values of a dimension; none of one that the space lacks."""
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def _listed(space: SpaceSpec) -> list[list[Any]] | None:
+    dimensions = _dimensions(space)
+    if any(isinstance(value, LogUniform | Uniform) for value in dimensions):
+        return None
+    return [_values(value) for value in dimensions]
+
+
+def _point(values: list[list[Any]], index: int) -> Row:
+    """Point ``index`` of the grid, the last dimension running fastest."""
+    row = []
+    for column in reversed(values):
+        index, place = divmod(index, len(column))
+        row.append(column[place])
+    return row[::-1]
+
+
+def _column(value: Any, count: int, rng: random.Random) -> list[Any]:
+    """The different values of a dimension to draw from, in random order."""
+    if isinstance(value, LogUniform):
+        low, high = (math.log(bound) for bound in value.loguniform)
+        values = [math.exp(point) for point in _strata(low, high, count, rng)]
+        values = [min(max(point, value.loguniform[0]), value.loguniform[1]) for point in values]
+    elif isinstance(value, Uniform):
+        values = _strata(*value.uniform, count, rng)
+    else:
+        values = list(_values(value))
+    values = list(dict.fromkeys(values))  # a range may be so narrow that neighbouring bins give the same number
+    rng.shuffle(values)
+    return values
+
+
+def _strata(low: float, high: float, count: int, rng: random.Random) -> list[float]:
+    step = (high - low) / count
+    return [min(low + (index + rng.random()) * step, high) for index in range(count)]
+
+
+def _spread(columns: list[list[Any]], count: int) -> list[Row]:
+    """The first ``count`` rows of an order of all combinations whose every beginning is balanced in every column.
+
+    Two columns of a and b values: row i takes value i of the first and i + (i div lcm(a, b)) of the second, both
+    around the clock. A block of lcm(a, b) rows meets each pair at most once and each value equally often, and the shift
+    moves the next block to pairs not met yet. A further column sees the ones before it as one column of a * b values.
+    """
+    rows: list[Row] = [[] for _ in range(count)]
+    period = 1
+    for values in columns:
+        block = math.lcm(period, len(values))
+        total = period * len(values)
+        for index, row in enumerate(rows):
+            # What is before repeats after ``period`` rows; this column's turns start over after ``total``.
+            turn = index % total
+            row.append(values[(turn + turn // block) % len(values)])
+        period = total
+    return rows
+
+
+def _mix(rows: list[Row], rng: random.Random) -> None:
+    """Swap values of a column between rows at random, keeping rows different and how often each value occurs."""
+    width = len(rows[0])
+    seen = {tuple(row) for row in rows}
+    for _ in range(MIXING * len(rows) * width if len(rows) > 1 else 0):
+        one, other = rng.sample(rows, 2)
+        column = rng.randrange(width)
+        swapped = [_swapped(one, other, column), _swapped(other, one, column)]
+        before, after = {tuple(one), tuple(other)}, {tuple(row) for row in swapped}
+        if seen.isdisjoint(after - before):
+            seen -= before
+            seen |= after
+            one[:], other[:] = swapped
+    rng.shuffle(rows)
+
+
+def _swapped(row: Row, other: Row, column: int) -> Row:
+    return [*row[:column], other[column], *row[column + 1 :]]

@@ -1,0 +1,54 @@
+"""``--set a.b.c=VALUE``: one value laid over the tree of a file."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import yaml
+
+from orchestrator.errors import Problem
+from orchestrator.job.yaml.scalars import Unreadable, compose, unquoted
+from orchestrator.job.yaml.tree import Node, grow
+from orchestrator.job.yaml.wording import below, printable
+
+PART = r'(?:"[^"]*"|[^."=]+)'
+OVERRIDE = re.compile(rf"({PART}(?:\.{PART})*)=(.*)", re.DOTALL)
+
+
+def lay_over(root: Node, override: str) -> None:
+    """Put the value of ``override`` in its place below ``root``; what is wrong with it is noted there."""
+    source = printable(f"--set {override}")
+    match = OVERRIDE.fullmatch(override)
+    if not match:
+        message = "names no key" if "=" in override else "has no ="
+        hint = "write --set key=value, for instance train.steps=100"
+        root.problems.append(Problem(source, None, "", message, hint))
+        return
+    # Read as YAML reads keys: verbalizer.0 is a number, verbalizer."0" text.
+    *way, last = [part[1:-1] if part[0] == '"' else unquoted(part) for part in re.findall(PART, match[1])]
+    around = root
+    for name in way:
+        inner = around.value.get(name)
+        if inner and isinstance(inner.value, list):
+            message = f"{inner.where} is a list; set it as a whole"
+            root.problems.append(Problem(source, None, printable(match[1]), message))
+            return
+        if not inner or not isinstance(inner.value, dict):
+            inner = around.value[name] = Node(source, None, below(around.where, name), {})
+        around = inner
+    around.value[last] = _node(match, Node(source, None, below(around.where, last)))
+
+
+def _node(match: re.Match[str], empty: Node) -> Node:
+    """The value of an override, in place of ``empty``."""
+    key, text = match.groups()
+    try:
+        node = compose(text)
+        if isinstance(node, yaml.CollectionNode) and not node.flow_style:
+            raise Unreadable("is neither a scalar nor [a, b] nor {a: b}")
+        return grow(node, empty.file, empty.where, lines=False) if node else empty
+    except Unreadable as error:
+        hint = f"put text in quotes: --set '{key}={json.dumps(text, ensure_ascii=False)}'"
+        empty.note(f"the value {error}", printable(hint))
+        return empty

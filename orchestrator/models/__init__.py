@@ -1,0 +1,1 @@
+"""The frozen model: where it comes from and how it is run."""

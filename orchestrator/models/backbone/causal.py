@@ -1,0 +1,319 @@
+"""Causal models: [prompt; input; target] in one stack.
+
+Two exact ways to put a prompt in front of a row (docs/decisions.md has the measurements):
+
+* **prompt once**: the K prompts run through the model as [K, P, H]; their keys and values are shared by all rows. In a
+  causal model the prompt attends to nothing but itself, so it is the same for every row (prefix caching, but
+  differentiable). Prompts are padded on the right, rows on the left; positions are explicit. A prefix is such keys and
+  values from the start.
+* **plain**: everything for every row, padded on the right. Exact for every causal model, also with sliding windows. A
+  prefix is padded on the left here, so that nothing stands between it and its row.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from orchestrator.errors import BadInput
+from orchestrator.models.backbone.attention import install_grouped
+from orchestrator.models.backbone.base import Backbone, Ids, no_prefix
+from orchestrator.models.backbone.prepared_prompts import Part, PreparedPrompts, PromptTensors, pad_part
+from orchestrator.models.backbone.rotary import install_rowwise
+from orchestrator.models.backbone.rows import Rows
+from orchestrator.models.backbone.sharding import through_last_block
+from orchestrator.models.placeholders import placed
+from orchestrator.models.rope import rope_switches
+from orchestrator.models.source import BaseModelInfo, Family
+
+# Checked in float64 against unpadded rows: loss and gradient agree when the prompt runs once (docs/decisions.md).
+PROMPT_ONCE_FAMILIES = frozenset(
+    {"llama", "qwen2", "qwen3", "gpt2", "gpt_neox", "opt", "phi", "falcon", "olmo2", "granite"}
+)
+
+
+@dataclass
+class CausalState:
+    """Rows after a forward: ``logits`` [B, V] of the last column, keys and values so far, ``mask`` over all columns so
+    far, and each row's next position [B]."""
+
+    logits: Tensor
+    cache: Any
+    mask: Tensor
+    positions: Tensor
+
+    def select(self, rows: Tensor) -> CausalState:
+        """The state of the given rows, in that order, with repetition."""
+        from orchestrator.models.backbone import cache
+
+        return CausalState(self.logits[rows], cache.select(self.cache, rows), self.mask[rows], self.positions[rows])
+
+    @classmethod
+    def join(cls, states: Sequence[CausalState]) -> CausalState:
+        """The rows of all states, in order, for one forward. Columns that nobody needs are left out, so that a batch
+        whose rows come and go is never wider than its longest row."""
+        from orchestrator.models.backbone import cache
+
+        joined, mask = cache.join([state.cache for state in states], [state.mask for state in states])
+        logits, positions = (torch.cat([getattr(state, name) for state in states]) for name in ("logits", "positions"))
+        return cls(logits, joined, mask, positions)
+
+
+class CausalBackbone(Backbone):
+    """A frozen causal language model with its tokenizer."""
+
+    family: ClassVar[Family] = "causal"
+
+    def __init__(self, model: nn.Module, tokenizer: Any, info: BaseModelInfo, prompt_once: bool | None = None) -> None:
+        super().__init__(model, tokenizer, info)
+        switches = rope_switches(model.config, info.context_length)
+        if switches:
+            install_rowwise(model, switches)
+        # A row beyond the switch needs other keys of its prompt than a short row, so that neither may share them.
+        once = runs_prompt_once(model.config) and not switches
+        self.prompt_once = once if prompt_once is None else prompt_once
+        if self.prompt_once:
+            from orchestrator.models.backbone import last_block
+
+            last_block.watch(model)
+            install_grouped(model)
+
+    @property
+    def continues(self) -> bool:
+        return self.prompt_once
+
+    # Prompts
+
+    def prepare(self, prompts: Sequence[Tensor | PromptTensors]) -> PreparedPrompts:
+        """The prompts' keys and values with the prompt run once or as a prefix, else their embeddings."""
+        each = [PromptTensors.of(prompt) for prompt in prompts]
+        for prompt in each:
+            self.check_prefix(prompt.prefixes)
+        parts = self._embedding_part(each, inside=True)
+        if self.prompt_once:
+            parts |= self._cache_part(each)
+        else:
+            parts |= self._embedding_part(each, inside=False)
+            parts |= self._prefix_part(each)
+            if not self.shares_forward(frozenset(parts)):
+                raise BadInput(f"soft prompts and prefixes can't share a forward of a {self.info.model_type} model")
+        return PreparedPrompts(parts, len(each))
+
+    def shares_forward(self, kinds: frozenset[str]) -> bool:
+        """On the plain path prefixes and soft prompts run apart: each row would carry the longest prefix's columns."""
+        return self.prompt_once or not kinds >= {"front", "cache"}
+
+    def _cache_part(self, prompts: Sequence[PromptTensors]) -> dict[str, Part]:
+        soft = [place for place, prompt in enumerate(prompts) if prompt.embeddings is not None and not prompt.inside]
+        members: list[tuple[Tensor, ...] | None] = [_layers(prompt) for prompt in prompts]
+        if soft:
+            lengths = [len(prompts[place].embeddings) for place in soft]  # type: ignore[arg-type]
+            layers = self._prompt_cache([prompts[place].embeddings for place in soft])  # type: ignore[misc]
+            if len(soft) == len(prompts):
+                return {"cache": Part(layers, torch.tensor(lengths, device=self.device))}
+            for row, (place, length) in enumerate(zip(soft, lengths, strict=True)):
+                members[place] = tuple(tensor[row, :, :length] for tensor in layers)
+        return {"cache": pad_part(members, self.table)} if any(members) else {}
+
+    def _prompt_cache(self, prompts: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Key and value of each layer, [K, kv heads, P, head width], of soft prompts that run once."""
+        padded = nn.utils.rnn.pad_sequence(list(prompts), batch_first=True).to(self.device, self.table.dtype)
+        width = padded.shape[1]
+        with self._reading(_cache(()), keep=1) as cache:  # its keys and values are read, not what it gives
+            # The pads are on the right, where no real virtual token looks, and rows mask them out later.
+            out = self._body(
+                inputs_embeds=padded,
+                attention_mask=torch.ones(1, 1, width, width, dtype=torch.bool, device=self.device).tril(),
+                position_ids=torch.arange(width, device=self.device)[None],
+                past_key_values=cache,
+                use_cache=True,
+            )
+        cache = tuple(tensor for layer in out.past_key_values.layers for tensor in (layer.keys, layer.values))
+        return through_last_block(out.last_hidden_state, cache) if self.sharded else cache
+
+    def _prefix_part(self, prompts: Sequence[PromptTensors]) -> dict[str, Part]:
+        members = [_layers(prompt) for prompt in prompts]
+        return {"cache": pad_part(members, self.table)} if any(members) else {}
+
+    def activations(self, embeddings: Tensor) -> dict[str, Tensor]:
+        from transformers import DynamicCache
+
+        body: Any = self.model.base_model
+        if "past_key_values" not in inspect.signature(body.forward).parameters:
+            raise no_prefix(self.info.model_type, "it keeps no keys and values")
+        cache = DynamicCache()  # a model's own would drop what is outside a layer's window
+        self._body(inputs_embeds=embeddings.to(self.table)[None], past_key_values=cache, use_cache=True)
+        layers = [(layer.keys, layer.values) for layer in cache.layers]
+        if not layers or len({tensor.shape for layer in layers for tensor in layer}) > 1:
+            raise no_prefix(self.info.model_type, "its layers differ in heads or widths")
+        return {"decoder": torch.stack([torch.cat(layer) for layer in layers])}
+
+    # Rows
+
+    def teacher_forced(
+        self, prompts: PreparedPrompts | None, inputs: Sequence[Ids], targets: Sequence[Ids], prompt: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """The last target token is never fed: nothing is predicted from it. Targets end at the right edge."""
+        fed = [[*ids, *target[:-1]] for ids, target in zip(self._placed(prompts, inputs, prompt), targets, strict=True)]
+        longest = max(map(len, targets))
+        padded = [[*[-100] * (longest - len(target)), *target] for target in targets]
+        logits = self.target_logits(prompts, Rows.pad(fed, prompt, self.device), longest)
+        return logits, torch.tensor(padded, device=self.device)
+
+    def _placed(self, prompts: PreparedPrompts | None, inputs: Sequence[Ids], prompt: Sequence[int]) -> Sequence[Ids]:
+        if all(min(ids, default=0) >= 0 for ids in inputs):
+            return inputs
+        counts = self.inner_counts(prompts, prompt)
+        return [placed(ids, count) or [0] for ids, count in zip(inputs, counts, strict=True)]
+
+    def target_logits(self, prompts: PreparedPrompts | None, rows: Rows, keep: int) -> Tensor:
+        """Logits [B, keep, V] at the last ``keep`` columns of the rows, which end at the right edge.
+
+        ``prompts=None`` is the model as it stands, without a prompt.
+        """
+        if not self.prompt_once:
+            return self._plain(prompts, rows, keep)
+        logits: Tensor = self._continue(prompts, rows, keep)[0].logits
+        return logits
+
+    def start(self, prompts: PreparedPrompts | None, inputs: Sequence[Ids], prompt: Sequence[int]) -> CausalState:
+        return self.run(prompts, Rows.pad(self._placed(prompts, inputs, prompt), prompt, self.device))
+
+    def run(self, prompts: PreparedPrompts | None, rows: Rows) -> CausalState:
+        """The rows' last logits, and the state to go on from. Needs the prompt-once path."""
+        from orchestrator.models.backbone.cache import ROOM
+
+        out, mask, positions = self._continue(prompts, rows, keep=1, room=ROOM)
+        return CausalState(out.logits[:, -1], out.past_key_values, mask, positions[:, -1] + 1)
+
+    def extend(self, state: CausalState, ids: Tensor, mask: Tensor) -> tuple[Tensor, CausalState]:
+        full = torch.cat([state.mask, mask], dim=1)
+        positions = state.positions[:, None] + (mask.cumsum(1) - 1).clamp(min=0)
+        out = self.model(
+            input_ids=ids,
+            attention_mask=full.long(),
+            position_ids=positions,
+            past_key_values=state.cache,
+            use_cache=True,
+        )
+        return out.logits, CausalState(out.logits[:, -1], out.past_key_values, full, state.positions + mask.sum(1))
+
+    def _continue(
+        self, prompts: PreparedPrompts | None, rows: Rows, keep: int, room: int = 0
+    ) -> tuple[Any, Tensor, Tensor]:
+        """``room`` columns may follow the rows without another copy of what is kept of them."""
+        mask, positions = rows.mask, (rows.mask.cumsum(1) - 1).clamp(min=0)
+        width = rows.ids.shape[1]
+        part = prompts.parts.get("cache") if prompts is not None else None
+        if part is not None:
+            mask = torch.cat([part.mask(rows.prompt), mask], dim=1)
+            positions = positions + part.lengths[rows.prompt][:, None]
+        with self._reading(_rows_cache(part, rows.prompt, width + room), keep) as cache:
+            out = self.model(
+                **self._entering(prompts, rows),
+                attention_mask=mask.long(),
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                # Places and not a count: of a view, torch would take the head's frozen matrix once for every row.
+                logits_to_keep=torch.arange(width - keep, width, device=self.device),
+            )
+        return out, mask, positions
+
+    def _reading(self, cache: Any, keep: int) -> AbstractContextManager[Any]:
+        """A forward of which the last ``keep`` columns are read. All parts of a sharded block run once, and whole."""
+        from orchestrator.models.backbone import last_block
+
+        return nullcontext(cache) if self.sharded else last_block.reading(cache, keep)
+
+    def _entering(self, prompts: PreparedPrompts | None, rows: Rows) -> dict[str, Tensor]:
+        if prompts is not None and "inner" in prompts.parts:
+            return {"inputs_embeds": self.row_embeddings(prompts, rows.ids, rows.prompt)}
+        return {"input_ids": rows.ids}
+
+    def _plain(self, prompts: PreparedPrompts | None, rows: Rows, keep: int) -> Tensor:
+        """[prompt; row; pads], with no hole in between: each row is gathered to stand right after its prompt."""
+        embeddings = self.row_embeddings(prompts, rows.ids, rows.prompt)
+        front = prompts.parts.get("front") if prompts else None
+        prefix = prompts.parts.get("cache") if prompts else None
+        lengths = front.lengths[rows.prompt] if front else rows.prompt.new_zeros(len(rows.prompt))
+        width = front.width if front else 0
+        left_pads = rows.ids.shape[1] - rows.mask.sum(1)
+        place = torch.arange(width + rows.ids.shape[1], device=self.device)[None, :].expand(len(rows.ids), -1)
+        source = torch.cat([*(front.of_rows(rows.prompt) if front else ()), embeddings], dim=1)
+        from_row = place + (width + left_pads - lengths)[:, None]
+        index = torch.where(place < lengths[:, None], place, from_row.clamp(max=source.shape[1] - 1))
+        embeds = source.gather(1, index[:, :, None].expand(-1, -1, source.shape[2]))
+        ends = lengths + rows.mask.sum(1)
+        wanted = (ends[:, None] - keep + torch.arange(keep, device=self.device)).clamp(min=0)
+        first = int(wanted.min())
+        logits = self.model(
+            inputs_embeds=embeds,
+            logits_to_keep=torch.arange(first, place.shape[1], device=self.device),
+            **self._behind(prefix, rows, place, ends),
+        ).logits
+        return torch.take_along_dim(logits, (wanted - first)[:, :, None], dim=1)
+
+    def _behind(self, prefix: Part | None, rows: Rows, place: Tensor, ends: Tensor) -> dict[str, Any]:
+        """Mask, positions and cache of right-padded rows, behind a prefix, which is padded on the left, if any.
+
+        Pads have their row's last position: a row's largest position says how long it is.
+        """
+        mask = place < ends[:, None]
+        place = place.minimum(ends[:, None] - 1)
+        if prefix is None:
+            positions = {"position_ids": place} if self._takes_positions else {}
+            return {"attention_mask": mask.long(), "use_cache": False, **positions}
+        lengths = prefix.lengths[rows.prompt]
+        column = torch.arange(prefix.width, device=self.device)[None, :] - (prefix.width - lengths)[:, None]
+        shifted = [
+            tensor.gather(2, column.clamp(min=0)[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3]))
+            for tensor in prefix.of_rows(rows.prompt)
+        ]
+        positions = {"position_ids": place + lengths[:, None]} if self._takes_positions else {}
+        whole = torch.cat([column >= 0, mask], dim=1)
+        return {"attention_mask": whole.long(), "past_key_values": _cache(shifted), "use_cache": True, **positions}
+
+    @cached_property
+    def _takes_positions(self) -> bool:
+        return "position_ids" in inspect.signature(self.model.forward).parameters
+
+    def _body(self, **inputs: Any) -> Any:
+        """The model without its head, which would compute [K, P, V] logits that nobody reads."""
+        return self.model.base_model(**inputs)  # type: ignore[operator]
+
+
+def _layers(prompt: PromptTensors) -> tuple[Tensor, ...] | None:
+    """Key and value of each layer, [kv heads, P, head width], of a prefix."""
+    tensor = prompt.prefixes.get("decoder")
+    return None if tensor is None else tuple(tensor.flatten(0, 1).unbind(0))
+
+
+def _rows_cache(part: Part | None, prompt: Tensor, further: int) -> Any:
+    """What the rows find before them, to which ``further`` columns come."""
+    from orchestrator.models.backbone import cache
+
+    if torch.is_grad_enabled():
+        return _cache(() if part is None else part.of_rows(prompt))
+    return cache.empty_cache() if part is None else cache.rows_cache(part.tensors, prompt, further)
+
+
+def _cache(tensors: Sequence[Tensor]) -> Any:
+    """A transformers cache of the rows' keys and values. All layers keep everything, also those with a window."""
+    from transformers import DynamicCache
+
+    return DynamicCache(list(zip(tensors[::2], tensors[1::2], strict=True)))
+
+
+def runs_prompt_once(config: Any) -> bool:
+    """Whether the prompt may run once for all rows: a checked family in which every layer attends to everything."""
+    layers = getattr(config, "layer_types", None)
+    full = all(kind == "full_attention" for kind in layers) if layers else not getattr(config, "sliding_window", None)
+    return config.model_type in PROMPT_ONCE_FAMILIES and full and not getattr(config, "alibi", False)

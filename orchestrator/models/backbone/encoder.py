@@ -1,0 +1,80 @@
+"""What encoder-decoder and masked models have in common: inputs read in both directions, prompts in front of them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orchestrator.models.backbone.attention import called_modules, install_prefixes, layer_prefixes, prefixed, recorded
+from orchestrator.models.backbone.base import Backbone
+from orchestrator.models.backbone.prepared_prompts import SITES, PreparedPrompts, PromptTensors, pad_part
+from orchestrator.models.backbone.rows import Rows
+from orchestrator.models.source import BaseModelInfo
+
+
+class EncodingBackbone(Backbone):
+    """A model whose encoder sees whole inputs: a prompt can't run once, and a prefix goes through the attention."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, info: BaseModelInfo) -> None:
+        super().__init__(model, tokenizer, info)
+        install_prefixes(model)
+
+    @cached_property
+    @abstractmethod
+    def sites(self) -> dict[str, list[nn.Module]]:
+        """The attention modules of each site that a prefix has, layer by layer."""
+
+    def prepare(self, prompts: Sequence[Tensor | PromptTensors]) -> PreparedPrompts:
+        each = [PromptTensors.of(prompt) for prompt in prompts]
+        for prompt in each:
+            self.check_prefix(prompt.prefixes)
+        parts = self._embedding_part(each, inside=True) | self._embedding_part(each, inside=False)
+        for site in SITES:
+            members = [
+                None if (tensor := prompt.prefixes.get(site)) is None else tuple(tensor.flatten(0, 1).unbind(0))
+                for prompt in each
+            ]
+            if any(members):
+                parts[site] = pad_part(members, self.table)
+        return PreparedPrompts(parts, len(each))
+
+    @contextmanager
+    def prefix_of(self, prompts: PreparedPrompts | None, rows: Tensor, sites: Sequence[str]) -> Iterator[None]:
+        """Within, the sites' attention sees each row's prefix; ``rows`` [B] are places among the prompts."""
+        found = {}
+        for site in sites:
+            if prompts is not None and (part := prompts.parts.get(site)):
+                found.update(layer_prefixes(self.sites[site], part.of_rows(rows), part.mask(rows)))
+        with prefixed(found):
+            yield
+
+    def encoder_rows(self, prompts: PreparedPrompts | None, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """[prompt; row; pads] as embeddings [B, P+T, H] without a hole, their mask, and the virtual tokens in front of
+        each row [B]. Rows are padded on the right."""
+        embeddings = self.row_embeddings(prompts, rows.ids, rows.prompt)
+        front = prompts.parts.get("front") if prompts else None
+        if front is None:
+            return embeddings, rows.mask, rows.prompt.new_zeros(len(rows.prompt))
+        lengths = front.lengths[rows.prompt][:, None]
+        ends = lengths + rows.mask.sum(1, keepdim=True)
+        source = torch.cat([*front.of_rows(rows.prompt), embeddings], dim=1)
+        place = torch.arange(source.shape[1], device=self.device)[None, :]
+        from_row = (place + front.width - lengths).clamp(max=source.shape[1] - 1)
+        index = torch.where(place < lengths, place, from_row)
+        width = int(ends.max())
+        index, place = index[:, :width], place[:, :width]
+        return source.gather(1, index[:, :, None].expand(-1, -1, source.shape[2])), place < ends, lengths[:, 0]
+
+    def _recorded_keys(self, run: Any, within: nn.Module, keys: int) -> tuple[list[nn.Module], Tensor]:
+        """The attention modules within a part of the model that saw so many keys, and what they saw:
+        [L, 2, kv heads, keys, width]."""
+        with recorded() as seen:
+            run()
+        modules = [module for module in called_modules(seen, within) if seen[module][0].shape[2] == keys]
+        return modules, torch.stack([torch.cat(seen[module]) for module in modules])

@@ -1,0 +1,193 @@
+"""Load a base model, freeze it, and find out whether it can be tuned exactly."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orchestrator.errors import BadInput, JobFailed
+from orchestrator.models.backbone.base import Backbone
+from orchestrator.models.backbone.causal import CausalBackbone
+from orchestrator.models.backbone.masked import MaskedBackbone
+from orchestrator.models.backbone.seq2seq import Seq2SeqBackbone
+from orchestrator.models.backbone.weights import (
+    auto_model,
+    check_layers,
+    check_loaded,
+    stored_tensors,
+    unusable_config,
+    wrong_shapes,
+)
+from orchestrator.models.source import BaseModelInfo, Family, ModelSource, family_of, quiet_transformers
+from orchestrator.utils.imports import uncollected
+
+BACKBONES: dict[Family, type[Backbone]] = {
+    "causal": CausalBackbone,
+    "seq2seq": Seq2SeqBackbone,
+    "masked": MaskedBackbone,
+}
+
+
+def make_backbone(model: nn.Module, tokenizer: Any, info: BaseModelInfo) -> Backbone:
+    """The backbone of the model's family, frozen."""
+    return BACKBONES[family_of(model.config)](model, tokenizer, info)
+
+
+def load_backbone(source: ModelSource, device: str | torch.device = "cpu", dtype: str = "auto") -> Backbone:
+    """Load a checked base model and freeze it. Weights come from safetensors only, and no model code is run."""
+    backbone = read_backbone(source, device, dtype)
+    check_exact(backbone)
+    return backbone
+
+
+def read_backbone(
+    source: ModelSource,
+    device: str | torch.device = "cpu",
+    dtype: str = "auto",
+    before_gather: Callable[[], Any] | None = None,
+) -> Backbone:
+    """``load_backbone`` without trying the model out. With ``before_gather`` its blocks are sharded among the workers
+    of torch's process group, each of which calls this; nothing is communicated yet."""
+    fingerprint = weights_fingerprint(source)  # finds missing and damaged files before anything large is built
+    device = torch.device(device)
+    # What is sharded goes to the device block by block.
+    model = _load_model(source, _dtype(dtype, device), device if before_gather is None else torch.device("cpu"))
+    check_loaded(source, model)
+    backbone = make_backbone(model, source.tokenizer(), source.info(fingerprint))
+    if before_gather is not None:
+        backbone.shard(device, before_gather)
+    return backbone
+
+
+def check_exact(backbone: Backbone) -> None:
+    """BadInput when prompts can't be tuned on the model. The workers of a sharded one call this together."""
+    backbone.gather_once()
+    if reason := why_not_exact(backbone):
+        raise BadInput(f"base_model.id {backbone.info.id!r} can't be tuned: {reason}", "choose another language model")
+
+
+@torch.inference_mode()
+def why_not_exact(backbone: Backbone) -> str:
+    """Why prompts can't be tuned on this model, or nothing: tried out on two rows that differ in their last token."""
+    special = set(backbone.tokenizer.all_special_ids)
+    ordinary = [token for token in range(len(backbone.table)) if token not in special]
+    ids = torch.tensor(ordinary[:10], device=backbone.device).view(2, 5)
+    ids[1, :-1] = ids[0, :-1]
+    mask = torch.ones_like(ids)
+    decoder = {"decoder_input_ids": ids[:, :2]} if backbone.family == "seq2seq" else {}
+    logits = backbone.model(input_ids=ids, attention_mask=mask, **decoder).logits
+    embedded = backbone.model(inputs_embeds=backbone.embed(ids), attention_mask=mask, **decoder).logits
+    scale = float(logits.abs().max())
+    # Within one forward a causal model's rows agree to the bit; two forwards may differ by rounding.
+    if backbone.family == "causal" and float((logits[0, :-1] - logits[1, :-1]).abs().max()) > 1e-3 * scale:
+        return "what it predicts depends on the tokens that come later, so it is not causal"
+    if _differs(logits, embedded, scale):
+        return "it looks at token ids besides their embeddings, and virtual tokens have none"
+    if isinstance(backbone, MaskedBackbone) and _differs(_headed(backbone, ids, mask), logits, scale):
+        return "its head is not one module on top of its body"
+    return ""
+
+
+def _differs(one: Tensor, other: Tensor, scale: float) -> bool:
+    return float((one - other).abs().max()) > 1e-2 * scale
+
+
+def _headed(backbone: MaskedBackbone, ids: Tensor, mask: Tensor) -> Tensor:
+    logits: Tensor = backbone.head(backbone.body(input_ids=ids, attention_mask=mask).last_hidden_state)
+    return logits
+
+
+def _load_model(source: ModelSource, dtype: Any, device: torch.device) -> Any:
+    quiet_transformers()
+    try:
+        with uncollected():
+            model, loading = auto_model(family_of(source.config)).from_pretrained(
+                source.path,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=source.allow_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # to name them: transformers' own error does not
+                **_quantized(source.quantization, device),
+            )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise source.unusable_weights(str(error)) from None
+    except AssertionError as error:
+        raise unusable_config(source, error) from None
+    if wrong := {name: (found, expected) for name, found, expected in sorted(loading["mismatched_keys"])}:
+        raise wrong_shapes(source, wrong)
+    check_layers(source, model, loading["unexpected_keys"], [])
+    if missing := sorted(loading["missing_keys"]):  # transformers would fill them with random numbers
+        raise source.unusable_weights(f"{len(missing)} weights are missing, the first is {missing[0]}")
+    if source.quantization == "none":
+        return model.to(device)
+    for module in model.modules():
+        # On CPUs bitsandbytes repacks 4-bit weights for inference, and later gradients come out wrong (seen in 0.50).
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def _quantized(quantization: str, device: torch.device) -> dict[str, Any]:
+    """Linear layers rounded to 8 bits (Dettmers et al. 2022) or to 4-bit normal floats (Dettmers et al. 2023) as they
+    are read; quantised weights can't be moved, so they are read to the device."""
+    if quantization == "none":
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_8bit=quantization == "int8",
+        load_in_4bit=quantization == "int4",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32 if device.type == "cpu" else torch.bfloat16,
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def _dtype(name: str, device: torch.device) -> Any:
+    if name != "auto":
+        return getattr(torch, name)
+    return torch.float32 if device.type == "cpu" else "auto"
+
+
+def weights_fingerprint(source: ModelSource) -> str:
+    """sha256 over names, dtypes, shapes and bytes of the weights as stored, whatever files they are split into."""
+    from safetensors import safe_open
+
+    tensors = {name: stored.file for name, stored in stored_tensors(source).items()}
+    digest = hashlib.sha256()
+    opened_files: dict[Path, Any] = {file: safe_open(file, framework="pt") for file in set(tensors.values())}
+    for name in sorted(tensors):
+        tensor = opened_files[tensors[name]].get_tensor(name).contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def default_device() -> torch.device:
+    """The accelerator of this process, if it has one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_for(gpus: float, setting: str = "") -> torch.device:
+    """Of a process that Ray gave so many GPUs. Without any it leaves alone what it can see: Ray may hide others' GPUs,
+    and may not. ``setting``: what asked for them expressly; JobFailed when torch can't use them."""
+    device = default_device() if gpus else torch.device("cpu")
+    if setting and gpus and device.type == "cpu":
+        raise JobFailed(
+            f"{setting}: {gpus:g}: torch {torch.__version__} sees none of the GPUs that Ray counts here",
+            f"install a torch for these GPUs and their driver on each node, or set {setting}: 0",
+        )
+    return device
+
+
+def set_threads(count: int) -> None:
+    """Ray sets OMP_NUM_THREADS from the CPUs a worker asks for; torch may already have read something else."""
+    os.environ["OMP_NUM_THREADS"] = str(count)
+    torch.set_num_threads(count)

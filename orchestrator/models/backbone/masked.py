@@ -1,0 +1,81 @@
+"""Masked models: a cloze. The answer's tokens are predicted where the row has its blank, one mask token for each.
+
+Devlin et al. 2019 for the models; Liu et al. 2021 (P-tuning), section 3, for prompts in front of and inside a cloze.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from orchestrator.errors import BadInput
+from orchestrator.models.backbone.base import Ids
+from orchestrator.models.backbone.encoder import EncodingBackbone
+from orchestrator.models.backbone.prepared_prompts import PreparedPrompts
+from orchestrator.models.backbone.rows import Rows
+from orchestrator.models.placeholders import BLANK, placed
+from orchestrator.models.source import Family
+
+MARK = 1 << 62  # a mask token that stands for the answer, not one that the text has; no vocabulary is as large
+
+
+class MaskedBackbone(EncodingBackbone):
+    """A frozen masked language model with its tokenizer. A prefix stands in its only stack: site ``decoder``."""
+
+    family: ClassVar[Family] = "masked"
+
+    @property
+    def continues(self) -> bool:
+        return False
+
+    @cached_property
+    def sites(self) -> dict[str, list[nn.Module]]:
+        ids = torch.zeros(1, 3, dtype=torch.long, device=self.device)
+        with torch.inference_mode():
+            modules, _ = self._recorded_keys(lambda: self.model(input_ids=ids), self.model, 3)
+        return {"decoder": modules}
+
+    def activations(self, embeddings: Tensor) -> dict[str, Tensor]:
+        inputs = embeddings.to(self.table)[None]
+        _, keys = self._recorded_keys(lambda: self.body(inputs_embeds=inputs), self.model, len(embeddings))
+        return {"decoder": keys}
+
+    def teacher_forced(
+        self, prompts: PreparedPrompts | None, inputs: Sequence[Ids], targets: Sequence[Ids], prompt: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """A row without a blank has it at its end. Targets start at the left edge."""
+        rows = zip(inputs, self.inner_counts(prompts, prompt), targets, strict=True)
+        filled = [
+            placed(ids if BLANK in ids else [*ids, BLANK], count, [MARK] * len(target)) for ids, count, target in rows
+        ]
+        starts = [[place for place, entry in enumerate(row) if entry == MARK] for row in filled]
+        whole = [[self.tokenizer.mask_token_id if entry == MARK else entry for entry in row] for row in filled]
+        longest = max(map(len, targets))
+        columns = torch.tensor([[*found, *[0] * (longest - len(found))] for found in starts], device=self.device)
+        padded = [[*target, *[-100] * (longest - len(target))] for target in targets]
+        logits = self._logits_at(prompts, Rows.pad(whole, prompt, self.device, left=False), columns)
+        return logits, torch.tensor(padded, device=self.device)
+
+    def _logits_at(self, prompts: PreparedPrompts | None, rows: Rows, columns: Tensor) -> Tensor:
+        """Logits [B, Y, V] at the rows' columns [B, Y]: the head runs nowhere else where that can be."""
+        embeddings, mask, front = self.encoder_rows(prompts, rows)
+        columns = (columns + front[:, None])[:, :, None]
+        with self.prefix_of(prompts, rows.prompt, ["decoder"]):
+            hidden = self.body(inputs_embeds=embeddings, attention_mask=mask.long()).last_hidden_state
+        logits: Tensor = self.head(hidden.gather(1, columns.expand(-1, -1, hidden.shape[2])))
+        return logits
+
+    def body(self, **inputs: Any) -> Any:
+        return self.model.base_model(**inputs)  # type: ignore[operator]
+
+    @cached_property
+    def head(self) -> nn.Module:
+        """What turns hidden states into logits: the one child of the model besides its body."""
+        children = [child for child in self.model.children() if child is not self.model.base_model]
+        if len(children) != 1:
+            raise BadInput(f"a {self.info.model_type} model can't be tuned: its head is spread over several modules")
+        return children[0]

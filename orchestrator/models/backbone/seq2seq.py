@@ -1,0 +1,167 @@
+"""Encoder-decoder models: [prompt; input] in the encoder, the target in the decoder.
+
+Lester et al. 2021 put the prompt in front of the encoder's input. A prefix stands in the encoder's and the decoder's
+self-attention and in the cross-attention (Li & Liang 2021, section 4, and their code for BART).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from orchestrator.models.backbone.base import Ids
+from orchestrator.models.backbone.encoder import EncodingBackbone
+from orchestrator.models.backbone.prepared_prompts import PreparedPrompts
+from orchestrator.models.backbone.rows import Rows
+from orchestrator.models.placeholders import placed
+from orchestrator.models.source import Family
+
+
+@dataclass
+class Seq2SeqState:
+    """Rows whose input is encoded: ``logits`` [B, V] of the last decoder column, the encoder's output [B, T, H] and its
+    mask, the decoder's cache, and each row's prompt [B]."""
+
+    logits: Tensor
+    encoded: Tensor
+    mask: Tensor
+    cache: Any
+    prompts: PreparedPrompts | None
+    prompt: Tensor
+
+    def select(self, rows: Tensor) -> Seq2SeqState:
+        """The state of the given rows, in that order, with repetition."""
+        return Seq2SeqState(
+            self.logits[rows],
+            self.encoded.index_select(0, rows),
+            self.mask[rows],
+            _selected(self.cache, rows),
+            self.prompts,
+            self.prompt[rows],
+        )
+
+
+class Seq2SeqBackbone(EncodingBackbone):
+    """A frozen encoder-decoder model with its tokenizer."""
+
+    family: ClassVar[Family] = "seq2seq"
+
+    @property
+    def continues(self) -> bool:
+        return True
+
+    @property
+    def start_id(self) -> int:
+        """The token that the decoder starts from."""
+        config = self.model.config
+        start = getattr(config, "decoder_start_token_id", None)
+        if start is None:
+            start = getattr(self.model.generation_config, "decoder_start_token_id", None)
+        return int(config.pad_token_id if start is None else start)  # type: ignore[union-attr,arg-type]
+
+    @cached_property
+    def sites(self) -> dict[str, list[nn.Module]]:
+        """Self-attention and cross-attention of the decoder are told apart by how many keys they see."""
+        ids = torch.zeros(1, 3, dtype=torch.long, device=self.device)
+        model, decoder = self.model, self.model.get_decoder()  # type: ignore[operator]
+
+        def run() -> Any:
+            return model(input_ids=ids, decoder_input_ids=ids[:, :2], use_cache=False)
+
+        with torch.inference_mode():
+            return {
+                "encoder": self._recorded_keys(run, model.get_encoder(), 3)[0],  # type: ignore[operator]
+                "decoder": self._recorded_keys(run, decoder, 2)[0],
+                "cross": self._recorded_keys(run, decoder, 3)[0],
+            }
+
+    def activations(self, embeddings: Tensor) -> dict[str, Tensor]:
+        """The prompt runs through the encoder, and through the decoder as if it were its input."""
+        inputs, model = embeddings.to(self.table)[None], self.model
+        length = len(embeddings)
+
+        def run() -> Any:
+            # One more decoder column tells its self-attention from its cross-attention; later columns change nothing.
+            longer = torch.cat([inputs, inputs[:, -1:]], dim=1)
+            return model(inputs_embeds=inputs, decoder_inputs_embeds=longer, use_cache=False)
+
+        decoder = model.get_decoder()  # type: ignore[operator]
+        return {
+            "encoder": self._recorded_keys(run, model.get_encoder(), length)[1],  # type: ignore[operator]
+            "decoder": self._recorded_keys(run, decoder, length + 1)[1][..., :length, :],
+            "cross": self._recorded_keys(run, decoder, length)[1],
+        }
+
+    def teacher_forced(
+        self, prompts: PreparedPrompts | None, inputs: Sequence[Ids], targets: Sequence[Ids], prompt: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """The decoder reads its start token and the target but for the last token. Targets start at the left edge."""
+        encoded, mask, rows = self._encode(prompts, inputs, prompt)
+        fed = Rows.pad([[self.start_id, *target[:-1]] for target in targets], prompt, self.device, left=False)
+        longest = max(map(len, targets))
+        padded = [[*target, *[-100] * (longest - len(target))] for target in targets]
+        logits = self._decode(prompts, rows, encoded, mask, fed.ids, cache=None).logits
+        return logits, torch.tensor(padded, device=self.device)
+
+    def start(self, prompts: PreparedPrompts | None, inputs: Sequence[Ids], prompt: Sequence[int]) -> Seq2SeqState:
+        from transformers import DynamicCache, EncoderDecoderCache
+
+        encoded, mask, rows = self._encode(prompts, inputs, prompt)
+        first = torch.full((len(inputs), 1), self.start_id, device=self.device)
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        out = self._decode(prompts, rows, encoded, mask, first, cache)
+        return Seq2SeqState(out.logits[:, -1], encoded, mask, out.past_key_values, prompts, rows)
+
+    def extend(self, state: Seq2SeqState, ids: Tensor, mask: Tensor) -> tuple[Tensor, Seq2SeqState]:
+        """Rows are extended together; a row's columns after its end are nobody's."""
+        out = self._decode(state.prompts, state.prompt, state.encoded, state.mask, ids, state.cache)
+        after = Seq2SeqState(
+            out.logits[:, -1], state.encoded, state.mask, out.past_key_values, state.prompts, state.prompt
+        )
+        return out.logits, after
+
+    def _encode(
+        self, prompts: PreparedPrompts | None, inputs: Sequence[Ids], prompt: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The encoder's output [B, P+T, H], its mask, and the rows' prompts [B]."""
+        counts = self.inner_counts(prompts, prompt)
+        whole = [placed(ids, count) or [0] for ids, count in zip(inputs, counts, strict=True)]
+        rows = Rows.pad(whole, prompt, self.device, left=False)
+        embeddings, mask, _ = self.encoder_rows(prompts, rows)
+        with self.prefix_of(prompts, rows.prompt, ["encoder"]):
+            encoder = self.model.get_encoder()  # type: ignore[operator]
+            encoded = encoder(inputs_embeds=embeddings, attention_mask=mask.long()).last_hidden_state
+        return encoded, mask, rows.prompt
+
+    def _decode(
+        self, prompts: PreparedPrompts | None, rows: Tensor, encoded: Tensor, mask: Tensor, ids: Tensor, cache: Any
+    ) -> Any:
+        """Decoder columns [B, n], padded on the right: causal attention never looks at what comes later."""
+        from transformers.modeling_outputs import BaseModelOutput
+
+        with self.prefix_of(prompts, rows, ["decoder", "cross"]):
+            return self.model(
+                encoder_outputs=BaseModelOutput(last_hidden_state=encoded),
+                attention_mask=mask.long(),
+                decoder_input_ids=ids,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
+
+
+def _selected(cache: Any, rows: Tensor) -> Any:
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    def pick(part: Any) -> Any:
+        return DynamicCache(
+            [(layer.keys.index_select(0, rows), layer.values.index_select(0, rows)) for layer in part.layers]
+        )
+
+    selected = EncoderDecoderCache(pick(cache.self_attention_cache), pick(cache.cross_attention_cache))
+    selected.is_updated = dict.fromkeys(range(len(cache.self_attention_cache.layers)), True)
+    return selected

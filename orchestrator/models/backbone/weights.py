@@ -1,0 +1,220 @@
+"""Checks of a base model's weights: shapes against its configuration, and finite values.
+
+The driver looks at the files before Ray starts (``check_files``); what it can't see there (a model from the hub, large
+weights, names that transformers converts) the worker finds as it loads the model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orchestrator.errors import BadInput
+from orchestrator.models.source import Family, ModelSource, family_of, quiet_transformers
+from orchestrator.utils.imports import uncollected
+
+READ_AT_MOST = 2 << 30
+"""Bytes of weights whose values the driver reads; a worker reads larger ones anyway, and finds out then."""
+
+_LAYER = re.compile(r"\.\d+\.")
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file."""
+
+    file: Path
+    shape: tuple[int, ...]
+
+
+def auto_model(family: Family) -> Any:
+    """Return the class of transformers that makes models of the family."""
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+
+    classes = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM, "masked": AutoModelForMaskedLM}
+    return classes[family]
+
+
+def check_files(source: ModelSource) -> None:
+    """Refuse weights that don't have the configuration's shapes, or are not finite; the latter up to READ_AT_MOST.
+
+    A model that brings its own code, or is stored quantised, is left to the worker.
+    """
+    stored = stored_tensors(source)
+    if source.brings_model_code or getattr(source.config, "quantization_config", None) is not None:
+        return
+    model = empty_model(source)
+    names = _names_in_model(model, stored)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    wrong = {
+        name: (stored[name].shape, expected[inside])
+        for name, inside in names.items()
+        if stored[name].shape != expected[inside]
+    }
+    if wrong:
+        raise wrong_shapes(source, wrong)
+    check_layers(source, model, set(stored) - set(names), set(expected) - set(names.values()))
+    if sum(file.stat().st_size for file in source.weight_files()) <= READ_AT_MOST:
+        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        check_finite(source, _values(stored, [name for name, inside in names.items() if inside in parameters]))
+
+
+def stored_tensors(source: ModelSource) -> dict[str, Stored]:
+    """Read the headers of the model's weight files. BadInput for a damaged file."""
+    from safetensors import SafetensorError, safe_open
+
+    tensors: dict[str, Stored] = {}
+    for file in source.weight_files():
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in list(opened.keys()):
+                    tensors[name] = Stored(file, tuple(opened.get_slice(name).get_shape()))
+        except SafetensorError as error:
+            raise source.unusable_weights(f"{file.name}: {error}") from None
+    return tensors
+
+
+def empty_model(source: ModelSource) -> Any:
+    """Build the model of the configuration without memory for its weights. BadInput where that can't be done."""
+    quiet_transformers()
+    config = source.config
+    try:
+        with uncollected(), torch.device("meta"):
+            return auto_model(family_of(config)).from_config(config)
+    except Exception as error:  # a model's code checks its configuration as it likes: AssertionError, KeyError
+        raise unusable_config(source, error) from None
+
+
+def unusable_config(source: ModelSource, error: Exception) -> BadInput:
+    """Make the error for a configuration that no model can be built from."""
+    text = getattr(source.config, "get_text_config", lambda: source.config)()
+    pad = getattr(text, "pad_token_id", None)
+    if isinstance(pad, int) and pad >= source.table_size:
+        return BadInput(
+            f"base_model.id {source.id!r}: config.json has pad_token_id {pad}, and the embedding table has "
+            f"{source.table_size} rows, ids 0 to {source.table_size - 1}",
+            "set pad_token_id to an id of the table, or to null: padding needs no embedding of its own",
+        )
+    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    return BadInput(
+        f"base_model.id {source.id!r}: no model can be built from its config.json: {reason}",
+        "correct config.json, or fetch the model again",
+    )
+
+
+def _names_in_model(model: Any, stored: Iterable[str]) -> dict[str, str]:
+    """Find the tensors that the model has under the same name, with or without its prefix; those that transformers
+    converts as it reads them are left out."""
+    inside = set(model.state_dict())
+    prefix = f"{model.base_model_prefix}."
+    converted = _conversions(model)
+    names = {}
+    for name in stored:
+        if any(pattern.search(name) for pattern in converted):
+            continue
+        candidates = (name, prefix + name, name.removeprefix(prefix))
+        found = next((candidate for candidate in candidates if candidate in inside), None)
+        if found is not None:
+            names[name] = found
+    return names
+
+
+def _conversions(model: Any) -> list[re.Pattern[str]]:
+    """Return the patterns of the names that transformers changes, or whose tensors it changes."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+    except ImportError:  # before transformers 5 nothing was converted
+        return []
+    mapping = get_model_conversion_mapping(model)
+    return [re.compile(pattern) for change in mapping for pattern in change.source_patterns]
+
+
+def wrong_shapes(source: ModelSource, wrong: Mapping[str, tuple[Any, Any]]) -> BadInput:
+    """Make the error for tensors whose stored shape is not the one of the configuration."""
+    name, (found, expected) = next(iter(wrong.items()))
+    more = f", and {len(wrong) - 1} more tensors differ" if len(wrong) > 1 else ""
+    return BadInput(
+        f"base_model.id {source.id!r}: config.json disagrees with the weights: {name} is {list(found)} in the file and "
+        f"{list(expected)} by config.json{more}",
+        "put the config.json beside the weights that they were saved with, or fetch the model again",
+    )
+
+
+def check_layers(source: ModelSource, model: Any, unexpected: Iterable[str], missing: Iterable[str]) -> None:
+    """Refuse weights of more or fewer layers than the configuration has: transformers leaves surplus ones out in
+    silence.
+
+    A surplus tensor belongs to a layer if the model has the same tensor in its first layer; other surplus tensors, of
+    another head or of older versions, do no harm.
+    """
+    inside = set(model.state_dict())
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    known = [name for name in unexpected if not any(pattern.search(name) for pattern in ignored)]
+    for name in sorted(known):
+        if _in_first_layer(name) in inside:
+            raise _layers_differ(source, name, "is in the files, and config.json has fewer layers")
+    absent = set(missing)
+    for name in sorted(absent):
+        first = _in_first_layer(name)
+        if first in inside and first not in absent:
+            raise _layers_differ(source, name, "is not in the files, and config.json has as many layers")
+
+
+def _in_first_layer(name: str) -> str:
+    """Return the name of the same tensor in the first layer; nothing for a tensor outside of layers."""
+    first = _LAYER.sub(".0.", name, count=1)
+    return "" if first == name else first
+
+
+def _layers_differ(source: ModelSource, name: str, what: str) -> BadInput:
+    return BadInput(
+        f"base_model.id {source.id!r}: config.json disagrees with the weights: {name} {what}",
+        "put the config.json beside the weights that they were saved with, or fetch the model again",
+    )
+
+
+def _values(stored: Mapping[str, Stored], names: Iterable[str]) -> Iterable[tuple[str, Tensor]]:
+    from safetensors import safe_open
+
+    by_file: dict[Path, list[str]] = {}
+    for name in names:
+        by_file.setdefault(stored[name].file, []).append(name)
+    for file, own in by_file.items():
+        with safe_open(file, framework="pt") as opened:
+            for name in own:
+                yield name, opened.get_tensor(name)
+
+
+def check_finite(source: ModelSource, tensors: Iterable[tuple[str, Tensor]], dtype: str = "") -> None:
+    """Refuse weights of which one holds NaN or an infinite number. ``dtype`` is named where they were cast to it."""
+    for name, tensor in tensors:
+        if not is_finite(tensor):
+            count = int((~tensor.isfinite()).sum())
+            cast = f" in {dtype}" if dtype else ""
+            raise BadInput(
+                f"base_model.id {source.id!r}: the weights are not finite{cast}: {count} of the "
+                f"{tensor.numel()} numbers of {name} are NaN or infinite",
+                "fetch the model again, or choose another: one that diverged as it was trained can't be used",
+            )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Say whether a tensor holds numbers only. Tensors of other than the usual floating types are not looked at."""
+    if tensor.dtype not in FLOATS or not tensor.numel():
+        return True
+    low, high = tensor.aminmax()
+    return bool(low.isfinite() & high.isfinite())
+
+
+def check_loaded(source: ModelSource, model: nn.Module) -> None:
+    """Refuse a loaded model whose weights are not finite, for example because they overflow in a smaller dtype."""
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    check_finite(source, model.named_parameters(), dtype)

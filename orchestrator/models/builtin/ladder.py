@@ -1,0 +1,228 @@
+"""The ladder: small models of three families in three sizes, made on the spot, that the papers' experiments run on.
+
+``causal-s`` to ``-l`` (Llama), ``encdec-s`` to ``-l`` (T5, span corruption) and ``masked-s`` to ``-l`` (BERT). An
+encoder-decoder model with ``-lm100`` behind its name has been adapted to the prefix LM objective for 100 more steps.
+All of one family read the same documents. Importing this module imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from orchestrator.models.builtin.corpus import Document
+from orchestrator.models.builtin.labels import label_documents
+from orchestrator.models.builtin.language_model import (
+    BOS_ID,
+    EOS,
+    EOS_ID,
+    PAD_ID,
+    Recipe,
+    Row,
+    batches,
+    encode,
+    fit,
+    padded,
+    save,
+    train,
+    train_tokenizer,
+)
+from orchestrator.models.builtin.making import Progress, made_once
+from orchestrator.models.builtin.objectives import IGNORED, Pair, cut_in_two, masked, span_corrupted
+
+if TYPE_CHECKING:
+    import torch
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedModel
+
+Kind: TypeAlias = Literal["causal", "encdec", "masked"]
+SENTINELS = tuple(f"<extra_id_{number}>" for number in range(32))
+MASK = "<mask>"
+ADAPTATIONS = (25, 100, 400)
+"""Steps of LM adaptation that there are models for."""
+
+
+@dataclass(frozen=True)
+class Rung(Recipe):
+    """A model of the ladder: all that determines it."""
+
+    version: int = 1
+    vocab_size: int = 768
+    kind: Kind = "causal"
+    adaptation_steps: int = 0
+
+
+def _rungs() -> dict[str, Rung]:
+    # Where only some labels are taken out, it takes twice the documents to see as many.
+    documents: Mapping[Kind, int] = {"causal": 12_000, "encdec": 24_000, "masked": 24_000}
+    shapes: Mapping[Kind, Mapping[str, tuple[int, int]]] = {  # width and layers; of an encoder and of a decoder
+        "causal": {"s": (64, 2), "m": (128, 3), "l": (192, 5)},
+        "encdec": {"s": (64, 2), "m": (96, 3), "l": (128, 4)},
+        "masked": {"s": (64, 2), "m": (128, 3), "l": (192, 5)},
+    }
+    made = {
+        f"{kind}-{size}": Rung(
+            kind=kind, hidden_size=width, layers=layers, intermediate_size=43 * width // 16, documents=documents[kind]
+        )
+        for kind, of_kind in shapes.items()
+        for size, (width, layers) in of_kind.items()
+    }
+    for size in "sml":
+        for steps in ADAPTATIONS:
+            made[f"encdec-{size}-lm{steps}"] = replace(made[f"encdec-{size}"], adaptation_steps=steps)
+    return made
+
+
+RUNGS: Mapping[str, Rung] = _rungs()
+
+
+def ladder_model(name: str, progress: Progress | None = None, rung: Rung | None = None) -> Path:
+    """Folder of a model of the ladder, trained when it is not in the cache yet; KeyError for an unknown name."""
+    rung = rung or RUNGS[name]
+    base = ladder_model(name, progress, replace(rung, adaptation_steps=0)) if rung.adaptation_steps else None
+
+    def make(folder: Path, shown: Progress) -> None:
+        make_rung(folder, rung, shown, base)
+
+    kept = name if base else name.partition("-lm")[0]
+    return made_once(f"{kept}-{rung.digest}", make, f"making the model {kept}, once", progress)
+
+
+def make_rung(folder: Path, rung: Rung, progress: Progress, base: Path | None = None) -> None:
+    """Train by ``rung``, from ``base`` if it is an adaptation, and write a Hugging Face folder."""
+    texts = label_documents(rung.documents, rung.seed)
+    more = {"causal": (), "encdec": SENTINELS, "masked": (MASK,)}[rung.kind]
+    tokenizer = train_tokenizer([text.text for text in texts[::6]], rung.vocab_size, more)
+    if rung.kind == "causal":
+        model = train(encode(texts, tokenizer, rung), tokenizer.get_vocab_size(), rung, progress)
+        save(folder, model, tokenizer, rung)
+    elif rung.kind == "masked":
+        _close(tokenizer, f"<s> $A {EOS}")
+        save(folder, _train_masked(texts, tokenizer, rung, progress), tokenizer, rung, mask_token=MASK)
+    else:
+        _close(tokenizer, f"$A {EOS}")
+        model = _train_encdec(texts, tokenizer, rung, progress, base)
+        save(folder, model, tokenizer, rung, extra_special_tokens=list(SENTINELS))
+
+
+def _close(tokenizer: Tokenizer, single: str) -> None:
+    """Special tokens around every text."""
+    from tokenizers import processors
+
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=[("<s>", BOS_ID), (EOS, EOS_ID)]
+    )
+
+
+def _plain_rows(texts: Sequence[Document], tokenizer: Tokenizer, rung: Rung) -> list[Row]:
+    """Documents without special tokens; the preface stands in front as a soft prompt does."""
+    rows = []
+    for row in encode(texts, tokenizer, rung):
+        kept = [(token, weight) for token, weight in zip(row.ids, row.weights, strict=True) if token > PAD_ID]
+        rows.append(Row([token for token, _ in kept], [weight for _, weight in kept]))
+    return rows
+
+
+def _train_encdec(
+    texts: Sequence[Document], tokenizer: Tokenizer, rung: Rung, progress: Progress, base: Path | None
+) -> PreTrainedModel:
+    random, weight = Random(f"spans-{rung.seed}"), rung.answer_weight
+    rows = _plain_rows(texts, tokenizer, rung)
+    if base is None:
+        sentinels = [tokenizer.get_vocab()[mark] for mark in SENTINELS]
+        pairs = [span_corrupted(random, row, weight, sentinels, EOS_ID) for row in rows]
+        return fit(_drawn(rung, _t5(rung, tokenizer)), batches(pairs, rung), decoder_loss, rung, progress)
+    from transformers import T5ForConditionalGeneration
+
+    later = rows[len(rows) // 4 :]  # the first lessons name all facets, which nothing asks for later
+    chosen = random.choices(later, k=rung.adaptation_steps * rung.batch_rows)
+    pairs = [cut_in_two(random, row, weight, EOS_ID) for row in chosen]
+    model = T5ForConditionalGeneration.from_pretrained(base)
+    gentle = replace(rung, matrix_learning_rate=rung.matrix_learning_rate / 4, learning_rate=rung.learning_rate / 4)
+    return fit(model, batches(pairs, rung), decoder_loss, gentle, progress)
+
+
+def _train_masked(texts: Sequence[Document], tokenizer: Tokenizer, rung: Rung, progress: Progress) -> PreTrainedModel:
+    random, mask = Random(f"masks-{rung.seed}"), tokenizer.get_vocab()[MASK]
+    rows = _plain_rows(texts, tokenizer, rung)
+    pairs = [masked(random, row, rung.answer_weight, BOS_ID, EOS_ID, mask) for row in rows]
+    return fit(_drawn(rung, _bert(rung, tokenizer)), batches(pairs, rung), masked_loss, rung, progress)
+
+
+def _drawn(rung: Rung, make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """Random weights, with the caller's random state left as it was."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rung.seed)
+        return make()
+
+
+def _t5(rung: Rung, tokenizer: Tokenizer) -> Callable[[], PreTrainedModel]:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=tokenizer.get_vocab_size(),
+        d_model=rung.hidden_size,
+        d_kv=rung.hidden_size // rung.heads,
+        d_ff=2 * rung.hidden_size,
+        num_layers=rung.layers,
+        num_decoder_layers=rung.layers,
+        num_heads=rung.heads,
+        dropout_rate=0.0,
+        n_positions=rung.context,
+        tie_word_embeddings=True,
+        decoder_start_token_id=PAD_ID,
+        bos_token_id=None,
+        eos_token_id=EOS_ID,
+        pad_token_id=PAD_ID,
+    )
+    return lambda: T5ForConditionalGeneration(config)
+
+
+def _bert(rung: Rung, tokenizer: Tokenizer) -> Callable[[], PreTrainedModel]:
+    from transformers import BertConfig, BertForMaskedLM
+
+    config = BertConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=rung.hidden_size,
+        num_hidden_layers=rung.layers,
+        num_attention_heads=rung.heads,
+        intermediate_size=2 * rung.hidden_size,
+        max_position_embeddings=rung.context,
+        type_vocab_size=1,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=rung.initializer_range,
+        pad_token_id=PAD_ID,
+    )
+    return lambda: BertForMaskedLM(config)
+
+
+def decoder_loss(model: PreTrainedModel, batch: Sequence[Pair]) -> torch.Tensor:
+    """Weighted mean over the targets of a batch; the decoder reads its start token and the target but for its end."""
+    inputs = padded([pair.ids for pair in batch], PAD_ID)
+    fed = padded([[PAD_ID, *pair.targets[:-1]] for pair in batch], PAD_ID)
+    logits = model(
+        input_ids=inputs, attention_mask=(inputs != PAD_ID).long(), decoder_input_ids=fed, use_cache=False
+    ).logits
+    return _weighted(logits, batch)
+
+
+def masked_loss(model: PreTrainedModel, batch: Sequence[Pair]) -> torch.Tensor:
+    """Weighted mean over the masked places of a batch."""
+    inputs = padded([pair.ids for pair in batch], PAD_ID)
+    return _weighted(model(input_ids=inputs, attention_mask=(inputs != PAD_ID).long()).logits, batch)
+
+
+def _weighted(logits: torch.Tensor, batch: Sequence[Pair]) -> torch.Tensor:
+    """``logits`` [B, T, V]."""
+    import torch
+
+    targets = padded([pair.targets for pair in batch], IGNORED).flatten()
+    weights = padded([pair.weights for pair in batch], 0.0).flatten() * (targets != IGNORED)
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORED, reduction="none")
+    return (losses * weights).sum() / weights.sum()

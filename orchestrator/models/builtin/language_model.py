@@ -1,0 +1,259 @@
+"""Makes the quickstart language model: tokenizer, weights, and the Hugging Face folder that holds them.
+
+Shapes: B rows, T tokens, V vocabulary. torch and transformers are imported inside functions only, so that the
+package can be imported without them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
+
+from orchestrator.models.builtin.corpus import Document, documents
+
+if TYPE_CHECKING:
+    import torch
+    from tokenizers import Tokenizer
+    from transformers import LlamaForCausalLM, PreTrainedModel
+
+    M = TypeVar("M", bound=PreTrainedModel)
+
+Progress: TypeAlias = Callable[[int, int], None]  # (steps done, steps in all)
+T = TypeVar("T")
+
+BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+BOS_ID, EOS_ID, PAD_ID = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that determines the model; another recipe is another folder in the cache."""
+
+    version: int = 2  # raise it when the world, the corpus or this module changes what the model learns
+    seed: int = 0
+    vocab_size: int = 1024
+    hidden_size: int = 128
+    layers: int = 3
+    heads: int = 4
+    key_value_heads: int = 2
+    intermediate_size: int = 344
+    context: int = 512
+    initializer_range: float = 0.05
+    embedding_scale: float = 1.0  # of the numbers in the table; a prompt's learning rate is felt in proportion to it
+    documents: int = 15_000
+    batch_rows: int = 16
+    learning_rate: float = 3e-3  # embeddings and norms
+    warmup_steps: int = 50
+    matrix_learning_rate: float = 0.02
+    text_weight: float = 0.2  # loss weight of what is not an answer
+    answer_weight: float = 8.0
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Row:
+    ids: list[int]
+    weights: list[float]  # of each token in the loss
+
+
+class HasIds(Protocol):
+    @property
+    def ids(self) -> list[int]: ...
+
+
+R = TypeVar("R", bound=HasIds)
+
+
+def make_language_model(folder: Path, recipe: Recipe, progress: Progress | None = None) -> None:
+    """Train by ``recipe`` and write a Hugging Face folder that the Auto classes load without a network."""
+    texts = documents(recipe.documents, recipe.seed)
+    # Every sixth document is enough for a vocabulary, and every lesson has its share.
+    tokenizer = train_tokenizer([text.text for text in texts[::6]], recipe.vocab_size)
+    model = train(encode(texts, tokenizer, recipe), tokenizer.get_vocab_size(), recipe, progress)
+    save(folder, model, tokenizer, recipe)
+
+
+def train_tokenizer(texts: Sequence[str], vocab_size: int, more: Sequence[str] = ()) -> Tokenizer:
+    """Byte-level BPE, so that any text can be encoded; a begin token in front and no end token, as Llama has it.
+
+    ``more`` special tokens follow begin, end and padding.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS, EOS, PAD, *more],  # ids 0, 1, 2, ... in this order
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, BOS_ID)]
+    )
+    return tokenizer
+
+
+def encode(texts: Sequence[Document], tokenizer: Tokenizer, recipe: Recipe) -> list[Row]:
+    """Documents as ``preface BOS pieces EOS``, in the same order."""
+    strings = [string for text in texts for string in (text.preface, *(piece.text for piece in text.pieces))]
+    encoded: Iterator[list[int]] = (
+        encoding.ids for encoding in tokenizer.encode_batch_fast(strings, add_special_tokens=False)
+    )
+    return [_row(text, encoded, recipe) for text in texts]
+
+
+def _row(text: Document, encoded: Iterator[list[int]], recipe: Recipe) -> Row:
+    ids = [*next(encoded), BOS_ID]
+    weights = [recipe.text_weight] * len(ids)
+    for piece in text.pieces:
+        tokens = next(encoded)
+        ids += tokens
+        weights += [recipe.answer_weight if piece.answer else recipe.text_weight] * len(tokens)
+    return Row([*ids, EOS_ID], [*weights, recipe.text_weight])
+
+
+def batches(rows: Sequence[R], recipe: Recipe, pool_batches: int = 16) -> list[list[R]]:
+    """Rows of like length together, for little padding; the order of the lessons stays, but for pools of batches."""
+    random = Random(recipe.seed)
+    ordered: list[list[R]] = []
+    size = recipe.batch_rows
+    for start in range(0, len(rows), pool_batches * size):
+        pool = sorted(rows[start : start + pool_batches * size], key=lambda row: len(row.ids))
+        pooled = [pool[first : first + size] for first in range(0, len(pool), size)]
+        random.shuffle(pooled)
+        ordered += pooled
+    return ordered
+
+
+def train(rows: Sequence[Row], vocab_size: int, recipe: Recipe, progress: Progress | None = None) -> LlamaForCausalLM:
+    """One pass over ``rows``, in order. Leaves the caller's random state as it was."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        model = _untrained(vocab_size, recipe)
+    return fit(model, batches(rows, recipe), next_token_loss, recipe, progress)
+
+
+def fit(
+    model: M, todo: Sequence[T], loss: Callable[[M, T], torch.Tensor], recipe: Recipe, progress: Progress | None = None
+) -> M:
+    """One step a batch, in order."""
+    import torch
+    from torch.optim.lr_scheduler import LambdaLR
+
+    optimizers = _optimizers(model, recipe)
+    schedules = [LambdaLR(optimizer, lambda step: _rate(step, len(todo), recipe)) for optimizer in optimizers]
+    for done, batch in enumerate(todo, start=1):
+        loss(model, batch).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        for schedule in schedules:
+            schedule.step()
+        model.zero_grad()
+        if progress is not None:
+            progress(done, len(todo))
+    model.eval()
+    return model
+
+
+def _untrained(vocab_size: int, recipe: Recipe) -> LlamaForCausalLM:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=recipe.hidden_size,
+        intermediate_size=recipe.intermediate_size,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.key_value_heads,
+        max_position_embeddings=recipe.context,
+        initializer_range=recipe.initializer_range,
+        tie_word_embeddings=True,
+        bos_token_id=BOS_ID,
+        eos_token_id=EOS_ID,
+        pad_token_id=PAD_ID,
+    )
+    model = LlamaForCausalLM(config)
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=recipe.embedding_scale)
+    # The table is the output layer too: a smaller scale in front of it keeps the first logits small.
+    torch.nn.init.constant_(model.model.norm.weight, 0.05 / recipe.embedding_scale)
+    return model
+
+
+def _optimizers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, AdamW for all embeddings and the norms' scales."""
+    import torch
+
+    from orchestrator.models.builtin.optimizer import Muon
+
+    tables = {id(part.weight) for part in model.modules() if isinstance(part, torch.nn.Embedding)}
+    matrices = [p for p in model.parameters() if p.dim() == 2 and id(p) not in tables]
+    others = [p for p in model.parameters() if p.dim() != 2 or id(p) in tables]
+    return [
+        Muon(matrices, lr=recipe.matrix_learning_rate, weight_decay=0.05),
+        torch.optim.AdamW(others, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def _rate(step: int, steps: int, recipe: Recipe) -> float:
+    """Share of the full learning rate: a short warm-up, then a cosine down to a twentieth."""
+    return min((step + 1) / recipe.warmup_steps, 0.525 + 0.475 * math.cos(math.pi * step / steps))
+
+
+def next_token_loss(model: LlamaForCausalLM, batch: Sequence[Row]) -> torch.Tensor:
+    """Weighted mean of the next-token losses of a batch, padded at the end to [B, T]."""
+    import torch
+
+    ids = padded([row.ids for row in batch], PAD_ID)
+    weights = padded([row.weights for row in batch], 0.0)[:, 1:]
+    # Causal attention never looks at the padding, which stands at the end: no mask is needed.
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]  # [B, T - 1, V]
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return (losses * weights.flatten()).sum() / weights.sum()
+
+
+def padded(rows: Sequence[Sequence[float]], value: float) -> torch.Tensor:
+    import torch
+
+    longest = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
+
+
+def save(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer, recipe: Recipe, **special: Any) -> None:
+    """config.json, generation_config.json, model.safetensors, tokenizer.json, tokenizer_config.json.
+
+    ``special``: more that the tokenizer is told of itself.
+    """
+    from transformers import PreTrainedTokenizerFast
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # one file of a megabyte needs none, and ours is on the screen
+    if model.can_generate():
+        model.generation_config.update(bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID, do_sample=False)
+    model.save_pretrained(folder)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        model_max_length=recipe.context,
+        clean_up_tokenization_spaces=False,
+        **special,
+    )
+    wrapped.save_pretrained(folder)
+    (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,160 @@
+"""Check a local base model's folder from its files alone: quickly, and without torch or transformers.
+
+What a library has to be asked, such as whether the tokenizer works, is checked as a job is prepared.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import BadInput
+from orchestrator.job.spec import BaseModelSpec
+from orchestrator.models.source import ENDINGS, MODEL_HINT, ModelSource, local_folder
+
+CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
+INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
+    "sentencepiece.bpe.model",
+)  # fmt: skip
+AGAIN = "fetch or save the model again"
+HEADER_BYTES = 8  # of a safetensors file: the length of its header
+
+
+def folder_faults(spec: BaseModelSpec) -> Iterator[BadInput]:
+    """Find what is wrong with the folder that ``base_model.id`` names."""
+    try:
+        folder = local_folder(spec.id)
+        config = _config(spec, folder)
+    except BadInput as error:
+        yield error
+        return
+    if not _may_be_language_model(spec, config):
+        yield BadInput(
+            f"base_model.id {spec.id!r} is not a language model (model_type {config.get('model_type')!r}, "
+            f"architectures {config['architectures']})",
+            MODEL_HINT,
+        )
+        return
+    yield from _tokenizer_faults(spec, folder)
+    yield from _weight_faults(spec, folder)
+
+
+def _config(spec: BaseModelSpec, folder: Path) -> dict[str, Any]:
+    if not (folder / CONFIG).is_file():
+        raise BadInput(f"base_model.id {spec.id!r}: {folder} holds no {CONFIG}", _hint_without_config(folder))
+    config = _json(spec, folder / CONFIG)
+    if not isinstance(config, dict):
+        raise BadInput(f"base_model.id {spec.id!r}: {folder / CONFIG} is not a JSON object", AGAIN)
+    return config
+
+
+def _hint_without_config(folder: Path) -> str:
+    """Name the base model of an adapter, or the models inside a folder of models."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        try:
+            base = json.loads((folder / ADAPTER_CONFIG).read_bytes())["base_model_name_or_path"]
+        except (OSError, ValueError, KeyError, TypeError):
+            base = "its base model"
+        return f"it is an adapter: set base_model.id to {base}, and import it or start from it as an artifact"
+    models = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))
+    if models:
+        return f"name one of the models in it: {', '.join(models[:5])}"
+    return MODEL_HINT
+
+
+def _may_be_language_model(spec: BaseModelSpec, config: dict[str, Any]) -> bool:
+    """Judge by the names of the architectures, which say enough to refuse a classifier or an image model."""
+    architectures = config.get("architectures")
+    if spec.allow_remote_code or not isinstance(architectures, list) or not architectures:
+        return True
+    endings = tuple(ending for family in ENDINGS.values() for ending in family)
+    return any(str(name).endswith(endings) for name in architectures)
+
+
+def _tokenizer_faults(spec: BaseModelSpec, folder: Path) -> Iterator[BadInput]:
+    names = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if not names:
+        yield BadInput(
+            f"base_model.id {spec.id!r}: {folder} holds no tokenizer, which has files such as tokenizer.json",
+            "save the model's tokenizer beside it: tokenizer.save_pretrained(FOLDER)",
+        )
+    for name in names:
+        try:
+            _read(spec, folder / name)
+        except BadInput as error:
+            yield error
+
+
+def _read(spec: BaseModelSpec, file: Path) -> None:
+    if file.suffix == ".json":
+        _json(spec, file)
+    else:
+        _bytes(spec, file)
+
+
+def _bytes(spec: BaseModelSpec, file: Path) -> bytes:
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise BadInput(f"base_model.id {spec.id!r}: {file} can't be read ({error.strerror})", AGAIN) from None
+    if not content:
+        raise BadInput(f"base_model.id {spec.id!r}: {file} is empty", AGAIN)
+    return content
+
+
+def _json(spec: BaseModelSpec, file: Path) -> Any:
+    content = _bytes(spec, file)
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"base_model.id {spec.id!r}: {file} is not JSON: {error}", AGAIN) from None
+
+
+def _weight_faults(spec: BaseModelSpec, folder: Path) -> Iterator[BadInput]:
+    try:
+        files = ModelSource(spec.id, spec.revision, folder).weight_files()
+        missing = _missing_shards(spec, folder)
+    except BadInput as error:
+        yield error
+        return
+    if missing:
+        yield BadInput(
+            f"base_model.id {spec.id!r}: {INDEX} names {', '.join(missing[:5])}, which {folder} lacks", AGAIN
+        )
+    for file in files:
+        if reason := _broken_weights(file):
+            yield BadInput(f"base_model.id {spec.id!r}: {file} {reason}", AGAIN)
+
+
+def _missing_shards(spec: BaseModelSpec, folder: Path) -> list[str]:
+    index = folder / INDEX
+    if not index.is_file():
+        return []
+    document = _json(spec, index)
+    try:
+        names = set(document["weight_map"].values())
+    except (KeyError, TypeError, AttributeError):
+        raise BadInput(f"base_model.id {spec.id!r}: {index} has no weight_map", AGAIN) from None
+    return sorted(str(name) for name in names if not (folder / str(name)).is_file())
+
+
+def _broken_weights(file: Path) -> str:
+    """Say what is wrong with a safetensors file: it has to be as long as its header says; empty when it is sound."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(HEADER_BYTES))
+            header = json.loads(stream.read(min(length, size)))
+        ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+    except OSError as error:
+        return f"can't be read ({error.strerror})"
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, struct.error):
+        return "has no header of a safetensors file: it was cut short, or is another file"
+    expected = HEADER_BYTES + length + max(ends, default=0)
+    return "" if size == expected else f"has {size} bytes, its header says {expected}: it was cut short or altered"

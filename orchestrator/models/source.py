@@ -1,0 +1,340 @@
+"""Find a base model and say whether it can be tuned, from its small files alone: before any weight is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from orchestrator.errors import BadInput, Unreachable
+from orchestrator.job.spec import BUILTIN, QUICKSTART, BaseModelSpec
+from orchestrator.job.spec import looks_like_path as looks_like_path  # noqa: PLC0414 - part of this module's names
+from orchestrator.models.adapter_folder import instead_of_model
+from orchestrator.models.builtin import BUILTIN_MODELS, builtin_model
+from orchestrator.models.checks import check_config_tokens, check_positions, check_stored_quantization
+from orchestrator.utils.imports import uncollected
+
+SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+WEIGHTS = "*.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")
+NO_LIMIT = 1 << 20  # context of a model whose configuration names none
+
+
+Family: TypeAlias = Literal["causal", "seq2seq", "masked"]
+
+
+@dataclass(frozen=True)
+class BaseModelInfo:
+    """What identifies a frozen model, and what a prompt must fit into."""
+
+    id: str
+    revision: str
+    model_type: str
+    hidden_size: int
+    vocab_size: int
+    context_length: int
+    fingerprint: str
+    tokenizer_digest: str
+    quantization: str = "none"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A base model's files on this machine."""
+
+    id: str
+    revision: str
+    path: Path
+    quantization: str = "none"
+    allow_remote_code: bool = False
+
+    @cached_property
+    def config(self) -> Any:
+        quiet_transformers()
+        if not (self.path / "config.json").is_file():
+            if misplaced := instead_of_model(self.path):
+                raise BadInput(f"base_model.id {self.id!r} {misplaced.what}", misplaced.step)
+            raise BadInput(f"base_model.id {self.id!r}: {self.path} holds no config.json", MODEL_HINT)
+        try:
+            with uncollected():  # transformers imports a model's module, and all that it needs, when it is asked for it
+                from transformers import AutoConfig
+
+                return AutoConfig.from_pretrained(self.path, trust_remote_code=self.allow_remote_code)
+        except Exception as error:  # configurations are checked in many ways, which raise errors of their own
+            if "trust_remote_code" in str(error):
+                raise BadInput(
+                    f"base_model.id {self.id!r} brings Python code of its own, which is not run",
+                    "choose a model that transformers knows, or set base_model.allow_remote_code: true if you trust it",
+                ) from None
+            raise BadInput(
+                f"base_model.id {self.id!r} can't be read as a model: {_first_line(error)}", MODEL_HINT
+            ) from None
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        quiet_transformers()
+        try:
+            with uncollected():
+                from transformers import AutoTokenizer
+
+                tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.allow_remote_code)
+        except Exception as error:  # tokenizer files fail in many ways: KeyError, TypeError, OSError, a Rust panic
+            raise BadInput(
+                f"base_model.id {self.id!r} has no usable tokenizer: {_first_line(error)}", MODEL_HINT
+            ) from None
+        needed = "mask_token" if self.family == "masked" else "eos_token"
+        if getattr(tokenizer, f"{needed}_id") is None:
+            what = (
+                "no mask token, where answers are filled in"
+                if self.family == "masked"
+                else "no end token, which ends every target"
+            )
+            raise BadInput(
+                f"base_model.id {self.id!r}: the tokenizer has {what}",
+                f"choose a model whose tokenizer names a {needed}",
+            )
+        return tokenizer
+
+    def tokenizer(self) -> Any:
+        return self._tokenizer
+
+    def weight_files(self) -> list[Path]:
+        files = sorted(self.path.glob(WEIGHTS))
+        if not files:
+            raise BadInput(
+                f"base_model.id {self.id!r}: no *.safetensors in {self.path}; pickled weights are not read",
+                "convert the model with save_pretrained(..., safe_serialization=True)",
+            )
+        self._check_index(files)
+        return files
+
+    def _check_index(self, files: list[Path]) -> None:
+        """Refuse weights in several files of which one is missing."""
+        index = self.path / WEIGHTS_INDEX
+        if not index.is_file():
+            return
+        try:
+            needed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise self.unusable_weights(f"{index.name}: {_first_line(error)}") from None
+        missing = sorted(needed - {file.name for file in files})
+        if missing:
+            raise self.unusable_weights(f"{index.name} names {', '.join(missing)}, not in the folder")
+
+    def unusable_weights(self, reason: str) -> BadInput:
+        first = reason.strip().splitlines()[0][:200] if reason.strip() else "unknown reason"
+        return BadInput(
+            f"base_model.id {self.id!r}: the weights in {self.path} can't be used: {first}",
+            "fetch or save the model again",
+        )
+
+    @property
+    def context_length(self) -> int:
+        for key in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
+            if isinstance(value := getattr(self.config.get_text_config(), key, None), int):
+                # RoBERTa numbers positions from its pad token's id on, and its table holds those numbers too.
+                offset = self.config.pad_token_id + 1 if self.config.model_type in _OFFSET_POSITIONS else 0
+                return value - offset
+        return NO_LIMIT
+
+    def info(self, fingerprint: str) -> BaseModelInfo:
+        config = self.config.get_text_config()
+        return BaseModelInfo(
+            id=self.id,
+            revision=self.revision,
+            model_type=config.model_type,
+            hidden_size=_embedding_width(config),
+            vocab_size=config.vocab_size,
+            context_length=self.context_length,
+            fingerprint=fingerprint,
+            tokenizer_digest=tokenizer_digest(self._tokenizer),
+            quantization=self.quantization,
+        )
+
+    @property
+    def brings_model_code(self) -> bool:
+        """Whether the spec allows, and the model has, a language model class of its own."""
+        classes = getattr(self.config, "auto_map", None) or {}
+        return self.allow_remote_code and any(name in classes for name in _AUTO_CLASSES.values())
+
+    @property
+    def family(self) -> Family:
+        return family_of(self.config)
+
+    @property
+    def table_size(self) -> int:
+        """Rows of the input embedding table: every token id has to be below."""
+        return int(self.config.get_text_config().vocab_size)
+
+    def check_tunable(self) -> None:
+        """Refuse what is no language model, before any weight is read."""
+        config = self.config
+        if self.quantization != "none" and find_spec("bitsandbytes") is None:
+            raise BadInput(
+                f"base_model.quantization {self.quantization} needs the package bitsandbytes, which is not installed",
+                "pip install bitsandbytes, or leave base_model.quantization out",
+            )
+        if not (self.brings_model_code or _is_language_model(config)):
+            raise BadInput(
+                f"base_model.id {self.id!r} is not a language model "
+                f"(model_type {config.model_type!r}, architectures {config.architectures or []})",
+                MODEL_HINT,
+            )
+        check_stored_quantization(self.id, config, self.quantization)
+        check_positions(self.id, config, self.family, self.context_length, self.brings_model_code)
+        check_config_tokens(self.id, config, self.family, self.path)
+
+
+_AUTO_CLASSES: dict[Family, str] = {
+    "causal": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "masked": "AutoModelForMaskedLM",
+}
+ENDINGS: dict[Family, tuple[str, ...]] = {
+    "causal": ("ForCausalLM", "LMHeadModel"),
+    "seq2seq": ("ForConditionalGeneration",),
+    "masked": ("ForMaskedLM",),
+}
+
+
+def family_of(config: Any) -> Family:
+    """The model's family, from its configuration alone."""
+    if getattr(config, "is_encoder_decoder", False):
+        return "seq2seq"
+    names = config.architectures or []
+    if any(name.endswith(ENDINGS["causal"]) for name in names) or getattr(config, "is_decoder", False):
+        return "causal"
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    return "masked" if config.model_type in MASKED else "causal"
+
+
+def usual_family(model_type: str) -> Family:
+    """The family that models of a type usually have, where no configuration is at hand."""
+    from transformers.models.auto import modeling_auto as auto
+
+    if model_type in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+        return "seq2seq"
+    return "masked" if model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES else "causal"
+
+
+def _is_language_model(config: Any) -> bool:
+    from transformers.models.auto import modeling_auto as auto
+
+    mapping = {
+        "causal": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "seq2seq": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        "masked": auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    }
+    family, names = family_of(config), config.architectures or []
+    ends = ENDINGS[family]
+    return config.model_type in mapping[family] and (not names or any(name.endswith(ends) for name in names))
+
+
+def _embedding_width(config: Any) -> int:
+    """Width of the token embeddings, which some families project to another hidden size."""
+    for key in ("embedding_size", "word_embed_proj_dim", "hidden_size"):
+        if value := getattr(config, key, None):
+            return int(value)
+    raise BadInput(f"a model of type {config.model_type!r} does not say how wide its embeddings are", MODEL_HINT)
+
+
+MODEL_HINT = f"give a language model: a hub id such as Qwen/Qwen2.5-0.5B, a local folder, or {QUICKSTART}"
+
+
+def resolve_model(spec: BaseModelSpec, weights: bool = True) -> ModelSource:
+    """The model's files: made for a built-in model, found for a folder, fetched for a hub id.
+
+    ``weights=False`` fetches only configuration and tokenizer, enough to refuse a bad choice early.
+    """
+    if spec.id.startswith(BUILTIN):
+        path = builtin_model(known_builtin(spec.id))
+    elif Path(spec.id).expanduser().exists() or looks_like_path(spec.id):
+        path = local_folder(spec.id)
+    else:
+        path = _from_hub(spec, weights)
+    source = ModelSource(spec.id, spec.revision, path, spec.quantization, spec.allow_remote_code)
+    source.check_tunable()
+    return source
+
+
+def known_builtin(name: str) -> str:
+    """The name of a built-in model without what marks it as one; BadInput lists those there are."""
+    bare = name.removeprefix(BUILTIN)
+    if bare not in BUILTIN_MODELS:
+        raise BadInput(
+            f"base_model.id {name!r} is unknown; built-in models are "
+            + ", ".join(BUILTIN + known for known in BUILTIN_MODELS),
+            MODEL_HINT,
+        )
+    return bare
+
+
+def local_folder(name: str) -> Path:
+    """Return the folder that a base model's id names. Raises BadInput for a file, and for what is not there."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise BadInput(f"base_model.id {name!r}: the folder {folder.resolve()} {what}", MODEL_HINT)
+    return folder.resolve()
+
+
+def _from_hub(spec: BaseModelSpec, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    patterns = [*SMALL_FILES, *([WEIGHTS] if weights else []), *(["*.py"] if spec.allow_remote_code else [])]
+    try:
+        return Path(snapshot_download(spec.id, revision=spec.revision, allow_patterns=patterns))
+    except GatedRepoError:
+        raise BadInput(f"base_model.id {spec.id!r} is gated", "ask for access on the hub, then set HF_TOKEN") from None
+    except RevisionNotFoundError:
+        raise BadInput(f"base_model.revision {spec.revision!r} does not exist for {spec.id!r}", MODEL_HINT) from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise BadInput(
+            f"base_model.id {spec.id!r} is neither a folder here nor a model on the hub", MODEL_HINT
+        ) from None
+    except Exception as error:  # no network, no cache, HF_HUB_OFFLINE: the hub client raises many types
+        raise hub_unreachable(f"base_model.id {spec.id!r}", error) from None
+
+
+def hub_unreachable(what: str, error: Exception) -> Unreachable:
+    """The one message for a hub name that can't be had from here."""
+    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+    return Unreachable(
+        f"{what} is not in the local cache and the hub can't be reached{offline}: {type(error).__name__}",
+        "connect to the network, point HF_HOME at a cache that holds it, or use a local path",
+    )
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """sha256 over the tokenizer's serialised form: equal digests tokenise alike."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def quiet_transformers() -> None:
+    """Progress bars and notices of the libraries would tear our own output apart."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    # PEFT imports it for LoRA, quantized or not, and it asks for a package with faster 4-bit products for CPUs.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -1,0 +1,1 @@
+"""Aliases: the gate they pass and the history of their moves."""

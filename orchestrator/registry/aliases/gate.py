@@ -1,0 +1,127 @@
+"""The gate, as pure functions: what keeps a prompt from being served in another's place, and which of two is better."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from orchestrator.artifact import Manifest
+from orchestrator.job.labels import by_meaning, spelled
+from orchestrator.job.spec import TEXT_METRICS, template_columns
+
+METRIC_TAG = "orchestrator.metric"
+"""On a version: the metric that its search ranked trials by."""
+EVALUATION_TAG = "orchestrator.evaluation."
+"""On a version, followed by the rows' fingerprint: what ``evaluate`` found on them, as JSON."""
+COMPARED_BY = ("accuracy", "exact_match", "f1", "rouge_l", "bleu", "loss")
+
+Better = Literal["max", "min"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A version as the gate sees it: its manifest, and its tags for what was found out later."""
+
+    manifest: Manifest
+    tags: Mapping[str, str]
+
+    def results(self) -> dict[str, dict[str, float]]:
+        """Metrics by the fingerprint of the rows that they were found on; its own test split comes first."""
+        own, data = self.manifest.metrics.get("test"), self.manifest.data
+        found = {data.test_fingerprint or data.fingerprint: own} if own else {}
+        for key, text in self.tags.items():
+            if key.startswith(EVALUATION_TAG) and (metrics := _numbers(text)):
+                found.setdefault(key.removeprefix(EVALUATION_TAG), metrics)
+        return found
+
+
+def _numbers(text: str) -> dict[str, float]:
+    try:
+        metrics = json.loads(text)["metrics"]
+        return {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+    except (ValueError, KeyError, TypeError, AttributeError):  # anybody may edit a tag
+        return {}
+
+
+def unsound(new: Manifest) -> list[str]:
+    """What makes a prompt unfit for any server; empty when nothing does. Its tensors are checked when it is fetched."""
+    found = []
+    answer = new.generation.max_tokens if new.generation else 1
+    needed = new.num_virtual_tokens + 1 + answer
+    if needed > (context := new.base_model.context_length):
+        found.append(
+            f"{new.num_virtual_tokens} virtual tokens, an input and an answer of {answer} don't fit into the base "
+            f"model's context of {context}"
+        )
+    if not template_columns(new.template):
+        found.append(f"its template {new.template[:60]!r} names no column")
+    if new.verbalizer is not None and not new.verbalizer:
+        found.append("its verbalizer is empty")
+    return found
+
+
+def differences(new: Manifest, holder: Manifest) -> list[str]:
+    """What makes the new prompt unfit for the server and the clients of the holder; empty when it fits."""
+    mine, other = _fit(new), _fit(holder)
+    found = [f"{what} is {mine[what]:.16}, not {other[what]:.16}" for what in mine if mine[what] != other[what]]
+    if found and new.base_model.id != holder.base_model.id:
+        found.insert(0, f"base model is {new.base_model.id}, not {holder.base_model.id}")
+    columns, labels = (_columns(new), _columns(holder)), (_labels(new), _labels(holder))
+    if columns[0] != columns[1]:
+        found.append(_difference("template takes the columns", *columns))
+    if by_meaning(new.verbalizer_map() or {}).keys() != by_meaning(holder.verbalizer_map() or {}).keys():
+        found.append(_difference("answers are the labels", *labels))
+    return found
+
+
+def _difference(what: str, ours: Sequence[str], theirs: Sequence[str]) -> str:
+    return f"{what} {', '.join(ours) or 'none'}, not {', '.join(theirs) or 'none'}"
+
+
+def _fit(manifest: Manifest) -> dict[str, str]:
+    base = manifest.base_model
+    return {
+        "base model fingerprint": base.fingerprint,
+        "tokenizer digest": base.tokenizer_digest,
+        "hidden size": str(base.hidden_size),
+    }
+
+
+def _columns(manifest: Manifest) -> list[str]:
+    return sorted(set(template_columns(manifest.template)))
+
+
+def _labels(manifest: Manifest) -> list[str]:
+    """As JSON has them; none for a prompt that generates."""
+    return sorted(spelled(label) for label in manifest.verbalizer_map() or {})
+
+
+def comparison_metric(new: Candidate, holder: Candidate) -> tuple[str, Better]:
+    """What two versions are compared by: the metric of the candidate's search, or the first that both have."""
+    metric = new.tags.get(METRIC_TAG, "")
+    if metric not in COMPARED_BY:
+        both = [set(it.manifest.metrics.get("test", {})) for it in (new, holder)]
+        metric = next((name for name in COMPARED_BY if name in both[0] & both[1]), COMPARED_BY[0])
+    return metric, "min" if metric == "loss" else "max"
+
+
+def verdict(new: Candidate, champion: Candidate, metric: str, better: Better) -> tuple[bool, str]:
+    """Whether the new prompt beats the champion on the same test rows, and the reason as a clause."""
+    if found := differences(new.manifest, champion.manifest):
+        return False, f"its {found[0]}"
+    if metric in TEXT_METRICS and new.manifest.generation != champion.manifest.generation:
+        return False, "the champion's texts were generated with other settings"
+    mine, other = new.results(), champion.results()
+    shared = [rows for rows in mine if rows in other]
+    if not shared:
+        if not mine or not other:
+            return False, f"{'the champion' if mine else 'it'} has no test {metric}"
+        return False, "the champion was tested on other data"
+    scores = [(mine[rows].get(metric), other[rows].get(metric)) for rows in shared]
+    score = next(((a, b) for a, b in scores if a is not None and b is not None), None)
+    if score is None:
+        return False, f"{'it' if scores[0][0] is None else 'the champion'} has no test {metric}"
+    won = score[0] > score[1] if better == "max" else score[0] < score[1]
+    return won, f"its test {metric} is {score[0]:.4g}, the champion's {score[1]:.4g}"

@@ -1,0 +1,1 @@
+"""Searches as runs in MLflow."""

@@ -1,0 +1,1 @@
+"""Registered versions: published, read and described."""

@@ -1,0 +1,96 @@
+"""What MLflow's page of a version says, in markdown: how good, where from, what it is near, how to ask."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from orchestrator.artifact import Manifest
+from orchestrator.registry.versions.records import Metrics, VersionSummary
+from orchestrator.registry.versions.refs import printable
+
+MAX_DESCRIPTION = 5000  # MLflow's column
+SHOWN_TOKENS = 20
+SHOWN_WORDS = 3
+
+Words = Sequence[Sequence[tuple[str, float]]]
+
+
+def version_description(
+    manifest: Manifest, name: str, champion: VersionSummary | None = None, nearest: Words = ()
+) -> str:
+    """Markdown, within what MLflow takes. ``champion`` is the one that the version came after."""
+    base = manifest.base_model
+    config = ", ".join(f"{key} {_code(_plain(value))}" for key, value in manifest.config.items())
+    counts = ", ".join(f"{count:,} {split}" for split, count in manifest.data.rows.items())
+    rows: dict[str, Metrics] = {"this prompt": manifest.metrics} | manifest.baselines
+    if champion is not None:
+        rows[f"the champion then, version {champion.version}"] = champion.metrics
+    head = [
+        f"Soft prompt of {manifest.num_virtual_tokens} virtual tokens ({_code(manifest.method)}), {config}.",
+        "",
+        *metrics_table(rows),
+        "",
+        f"Base model {_code(base.id)} at {_code(base.revision)}, fingerprint {_code(base.fingerprint[:16])}.",
+        f"Data {_code(manifest.data.place)} (rows: {counts}), {manifest.steps} steps.",
+        f"Template {_code(manifest.template)}. Trial {_code(manifest.trial)} of search {_code(manifest.search)}.",
+        "",
+        f'Ask it: `orchestrator query {name} "text"` (the champion), `name@alias` or `name:version` for another.',
+        f"Without our server: `mlflow models serve -m models:/{name}/VERSION --env-manager local`.",
+    ]
+    return _within("\n".join([*head, *_nearest(nearest)]))
+
+
+def metrics_table(rows: Mapping[str, Metrics]) -> list[str]:
+    """One line for each of the rows, one column for each metric of each split."""
+    columns = list(dict.fromkeys((split, metric) for row in rows.values() for split in row for metric in row[split]))
+    lines = ["| | " + " | ".join(f"{split} {metric}" for split, metric in columns) + " |"]
+    lines.append("|---|" + "---|" * len(columns))
+    for label, row in rows.items():
+        values = [row.get(split, {}).get(metric) for split, metric in columns]
+        cells = [f"{value:.4g}" if isinstance(value, int | float) else "" for value in values]
+        lines.append(f"| {label.replace('_', ' ')} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _plain(value: Any) -> Any:
+    """A configuration's value as people write it: an init's own text or artifact, a number without its noise."""
+    if isinstance(value, dict) and len(value) == 1:
+        return " ".join(map(str, next(iter(value.items()))))
+    return f"{value:.4g}" if isinstance(value, float) else value
+
+
+def _nearest(nearest: Words) -> list[str]:
+    if not nearest:
+        return []
+    rows = [
+        f"| {place} | " + " ".join(f"{_cell(word)} {distance:.2f}" for word, distance in words[:SHOWN_WORDS]) + " |"
+        for place, words in enumerate(nearest[:SHOWN_TOKENS])
+    ]
+    more = [f"{len(nearest) - SHOWN_TOKENS} further tokens: `orchestrator inspect`."] if len(nearest) > 20 else []
+    return [
+        "",
+        "Nearest words of the vocabulary, by cosine distance:",
+        "",
+        "| token | words |",
+        "|---|---|",
+        *rows,
+        *more,
+    ]
+
+
+def _cell(word: str) -> str:
+    return _code(f"\u201c{printable(word)}\u201d").replace("|", "\\|")
+
+
+def _within(text: str) -> str:
+    """No longer than MLflow's column, cut at the end of a line."""
+    if len(text) <= MAX_DESCRIPTION:
+        return text
+    kept = text[: MAX_DESCRIPTION - 5]
+    return (kept[: kept.rfind("\n")] if "\n" in kept else kept) + "\n..."
+
+
+def _code(value: Any) -> str:
+    """The value as inline code: job specs are free text, and a page must show it, not render it."""
+    return "`" + " ".join(str(value).replace("`", "'").split()) + "`"

@@ -1,0 +1,98 @@
+"""What a registered prompt was found to do on other data, kept with its version."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import PurePath
+
+from orchestrator.registry.aliases.gate import EVALUATION_TAG
+from orchestrator.registry.aliases.moves import who
+from orchestrator.registry.runs.entries import MAX_TAG, as_texts
+from orchestrator.registry.runs.searches import experiment_named
+from orchestrator.registry.store import Store
+from orchestrator.registry.versions.records import VersionSummary
+
+READABLE_TAG = "evaluated."
+MODEL_ID = re.compile(r"m-[0-9a-f]{32}")
+
+
+@dataclass(frozen=True)
+class EvaluationRecord:
+    """Metrics on some rows. ``group`` is COLUMN=VALUE, or empty for all rows; ``fingerprint`` is the rows' sha256."""
+
+    data: str
+    split: str
+    group: str
+    rows: int
+    fingerprint: str
+    metrics: dict[str, float]
+
+    @property
+    def label(self) -> str:
+        """As a key in MLflow: uci_sentiment.test, uci_sentiment.test.source-imdb."""
+        path = PurePath(self.data)
+        name = f"{path.parent.name}.{path.stem}" if path.suffix else f"{self.data}.{self.split}"
+        return re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{name}.{self.group}" if self.group else name).strip("-.")[:150]
+
+
+def log_evaluations(store: Store, version: VersionSummary, records: Sequence[EvaluationRecord]) -> str:
+    """A run with the metrics, linked to the version's logged model, and tags on the version; returns the run.
+
+    Each set of rows has a tag of its own, so that evaluations at the same time don't overwrite each other.
+    """
+    from mlflow.entities import LoggedModelInput
+
+    client = store.client
+    model = MODEL_ID.search(client.get_model_version_download_uri(version.name, str(version.version)))
+    params = {f"{place}.{key}": value for place, it in enumerate(records) for key, value in asdict(it).items()
+              if key != "metrics"}  # fmt: skip
+    name = f"evaluate {version.name}:{version.version}"
+    tags = {"orchestrator.evaluates": f"{version.name}:{version.version}", "mlflow.source.name": "orchestrator"}
+    run = client.create_run(_experiment(store, version), tags=as_texts(tags, MAX_TAG), run_name=name)
+    run_id = str(run.info.run_id)
+    try:
+        for key, text in as_texts(params, MAX_TAG).items():
+            client.log_param(run_id, key, text)
+        if model:
+            client.log_inputs(run_id, models=[LoggedModelInput(model.group())])
+        for record in records:
+            for metric, value in record.metrics.items():
+                client.log_metric(
+                    run_id,
+                    f"{record.label}/{metric}",
+                    value,
+                    dataset_name=record.label,
+                    dataset_digest=record.fingerprint[:36],
+                    model_id=model.group() if model else None,
+                )
+            _tag(store, version, record, run_id)
+        client.set_terminated(run_id)
+    except BaseException:
+        client.set_terminated(run_id, "FAILED")
+        raise
+    return run_id
+
+
+def _tag(store: Store, version: VersionSummary, record: EvaluationRecord, run_id: str) -> None:
+    document = {**asdict(record), "run_id": run_id, "by": who(), "at": datetime.now(UTC).isoformat(timespec="seconds")}
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in record.metrics.items())
+    number = str(version.version)
+    client = store.client
+    client.set_model_version_tag(version.name, number, EVALUATION_TAG + record.fingerprint, json.dumps(document))
+    client.set_model_version_tag(version.name, number, READABLE_TAG + record.label, f"{shown} ({record.rows} rows)")
+
+
+def _experiment(store: Store, version: VersionSummary) -> str:
+    """That of the version's own run; the model's name where that is gone."""
+    from mlflow.exceptions import MlflowException
+
+    if version.run_id:
+        try:
+            return str(store.client.get_run(version.run_id).info.experiment_id)
+        except MlflowException:
+            pass
+    return str(experiment_named(store, version.name).experiment_id)

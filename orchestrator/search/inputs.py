@@ -1,0 +1,320 @@
+"""Check the files and folders that a job spec names, before anything heavy is imported or started.
+
+``validate`` reports what is found with the lines of the spec. ``run``, ``plan`` and ``submit`` check the
+same; ``run`` and ``plan`` go on with the rows that were read.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from orchestrator.data.cells import is_missing
+from orchestrator.data.dataset import (
+    SPLITS,
+    Row,
+    RowSplits,
+    cut_in_two,
+    known_data,
+    load_rows,
+    read_split,
+    wanted_rows,
+)
+from orchestrator.data.source_row import place_of
+from orchestrator.data.split_checks import judge
+from orchestrator.data.template import Verbalizer
+from orchestrator.errors import BadInput, Problem, SpecError
+from orchestrator.job.space import templates
+from orchestrator.job.spec import ArtifactInit, DataFiles, DataSpec, JobSpec, template_columns
+from orchestrator.job.yaml import load_with_places
+from orchestrator.models.folder import folder_faults
+from orchestrator.models.source import known_builtin, looks_like_path
+
+KEY = re.compile(r"((?:data|base_model|search)\.[a-z_]+(?:\.[a-z_]+)*)(:? )")
+"""At the beginning of a message: the key that it is about."""
+Files = Mapping[str, list[Row]]
+
+
+class Fault(NamedTuple):
+    """Something wrong with what a key of the spec names."""
+
+    key: str
+    message: str
+    hint: str
+
+    @classmethod
+    def of(cls, error: BadInput, key: str) -> Fault:
+        """Take a refusal over; the key is the one that its message begins with, or ``key``."""
+        named = KEY.match(error.message)
+        return cls(named[1] if named else key, error.message, error.hint)
+
+    @property
+    def text(self) -> str:
+        """The message as it stands behind its key."""
+        return self.message.removeprefix(f"{self.key}: ")
+
+
+class Unchecked(NamedTuple):
+    """Something that a key names and that is not on this machine, or not yet."""
+
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What was found out about the files and folders of a job."""
+
+    faults: tuple[Fault, ...] = ()
+    unchecked: tuple[Unchecked, ...] = ()
+    rows: RowSplits | None = None
+    """The rows, where they were read from files and are sound."""
+    warnings: tuple[str, ...] = ()
+    """What would make the result less trustworthy."""
+    seconds: float = 0.0
+    """What finding out took."""
+
+
+def load_checked(path: str | Path, overrides: Sequence[str] = (), *, elsewhere: bool = False) -> tuple[JobSpec, Inputs]:
+    """Read a job spec and check what it names.
+
+    ``elsewhere``: a whole path that this machine lacks is one of the cluster's, and is not checked.
+    Raises SpecError with every problem and its line.
+    """
+    job, places = load_with_places(path, overrides)
+    inputs = examine(job, elsewhere=elsewhere)
+    if inputs.faults:
+        problems = [places.problem(fault.key, fault.text, fault.hint) for fault in inputs.faults]
+        raise SpecError(places.in_order(problems))
+    return job, inputs
+
+
+def check_inputs(job: JobSpec) -> Inputs:
+    """Check what a job names. Raises BadInput, with one line a fault where there are several."""
+    inputs = examine(job)
+    if len(inputs.faults) == 1:
+        raise BadInput(inputs.faults[0].message, inputs.faults[0].hint)
+    if inputs.faults:
+        raise SpecError([Problem(job.name, None, fault.key, fault.text, fault.hint) for fault in inputs.faults])
+    return inputs
+
+
+def examine(job: JobSpec, *, elsewhere: bool = False) -> Inputs:
+    """Find all that is wrong with the files and folders of a job, and what can't be checked here."""
+    started = time.monotonic()
+    faults: list[Fault] = []
+    unchecked: list[Unchecked] = []
+    for part in (_model_findings(job, elsewhere), _artifact_findings(job, elsewhere)):
+        for finding in part:
+            (faults if isinstance(finding, Fault) else unchecked).append(finding)  # type: ignore[arg-type]
+    rows = None
+    warnings: tuple[str, ...] = ()
+    if job.data.source == "files":
+        data_faults, missing, rows = _examine_files(job, elsewhere)
+        faults += data_faults
+        unchecked += missing
+    else:
+        faults += _named_data_faults(job.data)
+        unchecked.append(Unchecked("data.path", f"{job.data.path} {NOT_HERE[job.data.source]}"))
+    if rows is not None and not faults:
+        try:
+            warnings = judge(rows, job.data, learns=job.method != "prompt_design")
+        except BadInput as error:
+            faults.append(Fault.of(error, "data"))
+    seconds = time.monotonic() - started
+    return Inputs(tuple(faults), tuple(unchecked), rows, warnings, seconds)
+
+
+NOT_HERE = {
+    "builtin": "is made on the spot when it is needed",
+    "hub": "is fetched from the hub, or its cache, when it is needed",
+}
+
+
+def _is_elsewhere(path: str, elsewhere: bool) -> bool:
+    whole = Path(path).expanduser()
+    return elsewhere and whole.is_absolute() and not whole.exists()
+
+
+def _on_cluster(key: str, path: str) -> Unchecked:
+    return Unchecked(key, f"{path} is not on this machine: the cluster has to have it")
+
+
+# The base model
+
+
+def _model_findings(job: JobSpec, elsewhere: bool) -> Iterator[Fault | Unchecked]:
+    base = job.base_model
+    key = "base_model.id"
+    if base.source == "builtin":
+        try:
+            known_builtin(base.id)
+            yield Unchecked(key, f"{base.id} {NOT_HERE['builtin']}")
+        except BadInput as error:
+            yield Fault.of(error, key)
+    elif base.source == "hub" and not Path(base.id).expanduser().exists():
+        yield Unchecked(key, f"{base.id} {NOT_HERE['hub']}")
+    elif _is_elsewhere(base.id, elsewhere):
+        yield _on_cluster(key, base.id)
+    else:
+        yield from (Fault.of(error, key) for error in folder_faults(base))
+        if base.source == "hub" and base.revision != type(base)(id=base.id).revision:
+            message = f"base_model.revision has no effect: base_model.id {base.id} is a folder here"
+            yield Fault("base_model.revision", message, "leave it out, or run where there is no such folder")
+
+
+# Prompts that trials start from
+
+
+def _artifact_findings(job: JobSpec, elsewhere: bool) -> Iterator[Fault | Unchecked]:
+    init = job.search.space.init
+    inits = init if isinstance(init, list) else [init]
+    for number, each in enumerate(inits):
+        if not isinstance(each, ArtifactInit):
+            continue
+        place = f"[{number}]" if isinstance(init, list) else ""
+        key = f"search.space.init{place}.artifact"
+        folder = Path(each.artifact).expanduser()
+        if not folder.is_dir() and not looks_like_path(each.artifact):
+            yield Unchecked(key, f"{each.artifact} is fetched from the registry when it is needed")
+        elif _is_elsewhere(each.artifact, elsewhere):
+            yield _on_cluster(key, each.artifact)
+        else:
+            yield from _folder_faults(job, key, each.artifact, folder)
+
+
+def _folder_faults(job: JobSpec, key: str, reference: str, folder: Path) -> Iterator[Fault]:
+    from orchestrator.artifact import PromptArtifact
+    from orchestrator.peft_format import is_peft, read_peft
+
+    try:
+        stored = read_peft(folder) if is_peft(folder) else PromptArtifact.load(folder)
+        check_can_start(job, reference, stored.tensors)
+    except BadInput as error:
+        yield Fault(key, error.message, error.hint)
+
+
+def check_can_start(job: JobSpec, reference: str, tensors: Mapping[str, Any]) -> None:
+    """Raise BadInput for a prefix that a soft prompt is to start from: it has no embeddings."""
+    if job.method != "prefix_tuning" and "prompt" not in tensors:
+        raise BadInput(
+            f"search.space.init artifact {reference!r} is a prefix and can't start method {job.method}",
+            "choose a prompt of prompt_tuning or p_tuning, or set method prefix_tuning",
+        )
+
+
+# Rows
+
+
+def _named_data_faults(data: DataSpec) -> Iterator[Fault]:
+    try:
+        known_data(str(data.path))
+    except BadInput as error:
+        yield Fault.of(error, "data.path")
+
+
+def _examine_files(job: JobSpec, elsewhere: bool) -> tuple[list[Fault], list[Unchecked], RowSplits | None]:
+    """Read the files; the rows come back where all of them are here and nothing is wrong with them."""
+    data = job.data
+    faults: list[Fault] = []
+    unchecked: list[Unchecked] = []
+    files: dict[str, list[Row]] = {}
+    assert isinstance(data.path, DataFiles)
+    for split, path in data.path:
+        if path is None:
+            continue
+        if _is_elsewhere(path, elsewhere):
+            unchecked.append(_on_cluster(f"data.path.{split}", path))
+            continue
+        try:
+            files[split] = read_split(data, split)
+        except BadInput as error:
+            faults.append(Fault.of(error, f"data.path.{split}"))
+    complete = not faults and not unchecked
+    found, rows = _examine_rows(job, files, complete)
+    return faults + found, unchecked, rows
+
+
+def _examine_rows(job: JobSpec, files: Files, complete: bool) -> tuple[list[Fault], RowSplits | None]:
+    """Check columns and labels of all rows; of a ``complete`` set also what concerns its splits."""
+    data = job.data
+    try:
+        wanted = wanted_rows(files, data) if any(files.values()) else dict(files)
+        shaped = _shaped(wanted, data)
+    except BadInput as error:
+        return [Fault.of(error, "data.where" if data.where else "data.path")], None
+    if faults := list(_column_faults(job, shaped)):
+        return faults, None
+    faults = list(_label_faults(data, shaped))
+    if not complete:
+        return faults, None
+    try:
+        return faults, load_rows(data, templates(job.search.space), files)
+    except BadInput as error:
+        return [*faults, Fault.of(error, "data.path")], None
+
+
+def _shaped(files: Files, data: DataSpec) -> Files:
+    """Cut texts in two where the spec asks for it."""
+    if data.prefix_lm is None:
+        return files
+    return {split: list(cut_in_two(rows, data.prefix_lm, data.split_seed)) for split, rows in files.items()}
+
+
+def _column_faults(job: JobSpec, files: Files) -> Iterator[Fault]:
+    """Find columns that a row lacks, each column once."""
+    for column, key in _named_columns(job).items():
+        lacking = _first_without(files, column, job.data)
+        if lacking is None:
+            continue
+        place, row = lacking
+        message = f"{key} names column {column!r}, which {place} lacks; it has {sorted(row)}"
+        yield Fault(key, message, f"correct {key}, or map the column with data.rename")
+
+
+def _named_columns(job: JobSpec) -> dict[str, str]:
+    """Map each column that the spec names to the key that names it first."""
+    data = job.data
+    named = dict.fromkeys(template_columns(data.template), "data.template")
+    for template in templates(job.search.space):
+        for column in template_columns(template):
+            named.setdefault(column, "search.space.template")
+    named.setdefault(data.target, "data.target")
+    if data.references is not None:
+        named.setdefault(data.references, "data.references")
+    return named
+
+
+def _old_names(column: str, data: DataSpec) -> set[str]:
+    """Names under which a row may have the column."""
+    return {column, *(old for old, new in data.rename.items() if new == column)}
+
+
+def _first_without(files: Files, column: str, data: DataSpec) -> tuple[str, Row] | None:
+    names = _old_names(column, data)
+    for split in SPLITS:
+        for number, row in enumerate(files.get(split, ()), start=1):
+            if names.isdisjoint(row):
+                place = place_of(row, split) if getattr(row, "number", 0) else f"row {number} of {split}"
+                return place, row
+    return None
+
+
+def _label_faults(data: DataSpec, files: Files) -> Iterator[Fault]:
+    if data.verbalizer is None:
+        return
+    names = [*(_old_names(data.target, data) - {data.target}), data.target]
+    cells = (_cell(row, names) for rows in files.values() for row in rows)
+    try:
+        Verbalizer.covering(data.verbalizer, (cell for cell in cells if not is_missing(cell)))
+    except BadInput as error:
+        yield Fault.of(error, "data.verbalizer")
+
+
+def _cell(row: Row, names: Sequence[str]) -> Any:
+    """Return the cell of a column that may have several names; a renamed one takes the place of another."""
+    return next((row[name] for name in names if name in row), None)

@@ -1,0 +1,262 @@
+"""Real steps and evaluations of a job, in a process of its own that ends with them: what a worker would take.
+
+Memory is measured at the largest that the space and the rows allow, time on trials and rows as the search has them.
+Of a group one worker's share of the rows is measured, without the others; what sharding would leave on other workers
+is counted off.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from orchestrator.data.encoding import Encoded
+from orchestrator.errors import TRACEBACK, JobFailed, OrchestratorError
+from orchestrator.job.space import TrialSpec
+from orchestrator.job.spec import StopSpec
+from orchestrator.models.backbone import bytes_elsewhere, device_for, load_backbone, set_threads
+from orchestrator.models.source import resolve_model
+from orchestrator.search.plan.forecast import Pace
+from orchestrator.search.prepare import Prepared, likely_trials
+from orchestrator.search.workers.placement import Placement
+from orchestrator.tuning import evaluate as evaluation
+from orchestrator.tuning.engine import Engine, Task
+from orchestrator.tuning.make import make_engine
+from orchestrator.tuning.memory import Memory
+from orchestrator.tuning.reports import EvaluationJob
+
+STEPS = 12  # most steps of one measurement
+BUDGET_S = 2.0  # a measurement ends with the step that goes beyond
+ROWS = 64  # rows that an evaluation is measured on, spread over the lengths
+SHORT_STEPS = 2  # of a trial cut short: the second round shows a report's way without anything that is done once
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one worker takes. Memory in bytes: ``weights`` alone, ``idle`` with the base model loaded, ``usual`` with
+    trials and rows as the search has them, ``peak`` with the largest."""
+
+    device: str
+    pace: Pace
+    bare_row_s: float
+    """Seconds of a row that is evaluated without a prompt."""
+    load_s: float
+    """Seconds from the start of the process to the loaded base model."""
+    weights: int
+    idle: int
+    usual: int
+    peak: int
+    room: int
+    """All memory of the device, or of the machine for a CPU."""
+    short: int = 0
+    """What trials cut short hold, by which a worker that ran them shows what it holds besides."""
+    cuts: tuple[str, ...] = ()
+    """What had to be cut for the largest step or evaluation to fit, or did not fit at all."""
+
+
+def measure(prepared: Prepared, placement: Placement) -> Measured:
+    """Measure in a child process. JobFailed when the system ended it, which memory is the usual reason for."""
+    started = time.time()
+    measured: Measured = in_child(_measure, prepared, placement, started)
+    return measured
+
+
+def in_child(work: Callable[..., Any], *arguments: Any) -> Any:
+    """``work(*arguments)`` in a fresh process; its errors are raised here."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_call, args=(sender, work, arguments), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        done, result = receiver.recv()
+    except EOFError:
+        process.join()
+        raise JobFailed(
+            f"the process that measured the job was ended (exit code {process.exitcode}), most likely because its "
+            "largest step does not fit into memory",
+            "lower train.batch_size, resources.trials_per_worker or data.max_input_tokens, or set "
+            "train.micro_batch_size",
+        ) from None
+    finally:
+        process.terminate()
+        process.join()
+        receiver.close()
+    if not done:
+        raise result
+    return result
+
+
+def _call(sender: Connection, work: Callable[..., Any], arguments: Sequence[Any]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears of it too, and ends this process
+    try:
+        sender.send((True, work(*arguments)))
+    except OrchestratorError as error:
+        sender.send((False, error))
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            traceback.print_exc()
+        first = f"{type(error).__name__}: {error}".splitlines()[0]
+        sender.send((False, JobFailed(f"the job can't be measured: {first}", f"{TRACEBACK}=1 shows where it arose")))
+
+
+def _measure(prepared: Prepared, placement: Placement, started: float) -> Measured:
+    set_threads(placement.threads)
+    device = device_for(placement.gpus)
+    model = prepared.job.base_model
+    backbone = load_backbone(resolve_model(model), device, model.dtype)
+    load_s = time.time() - started
+    memory = Memory(device)
+    idle = memory.start_over()
+    # From small to large: what one took may not all come back.
+    short = max(Bench(shortened(prepared, placement), placement, backbone).held(), idle)
+    bench = Bench(prepared, placement, backbone)
+    pace, bare_row_s = bench.pace(), bench.bare_row()
+    usual = max(bench.most, memory.peak(), short)
+    cuts = bench.largest()
+    peak = max(memory.peak(), usual)
+    weights = sum(tensor.nbytes for tensor in backbone.model.state_dict(keep_vars=True).values())
+    sharded = prepared.job.resources.sharding != "none"
+    elsewhere = bytes_elsewhere(backbone.model, placement.workers_per_group) if sharded else 0
+    return Measured(
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        pace=pace,
+        bare_row_s=bare_row_s,
+        load_s=load_s,
+        weights=weights - elsewhere,
+        idle=max(0, idle - elsewhere),
+        usual=max(0, usual - elsewhere),
+        peak=max(0, peak - elsewhere),
+        room=memory.room(),
+        short=max(0, short - elsewhere),
+        cuts=cuts,
+    )
+
+
+class Bench:
+    """Engines on one backbone, for parts of a job."""
+
+    def __init__(self, prepared: Prepared, placement: Placement, backbone: Any) -> None:
+        self._prepared = prepared
+        self._slots = placement.trials_per_worker
+        self._cores = placement.threads
+        self._together = placement.workers_per_group
+        train = prepared.job.train
+        self._train = train.model_copy(update={"batch_size": -(-train.batch_size // self._together)})
+        self._backbone = backbone
+        self._task = prepared.task
+        self._trials = likely_trials(prepared)
+        whole = prepared.task.splits["validation"]
+        sample = spread(range(len(whole)), ROWS, key=lambda row: whole.lengths[row])
+        # Written prompts are evaluated on all rows, as they stand in the task.
+        self._scale = (1.0 if self._task.designs else len(whole) / len(sample)) / self._together
+        self._sampled = self._with(validation=cut(whole, sample))
+        self._memory = Memory(backbone.device)
+        self.most = 0
+        """Bytes, of the engines so far; each forgets what the one before it held."""
+
+    def held(self) -> int:
+        """Bytes at the most while trials in all slots are trained and evaluated."""
+        self._seconds(self._trials[: self._slots])
+        return self.most
+
+    def largest(self) -> tuple[str, ...]:
+        """One step and one evaluation of full slots, the longest prompts and the longest rows; what had to be cut."""
+        train, validation = (self._task.splits[name] for name in ("train", "validation"))
+        rows = by_length(train)[: self._prepared.job.train.batch_size : self._together]
+        fits = max(1, evaluation.forward_tokens(self._backbone) // (max(validation.lengths) * self._slots))
+        task = self._with(train=cut(train, rows), validation=cut(validation, by_length(validation)[:fits]))
+        trial = max(self._trials, key=lambda trial: trial.size)
+        engine = self._engine(task, [trial] * self._slots)
+        seated = list(engine.slots.values())
+        engine.step(seated)
+        return tuple(dict.fromkeys(report.note for report in engine.reports(seated) if report.note))
+
+    def pace(self) -> Pace:
+        """Seconds of a step and of a whole evaluation, of one trial and of as many as there are slots."""
+        typical = spread(self._trials, self._slots, key=lambda trial: trial.size)
+        filled = (typical * self._slots)[: self._slots]
+        packed = self._seconds(filled)
+        alone = packed if self._slots == 1 else self._seconds([filled[len(filled) // 2]])
+        return Pace(alone[0], packed[0], alone[1], packed[1], self._slots)
+
+    def _seconds(self, trials: Sequence[TrialSpec]) -> tuple[float, float]:
+        engine = self._engine(self._sampled, trials)
+        seated = list(engine.slots.values())
+        engine.step(seated)  # what only the first step does is left out
+        most = max(1, min(STEPS, self._prepared.job.train.steps - 1))
+        step_s = timed(lambda: engine.step(seated), most)
+        evaluation_s = timed(lambda: engine.reports(seated), 1)
+        self.most = max(self.most, self._memory.peak())
+        return step_s, self._scale * evaluation_s
+
+    def bare_row(self) -> float:
+        engine = self._engine(self._sampled, [])
+        seconds = timed(lambda: engine.evaluate(EvaluationJob("validation")), 1)
+        return seconds / len(self._sampled.splits["validation"]) / self._together
+
+    def _engine(self, task: Task, trials: Sequence[TrialSpec]) -> Engine:
+        job = self._prepared.job
+        engine = make_engine(self._backbone, task, self._train, job.search, max(1, len(trials)), cores=self._cores)
+        for place, trial in enumerate(trials):
+            engine.seat(f"t{place}", trial)
+        return engine
+
+    def _with(self, **splits: Encoded) -> Task:
+        return replace(self._task, splits={**self._task.splits, **splits})
+
+
+def shortened(prepared: Prepared, placement: Placement) -> Prepared:
+    """A trial for every slot, two steps of a row each, an evaluation of one row after each of them."""
+    job = prepared.job
+    trials = likely_trials(prepared)[: placement.slots]
+    plain = {"searcher": "random", "scheduler": "fifo", "stop": StopSpec(), "trials": len(trials)}
+    short = {"steps": SHORT_STEPS, "evaluate_every": 1, "batch_size": 1, "micro_batch_size": None, "warmup_steps": 0}
+    task = replace(prepared.task, splits={name: cut(split, [0]) for name, split in prepared.task.splits.items()})
+    changes = {
+        "search": job.search.model_copy(update={**plain, "perturbation_steps": None}),
+        "train": job.train.model_copy(update={**short, "patience": None}),
+    }
+    return replace(prepared, job=job.model_copy(update=changes), trials=trials, total=len(trials), task=task)
+
+
+def timed(work: Callable[[], Any], most: int) -> float:
+    """Mean seconds of ``work``, done at most so often and not for long."""
+    started, done = time.perf_counter(), 0
+    while done < most and time.perf_counter() - started < BUDGET_S:
+        work()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        done += 1
+    return (time.perf_counter() - started) / done
+
+
+def by_length(split: Encoded) -> list[int]:
+    """Row numbers, longest rows first."""
+    return sorted(range(len(split)), key=lambda row: -split.lengths[row])
+
+
+def cut(split: Encoded, rows: Sequence[int]) -> Encoded:
+    """The split's rows of these numbers."""
+    return Encoded(
+        [split.inputs[row] for row in rows],
+        [split.targets[row] for row in rows],
+        [split.labels[row] for row in rows],
+        [split.references[row] for row in rows] if split.references else [],
+    )
+
+
+def spread(values: Sequence[Any], count: int, key: Callable[[Any], Any]) -> list[Any]:
+    """At most ``count`` of the values, evenly over their order by ``key``."""
+    ordered = sorted(values, key=key)
+    taken = min(count, len(ordered))
+    return [ordered[(2 * place + 1) * len(ordered) // (2 * taken)] for place in range(taken)]

@@ -1,0 +1,113 @@
+"""Several searches side by side: accuracy against what is trained, stored, waited for and held in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from html import escape
+from typing import Any
+
+from orchestrator import __version__
+from orchestrator.search.report.facts import SearchFacts
+from orchestrator.search.report.page import document_of, table_of
+
+BARE = {"zero_shot": "without a prompt", "few_shot": "a few examples", "instruction": "written instruction"}
+HEADING = (
+    "method", "search", "trials", "validation", "test", "seeds", "trained parameters", "stored bytes", "training s",
+    "evaluation s", "peak MB",
+)  # fmt: skip
+NOT_THE_SAME = "not the same {}: {}; the lines can't be compared as they stand"
+
+
+def comparison(facts: Sequence[SearchFacts]) -> dict[str, Any]:
+    """The best trial of each search, and the searches' common baselines, as ``report --json`` prints them.
+
+    ``warnings`` names what differs that has to be equal for a comparison.
+    """
+    found = [_entry(one) for one in facts]
+    return {"searches": found, "baselines": _bare(facts), "warnings": _warnings(facts)}
+
+
+def _entry(facts: SearchFacts) -> dict[str, Any]:
+    best, result = facts.winner, facts.result or {}
+    reached = result.get("best", {}).get("metrics") or ({"validation": best.best} if best else {})
+    return {
+        "search": facts.id,
+        "method": facts.job.method,
+        "base_model": facts.job.base_model.id,
+        "trials": len(facts.trials),
+        "metric": facts.metric,
+        "config": best.spec.config() if best else None,
+        "metrics": reached,
+        **({"seeds": seeds} if (seeds := result.get("best", {}).get("seeds")) else {}),
+        "costs": asdict(best.costs) if best else None,
+    }
+
+
+def _bare(facts: Sequence[SearchFacts]) -> dict[str, Any]:
+    """The baselines that every search measures anyway, where they are the same for all."""
+    if _warnings(facts) or not facts:
+        return {}
+    return {name: found for name, found in facts[0].baselines.items() if name != "instruction"}
+
+
+def _warnings(facts: Sequence[SearchFacts]) -> list[str]:
+    parts = {
+        "data": [one.data_fingerprint[:12] for one in facts],
+        "base model": [one.job.base_model.id for one in facts],
+        "metric": [one.metric for one in facts],
+    }
+    return [
+        NOT_THE_SAME.format(name, ", ".join(dict.fromkeys(values)))
+        for name, values in parts.items()
+        if len(set(values)) > 1
+    ]
+
+
+def comparison_rows(document: Mapping[str, Any]) -> list[list[str]]:
+    """A line for each search, the best on validation first, under the lines that learn nothing."""
+    entries, metric = document["searches"], document["searches"][0]["metric"]
+    sign = 1.0 if metric == "loss" else -1.0
+    ordered = sorted(entries, key=lambda it: sign * it["metrics"].get("validation", {}).get(metric, -sign * 1e9))
+    bare = [
+        [BARE[name], "", "", *(_number(found.get(split, {}).get(metric)) for split in ("validation", "test")),
+         "", "0", "", "", "", ""]
+        for name, found in document["baselines"].items()
+    ]  # fmt: skip
+    return [*bare, *map(_row, ordered)]
+
+
+def _row(entry: Mapping[str, Any]) -> list[str]:
+    metric, costs = entry["metric"], entry["costs"] or {}
+    spread = entry.get("seeds", {}).get("validation", {}).get(metric)
+    seeds = f"{spread['mean']:.3f} ± {spread['std']:.3f} ({entry['seeds']['trials']})" if spread else ""
+    return [
+        entry["method"].replace("_", " "),
+        entry["search"],
+        str(entry["trials"]),
+        *(_number(entry["metrics"].get(split, {}).get(metric)) for split in ("validation", "test")),
+        seeds,
+        f"{costs.get('parameters', 0):,}",
+        f"{costs.get('stored_bytes', 0):,}",
+        f"{costs.get('seconds', 0.0):.1f}",
+        f"{costs.get('evaluation_seconds', 0.0):.2f}",
+        f"{costs.get('peak_bytes', 0) / 1e6:.0f}",
+    ]
+
+
+def comparison_page(document: Mapping[str, Any]) -> str:
+    """The comparison as one HTML page; whatever comes from a job is shown, never rendered."""
+    metric = document["searches"][0]["metric"]
+    body = [
+        "<h1>Methods compared</h1>",
+        f"<p>The best trial of each search by validation {escape(metric)}. Seconds of training and of one evaluation "
+        "of the validation rows; the peak is what the worker held, frozen model included.</p>",
+        *(f"<p>{escape(text)}</p>" for text in document["warnings"]),
+        table_of(HEADING, comparison_rows(document)),
+        f"<p>Made by prompt-orchestrator {escape(__version__)}.</p>",
+    ]
+    return document_of("Methods compared", body)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"

@@ -1,0 +1,103 @@
+"""What a report is about: the job, every trial's reports, the baselines, and the result once there is one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from orchestrator.job.space import TrialSpec
+from orchestrator.job.spec import JobSpec
+from orchestrator.search.state.events import Ended, Found, Reported, Started
+from orchestrator.search.state.folder import SearchFolder
+from orchestrator.search.state.journal import read_events
+from orchestrator.search.state.saved import load_saved
+from orchestrator.tuning.reports import Costs
+
+
+@dataclass
+class TrialFacts:
+    """A trial: its configuration, the validation metrics at each evaluated step, how it ended."""
+
+    id: str
+    spec: TrialSpec
+    status: str = "running"
+    points: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    best: dict[str, float] = field(default_factory=dict)
+    costs: Costs = field(default_factory=Costs)
+
+    @property
+    def init(self) -> str:
+        """Which init, or which wording or demonstrations of a written prompt, as short as it can be told apart."""
+        text = self.spec.init_text or self.spec.init_artifact or self.spec.template
+        if text is None:
+            return self.spec.init or (self.spec.demonstrations if self.spec.shots else "") or ""
+        words = " ".join(text.split())
+        return f"\u201c{words if len(words) <= 18 else words[:17] + '…'}\u201d"
+
+    def best_of(self, metric: str) -> float | None:
+        value = self.best.get(metric)
+        return None if value is None else float(value)
+
+
+@dataclass(frozen=True)
+class SearchFacts:
+    """One search as its folder has it; ``result`` is the document of ``run --json``, None while there is none."""
+
+    id: str
+    job: JobSpec
+    run_id: str
+    trials: list[TrialFacts]
+    baselines: Mapping[str, Any]
+    result: Mapping[str, Any] | None
+    data_fingerprint: str = ""
+    warnings: tuple[str, ...] = ()
+    """What makes the result less trustworthy."""
+
+    @property
+    def metric(self) -> str:
+        return self.job.search.metric
+
+    @property
+    def size_name(self) -> str:
+        """What ``TrialSpec.size`` counts with the job's method."""
+        return {"lora": "rank", "qlora": "rank", "adapter": "bottleneck", "prompt_design": "demonstrations"}.get(
+            self.job.method, "tokens"
+        )
+
+    @cached_property
+    def scored(self) -> list[TrialFacts]:
+        """Trials that were evaluated and did not fail, the best first."""
+        sign = -1.0 if self.job.search.better == "max" else 1.0
+        found = [trial for trial in self.trials if self.metric in trial.best and trial.status != "failed"]
+        return sorted(found, key=lambda trial: (sign * trial.best[self.metric], trial.best.get("loss", 0.0), trial.id))
+
+    @property
+    def winner(self) -> TrialFacts | None:
+        named = (self.result or {}).get("best", {}).get("trial")
+        return next((it for it in self.scored if it.id == named), self.scored[0] if self.scored else None)
+
+
+def read_facts(folder: SearchFolder) -> SearchFacts:
+    """The facts of a search, finished or not. BadInput for a folder that holds none."""
+    saved, job = load_saved(folder)
+    trials: dict[str, TrialFacts] = {}
+    baselines: Mapping[str, Any] = {}
+    for event in read_events(folder).events:
+        if isinstance(event, Started):
+            trials[event.trial] = TrialFacts(event.trial, TrialSpec.from_config(event.config))
+        elif isinstance(event, Reported) and event.report.trial in trials:
+            trial, report = trials[event.report.trial], event.report
+            trial.points.append((report.step, report.metrics))
+            trial.best = report.best_metrics
+            trial.costs = trial.costs.plus(report.costs)
+        elif isinstance(event, Ended) and event.trial in trials:
+            trials[event.trial].status = event.status
+        elif isinstance(event, Found) and event.name == "baselines":
+            baselines = event.value
+    result = json.loads(folder.result.read_bytes()) if folder.result.is_file() else None
+    ordered = sorted(trials.values(), key=lambda trial: (len(trial.id), trial.id))
+    warnings = tuple((result or {}).get("warnings", saved.warnings))
+    return SearchFacts(folder.id, job, saved.run_id, ordered, baselines, result, saved.data_fingerprint, warnings)

@@ -1,0 +1,262 @@
+"""The pictures of a search, as SVG; matplotlib is imported by the first one.
+
+Each function draws one picture, or gives None where there is nothing to see: a single value has no comparison.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.job.labels import label_text
+from orchestrator.search.report.facts import SearchFacts, TrialFacts
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#7F7F7F", "#B8A000")
+MARKERS = "osD^vP*X"
+WIDTH, HEIGHT = 4.6, 3.2  # inches: a narrow screen shows one at about its own size
+MOST_LABELS = 20
+STATUS = {"finished": "#0072B2", "stopped": "#9A9A9A", "failed": "#D55E00"}
+STYLE: Any = {
+    "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.6, "legend.fontsize": 8, "legend.frameon": False, "figure.constrained_layout.use": True,
+}  # fmt: skip
+
+
+def _figure(height: float = HEIGHT) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def curves(facts: SearchFacts) -> Figure | None:
+    """The validation metric over steps, every trial a line, the winner thick, baselines dashed."""
+    if not any(trial.points for trial in facts.trials):
+        return None
+    figure, axes = _figure()
+    winner = facts.winner
+    for trial in facts.trials:
+        points = [(step, metrics[facts.metric]) for step, metrics in trial.points if facts.metric in metrics]
+        if points and trial is not winner:
+            colour = STATUS.get(trial.status, "#9A9A9A")
+            axes.plot(*zip(*points, strict=True), color=colour, alpha=0.55, linewidth=0.9, marker=".", markersize=3)
+    if winner is not None:
+        points = [(step, metrics[facts.metric]) for step, metrics in winner.points if facts.metric in metrics]
+        axes.plot(*zip(*points, strict=True), color="#009E73", linewidth=2.4, label=f"best, {winner.id}")
+    for number, (name, found) in enumerate(facts.baselines.items()):
+        value = found["validation"].get(facts.metric)
+        if value is not None:
+            label = {"zero_shot": "without a prompt", "few_shot": "few examples"}.get(name, name)
+            axes.axhline(value, color="#444444", linestyle=("--", ":")[number % 2], linewidth=1, label=label)
+    for status in sorted({trial.status for trial in facts.trials if trial.points}):
+        axes.plot([], [], color=STATUS.get(status, "#9A9A9A"), label=status)
+    axes.set_xlabel("step")
+    axes.set_ylabel(f"validation {facts.metric}")
+    axes.legend()
+    return figure
+
+
+def _against_rate(facts: SearchFacts, key: Callable[[TrialFacts], str], what: str) -> Figure | None:
+    groups = {key(trial) for trial in facts.scored}
+    if len({trial.spec.learning_rate for trial in facts.scored}) < 2 or groups == {""}:
+        return None
+    figure, axes = _figure()
+    for place, (label, trials) in enumerate(_grouped(facts.scored, key).items()):
+        axes.scatter(
+            [trial.spec.learning_rate for trial in trials],
+            [trial.best[facts.metric] for trial in trials],
+            color=COLOURS[place % len(COLOURS)], marker=MARKERS[place % len(MARKERS)], s=22, label=label, alpha=0.85,
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel(f"best validation {facts.metric}")
+    axes.legend(title=what, ncols=2 if len(facts.scored) > 12 else 1)
+    return figure
+
+
+def rate_by_init(facts: SearchFacts) -> Figure | None:
+    return _against_rate(facts, lambda trial: trial.init, "init")
+
+
+def rate_by_length(facts: SearchFacts) -> Figure | None:
+    return _against_rate(facts, lambda trial: f"{trial.spec.size:>4} {facts.size_name}", "length")
+
+
+def _ablation(facts: SearchFacts, key: Callable[[TrialFacts], str], what: str) -> Figure | None:
+    groups = _grouped(facts.scored, key)
+    if len(groups) < 2:
+        return None
+    figure, axes = _figure(max(HEIGHT * 0.7, 0.5 + 0.42 * len(groups)))
+    for place, trials in enumerate(groups.values()):
+        values = [trial.best[facts.metric] for trial in trials]
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        axes.errorbar(
+            statistics.fmean(values), place, xerr=spread, fmt="D", color="#222222", markersize=5, capsize=3, zorder=3
+        )
+        for trial, value in zip(trials, values, strict=True):
+            seed = sorted({it.spec.seed for it in facts.scored}).index(trial.spec.seed)
+            axes.scatter(value, place + 0.18, color=COLOURS[seed % len(COLOURS)], s=16, alpha=0.8, linewidths=0)
+    axes.set_yticks(range(len(groups)), [f"{label.strip()} (n={len(trials)})" for label, trials in groups.items()])
+    axes.set_ylim(-0.6, len(groups) - 0.2)
+    axes.set_xlabel(f"best validation {facts.metric}\nmean and standard deviation; a dot a trial, a colour a seed")
+    axes.set_ylabel(what)
+    return figure
+
+
+def init_ablation(facts: SearchFacts) -> Figure | None:
+    return _ablation(facts, lambda trial: trial.init, "init")
+
+
+def length_ablation(facts: SearchFacts) -> Figure | None:
+    what = "virtual tokens" if facts.size_name == "tokens" else facts.size_name
+    return _ablation(facts, lambda trial: f"{trial.spec.size:>6}", what)
+
+
+def parallel(facts: SearchFacts) -> Figure | None:
+    """Every trial a line through its configuration to its metric; the brighter, the better."""
+    if len(facts.scored) < 2:
+        return None
+    columns: list[tuple[str, list[float], list[tuple[float, str]]]] = [
+        *([_named_axis("init", inits)] if any(inits := [trial.init for trial in facts.scored]) else []),
+        _named_axis(facts.size_name, [f"{trial.spec.size:>6}" for trial in facts.scored]),
+        *([_scaled_axis("log lr", rates, lambda x: f"{10**x:.2g}")] if (rates := _log_rates(facts)) else []),
+        _named_axis("seed", [f"{trial.spec.seed:>10}" for trial in facts.scored]),
+        _scaled_axis(facts.metric, [trial.best[facts.metric] for trial in facts.scored], lambda x: f"{x:.3g}"),
+    ]
+    figure, axes = _figure()
+    axes.grid(False)
+    order = range(len(facts.scored) - 1, -1, -1)  # the best is drawn last
+    from matplotlib import colormaps
+
+    shades = colormaps["viridis"]
+    for place in order:
+        share = 1 - place / max(1, len(facts.scored) - 1)
+        heights = [values[place] for _, values, _ in columns]
+        axes.plot(
+            range(len(columns)), heights, color=shades(0.05 + 0.85 * share), alpha=0.35 + 0.6 * share, linewidth=1.2
+        )
+    for x, (_, _, ticks) in enumerate(columns):
+        axes.axvline(x, color="#999999", linewidth=0.8)
+        for height, label in ticks:
+            axes.annotate(label.strip(), (x, height), xytext=(2, 2), textcoords="offset points", fontsize=7,
+                          bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.5})  # fmt: skip
+    axes.set_xticks(range(len(columns)), [name for name, _, _ in columns])
+    axes.set_yticks([])
+    axes.set_xlim(-0.1, len(columns) - 0.55)
+    axes.spines[["left", "bottom"]].set_visible(False)
+    return figure
+
+
+def _log_rates(facts: SearchFacts) -> list[float]:
+    """None where nothing is trained."""
+    rates = [trial.spec.learning_rate for trial in facts.scored]
+    return [math.log10(rate) for rate in rates] if all(rates) else []
+
+
+def _named_axis(name: str, labels: Sequence[str]) -> tuple[str, list[float], list[tuple[float, str]]]:
+    names = sorted(set(labels))
+    height = {label: (place + 0.5) / len(names) for place, label in enumerate(names)}
+    return name, [height[label] for label in labels], [(height[label], label) for label in names]
+
+
+def _scaled_axis(
+    name: str, values: Sequence[float], text: Callable[[float], str]
+) -> tuple[str, list[float], list[tuple[float, str]]]:
+    low, high = min(values), max(values)
+    if low == high:
+        return name, [0.5] * len(values), [(0.5, text(low))]
+    heights = [0.02 + 0.95 * (value - low) / (high - low) for value in values]
+    return name, heights, [(0.02, text(low)), (0.97, text(high))]
+
+
+def confusion(facts: SearchFacts) -> Figure | None:
+    """True labels against what the winner said, on the test rows."""
+    matrix = (facts.result or {}).get("best", {}).get("confusion")
+    if not matrix or len(matrix["labels"]) > MOST_LABELS:
+        return None
+    labels, rows = [label_text(label)[:14] for label in matrix["labels"]], matrix["counts"]
+    figure, axes = _figure(max(HEIGHT, 0.3 * len(labels) + 1.2))
+    axes.grid(False)
+    shares = [[count / max(1, sum(row)) for count in row] for row in rows]
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for true, row in enumerate(rows):
+        for said, count in enumerate(row):
+            dark = shares[true][said] > 0.55
+            axes.text(
+                said, true, str(count), ha="center", va="center", fontsize=8, color="white" if dark else "#222222"
+            )
+    axes.set_xticks(range(len(labels)), labels, rotation=35 if len(labels) > 4 else 0)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_xlabel("said")
+    axes.set_ylabel("true label")
+    return figure
+
+
+def cost(facts: SearchFacts) -> Figure | None:
+    """Where the seconds went, with the plan beside it where there was one; and how far trials came."""
+    seconds = {name: value for name, value in (facts.result or {}).get("seconds", {}).items()
+               if name not in ("total", "startup", "training") and value > 0}  # fmt: skip
+    if not seconds:
+        return None
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, 0.9 + 0.26 * len(seconds) + 1.5), layout="constrained")
+    above, below = figure.subplots(2, 1, height_ratios=[0.26 * len(seconds) + 0.5, 1.2])
+    above.barh(range(len(seconds)), list(seconds.values()), color=COLOURS[0])
+    above.set_yticks(range(len(seconds)), list(seconds))
+    above.invert_yaxis()
+    planned = (facts.result or {}).get("plan", {}).get("seconds", {}).get("total")
+    total = facts.result["seconds"]["total"] if facts.result else 0.0
+    against = f", planned {planned:.0f}" if planned else ""
+    above.set_xlabel(f"seconds ({total:.0f} in all{against})")
+    for status, trials in _grouped(facts.trials, lambda trial: trial.status).items():
+        steps = sorted((trial.points[-1][0] for trial in trials if trial.points), reverse=True)
+        if steps:
+            below.plot(range(1, len(steps) + 1), steps, marker=".", color=STATUS.get(status, "#9A9A9A"), label=status)
+    below.xaxis.get_major_locator().set_params(integer=True)
+    below.set_xlabel("trials")
+    below.set_ylabel("steps taken")
+    below.legend()
+    return figure
+
+
+def _grouped(trials: Sequence[TrialFacts], key: Callable[[TrialFacts], str]) -> dict[str, list[TrialFacts]]:
+    groups: dict[str, list[TrialFacts]] = {}
+    for trial in sorted(trials, key=key):
+        groups.setdefault(key(trial), []).append(trial)
+    return groups
+
+
+FIGURES: Mapping[str, tuple[str, Callable[[SearchFacts], Figure | None]]] = {
+    "curves": ("Metric over steps, all trials", curves),
+    "rate_by_init": ("Against the learning rate, by init", rate_by_init),
+    "rate_by_length": ("Against the learning rate, by length", rate_by_length),
+    "init_ablation": ("Init, with the spread over seeds", init_ablation),
+    "length_ablation": ("Length, with the spread over seeds", length_ablation),
+    "parallel": ("Configurations", parallel),
+    "confusion": ("The winner's answers on the test rows", confusion),
+    "cost": ("Cost", cost),
+}
+
+
+def draw(facts: SearchFacts) -> dict[str, bytes]:
+    """Every picture that there is something to see on, as SVG, by name."""
+    import matplotlib
+
+    found: dict[str, bytes] = {}
+    with matplotlib.rc_context(STYLE):
+        for name, (_, function) in FIGURES.items():
+            if (figure := function(facts)) is not None:
+                stream = io.BytesIO()
+                figure.savefig(stream, format="svg", metadata={"Date": None})
+                found[name] = stream.getvalue()
+    return found

@@ -1,0 +1,177 @@
+"""The page: tables and pictures in one HTML file that asks no other file and no network for anything."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+import yaml
+
+from orchestrator import __version__
+from orchestrator.search.report.facts import SearchFacts
+from orchestrator.search.report.figures import FIGURES
+from orchestrator.utils.wording import counted
+
+MOST_TRIALS = 200
+NAMES = {"zero_shot": "without a prompt", "few_shot": "a few examples", "instruction": "written instruction"}
+STYLE = """
+:root{color-scheme:light}
+body{font:15px/1.5 system-ui,sans-serif;color:#222;background:#fff;margin:0 auto;padding:1rem;max-width:76rem}
+h1{font-size:1.4rem;margin:.2rem 0;overflow-wrap:anywhere}h2{font-size:1.1rem;margin:1.6rem 0 .4rem}
+p{margin:.3rem 0;overflow-wrap:anywhere}
+.scroll{overflow-x:auto}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+th,td{text-align:left;padding:.2rem .8rem .2rem 0;border-bottom:1px solid #ddd;vertical-align:top}
+td.n{text-align:right}
+.figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,24rem),1fr));gap:1rem}
+figure{margin:0;border:1px solid #ddd;border-radius:6px;padding:.5rem}
+figure img{width:100%;height:auto;display:block}
+figcaption{font-weight:600;margin-bottom:.3rem}
+pre{background:#f6f6f6;padding:.6rem;overflow-x:auto;font-size:.85rem}
+.best td{font-weight:600}
+"""
+
+
+def page(facts: SearchFacts, figures: Mapping[str, bytes]) -> str:
+    """The whole page; whatever comes from a job or from data is shown, never rendered."""
+    body = [
+        f"<h1>Search {escape(facts.id)}</h1>",
+        f"<p>{escape(_sentence(facts))}</p>",
+        "<h2>Result</h2>",
+        table_of(["", *_metric_names(facts)], _results(facts)),
+        *_model(facts),
+        *_warnings(facts),
+        "<h2>Pictures</h2>",
+        '<div class="figures">'
+        + "".join(_figure(name, figures[name]) for name in FIGURES if name in figures)
+        + "</div>",
+        "<h2>Trials</h2>",
+        _trials(facts),
+        "<h2>Job</h2>",
+        f"<pre>{escape(_job(facts))}</pre>",
+        f"<p>MLflow run {escape(facts.run_id)}. Made by prompt-orchestrator {escape(__version__)}.</p>",
+    ]
+    return document_of(facts.id, body)
+
+
+def document_of(title: str, body: Sequence[str]) -> str:
+    """A whole HTML document around parts that are HTML already."""
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
+    )
+
+
+def _job(facts: SearchFacts) -> str:
+    document = facts.job.model_dump(mode="json", exclude_none=True)
+    return str(yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
+
+
+def _sentence(facts: SearchFacts) -> str:
+    job, result = facts.job, facts.result
+    ended = [trial.status for trial in facts.trials]
+    counts = ", ".join(f"{ended.count(status)} {status}" for status in sorted(set(ended)))
+    trials = counted(len(facts.trials), "trial")
+    state = f"took {result['seconds']['total']:.0f} s" if result else "is not finished"
+    return (
+        f"{job.method} of {job.base_model.id} ({job.base_model.revision}). {trials}: {counts}. "
+        f"Searcher {job.search.searcher}, scheduler {job.search.scheduler}, ranked by validation {facts.metric}. "
+        f"The search {state}."
+    )
+
+
+def _metric_names(facts: SearchFacts) -> list[str]:
+    return [f"{split} {name}" for split, name in _columns(facts)]
+
+
+def _columns(facts: SearchFacts) -> list[tuple[str, str]]:
+    named = [facts.metric, *(name for name in (facts.scored[0].best if facts.scored else {}) if name != facts.metric)]
+    return [(split, name) for name in named for split in ("validation", "test")]
+
+
+def _results(facts: SearchFacts) -> list[list[Any]]:
+    lines: dict[str, Any] = {NAMES.get(name, name): found for name, found in facts.baselines.items()}
+    if facts.result:
+        lines[facts.job.result_name] = facts.result["best"]["metrics"]
+    elif facts.winner:
+        lines["best so far"] = {"validation": facts.winner.best}
+    return [[name, *(_number(found.get(split, {}).get(metric)) for split, metric in _columns(facts))]
+            for name, found in lines.items()]  # fmt: skip
+
+
+def _model(facts: SearchFacts) -> list[str]:
+    lines = []
+    if winner := facts.winner:
+        lines.append(f"<p>Best trial {escape(winner.id)}: {escape(winner.spec.label())}.</p>")
+    if facts.result and (model := facts.result.get("model")):
+        alias = f", alias {model['alias']}" if model.get("alias") else ""
+        lines.append(f"<p>Registered as {escape(model['name'])} version {model['version']}{escape(alias)}.</p>")
+    return lines
+
+
+def _warnings(facts: SearchFacts) -> list[str]:
+    """Return the section of warnings; nothing where there are none."""
+    if not facts.warnings:
+        return []
+    items = "".join(f"<li>{escape(warning)}</li>" for warning in facts.warnings)
+    return ["<h2>Warnings</h2>", f"<ul>{items}</ul>"]
+
+
+def _figure(name: str, svg: bytes) -> str:
+    title = escape(FIGURES[name][0])
+    data = base64.b64encode(svg).decode()
+    return (
+        f'<figure><figcaption>{title}</figcaption><img alt="{title}" src="data:image/svg+xml;base64,{data}"></figure>'
+    )
+
+
+def _trials(facts: SearchFacts) -> str:
+    ordered = [*facts.scored, *(trial for trial in facts.trials if trial not in facts.scored)]
+    rows = [
+        [
+            trial.id, trial.status, trial.init, trial.spec.size or "", f"{trial.spec.learning_rate:.3g}",
+            trial.spec.seed, trial.points[-1][0] if trial.points else 0, _number(trial.best_of(facts.metric)),
+            _number(trial.best_of("loss")), f"{trial.costs.parameters:,}", f"{trial.costs.seconds:.1f}",
+        ]
+        for trial in ordered[:MOST_TRIALS]
+    ]  # fmt: skip
+    heading = [
+        "trial",
+        "status",
+        "init",
+        facts.size_name,
+        "learning rate",
+        "seed",
+        "steps",
+        f"validation {facts.metric}",
+        "loss",
+        "trained parameters",
+        "training s",
+    ]
+    more = f"<p>and {len(ordered) - MOST_TRIALS} more, in MLflow</p>" if len(ordered) > MOST_TRIALS else ""
+    return table_of(heading, rows, best=bool(facts.scored)) + more
+
+
+def table_of(heading: Sequence[str], rows: Sequence[Sequence[Any]], best: bool = False) -> str:
+    head = "".join(f"<th>{escape(text)}</th>" for text in heading)
+    lines = [
+        f"<tr{' class=best' if best and not number else ''}>" + "".join(map(_cell, row)) + "</tr>"
+        for number, row in enumerate(rows)
+    ]
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def _cell(value: Any) -> str:
+    text = escape(str(value))
+    return f'<td class="n">{text}</td>' if isinstance(value, int | float) or _is_number(text) else f"<td>{text}</td>"
+
+
+def _is_number(text: str) -> bool:
+    return bool(text) and text.replace(".", "", 1).replace("e-", "", 1).isdigit()
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"

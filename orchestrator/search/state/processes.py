@@ -1,0 +1,50 @@
+"""The processes of a Ray that a search started, so that those that outlive a killed search can be ended by their id."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+from orchestrator.utils.atomic import write_whole
+
+PATIENCE_S = 5.0
+
+
+def save_processes(file: Path) -> None:
+    """Write down this process's descendants. An id alone is used again by the system; with its start it is one process.
+
+    Ray's agents outlive a driver that was killed by minutes, and hold its ports and memory.
+    """
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            found.append({"pid": child.pid, "started": child.create_time()})
+    write_whole(file, json.dumps(found).encode())
+
+
+def end_processes(file: Path) -> int:
+    """End those that still live, politely first; returns how many there were. Only for a search that is over."""
+    if not file.exists():
+        return 0
+    left = [process for known in json.loads(file.read_bytes()) if (process := _living(known["pid"], known["started"]))]
+    for process in left:
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
+    deaf = psutil.wait_procs(left, PATIENCE_S)[1]
+    for process in deaf:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(deaf, PATIENCE_S)
+    file.unlink()
+    return len(left)
+
+
+def _living(pid: int, started: float) -> psutil.Process | None:
+    try:
+        process = psutil.Process(pid)
+        return process if abs(process.create_time() - started) < 1e-3 else None
+    except psutil.Error:  # gone, or another user's by now
+        return None

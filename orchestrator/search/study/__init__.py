@@ -1,0 +1,1 @@
+"""Ray Tune: proposing, stopping and copying trials."""

@@ -1,0 +1,46 @@
+"""A search's history as its parts take it up again: the trials under way, and what a population knows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from orchestrator.job.spec import JobSpec
+from orchestrator.search.state.history import History
+from orchestrator.search.study.population import Copy, Population
+from orchestrator.tuning.reports import Begun
+
+
+def under_way(history: History, trial: str, copy: Copy | None = None) -> Begun:
+    """A trial that has reported, as it goes on; as ``copy`` says where the population decided that after the trial's
+    last report."""
+    begun = Begun(
+        spec=history.specs()[trial],
+        checkpoint=history.checkpoints[trial],
+        own_score=history.own_scores()[trial],
+        has_copied=any(report.copied for report in history.reports if report.trial == trial),
+    )
+    if copy is None:
+        return begun
+    return replace(begun, spec=copy.copied.spec, checkpoint=copy.checkpoint, copied=copy.copied)
+
+
+def replayed(job: JobSpec, history: History, left: Sequence[str]) -> tuple[Population | None, dict[str, Copy]]:
+    """The population after the history's reports, and what it then decides for the trials that are ``left``.
+
+    Nothing for a search without a population, or that has not begun.
+    """
+    if job.search.scheduler != "pbt" or not history.events:
+        return None, {}
+    population = Population(job)
+    specs = history.first_specs()
+    for report in history.reports:
+        if report.copied is not None:
+            specs[report.trial] = report.copied.spec
+        if population.compares(report):
+            whole = replace(report, checkpoint=history.checkpoint_at(report.trial, report.step))
+            population.add(whole, specs[report.trial])
+    last = {report.trial: report for report in history.reports}
+    compared = {trial: last[trial].step for trial in left if trial in last and population.compares(last[trial])}
+    copies = {trial: population.copy(trial, step) for trial, step in compared.items()}
+    return population, {trial: copy for trial, copy in copies.items() if copy is not None}

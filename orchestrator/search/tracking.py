@@ -1,0 +1,107 @@
+"""A search's events in MLflow: each trial's run, and the search's own metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from orchestrator.job.space import TrialSpec
+from orchestrator.registry import SearchLog
+from orchestrator.search.state.events import Ended, Event, Found, Reported, Started
+from orchestrator.search.state.history import History, trial_of
+from orchestrator.tuning.reports import Costs, Report
+
+BASELINES = "baselines"
+SPLITS = ("validation", "test")
+TAGGED = (
+    "init",
+    "num_virtual_tokens",
+    "rank",
+    "alpha",
+    "bottleneck",
+    "shots",
+    "demonstrations",
+)  # of a trial's configuration: what people filter by
+
+
+class MlflowMirror:
+    """Passes events on to a search's log. Each carries its own time, so that passing one on again changes nothing.
+
+    Where trials copy each other, what changes with that is logged as metrics by step, since a run's parameters can't
+    change.
+    """
+
+    def __init__(self, log: SearchLog, copying: bool = False, tags: Mapping[str, Any] | None = None) -> None:
+        """``tags`` are what every trial's run shares with the search's."""
+        self._log = log
+        self._tags = dict(tags or {})
+        self._copying = copying
+        self._specs: dict[str, TrialSpec] = {}
+        self._notes: dict[str, str] = {}
+        self._last: dict[str, tuple[int, Costs]] = {}
+        self._started: set[str] = set()
+
+    def restore(self, history: History) -> None:
+        """Pass on again what a process that was killed may have left unsaid: everything about runs that have no end."""
+        self._started |= history.started & self._log.ended
+        self.write([event for event in history.events if trial_of(event) not in self._log.ended])
+
+    def write(self, events: Sequence[Event]) -> None:
+        for event in events:
+            self._one(event)
+
+    def _one(self, event: Event) -> None:
+        if isinstance(event, Started):
+            self._started.add(event.trial)
+            self._specs[event.trial] = TrialSpec.from_config(event.config)
+            config = flat(event.config)
+            shown = {name: config[name] for name in TAGGED if name in config}
+            self._log.trial_started(event.trial, config, event.at, self._tags | shown)
+        elif isinstance(event, Reported):
+            self._reported(event.report, event.at)
+        elif isinstance(event, Ended):
+            self._ended(event)
+        elif event.name == BASELINES:
+            self._log.parent_metrics(baseline_metrics(event), at=event.at)
+
+    def _reported(self, report: Report, at: int) -> None:
+        named = {f"validation_{name}": value for name, value in report.metrics.items()}
+        before = self._last.get(report.trial, (0, Costs()))[1]
+        self._last[report.trial] = report.step, before.plus(report.costs)
+        if report.copied is not None:
+            self._specs[report.trial] = report.copied.spec
+        if self._copying:
+            spec = self._specs[report.trial]
+            named |= {"learning_rate": spec.learning_rate, "num_virtual_tokens": float(spec.num_virtual_tokens)}
+        self._log.trial_metrics(report.trial, report.step, {**named, "train_loss": report.train_loss}, at)
+        if report.note and self._notes.get(report.trial) != report.note:
+            self._notes[report.trial] = report.note
+            self._log.trial_tags(report.trial, {"orchestrator.memory": report.note})
+
+    def _ended(self, event: Ended) -> None:
+        if event.trial not in self._started:
+            return  # the search ended before its turn came: it has no run
+        step, costs = self._last.get(event.trial, (0, Costs()))
+        self._log.trial_metrics(event.trial, step, costs.metrics(), event.at)
+        state = {"finished": "finished", "failed": "failed"}.get(event.status, "stopped")
+        note = event.note if state == "failed" else ""
+        self._log.trial_ended(event.trial, state, note, event.at)  # type: ignore[arg-type]
+
+
+def baseline_metrics(found: Found) -> dict[str, float]:
+    """The baselines' metrics by the names that the search's run has them under."""
+    return {
+        f"{name}_{split}_{metric}": value
+        for name, baseline in found.value.items()
+        for split in SPLITS
+        for metric, value in baseline[split].items()
+    }
+
+
+def flat(config: dict[str, Any]) -> dict[str, Any]:
+    """A trial's configuration without nesting: what an init starts from is a parameter of its own."""
+    init = config.get("init")
+    if isinstance(init, dict):
+        ((name, value),) = init.items()
+        return {**config, "init": name, f"init_{name}": value}
+    return config

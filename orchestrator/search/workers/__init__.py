@@ -1,0 +1,1 @@
+"""Ray Train: the workers that train trials."""

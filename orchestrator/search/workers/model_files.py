@@ -1,0 +1,100 @@
+"""A base model's folder for the nodes that have no such folder: each fetches the files once, for all its workers."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from filelock import FileLock
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from orchestrator.errors import JobFailed
+from orchestrator.job.spec import BaseModelSpec
+from orchestrator.models.builtin import cache_folder
+from orchestrator.models.source import SMALL_FILES, WEIGHTS, ModelSource, resolve_model
+
+CHUNK = 64 << 20  # bytes of one answer: a few of them at a time are all that the object store holds
+FILES = (*SMALL_FILES, WEIGHTS, "*.py")
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Names and sizes of the files, and a key that another state of the folder would not have."""
+
+    key: str
+    sizes: dict[str, int]
+
+
+class ModelFiles:
+    """An actor beside the driver that reads the folder's files out."""
+
+    def __init__(self, folder: Path, chunk: int = CHUNK) -> None:
+        self._folder = folder
+        self._chunk = chunk
+
+    def listing(self) -> Listing:
+        found = sorted({file for pattern in FILES for file in self._folder.glob(pattern) if file.is_file()})
+        states = [(file.name, file.stat()) for file in found]
+        text = repr([self._folder, *((name, state.st_size, state.st_mtime_ns) for name, state in states)])
+        return Listing(hashlib.sha256(text.encode()).hexdigest()[:24], {name: it.st_size for name, it in states})
+
+    def read(self, name: str, start: int) -> bytes:
+        with (self._folder / name).open("rb") as stream:
+            stream.seek(start)
+            return stream.read(self._chunk)
+
+
+def start_files(spec: BaseModelSpec) -> Any:
+    """The actor for a local folder where the cluster has several nodes; None where nobody can miss it."""
+    folder = Path(spec.id)
+    if not folder.is_dir() or sum(node["Alive"] for node in ray.nodes()) < 2:
+        return None
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(ModelFiles).remote(folder)
+
+
+def model_source(spec: BaseModelSpec, files: Any) -> ModelSource:
+    """The base model on this node: where the spec says, or a copy of it where this node has no such folder.
+
+    Raises JobFailed when the copy can't be made, otherwise as ``resolve_model``.
+    """
+    if files is None or Path(spec.id).is_dir():
+        return resolve_model(spec)
+    copy = fetched(files)
+    return replace(resolve_model(spec.model_copy(update={"id": str(copy)})), id=spec.id)
+
+
+def fetched(files: Any) -> Path:
+    """The copy in this node's cache; whoever asks meanwhile waits for the one who makes it. It is there whole or not at
+    all."""
+    listing: Listing = ray.get(files.listing.remote())
+    folder = cache_folder() / "base-models" / listing.key
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.is_dir():
+            staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+            try:
+                _fetch(files, listing, staging)
+                staging.rename(folder)
+            except OSError as error:
+                raise JobFailed(
+                    f"the base model can't be copied to {folder.parent} of a node: {error.strerror}",
+                    "make room there, set ORCHESTRATOR_CACHE, or put the model's folder on every node",
+                ) from None
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+    return folder
+
+
+def _fetch(files: Any, listing: Listing, staging: Path) -> None:
+    for name, size in listing.sizes.items():
+        with (staging / name).open("wb") as stream:
+            while stream.tell() < size:
+                if not (data := ray.get(files.read.remote(name, stream.tell()))):
+                    raise JobFailed(f"the base model's file {name} became shorter while it was copied", "run it again")
+                stream.write(data)

@@ -1,0 +1,48 @@
+"""Nodes that come while a search runs: worker groups are started on them, and Tune runs more trials at a time."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+from orchestrator.cluster.ray_threads import RayThread, await_end
+from orchestrator.cluster.session import nodes
+from orchestrator.search.workers.placement import Placement, room_for_groups
+
+log = logging.getLogger(__name__)
+
+LOOK_S = 5.0
+
+
+class Growth(RayThread):
+    """Looks for room that was not there at the start, until ``stop``.
+
+    ``most`` groups have trials enough; ``start(number)`` starts one more, of which there are ``number`` then. A node
+    that went and came back is no new room: its group comes back by itself.
+    """
+
+    def __init__(self, placement: Placement, most: int, start: Callable[[int], None]) -> None:
+        super().__init__("cluster-growth")
+        self._placement = placement
+        self._most = most
+        self._start = start
+        self._room = room_for_groups(placement, nodes())
+        self._over = threading.Event()
+
+    def run(self) -> None:
+        groups = self._placement.workers
+        while not self._over.wait(LOOK_S):
+            try:
+                room = room_for_groups(self._placement, nodes())
+            except Exception as error:  # the cluster is away for a moment, or for good: others see to that
+                log.debug("the nodes can't be counted: %s", error)
+                continue
+            while groups < min(self._most, self._placement.workers + room - self._room) and not self._over.is_set():
+                groups += 1
+                self._start(groups)
+
+    def stop(self, seconds: float) -> None:
+        """Start no further group, and wait for the end of what goes on, no longer than ``seconds``."""
+        self._over.set()
+        await_end([self], seconds)

@@ -1,0 +1,25 @@
+"""Classification of a mixed batch: each row with its own prompt and its own answers.
+
+Shapes: B rows, C answers of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from orchestrator.models.backbone import Backbone
+from orchestrator.models.scoring import answer_scores
+from orchestrator.serving.prompts.served_prompt import ServedPrompt, stack_prompts
+
+
+@torch.inference_mode()
+def answer_probs(
+    backbone: Backbone, prompts: Sequence[ServedPrompt], inputs: Sequence[Sequence[int]]
+) -> list[list[float]]:
+    """For each row the probability [C] of each of its prompt's answers, which sum to one."""
+    stacked, place = stack_prompts(prompts)
+    scores = answer_scores(backbone, stacked, inputs, place, [prompt.answers for prompt in prompts])
+    probs: list[list[float]] = [row.double().softmax(0).tolist() for row in scores]
+    return probs

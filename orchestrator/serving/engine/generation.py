@@ -1,0 +1,223 @@
+"""Generation of a mixed batch, one token a step: each row with its own prompt, sampling and end.
+
+Shapes: B rows still running, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from orchestrator.models.backbone import Backbone
+from orchestrator.models.decoding import start
+from orchestrator.models.placeholders import text_ids
+from orchestrator.serving.engine.detokenize import RowText
+from orchestrator.serving.prompts.served_prompt import ServedPrompt, stack_prompts
+
+GREEDY_BELOW = 1e-4  # a smaller temperature divides the logits out of float32's range, and is greedy anyway
+CONTEXT_CHARACTERS = 8  # an unfinished character may have stood at the end of the text
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a row goes on: greedy at temperature 0, otherwise drawn from the smallest set of tokens that holds top_p."""
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    logprobs: int | None = None
+    """How many of the likeliest tokens to tell for each place, besides the one taken; None tells nothing."""
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < GREEDY_BELOW
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """One token of a row: its text, the model's log-probability of it (at temperature 1), and the likeliest ones."""
+
+    text: str
+    logprob: float
+    top: tuple[tuple[str, float], ...]
+    offset: int
+    """Where it begins in the row's text."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a row became: ``text`` without end token and stop string; ``tokens`` made, the end token included."""
+
+    text: str
+    finish_reason: FinishReason
+    tokens: int
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What came to a row since the last one: text, tokens, and at the end why it ended."""
+
+    text: str
+    tokens: int
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(eq=False)
+class GenerationRow:
+    """One row on its way through a batch."""
+
+    prompt: ServedPrompt
+    input_ids: list[int]
+    sampling: Sampling
+    made: list[int] = field(default_factory=list)
+    completion: Completion | None = None
+    failure: Exception | None = None
+    """What went wrong with this row alone."""
+    abandoned: bool = False
+    """Nobody waits for it any more."""
+
+    def __post_init__(self) -> None:
+        # A model with a decoder of its own begins a text of its own.
+        alone = self.prompt.encoder.family == "seq2seq"
+        self._text = RowText(self.prompt.encoder.tokenizer, [] if alone else text_ids(self.input_ids))
+        self._logprobs: list[TokenLogprob] = []
+        self._told = Delta("", 0)
+
+    @cached_property
+    def _random(self) -> torch.Generator:
+        generator = torch.Generator()
+        if self.sampling.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(self.sampling.seed)
+        return generator
+
+    @property
+    def over(self) -> bool:
+        return self.completion is not None or self.failure is not None or self.abandoned
+
+    def choose(self, logits: Tensor) -> int:
+        """The next token from logits [V], float32 on the CPU. Drawn by the row's own generator, so that the batch's
+        other rows don't matter.
+        """
+        if self.sampling.greedy:
+            return int(logits.argmax())
+        probs, order = (logits / self.sampling.temperature).softmax(-1).sort(descending=True)
+        # Kept while what stands before it is less than top_p; the first always is.
+        kept = probs * ((probs.cumsum(-1) - probs) < self.sampling.top_p)
+        return int(order[torch.multinomial(kept, 1, generator=self._random)])
+
+    def go_on(self, logits: Tensor, greedy: int) -> None:
+        """One step from logits [V]; ``greedy`` is their likeliest token. What goes wrong is this row's own failure."""
+        try:
+            token = greedy if self.sampling.greedy else self.choose(logits)
+            if self.sampling.logprobs is not None:
+                self._logprobs.append(self._logprob(logits, token))
+            self.take(token)
+        except Exception as error:
+            self.failure = error
+
+    def take(self, token: int) -> None:
+        """Append a token; sets ``completion`` when the row ends with it."""
+        self.made.append(token)
+        if token == self.prompt.encoder.end_id:
+            self._end(self._text.text, "stop")
+            return
+        before = len(self._text.text) if self.sampling.stop else 0
+        self._text.add(token)
+        if (text := self._stopped(before)) is not None:
+            self._end(text, "stop")
+        elif len(self.made) >= self.sampling.max_tokens:
+            self._end(self._text.text, "length")
+
+    def pull(self) -> Delta | None:
+        """What can be told since the last time, if anything. Told texts add up to the completion's."""
+        done = self.completion
+        text = done.text if done else self._text.shown(self.sampling.stop)
+        told = self._told
+        news = Delta(
+            text[len(told.text) :],
+            len(self.made) - told.tokens,
+            tuple(self._logprobs[len(told.logprobs) :]),
+            done.finish_reason if done else None,
+        )
+        if not (news.text or news.logprobs or done):
+            return None
+        self._told = Delta(max(text, told.text, key=len), len(self.made), tuple(self._logprobs))
+        return news
+
+    def _end(self, text: str, reason: FinishReason) -> None:
+        self.completion = Completion(text, reason, len(self.made), tuple(self._logprobs))
+
+    def _stopped(self, before: int) -> str | None:
+        """The text before the first stop string, when there is one; ``before`` characters were looked at already."""
+        if not self.sampling.stop:
+            return None
+        text = self._text.text
+        start = max(0, before - max(map(len, self.sampling.stop)) - CONTEXT_CHARACTERS)
+        found = [place for stop in self.sampling.stop if (place := text.find(stop, start)) >= 0]
+        return text[: min(found)] if found else None
+
+    def _logprob(self, logits: Tensor, token: int) -> TokenLogprob:
+        scores = logits.log_softmax(-1)
+        values, ids = scores.topk(min(self.sampling.logprobs or 0, len(scores)))
+        top = tuple((self._piece(one), value) for one, value in zip(ids.tolist(), values.tolist(), strict=True))
+        return TokenLogprob(self._piece(token), float(scores[token]), top, len(self._text.text))
+
+    def _piece(self, token: int) -> str:
+        return str(self.prompt.encoder.tokenizer.decode([token], clean_up_tokenization_spaces=False))
+
+
+class GenerationBatch:
+    """Rows of different prompts that generate together; a row leaves when it is done, others may join."""
+
+    @torch.inference_mode()
+    def __init__(self, backbone: Backbone, rows: Sequence[GenerationRow]) -> None:
+        self.rows = list(rows)
+        prompts, place = stack_prompts([row.prompt for row in rows])
+        self._state = start(backbone, prompts, [row.input_ids for row in rows], place)
+
+    @torch.inference_mode()
+    def absorb(self, other: GenerationBatch) -> bool:
+        """Take the other batch's rows over; false where the model can't run them in one forward."""
+        joined = self._state.join(other._state)
+        if joined is None:
+            return False
+        self._state = joined
+        self.rows += other.rows
+        return True
+
+    @torch.inference_mode()
+    def step(self) -> list[GenerationRow]:
+        """One token for every row; returns the rows that ended, which are out of the batch now."""
+        logits = self._state.logits.float()
+        likeliest = logits.argmax(-1).tolist()
+        plain = all(row.sampling.greedy and row.sampling.logprobs is None for row in self.rows)
+        scores = logits if plain else logits.cpu()
+        for row, one, greedy in zip(self.rows, scores, likeliest, strict=True):
+            if not row.abandoned:
+                row.go_on(one, greedy)
+        done = [row for row in self.rows if row.over]
+        going = [place for place, row in enumerate(self.rows) if not row.over]
+        self.rows = [self.rows[place] for place in going]
+        if self.rows:
+            self._go_on(going if done else None)
+        return done
+
+    def _go_on(self, places: list[int] | None) -> None:
+        """Feed the rows their last tokens; ``places`` are theirs in the state, where others have left it."""
+        device = self._state.logits.device
+        if places is not None:  # selecting copies the cache
+            self._state = self._state.select(torch.tensor(places, device=device))
+        self._state = self._state.extend(torch.tensor([row.made[-1] for row in self.rows], device=device))

@@ -1,0 +1,180 @@
+"""Who may ask: API keys with what each may do, and without keys only this machine itself.
+
+Keys are known by their sha256 only; the file that holds them, and the replicas, never see a key in clear.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import json
+import math
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from orchestrator.errors import BadInput
+from orchestrator.serving.http.protocol import ApiError
+
+KEYS_VARIABLE = "ORCHESTRATOR_API_KEYS"
+KEYS_FILE_VARIABLE = "ORCHESTRATOR_API_KEYS_FILE"
+OPEN_PATHS = frozenset({"/health"})
+
+
+@dataclass(frozen=True)
+class ApiKey:
+    """One key: what it is called in logs, its digest, and what it may do."""
+
+    name: str
+    sha256: str
+    models: tuple[str, ...] = ()
+    """Registered models that it may ask; none allows all."""
+    per_minute: int | None = None
+    """Requests a minute that each replica answers."""
+
+    def allows(self, name: str) -> bool:
+        return not self.models or name in self.models
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: str = Field(min_length=1, max_length=100)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    models: list[str] = []
+    per_minute: int | None = Field(None, ge=1)
+
+
+def load_keys(environment: Mapping[str, str] = os.environ) -> tuple[ApiKey, ...]:
+    """The environment's keys: in clear, separated by commas, or digests in a file. BadInput for a broken file."""
+    given = (key.strip() for key in environment.get(KEYS_VARIABLE, "").split(","))
+    keys = [ApiKey(f"key-{place}", _digest(key)) for place, key in enumerate((key for key in given if key), 1)]
+    if file := environment.get(KEYS_FILE_VARIABLE):
+        keys += read_keys(Path(file))
+    return tuple(keys)
+
+
+def read_keys(file: Path) -> list[ApiKey]:
+    """The keys of a file that ``add_key`` wrote."""
+    try:
+        entries = TypeAdapter(list[_Entry]).validate_json(file.read_bytes())
+    except (OSError, ValidationError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
+        raise BadInput(f"the key file {file} can't be read: {reason}", "orchestrator key NAME --file FILE") from None
+    return [ApiKey(it.name, it.sha256, tuple(it.models), it.per_minute) for it in entries]
+
+
+def add_key(file: Path, name: str, models: Sequence[str] = (), per_minute: int | None = None) -> str:
+    """Make a key, add its digest to the file, and return it: it can't be read anywhere again."""
+    keys = read_keys(file) if file.exists() else []
+    if any(key.name == name for key in keys):
+        raise BadInput(f"the key file {file} has a key {name!r}", "choose another name, or delete its entry")
+    secret = f"sk-{secrets.token_urlsafe(32)}"
+    keys.append(ApiKey(name, _digest(secret), tuple(models), per_minute))
+    staging = file.with_name(f".{file.name}.{os.getpid()}")
+    descriptor = os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as stream:
+        json.dump([asdict(key) for key in keys], stream, indent=2)
+    staging.replace(file)
+    return secret
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a server bound to ``host`` can be reached from this machine only."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+class Allowance:
+    """Requests that a key may still make: ``per_minute`` at once, then one more as time goes by."""
+
+    def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._rate = per_minute / 60
+        self._most = float(per_minute)
+        self._left = self._most
+        self._clock = clock
+        self._at = clock()
+        self._lock = threading.Lock()
+
+    def take(self) -> float:
+        """Take one. 0, or the seconds until there is one again."""
+        with self._lock:
+            now = self._clock()
+            self._left = min(self._most, self._left + (now - self._at) * self._rate)
+            self._at = now
+            if self._left >= 1:
+                self._left -= 1
+                return 0.0
+            return (1 - self._left) / self._rate
+
+
+class Access:
+    """Decides about a request from its path, headers and peer."""
+
+    def __init__(self, keys: Sequence[ApiKey] = ()) -> None:
+        self._keys = tuple(keys)
+        self._allowances = {key.sha256: Allowance(key.per_minute) for key in keys if key.per_minute}
+
+    def check(self, path: str, headers: Mapping[str, str], peer: str | None = None) -> ApiKey | None:
+        """The key that asks. ApiError 401 without a valid one, 429 beyond its rate; on a server without keys 403 for a
+        foreign Host header or a peer on another machine.
+        """
+        if path in OPEN_PATHS:
+            return None
+        if self._keys:
+            return self._within_rate(self._known(headers.get("authorization", "")))
+        # A web page may point its own name at 127.0.0.1 (DNS rebinding) and read the answers from a browser here.
+        if not is_loopback(_host_name(headers.get("host", ""))) or (peer and _is_elsewhere(peer)):
+            raise ApiError(403, "Without API keys this server answers to localhost only", "host_not_allowed")
+        return None
+
+    def _known(self, authorization: str) -> ApiKey:
+        scheme, _, key = authorization.partition(" ")
+        given = _digest(key.strip())
+        # Every key is compared, so that the time taken tells nothing.
+        matches = [known for known in self._keys if hmac.compare_digest(given, known.sha256)]
+        if scheme.lower() != "bearer" or not matches:
+            raise ApiError(
+                401,
+                "Give a valid API key: Authorization: Bearer KEY",
+                "invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+        return matches[0]
+
+    def _within_rate(self, key: ApiKey) -> ApiKey:
+        if (allowance := self._allowances.get(key.sha256)) and (seconds := allowance.take()):
+            headers = {"Retry-After": str(math.ceil(seconds))}
+            message = f"This key may ask {key.per_minute} times a minute; try again in {math.ceil(seconds)} s"
+            raise ApiError(429, message, "rate_limit_exceeded", headers=headers)
+        return key
+
+
+def _digest(key: str) -> str:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _host_name(header: str) -> str:
+    """The name in a Host header, without its port."""
+    if header.startswith("["):
+        return header.partition("]")[0] + "]"
+    return header.partition(":")[0]
+
+
+def _is_elsewhere(peer: str) -> bool:
+    """Whether an address is certainly not this machine's loopback; names of sockets are none."""
+    try:
+        return not ipaddress.ip_address(peer).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,145 @@
+"""What the engine made, as OpenAI's answers and chunks."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+from orchestrator.serving.engine.generation import Completion, Delta, TokenLogprob
+from orchestrator.serving.http.protocol import (
+    AssistantMessage,
+    ChatAnswer,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatDelta,
+    ChatLogprob,
+    ChatLogprobs,
+    ChatTokenLogprob,
+    Choice,
+    CompletionAnswer,
+    Logprobs,
+    Usage,
+)
+
+Chunk: TypeAlias = CompletionAnswer | ChatChunk
+
+
+@dataclass(frozen=True)
+class Head:
+    """What an answer and all of its chunks have in common."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+
+    @classmethod
+    def new(cls, prefix: str, model: str, version: str) -> Head:
+        return cls(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), model, version)
+
+
+def completion(head: Head, made: Sequence[Completion], prompt_tokens: int) -> CompletionAnswer:
+    choices = [
+        Choice(index=i, text=it.text, finish_reason=it.finish_reason, logprobs=_logprobs(it.logprobs))
+        for i, it in enumerate(made)
+    ]
+    return CompletionAnswer(**vars(head), choices=choices, usage=usage(prompt_tokens, sum(it.tokens for it in made)))
+
+
+def chat(head: Head, made: Completion, prompt_tokens: int) -> ChatAnswer:
+    choice = ChatChoice(
+        index=0,
+        message=AssistantMessage(content=made.text),
+        finish_reason=made.finish_reason,
+        logprobs=_chat_logprobs(made.logprobs),
+    )
+    return ChatAnswer(**vars(head), choices=[choice], usage=usage(prompt_tokens, made.tokens))
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> Usage:
+    total = prompt_tokens + completion_tokens
+    return Usage(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, total_tokens=total)
+
+
+class Stream(Protocol):
+    """How the chunks of one answer look."""
+
+    def opening(self, rows: int) -> Iterator[Chunk]:
+        """What comes before any token."""
+
+    def chunk(self, row: int, delta: Delta) -> Chunk: ...
+
+    def closing(self, prompt_tokens: int, completion_tokens: int) -> Chunk:
+        """The usage, where it was asked for."""
+
+
+class CompletionStream:
+    def __init__(self, head: Head) -> None:
+        self._head = vars(head)
+
+    def opening(self, rows: int) -> Iterator[Chunk]:
+        return iter(())
+
+    def chunk(self, row: int, delta: Delta) -> CompletionAnswer:
+        choice = Choice(
+            index=row, text=delta.text, finish_reason=delta.finish_reason, logprobs=_logprobs(delta.logprobs)
+        )
+        return CompletionAnswer(**self._head, choices=[choice])
+
+    def closing(self, prompt_tokens: int, completion_tokens: int) -> CompletionAnswer:
+        return CompletionAnswer(**self._head, choices=[], usage=usage(prompt_tokens, completion_tokens))
+
+
+class ChatStream:
+    def __init__(self, head: Head) -> None:
+        self._head = vars(head)
+
+    def opening(self, rows: int) -> Iterator[Chunk]:
+        for row in range(rows):
+            delta = ChatDelta(role="assistant", content="")
+            yield ChatChunk(**self._head, choices=[ChatChunkChoice(index=row, delta=delta, finish_reason=None)])
+
+    def chunk(self, row: int, delta: Delta) -> ChatChunk:
+        choice = ChatChunkChoice(
+            index=row,
+            delta=ChatDelta(content=delta.text or None),
+            finish_reason=delta.finish_reason,
+            logprobs=_chat_logprobs(delta.logprobs),
+        )
+        return ChatChunk(**self._head, choices=[choice])
+
+    def closing(self, prompt_tokens: int, completion_tokens: int) -> ChatChunk:
+        return ChatChunk(**self._head, choices=[], usage=usage(prompt_tokens, completion_tokens))
+
+
+def _logprobs(told: Sequence[TokenLogprob]) -> Logprobs | None:
+    if not told:
+        return None
+    return Logprobs(
+        tokens=[it.text for it in told],
+        token_logprobs=[it.logprob for it in told],
+        # As a mapping by text: of tokens with one text the likeliest counts.
+        top_logprobs=[dict(reversed([*it.top, (it.text, it.logprob)])) for it in told],
+        text_offset=[it.offset for it in told],
+    )
+
+
+def _chat_logprobs(told: Sequence[TokenLogprob]) -> ChatLogprobs | None:
+    if not told:
+        return None
+    content = [
+        ChatTokenLogprob(
+            **_chat_logprob(it.text, it.logprob).model_dump(),
+            top_logprobs=[_chat_logprob(text, value) for text, value in it.top],
+        )
+        for it in told
+    ]
+    return ChatLogprobs(content=content)
+
+
+def _chat_logprob(text: str, value: float) -> ChatLogprob:
+    return ChatLogprob(token=text, logprob=value, bytes=list(text.encode("utf-8", "replace")))

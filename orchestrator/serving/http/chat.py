@@ -1,0 +1,71 @@
+"""Conversations to token ids: the base model's chat template around them, the prompt's own around the last message."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from orchestrator.data.template import Mark
+from orchestrator.errors import BadInput
+from orchestrator.models.placeholders import text_ids
+from orchestrator.serving.http.protocol import ChatMessage
+from orchestrator.serving.prompts.served_prompt import ServedPrompt
+
+
+class NoChatTemplate(BadInput):
+    """The base model has no chat template, and the conversation is more than one message."""
+
+
+def encode_chat(prompt: ServedPrompt, messages: Sequence[ChatMessage], answer_tokens: int) -> list[int]:
+    """Ids of a conversation that ends with the user's message, ready for the assistant's.
+
+    That message is put through the prompt's own template, as a completion's text is, and stands in the conversation as
+    the template made it, virtual tokens included. Nothing is cut. Where the base model has no chat template, a single
+    message of the user is taken as a completion's text. BadInput for what can't be rendered or does not fit.
+    """
+    if messages[-1].role != "user":
+        raise BadInput("the last of the messages has to be the user's")
+    tokenizer = prompt.encoder.tokenizer
+    if not getattr(tokenizer, "chat_template", None):
+        if len(messages) > 1:
+            raise NoChatTemplate(
+                f"The base model {prompt.manifest.base_model.id!r} has no chat template: "
+                "send one message of the user, or use /v1/completions"
+            )
+        return prompt.encode(messages[0].text, answer_tokens)
+    before, after = _rendered(tokenizer, messages)
+    encoder = prompt.encoder
+    inner = encoder.input_segments(encoder.template.row(messages[-1].text))
+    ids = encoder.segment_ids(_merged([before, *inner, after]))
+    prompt.check_room(len(text_ids(ids)), answer_tokens)
+    return ids
+
+
+def _rendered(tokenizer: Any, messages: Sequence[ChatMessage]) -> tuple[str, str]:
+    """The conversation's text before and after the last message's."""
+    place = f"<{uuid.uuid4().hex}>"
+    last = len(messages) - 1
+    plain = [
+        {"role": "system" if it.role == "developer" else it.role, "content": place if number == last else it.text}
+        for number, it in enumerate(messages)
+    ]
+    try:
+        text = str(tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # a template raises what it likes, and says what it does not take
+        raise BadInput(f"the base model's chat template refuses these messages: {str(error)[:200]}") from None
+    before, found, after = text.partition(place)
+    if not found or place in after:
+        raise BadInput("the base model's chat template does not show the last message as it is")
+    return before, after
+
+
+def _merged(segments: Sequence[str | Mark]) -> list[str | Mark]:
+    """Texts that stand side by side as one: tokens may reach over their seam."""
+    merged: list[str | Mark] = []
+    for segment in segments:
+        if isinstance(segment, str) and merged and isinstance(merged[-1], str):
+            merged[-1] += segment
+        else:
+            merged.append(segment)
+    return merged

@@ -1,0 +1,76 @@
+"""What the OpenAPI document says about each route: bodies, answers and errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel
+
+from orchestrator.serving.http.protocol import (
+    ChatAnswer,
+    ChatRequest,
+    ClassifyAnswer,
+    ClassifyRequest,
+    CompletionAnswer,
+    CompletionRequest,
+    ErrorAnswer,
+    ModelEntry,
+    ModelList,
+)
+
+READING = (401, 403, 429)
+ASKING = (400, 401, 403, 404, 413, 429, 500, 503, 504)
+MODEL = {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+TEXTS = {
+    400: "What was sent is wrong", 401: "No valid key", 403: "Not from here", 404: "No such model", 413: "Too large",
+    429: "Too many requests; Retry-After says when", 500: "The server's own fault", 503: "Not now", 504: "Too slow",
+}  # fmt: skip
+
+
+def describe(path: str) -> dict[str, Any]:
+    """FastAPI's arguments for a route."""
+    known: dict[str, dict[str, Any]] = {
+        "/health": {"responses": {200: {"description": "Alive"}, 503: {"description": "Failing"}}},
+        "/metrics": {
+            "responses": {200: {"description": "Prometheus metrics", "content": {"text/plain": {}}}, **_errors(READING)}
+        },
+        "/openapi.json": {"include_in_schema": False},
+        "/v1/models": {"responses": {200: {"model": ModelList}, **_errors(READING)}},
+        "/v1/models/{model:path}": {
+            "responses": {200: {"model": ModelEntry}, **_errors((*READING, 404, 500, 503))},
+            "openapi_extra": {"parameters": [MODEL]},
+        },
+        "/v1/completions": _asking(CompletionRequest, CompletionAnswer, streams=True),
+        "/v1/chat/completions": _asking(ChatRequest, ChatAnswer, streams=True),
+        "/classify": _asking(ClassifyRequest, ClassifyAnswer),
+    }
+    return {"summary": path, **known[path]}
+
+
+def _asking(body: type[BaseModel], answer: type[BaseModel], streams: bool = False) -> dict[str, Any]:
+    # Within the path itself, since FastAPI collects no definitions of bodies that it does not read.
+    schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
+    definitions = schema.pop("$defs", {})
+    content = {"application/json": {"schema": _resolved(schema, definitions)}}
+    success: dict[str, Any] = {"model": answer}
+    if streams:
+        success["content"] = {"text/event-stream": {}}
+    return {
+        "responses": {200: success, **_errors(ASKING)},
+        "openapi_extra": {"requestBody": {"required": True, "content": content}},
+    }
+
+
+def _resolved(schema: Any, definitions: dict[str, Any]) -> Any:
+    """The schema with its definitions in their places; none of ours refers to itself."""
+    if isinstance(schema, list):
+        return [_resolved(one, definitions) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if reference := schema.get("$ref"):
+        return _resolved(definitions[reference.rsplit("/", 1)[-1]], definitions)
+    return {key: _resolved(value, definitions) for key, value in schema.items()}
+
+
+def _errors(statuses: tuple[int, ...]) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": ErrorAnswer, "description": TEXTS[status]} for status in statuses}

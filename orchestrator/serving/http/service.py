@@ -1,0 +1,322 @@
+"""Requests to answers, between HTTP and the engine: which prompt, which tokens, which limits."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+from orchestrator.errors import BadInput, OrchestratorError, Unreachable
+from orchestrator.models.placeholders import text_ids
+from orchestrator.registry.versions.refs import printable
+from orchestrator.serving.engine.engine import Engine, Overloaded
+from orchestrator.serving.engine.generation import Completion, Delta, Sampling
+from orchestrator.serving.http import answers
+from orchestrator.serving.http.chat import NoChatTemplate, encode_chat
+from orchestrator.serving.http.metrics import Metrics
+from orchestrator.serving.http.protocol import (
+    ApiError,
+    ChatAnswer,
+    ChatRequest,
+    Classified,
+    ClassifyAnswer,
+    ClassifyRequest,
+    CompletionAnswer,
+    CompletionRequest,
+    GenerationRequest,
+    ModelEntry,
+    ModelList,
+)
+from orchestrator.serving.http.request_record import RequestRecord
+from orchestrator.serving.prompts.served_prompt import ContextExceeded, Given, ServedPrompt, classified
+from orchestrator.serving.prompts.store import CHAMPION, ModelCard, ModelNotFound, PromptStore
+
+Tokens = TypeVar("Tokens")
+
+DEFAULT_MAX_TOKENS = 16  # OpenAI's
+DEFAULT_TEMPERATURE = 1.0  # OpenAI's
+
+
+@dataclass(frozen=True)
+class RequestLimits:
+    """What one request may hold, and how long it may take."""
+
+    max_inputs: int = 256
+    max_body_bytes: int = 4 << 20
+    seconds: float = 300.0
+    """From its arrival to its last token; a stream that nobody reads ends then too."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request for texts, checked and encoded."""
+
+    prompt: ServedPrompt
+    inputs: list[list[int]]
+    sampling: Sampling
+    head: answers.Head
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(text_ids(ids)) for ids in self.inputs)
+
+
+class PromptService:
+    """The routes' work, without HTTP. Raises ApiError for whatever a client did wrong, or should try again."""
+
+    def __init__(
+        self,
+        store: PromptStore,
+        engine: Engine,
+        limits: RequestLimits | None = None,
+        metrics: Metrics | None = None,
+    ) -> None:
+        self.store = store
+        self.engine = engine
+        self.limits = limits or RequestLimits()
+        self.metrics = metrics or Metrics()
+        # One thread: a tokenizer is not safe to use from several while it changes its own settings.
+        self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+        self._loading = ThreadPoolExecutor(4, thread_name_prefix="prompt-load")
+
+    @property
+    def healthy(self) -> bool:
+        return self.engine.alive
+
+    def close(self) -> None:
+        """Stop all threads; waiting requests are refused."""
+        self.store.close()
+        self.engine.close()
+        self._tokenizing.shutdown(wait=False)
+        self._loading.shutdown(wait=False)
+
+    def models(self, record: RequestRecord) -> ModelList:
+        """Every served model that the key may ask."""
+        return ModelList(data=[_entry(card) for card in self.store.cards() if _allowed(record, card.name)])
+
+    async def model(self, wanted: str, record: RequestRecord) -> ModelEntry:
+        """Describe one model of the list, or any other name that requests may use. ApiError 404 when there is none."""
+        for card in self.store.cards():
+            if wanted in (card.id, f"{card.name}@{card.alias}") and _allowed(record, card.name):
+                return _entry(card)
+        prompt = await self._loaded(wanted)
+        if not _allowed(record, prompt.name):
+            raise _not_found(f"The model {printable(wanted)!r} does not exist")
+        return _entry(self.store.card_of(wanted, prompt))
+
+    async def classify(self, request: ClassifyRequest, record: RequestRecord) -> ClassifyAnswer:
+        self._check_count(len(request.inputs), "input")
+        prompt = await self._prompt(request.model, record)
+        if reason := prompt.why_no_labels:
+            raise _unsupported(request.model, reason, "/v1/completions" if prompt.generates else None)
+        encoded = await self._encode(prompt, request.inputs, prompt.longest_answer, "input")
+        self._count(record, sum(len(text_ids(ids)) for ids in encoded), 0)
+        probs = await self._run(self.engine.classify(prompt, encoded))
+        rows = (classified(prompt.labels, prompt.label_keys, row) for row in probs)
+        return ClassifyAnswer(
+            model=request.model,
+            system_fingerprint=prompt.id,
+            data=[Classified(index=index, **row) for index, row in enumerate(rows)],
+        )
+
+    async def complete(self, request: CompletionRequest, record: RequestRecord) -> CompletionAnswer:
+        asked = await self._completion(request, record)
+        return answers.completion(asked.head, await self._completed(asked, record), asked.prompt_tokens)
+
+    async def chat(self, request: ChatRequest, record: RequestRecord) -> ChatAnswer:
+        asked = await self._conversation(request, record)
+        (made,) = await self._completed(asked, record)
+        return answers.chat(asked.head, made, asked.prompt_tokens)
+
+    async def stream(
+        self, request: CompletionRequest | ChatRequest, record: RequestRecord
+    ) -> AsyncIterator[answers.Chunk]:
+        """The chunks of an answer, from the moment that the engine has taken the request: refusals come before."""
+        asked = await (
+            self._conversation(request, record)
+            if isinstance(request, ChatRequest)
+            else self._completion(request, record)
+        )
+        record.streamed = True
+        kind = answers.ChatStream if isinstance(request, ChatRequest) else answers.CompletionStream
+        with _refusals():
+            told = self.engine.stream(asked.prompt, asked.inputs, asked.sampling)
+        return self._chunks(kind(asked.head), told, asked, request.wants_usage, record)
+
+    async def _chunks(
+        self,
+        shape: answers.Stream,
+        told: AsyncIterator[tuple[int, Delta]],
+        asked: Asked,
+        wants_usage: bool,
+        record: RequestRecord,
+    ) -> AsyncIterator[answers.Chunk]:
+        made = 0
+        try:
+            for chunk in shape.opening(len(asked.inputs)):
+                yield chunk
+            with _refusals():
+                async for row, delta in _until(told, self.limits.seconds):
+                    made += delta.tokens
+                    yield shape.chunk(row, delta)
+            if wants_usage:
+                yield shape.closing(asked.prompt_tokens, made)
+        finally:
+            await told.aclose()  # type: ignore[attr-defined]
+            self._count(record, asked.prompt_tokens, made)
+
+    async def _completion(self, request: CompletionRequest, record: RequestRecord) -> Asked:
+        self._check_count(len(request.prompts), "prompt")
+        prompt = await self._prompt(request.model, record)
+        if reason := prompt.why_no_text:
+            raise _unsupported(request.model, reason, "/classify" if prompt.answers else None)
+        sampling = _sampling(request, request.max_tokens, request.logprobs)
+        inputs = await self._encode(prompt, request.prompts, sampling.max_tokens, "prompt")
+        return Asked(prompt, inputs, sampling, answers.Head.new("cmpl", request.model, prompt.id))
+
+    async def _conversation(self, request: ChatRequest, record: RequestRecord) -> Asked:
+        prompt = await self._prompt(request.model, record)
+        if reason := prompt.why_no_text:
+            raise _unsupported(request.model, reason, "/classify" if prompt.answers else None)
+        logprobs = (request.top_logprobs or 0) if request.logprobs else None
+        sampling = _sampling(request, request.limit, logprobs)
+        work = partial(encode_chat, prompt, request.messages, sampling.max_tokens)
+        ids = await self._tokenized(work, "messages")
+        return Asked(prompt, [ids], sampling, answers.Head.new("chatcmpl", request.model, prompt.id))
+
+    async def _completed(self, asked: Asked, record: RequestRecord) -> list[Completion]:
+        made: list[Completion] = await self._run(self.engine.complete(asked.prompt, asked.inputs, asked.sampling))
+        self._count(record, asked.prompt_tokens, sum(it.tokens for it in made))
+        return made
+
+    def _count(self, record: RequestRecord, prompt_tokens: int, completion_tokens: int) -> None:
+        record.prompt_tokens, record.completion_tokens = prompt_tokens, completion_tokens
+        self.metrics.tokens(record.model, prompt_tokens, completion_tokens)
+
+    def _check_count(self, count: int, param: str) -> None:
+        if count > self.limits.max_inputs:
+            raise ApiError(
+                400,
+                f"{param!r} holds {count} entries, at most {self.limits.max_inputs} are allowed",
+                "too_many_inputs",
+                param,
+            )
+
+    async def _prompt(self, model: str, record: RequestRecord) -> ServedPrompt:
+        """The prompt that answers this time. One request has one version, whatever moves meanwhile."""
+        wanted = self.store.route(model)
+        try:
+            prompt = await self._loaded(wanted)
+        except ApiError:
+            if wanted == model:
+                raise
+            prompt = await self._loaded(f"{model}@{CHAMPION}")  # the canary can't be had
+        if not _allowed(record, prompt.name):
+            raise _not_found(f"The model {printable(model)!r} does not exist")
+        record.model, record.version = prompt.name, prompt.version
+        return prompt
+
+    async def _loaded(self, model: str) -> ServedPrompt:
+        try:
+            loaded = self.store.loaded(model)
+            if loaded is not None:
+                return loaded
+            return await asyncio.get_running_loop().run_in_executor(self._loading, self.store.get, model)
+        except ModelNotFound as error:
+            raise _not_found(error.message) from None
+        except Unreachable:
+            raise _unavailable("The registry can't be reached and this model is not loaded") from None
+
+    async def _encode(
+        self, prompt: ServedPrompt, given: Sequence[Given], answer_tokens: int, param: str
+    ) -> list[list[int]]:
+        return await self._tokenized(partial(_encode_all, prompt, given, answer_tokens), param)
+
+    async def _tokenized(self, work: Callable[[], Tokens], param: str) -> Tokens:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
+        except ContextExceeded as error:
+            raise ApiError(400, error.message, "context_length_exceeded", param) from None
+        except NoChatTemplate as error:
+            raise ApiError(400, error.message, "chat_template_missing", param) from None
+        except BadInput as error:
+            hint = f"; {error.hint}" if error.hint else ""
+            raise ApiError(400, f"{error.message}{hint}", "invalid_value", param) from None
+
+    async def _run(self, work: Awaitable[list[Any]]) -> list[Any]:
+        with _refusals():
+            return await asyncio.wait_for(work, self.limits.seconds)
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What the engine refuses, as the client gets it."""
+    try:
+        yield
+    except Overloaded as error:
+        headers = {"Retry-After": str(error.retry_after)}
+        raise ApiError(429, f"{error.message}; {error.hint}", "server_overloaded", headers=headers) from None
+    except TimeoutError:
+        raise ApiError(504, "The request took longer than this server allows", "request_timeout") from None
+    except OrchestratorError as error:
+        raise _unavailable(error.message) from None
+
+
+async def _until(told: AsyncIterator[Tokens], seconds: float) -> AsyncIterator[Tokens]:
+    """The events, until they took so long together. TimeoutError then."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + seconds
+    while True:
+        try:
+            event = await asyncio.wait_for(anext(told), max(0.0, end - loop.time()))
+        except StopAsyncIteration:
+            return
+        yield event
+
+
+def _encode_all(prompt: ServedPrompt, given: Sequence[Given], answer_tokens: int) -> list[list[int]]:
+    return [prompt.encode(one, answer_tokens) for one in given]
+
+
+def _sampling(request: GenerationRequest, max_tokens: int | None, logprobs: int | None) -> Sampling:
+    return Sampling(
+        max_tokens=DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
+        temperature=DEFAULT_TEMPERATURE if request.temperature is None else request.temperature,
+        top_p=1.0 if request.top_p is None else request.top_p,
+        stop=request.stops,
+        seed=request.seed,
+        logprobs=logprobs,
+    )
+
+
+def _allowed(record: RequestRecord, name: str) -> bool:
+    return record.key is None or record.key.allows(name)
+
+
+def _entry(card: ModelCard) -> ModelEntry:
+    return ModelEntry(
+        id=card.id,
+        created=card.created,
+        root=card.base_model,
+        version=card.version,
+        alias=card.alias,
+        labels=list(card.labels) or None,
+    )
+
+
+def _not_found(message: str) -> ApiError:
+    return ApiError(404, message, "model_not_found", "model")
+
+
+def _unsupported(model: str, reason: str, route: str | None) -> ApiError:
+    """The model is there, but does not do what the route asks of it."""
+    other = f"; use {route}" if route else ""
+    return ApiError(400, f"The model {model!r} {reason}{other}", "unsupported_operation", "model")
+
+
+def _unavailable(message: str) -> ApiError:
+    return ApiError(503, message, "unavailable", headers={"Retry-After": "5"})

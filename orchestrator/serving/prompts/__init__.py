@@ -1,0 +1,1 @@
+"""Prompts as the server holds them."""

@@ -1,0 +1,407 @@
+"""Which prompts this process serves: names and aliases to loaded versions, kept in step with the registry.
+
+A background thread polls the registry. When an alias moves, the new version is loaded first and then takes over; a
+version that can't be served is refused and the old one stays. While the registry is away, what is known goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Protocol
+
+from orchestrator.errors import BadInput, OrchestratorError, Unreachable
+from orchestrator.job.labels import Label
+from orchestrator.models.backbone import Backbone
+from orchestrator.registry.aliases.canary import Canary, LiveModel
+from orchestrator.registry.versions.refs import ModelRef, NoSuchVersion, nearest, parse_ref, printable
+from orchestrator.serving.prompts.cache import Key, PromptCache
+from orchestrator.serving.prompts.served_prompt import ServedPrompt, created_timestamp, load_prompt
+
+log = logging.getLogger(__name__)
+
+CHAMPION = "champion"
+POLL_SECONDS = 2.0
+MAX_BYTES = 2 << 30
+MAX_HOST_BYTES = 8 << 30
+RETRY_SECONDS = 30.0  # a refused version is looked at again: a store may be repaired
+MAX_REFUSED = 1024  # clients may name any version; what is remembered about them is bounded
+MAX_COMPARED = 500  # names that an unknown one is compared with: it takes a while, and clients choose when
+MAX_VERSION = 2**31 - 1  # what a registry's database holds
+
+
+class RegistrySource(Protocol):
+    """What the store needs of a registry. Errors: BadInput for what doesn't exist, Unreachable for an outage."""
+
+    def live(self) -> Mapping[str, LiveModel]:
+        """Registered prompt to its aliases and its canary."""
+
+    def fetch(self, name: str, version: int) -> Path:
+        """The version's artifact as a local folder."""
+
+
+class ModelNotFound(BadInput):
+    """No prompt of that name is served here; the message names those that are."""
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """One served prompt in the list of models."""
+
+    id: str
+    name: str
+    version: int
+    alias: str
+    base_model: str
+    created: int
+    labels: tuple[Label, ...]
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    error: BadInput
+    at: float
+
+
+class PromptStore:
+    """Loaded prompts of one backbone: at most ``max_bytes`` of keys and values beside the model, and ``max_host_bytes``
+    in the host's memory, where that is another; least recently used dropped first."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        source: RegistrySource,
+        served: Sequence[str] = (),
+        max_bytes: int = MAX_BYTES,
+        poll_seconds: float = POLL_SECONDS,
+        max_host_bytes: int = 0,
+    ) -> None:
+        """``served`` restricts what may be asked for: a bare name allows all its versions, else only what it says."""
+        self._backbone = backbone
+        self._source = source
+        self._served = tuple(parse_ref(text) for text in served)
+        self._poll_seconds = poll_seconds
+        self._known: dict[str, dict[str, int]] | None = None
+        """Name to alias to version as the registry last said; None before it ever answered."""
+        self._canaries: dict[str, Canary] = {}
+        self._routes: dict[tuple[str, str], int] = {}
+        """(name, alias) to the version that answers for it: one that was loaded and found good."""
+        self._cards: dict[Key, ModelCard] = {}
+        self._cache = PromptCache(max_bytes, max_host_bytes)
+        self._refused: OrderedDict[Key, _Refusal] = OrderedDict()
+        self.counts: Counter[tuple[str, str]] = Counter()
+        """(hits, loads, returns, evictions or refusals; registered model) to how often. Names are the registry's."""
+        self._lock = threading.RLock()  # guards the fields above, held for moments
+        self._loading = threading.Lock()  # one load at a time, so that a version is loaded once
+        self._outage = ""
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    # Asking.
+
+    def route(self, model: str) -> str:
+        """What a wire ``model`` asks for this time: with a canary, a bare name is now and then its other alias."""
+        canary = self._canaries.get(model)
+        if canary is None or (model, canary.alias) not in self._routes or random.random() * 100 >= canary.percent:
+            return model
+        return f"{model}@{canary.alias}"
+
+    def loaded(self, model: str) -> ServedPrompt | None:
+        """The prompt that answers for a wire ``model``, if no loading is needed. ModelNotFound for an unknown one."""
+        with self._lock:
+            for key in self._candidates(model):
+                if prompt := self._cache.ready(key):
+                    self.counts["hits", key[0]] += 1
+                    return prompt
+                if not self._is_refused(key):
+                    return None
+        return None
+
+    def get(self, model: str) -> ServedPrompt:
+        """The prompt that answers for a wire ``model``, loaded when needed.
+
+        ModelNotFound when there is none or it can't be served, Unreachable when the registry is needed and away.
+        """
+        with self._lock:
+            candidates = self._candidates(model)
+        for place, key in enumerate(candidates):
+            try:
+                return self._load(key)
+            except OrchestratorError as error:
+                if place + 1 == len(candidates):
+                    if isinstance(error, Unreachable):
+                        raise
+                    absent = isinstance(error, NoSuchVersion)
+                    raise (_absent if absent else _not_served)(model, key) from None
+        raise AssertionError("a known model has a candidate")
+
+    def cards(self) -> list[ModelCard]:
+        """Every alias that answers, champions under their bare name."""
+        with self._lock:
+            return [self._card(name, alias, version) for (name, alias), version in sorted(self._routes.items())]
+
+    def card_of(self, wanted: str, prompt: ServedPrompt) -> ModelCard:
+        """The card of a loaded prompt under the name that it was asked for, which need not be in the list."""
+        with self._lock:
+            card = self._cards.get((prompt.name, prompt.version)) or _card_of(prompt)
+            held = (alias for (name, alias), version in self._routes.items() if (name, version) == key_of(prompt))
+            return replace(card, id=wanted, alias=next(iter(sorted(held)), ""))
+
+    @property
+    def loaded_bytes(self) -> int:
+        """Keys and values beside the model."""
+        return self._cache.nbytes
+
+    @property
+    def loaded_count(self) -> int:
+        """Prompts beside the model."""
+        return len(self._cache)
+
+    @property
+    def host_bytes(self) -> int:
+        """Keys and values in the host's memory, where that is not the model's."""
+        return self._cache.host_nbytes
+
+    def versions(self) -> dict[tuple[str, str], int]:
+        """(name, alias) to the version that answers."""
+        with self._lock:
+            return dict(self._routes)
+
+    def refused(self) -> list[Key]:
+        """Versions that an alias asks for and that can't be served; older ones answer instead."""
+        with self._lock:
+            wanted = {(name, version) for (name, _), version in self._targets()}
+            return sorted(key for key in wanted if key in self._refused)
+
+    # Keeping in step.
+
+    def start(self) -> None:
+        """Load what the registry has, then keep polling in the background."""
+        self.refresh()
+        self._thread = threading.Thread(target=self._poll, name="prompt-store", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop polling; what is loaded stays usable."""
+        self._stop.set()
+        if self._thread:
+            self._thread.join()
+
+    def refresh(self) -> None:
+        """Ask the registry once and follow the aliases that moved. An outage leaves things as they are."""
+        try:
+            live = self._source.live()
+        except Exception as error:  # whatever the registry's client raises, this process keeps serving
+            self._report_outage(error)
+            return
+        if self._outage:
+            log.warning("the registry answers again")
+            self._outage = ""
+        with self._lock:
+            self._known = {name: dict(model.aliases) for name, model in live.items()}
+            targets = dict(self._targets())
+            self._routes = {route: version for route, version in self._routes.items() if route in targets}
+            held = {(name, version) for (name, _), version in self._routes.items()}
+            self._cards = {key: card for key, card in self._cards.items() if key in held or key in self._cache}
+        # Champions come last, so that they are the most recently used when memory is short.
+        for route in sorted(targets, key=lambda route: route[1] == CHAMPION):
+            self._follow(route, targets[route])
+        self._follow_canaries({name: model.canary for name, model in live.items() if model.canary})
+
+    def _follow_canaries(self, canaries: dict[str, Canary]) -> None:
+        for name in canaries.keys() | self._canaries.keys():
+            before, now = self._canaries.get(name), canaries.get(name)
+            if before != now:
+                log.info("canary of %s: %s, before %s", printable(name), now, before)
+        self._canaries = canaries
+
+    def _poll(self) -> None:
+        while not self._stop.wait(self._poll_seconds):
+            try:
+                self.refresh()
+            except Exception:
+                log.exception("following the registry failed")
+
+    def _targets(self) -> Iterator[tuple[tuple[str, str], int]]:
+        """(name, alias) and the version that the registry wants there, of what may be served."""
+        for name, aliases in (self._known or {}).items():
+            for alias, version in aliases.items():
+                if self._allows_alias(name, alias):
+                    yield (name, alias), version
+
+    def _follow(self, route: tuple[str, str], version: int) -> None:
+        """Let the alias answer with the version, once that is loaded."""
+        if self._routes.get(route) == version:
+            return
+        try:
+            self._load((route[0], version))
+        except OrchestratorError:
+            return  # logged where it was refused; the route stays
+        with self._lock:
+            before = self._routes.get(route)
+            self._routes[route] = version
+        log.info("%s@%s: version %s, before %s", printable(route[0]), route[1], version, before)
+
+    def _report_outage(self, error: Exception) -> None:
+        text = f"{type(error).__name__}: {error}"
+        if text != self._outage:
+            log.warning("the registry does not answer, serving what is loaded: %s", text)
+        self._outage = text
+
+    # Finding.
+
+    def _candidates(self, model: str) -> list[Key]:
+        """Versions that may answer, the best first."""
+        if self._known is None:
+            raise Unreachable("the registry has not answered yet", "try again in a few seconds")
+        ref = self._parse(model)
+        if ref is None or ref.name not in self._known or not self._allows(ref):
+            raise self._unknown(model)
+        if ref.version is not None:
+            return [(ref.name, ref.version)]
+        return self._alias_candidates(model, ref.name, ref.alias or CHAMPION)
+
+    def _alias_candidates(self, model: str, name: str, alias: str) -> list[Key]:
+        assert self._known is not None
+        wanted, current = self._known[name].get(alias), self._routes.get((name, alias))
+        if wanted is None:
+            there = ", ".join(sorted(self._known[name])) or "none"
+            raise ModelNotFound(
+                f"The model {printable(model)!r} does not exist: {printable(name)!r} has no alias {printable(alias)!r} "
+                f"(its aliases: {there}); a version is asked for as name:version"
+            )
+        if current is None or current == wanted:
+            return [(name, wanted)]
+        # The alias moved: the old version answers until the new one is loaded. Neither loaded: the new one first.
+        old, new = (name, current), (name, wanted)
+        return [old, new] if old in self._cache else [new, old]
+
+    def _parse(self, model: str) -> ModelRef | None:
+        if self._known and model in self._known:
+            return ModelRef(model)  # a registry may hold names with @ or : in them
+        try:
+            ref = parse_ref(model)
+        except BadInput:
+            return None
+        return None if ref.version is not None and ref.version > MAX_VERSION else ref
+
+    def _allows(self, ref: ModelRef) -> bool:
+        if ref.version is not None:
+            whole = [it for it in self._served if it.name == ref.name and it.alias is None]
+            return not self._served or any(it.version in (None, ref.version) for it in whole)
+        return self._allows_alias(ref.name, ref.alias or CHAMPION)
+
+    def _allows_alias(self, name: str, alias: str) -> bool:
+        if not self._served:
+            return True
+        return any(it.name == name and it.version is None and (it.alias in (None, alias)) for it in self._served)
+
+    def _unknown(self, model: str) -> ModelNotFound:
+        served = [_wire_id(name, alias) for name, alias in islice(self._routes, MAX_COMPARED)]
+        listed = nearest(model, served) or "no model is served yet"
+        return ModelNotFound(f"The model {printable(model)!r} does not exist; {listed}")
+
+    def _card(self, name: str, alias: str, version: int) -> ModelCard:
+        return replace(self._cards[name, version], id=_wire_id(name, alias), alias=alias)
+
+    # Loading.
+
+    def _load(self, key: Key) -> ServedPrompt:
+        """The prompt, from memory or the registry. BadInput when it is refused, Unreachable when it can't be had."""
+        if prompt := self._hit(key):
+            return prompt
+        with self._loading:
+            if prompt := self._hit(key):  # another thread was first
+                return prompt
+            prompt = self._fetch(key)
+            self._keep(key, prompt)
+            return prompt
+
+    def _hit(self, key: Key) -> ServedPrompt | None:
+        with self._lock:
+            if prompt := self._cache.ready(key):
+                return prompt
+            if found := self._cache.bring(key):
+                self.counts["returns", key[0]] += 1
+                self._note_gone(found[1])
+                return found[0]
+            if self._is_refused(key):
+                raise self._refused[key].error
+            return None
+
+    def _fetch(self, key: Key) -> ServedPrompt:
+        try:
+            prompt = load_prompt(self._backbone, self._source.fetch(*key), *key)
+            self.counts["loads", key[0]] += 1
+            return prompt
+        except Unreachable as error:
+            log.warning("version %s of %s can't be fetched: %s", key[1], printable(key[0]), error.message)
+            raise
+        except NoSuchVersion as error:
+            self._refuse(key, error)
+            raise
+        except Exception as error:  # an artifact is input from outside: nothing that it raises may stop the server
+            reason = error.message if isinstance(error, OrchestratorError) else f"{type(error).__name__}: {error}"
+            self._refuse(key, BadInput(reason))
+            raise BadInput(reason) from error
+
+    def _keep(self, key: Key, prompt: ServedPrompt) -> None:
+        card = _card_of(prompt)
+        with self._lock:
+            self._refused.pop(key, None)
+            self._cards[key] = card
+            self._note_gone(self._cache.put(key, prompt))
+
+    def _note_gone(self, keys: Sequence[Key]) -> None:
+        for name, version in keys:
+            self.counts["evictions", name] += 1
+            log.info("version %s of %s leaves the model's memory", version, printable(name))
+
+    def _is_refused(self, key: Key) -> bool:
+        refusal = self._refused.get(key)
+        return refusal is not None and time.monotonic() - refusal.at < RETRY_SECONDS
+
+    def _refuse(self, key: Key, error: BadInput) -> None:
+        with self._lock:
+            if key[0] in (self._known or {}):
+                self.counts["refusals", key[0]] += 1
+            known = self._refused.pop(key, None)
+            self._refused[key] = _Refusal(error, time.monotonic())
+            while len(self._refused) > MAX_REFUSED:
+                self._refused.popitem(last=False)
+        if known is None or known.error.message != error.message:
+            log.warning("version %s of %s is refused: %s", key[1], printable(key[0]), error.message)
+
+
+def _absent(model: str, key: Key) -> ModelNotFound:
+    return ModelNotFound(
+        f"The model {printable(model)!r} does not exist: {printable(key[0])!r} has no version {key[1]}"
+    )
+
+
+def _not_served(model: str, key: Key) -> ModelNotFound:
+    # The reason may hold paths of this machine: it is in the log, the client learns which version it was.
+    return ModelNotFound(
+        f"The model {printable(model)!r} does not exist or can't be served: version {key[1]} of "
+        f"{printable(key[0])!r} was refused; the server's log says why"
+    )
+
+
+def key_of(prompt: ServedPrompt) -> Key:
+    return prompt.name, prompt.version
+
+
+def _card_of(prompt: ServedPrompt) -> ModelCard:
+    manifest = prompt.manifest
+    return ModelCard("", *key_of(prompt), "", manifest.base_model.id, created_timestamp(manifest), prompt.labels)
+
+
+def _wire_id(name: str, alias: str) -> str:
+    return name if alias == CHAMPION else f"{name}@{alias}"

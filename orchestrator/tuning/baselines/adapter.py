@@ -1,0 +1,88 @@
+"""Bottleneck adapters (Houlsby et al. 2019, section 2.1): two small layers after the projection that ends each
+attention and each feed-forward part, before its sum with what went past it.
+
+The layer normalisations, which the paper trains too, stay frozen: then nothing but the adapters is stored for a task.
+PEFT has no such adapters.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from orchestrator.errors import BadInput
+from orchestrator.job.space import TrialSpec
+from orchestrator.models.backbone import Backbone
+from orchestrator.tuning.baselines.change import Change
+from orchestrator.tuning.prompts.base import seeded
+
+ENDS = frozenset(
+    {"o_proj", "c_proj", "out_proj", "o", "wo", "down_proj", "fc2", "dense", "dense_4h_to_h", "out_lin", "lin2"}
+)
+"""How model families call the projections that end an attention or a feed-forward part."""
+STD = 0.001  # of the start: small enough to be next to nothing (section 3.6)
+
+
+class Adapters(Change):
+    """Two layers with a bottleneck for each of some projections of width H: h + up(gelu(down(h)))."""
+
+    def __init__(self, ends: dict[str, nn.Module], width: int, bottleneck: int) -> None:
+        learned: dict[str, nn.Parameter] = {}
+        for name in ends:
+            learned[f"{name}.down.weight"] = nn.Parameter(torch.randn(bottleneck, width) * STD)
+            learned[f"{name}.down.bias"] = nn.Parameter(torch.zeros(bottleneck))
+            learned[f"{name}.up.weight"] = nn.Parameter(torch.randn(width, bottleneck) * STD)
+            learned[f"{name}.up.bias"] = nn.Parameter(torch.zeros(width))
+        super().__init__(learned)
+        self._ends = list(ends.values())
+        self._handles: list[RemovableHandle] = []
+
+    @classmethod
+    def create(cls, spec: TrialSpec, backbone: Backbone) -> Adapters:
+        width, bottleneck = backbone.table.shape[1], spec.bottleneck
+        assert bottleneck is not None  # the spec's own default
+        ends = block_ends(backbone.model, width)
+        if not ends:
+            kind = backbone.info.model_type
+            raise BadInput(
+                f"method adapter finds no attention or feed-forward part of width {width} in a {kind} model",
+                f"use method lora; adapters know projections called {', '.join(sorted(ENDS))}",
+            )
+        with seeded(spec.seed):
+            return cls(ends, width, bottleneck)
+
+    def _put_in(self) -> None:
+        parameters = list(self.parameters())
+        for place, module in enumerate(self._ends):
+            self._handles.append(module.register_forward_hook(_adapter(*parameters[4 * place : 4 * place + 4])))
+
+    def _take_out(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+def block_ends(model: nn.Module, width: int) -> dict[str, nn.Module]:
+    """The projections to the model's width that end a part of one of its blocks, by name."""
+    blocks = [f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name.rsplit(".", 1)[-1] in ENDS and name.startswith(tuple(blocks)) and _out_width(module) == width
+    }
+
+
+def _out_width(module: nn.Module) -> Any:
+    """What a projection gives; nf is what GPT-2's calls it."""
+    return getattr(module, "out_features", getattr(module, "nf", None))
+
+
+def _adapter(down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor) -> Any:
+    def after(module: nn.Module, inputs: Any, hidden: Tensor) -> Tensor:
+        inner = nn.functional.gelu(nn.functional.linear(hidden.to(down), down, down_bias))
+        return hidden + nn.functional.linear(inner, up, up_bias).to(hidden)
+
+    return after

@@ -1,0 +1,92 @@
+"""LoRA (Hu et al. 2021): low-rank changes of the attention's projections, through PEFT. QLoRA (Dettmers et al. 2023) is
+the same over weights that were rounded as they were read.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+from torch import nn
+
+from orchestrator.errors import BadInput
+from orchestrator.job.space import TrialSpec
+from orchestrator.models.backbone import Backbone
+from orchestrator.tuning.baselines.change import Change
+from orchestrator.tuning.prompts.base import seeded
+
+PEFT = "peft"
+NAME = "default"  # of PEFT's, for the one adapter that there is
+
+
+def check_peft(method: str) -> None:
+    """BadInput where the library is missing."""
+    if find_spec(PEFT) is None:
+        raise BadInput(
+            f"method {method} needs the package {PEFT}, which is not installed",
+            "pip install 'prompt-orchestrator[baselines]'",
+        )
+
+
+class Lora(Change):
+    """PEFT's layers, in the place of the layers that they are around while the model works."""
+
+    def __init__(self, model: nn.Module, model_type: str, rank: int, alpha: int) -> None:
+        self._places = _made_layers(model, lora_config(model_type, rank, alpha))
+        learned: dict[str, nn.Parameter] = {}
+        for name, (_, _, _, layer) in self._places.items():
+            for part in ("lora_A", "lora_B"):
+                linear = getattr(layer, part)[NAME]
+                linear.float().requires_grad_(True)
+                learned[f"{name}.{part}.weight"] = linear.weight
+        super().__init__(learned)
+
+    @classmethod
+    def create(cls, spec: TrialSpec, backbone: Backbone) -> Lora:
+        assert spec.rank is not None and spec.alpha is not None  # the spec's own defaults
+        with seeded(spec.seed):
+            return cls(backbone.model, backbone.model.config.model_type, spec.rank, spec.alpha)  # type: ignore[union-attr,arg-type]
+
+    def _put_in(self) -> None:
+        for parent, child, _, layer in self._places.values():
+            setattr(parent, child, layer)
+
+    def _take_out(self) -> None:
+        for parent, child, own, _ in self._places.values():
+            setattr(parent, child, own)
+
+
+def lora_config(model_type: str, rank: int, alpha: int, targets: list[str] | None = None, task: Any = None) -> Any:
+    """PEFT's configuration: its usual projections for a model's type, all linear layers for one that it does not know.
+    A: uniform, B: zero, so that a trial starts from the model as it is; no dropout."""
+    from peft import LoraConfig
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
+
+    usual = None if model_type in KNOWN else "all-linear"
+    return LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=targets or usual, lora_dropout=0.0, bias="none", task_type=task
+    )
+
+
+def _made_layers(model: nn.Module, config: Any) -> dict[str, tuple[nn.Module, str, nn.Module, Any]]:
+    """PEFT's layers by name: the module that each stands in and under which name, the layer that it is around, itself.
+    The model is left as it was."""
+    from peft.tuners.lora import LoraLayer, LoraModel
+
+    try:
+        LoraModel(model, config, NAME)
+    except ValueError as error:
+        raise BadInput(
+            f"method lora does not fit this model: {str(error).splitlines()[0][:200]}", "use another base model"
+        ) from None
+    finally:
+        made = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+        places: dict[str, tuple[nn.Module, str, nn.Module, Any]] = {}
+        for name, layer in made.items():
+            parent, _, child = name.rpartition(".")
+            places[name] = model.get_submodule(parent), child, layer.get_base_layer(), layer
+        for module, child, own, _ in places.values():
+            setattr(module, child, own)
+        if hasattr(model, "peft_config"):  # transformers would take the model for one with adapters
+            del model.peft_config
+    return places

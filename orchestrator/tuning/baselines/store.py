@@ -1,0 +1,58 @@
+"""A baseline's result as a folder that its library reads: PEFT's for lora, a model folder for model_tuning, safetensors
+with their names for adapters, text for a written prompt. Beside it baseline.json says what it is and what it reached.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from orchestrator.artifact import whole_folder
+from orchestrator.job.space import TrialSpec
+from orchestrator.models.source import ModelSource
+from orchestrator.tuning.baselines.lora import lora_config
+
+ABOUT = "baseline.json"
+STORED = "base_model.model."  # in front of names in PEFT's files
+TASKS = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}
+TORCH = {"format": "pt"}  # without it transformers does not read a safetensors file
+
+
+def save_result(
+    folder: Path, spec: TrialSpec, tensors: Mapping[str, Tensor], source: ModelSource, about: Mapping[str, Any]
+) -> Path:
+    """Write the folder whole or not at all; it must not exist yet. ``about["method"]`` decides what is in it."""
+    method = about["method"]
+    whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    with whole_folder(folder) as staging:
+        if method in ("lora", "qlora"):
+            _save_lora(staging, spec, whole, source)
+        elif method == "model_tuning":
+            _save_model(staging, whole, source)
+        elif method == "adapter":
+            save_file(whole, staging / "adapter.safetensors", metadata=TORCH)
+        text = json.dumps({**about, "config": spec.config()}, indent=2, ensure_ascii=False, default=str)
+        (staging / ABOUT).write_text(text + "\n", encoding="utf-8")
+    return folder
+
+
+def _save_lora(folder: Path, spec: TrialSpec, tensors: Mapping[str, Tensor], source: ModelSource) -> None:
+    """As ``PeftModel.from_pretrained`` reads it."""
+    targets = sorted({name.rsplit(".", 2)[0] for name in tensors})
+    assert spec.rank is not None and spec.alpha is not None  # the spec's own defaults
+    config = lora_config(source.config.model_type, spec.rank, spec.alpha, targets, TASKS.get(source.family))
+    config.base_model_name_or_path, config.revision, config.inference_mode = source.id, source.revision, True
+    config.save_pretrained(folder)
+    save_file({STORED + name: tensor for name, tensor in tensors.items()}, folder / "adapter_model.safetensors", TORCH)
+
+
+def _save_model(folder: Path, tensors: Mapping[str, Tensor], source: ModelSource) -> None:
+    """As transformers reads it, tokenizer included."""
+    source.config.save_pretrained(folder)
+    source.tokenizer().save_pretrained(folder)
+    save_file(dict(tensors), folder / "model.safetensors", metadata=TORCH)

@@ -1,0 +1,1 @@
+"""Registered prompts by hand: evaluate, inspect, exchange."""

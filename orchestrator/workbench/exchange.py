@@ -1,0 +1,151 @@
+"""Registered prompts out to PEFT's adapter folders, and such folders in."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from orchestrator import __version__
+from orchestrator.artifact import SOFT, BaseModelRecord, PromptArtifact
+from orchestrator.data.dataset import RowSplits, load_rows
+from orchestrator.data.encoding import Encoder, make_encoder
+from orchestrator.errors import BadInput
+from orchestrator.job.spec import JobSpec
+from orchestrator.models.backbone import Backbone, default_device, load_backbone
+from orchestrator.models.nearest_words import nearest_words
+from orchestrator.models.source import resolve_model
+from orchestrator.peft_format import export_peft, import_peft, read_peft
+from orchestrator.registry import CHAMPION, Registry, check_alias, check_name
+from orchestrator.search.prepare import cells_record, data_record, found_anywhere, verbalizer_entries
+from orchestrator.serving.prompts.served_prompt import load_prompt
+
+Say = Callable[[str], None]
+
+
+def export_model(registry: Registry, model: str, folder: Path) -> dict[str, Any]:
+    """Write a registered prompt as a PEFT folder; returns the document of ``export --json``.
+
+    BadInput for a prompt that PEFT can't express, and for a folder that exists.
+    """
+    version = registry.resolve(model)
+    artifact = PromptArtifact.load(registry.fetch(version.name, version.version))
+    export_peft(artifact, folder)
+    written = read_peft(folder).config
+    return {
+        "name": version.name,
+        "version": version.version,
+        "folder": str(folder.resolve()),
+        "peft_type": written.peft_type,
+        "task_type": written.task_type,
+        "num_virtual_tokens": written.num_virtual_tokens,
+        "base_model": written.base_model_name_or_path,
+    }
+
+
+def import_folder(
+    registry: Registry,
+    folder: Path,
+    name: str,
+    job: JobSpec,
+    renamed: bool,
+    say: Say,
+    alias: str | None = None,
+) -> dict[str, Any]:
+    """Register a PEFT folder as a version of ``name``; returns the document of ``import --json``.
+
+    Base model, template, target, verbalizer and rows are the job's. The prompt is tried on the base model before it is
+    registered; its metrics are unknown until it is evaluated. ``renamed`` is ``import_peft``'s.
+
+    ``alias`` is moved to the version. Without it the version gets the job's alias, but never becomes champion.
+    """
+    check_name(name)
+    if alias is None and job.registry.alias != CHAMPION:
+        alias = job.registry.alias
+    _check_alias_free(registry, name, alias)
+    read_peft(folder)  # what is broken is refused before a model is loaded
+    registry.check_search_end(name, name)
+    rows = load_rows(job.data)
+    say("loading the base model")
+    job, encoder, backbone = _loaded(job, rows)
+    artifact = import_peft(
+        folder,
+        base_model=BaseModelRecord(**asdict(backbone.info)),
+        template=job.data.template,
+        target=job.data.target,
+        verbalizer=verbalizer_entries(encoder),
+        max_input_tokens=job.data.max_input_tokens,
+        max_target_tokens=job.data.max_target_tokens,
+        data=data_record(job.data, rows),
+        orchestrator_version=__version__,
+        empty=cells_record(job.data).empty,
+        sentinel=job.data.sentinel,
+        renamed=renamed,
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        saved = artifact.save(Path(scratch) / "prompt")
+        load_prompt(backbone, saved, name, 0)
+        return _registered(registry, artifact, saved, folder, name, job, rows.test[0], say, alias)
+
+
+def _check_alias_free(registry: Registry, name: str, alias: str | None) -> None:
+    """Refuse an alias that can't be one, and the champion's where there is one: no metrics say which is better."""
+    if alias is None:
+        return
+    check_alias(alias)
+    if alias != CHAMPION:
+        return
+    models = {model.name: model.aliases for model in registry.list_models()}
+    if (holder := models.get(name, {}).get(CHAMPION)) is not None:
+        raise BadInput(
+            f"version {holder} is champion of {name}, and an imported prompt has no metrics to compare with it",
+            f"import without --alias {CHAMPION}, evaluate the version, then orchestrator promote {name} VERSION",
+        )
+
+
+def _loaded(job: JobSpec, rows: RowSplits) -> tuple[JobSpec, Encoder, Backbone]:
+    """The job with its base model by a name that other processes find too, its encoder, and the model."""
+    job = found_anywhere(job, resolve_model(job.base_model))
+    source = resolve_model(job.base_model)
+    encoder = make_encoder(job.data, rows, source.tokenizer(), source.family, source.table_size)
+    return job, encoder, load_backbone(source, default_device(), job.base_model.dtype)
+
+
+def _registered(
+    registry: Registry,
+    artifact: PromptArtifact,
+    saved: Path,
+    folder: Path,
+    name: str,
+    job: JobSpec,
+    example: Mapping[str, Any],
+    say: Say,
+    alias: str | None,
+) -> dict[str, Any]:
+    """Register it in a run of its own, in the experiment of the model's name, and move the alias."""
+    manifest = artifact.manifest
+    params = {
+        "imported_from": str(folder.resolve()),
+        "method": manifest.method,
+        "base_model": manifest.base_model.id,
+        "num_virtual_tokens": manifest.num_virtual_tokens,
+        "template": manifest.template,
+    }
+    near = nearest_words(resolve_model(job.base_model), artifact.weights, 3) if SOFT in artifact.tensors else []
+    with registry.start_search(name, params, {"orchestrator.version": __version__}) as log:
+        version = registry.register(saved, name, log.run_id, metric=job.search.metric, example=example, nearest=near)
+    if alias == CHAMPION:
+        registry.promote(name, version)
+    elif alias is not None:
+        registry.set_alias(name, alias, version, reason="imported")
+    if alias != CHAMPION:
+        say(f"Version {version} is not champion: nothing is known yet of how good it is.")
+    return {
+        "model": {"name": name, "version": version, "alias": alias},
+        "folder": str(folder.resolve()),
+        "method": manifest.method,
+        "num_virtual_tokens": manifest.num_virtual_tokens,
+        "base_model": manifest.base_model.id,
+    }
