@@ -134,7 +134,9 @@ def test_versions_say_what_they_are(finished: Finished, monkeypatch: pytest.Monk
 
 
 def test_looking_at_help_imports_no_plotting() -> None:
-    code = "import sys, orchestrator.cli, orchestrator.search.report; "
+    code = (
+        "import sys, orchestrator.cli, orchestrator.search.report; "
         "print({'matplotlib', 'mlflow', 'ray'} & set(sys.modules))"
+    )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "set()"

@@ -88,7 +88,8 @@ def _cluster() -> list[Finding]:
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         return [Finding("Ray", "RAY_ADDRESS is not set: searches start Ray on this machine")]
-    from orchestrator.cluster.session import nodes, ray_session
+    from orchestrator.cluster.nodes import nodes
+    from orchestrator.cluster.session import ray_session
 
     with ray_session(address):
         total = nodes()

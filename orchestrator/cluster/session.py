@@ -16,7 +16,6 @@ import ray
 from orchestrator.cluster.leaving_ray import leave_ray
 from orchestrator.cluster.ray_folder import ray_temp_dir
 from orchestrator.errors import BadInput, Unreachable
-from orchestrator.search.workers.placement import Node
 from orchestrator.utils.interrupts import undisturbed
 from orchestrator.utils.signals import sigterm_kept, sigterm_kept_by_system
 from orchestrator.utils.text import mask_secrets
@@ -197,12 +196,3 @@ def no_cluster(address: str, reason: str) -> Unreachable:
         f"no Ray cluster answers at {mask_secrets(address)}: {mask_secrets(reason)}",
         "check RAY_ADDRESS or --address (ray://HOST:10001 or HOST:6379), or leave it out to run on this machine",
     )
-
-
-def nodes() -> list[Node]:
-    """What the live nodes have, and at most what Ray may use of it."""
-    return [
-        Node(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
-        for node in ray.nodes()
-        if node["Alive"]
-    ]

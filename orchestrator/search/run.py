@@ -24,8 +24,9 @@ from orchestrator.artifact import (
     PromptArtifact,
     ReparameterizationRecord,
 )
+from orchestrator.cluster.nodes import nodes
 from orchestrator.cluster.ray_folder import ray_temp_note
-from orchestrator.cluster.session import nodes, ray_beside
+from orchestrator.cluster.session import ray_beside
 from orchestrator.data.designs import Design
 from orchestrator.errors import BadInput, Interrupted, JobFailed, NothingFound, SearchLost, Unreachable
 from orchestrator.job.space import TrialSpec, init_artifacts, no_result, why_fewer_trials

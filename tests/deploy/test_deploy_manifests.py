@@ -15,8 +15,9 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
+from orchestrator.cluster.nodes import Node
 from orchestrator.job.yaml import load_job
-from orchestrator.search.workers.placement import Node, place
+from orchestrator.search.workers.placement import place
 from orchestrator.serving.deploy.options import ServeOptions, options_from
 from tests.deploy.manifests import (
     BASES,

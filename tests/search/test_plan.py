@@ -13,6 +13,7 @@ from models import load, model_folder, small_task
 from ray_state import eventually, holders
 from small_jobs import Command, Recorder, small_job, write_job
 
+from orchestrator.cluster.nodes import Node
 from orchestrator.errors import BadInput, JobFailed
 from orchestrator.job.yaml import load_job
 from orchestrator.models.backbone import bytes_elsewhere
@@ -23,7 +24,7 @@ from orchestrator.search.plan.plan import measure as measure_module
 from orchestrator.search.plan.rehearsal import REPORT_S, Moments, Rehearsal, rehearse
 from orchestrator.search.prepare import likely_trials, prepare
 from orchestrator.search.run import run_job
-from orchestrator.search.workers.placement import Node, Placement, place
+from orchestrator.search.workers.placement import Placement, place
 
 PLACEMENT = Placement(workers=1, cpus=1, gpus=0.0, threads=1, trials_per_worker=2)
 PACE = Pace(step_alone=0.1, step_packed=0.15, evaluation_alone=1.0, evaluation_packed=1.5, packed=2)

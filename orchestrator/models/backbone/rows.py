@@ -13,8 +13,8 @@ from torch import Tensor
 class Rows:
     """Padded rows, each with its prompt.
 
-    ``ids`` [B, T] (negative entries are virtual tokens, see ``orchestrator.models.placeholders``), ``mask`` [B, T] true at
-    real columns, ``prompt`` [B] index of the row's prompt.
+    ``ids`` [B, T] (negative entries are virtual tokens, see ``models.placeholders``), ``mask`` [B, T] true at real
+    columns, ``prompt`` [B] index of the row's prompt.
     """
 
     ids: Tensor

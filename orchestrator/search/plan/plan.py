@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from orchestrator.cluster.nodes import Node
 from orchestrator.data.encoding import Encoded
 from orchestrator.job.spec import JobSpec
 from orchestrator.search.plan.forecast import Forecast, forecast
 from orchestrator.search.plan.measure import Measured, measure
 from orchestrator.search.plan.rehearsal import REPORT_S, Rehearsal, rehearse
 from orchestrator.search.prepare import EVALUATED, Prepared
-from orchestrator.search.workers.placement import Node, Placement
+from orchestrator.search.workers.placement import Placement
 
 # Measured on two idle cores, and in them alone.
 WORKERS_S = 8.0  # processes of Train and Tune up to the worker's own start, where no rehearsal shows it

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from orchestrator.cluster.nodes import Node
 from orchestrator.errors import BadInput
 from orchestrator.job.spec import ResourcesSpec
 
 TRIAL_CPUS = 0.001  # a Tune trial only relays; Tune refuses none at all
 CPU_SLOTS = 4  # packing pays little on a CPU, and few trials at a time leave the scheduler more to learn from
 GPU_SLOTS = 8
-
-
-@dataclass(frozen=True)
-class Node:
-    """Free resources of one node."""
-
-    cpus: float
-    gpus: float = 0.0
 
 
 @dataclass(frozen=True)

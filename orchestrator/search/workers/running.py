@@ -16,8 +16,8 @@ import ray
 from ray.util import remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from orchestrator.cluster.nodes import nodes
 from orchestrator.cluster.ray_threads import RayThread, alive, await_end, names
-from orchestrator.cluster.session import nodes
 from orchestrator.errors import JobFailed, OrchestratorError, SearchLost
 from orchestrator.job.space import trial_count
 from orchestrator.job.spec import JobSpec

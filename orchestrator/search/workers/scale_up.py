@@ -6,8 +6,8 @@ import logging
 import threading
 from collections.abc import Callable
 
+from orchestrator.cluster.nodes import nodes
 from orchestrator.cluster.ray_threads import RayThread, await_end
-from orchestrator.cluster.session import nodes
 from orchestrator.search.workers.placement import Placement, room_for_groups
 
 log = logging.getLogger(__name__)
