@@ -168,7 +168,9 @@ class PromptArtifact:
     """A loaded, checked prompt: float32 ``tensors`` by name, and its manifest."""
 
     def __init__(self, tensors: np.ndarray | Mapping[str, np.ndarray], manifest: Manifest) -> None:
-        self.tensors: dict[str, np.ndarray] = {SOFT: tensors} if isinstance(tensors, np.ndarray) else dict(tensors)
+        self.tensors: dict[str, np.ndarray] = (
+            {SOFT: tensors} if isinstance(tensors, np.ndarray) else dict(tensors)
+        )
         self.manifest = manifest
 
     @property
@@ -179,10 +181,17 @@ class PromptArtifact:
     def save(self, folder: Path) -> Path:
         """Write the artifact whole or not at all; ``folder`` must not exist yet."""
         with whole_folder(folder) as staging:
-            tensors = {name: np.ascontiguousarray(tensor, dtype=np.float32) for name, tensor in self.tensors.items()}
+            tensors = {
+                name: np.ascontiguousarray(tensor, dtype=np.float32)
+                for name, tensor in self.tensors.items()
+            }
             save_file(tensors, staging / WEIGHTS)
-            manifest = self.manifest.model_copy(update={"weights_sha256": file_sha256(staging / WEIGHTS)})
-            (staging / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            manifest = self.manifest.model_copy(
+                update={"weights_sha256": file_sha256(staging / WEIGHTS)}
+            )
+            (staging / MANIFEST).write_text(
+                manifest.model_dump_json(indent=2) + "\n", encoding="utf-8"
+            )
         return folder
 
     @classmethod
@@ -198,7 +207,9 @@ class PromptArtifact:
 
 def _check_names(folder: Path, manifest: Manifest, tensors: Mapping[str, np.ndarray]) -> None:
     if manifest.method not in METHODS:
-        raise _broken(folder, f"its method is {manifest.method!r}, this release knows {', '.join(METHODS)}")
+        raise _broken(
+            folder, f"its method is {manifest.method!r}, this release knows {', '.join(METHODS)}"
+        )
     prefix = manifest.method == "prefix_tuning"
     expected = set(tensors) <= set(PREFIXES) if prefix else set(tensors) == {SOFT}
     if not tensors or not expected:
@@ -207,11 +218,18 @@ def _check_names(folder: Path, manifest: Manifest, tensors: Mapping[str, np.ndar
 
 
 def _check_tensor(folder: Path, manifest: Manifest, name: str, tensor: np.ndarray) -> None:
-    shape, length, width = list(tensor.shape), manifest.num_virtual_tokens, manifest.base_model.hidden_size
+    shape, length, width = (
+        list(tensor.shape),
+        manifest.num_virtual_tokens,
+        manifest.base_model.hidden_size,
+    )
     if name == SOFT and shape != [length, width]:
         raise _broken(folder, f"the prompt has shape {shape}, the manifest says {[length, width]}")
     if name != SOFT and (len(shape) != 5 or shape[1] != 2 or shape[3] != length):
-        raise _broken(folder, f"{name} has shape {shape}, expected [layers, 2, kv heads, {length}, head width]")
+        raise _broken(
+            folder,
+            f"{name} has shape {shape}, expected [layers, 2, kv heads, {length}, head width]",
+        )
     if tensor.dtype != np.float32:
         raise _broken(folder, f"{name} is {tensor.dtype}, expected float32")
     if not np.isfinite(tensor).all():
@@ -230,7 +248,9 @@ def read_manifest(folder: Path) -> Manifest:
         document = json.loads(text)
         version = document.get("format_version") if isinstance(document, dict) else None
         if version != FORMAT_VERSION:
-            raise _broken(folder, f"format_version is {version!r}, this release reads {FORMAT_VERSION}")
+            raise _broken(
+                folder, f"format_version is {version!r}, this release reads {FORMAT_VERSION}"
+            )
         return Manifest.model_validate({"cells": None, **document})
     except ValidationError as error:
         first = error.errors()[0]
@@ -250,10 +270,17 @@ def _read_weights(folder: Path, manifest: Manifest) -> dict[str, np.ndarray]:
     except OSError as error:
         raise _broken(folder, f"{WEIGHTS} can't be read ({error.strerror})") from None
     if found != manifest.weights_sha256:
-        raise _broken(folder, f"{WEIGHTS} does not match the digest in {MANIFEST}: cut short or altered")
+        raise _broken(
+            folder, f"{WEIGHTS} does not match the digest in {MANIFEST}: cut short or altered"
+        )
     try:
         tensors: dict[str, np.ndarray] = load_file(file)
-    except (SafetensorError, ValueError, TypeError, OSError) as error:  # TypeError: bfloat16, which numpy lacks
+    except (
+        SafetensorError,
+        ValueError,
+        TypeError,
+        OSError,
+    ) as error:  # TypeError: bfloat16, which numpy lacks
         raise _broken(folder, f"{WEIGHTS} is not a safetensors file of float32 ({error})") from None
     return tensors
 
@@ -268,5 +295,6 @@ def file_sha256(file: Path) -> str:
 
 def _broken(folder: Path, what: str) -> BadInput:
     return BadInput(
-        f"prompt artifact {folder}: {what}", "register the prompt again from its search, or choose another version"
+        f"prompt artifact {folder}: {what}",
+        "register the prompt again from its search, or choose another version",
     )

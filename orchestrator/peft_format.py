@@ -52,7 +52,11 @@ TASK_TYPES: dict[Family, str] = {
     "seq2seq": "SEQ_2_SEQ_LM",
     "masked": "FEATURE_EXTRACTION",  # PEFT has no task type for masked models; this one leaves the head alone
 }
-METHODS = {"PROMPT_TUNING": "prompt_tuning", "P_TUNING": "p_tuning", "PREFIX_TUNING": "prefix_tuning"}
+METHODS = {
+    "PROMPT_TUNING": "prompt_tuning",
+    "P_TUNING": "p_tuning",
+    "PREFIX_TUNING": "prefix_tuning",
+}
 DTYPES = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
 
 
@@ -109,14 +113,22 @@ def export_peft(artifact: PromptArtifact, folder: Path) -> Path:
         "task_type": TASK_TYPES[family],
         **(_soft_config(artifact.weights) if prefix is None else _prefix_config(prefix)),
     }
-    tensor = artifact.weights if prefix is None else prefix.transpose(3, 0, 1, 2, 4).reshape(prefix.shape[3], -1)
+    tensor = (
+        artifact.weights
+        if prefix is None
+        else prefix.transpose(3, 0, 1, 2, 4).reshape(prefix.shape[3], -1)
+    )
     try:
         with whole_folder(folder) as staging:
             text = json.dumps(config, indent=2, sort_keys=True) + "\n"
             (staging / CONFIG).write_text(text, encoding="utf-8")
-            save_file({TENSOR: np.ascontiguousarray(tensor)}, staging / WEIGHTS, metadata={"format": "pt"})
+            save_file(
+                {TENSOR: np.ascontiguousarray(tensor)}, staging / WEIGHTS, metadata={"format": "pt"}
+            )
     except OSError as error:
-        raise BadInput(f"{folder} can't be written ({error.strerror})", "name a folder that you may write to") from None
+        raise BadInput(
+            f"{folder} can't be written ({error.strerror})", "name a folder that you may write to"
+        ) from None
     return folder
 
 
@@ -151,7 +163,9 @@ def _check_expressible(artifact: PromptArtifact, family: Family) -> None:
             f"PEFT puts virtual tokens in front of an input, and the template {manifest.template!r} places them itself",
             "tune a prompt with a template without {*} to export it",
         )
-    if manifest.method == "prefix_tuning" and (family != "causal" or set(artifact.tensors) != {DECODER}):
+    if manifest.method == "prefix_tuning" and (
+        family != "causal" or set(artifact.tensors) != {DECODER}
+    ):
         raise BadInput(
             f"the prefix of a {manifest.base_model.model_type} model can't be written for PEFT: {_OTHERWISE[family]}",
             "export a prompt of prompt_tuning or p_tuning, or a prefix of a causal model",
@@ -181,12 +195,16 @@ def read_peft(folder: Path) -> PeftPrompt:
     _check_defined(folder, config)
     tensor = _read_tensor(folder)
     if config.is_prefix:
-        return PeftPrompt(METHODS[config.peft_type], {DECODER: _keys_values(folder, config, tensor)}, config)
+        return PeftPrompt(
+            METHODS[config.peft_type], {DECODER: _keys_values(folder, config, tensor)}, config
+        )
     tokens = config.num_virtual_tokens
     stored = tokens * (config.num_transformer_submodules or 1)
     if tensor.ndim != 2 or len(tensor) != stored or config.token_dim not in (None, tensor.shape[1]):
         width = config.token_dim or "width"
-        raise _broken(folder, f"{TENSOR} has shape {list(tensor.shape)}, {CONFIG} says {[stored, width]}")
+        raise _broken(
+            folder, f"{TENSOR} has shape {list(tensor.shape)}, {CONFIG} says {[stored, width]}"
+        )
     # Of an encoder-decoder's two halves PEFT uses the first only.
     return PeftPrompt(METHODS[config.peft_type], {SOFT: tensor[:tokens]}, config)
 
@@ -271,7 +289,10 @@ def _read_config(folder: Path) -> PeftConfig:
         raw = _limited(folder / CONFIG, MAX_CONFIG_BYTES)
         document = json.loads(raw.decode("utf-8"))
         if isinstance(document, Mapping) and document.get("peft_type") not in list(METHODS):
-            raise _broken(folder, f"its peft_type is {document.get('peft_type')!r}, read are {', '.join(METHODS)}")
+            raise _broken(
+                folder,
+                f"its peft_type is {document.get('peft_type')!r}, read are {', '.join(METHODS)}",
+            )
         return PeftConfig.model_validate(document)
     except OSError as error:
         raise _broken(folder, f"{CONFIG} can't be read ({error.strerror})") from None
@@ -285,7 +306,9 @@ def _read_config(folder: Path) -> PeftConfig:
 
 def _check_defined(folder: Path, config: PeftConfig) -> None:
     """Refuse prefixes that mean something else in PEFT than they would here."""
-    if not config.is_prefix or (config.task_type == "CAUSAL_LM" and config.num_transformer_submodules != 2):
+    if not config.is_prefix or (
+        config.task_type == "CAUSAL_LM" and config.num_transformer_submodules != 2
+    ):
         return
     doubled = config.task_type == "SEQ_2_SEQ_LM" or config.num_transformer_submodules == 2
     raise BadInput(
@@ -304,10 +327,16 @@ def _read_tensor(folder: Path) -> np.ndarray:
     except OSError as error:
         raise _broken(folder, f"{WEIGHTS} can't be read ({error.strerror})") from None
     except (SafetensorError, ValueError) as error:
-        raise _broken(folder, f"{WEIGHTS} is not a safetensors file: cut short or altered ({error})") from None
+        raise _broken(
+            folder, f"{WEIGHTS} is not a safetensors file: cut short or altered ({error})"
+        ) from None
     if set(found) != {TENSOR}:
         others = ", ".join(sorted(set(found) - {TENSOR})[:3])
-        what = f"it also changes the model itself ({others})" if TENSOR in found else f"{WEIGHTS} has no {TENSOR}"
+        what = (
+            f"it also changes the model itself ({others})"
+            if TENSOR in found
+            else f"{WEIGHTS} has no {TENSOR}"
+        )
         raise _broken(folder, what)
     tensor = _as_float32(folder, found[TENSOR])
     if not np.isfinite(tensor).all():
@@ -337,7 +366,8 @@ def _keys_values(folder: Path, config: PeftConfig, tensor: np.ndarray) -> np.nda
     )
     if layers is None or heads is None or width is None or width % heads:
         raise _broken(
-            folder, f"num_layers {layers}, num_attention_heads {heads} and token_dim {width} describe no prefix"
+            folder,
+            f"num_layers {layers}, num_attention_heads {heads} and token_dim {width} describe no prefix",
         )
     expected = [tokens, layers * 2 * width]
     if list(tensor.shape) != expected:

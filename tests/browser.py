@@ -19,7 +19,9 @@ from pathlib import Path
 
 import pytest
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
+)
 SCREENSHOTS = Path(__file__).parents[1] / "build" / "screenshots"
 FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-dev-shm-usage", "--no-first-run",
@@ -29,7 +31,9 @@ FLAGS = [
 LIMIT_S = 90.0  # only a hang takes this long
 LOADS = 3
 
-needs_browser = pytest.mark.skipif(not BROWSER, reason="no chromium here; on Debian: apt-get install chromium")
+needs_browser = pytest.mark.skipif(
+    not BROWSER, reason="no chromium here; on Debian: apt-get install chromium"
+)
 
 
 @contextmanager
@@ -42,7 +46,11 @@ def mlflow_pages(tracking_uri: str) -> Iterator[str]:
     argv = [sys.executable, "-m", "orchestrator", "ui", "--port", str(port)]
     environment = os.environ | {"MLFLOW_TRACKING_URI": tracking_uri}
     process = subprocess.Popen(
-        argv, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        argv,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     try:
         assert _answers(url, process)
@@ -81,12 +89,22 @@ def check_pages(shown: dict[str, tuple[str, list[str]]], profile: Path) -> None:
         assert [it for it in wanted if it not in text] == [], picture
 
 
-def read_page(address: str, picture: str, profile: Path, more: Sequence[str] = ()) -> tuple[str, str]:
+def read_page(
+    address: str, picture: str, profile: Path, more: Sequence[str] = ()
+) -> tuple[str, str]:
     """Text and title."""
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     file = SCREENSHOTS / f"{picture}.png"
     file.unlink(missing_ok=True)
-    argv = [BROWSER, *FLAGS, *more, f"--user-data-dir={profile}", f"--screenshot={file}", "--dump-dom", address]
+    argv = [
+        BROWSER,
+        *FLAGS,
+        *more,
+        f"--user-data-dir={profile}",
+        f"--screenshot={file}",
+        "--dump-dom",
+        address,
+    ]
     done = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=LIMIT_S)
     assert file.read_bytes().startswith(b"\x89PNG")
     words = re.sub(r"<(script|style).*?</\1>|<[^>]+>", " ", done.stdout, flags=re.DOTALL)

@@ -6,7 +6,13 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read on import; nothing in the tests comes from the network
-for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "ORCHESTRATOR_HOME", "ORCHESTRATOR_URL", "RAY_ADDRESS"):
+for name in (
+    "MLFLOW_TRACKING_URI",
+    "MLFLOW_REGISTRY_URI",
+    "ORCHESTRATOR_HOME",
+    "ORCHESTRATOR_URL",
+    "RAY_ADDRESS",
+):
     os.environ.pop(name, None)
 
 import sys
@@ -52,7 +58,11 @@ def ray_cluster() -> Iterator[None]:
     """One local Ray for the whole session, with the environment of a search."""
     os.environ.update(ENVIRONMENT)
     ray.init(
-        address="local", num_cpus=LOGICAL_CPUS, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
+        address="local",
+        num_cpus=LOGICAL_CPUS,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
     )
     yield
     ray.shutdown()

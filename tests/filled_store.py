@@ -20,14 +20,28 @@ def fill(uri: str, models: int, versions: int) -> None:
     note = json.dumps({"version": 1, "metrics": {"test": {"accuracy": 0.9}}})
     tags = {"orchestrator.kind": "soft-prompt", "orchestrator.champion": note}
     facts = json.dumps({"config": {}, "metrics": {"test": {"accuracy": 0.5}}, "baselines": {}})
-    more = {f"tag{number}": "x" * 20 for number in range(20)} | {"orchestrator.facts": facts, "nearest": "n" * 2000}
+    more = {f"tag{number}": "x" * 20 for number in range(20)} | {
+        "orchestrator.facts": facts,
+        "nearest": "n" * 2000,
+    }
     common: dict[str, Any] = {"creation_time": now, "last_updated_time": now}
     rows: dict[str, list[dict[str, Any]]] = {
         "registered_models": [{"name": name, **common} for name in names],
-        "registered_model_tags": [{"name": name, "key": key, "value": tags[key]} for name in names for key in tags],
-        "registered_model_aliases": [{"name": name, "alias": "champion", "version": 1} for name in names],
+        "registered_model_tags": [
+            {"name": name, "key": key, "value": tags[key]} for name in names for key in tags
+        ],
+        "registered_model_aliases": [
+            {"name": name, "alias": "champion", "version": 1} for name in names
+        ],
         "model_versions": [
-            {"name": name, "version": version, **common, "current_stage": "None", "source": "/x", "status": "READY"}
+            {
+                "name": name,
+                "version": version,
+                **common,
+                "current_stage": "None",
+                "source": "/x",
+                "status": "READY",
+            }
             for name, version in each
         ],
         "model_version_tags": [

@@ -77,8 +77,12 @@ class Processes:
 
 def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
     torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, size, is_master=rank == 0, timeout=timedelta(seconds=LIMIT_S))
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=LIMIT_S))
+    store = dist.TCPStore(
+        "127.0.0.1", port, size, is_master=rank == 0, timeout=timedelta(seconds=LIMIT_S)
+    )
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=LIMIT_S)
+    )
     while True:
         work, arguments = pipe.recv()
         try:
@@ -100,13 +104,23 @@ class Case:
 
     def task(self) -> Task:
         tokenizer = tokenizer_of(self.family)
-        family = "seq2seq" if self.family in SEQ2SEQ else "masked" if self.family in MASKED else "causal"
-        template = Template("{*}a {text} {*}{_} spam?{*}" if self.method.inside else "{text}\nspam?")
+        family = (
+            "seq2seq" if self.family in SEQ2SEQ else "masked" if self.family in MASKED else "causal"
+        )
+        template = Template(
+            "{*}a {text} {*}{_} spam?{*}" if self.method.inside else "{text}\nspam?"
+        )
         verbalizer = None if self.generates else Verbalizer((0, 1), (" quick", " yes no"))
         encoder = Encoder(tokenizer, template, verbalizer, 40, 32, family)
         sizes = {"train": 12, "validation": 7, "test": 2}
-        rows = {name: text_rows(count, seed) for seed, (name, count) in enumerate(sizes.items(), start=1)}
-        splits = {name: encoder.encode(of, "answer" if self.generates else "label") for name, of in rows.items()}
+        rows = {
+            name: text_rows(count, seed)
+            for seed, (name, count) in enumerate(sizes.items(), start=1)
+        }
+        splits = {
+            name: encoder.encode(of, "answer" if self.generates else "label")
+            for name, of in rows.items()
+        }
         if self.generates:
             splits = {
                 name: replace(split, references=[[row["answer"]] for row in rows[name]])
@@ -127,7 +141,9 @@ class Case:
         if self.sharded and group.size > 1:
             backbone.shard(CPU, group.agree)
             backbone.gather_once()
-        return Engine(backbone, self.task(), self.train, SearchSpec(metric="loss"), len(TRIALS), group=group)
+        return Engine(
+            backbone, self.task(), self.train, SearchSpec(metric="loss"), len(TRIALS), group=group
+        )
 
 
 @dataclass(frozen=True)
@@ -204,8 +220,13 @@ def held(case: Case) -> Held:
     engine, whole = case.engine(), case.backbone().model.state_dict()
     mine = engine.backbone.model.state_dict()
     unshared = {id(tensor): local(tensor) for tensor in engine.backbone.model.parameters()}
-    full = {name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for name, tensor in mine.items()}
-    same = full.keys() == whole.keys() and all(torch.equal(full[name], whole[name]) for name in whole)
+    full = {
+        name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        for name, tensor in mine.items()
+    }
+    same = full.keys() == whole.keys() and all(
+        torch.equal(full[name], whole[name]) for name in whole
+    )
     return Held(sum(tensor.nbytes for tensor in unshared.values()), same)
 
 
@@ -230,11 +251,15 @@ def most_whole(case: Case) -> int:
 
     def count() -> None:
         group.agree()
-        counts.append(sum(not is_part(next(block.parameters())) for block in blocks_of(backbone.model)))
+        counts.append(
+            sum(not is_part(next(block.parameters())) for block in blocks_of(backbone.model))
+        )
 
     backbone.shard(CPU, count)
     backbone.gather_once()
-    engine = Engine(backbone, case.task(), case.train, SearchSpec(metric="loss"), len(TRIALS), group=group)
+    engine = Engine(
+        backbone, case.task(), case.train, SearchSpec(metric="loss"), len(TRIALS), group=group
+    )
     for name, spec in TRIALS.items():
         engine.seat(name, spec)
     engine.round()

@@ -9,12 +9,17 @@ import pytest
 import torch
 from ray.cluster_utils import Cluster
 
-NEEDS_NONE = pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use this machine's GPUs")
+NEEDS_NONE = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="torch can use this machine's GPUs"
+)
 
 
 @contextmanager
 def hidden_gpu() -> Iterator[Cluster]:
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 1, "include_dashboard": False})
+    made = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 2, "num_gpus": 1, "include_dashboard": False},
+    )
     try:
         yield made
     finally:

@@ -17,7 +17,9 @@ LIMIT_S = 120.0  # for what will never come
 class Load:
     """Clients that post the same completion one after another; within the ``with`` they never stop."""
 
-    def __init__(self, url: str, key: str, body: dict[str, Any], clients: int = 3, pause: float = 0.01) -> None:
+    def __init__(
+        self, url: str, key: str, body: dict[str, Any], clients: int = 3, pause: float = 0.01
+    ) -> None:
         self.answers: list[tuple[str, list[str]]] = []
         """Version that answered, and its texts."""
         self.failed: list[str] = []
@@ -25,7 +27,12 @@ class Load:
         self.seconds: list[tuple[float, float]] = []
         """When each answered request began, and how long it took."""
         self._over = threading.Event()
-        self._url, self._headers, self._body, self._pause = url, {"Authorization": f"Bearer {key}"}, body, pause
+        self._url, self._headers, self._body, self._pause = (
+            url,
+            {"Authorization": f"Bearer {key}"},
+            body,
+            pause,
+        )
         self._threads = [threading.Thread(target=self._ask, daemon=True) for _ in range(clients)]
 
     def __enter__(self) -> Self:
@@ -34,7 +41,10 @@ class Load:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._over.set()
         for thread in self._threads:
@@ -49,7 +59,9 @@ class Load:
             if enough and condition(Counter(version for version, _ in seen)):
                 return time.monotonic() - start
             time.sleep(0.02)
-        raise AssertionError(f"waited in vain; failed: {Counter(self.failed)}, newest: {self.answers[-3:]}")
+        raise AssertionError(
+            f"waited in vain; failed: {Counter(self.failed)}, newest: {self.answers[-3:]}"
+        )
 
     def _ask(self) -> None:
         with httpx.Client(base_url=self._url, headers=self._headers, timeout=LIMIT_S) as client:
@@ -68,4 +80,6 @@ class Load:
             return
         document = answer.json()
         self.seconds.append((begun, time.monotonic() - begun))
-        self.answers.append((document["system_fingerprint"], [it["text"] for it in document["choices"]]))
+        self.answers.append(
+            (document["system_fingerprint"], [it["text"] for it in document["choices"]])
+        )

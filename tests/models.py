@@ -20,7 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -115,21 +123,32 @@ def spaced_tokenizer() -> PreTrainedTokenizerFast:
     """As SentencePiece has it for Llama: a space in front of every text, bytes for what the vocabulary lacks, <s>."""
     special = ["<s>", "<end>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     tokenizer.train_from_iterator(
         CORPUS, trainers.BpeTrainer(vocab_size=360, special_tokens=special, show_progress=False)
     )
-    document = json.loads(tokenizer.to_str())  # bytes are ordinary tokens: trained as special ones only to be there
+    document = json.loads(
+        tokenizer.to_str()
+    )  # bytes are ordinary tokens: trained as special ones only to be there
     document["added_tokens"] = document["added_tokens"][:3]
     tokenizer = Tokenizer.from_str(json.dumps(document))
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
     )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<end>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="<end>", unk_token="<unk>"
+    )
 
 
 def save_model(folder: Path, seed: int = 0, **changes: Any) -> Path:
@@ -174,7 +193,9 @@ def closing_tokenizer() -> PreTrainedTokenizerFast:
 def cloze_tokenizer() -> PreTrainedTokenizerFast:
     """A token in front of every text and one behind it, and a mask token, as masked models have it."""
     tokenizer = train_tokenizer(327)
-    tokenizer.add_special_tokens({"cls_token": "<cls>", "sep_token": "<sep>", "mask_token": "<mask>"})
+    tokenizer.add_special_tokens(
+        {"cls_token": "<cls>", "sep_token": "<sep>", "mask_token": "<mask>"}
+    )
     cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<cls> $A <sep>", special_tokens=[("<cls>", cls), ("<sep>", sep)]
@@ -193,7 +214,12 @@ def small_config(family: str, **changes: Any) -> Any:
     """The family's configuration, as small as the tests need."""
     wanted = {**SMALL, **FAMILIES.get(family, {}), **changes}
     if family in SEQ2SEQ:
-        wanted = {"max_position_embeddings": CONTEXT, "tie_word_embeddings": True, **SEQ2SEQ[family], **changes}
+        wanted = {
+            "max_position_embeddings": CONTEXT,
+            "tie_word_embeddings": True,
+            **SEQ2SEQ[family],
+            **changes,
+        }
     if family in MASKED:
         wanted = {**wanted, "num_key_value_heads": None, **MASKED[family]}
     special = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 1}
@@ -205,9 +231,14 @@ def small_config(family: str, **changes: Any) -> Any:
 def tiny_model(family: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        kinds = {**dict.fromkeys(SEQ2SEQ, AutoModelForSeq2SeqLM), **dict.fromkeys(MASKED, AutoModelForMaskedLM)}
+        kinds = {
+            **dict.fromkeys(SEQ2SEQ, AutoModelForSeq2SeqLM),
+            **dict.fromkeys(MASKED, AutoModelForMaskedLM),
+        }
         model = kinds.get(family, AutoModelForCausalLM).from_config(small_config(family))
-        for parameter in model.parameters():  # biases start at zero and scales at one: too regular to prove much
+        for parameter in (
+            model.parameters()
+        ):  # biases start at zero and scales at one: too regular to prove much
             parameter.data.add_(0.02 * torch.randn_like(parameter))
     return model.to(DEVICE, dtype)
 
@@ -222,13 +253,19 @@ def tiny_backbone(
     return CausalBackbone(model, tiny_tokenizer(), info, prompt_once)
 
 
-def backbone_of(family: str, dtype: torch.dtype = torch.float64, prompt_once: bool | None = None) -> Backbone:
+def backbone_of(
+    family: str, dtype: torch.dtype = torch.float64, prompt_once: bool | None = None
+) -> Backbone:
     """A frozen random model of any family, with a tokenizer of its kind."""
     if family in FAMILIES:
         return tiny_backbone(family, dtype, prompt_once)
     model, tokenizer = tiny_model(family, dtype), tokenizer_of(family)
     assert len(tokenizer) == len(tiny_tokenizer())
-    return make_backbone(model, tokenizer, BaseModelInfo("tiny", "main", family, 32, len(tokenizer), CONTEXT, "0", "0"))
+    return make_backbone(
+        model,
+        tokenizer,
+        BaseModelInfo("tiny", "main", family, 32, len(tokenizer), CONTEXT, "0", "0"),
+    )
 
 
 def save_family(folder: Path, family: str) -> Path:
@@ -242,16 +279,23 @@ def random_prompts(backbone: Backbone, lengths: Sequence[int], seed: int = 0) ->
     """One prompt [P, H] for each length, in the backbone's own dtype, ready for gradients."""
     generator = torch.Generator().manual_seed(seed)
     width = backbone.table.shape[1]
-    return [torch.randn(length, width, generator=generator).to(backbone.table).requires_grad_() for length in lengths]
+    return [
+        torch.randn(length, width, generator=generator).to(backbone.table).requires_grad_()
+        for length in lengths
+    ]
 
 
 def random_ids(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
     """Token rows of the given lengths, without special tokens."""
     choose = random.Random(seed)
-    return [[choose.randrange(2, len(tiny_tokenizer())) for _ in range(length)] for length in lengths]
+    return [
+        [choose.randrange(2, len(tiny_tokenizer())) for _ in range(length)] for length in lengths
+    ]
 
 
-def alone(backbone: Backbone, prompt: Tensor | None, ids: Sequence[int], target: Sequence[int]) -> Tensor:
+def alone(
+    backbone: Backbone, prompt: Tensor | None, ids: Sequence[int], target: Sequence[int]
+) -> Tensor:
     """Logits [Y, V] that predict the target of one row: the model itself, no batch, no padding, no mask, no cache."""
     embeds = backbone.embed(torch.tensor([[*ids, *target[:-1]]], device=backbone.device))
     if prompt is not None:
@@ -260,10 +304,14 @@ def alone(backbone: Backbone, prompt: Tensor | None, ids: Sequence[int], target:
     return logits[-len(target) :]
 
 
-def alone_nll(backbone: Backbone, prompt: Tensor | None, ids: Sequence[int], target: Sequence[int]) -> Tensor:
+def alone_nll(
+    backbone: Backbone, prompt: Tensor | None, ids: Sequence[int], target: Sequence[int]
+) -> Tensor:
     """Negative log-likelihood of one row's target, summed."""
     logits = alone(backbone, prompt, ids, target)
-    return nn.functional.cross_entropy(logits, torch.tensor(list(target), device=logits.device), reduction="sum")
+    return nn.functional.cross_entropy(
+        logits, torch.tensor(list(target), device=logits.device), reduction="sum"
+    )
 
 
 def text_rows(count: int, seed: int) -> list[dict[str, Any]]:
@@ -288,11 +336,19 @@ def encoder_for(answers: str | None = "several tokens") -> Encoder:
     """Encoder with one of VERBALIZERS, or for a generation task."""
     verbalizer = None if answers is None else VERBALIZERS[answers]
     made = verbalizer and Verbalizer(tuple(verbalizer), tuple(verbalizer.values()))
-    return Encoder(tiny_tokenizer(), Template("{text}\nspam?"), made, max_input_tokens=40, max_target_tokens=32)
+    return Encoder(
+        tiny_tokenizer(), Template("{text}\nspam?"), made, max_input_tokens=40, max_target_tokens=32
+    )
 
 
-def small_task(answers: str | None = "several tokens", train: int = 20, validation: int = 7) -> Task:
+def small_task(
+    answers: str | None = "several tokens", train: int = 20, validation: int = 7
+) -> Task:
     encoder = encoder_for(answers)
     column = "answer" if answers is None else "label"
-    splits = {"train": text_rows(train, 1), "validation": text_rows(validation, 2), "test": text_rows(5, 3)}
+    splits = {
+        "train": text_rows(train, 1),
+        "validation": text_rows(validation, 2),
+        "test": text_rows(5, 3),
+    }
     return Task(encoder, {name: encoder.encode(rows, column) for name, rows in splits.items()})

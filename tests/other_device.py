@@ -22,7 +22,12 @@ _setup_privateuseone_for_python_backend("away")
 AWAY = torch.device("away", 0)
 aten = torch.ops.aten
 MOVES = {aten._to_copy.default, aten.copy_.default}
-INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+INDEXED = {
+    aten.index.Tensor,
+    aten.index_put.default,
+    aten.index_put_.default,
+    aten._index_put_impl_.default,
+}
 """Accelerators take the host's indices too."""
 
 
@@ -40,7 +45,9 @@ class Away(Tensor):
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
         return computed(func, args, kwargs or {})
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
@@ -98,7 +105,11 @@ def on_host(value: Any) -> Any:
 
 
 def lstm_cell(
-    inputs: Tensor, hidden: Tensor, cell: Tensor, input_bias: Tensor | None = None, hidden_bias: Tensor | None = None
+    inputs: Tensor,
+    hidden: Tensor,
+    cell: Tensor,
+    input_bias: Tensor | None = None,
+    hidden_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     gates = inputs + hidden
     for bias in (input_bias, hidden_bias):
@@ -110,11 +121,18 @@ def lstm_cell(
 
 
 def lstm_cell_backward(
-    of_hidden: Tensor | None, of_cell: Tensor | None, cell: Tensor, after: Tensor, gates: Tensor, has_bias: bool
+    of_hidden: Tensor | None,
+    of_cell: Tensor | None,
+    cell: Tensor,
+    after: Tensor,
+    gates: Tensor,
+    has_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     taken, kept, new, shown = gates.chunk(4, 1)
     bent = after.tanh()
-    of_shown = torch.zeros_like(after) if of_hidden is None else of_hidden * bent * shown * (1 - shown)
+    of_shown = (
+        torch.zeros_like(after) if of_hidden is None else of_hidden * bent * shown * (1 - shown)
+    )
     down = torch.zeros_like(after) if of_hidden is None else of_hidden * shown * (1 - bent * bent)
     down = down if of_cell is None else down + of_cell
     of_taken, of_kept = down * new * taken * (1 - taken), down * cell * kept * (1 - kept)

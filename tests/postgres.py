@@ -28,14 +28,25 @@ class Cluster:
 
     def database(self, name: str) -> str:
         """A new, empty database's address."""
-        program = [self.programs / "createdb", "-h", "127.0.0.1", "-p", str(self.port), "-U", "tests", name]
+        program = [
+            self.programs / "createdb",
+            "-h",
+            "127.0.0.1",
+            "-p",
+            str(self.port),
+            "-U",
+            "tests",
+            name,
+        ]
         subprocess.run(program, check=True, capture_output=True, timeout=60)
         return f"postgresql+psycopg://tests@127.0.0.1:{self.port}/{name}"
 
 
 def programs() -> Path | None:
     """Where initdb and postgres are; Debian keeps them off the PATH."""
-    found = sorted(Path(DEBIAN).glob("*/bin/initdb"), key=lambda file: int(file.parts[-3].partition(".")[0]))
+    found = sorted(
+        Path(DEBIAN).glob("*/bin/initdb"), key=lambda file: int(file.parts[-3].partition(".")[0])
+    )
     file = str(found[-1]) if found else shutil.which("initdb")
     return Path(file).resolve().parent if file else None
 
@@ -46,7 +57,11 @@ def why_no_postgres() -> str:
         return "no PostgreSQL here; on Debian: apt-get install postgresql"
     if find_spec("psycopg") is None:
         return "no psycopg here; pip install 'psycopg[binary]'"
-    return "" if os.geteuid() or _unprivileged() else "PostgreSQL refuses to run as root, and there is no other user"
+    return (
+        ""
+        if os.geteuid() or _unprivileged()
+        else "PostgreSQL refuses to run as root, and there is no other user"
+    )
 
 
 def _unprivileged() -> str:
@@ -69,12 +84,31 @@ def running_cluster() -> Iterator[Cluster]:
     data = folder / "data"
 
     def control(*arguments: str | Path) -> None:
-        subprocess.run(arguments, check=True, user=user, cwd=folder, stdout=subprocess.DEVNULL, timeout=120)
+        subprocess.run(
+            arguments, check=True, user=user, cwd=folder, stdout=subprocess.DEVNULL, timeout=120
+        )
 
-    options = [f"-p {port}", "-h 127.0.0.1", f"-k {folder}", *(f"-c {setting}" for setting in SETTINGS)]
+    options = [
+        f"-p {port}",
+        "-h 127.0.0.1",
+        f"-k {folder}",
+        *(f"-c {setting}" for setting in SETTINGS),
+    ]
     try:
-        control(found / "initdb", "-D", data, "-U", "tests", "-A", "trust", "--no-sync", "-E", "UTF8")
-        control(found / "pg_ctl", "-D", data, "-w", "-l", folder / "log", "-o", " ".join(options), "start")
+        control(
+            found / "initdb", "-D", data, "-U", "tests", "-A", "trust", "--no-sync", "-E", "UTF8"
+        )
+        control(
+            found / "pg_ctl",
+            "-D",
+            data,
+            "-w",
+            "-l",
+            folder / "log",
+            "-o",
+            " ".join(options),
+            "start",
+        )
         try:
             yield Cluster(port, found)
         finally:

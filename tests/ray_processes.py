@@ -19,7 +19,12 @@ import psutil
 HEAD, WORKER = "10.187.0.1", "10.187.0.2"
 LIMIT_S = 120.0  # only what hangs takes this long
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-OURS = ("RAY_", "MLFLOW_", "ORCHESTRATOR_", "PYTHONPATH")  # of this process's environment, nothing that would leak in
+OURS = (
+    "RAY_",
+    "MLFLOW_",
+    "ORCHESTRATOR_",
+    "PYTHONPATH",
+)  # of this process's environment, nothing that would leak in
 
 
 class Network:
@@ -33,7 +38,9 @@ class Network:
     def _made(self) -> bool:
         try:
             for _ in (HEAD, WORKER):
-                holder = subprocess.Popen(["unshare", "--net", "--mount", "sleep", "100000"], stderr=subprocess.DEVNULL)
+                holder = subprocess.Popen(
+                    ["unshare", "--net", "--mount", "sleep", "100000"], stderr=subprocess.DEVNULL
+                )
                 self.holders.append(holder)
             ours = os.readlink("/proc/self/ns/mnt")
             deadline = time.monotonic() + 5
@@ -43,11 +50,15 @@ class Network:
                 time.sleep(0.01)
             one, other = (str(holder.pid) for holder in self.holders)
             ends = ["ip", "link", "add", "name", "wire", "netns", one, "type", "veth"]
-            subprocess.run([*ends, "peer", "name", "wire", "netns", other], check=True, capture_output=True)
+            subprocess.run(
+                [*ends, "peer", "name", "wire", "netns", other], check=True, capture_output=True
+            )
             for node, address in enumerate((HEAD, WORKER)):
                 up = ("link set wire up", "link set lo up", "route add default dev wire")
                 for command in (f"addr add {address}/24 dev wire", *up):
-                    subprocess.run(self.inside(node, ["ip", *command.split()]), check=True, capture_output=True)
+                    subprocess.run(
+                        self.inside(node, ["ip", *command.split()]), check=True, capture_output=True
+                    )
         except (OSError, subprocess.CalledProcessError):
             self.close()
             return False
@@ -70,7 +81,10 @@ class Network:
         found = []
         for process in psutil.process_iter():
             with suppress(OSError, psutil.Error):
-                if process.pid not in holders and os.readlink(f"/proc/{process.pid}/ns/net") in ours:
+                if (
+                    process.pid not in holders
+                    and os.readlink(f"/proc/{process.pid}/ns/net") in ours
+                ):
                     found.append(process)
         return found
 
@@ -94,7 +108,9 @@ class RayProcesses:
         self.port, self.dashboard, self.client, self.redis_port, *self.agents = free_ports(8)
         self.redis = self._start_redis() if redis else None
         (self.folder / "t").mkdir()
-        if self.network.apart:  # a node knows itself by a file in there, so the worker needs another disk at that place
+        if (
+            self.network.apart
+        ):  # a node knows itself by a file in there, so the worker needs another disk at that place
             disk = ["mount", "-t", "tmpfs", "tmpfs", str(self.folder / "t")]
             subprocess.run(self.network.inside(1, disk), check=True)
         self.url = f"http://127.0.0.1:{self.dashboard}"
@@ -102,7 +118,16 @@ class RayProcesses:
         self.processes: dict[int, list[psutil.Process]] = {}
 
     def _start_redis(self) -> subprocess.Popen[bytes]:
-        command = ["redis-server", "--port", str(self.redis_port), "--bind", "127.0.0.1", "--save", "", "--dir"]
+        command = [
+            "redis-server",
+            "--port",
+            str(self.redis_port),
+            "--bind",
+            "127.0.0.1",
+            "--save",
+            "",
+            "--dir",
+        ]
         command += [str(self.folder), "--requirepass", self.token.read_text(encoding="utf-8")]
         return subprocess.Popen(self.network.inside(0, command), stdout=subprocess.DEVNULL)
 
@@ -110,7 +135,11 @@ class RayProcesses:
     def environment(self) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
         path = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
-        return kept | QUIET | {"PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token)}
+        return (
+            kept
+            | QUIET
+            | {"PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token)}
+        )
 
     def start(self) -> None:
         self.start_node(0)
@@ -127,7 +156,15 @@ class RayProcesses:
             self.agents[2 * node + 1],
         ]
         if node == 0:
-            role = ["--head", "--port", self.port, "--dashboard-port", self.dashboard, "--temp-dir", self.folder / "t"]
+            role = [
+                "--head",
+                "--port",
+                self.port,
+                "--dashboard-port",
+                self.dashboard,
+                "--temp-dir",
+                self.folder / "t",
+            ]
             role += ["--dashboard-host", "127.0.0.1", "--ray-client-server-port", self.client]
             # Nodes here see one another's processes, and so a head that comes back would take its worker for itself.
             (self.folder / "t" / "ray_current_cluster").unlink(missing_ok=True)
@@ -136,7 +173,16 @@ class RayProcesses:
                 role += ["--redis-password", self.token.read_text(encoding="utf-8")]
         else:
             role = ["--address", f"{self.network.address(0)}:{self.port}"]
-        command = ["ray", "start", "--block", "--disable-usage-stats", "--node-ip-address", where, *role, *ports]
+        command = [
+            "ray",
+            "start",
+            "--block",
+            "--disable-usage-stats",
+            "--node-ip-address",
+            where,
+            *role,
+            *ports,
+        ]
         command += ["--num-cpus", self.cpus, "--object-store-memory", 100_000_000]
         with (self.folder / f"node{node}.log").open("ab") as log:
             self.nodes[node] = subprocess.Popen(
@@ -150,7 +196,9 @@ class RayProcesses:
         deadline = time.monotonic() + LIMIT_S
         found = ""
         while time.monotonic() < deadline:
-            said = self.run([sys.executable, "-c", ask], RAY_API_SERVER_ADDRESS=self.url, check=False)
+            said = self.run(
+                [sys.executable, "-c", ask], RAY_API_SERVER_ADDRESS=self.url, check=False
+            )
             found = said.stdout.strip() or said.stderr[-500:]
             if said.stdout.strip() == str(count):
                 return
@@ -158,7 +206,9 @@ class RayProcesses:
         logs = "".join(file.read_text() for file in sorted(self.folder.glob("node*.log")))
         raise RuntimeError(f"{found}\n{logs}")
 
-    def run(self, command: list[str], check: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, command: list[str], check: bool = True, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
         """A command on the head."""
         return subprocess.run(
             self.network.inside(0, command),

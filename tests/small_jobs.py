@@ -150,11 +150,15 @@ def run_search(job_file: Path, on_report: Callable[[Report], None] | None = None
     document = run_job(job, progress)
     eventually(lambda: holders() <= before)
     left = holders() - before
-    return Finished(Path.cwd(), job_file, job, document, progress.reports, progress.said.getvalue(), left)
+    return Finished(
+        Path.cwd(), job_file, job, document, progress.reports, progress.said.getvalue(), left
+    )
 
 
 def search_runs(uri: str) -> list[Run]:
     """The runs of searches in an MLflow store, parents and children; not those that keep the aliases' history."""
     client = mlflow.MlflowClient(uri)
-    found = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    found = client.search_runs(
+        [experiment.experiment_id for experiment in client.search_experiments()]
+    )
     return [run for run in found if "orchestrator.state" in run.data.tags]

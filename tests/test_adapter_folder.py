@@ -36,15 +36,22 @@ def test_a_prompt_given_as_base_model_names_its_own(kind: str, tmp_path: Path) -
     folder = adapter(tmp_path / "a", peft_type=kind, base_model_name_or_path="Qwen/Qwen2.5-0.5B")
     error = refused_as_model(folder)
     assert f"PEFT adapter ({kind}) of 'Qwen/Qwen2.5-0.5B'" in error.message
-    assert "set base_model.id to Qwen/Qwen2.5-0.5B" in error.hint and f"orchestrator import {folder}" in error.hint
+    assert (
+        "set base_model.id to Qwen/Qwen2.5-0.5B" in error.hint
+        and f"orchestrator import {folder}" in error.hint
+    )
 
 
 def test_another_adapter_may_be_merged(tmp_path: Path) -> None:
-    error = refused_as_model(adapter(tmp_path / "a", peft_type="LORA", base_model_name_or_path="owner/base"))
+    error = refused_as_model(
+        adapter(tmp_path / "a", peft_type="LORA", base_model_name_or_path="owner/base")
+    )
     assert "(LORA) of 'owner/base'" in error.message and "merge_and_unload" in error.hint
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", "\xff", '{"base_model_name_or_path": null}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", "\xff", '{"base_model_name_or_path": null}', "[" * 100_000]
+)
 def test_an_adapter_that_says_nothing_is_still_one(text: str, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_bytes(text.encode("latin-1"))
     error = refused_as_model(tmp_path)
@@ -54,10 +61,18 @@ def test_an_adapter_that_says_nothing_is_still_one(text: str, tmp_path: Path) ->
 def test_a_folder_of_adapters_lists_them(tmp_path: Path) -> None:
     """Given as base model it also names theirs; given as a prompt, in either place, it asks for one of them."""
     for number in range(12):
-        adapter(tmp_path / f"a{number:02}", peft_type="PROMPT_TUNING", base_model_name_or_path="owner/base")
+        adapter(
+            tmp_path / f"a{number:02}",
+            peft_type="PROMPT_TUNING",
+            base_model_name_or_path="owner/base",
+        )
     (tmp_path / "a00" / "adapter_config.json").write_text("broken")
     error = refused_as_model(tmp_path)
-    assert "a00, a01" in error.message and "a09 and 2 more" in error.message and "owner/base" in error.hint
+    assert (
+        "a00, a01" in error.message
+        and "a09 and 2 more" in error.message
+        and "owner/base" in error.hint
+    )
     for read in (read_peft, stored_tensors):
         with pytest.raises(BadInput, match="holds prompts in its subfolders: a00, a01") as refused:
             read(tmp_path)

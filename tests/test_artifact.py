@@ -64,7 +64,9 @@ def test_round_trip(saved: Path) -> None:
     """Weights come back to the bit, and every field of the manifest with its value and type."""
     found = PromptArtifact.load(saved)
     assert found.weights.dtype == np.float32 and np.array_equal(found.weights, PROMPT)
-    assert found.manifest == manifest(weights_sha256=file_sha256(saved / WEIGHTS), created_at=found.manifest.created_at)
+    assert found.manifest == manifest(
+        weights_sha256=file_sha256(saved / WEIGHTS), created_at=found.manifest.created_at
+    )
     labels = found.manifest.verbalizer_map()
     assert [(type(entry.label), entry.label) for entry in found.manifest.verbalizer or ()] == [
         (bool, True), (int, 1), (str, "1"),
@@ -214,7 +216,9 @@ def test_huge_files_are_refused_unread(saved: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("failing", ["save_file", "file_sha256", "os.rename"])
-def test_nothing_is_left_when_saving_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+def test_nothing_is_left_when_saving_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
     """A full disk, a lost digest or a failed move leaves neither the folder nor a temporary one."""
 
     def fail(*_: Any, **__: Any) -> None:

@@ -49,13 +49,19 @@ TARGETS = random_ids([3, 2, 1, 4, 2, 5], seed=1)
 OWNER = [0, 1, 2, 1, 0, 2]  # which prompt stands in front of which row
 LENGTHS = [5, 2, 9]
 SPLIT = Encoded(INPUTS, TARGETS, [-1] * len(INPUTS))
-ROWS_OF = [[row for row, owner in enumerate(OWNER) if owner == prompt] for prompt in range(len(LENGTHS))]
+ROWS_OF = [
+    [row for row, owner in enumerate(OWNER) if owner == prompt] for prompt in range(len(LENGTHS))
+]
 
 
 def precision(family: str) -> tuple[torch.dtype, float, float]:
     """Number format and tolerances for logits and gradients."""
     # transformers' eager attention sums in float32 and turns a float64 mask into NaN there.
-    return (torch.float32, 2e-3, 2e-3) if family in ("gemma2", "bloom") else (torch.float64, 1e-6, 2e-6)
+    return (
+        (torch.float32, 2e-3, 2e-3)
+        if family in ("gemma2", "bloom")
+        else (torch.float64, 1e-6, 2e-6)
+    )
 
 
 def close(got: Tensor, wanted: Tensor, tolerance: float) -> None:
@@ -78,12 +84,18 @@ def reference(backbone: Backbone, prompts: list[Tensor]) -> tuple[list[float], l
     return losses, gradients
 
 
-def check_equals_rows_alone(backbone: Backbone, logits_tolerance: float, gradient_tolerance: float) -> None:
+def check_equals_rows_alone(
+    backbone: Backbone, logits_tolerance: float, gradient_tolerance: float
+) -> None:
     prompts = random_prompts(backbone, LENGTHS)
     with torch.no_grad():
         logits, _ = backbone.teacher_forced(backbone.prepare(prompts), INPUTS, TARGETS, OWNER)
         for row, (ids, target) in enumerate(zip(INPUTS, TARGETS, strict=True)):
-            close(logits[row, -len(target) :], alone(backbone, prompts[OWNER[row]], ids, target), logits_tolerance)
+            close(
+                logits[row, -len(target) :],
+                alone(backbone, prompts[OWNER[row]], ids, target),
+                logits_tolerance,
+            )
     losses = packed_gradients(backbone, prompts, ROWS_OF, SPLIT)
     wanted_losses, wanted_gradients = reference(backbone, prompts)
     assert losses == pytest.approx(wanted_losses, rel=gradient_tolerance)
@@ -111,11 +123,15 @@ def test_other_families_take_the_plain_path_and_equal_rows_alone(family: str) ->
     check_equals_rows_alone(backbone, logits_tolerance, gradient_tolerance)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "qwen2 with a window", "gemma3_text", "mamba", "bloom"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt2", "mistral", "qwen2 with a window", "gemma3_text", "mamba", "bloom"]
+)
 def test_without_a_prompt_rows_equal_rows_alone(family: str) -> None:
     """The model as it stands, which is the baseline, sees no padding and no window that padding has moved."""
     if family == "qwen2 with a window":
-        config = small_config("qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1)
+        config = small_config(
+            "qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1
+        )
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config).double()
         backbone = CausalBackbone(model, None, tiny_backbone().info)
@@ -125,15 +141,23 @@ def test_without_a_prompt_rows_equal_rows_alone(family: str) -> None:
     with torch.no_grad():
         logits, _ = backbone.teacher_forced(None, INPUTS, TARGETS, [0] * len(INPUTS))
         for row, (ids, target) in enumerate(zip(INPUTS, TARGETS, strict=True)):
-            close(logits[row, -len(target) :], alone(backbone, None, ids, target), 2e-3 if family == "bloom" else 1e-6)
+            close(
+                logits[row, -len(target) :],
+                alone(backbone, None, ids, target),
+                2e-3 if family == "bloom" else 1e-6,
+            )
 
 
 def test_what_keeps_a_model_off_the_prompt_once_path() -> None:
     """An unchecked family, a sliding window in any layer, or ALiBi."""
     assert runs_prompt_once(small_config("qwen2", use_sliding_window=False, sliding_window=8))
-    assert not runs_prompt_once(small_config("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1))
+    assert not runs_prompt_once(
+        small_config("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1)
+    )
     window = {"use_sliding_window": True, "sliding_window": 8}
-    assert runs_prompt_once(small_config("qwen2", **window, max_window_layers=2))  # from layer 2 on, and there are two
+    assert runs_prompt_once(
+        small_config("qwen2", **window, max_window_layers=2)
+    )  # from layer 2 on, and there are two
     assert not runs_prompt_once(small_config("mistral", sliding_window=4096))
     assert not runs_prompt_once(small_config("falcon", alibi=True))
     assert not runs_prompt_once(small_config("bloom"))
@@ -146,7 +170,9 @@ def test_both_ways_equal_peft(family: str, prompt_once: bool) -> None:
     backbone = tiny_backbone(family, prompt_once=prompt_once)
     (prompt,) = random_prompts(backbone, [6])
     tokens = sum(map(len, TARGETS))
-    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=6, token_dim=backbone.table.shape[1])
+    config = PromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=6, token_dim=backbone.table.shape[1]
+    )
     peft = get_peft_model(copy.deepcopy(backbone.model), config).double()
     weight = peft.prompt_encoder["default"].embedding.weight
     weight.data.copy_(prompt.data)
@@ -178,7 +204,9 @@ def test_the_head_reads_its_matrix_once(family: str, prompt_once: bool) -> None:
         packed_gradients(backbone, random_prompts(backbone, LENGTHS), ROWS_OF, SPLIT)
     finally:
         hook.remove()
-    assert any(hidden.shape[1] > 1 for hidden in entered) and all(hidden.is_contiguous() for hidden in entered)
+    assert any(hidden.shape[1] > 1 for hidden in entered) and all(
+        hidden.is_contiguous() for hidden in entered
+    )
 
 
 @pytest.mark.parametrize("prompt_once", [True, False], ids=["once", "concatenated"])
@@ -202,7 +230,9 @@ def test_pad_tokens_are_never_seen() -> None:
     assert rows.ids[1].tolist() == [0, 0, 0, 0, 7]
     other = Rows(rows.ids.where(rows.mask, torch.tensor(99)), rows.mask, rows.prompt)
     with torch.no_grad():
-        assert torch.equal(backbone.target_logits(prepared, rows, 1), backbone.target_logits(prepared, other, 1))
+        assert torch.equal(
+            backbone.target_logits(prepared, rows, 1), backbone.target_logits(prepared, other, 1)
+        )
 
 
 def test_state_goes_on_token_by_token() -> None:
@@ -241,7 +271,9 @@ def test_nothing_of_the_backbone_is_trained() -> None:
     before = backbone.digest()
     packed_gradients(backbone, random_prompts(backbone, [3]), [[0, 1, 2]], SPLIT)
     assert not any(module.training for module in backbone.model.modules())
-    assert all(not weight.requires_grad and weight.grad is None for weight in backbone.model.parameters())
+    assert all(
+        not weight.requires_grad and weight.grad is None for weight in backbone.model.parameters()
+    )
     assert backbone.digest() == before
 
 
@@ -264,10 +296,16 @@ def test_fingerprint_is_of_the_weights_not_of_the_files(tmp_path: Path) -> None:
     tensors = load_tensors((model_folder() / "model.safetensors").read_bytes())
     names = sorted(tensors)
     for part in (0, 1):
-        save_file({name: tensors[name] for name in names[part::2]}, tmp_path / f"model-{part}.safetensors")
+        save_file(
+            {name: tensors[name] for name in names[part::2]}, tmp_path / f"model-{part}.safetensors"
+        )
     split = copy.copy(source)
     object.__setattr__(split, "path", tmp_path)
-    assert weights_fingerprint(split) == weights_fingerprint(source) == load(model_folder()).info.fingerprint
+    assert (
+        weights_fingerprint(split)
+        == weights_fingerprint(source)
+        == load(model_folder()).info.fingerprint
+    )
     tensors[names[0]].view(-1)[0] += 1
     save_file({name: tensors[name] for name in names[0::2]}, tmp_path / "model-0.safetensors")
     assert weights_fingerprint(split) != weights_fingerprint(source)
@@ -281,7 +319,10 @@ def test_missing_weight_file_is_bad_input(tmp_path: Path) -> None:
     """A folder without *.safetensors is refused with the way to make some, also when pickled weights are there."""
     folder = copied(tmp_path)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(BadInput, match=r"no \*\.safetensors in .*pickled weights are not read(.|\n)*save_pretrained"):
+    with pytest.raises(
+        BadInput,
+        match=r"no \*\.safetensors in .*pickled weights are not read(.|\n)*save_pretrained",
+    ):
         load(folder)
 
 
@@ -295,7 +336,11 @@ def test_damaged_weights_are_bad_input(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"the weights in .* can't be used: model\.safetensors"):
         load(folder)
     lost = "model.layers.1.mlp.up_proj.weight"
-    save_file({name: tensor for name, tensor in tensors.items() if name != lost}, weights, {"format": "pt"})
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if name != lost},
+        weights,
+        {"format": "pt"},
+    )
     with pytest.raises(BadInput, match=f"1 weights are missing, the first is {lost}"):
         load(folder)
     save_file({**tensors, lost: torch.zeros(3, 3)}, weights, {"format": "pt"})
@@ -306,7 +351,12 @@ def test_damaged_weights_are_bad_input(tmp_path: Path) -> None:
 
 def test_models_that_are_not_causal_are_refused(tmp_path: Path) -> None:
     """A BERT without is_decoder passes for a language model by its name, and looks at later tokens."""
-    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    small = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+    }
     BertLMHeadModel(BertConfig(vocab_size=330, **small)).save_pretrained(tmp_path / "model")
     for file in model_folder().glob("tokenizer*"):
         shutil.copy(file, tmp_path / "model")

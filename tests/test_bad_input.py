@@ -55,7 +55,9 @@ def refused(said: Said, code: int, *named: str) -> None:
         assert text in said.err, said.err
     messages = [line for line in said.err.splitlines() if not line.startswith("  next: ")]
     assert len(messages) == 1, said.err
-    assert "  next: " in said.err or messages[0].endswith(")")  # a spec's problem has its hint behind it
+    assert "  next: " in said.err or messages[0].endswith(
+        ")"
+    )  # a spec's problem has its hint behind it
 
 
 # The job spec
@@ -70,12 +72,17 @@ def test_a_missing_job_file(command: Command) -> None:
     ("override", "named"),
     [
         ("search.trails=3", ["search.trails", "did you mean trials"]),
-        ("search.space.learning_rate=-1", ["search.space.learning_rate", "-1", "a number above 0 and at most 1000"]),
+        (
+            "search.space.learning_rate=-1",
+            ["search.space.learning_rate", "-1", "a number above 0 and at most 1000"],
+        ),
         ("method=magic", ["method", "magic", "prompt_tuning"]),
         ("search.metric=speed", ["search.metric", "speed", "accuracy"]),
     ],
 )
-def test_a_bad_key_or_value(command: Command, tmp_path: Path, override: str, named: list[str]) -> None:
+def test_a_bad_key_or_value(
+    command: Command, tmp_path: Path, override: str, named: list[str]
+) -> None:
     """The key, the value and what is allowed."""
     said = command("run", write_job(tmp_path), "--set", override, "-q")
     assert (said.code, said.out) == (2, "")
@@ -94,7 +101,10 @@ def test_a_bad_key_or_value(command: Command, tmp_path: Path, override: str, nam
         ({"data__template": "{body}?"}, ["data.template", "'body'"]),
         ({"data__path": {"train": "missing.jsonl"}}, ["data.path.train", "missing.jsonl"]),
         ({"resources__cpus_per_worker": 999}, ["999 CPUs"]),
-        ({"data__max_input_tokens": 150, "data__template": "{text}" + " spam" * 200}, ["context of 160", "5 virtual"]),
+        (
+            {"data__max_input_tokens": 150, "data__template": "{text}" + " spam" * 200},
+            ["context of 160", "5 virtual"],
+        ),
     ],
 )
 def test_a_job_that_does_not_fit_its_data_or_model(
@@ -135,7 +145,9 @@ IMAGES = ViTConfig(architectures=["ViTForImageClassification"])
 
 
 @pytest.mark.parametrize("config", [IMAGES, CLASSIFIER], ids=["vit", "bert"])
-def test_a_base_model_that_is_no_language_model(command: Command, tmp_path: Path, config: Any) -> None:
+def test_a_base_model_that_is_no_language_model(
+    command: Command, tmp_path: Path, config: Any
+) -> None:
     """The folder, what it is, and what would be right."""
     folder = tmp_path / "model"
     config.save_pretrained(folder)
@@ -188,7 +200,9 @@ def test_a_registry_that_does_not_answer(
     assert str(dead_port) in said.document["error"]["message"] and said.document["error"]["next"]
 
 
-@pytest.mark.parametrize("uri", ["nonsense", "ftp://host/x", "http://host:port", "./mlruns", "sqlite:///"])
+@pytest.mark.parametrize(
+    "uri", ["nonsense", "ftp://host/x", "http://host:port", "./mlruns", "sqlite:///"]
+)
 def test_a_nonsensical_tracking_uri(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str
 ) -> None:
@@ -218,7 +232,9 @@ def test_something_else_listens_at_the_clusters_address(
         mute.bind(("127.0.0.1", 0))
         mute.listen()
         address = f"127.0.0.1:{mute.getsockname()[1]}"
-        refused(command("run", write_job(tmp_path), "-q", "--address", address), 3, address, "not Ray")
+        refused(
+            command("run", write_job(tmp_path), "-q", "--address", address), 3, address, "not Ray"
+        )
 
 
 # The registry's verbs
@@ -253,7 +269,8 @@ def test_a_listing_of_nothing_says_where_to_begin(command: Command) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [["run"], ["nonsense"], ["promote", "x", "y"], ["models", "--nope"], ["serve", "--port", "0"]]
+    "words",
+    [["run"], ["nonsense"], ["promote", "x", "y"], ["models", "--nope"], ["serve", "--port", "0"]],
 )
 def test_a_command_line_that_makes_no_sense(command: Command, words: list[str]) -> None:
     """Wrong use is bad input, with the verb's usage; --json says it as a document."""
@@ -283,14 +300,18 @@ def test_an_open_host_without_keys(command: Command, monkeypatch: pytest.MonkeyP
     assert said.code == 2 and "no API keys" in said.err and "ORCHESTRATOR_API_KEYS" in said.err
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:{port}", "127.0.0.1:{port}", "ftp://x", "http://[", "http://a b"])
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:{port}", "127.0.0.1:{port}", "ftp://x", "http://[", "http://a b"]
+)
 def test_a_question_to_nobody(command: Command, dead_port: int, url: str) -> None:
     """No server, or no address of one: the address is named, and how to start a server."""
     address = url.format(port=dead_port)
     refused(command("query", "spam", "hello", "--url", address), 3, address, "orchestrator serve")
 
 
-def test_unforeseen_errors_are_one_line(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unforeseen_errors_are_one_line(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Even a mistake in the program shows no traceback, and asks for a report."""
 
     def broken(*_: Any) -> Callable[..., Any]:
@@ -299,4 +320,7 @@ def test_unforeseen_errors_are_one_line(command: Command, tmp_path: Path, monkey
     monkeypatch.setattr("orchestrator.search.inputs.load_checked", broken)
     said = command("validate", write_job(tmp_path))
     refused(said, 1, "please report it", "ZeroDivisionError: division by zero")
-    assert json.loads(command("validate", tmp_path / "job.yaml", "--json").out)["error"]["exit_code"] == 1
+    assert (
+        json.loads(command("validate", tmp_path / "job.yaml", "--json").out)["error"]["exit_code"]
+        == 1
+    )

@@ -58,13 +58,24 @@ def test_a_folder_is_found(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     source = resolve(folder)
     info = source.info("abc")
-    assert (info.id, info.revision, info.model_type, info.fingerprint) == (str(folder), "main", "llama", "abc")
-    assert (info.hidden_size, info.vocab_size, info.context_length) == (32, len(tiny_tokenizer()), 160)
+    assert (info.id, info.revision, info.model_type, info.fingerprint) == (
+        str(folder),
+        "main",
+        "llama",
+        "abc",
+    )
+    assert (info.hidden_size, info.vocab_size, info.context_length) == (
+        32,
+        len(tiny_tokenizer()),
+        160,
+    )
     assert info.tokenizer_digest == tokenizer_digest(tiny_tokenizer())
     assert source.tokenizer() is source.tokenizer()
 
 
-def test_a_relative_folder_and_home_are_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_folder_and_home_are_found(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A path may be relative or start from home; the id stays as it was written."""
     monkeypatch.chdir(folder.parent)
     monkeypatch.setenv("HOME", str(folder.parent))
@@ -78,7 +89,10 @@ def test_a_missing_folder(name: str) -> None:
     """What looks like a path is not asked for on the hub; the full path is named."""
     assert looks_like_path(name)
     error = refused(name, "does not exist")
-    assert f"the folder {Path(name).expanduser().resolve()}" in error.message and "builtin:quickstart" in error.hint
+    assert (
+        f"the folder {Path(name).expanduser().resolve()}" in error.message
+        and "builtin:quickstart" in error.hint
+    )
 
 
 def test_a_file_is_no_folder(folder: Path) -> None:
@@ -146,7 +160,10 @@ def test_the_family_is_read_from_the_configuration(
 
 def test_an_unknown_builtin() -> None:
     """The message has those there are."""
-    refused("builtin:gpt5", r"'builtin:gpt5' is unknown; built-in models are builtin:quickstart, builtin:causal-s, ")
+    refused(
+        "builtin:gpt5",
+        r"'builtin:gpt5' is unknown; built-in models are builtin:quickstart, builtin:causal-s, ",
+    )
 
 
 def test_a_hub_name_without_a_network() -> None:
@@ -164,11 +181,17 @@ for name in ("nobody/nothing-of-that-name", "not a name"):
         print(type(error).__name__, error)
 """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
     first, hint, second, _ = said.stdout.splitlines()
-    assert first.startswith("Unreachable base_model.id 'nobody/nothing-of-that-name' is not in the local cache")
+    assert first.startswith(
+        "Unreachable base_model.id 'nobody/nothing-of-that-name' is not in the local cache"
+    )
     assert "HF_HUB_OFFLINE is set" in first and "connect to the network" in hint
-    assert second.startswith("BadInput base_model.id 'not a name' is neither a folder here nor a model on the hub")
+    assert second.startswith(
+        "BadInput base_model.id 'not a name' is neither a folder here nor a model on the hub"
+    )
 
 
 def test_weights_come_from_safetensors_only(folder: Path) -> None:
@@ -176,17 +199,24 @@ def test_weights_come_from_safetensors_only(folder: Path) -> None:
     source = resolve(folder)
     assert source.weight_files() == [folder / "model.safetensors"]
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(BadInput, match=r"no \*\.safetensors in .*; pickled weights are not read") as caught:
+    with pytest.raises(
+        BadInput, match=r"no \*\.safetensors in .*; pickled weights are not read"
+    ) as caught:
         source.weight_files()
     assert "safe_serialization=True" in caught.value.hint
     for part in ("model-2.safetensors", "model-1.safetensors"):
         (folder / part).touch()
-    assert [file.name for file in source.weight_files()] == ["model-1.safetensors", "model-2.safetensors"]
+    assert [file.name for file in source.weight_files()] == [
+        "model-1.safetensors",
+        "model-2.safetensors",
+    ]
 
 
 def test_a_tokenizer_without_an_end_token(folder: Path) -> None:
     """Targets have to end in something."""
-    PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer).save_pretrained(
+        folder
+    )
     with pytest.raises(BadInput, match=r"no end token(.|\n)*eos_token"):
         resolve(folder).tokenizer()
 
@@ -211,11 +241,16 @@ def test_remote_code_is_never_run(folder: Path) -> None:
     change_config(folder, auto_map=auto)
     resolve(folder)
     change_config(folder, auto_map=auto, model_type="evil")
-    assert "allow_remote_code: true" in refused(folder, "brings Python code of its own, which is not run").hint
+    assert (
+        "allow_remote_code: true"
+        in refused(folder, "brings Python code of its own, which is not run").hint
+    )
     assert not (folder / "ran").exists()
 
 
-def test_remote_code_runs_where_the_spec_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_remote_code_runs_where_the_spec_says_so(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """A model class that the folder brings is loaded and tuned like any other, once the spec allows it."""
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     code = """
@@ -226,7 +261,10 @@ class OwnForCausalLM(LlamaForCausalLM):
     config_class = OwnConfig
 """
     (folder / "modeling_own.py").write_text(code)
-    auto = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    auto = {
+        "AutoConfig": "modeling_own.OwnConfig",
+        "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
+    }
     change_config(folder, auto_map=auto, model_type="own", architectures=["OwnForCausalLM"])
     refused(folder, "brings Python code of its own")
     backbone = load_backbone(resolve_model(BaseModelSpec(id=str(folder), allow_remote_code=True)))
@@ -263,7 +301,9 @@ def test_tokenizer_digest_sees_any_change(folder: Path) -> None:
     source = resolve(folder)
     first = tokenizer_digest(source.tokenizer())
     source.tokenizer().save_pretrained(folder.parent / "again")
-    assert tokenizer_digest(PreTrainedTokenizerFast.from_pretrained(folder.parent / "again")) == first
+    assert (
+        tokenizer_digest(PreTrainedTokenizerFast.from_pretrained(folder.parent / "again")) == first
+    )
     source.tokenizer().add_tokens(["<new>"])
     assert tokenizer_digest(source.tokenizer()) != first
 

@@ -30,7 +30,12 @@ def document(method: str, space: dict[str, Any] | None = None, **changes: Any) -
     return {
         "name": "x",
         "base_model": model,
-        "data": {"path": "p", "template": "{text}", "target": "label", "verbalizer": {0: " a", 1: " b"}},
+        "data": {
+            "path": "p",
+            "template": "{text}",
+            "target": "label",
+            "verbalizer": {0: " a", 1: " b"},
+        },
         "method": method,
         "search": {"space": SPACE[method] if space is None else space, "trials": 4},  # type: ignore[index]
         **changes,
@@ -47,7 +52,9 @@ def problems(tmp_path: Path, job: dict[str, Any]) -> list[str]:
 
 
 @pytest.mark.parametrize("method", BASELINES)
-def test_a_baselines_job_is_loaded_saved_and_loaded_again(tmp_path: Path, method: MethodName) -> None:
+def test_a_baselines_job_is_loaded_saved_and_loaded_again(
+    tmp_path: Path, method: MethodName
+) -> None:
     """The file and what a search's folder keeps of it give the same job, whose trials have the method's keys alone."""
     file = tmp_path / "job.yaml"
     file.write_text(yaml.safe_dump(document(method)))
@@ -59,7 +66,9 @@ def test_a_baselines_job_is_loaded_saved_and_loaded_again(tmp_path: Path, method
     assert len(set(made)) == len(made) == trial_count(job.search) > 0
     for trial in made:
         assert set(trial.config()) | {"template"} == {*SPACES[method], "template"}
-        assert TrialSpec.from_config(trial.config()) == trial and trial.label().endswith(f"seed {trial.seed}")
+        assert TrialSpec.from_config(trial.config()) == trial and trial.label().endswith(
+            f"seed {trial.seed}"
+        )
 
 
 def test_what_is_left_out_has_the_methods_default() -> None:
@@ -73,14 +82,26 @@ def test_what_is_left_out_has_the_methods_default() -> None:
         space = {} if method == "prompt_design" else {"learning_rate": wanted["learning_rate"]}
         job = JobSpec.model_validate(document(method, space))
         assert dimensions(job.search.space) == wanted
-    assert dimensions(JobSpec.model_validate(document("lora", {"learning_rate": RATE})).search.space)["rank"] == [8]
+    assert dimensions(
+        JobSpec.model_validate(document("lora", {"learning_rate": RATE})).search.space
+    )["rank"] == [8]
 
 
 def test_prompts_keep_their_space() -> None:
     """The dimensions of baselines change no prompt's trials."""
-    assert list(dimensions(SearchSpec().space)) == ["init", "num_virtual_tokens", "learning_rate", "seed"]
+    assert list(dimensions(SearchSpec().space)) == [
+        "init",
+        "num_virtual_tokens",
+        "learning_rate",
+        "seed",
+    ]
     (trial,) = draw(SearchSpec().space, 1, 0)
-    assert trial.config() == {"init": "sample_vocab", "num_virtual_tokens": 20, "learning_rate": 0.3, "seed": 0}
+    assert trial.config() == {
+        "init": "sample_vocab",
+        "num_virtual_tokens": 20,
+        "learning_rate": 0.3,
+        "seed": 0,
+    }
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
@@ -134,7 +155,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "out",
     ),
     "virtual tokens": (
-        document("adapter", data={"path": "p", "template": "{*}{text}", "target": "label", "verbalizer": {0: "a"}}),
+        document(
+            "adapter",
+            data={"path": "p", "template": "{*}{text}", "target": "label", "verbalizer": {0: "a"}},
+        ),
         "data.template: {*} places virtual tokens, and method adapter has none; drop it",
     ),
     "virtual tokens in a wording": (
@@ -200,11 +224,18 @@ def test_tpe_proposes_trials_of_a_baseline() -> None:
     while (spec := proposer.propose()) is not None:
         proposer.learn(len(made), 1.0 - abs(spec.learning_rate - 0.001))
         made.append(spec)
-    assert len(set(made)) == 8 and {spec.rank for spec in made} == {2, 8} and {spec.alpha for spec in made} == {8}
+    assert (
+        len(set(made)) == 8
+        and {spec.rank for spec in made} == {2, 8}
+        and {spec.alpha for spec in made} == {8}
+    )
 
 
 def test_a_grid_of_designs_runs_over_seeds_fastest() -> None:
     """Points that differ in their seed alone are next to each other."""
     job = JobSpec.model_validate(document("prompt_design"))
     points = grid(job.search.space)
-    assert [point.seed for point in points] == [0, 1] * 4 and {point.shots for point in points} == {0, 4}
+    assert [point.seed for point in points] == [0, 1] * 4 and {point.shots for point in points} == {
+        0,
+        4,
+    }

@@ -20,7 +20,15 @@ from tests.benchmarks.measure import Comparison, Line, table
 from tests.benchmarks.memory import Step, measured
 from tests.benchmarks.packing import Setting as Packing
 from tests.benchmarks.packing import speed_lines
-from tests.benchmarks.subjects import TOY, Size, backbone_of, batches, make_backbone, make_model, make_rows
+from tests.benchmarks.subjects import (
+    TOY,
+    Size,
+    backbone_of,
+    batches,
+    make_backbone,
+    make_model,
+    make_rows,
+)
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -41,8 +49,12 @@ def peft_like(prompt: nn.Module, tuned: Any, case: step.Case) -> None:
     with torch.no_grad():
         if case.method == "prompt_tuning":
             encoder.embedding.weight.copy_(ours["prompt"])
-        elif case.method == "prefix_tuning":  # [L, 2, kv heads, P, width] to PEFT's [P, L x 2 x kv heads x width]
-            encoder.embedding.weight.copy_(ours["sites.decoder.keys_values"].permute(3, 0, 1, 2, 4).flatten(1))
+        elif (
+            case.method == "prefix_tuning"
+        ):  # [L, 2, kv heads, P, width] to PEFT's [P, L x 2 x kv heads x width]
+            encoder.embedding.weight.copy_(
+                ours["sites.decoder.keys_values"].permute(3, 0, 1, 2, 4).flatten(1)
+            )
         else:
             encoder.embedding.weight.copy_(ours["tokens"])
             for layer, name in zip((0, 2, 4), ("first", "middle", "last"), strict=True):
@@ -62,12 +74,16 @@ def test_both_sides_of_a_step_compute_the_same_loss(
     monkeypatch.setattr(step, "peft_model", lambda *_: tuned)
     ours, peer = step.our_step(backbone, prompt, rows)(), step.peft_step(backbone, case, rows)()
     assert ours == pytest.approx(peer, rel=1e-6)  # PEFT's loss is a float32
-    norms = [torch.stack([g.norm() for g in gradients(module)]).norm() for module in (prompt, tuned)]
+    norms = [
+        torch.stack([g.norm() for g in gradients(module)]).norm() for module in (prompt, tuned)
+    ]
     torch.testing.assert_close(norms[0], norms[1], rtol=1e-4, atol=0)
 
 
 def gradients(module: nn.Module) -> list[Tensor]:
-    return [parameter.grad.double() for parameter in module.parameters() if parameter.grad is not None]
+    return [
+        parameter.grad.double() for parameter in module.parameters() if parameter.grad is not None
+    ]
 
 
 @pytest.mark.parametrize("length", [1, 20])
@@ -83,7 +99,9 @@ def test_the_operations_counted_are_those_that_run(length: int) -> None:
     assert peer == weights.operations(tokens, tokens, pairs=0)
     ours = products(step.our_step(backbone, step.our_prompt(backbone, case), rows))
     tokens = length + ROWS * (INPUT + step.TARGET - 1)
-    counted = weights.operations(tokens, ROWS * step.TARGET, 0, spared_tokens=tokens - ROWS * step.TARGET)
+    counted = weights.operations(
+        tokens, ROWS * step.TARGET, 0, spared_tokens=tokens - ROWS * step.TARGET
+    )
     assert 0.95 * counted < ours < 1.05 * counted
 
 
@@ -93,7 +111,9 @@ def products(call: Any) -> int:
     with FlopCounterMode(display=False) as counter:
         call()
     counts = counter.get_flop_counts()["Global"]
-    return sum(count for name, count in counts.items() if name in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    return sum(
+        count for name, count in counts.items() if name in (torch.ops.aten.mm, torch.ops.aten.addmm)
+    )
 
 
 def test_pairs_of_query_and_key() -> None:
@@ -116,7 +136,11 @@ def test_ratios_are_taken_pair_by_pair() -> None:
     comparison = Comparison("x", ours=[1.0, 10.0, 2.0], peer=[3.0, 30.0, 2.0])
     assert comparison.ratios() == (1.0, 3.0, 3.0)
     shown = comparison.line(more="yes").shown
-    assert shown["times faster"] == 3.0 and shown["spread"] == "1.00 to 3.00" and shown["more"] == "yes"
+    assert (
+        shown["times faster"] == 3.0
+        and shown["spread"] == "1.00 to 3.00"
+        and shown["more"] == "yes"
+    )
 
 
 def test_a_table_has_a_heading_for_each_set_of_columns() -> None:
@@ -143,7 +167,9 @@ def test_useful_operations_leave_padding_out(backbone: CausalBackbone) -> None:
         computed = accelerator.computed(weights, split, [[0, 1], [2, 3]], setting)
         assert (useful < computed) if padded else (useful == computed)
     tokens, head = 2 * setting.prompt + 4 * 31, 4 * 2
-    assert accelerator.needed(weights, even, [[0, 1], [2, 3]], setting.prompt) == weights.operations(tokens, head, 0)
+    assert accelerator.needed(
+        weights, even, [[0, 1], [2, 3]], setting.prompt
+    ) == weights.operations(tokens, head, 0)
 
 
 def test_the_peak_of_a_device_is_looked_up_by_its_name() -> None:
@@ -206,7 +232,12 @@ def test_packed_speed_has_a_line_for_each_count() -> None:
     """A line for each number of rows and trials."""
     setting = Packing("toy", trials=(1, 2), rows=(1, 3), pairs=1, device=CPU)
     names = [line.name for line in speed_lines(setting)]
-    assert names == ["1 trials of 1 rows", "2 trials of 1 rows", "1 trials of 3 rows", "2 trials of 3 rows"]
+    assert names == [
+        "1 trials of 1 rows",
+        "2 trials of 1 rows",
+        "1 trials of 3 rows",
+        "2 trials of 3 rows",
+    ]
 
 
 def test_all_of_it_runs_at_toy_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -228,10 +259,14 @@ def test_all_of_it_runs_at_toy_size(tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.long
 def test_served_answers_are_those_of_the_peer() -> None:
     """Our server and PEFT behind FastAPI answer the same over HTTP, and what is shown is what was measured."""
-    setting = serving.Setting("toy", (3,), prompts=2, clients=4, requests=6, inputs=5, pairs=1, peers=("batched",))
+    setting = serving.Setting(
+        "toy", (3,), prompts=2, clients=4, requests=6, inputs=5, pairs=1, peers=("batched",)
+    )
     (line,) = serving.peer_lines(setting)
     assert line.kept["equal"] == 6
-    assert all(float(line.shown[column]) > 0 for column in ("ours, req/s", "peer, req/s", "ours p99, ms"))
+    assert all(
+        float(line.shown[column]) > 0 for column in ("ours, req/s", "peer, req/s", "ours p99, ms")
+    )
 
 
 def test_neither_ray_nor_mlflow_is_needed() -> None:

@@ -28,7 +28,11 @@ def imported(arguments: list[str]) -> tuple[set[str], float]:
     )
     started = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env={**os.environ}
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ},
     )
     return set(json.loads(done.stdout.splitlines()[-1])), time.monotonic() - started
 
@@ -57,15 +61,22 @@ def test_validate_as_json(command: Command, tmp_path: Path) -> None:
     said = command("validate", job, "--set", "search.trials=3", "--json")
     assert said.document["valid"] and said.document["spec"]["search"]["trials"] == 3
     assert said.document["spec"]["train"]["optimizer"] == "adamw"
-    refused = command("validate", job, "--set", "train.steps=0", "--set", "search.trials=x", "--json")
+    refused = command(
+        "validate", job, "--set", "train.steps=0", "--set", "search.trials=x", "--json"
+    )
     assert refused.code == 2
-    assert {problem["where"] for problem in refused.document["error"]["problems"]} == {"train.steps", "search.trials"}
+    assert {problem["where"] for problem in refused.document["error"]["problems"]} == {
+        "train.steps",
+        "search.trials",
+    }
 
 
 def test_overrides_are_repeated_in_the_next_step(command: Command, tmp_path: Path) -> None:
     """What is shown can be copied into a shell."""
     said = command("validate", write_job(tmp_path), "--set", 'data.template="{text} is it?"')
-    assert said.out.splitlines()[-1].endswith(f"run {tmp_path}/job.yaml --set 'data.template=\"{{text}} is it?\"'")
+    assert said.out.splitlines()[-1].endswith(
+        f"run {tmp_path}/job.yaml --set 'data.template=\"{{text}} is it?\"'"
+    )
 
 
 def test_version_and_help(command: Command) -> None:

@@ -24,7 +24,12 @@ NO_END = -1
 
 
 def generated(
-    backbone: Backbone, prompt: Tensor | None, ids: Sequence[int], end_id: int, max_tokens: int, num_beams: int
+    backbone: Backbone,
+    prompt: Tensor | None,
+    ids: Sequence[int],
+    end_id: int,
+    max_tokens: int,
+    num_beams: int,
 ) -> list[int]:
     """What transformers generates for one row without padding, cut before the end token."""
     embeds = backbone.embed(torch.tensor([ids]))
@@ -46,7 +51,9 @@ def generated(
     return made[: made.index(end_id)] if end_id in made else made
 
 
-def some_end(backbone: Backbone, prompts: list[Tensor], inputs: list[list[int]], num_beams: int) -> int:
+def some_end(
+    backbone: Backbone, prompts: list[Tensor], inputs: list[list[int]], num_beams: int
+) -> int:
     """An end token that ends some rows and not others, of the tokens that the rows make of themselves."""
 
     def made(end_id: int) -> list[list[int]]:
@@ -54,15 +61,28 @@ def some_end(backbone: Backbone, prompts: list[Tensor], inputs: list[list[int]],
         return decode(state, end_id, MAX_TOKENS, num_beams)
 
     tokens = Counter(token for row in made(NO_END) for token in row[1:])
-    return next(token for token, _ in tokens.most_common() if len({len(row) == MAX_TOKENS for row in made(token)}) == 2)
+    return next(
+        token
+        for token, _ in tokens.most_common()
+        if len({len(row) == MAX_TOKENS for row in made(token)}) == 2
+    )
 
 
 @pytest.mark.parametrize("num_beams", [1, 2, 3, 5])
 @pytest.mark.parametrize(
     ("family", "prompt_once"),
-    [("llama", True), ("llama", False), ("gpt2", True), ("gpt2", False), ("gpt_neox", True), ("mistral", None)],
+    [
+        ("llama", True),
+        ("llama", False),
+        ("gpt2", True),
+        ("gpt2", False),
+        ("gpt_neox", True),
+        ("mistral", None),
+    ],
 )
-def test_a_mixed_batch_is_what_generate_gives_each_row(family: str, prompt_once: bool | None, num_beams: int) -> None:
+def test_a_mixed_batch_is_what_generate_gives_each_row(
+    family: str, prompt_once: bool | None, num_beams: int
+) -> None:
     """Rows of different lengths behind different prompts, some of which end: each as generate has it, all alone."""
     backbone = tiny_backbone(family, prompt_once=prompt_once)
     prompts, inputs = random_prompts(backbone, [4, 1, 6], seed=5), random_ids(LENGTHS, seed=2)
@@ -72,7 +92,10 @@ def test_a_mixed_batch_is_what_generate_gives_each_row(family: str, prompt_once:
         got = decode(state, end_id, MAX_TOKENS, num_beams)
     assert isinstance(state, CachedState if backbone.prompt_once else ReplayState)
     rows = zip(inputs, PROMPT_OF_ROW, strict=True)
-    assert got == [generated(backbone, prompts[place], ids, end_id, MAX_TOKENS, num_beams) for ids, place in rows]
+    assert got == [
+        generated(backbone, prompts[place], ids, end_id, MAX_TOKENS, num_beams)
+        for ids, place in rows
+    ]
 
 
 @pytest.mark.parametrize("num_beams", [2, 4])
@@ -148,7 +171,9 @@ class Table:
         return Table(self.table, [self.rows[row] for row in rows.tolist()])
 
     def extend(self, ids: Tensor) -> Table:
-        return Table(self.table, [(*row, token) for row, token in zip(self.rows, ids.tolist(), strict=True)])
+        return Table(
+            self.table, [(*row, token) for row, token in zip(self.rows, ids.tolist(), strict=True)]
+        )
 
 
 def best_of_all(table: Tensor, end_id: int, max_tokens: int) -> float:
@@ -169,9 +194,13 @@ def score(table: Tensor, row: Sequence[int]) -> float:
 
 @given(seed=st.integers(0, 10_000), tokens=st.integers(2, 4), max_tokens=st.integers(1, 3))
 @settings(max_examples=60, deadline=None)
-def test_with_beams_for_everything_the_best_continuation_is_found(seed: int, tokens: int, max_tokens: int) -> None:
+def test_with_beams_for_everything_the_best_continuation_is_found(
+    seed: int, tokens: int, max_tokens: int
+) -> None:
     """As many beams as there are continuations: beam search then tries them all, and returns the best one."""
-    table = 3 * torch.randn(max_tokens, tokens, tokens, generator=torch.Generator().manual_seed(seed))
+    table = 3 * torch.randn(
+        max_tokens, tokens, tokens, generator=torch.Generator().manual_seed(seed)
+    )
     ((*made,),) = decode(Table(table, [()]), 1, max_tokens, num_beams=tokens**max_tokens)
     whole = made if len(made) == max_tokens else [*made, 1]
     assert score(table, whole) == pytest.approx(best_of_all(table, 1, max_tokens), abs=1e-5)

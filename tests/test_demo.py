@@ -16,7 +16,10 @@ def test_the_time_table_adds_up(finished: Finished) -> None:
     head, *rows = time_table(finished.document, 20.0, seconds["total"] + 30.0)
     assert len(rows) <= 7
     assert head == f"where the demo's {seconds['total'] + 30:.0f} s went:"
-    spent = {name: float(value) for name, value in (re.split(r"\s\s+", row.strip().removesuffix(" s")) for row in rows)}
+    spent = {
+        name: float(value)
+        for name, value in (re.split(r"\s\s+", row.strip().removesuffix(" s")) for row in rows)
+    }
     assert sum(spent.values()) == pytest.approx(seconds["total"] + 30, abs=0.05 * len(rows))
     assert spent["8 trials"] == pytest.approx(seconds["trials"], abs=0.051)
     assert spent["serving and asking"] == 20.0

@@ -40,7 +40,9 @@ def test_a_table_is_as_wide_as_its_content() -> None:
 
 def test_the_models_table() -> None:
     """Every model with its aliases and what its champion reached, and the next step."""
-    lines = pages.models_table([model(), model(name="other", is_prompt=False, champion_metrics=None, aliases={})])
+    lines = pages.models_table(
+        [model(), model(name="other", is_prompt=False, champion_metrics=None, aliases={})]
+    )
     assert lines[0].split() == ["model", "newest", "aliases", "champion", "on", "test"]
     assert "challenger=2, champion=1" in lines[1] and "accuracy 0.970" in lines[1]
     assert "not a soft prompt" in lines[2]
@@ -61,7 +63,15 @@ def test_what_a_registry_holds_cannot_move_the_cursor() -> None:
 
 
 @pytest.mark.parametrize(
-    "metrics", [None, {}, {"test": None}, {"test": {"accuracy": "high"}}, {"test": [1]}, {"validation": {"loss": 1.0}}]
+    "metrics",
+    [
+        None,
+        {},
+        {"test": None},
+        {"test": {"accuracy": "high"}},
+        {"test": [1]},
+        {"validation": {"loss": 1.0}},
+    ],
 )
 def test_a_listing_survives_facts_that_somebody_edited(metrics: Any) -> None:
     """A tag may hold anything; the row is still there, without what makes no sense."""
@@ -97,7 +107,9 @@ def test_a_summary_without_champion_or_version(finished: Finished) -> None:
     assert "register_top" in run_summary({**document, "model": None}, finished.job)[-1]
 
 
-def test_the_models_verb(finished: Finished, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_models_verb(
+    finished: Finished, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The list, one model's versions and one version in full, for people and as JSON."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", finished.tracking_uri)
     assert "tiny" in command("models").out
@@ -107,7 +119,13 @@ def test_the_models_verb(finished: Finished, command: Command, monkeypatch: pyte
     versions = command("models", "tiny", "--json").document
     assert versions["versions"][-1]["version"] == 1
     page = command("models", "tiny@champion").out
-    for text in ("tiny version 1", "prompt_tuning", "spam?", "0 = ' a quick no'", "orchestrator serve tiny:1"):
+    for text in (
+        "tiny version 1",
+        "prompt_tuning",
+        "spam?",
+        "0 = ' a quick no'",
+        "orchestrator serve tiny:1",
+    ):
         assert text in page, page
     document = command("models", "tiny:1", "--json").document
     assert document["manifest"]["search"] == finished.document["search"]
@@ -116,7 +134,9 @@ def test_the_models_verb(finished: Finished, command: Command, monkeypatch: pyte
     )
 
 
-def test_promote_and_rollback(finished: Finished, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_promote_and_rollback(
+    finished: Finished, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An alias moves and goes back; both say where it was and what comes next, for people and as JSON."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", finished.tracking_uri)
     registry = Registry(finished.tracking_uri, cache_dir=finished.folder / "cache")
@@ -129,7 +149,12 @@ def test_promote_and_rollback(finished: Finished, command: Command, monkeypatch:
     assert refused.code == 2 and "--force REASON" in refused.err  # the same prompt is no better
     said = command("promote", name, 2, "--force", "a trial")
     assert "it was on version 1" in said.out and "orchestrator rollback copied" in said.out
-    assert command("rollback", name, "--json").document == {"name": name, "alias": "champion", "from": 2, "to": 1}
+    assert command("rollback", name, "--json").document == {
+        "name": name,
+        "alias": "champion",
+        "from": 2,
+        "to": 1,
+    }
     moves = command("models", name, "--json").document["history"]
     assert [(it["old"], it["new"], it["kind"], it["reason"]) for it in moves] == [
         (None, 1, "promoted", ""), (1, 2, "forced", "a trial"), (2, 1, "rollback", ""),

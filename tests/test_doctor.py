@@ -49,7 +49,9 @@ def test_a_sound_machine(command: Command, store: str) -> None:
     assert all(finding["ok"] for finding in command("doctor", "--json").document)
 
 
-def test_what_does_not_answer_is_a_finding(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_answer_is_a_finding(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A registry and a cluster that are away, each with the fix; the exit code says that something is unreachable."""
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))

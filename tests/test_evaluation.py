@@ -41,9 +41,15 @@ def several(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Reg
     artifact = PromptArtifact.load(registry.fetch("tiny", 1))
     folder = tmp_path_factory.mktemp("moved")
     for seed in (1, 2):
-        noise = np.random.default_rng(seed).normal(size=artifact.weights.shape, scale=0.5).astype(np.float32)
+        noise = (
+            np.random.default_rng(seed)
+            .normal(size=artifact.weights.shape, scale=0.5)
+            .astype(np.float32)
+        )
         config = artifact.manifest.config | {"seed": seed}
-        manifest = artifact.manifest.model_copy(update={"config": config, "metrics": {"test": {"loss": 5.0}}})
+        manifest = artifact.manifest.model_copy(
+            update={"config": config, "metrics": {"test": {"loss": 5.0}}}
+        )
         moved = PromptArtifact(artifact.weights + noise, manifest).save(folder / str(seed))
         registry.register(moved, "several", finished.document["mlflow"]["run_id"], metric="loss")
     return registry
@@ -54,18 +60,23 @@ def rows_with_sources(finished: Finished, folder: Path) -> Path:
     file = folder / "elsewhere.jsonl"
     rows = [json.loads(line) for line in (finished.folder / "test.jsonl").read_text().splitlines()]
     changed = [
-        {"sentence": row["text"], "label": row["label"], "source": "ab"[place % 2]} for place, row in enumerate(rows)
+        {"sentence": row["text"], "label": row["label"], "source": "ab"[place % 2]}
+        for place, row in enumerate(rows)
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in changed))
     return file
 
 
-def test_on_its_own_test_rows_a_prompt_does_what_the_search_measured(finished: Finished, several: Registry) -> None:
+def test_on_its_own_test_rows_a_prompt_does_what_the_search_measured(
+    finished: Finished, several: Registry
+) -> None:
     """To tolerance of batching; nothing drops."""
     question = Question(str(finished.folder / "test.jsonl"))
     document = evaluate_models(several, ["tiny:1"], [question], log=False)
     (target,) = document["targets"]
-    assert target["metrics"][0] == pytest.approx(finished.document["best"]["metrics"]["test"], rel=1e-4)
+    assert target["metrics"][0] == pytest.approx(
+        finished.document["best"]["metrics"]["test"], rel=1e-4
+    )
     assert target["drop"] == pytest.approx([0.0], abs=1e-4) and target["rows"] == 16
 
 
@@ -74,22 +85,34 @@ def test_versions_share_forwards_groups_add_up_and_votes_are_counted(
 ) -> None:
     """Several versions at once give what each gives alone; parts make up the whole; a vote is the majority's."""
     models = ["tiny:1", "several:1", "several:2"]
-    question = Question(str(rows_with_sources(finished, tmp_path)), by="source", rename={"sentence": "text"})
+    question = Question(
+        str(rows_with_sources(finished, tmp_path)), by="source", rename={"sentence": "text"}
+    )
     document = evaluate_models(several, models, [question], ensemble=True, log=False)
     whole, *parts = document["targets"]
-    assert [part["group"] for part in parts] == ["a", "b"] and whole["rows"] == sum(part["rows"] for part in parts)
+    assert [part["group"] for part in parts] == ["a", "b"] and whole["rows"] == sum(
+        part["rows"] for part in parts
+    )
     for place, model in enumerate(models):
         alone = evaluate_models(several, [model], [question], log=False)["targets"]
-        assert [it["metrics"][0] for it in alone] == [pytest.approx(it["metrics"][place]) for it in document["targets"]]
-        mean = sum(part["metrics"][place]["accuracy"] * part["rows"] for part in parts) / whole["rows"]
+        assert [it["metrics"][0] for it in alone] == [
+            pytest.approx(it["metrics"][place]) for it in document["targets"]
+        ]
+        mean = (
+            sum(part["metrics"][place]["accuracy"] * part["rows"] for part in parts) / whole["rows"]
+        )
         assert mean == pytest.approx(whole["metrics"][place]["accuracy"])
     backbone = load(Path(finished.job.base_model.id))
     names = [model.split(":") for model in models]
-    offline = [OfflineModel.from_artifact(several.fetch(name, int(number)), backbone) for name, number in names]
+    offline = [
+        OfflineModel.from_artifact(several.fetch(name, int(number)), backbone)
+        for name, number in names
+    ]
     rows = [json.loads(line) for line in (tmp_path / "elsewhere.jsonl").read_text().splitlines()]
     said = [one.classify([row["sentence"] for row in rows]) for one in offline]
     votes = [
-        majority([{0: it[row]["probs"]["0"], 1: it[row]["probs"]["1"]} for it in said], (0, 1)) for row in range(16)
+        majority([{0: it[row]["probs"]["0"], 1: it[row]["probs"]["1"]} for it in said], (0, 1))
+        for row in range(16)
     ]
     right = [vote == row["label"] for vote, row in zip(votes, rows, strict=True)]
     assert whole["ensemble"]["accuracy"] == pytest.approx(sum(right) / 16)
@@ -99,11 +122,18 @@ def test_versions_share_forwards_groups_add_up_and_votes_are_counted(
 def test_a_tie_goes_to_the_likelier_label() -> None:
     assert majority([{"a": 0.9, "b": 0.1}, {"a": 0.4, "b": 0.6}], ["a", "b"]) == "a"
     assert majority([{"a": 0.6, "b": 0.4}, {"a": 0.1, "b": 0.9}], ["a", "b"]) == "b"
-    assert majority([{"a": 0.99, "b": 0.01}, {"a": 0.4, "b": 0.6}, {"a": 0.4, "b": 0.6}], ["a", "b"]) == "b"
+    assert (
+        majority([{"a": 0.99, "b": 0.01}, {"a": 0.4, "b": 0.6}, {"a": 0.4, "b": 0.6}], ["a", "b"])
+        == "b"
+    )
 
 
 def test_what_was_found_is_kept_with_the_version(
-    finished: Finished, several: Registry, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Finished,
+    several: Registry,
+    command: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A run with metrics linked to the logged model, tags on the version; and the gate compares by it afterwards."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", several.tracking_uri)
@@ -113,14 +143,18 @@ def test_what_was_found_is_kept_with_the_version(
     assert said.code == 0, said.err
     assert "own test split" in said.out and "source a" in said.out and "several:2" in said.out
     summary = several.resolve("several:1")
-    documents = [json.loads(text) for key, text in summary.tags.items() if key.startswith(EVALUATION_TAG)]
+    documents = [
+        json.loads(text) for key, text in summary.tags.items() if key.startswith(EVALUATION_TAG)
+    ]
     assert sorted(it["group"] for it in documents) == ["", "source=a", "source=b"]
     label = f"{tmp_path.name}.elsewhere"
     assert f"evaluated.{label[:150]}" in summary.tags
     client = mlflow.MlflowClient(several.tracking_uri)
     run = client.get_run(documents[0]["run_id"])
     assert run.info.status == "FINISHED" and f"{label}/loss" in run.data.metrics
-    assert run.inputs.model_inputs[0].model_id in client.get_model_version_download_uri("several", "1")
+    assert run.inputs.model_inputs[0].model_id in client.get_model_version_download_uri(
+        "several", "1"
+    )
     several.promote("several", 1)
     better = several.resolve("several:2")
     losses = [json.loads(it.tags[f"{EVALUATION_TAG}{documents[0]['fingerprint']}"])["metrics"]["loss"]
@@ -132,7 +166,10 @@ REFUSED = {
     "no such column": (["--rename", "sentence=txt"], "'text'"),
     "no such file": (["--data", "nosuch.jsonl"], "does not exist"),
     "not a pair": (["--rename", "sentence"], "OLD=NEW"),
-    "other labels": (["--rename", "sentence=text", "--target", "source"], "holds 'a', 'b'; tiny:1 answers 0, 1"),
+    "other labels": (
+        ["--rename", "sentence=text", "--target", "source"],
+        "holds 'a', 'b'; tiny:1 answers 0, 1",
+    ),
     "one voter": (["--rename", "sentence=text", "--ensemble"], "one version can't vote"),
     "many groups": (["--rename", "sentence=text", "--by", "nosuch"], "nosuch"),
 }
@@ -159,7 +196,9 @@ def test_two_versions_side_by_side(
     assert said.code == 0 and said.document["versions"] == ["tiny:1", "several:1"]
     apart = {name for name, (one, other) in said.document["facts"].items() if one != other}
     assert set(said.document["differs"]) == apart and "template" not in apart
-    assert len(said.document["nearest"][0]) == said.document["facts"]["config.num_virtual_tokens"][0]
+    assert (
+        len(said.document["nearest"][0]) == said.document["facts"]["config.num_virtual_tokens"][0]
+    )
     text = command("compare", "tiny:1", "several:1").out
     assert "what differs" in text and "nearest words of token" in text
     assert "nothing differs" in command("compare", "tiny:1", "tiny:1").out
@@ -173,7 +212,9 @@ def test_nearest_words_are_those_of_the_loaded_model(finished: Finished, several
     assert embeddings is not None
     wanted = nearest_tokens(load(Path(finished.job.base_model.id)), embeddings, 3)
     found = nearest_words(resolve_model(finished.job.base_model), artifact.weights, 3)
-    assert [[word for word, _ in row] for row in found] == [[it.token for it in row] for row in wanted]
+    assert [[word for word, _ in row] for row in found] == [
+        [it.token for it in row] for row in wanted
+    ]
     assert found[0][0][1] == pytest.approx(wanted[0][0].distance, abs=1e-4)
     assert nearest_words(resolve_model(finished.job.base_model), artifact.weights[:, :7], 3) == []
 
@@ -208,17 +249,34 @@ def test_mlflows_own_server_answers_as_we_do(finished: Finished, several: Regist
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    argv = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/tiny/1", "--env-manager", "local"]
+    argv = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "models",
+        "serve",
+        "-m",
+        "models:/tiny/1",
+        "--env-manager",
+        "local",
+    ]
     environment = os.environ | {
         "MLFLOW_TRACKING_URI": finished.tracking_uri, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }  # fmt: skip
     log = (finished.folder / "models-serve.log").open("w+b")
     process = subprocess.Popen(
-        [*argv, "--port", str(port)], env=environment, stdout=log, stderr=log, start_new_session=True
+        [*argv, "--port", str(port)],
+        env=environment,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
     )
     try:
-        found = asked(f"http://127.0.0.1:{port}/invocations", {"dataframe_records": [{"text": it} for it in texts]})
+        found = asked(
+            f"http://127.0.0.1:{port}/invocations",
+            {"dataframe_records": [{"text": it} for it in texts]},
+        )
     except TimeoutError:
         pytest.fail((finished.folder / "models-serve.log").read_text()[-3000:])
     finally:
@@ -235,7 +293,9 @@ def asked(url: str, document: Any) -> Any:
     """The answer of a server that may still be starting."""
     deadline = time.monotonic() + 150
     while time.monotonic() < deadline:
-        request = urllib.request.Request(url, json.dumps(document).encode(), {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            url, json.dumps(document).encode(), {"Content-Type": "application/json"}
+        )
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
                 return json.load(answer)

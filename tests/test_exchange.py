@@ -28,7 +28,11 @@ from orchestrator.tuning.prompts import InitContext, Method, make_prompt
 
 P = 3
 VERBALIZER = (VerbalizerEntry(label=0, text=" a quick no"), VerbalizerEntry(label=1, text=" yes"))
-METHODS = {"prompt": Method(), "prefix": Method("prefix_tuning", "mlp", 5), "inside": Method(inside=True)}
+METHODS = {
+    "prompt": Method(),
+    "prefix": Method("prefix_tuning", "mlp", 5),
+    "inside": Method(inside=True),
+}
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,9 @@ def store(made: Store, monkeypatch: pytest.MonkeyPatch) -> Store:
 
 
 def classified(store: Store, artifact: Path) -> list[dict[str, Any]]:
-    return OfflineModel.from_artifact(artifact, store.backbone).classify(["great movie", "spam or ham", "a fox"])
+    return OfflineModel.from_artifact(artifact, store.backbone).classify(
+        ["great movie", "spam or ham", "a fox"]
+    )
 
 
 def test_export(store: Store, command: Command, tmp_path: Path) -> None:
@@ -102,12 +108,17 @@ def test_export(store: Store, command: Command, tmp_path: Path) -> None:
     row = torch.tensor([[*ids, *target[:-1]]])
     prompt = torch.from_numpy(PromptArtifact.load(store.artifact("prompt")).weights.copy())
     with torch.no_grad():
-        wanted, _ = store.backbone.teacher_forced(store.backbone.prepare([prompt]), [ids], [target], [0])
+        wanted, _ = store.backbone.teacher_forced(
+            store.backbone.prepare([prompt]), [ids], [target], [0]
+        )
         got = model(input_ids=row, attention_mask=torch.ones_like(row)).logits[0, -2:]
     torch.testing.assert_close(got, wanted[0], rtol=1e-4, atol=1e-4)
     lines = command("export", "prefix:1", tmp_path / "other").out.splitlines()
     assert lines[0].startswith("prefix:1 is in ") and "PREFIX_TUNING" in lines[0]
-    assert lines[1].startswith("next: ") and f"orchestrator import {tmp_path}/other --name NAME --job JOB" in lines[2]
+    assert (
+        lines[1].startswith("next: ")
+        and f"orchestrator import {tmp_path}/other --name NAME --job JOB" in lines[2]
+    )
 
 
 def test_what_export_refuses(store: Store, command: Command, tmp_path: Path) -> None:
@@ -115,7 +126,11 @@ def test_what_export_refuses(store: Store, command: Command, tmp_path: Path) -> 
     taken = command("export", "prompt", tmp_path, "--json")
     assert taken.code == 2 and "exists already" in taken.document["error"]["message"]
     inside = command("export", "inside", tmp_path / "out")
-    assert inside.code == 2 and "places them itself" in inside.err and "next: tune a prompt" in inside.err
+    assert (
+        inside.code == 2
+        and "places them itself" in inside.err
+        and "next: tune a prompt" in inside.err
+    )
     absent = command("export", "promt", tmp_path / "out")
     assert absent.code == 2 and "did you mean 'prompt'" in absent.err
     assert list(tmp_path.iterdir()) == []
@@ -126,19 +141,28 @@ def test_export_and_import(store: Store, command: Command, tmp_path: Path, name:
     """An imported export is a version that answers as the original does; without metrics it is no champion, even as
     the first of its name."""
     command("export", name, tmp_path / "adapter")
-    said = command("import", tmp_path / "adapter", "--name", f"{name}-again", "--job", store.job, "--json")
+    said = command(
+        "import", tmp_path / "adapter", "--name", f"{name}-again", "--job", store.job, "--json"
+    )
     assert said.code == 0, said.err
     assert said.document["model"] == {"name": f"{name}-again", "version": 1, "alias": "challenger"}
-    assert said.document["base_model"] == str(model_folder()) and said.document["num_virtual_tokens"] == P
+    assert (
+        said.document["base_model"] == str(model_folder())
+        and said.document["num_virtual_tokens"] == P
+    )
     artifacts = [store.artifact(name), store.artifact(f"{name}-again")]
     assert classified(store, artifacts[0]) == classified(store, artifacts[1])
     original, again = (PromptArtifact.load(folder) for folder in artifacts)
     for part, tensor in original.tensors.items():
         assert np.array_equal(tensor, again.tensors[part])
     assert again.manifest.data.rows == {"train": 40, "validation": 16, "test": 16}
-    assert again.manifest.metrics == {} and again.manifest.base_model == original.manifest.base_model
+    assert (
+        again.manifest.metrics == {} and again.manifest.base_model == original.manifest.base_model
+    )
     shown = command("models", f"{name}-again:1")
-    assert shown.code == 0 and str(model_folder()) in shown.out and "imported from PEFT" in shown.out
+    assert (
+        shown.code == 0 and str(model_folder()) in shown.out and "imported from PEFT" in shown.out
+    )
     second = command("import", tmp_path / "adapter", "--name", f"{name}-again", "--job", store.job)
     assert "Version 2 is not champion" in second.err
     assert second.out.splitlines()[-1] == (
@@ -147,7 +171,9 @@ def test_export_and_import(store: Store, command: Command, tmp_path: Path, name:
     assert store.registry.aliases(f"{name}-again") == {"challenger": 2}
 
 
-def test_an_import_is_champion_when_that_is_asked_for(store: Store, command: Command, tmp_path: Path) -> None:
+def test_an_import_is_champion_when_that_is_asked_for(
+    store: Store, command: Command, tmp_path: Path
+) -> None:
     """On the command line, not by a job that was written for searches; never in the place of another champion."""
     command("export", "prompt", tmp_path / "adapter")
     asked = ("import", tmp_path / "adapter", "--name", "asked", "--job", store.job, "--json")
@@ -159,7 +185,9 @@ def test_an_import_is_champion_when_that_is_asked_for(store: Store, command: Com
         "name": "asked", "version": 3, "alias": "champion",
     }  # fmt: skip
     again = command(*asked, "--alias", "champion")
-    assert again.code == 2 and "version 3 is champion of asked" in again.document["error"]["message"]
+    assert (
+        again.code == 2 and "version 3 is champion of asked" in again.document["error"]["message"]
+    )
     assert "evaluate" in again.document["error"]["next"]
     assert command(*asked, "--alias", "latest").code == 2
     assert store.registry.aliases("asked") == {"staging": 2, "champion": 3}
@@ -171,18 +199,36 @@ def peft_made(kind: str, folder: Path) -> Path:
     torch.manual_seed(3)
     model = AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32)
     configs = {
-        "projected": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P, prefix_projection=True),
-        "encoded": PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=P, encoder_hidden_size=4),
+        "projected": PrefixTuningConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=P, prefix_projection=True
+        ),
+        "encoded": PromptEncoderConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=P, encoder_hidden_size=4
+        ),
     }
     get_peft_model(model, configs[kind]).save_pretrained(str(folder))
     return folder
 
 
-@pytest.mark.parametrize(("kind", "method"), [("projected", "prefix_tuning"), ("encoded", "p_tuning")])
-def test_import_of_what_peft_made(store: Store, command: Command, tmp_path: Path, kind: str, method: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "method"), [("projected", "prefix_tuning"), ("encoded", "p_tuning")]
+)
+def test_import_of_what_peft_made(
+    store: Store, command: Command, tmp_path: Path, kind: str, method: str
+) -> None:
     """A folder of PEFT's becomes a served prompt with the job's template, verbalizer and limits."""
     folder = peft_made(kind, tmp_path / "adapter")
-    said = command("import", folder, "--name", kind, "--job", store.job, "--set", "data.max_input_tokens=17", "--json")
+    said = command(
+        "import",
+        folder,
+        "--name",
+        kind,
+        "--job",
+        store.job,
+        "--set",
+        "data.max_input_tokens=17",
+        "--json",
+    )
     assert said.code == 0, said.err
     found = PromptArtifact.load(store.artifact(kind)).manifest
     assert (found.method, found.max_input_tokens, found.template) == (method, 17, "{text}\nspam?")
@@ -201,12 +247,21 @@ def test_what_import_refuses(store: Store, command: Command, tmp_path: Path) -> 
     folder = peft_made("projected", tmp_path / "adapter")
     asked = ("import", folder, "--name", "refused", "--job", store.job)
     bad_name = command("import", folder, "--name", "no name", "--job", store.job, "--json")
-    assert bad_name.code == 2 and "can't name a registered model" in bad_name.document["error"]["message"]
+    assert (
+        bad_name.code == 2
+        and "can't name a registered model" in bad_name.document["error"]["message"]
+    )
     edit(folder, base_model_name_or_path="elsewhere/other")
     other = command(*asked)
-    assert other.code == 2 and "was trained on 'elsewhere/other'" in other.err and "--renamed-base-model" in other.err
+    assert (
+        other.code == 2
+        and "was trained on 'elsewhere/other'" in other.err
+        and "--renamed-base-model" in other.err
+    )
     width = json.loads((folder / CONFIG).read_text())["token_dim"]
-    edit(folder, token_dim=width * 2, num_layers=1)  # the same number of values, laid out for another model
+    edit(
+        folder, token_dim=width * 2, num_layers=1
+    )  # the same number of values, laid out for another model
     shape = command(*asked, "--renamed-base-model")
     assert shape.code == 2 and "does not fit this model" in shape.err
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:300])
@@ -222,7 +277,9 @@ def test_a_renamed_base_model(store: Store, command: Command, tmp_path: Path) ->
     """A folder that names its model otherwise comes in when told that it is the same."""
     folder = peft_made("encoded", tmp_path / "adapter")
     edit(folder, base_model_name_or_path="elsewhere/other")
-    said = command("import", folder, "--name", "renamed", "--job", store.job, "--renamed-base-model")
+    said = command(
+        "import", folder, "--name", "renamed", "--job", store.job, "--renamed-base-model"
+    )
     assert said.code == 0, said.err
 
 
@@ -250,7 +307,10 @@ def test_inspect_a_soft_prompt(store: Store, command: Command) -> None:
     assert said.document["layers"] == [] and said.document["no_drift"] == ""
     lines = command("inspect", "prompt@champion").out.splitlines()
     assert lines[0] == f"prompt:1: prompt_tuning, {P} virtual tokens of {model_folder()}"
-    assert lines[1].split() == ["token", "norm", "cosine", "moved", "nearest"] and len(lines) == 2 + P + 3
+    assert (
+        lines[1].split() == ["token", "norm", "cosine", "moved", "nearest"]
+        and len(lines) == 2 + P + 3
+    )
     assert lines[-1] == "next: orchestrator models prompt:1   or   orchestrator serve prompt:1"
 
 
@@ -258,7 +318,9 @@ def test_inspect_a_prefix(store: Store, command: Command) -> None:
     """Each layer's keys and values against those of real tokens: there are no embeddings to compare with words."""
     said = command("inspect", "prefix", "--json")
     jsonschema.validate(said.document, INSPECTED)
-    assert said.document["tokens"] == [] and [layer["layer"] for layer in said.document["layers"]] == [0, 1]
+    assert said.document["tokens"] == [] and [
+        layer["layer"] for layer in said.document["layers"]
+    ] == [0, 1]
     text = command("inspect", "prefix").out
     assert "real key" in text and "no embeddings" in text
 

@@ -39,14 +39,18 @@ def test_every_trial_runs_to_its_end_as_it_would_alone(tmp_path: Path) -> None:
     """Eight trials, four at a time; one of them by itself reaches the same."""
     job = small_job(tmp_path, **SPACE)
     found = run_experiment(job, capacity=4)
-    assert [trial.config for trial in found.trials] == [spec.config() for spec in trials(job.search)]
+    assert [trial.config for trial in found.trials] == [
+        spec.config() for spec in trials(job.search)
+    ]
     assert {trial.steps for trial in found.trials} == {6} and found.parameters > 0
     assert set(found.untuned) == {"no prompt", "4 examples"}
     prepared = prepare(job)
     from orchestrator.models.backbone import load_backbone
     from orchestrator.models.source import resolve_model
 
-    engine = Engine(load_backbone(resolve_model(job.base_model)), prepared.task, job.train, job.search, 1)
+    engine = Engine(
+        load_backbone(resolve_model(job.base_model)), prepared.task, job.train, job.search, 1
+    )
     engine.seat("alone", prepared.trials[3])
     reports = [engine.round() for _ in range(2)][-1]
     alone = engine.evaluate(EvaluationJob("test", reports[0].checkpoint))
@@ -60,18 +64,31 @@ def test_lines_take_the_best_rate_of_each_seed_by_validation(tmp_path: Path) -> 
         config = {"init": "random", "num_virtual_tokens": 3, "learning_rate": rate, "seed": seed}
         return Trial(config, 6, {"validation": {"loss": validation}, "test": {"loss": test}})
 
-    given = [trial(0, 0.01, 2.0, 9.0), trial(0, 0.3, 1.0, 5.0), trial(1, 0.01, 3.0, 7.0), trial(1, 0.3, 4.0, 1.0)]
-    experiment = Experiment(small_job(tmp_path, **SPACE), given, {"no prompt": given[0].metrics}, 1000, 1.0)
+    given = [
+        trial(0, 0.01, 2.0, 9.0),
+        trial(0, 0.3, 1.0, 5.0),
+        trial(1, 0.01, 3.0, 7.0),
+        trial(1, 0.3, 4.0, 1.0),
+    ]
+    experiment = Experiment(
+        small_job(tmp_path, **SPACE), given, {"no prompt": given[0].metrics}, 1000, 1.0
+    )
     (line,) = lines(experiment, ["init"])
     assert (line.values, line.rates, line.mean) == ([5.0, 7.0], [0.3, 0.01], 6.0)
     assert line.spread == pytest.approx(2**0.5)
-    assert "| random | 6.000 ± 1.414 | 5.000, 7.000 | 0.3, 0.01 |" in list(table(experiment, ["init"]))
+    assert "| random | 6.000 ± 1.414 | 5.000, 7.000 | 0.3, 0.01 |" in list(
+        table(experiment, ["init"])
+    )
 
 
 def test_a_vote_of_one_is_its_own_answer(tmp_path: Path) -> None:
     """The majority of a single prompt is what that prompt says."""
-    job = small_job(tmp_path, **{**SPACE, "search__space__init": "random", "search__space__learning_rate": 0.3})
-    found = run_experiment(job.model_copy(update={"search": job.search.model_copy(update={"trials": 1})}), vote=True)
+    job = small_job(
+        tmp_path, **{**SPACE, "search__space__init": "random", "search__space__learning_rate": 0.3}
+    )
+    found = run_experiment(
+        job.model_copy(update={"search": job.search.model_copy(update={"trials": 1})}), vote=True
+    )
     assert found.voted == found.trials[0].metrics["test"]["accuracy"]
 
 
@@ -93,5 +110,7 @@ def test_other_files_are_evaluated_too(tmp_path: Path, method: str) -> None:
     path = job.data.path
     assert job.method == method and not isinstance(path, str)
     found = run_experiment(job, also={"again": str(path.test)})
-    assert found.trials and all(trial.metrics["again"] == trial.metrics["test"] for trial in found.trials)
+    assert found.trials and all(
+        trial.metrics["again"] == trial.metrics["test"] for trial in found.trials
+    )
     assert any(line.startswith("| all, again |") for line in table(found, []))

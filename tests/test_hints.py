@@ -20,17 +20,26 @@ VERSION = [FILLED_IN]  # `orchestrator 0.1.0`, which is no command
 ADDS_OPTIONS = {"_option", "repeated"}  # functions that write options, or nothing
 COMMAND = re.compile(r"(?<![\w./-])orchestrator +([a-z][\w-]*|1\b)([^`,;()\n]*)")
 ENDS = re.compile(r" {3,}| && | \| |[.:] |[.:'\"]$")
-VERB_ALONE = re.compile(r"`+(orchestrator [\w-]+)`+|the same (orchestrator [\w-]+)")  # speaks of a verb
+VERB_ALONE = re.compile(
+    r"`+(orchestrator [\w-]+)`+|the same (orchestrator [\w-]+)"
+)  # speaks of a verb
 
 
 def strings(file: Path) -> Iterator[tuple[int, str]]:
     """Every string of a module with its line; values in f-strings are filled in."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
-    parts = {id(value) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for value in node.values}
+    parts = {
+        id(value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.JoinedStr)
+        for value in node.values
+    }
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
             yield node.lineno, "".join(map(filled_in, node.values))
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in parts:
+        elif (
+            isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in parts
+        ):
             yield node.lineno, node.value
 
 
@@ -39,7 +48,11 @@ def filled_in(part: ast.expr) -> str:
     if isinstance(part, ast.Constant):
         return str(part.value)
     value = part.value if isinstance(part, ast.FormattedValue) else part
-    if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id in ADDS_OPTIONS:
+    if (
+        isinstance(value, ast.Call)
+        and isinstance(value.func, ast.Name)
+        and value.func.id in ADDS_OPTIONS
+    ):
         return ""
     return FILLED_IN
 
@@ -82,7 +95,9 @@ def problem(words: list[str]) -> str:
     for count in range(len(words), 0, -1):
         try:
             verbs[words[0]].make_context(words[0], list(words[1:count]))
-        except Exception as error:  # click's usage errors, of its own or of a copy that typer brings
+        except (
+            Exception
+        ) as error:  # click's usage errors, of its own or of a copy that typer brings
             reason = reason or getattr(error, "message", "") or str(error)
             continue
         options = [word for word in words[count:] if word.startswith("-")]
@@ -101,7 +116,12 @@ def test_a_command_that_is_named_is_taken(place: str, words: list[str]) -> None:
 def test_the_commands_of_hints_are_found() -> None:
     """Those in plain strings, in f-strings and in files that come with the package."""
     found = {(place.split(":")[0], words[0]) for place, words in named()}
-    for known in (("job_file/load.py", "init"), ("resume.py", "resume"), ("job.yaml", "plan"), ("cli/tune.py", "demo")):
+    for known in (
+        ("job_file/load.py", "init"),
+        ("resume.py", "resume"),
+        ("job.yaml", "plan"),
+        ("cli/tune.py", "demo"),
+    ):
         assert known in found, known
     assert len(found) > 40
 
@@ -124,4 +144,6 @@ def test_hints_name_no_file_of_the_clone() -> None:
     """Whoever installed the wheel has no jobs/ folder."""
     for file in sorted(PACKAGE.rglob("*.py")):
         for line, text in strings(file):
-            assert not re.search(r"(?<![\w/])jobs/\w", text), f"{file.relative_to(PACKAGE)}:{line}: {text}"
+            assert not re.search(r"(?<![\w/])jobs/\w", text), (
+                f"{file.relative_to(PACKAGE)}:{line}: {text}"
+            )

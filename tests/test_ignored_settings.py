@@ -175,7 +175,9 @@ def problems(command: Command, job_file: Path, overrides: tuple[str, ...]) -> li
     return found
 
 
-@pytest.mark.parametrize(("overrides", "key", "other"), IDLE, ids=[" ".join(case[0]) for case in IDLE])
+@pytest.mark.parametrize(
+    ("overrides", "key", "other"), IDLE, ids=[" ".join(case[0]) for case in IDLE]
+)
 def test_a_setting_without_effect_is_a_conflict(
     command: Command, job_file: Path, overrides: tuple[str, ...], key: str, other: str
 ) -> None:
@@ -185,11 +187,15 @@ def test_a_setting_without_effect_is_a_conflict(
     assert f"{key} has no effect" in problem["message"]
     reason, remedy = problem["message"].rsplit("; ", 1)
     assert other in reason
-    assert "leave it out, or " in remedy or key == "train.decay_steps"  # which its schedule requires
+    assert (
+        "leave it out, or " in remedy or key == "train.decay_steps"
+    )  # which its schedule requires
 
 
 @pytest.mark.parametrize("overrides", AT_WORK, ids=" ".join)
-def test_a_setting_with_an_effect_is_none(command: Command, job_file: Path, overrides: tuple[str, ...]) -> None:
+def test_a_setting_with_an_effect_is_none(
+    command: Command, job_file: Path, overrides: tuple[str, ...]
+) -> None:
     """The nearest settings that change something are accepted."""
     assert problems(command, job_file, overrides) == []
 
@@ -221,7 +227,9 @@ def _keys(section: type[Section], prefix: str = "") -> list[str]:
 def test_a_model_built_in_python_is_checked_too() -> None:
     """The check belongs to the spec, not to the reading of files."""
     search = {"scheduler": "fifo", "grace_steps": 100}
-    with pytest.raises(ValidationError, match=r"search\.grace_steps has no effect with search\.scheduler fifo"):
+    with pytest.raises(
+        ValidationError, match=r"search\.grace_steps has no effect with search\.scheduler fifo"
+    ):
         JobSpec.model_validate({**BASE, "search": search})
 
 
@@ -234,12 +242,24 @@ def test_a_default_that_is_written_out_asks_for_nothing(tmp_path: Path) -> None:
         assert load_job(file) == job
 
 
-def test_a_job_that_lacks_values_gets_the_problems_of_the_others(command: Command, tmp_path: Path) -> None:
+def test_a_job_that_lacks_values_gets_the_problems_of_the_others(
+    command: Command, tmp_path: Path
+) -> None:
     """A missing section or value silences only the rules that read it."""
     file = tmp_path / "job.yaml"
-    file.write_text("name: idle\nsearch: {scheduler: fifo, grace_steps: 4}\ndata: {subset: x}\n", encoding="utf-8")
+    file.write_text(
+        "name: idle\nsearch: {scheduler: fifo, grace_steps: 4}\ndata: {subset: x}\n",
+        encoding="utf-8",
+    )
     found = {problem["where"] for problem in problems(command, file, ())}
-    assert found == {"base_model", "data.path", "data.template", "data.target", "data.verbalizer", "search.grace_steps"}
+    assert found == {
+        "base_model",
+        "data.path",
+        "data.template",
+        "data.target",
+        "data.verbalizer",
+        "search.grace_steps",
+    }
 
 
 def test_each_key_is_reported_once(tmp_path: Path) -> None:

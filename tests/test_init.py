@@ -29,7 +29,10 @@ def test_an_empty_folder_becomes_a_job_that_validate_accepts(command: Command) -
     """The next step that `init` prints works, without a jobs/ folder."""
     said = command("init")
     assert said.code == 0, said.err
-    assert said.out.splitlines()[-1] == "next: orchestrator validate job.yaml && orchestrator run job.yaml"
+    assert (
+        said.out.splitlines()[-1]
+        == "next: orchestrator validate job.yaml && orchestrator run job.yaml"
+    )
     checked = command("validate", "job.yaml")
     assert checked.code == 0 and "sound" in checked.out
 
@@ -56,18 +59,30 @@ def test_an_empty_folder_becomes_a_job_that_runs(empty_folder: Path) -> None:
 def test_the_folder_is_made_and_named_in_the_next_step(command: Command) -> None:
     """With quotes where a shell needs them; as JSON, the same steps."""
     said = command("init", "my jobs/first")
-    assert said.out.splitlines()[-1].startswith("next: cd 'my jobs/first' && orchestrator validate job.yaml")
+    assert said.out.splitlines()[-1].startswith(
+        "next: cd 'my jobs/first' && orchestrator validate job.yaml"
+    )
     document = command("init", "second", "--json").document
     assert document["files"] == [str(Path("second", name).absolute()) for name in STARTER]
-    assert document["next"] == ["cd second", "orchestrator validate job.yaml", "orchestrator run job.yaml"]
+    assert document["next"] == [
+        "cd second",
+        "orchestrator validate job.yaml",
+        "orchestrator run job.yaml",
+    ]
 
 
 @pytest.mark.parametrize("name", STARTER)
-def test_a_file_that_is_there_stays_as_it_is(name: str, command: Command, empty_folder: Path) -> None:
+def test_a_file_that_is_there_stays_as_it_is(
+    name: str, command: Command, empty_folder: Path
+) -> None:
     """It is named, nothing else is written, and the exit code is 2."""
     Path(name).write_text("mine")
     said = command("init")
-    assert said.code == 2 and f"{name} exists already" in said.err and "orchestrator init DIR" in said.err
+    assert (
+        said.code == 2
+        and f"{name} exists already" in said.err
+        and "orchestrator init DIR" in said.err
+    )
     assert Path(name).read_text() == "mine"
     assert [file.name for file in empty_folder.iterdir()] == [name]
 

@@ -30,7 +30,10 @@ def problems(command: Command, job: Path, *words: str) -> list[tuple[str, int | 
     if said.code == 0:
         return []
     assert said.code == 2
-    return [(found["where"], found["line"], found["message"]) for found in said.document["error"]["problems"]]
+    return [
+        (found["where"], found["line"], found["message"])
+        for found in said.document["error"]["problems"]
+    ]
 
 
 def line_of(job: Path, text: str) -> int:
@@ -49,7 +52,9 @@ def test_a_sound_job_is_said_to_be_sound(command: Command, tmp_path: Path) -> No
     assert said.code == 0 and "sound" in said.out and "not checked" not in said.out
 
 
-def test_all_problems_are_reported_at_once_with_their_lines(command: Command, tmp_path: Path) -> None:
+def test_all_problems_are_reported_at_once_with_their_lines(
+    command: Command, tmp_path: Path
+) -> None:
     """A missing model, a missing file, a missing column and a missing prompt are four problems."""
     job = write_job(tmp_path, base_model__id="./no-model", data__target="lable")
     text = job.read_text(encoding="utf-8").replace("test.jsonl", "gone.jsonl")
@@ -66,7 +71,9 @@ def test_all_problems_are_reported_at_once_with_their_lines(command: Command, tm
 def test_a_value_from_the_command_line_has_no_line(command: Command, tmp_path: Path) -> None:
     """The override is named in its place."""
     said = command("validate", write_job(tmp_path), "--set", "data.path.test=gone.csv")
-    assert said.code == 2 and said.err.startswith("--set data.path.test=gone.csv: data.path.test: the file gone.csv")
+    assert said.code == 2 and said.err.startswith(
+        "--set data.path.test=gone.csv: data.path.test: the file gone.csv"
+    )
 
 
 def test_spec_only_looks_at_no_file(command: Command, tmp_path: Path) -> None:
@@ -106,9 +113,13 @@ def test_what_is_not_here_is_said_to_be_unchecked(
         ("data.path=./train.jsonl", "data.path"),
     ],
 )
-def test_a_name_that_can_not_be_right_is_a_problem(command: Command, tmp_path: Path, override: str, key: str) -> None:
+def test_a_name_that_can_not_be_right_is_a_problem(
+    command: Command, tmp_path: Path, override: str, key: str
+) -> None:
     """Names of built-in models and data are known here, and so is a path in the wrong place."""
-    assert [found[0] for found in problems(command, write_job(tmp_path), "--set", override)] == [key]
+    assert [found[0] for found in problems(command, write_job(tmp_path), "--set", override)] == [
+        key
+    ]
 
 
 # Rows
@@ -167,7 +178,10 @@ def test_labels_are_checked_where_another_file_is_missing(command: Command, tmp_
     """One file that is gone does not hide what is wrong with the others."""
     job = write_job(tmp_path, data__verbalizer={0: " no"})
     (tmp_path / "validation.jsonl").unlink()
-    assert {found[0] for found in problems(command, job)} == {"data.path.validation", "data.verbalizer"}
+    assert {found[0] for found in problems(command, job)} == {
+        "data.path.validation",
+        "data.verbalizer",
+    }
 
 
 @pytest.mark.parametrize(
@@ -191,7 +205,9 @@ def test_a_file_in_no_known_format_is_a_problem(
     assert str(file) in found[0][2]
 
 
-def test_a_fraction_of_a_split_that_the_data_has_is_a_problem(command: Command, tmp_path: Path) -> None:
+def test_a_fraction_of_a_split_that_the_data_has_is_a_problem(
+    command: Command, tmp_path: Path
+) -> None:
     """With ``data.where`` only the rows show whether a split is left; the spec alone can't."""
     job = write_job(tmp_path, data__where={"label": 1}, data__test_fraction=0.3)
     assert [found[0] for found in problems(command, job)] == ["data.test_fraction"]
@@ -232,7 +248,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "a config that is no JSON": (_write("config.json", b"{"), "is not JSON"),
     "a config that is a list": (_write("config.json", b"[]"), "not a JSON object"),
     "a classifier": (
-        _write("config.json", b'{"model_type": "bert", "architectures": ["BertForSequenceClassification"]}'),
+        _write(
+            "config.json",
+            b'{"model_type": "bert", "architectures": ["BertForSequenceClassification"]}',
+        ),
         "not a language model",
     ),
     "no tokenizer": (_without_tokenizer, "holds no tokenizer"),
@@ -240,7 +259,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "an empty tokenizer file": (_write("tokenizer.json", b""), "is empty"),
     "no weights": (_remove("model.safetensors"), "safetensors"),
     "weights cut short": (_cut, "header says"),
-    "weights that are a pointer": (_write("model.safetensors", b"version https://git-lfs"), "no header"),
+    "weights that are a pointer": (
+        _write("model.safetensors", b"version https://git-lfs"),
+        "no header",
+    ),
     "empty weights": (_write("model.safetensors", b""), "no header"),
     "a missing shard": (
         _write("model.safetensors.index.json", b'{"weight_map": {"a": "model-00002.safetensors"}}'),
@@ -261,7 +283,9 @@ def test_a_damaged_model_folder_is_a_problem(
     assert problem[0] == "base_model.id" and named in problem[2]
 
 
-def test_an_adapter_in_place_of_a_model_names_its_base_model(command: Command, tmp_path: Path) -> None:
+def test_an_adapter_in_place_of_a_model_names_its_base_model(
+    command: Command, tmp_path: Path
+) -> None:
     """What is probably meant is the model that the adapter was made for."""
     folder = tmp_path / "adapter"
     folder.mkdir()
@@ -305,13 +329,22 @@ def imported_by(words: list[str], folder: Path) -> tuple[int, set[str], str, flo
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     started = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=False, env=environment
+        [sys.executable, "-c", program],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
     )
     return done.returncode, set(json.loads(done.stdout)), done.stderr, time.monotonic() - started
 
 
-@pytest.mark.parametrize("verb", [["run", "-q"], ["plan", "-q"], ["submit", "--dry-run"]], ids=lambda verb: verb[0])
-def test_a_fault_in_a_file_is_refused_before_anything_heavy_is_imported(tmp_path: Path, verb: list[str]) -> None:
+@pytest.mark.parametrize(
+    "verb", [["run", "-q"], ["plan", "-q"], ["submit", "--dry-run"]], ids=lambda verb: verb[0]
+)
+def test_a_fault_in_a_file_is_refused_before_anything_heavy_is_imported(
+    tmp_path: Path, verb: list[str]
+) -> None:
     """Neither torch nor Ray nor MLflow are loaded, so that nothing is started or left behind."""
     job = write_job(tmp_path, data__target="lable")
     code, heavy, said, seconds = imported_by([verb[0], str(job), *verb[1:]], tmp_path)

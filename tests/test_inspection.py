@@ -50,7 +50,9 @@ def artifact_of(
     """The method's prompt where its trial starts, moved by ``shift`` in each number."""
     prompt = make_prompt(METHODS[method], spec, context(family, {"first:1": known("first:1")}))
     tensors = {name: (tensor.detach() + shift).numpy() for name, tensor in prompt().named().items()}
-    network = ReparameterizationRecord(type=METHODS[method].reparameterization, hidden_size=METHODS[method].hidden_size)
+    network = ReparameterizationRecord(
+        type=METHODS[method].reparameterization, hidden_size=METHODS[method].hidden_size
+    )
     about = {
         "reparameterization": network,
         "method": method,
@@ -61,8 +63,12 @@ def artifact_of(
     return PromptArtifact(tensors, manifest(**about))
 
 
-def inspected(artifact: PromptArtifact, family: str = "llama", nearest: int = 3) -> inspection.Inspection:
-    return inspect_prompt(backbone_of(family, torch.float32), artifact, context(family), known, nearest)
+def inspected(
+    artifact: PromptArtifact, family: str = "llama", nearest: int = 3
+) -> inspection.Inspection:
+    return inspect_prompt(
+        backbone_of(family, torch.float32), artifact, context(family), known, nearest
+    )
 
 
 def by_definition(prompt: Tensor, table: Tensor, count: int) -> list[list[tuple[int, float]]]:
@@ -70,7 +76,8 @@ def by_definition(prompt: Tensor, table: Tensor, count: int) -> list[list[tuple[
     found = []
     for vector in prompt:
         distances = [
-            (float(1 - torch.dot(vector, row) / (vector.norm() * row.norm())), place) for place, row in enumerate(table)
+            (float(1 - torch.dot(vector, row) / (vector.norm() * row.norm())), place)
+            for place, row in enumerate(table)
         ]
         found.append([(place, distance) for distance, place in sorted(distances)[:count]])
     return found
@@ -85,7 +92,9 @@ def test_neighbours_by_definition(chunk: int, monkeypatch: pytest.MonkeyPatch) -
     wanted = by_definition(prompt, backbone.table[: len(tiny_tokenizer())], 6)
     for got, expected in zip(nearest_tokens(backbone, prompt, 6), wanted, strict=True):
         assert [one.id for one in got] == [place for place, _ in expected]
-        assert [one.distance for one in got] == pytest.approx([distance for _, distance in expected], abs=1e-5)
+        assert [one.distance for one in got] == pytest.approx(
+            [distance for _, distance in expected], abs=1e-5
+        )
         assert all(one.token == tiny_tokenizer().decode([one.id]) for one in got)
 
 
@@ -125,7 +134,9 @@ def test_an_untrained_prompt_has_not_drifted(method: str, init: str) -> None:
     assert found.no_drift == ""
     for drift in drifts:
         assert drift is not None and drift.start_norm > 0
-        assert drift.cosine == pytest.approx(1, abs=1e-5) and drift.norm == pytest.approx(0, abs=1e-5)
+        assert drift.cosine == pytest.approx(1, abs=1e-5) and drift.norm == pytest.approx(
+            0, abs=1e-5
+        )
 
 
 def test_drift_is_measured() -> None:
@@ -138,14 +149,22 @@ def test_drift_is_measured() -> None:
         assert token.drift.start_norm == pytest.approx(float(row.norm()), rel=1e-5)
         now = row + 0.25
         assert token.norm == pytest.approx(float(now.norm()), rel=1e-5)
-        assert token.drift.cosine == pytest.approx(float(now @ row / now.norm() / row.norm()), abs=1e-5)
+        assert token.drift.cosine == pytest.approx(
+            float(now @ row / now.norm() / row.norm()), abs=1e-5
+        )
 
 
 LOST: dict[str, tuple[dict[str, Any], str]] = {
-    "gone": ({"config": SPECS["artifact"].config() | {"init": {"artifact": "other:2"}}}, "no registered model"),
+    "gone": (
+        {"config": SPECS["artifact"].config() | {"init": {"artifact": "other:2"}}},
+        "no registered model",
+    ),
     "imported": ({"config": {"peft": {"peft_type": "PROMPT_TUNING"}}}, "imported from PEFT"),
     "no configuration": ({"config": {}}, "configuration has no learning_rate, seed"),
-    "another length": ({"config": SPECS["text"].config() | {"num_virtual_tokens": 9}}, "of another shape"),
+    "another length": (
+        {"config": SPECS["text"].config() | {"num_virtual_tokens": 9}},
+        "of another shape",
+    ),
 }
 
 
@@ -155,7 +174,9 @@ def test_a_start_that_nobody_knows(case: str) -> None:
     changes, reason = LOST[case]
     found = inspected(artifact_of("prompt_tuning", SPECS["text"], **changes))
     assert reason in found.no_drift
-    assert [token.drift for token in found.tokens] == [None] * 3 and all(token.nearest for token in found.tokens)
+    assert [token.drift for token in found.tokens] == [None] * 3 and all(
+        token.nearest for token in found.tokens
+    )
 
 
 @pytest.mark.parametrize(
@@ -174,8 +195,13 @@ def test_a_prefix_is_measured_against_real_tokens(family: str, sites: list[str])
     ids = frequent_ids(context(family), inspection.REAL_TOKENS)
     with torch.no_grad():
         real = backbone.activations(backbone.embed(torch.tensor(ids)))
-    tensors = {name: tensor.numpy() for name, tensor in PromptTensors(prefixes=real).named().items()}
-    same = inspected(PromptArtifact(tensors, manifest(method="prefix_tuning", num_virtual_tokens=len(ids))), family)
+    tensors = {
+        name: tensor.numpy() for name, tensor in PromptTensors(prefixes=real).named().items()
+    }
+    same = inspected(
+        PromptArtifact(tensors, manifest(method="prefix_tuning", num_virtual_tokens=len(ids))),
+        family,
+    )
     for layer in same.layers:
         assert layer.key_norm == pytest.approx(layer.real_key_norm, rel=1e-5)
         assert layer.value_norm == pytest.approx(layer.real_value_norm, rel=1e-5)
@@ -191,7 +217,9 @@ def test_what_a_start_was(tmp_path: Path) -> None:
     artifact = artifact_of("prompt_tuning", SPECS["text"], base_model=base)
     registry = Registry(f"sqlite:///{tmp_path}/mlflow.db", cache_dir=tmp_path / "cache")
     for folder in (artifact.save(tmp_path / "own"), export_peft(artifact, tmp_path / "adapter")):
-        assert torch.equal(registered(registry, str(folder))["prompt"], torch.from_numpy(artifact.weights))
+        assert torch.equal(
+            registered(registry, str(folder))["prompt"], torch.from_numpy(artifact.weights)
+        )
     for reference in ("spam", "spam@champion"):
         with pytest.raises(BadInput, match="may mean another version by now"):
             registered(registry, reference)
@@ -202,14 +230,35 @@ def test_what_a_start_was(tmp_path: Path) -> None:
 def test_pages_hold_nothing_that_moves_the_cursor() -> None:
     """Names and tokens are shown escaped; without drift the reason stands where its explanation would."""
     escape = "\x1b[2J\u202e"
-    token = {"place": 0, "norm": 1.0, "nearest": [{"id": 1, "token": escape, "distance": 0.5}], "drift": None}
+    token = {
+        "place": 0,
+        "norm": 1.0,
+        "nearest": [{"id": 1, "token": escape, "distance": 0.5}],
+        "drift": None,
+    }
     drift = {"cosine": 0.5, "norm": 1.0, "start_norm": 0.0}
-    layer = {"site": "decoder", "layer": 0, "key_norm": 1.0, "value_norm": 2.0, "real_key_norm": 3.0}
+    layer = {
+        "site": "decoder",
+        "layer": 0,
+        "key_norm": 1.0,
+        "value_norm": 2.0,
+        "real_key_norm": 3.0,
+    }
     layer |= {"real_value_norm": 4.0, "drift": drift}
-    common = {"version": 1, "method": "m", "num_virtual_tokens": 1, "base_model": "b" + escape, "vocabulary_norm": 1.0}
+    common = {
+        "version": 1,
+        "method": "m",
+        "num_virtual_tokens": 1,
+        "base_model": "b" + escape,
+        "vocabulary_norm": 1.0,
+    }
     pages = [
-        inspection_page({**common, "name": escape, "tokens": [token], "layers": [], "no_drift": escape}),
-        inspection_page({**common, "name": "spam", "tokens": [], "layers": [layer], "no_drift": ""}),
+        inspection_page(
+            {**common, "name": escape, "tokens": [token], "layers": [], "no_drift": escape}
+        ),
+        inspection_page(
+            {**common, "name": "spam", "tokens": [], "layers": [layer], "no_drift": ""}
+        ),
     ]
     for line in (*pages[0], *pages[1]):
         assert line.isprintable(), line

@@ -23,13 +23,21 @@ from tests.benchmarks.experiments import run_experiment
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "jobs").glob("*.yaml"))
 SHARED = ROOT.parent / "shared"
-PLAIN = ("quickstart", "sms-spam", "trec6", "e2e-nlg")  # data sets to begin with; the others are experiments
+PLAIN = (
+    "quickstart",
+    "sms-spam",
+    "trec6",
+    "e2e-nlg",
+)  # data sets to begin with; the others are experiments
 TINY = (
     "train.steps=4", "train.evaluate_every=2", "train.batch_size=2", "search.searcher=random", "search.trials=2",
     "search.grace_steps=null", "train.patience=null", "search.few_shot=1",
     "data.limit={train: 24, validation: 8, test: 8}", "resources.cpus_per_worker=1",
 )  # fmt: skip
-SHORT = ("data.max_input_tokens=40", "search.space.num_virtual_tokens=4")  # what a tiny model has room for
+SHORT = (
+    "data.max_input_tokens=40",
+    "search.space.num_virtual_tokens=4",
+)  # what a tiny model has room for
 PROMPTS = ("prompt_tuning", "prefix_tuning", "p_tuning")
 STAND_INS = {
     "google/t5-base-lm-adapt": "t5", "facebook/bart-large": "bart", "google-bert/bert-base-cased": "bert",
@@ -58,7 +66,9 @@ def test_a_file_is_sound(file: Path, command: Command) -> None:
 @each_file
 def test_a_file_says_what_it_is_for(file: Path) -> None:
     """The command that runs it stands in its header; an experiment has its claim, the paper and the time too."""
-    header = "".join(line for line in file.read_text().splitlines(keepends=True) if line.startswith("#"))
+    header = "".join(
+        line for line in file.read_text().splitlines(keepends=True) if line.startswith("#")
+    )
     assert f"orchestrator run jobs/{file.name}" in header
     if file.stem not in PLAIN:
         assert "# Claim:" in header and re.search(r"# Papers?: ", header)
@@ -81,7 +91,9 @@ def test_a_files_data_is_named(file: Path) -> None:
 def test_the_ladder_is_named_in_the_page() -> None:
     """docs/experiments.md has every experiment's file."""
     page = (ROOT / "docs" / "experiments.md").read_text()
-    assert [file.stem for file in FILES if file.stem not in PLAIN and f"jobs/{file.name}" not in page] == []
+    assert [
+        file.stem for file in FILES if file.stem not in PLAIN and f"jobs/{file.name}" not in page
+    ] == []
 
 
 @each_file
@@ -92,7 +104,9 @@ def test_a_file_trains(tmp_path: Path, file: Path) -> None:
     # The other job's prompt is not there, and a tiny model has no room for demonstrations.
     bare = ["search.space.shots=0", "search.space.seed=0"]
     more = {"transfer": ["search.space.init=sample_vocab"], "against-prompt-design": bare}
-    job = load_job(file, [*tiny(written), *stand_ins(written, tmp_path, models=True), *more.get(file.stem, [])])
+    job = load_job(
+        file, [*tiny(written), *stand_ins(written, tmp_path, models=True), *more.get(file.stem, [])]
+    )
     found = run_experiment(job, capacity=2)
     assert 1 <= len(found.trials) <= 2
     for trial in found.trials:
@@ -108,7 +122,9 @@ def tiny(written: dict[str, Any]) -> list[str]:
     return [override for override in overrides if trains or not override.startswith("train.")]
 
 
-def run_small(file: Path, place: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> dict[str, Any]:
+def run_small(
+    file: Path, place: Path, monkeypatch: pytest.MonkeyPatch, *more: str
+) -> dict[str, Any]:
     """Run the job with a few steps, in a folder of its own beside ../shared."""
     place.mkdir(exist_ok=True)
     if SHARED.is_dir() and not (place.parent / "shared").exists():
@@ -123,7 +139,9 @@ def reported(made: dict[str, Any]) -> str:
     return (searches_folder() / made["search"] / "report.html").read_text()
 
 
-def test_a_job_runs_with_another_model(ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_runs_with_another_model(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The init ablation on a tiny random model, by --set alone: every init has a trial, and the page shows them."""
     made = run_small(
         ROOT / "jobs" / "init-ablation.yaml", tmp_path / "work", monkeypatch, f"base_model.id={model_folder()}", *SHORT,
@@ -136,7 +154,9 @@ def test_a_job_runs_with_another_model(ray_cluster: None, tmp_path: Path, monkey
 
 @pytest.mark.long
 @each_file
-def test_a_file_runs(ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
+def test_a_file_runs(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: Path
+) -> None:
     """Every job to its end, with its report: on its own built-in or local model and data, with tiny random models and
     made-up rows in the place of the hub's."""
     written = document(file)
@@ -158,7 +178,10 @@ def stand_ins(written: dict[str, Any], folder: Path, models: bool = False) -> li
     replaced = models or (not model.startswith(BUILTIN) and not (ROOT / model).is_dir())
     if replaced:
         short = [each for each in SHORT if learns or "num_virtual_tokens" not in each]
-        changes += [f"base_model.id={save_family(folder / 'model', STAND_INS.get(model, 'llama'))}", *short]
+        changes += [
+            f"base_model.id={save_family(folder / 'model', STAND_INS.get(model, 'llama'))}",
+            *short,
+        ]
         changes += ["generation.max_tokens=8"] if "generation" in written else []
     here = isinstance(path, dict) and all((ROOT / name).is_file() for name in path.values())
     if not str(path).startswith(BUILTIN) and (replaced or not here):
@@ -170,11 +193,16 @@ def stand_ins(written: dict[str, Any], folder: Path, models: bool = False) -> li
 def rows_for(data: dict[str, Any], folder: Path) -> Path:
     """Made-up rows with all columns that the job names."""
     choose = random.Random(0)
-    labels = list({text: label for label, text in data.get("verbalizer", {}).items()}.values())  # one a text
+    labels = list(
+        {text: label for label, text in data.get("verbalizer", {}).items()}.values()
+    )  # one a text
     renamed = {new: old for old, new in data.get("rename", {}).items()}
     rows = []
     for _ in range(60):
-        words = {column: " ".join(choose.choices(WORDS, k=4)) for column in template_columns(data["template"])}
+        words = {
+            column: " ".join(choose.choices(WORDS, k=4))
+            for column in template_columns(data["template"])
+        }
         target = choose.choice(labels) if labels else choose.choice(WORDS)
         row = {**words, data["target"]: target, **data.get("where", {})}
         if references := data.get("references"):

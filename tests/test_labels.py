@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from orchestrator.errors import BadInput
 from orchestrator.job.labels import NUMBER, TEXT, contradictions, label_key, label_text, spelled
 
-texts = st.text(max_size=8) | st.from_regex(r"[-+]?[0-9]{1,4}(\.[0-9]{1,3})?(e[0-9])?", fullmatch=True)
+texts = st.text(max_size=8) | st.from_regex(
+    r"[-+]?[0-9]{1,4}(\.[0-9]{1,3})?(e[0-9])?", fullmatch=True
+)
 
 
 @given(st.integers() | st.booleans() | st.floats(allow_nan=False, allow_infinity=False))
@@ -48,10 +50,15 @@ def test_two_texts_are_one_label_only_if_both_spell_the_same_value(one: str, oth
     if label_key(one) == label_key(other) and one != other:
         kind = label_key(one)[0]
         assert kind != TEXT
-        assert kind != NUMBER or {one, other} == {one.removesuffix(".0"), one.removesuffix(".0") + ".0"}
+        assert kind != NUMBER or {one, other} == {
+            one.removesuffix(".0"),
+            one.removesuffix(".0") + ".0",
+        }
 
 
-@pytest.mark.parametrize("text", ["007", "1.10", "+1", "-0", "1e5", " 1", "1_0", "yes", "no", "inf", "nan", ""])
+@pytest.mark.parametrize(
+    "text", ["007", "1.10", "+1", "-0", "1e5", " 1", "1_0", "yes", "no", "inf", "nan", ""]
+)
 def test_texts_that_only_resemble_a_value_stay_texts(text: str) -> None:
     assert label_key(text) == (TEXT, text)
 
@@ -70,7 +77,9 @@ def test_lists_objects_and_bytes_are_no_labels(cell: Any) -> None:
 
 def test_contradictions_have_both_spellings() -> None:
     """One for each key that says otherwise than the first of its meaning; agreeing keys are none."""
-    found = list(contradictions({1: " a", "1": " b", "true": " c", "x": " d", 2: " e", "2.0": " e"}))
+    found = list(
+        contradictions({1: " a", "1": " b", "true": " c", "x": " d", 2: " e", "2.0": " e"})
+    )
     assert found == ["1 and \"1\" are the same label, with the texts ' a' and ' b'"]
     assert [spelled(label) for label in (1, "1", 1.0, True, "true", "é")] == [
         "1", '"1"', "1.0", "true", '"true"', '"é"'

@@ -55,14 +55,18 @@ def test_what_is_kept_goes_on() -> None:
         state = backbone.start(prepared, INPUTS, OWNER)
         ids = torch.tensor(random_ids([2] * len(INPUTS), seed=2))
         later, _ = backbone.extend(state, ids, torch.ones_like(ids, dtype=torch.bool))
-        whole = backbone.start(prepared, [[*row, *more] for row, more in zip(INPUTS, ids.tolist(), strict=True)], OWNER)
+        whole = backbone.start(
+            prepared, [[*row, *more] for row, more in zip(INPUTS, ids.tolist(), strict=True)], OWNER
+        )
     torch.testing.assert_close(later[:, -1], whole.logits)
 
 
 def test_forwards_of_several_threads_stay_apart() -> None:
     """One reads a column while another reads many, and a third is no forward of ours."""
     backbone = tiny_backbone("llama", torch.float64)
-    rows = random_ids([12, 9, 12])  # of one length they would need no mask, and the last block would run whole
+    rows = random_ids(
+        [12, 9, 12]
+    )  # of one length they would need no mask, and the last block would run whole
 
     def bare(row: int) -> Tensor:
         with torch.no_grad():
@@ -75,7 +79,11 @@ def test_forwards_of_several_threads_stay_apart() -> None:
 
     wanted = [bare(row) for row in range(len(rows))]
     with ThreadPoolExecutor(3) as pool, columns(blocks_of(backbone.model)[-1]) as narrow:
-        found = [(count, pool.submit(ours if count else bare, count)) for _ in range(20) for count in (0, 1, 5)]
+        found = [
+            (count, pool.submit(ours if count else bare, count))
+            for _ in range(20)
+            for count in (0, 1, 5)
+        ]
         for count, future in found:
             logits = future.result()
             if not count:
@@ -118,7 +126,10 @@ def test_a_block_without_keys_and_values_says_so() -> None:
 
     model = Model()
     watch(model)
-    with reading(DynamicCache(), 1), pytest.raises(RuntimeError, match="the last block, a Plain, keeps no keys"):
+    with (
+        reading(DynamicCache(), 1),
+        pytest.raises(RuntimeError, match="the last block, a Plain, keeps no keys"),
+    ):
         model.layers[0](torch.zeros(1, 3, 2), torch.ones(1, 1, 3, 3, dtype=torch.bool))
 
 

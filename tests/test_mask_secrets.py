@@ -79,7 +79,9 @@ def test_a_connection_string_loses_its_password() -> None:
     assert masked == "connection failed: host=db user=ann password=*** dbname=mlflow"
 
 
-@pytest.mark.parametrize("url", ["postgresql://ann@host/mlflow", "postgresql://host/mlflow?user=ann"])
+@pytest.mark.parametrize(
+    "url", ["postgresql://ann@host/mlflow", "postgresql://host/mlflow?user=ann"]
+)
 def test_a_user_name_alone_is_a_login(url: str) -> None:
     """It is not secret, but it belongs to whoever submits."""
     assert holds_login(url)
@@ -106,7 +108,9 @@ def test_a_dry_run_refuses_a_password_in_the_query(
 ) -> None:
     """With exit code 2, before anything is sent, and without repeating the password."""
     job = write_job(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"postgresql://host/mlflow?user=ann&password={SECRET}")
+    monkeypatch.setenv(
+        "MLFLOW_TRACKING_URI", f"postgresql://host/mlflow?user=ann&password={SECRET}"
+    )
     said = command("submit", job, "--dry-run")
     assert said.code == 2 and "MLFLOW_TRACKING_URI holds a login" in said.err
     said_by_name = command("submit", job, "--dry-run", "--env", "MLFLOW_TRACKING_URI")
@@ -115,7 +119,8 @@ def test_a_dry_run_refuses_a_password_in_the_query(
 
 
 @pytest.mark.parametrize(
-    "url", ["s3://bucket/x?secret_key=", "s3://bucket/x?access_key=k&endpoint_override=a&secret_key="]
+    "url",
+    ["s3://bucket/x?secret_key=", "s3://bucket/x?access_key=k&endpoint_override=a&secret_key="],
 )
 def test_a_folder_for_searches_holds_no_key(url: str) -> None:
     """In the query as little as before the bucket."""
@@ -128,7 +133,11 @@ def test_the_address_of_a_dashboard_is_shown_without_its_login() -> None:
     """In the document, in hints, and where it is refused, with a scheme or without."""
     assert SECRET not in Cluster(f"http://ann:{SECRET}@head:8265").shown
     assert SECRET not in Cluster(f"http://head:8265/?token={SECRET}").shown
-    for address in (f"ann:{SECRET}@head:8265", f"ray://ann:{SECRET}@head:10001", f"head?token={SECRET}"):
+    for address in (
+        f"ann:{SECRET}@head:8265",
+        f"ray://ann:{SECRET}@head:10001",
+        f"head?token={SECRET}",
+    ):
         with pytest.raises(BadInput) as refused:
             checked_address(address)
         assert SECRET not in str(refused.value)
@@ -167,7 +176,10 @@ def test_a_refused_tracking_uri_is_shown_without_its_password(uri: str) -> None:
 
 @pytest.mark.parametrize(
     "url",
-    [f"postgresql://{place}" for place in (f"ann:{SECRET}@host/x", f"host/x?user=ann&password={SECRET}")]
+    [
+        f"postgresql://{place}"
+        for place in (f"ann:{SECRET}@host/x", f"host/x?user=ann&password={SECRET}")
+    ]
     + [f"https://{SECRET}@mlflow", f"https://mlflow?token={SECRET}"],
 )
 def test_what_a_search_keeps_of_the_tracking_uri_has_no_secret(url: str) -> None:
@@ -175,7 +187,9 @@ def test_what_a_search_keeps_of_the_tracking_uri_has_no_secret(url: str) -> None
     assert SECRET not in Registry(url).display_uri
 
 
-def test_an_unforeseen_error_is_shown_without_secrets(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unforeseen_error_is_shown_without_secrets(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A library may repeat the address that it was given."""
 
     def fail(self: Registry) -> None:

@@ -60,10 +60,16 @@ def model(family: str, prompt_once: bool | None = None) -> Backbone:
 def task(family: str, method: Method, verbalized: bool = True) -> Task:
     backbone = model(family)
     template = Template("{*}a {text} {*}{_} spam?{*}" if method.inside else "{text}\nspam?")
-    encoder = Encoder(backbone.tokenizer, template, VERBALIZER if verbalized else None, 40, 32, backbone.family)
+    encoder = Encoder(
+        backbone.tokenizer, template, VERBALIZER if verbalized else None, 40, 32, backbone.family
+    )
     column = "label" if verbalized else "answer"
     splits = {"train": text_rows(12, 1), "validation": text_rows(5, 2), "test": text_rows(3, 3)}
-    return Task(encoder, {name: encoder.encode(rows, column) for name, rows in splits.items()}, method=method)
+    return Task(
+        encoder,
+        {name: encoder.encode(rows, column) for name, rows in splits.items()},
+        method=method,
+    )
 
 
 def prompts(family: str, method: Method) -> list[Prompt]:
@@ -80,7 +86,9 @@ def prompts(family: str, method: Method) -> list[Prompt]:
 def close(got: Tensor, wanted: Tensor, tolerance: float) -> None:
     assert got.isfinite().all()
     scale = float(wanted.detach().abs().max())
-    torch.testing.assert_close(got.double(), wanted.double(), rtol=tolerance, atol=tolerance * max(scale, 1e-9))
+    torch.testing.assert_close(
+        got.double(), wanted.double(), rtol=tolerance, atol=tolerance * max(scale, 1e-9)
+    )
 
 
 def gradients(prompt: nn.Module) -> dict[str, Tensor]:
@@ -101,10 +109,13 @@ def test_shapes(family: str, name: str) -> None:
         assert made.num_virtual_tokens == spec.num_virtual_tokens
         if METHODS[name].name == "prefix_tuning":
             wanted = {
-                site: (*shape[:3], made.num_virtual_tokens, shape[4]) for site, shape in backbone.prefix_shapes.items()
+                site: (*shape[:3], made.num_virtual_tokens, shape[4])
+                for site, shape in backbone.prefix_shapes.items()
             }
             assert {site: tuple(tensor.shape) for site, tensor in made.prefixes.items()} == wanted
-            assert set(wanted) == ({"encoder", "decoder", "cross"} if family in SEQ2SEQ else {"decoder"})
+            assert set(wanted) == (
+                {"encoder", "decoder", "cross"} if family in SEQ2SEQ else {"decoder"}
+            )
         else:
             assert made.embeddings is not None and made.embeddings.shape == (
                 spec.num_virtual_tokens,
@@ -121,7 +132,9 @@ def test_rows_in_a_batch_are_rows_alone(family: str, name: str) -> None:
     split = task(family, METHODS[name], verbalized=False).splits["train"]
     owner = [row % 3 for row in range(len(split))]
     with torch.no_grad():
-        logits, targets = backbone.teacher_forced(backbone.prepare(made), split.inputs, split.targets, owner)
+        logits, targets = backbone.teacher_forced(
+            backbone.prepare(made), split.inputs, split.targets, owner
+        )
         for row, got in enumerate(targets_only(logits, targets)):
             one = backbone.teacher_forced(
                 backbone.prepare([made[owner[row]]]), [split.inputs[row]], [split.targets[row]], [0]
@@ -139,15 +152,22 @@ def test_packed_equals_alone_and_only_the_prompt_gets_gradients(family: str, nam
     rows = [[3, 8, 0], [3], [11, 2, 4, 6, 7]]
     together, apart = prompts(family, METHODS[name]), prompts(family, METHODS[name])
     losses = packed_gradients(backbone, [prompt() for prompt in together], rows, split)
-    alone = [packed_gradients(backbone, [prompt()], [own], split)[0] for prompt, own in zip(apart, rows, strict=True)]
+    alone = [
+        packed_gradients(backbone, [prompt()], [own], split)[0]
+        for prompt, own in zip(apart, rows, strict=True)
+    ]
     assert losses == pytest.approx(alone, rel=precision(family)[1])
     for one, other in zip(together, apart, strict=True):
         assert set(gradients(one)) == {part for part, _ in one.named_parameters()}
         # Behind a window of six tokens the prompt may be out of a long row's sight.
-        assert family in WINDOWED or any(float(gradient.abs().max()) > 0 for gradient in gradients(one).values())
+        assert family in WINDOWED or any(
+            float(gradient.abs().max()) > 0 for gradient in gradients(one).values()
+        )
         for part, gradient in gradients(one).items():
             close(gradient, gradients(other)[part], 100 * precision(family)[1])
-    assert all(weight.grad is None and not weight.requires_grad for weight in backbone.model.parameters())
+    assert all(
+        weight.grad is None and not weight.requires_grad for weight in backbone.model.parameters()
+    )
 
 
 @pytest.mark.parametrize("family", sorted(PROMPT_ONCE_FAMILIES & set(CAUSAL)))
@@ -159,7 +179,9 @@ def test_the_prompt_once_is_the_plain_path(family: str, name: str) -> None:
     found = []
     for prompt_once in (True, False):
         made = prompts(family, METHODS[name])
-        losses = packed_gradients(model(family, prompt_once), [prompt() for prompt in made], rows, split)
+        losses = packed_gradients(
+            model(family, prompt_once), [prompt() for prompt in made], rows, split
+        )
         found.append((losses, [gradients(prompt) for prompt in made]))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
     for one, other in zip(found[0][1], found[1][1], strict=True):
@@ -177,11 +199,14 @@ def test_an_artifact_is_the_prompt(family: str, name: str, tmp_path: Path) -> No
     tensors = {part: tensor.detach().numpy() for part, tensor in prompt().named().items()}
     record = manifest().base_model.model_copy(update={"hidden_size": backbone.table.shape[1]})
     template = the_task.encoder.template.text
-    described = manifest(method=method.name, num_virtual_tokens=5, base_model=record, template=template)
+    described = manifest(
+        method=method.name, num_virtual_tokens=5, base_model=record, template=template
+    )
     folder = PromptArtifact(tensors, described).save(tmp_path / "prompt")
     loaded = prompt_tensors(PromptArtifact.load(folder))
     results = [
-        evaluate(backbone, [given], the_task.splits["validation"], the_task.encoder) for given in (prompt(), loaded)
+        evaluate(backbone, [given], the_task.splits["validation"], the_task.encoder)
+        for given in (prompt(), loaded)
     ]
     assert results[0] == results[1]
     assert sum(np.asarray(tensor).nbytes for tensor in tensors.values()) < 60_000
@@ -204,7 +229,11 @@ def test_a_resumed_trial_is_one_never_interrupted(family: str, name: str) -> Non
     again = engine()
     again.seat("a", spec, first.checkpoint)
     (resumed,) = again.round()
-    assert (resumed.step, resumed.ending, resumed.best_step) == (last.step, last.ending, last.best_step)
+    assert (resumed.step, resumed.ending, resumed.best_step) == (
+        last.step,
+        last.ending,
+        last.best_step,
+    )
     assert resumed.metrics == pytest.approx(last.metrics, rel=10 * precision(family)[1])
     one, other = TrialState.from_bytes(resumed.checkpoint), TrialState.from_bytes(last.checkpoint)
     assert one.tensors.keys() == other.tensors.keys()
@@ -254,11 +283,16 @@ def test_methods_share_a_forward(family: str) -> None:
     rows = [[3, 8, 0], [3], [11, 2, 4, 6, 7]]
 
     def made() -> list[Prompt]:
-        return [make_prompt(method, spec, context) for method, spec in zip(methods, TRIALS, strict=True)]
+        return [
+            make_prompt(method, spec, context) for method, spec in zip(methods, TRIALS, strict=True)
+        ]
 
     together, apart = made(), made()
     losses = packed_gradients(backbone, [prompt() for prompt in together], rows, split)
-    alone = [packed_gradients(backbone, [prompt()], [own], split)[0] for prompt, own in zip(apart, rows, strict=True)]
+    alone = [
+        packed_gradients(backbone, [prompt()], [own], split)[0]
+        for prompt, own in zip(apart, rows, strict=True)
+    ]
     assert losses == pytest.approx(alone, rel=1e-6)
     for one, other in zip(together, apart, strict=True):
         for part, gradient in gradients(one).items():

@@ -17,9 +17,17 @@ import torch
 
 TESTS = Path(__file__).parent
 SELECTED = {
-    "training": ["tuning/test_engine.py", "tuning/test_step.py", "tuning/test_generate.py", "tuning/test_evaluate.py"],
+    "training": [
+        "tuning/test_engine.py",
+        "tuning/test_step.py",
+        "tuning/test_generate.py",
+        "tuning/test_evaluate.py",
+    ],
     "methods": ["test_methods_contract.py"],
-    "serving": [f"serving/test_serving_{name}.py" for name in ("engine", "iterations", "methods", "cache", "store")],
+    "serving": [
+        f"serving/test_serving_{name}.py"
+        for name in ("engine", "iterations", "methods", "cache", "store")
+    ],
 }
 ONLY = {
     "training": "test",
@@ -34,10 +42,24 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 @pytest.mark.parametrize("device", ["away", *(["cuda"] if torch.cuda.is_available() else [])])
 @pytest.mark.parametrize("part", SELECTED)
 def test_on_another_device(part: str, device: str) -> None:
-    command = [sys.executable, "-m", "pytest", *SELECTED[part], "-k", ONLY[part], "-m", "not ray and not long", "-v"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        *SELECTED[part],
+        "-k",
+        ONLY[part],
+        "-m",
+        "not ray and not long",
+        "-v",
+    ]
     options = ["-p", "no:cacheprovider", "--durations=0"]
     ran = subprocess.run(
-        [*command, *options], cwd=TESTS, env={**os.environ, "TEST_DEVICE": device}, capture_output=True, text=True
+        [*command, *options],
+        cwd=TESTS,
+        env={**os.environ, "TEST_DEVICE": device},
+        capture_output=True,
+        text=True,
     )
     assert ran.returncode == 0, ran.stdout[-20_000:]
     found = re.search(r"(\d+) passed", ran.stdout)

@@ -38,7 +38,10 @@ from orchestrator.tuning.prompts.soft import SoftPrompt
 
 CAUSAL = ["llama", "gpt2", "qwen2", "gpt_neox", "opt", "mistral"]
 SOFT_FAMILIES = [*CAUSAL, *SEQ2SEQ, *MASKED]
-TASK_TYPES = {**dict.fromkeys(SEQ2SEQ, "SEQ_2_SEQ_LM"), **dict.fromkeys(MASKED, "FEATURE_EXTRACTION")}
+TASK_TYPES = {
+    **dict.fromkeys(SEQ2SEQ, "SEQ_2_SEQ_LM"),
+    **dict.fromkeys(MASKED, "FEATURE_EXTRACTION"),
+}
 P, HIDDEN, LAYERS = 5, 7, 2
 INPUTS, TARGETS = random_ids([6, 3, 9], 1), random_ids([2, 4, 1], 2)
 TOLERANCE = 1e-6  # of the largest value: the norms of Llama and its kin compute in float32 whatever they are given
@@ -58,7 +61,9 @@ def peft_model(model: nn.Module, config: Any) -> nn.Module:
     alone = copy.deepcopy(model).eval()
     alone.set_attn_implementation("sdpa")
     if alone.config.model_type in ("gpt2", "opt"):
-        del alone.config.num_key_value_heads  # every tiny configuration names shared key heads; these have none
+        del (
+            alone.config.num_key_value_heads
+        )  # every tiny configuration names shared key heads; these have none
     made = get_peft_model(alone, config).double().eval()
     generator = torch.Generator().manual_seed(4)
     for parameter in made.prompt_encoder.parameters():
@@ -103,7 +108,10 @@ def encoded(kind: str) -> Callable[[Backbone, str], Pair]:
         for name, parameter in theirs.named_parameters():
             for mine, other in names.items():
                 if name.startswith(f"{other}."):
-                    same[f"encoder.network.{mine}{name.removeprefix(other)}"] = (parameter, as_it_is)
+                    same[f"encoder.network.{mine}{name.removeprefix(other)}"] = (
+                        parameter,
+                        as_it_is,
+                    )
         return Pair(EncodedPrompt(None, torch.zeros(P, width), encoder, False), peft, same)
 
     return make
@@ -160,7 +168,9 @@ def peft_logits(peft: nn.Module, backbone: Backbone, ids: list[int], target: lis
     if backbone.family == "seq2seq":
         decoder = torch.tensor([[backbone.start_id, *target[:-1]]])
         row = torch.tensor([ids])
-        return peft(input_ids=row, attention_mask=torch.ones_like(row), decoder_input_ids=decoder).logits[0]
+        return peft(
+            input_ids=row, attention_mask=torch.ones_like(row), decoder_input_ids=decoder
+        ).logits[0]
     if backbone.family == "masked":
         row = torch.tensor([[*ids, *[backbone.tokenizer.mask_token_id] * len(target)]])
         return peft(input_ids=row, attention_mask=torch.ones_like(row)).logits[0, -len(target) :]
@@ -168,7 +178,9 @@ def peft_logits(peft: nn.Module, backbone: Backbone, ids: list[int], target: lis
     return peft(input_ids=row, attention_mask=torch.ones_like(row)).logits[0, -len(target) :]
 
 
-def our_logits(backbone: Backbone, prompt: PromptTensors, ids: list[int], target: list[int]) -> Tensor:
+def our_logits(
+    backbone: Backbone, prompt: PromptTensors, ids: list[int], target: list[int]
+) -> Tensor:
     logits, _ = backbone.teacher_forced(backbone.prepare([prompt]), [ids], [target], [0])
     return logits[0]
 
@@ -194,8 +206,12 @@ def assert_agreement(backbone: Backbone, pair: Pair) -> None:
         loss = nn.functional.cross_entropy(wanted, torch.tensor(target), reduction="sum") / tokens
         loss.backward()
         total += loss.item()
-    logits, targets = backbone.teacher_forced(backbone.prepare([ours()]), INPUTS, TARGETS, [0, 0, 0])
-    mean = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())  # over the rows' target tokens
+    logits, targets = backbone.teacher_forced(
+        backbone.prepare([ours()]), INPUTS, TARGETS, [0, 0, 0]
+    )
+    mean = nn.functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten()
+    )  # over the rows' target tokens
     mean.backward()
     assert mean.item() == pytest.approx(total, rel=TOLERANCE)
     for name, parameter in ours.named_parameters():
@@ -224,7 +240,9 @@ def moved(family: str) -> Backbone:
     """The family's model with every learned position one prefix further on."""
     model = copy.deepcopy(tiny_model(family)).eval()
     (name,) = {"bart": ["decoder.embed_positions"]}.get(family, ["embeddings.position_embeddings"])
-    (table,) = [module.weight.data for place, module in model.named_modules() if place.endswith(name)]
+    (table,) = [
+        module.weight.data for place, module in model.named_modules() if place.endswith(name)
+    ]
     table[:-P] = table[P:].clone()
     original = backbone_of(family)
     return make_backbone(model, original.tokenizer, original.info)
@@ -241,13 +259,17 @@ def test_a_prefix_before_an_encoder_differs_in_positions_only(family: str, metho
     ours = with_values(pair)
     with torch.no_grad():
         ids, target = INPUTS[0], TARGETS[0]
-        apart = our_logits(backbone, ours(), ids, target) - peft_logits(pair.peft, backbone, ids, target)
+        apart = our_logits(backbone, ours(), ids, target) - peft_logits(
+            pair.peft, backbone, ids, target
+        )
     assert float(apart.abs().max()) > 0.1
 
 
 def as_peft_reads_it(tensor: Tensor) -> PromptTensors:
     """A decoder prefix with the layers that PEFT's encoder-decoder cache takes from it."""
-    return PromptTensors(prefixes={"decoder": tensor[[2 * layer % LAYERS for layer in range(LAYERS)]]})
+    return PromptTensors(
+        prefixes={"decoder": tensor[[2 * layer % LAYERS for layer in range(LAYERS)]]}
+    )
 
 
 def seq2seq_prefix(family: str) -> tuple[nn.Module, PromptTensors]:
@@ -275,13 +297,20 @@ def test_a_prefix_of_t5_has_relative_positions_in_peft() -> None:
     """The same with t5, whose relative positions PEFT applies to the prefix and we do not: without the decoder's bias
     they agree, with it they don't."""
     peft, read = seq2seq_prefix("t5")
-    backbone = make_backbone(copy.deepcopy(tiny_model("t5")), backbone_of("t5").tokenizer, backbone_of("t5").info)
+    backbone = make_backbone(
+        copy.deepcopy(tiny_model("t5")), backbone_of("t5").tokenizer, backbone_of("t5").info
+    )
     with torch.no_grad():
         apart = [
-            float((our_logits(backbone, read, *row) - peft_logits(peft, backbone, *row)).abs().max()) for row in rows()
+            float(
+                (our_logits(backbone, read, *row) - peft_logits(peft, backbone, *row)).abs().max()
+            )
+            for row in rows()
         ]
         assert max(apart) > 1e-4
-        for name, weight in itertools.chain(backbone.model.named_parameters(), peft.base_model.named_parameters()):
+        for name, weight in itertools.chain(
+            backbone.model.named_parameters(), peft.base_model.named_parameters()
+        ):
             if name.startswith("decoder.") and "relative_attention_bias" in name:
                 weight.zero_()
         for row in rows():
@@ -293,14 +322,18 @@ def test_one_submodule_is_another_prefix() -> None:
     other logits: the setting is no remedy."""
     for family in SEQ2SEQ:
         both, read = seq2seq_prefix(family)
-        config = PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=P, num_transformer_submodules=1)
+        config = PrefixTuningConfig(
+            task_type="SEQ_2_SEQ_LM", num_virtual_tokens=P, num_transformer_submodules=1
+        )
         one = peft_model(tiny_model(family), config)
         whole = keys_values(4, 8)(one.prompt_encoder["default"].embedding.weight.detach())
         backbone = moved("bart") if family == "bart" else backbone_of(family)
         with torch.no_grad():
             got = peft_logits(one, backbone, *next(rows()))
             for other in (read, PromptTensors(prefixes={"decoder": whole})):
-                assert not torch.allclose(got, our_logits(backbone, other, *next(rows())), rtol=1e-2)
+                assert not torch.allclose(
+                    got, our_logits(backbone, other, *next(rows())), rtol=1e-2
+                )
             assert not torch.allclose(got, peft_logits(both, backbone, *next(rows())), rtol=1e-2)
 
 

@@ -15,7 +15,13 @@ import numpy as np
 import pytest
 import torch
 from models import MASKED, SEQ2SEQ, backbone_of, random_ids, tiny_model
-from peft import PeftModel, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from peft import (
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 from test_artifact import manifest
@@ -26,7 +32,16 @@ from orchestrator.artifact import PromptArtifact
 from orchestrator.errors import BadInput
 from orchestrator.job.space import TrialSpec
 from orchestrator.models.backbone import Backbone, PromptTensors
-from orchestrator.peft_format import CONFIG, PICKLE, WEIGHTS, export_peft, import_peft, is_peft, read_peft, same_name
+from orchestrator.peft_format import (
+    CONFIG,
+    PICKLE,
+    WEIGHTS,
+    export_peft,
+    import_peft,
+    is_peft,
+    read_peft,
+    same_name,
+)
 from orchestrator.tuning.prompts import InitContext, Method, make_prompt
 
 P = 4
@@ -42,13 +57,19 @@ METHODS = {
 def artifact_of(family: str, method: str, **changes: Any) -> PromptArtifact:
     """A tuned prompt of the family's tiny model, moved off its start."""
     backbone = backbone_of(family)
-    prompt = make_prompt(METHODS[method], TrialSpec("random", None, P, 0.1, 3), InitContext.of(backbone, []))
+    prompt = make_prompt(
+        METHODS[method], TrialSpec("random", None, P, 0.1, 3), InitContext.of(backbone, [])
+    )
     generator = torch.Generator().manual_seed(8)
     for parameter in prompt.parameters():
         parameter.data.add_(0.3 * torch.randn(parameter.shape, generator=generator))
     tensors = {name: tensor.detach().numpy() for name, tensor in prompt().named().items()}
     base = manifest().base_model.model_copy(
-        update={"model_type": family, "hidden_size": backbone.table.shape[1], "vocab_size": len(backbone.table)}
+        update={
+            "model_type": family,
+            "hidden_size": backbone.table.shape[1],
+            "vocab_size": len(backbone.table),
+        }
     )
     about = {"method": method, "num_virtual_tokens": P, "base_model": base, **changes}
     return PromptArtifact(tensors, manifest(**about))
@@ -56,10 +77,14 @@ def artifact_of(family: str, method: str, **changes: Any) -> PromptArtifact:
 
 def our_logits(backbone: Backbone, tensors: dict[str, np.ndarray]) -> list[Tensor]:
     """[Y, V] of each row."""
-    prompt = PromptTensors.from_named({name: torch.from_numpy(array).double() for name, array in tensors.items()})
+    prompt = PromptTensors.from_named(
+        {name: torch.from_numpy(array).double() for name, array in tensors.items()}
+    )
     with torch.no_grad():
         prepared = backbone.prepare([prompt])
-        return [backbone.teacher_forced(prepared, [ids], [target], [0])[0][0] for ids, target in ROWS]
+        return [
+            backbone.teacher_forced(prepared, [ids], [target], [0])[0][0] for ids, target in ROWS
+        ]
 
 
 def bare(family: str) -> nn.Module:
@@ -67,7 +92,9 @@ def bare(family: str) -> nn.Module:
     model = copy.deepcopy(tiny_model(family)).eval()
     model.set_attn_implementation("sdpa")
     if family in ("gpt2", "opt"):
-        del model.config.num_key_value_heads  # every tiny configuration names it; these families do not have it
+        del (
+            model.config.num_key_value_heads
+        )  # every tiny configuration names it; these families do not have it
     return model
 
 
@@ -78,11 +105,18 @@ def peft_logits(model: nn.Module, backbone: Backbone) -> list[Tensor]:
         fed = [*ids, *target[:-1]]
         more: dict[str, Tensor] = {}
         if backbone.family == "seq2seq":
-            fed, more = ids, {"decoder_input_ids": torch.tensor([[backbone.start_id, *target[:-1]]])}
+            fed, more = (
+                ids,
+                {"decoder_input_ids": torch.tensor([[backbone.start_id, *target[:-1]]])},
+            )
         if backbone.family == "masked":
             fed = [*ids, *[backbone.tokenizer.mask_token_id] * len(target)]
         row = torch.tensor([fed])
-        found.append(model(input_ids=row, attention_mask=torch.ones_like(row), **more).logits[0, -len(target) :])
+        found.append(
+            model(input_ids=row, attention_mask=torch.ones_like(row), **more).logits[
+                0, -len(target) :
+            ]
+        )
     return found
 
 
@@ -93,12 +127,19 @@ def assert_same(got: list[Tensor], wanted: list[Tensor]) -> None:
 
 CASES = [
     *((family, method) for family in CAUSAL for method in METHODS),
-    *((family, method) for family in (*SEQ2SEQ, *MASKED) for method in METHODS if method != "prefix_tuning"),
+    *(
+        (family, method)
+        for family in (*SEQ2SEQ, *MASKED)
+        for method in METHODS
+        if method != "prefix_tuning"
+    ),
 ]
 
 
 @pytest.mark.parametrize(("family", "method"), CASES)
-def test_peft_predicts_the_same_with_what_we_write(family: str, method: str, tmp_path: Path) -> None:
+def test_peft_predicts_the_same_with_what_we_write(
+    family: str, method: str, tmp_path: Path
+) -> None:
     """PeftModel.from_pretrained loads the folder as it is, and every target's logits are ours."""
     artifact, backbone = artifact_of(family, method), backbone_of(family)
     folder = export_peft(artifact, tmp_path / "made" / "adapter")
@@ -119,8 +160,14 @@ def test_out_and_in_again(family: str, method: str, tmp_path: Path) -> None:
         assert np.array_equal(found.tensors[name], tensor)
     assert found.manifest.method == ("prompt_tuning" if method == "p_tuning" else method)
     again = PromptArtifact.load(found.save(tmp_path / "artifact"))
-    assert again.manifest.num_virtual_tokens == P and again.manifest.template == artifact.manifest.template
-    assert again.manifest.config["peft"]["task_type"] == peft_folder.TASK_TYPES[backbone_of(family).family]
+    assert (
+        again.manifest.num_virtual_tokens == P
+        and again.manifest.template == artifact.manifest.template
+    )
+    assert (
+        again.manifest.config["peft"]["task_type"]
+        == peft_folder.TASK_TYPES[backbone_of(family).family]
+    )
 
 
 def imported(folder: Path, like: PromptArtifact, **changes: Any) -> PromptArtifact:
@@ -137,15 +184,24 @@ def imported(folder: Path, like: PromptArtifact, **changes: Any) -> PromptArtifa
 CONFIGS: dict[str, Callable[[str], Any]] = {
     "prompt tuning": lambda task: PromptTuningConfig(task_type=task, num_virtual_tokens=P),
     "p-tuning, lstm": lambda task: PromptEncoderConfig(
-        task_type=task, num_virtual_tokens=P, encoder_reparameterization_type="LSTM", encoder_hidden_size=6
+        task_type=task,
+        num_virtual_tokens=P,
+        encoder_reparameterization_type="LSTM",
+        encoder_hidden_size=6,
     ),
-    "p-tuning, mlp": lambda task: PromptEncoderConfig(task_type=task, num_virtual_tokens=P, encoder_hidden_size=6),
+    "p-tuning, mlp": lambda task: PromptEncoderConfig(
+        task_type=task, num_virtual_tokens=P, encoder_hidden_size=6
+    ),
     "prefix tuning": lambda task: PrefixTuningConfig(task_type=task, num_virtual_tokens=P),
     "prefix tuning, projected": lambda task: PrefixTuningConfig(
         task_type=task, num_virtual_tokens=P, prefix_projection=True, encoder_hidden_size=6
     ),
 }
-TASKS = {**dict.fromkeys(["llama", "gpt2", "mistral"], "CAUSAL_LM"), "t5": "SEQ_2_SEQ_LM", "bert": "FEATURE_EXTRACTION"}
+TASKS = {
+    **dict.fromkeys(["llama", "gpt2", "mistral"], "CAUSAL_LM"),
+    "t5": "SEQ_2_SEQ_LM",
+    "bert": "FEATURE_EXTRACTION",
+}
 TRAINED = [
     (family, kind)
     for family, task in TASKS.items()
@@ -161,7 +217,9 @@ def trained(family: str, kind: str, folder: Path) -> nn.Module:
     optimizer = torch.optim.AdamW(model.prompt_encoder.parameters(), lr=0.1)
     row = torch.tensor([ROWS[0][0]])
     more = {"decoder_input_ids": row} if family in SEQ2SEQ else {}
-    model.double()(input_ids=row, attention_mask=torch.ones_like(row), **more).logits.logsumexp(-1).sum().backward()
+    model.double()(input_ids=row, attention_mask=torch.ones_like(row), **more).logits.logsumexp(
+        -1
+    ).sum().backward()
     optimizer.step()
     model.prompt_encoder.float()
     model.save_pretrained(str(folder))
@@ -178,7 +236,9 @@ def test_we_predict_the_same_with_what_peft_writes(family: str, kind: str, tmp_p
     assert found.manifest.method == method
     # PEFT ran its network in float64, and stored the outcome in float32.
     for got, wanted in zip(
-        our_logits(backbone_of(family), found.tensors), peft_logits(model, backbone_of(family)), strict=True
+        our_logits(backbone_of(family), found.tensors),
+        peft_logits(model, backbone_of(family)),
+        strict=True,
     ):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
 
@@ -186,11 +246,15 @@ def test_we_predict_the_same_with_what_peft_writes(family: str, kind: str, tmp_p
 @pytest.mark.parametrize("family", ["t5", "bart", "bert", "roberta"])
 def test_prefixes_that_peft_computes_otherwise_are_refused(family: str, tmp_path: Path) -> None:
     """Both ways, with the reason; nothing is written."""
-    with pytest.raises(BadInput, match=f"prefix of a {family} model can't be written for PEFT") as refused:
+    with pytest.raises(
+        BadInput, match=f"prefix of a {family} model can't be written for PEFT"
+    ) as refused:
         export_peft(artifact_of(family, "prefix_tuning"), tmp_path / "out")
     assert refused.value.hint and list(tmp_path.iterdir()) == []
     task = "SEQ_2_SEQ_LM" if family in SEQ2SEQ else "FEATURE_EXTRACTION"
-    get_peft_model(bare(family), CONFIGS["prefix tuning"](task)).save_pretrained(str(tmp_path / "adapter"))
+    get_peft_model(bare(family), CONFIGS["prefix tuning"](task)).save_pretrained(
+        str(tmp_path / "adapter")
+    )
     why = "cross-attention" if family in SEQ2SEQ else "positions"
     with pytest.raises(BadInput, match=f"would mean something else here.*{why}"):
         read_peft(tmp_path / "adapter")
@@ -221,7 +285,9 @@ def test_what_exists_is_not_overwritten(there: str, tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
-def test_nothing_is_left_when_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_left_when_writing_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A full disk leaves neither the folder nor a temporary one, and is said in one line."""
 
     def fail(*_: Any, **__: Any) -> None:
@@ -241,7 +307,9 @@ def edited(**changes: Any) -> Callable[[Path], None]:
 
     def edit(folder: Path) -> None:
         document = json.loads((folder / CONFIG).read_text()) | changes
-        (folder / CONFIG).write_text(json.dumps({key: value for key, value in document.items() if value is not ...}))
+        (folder / CONFIG).write_text(
+            json.dumps({key: value for key, value in document.items() if value is not ...})
+        )
 
     return edit
 
@@ -333,7 +401,9 @@ def test_another_base_model_is_refused(tmp_path: Path) -> None:
     like = artifact_of("llama", "prompt_tuning")
     folder = export_peft(like, tmp_path / "adapter")
     other = like.manifest.base_model.model_copy(update={"id": "other"})
-    with pytest.raises(BadInput, match=r"was trained on 'tiny', and base_model\.id is 'other'") as refused:
+    with pytest.raises(
+        BadInput, match=r"was trained on 'tiny', and base_model\.id is 'other'"
+    ) as refused:
         imported(folder, like, base_model=other)
     assert "--renamed-base-model" in refused.value.hint
     assert imported(folder, like, base_model=other, renamed=True).manifest.base_model == other
@@ -348,7 +418,11 @@ def test_names_of_one_base_model(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "gpt2")
     (tmp_path / "other" / "gpt2").mkdir(parents=True)
     here = str(tmp_path / "gpt2")
-    assert same_name("", "gpt2") and same_name("a/b", "a/b") and same_name(str(tmp_path / "link"), here)
+    assert (
+        same_name("", "gpt2")
+        and same_name("a/b", "a/b")
+        and same_name(str(tmp_path / "link"), here)
+    )
     assert same_name("openai-community/gpt2", here) and same_name("/elsewhere/gpt2", here)
     assert same_name("/elsewhere/gpt2", "openai-community/gpt2")
     assert not same_name("gpt2-medium", here) and not same_name("a/gpt2", "b/gpt2")
@@ -357,6 +431,8 @@ def test_names_of_one_base_model(tmp_path: Path) -> None:
 
 def test_folders_are_read_without_torch() -> None:
     """The command line stays light."""
-    code = "import sys, orchestrator.peft_format; print('torch' in sys.modules, 'peft' in sys.modules)"
+    code = (
+        "import sys, orchestrator.peft_format; print('torch' in sys.modules, 'peft' in sys.modules)"
+    )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert said.stdout.strip() == "False False"

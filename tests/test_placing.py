@@ -29,7 +29,9 @@ def test_shares_are_even(virtual_tokens: int, groups: int) -> None:
 
 
 @given(marked_rows(), st.integers(0, 40))
-def test_virtual_tokens_are_numbered_in_order(row: tuple[list[int], int], virtual_tokens: int) -> None:
+def test_virtual_tokens_are_numbered_in_order(
+    row: tuple[list[int], int], virtual_tokens: int
+) -> None:
     """Each virtual token stands once, in order, at the markers; the tokens stay as they were."""
     ids, groups = row
     made = placed(ids, virtual_tokens)
@@ -39,7 +41,9 @@ def test_virtual_tokens_are_numbered_in_order(row: tuple[list[int], int], virtua
 
 
 @given(marked_rows(), st.lists(st.integers(0, 500), min_size=1, max_size=4), st.integers(0, 8))
-def test_a_blank_is_filled(row: tuple[list[int], int], answer: list[int], virtual_tokens: int) -> None:
+def test_a_blank_is_filled(
+    row: tuple[list[int], int], answer: list[int], virtual_tokens: int
+) -> None:
     """The answer's tokens stand at the blank, wherever it is; without an answer the blank is gone."""
     ids = [*row[0], BLANK, 7]
     assert placed(ids, virtual_tokens, answer)[-len(answer) - 1 :] == [*answer, 7]

@@ -106,9 +106,14 @@ def test_a_copy_is_told_before_its_first_result(job: JobSpec) -> None:
         progress.trial_reported("t000", report("t000", 4))
         progress.trial_reported("t000", replace(report("t000", 8), copied=copied))
     lines = out.getvalue().splitlines()
-    assert lines[0].startswith("t000 step 4/16") and "[random, 5 tokens, lr 0.1, seed 0]" in lines[0]
+    assert (
+        lines[0].startswith("t000 step 4/16") and "[random, 5 tokens, lr 0.1, seed 0]" in lines[0]
+    )
     assert lines[1] == "t000 went on from t002 at step 4"
-    assert lines[2].startswith("t000 step 8/16") and "[sample_vocab, 20 tokens, lr 0.36, seed 0]" in lines[2]
+    assert (
+        lines[2].startswith("t000 step 8/16")
+        and "[sample_vocab, 20 tokens, lr 0.36, seed 0]" in lines[2]
+    )
 
 
 def test_trials_that_are_not_proposed_yet_count(job: JobSpec, clock: Clock) -> None:
@@ -131,7 +136,14 @@ def test_a_live_table_on_a_terminal(job: JobSpec) -> None:
     drawn = out.getvalue()
     assert "\x1b[" in drawn
     last = drawn[drawn.rindex("configuration") :]
-    for text in ("t000", "random, 5 tokens", "[red]50% off", "diverged at step 4", "3 trials", "0.250"):
+    for text in (
+        "t000",
+        "random, 5 tokens",
+        "[red]50% off",
+        "diverged at step 4",
+        "3 trials",
+        "0.250",
+    ):
         assert text in last, last
     assert last.index("t000") < last.index("t001") < last.index("t002")
     assert "starting Ray ..." in drawn and "validation loss 7.000" in drawn
@@ -156,7 +168,9 @@ def test_quiet_says_nothing(job: JobSpec) -> None:
         assert out.getvalue() == ""
 
 
-def test_the_time_left_comes_from_the_pace_since_the_first_report(job: JobSpec, clock: Clock) -> None:
+def test_the_time_left_comes_from_the_pace_since_the_first_report(
+    job: JobSpec, clock: Clock
+) -> None:
     """The worker's start is not taken for training; ended trials say how long the others will be."""
     progress, _ = shown(job)
     clock.now += 1000  # the base model is loading
@@ -169,12 +183,21 @@ def test_the_time_left_comes_from_the_pace_since_the_first_report(job: JobSpec, 
         progress.trial_reported("t000", report("t000", 8))
         assert progress._eta() == "about 1 min 40 s left"  # 40 steps of 48 to come, 4 in 10 s
         progress.trial_ended("t000", "stopped", "by the scheduler")
-        assert progress._eta() == "about 40 s left"  # the two others are expected to stop after 8 steps as well
+        assert (
+            progress._eta() == "about 40 s left"
+        )  # the two others are expected to stop after 8 steps as well
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0, "0 s"), (4.4, "4 s"), (59.6, "1 min 0 s"), (123, "2 min 3 s"), (3599, "59 min 59 s"), (3900, "1 h 5 min")],
+    [
+        (0, "0 s"),
+        (4.4, "4 s"),
+        (59.6, "1 min 0 s"),
+        (123, "2 min 3 s"),
+        (3599, "59 min 59 s"),
+        (3900, "1 h 5 min"),
+    ],
 )
 def test_durations(seconds: float, text: str) -> None:
     """Rounded once, so that no 60 s appear."""
@@ -183,7 +206,14 @@ def test_durations(seconds: float, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("values", "bars"),
-    [([], ""), ([0.5], "▁"), ([0.5, 0.5], "▁▁"), ([0, 1], "▁█"), ([1, 0.5, 0], "█▅▁"), (range(20), "▁▂▂▃▃▄▅▅▆▆▇█")],
+    [
+        ([], ""),
+        ([0.5], "▁"),
+        ([0.5, 0.5], "▁▁"),
+        ([0, 1], "▁█"),
+        ([1, 0.5, 0], "█▅▁"),
+        (range(20), "▁▂▂▃▃▄▅▅▆▆▇█"),
+    ],
 )
 def test_sparklines(values: Any, bars: str) -> None:
     """The last dozen values on their own scale."""

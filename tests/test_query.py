@@ -33,7 +33,9 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder, backbone = tmp_path_factory.mktemp("prompts"), load(model_folder())
     return {
         "spam": save_artifact(folder / "spam", backbone, verbalizer=SPAM),
-        "trec": save_artifact(folder / "trec", backbone, verbalizer=TREC, template="Q: {question} about {topic}\nA:"),
+        "trec": save_artifact(
+            folder / "trec", backbone, verbalizer=TREC, template="Q: {question} about {topic}\nA:"
+        ),
         "story": save_artifact(folder / "story", backbone, template="{text}"),
     }
 
@@ -72,7 +74,9 @@ def test_a_label_and_its_probability(url: str, prompts: dict[str, Path]) -> None
     )
 
 
-@pytest.mark.parametrize("model", ["spam", "spam@champion", "spam:1", "models:/spam@champion", "models:/spam/1"])
+@pytest.mark.parametrize(
+    "model", ["spam", "spam@champion", "spam:1", "models:/spam@champion", "models:/spam/1"]
+)
 def test_every_way_to_name_a_model(url: str, model: str) -> None:
     """A name, an alias, a version, and MLflow's own form give the same answer."""
     assert ask(url, model, "hello", KEY).text == ask(url, "spam", "hello", KEY).text
@@ -113,7 +117,9 @@ def test_a_wrong_key(url: str, key: str | None) -> None:
     assert "ORCHESTRATOR_API_KEY" in str(refused.value)
 
 
-def test_the_command_prints_the_answer(url: str, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_prints_the_answer(
+    url: str, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The answer alone on standard output; with --json the server's whole document."""
     monkeypatch.setenv("ORCHESTRATOR_API_KEY", KEY)
     said = command("query", "spam", "hello", "--url", url)
@@ -152,7 +158,9 @@ def stranger(status: int, body: str) -> Iterator[str]:
         (500, '{"error": "boom"}', JobFailed, "HTTP 500"),
     ],
 )
-def test_somebody_elses_server(status: int, body: str, error: type[Exception], message: str) -> None:
+def test_somebody_elses_server(
+    status: int, body: str, error: type[Exception], message: str
+) -> None:
     """Answers that are not ours are told apart from our own refusals, and break nothing."""
     with stranger(status, body) as address, pytest.raises(error, match=message):
         ask(address, "spam", "hello")

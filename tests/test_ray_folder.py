@@ -35,7 +35,9 @@ def of_length(length: int) -> str:
 
 def test_the_longest_folder_still_fits_a_socket() -> None:
     """With the session's name and the socket's, which Ray appends."""
-    session = f"{of_length(LONGEST)}/ray/session_2026-01-31_23-59-59_999999_4194304/sockets/plasma_store"
+    session = (
+        f"{of_length(LONGEST)}/ray/session_2026-01-31_23-59-59_999999_4194304/sockets/plasma_store"
+    )
     assert len(session) == SOCKET_BYTES
 
 
@@ -72,9 +74,13 @@ def test_a_folder_that_ray_can_not_use_is_replaced(
 @pytest.mark.ray
 def test_ray_starts_under_a_long_temporary_folder(tmp_path: Path) -> None:
     """As batch systems make it, here with letters that Ray can't read either."""
-    folder = tmp_path / "a_rather_long_directory_name_as_batch_schedulers_make_them" / "jöb_0123456789"
+    folder = (
+        tmp_path / "a_rather_long_directory_name_as_batch_schedulers_make_them" / "jöb_0123456789"
+    )
     folder.mkdir(parents=True)
-    environment = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "RAY_TMPDIR")}
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "RAY_TMPDIR")
+    }
     done = subprocess.run(
         [sys.executable, "-c", START],
         env=environment | {"TMPDIR": str(folder)},
@@ -84,4 +90,6 @@ def test_ray_starts_under_a_long_temporary_folder(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
-    assert first.startswith("True /tmp/ray/session_") and second.startswith(f"TMPDIR {folder} is too long")
+    assert first.startswith("True /tmp/ray/session_") and second.startswith(
+        f"TMPDIR {folder} is too long"
+    )

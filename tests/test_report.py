@@ -24,7 +24,9 @@ from orchestrator.search.state.folder import SearchFolder
 
 @pytest.fixture
 def folder(finished: Finished) -> SearchFolder:
-    return SearchFolder(finished.folder / ".orchestrator" / "searches" / finished.document["search"])
+    return SearchFolder(
+        finished.folder / ".orchestrator" / "searches" / finished.document["search"]
+    )
 
 
 def test_facts_are_the_searchs_own(finished: Finished, folder: SearchFolder) -> None:
@@ -49,7 +51,9 @@ def test_the_winners_answers_are_counted(finished: Finished) -> None:
     assert set(best["metrics"]["test"]) == {"accuracy", "exact_match", "loss"}
 
 
-def test_every_picture_is_drawn_and_logged_with_the_page(finished: Finished, folder: SearchFolder) -> None:
+def test_every_picture_is_drawn_and_logged_with_the_page(
+    finished: Finished, folder: SearchFolder
+) -> None:
     """After the search the parent run has the page and each picture; the page is in the search's folder too."""
     import mlflow
 
@@ -77,8 +81,12 @@ def test_the_page_stands_alone(folder: SearchFolder) -> None:
 
 def test_what_a_job_says_is_shown_and_not_rendered(folder: SearchFolder) -> None:
     facts = read_facts(folder)
-    job = facts.job.model_copy(update={"data": facts.job.data.model_copy(update={"template": "<b>{text}</b>"})})
-    text = page(type(facts)("<i>x</i>", job, facts.run_id, facts.trials, facts.baselines, facts.result), {})
+    job = facts.job.model_copy(
+        update={"data": facts.job.data.model_copy(update={"template": "<b>{text}</b>"})}
+    )
+    text = page(
+        type(facts)("<i>x</i>", job, facts.run_id, facts.trials, facts.baselines, facts.result), {}
+    )
     assert "<b>" not in text and "<i>" not in text and "&lt;b&gt;{text}&lt;/b&gt;" in text
 
 
@@ -100,7 +108,9 @@ def test_a_search_that_is_not_finished_has_a_page_too(folder: SearchFolder, tmp_
         read_facts(copy)
 
 
-def test_the_verb_writes_and_logs(finished: Finished, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_verb_writes_and_logs(
+    finished: Finished, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(finished.folder)
     said = command("report", "latest", "--out", "mine.html", "--json")
     assert said.code == 0 and said.document["logged"]
@@ -114,9 +124,18 @@ def test_versions_say_what_they_are(finished: Finished, monkeypatch: pytest.Monk
 
     registry = Registry(finished.tracking_uri)
     summary = registry.resolve("tiny:1")
-    assert len(summary.nearest) == summary.config["num_virtual_tokens"] and len(summary.nearest[0]) == 3
-    assert "Nearest words of the vocabulary" in summary.description and "zero shot" in summary.description
-    assert summary.tags["orchestrator.metric"] == "loss" and summary.tags["search"] == finished.document["search"]
+    assert (
+        len(summary.nearest) == summary.config["num_virtual_tokens"]
+        and len(summary.nearest[0]) == 3
+    )
+    assert (
+        "Nearest words of the vocabulary" in summary.description
+        and "zero shot" in summary.description
+    )
+    assert (
+        summary.tags["orchestrator.metric"] == "loss"
+        and summary.tags["search"] == finished.document["search"]
+    )
     client = mlflow.MlflowClient(finished.tracking_uri)
     location = client.get_model_version_download_uri("tiny", "1")
     example = json.loads((Path(location) / "input_example.json").read_text())
@@ -124,13 +143,17 @@ def test_versions_say_what_they_are(finished: Finished, monkeypatch: pytest.Monk
     assert example["data"] == [[first["text"]]]
     for run_id in (finished.document["mlflow"]["run_id"], summary.run_id):
         tags = client.get_run(run_id).data.tags
-        assert tags["method"] == "prompt_tuning" and tags["base_model"] == finished.job.base_model.id
+        assert (
+            tags["method"] == "prompt_tuning" and tags["base_model"] == finished.job.base_model.id
+        )
         assert tags["base_model_revision"] == "main" and len(tags["data_fingerprint"]) == 64
         assert tags["orchestrator.version"]
     parent = client.get_run(finished.document["mlflow"]["run_id"]).data.tags
     assert float(parent["device_hours"]) > 0 and "| zero shot |" in parent["mlflow.note.content"]
     child = client.get_run(summary.run_id).data.tags
-    assert child["num_virtual_tokens"] == str(summary.config["num_virtual_tokens"]) and child["init"]
+    assert (
+        child["num_virtual_tokens"] == str(summary.config["num_virtual_tokens"]) and child["init"]
+    )
 
 
 def test_looking_at_help_imports_no_plotting() -> None:
@@ -138,5 +161,7 @@ def test_looking_at_help_imports_no_plotting() -> None:
         "import sys, orchestrator.cli, orchestrator.search.report; "
         "print({'matplotlib', 'mlflow', 'ray'} & set(sys.modules))"
     )
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert answer.stdout.strip() == "set()"

@@ -43,7 +43,8 @@ def histories(folder: Path) -> dict[str, list[tuple[int, float]]]:
     client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
     return {
         run.data.tags["orchestrator.trial"]: [
-            (point.step, point.value) for point in client.get_metric_history(run.info.run_id, "validation_loss")
+            (point.step, point.value)
+            for point in client.get_metric_history(run.info.run_id, "validation_loss")
         ]
         for run in runs(folder)
         if "orchestrator.trial" in run.data.tags
@@ -95,7 +96,9 @@ def resumed(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
         undisturbed = tmp_path_factory.mktemp("undisturbed")
         patch.chdir(undisturbed)
         other = run_search(job_file)
-        yield Resumed(folder, interrupted, recorders[0].reports, recorders[0].said.getvalue(), document, other)
+        yield Resumed(
+            folder, interrupted, recorders[0].reports, recorders[0].said.getvalue(), document, other
+        )
 
 
 def test_a_resumed_search_ends_as_an_undisturbed_one(resumed: Resumed) -> None:
@@ -106,7 +109,9 @@ def test_a_resumed_search_ends_as_an_undisturbed_one(resumed: Resumed) -> None:
 
 def test_nothing_is_done_twice(resumed: Resumed) -> None:
     """Trials that were over do not run again, those under way go on from the end of a round, baselines are kept."""
-    steps = {trial: [report.step for report in reports] for trial, reports in resumed.reports.items()}
+    steps = {
+        trial: [report.step for report in reports] for trial, reports in resumed.reports.items()
+    }
     assert not {"t000", "t001"} & steps.keys()
     assert steps["t002"] == steps["t003"] == [12, 16]
     assert steps["t004"] == [4, 8, 12, 16]
@@ -209,11 +214,15 @@ def left(resumed: Resumed, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(model_folder(), folder / "model")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        interrupt_at(write_job(folder, base_model__id=str(folder / "model"), search__trials=2), "t000", 8)
+        interrupt_at(
+            write_job(folder, base_model__id=str(folder / "model"), search__trials=2), "t000", 8
+        )
     return folder
 
 
-def test_a_search_that_is_being_run_is_left_alone(left: Path, command: Command, monkeypatch: Any) -> None:
+def test_a_search_that_is_being_run_is_left_alone(
+    left: Path, command: Command, monkeypatch: Any
+) -> None:
     """Who holds the lock runs the search: exit code 2, and nothing is touched."""
     monkeypatch.chdir(left)
     with find_search("latest").locked():
@@ -263,7 +272,9 @@ def test_a_search_that_is_not_there(left: Path, command: Command, monkeypatch: A
         find_search(str(left / "model"))
 
 
-def test_a_damaged_checkpoint_costs_its_trial_alone(left: Path, command: Command, monkeypatch: Any) -> None:
+def test_a_damaged_checkpoint_costs_its_trial_alone(
+    left: Path, command: Command, monkeypatch: Any
+) -> None:
     """A checkpoint that was cut short: the trial begins again, the search ends with both trials finished or stopped."""
     monkeypatch.chdir(left)
     folder = find_search("latest")

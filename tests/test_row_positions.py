@@ -52,7 +52,9 @@ def longrope(**more: Any) -> dict[str, Any]:
 def made(family: str, parameters: dict[str, Any] | None = None) -> tuple[CausalBackbone, nn.Module]:
     """A backbone, and the same model as transformers has it."""
     more = {"short_mscale": 1.1, "long_mscale": 1.3} if family == "phimoe" else {}
-    config = small_config(family, rope_parameters=parameters or longrope(**more), **FAMILIES.get(family, {}))
+    config = small_config(
+        family, rope_parameters=parameters or longrope(**more), **FAMILIES.get(family, {})
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
         # Experts one by one: their grouped product takes no float64.
@@ -63,7 +65,9 @@ def made(family: str, parameters: dict[str, Any] | None = None) -> tuple[CausalB
     return CausalBackbone(model, tiny_tokenizer(), info), reference
 
 
-def alone(reference: nn.Module, prompt: Tensor, ids: Sequence[int], target: Sequence[int]) -> Tensor:
+def alone(
+    reference: nn.Module, prompt: Tensor, ids: Sequence[int], target: Sequence[int]
+) -> Tensor:
     embed = reference.get_input_embeddings()  # type: ignore[operator]
     row = torch.cat([prompt.to(embed.weight), embed(torch.tensor([*ids, *target[:-1]]))])
     logits: Tensor = reference(inputs_embeds=row[None], use_cache=False).logits[0]
@@ -77,7 +81,8 @@ def close(one: Tensor, other: Tensor) -> None:
 def test_the_rows_lie_on_both_sides_of_the_switch() -> None:
     """The rows of these tests are shorter than the switch, as long, one longer, and much longer."""
     lengths = [
-        PROMPTS[owner] + len(ids) + len(target) - 1 for owner, ids, target in zip(OWNER, INPUTS, TARGETS, strict=True)
+        PROMPTS[owner] + len(ids) + len(target) - 1
+        for owner, ids, target in zip(OWNER, INPUTS, TARGETS, strict=True)
     ]
     assert {SWITCH - 1, SWITCH, SWITCH + 1} <= set(lengths)
     assert min(lengths) < SWITCH - 8 and max(lengths) > SWITCH + 8
@@ -152,7 +157,8 @@ def test_a_prefix_counts_in_the_length(family: str) -> None:
     shape = backbone.prefix_shapes["decoder"]
     generator = torch.Generator().manual_seed(1)
     prefixes = [
-        torch.randn(*shape[:3], length, shape[4], generator=generator, dtype=torch.float64) for length in PROMPTS
+        torch.randn(*shape[:3], length, shape[4], generator=generator, dtype=torch.float64)
+        for length in PROMPTS
     ]
     prepared = backbone.prepare([PromptTensors(None, {"decoder": prefix}) for prefix in prefixes])
     with torch.no_grad():
@@ -160,7 +166,9 @@ def test_a_prefix_counts_in_the_length(family: str) -> None:
         for row, (ids, target, owner) in enumerate(zip(INPUTS, TARGETS, OWNER, strict=True)):
             cache = DynamicCache([(layer[0][None], layer[1][None]) for layer in prefixes[owner]])
             row_ids = torch.tensor([[*ids, *target[:-1]]])
-            wanted = reference(input_ids=row_ids, past_key_values=cache, use_cache=True).logits[0, -len(target) :]
+            wanted = reference(input_ids=row_ids, past_key_values=cache, use_cache=True).logits[
+                0, -len(target) :
+            ]
             close(logits[row, -len(target) :], wanted)
 
 
@@ -183,7 +191,10 @@ def test_threads_do_not_mix_their_rows() -> None:
     prompts = random_prompts(backbone, [2])
     with torch.no_grad():
         prepared = backbone.prepare(prompts)
-        wanted = [backbone.teacher_forced(prepared, [ids], [[2]], [0])[0] for ids in (INPUTS[0], INPUTS[2])]
+        wanted = [
+            backbone.teacher_forced(prepared, [ids], [[2]], [0])[0]
+            for ids in (INPUTS[0], INPUTS[2])
+        ]
     wrong: list[int] = []
 
     def run(place: int) -> None:
@@ -216,7 +227,9 @@ def test_which_models_have_a_switch() -> None:
 def test_models_whose_rows_can_not_have_their_own_factors_are_refused() -> None:
     """A masked model, and one that brings its own code; the message says why and what to do."""
     config = small_config("llama", rope_parameters=longrope())
-    with pytest.raises(BadInput, match=r"scales its positions by the longest row.* and this is a masked model"):
+    with pytest.raises(
+        BadInput, match=r"scales its positions by the longest row.* and this is a masked model"
+    ):
         check_positions("m", config, "masked", CONTEXT, own_code=False)
     with pytest.raises(BadInput, match=r"in code of its own(.|\n)*allow_remote_code: false"):
         check_positions("m", config, "causal", CONTEXT, own_code=True)

@@ -33,8 +33,15 @@ def record(**fields: Any) -> dict[str, Any]:
     return {"type": "object", "properties": fields, "required": list(fields)}
 
 
-NUMBER, TEXT, COUNT = {"type": "number"}, {"type": "string", "minLength": 1}, {"type": "integer", "minimum": 0}
-METRICS = {**record(accuracy=NUMBER, exact_match=NUMBER, loss=NUMBER), "additionalProperties": False}
+NUMBER, TEXT, COUNT = (
+    {"type": "number"},
+    {"type": "string", "minLength": 1},
+    {"type": "integer", "minimum": 0},
+)
+METRICS = {
+    **record(accuracy=NUMBER, exact_match=NUMBER, loss=NUMBER),
+    "additionalProperties": False,
+}
 CONFIG = {
     **record(init={}, num_virtual_tokens=COUNT, learning_rate=NUMBER, seed=COUNT),
     "additionalProperties": False,
@@ -74,7 +81,9 @@ def client(finished: Finished) -> mlflow.MlflowClient:
 def children(finished: Finished) -> dict[str, Run]:
     parent = finished.document["mlflow"]["run_id"]
     store = client(finished)
-    runs = store.search_runs([store.get_run(parent).info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'")
+    runs = store.search_runs(
+        [store.get_run(parent).info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'"
+    )
     return {run.data.tags["orchestrator.trial"]: run for run in runs}
 
 
@@ -110,12 +119,19 @@ def test_every_trial_is_there_once_in_order(finished: Finished) -> None:
     """The document lists the spec's trials in their order, each with its own configuration and its true end."""
     documents = finished.document["trials"]
     assert [document["id"] for document in documents] == [f"t{number:03d}" for number in range(8)]
-    assert [document["config"] for document in documents] == [spec.config() for spec in trials(finished.job.search)]
+    assert [document["config"] for document in documents] == [
+        spec.config() for spec in trials(finished.job.search)
+    ]
     for document in documents:
         last = finished.reports[document["id"]][-1]
         assert document["steps"] == last.step and document["metrics"] == last.best_metrics
-        assert document["status"] == ("finished" if last.step == finished.job.train.steps else "stopped")
-    assert {document["status"] for document in documents} == {"finished", "stopped"}  # ASHA has stopped some
+        assert document["status"] == (
+            "finished" if last.step == finished.job.train.steps else "stopped"
+        )
+    assert {document["status"] for document in documents} == {
+        "finished",
+        "stopped",
+    }  # ASHA has stopped some
 
 
 def test_every_second_is_accounted_for(finished: Finished) -> None:
@@ -131,14 +147,19 @@ def test_every_second_is_accounted_for(finished: Finished) -> None:
 def test_the_best_trial_is_the_best(finished: Finished) -> None:
     """No trial has a better validation metric than the one that was registered."""
     best = finished.document["best"]
-    losses = {document["id"]: document["metrics"]["loss"] for document in finished.document["trials"]}
+    losses = {
+        document["id"]: document["metrics"]["loss"] for document in finished.document["trials"]
+    }
     assert best["metrics"]["validation"]["loss"] == losses[best["trial"]] == min(losses.values())
 
 
 def test_tuning_beats_the_baselines(finished: Finished) -> None:
     """The random model's prompt learns something: its validation loss is below both baselines'."""
     found = finished.document["best"]["metrics"]["validation"]["loss"]
-    assert all(found < baseline["validation"]["loss"] for baseline in finished.document["baselines"].values())
+    assert all(
+        found < baseline["validation"]["loss"]
+        for baseline in finished.document["baselines"].values()
+    )
 
 
 def test_mlflow_has_one_parent_and_a_child_a_trial(finished: Finished) -> None:
@@ -146,7 +167,10 @@ def test_mlflow_has_one_parent_and_a_child_a_trial(finished: Finished) -> None:
     parent = client(finished).get_run(finished.document["mlflow"]["run_id"])
     assert parent.info.status == "FINISHED"
     assert parent.data.tags["orchestrator.best_trial"] == finished.document["best"]["trial"]
-    best, zero_shot = finished.document["best"]["metrics"], finished.document["baselines"]["zero_shot"]
+    best, zero_shot = (
+        finished.document["best"]["metrics"],
+        finished.document["baselines"]["zero_shot"],
+    )
     assert parent.data.metrics["best_test_loss"] == pytest.approx(best["test"]["loss"])
     assert parent.data.metrics["zero_shot_test_loss"] == pytest.approx(zero_shot["test"]["loss"])
     assert parent.data.params["scheduler"] == "asha"
@@ -161,18 +185,28 @@ def test_a_child_has_its_parameters_and_its_history_on_our_own_steps(finished: F
     """Charts of several trials line up: the axis counts optimiser steps, not reports or seconds."""
     for trial, run in children(finished).items():
         reports = finished.reports[trial]
-        config = next(document["config"] for document in finished.document["trials"] if document["id"] == trial)
+        config = next(
+            document["config"]
+            for document in finished.document["trials"]
+            if document["id"] == trial
+        )
         assert run.data.params["learning_rate"] == str(config["learning_rate"])
         assert run.data.params["num_virtual_tokens"] == str(config["num_virtual_tokens"])
-        assert run.data.params["init"] == ("text" if isinstance(config["init"], dict) else config["init"])
+        assert run.data.params["init"] == (
+            "text" if isinstance(config["init"], dict) else config["init"]
+        )
         history = client(finished).get_metric_history(run.info.run_id, "validation_loss")
-        assert [(point.step, point.value) for point in history] == [(r.step, r.metrics["loss"]) for r in reports]
+        assert [(point.step, point.value) for point in history] == [
+            (r.step, r.metrics["loss"]) for r in reports
+        ]
         assert [r.step for r in reports] == list(range(4, 4 * len(reports) + 1, 4))
 
 
 def test_the_registered_weights_are_the_best_checkpoints(finished: Finished) -> None:
     """What is registered is the prompt of the best trial at its best evaluation, bit by bit."""
-    checkpoint = TrialState.from_bytes(finished.reports[finished.document["best"]["trial"]][-1].checkpoint)
+    checkpoint = TrialState.from_bytes(
+        finished.reports[finished.document["best"]["trial"]][-1].checkpoint
+    )
     registered = PromptArtifact.load(artifact(finished))
     assert torch.equal(torch.from_numpy(registered.weights), checkpoint.best()["prompt"])
     assert registered.manifest.steps == checkpoint.best_step
@@ -193,7 +227,9 @@ def test_a_packed_search_equals_its_trial_alone(finished: Finished) -> None:
     """The best trial, run alone without Ray, ends with the same prompt and the same metrics as packed in the search."""
     best = finished.document["best"]
     prepared = prepare(finished.job)
-    engine = Engine(load(model_folder()), prepared.task, finished.job.train, finished.job.search, capacity=1)
+    engine = Engine(
+        load(model_folder()), prepared.task, finished.job.train, finished.job.search, capacity=1
+    )
     engine.seat("alone", TrialSpec.from_config(best["config"]))
     reports = []
     while engine.slots:

@@ -27,13 +27,19 @@ JOBS: dict[str, tuple[dict[str, Any], set[str]]] = {
         {"search__space": {"rank": [2, 4], "learning_rate": RATES}, **TRAINED},
         {"adapter_config.json", "adapter_model.safetensors"},
     ),
-    "adapter": ({"search__space": {"bottleneck": 4, "learning_rate": RATES}, **TRAINED}, {"adapter.safetensors"}),
+    "adapter": (
+        {"search__space": {"bottleneck": 4, "learning_rate": RATES}, **TRAINED},
+        {"adapter.safetensors"},
+    ),
     "model_tuning": (
         {"search__space": {"learning_rate": RATES}, "search__searcher": "optuna", **TRAINED},
         {"config.json", "model.safetensors", "tokenizer.json"},
     ),
     "prompt_design": (
-        {"search__space": {"shots": [0, 1], "template": ["{text}\nspam?", "{text} spam:"]}, "train": {}},
+        {
+            "search__space": {"shots": [0, 1], "template": ["{text}\nspam?", "{text} spam:"]},
+            "train": {},
+        },
         set(),
     ),
 }
@@ -84,16 +90,24 @@ def test_a_baselines_result_is_kept_and_not_registered(searches: Searches, metho
     assert not client.search_registered_models()
     (experiment,) = [one for one in client.search_experiments() if one.name == search.job.name]
     runs = client.search_runs([experiment.experiment_id])
-    best = next(run for run in runs if run.data.tags.get("orchestrator.trial") == document["best"]["trial"])
-    assert {file.path for file in client.list_artifacts(best.info.run_id, "baseline")} >= {"baseline/baseline.json"}
+    best = next(
+        run for run in runs if run.data.tags.get("orchestrator.trial") == document["best"]["trial"]
+    )
+    assert {file.path for file in client.list_artifacts(best.info.run_id, "baseline")} >= {
+        "baseline/baseline.json"
+    }
     costs = document["costs"]
     assert {name: best.data.metrics[f"cost_{name}"] for name in costs} == pytest.approx(costs)
     trained = method != "prompt_design"
-    assert (costs["parameters"] > 0) == (costs["seconds"] > 0) == trained and costs["stored_bytes"] > 0
+    assert (costs["parameters"] > 0) == (costs["seconds"] > 0) == trained and costs[
+        "stored_bytes"
+    ] > 0
 
 
 @pytest.mark.long
-def test_a_resumed_search_finds_the_same(searches: Searches, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_search_finds_the_same(
+    searches: Searches, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A search that was cut off before its result was written evaluates and keeps the same trial again."""
     search = searches["lora"]
     monkeypatch.chdir(search.folder)
@@ -127,12 +141,16 @@ def test_searches_are_compared(
     assert command("report", ids[0], "nosuch").code == 2
 
 
-def test_searches_on_other_data_are_not_comparable(searches: Searches, finished: Finished, command: Command) -> None:
+def test_searches_on_other_data_are_not_comparable(
+    searches: Searches, finished: Finished, command: Command
+) -> None:
     """What differs is named, and the baselines, which are each search's own, are left out."""
     folders = [folder_of(search).path for search in (searches["lora"], finished)]
     said = command("report", *folders, "--json")
     assert said.document["baselines"] == {}
-    assert [warning.partition(":")[0] for warning in said.document["warnings"]] == ["not the same metric"]
+    assert [warning.partition(":")[0] for warning in said.document["warnings"]] == [
+        "not the same metric"
+    ]
 
 
 @pytest.mark.parametrize("method", METHODS)

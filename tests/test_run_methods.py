@@ -48,12 +48,17 @@ def test_a_job_becomes_a_version_that_answers_as_measured(
     monkeypatch.chdir(tmp_path)
     model = save_family(tmp_path / "model", family)
     finished = run_search(write_job(tmp_path, base_model__id=str(model), **SMALL, **changes))
-    assert {document["status"] for document in finished.document["trials"]} <= {"finished", "stopped"}
+    assert {document["status"] for document in finished.document["trials"]} <= {
+        "finished",
+        "stopped",
+    }
     folder = Registry(finished.tracking_uri, cache_dir=tmp_path / "cache").fetch("tiny", 1)
     artifact = PromptArtifact.load(folder)
     assert set(artifact.tensors) == tensors and artifact.manifest.method == finished.job.method
     rows = prepare(finished.job).rows.test
-    answers = OfflineModel.from_artifact(folder, load(model)).classify([{"text": row["text"]} for row in rows])
+    answers = OfflineModel.from_artifact(folder, load(model)).classify(
+        [{"text": row["text"]} for row in rows]
+    )
     right = sum(answer["label"] == row["label"] for answer, row in zip(answers, rows, strict=True))
     assert right / len(rows) == finished.document["best"]["metrics"]["test"]["accuracy"]
 
@@ -67,9 +72,15 @@ def test_a_search_starts_from_another_searchs_prompt(
     small = {**SMALL, "base_model__id": str(model), "search__trials": 1}
     first = run_search(write_job(tmp_path, **small))
     init = {"artifact": "tiny@champion"}
-    gently = {"search__space__init": init, "search__space__learning_rate": 1e-6, "train__evaluate_every": 1}
+    gently = {
+        "search__space__init": init,
+        "search__space__learning_rate": 1e-6,
+        "train__evaluate_every": 1,
+    }
     again = run_search(write_job(tmp_path, **{**small, **gently, "train__steps": 2}))
     (trial,) = again.document["trials"]
     assert trial["config"]["init"] == init and trial["status"] == "finished"
     start = again.reports[trial["id"]][0]
-    assert start.metrics["loss"] == pytest.approx(first.document["best"]["metrics"]["validation"]["loss"], rel=1e-4)
+    assert start.metrics["loss"] == pytest.approx(
+        first.document["best"]["metrics"]["validation"]["loss"], rel=1e-4
+    )

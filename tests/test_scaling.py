@@ -44,17 +44,27 @@ def test_a_service_s_size() -> None:
 def test_the_constants_are_those_of_the_program() -> None:
     """What the arithmetic takes from the code is what stands there; the 1B model is the benchmarks' own."""
     assert scaling.Search().slots == placement.GPU_SLOTS
-    assert prompt_store.MAX_BYTES == scaling.DEFAULT_BYTES and prompt_store.POLL_SECONDS == scaling.POLL_S
+    assert (
+        prompt_store.MAX_BYTES == scaling.DEFAULT_BYTES
+        and prompt_store.POLL_SECONDS == scaling.POLL_S
+    )
     source = Path(search_module.__file__).read_text()
-    assert f"CALLS = {scaling.ACTOR_CALLS:_}" in source and "max_concurrency=CALLS" in source, "see scaling.md"
+    assert f"CALLS = {scaling.ACTOR_CALLS:_}" in source and "max_concurrency=CALLS" in source, (
+        "see scaling.md"
+    )
     size, service = SIZES["1B"], scaling.Service()
-    assert (size.layers, size.kv_heads * size.width // size.heads) == (service.layers, service.kv_width)
+    assert (size.layers, size.kv_heads * size.width // size.heads) == (
+        service.layers,
+        service.kv_width,
+    )
 
 
 @pytest.mark.parametrize("together", [True, False])
 def test_reports_go_through_the_broker(together: bool) -> None:
     """As many as were asked for, also with trials that are over, whether workers report at once or in turn."""
-    spent = asyncio.run(asyncio.wait_for(scaling.deliver(3, 2, over=5, wanted=30, together=together), 60))
+    spent = asyncio.run(
+        asyncio.wait_for(scaling.deliver(3, 2, over=5, wanted=30, together=together), 60)
+    )
     assert spent > 0
 
 

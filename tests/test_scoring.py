@@ -14,13 +14,22 @@ INPUTS = random_ids([6, 1, 11, 3])
 OWNER = [1, 0, 1, 2]
 LENGTHS = [4, 7, 1]
 # Rows choose from different answers, different in number and length, some of which begin others.
-LONG = [[[5], [5, 6], [5, 6, 7, 8]], [[9, 9]], [[3], [4]], [[10, 11, 12], [10], [13, 14], [15], [16]]]
+LONG = [
+    [[5], [5, 6], [5, 6, 7, 8]],
+    [[9, 9]],
+    [[3], [4]],
+    [[10, 11, 12], [10], [13, 14], [15], [16]],
+]
 SINGLE = [[[5], [6]], [[7]], [[8], [9], [10], [11]], [[5], [12]]]
 
 
-def directly(backbone: Backbone, prompts: list[Tensor] | None, answers: list[list[list[int]]]) -> list[Tensor]:
+def directly(
+    backbone: Backbone, prompts: list[Tensor] | None, answers: list[list[list[int]]]
+) -> list[Tensor]:
     return [
-        torch.stack([-alone_nll(backbone, prompts and prompts[owner], ids, answer) for answer in choices])
+        torch.stack(
+            [-alone_nll(backbone, prompts and prompts[owner], ids, answer) for answer in choices]
+        )
         for ids, owner, choices in zip(INPUTS, OWNER, answers, strict=True)
     ]
 
@@ -34,7 +43,9 @@ def assert_scores_equal(got: list[Tensor], wanted: list[Tensor]) -> None:
 @pytest.mark.parametrize("answers", [SINGLE, LONG], ids=["one token", "several tokens"])
 @pytest.mark.parametrize("prompt_once", [True, False], ids=["cache", "plain"])
 @pytest.mark.parametrize("with_prompts", [True, False], ids=["prompts", "bare"])
-def test_scores_equal_single_rows(answers: list[list[list[int]]], prompt_once: bool, with_prompts: bool) -> None:
+def test_scores_equal_single_rows(
+    answers: list[list[list[int]]], prompt_once: bool, with_prompts: bool
+) -> None:
     """One-token answers, answers over the cache and the plain path all give each row's own log-probabilities."""
     backbone = tiny_backbone(prompt_once=prompt_once)
     prompts = random_prompts(backbone, LENGTHS) if with_prompts else None
@@ -42,7 +53,8 @@ def test_scores_equal_single_rows(answers: list[list[list[int]]], prompt_once: b
     with torch.no_grad():
         prepared = backbone.prepare(prompts) if prompts else None
         assert_scores_equal(
-            answer_scores(backbone, prepared, INPUTS, owner, answers), directly(backbone, prompts, answers)
+            answer_scores(backbone, prepared, INPUTS, owner, answers),
+            directly(backbone, prompts, answers),
         )
 
 
@@ -66,7 +78,8 @@ def test_a_sliding_window_scores_as_single_rows() -> None:
         got = answer_scores(backbone, backbone.prepare(prompts), INPUTS, OWNER, LONG)
         assert_scores_equal(got, directly(backbone, prompts, LONG))
         assert_scores_equal(
-            answer_scores(backbone, None, INPUTS, [0] * len(OWNER), LONG), directly(backbone, None, LONG)
+            answer_scores(backbone, None, INPUTS, [0] * len(OWNER), LONG),
+            directly(backbone, None, LONG),
         )
 
 
@@ -86,7 +99,9 @@ def test_scores_of_all_ended_answers_are_probabilities_of_different_texts() -> N
     encoder = encoder_for("prefix")
     with torch.no_grad():
         prepared = backbone.prepare(random_prompts(backbone, LENGTHS))
-        scores = answer_scores(backbone, prepared, INPUTS, OWNER, [encoder.scored_answers] * len(INPUTS))
+        scores = answer_scores(
+            backbone, prepared, INPUTS, OWNER, [encoder.scored_answers] * len(INPUTS)
+        )
     assert all(float(one.exp().sum()) <= 1 for one in scores)
 
 
@@ -100,9 +115,13 @@ def test_answer_tokens_say_what_greedy_decoding_does() -> None:
         for ids, owner in zip(INPUTS, OWNER, strict=True):
             made: list[int] = []
             for _ in range(3):
-                logits, _ = backbone.teacher_forced(backbone.prepare([prompts[owner]]), [[*ids, *made]], [[0]], [0])
+                logits, _ = backbone.teacher_forced(
+                    backbone.prepare([prompts[owner]]), [[*ids, *made]], [[0]], [0]
+                )
                 made.append(int(logits[0, -1].argmax()))
-            answers.append([made, made[:2], [made[0], (made[1] + 1) % 300, made[2]], [(made[0] + 1) % 300]])
+            answers.append(
+                [made, made[:2], [made[0], (made[1] + 1) % 300, made[2]], [(made[0] + 1) % 300]]
+            )
         log_probs, greedy = answer_tokens(backbone, prepared, INPUTS, OWNER, answers)
     assert greedy.view(len(INPUTS), 4, 3)[:, 0].all() and greedy.view(len(INPUTS), 4, 3)[:, 1].all()
     assert greedy.view(len(INPUTS), 4, 3)[:, 2, :2].tolist() == [[True, False]] * len(INPUTS)

@@ -21,15 +21,37 @@ from orchestrator.tuning.evaluate import evaluate
 from orchestrator.tuning.make import make_engine
 from orchestrator.tuning.prompts.inits import InitContext, initial_prompt
 from orchestrator.tuning.step import packed_gradients
-from tests.benchmarks import jobs, methods, nodes, paces, plans, population, processes, search, trials
+from tests.benchmarks import (
+    jobs,
+    methods,
+    nodes,
+    paces,
+    plans,
+    population,
+    processes,
+    search,
+    trials,
+)
 from tests.benchmarks.measure import Skipped
 from tests.benchmarks.our_search import plain_backbone
-from tests.benchmarks.peer_training import IGNORED, Data, PlainTrial, chosen, padded, start_ids, trainer
+from tests.benchmarks.peer_training import (
+    IGNORED,
+    Data,
+    PlainTrial,
+    chosen,
+    padded,
+    start_ids,
+    trainer,
+)
 from tests.benchmarks.processes import Broken, Ran
 
 CONFIG = {"seed": 3, "num_virtual_tokens": 5, "learning_rate": 0.5}
 SEARCH = {
-    "search": {"space": {"num_virtual_tokens": [2, 3], "seed": [0, 1]}, "trials": 4, "scheduler": "fifo"},
+    "search": {
+        "space": {"num_virtual_tokens": [2, 3], "seed": [0, 1]},
+        "trials": 4,
+        "scheduler": "fifo",
+    },
     "train": {"steps": 2, "batch_size": 4, "evaluate_every": 1},
     "resources": {"trials_per_worker": 2},
 }
@@ -58,7 +80,9 @@ def prompt_of(peer: PlainTrial) -> torch.Tensor:
     return prompt
 
 
-def test_a_peer_has_our_loss_and_gradient(prepared: Prepared, backbone: Backbone, peer: PlainTrial) -> None:
+def test_a_peer_has_our_loss_and_gradient(
+    prepared: Prepared, backbone: Backbone, peer: PlainTrial
+) -> None:
     """On rows of different lengths, with the same prompt."""
     train = prepared.task.splits["train"]
     ours = prompt_of(peer).detach().clone().requires_grad_()
@@ -76,9 +100,13 @@ def test_a_peer_trains_its_prompt_and_has_our_accuracy(
     """The frozen model stays as it was."""
     digest, before = backbone.digest(), prompt_of(peer).detach().clone()
     peer.train(3)
-    assert peer.step == 3 and not torch.equal(before, prompt_of(peer)) and backbone.digest() == digest
+    assert (
+        peer.step == 3 and not torch.equal(before, prompt_of(peer)) and backbone.digest() == digest
+    )
     prompt = PromptTensors(prompt_of(peer).detach())
-    (ours,) = evaluate(backbone, [prompt], prepared.task.splits["validation"], prepared.task.encoder)
+    (ours,) = evaluate(
+        backbone, [prompt], prepared.task.splits["validation"], prepared.task.encoder
+    )
     assert peer.accuracy() == ours["accuracy"]
 
 
@@ -91,7 +119,10 @@ def test_a_peer_s_trial_is_ours(prepared: Prepared, backbone: Backbone) -> None:
         model = load_backbone(resolve_model(prepared.job.base_model)).model
         theirs = PlainTrial(model, Data.of(prepared.task), config, batch=4)
         torch.testing.assert_close(
-            prompt_of(theirs).detach(), initial_prompt(spec, InitContext.of(backbone, [])), rtol=0, atol=0
+            prompt_of(theirs).detach(),
+            initial_prompt(spec, InitContext.of(backbone, [])),
+            rtol=0,
+            atol=0,
         )
         engine.seat("ours", spec)
         while engine.slots:
@@ -103,17 +134,23 @@ def test_a_peer_s_trial_is_ours(prepared: Prepared, backbone: Backbone) -> None:
 def test_a_model_with_copied_words_says_what_it_said(tmp_path: Path) -> None:
     """A word's probability is that of its copies together, and a prompt's gradient stays as it was."""
     try:
-        story = load_backbone(resolve_model(BaseModelSpec(id=str(jobs.shared("models", "stories3M")))))
+        story = load_backbone(
+            resolve_model(BaseModelSpec(id=str(jobs.shared("models", "stories3M"))))
+        )
     except Skipped as reason:
         pytest.skip(str(reason))
-    copied = load_backbone(resolve_model(BaseModelSpec(id=str(jobs.copied_words(tmp_path / "copied", 3)))))
+    copied = load_backbone(
+        resolve_model(BaseModelSpec(id=str(jobs.copied_words(tmp_path / "copied", 3))))
+    )
     words = len(story.table)
     assert len(copied.table) == 3 * words
     ids = story.tokenizer("Once upon a time there was a")["input_ids"]
     gradients, chances = [], []
     for backbone in (story, copied):
         prompt = story.table[100:105].clone().requires_grad_()
-        logits, targets = backbone.teacher_forced(backbone.prepare([prompt]), [ids[:-2]], [ids[-2:]], [0])
+        logits, targets = backbone.teacher_forced(
+            backbone.prepare([prompt]), [ids[:-2]], [ids[-2:]], [0]
+        )
         log_probs = logits.log_softmax(-1)
         log_probs.gather(2, targets[:, :, None]).sum().backward()
         gradients.append(prompt.grad)
@@ -128,9 +165,17 @@ def test_the_trainer_reports_every_evaluation(
     """The transformers Trainer takes the same rows, and ends near where the plain loop ends, without a checkpoint."""
     reports: list[tuple[int, float]] = []
     setting = {"steps": 4, "batch": 4, "every": 2, "folder": tmp_path / "trainer"}
-    made = trainer(backbone.model, Data.of(prepared.task), CONFIG, setting, lambda *found: reports.append(found))
+    made = trainer(
+        backbone.model,
+        Data.of(prepared.task),
+        CONFIG,
+        setting,
+        lambda *found: reports.append(found),
+    )
     made.train()
-    assert [step for step, _ in reports] == [2, 4] and all(0 <= accuracy <= 1 for _, accuracy in reports)
+    assert [step for step, _ in reports] == [2, 4] and all(
+        0 <= accuracy <= 1 for _, accuracy in reports
+    )
     rows = {row["row"] for row in made.train_dataset}
     assert len(made.train_dataset) == 16 and max(rows) < len(prepared.task.splits["train"])
     assert not list(tmp_path.rglob("*.safetensors"))
@@ -140,19 +185,27 @@ def test_the_chosen_answer_is_read_where_the_target_begins() -> None:
     """Behind a prompt of one column, in rows that are padded on the right."""
     labels = torch.tensor([[IGNORED, 7, 0, IGNORED], [IGNORED, IGNORED, 8, 0]])
     logits = torch.zeros(2, 5, 9)
-    logits[0, 1, 7] = logits[1, 2, 8] = 1.0  # one column of prompt: the target's first token is predicted there
+    logits[0, 1, 7] = logits[1, 2, 8] = (
+        1.0  # one column of prompt: the target's first token is predicted there
+    )
     assert chosen(logits, labels, (8, 7)).tolist() == [1, 0]
 
 
-def test_the_step_without_its_gains_is_the_same_step(prepared: Prepared, backbone: Backbone) -> None:
+def test_the_step_without_its_gains_is_the_same_step(
+    prepared: Prepared, backbone: Backbone
+) -> None:
     """The same loss from logits everywhere and the prompt in every row."""
     train = prepared.task.splits["train"]
-    prompt = PromptTensors(torch.randn(3, backbone.table.shape[1], generator=torch.Generator().manual_seed(0)))
+    prompt = PromptTensors(
+        torch.randn(3, backbone.table.shape[1], generator=torch.Generator().manual_seed(0))
+    )
     with torch.no_grad():
         prompt.embeddings.mul_(0.02)  # type: ignore[union-attr]
     prompt.embeddings.requires_grad_()  # type: ignore[union-attr]
     seen: list[int] = []
-    backbone.model.lm_head.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
+    backbone.model.lm_head.register_forward_pre_hook(
+        lambda _, given: seen.append(given[0].shape[1])
+    )
     losses = [packed_gradients(backbone, [prompt], [[0, 1]], train)[0]]
     plain_backbone(backbone)
     losses.append(packed_gradients(backbone, [prompt], [[0, 1]], train)[0])
@@ -161,17 +214,31 @@ def test_the_step_without_its_gains_is_the_same_step(prepared: Prepared, backbon
 
 
 def report(at: float, trial: str, step: int, score: float) -> dict[str, Any]:
-    return {"at": at, "trial": trial, "step": step, "score": score, "driver": 3 * processes.MEGABYTE}
+    return {
+        "at": at,
+        "trial": trial,
+        "step": step,
+        "score": score,
+        "driver": 3 * processes.MEGABYTE,
+    }
 
 
 def test_a_side_s_time_to_the_target() -> None:
     """The first report that is good enough, from the program's start; ratios seed by seed; never is never."""
-    reports = [report(103.0, "t000", 1, 0.2), report(105.0, "t001", 1, 0.5), report(106.0, "t000", 2, 0.6)]
+    reports = [
+        report(103.0, "t000", 1, 0.2),
+        report(105.0, "t001", 1, 0.5),
+        report(106.0, "t000", 2, 0.6),
+    ]
     ours = search.side_of(Ran(100.0, 10.0, 2**20, [], {"reports": reports, "steps": 3}), 0.4)
     assert (ours.seconds, ours.to_target, ours.best, ours.steps) == (10.0, 5.0, 0.6, 3)
     slow = search.side_of(Ran(100.0, 50.0, 2**20, [], {"reports": reports[:1], "steps": 1}), 0.4)
     shown = search.line("slow", [slow, ours], [ours, ours]).shown
-    assert (shown["times ours"], shown["spread"], shown["to target, s"]) == (3.0, "1.00 to 5.00", "never")
+    assert (shown["times ours"], shown["spread"], shown["to target, s"]) == (
+        3.0,
+        "1.00 to 5.00",
+        "never",
+    )
 
 
 def test_all_sides_have_the_same_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +257,9 @@ def test_a_population_s_curve_counts_whole_rounds() -> None:
     curve = population.curve(reports)
     assert curve == [(10, 0.5), (20, 0.7)]
     assert [population.steps_to(curve, target) for target in (0.5, 0.6, 0.8)] == [10, 20, None]
-    shown = population.target_line({"pbt": [curve, curve], "random": [[(40, 0.9)], [(10, 0.1)]]}, 0.6).shown
+    shown = population.target_line(
+        {"pbt": [curve, curve], "random": [[(40, 0.9)], [(10, 0.1)]]}, 0.6
+    ).shown
     assert shown == {"steps, pbt": "20, 20", "steps, random": "40, never", "random / pbt": 2.0}
 
 
@@ -198,11 +267,24 @@ def test_a_plan_is_compared_part_by_part() -> None:
     """What planning took and making the model is no part of the outcome."""
     seconds = {"total": 60.0, "plan": 9.0, "model": 1.0, "prepare": 3.0, "ray": 4.0, "workers": 8.0, "trials": 30.0,
                "test": 1.0, "registry": 4.0}  # fmt: skip
-    planned = {"startup": 12.0, "baselines": 2.0, "search": 31.0, "test": 1.0, "end": 2.0, "total": 48.0}
+    planned = {
+        "startup": 12.0,
+        "baselines": 2.0,
+        "search": 31.0,
+        "test": 1.0,
+        "end": 2.0,
+        "total": 48.0,
+    }
     memory = {"usual": 2 * processes.MEGABYTE, "worker": 6 * processes.MEGABYTE}
     document = {"seconds": seconds, "plan": {"seconds": planned, "memory": memory}}
     work = {"w0": [{"kind": "peak", "value": 4 * processes.MEGABYTE}]}
-    ran = Ran(0.0, 1.0, 0, [(1.0, 2), (2.0, 4), (3.0, 8)], {"document": document, "work": work, "started": [3.0]})
+    ran = Ran(
+        0.0,
+        1.0,
+        0,
+        [(1.0, 2), (2.0, 4), (3.0, 8)],
+        {"document": document, "work": work, "started": [3.0]},
+    )
     found = plans.of("job", ran)
     shown = [(line.name, line.shown["planned"], line.shown["outcome"]) for line in found]
     assert shown == [
@@ -219,7 +301,9 @@ def test_a_plan_is_compared_part_by_part() -> None:
 def test_a_search_of_ours_is_watched(tmp_path: Path) -> None:
     """Four trials of a toy model in a program of their own: reports, the worker's work and memory; and all that the
     benchmarks make of it."""
-    ran = processes.run_in(str(tmp_path), "our_search", {"job": {**jobs.random_model(tmp_path), **SEARCH}})
+    ran = processes.run_in(
+        str(tmp_path), "our_search", {"job": {**jobs.random_model(tmp_path), **SEARCH}}
+    )
     assert [(one["trial"], one["step"]) for one in ran.found["reports"]] == [
         ("t000", 1), ("t001", 1), ("t000", 2), ("t001", 2), ("t002", 1), ("t003", 1), ("t002", 2), ("t003", 2),
     ]  # fmt: skip
@@ -230,10 +314,14 @@ def test_a_search_of_ours_is_watched(tmp_path: Path) -> None:
     whole, running = float(overhead["with start and end"]), float(overhead["overhead a trial, s"])
     assert 0 < running < whole < ran.seconds / 4
     quarters = trials.quarters(ran)
-    assert [line.name for line in quarters] == [f"results {first} to {first + 1}" for first in (1, 3, 5, 7)]
+    assert [line.name for line in quarters] == [
+        f"results {first} to {first + 1}" for first in (1, 3, 5, 7)
+    ]
     assert all(float(line.shown["driver, MB"]) > 100 for line in quarters)
     line = nodes.line(1, 4, ran).shown
-    assert line["trained on"] == 1 and float(line["first ready, s"]) == float(line["all ready, s"]) > 0
+    assert (
+        line["trained on"] == 1 and float(line["first ready, s"]) == float(line["all ready, s"]) > 0
+    )
 
 
 @pytest.mark.long
@@ -242,11 +330,18 @@ def test_parts_of_ours_can_be_taken_away_and_nodes_added(tmp_path: Path) -> None
     """Two nodes with a worker each, the plain step, a new actor a trial: the same search, and both nodes train."""
     changes = {"nodes": 2, "plain_step": True, "fresh_actors": True}
     resources = {"workers": 2, "cpus_per_worker": 1, "trials_per_worker": 1}
-    job = {**jobs.random_model(tmp_path), **SEARCH, "resources": resources, "registry": {"register_top": 0}}
+    job = {
+        **jobs.random_model(tmp_path),
+        **SEARCH,
+        "resources": resources,
+        "registry": {"register_top": 0},
+    }
     ran = processes.run_in(str(tmp_path), "our_search", {"job": job, **changes})
     assert ran.found["steps"] == 8 and sorted(ran.found["work"]) == ["w0", "w1"]
     line = nodes.line(2, 2, ran).shown
-    assert line["trained on"] == 2 and float(line["all ready, s"]) >= float(line["first ready, s"]) > 0
+    assert (
+        line["trained on"] == 2 and float(line["all ready, s"]) >= float(line["first ready, s"]) > 0
+    )
 
 
 @pytest.mark.long
@@ -255,8 +350,14 @@ def test_methods_are_compared_at_toy_size(ray_cluster: None, tmp_path: Path) -> 
     """A search each with the same steps and seeds; lines for both and for what learns nothing, and a page."""
     found = methods.lines(methods.SETTINGS["small"], "random ", tmp_path)
     names = [line.name.removeprefix("random, ") for line in found]
-    assert names == ["zero shot", "few shot", *(method.replace("_", " ") for method in methods.SPACES)]
-    trained = {line.name.removeprefix("random, "): int(str(line.shown["parameters"])) for line in found}
+    assert names == [
+        "zero shot",
+        "few shot",
+        *(method.replace("_", " ") for method in methods.SPACES),
+    ]
+    trained = {
+        line.name.removeprefix("random, "): int(str(line.shown["parameters"])) for line in found
+    }
     assert trained["prompt design"] == 0 < trained["prompt tuning"] < trained["model tuning"]
     assert (tmp_path / "methods-random.html").read_text().startswith("<!doctype html>")
 
@@ -271,4 +372,6 @@ def test_paces_are_measured_at_toy_size() -> None:
     """Every method that trains has a line, and prompt tuning is what the others are held against."""
     found = paces.lines(paces.SETTINGS["small"])
     assert [line.name for line in found] == [f"random, {method}" for method in methods.RATES]
-    assert found[0].shown["times prompt tuning's"] == 1 and all(line.kept["steps, s"] for line in found)
+    assert found[0].shown["times prompt tuning's"] == 1 and all(
+        line.kept["steps, s"] for line in found
+    )

@@ -57,9 +57,13 @@ def test_the_first_interrupts_and_the_second_does_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [BadInput("no such job", "ls"), ValueError("unforeseen")], ids=lambda it: type(it).__name__
+    "error",
+    [BadInput("no such job", "ls"), ValueError("unforeseen")],
+    ids=lambda it: type(it).__name__,
 )
-def test_a_command_that_failed_says_so_to_its_end(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_that_failed_says_so_to_its_end(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A signal while the message is written has nothing left to interrupt."""
     said: list[str] = []
 
@@ -143,5 +147,7 @@ os._exit(0)  # without what Ray does at a program's end
 @pytest.mark.ray  # its own
 def test_a_second_one_does_not_cut_ray_s_end_short() -> None:
     """While its processes end, and after that, though Ray gives the signal back to the system."""
-    ran = subprocess.run([sys.executable, "-c", SHUT_DOWN], capture_output=True, text=True, timeout=120)
+    ran = subprocess.run(
+        [sys.executable, "-c", SHUT_DOWN], capture_output=True, text=True, timeout=120
+    )
     assert (ran.returncode, ran.stdout) == (0, "said False\n"), ran.stderr

@@ -12,11 +12,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.errors import BadInput
-from orchestrator.job.space import TrialSpec, draw, grid, grid_size, init_texts, longest, no_result, trial_count, trials
+from orchestrator.job.space import (
+    TrialSpec,
+    draw,
+    grid,
+    grid_size,
+    init_texts,
+    longest,
+    no_result,
+    trial_count,
+    trials,
+)
 from orchestrator.job.spec import LogUniform, SearchSpec, SpaceSpec, TextInit, Uniform
 
 rates = st.floats(1e-6, 10, allow_nan=False)
-inits = st.sampled_from(["random", "sample_vocab", "class_labels", TextInit(text="a b"), TextInit(text="c")])
+inits = st.sampled_from(
+    ["random", "sample_vocab", "class_labels", TextInit(text="a b"), TextInit(text="c")]
+)
 bounds = st.tuples(rates, rates).filter(lambda pair: pair[0] < pair[1])
 
 
@@ -25,7 +37,9 @@ def lists(values: st.SearchStrategy[Any], most: int = 5) -> st.SearchStrategy[An
     return values | st.lists(values, min_size=1, max_size=most, unique=True)
 
 
-ranges = bounds.map(lambda pair: LogUniform(loguniform=pair)) | bounds.map(lambda pair: Uniform(uniform=pair))
+ranges = bounds.map(lambda pair: LogUniform(loguniform=pair)) | bounds.map(
+    lambda pair: Uniform(uniform=pair)
+)
 
 
 def spaces(learning_rate: st.SearchStrategy[Any]) -> st.SearchStrategy[SpaceSpec]:
@@ -81,7 +95,9 @@ def test_more_draws_than_points_give_every_point_once(space: SpaceSpec, seed: in
 
 @given(any_spaces, counts, seeds)
 @settings(deadline=None)
-def test_every_listed_value_is_drawn_as_often_as_any_other(space: SpaceSpec, count: int, seed: int) -> None:
+def test_every_listed_value_is_drawn_as_often_as_any_other(
+    space: SpaceSpec, count: int, seed: int
+) -> None:
     """In each dimension the rarest and the most frequent value differ by at most one draw."""
     drawn = draw(space, count, seed)
     columns: list[list[Any]] = [
@@ -125,8 +141,14 @@ def test_draws_stay_in_the_range(space: SpaceSpec, count: int, seed: int) -> Non
 
 def test_dimensions_are_drawn_independently_of_each_other() -> None:
     """Over many seeds each pair of values meets about equally often: the balance ties no two dimensions together."""
-    space = SpaceSpec(init=["random", "sample_vocab", "class_labels"], num_virtual_tokens=[5, 20, 100], seed=[0, 1, 2])
-    pairs = Counter((t.num_virtual_tokens, t.seed) for seed in range(200) for t in draw(space, 9, seed))
+    space = SpaceSpec(
+        init=["random", "sample_vocab", "class_labels"],
+        num_virtual_tokens=[5, 20, 100],
+        seed=[0, 1, 2],
+    )
+    pairs = Counter(
+        (t.num_virtual_tokens, t.seed) for seed in range(200) for t in draw(space, 9, seed)
+    )
     assert len(pairs) == 9
     assert min(pairs.values()) > 0.7 * 200
 
@@ -198,7 +220,12 @@ def test_a_trial_survives_json(space: SpaceSpec, seed: int) -> None:
 
 def test_a_configuration_reads_as_run_prints_it() -> None:
     """The keys are those of ``run --json``; a text init is a mapping."""
-    config = {"init": {"text": "Classify."}, "num_virtual_tokens": 20, "learning_rate": 0.1, "seed": 0}
+    config = {
+        "init": {"text": "Classify."},
+        "num_virtual_tokens": 20,
+        "learning_rate": 0.1,
+        "seed": 0,
+    }
     trial = TrialSpec("text", "Classify.", 20, 0.1, 0)
     assert trial.config() == config
     assert TrialSpec.from_config(config) == trial
@@ -206,7 +233,13 @@ def test_a_configuration_reads_as_run_prints_it() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"init": "zeros"}, {"num_virtual_tokens": 0}, {"learning_rate": [0.1]}, {"seed": "0"}, {"other": 1}],
+    [
+        {"init": "zeros"},
+        {"num_virtual_tokens": 0},
+        {"learning_rate": [0.1]},
+        {"seed": "0"},
+        {"other": 1},
+    ],
 )
 def test_a_bad_configuration_is_refused(change: dict[str, Any]) -> None:
     """Unknown keys, values out of range, wrong types and lists are refused with the key."""
@@ -223,7 +256,9 @@ def test_an_incomplete_configuration_is_refused() -> None:
 
 def test_a_label_is_one_short_line() -> None:
     """Long texts and line breaks don't break a table."""
-    assert TrialSpec("random", None, 20, 0.30000001, 7).label() == "random, 20 tokens, lr 0.3, seed 7"
+    assert (
+        TrialSpec("random", None, 20, 0.30000001, 7).label() == "random, 20 tokens, lr 0.3, seed 7"
+    )
     label = TrialSpec("text", "Classify\nthe message as spam or ham.", 5, 1e-5, 0).label()
     assert label == '"Classify the message ...", 5 tokens, lr 1e-05, seed 0'
 
@@ -233,7 +268,10 @@ def test_longest_and_init_texts_look_at_every_value() -> None:
     assert longest(SpaceSpec(num_virtual_tokens=7)) == 7
     assert longest(SpaceSpec(num_virtual_tokens=[5, 100, 20])) == 100
     assert init_texts(SpaceSpec()) == []
-    assert init_texts(SpaceSpec(init=["random", TextInit(text="b"), TextInit(text="a")])) == ["b", "a"]
+    assert init_texts(SpaceSpec(init=["random", TextInit(text="b"), TextInit(text="a")])) == [
+        "b",
+        "a",
+    ]
     assert init_texts(SpaceSpec(init=TextInit(text="only"))) == ["only"]
 
 
@@ -241,7 +279,11 @@ def test_longest_and_init_texts_look_at_every_value() -> None:
     ("rates", "requested", "message"),
     [
         (0.1, 2, "the only trial has no result (search.trials is 2, and search.space has 1 point)"),
-        ([0.1, 0.2], 5, "none of the 2 trials has a result (search.trials is 5, and search.space has 2 points)"),
+        (
+            [0.1, 0.2],
+            5,
+            "none of the 2 trials has a result (search.trials is 5, and search.space has 2 points)",
+        ),
         (0.1, 1, "the only trial has no result"),
         (0.1, None, "the only trial has no result"),
         ([0.1, 0.2], 2, "none of the 2 trials has a result"),

@@ -30,7 +30,12 @@ def job(**sections: Any) -> dict[str, Any]:
     smallest: dict[str, Any] = {
         "name": "sms-spam",
         "base_model": {"id": "builtin:quickstart"},
-        "data": {"path": "a.jsonl", "template": "{text}", "target": "label", "verbalizer": {0: " ham", 1: " spam"}},
+        "data": {
+            "path": "a.jsonl",
+            "template": "{text}",
+            "target": "label",
+            "verbalizer": {0: " ham", 1: " spam"},
+        },
     }
     return smallest | sections
 
@@ -66,7 +71,9 @@ def conflicts(sections: dict[str, Any]) -> list[str]:
     with pytest.raises(ValidationError) as caught:
         JobSpec.model_validate(job(**sections))
     found: list[Conflict] = [
-        conflict for detail in caught.value.errors() for conflict in detail.get("ctx", {}).get("conflicts", ())
+        conflict
+        for detail in caught.value.errors()
+        for conflict in detail.get("ctx", {}).get("conflicts", ())
     ]
     return [conflict.where for conflict in found]
 
@@ -100,7 +107,9 @@ def test_a_learning_rate_is_a_finite_number_above_zero(value: Any) -> None:
         SpaceSpec.model_validate({"learning_rate": value})
 
 
-@pytest.mark.parametrize("written", ["{0}", "[0.1, {0}]", '{{"loguniform": [0.1, {0}]}}', '{{"uniform": [0.1, {0}]}}'])
+@pytest.mark.parametrize(
+    "written", ["{0}", "[0.1, {0}]", '{{"loguniform": [0.1, {0}]}}', '{{"uniform": [0.1, {0}]}}']
+)
 def test_a_learning_rate_is_at_most_a_thousand(written: str) -> None:
     """Alone, in a list and as a bound: the worker's arithmetic overflows somewhere above."""
     SpaceSpec.model_validate({"learning_rate": json.loads(written.format("1000"))})
@@ -131,7 +140,11 @@ def test_a_range_is_ordered(section: type[LogUniform] | type[Uniform]) -> None:
 
 def test_a_list_names_each_value_once() -> None:
     """Repeats in a list are refused: they would weigh a value twice and repeat trials."""
-    for space in ({"seed": [0, 1, 0]}, {"init": [TextInit(text="a"), TextInit(text="a")]}, {"learning_rate": [1, 1.0]}):
+    for space in (
+        {"seed": [0, 1, 0]},
+        {"init": [TextInit(text="a"), TextInit(text="a")]},
+        {"learning_rate": [1, 1.0]},
+    ):
         with pytest.raises(ValidationError, match="twice"):
             SpaceSpec.model_validate(space)
 
@@ -151,11 +164,15 @@ def test_aliases_that_mlflow_does_not_take_are_refused(alias: str) -> None:
     assert RegistrySpec(alias="A-b_3", model="a.b").alias == "A-b_3"
 
 
-@pytest.mark.parametrize("template", ["no column", "{{text}}", "a { b {text}", "{text} }", "{text} {}"])
+@pytest.mark.parametrize(
+    "template", ["no column", "{{text}}", "a { b {text}", "{text} }", "{text} {}"]
+)
 def test_a_template_names_columns_and_has_no_lone_brace(template: str) -> None:
     """A template without a column, with a brace too many or an empty name is refused."""
     with pytest.raises(ValidationError):
-        JobSpec.model_validate(job(data=DATA_WITHOUT_VERBALIZER | {"template": template, "verbalizer": {0: "a"}}))
+        JobSpec.model_validate(
+            job(data=DATA_WITHOUT_VERBALIZER | {"template": template, "verbalizer": {0: "a"}})
+        )
 
 
 def test_template_columns_reads_doubled_braces_as_text() -> None:
@@ -166,7 +183,10 @@ def test_template_columns_reads_doubled_braces_as_text() -> None:
 def test_accuracy_and_class_labels_need_a_verbalizer() -> None:
     """Both conflicts are found at once, and at the key that the user wrote."""
     chosen = {"metric": "accuracy", "space": {"init": ["random", "class_labels"]}}
-    assert conflicts({"data": DATA_WITHOUT_VERBALIZER, "search": chosen}) == ["search.metric", "search.space.init"]
+    assert conflicts({"data": DATA_WITHOUT_VERBALIZER, "search": chosen}) == [
+        "search.metric",
+        "search.space.init",
+    ]
     assert conflicts({"data": DATA_WITHOUT_VERBALIZER}) == ["data.verbalizer"]
 
 
@@ -183,9 +203,14 @@ def test_a_text_metric_needs_a_target_that_is_text(metric: str) -> None:
     """With a verbalizer the target is a label: neither text metrics nor references fit, each said at its own key."""
     assert conflicts({"search": {"metric": metric}}) == ["search.metric"]
     data = job()["data"] | {"references": "texts"}
-    assert conflicts({"data": data, "search": {"metric": metric}}) == ["search.metric", "data.references"]
+    assert conflicts({"data": data, "search": {"metric": metric}}) == [
+        "search.metric",
+        "data.references",
+    ]
     assert conflicts({"data": data}) == ["data.references"]
-    JobSpec.model_validate(job(data=DATA_WITHOUT_VERBALIZER | {"references": "texts"}, search={"metric": metric}))
+    JobSpec.model_validate(
+        job(data=DATA_WITHOUT_VERBALIZER | {"references": "texts"}, search={"metric": metric})
+    )
 
 
 def test_a_text_metric_lies_between_0_and_1() -> None:
@@ -204,7 +229,9 @@ def test_generation_is_greedy_and_as_long_as_a_target_may_be() -> None:
     assert (spec.max_generated_tokens, spec.generation.num_beams) == (7, 5)
 
 
-@pytest.mark.parametrize("generation", [{"max_tokens": 0}, {"num_beams": 0}, {"num_beams": 65}, {"beams": 2}])
+@pytest.mark.parametrize(
+    "generation", [{"max_tokens": 0}, {"num_beams": 0}, {"num_beams": 65}, {"beams": 2}]
+)
 def test_generation_out_of_range_is_refused(generation: dict[str, int]) -> None:
     """No tokens, no beams, or more beams than fit anywhere."""
     with pytest.raises(ValidationError):
@@ -239,14 +266,22 @@ PBT = {"scheduler": "pbt", "space": {"learning_rate": [0.1, 0.2]}}
         ({"search": {"perturbation_steps": 50}}, ["perturbation_steps"]),
         ({"search": PBT | {"trials": 1}}, ["scheduler"]),
         ({"search": {"scheduler": "pbt"}}, ["scheduler"]),
-        ({"search": PBT | {"space": {"learning_rate": [0.1]}, "trials": 1}}, ["scheduler", "scheduler"]),
+        (
+            {"search": PBT | {"space": {"learning_rate": [0.1]}, "trials": 1}},
+            ["scheduler", "scheduler"],
+        ),
         ({"search": PBT | {"perturbation_steps": 75}}, ["search.perturbation_steps"]),
         ({"search": PBT | {"perturbation_steps": 500}}, ["search.perturbation_steps"]),
         ({"search": PBT, "train": {"steps": 50}}, ["train.evaluate_every"]),
-        ({"search": PBT, "resources": {"workers": 1, "trials_per_worker": 1}}, ["search.scheduler"]),
+        (
+            {"search": PBT, "resources": {"workers": 1, "trials_per_worker": 1}},
+            ["search.scheduler"],
+        ),
     ],
 )
-def test_a_population_that_could_not_change_is_refused(sections: dict[str, Any], where: list[str]) -> None:
+def test_a_population_that_could_not_change_is_refused(
+    sections: dict[str, Any], where: list[str]
+) -> None:
     """Without several trials at once, learning rates to move between, or an evaluation to compare at before the end."""
     assert conflicts(sections) == where
 
@@ -254,7 +289,10 @@ def test_a_population_that_could_not_change_is_refused(sections: dict[str, Any],
 def test_a_population_is_compared_at_evaluations() -> None:
     """At each of them unless the spec says otherwise."""
     assert JobSpec.model_validate(job(search=PBT)).perturbation_steps == 50
-    assert JobSpec.model_validate(job(search=PBT | {"perturbation_steps": 150})).perturbation_steps == 150
+    assert (
+        JobSpec.model_validate(job(search=PBT | {"perturbation_steps": 150})).perturbation_steps
+        == 150
+    )
     ranged = {"scheduler": "pbt", "space": {"learning_rate": {"loguniform": [0.1, 0.2]}}}
     JobSpec.model_validate(job(search=ranged, resources={"workers": 2, "trials_per_worker": 1}))
 
@@ -279,7 +317,9 @@ def test_groups_that_could_not_work_are_refused(sections: dict[str, Any], where:
     assert conflicts(sections) == where
 
 
-@pytest.mark.parametrize("resources", [{"workers_per_group": 0}, {"workers_per_group": "auto"}, {"sharding": "zero"}])
+@pytest.mark.parametrize(
+    "resources", [{"workers_per_group": 0}, {"workers_per_group": "auto"}, {"sharding": "zero"}]
+)
 def test_groups_out_of_range_are_refused(resources: dict[str, Any]) -> None:
     """No workers, a size that nobody can guess, a sharding that there is not."""
     with pytest.raises(ValidationError):
@@ -300,12 +340,17 @@ def test_every_trial_is_evaluated_at_least_once() -> None:
         ({"optimizer": "adafactor", "momentum": 0.0}, ["momentum"]),
         ({"optimizer": "sgd", "betas": [0.9, 0.99]}, ["betas"]),
         ({"decay_rate": 0.9}, ["decay_rate"]),
-        ({"schedule": "cosine", "decay_rate": 0.9, "decay_steps": 5}, ["decay_rate", "decay_steps"]),
+        (
+            {"schedule": "cosine", "decay_rate": 0.9, "decay_steps": 5},
+            ["decay_rate", "decay_steps"],
+        ),
         ({"schedule": "exponential"}, ["schedule", "schedule"]),
         ({"schedule": "exponential", "decay_rate": 0.9}, ["schedule"]),
     ],
 )
-def test_train_settings_that_would_do_nothing_are_refused(train: dict[str, Any], where: list[str]) -> None:
+def test_train_settings_that_would_do_nothing_are_refused(
+    train: dict[str, Any], where: list[str]
+) -> None:
     """Keys of another optimiser or schedule, ones that are missing, and sizes beyond steps or rows: at that key."""
     assert conflicts({"train": train}) == where
 
@@ -325,7 +370,9 @@ def test_train_settings_that_fit_are_kept_through_a_dump(train: dict[str, Any]) 
     spec = JobSpec.model_validate(job(train=train))
     jsonschema.validate(as_json(job(train=train)), job_schema(), jsonschema.Draft202012Validator)
     assert TrainSpec.model_validate(spec.train.model_dump()) == spec.train
-    assert spec.train.model_dump(include=set(train)) == train | ({"betas": (0, 0.999)} if "betas" in train else {})
+    assert spec.train.model_dump(include=set(train)) == train | (
+        {"betas": (0, 0.999)} if "betas" in train else {}
+    )
 
 
 @pytest.mark.parametrize(
@@ -349,7 +396,9 @@ def test_train_settings_out_of_range_are_refused(train: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         TrainSpec.model_validate(train)
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(as_json(job(train=train)), job_schema(), jsonschema.Draft202012Validator)
+        jsonschema.validate(
+            as_json(job(train=train)), job_schema(), jsonschema.Draft202012Validator
+        )
 
 
 # -- JSON schema ------------------------------------------------------------------------------------------------------
@@ -420,7 +469,12 @@ def test_the_answer_in_the_input_is_a_conflict() -> None:
     assert conflicts({"data": {**data, "template": "{label} {text}"}}) == ["template"]
     texts = {"path": "x", "template": "{text} {right}", "target": "answer", "references": "right"}
     assert conflicts({"data": texts, "search": {"metric": "bleu"}}) == ["template"]
-    pieces = {"path": "x", "prefix_lm": "text", "template": "{prefix}{continuation}", "target": "continuation"}
+    pieces = {
+        "path": "x",
+        "prefix_lm": "text",
+        "template": "{prefix}{continuation}",
+        "target": "continuation",
+    }
     assert conflicts({"data": pieces, "search": {"metric": "loss"}}) == ["template"]
     wordings = {"space": {"template": ["{text}", "{text} {label}"]}}
     assert conflicts({"method": "prompt_design", "search": wordings}) == ["search.space.template"]
@@ -437,7 +491,9 @@ def test_the_answer_in_the_input_is_a_conflict() -> None:
         ({"sms": "text"}, "{text}", []),
     ],
 )
-def test_the_answer_in_the_input_by_another_name(rename: dict[str, str], template: str, where: list[str]) -> None:
+def test_the_answer_in_the_input_by_another_name(
+    rename: dict[str, str], template: str, where: list[str]
+) -> None:
     """A column is the same before and after it is renamed; two that change their names are two."""
     data = {**job()["data"], "rename": rename, "template": template}
     assert [conflict.where for conflict in DataSpec.model_construct(**data)._conflicts()] == where
@@ -448,4 +504,6 @@ def test_a_way_to_hold_out_rows_needs_rows_to_hold_out() -> None:
     path = {"train": "a.jsonl", "validation": "b.jsonl", "test": "c.jsonl"}
     data = {**job()["data"], "held_out": "random"}
     assert conflicts({"data": {**data, "path": path}}) == ["held_out"]
-    assert JobSpec.model_validate(job(data={**data, "path": {"train": "a.jsonl", "test": "c.jsonl"}}))
+    assert JobSpec.model_validate(
+        job(data={**data, "path": {"train": "a.jsonl", "test": "c.jsonl"}})
+    )

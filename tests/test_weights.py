@@ -67,7 +67,9 @@ def test_sound_weights_of_every_family_pass(tmp_path: Path, family: str) -> None
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float, dtype: torch.dtype) -> None:
+def test_weights_that_are_not_finite_are_refused(
+    tmp_path: Path, value: float, dtype: torch.dtype
+) -> None:
     """On the driver and in the worker, with the tensor's name and how many numbers it is about."""
     folder = changed(copied(tmp_path), lambda tensor: poisoned(value)(tensor).to(dtype))
     wanted = rf"the weights are not finite.*: 1 of the 2048 numbers of {NAME} are NaN or infinite"
@@ -81,11 +83,15 @@ def test_numbers_beyond_a_smaller_dtype_are_refused(tmp_path: Path) -> None:
     """Sound as they are stored, the weights overflow as the worker casts them."""
     folder = changed(copied(tmp_path), poisoned(1e6))
     check_files(source_of(folder))
-    with pytest.raises(BadInput, match=f"the weights are not finite in float16: 1 of the 2048 numbers of {NAME}"):
+    with pytest.raises(
+        BadInput, match=f"the weights are not finite in float16: 1 of the 2048 numbers of {NAME}"
+    ):
         load_backbone(source_of(folder), dtype="float16")
 
 
-def test_large_weights_are_left_to_the_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_weights_are_left_to_the_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The driver reads the values of small files alone; shapes are in the files' headers."""
     monkeypatch.setattr(weights, "READ_AT_MOST", 1000)
     folder = changed(copied(tmp_path), poisoned(float("nan")))
@@ -99,15 +105,31 @@ def test_large_weights_are_left_to_the_worker(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("key", "value", "tensor"),
     [
-        ("intermediate_size", 80, r"model.layers.0.mlp.down_proj.weight is \[32, 64\] in the file and \[32, 80\]"),
-        ("num_key_value_heads", 4, r"model.layers.0.self_attn.k_proj.weight is \[16, 32\] in the file and \[32, 32\]"),
-        ("vocab_size", 400, r"model.embed_tokens.weight is \[330, 32\] in the file and \[400, 32\]"),
+        (
+            "intermediate_size",
+            80,
+            r"model.layers.0.mlp.down_proj.weight is \[32, 64\] in the file and \[32, 80\]",
+        ),
+        (
+            "num_key_value_heads",
+            4,
+            r"model.layers.0.self_attn.k_proj.weight is \[16, 32\] in the file and \[32, 32\]",
+        ),
+        (
+            "vocab_size",
+            400,
+            r"model.embed_tokens.weight is \[330, 32\] in the file and \[400, 32\]",
+        ),
     ],
 )
-def test_a_configuration_of_another_model_is_refused(tmp_path: Path, key: str, value: int, tensor: str) -> None:
+def test_a_configuration_of_another_model_is_refused(
+    tmp_path: Path, key: str, value: int, tensor: str
+) -> None:
     """The message has a tensor and both shapes; the worker says the same."""
     folder = configured(copied(tmp_path), **{key: value})
-    with pytest.raises(BadInput, match=rf"config.json disagrees with the weights: {tensor} by config.json"):
+    with pytest.raises(
+        BadInput, match=rf"config.json disagrees with the weights: {tensor} by config.json"
+    ):
         check_files(source_of(folder))
     with pytest.raises(BadInput, match=r"config.json disagrees with the weights"):
         load(folder)
@@ -133,7 +155,11 @@ def test_tensors_that_the_model_does_not_have_do_no_harm(tmp_path: Path) -> None
     """Buffers of older versions, and heads for another task, are left out as ever."""
     folder = copied(tmp_path)
     tensors = load_file(folder / "model.safetensors")
-    for name in ("model.layers.0.self_attn.rotary_emb.inv_freq", "score.weight", "model.layers.1.old.bias"):
+    for name in (
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "score.weight",
+        "model.layers.1.old.bias",
+    ):
         tensors[name] = torch.zeros(3)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     check_files(source_of(folder))
@@ -170,9 +196,16 @@ def test_names_that_transformers_changes_are_left_to_the_worker(tmp_path: Path) 
 def test_a_missing_part_of_split_weights_is_named(tmp_path: Path) -> None:
     """The index says which files there are; without one of them nothing is started."""
     folder = copied(tmp_path)
-    index = {"weight_map": {NAME: "model-00001-of-00002.safetensors", "lm_head.weight": "model.safetensors"}}
+    index = {
+        "weight_map": {
+            NAME: "model-00001-of-00002.safetensors",
+            "lm_head.weight": "model.safetensors",
+        }
+    }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(BadInput, match=r"index\.json names model-00001-of-00002\.safetensors, not in the folder"):
+    with pytest.raises(
+        BadInput, match=r"index\.json names model-00001-of-00002\.safetensors, not in the folder"
+    ):
         check_files(source_of(folder))
     (folder / "model.safetensors.index.json").write_text("[]")
     with pytest.raises(BadInput, match=r"model\.safetensors\.index\.json"):
@@ -187,7 +220,9 @@ def test_a_missing_part_of_split_weights_is_named(tmp_path: Path) -> None:
         ({"vocab_size": "many"}, r"can't be read as a model"),
     ],
 )
-def test_a_configuration_that_makes_no_model_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_a_configuration_that_makes_no_model_is_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(BadInput, match=message):
         check_files(source_of(configured(copied(tmp_path), **changes)))
 
@@ -195,8 +230,12 @@ def test_a_configuration_that_makes_no_model_is_refused(tmp_path: Path, changes:
 @pytest.mark.parametrize("method", ["gptq", "awq", "aqlm", "hqq", "compressed-tensors", "made-up"])
 def test_weights_quantised_by_a_missing_library_are_refused(tmp_path: Path, method: str) -> None:
     """Whatever the method: its name, what is missing, and what to do, from the configuration alone."""
-    folder = configured(copied(tmp_path), quantization_config={"quant_method": method, "bits": 4, "group_size": 128})
-    with pytest.raises(BadInput, match=f"its weights are quantised by {method}, which can't be read here") as refused:
+    folder = configured(
+        copied(tmp_path), quantization_config={"quant_method": method, "bits": 4, "group_size": 128}
+    )
+    with pytest.raises(
+        BadInput, match=f"its weights are quantised by {method}, which can't be read here"
+    ) as refused:
         source_of(folder)
     assert "unquantised version" in refused.value.hint
 
@@ -207,12 +246,18 @@ def test_quantised_weights_can_not_be_quantised_again(tmp_path: Path) -> None:
     stored = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     folder = configured(copied(tmp_path), quantization_config=stored)
     source_of(folder)
-    with pytest.raises(BadInput, match=r"quantised by bitsandbytes already, and base_model.quantization is int4"):
+    with pytest.raises(
+        BadInput, match=r"quantised by bitsandbytes already, and base_model.quantization is int4"
+    ):
         resolve_model(BaseModelSpec(id=str(folder), quantization="int4"))
 
 
-@pytest.mark.parametrize(("start", "message"), [(400, "starts from token id 400"), (None, "names no token")])
-def test_a_decoder_starts_from_a_token_of_the_table(tmp_path: Path, start: int | None, message: str) -> None:
+@pytest.mark.parametrize(
+    ("start", "message"), [(400, "starts from token id 400"), (None, "names no token")]
+)
+def test_a_decoder_starts_from_a_token_of_the_table(
+    tmp_path: Path, start: int | None, message: str
+) -> None:
     folder = save_family(tmp_path / "model", "t5")
     source_of(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
@@ -223,7 +268,9 @@ def test_a_decoder_starts_from_a_token_of_the_table(tmp_path: Path, start: int |
 def test_only_floating_numbers_are_looked_at() -> None:
     """Whole numbers and empty tensors are finite."""
     assert is_finite(torch.ones(2, dtype=torch.int8)) and is_finite(torch.zeros(0, 3))
-    assert not is_finite(torch.tensor([1.0, float("nan")])) and is_finite(torch.tensor(3.0, dtype=torch.bfloat16))
+    assert not is_finite(torch.tensor([1.0, float("nan")])) and is_finite(
+        torch.tensor(3.0, dtype=torch.bfloat16)
+    )
 
 
 def test_a_small_model_is_checked_in_no_time() -> None:

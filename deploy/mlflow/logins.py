@@ -13,7 +13,9 @@ from typing import Any
 
 
 def main(names: list[str]) -> int:
-    missing = [it for it in ("MLFLOW_TRACKING_URI", *map(variable, names)) if not os.environ.get(it)]
+    missing = [
+        it for it in ("MLFLOW_TRACKING_URI", *map(variable, names)) if not os.environ.get(it)
+    ]
     if missing or not names:
         print(f"not set: {', '.join(missing)}" if names else __doc__, file=sys.stderr)
         return 2

@@ -36,10 +36,15 @@ def main() -> int:
     prepare(args.target)
     before, after = reflected(old), reflected(new)
     if (mine := schema(old, before)) != (theirs := schema(new, after)):
-        return fail(f"the schemas differ: {mine} and {theirs}", f"mlflow db upgrade {args.source}, after a backup")
+        return fail(
+            f"the schemas differ: {mine} and {theirs}",
+            f"mlflow db upgrade {args.source}, after a backup",
+        )
     with new.begin() as connection:
         if busy := filled(connection, after):
-            return fail(f"the new database is not empty: {', '.join(busy)}", "give an empty database")
+            return fail(
+                f"the new database is not empty: {', '.join(busy)}", "give an empty database"
+            )
         with old.connect() as reading:
             counts = copy(reading, connection, before, after, args)
         restart_sequences(connection, after)
@@ -50,10 +55,14 @@ def main() -> int:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", help="the old store's database")
     parser.add_argument("target", help="the new, empty database")
-    parser.add_argument("--artifacts", type=Path, help="folder that the old store has its artifacts in")
+    parser.add_argument(
+        "--artifacts", type=Path, help="folder that the old store has its artifacts in"
+    )
     parser.add_argument("--to", type=Path, help="artifact folder of the new server")
     args = parser.parse_args()
     if bool(args.artifacts) != bool(args.to):
@@ -91,7 +100,8 @@ def filled(connection: sa.Connection, tables: sa.MetaData) -> list[str]:
     return [
         table.name
         for table in tables.sorted_tables
-        if connection.execute(sa.select(sa.func.count()).select_from(table)).scalar_one() > own.get(table.name, 0)
+        if connection.execute(sa.select(sa.func.count()).select_from(table)).scalar_one()
+        > own.get(table.name, 0)
     ]
 
 
@@ -156,7 +166,9 @@ def restart_sequences(connection: sa.Connection, tables: sa.MetaData) -> None:
             ).scalar() if isinstance(column.type, sa.Integer) else None  # fmt: skip
             if name:
                 top = connection.execute(sa.select(sa.func.max(column))).scalar()
-                connection.execute(sa.text("SELECT setval(:name, :top)"), {"name": name, "top": max(1, top or 1)})
+                connection.execute(
+                    sa.text("SELECT setval(:name, :top)"), {"name": name, "top": max(1, top or 1)}
+                )
 
 
 def fail(problem: str, step: str) -> int:

@@ -21,8 +21,12 @@ def submit(
     job: Job,
     overrides: Overrides = [],  # noqa: B006
     address: Dashboard = None,
-    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the log, and exit with the outcome.")] = True,
-    retries: Annotated[int, typer.Option(min=0, help="Submit again so often when the job or its cluster is lost.")] = 0,
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="Follow the log, and exit with the outcome.")
+    ] = True,
+    retries: Annotated[
+        int, typer.Option(min=0, help="Submit again so often when the job or its cluster is lost.")
+    ] = 0,
     home: Annotated[
         str | None,
         typer.Option(
@@ -40,13 +44,19 @@ def submit(
     ] = [],  # noqa: B006
     pip: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Install these packages for the job, where the image has not."),
+        typer.Option(
+            metavar="FILE", help="Install these packages for the job, where the image has not."
+        ),
     ] = None,
     image_has_code: Annotated[
         bool,
-        typer.Option("--image-has-code", help="Run the code of the cluster's image, not this one's."),
+        typer.Option(
+            "--image-has-code", help="Run the code of the cluster's image, not this one's."
+        ),
     ] = False,
-    label: Annotated[list[str], typer.Option(metavar="NAME=VALUE", help="For attributing costs; repeatable.")] = [],  # noqa: B006
+    label: Annotated[
+        list[str], typer.Option(metavar="NAME=VALUE", help="For attributing costs; repeatable.")
+    ] = [],  # noqa: B006
     cpus: Annotated[
         float,
         typer.Option(
@@ -55,7 +65,9 @@ def submit(
             help="Reserve so many for the driver, on any node; 0: the head.",
         ),
     ] = 0.0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the request; ask nobody, send nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the request; ask nobody, send nothing.")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -97,7 +109,9 @@ def jobs(address: Dashboard = None, as_json: Json = False) -> None:
 @verb(CLUSTER)
 def logs(
     job_id: JobId,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="To the job's end; exits with its outcome.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="To the job's end; exits with its outcome.")
+    ] = False,
     address: Dashboard = None,
     as_json: Json = False,
 ) -> None:

@@ -23,7 +23,9 @@ def read_job(file: Path, overrides: list[str]) -> JobSpec:
     return load_job(file, overrides)
 
 
-def read_checked(file: Path, overrides: list[str], *, elsewhere: bool = False) -> tuple[JobSpec, Inputs]:
+def read_checked(
+    file: Path, overrides: list[str], *, elsewhere: bool = False
+) -> tuple[JobSpec, Inputs]:
     """Read a job spec as ``read_job``, and check the files and folders it names.
 
     ``elsewhere``: a whole path that this machine lacks is one of the cluster's. Raises SpecError.

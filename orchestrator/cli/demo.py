@@ -41,7 +41,11 @@ def main() -> int:
         _print(line)
     _print("")
     _print(f"Everything is in {folder}; look around with: cd {folder} && {_command('ui')}")
-    return 0 if _rising(document) and right else _fail("the figures above are not what the demo promises")
+    return (
+        0
+        if _rising(document) and right
+        else _fail("the figures above are not what the demo promises")
+    )
 
 
 def time_table(document: dict[str, Any], serving_s: float, total_s: float) -> list[str]:
@@ -68,7 +72,11 @@ def _search(folder: Path) -> dict[str, Any]:
     (folder / JOB).write_bytes(starter_file(JOB))
     _print(f"$ {_command('run', JOB)}")
     done = subprocess.run(
-        [*_argv("run", JOB), "--json"], cwd=folder, env=_environment(), stdout=subprocess.PIPE, check=False
+        [*_argv("run", JOB), "--json"],
+        cwd=folder,
+        env=_environment(),
+        stdout=subprocess.PIPE,
+        check=False,
     )
     if done.returncode:
         sys.exit(_fail(f"the search ended with exit code {done.returncode}"))
@@ -170,7 +178,13 @@ def _command(*words: Any) -> str:
 
 def _environment() -> dict[str, str]:
     """The demo keeps to its own folder, whatever store or cluster the shell points at."""
-    mine = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "RAY_ADDRESS", "ORCHESTRATOR_HOME", "ORCHESTRATOR_API_KEYS")
+    mine = (
+        "MLFLOW_TRACKING_URI",
+        "MLFLOW_REGISTRY_URI",
+        "RAY_ADDRESS",
+        "ORCHESTRATOR_HOME",
+        "ORCHESTRATOR_API_KEYS",
+    )
     return {name: value for name, value in os.environ.items() if name not in mine}
 
 

@@ -53,7 +53,14 @@ def examine() -> list[Finding]:
 
 def _python() -> list[Finding]:
     ok = sys.version_info >= (3, 11)
-    return [Finding("python", sys.version.split()[0], ok, "" if ok else "install it with Python 3.11 or newer")]
+    return [
+        Finding(
+            "python",
+            sys.version.split()[0],
+            ok,
+            "" if ok else "install it with Python 3.11 or newer",
+        )
+    ]
 
 
 def _libraries() -> list[Finding]:
@@ -80,7 +87,12 @@ def _room() -> list[Finding]:
     free = shutil.disk_usage(Path.cwd()).free / 1e9
     ok = free >= NEEDED_GB
     return [
-        Finding("disk", f"{free:.0f} GB free here", ok, "" if ok else f"free {NEEDED_GB:.0f} GB: searches write here")
+        Finding(
+            "disk",
+            f"{free:.0f} GB free here",
+            ok,
+            "" if ok else f"free {NEEDED_GB:.0f} GB: searches write here",
+        )
     ]
 
 
@@ -94,7 +106,9 @@ def _cluster() -> list[Finding]:
     with ray_session(address):
         total = nodes()
     cpus, gpus = sum(node.cpus for node in total), sum(node.gpus for node in total)
-    return [Finding("Ray", f"{mask_secrets(address)}: {len(total)} nodes, {cpus:g} CPUs, {gpus:g} GPUs")]
+    return [
+        Finding("Ray", f"{mask_secrets(address)}: {len(total)} nodes, {cpus:g} CPUs, {gpus:g} GPUs")
+    ]
 
 
 def _registry() -> list[Finding]:
@@ -102,7 +116,11 @@ def _registry() -> list[Finding]:
 
     registry = Registry()
     registry.check()
-    return [Finding("registry", f"{registry.display_uri}: {counted(len(registry.list_models()), 'model')}")]
+    return [
+        Finding(
+            "registry", f"{registry.display_uri}: {counted(len(registry.list_models()), 'model')}"
+        )
+    ]
 
 
 def _searches() -> list[Finding]:
@@ -110,12 +128,27 @@ def _searches() -> list[Finding]:
     from orchestrator.search.state.object_store_copy import remote_home
 
     if (remote := remote_home()) is not None:
-        return [Finding("searches", f"{remote.url}: {len(remote.ids())}; a copy of them here in {remote.local}")]
+        return [
+            Finding(
+                "searches",
+                f"{remote.url}: {len(remote.ids())}; a copy of them here in {remote.local}",
+            )
+        ]
     return [Finding("searches", f"kept in {home_folder()}")]
 
 
 def _hub() -> list[Finding]:
     if os.environ.get("HF_HUB_OFFLINE"):
-        return [Finding("hub", "HF_HUB_OFFLINE is set: models and data come from local folders and the cache")]
+        return [
+            Finding(
+                "hub",
+                "HF_HUB_OFFLINE is set: models and data come from local folders and the cache",
+            )
+        ]
     home = os.environ.get("HF_HOME", "~/.cache/huggingface")
-    return [Finding("hub", f"cache in {home}; HF_TOKEN is {'set' if os.environ.get('HF_TOKEN') else 'not set'}")]
+    return [
+        Finding(
+            "hub",
+            f"cache in {home}; HF_TOKEN is {'set' if os.environ.get('HF_TOKEN') else 'not set'}",
+        )
+    ]

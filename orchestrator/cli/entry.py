@@ -15,7 +15,14 @@ from orchestrator.cli import cluster, registry, serve, tune  # noqa: F401  # eac
 from orchestrator.cli.groups import app
 from orchestrator.cli.output import print_json, say
 from orchestrator.cluster.ray_threads import end_process
-from orchestrator.errors import TRACEBACK, BadInput, Interrupted, OrchestratorError, SpecError, Unreachable
+from orchestrator.errors import (
+    TRACEBACK,
+    BadInput,
+    Interrupted,
+    OrchestratorError,
+    SpecError,
+    Unreachable,
+)
 from orchestrator.utils.imports import unfreed
 from orchestrator.utils.interrupts import Interrupts, ignore_interrupts, ignore_interrupts_at_exit
 from orchestrator.utils.text import mask_secrets
@@ -61,7 +68,9 @@ def _guarded(verb: Callable[[], Any]) -> int:
 
 def _failed(error: OrchestratorError) -> int:
     problems = [vars(problem) for problem in error.problems] if isinstance(error, SpecError) else []
-    kind = {BadInput.exit_code: "bad input", Unreachable.exit_code: "unreachable"}.get(error.exit_code, "failed")
+    kind = {BadInput.exit_code: "bad input", Unreachable.exit_code: "unreachable"}.get(
+        error.exit_code, "failed"
+    )
     say(f"{kind}: {error}" if not isinstance(error, SpecError) else str(error))
     return _document("failed", error.message, error.hint, error.exit_code, problems)
 
@@ -74,7 +83,9 @@ def _unforeseen(error: Exception) -> int:
         traceback.print_exception(error)
     text = mask_secrets(f"{type(error).__name__}: {error}".splitlines()[0])
     return _failed(
-        OrchestratorError(f"an unforeseen error, please report it: {text}", f"{TRACEBACK}=1 shows where it arose")
+        OrchestratorError(
+            f"an unforeseen error, please report it: {text}", f"{TRACEBACK}=1 shows where it arose"
+        )
     )
 
 

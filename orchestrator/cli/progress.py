@@ -45,7 +45,9 @@ class ConsoleProgress:
         self._say(text)
 
     @contextmanager
-    def trials(self, trials: Sequence[tuple[str, TrialSpec]], total: int, history: History = NOTHING) -> Iterator[None]:
+    def trials(
+        self, trials: Sequence[tuple[str, TrialSpec]], total: int, history: History = NOTHING
+    ) -> Iterator[None]:
         """Around the study: the table lives as long as this does. ``trials`` are those known beforehand; ``history`` is
         what was before, of a search that goes on."""
         self._outcome = Outcome(self._job.search, trials)
@@ -57,7 +59,9 @@ class ConsoleProgress:
             self._say(self._summary())
             return
         try:
-            with Live(self._table(), console=self._console, refresh_per_second=4, transient=False) as self._live:
+            with Live(
+                self._table(), console=self._console, refresh_per_second=4, transient=False
+            ) as self._live:
                 yield
                 self._live.update(self._table())
         finally:
@@ -75,7 +79,9 @@ class ConsoleProgress:
         self._update()
         if self._live is None:
             if report.copied is not None:
-                self._say(f"{trial} went on from {report.copied.source} at step {report.copied.step}")
+                self._say(
+                    f"{trial} went on from {report.copied.source} at step {report.copied.step}"
+                )
             self._say(self._line(trial, report))
 
     def trial_ended(self, trial: str, status: str, note: str) -> None:
@@ -94,7 +100,11 @@ class ConsoleProgress:
 
     def _line(self, trial: str, report: Report) -> str:
         record, metric = self._outcome.records[trial], self._job.search.metric
-        value = f"{metric} {report.metrics[metric]:.3f}" if report.metrics else BROKEN[report.ending or "diverged"]
+        value = (
+            f"{metric} {report.metrics[metric]:.3f}"
+            if report.metrics
+            else BROKEN[report.ending or "diverged"]
+        )
         steps = f"step {report.step}/{self._job.train.steps}"
         loss = "" if math.isnan(report.train_loss) else f" loss {report.train_loss:.3f}"
         line = f"{trial} {steps} {value}{loss} [{record.spec.label()}]"
@@ -105,7 +115,11 @@ class ConsoleProgress:
         records = list(self._outcome.records.values())
         ended = [record.step for record in records if record.status not in ("waiting", "running")]
         expected = sum(ended) / len(ended) if ended else float(self._job.train.steps)
-        to_come = sum(max(0.0, expected - record.step) for record in records if record.status in ("waiting", "running"))
+        to_come = sum(
+            max(0.0, expected - record.step)
+            for record in records
+            if record.status in ("waiting", "running")
+        )
         to_come += expected * max(0, self._total - len(records))  # not proposed yet
         return float(sum(record.step for record in records)), to_come
 
@@ -124,12 +138,23 @@ class ConsoleProgress:
 
     def _summary(self) -> str:
         statuses = [record.status for record in self._outcome.records.values()]
-        counts = ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses))
+        counts = ", ".join(
+            f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses)
+        )
         return f"{counted(len(statuses), 'trial')} in {duration(time.monotonic() - self._started)}: {counts}"
 
     def _table(self) -> Group:
         table = Table(box=None, pad_edge=False, header_style="bold")
-        columns = ("rank", "trial", "configuration", "step", self._job.search.metric, "curve", "slot", "status")
+        columns = (
+            "rank",
+            "trial",
+            "configuration",
+            "step",
+            self._job.search.metric,
+            "curve",
+            "slot",
+            "status",
+        )
         for name in columns:
             justify = "right" if name in ("rank", "step", self._job.search.metric) else "left"
             table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
@@ -140,15 +165,32 @@ class ConsoleProgress:
 
     def _ordered(self) -> list[TrialRecord]:
         ranked = self._outcome.ranking()
-        others = [r for r in self._outcome.records.values() if r not in ranked and r.status != "waiting"]
+        others = [
+            r for r in self._outcome.records.values() if r not in ranked and r.status != "waiting"
+        ]
         return [*ranked, *others]
 
     def _row(self, rank: int, record: TrialRecord) -> list[str | Text]:
         best = record.metrics.get(self._job.search.metric)
         shown = "" if best is None else f"{best:.3f}"
-        status = f"{record.status} ({record.note})" if record.status == "failed" and record.note else record.status
-        label = Text(record.spec.label())  # as it stands: an init text may hold what rich would take for markup
-        return [str(rank), record.id, label, str(record.step), shown, sparkline(record.curve), record.slot, status]
+        status = (
+            f"{record.status} ({record.note})"
+            if record.status == "failed" and record.note
+            else record.status
+        )
+        label = Text(
+            record.spec.label()
+        )  # as it stands: an init text may hold what rich would take for markup
+        return [
+            str(rank),
+            record.id,
+            label,
+            str(record.step),
+            shown,
+            sparkline(record.curve),
+            record.slot,
+            status,
+        ]
 
 
 def sparkline(values: Sequence[float], width: int = 12) -> str:
@@ -157,7 +199,9 @@ def sparkline(values: Sequence[float], width: int = 12) -> str:
     if not shown:
         return ""
     low, high = min(shown), max(shown)
-    return "".join(SPARKS[round((value - low) / ((high - low) or 1.0) * (len(SPARKS) - 1))] for value in shown)
+    return "".join(
+        SPARKS[round((value - low) / ((high - low) or 1.0) * (len(SPARKS) - 1))] for value in shown
+    )
 
 
 def duration(seconds: float) -> str:

@@ -18,7 +18,9 @@ from orchestrator.errors import BadInput
 
 @verb(REGISTRY)
 def models(
-    model: Annotated[str | None, typer.Argument(help="NAME, NAME@ALIAS or NAME:VERSION.", show_default=False)] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="NAME, NAME@ALIAS or NAME:VERSION.", show_default=False)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """The registry: every model, the versions of one, or one version in full."""
@@ -34,7 +36,9 @@ def models(
         from orchestrator.cli.pages.comparison import history_document, history_lines
 
         versions, moves = registry.versions(ref.name), registry.history(ref.name)
-        document = pages.versions_document(ref.name, versions) | {"history": history_document(moves)}
+        document = pages.versions_document(ref.name, versions) | {
+            "history": history_document(moves)
+        }
         return present(
             document,
             as_json,
@@ -63,9 +67,15 @@ def compare(
 
 @verb(REGISTRY)
 def inspect(
-    model: Annotated[str, typer.Argument(help="NAME, NAME@ALIAS or NAME:VERSION.", show_default=False)],
-    nearest: Annotated[int, typer.Option(min=1, help="Vocabulary tokens to show for each virtual one.")] = 5,
-    base_model: Annotated[str | None, typer.Option(help="Base model, if it lies elsewhere than when tuning.")] = None,
+    model: Annotated[
+        str, typer.Argument(help="NAME, NAME@ALIAS or NAME:VERSION.", show_default=False)
+    ],
+    nearest: Annotated[
+        int, typer.Option(min=1, help="Vocabulary tokens to show for each virtual one.")
+    ] = 5,
+    base_model: Annotated[
+        str | None, typer.Option(help="Base model, if it lies elsewhere than when tuning.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Read a prompt: the words that its virtual tokens are near, and how far they went from their start."""
@@ -83,21 +93,37 @@ def inspect(
 def evaluate(
     models: Annotated[
         list[str],
-        typer.Argument(metavar="MODEL...", help="NAME, NAME@ALIAS or NAME:VERSION.", show_default=False),
+        typer.Argument(
+            metavar="MODEL...", help="NAME, NAME@ALIAS or NAME:VERSION.", show_default=False
+        ),
     ],
     data: Annotated[
         list[str],
         typer.Option(help="File (.jsonl, .csv, .parquet, ...) or hub data set; repeatable."),
     ],
     split: Annotated[str, typer.Option(help="Split of a data set that has several.")] = "test",
-    by: Annotated[str | None, typer.Option(metavar="COLUMN", help="A line for each value of a column too.")] = None,
-    target: Annotated[str | None, typer.Option(metavar="COLUMN", help="Target, if named otherwise there.")] = None,
-    references: Annotated[str | None, typer.Option(metavar="COLUMN", help="Right texts of generated ones.")] = None,
-    rename: Annotated[list[str], typer.Option(metavar="OLD=NEW", help="Rename a column; repeatable.")] = [],  # noqa: B006
+    by: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="A line for each value of a column too.")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Target, if named otherwise there.")
+    ] = None,
+    references: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Right texts of generated ones.")
+    ] = None,
+    rename: Annotated[
+        list[str], typer.Option(metavar="OLD=NEW", help="Rename a column; repeatable.")
+    ] = [],  # noqa: B006
     limit: Annotated[int | None, typer.Option(min=1, help="The first so many rows only.")] = None,
-    ensemble: Annotated[bool, typer.Option("--ensemble", help="The versions also vote, in one batch.")] = False,
-    base_model: Annotated[str | None, typer.Option(help="Base model, if it lies elsewhere than when tuning.")] = None,
-    keep: Annotated[bool, typer.Option("--log/--no-log", help="Keep the result with each version.")] = True,
+    ensemble: Annotated[
+        bool, typer.Option("--ensemble", help="The versions also vote, in one batch.")
+    ] = False,
+    base_model: Annotated[
+        str | None, typer.Option(help="Base model, if it lies elsewhere than when tuning.")
+    ] = None,
+    keep: Annotated[
+        bool, typer.Option("--log/--no-log", help="Keep the result with each version.")
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Registered prompts on any data: domain shift, several versions at once, votes."""
@@ -115,15 +141,21 @@ def evaluate(
 
 def _renames(pairs: list[str]) -> dict[str, str]:
     named = [pair.partition("=") for pair in pairs]
-    if wrong := [pair for pair, (old, _, new) in zip(pairs, named, strict=True) if not (old and new)]:
-        raise BadInput(f"--rename {wrong[0]!r} is not OLD=NEW", "for instance --rename sentence=text")
+    if wrong := [
+        pair for pair, (old, _, new) in zip(pairs, named, strict=True) if not (old and new)
+    ]:
+        raise BadInput(
+            f"--rename {wrong[0]!r} is not OLD=NEW", "for instance --rename sentence=text"
+        )
     return {old: new for old, _, new in named}
 
 
 @verb(REGISTRY)
 def promote(
     model: Annotated[str, typer.Argument(help="Registered model.", show_default=False)],
-    number: Annotated[int, typer.Argument(metavar="VERSION", help="Version to promote.", show_default=False)],
+    number: Annotated[
+        int, typer.Argument(metavar="VERSION", help="Version to promote.", show_default=False)
+    ],
     alias: Annotated[str, typer.Option(help="Alias to move.")] = "champion",
     force: Annotated[
         str | None,
@@ -136,7 +168,11 @@ def promote(
     before, after = registry.promote(model, number, alias, force_reason=force)
     if as_json:
         return print_json({"name": model, "alias": alias, "from": before, "to": after})
-    was = f"; it was on version {before}, `orchestrator rollback {model}` puts it back" if before else ""
+    was = (
+        f"; it was on version {before}, `orchestrator rollback {model}` puts it back"
+        if before
+        else ""
+    )
     out(f"{model}@{alias} is version {after}{was}.")
     out(f"next: orchestrator serve {model}   (a running server follows by itself)")
 
@@ -159,7 +195,9 @@ def rollback(
 
 @verb(REGISTRY, "export")
 def export_(
-    model: Annotated[str, typer.Argument(help="NAME, NAME@ALIAS or NAME:VERSION.", show_default=False)],
+    model: Annotated[
+        str, typer.Argument(help="NAME, NAME@ALIAS or NAME:VERSION.", show_default=False)
+    ],
     folder: Annotated[
         Path,
         typer.Argument(metavar="DIR", help="Folder to write; must not exist.", show_default=False),
@@ -174,15 +212,23 @@ def export_(
         document = export_model(registry, model, folder)
     if as_json:
         return print_json(document)
-    out(f"{document['name']}:{document['version']} is in {folder}, as {document['peft_type']} of PEFT.")
+    out(
+        f"{document['name']}:{document['version']} is in {folder}, as {document['peft_type']} of PEFT."
+    )
     out(f"next: PeftModel.from_pretrained(base, {str(folder)!r}) in Python")
-    out(f"  or: orchestrator import {shlex.quote(str(folder))} --name NAME --job JOB   (into another registry)")
+    out(
+        f"  or: orchestrator import {shlex.quote(str(folder))} --name NAME --job JOB   (into another registry)"
+    )
 
 
 @verb(REGISTRY, "import")
 def import_(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="PEFT adapter folder.", show_default=False)],
-    name: Annotated[str, typer.Option(help="Registered model to make a version of.", show_default=False)],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="PEFT adapter folder.", show_default=False)
+    ],
+    name: Annotated[
+        str, typer.Option(help="Registered model to make a version of.", show_default=False)
+    ],
     job: Annotated[
         Path,
         typer.Option(
@@ -193,7 +239,9 @@ def import_(
     overrides: Overrides = [],  # noqa: B006
     renamed: Annotated[
         bool,
-        typer.Option("--renamed-base-model", help="The job's base model is the folder's under another name."),
+        typer.Option(
+            "--renamed-base-model", help="The job's base model is the folder's under another name."
+        ),
     ] = False,
     alias: Annotated[
         str | None,
@@ -214,11 +262,15 @@ def import_(
     if as_json:
         return print_json(document)
     made = f"{document['model']['name']}:{document['model']['version']}"
-    out(f"{made} holds {document['num_virtual_tokens']} virtual tokens of {document['base_model']}.")
+    out(
+        f"{made} holds {document['num_virtual_tokens']} virtual tokens of {document['base_model']}."
+    )
     if document["model"]["alias"] == "champion":
         return out(f"next: orchestrator inspect {made}   or   orchestrator serve {made}")
     number = document["model"]["version"]
-    out(f"next: orchestrator evaluate {made} --data FILE   then   orchestrator promote {name} {number}")
+    out(
+        f"next: orchestrator evaluate {made} --data FILE   then   orchestrator promote {name} {number}"
+    )
 
 
 @verb(REGISTRY)

@@ -21,10 +21,16 @@ def serve(
         list[str] | None,
         typer.Argument(help="Models to serve; all by default.", show_default=False),
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; loopback only without API keys.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; loopback only without API keys.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
-    base_model: Annotated[str | None, typer.Option(help="Base model, if it lies elsewhere than when tuning.")] = None,
-    replicas: Annotated[int, typer.Option(min=0, help="Replicas, or with --max-replicas the least of them.")] = 1,
+    base_model: Annotated[
+        str | None, typer.Option(help="Base model, if it lies elsewhere than when tuning.")
+    ] = None,
+    replicas: Annotated[
+        int, typer.Option(min=0, help="Replicas, or with --max-replicas the least of them.")
+    ] = 1,
     max_replicas: Annotated[
         int | None,
         typer.Option(min=1, help="Follow the load up to so many replicas.", show_default=False),
@@ -35,14 +41,22 @@ def serve(
     ] = None,
     gpus: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="GPUs of a replica; one if there are any.", show_default=False),
+        typer.Option(
+            min=0, max=1, help="GPUs of a replica; one if there are any.", show_default=False
+        ),
     ] = None,
     retry_dead: Annotated[
         bool,
-        typer.Option("--retry-dead", help="Ask another replica when one dies before it answers; a hop more."),
+        typer.Option(
+            "--retry-dead", help="Ask another replica when one dies before it answers; a hop more."
+        ),
     ] = False,
-    access_log: Annotated[bool, typer.Option("--access-log", help="A line of JSON for each request.")] = False,
-    tls_cert: Annotated[str | None, typer.Option(help="Certificate file: HTTPS.", show_default=False)] = None,
+    access_log: Annotated[
+        bool, typer.Option("--access-log", help="A line of JSON for each request.")
+    ] = False,
+    tls_cert: Annotated[
+        str | None, typer.Option(help="Certificate file: HTTPS.", show_default=False)
+    ] = None,
     tls_key: Annotated[str | None, typer.Option(help="Its key.", show_default=False)] = None,
 ) -> None:
     """Serve registered prompts until interrupted, by default every model at its champion."""
@@ -57,8 +71,12 @@ def serve(
     say("starting Ray Serve ...")
     server = start(options)
     try:
-        say(f"serving {', '.join(options.models) or 'every registered prompt'} on {server.base_model} at {server.url}")
-        say('next: in another terminal, orchestrator query MODEL "some text"   (Ctrl-C ends the server)')
+        say(
+            f"serving {', '.join(options.models) or 'every registered prompt'} on {server.base_model} at {server.url}"
+        )
+        say(
+            'next: in another terminal, orchestrator query MODEL "some text"   (Ctrl-C ends the server)'
+        )
         server.wait()
     finally:
         server.close()
@@ -66,10 +84,14 @@ def serve(
 
 @verb(SERVE)
 def query(
-    model: Annotated[str, typer.Argument(help="NAME, NAME@ALIAS or NAME:VERSION.", show_default=False)],
+    model: Annotated[
+        str, typer.Argument(help="NAME, NAME@ALIAS or NAME:VERSION.", show_default=False)
+    ],
     text: Annotated[
         str,
-        typer.Argument(help="Input text, or a JSON object with one value a column.", show_default=False),
+        typer.Argument(
+            help="Input text, or a JSON object with one value a column.", show_default=False
+        ),
     ],
     url: Url = DEFAULT_URL,
     as_json: Json = False,
@@ -84,9 +106,13 @@ def query(
 @verb(SERVE)
 def canary(
     model: Annotated[str, typer.Argument(help="Registered model.", show_default=False)],
-    alias: Annotated[str | None, typer.Argument(help="Alias that takes a share.", show_default=False)] = None,
+    alias: Annotated[
+        str | None, typer.Argument(help="Alias that takes a share.", show_default=False)
+    ] = None,
     percent: Annotated[float, typer.Option(help="Share of the name's requests.")] = 10.0,
-    end: Annotated[bool, typer.Option("--end", help="All requests go to the champion again.")] = False,
+    end: Annotated[
+        bool, typer.Option("--end", help="All requests go to the champion again.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Send a share of a name's requests to another alias. Running servers follow by themselves."""
@@ -96,10 +122,14 @@ def canary(
             f"orchestrator canary {model} challenger --percent 10",
         )
     registry = open_registry()
-    found = registry.end_canary(model) if alias is None else registry.set_canary(model, alias, percent)
+    found = (
+        registry.end_canary(model) if alias is None else registry.set_canary(model, alias, percent)
+    )
     if as_json:
         shown = {"alias": found.alias, "percent": found.percent} if found else None
-        return print_json({"name": model, "canary": None if end else shown, "ended": shown if end else None})
+        return print_json(
+            {"name": model, "canary": None if end else shown, "ended": shown if end else None}
+        )
     if end:
         out(f"{model} is its champion alone." if found else f"{model} had no canary.")
         return out(f"next: orchestrator models {model}")
@@ -110,12 +140,16 @@ def canary(
 @verb(SERVE)
 def key(
     name: Annotated[str, typer.Argument(help="What logs call the key.", show_default=False)],
-    file: Annotated[Path, typer.Option(help="Key file, for ORCHESTRATOR_API_KEYS_FILE.")] = Path("keys.json"),
+    file: Annotated[Path, typer.Option(help="Key file, for ORCHESTRATOR_API_KEYS_FILE.")] = Path(
+        "keys.json"
+    ),
     models: Annotated[
         list[str] | None,
         typer.Option("--model", help="Registered model that it may ask; repeatable."),
     ] = None,
-    per_minute: Annotated[int | None, typer.Option(min=1, help="Requests a minute of each replica.")] = None,
+    per_minute: Annotated[
+        int | None, typer.Option(min=1, help="Requests a minute of each replica.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Make an API key. It is shown once; the file keeps its digest."""
@@ -125,4 +159,6 @@ def key(
     if as_json:
         return print_json({"name": name, "key": secret, "file": str(file)})
     out(secret)
-    say(f"next: ORCHESTRATOR_API_KEYS_FILE={file} orchestrator serve   (start servers anew to let the key in)")
+    say(
+        f"next: ORCHESTRATOR_API_KEYS_FILE={file} orchestrator serve   (start servers anew to let the key in)"
+    )

@@ -49,7 +49,9 @@ def demo() -> None:
 
 @verb(TUNE)
 def init(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write to; made if it is missing.")] = Path(),
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder to write to; made if it is missing.")
+    ] = Path(),
     as_json: Json = False,
 ) -> None:
     """Write a commented job spec and a few rows of data to start from."""
@@ -67,7 +69,10 @@ def validate(
     job: Job,
     overrides: Overrides = [],  # noqa: B006
     spec_only: Annotated[
-        bool, typer.Option("--spec-only", help="Check the spec alone, not the files and folders it names.")
+        bool,
+        typer.Option(
+            "--spec-only", help="Check the spec alone, not the files and folders it names."
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -122,7 +127,9 @@ def run(
     job: Job,
     overrides: Overrides = [],  # noqa: B006
     address: Address = None,
-    planned: Annotated[bool, typer.Option("--plan", help="Measure first; the estimate is kept in MLflow.")] = False,
+    planned: Annotated[
+        bool, typer.Option("--plan", help="Measure first; the estimate is kept in MLflow.")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -142,7 +149,9 @@ def run(
 def resume(
     search: Annotated[
         str,
-        typer.Argument(help="Id of a search, its beginning, its folder, or latest.", show_default=False),
+        typer.Argument(
+            help="Id of a search, its beginning, its folder, or latest.", show_default=False
+        ),
     ],
     address: Address = None,
     as_json: Json = False,
@@ -173,7 +182,9 @@ def report(
         Path | None,
         typer.Option("--out", metavar="FILE", help="Where to; report.html in the search's folder."),
     ] = None,
-    keep: Annotated[bool, typer.Option("--log/--no-log", help="Log it to the search's MLflow run too.")] = True,
+    keep: Annotated[
+        bool, typer.Option("--log/--no-log", help="Log it to the search's MLflow run too.")
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """One self-contained HTML page about a search, with tables and plots; several searches side by side."""
@@ -197,7 +208,12 @@ def _compared(searches: list[str], out_file: Path | None, as_json: bool) -> None
     """The best trial of each search, with what it took."""
     with results_only():
         from orchestrator.cli.pages.table import table
-        from orchestrator.search.report import comparison, comparison_page, comparison_rows, read_facts
+        from orchestrator.search.report import (
+            comparison,
+            comparison_page,
+            comparison_rows,
+            read_facts,
+        )
         from orchestrator.search.report.comparison import HEADING
         from orchestrator.search.state.saved import find_search
         from orchestrator.utils.atomic import write_whole

@@ -81,7 +81,10 @@ def ray_beside(
         yield lambda: False
         return
     address = address or os.environ.get("RAY_ADDRESS")
-    options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
+    options: dict[str, Any] = {
+        "log_to_driver": verbose,
+        "logging_level": "INFO" if verbose else "ERROR",
+    }
     logging.getLogger("ray").setLevel(options["logging_level"])
     if address:
         try:
@@ -106,7 +109,9 @@ def _connect(address: str, options: dict[str, Any]) -> bool:
     check_answers(address)
     try:
         with sigterm_kept():  # Ray's own handler would leave the MLflow runs open
-            ray.init(address=address, runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}, **options)
+            ray.init(
+                address=address, runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}, **options
+            )
     except FAILURES as error:
         raise no_cluster(address, str(error).splitlines()[0]) from None
     return False
@@ -159,7 +164,9 @@ class LocalStart(threading.Thread):
         self._idle.wait()
         _started_here.clear()
         leave_ray()
-        if ray.is_initialized():  # a thread is stuck in it: Ray lives as long as this one, which ends with the process
+        if (
+            ray.is_initialized()
+        ):  # a thread is stuck in it: Ray lives as long as this one, which ends with the process
             return
         self._left.set()
         self.join()
@@ -184,7 +191,9 @@ def check_answers(address: str) -> None:
         return
     import grpc  # type: ignore[import-untyped]
 
-    with grpc.insecure_channel(f"{host}:{port}", options=[("grpc.enable_http_proxy", 0)]) as channel:
+    with grpc.insecure_channel(
+        f"{host}:{port}", options=[("grpc.enable_http_proxy", 0)]
+    ) as channel:
         try:
             grpc.channel_ready_future(channel).result(timeout=ANSWER_S)
         except grpc.FutureTimeoutError:

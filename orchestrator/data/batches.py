@@ -16,7 +16,8 @@ def step_rows(num_rows: int, batch_size: int, seed: int, step: int) -> list[int]
     """
     first = step * batch_size
     return [
-        int(_epoch(num_rows, seed, place // num_rows)[place % num_rows]) for place in range(first, first + batch_size)
+        int(_epoch(num_rows, seed, place // num_rows)[place % num_rows])
+        for place in range(first, first + batch_size)
     ]
 
 
@@ -26,7 +27,11 @@ def _epoch(num_rows: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def length_groups(
-    lengths: Sequence[int], overhead: int, max_tokens: int | None = None, max_rows: int | None = None, ways: int = 1
+    lengths: Sequence[int],
+    overhead: int,
+    max_tokens: int | None = None,
+    max_rows: int | None = None,
+    ways: int = 1,
 ) -> list[list[int]]:
     """Split rows, sorted by length, into groups that each pad to their longest row, at the least cost.
 
@@ -50,18 +55,28 @@ def length_groups(
         start = best[end][1]
         groups.append(order[cuts[start] : cuts[end]])
         end = start
-    return [piece for group in reversed(groups) for piece in _chunks(group, lengths, max_tokens, max_rows, ways)]
+    return [
+        piece
+        for group in reversed(groups)
+        for piece in _chunks(group, lengths, max_tokens, max_rows, ways)
+    ]
 
 
 def _cuts(sorted_lengths: list[int]) -> list[int]:
     """Places where a group may end: after a change of length, thinned to at most 64."""
-    changes = [i for i in range(1, len(sorted_lengths)) if sorted_lengths[i] != sorted_lengths[i - 1]]
+    changes = [
+        i for i in range(1, len(sorted_lengths)) if sorted_lengths[i] != sorted_lengths[i - 1]
+    ]
     step = max(1, -(-len(changes) // 63))
     return [0, *changes[step - 1 :: step], len(sorted_lengths)]
 
 
 def _chunks(
-    group: list[int], lengths: Sequence[int], max_tokens: int | None, max_rows: int | None, ways: int
+    group: list[int],
+    lengths: Sequence[int],
+    max_tokens: int | None,
+    max_rows: int | None,
+    ways: int,
 ) -> list[list[int]]:
     """A group that is still too large (many rows of one length) is cut into equal pieces."""
     longest = max((lengths[row] for row in group), default=1)

@@ -90,7 +90,9 @@ def _plain(cell: Any, depth: int = 0) -> Any:
 
 def _nested(cell: Mapping[Any, Any] | list[Any] | tuple[Any, ...], depth: int) -> Any:
     if depth == MAX_DEPTH:
-        raise BadInput(f"a cell holds more than {MAX_DEPTH} lists and objects inside each other", HINT)
+        raise BadInput(
+            f"a cell holds more than {MAX_DEPTH} lists and objects inside each other", HINT
+        )
     if not isinstance(cell, Mapping):
         return [_plain(value, depth + 1) for value in cell]
     for key in cell:
@@ -121,7 +123,9 @@ def _library_value(cell: Any, depth: int) -> Any:
         if kind in (NUMPY_DATE, NUMPY_DURATION):
             return _numpy_dates(cell, kind, depth)
         return _plain(cell.tolist(), depth)
-    raise BadInput(f"a cell holds {type(cell).__name__}, which has no text: {str(cell)[:60]!r}", HINT)
+    raise BadInput(
+        f"a cell holds {type(cell).__name__}, which has no text: {str(cell)[:60]!r}", HINT
+    )
 
 
 def _numpy_dates(cell: Any, kind: str, depth: int) -> Any:

@@ -179,7 +179,9 @@ def _all_texts(cells: Sequence[object]) -> bool:
 # Rows
 
 
-def _rows(text: TextFile, cells: NumberedCells, delimiter: str) -> tuple[list[str], list[SourceRow]]:
+def _rows(
+    text: TextFile, cells: NumberedCells, delimiter: str
+) -> tuple[list[str], list[SourceRow]]:
     """Return the column names and the rows below them."""
     _, header = next(cells, (0, []))
     columns = distinct_names(header)
@@ -188,7 +190,9 @@ def _rows(text: TextFile, cells: NumberedCells, delimiter: str) -> tuple[list[st
     for number, (line, row) in enumerate(cells, start=1):
         if len(row) != width:
             _refuse_width(text, line, number, len(row), width, delimiter)
-        rows.append(SourceRow(zip(columns, row, strict=True), source=source, number=number, line=line))
+        rows.append(
+            SourceRow(zip(columns, row, strict=True), source=source, number=number, line=line)
+        )
     return columns, rows
 
 
@@ -199,10 +203,15 @@ def distinct_names(header: Iterable[str]) -> list[str]:
     """
     names = list(header)
     counts = Counter(names)
-    return [f"{name} (column {place})" if counts[name] > 1 else name for place, name in enumerate(names, start=1)]
+    return [
+        f"{name} (column {place})" if counts[name] > 1 else name
+        for place, name in enumerate(names, start=1)
+    ]
 
 
-def _refuse_width(text: TextFile, line: int, number: int, cells: int, width: int, delimiter: str) -> NoReturn:
+def _refuse_width(
+    text: TextFile, line: int, number: int, cells: int, width: int, delimiter: str
+) -> NoReturn:
     counted = "1 cell" if cells == 1 else f"{cells} cells"
     name = NAMES.get(delimiter, repr(delimiter))
     raise BadInput(

@@ -66,7 +66,9 @@ def rows_fingerprint(rows: Sequence[Row]) -> str:
     return digest.hexdigest()
 
 
-def load_rows(data: DataSpec, templates: Sequence[str] = (), files: Mapping[str, list[Row]] | None = None) -> RowSplits:
+def load_rows(
+    data: DataSpec, templates: Sequence[str] = (), files: Mapping[str, list[Row]] | None = None
+) -> RowSplits:
     """All three splits, checked: no split is empty and no column is missing. Raises BadInput or Unreachable.
 
     ``templates`` are further ones, whose columns are kept too. ``files`` are the rows of the spec's files, by split,
@@ -76,8 +78,13 @@ def load_rows(data: DataSpec, templates: Sequence[str] = (), files: Mapping[str,
     found = {split: rows for split, rows in wanted_rows(read, data).items() if split in SPLITS}
     _refuse_idle_fractions(found, data)
     if data.prefix_lm:
-        found = {split: list(cut_in_two(rows, data.prefix_lm, data.split_seed)) for split, rows in found.items()}
-    named = [column for template in (data.template, *templates) for column in Template(template).columns]
+        found = {
+            split: list(cut_in_two(rows, data.prefix_lm, data.split_seed))
+            for split, rows in found.items()
+        }
+    named = [
+        column for template in (data.template, *templates) for column in Template(template).columns
+    ]
     used = UsedColumns(data, list(dict.fromkeys(named)))
     cut = {split: used.cut(rows, split) for split, rows in found.items()}
     for split, count in used.dropped.items():
@@ -93,7 +100,9 @@ def load_rows(data: DataSpec, templates: Sequence[str] = (), files: Mapping[str,
     return replace(splits, notes=_dropped_notes(used.dropped, found))
 
 
-def _dropped_notes(dropped: Mapping[str, int], found: Mapping[str, Sequence[Row]]) -> tuple[str, ...]:
+def _dropped_notes(
+    dropped: Mapping[str, int], found: Mapping[str, Sequence[Row]]
+) -> tuple[str, ...]:
     return tuple(
         f"data.empty: drop left out {count} of {len(found[split])} rows of {split}, which have no input"
         for split, count in dropped.items()
@@ -103,7 +112,10 @@ def _dropped_notes(dropped: Mapping[str, int], found: Mapping[str, Sequence[Row]
 def _empty_split(split: str, found: Mapping[str, list[Row]], data: DataSpec) -> BadInput:
     """Say why a split has no rows, and what to do about it."""
     if split in found:
-        return BadInput(f"the {split} split is empty", f"give data.path.{split} at least one row, or leave it out")
+        return BadInput(
+            f"the {split} split is empty",
+            f"give data.path.{split} at least one row, or leave it out",
+        )
     template = Template(data.template)
     inputs = {template.fill(row) for row in found["train"]}
     count = len(found["train"])
@@ -124,7 +136,9 @@ def load_split(data: DataSpec, split: str, more: Sequence[str] = ()) -> list[Row
     found = wanted_rows(_read_all(data), data)
     if not found.get(split):
         known = ", ".join(sorted(name for name in found if found[name])) or "none"
-        raise BadInput(f"the data has no rows in split {split!r}; it has {known}", "choose one of them")
+        raise BadInput(
+            f"the data has no rows in split {split!r}; it has {known}", "choose one of them"
+        )
     return UsedColumns(data, Template(data.template).columns, more).cut(found[split], split)
 
 
@@ -133,7 +147,10 @@ def _refuse_idle_fractions(found: Mapping[str, list[Row]], data: DataSpec) -> No
     for name, split in (("validation_fraction", "validation"), ("test_fraction", "test")):
         value = getattr(data, name)
         if split in found and value != DataSpec.model_fields[name].default:
-            raise BadInput(f"data.{name} {value} has no effect: the data has a {split} split", f"leave data.{name} out")
+            raise BadInput(
+                f"data.{name} {value} has no effect: the data has a {split} split",
+                f"leave data.{name} out",
+            )
 
 
 def cut_in_two(rows: Sequence[Row], column: str, seed: int) -> Iterator[Row]:
@@ -160,11 +177,19 @@ def wanted_rows(found: Mapping[str, list[Row]], data: DataSpec) -> dict[str, lis
     for column in data.where:
         if not any(column in row for rows in found.values() for row in rows):
             known = sorted({name for rows in found.values() for row in rows[:1] for name in row})
-            raise BadInput(f"data.where names column {column!r}, which no row has; rows have {known}", "correct it")
+            raise BadInput(
+                f"data.where names column {column!r}, which no row has; rows have {known}",
+                "correct it",
+            )
     kept = {split: [row for row in rows if _is_wanted(row, data)] for split, rows in found.items()}
     if not any(kept.values()):
-        raise BadInput(f"no row is as data.where asks: {data.where}", "correct the values, or leave data.where out")
-    return {split: rows for split, rows in kept.items() if rows}  # a split that has none is set aside from train
+        raise BadInput(
+            f"no row is as data.where asks: {data.where}",
+            "correct the values, or leave data.where out",
+        )
+    return {
+        split: rows for split, rows in kept.items() if rows
+    }  # a split that has none is set aside from train
 
 
 def _is_wanted(row: Row, data: DataSpec) -> bool:
@@ -182,7 +207,9 @@ def _known_builtin(path: str) -> str:
     bare = path.removeprefix(BUILTIN)
     if bare not in BUILTIN_DATA:
         known = ", ".join(BUILTIN + name for name in BUILTIN_DATA)
-        raise BadInput(f"data.path {path!r} is unknown; built-in data sets are {known}", "choose one of them")
+        raise BadInput(
+            f"data.path {path!r} is unknown; built-in data sets are {known}", "choose one of them"
+        )
     return bare
 
 
@@ -191,7 +218,9 @@ def _read_all(data: DataSpec) -> dict[str, list[Row]]:
         return {split: read_split(data, split) for split in SPLITS if getattr(data.path, split)}
     known_data(data.path)
     if data.path.startswith(BUILTIN):
-        return {split: list(rows) for split, rows in builtin_rows(_known_builtin(data.path)).items()}
+        return {
+            split: list(rows) for split, rows in builtin_rows(_known_builtin(data.path)).items()
+        }
     return _read_hub(data, data.path)
 
 
@@ -237,9 +266,12 @@ def _read_hub(data: DataSpec, name: str) -> dict[str, list[Row]]:
         raise hub_unreachable(f"data.path {name!r}", error) from None
     except (ValueError, FileNotFoundError, RuntimeError) as error:
         raise BadInput(
-            f"data.path {name!r} can't be loaded: {str(error).splitlines()[0][:300]}", "see the hub page"
+            f"data.path {name!r} can't be loaded: {str(error).splitlines()[0][:300]}",
+            "see the hub page",
         ) from None
-    return {split: _named_labels(list(loaded[split]), loaded[split].features, data) for split in loaded}
+    return {
+        split: _named_labels(list(loaded[split]), loaded[split].features, data) for split in loaded
+    }
 
 
 def _named_labels(rows: list[Row], features: Mapping[str, Any], data: DataSpec) -> list[Row]:
@@ -262,7 +294,9 @@ def _class_name(number: Any, names: Sequence[str]) -> str | None:
 
 def _split(found: dict[str, list[Row]], data: DataSpec) -> RowSplits:
     if "train" not in found:
-        raise BadInput(f"the data has no train split, only {sorted(found)}", "name it under data.path.train")
+        raise BadInput(
+            f"the data has no train split, only {sorted(found)}", "name it under data.path.train"
+        )
     train, made = found["train"], dict(found)
     fractions = {"test": data.test_fraction, "validation": data.validation_fraction}
     missing = [split for split in fractions if split not in found and train]
@@ -270,11 +304,16 @@ def _split(found: dict[str, list[Row]], data: DataSpec) -> RowSplits:
         stays = len(missing) - place  # one input for train, and one for each split that comes later
         train, made[split] = set_aside(train, fractions[split], data, stays)
     made["train"] = train
-    limited = {split: _limit(made.get(split, []), getattr(data.limit, split), data.split_seed) for split in SPLITS}
+    limited = {
+        split: _limit(made.get(split, []), getattr(data.limit, split), data.split_seed)
+        for split in SPLITS
+    }
     return RowSplits(limited["train"], limited["validation"], limited["test"])
 
 
-def set_aside(rows: list[Row], fraction: float, data: DataSpec, stays: int = 1) -> tuple[list[Row], list[Row]]:
+def set_aside(
+    rows: list[Row], fraction: float, data: DataSpec, stays: int = 1
+) -> tuple[list[Row], list[Row]]:
     """Divide rows into those kept and those held out, by ``data.held_out`` and ``data.split_seed``.
 
     Rows with the same input stay together, so that nothing leaks. At least ``stays`` different
@@ -287,7 +326,9 @@ def set_aside(rows: list[Row], fraction: float, data: DataSpec, stays: int = 1) 
     else:
         labels = [label_of(row, data) for row in rows]
         pool_rare = data.verbalizer is None  # most texts to generate occur once
-        aside = held_out_inputs(inputs, labels, fraction, data.split_seed, stays=stays, pool_rare=pool_rare)
+        aside = held_out_inputs(
+            inputs, labels, fraction, data.split_seed, stays=stays, pool_rare=pool_rare
+        )
     kept = [row for text, row in zip(inputs, rows, strict=True) if text not in aside]
     return kept, [row for text, row in zip(inputs, rows, strict=True) if text in aside]
 

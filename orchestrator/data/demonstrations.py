@@ -18,7 +18,11 @@ SEPARATOR = "\n\n"
 def written_out(encoder: Encoder, row: Row, target: str) -> str:
     """The row's input text with its answer where the model would give it: at the blank, else at the end."""
     verbalizer = encoder.verbalizer
-    answer = target_text(row[target]) if verbalizer is None else verbalizer.texts[verbalizer.index(row[target])]
+    answer = (
+        target_text(row[target])
+        if verbalizer is None
+        else verbalizer.texts[verbalizer.index(row[target])]
+    )
     segments = encoder.template.segments(row)
     if not encoder.template.has_blank:
         segments = [*segments, answer]
@@ -35,9 +39,15 @@ def chosen(encoder: Encoder, rows: Sequence[Row], target: str, count: int, seed:
         label = encoder.verbalizer.index(row[target]) if encoder.verbalizer else 0
         if len(groups[label]) < count and len(encoder.row_ids(row)) <= encoder.max_input_tokens:
             groups[label].append(row)
-        if groups and all(len(group) == count for group in groups.values()) and len(groups) == _labels(encoder):
+        if (
+            groups
+            and all(len(group) == count for group in groups.values())
+            and len(groups) == _labels(encoder)
+        ):
             break
-    found = [group[place] for place in range(count) for group in groups.values() if place < len(group)]
+    found = [
+        group[place] for place in range(count) for group in groups.values() if place < len(group)
+    ]
     return found[:count]
 
 
@@ -46,11 +56,18 @@ def _labels(encoder: Encoder) -> int:
 
 
 def demonstrations(
-    encoder: Encoder, rows: Sequence[Row], target: str, count: int, seed: int, fits: Callable[[str], bool]
+    encoder: Encoder,
+    rows: Sequence[Row],
+    target: str,
+    count: int,
+    seed: int,
+    fits: Callable[[str], bool],
 ) -> tuple[str, int]:
     """The text to put in front, and of how many rows it is: at most ``count``, as many as ``fits`` says there is room
     for. No text when not even one has."""
-    texts = [written_out(encoder, row, target) for row in chosen(encoder, rows, target, count, seed)]
+    texts = [
+        written_out(encoder, row, target) for row in chosen(encoder, rows, target, count, seed)
+    ]
     for number in range(len(texts), 0, -1):
         text = SEPARATOR.join([*texts[:number], ""])
         if fits(text):

@@ -72,7 +72,9 @@ class Designs:
     def encoder(self, design: Design) -> Encoder:
         """The encoder of a design's template."""
         if design.template not in self._encoders:
-            data = self._data.model_copy(update={"template": design.template or self._data.template})
+            data = self._data.model_copy(
+                update={"template": design.template or self._data.template}
+            )
             self._encoders[design.template] = make_encoder(
                 data, self._rows, self._tokenizer, self._family, self._table_size
             )
@@ -136,7 +138,9 @@ class Designs:
         """The same text for all rows, as long as the longest of them leaves room for."""
         encoder = self.encoder(design)
         longest = max(
-            len(encoder.encode_input(row)) for split in (self._rows.validation, self._rows.test) for row in split
+            len(encoder.encode_input(row))
+            for split in (self._rows.validation, self._rows.test)
+            for row in split
         )
         room = self._room(encoder, longest)
         return demonstrations(
@@ -158,7 +162,9 @@ class Designs:
         return "".join(texts), len(texts)
 
     def _room(self, encoder: Encoder, input_tokens: int) -> int:
-        answer = max((len(ids) for ids in encoder.ended_answers), default=self._data.max_target_tokens)
+        answer = max(
+            (len(ids) for ids in encoder.ended_answers), default=self._data.max_target_tokens
+        )
         return self._context - max(answer, self._generated) - input_tokens - BOUNDARY
 
     @cached_property
@@ -181,7 +187,9 @@ class _Index:
         for place, words in enumerate(rows):
             for word, count in words.items():
                 places.setdefault(word, []).append((place, count))
-        self._weights = {word: math.log(1 + len(rows) / len(found)) for word, found in places.items()}
+        self._weights = {
+            word: math.log(1 + len(rows) / len(found)) for word, found in places.items()
+        }
         self._postings = {
             word: (
                 np.array([place for place, _ in found]),

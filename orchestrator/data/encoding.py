@@ -37,7 +37,9 @@ class Encoded:
 
     @cached_property
     def lengths(self) -> list[int]:
-        return [len(ids) + len(target) for ids, target in zip(self.inputs, self.targets, strict=True)]
+        return [
+            len(ids) + len(target) for ids, target in zip(self.inputs, self.targets, strict=True)
+        ]
 
 
 class Encoder:
@@ -119,9 +121,15 @@ class Encoder:
         for place, ids in enumerate(self.answer_words):
             text = self.verbalizer.texts[place] if self.verbalizer else ""
             if not ids:
-                raise BadInput(f"data.verbalizer text {text!r} has no tokens", "write a text that the tokenizer keeps")
+                raise BadInput(
+                    f"data.verbalizer text {text!r} has no tokens",
+                    "write a text that the tokenizer keeps",
+                )
             if ids in self.answer_words[:place]:
-                raise BadInput(f"data.verbalizer text {text!r} has the same tokens as another", "make the texts differ")
+                raise BadInput(
+                    f"data.verbalizer text {text!r} has the same tokens as another",
+                    "make the texts differ",
+                )
 
     def answer_ids(self, text: str) -> list[int]:
         """Token ids of an answer as the model gives it, without the end token."""
@@ -132,7 +140,9 @@ class Encoder:
     def _answer_ids(self, text: str) -> list[int]:
         if not text:
             return []
-        if self.family == "seq2seq":  # the decoder starts anew: a target is tokenised as a text of its own
+        if (
+            self.family == "seq2seq"
+        ):  # the decoder starts anew: a target is tokenised as a text of its own
             ids = list(self.tokenizer(text_target=text)["input_ids"])
             return [*self._opening, *(ids[:-1] if ids[-1:] == self._ended else ids)]
         tail = self.template.tail
@@ -143,7 +153,9 @@ class Encoder:
     def input_ids(self, segments: str | Sequence[str | Mark]) -> list[int]:
         """Ids of a filled template: special tokens in front as the tokenizer sets them, and behind unless the target
         goes on from there. Marks become the negative entries of ``backbone.rows``."""
-        ids = self._marked_ids([segments] if isinstance(segments, str) else self._until_blank(segments))
+        ids = self._marked_ids(
+            [segments] if isinstance(segments, str) else self._until_blank(segments)
+        )
         whole = [*self._front, *ids, *self._back]
         return whole or [self.tokenizer.eos_token_id]  # a model can't start from nothing
 
@@ -213,7 +225,9 @@ class Encoder:
 
     def _template_tokens(self) -> int:
         """Count the tokens of the template with empty columns, marks included as they are in the limit."""
-        segments = self._until_blank(self.template.segments(dict.fromkeys(self.template.columns, "")))
+        segments = self._until_blank(
+            self.template.segments(dict.fromkeys(self.template.columns, ""))
+        )
         return len(self._front) + len(self._marked_ids(segments)) + len(self._back)
 
     def _template_too_long(self) -> BadInput:
@@ -286,7 +300,11 @@ def _right_texts(row: Row, data: DataSpec) -> list[str]:
 
 
 def make_encoder(
-    data: DataSpec, rows: RowSplits, tokenizer: Any, family: Family = "causal", table_size: int | None = None
+    data: DataSpec,
+    rows: RowSplits,
+    tokenizer: Any,
+    family: Family = "causal",
+    table_size: int | None = None,
 ) -> Encoder:
     """The job's encoder; its verbalizer holds the labels that the data has. BadInput for a label without a text."""
     verbalizer = None
@@ -308,12 +326,18 @@ def _sentinel(tokenizer: Any, family: Family) -> int:
     """The id of the first sentinel (Raffel et al. 2020). BadInput where there is none."""
     found = tokenizer.get_vocab().get(SENTINEL)
     if family != "seq2seq" or found is None:
-        what = f"the base model's tokenizer has no {SENTINEL}" if family == "seq2seq" else f"a {family} model has none"
+        what = (
+            f"the base model's tokenizer has no {SENTINEL}"
+            if family == "seq2seq"
+            else f"a {family} model has none"
+        )
         raise BadInput(f"data.sentinel: {what}", "leave data.sentinel out, or choose a T5 model")
     return int(found)
 
 
-def check_context(encoder: Encoder, splits: Mapping[str, Encoded], prompt_tokens: int, context: int) -> None:
+def check_context(
+    encoder: Encoder, splits: Mapping[str, Encoded], prompt_tokens: int, context: int
+) -> None:
     """Refuse a job whose longest prompt, input and target don't fit into the model's context together."""
     longest = max(max(split.lengths) for split in splits.values())
     if prompt_tokens + longest > context:
@@ -333,7 +357,9 @@ def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     return [], []
 
 
-def check_generation(splits: Mapping[str, Encoded], prompt_tokens: int, context: int, max_tokens: int) -> None:
+def check_generation(
+    splits: Mapping[str, Encoded], prompt_tokens: int, context: int, max_tokens: int
+) -> None:
     """Refuse a job whose generated texts, behind the longest prompt and input, may outgrow the model's context."""
     longest = max(len(ids) for split in splits.values() for ids in split.inputs)
     if prompt_tokens + longest + max_tokens > context:

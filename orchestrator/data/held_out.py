@@ -74,7 +74,9 @@ def label_of(row: Mapping[str, Any], data: DataSpec) -> str:
     return target_text(cell) if data.verbalizer is None else cell_text(cell)
 
 
-def _inputs_by_label(inputs: Sequence[str], labels: Sequence[str], pool_rare: bool) -> list[list[str]]:
+def _inputs_by_label(
+    inputs: Sequence[str], labels: Sequence[str], pool_rare: bool
+) -> list[list[str]]:
     """Group the distinct inputs by the label of their first row."""
     label_of: dict[str, str] = {}
     for text, label in zip(inputs, labels, strict=True):
@@ -89,7 +91,9 @@ def _inputs_by_label(inputs: Sequence[str], labels: Sequence[str], pool_rare: bo
     return [*frequent, pooled] if pooled else frequent
 
 
-def _draw(groups: list[list[str]], sizes: Mapping[str, int], fraction: float, seed: int) -> list[_Class]:
+def _draw(
+    groups: list[list[str]], sizes: Mapping[str, int], fraction: float, seed: int
+) -> list[_Class]:
     """Shuffle the classes and the inputs of each."""
     generator = random.Random(seed)
     generator.shuffle(groups)
@@ -98,7 +102,9 @@ def _draw(groups: list[list[str]], sizes: Mapping[str, int], fraction: float, se
     return [_Class(group, fraction * sum(sizes[text] for text in group)) for group in groups]
 
 
-def _choose(classes: Sequence[_Class], shares: Sequence[int], sizes: Mapping[str, int]) -> list[str]:
+def _choose(
+    classes: Sequence[_Class], shares: Sequence[int], sizes: Mapping[str, int]
+) -> list[str]:
     """Choose inputs of each class, making up in the next class for groups of the wrong size."""
     chosen: list[str] = []
     missing = 0

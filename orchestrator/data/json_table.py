@@ -151,7 +151,9 @@ class _Document:
             separator = self.next_character()
             if separator not in (",", "]"):
                 found = repr(separator) if separator else "nothing"
-                _refuse(self._file, self._line(self._place), f"has {found} where ',' or ']' belongs")
+                _refuse(
+                    self._file, self._line(self._place), f"has {found} where ',' or ']' belongs"
+                )
             self._place += 1
             if separator == "]":
                 return
@@ -159,7 +161,9 @@ class _Document:
     def refuse_more(self) -> None:
         """Refuse anything behind the array."""
         if self.next_character():
-            _refuse(self._file, self._line(self._place), "has more text behind the end of the array")
+            _refuse(
+                self._file, self._line(self._place), "has more text behind the end of the array"
+            )
 
     def _value(self) -> tuple[int, Any]:
         line = self._line(self._place)
@@ -207,7 +211,9 @@ def _refuse_half_characters(text: TextFile, line: int, value: Any) -> None:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         half = str(error.object)[error.start]
-        _refuse(text, line, f"has half of a surrogate pair, \\u{ord(half):04x}, which is no character")
+        _refuse(
+            text, line, f"has half of a surrogate pair, \\u{ord(half):04x}, which is no character"
+        )
 
 
 def _refuse(text: TextFile, line: int, fault: str) -> NoReturn:

@@ -13,7 +13,9 @@ class SourceRow(dict[str, Any]):
 
     __slots__ = ("line", "number", "source")
 
-    def __init__(self, cells: Any = (), *, source: str = "", number: int = 0, line: int | None = None) -> None:
+    def __init__(
+        self, cells: Any = (), *, source: str = "", number: int = 0, line: int | None = None
+    ) -> None:
         """``source`` is the file or data set, ``number`` the row's (from 1), ``line`` the file's
         (from 1) on which the row begins; None where the format has no lines."""
         super().__init__(cells)
@@ -42,4 +44,8 @@ def place_of(row: Any, split: str = "") -> str:
     line = getattr(row, "line", None)
     if source and line:
         return f"{source}:{line} (row {number})"
-    return f"row {number} of {source or split}" if number else f"a row of {source or split or 'the data'}"
+    return (
+        f"row {number} of {source or split}"
+        if number
+        else f"a row of {source or split or 'the data'}"
+    )

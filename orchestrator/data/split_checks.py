@@ -39,7 +39,9 @@ class Finding:
         return f"{self.message}. {self.hint[:1].upper()}{self.hint[1:]}."
 
 
-def judge(rows: RowSplits, data: DataSpec, *, learns: bool = True, begun: bool = False) -> tuple[str, ...]:
+def judge(
+    rows: RowSplits, data: DataSpec, *, learns: bool = True, begun: bool = False
+) -> tuple[str, ...]:
     """Return the warnings about the splits. Raises BadInput where any result would be meaningless.
 
     ``learns`` is as in ``check_splits``. ``begun`` is for a search that began before these checks
@@ -222,7 +224,10 @@ def _small_classes(splits: _Splits) -> Iterator[Finding]:
 
 def _row_counts(counts: Sequence[tuple[str, int]]) -> str:
     """Write for instance: 3 rows of class 'spam', 1 row of class 'ham' and 4 more classes."""
-    shown = [f"{count} {_plural('row', count)} of class {_short(label)}" for label, count in counts[:SHOWN]]
+    shown = [
+        f"{count} {_plural('row', count)} of class {_short(label)}"
+        for label, count in counts[:SHOWN]
+    ]
     return _listed(shown, len(counts) - len(shown), "more class", "more classes")
 
 
@@ -259,7 +264,9 @@ def _shared_by_held_out(splits: _Splits) -> Iterator[Finding]:
     shared = [index for index, text in enumerate(inputs) if text in first_in_validation]
     if shared:
         validation_index = first_in_validation[inputs[shared[0]]]
-        example = f"{splits.place('test', shared[0])} and {splits.place('validation', validation_index)}"
+        example = (
+            f"{splits.place('test', shared[0])} and {splits.place('validation', validation_index)}"
+        )
         yield Finding(
             "warn",
             f"{len(shared)} of {len(inputs)} rows of test have an input that validation has too, "

@@ -25,7 +25,9 @@ FORMATS = {
     ".ndjson": "json",
 }
 SUFFIXES = f"{', '.join(FORMATS)}, each also with {', '.join(COMPRESSIONS)} behind it"
-CSV_REMEDY = "set data.csv.encoding, for instance to latin-1 or cp1252, or convert the file to UTF-8"
+CSV_REMEDY = (
+    "set data.csv.encoding, for instance to latin-1 or cp1252, or convert the file to UTF-8"
+)
 JSON_REMEDY = "convert the file to UTF-8, for instance with iconv -f latin1 -t utf-8"
 
 
@@ -60,7 +62,9 @@ def read_table(file: Path, where: str, options: CsvSpec | None = None) -> Table:
     """
     file = file.expanduser()
     if not file.is_file():
-        raise BadInput(f"{where}: the file {file} does not exist (looked in {Path.cwd()})", "correct the path")
+        raise BadInput(
+            f"{where}: the file {file} does not exist (looked in {Path.cwd()})", "correct the path"
+        )
     suffix = _format_suffix(file)
     if not suffix:
         raise BadInput(f"{where}: can't tell the format of {file}", f"use one of {SUFFIXES}")

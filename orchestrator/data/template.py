@@ -64,7 +64,9 @@ class Template:
                 pieces.append(("text", match.group(0)[0]))
             else:
                 pieces.append(("mark" if name in (VIRTUAL, BLANK) else "column", name))
-        return tuple(piece for piece in [*pieces, ("text", self.text[end:])] if piece != ("text", ""))
+        return tuple(
+            piece for piece in [*pieces, ("text", self.text[end:])] if piece != ("text", "")
+        )
 
     def segments(self, row: Mapping[str, Any]) -> list[str | Mark]:
         """The row's input: texts, and the marks between them. BadInput names a column that the row lacks."""
@@ -105,7 +107,8 @@ class Template:
             return given
         if len(self.columns) != 1:
             raise BadInput(
-                f"a bare text can't fill the columns {list(self.columns)}", "send an object with one value a column"
+                f"a bare text can't fill the columns {list(self.columns)}",
+                "send an object with one value a column",
             )
         return {self.columns[0]: given}
 
@@ -154,7 +157,8 @@ class Verbalizer:
             if texts.count(text) > 1:
                 sharing = [label for label in used if mapping[label] == text]
                 raise BadInput(
-                    f"data.verbalizer gives labels {sharing} the same text {text!r}", "make the texts distinct"
+                    f"data.verbalizer gives labels {sharing} the same text {text!r}",
+                    "make the texts distinct",
                 )
         return cls(tuple(used), tuple(texts))
 

@@ -53,7 +53,9 @@ def open_binary(file: Path) -> Iterator[Any]:
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or str(error)
         if not compression:
-            raise BadInput(f"{file} can't be read: {reason}", "check the file and its permissions") from None
+            raise BadInput(
+                f"{file} can't be read: {reason}", "check the file and its permissions"
+            ) from None
         raise BadInput(
             f"{file} can't be decompressed as {COMPRESSIONS[compression]}: {reason}",
             "the file is damaged or cut off, or its name is wrong; make or copy it again",
@@ -140,7 +142,9 @@ class TextFile:
     def _refuse_bytes(self, error: UnicodeError, lines: int) -> NoReturn:
         """``lines`` end before the piece at fault."""
         if not isinstance(error, UnicodeDecodeError):
-            raise BadInput(f"{self.file} can't be decoded as {self.used_encoding}: {error}", self._remedy) from None
+            raise BadInput(
+                f"{self.file} can't be decoded as {self.used_encoding}: {error}", self._remedy
+            ) from None
         before = error.object[: error.start].decode(self.used_encoding, "ignore")
         raise BadInput(
             f"{self.file}:{lines + before.count(chr(10)) + 1}: byte 0x{error.object[error.start]:02x} "

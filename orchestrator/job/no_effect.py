@@ -111,7 +111,9 @@ def _has_split(split: str) -> Callable[[JobSpec], str]:
             return ""
         if data.source == "files" and getattr(data.path, split, None) is not None:
             return f"with data.path.{split}, which gives the split"
-        return f"with data.path {data.path}, which has that split" if data.source == "builtin" else ""
+        return (
+            f"with data.path {data.path}, which has that split" if data.source == "builtin" else ""
+        )
 
     return reason
 
@@ -132,7 +134,9 @@ def _renamed_before_the_cut(job: JobSpec) -> str:
     if job.data.prefix_lm is None or not old_names:
         return ""
     columns = " and ".join(MADE_BY_PREFIX_LM)
-    return f"on column {old_names[0]} with data.prefix_lm: rows then have the columns {columns} only"
+    return (
+        f"on column {old_names[0]} with data.prefix_lm: rows then have the columns {columns} only"
+    )
 
 
 def _renamed_to_what_nothing_names(job: JobSpec) -> str:
@@ -143,7 +147,11 @@ def _renamed_to_what_nothing_names(job: JobSpec) -> str:
 
 
 def _texts_are_not_compared(job: JobSpec) -> str:
-    return "" if job.generates else f"with search.metric {job.search.metric}, for which no text is generated"
+    return (
+        ""
+        if job.generates
+        else f"with search.metric {job.search.metric}, for which no text is generated"
+    )
 
 
 def _references_are_not_compared(job: JobSpec) -> str:
@@ -153,7 +161,11 @@ def _references_are_not_compared(job: JobSpec) -> str:
 
 
 def _targets_are_labels(job: JobSpec) -> str:
-    return "with data.verbalizer, whose texts are the targets" if job.data.verbalizer is not None else ""
+    return (
+        "with data.verbalizer, whose texts are the targets"
+        if job.data.verbalizer is not None
+        else ""
+    )
 
 
 # The search
@@ -199,16 +211,28 @@ def _other_scheduler_than(*schedulers: str) -> Callable[[JobSpec], str]:
 
 
 def _trials_have_no_steps(job: JobSpec) -> str:
-    return f"with method {job.method}, whose trials have no steps" if job.method == "prompt_design" else ""
+    return (
+        f"with method {job.method}, whose trials have no steps"
+        if job.method == "prompt_design"
+        else ""
+    )
 
 
 def _is_the_only_trial(job: JobSpec) -> str:
-    return "with search.trials 1: there is no other trial to compare with" if job.search.trials == 1 else ""
+    return (
+        "with search.trials 1: there is no other trial to compare with"
+        if job.search.trials == 1
+        else ""
+    )
 
 
 def _grace_lasts_to_the_end(job: JobSpec) -> str:
     grace, steps = job.search.grace_steps, job.train.steps
-    return f"with train.steps {steps}: {grace} is not below it" if grace is not None and grace >= steps else ""
+    return (
+        f"with train.steps {steps}: {grace} is not below it"
+        if grace is not None and grace >= steps
+        else ""
+    )
 
 
 def _median_without_steps(job: JobSpec) -> str:
@@ -253,7 +277,11 @@ def _registers_nothing(job: JobSpec) -> str:
 
 def _has_no_prompts(job: JobSpec) -> str:
     top = job.registry.register_top
-    return f"above 1 with method {job.method}, which makes no prompt to register" if job.is_baseline and top > 1 else ""
+    return (
+        f"above 1 with method {job.method}, which makes no prompt to register"
+        if job.is_baseline and top > 1
+        else ""
+    )
 
 
 HUB_MODEL = "name a model of the hub in base_model.id"

@@ -65,7 +65,10 @@ class TrialSpec:
             "rank": self.rank, "alpha": self.alpha, "bottleneck": self.bottleneck, "template": self.template,
             "shots": self.shots, "demonstrations": self.demonstrations, "learning_rate": self.learning_rate or None,
         }  # fmt: skip
-        return {**{name: value for name, value in own.items() if value is not None}, "seed": self.seed}
+        return {
+            **{name: value for name, value in own.items() if value is not None},
+            "seed": self.seed,
+        }
 
     @property
     def size(self) -> int:
@@ -75,7 +78,11 @@ class TrialSpec:
     @property
     def init_config(self) -> Any:
         """The init as the job spec writes it."""
-        options = {"text": self.init_text, "artifact": self.init_artifact, "sample_vocab": self.init_population}
+        options = {
+            "text": self.init_text,
+            "artifact": self.init_artifact,
+            "sample_vocab": self.init_population,
+        }
         given = {name: value for name, value in options.items() if value is not None}
         return given or self.init
 
@@ -86,11 +93,15 @@ class TrialSpec:
             raise BadInput(f"a trial's configuration has no {', '.join(missing)}: {dict(config)}")
         try:
             # A single point is a space too, so the spec's own limits hold.
-            space = SpaceSpec.model_validate({**dict.fromkeys(SpaceSpec.model_fields), **config}, context=LACKING)
+            space = SpaceSpec.model_validate(
+                {**dict.fromkeys(SpaceSpec.model_fields), **config}, context=LACKING
+            )
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"]))
-            raise BadInput(f"a trial's configuration has a bad {place}: {first['msg']}: {dict(config)}") from None
+            raise BadInput(
+                f"a trial's configuration has a bad {place}: {first['msg']}: {dict(config)}"
+            ) from None
         if any(isinstance(value, list | LogUniform | Uniform) for value in _dimensions(space)):
             raise BadInput(f"a trial's configuration has one value for each key: {dict(config)}")
         return trial_at(_dimensions(space), _names(space))
@@ -159,7 +170,9 @@ def why_fewer_trials(search: SearchSpec) -> str:
 
 def no_result(search: SearchSpec, count: int) -> str:
     """Say that none of a search's trials has a result, and why there are fewer than the spec asks for."""
-    text = "the only trial has no result" if count == 1 else f"none of the {count} trials has a result"
+    text = (
+        "the only trial has no result" if count == 1 else f"none of the {count} trials has a result"
+    )
     reason = why_fewer_trials(search)
     return f"{text} ({reason})" if reason else text
 
@@ -177,10 +190,15 @@ def grid(space: SpaceSpec) -> list[TrialSpec]:
     """
     values = _listed(space)
     if values is None:
-        raise BadInput("a range of learning rates has no grid", "list learning rates, or use searcher random")
+        raise BadInput(
+            "a range of learning rates has no grid", "list learning rates, or use searcher random"
+        )
     size = math.prod(map(len, values))
     if size > MAX_TRIALS:
-        raise BadInput(f"the grid has {size} points, and a search at most {MAX_TRIALS} trials", "set search.trials")
+        raise BadInput(
+            f"the grid has {size} points, and a search at most {MAX_TRIALS} trials",
+            "set search.trials",
+        )
     names = _names(space)
     return [trial_at(_point(values, index), names) for index in range(size)]
 
@@ -288,7 +306,9 @@ def _column(value: Any, count: int, rng: random.Random) -> list[Any]:
         values = _strata(*value.uniform, count, rng)
     else:
         values = list(_values(value))
-    values = list(dict.fromkeys(values))  # a range may be so narrow that neighbouring bins give the same number
+    values = list(
+        dict.fromkeys(values)
+    )  # a range may be so narrow that neighbouring bins give the same number
     rng.shuffle(values)
     return values
 

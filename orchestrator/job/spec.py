@@ -19,7 +19,9 @@ from orchestrator.job.labels import contradictions
 from orchestrator.job.no_effect import without_effect
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
-ALIAS_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,99}$"  # MLflow's own rule, narrower than a model's name
+ALIAS_PATTERN = (
+    r"^[A-Za-z0-9][A-Za-z0-9_-]{0,99}$"  # MLflow's own rule, narrower than a model's name
+)
 RESERVED_ALIAS = re.compile(r"^(latest|v\d+)$", re.IGNORECASE)
 BUILTIN = "builtin:"
 """In front of the names of models and data that are made on the spot."""
@@ -27,7 +29,9 @@ QUICKSTART = f"{BUILTIN}quickstart"
 DEFAULT_TRIALS = 16
 MAX_TRIALS = 10_000
 DEFAULT_BETAS = (0.9, 0.999)  # torch's own
-MAX_LEARNING_RATE = 1000  # far above what any prompt trains with, far below what torch's arithmetic takes
+MAX_LEARNING_RATE = (
+    1000  # far above what any prompt trains with, far below what torch's arithmetic takes
+)
 MAX_BEAMS = 64  # each one is a row of its own in memory
 DEFAULT_RANK = 8
 DEFAULT_ALPHA = 16
@@ -63,14 +67,20 @@ def looks_like_path(text: str) -> bool:
 def _checked_template(template: str) -> str:
     lone = re.search(r"[{}]", FIELD.sub("", template))
     if lone:
-        raise ValueError(f"has a lone {lone.group()}; write {lone.group() * 2} for a brace, {{text}} for a column")
+        raise ValueError(
+            f"has a lone {lone.group()}; write {lone.group() * 2} for a brace, {{text}} for a column"
+        )
     columns = template_columns(template)
     if not columns:
-        raise ValueError("names no column; write at least one column in braces, for instance {text}")
+        raise ValueError(
+            "names no column; write at least one column in braces, for instance {text}"
+        )
     if template_fields(template).count(BLANK) > 1:
         raise ValueError("has more than one blank {_}; an answer has one place")
     if "" in columns:
-        raise ValueError("has braces without a column's name; write for instance {text}, or {{}} for the braces")
+        raise ValueError(
+            "has braces without a column's name; write for instance {text}, or {{}} for the braces"
+        )
     return template
 
 
@@ -94,7 +104,9 @@ def _one_character(delimiter: str) -> str:
         return delimiter
     if len(delimiter) == 1:
         raise ValueError("can't separate cells; write one other character, or auto")
-    raise ValueError('is not one character; write for instance ";" or, in double quotes, "\\t", or auto')
+    raise ValueError(
+        'is not one character; write for instance ";" or, in double quotes, "\\t", or auto'
+    )
 
 
 def _known_encoding(name: str) -> str:
@@ -106,7 +118,9 @@ def _known_encoding(name: str) -> str:
     except (LookupError, UnicodeError, TypeError, ValueError):
         sound = False
     if not sound:
-        raise ValueError("is no encoding of text that Python knows; for instance utf-8, latin-1, cp1252, utf-16, auto")
+        raise ValueError(
+            "is no encoding of text that Python knows; for instance utf-8, latin-1, cp1252, utf-16, auto"
+        )
     return name
 
 
@@ -148,11 +162,15 @@ PositiveFloat: TypeAlias = Annotated[float, Field(gt=0)]
 LearningRate: TypeAlias = Annotated[float, Field(gt=0, le=MAX_LEARNING_RATE)]
 Seed: TypeAlias = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Fraction: TypeAlias = Annotated[float, Field(gt=0, lt=0.5)]
-Bounds: TypeAlias = Annotated[tuple[LearningRate, LearningRate], Field(strict=False), AfterValidator(_ordered)]
+Bounds: TypeAlias = Annotated[
+    tuple[LearningRate, LearningRate], Field(strict=False), AfterValidator(_ordered)
+]
 Decay: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 Betas: TypeAlias = Annotated[tuple[Decay, Decay], Field(strict=False, examples=[DEFAULT_BETAS])]
 Choices: TypeAlias = Annotated[
-    list[T], Field(min_length=1, json_schema_extra={"uniqueItems": True}), AfterValidator(_without_repeats)
+    list[T],
+    Field(min_length=1, json_schema_extra={"uniqueItems": True}),
+    AfterValidator(_without_repeats),
 ]
 Prompts: TypeAlias = Annotated[T | SkipJsonSchema[None], AfterValidator(_only_baselines_lack)]
 """What prompts always have; None in the space of a baseline that has no such thing, never in a file."""
@@ -365,11 +383,21 @@ class DataSpec(Section):
             return
         made = "data.prefix_lm makes the columns prefix and continuation"
         if self.target != CONTINUATION:
-            yield Conflict("target", f"{self.target} is not what follows: {made}; set {CONTINUATION}", ("prefix_lm",))
+            yield Conflict(
+                "target",
+                f"{self.target} is not what follows: {made}; set {CONTINUATION}",
+                ("prefix_lm",),
+            )
         if PREFIX not in template_columns(self.template):
-            yield Conflict("template", f"{made}, and the template lacks {{{PREFIX}}}; write it there", ("prefix_lm",))
+            yield Conflict(
+                "template",
+                f"{made}, and the template lacks {{{PREFIX}}}; write it there",
+                ("prefix_lm",),
+            )
         if self.verbalizer is not None:
-            yield Conflict("verbalizer", f"{made}, texts and not labels; leave one of them out", ("prefix_lm",))
+            yield Conflict(
+                "verbalizer", f"{made}, texts and not labels; leave one of them out", ("prefix_lm",)
+            )
 
 
 class TextInit(Section):
@@ -498,7 +526,11 @@ class SearchSpec(Section):
         yield from self._population_conflicts()
         target = self.stop.metric
         if target is not None and self.metric != "loss" and not 0 <= target <= 1:
-            yield Conflict("stop.metric", f"{target:g} is no {self.metric}: it lies between 0 and 1", ("metric",))
+            yield Conflict(
+                "stop.metric",
+                f"{target:g} is no {self.metric}: it lies between 0 and 1",
+                ("metric",),
+            )
 
     def _population_conflicts(self) -> Iterator[Conflict]:
         if self.scheduler != "pbt":
@@ -512,9 +544,7 @@ class SearchSpec(Section):
             yield Conflict("scheduler", text, ("trials",))
         rates = self.space.learning_rate
         if isinstance(rates, float) or (isinstance(rates, list) and len(rates) == 1):
-            text = (
-                "pbt changes the learning rate between the lowest and the highest of the space, and there is only one"
-            )
+            text = "pbt changes the learning rate between the lowest and the highest of the space, and there is only one"
             hint = "make space.learning_rate a range or a list, or use another scheduler"
             yield Conflict("scheduler", f"{text}; {hint}", ("space.learning_rate",))
 
@@ -582,7 +612,9 @@ class TrainSpec(Section):
         chosen = getattr(self, switch)
         if getattr(self, name) is not None and chosen != value:
             text = f"train.{name} has no effect with train.{switch} {chosen}"
-            yield Conflict(name, f"{text}; leave it out, or set train.{switch} to {value}", (switch,))
+            yield Conflict(
+                name, f"{text}; leave it out, or set train.{switch} to {value}", (switch,)
+            )
 
 
 class GenerationSpec(Section):
@@ -613,7 +645,9 @@ class ResourcesSpec(Section):
     def _conflicts(self) -> Iterator[Conflict]:
         if self.sharding != "none" and self.workers_per_group == 1:
             text = f"{self.sharding} splits the weights among a group's workers, and resources.workers_per_group is 1"
-            yield Conflict("sharding", f"{text}; raise it, or leave sharding out", ("workers_per_group",))
+            yield Conflict(
+                "sharding", f"{text}; raise it, or leave sharding out", ("workers_per_group",)
+            )
         gpus = self.gpus_per_worker
         if not isinstance(gpus, str) and gpus > 1:
             text = f"{gpus:g}, and a worker trains on one GPU: the others would idle"
@@ -621,7 +655,9 @@ class ResourcesSpec(Section):
             yield Conflict("gpus_per_worker", f"{text}; {hint}", ())
         if self.workers_per_group > 1 and not isinstance(gpus, str) and 0 < gpus < 1:
             text = f"{gpus:g} would put several of a group's workers on one GPU, which can't talk to itself"
-            hint = "set it to 1, or set resources.workers_per_group to 1 and raise resources.workers"
+            hint = (
+                "set it to 1, or set resources.workers_per_group to 1 and raise resources.workers"
+            )
             yield Conflict("gpus_per_worker", f"{text}; {hint}", ("workers_per_group",))
 
 
@@ -656,7 +692,14 @@ REPARAMETERIZATIONS: dict[str, tuple[Reparameterization, ...]] = {
 """Of the other methods: none."""
 
 MethodName: TypeAlias = Literal[
-    "prompt_tuning", "prefix_tuning", "p_tuning", "prompt_design", "model_tuning", "lora", "qlora", "adapter"
+    "prompt_tuning",
+    "prefix_tuning",
+    "p_tuning",
+    "prompt_design",
+    "model_tuning",
+    "lora",
+    "qlora",
+    "adapter",
 ]
 PROMPT_SPACE = ("init", "num_virtual_tokens", "learning_rate", "seed")
 LORA_SPACE = ("rank", "alpha", "learning_rate", "seed")
@@ -678,7 +721,10 @@ SPACE_DEFAULTS: dict[str, Any] = {
     "demonstrations": "random",
 }  # fmt: skip
 """Of the dimensions that only some methods have."""
-RATES = {"model_tuning": "[0.00001, 0.001]", "adapter": "[0.0001, 0.01]"}  # to start from; lora's are adapter's
+RATES = {
+    "model_tuning": "[0.00001, 0.001]",
+    "adapter": "[0.0001, 0.01]",
+}  # to start from; lora's are adapter's
 
 
 class JobSpec(Section):
@@ -753,9 +799,20 @@ class JobSpec(Section):
             if name in given and name not in own:
                 text = f"method {self.method} has no {name}; leave it out, its space has {', '.join(own)}"
                 yield Conflict(f"search.space.{name}", text, ("method",))
-            elif name in own and name not in SPACE_DEFAULTS and name != "template" and getattr(space, name) is None:
-                yield Conflict(f"search.space.{name}", f"method {self.method} needs a {name}", ("method",))
-        if self.is_baseline and "learning_rate" in own and "learning_rate" not in space.model_fields_set:
+            elif (
+                name in own
+                and name not in SPACE_DEFAULTS
+                and name != "template"
+                and getattr(space, name) is None
+            ):
+                yield Conflict(
+                    f"search.space.{name}", f"method {self.method} needs a {name}", ("method",)
+                )
+        if (
+            self.is_baseline
+            and "learning_rate" in own
+            and "learning_rate" not in space.model_fields_set
+        ):
             text = f"method {self.method} has no default, since soft prompts' rates are far too large for it"
             hint = f"write for instance {{loguniform: {RATES.get(self.method, RATES['adapter'])}}}"
             yield Conflict("search.space.learning_rate", f"{text}; {hint}", ("method",))
@@ -765,28 +822,29 @@ class JobSpec(Section):
         templates = self.search.space.template or []
         for where, template in [
             ("data.template", self.data.template),
-            *(("search.space.template", one) for one in ([templates] if isinstance(templates, str) else templates)),
+            *(
+                ("search.space.template", one)
+                for one in ([templates] if isinstance(templates, str) else templates)
+            ),
         ]:
             if VIRTUAL in template_fields(template):
                 yield Conflict(
-                    where, f"{{*}} places virtual tokens, and method {method} has none; drop it", ("method",)
+                    where,
+                    f"{{*}} places virtual tokens, and method {method} has none; drop it",
+                    ("method",),
                 )
         if self.search.scheduler == "pbt":
             text = f"pbt compares trials side by side, and method {method} trains one at a time; use asha, median or"
             yield Conflict("search.scheduler", f"{text} fifo", ("method",))
         if resources.trials_per_worker not in ("auto", 1):
-            text = (
-                f"{resources.trials_per_worker} trials can't share a model that method {method} changes; leave it out"
-            )
+            text = f"{resources.trials_per_worker} trials can't share a model that method {method} changes; leave it out"
             yield Conflict("resources.trials_per_worker", f"{text} or set 1", ("method",))
         if resources.workers_per_group > 1:
             text = f"method {method} trains on one worker at a time; set 1, and raise resources.workers"
             yield Conflict("resources.workers_per_group", text, ("method",))
         if registry.model is not None or registry.alias != RegistrySpec().alias:
             key = "model" if registry.model is not None else "alias"
-            text = (
-                f"method {method} makes no prompt to register or serve: its result is kept with its run; leave it out"
-            )
+            text = f"method {method} makes no prompt to register or serve: its result is kept with its run; leave it out"
             yield Conflict(f"registry.{key}", text, ("method",))
         if method == "prompt_design" and self.train != TrainSpec():
             yield Conflict("train", "prompt_design trains nothing; leave train out", ("method",))
@@ -809,7 +867,9 @@ class JobSpec(Section):
         wordings = self.search.space.template or []
         for template in [wordings] if isinstance(wordings, str) else wordings:
             for column, key in self.data.columns_with_answer(template).items():
-                yield Conflict("search.space.template", answer_in_input(column, key), (key, "data.rename"))
+                yield Conflict(
+                    "search.space.template", answer_in_input(column, key), (key, "data.rename")
+                )
 
     def _method_conflicts(self) -> Iterator[Conflict]:
         yield from self._space_conflicts()
@@ -857,12 +917,14 @@ class JobSpec(Section):
             text = f"{self.resources.sharding} can't split weights with base_model.quantization"
             hint = "leave one of them out: rounded weights are a quarter of the size or less"
             keys = ("base_model.quantization",)
-            yield Conflict("resources.sharding", f"{text} {self.base_model.quantization}; {hint}", keys)
-        if self.train.evaluate_every > self.train.steps:
-            text = (
-                f"{self.train.evaluate_every} is more than train.steps {self.train.steps}: no trial would be evaluated"
+            yield Conflict(
+                "resources.sharding", f"{text} {self.base_model.quantization}; {hint}", keys
             )
-            yield Conflict("train.evaluate_every", f"{text}; evaluate at least once", ("train.steps",))
+        if self.train.evaluate_every > self.train.steps:
+            text = f"{self.train.evaluate_every} is more than train.steps {self.train.steps}: no trial would be evaluated"
+            yield Conflict(
+                "train.evaluate_every", f"{text}; evaluate at least once", ("train.steps",)
+            )
         yield from (Conflict(*setting) for setting in without_effect(self))
 
     @property
@@ -875,13 +937,17 @@ class JobSpec(Section):
         if self.perturbation_steps % every:
             text = f"{self.perturbation_steps} is no multiple of train.evaluate_every {every}: trials are compared by"
             yield Conflict(
-                "search.perturbation_steps", f"{text} their evaluations; choose a multiple", ("train.evaluate_every",)
+                "search.perturbation_steps",
+                f"{text} their evaluations; choose a multiple",
+                ("train.evaluate_every",),
             )
         if self.perturbation_steps >= steps:
             given = self.search.perturbation_steps is not None
             keys = ("search.perturbation_steps" if given else "train.evaluate_every", "train.steps")
             text = f"{self.perturbation_steps} is not below train.steps {steps}: pbt would never compare trials"
-            yield Conflict(keys[0], f"{text} before their end; lower it", (*keys[1:], "search.scheduler"))
+            yield Conflict(
+                keys[0], f"{text} before their end; lower it", (*keys[1:], "search.scheduler")
+            )
         if self.resources.workers == 1 and self.resources.trials_per_worker == 1:
             text = "pbt needs at least two trials at once, and resources leave room for one"
             hint = "raise resources.trials_per_worker, or use another scheduler"
@@ -892,7 +958,11 @@ class JobSpec(Section):
         if self.search.metric == "accuracy":
             # Point at what the user wrote: a metric that is only the default has no line of its own.
             chosen = "metric" in self.search.model_fields_set
-            keys = ("search.metric", "data.verbalizer") if chosen else ("data.verbalizer", "search.metric")
+            keys = (
+                ("search.metric", "data.verbalizer")
+                if chosen
+                else ("data.verbalizer", "search.metric")
+            )
             text = "search.metric accuracy ranks labels and needs data.verbalizer"
             others = "exact_match, bleu, rouge_l, f1 or loss"
             yield Conflict(keys[0], f"{text}; add one, or set search.metric to {others}", keys[1:])

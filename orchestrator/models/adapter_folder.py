@@ -28,11 +28,19 @@ def instead_of_model(folder: Path) -> Misplaced | None:
     if (folder / ADAPTER_CONFIG).is_file():
         return _adapter(folder)
     if models := subfolders_with(folder, MODEL_CONFIG):
-        return Misplaced(f"holds models in its subfolders: {_listed(models)}", "name one of these folders")
+        return Misplaced(
+            f"holds models in its subfolders: {_listed(models)}", "name one of these folders"
+        )
     if adapters := subfolders_with(folder, ADAPTER_CONFIG):
         bases = sorted({base for name in adapters if (base := _config(folder / name)[1])})
-        step = f"set base_model.id to {' or '.join(bases)}" if bases else "name the model that they were trained on"
-        return Misplaced(f"holds PEFT adapters in its subfolders and no model: {_listed(adapters)}", step)
+        step = (
+            f"set base_model.id to {' or '.join(bases)}"
+            if bases
+            else "name the model that they were trained on"
+        )
+        return Misplaced(
+            f"holds PEFT adapters in its subfolders and no model: {_listed(adapters)}", step
+        )
     return None
 
 
@@ -40,9 +48,13 @@ def instead_of_adapter(folder: Path) -> Misplaced | None:
     """Describe a folder that was given as a prompt and holds several of them, or is a model."""
     for file in (ADAPTER_CONFIG, ARTIFACT_MANIFEST):
         if prompts := subfolders_with(folder, file):
-            return Misplaced(f"holds prompts in its subfolders: {_listed(prompts)}", "name one of these folders")
+            return Misplaced(
+                f"holds prompts in its subfolders: {_listed(prompts)}", "name one of these folders"
+            )
     if (folder / MODEL_CONFIG).is_file():
-        return Misplaced("is a model and not a prompt", "name the folder of a prompt that was trained on it")
+        return Misplaced(
+            "is a model and not a prompt", "name the folder of a prompt that was trained on it"
+        )
     return None
 
 
@@ -57,7 +69,11 @@ def subfolders_with(folder: Path, file: str) -> list[str]:
 def _adapter(folder: Path) -> Misplaced:
     kind, base = _config(folder)
     of_base = f" of {base!r}" if base else ""
-    model = f"set base_model.id to {base}" if base else "set base_model.id to the model that it was trained on"
+    model = (
+        f"set base_model.id to {base}"
+        if base
+        else "set base_model.id to the model that it was trained on"
+    )
     if kind in PROMPTS:
         return Misplaced(
             f"is a PEFT adapter ({kind}){of_base} and not a model",
@@ -84,4 +100,6 @@ def _config(folder: Path) -> tuple[str, str]:
 
 
 def _listed(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    return ", ".join(names[:SHOWN]) + (
+        f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    )

@@ -52,7 +52,9 @@ def _why_unreadable(document: dict[str, Any]) -> str:
 
     try:
         quantizer = AutoHfQuantizer.from_config(document, pre_quantized=True)
-    except Exception as error:  # an unknown method, a missing library, a configuration that a library refuses
+    except (
+        Exception
+    ) as error:  # an unknown method, a missing library, a configuration that a library refuses
         return _first_line(error)
     try:
         quantizer.validate_environment(device_map=None)
@@ -67,7 +69,9 @@ def check_positions(model_id: str, config: Any, family: str, context: int, own_c
     """Refuse a model whose position factors depend on the longest row of a batch where rows can't have their own."""
     if not rope_switches(config, context) or (family == "causal" and not own_code):
         return
-    about = f"base_model.id {model_id!r} scales its positions by the longest row of a batch (LongRoPE)"
+    about = (
+        f"base_model.id {model_id!r} scales its positions by the longest row of a batch (LongRoPE)"
+    )
     if own_code:
         raise BadInput(
             f"{about} in code of its own, so that a row's result would depend on the rows beside it",

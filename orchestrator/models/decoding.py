@@ -15,7 +15,13 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-from orchestrator.models.backbone import Backbone, CausalState, PreparedPrompts, RowState, stack_prepared
+from orchestrator.models.backbone import (
+    Backbone,
+    CausalState,
+    PreparedPrompts,
+    RowState,
+    stack_prepared,
+)
 
 
 class DecodingState(Protocol):
@@ -71,7 +77,11 @@ class ReplayState:
 
     @classmethod
     def of(
-        cls, backbone: Backbone, prompts: PreparedPrompts | None, sequences: list[list[int]], prompt: list[int]
+        cls,
+        backbone: Backbone,
+        prompts: PreparedPrompts | None,
+        sequences: list[list[int]],
+        prompt: list[int],
     ) -> ReplayState:
         # The target is only asked for its first token, whichever it is.
         logits, _ = backbone.teacher_forced(prompts, sequences, [[0]] * len(sequences), prompt)
@@ -79,11 +89,16 @@ class ReplayState:
 
     def select(self, rows: Tensor) -> ReplayState:
         places = rows.tolist()
-        sequences, prompt = [self.sequences[place] for place in places], [self.prompt[place] for place in places]
+        sequences, prompt = (
+            [self.sequences[place] for place in places],
+            [self.prompt[place] for place in places],
+        )
         return ReplayState(self.backbone, self.prompts, sequences, prompt, self.logits[rows])
 
     def extend(self, ids: Tensor) -> ReplayState:
-        sequences = [[*sequence, token] for sequence, token in zip(self.sequences, ids.tolist(), strict=True)]
+        sequences = [
+            [*sequence, token] for sequence, token in zip(self.sequences, ids.tolist(), strict=True)
+        ]
         return ReplayState.of(self.backbone, self.prompts, sequences, self.prompt)
 
     def join(self, other: ReplayState) -> ReplayState | None:
@@ -96,12 +111,18 @@ class ReplayState:
             return None
         place = [mine.index(one) for one in self.prompt]
         place += [len(mine) + theirs.index(one) for one in other.prompt]
-        sequences, logits = [*self.sequences, *other.sequences], torch.cat([self.logits, other.logits])
+        sequences, logits = (
+            [*self.sequences, *other.sequences],
+            torch.cat([self.logits, other.logits]),
+        )
         return ReplayState(self.backbone, stack_prepared(kept), sequences, place, logits)
 
 
 def start(
-    backbone: Backbone, prompts: PreparedPrompts | None, inputs: Sequence[Sequence[int]], prompt: Sequence[int]
+    backbone: Backbone,
+    prompts: PreparedPrompts | None,
+    inputs: Sequence[Sequence[int]],
+    prompt: Sequence[int],
 ) -> DecodingState:
     """The state after the inputs, of any lengths, each behind the prompt that ``prompt[row]`` names.
 
@@ -113,7 +134,9 @@ def start(
 
 
 @torch.inference_mode()
-def decode(state: DecodingState, end_id: int, max_tokens: int, num_beams: int = 1) -> list[list[int]]:
+def decode(
+    state: DecodingState, end_id: int, max_tokens: int, num_beams: int = 1
+) -> list[list[int]]:
     """What each row goes on with, without the end token: at most ``max_tokens`` tokens, the end token counted.
 
     One beam is greedy decoding. A row's result does not depend on the other rows.
@@ -153,7 +176,9 @@ class Finished:
 
     def add(self, score: float, ids: list[int]) -> None:
         self.found.append((score, ids))
-        self.found.sort(key=lambda one: one[0], reverse=True)  # stable: of two equal ones the earlier stays in front
+        self.found.sort(
+            key=lambda one: one[0], reverse=True
+        )  # stable: of two equal ones the earlier stays in front
         del self.found[self.places :]
 
     def beats(self, score: float) -> bool:
@@ -161,7 +186,9 @@ class Finished:
         return len(self.found) == self.places and self.found[-1][0] >= score
 
 
-def _beam_search(state: DecodingState, end_id: int, max_tokens: int, num_beams: int) -> list[list[int]]:
+def _beam_search(
+    state: DecodingState, end_id: int, max_tokens: int, num_beams: int
+) -> list[list[int]]:
     """As transformers' ``generate(num_beams=N, do_sample=False, length_penalty=1.0, early_stopping=False)``.
 
     A continuation's score is the mean log-probability of its tokens, end token included. Each step takes the 2 N best
@@ -176,13 +203,18 @@ def _beam_search(state: DecodingState, end_id: int, max_tokens: int, num_beams: 
         ends = (ids == end_id) if length < max_tokens else torch.ones_like(ids, dtype=torch.bool)
         for place, rank in ends[:, :num_beams].nonzero().tolist():
             token = int(ids[place, rank])
-            continuation = [*beams.made[place][int(origin[place, rank])], *([token] if token != end_id else [])]
+            continuation = [
+                *beams.made[place][int(origin[place, rank])],
+                *([token] if token != end_id else []),
+            ]
             finished[beams.rows[place]].add(float(scores[place, rank]) / length, continuation)
         if length == max_tokens:
             break
         going, kept = scores.masked_fill(ends, -math.inf).topk(num_beams)
         best = (going[:, 0] / length).tolist()
-        open_places = [place for place, row in enumerate(beams.rows) if not finished[row].beats(best[place])]
+        open_places = [
+            place for place, row in enumerate(beams.rows) if not finished[row].beats(best[place])
+        ]
         if not open_places:
             break
         beams = beams.advance(open_places, going, origin.gather(1, kept), ids.gather(1, kept))
@@ -210,7 +242,10 @@ class _Beams:
         scores[:, 0] = 0
         spread = torch.arange(rows, device=device).repeat_interleave(num_beams)
         return cls(
-            state.select(spread), list(range(rows)), [[[] for _ in range(num_beams)] for _ in range(rows)], scores
+            state.select(spread),
+            list(range(rows)),
+            [[[] for _ in range(num_beams)] for _ in range(rows)],
+            scores,
         )
 
     def candidates(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -224,7 +259,9 @@ class _Beams:
         """The rows at ``places`` after one token: beam n of a row is its beam ``origin[n]`` with token ``ids[n]``."""
         kept = torch.tensor(places, device=scores.device)
         scores, origin, ids = scores[kept], origin[kept], ids[kept]
-        state = self.state.select((kept[:, None] * scores.shape[1] + origin).flatten()).extend(ids.flatten())
+        state = self.state.select((kept[:, None] * scores.shape[1] + origin).flatten()).extend(
+            ids.flatten()
+        )
         made = [
             [[*self.made[place][beam], token] for beam, token in zip(beams, tokens, strict=True)]
             for place, beams, tokens in zip(places, origin.tolist(), ids.tolist(), strict=True)

@@ -47,7 +47,9 @@ def folder_faults(spec: BaseModelSpec) -> Iterator[BadInput]:
 
 def _config(spec: BaseModelSpec, folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
-        raise BadInput(f"base_model.id {spec.id!r}: {folder} holds no {CONFIG}", _hint_without_config(folder))
+        raise BadInput(
+            f"base_model.id {spec.id!r}: {folder} holds no {CONFIG}", _hint_without_config(folder)
+        )
     config = _json(spec, folder / CONFIG)
     if not isinstance(config, dict):
         raise BadInput(f"base_model.id {spec.id!r}: {folder / CONFIG} is not a JSON object", AGAIN)
@@ -102,7 +104,9 @@ def _bytes(spec: BaseModelSpec, file: Path) -> bytes:
     try:
         content = file.read_bytes()
     except OSError as error:
-        raise BadInput(f"base_model.id {spec.id!r}: {file} can't be read ({error.strerror})", AGAIN) from None
+        raise BadInput(
+            f"base_model.id {spec.id!r}: {file} can't be read ({error.strerror})", AGAIN
+        ) from None
     if not content:
         raise BadInput(f"base_model.id {spec.id!r}: {file} is empty", AGAIN)
     return content
@@ -125,7 +129,8 @@ def _weight_faults(spec: BaseModelSpec, folder: Path) -> Iterator[BadInput]:
         return
     if missing:
         yield BadInput(
-            f"base_model.id {spec.id!r}: {INDEX} names {', '.join(missing[:5])}, which {folder} lacks", AGAIN
+            f"base_model.id {spec.id!r}: {INDEX} names {', '.join(missing[:5])}, which {folder} lacks",
+            AGAIN,
         )
     for file in files:
         if reason := _broken_weights(file):
@@ -151,10 +156,24 @@ def _broken_weights(file: Path) -> str:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(HEADER_BYTES))
             header = json.loads(stream.read(min(length, size)))
-        ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+        ends = [
+            tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"
+        ]
     except OSError as error:
         return f"can't be read ({error.strerror})"
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, struct.error):
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        RecursionError,
+        struct.error,
+    ):
         return "has no header of a safetensors file: it was cut short, or is another file"
     expected = HEADER_BYTES + length + max(ends, default=0)
-    return "" if size == expected else f"has {size} bytes, its header says {expected}: it was cut short or altered"
+    return (
+        ""
+        if size == expected
+        else f"has {size} bytes, its header says {expected}: it was cut short or altered"
+    )

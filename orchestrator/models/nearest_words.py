@@ -15,7 +15,16 @@ from torch.nn.functional import normalize
 
 from orchestrator.models.source import ModelSource
 
-TABLES = ("embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "tok_embeddings", "embeddings", "embedding")
+TABLES = (
+    "embed_tokens",
+    "wte",
+    "word_embeddings",
+    "shared",
+    "embed_in",
+    "tok_embeddings",
+    "embeddings",
+    "embedding",
+)
 """What a table of token embeddings is called, by the last word before ``weight``."""
 CHUNK = 8192  # rows of the vocabulary that are looked at together
 
@@ -55,6 +64,9 @@ def _nearest(table: Any, tokenizer: Any, wanted: Tensor, count: int) -> Words:
         ids = torch.arange(start, end).expand(len(wanted), -1)
         places = torch.cat([places, ids], dim=1).gather(1, chosen)
     return [
-        [(tokenizer.decode([place]), round(1 - cosine, 4)) for place, cosine in zip(*row, strict=True)]
+        [
+            (tokenizer.decode([place]), round(1 - cosine, 4))
+            for place, cosine in zip(*row, strict=True)
+        ]
         for row in zip(places.tolist(), best.tolist(), strict=True)
     ]

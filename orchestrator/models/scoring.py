@@ -28,7 +28,9 @@ def answer_scores(
     however many answers there are and however long they are.
     """
     if all(len(ids) == 1 for choices in answers for ids in choices):
-        logits, _ = backbone.teacher_forced(prompts, inputs, [choices[0] for choices in answers], prompt)
+        logits, _ = backbone.teacher_forced(
+            prompts, inputs, [choices[0] for choices in answers], prompt
+        )
         first = logits[:, 0].float().log_softmax(-1)
         return [
             first[place, torch.tensor([ids[0] for ids in choices], device=first.device)].cpu()
@@ -54,7 +56,9 @@ def answer_tokens(
     """
     state = backbone.start(prompts, inputs, prompt)
     device = backbone.device
-    owner = torch.tensor([row for row, choices in enumerate(answers) for _ in choices], device=device)
+    owner = torch.tensor(
+        [row for row, choices in enumerate(answers) for _ in choices], device=device
+    )
     flat = [list(ids) for choices in answers for ids in choices]
     longest = max(map(len, flat))
     target = torch.tensor([[*ids, *[-100] * (longest - len(ids))] for ids in flat], device=device)
@@ -78,7 +82,9 @@ def _scores_of_pairs(
     answer. A masked model's answers of one length share their blank, so those run once."""
     pairs = [(row, tuple(ids)) for row, choices in enumerate(answers) for ids in choices]
     # What a masked model predicts depends on the answer's length alone; elsewhere on the answer itself.
-    runs = {(row, len(ids) if backbone.family == "masked" else ids): (row, ids) for row, ids in pairs}
+    runs = {
+        (row, len(ids) if backbone.family == "masked" else ids): (row, ids) for row, ids in pairs
+    }
     place = {key: number for number, key in enumerate(runs)}
     logits, _ = backbone.teacher_forced(
         prompts,
@@ -90,7 +96,9 @@ def _scores_of_pairs(
     scores = []
     for row, ids in pairs:
         run = log_probs[place[row, len(ids) if backbone.family == "masked" else ids]]
-        start = run.shape[0] - len(ids) if backbone.family == "causal" else 0  # causal targets end at the right edge
+        start = (
+            run.shape[0] - len(ids) if backbone.family == "causal" else 0
+        )  # causal targets end at the right edge
         scores.append(run[start + torch.arange(len(ids)), torch.tensor(ids)].sum())
     return _split_by_row(torch.stack(scores).cpu(), answers)
 

@@ -17,7 +17,11 @@ from orchestrator.job.spec import BUILTIN, QUICKSTART, BaseModelSpec
 from orchestrator.job.spec import looks_like_path as looks_like_path  # noqa: PLC0414 - part of this module's names
 from orchestrator.models.adapter_folder import instead_of_model
 from orchestrator.models.builtin import BUILTIN_MODELS, builtin_model
-from orchestrator.models.checks import check_config_tokens, check_positions, check_stored_quantization
+from orchestrator.models.checks import (
+    check_config_tokens,
+    check_positions,
+    check_stored_quantization,
+)
 from orchestrator.utils.imports import uncollected
 
 SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
@@ -61,20 +65,27 @@ class ModelSource:
         if not (self.path / "config.json").is_file():
             if misplaced := instead_of_model(self.path):
                 raise BadInput(f"base_model.id {self.id!r} {misplaced.what}", misplaced.step)
-            raise BadInput(f"base_model.id {self.id!r}: {self.path} holds no config.json", MODEL_HINT)
+            raise BadInput(
+                f"base_model.id {self.id!r}: {self.path} holds no config.json", MODEL_HINT
+            )
         try:
             with uncollected():  # transformers imports a model's module, and all that it needs, when it is asked for it
                 from transformers import AutoConfig
 
-                return AutoConfig.from_pretrained(self.path, trust_remote_code=self.allow_remote_code)
-        except Exception as error:  # configurations are checked in many ways, which raise errors of their own
+                return AutoConfig.from_pretrained(
+                    self.path, trust_remote_code=self.allow_remote_code
+                )
+        except (
+            Exception
+        ) as error:  # configurations are checked in many ways, which raise errors of their own
             if "trust_remote_code" in str(error):
                 raise BadInput(
                     f"base_model.id {self.id!r} brings Python code of its own, which is not run",
                     "choose a model that transformers knows, or set base_model.allow_remote_code: true if you trust it",
                 ) from None
             raise BadInput(
-                f"base_model.id {self.id!r} can't be read as a model: {_first_line(error)}", MODEL_HINT
+                f"base_model.id {self.id!r} can't be read as a model: {_first_line(error)}",
+                MODEL_HINT,
             ) from None
 
     @cached_property
@@ -84,10 +95,15 @@ class ModelSource:
             with uncollected():
                 from transformers import AutoTokenizer
 
-                tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.allow_remote_code)
-        except Exception as error:  # tokenizer files fail in many ways: KeyError, TypeError, OSError, a Rust panic
+                tokenizer = AutoTokenizer.from_pretrained(
+                    self.path, trust_remote_code=self.allow_remote_code
+                )
+        except (
+            Exception
+        ) as error:  # tokenizer files fail in many ways: KeyError, TypeError, OSError, a Rust panic
             raise BadInput(
-                f"base_model.id {self.id!r} has no usable tokenizer: {_first_line(error)}", MODEL_HINT
+                f"base_model.id {self.id!r} has no usable tokenizer: {_first_line(error)}",
+                MODEL_HINT,
             ) from None
         needed = "mask_token" if self.family == "masked" else "eos_token"
         if getattr(tokenizer, f"{needed}_id") is None:
@@ -126,7 +142,9 @@ class ModelSource:
             raise self.unusable_weights(f"{index.name}: {_first_line(error)}") from None
         missing = sorted(needed - {file.name for file in files})
         if missing:
-            raise self.unusable_weights(f"{index.name} names {', '.join(missing)}, not in the folder")
+            raise self.unusable_weights(
+                f"{index.name} names {', '.join(missing)}, not in the folder"
+            )
 
     def unusable_weights(self, reason: str) -> BadInput:
         first = reason.strip().splitlines()[0][:200] if reason.strip() else "unknown reason"
@@ -140,7 +158,11 @@ class ModelSource:
         for key in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
             if isinstance(value := getattr(self.config.get_text_config(), key, None), int):
                 # RoBERTa numbers positions from its pad token's id on, and its table holds those numbers too.
-                offset = self.config.pad_token_id + 1 if self.config.model_type in _OFFSET_POSITIONS else 0
+                offset = (
+                    self.config.pad_token_id + 1
+                    if self.config.model_type in _OFFSET_POSITIONS
+                    else 0
+                )
                 return value - offset
         return NO_LIMIT
 
@@ -209,7 +231,9 @@ def family_of(config: Any) -> Family:
     if getattr(config, "is_encoder_decoder", False):
         return "seq2seq"
     names = config.architectures or []
-    if any(name.endswith(ENDINGS["causal"]) for name in names) or getattr(config, "is_decoder", False):
+    if any(name.endswith(ENDINGS["causal"]) for name in names) or getattr(
+        config, "is_decoder", False
+    ):
         return "causal"
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
@@ -235,7 +259,9 @@ def _is_language_model(config: Any) -> bool:
     }
     family, names = family_of(config), config.architectures or []
     ends = ENDINGS[family]
-    return config.model_type in mapping[family] and (not names or any(name.endswith(ends) for name in names))
+    return config.model_type in mapping[family] and (
+        not names or any(name.endswith(ends) for name in names)
+    )
 
 
 def _embedding_width(config: Any) -> int:
@@ -243,10 +269,15 @@ def _embedding_width(config: Any) -> int:
     for key in ("embedding_size", "word_embed_proj_dim", "hidden_size"):
         if value := getattr(config, key, None):
             return int(value)
-    raise BadInput(f"a model of type {config.model_type!r} does not say how wide its embeddings are", MODEL_HINT)
+    raise BadInput(
+        f"a model of type {config.model_type!r} does not say how wide its embeddings are",
+        MODEL_HINT,
+    )
 
 
-MODEL_HINT = f"give a language model: a hub id such as Qwen/Qwen2.5-0.5B, a local folder, or {QUICKSTART}"
+MODEL_HINT = (
+    f"give a language model: a hub id such as Qwen/Qwen2.5-0.5B, a local folder, or {QUICKSTART}"
+)
 
 
 def resolve_model(spec: BaseModelSpec, weights: bool = True) -> ModelSource:
@@ -295,18 +326,28 @@ def _from_hub(spec: BaseModelSpec, weights: bool) -> Path:
         RevisionNotFoundError,
     )
 
-    patterns = [*SMALL_FILES, *([WEIGHTS] if weights else []), *(["*.py"] if spec.allow_remote_code else [])]
+    patterns = [
+        *SMALL_FILES,
+        *([WEIGHTS] if weights else []),
+        *(["*.py"] if spec.allow_remote_code else []),
+    ]
     try:
         return Path(snapshot_download(spec.id, revision=spec.revision, allow_patterns=patterns))
     except GatedRepoError:
-        raise BadInput(f"base_model.id {spec.id!r} is gated", "ask for access on the hub, then set HF_TOKEN") from None
+        raise BadInput(
+            f"base_model.id {spec.id!r} is gated", "ask for access on the hub, then set HF_TOKEN"
+        ) from None
     except RevisionNotFoundError:
-        raise BadInput(f"base_model.revision {spec.revision!r} does not exist for {spec.id!r}", MODEL_HINT) from None
+        raise BadInput(
+            f"base_model.revision {spec.revision!r} does not exist for {spec.id!r}", MODEL_HINT
+        ) from None
     except (RepositoryNotFoundError, HFValidationError):
         raise BadInput(
             f"base_model.id {spec.id!r} is neither a folder here nor a model on the hub", MODEL_HINT
         ) from None
-    except Exception as error:  # no network, no cache, HF_HUB_OFFLINE: the hub client raises many types
+    except (
+        Exception
+    ) as error:  # no network, no cache, HF_HUB_OFFLINE: the hub client raises many types
         raise hub_unreachable(f"base_model.id {spec.id!r}", error) from None
 
 

@@ -9,7 +9,13 @@ from orchestrator.registry.aliases.moves import Move
 from orchestrator.registry.registry import CHAMPION, Registry, check_alias, check_name
 from orchestrator.registry.runs.search_log import SearchLog
 from orchestrator.registry.versions.evaluations import EvaluationRecord
-from orchestrator.registry.versions.records import AliasOutcome, ModelSummary, UiCommand, VersionDetail, VersionSummary
+from orchestrator.registry.versions.records import (
+    AliasOutcome,
+    ModelSummary,
+    UiCommand,
+    VersionDetail,
+    VersionSummary,
+)
 from orchestrator.registry.versions.refs import ModelRef, parse_ref, printable
 
 __all__ = [

@@ -15,7 +15,13 @@ from orchestrator.artifact import DataRecord, read_manifest
 from orchestrator.errors import BadInput
 from orchestrator.job.spec import ALIAS_PATTERN, NAME_PATTERN, RESERVED_ALIAS
 from orchestrator.registry.aliases import gate as promotion
-from orchestrator.registry.aliases.canary import CANARY_TAG, Canary, LiveModel, make_canary, read_canary
+from orchestrator.registry.aliases.canary import (
+    CANARY_TAG,
+    Canary,
+    LiveModel,
+    make_canary,
+    read_canary,
+)
 from orchestrator.registry.aliases.gate import METRIC_TAG, Better, Candidate
 from orchestrator.registry.aliases.ledger import Check, Overtaken, move_alias, recorded
 from orchestrator.registry.aliases.moves import Kind, Move, former_holder
@@ -41,7 +47,13 @@ from orchestrator.registry.versions.records import (
     VersionSummary,
     version_summary,
 )
-from orchestrator.registry.versions.refs import ModelRef, NoSuchVersion, nearest, parse_ref, printable
+from orchestrator.registry.versions.refs import (
+    ModelRef,
+    NoSuchVersion,
+    nearest,
+    parse_ref,
+    printable,
+)
 from orchestrator.utils.text import mask_secrets
 
 if TYPE_CHECKING:
@@ -61,7 +73,10 @@ class Registry:
     """
 
     def __init__(
-        self, tracking_uri: str | None = None, registry_uri: str | None = None, cache_dir: Path | None = None
+        self,
+        tracking_uri: str | None = None,
+        registry_uri: str | None = None,
+        cache_dir: Path | None = None,
     ) -> None:
         """The addresses default to MLFLOW_TRACKING_URI and MLFLOW_REGISTRY_URI, then to ./mlflow.db."""
         self._store = Store(tracking_uri, registry_uri)
@@ -123,7 +138,9 @@ class Registry:
         ``params`` are those of the search, logged where the first attempt had not come to it.
         """
         with self._store.translating(f"resuming the search of run {printable(parent_run_id)}"):
-            return searches.resume(self._store, parent_run_id, run_ids or {}, params or {}, spill, patience)
+            return searches.resume(
+                self._store, parent_run_id, run_ids or {}, params or {}, spill, patience
+            )
 
     def log_files(self, run_id: str, files: Mapping[str, bytes]) -> None:
         """Keep files with a run, by their path there."""
@@ -158,7 +175,9 @@ class Registry:
         with self._store.translating(f"registering {name}"):
             manifest = read_manifest(artifact)
             description = version_description(manifest, name, self._champion(name), nearest)
-            return publish(self._store, artifact, name, run_id, {**(tags or {}), **known}, description, example)
+            return publish(
+                self._store, artifact, name, run_id, {**(tags or {}), **known}, description, example
+            )
 
     def _champion(self, name: str) -> VersionSummary | None:
         """The model's champion, where there are both."""
@@ -188,7 +207,9 @@ class Registry:
             if metrics is None:  # moved by something that leaves no note
                 found = self._store.client.get_model_version(model.name, str(champion))
                 metrics = version_summary(found, model.aliases).metrics
-        return ModelSummary(model.name, model.newest, model.aliases, metrics, _is_prompt(model.tags))
+        return ModelSummary(
+            model.name, model.newest, model.aliases, metrics, _is_prompt(model.tags)
+        )
 
     def versions(self, name: str) -> list[VersionSummary]:
         """Every version of one registered model, the newest first."""
@@ -219,8 +240,12 @@ class Registry:
     def version(self, ref: ModelRef | str) -> VersionDetail:
         """One version in full, its manifest included."""
         summary = self.resolve(ref)
-        with self._store.translating(f"reading version {summary.version} of {printable(summary.name)}"):
-            source = self._store.client.get_model_version_download_uri(summary.name, str(summary.version))
+        with self._store.translating(
+            f"reading version {summary.version} of {printable(summary.name)}"
+        ):
+            source = self._store.client.get_model_version_download_uri(
+                summary.name, str(summary.version)
+            )
             try:
                 return VersionDetail(summary, source, read_manifest(self._fetch(summary)))
             except BadInput as error:
@@ -245,7 +270,9 @@ class Registry:
         """Registered prompt to its aliases and canary, in one request a hundred models; made for polling."""
         with self._store.translating("reading the aliases"):
             found = [model for model in self._rows() if _is_prompt(model.tags)]
-            return {it.name: LiveModel(it.aliases, read_canary(it.tags.get(CANARY_TAG))) for it in found}
+            return {
+                it.name: LiveModel(it.aliases, read_canary(it.tags.get(CANARY_TAG))) for it in found
+            }
 
     def _rows(self) -> list[ModelRow]:
         rows = read_models(self._store.registry_uri)
@@ -260,7 +287,9 @@ class Registry:
     def _pages(self, method: str, **arguments: Any) -> Iterator[Any]:
         token: str | None = None
         while True:
-            page = getattr(self._store.client, method)(max_results=PAGE, page_token=token, **arguments)
+            page = getattr(self._store.client, method)(
+                max_results=PAGE, page_token=token, **arguments
+            )
             yield from page
             token = page.token
             if not token:
@@ -277,7 +306,10 @@ class Registry:
                     raise
             known = [model.name for model in self._models()]
         empty = "none is registered yet; orchestrator run JOB registers one"
-        raise BadInput(f"no registered model {printable(name)!r} in {self.display_uri}", nearest(name, known) or empty)
+        raise BadInput(
+            f"no registered model {printable(name)!r} in {self.display_uri}",
+            nearest(name, known) or empty,
+        )
 
     def _version(self, model: RegisteredModel, version: int) -> VersionSummary:
         from mlflow.exceptions import MlflowException
@@ -304,7 +336,9 @@ class Registry:
         return self._listed_versions([summary.version for summary in self.versions(name)])
 
     def _listed_versions(self, known: Sequence[int]) -> str:
-        shown = ", ".join(str(number) for number in known[:10]) + (", ..." if len(known) > 10 else "")
+        shown = ", ".join(str(number) for number in known[:10]) + (
+            ", ..." if len(known) > 10 else ""
+        )
         return f"known versions: {shown}" if known else "it has no versions"
 
     def _fetch(self, summary: VersionSummary, cache_dir: Path | None = None) -> Path:
@@ -312,7 +346,9 @@ class Registry:
 
     def log_evaluations(self, version: VersionSummary, records: Sequence[EvaluationRecord]) -> str:
         """Keep with a version what it was found to do on other data; returns the run that has the metrics."""
-        with self._store.translating(f"logging the evaluation of {printable(version.name)}:{version.version}"):
+        with self._store.translating(
+            f"logging the evaluation of {printable(version.name)}:{version.version}"
+        ):
             return log_evaluations(self._store, version, records)
 
     # Aliases. Every move is on record, one after another: see ledger.py.
@@ -324,7 +360,13 @@ class Registry:
             return recorded(self._store, model)
 
     def set_alias(
-        self, name: str, alias: str, version: int, reason: str = "", kind: Kind = "set", check: Check | None = None
+        self,
+        name: str,
+        alias: str,
+        version: int,
+        reason: str = "",
+        kind: Kind = "set",
+        check: Check | None = None,
     ) -> int | None:
         """Point the alias at the version without comparing anything; returns the former holder. Keeps a record."""
         check_alias(alias)
@@ -332,14 +374,20 @@ class Registry:
         old, _ = self._move(name, alias, version, kind, check or (lambda holder: reason))
         return old
 
-    def _move(self, name: str, alias: str, version: int, kind: Kind, check: Check) -> tuple[int | None, str]:
+    def _move(
+        self, name: str, alias: str, version: int, kind: Kind, check: Check
+    ) -> tuple[int | None, str]:
         with self._store.translating(f"moving {alias} of {printable(name)}"):
             moved = move_alias(self._store, name, alias, version, kind, check)
             if alias == CHAMPION:
-                with suppress(Exception):  # a listing looks at the version itself where the note is another's
+                with suppress(
+                    Exception
+                ):  # a listing looks at the version itself where the note is another's
                     found = self._store.client.get_model_version(name, str(version))
                     note = {"version": version, "metrics": version_summary(found, {}).metrics}
-                    self._store.client.set_registered_model_tag(name, CHAMPION_TAG, json.dumps(note))
+                    self._store.client.set_registered_model_tag(
+                        name, CHAMPION_TAG, json.dumps(note)
+                    )
             return moved
 
     def promote(
@@ -396,7 +444,8 @@ class Registry:
             others = [it for it in aliases if it != CHAMPION]
             raise BadInput(
                 f"registered model {printable(name)} has no alias {printable(alias)!r} beside its champion",
-                nearest(alias, others) or f"orchestrator promote {printable(name)} VERSION --alias challenger",
+                nearest(alias, others)
+                or f"orchestrator promote {printable(name)} VERSION --alias challenger",
             )
         with self._store.translating(f"setting the canary of {printable(name)}"):
             self._store.client.set_registered_model_tag(name, CANARY_TAG, str(canary))
@@ -411,7 +460,12 @@ class Registry:
         return read_canary(model.tags.get(CANARY_TAG))
 
     def auto_alias(
-        self, name: str, version: int, alias: str = "challenger", metric: str = "accuracy", better: Better = "max"
+        self,
+        name: str,
+        version: int,
+        alias: str = "challenger",
+        metric: str = "accuracy",
+        better: Better = "max",
     ) -> AliasOutcome:
         """After a search: give the new version the spec's alias, and make it champion when it earns that."""
         if alias != CHAMPION:
@@ -438,7 +492,13 @@ class Registry:
             return Candidate(read_manifest(self._fetch(summary)), summary.tags)
 
     def _contest(
-        self, name: str, version: int, new: Candidate, champion: int | None, metric: str, better: Better
+        self,
+        name: str,
+        version: int,
+        new: Candidate,
+        champion: int | None,
+        metric: str,
+        better: Better,
     ) -> tuple[bool, str]:
         if found := promotion.unsound(new.manifest):
             return False, found[0]
@@ -454,11 +514,19 @@ class Registry:
         return promotion.verdict(new, holder, metric, better)
 
     def _admitted(
-        self, name: str, version: int, new: Candidate, alias: str, holder: int | None, force_reason: str | None
+        self,
+        name: str,
+        version: int,
+        new: Candidate,
+        alias: str,
+        holder: int | None,
+        force_reason: str | None,
     ) -> str:
         """The reason of a promotion. BadInput says everything that is against it."""
         if found := promotion.unsound(new.manifest):
-            raise BadInput(f"version {version} of {printable(name)} can't be served: {'; '.join(found)}")
+            raise BadInput(
+                f"version {version} of {printable(name)} can't be served: {'; '.join(found)}"
+            )
         if force_reason is not None:
             return force_reason
         if holder is None or holder == version:
@@ -490,8 +558,21 @@ class Registry:
         """How to start MLflow's pages on this store, for this machine only; BadInput when it is a server itself."""
         store = self._store
         if store.tracking_uri.startswith(SERVERS):
-            raise BadInput("the store is an MLflow server, which has its own pages", f"open {self.display_uri}")
-        argv = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+            raise BadInput(
+                "the store is an MLflow server, which has its own pages", f"open {self.display_uri}"
+            )
+        argv = [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--workers",
+            "1",
+        ]
         if store.artifact_root:
             # Runs made through this server then keep their files where the others are.
             argv += ["--artifacts-destination", artifact_location(store.artifact_root)]
@@ -512,13 +593,18 @@ class _NotBetter(BadInput):
 def check_name(name: str) -> None:
     """BadInput for a name that no registered model may have."""
     if not re.fullmatch(NAME_PATTERN, name):
-        raise BadInput(f"{printable(name)!r} can't name a registered model", f"allowed: {NAME_PATTERN}")
+        raise BadInput(
+            f"{printable(name)!r} can't name a registered model", f"allowed: {NAME_PATTERN}"
+        )
 
 
 def check_alias(alias: str) -> None:
     """BadInput for an alias that MLflow refuses or reserves."""
     if not re.fullmatch(ALIAS_PATTERN, alias) or RESERVED_ALIAS.match(alias):
-        raise BadInput(f"{printable(alias)!r} can't be an alias", "letters, digits, - and _; not latest, v1, v2, ...")
+        raise BadInput(
+            f"{printable(alias)!r} can't be an alias",
+            "letters, digits, - and _; not latest, v1, v2, ...",
+        )
 
 
 def _aliases(model: RegisteredModel) -> dict[str, int]:

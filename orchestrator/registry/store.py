@@ -56,11 +56,14 @@ REFUSALS = frozenset(
 )
 
 # Errors of these, and OSError, may pass when the store is back; any other exception is a mistake in a program.
-STORE_MODULES = frozenset({"mlflow", "sqlalchemy", "requests", "urllib3", "sqlite3", "psycopg2", "pymysql", "pyodbc"})
+STORE_MODULES = frozenset(
+    {"mlflow", "sqlalchemy", "requests", "urllib3", "sqlite3", "psycopg2", "pymysql", "pyodbc"}
+)
 
 OTHER_SCHEMA = re.compile(r"out-of-date database schema \(found version (\w+)")
 READ_ONLY = re.compile(
-    r"read-?only (database|transaction)|permission denied for (table|schema|database)", re.IGNORECASE
+    r"read-?only (database|transaction)|permission denied for (table|schema|database)",
+    re.IGNORECASE,
 )
 SQLITE_OPTIONS = re.compile(r"[a-z_]+=[^/&]*(&[a-z_]+=[^/&]*)*")
 LOGIN = re.compile(r"error code 40[13]\b")
@@ -74,7 +77,9 @@ class Store:
     def __init__(self, tracking_uri: str | None = None, registry_uri: str | None = None) -> None:
         tracking = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
         self.tracking_uri = normalised(tracking)
-        self.registry_uri = normalised(registry_uri or os.environ.get("MLFLOW_REGISTRY_URI") or tracking)
+        self.registry_uri = normalised(
+            registry_uri or os.environ.get("MLFLOW_REGISTRY_URI") or tracking
+        )
         self._lock = threading.Lock()
         self._client: MlflowClient | None = None
 
@@ -133,7 +138,10 @@ class Store:
         text = mask_secrets(first_lines(str(error))) or type(error).__name__
         if refusal := self._refusal(error, text, doing):
             return refusal
-        if not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in STORE_MODULES:
+        if (
+            not isinstance(error, OSError)
+            and type(error).__module__.split(".")[0] not in STORE_MODULES
+        ):
             return JobFailed(f"{doing}: {type(error).__name__}: {text}")
         where = mask_secrets(self.tracking_uri)
         if self.registry_uri != self.tracking_uri:
@@ -145,7 +153,9 @@ class Store:
         where, code = mask_secrets(self.tracking_uri), getattr(error, "error_code", None)
         if isinstance(error, ModuleNotFoundError):
             return BadInput(f"{where} needs a driver: {text}", f"pip install {error.name}")
-        if type(error).__name__ == "NoSuchModuleError":  # SQLAlchemy's, for a driver that it does not know
+        if (
+            type(error).__name__ == "NoSuchModuleError"
+        ):  # SQLAlchemy's, for a driver that it does not know
             return BadInput(f"{where} names an unknown driver: {text}", "write postgresql://...")
         if found := OTHER_SCHEMA.search(text):
             if known_schema(found[1]):
@@ -181,7 +191,11 @@ class Store:
     def _schema_alone(self) -> AbstractContextManager[None]:
         if file := sqlite_file(self.tracking_uri):
             return schema_lock(file)
-        return advisory_lock(self.tracking_uri) if self.tracking_uri.startswith("postgresql") else nullcontext()
+        return (
+            advisory_lock(self.tracking_uri)
+            if self.tracking_uri.startswith("postgresql")
+            else nullcontext()
+        )
 
 
 def normalised(uri: str) -> str:
@@ -195,14 +209,18 @@ def normalised(uri: str) -> str:
         )
     if backend not in SERVERS + DATABASES or not rest.startswith("//"):
         allowed = ", ".join(f"{name}://" for name in SERVERS + DATABASES)
-        raise BadInput(f"tracking URI {mask_secrets(uri)!r} is not one of {allowed}", f"{DEFAULT_URI} needs no server")
+        raise BadInput(
+            f"tracking URI {mask_secrets(uri)!r} is not one of {allowed}",
+            f"{DEFAULT_URI} needs no server",
+        )
     if backend != "sqlite":
         return _with_a_valid_port(uri).rstrip("/")
     path, query, options = rest.removeprefix("///").partition("?")
     shown = mask_secrets(uri)
     if not rest.startswith("///") or path in ("", ":memory:") or path.startswith("file:"):
         raise BadInput(
-            f"tracking URI {mask_secrets(uri)!r} names no file; an SQLite store must be one", f"use {DEFAULT_URI}"
+            f"tracking URI {mask_secrets(uri)!r} names no file; an SQLite store must be one",
+            f"use {DEFAULT_URI}",
         )
     if query and not SQLITE_OPTIONS.fullmatch(options):
         raise BadInput(
@@ -219,7 +237,9 @@ def quoted_path(path: str) -> str:
     address without unquoting, and so finds one that exists.
     """
     folders = path.split("/")
-    quoted = [re.sub(r"%(?=[0-9A-Fa-f]{2})", "%25", folder).replace("?", "%3F") for folder in folders]
+    quoted = [
+        re.sub(r"%(?=[0-9A-Fa-f]{2})", "%25", folder).replace("?", "%3F") for folder in folders
+    ]
     plain = 0
     while plain < len(folders) and quoted[plain] == folders[plain]:
         plain += 1
@@ -239,13 +259,19 @@ def _with_a_valid_port(uri: str) -> str:
         _ = urlsplit(uri).port
     except ValueError:  # its text may hold a part of the password
         hint = "write http://host:port or scheme://user@host/database"
-        raise BadInput(f"tracking URI {mask_secrets(uri)!r}: the port is not a number up to 65535", hint) from None
+        raise BadInput(
+            f"tracking URI {mask_secrets(uri)!r}: the port is not a number up to 65535", hint
+        ) from None
     return uri
 
 
 def sqlite_file(uri: str) -> Path | None:
     """The database file of a normalised SQLite address."""
-    return Path(unquote(uri.partition(":///")[2].partition("?")[0])) if uri.startswith("sqlite") else None
+    return (
+        Path(unquote(uri.partition(":///")[2].partition("?")[0]))
+        if uri.startswith("sqlite")
+        else None
+    )
 
 
 def known_schema(revision: str) -> bool:
@@ -308,8 +334,12 @@ def advisory_lock(uri: str) -> Iterator[None]:
 
     engine = create_engine(uri)
     try:
-        with engine.begin() as transaction:  # bound to it, so that a pooler of connections does no harm
-            transaction.execute(text("SELECT pg_advisory_xact_lock(:number)"), {"number": SCHEMA_LOCK})
+        with (
+            engine.begin() as transaction
+        ):  # bound to it, so that a pooler of connections does no harm
+            transaction.execute(
+                text("SELECT pg_advisory_xact_lock(:number)"), {"number": SCHEMA_LOCK}
+            )
             yield
     finally:
         engine.dispose()

@@ -40,7 +40,9 @@ def read_models(uri: str, environment: Mapping[str, str] = os.environ) -> list[M
     """Every registered model of an SQLite file or a PostgreSQL database; None where MLflow has to be asked."""
     file = sqlite_file(uri)
     direct = file.is_file() if file else uri.startswith("postgresql")
-    if not direct or any(environment.get(name, "").lower() not in ("", "false", "0") for name in SEVERAL_WORKSPACES):
+    if not direct or any(
+        environment.get(name, "").lower() not in ("", "false", "0") for name in SEVERAL_WORKSPACES
+    ):
         return None
     import sqlalchemy as sa
 
@@ -57,15 +59,21 @@ def read_models(uri: str, environment: Mapping[str, str] = os.environ) -> list[M
 
 
 def _read(connection: Connection) -> list[ModelRow] | None:
-    if [tuple(row) for row in _rows(connection, "SELECT version_num FROM alembic_version")] != [(SCHEMA,)]:
+    if [tuple(row) for row in _rows(connection, "SELECT version_num FROM alembic_version")] != [
+        (SCHEMA,)
+    ]:
         return None
     of_workspace = "FROM {} WHERE workspace = :workspace"
 
     def rows(columns: str, table: str, more: str = "") -> Any:
-        return _rows(connection, f"SELECT {columns} {of_workspace.format(table)} {more}", workspace=WORKSPACE)
+        return _rows(
+            connection, f"SELECT {columns} {of_workspace.format(table)} {more}", workspace=WORKSPACE
+        )
 
     models = {name: ModelRow(name) for (name,) in rows("name", "registered_models")}
-    unlisted = ModelRow("")  # takes what belongs to a model that was registered between two statements
+    unlisted = ModelRow(
+        ""
+    )  # takes what belongs to a model that was registered between two statements
     for name, key, value in rows("name, key, value", "registered_model_tags"):
         models.get(name, unlisted).tags[key] = value or ""
     for name, alias, version in rows("name, alias, version", "registered_model_aliases"):

@@ -79,7 +79,9 @@ class Inputs:
     """What finding out took."""
 
 
-def load_checked(path: str | Path, overrides: Sequence[str] = (), *, elsewhere: bool = False) -> tuple[JobSpec, Inputs]:
+def load_checked(
+    path: str | Path, overrides: Sequence[str] = (), *, elsewhere: bool = False
+) -> tuple[JobSpec, Inputs]:
     """Read a job spec and check what it names.
 
     ``elsewhere``: a whole path that this machine lacks is one of the cluster's, and is not checked.
@@ -99,7 +101,9 @@ def check_inputs(job: JobSpec) -> Inputs:
     if len(inputs.faults) == 1:
         raise BadInput(inputs.faults[0].message, inputs.faults[0].hint)
     if inputs.faults:
-        raise SpecError([Problem(job.name, None, fault.key, fault.text, fault.hint) for fault in inputs.faults])
+        raise SpecError(
+            [Problem(job.name, None, fault.key, fault.text, fault.hint) for fault in inputs.faults]
+        )
     return inputs
 
 
@@ -164,7 +168,9 @@ def _model_findings(job: JobSpec, elsewhere: bool) -> Iterator[Fault | Unchecked
         yield from (Fault.of(error, key) for error in folder_faults(base))
         if base.source == "hub" and base.revision != type(base)(id=base.id).revision:
             message = f"base_model.revision has no effect: base_model.id {base.id} is a folder here"
-            yield Fault("base_model.revision", message, "leave it out, or run where there is no such folder")
+            yield Fault(
+                "base_model.revision", message, "leave it out, or run where there is no such folder"
+            )
 
 
 # Prompts that trials start from
@@ -217,7 +223,9 @@ def _named_data_faults(data: DataSpec) -> Iterator[Fault]:
         yield Fault.of(error, "data.path")
 
 
-def _examine_files(job: JobSpec, elsewhere: bool) -> tuple[list[Fault], list[Unchecked], RowSplits | None]:
+def _examine_files(
+    job: JobSpec, elsewhere: bool
+) -> tuple[list[Fault], list[Unchecked], RowSplits | None]:
     """Read the files; the rows come back where all of them are here and nothing is wrong with them."""
     data = job.data
     faults: list[Fault] = []
@@ -239,7 +247,9 @@ def _examine_files(job: JobSpec, elsewhere: bool) -> tuple[list[Fault], list[Unc
     return faults + found, unchecked, rows
 
 
-def _examine_rows(job: JobSpec, files: Files, complete: bool) -> tuple[list[Fault], RowSplits | None]:
+def _examine_rows(
+    job: JobSpec, files: Files, complete: bool
+) -> tuple[list[Fault], RowSplits | None]:
     """Check columns and labels of all rows; of a ``complete`` set also what concerns its splits."""
     data = job.data
     try:
@@ -262,7 +272,10 @@ def _shaped(files: Files, data: DataSpec) -> Files:
     """Cut texts in two where the spec asks for it."""
     if data.prefix_lm is None:
         return files
-    return {split: list(cut_in_two(rows, data.prefix_lm, data.split_seed)) for split, rows in files.items()}
+    return {
+        split: list(cut_in_two(rows, data.prefix_lm, data.split_seed))
+        for split, rows in files.items()
+    }
 
 
 def _column_faults(job: JobSpec, files: Files) -> Iterator[Fault]:
@@ -299,7 +312,11 @@ def _first_without(files: Files, column: str, data: DataSpec) -> tuple[str, Row]
     for split in SPLITS:
         for number, row in enumerate(files.get(split, ()), start=1):
             if names.isdisjoint(row):
-                place = place_of(row, split) if getattr(row, "number", 0) else f"row {number} of {split}"
+                place = (
+                    place_of(row, split)
+                    if getattr(row, "number", 0)
+                    else f"row {number} of {split}"
+                )
                 return place, row
     return None
 

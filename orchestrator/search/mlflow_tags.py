@@ -35,7 +35,11 @@ def search_tags(prepared: Prepared, search: str) -> dict[str, Any]:
         "orchestrator.version": __version__,
         "orchestrator.data_fingerprint": prepared.rows.fingerprint,
     }
-    return tags | label_tags() | ({"mlflow.source.git.commit": commit} if (commit := code_commit()) else {})
+    return (
+        tags
+        | label_tags()
+        | ({"mlflow.source.git.commit": commit} if (commit := code_commit()) else {})
+    )
 
 
 def label_tags() -> dict[str, str]:
@@ -45,7 +49,9 @@ def label_tags() -> dict[str, str]:
     except ValueError:  # somebody else's variable; no reason to fail a search
         return {}
     return (
-        {f"orchestrator.label.{name}": str(value) for name, value in given.items()} if isinstance(given, dict) else {}
+        {f"orchestrator.label.{name}": str(value) for name, value in given.items()}
+        if isinstance(given, dict)
+        else {}
     )
 
 
@@ -53,12 +59,20 @@ def outcome_tags(took: Mapping[str, float], planned: Mapping[str, float]) -> dic
     """Device hours, and the plan against the outcome where there was one."""
     tags = {"device_hours": f"{took['device_hours']:.4g}"}
     pairs = [(name, planned.get(f"plan_{name}"), took.get(name)) for name in COMPARED]
-    texts = [f"{name} {before:.4g} planned, {now:.4g} taken" for name, before, now in pairs if before and now]
+    texts = [
+        f"{name} {before:.4g} planned, {now:.4g} taken"
+        for name, before, now in pairs
+        if before and now
+    ]
     return tags | ({"plan_against_outcome": "; ".join(texts)} if texts else {})
 
 
 def search_note(
-    job: JobSpec, best: TrialSpec, tuned: Metrics, baselines: Mapping[str, Metrics], warnings: Sequence[str] = ()
+    job: JobSpec,
+    best: TrialSpec,
+    tuned: Metrics,
+    baselines: Mapping[str, Metrics],
+    warnings: Sequence[str] = (),
 ) -> dict[str, str]:
     """The description that MLflow's page of the search's run shows, in markdown."""
     rows = {job.result_name: tuned}
@@ -68,7 +82,11 @@ def search_note(
     for warning in warnings:
         shown = " ".join(warning.replace("`", "'").split())
         lines += [f"Warning: `{shown}`", ""]
-    return {"mlflow.note.content": "\n".join([*lines, "Pictures and tables: the artifact `report.html`."])}
+    return {
+        "mlflow.note.content": "\n".join(
+            [*lines, "Pictures and tables: the artifact `report.html`."]
+        )
+    }
 
 
 @lru_cache
@@ -79,11 +97,15 @@ def code_commit() -> str:
         return ""
     try:
         commit = _git(folder, "rev-parse", "HEAD")
-        return commit + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
+        return commit + (
+            "+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else ""
+        )
     except (OSError, subprocess.SubprocessError):
         return ""
 
 
 def _git(folder: Path, *arguments: str) -> str:
     command = ["git", "-C", str(folder), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=GIT_SECONDS).stdout.strip()
+    return subprocess.run(
+        command, check=True, capture_output=True, text=True, timeout=GIT_SECONDS
+    ).stdout.strip()

@@ -28,7 +28,16 @@ from orchestrator.data.encoding import (
 )
 from orchestrator.data.split_checks import check_distinct_tokens, judge
 from orchestrator.errors import BadInput
-from orchestrator.job.space import TrialSpec, draw, init_artifacts, init_texts, longest, templates, trial_count, trials
+from orchestrator.job.space import (
+    TrialSpec,
+    draw,
+    init_artifacts,
+    init_texts,
+    longest,
+    templates,
+    trial_count,
+    trials,
+)
 from orchestrator.job.spec import BUILTIN, DataSpec, JobSpec
 from orchestrator.models.adapter_folder import instead_of_adapter
 from orchestrator.models.backbone.weights import check_files
@@ -91,7 +100,9 @@ def prepare(
     encoder.check_template()
     splits = {split: encoder.encode(rows[split], job.data.target) for split in SPLITS}
     if not begun:
-        check_distinct_tokens({split: splits[split].inputs for split in SPLITS}, job.data.max_input_tokens)
+        check_distinct_tokens(
+            {split: splits[split].inputs for split in SPLITS}, job.data.max_input_tokens
+        )
     task = Task(encoder, splits, method=_method(job, encoder), artifacts=_artifacts(job, artifacts))
     context = source.context_length
     check_context(encoder, task.splits, longest(job.search.space), context)
@@ -99,7 +110,8 @@ def prepare(
     few_shot = _few_shot(job, task, rows, context)
     if few_shot[1]:
         task.instructed[few_shot[0]] = {
-            split: encoder.encode(rows[split], job.data.target, before=few_shot[0]) for split in EVALUATED
+            split: encoder.encode(rows[split], job.data.target, before=few_shot[0])
+            for split in EVALUATED
         }
     if job.generates:
         _prepare_generation(job, task, rows, source)
@@ -107,10 +119,14 @@ def prepare(
         task.designs = _designs(job, rows, source)
     known, total = trials(job.search), trial_count(job.search)
     job = found_anywhere(job, source)
-    return Prepared(job, known, total, source, rows, task, instructions, few_shot, making_s, warnings + left_out)
+    return Prepared(
+        job, known, total, source, rows, task, instructions, few_shot, making_s, warnings + left_out
+    )
 
 
-def _instructions(job: JobSpec, task: Task, rows: RowSplits, context: int) -> tuple[list[str], tuple[str, ...]]:
+def _instructions(
+    job: JobSpec, task: Task, rows: RowSplits, context: int
+) -> tuple[list[str], tuple[str, ...]]:
     """Encode the rows behind each init text, as a written instruction, and give them to the task.
 
     Returns the texts that the context has room for, and a warning for each one that it has not.
@@ -122,7 +138,8 @@ def _instructions(job: JobSpec, task: Task, rows: RowSplits, context: int) -> tu
         if not text_tokens:
             raise BadInput(f"search.space.init text {text!r} has no tokens", "write some words")
         splits = {
-            split: encoder.encode(rows[split], job.data.target, before=text + INSTRUCTION_END) for split in EVALUATED
+            split: encoder.encode(rows[split], job.data.target, before=text + INSTRUCTION_END)
+            for split in EVALUATED
         }
         longest_row = max(_whole_length(job, encoded) for encoded in splits.values())
         if longest_row > context:
@@ -147,12 +164,21 @@ def _whole_length(job: JobSpec, encoded: Encoded) -> int:
 def _designs(job: JobSpec, rows: RowSplits, source: ModelSource) -> Designs:
     """What the trials write in front of rows. BadInput where an input, or not one demonstration, fits the context."""
     generated, context = job.max_generated_tokens if job.generates else 0, source.context_length
-    designs = Designs(job.data, rows, source.tokenizer(), source.family, context, generated, source.table_size)
+    designs = Designs(
+        job.data, rows, source.tokenizer(), source.family, context, generated, source.table_size
+    )
     for template in templates(job.search.space):
         bare = Design(template)
         designs.encoder(bare).check_template()
-        check_context(designs.encoder(bare), {split: designs.encoded(bare, split) for split in EVALUATED}, 0, context)
-    for spec in trials(job.search) or draw(job.search.space, trial_count(job.search), job.search.seed):
+        check_context(
+            designs.encoder(bare),
+            {split: designs.encoded(bare, split) for split in EVALUATED},
+            0,
+            context,
+        )
+    for spec in trials(job.search) or draw(
+        job.search.space, trial_count(job.search), job.search.seed
+    ):
         if not designs.fits(Design.of(spec)):
             raise BadInput(
                 f"search.space.shots {spec.shots}: the context of {context} tokens has no room for a single "
@@ -183,7 +209,9 @@ def likely_trials(prepared: Prepared) -> list[TrialSpec]:
 
 def _method(job: JobSpec, encoder: Encoder) -> Method:
     hidden = job.reparameterization.hidden_size if job.reparameterization else None
-    return Method(job.method, job.reparameterization_type, hidden, encoder.template.places_virtual_tokens)
+    return Method(
+        job.method, job.reparameterization_type, hidden, encoder.template.places_virtual_tokens
+    )
 
 
 def _artifacts(job: JobSpec, folders: Mapping[str, Path] | None) -> dict[str, dict[str, Tensor]]:
@@ -213,7 +241,10 @@ def _prepare_generation(job: JobSpec, task: Task, rows: RowSplits, source: Model
         )
     task.decoding = Decoding(job.max_generated_tokens, job.generation.num_beams)
     references = {split: reference_texts(rows[split], job.data) for split in EVALUATED}
-    places = [(longest(job.search.space), task.splits), *((0, splits) for splits in task.instructed.values())]
+    places = [
+        (longest(job.search.space), task.splits),
+        *((0, splits) for splits in task.instructed.values()),
+    ]
     for prompt_tokens, splits in places:
         found = {split: replace(splits[split], references=references[split]) for split in EVALUATED}
         check_generation(found, prompt_tokens, source.context_length, task.decoding.max_tokens)
@@ -224,7 +255,9 @@ def data_record(data: DataSpec, rows: RowSplits) -> DataRecord:
     """What an artifact says of the rows that it belongs to."""
     path = data.path if isinstance(data.path, str) else data.path.model_dump_json(exclude_none=True)
     tested = rows_fingerprint(rows.test)
-    return DataRecord(path=path, fingerprint=rows.fingerprint, rows=rows.counts, test_fingerprint=tested)
+    return DataRecord(
+        path=path, fingerprint=rows.fingerprint, rows=rows.counts, test_fingerprint=tested
+    )
 
 
 def cells_record(data: DataSpec) -> CellsRecord:
@@ -248,4 +281,6 @@ def found_anywhere(job: JobSpec, source: ModelSource) -> JobSpec:
     if source.id.startswith(BUILTIN) or not Path(source.id).expanduser().is_dir():
         return job
     check_files(source)
-    return job.model_copy(update={"base_model": job.base_model.model_copy(update={"id": str(source.path)})})
+    return job.model_copy(
+        update={"base_model": job.base_model.model_copy(update={"id": str(source.path)})}
+    )

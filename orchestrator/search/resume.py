@@ -13,7 +13,15 @@ from orchestrator.errors import BadInput
 from orchestrator.job.spec import JobSpec
 from orchestrator.registry import Registry
 from orchestrator.search.prepare import prepare
-from orchestrator.search.run import Clock, Pipeline, Progress, check_search_end, find_artifacts, going_on, note_warnings
+from orchestrator.search.run import (
+    Clock,
+    Pipeline,
+    Progress,
+    check_search_end,
+    find_artifacts,
+    going_on,
+    note_warnings,
+)
 from orchestrator.search.state.folder import SearchFolder
 from orchestrator.search.state.journal import read_history
 from orchestrator.search.state.processes import end_processes
@@ -23,7 +31,10 @@ from orchestrator.utils.text import mask_secrets
 
 
 def resume_search(
-    wanted: str, progress_for: Callable[[JobSpec], Progress], address: str | None = None, verbose: bool = False
+    wanted: str,
+    progress_for: Callable[[JobSpec], Progress],
+    address: str | None = None,
+    verbose: bool = False,
 ) -> tuple[dict[str, Any], JobSpec]:
     """Go on with the search that ``wanted`` means; returns the document of ``run --json``, and the job.
 
@@ -42,7 +53,12 @@ def resume_search(
 
 
 def _go_on(
-    folder: SearchFolder, saved: SavedSearch, job: JobSpec, progress: Progress, address: str | None, verbose: bool
+    folder: SearchFolder,
+    saved: SavedSearch,
+    job: JobSpec,
+    progress: Progress,
+    address: str | None,
+    verbose: bool,
 ) -> dict[str, Any]:
     clock = Clock()
     registry = Registry()
@@ -73,7 +89,9 @@ def _go_on(
             progress.note(note)
         clock.mark("ray")
         ended = len(history.ended)
-        progress.note(f"going on with search {folder.id}: {ended} of {len(prepared.trials)} trials are over")
-        return Pipeline(prepared, registry, progress, clock, folder, saved.pins, saved, history).run(
-            placed(prepared), ours
+        progress.note(
+            f"going on with search {folder.id}: {ended} of {len(prepared.trials)} trials are over"
         )
+        return Pipeline(
+            prepared, registry, progress, clock, folder, saved.pins, saved, history
+        ).run(placed(prepared), ours)

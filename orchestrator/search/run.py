@@ -28,7 +28,14 @@ from orchestrator.cluster.nodes import nodes
 from orchestrator.cluster.ray_folder import ray_temp_note
 from orchestrator.cluster.session import ray_beside
 from orchestrator.data.designs import Design
-from orchestrator.errors import BadInput, Interrupted, JobFailed, NothingFound, SearchLost, Unreachable
+from orchestrator.errors import (
+    BadInput,
+    Interrupted,
+    JobFailed,
+    NothingFound,
+    SearchLost,
+    Unreachable,
+)
 from orchestrator.job.space import TrialSpec, init_artifacts, no_result, why_fewer_trials
 from orchestrator.job.spec import JobSpec
 from orchestrator.models.nearest_words import nearest_words
@@ -37,7 +44,13 @@ from orchestrator.registry import Registry, SearchLog
 from orchestrator.search.inputs import Inputs, check_inputs
 from orchestrator.search.mlflow_tags import outcome_tags, search_note, search_tags
 from orchestrator.search.plan.plan import Plan, device_hours, make_plan
-from orchestrator.search.prepare import Prepared, cells_record, data_record, prepare, verbalizer_entries
+from orchestrator.search.prepare import (
+    Prepared,
+    cells_record,
+    data_record,
+    prepare,
+    verbalizer_entries,
+)
 from orchestrator.search.report import read_facts, write_report
 from orchestrator.search.state.folder import SearchFolder, check_home
 from orchestrator.search.state.history import History
@@ -147,7 +160,9 @@ def run_job(
         placement = placed(prepared)
         folder = folder or SearchFolder.new(job.name)
         with folder.locked(), going_on(folder):
-            return Pipeline(prepared, registry, progress, clock, folder, pins, planned=planned).run(placement, ours)
+            return Pipeline(prepared, registry, progress, clock, folder, pins, planned=planned).run(
+                placement, ours
+            )
 
 
 def plan_job(
@@ -181,7 +196,9 @@ def plan_job(
         clock.mark("ray")
         placement = placed(prepared)
         say("measuring the start, steps and evaluations")
-        return make_plan(prepared, placement, nodes(), clock.before(), None if elsewhere else Path(folder))
+        return make_plan(
+            prepared, placement, nodes(), clock.before(), None if elsewhere else Path(folder)
+        )
 
 
 def note_warnings(prepared: Prepared, progress: Progress) -> None:
@@ -203,7 +220,9 @@ def kept_for_resume(folder: SearchFolder) -> Iterator[None]:
         yield
     except BadInput as error:
         resume = f"orchestrator resume {folder.id}, which registers what the search found"
-        raise BadInput(error.message, f"{error.hint}; then {resume}" if error.hint else resume) from None
+        raise BadInput(
+            error.message, f"{error.hint}; then {resume}" if error.hint else resume
+        ) from None
 
 
 def find_artifacts(
@@ -236,7 +255,9 @@ def going_on(folder: SearchFolder) -> Iterator[None]:
         raise
     except (Unreachable, JobFailed) as error:
         if folder.description.is_file():
-            raise type(error)(_with_notes(error.message, error), f"{error.hint}; then {resume}") from None
+            raise type(error)(
+                _with_notes(error.message, error), f"{error.hint}; then {resume}"
+            ) from None
         raise
 
 
@@ -298,7 +319,9 @@ class Pipeline:
         try:
             write_whole(self.folder.result, json.dumps(document, default=str).encode())
         except OSError as error:
-            self.progress.note(f"the result can't be kept in {self.folder.result} ({error.strerror})")
+            self.progress.note(
+                f"the result can't be kept in {self.folder.result} ({error.strerror})"
+            )
         self.folder.processes.unlink(missing_ok=True)
         self._report()
         nothing_to_interrupt()
@@ -312,12 +335,16 @@ class Pipeline:
         with whole(self._log) as log, whole(workers) as search, whole(lambda: log):
             self._check_base_model(search, log)
             if self.saved is None:
-                saved = SavedSearch.of(self.prepared, self.pins, self.registry.display_uri, log.run_id)
+                saved = SavedSearch.of(
+                    self.prepared, self.pins, self.registry.display_uri, log.run_id
+                )
                 saved.save(self.folder, self.job)
             copying, tags = self.job.search.scheduler == "pbt", search_tags(self.prepared, self.id)
             mirror = MlflowMirror(log, copying, tags)
             mirror.restore(self.history)
-            journal = Journal(self.folder, self.history, self.job.perturbation_steps if copying else None)
+            journal = Journal(
+                self.folder, self.history, self.job.perturbation_steps if copying else None
+            )
             recording = partial(Recorder, journal, self.history, mirror.write, self.progress.note)
             with whole(recording) as recorder:
                 if ours:
@@ -338,7 +365,9 @@ class Pipeline:
         if known := self.history.found(BASE_MODEL):
             found = search.ready().fingerprint
             try:
-                refuse_changes(self.folder, [] if found == known.value else ["the base model's weights"])
+                refuse_changes(
+                    self.folder, [] if found == known.value else ["the base model's weights"]
+                )
             except BadInput:
                 log.finish("KILLED")
                 raise
@@ -355,9 +384,13 @@ class Pipeline:
         }  # fmt: skip
         tags = {**search_tags(self.prepared, self.id), "python": platform.python_version()}
         if self.saved is not None:
-            return self.registry.resume_search(self.saved.run_id, params=params, spill=self.folder.unwritten)
+            return self.registry.resume_search(
+                self.saved.run_id, params=params, spill=self.folder.unwritten
+            )
         data = data_record(job.data, self.prepared.rows)
-        return self.registry.start_search(job.name, params, tags, data=data, spill=self.folder.unwritten)
+        return self.registry.start_search(
+            job.name, params, tags, data=data, spill=self.folder.unwritten
+        )
 
     def _search(self, search: Running, log: SearchLog, recorder: Recorder) -> dict[str, Any]:
         if self.plan:
@@ -379,7 +412,9 @@ class Pipeline:
         self.clock.mark("trials")
         best = outcome.ranking()
         if not best:
-            notes = "; ".join(sorted({record.note for record in outcome.records.values() if record.note}))
+            notes = "; ".join(
+                sorted({record.note for record in outcome.records.values() if record.note})
+            )
             raise NothingFound(
                 f"{no_result(self.job.search, len(outcome.records))}: {notes}",
                 "lower the learning rates of search.space, or see the search's log with --verbose",
@@ -387,16 +422,26 @@ class Pipeline:
         self.progress.stage("evaluating the best prompt on the test split")
         top = best[: max(1, self.job.registry.register_top)]
         measured = search.evaluate(
-            [EvaluationJob("test", record.checkpoint, spec=record.spec, confusion=True) for record in top]
+            [
+                EvaluationJob("test", record.checkpoint, spec=record.spec, confusion=True)
+                for record in top
+            ]
         )
-        tests = {record.id: without_confusion(metrics) for record, metrics in zip(top, measured, strict=True)}
+        tests = {
+            record.id: without_confusion(metrics)
+            for record, metrics in zip(top, measured, strict=True)
+        }
         self.clock.mark("test")
         info = search.ready()
         self._log_result(log, outcome, best[0], tests[best[0].id])
         reached = {"validation": best[0].metrics, "test": tests[best[0].id]}
-        log.parent_tags(search_note(self.job, best[0].spec, reached, baselines, self.prepared.warnings))
+        log.parent_tags(
+            search_note(self.job, best[0].spec, reached, baselines, self.prepared.warnings)
+        )
         with kept_for_resume(self.folder):
-            model = None if self.job.is_baseline else self._register(log, best, tests, baselines, info)
+            model = (
+                None if self.job.is_baseline else self._register(log, best, tests, baselines, info)
+            )
             if self.job.is_baseline and self.job.registry.register_top:
                 self._keep(log, best[0], reached, info)
         self.clock.mark("registry")
@@ -429,27 +474,39 @@ class Pipeline:
         asked = [None, *self.prepared.instructions, *([shown] if examples else [])]
         jobs = [EvaluationJob(split, instruction=text) for text in asked for split in SPLITS]
         metrics = iter(search.evaluate(jobs))
-        written: dict[Any, dict[str, Any]] = {text: {split: next(metrics) for split in SPLITS} for text in asked}
+        written: dict[Any, dict[str, Any]] = {
+            text: {split: next(metrics) for split in SPLITS} for text in asked
+        }
         found: dict[str, Any] = {"zero_shot": written.pop(None)}
         if examples:
             found["few_shot"] = {"examples": examples, **written.pop(shown)}
         if written:
             sign = 1.0 if self.job.search.better == "max" else -1.0
-            text = max(written, key=lambda text: sign * written[text]["validation"][self.job.search.metric])
+            text = max(
+                written, key=lambda text: sign * written[text]["validation"][self.job.search.metric]
+            )
             found["instruction"] = {"text": text, **written[text]}
         recorder.found(BASELINES, found)
         for name, metrics in found.items():
             shown = metrics["validation"][self.job.search.metric]
-            self.progress.note(f"{BASELINE_NAMES[name]}: validation {self.job.search.metric} {shown:.3f}")
+            self.progress.note(
+                f"{BASELINE_NAMES[name]}: validation {self.job.search.metric} {shown:.3f}"
+            )
         return found, ready_at
 
     # Results
 
-    def _log_result(self, log: SearchLog, outcome: Outcome, best: TrialRecord, test: Metrics) -> None:
-        log.parent_metrics({f"best_validation_{name}": value for name, value in best.metrics.items()})
+    def _log_result(
+        self, log: SearchLog, outcome: Outcome, best: TrialRecord, test: Metrics
+    ) -> None:
+        log.parent_metrics(
+            {f"best_validation_{name}": value for name, value in best.metrics.items()}
+        )
         log.parent_metrics({f"best_test_{name}": value for name, value in test.items()})
         counts = [record.status for record in outcome.records.values()]
-        log.parent_tags({f"orchestrator.{status}": counts.count(status) for status in sorted(set(counts))})
+        log.parent_tags(
+            {f"orchestrator.{status}": counts.count(status) for status in sorted(set(counts))}
+        )
         log.parent_tags({"orchestrator.best_trial": best.id})
 
     def _took(self, outcome: Outcome, placement: Placement) -> Metrics:
@@ -485,7 +542,9 @@ class Pipeline:
             run_id = log.run_ids.get(record.id, log.run_id)
             version = registered.get(run_id) or self._register_one(record, manifest, run_id)
         metric, better = self.job.search.metric, self.job.search.better
-        outcome = self.registry.auto_alias(self.job.model_name, version, self.job.registry.alias, metric, better)
+        outcome = self.registry.auto_alias(
+            self.job.model_name, version, self.job.registry.alias, metric, better
+        )
         self.progress.note(outcome.reason)
         return {"name": self.job.model_name, "version": version, "alias": outcome.alias}
 
@@ -497,7 +556,9 @@ class Pipeline:
             )
             log.flush(REGISTRY_PATIENCE_S)
 
-    def _keep(self, log: SearchLog, best: TrialRecord, reached: Mapping[str, Metrics], info: BaseModelInfo) -> None:
+    def _keep(
+        self, log: SearchLog, best: TrialRecord, reached: Mapping[str, Metrics], info: BaseModelInfo
+    ) -> None:
         """Keep a baseline's result in the search's folder and with its run: it is no prompt to register."""
         from orchestrator.tuning.baselines.store import save_result
         from orchestrator.tuning.checkpoint import TrialState
@@ -514,7 +575,13 @@ class Pipeline:
         if designs := self.prepared.task.designs:
             about["demonstrations"] = designs.text(Design.of(best.spec))
         shutil.rmtree(folder, ignore_errors=True)  # of a search that was interrupted here
-        save_result(folder, best.spec, TrialState.from_bytes(best.checkpoint).best(), self.prepared.source, about)
+        save_result(
+            folder,
+            best.spec,
+            TrialState.from_bytes(best.checkpoint).best(),
+            self.prepared.source,
+            about,
+        )
         self._await_registry(log)
         files = {f"baseline/{file.name}": file.read_bytes() for file in sorted(folder.iterdir())}
         self.registry.log_files(log.run_ids.get(best.id, log.run_id), files)
@@ -527,7 +594,11 @@ class Pipeline:
             versions = self.registry.versions(self.job.model_name)
         except BadInput:  # there is no such model yet
             return {}
-        return {it.run_id: it.version for it in versions if it.run_id and it.tags.get("search") == self.id}
+        return {
+            it.run_id: it.version
+            for it in versions
+            if it.run_id and it.tags.get("search") == self.id
+        }
 
     def _register_one(self, record: TrialRecord, manifest: Manifest, run_id: str) -> int:
         from orchestrator.tuning.checkpoint import TrialState
@@ -543,16 +614,26 @@ class Pipeline:
                 run_id,
                 metric=self.job.search.metric,
                 example=self.prepared.rows.test[0],
-                nearest=nearest_words(self.prepared.source, tensors[SOFT], 3) if SOFT in tensors else [],
+                nearest=nearest_words(self.prepared.source, tensors[SOFT], 3)
+                if SOFT in tensors
+                else [],
             )
 
-    def _manifest(self, record: TrialRecord, test: Metrics, baselines: dict[str, Any], info: BaseModelInfo) -> Manifest:
-        data, method, decoding = self.job.data, self.prepared.task.method, self.prepared.task.decoding
+    def _manifest(
+        self, record: TrialRecord, test: Metrics, baselines: dict[str, Any], info: BaseModelInfo
+    ) -> Manifest:
+        data, method, decoding = (
+            self.job.data,
+            self.prepared.task.method,
+            self.prepared.task.decoding,
+        )
         return Manifest(
             method=self.job.method,
             num_virtual_tokens=record.spec.num_virtual_tokens,
             config=record.spec.config(),
-            reparameterization=ReparameterizationRecord(type=method.reparameterization, hidden_size=method.hidden_size),
+            reparameterization=ReparameterizationRecord(
+                type=method.reparameterization, hidden_size=method.hidden_size
+            ),
             template=data.template,
             target=data.target,
             verbalizer=verbalizer_entries(self.prepared.task.encoder),
@@ -563,7 +644,9 @@ class Pipeline:
             base_model=BaseModelRecord(**asdict(info)),
             data=data_record(data, self.prepared.rows),
             metrics={"validation": record.metrics, "test": test},
-            baselines={name: {split: found[split] for split in SPLITS} for name, found in baselines.items()},
+            baselines={
+                name: {split: found[split] for split in SPLITS} for name, found in baselines.items()
+            },
             generation=GenerationRecord(**asdict(decoding)) if decoding else None,
             steps=record.best_step,
             search=self.id,
@@ -590,7 +673,9 @@ class Pipeline:
                 "metrics": {"validation": best.metrics, "test": test},
                 **({"seeds": seeds} if (seeds := outcome.over_seeds(best)) else {}),
             },
-            "costs": asdict(best.costs),  # beside the best trial, which is the same for the same seed
+            "costs": asdict(
+                best.costs
+            ),  # beside the best trial, which is the same for the same seed
             "baselines": baselines,
             "model": model,
             **({"artifact": str(self.folder.artifact)} if self.folder.artifact.is_dir() else {}),

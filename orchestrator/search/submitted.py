@@ -17,7 +17,9 @@ from orchestrator.search.run import Progress, run_job
 from orchestrator.search.state.folder import SearchFolder, home_folder, searches_folder
 from orchestrator.utils.atomic import write_whole
 
-HOME = Path("~/.orchestrator")  # where a driver without ORCHESTRATOR_HOME keeps searches, and runs without an MLflow
+HOME = Path(
+    "~/.orchestrator"
+)  # where a driver without ORCHESTRATOR_HOME keeps searches, and runs without an MLflow
 
 
 def carry_out(progress_for: Callable[[JobSpec], Progress]) -> tuple[dict[str, Any], JobSpec]:
@@ -28,7 +30,9 @@ def carry_out(progress_for: Callable[[JobSpec], Progress]) -> tuple[dict[str, An
     """
     package, name = Path.cwd(), os.environ.get(SEARCH)
     if not name:
-        raise BadInput("on-cluster is what a submitted job runs", "orchestrator submit JOB --address URL")
+        raise BadInput(
+            "on-cluster is what a submitted job runs", "orchestrator submit JOB --address URL"
+        )
     os.environ.setdefault("ORCHESTRATOR_HOME", str(HOME.expanduser()))
     home = home_folder()
     home.mkdir(parents=True, exist_ok=True)
@@ -40,7 +44,9 @@ def carry_out(progress_for: Callable[[JobSpec], Progress]) -> tuple[dict[str, An
     job = _placed(package, folder)
     progress = progress_for(job)
     if not os.environ.get("MLFLOW_TRACKING_URI"):
-        progress.note(f"MLFLOW_TRACKING_URI is not set: runs and models go to {home / 'mlflow.db'} on this node")
+        progress.note(
+            f"MLFLOW_TRACKING_URI is not set: runs and models go to {home / 'mlflow.db'} on this node"
+        )
     return run_job(job, progress, folder=folder), job
 
 

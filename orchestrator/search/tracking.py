@@ -31,7 +31,9 @@ class MlflowMirror:
     change.
     """
 
-    def __init__(self, log: SearchLog, copying: bool = False, tags: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, log: SearchLog, copying: bool = False, tags: Mapping[str, Any] | None = None
+    ) -> None:
         """``tags`` are what every trial's run shares with the search's."""
         self._log = log
         self._tags = dict(tags or {})
@@ -72,8 +74,13 @@ class MlflowMirror:
             self._specs[report.trial] = report.copied.spec
         if self._copying:
             spec = self._specs[report.trial]
-            named |= {"learning_rate": spec.learning_rate, "num_virtual_tokens": float(spec.num_virtual_tokens)}
-        self._log.trial_metrics(report.trial, report.step, {**named, "train_loss": report.train_loss}, at)
+            named |= {
+                "learning_rate": spec.learning_rate,
+                "num_virtual_tokens": float(spec.num_virtual_tokens),
+            }
+        self._log.trial_metrics(
+            report.trial, report.step, {**named, "train_loss": report.train_loss}, at
+        )
         if report.note and self._notes.get(report.trial) != report.note:
             self._notes[report.trial] = report.note
             self._log.trial_tags(report.trial, {"orchestrator.memory": report.note})

@@ -19,7 +19,9 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a warning about a default that does not concern us
+os.environ.setdefault(
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
+)  # a warning about a default that does not concern us
 # A proxy that died is noticed after a second, not after ten; Serve's controller reads it when it starts.
 os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1")
 # With HAProxy in front: what a replica began and did not answer may be asked again, for an answer changes nothing.
@@ -90,7 +92,9 @@ class HiddenReplica(Replica):
 class FrontReplica(Front):
     """What stands before the hidden replicas."""
 
-    def __init__(self, replicas: DeploymentHandle, keys: tuple[ApiKey, ...], max_body_bytes: int) -> None:
+    def __init__(
+        self, replicas: DeploymentHandle, keys: tuple[ApiKey, ...], max_body_bytes: int
+    ) -> None:
         answer = replicas.options(stream=True).answer.remote
         super().__init__(answer, keys, max_body_bytes, RayActorError, BackPressureError)
 
@@ -115,7 +119,9 @@ class Server:
             time.sleep(2)
             status = serve.status().applications.get(APP_NAME)
             if status is None or status.status in ("DEPLOY_FAILED", "DELETING"):
-                raise JobFailed("the serving application has ended", "look into Ray's logs for the reason")
+                raise JobFailed(
+                    "the serving application has ended", "look into Ray's logs for the reason"
+                )
 
     def close(self) -> None:
         with suppress(RayServeException, RayActorError):  # Serve itself never came up, or is gone
@@ -239,7 +245,10 @@ def check_cores(options: ServeOptions) -> None:
     """BadInput for more cores than this machine has: a cluster may grow, but here Serve would wait in vain."""
     needed, there = options.cores * max(1, options.replicas), os.cpu_count() or 1
     if not (ray.is_initialized() or os.environ.get("RAY_ADDRESS")) and needed > there:
-        raise BadInput(f"the replicas need {needed} cores, this machine has {there}", "lower --cpus or --replicas")
+        raise BadInput(
+            f"the replicas need {needed} cores, this machine has {there}",
+            "lower --cpus or --replicas",
+        )
 
 
 def choose_base_model(options: ServeOptions, source: RegistrySource) -> BaseModelSpec:
@@ -252,16 +261,23 @@ def choose_base_model(options: ServeOptions, source: RegistrySource) -> BaseMode
     fingerprints = {record.fingerprint for record in records.values()}
     if len(fingerprints) > 1:
         shown = "; ".join(f"{name} on {record.id}" for name, record in records.items())
-        raise BadInput(f"these prompts were tuned on different base models: {shown}", "name those of one base model")
+        raise BadInput(
+            f"these prompts were tuned on different base models: {shown}",
+            "name those of one base model",
+        )
     record = next(iter(records.values()))
     stored = {"id": record.id, "revision": record.revision, "quantization": record.quantization}
     return BaseModelSpec.model_validate({**stored, "dtype": options.dtype})
 
 
-def _base_models(options: ServeOptions, source: RegistrySource) -> Iterator[tuple[str, BaseModelRecord]]:
+def _base_models(
+    options: ServeOptions, source: RegistrySource
+) -> Iterator[tuple[str, BaseModelRecord]]:
     """What each prompt to be served was tuned on. A version that can't be read is left out, unless it was named."""
     snapshot = {name: model.aliases for name, model in source.live().items()}
-    refs = [parse_ref(text) for text in options.models] or [ModelRef(name) for name in sorted(snapshot)]
+    refs = [parse_ref(text) for text in options.models] or [
+        ModelRef(name) for name in sorted(snapshot)
+    ]
     found = False
     problem: OrchestratorError | None = None
     for ref in refs:
@@ -280,7 +296,10 @@ def _base_models(options: ServeOptions, source: RegistrySource) -> Iterator[tupl
 
 def _version(ref: ModelRef, snapshot: Mapping[str, Mapping[str, int]]) -> int:
     if ref.name not in snapshot:
-        raise BadInput(f"no registered prompt {printable(ref.name)!r}", nearest(ref.name, snapshot) or NEXT_STEP)
+        raise BadInput(
+            f"no registered prompt {printable(ref.name)!r}",
+            nearest(ref.name, snapshot) or NEXT_STEP,
+        )
     if ref.version is not None:
         return ref.version
     aliases = snapshot[ref.name]
@@ -302,7 +321,8 @@ def _connect_ray(options: ServeOptions) -> bool:
     try:
         with sigterm_kept():
             ray.init(
-                address=address or "local",  # not whichever was started here last, which is somebody else's
+                address=address
+                or "local",  # not whichever was started here last, which is somebody else's
                 namespace=APP_NAME,
                 include_dashboard=None if address else False,
                 log_to_driver=False,
@@ -311,8 +331,14 @@ def _connect_ray(options: ServeOptions) -> bool:
                 _temp_dir=None if address else ray_temp_dir(),
             )
     except (ConnectionError, RuntimeError, ValueError) as error:
-        where = f"no Ray cluster answers at {mask_secrets(address)}" if address else "Ray can't be started here"
-        raise Unreachable(f"{where}: {mask_secrets(str(error).splitlines()[0])}", "orchestrator doctor") from None
+        where = (
+            f"no Ray cluster answers at {mask_secrets(address)}"
+            if address
+            else "Ray can't be started here"
+        )
+        raise Unreachable(
+            f"{where}: {mask_secrets(str(error).splitlines()[0])}", "orchestrator doctor"
+        ) from None
     return not address
 
 
@@ -360,7 +386,9 @@ def _await_running() -> None:
             return
         if state.status in ("DEPLOY_FAILED", "UNHEALTHY"):
             reason, hint = _reason(state)
-            raise JobFailed(f"the serving application did not start: {reason}", hint or "look into Ray's logs")
+            raise JobFailed(
+                f"the serving application did not start: {reason}", hint or "look into Ray's logs"
+            )
         time.sleep(0.1)
     raise Unreachable(
         f"no replica came up within {START_SECONDS:.0f} s: {_reason(state)[0]}",
@@ -378,7 +406,9 @@ def _reason(state: Any) -> tuple[str, str]:
         return str(state.status.value), ""
     error, *further = lines[at_margin[-1] :]
     hint = next((line.strip() for line in further), "")
-    return re.sub(r"^orchestrator\.errors\.\w+: ", "", error), hint.removeprefix(NEXT) if hint.startswith(NEXT) else ""
+    return re.sub(r"^orchestrator\.errors\.\w+: ", "", error), hint.removeprefix(
+        NEXT
+    ) if hint.startswith(NEXT) else ""
 
 
 def _await_health(options: ServeOptions) -> None:
@@ -388,9 +418,13 @@ def _await_health(options: ServeOptions) -> None:
         try:
             # Whoever owns the name on a certificate, this is the server that was just started.
             context = ssl._create_unverified_context() if options.tls_cert else None
-            with urllib.request.urlopen(f"{options.url}/health", timeout=HEALTH_SECONDS, context=context) as answer:
+            with urllib.request.urlopen(
+                f"{options.url}/health", timeout=HEALTH_SECONDS, context=context
+            ) as answer:
                 if answer.status == 200:
                     return
         except (urllib.error.URLError, OSError):
             time.sleep(0.1)
-    raise Unreachable(f"{options.url} does not answer", "Serve may already run on this cluster with another port")
+    raise Unreachable(
+        f"{options.url} does not answer", "Serve may already run on this cluster with another port"
+    )

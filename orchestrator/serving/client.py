@@ -39,7 +39,8 @@ def ask(url: str, model: str, text: str, key: str | None = None) -> Answer:
         found = _post(client, url, "/classify", {"model": str(ref), "input": [_row(text)]})
         first = found["data"][0]
         probs = ", ".join(
-            f"{label} {prob:.3f}" for label, prob in sorted(first["probs"].items(), key=lambda it: -it[1])
+            f"{label} {prob:.3f}"
+            for label, prob in sorted(first["probs"].items(), key=lambda it: -it[1])
         )
         return Answer(f"{first['label']}   ({probs})", found)
 
@@ -51,7 +52,9 @@ def _client(url: str, key: str | None) -> httpx.Client:
     except httpx.InvalidURL as error:
         raise Unreachable(f"no server answers at {mask_secrets(url)}: {error}", START_ONE) from None
     except UnicodeEncodeError:
-        raise BadInput("ORCHESTRATOR_API_KEY holds a character that no header takes", "copy the key again") from None
+        raise BadInput(
+            "ORCHESTRATOR_API_KEY holds a character that no header takes", "copy the key again"
+        ) from None
 
 
 def _row(text: str) -> Any:
@@ -68,7 +71,9 @@ def _entry(client: httpx.Client, url: str, ref: ModelRef) -> dict[str, Any]:
     listed = _checked(_send(client, url, "GET", "/v1/models")).get("data")
     if not isinstance(listed, list):
         raise Unreachable(f"the server at {mask_secrets(url)} is not an orchestrator's", START_ONE)
-    return next((entry for entry in listed if parse_ref(entry["id"]).name == ref.name), {"labels": []})
+    return next(
+        (entry for entry in listed if parse_ref(entry["id"]).name == ref.name), {"labels": []}
+    )
 
 
 def _post(client: httpx.Client, url: str, route: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -81,7 +86,9 @@ def _send(
     try:
         return client.request(method, route, json=body)
     except (httpx.TransportError, httpx.InvalidURL) as error:
-        raise Unreachable(f"no server answers at {mask_secrets(url)}: {type(error).__name__}", START_ONE) from None
+        raise Unreachable(
+            f"no server answers at {mask_secrets(url)}: {type(error).__name__}", START_ONE
+        ) from None
 
 
 def _checked(response: httpx.Response) -> dict[str, Any]:
@@ -92,7 +99,11 @@ def _checked(response: httpx.Response) -> dict[str, Any]:
     if response.is_success:
         return body if isinstance(body, dict) else {}
     error = body.get("error") if isinstance(body, dict) else None
-    message = error.get("message") if isinstance(error, dict) else f"the server answered HTTP {response.status_code}"
+    message = (
+        error.get("message")
+        if isinstance(error, dict)
+        else f"the server answered HTTP {response.status_code}"
+    )
     if response.status_code == 401:
         raise BadInput(str(message), "set ORCHESTRATOR_API_KEY to a key of the server")
     if response.is_client_error:

@@ -12,7 +12,12 @@ from orchestrator.job.spec import BaseModelSpec
 from orchestrator.models.backbone import Backbone, default_device, load_backbone
 from orchestrator.models.source import resolve_model
 from orchestrator.serving.engine.classify import answer_probs
-from orchestrator.serving.engine.generation import Completion, GenerationBatch, GenerationRow, Sampling
+from orchestrator.serving.engine.generation import (
+    Completion,
+    GenerationBatch,
+    GenerationRow,
+    Sampling,
+)
 from orchestrator.serving.prompts.served_prompt import ServedPrompt, classified, load_prompt
 
 Input = str | Mapping[str, Any]
@@ -35,7 +40,11 @@ class OfflineModel:
             record = read_manifest(folder).base_model
             source = resolve_model(
                 BaseModelSpec.model_validate(
-                    {"id": record.id, "revision": record.revision, "quantization": record.quantization}
+                    {
+                        "id": record.id,
+                        "revision": record.revision,
+                        "quantization": record.quantization,
+                    }
                 )
             )
             backbone = load_backbone(source, default_device())
@@ -44,7 +53,9 @@ class OfflineModel:
     def classify(self, inputs: Sequence[Input]) -> list[dict[str, Any]]:
         """``{"label", "probs"}`` for each text or row. BadInput for a prompt without a verbalizer."""
         if reason := self.prompt.why_no_labels:
-            raise BadInput(f"this prompt {reason}", "use complete()" if self.prompt.generates else NEEDS_LABELS)
+            raise BadInput(
+                f"this prompt {reason}", "use complete()" if self.prompt.generates else NEEDS_LABELS
+            )
         encoded = self._encoded(inputs, self.prompt.longest_answer)
         probs = [
             row
@@ -56,13 +67,17 @@ class OfflineModel:
     def _probs(self, inputs: list[list[int]]) -> list[list[float]]:
         return answer_probs(self.backbone, [self.prompt] * len(inputs), inputs)
 
-    def complete(self, inputs: Sequence[Input], sampling: Sampling | None = None) -> list[Completion]:
+    def complete(
+        self, inputs: Sequence[Input], sampling: Sampling | None = None
+    ) -> list[Completion]:
         """A completion for each text or row, one after another; greedy, up to 64 tokens by default.
 
         BadInput for a prompt on a masked model.
         """
         if reason := self.prompt.why_no_text:
-            raise BadInput(f"this prompt {reason}", "use classify()" if self.prompt.answers else NEEDS_LABELS)
+            raise BadInput(
+                f"this prompt {reason}", "use classify()" if self.prompt.answers else NEEDS_LABELS
+            )
         sampling = sampling or Sampling(max_tokens=64, temperature=0.0)
         return [self._complete(ids, sampling) for ids in self._encoded(inputs, sampling.max_tokens)]
 

@@ -65,9 +65,14 @@ class TrialState:
         return _under(PROMPT, self.tensors)
 
     def to_bytes(self) -> bytes:
-        header = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "tensors"}
+        header = {
+            one.name: getattr(self, one.name) for one in fields(self) if one.name != "tensors"
+        }
         # Copies, where a tensor is a view of another: safetensors stores no tensor twice.
-        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.tensors.items()}
+        tensors = {
+            name: tensor.detach().cpu().contiguous().clone()
+            for name, tensor in self.tensors.items()
+        }
         return bytes(save(tensors, metadata={HEADER: json.dumps(header)}))
 
     @classmethod
@@ -75,10 +80,14 @@ class TrialState:
         """BadInput when the bytes were cut short or are none of ours."""
         try:
             size = int.from_bytes(data[:8], "little")
-            header: dict[str, Any] = json.loads(json.loads(data[8 : 8 + size])["__metadata__"][HEADER])
+            header: dict[str, Any] = json.loads(
+                json.loads(data[8 : 8 + size])["__metadata__"][HEADER]
+            )
             return cls(tensors=load(data), **header)
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise BadInput(f"this checkpoint can't be read: {error}", "resume from an earlier one") from None
+            raise BadInput(
+                f"this checkpoint can't be read: {error}", "resume from an earlier one"
+            ) from None
 
 
 def restore_prompt(prompt: nn.Module, state: TrialState, base_model: str) -> None:
@@ -89,16 +98,26 @@ def restore_prompt(prompt: nn.Module, state: TrialState, base_model: str) -> Non
             f"loaded ({base_model[:12]})",
             "resume with the base model that it was written on",
         )
-    if broken := [name for name, tensor in state.prompt().items() if not bool(tensor.isfinite().all())]:
-        raise BadInput(f"this checkpoint's {broken[0]} holds values that are not finite", "resume from an earlier one")
+    if broken := [
+        name for name, tensor in state.prompt().items() if not bool(tensor.isfinite().all())
+    ]:
+        raise BadInput(
+            f"this checkpoint's {broken[0]} holds values that are not finite",
+            "resume from an earlier one",
+        )
     try:
         prompt.load_state_dict(state.prompt())
     except RuntimeError as error:
         first = " ".join(str(error).split())[:200]
         raise BadInput(
-            f"this checkpoint is of another prompt: {first}", "resume with the job spec that it was written with"
+            f"this checkpoint is of another prompt: {first}",
+            "resume with the job spec that it was written with",
         ) from None
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }

@@ -34,10 +34,16 @@ class Threads:
     def of(cls, count: int, model: Any, device: torch.device) -> Threads:
         """What ``count`` cores can do for forwards of the model: an accelerator, and a model that remembers its last
         forward, take one at a time."""
-        if count == 1 or device.type != "cpu" or _rope_types(model.config.to_dict()) & STATEFUL_ROPE:
+        if (
+            count == 1
+            or device.type != "cpu"
+            or _rope_types(model.config.to_dict()) & STATEFUL_ROPE
+        ):
             return cls(count)
         ways = min(count, MOST)
-        return cls(count, ways, ThreadPoolExecutor(ways, "rows", torch.set_num_threads, (count // ways,)))
+        return cls(
+            count, ways, ThreadPoolExecutor(ways, "rows", torch.set_num_threads, (count // ways,))
+        )
 
     def together(self) -> Threads:
         """The same cores, all at one forward."""

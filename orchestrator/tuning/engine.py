@@ -38,7 +38,10 @@ from orchestrator.tuning.step import Limits, packed_gradients
 from orchestrator.tuning.updater import Updater, apply_all
 from orchestrator.tuning.worker_group import Group
 
-WORST = {"max": 0.0, "min": 1e30}  # accuracies are never below 0; schedulers can't compare an infinity
+WORST = {
+    "max": 0.0,
+    "min": 1e30,
+}  # accuracies are never below 0; schedulers can't compare an infinity
 NO_ROOM = "memory does not suffice"
 FLOAT32_BYTES = 4  # of a number as artifacts keep it
 
@@ -131,7 +134,9 @@ class Engine:
         self.capacity = capacity
         self.group = group
         self.threads = threads
-        self.limits = replace(limits, max_rows=train.micro_batch_size) if train.micro_batch_size else limits
+        self.limits = (
+            replace(limits, max_rows=train.micro_batch_size) if train.micro_batch_size else limits
+        )
         self.slots: dict[str, Slot] = {}
         self._training = Room(self.limits.max_tokens)
         self._evaluation = Room()
@@ -181,7 +186,9 @@ class Engine:
         if not self.slots:
             return []
         targets = {trial: self._next_evaluation(slot) for trial, slot in self.slots.items()}
-        while running := [slot for trial, slot in self.slots.items() if self._runs(slot, targets[trial])]:
+        while running := [
+            slot for trial, slot in self.slots.items() if self._runs(slot, targets[trial])
+        ]:
             self.step(running)
         reports = self.reports(list(self.slots.values()))
         for report in reports:
@@ -194,7 +201,11 @@ class Engine:
         if job.checkpoint is not None:
             metrics = self._checkpoint_metrics(job, TrialState.from_bytes(job.checkpoint))
         else:
-            splits = self.task.splits if job.instruction is None else self.task.instructed[job.instruction]
+            splits = (
+                self.task.splits
+                if job.instruction is None
+                else self.task.instructed[job.instruction]
+            )
             (metrics,) = self._metrics(None, splits[job.split])
         if metrics is None:
             raise JobFailed(
@@ -222,7 +233,15 @@ class Engine:
             threads = self._side_by_side(self._evaluation)
             try:
                 return evaluate(
-                    self.backbone, chosen, split, task.encoder, task.decoding, tokens, self.group, confusion, threads
+                    self.backbone,
+                    chosen,
+                    split,
+                    task.encoder,
+                    task.decoding,
+                    tokens,
+                    self.group,
+                    confusion,
+                    threads,
                 )
             except NoRoom:
                 self.backbone.give_up_forward()
@@ -242,14 +261,20 @@ class Engine:
         """One step of each of these seated trials, packed."""
         started = time.perf_counter()
         split = self.task.splits["train"]
-        rows = [step_rows(len(split), self.train.batch_size, slot.spec.seed, slot.step) for slot in slots]
+        rows = [
+            step_rows(len(split), self.train.batch_size, slot.spec.seed, slot.step)
+            for slot in slots
+        ]
         found = self._training.each(
-            len(slots), lambda places: self._gradients([slots[k] for k in places], [rows[k] for k in places])
+            len(slots),
+            lambda places: self._gradients([slots[k] for k in places], [rows[k] for k in places]),
         )
         for slot, loss, batch in zip(slots, found, rows, strict=True):
             if loss is None:
                 longest = max(split.lengths[row] for row in batch)
-                slot.no_room = f"{NO_ROOM} for one row of {longest} tokens behind {_virtual_tokens(slot)}"
+                slot.no_room = (
+                    f"{NO_ROOM} for one row of {longest} tokens behind {_virtual_tokens(slot)}"
+                )
         fitted = [(slot, loss) for slot, loss in zip(slots, found, strict=True) if loss is not None]
         for slot, loss in fitted:
             if not math.isfinite(loss):
@@ -267,7 +292,9 @@ class Engine:
         """Losses of the slots' rows, with the gradients left on their parameters; NoRoom leaves none."""
         parameters = [param for slot in slots for param in slot.prompt.parameters()]
         try:
-            return self.group.summed(parameters, len(slots), lambda: self._own_gradients(slots, rows))
+            return self.group.summed(
+                parameters, len(slots), lambda: self._own_gradients(slots, rows)
+            )
         except NoRoom:
             for slot in slots:
                 slot.prompt.zero_grad()  # of forwards that came before the one that failed
@@ -282,14 +309,22 @@ class Engine:
             return self._packed(prompts, rows)
 
     def _packed(
-        self, prompts: Sequence[PromptTensors] | None, rows: Sequence[Sequence[int]], learned: Sequence[Tensor] = ()
+        self,
+        prompts: Sequence[PromptTensors] | None,
+        rows: Sequence[Sequence[int]],
+        learned: Sequence[Tensor] = (),
     ) -> list[float]:
-        limits, threads = replace(self.limits, max_tokens=self._training.tokens), self._side_by_side(self._training)
+        limits, threads = (
+            replace(self.limits, max_tokens=self._training.tokens),
+            self._side_by_side(self._training),
+        )
         if self.train.frozen_dropout or (self.limits.max_rows or threads.ways) < threads.ways:
             # What is drawn must not depend on who draws first; and no more rows at once than were asked for.
             threads = threads.together()
         split, reduction = self.task.splits["train"], self.train.loss_reduction
-        return packed_gradients(self.backbone, prompts, rows, split, limits, reduction, self.group, threads, learned)
+        return packed_gradients(
+            self.backbone, prompts, rows, split, limits, reduction, self.group, threads, learned
+        )
 
     def _side_by_side(self, room: Room) -> Threads:
         """Where memory was short, one forward at a time needs the least."""
@@ -313,7 +348,9 @@ class Engine:
     def reports(self, slots: Sequence[Slot]) -> list[Report]:
         """Evaluate these seated trials together; a report each."""
         for slot in slots:  # a last step may overflow without a loss to show it
-            slot.diverged = slot.diverged or not all(bool(part.isfinite().all()) for part in slot.prompt.parameters())
+            slot.diverged = slot.diverged or not all(
+                bool(part.isfinite().all()) for part in slot.prompt.parameters()
+            )
         sound = [slot for slot in slots if not slot.broken]
         started = time.perf_counter()
         found = self._slot_metrics(sound) if sound else []
@@ -361,7 +398,9 @@ class Engine:
         )
 
     def _stored_bytes(self, slot: Slot) -> int:
-        return sum(FLOAT32_BYTES * tensor.numel() for tensor in (slot.best or slot.prompt.named()).values())
+        return sum(
+            FLOAT32_BYTES * tensor.numel() for tensor in (slot.best or slot.prompt.named()).values()
+        )
 
     def _room_notes(self) -> str:
         rooms = {"training": self._training, "evaluation": self._evaluation}

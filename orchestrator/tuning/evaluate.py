@@ -51,9 +51,16 @@ class Tally:
 
     def metrics(self, ranking: bool, confusion: bool = False) -> dict[str, float]:
         accuracy = {"accuracy": self.ranked / self.rows} if ranking else {}
-        counts = {f"{CONFUSION}{true}/{said}": float(rows) for (true, said), rows in self.answered.items()}
+        counts = {
+            f"{CONFUSION}{true}/{said}": float(rows) for (true, said), rows in self.answered.items()
+        }
         more = counts if confusion else {}
-        return {**accuracy, "exact_match": self.exact / self.rows, "loss": self.nll / self.tokens, **more}
+        return {
+            **accuracy,
+            "exact_match": self.exact / self.rows,
+            "loss": self.nll / self.tokens,
+            **more,
+        }
 
 
 @torch.inference_mode()
@@ -76,7 +83,9 @@ def evaluate(
     ``group`` share each forward's rows, and so do a worker's ``threads``; all get the metrics of all rows.
     """
     most = max_tokens or forward_tokens(backbone)
-    prepared, tallies = group.together(lambda: _own_tallies(backbone, prompts, split, encoder, most, group, threads))
+    prepared, tallies = group.together(
+        lambda: _own_tallies(backbone, prompts, split, encoder, most, group, threads)
+    )
     parts = group.gathered(tallies)
     found = [
         sum(of_prompt[1:], of_prompt[0]).metrics(bool(encoder.answers), confusion)
@@ -84,7 +93,9 @@ def evaluate(
     ]
     if decoding is None:
         return found
-    texts = generated_metrics(backbone, prepared, split, encoder, decoding, max_tokens, group, threads)
+    texts = generated_metrics(
+        backbone, prepared, split, encoder, decoding, max_tokens, group, threads
+    )
     return [{**metrics, **of_texts} for metrics, of_texts in zip(found, texts, strict=True)]
 
 
@@ -108,10 +119,15 @@ def _own_tallies(
         tallies = [Tally() for _ in range(count)]
         for places in forwards:
             own = threads.share(group.share(places))[part]
-            each = own or (places[:1] if threads.ways == 1 else [])  # all workers run as many forwards
+            each = own or (
+                places[:1] if threads.ways == 1 else []
+            )  # all workers run as many forwards
             if not each:
                 continue
-            rows, owner = [row for _ in range(count) for row in each], [prompt for prompt in range(count) for _ in each]
+            rows, owner = (
+                [row for _ in range(count) for row in each],
+                [prompt for prompt in range(count) for _ in each],
+            )
             tokens = len(rows) * max(split.lengths[row] for row in rows)
             with needs_room(tokens, divisible=len(each) > 1 or threads.ways > 1):
                 judged = _judge(backbone, prepared, split, encoder, rows, owner)
@@ -153,7 +169,9 @@ def _judge(
     return judge(backbone, prompts, split, encoder, rows, owner)
 
 
-def _tally(judged: Judged, split: Encoded, rows: list[int], owner: list[int], tallies: list[Tally]) -> None:
+def _tally(
+    judged: Judged, split: Encoded, rows: list[int], owner: list[int], tallies: list[Tally]
+) -> None:
     for place, (row, prompt) in enumerate(zip(rows, owner, strict=True)):
         tally = tallies[prompt]
         tally.rows += 1
@@ -191,7 +209,9 @@ def _by_target(
     ranked: list[int] = []
     if answers and all(len(ids) == 1 for ids in answers):
         first = (wanted >= 0).long().argmax(1)
-        scores = logits[torch.arange(len(logits), device=logits.device), first][:, [ids[0] for ids in answers]]
+        scores = logits[torch.arange(len(logits), device=logits.device), first][
+            :, [ids[0] for ids in answers]
+        ]
         ranked = scores.argmax(-1).tolist()
     elif answers:
         scored = answer_scores(backbone, prompts, inputs, owner, [answers] * len(inputs))
@@ -215,7 +235,11 @@ def _by_answers(
     )
     labels = torch.tensor([split.labels[row] for row in rows], device=log_probs.device)
     right = torch.arange(len(rows), device=log_probs.device) * count + labels
-    scored = torch.tensor([len(ids) for ids in encoder.scored_answers], device=log_probs.device).repeat(len(rows))
+    scored = torch.tensor(
+        [len(ids) for ids in encoder.scored_answers], device=log_probs.device
+    ).repeat(len(rows))
     counts = torch.arange(log_probs.shape[1], device=log_probs.device)[None, :] < scored[:, None]
     ranked = (log_probs * counts).sum(1).view(-1, count).argmax(1)
-    return Judged(greedy[right].all(1).tolist(), (-log_probs[right].sum(1)).tolist(), ranked.tolist())
+    return Judged(
+        greedy[right].all(1).tolist(), (-log_probs[right].sum(1)).tolist(), ranked.tolist()
+    )

@@ -63,7 +63,11 @@ def generate(
     assert encoder.end_id is not None  # a masked model generates nothing
     count = 1 if prompts is None else prompts.count
     parts = group.gathered(
-        group.together(lambda: _own_texts(backbone, prompts, inputs, encoder, decoding, max_tokens, group, threads))
+        group.together(
+            lambda: _own_texts(
+                backbone, prompts, inputs, encoder, decoding, max_tokens, group, threads
+            )
+        )
     )
     made = {place: text for part in parts for place, text in part.items()}
     return [[made[prompt, row] for row in range(len(inputs))] for prompt in range(count)]
@@ -91,7 +95,9 @@ def _own_texts(
         texts: dict[tuple[int, int], str] = {}
         for batch in batches:
             own = threads.share(group.share(batch))[part]
-            rows = own or (batch[:1] if threads.ways == 1 else [])  # all workers run as many forwards
+            rows = own or (
+                batch[:1] if threads.ways == 1 else []
+            )  # all workers run as many forwards
             if not rows:
                 continue
             owner = [prompt for prompt in range(count) for _ in rows]
@@ -99,7 +105,10 @@ def _own_texts(
             with needs_room(tokens, divisible=len(rows) > 1 or threads.ways > 1):
                 state = start(backbone, prompts, [inputs[row] for row in rows] * count, owner)
                 made = group.decoded(
-                    state, lambda state: decode(state, encoder.end_id or 0, decoding.max_tokens, decoding.num_beams)
+                    state,
+                    lambda state: decode(
+                        state, encoder.end_id or 0, decoding.max_tokens, decoding.num_beams
+                    ),
                 )
             if own:
                 places = zip(owner, [*rows] * count, strict=True)
@@ -111,7 +120,9 @@ def _own_texts(
 
 def _text(encoder: Encoder, ids: Sequence[int]) -> str:
     # Cleaned-up spaces ("a ." to "a.") would be another text than the one that was generated.
-    text = encoder.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    text = encoder.tokenizer.decode(
+        ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
     return str(text).strip()
 
 

@@ -23,7 +23,9 @@ def make_engine(
     ``capacity`` is."""
     method = task.method.name
     # A sharded model gathers its weights in every forward, for which all workers meet: one forward at a time.
-    threads = Threads(cores) if backbone.sharded else Threads.of(cores, backbone.model, backbone.device)
+    threads = (
+        Threads(cores) if backbone.sharded else Threads.of(cores, backbone.model, backbone.device)
+    )
     if method not in BASELINES:
         return Engine(backbone, task, train, search, capacity, group=group, threads=threads)
     kind = DesignEngine if method == "prompt_design" else BaselineEngine

@@ -22,7 +22,9 @@ class Memory:
             return torch.cuda.memory_reserved(self._device)
         try:
             Path("/proc/self/clear_refs").write_text("5")
-        except OSError:  # not allowed everywhere: then the peak is that since the start, loading included
+        except (
+            OSError
+        ):  # not allowed everywhere: then the peak is that since the start, loading included
             return self.peak()
         return _status("VmRSS")
 
@@ -33,7 +35,9 @@ class Memory:
             return _status("VmHWM")
         import resource
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes where there is no /proc (macOS)
+        return resource.getrusage(
+            resource.RUSAGE_SELF
+        ).ru_maxrss  # bytes where there is no /proc (macOS)
 
     def room(self) -> int:
         """All memory that there is."""

@@ -63,7 +63,9 @@ class Room:
     def __post_init__(self) -> None:
         self._given = self.tokens
 
-    def each(self, count: int, work: Callable[[Sequence[int]], Sequence[Result]]) -> list[Result | None]:
+    def each(
+        self, count: int, work: Callable[[Sequence[int]], Sequence[Result]]
+    ) -> list[Result | None]:
         """``work`` on the places 0..count-1, as many at a time as fit; a result each.
 
         None for a place that does not fit even alone with a row a forward. ``work`` raises NoRoom, having undone what

@@ -115,4 +115,7 @@ def without_confusion(metrics: Mapping[str, float]) -> dict[str, float]:
 
 def confusion_counts(metrics: Mapping[str, float], labels: int) -> list[list[int]]:
     """[true][said] counts, of metrics that were asked for with ``confusion``."""
-    return [[int(metrics.get(f"{CONFUSION}{true}/{said}", 0)) for said in range(labels)] for true in range(labels)]
+    return [
+        [int(metrics.get(f"{CONFUSION}{true}/{said}", 0)) for said in range(labels)]
+        for true in range(labels)
+    ]

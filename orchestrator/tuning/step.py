@@ -50,7 +50,9 @@ class Packed:
     weight: list[float]
 
 
-def pack(rows_of_trials: Sequence[Sequence[int]], split: Encoded, reduction: Reduction = "token_mean") -> Packed:
+def pack(
+    rows_of_trials: Sequence[Sequence[int]], split: Encoded, reduction: Reduction = "token_mean"
+) -> Packed:
     """Concatenate the trials' rows; the weights make a trial's loss the mean over its target tokens, the mean over its
     rows of each row's sum, or the sum."""
     row: list[int] = []
@@ -90,14 +92,21 @@ def packed_gradients(
     packed = pack(rows_of_trials, split, reduction)
     shared = [] if prompts is None else Prompts.prepare(backbone, prompts, threads)
     with needs_room():
-        leaf = None if prompts is None else stack_prepared([own.prepared.detach() for own in shared]).leaf()
+        leaf = (
+            None
+            if prompts is None
+            else stack_prepared([own.prepared.detach() for own in shared]).leaf()
+        )
     lengths = [split.lengths[number] for number in packed.row]
     cut = (limits.forward_overhead, limits.max_tokens, limits.rows_of(threads))
     groups = length_groups(lengths, *cut, ways=group.size * threads.ways)
     wanted = learned if leaf is None else leaf.tensors
     batch = Batch(backbone, split, packed, lengths, leaf, wanted, alone=threads.ways == 1)
     gradients, losses = zip(
-        *threads.each(lambda part: batch.run(_dealt(groups, group, threads, part), len(rows_of_trials))), strict=True
+        *threads.each(
+            lambda part: batch.run(_dealt(groups, group, threads, part), len(rows_of_trials))
+        ),
+        strict=True,
     )
     for tensor, parts in zip(batch.wanted, zip(*gradients, strict=True), strict=True):
         _add(tensor, parts)
@@ -114,7 +123,9 @@ class Prompts:
     first: int
 
     @classmethod
-    def prepare(cls, backbone: Backbone, prompts: Sequence[Tensor | PromptTensors], threads: Threads) -> list[Prompts]:
+    def prepare(
+        cls, backbone: Backbone, prompts: Sequence[Tensor | PromptTensors], threads: Threads
+    ) -> list[Prompts]:
         """All prompts, in their order, each thread's its own; no more threads than prompts."""
         parts = min(threads.ways, len(prompts))
         ends = [len(prompts) * part // parts for part in range(parts + 1)]
@@ -140,7 +151,9 @@ class Share:
     counts: bool = True
 
 
-def _dealt(groups: Sequence[Sequence[int]], group: Group, threads: Threads, part: int) -> list[Share]:
+def _dealt(
+    groups: Sequence[Sequence[int]], group: Group, threads: Threads, part: int
+) -> list[Share]:
     """This thread's rows of each forward."""
     found = []
     for places in groups:
@@ -174,7 +187,13 @@ class Batch:
             with needs_room(tokens, divisible=len(share.places) > 1 or not self.alone):
                 for place, gradient in enumerate(self._forward_backward(share, losses)):
                     held = summed[place]
-                    summed[place] = gradient if held is None else held if gradient is None else held.add_(gradient)
+                    summed[place] = (
+                        gradient
+                        if held is None
+                        else held
+                        if gradient is None
+                        else held.add_(gradient)
+                    )
         return summed, losses
 
     def _forward_backward(self, share: Share, losses: Tensor) -> Sequence[Tensor | None]:
@@ -182,10 +201,15 @@ class Batch:
         numbers = [self.packed.row[place] for place in share.places]
         trial = [self.packed.trial[place] for place in share.places]
         logits, targets = self.backbone.teacher_forced(
-            self.prompts, [self.split.inputs[n] for n in numbers], [self.split.targets[n] for n in numbers], trial
+            self.prompts,
+            [self.split.inputs[n] for n in numbers],
+            [self.split.targets[n] for n in numbers],
+            trial,
         )
         device = self.backbone.device
-        weight = torch.tensor([self.packed.weight[place] * share.counts for place in share.places], device=device)
+        weight = torch.tensor(
+            [self.packed.weight[place] * share.counts for place in share.places], device=device
+        )
         row_losses = -target_log_probs(logits, targets).sum(1) * weight
         losses.index_add_(0, torch.tensor(trial, device=device), row_losses.detach())
         return torch.autograd.grad(row_losses.sum(), self.wanted, allow_unused=True)

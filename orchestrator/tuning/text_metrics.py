@@ -34,7 +34,9 @@ def text_metrics(texts: Sequence[str], references: References) -> dict[str, floa
         "bleu": bleu(texts, references),
         **rouge(texts, references),
         "f1": _mean_of_best(f1, texts, references),
-        "exact_text": _mean_of_best(lambda text, reference: float(text == reference), texts, references),
+        "exact_text": _mean_of_best(
+            lambda text, reference: float(text == reference), texts, references
+        ),
     }
 
 
@@ -44,7 +46,9 @@ def bleu(texts: Sequence[str], references: References) -> float:
 
     most = max(map(len, references))
     # sacreBLEU wants the first reference of every row, then the second, and so on, with None where a row has no more.
-    streams: Any = [[row[place] if place < len(row) else None for row in references] for place in range(most)]
+    streams: Any = [
+        [row[place] if place < len(row) else None for row in references] for place in range(most)
+    ]
     # force: a text that ends in " ." is a model's doing, no mistake in the data to warn of. Rounding may pass 100.
     return min(1.0, float(corpus_bleu(texts, streams, force=True).score) / 100)
 
@@ -56,7 +60,10 @@ def rouge(texts: Sequence[str], references: References) -> dict[str, float]:
     names = {"rouge1": "rouge_1", "rouge2": "rouge_2", "rougeL": "rouge_l"}
     scorer = RougeScorer(list(names))
     scores = [scorer.score_multi(row, text) for text, row in zip(texts, references, strict=True)]
-    return {ours: sum(float(row[theirs].fmeasure) for row in scores) / len(scores) for theirs, ours in names.items()}
+    return {
+        ours: sum(float(row[theirs].fmeasure) for row in scores) / len(scores)
+        for theirs, ours in names.items()
+    }
 
 
 def f1(text: str, reference: str) -> float:
@@ -73,6 +80,10 @@ def words(text: str) -> list[str]:
     return ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split()
 
 
-def _mean_of_best(score: Callable[[str, str], float], texts: Sequence[str], references: References) -> float:
-    best = [max(score(text, one) for one in row) for text, row in zip(texts, references, strict=True)]
+def _mean_of_best(
+    score: Callable[[str, str], float], texts: Sequence[str], references: References
+) -> float:
+    best = [
+        max(score(text, one) for one in row) for text, row in zip(texts, references, strict=True)
+    ]
     return sum(best) / len(best)

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from orchestrator.job.spec import DEFAULT_BETAS, TrainSpec
 
-State = dict[str, Tensor]  # of one parameter: "step", a float32 scalar on the CPU, and moments shaped like it
+State = dict[
+    str, Tensor
+]  # of one parameter: "step", a float32 scalar on the CPU, and moments shaped like it
 STEP = "step"
 
 ADAM_EPSILON = 1e-8
@@ -88,7 +90,9 @@ class AdamW:
         steps = batch.count()
         mean, square = batch.moments("exp_avg"), batch.moments("exp_avg_sq")
         if self.weight_decay:
-            torch._foreach_mul_(batch.params, [1 - rate * self.weight_decay for rate in batch.rates])
+            torch._foreach_mul_(
+                batch.params, [1 - rate * self.weight_decay for rate in batch.rates]
+            )
         torch._foreach_lerp_(mean, batch.grads, 1 - beta1)
         torch._foreach_mul_(square, beta2)
         torch._foreach_addcmul_(square, batch.grads, batch.grads, 1 - beta2)
@@ -152,7 +156,9 @@ class Adafactor:
         moves = torch._foreach_rsqrt(moment)
         torch._foreach_mul_(moves, batch.grads)
         excess = torch._foreach_norm(moves)  # root mean square over the threshold
-        torch._foreach_div_(excess, [math.sqrt(move.numel()) * CLIPPING_THRESHOLD for move in moves])
+        torch._foreach_div_(
+            excess, [math.sqrt(move.numel()) * CLIPPING_THRESHOLD for move in moves]
+        )
         torch._foreach_clamp_min_(excess, 1.0)
         torch._foreach_div_(moves, excess)
         torch._foreach_mul_(moves, batch.rates)

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from orchestrator.errors import BadInput
 from orchestrator.job.spec import TrainSpec
 from orchestrator.tuning.schedules import factor
-from orchestrator.tuning.update_rules import STEP, Batch, State, UpdateRule, fresh_state, update_rule
+from orchestrator.tuning.update_rules import (
+    STEP,
+    Batch,
+    State,
+    UpdateRule,
+    fresh_state,
+    update_rule,
+)
 
 PREFIX = "optimizer."
 
@@ -23,7 +30,9 @@ class Updater:
     function of the step.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], learning_rate: float, train: TrainSpec) -> None:
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], learning_rate: float, train: TrainSpec
+    ) -> None:
         self.parameters = list(parameters)
         self.learning_rate = learning_rate
         self.train = train
@@ -79,8 +88,13 @@ class Updater:
     def _check(self, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
         hint = "resume with the job spec that the checkpoint was written with"
         if own.keys() != given.keys():
-            held, needed = (", ".join(sorted(keys)) or "no optimiser state" for keys in (given, own))
-            raise BadInput(f"this checkpoint holds {held}; train.optimizer {self.train.optimizer} needs {needed}", hint)
+            held, needed = (
+                ", ".join(sorted(keys)) or "no optimiser state" for keys in (given, own)
+            )
+            raise BadInput(
+                f"this checkpoint holds {held}; train.optimizer {self.train.optimizer} needs {needed}",
+                hint,
+            )
         for key, tensor in own.items():
             if tensor.shape != given[key].shape:
                 sizes = f"{list(given[key].shape)}, and this trial's is {list(tensor.shape)}"

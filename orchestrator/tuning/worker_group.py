@@ -24,7 +24,10 @@ PATIENCE = timedelta(days=30)
 """The longest wait for another worker: a whole group idles for as long as others still train. That a worker died is
 noticed by Ray Train, which starts its group again."""
 
-FITS, INDIVISIBLE = 0, -1  # what a worker notes; else the padded tokens of the forward that did not fit
+FITS, INDIVISIBLE = (
+    0,
+    -1,
+)  # what a worker notes; else the padded tokens of the forward that did not fit
 
 
 class Group:
@@ -86,7 +89,11 @@ class Workers(Group):
         self._device = device
         self._in_step = in_step
         # Notes and Python's objects go from one machine's memory to the other's, wherever the gradients are.
-        self._hosts = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=PATIENCE)
+        self._hosts = (
+            None
+            if dist.get_backend() == "gloo"
+            else dist.new_group(backend="gloo", timeout=PATIENCE)
+        )
 
     def share(self, places: Sequence[int]) -> Sequence[int]:
         return places[self.rank :: self.size]
@@ -104,10 +111,14 @@ class Workers(Group):
         pieces = [_flat_gradient(param, found is None) for param in parameters]
         flat = torch.cat([*pieces, own.to(self._device), self._notes(note).to(self._device)])
         dist.all_reduce(flat)
-        *grads, summed, notes = flat.split([*(param.numel() for param in parameters), losses, self.size])
+        *grads, summed, notes = flat.split(
+            [*(param.numel() for param in parameters), losses, self.size]
+        )
         _raise_noted(notes.tolist())
         for param, grad in zip(parameters, grads, strict=True):
-            if param.grad is not None:  # the same ones everywhere, since every worker runs all prompts
+            if (
+                param.grad is not None
+            ):  # the same ones everywhere, since every worker runs all prompts
                 param.grad = grad.view_as(param)
         return list(summed.tolist())
 

@@ -29,4 +29,6 @@ def check_address(url: str, given_as: str) -> None:
             f"name a folder, or an address with {', '.join(f'{it}://' for it in SCHEMES)}",
         )
     if parts.scheme != "file" and not parts.netloc:
-        raise BadInput(f"{given_as} is {url!r}, which names no bucket", f"{parts.scheme}://BUCKET/FOLDER")
+        raise BadInput(
+            f"{given_as} is {url!r}, which names no bucket", f"{parts.scheme}://BUCKET/FOLDER"
+        )

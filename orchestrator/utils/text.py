@@ -9,7 +9,8 @@ HIDDEN = "***"
 
 # scheme://user:password@. A database's password may hold any character but @ (SQLAlchemy reads it so).
 DATABASE_LOGIN = re.compile(
-    r"((?:postgres|postgresql|mysql|mariadb|mssql|oracle)(?:\+\w+)?://)[^:/@\s]*:[^@\s]*@", re.IGNORECASE
+    r"((?:postgres|postgresql|mysql|mariadb|mssql|oracle)(?:\+\w+)?://)[^:/@\s]*:[^@\s]*@",
+    re.IGNORECASE,
 )
 # The same elsewhere, with a / in the password; what looks like a port is one.
 SLASHED_LOGIN = re.compile(r"(://)[^/?#\s:@\[]*:(?!\d+(?:[/?#\s]|$))[^\s@]*@")
@@ -46,7 +47,9 @@ def holds_login(url: str) -> bool:
     """Tell whether an address holds a user's name, a password, a token or a key, wherever it stands."""
     if mask_secrets(url) != url or LOGIN.search(url):
         return True
-    return any(USER_NAME.search(_decoded(name)) for _, name, value in PARAMETER.findall(url) if value)
+    return any(
+        USER_NAME.search(_decoded(name)) for _, name, value in PARAMETER.findall(url) if value
+    )
 
 
 def _masked_parameter(found: re.Match[str]) -> str:

@@ -106,7 +106,11 @@ def evaluate_models(
     say("loading the base model")
     backbone = _backbone(artifacts, base_model)
     loaded = [
-        Loaded(summary, artifact, load_prompt(backbone, registry.fetch(summary.name, summary.version), summary.name, 0))
+        Loaded(
+            summary,
+            artifact,
+            load_prompt(backbone, registry.fetch(summary.name, summary.version), summary.name, 0),
+        )
         for summary, artifact in zip(summaries, artifacts, strict=True)
     ]
     if ensemble:
@@ -120,7 +124,12 @@ def evaluate_models(
     return {**_document(loaded, targets), "logged": log and _kept(registry, loaded, targets, say)}
 
 
-def _kept(registry: Registry, loaded: Sequence[Loaded], targets: Sequence[Target], say: Callable[[str], None]) -> bool:
+def _kept(
+    registry: Registry,
+    loaded: Sequence[Loaded],
+    targets: Sequence[Target],
+    say: Callable[[str], None],
+) -> bool:
     """Keep the results with the versions; a registry that does not take them costs nobody what was computed."""
     try:
         for place, one in enumerate(loaded):
@@ -141,7 +150,11 @@ def _backbone(artifacts: Sequence[PromptArtifact], base_model: str | None) -> Ba
                 f"({other.fingerprint[:12]})",
                 "evaluate them one after another",
             )
-    spec = {"id": base_model or record.id, "revision": record.revision, "quantization": record.quantization}
+    spec = {
+        "id": base_model or record.id,
+        "revision": record.revision,
+        "quantization": record.quantization,
+    }
     return load_backbone(resolve_model(BaseModelSpec.model_validate(spec)), default_device())
 
 
@@ -162,19 +175,31 @@ def _groups(artifact: PromptArtifact, question: Question) -> list[Group]:
             found.setdefault(cell_text(row[question.by]) or NO_GROUP, []).append(place)
     if len(found) > MAX_GROUPS:
         raise BadInput(
-            f"column {question.by!r} has {len(found)} values, more than {MAX_GROUPS}", "choose a column of few values"
+            f"column {question.by!r} has {len(found)} values, more than {MAX_GROUPS}",
+            "choose a column of few values",
         )
-    parts = [Group(label, [cut[place] for place in found[label]], found[label]) for label in sorted(found)]
+    parts = [
+        Group(label, [cut[place] for place in found[label]], found[label])
+        for label in sorted(found)
+    ]
     return [Group("", cut, range(len(cut))), *parts]
 
 
 def _columns(artifact: PromptArtifact, data: DataSpec) -> set[str]:
-    return {*Template(artifact.manifest.template).columns, data.target, *([data.references] if data.references else [])}
+    return {
+        *Template(artifact.manifest.template).columns,
+        data.target,
+        *([data.references] if data.references else []),
+    }
 
 
 def _data_spec(artifact: PromptArtifact, question: Question) -> DataSpec:
     """The version's own template, target and labels on other rows."""
-    manifest, cells, file = artifact.manifest, artifact.manifest.cells, Path(question.data).expanduser()
+    manifest, cells, file = (
+        artifact.manifest,
+        artifact.manifest.cells,
+        Path(question.data).expanduser(),
+    )
     is_file = bool(table_suffix(file)) or file.exists()
     return DataSpec(
         path=DataFiles(train=question.data) if is_file else question.data,
@@ -209,7 +234,9 @@ def _part(whole: Encoded, places: Sequence[int]) -> Encoded:
     def chosen(values: list[Any]) -> list[Any]:
         return [values[place] for place in places] if values else []
 
-    return Encoded(chosen(whole.inputs), chosen(whole.targets), chosen(whole.labels), chosen(whole.references))
+    return Encoded(
+        chosen(whole.inputs), chosen(whole.targets), chosen(whole.labels), chosen(whole.references)
+    )
 
 
 def _check_labels(one: Loaded, rows: Sequence[Row], target: str) -> None:
@@ -217,7 +244,9 @@ def _check_labels(one: Loaded, rows: Sequence[Row], target: str) -> None:
     keys = by_meaning(known)
     version = f"{printable(one.summary.name)}:{one.summary.version}"
     if len(keys) < len(known):
-        raise BadInput(f"{version} was tuned with labels that mean the same: {list(known)}", "tune it again")
+        raise BadInput(
+            f"{version} was tuned with labels that mean the same: {list(known)}", "tune it again"
+        )
     seen = {label_key(row[target]): row[target] for row in rows}
     strange = [label for key, label in seen.items() if key not in keys]
     if strange:
@@ -233,9 +262,13 @@ def _check_votes(loaded: Sequence[Loaded]) -> None:
         raise BadInput("one version can't vote", "name two or more versions")
     for one in loaded:
         if reason := one.prompt.why_no_labels:
-            raise BadInput(f"{printable(one.summary.name)}:{one.summary.version} can't vote: it {reason}")
+            raise BadInput(
+                f"{printable(one.summary.name)}:{one.summary.version} can't vote: it {reason}"
+            )
         if by_meaning(one.prompt.labels).keys() != by_meaning(loaded[0].prompt.labels).keys():
-            raise BadInput("the versions have different labels and can't vote together", "leave out --ensemble")
+            raise BadInput(
+                "the versions have different labels and can't vote together", "leave out --ensemble"
+            )
 
 
 # Results
@@ -272,7 +305,9 @@ def _targets(
     return found
 
 
-def _metrics(backbone: Backbone, loaded: Sequence[Loaded], splits: Sequence[Encoded]) -> list[Metrics]:
+def _metrics(
+    backbone: Backbone, loaded: Sequence[Loaded], splits: Sequence[Encoded]
+) -> list[Metrics]:
     """Of each version on its split; versions that see the same tokens share forwards."""
     found: list[Metrics] = [{}] * len(loaded)
     kinds: dict[tuple[Any, ...], list[int]] = {}
@@ -292,8 +327,19 @@ def _alike(backbone: Backbone, loaded: Sequence[Loaded], split: Encoded) -> list
     threads = Threads.of(torch.get_num_threads(), backbone.model, backbone.device)
 
     def work(places: Sequence[int]) -> list[Metrics]:
-        chosen, cores = [prompts[place] for place in places], threads.together() if room.note else threads
-        return evaluate(backbone, chosen, split, first.prompt.encoder, first.decoding, room.tokens, threads=cores)
+        chosen, cores = (
+            [prompts[place] for place in places],
+            threads.together() if room.note else threads,
+        )
+        return evaluate(
+            backbone,
+            chosen,
+            split,
+            first.prompt.encoder,
+            first.decoding,
+            room.tokens,
+            threads=cores,
+        )
 
     found = room.each(len(prompts), work)
     if any(metrics is None for metrics in found):
@@ -326,7 +372,10 @@ def _votes(
                 for number in range(len(loaded))
             ]
             right.append(majority(said, keys[0]) == label_key(truths[row][target]))
-    return [{"accuracy": sum(right[place] for place in group.places) / len(group.places)} for group in groups[0]]
+    return [
+        {"accuracy": sum(right[place] for place in group.places) / len(group.places)}
+        for group in groups[0]
+    ]
 
 
 def majority(said: Sequence[Mapping[Any, float]], labels: Sequence[Any]) -> Any:
@@ -363,7 +412,11 @@ def _document(loaded: Sequence[Loaded], targets: Sequence[Target]) -> dict[str, 
         }  # fmt: skip
         if target.votes:
             scores = [metrics["accuracy"] for metrics in target.metrics]
-            line["ensemble"] = {**target.votes, "mean": sum(scores) / len(scores), "best": max(scores)}
+            line["ensemble"] = {
+                **target.votes,
+                "mean": sum(scores) / len(scores),
+                "best": max(scores),
+            }
         lines.append(line)
     models = [
         {
@@ -379,4 +432,8 @@ def _compared_by(targets: Sequence[Target]) -> str:
     """The metric that the table shows."""
     every = [set(metrics) for target in targets for metrics in target.metrics]
     shared = set.intersection(*every)
-    return next(name for name in ("accuracy", "rouge_l", "f1", "bleu", "exact_match", "loss") if name in shared)
+    return next(
+        name
+        for name in ("accuracy", "rouge_l", "f1", "bleu", "exact_match", "loss")
+        if name in shared
+    )

@@ -19,7 +19,12 @@ from orchestrator.models.nearest_words import nearest_words
 from orchestrator.models.source import resolve_model
 from orchestrator.peft_format import export_peft, import_peft, read_peft
 from orchestrator.registry import CHAMPION, Registry, check_alias, check_name
-from orchestrator.search.prepare import cells_record, data_record, found_anywhere, verbalizer_entries
+from orchestrator.search.prepare import (
+    cells_record,
+    data_record,
+    found_anywhere,
+    verbalizer_entries,
+)
 from orchestrator.serving.prompts.served_prompt import load_prompt
 
 Say = Callable[[str], None]
@@ -133,9 +138,15 @@ def _registered(
         "num_virtual_tokens": manifest.num_virtual_tokens,
         "template": manifest.template,
     }
-    near = nearest_words(resolve_model(job.base_model), artifact.weights, 3) if SOFT in artifact.tensors else []
+    near = (
+        nearest_words(resolve_model(job.base_model), artifact.weights, 3)
+        if SOFT in artifact.tensors
+        else []
+    )
     with registry.start_search(name, params, {"orchestrator.version": __version__}) as log:
-        version = registry.register(saved, name, log.run_id, metric=job.search.metric, example=example, nearest=near)
+        version = registry.register(
+            saved, name, log.run_id, metric=job.search.metric, example=example, nearest=near
+        )
     if alias == CHAMPION:
         registry.promote(name, version)
     elif alias is not None:

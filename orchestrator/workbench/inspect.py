@@ -86,7 +86,9 @@ class Inspection:
     no_drift: str
 
 
-def inspect_model(registry: Registry, model: str, nearest: int, base_model: str | None = None) -> dict[str, Any]:
+def inspect_model(
+    registry: Registry, model: str, nearest: int, base_model: str | None = None
+) -> dict[str, Any]:
     """A registered prompt as the document of ``inspect --json``. ``base_model`` is where it lies, if it was moved."""
     version = registry.resolve(model)
     folder = registry.fetch(version.name, version.version)
@@ -96,7 +98,9 @@ def inspect_model(registry: Registry, model: str, nearest: int, base_model: str 
     backbone = load_backbone(source, default_device())
     answers = load_prompt(backbone, folder, version.name, version.version).encoder.answer_words
     context = InitContext.of(backbone, answers)
-    found = inspect_prompt(backbone, artifact, context, lambda reference: registered(registry, reference), nearest)
+    found = inspect_prompt(
+        backbone, artifact, context, lambda reference: registered(registry, reference), nearest
+    )
     return {
         "name": version.name,
         "version": version.version,
@@ -121,7 +125,11 @@ def registered(registry: Registry, reference: str) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def inspect_prompt(
-    backbone: Backbone, artifact: PromptArtifact, context: InitContext, artifacts: Artifacts, nearest: int = NEAREST
+    backbone: Backbone,
+    artifact: PromptArtifact,
+    context: InitContext,
+    artifacts: Artifacts,
+    nearest: int = NEAREST,
 ) -> Inspection:
     """Read a prompt on its base model. ``context`` is the one that it was initialised in, but for ``artifacts``."""
     prompt = prompt_tensors(artifact)
@@ -131,7 +139,9 @@ def inspect_prompt(
         _check_same_shape(prompt, start)
     except OrchestratorError as error:
         start, no_drift = None, error.message
-    tokens = () if prompt.embeddings is None else _tokens(backbone, prompt.embeddings, start, nearest)
+    tokens = (
+        () if prompt.embeddings is None else _tokens(backbone, prompt.embeddings, start, nearest)
+    )
     layers = _layers(backbone, prompt.prefixes, start, context) if prompt.prefixes else ()
     return Inspection(tokens, layers, _vocabulary_norm(backbone), no_drift)
 
@@ -145,14 +155,18 @@ def initial(manifest: Manifest, context: InitContext, artifacts: Artifacts) -> P
         try:
             tensors = artifacts(spec.init_artifact)
         except OrchestratorError as error:
-            raise BadInput(f"the prompt that it started from is not to be had: {error.message}") from None
+            raise BadInput(
+                f"the prompt that it started from is not to be had: {error.message}"
+            ) from None
         context = _with(context, spec.init_artifact, tensors)
     network = manifest.reparameterization
     method = Method(manifest.method, network.type, network.hidden_size)  # type: ignore[arg-type]  # checked at load
     return make_prompt(method, spec, context)()  # type: ignore[no-any-return]
 
 
-def nearest_tokens(backbone: Backbone, embeddings: Tensor, count: int) -> list[tuple[Neighbour, ...]]:
+def nearest_tokens(
+    backbone: Backbone, embeddings: Tensor, count: int
+) -> list[tuple[Neighbour, ...]]:
     """For each of [P, H] the ``count`` nearest vocabulary tokens, the nearest first."""
     size = min(len(backbone.tokenizer), len(backbone.table))  # tables are padded to round sizes
     wanted = normalize(embeddings.float().to(backbone.device), dim=1)
@@ -178,9 +192,14 @@ def _with(context: InitContext, reference: str, tensors: Mapping[str, Tensor]) -
 
 
 def _check_same_shape(prompt: PromptTensors, start: PromptTensors) -> None:
-    shapes = [{name: tuple(tensor.shape) for name, tensor in one.named().items()} for one in (prompt, start)]
+    shapes = [
+        {name: tuple(tensor.shape) for name, tensor in one.named().items()}
+        for one in (prompt, start)
+    ]
     if shapes[0] != shapes[1]:
-        raise BadInput(f"its configuration describes a start of another shape: {shapes[1]}, not {shapes[0]}")
+        raise BadInput(
+            f"its configuration describes a start of another shape: {shapes[1]}, not {shapes[0]}"
+        )
 
 
 def _tokens(
@@ -190,18 +209,26 @@ def _tokens(
     drifts = [None] * len(embeddings) if starts is None else [*map(_drift, embeddings, starts)]
     near = nearest_tokens(backbone, embeddings, nearest)
     return tuple(
-        VirtualToken(place, float(vector.norm()), near[place], drifts[place]) for place, vector in enumerate(embeddings)
+        VirtualToken(place, float(vector.norm()), near[place], drifts[place])
+        for place, vector in enumerate(embeddings)
     )
 
 
 def _drift(now: Tensor, start: Tensor) -> Drift:
     """Between two vectors of the same length."""
     now, start = now.float().flatten(), start.float().flatten()
-    return Drift(float(cosine_similarity(now, start, dim=0)), float((now - start).norm()), float(start.norm()))
+    return Drift(
+        float(cosine_similarity(now, start, dim=0)),
+        float((now - start).norm()),
+        float(start.norm()),
+    )
 
 
 def _layers(
-    backbone: Backbone, prefixes: Mapping[str, Tensor], start: PromptTensors | None, context: InitContext
+    backbone: Backbone,
+    prefixes: Mapping[str, Tensor],
+    start: PromptTensors | None,
+    context: InitContext,
 ) -> tuple[Layer, ...]:
     ids = frequent_ids(context, min(REAL_TOKENS, backbone.info.context_length))
     real = backbone.activations(backbone.embed(torch.tensor(ids, device=backbone.device)))
@@ -222,5 +249,7 @@ def _mean_norms(tensor: Tensor) -> list[tuple[float, float]]:
 def _vocabulary_norm(backbone: Backbone) -> float:
     size = min(len(backbone.tokenizer), len(backbone.table))
     chunks = [torch.arange(start, min(start + CHUNK, size)) for start in range(0, size, CHUNK)]
-    total = sum(float(backbone.embed(ids.to(backbone.device)).float().norm(dim=1).sum()) for ids in chunks)
+    total = sum(
+        float(backbone.embed(ids.to(backbone.device)).float().norm(dim=1).sum()) for ids in chunks
+    )
     return total / size

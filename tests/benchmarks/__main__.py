@@ -65,12 +65,16 @@ def _overhead(args: argparse.Namespace) -> list[Line]:
 
 def _evaluation(args: argparse.Namespace) -> list[Line]:
     setting = evaluation.Setting(pairs=args.pairs, size=args.size or "6x192")
-    return evaluation.lines(replace(setting, size="toy", prompts=(2,), rows=4, answers=(2,)) if args.toy else setting)
+    return evaluation.lines(
+        replace(setting, size="toy", prompts=(2,), rows=4, answers=(2,)) if args.toy else setting
+    )
 
 
 def _accelerator(args: argparse.Namespace) -> list[Line]:
     if args.toy:
-        toy = accelerator.Setting(default_device(), args.peak or 1.0, ("toy",), (1, 2), rows=2, pairs=args.pairs)
+        toy = accelerator.Setting(
+            default_device(), args.peak or 1.0, ("toy",), (1, 2), rows=2, pairs=args.pairs
+        )
         return accelerator.lines(toy)
     setting = accelerator.accelerator(args.peak)
     return accelerator.lines(replace(setting, sizes=(args.size,)) if args.size else setting)
@@ -104,7 +108,9 @@ def _plans(args: argparse.Namespace) -> list[Line]:
 
 def _population(args: argparse.Namespace) -> list[Line]:
     setting = _of_size(args, population.SETTINGS)
-    return population.lines(replace(setting, seeds=tuple(range(args.seeds))) if args.seeds else setting)
+    return population.lines(
+        replace(setting, seeds=tuple(range(args.seeds))) if args.seeds else setting
+    )
 
 
 def _methods(args: argparse.Namespace) -> list[Line]:
@@ -133,14 +139,18 @@ def _of_size(args: argparse.Namespace, settings: dict[str, S]) -> S:
 def _serving(args: argparse.Namespace) -> list[Line]:
     setting = serving.Setting(pairs=args.pairs, size=args.size or "6x192")
     if args.toy:
-        setting = replace(setting, size="toy", lengths=(3,), prompts=2, many=4, clients=4, requests=8, inputs=5)
+        setting = replace(
+            setting, size="toy", lengths=(3,), prompts=2, many=4, clients=4, requests=8, inputs=5
+        )
     parts: dict[str, Callable[[serving.Setting], list[Line]]] = {
         "peer": serving.peer_lines,
         "many": serving.many_lines,
         "http": serving.http_lines,
     }
     if find_spec("ray") and find_spec("mlflow"):
-        parts["live"] = lambda setting: live.live_lines(setting.size, 4 * setting.pairs, setting.pairs)
+        parts["live"] = lambda setting: live.live_lines(
+            setting.size, 4 * setting.pairs, setting.pairs
+        )
     return [line for name, lines in parts.items() if args.only in name for line in lines(setting)]
 
 
@@ -195,7 +205,9 @@ def main(arguments: Sequence[str], out: Path = OUT) -> int:
 def machine() -> dict[str, str | int]:
     """What the figures were measured on."""
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -204,7 +216,9 @@ def machine() -> dict[str, str | int]:
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
-    made.add_argument("names", nargs="*", choices=[[], *BENCHMARKS], metavar="NAME", help=", ".join(BENCHMARKS))
+    made.add_argument(
+        "names", nargs="*", choices=[[], *BENCHMARKS], metavar="NAME", help=", ".join(BENCHMARKS)
+    )
     made.add_argument(
         "--only",
         default="",
@@ -216,12 +230,25 @@ def parser() -> argparse.ArgumentParser:
         help="one of the models 6x192, 6x512, 100M, 1B; of whole searches: small or real; of methods also short, "
         "of search also middle, long and usual",
     )
-    made.add_argument("--seeds", type=int, default=0, help="search, population, methods: so many seeds (default 3)")
-    made.add_argument("--pairs", type=int, default=3, help="how often each side is measured, in turn (default 3)")
-    made.add_argument("--threads", type=int, default=0, help="threads of torch (default: torch's own choice)")
-    made.add_argument("--peak", type=float, help="the accelerator's peak in TFLOPS, where its name is unknown")
     made.add_argument(
-        "--toy", action="store_true", help="toy size: seconds (whole searches: minutes), to see that all of it runs"
+        "--seeds",
+        type=int,
+        default=0,
+        help="search, population, methods: so many seeds (default 3)",
+    )
+    made.add_argument(
+        "--pairs", type=int, default=3, help="how often each side is measured, in turn (default 3)"
+    )
+    made.add_argument(
+        "--threads", type=int, default=0, help="threads of torch (default: torch's own choice)"
+    )
+    made.add_argument(
+        "--peak", type=float, help="the accelerator's peak in TFLOPS, where its name is unknown"
+    )
+    made.add_argument(
+        "--toy",
+        action="store_true",
+        help="toy size: seconds (whole searches: minutes), to see that all of it runs",
     )
     return made
 

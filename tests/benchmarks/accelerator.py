@@ -83,25 +83,32 @@ def _line(setting: Setting, size: str, backbone: CausalBackbone, trials: int) ->
 
     if setting.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    comparison = compare(f"{size}, {trials} trials of {setting.rows} rows", packed, one_by_one, setting.pairs)
+    comparison = compare(
+        f"{size}, {trials} trials of {setting.rows} rows", packed, one_by_one, setting.pairs
+    )
     weights = Weights.of(backbone.model)
     useful = needed(weights, split, numbers, setting.prompt)
     together = computed(weights, split, numbers, setting)
     alone = sum(computed(weights, split, [batch], setting) for batch in numbers)
     ours, peer = (
-        milliseconds / 1000 * setting.peak * TERA for milliseconds in (comparison.ours_ms, comparison.peer_ms)
+        milliseconds / 1000 * setting.peak * TERA
+        for milliseconds in (comparison.ours_ms, comparison.peer_ms)
     )
     shown: dict[str, float | str] = {
         "MFU, %": 100 * together / ours,
         "useful, %": 100 * useful / ours,
         "alone MFU, %": 100 * alone / peer,
         "alone useful, %": 100 * useful / peer,
-        "peak, GB": torch.cuda.max_memory_allocated() / GIGABYTE if setting.device.type == "cuda" else "no device",
+        "peak, GB": torch.cuda.max_memory_allocated() / GIGABYTE
+        if setting.device.type == "cuda"
+        else "no device",
     }
     return comparison.line(**shown)
 
 
-def needed(weights: Weights, split: Encoded, rows_of_trials: Sequence[Sequence[int]], prompt: int) -> float:
+def needed(
+    weights: Weights, split: Encoded, rows_of_trials: Sequence[Sequence[int]], prompt: int
+) -> float:
     """Operations on tokens that are no padding, of a step of all trials."""
     rows = [row for rows in rows_of_trials for row in rows]
     head = sum(len(split.targets[row]) for row in rows)
@@ -109,13 +116,19 @@ def needed(weights: Weights, split: Encoded, rows_of_trials: Sequence[Sequence[i
     return weights.operations(body + prompt * len(rows_of_trials), head, 0)
 
 
-def computed(weights: Weights, split: Encoded, rows_of_trials: Sequence[Sequence[int]], setting: Setting) -> float:
+def computed(
+    weights: Weights, split: Encoded, rows_of_trials: Sequence[Sequence[int]], setting: Setting
+) -> float:
     """Operations of one packed step, with the padding of the forwards that it is cut into."""
     rows = [row for rows in rows_of_trials for row in rows]
     limits, lengths = setting.limits, [split.lengths[row] for row in rows]
     body = head = 0
-    for group in length_groups(lengths, limits.forward_overhead, limits.max_tokens, limits.max_rows):
+    for group in length_groups(
+        lengths, limits.forward_overhead, limits.max_tokens, limits.max_rows
+    ):
         of_group = [rows[place] for place in group]
-        body += len(group) * max(len(split.inputs[row]) + len(split.targets[row]) - 1 for row in of_group)
+        body += len(group) * max(
+            len(split.inputs[row]) + len(split.targets[row]) - 1 for row in of_group
+        )
         head += len(group) * max(len(split.targets[row]) for row in of_group)
     return weights.operations(body + setting.prompt * len(rows_of_trials), head, 0)

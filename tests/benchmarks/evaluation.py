@@ -12,7 +12,14 @@ from orchestrator.models.backbone import CausalBackbone, default_device
 from orchestrator.models.scoring import answer_scores
 from orchestrator.tuning.evaluate import evaluate
 from tests.benchmarks.measure import Line, compare
-from tests.benchmarks.subjects import SIZES, backbone_of, make_encoder, make_model, make_prompts, make_rows
+from tests.benchmarks.subjects import (
+    SIZES,
+    backbone_of,
+    make_encoder,
+    make_model,
+    make_prompts,
+    make_rows,
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,10 @@ class OnceAnAnswer(CausalBackbone):
 def lines(setting: Setting) -> list[Line]:
     model = make_model(SIZES[setting.size], setting.device)
     packed = [_packed(setting, backbone_of(model), count) for count in setting.prompts]
-    shared = [_shared(setting, backbone_of(model), backbone_of(model, OnceAnAnswer), n) for n in setting.answers]
+    shared = [
+        _shared(setting, backbone_of(model), backbone_of(model, OnceAnAnswer), n)
+        for n in setting.answers
+    ]
     return [*packed, *shared]
 
 
@@ -57,27 +67,42 @@ def _packed(setting: Setting, backbone: CausalBackbone, count: int) -> Line:
         for prompt in prompts:
             evaluate(backbone, [prompt], split, encoder)
 
-    return compare(f"{count} prompts together against one by one", together, one_by_one, setting.pairs).line()
+    return compare(
+        f"{count} prompts together against one by one", together, one_by_one, setting.pairs
+    ).line()
 
 
 def _shared(setting: Setting, once: CausalBackbone, repeated: CausalBackbone, answers: int) -> Line:
     name = f"{answers} answers of {setting.answer_tokens} tokens: input once against once an answer"
     split, encoder = task(setting, once, answers, setting.answer_tokens)
-    ours, peer = (lambda kind=kind: scores(setting, kind, split, encoder) for kind in (once, repeated))
+    ours, peer = (
+        lambda kind=kind: scores(setting, kind, split, encoder) for kind in (once, repeated)
+    )
     return compare(name, ours, peer, setting.pairs).line()
 
 
-def task(setting: Setting, backbone: CausalBackbone, answers: int, tokens: int) -> tuple[Encoded, Encoder]:
+def task(
+    setting: Setting, backbone: CausalBackbone, answers: int, tokens: int
+) -> tuple[Encoded, Encoder]:
     """Rows whose answers begin differently, and their encoder."""
-    texts = [" ".join(f"w{1 + place + 10 * token}" for token in range(tokens)) for place in range(answers)]
+    texts = [
+        " ".join(f"w{1 + place + 10 * token}" for token in range(tokens))
+        for place in range(answers)
+    ]
     encoder = make_encoder(backbone.tokenizer, texts)
-    split = make_rows(setting.rows, len(backbone.table), setting.shortest, setting.longest, encoder.answers)
+    split = make_rows(
+        setting.rows, len(backbone.table), setting.shortest, setting.longest, encoder.answers
+    )
     return split, encoder
 
 
 @torch.inference_mode()
-def scores(setting: Setting, backbone: CausalBackbone, split: Encoded, encoder: Encoder) -> list[torch.Tensor]:
+def scores(
+    setting: Setting, backbone: CausalBackbone, split: Encoded, encoder: Encoder
+) -> list[torch.Tensor]:
     """Log-probability [C] of every answer of every row, behind one prompt."""
     prepared = backbone.prepare(make_prompts(backbone, 1, setting.prompt))
     count = len(split)
-    return answer_scores(backbone, prepared, split.inputs, [0] * count, [encoder.scored_answers] * count)
+    return answer_scores(
+        backbone, prepared, split.inputs, [0] * count, [encoder.scored_answers] * count
+    )

@@ -74,7 +74,10 @@ class Experiment:
             "metric": self.job.search.metric,
             "steps": self.job.train.steps,
             "untuned": self.untuned,
-            "trials": [{"config": it.config, "steps": it.steps, "metrics": it.metrics} for it in self.trials],
+            "trials": [
+                {"config": it.config, "steps": it.steps, "metrics": it.metrics}
+                for it in self.trials
+            ],
             "voted": self.voted,
             "seconds": round(self.seconds, 1),
         }
@@ -98,7 +101,10 @@ class Line:
 
 
 def run_experiment(
-    job: JobSpec, capacity: int = 4, vote: bool = False, also: Mapping[str, str] = MappingProxyType({})
+    job: JobSpec,
+    capacity: int = 4,
+    vote: bool = False,
+    also: Mapping[str, str] = MappingProxyType({}),
 ) -> Experiment:
     """Train every trial to its end, ``capacity`` of them at a time; ``vote`` lets all of them answer together.
 
@@ -116,7 +122,11 @@ def run_experiment(
     engine = make_engine(backbone, prepared.task, job.train, job.search, capacity)
     untuned = {name: _evaluated(engine, text) for name, text in _asked(prepared)}
     judged = ["test", *also]
-    trials = [trial for pack in _packs(prepared, engine.capacity) for trial in _trained(engine, pack, judged)]
+    trials = [
+        trial
+        for pack in _packs(prepared, engine.capacity)
+        for trial in _trained(engine, pack, judged)
+    ]
     weights = sum(weight.numel() for weight in backbone.model.parameters())
     voted = _vote(engine, trials) if vote else None
     return Experiment(job, trials, untuned, weights, time.monotonic() - started, [*also], voted)
@@ -168,10 +178,14 @@ def _vote(engine: Engine, trials: Sequence[Trial]) -> float:
     task, backbone = engine.task, engine.backbone
     split, answers = task.splits["test"], task.encoder.scored_answers
     states = [TrialState.from_bytes(trial.checkpoint) for trial in trials]
-    prepared = backbone.prepare([PromptTensors.from_named(state.best(), task.method.inside) for state in states])
+    prepared = backbone.prepare(
+        [PromptTensors.from_named(state.best(), task.method.inside) for state in states]
+    )
     owner, right = list(range(len(trials))), 0
     for row, ids in enumerate(split.inputs):
-        scores = answer_scores(backbone, prepared, [ids] * len(trials), owner, [answers] * len(trials))
+        scores = answer_scores(
+            backbone, prepared, [ids] * len(trials), owner, [answers] * len(trials)
+        )
         said = [dict(enumerate(one.softmax(0).tolist())) for one in scores]
         right += majority(said, range(len(answers))) == split.labels[row]
     return right / len(split)
@@ -179,14 +193,19 @@ def _vote(engine: Engine, trials: Sequence[Trial]) -> float:
 
 def lines(experiment: Experiment, by: Sequence[str], split: str = "test") -> list[Line]:
     """A line for each combination of what ``by`` names, in the order in which the space lists them."""
-    metric, sign = experiment.job.search.metric, 1.0 if experiment.job.search.better == "max" else -1.0
+    metric, sign = (
+        experiment.job.search.metric,
+        1.0 if experiment.job.search.better == "max" else -1.0,
+    )
     groups: dict[str, dict[int, list[Trial]]] = defaultdict(lambda: defaultdict(list))
     for trial in experiment.trials:
         label = ", ".join(_shown(trial.config[name]) for name in by) or "all"
         groups[label][trial.config["seed"]].append(trial)
     made = []
     for label, seeds in groups.items():
-        best = [max(of, key=lambda it: sign * it.metrics["validation"][metric]) for of in seeds.values()]
+        best = [
+            max(of, key=lambda it: sign * it.metrics["validation"][metric]) for of in seeds.values()
+        ]
         rates = [it.config["learning_rate"] for it in best if "learning_rate" in it.config]
         made.append(Line(label, [it.metrics[split][metric] for it in best], rates))
     return made
@@ -230,12 +249,23 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="python -m tests.benchmarks.experiments", description=__doc__)
+    made = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks.experiments", description=__doc__
+    )
     made.add_argument("job", type=Path)
     made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    made.add_argument("--by", action="append", default=[], help="init, num_virtual_tokens, learning_rate; repeatable")
-    made.add_argument("--also", action="append", default=[], metavar="NAME=FILE", help="further rows to evaluate")
-    made.add_argument("--vote", action="store_true", help="also the majority of all trials, by accuracy")
+    made.add_argument(
+        "--by",
+        action="append",
+        default=[],
+        help="init, num_virtual_tokens, learning_rate; repeatable",
+    )
+    made.add_argument(
+        "--also", action="append", default=[], metavar="NAME=FILE", help="further rows to evaluate"
+    )
+    made.add_argument(
+        "--vote", action="store_true", help="also the majority of all trials, by accuracy"
+    )
     made.add_argument("--capacity", type=int, default=4, help="trials at a time (default 4)")
     made.add_argument("--threads", type=int, default=1)
     made.add_argument("--out", type=Path, help="also write all trials as JSON")

@@ -34,15 +34,25 @@ def shared(*parts: str) -> Path:
 def trec6(folder: Path, validation: int = 100, test: int = 100, copies: int = 1) -> dict[str, Any]:
     """What a question asks for, with the story model of three million weights; the validation rows are set aside.
     ``copies``: as ``copied_words`` has it."""
-    rows = [json.loads(line) for line in shared("data", "trec6", "train.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in shared("data", "trec6", "train.jsonl").read_text().splitlines()
+    ]
     random.Random(0).shuffle(rows)
     files = {"validation": rows[:300], "train": rows[300:]}
     paths = {"test": str(shared("data", "trec6", "test.jsonl"))}
     for split, part in files.items():
         paths[split] = _write(folder / f"{split}.jsonl", part)
-    data = {"template": "{text}\nThe question asks for:", "verbalizer": ONE_TOKEN, "max_input_tokens": 64}
+    data = {
+        "template": "{text}\nThe question asks for:",
+        "verbalizer": ONE_TOKEN,
+        "max_input_tokens": 64,
+    }
     job = _story_job("trec6", {**data, "path": paths}, validation, test)
-    return job if copies == 1 else {**job, "base_model": {"id": str(copied_words(folder / "model", copies))}}
+    return (
+        job
+        if copies == 1
+        else {**job, "base_model": {"id": str(copied_words(folder / "model", copies))}}
+    )
 
 
 def copied_words(folder: Path, copies: int) -> Path:
@@ -80,7 +90,10 @@ def sms_spam(folder: Path, validation: int = 200, test: int = 200) -> dict[str, 
 
 
 def _splits(name: str) -> dict[str, str]:
-    return {split: str(shared("data", name, f"{split}.jsonl")) for split in ("train", "validation", "test")}
+    return {
+        split: str(shared("data", name, f"{split}.jsonl"))
+        for split in ("train", "validation", "test")
+    }
 
 
 def _story_job(name: str, data: dict[str, Any], validation: int, test: int) -> dict[str, Any]:
@@ -102,7 +115,10 @@ def random_model(folder: Path, size: str = "toy", rows: int = 200) -> dict[str, 
     choose = random.Random(0)
     paths = {}
     for split, count in (("train", rows), ("validation", 16), ("test", 16)):
-        texts = [" ".join(f"w{choose.randrange(3, made.vocabulary)}" for _ in range(8)) for _ in range(count)]
+        texts = [
+            " ".join(f"w{choose.randrange(3, made.vocabulary)}" for _ in range(8))
+            for _ in range(count)
+        ]
         found = [{"text": text, "label": choose.choice(["one", "two"])} for text in texts]
         paths[split] = _write(folder / f"{split}.jsonl", found)
     return {

@@ -40,7 +40,11 @@ def live_lines(size: str, promotions: int, starts: int) -> list[Line]:
             with _serving(registry, Path(scratch)) as (url, seconds):
                 begun.append(seconds)
                 moved += _promotions(registry, url, promotions if number == 0 else 0)
-    promoted = {"median, s": statistics.median(moved), "most, s": max(moved), "promotions": float(len(moved))}
+    promoted = {
+        "median, s": statistics.median(moved),
+        "most, s": max(moved),
+        "promotions": float(len(moved)),
+    }
     started = {"median, s": statistics.median(begun), "most, s": max(begun)}
     return [
         Line("from a promotion to its first answer", promoted, {"seconds": moved}),
@@ -52,7 +56,9 @@ def _registry(folder: Path, size: str) -> Registry:
     """Two versions of one prompt on a model on disk."""
     job = random_model(folder, size)
     backbone = load_backbone(resolve_model(BaseModelSpec(**job["base_model"])))
-    record = BaseModelRecord(**{name: getattr(backbone.info, name) for name in BaseModelRecord.model_fields})
+    record = BaseModelRecord(
+        **{name: getattr(backbone.info, name) for name in BaseModelRecord.model_fields}
+    )
     registry = Registry(f"sqlite:///{folder}/mlflow.db", cache_dir=folder / "cache")
     with registry.start_search("live", {}, {}) as search:
         for one in save_prompts(folder / "prompts", size, VERSIONS, 20):
@@ -95,14 +101,19 @@ def _promotions(registry: Registry, url: str, count: int) -> list[float]:
     return found
 
 
-def _answered(url: str, version: str, deadline: float, process: subprocess.Popen[bytes] | None = None) -> None:
+def _answered(
+    url: str, version: str, deadline: float, process: subprocess.Popen[bytes] | None = None
+) -> None:
     """Until a completion comes from the version, whichever if empty."""
     body: dict[str, Any] = {"model": NAME, "prompt": "w1 w2", "max_tokens": 1}
     with httpx.Client(base_url=url, timeout=START_S) as client:
         while time.perf_counter() < deadline and (process is None or process.poll() is None):
             try:
                 answer = client.post("/v1/completions", json=body)
-                if answer.status_code == 200 and version in ("", answer.json()["system_fingerprint"]):
+                if answer.status_code == 200 and version in (
+                    "",
+                    answer.json()["system_fingerprint"],
+                ):
                     return
             except httpx.TransportError:
                 pass  # not up yet

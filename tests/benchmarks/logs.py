@@ -70,7 +70,9 @@ def _line(setting: Setting, name: str, uri: str, folder: Path) -> Line:
     engine.round()  # does not count
     cpus: dict[bool, list[float]] = {True: [], False: []}
     calls = 0.0
-    with Registry(uri).start_search("bench", {"size": setting.size}, {}, spill=folder / "unwritten.jsonl") as log:
+    with Registry(uri).start_search(
+        "bench", {"size": setting.size}, {}, spill=folder / "unwritten.jsonl"
+    ) as log:
         for trial in range(own.trials):
             log.trial_started(f"trial {trial}", {"seed": trial})
         log.flush(60)
@@ -80,7 +82,9 @@ def _line(setting: Setting, name: str, uri: str, folder: Path) -> Line:
                 calls += _round(engine, log if logged else None)
                 cpus[logged].append(time.process_time() - cpu)
     shares = [100 * (one / other - 1) for one, other in zip(cpus[True], cpus[False], strict=True)]
-    title = f"{setting.size}, {own.trials} trials of {own.batch} rows, {setting.steps} steps, {name}"
+    title = (
+        f"{setting.size}, {own.trials} trials of {own.batch} rows, {setting.steps} steps, {name}"
+    )
     return Line(
         title,
         {
@@ -123,8 +127,14 @@ def listing_lines(setting: Setting) -> list[Line]:
             reading_cpu.append(time.process_time() - cpu)
             wall = time.perf_counter()
             environment = os.environ | {"MLFLOW_TRACKING_URI": uri}
-            subprocess.run(argv, check=True, stdout=subprocess.DEVNULL, env=environment, cwd=Path.cwd())
+            subprocess.run(
+                argv, check=True, stdout=subprocess.DEVNULL, env=environment, cwd=Path.cwd()
+            )
             command.append(time.perf_counter() - wall)
     title = f"listing {setting.models} models of {setting.versions} versions, sqlite"
-    shown = {"command, s": min(command), "reading, s": min(reading), "reading CPU, s": min(reading_cpu)}
+    shown = {
+        "command, s": min(command),
+        "reading, s": min(reading),
+        "reading CPU, s": min(reading_cpu),
+    }
     return [Line(title, shown, {"command, s, each": command, "reading, s, each": reading})]

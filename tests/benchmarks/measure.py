@@ -56,7 +56,11 @@ class Comparison:
         low, median, high = self.ratios()
         shown = {"ours, ms": self.ours_ms, "peer, ms": self.peer_ms, "times faster": median}
         spread = {"spread": f"{low:.2f} to {high:.2f}"}
-        seconds = {"ours, s": self.ours, "peer, s": self.peer, "ratio": {"min": low, "median": median, "max": high}}
+        seconds = {
+            "ours, s": self.ours,
+            "peer, s": self.peer,
+            "ratio": {"min": low, "median": median, "max": high},
+        }
         return Line(self.name, {**shown, **spread, **more}, seconds)
 
 
@@ -99,8 +103,12 @@ def table(lines: Sequence[Line]) -> list[str]:
     for line in lines:
         if list(line.shown) != heading:
             heading = list(line.shown)
-            printed.append(f"{'what':58}" + "".join(f" {_width(column, column)}" for column in heading))
-        printed.append(f"{line.name:58}" + "".join(f" {_width(_text(line.shown[at]), at)}" for at in heading))
+            printed.append(
+                f"{'what':58}" + "".join(f" {_width(column, column)}" for column in heading)
+            )
+        printed.append(
+            f"{line.name:58}" + "".join(f" {_width(_text(line.shown[at]), at)}" for at in heading)
+        )
     return printed
 
 

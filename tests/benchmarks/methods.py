@@ -129,7 +129,11 @@ def _run(document: dict[str, Any]) -> str:
     spec = JobSpec.model_validate(document)
     found = run_job(spec, ConsoleProgress(spec, Console(stderr=True), quiet=True))
     reached, costs = found["best"]["metrics"], found["costs"]
-    print(f"{document['method']}: {reached} {costs} {found['seconds']['total']:.0f} s", file=sys.stderr, flush=True)
+    print(
+        f"{document['method']}: {reached} {costs} {found['seconds']['total']:.0f} s",
+        file=sys.stderr,
+        flush=True,
+    )
     return str(found["search"])
 
 
@@ -142,7 +146,9 @@ def _bare(data: str, name: str, found: dict[str, Any]) -> Line:
         "evaluation, s": "",
         "peak, MB": "",
     }
-    return Line(f"{data}, {name.replace('_', ' ')}", {**_accuracy(found), **nothing}, {"metrics": found})
+    return Line(
+        f"{data}, {name.replace('_', ' ')}", {**_accuracy(found), **nothing}, {"metrics": found}
+    )
 
 
 def _line(data: str, entry: dict[str, Any]) -> Line:

@@ -63,7 +63,12 @@ def _line(nodes: int, trials: int, limit_s: float) -> Line:
 def line(nodes: int, trials: int, ran: Ran) -> Line:
     """``ready``: all groups hold their model, from the moment at which the cluster was up."""
     found = ran.found
-    loaded = [one["to"] - found["from"] for worker in found["work"].values() for one in worker if one["kind"] == "load"]
+    loaded = [
+        one["to"] - found["from"]
+        for worker in found["work"].values()
+        for one in worker
+        if one["kind"] == "load"
+    ]
     first, last = found["reports"][0]["at"], found["reports"][-1]["at"]
     work = [one for worker in found["work"].values() for one in worker if one["kind"] == "round"]
     within = spent([one for one in work if first <= one["from"] < last])

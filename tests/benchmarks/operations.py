@@ -36,12 +36,23 @@ class Weights:
         }
         config = model.config
         last = f".{config.num_hidden_layers - 1}."
-        end = sum(count for name, count in matrices.items() if last in name and not name.endswith(("k_proj", "v_proj")))
+        end = sum(
+            count
+            for name, count in matrices.items()
+            if last in name and not name.endswith(("k_proj", "v_proj"))
+        )
         width = config.num_attention_heads * config.head_dim
-        return cls(sum(matrices.values()), head.weight.numel(), config.num_hidden_layers, width, end)
+        return cls(
+            sum(matrices.values()), head.weight.numel(), config.num_hidden_layers, width, end
+        )
 
     def operations(
-        self, body_tokens: float, head_tokens: float, pairs: float, spared_tokens: float = 0, spared_pairs: float = 0
+        self,
+        body_tokens: float,
+        head_tokens: float,
+        pairs: float,
+        spared_tokens: float = 0,
+        spared_pairs: float = 0,
     ) -> float:
         """Of a step that sends so many tokens through body and head, with so many pairs of query and key in a layer;
         in the last block some tokens and pairs may be spared."""
@@ -58,7 +69,9 @@ def causal_pairs(queries: int, before: int = 0) -> int:
     return queries * before + queries * (queries + 1) // 2
 
 
-def repeated(weights: Weights, prompt: int, inputs: int, target: int, rows: int, *, prefix: bool = False) -> float:
+def repeated(
+    weights: Weights, prompt: int, inputs: int, target: int, rows: int, *, prefix: bool = False
+) -> float:
     """PEFT: every row carries its prompt, the last target token is fed too, and every position has logits.
 
     ``prefix``: the virtual tokens are keys and values, no tokens of the body.
@@ -70,11 +83,15 @@ def repeated(weights: Weights, prompt: int, inputs: int, target: int, rows: int,
     return weights.operations(rows * whole, rows * whole, rows * causal_pairs(whole))
 
 
-def once(weights: Weights, prompt: int, inputs: int, target: int, rows: int, *, prefix: bool = False) -> float:
+def once(
+    weights: Weights, prompt: int, inputs: int, target: int, rows: int, *, prefix: bool = False
+) -> float:
     """Ours: the prompt runs once, the last target token is not fed, and the target alone has queries in the last block
     and logits."""
     tokens = inputs + target - 1
     own = 0 if prefix else prompt
     pairs = rows * causal_pairs(tokens, prompt) + causal_pairs(own)
     read = rows * causal_pairs(target, prompt + tokens - target)
-    return weights.operations(own + rows * tokens, rows * target, pairs, own + rows * (tokens - target), pairs - read)
+    return weights.operations(
+        own + rows * tokens, rows * target, pairs, own + rows * (tokens - target), pairs - read
+    )

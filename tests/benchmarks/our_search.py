@@ -46,7 +46,9 @@ class Timeline:
 
     def note(self, text: str) -> None: ...
 
-    def trials(self, trials: Sequence[Any], total: int, history: Any) -> AbstractContextManager[None]:
+    def trials(
+        self, trials: Sequence[Any], total: int, history: Any
+    ) -> AbstractContextManager[None]:
         return nullcontext()
 
     def trial_started(self, trial: str, spec: Any) -> None:
@@ -57,7 +59,13 @@ class Timeline:
 
     def trial_reported(self, trial: str, report: Any) -> None:
         self.reports.append(
-            {"at": time.time(), "trial": trial, "step": report.step, "score": report.score, "driver": held_bytes()}
+            {
+                "at": time.time(),
+                "trial": trial,
+                "step": report.step,
+                "score": report.score,
+                "driver": held_bytes(),
+            }
         )
 
 
@@ -102,7 +110,9 @@ def _timed(stream: Any, kind: str, call: Callable[..., Any]) -> Callable[..., An
 
 
 def _say(stream: Any, kind: str, started: float, value: float = 0.0) -> None:
-    stream.write(json.dumps({"kind": kind, "from": started, "to": time.time(), "value": value}) + "\n")
+    stream.write(
+        json.dumps({"kind": kind, "from": started, "to": time.time(), "value": value}) + "\n"
+    )
     stream.flush()
 
 
@@ -168,7 +178,9 @@ def _cluster(nodes: int) -> Iterator[None]:
     from orchestrator.cluster.session import ENVIRONMENT
 
     os.environ.update(ENVIRONMENT)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False}
+    )
     for _ in range(nodes - 1):
         cluster.add_node(num_cpus=2)
     cluster.wait_for_nodes()

@@ -77,7 +77,10 @@ def _line(setting: Setting, name: str) -> Line:
     watch = Stopwatch()
     with _watched(watch, backbone, engine):
         whole = seconds(engine.round)
-    spent = {part: watch.spent.get(part, 0.0) for part in ("steps", "model", "optimiser", "data", "evaluation")}
+    spent = {
+        part: watch.spent.get(part, 0.0)
+        for part in ("steps", "model", "optimiser", "data", "evaluation")
+    }
     rest = spent["steps"] - spent["model"] - spent["optimiser"] - spent["data"]
     reports = (whole - spent["steps"] - spent["evaluation"]) * setting.steps[name] / BETWEEN
     shares = {
@@ -98,7 +101,9 @@ def _engine(setting: Setting, backbone: CausalBackbone, steps: int) -> Engine:
     train = make_rows(256, vocabulary, setting.shortest, setting.longest)
     validation = make_rows(8, vocabulary, setting.shortest, setting.longest, seed=1)
     spec = TrainSpec(batch_size=setting.batch, steps=2 * steps, evaluate_every=steps)
-    engine = Engine(backbone, Task(encoder, {"train": train, "validation": validation}), spec, SearchSpec(), 64)
+    engine = Engine(
+        backbone, Task(encoder, {"train": train, "validation": validation}), spec, SearchSpec(), 64
+    )
     for trial in range(setting.trials):
         engine.seat(f"trial {trial}", TrialSpec("random", None, setting.prompt, 0.1, trial))
     return engine
@@ -123,5 +128,7 @@ def _watched(watch: Stopwatch, backbone: CausalBackbone, engine: Engine) -> Iter
     ]
     with ExitStack() as stack:
         for owner, attribute, part in watched:
-            stack.enter_context(patch.object(owner, attribute, watch.around(part, getattr(owner, attribute))))
+            stack.enter_context(
+                patch.object(owner, attribute, watch.around(part, getattr(owner, attribute)))
+            )
         yield

@@ -31,7 +31,9 @@ FIRST = "prompt_tuning"
 class Setting:
     """``steps`` of a turn, ``turns`` of each method."""
 
-    data: dict[str, Callable[[Path], dict[str, Any]]] = field(default_factory=lambda: methods.Setting().data)
+    data: dict[str, Callable[[Path], dict[str, Any]]] = field(
+        default_factory=lambda: methods.Setting().data
+    )
     steps: int = 5
     turns: int = 9
 
@@ -59,12 +61,18 @@ def lines(setting: Setting, only: str = "") -> list[Line]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return [line for name, make in setting.data.items() for line in _of_data(setting, name, make, only)]
+        return [
+            line
+            for name, make in setting.data.items()
+            for line in _of_data(setting, name, make, only)
+        ]
     finally:
         torch.set_num_threads(threads)
 
 
-def _of_data(setting: Setting, name: str, make: Callable[[Path], dict[str, Any]], only: str) -> list[Line]:
+def _of_data(
+    setting: Setting, name: str, make: Callable[[Path], dict[str, Any]], only: str
+) -> list[Line]:
     chosen = [method for method in methods.RATES if only in f"{name} {method}" or method == FIRST]
     with tempfile.TemporaryDirectory(prefix="paces-") as scratch:
         runners = runners_of(make(Path(scratch)), chosen)
@@ -74,7 +82,9 @@ def _of_data(setting: Setting, name: str, make: Callable[[Path], dict[str, Any]]
         runner.train(1)
     for _ in range(setting.turns):
         for method, runner in runners.items():
-            trained[method].append(seconds(lambda runner=runner: runner.train(setting.steps)) / setting.steps)
+            trained[method].append(
+                seconds(lambda runner=runner: runner.train(setting.steps)) / setting.steps
+            )
             evaluated[method].append(seconds(runner.evaluate))
     return [_line(f"{name}, {method}", method, trained, evaluated) for method in runners]
 
@@ -85,7 +95,10 @@ def runners_of(base: dict[str, Any], chosen: list[str]) -> dict[str, Runner]:
     backbone: Backbone | None = None
     runners = {}
     for method in chosen:
-        document = {**methods.job(base, method, methods.Setting()), "name": method.replace("_", "-")}
+        document = {
+            **methods.job(base, method, methods.Setting()),
+            "name": method.replace("_", "-"),
+        }
         made = prepare(JobSpec.model_validate(document))
         backbone = backbone or load_backbone(made.source)
         engine = make_engine(backbone, made.task, made.job.train, made.job.search, capacity=1)
@@ -94,7 +107,9 @@ def runners_of(base: dict[str, Any], chosen: list[str]) -> dict[str, Runner]:
     return runners
 
 
-def _line(name: str, method: str, trained: dict[str, list[float]], evaluated: dict[str, list[float]]) -> Line:
+def _line(
+    name: str, method: str, trained: dict[str, list[float]], evaluated: dict[str, list[float]]
+) -> Line:
     ratios = [one / first for one, first in zip(trained[method], trained[FIRST], strict=True)]
     shown: dict[str, float | str] = {
         "step, ms": 1000 * statistics.median(trained[method]),
@@ -102,4 +117,8 @@ def _line(name: str, method: str, trained: dict[str, list[float]], evaluated: di
         "spread": f"{min(ratios):.2f} to {max(ratios):.2f}",
         "evaluation, ms": 1000 * statistics.median(evaluated[method]),
     }
-    return Line(name, shown, {"steps, s": trained[method], "evaluations, s": evaluated[method], "ratios": ratios})
+    return Line(
+        name,
+        shown,
+        {"steps, s": trained[method], "evaluations, s": evaluated[method], "ratios": ratios},
+    )

@@ -34,7 +34,11 @@ class Setting:
 def speed_lines(setting: Setting) -> list[Line]:
     """Steps a second of each trial, packed and one by one."""
     backbone = make_backbone(SIZES[setting.size], setting.device)
-    return [_speed(setting, backbone, trials, rows) for rows in setting.rows for trials in setting.trials]
+    return [
+        _speed(setting, backbone, trials, rows)
+        for rows in setting.rows
+        for trials in setting.trials
+    ]
 
 
 def _speed(setting: Setting, backbone: CausalBackbone, trials: int, rows: int) -> Line:
@@ -62,12 +66,24 @@ def memory_lines(setting: Setting) -> list[Line]:
         for trials in setting.trials:
             packed = alone if trials == 1 else _above(setting, trials, rows)
             whole = alone if trials == 1 else _above(setting, 1, trials * rows)
-            shown = {"weights, MB": packed["weights"], "step, MB": packed["above"], "one trial, MB": whole["above"]}
-            added = (packed["above"] - alone["above"]) / (trials - 1) if trials > 1 else alone["above"]
-            found.append(Line(f"memory, {trials} trials of {rows} rows", {**shown, "added a trial, MB": added}))
+            shown = {
+                "weights, MB": packed["weights"],
+                "step, MB": packed["above"],
+                "one trial, MB": whole["above"],
+            }
+            added = (
+                (packed["above"] - alone["above"]) / (trials - 1) if trials > 1 else alone["above"]
+            )
+            found.append(
+                Line(
+                    f"memory, {trials} trials of {rows} rows", {**shown, "added a trial, MB": added}
+                )
+            )
     return found
 
 
 def _above(setting: Setting, trials: int, rows: int) -> dict[str, float]:
-    step = memory.Step(setting.size, trials, rows, setting.shortest, setting.longest, setting.prompt)
+    step = memory.Step(
+        setting.size, trials, rows, setting.shortest, setting.longest, setting.prompt
+    )
     return memory.measured(step)

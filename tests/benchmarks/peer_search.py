@@ -42,20 +42,28 @@ class ReusedTrial(tune.Trainable):
         assert told is not None
         torch.set_num_threads(1)
         self._told = told
-        self._model = AutoModelForCausalLM.from_pretrained(told["model"]).eval().requires_grad_(False)
+        self._model = (
+            AutoModelForCausalLM.from_pretrained(told["model"]).eval().requires_grad_(False)
+        )
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         from tests.benchmarks.peer_training import PlainTrial
 
-        self._trial = PlainTrial(self._model, self._told["data"], new_config["trial"], self._told["batch"])
+        self._trial = PlainTrial(
+            self._model, self._told["data"], new_config["trial"], self._told["batch"]
+        )
         self._best = 0.0
         return True
 
     def step(self) -> dict[str, Any]:
         self._trial.train(min(self._told["every"], self._told["steps"] - self._trial.step))
         self._best = max(self._best, self._trial.accuracy())
-        return {"step": self._trial.step, "score": self._best, "done": self._trial.step >= self._told["steps"]}
+        return {
+            "step": self._trial.step,
+            "score": self._best,
+            "done": self._trial.step >= self._told["steps"],
+        }
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """None is kept."""
@@ -74,9 +82,13 @@ def recipe_trial(config: dict[str, Any], told: dict[str, Any]) -> None:
     TorchTrainer(
         recipe_worker,
         train_loop_config={"trial": config["trial"], "told": told},
-        scaling_config=ray.train.ScalingConfig(num_workers=1, resources_per_worker={"CPU": 1 - 2 * SLIVER}),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=1, resources_per_worker={"CPU": 1 - 2 * SLIVER}
+        ),
         torch_config=TorchConfig(backend="gloo"),
-        run_config=ray.train.RunConfig(name=name, storage_path=told["folder"], callbacks=[TuneReportCallback()]),
+        run_config=ray.train.RunConfig(
+            name=name, storage_path=told["folder"], callbacks=[TuneReportCallback()]
+        ),
     ).fit()
 
 
@@ -99,7 +111,12 @@ def recipe_worker(config: dict[str, Any]) -> None:
         ray.train.report({"step": step, "score": best})
 
     folder = Path(told["folder"], "trainer")
-    setting = {"steps": told["steps"], "batch": told["batch"], "every": told["every"], "folder": folder}
+    setting = {
+        "steps": told["steps"],
+        "batch": told["batch"],
+        "every": told["every"],
+        "folder": folder,
+    }
     prepare_trainer(trainer(model, told["data"], config["trial"], setting, report)).train()
 
 
@@ -109,9 +126,16 @@ class Moments(tune.Callback):
     def __init__(self) -> None:
         self.reports: list[dict[str, Any]] = []
 
-    def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
         number = trial.config["trial"]["number"]
-        found = {"at": time.time(), "trial": f"t{number:03d}", "step": result["step"], "score": result["score"]}
+        found = {
+            "at": time.time(),
+            "trial": f"t{number:03d}",
+            "step": result["step"],
+            "score": result["score"],
+        }
         self.reports.append(found)
 
 
@@ -129,14 +153,22 @@ def main(asked: Asked) -> None:
     file.write_text(json.dumps(asked.job))
     prepared = prepare(load_job(file))
     job = prepared.job
-    ray.init(address="local", num_cpus=asked.cores, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(
+        address="local",
+        num_cpus=asked.cores,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
     told = {
         "model": job.base_model.id, "data": Data.of(prepared.task), "steps": job.train.steps,
         "batch": job.train.batch_size, "every": job.train.evaluate_every, "folder": str(Path(asked.folder).resolve()),
     }  # fmt: skip
     moments = Moments()
     started = time.time()
-    here = importlib.import_module("tests.benchmarks.peer_search")  # a main module's code would be sent by value
+    here = importlib.import_module(
+        "tests.benchmarks.peer_search"
+    )  # a main module's code would be sent by value
     tokenizer = prepared.task.encoder.tokenizer
     listed = [
         {**spec.config(), "number": number, "start": start_ids(spec, tokenizer)}

@@ -39,7 +39,9 @@ class Data:
             raise ValueError(f"peers need answers of one token: {encoder.scored_answers}")
         pad = encoder.tokenizer.pad_token_id
         answers = tuple(ids[0] for ids in encoder.scored_answers)
-        return cls(task.splits["train"], task.splits["validation"], answers, 0 if pad is None else pad)
+        return cls(
+            task.splits["train"], task.splits["validation"], answers, 0 if pad is None else pad
+        )
 
 
 def padded(split: Encoded, rows: Sequence[int], pad: int) -> dict[str, Tensor]:
@@ -52,7 +54,9 @@ def padded(split: Encoded, rows: Sequence[int], pad: int) -> dict[str, Tensor]:
     ]
     return {
         "input_ids": torch.tensor([[*ids, *[pad] * (width - len(ids))] for ids in whole]),
-        "attention_mask": torch.tensor([[*[1] * len(ids), *[0] * (width - len(ids))] for ids in whole]),
+        "attention_mask": torch.tensor(
+            [[*[1] * len(ids), *[0] * (width - len(ids))] for ids in whole]
+        ),
         "labels": torch.tensor(labels),
     }
 
@@ -88,7 +92,9 @@ def with_prompt(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
 
 def chosen(logits: Tensor, labels: Tensor, answers: Sequence[int]) -> Tensor:
     """Place of the likeliest answer of each row [B]; ``logits`` [B, P + T, V] begin with the prompt's."""
-    first = (labels != IGNORED).int().argmax(1)  # the target's first token; the logits before it predict it
+    first = (
+        (labels != IGNORED).int().argmax(1)
+    )  # the target's first token; the logits before it predict it
     place = first - 1 + logits.shape[1] - labels.shape[1]
     return logits[torch.arange(len(labels)), place][:, list(answers)].argmax(1)
 
@@ -126,7 +132,9 @@ class PlainTrial:
             batch = padded(split, rows, self._data.pad)
             labels = batch.pop("labels")
             found = chosen(self._tuned(**batch).logits, labels, self._data.answers)
-            right += sum(int(place) == split.labels[row] for place, row in zip(found, rows, strict=True))
+            right += sum(
+                int(place) == split.labels[row] for place, row in zip(found, rows, strict=True)
+            )
         return right / len(split)
 
 
@@ -144,7 +152,11 @@ class Rows(torch.utils.data.Dataset[dict[str, int]]):
 
 
 def trainer(
-    model: nn.Module, data: Data, config: Mapping[str, Any], setting: Mapping[str, Any], report: Callable[..., None]
+    model: nn.Module,
+    data: Data,
+    config: Mapping[str, Any],
+    setting: Mapping[str, Any],
+    report: Callable[..., None],
 ) -> Any:
     """A transformers Trainer for the trial: ``report(step, accuracy)`` after every evaluation, no checkpoints.
 
@@ -159,7 +171,9 @@ def trainer(
     ]
 
     class Reporting(TrainerCallback):  # type: ignore[misc]
-        def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
+        def on_evaluate(
+            self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any
+        ) -> None:
             report(state.global_step, metrics["eval_accuracy"])
 
     return Trainer(
@@ -191,5 +205,8 @@ def _collated(data: Data, numbers: Sequence[int]) -> dict[str, Tensor]:
 
 
 def _accuracy(data: Data, found: Any) -> dict[str, float]:
-    right = sum(int(place) == label for place, label in zip(found.predictions, data.validation.labels, strict=True))
+    right = sum(
+        int(place) == label
+        for place, label in zip(found.predictions, data.validation.labels, strict=True)
+    )
     return {"accuracy": right / len(data.validation)}

@@ -27,8 +27,14 @@ SETTINGS = {"real": Setting(), "small": Setting(shortened=4)}
 def documents(setting: Setting, folder: Path) -> dict[str, dict[str, Any]]:
     """Jobs by name. The quickstart needs nothing but this repository; the others are those of jobs/, shorter."""
 
-    def job(data: dict[str, Any], trials: int, steps: int, every: int, **search: Any) -> dict[str, Any]:
-        space = {"num_virtual_tokens": [5, 20], "learning_rate": {"loguniform": [0.01, 0.3]}, "seed": [0, 1, 2]}
+    def job(
+        data: dict[str, Any], trials: int, steps: int, every: int, **search: Any
+    ) -> dict[str, Any]:
+        space = {
+            "num_virtual_tokens": [5, 20],
+            "learning_rate": {"loguniform": [0.01, 0.3]},
+            "seed": [0, 1, 2],
+        }
         return {
             **data,
             "search": {"space": space, "trials": trials, **search},
@@ -67,15 +73,29 @@ def of(name: str, ran: Ran) -> list[Line]:
     """Seconds in all, and of the parts; bytes of the worker."""
     document = ran.found["document"]
     plan, seconds = document["plan"], document["seconds"]
-    peaks = [one["value"] for worker in ran.found["work"].values() for one in worker if one["kind"] == "peak"]
+    peaks = [
+        one["value"]
+        for worker in ran.found["work"].values()
+        for one in worker
+        if one["kind"] == "peak"
+    ]
     begun = ran.found["started"][0]
-    loads = {"load, planning": ran.load_between(0.0, begun), "load, running": ran.load_between(begun, math.inf)}
+    loads = {
+        "load, planning": ran.load_between(0.0, begun),
+        "load, running": ran.load_between(begun, math.inf),
+    }
     estimated = {"total": plan["seconds"]["total"], **estimate(plan["seconds"])}
-    found = [compared(f"{name}: {part}, s", estimated[part], value, loads) for part, value in outcome(seconds).items()]
+    found = [
+        compared(f"{name}: {part}, s", estimated[part], value, loads)
+        for part, value in outcome(seconds).items()
+    ]
     usual, most = (plan["memory"][name] / MEGABYTE for name in ("usual", "worker"))
     held = max(peaks) / MEGABYTE
     memory = {"worker, MB": usual, "worker at the most, MB": most}
-    return [*found, *(compared(f"{name}: {what}", value, held, loads) for what, value in memory.items())]
+    return [
+        *found,
+        *(compared(f"{name}: {what}", value, held, loads) for what, value in memory.items()),
+    ]
 
 
 def outcome(seconds: Mapping[str, float]) -> dict[str, float]:

@@ -91,10 +91,15 @@ def steps_to(curve: Sequence[tuple[int, float]], target: float) -> int | None:
 def target_line(curves: Mapping[str, Sequence[Sequence[tuple[int, float]]]], target: float) -> Line:
     steps = {side: [steps_to(one, target) for one in found] for side, found in curves.items()}
     both = [
-        (ours, other) for ours, other in zip(steps["pbt"], steps["random"], strict=True) if ours and other is not None
+        (ours, other)
+        for ours, other in zip(steps["pbt"], steps["random"], strict=True)
+        if ours and other is not None
     ]
     fewer = statistics.median(other / ours for ours, other in both) if both else float("nan")
-    shown = {f"steps, {side}": ", ".join(str(one or "never") for one in found) for side, found in steps.items()}
+    shown = {
+        f"steps, {side}": ", ".join(str(one or "never") for one in found)
+        for side, found in steps.items()
+    }
     return Line(f"to accuracy {target:g}", {**shown, "random / pbt": fewer}, {"steps": steps})
 
 
@@ -103,4 +108,6 @@ def best_line(curves: Mapping[str, Sequence[Sequence[tuple[int, float]]]]) -> Li
     shown = {side: ", ".join(f"{one:.3f}" for one in found) for side, found in best.items()}
     wins = sum(ours > other for ours, other in zip(best["pbt"], best["random"], strict=True))
     kept = {"best": best, "curves": curves}
-    return Line("best accuracy of each seed", {**shown, "pbt ahead": f"{wins} of {len(best['pbt'])}"}, kept)
+    return Line(
+        "best accuracy of each seed", {**shown, "pbt ahead": f"{wins} of {len(best['pbt'])}"}, kept
+    )

@@ -18,7 +18,11 @@ import psutil
 ROOT = Path(__file__).parents[2]
 OUT = "out.json"  # what the program leaves in its working directory
 LIMIT_S = 3600.0
-OTHERS = ("MLFLOW_", "RAY_", "ORCHESTRATOR_")  # variables that would lead the program out of its folder
+OTHERS = (
+    "MLFLOW_",
+    "RAY_",
+    "ORCHESTRATOR_",
+)  # variables that would lead the program out of its folder
 SAMPLE_S = 1.0
 MEGABYTE = 2**20
 
@@ -59,7 +63,9 @@ def run(module: str, arguments: dict[str, Any], folder: Path, limit_s: float = L
     started = time.time()
     with log.open("wb") as stream:
         command = [sys.executable, "-m", module, json.dumps(arguments)]
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=stream, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=stream, stderr=subprocess.STDOUT
+        )
         with Watch(process.pid) as watch:
             try:
                 code = process.wait(limit_s)

@@ -86,7 +86,9 @@ def exposition(names: list[str]) -> dict[str, float]:
 
 def requests(store: PromptStore, engine: NullEngine, drawn: list[str]) -> dict[str, float]:
     """A completion of 32 input tokens without a socket and without a model: seconds of each part, and of all."""
-    bodies = [json.dumps({"model": name, "prompt": INPUT, "max_tokens": 4}).encode() for name in drawn]
+    bodies = [
+        json.dumps({"model": name, "prompt": INPUT, "max_tokens": 4}).encode() for name in drawn
+    ]
     prompt = store.get(drawn[0])
     api = make_api(PromptService(store, engine))
     return {

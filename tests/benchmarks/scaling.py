@@ -46,7 +46,9 @@ class Setting:
     registered: tuple[int, ...] = (1000, 10_000)
 
 
-TOY = Setting(seats=((1, 2), (2, 2)), over=(10,), reports=8, prompts=(20,), asked=20, registered=(20,))
+TOY = Setting(
+    seats=((1, 2), (2, 2)), over=(10,), reports=8, prompts=(20,), asked=20, registered=(20,)
+)
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,13 @@ class Service:
 
     def gpus(self) -> float:
         """For one forward over the inputs: 2 operations a parameter and token, at the assumed utilisation."""
-        return self.rate * self.input_tokens * 2 * self.parameters / (self.operations * self.utilisation)
+        return (
+            self.rate
+            * self.input_tokens
+            * 2
+            * self.parameters
+            / (self.operations * self.utilisation)
+        )
 
 
 def lines(setting: Setting, only: str = "") -> list[Line]:
@@ -150,7 +158,9 @@ RAY_RESULTS = 500.0  # Ray's own figure for a whole cluster, nothing logged
 def search_lines(setting: Setting) -> list[Line]:
     """The broker alone at growing numbers of seats and of trials, then 1,000 GPUs."""
     seats = [_broker_line(*seats, over=0, reports=setting.reports) for seats in setting.seats]
-    over = [_broker_line(*setting.seats[1], over=over, reports=setting.reports) for over in setting.over]
+    over = [
+        _broker_line(*setting.seats[1], over=over, reports=setting.reports) for over in setting.over
+    ]
     return seats + over + search_arithmetic(seats[-1].kept["rate"], setting.seats[-1])
 
 
@@ -160,8 +170,14 @@ def _broker_line(workers: int, slots: int, over: int, reports: int) -> Line:
         text: asyncio.run(deliver(workers, slots, over, reports, together)) / reports
         for text, together in (("at once", True), ("in turn", False))
     }
-    shown: dict[str, float | str] = {f"{text}, CPU ms a report": 1000 * spent for text, spent in each.items()}
-    return Line(name, {**shown, "kind": MEASURED}, {"rate": 1 / each["in turn"], "burst": 1 / each["at once"]})
+    shown: dict[str, float | str] = {
+        f"{text}, CPU ms a report": 1000 * spent for text, spent in each.items()
+    }
+    return Line(
+        name,
+        {**shown, "kind": MEASURED},
+        {"rate": 1 / each["in turn"], "burst": 1 / each["at once"]},
+    )
 
 
 async def deliver(workers: int, slots: int, over: int, wanted: int, together: bool) -> float:
@@ -196,12 +212,15 @@ async def deliver(workers: int, slots: int, over: int, wanted: int, together: bo
         while not orders.stop:
             step += 1
             metrics = {"loss": 1.0, "accuracy": 0.5}
-            made = [Report(one, step, metrics, 1.0, step, metrics, 0.5, CHECKPOINT) for one in seated]
+            made = [
+                Report(one, step, metrics, 1.0, step, metrics, 0.5, CHECKPOINT) for one in seated
+            ]
             async with turn:
                 orders = await broker.next_orders(name, made)
 
     await asyncio.gather(
-        *(trial(f"t{number}") for number in range(seats)), *(worker(f"w{number}") for number in range(workers))
+        *(trial(f"t{number}") for number in range(seats)),
+        *(worker(f"w{number}") for number in range(workers)),
     )
     return spent
 
@@ -226,7 +245,9 @@ def search_arithmetic(broker: float, at: tuple[int, int]) -> list[Line]:
 
 # The service.
 
-EARLIER_SERVE = 118.0  # classify requests a second through Serve, two busy cores, model included: 106 to 130
+EARLIER_SERVE = (
+    118.0  # classify requests a second through Serve, two busy cores, model included: 106 to 130
+)
 EARLIER_UVICORN = 400.0  # the same without Serve
 DEFAULT_BYTES = 2 << 30  # prompt_store.MAX_BYTES
 POLL_S = 2.0
@@ -273,7 +294,9 @@ def _registry_line(count: int) -> Line:
         "client, ms a model": 1000 * seconds / count,
         "kind": MEASURED,
     }
-    return Line(f"registry of {count} models", shown, {"tables": tables, "seconds": seconds, "count": count})
+    return Line(
+        f"registry of {count} models", shown, {"tables": tables, "seconds": seconds, "count": count}
+    )
 
 
 def _cpu(read: Callable[[], Sized], count: int) -> float:
@@ -292,18 +315,48 @@ def service_arithmetic(store: dict[str, float], registry: dict[str, float]) -> l
     kind = MEASURED if store["count"] == service.prompts else EXTRAPOLATED
     poll = registry["seconds"] * service.prompts / registry["count"]
     return [
-        _says("kB of keys and values a prompt, 1B model, 20 tokens", service.prompt_bytes() / KB, EXTRAPOLATED),
+        _says(
+            "kB of keys and values a prompt, 1B model, 20 tokens",
+            service.prompt_bytes() / KB,
+            EXTRAPOLATED,
+        ),
         _says("GB of a replica that holds 100,000", service.memory(beside) / GB, EXTRAPOLATED),
         _says("GB of them that are bookkeeping, on the host", service.prompts * beside / GB, kind),
         _says("prompts within the default 2 GiB", service.held(DEFAULT_BYTES), EXTRAPOLATED),
-        _says("minutes of a replica's start, the toy model's load", store["load"] * service.prompts / 60, kind),
+        _says(
+            "minutes of a replica's start, the toy model's load",
+            store["load"] * service.prompts / 60,
+            kind,
+        ),
         _says("seconds of CPU of one poll of a server", poll, EXTRAPOLATED),
-        _says("seconds of CPU of one poll of tables", poll * registry["tables"] / registry["seconds"], EXTRAPOLATED),
-        _says("processors that polling every 2 s keeps busy, a replica", poll / POLL_S, EXTRAPOLATED),
-        _says("models with which a poll every 2 s keeps pace", service.prompts * POLL_S / poll, EXTRAPOLATED),
-        _says("seconds of CPU of one scrape of /metrics", store["metrics"] * service.prompts / store["count"], kind),
-        _says("cores for 10,000 requests/s, without Serve and model", service.cores(store["request"]), EXTRAPOLATED),
-        _says("cores the same with uvicorn and a 3M model", 2 * service.rate / EARLIER_UVICORN, EARLIER),
+        _says(
+            "seconds of CPU of one poll of tables",
+            poll * registry["tables"] / registry["seconds"],
+            EXTRAPOLATED,
+        ),
+        _says(
+            "processors that polling every 2 s keeps busy, a replica", poll / POLL_S, EXTRAPOLATED
+        ),
+        _says(
+            "models with which a poll every 2 s keeps pace",
+            service.prompts * POLL_S / poll,
+            EXTRAPOLATED,
+        ),
+        _says(
+            "seconds of CPU of one scrape of /metrics",
+            store["metrics"] * service.prompts / store["count"],
+            kind,
+        ),
+        _says(
+            "cores for 10,000 requests/s, without Serve and model",
+            service.cores(store["request"]),
+            EXTRAPOLATED,
+        ),
+        _says(
+            "cores the same with uvicorn and a 3M model",
+            2 * service.rate / EARLIER_UVICORN,
+            EARLIER,
+        ),
         _says("cores the same through Serve", 2 * service.rate / EARLIER_SERVE, EARLIER),
         _says("H100s for the forwards of 50 tokens at 30 %", service.gpus(), ASSUMED),
     ]
@@ -311,11 +364,16 @@ def service_arithmetic(store: dict[str, float], registry: dict[str, float]) -> l
 
 def _says(name: str, value: float, kind: str) -> Line:
     return Line(
-        name, {"figure": value if value < 1000 else f"{math.floor(value + 0.5):,}", "kind": kind}, {"value": value}
+        name,
+        {"figure": value if value < 1000 else f"{math.floor(value + 0.5):,}", "kind": kind},
+        {"value": value},
     )
 
 
 def load_of_machine() -> Line:
     """How busy the machine is: above its number of processors, times are worth less than ratios."""
     one, five, _ = os.getloadavg()
-    return Line("load of the machine", {"1 min": one, "5 min": five, "processors": float(os.cpu_count() or 1)})
+    return Line(
+        "load of the machine",
+        {"1 min": one, "5 min": five, "processors": float(os.cpu_count() or 1)},
+    )

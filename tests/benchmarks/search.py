@@ -19,7 +19,10 @@ from tests.benchmarks.measure import Line
 from tests.benchmarks.processes import MEGABYTE
 
 OURS = "ours"
-PEERS = {"recipe: Tune + TorchTrainer + PEFT + Trainer": "recipe", "class trainable, reused, ASHA": "reused"}
+PEERS = {
+    "recipe: Tune + TorchTrainer + PEFT + Trainer": "recipe",
+    "class trainable, reused, ASHA": "reused",
+}
 ABLATIONS: dict[str, dict[str, Any]] = {
     "ours without the step": {"plain_step": True},
     "ours without packing": {"resources": {"trials_per_worker": 1}},
@@ -48,7 +51,9 @@ class Setting:
 
 SMALL = Setting(seeds=(0,), trials=8, steps=60, every=20, grace=20, target=0.3)
 MIDDLE = Setting(trials=16, steps=100, grace=25, target=0.35, ablations=False)
-LONG = replace(MIDDLE, lengths=(20, 100))  # the papers' usual ones, behind which rows are the smaller part
+LONG = replace(
+    MIDDLE, lengths=(20, 100)
+)  # the papers' usual ones, behind which rows are the smaller part
 USUAL = replace(
     LONG, copies=12
 )  # 49,152 words, about what GPT-2 and OPT have; Llama 3 and Qwen have three times as many
@@ -74,7 +79,9 @@ def lines(setting: Setting, only: str = "") -> list[Line]:
     for seed in setting.seeds:
         for name, sides in found.items():
             sides.append(side(setting, name, seed))
-            print(f"  seed {seed}, {name}: {sides[-1]}", flush=True)  # hours may pass until the table
+            print(
+                f"  seed {seed}, {name}: {sides[-1]}", flush=True
+            )  # hours may pass until the table
     return [line(name, sides, found[OURS]) for name, sides in found.items()]
 
 
@@ -112,7 +119,9 @@ def side_of(ran: processes.Ran, target: float) -> Side:
     reports = ran.found["reports"]
     reached = [report["at"] - ran.started for report in reports if report["score"] >= target]
     best = max(report["score"] for report in reports)
-    return Side(ran.seconds, min(reached, default=None), best, ran.found["steps"], ran.peak, ran.load)
+    return Side(
+        ran.seconds, min(reached, default=None), best, ran.found["steps"], ran.peak, ran.load
+    )
 
 
 def line(name: str, sides: Sequence[Side], ours: Sequence[Side]) -> Line:
@@ -133,7 +142,11 @@ def line(name: str, sides: Sequence[Side], ours: Sequence[Side]) -> Line:
         "peak, MB": max(one.peak for one in sides) / MEGABYTE,
         "load": statistics.median(one.load for one in sides),
     }
-    return Line(name, shown, {"sides": [asdict(one) for one in sides], "ratios": ratios, "ratios to target": both})
+    return Line(
+        name,
+        shown,
+        {"sides": [asdict(one) for one in sides], "ratios": ratios, "ratios to target": both},
+    )
 
 
 def _median(values: Sequence[float | None]) -> float | str:

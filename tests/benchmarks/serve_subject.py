@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from orchestrator.serving.app import DEPLOYMENT, FrontReplica  # before torch and Ray, whose environment it sets
+from orchestrator.serving.app import (
+    DEPLOYMENT,
+    FrontReplica,
+)  # before torch and Ray, whose environment it sets
 
 # isort: split
 import json
@@ -53,7 +56,13 @@ class Hidden(Subject):
 def main(kind: str, size: str, folder: str, port: int) -> None:
     """``kind``: serve or front, then ours or null."""
     place, engine = kind.split("-")
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR", num_cpus=4)
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        num_cpus=4,
+    )
     deployment: Any = Answering if place == "serve" else Hidden
     app = deployment.bind(size, folder, engine == "null")
     if place == "front":

@@ -75,7 +75,10 @@ def peer_lines(setting: Setting) -> list[Line]:
 
 def many_lines(setting: Setting) -> list[Line]:
     """Traffic over many prompts against traffic on one, on the same server."""
-    length, setting = setting.lengths[0], replace(setting, requests=4 * setting.requests)  # the difference is small
+    length, setting = (
+        setting.lengths[0],
+        replace(setting, requests=4 * setting.requests),
+    )  # the difference is small
     with tempfile.TemporaryDirectory() as folder:
         names = save_prompts(Path(folder), setting.size, setting.many, length)
         with running("ours", setting, Path(folder)) as url:
@@ -93,7 +96,13 @@ def many_lines(setting: Setting) -> list[Line]:
         "spread": f"{min(each):.2f} to {max(each):.2f}",
         "kB a prompt": loaded / setting.many / 1000,
     }
-    return [Line(f"{setting.many} prompts of {length} against one", shown, {"rates": [one.rates, all_.rates]})]
+    return [
+        Line(
+            f"{setting.many} prompts of {length} against one",
+            shown,
+            {"rates": [one.rates, all_.rates]},
+        )
+    ]
 
 
 PLACES = {
@@ -107,14 +116,21 @@ PLACES = {
 def http_lines(setting: Setting) -> list[Line]:
     """What HTTP, JSON and the checks cost, and Ray Serve: the same routes over an engine that answers at once."""
     there = find_spec("ray") is not None
-    return [_place(setting, name, *kinds) for name, kinds in PLACES.items() if there or name == "uvicorn alone"]
+    return [
+        _place(setting, name, *kinds)
+        for name, kinds in PLACES.items()
+        if there or name == "uvicorn alone"
+    ]
 
 
 def _place(setting: Setting, name: str, without: str, with_engine: str) -> Line:
     with tempfile.TemporaryDirectory() as folder:
         names = save_prompts(Path(folder), setting.size, setting.prompts, setting.lengths[0])
         null, real = Side(), Side()
-        with running(without, setting, Path(folder)) as nothing, running(with_engine, setting, Path(folder)) as ours:
+        with (
+            running(without, setting, Path(folder)) as nothing,
+            running(with_engine, setting, Path(folder)) as ours,
+        ):
             for _ in range(setting.pairs + 1):
                 measure(nothing, setting, requests(setting, names), null)
                 measure(ours, setting, requests(setting, names), real)
@@ -132,10 +148,16 @@ def _against(setting: Setting, length: int, kind: str) -> Line:
     with tempfile.TemporaryDirectory() as folder:
         names = save_prompts(Path(folder), setting.size, setting.prompts, length)
         ours, peer = Side(), Side()
-        with running("ours", setting, Path(folder)) as mine, running(kind, setting, Path(folder)) as theirs:
+        with (
+            running("ours", setting, Path(folder)) as mine,
+            running(kind, setting, Path(folder)) as theirs,
+        ):
             for number in range(setting.pairs + 1):
                 asked = requests(setting, names, seed=number)
-                answers = [measure(url, setting, asked, side) for url, side in ((mine, ours), (theirs, peer))]
+                answers = [
+                    measure(url, setting, asked, side)
+                    for url, side in ((mine, ours), (theirs, peer))
+                ]
                 equal = sum(one == other for one, other in zip(*answers, strict=True))
                 if equal < 0.99 * len(asked):  # two tokens may be equally likely to the last digit
                     raise AssertionError(f"only {equal} of {len(asked)} answers are equal")
@@ -149,7 +171,9 @@ def _against(setting: Setting, length: int, kind: str) -> Line:
         "ours p99, ms": ours.p99_ms,
         "peer p99, ms": peer.p99_ms,
     }
-    return Line(f"P = {length}, PEFT {kind}", shown, {"rates": [ours.rates, peer.rates], "equal": equal})
+    return Line(
+        f"P = {length}, PEFT {kind}", shown, {"rates": [ours.rates, peer.rates], "equal": equal}
+    )
 
 
 def _warm(*sides: Side) -> None:
@@ -163,7 +187,10 @@ def requests(setting: Setting, names: Sequence[str], seed: int = 0) -> list[Aske
     """Inputs of one length, each for a prompt drawn at random."""
     draw, words = random.Random(seed), SIZES[setting.size].vocabulary
     return [
-        (draw.choice(names), " ".join(f"w{draw.randrange(1, words)}" for _ in range(setting.inputs)))
+        (
+            draw.choice(names),
+            " ".join(f"w{draw.randrange(1, words)}" for _ in range(setting.inputs)),
+        )
         for _ in range(setting.requests)
     ]
 
@@ -176,7 +203,10 @@ def measure(url: str, setting: Setting, asked: Sequence[Asked], side: Side) -> l
 async def _measure(url: str, setting: Setting, asked: Sequence[Asked], side: Side) -> list[str]:
     texts = [""] * len(asked)
     line = iter(enumerate(asked))
-    total, connector = aiohttp.ClientTimeout(total=START_S), aiohttp.TCPConnector(limit=setting.clients)
+    total, connector = (
+        aiohttp.ClientTimeout(total=START_S),
+        aiohttp.TCPConnector(limit=setting.clients),
+    )
 
     # Not httpx: its pool of 64 connections takes this process 5 ms a request, more than either server takes.
     async with aiohttp.ClientSession(url, timeout=total, connector=connector) as client:
@@ -184,7 +214,12 @@ async def _measure(url: str, setting: Setting, asked: Sequence[Asked], side: Sid
         async def ask() -> None:
             for place, (model, prompt) in line:
                 start = time.perf_counter()
-                body = {"model": model, "prompt": prompt, "max_tokens": setting.answer, "temperature": 0}
+                body = {
+                    "model": model,
+                    "prompt": prompt,
+                    "max_tokens": setting.answer,
+                    "temperature": 0,
+                }
                 async with client.post("/v1/completions", json=body) as answer:
                     answer.raise_for_status()
                     document = await answer.json()
@@ -234,4 +269,6 @@ def _await(url: str, process: subprocess.Popen[bytes]) -> None:
 
 def _gauge(url: str, name: str) -> float:
     text = httpx.get(f"{url}/metrics").text
-    return next(float(line.split()[-1]) for line in text.splitlines() if line.startswith(f"{name} "))
+    return next(
+        float(line.split()[-1]) for line in text.splitlines() if line.startswith(f"{name} ")
+    )

@@ -46,7 +46,11 @@ def save_prompts(folder: Path, size: str, count: int, length: int) -> list[str]:
     )  # fmt: skip
     names = [f"prompt-{number}" for number in range(count)]
     for number, name in enumerate(names):
-        noise = np.random.default_rng(number).normal(scale=0.5, size=(length, dimensions.width)).astype(np.float32)
+        noise = (
+            np.random.default_rng(number)
+            .normal(scale=0.5, size=(length, dimensions.width))
+            .astype(np.float32)
+        )
         PromptArtifact(noise, manifest).save(folder / name)
     return names
 
@@ -67,7 +71,9 @@ class Folders:
 class NullEngine(Engine):
     """Answers at once, with nothing."""
 
-    async def complete(self, prompt: ServedPrompt, inputs: Sequence[list[int]], sampling: Sampling) -> list[Completion]:
+    async def complete(
+        self, prompt: ServedPrompt, inputs: Sequence[list[int]], sampling: Sampling
+    ) -> list[Completion]:
         return [Completion("", "stop", 1)] * len(inputs)
 
 
@@ -92,7 +98,9 @@ class Peer:
         self._model: Any = None
         for name in names:
             weights = torch.from_numpy(PromptArtifact.load(folder / name).weights)
-            config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=len(weights), inference_mode=True)
+            config = PromptTuningConfig(
+                task_type="CAUSAL_LM", num_virtual_tokens=len(weights), inference_mode=True
+            )
             if self._model is None:
                 self._model = get_peft_model(model, config, adapter_name=name)
             else:
@@ -107,7 +115,11 @@ class Peer:
         self._model.set_adapter(name)
         ids = torch.tensor([self._tokenizer(text)["input_ids"] for text in texts])
         made = self._model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=0
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=0,
         )
         new = made[:, ids.shape[1] :]
         return [str(self._tokenizer.decode(row, skip_special_tokens=True)) for row in new]
@@ -129,7 +141,9 @@ def peft(size: str, folder: Path, batched: bool) -> FastAPI:
                 taken = kin[:MAX_ROWS] if batched else waiting[:1]
                 waiting[:] = [one for one in waiting if not any(one is other for other in taken)]
                 texts = [body["prompt"] for body, _ in taken]
-                made = await asyncio.to_thread(peer.generate, first["model"], texts, first["max_tokens"])
+                made = await asyncio.to_thread(
+                    peer.generate, first["model"], texts, first["max_tokens"]
+                )
                 for (_, future), text in zip(taken, made, strict=True):
                     future.set_result(text)
 

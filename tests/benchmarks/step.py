@@ -100,7 +100,9 @@ def our_step(backbone: CausalBackbone, prompt: Prompt, rows: Encoded) -> Callabl
 def peft_step(backbone: CausalBackbone, case: Case, rows: Encoded) -> Callable[[], float]:
     """The same with PEFT, around the same weights."""
     tuned = peft_model(backbone, case)
-    ids = torch.tensor([[*row, *target] for row, target in zip(rows.inputs, rows.targets, strict=True)])
+    ids = torch.tensor(
+        [[*row, *target] for row, target in zip(rows.inputs, rows.targets, strict=True)]
+    )
     ids = ids.to(backbone.device)
     labels = ids.clone()
     labels[:, :-TARGET] = -100
@@ -118,7 +120,10 @@ def peft_model(backbone: CausalBackbone, case: Case) -> nn.Module:
     """The backbone's model in PEFT's wrapper, whose prompt is drawn anew."""
     import peft
 
-    common: dict[str, Any] = {"task_type": peft.TaskType.CAUSAL_LM, "num_virtual_tokens": case.length}
+    common: dict[str, Any] = {
+        "task_type": peft.TaskType.CAUSAL_LM,
+        "num_virtual_tokens": case.length,
+    }
     config = {
         "prompt_tuning": lambda: peft.PromptTuningConfig(**common),
         "prefix_tuning": lambda: peft.PrefixTuningConfig(**common),

@@ -50,7 +50,9 @@ BILLION = Size(layers=16, width=2048, inner=8192, heads=32, kv_heads=8, vocabula
 SIZES = {"toy": TOY, "6x192": SMALL, "6x512": MIDDLE, "100M": HUNDRED_MILLION, "1B": BILLION}
 
 
-def make_model(size: Size, device: torch.device, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+def make_model(
+    size: Size, device: torch.device, dtype: torch.dtype = torch.float32
+) -> LlamaForCausalLM:
     """Random weights, made where they stay."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -61,13 +63,19 @@ def make_model(size: Size, device: torch.device, dtype: torch.dtype = torch.floa
         torch.set_default_dtype(before)
 
 
-def make_backbone(size: Size, device: torch.device, dtype: torch.dtype = torch.float32) -> CausalBackbone:
+def make_backbone(
+    size: Size, device: torch.device, dtype: torch.dtype = torch.float32
+) -> CausalBackbone:
     return backbone_of(make_model(size, device, dtype))
 
 
-def backbone_of(model: LlamaForCausalLM, kind: type[CausalBackbone] = CausalBackbone) -> CausalBackbone:
+def backbone_of(
+    model: LlamaForCausalLM, kind: type[CausalBackbone] = CausalBackbone
+) -> CausalBackbone:
     config = model.config
-    info = BaseModelInfo("bench", "main", "llama", config.hidden_size, config.vocab_size, CONTEXT, "", "")
+    info = BaseModelInfo(
+        "bench", "main", "llama", config.hidden_size, config.vocab_size, CONTEXT, "", ""
+    )
     return kind(model, make_tokenizer(config.vocab_size), info)
 
 
@@ -79,10 +87,14 @@ def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
 
 
-def make_encoder(tokenizer: PreTrainedTokenizerFast, answers: Sequence[str] = ("w1", "w2")) -> Encoder:
+def make_encoder(
+    tokenizer: PreTrainedTokenizerFast, answers: Sequence[str] = ("w1", "w2")
+) -> Encoder:
     """For rows of a text and a label: the label's answer follows the text."""
     verbalizer = Verbalizer(tuple(range(len(answers))), tuple(f" {answer}" for answer in answers))
-    return Encoder(tokenizer, Template("{text}"), verbalizer, max_input_tokens=CONTEXT, max_target_tokens=64)
+    return Encoder(
+        tokenizer, Template("{text}"), verbalizer, max_input_tokens=CONTEXT, max_target_tokens=64
+    )
 
 
 def make_rows(
@@ -101,7 +113,9 @@ def make_rows(
     return Encoded(inputs, [[*answers[label], END] for label in labels], labels)
 
 
-def make_prompts(backbone: CausalBackbone, count: int, length: int, seed: int = 0) -> list[torch.Tensor]:
+def make_prompts(
+    backbone: CausalBackbone, count: int, length: int, seed: int = 0
+) -> list[torch.Tensor]:
     """Soft prompts [P, H] in float32, ready for gradients."""
     generator = torch.Generator().manual_seed(seed)
     width = backbone.table.shape[1]

@@ -51,7 +51,9 @@ def _line(file: Path, setting: Setting) -> Line:
     size = file.stat().st_size
     few = write(file.with_stem("few"), FEW_ROWS, setting.width)
     memory = {
-        reader: in_fresh_process("tests.benchmarks.tables", {"reader": reader, "file": str(file), "few": str(few)})
+        reader: in_fresh_process(
+            "tests.benchmarks.tables", {"reader": reader, "file": str(file), "few": str(few)}
+        )
         for reader in ("ours", "peer")
     }
     return comparison.line(
@@ -101,7 +103,9 @@ def peer(file: Path) -> Sequence[Any]:
         if file.suffix == ".jsonl":
             return list(Dataset.from_json(str(file), keep_in_memory=True, cache_dir=cache))
         delimiter = "\t" if file.suffix == ".tsv" else ","
-        return list(Dataset.from_csv(str(file), keep_in_memory=True, cache_dir=cache, sep=delimiter))
+        return list(
+            Dataset.from_csv(str(file), keep_in_memory=True, cache_dir=cache, sep=delimiter)
+        )
 
 
 def measure_here(reader: str, file: Path, few: Path) -> dict[str, float]:
@@ -117,4 +121,8 @@ def measure_here(reader: str, file: Path, few: Path) -> dict[str, float]:
 
 if __name__ == "__main__":
     arguments = json.loads(sys.argv[1])
-    print(json.dumps(measure_here(arguments["reader"], Path(arguments["file"]), Path(arguments["few"]))))
+    print(
+        json.dumps(
+            measure_here(arguments["reader"], Path(arguments["file"]), Path(arguments["few"]))
+        )
+    )

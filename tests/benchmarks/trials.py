@@ -71,12 +71,18 @@ def share_lines(setting: Setting) -> list[Line]:
             "train": {"steps": setting.real_steps, "batch_size": 16, "evaluate_every": 50},
         }  # fmt: skip
         ran = processes.run_in(folder, "our_search", {"job": job})
-    return [overhead_line(f"{setting.real} trials of {setting.real_steps} steps, stories3M", ran, setting.real)]
+    return [
+        overhead_line(
+            f"{setting.real} trials of {setting.real_steps} steps, stories3M", ran, setting.real
+        )
+    ]
 
 
 def overhead_line(name: str, ran: Ran, trials: int) -> Line:
     """``running``: between the worker's first round and the last report; ``whole``: of the program."""
-    work = [one for worker in ran.found["work"].values() for one in worker if one["kind"] in ARITHMETIC]
+    work = [
+        one for worker in ran.found["work"].values() for one in worker if one["kind"] in ARITHMETIC
+    ]
     rounds = [one for one in work if one["kind"] == "round"]
     first, last = rounds[0]["from"], ran.found["reports"][-1]["at"]
     arithmetic = spent(work)
@@ -97,13 +103,18 @@ def spent(work: Sequence[Mapping[str, Any]]) -> float:
 
 def slope_lines(setting: Setting) -> list[Line]:
     ran = short_search(setting.many, "fifo")
-    return [overhead_line(f"{setting.many} trials of two steps, toy model", ran, setting.many), *quarters(ran)]
+    return [
+        overhead_line(f"{setting.many} trials of two steps, toy model", ran, setting.many),
+        *quarters(ran),
+    ]
 
 
 def quarters(ran: Ran) -> list[Line]:
     """The reports in four parts: how fast they came, and what the driver held at the end of each."""
     reports = ran.found["reports"]
-    work = [one for worker in ran.found["work"].values() for one in worker if one["kind"] in ARITHMETIC]
+    work = [
+        one for worker in ran.found["work"].values() for one in worker if one["kind"] in ARITHMETIC
+    ]
     found = []
     for part in range(4):
         first, last = (len(reports) * end // 4 for end in (part, part + 1))

@@ -19,24 +19,32 @@ def cost(groups: list[list[int]], of: list[int], overhead: int) -> int:
 
 
 @given(lengths, st.integers(0, 500), limits)
-def test_groups_are_a_partition_within_the_limit(of: list[int], overhead: int, limit: int | None) -> None:
+def test_groups_are_a_partition_within_the_limit(
+    of: list[int], overhead: int, limit: int | None
+) -> None:
     """Each row is in one group; a group of several rows pads to at most the limit; groups go from short to long."""
     groups = length_groups(of, overhead, limit)
     assert sorted(itertools.chain(*groups)) == list(range(len(of)))
     for group in groups:
-        assert group and (limit is None or len(group) == 1 or len(group) * max(of[row] for row in group) <= limit)
+        assert group and (
+            limit is None or len(group) == 1 or len(group) * max(of[row] for row in group) <= limit
+        )
     assert [of[row] for group in groups for row in group] == sorted(of)
 
 
 @given(lengths, limits, st.none() | st.integers(1, 5), st.integers(2, 4))
-def test_limits_are_those_of_one_worker(of: list[int], limit: int | None, rows: int | None, ways: int) -> None:
+def test_limits_are_those_of_one_worker(
+    of: list[int], limit: int | None, rows: int | None, ways: int
+) -> None:
     """A group that is dealt out holds that many times more; no worker's share of it is beyond the limits."""
     groups = length_groups(of, 32, limit, rows, ways)
     assert sorted(itertools.chain(*groups)) == list(range(len(of)))
     for group in groups:
         for part in (group[place::ways] for place in range(ways)):
             assert rows is None or len(part) <= rows
-            assert limit is None or len(part) <= 1 or len(part) * max(of[row] for row in part) <= limit
+            assert (
+                limit is None or len(part) <= 1 or len(part) * max(of[row] for row in part) <= limit
+            )
     assert len(length_groups(of, 10_000, None, 1, ways)) >= -(-len(of) // ways)
 
 
@@ -78,7 +86,9 @@ def test_each_row_once_an_epoch(rows: int, batch: int, seed: int, epoch: int) ->
 
 
 @given(st.integers(1, 100), st.integers(1, 16), st.integers(0, 1000), st.integers(0, 1000))
-def test_batches_are_a_function_of_their_arguments(rows: int, batch: int, seed: int, step: int) -> None:
+def test_batches_are_a_function_of_their_arguments(
+    rows: int, batch: int, seed: int, step: int
+) -> None:
     """The step alone is the data position: the same step gives the same rows, whatever was asked before."""
     first = step_rows(rows, batch, seed, step)
     step_rows(rows, batch, seed + 1, step + 3)

@@ -21,7 +21,9 @@ from orchestrator.errors import BadInput
 numbers = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
 json_values = st.recursive(
     st.none() | st.booleans() | numbers | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 
@@ -106,23 +108,45 @@ def test_lists_within_lists_have_an_end() -> None:
 
 @pytest.mark.parametrize(
     "cell",
-    [None, float("nan"), np.nan, np.float32("nan"), pd.NA, pd.NaT, np.datetime64("NaT"), decimal.Decimal("NaN")],
+    [
+        None,
+        float("nan"),
+        np.nan,
+        np.float32("nan"),
+        pd.NA,
+        pd.NaT,
+        np.datetime64("NaT"),
+        decimal.Decimal("NaN"),
+    ],
 )
 def test_missing_cells(cell: Any) -> None:
     """All of them are missing, and their text is empty."""
     assert is_missing(cell) and cell_text(cell) == ""
 
 
-@pytest.mark.parametrize("cell", ["", "nan", "None", "NA", "null", 0, False, [], {}, 0.0, np.int64(0)])
+@pytest.mark.parametrize(
+    "cell", ["", "nan", "None", "NA", "null", 0, False, [], {}, 0.0, np.int64(0)]
+)
 def test_cells_that_are_not_missing(cell: Any) -> None:
     """A word for nothing is a word; zero, false and an empty list are values."""
     assert not is_missing(cell)
 
 
 def test_blank_texts() -> None:
-    assert [is_blank(text) for text in ("", " \n\t", "\u00a0", "a", " a ")] == [True, True, True, False, False]
+    assert [is_blank(text) for text in ("", " \n\t", "\u00a0", "a", " a ")] == [
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_early_prompts_keep_their_conversion() -> None:
     """Versions that were tuned with Python's texts go on with them."""
-    assert [early_cell_text(cell) for cell in (None, True, 1.5, ["a"])] == ["", "True", "1.5", "['a']"]
+    assert [early_cell_text(cell) for cell in (None, True, 1.5, ["a"])] == [
+        "",
+        "True",
+        "1.5",
+        "['a']",
+    ]

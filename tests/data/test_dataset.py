@@ -22,7 +22,9 @@ from orchestrator.data.dataset import RowSplits, load_rows, load_split, read_fil
 from orchestrator.errors import BadInput
 from orchestrator.job.spec import DataSpec
 
-ROWS = [{"text": f"row {number}, “quoted”\tand {{braced}}", "label": number % 2} for number in range(20)]
+ROWS = [
+    {"text": f"row {number}, “quoted”\tand {{braced}}", "label": number % 2} for number in range(20)
+]
 
 
 def write(file: Path, rows: list[dict[str, Any]]) -> Path:
@@ -31,7 +33,9 @@ def write(file: Path, rows: list[dict[str, Any]]) -> Path:
         pyarrow.parquet.write_table(table, file)
     elif file.suffix in (".csv", ".tsv"):
         delimiter, quoting = (",", "needed") if file.suffix == ".csv" else ("\t", "all_valid")
-        pyarrow.csv.write_csv(table, file, pyarrow.csv.WriteOptions(delimiter=delimiter, quoting_style=quoting))
+        pyarrow.csv.write_csv(
+            table, file, pyarrow.csv.WriteOptions(delimiter=delimiter, quoting_style=quoting)
+        )
     else:
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return file
@@ -79,7 +83,11 @@ def test_the_fingerprint_is_of_the_rows_as_used(tmp_path: Path) -> None:
 
     rows = as_texts(ROWS)
     first = fingerprint("a.jsonl", rows)
-    assert fingerprint("b.parquet", rows) == fingerprint("c.csv", [{**row, "more": 1} for row in rows]) == first
+    assert (
+        fingerprint("b.parquet", rows)
+        == fingerprint("c.csv", [{**row, "more": 1} for row in rows])
+        == first
+    )
     changed = [{**rows[0], "label": "1"}, *rows[1:]]
     assert len({first, fingerprint("d.jsonl", changed), fingerprint("e.jsonl", rows[::-1])}) == 3
 
@@ -95,12 +103,16 @@ def test_missing_splits_are_set_aside(tmp_path: Path) -> None:
     assert load_rows(data(files(train=path), validation_fraction=0.2, split_seed=1)) != found
 
 
-@given(st.lists(st.integers(0, 6), min_size=2, max_size=30), st.floats(0.01, 0.49), st.integers(0, 99))
+@given(
+    st.lists(st.integers(0, 6), min_size=2, max_size=30), st.floats(0.01, 0.49), st.integers(0, 99)
+)
 @example([0] + [1] * 9, 0.49, 0)
 @example([0] + [1] * 9, 0.49, 1)
 @example([0] + [1] * 9, 0.49, 2)
 @settings(deadline=None)
-def test_rows_with_the_same_input_stay_together(inputs: list[int], fraction: float, seed: int) -> None:
+def test_rows_with_the_same_input_stay_together(
+    inputs: list[int], fraction: float, seed: int
+) -> None:
     """No input is on both sides, no row is lost, order stays, and with two inputs neither side is empty."""
     rows = [{"text": str(text), "label": number} for number, text in enumerate(inputs)]
     kept, aside = set_aside(rows, fraction, data("x", split_seed=seed))
@@ -127,7 +139,9 @@ def test_limits_keep_a_seeded_choice_in_order(tmp_path: Path) -> None:
 
 def test_columns_can_be_renamed(tmp_path: Path) -> None:
     """A renamed column is found under its new name; renaming what is not there does nothing."""
-    path = write(tmp_path / "a.jsonl", [{"sentence": row["text"], "y": row["label"]} for row in ROWS])
+    path = write(
+        tmp_path / "a.jsonl", [{"sentence": row["text"], "y": row["label"]} for row in ROWS]
+    )
     spec = data(files(train=path), rename={"sentence": "text", "y": "label", "absent": "z"})
     assert Counter(row["label"] for row in load_rows(spec).train).keys() == {0, 1}
 
@@ -140,7 +154,8 @@ def refused(spec: DataSpec, message: str) -> None:
 def test_a_missing_file(tmp_path: Path) -> None:
     """The key, the file and the folder it was looked for in are named."""
     refused(
-        data(files(train=tmp_path / "no.jsonl")), r"data\.path\.train: the file .*no\.jsonl does not exist \(looked in"
+        data(files(train=tmp_path / "no.jsonl")),
+        r"data\.path\.train: the file .*no\.jsonl does not exist \(looked in",
     )
     refused(data(files(train=tmp_path)), r"does not exist")
 
@@ -148,7 +163,10 @@ def test_a_missing_file(tmp_path: Path) -> None:
 def test_an_unknown_suffix(tmp_path: Path) -> None:
     """The known ones are listed."""
     (tmp_path / "a.xlsx").write_text("x")
-    refused(data(files(train=tmp_path / "a.xlsx")), r"can't tell the format of .*a\.xlsx(.|\n)*\.jsonl, \.json, \.csv")
+    refused(
+        data(files(train=tmp_path / "a.xlsx")),
+        r"can't tell the format of .*a\.xlsx(.|\n)*\.jsonl, \.json, \.csv",
+    )
 
 
 @pytest.mark.parametrize("name", ["empty.jsonl", "empty.csv", "empty.parquet", "header.csv"])
@@ -166,7 +184,10 @@ def test_an_empty_file(tmp_path: Path, name: str) -> None:
 def test_a_damaged_file(tmp_path: Path, name: str, text: str) -> None:
     """A file that its format's reader can't read is named with the line, if it has lines, and the reader's reason."""
     (tmp_path / name).write_text(text)
-    refused(data(files(train=tmp_path / name)), rf"data\.path\.train: .*{name}(:\d)? can't be read as .*: .+")
+    refused(
+        data(files(train=tmp_path / name)),
+        rf"data\.path\.train: .*{name}(:\d)? can't be read as .*: .+",
+    )
 
 
 def test_a_missing_column(tmp_path: Path) -> None:
@@ -206,9 +227,13 @@ def test_references_that_are_no_list_of_texts(tmp_path: Path, cell: Any, shown: 
     path = write(tmp_path / "a.jsonl", [{"text": "a", "label": "x", "right": cell}] * 4)
     spec = data(files(train=path, validation=path, test=path), references="right")
     refused(
-        spec, rf"a\.jsonl:1 \(row 1\) has .*{shown}.* in column 'right', which data\.references names; a list of texts"
+        spec,
+        rf"a\.jsonl:1 \(row 1\) has .*{shown}.* in column 'right', which data\.references names; a list of texts",
     )
-    refused(spec.model_copy(update={"references": "rihgt"}), r"data\.references names column 'rihgt', which .*row 1")
+    refused(
+        spec.model_copy(update={"references": "rihgt"}),
+        r"data\.references names column 'rihgt', which .*row 1",
+    )
 
 
 def test_only_the_rows_that_are_asked_for(tmp_path: Path) -> None:
@@ -222,7 +247,9 @@ def test_only_the_rows_that_are_asked_for(tmp_path: Path) -> None:
     found = load_rows(data(path, where={"kind": "a"}))
     assert [row["label"] for row in found.validation] == [12, 14, 16, 18]
     assert sorted(row["label"] for row in [*found.train, *found.test]) == [0, 2, 4, 6, 8, 10]
-    assert load_split(data(path, where={"kind": "b", "label": 3}), "train") == [{"text": ROWS[3]["text"], "label": 3}]
+    assert load_split(data(path, where={"kind": "b", "label": 3}), "train") == [
+        {"text": ROWS[3]["text"], "label": 3}
+    ]
 
 
 @pytest.mark.parametrize(
@@ -239,9 +266,12 @@ def test_built_in_data(tmp_path: Path) -> None:
     """The ladder's tasks load by name, and a wrong name lists them."""
     found = load_rows(data("builtin:reviews-topic"))
     assert {row["label"] for row in found.test} == {"food", "hotel", "film", "book"}
-    assert len(load_rows(data("builtin:reviews-topic", where={"source": "film"})).test) in range(60, 140)
+    assert len(load_rows(data("builtin:reviews-topic", where={"source": "film"})).test) in range(
+        60, 140
+    )
     refused(
-        data("builtin:reviews"), "'builtin:reviews' is unknown; built-in data sets are builtin:quickstart, builtin:rev"
+        data("builtin:reviews"),
+        "'builtin:reviews' is unknown; built-in data sets are builtin:quickstart, builtin:rev",
     )
 
 
@@ -265,7 +295,9 @@ except Unreachable as error:
     print(error)
 """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
     assert "data.path 'nobody/nothing-of-that-name' is not in the local cache" in said.stdout
     assert "HF_HUB_OFFLINE is set" in said.stdout and "next: connect to the network" in said.stdout
 
@@ -279,7 +311,8 @@ class FakeSplit(list[dict[str, Any]]):
 
 
 @pytest.mark.parametrize(
-    ("verbalizer", "label"), [({"ham": " h", "spam": " s"}, "spam"), ({0: " h", 1: " s"}, 1), (None, 1)]
+    ("verbalizer", "label"),
+    [({"ham": " h", "spam": " s"}, "spam"), ({0: " h", 1: " s"}, 1), (None, 1)],
 )
 def test_class_numbers_of_the_hub_become_names_where_the_verbalizer_has_names(
     monkeypatch: pytest.MonkeyPatch, verbalizer: dict[Any, str] | None, label: Any
@@ -287,7 +320,10 @@ def test_class_numbers_of_the_hub_become_names_where_the_verbalizer_has_names(
     """A verbalizer by name meets names, one by number meets numbers; splits of other names are left out."""
     import datasets
 
-    loaded = {split: FakeSplit([{"text": "a", "label": 1}]) for split in ("train", "validation", "test", "extra")}
+    loaded = {
+        split: FakeSplit([{"text": "a", "label": 1}])
+        for split in ("train", "validation", "test", "extra")
+    }
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: loaded)
     found = load_rows(data("owner/name", verbalizer=verbalizer))
     assert found.counts == {"train": 1, "validation": 1, "test": 1}

@@ -15,7 +15,9 @@ ROWS = [{"text": f"row {number}", "label": number % 3} for number in range(30)]
 TEXTS = Verbalizer((0, 1, 2), (" no", " yes", " perhaps"))
 
 
-def encoder(template: str = "{text}\nspam?", verbalizer: Verbalizer | None = TEXTS, most: int = 60) -> Encoder:
+def encoder(
+    template: str = "{text}\nspam?", verbalizer: Verbalizer | None = TEXTS, most: int = 60
+) -> Encoder:
     return Encoder(tiny_tokenizer(), Template(template), verbalizer, most, 16)
 
 
@@ -54,7 +56,9 @@ def test_rows_that_would_be_cut_are_not_shown() -> None:
 
 def test_there_are_as_many_as_have_room() -> None:
     """Each followed by an empty line; none where not even one has room."""
-    text, number = demonstrations(encoder(), ROWS, "label", 4, 0, lambda text: text.count("spam?") <= 2)
+    text, number = demonstrations(
+        encoder(), ROWS, "label", 4, 0, lambda text: text.count("spam?") <= 2
+    )
     assert number == 2 and text.count("\n\n") == 2 and text.endswith("\n\n")
     assert demonstrations(encoder(), ROWS, "label", 4, 0, lambda text: False) == ("", 0)
     assert demonstrations(encoder(), ROWS, "label", 0, 0, lambda text: True) == ("", 0)

@@ -20,7 +20,13 @@ ASKED: list[dict[str, Any]] = [
     {"text": "a lazy dog", "label": 1},
     {"text": "is this movie terrible?", "label": 0},
 ]
-DATA = DataSpec(path="p", template="{text} is", target="label", verbalizer={0: " good", 1: " bad"}, max_input_tokens=40)
+DATA = DataSpec(
+    path="p",
+    template="{text} is",
+    target="label",
+    verbalizer={0: " good", 1: " bad"},
+    max_input_tokens=40,
+)
 
 
 def designs(context: int = 200) -> Designs:
@@ -29,20 +35,30 @@ def designs(context: int = 200) -> Designs:
 
 def texts(design: Design, context: int = 200) -> list[str]:
     """What a model would read of each asked row."""
-    return [tiny_tokenizer().decode(ids) for ids in designs(context).encoded(design, "validation").inputs]
+    return [
+        tiny_tokenizer().decode(ids)
+        for ids in designs(context).encoded(design, "validation").inputs
+    ]
 
 
 def test_without_demonstrations_the_row_stands_alone() -> None:
     """Zero-shot, in the data's words or in others."""
     assert texts(Design()) == ["a lazy dog is", "is this movie terrible? is"]
-    assert texts(Design("Judge: {text} A:")) == ["Judge: a lazy dog A:", "Judge: is this movie terrible? A:"]
+    assert texts(Design("Judge: {text} A:")) == [
+        "Judge: a lazy dog A:",
+        "Judge: is this movie terrible? A:",
+    ]
 
 
 def test_random_demonstrations_are_the_same_for_all_rows_and_follow_from_the_seed() -> None:
     """Each label as often as any other, every one with its answer."""
     first, second = texts(Design(shots=2))
     shown = first.removesuffix("a lazy dog is")
-    assert shown == second.removesuffix("is this movie terrible? is") == designs().text(Design(shots=2))
+    assert (
+        shown
+        == second.removesuffix("is this movie terrible? is")
+        == designs().text(Design(shots=2))
+    )
     assert (shown.count(" is good\n\n"), shown.count(" is bad\n\n")) == (1, 1)
     assert len({designs().text(Design(shots=2, seed=seed)) for seed in range(6)}) > 1
     assert designs().shown(Design(shots=2), "test") == 2
@@ -54,7 +70,10 @@ def test_nearest_demonstrations_share_the_rows_words() -> None:
     assert first == "the lazy dog jumps over the place is bad\n\na lazy dog is"
     assert second == "a terrible movie is bad\n\nis this movie terrible? is"
     both, _ = texts(Design(shots=2, demonstrations="nearest"))
-    assert both.endswith("the lazy dog jumps over the place is bad\n\na lazy dog is") and both.count("\n\n") == 2
+    assert (
+        both.endswith("the lazy dog jumps over the place is bad\n\na lazy dog is")
+        and both.count("\n\n") == 2
+    )
 
 
 def test_demonstrations_end_where_the_context_does() -> None:
@@ -65,7 +84,11 @@ def test_demonstrations_end_where_the_context_does() -> None:
         longest = max(len(ids) for ids in few.encoded(design, "validation").inputs)
         assert longest <= 60 and 0 < few.shown(design, "validation") < 4
         assert designs(400).shown(design, "validation") == 4
-    assert designs(60).fits(Design(shots=4)) and not designs(20).fits(Design(shots=4)) and designs(20).fits(Design())
+    assert (
+        designs(60).fits(Design(shots=4))
+        and not designs(20).fits(Design(shots=4))
+        and designs(20).fits(Design())
+    )
 
 
 def test_a_designs_text_is_what_is_stored() -> None:

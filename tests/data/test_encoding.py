@@ -29,7 +29,9 @@ cells = st.text(max_size=80) | st.text("ab {}é日", max_size=80) | st.none() | 
 literals = st.text("ab {}é日?\n", max_size=10)
 
 
-def encoder(template: str = "{text}\nspam?", limit: int = 40, targets: int = 8, tokenizer: Any = None) -> Encoder:
+def encoder(
+    template: str = "{text}\nspam?", limit: int = 40, targets: int = 8, tokenizer: Any = None
+) -> Encoder:
     return Encoder(tokenizer or tiny_tokenizer(), Template(template), None, limit, targets)
 
 
@@ -84,7 +86,9 @@ def test_the_longest_column_is_cut_at_its_end(name: str, limit: int) -> None:
     kept = text.removesuffix(": x ?")
     assert row["a"].startswith(kept) and text.endswith(": x ?")
     assert limit - 2 <= len(ids) <= limit
-    assert row["a"] == "the quick brown fox jumps over the lazy dog and is great"  # the caller's row is left alone
+    assert (
+        row["a"] == "the quick brown fox jumps over the lazy dog and is great"
+    )  # the caller's row is left alone
 
 
 @pytest.mark.parametrize("cell", ["words", None, ""])
@@ -120,13 +124,20 @@ def test_special_tokens_in_front_stay_and_an_end_token_goes() -> None:
     spaced = spaced_tokenizer()
     start = spaced.convert_tokens_to_ids("<s>")
     assert encoder(tokenizer=spaced).input_ids("the fox")[0] == start
-    closing = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer, eos_token="<end>")
+    closing = PreTrainedTokenizerFast(
+        tokenizer_object=tiny_tokenizer().backend_tokenizer, eos_token="<end>"
+    )
     closing.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A <end>", pair="$A <end> $B <end>", special_tokens=[("<end>", closing.eos_token_id)]
+        single="$A <end>",
+        pair="$A <end> $B <end>",
+        special_tokens=[("<end>", closing.eos_token_id)],
     )
     assert closing("fox")["input_ids"][-1] == closing.eos_token_id
     made = encoder(tokenizer=closing)
-    assert made.input_ids("the fox") == tiny_tokenizer()("the fox", add_special_tokens=False)["input_ids"]
+    assert (
+        made.input_ids("the fox")
+        == tiny_tokenizer()("the fox", add_special_tokens=False)["input_ids"]
+    )
     assert made.encode_target({"answer": " fox"}, "answer")[0].count(closing.eos_token_id) == 1
     assert made.input_ids("") == [closing.eos_token_id]
 
@@ -144,7 +155,9 @@ def test_a_target_beyond_the_limit_is_refused() -> None:
     """Targets are never cut: the message has the length, the limit and the text, and what to set."""
     made = encoder(targets=3)
     assert len(made.encode_target({"n": 12}, "n")[0]) == 3  # numbers are written out
-    with pytest.raises(BadInput, match=r"a target has 4 tokens .* is 3: '123'(.|\n)*max_target_tokens to 4 or more"):
+    with pytest.raises(
+        BadInput, match=r"a target has 4 tokens .* is 3: '123'(.|\n)*max_target_tokens to 4 or more"
+    ):
         made.encode_target({"n": 123}, "n")
 
 
@@ -154,14 +167,18 @@ def test_labels_become_their_answers() -> None:
     split = made.encode([{"text": "a", "label": 1}, {"text": "b", "label": 0}], "label")
     assert split.targets == [[*made.answers[1], made.end_id], [*made.answers[0], made.end_id]]
     assert split.labels == [1, 0] and len(split) == 2
-    assert split.lengths == [len(i) + len(t) for i, t in zip(split.inputs, split.targets, strict=True)]
+    assert split.lengths == [
+        len(i) + len(t) for i, t in zip(split.inputs, split.targets, strict=True)
+    ]
 
 
 def test_answers_have_the_tokens_that_they_have_in_a_whole_text() -> None:
     """Input and answer, tokenised apart, are what the whole text is tokenised to."""
     made = encoder_for("several tokens")
     for row in text_rows(10, 0):
-        whole = tiny_tokenizer()(made.template.fill(row) + made.verbalizer.texts[row["label"]])["input_ids"]  # type: ignore[union-attr]
+        whole = tiny_tokenizer()(made.template.fill(row) + made.verbalizer.texts[row["label"]])[
+            "input_ids"
+        ]  # type: ignore[union-attr]
         assert made.encode_input(row) + made.answers[row["label"]] == whole
 
 
@@ -188,12 +205,23 @@ def test_an_instruction_in_front_takes_no_room_from_the_input() -> None:
 
 def data(**changes: Any) -> DataSpec:
     return DataSpec.model_validate(
-        {"path": "x", "template": "{text}?", "target": "label", "verbalizer": {0: " no", 1: " yes"}, **changes}
+        {
+            "path": "x",
+            "template": "{text}?",
+            "target": "label",
+            "verbalizer": {0: " no", 1: " yes"},
+            **changes,
+        }
     )
 
 
 def splits(**labels: list[Any]) -> RowSplits:
-    return RowSplits(**{name: [{"text": "a", "label": label} for label in given] for name, given in labels.items()})
+    return RowSplits(
+        **{
+            name: [{"text": "a", "label": label} for label in given]
+            for name, given in labels.items()
+        }
+    )
 
 
 def test_the_jobs_encoder_covers_all_splits() -> None:
@@ -202,23 +230,35 @@ def test_the_jobs_encoder_covers_all_splits() -> None:
     assert made.verbalizer is not None and made.verbalizer.labels == (0, 1)
     with pytest.raises(BadInput, match="does not cover label 2"):
         make_encoder(data(), splits(train=[0], validation=[0], test=[2]), tiny_tokenizer())
-    generating = make_encoder(data(verbalizer=None), splits(train=[0], validation=[0], test=[2]), tiny_tokenizer())
+    generating = make_encoder(
+        data(verbalizer=None), splits(train=[0], validation=[0], test=[2]), tiny_tokenizer()
+    )
     assert generating.answers == [] and generating.scored_answers == []
 
 
 def test_prompt_input_and_target_have_to_fit_into_the_context() -> None:
     """Exactly full is allowed; one token more is refused with both ways out."""
-    given = {"train": Encoded([[1] * 7], [[1] * 3], [0]), "test": Encoded([[1] * 9, [1]], [[1] * 2, [1]], [0, 0])}
+    given = {
+        "train": Encoded([[1] * 7], [[1] * 3], [0]),
+        "test": Encoded([[1] * 9, [1]], [[1] * 2, [1]], [0, 0]),
+    }
     check_context(encoder(), given, prompt_tokens=5, context=16)
-    with pytest.raises(BadInput, match=r"6 virtual tokens and 11 tokens .* exceed the context of 16(.|\n)*now 40"):
+    with pytest.raises(
+        BadInput, match=r"6 virtual tokens and 11 tokens .* exceed the context of 16(.|\n)*now 40"
+    ):
         check_context(encoder(), given, prompt_tokens=6, context=16)
 
 
 def test_generated_texts_have_to_fit_into_the_context() -> None:
     """The longest input of any split counts, targets do not; exactly full is allowed, one token more is refused."""
-    given = {"validation": Encoded([[1] * 7], [[1] * 30], [0]), "test": Encoded([[1] * 9, [1]], [[1], [1]], [0, 0])}
+    given = {
+        "validation": Encoded([[1] * 7], [[1] * 30], [0]),
+        "test": Encoded([[1] * 9, [1]], [[1], [1]], [0, 0]),
+    }
     check_generation(given, prompt_tokens=5, context=16, max_tokens=2)
-    with pytest.raises(BadInput, match=r"5 virtual tokens, an input of 9 .* text of 3 exceed the context of 16"):
+    with pytest.raises(
+        BadInput, match=r"5 virtual tokens, an input of 9 .* text of 3 exceed the context of 16"
+    ):
         check_generation(given, prompt_tokens=5, context=16, max_tokens=3)
 
 
@@ -279,7 +319,10 @@ def test_a_token_beyond_the_table_is_refused_where_it_occurs() -> None:
     wanted = rf"the text 'see <url>\\nspam\?' holds token '<url>', id {size}, and .* table has {size} rows"
     with pytest.raises(BadInput, match=wanted) as refused:
         made.encode_input({"text": "see <url>"})
-    assert f"ids 0 to {size - 1}" in refused.value.message and "resize_token_embeddings" in refused.value.hint
+    assert (
+        f"ids 0 to {size - 1}" in refused.value.message
+        and "resize_token_embeddings" in refused.value.hint
+    )
     with pytest.raises(BadInput, match=f"the answer ' <url>' holds token '<url>', id {size}"):
         made.encode_target({"answer": " <url>"}, "answer")
     with pytest.raises(BadInput, match="the text 'a <url>' holds"):
@@ -289,7 +332,8 @@ def test_a_token_beyond_the_table_is_refused_where_it_occurs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "token"), [("causal", "eos_token"), ("seq2seq", "eos_token"), ("masked", "mask_token")]
+    ("family", "token"),
+    [("causal", "eos_token"), ("seq2seq", "eos_token"), ("masked", "mask_token")],
 )
 def test_a_special_token_beyond_the_table_is_refused_at_once(family: Any, token: str) -> None:
     """An end or mask token that stands in every row: before any row is read."""
@@ -305,4 +349,6 @@ def test_a_padding_token_beyond_the_table_does_no_harm() -> None:
     tokenizer = train_tokenizer()
     size = len(tokenizer)
     tokenizer.add_special_tokens({"pad_token": "<added>"})
-    assert Encoder(tokenizer, Template("{text}"), None, 40, 8, table_size=size).encode_input({"text": "fox"})
+    assert Encoder(tokenizer, Template("{text}"), None, 40, 8, table_size=size).encode_input(
+        {"text": "fox"}
+    )

@@ -16,18 +16,26 @@ from orchestrator.errors import BadInput
 from orchestrator.models.placeholders import BLANK, marker
 from orchestrator.models.source import Family
 
-TOKENIZERS = {"causal": tiny_tokenizer(), "seq2seq": closing_tokenizer(), "masked": cloze_tokenizer()}
+TOKENIZERS = {
+    "causal": tiny_tokenizer(),
+    "seq2seq": closing_tokenizer(),
+    "masked": cloze_tokenizer(),
+}
 FAMILIES: list[Family] = ["causal", "seq2seq", "masked"]
 every_family = pytest.mark.parametrize("family", FAMILIES)
 texts = st.text(max_size=30)
 
 
-def encoder(family: Family, template: str, verbalizer: Verbalizer | None = None, limit: int = 200) -> Encoder:
+def encoder(
+    family: Family, template: str, verbalizer: Verbalizer | None = None, limit: int = 200
+) -> Encoder:
     return Encoder(TOKENIZERS[family], Template(template), verbalizer, limit, 64, family)
 
 
 def decoded(family: Family, ids: list[int]) -> str:
-    return str(TOKENIZERS[family].decode([i for i in ids if i >= 0], clean_up_tokenization_spaces=False))
+    return str(
+        TOKENIZERS[family].decode([i for i in ids if i >= 0], clean_up_tokenization_spaces=False)
+    )
 
 
 @every_family
@@ -35,7 +43,9 @@ def decoded(family: Family, ids: list[int]) -> str:
 def test_any_text_is_whole_between_its_special_tokens(family: Family, text: str) -> None:
     """Whatever the text, empty or not, it decodes back, with the family's special tokens around it."""
     ids = encoder(family, "a{text}").encode_input({"text": text})
-    front, back = {"causal": ("", ""), "seq2seq": ("", "<end>"), "masked": ("<cls>", "<sep>")}[family]
+    front, back = {"causal": ("", ""), "seq2seq": ("", "<end>"), "masked": ("<cls>", "<sep>")}[
+        family
+    ]
     assert decoded(family, ids) == f"{front}a{text}{back}"
     assert min(ids) >= 0
 
@@ -48,7 +58,10 @@ def test_marks_keep_their_place(family: Family, text: str, tail: str) -> None:
     assert [entry for entry in ids if entry < 0] == [marker(0), marker(1)]
     first, second = ids.index(marker(0)), ids.index(marker(1))
     assert decoded(family, ids[first + 1 : second]) == text
-    assert decoded(family, ids[second + 1 :]) == tail + {"causal": "", "seq2seq": "<end>", "masked": "<sep>"}[family]
+    assert (
+        decoded(family, ids[second + 1 :])
+        == tail + {"causal": "", "seq2seq": "<end>", "masked": "<sep>"}[family]
+    )
 
 
 @every_family
@@ -75,7 +88,9 @@ def test_targets_end_where_their_family_ends_them(family: Family, answer: str) -
 
 def test_an_empty_target_can_not_be_filled_in() -> None:
     """A blank of no tokens has nothing to learn; generating nothing but the end is a target like any other."""
-    assert encoder("causal", "{text}").encode_target({"label": ""}, "label")[0] == [tiny_tokenizer().eos_token_id]
+    assert encoder("causal", "{text}").encode_target({"label": ""}, "label")[0] == [
+        tiny_tokenizer().eos_token_id
+    ]
     with pytest.raises(BadInput, match="a target has no tokens"):
         encoder("masked", "{text}").encode_target({"label": ""}, "label")
 
@@ -85,16 +100,20 @@ def test_a_verbalizer_scores_what_the_target_has(family: Family) -> None:
     """Answers are the target's tokens without the end; where one begins another, the end decides, if there is one."""
     plain = encoder(family, "{text}\nspam?", Verbalizer((0, 1), (" good", " a place")))
     assert plain.scored_answers == plain.answers
-    assert [plain.encode_target({"label": label}, "label")[0] for label in (0, 1)] == plain.ended_answers
+    assert [
+        plain.encode_target({"label": label}, "label")[0] for label in (0, 1)
+    ] == plain.ended_answers
     nested = encoder(family, "{text}\nspam?", Verbalizer((0, 1), (" good", " good movie")))
-    assert (nested.scored_answers == nested.ended_answers) and (nested.ended_answers == nested.answers) == (
-        family == "masked"
-    )
+    assert (nested.scored_answers == nested.ended_answers) and (
+        nested.ended_answers == nested.answers
+    ) == (family == "masked")
 
 
 @every_family
 @given(text=st.text(min_size=60, max_size=200), limit=st.integers(14, 30))
-def test_long_inputs_lose_their_column_not_their_marks(family: Family, text: str, limit: int) -> None:
+def test_long_inputs_lose_their_column_not_their_marks(
+    family: Family, text: str, limit: int
+) -> None:
     """Cut to the limit, an input still has its markers, its blank and the template's words."""
     ids = encoder(family, "a{*}{text} is{*}{_}", limit=limit).encode_input({"text": text})
     assert len(ids) <= limit
@@ -138,15 +157,21 @@ def test_a_sentinel_stands_in_front_of_every_target() -> None:
     tokenizer = with_sentinel()
     verbalizer = Verbalizer((0, 1), ("no", "yes"))
     plain, marked = (
-        Encoder(tokenizer, Template("{text}"), verbalizer, 20, 20, "seq2seq", sentinel) for sentinel in (False, True)
+        Encoder(tokenizer, Template("{text}"), verbalizer, 20, 20, "seq2seq", sentinel)
+        for sentinel in (False, True)
     )
     mark = tokenizer.convert_tokens_to_ids(SENTINEL)
-    assert marked.answers == [[mark, *ids] for ids in plain.answers] and marked.answer_words == plain.answers
+    assert (
+        marked.answers == [[mark, *ids] for ids in plain.answers]
+        and marked.answer_words == plain.answers
+    )
     row = {"text": "is this spam", "label": 1}
     assert marked.encode_target(row, "label")[0] == [mark, *plain.encode_target(row, "label")[0]]
     texts = Encoder(tokenizer, Template("{text}"), None, 20, 20, "seq2seq", sentinel=True)
     target, _ = texts.encode_target({"text": "is", "label": "spam"}, "label")
-    assert target[0] == mark and tokenizer.decode(target, skip_special_tokens=True).strip() == "spam"
+    assert (
+        target[0] == mark and tokenizer.decode(target, skip_special_tokens=True).strip() == "spam"
+    )
 
 
 def test_a_model_without_a_sentinel_is_refused() -> None:

@@ -29,7 +29,9 @@ def of_label(part: list[Row]) -> Counter[str]:
 
 @given(st.lists(st.integers(0, 5), min_size=2, max_size=80), FRACTIONS, SEEDS, VERBALIZERS)
 @settings(deadline=None)
-def test_every_label_keeps_its_share(labels: list[int], fraction: float, seed: int, verbalizer: Any) -> None:
+def test_every_label_keeps_its_share(
+    labels: list[int], fraction: float, seed: int, verbalizer: Any
+) -> None:
     """Of a label with several inputs so many rows are held out as its share, within one, and one stays."""
     whole = rows(labels)
     kept, aside = set_aside(whole, fraction, data("x", split_seed=seed, verbalizer=verbalizer))
@@ -47,10 +49,15 @@ def test_every_label_keeps_its_share(labels: list[int], fraction: float, seed: i
 
 
 @given(
-    st.lists(st.tuples(st.integers(0, 20), st.integers(0, 5)), min_size=2, max_size=80), FRACTIONS, SEEDS, VERBALIZERS
+    st.lists(st.tuples(st.integers(0, 20), st.integers(0, 5)), min_size=2, max_size=80),
+    FRACTIONS,
+    SEEDS,
+    VERBALIZERS,
 )
 @settings(deadline=None)
-def test_equal_inputs_stay_together(pairs: list[tuple[int, int]], fraction: float, seed: int, verbalizer: Any) -> None:
+def test_equal_inputs_stay_together(
+    pairs: list[tuple[int, int]], fraction: float, seed: int, verbalizer: Any
+) -> None:
     """Whatever the labels are, no input is on both sides, no row is lost, and the draw can be repeated."""
     whole: list[Row] = [{"text": str(text), "label": str(label)} for text, label in pairs]
     spec = data("x", split_seed=seed, verbalizer=verbalizer)
@@ -63,7 +70,9 @@ def test_equal_inputs_stay_together(pairs: list[tuple[int, int]], fraction: floa
 
 @given(st.lists(st.integers(0, 30), min_size=3, max_size=80), st.integers(1, 3), FRACTIONS, SEEDS)
 @settings(deadline=None)
-def test_inputs_are_left_for_the_splits_to_come(texts: list[int], stays: int, fraction: float, seed: int) -> None:
+def test_inputs_are_left_for_the_splits_to_come(
+    texts: list[int], stays: int, fraction: float, seed: int
+) -> None:
     """So many different inputs are kept as are asked for, where there are as many."""
     whole: list[Row] = [{"text": str(text), "label": "0"} for text in texts]
     kept, _ = set_aside(whole, fraction, data("x", split_seed=seed, verbalizer=LABELS), stays)

@@ -24,11 +24,22 @@ TEXT = "the quick brown fox jumps over the lazy dog"
 
 def adaptation(folder: Path, **changes: Any) -> Any:
     """A job of model tuning on the small job's texts."""
-    data = {"prefix_lm": "text", "template": "{prefix}", "target": "continuation", "max_target_tokens": 6}
+    data = {
+        "prefix_lm": "text",
+        "template": "{prefix}",
+        "target": "continuation",
+        "max_target_tokens": 6,
+    }
     files = {split: str(folder / f"{split}.jsonl") for split in ("train", "validation", "test")}
     search = {"space": {"learning_rate": 0.01}, "metric": "loss", "few_shot": 0}
     train = {"steps": 20, "batch_size": 8, "evaluate_every": 20}
-    return small_job(folder, method="model_tuning", data={"path": files, **data, **changes}, search=search, train=train)
+    return small_job(
+        folder,
+        method="model_tuning",
+        data={"path": files, **data, **changes},
+        search=search,
+        train=train,
+    )
 
 
 def test_a_text_is_a_prefix_and_what_follows() -> None:
@@ -55,10 +66,16 @@ def test_an_adapted_model_is_a_base_model_that_knows_the_texts(tmp_path: Path) -
     assert report.metrics["loss"] < 0.8 * bare
     tensors = TrialState.from_bytes(report.checkpoint).best()
     folder = save_result(
-        tmp_path / "adapted", made.trials[0], tensors, resolve_model(job.base_model), {"method": "model_tuning"}
+        tmp_path / "adapted",
+        made.trials[0],
+        tensors,
+        resolve_model(job.base_model),
+        {"method": "model_tuning"},
     )
     adapted = make_engine(load(folder), made.task, job.train, job.search, 1)
-    assert adapted.evaluate(EvaluationJob("validation"))["loss"] == pytest.approx(report.metrics["loss"], rel=1e-4)
+    assert adapted.evaluate(EvaluationJob("validation"))["loss"] == pytest.approx(
+        report.metrics["loss"], rel=1e-4
+    )
 
 
 def test_what_does_not_go_with_it_is_refused(tmp_path: Path) -> None:

@@ -31,13 +31,20 @@ TASKS = {
 DIALECTS: dict[str, dict[str, Any]] = {
     "quoted where needed.csv": {"quoting": csv.QUOTE_MINIMAL, "lineterminator": "\r\n"},
     "quoted.tsv": {"quoting": csv.QUOTE_ALL, "delimiter": "\t", "lineterminator": "\n"},
-    "unquoted.tsv": {"quoting": csv.QUOTE_NONE, "delimiter": "\t", "lineterminator": "\n", "quotechar": None},
+    "unquoted.tsv": {
+        "quoting": csv.QUOTE_NONE,
+        "delimiter": "\t",
+        "lineterminator": "\n",
+        "quotechar": None,
+    },
 }
 
 
 @cache
 def tokenizer() -> Any:
-    return resolve_model(BaseModelSpec(id=str(SHARED / "models" / "stories260K")), weights=False).tokenizer()
+    return resolve_model(
+        BaseModelSpec(id=str(SHARED / "models" / "stories260K")), weights=False
+    ).tokenizer()
 
 
 def cells(row: Mapping[str, Any]) -> dict[str, str]:
@@ -47,8 +54,12 @@ def cells(row: Mapping[str, Any]) -> dict[str, str]:
 
 def rewrite(source: Path, target: Path, dialect: Mapping[str, Any]) -> str:
     """Write a JSON Lines file in another format. Skips what a format without quoting cannot hold."""
-    rows = [cells(json.loads(line)) for line in source.read_text(encoding="utf-8").splitlines() if line]
-    if dialect["quoting"] == csv.QUOTE_NONE and any(set(cell) & set("\t\r\n") for row in rows for cell in row.values()):
+    rows = [
+        cells(json.loads(line)) for line in source.read_text(encoding="utf-8").splitlines() if line
+    ]
+    if dialect["quoting"] == csv.QUOTE_NONE and any(
+        set(cell) & set("\t\r\n") for row in rows for cell in row.values()
+    ):
         pytest.skip(f"{source} has tabs or line breaks in its cells")
     with target.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, **dialect)
@@ -65,17 +76,26 @@ def token_ids(rows: RowSplits, data: DataSpec) -> list[tuple[Sequence[Any], Sequ
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("name", TASKS)
-def test_csv_and_tsv_give_the_token_ids_of_the_jsonl(name: str, dialect: str, tmp_path: Path) -> None:
+def test_csv_and_tsv_give_the_token_ids_of_the_jsonl(
+    name: str, dialect: str, tmp_path: Path
+) -> None:
     """All cells of the data set are the same texts, and so are the token ids of inputs and targets."""
     folder = SHARED / "data" / name
     if not folder.exists() or not (SHARED / "models").exists():
         pytest.skip(f"no {folder}")
     template, target = TASKS[name]
-    files = {split: folder / f"{split}.jsonl" for split in SPLITS if (folder / f"{split}.jsonl").exists()}
+    files = {
+        split: folder / f"{split}.jsonl" for split in SPLITS if (folder / f"{split}.jsonl").exists()
+    }
     suffix = dialect[-4:]
-    written = {split: rewrite(file, tmp_path / f"{split}{suffix}", DIALECTS[dialect]) for split, file in files.items()}
+    written = {
+        split: rewrite(file, tmp_path / f"{split}{suffix}", DIALECTS[dialect])
+        for split, file in files.items()
+    }
     specs = [
-        DataSpec.model_validate({"path": path, "template": template, "target": target, "max_target_tokens": 900})
+        DataSpec.model_validate(
+            {"path": path, "template": template, "target": target, "max_target_tokens": 900}
+        )
         for path in ({split: str(file) for split, file in files.items()}, written)
     ]
     original, rewritten = (load_rows(spec) for spec in specs)

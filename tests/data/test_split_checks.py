@@ -24,7 +24,9 @@ TEXTS = data("x")
 
 def rows(start: int, labels: Sequence[str], **cells: Any) -> list[Row]:
     """Rows with different texts, numbered from ``start``."""
-    return [{"text": f"text {start + n}", "label": label, **cells} for n, label in enumerate(labels)]
+    return [
+        {"text": f"text {start + n}", "label": label, **cells} for n, label in enumerate(labels)
+    ]
 
 
 def splits(train: list[Row], validation: list[Row], test: list[Row]) -> RowSplits:
@@ -70,7 +72,10 @@ def test_one_class_is_refused(count: int) -> None:
 def test_one_text_to_generate_is_refused() -> None:
     """A prompt that ignores the input would be right; with lists of references the targets may be one text."""
     one = splits(rows(0, ["a"] * 9), rows(100, ["a"] * 9), rows(200, ["a"] * 9))
-    assert refused(one, TEXTS) == "all rows have the target 'a': a prompt that ignores the input is always right"
+    assert (
+        refused(one, TEXTS)
+        == "all rows have the target 'a': a prompt that ignores the input is always right"
+    )
     assert warned(one, TEXTS.model_copy(update={"references": "right"})) == []
 
 
@@ -93,13 +98,18 @@ def test_a_split_with_one_input_is_warned_about() -> None:
 def test_a_class_that_a_split_lacks_is_warned_about(split: str) -> None:
     """The split, the class and the consequence are named, for each of the three splits."""
     three = data("x", verbalizer={**VERBALIZER, "c": " z"})
-    parts = {name: rows(100 * n, ["a", "b", "c"] * 10) for n, name in enumerate(("train", "validation", "test"))}
+    parts = {
+        name: rows(100 * n, ["a", "b", "c"] * 10)
+        for n, name in enumerate(("train", "validation", "test"))
+    }
     parts[split] = [row for row in parts[split] if row["label"] != "c"]
     (message,) = warned(splits(**parts), three)
     assert message.startswith(f"{split} has no row of class 'c', which other splits have: ")
     parts[split] = [row for row in parts[split] if row["label"] == "a"]
     (message,) = warned(splits(**parts), three)
-    assert message.startswith(f"{split} has no row of classes 'b' and 'c', which other splits have: a prompt")
+    assert message.startswith(
+        f"{split} has no row of classes 'b' and 'c', which other splits have: a prompt"
+    )
     assert ("can only learn to answer 'a'" in message) == (split == "train")
     assert ("always answers 'a' has an accuracy of 1.0" in message) == (split != "train")
 
@@ -119,7 +129,9 @@ def test_many_classes_are_named_in_part() -> None:
     names = [str(number) for number in range(12)]
     many = data("x", verbalizer={name: f" {name}" for name in names})
     plenty = rows(0, names * 10)
-    (absent, few) = warned(splits(plenty, rows(1000, names * 10), rows(2000, [*names[:2] * 10, *names[2:9]])), many)
+    (absent, few) = warned(
+        splits(plenty, rows(1000, names * 10), rows(2000, [*names[:2] * 10, *names[2:9]])), many
+    )
     assert "classes '9', '10' and '11'" in absent
     assert "1 row of class '6' and 2 more classes" in few
 
@@ -127,7 +139,10 @@ def test_many_classes_are_named_in_part() -> None:
 def test_rows_that_train_shares_are_warned_about_with_their_places() -> None:
     """The count, and where one such row stands in both files."""
     shared = [SourceRow(rows(0, ["a"])[0], source="test.csv", number=3, line=4)]
-    train = [SourceRow(row, source="train.jsonl", number=n, line=n) for n, row in enumerate(rows(0, FULL), 1)]
+    train = [
+        SourceRow(row, source="train.jsonl", number=n, line=n)
+        for n, row in enumerate(rows(0, FULL), 1)
+    ]
     (message,) = warned(splits(train, rows(100, FULL), [*shared, *rows(200, FULL)]))
     assert message.startswith("1 of 21 rows of test have an input that train has too")
     assert "test.csv:4 (row 3) and train.jsonl:1 (row 1)" in message
@@ -139,7 +154,9 @@ def test_a_split_that_train_has_whole_is_refused(split: str) -> None:
     parts = {name: rows(100 * n, FULL) for n, name in enumerate(("train", "validation", "test"))}
     parts[split] = parts["train"]
     message = refused(splits(**parts))
-    assert message.startswith(f"every row of {split} has an input that train has too, for instance row 1 of {split}")
+    assert message.startswith(
+        f"every row of {split} has an input that train has too, for instance row 1 of {split}"
+    )
     (message,) = warned(splits(**parts), learns=False)
     assert message.startswith(f"20 of 20 rows of {split}")
 
@@ -155,7 +172,9 @@ def test_one_input_with_two_labels_is_warned_about() -> None:
     again = [{"text": "text 0", "label": "b"}, {"text": "text 0", "label": "a"}]
     twice = splits([*rows(0, FULL), *again], rows(100, FULL), rows(200, FULL))
     (message,) = warned(twice)
-    assert message.startswith("1 input occurs with different labels in train, for instance row 1 of train with 'a'")
+    assert message.startswith(
+        "1 input occurs with different labels in train, for instance row 1 of train with 'a'"
+    )
     assert message.endswith("and row 21 of train with 'b'")
     assert warned(twice, TEXTS) == [] == warned(twice, learns=False)
 
@@ -166,7 +185,9 @@ def test_a_column_that_tells_the_label_is_warned_about() -> None:
 
     def of(kinds: dict[str, str]) -> RowSplits:
         parts = (rows(start, FULL) for start in (0, 100, 200))
-        return RowSplits(*([{**row, "kind": kinds[row["label"]]} for row in part] for part in parts))
+        return RowSplits(
+            *([{**row, "kind": kinds[row["label"]]} for row in part] for part in parts)
+        )
 
     (message,) = warned(of({"a": "ham", "b": "spam"}), spec)
     assert message.startswith("column 'kind' of data.template tells the answer")
@@ -175,7 +196,9 @@ def test_a_column_that_tells_the_label_is_warned_about() -> None:
 
 def test_a_text_to_generate_that_is_in_the_input_is_warned_about() -> None:
     """A column with the same text as the target in every row, under another name."""
-    parts = [[{**row, "copy": row["label"]} for row in rows(start, FULL)] for start in (0, 100, 200)]
+    parts = [
+        [{**row, "copy": row["label"]} for row in rows(start, FULL)] for start in (0, 100, 200)
+    ]
     (message,) = warned(RowSplits(*parts), data("x", template="{text} {copy}"))
     assert message.startswith("column 'copy' of data.template tells the answer")
 
@@ -188,7 +211,9 @@ def test_pieces_of_texts_are_compared_whole() -> None:
         return [{"prefix": "The", "continuation": f" end {start + n}"} for n in range(20)]
 
     assert warned(splits(pieces(0), pieces(100), pieces(200)), spec) == []
-    assert refused(splits(pieces(0), pieces(0), pieces(200)), spec).startswith("every row of validation")
+    assert refused(splits(pieces(0), pieces(0), pieces(200)), spec).startswith(
+        "every row of validation"
+    )
 
 
 def test_train_is_not_judged_where_nothing_is_trained() -> None:
@@ -201,7 +226,9 @@ def test_a_search_that_has_begun_goes_on_with_a_warning() -> None:
     """What a new search is refused for is a warning to one that an earlier release let begin."""
     one = splits(rows(0, ["a"] * 9), rows(100, ["a"]), rows(200, ["a"]))
     (warning,) = judge(one, CLASSES, begun=True)
-    assert warning.startswith("all rows have the label 'a'") and warning.endswith("correct data.target.")
+    assert warning.startswith("all rows have the label 'a'") and warning.endswith(
+        "correct data.target."
+    )
 
 
 def test_inputs_that_become_the_same_tokens_are_refused() -> None:
@@ -213,7 +240,9 @@ def test_inputs_that_become_the_same_tokens_are_refused() -> None:
     ]
     encoder = make_encoder(spec, splits(long, long, long), tiny_tokenizer())
     ids = [encoder.encode_input(row) for row in long]
-    with pytest.raises(BadInput, match=r"all inputs have the same \d token ids(.|\n)*max_input_tokens \(now 4\)"):
+    with pytest.raises(
+        BadInput, match=r"all inputs have the same \d token ids(.|\n)*max_input_tokens \(now 4\)"
+    ):
         check_distinct_tokens({"train": ids, "test": ids}, 4)
     check_distinct_tokens({"train": ids, "test": [[1]]}, 4)
 
@@ -229,10 +258,14 @@ def test_rows_of_one_input_leave_nothing_to_set_aside(tmp_path: Path) -> None:
 def test_too_few_inputs_to_set_aside(tmp_path: Path, count: int) -> None:
     """One or two inputs are too few for three splits; their number is said, and three are enough."""
     path = write(tmp_path / "a.jsonl", rows(0, ["a", "b"][:count]))
-    with pytest.raises(BadInput, match=rf"split can be set aside: the {count} rows of train have {count} different"):
+    with pytest.raises(
+        BadInput, match=rf"split can be set aside: the {count} rows of train have {count} different"
+    ):
         load_rows(data(files(train=path), verbalizer=VERBALIZER))
     path = write(tmp_path / "b.jsonl", rows(0, ["a", "b", "b"]))
-    assert load_rows(data(files(train=path), verbalizer=VERBALIZER)).counts == dict.fromkeys(SPLIT_NAMES, 1)
+    assert load_rows(data(files(train=path), verbalizer=VERBALIZER)).counts == dict.fromkeys(
+        SPLIT_NAMES, 1
+    )
 
 
 SPLIT_NAMES = ("train", "validation", "test")

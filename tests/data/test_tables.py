@@ -50,13 +50,17 @@ def texts(without: str = "") -> st.SearchStrategy[str]:
 
 
 @st.composite
-def tables(draw: st.DrawFn, without: str = "", blank: bool = True) -> tuple[list[str], list[list[str]]]:
+def tables(
+    draw: st.DrawFn, without: str = "", blank: bool = True
+) -> tuple[list[str], list[list[str]]]:
     """Column names and rows of cells. Not ``blank``: every row has something in it."""
     # A byte order mark in front of a file is no part of its first name.
     names = texts(without + '\ufeff"').filter(lambda name: blank or bool(name))
     columns = draw(st.lists(names, min_size=1, max_size=4, unique=True))
     rows = st.lists(texts(without), min_size=len(columns), max_size=len(columns))
-    return columns, draw(st.lists(rows.filter(lambda row: blank or len(row) > 1 or row != [""]), max_size=6))
+    return columns, draw(
+        st.lists(rows.filter(lambda row: blank or len(row) > 1 or row != [""]), max_size=6)
+    )
 
 
 def read(name: str, data: bytes, options: CsvSpec | None = None) -> Table:
@@ -69,7 +73,9 @@ def read(name: str, data: bytes, options: CsvSpec | None = None) -> Table:
 
 def check(table: Table, columns: list[str], rows: list[list[str]], lines: list[int | None]) -> None:
     """Compare cells, places and types."""
-    assert [list(row.items()) for row in table.rows] == [list(zip(columns, row, strict=True)) for row in rows]
+    assert [list(row.items()) for row in table.rows] == [
+        list(zip(columns, row, strict=True)) for row in rows
+    ]
     assert [row.number for row in table.rows] == list(range(1, len(rows) + 1))
     assert [row.line for row in table.rows] == lines
     assert all(type(cell) is str for row in table.rows for cell in row.values())
@@ -96,7 +102,12 @@ def written(rows: list[list[str]], **dialect: Any) -> tuple[str, list[int | None
 )
 @settings(deadline=None)
 def test_a_quoted_table_reads_back(
-    table: tuple[list[str], list[list[str]]], suffix: str, end: str, everywhere: bool, compression: str, mark: bool
+    table: tuple[list[str], list[list[str]]],
+    suffix: str,
+    end: str,
+    everywhere: bool,
+    compression: str,
+    mark: bool,
 ) -> None:
     """CSV with quotes where needed or everywhere, TSV with quotes everywhere: each cell and line number is right."""
     columns, rows = table
@@ -115,9 +126,15 @@ def test_a_quoted_table_reads_back(
     assert not found.notes or len(columns) == 1
 
 
-@given(tables("\t\r\n", blank=False), st.sampled_from(["\n", "\r\n"]), st.sampled_from(sorted(COMPRESSIONS)))
+@given(
+    tables("\t\r\n", blank=False),
+    st.sampled_from(["\n", "\r\n"]),
+    st.sampled_from(sorted(COMPRESSIONS)),
+)
 @settings(deadline=None)
-def test_an_unquoted_tsv_reads_back(table: tuple[list[str], list[list[str]]], end: str, compression: str) -> None:
+def test_an_unquoted_tsv_reads_back(
+    table: tuple[list[str], list[list[str]]], end: str, compression: str
+) -> None:
     """Quotes stand as they are in every cell, also where they open one and never close it."""
     columns, rows = table
     text = "".join("\t".join(row) + end for row in [columns, *rows])
@@ -135,7 +152,11 @@ def test_an_unquoted_tsv_reads_back(table: tuple[list[str], list[list[str]]], en
 )
 @settings(deadline=None)
 def test_a_json_table_reads_back(
-    table: tuple[list[str], list[list[str]]], form: str, ascii_only: bool, compression: str, encoding: str
+    table: tuple[list[str], list[list[str]]],
+    form: str,
+    ascii_only: bool,
+    compression: str,
+    encoding: str,
 ) -> None:
     """One object a line, or an array of them; every encoding that marks itself."""
     columns, rows = table
@@ -151,12 +172,19 @@ def test_a_json_table_reads_back(
         text = "".join(json.dumps(row, ensure_ascii=ascii_only) + "\n" for row in objects)
         lines = [number + 1 for number in range(len(rows))]
     suffix = form if form in ("jsonl", "ndjson") else "json"
-    check(read(f"a.{suffix}{compression}", COMPRESSIONS[compression](text.encode(encoding))), columns, rows, lines)
+    check(
+        read(f"a.{suffix}{compression}", COMPRESSIONS[compression](text.encode(encoding))),
+        columns,
+        rows,
+        lines,
+    )
 
 
 @given(tables(), st.sampled_from(sorted(COMPRESSIONS)))
 @settings(deadline=None)
-def test_a_parquet_table_reads_back(table: tuple[list[str], list[list[str]]], compression: str) -> None:
+def test_a_parquet_table_reads_back(
+    table: tuple[list[str], list[list[str]]], compression: str
+) -> None:
     """Texts stay texts; parquet has no lines."""
     columns, rows = table
     cells = [pa.array([row[place] for row in rows], pa.string()) for place in range(len(columns))]
@@ -167,7 +195,11 @@ def test_a_parquet_table_reads_back(table: tuple[list[str], list[list[str]]], co
 
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts(),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | texts(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts(), inner, max_size=3),
     max_leaves=6,
 )
@@ -198,19 +230,33 @@ def test_parquet_values_keep_their_types(tmp_path: Path) -> None:
 def test_unused_columns_do_not_matter(suffix: str) -> None:
     """A column that is empty in 20,000 rows, and then holds a text, is as good as any other."""
     comma = "\t" if suffix == "tsv" else ","
-    lines = ["text", "label", "note"], *([f"row {n}", "yes", ""] for n in range(20_000)), ["last", "no", "seen"]
+    lines = (
+        ["text", "label", "note"],
+        *([f"row {n}", "yes", ""] for n in range(20_000)),
+        ["last", "no", "seen"],
+    )
     found = read(f"a.{suffix}", "\n".join(map(comma.join, lines)).encode())
     assert len(found.rows) == 20_001
-    assert found.rows[-1] == {"text": "last", "label": "no", "note": "seen"} and found.rows[0]["note"] == ""
+    assert (
+        found.rows[-1] == {"text": "last", "label": "no", "note": "seen"}
+        and found.rows[0]["note"] == ""
+    )
 
 
 def test_names_that_the_header_has_twice() -> None:
     """None of the two columns gets the name, so that neither is taken by chance; the others are read."""
-    for name, data in {"a.csv": b"text,text,label\na,b,c\n", "a.tsv": b"text\ttext\tlabel\na\tb\tc\n"}.items():
-        assert read(name, data).rows == [{"text (column 1)": "a", "text (column 2)": "b", "label": "c"}]
+    for name, data in {
+        "a.csv": b"text,text,label\na,b,c\n",
+        "a.tsv": b"text\ttext\tlabel\na\tb\tc\n",
+    }.items():
+        assert read(name, data).rows == [
+            {"text (column 1)": "a", "text (column 2)": "b", "label": "c"}
+        ]
     stream = io.BytesIO()
     pyarrow.parquet.write_table(pa.table([["a"], ["b"]], names=["text", "text"]), stream)
-    assert read("a.parquet", stream.getvalue()).rows == [{"text (column 1)": "a", "text (column 2)": "b"}]
+    assert read("a.parquet", stream.getvalue()).rows == [
+        {"text (column 1)": "a", "text (column 2)": "b"}
+    ]
 
 
 @pytest.mark.parametrize(
@@ -227,7 +273,10 @@ def test_names_that_the_header_has_twice() -> None:
 )
 def test_blank_lines_and_line_ends(name: str, text: str) -> None:
     """Blank lines hold no row; lines may end in any way, and the last one need not end."""
-    assert read(name, text.encode()).rows == [{"text": "a", "label": "b"}, {"text": "c", "label": "d"}]
+    assert read(name, text.encode()).rows == [
+        {"text": "a", "label": "b"},
+        {"text": "c", "label": "d"},
+    ]
 
 
 def test_line_numbers_count_blank_lines_and_line_breaks_in_cells() -> None:
@@ -241,7 +290,11 @@ def test_line_numbers_count_blank_lines_and_line_breaks_in_cells() -> None:
 def test_a_json_row_without_a_key_has_none_there() -> None:
     """Rows have the same columns, as in a table; an array of texts is a column of them."""
     found = read("a.jsonl", b'{"a": 1}\n{"b": 2}\n{"b": 3, "a": 4, "c": null}\n')
-    assert found.rows == [{"a": 1, "b": None, "c": None}, {"a": None, "b": 2, "c": None}, {"b": 3, "a": 4, "c": None}]
+    assert found.rows == [
+        {"a": 1, "b": None, "c": None},
+        {"a": None, "b": 2, "c": None},
+        {"b": 3, "a": 4, "c": None},
+    ]
     assert found.columns == ["a", "b", "c"]
     assert read("a.json", b'["x", "y"]').rows == [{"text": "x"}, {"text": "y"}]
     assert read("a.json", b'{"a": [1], "b": [2]}').rows == [{"a": [1], "b": [2]}]
@@ -250,14 +303,18 @@ def test_a_json_row_without_a_key_has_none_there() -> None:
 def test_nan_in_json_is_a_missing_value() -> None:
     """Python and pandas write it; where a job reads that column, its checks name the line."""
     found = read("a.jsonl", b'{"text": "a", "score": NaN}\n{"text": NaN, "score": 1}\n')
-    assert [is_missing(row["text"]) for row in found.rows] == [False, True] and found.rows[1].line == 2
+    assert [is_missing(row["text"]) for row in found.rows] == [False, True] and found.rows[
+        1
+    ].line == 2
     assert is_missing(found.rows[0]["score"])
 
 
 def test_reading_holds_no_more_than_a_part_of_the_file_beside_the_rows(tmp_path: Path) -> None:
     """The most memory that reading takes is what the rows take and less than twice the file's size."""
     file = tmp_path / "a.csv"
-    file.write_text("text,label\n" + "".join(f"{n:08}{'x' * 86},{n % 2:03}\n" for n in range(100_000)))
+    file.write_text(
+        "text,label\n" + "".join(f"{n:08}{'x' * 86},{n % 2:03}\n" for n in range(100_000))
+    )
     tracemalloc.start()
     try:
         table = read_table(file, "data.path.train")
@@ -268,7 +325,9 @@ def test_reading_holds_no_more_than_a_part_of_the_file_beside_the_rows(tmp_path:
     assert peak - held < 2 * file.stat().st_size
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.json", "a.parquet", "a.csv.gz", "a.jsonl.bz2"])
+@pytest.mark.parametrize(
+    "name", ["a.csv", "a.tsv", "a.jsonl", "a.json", "a.parquet", "a.csv.gz", "a.jsonl.bz2"]
+)
 def test_a_file_of_no_bytes(name: str) -> None:
     """There are no rows in it, whatever its format."""
     assert read(name, b"").rows == []
@@ -287,14 +346,20 @@ def test_a_file_without_rows(name: str, data: bytes) -> None:
 def test_cells_of_any_length() -> None:
     """Nothing limits a cell, quoted or not."""
     long = "x, " * 700_000
-    assert read("a.csv", f'text,label\n"{long}",a\n'.encode()).rows == [{"text": long, "label": "a"}]
-    assert read("a.tsv", f"text\tlabel\n{long}\ta\n".encode()).rows == [{"text": long, "label": "a"}]
+    assert read("a.csv", f'text,label\n"{long}",a\n'.encode()).rows == [
+        {"text": long, "label": "a"}
+    ]
+    assert read("a.tsv", f"text\tlabel\n{long}\ta\n".encode()).rows == [
+        {"text": long, "label": "a"}
+    ]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 13, 64])
 def test_pieces_end_anywhere(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Characters of several bytes, line ends and quoted line breaks may lie on both sides of a piece's end."""
-    monkeypatch.setattr(text_files, "CHUNK_BYTES", size + 4)  # a byte order mark lies in the first piece
+    monkeypatch.setattr(
+        text_files, "CHUNK_BYTES", size + 4
+    )  # a byte order mark lies in the first piece
     text = 'text,label\r\n"ä\r\n𝄞","„“"\r\n"é,é",x\n'
     expected = [{"text": "ä\r\n𝄞", "label": "„“"}, {"text": "é,é", "label": "x"}]
     for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):
@@ -330,16 +395,23 @@ def test_a_tsv_file_with_some_quotes() -> None:
     ]
     assert str(found.dialect) == "delimiter tab, without quoting, utf-8"
     (note,) = found.notes
-    assert "3 cells begin with a quote, the first in line 3" in note and "data.csv.quoting: standard" in note
+    assert (
+        "3 cells begin with a quote, the first in line 3" in note
+        and "data.csv.quoting: standard" in note
+    )
     assert not read("a.tsv", b'text\tlabel\n5" pipe\tx\n').notes
     assert not read("a.tsv", b'text\tlabel\n"a\tx\n', CsvSpec(quoting="none")).notes
 
 
-@pytest.mark.parametrize("row", ["a\tb", '"a"\tb', "1\t2", '"a"\t2', '"a" b\t"c"', 'a "b"\t"c"', '"a\t"b"'])
+@pytest.mark.parametrize(
+    "row", ["a\tb", '"a"\tb', "1\t2", '"a"\t2', '"a" b\t"c"', 'a "b"\t"c"', '"a\t"b"']
+)
 def test_a_tsv_file_of_which_the_header_alone_is_quoted(row: str) -> None:
     """Whether quotes enclose its cells is unclear: it is refused with the line, and the two ways on."""
     data = f'"text"\t"label"\n"a\nb"\t"c"\n{row}\n'.encode()
-    with pytest.raises(BadInput, match=r"a\.tsv:4: the row that begins in this line has") as refused:
+    with pytest.raises(
+        BadInput, match=r"a\.tsv:4: the row that begins in this line has"
+    ) as refused:
         read("a.tsv", data)
     assert "data.csv.quoting" in refused.value.hint
     plain = f'"text"\t"label"\n{row}\n'.encode()
@@ -351,14 +423,18 @@ def test_quoting_that_the_spec_sets() -> None:
     found = read("a.tsv", b'text\tlabel\n"a\tb"\tx\nc\ty\n', CsvSpec(quoting="standard"))
     assert found.rows == [{"text": "a\tb", "label": "x"}, {"text": "c", "label": "y"}]
     found = read("a.csv", b'text,label\n"a,x\n', CsvSpec(quoting="none"))
-    assert found.rows == [{"text": '"a', "label": "x"}] and found.dialect and not found.dialect.quoted
+    assert (
+        found.rows == [{"text": '"a', "label": "x"}] and found.dialect and not found.dialect.quoted
+    )
 
 
 @pytest.mark.parametrize("delimiter", [";", "|", "\t", ":", "¦", " "])
 def test_a_delimiter_that_the_spec_sets(delimiter: str) -> None:
     """Any character separates cells, and can stand in quoted ones."""
     data = f'text{delimiter}label\n"a{delimiter}b"{delimiter}x,y\n'.encode()
-    assert read("a.csv", data, CsvSpec(delimiter=delimiter)).rows == [{"text": f"a{delimiter}b", "label": "x,y"}]
+    assert read("a.csv", data, CsvSpec(delimiter=delimiter)).rows == [
+        {"text": f"a{delimiter}b", "label": "x,y"}
+    ]
 
 
 def test_a_delimiter_that_the_name_does_not_tell() -> None:
@@ -397,15 +473,24 @@ def test_an_encoding_that_the_spec_sets(encoding: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "remedy"),
-    [("a.csv", "data.csv.encoding"), ("a.tsv.gz", "latin-1"), ("a.jsonl", "convert"), ("a.json", "UTF-8")],
+    [
+        ("a.csv", "data.csv.encoding"),
+        ("a.tsv.gz", "latin-1"),
+        ("a.jsonl", "convert"),
+        ("a.json", "UTF-8"),
+    ],
 )
 def test_text_that_is_not_utf_8(name: str, remedy: str) -> None:
     """The line and the byte are named, and what to do about it; no character is replaced in silence."""
     lines = (
-        ["text\tlabel", "abc\tx", "caf\xe9\ty"] if "sv" in name else ['{"a": "b"}', '{"a": "c"}', '{"a": "caf\xe9"}']
+        ["text\tlabel", "abc\tx", "caf\xe9\ty"]
+        if "sv" in name
+        else ['{"a": "b"}', '{"a": "c"}', '{"a": "caf\xe9"}']
     )
     data = COMPRESSIONS[".gz" if name.endswith(".gz") else ""]("\n".join(lines).encode("latin-1"))
-    with pytest.raises(BadInput, match=rf"{name}:3: byte 0xe9 is not UTF-8 \(behind '.*caf'\)") as refused:
+    with pytest.raises(
+        BadInput, match=rf"{name}:3: byte 0xe9 is not UTF-8 \(behind '.*caf'\)"
+    ) as refused:
         read(name, data)
     assert remedy in refused.value.hint
 
@@ -421,7 +506,11 @@ def test_utf_16_without_a_mark(encoding: str) -> None:
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8", "utf-16-le", "shift_jis"])
 def test_bytes_that_the_set_encoding_does_not_have(encoding: str) -> None:
     """They are refused with their line, as in UTF-8."""
-    odd = b"\x81\xff\xff\n" if encoding != "utf-16-le" else "\ud800".encode("utf-16-le", "surrogatepass") + b"\n\0"
+    odd = (
+        b"\x81\xff\xff\n"
+        if encoding != "utf-16-le"
+        else "\ud800".encode("utf-16-le", "surrogatepass") + b"\n\0"
+    )
     with pytest.raises(BadInput, match=r"a\.csv:3: byte 0x"):
         read("a.csv", "text,label\na,b\n".encode(encoding) + odd, CsvSpec(encoding=encoding))
 
@@ -435,16 +524,32 @@ REFUSED = {
         b"text,label\na,b\ndear, you,no\n",
         r"a\.csv:3 \(row 2\) has 3 cells, and the header has 2",
     ),
-    "a cell too few": ("a.csv", b'text,label\n"a\nb",c\n\nd\n', r"a\.csv:5 \(row 2\) has 1 cell, and the header has 2"),
-    "a tab too many": ("a.tsv", b"text\tlabel\na\tb\t\n", r"a\.tsv:2 \(row 1\) has 3 cells, and the header has 2"),
+    "a cell too few": (
+        "a.csv",
+        b'text,label\n"a\nb",c\n\nd\n',
+        r"a\.csv:5 \(row 2\) has 1 cell, and the header has 2",
+    ),
+    "a tab too many": (
+        "a.tsv",
+        b"text\tlabel\na\tb\t\n",
+        r"a\.tsv:2 \(row 1\) has 3 cells, and the header has 2",
+    ),
     "a tab too few": ("a.tsv", b"text\tlabel\na\n", r"a\.tsv:2 \(row 1\) has 1 cell, and"),
     "a quote that never closes": (
         "a.csv",
         b'text,label\na,b\n"c,d\ne,f\n',
         r"a\.csv:3: .* begins a quoted cell that never ends",
     ),
-    "a quote in a quoted cell": ("a.csv", b'text,label\n"a" b,c\n', r"a\.csv:2: .* has text behind the closing quote"),
-    "a carriage return": ("a.csv", b"text,label\na\rb,c\n", r"a\.csv:2: .* has a carriage return outside quotes"),
+    "a quote in a quoted cell": (
+        "a.csv",
+        b'text,label\n"a" b,c\n',
+        r"a\.csv:2: .* has text behind the closing quote",
+    ),
+    "a carriage return": (
+        "a.csv",
+        b"text,label\na\rb,c\n",
+        r"a\.csv:2: .* has a carriage return outside quotes",
+    ),
     "a carriage return in TSV": (
         "a.tsv",
         b"text\tlabel\na\rb\tc\n",
@@ -457,47 +562,83 @@ REFUSED = {
         b'{"a": 1}\n{"a": 1, "b": {"c": 1, "c": 2}}\n',
         r"a\.jsonl:2 has the key 'c' more than once",
     ),
-    "a repeated key first": ("a.jsonl", b'{"a": 1, "a": 1}\n{"a": 1}\n', r"a\.jsonl:1 has the key 'a' more than once"),
+    "a repeated key first": (
+        "a.jsonl",
+        b'{"a": 1, "a": 1}\n{"a": 1}\n',
+        r"a\.jsonl:1 has the key 'a' more than once",
+    ),
     "a repeated key in an array": (
         "a.json",
         b'[\n{"a": 1},\n{"a": 1, "a": 2}]',
         r"a\.json:3 has the key 'a' more than once",
     ),
-    "a broken line": ("a.jsonl", b'{"a": 1}\n{"a": \n{"a": 2}\n', r"a\.jsonl:2 can't be read as JSON: .+ at character"),
+    "a broken line": (
+        "a.jsonl",
+        b'{"a": 1}\n{"a": \n{"a": 2}\n',
+        r"a\.jsonl:2 can't be read as JSON: .+ at character",
+    ),
     "a broken first line": (
         "a.jsonl",
         b'{"a": 1\n{"a": 2}\n',
         r"a\.jsonl:2 can't be read as JSON: .+ \(the value begins in line 1\)",
     ),
-    "a cut-off line": ("a.jsonl", b'{"a": 1}\n{"a": "b', r"a\.jsonl:2 can't be read as JSON: Unterminated"),
+    "a cut-off line": (
+        "a.jsonl",
+        b'{"a": 1}\n{"a": "b',
+        r"a\.jsonl:2 can't be read as JSON: Unterminated",
+    ),
     "two objects in a line": (
         "a.jsonl",
         b'{"a": 1}\n{"a": 1} {"a": 2}\n',
         r"a\.jsonl:2 can't be read as JSON: Extra data",
     ),
-    "a list for a row": ("a.jsonl", b'{"a": 1}\n[1, 2]\n', r"a\.jsonl:2 \(row 2\) holds a list, not an object"),
+    "a list for a row": (
+        "a.jsonl",
+        b'{"a": 1}\n[1, 2]\n',
+        r"a\.jsonl:2 \(row 2\) holds a list, not an object",
+    ),
     "a text for a row": ("a.jsonl", b'"a"\n', r"a\.jsonl:1 \(row 1\) holds a text, not an object"),
-    "null for a row": ("a.json", b'[{"a": 1},\nnull]', r"a\.json:2 \(row 2\) holds null, not an object"),
-    "lists in an array": ("a.json", b"[[1], [2]]", r"a\.json:1 \(row 1\) holds a list, not an object"),
+    "null for a row": (
+        "a.json",
+        b'[{"a": 1},\nnull]',
+        r"a\.json:2 \(row 2\) holds null, not an object",
+    ),
+    "lists in an array": (
+        "a.json",
+        b"[[1], [2]]",
+        r"a\.json:1 \(row 1\) holds a list, not an object",
+    ),
     "an array that does not end": (
         "a.json",
         b'[{"a": 1},\n{"a": 2}',
         r"a\.json:2 has nothing where ',' or '\]' belongs",
     ),
     "an array without commas": ("a.json", b'[{"a": 1}\n{"a": 2}]', r"a\.json:2 has '\{' where"),
-    "more behind an array": ("a.json", b'[\n{"a": 1}]\n5', r"a\.json:3 has more text behind the end of the array"),
+    "more behind an array": (
+        "a.json",
+        b'[\n{"a": 1}]\n5',
+        r"a\.json:3 has more text behind the end of the array",
+    ),
     "half a character": (
         "a.jsonl",
         b'{"a": 1}\n{"a": "x\\ud83d"}\n',
         r"a\.jsonl:2 has half of a surrogate pair, \\ud83d",
     ),
-    "half a character in an array": ("a.json", b'[\n{"a": "\\udc00"}]', r"a\.json:2 has half of a surrogate pair"),
+    "half a character in an array": (
+        "a.json",
+        b'[\n{"a": "\\udc00"}]',
+        r"a\.json:2 has half of a surrogate pair",
+    ),
     "a number of 5,000 digits": (
         "a.jsonl",
         b'{"a": 1}\n{"a": ' + b"1" * 5000 + b"}\n",
         r"a\.jsonl:2 can't be read as JSON: Exceeds",
     ),
-    "brackets without end": ("a.jsonl", b'{"a": 1}\n' + b"[" * 99_999 + b"\n", r"a\.jsonl:2 is nested too deeply"),
+    "brackets without end": (
+        "a.jsonl",
+        b'{"a": 1}\n' + b"[" * 99_999 + b"\n",
+        r"a\.jsonl:2 is nested too deeply",
+    ),
     "no parquet": ("a.parquet", b"PAR1 no", r"a\.parquet can't be read as parquet: "),
     "no gzip": ("a.csv.gz", b"text,label\n", r"a\.csv\.gz can't be decompressed as gzip: "),
     "no zstd": ("a.csv.zst", b"text,label\n", r"a\.csv\.zst can't be decompressed as zstd: "),
@@ -507,7 +648,11 @@ REFUSED = {
         gzip.compress(b"text,label\n", mtime=0),
         r"a\.csv is compressed with gzip, and its name",
     ),
-    "an Excel workbook": ("a.csv", b"PK\x03\x04...", r"a\.csv is a zip archive or an Excel workbook"),
+    "an Excel workbook": (
+        "a.csv",
+        b"PK\x03\x04...",
+        r"a\.csv is a zip archive or an Excel workbook",
+    ),
 }
 
 
@@ -575,14 +720,20 @@ def test_names_that_tell_no_format(name: str) -> None:
 
 
 def spec(path: Any, **changes: Any) -> DataSpec:
-    return DataSpec.model_validate({"path": path, "template": "{text}?", "target": "label", **changes})
+    return DataSpec.model_validate(
+        {"path": path, "template": "{text}?", "target": "label", **changes}
+    )
 
 
 def test_the_spec_says_how_csv_files_are_read(tmp_path: Path) -> None:
     """data.csv concerns every CSV and TSV file of the job, and no other file."""
     (tmp_path / "a.csv").write_bytes('text;label\n"é";x\n'.encode("latin-1"))
     (tmp_path / "b.jsonl").write_text('{"text": "é", "label": "x"}\n')
-    path = {"train": str(tmp_path / "a.csv"), "validation": str(tmp_path / "b.jsonl"), "test": str(tmp_path / "a.csv")}
+    path = {
+        "train": str(tmp_path / "a.csv"),
+        "validation": str(tmp_path / "b.jsonl"),
+        "test": str(tmp_path / "a.csv"),
+    }
     found = load_rows(spec(path, csv={"delimiter": ";", "encoding": "latin-1"}))
     assert found.train == found.validation == found.test == [{"text": "é", "label": "x"}]
 
@@ -617,7 +768,9 @@ def test_csv_without_a_csv_file_is_a_conflict() -> None:
         with pytest.raises(ValidationError, match=r"csv: has no effect"):
             spec(path, csv={"delimiter": ";"})
         assert spec(path, csv={"delimiter": "auto"}) == spec(path)
-    assert spec({"train": "a.jsonl", "test": "b.TSV.gz"}, csv={"delimiter": ";"}).csv.delimiter == ";"
+    assert (
+        spec({"train": "a.jsonl", "test": "b.TSV.gz"}, csv={"delimiter": ";"}).csv.delimiter == ";"
+    )
 
 
 def test_notes_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -18,10 +18,17 @@ from orchestrator.data.template import Template, Verbalizer, continuation_ids
 from orchestrator.errors import BadInput
 
 texts = st.text(max_size=20)
-cells = texts | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.booleans() | st.none()
+cells = (
+    texts
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.booleans()
+    | st.none()
+)
 # A template as pieces: a literal, or the name of a column.
 pieces = st.lists(
-    st.tuples(st.just("literal"), texts) | st.tuples(st.just("column"), st.sampled_from("abc")), max_size=8
+    st.tuples(st.just("literal"), texts) | st.tuples(st.just("column"), st.sampled_from("abc")),
+    max_size=8,
 )
 DIGITS = {0: " zero", 1: " one", 2: " two"}
 
@@ -31,7 +38,9 @@ def escaped(text: str) -> str:
 
 
 def written(parts: list[tuple[str, str]]) -> Template:
-    return Template("".join(escaped(text) if kind == "literal" else f"{{{text}}}" for kind, text in parts))
+    return Template(
+        "".join(escaped(text) if kind == "literal" else f"{{{text}}}" for kind, text in parts)
+    )
 
 
 @given(pieces, st.fixed_dictionaries({"a": cells, "b": cells, "c": cells}))
@@ -39,7 +48,9 @@ def written(parts: list[tuple[str, str]]) -> Template:
 def test_fill_puts_values_in_place(parts: list[tuple[str, str]], row: dict[str, Any]) -> None:
     """Literals stay as they are, braces included; values go in as they are, and are not templates themselves."""
     shown = {name: cell_text(cell) for name, cell in row.items()}
-    assert written(parts).fill(row) == "".join(text if kind == "literal" else shown[text] for kind, text in parts)
+    assert written(parts).fill(row) == "".join(
+        text if kind == "literal" else shown[text] for kind, text in parts
+    )
 
 
 @given(pieces)
@@ -55,7 +66,10 @@ def test_columns_and_tail(parts: list[tuple[str, str]]) -> None:
 
 def test_a_missing_column_is_named() -> None:
     """The message has the column and what the row has instead."""
-    with pytest.raises(BadInput, match=r"names column 'text', the row has \['label', 'sentence'\](.|\n)*data\.rename"):
+    with pytest.raises(
+        BadInput,
+        match=r"names column 'text', the row has \['label', 'sentence'\](.|\n)*data\.rename",
+    ):
         Template("{text}?").fill({"sentence": "a", "label": 1})
 
 
@@ -85,7 +99,10 @@ def test_no_space_appears_in_front_of_an_answer(tail: str, answer: str) -> None:
     template = Template("{text}" + escaped(tail))
     ids = Encoder(tokenizer, template, None, 100, 100).answer_ids(answer)
     head = tokenizer("the fox" + tail, add_special_tokens=False)["input_ids"]
-    assert tokenizer.decode([*head, *ids], clean_up_tokenization_spaces=False) == "the fox" + tail + answer
+    assert (
+        tokenizer.decode([*head, *ids], clean_up_tokenization_spaces=False)
+        == "the fox" + tail + answer
+    )
 
 
 def test_a_verbalizer_holds_what_the_data_has() -> None:
@@ -97,7 +114,9 @@ def test_a_verbalizer_holds_what_the_data_has() -> None:
 
 def test_uncovered_labels_are_named() -> None:
     """Labels without a text are listed, five at most, beside the keys that there are."""
-    with pytest.raises(BadInput, match=r"does not cover label 3, 7 of the data; it has \[0, 1, 2\]"):
+    with pytest.raises(
+        BadInput, match=r"does not cover label 3, 7 of the data; it has \[0, 1, 2\]"
+    ):
         Verbalizer.covering(DIGITS, [0, 7, 3, 3])
     with pytest.raises(BadInput, match=r"label 10, 11, 12, 13, 14 of the data"):
         Verbalizer.covering(DIGITS, range(10, 30))
@@ -148,7 +167,9 @@ def test_labels_match_by_meaning(key: Any, same: list[Any]) -> None:
 
 def test_two_spellings_of_one_label_are_a_conflict_unless_their_texts_agree() -> None:
     """The message has both spellings; with one text they are one entry, spelled as the first."""
-    with pytest.raises(BadInput, match=r"1 and \"1\" are the same label, with the texts ' a' and ' b'"):
+    with pytest.raises(
+        BadInput, match=r"1 and \"1\" are the same label, with the texts ' a' and ' b'"
+    ):
         Verbalizer.covering({1: " a", "1": " b"}, [1])
     with pytest.raises(BadInput, match=r"true and \"True\" are the same label"):
         Verbalizer.covering({True: " a", "True": " b"}, [True])

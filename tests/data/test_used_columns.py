@@ -33,7 +33,9 @@ def columns(*inputs: str, **changes: Any) -> UsedColumns:
 
 def rows(*cells: dict[str, Any], source: str = "train.csv") -> list[SourceRow]:
     """Rows as a reader makes them, below one line of heading."""
-    return [SourceRow(row, source=source, number=n, line=n + 1) for n, row in enumerate(cells, start=1)]
+    return [
+        SourceRow(row, source=source, number=n, line=n + 1) for n, row in enumerate(cells, start=1)
+    ]
 
 
 def write(file: Path, *cells: dict[str, Any]) -> str:
@@ -46,16 +48,26 @@ def write(file: Path, *cells: dict[str, Any]) -> str:
 def test_an_empty_input_is_refused_with_its_place(cell: Any, column: str) -> None:
     """Any column of the template, any way of saying nothing: file, line, row and column are named."""
     whole = {"text": "a", "topic": "b", "label": 0}
-    with pytest.raises(BadInput, match=rf"train\.csv:3 \(row 2\) has no text in column '{column}'.*\n.*data\.empty"):
+    with pytest.raises(
+        BadInput, match=rf"train\.csv:3 \(row 2\) has no text in column '{column}'.*\n.*data\.empty"
+    ):
         columns("text", "topic").cut(rows(whole, {**whole, column: cell}), "train")
 
 
 def test_an_absent_cell_is_an_empty_input_and_an_unknown_column_a_mistake_in_the_spec() -> None:
     """A column that some row has is missing in the others; one that no row has is misspelt."""
-    with pytest.raises(BadInput, match=r"train\.csv:2 \(row 1\) has no text in column 'text'.*2 more rows have none"):
-        columns().cut(rows({"label": 0}, {"text": "a", "label": 0}, {"label": 0}, {"label": 1}), "train")
+    with pytest.raises(
+        BadInput,
+        match=r"train\.csv:2 \(row 1\) has no text in column 'text'.*2 more rows have none",
+    ):
+        columns().cut(
+            rows({"label": 0}, {"text": "a", "label": 0}, {"label": 0}, {"label": 1}), "train"
+        )
     for empty in ("refuse", "drop", "keep"):
-        with pytest.raises(BadInput, match=r"data\.template names column 'text', which train\.csv:2 \(row 1\) lacks"):
+        with pytest.raises(
+            BadInput,
+            match=r"data\.template names column 'text', which train\.csv:2 \(row 1\) lacks",
+        ):
             columns(empty=empty).cut(rows({"txt": "a", "label": 0}), "train")
 
 
@@ -68,13 +80,23 @@ def test_a_renamed_column_may_be_absent_too() -> None:
 
 def test_empty_rows_are_dropped_and_counted_or_kept_as_empty_texts() -> None:
     """``drop`` leaves the others in order, with their places; ``keep`` leaves all."""
-    given = rows({"text": "a", "label": 0}, {"text": None, "label": 1}, {"label": 0}, {"text": "d", "label": 1})
+    given = rows(
+        {"text": "a", "label": 0},
+        {"text": None, "label": 1},
+        {"label": 0},
+        {"text": "d", "label": 1},
+    )
     used = columns(empty="drop")
     found = used.cut(given, "train")
     assert [(row["text"], row.line) for row in found] == [("a", 2), ("d", 5)]  # type: ignore[attr-defined]
     assert used.dropped == {"train": 2}
     kept = columns(empty="keep")
-    assert [row["text"] for row in kept.cut(given, "train")] == ["a", None, None, "d"] and kept.dropped == {}
+    assert [row["text"] for row in kept.cut(given, "train")] == [
+        "a",
+        None,
+        None,
+        "d",
+    ] and kept.dropped == {}
 
 
 def test_dropped_rows_are_told_and_dropping_all_of_them_is_refused(tmp_path: Path) -> None:
@@ -124,7 +146,10 @@ def test_rows_without_a_place_are_counted() -> None:
 @given(st.lists(st.sampled_from([0, 1]), min_size=1, max_size=6), st.data())
 def test_labels_are_the_same_from_every_format(labels: list[int], data: st.DataObject) -> None:
     """Whole numbers, numbers with a point and texts end as the verbalizer's keys, in their type."""
-    cells = [data.draw(st.sampled_from([label, float(label), str(label), f"{label}.0"])) for label in labels]
+    cells = [
+        data.draw(st.sampled_from([label, float(label), str(label), f"{label}.0"]))
+        for label in labels
+    ]
     given = rows(*({"text": "a", "label": cell} for cell in cells))
     for keys in ((0, 1), ("0", "1"), (0.0, 1.0)):
         found = columns(verbalizer={keys[0]: " no", keys[1]: " yes"}).cut(given, "train")
@@ -133,7 +158,9 @@ def test_labels_are_the_same_from_every_format(labels: list[int], data: st.DataO
 
 
 def test_lists_as_labels_have_a_place() -> None:
-    with pytest.raises(BadInput, match=r"train\.csv:2 \(row 1\): the target column holds lists or objects"):
+    with pytest.raises(
+        BadInput, match=r"train\.csv:2 \(row 1\): the target column holds lists or objects"
+    ):
         columns(verbalizer={0: " no"}).cut(rows({"text": "a", "label": [0, 1]}), "train")
 
 
@@ -155,12 +182,20 @@ def test_splits_in_different_formats_work_together(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("wanted", "cells"),
-    [(1, [1, "1", 1.0]), ("1", [1, "1", 1.0]), (True, [True, "true", "True"]), (1.5, [1.5, "1.5"]), ("007", ["007"])],
+    [
+        (1, [1, "1", 1.0]),
+        ("1", [1, "1", 1.0]),
+        (True, [True, "true", "True"]),
+        (1.5, [1.5, "1.5"]),
+        ("007", ["007"]),
+    ],
 )
 def test_where_matches_by_meaning(tmp_path: Path, wanted: Any, cells: list[Any]) -> None:
     """Each spelling is found, and nothing else: not another value, a list or nothing."""
     others = ["7", 7, 0, False, "x", None, [1], {"a": 1}, "01"]
     table = [{"text": "a", "label": "x", "kind": kind} for kind in [*cells, *others]]
-    path = write(tmp_path / "a.jsonl", *({**row, "text": f"row {n}"} for n, row in enumerate(table)))
+    path = write(
+        tmp_path / "a.jsonl", *({**row, "text": f"row {n}"} for n, row in enumerate(table))
+    )
     found = load_split(spec({"train": path}, where={"kind": wanted}), "train")
     assert [row["text"] for row in found] == [f"row {n}" for n in range(len(cells))]

@@ -14,7 +14,15 @@ from ray.serve.schema import ServeDeploySchema
 
 from orchestrator.serving.deploy.options import options_from
 from orchestrator.serving.http.access import read_keys
-from tests.deploy.manifests import DEPLOY, KUBERNETES, OURS, built, check_ray_command, found, version
+from tests.deploy.manifests import (
+    DEPLOY,
+    KUBERNETES,
+    OURS,
+    built,
+    check_ray_command,
+    found,
+    version,
+)
 
 FOLDER = DEPLOY / "compose"
 FILE = FOLDER / "compose.yaml"
@@ -25,9 +33,13 @@ def services() -> dict[str, Any]:
     document = yaml.safe_load(FILE.read_text())["services"]
     for service in document.values():
         if extended := service.pop("extends", None):
-            other = yaml.safe_load((FOLDER / extended["file"]).read_text())["services"][extended["service"]]
+            other = yaml.safe_load((FOLDER / extended["file"]).read_text())["services"][
+                extended["service"]
+            ]
             mine = dict(service)
-            service |= other | mine | {"environment": other["environment"] | mine.get("environment", {})}
+            service |= (
+                other | mine | {"environment": other["environment"] | mine.get("environment", {})}
+            )
     return dict(document)
 
 
@@ -44,7 +56,16 @@ def test_compose_takes_the_file(tmp_path: Path) -> None:
         pytest.skip("docker compose is not installed")
     secrets_in(tmp_path / "made")
     for more in ([], ["--file", FOLDER / "gpu.yaml"]):
-        argv = ["docker", "compose", "--env-file", tmp_path / "made" / "mlflow.env", "--file", FILE, *more, "config"]
+        argv = [
+            "docker",
+            "compose",
+            "--env-file",
+            tmp_path / "made" / "mlflow.env",
+            "--file",
+            FILE,
+            *more,
+            "config",
+        ]
         done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
 
@@ -52,15 +73,27 @@ def test_compose_takes_the_file(tmp_path: Path) -> None:
 def test_services_are_whole() -> None:
     """Each has an image with a version or is built, waits for services that there are, and mounts what is there."""
     document, known = yaml.safe_load(FILE.read_text()), services()
-    assert set(known) == {"postgres", "mlflow", "head", "worker", "serving", "prometheus", "grafana"}
+    assert set(known) == {
+        "postgres",
+        "mlflow",
+        "head",
+        "worker",
+        "serving",
+        "prometheus",
+        "grafana",
+    }
     for name, service in known.items():
         assert "build" in service or service["image"].partition(":")[2] not in ("", "latest"), name
         for other, condition in (service.get("depends_on") or {}).items():
             assert other in known
-            assert condition["condition"] != "service_healthy" or "healthcheck" in known[other], other
+            assert condition["condition"] != "service_healthy" or "healthcheck" in known[other], (
+                other
+            )
         for volume in service.get("volumes", []):
             source = volume.split(":")[0]
-            assert source in document["volumes"] if "/" not in source else (FOLDER / source).exists(), volume
+            assert (
+                source in document["volumes"] if "/" not in source else (FOLDER / source).exists()
+            ), volume
         assert set(service.get("secrets", [])) <= document["secrets"].keys()
     for name in ("head", "worker"):
         check_ray_command(known[name]["command"])
@@ -78,9 +111,19 @@ def test_only_this_machine_reaches_it() -> None:
     for name in ("head", "worker", "serving"):
         service = services()[name]
         assert service["environment"]["RAY_AUTH_MODE"] == "token"
-        assert service["user"] == "1000:1000" and service["read_only"] and service["cap_drop"] == ["ALL"]
-        for variable, secret in (("RAY_AUTH_TOKEN_PATH", "ray-token"), ("ORCHESTRATOR_API_KEYS_FILE", "api-keys")):
-            assert service["environment"][variable] == f"/run/secrets/{secret}" and secret in service["secrets"]
+        assert (
+            service["user"] == "1000:1000"
+            and service["read_only"]
+            and service["cap_drop"] == ["ALL"]
+        )
+        for variable, secret in (
+            ("RAY_AUTH_TOKEN_PATH", "ray-token"),
+            ("ORCHESTRATOR_API_KEYS_FILE", "api-keys"),
+        ):
+            assert (
+                service["environment"][variable] == f"/run/secrets/{secret}"
+                and secret in service["secrets"]
+            )
 
 
 def test_secrets_are_files_that_commands_make(tmp_path: Path) -> None:
@@ -93,13 +136,23 @@ def test_secrets_are_files_that_commands_make(tmp_path: Path) -> None:
     assert wanted - by_key <= {file.name for file in made.iterdir()}
     head = FILE.read_text().partition("name:")[0]
     assert all(f"deploy/compose/secrets/{name}" in head for name in by_key)
-    needed = set(re.findall(r"\$\{(\w+):\?", FILE.read_text() + (DEPLOY / "mlflow" / "compose.yaml").read_text()))
-    assert needed == {line.partition("=")[0] for line in (made / "mlflow.env").read_text().splitlines()}
-    again = subprocess.run([KUBERNETES / "secrets", "--compose", made], capture_output=True, text=True)
+    needed = set(
+        re.findall(
+            r"\$\{(\w+):\?", FILE.read_text() + (DEPLOY / "mlflow" / "compose.yaml").read_text()
+        )
+    )
+    assert needed == {
+        line.partition("=")[0] for line in (made / "mlflow.env").read_text().splitlines()
+    }
+    again = subprocess.run(
+        [KUBERNETES / "secrets", "--compose", made], capture_output=True, text=True
+    )
     assert again.returncode == 2, "what is there is not overwritten"
     root = DEPLOY.parent
     if shutil.which("git") and (root / ".git").exists():
-        ignored = subprocess.run(["git", "-C", root, "check-ignore", "-q", "deploy/compose/secrets/ray-token"])
+        ignored = subprocess.run(
+            ["git", "-C", root, "check-ignore", "-q", "deploy/compose/secrets/ray-token"]
+        )
         assert ignored.returncode == 0
 
 
@@ -114,7 +167,9 @@ def test_keys_for_the_service_can_be_made_into_the_folder(tmp_path: Path) -> Non
 
 def test_the_service_s_config_differs_where_it_has_to() -> None:
     """It is deploy/serve.yaml, reached from outside of the container and on one replica."""
-    document, ours = (yaml.safe_load(file.read_text()) for file in (FOLDER / "serve.yaml", DEPLOY / "serve.yaml"))
+    document, ours = (
+        yaml.safe_load(file.read_text()) for file in (FOLDER / "serve.yaml", DEPLOY / "serve.yaml")
+    )
     schema = ServeDeploySchema.model_validate(document)
     assert schema.http_options.host == "0.0.0.0"
     (application,), (own,) = document["applications"], ours["applications"]

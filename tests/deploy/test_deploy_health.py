@@ -55,14 +55,22 @@ def test_the_health_checks_answer_on_a_guarded_head() -> None:
     head, (worker,) = cluster["spec"]["headGroupSpec"], cluster["spec"]["workerGroupSpecs"]
     parameters = " ".join(f"--{name}={value}" for name, value in head["rayStartParams"].items())
     probes = [
-        shlex.quote(group["template"]["spec"]["containers"][0]["livenessProbe"]["exec"]["command"][-1])
+        shlex.quote(
+            group["template"]["spec"]["containers"][0]["livenessProbe"]["exec"]["command"][-1]
+        )
         for group in (head, worker)
     ]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     with tempfile.TemporaryDirectory(prefix="head-") as folder:  # a short path: sockets lie in it
         program = PROGRAM.format(
-            token="0123456789abcdef" * 2, folder=folder, parameters=parameters, head=probes[0], worker=probes[1]
+            token="0123456789abcdef" * 2,
+            folder=folder,
+            parameters=parameters,
+            head=probes[0],
+            worker=probes[1],
         )
         argv = [*alone, "bash", "-c", program]
-        done = subprocess.run(argv, env=os.environ | {"PATH": path}, capture_output=True, text=True, timeout=280)
+        done = subprocess.run(
+            argv, env=os.environ | {"PATH": path}, capture_output=True, text=True, timeout=280
+        )
     assert done.returncode == 0 and done.stdout.endswith("healthy\n"), done.stdout + done.stderr

@@ -22,7 +22,9 @@ def instructions(file: Path) -> list[tuple[str, str]]:
     """Each instruction of a Dockerfile with its arguments, continued lines joined, comments left out."""
     lines = [line for line in file.read_text().splitlines() if not line.lstrip().startswith("#")]
     joined = re.sub(r"\\\n", " ", "\n".join(lines))
-    return [(line.split()[0], line.split(None, 1)[1]) for line in joined.splitlines() if line.strip()]
+    return [
+        (line.split()[0], line.split(None, 1)[1]) for line in joined.splitlines() if line.strip()
+    ]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.parent.name)
@@ -39,7 +41,9 @@ def test_an_image_runs_as_nobody_special(file: Path) -> None:
 def test_an_image_starts_from_a_named_version(file: Path) -> None:
     """Of the Python that the project needs; a stage may also start from another one's name."""
     variables = dict(
-        argument.split("=", 1) for name, argument in instructions(file) if name == "ARG" and "=" in argument
+        argument.split("=", 1)
+        for name, argument in instructions(file)
+        if name == "ARG" and "=" in argument
     )
     stages = set()
     for _, argument in [it for it in instructions(file) if it[0] == "FROM"]:
@@ -52,8 +56,12 @@ def test_the_image_is_pinned_by_the_constraints() -> None:
     """Every pip install names constraints.txt, and the package itself then needs nothing more."""
     runs = " && ".join(argument for name, argument in instructions(FILES[0]) if name == "RUN")
     installs = re.findall(r"pip install [^&;]*", runs)
-    assert len(installs) >= 3 and all("--constraint constraints.txt" in install for install in installs)
-    given = {argument.partition("=")[0] for name, argument in instructions(FILES[0]) if name == "ARG"}
+    assert len(installs) >= 3 and all(
+        "--constraint constraints.txt" in install for install in installs
+    )
+    given = {
+        argument.partition("=")[0] for name, argument in instructions(FILES[0]) if name == "ARG"
+    }
     assert given == {"PYTHON_IMAGE", "ACCELERATOR", "TORCH_INDEX"}
     assert sum(name == "FROM" for name, _ in instructions(FILES[0])) == 2
     assert f"org.opencontainers.image.version={version()}" in FILES[0].read_text()
@@ -72,9 +80,15 @@ def test_what_is_copied_is_there_and_may_be(file: Path) -> None:
     """The build sees nothing but what it copies."""
     context = ROOT if file.parent == IMAGE else file.parent
     ignored = file.with_name("Dockerfile.dockerignore")
-    allowed = [it[1:] for it in ignored.read_text().split("\n") if it.startswith("!")] if ignored.exists() else ["*"]
+    allowed = (
+        [it[1:] for it in ignored.read_text().split("\n") if it.startswith("!")]
+        if ignored.exists()
+        else ["*"]
+    )
     copied = set()
-    for _, argument in [it for it in instructions(file) if it[0] == "COPY" and "--from" not in it[1]]:
+    for _, argument in [
+        it for it in instructions(file) if it[0] == "COPY" and "--from" not in it[1]
+    ]:
         copied |= {part for part in shlex.split(argument)[:-1] if not part.startswith("--")}
     for source in copied:
         assert (context / source).exists(), source
@@ -83,13 +97,20 @@ def test_what_is_copied_is_there_and_may_be(file: Path) -> None:
         assert copied == set(allowed) and ignored.read_text().splitlines()[1] == "*"
 
 
-def entrypoint(*arguments: str | Path, home: Path, store: bool = False) -> subprocess.CompletedProcess[str]:
+def entrypoint(
+    *arguments: str | Path, home: Path, store: bool = False
+) -> subprocess.CompletedProcess[str]:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     code = str(Path(__file__).parents[2])
-    environment = os.environ | {"ORCHESTRATOR_HOME": home.as_uri() if store else str(home), "PATH": path}
+    environment = os.environ | {
+        "ORCHESTRATOR_HOME": home.as_uri() if store else str(home),
+        "PATH": path,
+    }
     environment |= {"PYTHONPATH": code, "ORCHESTRATOR_CACHE": str(home / "cache")}
     argv = [IMAGE / "run-or-resume", *arguments]
-    return subprocess.run(argv, env=environment, cwd=home, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        argv, env=environment, cwd=home, capture_output=True, text=True, timeout=120
+    )
 
 
 @pytest.mark.parametrize("store", [False, True])

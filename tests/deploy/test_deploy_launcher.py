@@ -41,10 +41,18 @@ def test_clusters_are_closed(file: Path) -> None:
     assert "RAY_AUTH_MODE=token" in text
     assert any(source == "~/.ray/auth_token" for source in config["file_mounts"].values())
     head = next(command for command in config["head_start_ray_commands"] if "--head" in command)
-    assert {"--num-cpus=0", "--dashboard-host=127.0.0.1", "--port=6379"} <= set(shlex.split(head.replace(";", " ; ")))
-    assert all("--address=$RAY_HEAD_IP:6379" in it for it in config["worker_start_ray_commands"] if "ray start" in it)
+    assert {"--num-cpus=0", "--dashboard-host=127.0.0.1", "--port=6379"} <= set(
+        shlex.split(head.replace(";", " ; "))
+    )
+    assert all(
+        "--address=$RAY_HEAD_IP:6379" in it
+        for it in config["worker_start_ray_commands"]
+        if "ray start" in it
+    )
     for command in [*config["head_start_ray_commands"], *config["worker_start_ray_commands"]]:
-        check_ray_command(shlex.split(re.sub(r"^(ulimit [^;]*; )?(cd \S+ && )?(\w+=\S+ )*", "", command)))
+        check_ray_command(
+            shlex.split(re.sub(r"^(ulimit [^;]*; )?(cd \S+ && )?(\w+=\S+ )*", "", command))
+        )
 
 
 def test_the_cloud_s_nodes_have_work_for_gpus_only() -> None:

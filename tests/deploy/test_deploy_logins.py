@@ -36,7 +36,11 @@ def logins(uri: str, **passwords: str) -> subprocess.CompletedProcess[str]:
 def test_it_says_what_is_missing() -> None:
     """Before it asks anybody."""
     done = logins("http://127.0.0.1:1", tuning="x")
-    assert done.returncode == 2 and "LOGIN_SERVING" in done.stderr and "LOGIN_TUNING" not in done.stderr
+    assert (
+        done.returncode == 2
+        and "LOGIN_SERVING" in done.stderr
+        and "LOGIN_TUNING" not in done.stderr
+    )
 
 
 @contextmanager
@@ -66,12 +70,17 @@ def become(patch: pytest.MonkeyPatch, name: str, password: str) -> None:
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_searches_write_and_the_service_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_searches_write_and_the_service_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Both logins work, the service's can't write to a search's experiment, and a new password takes the old one's
     place."""
     with server_with_logins(tmp_path) as server:
         made = logins(server.uri, tuning="first-of-tuning", serving="first-of-serving")
-        assert made.returncode == 0 and made.stdout.splitlines() == ["tuning: made", "serving: made"], made.stderr
+        assert made.returncode == 0 and made.stdout.splitlines() == [
+            "tuning: made",
+            "serving: made",
+        ], made.stderr
         registry = Registry(server.uri, cache_dir=tmp_path / "cache")
 
         become(monkeypatch, "tuning", "first-of-tuning")
@@ -97,7 +106,9 @@ def test_a_login_that_may_not_finish_a_search_is_refused_at_its_start(
 ) -> None:
     """To register under another login's model, to move its aliases, and to keep the aliases' history."""
     with server_with_logins(tmp_path) as server:
-        assert logins(server.uri, tuning="first-of-tuning", serving="first-of-serving").returncode == 0
+        assert (
+            logins(server.uri, tuning="first-of-tuning", serving="first-of-serving").returncode == 0
+        )
         registry = Registry(server.uri, cache_dir=tmp_path / "cache")
         become(monkeypatch, "tuning", "first-of-tuning")
         registry.check_search_end("spam", "spam")
@@ -110,7 +121,9 @@ def test_a_login_that_may_not_finish_a_search_is_refused_at_its_start(
         registry.check_search_end("spam", "spam")
         assert time.monotonic() - started < 1
         become(monkeypatch, "serving", "first-of-serving")
-        with pytest.raises(BadInput, match=r"orchestrator-aliases.*does not let this login") as refused:
+        with pytest.raises(
+            BadInput, match=r"orchestrator-aliases.*does not let this login"
+        ) as refused:
             registry.check_search_end("other", "other")
         assert "ask for the permission" in refused.value.hint
         client = admin(monkeypatch, server.uri)

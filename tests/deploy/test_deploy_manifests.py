@@ -79,12 +79,19 @@ def test_kuberay_s_schemas_take_what_is_built(folder: str, tmp_path: Path) -> No
         pytest.skip("no ../shared/schemas")
     file = tmp_path / "built.yaml"
     file.write_text(built_text(folder))
-    done = subprocess.run([sys.executable, checker, file], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, checker, file], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     broken = tmp_path / "broken.yaml"
     broken.write_text(file.read_text().replace("headGroupSpec:", "headGroup:"))
     if "headGroupSpec:" in file.read_text():
-        assert subprocess.run([sys.executable, checker, broken], capture_output=True, timeout=60).returncode == 1
+        assert (
+            subprocess.run(
+                [sys.executable, checker, broken], capture_output=True, timeout=60
+            ).returncode
+            == 1
+        )
 
 
 @lru_cache
@@ -92,7 +99,9 @@ def schemas() -> dict[str, Any]:
     """Schemas of parts that KubeRay's own contain: pod templates, claims, and rules of network policies."""
     if not (SCHEMAS / "raycluster.json").exists():
         pytest.skip("no ../shared/schemas")
-    cluster = json.loads((SCHEMAS / "raycluster.json").read_text())["properties"]["spec"]["properties"]
+    cluster = json.loads((SCHEMAS / "raycluster.json").read_text())["properties"]["spec"][
+        "properties"
+    ]
     template = cluster["headGroupSpec"]["properties"]["template"]
     volume = template["properties"]["spec"]["properties"]["volumes"]["items"]["properties"]
     rules = cluster["networkPolicy"]["properties"]["head"]["properties"]
@@ -115,12 +124,16 @@ def test_kubernetes_takes_pods_claims_and_policies(folder: str) -> None:
     for where, pod in all_pods(folder):
         assert not problems("pod", pod), where
     claims = [it["spec"] for it in of_kind(folder, "PersistentVolumeClaim")]
-    claims += [it["spec"] for templates in found(built(folder), "volumeClaimTemplates") for it in templates]
+    claims += [
+        it["spec"] for templates in found(built(folder), "volumeClaimTemplates") for it in templates
+    ]
     for claim in claims:
         assert not problems("claim", claim)
     for policy in of_kind(folder, "NetworkPolicy"):
         for direction in ("ingress", "egress"):
-            assert not problems(direction, policy["spec"].get(direction, [])), policy["metadata"]["name"]
+            assert not problems(direction, policy["spec"].get(direction, [])), policy["metadata"][
+                "name"
+            ]
     assert problems("pod", {"spec": {"containers": [{"name": "x", "imgae": "y"}]}})
 
 
@@ -138,7 +151,10 @@ def test_parts_of_a_workload_fit_together(folder: str) -> None:
                 port[key] for pod in chosen for c in pod["spec"]["containers"] for port in c["ports"]
                 for key in ("name", "containerPort")
             }  # fmt: skip
-            assert chosen and {port.get("targetPort", port["port"]) for port in spec["ports"]} <= opened
+            assert (
+                chosen
+                and {port.get("targetPort", port["port"]) for port in spec["ports"]} <= opened
+            )
         templates = {it["metadata"]["name"] for it in spec.get("volumeClaimTemplates", [])}
         for where, pod in pods(document):
             volumes = {it["name"] for it in pod["spec"].get("volumes", [])} | templates
@@ -156,14 +172,18 @@ def test_pods_are_confined(folder: str) -> None:
     assert seen
     for where, pod in seen:
         spec = pod["spec"]
-        assert spec["securityContext"]["runAsNonRoot"] and spec["securityContext"]["runAsUser"] > 0, where
+        assert (
+            spec["securityContext"]["runAsNonRoot"] and spec["securityContext"]["runAsUser"] > 0
+        ), where
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, where
         asks = "headGroupSpec" in where or spec.get("serviceAccountName") == "prometheus"
         assert asks or spec["automountServiceAccountToken"] is False, where
         for container in [*spec["containers"], *spec.get("initContainers", [])]:
             what = f"{where} {container['name']}"
             rights = container["securityContext"]
-            assert rights["allowPrivilegeEscalation"] is False and rights["capabilities"] == {"drop": ["ALL"]}, what
+            assert rights["allowPrivilegeEscalation"] is False and rights["capabilities"] == {
+                "drop": ["ALL"]
+            }, what
             for kind in ("requests", "limits"):
                 assert {"cpu", "memory"} <= container["resources"][kind].keys(), what
             for resource, asked in container["resources"]["requests"].items():
@@ -191,7 +211,10 @@ def test_images_have_one_version_each(folder: str) -> None:
 def test_secrets_come_by_reference_only(size: str) -> None:
     """Whatever is called a password, key or token refers to a Secret that deploy/kubernetes/secrets makes, or that the
     docs make by a command; no manifest has a Secret in it."""
-    made = {it["metadata"]["name"]: set(it["stringData"]) for it in documents(KUBERNETES / "secrets.example.yaml")}
+    made = {
+        it["metadata"]["name"]: set(it["stringData"])
+        for it in documents(KUBERNETES / "secrets.example.yaml")
+    }
     made |= {"orchestrator-api-keys": {"keys.json"}, "orchestrator-metrics-key": {"metrics"}}
     for folder in (it for it in OVERLAYS if f"/{size}" in it):
         assert not of_kind(folder, "Secret")
@@ -213,18 +236,32 @@ def test_the_example_is_what_its_command_prints() -> None:
     script = KUBERNETES / "secrets"
     shown = subprocess.run([script, "--example"], capture_output=True, text=True, check=True).stdout
     assert shown == (KUBERNETES / "secrets.example.yaml").read_text()
-    values = [value for document in yaml.safe_load_all(shown) for value in document["stringData"].values()]
+    values = [
+        value for document in yaml.safe_load_all(shown) for value in document["stringData"].values()
+    ]
     assert all(value.startswith("REPLACE-") or value in ("tuning", "serving") for value in values)
     first, second = (
-        list(yaml.safe_load_all(subprocess.run([script, "a-team"], capture_output=True, text=True, check=True).stdout))
+        list(
+            yaml.safe_load_all(
+                subprocess.run(
+                    [script, "a-team"], capture_output=True, text=True, check=True
+                ).stdout
+            )
+        )
         for _ in range(2)
     )
     assert {it["metadata"]["namespace"] for it in first} == {"a-team"}
-    passwords = [it["stringData"] for it in first if it["metadata"]["name"] == "orchestrator-postgres"]
-    assert passwords != [it["stringData"] for it in second if it["metadata"]["name"] == "orchestrator-postgres"]
+    passwords = [
+        it["stringData"] for it in first if it["metadata"]["name"] == "orchestrator-postgres"
+    ]
+    assert passwords != [
+        it["stringData"] for it in second if it["metadata"]["name"] == "orchestrator-postgres"
+    ]
     assert re.fullmatch("[0-9a-f]{48}", passwords[0]["password"])
     named = {it["metadata"]["name"]: it["stringData"] for it in first}
-    assert len({secret["password"] for secret in named.values() if "password" in secret}) == 4, "each its own"
+    assert len({secret["password"] for secret in named.values() if "password" in secret}) == 4, (
+        "each its own"
+    )
 
 
 def test_the_script_for_secrets_explains_itself() -> None:
@@ -249,13 +286,23 @@ def test_what_pods_name_is_there(size: str) -> None:
     assert set(found(everything, "priorityClassName")) == names("PriorityClass")
     (address,) = {it["redisAddress"] for it in found(everything, "gcsFaultToleranceOptions")}
     assert address.partition(":")[0] in names("Service")
-    (jobs_names,) = [it["command"][2:] for it in found(everything, "containers") for it in it if it["name"] == "logins"]
+    (jobs_names,) = [
+        it["command"][2:]
+        for it in found(everything, "containers")
+        for it in it
+        if it["name"] == "logins"
+    ]
     assert {f"orchestrator-{name}" for name in jobs_names} == {
         it["name"] for it in found(everything, "secretKeyRef") if it["key"] == "username"
     }
     (tracking,) = set(found(everything, "MLFLOW_TRACKING_URI"))
     assert tracking == "http://mlflow:5000" and {"mlflow", "postgres"} <= names("Service")
-    (uri,) = [it["value"] for env in found(everything, "env") for it in env if it["name"] == "POSTGRES_URI"]
+    (uri,) = [
+        it["value"]
+        for env in found(everything, "env")
+        for it in env
+        if it["name"] == "POSTGRES_URI"
+    ]
     assert "@postgres/" in uri
 
 
@@ -268,7 +315,11 @@ def test_names_do_not_meet(size: str) -> None:
     of_ray = [name for kind, name in objects if kind in ("RayCluster", "RayJob", "RayService")]
     assert len(of_ray) == len(set(of_ray)) == 3
     made = {f"{name}-{suffix}" for name in of_ray for suffix in ("head-svc", "serve-svc")}
-    asked = set(re.findall(r"service/([\w-]+-svc)", "".join(it.read_text() for it in (ROOT / "docs").glob("*.md"))))
+    asked = set(
+        re.findall(
+            r"service/([\w-]+-svc)", "".join(it.read_text() for it in (ROOT / "docs").glob("*.md"))
+        )
+    )
     assert asked and asked <= made
 
 
@@ -276,7 +327,9 @@ def test_names_do_not_meet(size: str) -> None:
 def test_network_policies_are_about_pods_that_there_are(size: str) -> None:
     """Nobody may speak unless a policy says so; each policy selects pods, opens ports that these have, and no pod is
     left without a policy of its own."""
-    policies = {it["metadata"]["name"]: it["spec"] for it in whole(size) if it["kind"] == "NetworkPolicy"}
+    policies = {
+        it["metadata"]["name"]: it["spec"] for it in whole(size) if it["kind"] == "NetworkPolicy"
+    }
     assert policies["nobody"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
     every = [pod for _, pod in whole_pods(size)]
     chosen: set[int] = set()
@@ -293,7 +346,9 @@ def test_network_policies_are_about_pods_that_there_are(size: str) -> None:
     assert len(chosen) == len(every)
     ray = policies["ray"]["ingress"]
     opened = {port["port"] for rule in ray[1:] for port in rule["ports"]}
-    assert opened <= {8000, 8080, 8265, 44217, 44227, 52365}, "Ray's own ports are for Ray's own pods"
+    assert opened <= {8000, 8080, 8265, 44217, 44227, 52365}, (
+        "Ray's own ports are for Ray's own pods"
+    )
 
 
 @pytest.mark.parametrize("folder", ["overlays/small/serving", "overlays/large/serving", "serving"])
@@ -303,7 +358,10 @@ def test_the_service_s_config_is_one_that_serve_and_we_accept(folder: str) -> No
     document = yaml.safe_load(service["spec"]["serveConfigV2"])
     schema = ServeDeploySchema.model_validate(document)
     assert (schema.http_options.host, schema.http_options.port) == ("0.0.0.0", 8000)
-    (application,), ours = document["applications"], yaml.safe_load((DEPLOY / "serve.yaml").read_text())
+    (application,), ours = (
+        document["applications"],
+        yaml.safe_load((DEPLOY / "serve.yaml").read_text()),
+    )
     (own,) = ours["applications"]
     options = options_from(application["args"])
     options.check()
@@ -313,7 +371,10 @@ def test_the_service_s_config_is_one_that_serve_and_we_accept(folder: str) -> No
     }
     for key in ("name", "route_prefix", "import_path", "runtime_env"):
         assert application[key] == own[key]
-    assert document["logging_config"] == ours["logging_config"] and document["proxy_location"] == ours["proxy_location"]
+    assert (
+        document["logging_config"] == ours["logging_config"]
+        and document["proxy_location"] == ours["proxy_location"]
+    )
     fits_its_pods(options, service["spec"]["rayClusterConfig"])
 
 
@@ -342,7 +403,9 @@ def test_upgrades_move_requests_step_by_step_where_there_is_room_for_it() -> Non
 @pytest.mark.parametrize("folder", ["tuning", "overlays/small/tuning", "overlays/large/tuning"])
 def test_the_job_fits_on_its_cluster(folder: str) -> None:
     """The job's spec is sound, and its workers find room on the pods that there are when it starts."""
-    (settings,) = [it for it in of_kind(folder, "ConfigMap") if it["metadata"]["name"] == "orchestrator-job"]
+    (settings,) = [
+        it for it in of_kind(folder, "ConfigMap") if it["metadata"]["name"] == "orchestrator-job"
+    ]
     (ray_job,) = of_kind(folder, "RayJob")
     file = KUBERNETES / folder / "job.yaml"
     assert settings["data"] == {"job.yaml": file.read_text()}
@@ -350,7 +413,9 @@ def test_the_job_fits_on_its_cluster(folder: str) -> None:
     assert job.name == ray_job["metadata"]["name"]
     cluster = ray_job["spec"]["rayClusterSpec"]
     (group,) = cluster["workerGroupSpecs"]
-    assert group["replicas"] == group["minReplicas"] == group["maxReplicas"], "a search uses no node that comes later"
+    assert group["replicas"] == group["minReplicas"] == group["maxReplicas"], (
+        "a search uses no node that comes later"
+    )
     assert not cluster.get("enableInTreeAutoscaling")
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     pod = Node(quantity(limits["cpu"]), float(limits.get("nvidia.com/gpu", 0)))
@@ -367,14 +432,21 @@ def test_clusters_keep_their_heads_free(folder: str) -> None:
     for cluster in ray_clusters(folder):
         head = cluster["headGroupSpec"]
         assert head["rayStartParams"]["num-cpus"] == "0"
-        assert "nvidia.com/gpu" not in head["template"]["spec"]["containers"][0]["resources"]["limits"]
+        assert (
+            "nvidia.com/gpu" not in head["template"]["spec"]["containers"][0]["resources"]["limits"]
+        )
         lasts = "gcsFaultToleranceOptions" in cluster
         assert lasts != folder.endswith("tuning")
         environments = [
             {it["name"] for it in pod["spec"]["containers"][0]["env"]}
-            for pod in (head["template"], *(group["template"] for group in cluster["workerGroupSpecs"]))
+            for pod in (
+                head["template"],
+                *(group["template"] for group in cluster["workerGroupSpecs"]),
+            )
         ]
-        assert all(env >= {"MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"} for env in environments)
+        assert all(
+            env >= {"MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"} for env in environments
+        )
 
 
 @pytest.mark.parametrize("folder", ["base", "tuning", "serving"])
@@ -382,7 +454,10 @@ def test_ray_takes_its_parameters(folder: str) -> None:
     """What KubeRay makes of rayStartParams, and what pods run before they end, are commands that this Ray knows."""
     for cluster in ray_clusters(folder):
         head, workers = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
-        for kind, group in [("--head", head), *(("--address=head:6379", group) for group in workers)]:
+        for kind, group in [
+            ("--head", head),
+            *(("--address=head:6379", group) for group in workers),
+        ]:
             given = [f"--{name}={value}" for name, value in group["rayStartParams"].items()]
             check_ray_command(["ray", "start", kind, "--block", *given])
         for ended in found(cluster, "preStop"):
@@ -402,4 +477,6 @@ def test_nothing_in_deploy_looks_like_a_secret() -> None:
             continue
         text = file.read_text()
         for shape in shapes:
-            assert not (hit := re.search(shape, text)) or "user:password@" in hit[0], f"{file}: {hit}"
+            assert not (hit := re.search(shape, text)) or "user:password@" in hit[0], (
+                f"{file}: {hit}"
+            )

@@ -62,7 +62,9 @@ def test_alerts_ask_for_metrics_and_labels_that_there_are() -> None:
             assert name in known, name
             assert set(re.findall(r"(\w+)\s*[=!]", chosen)) <= known[name], expression
         for grouped in re.findall(r"by \(([^)]*)\)", expression):
-            assert {it.strip() for it in grouped.split(",")} <= set().union(*(known[name] for name, _ in own))
+            assert {it.strip() for it in grouped.split(",")} <= set().union(
+                *(known[name] for name, _ in own)
+            )
     assert len(asked) >= 5
 
 
@@ -70,7 +72,9 @@ def test_alerts_lead_to_pages_that_there_are() -> None:
     """Each names a page of docs/, says what is wrong, and waits before it calls anybody."""
     for group in yaml.safe_load((MONITORING / "alerts.yaml").read_text())["groups"]:
         for rule in group["rules"]:
-            assert (DEPLOY.parent / rule["annotations"]["page"]).exists() and rule["annotations"]["summary"]
+            assert (DEPLOY.parent / rule["annotations"]["page"]).exists() and rule["annotations"][
+                "summary"
+            ]
             assert rule["labels"]["severity"] in ("page", "ticket") and rule["for"]
 
 
@@ -96,13 +100,19 @@ def test_prometheus_finds_pods_by_labels_and_ports_that_they_have() -> None:
             if label != source and label != "ray_io_cluster":  # which KubeRay adds
                 assert label in sanitised, label
             if rule.get("action") == "keep" and label != source:
-                matching = [pod for pod in matching if labels(pod).get(sanitised[label]) == rule["regex"]]
+                matching = [
+                    pod for pod in matching if labels(pod).get(sanitised[label]) == rule["regex"]
+                ]
             elif rule.get("action") == "keep":
                 ports = {"__meta_kubernetes_pod_container_port_name": rule["regex"]}[source]
                 matching = [
                     pod
                     for pod in matching
-                    if any(port["name"] == ports for it in pod["spec"]["containers"] for port in it.get("ports", []))
+                    if any(
+                        port["name"] == ports
+                        for it in pod["spec"]["containers"]
+                        for port in it.get("ports", [])
+                    )
                 ]
         assert matching, job["job_name"]
 
@@ -110,7 +120,9 @@ def test_prometheus_finds_pods_by_labels_and_ports_that_they_have() -> None:
 def test_grafana_has_the_dashboard_and_its_source() -> None:
     """What is built holds the dashboard as it stands, and a source of the kind that it asks for."""
     maps = [it for it in built("monitoring") if it["kind"] == "ConfigMap"]
-    held = {it["metadata"]["name"].rpartition("-")[0]: it["data"] for it in maps}  # each with a digest behind its name
+    held = {
+        it["metadata"]["name"].rpartition("-")[0]: it["data"] for it in maps
+    }  # each with a digest behind its name
     dashboard = (MONITORING / "grafana-serving.json").read_text()
     assert held["grafana-dashboards"] == {"grafana-serving.json": dashboard}
     (source,) = yaml.safe_load(held["grafana-datasources"]["datasource.yaml"])["datasources"]
@@ -137,5 +149,7 @@ def test_prometheus_takes_settings_and_rules(file: Path, tmp_path: Path) -> None
             job["authorization"]["credentials_file"] = str(tmp_path / "key")
     checked = tmp_path / "prometheus.yaml"
     checked.write_text(yaml.safe_dump(document))
-    done = subprocess.run(["promtool", "check", "config", checked], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["promtool", "check", "config", checked], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0 and "6 rules found" in done.stdout, done.stdout + done.stderr

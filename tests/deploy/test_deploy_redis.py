@@ -18,7 +18,9 @@ from tests.deploy.manifests import KUBERNETES, documents
 def redis_cli(port: int, *command: str, password: str = "") -> str:
     environment = os.environ | ({"REDISCLI_AUTH": password} if password else {})
     argv = ["redis-cli", "-p", str(port), *command]
-    return subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=10).stdout.strip()
+    return subprocess.run(
+        argv, env=environment, capture_output=True, text=True, timeout=10
+    ).stdout.strip()
 
 
 def test_redis_wants_the_password_and_writes_everything(tmp_path: Path) -> None:
@@ -26,7 +28,9 @@ def test_redis_wants_the_password_and_writes_everything(tmp_path: Path) -> None:
     told after it was killed."""
     if shutil.which("redis-server") is None:
         pytest.skip("redis-server is not installed (Debian: redis)")
-    (workload,) = [it for it in documents(KUBERNETES / "base" / "redis.yaml") if it["kind"] == "StatefulSet"]
+    (workload,) = [
+        it for it in documents(KUBERNETES / "base" / "redis.yaml") if it["kind"] == "StatefulSet"
+    ]
     container = workload["spec"]["template"]["spec"]["containers"][0]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -35,7 +39,9 @@ def test_redis_wants_the_password_and_writes_everything(tmp_path: Path) -> None:
     environment = os.environ | {"REDIS_PASSWORD": "a-password"}
 
     def start() -> subprocess.Popen[bytes]:
-        process = subprocess.Popen([*container["command"], script], env=environment, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [*container["command"], script], env=environment, stdout=subprocess.DEVNULL
+        )
         deadline = time.monotonic() + 30
         while redis_cli(port, "ping", password="a-password") != "PONG":
             assert time.monotonic() < deadline and process.poll() is None

@@ -23,7 +23,13 @@ import typer.main
 from small_jobs import Command
 
 from orchestrator import cli
-from orchestrator.artifact import BaseModelRecord, DataRecord, Manifest, PromptArtifact, VerbalizerEntry
+from orchestrator.artifact import (
+    BaseModelRecord,
+    DataRecord,
+    Manifest,
+    PromptArtifact,
+    VerbalizerEntry,
+)
 from orchestrator.registry import Registry
 
 ROOT = Path(__file__).parents[2]
@@ -91,7 +97,9 @@ def blocks(page: Path) -> list[str]:
 def lines(page: Path) -> list[str]:
     """The commands of a page as people paste them, continued lines joined."""
     joined = "".join(blocks(page)).replace("\\\n", " ")
-    return [line.strip() for line in joined.splitlines() if line.strip() and not line.startswith("#")]
+    return [
+        line.strip() for line in joined.splitlines() if line.strip() and not line.startswith("#")
+    ]
 
 
 @dataclass(frozen=True)
@@ -167,7 +175,11 @@ def test_every_command_is_one_that_its_program_takes(page: Path) -> None:
             else:
                 assert command.program in OTHERS, f"{line!r}: who knows {command.program}?"
             for word in command.arguments:
-                if re.match(r"(deploy|jobs|docs)/", word) and "/secrets/" not in word and "compose/secrets" not in word:
+                if (
+                    re.match(r"(deploy|jobs|docs)/", word)
+                    and "/secrets/" not in word
+                    and "compose/secrets" not in word
+                ):
                     assert (ROOT / word).exists(), f"{line!r} names {word}"
 
 
@@ -179,7 +191,8 @@ def check_parses(command: Simple, line: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", ["orchestrator modles", "orchestrator models --jsn", "ray up", "orchestrator serve --port x"]
+    "wrong",
+    ["orchestrator modles", "orchestrator models --jsn", "ray up", "orchestrator serve --port x"],
 )
 def test_a_wrong_command_would_be_noticed(wrong: str) -> None:
     """An unknown verb or option, a missing argument, a value of another type."""
@@ -199,7 +212,9 @@ def test_links_lead_somewhere() -> None:
     """From page to page, and to files of the project."""
     for page in [*PAGES, ROOT / "README.md"]:
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
-            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
+            assert target.startswith("http") or (page.parent / target).exists(), (
+                f"{page.name}: {target}"
+            )
 
 
 def test_what_is_said_to_be_run_stands_in_the_pages() -> None:
@@ -220,7 +235,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
         registry.check()
         with registry.start_search("sms-spam", {"trials": 1}, {}) as search:
             for number, accuracy in enumerate((0.8, 0.9), start=1):
-                registry.register(artifact(folder / f"artifact-{number}", accuracy), "sms-spam", search.run_id)
+                registry.register(
+                    artifact(folder / f"artifact-{number}", accuracy), "sms-spam", search.run_id
+                )
         registry.promote("sms-spam", 1)
         registry.promote("sms-spam", 2, "challenger")
     return folder
@@ -268,5 +285,7 @@ def test_commands_do_what_the_page_says(
         elif parts[0].program == "kubectl" and shutil.which("kubectl") is None:
             pytest.skip("kubectl is not installed")
         else:
-            done = subprocess.run(["bash", "-euc", line], capture_output=True, text=True, timeout=60)
+            done = subprocess.run(
+                ["bash", "-euc", line], capture_output=True, text=True, timeout=60
+            )
             assert done.returncode == 0, f"{line}: {done.stderr}"

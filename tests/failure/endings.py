@@ -48,8 +48,22 @@ MOMENTS = (
     "drawing the report",
 )
 DELAYS_S = (0.0, 0.2, 1.0, 3.0)  # a delay is drawn between 0 and one of these
-MESSAGES = {0: "", 1: "failed: ", 2: "bad input: ", 3: "unreachable: ", 130: "interrupted", 143: "interrupted"}
-NEVER = ("Traceback", "unforeseen error", "core_worker", "*** SIG", "Segmentation", "Fatal Python error")
+MESSAGES = {
+    0: "",
+    1: "failed: ",
+    2: "bad input: ",
+    3: "unreachable: ",
+    130: "interrupted",
+    143: "interrupted",
+}
+NEVER = (
+    "Traceback",
+    "unforeseen error",
+    "core_worker",
+    "*** SIG",
+    "Segmentation",
+    "Fatal Python error",
+)
 
 # The program as it is, but for its patience with an MLflow that went away for good: ten minutes.
 COMMAND = """
@@ -102,7 +116,13 @@ ENDINGS = {
     "SIGTERM twice in resume": Ending((143, 0)),
 }
 SHARE = (
-    *("experiment in the trash", "refused after the workers' start", "Ctrl-C", "SIGTERM", "server lost"),
+    *(
+        "experiment in the trash",
+        "refused after the workers' start",
+        "Ctrl-C",
+        "SIGTERM",
+        "server lost",
+    ),
     *(
         "Ctrl-C twice",
         "SIGTERM twice",
@@ -110,8 +130,20 @@ SHARE = (
         "Ctrl-C",
         "refused after the workers' start",
     ),
-    *("SIGTERM", "ledger in the trash", "Ctrl-C twice", "SIGTERM twice", "server lost, then Ctrl-C"),
-    *("Ctrl-C in resume", "worker killed", "server lost", "SIGTERM twice in resume", "experiment in the trash"),
+    *(
+        "SIGTERM",
+        "ledger in the trash",
+        "Ctrl-C twice",
+        "SIGTERM twice",
+        "server lost, then Ctrl-C",
+    ),
+    *(
+        "Ctrl-C in resume",
+        "worker killed",
+        "server lost",
+        "SIGTERM twice in resume",
+        "experiment in the trash",
+    ),
 )
 """The kinds of twenty attempts in a row, as often as each comes."""
 
@@ -151,7 +183,9 @@ class Ended:
 
     def __str__(self) -> str:
         outcome = f"{self.attempt}: exit code {self.code} after {self.seconds:.1f} s"
-        return outcome if not self.problems else f"{outcome}; {'; '.join(self.problems)}\n{self.said}"
+        return (
+            outcome if not self.problems else f"{outcome}; {'; '.join(self.problems)}\n{self.said}"
+        )
 
 
 class Ground:
@@ -234,7 +268,9 @@ class Process:
     def reaches(self, moment: str) -> bool:
         """Wait for a line of progress; False when the process ended without it."""
         with self._news:
-            self._news.wait_for(lambda: self._over or any(moment in line for line in self.lines), LIMIT_S)
+            self._news.wait_for(
+                lambda: self._over or any(moment in line for line in self.lines), LIMIT_S
+            )
             return any(moment in line for line in self.lines)
 
     def end_by(self, attempt: Attempt, *means: Callable[[Process], None]) -> Ended:
@@ -266,7 +302,10 @@ class Process:
         if not (spy := shutil.which("py-spy")):
             return "no py-spy to tell where"
         return subprocess.run(
-            [spy, "dump", "--pid", str(self.process.pid)], capture_output=True, text=True, timeout=60
+            [spy, "dump", "--pid", str(self.process.pid)],
+            capture_output=True,
+            text=True,
+            timeout=60,
         ).stdout
 
     def own_processes(self) -> list[psutil.Process]:
@@ -287,7 +326,11 @@ class Process:
         deadline = time.monotonic() + GONE_S
         while (left := self.own_processes()) and time.monotonic() < deadline:
             time.sleep(0.2)
-        names = [f"{process.pid} {' '.join(process.cmdline())[:60]}" for process in left if process.is_running()]
+        names = [
+            f"{process.pid} {' '.join(process.cmdline())[:60]}"
+            for process in left
+            if process.is_running()
+        ]
         for process in left:
             process.kill()
         return [f"processes are left: {', '.join(names)}"] if names else []
@@ -344,7 +387,9 @@ def made(attempt: Attempt, ground: Ground, folder: Path) -> Ended:
         at_start = Attempt(attempt.number, kind, "starting Ray", 0.0, 0.0)
         return Process(folder, arguments).end_by(at_start, spoil_weights)
     if kind.startswith("refused"):
-        stage = random.Random(attempt.number).choice(["loading the base model", "evaluating the best", "registering"])
+        stage = random.Random(attempt.number).choice(
+            ["loading the base model", "evaluating the best", "registering"]
+        )
         return Process(folder, arguments, REFUSED_AT=stage).end_by(attempt)
     return Process(folder, arguments).end_by(attempt, *SIGNALS.get(kind, ()))
 
@@ -380,7 +425,9 @@ def judged(ended: Ended, folder: Path) -> Ended:
 
 def _running_runs(folder: Path) -> list[str]:
     with sqlite3.connect(folder / "mlflow.db") as store:
-        count = store.execute("SELECT count(*) FROM runs WHERE status = 'RUNNING' AND name NOT LIKE 'aliases of %'")
+        count = store.execute(
+            "SELECT count(*) FROM runs WHERE status = 'RUNNING' AND name NOT LIKE 'aliases of %'"
+        )
         (running,) = count.fetchone()
     return [f"{running} MLflow runs are RUNNING"] if running else []
 
@@ -409,7 +456,9 @@ def scratch() -> Iterator[Path]:
 
 def main() -> None:
     """Make attempts and print what becomes of them, wrong ones with all that they said."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--count", type=int, default=len(SHARE))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, nargs="*", default=())

@@ -31,7 +31,9 @@ def cluster() -> Iterator[RayProcesses]:
 
 
 def worker_nodes(cluster: RayProcesses) -> list[str]:
-    return cluster.run([sys.executable, "-c", WORKER_IDS], RAY_API_SERVER_ADDRESS=cluster.url).stdout.split()
+    return cluster.run(
+        [sys.executable, "-c", WORKER_IDS], RAY_API_SERVER_ADDRESS=cluster.url
+    ).stdout.split()
 
 
 def test_a_search_outlives_a_head_that_comes_back(cluster: RayProcesses, tmp_path: Path) -> None:
@@ -39,12 +41,16 @@ def test_a_search_outlives_a_head_that_comes_back(cluster: RayProcesses, tmp_pat
     away; the submitter waits, submits again, and the search goes on to what an undisturbed one finds."""
     train = {"steps": 400, "batch_size": 4, "evaluate_every": 50}
     resources = {"workers": 2, "cpus_per_worker": 1, "trials_per_worker": 1}
-    job = write_job(tmp_path, train=train, search__trials=4, search__scheduler="fifo", resources=resources)
+    job = write_job(
+        tmp_path, train=train, search__trials=4, search__scheduler="fifo", resources=resources
+    )
     orchestrator = Orchestrator(cluster, tmp_path)
     whole = orchestrator("submit", job, "--home", tmp_path / "whole", "--json")
     assert whole.code == 0, whole.err
     before = worker_nodes(cluster)
-    submitter = orchestrator.start("submit", job, "--home", tmp_path / "home", "--retries", "1", "--json")
+    submitter = orchestrator.start(
+        "submit", job, "--home", tmp_path / "home", "--retries", "1", "--json"
+    )
     said = heard(submitter, lambda text: " step 200/" in text)
     cluster.kill_node(0)
     cluster.start_node(0)

@@ -19,9 +19,17 @@ from ray.cluster_utils import Cluster
 from small_jobs import close, write_job
 
 LIMIT_S = 400.0  # only a hang takes this long
-PROMPTLY = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
+PROMPTLY = {
+    "health_check_initial_delay_ms": 0,
+    "health_check_period_ms": 500,
+    "health_check_failure_threshold": 3,
+}
 
-pytestmark = [pytest.mark.failure, pytest.mark.long, pytest.mark.timeout(900)]  # whole searches, several a test
+pytestmark = [
+    pytest.mark.failure,
+    pytest.mark.long,
+    pytest.mark.timeout(900),
+]  # whole searches, several a test
 
 
 NOTICE_S = 8  # between a cloud's notice and the end of the machine
@@ -83,7 +91,9 @@ def run_on(
     folder.mkdir()
     train = {"steps": steps, "batch_size": 4, "evaluate_every": 50}
     resources = {"workers": workers, "cpus_per_worker": 1, "trials_per_worker": 1}
-    job = write_job(folder, train=train, search__trials=9, search__scheduler="fifo", resources=resources)
+    job = write_job(
+        folder, train=train, search__trials=9, search__scheduler="fifo", resources=resources
+    )
     process = subprocess.Popen(
         [sys.executable, "-m", "orchestrator", "run", str(job), "--address", cluster.address, "--json"],
         cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
@@ -140,7 +150,9 @@ def check_went_on(disturbed: Ran, whole: Ran, lost_node: str) -> set[str]:
 def test_every_node_trains(whole: Ran) -> None:
     """Three workers on three nodes train trials of one search."""
     assert set.union(*whole.workers) == {"w0", "w1", "w2"}, whole.said
-    assert len({worker["node"] for worker in whole.document["workers"].values()}) == 3, whole.document["workers"]
+    assert len({worker["node"] for worker in whole.document["workers"].values()}) == 3, (
+        whole.document["workers"]
+    )
 
 
 def test_a_lost_node_costs_nothing(cluster: Cluster, whole: Ran, tmp_path: Path) -> None:
@@ -148,10 +160,14 @@ def test_a_lost_node_costs_nothing(cluster: Cluster, whole: Ran, tmp_path: Path)
     kill = Under(cluster, lambda node: cluster.remove_node(node, allow_graceful=False))
     disturbed = run_on(cluster, tmp_path / "disturbed", kill)
     lost = check_went_on(disturbed, whole, kill.node)
-    assert not any(workers <= lost for workers in disturbed.workers), "the trial of the lost node ended where it began"
+    assert not any(workers <= lost for workers in disturbed.workers), (
+        "the trial of the lost node ended where it began"
+    )
 
 
-def test_a_machine_that_is_taken_back_costs_nothing(cluster: Cluster, whole: Ran, tmp_path: Path) -> None:
+def test_a_machine_that_is_taken_back_costs_nothing(
+    cluster: Cluster, whole: Ran, tmp_path: Path
+) -> None:
     """A cloud says that it takes a machine back, as an autoscaler passes it on to Ray, and does so."""
     taken: list[threading.Timer] = []
 
@@ -159,7 +175,9 @@ def test_a_machine_that_is_taken_back_costs_nothing(cluster: Cluster, whole: Ran
         drain = ["drain-node", "--address", cluster.address, "--node-id", node.node_id]
         drain += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
         drain += ["--deadline-remaining-seconds", str(NOTICE_S)]
-        subprocess.run([str(Path(sys.executable).parent / "ray"), *drain], check=True, capture_output=True)
+        subprocess.run(
+            [str(Path(sys.executable).parent / "ray"), *drain], check=True, capture_output=True
+        )
         taken.append(threading.Timer(NOTICE_S, cluster.remove_node, [node, False]))
         taken[0].start()
 
@@ -171,7 +189,9 @@ def test_a_machine_that_is_taken_back_costs_nothing(cluster: Cluster, whole: Ran
 
 def test_a_node_that_comes_later_trains_too(tmp_path: Path) -> None:
     """A search that began on one node takes a second one into use when it joins, and finds what it would have found."""
-    small = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    small = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
+    )
     added = []
 
     def add_a_node(line: str) -> None:

@@ -12,7 +12,11 @@ from small_jobs import Finished, close, run_search, search_runs, write_job
 
 from orchestrator.tuning.reports import Report
 
-pytestmark = [pytest.mark.failure, pytest.mark.long, pytest.mark.timeout(900)]  # whole searches, several a test
+pytestmark = [
+    pytest.mark.failure,
+    pytest.mark.long,
+    pytest.mark.timeout(900),
+]  # whole searches, several a test
 
 
 class Killer:
@@ -48,7 +52,9 @@ def states(folder: Path) -> list[str]:
         "with_resources.<locals>.ResourceTrainable",
     ],
 )
-def test_a_search_survives(lost: str, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_search_survives(
+    lost: str, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The broker, Train's controller, a relay of Tune: the same trials, result and version as undisturbed, no process
     or placement group and no running MLflow run stays behind."""
     monkeypatch.chdir(tmp_path)
@@ -65,7 +71,11 @@ def test_a_search_survives(lost: str, finished: Finished, tmp_path: Path, monkey
 
 @pytest.mark.parametrize(("searcher", "scheduler"), [("optuna", "asha"), ("random", "pbt")])
 def test_what_a_search_remembers_survives(
-    searcher: str, scheduler: str, ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    searcher: str,
+    scheduler: str,
+    ray_cluster: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Proposals that follow from earlier trials, and copies of earlier prompts, after the loss of the broker that knew
     them: as undisturbed."""

@@ -25,7 +25,11 @@ from orchestrator.tuning.reports import Report
 
 AWAY_S = 60.0
 
-pytestmark = [pytest.mark.failure, pytest.mark.long, pytest.mark.timeout(900)]  # whole searches, several a test
+pytestmark = [
+    pytest.mark.failure,
+    pytest.mark.long,
+    pytest.mark.timeout(900),
+]  # whole searches, several a test
 
 
 @pytest.fixture
@@ -65,7 +69,9 @@ def test_mlflow_goes_away_and_comes_back(
         for run in runs
         if "orchestrator.trial" in run.data.tags
     }
-    assert logged == {trial: [one.step for one in reports] for trial, reports in disturbed.reports.items()}
+    assert logged == {
+        trial: [one.step for one in reports] for trial, reports in disturbed.reports.items()
+    }
 
 
 @pytest.fixture
@@ -73,7 +79,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own that takes a few kilobytes."""
     place = tmp_path / "disk"
     place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", place], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", place], capture_output=True, text=True
+    )
     if mounted.returncode:
         pytest.skip(f"file systems can't be mounted here: {mounted.stderr.strip()}")
     yield place
@@ -94,7 +102,9 @@ def test_a_full_disk_costs_the_state_alone(
             filler.write_bytes(b"\0" * (free.f_bavail * free.f_frsize))
 
     disturbed = run_search(write_job(tmp_path, search__scheduler="fifo", search__trials=4), fill)
-    assert disturbed.said.count("the search's state can't be written (No space left on device)") == 1
+    assert (
+        disturbed.said.count("the search's state can't be written (No space left on device)") == 1
+    )
     assert disturbed.said.count("the result can't be kept") == 1
     assert [trial["steps"] for trial in disturbed.document["trials"]] == [16] * 4
     assert disturbed.document["model"] == {"name": "tiny", "version": 1, "alias": "champion"}
@@ -123,7 +133,11 @@ def test_a_lost_machine_whose_searches_are_in_a_store(
         )  # fmt: skip
         home = RemoteHome("s3://team/searches")
         try:
-            eventually(lambda: any(b"reported" in (home.read(Path(it), JOURNAL) or b"") for it in home.ids()))
+            eventually(
+                lambda: any(
+                    b"reported" in (home.read(Path(it), JOURNAL) or b"") for it in home.ids()
+                )
+            )
         finally:
             driver.kill()
             driver.wait()

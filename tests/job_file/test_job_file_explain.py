@@ -31,7 +31,10 @@ def test_a_problem_reads_as_place_key_value_and_what_is_allowed(files: Files) ->
     """The whole line, as a user sees it."""
     problem = files.problem(swap("0.1", "-1"))
     allowed = "a number above 0 and at most 1000, a list of them, {loguniform: [low, high]} or {uniform: [low, high]}"
-    assert str(problem) == f"{files.path}:11: search.space.learning_rate: -1 is not allowed; allowed: {allowed}"
+    assert (
+        str(problem)
+        == f"{files.path}:11: search.space.learning_rate: -1 is not allowed; allowed: {allowed}"
+    )
 
 
 def test_an_unknown_key_names_the_nearest_and_the_allowed_ones(files: Files) -> None:
@@ -49,8 +52,13 @@ def test_a_key_in_the_wrong_section_names_the_right_one(files: Files) -> None:
 
 def test_missing_required_keys_point_at_their_section(files: Files) -> None:
     """Each missing key is named, at the line of the section it belongs to."""
-    problems = files.problems("# a comment\nname: x\ndata:\n  path: a\n  template: '{text}'\nsearch: {metric: loss}\n")
-    assert [(problem.line, problem.where) for problem in problems] == [(2, "base_model"), (3, "data.target")]
+    problems = files.problems(
+        "# a comment\nname: x\ndata:\n  path: a\n  template: '{text}'\nsearch: {metric: loss}\n"
+    )
+    assert [(problem.line, problem.where) for problem in problems] == [
+        (2, "base_model"),
+        (3, "data.target"),
+    ]
     assert all("is missing" in problem.message for problem in problems)
 
 
@@ -79,9 +87,15 @@ def test_a_list_of_fixed_length_is_shown_by_example(files: Files) -> None:
     """A pair of wrong length gets what its parts may be and an example; a bad part is named itself."""
     part = "a number of at least 0 and below 1"
     problem = files.problem(swap("steps: 100", "betas: [0.9]"))
-    assert problem.message == f"[0.9] is not allowed; allowed: a list of 2, each {part}, as [0.9, 0.999] or null"
+    assert (
+        problem.message
+        == f"[0.9] is not allowed; allowed: a list of 2, each {part}, as [0.9, 0.999] or null"
+    )
     problem = files.problem(swap("steps: 100", "betas: [0.9, 2]"))
-    assert (problem.where, problem.message) == ("train.betas[1]", f"2 is not allowed; allowed: {part}")
+    assert (problem.where, problem.message) == (
+        "train.betas[1]",
+        f"2 is not allowed; allowed: {part}",
+    )
 
 
 def test_a_train_setting_without_effect_is_named_with_the_way_out(files: Files) -> None:
@@ -97,17 +111,41 @@ def test_a_train_setting_without_effect_is_named_with_the_way_out(files: Files) 
     ("value", "where", "message"),
     [
         ("{loguniform: [0.1]}", ".loguniform", "[0.1] is not allowed; allowed: [low, high]"),
-        ("{loguniform: [0.1, x]}", ".loguniform[1]", '"x" is not allowed; allowed: a number above 0 and at most 1000'),
-        ("{loguniform: [2, 1]}", ".loguniform", "[2, 1] is not a range; write the smaller bound first"),
+        (
+            "{loguniform: [0.1, x]}",
+            ".loguniform[1]",
+            '"x" is not allowed; allowed: a number above 0 and at most 1000',
+        ),
+        (
+            "{loguniform: [2, 1]}",
+            ".loguniform",
+            "[2, 1] is not a range; write the smaller bound first",
+        ),
         ("{logunifrom: [1, 2]}", ".logunifrom", "unknown key"),
         ("{loguniform: [1, 2], uniform: [1, 2]}", ".uniform", "unknown key"),
-        ("1.0e+38", "", "1e+38 is not allowed; allowed: a number above 0 and at most 1000, a list of them, "),
+        (
+            "1.0e+38",
+            "",
+            "1e+38 is not allowed; allowed: a number above 0 and at most 1000, a list of them, ",
+        ),
         ("[0.1, 1001]", "[1]", "1001 is not allowed; allowed: a number above 0 and at most 1000"),
-        ("{uniform: [1, 1001]}", ".uniform[1]", "1001 is not allowed; allowed: a number above 0 and at most 1000"),
+        (
+            "{uniform: [1, 1001]}",
+            ".uniform[1]",
+            "1001 is not allowed; allowed: a number above 0 and at most 1000",
+        ),
         ("[0.1, 0]", "[1]", "0 is not allowed; allowed: a number above 0 and at most 1000"),
         ("[0.1, 0.1]", "", "[0.1, 0.1] lists 0.1 twice; list each value once"),
-        (".nan", "", "NaN is not allowed; allowed: a number above 0 and at most 1000, a list of them, "),
-        ("fast", "", '"fast" is not allowed; allowed: a number above 0 and at most 1000, a list of them, '),
+        (
+            ".nan",
+            "",
+            "NaN is not allowed; allowed: a number above 0 and at most 1000, a list of them, ",
+        ),
+        (
+            "fast",
+            "",
+            '"fast" is not allowed; allowed: a number above 0 and at most 1000, a list of them, ',
+        ),
         (
             "{choice: [1, 2]}",
             "",
@@ -115,7 +153,9 @@ def test_a_train_setting_without_effect_is_named_with_the_way_out(files: Files) 
         ),
     ],
 )
-def test_a_union_gets_one_message_at_the_part_that_is_wrong(files: Files, value: str, where: str, message: str) -> None:
+def test_a_union_gets_one_message_at_the_part_that_is_wrong(
+    files: Files, value: str, where: str, message: str
+) -> None:
     """A learning rate may have four shapes; a bad one is explained by the shape it was meant to have."""
     problem = files.problem(swap("0.1", value))
     assert (problem.line, problem.where) == (11, f"search.space.learning_rate{where}")
@@ -159,7 +199,9 @@ def test_an_unknown_metric_names_the_nearest(files: Files) -> None:
 
 def test_a_grid_with_a_range_is_refused_at_the_searcher(files: Files) -> None:
     """The conflict stands at the searcher's line and names the range."""
-    text = swap("    learning_rate: 0.1\n", "    learning_rate: {uniform: [0.1, 0.2]}\n  searcher: grid\n")
+    text = swap(
+        "    learning_rate: 0.1\n", "    learning_rate: {uniform: [0.1, 0.2]}\n  searcher: grid\n"
+    )
     problem = files.problem(text)
     assert (problem.line, problem.where) == (12, "search.searcher")
     assert "space.learning_rate" in problem.message
@@ -176,43 +218,68 @@ def test_an_alias_with_a_dot_is_refused(files: Files) -> None:
     """MLflow takes dots in a model's name and none in an alias."""
     problem = files.problem(GOOD + "registry: {alias: v1.2}\n")
     allowed = "letters, digits, '_' and '-', a letter or digit first, 100 at most"
-    assert (problem.where, problem.message) == ("registry.alias", f'"v1.2" is not allowed; allowed: {allowed}')
+    assert (problem.where, problem.message) == (
+        "registry.alias",
+        f'"v1.2" is not allowed; allowed: {allowed}',
+    )
 
 
 def test_conflicts_in_different_sections_are_reported_together(files: Files) -> None:
     """A conflict inside search does not hide the one between train's keys."""
-    text = swap("search:\n", "search:\n  mode: min\n").replace("steps: 100", "evaluate_every: 7\n  steps: 5")
-    assert [problem.where for problem in files.problems(text)] == ["search.mode", "train.evaluate_every"]
+    text = swap("search:\n", "search:\n  mode: min\n").replace(
+        "steps: 100", "evaluate_every: 7\n  steps: 5"
+    )
+    assert [problem.where for problem in files.problems(text)] == [
+        "search.mode",
+        "train.evaluate_every",
+    ]
 
 
-@pytest.mark.parametrize("key", ["name", "base_model", "base_model.id", "data.path", "data.template", "data.target"])
+@pytest.mark.parametrize(
+    "key", ["name", "base_model", "base_model.id", "data.path", "data.template", "data.target"]
+)
 def test_a_missing_key_hides_no_conflict_of_other_keys(files: Files, key: str) -> None:
     """Without any of the required keys, the others are still checked against each other."""
     job = yaml.safe_load(GOOD + "  evaluate_every: 900\n")
     *way, last = key.split(".")
     del (job[way[0]] if way else job)[last]
-    assert {problem.where for problem in files.problems(yaml.safe_dump(job))} == {key, "train.evaluate_every"}
+    assert {problem.where for problem in files.problems(yaml.safe_dump(job))} == {
+        key,
+        "train.evaluate_every",
+    }
 
 
 def test_what_depends_on_a_bad_value_is_not_judged(files: Files) -> None:
     """A misspelt verbalizer is one problem; that the metric needs one is not said on top."""
     assert files.problem(swap("verbalizer:", "verbaliser:")).where == "data.verbaliser"
-    assert files.problem(swap("steps: 100", "steps: -1\n  evaluate_every: 900")).where == "train.steps"
+    assert (
+        files.problem(swap("steps: 100", "steps: -1\n  evaluate_every: 900")).where == "train.steps"
+    )
 
 
 def test_a_verbalizer_of_thousands_with_one_mistake_is_explained(files: Files) -> None:
     """The one bad text among many is named, in good time."""
     rows = "".join(f"    {n}: {'word' if n != 1234 else 5}\n" for n in range(3000))
-    problem = files.problem(swap('  verbalizer: {0: " ham", 1: " spam"}\n', f"  verbalizer:\n{rows}"))
+    problem = files.problem(
+        swap('  verbalizer: {0: " ham", 1: " spam"}\n', f"  verbalizer:\n{rows}")
+    )
     assert (problem.line, problem.where) == (9 + 1234, "data.verbalizer.1234")
 
 
 @pytest.mark.parametrize(
     ("more", "section"),
-    [("", "data:\n  prefix_lm: body\n"), ("method: prefix_tuning\n", "data:\n"), ("method: lora\n", "data:\n")],
+    [
+        ("", "data:\n  prefix_lm: body\n"),
+        ("method: prefix_tuning\n", "data:\n"),
+        ("method: lora\n", "data:\n"),
+    ],
 )
-def test_a_bad_template_is_one_problem_whatever_reads_it(files: Files, more: str, section: str) -> None:
+def test_a_bad_template_is_one_problem_whatever_reads_it(
+    files: Files, more: str, section: str
+) -> None:
     """Checks across keys that look at the template stay silent where it can't be read."""
-    text = GOOD.replace('template: "{text}\\nSpam or not?"', "template: {text}").replace("data:\n", section)
+    text = GOOD.replace('template: "{text}\\nSpam or not?"', "template: {text}").replace(
+        "data:\n", section
+    )
     found = [problem.where for problem in files.problems(more + text)]
     assert found.count("data.template") == 1

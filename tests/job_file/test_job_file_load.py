@@ -85,5 +85,7 @@ def test_a_spec_error_survives_pickle(files: Files) -> None:
 def test_reading_a_job_imports_nothing_heavy() -> None:
     """Neither torch nor Ray nor their kin load with the job spec."""
     code = "import sys, orchestrator.job.yaml, orchestrator.job.space; print(*sys.modules)"
-    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    modules = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
     assert not {"torch", "ray", "transformers", "mlflow", "datasets", "numpy"} & set(modules)

@@ -35,7 +35,9 @@ def test_an_override_below_a_scalar_replaces_the_scalar(files: Files) -> None:
 
 def test_an_override_reaches_typed_and_quoted_keys(files: Files) -> None:
     """A number in a key is a number as in YAML; quotes make text of it and keep dots together."""
-    spec = files.load(GOOD, ["data.verbalizer.0= ' good'", 'data.verbalizer."2"=x', 'data.rename."a.b=c"=text'])
+    spec = files.load(
+        GOOD, ["data.verbalizer.0= ' good'", 'data.verbalizer."2"=x', 'data.rename."a.b=c"=text']
+    )
     assert spec.data.verbalizer == {0: " good", 1: " spam", "2": "x"}
     assert spec.data.rename == {"a.b=c": "text"}
 
@@ -48,17 +50,27 @@ def test_a_value_may_hold_equals_signs_and_braces(files: Files) -> None:
 
 def test_an_override_mends_a_bad_value_of_the_file(files: Files) -> None:
     """What an override replaces is not reported."""
-    assert files.load(swap("100", "-1"), ["train.steps=5", "train.evaluate_every=5"]).train.steps == 5
+    assert (
+        files.load(swap("100", "-1"), ["train.steps=5", "train.evaluate_every=5"]).train.steps == 5
+    )
 
 
 def test_an_override_mends_what_could_not_be_read(files: Files) -> None:
     """Tags, keys given twice and earlier overrides are gone with the value they stood at."""
-    assert files.load(swap("100", "!x 100\n  steps: 100"), ["train.steps=[1", "train.steps=50"]).train.steps == 50
+    assert (
+        files.load(
+            swap("100", "!x 100\n  steps: 100"), ["train.steps=[1", "train.steps=50"]
+        ).train.steps
+        == 50
+    )
 
 
 def test_an_override_changes_one_use_of_an_alias(files: Files) -> None:
     """What an anchor stands for elsewhere, merged in or not, stays."""
-    text = swap("path: ucirvine/sms_spam", "path: &files {train: a}\n  where: {<<: *files}\n  limit: &limit {train: 5}")
+    text = swap(
+        "path: ucirvine/sms_spam",
+        "path: &files {train: a}\n  where: {<<: *files}\n  limit: &limit {train: 5}",
+    )
     spec = files.load(text, ["data.path.train=b", "data.where.x=y"])
     assert (spec.data.path, spec.data.where) == (DataFiles(train="b"), {"train": "a", "x": "y"})
 

@@ -48,13 +48,29 @@ FULL: dict[str, Any] = {
 
 numbers = st.sampled_from([0, 1, -1, 5, 10**12, 0.5, 1.5, -0.0, math.inf, math.nan])
 words = st.sampled_from(
-    ["", "5", "auto", "random", "class_labels", "latest", "min", "grid", "exact_match", "loss", "bleu"]
+    [
+        "",
+        "5",
+        "auto",
+        "random",
+        "class_labels",
+        "latest",
+        "min",
+        "grid",
+        "exact_match",
+        "loss",
+        "bleu",
+    ]
 )
 oddities = st.sampled_from([None, True, False, "x y", "{a}", "{", "\x00", "\ud800"])
 atoms = numbers | words | oddities
-keys = st.sampled_from(["init", "text", "loguniform", "steps", "x", "train", "", "a.b", 0, 1, True, "verbalizer"])
+keys = st.sampled_from(
+    ["init", "text", "loguniform", "steps", "x", "train", "", "a.b", 0, 1, True, "verbalizer"]
+)
 values = st.recursive(
-    atoms, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=3), max_leaves=5
+    atoms,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=3),
+    max_leaves=5,
 )
 
 
@@ -93,7 +109,9 @@ def accepted(job: Any) -> bool:
 
 @given(job=mutated())
 @settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=300,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 def test_a_file_loads_exactly_when_the_models_accept_it(files: Files, job: Any) -> None:
     """Every refusal of the models is explained in words of our own, and nothing else is refused."""
@@ -108,7 +126,9 @@ def test_a_file_loads_exactly_when_the_models_accept_it(files: Files, job: Any) 
 
 
 @given(text=st.text(max_size=200))
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_any_text_loads_or_gives_problems(files: Files, text: str) -> None:
     """No file and no override, however odd, ends in another error."""
     with pytest.raises(SpecError):

@@ -20,7 +20,9 @@ def test_every_spelling_of_a_float_is_a_number(files: Files, text: str) -> None:
     assert files.load(swap("0.1", text)).search.space.learning_rate == 0.001
 
 
-@pytest.mark.parametrize("text", ["010", "0x1F", "0o17", "1_000", "12:30:45", "2024-01-31", "=", "y"])
+@pytest.mark.parametrize(
+    "text", ["010", "0x1F", "0o17", "1_000", "12:30:45", "2024-01-31", "=", "y"]
+)
 def test_what_yaml_1_1_reads_as_something_else_stays_text(files: Files, text: str) -> None:
     """Octal, hexadecimal, underscored and sexagesimal numbers and dates are the text that was written."""
     assert files.load(swap("target: label", f"target: {text}")).data.target == text
@@ -28,18 +30,31 @@ def test_what_yaml_1_1_reads_as_something_else_stays_text(files: Files, text: st
 
 def test_label_types_are_kept(files: Files) -> None:
     """A number, a truth value and a quoted number are three different labels."""
-    verbalizer = files.load(swap('{0: " ham", 1: " spam"}', '{0: a, true: b, "1": c}')).data.verbalizer or {}
-    assert [(type(label), text) for label, text in verbalizer.items()] == [(int, "a"), (bool, "b"), (str, "c")]
+    verbalizer = (
+        files.load(swap('{0: " ham", 1: " spam"}', '{0: a, true: b, "1": c}')).data.verbalizer or {}
+    )
+    assert [(type(label), text) for label, text in verbalizer.items()] == [
+        (int, "a"),
+        (bool, "b"),
+        (str, "c"),
+    ]
 
 
 def test_aliases_and_merge_keys_work(files: Files) -> None:
     """An anchor's value can be used again, and << fills in keys that are not given."""
-    text = swap('{0: " ham", 1: " spam"}', "&words {0: a, 1: b}\n  limit: &limit {train: 5, test: 3}")
+    text = swap(
+        '{0: " ham", 1: " spam"}', "&words {0: a, 1: b}\n  limit: &limit {train: 5, test: 3}"
+    )
     text = text.replace("  template", "  where: {<<: {a: b, c: d}, a: z}\n  template")
     spec = files.load(text)
     assert spec.data.where == {"a": "z", "c": "d"}
-    shared = swap("learning_rate: 0.1", "init: [&t {text: hi}, random]\n    seed: 1").replace("steps: 100", "steps: 9")
-    assert files.load(shared + "  evaluate_every: 3\n").search.space.init == [TextInit(text="hi"), "random"]
+    shared = swap("learning_rate: 0.1", "init: [&t {text: hi}, random]\n    seed: 1").replace(
+        "steps: 100", "steps: 9"
+    )
+    assert files.load(shared + "  evaluate_every: 3\n").search.space.init == [
+        TextInit(text="hi"),
+        "random",
+    ]
 
 
 def test_a_merged_key_is_checked_like_a_written_one(files: Files) -> None:
@@ -52,7 +67,10 @@ def test_a_merged_key_is_checked_like_a_written_one(files: Files) -> None:
 def test_duplicate_keys_are_problems(files: Files) -> None:
     """The second of two equal keys is reported with the line of the first, at any depth."""
     problems = files.problems(GOOD + "  steps: 300\nname: other\n")
-    assert [(problem.line, problem.where) for problem in problems] == [(14, "train.steps"), (15, "name")]
+    assert [(problem.line, problem.where) for problem in problems] == [
+        (14, "train.steps"),
+        (15, "name"),
+    ]
     assert "first on line 13" in problems[0].message
 
 
@@ -69,7 +87,10 @@ def test_an_alias_of_its_own_parent_is_refused(files: Files) -> None:
     assert (problem.line, problem.where) == (7, "data.target[0]")
     assert "alias" in problem.message
     assert (
-        "<< takes" in files.problem(swap("steps: 100", "&train\n  <<: *train").replace("train: &", "train: &")).message
+        "<< takes"
+        in files.problem(
+            swap("steps: 100", "&train\n  <<: *train").replace("train: &", "train: &")
+        ).message
     )
 
 
@@ -78,12 +99,15 @@ def test_aliases_that_multiply_are_refused(files: Files) -> None:
     lines = ["a0: &a0 [1,1,1,1,1,1,1,1,1,1]"]
     lines += [f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10)]
     assert "values, aliases counted" in files.problem("\n".join(lines)).message
-    merges = ["a0: &a0 {x: 1}"] + [f"a{n}: &a{n} {{<<: [{','.join([f'*a{n - 1}'] * 10)}]}}" for n in range(1, 10)]
+    merges = ["a0: &a0 {x: 1}"] + [
+        f"a{n}: &a{n} {{<<: [{','.join([f'*a{n - 1}'] * 10)}]}}" for n in range(1, 10)
+    ]
     assert "values, aliases counted" in files.problem("\n".join(merges)).message
 
 
 @pytest.mark.parametrize(
-    "value", ["!!python/object:os.system x", "!local 5", "!!set {a, b}", "!!int five", "!!binary eA=="]
+    "value",
+    ["!!python/object:os.system x", "!local 5", "!!set {a, b}", "!!int five", "!!binary eA=="],
 )
 def test_tags_are_refused(files: Files, value: str) -> None:
     """No tag makes an object; a plain type's tag must fit."""

@@ -15,7 +15,12 @@ from orchestrator.job.yaml import load_job, write
 from orchestrator.job.yaml.scalars import compose
 from orchestrator.job.yaml.tree import grow
 
-labels = st.text(max_size=6) | st.integers() | st.booleans() | st.floats(allow_nan=False, allow_infinity=False)
+labels = (
+    st.text(max_size=6)
+    | st.integers()
+    | st.booleans()
+    | st.floats(allow_nan=False, allow_infinity=False)
+)
 numbers = st.from_regex(r"[-+]?\.?[0-9]{1,3}([.eE_x:][-+0-9]{0,3})?", fullmatch=True)
 
 JOB = """
@@ -45,7 +50,8 @@ def load(folder: Path, text: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("key", "label"), [("007", "007"), ('"1"', "1"), ("1", 1), ("1.0", 1.0), ("yes", "yes"), ("True", True)]
+    ("key", "label"),
+    [("007", "007"), ('"1"', "1"), ("1", 1), ("1.0", 1.0), ("yes", "yes"), ("True", True)],
 )
 def test_labels_are_as_the_file_spells_them(tmp_path: Path, key: str, label: Any) -> None:
     """Leading zeros make a text, with quotes or without; a number with a point may be a label."""
@@ -56,13 +62,18 @@ def test_labels_are_as_the_file_spells_them(tmp_path: Path, key: str, label: Any
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ('1: " a", "1": " b"', "1 and \"1\" are the same label, with the texts ' a' and ' b'; keep one of them"),
+        (
+            '1: " a", "1": " b"',
+            "1 and \"1\" are the same label, with the texts ' a' and ' b'; keep one of them",
+        ),
         ('true: " a", "true": " b"', 'true and "true" are the same label'),
         ('"1": " a", "1.0": " b"', '"1" and "1.0" are the same label'),
         ('1: " a", 1.0: " b"', "is given twice, first as 1 on line 8"),
     ],
 )
-def test_a_label_that_is_named_twice_is_reported_in_both_spellings(tmp_path: Path, keys: str, message: str) -> None:
+def test_a_label_that_is_named_twice_is_reported_in_both_spellings(
+    tmp_path: Path, keys: str, message: str
+) -> None:
     with pytest.raises(SpecError) as caught:
         load(tmp_path, f"  verbalizer: {{{keys}}}\n")
     assert message in str(caught.value) and "data.verbalizer" in str(caught.value)
@@ -72,6 +83,8 @@ def test_two_spellings_with_one_text_are_no_conflict(tmp_path: Path) -> None:
     """So specs go on that name the labels of two formats."""
     verbalizer = {0: " no", "0": " no", 1: " yes", "1": " yes"}
     assert (
-        load(tmp_path, f"  verbalizer: {yaml.safe_dump(verbalizer, default_flow_style=True)}").data.verbalizer
+        load(
+            tmp_path, f"  verbalizer: {yaml.safe_dump(verbalizer, default_flow_style=True)}"
+        ).data.verbalizer
         == verbalizer
     )

@@ -12,14 +12,21 @@ from torch import Tensor
 
 from orchestrator.errors import BadInput
 from orchestrator.job.space import TrialSpec
-from orchestrator.tuning.prompts.inits import InitContext, frequent_ids, initial_prefix, initial_prompt
+from orchestrator.tuning.prompts.inits import (
+    InitContext,
+    frequent_ids,
+    initial_prefix,
+    initial_prompt,
+)
 
 ANSWERS = encoder_for("several tokens").answers
 CONTEXT = InitContext.of(tiny_backbone(), ANSWERS)
 TABLE = tiny_backbone().table.detach().float()
 
 
-def made(init: str, length: int, seed: int = 0, text: str | None = None, context: InitContext = CONTEXT) -> Tensor:
+def made(
+    init: str, length: int, seed: int = 0, text: str | None = None, context: InitContext = CONTEXT
+) -> Tensor:
     return initial_prompt(TrialSpec(init, text, length, 0.3, seed), context)
 
 
@@ -77,7 +84,9 @@ def test_frequent_tokens_are_ordinary_ones() -> None:
     population = frequent_ids(context)
     names = tokenizer.convert_ids_to_tokens(population)
     assert population == sorted(population) and len(population) == len(tokenizer) - 3 - 256
-    assert not {"<s>", "<end>", "<unk>"} & set(names) and not any(re.fullmatch("<0x..>", name) for name in names)
+    assert not {"<s>", "<end>", "<unk>"} & set(names) and not any(
+        re.fullmatch("<0x..>", name) for name in names
+    )
     assert frequent_ids(context, 10) == population[:10]
     assert not set(tiny_tokenizer().all_special_ids) & set(frequent_ids(CONTEXT))
 
@@ -93,7 +102,9 @@ def test_class_labels_are_means_over_their_tokens() -> None:
     prompt = made("class_labels", 10, seed=3)
     for place, ids in enumerate(ANSWERS):
         assert len(ids) > 1
-        torch.testing.assert_close(prompt[place], torch.stack([TABLE[token] for token in ids]).mean(0))
+        torch.testing.assert_close(
+            prompt[place], torch.stack([TABLE[token] for token in ids]).mean(0)
+        )
     assert torch.equal(prompt[2:], made("sample_vocab", 8, seed=3))
     assert -1 not in ids_of(prompt[2:])
 
@@ -127,7 +138,9 @@ def test_a_text_without_tokens_is_refused() -> None:
 
 def test_an_unknown_init_is_refused() -> None:
     """The message names it and the known ones."""
-    with pytest.raises(BadInput, match=r"init 'zeros' is unknown(.|\n)*random_normal, sample_vocab, class_labels"):
+    with pytest.raises(
+        BadInput, match=r"init 'zeros' is unknown(.|\n)*random_normal, sample_vocab, class_labels"
+    ):
         made("zeros", 3)
 
 
@@ -162,7 +175,10 @@ def test_random_normal_is_as_wide_as_the_vocabulary() -> None:
     """Mean zero, and the standard deviation of the embedding table's entries."""
     prompt = made("random_normal", 400, seed=1)
     spread = float(tiny_backbone().table.float().std())
-    assert float(prompt.std()) == pytest.approx(spread, rel=0.05) and abs(float(prompt.mean())) < 0.05 * spread
+    assert (
+        float(prompt.std()) == pytest.approx(spread, rel=0.05)
+        and abs(float(prompt.mean())) < 0.05 * spread
+    )
     assert torch.equal(prompt, made("random_normal", 400, seed=1)) and not torch.equal(
         prompt, made("random_normal", 400, seed=2)
     )
@@ -179,7 +195,9 @@ def test_the_population_of_sampled_tokens_is_an_option() -> None:
 STORED = torch.arange(3.0 * 32).view(3, 32)
 
 
-@pytest.mark.parametrize(("length", "places"), [(3, [0, 1, 2]), (2, [0, 1]), (7, [0, 1, 2, 0, 1, 2, 0])])
+@pytest.mark.parametrize(
+    ("length", "places"), [(3, [0, 1, 2]), (2, [0, 1]), (7, [0, 1, 2, 0, 1, 2, 0])]
+)
 def test_another_prompt_is_cut_or_repeated(length: int, places: list[int]) -> None:
     """An artifact's virtual tokens in their order, to the length that the trial has."""
     context = replace(CONTEXT, artifacts={"other@champion": {"prompt": STORED}})
@@ -191,7 +209,10 @@ def test_what_can_not_start_a_soft_prompt() -> None:
     """A prefix has no embeddings, and another model's prompt another width: both are named."""
     prefix = {"prefix.decoder": torch.zeros(2, 2, 2, 3, 8)}
     context = replace(CONTEXT, artifacts={"p": prefix, "wide": {"prompt": torch.zeros(3, 64)}})
-    for name, message in (("p", "'p' is a prefix"), ("wide", "'wide' has width 64, the base model's is 32")):
+    for name, message in (
+        ("p", "'p' is a prefix"),
+        ("wide", "'wide' has width 64, the base model's is 32"),
+    ):
         with pytest.raises(BadInput, match=message):
             initial_prompt(TrialSpec("artifact", None, 3, 0.3, 0, init_artifact=name), context)
 
@@ -199,7 +220,9 @@ def test_what_can_not_start_a_soft_prompt() -> None:
 def test_a_prefix_starts_from_a_prefix_or_from_keys_and_values() -> None:
     """A registered prefix is taken as it is; any other start is what the same soft prompt has in the model."""
     prefix = torch.randn(2, 2, 2, 3, 8)
-    context = replace(CONTEXT, artifacts={"p": {"prefix.decoder": prefix}, "s": {"prompt": STORED / 100}})
+    context = replace(
+        CONTEXT, artifacts={"p": {"prefix.decoder": prefix}, "s": {"prompt": STORED / 100}}
+    )
     taken = initial_prefix(TrialSpec("artifact", None, 2, 0.3, 0, init_artifact="p"), context)
     assert torch.equal(taken["decoder"], prefix[:, :, :, :2])
     for spec in (

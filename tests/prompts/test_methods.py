@@ -15,7 +15,11 @@ from orchestrator.tuning.prompts.prefix import MlpSite, Prefix
 CONTEXT = InitContext.of(tiny_backbone(), [[5], [6, 7]])
 RANDOM = TrialSpec("random", None, 4, 0.1, 0)
 TEXT = TrialSpec("text", "is this message spam", 6, 0.1, 0)
-STARTS = [TEXT, TrialSpec("class_labels", None, 5, 0.1, 1), TrialSpec("sample_vocab", None, 3, 0.1, 2)]
+STARTS = [
+    TEXT,
+    TrialSpec("class_labels", None, 5, 0.1, 1),
+    TrialSpec("sample_vocab", None, 3, 0.1, 2),
+]
 
 
 @pytest.mark.parametrize("reparameterization", ["mlp", "lstm"])
@@ -88,10 +92,14 @@ def test_a_direct_prefix_starts_uniform() -> None:
     """Without a network and without an init: uniform in [-0.5, 0.5]."""
     long = TrialSpec("random", None, 60, 0.1, 0)
     drawn = make_prompt(Method("prefix_tuning"), long, CONTEXT)().prefixes["decoder"]
-    assert float(drawn.abs().max()) <= 0.5 and float(drawn.std()) == pytest.approx(12**-0.5, rel=0.05)
+    assert float(drawn.abs().max()) <= 0.5 and float(drawn.std()) == pytest.approx(
+        12**-0.5, rel=0.05
+    )
 
 
-@pytest.mark.parametrize("method", [Method(), Method("prefix_tuning", "mlp", 3), Method("p_tuning", "lstm")])
+@pytest.mark.parametrize(
+    "method", [Method(), Method("prefix_tuning", "mlp", 3), Method("p_tuning", "lstm")]
+)
 def test_the_seed_decides(method: Method) -> None:
     """The same seed gives the same start whatever was drawn before; another seed another."""
 

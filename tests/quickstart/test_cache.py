@@ -11,7 +11,9 @@ import pytest
 
 from orchestrator.models.builtin import Recipe, cache_folder, quickstart_model
 
-TINY = Recipe(documents=64, hidden_size=16, layers=1, heads=2, key_value_heads=1, intermediate_size=16)
+TINY = Recipe(
+    documents=64, hidden_size=16, layers=1, heads=2, key_value_heads=1, intermediate_size=16
+)
 
 
 @pytest.fixture
@@ -20,7 +22,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def test_the_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folder_follows_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """ORCHESTRATOR_CACHE, else XDG_CACHE_HOME, else the home folder's .cache."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("ORCHESTRATOR_CACHE", raising=False)
@@ -38,7 +42,13 @@ def test_made_once(cache: Path) -> None:
     folder = quickstart_model(lambda done, total: steps.append((done, total)), TINY)
     assert steps == [(step, 4) for step in range(1, 5)]
     assert quickstart_model(lambda *_: pytest.fail("trained again"), TINY) == folder
-    wanted = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    wanted = {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     assert wanted <= {path.name for path in folder.iterdir()} and folder.parent == cache
 
 
@@ -63,7 +73,11 @@ def test_two_processes_at_once_make_one(cache: Path) -> None:
     environment = {**os.environ, "ORCHESTRATOR_CACHE": str(cache)}
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True
+            [sys.executable, "-c", code],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment,
+            text=True,
         )
         for _ in range(2)
     ]

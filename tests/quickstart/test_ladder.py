@@ -12,20 +12,34 @@ from hypothesis import strategies as st
 
 from orchestrator.errors import BadInput
 from orchestrator.models.backbone import Backbone, check_exact, load_backbone, weights_fingerprint
-from orchestrator.models.builtin import BUILTIN_DATA, BUILTIN_MODELS, SPLIT_SIZES, builtin_model, builtin_rows
+from orchestrator.models.builtin import (
+    BUILTIN_DATA,
+    BUILTIN_MODELS,
+    SPLIT_SIZES,
+    builtin_model,
+    builtin_rows,
+)
 from orchestrator.models.builtin.labels import FACETS, TASKS, UNSEEN, WORDS, label_documents
 from orchestrator.models.builtin.ladder import RUNGS, SENTINELS, Rung, ladder_model
 from orchestrator.models.builtin.language_model import Row
 from orchestrator.models.builtin.objectives import IGNORED, cut_in_two, masked, span_corrupted
 from orchestrator.models.source import ModelSource
 
-TINY = Rung(documents=160, hidden_size=16, layers=1, heads=2, key_value_heads=1, intermediate_size=16)
+TINY = Rung(
+    documents=160, hidden_size=16, layers=1, heads=2, key_value_heads=1, intermediate_size=16
+)
 FAMILIES = {"causal": "causal", "encdec": "seq2seq", "masked": "masked"}
 LABEL, TEXT, END, BEGIN, MASK = 8.0, 0.2, 1, 0, 3
 SENTINEL_IDS = list(range(900, 930))
 rows = st.lists(
-    st.tuples(st.integers(10, 800), st.sampled_from([LABEL, TEXT, TEXT, TEXT])), min_size=4, max_size=60
-).map(lambda pairs: Row([token for token, _ in [*pairs, (10, TEXT)]], [weight for _, weight in [*pairs, (10, TEXT)]]))
+    st.tuples(st.integers(10, 800), st.sampled_from([LABEL, TEXT, TEXT, TEXT])),
+    min_size=4,
+    max_size=60,
+).map(
+    lambda pairs: Row(
+        [token for token, _ in [*pairs, (10, TEXT)]], [weight for _, weight in [*pairs, (10, TEXT)]]
+    )
+)
 seeds = st.integers(0, 1000).map(Random)
 
 
@@ -54,35 +68,52 @@ def test_a_rung_is_an_ordinary_model_of_its_family(cache: Path, kind: str) -> No
     assert ladder_model(f"{kind}-tiny", lambda *_: pytest.fail("trained again"), rung) == folder
 
 
-def test_the_same_recipe_gives_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_recipe_gives_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two machines that make a rung have the same model, to the bit, whatever was drawn before."""
     found = []
     for name in ("one", "other"):
         monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / name))
-        folder = ladder_model("encdec-tiny", lambda *_: None, replace(TINY, kind="encdec", documents=48))
+        folder = ladder_model(
+            "encdec-tiny", lambda *_: None, replace(TINY, kind="encdec", documents=48)
+        )
         found.append(weights_fingerprint(ModelSource(name, "main", folder)))
     assert found[0] == found[1]
 
 
 def test_adaptation_goes_on_from_the_model_without_it(cache: Path) -> None:
     """It is made first, has the same tokenizer, and other weights."""
-    adapted = ladder_model("encdec-tiny-lm5", lambda *_: None, replace(TINY, kind="encdec", adaptation_steps=5))
-    base = ladder_model("encdec-tiny", lambda *_: pytest.fail("made twice"), replace(TINY, kind="encdec"))
+    adapted = ladder_model(
+        "encdec-tiny-lm5", lambda *_: None, replace(TINY, kind="encdec", adaptation_steps=5)
+    )
+    base = ladder_model(
+        "encdec-tiny", lambda *_: pytest.fail("made twice"), replace(TINY, kind="encdec")
+    )
     one, other = made(adapted), made(base)
-    assert one.info.fingerprint != other.info.fingerprint and one.info.tokenizer_digest == other.info.tokenizer_digest
+    assert (
+        one.info.fingerprint != other.info.fingerprint
+        and one.info.tokenizer_digest == other.info.tokenizer_digest
+    )
 
 
 def test_a_sentinel_in_a_target_is_one_token(cache: Path) -> None:
     """So that a job can put it in front of its answers, as the paper's middle setting does."""
-    backbone = made(ladder_model("encdec-tiny", lambda *_: None, replace(TINY, kind="encdec", documents=32)))
-    ids = backbone.tokenizer(text_target=f"{SENTINELS[0]} food", add_special_tokens=False)["input_ids"]
+    backbone = made(
+        ladder_model("encdec-tiny", lambda *_: None, replace(TINY, kind="encdec", documents=32))
+    )
+    ids = backbone.tokenizer(text_target=f"{SENTINELS[0]} food", add_special_tokens=False)[
+        "input_ids"
+    ]
     assert ids[0] == backbone.tokenizer.convert_tokens_to_ids(SENTINELS[0])
     assert ids[1:] == backbone.tokenizer(" food", add_special_tokens=False)["input_ids"]
 
 
 def test_every_rung_has_a_name_and_a_recipe_of_its_own() -> None:
     """Three sizes of three families, and adapted encoder-decoder models; no two share a folder."""
-    assert {f"{kind}-{size}" for kind in FAMILIES for size in "sml"} < set(RUNGS) < set(BUILTIN_MODELS)
+    assert (
+        {f"{kind}-{size}" for kind in FAMILIES for size in "sml"} < set(RUNGS) < set(BUILTIN_MODELS)
+    )
     assert len({rung.digest for rung in RUNGS.values()}) == len(RUNGS)
     sizes = [RUNGS[f"causal-{size}"].hidden_size for size in "sml"]
     assert sizes == sorted(set(sizes))
@@ -102,9 +133,15 @@ def test_unknown_names_are_refused_with_those_there_are() -> None:
 def test_labels_are_what_the_task_asks_for(task: str) -> None:
     """Each row has one word of each facet that is asked for, and every combination is there about as often."""
     found = builtin_rows(f"reviews-{task}")
-    assert f"reviews-{task}" in BUILTIN_DATA and {split: len(of) for split, of in found.items()} == SPLIT_SIZES
+    assert (
+        f"reviews-{task}" in BUILTIN_DATA
+        and {split: len(of) for split, of in found.items()} == SPLIT_SIZES
+    )
     for row in found["train"]:
-        assert all(word in WORDS[facet] for word, facet in zip(row["label"].split(), TASKS[task], strict=True))
+        assert all(
+            word in WORDS[facet]
+            for word, facet in zip(row["label"].split(), TASKS[task], strict=True)
+        )
         assert row["source"] in WORDS["topic"]
     labels = [row["label"] for row in found["train"]]
     for label in set(labels):

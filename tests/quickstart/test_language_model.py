@@ -10,7 +10,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator.models.builtin import INSTRUCTIONS, TEMPLATE, VERBALIZER, Recipe, quickstart_rows
 from orchestrator.models.builtin.corpus import documents
-from orchestrator.models.builtin.language_model import BOS_ID, EOS_ID, PAD_ID, encode, train_tokenizer
+from orchestrator.models.builtin.language_model import (
+    BOS_ID,
+    EOS_ID,
+    PAD_ID,
+    encode,
+    train_tokenizer,
+)
 from orchestrator.models.builtin.optimizer import orthogonal
 
 ROWS = quickstart_rows()["test"]
@@ -23,7 +29,9 @@ def test_documents_are_encoded_as_the_whole_text_would_be() -> None:
     tokenizer = train_tokenizer([text.text for text in texts], recipe.vocab_size)
     for text, row in zip(texts, encode(texts, tokenizer, recipe), strict=True):
         preface = tokenizer.encode(text.preface, add_special_tokens=False).ids
-        body = tokenizer.encode("".join(piece.text for piece in text.pieces), add_special_tokens=False).ids
+        body = tokenizer.encode(
+            "".join(piece.text for piece in text.pieces), add_special_tokens=False
+        ).ids
         assert row.ids == [*preface, BOS_ID, *body, EOS_ID] and len(row.weights) == len(row.ids)
 
 
@@ -40,7 +48,11 @@ def test_the_folder_is_an_ordinary_one(model_folder: Path) -> None:
     """The Auto classes load it; the tokenizer adds a begin token, no end token, and encodes any text."""
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model = AutoModelForCausalLM.from_pretrained(model_folder)
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (BOS_ID, EOS_ID, PAD_ID)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (
+        BOS_ID,
+        EOS_ID,
+        PAD_ID,
+    )
     text = "Zoë paid 3 € for it 🙂\tdidn't she?"
     ids = tokenizer(text).input_ids
     assert ids[0] == BOS_ID and ids[-1] != EOS_ID and tokenizer.decode(ids[1:]) == text
@@ -60,7 +72,10 @@ def _accuracy(folder: Path, in_front: str) -> float:
     """Share of test rows whose verbalizer text is ranked first."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    words = [tokenizer(VERBALIZER[label], add_special_tokens=False).input_ids[0] for label in ("negative", "positive")]
+    words = [
+        tokenizer(VERBALIZER[label], add_special_tokens=False).input_ids[0]
+        for label in ("negative", "positive")
+    ]
     batch = tokenizer(
         [in_front + TEMPLATE.format(text=row["text"]) for row in ROWS], return_tensors="pt", padding=True,
         padding_side="right",

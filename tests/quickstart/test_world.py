@@ -34,10 +34,14 @@ def test_another_seed_gives_other_documents_and_another_folder() -> None:
 def test_no_text_is_in_two_places() -> None:
     """Splits share no text, and none is in the corpus of the language model, whatever its seed."""
     texts = [row["text"] for rows in quickstart_rows().values() for row in rows]
-    corpus = {document.pieces[index].text for document in documents(3000, seed=0) for index in (0, 1)}
+    corpus = {
+        document.pieces[index].text for document in documents(3000, seed=0) for index in (0, 1)
+    }
     assert len(set(texts)) == len(texts) == sum(SPLIT_SIZES.values())
     assert not corpus & set(texts)
-    assert {part_of(review.text) for review in reviews("corpus", every_facts() * 20, seed=1)} == {"corpus"}
+    assert {part_of(review.text) for review in reviews("corpus", every_facts() * 20, seed=1)} == {
+        "corpus"
+    }
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -12,7 +12,13 @@ import pytest
 from mlflow_server import Server
 from postgres import Cluster, running_cluster, why_no_postgres
 
-from orchestrator.artifact import BaseModelRecord, DataRecord, Manifest, PromptArtifact, VerbalizerEntry
+from orchestrator.artifact import (
+    BaseModelRecord,
+    DataRecord,
+    Manifest,
+    PromptArtifact,
+    VerbalizerEntry,
+)
 from orchestrator.registry import Registry
 
 MakeArtifact = Callable[..., Path]
@@ -35,7 +41,9 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def postgres_server(postgres: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def postgres_server(
+    postgres: Cluster, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("mlflow-postgres")
     running = Server(folder, postgres.database("served")).start()
     yield running
@@ -50,7 +58,11 @@ def sqlite_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(params=["sqlite", pytest.param("server", marks=pytest.mark.long)])
 def registry(request: pytest.FixtureRequest, tmp_path: Path) -> Registry:
     """A registry on each kind of store, with a cache of its own."""
-    uri = request.getfixturevalue("sqlite_uri") if request.param == "sqlite" else request.getfixturevalue("server").uri
+    uri = (
+        request.getfixturevalue("sqlite_uri")
+        if request.param == "sqlite"
+        else request.getfixturevalue("server").uri
+    )
     return Registry(uri, cache_dir=tmp_path / "cache")
 
 
@@ -77,7 +89,11 @@ def name() -> str:
 @pytest.fixture
 def make_artifact(tmp_path: Path) -> MakeArtifact:
     def make(
-        accuracy: float = 0.9, hidden: int = 8, fingerprint: str = "f" * 64, data: str = "d" * 64, **changes: Any
+        accuracy: float = 0.9,
+        hidden: int = 8,
+        fingerprint: str = "f" * 64,
+        data: str = "d" * 64,
+        **changes: Any,
     ) -> Path:
         base = BaseModelRecord(
             id="builtin:quickstart",
@@ -93,15 +109,26 @@ def make_artifact(tmp_path: Path) -> MakeArtifact:
         manifest = Manifest(
             method="prompt_tuning",
             num_virtual_tokens=5,
-            config={"init": "sample_vocab", "num_virtual_tokens": 5, "learning_rate": 0.3, "seed": 0},
+            config={
+                "init": "sample_vocab",
+                "num_virtual_tokens": 5,
+                "learning_rate": 0.3,
+                "seed": 0,
+            },
             template="{text}\nSpam or not?",
             target="label",
-            verbalizer=(VerbalizerEntry(label=0, text=" ham"), VerbalizerEntry(label=1, text=" spam")),
+            verbalizer=(
+                VerbalizerEntry(label=0, text=" ham"),
+                VerbalizerEntry(label=1, text=" spam"),
+            ),
             max_input_tokens=32,
             max_target_tokens=4,
             base_model=base,
             data=changes.pop("record", rows),
-            metrics={"validation": {"accuracy": 0.91}, "test": {"accuracy": accuracy, "loss": 1 - accuracy}},
+            metrics={
+                "validation": {"accuracy": 0.91},
+                "test": {"accuracy": accuracy, "loss": 1 - accuracy},
+            },
             baselines={"zero_shot": {"test": {"accuracy": 0.23}}},
             steps=100,
             search="sms-spam",

@@ -22,11 +22,19 @@ from orchestrator.errors import BadInput, OrchestratorError, Unreachable
 from orchestrator.registry import Registry, store
 
 Serve = Callable[..., int]
-ODD = {"slash": "a/b", "newline": "line\nbreak", "markup": "<script>alert(1)</script>", "long": "x" * 300, "none": ""}
+ODD = {
+    "slash": "a/b",
+    "newline": "line\nbreak",
+    "markup": "<script>alert(1)</script>",
+    "long": "x" * 300,
+    "none": "",
+}
 
 
 @pytest.mark.parametrize("odd", ODD.values(), ids=ODD)
-def test_names_that_no_model_may_have(served: Registry, odd: str, make_artifact: Callable[..., Path]) -> None:
+def test_names_that_no_model_may_have(
+    served: Registry, odd: str, make_artifact: Callable[..., Path]
+) -> None:
     """Refused before anything is written, shown in one line; asking for one is an answer too, not a crash."""
     before = served.list_models()
     for call in (
@@ -87,12 +95,16 @@ def test_a_version_whose_files_are_gone_or_altered_is_not_promoted(broken: Any, 
         shutil.rmtree(files, ignore_errors=True)
         shutil.copytree(kept, files)
     outcome = registry.history(name)
-    assert [(move.old, move.new) for move in outcome] == [(None, 1)] and registry.aliases(name) == {"champion": 1}
+    assert [(move.old, move.new) for move in outcome] == [(None, 1)] and registry.aliases(name) == {
+        "champion": 1
+    }
     shutil.rmtree(kept)
     assert registry.promote(name, 2) == (1, 2)
 
 
-def test_a_champion_that_cannot_be_read_needs_a_reason_to_be_replaced(broken: Any, name: str) -> None:
+def test_a_champion_that_cannot_be_read_needs_a_reason_to_be_replaced(
+    broken: Any, name: str
+) -> None:
     """It can't be compared with any more, but it must be possible to get away from it."""
     registry, files = broken
     registry.promote(name, 2)
@@ -117,7 +129,11 @@ def on_postgres(postgres: Cluster, tmp_path: Path, make_artifact: Any) -> tuple[
 
 @pytest.mark.long
 def test_a_registry_that_may_only_be_read(
-    on_postgres: tuple[str, Registry], name: str, make_artifact: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    on_postgres: tuple[str, Registry],
+    name: str,
+    make_artifact: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Reading works, every move says that it may not, and none is half done."""
     monkeypatch.chdir(tmp_path)
@@ -129,7 +145,9 @@ def test_a_registry_that_may_only_be_read(
     engine = sa.create_engine(uri)
     with engine.connect() as connection:
         database = engine.url.database
-        connection.execute(sa.text(f'ALTER DATABASE "{database}" SET default_transaction_read_only = on'))
+        connection.execute(
+            sa.text(f'ALTER DATABASE "{database}" SET default_transaction_read_only = on')
+        )
         connection.commit()
     code = (
         "from pathlib import Path; from orchestrator.registry import Registry; from orchestrator.errors import *\n"
@@ -225,7 +243,9 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         yield request.getfixturevalue("postgres").database(f"schema_{os.getpid()}")
 
 
-def test_a_schema_of_another_mlflow_is_named_with_the_way_out(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_schema_of_another_mlflow_is_named_with_the_way_out(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An older one wants an upgrade after a backup, a newer one another MLflow; neither is touched."""
     Registry(database).check()
     engine = sa.create_engine(database)
@@ -240,11 +260,16 @@ def test_a_schema_of_another_mlflow_is_named_with_the_way_out(database: str, mon
             f"try: Registry({database!r}).check()\n"
             "except BadInput as error: print(error.message, '|', error.hint)"
         )
-        answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        answer = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        )
         said, _, next_step = answer.stdout.partition("|")
         assert message in said and hint in next_step
         with engine.connect() as connection:
-            assert connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar() == revision
+            assert (
+                connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
+                == revision
+            )
     engine.dispose()
 
 
@@ -253,7 +278,10 @@ def test_errors_of_a_store_that_may_only_be_read_or_wants_a_login(local: Registr
 
     for text, said in (
         ("(sqlite3.OperationalError) attempt to write a readonly database", "may only be read"),
-        ("API request to endpoint /x failed with error code 401 != 200", "does not let this login do that"),
+        (
+            "API request to endpoint /x failed with error code 401 != 200",
+            "does not let this login do that",
+        ),
     ):
         error = local._store.translate(MlflowException(text), "promoting")
         assert isinstance(error, BadInput) and said in error.message

@@ -14,7 +14,9 @@ from orchestrator.registry import Canary, LiveModel, Registry
 from orchestrator.registry.aliases.canary import CANARY_TAG, read_canary
 
 
-def test_a_canary_is_set_seen_and_ended(registry: Registry, name: str, register: Callable[..., int]) -> None:
+def test_a_canary_is_set_seen_and_ended(
+    registry: Registry, name: str, register: Callable[..., int]
+) -> None:
     """Polling sees aliases and canary together; the end is told what was."""
     registry.set_alias(name, "champion", register(accuracy=0.8))
     registry.set_alias(name, "challenger", register(accuracy=0.9))
@@ -35,7 +37,9 @@ def test_a_canary_is_set_seen_and_ended(registry: Registry, name: str, register:
             registry.set_canary(name, "challenger", percent)
 
 
-@pytest.mark.parametrize("tag", [None, "", "challenger", ":5", "challenger:", "challenger:x", "a b:5", "c:0", "c:nan"])
+@pytest.mark.parametrize(
+    "tag", [None, "", "challenger", ":5", "challenger:", "challenger:x", "a b:5", "c:0", "c:nan"]
+)
 def test_a_tag_that_is_no_canary(tag: str | None) -> None:
     """Anybody may edit a tag; serving goes on without a canary."""
     assert read_canary(tag) is None
@@ -73,5 +77,9 @@ def test_the_verb_that_makes_keys(command: Any, tmp_path: Path) -> None:
     secret = said.out.strip()
     assert said.code == 0 and secret.startswith("sk-") and "ORCHESTRATOR_API_KEYS_FILE" in said.err
     (entry,) = json.loads(file.read_text())
-    assert (entry["name"], entry["models"], entry["per_minute"]) == ("web", ["spam"], 5) and secret not in str(entry)
+    assert (entry["name"], entry["models"], entry["per_minute"]) == (
+        "web",
+        ["spam"],
+        5,
+    ) and secret not in str(entry)
     assert command("key", "web", "--file", file).code == 2

@@ -117,7 +117,16 @@ def test_a_store_moves_to_postgres_with_all_it_has(
     old.promote(name, 1)
     old.promote(name, 2)
     files = tmp_path / "new" / "artifacts"
-    argv = [sys.executable, DEPLOY / "move.py", source, target, "--artifacts", tmp_path / "mlruns", "--to", files]
+    argv = [
+        sys.executable,
+        DEPLOY / "move.py",
+        source,
+        target,
+        "--artifacts",
+        tmp_path / "mlruns",
+        "--to",
+        files,
+    ]
     moved = subprocess.run(argv, capture_output=True, text=True)
     assert moved.returncode == 0, moved.stderr
     again = subprocess.run(argv, capture_output=True, text=True)
@@ -145,7 +154,10 @@ def test_the_compose_file_starts_the_same_script() -> None:
     server = document["services"]["mlflow"]
     assert server["build"] == "." and 'CMD ["/start.sh"]' in (DEPLOY / "Dockerfile").read_text()
     assert all(port.startswith("127.0.0.1:") for port in server["ports"])
-    for service, variable in (("postgres", "POSTGRES_PASSWORD"), ("mlflow", "MLFLOW_AUTH_ADMIN_PASSWORD")):
+    for service, variable in (
+        ("postgres", "POSTGRES_PASSWORD"),
+        ("mlflow", "MLFLOW_AUTH_ADMIN_PASSWORD"),
+    ):
         assert ":?" in document["services"][service]["environment"][variable]
     read = {name for name in server["environment"] if not name.startswith(("AWS_", "MLFLOW_"))}
     script = (DEPLOY / "start.sh").read_text()
@@ -158,6 +170,8 @@ def test_the_script_says_what_is_missing(tmp_path: Path) -> None:
     python.write_text("#!/bin/sh\nexit 1\n")
     python.chmod(0o755)
     settings = {"DATA": str(tmp_path / "data"), "PYTHON": str(python)}
-    said = subprocess.run([DEPLOY / "start.sh"], env=os.environ | settings, capture_output=True, text=True)
+    said = subprocess.run(
+        [DEPLOY / "start.sh"], env=os.environ | settings, capture_output=True, text=True
+    )
     assert said.returncode == 2 and "prompt-orchestrator[server]" in said.stderr
     assert not list((tmp_path / "data").iterdir())

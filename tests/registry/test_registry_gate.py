@@ -34,12 +34,16 @@ def steps(registry: Registry, name: str, alias: str = "champion") -> list[tuple[
     return [(it.old, it.new, it.kind) for it in registry.history(name) if it.alias == alias]
 
 
-def test_every_move_is_kept_with_who_when_and_why(served: Registry, name: str, serve: Serve) -> None:
+def test_every_move_is_kept_with_who_when_and_why(
+    served: Registry, name: str, serve: Serve
+) -> None:
     """Promoted, forced past the gate, rolled back twice: the alias follows, the history says it all."""
     assert served.promote(name, serve(accuracy=0.8)) == (None, 1)
     assert served.promote(name, serve(accuracy=0.9)) == (1, 2)
     other = serve(fingerprint="e" * 64, hidden=16)
-    with pytest.raises(BadInput, match=r"base model fingerprint is e+, not f+; hidden size is 16, not 8") as refusal:
+    with pytest.raises(
+        BadInput, match=r"base model fingerprint is e+, not f+; hidden size is 16, not 8"
+    ) as refusal:
         served.promote(name, other)
     assert "--force REASON" in refusal.value.hint
     assert served.aliases(name) == {"champion": 2}
@@ -49,7 +53,13 @@ def test_every_move_is_kept_with_who_when_and_why(served: Registry, name: str, s
     with pytest.raises(BadInput, match="no former version"):
         served.rollback(name)
     assert served.aliases(name) == {"champion": 1}
-    wanted = [(None, 1, "promoted"), (1, 2, "promoted"), (2, 3, "forced"), (3, 2, "rollback"), (2, 1, "rollback")]
+    wanted = [
+        (None, 1, "promoted"),
+        (1, 2, "promoted"),
+        (2, 3, "forced"),
+        (3, 2, "rollback"),
+        (2, 1, "rollback"),
+    ]
     assert steps(served, name) == wanted
     moves = served.history(name)
     assert [move.reason for move in moves[1:4]] == [
@@ -66,8 +76,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "never tested": ({"metrics": {}}, "it has no test accuracy"),
     "other rows": ({"data": "c" * 64}, "tested on other data"),
     "tokenizer": ({"tokenizer": "u" * 64}, "tokenizer digest is u+, not t+"),
-    "columns": ({"template": "{title}: {text}"}, "template takes the columns text, title, not text"),
-    "labels": ({"verbalizer": (VerbalizerEntry(label=0, text=" a"),)}, "answers are the labels 0, not 0, 1"),
+    "columns": (
+        {"template": "{title}: {text}"},
+        "template takes the columns text, title, not text",
+    ),
+    "labels": (
+        {"verbalizer": (VerbalizerEntry(label=0, text=" a"),)},
+        "answers are the labels 0, not 0, 1",
+    ),
     "generates": ({"verbalizer": None}, "answers are the labels none, not 0, 1"),
 }
 
@@ -80,28 +96,40 @@ def test_what_is_against_a_version(make_artifact: Callable[..., Path], case: str
         Candidate(read_manifest(make_artifact(**it)), {})
         for it in ({"accuracy": 0.8}, {"accuracy": 0.99, **changes}, {"accuracy": 0.99})
     )
-    assert not differences(better.manifest, old.manifest) and verdict(better, old, "accuracy", "max")[0]
+    assert (
+        not differences(better.manifest, old.manifest)
+        and verdict(better, old, "accuracy", "max")[0]
+    )
     found = differences(new.manifest, old.manifest) or [verdict(new, old, "accuracy", "max")[1]]
     assert re.search(reason, "; ".join(found)) and not verdict(new, old, "accuracy", "max")[0]
 
 
 @pytest.mark.parametrize("labels", [("0", "1"), (0.0, 1.0), ("1", 0)])
-def test_labels_that_mean_the_same_fit(make_artifact: Callable[..., Path], labels: tuple[Any, Any]) -> None:
+def test_labels_that_mean_the_same_fit(
+    make_artifact: Callable[..., Path], labels: tuple[Any, Any]
+) -> None:
     """Numbers, their texts, any order; 1 and true are not the same."""
 
     def version(*labels: Any) -> Manifest:
-        entries = tuple(VerbalizerEntry(label=label, text=f" {place}") for place, label in enumerate(labels))
+        entries = tuple(
+            VerbalizerEntry(label=label, text=f" {place}") for place, label in enumerate(labels)
+        )
         return read_manifest(make_artifact(verbalizer=entries))
 
     assert differences(version(*labels), version(0, 1)) == []
-    assert differences(version(0, True), version(0, 1)) == ["answers are the labels 0, true, not 0, 1"]
+    assert differences(version(0, True), version(0, 1)) == [
+        "answers are the labels 0, true, not 0, 1"
+    ]
 
 
-def test_versions_are_compared_by_rows_that_both_were_evaluated_on(make_artifact: Callable[..., Path]) -> None:
+def test_versions_are_compared_by_rows_that_both_were_evaluated_on(
+    make_artifact: Callable[..., Path],
+) -> None:
     """Their own test rows where those are the same, else any other; a tag that somebody damaged counts for nothing."""
     old, new = (read_manifest(make_artifact(accuracy=it, data=str(it) * 16)) for it in (0.8, 0.7))
     assert (
-        verdict(Candidate(new, {}), Candidate(old, {}), "accuracy", "max")[1] == "the champion was tested on other data"
+        verdict(Candidate(new, {}), Candidate(old, {}), "accuracy", "max")[1]
+        == "the champion was tested on other data"
     )
     tags = [{f"{EVALUATION_TAG}rows": f'{{"metrics": {{"accuracy": {it}}}}}'} for it in (0.6, 0.65)]
     assert verdict(Candidate(new, tags[1]), Candidate(old, tags[0]), "accuracy", "max") == (
@@ -109,13 +137,24 @@ def test_versions_are_compared_by_rows_that_both_were_evaluated_on(make_artifact
     )  # fmt: skip
     for damaged in ("", "[]", '{"metrics": 3}', '{"metrics": {"accuracy": "much"}}'):
         assert not verdict(
-            Candidate(new, {f"{EVALUATION_TAG}rows": damaged}), Candidate(old, tags[0]), "accuracy", "max"
+            Candidate(new, {f"{EVALUATION_TAG}rows": damaged}),
+            Candidate(old, tags[0]),
+            "accuracy",
+            "max",
         )[0]
-    assert comparison_metric(Candidate(new, {METRIC_TAG: "loss"}), Candidate(old, {})) == ("loss", "min")
-    assert comparison_metric(Candidate(new, {METRIC_TAG: "odd"}), Candidate(old, {})) == ("accuracy", "max")
+    assert comparison_metric(Candidate(new, {METRIC_TAG: "loss"}), Candidate(old, {})) == (
+        "loss",
+        "min",
+    )
+    assert comparison_metric(Candidate(new, {METRIC_TAG: "odd"}), Candidate(old, {})) == (
+        "accuracy",
+        "max",
+    )
 
 
-def test_an_alias_of_another_name_asks_for_the_fit_only(served: Registry, name: str, serve: Serve) -> None:
+def test_an_alias_of_another_name_asks_for_the_fit_only(
+    served: Registry, name: str, serve: Serve
+) -> None:
     """Being better is a champion's duty."""
     served.promote(name, serve(accuracy=0.8))
     served.promote(name, 1, alias="staging")
@@ -131,12 +170,19 @@ def test_an_alias_of_another_name_asks_for_the_fit_only(served: Registry, name: 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"generation": GenerationRecord(max_tokens=125, num_beams=1)}, "don't fit into the base model's context"),
+        (
+            {"generation": GenerationRecord(max_tokens=125, num_beams=1)},
+            "don't fit into the base model's context",
+        ),
         ({"verbalizer": ()}, "its verbalizer is empty"),
     ],
 )
 def test_what_no_server_could_use_is_never_promoted(
-    local: Registry, name: str, make_artifact: Callable[..., Any], changes: dict[str, Any], reason: str
+    local: Registry,
+    name: str,
+    make_artifact: Callable[..., Any],
+    changes: dict[str, Any],
+    reason: str,
 ) -> None:
     """Not by a reason either, and a search's winner of that kind is no champion."""
     with local.start_search(name, {}, {}) as search:
@@ -149,7 +195,9 @@ def test_what_no_server_could_use_is_never_promoted(
     assert local.aliases(name) == {"challenger": 1}
 
 
-def test_of_concurrent_promotions_one_wins_and_the_others_hear_of_it(served: Registry, name: str, serve: Serve) -> None:
+def test_of_concurrent_promotions_one_wins_and_the_others_hear_of_it(
+    served: Registry, name: str, serve: Serve
+) -> None:
     """Five programs at once, each with a better prompt than the champion: the loser is told, nobody is overwritten."""
     served.promote(name, serve(accuracy=0.5))
     versions = [serve(accuracy=0.6 + number / 100) for number in range(5)]
@@ -168,7 +216,9 @@ def test_of_concurrent_promotions_one_wins_and_the_others_hear_of_it(served: Reg
     with ThreadPoolExecutor(len(versions)) as threads:
         found = list(threads.map(promote, versions))
     moves = steps(served, name)
-    winners = [version for version, outcome in zip(versions, found, strict=True) if outcome == "won"]
+    winners = [
+        version for version, outcome in zip(versions, found, strict=True) if outcome == "won"
+    ]
     assert set(found) <= {"won", "Overtaken", "BadInput"} and winners
     assert [new for _, new, _ in moves] == [1, *(new for _, new, _ in moves[1:])]
     assert sorted(new for _, new, _ in moves[1:]) == winners
@@ -176,7 +226,9 @@ def test_of_concurrent_promotions_one_wins_and_the_others_hear_of_it(served: Reg
     assert served.aliases(name)["champion"] == moves[-1][1]
 
 
-def test_concurrent_searches_leave_the_best_as_champion(served: Registry, name: str, serve: Serve) -> None:
+def test_concurrent_searches_leave_the_best_as_champion(
+    served: Registry, name: str, serve: Serve
+) -> None:
     """Whoever is overtaken compares again: in whatever order they come, the best one stays."""
     versions = [serve(accuracy=accuracy) for accuracy in (0.7, 0.9, 0.6, 0.8)]
     start = Barrier(len(versions))
@@ -227,7 +279,13 @@ def test_moves_that_keep_no_history_are_noticed(
     assert served.rollback(name) == (2, 1)
     client.set_registered_model_alias(name, "champion", "2")
     assert served.promote(name, 3) == (2, 3)
-    wanted = [(None, 1, "promoted"), (1, 2, "elsewhere"), (2, 1, "rollback"), (1, 2, "elsewhere"), (2, 3, "promoted")]
+    wanted = [
+        (None, 1, "promoted"),
+        (1, 2, "elsewhere"),
+        (2, 1, "rollback"),
+        (1, 2, "elsewhere"),
+        (2, 3, "promoted"),
+    ]
     assert steps(served, name) == wanted
     client.delete_registered_model_alias(name, "champion")
     assert served.promote(name, 1) == (None, 1)
@@ -267,7 +325,9 @@ def test_a_model_of_another_program_gets_a_history_with_its_first_move(
     assert steps(served, name) == [(None, 1, "promoted")]
 
 
-def test_a_deleted_history_says_how_to_bring_it_back(served: Registry, name: str, serve: Serve) -> None:
+def test_a_deleted_history_says_how_to_bring_it_back(
+    served: Registry, name: str, serve: Serve
+) -> None:
     served.promote(name, serve())
     run_id = served._store.client.get_registered_model(name).tags[ledger.LEDGER_TAG]
     served._store.client.delete_run(run_id)

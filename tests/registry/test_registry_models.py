@@ -44,7 +44,9 @@ def test_a_version_tells_what_it_is(registry: Registry, name: str, register: Reg
     assert summary.metrics["test"]["accuracy"] == 0.96
     assert summary.baselines == {"zero_shot": {"test": {"accuracy": 0.23}}}
     assert summary.config["learning_rate"] == 0.3
-    assert {key: summary.tags[key] for key in ("method", "init", "learning_rate", "test_accuracy")} == {
+    assert {
+        key: summary.tags[key] for key in ("method", "init", "learning_rate", "test_accuracy")
+    } == {
         "method": "prompt_tuning",
         "init": "sample_vocab",
         "learning_rate": "0.3",
@@ -57,28 +59,45 @@ def test_a_version_tells_what_it_is(registry: Registry, name: str, register: Reg
     assert name in {version.name for version in found}
 
 
-def test_a_version_speaks_as_people_do(local: Registry, name: str, make_artifact: Callable[..., Path]) -> None:
+def test_a_version_speaks_as_people_do(
+    local: Registry, name: str, make_artifact: Callable[..., Path]
+) -> None:
     """An init's own text, numbers without their noise, the folder that the rows are in."""
-    path = json.dumps({split: f"/data/sms/{split}.jsonl" for split in ("train", "validation", "test")})
-    config = {"init": {"text": "Spam or not?"}, "num_virtual_tokens": 5, "learning_rate": 0.1234567891, "seed": 0}
+    path = json.dumps(
+        {split: f"/data/sms/{split}.jsonl" for split in ("train", "validation", "test")}
+    )
+    config = {
+        "init": {"text": "Spam or not?"},
+        "num_virtual_tokens": 5,
+        "learning_rate": 0.1234567891,
+        "seed": 0,
+    }
     data = DataRecord(path=path, fingerprint="d" * 64, rows={"train": 4000, "test": 50})
     with local.start_search(name, {}, {}) as search:
         search.trial_started("t1", config)
     version = local.register(make_artifact(config=config, record=data), name, search.run_ids["t1"])
     said = local.version(f"{name}:{version}").summary.description
-    assert "init `text Spam or not?`, num_virtual_tokens `5`, learning_rate `0.1235`, seed `0`" in said
+    assert (
+        "init `text Spam or not?`, num_virtual_tokens `5`, learning_rate `0.1235`, seed `0`" in said
+    )
     assert "Data `/data/sms` (rows: 4,000 train, 50 test)" in said
 
 
 def test_a_version_holds_no_pickle_and_no_path(
-    registry: Registry, name: str, register: Register, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    registry: Registry,
+    name: str,
+    register: Register,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """MLflow loads it with pickle forbidden, from code, without torch."""
     import mlflow
 
     location = registry._store.client.get_model_version_download_uri(name, str(register()))
     folder = Path(
-        mlflow.artifacts.download_artifacts(location, dst_path=str(tmp_path / "m"), tracking_uri=registry.tracking_uri)
+        mlflow.artifacts.download_artifacts(
+            location, dst_path=str(tmp_path / "m"), tracking_uri=registry.tracking_uri
+        )
     )
     found = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
     assert found == {
@@ -132,7 +151,9 @@ def test_a_version_survives_its_run(registry: Registry, name: str, register: Reg
     assert registry.fetch(name, version).is_dir()
 
 
-def test_what_does_not_exist_is_named_with_what_does(registry: Registry, name: str, register: Register) -> None:
+def test_what_does_not_exist_is_named_with_what_does(
+    registry: Registry, name: str, register: Register
+) -> None:
     registry.set_alias(name, "champion", register())
     with pytest.raises(BadInput, match="no registered model") as unknown:
         registry.version(f"{name}x")
@@ -147,7 +168,9 @@ def test_what_does_not_exist_is_named_with_what_does(registry: Registry, name: s
         registry.fetch(name, 7)
 
 
-def test_a_deleted_version_is_told_from_one_that_never_was(registry: Registry, name: str, register: Register) -> None:
+def test_a_deleted_version_is_told_from_one_that_never_was(
+    registry: Registry, name: str, register: Register
+) -> None:
     """A number below the newest was given once."""
     for _ in range(3):
         register()
@@ -191,7 +214,9 @@ def test_lists_and_snapshot(registry: Registry, name: str, register: Register) -
     assert f"{name}-other" not in snapshot
 
 
-@pytest.mark.parametrize("odd", ["line\nbreak", "<b>bold", 'it\'s "quoted"', "ünï%20", "x" * 250, "a@b"])
+@pytest.mark.parametrize(
+    "odd", ["line\nbreak", "<b>bold", 'it\'s "quoted"', "ünï%20", "x" * 250, "a@b"]
+)
 def test_odd_names_are_read(registry: Registry, odd: str) -> None:
     """Anything may be in a registry."""
     client = registry._store.client
@@ -202,13 +227,18 @@ def test_odd_names_are_read(registry: Registry, odd: str) -> None:
     assert not registry.resolve(f"{odd}:1").is_prompt
 
 
-def test_a_name_that_breaks_our_rule_is_not_written(registry: Registry, make_artifact: Callable[..., Path]) -> None:
+def test_a_name_that_breaks_our_rule_is_not_written(
+    registry: Registry, make_artifact: Callable[..., Path]
+) -> None:
     with pytest.raises(BadInput, match="can't name a registered model"):
         registry.register(make_artifact(), "a\nb", "0")
 
 
 def test_a_failed_registration_leaves_nothing(
-    registry: Registry, name: str, make_artifact: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    registry: Registry,
+    name: str,
+    make_artifact: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Neither a registered model without versions nor a version that never becomes ready."""
     from mlflow.exceptions import MlflowException
@@ -230,7 +260,9 @@ def test_a_failed_registration_leaves_nothing(
         registry.register(make_artifact(), name, "0" * 32)
 
 
-def test_a_damaged_cache_is_fetched_again(registry: Registry, name: str, register: Register) -> None:
+def test_a_damaged_cache_is_fetched_again(
+    registry: Registry, name: str, register: Register
+) -> None:
     version = register()
     folder = registry.fetch(name, version)
     (folder / WEIGHTS).write_bytes(b"")
@@ -256,7 +288,10 @@ def test_altered_files_are_refused(local: Registry, name: str, local_version: Pa
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     with pytest.raises(BadInput, match="cut short or altered"):
         local.fetch(name, 1)
-    assert local.version(f"{name}:1").manifest is None and "altered" in local.version(f"{name}:1").problem
+    assert (
+        local.version(f"{name}:1").manifest is None
+        and "altered" in local.version(f"{name}:1").problem
+    )
 
 
 def test_an_altered_manifest_is_refused(local: Registry, name: str, local_version: Path) -> None:
@@ -266,7 +301,9 @@ def test_an_altered_manifest_is_refused(local: Registry, name: str, local_versio
         local.fetch(name, 1)
 
 
-def test_links_and_strange_files_are_refused(local: Registry, name: str, local_version: Path, tmp_path: Path) -> None:
+def test_links_and_strange_files_are_refused(
+    local: Registry, name: str, local_version: Path, tmp_path: Path
+) -> None:
     """A registry can't make us read another file, or wait for a pipe."""
     (local_version / "extra.pkl").write_bytes(b"")
     with pytest.raises(BadInput, match="nothing else"):
@@ -283,7 +320,9 @@ def test_links_and_strange_files_are_refused(local: Registry, name: str, local_v
     assert not list(local.cache_dir.iterdir())
 
 
-def test_a_version_of_another_program_is_refused(registry: Registry, name: str, tmp_path: Path) -> None:
+def test_a_version_of_another_program_is_refused(
+    registry: Registry, name: str, tmp_path: Path
+) -> None:
     with registry.start_search(name, {}, {}) as search:
         pass
     client = registry._store.client
@@ -294,12 +333,16 @@ def test_a_version_of_another_program_is_refused(registry: Registry, name: str, 
 
 
 @pytest.mark.parametrize("alias", ["latest", "v1", "a.b", "", "a b"])
-def test_aliases_that_mlflow_refuses_are_refused_first(local: Registry, name: str, alias: str) -> None:
+def test_aliases_that_mlflow_refuses_are_refused_first(
+    local: Registry, name: str, alias: str
+) -> None:
     with pytest.raises(BadInput, match="can't be an alias"):
         local.set_alias(name, alias, 1)
 
 
-def test_after_a_search_the_better_prompt_is_champion(registry: Registry, name: str, register: Register) -> None:
+def test_after_a_search_the_better_prompt_is_champion(
+    registry: Registry, name: str, register: Register
+) -> None:
     """First: champion. Then only what beats it on the same test split and base model; the rest is challenger."""
     outcomes = [
         registry.auto_alias(name, register(accuracy=accuracy, **changes))
@@ -311,7 +354,13 @@ def test_after_a_search_the_better_prompt_is_champion(registry: Registry, name: 
             (0.9, {}),
         ]
     ]
-    assert [outcome.alias for outcome in outcomes] == ["champion", "challenger", "challenger", "challenger", "champion"]
+    assert [outcome.alias for outcome in outcomes] == [
+        "champion",
+        "challenger",
+        "challenger",
+        "challenger",
+        "champion",
+    ]
     assert outcomes[1].reason == (
         "Version 2 is not champion, version 1 stays: its test accuracy is 0.7, the champion's 0.8."
     )
@@ -319,13 +368,19 @@ def test_after_a_search_the_better_prompt_is_champion(registry: Registry, name: 
     assert registry.aliases(name) == {"champion": 5, "challenger": 5}
     worse = registry.auto_alias(name, register(accuracy=0.95), metric="loss", better="max")
     assert worse.alias == "challenger"
-    assert registry.auto_alias(name, 6, alias="champion", metric="loss", better="min").alias == "champion"
+    assert (
+        registry.auto_alias(name, 6, alias="champion", metric="loss", better="min").alias
+        == "champion"
+    )
     assert registry.auto_alias(name, 1, alias="champion") == AliasOutcome(
-        None, "Version 1 is not champion, version 6 stays: its test accuracy is 0.8, the champion's 0.95."
+        None,
+        "Version 1 is not champion, version 6 stays: its test accuracy is 0.8, the champion's 0.95.",
     )
 
 
-def test_registering_takes_no_torch(local: Registry, name: str, make_artifact: Callable[..., Path]) -> None:
+def test_registering_takes_no_torch(
+    local: Registry, name: str, make_artifact: Callable[..., Path]
+) -> None:
     """The process that talks to MLflow may be a small one."""
     code = (
         "import sys; from pathlib import Path; from orchestrator.registry import Registry\n"
@@ -334,6 +389,8 @@ def test_registering_takes_no_torch(local: Registry, name: str, make_artifact: C
         f"    v = r.register(Path({str(make_artifact())!r}), {name!r}, s.run_id)\n"
         f"r.fetch({name!r}, v); print({{'torch', 'ray', 'transformers', 'sklearn'}} & set(sys.modules))"
     )
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert (answer.stdout, answer.stderr) == ("set()\n", "")
     assert read_manifest(local.fetch(name, 1)).search == "sms-spam"

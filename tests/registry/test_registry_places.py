@@ -60,7 +60,11 @@ def fill(registry: Registry, artifact: Path) -> None:
 
 @pytest.mark.parametrize("name", ODD)
 def test_everything_is_inside_a_folder_of_any_name(
-    name: str, empty_database: Path, tmp_path: Path, make_artifact: MakeArtifact, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    empty_database: Path,
+    tmp_path: Path,
+    make_artifact: MakeArtifact,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The database, the artifacts and nothing beside them; also seen from another working directory."""
     around = tmp_path / "around"
@@ -77,15 +81,24 @@ def test_everything_is_inside_a_folder_of_any_name(
 
 
 def test_mlflow_finds_what_is_in_such_a_folder(
-    empty_database: Path, tmp_path: Path, make_artifact: MakeArtifact, monkeypatch: pytest.MonkeyPatch
+    empty_database: Path,
+    tmp_path: Path,
+    make_artifact: MakeArtifact,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its own default address, in the same working directory, has the model, its files and the run's."""
-    fill(working_in(tmp_path / "what now?x #1 50%25;ü", empty_database, monkeypatch), make_artifact())
-    done = subprocess.run([sys.executable, "-c", MLFLOW], capture_output=True, text=True, timeout=120)
+    fill(
+        working_in(tmp_path / "what now?x #1 50%25;ü", empty_database, monkeypatch), make_artifact()
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", MLFLOW], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0 and done.stdout.strip() == "['seen/page.html']", done.stderr
 
 
-def test_a_schema_is_made_in_a_folder_with_a_question_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_schema_is_made_in_a_folder_with_a_question_mark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "a%20b?c"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -95,7 +108,11 @@ def test_a_schema_is_made_in_a_folder_with_a_question_mark(tmp_path: Path, monke
     assert [file.name for file in folder.iterdir()] == ["mlflow.db"]
 
 
-@given(st.lists(st.text(st.characters(exclude_characters="/\0", codec="utf-8"), min_size=1), min_size=1))
+@given(
+    st.lists(
+        st.text(st.characters(exclude_characters="/\0", codec="utf-8"), min_size=1), min_size=1
+    )
+)
 def test_an_address_names_the_path_that_it_was_made_of(folders: list[str]) -> None:
     """For SQLAlchemy, which MLflow connects with, and for us; normalising it changes nothing."""
     path = os.path.normpath("/" + "/".join(folders))
@@ -115,7 +132,9 @@ def test_an_ordinary_path_is_written_as_it_is() -> None:
     )
 
 
-@pytest.mark.parametrize("uri", ["sqlite:////tmp/what now?x/mlflow.db", "sqlite:////tmp/really?/a=b.db"])
+@pytest.mark.parametrize(
+    "uri", ["sqlite:////tmp/what now?x/mlflow.db", "sqlite:////tmp/really?/a=b.db"]
+)
 def test_a_question_mark_that_cuts_a_path_short_is_refused(uri: str) -> None:
     """SQLAlchemy would open the file before the mark and drop the rest."""
     with pytest.raises(BadInput, match="ends at the question mark") as refused:

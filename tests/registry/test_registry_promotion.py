@@ -14,12 +14,17 @@ GREEDY, BEAMS = (GenerationRecord(max_tokens=32, num_beams=beams) for beams in (
 
 
 def scored(bleu: float, generation: GenerationRecord) -> Candidate:
-    changes: dict[str, Any] = {"metrics": {"test": {"bleu": bleu, "loss": 1 - bleu}}, "generation": generation}
+    changes: dict[str, Any] = {
+        "metrics": {"test": {"bleu": bleu, "loss": 1 - bleu}},
+        "generation": generation,
+    }
     return Candidate(manifest(**changes), {})
 
 
 @pytest.mark.parametrize(("generation", "won"), [(GREEDY, True), (BEAMS, False)])
-def test_texts_are_compared_where_they_were_generated_alike(generation: GenerationRecord, won: bool) -> None:
+def test_texts_are_compared_where_they_were_generated_alike(
+    generation: GenerationRecord, won: bool
+) -> None:
     """A BLEU of five beams is no better than one of greedy decoding because it is higher; a loss can be compared."""
     new, champion = scored(0.4, generation), scored(0.3, GREEDY)
     found, reason = verdict(new, champion, "bleu", "max")

@@ -60,7 +60,9 @@ def restored(registry: Registry, hint: str) -> None:
         raise AssertionError(hint)
 
 
-def test_a_deleted_history_is_refused_for_old_and_new_models(own: Registry, make_artifact: Callable[..., Path]) -> None:
+def test_a_deleted_history_is_refused_for_old_and_new_models(
+    own: Registry, make_artifact: Callable[..., Path]
+) -> None:
     """The advice is no other name, which would not help, and after it everything goes on."""
     own.auto_alias("spam", registered(own, make_artifact()))
     delete_experiment(own, HISTORY)
@@ -76,7 +78,9 @@ def test_a_deleted_history_is_refused_for_old_and_new_models(own: Registry, make
     assert own.aliases("spam")["staging"] == 1 and len(own.history("spam")) == 3
 
 
-def test_a_models_own_history_may_be_deleted_alone(own: Registry, make_artifact: Callable[..., Path]) -> None:
+def test_a_models_own_history_may_be_deleted_alone(
+    own: Registry, make_artifact: Callable[..., Path]
+) -> None:
     own.auto_alias("spam", registered(own, make_artifact()))
     own._store.client.delete_run(history_run(own))
     own.check_search_end("another", "another")
@@ -98,7 +102,9 @@ def test_a_purged_history_begins_anew(own: Registry, make_artifact: Callable[...
     assert history_run(own) != run_id
 
 
-def test_the_searchs_own_experiment_may_not_be_deleted(own: Registry, make_artifact: Callable[..., Path]) -> None:
+def test_the_searchs_own_experiment_may_not_be_deleted(
+    own: Registry, make_artifact: Callable[..., Path]
+) -> None:
     """Neither for a search that begins nor for one that goes on."""
     with own.start_search("spam", {}, {}) as search:
         run_id = search.run_id
@@ -154,7 +160,9 @@ def test_a_text_template_of_mlflow_is_no_registered_model(own: Registry) -> None
     assert "registry.model" in refused.value.hint
 
 
-def test_the_check_leaves_nothing_behind(registry: Registry, name: str, make_artifact: Callable[..., Path]) -> None:
+def test_the_check_leaves_nothing_behind(
+    registry: Registry, name: str, make_artifact: Callable[..., Path]
+) -> None:
     """For a model that is not there yet, and for one that is; behind a server too."""
     before = {model.name for model in registry.list_models()}
     registry.check_search_end(name, name)

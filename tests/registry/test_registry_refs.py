@@ -12,7 +12,14 @@ import pytest
 from orchestrator.errors import BadInput
 from orchestrator.registry import ModelRef, Registry, parse_ref, printable
 from orchestrator.registry.aliases.moves import Kind, Move, former_holder, read_moves
-from orchestrator.registry.runs.entries import Entry, as_texts, coalesce, load_entries, run_label, save_entries
+from orchestrator.registry.runs.entries import (
+    Entry,
+    as_texts,
+    coalesce,
+    load_entries,
+    run_label,
+    save_entries,
+)
 from orchestrator.registry.store import normalised
 from orchestrator.registry.versions.refs import nearest
 from orchestrator.utils.text import mask_secrets
@@ -36,7 +43,8 @@ def test_every_way_to_write_a_reference(text: str, ref: ModelRef) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "spam@", "@champion", "spam:", "spam:0", "models:/spam", "models:/m-1f", "models:/"]
+    "text",
+    ["", "spam@", "@champion", "spam:", "spam:0", "models:/spam", "models:/m-1f", "models:/"],
 )
 def test_a_bad_reference_names_the_forms(text: str) -> None:
     with pytest.raises(BadInput, match="name@alias"):
@@ -49,7 +57,9 @@ def test_what_is_printed_holds_no_control_characters() -> None:
 
 
 def test_nearest_name_first() -> None:
-    assert nearest("sms-spm", ["sms-spam", "boolq"]).startswith("did you mean 'sms-spam'? known: boolq, sms-spam")
+    assert nearest("sms-spm", ["sms-spam", "boolq"]).startswith(
+        "did you mean 'sms-spam'? known: boolq, sms-spam"
+    )
     assert nearest("zzz", []) == ""
 
 
@@ -86,7 +96,9 @@ def test_the_environment_names_the_stores(monkeypatch: pytest.MonkeyPatch) -> No
     assert pickle.loads(pickle.dumps(Registry("http://other:1"))).tracking_uri == "http://other:1"
 
 
-@pytest.mark.parametrize("uri", ["postgresql://me:s3cr@t@db/mlflow", "http://h/?password=s3cret&x=1"])
+@pytest.mark.parametrize(
+    "uri", ["postgresql://me:s3cr@t@db/mlflow", "http://h/?password=s3cret&x=1"]
+)
 def test_passwords_are_mask_secrets(uri: str) -> None:
     assert "s3cr" not in mask_secrets(f"no answer from {uri}")
     assert mask_secrets("http://127.0.0.1:5000/a@b") == "http://127.0.0.1:5000/a@b"
@@ -95,7 +107,9 @@ def test_passwords_are_mask_secrets(uri: str) -> None:
 def test_importing_the_registry_imports_no_heavy_module() -> None:
     """``orchestrator --help`` stays fast: mlflow waits for the first call, torch never comes."""
     code = "import sys, orchestrator.registry; print({'mlflow', 'torch', 'ray', 'transformers'} & set(sys.modules))"
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert answer.stdout.strip() == "set()"
 
 
@@ -121,7 +135,9 @@ SECOND: tuple[int | None, int, Kind] = (1, 2, "promoted")
         (moves(FIRST, SECOND), 5, 2),
     ],
 )
-def test_rollback_goes_back_one_move_at_a_time(history: list[Move], current: int, before: int | None) -> None:
+def test_rollback_goes_back_one_move_at_a_time(
+    history: list[Move], current: int, before: int | None
+) -> None:
     assert former_holder(history, "champion", current) == before
 
 
@@ -129,15 +145,31 @@ def test_moves_are_read_in_order_and_what_is_none_is_passed_over() -> None:
     """A run's parameters come in any order, and somebody may add others."""
     history = moves(FIRST, *((number, number + 1, "set") for number in range(1, 12)))
     params = {move.key: move.text() for move in reversed(history)}
-    params |= {"lr": "0.1", "champion.000099": "{}", "champion.000098": history[0].text(), "x": "[1]"}
+    params |= {
+        "lr": "0.1",
+        "champion.000099": "{}",
+        "champion.000098": history[0].text(),
+        "x": "[1]",
+    }
     assert read_moves(params) == history
 
 
 def test_log_entries_merge_between_a_runs_start_and_end() -> None:
     """Hundreds of reports become one call, and none moves past its run's start or end."""
-    entries = [Entry("start", "a"), Entry("log", "a", [("m", 1.0, 1, 1)]), Entry("log", "b", [("m", 5.0, 1, 1)])]
-    entries += [Entry("log", "a", [("m", 2.0, 2, 2)]), Entry("end", "a"), Entry("log", "a", [("m", 3.0, 3, 3)])]
-    shape = [(entry.kind, entry.trial, [point[1] for point in entry.metrics]) for entry in coalesce(entries)]
+    entries = [
+        Entry("start", "a"),
+        Entry("log", "a", [("m", 1.0, 1, 1)]),
+        Entry("log", "b", [("m", 5.0, 1, 1)]),
+    ]
+    entries += [
+        Entry("log", "a", [("m", 2.0, 2, 2)]),
+        Entry("end", "a"),
+        Entry("log", "a", [("m", 3.0, 3, 3)]),
+    ]
+    shape = [
+        (entry.kind, entry.trial, [point[1] for point in entry.metrics])
+        for entry in coalesce(entries)
+    ]
     assert shape == [
         ("start", "a", []),
         ("log", "a", [1.0, 2.0]),
@@ -148,7 +180,10 @@ def test_log_entries_merge_between_a_runs_start_and_end() -> None:
 
 
 def test_log_entries_survive_on_disk(tmp_path: Path) -> None:
-    entries = [Entry("log", "a", [("m", 1.0, 1, 1)], tags={"k": "ü\n"}), Entry("finish", status="KILLED")]
+    entries = [
+        Entry("log", "a", [("m", 1.0, 1, 1)], tags={"k": "ü\n"}),
+        Entry("finish", status="KILLED"),
+    ]
     save_entries(tmp_path / "sub" / "left.jsonl", entries)
     assert load_entries(tmp_path / "sub" / "left.jsonl") == entries
 
@@ -160,6 +195,11 @@ def test_long_values_are_cut_and_say_so() -> None:
 
 
 def test_a_childs_name_tells_trials_apart() -> None:
-    config = {"init": {"text": "Classify"}, "num_virtual_tokens": 20, "learning_rate": 0.30000001, "seed": 2}
+    config = {
+        "init": {"text": "Classify"},
+        "num_virtual_tokens": 20,
+        "learning_rate": 0.30000001,
+        "seed": 2,
+    }
     assert run_label(config, "t1") == "text 'Classify', 20 tokens, lr 0.3, seed 2"
     assert run_label({}, "t1") == "t1"

@@ -53,19 +53,27 @@ def test_a_search_is_a_parent_run_with_a_child_a_trial(registry: Registry, name:
     [
         ("builtin:quickstart", "builtin:quickstart"),
         ('{"test": "data/sms/test.jsonl", "train": "data/sms/train.jsonl"}', "data/sms"),
-        ('{"train": "train.jsonl", "test": "test.jsonl"}', '{"train": "train.jsonl", "test": "test.jsonl"}'),
+        (
+            '{"train": "train.jsonl", "test": "test.jsonl"}',
+            '{"train": "train.jsonl", "test": "test.jsonl"}',
+        ),
         ('{"train": "/data/a", "test": "b"}', '{"train": "/data/a", "test": "b"}'),
         ("{ö" * 300, "{ö" * 250),
     ],
 )
-def test_the_rows_are_an_input_of_the_search(registry: Registry, name: str, path: str, named: str) -> None:
+def test_the_rows_are_an_input_of_the_search(
+    registry: Registry, name: str, path: str, named: str
+) -> None:
     """MLflow's pages have a column for them, and runs are found by their name and by their fingerprint."""
     data = DataRecord(path=path, fingerprint="0123456789abcdef" * 4, rows={"train": 40, "test": 16})
     with registry.start_search(name, {}, {}, data=data) as search:
         pass
     (found,) = run(registry, search.run_id).inputs.dataset_inputs
     assert found.dataset.name == named and found.dataset.digest == data.fingerprint[:36]
-    assert json.loads(found.dataset.source)["path"] == path and json.loads(found.dataset.profile)["rows"] == data.rows
+    assert (
+        json.loads(found.dataset.source)["path"] == path
+        and json.loads(found.dataset.profile)["rows"] == data.rows
+    )
     query = f"dataset.digest = '{found.dataset.digest}'"
     same = registry._store.client.search_runs([search.experiment_id], query)
     assert [it.info.run_id for it in same] == [search.run_id]
@@ -125,12 +133,17 @@ def test_a_resumed_search_goes_on_in_the_same_runs(registry: Registry, name: str
 
 
 def test_an_error_in_the_search_ends_its_run_as_failed(registry: Registry, name: str) -> None:
-    with pytest.raises(RuntimeError, match="worker lost"), registry.start_search(name, {}, {}) as search:
+    with (
+        pytest.raises(RuntimeError, match="worker lost"),
+        registry.start_search(name, {}, {}) as search,
+    ):
         raise RuntimeError("worker lost")
     assert run(registry, search.run_id).info.status == "FAILED"
 
 
-def test_a_refused_entry_is_reported_and_the_rest_written(registry: Registry, name: str, tmp_path: Path) -> None:
+def test_a_refused_entry_is_reported_and_the_rest_written(
+    registry: Registry, name: str, tmp_path: Path
+) -> None:
     """A parameter never changes in MLflow; neither silence nor a lost search is the answer to one that does."""
     search = registry.start_search(name, {"p": 1}, {}, spill=tmp_path / "left.jsonl")
     assert search.flush(10)
@@ -144,7 +157,9 @@ def test_a_refused_entry_is_reported_and_the_rest_written(registry: Registry, na
     assert parent.info.status == "FINISHED" and parent.data.metrics == {"m": 1.0}
 
 
-def test_a_deleted_experiment_is_refused_before_anything_runs(registry: Registry, name: str) -> None:
+def test_a_deleted_experiment_is_refused_before_anything_runs(
+    registry: Registry, name: str
+) -> None:
     search = registry.start_search(name, {}, {})
     search.finish()
     registry._store.client.delete_experiment(search.experiment_id)
@@ -163,7 +178,9 @@ def test_artifacts_lie_beside_the_database(local: Registry, name: str) -> None:
     )
 
 
-def test_nothing_is_lost_when_the_server_restarts_or_stays_away(server: Any, name: str, tmp_path: Path) -> None:
+def test_nothing_is_lost_when_the_server_restarts_or_stays_away(
+    server: Any, name: str, tmp_path: Path
+) -> None:
     """Reports during an outage arrive after it; an outage to the end leaves a file that a resumed search writes."""
     registry, spill = Registry(server.uri), tmp_path / "left.jsonl"
     patient = registry.start_search(name, {}, {}, patience=30)

@@ -21,7 +21,9 @@ def test_processes_that_open_a_new_file_at_once_all_succeed(tmp_path: Path) -> N
     """Left alone, MLflow fails all but one of them; nothing but the database stays behind."""
     code = OPEN.format(uri=f"sqlite:///{tmp_path}/new/mlflow.db")
     processes = [
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         for _ in range(2)
     ]
     answers = [process.communicate(timeout=60) for process in processes]
@@ -33,7 +35,9 @@ def test_processes_that_open_a_new_file_at_once_all_succeed(tmp_path: Path) -> N
 def test_programs_that_open_an_empty_postgresql_at_once_all_succeed(postgres: Cluster) -> None:
     code = OPEN.format(uri=postgres.database("at_once"))
     processes = [
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         for _ in range(3)
     ]
     assert [process.communicate(timeout=200) for process in processes] == [("0\n", "")] * 3
@@ -51,7 +55,9 @@ def test_a_dead_port_is_reported_within_ten_seconds() -> None:
     assert "mlflow server" in failure.value.hint and "MLFLOW_TRACKING_URI" in failure.value.hint
 
 
-def test_a_port_that_accepts_and_never_answers_is_reported_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_port_that_accepts_and_never_answers_is_reported_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """MLflow's own timeouts and retries would take minutes."""
     assert store.CHECK_SECONDS < 10
     monkeypatch.setattr(store, "CHECK_SECONDS", 1.0)
@@ -79,10 +85,14 @@ def test_a_file_that_is_no_database_is_reported(tmp_path: Path) -> None:
 def test_checking_creates_nothing(registry: Registry) -> None:
     before = registry._store.client.search_experiments()
     registry.check()
-    assert [it.name for it in registry._store.client.search_experiments()] == [it.name for it in before]
+    assert [it.name for it in registry._store.client.search_experiments()] == [
+        it.name for it in before
+    ]
 
 
-def test_pages_are_started_on_loopback_and_passwords_stay_off_the_command_line(tmp_path: Path) -> None:
+def test_pages_are_started_on_loopback_and_passwords_stay_off_the_command_line(
+    tmp_path: Path,
+) -> None:
     command = Registry(f"sqlite:///{tmp_path}/mlflow.db").ui_command(5001)
     assert command.argv[command.argv.index("--host") + 1] == "127.0.0.1" and "5001" in command.argv
     assert command.env["MLFLOW_BACKEND_STORE_URI"] == f"sqlite:///{tmp_path}/mlflow.db"

@@ -58,20 +58,32 @@ def test_the_tables_say_what_mlflow_says(uri: str, monkeypatch: pytest.MonkeyPat
     assert list(listed) == ["empty", "m0000", "m0001", "other's"]
     assert (listed["m0000"].latest, listed["m0001"].latest, listed["empty"].latest) == (2, 3, None)
     assert listed["m0001"].aliases == {"champion": 1, "canary": 3}
-    assert not listed["other's"].is_prompt and listed["m0001"].champion_metrics == {"test": {"accuracy": 0.9}}
+    assert not listed["other's"].is_prompt and listed["m0001"].champion_metrics == {
+        "test": {"accuracy": 0.9}
+    }
 
 
 def test_the_schema_is_that_of_the_mlflow_here(uri: str) -> None:
     """Another one means that the tables have to be looked at again, and SCHEMA changed."""
     with sa.create_engine(uri).connect() as connection:
-        assert connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar_one() == SCHEMA
+        assert (
+            connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar_one()
+            == SCHEMA
+        )
 
 
 def test_a_listing_imports_no_mlflow(uri: str) -> None:
-    done = subprocess.run([sys.executable, "-c", TOOL.format(uri=uri)], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["4", "True"]  # one champion has no note: MLflow is asked for its version
+    done = subprocess.run(
+        [sys.executable, "-c", TOOL.format(uri=uri)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [
+        "4",
+        "True",
+    ]  # one champion has no note: MLflow is asked for its version
     Registry(uri)._store.client.delete_registered_model_alias("other's", "champion")
-    done = subprocess.run([sys.executable, "-c", TOOL.format(uri=uri)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", TOOL.format(uri=uri)], capture_output=True, text=True, check=True
+    )
     assert done.stdout.split() == ["4", "False"]
 
 

@@ -34,16 +34,22 @@ def pages(local: Registry) -> Iterator[str]:
 @pytest.fixture
 def parent(local: Registry, name: str, make_artifact: Callable[..., Path], report: Report) -> str:
     """The run of a search with three trials and its report, the best of which is registered as champion."""
-    with local.start_search(name, {"trials": 3, "method": "prompt_tuning"}, {"device_hours": "0.01"}) as search:
+    with local.start_search(
+        name, {"trials": 3, "method": "prompt_tuning"}, {"device_hours": "0.01"}
+    ) as search:
         for number, init in enumerate(INITS):
             trial = f"t{number:03d}"
-            search.trial_started(trial, {"init": init, "num_virtual_tokens": 20, "learning_rate": 0.1, "seed": 0})
+            search.trial_started(
+                trial, {"init": init, "num_virtual_tokens": 20, "learning_rate": 0.1, "seed": 0}
+            )
             search.trial_metrics(trial, 10, {"validation_accuracy": 0.5 + number / 10})
             search.trial_ended(trial, "finished")
         assert search.flush(10)
         search.parent_metrics({"best_test_accuracy": 0.9})
         near = [[(" good", 0.11), (" great", 0.12)]] * 5
-        version = local.register(make_artifact(), name, search.run_ids["t002"], metric="accuracy", nearest=near)
+        version = local.register(
+            make_artifact(), name, search.run_ids["t002"], metric="accuracy", nearest=near
+        )
     assert local.auto_alias(name, version).alias == "champion"
     pictures = {f"figures/{name}.svg": svg for name, svg in report.pictures.items()}
     local.log_files(search.run_id, {"report.html": report.page.encode(), **pictures})
@@ -71,7 +77,10 @@ def report() -> Report:
     trials = []
     for number, (init, tokens, seed) in enumerate(itertools.product(INITS, (5, 20), (0, 1))):
         rate = 0.01 * 1.4**number
-        points = [(step, {"accuracy": 0.5 + 0.03 * number * step / 90, "loss": 1.0}) for step in (30, 60, 90)]
+        points = [
+            (step, {"accuracy": 0.5 + 0.03 * number * step / 90, "loss": 1.0})
+            for step in (30, 60, 90)
+        ]
         status = "failed" if number == 3 else "stopped" if number % 2 else "finished"
         spec = TrialSpec(init, None, tokens, rate, seed)
         trials.append(TrialFacts(f"t{number:03}", spec, status, points, points[-1][1]))
@@ -111,7 +120,13 @@ def test_the_pages_show_a_search_and_its_version(
         "model": (model_page, [name, "Version 1", "@ champion"]),
         "version": (
             f"{model_page}/versions/1",
-            ["champion", "this prompt", "zero shot", "Nearest words of the vocabulary", f"orchestrator query {name}"],
+            [
+                "champion",
+                "this prompt",
+                "zero shot",
+                "Nearest words of the vocabulary",
+                f"orchestrator query {name}",
+            ],
         ),
     }
     check_pages(shown, tmp_path)
@@ -122,8 +137,14 @@ def test_the_pages_show_a_search_that_trained(finished: Finished, tmp_path: Path
     its best trial and that one's curve, what was kept, and the version with its alias."""
     store = MlflowClient(finished.tracking_uri)
     parent = store.get_run(finished.document["mlflow"]["run_id"])
-    runs = [run for run in search_runs(finished.tracking_uri) if run.info.run_id != parent.info.run_id]
-    best = next(run for run in runs if run.data.tags["orchestrator.trial"] == finished.document["best"]["trial"])
+    runs = [
+        run for run in search_runs(finished.tracking_uri) if run.info.run_id != parent.info.run_id
+    ]
+    best = next(
+        run
+        for run in runs
+        if run.data.tags["orchestrator.trial"] == finished.document["best"]["trial"]
+    )
     test_loss = parent.data.metrics["best_test_loss"]
     with mlflow_pages(finished.tracking_uri) as pages:
         experiment = f"{pages}/#/experiments/{parent.info.experiment_id}"

@@ -52,7 +52,11 @@ def test_sixteen_searches_at_once_lose_nothing(store_uri: str, tmp_path: Path) -
     """Four processes of four searches each on one database: every run, every point, every end is there."""
     Registry(store_uri).check()
     processes = [
-        subprocess.Popen([sys.executable, "-c", WRITER, store_uri, str(first)], cwd=tmp_path, stderr=subprocess.PIPE)
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, store_uri, str(first)],
+            cwd=tmp_path,
+            stderr=subprocess.PIPE,
+        )
         for first in range(0, PROCESSES * EACH, EACH)
     ]
     said = [process.communicate(timeout=280)[1] for process in processes]
@@ -63,18 +67,29 @@ def test_sixteen_searches_at_once_lose_nothing(store_uri: str, tmp_path: Path) -
     runs, metrics = tables.tables["runs"], tables.tables["metrics"]
     searches = PROCESSES * EACH
     with engine.connect() as connection:
-        states = connection.execute(sa.select(runs.c.status, sa.func.count()).group_by(runs.c.status)).all()
+        states = connection.execute(
+            sa.select(runs.c.status, sa.func.count()).group_by(runs.c.status)
+        ).all()
         assert [tuple(row) for row in states] == [("FINISHED", searches * (1 + TRIALS))]
-        points = connection.execute(sa.select(metrics.c.run_uuid, metrics.c.key, metrics.c.step)).all()
+        points = connection.execute(
+            sa.select(metrics.c.run_uuid, metrics.c.key, metrics.c.step)
+        ).all()
         assert len(points) == len(set(points)) == searches * TRIALS * REPORTS * 2
-        total = connection.execute(sa.select(sa.func.sum(metrics.c.value)).where(metrics.c.key == "loss")).scalar_one()
-        wanted = sum(number + step / 100 for number in range(searches) for step in range(REPORTS)) * TRIALS
+        total = connection.execute(
+            sa.select(sa.func.sum(metrics.c.value)).where(metrics.c.key == "loss")
+        ).scalar_one()
+        wanted = (
+            sum(number + step / 100 for number in range(searches) for step in range(REPORTS))
+            * TRIALS
+        )
         assert total == pytest.approx(wanted)
     engine.dispose()
     assert not list(tmp_path.glob("mlflow-unwritten*"))
 
 
-def test_a_listing_reads_models_and_no_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_listing_reads_models_and_no_versions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """However many versions there are: as many statements for 60 models of 3 as for 2 of 1."""
     counts = []
     for models, versions in ((2, 1), (60, 3)):

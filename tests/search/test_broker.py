@@ -36,7 +36,9 @@ def name(number: int) -> str:
 
 def report(number: int, step: int = 1, ending: Ending | None = None) -> Report:
     metrics = {"loss": 1.0}
-    return Report(name(number), step, metrics, 1.0, step, metrics, 1.0, f"{number}@{step}".encode(), ending)
+    return Report(
+        name(number), step, metrics, 1.0, step, metrics, 1.0, f"{number}@{step}".encode(), ending
+    )
 
 
 async def broker_with(trials: int, total: int | None = None) -> Broker:
@@ -58,7 +60,10 @@ async def let_run() -> None:
 
 
 def tune(
-    broker: Broker, numbers: range, goes_on: Callable[[Report], bool] = lambda _: True, log: list[str] | None = None
+    broker: Broker,
+    numbers: range,
+    goes_on: Callable[[Report], bool] = lambda _: True,
+    log: list[str] | None = None,
 ) -> list[asyncio.Task[None]]:
     """Trials that wait for their reports and decide at once, as Tune does."""
 
@@ -472,7 +477,11 @@ def population() -> Population:
                 "base_model": {"id": "none"},
                 "data": {"path": "none", "template": "{text}", "target": "text"},
                 "search": {
-                    "space": {"init": "random", "num_virtual_tokens": 2, "learning_rate": [0.01, 1.0]},
+                    "space": {
+                        "init": "random",
+                        "num_virtual_tokens": 2,
+                        "learning_rate": [0.01, 1.0],
+                    },
                     "scheduler": "pbt",
                     "metric": "loss",
                 },
@@ -540,7 +549,11 @@ def test_a_trial_that_tune_stopped_copies_nothing() -> None:
         await broker.next_orders("w")
         tasks = tune(broker, range(3), goes_on=lambda got: got.trial != "t0")
         orders = await broker.next_orders("w", [scored(0, 0.5), scored(1, 0.1)])
-        assert orders.free == ("t0",) and seated(orders) == ["t2"] and orders.seat[0].checkpoint is None
+        assert (
+            orders.free == ("t0",)
+            and seated(orders) == ["t2"]
+            and orders.seat[0].checkpoint is None
+        )
         await ended(tasks)
 
     run(test())
@@ -558,7 +571,9 @@ def test_trials_that_are_proposed_come_between_two_reports(in_turn: bool) -> Non
         await broker.next_orders("w")
         log: list[str] = []
         tasks = tune(broker, range(2), log=log)
-        orders = asyncio.ensure_future(broker.next_orders("w", [report(0, 8, "steps"), report(1, 8, "steps")]))
+        orders = asyncio.ensure_future(
+            broker.next_orders("w", [report(0, 8, "steps"), report(1, 8, "steps")])
+        )
         await let_run()
         assert log == (["t0@8"] if in_turn else ["t0@8", "t1@8"])
         await broker.submit("t2", 2, config(2))
@@ -583,7 +598,9 @@ def test_workers_share_the_trials_and_lose_none(workers: int) -> None:
         reports: list[Report] = []
         while not (orders := await broker.next_orders(worker, reports)).stop:
             for seat in orders.seat:
-                at[seat.trial] = int(seat.checkpoint.decode().split("@")[1]) if seat.checkpoint else 0
+                at[seat.trial] = (
+                    int(seat.checkpoint.decode().split("@")[1]) if seat.checkpoint else 0
+                )
             reports = []
             for trial in list(at):
                 at[trial] += 1
@@ -603,7 +620,9 @@ def test_workers_share_the_trials_and_lose_none(workers: int) -> None:
 
     run(test())
     for number in range(total):
-        assert [line for line in log if line.startswith(f"t{number}@")] == [f"t{number}@{s}" for s in (1, 2, 3)]
+        assert [line for line in log if line.startswith(f"t{number}@")] == [
+            f"t{number}@{s}" for s in (1, 2, 3)
+        ]
 
 
 def test_trials_wait_for_a_workers_process() -> None:

@@ -13,7 +13,9 @@ from orchestrator.job.spec import SearchSpec, TrainSpec
 from orchestrator.search.plan.forecast import Pace, forecast, rungs, stopping_rule
 from orchestrator.search.study.study import scheduler
 
-PACE = Pace(step_alone=1.0, step_packed=1.5, evaluation_alone=10.0, evaluation_packed=13.0, packed=3)
+PACE = Pace(
+    step_alone=1.0, step_packed=1.5, evaluation_alone=10.0, evaluation_packed=13.0, packed=3
+)
 FIFO = SearchSpec(scheduler="fifo")
 
 
@@ -32,9 +34,12 @@ def rays(search: SearchSpec, train: TrainSpec) -> TrialScheduler:
 
 @pytest.mark.parametrize("name", ["asha", "median"])
 @pytest.mark.parametrize(
-    ("steps", "every", "grace", "factor"), [(120, 20, None, 3), (81, 1, 1, 3), (100, 30, 10, 2), (243, 5, 27, 4)]
+    ("steps", "every", "grace", "factor"),
+    [(120, 20, None, 3), (81, 1, 1, 3), (100, 30, 10, 2), (243, 5, 27, 4)],
 )
-def test_trials_stop_as_ray_tune_stops_them(name: str, steps: int, every: int, grace: int | None, factor: int) -> None:
+def test_trials_stop_as_ray_tune_stops_them(
+    name: str, steps: int, every: int, grace: int | None, factor: int
+) -> None:
     """Report by report the same decisions, rungs that no evaluation falls on and repeated values included."""
     search = SearchSpec(scheduler=name, grace_steps=grace, reduction_factor=factor)  # type: ignore[arg-type]
     train = TrainSpec(steps=steps, evaluate_every=every)
@@ -50,7 +55,12 @@ def test_trials_stop_as_ray_tune_stops_them(name: str, steps: int, every: int, g
     while at:
         trial = choose.choice(list(at))
         at[trial] = min(steps, at[trial] + every)
-        result = {"step": at[trial], "score": score[trial], "training_iteration": 1, "time_total_s": 1.0}
+        result = {
+            "step": at[trial],
+            "score": score[trial],
+            "training_iteration": 1,
+            "time_total_s": 1.0,
+        }
         goes_on = theirs.on_trial_result(controller, trial, result) == TrialScheduler.CONTINUE  # type: ignore[arg-type]
         if at[trial] == steps:
             goes_on = False
@@ -63,7 +73,9 @@ def test_trials_stop_as_ray_tune_stops_them(name: str, steps: int, every: int, g
     assert stopped
 
 
-@pytest.mark.parametrize(("steps", "grace", "factor"), [(120, 20, 3), (81, 1, 3), (100, 10, 2), (243, 3, 3), (5, 5, 2)])
+@pytest.mark.parametrize(
+    ("steps", "grace", "factor"), [(120, 20, 3), (81, 1, 3), (100, 10, 2), (243, 3, 3), (5, 5, 2)]
+)
 def test_rungs_are_those_of_ray_tune(steps: int, grace: int, factor: int) -> None:
     """The steps at which trials may stop, and the last step."""
     search = SearchSpec(grace_steps=grace, reduction_factor=factor)
@@ -78,7 +90,10 @@ def test_without_early_stopping_the_seconds_are_exact() -> None:
     found = forecast(FIFO, TrainSpec(steps=5, evaluate_every=2), 4, 1, 3, PACE, report_s=0.5)
     together = 5 * 1.5 + 3 * (13.0 + 1.5)
     alone = 5 * 1.0 + 3 * (10.0 + 0.5)
-    assert found.seconds == pytest.approx(together + alone) and found.spread == (found.seconds, found.seconds)
+    assert found.seconds == pytest.approx(together + alone) and found.spread == (
+        found.seconds,
+        found.seconds,
+    )
     assert (found.steps, found.reports, found.rungs, found.reached) == (20, 12, (5,), (4,))
 
 
@@ -102,7 +117,10 @@ def test_early_stopping_saves_steps_and_always_as_many() -> None:
     found = forecast(search, train, 40, 1, 4, PACE)
     assert found == forecast(search, train, 40, 1, 4, PACE)
     assert found.rungs == (10, 30, 90) and found.reached[0] == 40
-    assert 40 / 3 < found.reached[1] < 40 and found.reached[1] / 3 < found.reached[2] < found.reached[1]
+    assert (
+        40 / 3 < found.reached[1] < 40
+        and found.reached[1] / 3 < found.reached[2] < found.reached[1]
+    )
     assert 40 * 10 < found.steps < 40 * 90
     assert found.spread[0] < found.seconds < found.spread[1]
 
@@ -110,6 +128,8 @@ def test_early_stopping_saves_steps_and_always_as_many() -> None:
 def test_two_trials_by_hand() -> None:
     """One after another under ASHA: the first reaches the end, the second if it is the better one, so in every other
     draw or so."""
-    found = forecast(SearchSpec(), TrainSpec(steps=20, evaluate_every=10, batch_size=1), 2, 1, 1, PACE)
+    found = forecast(
+        SearchSpec(), TrainSpec(steps=20, evaluate_every=10, batch_size=1), 2, 1, 1, PACE
+    )
     assert found.reached[0] == 2 and 1.25 < found.reached[-1] < 1.75
     assert found.steps == pytest.approx(2 * 10 + 10 * found.reached[-1])

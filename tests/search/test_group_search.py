@@ -27,7 +27,9 @@ PAIR = {**CHANGES, "resources__workers_per_group": 2}
 pytestmark = pytest.mark.long
 
 
-def searched(folder: Path, on_report: Callable[[Report], None] | None = None, **changes: Any) -> Finished:
+def searched(
+    folder: Path, on_report: Callable[[Report], None] | None = None, **changes: Any
+) -> Finished:
     folder.mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -56,7 +58,9 @@ def test_a_sharded_backbone_searches_as_a_whole_one(one_worker: Finished, tmp_pa
 
 
 @pytest.mark.failure
-def test_a_search_survives_the_death_of_one_of_a_group(one_worker: Finished, tmp_path: Path) -> None:
+def test_a_search_survives_the_death_of_one_of_a_group(
+    one_worker: Finished, tmp_path: Path
+) -> None:
     """SIGKILL of one of two workers in the middle: the group starts again, and the trials go on as if undisturbed."""
     killed: list[int] = []
 

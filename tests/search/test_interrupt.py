@@ -85,10 +85,15 @@ def test_an_interrupt_leaves_everything_closed(interrupted: dict[str, Any], tmp_
     assert f"interrupted\n  next: orchestrator resume {search.name}   goes on" in interrupted["err"]
     document = json.loads(interrupted["out"])
     assert document["error"]["next"] == f"orchestrator resume {search.name}"
-    assert (document["status"], document["error"]["exit_code"]) == ("interrupted", interrupted["wanted"])
+    assert (document["status"], document["error"]["exit_code"]) == (
+        "interrupted",
+        interrupted["wanted"],
+    )
     assert interrupted["had"] > 3 and interrupted["left"] == []
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    runs = client.search_runs(
+        [experiment.experiment_id for experiment in client.search_experiments()]
+    )
     parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     assert [run.info.status for run in parents] == ["KILLED"]
     assert len(runs) == 3 and {run.info.status for run in runs} == {"KILLED"}

@@ -37,7 +37,9 @@ def checkpoint(step: int) -> bytes:
 
 def report(trial: str, step: int, pending: int = 0) -> Report:
     metrics = {"loss": 1 / 3 + step}
-    return Report(trial, step, metrics, math.inf, step, metrics, 1 / 3, checkpoint(step), pending=pending)
+    return Report(
+        trial, step, metrics, math.inf, step, metrics, 1 / 3, checkpoint(step), pending=pending
+    )
 
 
 def files(folder: SearchFolder) -> list[str]:
@@ -53,16 +55,26 @@ def test_what_is_written_comes_back(folder: SearchFolder) -> None:
         Reported(report("t0", 4)),
     ]
     placed = replace(report("t0", 8), worker="w1", place={"node": "n", "device": "cpu"})
-    second: list[Event] = [Reported(placed), Reported(report("t1", 4)), Ended("t0", "stopped", "why")]
+    second: list[Event] = [
+        Reported(placed),
+        Reported(report("t1", 4)),
+        Ended("t0", "stopped", "why"),
+    ]
     journal.append(first, 1.5)
     assert files(folder) == ["t0-4.safetensors"]
     journal.append(second, 2.5)
     assert files(folder) == ["t0-8.safetensors", "t1-4.safetensors"]
     history = read_history(folder)
-    bare = [replace(it, report=replace(it.report, checkpoint=b"")) if isinstance(it, Reported) else it for it in second]
+    bare = [
+        replace(it, report=replace(it.report, checkpoint=b"")) if isinstance(it, Reported) else it
+        for it in second
+    ]
     assert history.events[3:] == bare and len(history.events) == 6
     assert history.reports[1].place == placed.place  # which equality leaves out
-    assert history.spent_s == 2.5 and history.checkpoints == {"t0": checkpoint(8), "t1": checkpoint(4)}
+    assert history.spent_s == 2.5 and history.checkpoints == {
+        "t0": checkpoint(8),
+        "t1": checkpoint(4),
+    }
     assert history.remaining(["t0", "t1", "t2"]) == ["t1", "t2"]
     assert history.found("baselines") == first[1] and history.found("other") is None
 
@@ -77,7 +89,11 @@ def test_a_line_cut_short_never_happened(folder: SearchFolder, cut: int) -> None
     folder.checkpoint("t0", 4).write_bytes(kept)  # it is removed only after the line
     folder.journal.write_bytes(folder.journal.read_bytes()[:-cut])
     history = read_history(folder)
-    assert history.steps() == {"t0": 4} and history.checkpoints == {"t0": kept} and history.spent_s == 1.0
+    assert (
+        history.steps() == {"t0": 4}
+        and history.checkpoints == {"t0": kept}
+        and history.spent_s == 1.0
+    )
     Journal(folder, history).append([Reported(report("t0", 8))], 3.0)
     assert [it.step for it in read_history(folder).reports] == [4, 8]
     assert files(folder) == ["t0-8.safetensors"]
@@ -86,8 +102,12 @@ def test_a_line_cut_short_never_happened(folder: SearchFolder, cut: int) -> None
 def test_a_trial_without_a_sound_checkpoint_begins_again(folder: SearchFolder) -> None:
     """Cut short or gone: nothing of the trial has happened, its end included; the other trials are as they were."""
     journal = Journal(folder, History())
-    journal.append([Started("t0", CONFIG), Reported(report("t0", 4)), Ended("t0", "finished", "steps")], 1.0)
-    journal.append([Started("t1", CONFIG), Reported(report("t1", 4)), Reported(report("t2", 4))], 1.0)
+    journal.append(
+        [Started("t0", CONFIG), Reported(report("t0", 4)), Ended("t0", "finished", "steps")], 1.0
+    )
+    journal.append(
+        [Started("t1", CONFIG), Reported(report("t1", 4)), Reported(report("t2", 4))], 1.0
+    )
     folder.checkpoint("t0", 4).write_bytes(checkpoint(4)[:40])
     folder.checkpoint("t2", 4).unlink()
     history = read_history(folder)

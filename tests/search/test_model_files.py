@@ -49,14 +49,20 @@ def test_a_copy_is_the_folder(files: Any, tmp_path: Path) -> None:
 def test_those_who_ask_at_a_time_share_a_copy(files: Any, tmp_path: Path) -> None:
     """Workers of one node: one folder, and nothing half-made beside it."""
     cache = {"ORCHESTRATOR_CACHE": str(tmp_path / "cache")}
-    ask = ray.remote(num_cpus=0.1, runtime_env={"env_vars": cache})(lambda actor: str(fetched(actor)))
+    ask = ray.remote(num_cpus=0.1, runtime_env={"env_vars": cache})(
+        lambda actor: str(fetched(actor))
+    )
     places = ray.get([ask.remote(files) for _ in range(2)])
     assert places[0] == places[1]
-    made = [entry.name for entry in (tmp_path / "cache" / "base-models").iterdir() if entry.is_dir()]
+    made = [
+        entry.name for entry in (tmp_path / "cache" / "base-models").iterdir() if entry.is_dir()
+    ]
     assert made == [Path(places[0]).name]
 
 
-def test_a_copy_that_breaks_off_leaves_nothing(files: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_that_breaks_off_leaves_nothing(
+    files: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A full disk: the message names the place; the next attempt starts anew."""
     with monkeypatch.context() as patch:
         patch.setattr(model_files, "_fetch", no_room)
@@ -85,7 +91,9 @@ def poor_node(tmp_path: Path) -> Iterator[tuple[Cluster, Path]]:
     hide = f"mount -t tmpfs tmpfs {hidden}"
     if (tried := subprocess.run([*inside, hide], capture_output=True, text=True)).returncode:
         pytest.skip(f"a node can't have its own view of the disk here: {tried.stderr.strip()}")
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
+    )
     start = f"ray start --address {cluster.address} --num-cpus 1 --block --disable-usage-stats"
     node = subprocess.Popen(
         [*inside, f"{hide} && exec {Path(sys.executable).parent}/{start}"],
@@ -99,12 +107,24 @@ def poor_node(tmp_path: Path) -> Iterator[tuple[Cluster, Path]]:
 
 
 @pytest.mark.long
-def test_a_node_without_the_folder_trains_too(poor_node: tuple[Cluster, Path], tmp_path: Path) -> None:
+def test_a_node_without_the_folder_trains_too(
+    poor_node: tuple[Cluster, Path], tmp_path: Path
+) -> None:
     """A search on both nodes: trials end on each, from one copy in the cache of the node that had no files."""
     cluster, model = poor_node
     resources = {"workers": 2, "cpus_per_worker": 1, "trials_per_worker": 1}
-    train = {"steps": 1000, "batch_size": 4, "evaluate_every": 100}  # until the other worker is there
-    job = write_job(tmp_path, base_model__id=str(model), search__scheduler="fifo", resources=resources, train=train)
+    train = {
+        "steps": 1000,
+        "batch_size": 4,
+        "evaluate_every": 100,
+    }  # until the other worker is there
+    job = write_job(
+        tmp_path,
+        base_model__id=str(model),
+        search__scheduler="fifo",
+        resources=resources,
+        train=train,
+    )
     ran = subprocess.run(
         [sys.executable, "-m", "orchestrator", "run", str(job), "--address", cluster.address, "--json"],
         cwd=tmp_path, capture_output=True, text=True, timeout=250,

@@ -17,7 +17,9 @@ OTHER = TrialSpec("sample_vocab", None, 20, 0.12, 0)
 
 def report(trial: str, step: int, best_step: int, accuracy: float, loss: float = 1.0) -> Report:
     metrics = {"accuracy": accuracy, "loss": loss}
-    return Report(trial, step, metrics, 1.0, best_step, metrics, accuracy, f"{trial}@{step}".encode())
+    return Report(
+        trial, step, metrics, 1.0, best_step, metrics, accuracy, f"{trial}@{step}".encode()
+    )
 
 
 def order(outcome: Outcome) -> list[str]:
@@ -38,8 +40,12 @@ def test_where_a_worker_was_is_known_when_it_is_gone() -> None:
     """From its reports: the place of the last one."""
     outcome = Outcome(SearchSpec(), [("a", SPEC)])
     for worker, node in (("w0", "n1"), ("w1", "n2"), ("w0", "n3")):
-        outcome.trial_reported("a", replace(report("a", 4, 4, 0.5), worker=worker, place={"node": node}))
-    outcome.trial_reported("a", replace(report("a", 8, 4, 0.5), worker="w1"))  # of a journal from before there were any
+        outcome.trial_reported(
+            "a", replace(report("a", 4, 4, 0.5), worker=worker, place={"node": node})
+        )
+    outcome.trial_reported(
+        "a", replace(report("a", 8, 4, 0.5), worker="w1")
+    )  # of a journal from before there were any
     assert outcome.places == {"w0": {"node": "n3"}, "w1": {"node": "n2"}}
     assert outcome.records["a"].workers == ["w0", "w1", "w0", "w1"]
 
@@ -47,7 +53,12 @@ def test_where_a_worker_was_is_known_when_it_is_gone() -> None:
 def test_the_metric_ranks_then_the_loss_then_the_order() -> None:
     """Best first."""
     outcome = Outcome(SearchSpec(), [(name, SPEC) for name in ("a", "b", "c", "d")])
-    for name, accuracy, loss in (("d", 0.5, 1.0), ("a", 0.5, 1.0), ("b", 0.5, 0.9), ("c", 0.6, 2.0)):
+    for name, accuracy, loss in (
+        ("d", 0.5, 1.0),
+        ("a", 0.5, 1.0),
+        ("b", 0.5, 0.9),
+        ("c", 0.6, 2.0),
+    ):
         outcome.trial_reported(name, report(name, 4, 4, accuracy, loss))
     assert order(outcome) == ["c", "b", "a", "d"]
 
@@ -81,9 +92,18 @@ def test_the_spread_over_seeds_is_of_equal_trials() -> None:
     """Those that differ in the seed alone and came as far; nothing where there is no other."""
     seeds = {f"s{seed}": replace(SPEC, seed=seed) for seed in range(4)}
     outcome = Outcome(SearchSpec(), [*seeds.items(), ("other", OTHER)])
-    for name, accuracy, step in (("s0", 0.5, 8), ("s1", 0.7, 8), ("s2", 0.6, 8), ("s3", 0.1, 4), ("other", 0.9, 8)):
+    for name, accuracy, step in (
+        ("s0", 0.5, 8),
+        ("s1", 0.7, 8),
+        ("s2", 0.6, 8),
+        ("s3", 0.1, 4),
+        ("other", 0.9, 8),
+    ):
         outcome.trial_reported(name, report(name, step, step, accuracy))
     found = outcome.over_seeds(outcome.records["s1"])
     assert found["trials"] == 3
-    assert found["validation"]["accuracy"] == {"mean": pytest.approx(0.6), "std": pytest.approx(0.1)}
+    assert found["validation"]["accuracy"] == {
+        "mean": pytest.approx(0.6),
+        "std": pytest.approx(0.1),
+    }
     assert outcome.over_seeds(outcome.records["other"]) == {}

@@ -21,20 +21,28 @@ AUTO = ResourcesSpec()
 
 def test_one_worker_takes_a_cpu_node() -> None:
     """Without accelerators one worker a node computes with every core and leaves Ray one of them for all else."""
-    assert place(AUTO, [Node(8)], 12) == Placement(workers=1, cpus=7, gpus=0, threads=8, trials_per_worker=CPU_SLOTS)
+    assert place(AUTO, [Node(8)], 12) == Placement(
+        workers=1, cpus=7, gpus=0, threads=8, trials_per_worker=CPU_SLOTS
+    )
     assert place(AUTO, [Node(8), Node(8)], 12).workers == 2
-    assert place(AUTO, [Node(1)], 12) == Placement(workers=1, cpus=1, gpus=0, threads=1, trials_per_worker=CPU_SLOTS)
+    assert place(AUTO, [Node(1)], 12) == Placement(
+        workers=1, cpus=1, gpus=0, threads=1, trials_per_worker=CPU_SLOTS
+    )
 
 
 def test_a_worker_a_gpu() -> None:
     """Each GPU gets a worker, and the workers of a node share its cores."""
-    assert place(AUTO, [Node(16, 4)], 64) == Placement(4, cpus=3, gpus=1, threads=4, trials_per_worker=GPU_SLOTS)
+    assert place(AUTO, [Node(16, 4)], 64) == Placement(
+        4, cpus=3, gpus=1, threads=4, trials_per_worker=GPU_SLOTS
+    )
     assert place(AUTO, [Node(16, 1), Node(16, 1)], 64) == Placement(2, 15, 1, 16, GPU_SLOTS)
 
 
 def test_nodes_without_a_gpu_do_not_count_where_gpus_are() -> None:
     """A large head without accelerators neither holds workers nor decides how large they are."""
-    assert place(AUTO, [Node(64), Node(8, 1)], 64) == Placement(1, cpus=7, gpus=1, threads=8, trials_per_worker=8)
+    assert place(AUTO, [Node(64), Node(8, 1)], 64) == Placement(
+        1, cpus=7, gpus=1, threads=8, trials_per_worker=8
+    )
 
 
 def test_unequal_nodes_are_shared_by_what_each_has() -> None:
@@ -52,7 +60,9 @@ def test_there_are_no_more_slots_than_trials() -> None:
 def test_explicit_values_hold() -> None:
     """What the spec says is what a worker gets."""
     asked = ResourcesSpec(workers=2, cpus_per_worker=3, gpus_per_worker=0.5, trials_per_worker=11)
-    assert place(asked, [Node(8, 1)], 4) == Placement(2, cpus=3, gpus=0.5, threads=3, trials_per_worker=11)
+    assert place(asked, [Node(8, 1)], 4) == Placement(
+        2, cpus=3, gpus=0.5, threads=3, trials_per_worker=11
+    )
     assert place(ResourcesSpec(gpus_per_worker=0), [Node(8, 2)], 12).gpus == 0
 
 
@@ -92,7 +102,11 @@ def test_the_relays_fit_beside_the_worker(trials: int) -> None:
         (ResourcesSpec(workers=3, gpus_per_worker=0.5), [Node(8, 1)], "3 workers"),
         (ResourcesSpec(), [], "there are 0 nodes"),
         (ResourcesSpec(workers_per_group=2), [Node(1)], "2 workers in 1 group of 1 CPU"),
-        (ResourcesSpec(workers=2, workers_per_group=2), [Node(16, 3)], "4 workers in 2 groups of 1 CPU and 1 GPU"),
+        (
+            ResourcesSpec(workers=2, workers_per_group=2),
+            [Node(16, 3)],
+            "4 workers in 2 groups of 1 CPU and 1 GPU",
+        ),
     ],
 )
 def test_what_cannot_fit_is_refused(asked: ResourcesSpec, nodes: list[Node], named: str) -> None:

@@ -33,7 +33,11 @@ FIFO = {"search__scheduler": "fifo", "search__trials": 4}
 
 
 def planned(
-    folder: Path, placement: Placement = PLACEMENT, measured: Measured = MEASURED, nodes: int = 1, **changes: object
+    folder: Path,
+    placement: Placement = PLACEMENT,
+    measured: Measured = MEASURED,
+    nodes: int = 1,
+    **changes: object,
 ) -> Plan:
     return estimate(prepare(small_job(folder, **{**FIFO, **changes})), placement, measured, nodes)
 
@@ -44,11 +48,16 @@ def test_the_parts_add_up(tmp_path: Path) -> None:
     plan = planned(tmp_path, search__few_shot=0)
     task = prepare(small_job(tmp_path, **FIFO, search__few_shot=0)).task
     (instructed,) = task.instructed.values()
-    bare, longer = (sum(sum(of[name].lengths) for name in ("validation", "test")) for of in (task.splits, instructed))
+    bare, longer = (
+        sum(sum(of[name].lengths) for name in ("validation", "test"))
+        for of in (task.splits, instructed)
+    )
     baselines = 32 * 0.01 * (1 + longer / bare)
     search = 2 * (16 * 0.15 + 4 * (1.5 + 2 * REPORT_S))
     parts = {"startup": WORKERS_S + 3.0, "baselines": baselines, "search": search, "test": 1.0}
-    assert plan.seconds == pytest.approx({**parts, "end": END_S, "total": sum(parts.values()) + END_S})
+    assert plan.seconds == pytest.approx(
+        {**parts, "end": END_S, "total": sum(parts.values()) + END_S}
+    )
     assert plan.device_hours == pytest.approx((search + 1.0 + baselines) / 3600)
     assert (plan.trials, plan.most_steps, plan.forecast.steps, plan.slot) == (4, 64, 64, 200)
     assert plan.warnings == ()
@@ -59,7 +68,9 @@ def test_the_parts_add_up(tmp_path: Path) -> None:
 def test_what_was_rehearsed_counts_and_what_came_before(tmp_path: Path) -> None:
     """The start as it was seen, after reading data and Ray's start; and a report's way as it was seen."""
     prepared = prepare(small_job(tmp_path, **FIFO))
-    plan = estimate(prepared, PLACEMENT, MEASURED, before_s=7.0, rehearsal=Rehearsal(start_s=20.0, report_s=0.5))
+    plan = estimate(
+        prepared, PLACEMENT, MEASURED, before_s=7.0, rehearsal=Rehearsal(start_s=20.0, report_s=0.5)
+    )
     assert plan.seconds["startup"] == pytest.approx(27.0)
     assert plan.seconds["search"] == pytest.approx(2 * (16 * 0.15 + 4 * (1.5 + 2 * 0.5)))
 
@@ -83,16 +94,32 @@ def test_a_rehearsal_is_the_search_in_short(tmp_path: Path) -> None:
     assert (short.total, len(short.trials), short.job.search.scheduler, short.job.search.searcher) == (
         2, 2, "fifo", "random",
     )  # fmt: skip
-    assert (short.job.train.steps, short.job.train.batch_size, short.job.train.patience) == (2, 1, None)
-    assert {name: len(split) for name, split in short.task.splits.items()} == dict.fromkeys(short.task.splits, 1)
-    assert short.job.base_model == job.base_model and len(likely_trials(prepared)) == prepared.total == 8
+    assert (short.job.train.steps, short.job.train.batch_size, short.job.train.patience) == (
+        2,
+        1,
+        None,
+    )
+    assert {name: len(split) for name, split in short.task.splits.items()} == dict.fromkeys(
+        short.task.splits, 1
+    )
+    assert (
+        short.job.base_model == job.base_model
+        and len(likely_trials(prepared)) == prepared.total == 8
+    )
     assert estimate(prepared, PLACEMENT, MEASURED).trials == 8
 
 
 def test_a_report_s_way_is_seen_within_a_round() -> None:
     """Between two rounds lies training; a worker of one slot has no two reports in a round."""
     moments = Moments()
-    moments.times = [(1.0, True), (1.25, True), (1.5, False), (9.0, True), (9.25, True), (9.75, False)]
+    moments.times = [
+        (1.0, True),
+        (1.25, True),
+        (1.5, False),
+        (9.0, True),
+        (9.25, True),
+        (9.75, False),
+    ]
     assert (moments.first_round(), moments.report_s()) == (1.0, 0.25)
     moments.times = [(1.0, False), (9.0, False)]
     assert moments.report_s() == REPORT_S
@@ -113,7 +140,9 @@ def test_the_start_is_rehearsed(ray_cluster: None, tmp_path: Path) -> None:
 
 def test_hours_count_every_device(tmp_path: Path) -> None:
     """Two workers of two accelerators each are four devices, for as long as trials run."""
-    four = planned(tmp_path, replace(PLACEMENT, workers=2, gpus=2.0), replace(MEASURED, device="GPU"))
+    four = planned(
+        tmp_path, replace(PLACEMENT, workers=2, gpus=2.0), replace(MEASURED, device="GPU")
+    )
     held = sum(four.seconds[part] for part in ("baselines", "search", "test"))
     assert four.device_hours == pytest.approx(4 * held / 3600)
     assert four.seconds["search"] == pytest.approx(planned(tmp_path).seconds["search"] / 2)
@@ -125,8 +154,14 @@ def test_a_groups_workers_all_count(tmp_path: Path) -> None:
     four = planned(tmp_path, replace(two, workers_per_group=2), nodes=4)
     assert four.device_hours == pytest.approx(2 * planned(tmp_path, two, nodes=4).device_hours)
     (said,) = four.warnings
-    assert "a group of 2 was measured by itself" in said and said.endswith("exchange gradients comes on top")
-    assert planned(tmp_path, replace(two, workers_per_group=2)).warnings[0].startswith("4 workers of this machine need")
+    assert "a group of 2 was measured by itself" in said and said.endswith(
+        "exchange gradients comes on top"
+    )
+    assert (
+        planned(tmp_path, replace(two, workers_per_group=2))
+        .warnings[0]
+        .startswith("4 workers of this machine need")
+    )
 
 
 def test_a_limit_of_minutes_ends_the_search(tmp_path: Path) -> None:
@@ -155,18 +190,28 @@ def test_real_steps_are_measured(tmp_path: Path) -> None:
     prepared = prepare(small_job(tmp_path, **FIFO))
     found = measure(prepared, place(prepared.job.resources, [Node(2)], len(prepared.trials)))
     assert 0 < found.weights < found.idle <= found.usual <= found.peak < found.room
-    assert all(value > 0 for value in (found.pace.step_alone, found.pace.step_packed, found.bare_row_s, found.load_s))
+    assert all(
+        value > 0
+        for value in (found.pace.step_alone, found.pace.step_packed, found.bare_row_s, found.load_s)
+    )
     assert (found.device, found.cuts, found.pace.packed) == ("cpu", (), 4)
 
 
 def test_one_workers_share_is_measured(tmp_path: Path) -> None:
     """Half of the rows for each of two; what sharding leaves on the other is counted off."""
-    prepared = prepare(small_job(tmp_path, **FIFO, resources__workers_per_group=2, resources__sharding="fsdp"))
-    bench = measure_module.Bench(prepared, replace(PLACEMENT, workers_per_group=2), load(model_folder()))
+    prepared = prepare(
+        small_job(tmp_path, **FIFO, resources__workers_per_group=2, resources__sharding="fsdp")
+    )
+    bench = measure_module.Bench(
+        prepared, replace(PLACEMENT, workers_per_group=2), load(model_folder())
+    )
     assert bench._train.batch_size == 2 and bench._scale == pytest.approx(1 / 2)
     model = load(model_folder()).model
     blocks = bytes_elsewhere(model, 2) * 4
-    assert 0 < blocks < sum(tensor.nbytes for tensor in model.parameters()) and bytes_elsewhere(model, 1) == 0
+    assert (
+        0 < blocks < sum(tensor.nbytes for tensor in model.parameters())
+        and bytes_elsewhere(model, 1) == 0
+    )
 
 
 def fails() -> None:
@@ -198,12 +243,17 @@ def test_samples_lie_evenly() -> None:
     assert spread([2, 1], 5, key=lambda value: value) == [1, 2]
     split = small_task().splits["train"]
     few = cut(split, [3, 1])
-    assert (few.inputs, few.targets) == ([split.inputs[3], split.inputs[1]], [split.targets[3], split.targets[1]])
+    assert (few.inputs, few.targets) == (
+        [split.inputs[3], split.inputs[1]],
+        [split.targets[3], split.targets[1]],
+    )
     assert few.labels == [split.labels[3], split.labels[1]] and few.references == []
     assert measure_module.by_length(split)[0] == split.lengths.index(max(split.lengths))
 
 
-def test_the_verb(ray_cluster: None, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_verb(
+    ray_cluster: None, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A table that ends with the next step, or one document; nothing is written."""
     job = write_job(tmp_path)
     (tmp_path / "here").mkdir()
@@ -211,10 +261,15 @@ def test_the_verb(ray_cluster: None, command: Command, tmp_path: Path, monkeypat
     shown = command("plan", job, "--set", "search.trials=6", "--set", "search.searcher=optuna")
     assert shown.code == 0 and shown.out.startswith("trials") and "of at most 96" in shown.out
     assert (
-        shown.out.splitlines()[-1] == f"next: orchestrator run {job} --set search.trials=6 --set search.searcher=optuna"
+        shown.out.splitlines()[-1]
+        == f"next: orchestrator run {job} --set search.trials=6 --set search.searcher=optuna"
     )
     document = command("plan", job, "--json", "--quiet").document
-    assert (document["trials"], document["steps"]["most"], document["placement"]["slots"]) == (8, 128, 4)
+    assert (document["trials"], document["steps"]["most"], document["placement"]["slots"]) == (
+        8,
+        128,
+        4,
+    )
     assert document["scheduler_rungs"][0] == {"step": 4, "trials": 8.0}
     assert document["seconds"]["total"] > document["seconds"]["startup"] > 0
     assert document["warnings"] == list(prepare(load_job(job)).warnings) != []
@@ -235,10 +290,18 @@ def test_estimate_and_outcome_lie_side_by_side(
     monkeypatch.chdir(tmp_path)
     job = small_job(tmp_path, **{**FIFO, "search__trials": 2, "registry__register_top": 0})
     document = run_job(job, Recorder(job), planned=True)
-    run = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_run(document["mlflow"]["run_id"])
+    run = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_run(
+        document["mlflow"]["run_id"]
+    )
     for name in ("seconds", "device_hours", "trained_steps"):
         assert run.data.metrics[name] > 0 and run.data.metrics[f"plan_{name}"] > 0
     assert run.data.metrics["trained_steps"] == run.data.metrics["plan_trained_steps"] == 32
-    assert run.data.metrics["plan_seconds"] == pytest.approx(document["plan"]["seconds"]["total"], abs=0.1)
+    assert run.data.metrics["plan_seconds"] == pytest.approx(
+        document["plan"]["seconds"]["total"], abs=0.1
+    )
     seconds = document["seconds"]
-    assert seconds["training"] < run.data.metrics["seconds"] <= seconds["total"] - seconds["plan"] + 0.01
+    assert (
+        seconds["training"]
+        < run.data.metrics["seconds"]
+        <= seconds["total"] - seconds["plan"] + 0.01
+    )

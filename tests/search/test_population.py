@@ -20,9 +20,18 @@ def job(metric: str = "accuracy", rates: Any = RATES, trials: int = 8, every: in
         {
             "name": "population",
             "base_model": {"id": "none"},
-            "data": {"path": "none", "template": "{text}", "target": "label", "verbalizer": {0: "no", 1: "yes"}},
+            "data": {
+                "path": "none",
+                "template": "{text}",
+                "target": "label",
+                "verbalizer": {0: "no", 1: "yes"},
+            },
             "search": {
-                "space": {"init": ["random", "sample_vocab"], "num_virtual_tokens": [5, 20], "learning_rate": rates},
+                "space": {
+                    "init": ["random", "sample_vocab"],
+                    "num_virtual_tokens": [5, 20],
+                    "learning_rate": rates,
+                },
                 "scheduler": "pbt",
                 "perturbation_steps": every,
                 "metric": metric,
@@ -43,9 +52,14 @@ def report(number: int, score: float, step: int = 10, loss: float = 1.0) -> Repo
     return Report(name, step, metrics, 1.0, step, metrics, score, f"{name}@{step}".encode())
 
 
-def copies(population: Population, scores: list[float], step: int = 10, first: int = 0) -> list[Copy]:
+def copies(
+    population: Population, scores: list[float], step: int = 10, first: int = 0
+) -> list[Copy]:
     """A round in which every trial reports and goes on."""
-    reports = [(report(first + place, score, step), spec(first + place)) for place, score in enumerate(scores)]
+    reports = [
+        (report(first + place, score, step), spec(first + place))
+        for place, score in enumerate(scores)
+    ]
     return population.copies(reports, [one.trial for one, _ in reports])
 
 
@@ -60,7 +74,9 @@ def copies(population: Population, scores: list[float], step: int = 10, first: i
     ],
     ids=["two", "four", "eight", "one", "equal"],
 )
-def test_the_worst_quarter_copies_the_best_quarter(scores: list[float], copying: set[str], sources: set[str]) -> None:
+def test_the_worst_quarter_copies_the_best_quarter(
+    scores: list[float], copying: set[str], sources: set[str]
+) -> None:
     """And nobody copies who is alone, or as good as the best."""
     found = copies(Population(job()), scores)
     assert {copy.trial for copy in found} == copying
@@ -76,7 +92,9 @@ def test_lower_is_better_where_the_metric_says_so() -> None:
 
 def test_the_loss_decides_between_equal_scores() -> None:
     """As it does everywhere else in a search."""
-    reports = [(report(number, 0.5, loss=loss), spec(number)) for number, loss in enumerate([1.0, 2.0])]
+    reports = [
+        (report(number, 0.5, loss=loss), spec(number)) for number, loss in enumerate([1.0, 2.0])
+    ]
     (copy,) = Population(job()).copies(reports, ["t0", "t1"])
     assert (copy.trial, copy.copied.source) == ("t1", "t0")
 
@@ -89,8 +107,12 @@ def test_a_copy_has_the_prompt_of_its_source_and_its_own_seed() -> None:
 
 
 @pytest.mark.parametrize("rates", [RATES, {"loguniform": [0.01, 1.0]}, {"uniform": [0.01, 1.0]}])
-@pytest.mark.parametrize(("rate", "allowed"), [(0.1, {0.08, 0.12}), (1.0, {0.8}), (0.01, {0.012}), (0.9, {0.72, 1.0})])
-def test_a_copy_has_another_learning_rate_of_the_space(rates: Any, rate: float, allowed: set[float]) -> None:
+@pytest.mark.parametrize(
+    ("rate", "allowed"), [(0.1, {0.08, 0.12}), (1.0, {0.8}), (0.01, {0.012}), (0.9, {0.72, 1.0})]
+)
+def test_a_copy_has_another_learning_rate_of_the_space(
+    rates: Any, rate: float, allowed: set[float]
+) -> None:
     """A fifth less or more, never outside of the space and never the same."""
     found = set()
     for number in range(20):
@@ -121,7 +143,9 @@ def test_who_does_not_go_on_copies_nothing_but_may_be_copied() -> None:
     """A trial that ended in this round is a source; one that diverged is not even that."""
     population = Population(job())
     broken = replace(report(2, 0.99), metrics={}, ending="diverged")
-    found = population.copies([(report(0, 0.1), spec(0)), (report(1, 0.9), spec(1)), (broken, spec(2))], ["t0"])
+    found = population.copies(
+        [(report(0, 0.1), spec(0)), (report(1, 0.9), spec(1)), (broken, spec(2))], ["t0"]
+    )
     assert [(copy.trial, copy.copied.source) for copy in found] == [("t0", "t1")]
 
 

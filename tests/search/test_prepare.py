@@ -23,7 +23,9 @@ from orchestrator.search.prepare import prepare
 from orchestrator.tuning.generate import Decoding
 from orchestrator.tuning.prompts.inits import InitContext, initial_prefix, initial_prompt
 
-TINY = Recipe(documents=64, hidden_size=16, layers=1, heads=2, key_value_heads=1, intermediate_size=16)
+TINY = Recipe(
+    documents=64, hidden_size=16, layers=1, heads=2, key_value_heads=1, intermediate_size=16
+)
 
 
 def generating_job(folder: Path, **data: Any) -> JobSpec:
@@ -48,7 +50,9 @@ def test_evaluated_splits_get_their_references(tmp_path: Path) -> None:
     assert len(task.instructed) == 2
     for split in ("validation", "test"):
         references = task.splits[split].references
-        assert len(references) == len(task.splits[split]) and {texts[0] for texts in references} == {split}
+        assert len(references) == len(task.splits[split]) and {
+            texts[0] for texts in references
+        } == {split}
         assert [splits[split].references for splits in task.instructed.values()] == [references] * 2
 
 
@@ -61,7 +65,9 @@ def test_examples_as_many_as_the_context_holds(tmp_path: Path, wanted: int, limi
     assert (examples == wanted) if wanted < 4 else (0 < examples < 64)
     assert bool(text) == bool(examples) == (text in prepared.task.instructed)
     for splits in prepared.task.instructed.values():
-        assert max(max(split.lengths) for split in splits.values()) <= prepared.source.context_length
+        assert (
+            max(max(split.lengths) for split in splits.values()) <= prepared.source.context_length
+        )
 
 
 def test_without_the_column_the_target_is_the_reference(tmp_path: Path) -> None:
@@ -83,11 +89,15 @@ def test_texts_that_may_outgrow_the_context_are_refused(tmp_path: Path) -> None:
     """A generated text has to fit behind the longest prompt and input, even where targets are short."""
     job = generating_job(tmp_path)
     generation = job.generation.model_copy(update={"max_tokens": CONTEXT - 10})
-    with pytest.raises(BadInput, match=f"a generated text of {CONTEXT - 10} exceed the context of {CONTEXT}"):
+    with pytest.raises(
+        BadInput, match=f"a generated text of {CONTEXT - 10} exceed the context of {CONTEXT}"
+    ):
         prepare(job.model_copy(update={"generation": generation}))
 
 
-def test_making_the_quickstart_model_is_timed_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_making_the_quickstart_model_is_timed_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Seconds where it is made, none where it lies in the cache already or the job has another model."""
     monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(orchestrator.models.builtin, "Recipe", lambda: TINY)
@@ -119,7 +129,9 @@ def test_trials_start_from_a_peft_folder(tmp_path: Path) -> None:
 
 def test_a_peft_prefix_starts_prefixes_only(tmp_path: Path) -> None:
     """A prefix can't start a soft prompt; with method prefix_tuning its keys and values are the start."""
-    folder = peft_folder(tmp_path / "adapter", PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    folder = peft_folder(
+        tmp_path / "adapter", PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    )
     space = {"init": {"artifact": str(folder)}, "num_virtual_tokens": 3}
     with pytest.raises(BadInput, match="is a prefix and can't start method prompt_tuning"):
         prepare(small_job(tmp_path, search__space=space))
@@ -132,26 +144,37 @@ def test_a_peft_prefix_starts_prefixes_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("generates", [False, True])
-def test_an_init_text_too_long_to_be_an_instruction_is_left_out(tmp_path: Path, generates: bool) -> None:
+def test_an_init_text_too_long_to_be_an_instruction_is_left_out(
+    tmp_path: Path, generates: bool
+) -> None:
     """It starts prompts all the same; the warning names the setting, the text and both lengths. A shorter text beside
     it is compared."""
     job = generating_job(tmp_path) if generates else small_job(tmp_path)
     long = "the quick brown fox jumps over the lazy dog " * 30
     document = job.model_dump(exclude_unset=True)
-    document["search"]["space"]["init"] = ["random", {"text": "the quick brown fox"}, {"text": long}]
+    document["search"]["space"]["init"] = [
+        "random",
+        {"text": "the quick brown fox"},
+        {"text": long},
+    ]
     job = JobSpec.model_validate(document | {"search": {**document["search"], "trials": 16}})
     prepared = prepare(job)
     assert prepared.instructions == ["the quick brown fox"]
     assert long not in prepared.task.instructed
     (warning,) = prepared.warnings
-    assert "search.space.init text 'the quick brown fox" in warning and f"the context is {CONTEXT}" in warning
+    assert (
+        "search.space.init text 'the quick brown fox" in warning
+        and f"the context is {CONTEXT}" in warning
+    )
     assert long in {spec.init_text for spec in prepared.trials}
 
 
 def test_a_template_longer_than_the_limit_is_refused(tmp_path: Path) -> None:
     """Before anything is started, with the number of its tokens."""
     template = "is this message spam or ham? {text} is it?"
-    with pytest.raises(BadInput, match=r"the template alone takes \d+ tokens, and max_input_tokens is 8"):
+    with pytest.raises(
+        BadInput, match=r"the template alone takes \d+ tokens, and max_input_tokens is 8"
+    ):
         prepare(small_job(tmp_path, data__template=template, data__max_input_tokens=8))
 
 
@@ -163,7 +186,9 @@ def test_a_token_beyond_the_table_is_refused(tmp_path: Path) -> None:
     tokenizer.add_tokens(["<added>"])
     tokenizer.save_pretrained(folder)
     prepare(small_job(tmp_path, base_model__id=str(folder)))  # nobody uses it
-    wanted = f"holds token '<added>', id {size}, and the base model's embedding table has {size} rows"
+    wanted = (
+        f"holds token '<added>', id {size}, and the base model's embedding table has {size} rows"
+    )
     for change in (
         {"data__template": "{text} <added>"},
         {"data__verbalizer": {0: " ham", 1: " <added>"}},
@@ -179,5 +204,7 @@ def test_weights_of_a_local_folder_are_looked_at(tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"][3] = float("nan")
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(BadInput, match=r"the weights are not finite: 1 of the 32 numbers of model.norm.weight"):
+    with pytest.raises(
+        BadInput, match=r"the weights are not finite: 1 of the 32 numbers of model.norm.weight"
+    ):
         prepare(small_job(tmp_path, base_model__id=str(folder)))

@@ -20,25 +20,42 @@ WORDED = "Is it long? {text} A:"
 
 
 def designed(folder: Path, space: dict[str, Any], **changes: Any) -> Prepared:
-    document = {"method": "prompt_design", "search__space": space, "train": {}, "search__metric": "accuracy"}
+    document = {
+        "method": "prompt_design",
+        "search__space": space,
+        "train": {},
+        "search__metric": "accuracy",
+    }
     return prepare(small_job(folder, **document, **changes))
 
 
 def test_written_prompts_are_evaluated_once_without_a_step(tmp_path: Path) -> None:
     """Each wording and each number of demonstrations has its own loss; the bare wording's is the zero-shot one."""
-    space = {"template": ["{text}\nspam?", WORDED], "shots": [0, 1], "demonstrations": ["random", "nearest"]}
+    space = {
+        "template": ["{text}\nspam?", WORDED],
+        "shots": [0, 1],
+        "demonstrations": ["random", "nearest"],
+    }
     made = designed(tmp_path, space, search__searcher="grid", search__trials=8)
     engine = make_engine(load(model_folder()), made.task, made.job.train, made.job.search, 4)
     before, losses = engine.backbone.digest(), {}
     for spec in made.trials:
         engine.seat("t", spec)
         (report,) = engine.round()
-        assert (report.ending, report.step, report.costs.parameters) == ("evaluated", 0, 0) and not engine.slots
+        assert (report.ending, report.step, report.costs.parameters) == (
+            "evaluated",
+            0,
+            0,
+        ) and not engine.slots
         losses[spec.template, spec.shots, spec.demonstrations] = report.metrics["loss"]
         again = engine.evaluate(EvaluationJob("validation", report.checkpoint, spec=spec))
         assert again["loss"] == pytest.approx(report.metrics["loss"])
     bare = engine.evaluate(EvaluationJob("validation"))["loss"]
-    assert losses["{text}\nspam?", 0, "random"] == losses["{text}\nspam?", 0, "nearest"] == pytest.approx(bare)
+    assert (
+        losses["{text}\nspam?", 0, "random"]
+        == losses["{text}\nspam?", 0, "nearest"]
+        == pytest.approx(bare)
+    )
     assert len({round(loss, 6) for loss in losses.values()}) == 6
     assert engine.backbone.digest() == before
 
@@ -49,7 +66,9 @@ def test_demonstrations_that_did_not_fit_are_told(tmp_path: Path) -> None:
     engine = make_engine(load(model_folder()), made.task, made.job.train, made.job.search, 1)
     engine.seat("t", made.trials[0])
     (report,) = engine.round()
-    assert "the context has room for" in report.note and report.note.endswith("of 40 demonstrations")
+    assert "the context has room for" in report.note and report.note.endswith(
+        "of 40 demonstrations"
+    )
 
 
 def test_a_wording_that_does_not_fit_is_refused(tmp_path: Path) -> None:
@@ -57,7 +76,9 @@ def test_a_wording_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     wordings = {"template": ["{text}", "{text} " + "long " * 100]}
     with pytest.raises(BadInput, match="exceed the context"):
         designed(tmp_path, wordings, data__max_input_tokens=900)
-    with pytest.raises(BadInput, match="the template alone takes 401 tokens, and max_input_tokens is 400"):
+    with pytest.raises(
+        BadInput, match="the template alone takes 401 tokens, and max_input_tokens is 400"
+    ):
         designed(tmp_path, wordings, data__max_input_tokens=400)
     with pytest.raises(BadInput, match="names column 'title'"):
         designed(tmp_path, {"template": "{title} {text}"})
@@ -66,10 +87,19 @@ def test_a_wording_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         designed(tmp_path, {"template": long, "shots": 2}, data__max_input_tokens=150)
 
 
-def test_a_missing_library_is_said_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_said_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("orchestrator.tuning.baselines.lora.find_spec", lambda name: None)
     with pytest.raises(BadInput, match="method lora needs the package peft"):
-        prepare(small_job(tmp_path, method="lora", search__space={"learning_rate": 0.1}, data__path={"train": "none"}))
+        prepare(
+            small_job(
+                tmp_path,
+                method="lora",
+                search__space={"learning_rate": 0.1},
+                data__path={"train": "none"},
+            )
+        )
 
 
 @pytest.mark.parametrize("method", ["lora", "prompt_design"])
@@ -77,7 +107,11 @@ def test_a_plan_measures_a_baseline(tmp_path: Path, method: str) -> None:
     """Steps of the largest trial and evaluations are timed; the model is as before."""
     space = {"learning_rate": 0.1, "rank": [2, 8]} if method == "lora" else {"shots": [0, 1]}
     changes: dict[str, Any] = {} if method == "lora" else {"train": {}}
-    made = prepare(small_job(tmp_path, method=method, search__space=space, search__metric="accuracy", **changes))
+    made = prepare(
+        small_job(
+            tmp_path, method=method, search__space=space, search__metric="accuracy", **changes
+        )
+    )
     backbone = load(model_folder())
     before = backbone.digest()
     bench = Bench(made, Placement(1, 1, 0, 1, 1), backbone)

@@ -35,7 +35,11 @@ def test_descendants_are_ended_by_id(tmp_path: Path) -> None:
     try:
         save_processes(file)
         # Other descendants of this process (a test session's Ray) are none of this test's.
-        mine = [known for known in json.loads(file.read_bytes()) if known["pid"] in (polite.pid, deaf.pid)]
+        mine = [
+            known
+            for known in json.loads(file.read_bytes())
+            if known["pid"] in (polite.pid, deaf.pid)
+        ]
         file.write_text(json.dumps(mine))
         assert end_processes(file) == 2
         assert not psutil.pid_exists(polite.pid) and not psutil.pid_exists(deaf.pid)
@@ -50,7 +54,11 @@ def test_another_process_of_the_same_id_is_left_alone(tmp_path: Path) -> None:
     file = tmp_path / "processes.json"
     try:
         started = psutil.Process(process.pid).create_time()
-        file.write_text(json.dumps([{"pid": process.pid, "started": started - 60}, {"pid": 2**30, "started": 0.0}]))
+        file.write_text(
+            json.dumps(
+                [{"pid": process.pid, "started": started - 60}, {"pid": 2**30, "started": 0.0}]
+            )
+        )
         assert end_processes(file) == 0
         assert process.poll() is None
     finally:

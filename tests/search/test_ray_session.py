@@ -134,7 +134,12 @@ def ray_folder() -> Iterator[Path]:
 def run(arguments: list[str], ray_folder: Path, folder: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "RAY_TMPDIR": str(ray_folder)}
     return subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT_S
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
     )
 
 
@@ -144,12 +149,16 @@ def run(arguments: list[str], ray_folder: Path, folder: Path) -> subprocess.Comp
         pytest.param(USED, "True True\nFalse False []\n", id="used"),
         pytest.param(REFUSED, "a column that is not there False []\n", id="refused"),
         pytest.param(STILL_ASKING, "1\na column that is not there False []\n", id="still asking"),
-        pytest.param(STILL_CALLED, "heard\na column that is not there False []\n", id="still called"),
+        pytest.param(
+            STILL_CALLED, "heard\na column that is not there False []\n", id="still called"
+        ),
         pytest.param(STUCK, "left\n", id="stuck"),
         pytest.param(TERMINATED, "interrupted False []\n", id="terminated"),
     ],
 )
-def test_it_starts_beside_other_work(code: str, said: str, ray_folder: Path, tmp_path: Path) -> None:
+def test_it_starts_beside_other_work(
+    code: str, said: str, ray_folder: Path, tmp_path: Path
+) -> None:
     """Processes wait ready, with what they need; when the work fails or is interrupted meanwhile, and at the end, all
     of them are gone, and no Ray is started by asking one that has ended. Whoever calls Ray is waited for, or where that
     does not end, ended with the process."""
@@ -178,13 +187,20 @@ def test_a_search_refused_as_its_workers_start_says_so(ray_folder: Path, tmp_pat
     job = str(write_job(tmp_path))
     for _ in range(2):  # it went wrong in one of three
         ran = run(["-c", REFUSED_LATE, "run", job, "-q"], ray_folder, tmp_path)
-        assert (ran.returncode, ran.stderr) == (2, "bad input: not this one\n  next: take another\n")
+        assert (ran.returncode, ran.stderr) == (
+            2,
+            "bad input: not this one\n  next: take another\n",
+        )
         assert eventually(lambda: not processes_of(ray_folder)), processes_of(ray_folder)
 
 
 def test_a_search_s_processes_have_its_environment(ray_folder: Path, tmp_path: Path) -> None:
     """Nothing is handed to them by Ray, which would start each in two steps; the search is whole, and nothing stays."""
-    ran = run(["-m", "orchestrator", "run", str(write_job(tmp_path)), "--json", "-q"], ray_folder, tmp_path)
+    ran = run(
+        ["-m", "orchestrator", "run", str(write_job(tmp_path)), "--json", "-q"],
+        ray_folder,
+        tmp_path,
+    )
     assert ran.returncode == 0, ran.stderr
     assert json.loads(ran.stdout)["model"] == {"name": "tiny", "version": 1, "alias": "champion"}
     (log,) = (ray_folder / "ray").glob("session_2*/logs/runtime_env_agent.log")
@@ -196,4 +212,6 @@ def test_a_search_s_processes_have_its_environment(ray_folder: Path, tmp_path: P
 def processes_of(ray_folder: Path) -> list[psutil.Process]:
     """Those that work in the folder, whoever is their parent by now."""
     found = psutil.process_iter(["cmdline"])
-    return [process for process in found if str(ray_folder) in " ".join(process.info["cmdline"] or [])]
+    return [
+        process for process in found if str(ray_folder) in " ".join(process.info["cmdline"] or [])
+    ]

@@ -92,7 +92,9 @@ def contents(folder: SearchFolder) -> dict[str, bytes]:
     return {it.relative_to(folder.path).as_posix(): it.read_bytes() for it in files}
 
 
-def test_what_a_search_leaves_is_there_elsewhere(home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_search_leaves_is_there_elsewhere(
+    home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All but what is of use on its own node only, and nothing that it has removed; found by its name and as latest."""
     folder = folder_named("search-1")
     with folder.locked():
@@ -120,7 +122,9 @@ def test_what_a_search_leaves_is_there_elsewhere(home: str, tmp_path: Path, monk
         pass
 
 
-def test_a_copy_is_a_state_whenever_its_writer_dies(home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_is_a_state_whenever_its_writer_dies(
+    home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """SIGKILL between whatever requests: each trial that the copied journal knows has its checkpoint beside it."""
     environment = os.environ | {"PYTHONPATH": f".{os.pathsep}tests"}
     command = [sys.executable, "-c", WRITER]
@@ -130,7 +134,10 @@ def test_a_copy_is_a_state_whenever_its_writer_dies(home: str, tmp_path: Path, m
 
     def is_copied() -> bool:
         """Without the description, which comes last, there is no search yet."""
-        files = [RemoteHome(home).read(folder_named("search").path, name) for name in ("search.json", "journal.jsonl")]
+        files = [
+            RemoteHome(home).read(folder_named("search").path, name)
+            for name in ("search.json", "journal.jsonl")
+        ]
         return None not in files and b'"reported"' in files[1]
 
     try:
@@ -152,7 +159,9 @@ def test_a_copy_is_a_state_whenever_its_writer_dies(home: str, tmp_path: Path, m
     assert history.checkpoints["t0"] == checkpoint(step)
 
 
-def test_of_two_runners_one_is_refused(home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_runners_one_is_refused(
+    home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with folder_named("x").locked():
         elsewhere(tmp_path, monkeypatch)
         with pytest.raises(BadInput, match=f"still being run by process {os.getpid()} on "):
@@ -198,14 +207,18 @@ def test_what_is_ahead_here_stays(home: str) -> None:
     assert read_history(folder).steps()["t0"] == 2 and read_history(folder).lost == {}
 
 
-def test_a_store_that_is_away(bucket: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_is_away(
+    bucket: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Before a search it ends the command; at the end of one it says how the copy is completed."""
     for name, value in bucket.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path))
     monkeypatch.setenv("ORCHESTRATOR_HOME", "s3://nobodys/searches")
     for use in (check_home, run_nothing):
-        with pytest.raises(Unreachable, match=r"s3://nobodys/searches.*ORCHESTRATOR_HOME.*") as lacking:
+        with pytest.raises(
+            Unreachable, match=r"s3://nobodys/searches.*ORCHESTRATOR_HOME.*"
+        ) as lacking:
             use()
     assert "AWS_ENDPOINT_URL" in lacking.value.hint
     monkeypatch.setenv("ORCHESTRATOR_HOME", f"s3://team/{tmp_path.name}")

@@ -49,7 +49,10 @@ def test_a_search_keeps_how_its_rows_were_held_out_and_its_warnings(tmp_path: Pa
     job = set_aside_job(tmp_path)
     folder = saved(tmp_path, job)
     search, kept = load_saved(folder)
-    assert kept.data == job.data and yaml.safe_load(folder.job.read_text())["data"]["held_out"] == "stratified"
+    assert (
+        kept.data == job.data
+        and yaml.safe_load(folder.job.read_text())["data"]["held_out"] == "stratified"
+    )
     assert search.warnings == list(prepare(job).warnings) != []
 
 
@@ -61,7 +64,11 @@ def test_a_search_of_an_earlier_release_finds_its_rows(tmp_path: Path) -> None:
     without_new_keys(folder)
     search, kept = load_saved(folder)
     assert kept.data.held_out == "random" and search.warnings == []
-    assert load_rows(kept.data).fingerprint == search.data_fingerprint != load_rows(job.data).fingerprint
+    assert (
+        load_rows(kept.data).fingerprint
+        == search.data_fingerprint
+        != load_rows(job.data).fingerprint
+    )
     search.check(folder, prepare(kept, begun=True))
 
 

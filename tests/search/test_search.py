@@ -89,7 +89,9 @@ def test_a_worker_that_cannot_load_its_model_fails_the_job(
 
 
 @pytest.mark.long
-def test_a_reached_target_ends_the_search(finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reached_target_ends_the_search(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """search.stop.metric: nothing is trained after the first trial that is good enough; it is what gets registered.
 
     With the median rule as scheduler. Trials that were left where they were, or not begun, count as stopped.
@@ -97,22 +99,36 @@ def test_a_reached_target_ends_the_search(finished: Finished, tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     target = finished.reports["t000"][1].metrics["loss"] + 1e-3
     search = run_search(
-        write_job(tmp_path, search__stop={"metric": target}, search__scheduler="median", resources__trials_per_worker=2)
+        write_job(
+            tmp_path,
+            search__stop={"metric": target},
+            search__scheduler="median",
+            resources__trials_per_worker=2,
+        )
     )
     assert search.document["best"]["trial"] == "t000"
     assert search.document["best"]["metrics"]["validation"]["loss"] <= target
     assert statuses(search) == {f"t{number:03d}": "stopped" for number in range(8)}
     assert search.document["trials"][0]["steps"] == 8
-    assert search.document["trials"][7]["steps"] == 0 and search.document["trials"][7]["metrics"] == {}
+    assert (
+        search.document["trials"][7]["steps"] == 0 and search.document["trials"][7]["metrics"] == {}
+    )
     states = mlflow_states(tmp_path)
     assert states["parents"] == [("FINISHED", "finished")]
     assert set(states["children"]) == {("FINISHED", "stopped")}
 
 
-def test_a_grid_without_a_scheduler(ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_grid_without_a_scheduler(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """grid and fifo run every combination, none is stopped; patience ends those that do not get better."""
     monkeypatch.chdir(tmp_path)
-    space = {"init": "sample_vocab", "num_virtual_tokens": [2, 3], "learning_rate": [1e-12, 0.1], "seed": 0}
+    space = {
+        "init": "sample_vocab",
+        "num_virtual_tokens": [2, 3],
+        "learning_rate": [1e-12, 0.1],
+        "seed": 0,
+    }
     search = run_search(
         write_job(
             tmp_path,
@@ -122,13 +138,19 @@ def test_a_grid_without_a_scheduler(ray_cluster: None, tmp_path: Path, monkeypat
         )
     )
     documents = search.document["trials"]
-    points = [(document["config"]["num_virtual_tokens"], document["config"]["learning_rate"]) for document in documents]
+    points = [
+        (document["config"]["num_virtual_tokens"], document["config"]["learning_rate"])
+        for document in documents
+    ]
     assert points == [(2, 1e-12), (2, 0.1), (3, 1e-12), (3, 0.1)]
     assert set(statuses(search).values()) == {"finished"}
     stuck = [document for document in documents if document["config"]["learning_rate"] == 1e-12]
     assert all(document["note"] == "patience" and document["steps"] < 16 for document in stuck)
     assert all(document["note"] == "steps" for document in documents if document not in stuck)
-    assert "zero_shot" in search.document["baselines"] and "instruction" not in search.document["baselines"]
+    assert (
+        "zero_shot" in search.document["baselines"]
+        and "instruction" not in search.document["baselines"]
+    )
 
 
 def learning_rates(finished: Finished) -> dict[str, list[tuple[int, float]]]:
@@ -138,7 +160,8 @@ def learning_rates(finished: Finished) -> dict[str, list[tuple[int, float]]]:
     children = client.search_runs([parent.info.experiment_id], "tags.`orchestrator.trial` != ''")
     return {
         run.data.tags["orchestrator.trial"]: [
-            (point.step, point.value) for point in client.get_metric_history(run.info.run_id, "learning_rate")
+            (point.step, point.value)
+            for point in client.get_metric_history(run.info.run_id, "learning_rate")
         ]
         for run in children
     }
@@ -154,7 +177,9 @@ def test_proposed_trials_that_copy_each_other(
     search = run_search(write_job(tmp_path, search__searcher="optuna", search__scheduler="pbt"))
     documents = {document["id"]: document for document in search.document["trials"]}
     assert list(documents) == [f"t{number:03d}" for number in range(8)]
-    assert {(document["status"], document["steps"]) for document in documents.values()} == {("finished", 16)}
+    assert {(document["status"], document["steps"]) for document in documents.values()} == {
+        ("finished", 16)
+    }
     assert any(document.get("copied") for document in documents.values())
     rates = learning_rates(search)
     for name, document in documents.items():
@@ -195,15 +220,23 @@ def test_a_workers_error_is_told_without_rays_layers() -> None:
     """The message is the worker's own last line; where there is none, the error's name."""
 
     group = RuntimeError("a group failed")
-    group.worker_failures = {0: RuntimeError("Traceback ...\n  File x\nValueError: the matrix is singular")}  # type: ignore[attr-defined]
+    group.worker_failures = {
+        0: RuntimeError("Traceback ...\n  File x\nValueError: the matrix is singular")
+    }  # type: ignore[attr-defined]
     assert worker_failure(group).message == "a worker failed: ValueError: the matrix is singular"
     assert worker_failure(MemoryError()).message == "a worker failed: MemoryError"
-    assert "base_model.id 'm': OSError: disk" in load_failure("m", OSError("disk\nand more")).message
+    assert (
+        "base_model.id 'm': OSError: disk" in load_failure("m", OSError("disk\nand more")).message
+    )
     assert RESTARTS >= 1
 
 
 def test_a_model_that_can_not_be_used_is_bad_input_from_a_worker_too() -> None:
     """Whoever finds out: the command's exit code is 2. What else goes wrong there is a failure."""
     refused = load_failure("m", BadInput("the weights are not finite", "choose another"))
-    assert (refused.exit_code, refused.message, refused.hint) == (2, "the weights are not finite", "choose another")
+    assert (refused.exit_code, refused.message, refused.hint) == (
+        2,
+        "the weights are not finite",
+        "choose another",
+    )
     assert load_failure("m", Unreachable("the hub is away")).exit_code == 1

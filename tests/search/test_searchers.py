@@ -46,14 +46,24 @@ def job(searcher: str, scheduler: str, seed: int = 1) -> JobSpec:
         "num_virtual_tokens": 5,
         "learning_rate": LISTED if searcher == "grid" else RANGE,
     }
-    search: dict[str, Any] = {"space": space, "searcher": searcher, "scheduler": scheduler, "seed": seed}
+    search: dict[str, Any] = {
+        "space": space,
+        "searcher": searcher,
+        "scheduler": scheduler,
+        "seed": seed,
+    }
     if scheduler == "asha":
         search |= {"grace_steps": EVERY, "reduction_factor": 2}
     return JobSpec.model_validate(
         {
             "name": "curves",
             "base_model": {"id": "none"},
-            "data": {"path": "none", "template": "{text}", "target": "label", "verbalizer": {0: "no", 1: "yes"}},
+            "data": {
+                "path": "none",
+                "template": "{text}",
+                "target": "label",
+                "verbalizer": {0: "no", 1: "yes"},
+            },
             "search": {**search, "trials": TRIALS},
             "train": {"steps": STEPS, "evaluate_every": EVERY},
         }
@@ -110,12 +120,22 @@ class Curves:
         self.trained[trial] += EVERY
         if curve.value > curve.best:
             curve.best, curve.best_step = curve.value, curve.step
-        now, best = ({"accuracy": value, "loss": 1.0 - value} for value in (curve.value, curve.best))
+        now, best = (
+            {"accuracy": value, "loss": 1.0 - value} for value in (curve.value, curve.best)
+        )
         ending = "steps" if curve.step == STEPS else None
         if ending:
             self.free(trial)
         return Report(
-            trial, curve.step, now, 1.0 - curve.value, curve.best_step, best, curve.best, curve.checkpoint(), ending
+            trial,
+            curve.step,
+            now,
+            1.0 - curve.value,
+            curve.best_step,
+            best,
+            curve.best,
+            curve.checkpoint(),
+            ending,
         )  # type: ignore[arg-type]
 
 
@@ -160,7 +180,9 @@ def search(job: JobSpec) -> Study:
     worker.start()
     try:
         with TemporaryDirectory() as storage:
-            run_study(job, known, broker, Concurrency(SLOTS), Path(storage), [outcome, heard], History())
+            run_study(
+                job, known, broker, Concurrency(SLOTS), Path(storage), [outcome, heard], History()
+            )
     finally:
         broker.finish.remote()
         worker.join()
@@ -200,7 +222,9 @@ def test_every_trial_ends_exactly_once(done: Study) -> None:
     names = [trial_id(number) for number in range(TRIALS)]
     assert sorted(done.heard.started) == sorted(done.heard.ended) == list(done.records) == names
     assert {record.status for record in done.records.values()} <= {"finished", "stopped"}
-    assert all((record.status == "finished") == (record.step == STEPS) for record in done.records.values())
+    assert all(
+        (record.status == "finished") == (record.step == STEPS) for record in done.records.values()
+    )
 
 
 def test_the_budget_is_kept(done: Study) -> None:
@@ -208,7 +232,9 @@ def test_the_budget_is_kept(done: Study) -> None:
     assert len(done.records) == trial_count(done.job.search) == TRIALS
     assert done.trained == {name: record.step for name, record in done.records.items()}
     assert max(done.trained.values()) == STEPS
-    assert [report.step for report in done.heard.reports if report.trial == done.best.id][-1] == STEPS
+    assert [report.step for report in done.heard.reports if report.trial == done.best.id][
+        -1
+    ] == STEPS
     if done.job.search.scheduler != "pbt":
         assert len({record.spec for record in done.records.values()}) == TRIALS
 
@@ -264,7 +290,9 @@ def test_pbt_copies_what_is_better(ray_cluster: None, searcher: str) -> None:
 
 
 @pytest.mark.parametrize("searcher", ["random", "grid"])
-def test_a_population_does_better_than_the_same_trials_alone(ray_cluster: None, searcher: str) -> None:
+def test_a_population_does_better_than_the_same_trials_alone(
+    ray_cluster: None, searcher: str
+) -> None:
     """With the same trials and the same steps, the mean result is higher than without a scheduler, and the best one is
     no worse."""
     alone, together = (
@@ -280,5 +308,7 @@ def test_optuna_learns_while_the_search_runs(ray_cluster: None) -> None:
     done, other = study("optuna", "fifo"), study("optuna", "asha")
     first = TRIALS // 2
     specs, others = ([record.spec for record in one.records.values()] for one in (done, other))
-    assert specs[:first] == others[:first] == draw(done.job.search.space, first, done.job.search.seed)
+    assert (
+        specs[:first] == others[:first] == draw(done.job.search.space, first, done.job.search.seed)
+    )
     assert specs[first:] != others[first:]

@@ -79,7 +79,9 @@ def test_a_scheduler_that_goes_on_decides_as_if_it_had_not_stopped(job: JobSpec,
         if one[0] not in uncut.over:
             seen.append(one)
         uncut.report(*one)
-    assert (len(seen) < len(feed)) == (job.search.scheduler != "fifo")  # there are decisions to repeat
+    assert (len(seen) < len(feed)) == (
+        job.search.scheduler != "fifo"
+    )  # there are decisions to repeat
     for cut in range(1, len(seen), 7):
         events: list[Event] = [Reported(as_report(*one)) for one in seen[:cut]]
         decides = Continued(scheduler(job))
@@ -87,7 +89,9 @@ def test_a_scheduler_that_goes_on_decides_as_if_it_had_not_stopped(job: JobSpec,
         later = Tune(decides, "b")
         later.over = {int(name[1:]) for name in over}
         for one in seen[cut:]:
-            assert one[0] not in later.over  # it would have stopped a trial that the uncut one let go on
+            assert (
+                one[0] not in later.over
+            )  # it would have stopped a trial that the uncut one let go on
             later.report(*one)
         assert later.over == uncut.over
 
@@ -95,13 +99,21 @@ def test_a_scheduler_that_goes_on_decides_as_if_it_had_not_stopped(job: JobSpec,
 def test_a_target_reached_before_is_known(job: JobSpec) -> None:
     """search.stop.metric of an earlier report, and minutes spent earlier, end a search that goes on."""
     aim = job.model_copy(
-        update={"search": job.search.model_copy(update={"stop": SimpleNamespace(metric=0.8, minutes=None)})}
+        update={
+            "search": job.search.model_copy(
+                update={"stop": SimpleNamespace(metric=0.8, minutes=None)}
+            )
+        }
     )
     targets = _Targets(aim)
     Continued(scheduler(job)).learn(History([Reported(as_report(0, 4, 0.9))]), targets)
     assert targets.why == "search.stop.metric was reached"
     timed = job.model_copy(
-        update={"search": job.search.model_copy(update={"stop": SimpleNamespace(metric=None, minutes=1.0)})}
+        update={
+            "search": job.search.model_copy(
+                update={"stop": SimpleNamespace(metric=None, minutes=1.0)}
+            )
+        }
     )
     assert not _Targets(timed, spent_s=50.0).stop_all()
     assert _Targets(timed, spent_s=61.0).stop_all()

@@ -12,16 +12,29 @@ from orchestrator.job.spec import SearchSpec
 from orchestrator.search.study.tpe import FIRST, Proposer
 
 SPACE = {
-    "init": ["random", {"text": "good"}, {"text": "bad"}, {"sample_vocab": 100}, {"artifact": "other"}],
+    "init": [
+        "random",
+        {"text": "good"},
+        {"text": "bad"},
+        {"sample_vocab": 100},
+        {"artifact": "other"},
+    ],
     "num_virtual_tokens": [100, 5, 20],
     "learning_rate": {"loguniform": [0.001, 10.0]},
     "seed": [0, 1],
 }
-LISTED = {"init": "random", "num_virtual_tokens": [5, 20], "learning_rate": [0.1, 0.2, 0.4], "seed": 3}
+LISTED = {
+    "init": "random",
+    "num_virtual_tokens": [5, 20],
+    "learning_rate": [0.1, 0.2, 0.4],
+    "seed": 3,
+}
 
 
 def search(space: Any = SPACE, trials: int = 40, seed: int = 0, **others: Any) -> SearchSpec:
-    return SearchSpec.model_validate({"space": space, "searcher": "optuna", "trials": trials, "seed": seed, **others})
+    return SearchSpec.model_validate(
+        {"space": space, "searcher": "optuna", "trials": trials, "seed": seed, **others}
+    )
 
 
 def distance(spec: TrialSpec) -> float:
@@ -49,7 +62,9 @@ def test_proposals_go_where_results_were_good(metric: str, sign: float) -> None:
     one, over several seeds."""
     early, late = [], []
     for seed in range(4):
-        distances = [distance(spec) for spec in run(Proposer(search(seed=seed, metric=metric)), sign=sign)]
+        distances = [
+            distance(spec) for spec in run(Proposer(search(seed=seed, metric=metric)), sign=sign)
+        ]
         early.append(mean(distances[:FIRST]))
         late.append(mean(distances[-FIRST:]))
     assert mean(late) < 0.75 * mean(early)
@@ -64,10 +79,14 @@ def test_the_first_proposals_are_spread() -> None:
 def test_every_proposal_is_a_point_of_the_space() -> None:
     """Ranges stay ranges, lists lists, and a text is there only with init text."""
     found = run(Proposer(search(trials=60)))
-    assert {spec.num_virtual_tokens for spec in found} == {5, 20, 100} and {spec.seed for spec in found} == {0, 1}
+    assert {spec.num_virtual_tokens for spec in found} == {5, 20, 100} and {
+        spec.seed for spec in found
+    } == {0, 1}
     assert all(0.001 <= spec.learning_rate <= 10.0 for spec in found)
     assert len({spec.learning_rate for spec in found}) == 60
-    options = {(spec.init, spec.init_text, spec.init_population, spec.init_artifact) for spec in found}
+    options = {
+        (spec.init, spec.init_text, spec.init_population, spec.init_artifact) for spec in found
+    }
     assert options == {
         ("random", None, None, None), ("text", "good", None, None), ("text", "bad", None, None),
         ("sample_vocab", None, 100, None), ("artifact", None, None, "other"),
@@ -98,7 +117,9 @@ def test_proposals_need_no_results() -> None:
 
 def test_a_failed_trial_counts_as_the_worst() -> None:
     """Where trials diverge TPE does not look again."""
-    proposer = Proposer(search({"init": "random", "learning_rate": {"loguniform": [0.001, 10.0]}}, 40))
+    proposer = Proposer(
+        search({"init": "random", "learning_rate": {"loguniform": [0.001, 10.0]}}, 40)
+    )
     rates = []
     while (spec := proposer.propose()) is not None:
         rates.append(spec.learning_rate)

@@ -57,7 +57,9 @@ def test_memory_that_ran_out_is_on_the_trials_record(
     job = small_job(tmp_path)
     registry = Registry(f"sqlite:///{tmp_path}/mlflow.db", cache_dir=tmp_path / "cache")
     broker: Any = SimpleNamespace(decide=SimpleNamespace(remote=lambda *decision: None))
-    trial = SimpleNamespace(trial_id="x", config={"trial": {"number": 0, "config": trials(job.search)[0].config()}})
+    trial = SimpleNamespace(
+        trial_id="x", config={"trial": {"number": 0, "config": trials(job.search)[0].config()}}
+    )
     outcome = Outcome(job.search, [("t000", trials(job.search)[0])])
     with registry.start_search(job.name, {}, {}, spill=tmp_path / "spill.jsonl") as log:
         relay = _Relay(broker, [outcome, Told(MlflowMirror(log))], _Targets(job), ["t000"])
@@ -67,6 +69,10 @@ def test_memory_that_ran_out_is_on_the_trials_record(
         relay.on_trial_complete(0, [], trial)
     record = outcome.records["t000"]
     assert (record.status, record.note) == (status, note)
-    tags = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_run(log.run_ids["t000"]).data.tags
+    tags = (
+        mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+        .get_run(log.run_ids["t000"])
+        .data.tags
+    )
     assert (tags["orchestrator.memory"], tags["orchestrator.state"]) == (NOTE, status)
     assert tags.get("orchestrator.error") == (note if status == "failed" else None)

@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 from models import load, save_model
 
-from orchestrator.artifact import BaseModelRecord, DataRecord, Manifest, PromptArtifact, VerbalizerEntry
+from orchestrator.artifact import (
+    BaseModelRecord,
+    DataRecord,
+    Manifest,
+    PromptArtifact,
+    VerbalizerEntry,
+)
 from orchestrator.errors import Unreachable
 from orchestrator.models.backbone import Backbone
 from orchestrator.registry import Canary, LiveModel, Registry
@@ -113,7 +119,9 @@ def spam_store(tmp_path_factory: pytest.TempPathFactory, backbone: Backbone) -> 
     uri, cache = f"sqlite:///{folder}/mlflow.db", folder / "cache"
     registry = Registry(uri, cache_dir=cache)
     with registry.start_search("serving", {}, {}) as search:
-        registry.register(save_artifact(folder / "spam", backbone, verbalizer=SPAM), "spam", search.run_id)
+        registry.register(
+            save_artifact(folder / "spam", backbone, verbalizer=SPAM), "spam", search.run_id
+        )
         registry.set_alias("spam", "champion", 1)
     return {**os.environ, "MLFLOW_TRACKING_URI": uri, "ORCHESTRATOR_CACHE": str(cache)}
 
@@ -121,14 +129,21 @@ def spam_store(tmp_path_factory: pytest.TempPathFactory, backbone: Backbone) -> 
 @pytest.fixture
 def trec(backbone: Backbone, make_artifact: MakeArtifact) -> ServedPrompt:
     """11 virtual tokens, labels of several tokens."""
-    options = {"tokens": 11, "verbalizer": TREC, "seed": 1, "template": "Q: {question} about {topic}\nA:"}
+    options = {
+        "tokens": 11,
+        "verbalizer": TREC,
+        "seed": 1,
+        "template": "Q: {question} about {topic}\nA:",
+    }
     return load_prompt(backbone, make_artifact("trec", **options), "trec", 1)
 
 
 @pytest.fixture
 def story(backbone: Backbone, make_artifact: MakeArtifact) -> ServedPrompt:
     """A generation task."""
-    return load_prompt(backbone, make_artifact("story", tokens=7, seed=2, template="{text}"), "story", 1)
+    return load_prompt(
+        backbone, make_artifact("story", tokens=7, seed=2, template="{text}"), "story", 1
+    )
 
 
 class MemoryRegistry:
@@ -148,7 +163,10 @@ class MemoryRegistry:
     def live(self) -> dict[str, LiveModel]:
         if self.away:
             raise Unreachable("no answer")
-        return {name: LiveModel(dict(aliases), self.canaries.get(name)) for name, aliases in self.aliases.items()}
+        return {
+            name: LiveModel(dict(aliases), self.canaries.get(name))
+            for name, aliases in self.aliases.items()
+        }
 
     def fetch(self, name: str, version: int) -> Path:
         if self.away:
@@ -167,10 +185,14 @@ def registry(make_artifact: MakeArtifact) -> MemoryRegistry:
     registry.add(
         "trec",
         1,
-        make_artifact("trec-1", tokens=11, verbalizer=TREC, seed=1, template="Q: {question} {topic}"),
+        make_artifact(
+            "trec-1", tokens=11, verbalizer=TREC, seed=1, template="Q: {question} {topic}"
+        ),
         "champion",
     )
-    registry.add("story", 1, make_artifact("story-1", tokens=7, seed=2, template="{text}"), "champion")
+    registry.add(
+        "story", 1, make_artifact("story-1", tokens=7, seed=2, template="{text}"), "champion"
+    )
     return registry
 
 
@@ -182,7 +204,9 @@ def engine(backbone: Backbone) -> Iterator[Engine]:
 
 
 @pytest.fixture
-def service(backbone: Backbone, registry: MemoryRegistry, engine: Engine) -> Iterator[PromptService]:
+def service(
+    backbone: Backbone, registry: MemoryRegistry, engine: Engine
+) -> Iterator[PromptService]:
     """Everything but HTTP; the store is refreshed by hand."""
     store = PromptStore(backbone, registry)
     store.refresh()

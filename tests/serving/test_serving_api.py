@@ -39,7 +39,9 @@ def listen(request: pytest.FixtureRequest) -> Callable[..., str]:
     def start(service: PromptService, access: Access | None = None) -> str:
         listener = socket.socket()
         listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(make_api(service, access), log_level="error", lifespan="off"))
+        server = uvicorn.Server(
+            uvicorn.Config(make_api(service, access), log_level="error", lifespan="off")
+        )
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
 
@@ -78,12 +80,24 @@ def offline(backbone: Backbone, registry: Any, name: str) -> OfflineModel:
     return OfflineModel.from_artifact(registry.folders[name, 1], backbone)
 
 
-@pytest.mark.parametrize("more", [{"temperature": 0}, {"temperature": 1.3, "seed": 5, "top_p": 0.9}, {"logprobs": 2}])
-def test_a_streamed_completion_is_the_plain_one(client: openai.OpenAI, more: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "more", [{"temperature": 0}, {"temperature": 1.3, "seed": 5, "top_p": 0.9}, {"logprobs": 2}]
+)
+def test_a_streamed_completion_is_the_plain_one(
+    client: openai.OpenAI, more: dict[str, Any]
+) -> None:
     """Text, finish reasons, log-probabilities and usage of several prompts add up to those of the whole answer."""
-    asked: dict[str, Any] = {"model": "story", "prompt": ["a", "the fox"], "max_tokens": 12, "seed": 1, **more}
+    asked: dict[str, Any] = {
+        "model": "story",
+        "prompt": ["a", "the fox"],
+        "max_tokens": 12,
+        "seed": 1,
+        **more,
+    }
     whole = client.completions.create(**asked)
-    chunks = list(client.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    chunks = list(
+        client.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    )
     assert len({chunk.id for chunk in chunks}) == 1 and chunks[0].id != whole.id
     for choice in whole.choices:
         mine = [one for chunk in chunks for one in chunk.choices if one.index == choice.index]
@@ -94,28 +108,44 @@ def test_a_streamed_completion_is_the_plain_one(client: openai.OpenAI, more: dic
         assert tokens == ((choice.logprobs.tokens or []) if choice.logprobs else [])
     assert chunks[-1].usage == whole.usage and not chunks[-1].choices
     assert all(chunk.usage is None for chunk in chunks[:-1])
-    assert {chunk.system_fingerprint for chunk in chunks} == {"story:1"} == {whole.system_fingerprint}
+    assert (
+        {chunk.system_fingerprint for chunk in chunks} == {"story:1"} == {whole.system_fingerprint}
+    )
 
 
 def test_logprobs_in_openai_s_shape(client: openai.OpenAI) -> None:
     """One entry a token in every list; the taken token is among the likeliest, which are as many as asked for."""
-    made = client.completions.create(model="story", prompt="a", max_tokens=4, temperature=0, logprobs=3)
+    made = client.completions.create(
+        model="story", prompt="a", max_tokens=4, temperature=0, logprobs=3
+    )
     told: Any = made.choices[0].logprobs
     assert made.usage is not None
-    assert len(told.tokens) == len(told.token_logprobs) == len(told.text_offset) == made.usage.completion_tokens
+    assert (
+        len(told.tokens)
+        == len(told.token_logprobs)
+        == len(told.text_offset)
+        == made.usage.completion_tokens
+    )
     for token, value, top in zip(told.tokens, told.token_logprobs, told.top_logprobs, strict=True):
         assert top[token] == value == max(top.values()) <= 0 and 1 <= len(top) <= 3
     assert told.text_offset[0] == 0
 
 
-def test_chat_without_a_chat_template(client: openai.OpenAI, backbone: Backbone, registry: Any) -> None:
+def test_chat_without_a_chat_template(
+    client: openai.OpenAI, backbone: Backbone, registry: Any
+) -> None:
     """One message of the user is a completion's text; a conversation is refused with the reason."""
     asked: dict[str, Any] = {"model": "story", "temperature": 0, "max_tokens": 8}
-    chat = client.chat.completions.create(**asked, messages=[{"role": "user", "content": "the fox"}])
+    chat = client.chat.completions.create(
+        **asked, messages=[{"role": "user", "content": "the fox"}]
+    )
     plain = client.completions.create(**asked, prompt="the fox")
     assert chat.choices[0].message.content == plain.choices[0].text
     assert (chat.usage, chat.object) == (plain.usage, "chat.completion")
-    conversation: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "the fox"}]
+    conversation: Any = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "the fox"},
+    ]
     with pytest.raises(openai.BadRequestError, match="has no chat template") as refused:
         client.chat.completions.create(**asked, messages=conversation)
     assert (refused.value.code, refused.value.param) == ("chat_template_missing", "messages")
@@ -130,11 +160,19 @@ def test_the_chat_template_stands_around_the_prompt_s_own(
     twin = offline(backbone, registry, name)
     messages: list[Any] = [
         {"role": "developer", "content": "Be brief."},
-        {"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": " dog"}]},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "one"}, {"type": "text", "text": " dog"}],
+        },
         {"role": "assistant", "content": "yes", "refusal": None, "tool_calls": None},
         {"role": "user", "content": "the fox"},
     ]
-    asked: dict[str, Any] = {"model": name, "messages": messages, "temperature": 0, "max_completion_tokens": 8}
+    asked: dict[str, Any] = {
+        "model": name,
+        "messages": messages,
+        "temperature": 0,
+        "max_completion_tokens": 8,
+    }
     if name == "trec":  # its template has two columns
         with pytest.raises(openai.BadRequestError, match="a bare text can't fill"):
             client.chat.completions.create(**asked)
@@ -148,7 +186,9 @@ def test_the_chat_template_stands_around_the_prompt_s_own(
     made = client.chat.completions.create(**asked)
     assert made.choices[0].message.content == row.completion.text
     assert made.usage is not None and made.usage.prompt_tokens == len(row.input_ids)
-    chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    chunks = list(
+        client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    )
     assert "".join(one.choices[0].delta.content or "" for one in chunks[:-1]) == row.completion.text
     assert chunks[0].choices[0].delta.role == "assistant"
     assert chunks[-2].choices[0].finish_reason == made.choices[0].finish_reason
@@ -200,7 +240,9 @@ def test_bad_chats_are_refused_before_a_stream_begins(
     assert (answer.status_code, error["code"], error["param"]) == (400, code, param), error
 
 
-def test_a_conversation_that_the_template_refuses(client: openai.OpenAI, chat_template: None) -> None:
+def test_a_conversation_that_the_template_refuses(
+    client: openai.OpenAI, chat_template: None
+) -> None:
     """The base model's template says what it does not take."""
     messages: Any = [
         {"role": "user", "content": "a"},
@@ -213,7 +255,10 @@ def test_a_conversation_that_the_template_refuses(client: openai.OpenAI, chat_te
 
 def test_every_answer_has_a_request_id(client: openai.OpenAI, url: str) -> None:
     """Successes, refusals and streams, and no two have the same."""
-    ids = {httpx.get(f"{url}{path}").headers["x-request-id"] for path in ("/health", "/v1/models", "/nothing")}
+    ids = {
+        httpx.get(f"{url}{path}").headers["x-request-id"]
+        for path in ("/health", "/v1/models", "/nothing")
+    }
     ids.add(str(client.completions.create(model="story", prompt="a", max_tokens=1)._request_id))
     with pytest.raises(openai.NotFoundError) as refused:
         client.completions.create(model="none", prompt="a")
@@ -234,7 +279,9 @@ def endless(backbone: Backbone, registry: Any) -> str:
     sampling = Sampling(140, 0.0)
     twin = offline(backbone, registry, "story")
     candidates = ["a", "the fox", "win", "dogs", "movie"]
-    return next(text for text in candidates if twin.complete([text], sampling)[0].finish_reason == "length")
+    return next(
+        text for text in candidates if twin.complete([text], sampling)[0].finish_reason == "length"
+    )
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -244,7 +291,13 @@ def test_a_client_that_hangs_up_frees_its_row(
     """Rows end when nobody waits for them, streamed or not; others are answered as ever."""
     step = GenerationBatch.step
     monkeypatch.setattr(GenerationBatch, "step", lambda batch: (time.sleep(0.02), step(batch))[1])
-    body = {"model": "story", "prompt": endless, "max_tokens": 140, "temperature": 0, "stream": stream}
+    body = {
+        "model": "story",
+        "prompt": endless,
+        "max_tokens": 140,
+        "temperature": 0,
+        "stream": stream,
+    }
     host, port = url.removeprefix("http://").split(":")
     content = json.dumps(body).encode()
     with socket.create_connection((host, int(port))) as connection:
@@ -253,22 +306,37 @@ def test_a_client_that_hangs_up_frees_its_row(
         assert until(lambda: service.engine.running == 1)
     assert until(lambda: service.engine.running == 0)
     text = service.metrics.text().decode()
-    steps = next(line for line in text.splitlines() if line.startswith('orchestrator_batch_rows_count{kind="generate"'))
+    steps = next(
+        line
+        for line in text.splitlines()
+        if line.startswith('orchestrator_batch_rows_count{kind="generate"')
+    )
     assert float(steps.split()[-1]) < 140
-    assert httpx.post(f"{url}/v1/completions", json={**body, "max_tokens": 1, "stream": False}).status_code == 200
+    assert (
+        httpx.post(
+            f"{url}/v1/completions", json={**body, "max_tokens": 1, "stream": False}
+        ).status_code
+        == 200
+    )
 
 
 def test_slow_readers_hold_nobody_up(url: str, service: PromptService, endless: str) -> None:
     """Streams that nobody reads end in the engine like any other, and others are answered meanwhile."""
-    body = json.dumps({"model": "story", "prompt": endless, "max_tokens": 140, "temperature": 0, "stream": True})
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+    body = json.dumps(
+        {"model": "story", "prompt": endless, "max_tokens": 140, "temperature": 0, "stream": True}
+    )
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
     host, port = url.removeprefix("http://").split(":")
     readers = [socket.create_connection((host, int(port))) for _ in range(5)]
     for reader in readers:
         reader.sendall((head + body).encode())
     plain = {"model": "story", "prompt": "a", "max_tokens": 2, "temperature": 0}
     assert httpx.post(f"{url}/v1/completions", json=plain).status_code == 200
-    assert until(lambda: "orchestrator_first_token_seconds_count" in service.metrics.text().decode())
+    assert until(
+        lambda: "orchestrator_first_token_seconds_count" in service.metrics.text().decode()
+    )
     assert until(lambda: service.engine.running == 0 and service.engine.waiting == 0)
     for reader in readers:
         reader.close()
@@ -290,7 +358,9 @@ def test_bytes_that_are_no_request(url: str) -> None:
     assert httpx.get(f"{url}/health").status_code == 200
 
 
-def test_every_name_that_requests_may_use_can_be_looked_up(url: str, client: openai.OpenAI, registry: Any) -> None:
+def test_every_name_that_requests_may_use_can_be_looked_up(
+    url: str, client: openai.OpenAI, registry: Any
+) -> None:
     """A version, an alias, quoted or not; with the version that answers and the alias that it has, if any."""
     registry.add("story", 2, registry.folders["story", 1])
     for path, expected in (
@@ -320,7 +390,9 @@ def test_a_version_that_never_existed_is_not_found(url: str, client: openai.Open
         with pytest.raises(openai.NotFoundError, match="'story' has no version 99"):
             client.completions.create(model="story:99", prompt="a")
     absent = httpx.get(f"{url}/v1/models/none:1")
-    assert absent.status_code == 404 and "'none:1' does not exist" in absent.json()["error"]["message"]
+    assert (
+        absent.status_code == 404 and "'none:1' does not exist" in absent.json()["error"]["message"]
+    )
 
 
 def test_a_request_that_takes_too_long_ends(
@@ -335,7 +407,11 @@ def test_a_request_that_takes_too_long_ends(
     assert (answer.status_code, answer.json()["error"]["code"]) == (504, "request_timeout")
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     with pytest.raises(openai.APIError, match="longer than this server allows"):
-        list(client.completions.create(model="story", prompt=endless, max_tokens=140, temperature=0, stream=True))
+        list(
+            client.completions.create(
+                model="story", prompt=endless, max_tokens=140, temperature=0, stream=True
+            )
+        )
     assert until(lambda: service.engine.running == 0)
 
 
@@ -347,7 +423,9 @@ def test_a_canary_takes_its_share_of_a_name(
 ) -> None:
     """A bare name is answered by either version in about the share that the registry says, a full one never; each
     answer is that of the version it names. Ended, the champion answers alone."""
-    registry.add("story", 2, make_artifact("story-2", tokens=5, seed=8, template="{text}"), "challenger")
+    registry.add(
+        "story", 2, make_artifact("story-2", tokens=5, seed=8, template="{text}"), "challenger"
+    )
     registry.canaries["story"] = Canary("challenger", 30)
     service.store.refresh()
     texts = {
@@ -368,8 +446,12 @@ def test_a_canary_takes_its_share_of_a_name(
                 seen[answer["system_fingerprint"]] += 1
         return seen
 
-    assert 15 < ask("story", 150)["story:2"] < 80  # 45 expected; six standard deviations to each side
-    assert ask("story@champion", 5) == {"story:1": 5} and ask("story@challenger", 5) == {"story:2": 5}
+    assert (
+        15 < ask("story", 150)["story:2"] < 80
+    )  # 45 expected; six standard deviations to each side
+    assert ask("story@champion", 5) == {"story:1": 5} and ask("story@challenger", 5) == {
+        "story:2": 5
+    }
     registry.canaries.clear()
     service.store.refresh()
     assert ask("story", 30) == {"story:1": 30}
@@ -382,21 +464,30 @@ def test_a_canary_that_can_t_be_had_is_the_champion(
     registry.add("story", 2, tmp_path / "nowhere", "challenger")
     registry.canaries["story"] = Canary("challenger", 100)
     service.store.refresh()
-    answer = httpx.post(f"{url}/v1/completions", json={"model": "story", "prompt": "a", "max_tokens": 1})
+    answer = httpx.post(
+        f"{url}/v1/completions", json={"model": "story", "prompt": "a", "max_tokens": 1}
+    )
     assert answer.json()["system_fingerprint"] == "story:1"
-    assert 'orchestrator_refused_version{model="story",version="2"} 1.0' in service.metrics.text().decode()
+    assert (
+        'orchestrator_refused_version{model="story",version="2"} 1.0'
+        in service.metrics.text().decode()
+    )
 
 
 # -- Keys -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_key_has_its_models_and_its_rate(service: PromptService, listen: Callable[..., str], tmp_path: Path) -> None:
+def test_a_key_has_its_models_and_its_rate(
+    service: PromptService, listen: Callable[..., str], tmp_path: Path
+) -> None:
     """Other models are as if they did not exist; beyond its rate a key is told when to come back; others go on."""
     file = tmp_path / "keys.json"
     few, all_ = add_key(file, "few", ["story"], per_minute=3), add_key(file, "all")
     assert few not in file.read_text() and file.stat().st_mode & 0o077 == 0
     url = listen(service, Access(load_keys({"ORCHESTRATOR_API_KEYS_FILE": str(file)})))
-    first, second = (openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0) for key in (few, all_))
+    first, second = (
+        openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0) for key in (few, all_)
+    )
     assert [one.id for one in first.models.list()] == ["story"]
     with pytest.raises(openai.NotFoundError):
         first.completions.create(model="spam", prompt="a")
@@ -439,7 +530,12 @@ def test_every_route_needs_a_key(service: PromptService, listen: Callable[..., s
     api: Any = make_api(PromptService(service.store, service.engine))
     routes = [(method, route.path) for route in api.routes for method in sorted(route.methods)]
     assert ("POST", "/v1/chat/completions") in routes and ("GET", "/openapi.json") in routes
-    for method, path in [*routes, ("GET", "/none"), ("OPTIONS", "/v1/models"), ("HEAD", "/metrics")]:
+    for method, path in [
+        *routes,
+        ("GET", "/none"),
+        ("OPTIONS", "/v1/models"),
+        ("HEAD", "/metrics"),
+    ]:
         status = httpx.request(method, f"{url}{path}").status_code
         assert status == (200 if path == "/health" else 401), (method, path)
 
@@ -460,7 +556,11 @@ def test_without_keys_other_machines_are_refused() -> None:
 def test_metrics_by_model(client: openai.OpenAI, url: str) -> None:
     """Requests, tokens, times to the first token and the store's counts carry the registry's name."""
     made = client.completions.create(model="story", prompt="a", max_tokens=3, temperature=0)
-    list(client.completions.create(model="story@champion", prompt="a", max_tokens=3, temperature=0, stream=True))
+    list(
+        client.completions.create(
+            model="story@champion", prompt="a", max_tokens=3, temperature=0, stream=True
+        )
+    )
     text = httpx.get(f"{url}/metrics").text
     assert made.usage is not None
     for line in (
@@ -486,7 +586,12 @@ def test_the_access_log_is_json_without_texts(
         httpx.post(f"{url}/v1/completions", json={"model": "nobody's", "prompt": "x"})
     lines = [json.loads(it.message) for it in caplog.records if it.name == "orchestrator.access"]
     good, bad = lines
-    assert (good["model"], good["version"], good["status"], good["route"]) == ("story", 1, 200, "/v1/completions")
+    assert (good["model"], good["version"], good["status"], good["route"]) == (
+        "story",
+        1,
+        200,
+        "/v1/completions",
+    )
     assert good["completion_tokens"] >= 1 and good["seconds"] > 0 and good["peer"] == "127.0.0.1"
     assert (bad["status"], bad["model"], bad["error"]) == (404, None, "model_not_found")
     assert "private" not in caplog.text and "nobody" not in caplog.text

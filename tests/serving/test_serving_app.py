@@ -36,13 +36,17 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def prompts(tmp_path_factory: pytest.TempPathFactory, backbone: Backbone, write_artifact: Any) -> dict[str, Path]:
+def prompts(
+    tmp_path_factory: pytest.TempPathFactory, backbone: Backbone, write_artifact: Any
+) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("prompts")
     return {
         "spam": write_artifact(folder / "spam", backbone, verbalizer=SPAM),
         "spam-2": write_artifact(folder / "spam-2", backbone, verbalizer=SPAM, tokens=9, seed=3),
         "story": write_artifact(folder / "story", backbone, tokens=7, seed=2, template="{text}"),
-        "story-2": write_artifact(folder / "story-2", backbone, tokens=5, seed=8, template="{text}"),
+        "story-2": write_artifact(
+            folder / "story-2", backbone, tokens=5, seed=8, template="{text}"
+        ),
     }
 
 
@@ -80,7 +84,9 @@ def test_openai_client(client: openai.OpenAI, backbone: Backbone, prompts: dict[
     """The official client lists models and completes with a prompt, as the offline model does."""
     assert sorted(model.id for model in client.models.list()) == ["spam", "story"]
     assert client.models.retrieve("spam").owned_by == "orchestrator"
-    made = client.completions.create(model="story", prompt=["a", "the fox"], temperature=0, max_tokens=8)
+    made = client.completions.create(
+        model="story", prompt=["a", "the fox"], temperature=0, max_tokens=8
+    )
     expected = OfflineModel.from_artifact(prompts["story"], backbone).complete(["a", "the fox"])
     assert [choice.text for choice in made.choices] == [
         row.text[: len(choice.text)] for choice, row in zip(made.choices, expected, strict=True)
@@ -103,7 +109,9 @@ def test_openai_errors(client: openai.OpenAI, server: Server) -> None:
 
 def classify(server: Server, model: str, texts: list[str]) -> list[dict[str, Any]]:
     headers = {"Authorization": f"Bearer {KEY}"}
-    answer = httpx.post(f"{server.url}/classify", json={"model": model, "input": texts}, headers=headers)
+    answer = httpx.post(
+        f"{server.url}/classify", json={"model": model, "input": texts}, headers=headers
+    )
     assert answer.status_code == 200, answer.text
     rows: list[dict[str, Any]] = answer.json()["data"]
     return rows
@@ -120,7 +128,9 @@ def test_served_equals_offline_and_follows_the_champion(
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
             rows = classify(server, "spam", texts)
-            if rows[0]["probs"] == pytest.approx({str(k): v for k, v in expected[0]["probs"].items()}, abs=1e-5):
+            if rows[0]["probs"] == pytest.approx(
+                {str(k): v for k, v in expected[0]["probs"].items()}, abs=1e-5
+            ):
                 break
         for row, want in zip(rows, expected, strict=True):
             assert row["probs"] == pytest.approx(want["probs"], abs=1e-5)
@@ -131,7 +141,10 @@ def test_a_stream_through_serve(client: openai.OpenAI) -> None:
     """Pieces arrive one by one and add up to the plain answer; chat does the same."""
     asked: dict[str, Any] = {"model": "story", "max_tokens": 12, "temperature": 0}
     whole = client.completions.create(**asked, prompt="the fox").choices[0].text
-    pieces = [chunk.choices[0].text for chunk in client.completions.create(**asked, prompt="the fox", stream=True)]
+    pieces = [
+        chunk.choices[0].text
+        for chunk in client.completions.create(**asked, prompt="the fox", stream=True)
+    ]
     assert "".join(pieces) == whole and len(pieces) > 2
     messages: Any = [{"role": "user", "content": "the fox"}]
     chat = client.chat.completions.create(**asked, messages=messages, stream=True)
@@ -146,12 +159,17 @@ def test_aliases_and_canaries_move_under_load(
     story = [prompts["story"], prompts["story-2"]]
     texts = {
         f"story:{version}": [
-            one.text for one in OfflineModel.from_artifact(folder, backbone).complete(LINES, Sampling(6, 0.0))
+            one.text
+            for one in OfflineModel.from_artifact(folder, backbone).complete(
+                LINES, Sampling(6, 0.0)
+            )
         ]
         for version, folder in enumerate(story, 1)
     }
     assert texts["story:1"] != texts["story:2"]
-    with Load(server.url, KEY, {"model": "story", "prompt": LINES, "max_tokens": 6, "temperature": 0}) as load:
+    with Load(
+        server.url, KEY, {"model": "story", "prompt": LINES, "max_tokens": 6, "temperature": 0}
+    ) as load:
         load.until(lambda seen: seen["story:1"] > 5)
         mlflow_registry.set_alias("story", "champion", 2)
         load.until(lambda seen: seen["story:2"] > 5)
@@ -167,7 +185,9 @@ def test_aliases_and_canaries_move_under_load(
         assert made == texts[version]
 
 
-def test_a_taken_port_is_refused_before_anything_starts(registry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_taken_port_is_refused_before_anything_starts(
+    registry: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The message names the port; Ray is not started for it."""
     monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was started"))
     with socket.socket() as holder:
@@ -192,7 +212,10 @@ def test_haproxy_needs_keys(monkeypatch: pytest.MonkeyPatch, registry: Any) -> N
     """It makes replicas listen on all interfaces, whatever the host is."""
     monkeypatch.delenv("ORCHESTRATOR_API_KEYS", raising=False)
     monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
-    for attempt in (lambda: start(ServeOptions(port=free_port()), registry), lambda: build_app(ServeOptions())):
+    for attempt in (
+        lambda: start(ServeOptions(port=free_port()), registry),
+        lambda: build_app(ServeOptions()),
+    ):
         with pytest.raises(BadInput, match="RAY_SERVE_ENABLE_HA_PROXY=1 lets other machines"):
             attempt()
 
@@ -206,7 +229,10 @@ def test_the_base_model_comes_from_the_prompts(
     with pytest.raises(BadInput, match="different base models"):
         choose_base_model(ServeOptions(), registry)
     assert choose_base_model(ServeOptions(models=("other",)), registry).id == other_backbone.info.id
-    assert choose_base_model(ServeOptions(models=("spam:1", "story@champion")), registry).id == backbone.info.id
+    assert (
+        choose_base_model(ServeOptions(models=("spam:1", "story@champion")), registry).id
+        == backbone.info.id
+    )
     with pytest.raises(BadInput, match="did you mean 'spam'"):
         choose_base_model(ServeOptions(models=("sapm",)), registry)
     registry.aliases = {}

@@ -20,7 +20,9 @@ SPAM = {0: " ham", 1: " spam"}
 @pytest.fixture
 def prompts(backbone: Backbone, make_artifact: Any) -> list[ServedPrompt]:
     folders = [make_artifact(f"spam-{seed}", verbalizer=SPAM, seed=seed) for seed in range(4)]
-    return [load_prompt(backbone, folder, "spam", version) for version, folder in enumerate(folders)]
+    return [
+        load_prompt(backbone, folder, "spam", version) for version, folder in enumerate(folders)
+    ]
 
 
 def key(version: int) -> tuple[str, int]:
@@ -35,7 +37,12 @@ def test_what_left_comes_back(prompts: list[ServedPrompt]) -> None:
     assert gone == [[], [key(0)], [key(1)], [key(2)]]
     assert (len(cache), cache.nbytes, cache.host_len, cache.host_nbytes) == (1, one, 3, 3 * one)
     assert [key(version) in cache for version in range(4)] == [False, True, True, True]
-    assert [cache.ready(key(version)) is not None for version in range(4)] == [False, False, False, True]
+    assert [cache.ready(key(version)) is not None for version in range(4)] == [
+        False,
+        False,
+        False,
+        True,
+    ]
     assert cache.bring(key(0)) is None
     found = cache.bring(key(1))
     assert found is not None and found[1] == [key(3)] and found[0].id == "spam:1"
@@ -59,7 +66,11 @@ def test_the_same_version_twice_is_counted_once(prompts: list[ServedPrompt]) -> 
     cache = PromptCache(1 << 30, 1 << 30)
     for _ in range(2):
         cache.put(key(0), prompts[0])
-    assert (len(cache), cache.nbytes, cache.host_nbytes) == (1, prompts[0].nbytes, prompts[0].nbytes)
+    assert (len(cache), cache.nbytes, cache.host_nbytes) == (
+        1,
+        prompts[0].nbytes,
+        prompts[0].nbytes,
+    )
 
 
 def test_nothing_is_kept_in_a_host_that_has_no_room(prompts: list[ServedPrompt]) -> None:

@@ -51,7 +51,13 @@ def jsonl(file: Path, rows: list[dict[str, Any]]) -> Path:
 
 def data(file: Path, **changes: Any) -> DataSpec:
     path = {"train": str(file), "validation": str(file), "test": str(file)}
-    given = {"path": path, "template": TEMPLATE, "target": "label", "verbalizer": LABELS, "max_input_tokens": 64}
+    given = {
+        "path": path,
+        "template": TEMPLATE,
+        "target": "label",
+        "verbalizer": LABELS,
+        "max_input_tokens": 64,
+    }
     return DataSpec.model_validate({**given, **changes})
 
 
@@ -91,7 +97,10 @@ def test_every_side_gives_a_cell_the_same_tokens(
 ) -> None:
     """Numbers, truth values, lists, objects and texts that look like one of them, cut where they are long."""
     file = jsonl(tmp_path / "odd.jsonl", ROWS)
-    prompt, offline = load_prompt(backbone, folder, "odd", 1), OfflineModel.from_artifact(folder, backbone)
+    prompt, offline = (
+        load_prompt(backbone, folder, "odd", 1),
+        OfflineModel.from_artifact(folder, backbone),
+    )
     expected = trained_ids(file, backbone)
     assert len({tuple(ids) for ids in expected}) >= len(ODD) - 4 and max(map(len, expected)) == 64
     question = Question(str(file))
@@ -99,7 +108,11 @@ def test_every_side_gives_a_cell_the_same_tokens(
     assert prompt.encoder.encode(group.rows, "label").inputs == expected
     cells = [{"text": row["text"], "more": row["more"]} for row in ROWS]
     body = json.dumps({"model": "odd", "input": cells}).encode()
-    served = [prompt.encode(row, 0) for row in parse_body(ClassifyRequest, body).inputs if len(str(row)) < 300]
+    served = [
+        prompt.encode(row, 0)
+        for row in parse_body(ClassifyRequest, body).inputs
+        if len(str(row)) < 300
+    ]
     short = [ids for ids, row in zip(expected, cells, strict=True) if len(str(row)) < 300]
     assert served == short
     frame = pd.DataFrame(cells, dtype=object)
@@ -121,9 +134,12 @@ def test_what_training_refuses_no_side_takes(folder: Path, backbone: Backbone, c
 
 
 @pytest.mark.parametrize(
-    "text", ["NaN", "Infinity", "[NaN]", "1e400", '{"a": -1e999}', '"\\ud800"', "[" * 150 + "]" * 150]
+    "text",
+    ["NaN", "Infinity", "[NaN]", "1e400", '{"a": -1e999}', '"\\ud800"', "[" * 150 + "]" * 150],
 )
-def test_json_that_has_no_text_is_refused_over_http(folder: Path, backbone: Backbone, text: str) -> None:
+def test_json_that_has_no_text_is_refused_over_http(
+    folder: Path, backbone: Backbone, text: str
+) -> None:
     """As a bad request, wherever it is noticed."""
     prompt = load_prompt(backbone, folder, "odd", 1)
     body = f'{{"model": "odd", "input": {{"text": {text}, "more": "a"}}}}'
@@ -132,7 +148,9 @@ def test_json_that_has_no_text_is_refused_over_http(folder: Path, backbone: Back
 
 
 @pytest.mark.parametrize(("row", "column"), REFUSED)
-def test_a_missing_column_is_refused_by_name(folder: Path, backbone: Backbone, row: Any, column: str) -> None:
+def test_a_missing_column_is_refused_by_name(
+    folder: Path, backbone: Backbone, row: Any, column: str
+) -> None:
     """Absent and null alike; NaN in a data frame is null."""
     offline = OfflineModel.from_artifact(folder, backbone)
     with pytest.raises(BadInput, match=rf"row 1: a row (lacks|has no value in) \['{column}'\]"):
@@ -146,15 +164,21 @@ def test_a_version_tuned_with_empty_inputs_takes_them(
     make_artifact: Callable[..., Path], backbone: Backbone, tmp_path: Path
 ) -> None:
     """Absent, null and empty are the empty text that training made of them."""
-    kept = make_artifact("kept", template=TEMPLATE, verbalizer=LABELS, cells=CellsRecord(empty="keep"))
-    file = jsonl(tmp_path / "a.jsonl", [{"text": "a", "label": 0}, {"text": "b", "more": None, "label": 1}])
+    kept = make_artifact(
+        "kept", template=TEMPLATE, verbalizer=LABELS, cells=CellsRecord(empty="keep")
+    )
+    file = jsonl(
+        tmp_path / "a.jsonl", [{"text": "a", "label": 0}, {"text": "b", "more": None, "label": 1}]
+    )
     with pytest.raises(BadInput, match="no text in column 'more'"):
         load_rows(data(file))
     spec = data(file, empty="keep")
     rows = load_rows(spec)
     expected = make_encoder(spec, rows, backbone.tokenizer).encode(rows.test, "label").inputs
     prompt = load_prompt(backbone, kept, "kept", 1)
-    assert [prompt.encode(row, 0) for row in ({"text": "a"}, {"text": "b", "more": None})] == expected
+    assert [
+        prompt.encode(row, 0) for row in ({"text": "a"}, {"text": "b", "more": None})
+    ] == expected
     assert prompt.encode({"text": "a", "more": ""}, 0) == expected[0]
     (group,) = _groups(PromptArtifact.load(kept), Question(str(file)))
     assert prompt.encoder.encode(group.rows, "label").inputs == expected
@@ -167,8 +191,12 @@ def test_an_early_version_goes_on_as_it_was_tuned(folder: Path, backbone: Backbo
     (folder / MANIFEST).write_text(json.dumps(manifest))
     prompt = load_prompt(backbone, folder, "early", 1)
     assert prompt.manifest.cells is None
-    assert prompt.encode({"text": True, "more": None}, 0) == prompt.encode({"text": "True", "more": ""}, 0)
-    assert prompt.encode({"text": 1.5, "more": 3}, 0) == prompt.encode({"text": "1.5", "more": "3"}, 0)
+    assert prompt.encode({"text": True, "more": None}, 0) == prompt.encode(
+        {"text": "True", "more": ""}, 0
+    )
+    assert prompt.encode({"text": 1.5, "more": 3}, 0) == prompt.encode(
+        {"text": "1.5", "more": "3"}, 0
+    )
     with pytest.raises(BadInput, match=r"lacks \['more'\]"):
         prompt.encode({"text": "a"}, 0)
 
@@ -179,7 +207,9 @@ def test_an_answer_has_the_label_as_the_verbalizer_spells_it(
 ) -> None:
     """In its type, through the manifest and back."""
     labels = make_artifact("labels", verbalizer={key: " ham", "other": " spam"})
-    answers = OfflineModel.from_artifact(labels, backbone).classify(["win a prize", "the quick brown fox", "a", "b"])
+    answers = OfflineModel.from_artifact(labels, backbone).classify(
+        ["win a prize", "the quick brown fox", "a", "b"]
+    )
     found = load_prompt(backbone, labels, "labels", 1).labels
     assert found == (key, "other") and type(found[0]) is type(key)
     assert all(type(row["label"]) in (type(key), str) for row in answers)

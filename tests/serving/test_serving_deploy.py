@@ -55,13 +55,17 @@ def test_options_that_contradict_each_other(given: dict[str, Any], message: str)
 
 def test_addresses() -> None:
     """The address that clients use, also of servers that listen everywhere."""
-    assert ServeOptions(host="0.0.0.0", port=1, tls_cert="c", tls_key="k").url == "https://127.0.0.1:1"
+    assert (
+        ServeOptions(host="0.0.0.0", port=1, tls_cert="c", tls_key="k").url == "https://127.0.0.1:1"
+    )
     assert ServeOptions(host="::1").url == "http://[::1]:8000"
 
 
 def test_the_dashboard_asks_for_metrics_that_there_are(service: PromptService) -> None:
     """Every metric that a panel names is one that a replica has."""
-    document = json.loads((DEPLOY / "kubernetes" / "monitoring" / "grafana-serving.json").read_text())
+    document = json.loads(
+        (DEPLOY / "kubernetes" / "monitoring" / "grafana-serving.json").read_text()
+    )
     asked = {
         name
         for panel in document["panels"]

@@ -32,8 +32,8 @@ def test_a_signal_ends_the_server_and_what_it_started(
     assert code == {signal.SIGTERM: 143, signal.SIGINT: 130}[number], said
     assert "interrupted" in said and "Traceback" not in said and "***" not in said
     deadline = time.monotonic() + LIMIT_S
-    while (left := [it for it in started if it.is_running() and it.status() != psutil.STATUS_ZOMBIE]) and (
-        time.monotonic() < deadline
-    ):
+    while (
+        left := [it for it in started if it.is_running() and it.status() != psutil.STATUS_ZOMBIE]
+    ) and (time.monotonic() < deadline):
         time.sleep(0.2)
     assert not left

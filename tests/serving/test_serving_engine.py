@@ -19,7 +19,12 @@ from orchestrator.serving.offline import OfflineModel
 from orchestrator.serving.prompts.served_prompt import ServedPrompt, load_prompt
 
 GREEDY = Sampling(max_tokens=12, temperature=0.0)
-TEXTS = ["the quick brown fox", "win", "is this a great movie, or a terrible one, or what is it?", ""]
+TEXTS = [
+    "the quick brown fox",
+    "win",
+    "is this a great movie, or a terrible one, or what is it?",
+    "",
+]
 
 
 class Recorder:
@@ -81,7 +86,9 @@ def test_mixed_batch_equals_single_requests_and_offline(
             assert a == pytest.approx(b, abs=1e-5)
     rows = OfflineModel(backbone, spam).classify(TEXTS)
     assert all(close_to(probs, row) for probs, row in zip(mixed[0], rows, strict=True))
-    rows = OfflineModel(backbone, trec).classify([{"question": text, "topic": "a place"} for text in TEXTS])
+    rows = OfflineModel(backbone, trec).classify(
+        [{"question": text, "topic": "a place"} for text in TEXTS]
+    )
     assert all(close_to(probs, row) for probs, row in zip(mixed[1], rows, strict=True))
 
 
@@ -104,16 +111,23 @@ def reference_greedy(
 
 
 @pytest.mark.parametrize("prompt_once", [True, False])
-def test_greedy_generation_equals_transformers(backbone: Backbone, make_artifact: Any, prompt_once: bool) -> None:
+def test_greedy_generation_equals_transformers(
+    backbone: Backbone, make_artifact: Any, prompt_once: bool
+) -> None:
     """A mixed batch generates what transformers generates for each row alone, with and without the cached prompt."""
     backbone = CausalBackbone(backbone.model, backbone.tokenizer, backbone.info, prompt_once)
-    folders = [make_artifact(f"p{size}", tokens=size, seed=size, template="{text}") for size in (3, 9)]
+    folders = [
+        make_artifact(f"p{size}", tokens=size, seed=size, template="{text}") for size in (3, 9)
+    ]
     prompts = [load_prompt(backbone, folder, folder.name, 1) for folder in folders]
     weights = [torch.from_numpy(PromptArtifact.load(folder).weights) for folder in folders]
     engine = Engine(backbone)
 
     async def ask() -> list[Any]:
-        calls = [engine.complete(prompt, [prompt.encode(text, 12) for text in TEXTS], GREEDY) for prompt in prompts]
+        calls = [
+            engine.complete(prompt, [prompt.encode(text, 12) for text in TEXTS], GREEDY)
+            for prompt in prompts
+        ]
         return await asyncio.gather(*calls)
 
     answers = asyncio.run(ask())
@@ -126,7 +140,9 @@ def test_greedy_generation_equals_transformers(backbone: Backbone, make_artifact
             assert completion.text == backbone.tokenizer.decode(shown, skip_special_tokens=True)
 
 
-def test_sampling_depends_on_the_seed_and_not_on_the_batch(engine: Engine, story: ServedPrompt) -> None:
+def test_sampling_depends_on_the_seed_and_not_on_the_batch(
+    engine: Engine, story: ServedPrompt
+) -> None:
     """The same seed gives the same text, alone or among other rows; another seed another text."""
     sampling = Sampling(max_tokens=20, temperature=1.0, top_p=0.9, seed=7)
     inputs = [story.encode(text, 20) for text in TEXTS]
@@ -163,14 +179,18 @@ def test_end_token_ends_a_row(backbone: Backbone, engine: Engine, story: ServedP
 
     async def ask() -> Any:
         inputs = [story.encode(f"{text} {number}", 60) for text in TEXTS for number in range(6)]
-        return await engine.complete(story, inputs, Sampling(max_tokens=60, temperature=2.0, seed=1))
+        return await engine.complete(
+            story, inputs, Sampling(max_tokens=60, temperature=2.0, seed=1)
+        )
 
     completions = asyncio.run(ask())
     assert {it.finish_reason for it in completions} == {"stop", "length"}
     assert all(it.tokens == 60 for it in completions if it.finish_reason == "length")
 
 
-def test_full_line_is_refused_and_batches_keep_to_their_limits(backbone: Backbone, spam: ServedPrompt) -> None:
+def test_full_line_is_refused_and_batches_keep_to_their_limits(
+    backbone: Backbone, spam: ServedPrompt
+) -> None:
     """What does not fit into the waiting line is refused; what waits runs in batches of the allowed size."""
     recorder = Recorder()
     engine = Blocked(backbone, EngineLimits(max_rows=4, max_waiting=10), recorder)
@@ -186,10 +206,15 @@ def test_full_line_is_refused_and_batches_keep_to_their_limits(backbone: Backbon
 
     assert len(asyncio.run(ask())) == 10
     engine.close()
-    assert all(rows * max(1, len(spam.answers) if spam.longest_answer > 1 else 1) <= 4 for _, rows in recorder.batches)
+    assert all(
+        rows * max(1, len(spam.answers) if spam.longest_answer > 1 else 1) <= 4
+        for _, rows in recorder.batches
+    )
 
 
-def test_abandoned_rows_are_not_computed(backbone: Backbone, story: ServedPrompt, spam: ServedPrompt) -> None:
+def test_abandoned_rows_are_not_computed(
+    backbone: Backbone, story: ServedPrompt, spam: ServedPrompt
+) -> None:
     """A caller that goes away frees its rows; the others are served."""
     recorder = Recorder()
     engine = Blocked(backbone, observe=recorder)

@@ -49,12 +49,27 @@ class MlflowServer:
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command = [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+        ]
         command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"]
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
-        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+        environment = {
+            **os.environ,
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+        }
         quiet = subprocess.DEVNULL
-        self.process = subprocess.Popen(command, env=environment, stdout=quiet, stderr=quiet, start_new_session=True)
+        self.process = subprocess.Popen(
+            command, env=environment, stdout=quiet, stderr=quiet, start_new_session=True
+        )
         assert eventually(self._answers)
 
     def kill(self) -> None:
@@ -77,13 +92,18 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowSe
 
 @pytest.fixture(scope="module")
 def registry(
-    mlflow_server: MlflowServer, tmp_path_factory: pytest.TempPathFactory, backbone: Backbone, write_artifact: Any
+    mlflow_server: MlflowServer,
+    tmp_path_factory: pytest.TempPathFactory,
+    backbone: Backbone,
+    write_artifact: Any,
 ) -> Registry:
     folder = tmp_path_factory.mktemp("prompts")
     registry = Registry(mlflow_server.url, cache_dir=folder / "cache")
     with registry.start_search("serving", {}, {}) as search:
         for version in (1, 2):
-            artifact = write_artifact(folder / str(version), backbone, tokens=5, seed=version, template="{text}")
+            artifact = write_artifact(
+                folder / str(version), backbone, tokens=5, seed=version, template="{text}"
+            )
             registry.register(artifact, "story", search.run_id)
         registry.set_alias("story", "champion", 1)
     return registry

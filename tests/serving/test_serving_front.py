@@ -68,7 +68,9 @@ def test_a_request_passes_through(client: Client) -> None:
         assert one.json().get("choices") == other.json().get("choices")
         assert one.json().get("error") == other.json().get("error")
     streamed = front.post("/v1/completions", {**BODY, "stream": True})
-    pieces = [json.loads(line[6:]) for line in streamed.text.splitlines() if line.startswith("data: {")]
+    pieces = [
+        json.loads(line[6:]) for line in streamed.text.splitlines() if line.startswith("data: {")
+    ]
     whole = direct.post("/v1/completions", BODY).json()["choices"][0]["text"]
     assert "".join(one["choices"][0]["text"] for one in pieces) == whole
     assert front.get("/v1/models").json() == direct.get("/v1/models").json()
@@ -81,14 +83,20 @@ def test_a_request_of_a_dead_replica_is_asked_again(client: Client) -> None:
     assert FrontClient(replicas).post("/v1/completions", BODY).status_code == 200
     assert replicas.asked == MAX_TRIES
     answer = FrontClient(Replicas(client.api, MAX_TRIES, 0)).post("/v1/completions", BODY)
-    assert (answer.status_code, answer.headers["retry-after"], error_of(answer)["code"]) == (503, "5", "unavailable")
+    assert (answer.status_code, answer.headers["retry-after"], error_of(answer)["code"]) == (
+        503,
+        "5",
+        "unavailable",
+    )
 
 
 def test_an_answer_that_began_is_not_asked_again(client: Client) -> None:
     """A client would get some of it twice."""
     replicas = Replicas(client.api, 1, 2)
     with pytest.raises((httpx.HTTPError, Died, AssertionError)):
-        assert "[DONE]" in FrontClient(replicas).post("/v1/completions", {**BODY, "stream": True}).text
+        assert (
+            "[DONE]" in FrontClient(replicas).post("/v1/completions", {**BODY, "stream": True}).text
+        )
     assert replicas.asked == 1
 
 

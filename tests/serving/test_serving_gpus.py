@@ -28,10 +28,14 @@ def test_a_replica_that_cannot_use_its_gpu_says_so(
     code, said = ended(serve(cluster, tmp_path, "--port", str(free_ports(1)[0]), *asked))
     assert code == 1, said
     assert "the serving application did not start: gpus: 1: torch" in said
-    assert "next: install a torch for these GPUs and their driver on each node, or set gpus: 0" in said
+    assert (
+        "next: install a torch for these GPUs and their driver on each node, or set gpus: 0" in said
+    )
 
 
-def test_a_replica_that_asks_for_none_computes_on_cpus(cluster: dict[str, str], tmp_path: Path) -> None:
+def test_a_replica_that_asks_for_none_computes_on_cpus(
+    cluster: dict[str, str], tmp_path: Path
+) -> None:
     """And on a cluster of others', too, SIGTERM takes the application away."""
     (port,) = free_ports(1)
     process = serve(cluster, tmp_path, "--port", str(port), "--gpus", "0")
@@ -44,7 +48,9 @@ def test_a_replica_that_asks_for_none_computes_on_cpus(cluster: dict[str, str], 
         process.kill()
 
 
-def test_more_gpus_than_this_machine_has_are_refused(spam_store: dict[str, str], tmp_path: Path) -> None:
+def test_more_gpus_than_this_machine_has_are_refused(
+    spam_store: dict[str, str], tmp_path: Path
+) -> None:
     """Serve would wait for them in vain."""
     code, said = ended(serve(spam_store, tmp_path, "--port", str(free_ports(1)[0]), "--gpus", "1"))
     assert code == 2, said

@@ -44,7 +44,9 @@ def store(tmp_path_factory: pytest.TempPathFactory, backbone: Backbone, write_ar
 
 
 @pytest.fixture(scope="module")
-def server(store: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, psutil.Process]]:
+def server(
+    store: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, psutil.Process]]:
     """Two replicas behind HAProxy; the address and the process."""
     port, folder = free_port(), tmp_path_factory.mktemp("haproxy")
     changes = {
@@ -77,13 +79,19 @@ def _await(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def replicas(server: psutil.Process) -> list[psutil.Process]:
-    return [child for child in server.children(recursive=True) if "ServeReplica" in " ".join(child.cmdline())]
+    return [
+        child
+        for child in server.children(recursive=True)
+        if "ServeReplica" in " ".join(child.cmdline())
+    ]
 
 
 def test_keys_hold(server: tuple[str, psutil.Process]) -> None:
     url, _ = server
     assert httpx.post(f"{url}/v1/completions", json=BODY).status_code == 401
-    answer = httpx.post(f"{url}/v1/completions", json=BODY, headers={"Authorization": f"Bearer {KEY}"})
+    answer = httpx.post(
+        f"{url}/v1/completions", json=BODY, headers={"Authorization": f"Bearer {KEY}"}
+    )
     assert answer.status_code == 200 and answer.json()["system_fingerprint"] == "story:1"
 
 
@@ -101,6 +109,12 @@ def test_a_killed_replica_costs_no_answer(server: tuple[str, psutil.Process]) ->
         while len(replicas(process)) < 2 and time.monotonic() < deadline:
             time.sleep(0.5)
         load.until(lambda seen: sum(seen.values()) > 20)
-    print(f"\nHAProxy, a replica of two killed: {len(load.answers)} answered, failed {dict(Counter(load.failed))}")
-    assert set(load.failed) <= {"RemoteProtocolError"} and len(load.failed) <= CLIENTS and len(replicas(process)) == 2
+    print(
+        f"\nHAProxy, a replica of two killed: {len(load.answers)} answered, failed {dict(Counter(load.failed))}"
+    )
+    assert (
+        set(load.failed) <= {"RemoteProtocolError"}
+        and len(load.failed) <= CLIENTS
+        and len(replicas(process)) == 2
+    )
     assert len({tuple(texts) for _, texts in load.answers}) == 1

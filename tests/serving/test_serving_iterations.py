@@ -33,13 +33,19 @@ class Held(Recorder):
 
     def __call__(self, kind: str, rows: int) -> None:
         super().__call__(kind, rows)
-        if kind == "generate" and sum(kind == "generate" for kind, _ in self.batches) == self._steps:
+        if (
+            kind == "generate"
+            and sum(kind == "generate" for kind, _ in self.batches) == self._steps
+        ):
             self.reached.set()
             self.go.wait(60)
 
 
 def ask_by_and_by(
-    backbone: Backbone, first: Callable[[Engine], Any], then: Callable[[Engine], list[Any]], limits: Any = None
+    backbone: Backbone,
+    first: Callable[[Engine], Any],
+    then: Callable[[Engine], list[Any]],
+    limits: Any = None,
 ) -> tuple[Any, list[Any], list[tuple[str, int]]]:
     """A request that has had three tokens when others come, their answers, and the forwards."""
     held = Held(4)
@@ -66,11 +72,15 @@ def test_rows_enter_a_running_generation(family: str, served: Any) -> None:  # n
     long = Sampling(max_tokens=14, temperature=0.0)
 
     async def first(engine: Engine) -> list[Any]:
-        return await asyncio.gather(*(engine.complete(prompt, encoded(prompt), long) for prompt in early))
+        return await asyncio.gather(
+            *(engine.complete(prompt, encoded(prompt), long) for prompt in early)
+        )
 
     # Both requests wait before the engine sees either, or the second one would enter later.
     begun, others, batches = ask_by_and_by(
-        backbone, first, lambda engine: [engine.complete(prompt, encoded(prompt), GREEDY) for prompt in late]
+        backbone,
+        first,
+        lambda engine: [engine.complete(prompt, encoded(prompt), GREEDY) for prompt in late],
     )
     for prompt, completions in zip(early, begun, strict=True):
         assert completions == OfflineModel(backbone, prompt).complete(TEXTS, long)
@@ -80,7 +90,9 @@ def test_rows_enter_a_running_generation(family: str, served: Any) -> None:  # n
     assert entered[-1] > 3  # while the first ones were running
 
 
-def test_a_waiting_row_takes_the_place_of_a_finished_one(backbone: Backbone, story: ServedPrompt) -> None:
+def test_a_waiting_row_takes_the_place_of_a_finished_one(
+    backbone: Backbone, story: ServedPrompt
+) -> None:
     """With room for two rows, the third enters as soon as one is done, not when the batch is."""
     recorder = Recorder()
     engine = Blocked(backbone, EngineLimits(max_rows=2), recorder)
@@ -88,7 +100,10 @@ def test_a_waiting_row_takes_the_place_of_a_finished_one(backbone: Backbone, sto
     wanted = [3, 30, 5]
 
     async def run() -> list[Any]:
-        asked = [engine.complete(story, [ids], Sampling(max_tokens=tokens, temperature=0.0)) for tokens in wanted]
+        asked = [
+            engine.complete(story, [ids], Sampling(max_tokens=tokens, temperature=0.0))
+            for tokens in wanted
+        ]
         tasks = [asyncio.create_task(one) for one in asked]
         await asyncio.sleep(0)
         engine.go.set()
@@ -99,7 +114,9 @@ def test_a_waiting_row_takes_the_place_of_a_finished_one(backbone: Backbone, sto
     assert [one.tokens for one in answers] == wanted
     assert all(answers[1].text.startswith(one.text) for one in answers)
     steps = [rows for kind, rows in recorder.batches if kind == "generate"]
-    assert steps == [2] * 8 + [1] * 22  # three tokens beside the long row, then five, then it is alone
+    assert (
+        steps == [2] * 8 + [1] * 22
+    )  # three tokens beside the long row, then five, then it is alone
 
 
 def test_a_batch_stays_as_narrow_as_its_rows(backbone: Backbone) -> None:
@@ -115,7 +132,9 @@ def test_a_batch_stays_as_narrow_as_its_rows(backbone: Backbone) -> None:
         states.append(state)
     short = CausalState.join([states[0].select(torch.tensor([0], device=device)), states[1]])
     assert short.mask.tolist() == [[True] * 7, [False] * 5 + [True] * 2]
-    alone = backbone.extend(states[1], torch.tensor([[9]], device=device), torch.tensor([[True]], device=device))[0]
+    alone = backbone.extend(
+        states[1], torch.tensor([[9]], device=device), torch.tensor([[True]], device=device)
+    )[0]
     ids = torch.full((2, 1), 9, device=device)
     both = backbone.extend(short, ids, torch.ones_like(ids, dtype=torch.bool))[0]
     torch.testing.assert_close(both[1], alone[0], rtol=1e-5, atol=1e-5)
@@ -128,13 +147,17 @@ def test_who_hangs_up_frees_the_row(backbone: Backbone, story: ServedPrompt) -> 
     engine = Engine(backbone, None, held)
 
     async def leave() -> None:
-        told = engine.stream(story, [story.encode("win", 60)], Sampling(max_tokens=60, temperature=0.0))
+        told = engine.stream(
+            story, [story.encode("win", 60)], Sampling(max_tokens=60, temperature=0.0)
+        )
         await anext(told)
         await asyncio.to_thread(held.reached.wait, 60)
         await told.aclose()  # type: ignore[attr-defined]
 
     async def run() -> Any:
-        stays = asyncio.create_task(engine.complete(story, [story.encode("the", 20)], Sampling(20, 0.0)))
+        stays = asyncio.create_task(
+            engine.complete(story, [story.encode("the", 20)], Sampling(20, 0.0))
+        )
         await leave()
         held.go.set()
         return await stays
@@ -151,28 +174,40 @@ def gather(engine: Engine, prompt: ServedPrompt, sampling: Sampling) -> list[lis
     told: list[list[Delta]] = [[] for _ in TEXTS]
 
     async def run() -> None:
-        async for row, delta in engine.stream(prompt, [prompt.encode(text, 30) for text in TEXTS], sampling):
+        async for row, delta in engine.stream(
+            prompt, [prompt.encode(text, 30) for text in TEXTS], sampling
+        ):
             told[row].append(delta)
 
     asyncio.run(run())
     return told
 
 
-@pytest.mark.parametrize("sampling", [Sampling(30, 0.0), Sampling(30, 1.5, seed=3), Sampling(30, 0.0, logprobs=2)])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(30, 0.0), Sampling(30, 1.5, seed=3), Sampling(30, 0.0, logprobs=2)]
+)
 def test_streams_add_up_to_the_completion(
     sampling: Sampling, backbone: Backbone, engine: Engine, story: ServedPrompt
 ) -> None:
     """Pieces, tokens and log-probabilities of a stream are those of the completion; only the last one has a reason."""
     for deltas, whole in zip(
-        gather(engine, story, sampling), OfflineModel(backbone, story).complete(TEXTS, sampling), strict=True
+        gather(engine, story, sampling),
+        OfflineModel(backbone, story).complete(TEXTS, sampling),
+        strict=True,
     ):
         assert len(deltas) > 1
         assert "".join(delta.text for delta in deltas) == whole.text
         assert sum(delta.tokens for delta in deltas) == whole.tokens
-        assert [delta.finish_reason for delta in deltas] == [None] * (len(deltas) - 1) + [whole.finish_reason]
+        assert [delta.finish_reason for delta in deltas] == [None] * (len(deltas) - 1) + [
+            whole.finish_reason
+        ]
         told = [one for delta in deltas for one in delta.logprobs]
-        assert [(one.text, one.offset) for one in told] == [(one.text, one.offset) for one in whole.logprobs]
-        assert [one.logprob for one in told] == pytest.approx([one.logprob for one in whole.logprobs], abs=1e-4)
+        assert [(one.text, one.offset) for one in told] == [
+            (one.text, one.offset) for one in whole.logprobs
+        ]
+        assert [one.logprob for one in told] == pytest.approx(
+            [one.logprob for one in whole.logprobs], abs=1e-4
+        )
 
 
 def test_a_stop_string_is_never_told(engine: Engine, story: ServedPrompt) -> None:
@@ -180,7 +215,9 @@ def test_a_stop_string_is_never_told(engine: Engine, story: ServedPrompt) -> Non
     free = gather(engine, story, Sampling(30, 0.0))
     texts = ["".join(delta.text for delta in deltas) for deltas in free]
     stop = texts[0][9:14]
-    for deltas, text in zip(gather(engine, story, Sampling(30, 0.0, stop=(stop, "\0" * 5))), texts, strict=True):
+    for deltas, text in zip(
+        gather(engine, story, Sampling(30, 0.0, stop=(stop, "\0" * 5))), texts, strict=True
+    ):
         assert "".join(delta.text for delta in deltas) == text.split(stop)[0]
 
 
@@ -194,11 +231,15 @@ def test_logprobs_are_the_model_s(backbone: Backbone, story: ServedPrompt) -> No
     first = whole.logprobs[0]
     assert first.logprob == pytest.approx(float(best.values[0]), abs=1e-5)
     assert [value for _, value in first.top] == pytest.approx(best.values.tolist(), abs=1e-5)
-    assert [text for text, _ in first.top] == [backbone.tokenizer.decode([one]) for one in best.indices.tolist()]
+    assert [text for text, _ in first.top] == [
+        backbone.tokenizer.decode([one]) for one in best.indices.tolist()
+    ]
     assert first.text == first.top[0][0] and len(whole.logprobs) == whole.tokens
 
 
-def test_a_row_that_fails_fails_alone(backbone: Backbone, story: ServedPrompt, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_that_fails_fails_alone(
+    backbone: Backbone, story: ServedPrompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What goes wrong with one row's token is that request's error; its neighbours finish."""
     take = GenerationRow.take
 
@@ -212,7 +253,9 @@ def test_a_row_that_fails_fails_alone(backbone: Backbone, story: ServedPrompt, m
     ids = story.encode("a", 5)
 
     async def run() -> list[Any]:
-        asked = [engine.complete(story, [ids], Sampling(5, 1.0, seed=seed)) for seed in (12, 13, 14)]
+        asked = [
+            engine.complete(story, [ids], Sampling(5, 1.0, seed=seed)) for seed in (12, 13, 14)
+        ]
         tasks = [asyncio.create_task(one) for one in asked]
         await asyncio.sleep(0)
         engine.go.set()

@@ -35,7 +35,9 @@ def backbone() -> Backbone:
 
 
 @pytest.fixture(scope="module")
-def prompts(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> dict[str, ServedPrompt]:
+def prompts(
+    backbone: Backbone, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, ServedPrompt]:
     """Each job's template, words and method, and a prompt of a few steps on its rows."""
     folder = tmp_path_factory.mktemp("jobs")
     model = save_family(folder / "model", "llama")
@@ -43,7 +45,11 @@ def prompts(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> dic
     for name in JOBS:
         file, place = ROOT / "jobs" / f"{name}.yaml", folder / name
         place.mkdir()
-        changes = [it for it in stand_ins(document(file), place, models=True) if not it.startswith("base_model.id=")]
+        changes = [
+            it
+            for it in stand_ins(document(file), place, models=True)
+            if not it.startswith("base_model.id=")
+        ]
         job = load_job(file, [*TINY, *SHORT, *changes, *ONE_TRIAL, f"base_model.id={model}"])
         found[name] = load_prompt(backbone, tuned(job, backbone, place / "prompt"), name, 1)
     return found
@@ -52,14 +58,19 @@ def prompts(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> dic
 def tuned(job: JobSpec, backbone: Backbone, folder: Path) -> Path:
     """The artifact of the job's one trial."""
     (trial,) = run_experiment(job).trials
-    tensors = {name: tensor.float().numpy() for name, tensor in TrialState.from_bytes(trial.checkpoint).best().items()}
+    tensors = {
+        name: tensor.float().numpy()
+        for name, tensor in TrialState.from_bytes(trial.checkpoint).best().items()
+    }
     record = {name: getattr(backbone.info, name) for name in BaseModelRecord.model_fields}
     made = manifest(
         method=job.method,
         num_virtual_tokens=trial.config["num_virtual_tokens"],
         config=trial.config,
         template=job.data.template,
-        verbalizer=verbalizer_entries(prepare(job).task.encoder),  # the words of the labels that the rows have
+        verbalizer=verbalizer_entries(
+            prepare(job).task.encoder
+        ),  # the words of the labels that the rows have
         max_input_tokens=job.data.max_input_tokens,
         max_target_tokens=job.data.max_target_tokens,
         base_model=BaseModelRecord(**record),
@@ -71,13 +82,20 @@ def asked(prompt: ServedPrompt, text: str) -> dict[str, str]:
     return dict.fromkeys(prompt.encoder.template.columns, text)
 
 
-def test_ten_tasks_classify_in_one_batch(backbone: Backbone, prompts: dict[str, ServedPrompt]) -> None:
+def test_ten_tasks_classify_in_one_batch(
+    backbone: Backbone, prompts: dict[str, ServedPrompt]
+) -> None:
     """Three rows of each task share one forward, and get what each gets offline, alone."""
-    rows = {name: [it.encode(asked(it, text), it.longest_answer) for text in TEXTS] for name, it in prompts.items()}
+    rows = {
+        name: [it.encode(asked(it, text), it.longest_answer) for text in TEXTS]
+        for name, it in prompts.items()
+    }
     answers, batches = ask_together(
         backbone,
         lambda engine: [engine.classify(prompt, rows[name]) for name, prompt in prompts.items()],
-        limits=EngineLimits(max_rows=1024),  # an answer of several tokens takes a row for each label
+        limits=EngineLimits(
+            max_rows=1024
+        ),  # an answer of several tokens takes a row for each label
     )
     assert batches[0] == ("classify", len(JOBS) * len(TEXTS))
     for prompt, probs in zip(prompts.values(), answers, strict=True):
@@ -91,9 +109,14 @@ def test_ten_tasks_classify_in_one_batch(backbone: Backbone, prompts: dict[str, 
 def test_ten_tasks_write_in_one_batch(backbone: Backbone, prompts: dict[str, ServedPrompt]) -> None:
     rows = {name: [it.encode(asked(it, text), 8) for text in TEXTS] for name, it in prompts.items()}
     answers, batches = ask_together(
-        backbone, lambda engine: [engine.complete(prompt, rows[name], GREEDY) for name, prompt in prompts.items()]
+        backbone,
+        lambda engine: [
+            engine.complete(prompt, rows[name], GREEDY) for name, prompt in prompts.items()
+        ],
     )
     assert batches[0] == ("prefill", len(JOBS) * len(TEXTS))
     for prompt, texts in zip(prompts.values(), answers, strict=True):
-        alone = OfflineModel(backbone, prompt).complete([asked(prompt, text) for text in TEXTS], GREEDY)
+        alone = OfflineModel(backbone, prompt).complete(
+            [asked(prompt, text) for text in TEXTS], GREEDY
+        )
         assert [it.text for it in texts] == [it.text for it in alone]

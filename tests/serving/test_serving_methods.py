@@ -28,7 +28,12 @@ from orchestrator.serving.engine.engine import Engine
 from orchestrator.serving.engine.generation import GenerationRow, Sampling
 from orchestrator.serving.http.service import PromptService
 from orchestrator.serving.offline import OfflineModel
-from orchestrator.serving.prompts.served_prompt import ContextExceeded, ServedPrompt, load_prompt, prompt_tensors
+from orchestrator.serving.prompts.served_prompt import (
+    ContextExceeded,
+    ServedPrompt,
+    load_prompt,
+    prompt_tensors,
+)
 from orchestrator.serving.prompts.store import PromptStore
 from orchestrator.tuning.evaluate import evaluate
 from orchestrator.tuning.generate import Decoding, generate
@@ -61,13 +66,17 @@ def save_prompt(
     seed: int = 0,
 ) -> Path:
     """An artifact of the method, moved off its start so that nothing is zero by chance."""
-    prompt = make_prompt(method, TrialSpec("random", None, tokens, 0.1, seed), InitContext.of(backbone, [[5], [6]]))
+    prompt = make_prompt(
+        method, TrialSpec("random", None, tokens, 0.1, seed), InitContext.of(backbone, [[5], [6]])
+    )
     generator = torch.Generator().manual_seed(seed)
     for parameter in prompt.parameters():
         parameter.data.add_(0.3 * torch.randn(parameter.shape, generator=generator))
     tensors = {name: tensor.detach().float().numpy() for name, tensor in prompt().named().items()}
     record = {name: getattr(backbone.info, name) for name in BaseModelRecord.model_fields}
-    entries = verbalizer and tuple(VerbalizerEntry(label=label, text=text) for label, text in verbalizer.items())
+    entries = verbalizer and tuple(
+        VerbalizerEntry(label=label, text=text) for label, text in verbalizer.items()
+    )
     described = manifest(
         method=method.name,
         num_virtual_tokens=tokens,
@@ -89,7 +98,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str
         for place, name in enumerate(NAMES):
             method = METHODS.get(name, METHODS["prefix"])
             verbalizer = UNEVEN if name == "prefix, longer" else VERBALIZER
-            folder = save_prompt(root / f"{family}-{place}", backbone, method, 2 + 2 * place, verbalizer, place)
+            folder = save_prompt(
+                root / f"{family}-{place}", backbone, method, 2 + 2 * place, verbalizer, place
+            )
             made[name] = load_prompt(backbone, folder, name, 1)
         return made
 
@@ -97,7 +108,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str
 
 
 def ask_together(
-    backbone: Backbone, ask: Callable[[Engine], list[Coroutine[Any, Any, list[Any]]]], **options: Any
+    backbone: Backbone,
+    ask: Callable[[Engine], list[Coroutine[Any, Any, list[Any]]]],
+    **options: Any,
 ) -> tuple[list[list[Any]], list[tuple[str, int]]]:
     """Answers of requests that all wait before the first is answered, and the batches that they took."""
     recorder = Recorder()
@@ -130,7 +143,8 @@ def test_methods_classify_in_one_batch(family: str, served: Any) -> None:
     """Rows of prompts of all methods get together what each row gets alone, from the engine and offline."""
     backbone, prompts = backbone_of(family), served(family)
     answers, batches = ask_together(
-        backbone, lambda engine: [engine.classify(prompt, encoded(prompt)) for prompt in prompts.values()]
+        backbone,
+        lambda engine: [engine.classify(prompt, encoded(prompt)) for prompt in prompts.values()],
     )
     assert batches == batches_of(family, "classify")
     seen = set()
@@ -145,15 +159,24 @@ def test_methods_classify_in_one_batch(family: str, served: Any) -> None:
 
 @every_family
 @pytest.mark.parametrize("name", METHODS)
-def test_served_labels_are_those_of_the_evaluation(family: str, name: str, served: Any, tmp_path: Path) -> None:
+def test_served_labels_are_those_of_the_evaluation(
+    family: str, name: str, served: Any, tmp_path: Path
+) -> None:
     """The label served is the one that evaluation ranks first, and the probabilities follow from its losses."""
     backbone, prompt = backbone_of(family), served(family)[name]
-    folder = save_prompt(tmp_path / "p", backbone, METHODS[name], prompt.virtual_tokens, seed=NAMES.index(name))
+    folder = save_prompt(
+        tmp_path / "p", backbone, METHODS[name], prompt.virtual_tokens, seed=NAMES.index(name)
+    )
     tensors = [prompt_tensors(PromptArtifact.load(folder))]
     rows = OfflineModel(backbone, prompt).classify(TEXTS)
     for right, accuracy in ((True, 1.0), (False, 0.0)):
-        labelled = [{"text": text, "label": int(row["label"] == right)} for text, row in zip(TEXTS, rows, strict=True)]
-        (metrics,) = evaluate(backbone, tensors, prompt.encoder.encode(labelled, "label"), prompt.encoder)
+        labelled = [
+            {"text": text, "label": int(row["label"] == right)}
+            for text, row in zip(TEXTS, rows, strict=True)
+        ]
+        (metrics,) = evaluate(
+            backbone, tensors, prompt.encoder.encode(labelled, "label"), prompt.encoder
+        )
         assert metrics["accuracy"] == accuracy
     # Without a verbalizer the loss is that of the tokens given: here an answer without its end token.
     plain = Encoder(backbone.tokenizer, prompt.encoder.template, None, 64, 8, backbone.family)
@@ -167,7 +190,9 @@ def test_served_labels_are_those_of_the_evaluation(family: str, name: str, serve
         assert list(row["probs"].values()) == pytest.approx(wanted, rel=1e-4, abs=0)
 
 
-def generated(backbone: Backbone, prompt: ServedPrompt, vectors: torch.Tensor, ids: list[int], tokens: int) -> str:
+def generated(
+    backbone: Backbone, prompt: ServedPrompt, vectors: torch.Tensor, ids: list[int], tokens: int
+) -> str:
     """What transformers generates for one row, [prompt; input] or with the prompt inside, without padding."""
     device = backbone.device
     vectors = vectors.to(device)
@@ -175,7 +200,8 @@ def generated(backbone: Backbone, prompt: ServedPrompt, vectors: torch.Tensor, i
         row = placed(ids, len(vectors))
         assert sorted(-entry - 1 for entry in row if entry < 0) == list(range(len(vectors)))
         each = [
-            vectors[-entry - 1] if entry < 0 else backbone.embed(torch.tensor(entry, device=device)) for entry in row
+            vectors[-entry - 1] if entry < 0 else backbone.embed(torch.tensor(entry, device=device))
+            for entry in row
         ]
         embeds = torch.stack(each)[None]
     else:
@@ -205,22 +231,35 @@ def test_methods_generate_in_one_batch(family: str, served: Any, tmp_path: Path)
     embeddings for a prompt, what transformers generates."""
     backbone, prompts = backbone_of(family), served(family)
     answers, batches = ask_together(
-        backbone, lambda engine: [engine.complete(prompt, encoded(prompt), GREEDY) for prompt in prompts.values()]
+        backbone,
+        lambda engine: [
+            engine.complete(prompt, encoded(prompt), GREEDY) for prompt in prompts.values()
+        ],
     )
     assert batches[0] == batches_of(family, "prefill")[0]
     seen = set()
     for place, (prompt, completions) in enumerate(zip(prompts.values(), answers, strict=True)):
         method = METHODS.get(prompt.name, METHODS["prefix"])
-        folder = save_prompt(tmp_path / str(place), backbone, method, prompt.virtual_tokens, seed=place)
-        tensors, offline = prompt_tensors(PromptArtifact.load(folder)), OfflineModel(backbone, prompt)
+        folder = save_prompt(
+            tmp_path / str(place), backbone, method, prompt.virtual_tokens, seed=place
+        )
+        tensors, offline = (
+            prompt_tensors(PromptArtifact.load(folder)),
+            OfflineModel(backbone, prompt),
+        )
         with torch.no_grad():
             prepared = backbone.prepare([tensors])
-            (texts,) = generate(backbone, prepared, encoded(prompt), prompt.encoder, Decoding(GREEDY.max_tokens))
+            (texts,) = generate(
+                backbone, prepared, encoded(prompt), prompt.encoder, Decoding(GREEDY.max_tokens)
+            )
         assert [completion.text.strip() for completion in completions] == texts
         assert completions == offline.complete(TEXTS, GREEDY)
         if tensors.embeddings is not None:
             vectors = tensors.embeddings.to(backbone.table)
-            wanted = [generated(backbone, prompt, vectors, ids, GREEDY.max_tokens) for ids in encoded(prompt)]
+            wanted = [
+                generated(backbone, prompt, vectors, ids, GREEDY.max_tokens)
+                for ids in encoded(prompt)
+            ]
             assert [completion.text for completion in completions] == wanted
         seen |= {completion.text for completion in completions}
     assert len(seen) > 5  # behind a window of six tokens some rows see no prompt
@@ -279,7 +318,9 @@ def test_room_is_counted_in_real_and_virtual_tokens(name: str, served: Any) -> N
 
 
 @pytest.fixture
-def ask_family(registry: Any, tmp_path: Path, request: pytest.FixtureRequest) -> Callable[[str], Client]:
+def ask_family(
+    registry: Any, tmp_path: Path, request: pytest.FixtureRequest
+) -> Callable[[str], Client]:
     """A client of a server on a family's model, with a prompt that classifies and one that was tuned on texts."""
 
     def make(family: str) -> Client:
@@ -287,7 +328,9 @@ def ask_family(registry: Any, tmp_path: Path, request: pytest.FixtureRequest) ->
         registry.aliases, registry.folders = {}, {}
         inside = METHODS["prompt tuning inside"]
         registry.add("labels", 1, save_prompt(tmp_path / "labels", backbone, inside), "champion")
-        registry.add("texts", 1, save_prompt(tmp_path / "texts", backbone, verbalizer=None), "champion")
+        registry.add(
+            "texts", 1, save_prompt(tmp_path / "texts", backbone, verbalizer=None), "champion"
+        )
         store = PromptStore(backbone, registry)
         store.refresh()
         service = PromptService(store, Engine(backbone))
@@ -302,7 +345,9 @@ def test_every_family_is_listed_and_classifies(family: str, ask_family: Any) -> 
     """Lists, health and labels are the same for every family."""
     client = ask_family(family)
     assert client.get("/health").json() == {"status": "ok"}
-    assert [(entry["id"], entry["labels"]) for entry in client.get("/v1/models").json()["data"]] == [
+    assert [
+        (entry["id"], entry["labels"]) for entry in client.get("/v1/models").json()["data"]
+    ] == [
         ("labels", [0, 1]),
         ("texts", None),
     ]
@@ -321,7 +366,9 @@ def test_usage_counts_no_virtual_tokens(family: str, ask_family: Any) -> None:
     document = ask_family(family).post("/v1/completions", body).json()
     tokenizer = backbone_of(family).tokenizer
     words = len(tokenizer("a win ", add_special_tokens=False)["input_ids"])
-    assert document["usage"]["prompt_tokens"] == words + (family == "t5")  # and the end token of an encoder's input
+    assert document["usage"]["prompt_tokens"] == words + (
+        family == "t5"
+    )  # and the end token of an encoder's input
     assert document["choices"][0]["finish_reason"] in ("stop", "length")
 
 
@@ -331,7 +378,11 @@ def test_masked_models_complete_nothing(ask_family: Any) -> None:
     for model, instead in (("labels", True), ("texts", False)):
         answer = client.post("/v1/completions", {"model": model, "prompt": "win"})
         error = error_of(answer)
-        assert (answer.status_code, error["code"], error["param"]) == (400, "unsupported_operation", "model")
+        assert (answer.status_code, error["code"], error["param"]) == (
+            400,
+            "unsupported_operation",
+            "model",
+        )
         assert "masked model" in error["message"]
         assert ("use /classify" in error["message"]) == instead
 
@@ -357,7 +408,9 @@ def test_mlflows_model_answers_for_every_family(family: str, tmp_path: Path) -> 
             found = zip(model.predict(None, rows), offline.classify(TEXTS), strict=True)
             assert all(one == other for one, other in found)
         elif family not in MASKED:
-            assert model.predict(None, rows) == [{"text": completion.text} for completion in offline.complete(TEXTS)]
+            assert model.predict(None, rows) == [
+                {"text": completion.text} for completion in offline.complete(TEXTS)
+            ]
         else:
             with pytest.raises(BadInput, match="masked model"):
                 model.predict(None, rows)
@@ -375,7 +428,12 @@ def test_a_prompt_loads_while_others_are_answered(family: str, tmp_path: Path) -
         rows = torch.zeros(3, dtype=torch.long, device=backbone.device)
         with backbone.prefix_of(answering, rows, list(backbone.sites)):
             loaded = other.submit(load_prompt, backbone, folder, "p", 1).result()
-            logits = other.submit(lambda: backbone.teacher_forced(None, [[5, 6]], [[7]], [0])[0].clone()).result()
+            logits = other.submit(
+                lambda: backbone.teacher_forced(None, [[5, 6]], [[7]], [0])[0].clone()
+            ).result()
         assert not torch.allclose(logits, alone)
         assert torch.equal(logits, backbone.teacher_forced(None, [[5, 6]], [[7]], [0])[0])
-    assert all(torch.equal(one, two) for one, two in zip(loaded.prepared.tensors, answering.tensors, strict=True))
+    assert all(
+        torch.equal(one, two)
+        for one, two in zip(loaded.prepared.tensors, answering.tensors, strict=True)
+    )

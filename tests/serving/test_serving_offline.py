@@ -9,13 +9,23 @@ import pytest
 from orchestrator.errors import BadInput
 from orchestrator.models.backbone import Backbone
 from orchestrator.serving.offline import BATCH_ROWS, OfflineModel
-from orchestrator.serving.prompts.served_prompt import ServedPrompt, label_keys, load_prompt, stack_prompts
+from orchestrator.serving.prompts.served_prompt import (
+    ServedPrompt,
+    label_keys,
+    load_prompt,
+    stack_prompts,
+)
 
 
-def test_it_loads_the_base_model_that_its_manifest_names(make_artifact: Any, backbone: Backbone) -> None:
+def test_it_loads_the_base_model_that_its_manifest_names(
+    make_artifact: Any, backbone: Backbone
+) -> None:
     """From the folder alone, as MLflow's pyfunc does; the same answers as on a backbone that is already there."""
     folder = make_artifact("p", verbalizer={0: " ham", 1: " spam"})
-    alone, given = OfflineModel.from_artifact(folder), OfflineModel.from_artifact(str(folder), backbone)
+    alone, given = (
+        OfflineModel.from_artifact(folder),
+        OfflineModel.from_artifact(str(folder), backbone),
+    )
     rows = [{"text": "win a prize"}, {"text": ""}]
     for a, b in zip(alone.classify(rows), given.classify(rows), strict=True):
         assert (a["label"], a["probs"]) == (b["label"], pytest.approx(b["probs"]))
@@ -53,8 +63,12 @@ def test_stacked_prompts_share_one_copy_each(spam: ServedPrompt, trec: ServedPro
 def test_the_longest_prompt_that_fits(make_artifact: Any, backbone: Backbone) -> None:
     """Room for one input token and the longest answer is the least that a prompt must leave."""
     context = backbone.info.context_length
-    answer = load_prompt(backbone, make_artifact("p", verbalizer={0: " ham", 1: " spam"}), "p", 1).longest_answer
+    answer = load_prompt(
+        backbone, make_artifact("p", verbalizer={0: " ham", 1: " spam"}), "p", 1
+    ).longest_answer
     options = {"verbalizer": {0: " ham", 1: " spam"}}
-    assert load_prompt(backbone, make_artifact("fits", tokens=context - 1 - answer, **options), "p", 1)
+    assert load_prompt(
+        backbone, make_artifact("fits", tokens=context - 1 - answer, **options), "p", 1
+    )
     with pytest.raises(BadInput, match="no room"):
         load_prompt(backbone, make_artifact("long", tokens=context - answer, **options), "p", 1)

@@ -11,14 +11,18 @@ from test_serving_routes import Client
 
 from orchestrator.serving.http.service import PromptService
 
-schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed: make venv")
+schemathesis = pytest.importorskip(
+    "schemathesis", reason="schemathesis is not installed: make venv"
+)
 
 
 def test_the_document_describes_every_route(service: PromptService) -> None:
     """Bodies and answers of all routes, with the models' own limits; the document itself needs no description."""
     document = Client(service).get("/openapi.json").json()
     assert set(document["paths"]) == {path for _, path in OPERATIONS}
-    body = document["paths"]["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    body = document["paths"]["/v1/completions"]["post"]["requestBody"]["content"][
+        "application/json"
+    ]["schema"]
     assert body["properties"]["temperature"]["anyOf"][0]["maximum"] == 2
     assert "$ref" not in str(body)
 
@@ -31,12 +35,19 @@ MODELS = ["story", "spam", "trec", "spam:1", "none"]
 
 
 @pytest.mark.parametrize(("method", "path"), OPERATIONS)
-def test_answers_keep_to_the_document(method: str, path: str, service: PromptService, listen: Any) -> None:  # noqa: F811
+def test_answers_keep_to_the_document(
+    method: str,
+    path: str,
+    service: PromptService,
+    listen: Any,  # noqa: F811
+) -> None:
     """Whatever fits the document, and whatever does not: a described status, with a body as described, and none that
     says the server broke."""
     described = schemathesis.openapi.from_url(f"{listen(service)}/openapi.json")
 
-    @settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    )
     @given(case=described[path][method].as_strategy())
     def ask(case: Any) -> None:
         if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):

@@ -27,10 +27,14 @@ from orchestrator.serving.prompts.store import PromptStore
 class Client:
     """Sends one request at a time to the application, in this process."""
 
-    def __init__(self, service: PromptService, access: Access | None = None, tracer: Tracer | None = None) -> None:
+    def __init__(
+        self, service: PromptService, access: Access | None = None, tracer: Tracer | None = None
+    ) -> None:
         self.api = make_api(service, access, tracer)
 
-    def send(self, method: str, path: str, base: str = "http://localhost", **options: Any) -> httpx.Response:
+    def send(
+        self, method: str, path: str, base: str = "http://localhost", **options: Any
+    ) -> httpx.Response:
         async def ask() -> httpx.Response:
             transport = httpx.ASGITransport(self.api, raise_app_exceptions=False)
             async with httpx.AsyncClient(transport=transport, base_url=base) as client:
@@ -82,7 +86,9 @@ def test_models(client: Client, model_folder: Any) -> None:
 def test_classify_equals_offline(client: Client, backbone: Backbone, registry: Any) -> None:
     """Labels keep their type, probabilities sum to one, and both are those of the offline model."""
     texts = ["win a prize", "the quick brown fox " * 9]
-    answer = client.post("/classify", {"model": "spam", "input": [texts[0], {"text": texts[1], "other": None}]})
+    answer = client.post(
+        "/classify", {"model": "spam", "input": [texts[0], {"text": texts[1], "other": None}]}
+    )
     assert answer.status_code == 200
     document = answer.json()
     assert (document["object"], document["model"]) == ("list", "spam")
@@ -101,12 +107,23 @@ def test_a_single_text_or_row_may_stand_alone(client: Client) -> None:
     for other in (listed, row):
         assert other["data"][0]["probs"] == pytest.approx(alone["data"][0]["probs"], abs=1e-6)
     rows = {"model": "trec", "input": {"question": "who?", "topic": 3}}
-    assert client.post("/classify", rows).json()["data"][0]["label"] in ("person", "place", "number")
+    assert client.post("/classify", rows).json()["data"][0]["label"] in (
+        "person",
+        "place",
+        "number",
+    )
 
 
-def test_boolean_labels(client: Client, registry: Any, make_artifact: Any, service: PromptService) -> None:
+def test_boolean_labels(
+    client: Client, registry: Any, make_artifact: Any, service: PromptService
+) -> None:
     """A boolean label stays one, and its key is written as JSON writes it."""
-    registry.add("bool", 1, make_artifact("bool", verbalizer={True: " yes", False: " no", "1": " one"}), "champion")
+    registry.add(
+        "bool",
+        1,
+        make_artifact("bool", verbalizer={True: " yes", False: " no", "1": " one"}),
+        "champion",
+    )
     service.store.refresh()
     row = client.post("/classify", {"model": "bool", "input": "win"}).json()["data"][0]
     assert set(row["probs"]) == {"true", "false", "1"}
@@ -115,7 +132,13 @@ def test_boolean_labels(client: Client, registry: Any, make_artifact: Any, servi
 
 def test_completions(client: Client, backbone: Backbone, registry: Any) -> None:
     """The text goes through the prompt's template; several prompts give several choices; usage counts tokens."""
-    body = {"model": "story", "prompt": ["a", "the quick brown"], "temperature": 0, "max_tokens": 6, "user": "me"}
+    body = {
+        "model": "story",
+        "prompt": ["a", "the quick brown"],
+        "temperature": 0,
+        "max_tokens": 6,
+        "user": "me",
+    }
     document = client.post("/v1/completions", body).json()
     offline = OfflineModel.from_artifact(registry.folders["story", 1], backbone)
     expected = [row.text for row in offline.complete(["a", "the quick brown"])]
@@ -130,7 +153,15 @@ def test_completions(client: Client, backbone: Backbone, registry: Any) -> None:
 
 def test_completions_default_to_sixteen_tokens(client: Client) -> None:
     """OpenAI's default, also when null is sent for it."""
-    body = {"model": "story", "prompt": "a", "max_tokens": None, "seed": 1, "n": 1, "logit_bias": None, "stop": ["\0"]}
+    body = {
+        "model": "story",
+        "prompt": "a",
+        "max_tokens": None,
+        "seed": 1,
+        "n": 1,
+        "logit_bias": None,
+        "stop": ["\0"],
+    }
     document = client.post("/v1/completions", body).json()
     assert document["usage"]["completion_tokens"] <= 16
     assert document["choices"][0]["finish_reason"] in ("length", "stop")
@@ -140,7 +171,9 @@ def test_long_inputs_are_cut_as_in_training_and_refused_beyond_the_context(clien
     """max_input_tokens (64) cuts; context_length (160) is the limit of what may be sent."""
     cut = client.post("/classify", {"model": "spam", "input": "win a prize " * 10})
     assert cut.status_code == 200
-    error = error_of(client.post("/classify", {"model": "spam", "input": ["ok", "win a prize " * 100]}))
+    error = error_of(
+        client.post("/classify", {"model": "spam", "input": ["ok", "win a prize " * 100]})
+    )
     assert (error["code"], error["param"]) == ("context_length_exceeded", "input")
     assert "160" in error["message"]
     body = {"model": "story", "prompt": "a", "max_tokens": 10**9}
@@ -164,16 +197,40 @@ BAD: list[tuple[str, Any, int, str, str | None]] = [
     ("/classify", {"model": "spam", "input": [1]}, 400, "invalid_value", "input"),
     ("/classify", {"model": "spam", "input": [["x"]]}, 400, "invalid_value", "input"),
     ("/classify", {"model": "spam", "input": [{"text": None}]}, 400, "invalid_value", "input"),
-    ("/classify", {"model": "trec", "input": {"question": "x", "topic": None}}, 400, "invalid_value", "input"),
+    (
+        "/classify",
+        {"model": "trec", "input": {"question": "x", "topic": None}},
+        400,
+        "invalid_value",
+        "input",
+    ),
     ("/classify", '{"model": "spam", "input": {"text": [NaN]}}', 400, "invalid_value", "input"),
     ("/classify", '{"model": "spam", "input": {"text": [-1e999]}}', 400, "invalid_value", "input"),
-    ("/classify", {"model": "spam", "input": [{"text": "x"}, {"txt": "x"}]}, 400, "invalid_value", "input"),
+    (
+        "/classify",
+        {"model": "spam", "input": [{"text": "x"}, {"txt": "x"}]},
+        400,
+        "invalid_value",
+        "input",
+    ),
     ("/classify", '{"model": "spam", "input": {"text": 1e999}}', 400, "invalid_value", "input"),
     ("/classify", '{"model": "spam", "input": {"text": NaN}}', 400, "invalid_value", "input"),
-    ("/classify", {"model": "trec", "input": "one text for two columns"}, 400, "invalid_value", "input"),
+    (
+        "/classify",
+        {"model": "trec", "input": "one text for two columns"},
+        400,
+        "invalid_value",
+        "input",
+    ),
     ("/classify", {"model": "spam", "input": ["x"] * 9}, 400, "too_many_inputs", "input"),
     ("/classify", {"model": "story", "input": "x"}, 400, "unsupported_operation", "model"),
-    ("/classify", {"model": "spam", "inputs": "x", "input": "x"}, 400, "unsupported_parameter", "inputs"),
+    (
+        "/classify",
+        {"model": "spam", "inputs": "x", "input": "x"},
+        400,
+        "unsupported_parameter",
+        "inputs",
+    ),
     ("/classify", {"model": "spam", "input": "x" * 30_000}, 413, "body_too_large", None),
     ("/classify", {"model": "sapm", "input": "x"}, 404, "model_not_found", "model"),
     ("/classify", {"model": "spam:9", "input": "x"}, 404, "model_not_found", "model"),
@@ -184,24 +241,104 @@ BAD: list[tuple[str, Any, int, str, str | None]] = [
     ("/v1/completions", {"model": "story", "prompt": [1, 2]}, 400, "invalid_value", "prompt"),
     ("/v1/completions", {"model": "story", "prompt": ["x"] * 9}, 400, "too_many_inputs", "prompt"),
     ("/v1/completions", {"model": "trec", "prompt": "x"}, 400, "invalid_value", "prompt"),
-    ("/v1/completions", {"model": "story", "prompt": "x", "max_tokens": 0}, 400, "invalid_value", "max_tokens"),
-    ("/v1/completions", {"model": "story", "prompt": "x", "max_tokens": "5"}, 400, "invalid_value", "max_tokens"),
-    ("/v1/completions", {"model": "story", "prompt": "x", "temperature": -1}, 400, "invalid_value", "temperature"),
-    ("/v1/completions", {"model": "story", "prompt": "x", "temperature": 3}, 400, "invalid_value", "temperature"),
-    ("/v1/completions", {"model": "story", "prompt": "x", "top_p": 0}, 400, "invalid_value", "top_p"),
-    ("/v1/completions", {"model": "story", "prompt": "x", "stop": [""]}, 400, "invalid_value", "stop"),
-    ("/v1/completions", {"model": "story", "prompt": "x", "stop": ["a"] * 5}, 400, "invalid_value", "stop"),
-    ("/v1/completions", {"model": "story", "prompt": "x", "seed": 2**70}, 400, "invalid_value", "seed"),
-    ("/v1/completions", {"model": "story", "prompt": "x", "n": 2}, 400, "unsupported_parameter", "n"),
-    ("/v1/completions", {"model": "story", "prompt": "x", "best_of": 2}, 400, "unsupported_parameter", "best_of"),
-    ("/v1/completions", {"model": "story", "prompt": "x", "echo": True}, 400, "unsupported_parameter", "echo"),
-    ("/v1/completions", {"model": "story", "prompt": "x", "logprobs": 6}, 400, "invalid_value", "logprobs"),
-    ("/v1/completions", {"model": "story", "prompt": "x", "max_token": 9}, 400, "unsupported_parameter", "max_token"),
+    (
+        "/v1/completions",
+        {"model": "story", "prompt": "x", "max_tokens": 0},
+        400,
+        "invalid_value",
+        "max_tokens",
+    ),
+    (
+        "/v1/completions",
+        {"model": "story", "prompt": "x", "max_tokens": "5"},
+        400,
+        "invalid_value",
+        "max_tokens",
+    ),
+    (
+        "/v1/completions",
+        {"model": "story", "prompt": "x", "temperature": -1},
+        400,
+        "invalid_value",
+        "temperature",
+    ),
+    (
+        "/v1/completions",
+        {"model": "story", "prompt": "x", "temperature": 3},
+        400,
+        "invalid_value",
+        "temperature",
+    ),
+    (
+        "/v1/completions",
+        {"model": "story", "prompt": "x", "top_p": 0},
+        400,
+        "invalid_value",
+        "top_p",
+    ),
+    (
+        "/v1/completions",
+        {"model": "story", "prompt": "x", "stop": [""]},
+        400,
+        "invalid_value",
+        "stop",
+    ),
+    (
+        "/v1/completions",
+        {"model": "story", "prompt": "x", "stop": ["a"] * 5},
+        400,
+        "invalid_value",
+        "stop",
+    ),
+    (
+        "/v1/completions",
+        {"model": "story", "prompt": "x", "seed": 2**70},
+        400,
+        "invalid_value",
+        "seed",
+    ),
+    (
+        "/v1/completions",
+        {"model": "story", "prompt": "x", "n": 2},
+        400,
+        "unsupported_parameter",
+        "n",
+    ),
+    (
+        "/v1/completions",
+        {"model": "story", "prompt": "x", "best_of": 2},
+        400,
+        "unsupported_parameter",
+        "best_of",
+    ),
+    (
+        "/v1/completions",
+        {"model": "story", "prompt": "x", "echo": True},
+        400,
+        "unsupported_parameter",
+        "echo",
+    ),
+    (
+        "/v1/completions",
+        {"model": "story", "prompt": "x", "logprobs": 6},
+        400,
+        "invalid_value",
+        "logprobs",
+    ),
+    (
+        "/v1/completions",
+        {"model": "story", "prompt": "x", "max_token": 9},
+        400,
+        "unsupported_parameter",
+        "max_token",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("path", "body", "status", "code", "param"), BAD)
-def test_bad_requests(client: Client, path: str, body: Any, status: int, code: str, param: str | None) -> None:
+def test_bad_requests(
+    client: Client, path: str, body: Any, status: int, code: str, param: str | None
+) -> None:
     """Each has its status, its code, and names the field that is wrong; none is FastAPI's own shape."""
     answer = client.post(path, body)
     error = error_of(answer)
@@ -211,7 +348,9 @@ def test_bad_requests(client: Client, path: str, body: Any, status: int, code: s
 
 def test_misspelled_fields_are_corrected(client: Client) -> None:
     """A field that would be left undone is refused with the nearest one."""
-    error = error_of(client.post("/v1/completions", {"model": "story", "prompt": "x", "max_token": 9}))
+    error = error_of(
+        client.post("/v1/completions", {"model": "story", "prompt": "x", "max_token": 9})
+    )
     assert error["message"] == "'max_token' is not recognised; did you mean 'max_tokens'?"
 
 
@@ -284,7 +423,10 @@ def test_health_and_metrics(client: Client, service: PromptService) -> None:
     client.get("/made-up")
     text = client.get("/metrics").text
     assert 'orchestrator_requests_total{model="spam",route="/classify",status="200"} 1.0' in text
-    assert 'orchestrator_requests_total{model="",route="/v1/models/{model:path}",status="404"} 1.0' in text
+    assert (
+        'orchestrator_requests_total{model="",route="/v1/models/{model:path}",status="404"} 1.0'
+        in text
+    )
     assert 'orchestrator_requests_total{model="",route="other",status="404"} 1.0' in text
     assert "orchestrator_loaded_prompts 3.0" in text
     assert "made-up" not in text
@@ -299,11 +441,18 @@ def test_keys(service: PromptService) -> None:
     client = Client(service, Access(keys))
     assert client.get("/health", base="http://elsewhere").status_code == 200
     for path in ("/v1/models", "/metrics", "/nothing", "/health/", "//health"):
-        for header in ({}, {"Authorization": "Bearer third"}, {"Authorization": "first"}, {"Authorization": "Bearer"}):
+        for header in (
+            {},
+            {"Authorization": "Bearer third"},
+            {"Authorization": "first"},
+            {"Authorization": "Bearer"},
+        ):
             answer = client.get(path, headers=header)
             assert (answer.status_code, error_of(answer)["code"]) == (401, "invalid_api_key")
     for key in ("first", "second"):
-        answer = client.get("/v1/models", base="http://elsewhere", headers={"Authorization": f"Bearer {key}"})
+        answer = client.get(
+            "/v1/models", base="http://elsewhere", headers={"Authorization": f"Bearer {key}"}
+        )
         assert answer.status_code == 200
     assert hashlib.sha256(b"first").hexdigest() == keys[0].sha256
 
@@ -314,7 +463,9 @@ def test_without_keys_only_local_names_are_answered(client: Client) -> None:
         assert client.get("/v1/models", base=base).status_code == 200
     for base in ("http://attacker.example", "http://127.0.0.1.attacker.example:8000"):
         assert client.get("/v1/models", base=base).status_code == 403
-    assert [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "::", "10.0.0.1")] == [
+    assert [
+        is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "::", "10.0.0.1")
+    ] == [
         True,
         True,
         True,
@@ -325,7 +476,9 @@ def test_without_keys_only_local_names_are_answered(client: Client) -> None:
 
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
-VALUES = st.recursive(SCALARS, lambda it: st.lists(it, max_size=3) | st.dictionaries(st.text(), it, max_size=3))
+VALUES = st.recursive(
+    SCALARS, lambda it: st.lists(it, max_size=3) | st.dictionaries(st.text(), it, max_size=3)
+)
 FIELDS = st.sampled_from(
     [
         "model",
@@ -342,7 +495,9 @@ FIELDS = st.sampled_from(
         "user",
     ]
 )
-ROWS = st.lists(st.text(max_size=30) | st.dictionaries(st.just("text"), SCALARS, max_size=1), max_size=3)
+ROWS = st.lists(
+    st.text(max_size=30) | st.dictionaries(st.just("text"), SCALARS, max_size=1), max_size=3
+)
 BODIES = st.dictionaries(FIELDS | st.text(max_size=5), VALUES, max_size=6) | st.fixed_dictionaries(
     {"model": st.sampled_from(["spam", "story", "trec", "spam:1", "x"])},
     optional={
@@ -357,7 +512,9 @@ BODIES = st.dictionaries(FIELDS | st.text(max_size=5), VALUES, max_size=6) | st.
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(path=st.sampled_from(["/classify", "/v1/completions"]), body=BODIES | VALUES)
 def test_no_body_is_an_internal_error(client: Client, path: str, body: Any) -> None:
     """Whatever JSON is sent, the answer is a result or a well-formed refusal."""

@@ -37,7 +37,9 @@ BODY = {"model": "story", "prompt": "the fox", "max_tokens": 8, "temperature": 0
 
 
 @pytest.fixture(scope="module")
-def registry(tmp_path_factory: pytest.TempPathFactory, backbone: Backbone, write_artifact: Any) -> Registry:
+def registry(
+    tmp_path_factory: pytest.TempPathFactory, backbone: Backbone, write_artifact: Any
+) -> Registry:
     folder = tmp_path_factory.mktemp("prompts")
     registry = Registry(f"sqlite:///{folder}/mlflow.db", cache_dir=folder / "cache")
     with registry.start_search("serving", {}, {}) as search:
@@ -51,7 +53,10 @@ def registry(tmp_path_factory: pytest.TempPathFactory, backbone: Backbone, write
 def serving(registry: Registry, **more: Any) -> Iterator[Server]:
     os.environ["ORCHESTRATOR_API_KEYS"] = KEY
     try:
-        server = start(ServeOptions(port=free_port(), cpus=1, poll_seconds=0.5, drain_seconds=20, **more), registry)
+        server = start(
+            ServeOptions(port=free_port(), cpus=1, poll_seconds=0.5, drain_seconds=20, **more),
+            registry,
+        )
     finally:
         del os.environ["ORCHESTRATOR_API_KEYS"]
     try:
@@ -83,7 +88,14 @@ class Watch:
 @pytest.mark.usefixtures("ray_cluster")
 def test_one_to_three_to_one_under_load(registry: Registry) -> None:
     """Replicas follow a load that rises and falls, and no request fails while they come or go."""
-    with serving(registry, replicas=1, max_replicas=3, target_ongoing=2, upscale_seconds=1, downscale_seconds=3) as up:
+    with serving(
+        registry,
+        replicas=1,
+        max_replicas=3,
+        target_ongoing=2,
+        upscale_seconds=1,
+        downscale_seconds=3,
+    ) as up:
         watch = Watch()
         assert watch.now() == 1
         body = {**BODY, "max_tokens": 100}
@@ -101,7 +113,14 @@ def test_one_to_three_to_one_under_load(registry: Registry) -> None:
 @pytest.mark.usefixtures("ray_cluster")
 def test_to_none_and_back(registry: Registry) -> None:
     """Without requests no replica is kept; the first request waits for one and is answered."""
-    with serving(registry, replicas=0, max_replicas=1, target_ongoing=2, upscale_seconds=0, downscale_seconds=2) as up:
+    with serving(
+        registry,
+        replicas=0,
+        max_replicas=1,
+        target_ongoing=2,
+        upscale_seconds=0,
+        downscale_seconds=2,
+    ) as up:
         watch = Watch()
         assert eventually(lambda: watch.now() == 0)
         begun = time.monotonic()
@@ -119,12 +138,22 @@ def write_certificate(folder: Path) -> tuple[Path, Path]:
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "loopback")])
     now = datetime.datetime.now(datetime.UTC)
     address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
-    made = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+    made = (
+        x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+    )
     made = made.serial_number(x509.random_serial_number()).add_extension(address, critical=False)
-    made = made.not_valid_before(now - datetime.timedelta(days=1)).not_valid_after(now + datetime.timedelta(days=1))
+    made = made.not_valid_before(now - datetime.timedelta(days=1)).not_valid_after(
+        now + datetime.timedelta(days=1)
+    )
     certificate, private = folder / "cert.pem", folder / "key.pem"
-    certificate.write_bytes(made.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
-    form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    certificate.write_bytes(
+        made.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    )
+    form = (
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
     private.write_bytes(key.private_bytes(*form))
     return certificate, private
 
@@ -137,7 +166,9 @@ def test_https(registry: Registry, tmp_path: Path) -> None:
         assert up.url.startswith("https://127.0.0.1:")
         headers = {"Authorization": f"Bearer {KEY}"}
         trusting = ssl.create_default_context(cafile=str(certificate))
-        answer = httpx.post(f"{up.url}/v1/completions", json=BODY, headers=headers, verify=trusting, timeout=60)
+        answer = httpx.post(
+            f"{up.url}/v1/completions", json=BODY, headers=headers, verify=trusting, timeout=60
+        )
         assert answer.status_code == 200, answer.text
         with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
             httpx.get(f"{up.url}/health")

@@ -44,7 +44,9 @@ def test_a_name_is_its_champion_and_versions_load_on_first_need(
 def test_a_moved_alias_swaps(store: PromptStore, registry: Any, make_artifact: Any) -> None:
     """After the alias moved, the next poll loads the new version; a prompt already handed out stays whole."""
     before = store.get("spam")
-    registry.add("spam", 2, make_artifact("spam-2", verbalizer=SPAM, seed=9), "champion", "challenger")
+    registry.add(
+        "spam", 2, make_artifact("spam-2", verbalizer=SPAM, seed=9), "champion", "challenger"
+    )
     assert store.get("spam") is before
     store.refresh()
     assert (store.get("spam").version, before.version) == (2, 1)
@@ -57,7 +59,9 @@ def test_a_moved_alias_swaps(store: PromptStore, registry: Any, make_artifact: A
     ]
 
 
-def test_requests_never_fail_while_aliases_move(backbone: Backbone, registry: Any, make_artifact: Any) -> None:
+def test_requests_never_fail_while_aliases_move(
+    backbone: Backbone, registry: Any, make_artifact: Any
+) -> None:
     """Under constant moves every request gets one of the two versions."""
     registry.add("spam", 2, make_artifact("spam-2", verbalizer=SPAM, seed=9))
     store = PromptStore(backbone, registry, poll_seconds=0.001)
@@ -90,7 +94,9 @@ def altered(folder: Path) -> Path:
 
 def not_finite(folder: Path) -> Path:
     manifest = json.loads((folder / "manifest.json").read_text())
-    weights = np.full((manifest["num_virtual_tokens"], manifest["base_model"]["hidden_size"]), np.nan, np.float32)
+    weights = np.full(
+        (manifest["num_virtual_tokens"], manifest["base_model"]["hidden_size"]), np.nan, np.float32
+    )
     save_file({"prompt": weights}, folder / "prompt.safetensors")
     manifest["weights_sha256"] = file_sha256(folder / "prompt.safetensors")
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -105,13 +111,20 @@ BAD: dict[str, Any] = {
     "too long for the context": lambda make, other: make("bad", tokens=200, verbalizer=SPAM),
     "no files": lambda make, other: Path("/nonexistent"),
     "labels with the same tokens": lambda make, other: make("bad", verbalizer={0: " x", 1: " x"}),
-    "a template without a column": lambda make, other: make("bad", verbalizer=SPAM, template="Spam?"),
+    "a template without a column": lambda make, other: make(
+        "bad", verbalizer=SPAM, template="Spam?"
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", BAD)
 def test_a_bad_version_is_refused_and_the_old_one_goes_on(
-    kind: str, store: PromptStore, registry: Any, make_artifact: Any, other_backbone: Backbone, caplog: Any
+    kind: str,
+    store: PromptStore,
+    registry: Any,
+    make_artifact: Any,
+    other_backbone: Backbone,
+    caplog: Any,
 ) -> None:
     """Whatever is wrong with the new champion: logged once, never served, the old one answers."""
     registry.add("spam", 2, BAD[kind](make_artifact, other_backbone), "champion")
@@ -151,7 +164,9 @@ def test_a_repaired_version_is_taken_up_again(
     assert store.get("spam").version == 2
 
 
-def test_an_outage_keeps_what_is_loaded(store: PromptStore, registry: Any, make_artifact: Any, caplog: Any) -> None:
+def test_an_outage_keeps_what_is_loaded(
+    store: PromptStore, registry: Any, make_artifact: Any, caplog: Any
+) -> None:
     """While the registry is away loaded prompts answer, others are unavailable; afterwards moves are followed."""
     registry.add("spam", 2, make_artifact("spam-2", verbalizer=SPAM), "champion")
     registry.away = True
@@ -166,7 +181,9 @@ def test_an_outage_keeps_what_is_loaded(store: PromptStore, registry: Any, make_
     assert store.get("spam").version == 2
 
 
-def test_starting_during_an_outage_waits_for_the_registry(backbone: Backbone, registry: Any) -> None:
+def test_starting_during_an_outage_waits_for_the_registry(
+    backbone: Backbone, registry: Any
+) -> None:
     """Nothing is known yet: unavailable rather than unknown, and it heals."""
     registry.away = True
     store = PromptStore(backbone, registry)
@@ -182,14 +199,20 @@ def test_memory_is_bounded(backbone: Backbone, registry: Any, make_artifact: Any
     """The least recently used prompt leaves memory, and comes back when asked for."""
     one = load_prompt(backbone, registry.folders["spam", 1], "spam", 1).nbytes
     for version in range(2, 6):
-        registry.add("spam", version, make_artifact(f"spam-{version}", verbalizer=SPAM, seed=version))
+        registry.add(
+            "spam", version, make_artifact(f"spam-{version}", verbalizer=SPAM, seed=version)
+        )
     registry.aliases = {"spam": {"champion": 1}}
     store = PromptStore(backbone, registry, max_bytes=2 * one)
     store.refresh()
     for version in (2, 1, 3):
         store.get(f"spam:{version}")
     assert store.loaded_bytes == 2 * one
-    assert [store.loaded(f"spam:{version}") is not None for version in (1, 2, 3)] == [True, False, True]
+    assert [store.loaded(f"spam:{version}") is not None for version in (1, 2, 3)] == [
+        True,
+        False,
+        True,
+    ]
     assert store.get("spam:2").version == 2
     assert [card.id for card in store.cards()] == ["spam"]
 
@@ -208,7 +231,11 @@ def test_a_prompt_larger_than_the_memory_still_serves(backbone: Backbone, regist
         ((), ["spam", "spam:1", "spam@challenger", "trec"], []),
         (("spam",), ["spam", "spam@challenger", "spam:1", "spam:2"], ["trec", "trec:1"]),
         (("spam@challenger",), ["spam@challenger"], ["spam", "spam:2", "trec"]),
-        (("spam:2", "models:/trec@champion"), ["spam:2", "trec"], ["spam", "spam:1", "spam@challenger", "trec:1"]),
+        (
+            ("spam:2", "models:/trec@champion"),
+            ["spam:2", "trec"],
+            ["spam", "spam:1", "spam@challenger", "trec:1"],
+        ),
     ],
 )
 def test_only_the_listed_models_are_served(
@@ -255,7 +282,9 @@ def test_an_unknown_name_is_answered_with_the_nearest(store: PromptStore) -> Non
         store.get("sapm")
 
 
-def test_names_with_separators_are_found(store: PromptStore, registry: Any, make_artifact: Any) -> None:
+def test_names_with_separators_are_found(
+    store: PromptStore, registry: Any, make_artifact: Any
+) -> None:
     """A registry may hold names with @ and : in them."""
     registry.add("a@b:1", 1, make_artifact("odd", verbalizer=SPAM), "champion")
     store.refresh()

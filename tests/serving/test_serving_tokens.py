@@ -40,8 +40,12 @@ def grown(folder: Path, **special: str) -> Backbone:
 def api(tmp_path: Path, registry: Any, write_artifact: Any) -> Iterator[Any]:
     """The routes, with a prompt that classifies and one that writes."""
     backbone = grown(tmp_path / "model")
-    registry.add("spam", 2, write_artifact(tmp_path / "spam-2", backbone, verbalizer=LABELS), "champion")
-    registry.add("story", 2, write_artifact(tmp_path / "story-2", backbone, template="{text}"), "champion")
+    registry.add(
+        "spam", 2, write_artifact(tmp_path / "spam-2", backbone, verbalizer=LABELS), "champion"
+    )
+    registry.add(
+        "story", 2, write_artifact(tmp_path / "story-2", backbone, template="{text}"), "champion"
+    )
     engine = Engine(backbone)
     store = PromptStore(backbone, registry)
     store.refresh()
@@ -71,20 +75,31 @@ def user(text: str) -> list[dict[str, str]]:
         ("/v1/completions", "prompt", {"model": "story", "prompt": "see <url>"}),
         ("/v1/completions", "prompt", {"model": "story", "prompt": "see <url>", "stream": True}),
         ("/v1/chat/completions", "messages", {"model": "story", "messages": user("see <url>")}),
-        ("/v1/chat/completions", "messages", {"model": "story", "messages": [*user("<url>"), *user("fox")]}),
+        (
+            "/v1/chat/completions",
+            "messages",
+            {"model": "story", "messages": [*user("<url>"), *user("fox")]},
+        ),
     ],
 )
-def test_a_request_with_a_token_beyond_the_table_is_refused(api: Any, path: str, key: str, body: Any) -> None:
+def test_a_request_with_a_token_beyond_the_table_is_refused(
+    api: Any, path: str, key: str, body: Any
+) -> None:
     """400 names the token, its id and the table's size; the next request is answered."""
     answer = post(api, path, body)
     error = answer.json()["error"]
     assert (answer.status_code, error["param"], error["code"]) == (400, key, "invalid_value")
-    assert "holds token '<url>', id 330" in error["message"] and "table has 330 rows" in error["message"]
+    assert (
+        "holds token '<url>', id 330" in error["message"]
+        and "table has 330 rows" in error["message"]
+    )
     plain = json.loads(json.dumps(body).replace("<url>", "a fox"))
     assert post(api, path, plain).status_code == 200
 
 
-def test_a_prompt_is_not_served_where_its_end_token_has_no_embedding(tmp_path: Path, write_artifact: Any) -> None:
+def test_a_prompt_is_not_served_where_its_end_token_has_no_embedding(
+    tmp_path: Path, write_artifact: Any
+) -> None:
     """Every row would need it: refused as the prompt is loaded."""
     backbone = grown(tmp_path / "model", eos_token="<stop>")
     folder = write_artifact(tmp_path / "prompt", backbone, verbalizer=LABELS)
@@ -92,7 +107,9 @@ def test_a_prompt_is_not_served_where_its_end_token_has_no_embedding(tmp_path: P
         load_prompt(backbone, folder, "p", 1)
 
 
-def test_a_prompt_is_not_served_where_its_answers_have_no_embedding(tmp_path: Path, write_artifact: Any) -> None:
+def test_a_prompt_is_not_served_where_its_answers_have_no_embedding(
+    tmp_path: Path, write_artifact: Any
+) -> None:
     backbone = grown(tmp_path / "model")
     folder = write_artifact(tmp_path / "prompt", backbone, verbalizer={0: " ham", 1: " <url>"})
     with pytest.raises(BadInput, match="the answer ' <url>' holds token '<url>', id 330"):

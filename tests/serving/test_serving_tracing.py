@@ -88,7 +88,9 @@ def test_a_span_a_request(collector: Collector, service: PromptService) -> None:
     assert attributes(second)["error.type"] == "model_not_found"
     assert third.name == "GET other"
     for span in collector.spans:
-        assert not {"a secret", "<script>", "hidden", "nowhere"} & set(json.dumps(attributes(span)).split('"'))
+        assert not {"a secret", "<script>", "hidden", "nowhere"} & set(
+            json.dumps(attributes(span)).split('"')
+        )
 
 
 def test_a_stream_is_one_span(service: PromptService) -> None:
@@ -96,7 +98,10 @@ def test_a_stream_is_one_span(service: PromptService) -> None:
     kept = InMemorySpanExporter()
     traced = SpanTracer(kept)
     client = Client(service, tracer=traced)
-    client.post("/v1/completions", {"model": "story", "prompt": "a", "max_tokens": 4, "temperature": 0, "stream": True})
+    client.post(
+        "/v1/completions",
+        {"model": "story", "prompt": "a", "max_tokens": 4, "temperature": 0, "stream": True},
+    )
     traced.flush()
     (span,) = kept.get_finished_spans()
     assert span.attributes is not None

@@ -18,7 +18,11 @@ from orchestrator.search.submitted import carry_out
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A job as Ray unpacks it, in the working directory, and the environment of an attempt at a search."""
     (tmp_path / "source").mkdir()
-    job = small_job(tmp_path / "source", search__trials=2, train={"steps": 4, "batch_size": 4, "evaluate_every": 4})
+    job = small_job(
+        tmp_path / "source",
+        search__trials=2,
+        train={"steps": 4, "batch_size": 4, "evaluate_every": 4},
+    )
     folder = tmp_path / "package"
     pack(job).write(folder)
     shutil.rmtree(tmp_path / "source")
@@ -40,7 +44,11 @@ def test_an_error_is_left_for_the_submitter(package: Path, command: Command) -> 
 
 @pytest.mark.long
 def test_a_search_is_kept_where_the_next_attempt_finds_it(
-    package: Path, tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch, command: Command
+    package: Path,
+    tmp_path: Path,
+    ray_cluster: None,
+    monkeypatch: pytest.MonkeyPatch,
+    command: Command,
 ) -> None:
     """Under the submission's name, with its inputs: another attempt needs nothing of the first one's package. Its runs
     say who submitted it and what for."""
@@ -57,7 +65,10 @@ def test_a_search_is_kept_where_the_next_attempt_finds_it(
     (folder / "result.json").unlink()  # as if it had died just before its end
     monkeypatch.chdir(package)
     said = command("on-cluster")
-    assert said.code == 0 and "going on with search tiny-0123456789ab: 2 of 2 trials are over" in said.err
+    assert (
+        said.code == 0
+        and "going on with search tiny-0123456789ab: 2 of 2 trials are over" in said.err
+    )
     again = result_in(said.out)
     assert close(again["trials"], [{**trial, "workers": found["workers"]} for trial, found in zip(
         document["trials"], again["trials"], strict=True)])  # fmt: skip
@@ -66,7 +77,11 @@ def test_a_search_is_kept_where_the_next_attempt_finds_it(
 
 @pytest.mark.long
 def test_a_store_keeps_it_for_a_node_that_has_nothing(
-    package: Path, tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch, command: Command
+    package: Path,
+    tmp_path: Path,
+    ray_cluster: None,
+    monkeypatch: pytest.MonkeyPatch,
+    command: Command,
 ) -> None:
     """The second attempt is on another node of the same image: nothing of the first one is there."""
     monkeypatch.setenv("ORCHESTRATOR_HOME", (tmp_path / "store").as_uri())

@@ -23,7 +23,10 @@ from small_jobs import Said, close, search_runs, write_job
 from orchestrator.cluster.submit.outcome import MARK
 
 LIMIT_S = 250.0  # only what hangs takes this long
-HOURS = {"train": {"steps": 1_000_000, "batch_size": 4, "evaluate_every": 10}, "search__scheduler": "fifo"}
+HOURS = {
+    "train": {"steps": 1_000_000, "batch_size": 4, "evaluate_every": 10},
+    "search__scheduler": "fifo",
+}
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 
@@ -43,7 +46,14 @@ class Orchestrator:
         self.home = folder / "home"
 
     def start(self, *arguments: Any, **variables: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "orchestrator", *map(str, arguments), "--address", self.cluster.url]
+        command = [
+            sys.executable,
+            "-m",
+            "orchestrator",
+            *map(str, arguments),
+            "--address",
+            self.cluster.url,
+        ]
         code = {"PYTHONPATH": str(Path(__file__).parents[2])}
         return subprocess.Popen(
             self.cluster.network.inside(0, command),
@@ -83,7 +93,9 @@ def ran(cluster: RayProcesses, tmp_path_factory: pytest.TempPathFactory) -> Ran:
     folder = tmp_path_factory.mktemp("ran")
     train = {"steps": 400, "batch_size": 4, "evaluate_every": 50}
     resources = {"workers": 2, "cpus_per_worker": 1, "trials_per_worker": 1}
-    job = write_job(folder, train=train, search__trials=4, search__scheduler="fifo", resources=resources)
+    job = write_job(
+        folder, train=train, search__trials=4, search__scheduler="fifo", resources=resources
+    )
     orchestrator = Orchestrator(cluster, folder)
     line = ("submit", job, "--home", orchestrator.home, "--label", "project=toys", "--json")
     first = orchestrator(*line, "--no-wait")
@@ -158,7 +170,9 @@ def test_a_job_submitted_twice_runs_once(ran: Ran) -> None:
     assert [model.name for model in client.search_registered_models()] == ["tiny"]
 
 
-def test_a_wrong_token_and_an_unknown_job_are_refused(orchestrator: Orchestrator, tmp_path: Path) -> None:
+def test_a_wrong_token_and_an_unknown_job_are_refused(
+    orchestrator: Orchestrator, tmp_path: Path
+) -> None:
     """Exit code 2 and the next step, before anything is sent."""
     job = write_job(tmp_path)
     wrong = orchestrator("submit", job, RAY_AUTH_TOKEN="0" * 64, RAY_AUTH_TOKEN_PATH="")
@@ -174,7 +188,9 @@ def test_a_wrong_token_and_an_unknown_job_are_refused(orchestrator: Orchestrator
 def test_a_stopped_job_is_closed_and_goes_on(orchestrator: Orchestrator, tmp_path: Path) -> None:
     """stop waits until the MLflow runs are KILLED; following it ends with 130; the same submit goes on with its search;
     Ctrl-C leaves that running."""
-    job = write_job(tmp_path, **HOURS, resources={"workers": 1, "cpus_per_worker": 1, "trials_per_worker": 2})
+    job = write_job(
+        tmp_path, **HOURS, resources={"workers": 1, "cpus_per_worker": 1, "trials_per_worker": 2}
+    )
     line = ("submit", job, "--home", orchestrator.home)
     name = orchestrator(*line, "--no-wait").out.strip()
     follower = following(orchestrator, name, " step 20/")
@@ -182,7 +198,9 @@ def test_a_stopped_job_is_closed_and_goes_on(orchestrator: Orchestrator, tmp_pat
     assert stopped.document == {"id": name, "stopped": True, "status": "stopped"}
     out, err = follower.communicate(timeout=LIMIT_S)
     assert follower.returncode == 130 and f"job {name} was stopped" in err
-    assert f"next: orchestrator resume {name}" in out  # the driver's own farewell: it was not killed
+    assert (
+        f"next: orchestrator resume {name}" in out
+    )  # the driver's own farewell: it was not killed
     assert {run.info.status for run in orchestrator.runs} == {"KILLED"}
 
     submitter = orchestrator.start(*line)
@@ -201,9 +219,13 @@ def test_what_the_image_lacks_is_named(orchestrator: Orchestrator, tmp_path: Pat
     """A package that can't be imported on the cluster: exit code 1, its name, and what to do."""
     shadow = tmp_path / "shadow" / "safetensors"
     shadow.mkdir(parents=True)
-    (shadow / "__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'safetensors'\")\n")
+    (shadow / "__init__.py").write_text(
+        "raise ModuleNotFoundError(\"No module named 'safetensors'\")\n"
+    )
     job = write_job(tmp_path)
-    said = orchestrator("submit", job, "--home", orchestrator.home, "--env", f"PYTHONPATH={shadow.parent}")
+    said = orchestrator(
+        "submit", job, "--home", orchestrator.home, "--env", f"PYTHONPATH={shadow.parent}"
+    )
     assert said.code == 1
     assert "lacks the Python package safetensors" in said.err and "--pip FILE" in said.err
 
@@ -211,7 +233,13 @@ def test_what_the_image_lacks_is_named(orchestrator: Orchestrator, tmp_path: Pat
 def test_bad_data_is_the_jobs_own_error(orchestrator: Orchestrator, tmp_path: Path) -> None:
     """What only the driver can see is refused there, and the submitter exits with the driver's code and words."""
     said = orchestrator(
-        "submit", write_job(tmp_path), "--home", orchestrator.home, "--set", "data.target=nothing", "--json"
+        "submit",
+        write_job(tmp_path),
+        "--home",
+        orchestrator.home,
+        "--set",
+        "data.target=nothing",
+        "--json",
     )
     assert said.code == 2
     assert "data.target names column 'nothing'" in said.document["error"]["message"]
@@ -224,11 +252,15 @@ def test_what_was_tuned_is_served_there(cluster: RayProcesses, ran: Ran, tmp_pat
     settings["http_options"]["port"] = port
     (application,) = settings["applications"]
     application["args"]["max_replicas"] = 1
-    application["runtime_env"]["env_vars"]["MLFLOW_TRACKING_URI"] = f"sqlite:///{ran.orchestrator.home}/mlflow.db"
+    application["runtime_env"]["env_vars"]["MLFLOW_TRACKING_URI"] = (
+        f"sqlite:///{ran.orchestrator.home}/mlflow.db"
+    )
     file = tmp_path / "serve.yaml"
     file.write_text(yaml.safe_dump(settings))
     refused = cluster.run(
-        ["serve", "deploy", str(file), "--address", cluster.url], check=False, RAY_AUTH_MODE="disabled"
+        ["serve", "deploy", str(file), "--address", cluster.url],
+        check=False,
+        RAY_AUTH_MODE="disabled",
     )
     assert refused.returncode != 0
     cluster.run(["serve", "deploy", str(file), "--address", cluster.url])
@@ -238,7 +270,15 @@ def test_what_was_tuned_is_served_there(cluster: RayProcesses, ran: Ran, tmp_pat
         while "status: RUNNING" not in (said := cluster.run(ready, check=False).stdout):
             assert time.monotonic() < deadline and "DEPLOY_FAILED" not in said, said
             time.sleep(1.0)
-        query = [sys.executable, "-m", "orchestrator", "query", "tiny", "the quick brown fox", "--json"]
+        query = [
+            sys.executable,
+            "-m",
+            "orchestrator",
+            "query",
+            "tiny",
+            "the quick brown fox",
+            "--json",
+        ]
         answered = cluster.run([*query, "--url", f"http://127.0.0.1:{port}"])
     finally:
         cluster.run(["serve", "shutdown", "--address", cluster.url, "--yes"])

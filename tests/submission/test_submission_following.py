@@ -38,7 +38,10 @@ def test_an_attempt_under_way_is_found() -> None:
     """The newest one counts, by number; other jobs' ids that begin alike do not."""
     others = [job(f"{BASE}-x"), job(f"{BASE}0"), job(f"{BASE}-1"), job(f"other-{BASE}")]
     assert attempt(*others) == (False, Attempt(BASE, BASE, False))
-    ended = [job(BASE, "failed", 1), *(job(f"{BASE}-{number}", "failed", 1) for number in range(2, 11))]
+    ended = [
+        job(BASE, "failed", 1),
+        *(job(f"{BASE}-{number}", "failed", 1) for number in range(2, 11)),
+    ]
     running = job(f"{BASE}-11", metadata={"search": "s"})
     assert attempt(running, *ended) == (True, Attempt(f"{BASE}-11", "s", True))
     assert attempt(*ended)[1].id == f"{BASE}-11"
@@ -50,7 +53,10 @@ def test_an_attempt_goes_on_with_the_search_of_one_that_failed() -> None:
         over = job(f"{BASE}-2", status, metadata={"search": BASE})
         assert attempt(over) == (False, Attempt(f"{BASE}-3", BASE, False))
     assert attempt(job(BASE, "succeeded", 0)) == (False, Attempt(f"{BASE}-2", f"{BASE}-2", False))
-    assert attempt(search=f"{BASE}-2") == (False, Attempt(BASE, f"{BASE}-2", False))  # a new cluster knows none
+    assert attempt(search=f"{BASE}-2") == (
+        False,
+        Attempt(BASE, f"{BASE}-2", False),
+    )  # a new cluster knows none
 
 
 def test_each_line_of_a_log_is_shown_once() -> None:
@@ -70,18 +76,30 @@ def test_each_line_of_a_log_is_shown_once() -> None:
 
 def test_the_result_is_the_logs_last_whole_document() -> None:
     """Lines that only look like one, or were cut off, are passed over."""
-    log = "\n".join([result_line({"n": 1}), "text", result_line({"n": 2}), result_line({"n": 3})[:-4]])
+    log = "\n".join(
+        [result_line({"n": 1}), "text", result_line({"n": 2}), result_line({"n": 3})[:-4]]
+    )
     assert result_in(log) == {"n": 2}
     assert result_in("nothing") == {} and not visible(result_line({})) and visible("text")
 
 
 @pytest.mark.parametrize(
     ("code", "kind", "exit_code"),
-    [(1, JobFailed, 1), (2, BadInput, 2), (3, Unreachable, 3), (130, Interrupted, 130), (55, JobFailed, 1)],
+    [
+        (1, JobFailed, 1),
+        (2, BadInput, 2),
+        (3, Unreachable, 3),
+        (130, Interrupted, 130),
+        (55, JobFailed, 1),
+    ],
 )
-def test_a_jobs_exit_code_is_passed_through(code: int, kind: type[Exception], exit_code: int) -> None:
+def test_a_jobs_exit_code_is_passed_through(
+    code: int, kind: type[Exception], exit_code: int
+) -> None:
     """With the driver's own words and next step."""
-    said = result_line({"error": {"message": "what it was", "next": "what helps", "exit_code": code}})
+    said = result_line(
+        {"error": {"message": "what it was", "next": "what helps", "exit_code": code}}
+    )
     error = failure(job(status="failed", code=code), said)
     assert type(error) is kind and error.exit_code == exit_code
     assert (error.message, error.hint) == (f"job {BASE} failed: what it was", "what helps")
@@ -156,7 +174,10 @@ class Answers:
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     def version(self, found: str) -> None:
-        self.routes["/api/version"] = (200, {"version": "4", "ray_version": found, "ray_commit": "x"})
+        self.routes["/api/version"] = (
+            200,
+            {"version": "4", "ray_version": found, "ray_commit": "x"},
+        )
 
     def job(self, name: str, **fields: Any) -> None:
         self.routes[f"/api/jobs/{name}"] = (200, listed(name, **fields))
@@ -196,19 +217,42 @@ def test_what_is_sent(answers: Answers, command: Command, tmp_path: Path) -> Non
     pip = tmp_path / "more.txt"
     pip.write_text("optuna==5.0.0\n")
     job = write_job(tmp_path, base_model__id="owner/model")
-    options = ("--no-wait", "--env", "HF_TOKEN=t", "--pip", pip, "--label", "project=p", "--home", "/mnt/searches")
+    options = (
+        "--no-wait",
+        "--env",
+        "HF_TOKEN=t",
+        "--pip",
+        pip,
+        "--label",
+        "project=p",
+        "--home",
+        "/mnt/searches",
+    )
     said = command("submit", job, "--address", answers.url, *options)
     assert said.code == 0, said.err
     name = said.out.strip()
     assert f"orchestrator stop {name}" in said.err
     sent = json.loads(answers.bodies["POST /api/jobs/"])
-    assert (sent["submission_id"], sent["entrypoint"]) == (name, "python -m orchestrator on-cluster")
-    assert sent["metadata"] | {"label.project": "p", "search": name, "name": "tiny"} == sent["metadata"]
+    assert (sent["submission_id"], sent["entrypoint"]) == (
+        name,
+        "python -m orchestrator on-cluster",
+    )
+    assert (
+        sent["metadata"] | {"label.project": "p", "search": name, "name": "tiny"}
+        == sent["metadata"]
+    )
     environment = sent["runtime_env"]
-    assert environment["env_vars"] | {"HF_TOKEN": "t", "ORCHESTRATOR_HOME": "/mnt/searches"} == environment["env_vars"]
+    assert (
+        environment["env_vars"] | {"HF_TOKEN": "t", "ORCHESTRATOR_HOME": "/mnt/searches"}
+        == environment["env_vars"]
+    )
     assert environment["pip"]["packages"] == ["optuna==5.0.0"]
     assert str(tmp_path) not in json.dumps(sent)
-    uploaded = {path.rpartition("/")[2]: body for path, body in answers.bodies.items() if path.startswith("PUT")}
+    uploaded = {
+        path.rpartition("/")[2]: body
+        for path, body in answers.bodies.items()
+        if path.startswith("PUT")
+    }
     packages = [zipfile.ZipFile(io.BytesIO(uploaded[uri.removeprefix("gcs://")])).namelist() for uri in (
         environment["working_dir"], *environment["py_modules"])]  # fmt: skip
     assert {"job.yaml", "inputs/data-path-train.jsonl"} <= set(packages[0])
@@ -222,11 +266,19 @@ def test_what_is_sent(answers: Answers, command: Command, tmp_path: Path) -> Non
 
 
 def listed(name: str, status: str, **fields: Any) -> dict[str, Any]:
-    known = {"type": "SUBMISSION", "submission_id": name, "entrypoint": "e", "start_time": 1000, "status": status}
+    known = {
+        "type": "SUBMISSION",
+        "submission_id": name,
+        "entrypoint": "e",
+        "start_time": 1000,
+        "status": status,
+    }
     return known | fields
 
 
-def test_an_address_given_wins_over_the_environment(answers: Answers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_given_wins_over_the_environment(
+    answers: Answers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ray's client would ask whatever RAY_ADDRESS names."""
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")
     Cluster(answers.url).connect()
@@ -244,7 +296,11 @@ def refused(status: int) -> Callable[[Answers], None]:
         (refused(403), BadInput, "refuses the token"),
         (refused(502), Unreachable, "no Ray cluster answers"),
         (refused(404), Unreachable, "no Ray cluster answers"),
-        (lambda answers: answers.routes.update({"/api/version": (200, "<html>")}), Unreachable, "no Ray cluster"),
+        (
+            lambda answers: answers.routes.update({"/api/version": (200, "<html>")}),
+            Unreachable,
+            "no Ray cluster",
+        ),
     ],
 )
 def test_what_answers_otherwise_is_told_apart(
@@ -274,7 +330,12 @@ def test_jobs_are_listed_for_people_and_programs(answers: Answers, command: Comm
         [one, {"type": "DRIVER", "job_id": "01", "entrypoint": "e", "status": "RUNNING"}],
     )
     said = command("jobs", "--address", answers.url)
-    assert "1 min 0 s" in said.out and "ada" in said.out and "project=p" in said.out and "verysecret" not in said.out
+    assert (
+        "1 min 0 s" in said.out
+        and "ada" in said.out
+        and "project=p" in said.out
+        and "verysecret" not in said.out
+    )
     (shown,) = command("jobs", "--address", answers.url, "--json").document
     assert (shown["id"], shown["status"], shown["labels"], shown["seconds"]) == (
         BASE,

@@ -14,7 +14,13 @@ from orchestrator.errors import BadInput
 from orchestrator.job.spec import DataFiles
 from orchestrator.job.yaml import load_job
 
-MODEL = {"config.json": "{}", "tokenizer.json": "{}", "model.safetensors": "weights", "notes.md": "no", "old.bin": "no"}
+MODEL = {
+    "config.json": "{}",
+    "tokenizer.json": "{}",
+    "model.safetensors": "weights",
+    "notes.md": "no",
+    "old.bin": "no",
+}
 
 
 @pytest.fixture
@@ -37,7 +43,9 @@ def prompt(tmp_path: Path) -> Path:
     return folder
 
 
-def test_everything_that_the_spec_names_is_taken_along(tmp_path: Path, model: Path, prompt: Path) -> None:
+def test_everything_that_the_spec_names_is_taken_along(
+    tmp_path: Path, model: Path, prompt: Path
+) -> None:
     """Data, model folder and prompts by places of their own; from another folder they are found again, and what is not
     a path stays as it is."""
     inits = ["random", {"artifact": str(prompt)}, {"artifact": "registered@champion"}]
@@ -46,7 +54,9 @@ def test_everything_that_the_spec_names_is_taken_along(tmp_path: Path, model: Pa
     assert package.elsewhere == ()
     written = tmp_path / "package"
     package.write(written)
-    assert sorted(str(file.relative_to(written)) for file in written.rglob("*") if file.is_file()) == [
+    assert sorted(
+        str(file.relative_to(written)) for file in written.rglob("*") if file.is_file()
+    ) == [
         "inputs/base_model-id/config.json",
         "inputs/base_model-id/model.safetensors",
         "inputs/base_model-id/tokenizer.json",
@@ -109,9 +119,11 @@ def test_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mo
 def test_the_code_is_this_package(tmp_path: Path) -> None:
     """Every module, by its name below orchestrator/, and nothing that Python made of them."""
     names = [file.name for file in code_files()]
-    assert {"orchestrator/__init__.py", "orchestrator/cli/entry.py", "orchestrator/cluster/submit/package.py"} <= set(
-        names
-    )
+    assert {
+        "orchestrator/__init__.py",
+        "orchestrator/cli/entry.py",
+        "orchestrator/cluster/submit/package.py",
+    } <= set(names)
     assert not [name for name in names if "__pycache__" in name]
 
 

@@ -23,13 +23,22 @@ SECRET = "hf_verysecret"
 
 @pytest.fixture(autouse=True)
 def bare(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HF_TOKEN", "HF_HOME", "HF_HUB_OFFLINE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+    for name in (
+        "HF_TOKEN",
+        "HF_HOME",
+        "HF_HUB_OFFLINE",
+        "RAY_AUTH_TOKEN",
+        "RAY_AUTH_TOKEN_PATH",
+        "RAY_AUTH_MODE",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
 def made(folder: Path, overrides: tuple[str, ...] = (), **options: Any) -> Submission:
     folder.mkdir(exist_ok=True)
-    return make_submission(load_job(write_job(folder, base_model__id="owner/model"), overrides), None, **options)
+    return make_submission(
+        load_job(write_job(folder, base_model__id="owner/model"), overrides), None, **options
+    )
 
 
 def test_equal_submissions_have_equal_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,11 +46,16 @@ def test_equal_submissions_have_equal_ids(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("HF_TOKEN", SECRET)
     first = made(tmp_path / "one", asked=["HF_TOKEN"], labels=["project=a"]).request.base_id
     monkeypatch.setenv("HF_TOKEN", "another")
-    assert made(tmp_path / "two", asked=["HF_TOKEN"], labels=["project=b"], retries=3).request.base_id == first
+    assert (
+        made(tmp_path / "two", asked=["HF_TOKEN"], labels=["project=b"], retries=3).request.base_id
+        == first
+    )
     assert re.fullmatch(r"tiny-[0-9a-f]{12}", first)
 
 
-def test_whatever_changes_the_result_changes_the_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whatever_changes_the_result_changes_the_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Spec, data, code, packages, where things are kept, and where MLflow is."""
     pip = tmp_path / "requirements.txt"
     pip.write_text("optuna==5.0.0  # for the searcher\n\n# nothing\n")
@@ -67,12 +81,21 @@ def test_nothing_that_anybody_wrote_is_run_by_a_shell(tmp_path: Path) -> None:
     """The entrypoint is the same for every job; Ray gives it to a shell."""
     label = "note=$(reboot); `id`"
     request = made(tmp_path, ('data.template="{text} $(reboot)"',), labels=[label]).request
-    assert request.document("http://h:1")["entrypoint"] == ENTRYPOINT == "python -m orchestrator on-cluster"
+    assert (
+        request.document("http://h:1")["entrypoint"]
+        == ENTRYPOINT
+        == "python -m orchestrator on-cluster"
+    )
     environment = request.runtime_env("s", tmp_path / "job", tmp_path / "code" / "orchestrator")
-    assert "reboot" not in environment["working_dir"] and request.metadata("s")["label.note"] == label[5:]
+    assert (
+        "reboot" not in environment["working_dir"]
+        and request.metadata("s")["label.note"] == label[5:]
+    )
 
 
-def test_secrets_stay_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: Command) -> None:
+def test_secrets_stay_here(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: Command
+) -> None:
     """Tokens and passwords are passed on by name only, and then never shown; the settings of MLflow and the hub are."""
     for name, value in {
         "HF_TOKEN": SECRET, "HF_HUB_OFFLINE": "0", "HF_HOME": "/home/me/hf", "MLFLOW_TRACKING_PASSWORD": SECRET,
@@ -83,8 +106,13 @@ def test_secrets_stay_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, comm
     line = ("submit", job, "--dry-run", "--address", f"http://me:{SECRET}@head:8265")
     plain = command(*line, "--json").document
     variables = plain["runtime_env"]["env_vars"]
-    assert {"MLFLOW_TRACKING_URI": "http://mlflow:5000", "HF_HUB_OFFLINE": "0"}.items() <= variables.items()
-    assert not {"HF_TOKEN", "HF_HOME", "MLFLOW_TRACKING_PASSWORD", "RAY_AUTH_TOKEN", "OTHER"} & set(variables)
+    assert {
+        "MLFLOW_TRACKING_URI": "http://mlflow:5000",
+        "HF_HUB_OFFLINE": "0",
+    }.items() <= variables.items()
+    assert not {"HF_TOKEN", "HF_HOME", "MLFLOW_TRACKING_PASSWORD", "RAY_AUTH_TOKEN", "OTHER"} & set(
+        variables
+    )
     assert any("HF_TOKEN, MLFLOW_TRACKING_PASSWORD stays here" in note for note in plain["notes"])
     assert plain["address"] == "http://***@head:8265"
     asked = ("--env", "HF_TOKEN", "--env", "HF_HOME=/mnt/hf", "--env", f"MINE={SECRET}")
@@ -104,11 +132,17 @@ def test_a_dry_run_asks_nobody_and_shows_the_request(command: Command, tmp_path:
     assert document["metadata"]["label.project"] == "p/1" and document["metadata"]["user"]
     assert document["metadata"]["search"] == document["submission_id"]
     packed = [file["name"] for file in document["runtime_env"]["working_dir"]]
-    assert packed == [f"inputs/data-path-{split}.jsonl" for split in ("train", "validation", "test")]
+    assert packed == [
+        f"inputs/data-path-{split}.jsonl" for split in ("train", "validation", "test")
+    ]
     assert document["on_the_cluster"] == ["/mnt/model"] and document["job"]["name"] == "tiny"
     assert document["runtime_env"]["pip"] is None
     page = command(*line)
-    assert page.code == 0 and page.out.endswith("nothing was sent\n") and document["submission_id"] in page.out
+    assert (
+        page.code == 0
+        and page.out.endswith("nothing was sent\n")
+        and document["submission_id"] in page.out
+    )
     assert command(*line, "--json").document == document
 
 
@@ -122,7 +156,10 @@ def test_a_dry_run_asks_nobody_and_shows_the_request(command: Command, tmp_path:
         ({"labels": ["user=somebody"]}, "is set already"),
         ({"labels": ["a=line\nbreak"]}, "plain characters"),
         ({"home": "relative"}, "is not a whole path"),
-        ({"home": "ftp://host/searches"}, "--home is 'ftp://host/searches': no store of kind 'ftp'"),
+        (
+            {"home": "ftp://host/searches"},
+            "--home is 'ftp://host/searches': no store of kind 'ftp'",
+        ),
         ({"home": "s3://me:secret@bucket/searches"}, "--home holds a key"),
         ({"home": "s3://"}, "names no bucket"),
         ({"shared": [Path("/no/such/folder")]}, "is no folder here"),
@@ -146,17 +183,25 @@ def test_an_address_with_a_login_is_not_passed_on_by_itself() -> None:
         forwarded(here)
     assert SECRET not in str(refused.value)
     assert forwarded(here, ["MLFLOW_TRACKING_URI"]).shown() == {"MLFLOW_TRACKING_URI": "***"}
-    assert mask_secrets(f"--index-url https://me:{SECRET}@index/simple x") == "--index-url https://***@index/simple x"
+    assert (
+        mask_secrets(f"--index-url https://me:{SECRET}@index/simple x")
+        == "--index-url https://***@index/simple x"
+    )
 
 
-def test_what_was_probably_not_meant_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_probably_not_meant_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Retries without a folder that outlives the cluster, and an MLflow on this machine for a cluster elsewhere."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://localhost:5000")
     job = load_job(write_job(tmp_path, base_model__id="owner/model"))
     here = make_submission(job, "http://127.0.0.1:8265", home="/mnt/searches", retries=2).document()
     assert here["notes"] == []
     lost, elsewhere = make_submission(job, "http://head:8265", retries=2).document()["notes"]
-    assert "without --home" in lost and "MLFLOW_TRACKING_URI=http://localhost:5000 means the node" in elsewhere
+    assert (
+        "without --home" in lost
+        and "MLFLOW_TRACKING_URI=http://localhost:5000 means the node" in elsewhere
+    )
 
 
 def test_pip_lines_and_labels(tmp_path: Path) -> None:
@@ -185,7 +230,9 @@ def test_other_addresses_are_refused_with_the_right_one(address: str, hint: str)
     assert checked_address("https://head/") == "https://head"
 
 
-def test_the_token_is_found_as_ray_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_token_is_found_as_ray_finds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The variable, then the file; this machine's own only when it is asked for, so that no stranger gets it."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / ".ray").mkdir()

@@ -44,13 +44,19 @@ SEARCH = SearchSpec(metric="loss")
 def task(family: str, method: MethodName) -> Task:
     """Rows to learn by heart: they are trained on and evaluated on."""
     backbone = backbone_of(family, torch.float32)
-    verbalizer = Verbalizer(tuple(VERBALIZERS["several tokens"]), tuple(VERBALIZERS["several tokens"].values()))
-    encoder = Encoder(tokenizer_of(family), Template("{text}\nspam?"), verbalizer, 40, 32, backbone.family)
+    verbalizer = Verbalizer(
+        tuple(VERBALIZERS["several tokens"]), tuple(VERBALIZERS["several tokens"].values())
+    )
+    encoder = Encoder(
+        tokenizer_of(family), Template("{text}\nspam?"), verbalizer, 40, 32, backbone.family
+    )
     rows = encoder.encode(text_rows(8, 1), "label")
     return Task(encoder, {"train": rows, "validation": rows, "test": rows}, method=Method(method))
 
 
-def engine_of(family: str, method: MethodName, train: TrainSpec = TRAIN, backbone: Backbone | None = None) -> Engine:
+def engine_of(
+    family: str, method: MethodName, train: TrainSpec = TRAIN, backbone: Backbone | None = None
+) -> Engine:
     made = backbone or backbone_of(family, torch.float32)
     return make_engine(made, task(family, method), train, SEARCH, capacity=4)
 
@@ -74,15 +80,25 @@ def test_a_baseline_learns_and_leaves_the_model_as_it_was(family: str, method: M
     engine.seat("t", SPECS[method])
     assert not engine.free_slots  # one trial at a time, whatever was asked for
     (first,) = engine.round()
-    assert backbone.digest() == before and engine.evaluate(EvaluationJob("validation"))["loss"] == bare
+    assert (
+        backbone.digest() == before and engine.evaluate(EvaluationJob("validation"))["loss"] == bare
+    )
     last = run_out(engine)[-1]
     assert last.ending == "steps" and last.best_metrics["loss"] < 0.6 * bare
-    assert backbone.digest() == before and [name for name, _ in backbone.model.named_modules()] == names
+    assert (
+        backbone.digest() == before
+        and [name for name, _ in backbone.model.named_modules()] == names
+    )
     assert not any(parameter.requires_grad for parameter in backbone.model.parameters())
     again = engine.evaluate(EvaluationJob("test", last.checkpoint, spec=SPECS[method]))
     assert again["loss"] == pytest.approx(last.best_metrics["loss"], rel=1e-4)
-    assert last.costs.seconds > 0 and last.costs.evaluation_seconds > 0 and last.costs.peak_bytes > 0
-    assert last.costs.parameters * 4 == last.costs.stored_bytes > 0 and first.costs.parameters == last.costs.parameters
+    assert (
+        last.costs.seconds > 0 and last.costs.evaluation_seconds > 0 and last.costs.peak_bytes > 0
+    )
+    assert (
+        last.costs.parameters * 4 == last.costs.stored_bytes > 0
+        and first.costs.parameters == last.costs.parameters
+    )
 
 
 @pytest.mark.parametrize("method", SPECS)
@@ -111,7 +127,9 @@ def test_a_baseline_goes_on_from_its_checkpoint(method: MethodName) -> None:
     assert all(torch.allclose(ended[name], wanted[name], atol=1e-6) for name in wanted)
 
 
-def test_the_model_is_put_right_after_a_step_that_breaks_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_is_put_right_after_a_step_that_breaks_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """An error in the middle of a forward leaves the frozen model behind."""
     for method, spec in SPECS.items():
         engine = engine_of("llama", method)
@@ -133,9 +151,14 @@ def test_lora_counts_and_rank() -> None:
     """Two matrices for each of PEFT's usual projections: of query and value in a Llama."""
     found = {}
     for rank in (2, 4):
-        change = make_change("lora", replace(SPECS["lora"], rank=rank), backbone_of("llama", torch.float32))
+        change = make_change(
+            "lora", replace(SPECS["lora"], rank=rank), backbone_of("llama", torch.float32)
+        )
         found[rank] = sum(parameter.numel() for parameter in change.parameters())
-    assert found == {2: 2 * 2 * (32 + 32 + 32 + 16), 4: 4 * 2 * (32 + 32 + 32 + 16)}  # 2 layers, 2 of 4 heads are kv
+    assert found == {
+        2: 2 * 2 * (32 + 32 + 32 + 16),
+        4: 4 * 2 * (32 + 32 + 32 + 16),
+    }  # 2 layers, 2 of 4 heads are kv
     assert {name.rsplit(".", 3)[1] for name in change.named()} == {"q_proj", "v_proj"}
 
 
@@ -193,14 +216,18 @@ def test_a_tuned_model_is_a_model_folder(tmp_path: Path) -> None:
     with change.applied():
         wanted, _ = backbone.teacher_forced(None, *rows)
     source = resolve_model(BaseModelSpec(id=str(model)))
-    folder = save_result(tmp_path / "result", spec, change.named(), source, {"method": "model_tuning"})
+    folder = save_result(
+        tmp_path / "result", spec, change.named(), source, {"method": "model_tuning"}
+    )
     tuned, _ = load(folder).teacher_forced(None, *rows)
     assert torch.allclose(tuned, wanted, atol=1e-5)
     assert not torch.allclose(wanted, backbone.teacher_forced(None, *rows)[0], atol=1e-3)
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
+)
 def test_qlora_learns_over_rounded_weights(tmp_path: Path, quantization: str) -> None:
     """The loss falls; the rounded weights stay."""
     folder = save_model(tmp_path / "model", hidden_size=128, intermediate_size=256)

@@ -43,7 +43,9 @@ def test_round_trip(optimizer: str) -> None:
     after = TrialState.from_bytes(before.to_bytes())
     assert after == before and after.tensors.keys() == before.tensors.keys()
     for name, tensor in before.tensors.items():
-        assert torch.equal(after.tensors[name], tensor) and after.tensors[name].dtype == tensor.dtype
+        assert (
+            torch.equal(after.tensors[name], tensor) and after.tensors[name].dtype == tensor.dtype
+        )
     assert TrialState.from_bytes(after.to_bytes()).to_bytes() == before.to_bytes()
 
 
@@ -77,7 +79,10 @@ def test_another_prompts_state_is_refused() -> None:
     start = SoftPrompt(torch.zeros(3, 4))
     restore_prompt(start, state(), "f00d")
     assert torch.equal(start.prompt.detach(), state().prompt()["prompt"])
-    for other in (SoftPrompt(torch.zeros(5, 4)), Prefix({"decoder": DirectSite(torch.zeros(2, 2, 1, 3, 4))})):
+    for other in (
+        SoftPrompt(torch.zeros(5, 4)),
+        Prefix({"decoder": DirectSite(torch.zeros(2, 2, 1, 3, 4))}),
+    ):
         with pytest.raises(BadInput, match="of another prompt"):
             restore_prompt(other, state(), "f00d")
 
@@ -93,7 +98,9 @@ def test_a_state_that_is_not_finite_is_refused() -> None:
     ruined = state()
     ruined.tensors["prompt.prompt"][1, 1] = torch.nan
     with pytest.raises(BadInput, match="prompt holds values that are not finite"):
-        restore_prompt(SoftPrompt(torch.zeros(3, 4)), TrialState.from_bytes(ruined.to_bytes()), "f00d")
+        restore_prompt(
+            SoftPrompt(torch.zeros(3, 4)), TrialState.from_bytes(ruined.to_bytes()), "f00d"
+        )
 
 
 def test_it_is_a_safetensors_document_and_nothing_else() -> None:
@@ -103,9 +110,18 @@ def test_it_is_a_safetensors_document_and_nothing_else() -> None:
     header = json.loads(data[8 : 8 + size])
     metadata = header.pop("__metadata__")
     assert set(metadata) == {"state"}
-    assert set(json.loads(metadata["state"])) == {"step", "best_step", "best_metrics", "waited", "base_model"}
+    assert set(json.loads(metadata["state"])) == {
+        "step",
+        "best_step",
+        "best_metrics",
+        "waited",
+        "base_model",
+    }
     assert 8 + size + max(entry["data_offsets"][1] for entry in header.values()) == len(data)
-    assert sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in header.values()) == len(data) - 8 - size
+    assert (
+        sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in header.values())
+        == len(data) - 8 - size
+    )
     assert len(data) < 2000
 
 
@@ -126,7 +142,9 @@ def test_other_bytes_are_refused(data: bytes) -> None:
         TrialState.from_bytes(data)
 
 
-@pytest.mark.parametrize("header", [b"[]", b"3", b'{"__metadata__": 1}', b'{"__metadata__": {"state": "[]"}}', b"{}"])
+@pytest.mark.parametrize(
+    "header", [b"[]", b"3", b'{"__metadata__": 1}', b'{"__metadata__": {"state": "[]"}}', b"{}"]
+)
 def test_other_documents_are_refused(header: bytes) -> None:
     """JSON of another shape is bad input too."""
     with pytest.raises(BadInput):

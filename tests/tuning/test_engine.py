@@ -68,7 +68,9 @@ def prompts_in(report: Report) -> dict[str, torch.Tensor]:
 
 def assert_same(got: list[Report], wanted: list[Report], rel: float) -> None:
     """Equal reports up to rounding, checkpoints included."""
-    assert [(r.step, r.ending, r.best_step) for r in got] == [(r.step, r.ending, r.best_step) for r in wanted]
+    assert [(r.step, r.ending, r.best_step) for r in got] == [
+        (r.step, r.ending, r.best_step) for r in wanted
+    ]
     for one, other in zip(got, wanted, strict=True):
         assert one.metrics == pytest.approx(other.metrics, rel=rel, nan_ok=True)
         assert one.train_loss == pytest.approx(other.train_loss, rel=rel, nan_ok=True)
@@ -85,7 +87,9 @@ def assert_same(got: list[Report], wanted: list[Report], rel: float) -> None:
 @pytest.mark.parametrize("prompt_once", [True, False], ids=["once", "concatenated"])
 def test_packed_trials_end_where_they_end_alone(optimizer: str, prompt_once: bool) -> None:
     """Trials of other inits, lengths, learning rates and seeds in one engine report what each reports alone."""
-    train = TrainSpec(steps=6, batch_size=4, evaluate_every=2, optimizer=optimizer, weight_decay=1e-3)
+    train = TrainSpec(
+        steps=6, batch_size=4, evaluate_every=2, optimizer=optimizer, weight_decay=1e-3
+    )
     options = {"train": train, "backbone": tiny_backbone(prompt_once=prompt_once)}
     engine = make_engine(capacity=4, **options)
     for name, spec in TRIALS.items():
@@ -99,7 +103,9 @@ def test_packed_trials_end_where_they_end_alone(optimizer: str, prompt_once: boo
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 def test_a_trial_is_a_plain_training_loop(optimizer: str) -> None:
     """One row at a time, the mean over the batch's target tokens, one update: a loop without an engine ends alike."""
-    train = TrainSpec(steps=7, batch_size=4, evaluate_every=7, optimizer=optimizer, weight_decay=1e-3)
+    train = TrainSpec(
+        steps=7, batch_size=4, evaluate_every=7, optimizer=optimizer, weight_decay=1e-3
+    )
     spec, split, backbone = TRIALS["vocabulary"], TASK.splits["train"], tiny_backbone()
     prompt = nn.Parameter(initial_prompt(spec, InitContext.of(backbone, TASK.encoder.answers)))
     updates = Updater([prompt], spec.learning_rate, train)
@@ -115,7 +121,9 @@ def test_a_trial_is_a_plain_training_loop(optimizer: str) -> None:
     assert sorted(seen[:20]) == list(range(20))  # the first epoch, which ends within a batch
     (report,) = alone("vocabulary", train=train)
     assert report.train_loss == pytest.approx(sum(losses) / 7, rel=1e-4)
-    torch.testing.assert_close(prompts_in(report)["prompt.prompt"], prompt.detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        prompts_in(report)["prompt.prompt"], prompt.detach(), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_packed_trials_end_where_they_end_alone_in_float32() -> None:
@@ -170,12 +178,18 @@ def test_divergence_ends_a_trial_and_keeps_its_best_prompt() -> None:
     (report,) = engine.round()
     assert (report.ending, report.step, report.metrics) == ("diverged", 3, {}) and not engine.slots
     assert math.isnan(report.train_loss)
-    assert (report.best_step, report.best_metrics, report.score) == (2, sound.best_metrics, sound.score)
+    assert (report.best_step, report.best_metrics, report.score) == (
+        2,
+        sound.best_metrics,
+        sound.score,
+    )
     assert torch.equal(prompts_in(report)["best.prompt"], prompts_in(sound)["best.prompt"])
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "loss"])
-def test_divergence_in_the_last_step_before_an_evaluation(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_divergence_in_the_last_step_before_an_evaluation(
+    metric: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An update that overflows shows in no training loss; the evaluation finds it, and the score stays comparable."""
     engine = make_engine(search=SearchSpec(metric=metric))
     engine.seat("sound", TRIALS["labels"])
@@ -189,8 +203,15 @@ def test_divergence_in_the_last_step_before_an_evaluation(metric: str, monkeypat
 
     monkeypatch.setattr(engine_module, "apply_all", overflowing)
     sound, ruined = engine.round()
-    assert (ruined.ending, ruined.step, ruined.metrics, ruined.best_metrics) == ("diverged", 2, {}, {})
-    assert math.isfinite(ruined.train_loss) and ruined.score == (0.0 if metric == "accuracy" else 1e30)
+    assert (ruined.ending, ruined.step, ruined.metrics, ruined.best_metrics) == (
+        "diverged",
+        2,
+        {},
+        {},
+    )
+    assert math.isfinite(ruined.train_loss) and ruined.score == (
+        0.0 if metric == "accuracy" else 1e30
+    )
     monkeypatch.undo()
     assert_same([sound], alone("labels", search=SearchSpec(metric=metric))[:1], rel=1e-4)
 
@@ -206,7 +227,9 @@ def test_divergence_that_only_the_evaluation_sees(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("name", ["vocabulary", "labels"])
 def test_resuming_equals_never_stopping(optimizer: str, name: str) -> None:
     """From each of its checkpoints a trial goes on, in another engine, to the very same reports, to the bit."""
-    train = TrainSpec(steps=8, batch_size=6, evaluate_every=2, optimizer=optimizer, weight_decay=1e-4, patience=9)
+    train = TrainSpec(
+        steps=8, batch_size=6, evaluate_every=2, optimizer=optimizer, weight_decay=1e-4, patience=9
+    )
     whole = alone(name, train=train)
     assert len(whole) == 4  # 48 rows of 20: the batches run over two ends of an epoch
     for done in range(1, 4):
@@ -227,7 +250,9 @@ def test_resuming_beside_others_equals_never_stopping() -> None:
     assert_same(reports["uniform"], alone("uniform")[1:], rel=1e-4)
 
 
-@pytest.mark.parametrize("method", [Method(), Method("prefix_tuning", "mlp", 8), Method("p_tuning", "lstm")], ids=str)
+@pytest.mark.parametrize(
+    "method", [Method(), Method("prefix_tuning", "mlp", 8), Method("p_tuning", "lstm")], ids=str
+)
 def test_a_copy_goes_on_from_anothers_checkpoint(method: Method) -> None:
     """Prompt, moments, best result and step are the other's; learning rate and seed its own, in the engine in which it
     has trained so far."""
@@ -240,9 +265,15 @@ def test_a_copy_goes_on_from_anothers_checkpoint(method: Method) -> None:
     copied = replace(other, learning_rate=other.learning_rate * 1.2, seed=5)
     engine.seat("copy", copied, source.checkpoint)
     state = engine.slots["copy"].state()
-    assert state == TrialState.from_bytes(source.checkpoint) and state.to_bytes() == source.checkpoint
+    assert (
+        state == TrialState.from_bytes(source.checkpoint) and state.to_bytes() == source.checkpoint
+    )
     reports = run_out(engine)
-    assert [report.step for report in reports["copy"]] == [report.step for report in reports["source"]] == [4, 6]
+    assert (
+        [report.step for report in reports["copy"]]
+        == [report.step for report in reports["source"]]
+        == [4, 6]
+    )
     assert reports["copy"][0].train_loss != reports["source"][0].train_loss
 
 
@@ -250,7 +281,8 @@ def test_the_same_trial_twice_gives_the_same_bits() -> None:
     """Spec and seed decide everything: two runs have equal checkpoints, byte for byte; another seed has not."""
     assert alone("vocabulary") == alone("vocabulary")
     assert (
-        alone("vocabulary")[-1].checkpoint != alone("vocabulary", replace(TRIALS["vocabulary"], seed=5))[-1].checkpoint
+        alone("vocabulary")[-1].checkpoint
+        != alone("vocabulary", replace(TRIALS["vocabulary"], seed=5))[-1].checkpoint
     )
 
 
@@ -263,19 +295,27 @@ def test_the_backbone_is_never_trained() -> None:
     engine.seat("vocabulary", TRIALS["vocabulary"])
     run_out(engine)
     assert backbone.digest() == before
-    assert all(weight.grad is None and not weight.requires_grad for weight in backbone.model.parameters())
+    assert all(
+        weight.grad is None and not weight.requires_grad for weight in backbone.model.parameters()
+    )
 
 
 def test_tuning_lowers_the_loss() -> None:
     """Thirty steps on six rows bring the training loss down by a fifth: the gradient points the right way."""
     task = small_task(train=6)
     train = TrainSpec(steps=30, batch_size=6, evaluate_every=10, optimizer="adamw")
-    first, *_, last = alone("uniform", replace(TRIALS["uniform"], learning_rate=0.3), task=task, train=train)
+    first, *_, last = alone(
+        "uniform", replace(TRIALS["uniform"], learning_rate=0.3), task=task, train=train
+    )
     assert last.train_loss < 0.8 * first.train_loss
 
 
-@pytest.mark.parametrize(("steps", "every", "at"), [(5, 2, [2, 4, 5]), (4, 2, [2, 4]), (3, 3, [3]), (1, 1, [1])])
-def test_evaluations_come_every_so_often_and_at_the_end(steps: int, every: int, at: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("steps", "every", "at"), [(5, 2, [2, 4, 5]), (4, 2, [2, 4]), (3, 3, [3]), (1, 1, [1])]
+)
+def test_evaluations_come_every_so_often_and_at_the_end(
+    steps: int, every: int, at: list[int]
+) -> None:
     """The last step is evaluated, whether or not it is a multiple."""
     reports = alone("labels", train=TrainSpec(steps=steps, batch_size=2, evaluate_every=every))
     assert [report.step for report in reports] == at
@@ -297,14 +337,23 @@ class Scripted:
         self.todo = iter(metrics)
         monkeypatch.setattr(engine_module, "evaluate", self)
 
-    def __call__(self, backbone: Backbone, prompts: list[Any], *rest: Any) -> list[dict[str, float]]:
+    def __call__(
+        self, backbone: Backbone, prompts: list[Any], *rest: Any
+    ) -> list[dict[str, float]]:
         accuracy, loss = next(self.todo)
         return [{"accuracy": accuracy, "exact_match": 0.0, "loss": loss} for _ in prompts]
 
 
-def scripted(monkeypatch: pytest.MonkeyPatch, metrics: list[tuple[float, float]], **options: Any) -> list[Report]:
+def scripted(
+    monkeypatch: pytest.MonkeyPatch, metrics: list[tuple[float, float]], **options: Any
+) -> list[Report]:
     Scripted(monkeypatch, metrics)
-    train = {"steps": len(metrics), "batch_size": 2, "evaluate_every": 1, **options.pop("train", {})}
+    train = {
+        "steps": len(metrics),
+        "batch_size": 2,
+        "evaluate_every": 1,
+        **options.pop("train", {}),
+    }
     return alone("uniform", train=TrainSpec(**train), **options)
 
 
@@ -375,7 +424,9 @@ def test_evaluation_jobs() -> None:
     """A checkpoint is evaluated with its best prompt, an instruction on its own rows, and nothing as the bare model."""
     task = small_task()
     rows = [{"text": "great movie", "label": 1}, {"text": "bad movie", "label": 0}]
-    task.instructed["Judge."] = {"validation": task.encoder.encode(rows, "label", before="Judge.\n")}
+    task.instructed["Judge."] = {
+        "validation": task.encoder.encode(rows, "label", before="Judge.\n")
+    }
     reports = alone("vocabulary", task=task)
     engine = make_engine(task=task)
     on_best = engine.evaluate(EvaluationJob("validation", reports[-1].checkpoint))
@@ -416,12 +467,20 @@ def test_the_frozen_models_dropout_is_a_setting() -> None:
 @pytest.mark.parametrize("reduction", ["token_mean", "sum_per_row", "sum"])
 def test_how_token_losses_become_one(reduction: str) -> None:
     """Mean over tokens, mean over rows of each row's sum, or sum: the loss and the gradient are scaled alike."""
-    train = TrainSpec.model_validate({"steps": 1, "batch_size": 4, "evaluate_every": 1, "loss_reduction": reduction})
+    train = TrainSpec.model_validate(
+        {"steps": 1, "batch_size": 4, "evaluate_every": 1, "loss_reduction": reduction}
+    )
     spec, split, backbone = TRIALS["vocabulary"], TASK.splits["train"], tiny_backbone()
     prompt = initial_prompt(spec, InitContext.of(backbone, TASK.encoder.answers))
     rows = step_rows(len(split), 4, spec.seed, 0)
-    nll = sum(float(alone_nll(backbone, prompt, split.inputs[row], split.targets[row])) for row in rows)
-    whole = {"token_mean": sum(len(split.targets[row]) for row in rows), "sum_per_row": 4, "sum": 1}[reduction]
+    nll = sum(
+        float(alone_nll(backbone, prompt, split.inputs[row], split.targets[row])) for row in rows
+    )
+    whole = {
+        "token_mean": sum(len(split.targets[row]) for row in rows),
+        "sum_per_row": 4,
+        "sum": 1,
+    }[reduction]
     (report,) = alone("vocabulary", train=train)
     assert report.train_loss == pytest.approx(nll / whole, rel=1e-5)
 

@@ -33,7 +33,9 @@ def naive(backbone: Backbone, prompt: Tensor | None, split: Encoded, encoder: En
     right = exact = 0
     nll, tokens = 0.0, 0
     for ids, target, label in zip(split.inputs, split.targets, split.labels, strict=True):
-        scores = [-float(alone_nll(backbone, prompt, ids, answer)) for answer in encoder.scored_answers]
+        scores = [
+            -float(alone_nll(backbone, prompt, ids, answer)) for answer in encoder.scored_answers
+        ]
         right += bool(scores) and scores.index(max(scores)) == label
         exact += greedy(backbone, prompt, ids, len(target)) == target
         nll += float(alone_nll(backbone, prompt, ids, target))
@@ -49,7 +51,9 @@ def greedy(backbone: Backbone, prompt: Tensor | None, ids: Sequence[int], length
     return made
 
 
-def compare(backbone: Backbone, split: Encoded, encoder: Encoder, bare: bool = True) -> list[Metrics]:
+def compare(
+    backbone: Backbone, split: Encoded, encoder: Encoder, bare: bool = True
+) -> list[Metrics]:
     prompts = random_prompts(backbone, [4, 1, 9], seed=3)
     with torch.no_grad():
         got = evaluate(backbone, prompts, split, encoder)
@@ -87,12 +91,16 @@ def test_the_size_of_forwards_changes_nothing(limit: int, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("prefix", [False, True], ids=["apart", "prefix"])
 @pytest.mark.parametrize("prompt_once", [True, False], ids=["once", "concatenated"])
-def test_the_end_token_ranks_only_where_one_answer_begins_another(prefix: bool, prompt_once: bool) -> None:
+def test_the_end_token_ranks_only_where_one_answer_begins_another(
+    prefix: bool, prompt_once: bool
+) -> None:
     """Every row's best answer is the one that single rows say, by its own tokens or, with prefixes, to its end."""
     backbone = tiny_backbone(prompt_once=prompt_once)
     (prompt,) = random_prompts(backbone, [6], seed=8)
     encoder = encoder_for("several tokens")
-    encoder.answers = [[place + 5, *ids] for place, ids in enumerate(random_ids([1, 2, 1, 2, 1, 1, 2, 1], seed=6))]
+    encoder.answers = [
+        [place + 5, *ids] for place, ids in enumerate(random_ids([1, 2, 1, 2, 1, 1, 2, 1], seed=6))
+    ]
     if prefix:
         encoder.answers[3] = [*encoder.answers[0], 9]
     ended = [[*ids, encoder.end_id] for ids in encoder.answers]
@@ -105,7 +113,9 @@ def test_the_end_token_ranks_only_where_one_answer_begins_another(prefix: bool, 
     with torch.no_grad():
         labels = [best(ids, encoder.scored_answers) for ids in inputs]
         assert labels != [best(ids, encoder.answers if prefix else ended) for ids in inputs]
-        (metrics,) = evaluate(backbone, [prompt], Encoded(inputs, [ended[label] for label in labels], labels), encoder)
+        (metrics,) = evaluate(
+            backbone, [prompt], Encoded(inputs, [ended[label] for label in labels], labels), encoder
+        )
     assert metrics["accuracy"] == 1
 
 
@@ -119,7 +129,11 @@ def greedy_answers(backbone: Backbone, prompt: Tensor, encoder: Encoder, labels:
     if labels:
         # The answers are what the model says to rows 0 and 1, and its end token what it says next to row 0.
         encoder.answers, encoder.end_id = [made[0][:2], made[1][:2]], made[0][2]
-        return Encoded(inputs, [[*encoder.answers[place % 2], encoder.end_id] for place in range(4)], [0, 1, 0, 1])
+        return Encoded(
+            inputs,
+            [[*encoder.answers[place % 2], encoder.end_id] for place in range(4)],
+            [0, 1, 0, 1],
+        )
     targets = [made[0], made[1][:2], [*made[2][:2], made[2][2] + 1], [made[3][0] + 1, *made[3][1:]]]
     return Encoded(inputs, targets, [-1] * 4)
 
@@ -149,10 +163,16 @@ def test_exact_match_is_what_generate_gives() -> None:
         split = greedy_answers(backbone, prompt, encoder, labels=False)
         matched = 0
         for ids, target in zip(split.inputs, split.targets, strict=True):
-            embeds = torch.cat([prompt[None], backbone.embed(torch.tensor([ids], device=backbone.device))], dim=1)
+            embeds = torch.cat(
+                [prompt[None], backbone.embed(torch.tensor([ids], device=backbone.device))], dim=1
+            )
             mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
             made = model.generate(
-                inputs_embeds=embeds, attention_mask=mask, max_new_tokens=len(target), do_sample=False, eos_token_id=-1
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                max_new_tokens=len(target),
+                do_sample=False,
+                eos_token_id=-1,
             )
             matched += made[0].tolist() == target
         (metrics,) = evaluate(backbone, [prompt], split, encoder)

@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from models import encoder_for, random_ids, random_prompts, small_task, tiny_backbone, tiny_tokenizer
+from models import (
+    encoder_for,
+    random_ids,
+    random_prompts,
+    small_task,
+    tiny_backbone,
+    tiny_tokenizer,
+)
 
 from orchestrator.data.encoding import Encoded
 from orchestrator.job.space import TrialSpec
@@ -51,7 +58,9 @@ def test_the_model_without_a_prompt_is_one_entry() -> None:
     """Without prompts there is one list of texts: what the model says by itself."""
     backbone, encoder = tiny_backbone(), encoder_for(None)
     (texts,) = generate(backbone, None, INPUTS, encoder, GREEDY)
-    made = decode(start(backbone, None, INPUTS, [0] * len(INPUTS)), encoder.end_id, GREEDY.max_tokens)
+    made = decode(
+        start(backbone, None, INPUTS, [0] * len(INPUTS)), encoder.end_id, GREEDY.max_tokens
+    )
     assert texts == [tiny_tokenizer().decode(ids).strip() for ids in made]
 
 
@@ -63,7 +72,9 @@ class Says:
 
     @property
     def logits(self) -> torch.Tensor:
-        return torch.nn.functional.one_hot(torch.tensor([self.ids[self.at]] * self.rows), len(tiny_tokenizer())).float()
+        return torch.nn.functional.one_hot(
+            torch.tensor([self.ids[self.at]] * self.rows), len(tiny_tokenizer())
+        ).float()
 
     def select(self, rows: torch.Tensor) -> Says:
         return Says(self.ids, len(rows), self.at)
@@ -75,8 +86,14 @@ class Says:
 def test_special_tokens_and_outer_spaces_are_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pad that a model says is dropped; spaces around the text go, spaces inside stay as they are."""
     tokenizer = tiny_tokenizer()
-    ids = [*tokenizer(" a  good ")["input_ids"], tokenizer.pad_token_id, *tokenizer(" .\n")["input_ids"]]
-    monkeypatch.setattr(generate_module, "start", lambda *_: Says([*ids, tokenizer.eos_token_id], 1))
+    ids = [
+        *tokenizer(" a  good ")["input_ids"],
+        tokenizer.pad_token_id,
+        *tokenizer(" .\n")["input_ids"],
+    ]
+    monkeypatch.setattr(
+        generate_module, "start", lambda *_: Says([*ids, tokenizer.eos_token_id], 1)
+    )
     backbone: Any = SimpleNamespace()
     assert generate(backbone, None, [[5]], encoder_for(None), Decoding(99)) == [["a  good  ."]]
 
@@ -84,7 +101,10 @@ def test_special_tokens_and_outer_spaces_are_no_text(monkeypatch: pytest.MonkeyP
 def split_with_references(texts: list[str]) -> Encoded:
     """A split whose references are the given texts and another one, in turn."""
     encoded = Encoded(INPUTS, [[3, 4, 0]] * len(INPUTS), [-1] * len(INPUTS))
-    return replace(encoded, references=[[text] if n % 2 else ["nothing like it", text] for n, text in enumerate(texts)])
+    return replace(
+        encoded,
+        references=[[text] if n % 2 else ["nothing like it", text] for n, text in enumerate(texts)],
+    )
 
 
 def test_metrics_are_of_the_texts_against_the_references() -> None:
@@ -99,7 +119,10 @@ def test_metrics_are_of_the_texts_against_the_references() -> None:
         plain = evaluate(backbone, prompts, split, encoder)
         of_texts = generated_metrics(backbone, prepared, split, encoder, BEAMS)
     assert [one["exact_text"] for one in got] == [1, 0]
-    assert got == [{**one, **text_metrics(made, split.references)} for one, made in zip(plain, texts, strict=True)]
+    assert got == [
+        {**one, **text_metrics(made, split.references)}
+        for one, made in zip(plain, texts, strict=True)
+    ]
     assert of_texts == [text_metrics(made, split.references) for made in texts]
     assert set(plain[0]) == {"exact_match", "loss"}
 
@@ -107,7 +130,9 @@ def test_metrics_are_of_the_texts_against_the_references() -> None:
 def one_round(task: Task, metric: Metric) -> tuple[Engine, Report]:
     """One trial of two steps, and its report."""
     backbone = tiny_backbone(dtype=torch.float32)
-    engine = Engine(backbone, task, TrainSpec(steps=2, evaluate_every=2), SearchSpec(metric=metric), capacity=2)
+    engine = Engine(
+        backbone, task, TrainSpec(steps=2, evaluate_every=2), SearchSpec(metric=metric), capacity=2
+    )
     engine.seat("a", TrialSpec("random", None, num_virtual_tokens=3, learning_rate=0.1, seed=0))
     (report,) = engine.round()
     return engine, report
@@ -119,7 +144,9 @@ def test_the_engine_ranks_trials_by_a_text_metric() -> None:
     engine, report = one_round(task, "loss")
     assert set(report.metrics) == {"exact_match", "loss"}
     prepared = engine.backbone.prepare([TrialState.from_bytes(report.checkpoint).best()["prompt"]])
-    (said,) = generate(engine.backbone, prepared, task.splits["validation"].inputs, task.encoder, GREEDY)
+    (said,) = generate(
+        engine.backbone, prepared, task.splits["validation"].inputs, task.encoder, GREEDY
+    )
     references = {"validation": [[said[0]], [said[1]], ["no"], ["no"]], "test": [["no"]] * 5}
     for split, texts in references.items():
         task.splits[split] = replace(task.splits[split], references=texts)

@@ -73,20 +73,29 @@ def assert_same(parts: list[Ended], wanted: Ended, rel: float = 1e-4) -> None:
         assert part.bare == pytest.approx(wanted.bare, rel=rel)
         for name, reports in wanted.reports.items():
             got = part.reports[name]
-            assert [(r.step, r.ending, r.best_step) for r in got] == [(r.step, r.ending, r.best_step) for r in reports]
+            assert [(r.step, r.ending, r.best_step) for r in got] == [
+                (r.step, r.ending, r.best_step) for r in reports
+            ]
             for one, other in zip(got, reports, strict=True):
                 assert one.metrics == pytest.approx(other.metrics, rel=rel)
                 assert one.train_loss == pytest.approx(other.train_loss, rel=rel)
     for name, reports in wanted.reports.items():
-        got, expected = (TrialState.from_bytes(r[-1].checkpoint).tensors for r in (parts[0].reports[name], reports))
+        got, expected = (
+            TrialState.from_bytes(r[-1].checkpoint).tensors
+            for r in (parts[0].reports[name], reports)
+        )
         assert got.keys() == expected.keys()
         for key, tensor in expected.items():
-            torch.testing.assert_close(got[key], tensor, rtol=rel, atol=rel * float(tensor.abs().max()))
+            torch.testing.assert_close(
+                got[key], tensor, rtol=rel, atol=rel * float(tensor.abs().max())
+            )
         assert not any(report.checkpoint for part in parts[1:] for report in part.reports[name])
 
 
 @sharded_or_not
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.family}, {case.method.name}, {case.method.inside}")
+@pytest.mark.parametrize(
+    "case", CASES, ids=lambda case: f"{case.family}, {case.method.name}, {case.method.inside}"
+)
 def test_two_workers_end_where_one_does(two: Processes, case: Case, sharded: bool) -> None:
     """Losses, metrics and prompts of every method on every family; the frozen weights stay as they are."""
     assert_same(two(ended, replace(case, sharded=sharded)), alone(case))
@@ -99,7 +108,11 @@ def test_three_workers_end_where_one_does(three: Processes, option: str) -> None
     case = Case(train=TrainSpec.model_validate({**SGD.model_dump(), **OPTIONS[option]}))
     for sharded in (False, True):
         # adamw's first updates are signs: what is rounded otherwise may end elsewhere.
-        assert_same(three(ended, replace(case, sharded=sharded)), alone(case), rel=1e-2 if option == "adamw" else 1e-4)
+        assert_same(
+            three(ended, replace(case, sharded=sharded)),
+            alone(case),
+            rel=1e-2 if option == "adamw" else 1e-4,
+        )
 
 
 @sharded_or_not
@@ -108,7 +121,9 @@ def test_three_workers_end_where_one_does(three: Processes, option: str) -> None
 @pytest.mark.parametrize("beams", [1, 2])
 def test_texts_are_the_same(three: Processes, family: str, beams: int, sharded: bool) -> None:
     """Rows are shared out for generation, though one worker's texts may end sooner than another's."""
-    case = Case(family, train=GENTLE.model_copy(update={"steps": 2}), generates=True, num_beams=beams)
+    case = Case(
+        family, train=GENTLE.model_copy(update={"steps": 2}), generates=True, num_beams=beams
+    )
     wanted = alone(case)
     assert_same(three(ended, replace(case, sharded=sharded)), wanted)
     assert "bleu" in wanted.bare
@@ -116,14 +131,19 @@ def test_texts_are_the_same(three: Processes, family: str, beams: int, sharded: 
 
 @sharded_or_not
 @pytest.mark.parametrize("generates", [False, True], ids=["ranks", "generates"])
-def test_one_workers_lack_of_room_is_everyones(two: Processes, generates: bool, sharded: bool) -> None:
+def test_one_workers_lack_of_room_is_everyones(
+    two: Processes, generates: bool, sharded: bool
+) -> None:
     """Memory runs out on one worker alone, in forwards and backwards: all cut, none waits, and the end is the same."""
     case = Case("llama", generates=generates)
     parts = two(ended, replace(case, sharded=sharded), short_of_room)
     assert_same(parts, alone(case))
     for part in parts:
         for reports in part.reports.values():
-            assert "training ran out of memory and went on with forwards of at most" in reports[-1].note
+            assert (
+                "training ran out of memory and went on with forwards of at most"
+                in reports[-1].note
+            )
             assert "evaluation ran out of memory" in reports[-1].note
 
 
@@ -133,7 +153,8 @@ def test_trials_without_room_are_reported(two: Processes, sharded: bool) -> None
     for notes in two(notes_of, Case(sharded=sharded), roomless):
         assert set(notes) == set(TRIALS)
         assert all(
-            ending == "no_room" and "memory does not suffice for one row" in note for ending, note in notes.values()
+            ending == "no_room" and "memory does not suffice for one row" in note
+            for ending, note in notes.values()
         )
 
 
@@ -142,7 +163,9 @@ def test_a_worker_keeps_its_part(three: Processes) -> None:
     """Of the blocks each worker holds about a third; all parts together are the weights that were loaded."""
     whole = Case().backbone()
     parts = three(held, Case(sharded=True))
-    blocks = bytes_elsewhere(whole.model, 1_000_000) * 2  # two equal blocks, of which one counts as held
+    blocks = (
+        bytes_elsewhere(whole.model, 1_000_000) * 2
+    )  # two equal blocks, of which one counts as held
     total = sum(tensor.nbytes for tensor in whole.model.parameters())
     for part in parts:
         assert part.same

@@ -27,7 +27,9 @@ TRIALS = {
 TRAIN = TrainSpec(steps=4, batch_size=5, evaluate_every=2)
 ERRORS: list[Callable[[], Exception]] = [
     lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB"),
-    lambda: RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+    lambda: RuntimeError(
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
+    ),
     MemoryError,
 ]
 
@@ -41,7 +43,9 @@ def generation_task() -> Task:
     return replace(task, decoding=Decoding(5, num_beams=2))
 
 
-def ended(backbone: Backbone, task: Task, names: Sequence[str] = tuple(TRIALS)) -> dict[str, list[Report]]:
+def ended(
+    backbone: Backbone, task: Task, names: Sequence[str] = tuple(TRIALS)
+) -> dict[str, list[Report]]:
     """Every report of the trials, which share one engine."""
     engine = Engine(backbone, task, TRAIN, SearchSpec(metric="loss"), capacity=len(names))
     for name in names:
@@ -54,7 +58,10 @@ def ended(backbone: Backbone, task: Task, names: Sequence[str] = tuple(TRIALS)) 
 
 
 def cramped(
-    error: Callable[[], Exception] = MemoryError, tokens: int = 10_000, prompts: int = 100, longest: int = 100
+    error: Callable[[], Exception] = MemoryError,
+    tokens: int = 10_000,
+    prompts: int = 100,
+    longest: int = 100,
 ) -> Backbone:
     """A backbone that runs out of memory beyond so many tokens of a forward, so many prompts, or a prompt so long."""
     backbone: Any = tiny_backbone()
@@ -73,7 +80,10 @@ def cramped(
         return start(prompt, inputs, *rest)
 
     def prepared(asked: Any) -> Any:
-        lengths = [one.num_virtual_tokens if hasattr(one, "num_virtual_tokens") else len(one) for one in asked]
+        lengths = [
+            one.num_virtual_tokens if hasattr(one, "num_virtual_tokens") else len(one)
+            for one in asked
+        ]
         if len(asked) > prompts or max(lengths) > longest:
             raise error()
         return prepare(asked)
@@ -91,14 +101,19 @@ def assert_same(got: dict[str, list[Report]], wanted: dict[str, list[Report]]) -
 
 
 @pytest.mark.parametrize(
-    ("error", "tokens"), list(zip(ERRORS, [150, 60, 41], strict=True)), ids=["accelerator", "allocator", "python"]
+    ("error", "tokens"),
+    list(zip(ERRORS, [150, 60, 41], strict=True)),
+    ids=["accelerator", "allocator", "python"],
 )
 def test_smaller_forwards_change_nothing(error: Callable[[], Exception], tokens: int) -> None:
     """Whatever a forward may hold, down to a row, each trial ends as without a limit; its reports say what happened."""
     wanted = ended(tiny_backbone(), small_task())
     got = ended(cramped(error, tokens=tokens), small_task())
     assert_same(got, wanted)
-    assert all("training ran out of memory and went on with forwards of at most" in r[-1].note for r in got.values())
+    assert all(
+        "training ran out of memory and went on with forwards of at most" in r[-1].note
+        for r in got.values()
+    )
     assert all(not report.note for reports in wanted.values() for report in reports)
 
 
@@ -112,7 +127,9 @@ def test_fewer_trials_at_a_time_change_nothing(prompts: int) -> None:
 
 def test_both_at_once() -> None:
     """A limit on forwards and one on prompts together."""
-    assert_same(ended(cramped(tokens=60, prompts=1), small_task()), ended(tiny_backbone(), small_task()))
+    assert_same(
+        ended(cramped(tokens=60, prompts=1), small_task()), ended(tiny_backbone(), small_task())
+    )
 
 
 def test_texts_are_generated_in_smaller_batches() -> None:
@@ -144,7 +161,10 @@ def test_only_who_does_not_fit_alone_fails() -> None:
     got = ended(cramped(longest=5), small_task())
     (lost,) = got.pop("long")
     assert (lost.ending, lost.step, lost.metrics) == ("no_room", 0, {})
-    assert lost.note.startswith("memory does not suffice for one row of") and "7 virtual tokens" in lost.note
+    assert (
+        lost.note.startswith("memory does not suffice for one row of")
+        and "7 virtual tokens" in lost.note
+    )
     assert_same(got, ended(tiny_backbone(), small_task(), ["short", "one"]))
     assert not any(report.note for reports in got.values() for report in reports)
 
@@ -155,14 +175,20 @@ def test_nothing_fits() -> None:
     ((report,),) = ended(backbone, small_task(), ["one"]).values()
     assert report.ending == "no_room" and report.step == 0
     engine = Engine(backbone, small_task(), TRAIN, SearchSpec(), capacity=1)
-    with pytest.raises(JobFailed, match=r"the test split can't be evaluated: memory does not suffice"):
+    with pytest.raises(
+        JobFailed, match=r"the test split can't be evaluated: memory does not suffice"
+    ):
         engine.evaluate(EvaluationJob("test"))
 
 
 def test_baselines_are_cut_too() -> None:
     """Metrics without a prompt are the same, however small the forwards."""
-    wanted = Engine(tiny_backbone(), small_task(), TRAIN, SearchSpec(), 1).evaluate(EvaluationJob("test"))
-    got = Engine(cramped(tokens=41), small_task(), TRAIN, SearchSpec(), 1).evaluate(EvaluationJob("test"))
+    wanted = Engine(tiny_backbone(), small_task(), TRAIN, SearchSpec(), 1).evaluate(
+        EvaluationJob("test")
+    )
+    got = Engine(cramped(tokens=41), small_task(), TRAIN, SearchSpec(), 1).evaluate(
+        EvaluationJob("test")
+    )
     assert got == pytest.approx(wanted, rel=1e-6)
 
 
@@ -171,7 +197,9 @@ def test_other_errors_pass() -> None:
     with pytest.raises(RuntimeError, match="shapes do not match"):
         ended(cramped(lambda: RuntimeError("shapes do not match"), tokens=60), small_task())
     assert not ran_out(ValueError("out of memory")) and not ran_out(KeyError("x"))
-    assert ran_out(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    assert ran_out(
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    )
 
 
 def test_what_was_learned_is_kept() -> None:
@@ -189,7 +217,10 @@ def test_what_was_learned_is_kept() -> None:
 
     assert room.each(4, work) == [0, 1, 2, 3] == room.each(4, work)
     assert tried == [(4, None), (4, 32), (2, 32), (2, 32), (2, 32), (2, 32)]
-    assert room.note == "ran out of memory and went on with forwards of at most 32 tokens and 2 trials at a time"
+    assert (
+        room.note
+        == "ran out of memory and went on with forwards of at most 32 tokens and 2 trials at a time"
+    )
 
 
 def test_the_failed_piece_leaves_memory() -> None:

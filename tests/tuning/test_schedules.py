@@ -49,12 +49,15 @@ def rates(scheduler: LRScheduler, every: int = 1) -> list[float]:
 
 @pytest.mark.parametrize("warmup", [0, 1, 5, STEPS - 1])
 @pytest.mark.parametrize(
-    ("ours", "theirs"), [("constant", "constant_with_warmup"), ("linear", "linear"), ("cosine", "cosine")]
+    ("ours", "theirs"),
+    [("constant", "constant_with_warmup"), ("linear", "linear"), ("cosine", "cosine")],
 )
 def test_transformers_has_the_same(ours: str, theirs: str, warmup: int) -> None:
     """Constant, linear and cosine, with warmups of all lengths, agree with transformers at every step."""
     wanted = get_scheduler(theirs, sgd(), num_warmup_steps=warmup, num_training_steps=STEPS)
-    assert factors(spec(schedule=ours, warmup_steps=warmup)) == pytest.approx(rates(wanted), rel=1e-12, abs=1e-15)
+    assert factors(spec(schedule=ours, warmup_steps=warmup)) == pytest.approx(
+        rates(wanted), rel=1e-12, abs=1e-15
+    )
 
 
 @pytest.mark.parametrize("every", [1, 5, 100])
@@ -82,7 +85,9 @@ def test_every_step_but_a_warmups_first_moves(course: dict[str, Any]) -> None:
 def test_the_end_is_zero_and_stays_there(schedule: str) -> None:
     """Right after the last step the factor is 0, and later it does not rise again."""
     train = spec(schedule=schedule, warmup_steps=3)
-    assert [factor(train, STEPS + later) for later in (0, 1, STEPS)] == pytest.approx([0, 0, 0], abs=1e-15)
+    assert [factor(train, STEPS + later) for later in (0, 1, STEPS)] == pytest.approx(
+        [0, 0, 0], abs=1e-15
+    )
 
 
 def test_the_exponential_starts_after_the_warmup() -> None:

@@ -13,7 +13,11 @@ from orchestrator.tuning.step import Limits, pack, packed_gradients
 
 SPLIT = small_task().splits["train"]
 LENGTHS = [6, 1, 11]
-ROWS = [[3, 8, 0, 17], [3, 5], [19, 19, 2, 4, 6, 7, 9]]  # shared rows, repeated rows, batches of different sizes
+ROWS = [
+    [3, 8, 0, 17],
+    [3, 5],
+    [19, 19, 2, 4, 6, 7, 9],
+]  # shared rows, repeated rows, batches of different sizes
 
 
 def run(
@@ -35,7 +39,9 @@ def one_by_one(**options: object) -> tuple[list[float], list[Tensor]]:
     return [losses[0] for losses, _ in found], [gradients[0] for _, gradients in found]
 
 
-def assert_equal(got: tuple[list[float], list[Tensor]], wanted: tuple[list[float], list[Tensor]], rel: float) -> None:
+def assert_equal(
+    got: tuple[list[float], list[Tensor]], wanted: tuple[list[float], list[Tensor]], rel: float
+) -> None:
     assert got[0] == pytest.approx(wanted[0], rel=rel)
     for one, other in zip(got[1], wanted[1], strict=True):
         torch.testing.assert_close(one, other, rtol=rel, atol=rel * float(other.abs().max()))
@@ -44,7 +50,9 @@ def assert_equal(got: tuple[list[float], list[Tensor]], wanted: tuple[list[float
 @pytest.mark.parametrize("prompt_once", [True, False], ids=["once", "concatenated"])
 @pytest.mark.parametrize(("dtype", "rel"), [(torch.float64, 2e-6), (torch.float32, 1e-3)])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_packed_equals_alone(family: str, dtype: torch.dtype, rel: float, prompt_once: bool) -> None:
+def test_packed_equals_alone(
+    family: str, dtype: torch.dtype, rel: float, prompt_once: bool
+) -> None:
     """Losses and gradients of trials packed into one step are those of each trial in a step of its own."""
     options = {"dtype": dtype, "prompt_once": prompt_once, "family": family}
     assert_equal(run(LENGTHS, ROWS, **options), one_by_one(**options), rel)
@@ -70,7 +78,11 @@ def test_a_diverged_prompt_touches_no_other() -> None:
         assert_equal(got, ([wanted[0][p] for p in rest], [wanted[1][p] for p in rest]), 2e-6)  # type: ignore[arg-type]
 
 
-@given(st.lists(st.lists(st.integers(0, len(SPLIT) - 1), min_size=1, max_size=6), min_size=1, max_size=5))
+@given(
+    st.lists(
+        st.lists(st.integers(0, len(SPLIT) - 1), min_size=1, max_size=6), min_size=1, max_size=5
+    )
+)
 @settings(deadline=None, max_examples=15)
 def test_any_rows_pack(rows: list[list[int]]) -> None:
     """Each trial's tokens weigh 1 together, and its loss is the mean over its own target tokens."""
@@ -78,7 +90,9 @@ def test_any_rows_pack(rows: list[list[int]]) -> None:
     for trial in range(len(rows)):
         places = [place for place, owner in enumerate(packed.trial) if owner == trial]
         assert [packed.row[place] for place in places] == rows[trial]
-        assert sum(packed.weight[place] * len(SPLIT.targets[packed.row[place]]) for place in places) == pytest.approx(1)
+        assert sum(
+            packed.weight[place] * len(SPLIT.targets[packed.row[place]]) for place in places
+        ) == pytest.approx(1)
     lengths = [1 + trial for trial in range(len(rows))]
     losses, _ = run(lengths, rows)
     for trial, row in enumerate(rows):

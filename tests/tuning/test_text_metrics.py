@@ -11,9 +11,17 @@ from sacrebleu.metrics import BLEU
 from orchestrator.tuning.text_metrics import f1, text_metrics, words
 
 NAMES = {"bleu", "rouge_1", "rouge_2", "rouge_l", "f1", "exact_text"}
-TEXTS = ["The Blue Spice is a cheap coffee shop near the river .", "It serves English food.", "", "cafés über alles"]
+TEXTS = [
+    "The Blue Spice is a cheap coffee shop near the river .",
+    "It serves English food.",
+    "",
+    "cafés über alles",
+]
 REFERENCES = [
-    ["The Blue Spice is a coffee shop by the river.", "A cheap coffee shop near the river is Blue Spice."],
+    [
+        "The Blue Spice is a coffee shop by the river.",
+        "A cheap coffee shop near the river is Blue Spice.",
+    ],
     ["It serves English food."],
     ["Clowns is a pub.", "Clowns, a pub.", "A pub: Clowns."],
     ["cafés under all", ""],
@@ -33,7 +41,11 @@ rows = st.lists(st.tuples(texts, st.lists(texts, min_size=1, max_size=3)), min_s
         ("", "", 1.0),
         ("", "word", 0.0),
         ("word", "!?", 0.0),
-        ("Yes, yes!", "yes", 2 * 1 / (2 + 1)),  # a repeated word counts as often as the other has it
+        (
+            "Yes, yes!",
+            "yes",
+            2 * 1 / (2 + 1),
+        ),  # a repeated word counts as often as the other has it
         ("über-cool", "Übercool", 1.0),
         ("theatre", "the atre", 0.0),  # articles are whole words
         ("no", "yes", 0.0),
@@ -53,7 +65,9 @@ def test_rouge_and_exact_text_by_hand() -> None:
     """Of two references the better one counts, for each metric by itself; the mean is over rows."""
     got = text_metrics(["a b c d", "x"], [["a b x y", "d c b a"], ["y", "x"]])
     assert got["rouge_1"] == pytest.approx((1 + 1) / 2)  # "d c b a" has all words
-    assert got["rouge_2"] == pytest.approx((1 / 3 + 0) / 2)  # "a b" of three pairs; one word has no pair
+    assert got["rouge_2"] == pytest.approx(
+        (1 / 3 + 0) / 2
+    )  # "a b" of three pairs; one word has no pair
     assert got["rouge_l"] == pytest.approx((2 / 4 + 1) / 2)
     assert got["exact_text"] == 0.5
 
@@ -72,14 +86,21 @@ def test_a_short_text_pays_in_bleu() -> None:
 
 def test_a_perfect_corpus_scores_one() -> None:
     """Texts equal to one of their references have 1 everywhere, also where that is the last one."""
-    wanted = [["something else entirely here", line] for line in ("one two three four", "five six seven eight nine")]
-    assert text_metrics([row[1] for row in wanted], wanted) == pytest.approx(dict.fromkeys(NAMES, 1.0))
+    wanted = [
+        ["something else entirely here", line]
+        for line in ("one two three four", "five six seven eight nine")
+    ]
+    assert text_metrics([row[1] for row in wanted], wanted) == pytest.approx(
+        dict.fromkeys(NAMES, 1.0)
+    )
 
 
 def test_the_libraries_say_the_same() -> None:
     """sacreBLEU's own object and rouge-score's own scorer, called by hand on rows of one to three references."""
     got = text_metrics(TEXTS, REFERENCES)
-    streams = [[row[place] if place < len(row) else None for row in REFERENCES] for place in range(3)]
+    streams = [
+        [row[place] if place < len(row) else None for row in REFERENCES] for place in range(3)
+    ]
     assert got["bleu"] == pytest.approx(BLEU().corpus_score(TEXTS, streams).score / 100)  # type: ignore[arg-type]
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"])
     for ours, theirs in {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}.items():
@@ -102,7 +123,9 @@ def test_any_texts_have_metrics_between_0_and_1(rows: list[tuple[str, list[str]]
 
 @given(rows=rows, more=texts)
 @settings(max_examples=100, deadline=None)
-def test_order_and_further_references_of_a_row(rows: list[tuple[str, list[str]]], more: str) -> None:
+def test_order_and_further_references_of_a_row(
+    rows: list[tuple[str, list[str]]], more: str
+) -> None:
     """The order of a row's references does not matter, and one more never lowers a metric that takes the best."""
     made, references = [text for text, _ in rows], [row for _, row in rows]
     first = text_metrics(made, references)
@@ -120,7 +143,9 @@ def test_a_text_that_is_a_reference_is_exact(rows: list[tuple[str, list[str]]]) 
     assert got["exact_text"] == got["f1"] == 1
 
 
-@pytest.mark.parametrize(("made", "references"), [([], []), (["a"], []), (["a"], [[]]), (["a", "b"], [["a"], []])])
+@pytest.mark.parametrize(
+    ("made", "references"), [([], []), (["a"], []), (["a"], [[]]), (["a", "b"], [["a"], []])]
+)
 def test_every_text_needs_a_reference(made: list[str], references: list[list[str]]) -> None:
     """No rows, or a row without a reference, is refused."""
     with pytest.raises(ValueError, match="every text needs a reference"):

@@ -40,9 +40,16 @@ SEARCH = SearchSpec(metric="loss")
 
 @lru_cache
 def task_of(family: str, method: MethodName, backbone: Backbone) -> Task:
-    verbalizer = Verbalizer(tuple(VERBALIZERS["several tokens"]), tuple(VERBALIZERS["several tokens"].values()))
-    encoder = Encoder(tokenizer_of(family), Template("{text}\nspam?"), verbalizer, 40, 32, backbone.family)
-    rows = {split: encoder.encode(text_rows(11, seed), "label") for seed, split in enumerate(("train", "validation"))}
+    verbalizer = Verbalizer(
+        tuple(VERBALIZERS["several tokens"]), tuple(VERBALIZERS["several tokens"].values())
+    )
+    encoder = Encoder(
+        tokenizer_of(family), Template("{text}\nspam?"), verbalizer, 40, 32, backbone.family
+    )
+    rows = {
+        split: encoder.encode(text_rows(11, seed), "label")
+        for seed, split in enumerate(("train", "validation"))
+    }
     return Task(encoder, rows, method=Method(method))
 
 
@@ -57,7 +64,9 @@ def run_out(engine: Engine, specs: Sequence[TrialSpec]) -> list[Report]:
 
 def engine_of(family: str, method: MethodName, cores: int, train: TrainSpec = TRAIN) -> Engine:
     backbone = backbone_of(family, torch.float64)
-    return make_engine(backbone, task_of(family, method, backbone), train, SEARCH, len(SPECS[method]), cores=cores)
+    return make_engine(
+        backbone, task_of(family, method, backbone), train, SEARCH, len(SPECS[method]), cores=cores
+    )
 
 
 @pytest.mark.parametrize("cores", [2, 3, 7])
@@ -65,8 +74,12 @@ def engine_of(family: str, method: MethodName, cores: int, train: TrainSpec = TR
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "t5", "bert"])
 def test_the_rows_of_a_step_may_be_shared(family: str, method: MethodName, cores: int) -> None:
     """Losses, metrics and what was learned are one core's, also where there are fewer rows than cores in a forward."""
-    train = TRAIN.model_copy(update={"optimizer": "sgd", "clip_norm": 1.0})  # Adam would make much of tiny gradients
-    wanted, got = (run_out(engine_of(family, method, count, train), SPECS[method]) for count in (1, cores))
+    train = TRAIN.model_copy(
+        update={"optimizer": "sgd", "clip_norm": 1.0}
+    )  # Adam would make much of tiny gradients
+    wanted, got = (
+        run_out(engine_of(family, method, count, train), SPECS[method]) for count in (1, cores)
+    )
     assert [(one.trial, one.step) for one in got] == [(one.trial, one.step) for one in wanted]
     near = 1e-6 if SPECS[method] is PROMPTS else 1e-4  # baselines learn in float32
     for one, other in zip(got, wanted, strict=True):
@@ -76,7 +89,9 @@ def test_the_rows_of_a_step_may_be_shared(family: str, method: MethodName, cores
 
 def test_a_search_repeats_itself() -> None:
     """Whichever thread ends first: the same bytes twice."""
-    one, two = (run_out(engine_of("llama", method, 3), SPECS[method]) for method in ("prompt_tuning",) * 2)
+    one, two = (
+        run_out(engine_of("llama", method, 3), SPECS[method]) for method in ("prompt_tuning",) * 2
+    )
     assert [report.checkpoint for report in one] == [report.checkpoint for report in two]
     one, two = (run_out(engine_of("llama", method, 3), SPECS[method]) for method in ("lora",) * 2)
     assert [report.checkpoint for report in one] == [report.checkpoint for report in two]
@@ -177,7 +192,9 @@ def test_no_more_rows_at_once_than_asked_for() -> None:
         backbone: Any = tiny_backbone()
         forced, seen = backbone.teacher_forced, []
 
-        def teacher_forced(prompts: Any, inputs: Any, *rest: Any, forced: Any = forced, seen: Any = seen) -> Any:
+        def teacher_forced(
+            prompts: Any, inputs: Any, *rest: Any, forced: Any = forced, seen: Any = seen
+        ) -> Any:
             seen.append((len(inputs), threading.current_thread() is threading.main_thread()))
             return forced(prompts, inputs, *rest)
 
@@ -186,7 +203,9 @@ def test_no_more_rows_at_once_than_asked_for() -> None:
         engine.seat("t", PROMPTS[0])
         backbone.teacher_forced = teacher_forced
         engine.step(list(engine.slots.values()))
-        assert max(rows for rows, _ in seen) <= wanted and all(main == (most == 1) for _, main in seen)
+        assert max(rows for rows, _ in seen) <= wanted and all(
+            main == (most == 1) for _, main in seen
+        )
 
 
 def test_an_error_of_one_thread_is_the_steps() -> None:
@@ -210,7 +229,11 @@ def test_who_can_share_rows() -> None:
     """An accelerator and a model that remembers its last forward take one forward at a time; many cores share both
     rows and operations."""
     model: Any = backbone_of("llama", torch.float32).model
-    assert Threads.of(4, model, torch.device("cuda")).ways == Threads.of(1, model, torch.device("cpu")).ways == 1
+    assert (
+        Threads.of(4, model, torch.device("cuda")).ways
+        == Threads.of(1, model, torch.device("cpu")).ways
+        == 1
+    )
     assert Threads.of(64, model, torch.device("cpu")).ways == MOST
     before = model.config.rope_parameters
     model.config.rope_parameters = {**before, "rope_type": "dynamic"}
@@ -223,8 +246,12 @@ def test_who_can_share_rows() -> None:
 def test_dropout_is_drawn_in_one_thread() -> None:
     """What the frozen model drops depends on seed and step, not on who is first."""
     train = TrainSpec(steps=4, batch_size=5, evaluate_every=2, frozen_dropout=True)
-    one, two = (run_out(engine_of("bert", "prompt_tuning", cores, train), PROMPTS[:1]) for cores in (1, 3))
-    assert [report.train_loss for report in one] == pytest.approx([report.train_loss for report in two], rel=1e-9)
+    one, two = (
+        run_out(engine_of("bert", "prompt_tuning", cores, train), PROMPTS[:1]) for cores in (1, 3)
+    )
+    assert [report.train_loss for report in one] == pytest.approx(
+        [report.train_loss for report in two], rel=1e-9
+    )
 
 
 def test_an_evaluation_asks_every_row_once() -> None:

@@ -10,7 +10,15 @@ import torch
 from torch import nn
 
 from orchestrator.job.spec import TrainSpec
-from orchestrator.tuning.update_rules import Adafactor, AdamW, Batch, Sgd, UpdateRule, fresh_state, update_rule
+from orchestrator.tuning.update_rules import (
+    Adafactor,
+    AdamW,
+    Batch,
+    Sgd,
+    UpdateRule,
+    fresh_state,
+    update_rule,
+)
 
 SHAPES = [(4, 6), (1, 6), (7,)]  # of three parameters that are updated together
 RATES = [0.3, 0.01, 2.0]
@@ -38,7 +46,10 @@ def gradients(shape: tuple[int, ...], scale: float = 1.0, count: int = 8) -> lis
     """Gradients of very different sizes, a burst among them, so that the clipping has something to do."""
     random = np.random.default_rng(0)
     sizes = [scale * (50 if step == 4 else 1) for step in range(count)]
-    return [size * random.normal(size=shape) * 10.0 ** random.integers(-3, 2, size=shape) for size in sizes]
+    return [
+        size * random.normal(size=shape) * 10.0 ** random.integers(-3, 2, size=shape)
+        for size in sizes
+    ]
 
 
 def starts(dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
@@ -46,7 +57,9 @@ def starts(dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
     return [torch.from_numpy(random.normal(size=shape)).to(dtype) for shape in SHAPES]
 
 
-def updated(rule: UpdateRule, given: list[list[np.ndarray]], rates: list[list[float]]) -> list[torch.Tensor]:
+def updated(
+    rule: UpdateRule, given: list[list[np.ndarray]], rates: list[list[float]]
+) -> list[torch.Tensor]:
     """The parameters after as many joint updates as there are gradients of each."""
     params = starts()
     states = [fresh_state(rule, param) for param in params]
@@ -86,20 +99,30 @@ def test_adafactor_survives_a_gradient_of_zero() -> None:
 
 Make = Callable[[nn.Parameter, float], torch.optim.Optimizer]
 TORCHS: list[tuple[UpdateRule, Make]] = [
-    (AdamW(0.0, (0.9, 0.999)), lambda param, rate: torch.optim.AdamW([param], lr=rate, weight_decay=0.0)),
+    (
+        AdamW(0.0, (0.9, 0.999)),
+        lambda param, rate: torch.optim.AdamW([param], lr=rate, weight_decay=0.0),
+    ),
     (
         AdamW(0.1, (0.5, 0.9)),
         lambda param, rate: torch.optim.AdamW([param], lr=rate, betas=(0.5, 0.9), weight_decay=0.1),
     ),
     (Sgd(0.0, 0.0), lambda param, rate: torch.optim.SGD([param], lr=rate)),
     (Sgd(0.1, 0.0), lambda param, rate: torch.optim.SGD([param], lr=rate, weight_decay=0.1)),
-    (Sgd(0.1, 0.9), lambda param, rate: torch.optim.SGD([param], lr=rate, momentum=0.9, weight_decay=0.1)),
+    (
+        Sgd(0.1, 0.9),
+        lambda param, rate: torch.optim.SGD([param], lr=rate, momentum=0.9, weight_decay=0.1),
+    ),
 ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("rule", "make"), TORCHS, ids=lambda value: str(value) if hasattr(value, "keys") else "")
-def test_adamw_and_sgd_are_torchs_to_the_bit(rule: UpdateRule, make: Make, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("rule", "make"), TORCHS, ids=lambda value: str(value) if hasattr(value, "keys") else ""
+)
+def test_adamw_and_sgd_are_torchs_to_the_bit(
+    rule: UpdateRule, make: Make, dtype: torch.dtype
+) -> None:
     """Parameters with learning rates of their own, updated together, are what torch makes of each alone."""
     params = starts(dtype)
     states = [fresh_state(rule, param) for param in params]

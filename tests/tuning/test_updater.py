@@ -35,7 +35,9 @@ SCHEDULES: list[dict[str, Any]] = [
 each_optimizer = pytest.mark.parametrize(
     "optimizer", OPTIMIZERS, ids=["adamw", "adafactor", "sgd", "sgd with momentum"]
 )
-each_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule["schedule"])
+each_schedule = pytest.mark.parametrize(
+    "schedule", SCHEDULES, ids=lambda schedule: schedule["schedule"]
+)
 
 
 def spec(**values: Any) -> TrainSpec:
@@ -85,7 +87,12 @@ def test_a_restored_trial_goes_on_to_the_bit(
 
     first = Updater(parameters(), 0.3, train)
     train_steps(first, 0, cut)
-    saved = save({**dict(zip(NAMES, (p.data for p in first.parameters), strict=True)), **first.state_tensors(NAMES)})
+    saved = save(
+        {
+            **dict(zip(NAMES, (p.data for p in first.parameters), strict=True)),
+            **first.state_tensors(NAMES),
+        }
+    )
     tensors = load(saved)
     second = Updater([nn.Parameter(tensors[name]) for name in NAMES], 0.3, train)
     second.load_state_tensors(NAMES, tensors)
@@ -95,7 +102,9 @@ def test_a_restored_trial_goes_on_to_the_bit(
 
 @each_optimizer
 @each_schedule
-def test_it_is_a_plain_loop_with_torchs_parts(optimizer: dict[str, Any], schedule: dict[str, Any]) -> None:
+def test_it_is_a_plain_loop_with_torchs_parts(
+    optimizer: dict[str, Any], schedule: dict[str, Any]
+) -> None:
     """Clipping, scheduled rate, update, in that order: clip_grad_norm_ and an optimiser of torch's end alike."""
     train = spec(clip_norm=6.0, **optimizer, **schedule)
     updater, params = Updater(parameters(), 0.3, train), parameters()
@@ -118,7 +127,9 @@ def plain_optimizer(params: list[nn.Parameter], train: TrainSpec) -> torch.optim
         assert train.betas is not None
         return torch.optim.AdamW(params, lr=1.0, betas=train.betas, weight_decay=train.weight_decay)
     if train.optimizer == "sgd":
-        return torch.optim.SGD(params, lr=1.0, momentum=train.momentum or 0.0, weight_decay=train.weight_decay)
+        return torch.optim.SGD(
+            params, lr=1.0, momentum=train.momentum or 0.0, weight_decay=train.weight_decay
+        )
     return PlainAdafactor(params, {"lr": 1.0, "weight_decay": train.weight_decay})
 
 
@@ -141,15 +152,21 @@ class PlainAdafactor(torch.optim.Optimizer):
 @pytest.mark.parametrize("clip_norm", [0.5, 40.0])
 def test_the_norm_is_that_of_all_parameters_together(clip_norm: float) -> None:
     """The norm before clipping comes back; afterwards it is clip_norm where it was longer, in the same direction."""
-    updater = Updater(parameters(), 1.0, spec(optimizer="sgd", weight_decay=0.0, clip_norm=clip_norm))
+    updater = Updater(
+        parameters(), 1.0, spec(optimizer="sgd", weight_decay=0.0, clip_norm=clip_norm)
+    )
     before = [param.detach().clone() for param in updater.parameters]
     give_gradients(updater, 0)
     gradient = torch.cat([given(param).flatten() for param in updater.parameters])
     norm = updater.apply(0)
-    moved = torch.cat([(b - p.detach()).flatten() for b, p in zip(before, updater.parameters, strict=True)])
+    moved = torch.cat(
+        [(b - p.detach()).flatten() for b, p in zip(before, updater.parameters, strict=True)]
+    )
     assert norm == pytest.approx(float(gradient.norm()), rel=1e-6) and 0.5 < norm < 40.0
     assert float(moved.norm()) == pytest.approx(min(norm, clip_norm), rel=1e-5)
-    torch.testing.assert_close(moved / moved.norm(), gradient / gradient.norm(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        moved / moved.norm(), gradient / gradient.norm(), rtol=1e-4, atol=1e-6
+    )
 
 
 def given(param: nn.Parameter) -> Tensor:
@@ -167,7 +184,9 @@ def test_the_gradient_is_used_up(optimizer: dict[str, Any]) -> None:
 
 @each_optimizer
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_gradient_that_is_not_finite_changes_nothing(optimizer: dict[str, Any], bad: float) -> None:
+def test_a_gradient_that_is_not_finite_changes_nothing(
+    optimizer: dict[str, Any], bad: float
+) -> None:
     """The norm tells; parameters and state are those of the step before, and the gradient is gone."""
     updater = Updater(parameters(), 0.1, spec(clip_norm=1.0, **optimizer))
     train_steps(updater, 0, 2)
@@ -209,7 +228,10 @@ def test_together_is_one_by_one_to_the_bit(optimizer: dict[str, Any]) -> None:
     """Trials of other sizes, rates and steps, one clipped, one diverged, end together where each ends alone."""
     train = spec(clip_norm=8.0, schedule="linear", **optimizer)
     shapes: list[list[tuple[int, ...]]] = [SHAPES, [(1, 8)], [(20, 8)], [(3, 8), (8, 2)]]
-    together = [Updater(parameters(seed, shape), 0.1 * (1 + seed), train) for seed, shape in enumerate(shapes)]
+    together = [
+        Updater(parameters(seed, shape), 0.1 * (1 + seed), train)
+        for seed, shape in enumerate(shapes)
+    ]
     alone = copy.deepcopy(together)
     for now in range(5):
         steps = [now, now + 4, now, now + 1]
@@ -241,7 +263,9 @@ def test_the_state_has_flat_names(optimizer: dict[str, Any]) -> None:
     """Each tensor's key says whose it is, the moments are shaped like their parameter."""
     updater = Updater(parameters(), 0.1, spec(**optimizer))
     tensors = updater.state_tensors(NAMES)
-    assert set(tensors) == {f"optimizer.{name}.{key}" for name in NAMES for key in updater.rule.keys}
+    assert set(tensors) == {
+        f"optimizer.{name}.{key}" for name in NAMES for key in updater.rule.keys
+    }
     for name, shape in zip(NAMES, SHAPES, strict=True):
         for key in updater.rule.keys - {"step"}:
             assert tensors[f"optimizer.{name}.{key}"].shape == shape
@@ -266,7 +290,9 @@ def test_loading_copies_and_leaves_other_tensors_alone() -> None:
 def test_another_optimizers_state_is_refused(written: str, read: str) -> None:
     """A checkpoint of another optimiser is bad input; the message names what it holds, what is needed, the way on."""
     tensors = Updater(parameters(), 0.1, spec(optimizer=written)).state_tensors(NAMES)
-    with pytest.raises(BadInput, match=rf"checkpoint holds (.|\n)*train.optimizer {read} needs (.|\n)*next: resume"):
+    with pytest.raises(
+        BadInput, match=rf"checkpoint holds (.|\n)*train.optimizer {read} needs (.|\n)*next: resume"
+    ):
         Updater(parameters(), 0.1, spec(optimizer=read)).load_state_tensors(NAMES, tensors)
 
 

@@ -32,7 +32,10 @@ def jobs_document(jobs: Sequence[Job]) -> list[dict[str, Any]]:
 
 def jobs_table(jobs: Sequence[Job]) -> list[str]:
     if not jobs:
-        return ["no job was submitted to this cluster", "next: orchestrator submit JOB --address URL"]
+        return [
+            "no job was submitted to this cluster",
+            "next: orchestrator submit JOB --address URL",
+        ]
     rows = [
         (
             job.id,
@@ -52,11 +55,19 @@ def jobs_table(jobs: Sequence[Job]) -> list[str]:
 
 def _labels(job: Job) -> dict[str, str]:
     found = job.metadata.items()
-    return {name.removeprefix(LABEL_PREFIX): value for name, value in found if name.startswith(LABEL_PREFIX)}
+    return {
+        name.removeprefix(LABEL_PREFIX): value
+        for name, value in found
+        if name.startswith(LABEL_PREFIX)
+    }
 
 
 def _moment(seconds: float | None) -> str | None:
-    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+    return (
+        None
+        if seconds is None
+        else datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+    )
 
 
 def request_page(document: Mapping[str, Any]) -> list[str]:
@@ -67,8 +78,16 @@ def request_page(document: Mapping[str, Any]) -> list[str]:
         ("to", document["address"]),
         ("job", document["submission_id"]),
         ("runs", document["entrypoint"]),
-        *(("packs", f"{file['from']} as {file['name']}, {file['bytes']} bytes") for file in environment["working_dir"]),
-        ("code", f"{code['orchestrator']} files of this orchestrator" if code else "the one of the cluster's image"),
+        *(
+            ("packs", f"{file['from']} as {file['name']}, {file['bytes']} bytes")
+            for file in environment["working_dir"]
+        ),
+        (
+            "code",
+            f"{code['orchestrator']} files of this orchestrator"
+            if code
+            else "the one of the cluster's image",
+        ),
         *(("needs there", path) for path in document["on_the_cluster"]),
         *(("installs", line) for line in environment["pip"] or ()),
         *(("sets", f"{name}={value}") for name, value in environment["env_vars"].items()),
@@ -76,4 +95,6 @@ def request_page(document: Mapping[str, Any]) -> list[str]:
         *(("note", text) for text in document["notes"]),
     ]
     width = max(len(key) for key, _ in facts)
-    return [f"{key.ljust(width)}  {printable(value)}" for key, value in facts] + ["nothing was sent"]
+    return [f"{key.ljust(width)}  {printable(value)}" for key, value in facts] + [
+        "nothing was sent"
+    ]

@@ -21,7 +21,11 @@ def history_lines(moves: Sequence[Move], most: int = LAST_MOVES) -> list[str]:
     """The newest moves of all aliases, the newest first; nothing where there is none."""
     newest = sorted(moves, key=lambda move: (move.at, move.number), reverse=True)
     lines = [f"  {move.alias}: {printable(move.sentence())}" for move in newest[:most]]
-    more = [f"  ... and {len(moves) - most} earlier ones (--json has them all)"] if len(moves) > most else []
+    more = (
+        [f"  ... and {len(moves) - most} earlier ones (--json has them all)"]
+        if len(moves) > most
+        else []
+    )
     return ["moves of aliases, the newest first:", *lines, *more] if lines else []
 
 
@@ -38,7 +42,10 @@ def comparison_document(one: VersionDetail, other: VersionDetail) -> dict[str, A
     differs = [name for name in sides[0] if sides[0][name] != sides[1].get(name)]
     return {
         "versions": [f"{detail.summary.name}:{detail.summary.version}" for detail in (one, other)],
-        "facts": {name: [side.get(name) for side in sides] for name in dict.fromkeys([*sides[0], *sides[1]])},
+        "facts": {
+            name: [side.get(name) for side in sides]
+            for name in dict.fromkeys([*sides[0], *sides[1]])
+        },
         "differs": differs,
         "metrics": [detail.summary.metrics for detail in (one, other)],
         "baselines": [detail.summary.baselines for detail in (one, other)],
@@ -60,7 +67,10 @@ def _facts(detail: VersionDetail) -> dict[str, Any]:
         "base model": f"{base.id} ({base.revision})",
         "base model fingerprint": base.fingerprint,
         "template": manifest.template,
-        "verbalizer": {label_text(label): text for label, text in (manifest.verbalizer_map() or {}).items()} or None,
+        "verbalizer": {
+            label_text(label): text for label, text in (manifest.verbalizer_map() or {}).items()
+        }
+        or None,
         "data": manifest.data.path,
         "data fingerprint": manifest.data.fingerprint,
         "steps": manifest.steps,
@@ -72,7 +82,11 @@ def _facts(detail: VersionDetail) -> dict[str, Any]:
 def _evaluations(detail: VersionDetail) -> dict[str, str]:
     prefix = "evaluated."
     tags = detail.summary.tags
-    return {key.removeprefix(prefix): text for key, text in sorted(tags.items()) if key.startswith(prefix)}
+    return {
+        key.removeprefix(prefix): text
+        for key, text in sorted(tags.items())
+        if key.startswith(prefix)
+    }
 
 
 def comparison_page(document: Mapping[str, Any]) -> list[str]:
@@ -88,11 +102,20 @@ def comparison_page(document: Mapping[str, Any]) -> list[str]:
         lines += ["", *table(("nearest words of token", *names), _word_rows(document["nearest"]))]
     for name, problem in zip(names, document["problems"], strict=True):
         lines += [f"{name} can't be used: {printable(problem)}"] if problem else []
-    return [*lines, f"next: orchestrator inspect {names[0]}   or   orchestrator evaluate {' '.join(names)} --data PATH"]
+    return [
+        *lines,
+        f"next: orchestrator inspect {names[0]}   or   orchestrator evaluate {' '.join(names)} --data PATH",
+    ]
 
 
 def _cell(value: Any, most: int = 60) -> str:
-    text = "" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = (
+        ""
+        if value is None
+        else ", ".join(map(str, value))
+        if isinstance(value, list)
+        else str(value)
+    )
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
@@ -103,7 +126,10 @@ def _metric_rows(document: Mapping[str, Any]) -> list[tuple[str, ...]]:
         rows.append((split, *(metric_text(side, split) for side in metrics)))
     for name in dict.fromkeys(name for side in document["baselines"] for name in side):
         rows.append(
-            (f"{name.replace('_', ' ')}, test", *(metric_text(side.get(name)) for side in document["baselines"]))
+            (
+                f"{name.replace('_', ' ')}, test",
+                *(metric_text(side.get(name)) for side in document["baselines"]),
+            )
         )
     for name in dict.fromkeys(name for side in evaluations for name in side):
         rows.append((f"on {name}", *(side.get(name, "") for side in evaluations)))
@@ -135,18 +161,28 @@ def shift_page(document: Mapping[str, Any]) -> list[str]:
     rows = [["own test split", "", *(_score(value) for value in own), *([""] * 3 if votes else [])]]
     for target in targets:
         cells = [
-            f"{_score(found.get(metric))} ({-drop:+.3f})" if drop is not None else _score(found.get(metric))
+            f"{_score(found.get(metric))} ({-drop:+.3f})"
+            if drop is not None
+            else _score(found.get(metric))
             for found, drop in zip(target["metrics"], target["drop"], strict=True)
         ]
         ensemble = target.get("ensemble", {})
         more = [_score(ensemble.get(key)) for key in ("accuracy", "mean", "best")] if votes else []
         rows.append([_target_label(target), target["rows"], *cells, *more])
     legend = "in brackets: the change against the version's own test split" if any(own) else ""
-    return [*table(heading, rows), *([legend] if legend else []), f"next: orchestrator models {names[0]}"]
+    return [
+        *table(heading, rows),
+        *([legend] if legend else []),
+        f"next: orchestrator models {names[0]}",
+    ]
 
 
 def _target_label(target: Mapping[str, Any]) -> str:
-    return f"  {target['by']} {target['group']}" if target["group"] is not None else str(target["data"])
+    return (
+        f"  {target['by']} {target['group']}"
+        if target["group"] is not None
+        else str(target["data"])
+    )
 
 
 def _score(value: float | None) -> str:

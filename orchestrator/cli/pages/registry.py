@@ -23,14 +23,20 @@ def inspection_page(document: Mapping[str, Any]) -> list[str]:
     """Each virtual token with its neighbours, or each layer of a prefix with its lengths; how far they drifted."""
     name = printable(f"{document['name']}:{document['version']}")
     soft = bool(document["tokens"])
-    rows = [_token_row(token) for token in document["tokens"]] + [_layer_row(layer) for layer in document["layers"]]
+    rows = [_token_row(token) for token in document["tokens"]] + [
+        _layer_row(layer) for layer in document["layers"]
+    ]
     legend = (
         f"nearest: vocabulary tokens by cosine distance; a token of the vocabulary has norm "
         f"{document['vocabulary_norm']:.3g} on average"
         if soft
         else "a prefix has keys and values and no embeddings: mean norms of a head's, next to those of real tokens"
     )
-    drift = f"no drift from the start: {printable(document['no_drift'])}" if document["no_drift"] else DRIFT
+    drift = (
+        f"no drift from the start: {printable(document['no_drift'])}"
+        if document["no_drift"]
+        else DRIFT
+    )
     return [
         f"{name}: {document['method']}, {document['num_virtual_tokens']} virtual tokens of "
         + printable(document["base_model"]),
@@ -48,14 +54,20 @@ LAYER_COLUMNS = ("attention", "layer", "key", "real key", "value", "real value",
 
 def _token_row(token: Mapping[str, Any]) -> tuple[Any, ...]:
     near = "  ".join(
-        f"{json.dumps(one['token'], ensure_ascii=False)} {one['distance']:.3f}" for one in token["nearest"]
+        f"{json.dumps(one['token'], ensure_ascii=False)} {one['distance']:.3f}"
+        for one in token["nearest"]
     )
     return token["place"], f"{token['norm']:.3g}", *_drift_cells(token["drift"]), near
 
 
 def _layer_row(layer: Mapping[str, Any]) -> tuple[Any, ...]:
     norms = (layer[key] for key in ("key_norm", "real_key_norm", "value_norm", "real_value_norm"))
-    return layer["site"], layer["layer"], *(f"{norm:.3g}" for norm in norms), *_drift_cells(layer["drift"])
+    return (
+        layer["site"],
+        layer["layer"],
+        *(f"{norm:.3g}" for norm in norms),
+        *_drift_cells(layer["drift"]),
+    )
 
 
 def _drift_cells(drift: Mapping[str, float] | None) -> tuple[str, str]:
@@ -84,7 +96,10 @@ def models_table(models: Sequence[ModelSummary]) -> list[str]:
         )
         for model in models
     ]
-    return [*table(("model", "newest", "aliases", "champion on test"), rows), "next: orchestrator models NAME"]
+    return [
+        *table(("model", "newest", "aliases", "champion on test"), rows),
+        "next: orchestrator models NAME",
+    ]
 
 
 def _aliases(aliases: dict[str, int]) -> str:
@@ -139,18 +154,34 @@ def version_page(detail: VersionDetail) -> list[str]:
     """Everything a version says about itself."""
     summary, manifest = detail.summary, detail.manifest
     name = printable(summary.name)
-    head = [f"{name} version {summary.version}" + (f" ({', '.join(summary.aliases)})" if summary.aliases else "")]
+    head = [
+        f"{name} version {summary.version}"
+        + (f" ({', '.join(summary.aliases)})" if summary.aliases else "")
+    ]
     if manifest is None:
-        return [*head, f"this version can't be used: {printable(detail.problem)}", f"next: orchestrator models {name}"]
+        return [
+            *head,
+            f"this version can't be used: {printable(detail.problem)}",
+            f"next: orchestrator models {name}",
+        ]
     facts: list[tuple[str, Any]] = [
         ("method", f"{manifest.method}: {_config_label(manifest.config)}"),
-        ("base model", f"{manifest.base_model.id} ({manifest.base_model.revision}), {manifest.base_model.model_type}"),
+        (
+            "base model",
+            f"{manifest.base_model.id} ({manifest.base_model.revision}), {manifest.base_model.model_type}",
+        ),
         ("fingerprint", manifest.base_model.fingerprint),
         ("template", json.dumps(manifest.template, ensure_ascii=False)),
         ("verbalizer", _verbalizer(manifest.verbalizer_map())),
         ("data", f"{manifest.data.path}, rows {manifest.data.rows}"),
-        ("trained", f"{manifest.steps} steps, search {manifest.search}, trial {manifest.trial}, {manifest.created_at}"),
-        *((BASELINES.get(key, key), metric_text(found)) for key, found in manifest.baselines.items()),
+        (
+            "trained",
+            f"{manifest.steps} steps, search {manifest.search}, trial {manifest.trial}, {manifest.created_at}",
+        ),
+        *(
+            (BASELINES.get(key, key), metric_text(found))
+            for key, found in manifest.baselines.items()
+        ),
         ("tuned prompt", metric_text(manifest.metrics)),
         ("MLflow run", summary.run_id or ""),
     ]

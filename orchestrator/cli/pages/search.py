@@ -25,7 +25,9 @@ def run_summary(document: dict[str, Any], spec: JobSpec) -> list[str]:
         for name, found in document["baselines"].items()
     ]
     tuned = best["metrics"]
-    rows.append((spec.result_name, f"{tuned['validation'][metric]:.3f}", f"{tuned['test'][metric]:.3f}"))
+    rows.append(
+        (spec.result_name, f"{tuned['validation'][metric]:.3f}", f"{tuned['test'][metric]:.3f}")
+    )
     seconds = document["seconds"]
     lines = [
         f"search {document['search']}: {counted(len(document['trials']), 'trial')} in {duration(seconds['training'])}, "
@@ -37,10 +39,12 @@ def run_summary(document: dict[str, Any], spec: JobSpec) -> list[str]:
         *(f"warning: {text}" for text in document.get("warnings", [])),
     ]
     if kept := document.get("artifact"):
-        text = (
-            f"kept in {kept} and with the search's run; a baseline is no prompt, and is neither registered nor served"
-        )
-        return [*lines, text, f"next: orchestrator report {document['search']} OTHER...   (beside other searches)"]
+        text = f"kept in {kept} and with the search's run; a baseline is no prompt, and is neither registered nor served"
+        return [
+            *lines,
+            text,
+            f"next: orchestrator report {document['search']} OTHER...   (beside other searches)",
+        ]
     return [*lines, *_registered(document["model"])]
 
 
@@ -51,7 +55,10 @@ def _registered(model: dict[str, Any] | None) -> list[str]:
     steps = [f"orchestrator serve {model['name']}", "orchestrator ui"]
     if model["alias"] != "champion":
         steps.insert(0, f"orchestrator promote {model['name']} {model['version']}")
-    return [f"registered {model['name']} version {model['version']}{alias}", f"next: {'   or   '.join(steps)}"]
+    return [
+        f"registered {model['name']} version {model['version']}{alias}",
+        f"next: {'   or   '.join(steps)}",
+    ]
 
 
 # Plans
@@ -62,7 +69,8 @@ def plan_page(plan: Plan, spec: JobSpec) -> list[str]:
     placement, measured, found = plan.placement, plan.measured, plan.forecast
     pace, packed = measured.pace, f"{_count(placement.trials_per_worker, 'trial')} packed"
     reached = ", ".join(
-        f"{step} steps: {_number(trials)}" for step, trials in zip(found.rungs, found.reached, strict=True)
+        f"{step} steps: {_number(trials)}"
+        for step, trials in zip(found.rungs, found.reached, strict=True)
     )
     low, high = found.spread
     spread = f" ({duration(low)} to {duration(high)})" if round(high) > round(low) else ""
@@ -81,12 +89,18 @@ def plan_page(plan: Plan, spec: JobSpec) -> list[str]:
             f"(its weights {_gigabytes(measured.weights)}) and {_gigabytes(plan.slot)} a slot; there is "
             f"{_gigabytes(measured.room)}",
         ),
-        ("step", f"{_milliseconds(pace.step_packed)} of {packed}, {_milliseconds(pace.step_alone)} alone"),
+        (
+            "step",
+            f"{_milliseconds(pace.step_packed)} of {packed}, {_milliseconds(pace.step_alone)} alone",
+        ),
         (
             "evaluation",
             f"{_milliseconds(pace.evaluation_packed)} of {packed}, {_milliseconds(pace.evaluation_alone)} alone",
         ),
-        ("search", f"about {duration(plan.seconds['search'])}{spread}, {plan.device_hours:.3g} device hours in all"),
+        (
+            "search",
+            f"about {duration(plan.seconds['search'])}{spread}, {plan.device_hours:.3g} device hours in all",
+        ),
         ("in all", f"about {duration(plan.seconds['total'])}: " + _parts(plan.seconds)),
     ]
     width = max(len(key) for key, _ in facts)
@@ -97,7 +111,9 @@ def plan_page(plan: Plan, spec: JobSpec) -> list[str]:
 
 
 def _parts(seconds: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {duration(value)}" for name, value in seconds.items() if name != "total")
+    return ", ".join(
+        f"{name} {duration(value)}" for name, value in seconds.items() if name != "total"
+    )
 
 
 def _count(number: int, what: str) -> str:

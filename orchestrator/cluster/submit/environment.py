@@ -15,7 +15,9 @@ from orchestrator.utils.text import HIDDEN, holds_login
 
 MLFLOW = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 HUB = "HF_"
-PLACE = re.compile(r"_(HOME|CACHE|PATH|DIR|FILE)$")  # folders of this machine, which mean nothing elsewhere
+PLACE = re.compile(
+    r"_(HOME|CACHE|PATH|DIR|FILE)$"
+)  # folders of this machine, which mean nothing elsewhere
 SECRET = re.compile(r"TOKEN|PASSWORD|SECRET|CREDENTIAL|(^|_)KEY($|_)|^MLFLOW_TRACKING_USERNAME$")
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 OURS = re.compile(r"^(ORCHESTRATOR_|RAY_)")
@@ -44,8 +46,16 @@ def forwarded(here: Mapping[str, str], asked: Sequence[str] = ()) -> Environment
     its query.
     """
     private = dict(_asked(text, here) for text in asked)
-    known = {name: value for name, value in here.items() if value and (name in MLFLOW or name.startswith(HUB))}
-    public = {name: value for name, value in known.items() if not (PLACE.search(name) or SECRET.search(name))}
+    known = {
+        name: value
+        for name, value in here.items()
+        if value and (name in MLFLOW or name.startswith(HUB))
+    }
+    public = {
+        name: value
+        for name, value in known.items()
+        if not (PLACE.search(name) or SECRET.search(name))
+    }
     public = {name: value for name, value in sorted(public.items()) if name not in private}
     for name, value in public.items():
         if holds_login(value):
@@ -59,16 +69,26 @@ def forwarded(here: Mapping[str, str], asked: Sequence[str] = ()) -> Environment
 def _asked(text: str, here: Mapping[str, str]) -> tuple[str, str]:
     name, given, value = text.partition("=")
     if not NAME.fullmatch(name):
-        raise BadInput(f"--env {name!r} is not the name of a variable", "write --env NAME or --env NAME=VALUE")
+        raise BadInput(
+            f"--env {name!r} is not the name of a variable", "write --env NAME or --env NAME=VALUE"
+        )
     if OURS.match(name):
-        raise BadInput(f"--env {name} is not for a job to set: Ray and this program use it", "leave it out")
+        raise BadInput(
+            f"--env {name} is not for a job to set: Ray and this program use it", "leave it out"
+        )
     if not given and name not in here:
-        raise BadInput(f"--env {name}: {name} is not set here", f"set it, or write --env {name}=VALUE")
+        raise BadInput(
+            f"--env {name}: {name} is not set here", f"set it, or write --env {name}=VALUE"
+        )
     return name, value if given else here[name]
 
 
 def _kept_back(here: Mapping[str, str], private: Mapping[str, str]) -> list[str]:
-    names = [name for name in sorted(here) if name.startswith((HUB, "MLFLOW_TRACKING_")) and name not in private]
+    names = [
+        name
+        for name in sorted(here)
+        if name.startswith((HUB, "MLFLOW_TRACKING_")) and name not in private
+    ]
     secrets = ", ".join(name for name in names if SECRET.search(name))
     if not secrets:
         return []

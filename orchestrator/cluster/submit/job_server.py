@@ -18,7 +18,10 @@ from orchestrator.utils.text import mask_secrets
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"  # of `ray start --head` here, or of a forwarded port
 OLDEST_RAY = (2, 60)  # what pyproject.toml asks for
-ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # Ray's client would prefer these to the address it is given
+ADDRESSES = (
+    "RAY_API_SERVER_ADDRESS",
+    "RAY_ADDRESS",
+)  # Ray's client would prefer these to the address it is given
 ANSWER_S = (10.0, 120.0)  # to connect, and to answer
 ENDED = ("succeeded", "failed", "stopped")
 
@@ -78,7 +81,9 @@ class Cluster:
                 "submit to a cluster with a newer image",
             )
         if _release(found) != _release(ray.__version__):
-            return [f"the cluster runs Ray {found}, and here it is {ray.__version__}: the job runs on the cluster's"]
+            return [
+                f"the cluster runs Ray {found}, and here it is {ray.__version__}: the job runs on the cluster's"
+            ]
         return []
 
     def job(self, job_id: str) -> Job | None:
@@ -94,7 +99,9 @@ class Cluster:
     def jobs(self) -> list[Job]:
         """Every submitted job that the cluster remembers, the newest last."""
         with self._translated():
-            found = [_job(details) for details in self._connected().list_jobs() if details.submission_id]
+            found = [
+                _job(details) for details in self._connected().list_jobs() if details.submission_id
+            ]
         return sorted(found, key=lambda job: (job.started or 0.0, job.id))
 
     def submit(self, **request: Any) -> None:
@@ -104,7 +111,9 @@ class Cluster:
                 self._connected().submit_job(**request)
             except RuntimeError as error:
                 if "already exists" in str(error):
-                    raise AlreadyThere(f"there is a job {request['submission_id']} already") from None
+                    raise AlreadyThere(
+                        f"there is a job {request['submission_id']} already"
+                    ) from None
                 raise
 
     def stop(self, job_id: str) -> None:
@@ -117,7 +126,11 @@ class Cluster:
             try:
                 return cast(str, self._connected().get_job_logs(job_id) or "")
             except RuntimeError as error:
-                if _code(error) in (400, 404, 500):  # 500: the node that has the log does not answer
+                if _code(error) in (
+                    400,
+                    404,
+                    500,
+                ):  # 500: the node that has the log does not answer
                     return ""
                 raise
 
@@ -147,13 +160,22 @@ class Cluster:
             raise self._locked(str(error)) from None
         except (TimeoutError, requests.RequestException, aiohttp.ClientError, OSError) as error:
             raise self._silent(_reason(error)) from None
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:  # what answers is no Ray, or is in trouble
+        except (
+            RuntimeError,
+            ValueError,
+            KeyError,
+            TypeError,
+        ) as error:  # what answers is no Ray, or is in trouble
             raise self._silent(
-                mask_secrets(str(error).strip().splitlines()[-1][:300] if str(error).strip() else "")
+                mask_secrets(
+                    str(error).strip().splitlines()[-1][:300] if str(error).strip() else ""
+                )
             ) from None
 
     def _locked(self, text: str) -> BadInput:
-        given = "refuses the token" if text.startswith("Authentication failed") else "asks for a token"
+        given = (
+            "refuses the token" if text.startswith("Authentication failed") else "asks for a token"
+        )
         return BadInput(
             f"the cluster at {self.shown} {given}",
             "set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file; on the head, `ray get-auth-token` prints it",
@@ -171,7 +193,11 @@ def checked_address(text: str) -> str:
     """The address without a slash at its end. Raises BadInput unless it is a dashboard's."""
     parts = urlsplit(text)
     try:
-        if parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port):
+        if (
+            parts.scheme in ("http", "https")
+            and parts.hostname
+            and (parts.port is None or parts.port)
+        ):
             return text.rstrip("/")
     except ValueError:  # a port that is none
         pass
@@ -185,7 +211,11 @@ def checked_address(text: str) -> str:
 
 def _shown(text: str) -> str:
     """Mask an address that may lack its scheme."""
-    return mask_secrets(text) if "://" in text else mask_secrets(f"http://{text}").removeprefix("http://")
+    return (
+        mask_secrets(text)
+        if "://" in text
+        else mask_secrets(f"http://{text}").removeprefix("http://")
+    )
 
 
 def token(here: Mapping[str, str]) -> str | None:
@@ -207,7 +237,9 @@ def token(here: Mapping[str, str]) -> str | None:
         return Path(path).expanduser().read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "is not text"
-        raise BadInput(f"RAY_AUTH_TOKEN_PATH {path}: {reason}", "name the file that holds the token") from None
+        raise BadInput(
+            f"RAY_AUTH_TOKEN_PATH {path}: {reason}", "name the file that holds the token"
+        ) from None
 
 
 def _client(address: str) -> Any:
@@ -258,7 +290,13 @@ def _release(version: str) -> tuple[int, ...]:
 def _reason(error: BaseException) -> str:
     """An error's kind in words: the text of requests' own errors is a chain of objects."""
     text = str(error)
-    for known in ("Connection refused", "Name or service not known", "timed out", "No route to host", "CERTIFICATE"):
+    for known in (
+        "Connection refused",
+        "Name or service not known",
+        "timed out",
+        "No route to host",
+        "CERTIFICATE",
+    ):
         if known.lower() in text.lower():
             return known if known != "CERTIFICATE" else "its certificate is not trusted here"
     if isinstance(error, ConnectionError) and text.startswith("Failed to connect"):

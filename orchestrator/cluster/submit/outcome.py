@@ -50,7 +50,9 @@ def is_lost(job: Job) -> bool:
     """Whether the job ended because something died under it, so that it may go on elsewhere."""
     if job.status != "failed":
         return False
-    return job.error_type in LOST or (job.exit_code is not None and (job.exit_code < 0 or job.exit_code in KILLED))
+    return job.error_type in LOST or (
+        job.exit_code is not None and (job.exit_code < 0 or job.exit_code in KILLED)
+    )
 
 
 def failure(job: Job, log: str) -> OrchestratorError:
@@ -62,7 +64,8 @@ def failure(job: Job, log: str) -> OrchestratorError:
     if is_lost(job):
         how = "was killed" if job.exit_code is not None else "died with its node"
         return JobFailed(
-            f"job {job.id} was lost: its driver {how}", "the same orchestrator submit goes on from what was kept"
+            f"job {job.id} was lost: its driver {how}",
+            "the same orchestrator submit goes on from what was kept",
         )
     if found := _known(job, log):
         return JobFailed(f"job {job.id} failed: {found[0]}", found[1])
@@ -80,9 +83,15 @@ def _known(job: Job, log: str) -> tuple[str, str] | None:
             "they can't, build them into the image and leave --pip out",
         )
     if job.error_type == "JOB_SUPERVISOR_ACTOR_UNSCHEDULABLE":
-        return "no node has room for its driver", "lower --entrypoint-num-cpus, or wait until there is room"
+        return (
+            "no node has room for its driver",
+            "lower --entrypoint-num-cpus, or wait until there is room",
+        )
     if job.exit_code in (126, 127):
-        return "its node has no `python` to run", "put the image's Python on the PATH of its containers"
+        return (
+            "its node has no `python` to run",
+            "put the image's Python on the PATH of its containers",
+        )
     if found := MISSING.findall(log or job.message):
         name = found[-1].split(".")[0]
         code = ", or submit without --image-has-code" if name == "orchestrator" else ""
@@ -94,5 +103,7 @@ def _known(job: Job, log: str) -> tuple[str, str] | None:
 
 
 def _last_line(job: Job, log: str) -> str:
-    lines = [line.strip() for line in (log or job.message).splitlines() if line.strip() and visible(line)]
+    lines = [
+        line.strip() for line in (log or job.message).splitlines() if line.strip() and visible(line)
+    ]
     return lines[-1][:300] if lines else "it said nothing"

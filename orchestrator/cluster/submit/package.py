@@ -94,7 +94,10 @@ def unpacked(folder: Path, inputs: Path) -> tuple[str, list[tuple[Path, Path]]]:
     which outlives the package; and which file goes where."""
     from orchestrator.job.yaml import load_job
 
-    copies = [(file, inputs / file.relative_to(folder / INPUTS)) for file in sorted((folder / INPUTS).rglob("*"))]
+    copies = [
+        (file, inputs / file.relative_to(folder / INPUTS))
+        for file in sorted((folder / INPUTS).rglob("*"))
+    ]
 
     def place(key: str, text: str) -> str:
         return str(inputs / text.removeprefix(INPUTS)) if text.startswith(INPUTS) else text
@@ -108,14 +111,20 @@ def moved(job: JobSpec, change: Change) -> JobSpec:
     """The job with every file and folder that it names changed."""
     data, space, base = job.data, job.search.space, job.base_model
     if isinstance(data.path, DataFiles):
-        named = {split: change(f"data.path.{split}", text) for split, text in data.path if text is not None}
+        named = {
+            split: change(f"data.path.{split}", text)
+            for split, text in data.path
+            if text is not None
+        }
         data = data.model_copy(update={"path": data.path.model_copy(update=named)})
     if _is_local(base.id):
         base = base.model_copy(update={"id": change("base_model.id", base.id)})
     if init_artifacts(space):
         inits = space.init if isinstance(space.init, list) else [space.init]
         changed = [_moved_init(number, init, change) for number, init in enumerate(inits)]
-        space = space.model_copy(update={"init": changed if isinstance(space.init, list) else changed[0]})
+        space = space.model_copy(
+            update={"init": changed if isinstance(space.init, list) else changed[0]}
+        )
     search = job.search.model_copy(update={"space": space})
     return job.model_copy(update={"data": data, "base_model": base, "search": search})
 
@@ -153,14 +162,20 @@ def _found(key: str, path: Path) -> Iterator[tuple[str, Path]]:
         yield "", path
         return
     patterns = [*SMALL_FILES, WEIGHTS, "*.py"] if key == "base_model.id" else ["**/*"]
-    for file in sorted({file for pattern in patterns for file in path.glob(pattern) if file.is_file()}):
+    for file in sorted(
+        {file for pattern in patterns for file in path.glob(pattern) if file.is_file()}
+    ):
         yield file.relative_to(path).as_posix(), file
 
 
 def code_files() -> tuple[PackedFile, ...]:
     """This package, as it is here."""
     folder = Path(__file__).parents[2]
-    files = (file for file in sorted(folder.rglob("*")) if file.is_file() and "__pycache__" not in file.parts)
+    files = (
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and "__pycache__" not in file.parts
+    )
     return tuple(PackedFile.of(file.relative_to(folder.parent).as_posix(), file) for file in files)
 
 

@@ -19,7 +19,9 @@ from orchestrator.errors import BadInput
 from orchestrator.utils.text import mask_secrets
 
 ENTRYPOINT = "python -m orchestrator on-cluster"  # a shell's command: nothing that anybody wrote gets into it
-STOP_SECONDS = "60"  # between SIGTERM and SIGKILL; Ray's own 3 s are too few for closing MLflow's runs
+STOP_SECONDS = (
+    "60"  # between SIGTERM and SIGKILL; Ray's own 3 s are too few for closing MLflow's runs
+)
 KEY_LENGTH = 12
 LABEL = re.compile(r"([A-Za-z0-9][A-Za-z0-9._/-]{0,62})=([\x20-\x7e]{0,200})")
 SEARCH_KEY = "search"  # metadata that the other verbs read
@@ -119,7 +121,9 @@ def parse_labels(texts: Sequence[str]) -> dict[str, str]:
                 "for instance --label project=spam-filter",
             )
         if match[1] == USER_KEY:
-            raise BadInput(f"--label {USER_KEY} is set already, to whoever submits", "choose another name")
+            raise BadInput(
+                f"--label {USER_KEY} is set already, to whoever submits", "choose another name"
+            )
         found[match[1]] = match[2]
     return found
 
@@ -132,7 +136,9 @@ def read_pip(file: Path | None) -> tuple[str, ...]:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "is not UTF-8 text"
-        raise BadInput(f"--pip {file}: {reason}", "name a requirements file, for instance constraints.txt") from None
+        raise BadInput(
+            f"--pip {file}: {reason}", "name a requirements file, for instance constraints.txt"
+        ) from None
     found = [re.sub(r"(^|\s)#.*", "", line).strip() for line in lines]
     return tuple(line for line in found if line)
 

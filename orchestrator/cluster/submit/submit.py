@@ -19,7 +19,14 @@ from orchestrator.cluster.submit.follow import Forgotten, follow
 from orchestrator.cluster.submit.job_server import DEFAULT_ADDRESS, AlreadyThere, Cluster, Job
 from orchestrator.cluster.submit.outcome import failure, is_lost, result_in
 from orchestrator.cluster.submit.package import code_files, pack, write_files
-from orchestrator.cluster.submit.request import ENTRYPOINT, SEARCH_KEY, STOP_SECONDS, Request, parse_labels, read_pip
+from orchestrator.cluster.submit.request import (
+    ENTRYPOINT,
+    SEARCH_KEY,
+    STOP_SECONDS,
+    Request,
+    parse_labels,
+    read_pip,
+)
 from orchestrator.errors import BadInput, Interrupted, Unreachable
 from orchestrator.job.spec import JobSpec
 from orchestrator.utils.object_store import check_address, is_address
@@ -45,7 +52,11 @@ class Submission:
 
     def document(self) -> dict[str, Any]:
         """What ``--dry-run`` shows."""
-        return {**self.request.document(self.cluster.address), "retries": self.retries, "notes": warnings(self)}
+        return {
+            **self.request.document(self.cluster.address),
+            "retries": self.retries,
+            "notes": warnings(self),
+        }
 
 
 def make_submission(
@@ -66,11 +77,15 @@ def make_submission(
         check_address(home, "--home")
     elif home is not None and not Path(home).is_absolute():
         raise BadInput(
-            f"--home {home} is not a whole path", "name a folder on the cluster, from / on, or s3://BUCKET/FOLDER"
+            f"--home {home} is not a whole path",
+            "name a folder on the cluster, from / on, or s3://BUCKET/FOLDER",
         )
     missing = [str(folder) for folder in shared if not folder.is_dir()]
     if missing:
-        raise BadInput(f"--shared {missing[0]} is no folder here", "name one that this machine and the nodes have")
+        raise BadInput(
+            f"--shared {missing[0]} is no folder here",
+            "name one that this machine and the nodes have",
+        )
     request = Request(
         package=pack(job, shared),
         code=() if image_has_code else code_files(),
@@ -87,11 +102,15 @@ def warnings(submission: Submission) -> list[str]:
     """What a submission may not have meant."""
     request, found = submission.request, list(submission.request.environment.notes)
     if submission.retries and request.home is None:
-        found.append("without --home a search is kept on its driver's node: lost with that, it begins again")
+        found.append(
+            "without --home a search is kept on its driver's node: lost with that, it begins again"
+        )
     if urlsplit(submission.cluster.address).hostname not in LOOPBACK:
         for name, value in request.environment.public.items():
             if urlsplit(value).hostname in LOOPBACK or value.startswith("sqlite:"):
-                found.append(f"{name}={value} means the node that the driver runs on, and not this machine")
+                found.append(
+                    f"{name}={value} means the node that the driver runs on, and not this machine"
+                )
     return found
 
 
@@ -104,7 +123,12 @@ class Attempt:
     found: bool
 
     def document(self, cluster: Cluster) -> dict[str, Any]:
-        return {"id": self.id, "search": self.search, "address": cluster.shown, "attached": self.found}
+        return {
+            "id": self.id,
+            "search": self.search,
+            "address": cluster.shown,
+            "attached": self.found,
+        }
 
 
 def submit_job(submission: Submission, say: Say, show: Say, wait: bool = True) -> dict[str, Any]:
@@ -121,7 +145,9 @@ def submit_job(submission: Submission, say: Say, show: Say, wait: bool = True) -
     for note in cluster.connect():
         say(note)
     with tempfile.TemporaryDirectory(prefix="submit-") as folder:
-        return _attempts(submission, _Folders.written(submission.request, Path(folder)), say, show, wait)
+        return _attempts(
+            submission, _Folders.written(submission.request, Path(folder)), say, show, wait
+        )
 
 
 @dataclass(frozen=True)
@@ -138,17 +164,26 @@ class _Folders:
         return cls(folder / "job", folder / "code" / "orchestrator")
 
 
-def _attempts(submission: Submission, folders: _Folders, say: Say, show: Say, wait: bool) -> dict[str, Any]:
+def _attempts(
+    submission: Submission, folders: _Folders, say: Say, show: Say, wait: bool
+) -> dict[str, Any]:
     cluster = submission.cluster
     search: str | None = None  # of the attempt before
     for left in reversed(range(submission.retries + 1)):
         begin = partial(_begin, submission, folders, search)
         attempt = _patiently(begin, submission.patience_s if search else 0.0)
-        say(f"job {attempt.id} {'is under way already' if attempt.found else 'is submitted'} to {cluster.shown}")
+        say(
+            f"job {attempt.id} {'is under way already' if attempt.found else 'is submitted'} to {cluster.shown}"
+        )
         if not wait:
-            return {**attempt.document(cluster), "status": "attached" if attempt.found else "submitted"}
+            return {
+                **attempt.document(cluster),
+                "status": "attached" if attempt.found else "submitted",
+            }
         search = attempt.search
-        say(f"following its log (Ctrl-C leaves it running; orchestrator stop {attempt.id}{_option(cluster)} ends it)")
+        say(
+            f"following its log (Ctrl-C leaves it running; orchestrator stop {attempt.id}{_option(cluster)} ends it)"
+        )
         job = _followed(cluster, attempt.id, show, submission.patience_s)
         if left and (job is None or is_lost(job)):
             say(f"job {attempt.id} was lost; submitting it again, {left} more times at most")
@@ -165,7 +200,9 @@ def _followed(cluster: Cluster, job_id: str, show: Say, patience_s: float) -> Jo
     except Forgotten:
         return None
     except Unreachable as error:
-        raise Unreachable(f"{error.message}; job {job_id} may be running", f"{goes_on} picks up") from None
+        raise Unreachable(
+            f"{error.message}; job {job_id} may be running", f"{goes_on} picks up"
+        ) from None
     except KeyboardInterrupt:
         raise Interrupted(f"left job {job_id} running", goes_on) from None
 
@@ -185,7 +222,10 @@ def concluded(cluster: Cluster, job_id: str, job: Job | None) -> dict[str, Any]:
 
 def followed_document(cluster: Cluster, job_id: str, show: Say) -> dict[str, Any]:
     """Pick up a job's log and see it to its end, as ``submit`` would have. Raises as ``submit_job``."""
-    return {"id": job_id, **concluded(cluster, job_id, _followed(cluster, job_id, show, PATIENCE_S))}
+    return {
+        "id": job_id,
+        **concluded(cluster, job_id, _followed(cluster, job_id, show, PATIENCE_S)),
+    }
 
 
 def _begin(submission: Submission, folders: _Folders, search: str | None) -> Attempt:
@@ -206,7 +246,9 @@ def _begin(submission: Submission, folders: _Folders, search: str | None) -> Att
             return attempt
         except AlreadyThere:
             time.sleep(PAUSE_S)
-    raise Unreachable(f"the cluster at {cluster.shown} does not take job {request.base_id}", "try again")
+    raise Unreachable(
+        f"the cluster at {cluster.shown} does not take job {request.base_id}", "try again"
+    )
 
 
 def next_attempt(base: str, jobs: Sequence[Job], search: str | None = None) -> tuple[bool, Attempt]:
@@ -253,7 +295,9 @@ def stop_job(cluster: Cluster, job_id: str) -> tuple[bool, Job]:
         if (job := known_job(cluster, job_id)).is_over:
             return True, job
         time.sleep(PAUSE_S)
-    raise Unreachable(f"job {job_id} was told to stop and has not ended", f"orchestrator logs {job_id}")
+    raise Unreachable(
+        f"job {job_id} was told to stop and has not ended", f"orchestrator logs {job_id}"
+    )
 
 
 def known_job(cluster: Cluster, job_id: str) -> Job:
@@ -263,7 +307,9 @@ def known_job(cluster: Cluster, job_id: str) -> Job:
     newest = [job.id for job in reversed(cluster.jobs())][:5]
     raise BadInput(
         f"the cluster at {cluster.shown} knows no job {job_id!r}",
-        f"jobs there: {', '.join(newest)}" if newest else "it has no jobs; orchestrator submit JOB makes one",
+        f"jobs there: {', '.join(newest)}"
+        if newest
+        else "it has no jobs; orchestrator submit JOB makes one",
     )
 
 

@@ -17,7 +17,9 @@ from orchestrator.job.yaml.tree import Node
 from orchestrator.job.yaml.wording import below, describe, nearest, show
 
 BAD = object()
-EXACT = ConfigDict(strict=True, allow_inf_nan=False)  # as Section has it; a part of a section is checked on its own
+EXACT = ConfigDict(
+    strict=True, allow_inf_nan=False
+)  # as Section has it; a part of a section is checked on its own
 
 
 def explain(root: Node) -> list[Problem]:
@@ -52,7 +54,12 @@ class _Explanation:
             elif field.is_required():
                 # A key that is there under a wrong name is one mistake, not two.
                 if where not in self.unknown:
-                    self._note(node, f"is missing; allowed: {_allowed(kind)}", field.description or "", where)
+                    self._note(
+                        node,
+                        f"is missing; allowed: {_allowed(kind)}",
+                        field.description or "",
+                        where,
+                    )
                 # The checks across keys look into a section even when it is missing.
                 good[name] = kind.model_construct() if _is_section(kind) else BAD
         built = _built(section, good)
@@ -71,7 +78,11 @@ class _Explanation:
             before = len(self.problems)
             self._explain_parts(kind, node)
             if len(self.problems) == before:
-                own = (str(detail["ctx"]["error"]) for detail in error.errors() if detail["type"] == "value_error")
+                own = (
+                    str(detail["ctx"]["error"])
+                    for detail in error.errors()
+                    if detail["type"] == "value_error"
+                )
                 self._refuse(kind, node, next(own, ""))
             return BAD
 
@@ -81,11 +92,17 @@ class _Explanation:
         for branch in branches:
             arguments = get_args(branch)
             if isinstance(value, dict) and get_origin(branch) is dict:
-                self._explain_items(arguments[0], [replace(item, value=name) for name, item in value.items()])
+                self._explain_items(
+                    arguments[0], [replace(item, value=name) for name, item in value.items()]
+                )
                 self._explain_items(arguments[1], value.values())
             elif isinstance(value, list) and get_origin(branch) is list:
                 self._explain_items(arguments[0], value)
-            elif isinstance(value, list) and get_origin(branch) is tuple and len(value) == len(arguments):
+            elif (
+                isinstance(value, list)
+                and get_origin(branch) is tuple
+                and len(value) == len(arguments)
+            ):
                 for inner, item in zip(arguments, value, strict=True):
                     self.value(inner, item)
         section = _meant_section(branches, value) if isinstance(value, dict) else None
@@ -102,7 +119,11 @@ class _Explanation:
         """Conflicts between values that are each good; what depends on an unknown value is not judged."""
         prefix = f"{node.where}." if node.where else ""
         unknown = tuple(self.unknown)  # as it is now: one conflict does not hide the next
-        for where, message, reads in section._conflicts():  # the validator around it wants a section that is whole
+        for (
+            where,
+            message,
+            reads,
+        ) in section._conflicts():  # the validator around it wants a section that is whole
             if any(_overlap(prefix + key, bad) for key in (where, *reads) for bad in unknown):
                 continue
             places = {key: node.reach(key) for key in (where, *reads)}
@@ -114,17 +135,27 @@ class _Explanation:
         # A key that another section has by that very name was meant there, however near one of this section is.
         elsewhere = [key for key in _known_keys(JobSpec) if f".{key}".endswith(f".{name}")]
         free = [field for field in section.model_fields if field not in node.value]
-        near = "" if elsewhere else nearest(str(name), free) or nearest(str(name), section.model_fields)
+        near = (
+            ""
+            if elsewhere
+            else nearest(str(name), free) or nearest(str(name), section.model_fields)
+        )
         if near:
             self.unknown.append(below(node.where, near))
         options = elsewhere or [near] * bool(near)
         hint = f"did you mean {' or '.join(options)}? " if options else ""
-        self._note(node.value[name], "unknown key", f"{hint}allowed: {', '.join(section.model_fields)}")
+        self._note(
+            node.value[name], "unknown key", f"{hint}allowed: {', '.join(section.model_fields)}"
+        )
 
     def _refuse(self, kind: Any, node: Node, own: str = "") -> None:
         """Note that ``node`` is no ``kind``; ``own`` is what the value's own check said of it."""
         value = node.plain()
-        self._note(node, f"{show(value)} {own or f'is not allowed; allowed: {_allowed(kind)}'}", _hint(kind, value))
+        self._note(
+            node,
+            f"{show(value)} {own or f'is not allowed; allowed: {_allowed(kind)}'}",
+            _hint(kind, value),
+        )
 
     def _note(self, node: Node, message: str, hint: str = "", where: str = "") -> None:
         self.unknown.append(where or node.where)
@@ -173,7 +204,9 @@ def _branches(kind: Any) -> Iterator[Any]:
 
 def _meant_section(branches: Iterable[Any], value: dict[Any, Node]) -> type[Section] | None:
     """The section that shares a key with the value, or nearly does."""
-    owners = {name: branch for branch in branches if _is_section(branch) for name in branch.model_fields}
+    owners = {
+        name: branch for branch in branches if _is_section(branch) for name in branch.model_fields
+    }
     return next((owners[near] for name in value if (near := nearest(str(name), owners))), None)
 
 
@@ -202,7 +235,12 @@ def _hint(kind: Any, value: Any) -> str:
         return "leave the key out to take the defaults" if value is None else ""
     adapter = _adapter(kind)
     if isinstance(value, str):
-        choices = [word for branch in _branches(kind) if get_origin(branch) is Literal for word in get_args(branch)]
+        choices = [
+            word
+            for branch in _branches(kind)
+            if get_origin(branch) is Literal
+            for word in get_args(branch)
+        ]
         near = nearest(value, [word for word in choices if isinstance(word, str)])
         if near:
             return f"did you mean {near}?"

@@ -45,7 +45,9 @@ def load_with_places(path: str | Path, overrides: Sequence[str] = ()) -> tuple[J
     if not problems:
         try:
             return JobSpec.model_validate(root.plain()), Places(root)
-        except ValidationError as error:  # a check that explain does not know of; better said badly than not at all
+        except (
+            ValidationError
+        ) as error:  # a check that explain does not know of; better said badly than not at all
             problems = [Problem(file, None, "", str(error))]
     raise SpecError(Places(root).in_order(problems))
 
@@ -55,7 +57,9 @@ def _tree(text: str, file: str) -> Node:
     if node is None:
         raise Unreadable("is empty", hint="orchestrator init writes a job spec to start from")
     if not isinstance(node, yaml.MappingNode):
-        raise Unreadable("is not a job spec: a mapping of keys to values", 1, "start with name: my-search")
+        raise Unreadable(
+            "is not a job spec: a mapping of keys to values", 1, "start with name: my-search"
+        )
     return grow(node, file)
 
 
@@ -65,7 +69,11 @@ def _text(path: Path) -> str:
             raw = stream.read(MAX_BYTES + 1)
     except FileNotFoundError:
         near = nearest(path.name, [entry.name for entry in path.parent.glob("*.y*ml")])
-        hint = f"did you mean {path.with_name(near)}?" if near else "orchestrator init writes one to start from"
+        hint = (
+            f"did you mean {path.with_name(near)}?"
+            if near
+            else "orchestrator init writes one to start from"
+        )
         raise Unreadable("there is no such file", hint=hint) from None
     except IsADirectoryError:
         raise Unreadable("is a folder; name the job spec in it") from None
@@ -77,4 +85,6 @@ def _text(path: Path) -> str:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise Unreadable(f"is not UTF-8 text: byte 0x{raw[error.start]:02x}", line, "save it as UTF-8") from None
+        raise Unreadable(
+            f"is not UTF-8 text: byte 0x{raw[error.start]:02x}", line, "save it as UTF-8"
+        ) from None

@@ -26,7 +26,9 @@ def lay_over(root: Node, override: str) -> None:
         root.problems.append(Problem(source, None, "", message, hint))
         return
     # Read as YAML reads keys: verbalizer.0 is a number, verbalizer."0" text.
-    *way, last = [part[1:-1] if part[0] == '"' else unquoted(part) for part in re.findall(PART, match[1])]
+    *way, last = [
+        part[1:-1] if part[0] == '"' else unquoted(part) for part in re.findall(PART, match[1])
+    ]
     around = root
     for name in way:
         inner = around.value.get(name)

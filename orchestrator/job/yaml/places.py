@@ -24,7 +24,9 @@ class Places:
 
     def in_order(self, problems: list[Problem]) -> list[Problem]:
         """Sort problems by line, with those of values from ``--set`` behind them."""
-        return sorted(problems, key=lambda problem: (problem.file != self.root.file, problem.line or 0))
+        return sorted(
+            problems, key=lambda problem: (problem.file != self.root.file, problem.line or 0)
+        )
 
     def _reach(self, key: str) -> Node:
         """Find the node at ``key``, or the last one on the way to it: a default was not written."""

@@ -49,12 +49,16 @@ def compose(text: str) -> yaml.Node | None:
         return node
     except ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise Unreadable(f"is not valid YAML: character U+{error.character:04X} is not allowed", line) from None
+        raise Unreadable(
+            f"is not valid YAML: character U+{error.character:04X} is not allowed", line
+        ) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         words = ", ".join(part for part in (error.problem, error.context) if part)
         hint = "indent with spaces, not tabs" if "\\t" in words else ""
-        raise Unreadable(f"is not valid YAML: {words}", mark.line + 1 if mark else None, hint) from None
+        raise Unreadable(
+            f"is not valid YAML: {words}", mark.line + 1 if mark else None, hint
+        ) from None
     except RecursionError:
         raise Unreadable(TOO_DEEP) from None
     except (ValueError, OverflowError) as error:  # PyYAML's own, from "\UFFFFFFFF" and the like
@@ -73,7 +77,9 @@ def scalar(node: yaml.ScalarNode) -> Any:
 
 def unquoted(text: str) -> Any:
     """The number, truth value, nothing or text that ``text`` is without quotes."""
-    return next((convert(text) for pattern, convert in SCALARS if re.fullmatch(pattern, text)), text)
+    return next(
+        (convert(text) for pattern, convert in SCALARS if re.fullmatch(pattern, text)), text
+    )
 
 
 class _Dumper(yaml.SafeDumper):

@@ -27,7 +27,9 @@ class Node:
     line: int | None
     where: str
     value: Any = None  # dict[Any, Node], list[Node] or a scalar
-    problems: list[Problem] = field(default_factory=list)  # found while reading; they go when the value is replaced
+    problems: list[Problem] = field(
+        default_factory=list
+    )  # found while reading; they go when the value is replaced
 
     def note(self, message: str, hint: str = "", line: int | None = None) -> None:
         """Add a problem of this value."""
@@ -44,7 +46,9 @@ class Node:
         """The value without places."""
         if isinstance(self.value, dict):
             return {name: child.plain() for name, child in self.value.items()}
-        return [child.plain() for child in self.value] if isinstance(self.value, list) else self.value
+        return (
+            [child.plain() for child in self.value] if isinstance(self.value, list) else self.value
+        )
 
     def reach(self, dotted: str) -> Node:
         """The node at ``dotted`` below this one, or the last one on the way there."""
@@ -90,11 +94,15 @@ class _Growth:
             self._fill(node, source, inner)
         elif isinstance(source, yaml.SequenceNode) and source.tag == f"{TAG}seq":
             items = enumerate(source.value)
-            node.value = [self.node(item, f"{where}[{i}]", self.line(item), inner) for i, item in items]
+            node.value = [
+                self.node(item, f"{where}[{i}]", self.line(item), inner) for i, item in items
+            ]
         elif is_scalar(source):
             node.value = scalar(source)
         else:
-            node.note(f"has the tag {source.tag.replace(TAG, '!!')}; a job spec takes plain values only")
+            node.note(
+                f"has the tag {source.tag.replace(TAG, '!!')}; a job spec takes plain values only"
+            )
         return node
 
     def _fill(self, node: Node, source: yaml.MappingNode, parents: Parents) -> None:
@@ -103,16 +111,23 @@ class _Growth:
             line = self.line(key)
             name = scalar(key) if is_scalar(key) else None
             if name == "<<" and key.style is None:
-                merges += [(line, part) for part in (value.value if isinstance(value, yaml.SequenceNode) else [value])]
+                merges += [
+                    (line, part)
+                    for part in (value.value if isinstance(value, yaml.SequenceNode) else [value])
+                ]
             elif name is None:
-                shown = show(key.value) if isinstance(key, yaml.ScalarNode) else "a list or a mapping"
+                shown = (
+                    show(key.value) if isinstance(key, yaml.ScalarNode) else "a list or a mapping"
+                )
                 node.note(f"{shown} can't be a key; write text in quotes", line=line)
             else:
                 first = node.value.get(name)
                 spelling = next((key for key in node.value if key == name), name)
                 node.value[name] = self.node(value, below(node.where, name), line, parents)
                 if first:
-                    before = f", first{_otherwise(spelling, name)} on line {first.line}" if line else ""
+                    before = (
+                        f", first{_otherwise(spelling, name)} on line {first.line}" if line else ""
+                    )
                     node.value[name].note(f"is given twice{before}", "keep one")
         for line, part in merges:
             self._merge(node, self.node(part, node.where, line, parents), line)

@@ -9,9 +9,19 @@ from typing import Any
 
 from orchestrator.job.spec import ALIAS_PATTERN, NAME_PATTERN
 
-KINDS = {"integer": "a whole number", "number": "a number", "string": "text", "boolean": "true or false"}
+KINDS = {
+    "integer": "a whole number",
+    "number": "a number",
+    "string": "text",
+    "boolean": "true or false",
+}
 RANGE = "[low, high]"  # the lists of fixed length, but for those that give an example
-LIMITS = {"minimum": "of at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+LIMITS = {
+    "minimum": "of at least",
+    "exclusiveMinimum": "above",
+    "maximum": "at most",
+    "exclusiveMaximum": "below",
+}
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -34,7 +44,9 @@ def printable(text: str) -> str:
 
 def below(where: str, name: Any) -> str:
     """The dotted key of ``name`` in the mapping at ``where``."""
-    shown = name if isinstance(name, str) and "." not in name else json.dumps(name, ensure_ascii=False)
+    shown = (
+        name if isinstance(name, str) and "." not in name else json.dumps(name, ensure_ascii=False)
+    )
     return printable(f"{where}.{shown}" if where else shown)
 
 
@@ -61,13 +73,18 @@ def _alternatives(schema: dict[str, Any], models: dict[str, Any]) -> list[str]:
         case {"$ref": name}:
             return _alternatives(models[name.rsplit("/", 1)[-1]], models)
         case {"prefixItems": [part, *_] as parts, "examples": [example, *_]}:
-            return [f"a list of {len(parts)}, each {listed(_alternatives(part, models))}, as {show(example)}"]
+            return [
+                f"a list of {len(parts)}, each {listed(_alternatives(part, models))}, as {show(example)}"
+            ]
         case {"prefixItems": _}:
             return [RANGE]
         case {"items": items}:
             return [f"a list of {listed(_alternatives(items, models))}"]
         case {"properties": fields}:
-            inner = [f"{name}: {RANGE if 'prefixItems' in field else '...'}" for name, field in fields.items()]
+            inner = [
+                f"{name}: {RANGE if 'prefixItems' in field else '...'}"
+                for name, field in fields.items()
+            ]
             return [f"{{{', '.join(inner)}}}"]
         case {"additionalProperties": values}:
             return [f"a mapping to {listed(_alternatives(values, models))}"]
@@ -75,7 +92,9 @@ def _alternatives(schema: dict[str, Any], models: dict[str, Any]) -> list[str]:
 
 
 def _one(schema: dict[str, Any]) -> str:
-    limits = " and ".join(f"{words} {schema[key]}" for key, words in LIMITS.items() if key in schema)
+    limits = " and ".join(
+        f"{words} {schema[key]}" for key, words in LIMITS.items() if key in schema
+    )
     match schema:
         case {"const": word}:
             return str(word)

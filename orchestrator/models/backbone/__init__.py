@@ -1,7 +1,12 @@
 """The frozen backbone: load, freeze, embed, forward. The only place that knows model families."""
 
 from orchestrator.models.backbone.base import Backbone, RowState
-from orchestrator.models.backbone.causal import PROMPT_ONCE_FAMILIES, CausalBackbone, CausalState, runs_prompt_once
+from orchestrator.models.backbone.causal import (
+    PROMPT_ONCE_FAMILIES,
+    CausalBackbone,
+    CausalState,
+    runs_prompt_once,
+)
 from orchestrator.models.backbone.loading import (
     check_exact,
     default_device,
@@ -14,7 +19,12 @@ from orchestrator.models.backbone.loading import (
     why_not_exact,
 )
 from orchestrator.models.backbone.masked import MaskedBackbone
-from orchestrator.models.backbone.prepared_prompts import SITES, PreparedPrompts, PromptTensors, stack_prepared
+from orchestrator.models.backbone.prepared_prompts import (
+    SITES,
+    PreparedPrompts,
+    PromptTensors,
+    stack_prepared,
+)
 from orchestrator.models.backbone.rows import Rows
 from orchestrator.models.backbone.seq2seq import Seq2SeqBackbone
 from orchestrator.models.backbone.sharding import bytes_elsewhere

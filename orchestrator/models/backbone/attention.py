@@ -67,7 +67,12 @@ def recorded() -> Iterator[dict[nn.Module, tuple[Tensor, Tensor]]]:
 
 
 def attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
 ) -> tuple[Tensor, Any]:
     """The library's scaled dot product attention, behind the module's prefix if it has one."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -76,14 +81,18 @@ def attention(
         seen[module] = (key, value)
     prefix = _here.active.get(module)
     if prefix is not None:
-        attention_mask = _extended(module, query, key, attention_mask, prefix, options.get("is_causal"))
+        attention_mask = _extended(
+            module, query, key, attention_mask, prefix, options.get("is_causal")
+        )
         key = torch.cat([prefix.key.to(key), key], dim=2)
         value = torch.cat([prefix.value.to(value), value], dim=2)
         options["is_causal"] = False  # the mask says it all
         if (bias := options.get("position_bias")) is not None:
             # A relative position has no meaning for a prefix: its keys stand at no place.
             options["position_bias"] = pad(bias, (prefix.mask.shape[1], 0))
-    out: tuple[Tensor, Any] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    out: tuple[Tensor, Any] = sdpa_attention_forward(
+        module, query, key, value, attention_mask, **options
+    )
     return out
 
 
@@ -105,12 +114,19 @@ def _extended(
     mask = mask.expand(rows, -1, queries, -1)
     front = prefix.mask[:, None, None, :].expand(rows, mask.shape[1], queries, -1)
     if mask.dtype != torch.bool:
-        front = torch.zeros_like(front, dtype=mask.dtype).masked_fill(~front, torch.finfo(mask.dtype).min)
+        front = torch.zeros_like(front, dtype=mask.dtype).masked_fill(
+            ~front, torch.finfo(mask.dtype).min
+        )
     return torch.cat([front, mask], dim=-1)
 
 
 def grouped_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
 ) -> tuple[Tensor, Any]:
     """The library's attention, bit for bit, with each group's keys and values read where they are.
 
@@ -120,8 +136,14 @@ def grouped_attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     shares = query.device.type == "cpu" and query.shape[1] > key.shape[1] and query.shape[2] > 1
-    if not shares or attention_mask is None or options.keys() & {"softcap", "position_bias", "cache"}:
-        out: tuple[Tensor, Any] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    if (
+        not shares
+        or attention_mask is None
+        or options.keys() & {"softcap", "position_bias", "cache"}
+    ):
+        out: tuple[Tensor, Any] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, **options
+        )
         return out
     attended = scaled_dot_product_attention(
         query,
@@ -144,7 +166,10 @@ def install_grouped(model: Any) -> None:
     """Spare a model whose heads share keys and values the copies of them, where transformers lets us."""
     config = model.config
     heads = getattr(config, "num_attention_heads", 0)
-    if getattr(config, "num_key_value_heads", None) not in (None, heads) and model._supports_attention_backend:
+    if (
+        getattr(config, "num_key_value_heads", None) not in (None, heads)
+        and model._supports_attention_backend
+    ):
         _install(model, GROUPED, grouped_attention)
 
 
@@ -163,7 +188,9 @@ def called_modules(seen: Mapping[nn.Module, Any], within: nn.Module) -> list[nn.
     return [module for module in seen if module in inside]
 
 
-def layer_prefixes(modules: Sequence[nn.Module], tensors: Sequence[Tensor], mask: Tensor) -> dict[nn.Module, RowPrefix]:
+def layer_prefixes(
+    modules: Sequence[nn.Module], tensors: Sequence[Tensor], mask: Tensor
+) -> dict[nn.Module, RowPrefix]:
     """A site's rows' prefixes for its modules: ``tensors`` are key and value of each layer."""
     pairs = zip(modules, tensors[::2], tensors[1::2], strict=True)
     return {module: RowPrefix(key, value, mask) for module, key, value in pairs}

@@ -15,7 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.errors import BadInput
-from orchestrator.models.backbone.prepared_prompts import Part, PreparedPrompts, PromptTensors, pad_part
+from orchestrator.models.backbone.prepared_prompts import (
+    Part,
+    PreparedPrompts,
+    PromptTensors,
+    pad_part,
+)
 from orchestrator.models.backbone.sharding import gather_once, local, reset_blocks, shard_blocks
 from orchestrator.models.source import BaseModelInfo, Family
 
@@ -77,7 +82,11 @@ class Backbone(ABC):
 
     @abstractmethod
     def teacher_forced(
-        self, prompts: PreparedPrompts | None, inputs: Sequence[Ids], targets: Sequence[Ids], prompt: Sequence[int]
+        self,
+        prompts: PreparedPrompts | None,
+        inputs: Sequence[Ids],
+        targets: Sequence[Ids],
+        prompt: Sequence[int],
     ) -> tuple[Tensor, Tensor]:
         """Logits [B, Y, V] that predict the targets, and the targets [B, Y], -100 where a row has none.
 
@@ -89,7 +98,9 @@ class Backbone(ABC):
     def continues(self) -> bool:
         """Whether rows can be started and extended token by token at the cost of the new tokens alone."""
 
-    def start(self, prompts: PreparedPrompts | None, inputs: Sequence[Ids], prompt: Sequence[int]) -> Any:
+    def start(
+        self, prompts: PreparedPrompts | None, inputs: Sequence[Ids], prompt: Sequence[int]
+    ) -> Any:
         """Run the inputs: a ``RowState`` whose logits [B, V] are those of the first target token."""
         raise NotImplementedError(f"a {self.family} backbone can't continue rows")
 
@@ -122,7 +133,9 @@ class Backbone(ABC):
         lengths = prompts.parts["inner"].lengths.tolist()
         return [int(lengths[place]) for place in prompt]
 
-    def row_embeddings(self, prompts: PreparedPrompts | None, ids: Tensor, prompt: Tensor) -> Tensor:
+    def row_embeddings(
+        self, prompts: PreparedPrompts | None, ids: Tensor, prompt: Tensor
+    ) -> Tensor:
         """[B, T, H]: each token's embedding; a negative id -(k + 1) is virtual token k of the row's prompt."""
         embeddings = self.embed(ids.clamp(min=0))
         if prompts is None or "inner" not in prompts.parts:
@@ -135,17 +148,23 @@ class Backbone(ABC):
     def _embedding_part(self, prompts: Sequence[PromptTensors], inside: bool) -> dict[str, Part]:
         """The embeddings that stand in front of rows, or inside them; nothing when no prompt has any."""
         chosen = [
-            (prompt.embeddings,) if prompt.embeddings is not None and prompt.inside == inside else None
+            (prompt.embeddings,)
+            if prompt.embeddings is not None and prompt.inside == inside
+            else None
             for prompt in prompts
         ]
-        return {("inner" if inside else "front"): pad_part(chosen, self.table)} if any(chosen) else {}
+        return (
+            {("inner" if inside else "front"): pad_part(chosen, self.table)} if any(chosen) else {}
+        )
 
     def check_prefix(self, prefixes: Mapping[str, Tensor]) -> None:
         """BadInput unless a prefix has this model's sites, layers, heads and head width."""
         wanted = self.prefix_shapes if prefixes else {}
         for site, tensor in prefixes.items():
             if site not in wanted:
-                raise BadInput(f"a prefix for {site} attention does not fit a {self.family} model: {sorted(wanted)}")
+                raise BadInput(
+                    f"a prefix for {site} attention does not fit a {self.family} model: {sorted(wanted)}"
+                )
             expected, got = list(wanted[site]), list(tensor.shape)
             if got[:3] != expected[:3] or got[4] != expected[4]:
                 raise BadInput(
@@ -169,10 +188,22 @@ class Backbone(ABC):
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-            digest.update(local(tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(
+                local(tensor)
+                .detach()
+                .cpu()
+                .contiguous()
+                .reshape(-1)
+                .view(torch.uint8)
+                .numpy()
+                .tobytes()
+            )
         return digest.hexdigest()
 
 
 def no_prefix(model_type: str, reason: str) -> BadInput:
     """A model that has no place for a prefix."""
-    return BadInput(f"a {model_type} model can't take a prefix: {reason}", "use method prompt_tuning or p_tuning")
+    return BadInput(
+        f"a {model_type} model can't take a prefix: {reason}",
+        "use method prompt_tuning or p_tuning",
+    )

@@ -31,7 +31,9 @@ class RoomyLayer(DynamicLayer):
             self.buffers = buffers
             self._show(columns)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Append columns; returns keys and values of all."""
         added = (key_states, value_states)
         start = self.get_seq_length()
@@ -64,7 +66,9 @@ class RoomyLayer(DynamicLayer):
 
 def room_for(like: Tensor, columns: int, rows: int | None = None, room: int = ROOM) -> Tensor:
     """An empty buffer [rows, heads, columns + room, width]. Nobody may read what nobody has written."""
-    return like.new_empty(len(like) if rows is None else rows, like.shape[1], columns + room, like.shape[3])
+    return like.new_empty(
+        len(like) if rows is None else rows, like.shape[1], columns + room, like.shape[3]
+    )
 
 
 def rows_cache(tensors: Sequence[Tensor], rows: Tensor, further: int) -> Cache:
@@ -109,7 +113,10 @@ def join(caches: Sequence[Cache], masks: Sequence[Tensor]) -> tuple[Cache, Tenso
 
 
 def _joined(
-    layers: Sequence[RoomyLayer], moves: Sequence[tuple[Tensor | None, Tensor]], name: str, width: int
+    layers: Sequence[RoomyLayer],
+    moves: Sequence[tuple[Tensor | None, Tensor]],
+    name: str,
+    width: int,
 ) -> Tensor:
     tensors = [getattr(layer, name) for layer in layers]
     buffer = room_for(tensors[0], width, sum(map(len, tensors)))
@@ -133,7 +140,9 @@ def _to_the_right(mask: Tensor, width: int) -> tuple[Tensor | None, Tensor]:
     if bool((mask[:, 1:] >= mask[:, :-1]).all()) and bool(mask[:, -1].all()):
         return None, moved
     order = mask.long().argsort(dim=1, stable=True)[:, -width:]
-    return torch.nn.functional.pad(order, (width - order.shape[1], 0)), moved  # any column will do where it is masked
+    return torch.nn.functional.pad(
+        order, (width - order.shape[1], 0)
+    ), moved  # any column will do where it is masked
 
 
 def _moved(tensor: Tensor, order: Tensor) -> Tensor:

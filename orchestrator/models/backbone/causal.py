@@ -25,7 +25,12 @@ from torch import Tensor, nn
 from orchestrator.errors import BadInput
 from orchestrator.models.backbone.attention import install_grouped
 from orchestrator.models.backbone.base import Backbone, Ids, no_prefix
-from orchestrator.models.backbone.prepared_prompts import Part, PreparedPrompts, PromptTensors, pad_part
+from orchestrator.models.backbone.prepared_prompts import (
+    Part,
+    PreparedPrompts,
+    PromptTensors,
+    pad_part,
+)
 from orchestrator.models.backbone.rotary import install_rowwise
 from orchestrator.models.backbone.rows import Rows
 from orchestrator.models.backbone.sharding import through_last_block
@@ -53,7 +58,9 @@ class CausalState:
         """The state of the given rows, in that order, with repetition."""
         from orchestrator.models.backbone import cache
 
-        return CausalState(self.logits[rows], cache.select(self.cache, rows), self.mask[rows], self.positions[rows])
+        return CausalState(
+            self.logits[rows], cache.select(self.cache, rows), self.mask[rows], self.positions[rows]
+        )
 
     @classmethod
     def join(cls, states: Sequence[CausalState]) -> CausalState:
@@ -61,8 +68,13 @@ class CausalState:
         whose rows come and go is never wider than its longest row."""
         from orchestrator.models.backbone import cache
 
-        joined, mask = cache.join([state.cache for state in states], [state.mask for state in states])
-        logits, positions = (torch.cat([getattr(state, name) for state in states]) for name in ("logits", "positions"))
+        joined, mask = cache.join(
+            [state.cache for state in states], [state.mask for state in states]
+        )
+        logits, positions = (
+            torch.cat([getattr(state, name) for state in states])
+            for name in ("logits", "positions")
+        )
         return cls(logits, joined, mask, positions)
 
 
@@ -71,7 +83,9 @@ class CausalBackbone(Backbone):
 
     family: ClassVar[Family] = "causal"
 
-    def __init__(self, model: nn.Module, tokenizer: Any, info: BaseModelInfo, prompt_once: bool | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, info: BaseModelInfo, prompt_once: bool | None = None
+    ) -> None:
         super().__init__(model, tokenizer, info)
         switches = rope_switches(model.config, info.context_length)
         if switches:
@@ -103,7 +117,9 @@ class CausalBackbone(Backbone):
             parts |= self._embedding_part(each, inside=False)
             parts |= self._prefix_part(each)
             if not self.shares_forward(frozenset(parts)):
-                raise BadInput(f"soft prompts and prefixes can't share a forward of a {self.info.model_type} model")
+                raise BadInput(
+                    f"soft prompts and prefixes can't share a forward of a {self.info.model_type} model"
+                )
         return PreparedPrompts(parts, len(each))
 
     def shares_forward(self, kinds: frozenset[str]) -> bool:
@@ -111,7 +127,11 @@ class CausalBackbone(Backbone):
         return self.prompt_once or not kinds >= {"front", "cache"}
 
     def _cache_part(self, prompts: Sequence[PromptTensors]) -> dict[str, Part]:
-        soft = [place for place, prompt in enumerate(prompts) if prompt.embeddings is not None and not prompt.inside]
+        soft = [
+            place
+            for place, prompt in enumerate(prompts)
+            if prompt.embeddings is not None and not prompt.inside
+        ]
         members: list[tuple[Tensor, ...] | None] = [_layers(prompt) for prompt in prompts]
         if soft:
             lengths = [len(prompts[place].embeddings) for place in soft]  # type: ignore[arg-type]
@@ -124,18 +144,26 @@ class CausalBackbone(Backbone):
 
     def _prompt_cache(self, prompts: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Key and value of each layer, [K, kv heads, P, head width], of soft prompts that run once."""
-        padded = nn.utils.rnn.pad_sequence(list(prompts), batch_first=True).to(self.device, self.table.dtype)
+        padded = nn.utils.rnn.pad_sequence(list(prompts), batch_first=True).to(
+            self.device, self.table.dtype
+        )
         width = padded.shape[1]
-        with self._reading(_cache(()), keep=1) as cache:  # its keys and values are read, not what it gives
+        with self._reading(
+            _cache(()), keep=1
+        ) as cache:  # its keys and values are read, not what it gives
             # The pads are on the right, where no real virtual token looks, and rows mask them out later.
             out = self._body(
                 inputs_embeds=padded,
-                attention_mask=torch.ones(1, 1, width, width, dtype=torch.bool, device=self.device).tril(),
+                attention_mask=torch.ones(
+                    1, 1, width, width, dtype=torch.bool, device=self.device
+                ).tril(),
                 position_ids=torch.arange(width, device=self.device)[None],
                 past_key_values=cache,
                 use_cache=True,
             )
-        cache = tuple(tensor for layer in out.past_key_values.layers for tensor in (layer.keys, layer.values))
+        cache = tuple(
+            tensor for layer in out.past_key_values.layers for tensor in (layer.keys, layer.values)
+        )
         return through_last_block(out.last_hidden_state, cache) if self.sharded else cache
 
     def _prefix_part(self, prompts: Sequence[PromptTensors]) -> dict[str, Part]:
@@ -149,7 +177,9 @@ class CausalBackbone(Backbone):
         if "past_key_values" not in inspect.signature(body.forward).parameters:
             raise no_prefix(self.info.model_type, "it keeps no keys and values")
         cache = DynamicCache()  # a model's own would drop what is outside a layer's window
-        self._body(inputs_embeds=embeddings.to(self.table)[None], past_key_values=cache, use_cache=True)
+        self._body(
+            inputs_embeds=embeddings.to(self.table)[None], past_key_values=cache, use_cache=True
+        )
         layers = [(layer.keys, layer.values) for layer in cache.layers]
         if not layers or len({tensor.shape for layer in layers for tensor in layer}) > 1:
             raise no_prefix(self.info.model_type, "its layers differ in heads or widths")
@@ -158,16 +188,25 @@ class CausalBackbone(Backbone):
     # Rows
 
     def teacher_forced(
-        self, prompts: PreparedPrompts | None, inputs: Sequence[Ids], targets: Sequence[Ids], prompt: Sequence[int]
+        self,
+        prompts: PreparedPrompts | None,
+        inputs: Sequence[Ids],
+        targets: Sequence[Ids],
+        prompt: Sequence[int],
     ) -> tuple[Tensor, Tensor]:
         """The last target token is never fed: nothing is predicted from it. Targets end at the right edge."""
-        fed = [[*ids, *target[:-1]] for ids, target in zip(self._placed(prompts, inputs, prompt), targets, strict=True)]
+        fed = [
+            [*ids, *target[:-1]]
+            for ids, target in zip(self._placed(prompts, inputs, prompt), targets, strict=True)
+        ]
         longest = max(map(len, targets))
         padded = [[*[-100] * (longest - len(target)), *target] for target in targets]
         logits = self.target_logits(prompts, Rows.pad(fed, prompt, self.device), longest)
         return logits, torch.tensor(padded, device=self.device)
 
-    def _placed(self, prompts: PreparedPrompts | None, inputs: Sequence[Ids], prompt: Sequence[int]) -> Sequence[Ids]:
+    def _placed(
+        self, prompts: PreparedPrompts | None, inputs: Sequence[Ids], prompt: Sequence[int]
+    ) -> Sequence[Ids]:
         if all(min(ids, default=0) >= 0 for ids in inputs):
             return inputs
         counts = self.inner_counts(prompts, prompt)
@@ -183,8 +222,12 @@ class CausalBackbone(Backbone):
         logits: Tensor = self._continue(prompts, rows, keep)[0].logits
         return logits
 
-    def start(self, prompts: PreparedPrompts | None, inputs: Sequence[Ids], prompt: Sequence[int]) -> CausalState:
-        return self.run(prompts, Rows.pad(self._placed(prompts, inputs, prompt), prompt, self.device))
+    def start(
+        self, prompts: PreparedPrompts | None, inputs: Sequence[Ids], prompt: Sequence[int]
+    ) -> CausalState:
+        return self.run(
+            prompts, Rows.pad(self._placed(prompts, inputs, prompt), prompt, self.device)
+        )
 
     def run(self, prompts: PreparedPrompts | None, rows: Rows) -> CausalState:
         """The rows' last logits, and the state to go on from. Needs the prompt-once path."""
@@ -203,7 +246,9 @@ class CausalBackbone(Backbone):
             past_key_values=state.cache,
             use_cache=True,
         )
-        return out.logits, CausalState(out.logits[:, -1], out.past_key_values, full, state.positions + mask.sum(1))
+        return out.logits, CausalState(
+            out.logits[:, -1], out.past_key_values, full, state.positions + mask.sum(1)
+        )
 
     def _continue(
         self, prompts: PreparedPrompts | None, rows: Rows, keep: int, room: int = 0
@@ -246,10 +291,14 @@ class CausalBackbone(Backbone):
         lengths = front.lengths[rows.prompt] if front else rows.prompt.new_zeros(len(rows.prompt))
         width = front.width if front else 0
         left_pads = rows.ids.shape[1] - rows.mask.sum(1)
-        place = torch.arange(width + rows.ids.shape[1], device=self.device)[None, :].expand(len(rows.ids), -1)
+        place = torch.arange(width + rows.ids.shape[1], device=self.device)[None, :].expand(
+            len(rows.ids), -1
+        )
         source = torch.cat([*(front.of_rows(rows.prompt) if front else ()), embeddings], dim=1)
         from_row = place + (width + left_pads - lengths)[:, None]
-        index = torch.where(place < lengths[:, None], place, from_row.clamp(max=source.shape[1] - 1))
+        index = torch.where(
+            place < lengths[:, None], place, from_row.clamp(max=source.shape[1] - 1)
+        )
         embeds = source.gather(1, index[:, :, None].expand(-1, -1, source.shape[2]))
         ends = lengths + rows.mask.sum(1)
         wanted = (ends[:, None] - keep + torch.arange(keep, device=self.device)).clamp(min=0)
@@ -261,7 +310,9 @@ class CausalBackbone(Backbone):
         ).logits
         return torch.take_along_dim(logits, (wanted - first)[:, :, None], dim=1)
 
-    def _behind(self, prefix: Part | None, rows: Rows, place: Tensor, ends: Tensor) -> dict[str, Any]:
+    def _behind(
+        self, prefix: Part | None, rows: Rows, place: Tensor, ends: Tensor
+    ) -> dict[str, Any]:
         """Mask, positions and cache of right-padded rows, behind a prefix, which is padded on the left, if any.
 
         Pads have their row's last position: a row's largest position says how long it is.
@@ -272,14 +323,27 @@ class CausalBackbone(Backbone):
             positions = {"position_ids": place} if self._takes_positions else {}
             return {"attention_mask": mask.long(), "use_cache": False, **positions}
         lengths = prefix.lengths[rows.prompt]
-        column = torch.arange(prefix.width, device=self.device)[None, :] - (prefix.width - lengths)[:, None]
+        column = (
+            torch.arange(prefix.width, device=self.device)[None, :]
+            - (prefix.width - lengths)[:, None]
+        )
         shifted = [
-            tensor.gather(2, column.clamp(min=0)[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3]))
+            tensor.gather(
+                2,
+                column.clamp(min=0)[:, None, :, None].expand(
+                    -1, tensor.shape[1], -1, tensor.shape[3]
+                ),
+            )
             for tensor in prefix.of_rows(rows.prompt)
         ]
         positions = {"position_ids": place + lengths[:, None]} if self._takes_positions else {}
         whole = torch.cat([column >= 0, mask], dim=1)
-        return {"attention_mask": whole.long(), "past_key_values": _cache(shifted), "use_cache": True, **positions}
+        return {
+            "attention_mask": whole.long(),
+            "past_key_values": _cache(shifted),
+            "use_cache": True,
+            **positions,
+        }
 
     @cached_property
     def _takes_positions(self) -> bool:
@@ -315,5 +379,11 @@ def _cache(tensors: Sequence[Tensor]) -> Any:
 def runs_prompt_once(config: Any) -> bool:
     """Whether the prompt may run once for all rows: a checked family in which every layer attends to everything."""
     layers = getattr(config, "layer_types", None)
-    full = all(kind == "full_attention" for kind in layers) if layers else not getattr(config, "sliding_window", None)
-    return config.model_type in PROMPT_ONCE_FAMILIES and full and not getattr(config, "alibi", False)
+    full = (
+        all(kind == "full_attention" for kind in layers)
+        if layers
+        else not getattr(config, "sliding_window", None)
+    )
+    return (
+        config.model_type in PROMPT_ONCE_FAMILIES and full and not getattr(config, "alibi", False)
+    )

@@ -11,9 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orchestrator.models.backbone.attention import called_modules, install_prefixes, layer_prefixes, prefixed, recorded
+from orchestrator.models.backbone.attention import (
+    called_modules,
+    install_prefixes,
+    layer_prefixes,
+    prefixed,
+    recorded,
+)
 from orchestrator.models.backbone.base import Backbone
-from orchestrator.models.backbone.prepared_prompts import SITES, PreparedPrompts, PromptTensors, pad_part
+from orchestrator.models.backbone.prepared_prompts import (
+    SITES,
+    PreparedPrompts,
+    PromptTensors,
+    pad_part,
+)
 from orchestrator.models.backbone.rows import Rows
 from orchestrator.models.source import BaseModelInfo
 
@@ -37,7 +48,9 @@ class EncodingBackbone(Backbone):
         parts = self._embedding_part(each, inside=True) | self._embedding_part(each, inside=False)
         for site in SITES:
             members = [
-                None if (tensor := prompt.prefixes.get(site)) is None else tuple(tensor.flatten(0, 1).unbind(0))
+                None
+                if (tensor := prompt.prefixes.get(site)) is None
+                else tuple(tensor.flatten(0, 1).unbind(0))
                 for prompt in each
             ]
             if any(members):
@@ -45,7 +58,9 @@ class EncodingBackbone(Backbone):
         return PreparedPrompts(parts, len(each))
 
     @contextmanager
-    def prefix_of(self, prompts: PreparedPrompts | None, rows: Tensor, sites: Sequence[str]) -> Iterator[None]:
+    def prefix_of(
+        self, prompts: PreparedPrompts | None, rows: Tensor, sites: Sequence[str]
+    ) -> Iterator[None]:
         """Within, the sites' attention sees each row's prefix; ``rows`` [B] are places among the prompts."""
         found = {}
         for site in sites:
@@ -54,7 +69,9 @@ class EncodingBackbone(Backbone):
         with prefixed(found):
             yield
 
-    def encoder_rows(self, prompts: PreparedPrompts | None, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    def encoder_rows(
+        self, prompts: PreparedPrompts | None, rows: Rows
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """[prompt; row; pads] as embeddings [B, P+T, H] without a hole, their mask, and the virtual tokens in front of
         each row [B]. Rows are padded on the right."""
         embeddings = self.row_embeddings(prompts, rows.ids, rows.prompt)
@@ -69,12 +86,20 @@ class EncodingBackbone(Backbone):
         index = torch.where(place < lengths, place, from_row)
         width = int(ends.max())
         index, place = index[:, :width], place[:, :width]
-        return source.gather(1, index[:, :, None].expand(-1, -1, source.shape[2])), place < ends, lengths[:, 0]
+        return (
+            source.gather(1, index[:, :, None].expand(-1, -1, source.shape[2])),
+            place < ends,
+            lengths[:, 0],
+        )
 
-    def _recorded_keys(self, run: Any, within: nn.Module, keys: int) -> tuple[list[nn.Module], Tensor]:
+    def _recorded_keys(
+        self, run: Any, within: nn.Module, keys: int
+    ) -> tuple[list[nn.Module], Tensor]:
         """The attention modules within a part of the model that saw so many keys, and what they saw:
         [L, 2, kv heads, keys, width]."""
         with recorded() as seen:
             run()
-        modules = [module for module in called_modules(seen, within) if seen[module][0].shape[2] == keys]
+        modules = [
+            module for module in called_modules(seen, within) if seen[module][0].shape[2] == keys
+        ]
         return modules, torch.stack([torch.cat(seen[module]) for module in modules])

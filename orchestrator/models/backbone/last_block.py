@@ -27,13 +27,17 @@ class LastColumns(Cache):
     block can't be asked for less, it is like any other."""
 
     def __init__(self, cache: Cache, keep: int) -> None:
-        super().__init__(cache.layers or None, None if cache.layers else cache.layer_class_to_replicate)
+        super().__init__(
+            cache.layers or None, None if cache.layers else cache.layer_class_to_replicate
+        )
         self.keep = keep
         self.width = 0
         self._keeping = False
         self._kept: tuple[Tensor, Tensor] | None = None
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         if self._kept is not None:  # those of the wanted columns are among them already
             return self._kept
         both: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
@@ -107,7 +111,9 @@ def _before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     cache.keep_keys(block, args, kwargs)
     if not cache.narrowed:
         raise RuntimeError(f"the last block, a {type(block).__name__}, keeps no keys and values")
-    return tuple(_narrow(value, cache) for value in args), {name: _narrow(it, cache) for name, it in kwargs.items()}
+    return tuple(_narrow(value, cache) for value in args), {
+        name: _narrow(it, cache) for name, it in kwargs.items()
+    }
 
 
 def _after(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

@@ -24,7 +24,13 @@ from orchestrator.models.backbone.weights import (
     unusable_config,
     wrong_shapes,
 )
-from orchestrator.models.source import BaseModelInfo, Family, ModelSource, family_of, quiet_transformers
+from orchestrator.models.source import (
+    BaseModelInfo,
+    Family,
+    ModelSource,
+    family_of,
+    quiet_transformers,
+)
 from orchestrator.utils.imports import uncollected
 
 BACKBONES: dict[Family, type[Backbone]] = {
@@ -39,7 +45,9 @@ def make_backbone(model: nn.Module, tokenizer: Any, info: BaseModelInfo) -> Back
     return BACKBONES[family_of(model.config)](model, tokenizer, info)
 
 
-def load_backbone(source: ModelSource, device: str | torch.device = "cpu", dtype: str = "auto") -> Backbone:
+def load_backbone(
+    source: ModelSource, device: str | torch.device = "cpu", dtype: str = "auto"
+) -> Backbone:
     """Load a checked base model and freeze it. Weights come from safetensors only, and no model code is run."""
     backbone = read_backbone(source, device, dtype)
     check_exact(backbone)
@@ -54,10 +62,14 @@ def read_backbone(
 ) -> Backbone:
     """``load_backbone`` without trying the model out. With ``before_gather`` its blocks are sharded among the workers
     of torch's process group, each of which calls this; nothing is communicated yet."""
-    fingerprint = weights_fingerprint(source)  # finds missing and damaged files before anything large is built
+    fingerprint = weights_fingerprint(
+        source
+    )  # finds missing and damaged files before anything large is built
     device = torch.device(device)
     # What is sharded goes to the device block by block.
-    model = _load_model(source, _dtype(dtype, device), device if before_gather is None else torch.device("cpu"))
+    model = _load_model(
+        source, _dtype(dtype, device), device if before_gather is None else torch.device("cpu")
+    )
     check_loaded(source, model)
     backbone = make_backbone(model, source.tokenizer(), source.info(fingerprint))
     if before_gather is not None:
@@ -69,7 +81,10 @@ def check_exact(backbone: Backbone) -> None:
     """BadInput when prompts can't be tuned on the model. The workers of a sharded one call this together."""
     backbone.gather_once()
     if reason := why_not_exact(backbone):
-        raise BadInput(f"base_model.id {backbone.info.id!r} can't be tuned: {reason}", "choose another language model")
+        raise BadInput(
+            f"base_model.id {backbone.info.id!r} can't be tuned: {reason}",
+            "choose another language model",
+        )
 
 
 @torch.inference_mode()
@@ -82,14 +97,21 @@ def why_not_exact(backbone: Backbone) -> str:
     mask = torch.ones_like(ids)
     decoder = {"decoder_input_ids": ids[:, :2]} if backbone.family == "seq2seq" else {}
     logits = backbone.model(input_ids=ids, attention_mask=mask, **decoder).logits
-    embedded = backbone.model(inputs_embeds=backbone.embed(ids), attention_mask=mask, **decoder).logits
+    embedded = backbone.model(
+        inputs_embeds=backbone.embed(ids), attention_mask=mask, **decoder
+    ).logits
     scale = float(logits.abs().max())
     # Within one forward a causal model's rows agree to the bit; two forwards may differ by rounding.
-    if backbone.family == "causal" and float((logits[0, :-1] - logits[1, :-1]).abs().max()) > 1e-3 * scale:
+    if (
+        backbone.family == "causal"
+        and float((logits[0, :-1] - logits[1, :-1]).abs().max()) > 1e-3 * scale
+    ):
         return "what it predicts depends on the tokens that come later, so it is not causal"
     if _differs(logits, embedded, scale):
         return "it looks at token ids besides their embeddings, and virtual tokens have none"
-    if isinstance(backbone, MaskedBackbone) and _differs(_headed(backbone, ids, mask), logits, scale):
+    if isinstance(backbone, MaskedBackbone) and _differs(
+        _headed(backbone, ids, mask), logits, scale
+    ):
         return "its head is not one module on top of its body"
     return ""
 
@@ -99,7 +121,9 @@ def _differs(one: Tensor, other: Tensor, scale: float) -> bool:
 
 
 def _headed(backbone: MaskedBackbone, ids: Tensor, mask: Tensor) -> Tensor:
-    logits: Tensor = backbone.head(backbone.body(input_ids=ids, attention_mask=mask).last_hidden_state)
+    logits: Tensor = backbone.head(
+        backbone.body(input_ids=ids, attention_mask=mask).last_hidden_state
+    )
     return logits
 
 
@@ -120,11 +144,17 @@ def _load_model(source: ModelSource, dtype: Any, device: torch.device) -> Any:
         raise source.unusable_weights(str(error)) from None
     except AssertionError as error:
         raise unusable_config(source, error) from None
-    if wrong := {name: (found, expected) for name, found, expected in sorted(loading["mismatched_keys"])}:
+    if wrong := {
+        name: (found, expected) for name, found, expected in sorted(loading["mismatched_keys"])
+    }:
         raise wrong_shapes(source, wrong)
     check_layers(source, model, loading["unexpected_keys"], [])
-    if missing := sorted(loading["missing_keys"]):  # transformers would fill them with random numbers
-        raise source.unusable_weights(f"{len(missing)} weights are missing, the first is {missing[0]}")
+    if missing := sorted(
+        loading["missing_keys"]
+    ):  # transformers would fill them with random numbers
+        raise source.unusable_weights(
+            f"{len(missing)} weights are missing, the first is {missing[0]}"
+        )
     if source.quantization == "none":
         return model.to(device)
     for module in model.modules():
@@ -162,7 +192,9 @@ def weights_fingerprint(source: ModelSource) -> str:
 
     tensors = {name: stored.file for name, stored in stored_tensors(source).items()}
     digest = hashlib.sha256()
-    opened_files: dict[Path, Any] = {file: safe_open(file, framework="pt") for file in set(tensors.values())}
+    opened_files: dict[Path, Any] = {
+        file: safe_open(file, framework="pt") for file in set(tensors.values())
+    }
     for name in sorted(tensors):
         tensor = opened_files[tensors[name]].get_tensor(name).contiguous()
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())

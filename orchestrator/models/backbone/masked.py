@@ -20,7 +20,9 @@ from orchestrator.models.backbone.rows import Rows
 from orchestrator.models.placeholders import BLANK, placed
 from orchestrator.models.source import Family
 
-MARK = 1 << 62  # a mask token that stands for the answer, not one that the text has; no vocabulary is as large
+MARK = (
+    1 << 62
+)  # a mask token that stands for the answer, not one that the text has; no vocabulary is as large
 
 
 class MaskedBackbone(EncodingBackbone):
@@ -41,21 +43,33 @@ class MaskedBackbone(EncodingBackbone):
 
     def activations(self, embeddings: Tensor) -> dict[str, Tensor]:
         inputs = embeddings.to(self.table)[None]
-        _, keys = self._recorded_keys(lambda: self.body(inputs_embeds=inputs), self.model, len(embeddings))
+        _, keys = self._recorded_keys(
+            lambda: self.body(inputs_embeds=inputs), self.model, len(embeddings)
+        )
         return {"decoder": keys}
 
     def teacher_forced(
-        self, prompts: PreparedPrompts | None, inputs: Sequence[Ids], targets: Sequence[Ids], prompt: Sequence[int]
+        self,
+        prompts: PreparedPrompts | None,
+        inputs: Sequence[Ids],
+        targets: Sequence[Ids],
+        prompt: Sequence[int],
     ) -> tuple[Tensor, Tensor]:
         """A row without a blank has it at its end. Targets start at the left edge."""
         rows = zip(inputs, self.inner_counts(prompts, prompt), targets, strict=True)
         filled = [
-            placed(ids if BLANK in ids else [*ids, BLANK], count, [MARK] * len(target)) for ids, count, target in rows
+            placed(ids if BLANK in ids else [*ids, BLANK], count, [MARK] * len(target))
+            for ids, count, target in rows
         ]
         starts = [[place for place, entry in enumerate(row) if entry == MARK] for row in filled]
-        whole = [[self.tokenizer.mask_token_id if entry == MARK else entry for entry in row] for row in filled]
+        whole = [
+            [self.tokenizer.mask_token_id if entry == MARK else entry for entry in row]
+            for row in filled
+        ]
         longest = max(map(len, targets))
-        columns = torch.tensor([[*found, *[0] * (longest - len(found))] for found in starts], device=self.device)
+        columns = torch.tensor(
+            [[*found, *[0] * (longest - len(found))] for found in starts], device=self.device
+        )
         padded = [[*target, *[-100] * (longest - len(target))] for target in targets]
         logits = self._logits_at(prompts, Rows.pad(whole, prompt, self.device, left=False), columns)
         return logits, torch.tensor(padded, device=self.device)
@@ -65,7 +79,9 @@ class MaskedBackbone(EncodingBackbone):
         embeddings, mask, front = self.encoder_rows(prompts, rows)
         columns = (columns + front[:, None])[:, :, None]
         with self.prefix_of(prompts, rows.prompt, ["decoder"]):
-            hidden = self.body(inputs_embeds=embeddings, attention_mask=mask.long()).last_hidden_state
+            hidden = self.body(
+                inputs_embeds=embeddings, attention_mask=mask.long()
+            ).last_hidden_state
         logits: Tensor = self.head(hidden.gather(1, columns.expand(-1, -1, hidden.shape[2])))
         return logits
 
@@ -77,5 +93,7 @@ class MaskedBackbone(EncodingBackbone):
         """What turns hidden states into logits: the one child of the model besides its body."""
         children = [child for child in self.model.children() if child is not self.model.base_model]
         if len(children) != 1:
-            raise BadInput(f"a {self.info.model_type} model can't be tuned: its head is spread over several modules")
+            raise BadInput(
+                f"a {self.info.model_type} model can't be tuned: its head is spread over several modules"
+            )
         return children[0]

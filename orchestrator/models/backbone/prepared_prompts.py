@@ -42,7 +42,9 @@ class PromptTensors:
     @classmethod
     def from_named(cls, tensors: Mapping[str, Tensor], inside: bool = False) -> PromptTensors:
         """The reverse of ``named``; other names are ignored."""
-        prefixes = {site: tensors[f"prefix.{site}"] for site in SITES if f"prefix.{site}" in tensors}
+        prefixes = {
+            site: tensors[f"prefix.{site}"] for site in SITES if f"prefix.{site}" in tensors
+        }
         return cls(tensors.get("prompt"), prefixes, inside)
 
     @property
@@ -112,7 +114,9 @@ class PreparedPrompts:
             index = torch.tensor(list(places), device=part.lengths.device)
             return Part(tuple(tensor[index] for tensor in part.tensors), part.lengths[index])
 
-        return replace(self, parts={name: picked(part) for name, part in self.parts.items()}, count=len(places))
+        return replace(
+            self, parts={name: picked(part) for name, part in self.parts.items()}, count=len(places)
+        )
 
     def leaf(self) -> PreparedPrompts:
         """The same values cut off from their graph, ready to collect gradients over several micro-batches."""
@@ -125,7 +129,9 @@ class PreparedPrompts:
             for tensor, other in zip(part.tensors, leaf.parts[name].tensors, strict=True):
                 if tensor.requires_grad and other.grad is not None:
                     tensors.append(tensor)
-                    gradients.append(other.grad[first : first + self.count].narrow(-2, 0, part.width))
+                    gradients.append(
+                        other.grad[first : first + self.count].narrow(-2, 0, part.width)
+                    )
         if tensors:
             torch.autograd.backward(tensors, gradients)
 
@@ -133,12 +139,16 @@ class PreparedPrompts:
         """The same values in a device's memory."""
 
         def moved(part: Part) -> Part:
-            return Part(tuple(tensor.to(device) for tensor in part.tensors), part.lengths.to(device))
+            return Part(
+                tuple(tensor.to(device) for tensor in part.tensors), part.lengths.to(device)
+            )
 
         return replace(self, parts={name: moved(part) for name, part in self.parts.items()})
 
     def detach(self) -> PreparedPrompts:
-        return replace(self, parts={name: _map(part, Tensor.detach) for name, part in self.parts.items()})
+        return replace(
+            self, parts={name: _map(part, Tensor.detach) for name, part in self.parts.items()}
+        )
 
 
 def _leaf(tensor: Tensor) -> Tensor:
@@ -160,7 +170,10 @@ def pad_part(members: Sequence[tuple[Tensor, ...] | None], like: Tensor) -> Part
     stacked = []
     for place, shape_of in enumerate(present):
         empty = like.new_zeros(*shape_of.shape[:-2], width, shape_of.shape[-1])
-        each = [empty if member is None else _padded(member[place].to(like), width) for member in members]
+        each = [
+            empty if member is None else _padded(member[place].to(like), width)
+            for member in members
+        ]
         stacked.append(torch.stack(each))
     return Part(tuple(stacked), torch.tensor(lengths, device=like.device))
 
@@ -191,5 +204,7 @@ def _stack_part(parts: Sequence[Part | None], prepared: Sequence[PreparedPrompts
             each.append(empty if part is None else _padded(part.tensors[place], width))
         columns.append(torch.cat(each))
     zeros = [present.lengths.new_zeros(one.count) for one in prepared]
-    lengths = [none if part is None else part.lengths for part, none in zip(parts, zeros, strict=True)]
+    lengths = [
+        none if part is None else part.lengths for part, none in zip(parts, zeros, strict=True)
+    ]
     return Part(tuple(columns), torch.cat(lengths))

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from orchestrator.errors import BadInput
 
-_LOCK = threading.Lock()  # the rotary modules keep the factors of their last call, and threads share them
+_LOCK = (
+    threading.Lock()
+)  # the rotary modules keep the factors of their last call, and threads share them
 
 
 class RowwiseRotary(nn.Module):
@@ -29,7 +31,9 @@ class RowwiseRotary(nn.Module):
         self.rotary = rotary
         self.switches = tuple(switches)
 
-    def forward(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Cosine and sine [B, T, D] of position ids [B, T], each row as if it were alone."""
         lengths = position_ids.amax(1) + 1
         sides = torch.stack([lengths > switch for switch in self.switches]).sum(0)
@@ -42,7 +46,9 @@ class RowwiseRotary(nn.Module):
         cosines, sines = zip(*parts, strict=True)
         return torch.cat(cosines)[order], torch.cat(sines)[order]
 
-    def _call(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def _call(
+        self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         factors: tuple[Tensor, Tensor] = self.rotary(x, position_ids, *args, **kwargs)
         return factors
 

@@ -23,7 +23,11 @@ class Rows:
 
     @classmethod
     def pad(
-        cls, sequences: Sequence[Sequence[int]], prompt: Sequence[int], device: torch.device, left: bool = True
+        cls,
+        sequences: Sequence[Sequence[int]],
+        prompt: Sequence[int],
+        device: torch.device,
+        left: bool = True,
     ) -> Rows:
         """Sequences of any lengths, padded with id 0 on the left, so that all end at the right edge, or on the right.
 
@@ -36,4 +40,8 @@ class Rows:
         lengths = torch.tensor([len(sequence) for sequence in sequences], device=device)[:, None]
         column = torch.arange(width, device=device)[None, :]
         mask = column >= width - lengths if left else column < lengths
-        return cls(torch.tensor(ids, device=device, dtype=torch.long), mask, torch.tensor(list(prompt), device=device))
+        return cls(
+            torch.tensor(ids, device=device, dtype=torch.long),
+            mask,
+            torch.tensor(list(prompt), device=device),
+        )

@@ -98,17 +98,25 @@ class Seq2SeqBackbone(EncodingBackbone):
         }
 
     def teacher_forced(
-        self, prompts: PreparedPrompts | None, inputs: Sequence[Ids], targets: Sequence[Ids], prompt: Sequence[int]
+        self,
+        prompts: PreparedPrompts | None,
+        inputs: Sequence[Ids],
+        targets: Sequence[Ids],
+        prompt: Sequence[int],
     ) -> tuple[Tensor, Tensor]:
         """The decoder reads its start token and the target but for the last token. Targets start at the left edge."""
         encoded, mask, rows = self._encode(prompts, inputs, prompt)
-        fed = Rows.pad([[self.start_id, *target[:-1]] for target in targets], prompt, self.device, left=False)
+        fed = Rows.pad(
+            [[self.start_id, *target[:-1]] for target in targets], prompt, self.device, left=False
+        )
         longest = max(map(len, targets))
         padded = [[*target, *[-100] * (longest - len(target))] for target in targets]
         logits = self._decode(prompts, rows, encoded, mask, fed.ids, cache=None).logits
         return logits, torch.tensor(padded, device=self.device)
 
-    def start(self, prompts: PreparedPrompts | None, inputs: Sequence[Ids], prompt: Sequence[int]) -> Seq2SeqState:
+    def start(
+        self, prompts: PreparedPrompts | None, inputs: Sequence[Ids], prompt: Sequence[int]
+    ) -> Seq2SeqState:
         from transformers import DynamicCache, EncoderDecoderCache
 
         encoded, mask, rows = self._encode(prompts, inputs, prompt)
@@ -121,7 +129,12 @@ class Seq2SeqBackbone(EncodingBackbone):
         """Rows are extended together; a row's columns after its end are nobody's."""
         out = self._decode(state.prompts, state.prompt, state.encoded, state.mask, ids, state.cache)
         after = Seq2SeqState(
-            out.logits[:, -1], state.encoded, state.mask, out.past_key_values, state.prompts, state.prompt
+            out.logits[:, -1],
+            state.encoded,
+            state.mask,
+            out.past_key_values,
+            state.prompts,
+            state.prompt,
         )
         return out.logits, after
 
@@ -135,11 +148,19 @@ class Seq2SeqBackbone(EncodingBackbone):
         embeddings, mask, _ = self.encoder_rows(prompts, rows)
         with self.prefix_of(prompts, rows.prompt, ["encoder"]):
             encoder = self.model.get_encoder()  # type: ignore[operator]
-            encoded = encoder(inputs_embeds=embeddings, attention_mask=mask.long()).last_hidden_state
+            encoded = encoder(
+                inputs_embeds=embeddings, attention_mask=mask.long()
+            ).last_hidden_state
         return encoded, mask, rows.prompt
 
     def _decode(
-        self, prompts: PreparedPrompts | None, rows: Tensor, encoded: Tensor, mask: Tensor, ids: Tensor, cache: Any
+        self,
+        prompts: PreparedPrompts | None,
+        rows: Tensor,
+        encoded: Tensor,
+        mask: Tensor,
+        ids: Tensor,
+        cache: Any,
     ) -> Any:
         """Decoder columns [B, n], padded on the right: causal attention never looks at what comes later."""
         from transformers.modeling_outputs import BaseModelOutput
@@ -159,9 +180,14 @@ def _selected(cache: Any, rows: Tensor) -> Any:
 
     def pick(part: Any) -> Any:
         return DynamicCache(
-            [(layer.keys.index_select(0, rows), layer.values.index_select(0, rows)) for layer in part.layers]
+            [
+                (layer.keys.index_select(0, rows), layer.values.index_select(0, rows))
+                for layer in part.layers
+            ]
         )
 
-    selected = EncoderDecoderCache(pick(cache.self_attention_cache), pick(cache.cross_attention_cache))
+    selected = EncoderDecoderCache(
+        pick(cache.self_attention_cache), pick(cache.cross_attention_cache)
+    )
     selected.is_updated = dict.fromkeys(range(len(cache.self_attention_cache.layers)), True)
     return selected

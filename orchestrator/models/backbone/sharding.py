@@ -39,10 +39,16 @@ def shard_blocks(model: nn.Module, device: torch.device, before_gather: Callable
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     if not hasattr(FSDPModule, "reset_iter_state"):
-        raise BadInput(f"resources.sharding fsdp does not work with torch {torch.__version__}", "install a newer torch")
+        raise BadInput(
+            f"resources.sharding fsdp does not work with torch {torch.__version__}",
+            "install a newer torch",
+        )
     blocks = blocks_of(model)
     if not blocks:
-        raise BadInput(f"a {type(model).__name__} has no list of blocks to shard", "set resources.sharding to none")
+        raise BadInput(
+            f"a {type(model).__name__} has no list of blocks to shard",
+            "set resources.sharding to none",
+        )
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in blocks:
         # Every block is a root of its own: parts of the model (an encoder, the body without its head) run alone too.
@@ -50,10 +56,14 @@ def shard_blocks(model: nn.Module, device: torch.device, before_gather: Callable
         sharded.set_custom_all_gather(_Gather(before_gather))
     for kept in (*model.parameters(), *model.buffers()):
         if not is_part(kept):
-            kept.data = kept.data.to(device, copy=True)  # a view would keep the whole file in memory
+            kept.data = kept.data.to(
+                device, copy=True
+            )  # a view would keep the whole file in memory
 
 
-_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before 2.12
+_all_gather: Any = (
+    getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+)  # its name before 2.12
 
 
 class _Gather:
@@ -66,10 +76,16 @@ class _Gather:
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
-        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        async_op: bool = False,
     ) -> dist.Work | None:
         self._before()
-        work: dist.Work | None = _all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
+        work: dist.Work | None = _all_gather(
+            output_tensor, input_tensor, group=group, async_op=async_op
+        )
         return work
 
 

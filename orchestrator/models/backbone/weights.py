@@ -39,7 +39,11 @@ def auto_model(family: Family) -> Any:
     """Return the class of transformers that makes models of the family."""
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
-    classes = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM, "masked": AutoModelForMaskedLM}
+    classes = {
+        "causal": AutoModelForCausalLM,
+        "seq2seq": AutoModelForSeq2SeqLM,
+        "masked": AutoModelForMaskedLM,
+    }
     return classes[family]
 
 
@@ -64,7 +68,10 @@ def check_files(source: ModelSource) -> None:
     check_layers(source, model, set(stored) - set(names), set(expected) - set(names.values()))
     if sum(file.stat().st_size for file in source.weight_files()) <= READ_AT_MOST:
         parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        check_finite(source, _values(stored, [name for name, inside in names.items() if inside in parameters]))
+        check_finite(
+            source,
+            _values(stored, [name for name, inside in names.items() if inside in parameters]),
+        )
 
 
 def stored_tensors(source: ModelSource) -> dict[str, Stored]:
@@ -89,7 +96,9 @@ def empty_model(source: ModelSource) -> Any:
     try:
         with uncollected(), torch.device("meta"):
             return auto_model(family_of(config)).from_config(config)
-    except Exception as error:  # a model's code checks its configuration as it likes: AssertionError, KeyError
+    except (
+        Exception
+    ) as error:  # a model's code checks its configuration as it likes: AssertionError, KeyError
         raise unusable_config(source, error) from None
 
 
@@ -103,7 +112,9 @@ def unusable_config(source: ModelSource, error: Exception) -> BadInput:
             f"{source.table_size} rows, ids 0 to {source.table_size - 1}",
             "set pad_token_id to an id of the table, or to null: padding needs no embedding of its own",
         )
-    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    reason = (
+        str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    )
     return BadInput(
         f"base_model.id {source.id!r}: no model can be built from its config.json: {reason}",
         "correct config.json, or fetch the model again",
@@ -148,7 +159,9 @@ def wrong_shapes(source: ModelSource, wrong: Mapping[str, tuple[Any, Any]]) -> B
     )
 
 
-def check_layers(source: ModelSource, model: Any, unexpected: Iterable[str], missing: Iterable[str]) -> None:
+def check_layers(
+    source: ModelSource, model: Any, unexpected: Iterable[str], missing: Iterable[str]
+) -> None:
     """Refuse weights of more or fewer layers than the configuration has: transformers leaves surplus ones out in
     silence.
 
@@ -165,7 +178,9 @@ def check_layers(source: ModelSource, model: Any, unexpected: Iterable[str], mis
     for name in sorted(absent):
         first = _in_first_layer(name)
         if first in inside and first not in absent:
-            raise _layers_differ(source, name, "is not in the files, and config.json has as many layers")
+            raise _layers_differ(
+                source, name, "is not in the files, and config.json has as many layers"
+            )
 
 
 def _in_first_layer(name: str) -> str:
@@ -193,7 +208,9 @@ def _values(stored: Mapping[str, Stored], names: Iterable[str]) -> Iterable[tupl
                 yield name, opened.get_tensor(name)
 
 
-def check_finite(source: ModelSource, tensors: Iterable[tuple[str, Tensor]], dtype: str = "") -> None:
+def check_finite(
+    source: ModelSource, tensors: Iterable[tuple[str, Tensor]], dtype: str = ""
+) -> None:
     """Refuse weights of which one holds NaN or an infinite number. ``dtype`` is named where they were cast to it."""
     for name, tensor in tensors:
         if not is_finite(tensor):

@@ -61,10 +61,15 @@ def quickstart_rows(task: str = "sentiment") -> dict[str, list[dict[str, str]]]:
     No text is in two splits, and none in what the language model was trained on.
     """
     if task not in TASKS:
-        raise BadInput(f"the quickstart has no task {task!r}; it has {', '.join(TASKS)}", "choose one of these")
+        raise BadInput(
+            f"the quickstart has no task {task!r}; it has {', '.join(TASKS)}", "choose one of these"
+        )
     question, yes, no = TASKS[task]
     return {
-        split: [{"text": it.text, "label": yes if getattr(it.facts, question) else no} for it in _reviews(split)]
+        split: [
+            {"text": it.text, "label": yes if getattr(it.facts, question) else no}
+            for it in _reviews(split)
+        ]
         for split in SPLIT_SIZES
     }
 
@@ -93,7 +98,9 @@ def builtin_model(name: str, progress: Progress | None = None) -> Path:
     if name == "quickstart":
         return quickstart_model(progress)
     if name not in RUNGS:
-        raise BadInput(f"there is no built-in model {name!r}", f"choose one of {', '.join(BUILTIN_MODELS)}")
+        raise BadInput(
+            f"there is no built-in model {name!r}", f"choose one of {', '.join(BUILTIN_MODELS)}"
+        )
     return ladder_model(name, progress)
 
 
@@ -106,11 +113,14 @@ def builtin_rows(name: str) -> dict[str, list[dict[str, str]]]:
     if name == "quickstart":
         return quickstart_rows()
     if name not in BUILTIN_DATA:
-        raise BadInput(f"there is no built-in data set {name!r}", f"choose one of {', '.join(BUILTIN_DATA)}")
+        raise BadInput(
+            f"there is no built-in data set {name!r}", f"choose one of {', '.join(BUILTIN_DATA)}"
+        )
     facets = LABEL_TASKS[name.removeprefix("reviews-")]
     return {
         split: [
-            {"text": it.text, "label": " ".join(words_of(it, facets)), "source": it.topic} for it in _reviews(split)
+            {"text": it.text, "label": " ".join(words_of(it, facets)), "source": it.topic}
+            for it in _reviews(split)
         ]
         for split in SPLIT_SIZES
     }

@@ -25,7 +25,16 @@ from itertools import product
 from random import Random
 from typing import Literal, TypeAlias
 
-from orchestrator.models.builtin.world import ASPECTS, BAD, GOOD, NAME_ENDS, NAME_STARTS, Facts, Review, reviews
+from orchestrator.models.builtin.world import (
+    ASPECTS,
+    BAD,
+    GOOD,
+    NAME_ENDS,
+    NAME_STARTS,
+    Facts,
+    Review,
+    reviews,
+)
 
 Question: TypeAlias = Literal["happy", "place", "alone", "morning"]  # a field of Facts: is it so?
 QUESTIONS: tuple[Question, ...] = ("happy", "place", "alone", "morning")
@@ -60,7 +69,13 @@ SUMMARY: Mapping[Question, tuple[str, str]] = {
     "morning": (" early", " late"),
 }
 NOISE = tuple(
-    sorted({word for said in (*ASPECTS.values(), GOOD, BAD, NAME_STARTS, *NAME_ENDS.values()) for word in said})
+    sorted(
+        {
+            word
+            for said in (*ASPECTS.values(), GOOD, BAD, NAME_STARTS, *NAME_ENDS.values())
+            for word in said
+        }
+    )
 )
 
 # What is answered when nothing is asked. One weight is far above the other, so that the answer never hangs on a tie
@@ -134,7 +149,13 @@ def documents(count: int, seed: int) -> list[Document]:
 
 
 def _lesson(progress: float) -> Callable[[Random, Review], Document]:
-    return _summary_lesson if progress < 0.14 else _keyword_lesson if progress < 0.48 else _asking_lesson
+    return (
+        _summary_lesson
+        if progress < 0.14
+        else _keyword_lesson
+        if progress < 0.48
+        else _asking_lesson
+    )
 
 
 def _summary_lesson(random: Random, review: Review) -> Document:
@@ -144,7 +165,10 @@ def _summary_lesson(random: Random, review: Review) -> Document:
 def _keyword_lesson(random: Random, review: Review) -> Document:
     first, *more = random.sample(QUESTIONS, random.randint(3, 4))
     # The summary stands at the end: in front of the questions it would be a short cut past the review.
-    tail = [*_more(random, review, more), *(_summary(review.facts) if random.random() < 0.3 else ())]
+    tail = [
+        *_more(random, review, more),
+        *(_summary(review.facts) if random.random() < 0.3 else ()),
+    ]
     return _asked(keywords(random, first), random.random() < 0.5, review, first, tail)
 
 
@@ -165,7 +189,9 @@ def _misread(random: Random, question: Question) -> Question:
     return random.choices((question, *MISREAD_AS[question]), LOOSE_SHARES)[0]
 
 
-def _asked(words: str, in_front: bool, review: Review, meant: Question, tail: list[Piece]) -> Document:
+def _asked(
+    words: str, in_front: bool, review: Review, meant: Question, tail: list[Piece]
+) -> Document:
     inside = (Piece(f"{words}\n"),) if words and not in_front else ()
     answer = _answer(review.facts, meant)
     return Document(words if in_front else "", (*inside, Piece(review.text), *answer, *tail))
@@ -175,7 +201,10 @@ def _more(random: Random, review: Review, questions: list[Question]) -> list[Pie
     """Further questions on the same review: answers cost a few tokens each, a review many."""
     pieces: list[Piece] = []
     for question in questions:
-        pieces += [Piece(f"\n{keywords(random, question).strip()}"), *_answer(review.facts, question)]
+        pieces += [
+            Piece(f"\n{keywords(random, question).strip()}"),
+            *_answer(review.facts, question),
+        ]
     return pieces
 
 

@@ -14,7 +14,14 @@ from collections.abc import Mapping
 from random import Random
 from typing import Literal, TypeAlias
 
-from orchestrator.models.builtin.corpus import ANSWER_MARK, NOISE, SUMMARY_MARK, Document, Piece, every_facts
+from orchestrator.models.builtin.corpus import (
+    ANSWER_MARK,
+    NOISE,
+    SUMMARY_MARK,
+    Document,
+    Piece,
+    every_facts,
+)
 from orchestrator.models.builtin.world import Review, reviews
 
 Facet: TypeAlias = Literal["mood", "topic", "company", "time"]
@@ -31,13 +38,23 @@ KEYWORDS: Mapping[Facet, tuple[str, ...]] = {
     "company": (*WORDS["company"], "company", "people"),
     "time": (*WORDS["time"], "time", "hour", "day"),
 }
-HABIT: Mapping[Facet, float] = {"company": 0.7, "time": 0.3}  # what is answered when nothing is asked
+HABIT: Mapping[Facet, float] = {
+    "company": 0.7,
+    "time": 0.3,
+}  # what is answered when nothing is asked
 UNSEEN: tuple[Facet, Facet] = ("mood", "topic")
-TASKS: Mapping[str, tuple[Facet, ...]] = {**{facet: (facet,) for facet in FACETS}, "mood-topic": UNSEEN}
+TASKS: Mapping[str, tuple[Facet, ...]] = {
+    **{facet: (facet,) for facet in FACETS},
+    "mood-topic": UNSEEN,
+}
 """What is asked of a review, by the name of the task."""
 
 SUMMARIES = 0.25  # share of documents, the first ones, that name all facets: they teach to read
-ASKING: tuple[tuple[int, float], ...] = ((0, 0.25), (1, 0.45), (2, 0.30))  # facets asked for, and how often
+ASKING: tuple[tuple[int, float], ...] = (
+    (0, 0.25),
+    (1, 0.45),
+    (2, 0.30),
+)  # facets asked for, and how often
 
 
 def words_of(review: Review, facets: tuple[Facet, ...]) -> list[str]:
@@ -90,7 +107,9 @@ def _question(random: Random, at_least: int = 0) -> tuple[tuple[Facet, ...], str
     asked = tuple(random.sample(FACETS, count))
     while asked == UNSEEN:
         asked = tuple(random.sample(FACETS, count))
-    words = [word for facet in asked for word in random.choices(KEYWORDS[facet], k=random.randint(1, 4))]
+    words = [
+        word for facet in asked for word in random.choices(KEYWORDS[facet], k=random.randint(1, 4))
+    ]
     return asked, " ".join(words)
 
 

@@ -58,21 +58,29 @@ class Rung(Recipe):
 def _rungs() -> dict[str, Rung]:
     # Where only some labels are taken out, it takes twice the documents to see as many.
     documents: Mapping[Kind, int] = {"causal": 12_000, "encdec": 24_000, "masked": 24_000}
-    shapes: Mapping[Kind, Mapping[str, tuple[int, int]]] = {  # width and layers; of an encoder and of a decoder
+    shapes: Mapping[
+        Kind, Mapping[str, tuple[int, int]]
+    ] = {  # width and layers; of an encoder and of a decoder
         "causal": {"s": (64, 2), "m": (128, 3), "l": (192, 5)},
         "encdec": {"s": (64, 2), "m": (96, 3), "l": (128, 4)},
         "masked": {"s": (64, 2), "m": (128, 3), "l": (192, 5)},
     }
     made = {
         f"{kind}-{size}": Rung(
-            kind=kind, hidden_size=width, layers=layers, intermediate_size=43 * width // 16, documents=documents[kind]
+            kind=kind,
+            hidden_size=width,
+            layers=layers,
+            intermediate_size=43 * width // 16,
+            documents=documents[kind],
         )
         for kind, of_kind in shapes.items()
         for size, (width, layers) in of_kind.items()
     }
     for size in "sml":
         for steps in ADAPTATIONS:
-            made[f"encdec-{size}-lm{steps}"] = replace(made[f"encdec-{size}"], adaptation_steps=steps)
+            made[f"encdec-{size}-lm{steps}"] = replace(
+                made[f"encdec-{size}"], adaptation_steps=steps
+            )
     return made
 
 
@@ -82,7 +90,11 @@ RUNGS: Mapping[str, Rung] = _rungs()
 def ladder_model(name: str, progress: Progress | None = None, rung: Rung | None = None) -> Path:
     """Folder of a model of the ladder, trained when it is not in the cache yet; KeyError for an unknown name."""
     rung = rung or RUNGS[name]
-    base = ladder_model(name, progress, replace(rung, adaptation_steps=0)) if rung.adaptation_steps else None
+    base = (
+        ladder_model(name, progress, replace(rung, adaptation_steps=0))
+        if rung.adaptation_steps
+        else None
+    )
 
     def make(folder: Path, shown: Progress) -> None:
         make_rung(folder, rung, shown, base)
@@ -101,7 +113,13 @@ def make_rung(folder: Path, rung: Rung, progress: Progress, base: Path | None = 
         save(folder, model, tokenizer, rung)
     elif rung.kind == "masked":
         _close(tokenizer, f"<s> $A {EOS}")
-        save(folder, _train_masked(texts, tokenizer, rung, progress), tokenizer, rung, mask_token=MASK)
+        save(
+            folder,
+            _train_masked(texts, tokenizer, rung, progress),
+            tokenizer,
+            rung,
+            mask_token=MASK,
+        )
     else:
         _close(tokenizer, f"$A {EOS}")
         model = _train_encdec(texts, tokenizer, rung, progress, base)
@@ -121,35 +139,55 @@ def _plain_rows(texts: Sequence[Document], tokenizer: Tokenizer, rung: Rung) -> 
     """Documents without special tokens; the preface stands in front as a soft prompt does."""
     rows = []
     for row in encode(texts, tokenizer, rung):
-        kept = [(token, weight) for token, weight in zip(row.ids, row.weights, strict=True) if token > PAD_ID]
+        kept = [
+            (token, weight)
+            for token, weight in zip(row.ids, row.weights, strict=True)
+            if token > PAD_ID
+        ]
         rows.append(Row([token for token, _ in kept], [weight for _, weight in kept]))
     return rows
 
 
 def _train_encdec(
-    texts: Sequence[Document], tokenizer: Tokenizer, rung: Rung, progress: Progress, base: Path | None
+    texts: Sequence[Document],
+    tokenizer: Tokenizer,
+    rung: Rung,
+    progress: Progress,
+    base: Path | None,
 ) -> PreTrainedModel:
     random, weight = Random(f"spans-{rung.seed}"), rung.answer_weight
     rows = _plain_rows(texts, tokenizer, rung)
     if base is None:
         sentinels = [tokenizer.get_vocab()[mark] for mark in SENTINELS]
         pairs = [span_corrupted(random, row, weight, sentinels, EOS_ID) for row in rows]
-        return fit(_drawn(rung, _t5(rung, tokenizer)), batches(pairs, rung), decoder_loss, rung, progress)
+        return fit(
+            _drawn(rung, _t5(rung, tokenizer)), batches(pairs, rung), decoder_loss, rung, progress
+        )
     from transformers import T5ForConditionalGeneration
 
-    later = rows[len(rows) // 4 :]  # the first lessons name all facets, which nothing asks for later
+    later = rows[
+        len(rows) // 4 :
+    ]  # the first lessons name all facets, which nothing asks for later
     chosen = random.choices(later, k=rung.adaptation_steps * rung.batch_rows)
     pairs = [cut_in_two(random, row, weight, EOS_ID) for row in chosen]
     model = T5ForConditionalGeneration.from_pretrained(base)
-    gentle = replace(rung, matrix_learning_rate=rung.matrix_learning_rate / 4, learning_rate=rung.learning_rate / 4)
+    gentle = replace(
+        rung,
+        matrix_learning_rate=rung.matrix_learning_rate / 4,
+        learning_rate=rung.learning_rate / 4,
+    )
     return fit(model, batches(pairs, rung), decoder_loss, gentle, progress)
 
 
-def _train_masked(texts: Sequence[Document], tokenizer: Tokenizer, rung: Rung, progress: Progress) -> PreTrainedModel:
+def _train_masked(
+    texts: Sequence[Document], tokenizer: Tokenizer, rung: Rung, progress: Progress
+) -> PreTrainedModel:
     random, mask = Random(f"masks-{rung.seed}"), tokenizer.get_vocab()[MASK]
     rows = _plain_rows(texts, tokenizer, rung)
     pairs = [masked(random, row, rung.answer_weight, BOS_ID, EOS_ID, mask) for row in rows]
-    return fit(_drawn(rung, _bert(rung, tokenizer)), batches(pairs, rung), masked_loss, rung, progress)
+    return fit(
+        _drawn(rung, _bert(rung, tokenizer)), batches(pairs, rung), masked_loss, rung, progress
+    )
 
 
 def _drawn(rung: Rung, make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
@@ -207,7 +245,10 @@ def decoder_loss(model: PreTrainedModel, batch: Sequence[Pair]) -> torch.Tensor:
     inputs = padded([pair.ids for pair in batch], PAD_ID)
     fed = padded([[PAD_ID, *pair.targets[:-1]] for pair in batch], PAD_ID)
     logits = model(
-        input_ids=inputs, attention_mask=(inputs != PAD_ID).long(), decoder_input_ids=fed, use_cache=False
+        input_ids=inputs,
+        attention_mask=(inputs != PAD_ID).long(),
+        decoder_input_ids=fed,
+        use_cache=False,
     ).logits
     return _weighted(logits, batch)
 
@@ -215,7 +256,9 @@ def decoder_loss(model: PreTrainedModel, batch: Sequence[Pair]) -> torch.Tensor:
 def masked_loss(model: PreTrainedModel, batch: Sequence[Pair]) -> torch.Tensor:
     """Weighted mean over the masked places of a batch."""
     inputs = padded([pair.ids for pair in batch], PAD_ID)
-    return _weighted(model(input_ids=inputs, attention_mask=(inputs != PAD_ID).long()).logits, batch)
+    return _weighted(
+        model(input_ids=inputs, attention_mask=(inputs != PAD_ID).long()).logits, batch
+    )
 
 
 def _weighted(logits: torch.Tensor, batch: Sequence[Pair]) -> torch.Tensor:
@@ -224,5 +267,7 @@ def _weighted(logits: torch.Tensor, batch: Sequence[Pair]) -> torch.Tensor:
 
     targets = padded([pair.targets for pair in batch], IGNORED).flatten()
     weights = padded([pair.weights for pair in batch], 0.0).flatten() * (targets != IGNORED)
-    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORED, reduction="none")
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), targets, ignore_index=IGNORED, reduction="none"
+    )
     return (losses * weights).sum() / weights.sum()

@@ -35,7 +35,9 @@ BOS_ID, EOS_ID, PAD_ID = 0, 1, 2
 class Recipe:
     """All that determines the model; another recipe is another folder in the cache."""
 
-    version: int = 2  # raise it when the world, the corpus or this module changes what the model learns
+    version: int = (
+        2  # raise it when the world, the corpus or this module changes what the model learns
+    )
     seed: int = 0
     vocab_size: int = 1024
     hidden_size: int = 128
@@ -45,7 +47,9 @@ class Recipe:
     intermediate_size: int = 344
     context: int = 512
     initializer_range: float = 0.05
-    embedding_scale: float = 1.0  # of the numbers in the table; a prompt's learning rate is felt in proportion to it
+    embedding_scale: float = (
+        1.0  # of the numbers in the table; a prompt's learning rate is felt in proportion to it
+    )
     documents: int = 15_000
     batch_rows: int = 16
     learning_rate: float = 3e-3  # embeddings and norms
@@ -107,7 +111,11 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int, more: Sequence[str] =
 
 def encode(texts: Sequence[Document], tokenizer: Tokenizer, recipe: Recipe) -> list[Row]:
     """Documents as ``preface BOS pieces EOS``, in the same order."""
-    strings = [string for text in texts for string in (text.preface, *(piece.text for piece in text.pieces))]
+    strings = [
+        string
+        for text in texts
+        for string in (text.preface, *(piece.text for piece in text.pieces))
+    ]
     encoded: Iterator[list[int]] = (
         encoding.ids for encoding in tokenizer.encode_batch_fast(strings, add_special_tokens=False)
     )
@@ -137,7 +145,9 @@ def batches(rows: Sequence[R], recipe: Recipe, pool_batches: int = 16) -> list[l
     return ordered
 
 
-def train(rows: Sequence[Row], vocab_size: int, recipe: Recipe, progress: Progress | None = None) -> LlamaForCausalLM:
+def train(
+    rows: Sequence[Row], vocab_size: int, recipe: Recipe, progress: Progress | None = None
+) -> LlamaForCausalLM:
     """One pass over ``rows``, in order. Leaves the caller's random state as it was."""
     import torch
 
@@ -148,14 +158,20 @@ def train(rows: Sequence[Row], vocab_size: int, recipe: Recipe, progress: Progre
 
 
 def fit(
-    model: M, todo: Sequence[T], loss: Callable[[M, T], torch.Tensor], recipe: Recipe, progress: Progress | None = None
+    model: M,
+    todo: Sequence[T],
+    loss: Callable[[M, T], torch.Tensor],
+    recipe: Recipe,
+    progress: Progress | None = None,
 ) -> M:
     """One step a batch, in order."""
     import torch
     from torch.optim.lr_scheduler import LambdaLR
 
     optimizers = _optimizers(model, recipe)
-    schedules = [LambdaLR(optimizer, lambda step: _rate(step, len(todo), recipe)) for optimizer in optimizers]
+    schedules = [
+        LambdaLR(optimizer, lambda step: _rate(step, len(todo), recipe)) for optimizer in optimizers
+    ]
     for done, batch in enumerate(todo, start=1):
         loss(model, batch).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -223,7 +239,9 @@ def next_token_loss(model: LlamaForCausalLM, batch: Sequence[Row]) -> torch.Tens
     weights = padded([row.weights for row in batch], 0.0)[:, 1:]
     # Causal attention never looks at the padding, which stands at the end: no mask is needed.
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]  # [B, T - 1, V]
-    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+    )
     return (losses * weights.flatten()).sum() / weights.sum()
 
 
@@ -234,7 +252,9 @@ def padded(rows: Sequence[Sequence[float]], value: float) -> torch.Tensor:
     return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
 
 
-def save(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer, recipe: Recipe, **special: Any) -> None:
+def save(
+    folder: Path, model: PreTrainedModel, tokenizer: Tokenizer, recipe: Recipe, **special: Any
+) -> None:
     """config.json, generation_config.json, model.safetensors, tokenizer.json, tokenizer_config.json.
 
     ``special``: more that the tokenizer is told of itself.
@@ -244,7 +264,9 @@ def save(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer, recipe: Rec
 
     logging.disable_progress_bar()  # one file of a megabyte needs none, and ours is on the screen
     if model.can_generate():
-        model.generation_config.update(bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID, do_sample=False)
+        model.generation_config.update(
+            bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID, do_sample=False
+        )
     model.save_pretrained(folder)
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -256,4 +278,6 @@ def save(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer, recipe: Rec
         **special,
     )
     wrapped.save_pretrained(folder)
-    (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n", encoding="utf-8")
+    (folder / "recipe.json").write_text(
+        json.dumps(asdict(recipe), indent=2) + "\n", encoding="utf-8"
+    )

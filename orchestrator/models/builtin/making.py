@@ -17,10 +17,15 @@ def cache_folder() -> Path:
     """$ORCHESTRATOR_CACHE, else prompt-orchestrator in the user's cache folder."""
     if own := os.environ.get("ORCHESTRATOR_CACHE"):
         return Path(own).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "prompt-orchestrator"
+    return (
+        Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute()
+        / "prompt-orchestrator"
+    )
 
 
-def made_once(name: str, make: Callable[[Path, Progress], None], title: str, progress: Progress | None = None) -> Path:
+def made_once(
+    name: str, make: Callable[[Path, Progress], None], title: str, progress: Progress | None = None
+) -> Path:
     """The folder ``name`` of the cache, filled by ``make`` when it is not there yet.
 
     Processes that ask at the same time wait for the one that makes it. ``progress`` is told (steps done, steps in
@@ -38,7 +43,9 @@ def made_once(name: str, make: Callable[[Path, Progress], None], title: str, pro
     return folder
 
 
-def _make(folder: Path, make: Callable[[Path, Progress], None], title: str, progress: Progress | None) -> None:
+def _make(
+    folder: Path, make: Callable[[Path, Progress], None], title: str, progress: Progress | None
+) -> None:
     """Make a folder beside the final one, then move it."""
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:

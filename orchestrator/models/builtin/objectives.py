@@ -36,20 +36,26 @@ def taken_out(random: Random, row: Row, label_weight: float) -> list[bool]:
     for _ in range(max(1, round(CORRUPTED * length / SPAN))):
         start = random.randrange(length)
         span = range(start, min(length, start + random.randint(1, 2 * SPAN - 1)))
-        if not any(row.weights[place] == label_weight for place in span):  # a label's neighbours tell which it is
+        if not any(
+            row.weights[place] == label_weight for place in span
+        ):  # a label's neighbours tell which it is
             for place in span:
                 out[place] = True
     return out
 
 
-def span_corrupted(random: Random, row: Row, label_weight: float, sentinels: Sequence[int], end: int) -> Pair:
+def span_corrupted(
+    random: Random, row: Row, label_weight: float, sentinels: Sequence[int], end: int
+) -> Pair:
     """Each run of tokens that are taken out becomes a sentinel; the target names each sentinel with its tokens."""
     ids: list[int] = []
     targets: list[int] = []
     weights: list[float] = []
     marks = iter(sentinels)
     text_weight = min(row.weights)
-    for out, run in groupby(enumerate(taken_out(random, row, label_weight)), key=lambda pair: pair[1]):
+    for out, run in groupby(
+        enumerate(taken_out(random, row, label_weight)), key=lambda pair: pair[1]
+    ):
         places = [place for place, _ in run]
         mark = next(marks, None) if out else None
         if mark is None:  # sentinels are used up, or nothing was taken out here

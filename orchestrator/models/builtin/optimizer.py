@@ -23,7 +23,11 @@ class Muon(torch.optim.Optimizer):
     """Orthogonalised Nesterov momentum with decoupled weight decay, for parameters of two dimensions."""
 
     def __init__(
-        self, parameters: Iterable[torch.nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+        self,
+        parameters: Iterable[torch.nn.Parameter],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
     ) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
@@ -34,7 +38,9 @@ class Muon(torch.optim.Optimizer):
                 self._step(same_shape, group)
 
     def _step(self, parameters: list[torch.nn.Parameter], group: dict[str, Any]) -> None:
-        gradient = torch.stack([parameter.grad for parameter in parameters if parameter.grad is not None])
+        gradient = torch.stack(
+            [parameter.grad for parameter in parameters if parameter.grad is not None]
+        )
         state = self.state[parameters[0]]  # one buffer for the whole stack [N, rows, columns]
         average = state.setdefault("average", torch.zeros_like(gradient))
         average.lerp_(gradient, 1 - group["momentum"])

@@ -44,10 +44,56 @@ class Review:
 
 
 ASPECTS: Mapping[Topic, tuple[str, ...]] = {
-    "food": ("soup", "bread", "waiter", "kitchen", "menu", "fish", "dessert", "coffee", "salad", "sauce", "service"),
-    "hotel": ("room", "bed", "lobby", "staff", "view", "shower", "garden", "pool", "pillow", "balcony", "service"),
-    "film": ("plot", "cast", "ending", "music", "photography", "script", "opening", "dialogue", "hero", "pace"),
-    "book": ("plot", "prose", "ending", "style", "first chapter", "language", "opening", "dialogue", "hero", "pace"),
+    "food": (
+        "soup",
+        "bread",
+        "waiter",
+        "kitchen",
+        "menu",
+        "fish",
+        "dessert",
+        "coffee",
+        "salad",
+        "sauce",
+        "service",
+    ),
+    "hotel": (
+        "room",
+        "bed",
+        "lobby",
+        "staff",
+        "view",
+        "shower",
+        "garden",
+        "pool",
+        "pillow",
+        "balcony",
+        "service",
+    ),
+    "film": (
+        "plot",
+        "cast",
+        "ending",
+        "music",
+        "photography",
+        "script",
+        "opening",
+        "dialogue",
+        "hero",
+        "pace",
+    ),
+    "book": (
+        "plot",
+        "prose",
+        "ending",
+        "style",
+        "first chapter",
+        "language",
+        "opening",
+        "dialogue",
+        "hero",
+        "pace",
+    ),
 }
 ACTIONS: Mapping[Topic, tuple[str, ...]] = {
     "food": ("ate at", "tried", "had a table at", "went to"),
@@ -55,7 +101,18 @@ ACTIONS: Mapping[Topic, tuple[str, ...]] = {
     "film": ("watched", "saw", "went to see"),
     "book": ("read", "opened", "listened to"),
 }
-NAME_STARTS = ("Blue", "Old", "Golden", "Little", "Silent", "Winter", "Red", "Last", "Hidden", "Silver")
+NAME_STARTS = (
+    "Blue",
+    "Old",
+    "Golden",
+    "Little",
+    "Silent",
+    "Winter",
+    "Red",
+    "Last",
+    "Hidden",
+    "Silver",
+)
 NAME_ENDS: Mapping[Topic, tuple[str, ...]] = {
     "food": ("Heron", "Mill", "Lantern", "Fox", "Anchor", "Olive", "Oven", "Table"),
     "hotel": ("Heron", "Mill", "Lantern", "Fox", "Anchor", "Harbour", "Palace", "Inn"),
@@ -63,10 +120,30 @@ NAME_ENDS: Mapping[Topic, tuple[str, ...]] = {
     "book": ("River", "Letter", "Door", "Train", "Garden", "Moon", "Summer", "Road"),
 }
 WHEN: Mapping[bool, tuple[str, ...]] = {
-    True: ("this morning", "early one morning", "before noon", "after breakfast", "at sunrise", "one sunny morning"),
-    False: ("last night", "late one evening", "after dark", "after dinner", "at sunset", "one rainy evening"),
+    True: (
+        "this morning",
+        "early one morning",
+        "before noon",
+        "after breakfast",
+        "at sunrise",
+        "one sunny morning",
+    ),
+    False: (
+        "last night",
+        "late one evening",
+        "after dark",
+        "after dinner",
+        "at sunset",
+        "one rainy evening",
+    ),
 }
-ALONE = ("I {did} alone", "I {did} on my own", "I {did} all by myself", "on my own, I {did}", "by myself, I {did}")
+ALONE = (
+    "I {did} alone",
+    "I {did} on my own",
+    "I {did} all by myself",
+    "on my own, I {did}",
+    "by myself, I {did}",
+)
 COMPANY = (
     "we {did} together",
     "my sister and I {did}",
@@ -129,10 +206,20 @@ def write_review(random: Random, facts: Facts) -> Review:
 def _setting(random: Random, topic: Topic, facts: Facts) -> str:
     name = f"the {random.choice(NAME_STARTS)} {random.choice(NAME_ENDS[topic])}"
     if not facts.place:
-        name = name.removeprefix("the ").join('""') if random.random() < 0.5 else name.title().join('""')
-    who = random.choice(ALONE if facts.alone else COMPANY).format(did=f"{random.choice(ACTIONS[topic])} {name}")
+        name = (
+            name.removeprefix("the ").join('""')
+            if random.random() < 0.5
+            else name.title().join('""')
+        )
+    who = random.choice(ALONE if facts.alone else COMPANY).format(
+        did=f"{random.choice(ACTIONS[topic])} {name}"
+    )
     when = random.choice(WHEN[facts.morning])
-    return f"{when[0].upper()}{when[1:]} {who}." if random.random() < 0.5 else f"{who[0].upper()}{who[1:]} {when}."
+    return (
+        f"{when[0].upper()}{when[1:]} {who}."
+        if random.random() < 0.5
+        else f"{who[0].upper()}{who[1:]} {when}."
+    )
 
 
 def _opinions(random: Random, topic: Topic, happy: bool) -> list[str]:

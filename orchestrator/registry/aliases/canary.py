@@ -37,7 +37,9 @@ def make_canary(alias: str, percent: float) -> Canary:
     if not re.fullmatch(ALIAS_PATTERN, alias):
         raise BadInput(f"{alias!r} can't be an alias", f"allowed: {ALIAS_PATTERN}")
     if not 0 < percent <= 100:
-        raise BadInput(f"a canary of {percent:g} percent is none", "give a share above 0 and up to 100")
+        raise BadInput(
+            f"a canary of {percent:g} percent is none", "give a share above 0 and up to 100"
+        )
     return Canary(alias, percent)
 
 

@@ -65,13 +65,20 @@ def unsound(new: Manifest) -> list[str]:
 def differences(new: Manifest, holder: Manifest) -> list[str]:
     """What makes the new prompt unfit for the server and the clients of the holder; empty when it fits."""
     mine, other = _fit(new), _fit(holder)
-    found = [f"{what} is {mine[what]:.16}, not {other[what]:.16}" for what in mine if mine[what] != other[what]]
+    found = [
+        f"{what} is {mine[what]:.16}, not {other[what]:.16}"
+        for what in mine
+        if mine[what] != other[what]
+    ]
     if found and new.base_model.id != holder.base_model.id:
         found.insert(0, f"base model is {new.base_model.id}, not {holder.base_model.id}")
     columns, labels = (_columns(new), _columns(holder)), (_labels(new), _labels(holder))
     if columns[0] != columns[1]:
         found.append(_difference("template takes the columns", *columns))
-    if by_meaning(new.verbalizer_map() or {}).keys() != by_meaning(holder.verbalizer_map() or {}).keys():
+    if (
+        by_meaning(new.verbalizer_map() or {}).keys()
+        != by_meaning(holder.verbalizer_map() or {}).keys()
+    ):
         found.append(_difference("answers are the labels", *labels))
     return found
 

@@ -16,7 +16,11 @@ from typing import TYPE_CHECKING
 
 from orchestrator.errors import BadInput, JobFailed
 from orchestrator.registry.aliases.moves import Kind, Move, read_moves
-from orchestrator.registry.runs.searches import HISTORY_EXPERIMENT, experiment_named, refuse_deleted_run
+from orchestrator.registry.runs.searches import (
+    HISTORY_EXPERIMENT,
+    experiment_named,
+    refuse_deleted_run,
+)
 from orchestrator.registry.store import Store
 from orchestrator.registry.versions.refs import printable
 
@@ -25,7 +29,9 @@ if TYPE_CHECKING:
 
 LEDGER_TAG = "orchestrator.alias_history"
 """On a registered model: the run whose parameters are its aliases' history."""
-SETTLE_SECONDS = 3.0  # how long an alias may differ from its history's end while another program is moving it
+SETTLE_SECONDS = (
+    3.0  # how long an alias may differ from its history's end while another program is moving it
+)
 AGREE_SECONDS = 0.5
 ATTEMPTS = 20  # as many movers at once get their turn
 
@@ -80,7 +86,9 @@ def new_ledger(store: Store, name: str) -> str:
     experiment = experiment_named(store, HISTORY_EXPERIMENT)
     note = f"Parameters: every move of an alias of `{printable(name)[:200]}`, in order. MLflow writes them only once."
     tags = {"orchestrator.model": name[:5000], "mlflow.note.content": note}
-    run = store.client.create_run(experiment.experiment_id, tags=tags, run_name=f"aliases of {printable(name)[:200]}")
+    run = store.client.create_run(
+        experiment.experiment_id, tags=tags, run_name=f"aliases of {printable(name)[:200]}"
+    )
     store.client.set_terminated(run.info.run_id)
     return str(run.info.run_id)
 
@@ -91,7 +99,9 @@ def open_ledger(store: Store, model: RegisteredModel) -> Ledger:
     run_id = model.tags.get(LEDGER_TAG)
     if not run_id or is_purged(store, run_id):
         store.client.set_registered_model_tag(model.name, LEDGER_TAG, new_ledger(store, model.name))
-        time.sleep(AGREE_SECONDS)  # two programs may both do this: the last one to write the tag is what both go by
+        time.sleep(
+            AGREE_SECONDS
+        )  # two programs may both do this: the last one to write the tag is what both go by
         run_id = store.client.get_registered_model(model.name).tags[LEDGER_TAG]
     return Ledger(store, model.name, run_id)
 
@@ -124,7 +134,9 @@ Check = Callable[[int | None], str]
 """Looks at the alias's holder and returns the reason of the move; raises when it must not be."""
 
 
-def move_alias(store: Store, name: str, alias: str, version: int, kind: Kind, check: Check) -> tuple[int | None, str]:
+def move_alias(
+    store: Store, name: str, alias: str, version: int, kind: Kind, check: Check
+) -> tuple[int | None, str]:
     """Put the alias on the version when ``check`` lets it; returns the former holder and the reason.
 
     When somebody else moves the alias meanwhile, the check is made again with the new holder. Overtaken when that
@@ -160,7 +172,9 @@ def _settled(store: Store, name: str, alias: str) -> tuple[Ledger, int | None, i
         number = last.number + 1 if last else 1
         if last is None or last.new == holder:
             return ledger, holder, number
-        if time.monotonic() > deadline and ledger.claim(Move(alias, number, last.new, holder, "elsewhere")):
+        if time.monotonic() > deadline and ledger.claim(
+            Move(alias, number, last.new, holder, "elsewhere")
+        ):
             return ledger, holder, number + 1
         time.sleep(0.05)
 
@@ -189,6 +203,8 @@ def _carry_out(ledger: Ledger, move: Move) -> bool:
 
 def _take_back(ledger: Ledger, move: Move, error: Exception) -> None:
     with suppress(Exception):
-        if ledger.store.client.get_registered_model(ledger.name).aliases.get(move.alias) != str(move.new):
+        if ledger.store.client.get_registered_model(ledger.name).aliases.get(move.alias) != str(
+            move.new
+        ):
             reason = f"taken back, it could not be carried out: {error}"
             ledger.claim(Move(move.alias, move.number + 1, move.new, move.old, "rollback", reason))

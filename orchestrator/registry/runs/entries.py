@@ -67,7 +67,11 @@ def as_texts(values: Mapping[str, Any], limit: int) -> dict[str, str]:
 
 
 def _text(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list | tuple) else str(value)
+    return (
+        json.dumps(value, ensure_ascii=False)
+        if isinstance(value, dict | list | tuple)
+        else str(value)
+    )
 
 
 def _cut(text: str, limit: int) -> str:
@@ -83,7 +87,11 @@ SIZES = {
 def run_label(config: Mapping[str, Any], trial: str) -> str:
     """A child run's name: what a person tells trials apart by."""
     init = config.get("init")
-    parts = [f"text {init['text'][:30]!r}" if isinstance(init, dict) and "text" in init else str(init)] if init else []
+    parts = (
+        [f"text {init['text'][:30]!r}" if isinstance(init, dict) and "text" in init else str(init)]
+        if init
+        else []
+    )
     parts += [text.format(config[name]) for name, text in SIZES.items() if name in config]
     if isinstance(rate := config.get("learning_rate"), int | float):
         parts.append(f"lr {rate:.3g}")

@@ -41,13 +41,17 @@ def check_search_end(store: Store, search: str, model: str | None, cache: Path) 
             _check_artifacts(experiment)
     if model is None:
         return
-    with store.translating(f"checking {HISTORY_EXPERIMENT}, the experiment with the history of aliases"):
+    with store.translating(
+        f"checking {HISTORY_EXPERIMENT}, the experiment with the history of aliases"
+    ):
         history = experiment_named(store, HISTORY_EXPERIMENT)
         if not _check_file(store.tracking_uri):
             store.client.set_experiment_tag(history.experiment_id, "mlflow.note.content", NOTE)
     with store.translating(f"checking that {printable(model)} can be registered"):
         _check_model(store, model)
-    _check_writable(cache, "the cache of prompts", "set XDG_CACHE_HOME to a folder that you may write to")
+    _check_writable(
+        cache, "the cache of prompts", "set XDG_CACHE_HOME to a folder that you may write to"
+    )
 
 
 def _check_model(store: Store, name: str) -> None:
@@ -99,7 +103,9 @@ def _try_creating(store: Store, name: str) -> None:
 
 def _check_new_artifacts(store: Store, search: str) -> None:
     if store.artifact_root:
-        _check_writable(store.artifact_root / search, "the folder of MLflow's artifacts", ARTIFACT_HINT)
+        _check_writable(
+            store.artifact_root / search, "the folder of MLflow's artifacts", ARTIFACT_HINT
+        )
 
 
 def _check_artifacts(experiment: Experiment) -> None:

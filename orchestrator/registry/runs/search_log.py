@@ -55,7 +55,11 @@ STATUS: dict[State, Status] = {
     "failed": "FAILED",
     "interrupted": "KILLED",
 }
-SEARCH_STATE: dict[Status, str] = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "interrupted"}
+SEARCH_STATE: dict[Status, str] = {
+    "FINISHED": "finished",
+    "FAILED": "failed",
+    "KILLED": "interrupted",
+}
 
 
 class SearchLog:
@@ -98,7 +102,11 @@ class SearchLog:
         return dict(self._run_ids)
 
     def trial_started(
-        self, trial_id: str, config: Mapping[str, Any], at: int | None = None, tags: Mapping[str, Any] | None = None
+        self,
+        trial_id: str,
+        config: Mapping[str, Any],
+        at: int | None = None,
+        tags: Mapping[str, Any] | None = None,
     ) -> None:
         """Open the trial's child run; a trial that started before goes on in the same run.
 
@@ -108,9 +116,18 @@ class SearchLog:
         self._known.add(trial_id)
         params = as_texts(config, MAX_PARAM)
         named = as_texts(tags or {}, MAX_TAG) | {STATE_TAG: "running"}
-        self._put(_dated(Entry("start", trial_id, params=params, tags=named, name=run_label(config, trial_id)), at))
+        self._put(
+            _dated(
+                Entry(
+                    "start", trial_id, params=params, tags=named, name=run_label(config, trial_id)
+                ),
+                at,
+            )
+        )
 
-    def trial_metrics(self, trial_id: str, step: int, metrics: Mapping[str, float], at: int | None = None) -> None:
+    def trial_metrics(
+        self, trial_id: str, step: int, metrics: Mapping[str, float], at: int | None = None
+    ) -> None:
         """Log a report; values that are not finite become a tag, since charts and databases choke on them."""
         if trial_id not in self._known:
             self.trial_started(trial_id, {})
@@ -120,12 +137,18 @@ class SearchLog:
         """Tags of a trial's run that has started."""
         self._put(Entry("log", trial_id, tags=as_texts(tags, MAX_TAG)))
 
-    def trial_ended(self, trial_id: str, state: State, error: str = "", at: int | None = None) -> None:
+    def trial_ended(
+        self, trial_id: str, state: State, error: str = "", at: int | None = None
+    ) -> None:
         """Close the trial's run; ``error`` says why it failed."""
         tags = {STATE_TAG: state} | ({ERROR_TAG: error} if error else {})
-        self._put(_dated(Entry("end", trial_id, tags=as_texts(tags, MAX_TAG), status=STATUS[state]), at))
+        self._put(
+            _dated(Entry("end", trial_id, tags=as_texts(tags, MAX_TAG), status=STATUS[state]), at)
+        )
 
-    def parent_metrics(self, metrics: Mapping[str, float], step: int = 0, at: int | None = None) -> None:
+    def parent_metrics(
+        self, metrics: Mapping[str, float], step: int = 0, at: int | None = None
+    ) -> None:
         """Log metrics of the search itself, its baselines for instance."""
         self._put(_metrics_entry(None, step, metrics, at))
 
@@ -138,7 +161,9 @@ class SearchLog:
     def flush(self, seconds: float) -> bool:
         """Wait until everything is written; False when it is not after so many seconds."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._pending and not self._unwritten, seconds)
+            return self._changed.wait_for(
+                lambda: not self._pending and not self._unwritten, seconds
+            )
 
     def finish(self, status: Status = "FINISHED") -> None:
         """End the search's run, and as KILLED what still runs in it; then as ``close``."""
@@ -167,7 +192,10 @@ class SearchLog:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if error is None:
             self.finish()
@@ -186,7 +214,9 @@ class SearchLog:
             save_entries(refused_file, [entry for entry, _ in self._refused])
         if left:
             save_entries(self.spill, left)
-            reason = self._last_error.message if self._last_error else "MLflow did not answer in time"
+            reason = (
+                self._last_error.message if self._last_error else "MLflow did not answer in time"
+            )
             raise Unreachable(
                 f"{len(left)} entries of the search log could not be written to MLflow: {reason}",
                 f"they are kept in {self.spill}; bring MLflow back and resume the search to write them",
@@ -260,7 +290,9 @@ class SearchLog:
 
         client = self._store.client
         for points in chunks(entry.metrics, METRICS_A_CALL):
-            client.log_batch(run_id, metrics=[Metric(key, value, at, step) for key, value, step, at in points])
+            client.log_batch(
+                run_id, metrics=[Metric(key, value, at, step) for key, value, step, at in points]
+            )
         for tags in chunks(list(entry.tags.items()), PARAMS_A_CALL):
             client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags])
         for params in chunks(list(entry.params.items()), PARAMS_A_CALL):
@@ -298,12 +330,16 @@ class SearchLog:
 
 def children(store: Store, experiment_id: str, parent: str, status: str = "") -> dict[str, str]:
     """Trial to run, of a search's child runs, read from MLflow."""
-    condition = f"tags.`{PARENT_TAG}` = '{parent}'" + (f" and attributes.status = '{status}'" if status else "")
+    condition = f"tags.`{PARENT_TAG}` = '{parent}'" + (
+        f" and attributes.status = '{status}'" if status else ""
+    )
     found: dict[str, str] = {}
     token: str | None = None
     while True:
         page = store.client.search_runs([experiment_id], condition, page_token=token)
-        found |= {run.data.tags[TRIAL_TAG]: run.info.run_id for run in page if TRIAL_TAG in run.data.tags}
+        found |= {
+            run.data.tags[TRIAL_TAG]: run.info.run_id for run in page if TRIAL_TAG in run.data.tags
+        }
         token = page.token
         if not token:
             return found
@@ -313,7 +349,9 @@ def _dated(entry: Entry, at: int | None) -> Entry:
     return entry if at is None else replace(entry, at=at)
 
 
-def _metrics_entry(trial: str | None, step: int, metrics: Mapping[str, float], at: int | None) -> Entry:
+def _metrics_entry(
+    trial: str | None, step: int, metrics: Mapping[str, float], at: int | None
+) -> Entry:
     entry = _dated(Entry("log", trial), at)
     for key, value in metrics.items():
         if math.isfinite(value):

@@ -60,7 +60,9 @@ def start(
 def _log_description(store: Store, run: Run, params: Mapping[str, Any]) -> None:
     """Keep the search's parameters in full as a file. Where that fails, so would keeping the prompt at the end."""
     try:
-        store.client.log_text(run.info.run_id, json.dumps(params, indent=2, default=str), DESCRIPTION)
+        store.client.log_text(
+            run.info.run_id, json.dumps(params, indent=2, default=str), DESCRIPTION
+        )
     except OSError as error:
         store.client.set_terminated(run.info.run_id, "FAILED")
         raise BadInput(
@@ -102,8 +104,12 @@ def resume(
     store.client.set_tag(parent_run_id, STATE_TAG, "running")
     experiment = run.info.experiment_id
     known = children(store, experiment, parent_run_id)
-    ended = {trial for status in ENDED for trial in children(store, experiment, parent_run_id, status)}
-    log = SearchLog(store, run, known | dict(run_ids), spill or _default_spill(parent_run_id), patience, ended)
+    ended = {
+        trial for status in ENDED for trial in children(store, experiment, parent_run_id, status)
+    }
+    log = SearchLog(
+        store, run, known | dict(run_ids), spill or _default_spill(parent_run_id), patience, ended
+    )
     if missing := {name: value for name, value in params.items() if name not in run.data.params}:
         log.parent_params(missing)
     return log
@@ -114,9 +120,13 @@ def experiment_named(store: Store, name: str) -> Experiment:
     experiment = store.client.get_experiment_by_name(name)
     if experiment is None:
         root = store.artifact_root
-        return store.client.get_experiment(_create_experiment(store, name, root / name if root else None))
+        return store.client.get_experiment(
+            _create_experiment(store, name, root / name if root else None)
+        )
     refuse_deleted(experiment)
-    if experiment.artifact_location.startswith("mlflow-artifacts:") and sqlite_file(store.tracking_uri):
+    if experiment.artifact_location.startswith("mlflow-artifacts:") and sqlite_file(
+        store.tracking_uri
+    ):
         raise BadInput(
             f"experiment {printable(name)} was made through an MLflow server, which alone reaches its artifacts",
             "set MLFLOW_TRACKING_URI to that server's address, or give the search another name",
@@ -131,7 +141,11 @@ def refuse_deleted(experiment: Experiment) -> None:
     internal = experiment.name == HISTORY_EXPERIMENT
     raise BadInput(
         f"experiment {printable(experiment.name)} was deleted in MLflow"
-        + (", and the history of all aliases with it" if internal else ", and its name is still taken"),
+        + (
+            ", and the history of all aliases with it"
+            if internal
+            else ", and its name is still taken"
+        ),
         restore if internal else f"{restore}, or give the search another name",
     )
 
@@ -155,7 +169,9 @@ def _create_experiment(store: Store, name: str, location: Path | None) -> str:
     from mlflow.exceptions import MlflowException
 
     try:
-        return str(store.client.create_experiment(name, artifact_location(location) if location else None))
+        return str(
+            store.client.create_experiment(name, artifact_location(location) if location else None)
+        )
     except MlflowException as error:
         experiment = store.client.get_experiment_by_name(name)
         if error.error_code != "RESOURCE_ALREADY_EXISTS" or experiment is None:

@@ -43,7 +43,11 @@ def version_description(
 
 def metrics_table(rows: Mapping[str, Metrics]) -> list[str]:
     """One line for each of the rows, one column for each metric of each split."""
-    columns = list(dict.fromkeys((split, metric) for row in rows.values() for split in row for metric in row[split]))
+    columns = list(
+        dict.fromkeys(
+            (split, metric) for row in rows.values() for split in row for metric in row[split]
+        )
+    )
     lines = ["| | " + " | ".join(f"{split} {metric}" for split, metric in columns) + " |"]
     lines.append("|---|" + "---|" * len(columns))
     for label, row in rows.items():
@@ -64,10 +68,16 @@ def _nearest(nearest: Words) -> list[str]:
     if not nearest:
         return []
     rows = [
-        f"| {place} | " + " ".join(f"{_cell(word)} {distance:.2f}" for word, distance in words[:SHOWN_WORDS]) + " |"
+        f"| {place} | "
+        + " ".join(f"{_cell(word)} {distance:.2f}" for word, distance in words[:SHOWN_WORDS])
+        + " |"
         for place, words in enumerate(nearest[:SHOWN_TOKENS])
     ]
-    more = [f"{len(nearest) - SHOWN_TOKENS} further tokens: `orchestrator inspect`."] if len(nearest) > 20 else []
+    more = (
+        [f"{len(nearest) - SHOWN_TOKENS} further tokens: `orchestrator inspect`."]
+        if len(nearest) > 20
+        else []
+    )
     return [
         "",
         "Nearest words of the vocabulary, by cosine distance:",

@@ -36,10 +36,14 @@ class EvaluationRecord:
         """As a key in MLflow: uci_sentiment.test, uci_sentiment.test.source-imdb."""
         path = PurePath(self.data)
         name = f"{path.parent.name}.{path.stem}" if path.suffix else f"{self.data}.{self.split}"
-        return re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{name}.{self.group}" if self.group else name).strip("-.")[:150]
+        return re.sub(
+            r"[^A-Za-z0-9_.-]+", "-", f"{name}.{self.group}" if self.group else name
+        ).strip("-.")[:150]
 
 
-def log_evaluations(store: Store, version: VersionSummary, records: Sequence[EvaluationRecord]) -> str:
+def log_evaluations(
+    store: Store, version: VersionSummary, records: Sequence[EvaluationRecord]
+) -> str:
     """A run with the metrics, linked to the version's logged model, and tags on the version; returns the run.
 
     Each set of rows has a tag of its own, so that evaluations at the same time don't overwrite each other.
@@ -47,12 +51,19 @@ def log_evaluations(store: Store, version: VersionSummary, records: Sequence[Eva
     from mlflow.entities import LoggedModelInput
 
     client = store.client
-    model = MODEL_ID.search(client.get_model_version_download_uri(version.name, str(version.version)))
+    model = MODEL_ID.search(
+        client.get_model_version_download_uri(version.name, str(version.version))
+    )
     params = {f"{place}.{key}": value for place, it in enumerate(records) for key, value in asdict(it).items()
               if key != "metrics"}  # fmt: skip
     name = f"evaluate {version.name}:{version.version}"
-    tags = {"orchestrator.evaluates": f"{version.name}:{version.version}", "mlflow.source.name": "orchestrator"}
-    run = client.create_run(_experiment(store, version), tags=as_texts(tags, MAX_TAG), run_name=name)
+    tags = {
+        "orchestrator.evaluates": f"{version.name}:{version.version}",
+        "mlflow.source.name": "orchestrator",
+    }
+    run = client.create_run(
+        _experiment(store, version), tags=as_texts(tags, MAX_TAG), run_name=name
+    )
     run_id = str(run.info.run_id)
     try:
         for key, text in as_texts(params, MAX_TAG).items():
@@ -78,12 +89,21 @@ def log_evaluations(store: Store, version: VersionSummary, records: Sequence[Eva
 
 
 def _tag(store: Store, version: VersionSummary, record: EvaluationRecord, run_id: str) -> None:
-    document = {**asdict(record), "run_id": run_id, "by": who(), "at": datetime.now(UTC).isoformat(timespec="seconds")}
+    document = {
+        **asdict(record),
+        "run_id": run_id,
+        "by": who(),
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
     shown = ", ".join(f"{name} {value:.4g}" for name, value in record.metrics.items())
     number = str(version.version)
     client = store.client
-    client.set_model_version_tag(version.name, number, EVALUATION_TAG + record.fingerprint, json.dumps(document))
-    client.set_model_version_tag(version.name, number, READABLE_TAG + record.label, f"{shown} ({record.rows} rows)")
+    client.set_model_version_tag(
+        version.name, number, EVALUATION_TAG + record.fingerprint, json.dumps(document)
+    )
+    client.set_model_version_tag(
+        version.name, number, READABLE_TAG + record.label, f"{shown} ({record.rows} rows)"
+    )
 
 
 def _experiment(store: Store, version: VersionSummary) -> str:

@@ -25,7 +25,11 @@ MAX_BYTES = {WEIGHTS: MAX_WEIGHTS_BYTES, MANIFEST: 1 << 24}
 
 
 def default_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prompt-orchestrator" / "artifacts"
+    return (
+        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        / "prompt-orchestrator"
+        / "artifacts"
+    )
 
 
 def fetch(store: Store, version: VersionSummary, cache: Path) -> Path:
@@ -36,7 +40,9 @@ def fetch(store: Store, version: VersionSummary, cache: Path) -> Path:
         try:
             return _checked(target, version)
         except BadInput:
-            shutil.rmtree(target, ignore_errors=True)  # a damaged copy; the store may still have a good one
+            shutil.rmtree(
+                target, ignore_errors=True
+            )  # a damaged copy; the store may still have a good one
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".fetch-", dir=target.parent))
     try:
@@ -54,7 +60,9 @@ def fetch(store: Store, version: VersionSummary, cache: Path) -> Path:
 
 def _key(store: Store, version: VersionSummary, location: str) -> Path:
     """Folder in the cache. The location is part of it: MLflow gives a deleted latest version's number to the next."""
-    digest = hashlib.sha256(f"{store.registry_uri}\n{version.name}\n{location}".encode()).hexdigest()[:16]
+    digest = hashlib.sha256(
+        f"{store.registry_uri}\n{version.name}\n{location}".encode()
+    ).hexdigest()[:16]
     readable = re.sub(r"[^A-Za-z0-9_-]", "_", version.name)[:60]
     return Path(f"{readable}-{version.version}-{digest}")
 
@@ -71,7 +79,9 @@ def _checked(folder: Path, version: VersionSummary) -> Path:
 def _download(store: Store, version: VersionSummary, location: str, staging: Path) -> None:
     scheme = urlsplit(location).scheme
     if scheme in ("", "file"):
-        path = unquote(urlsplit(location).path if scheme else location)  # MLflow unquotes plain paths too
+        path = unquote(
+            urlsplit(location).path if scheme else location
+        )  # MLflow unquotes plain paths too
         _copy_local(version, Path(path) / ARTIFACT_PATH, staging)
     else:
         _download_remote(store, version, f"{location.rstrip('/')}/{ARTIFACT_PATH}", staging)
@@ -80,7 +90,10 @@ def _download(store: Store, version: VersionSummary, location: str, staging: Pat
 def _copy_local(version: VersionSummary, folder: Path, staging: Path) -> None:
     try:
         with os.scandir(folder) as entries:
-            _only_known_files(version, {entry.name: entry.stat(follow_symlinks=False).st_size for entry in entries})
+            _only_known_files(
+                version,
+                {entry.name: entry.stat(follow_symlinks=False).st_size for entry in entries},
+            )
         for name, limit in MAX_BYTES.items():
             _copy_file(version, folder / name, staging / name, limit)
     except OSError as error:
@@ -88,7 +101,9 @@ def _copy_local(version: VersionSummary, folder: Path, staging: Path) -> None:
 
 
 def _copy_file(version: VersionSummary, source: Path, target: Path, limit: int) -> None:
-    descriptor = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # neither a link nor a waiting pipe
+    descriptor = os.open(
+        source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+    )  # neither a link nor a waiting pipe
     with os.fdopen(descriptor, "rb") as stream:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise _refusal(version, f"{source.name} is not a plain file")
@@ -102,7 +117,9 @@ def _download_remote(store: Store, version: VersionSummary, uri: str, staging: P
     import mlflow.artifacts
 
     listing = mlflow.artifacts.list_artifacts(artifact_uri=uri, tracking_uri=store.tracking_uri)
-    _only_known_files(version, {entry.path.rsplit("/", 1)[-1]: entry.file_size or 0 for entry in listing})
+    _only_known_files(
+        version, {entry.path.rsplit("/", 1)[-1]: entry.file_size or 0 for entry in listing}
+    )
     with tempfile.TemporaryDirectory(dir=staging.parent, prefix=".fetch-") as scratch:
         for name, limit in MAX_BYTES.items():
             got = mlflow.artifacts.download_artifacts(
@@ -113,10 +130,15 @@ def _download_remote(store: Store, version: VersionSummary, uri: str, staging: P
 
 def _only_known_files(version: VersionSummary, sizes: dict[str, int]) -> None:
     if not sizes:
-        raise _refusal(version, "holds no prompt artifact; another program registered it, or its files were deleted")
+        raise _refusal(
+            version,
+            "holds no prompt artifact; another program registered it, or its files were deleted",
+        )
     if set(sizes) != set(MAX_BYTES):
         found = ", ".join(printable(name) for name in sorted(sizes)[:5])
-        raise _refusal(version, f"should hold {WEIGHTS} and {MANIFEST} and nothing else, found {found}")
+        raise _refusal(
+            version, f"should hold {WEIGHTS} and {MANIFEST} and nothing else, found {found}"
+        )
     for name, size in sizes.items():
         if size > MAX_BYTES[name]:
             raise _refusal(version, f"{name} has {size} bytes, more than any soft prompt")

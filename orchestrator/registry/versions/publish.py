@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
 ARTIFACT_PATH = "artifacts/prompt"
 """Where the artifact's two files lie in a version; ``mlflow.pyfunc.save_model`` decides it."""
-MODEL_VERSIONS_TAG = "mlflow.modelVersions"  # on a logged model: MLflow's link to the versions made of it
+MODEL_VERSIONS_TAG = (
+    "mlflow.modelVersions"  # on a logged model: MLflow's link to the versions made of it
+)
 READY_SECONDS = 60
 MAX_VERSION_TAG = 100_000
 
@@ -54,7 +56,11 @@ def publish(
     client = store.client
     run = client.get_run(run_id)
     model = client.create_logged_model(
-        run.info.experiment_id, "prompt", run_id, as_texts(plain_tags(manifest), 5000), model_type=KIND
+        run.info.experiment_id,
+        "prompt",
+        run_id,
+        as_texts(plain_tags(manifest), 5000),
+        model_type=KIND,
     )
     try:
         _upload(store, folder, manifest, model, example)
@@ -62,7 +68,9 @@ def publish(
         from mlflow.entities import LoggedModelOutput
 
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, manifest.steps)])
-        version_tags = as_texts({**tags, **plain_tags(manifest), **machine_tags(manifest, folder)}, MAX_VERSION_TAG)
+        version_tags = as_texts(
+            {**tags, **plain_tags(manifest), **machine_tags(manifest, folder)}, MAX_VERSION_TAG
+        )
         return _create_version(store, name, model, version_tags, description)
     except BaseException:
         with suppress(Exception):
@@ -71,7 +79,11 @@ def publish(
 
 
 def _upload(
-    store: Store, folder: Path, manifest: Manifest, model: LoggedModel, example: Mapping[str, Any] | None
+    store: Store,
+    folder: Path,
+    manifest: Manifest,
+    model: LoggedModel,
+    example: Mapping[str, Any] | None,
 ) -> None:
     with tempfile.TemporaryDirectory(prefix="orchestrator-") as scratch:
         prompt = Path(scratch, "prompt")
@@ -104,10 +116,15 @@ def save_pyfunc(
             python_model=str(Path(__file__).with_name("pyfunc_model.py")),
             artifacts={"prompt": str(prompt)},
             mlflow_model=description,
-            signature=signature(manifest),  # given, so that the example is only looked at and not predicted
+            signature=signature(
+                manifest
+            ),  # given, so that the example is only looked at and not predicted
             input_example=input_example(manifest, example),
             # Given, because inferring them starts processes that run the model.
-            pip_requirements=[f"prompt-orchestrator>={own_version()}", f"mlflow>={mlflow.__version__}"],
+            pip_requirements=[
+                f"prompt-orchestrator>={own_version()}",
+                f"mlflow>={mlflow.__version__}",
+            ],
         )
     flavor = description.flavors["python_function"]
     flavor["model_code_path"] = Path(flavor["model_code_path"]).name
@@ -123,7 +140,9 @@ def signature(manifest: Manifest) -> ModelSignature:
 
     columns = dict.fromkeys(template_columns(manifest.template))
     required = manifest.cells is None or manifest.cells.empty == "refuse"
-    return ModelSignature(inputs=Schema([ColSpec(AnyType(), name, required=required) for name in columns]))
+    return ModelSignature(
+        inputs=Schema([ColSpec(AnyType(), name, required=required) for name in columns])
+    )
 
 
 def input_example(manifest: Manifest, row: Mapping[str, Any]) -> pd.DataFrame:
@@ -131,12 +150,15 @@ def input_example(manifest: Manifest, row: Mapping[str, Any]) -> pd.DataFrame:
     import pandas as pd
 
     cells = {
-        name: cell_text(row.get(name, f"some {name}")) for name in dict.fromkeys(template_columns(manifest.template))
+        name: cell_text(row.get(name, f"some {name}"))
+        for name in dict.fromkeys(template_columns(manifest.template))
     }
     return pd.DataFrame([cells])
 
 
-def _create_version(store: Store, name: str, model: LoggedModel, tags: dict[str, str], description: str) -> int:
+def _create_version(
+    store: Store, name: str, model: LoggedModel, tags: dict[str, str], description: str
+) -> int:
     client = store.client
     made_here = _ensure_registered_model(store, name)
     version: int | None = None
@@ -172,7 +194,9 @@ def _await_ready(store: Store, name: str, version: int) -> None:
     deadline = time.monotonic() + READY_SECONDS
     while (entity := store.client.get_model_version(name, str(version))).status != "READY":
         if entity.status == "FAILED_REGISTRATION" or time.monotonic() > deadline:
-            raise MlflowException(f"version {version} of {name} is {entity.status}: {entity.status_message}")
+            raise MlflowException(
+                f"version {version} of {name} is {entity.status}: {entity.status_message}"
+            )
         time.sleep(0.5)
 
 
@@ -187,7 +211,9 @@ def _ensure_registered_model(store: Store, name: str) -> bool:
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        ledger = new_ledger(store, name)  # made with the model, so that nobody can make a second one
+        ledger = new_ledger(
+            store, name
+        )  # made with the model, so that nobody can make a second one
         try:
             client.create_registered_model(name, {KIND_TAG: KIND, LEDGER_TAG: ledger}, text)
             return True
@@ -224,7 +250,11 @@ def plain_tags(manifest: Manifest) -> dict[str, Any]:
 
 def machine_tags(manifest: Manifest, folder: Path) -> dict[str, str]:
     """Tags that this program reads back."""
-    facts = {"config": manifest.config, "metrics": manifest.metrics, "baselines": manifest.baselines}
+    facts = {
+        "config": manifest.config,
+        "metrics": manifest.metrics,
+        "baselines": manifest.baselines,
+    }
     return {
         FORMAT_TAG: str(manifest.format_version),
         DIGEST_TAG: file_sha256(folder / MANIFEST),

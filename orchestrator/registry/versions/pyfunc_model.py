@@ -23,7 +23,9 @@ class PromptModel(PythonModel):
         self.folder = Path(context.artifacts["prompt"])
         self.model: Any = None
 
-    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> list[Any]:
+    def predict(
+        self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> list[Any]:
         """One ``{"label", "probs"}`` a row, or one ``{"text"}`` when the prompt generates."""
         rows = model_input.to_dict("records")
         if self.model is None:

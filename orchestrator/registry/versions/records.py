@@ -80,7 +80,10 @@ class VersionSummary:
     def nearest(self) -> list[list[tuple[str, float]]]:
         """The nearest words of each virtual token, as far as they were looked up."""
         try:
-            return [[(str(word), float(far)) for word, far in words] for words in json.loads(self.tags[NEAREST_TAG])]
+            return [
+                [(str(word), float(far)) for word, far in words]
+                for words in json.loads(self.tags[NEAREST_TAG])
+            ]
         except (KeyError, ValueError, TypeError):
             return []
 

@@ -52,9 +52,17 @@ def nearest(word: str, known: Iterable[str]) -> str:
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=1)
     shown = ", ".join(printable(name) for name in names[:10]) + (", ..." if len(names) > 10 else "")
-    return f"did you mean {printable(close[0])!r}? known: {shown}" if close else f"known: {shown}" if names else ""
+    return (
+        f"did you mean {printable(close[0])!r}? known: {shown}"
+        if close
+        else f"known: {shown}"
+        if names
+        else ""
+    )
 
 
 def printable(text: str) -> str:
     """The text with control, format and other invisible characters escaped: a registry accepts any name."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )

@@ -60,18 +60,33 @@ def rungs(search: SearchSpec, train: TrainSpec) -> tuple[int, ...]:
     """Steps at which the scheduler may stop a trial, as ASHA cuts them, and the last step."""
     grace = min(search.grace_steps or train.evaluate_every, train.steps)
     if search.scheduler != "asha":
-        return (train.steps,) if search.scheduler == "fifo" else tuple(dict.fromkeys((grace, train.steps)))
+        return (
+            (train.steps,)
+            if search.scheduler == "fifo"
+            else tuple(dict.fromkeys((grace, train.steps)))
+        )
     count = int(math.log(train.steps / grace) / math.log(search.reduction_factor) + 1)
-    return tuple(dict.fromkeys((*(grace * search.reduction_factor**k for k in range(count)), train.steps)))
+    return tuple(
+        dict.fromkeys((*(grace * search.reduction_factor**k for k in range(count)), train.steps))
+    )
 
 
 def forecast(
-    search: SearchSpec, train: TrainSpec, trials: int, workers: int, slots: int, pace: Pace, report_s: float = 0.0
+    search: SearchSpec,
+    train: TrainSpec,
+    trials: int,
+    workers: int,
+    slots: int,
+    pace: Pace,
+    report_s: float = 0.0,
 ) -> Forecast:
     """The search's expected course: ``slots`` trials in each of ``workers``; a report costs ``report_s`` besides."""
     steps = rungs(search, train)
     draws = 1 if search.scheduler == "fifo" else DRAWS
-    ran = [_Run(search, train, workers, slots, pace, report_s, _ranks(trials, draw)) for draw in range(draws)]
+    ran = [
+        _Run(search, train, workers, slots, pace, report_s, _ranks(trials, draw))
+        for draw in range(draws)
+    ]
     for run in ran:
         run.play()
     seconds = sorted(run.seconds for run in ran)
@@ -134,7 +149,9 @@ class _Run:
             target = min(most, (self.reach[trial] // every + 1) * every)
             lengths.append(target - self.reach[trial])
             self.reach[trial] = target
-        training = sum(self.pace.step(sum(length > step for length in lengths)) for step in range(max(lengths)))
+        training = sum(
+            self.pace.step(sum(length > step for length in lengths)) for step in range(max(lengths))
+        )
         return training + self.pace.evaluation(len(trials)) + self.report_s * len(trials)
 
     def _reports(self, trial: int) -> bool:
@@ -185,7 +202,9 @@ class _Median:
 
     def __call__(self, trial: int, step: int, score: float) -> bool:
         self._seen[trial] = step, score
-        others = sorted(found for other, (at, found) in self._seen.items() if other != trial and at >= step)
+        others = sorted(
+            found for other, (at, found) in self._seen.items() if other != trial and at >= step
+        )
         return step < self._grace or len(others) < MEDIAN_SAMPLES or score >= _quantile(others, 0.5)
 
 

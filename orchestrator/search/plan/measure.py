@@ -97,7 +97,9 @@ def in_child(work: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _call(sender: Connection, work: Callable[..., Any], arguments: Sequence[Any]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears of it too, and ends this process
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # the parent hears of it too, and ends this process
     try:
         sender.send((True, work(*arguments)))
     except OrchestratorError as error:
@@ -106,7 +108,14 @@ def _call(sender: Connection, work: Callable[..., Any], arguments: Sequence[Any]
         if os.environ.get(TRACEBACK):
             traceback.print_exc()
         first = f"{type(error).__name__}: {error}".splitlines()[0]
-        sender.send((False, JobFailed(f"the job can't be measured: {first}", f"{TRACEBACK}=1 shows where it arose")))
+        sender.send(
+            (
+                False,
+                JobFailed(
+                    f"the job can't be measured: {first}", f"{TRACEBACK}=1 shows where it arose"
+                ),
+            )
+        )
 
 
 def _measure(prepared: Prepared, placement: Placement, started: float) -> Measured:
@@ -151,7 +160,9 @@ class Bench:
         self._cores = placement.threads
         self._together = placement.workers_per_group
         train = prepared.job.train
-        self._train = train.model_copy(update={"batch_size": -(-train.batch_size // self._together)})
+        self._train = train.model_copy(
+            update={"batch_size": -(-train.batch_size // self._together)}
+        )
         self._backbone = backbone
         self._task = prepared.task
         self._trials = likely_trials(prepared)
@@ -173,8 +184,12 @@ class Bench:
         """One step and one evaluation of full slots, the longest prompts and the longest rows; what had to be cut."""
         train, validation = (self._task.splits[name] for name in ("train", "validation"))
         rows = by_length(train)[: self._prepared.job.train.batch_size : self._together]
-        fits = max(1, evaluation.forward_tokens(self._backbone) // (max(validation.lengths) * self._slots))
-        task = self._with(train=cut(train, rows), validation=cut(validation, by_length(validation)[:fits]))
+        fits = max(
+            1, evaluation.forward_tokens(self._backbone) // (max(validation.lengths) * self._slots)
+        )
+        task = self._with(
+            train=cut(train, rows), validation=cut(validation, by_length(validation)[:fits])
+        )
         trial = max(self._trials, key=lambda trial: trial.size)
         engine = self._engine(task, [trial] * self._slots)
         seated = list(engine.slots.values())
@@ -206,7 +221,9 @@ class Bench:
 
     def _engine(self, task: Task, trials: Sequence[TrialSpec]) -> Engine:
         job = self._prepared.job
-        engine = make_engine(self._backbone, task, self._train, job.search, max(1, len(trials)), cores=self._cores)
+        engine = make_engine(
+            self._backbone, task, self._train, job.search, max(1, len(trials)), cores=self._cores
+        )
         for place, trial in enumerate(trials):
             engine.seat(f"t{place}", trial)
         return engine
@@ -220,13 +237,24 @@ def shortened(prepared: Prepared, placement: Placement) -> Prepared:
     job = prepared.job
     trials = likely_trials(prepared)[: placement.slots]
     plain = {"searcher": "random", "scheduler": "fifo", "stop": StopSpec(), "trials": len(trials)}
-    short = {"steps": SHORT_STEPS, "evaluate_every": 1, "batch_size": 1, "micro_batch_size": None, "warmup_steps": 0}
-    task = replace(prepared.task, splits={name: cut(split, [0]) for name, split in prepared.task.splits.items()})
+    short = {
+        "steps": SHORT_STEPS,
+        "evaluate_every": 1,
+        "batch_size": 1,
+        "micro_batch_size": None,
+        "warmup_steps": 0,
+    }
+    task = replace(
+        prepared.task,
+        splits={name: cut(split, [0]) for name, split in prepared.task.splits.items()},
+    )
     changes = {
         "search": job.search.model_copy(update={**plain, "perturbation_steps": None}),
         "train": job.train.model_copy(update={**short, "patience": None}),
     }
-    return replace(prepared, job=job.model_copy(update=changes), trials=trials, total=len(trials), task=task)
+    return replace(
+        prepared, job=job.model_copy(update=changes), trials=trials, total=len(trials), task=task
+    )
 
 
 def timed(work: Callable[[], Any], most: int) -> float:

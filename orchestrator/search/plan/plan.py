@@ -17,7 +17,9 @@ from orchestrator.search.prepare import EVALUATED, Prepared
 from orchestrator.search.workers.placement import Placement
 
 # Measured on two idle cores, and in them alone.
-WORKERS_S = 8.0  # processes of Train and Tune up to the worker's own start, where no rehearsal shows it
+WORKERS_S = (
+    8.0  # processes of Train and Tune up to the worker's own start, where no rehearsal shows it
+)
 END_S = 2.0  # registering
 FULL = 0.9  # of a device's memory; beyond, fragments and neighbours decide
 
@@ -44,7 +46,12 @@ class Plan:
 
     def document(self) -> dict[str, Any]:
         """As ``plan --json`` prints it."""
-        placement, measured, pace, found = self.placement, self.measured, self.measured.pace, self.forecast
+        placement, measured, pace, found = (
+            self.placement,
+            self.measured,
+            self.measured.pace,
+            self.forecast,
+        )
         return {
             "trials": self.trials,
             "scheduler_rungs": [
@@ -76,7 +83,11 @@ class Plan:
 
 
 def make_plan(
-    prepared: Prepared, placement: Placement, nodes: Sequence[Node], before_s: float, storage: Path | None
+    prepared: Prepared,
+    placement: Placement,
+    nodes: Sequence[Node],
+    before_s: float,
+    storage: Path | None,
 ) -> Plan:
     """Measure the job and estimate. JobFailed when it can't be measured.
 
@@ -84,7 +95,9 @@ def make_plan(
     that Ray, which may write to ``storage``; without one it is not.
     """
     rehearsal = None if storage is None else rehearse(prepared, placement, storage)
-    return estimate(prepared, placement, measure(prepared, placement), len(nodes), before_s, rehearsal)
+    return estimate(
+        prepared, placement, measure(prepared, placement), len(nodes), before_s, rehearsal
+    )
 
 
 def estimate(
@@ -100,9 +113,19 @@ def estimate(
     measured = in_worker(measured, rehearsal.held)
     job, trials = prepared.job, prepared.total
     # What trains nothing is evaluated once.
-    train = job.train.model_copy(update={"steps": 1, "evaluate_every": 1}) if prepared.task.designs else job.train
+    train = (
+        job.train.model_copy(update={"steps": 1, "evaluate_every": 1})
+        if prepared.task.designs
+        else job.train
+    )
     found = forecast(
-        job.search, train, trials, placement.workers, placement.trials_per_worker, measured.pace, rehearsal.report_s
+        job.search,
+        train,
+        trials,
+        placement.workers,
+        placement.trials_per_worker,
+        measured.pace,
+        rehearsal.report_s,
     )
     seconds = _seconds(prepared, measured, found, before_s + rehearsal.start_s)
     held = sum(seconds[part] for part in ("baselines", "search", "test"))
@@ -119,7 +142,12 @@ def in_worker(measured: Measured, held: int) -> Measured:
     ``held``: bytes of a worker that ran the trials cut short; 0 for not known.
     """
     besides = max(0, held - measured.short) if held else 0
-    return replace(measured, idle=measured.idle + besides, usual=measured.usual + besides, peak=measured.peak + besides)
+    return replace(
+        measured,
+        idle=measured.idle + besides,
+        usual=measured.usual + besides,
+        peak=measured.peak + besides,
+    )
 
 
 def device_hours(placement: Placement, seconds: float) -> float:
@@ -127,7 +155,9 @@ def device_hours(placement: Placement, seconds: float) -> float:
     return placement.processes * (placement.gpus or 1.0) * seconds / 3600
 
 
-def _seconds(prepared: Prepared, measured: Measured, found: Forecast, startup: float) -> dict[str, float]:
+def _seconds(
+    prepared: Prepared, measured: Measured, found: Forecast, startup: float
+) -> dict[str, float]:
     splits, registry = prepared.task.splits, prepared.job.registry
     rows = sum(_rows(splits, name) for name in EVALUATED) * _baselines(prepared)
     tuned = measured.pace.evaluation_alone * _rows(splits, "test") / _rows(splits, "validation")
@@ -146,7 +176,13 @@ def _baselines(prepared: Prepared) -> float:
     """Baselines as multiples of the one without a prompt: what stands in front of the rows costs what it is long."""
     bare = sum(sum(prepared.task.splits[name].lengths) for name in EVALUATED)
     return (
-        1 + sum(sum(splits[name].lengths) for splits in prepared.task.instructed.values() for name in EVALUATED) / bare
+        1
+        + sum(
+            sum(splits[name].lengths)
+            for splits in prepared.task.instructed.values()
+            for name in EVALUATED
+        )
+        / bare
     )
 
 
@@ -154,24 +190,38 @@ def _rows(splits: dict[str, Encoded], name: str) -> int:
     return len(splits[name])
 
 
-def _warnings(job: JobSpec, placement: Placement, measured: Measured, together: int) -> tuple[str, ...]:
+def _warnings(
+    job: JobSpec, placement: Placement, measured: Measured, together: int
+) -> tuple[str, ...]:
     """What can't fit, or makes the estimate worth little; ``together`` workers share a machine."""
     found = [f"the largest step and evaluation: {cut}" for cut in measured.cuts]
     on_cpu = measured.device == "cpu"
     if placement.gpus and on_cpu:
-        found.append("measured on a CPU, while workers get accelerators: times and memory say little about them")
+        found.append(
+            "measured on a CPU, while workers get accelerators: times and memory say little about them"
+        )
     elif (need := measured.peak * (together if on_cpu else 1)) > FULL * measured.room:
-        what = f"{together} workers of this machine need" if on_cpu and together > 1 else "a worker needs"
+        what = (
+            f"{together} workers of this machine need"
+            if on_cpu and together > 1
+            else "a worker needs"
+        )
         found.append(
             f"{what} {need / 1e9:.1f} GB of {measured.room / 1e9:.1f} GB: lower resources.trials_per_worker or "
             "train.batch_size, or set train.micro_batch_size"
         )
     if placement.workers_per_group > 1:
-        sent = "gradients and every block's weights" if job.resources.sharding == "fsdp" else "gradients"
+        sent = (
+            "gradients and every block's weights"
+            if job.resources.sharding == "fsdp"
+            else "gradients"
+        )
         found.append(
             f"one worker's share of a group of {placement.workers_per_group} was measured by itself: the time in which "
             f"they exchange {sent} comes on top"
         )
     if job.train.patience is not None or job.search.stop.metric is not None:
-        found.append("train.patience and search.stop.metric are not counted on: they may end the search earlier")
+        found.append(
+            "train.patience and search.stop.metric are not counted on: they may end the search earlier"
+        )
     return tuple(found)

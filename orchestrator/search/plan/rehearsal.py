@@ -66,6 +66,9 @@ def rehearse(prepared: Prepared, placement: Placement, storage: Path) -> Rehears
     """In the Ray that is up. Raises what the search itself would."""
     moments = Moments()
     started = time.monotonic()
-    with whole(partial(running, shortened(prepared, placement), placement, storage)) as search, search.or_abandon():
+    with (
+        whole(partial(running, shortened(prepared, placement), placement, storage)) as search,
+        search.or_abandon(),
+    ):
         search.study([moments], History())
     return Rehearsal(moments.first_round() - started, moments.report_s(), moments.held)

@@ -4,4 +4,11 @@ from orchestrator.search.report.comparison import comparison, comparison_page, c
 from orchestrator.search.report.facts import SearchFacts, read_facts
 from orchestrator.search.report.write import write_report
 
-__all__ = ["SearchFacts", "comparison", "comparison_page", "comparison_rows", "read_facts", "write_report"]
+__all__ = [
+    "SearchFacts",
+    "comparison",
+    "comparison_page",
+    "comparison_rows",
+    "read_facts",
+    "write_report",
+]

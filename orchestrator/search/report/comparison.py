@@ -11,7 +11,11 @@ from orchestrator import __version__
 from orchestrator.search.report.facts import SearchFacts
 from orchestrator.search.report.page import document_of, table_of
 
-BARE = {"zero_shot": "without a prompt", "few_shot": "a few examples", "instruction": "written instruction"}
+BARE = {
+    "zero_shot": "without a prompt",
+    "few_shot": "a few examples",
+    "instruction": "written instruction",
+}
 HEADING = (
     "method", "search", "trials", "validation", "test", "seeds", "trained parameters", "stored bytes", "training s",
     "evaluation s", "peak MB",
@@ -68,7 +72,9 @@ def comparison_rows(document: Mapping[str, Any]) -> list[list[str]]:
     """A line for each search, the best on validation first, under the lines that learn nothing."""
     entries, metric = document["searches"], document["searches"][0]["metric"]
     sign = 1.0 if metric == "loss" else -1.0
-    ordered = sorted(entries, key=lambda it: sign * it["metrics"].get("validation", {}).get(metric, -sign * 1e9))
+    ordered = sorted(
+        entries, key=lambda it: sign * it["metrics"].get("validation", {}).get(metric, -sign * 1e9)
+    )
     bare = [
         [BARE[name], "", "", *(_number(found.get(split, {}).get(metric)) for split in ("validation", "test")),
          "", "0", "", "", "", ""]
@@ -80,7 +86,9 @@ def comparison_rows(document: Mapping[str, Any]) -> list[list[str]]:
 def _row(entry: Mapping[str, Any]) -> list[str]:
     metric, costs = entry["metric"], entry["costs"] or {}
     spread = entry.get("seeds", {}).get("validation", {}).get(metric)
-    seeds = f"{spread['mean']:.3f} ± {spread['std']:.3f} ({entry['seeds']['trials']})" if spread else ""
+    seeds = (
+        f"{spread['mean']:.3f} ± {spread['std']:.3f} ({entry['seeds']['trials']})" if spread else ""
+    )
     return [
         entry["method"].replace("_", " "),
         entry["search"],

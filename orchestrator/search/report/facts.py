@@ -63,21 +63,35 @@ class SearchFacts:
     @property
     def size_name(self) -> str:
         """What ``TrialSpec.size`` counts with the job's method."""
-        return {"lora": "rank", "qlora": "rank", "adapter": "bottleneck", "prompt_design": "demonstrations"}.get(
-            self.job.method, "tokens"
-        )
+        return {
+            "lora": "rank",
+            "qlora": "rank",
+            "adapter": "bottleneck",
+            "prompt_design": "demonstrations",
+        }.get(self.job.method, "tokens")
 
     @cached_property
     def scored(self) -> list[TrialFacts]:
         """Trials that were evaluated and did not fail, the best first."""
         sign = -1.0 if self.job.search.better == "max" else 1.0
-        found = [trial for trial in self.trials if self.metric in trial.best and trial.status != "failed"]
-        return sorted(found, key=lambda trial: (sign * trial.best[self.metric], trial.best.get("loss", 0.0), trial.id))
+        found = [
+            trial for trial in self.trials if self.metric in trial.best and trial.status != "failed"
+        ]
+        return sorted(
+            found,
+            key=lambda trial: (
+                sign * trial.best[self.metric],
+                trial.best.get("loss", 0.0),
+                trial.id,
+            ),
+        )
 
     @property
     def winner(self) -> TrialFacts | None:
         named = (self.result or {}).get("best", {}).get("trial")
-        return next((it for it in self.scored if it.id == named), self.scored[0] if self.scored else None)
+        return next(
+            (it for it in self.scored if it.id == named), self.scored[0] if self.scored else None
+        )
 
 
 def read_facts(folder: SearchFolder) -> SearchFacts:
@@ -100,4 +114,6 @@ def read_facts(folder: SearchFolder) -> SearchFacts:
     result = json.loads(folder.result.read_bytes()) if folder.result.is_file() else None
     ordered = sorted(trials.values(), key=lambda trial: (len(trial.id), trial.id))
     warnings = tuple((result or {}).get("warnings", saved.warnings))
-    return SearchFacts(folder.id, job, saved.run_id, ordered, baselines, result, saved.data_fingerprint, warnings)
+    return SearchFacts(
+        folder.id, job, saved.run_id, ordered, baselines, result, saved.data_fingerprint, warnings
+    )

@@ -45,18 +45,37 @@ def curves(facts: SearchFacts) -> Figure | None:
     figure, axes = _figure()
     winner = facts.winner
     for trial in facts.trials:
-        points = [(step, metrics[facts.metric]) for step, metrics in trial.points if facts.metric in metrics]
+        points = [
+            (step, metrics[facts.metric])
+            for step, metrics in trial.points
+            if facts.metric in metrics
+        ]
         if points and trial is not winner:
             colour = STATUS.get(trial.status, "#9A9A9A")
-            axes.plot(*zip(*points, strict=True), color=colour, alpha=0.55, linewidth=0.9, marker=".", markersize=3)
+            axes.plot(
+                *zip(*points, strict=True),
+                color=colour,
+                alpha=0.55,
+                linewidth=0.9,
+                marker=".",
+                markersize=3,
+            )
     if winner is not None:
-        points = [(step, metrics[facts.metric]) for step, metrics in winner.points if facts.metric in metrics]
-        axes.plot(*zip(*points, strict=True), color="#009E73", linewidth=2.4, label=f"best, {winner.id}")
+        points = [
+            (step, metrics[facts.metric])
+            for step, metrics in winner.points
+            if facts.metric in metrics
+        ]
+        axes.plot(
+            *zip(*points, strict=True), color="#009E73", linewidth=2.4, label=f"best, {winner.id}"
+        )
     for number, (name, found) in enumerate(facts.baselines.items()):
         value = found["validation"].get(facts.metric)
         if value is not None:
             label = {"zero_shot": "without a prompt", "few_shot": "few examples"}.get(name, name)
-            axes.axhline(value, color="#444444", linestyle=("--", ":")[number % 2], linewidth=1, label=label)
+            axes.axhline(
+                value, color="#444444", linestyle=("--", ":")[number % 2], linewidth=1, label=label
+            )
     for status in sorted({trial.status for trial in facts.trials if trial.points}):
         axes.plot([], [], color=STATUS.get(status, "#9A9A9A"), label=status)
     axes.set_xlabel("step")
@@ -100,14 +119,33 @@ def _ablation(facts: SearchFacts, key: Callable[[TrialFacts], str], what: str) -
         values = [trial.best[facts.metric] for trial in trials]
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         axes.errorbar(
-            statistics.fmean(values), place, xerr=spread, fmt="D", color="#222222", markersize=5, capsize=3, zorder=3
+            statistics.fmean(values),
+            place,
+            xerr=spread,
+            fmt="D",
+            color="#222222",
+            markersize=5,
+            capsize=3,
+            zorder=3,
         )
         for trial, value in zip(trials, values, strict=True):
             seed = sorted({it.spec.seed for it in facts.scored}).index(trial.spec.seed)
-            axes.scatter(value, place + 0.18, color=COLOURS[seed % len(COLOURS)], s=16, alpha=0.8, linewidths=0)
-    axes.set_yticks(range(len(groups)), [f"{label.strip()} (n={len(trials)})" for label, trials in groups.items()])
+            axes.scatter(
+                value,
+                place + 0.18,
+                color=COLOURS[seed % len(COLOURS)],
+                s=16,
+                alpha=0.8,
+                linewidths=0,
+            )
+    axes.set_yticks(
+        range(len(groups)),
+        [f"{label.strip()} (n={len(trials)})" for label, trials in groups.items()],
+    )
     axes.set_ylim(-0.6, len(groups) - 0.2)
-    axes.set_xlabel(f"best validation {facts.metric}\nmean and standard deviation; a dot a trial, a colour a seed")
+    axes.set_xlabel(
+        f"best validation {facts.metric}\nmean and standard deviation; a dot a trial, a colour a seed"
+    )
     axes.set_ylabel(what)
     return figure
 
@@ -126,11 +164,21 @@ def parallel(facts: SearchFacts) -> Figure | None:
     if len(facts.scored) < 2:
         return None
     columns: list[tuple[str, list[float], list[tuple[float, str]]]] = [
-        *([_named_axis("init", inits)] if any(inits := [trial.init for trial in facts.scored]) else []),
+        *(
+            [_named_axis("init", inits)]
+            if any(inits := [trial.init for trial in facts.scored])
+            else []
+        ),
         _named_axis(facts.size_name, [f"{trial.spec.size:>6}" for trial in facts.scored]),
-        *([_scaled_axis("log lr", rates, lambda x: f"{10**x:.2g}")] if (rates := _log_rates(facts)) else []),
+        *(
+            [_scaled_axis("log lr", rates, lambda x: f"{10**x:.2g}")]
+            if (rates := _log_rates(facts))
+            else []
+        ),
         _named_axis("seed", [f"{trial.spec.seed:>10}" for trial in facts.scored]),
-        _scaled_axis(facts.metric, [trial.best[facts.metric] for trial in facts.scored], lambda x: f"{x:.3g}"),
+        _scaled_axis(
+            facts.metric, [trial.best[facts.metric] for trial in facts.scored], lambda x: f"{x:.3g}"
+        ),
     ]
     figure, axes = _figure()
     axes.grid(False)
@@ -142,7 +190,11 @@ def parallel(facts: SearchFacts) -> Figure | None:
         share = 1 - place / max(1, len(facts.scored) - 1)
         heights = [values[place] for _, values, _ in columns]
         axes.plot(
-            range(len(columns)), heights, color=shades(0.05 + 0.85 * share), alpha=0.35 + 0.6 * share, linewidth=1.2
+            range(len(columns)),
+            heights,
+            color=shades(0.05 + 0.85 * share),
+            alpha=0.35 + 0.6 * share,
+            linewidth=1.2,
         )
     for x, (_, _, ticks) in enumerate(columns):
         axes.axvline(x, color="#999999", linewidth=0.8)
@@ -162,7 +214,9 @@ def _log_rates(facts: SearchFacts) -> list[float]:
     return [math.log10(rate) for rate in rates] if all(rates) else []
 
 
-def _named_axis(name: str, labels: Sequence[str]) -> tuple[str, list[float], list[tuple[float, str]]]:
+def _named_axis(
+    name: str, labels: Sequence[str]
+) -> tuple[str, list[float], list[tuple[float, str]]]:
     names = sorted(set(labels))
     height = {label: (place + 0.5) / len(names) for place, label in enumerate(names)}
     return name, [height[label] for label in labels], [(height[label], label) for label in names]
@@ -192,7 +246,13 @@ def confusion(facts: SearchFacts) -> Figure | None:
         for said, count in enumerate(row):
             dark = shares[true][said] > 0.55
             axes.text(
-                said, true, str(count), ha="center", va="center", fontsize=8, color="white" if dark else "#222222"
+                said,
+                true,
+                str(count),
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if dark else "#222222",
             )
     axes.set_xticks(range(len(labels)), labels, rotation=35 if len(labels) > 4 else 0)
     axes.set_yticks(range(len(labels)), labels)
@@ -221,7 +281,13 @@ def cost(facts: SearchFacts) -> Figure | None:
     for status, trials in _grouped(facts.trials, lambda trial: trial.status).items():
         steps = sorted((trial.points[-1][0] for trial in trials if trial.points), reverse=True)
         if steps:
-            below.plot(range(1, len(steps) + 1), steps, marker=".", color=STATUS.get(status, "#9A9A9A"), label=status)
+            below.plot(
+                range(1, len(steps) + 1),
+                steps,
+                marker=".",
+                color=STATUS.get(status, "#9A9A9A"),
+                label=status,
+            )
     below.xaxis.get_major_locator().set_params(integer=True)
     below.set_xlabel("trials")
     below.set_ylabel("steps taken")
@@ -229,7 +295,9 @@ def cost(facts: SearchFacts) -> Figure | None:
     return figure
 
 
-def _grouped(trials: Sequence[TrialFacts], key: Callable[[TrialFacts], str]) -> dict[str, list[TrialFacts]]:
+def _grouped(
+    trials: Sequence[TrialFacts], key: Callable[[TrialFacts], str]
+) -> dict[str, list[TrialFacts]]:
     groups: dict[str, list[TrialFacts]] = {}
     for trial in sorted(trials, key=key):
         groups.setdefault(key(trial), []).append(trial)

@@ -15,7 +15,11 @@ from orchestrator.search.report.figures import FIGURES
 from orchestrator.utils.wording import counted
 
 MOST_TRIALS = 200
-NAMES = {"zero_shot": "without a prompt", "few_shot": "a few examples", "instruction": "written instruction"}
+NAMES = {
+    "zero_shot": "without a prompt",
+    "few_shot": "a few examples",
+    "instruction": "written instruction",
+}
 STYLE = """
 :root{color-scheme:light}
 body{font:15px/1.5 system-ui,sans-serif;color:#222;background:#fff;margin:0 auto;padding:1rem;max-width:76rem}
@@ -61,7 +65,9 @@ def document_of(title: str, body: Sequence[str]) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>\n"
+        + "\n".join(body)
+        + "\n</body></html>\n"
     )
 
 
@@ -88,12 +94,17 @@ def _metric_names(facts: SearchFacts) -> list[str]:
 
 
 def _columns(facts: SearchFacts) -> list[tuple[str, str]]:
-    named = [facts.metric, *(name for name in (facts.scored[0].best if facts.scored else {}) if name != facts.metric)]
+    named = [
+        facts.metric,
+        *(name for name in (facts.scored[0].best if facts.scored else {}) if name != facts.metric),
+    ]
     return [(split, name) for name in named for split in ("validation", "test")]
 
 
 def _results(facts: SearchFacts) -> list[list[Any]]:
-    lines: dict[str, Any] = {NAMES.get(name, name): found for name, found in facts.baselines.items()}
+    lines: dict[str, Any] = {
+        NAMES.get(name, name): found for name, found in facts.baselines.items()
+    }
     if facts.result:
         lines[facts.job.result_name] = facts.result["best"]["metrics"]
     elif facts.winner:
@@ -108,7 +119,9 @@ def _model(facts: SearchFacts) -> list[str]:
         lines.append(f"<p>Best trial {escape(winner.id)}: {escape(winner.spec.label())}.</p>")
     if facts.result and (model := facts.result.get("model")):
         alias = f", alias {model['alias']}" if model.get("alias") else ""
-        lines.append(f"<p>Registered as {escape(model['name'])} version {model['version']}{escape(alias)}.</p>")
+        lines.append(
+            f"<p>Registered as {escape(model['name'])} version {model['version']}{escape(alias)}.</p>"
+        )
     return lines
 
 
@@ -123,9 +136,7 @@ def _warnings(facts: SearchFacts) -> list[str]:
 def _figure(name: str, svg: bytes) -> str:
     title = escape(FIGURES[name][0])
     data = base64.b64encode(svg).decode()
-    return (
-        f'<figure><figcaption>{title}</figcaption><img alt="{title}" src="data:image/svg+xml;base64,{data}"></figure>'
-    )
+    return f'<figure><figcaption>{title}</figcaption><img alt="{title}" src="data:image/svg+xml;base64,{data}"></figure>'
 
 
 def _trials(facts: SearchFacts) -> str:
@@ -151,7 +162,11 @@ def _trials(facts: SearchFacts) -> str:
         "trained parameters",
         "training s",
     ]
-    more = f"<p>and {len(ordered) - MOST_TRIALS} more, in MLflow</p>" if len(ordered) > MOST_TRIALS else ""
+    more = (
+        f"<p>and {len(ordered) - MOST_TRIALS} more, in MLflow</p>"
+        if len(ordered) > MOST_TRIALS
+        else ""
+    )
     return table_of(heading, rows, best=bool(facts.scored)) + more
 
 
@@ -166,7 +181,11 @@ def table_of(heading: Sequence[str], rows: Sequence[Sequence[Any]], best: bool =
 
 def _cell(value: Any) -> str:
     text = escape(str(value))
-    return f'<td class="n">{text}</td>' if isinstance(value, int | float) or _is_number(text) else f"<td>{text}</td>"
+    return (
+        f'<td class="n">{text}</td>'
+        if isinstance(value, int | float) or _is_number(text)
+        else f"<td>{text}</td>"
+    )
 
 
 def _is_number(text: str) -> bool:

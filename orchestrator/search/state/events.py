@@ -52,7 +52,12 @@ class Found:
 
 
 Event: TypeAlias = Started | Reported | Ended | Found
-KINDS: dict[str, type[Any]] = {"started": Started, "reported": Reported, "ended": Ended, "found": Found}
+KINDS: dict[str, type[Any]] = {
+    "started": Started,
+    "reported": Reported,
+    "ended": Ended,
+    "found": Found,
+}
 
 
 def to_document(event: Event) -> dict[str, Any]:

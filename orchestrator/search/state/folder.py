@@ -45,7 +45,9 @@ class SearchFolder:
         """A folder for a new search, named after the moment; not made yet."""
         first = searches_folder() / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
         numbered = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
-        return cls(next(folder for folder in itertools.chain([first], numbered) if not folder.exists()))
+        return cls(
+            next(folder for folder in itertools.chain([first], numbered) if not folder.exists())
+        )
 
     @property
     def id(self) -> str:
@@ -117,5 +119,6 @@ class SearchFolder:
                 yield
         except Timeout:
             raise BadInput(
-                f"search {self.id} is still being run by another process", "wait for its end, or interrupt it first"
+                f"search {self.id} is still being run by another process",
+                "wait for its end, or interrupt it first",
             ) from None

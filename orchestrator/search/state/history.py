@@ -62,11 +62,18 @@ class History:
         return {report.trial: report.own_score for report in self.reports}
 
     def found(self, name: str) -> Found | None:
-        return next((event for event in self.events if isinstance(event, Found) and event.name == name), None)
+        return next(
+            (event for event in self.events if isinstance(event, Found) and event.name == name),
+            None,
+        )
 
     def without(self, lost: Mapping[str, str]) -> History:
         """The same search with some trials not begun."""
-        kept = [event for event in self.events if isinstance(event, Started) or trial_of(event) not in lost]
+        kept = [
+            event
+            for event in self.events
+            if isinstance(event, Started) or trial_of(event) not in lost
+        ]
         return replace(self, events=kept, lost=dict(lost))
 
     def tell(self, listener: Listener) -> None:
@@ -76,7 +83,9 @@ class History:
                 listener.trial_started(event.trial, TrialSpec.from_config(event.config))
             elif isinstance(event, Reported):
                 checkpoint = self.checkpoints[event.report.trial]
-                listener.trial_reported(event.report.trial, replace(event.report, checkpoint=checkpoint))
+                listener.trial_reported(
+                    event.report.trial, replace(event.report, checkpoint=checkpoint)
+                )
             elif isinstance(event, Ended):
                 listener.trial_ended(event.trial, event.status, event.note)
 

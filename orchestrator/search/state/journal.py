@@ -26,7 +26,9 @@ class Journal:
     Checkpoints at multiples of ``kept_every`` steps stay, for a population to copy.
     """
 
-    def __init__(self, folder: SearchFolder, history: History, kept_every: int | None = None) -> None:
+    def __init__(
+        self, folder: SearchFolder, history: History, kept_every: int | None = None
+    ) -> None:
         self._folder = folder
         self._end = history.length
         self._newest = history.steps()
@@ -39,7 +41,9 @@ class Journal:
         for report in reports:
             if newest[report.trial] == report.step or self._stays(report.step):
                 write_whole(self._folder.checkpoint(report.trial, report.step), report.checkpoint)
-        line = json.dumps({"spent_s": round(spent_s, 3), "events": [to_document(event) for event in events]})
+        line = json.dumps(
+            {"spent_s": round(spent_s, 3), "events": [to_document(event) for event in events]}
+        )
         self._write(line.encode() + b"\n")
         for trial, step in newest.items():
             former = self._newest.get(trial, step)

@@ -75,12 +75,17 @@ class RemoteHome:
         """Searches that can be resumed, the oldest first."""
         with self.translating():
             files = [it for it in self._files("searches") if it.path.endswith("/search.json")]
-        return [Path(it.path).parent.name for it in sorted(files, key=lambda it: (it.mtime, it.path))]
+        return [
+            Path(it.path).parent.name for it in sorted(files, key=lambda it: (it.mtime, it.path))
+        ]
 
     def fetch(self, folder: Path) -> None:
         """Make a search's folder what the store has of it; one that is ahead, or that the store lacks, stays."""
         with self.translating():
-            found = {self._below(it.path, folder): it.size for it in self._files(f"searches/{folder.name}")}
+            found = {
+                self._below(it.path, folder): it.size
+                for it in self._files(f"searches/{folder.name}")
+            }
             found.pop(LOCK, None)
             if not found or self._is_ahead(folder, found):
                 return
@@ -112,7 +117,9 @@ class RemoteHome:
         """A file whole or not at all. Raises OSError."""
         store, root = self._open()
         path = f"{root}/searches/{folder.name}/{name}"
-        if store.type_name == "local":  # an object store's are there once they are complete, and need no folder
+        if (
+            store.type_name == "local"
+        ):  # an object store's are there once they are complete, and need no folder
             write_whole(Path(path), data)
             return
         with store.open_output_stream(path) as stream:
@@ -142,7 +149,9 @@ class RemoteHome:
         from pyarrow.fs import FileSelector, FileType
 
         store, root = self._open()
-        found = store.get_file_info(FileSelector(f"{root}/{below}", recursive=True, allow_not_found=True))
+        found = store.get_file_info(
+            FileSelector(f"{root}/{below}", recursive=True, allow_not_found=True)
+        )
         return [it for it in found if it.type == FileType.File and not it.base_name.startswith(".")]
 
     @staticmethod
@@ -158,7 +167,8 @@ class RemoteHome:
                 store, root = FileSystem.from_uri(self.url)
             except ArrowInvalid as error:
                 raise BadInput(
-                    f"ORCHESTRATOR_HOME is {self.url!r}: {error}", "s3://BUCKET/FOLDER, for instance"
+                    f"ORCHESTRATOR_HOME is {self.url!r}: {error}",
+                    "s3://BUCKET/FOLDER, for instance",
                 ) from None
             self._opened = store, root.rstrip("/")
         return self._opened
@@ -231,7 +241,9 @@ class _Lock:
 
     def _write(self) -> None:
         self._beats += 1
-        self._home.write(self._folder, LOCK, json.dumps({**self._mine, "beat": self._beats}).encode())
+        self._home.write(
+            self._folder, LOCK, json.dumps({**self._mine, "beat": self._beats}).encode()
+        )
 
     def _is_mine(self, found: bytes | None) -> bool:
         return not found or self._token in found.decode(errors="replace")
@@ -287,9 +299,7 @@ class _Copy(threading.Thread):
             except OSError as error:
                 if time.monotonic() > deadline:
                     found = self._home.unreachable(error)
-                    hint = (
-                        f"{found.hint}; then orchestrator resume {self._folder.name} on this machine completes the copy"
-                    )
+                    hint = f"{found.hint}; then orchestrator resume {self._folder.name} on this machine completes the copy"
                     raise Unreachable(found.message, hint) from None
                 time.sleep(1.0)
 
@@ -323,7 +333,9 @@ class _Copy(threading.Thread):
                     found[name] = (state, data)
                 if _checkpoints(before) == _checkpoints(self._states()):
                     return found
-        return {name: (state, None) for name, state in self._sent.items()}  # too busy: the next time
+        return {
+            name: (state, None) for name, state in self._sent.items()
+        }  # too busy: the next time
 
     def _states(self) -> dict[str, tuple[int, int]]:
         """Time and size of each file that goes along, from before it is read: what changes in between goes again."""
@@ -337,7 +349,10 @@ class _Copy(threading.Thread):
                     continue
                 with suppress(FileNotFoundError):
                     stat = file.stat()
-                    found[file.relative_to(self._folder).as_posix()] = (stat.st_mtime_ns, stat.st_size)
+                    found[file.relative_to(self._folder).as_posix()] = (
+                        stat.st_mtime_ns,
+                        stat.st_size,
+                    )
         return found
 
 

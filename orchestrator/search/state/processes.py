@@ -29,7 +29,11 @@ def end_processes(file: Path) -> int:
     """End those that still live, politely first; returns how many there were. Only for a search that is over."""
     if not file.exists():
         return 0
-    left = [process for known in json.loads(file.read_bytes()) if (process := _living(known["pid"], known["started"]))]
+    left = [
+        process
+        for known in json.loads(file.read_bytes())
+        if (process := _living(known["pid"], known["started"]))
+    ]
     for process in left:
         with suppress(psutil.NoSuchProcess):
             process.terminate()

@@ -26,7 +26,9 @@ class Recorder:
     """A study's listener. ``sink`` gets every event once it is on disk, so that it never knows more than the journal;
     ``on_problem`` hears, once, that the disk does not take the state."""
 
-    def __init__(self, journal: Journal, history: History, sink: Sink, on_problem: Callable[[str], None]) -> None:
+    def __init__(
+        self, journal: Journal, history: History, sink: Sink, on_problem: Callable[[str], None]
+    ) -> None:
         self._journal = journal
         self._sink = sink
         self._on_problem = on_problem
@@ -69,7 +71,10 @@ class Recorder:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         """Write what is whole; the beginning of a round is dropped, it will be trained again."""
         with self._changed:
@@ -118,4 +123,6 @@ class Recorder:
     def _problem(self, error: OSError) -> None:
         if not self._said_so:
             self._said_so = True
-            self._on_problem(f"the search's state can't be written ({error.strerror}); the search goes on without it")
+            self._on_problem(
+                f"the search's state can't be written ({error.strerror}); the search goes on without it"
+            )

@@ -47,7 +47,9 @@ class SavedSearch:
     """What was said of the data when the search began."""
 
     @classmethod
-    def of(cls, prepared: Prepared, pins: Mapping[str, str], tracking_uri: str, run_id: str) -> SavedSearch:
+    def of(
+        cls, prepared: Prepared, pins: Mapping[str, str], tracking_uri: str, run_id: str
+    ) -> SavedSearch:
         return cls(
             data_fingerprint=prepared.rows.fingerprint,
             tokenizer=prepared.source.info("").tokenizer_digest,
@@ -115,7 +117,9 @@ def _saved_job(folder: SearchFolder) -> JobSpec:
         job = load_job(folder.job)
     except SpecError as error:
         job = _with_conflicts(folder, error)
-    earlier = {key: value for key, value in EARLIER_DATA.items() if key not in job.data.model_fields_set}
+    earlier = {
+        key: value for key, value in EARLIER_DATA.items() if key not in job.data.model_fields_set
+    }
     return job.model_copy(update={"data": job.data.model_copy(update=earlier)}) if earlier else job
 
 
@@ -136,15 +140,21 @@ def find_search(wanted: str) -> SearchFolder:
         folder = SearchFolder(Path(wanted).expanduser().absolute())
         if folder.description.is_file():
             return folder
-        raise BadInput(f"{wanted} is not the folder of a search that can be resumed", _known(_all()))
+        raise BadInput(
+            f"{wanted} is not the folder of a search that can be resumed", _known(_all())
+        )
     _fetch_known(wanted)
     known = _all()
     exact = [folder for folder in known if folder.id == wanted]
-    matching = exact or (known[-1:] if wanted == "latest" else [it for it in known if it.id.startswith(wanted)])
+    matching = exact or (
+        known[-1:] if wanted == "latest" else [it for it in known if it.id.startswith(wanted)]
+    )
     if len(matching) == 1:
         return matching[0]
     if matching:
-        raise BadInput(f"{wanted!r} begins {len(matching)} searches", f"say which: {_names(matching)}")
+        raise BadInput(
+            f"{wanted!r} begins {len(matching)} searches", f"say which: {_names(matching)}"
+        )
     raise BadInput(f"no search {wanted!r} in {searches_folder()}", _known(known))
 
 
@@ -152,14 +162,19 @@ def _fetch_known(wanted: str) -> None:
     """Of a store, the searches that may be meant."""
     if (remote := remote_home()) is not None:
         known = remote.ids()
-        for found in known[-1:] if wanted == "latest" else [it for it in known if it.startswith(wanted)]:
+        for found in (
+            known[-1:] if wanted == "latest" else [it for it in known if it.startswith(wanted)]
+        ):
             remote.fetch(searches_folder() / found)
 
 
 def _all() -> list[SearchFolder]:
     """Searches that can be resumed, the newest last."""
     found = [file for file in searches_folder().glob("*/search.json") if file.is_file()]
-    return [SearchFolder(file.parent) for file in sorted(found, key=lambda file: (file.stat().st_mtime, file))]
+    return [
+        SearchFolder(file.parent)
+        for file in sorted(found, key=lambda file: (file.stat().st_mtime, file))
+    ]
 
 
 def _known(known: list[SearchFolder]) -> str:

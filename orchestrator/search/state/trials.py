@@ -45,7 +45,8 @@ class TrialRecord:
         note: dict[str, Any] = {"note": self.note} if self.note else {}
         if self.copied:
             note["copied"] = [
-                {"trial": one.source, "step": one.step, "learning_rate": one.spec.learning_rate} for one in self.copied
+                {"trial": one.source, "step": one.step, "learning_rate": one.spec.learning_rate}
+                for one in self.copied
             ]
         return {
             "id": self.id, "status": self.status, "config": self.spec.config(), "steps": self.step,
@@ -63,14 +64,23 @@ class Outcome:
         """Where each worker group was that trained a trial, also of those that are gone: node and device."""
 
     def trial_started(self, trial: str, spec: TrialSpec) -> None:
-        if trial not in self.records:  # proposed while the search runs; starts may come in another order than numbers
+        if (
+            trial not in self.records
+        ):  # proposed while the search runs; starts may come in another order than numbers
             self.records[trial] = TrialRecord(trial, spec)
-            self.records = {name: self.records[name] for name in sorted(self.records, key=lambda it: (len(it), it))}
+            self.records = {
+                name: self.records[name]
+                for name in sorted(self.records, key=lambda it: (len(it), it))
+            }
         self.records[trial].status = "running"
 
     def trial_reported(self, trial: str, report: Report) -> None:
         record = self.records[trial]
-        record.step, record.best_step, record.metrics = report.step, report.best_step, report.best_metrics
+        record.step, record.best_step, record.metrics = (
+            report.step,
+            report.best_step,
+            report.best_metrics,
+        )
         record.checkpoint = report.checkpoint
         record.costs = record.costs.plus(report.costs)
         if report.worker and report.worker not in record.workers[-1:]:
@@ -91,8 +101,16 @@ class Outcome:
         """The validation metrics of a trial and of those with as many steps that differ in their seed alone: how many,
         mean and standard deviation (of a sample). Empty when there is no other."""
         wanted = replace(best.spec, seed=0), best.step
-        sound = [record for record in self.records.values() if record.metrics and record.status != "failed"]
-        same = [record.metrics for record in sound if (replace(record.spec, seed=0), record.step) == wanted]
+        sound = [
+            record
+            for record in self.records.values()
+            if record.metrics and record.status != "failed"
+        ]
+        same = [
+            record.metrics
+            for record in sound
+            if (replace(record.spec, seed=0), record.step) == wanted
+        ]
         if len(same) < 2:
             return {}
         spread = {
@@ -109,9 +127,18 @@ class Outcome:
         from: it is the same prompt.
         """
         sign = -1.0 if self.search.better == "max" else 1.0
-        scored = [record for record in self.records.values() if record.metrics and record.status != "failed"]
+        scored = [
+            record
+            for record in self.records.values()
+            if record.metrics and record.status != "failed"
+        ]
         found = [record.metrics for record in scored if not record.inherited]
         scored = [record for record in scored if not (record.inherited and record.metrics in found)]
         return sorted(
-            scored, key=lambda record: (sign * record.metrics[self.search.metric], record.metrics["loss"], record.id)
+            scored,
+            key=lambda record: (
+                sign * record.metrics[self.search.metric],
+                record.metrics["loss"],
+                record.id,
+            ),
         )

@@ -57,7 +57,9 @@ class Population:
         self._most_good = -(-trial_count(job.search) // QUARTER)
         self._members: defaultdict[int, list[Member]] = defaultdict(list)
 
-    def copies(self, reports: Iterable[tuple[Report, TrialSpec]], staying: Iterable[str]) -> list[Copy]:
+    def copies(
+        self, reports: Iterable[tuple[Report, TrialSpec]], staying: Iterable[str]
+    ) -> list[Copy]:
         """Take a round's reports and the trials' specs; answer with what the ``staying`` trials copy."""
         steps = {}
         for report, spec in reports:
@@ -79,7 +81,10 @@ class Population:
         members.sort(key=lambda member: (member.rank, member.trial), reverse=True)
         # Nobody rises as more trials come, so that who is not among the good ones of all trials will never be copied.
         good = members[: self._most_good]
-        self._members[report.step] = [*good, *(replace(one, checkpoint=b"") for one in members[self._most_good :])]
+        self._members[report.step] = [
+            *good,
+            *(replace(one, checkpoint=b"") for one in members[self._most_good :]),
+        ]
 
     def copy(self, trial: str, step: int) -> Copy | None:
         """What a trial that was compared at ``step`` copies, if anything.
@@ -89,7 +94,9 @@ class Population:
         part = min(-(-len(members) // QUARTER), len(members) // 2)
         place = next(place for place, member in enumerate(members) if member.trial == trial)
         rng = random.Random(f"{self._seed} {trial} {step}")
-        better = [one for one in members[:part] if one.rank > members[place].rank and one.checkpoint]
+        better = [
+            one for one in members[:part] if one.rank > members[place].rank and one.checkpoint
+        ]
         if place < len(members) - part or not better:
             return None
         source = rng.choice(better)

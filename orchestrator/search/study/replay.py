@@ -25,7 +25,9 @@ def under_way(history: History, trial: str, copy: Copy | None = None) -> Begun:
     return replace(begun, spec=copy.copied.spec, checkpoint=copy.checkpoint, copied=copy.copied)
 
 
-def replayed(job: JobSpec, history: History, left: Sequence[str]) -> tuple[Population | None, dict[str, Copy]]:
+def replayed(
+    job: JobSpec, history: History, left: Sequence[str]
+) -> tuple[Population | None, dict[str, Copy]]:
     """The population after the history's reports, and what it then decides for the trials that are ``left``.
 
     Nothing for a search without a population, or that has not begun.
@@ -41,6 +43,10 @@ def replayed(job: JobSpec, history: History, left: Sequence[str]) -> tuple[Popul
             whole = replace(report, checkpoint=history.checkpoint_at(report.trial, report.step))
             population.add(whole, specs[report.trial])
     last = {report.trial: report for report in history.reports}
-    compared = {trial: last[trial].step for trial in left if trial in last and population.compares(last[trial])}
+    compared = {
+        trial: last[trial].step
+        for trial in left
+        if trial in last and population.compares(last[trial])
+    }
     copies = {trial: population.copy(trial, step) for trial, step in compared.items()}
     return population, {trial: copy for trial, copy in copies.items() if copy is not None}

@@ -32,9 +32,19 @@ from orchestrator.tuning.reports import BROKEN, Report
 STEP = "step"  # the schedulers' clock: Tune's own iteration count starts over after a restore
 SCORE = "score"  # the best validation metric so far
 OWN = "own_score"  # see Report
-HANDED = ("DEFAULT_ENV_VARS", "ENV_VARS_TO_PROPAGATE")  # what Tune calls the variables that it hands on
+HANDED = (
+    "DEFAULT_ENV_VARS",
+    "ENV_VARS_TO_PROPAGATE",
+)  # what Tune calls the variables that it hands on
 RESTARTS = 3  # of a relay that was lost with its node
-STOPPED = {STEP: 0, SCORE: 0.0, OWN: None, "report": None, "done": True, "lost": False}  # the last of a stopped trial
+STOPPED = {
+    STEP: 0,
+    SCORE: 0.0,
+    OWN: None,
+    "report": None,
+    "done": True,
+    "lost": False,
+}  # the last of a stopped trial
 LOST = {**STOPPED, "lost": True}  # the same, once the search can't go on
 
 
@@ -75,7 +85,11 @@ class RelayTrial(tune.Trainable):
 
     def _submit(self) -> None:
         if not self._submitted:
-            ray.get(self._broker.submit.remote(self._trial, self._asked["number"], self._asked["config"]))
+            ray.get(
+                self._broker.submit.remote(
+                    self._trial, self._asked["number"], self._asked["config"]
+                )
+            )
             self._submitted = True
 
     def step(self) -> dict[str, Any]:
@@ -115,8 +129,12 @@ class _Proposals(Searcher):
         self._numbers[trial_id] = number
         return {"trial": {"number": number, "config": spec.config()}}
 
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        self._proposer.learn(self._numbers[trial_id], None if error or result is None else result[OWN])
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        self._proposer.learn(
+            self._numbers[trial_id], None if error or result is None else result[OWN]
+        )
 
     def save(self, checkpoint_path: str) -> None:
         """The search's own journal is what a resumption starts from."""
@@ -144,13 +162,17 @@ class Concurrency:
     def grow(self, slots: int) -> None:
         self._slots = slots
         if self._searcher is not None:
-            self._searcher.max_concurrent = slots  # both read it whenever Tune asks for another trial
+            self._searcher.max_concurrent = (
+                slots  # both read it whenever Tune asks for another trial
+            )
 
 
 class _Relay(Callback):
     """Tells the broker at once what Tune decided, and the listeners what happened."""
 
-    def __init__(self, broker: Any, listeners: Sequence[Listener], targets: _Targets, trials: Sequence[str]) -> None:
+    def __init__(
+        self, broker: Any, listeners: Sequence[Listener], targets: _Targets, trials: Sequence[str]
+    ) -> None:
         self._broker = broker
         self._listeners = listeners
         self._targets = targets
@@ -165,7 +187,9 @@ class _Relay(Callback):
         asked = trial.config["trial"]
         self._open[trial_id(asked["number"])] = None
         for listener in self._listeners:
-            listener.trial_started(trial_id(asked["number"]), TrialSpec.from_config(asked["config"]))
+            listener.trial_started(
+                trial_id(asked["number"]), TrialSpec.from_config(asked["config"])
+            )
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -242,11 +266,16 @@ def scheduler(job: JobSpec) -> TrialScheduler:
     common = {"time_attr": STEP, "metric": SCORE, "mode": job.search.better}
     grace = job.search.grace_steps or job.train.evaluate_every
     if job.search.scheduler == "asha":
-        rungs = {"grace_period": min(grace, job.train.steps), "reduction_factor": job.search.reduction_factor}
+        rungs = {
+            "grace_period": min(grace, job.train.steps),
+            "reduction_factor": job.search.reduction_factor,
+        }
         return ASHAScheduler(max_t=job.train.steps, **rungs, **common)
     if job.search.scheduler == "median":
         return MedianStoppingRule(grace_period=grace, min_samples_required=3, **common)
-    return FIFOScheduler()  # with pbt too: no trial is stopped, and the broker lets them copy each other
+    return (
+        FIFOScheduler()
+    )  # with pbt too: no trial is stopped, and the broker lets them copy each other
 
 
 def proposes(job: JobSpec) -> bool:
@@ -259,7 +288,9 @@ def _source(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Where Tune takes trials from: its parameter space for a list, and its options."""
     if proposer is None:
-        listed = [{"number": trial_number(name), "config": spec.config()} for name, spec in trials.items()]
+        listed = [
+            {"number": trial_number(name), "config": spec.config()} for name, spec in trials.items()
+        ]
         return {"trial": tune.grid_search(listed)}, {"search_alg": concurrency.searcher(None)}
     searcher = concurrency.searcher(_Proposals(proposer, trials))
     return {}, {"search_alg": searcher, "num_samples": len(trials) + proposer.left}
@@ -290,7 +321,12 @@ class Continued(TrialScheduler):
         over: dict[str, Report] = {}
         for report in history.reports:
             stand = self._stand(report.trial)
-            result = {STEP: report.step, SCORE: report.score, "report": report, "done": report.ending is not None}
+            result = {
+                STEP: report.step,
+                SCORE: report.score,
+                "report": report,
+                "done": report.ending is not None,
+            }
             stops = targets(report.trial, result) or report.ending is not None
             if not stops:
                 stops = self._inner.on_trial_result(_NO_TUNE, stand, result) == TrialScheduler.STOP
@@ -382,7 +418,9 @@ def run_study(
                 proposer.learn(trial_number(name), score)
         total += proposer.left
     population, copies = replayed(job, history, left)
-    begun = {name: under_way(history, name, copies.get(name)) for name in left if name in history.steps()}
+    begun = {
+        name: under_way(history, name, copies.get(name)) for name in left if name in history.steps()
+    }
     ray.get(broker.expect.remote(total, begun, population))
     if total and not targets.stop_all():
         trials_left = {name: names[name] for name in left}
@@ -415,7 +453,8 @@ def _tune(
 ) -> None:
     listed, proposed = _source(proposer, trials, concurrency)
     trainable = tune.with_resources(
-        tune.with_parameters(RelayTrial, broker=broker), tune.PlacementGroupFactory([{"CPU": TRIAL_CPUS}])
+        tune.with_parameters(RelayTrial, broker=broker),
+        tune.PlacementGroupFactory([{"CPU": TRIAL_CPUS}]),
     )
     tuner = tune.Tuner(
         trainable,

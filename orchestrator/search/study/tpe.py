@@ -27,7 +27,9 @@ ORDERED = (
     "shots",
     "learning_rate",
 )  # listed values of these lie on a scale
-WORST = 1e30  # of a failed trial, in either direction: what led there is to be avoided, not forgotten
+WORST = (
+    1e30  # of a failed trial, in either direction: what led there is to be avoided, not forgotten
+)
 
 
 class Proposer:
@@ -41,7 +43,9 @@ class Proposer:
         self._search = search
         self._axes = {name: _Axis(name, value) for name, value in dimensions(search.space).items()}
         self._spread = draw(search.space, min(FIRST, (self.total + 1) // 2), search.seed)
-        self._study = optuna.create_study(direction="maximize" if search.better == "max" else "minimize")
+        self._study = optuna.create_study(
+            direction="maximize" if search.better == "max" else "minimize"
+        )
         self._trials: list[Any] = []
         self._specs: list[TrialSpec] = []
         self._scores: dict[int, float | None] = {}
@@ -95,7 +99,9 @@ class Proposer:
     def _take(self, spec: TrialSpec) -> TrialSpec:
         """Make ``spec`` the next trial, whoever thought of it."""
         config = spec.config()
-        self._study.enqueue_trial({name: axis.place(config[name]) for name, axis in self._varied.items()})
+        self._study.enqueue_trial(
+            {name: axis.place(config[name]) for name, axis in self._varied.items()}
+        )
         self._trials.append(self._study.ask(self._distributions))
         self._specs.append(spec)
         return spec
@@ -105,11 +111,15 @@ class Proposer:
         import optuna
 
         seed = random.Random(f"{self._search.seed} {number} {attempt}").randrange(2**32)
-        self._study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=1, constant_liar=True)
+        self._study.sampler = optuna.samplers.TPESampler(
+            seed=seed, n_startup_trials=1, constant_liar=True
+        )
         asked = self._study.ask(self._distributions)
         self._study.tell(asked, state=optuna.trial.TrialState.FAIL)
         found = asked.params
-        return trial_at([axis.value(found.get(name)) for name, axis in self._axes.items()], list(self._axes))
+        return trial_at(
+            [axis.value(found.get(name)) for name, axis in self._axes.items()], list(self._axes)
+        )
 
     def _new_points(self, number: int) -> list[TrialSpec]:
         """Points at random that no trial had, at least one while the space has any."""
@@ -140,7 +150,9 @@ class _Axis:
         self._values: list[Any] = []
         if self._range is None:
             self._values = sorted(values) if self._ordered else list(values)
-        self._written = [value.model_dump() if hasattr(value, "model_dump") else value for value in self._values]
+        self._written = [
+            value.model_dump() if hasattr(value, "model_dump") else value for value in self._values
+        ]
 
     @property
     def varies(self) -> bool:
@@ -154,7 +166,9 @@ class _Axis:
         if isinstance(self._range, Uniform):
             return FloatDistribution(*self._range.uniform)
         last = len(self._values) - 1
-        return IntDistribution(0, last) if self._ordered else CategoricalDistribution(range(last + 1))
+        return (
+            IntDistribution(0, last) if self._ordered else CategoricalDistribution(range(last + 1))
+        )
 
     def value(self, found: Any) -> Any:
         """The value that Optuna's answer stands for; None for a dimension that it was not asked about."""

@@ -97,7 +97,9 @@ class Broker:
     """See the module's text. ``total`` is the number of trials that the search will have; with a ``population``, trials
     copy each other."""
 
-    def __init__(self, total: int, in_turn: bool = False, population: Population | None = None) -> None:
+    def __init__(
+        self, total: int, in_turn: bool = False, population: Population | None = None
+    ) -> None:
         self.total = total
         self.in_turn = in_turn
         self.population = population
@@ -133,7 +135,13 @@ class Broker:
         else:
             begun = self.begun.get(trial) or Begun(TrialSpec.from_config(config))
             self.trials[trial] = Entry(
-                number, begun.spec, None, begun.checkpoint, begun.copied, begun.own_score, begun.has_copied
+                number,
+                begun.spec,
+                None,
+                begun.checkpoint,
+                begun.copied,
+                begun.own_score,
+                begun.has_copied,
             )
         await self._notify()
 
@@ -142,7 +150,11 @@ class Broker:
         entry = self.trials[trial]
         asker = entry.submitted
         # Not the condition that all share: thousands of trials would wake for every report of another.
-        while entry.reports.empty() and not (entry.released or self._over) and entry.submitted == asker:
+        while (
+            entry.reports.empty()
+            and not (entry.released or self._over)
+            and entry.submitted == asker
+        ):
             entry.news.clear()
             await entry.news.wait()
         if entry.submitted != asker:
@@ -159,7 +171,12 @@ class Broker:
             entry.undecided = None
             entry.released = not goes_on
             entry.news.set()
-        if entry and entry.released and entry.worker and trial in (worker := self.workers[entry.worker]).seated:
+        if (
+            entry
+            and entry.released
+            and entry.worker
+            and trial in (worker := self.workers[entry.worker]).seated
+        ):
             worker.seated.remove(trial)
             worker.leaving.append(trial)
         await self._notify()
@@ -184,7 +201,9 @@ class Broker:
                 await self._changed.wait_for(lambda: self.starting or self._over)
         return self.starting
 
-    async def join(self, worker: str, capacity: int, info: Any = None, place: Place | None = None) -> None:
+    async def join(
+        self, worker: str, capacity: int, info: Any = None, place: Place | None = None
+    ) -> None:
         """A worker with free slots. If it was here before, its trials wait again, from their checkpoints."""
         self._vacate(worker)
         self.workers[worker] = Worker(capacity)
@@ -220,7 +239,10 @@ class Broker:
             self.jobs[number] = self.taken.pop(number)[1]
 
     async def next_orders(
-        self, name: str, reports: Sequence[Report] = (), evaluated: Sequence[tuple[int, dict[str, float]]] = ()
+        self,
+        name: str,
+        reports: Sequence[Report] = (),
+        evaluated: Sequence[tuple[int, dict[str, float]]] = (),
     ) -> Orders:
         """Take the worker's reports and results; answer with its next orders once there is something to do."""
         for number, metrics in evaluated:
@@ -239,7 +261,9 @@ class Broker:
             if self.jobs or worker.seated:
                 return self._orders(name, worker)
             async with self._changed:
-                await self._changed.wait_for(lambda: self.jobs or self._waiting() or self._gone(name, worker))
+                await self._changed.wait_for(
+                    lambda: self.jobs or self._waiting() or self._gone(name, worker)
+                )
 
     def _gone(self, name: str, worker: Worker) -> bool:
         """Who was lost or joined again has died in between: nobody hears the answer to its call, and seats would be
@@ -266,7 +290,9 @@ class Broker:
             return Orders(free, evaluate=((number, self.taken[number][1]),))
         fresh = [trial for trial in worker.seated if trial in worker.fresh]
         worker.fresh.clear()
-        seats = (Seat(trial, self.trials[trial].spec, self.trials[trial].checkpoint) for trial in fresh)
+        seats = (
+            Seat(trial, self.trials[trial].spec, self.trials[trial].checkpoint) for trial in fresh
+        )
         return Orders(free, tuple(seats))
 
     async def _deliver(self, report: Report, worker: Worker) -> None:
@@ -311,24 +337,36 @@ class Broker:
         await self._until(lambda: self._all_came(worker) or bool(self.jobs))
 
     def _all_came(self, worker: Worker) -> bool:
-        return len(self.trials) >= self.total or len(worker.seated) + len(self._waiting()) >= worker.capacity
+        return (
+            len(self.trials) >= self.total
+            or len(worker.seated) + len(self._waiting()) >= worker.capacity
+        )
 
     def _assign(self, name: str, worker: Worker) -> None:
         for trial in self._waiting()[: worker.capacity - len(worker.seated)]:
             entry = self.trials[trial]
             taken = {self.trials[other].slot for other in worker.seated}
-            entry.worker, entry.slot = name, next(slot for slot in itertools.count() if slot not in taken)
+            entry.worker, entry.slot = (
+                name,
+                next(slot for slot in itertools.count() if slot not in taken),
+            )
             worker.seated.append(trial)
             worker.fresh.add(trial)
 
     def _waiting(self) -> list[str]:
         """Trials without a slot, first come first served in the order in which Tune made them."""
-        waiting = [trial for trial, entry in self.trials.items() if entry.worker is None and not entry.released]
+        waiting = [
+            trial
+            for trial, entry in self.trials.items()
+            if entry.worker is None and not entry.released
+        ]
         return sorted(waiting, key=lambda trial: self.trials[trial].number)
 
     # Driver
 
-    async def expect(self, total: int, begun: dict[str, Begun], population: Population | None = None) -> None:
+    async def expect(
+        self, total: int, begun: dict[str, Begun], population: Population | None = None
+    ) -> None:
         """A search that goes on: so many trials are left, some of them under way; what the population knows."""
         self.total = total
         self.begun = begun
@@ -371,7 +409,11 @@ class Broker:
         return self.finished or self.failure is not None
 
     def _end(self) -> OrchestratorError:
-        return type(self.failure)(*self.failure.args) if self.failure else JobFailed("the search has ended")
+        return (
+            type(self.failure)(*self.failure.args)
+            if self.failure
+            else JobFailed("the search has ended")
+        )
 
     def _tell_trials(self) -> None:
         for entry in self.trials.values():

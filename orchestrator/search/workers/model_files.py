@@ -38,10 +38,17 @@ class ModelFiles:
         self._chunk = chunk
 
     def listing(self) -> Listing:
-        found = sorted({file for pattern in FILES for file in self._folder.glob(pattern) if file.is_file()})
+        found = sorted(
+            {file for pattern in FILES for file in self._folder.glob(pattern) if file.is_file()}
+        )
         states = [(file.name, file.stat()) for file in found]
-        text = repr([self._folder, *((name, state.st_size, state.st_mtime_ns) for name, state in states)])
-        return Listing(hashlib.sha256(text.encode()).hexdigest()[:24], {name: it.st_size for name, it in states})
+        text = repr(
+            [self._folder, *((name, state.st_size, state.st_mtime_ns) for name, state in states)]
+        )
+        return Listing(
+            hashlib.sha256(text.encode()).hexdigest()[:24],
+            {name: it.st_size for name, it in states},
+        )
 
     def read(self, name: str, start: int) -> bytes:
         with (self._folder / name).open("rb") as stream:
@@ -96,5 +103,8 @@ def _fetch(files: Any, listing: Listing, staging: Path) -> None:
         with (staging / name).open("wb") as stream:
             while stream.tell() < size:
                 if not (data := ray.get(files.read.remote(name, stream.tell()))):
-                    raise JobFailed(f"the base model's file {name} became shorter while it was copied", "run it again")
+                    raise JobFailed(
+                        f"the base model's file {name} became shorter while it was copied",
+                        "run it again",
+                    )
                 stream.write(data)

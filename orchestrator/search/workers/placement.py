@@ -43,7 +43,10 @@ class Placement:
 def room_for_groups(placement: Placement, nodes: list[Node]) -> int:
     """Groups like the placement's that the nodes could hold in all."""
     able = [node for node in nodes if node.gpus >= placement.gpus and node.cpus >= 1]
-    return sum(_room(node, placement.cpus, placement.gpus) for node in able) // placement.workers_per_group
+    return (
+        sum(_room(node, placement.cpus, placement.gpus) for node in able)
+        // placement.workers_per_group
+    )
 
 
 def place(resources: ResourcesSpec, nodes: list[Node], trials: int) -> Placement:
@@ -73,7 +76,9 @@ def place(resources: ResourcesSpec, nodes: list[Node], trials: int) -> Placement
             "resources.cpus_per_worker or resources.gpus_per_worker, or use a larger cluster",
         )
     asked = resources.trials_per_worker
-    slots = min(GPU_SLOTS if gpus else CPU_SLOTS, -(-trials // workers)) if asked == "auto" else asked
+    slots = (
+        min(GPU_SLOTS if gpus else CPU_SLOTS, -(-trials // workers)) if asked == "auto" else asked
+    )
     return Placement(workers, cpus, gpus, threads, slots, together)
 
 
@@ -95,7 +100,11 @@ def _seats(able: list[Node], workers: int, gpus: float) -> list[tuple[Node, int]
     """How many workers each node gets: one after another where the most is left to each."""
     counts = [0] * len(able)
     for _ in range(workers):
-        free = [place for place, node in enumerate(able) if not gpus or counts[place] < _times(gpus, node.gpus)]
+        free = [
+            place
+            for place, node in enumerate(able)
+            if not gpus or counts[place] < _times(gpus, node.gpus)
+        ]
         if not free:
             return []
         counts[max(free, key=lambda place: able[place].cpus / (counts[place] + 1))] += 1
@@ -104,7 +113,9 @@ def _seats(able: list[Node], workers: int, gpus: float) -> list[tuple[Node, int]
 
 def _room(node: Node, cpus: int, gpus: float) -> int:
     """Workers that the node can hold."""
-    return min(_times(cpus, node.cpus), _times(gpus, node.gpus)) if gpus else _times(cpus, node.cpus)
+    return (
+        min(_times(cpus, node.cpus), _times(gpus, node.gpus)) if gpus else _times(cpus, node.cpus)
+    )
 
 
 def _times(part: float, whole: float) -> int:

@@ -36,4 +36,6 @@ def make_ready() -> None:
         language=PYTHON, job_id=job, keep_alive_duration_secs=KEPT_S, num_workers=missing
     )
     with init_grpc_channel(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}") as channel:
-        node_manager_pb2_grpc.NodeManagerServiceStub(channel).PrestartWorkers(asked, timeout=ANSWER_S)
+        node_manager_pb2_grpc.NodeManagerServiceStub(channel).PrestartWorkers(
+            asked, timeout=ANSWER_S
+        )

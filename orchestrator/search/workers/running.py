@@ -79,7 +79,9 @@ class Running:
     def evaluate(self, jobs: Sequence[EvaluationJob]) -> list[dict[str, float]]:
         """Metrics of baselines or prompts on their splits, by whichever worker is first; asked for all at once, so that
         no round of training comes in between."""
-        metrics: list[dict[str, float]] = self._ask([self.broker.evaluation.remote(job) for job in jobs])
+        metrics: list[dict[str, float]] = self._ask(
+            [self.broker.evaluation.remote(job) for job in jobs]
+        )
         return metrics
 
     def ready(self) -> BaseModelInfo:
@@ -94,7 +96,9 @@ class Running:
 
     def slow(self) -> str:
         """What makes the search slower than its cluster is; "" if nothing does."""
-        if not self.placement.gpus or all(place.device != "cpu" for place in self.places().values()):
+        if not self.placement.gpus or all(
+            place.device != "cpu" for place in self.places().values()
+        ):
             return ""
         return "torch sees none of the GPUs that Ray gave the workers: they train on CPUs"
 
@@ -140,7 +144,9 @@ class Running:
                 yield thread.future
         finally:
             with undisturbed():
-                await_end([thread], HURRY_S)  # one that takes longer is waited for at the search's end
+                await_end(
+                    [thread], HURRY_S
+                )  # one that takes longer is waited for at the search's end
 
     def _ask(self, reference: Any) -> Any:
         try:
@@ -231,7 +237,9 @@ def start_broker(job: JobSpec) -> Any:
     # Beside the driver, so that the search outlives every other node.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     remote = ray.remote(num_cpus=0, max_concurrency=CALLS, scheduling_strategy=here)(Broker).remote
-    return remote(trial_count(job.search), in_turn=job.search.searcher == "optuna", population=population)
+    return remote(
+        trial_count(job.search), in_turn=job.search.searcher == "optuna", population=population
+    )
 
 
 def _stop(search: Running, patience: float) -> None:
@@ -263,7 +271,9 @@ def _await(threads: Sequence[threading.Thread], seconds: float) -> list[threadin
 def _give_up_lost(broker: Any) -> dict[str, Place]:
     """End those who still wait for room to start a lost worker again; where each worker is or was, if that is known."""
     try:
-        lost, places = ray.get([broker.lost_controllers.remote(), broker.worker_places.remote()], timeout=HURRY_S)
+        lost, places = ray.get(
+            [broker.lost_controllers.remote(), broker.worker_places.remote()], timeout=HURRY_S
+        )
     except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
         return {}
     for controller in filter(None, lost.values()):
@@ -290,7 +300,9 @@ def worker_failure(error: Exception) -> JobFailed:
     causes: dict[int, Exception] = getattr(error, "worker_failures", {})
     cause: BaseException = next(iter(causes.values()), error)
     text = str(getattr(cause, "cause", None) or cause).strip()
-    return JobFailed(f"a worker failed: {text.splitlines()[-1] if text else type(cause).__name__}", SEE_LOG)
+    return JobFailed(
+        f"a worker failed: {text.splitlines()[-1] if text else type(cause).__name__}", SEE_LOG
+    )
 
 
 def first_line(error: BaseException) -> str:

@@ -35,10 +35,15 @@ class Growth(RayThread):
         while not self._over.wait(LOOK_S):
             try:
                 room = room_for_groups(self._placement, nodes())
-            except Exception as error:  # the cluster is away for a moment, or for good: others see to that
+            except (
+                Exception
+            ) as error:  # the cluster is away for a moment, or for good: others see to that
                 log.debug("the nodes can't be counted: %s", error)
                 continue
-            while groups < min(self._most, self._placement.workers + room - self._room) and not self._over.is_set():
+            while (
+                groups < min(self._most, self._placement.workers + room - self._room)
+                and not self._over.is_set()
+            ):
                 groups += 1
                 self._start(groups)
 

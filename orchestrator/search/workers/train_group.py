@@ -48,7 +48,9 @@ class LeanTrainer(DataParallelTrainer):
         self._making = threading.Lock()
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
-        parts["callbacks"] = [each for each in parts.get("callbacks", ()) if type(each).__name__ not in UNUSED]
+        parts["callbacks"] = [
+            each for each in parts.get("callbacks", ()) if type(each).__name__ not in UNUSED
+        ]
         if type(parts.get("scaling_policy")).__name__ == "FixedScalingPolicy":
             parts["scaling_policy"] = unannounced(parts["scaling_policy"])
         with self._making:
@@ -133,7 +135,9 @@ def backend(placement: Placement) -> BackendConfig:
 
     from orchestrator.tuning.worker_group import PATIENCE
 
-    return TorchConfig(backend="nccl" if placement.gpus else "gloo", timeout_s=int(PATIENCE.total_seconds()))
+    return TorchConfig(
+        backend="nccl" if placement.gpus else "gloo", timeout_s=int(PATIENCE.total_seconds())
+    )
 
 
 class WorkerGroup(RayThread):

@@ -65,9 +65,14 @@ def load_engine(told: WorkerConfig) -> Any:
     def read() -> Any:
         # Ray counts a machine's accelerators; torch may lack what it takes to use them. A job that takes what there is
         # goes on, and the driver says so.
-        device_for(told.placement.gpus, "" if resources.gpus_per_worker == "auto" else "resources.gpus_per_worker")
+        device_for(
+            told.placement.gpus,
+            "" if resources.gpus_per_worker == "auto" else "resources.gpus_per_worker",
+        )
         announce = group.agree if sharded else None
-        return read_backbone(model_source(job.base_model, told.files), device, job.base_model.dtype, announce)
+        return read_backbone(
+            model_source(job.base_model, told.files), device, job.base_model.dtype, announce
+        )
 
     def ready(backbone: Any) -> Any:
         check_exact(backbone)
@@ -123,13 +128,19 @@ def serve_orders(engine: Any, told: WorkerConfig) -> None:
 
 def join(engine: Any, told: WorkerConfig) -> None:
     context = ray.get_runtime_context()
-    place = Place(context.get_node_id(), ray.util.get_current_placement_group(), engine.backbone.device.type)
+    place = Place(
+        context.get_node_id(), ray.util.get_current_placement_group(), engine.backbone.device.type
+    )
     with suppress(ray.exceptions.RayActorError):  # the next call sees to it
         ray.get(told.broker.join.remote(told.name, engine.capacity, engine.backbone.info, place))
 
 
-def next_orders(told: WorkerConfig, reports: list[Any], evaluated: list[tuple[int, dict[str, float]]]) -> Any:
+def next_orders(
+    told: WorkerConfig, reports: list[Any], evaluated: list[tuple[int, dict[str, float]]]
+) -> Any:
     try:
         return ray.get(told.broker.next_orders.remote(told.name, reports, evaluated))
     except ray.exceptions.RayActorError:
-        return Orders(stop=True)  # the broker is gone: whoever goes on with the search starts workers of its own
+        return Orders(
+            stop=True
+        )  # the broker is gone: whoever goes on with the search starts workers of its own

@@ -71,10 +71,14 @@ class ServeOptions:
         """BadInput for options that contradict each other."""
         if self.max_replicas is not None and self.max_replicas < max(1, self.replicas):
             raise BadInput(
-                f"--max-replicas {self.max_replicas} is below --replicas {self.replicas}", "give a larger number"
+                f"--max-replicas {self.max_replicas} is below --replicas {self.replicas}",
+                "give a larger number",
             )
         if self.replicas < 1 and self.max_replicas is None:
-            raise BadInput("0 replicas answer nothing", "add --max-replicas: they then start when somebody asks")
+            raise BadInput(
+                "0 replicas answer nothing",
+                "add --max-replicas: they then start when somebody asks",
+            )
         if not 0 <= (self.gpus or 0) <= 1:
             raise BadInput(
                 f"gpus: {self.gpus:g}: a replica computes on one GPU, a part of one, or none",
@@ -90,6 +94,11 @@ def options_from(args: Mapping[str, Any]) -> ServeOptions:
     known = {it.name for it in fields(ServeOptions)}
     for name in args:
         if name not in known:
-            raise BadInput(f"args of the serving application has no {name!r}", f"allowed: {', '.join(sorted(known))}")
-    values: dict[str, Any] = {name: nested[name](**value) if name in nested else value for name, value in args.items()}
+            raise BadInput(
+                f"args of the serving application has no {name!r}",
+                f"allowed: {', '.join(sorted(known))}",
+            )
+    values: dict[str, Any] = {
+        name: nested[name](**value) if name in nested else value for name, value in args.items()
+    }
     return ServeOptions(**{**values, "models": tuple(values.get("models", ()))})

@@ -33,7 +33,18 @@ from orchestrator.serving.prompts.store import PromptStore, RegistrySource
 log = logging.getLogger(__name__)
 
 MAX_TRIES = 3
-KEPT = ("type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "headers", "client", "server")
+KEPT = (
+    "type",
+    "http_version",
+    "method",
+    "scheme",
+    "path",
+    "raw_path",
+    "query_string",
+    "headers",
+    "client",
+    "server",
+)
 """What a scope has that another process can use."""
 
 
@@ -41,15 +52,25 @@ class Replica:
     """Loads the backbone itself, by name, and follows the registry on its own."""
 
     def __init__(
-        self, options: ServeOptions, base: BaseModelSpec, source: RegistrySource, keys: tuple[ApiKey, ...]
+        self,
+        options: ServeOptions,
+        base: BaseModelSpec,
+        source: RegistrySource,
+        keys: tuple[ApiKey, ...],
     ) -> None:
         set_threads(options.cores)
         if options.access_log:
             log_to_standard_output()
-        backbone = load_backbone(resolve_model(base), device_for(options.gpus or 0, "gpus"), base.dtype)
+        backbone = load_backbone(
+            resolve_model(base), device_for(options.gpus or 0, "gpus"), base.dtype
+        )
         metrics = Metrics()
-        host_bytes = 0 if backbone.device.type == "cpu" else options.host_prompt_bytes  # the same memory
-        store = PromptStore(backbone, source, options.models, options.prompt_bytes, options.poll_seconds, host_bytes)
+        host_bytes = (
+            0 if backbone.device.type == "cpu" else options.host_prompt_bytes
+        )  # the same memory
+        store = PromptStore(
+            backbone, source, options.models, options.prompt_bytes, options.poll_seconds, host_bytes
+        )
         store.start()
         engine = Engine(backbone, options.limits, metrics.batch, metrics.first_token)
         self.service = PromptService(store, engine, options.request_limits, metrics)
@@ -116,7 +137,12 @@ class Front:
             body = await read_body(Request(scope, receive), self._max_body_bytes)
             await self._try(kept, body, send)
         except self._busy:
-            busy = ApiError(429, "The server is busy; try again", "server_overloaded", headers={"Retry-After": "1"})
+            busy = ApiError(
+                429,
+                "The server is busy; try again",
+                "server_overloaded",
+                headers={"Retry-After": "1"},
+            )
             await JSONResponse(busy.body(), busy.status, busy.headers)(scope, receive, send)
         except ApiError as error:
             await JSONResponse(error.body(), error.status, error.headers)(scope, receive, send)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-CONTEXT_TOKENS = 6  # enough in front of the new tokens for any decoder to treat them as a continuation
+CONTEXT_TOKENS = (
+    6  # enough in front of the new tokens for any decoder to treat them as a continuation
+)
 WINDOW = 32  # tokens that are decoded again with each new one; earlier ones stay as they are
 BROKEN = "\ufffd"  # a decoder's mark for a character whose last bytes are still to come
 
@@ -56,8 +58,14 @@ class RowText:
 
     def _window(self) -> str:
         whole = self._decoded([*self._context, *self._open])
-        return whole[len(self._head) :] if whole.startswith(self._head) else self._decoded(self._open)
+        return (
+            whole[len(self._head) :] if whole.startswith(self._head) else self._decoded(self._open)
+        )
 
     def _decoded(self, tokens: Sequence[int]) -> str:
         # Cleaned-up spaces ("a ." to "a.") would be another text than the one that was generated.
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return str(
+            self._tokenizer.decode(
+                tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )

@@ -22,7 +22,13 @@ from typing import Any
 from orchestrator.errors import OrchestratorError, Unreachable
 from orchestrator.models.backbone import Backbone
 from orchestrator.serving.engine.classify import answer_probs
-from orchestrator.serving.engine.generation import Completion, Delta, GenerationBatch, GenerationRow, Sampling
+from orchestrator.serving.engine.generation import (
+    Completion,
+    Delta,
+    GenerationBatch,
+    GenerationRow,
+    Sampling,
+)
 from orchestrator.serving.prompts.served_prompt import ServedPrompt
 
 log = logging.getLogger(__name__)
@@ -31,7 +37,9 @@ Observer = Callable[[str, int], None]
 FirstToken = Callable[[str, float], None]
 Listener = Callable[[int, Delta], None]
 
-MAX_BATCHES = 4  # that run in turn, where rows can't join; the next ones gather until one is through
+MAX_BATCHES = (
+    4  # that run in turn, where rows can't join; the next ones gather until one is through
+)
 
 
 class Overloaded(OrchestratorError):
@@ -40,7 +48,9 @@ class Overloaded(OrchestratorError):
     exit_code = 3
 
     def __init__(self, waiting: int, retry_after: int = 1) -> None:
-        super().__init__(f"the server is busy: {waiting} inputs are waiting", f"try again in {retry_after} s")
+        super().__init__(
+            f"the server is busy: {waiting} inputs are waiting", f"try again in {retry_after} s"
+        )
         self.args = (waiting, retry_after)
         self.retry_after = retry_after
 
@@ -105,7 +115,11 @@ class Job:
     @property
     def copies(self) -> int:
         """Rows that it becomes: answers of several tokens are continued side by side."""
-        return len(self.prompt.answers) if self.sampling is None and self.prompt.longest_answer > 1 else 1
+        return (
+            len(self.prompt.answers)
+            if self.sampling is None and self.prompt.longest_answer > 1
+            else 1
+        )
 
     @property
     def kinds(self) -> frozenset[str]:
@@ -150,11 +164,15 @@ class Engine:
         """Rows that are being generated."""
         return len(self._owners)
 
-    async def classify(self, prompt: ServedPrompt, inputs: Sequence[list[int]]) -> list[list[float]]:
+    async def classify(
+        self, prompt: ServedPrompt, inputs: Sequence[list[int]]
+    ) -> list[list[float]]:
         """Probabilities [C] of the prompt's answers for each input. Overloaded when the waiting line is full."""
         return await self._ask(self._ranking, prompt, inputs, None)
 
-    async def complete(self, prompt: ServedPrompt, inputs: Sequence[list[int]], sampling: Sampling) -> list[Completion]:
+    async def complete(
+        self, prompt: ServedPrompt, inputs: Sequence[list[int]], sampling: Sampling
+    ) -> list[Completion]:
         """One completion for each input. Overloaded when the waiting line is full."""
         return await self._ask(self._generating, prompt, inputs, sampling)
 
@@ -192,10 +210,17 @@ class Engine:
             self._closed = True
             self._changed.notify()
         self._thread.join()
-        self._fail([*self._ranking, *self._generating, *self._owners.values()], Unreachable("the server is stopping"))
+        self._fail(
+            [*self._ranking, *self._generating, *self._owners.values()],
+            Unreachable("the server is stopping"),
+        )
 
     async def _ask(
-        self, line: deque[Job], prompt: ServedPrompt, inputs: Sequence[list[int]], sampling: Sampling | None
+        self,
+        line: deque[Job],
+        prompt: ServedPrompt,
+        inputs: Sequence[list[int]],
+        sampling: Sampling | None,
     ) -> list[Any]:
         request = Request(len(inputs))
         self._enqueue(line, request, prompt, inputs, sampling)
@@ -222,7 +247,9 @@ class Engine:
         while self._wait_for_work():
             if jobs := self._take(self._ranking):
                 self._guarded(jobs, self._rank)
-            if len(self._batches) < MAX_BATCHES and (jobs := self._take(self._generating, list(self._owners.values()))):
+            if len(self._batches) < MAX_BATCHES and (
+                jobs := self._take(self._generating, list(self._owners.values()))
+            ):
                 self._guarded(jobs, self._admit)
             for batch in list(self._batches):
                 jobs = [self._owners[row] for row in batch.rows]
@@ -263,7 +290,10 @@ class Engine:
         return taken
 
     def _guarded(
-        self, jobs: list[Job], work: Callable[[list[Job]], None], batch: GenerationBatch | None = None
+        self,
+        jobs: list[Job],
+        work: Callable[[list[Job]], None],
+        batch: GenerationBatch | None = None,
     ) -> None:
         """A batch that fails answers its own requests with the error; the thread goes on."""
         try:
@@ -277,13 +307,17 @@ class Engine:
 
     def _rank(self, jobs: list[Job]) -> None:
         self._observe("classify", len(jobs))
-        probs = answer_probs(self.backbone, [job.prompt for job in jobs], [job.input_ids for job in jobs])
+        probs = answer_probs(
+            self.backbone, [job.prompt for job in jobs], [job.input_ids for job in jobs]
+        )
         for job, row in zip(jobs, probs, strict=True):
             job.request.deliver(job.row, row)
 
     def _admit(self, jobs: list[Job]) -> None:
         """Run the rows' inputs, and let them join a running batch where the model can."""
-        rows = [GenerationRow(job.prompt, job.input_ids, job.sampling or Sampling()) for job in jobs]
+        rows = [
+            GenerationRow(job.prompt, job.input_ids, job.sampling or Sampling()) for job in jobs
+        ]
         self._observe("prefill", len(rows))
         entering = GenerationBatch(self.backbone, rows)
         if not any(batch.absorb(entering) for batch in self._batches):
@@ -306,7 +340,12 @@ class Engine:
     def _tell(self, row: GenerationRow, job: Job) -> None:
         if len(row.made) == 1:
             self._first_token(job.prompt.name, time.monotonic() - job.arrived)
-        if job.request.listener and not job.request.over and row.failure is None and (news := row.pull()):
+        if (
+            job.request.listener
+            and not job.request.over
+            and row.failure is None
+            and (news := row.pull())
+        ):
             job.request.listener(job.row, news)
 
     def _deliver(self, row: GenerationRow, job: Job) -> None:

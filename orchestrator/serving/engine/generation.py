@@ -19,7 +19,9 @@ from orchestrator.models.placeholders import text_ids
 from orchestrator.serving.engine.detokenize import RowText
 from orchestrator.serving.prompts.served_prompt import ServedPrompt, stack_prompts
 
-GREEDY_BELOW = 1e-4  # a smaller temperature divides the logits out of float32's range, and is greedy anyway
+GREEDY_BELOW = (
+    1e-4  # a smaller temperature divides the logits out of float32's range, and is greedy anyway
+)
 CONTEXT_CHARACTERS = 8  # an unfinished character may have stood at the end of the text
 
 FinishReason = Literal["stop", "length"]
@@ -90,7 +92,9 @@ class GenerationRow:
     def __post_init__(self) -> None:
         # A model with a decoder of its own begins a text of its own.
         alone = self.prompt.encoder.family == "seq2seq"
-        self._text = RowText(self.prompt.encoder.tokenizer, [] if alone else text_ids(self.input_ids))
+        self._text = RowText(
+            self.prompt.encoder.tokenizer, [] if alone else text_ids(self.input_ids)
+        )
         self._logprobs: list[TokenLogprob] = []
         self._told = Delta("", 0)
 
@@ -172,11 +176,16 @@ class GenerationRow:
     def _logprob(self, logits: Tensor, token: int) -> TokenLogprob:
         scores = logits.log_softmax(-1)
         values, ids = scores.topk(min(self.sampling.logprobs or 0, len(scores)))
-        top = tuple((self._piece(one), value) for one, value in zip(ids.tolist(), values.tolist(), strict=True))
+        top = tuple(
+            (self._piece(one), value)
+            for one, value in zip(ids.tolist(), values.tolist(), strict=True)
+        )
         return TokenLogprob(self._piece(token), float(scores[token]), top, len(self._text.text))
 
     def _piece(self, token: int) -> str:
-        return str(self.prompt.encoder.tokenizer.decode([token], clean_up_tokenization_spaces=False))
+        return str(
+            self.prompt.encoder.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        )
 
 
 class GenerationBatch:
@@ -220,4 +229,6 @@ class GenerationBatch:
         device = self._state.logits.device
         if places is not None:  # selecting copies the cache
             self._state = self._state.select(torch.tensor(places, device=device))
-        self._state = self._state.extend(torch.tensor([row.made[-1] for row in self.rows], device=device))
+        self._state = self._state.extend(
+            torch.tensor([row.made[-1] for row in self.rows], device=device)
+        )

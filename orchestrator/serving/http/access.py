@@ -55,7 +55,10 @@ class _Entry(BaseModel):
 def load_keys(environment: Mapping[str, str] = os.environ) -> tuple[ApiKey, ...]:
     """The environment's keys: in clear, separated by commas, or digests in a file. BadInput for a broken file."""
     given = (key.strip() for key in environment.get(KEYS_VARIABLE, "").split(","))
-    keys = [ApiKey(f"key-{place}", _digest(key)) for place, key in enumerate((key for key in given if key), 1)]
+    keys = [
+        ApiKey(f"key-{place}", _digest(key))
+        for place, key in enumerate((key for key in given if key), 1)
+    ]
     if file := environment.get(KEYS_FILE_VARIABLE):
         keys += read_keys(Path(file))
     return tuple(keys)
@@ -67,15 +70,21 @@ def read_keys(file: Path) -> list[ApiKey]:
         entries = TypeAdapter(list[_Entry]).validate_json(file.read_bytes())
     except (OSError, ValidationError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
-        raise BadInput(f"the key file {file} can't be read: {reason}", "orchestrator key NAME --file FILE") from None
+        raise BadInput(
+            f"the key file {file} can't be read: {reason}", "orchestrator key NAME --file FILE"
+        ) from None
     return [ApiKey(it.name, it.sha256, tuple(it.models), it.per_minute) for it in entries]
 
 
-def add_key(file: Path, name: str, models: Sequence[str] = (), per_minute: int | None = None) -> str:
+def add_key(
+    file: Path, name: str, models: Sequence[str] = (), per_minute: int | None = None
+) -> str:
     """Make a key, add its digest to the file, and return it: it can't be read anywhere again."""
     keys = read_keys(file) if file.exists() else []
     if any(key.name == name for key in keys):
-        raise BadInput(f"the key file {file} has a key {name!r}", "choose another name, or delete its entry")
+        raise BadInput(
+            f"the key file {file} has a key {name!r}", "choose another name, or delete its entry"
+        )
     secret = f"sk-{secrets.token_urlsafe(32)}"
     keys.append(ApiKey(name, _digest(secret), tuple(models), per_minute))
     staging = file.with_name(f".{file.name}.{os.getpid()}")
@@ -126,7 +135,9 @@ class Access:
         self._keys = tuple(keys)
         self._allowances = {key.sha256: Allowance(key.per_minute) for key in keys if key.per_minute}
 
-    def check(self, path: str, headers: Mapping[str, str], peer: str | None = None) -> ApiKey | None:
+    def check(
+        self, path: str, headers: Mapping[str, str], peer: str | None = None
+    ) -> ApiKey | None:
         """The key that asks. ApiError 401 without a valid one, 429 beyond its rate; on a server without keys 403 for a
         foreign Host header or a peer on another machine.
         """
@@ -136,7 +147,9 @@ class Access:
             return self._within_rate(self._known(headers.get("authorization", "")))
         # A web page may point its own name at 127.0.0.1 (DNS rebinding) and read the answers from a browser here.
         if not is_loopback(_host_name(headers.get("host", ""))) or (peer and _is_elsewhere(peer)):
-            raise ApiError(403, "Without API keys this server answers to localhost only", "host_not_allowed")
+            raise ApiError(
+                403, "Without API keys this server answers to localhost only", "host_not_allowed"
+            )
         return None
 
     def _known(self, authorization: str) -> ApiKey:

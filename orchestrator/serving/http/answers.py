@@ -44,10 +44,14 @@ class Head:
 
 def completion(head: Head, made: Sequence[Completion], prompt_tokens: int) -> CompletionAnswer:
     choices = [
-        Choice(index=i, text=it.text, finish_reason=it.finish_reason, logprobs=_logprobs(it.logprobs))
+        Choice(
+            index=i, text=it.text, finish_reason=it.finish_reason, logprobs=_logprobs(it.logprobs)
+        )
         for i, it in enumerate(made)
     ]
-    return CompletionAnswer(**vars(head), choices=choices, usage=usage(prompt_tokens, sum(it.tokens for it in made)))
+    return CompletionAnswer(
+        **vars(head), choices=choices, usage=usage(prompt_tokens, sum(it.tokens for it in made))
+    )
 
 
 def chat(head: Head, made: Completion, prompt_tokens: int) -> ChatAnswer:
@@ -62,7 +66,9 @@ def chat(head: Head, made: Completion, prompt_tokens: int) -> ChatAnswer:
 
 def usage(prompt_tokens: int, completion_tokens: int) -> Usage:
     total = prompt_tokens + completion_tokens
-    return Usage(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, total_tokens=total)
+    return Usage(
+        prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, total_tokens=total
+    )
 
 
 class Stream(Protocol):
@@ -86,12 +92,17 @@ class CompletionStream:
 
     def chunk(self, row: int, delta: Delta) -> CompletionAnswer:
         choice = Choice(
-            index=row, text=delta.text, finish_reason=delta.finish_reason, logprobs=_logprobs(delta.logprobs)
+            index=row,
+            text=delta.text,
+            finish_reason=delta.finish_reason,
+            logprobs=_logprobs(delta.logprobs),
         )
         return CompletionAnswer(**self._head, choices=[choice])
 
     def closing(self, prompt_tokens: int, completion_tokens: int) -> CompletionAnswer:
-        return CompletionAnswer(**self._head, choices=[], usage=usage(prompt_tokens, completion_tokens))
+        return CompletionAnswer(
+            **self._head, choices=[], usage=usage(prompt_tokens, completion_tokens)
+        )
 
 
 class ChatStream:
@@ -101,7 +112,9 @@ class ChatStream:
     def opening(self, rows: int) -> Iterator[Chunk]:
         for row in range(rows):
             delta = ChatDelta(role="assistant", content="")
-            yield ChatChunk(**self._head, choices=[ChatChunkChoice(index=row, delta=delta, finish_reason=None)])
+            yield ChatChunk(
+                **self._head, choices=[ChatChunkChoice(index=row, delta=delta, finish_reason=None)]
+            )
 
     def chunk(self, row: int, delta: Delta) -> ChatChunk:
         choice = ChatChunkChoice(

@@ -17,7 +17,9 @@ class NoChatTemplate(BadInput):
     """The base model has no chat template, and the conversation is more than one message."""
 
 
-def encode_chat(prompt: ServedPrompt, messages: Sequence[ChatMessage], answer_tokens: int) -> list[int]:
+def encode_chat(
+    prompt: ServedPrompt, messages: Sequence[ChatMessage], answer_tokens: int
+) -> list[int]:
     """Ids of a conversation that ends with the user's message, ready for the assistant's.
 
     That message is put through the prompt's own template, as a completion's text is, and stands in the conversation as
@@ -47,13 +49,18 @@ def _rendered(tokenizer: Any, messages: Sequence[ChatMessage]) -> tuple[str, str
     place = f"<{uuid.uuid4().hex}>"
     last = len(messages) - 1
     plain = [
-        {"role": "system" if it.role == "developer" else it.role, "content": place if number == last else it.text}
+        {
+            "role": "system" if it.role == "developer" else it.role,
+            "content": place if number == last else it.text,
+        }
         for number, it in enumerate(messages)
     ]
     try:
         text = str(tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True))
     except Exception as error:  # a template raises what it likes, and says what it does not take
-        raise BadInput(f"the base model's chat template refuses these messages: {str(error)[:200]}") from None
+        raise BadInput(
+            f"the base model's chat template refuses these messages: {str(error)[:200]}"
+        ) from None
     before, found, after = text.partition(place)
     if not found or place in after:
         raise BadInput("the base model's chat template does not show the last message as it is")

@@ -32,8 +32,12 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._requests = self._counter("requests", "Requests answered", "route", "model", "status")
         self._tokens = self._counter("tokens", "Tokens of inputs and answers", "model", "kind")
-        self._seconds = self._histogram("request_seconds", "Time to answer", SECONDS, "route", "model")
-        self._first = self._histogram("first_token_seconds", "Time to a row's first token", SECONDS, "model")
+        self._seconds = self._histogram(
+            "request_seconds", "Time to answer", SECONDS, "route", "model"
+        )
+        self._first = self._histogram(
+            "first_token_seconds", "Time to a row's first token", SECONDS, "model"
+        )
         self._rows = self._histogram("batch_rows", "Rows in a forward", ROWS, "kind")
 
     def batch(self, kind: str, rows: int) -> None:
@@ -70,8 +74,12 @@ class Metrics:
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"orchestrator_{name}", text, labels, registry=self._registry)
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-        return Histogram(f"orchestrator_{name}", text, labels, buckets=buckets, registry=self._registry)
+    def _histogram(
+        self, name: str, text: str, buckets: tuple[float, ...], *labels: str
+    ) -> Histogram:
+        return Histogram(
+            f"orchestrator_{name}", text, labels, buckets=buckets, registry=self._registry
+        )
 
 
 class StoreCollector(Collector):
@@ -88,12 +96,16 @@ class StoreCollector(Collector):
                 if counted == kind:
                     family.add_metric([model], number)
             yield family
-        live = GaugeMetricFamily("orchestrator_version", "The version that answers", labels=["model", "alias"])
+        live = GaugeMetricFamily(
+            "orchestrator_version", "The version that answers", labels=["model", "alias"]
+        )
         for (model, alias), version in self._store.versions().items():
             live.add_metric([model, alias], version)
         yield live
         refused = GaugeMetricFamily(
-            "orchestrator_refused_version", "An alias asks for it and it can't be served", labels=["model", "version"]
+            "orchestrator_refused_version",
+            "An alias asks for it and it can't be served",
+            labels=["model", "version"],
         )
         for model, version in self._store.refused():
             refused.add_metric([model, str(version)], 1)

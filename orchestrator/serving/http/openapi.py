@@ -20,7 +20,12 @@ from orchestrator.serving.http.protocol import (
 
 READING = (401, 403, 429)
 ASKING = (400, 401, 403, 404, 413, 429, 500, 503, 504)
-MODEL = {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+MODEL = {
+    "name": "model",
+    "in": "path",
+    "required": True,
+    "schema": {"type": "string", "minLength": 1},
+}
 TEXTS = {
     400: "What was sent is wrong", 401: "No valid key", 403: "Not from here", 404: "No such model", 413: "Too large",
     429: "Too many requests; Retry-After says when", 500: "The server's own fault", 503: "Not now", 504: "Too slow",
@@ -32,7 +37,10 @@ def describe(path: str) -> dict[str, Any]:
     known: dict[str, dict[str, Any]] = {
         "/health": {"responses": {200: {"description": "Alive"}, 503: {"description": "Failing"}}},
         "/metrics": {
-            "responses": {200: {"description": "Prometheus metrics", "content": {"text/plain": {}}}, **_errors(READING)}
+            "responses": {
+                200: {"description": "Prometheus metrics", "content": {"text/plain": {}}},
+                **_errors(READING),
+            }
         },
         "/openapi.json": {"include_in_schema": False},
         "/v1/models": {"responses": {200: {"model": ModelList}, **_errors(READING)}},
@@ -47,7 +55,9 @@ def describe(path: str) -> dict[str, Any]:
     return {"summary": path, **known[path]}
 
 
-def _asking(body: type[BaseModel], answer: type[BaseModel], streams: bool = False) -> dict[str, Any]:
+def _asking(
+    body: type[BaseModel], answer: type[BaseModel], streams: bool = False
+) -> dict[str, Any]:
     # Within the path itself, since FastAPI collects no definitions of bodies that it does not read.
     schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
     definitions = schema.pop("$defs", {})

@@ -6,7 +6,14 @@ import difflib
 import json
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from orchestrator.job.labels import Label
@@ -50,7 +57,14 @@ class ApiError(Exception):
         return "invalid_request_error" if self.status < 500 else "server_error"
 
     def body(self) -> dict[str, Any]:
-        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.type,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
 
 
 class WireRequest(BaseModel):
@@ -68,11 +82,17 @@ class WireRequest(BaseModel):
     model: ModelName
 
     @classmethod
-    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+    def __get_pydantic_json_schema__(
+        cls, core_schema: Any, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
         """All fields that are taken, and no other."""
         schema: dict[str, Any] = handler.resolve_ref_schema(handler(core_schema))
         allowed = {name: {"enum": [*values, None]} for name, values in cls.neutral.items()}
-        schema["properties"] = {**schema["properties"], **allowed, **{name: {} for name in sorted(cls.harmless)}}
+        schema["properties"] = {
+            **schema["properties"],
+            **allowed,
+            **{name: {} for name in sorted(cls.harmless)},
+        }
         return {**schema, "additionalProperties": False}
 
     @model_validator(mode="before")
@@ -86,11 +106,15 @@ class WireRequest(BaseModel):
     @classmethod
     def _check_field(cls, field: str, value: Any) -> None:
         if field in cls.neutral:
-            if not any(type(value) is type(one) and value == one for one in (*cls.neutral[field], None)):
+            if not any(
+                type(value) is type(one) and value == one for one in (*cls.neutral[field], None)
+            ):
                 raise _field_error(field, "is not supported by this server; leave it out")
         elif field not in cls.model_fields and field not in cls.harmless:
             close = difflib.get_close_matches(field[:50], [*cls.model_fields, *cls.neutral], n=1)
-            raise _field_error(field, "is not recognised" + (f"; did you mean {close[0]!r}?" if close else ""))
+            raise _field_error(
+                field, "is not recognised" + (f"; did you mean {close[0]!r}?" if close else "")
+            )
 
 
 class StreamOptions(BaseModel):
@@ -173,11 +197,19 @@ class ChatMessage(BaseModel):
         """A client may send back what it got, with the fields that say nothing."""
         if not isinstance(message, dict):
             return message
-        return {key: value for key, value in message.items() if key in cls.model_fields or value not in (None, [])}
+        return {
+            key: value
+            for key, value in message.items()
+            if key in cls.model_fields or value not in (None, [])
+        }
 
     @property
     def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return (
+            self.content
+            if isinstance(self.content, str)
+            else "".join(part.text for part in self.content)
+        )
 
 
 class ChatRequest(GenerationRequest):
@@ -403,5 +435,9 @@ def _wrong_value(problems: list[ErrorDetails]) -> str:
     field = first["loc"][0]
     if first["type"] == "missing":
         return f"{field!r} is required"
-    same = list(dict.fromkeys(it["msg"][0].lower() + it["msg"][1:] for it in problems if it["loc"][0] == field))
+    same = list(
+        dict.fromkeys(
+            it["msg"][0].lower() + it["msg"][1:] for it in problems if it["loc"][0] == field
+        )
+    )
     return f"{field!r} is wrong: {'; or '.join(same[:4])}"

@@ -22,7 +22,13 @@ from orchestrator.serving.http.access import Access
 from orchestrator.serving.http.answers import Chunk
 from orchestrator.serving.http.metrics import CONTENT_TYPE
 from orchestrator.serving.http.openapi import describe
-from orchestrator.serving.http.protocol import ApiError, ChatRequest, ClassifyRequest, CompletionRequest, parse_body
+from orchestrator.serving.http.protocol import (
+    ApiError,
+    ChatRequest,
+    ClassifyRequest,
+    CompletionRequest,
+    parse_body,
+)
 from orchestrator.serving.http.request_record import RequestRecord
 from orchestrator.serving.http.service import PromptService
 from orchestrator.serving.http.tracing import NoTracer, Tracer
@@ -33,13 +39,17 @@ HUNG_UP = 499  # as others log a client that went away before its answer
 Result = TypeVar("Result")
 
 
-def make_api(service: PromptService, access: Access | None = None, tracer: Tracer | None = None) -> FastAPI:
+def make_api(
+    service: PromptService, access: Access | None = None, tracer: Tracer | None = None
+) -> FastAPI:
     """The application. Every answer but /metrics and streams is JSON, every error has OpenAI's shape."""
     # No documentation pages: they would load scripts from elsewhere.
     api = FastAPI(title="prompt-orchestrator", docs_url=None, redoc_url=None, openapi_url=None)
     api.add_exception_handler(ApiError, _api_error)
     api.add_exception_handler(HTTPException, _http_error)
-    api.add_middleware(Gate, access=access or Access(), service=service, tracer=tracer or NoTracer())
+    api.add_middleware(
+        Gate, access=access or Access(), service=service, tracer=tracer or NoTracer()
+    )
     for method, path, handler in (
         ("GET", "/health", _health(service)),
         ("GET", "/metrics", _metrics(service)),
@@ -57,18 +67,32 @@ def make_api(service: PromptService, access: Access | None = None, tracer: Trace
 
 def _watch(service: PromptService) -> None:
     metrics, store, engine = service.metrics, service.store, service.engine
-    metrics.gauge("orchestrator_waiting_rows", "Rows that no batch has taken yet", lambda: engine.waiting)
-    metrics.gauge("orchestrator_running_rows", "Rows that are being generated", lambda: engine.running)
-    metrics.gauge("orchestrator_loaded_prompts", "Prompts beside the model", lambda: store.loaded_count)
-    metrics.gauge("orchestrator_loaded_prompt_bytes", "Their keys and values", lambda: store.loaded_bytes)
-    metrics.gauge("orchestrator_host_prompt_bytes", "Keys and values in the host's memory", lambda: store.host_bytes)
+    metrics.gauge(
+        "orchestrator_waiting_rows", "Rows that no batch has taken yet", lambda: engine.waiting
+    )
+    metrics.gauge(
+        "orchestrator_running_rows", "Rows that are being generated", lambda: engine.running
+    )
+    metrics.gauge(
+        "orchestrator_loaded_prompts", "Prompts beside the model", lambda: store.loaded_count
+    )
+    metrics.gauge(
+        "orchestrator_loaded_prompt_bytes", "Their keys and values", lambda: store.loaded_bytes
+    )
+    metrics.gauge(
+        "orchestrator_host_prompt_bytes",
+        "Keys and values in the host's memory",
+        lambda: store.host_bytes,
+    )
     metrics.watch(store)
 
 
 class Gate:
     """Around all routes: who may ask, how long it took, and no exception that reaches the client."""
 
-    def __init__(self, app: ASGIApp, access: Access, service: PromptService, tracer: Tracer) -> None:
+    def __init__(
+        self, app: ASGIApp, access: Access, service: PromptService, tracer: Tracer
+    ) -> None:
         self._app = app
         self._access = access
         self._metrics = service.metrics
@@ -84,7 +108,9 @@ class Gate:
             status = await self._answer(scope, receive, send, record)
             finish(_route(scope), status)  # the route is known now
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send, record: RequestRecord) -> int:
+    async def _answer(
+        self, scope: Scope, receive: Receive, send: Send, record: RequestRecord
+    ) -> int:
         """Returns the status that was sent."""
         start, status = time.perf_counter(), 0
 
@@ -199,7 +225,9 @@ def _generate(service: PromptService, kind: type[CompletionRequest] | type[ChatR
         record = _record(request)
         if body.stream:
             chunks = await while_connected(request, service.stream(body, record))
-            return StreamingResponse(_events(chunks, record), media_type="text/event-stream", headers=UNBUFFERED)
+            return StreamingResponse(
+                _events(chunks, record), media_type="text/event-stream", headers=UNBUFFERED
+            )
         ask = service.chat if kind is ChatRequest else service.complete
         return _json(await while_connected(request, ask(body, record)))
 
@@ -273,7 +301,10 @@ async def _http_error(request: Request, error: Exception) -> Response:
     """What the framework refuses itself: unknown routes and wrong methods."""
     assert isinstance(error, HTTPException)
     texts = {
-        404: ("There is no such route; GET /openapi.json describes those there are", "route_not_found"),
+        404: (
+            "There is no such route; GET /openapi.json describes those there are",
+            "route_not_found",
+        ),
         405: ("This route does not take that method", "method_not_allowed"),
     }
     message, code = texts.get(error.status_code, (str(error.detail), "http_error"))

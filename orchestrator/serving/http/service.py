@@ -32,7 +32,12 @@ from orchestrator.serving.http.protocol import (
     ModelList,
 )
 from orchestrator.serving.http.request_record import RequestRecord
-from orchestrator.serving.prompts.served_prompt import ContextExceeded, Given, ServedPrompt, classified
+from orchestrator.serving.prompts.served_prompt import (
+    ContextExceeded,
+    Given,
+    ServedPrompt,
+    classified,
+)
 from orchestrator.serving.prompts.store import CHAMPION, ModelCard, ModelNotFound, PromptStore
 
 Tokens = TypeVar("Tokens")
@@ -96,7 +101,9 @@ class PromptService:
 
     def models(self, record: RequestRecord) -> ModelList:
         """Every served model that the key may ask."""
-        return ModelList(data=[_entry(card) for card in self.store.cards() if _allowed(record, card.name)])
+        return ModelList(
+            data=[_entry(card) for card in self.store.cards() if _allowed(record, card.name)]
+        )
 
     async def model(self, wanted: str, record: RequestRecord) -> ModelEntry:
         """Describe one model of the list, or any other name that requests may use. ApiError 404 when there is none."""
@@ -112,7 +119,9 @@ class PromptService:
         self._check_count(len(request.inputs), "input")
         prompt = await self._prompt(request.model, record)
         if reason := prompt.why_no_labels:
-            raise _unsupported(request.model, reason, "/v1/completions" if prompt.generates else None)
+            raise _unsupported(
+                request.model, reason, "/v1/completions" if prompt.generates else None
+            )
         encoded = await self._encode(prompt, request.inputs, prompt.longest_answer, "input")
         self._count(record, sum(len(text_ids(ids)) for ids in encoded), 0)
         probs = await self._run(self.engine.classify(prompt, encoded))
@@ -125,7 +134,9 @@ class PromptService:
 
     async def complete(self, request: CompletionRequest, record: RequestRecord) -> CompletionAnswer:
         asked = await self._completion(request, record)
-        return answers.completion(asked.head, await self._completed(asked, record), asked.prompt_tokens)
+        return answers.completion(
+            asked.head, await self._completed(asked, record), asked.prompt_tokens
+        )
 
     async def chat(self, request: ChatRequest, record: RequestRecord) -> ChatAnswer:
         asked = await self._conversation(request, record)
@@ -186,10 +197,14 @@ class PromptService:
         sampling = _sampling(request, request.limit, logprobs)
         work = partial(encode_chat, prompt, request.messages, sampling.max_tokens)
         ids = await self._tokenized(work, "messages")
-        return Asked(prompt, [ids], sampling, answers.Head.new("chatcmpl", request.model, prompt.id))
+        return Asked(
+            prompt, [ids], sampling, answers.Head.new("chatcmpl", request.model, prompt.id)
+        )
 
     async def _completed(self, asked: Asked, record: RequestRecord) -> list[Completion]:
-        made: list[Completion] = await self._run(self.engine.complete(asked.prompt, asked.inputs, asked.sampling))
+        made: list[Completion] = await self._run(
+            self.engine.complete(asked.prompt, asked.inputs, asked.sampling)
+        )
         self._count(record, asked.prompt_tokens, sum(it.tokens for it in made))
         return made
 
@@ -225,11 +240,15 @@ class PromptService:
             loaded = self.store.loaded(model)
             if loaded is not None:
                 return loaded
-            return await asyncio.get_running_loop().run_in_executor(self._loading, self.store.get, model)
+            return await asyncio.get_running_loop().run_in_executor(
+                self._loading, self.store.get, model
+            )
         except ModelNotFound as error:
             raise _not_found(error.message) from None
         except Unreachable:
-            raise _unavailable("The registry can't be reached and this model is not loaded") from None
+            raise _unavailable(
+                "The registry can't be reached and this model is not loaded"
+            ) from None
 
     async def _encode(
         self, prompt: ServedPrompt, given: Sequence[Given], answer_tokens: int, param: str
@@ -259,9 +278,13 @@ def _refusals() -> Iterator[None]:
         yield
     except Overloaded as error:
         headers = {"Retry-After": str(error.retry_after)}
-        raise ApiError(429, f"{error.message}; {error.hint}", "server_overloaded", headers=headers) from None
+        raise ApiError(
+            429, f"{error.message}; {error.hint}", "server_overloaded", headers=headers
+        ) from None
     except TimeoutError:
-        raise ApiError(504, "The request took longer than this server allows", "request_timeout") from None
+        raise ApiError(
+            504, "The request took longer than this server allows", "request_timeout"
+        ) from None
     except OrchestratorError as error:
         raise _unavailable(error.message) from None
 
@@ -278,7 +301,9 @@ async def _until(told: AsyncIterator[Tokens], seconds: float) -> AsyncIterator[T
         yield event
 
 
-def _encode_all(prompt: ServedPrompt, given: Sequence[Given], answer_tokens: int) -> list[list[int]]:
+def _encode_all(
+    prompt: ServedPrompt, given: Sequence[Given], answer_tokens: int
+) -> list[list[int]]:
     return [prompt.encode(one, answer_tokens) for one in given]
 
 

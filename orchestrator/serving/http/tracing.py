@@ -57,7 +57,9 @@ class SpanTracer:
         from opentelemetry.trace import SpanKind, Status, StatusCode
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        headers = {
+            name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
+        }
         parent = TraceContextTextMapPropagator().extract(headers)
         span = self._tracer.start_span(scope["method"], parent, kind=SpanKind.SERVER)
 
@@ -74,7 +76,9 @@ class SpanTracer:
                 "orchestrator.request.id": record.id,
                 "error.type": record.error,
             }
-            span.set_attributes({name: value for name, value in found.items() if value not in (None, "")})
+            span.set_attributes(
+                {name: value for name, value in found.items() if value not in (None, "")}
+            )
             if status >= 500:
                 span.set_status(Status(StatusCode.ERROR, record.error))
 

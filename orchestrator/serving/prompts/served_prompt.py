@@ -79,12 +79,18 @@ class ServedPrompt:
         """Why it can't classify, or nothing."""
         if self.answers:
             return ""
-        return "generates text and has no labels" if self.generates else "was tuned without labels to choose from"
+        return (
+            "generates text and has no labels"
+            if self.generates
+            else "was tuned without labels to choose from"
+        )
 
     @property
     def why_no_text(self) -> str:
         """Why it can't complete, or nothing."""
-        reason = "is on a masked model, which fills in a blank of a given length and generates no text"
+        reason = (
+            "is on a masked model, which fills in a blank of a given length and generates no text"
+        )
         return "" if self.generates else reason
 
     def encode(self, given: Given, answer_tokens: int) -> list[int]:
@@ -107,7 +113,9 @@ class ServedPrompt:
             raise BadInput(f"a row lacks {absent}; the prompt's template needs {list(columns)}")
         null = [column for column in columns if is_missing(row[column])]
         if null and cells is not None:
-            raise BadInput(f"a row has no value in {null}; the prompt's template needs {list(columns)}")
+            raise BadInput(
+                f"a row has no value in {null}; the prompt's template needs {list(columns)}"
+            )
         return row
 
     def check_room(self, input_tokens: int, answer_tokens: int) -> None:
@@ -126,10 +134,14 @@ def label_keys(labels: Sequence[Label]) -> list[str]:
     keys = [label_text(label) for label in labels]
     if len(set(keys)) == len(keys):
         return keys
-    return [spelled(label) for label in labels]  # 1 and "1" in an early verbalizer: the text keeps its quotes
+    return [
+        spelled(label) for label in labels
+    ]  # 1 and "1" in an early verbalizer: the text keeps its quotes
 
 
-def classified(labels: Sequence[Label], keys: Sequence[str], probs: Sequence[float]) -> dict[str, Any]:
+def classified(
+    labels: Sequence[Label], keys: Sequence[str], probs: Sequence[float]
+) -> dict[str, Any]:
     """One classified row, the same for served and offline answers: the first of equally likely labels wins."""
     best = max(range(len(labels)), key=lambda place: probs[place])
     return {"label": labels[best], "probs": dict(zip(keys, probs, strict=True))}
@@ -178,7 +190,9 @@ def make_encoder(manifest: Manifest, backbone: Backbone) -> Encoder:
         if not manifest.verbalizer:
             raise BadInput("the verbalizer is empty")
         entries = manifest.verbalizer
-        verbalizer = Verbalizer(tuple(entry.label for entry in entries), tuple(entry.text for entry in entries))
+        verbalizer = Verbalizer(
+            tuple(entry.label for entry in entries), tuple(entry.text for entry in entries)
+        )
     limits = manifest.max_input_tokens, manifest.max_target_tokens
     return Encoder(
         backbone.tokenizer, template, verbalizer, *limits, backbone.family, manifest.sentinel,
@@ -190,7 +204,9 @@ def stack_prompts(prompts: Sequence[ServedPrompt]) -> tuple[PreparedPrompts, lis
     """The different prompts of B rows as one K-prompt value, padded on the right, and each row's place in it."""
     distinct = list({id(prompt): prompt for prompt in prompts}.values())
     place = {id(prompt): index for index, prompt in enumerate(distinct)}
-    return stack_prepared([prompt.prepared for prompt in distinct]), [place[id(prompt)] for prompt in prompts]
+    return stack_prepared([prompt.prepared for prompt in distinct]), [
+        place[id(prompt)] for prompt in prompts
+    ]
 
 
 def _check_base_model(manifest: Manifest, backbone: Backbone) -> None:
@@ -203,14 +219,18 @@ def _check_base_model(manifest: Manifest, backbone: Backbone) -> None:
     if tuned.tokenizer_digest != here.tokenizer_digest:
         raise BadInput(f"it was tuned with another tokenizer than the one of {here.id!r}")
     if manifest.base_model.hidden_size != backbone.table.shape[1]:
-        raise BadInput(f"its width is {tuned.hidden_size}, the base model's is {backbone.table.shape[1]}")
+        raise BadInput(
+            f"its width is {tuned.hidden_size}, the base model's is {backbone.table.shape[1]}"
+        )
 
 
 @torch.inference_mode()
 def _prepare(backbone: Backbone, prompt: PromptTensors) -> PreparedPrompts:
     prepared = backbone.prepare([prompt])
     if not all(bool(tensor.isfinite().all()) for tensor in prepared.tensors):
-        raise BadInput(f"it overflows in {backbone.table.dtype}: its keys and values are not finite")
+        raise BadInput(
+            f"it overflows in {backbone.table.dtype}: its keys and values are not finite"
+        )
     return prepared
 
 

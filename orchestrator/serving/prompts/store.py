@@ -21,7 +21,13 @@ from orchestrator.errors import BadInput, OrchestratorError, Unreachable
 from orchestrator.job.labels import Label
 from orchestrator.models.backbone import Backbone
 from orchestrator.registry.aliases.canary import Canary, LiveModel
-from orchestrator.registry.versions.refs import ModelRef, NoSuchVersion, nearest, parse_ref, printable
+from orchestrator.registry.versions.refs import (
+    ModelRef,
+    NoSuchVersion,
+    nearest,
+    parse_ref,
+    printable,
+)
 from orchestrator.serving.prompts.cache import Key, PromptCache
 from orchestrator.serving.prompts.served_prompt import ServedPrompt, created_timestamp, load_prompt
 
@@ -33,7 +39,9 @@ MAX_BYTES = 2 << 30
 MAX_HOST_BYTES = 8 << 30
 RETRY_SECONDS = 30.0  # a refused version is looked at again: a store may be repaired
 MAX_REFUSED = 1024  # clients may name any version; what is remembered about them is bounded
-MAX_COMPARED = 500  # names that an unknown one is compared with: it takes a while, and clients choose when
+MAX_COMPARED = (
+    500  # names that an unknown one is compared with: it takes a while, and clients choose when
+)
 MAX_VERSION = 2**31 - 1  # what a registry's database holds
 
 
@@ -109,7 +117,11 @@ class PromptStore:
     def route(self, model: str) -> str:
         """What a wire ``model`` asks for this time: with a canary, a bare name is now and then its other alias."""
         canary = self._canaries.get(model)
-        if canary is None or (model, canary.alias) not in self._routes or random.random() * 100 >= canary.percent:
+        if (
+            canary is None
+            or (model, canary.alias) not in self._routes
+            or random.random() * 100 >= canary.percent
+        ):
             return model
         return f"{model}@{canary.alias}"
 
@@ -145,13 +157,20 @@ class PromptStore:
     def cards(self) -> list[ModelCard]:
         """Every alias that answers, champions under their bare name."""
         with self._lock:
-            return [self._card(name, alias, version) for (name, alias), version in sorted(self._routes.items())]
+            return [
+                self._card(name, alias, version)
+                for (name, alias), version in sorted(self._routes.items())
+            ]
 
     def card_of(self, wanted: str, prompt: ServedPrompt) -> ModelCard:
         """The card of a loaded prompt under the name that it was asked for, which need not be in the list."""
         with self._lock:
             card = self._cards.get((prompt.name, prompt.version)) or _card_of(prompt)
-            held = (alias for (name, alias), version in self._routes.items() if (name, version) == key_of(prompt))
+            held = (
+                alias
+                for (name, alias), version in self._routes.items()
+                if (name, version) == key_of(prompt)
+            )
             return replace(card, id=wanted, alias=next(iter(sorted(held)), ""))
 
     @property
@@ -198,7 +217,9 @@ class PromptStore:
         """Ask the registry once and follow the aliases that moved. An outage leaves things as they are."""
         try:
             live = self._source.live()
-        except Exception as error:  # whatever the registry's client raises, this process keeps serving
+        except (
+            Exception
+        ) as error:  # whatever the registry's client raises, this process keeps serving
             self._report_outage(error)
             return
         if self._outage:
@@ -207,9 +228,13 @@ class PromptStore:
         with self._lock:
             self._known = {name: dict(model.aliases) for name, model in live.items()}
             targets = dict(self._targets())
-            self._routes = {route: version for route, version in self._routes.items() if route in targets}
+            self._routes = {
+                route: version for route, version in self._routes.items() if route in targets
+            }
             held = {(name, version) for (name, _), version in self._routes.items()}
-            self._cards = {key: card for key, card in self._cards.items() if key in held or key in self._cache}
+            self._cards = {
+                key: card for key, card in self._cards.items() if key in held or key in self._cache
+            }
         # Champions come last, so that they are the most recently used when memory is short.
         for route in sorted(targets, key=lambda route: route[1] == CHAMPION):
             self._follow(route, targets[route])
@@ -301,7 +326,10 @@ class PromptStore:
     def _allows_alias(self, name: str, alias: str) -> bool:
         if not self._served:
             return True
-        return any(it.name == name and it.version is None and (it.alias in (None, alias)) for it in self._served)
+        return any(
+            it.name == name and it.version is None and (it.alias in (None, alias))
+            for it in self._served
+        )
 
     def _unknown(self, model: str) -> ModelNotFound:
         served = [_wire_id(name, alias) for name, alias in islice(self._routes, MAX_COMPARED)]
@@ -342,13 +370,21 @@ class PromptStore:
             self.counts["loads", key[0]] += 1
             return prompt
         except Unreachable as error:
-            log.warning("version %s of %s can't be fetched: %s", key[1], printable(key[0]), error.message)
+            log.warning(
+                "version %s of %s can't be fetched: %s", key[1], printable(key[0]), error.message
+            )
             raise
         except NoSuchVersion as error:
             self._refuse(key, error)
             raise
-        except Exception as error:  # an artifact is input from outside: nothing that it raises may stop the server
-            reason = error.message if isinstance(error, OrchestratorError) else f"{type(error).__name__}: {error}"
+        except (
+            Exception
+        ) as error:  # an artifact is input from outside: nothing that it raises may stop the server
+            reason = (
+                error.message
+                if isinstance(error, OrchestratorError)
+                else f"{type(error).__name__}: {error}"
+            )
             self._refuse(key, BadInput(reason))
             raise BadInput(reason) from error
 
@@ -400,7 +436,9 @@ def key_of(prompt: ServedPrompt) -> Key:
 
 def _card_of(prompt: ServedPrompt) -> ModelCard:
     manifest = prompt.manifest
-    return ModelCard("", *key_of(prompt), "", manifest.base_model.id, created_timestamp(manifest), prompt.labels)
+    return ModelCard(
+        "", *key_of(prompt), "", manifest.base_model.id, created_timestamp(manifest), prompt.labels
+    )
 
 
 def _wire_id(name: str, alias: str) -> str:

@@ -20,7 +20,19 @@ from orchestrator.tuning.baselines.change import Change
 from orchestrator.tuning.prompts.base import seeded
 
 ENDS = frozenset(
-    {"o_proj", "c_proj", "out_proj", "o", "wo", "down_proj", "fc2", "dense", "dense_4h_to_h", "out_lin", "lin2"}
+    {
+        "o_proj",
+        "c_proj",
+        "out_proj",
+        "o",
+        "wo",
+        "down_proj",
+        "fc2",
+        "dense",
+        "dense_4h_to_h",
+        "out_lin",
+        "lin2",
+    }
 )
 """How model families call the projections that end an attention or a feed-forward part."""
 STD = 0.001  # of the start: small enough to be next to nothing (section 3.6)
@@ -57,7 +69,9 @@ class Adapters(Change):
     def _put_in(self) -> None:
         parameters = list(self.parameters())
         for place, module in enumerate(self._ends):
-            self._handles.append(module.register_forward_hook(_adapter(*parameters[4 * place : 4 * place + 4])))
+            self._handles.append(
+                module.register_forward_hook(_adapter(*parameters[4 * place : 4 * place + 4]))
+            )
 
     def _take_out(self) -> None:
         for handle in self._handles:
@@ -67,11 +81,15 @@ class Adapters(Change):
 
 def block_ends(model: nn.Module, width: int) -> dict[str, nn.Module]:
     """The projections to the model's width that end a part of one of its blocks, by name."""
-    blocks = [f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    blocks = [
+        f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
+    ]
     return {
         name: module
         for name, module in model.named_modules()
-        if name.rsplit(".", 1)[-1] in ENDS and name.startswith(tuple(blocks)) and _out_width(module) == width
+        if name.rsplit(".", 1)[-1] in ENDS
+        and name.startswith(tuple(blocks))
+        and _out_width(module) == width
     }
 
 

@@ -25,7 +25,10 @@ class Change(nn.Module, ABC):
 
     def named(self) -> dict[str, Tensor]:
         """What is stored of it. Not copied."""
-        return {name.replace(DOT, "."): parameter.detach() for name, parameter in self.named_parameters()}
+        return {
+            name.replace(DOT, "."): parameter.detach()
+            for name, parameter in self.named_parameters()
+        }
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy what ``named`` gave."""

@@ -70,7 +70,9 @@ class DesignEngine(Engine):
     def _checkpoint_metrics(self, job: EvaluationJob, state: TrialState) -> dict[str, float] | None:
         return self._design_metrics(_spec(job), job.split, job.confusion)
 
-    def _design_metrics(self, spec: TrialSpec, split: str, confusion: bool = False) -> dict[str, float] | None:
+    def _design_metrics(
+        self, spec: TrialSpec, split: str, confusion: bool = False
+    ) -> dict[str, float] | None:
         design, designs = Design.of(spec), self.task.designs
         assert designs is not None  # prepare makes them for this method
         task = self.task
@@ -82,7 +84,11 @@ class DesignEngine(Engine):
 
     def _report(self, slot: Slot, metrics: dict[str, float]) -> Report:
         report = super()._report(slot, metrics)
-        shown = self.task.designs.shown(Design.of(slot.spec), "validation") if self.task.designs else 0.0
+        shown = (
+            self.task.designs.shown(Design.of(slot.spec), "validation")
+            if self.task.designs
+            else 0.0
+        )
         if slot.spec.shots and shown < slot.spec.shots:
             text = f"the context has room for {shown:.3g} of {slot.spec.shots} demonstrations"
             return replace(report, note="; ".join(filter(None, [report.note, text])))
@@ -102,5 +108,7 @@ def _change(slot: Slot) -> Change:
 
 def _spec(job: EvaluationJob) -> TrialSpec:
     if job.spec is None:
-        raise JobFailed("a baseline's checkpoint can't be evaluated without its trial's configuration")
+        raise JobFailed(
+            "a baseline's checkpoint can't be evaluated without its trial's configuration"
+        )
     return job.spec

@@ -56,7 +56,9 @@ class Lora(Change):
             setattr(parent, child, own)
 
 
-def lora_config(model_type: str, rank: int, alpha: int, targets: list[str] | None = None, task: Any = None) -> Any:
+def lora_config(
+    model_type: str, rank: int, alpha: int, targets: list[str] | None = None, task: Any = None
+) -> Any:
     """PEFT's configuration: its usual projections for a model's type, all linear layers for one that it does not know.
     A: uniform, B: zero, so that a trial starts from the model as it is; no dropout."""
     from peft import LoraConfig
@@ -64,7 +66,12 @@ def lora_config(model_type: str, rank: int, alpha: int, targets: list[str] | Non
 
     usual = None if model_type in KNOWN else "all-linear"
     return LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=targets or usual, lora_dropout=0.0, bias="none", task_type=task
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=targets or usual,
+        lora_dropout=0.0,
+        bias="none",
+        task_type=task,
     )
 
 
@@ -77,10 +84,13 @@ def _made_layers(model: nn.Module, config: Any) -> dict[str, tuple[nn.Module, st
         LoraModel(model, config, NAME)
     except ValueError as error:
         raise BadInput(
-            f"method lora does not fit this model: {str(error).splitlines()[0][:200]}", "use another base model"
+            f"method lora does not fit this model: {str(error).splitlines()[0][:200]}",
+            "use another base model",
         ) from None
     finally:
-        made = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+        made = {
+            name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)
+        }
         places: dict[str, tuple[nn.Module, str, nn.Module, Any]] = {}
         for name, layer in made.items():
             parent, _, child = name.rpartition(".")

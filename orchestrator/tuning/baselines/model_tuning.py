@@ -17,8 +17,12 @@ class ModelTuning(Change):
 
     def __init__(self, model: nn.Module) -> None:
         self._own = dict(model.named_parameters())
-        super().__init__({name: nn.Parameter(own.detach().float().clone()) for name, own in self._own.items()})
-        learned = {id(own): mine for own, mine in zip(self._own.values(), self.parameters(), strict=True)}
+        super().__init__(
+            {name: nn.Parameter(own.detach().float().clone()) for name, own in self._own.items()}
+        )
+        learned = {
+            id(own): mine for own, mine in zip(self._own.values(), self.parameters(), strict=True)
+        }
         # Every place of a parameter: tied ones have several.
         self._places = [
             (module, name, own, learned[id(own)])

@@ -24,7 +24,11 @@ TORCH = {"format": "pt"}  # without it transformers does not read a safetensors 
 
 
 def save_result(
-    folder: Path, spec: TrialSpec, tensors: Mapping[str, Tensor], source: ModelSource, about: Mapping[str, Any]
+    folder: Path,
+    spec: TrialSpec,
+    tensors: Mapping[str, Tensor],
+    source: ModelSource,
+    about: Mapping[str, Any],
 ) -> Path:
     """Write the folder whole or not at all; it must not exist yet. ``about["method"]`` decides what is in it."""
     method = about["method"]
@@ -36,19 +40,33 @@ def save_result(
             _save_model(staging, whole, source)
         elif method == "adapter":
             save_file(whole, staging / "adapter.safetensors", metadata=TORCH)
-        text = json.dumps({**about, "config": spec.config()}, indent=2, ensure_ascii=False, default=str)
+        text = json.dumps(
+            {**about, "config": spec.config()}, indent=2, ensure_ascii=False, default=str
+        )
         (staging / ABOUT).write_text(text + "\n", encoding="utf-8")
     return folder
 
 
-def _save_lora(folder: Path, spec: TrialSpec, tensors: Mapping[str, Tensor], source: ModelSource) -> None:
+def _save_lora(
+    folder: Path, spec: TrialSpec, tensors: Mapping[str, Tensor], source: ModelSource
+) -> None:
     """As ``PeftModel.from_pretrained`` reads it."""
     targets = sorted({name.rsplit(".", 2)[0] for name in tensors})
     assert spec.rank is not None and spec.alpha is not None  # the spec's own defaults
-    config = lora_config(source.config.model_type, spec.rank, spec.alpha, targets, TASKS.get(source.family))
-    config.base_model_name_or_path, config.revision, config.inference_mode = source.id, source.revision, True
+    config = lora_config(
+        source.config.model_type, spec.rank, spec.alpha, targets, TASKS.get(source.family)
+    )
+    config.base_model_name_or_path, config.revision, config.inference_mode = (
+        source.id,
+        source.revision,
+        True,
+    )
     config.save_pretrained(folder)
-    save_file({STORED + name: tensor for name, tensor in tensors.items()}, folder / "adapter_model.safetensors", TORCH)
+    save_file(
+        {STORED + name: tensor for name, tensor in tensors.items()},
+        folder / "adapter_model.safetensors",
+        TORCH,
+    )
 
 
 def _save_model(folder: Path, tensors: Mapping[str, Tensor], source: ModelSource) -> None:

@@ -37,7 +37,10 @@ class InitContext:
 
     @classmethod
     def of(
-        cls, backbone: Backbone, answers: Sequence[Sequence[int]], artifacts: Artifacts | None = None
+        cls,
+        backbone: Backbone,
+        answers: Sequence[Sequence[int]],
+        artifacts: Artifacts | None = None,
     ) -> InitContext:
         rows, width = backbone.table.shape
         return cls(
@@ -83,11 +86,17 @@ def initial_prefix(spec: TrialSpec, context: InitContext) -> dict[str, Tensor]:
     """
     stored = context.artifacts.get(spec.init_artifact or "", {})
     if prefixes := PromptTensors.from_named(stored).prefixes:
-        return {site: _fitted(tensor, spec.num_virtual_tokens, -2) for site, tensor in prefixes.items()}
+        return {
+            site: _fitted(tensor, spec.num_virtual_tokens, -2) for site, tensor in prefixes.items()
+        }
     if context.activations is None:
-        raise BadInput("this model has no keys and values to start a prefix from", "use init random")
+        raise BadInput(
+            "this model has no keys and values to start a prefix from", "use init random"
+        )
     start = initial_prompt(spec, context)
-    return {site: tensor.detach().float().cpu() for site, tensor in context.activations(start).items()}
+    return {
+        site: tensor.detach().float().cpu() for site, tensor in context.activations(start).items()
+    }
 
 
 def random_uniform(shape: Sequence[int], generator: torch.Generator) -> Tensor:
@@ -101,7 +110,9 @@ def sample_vocab(
     """[P, H] embeddings of frequent tokens, drawn without replacement (again from the start once all are used)."""
     population = frequent_ids(context, population_size)
     rounds = -(-length // len(population))
-    drawn = torch.cat([torch.randperm(len(population), generator=generator) for _ in range(rounds)])[:length]
+    drawn = torch.cat(
+        [torch.randperm(len(population), generator=generator) for _ in range(rounds)]
+    )[:length]
     return _rows(context, [population[place] for place in drawn.tolist()])
 
 
@@ -114,7 +125,9 @@ def frequent_ids(context: InitContext, population: int = VOCABULARY) -> list[int
     special = set(context.tokenizer.all_special_ids)
     size = min(len(context.tokenizer), context.shape[0])
     names = context.tokenizer.convert_ids_to_tokens(list(range(size)))
-    ordinary = [i for i, name in enumerate(names) if i not in special and name and not _is_byte(name)]
+    ordinary = [
+        i for i, name in enumerate(names) if i not in special and name and not _is_byte(name)
+    ]
     return ordinary[:population]
 
 
@@ -143,7 +156,8 @@ def artifact(length: int, reference: str, context: InitContext) -> Tensor:
     stored = context.artifacts[reference].get("prompt")
     if stored is None:
         raise BadInput(
-            f"init artifact {reference!r} is a prefix and can't start a soft prompt", "use method prefix_tuning"
+            f"init artifact {reference!r} is a prefix and can't start a soft prompt",
+            "use method prefix_tuning",
         )
     if stored.shape[1] != context.shape[1]:
         raise BadInput(

@@ -42,7 +42,9 @@ class MlpEncoder(nn.Module):
 class EncodedPrompt(Prompt):
     """``tokens`` [P, H] and the encoder's weights; only their product [P, H] is needed after training."""
 
-    def __init__(self, start: Tensor | None, tokens: Tensor, encoder: LstmEncoder | MlpEncoder, inside: bool) -> None:
+    def __init__(
+        self, start: Tensor | None, tokens: Tensor, encoder: LstmEncoder | MlpEncoder, inside: bool
+    ) -> None:
         super().__init__()
         self.tokens = nn.Parameter(tokens)
         self.encoder = Offset(encoder, encoder.last, start)
@@ -56,7 +58,9 @@ class EncodedPrompt(Prompt):
         with seeded(spec.seed):
             tokens = torch.randn(spec.num_virtual_tokens, width)
             if method.reparameterization == "lstm":
-                encoder: LstmEncoder | MlpEncoder = LstmEncoder(width, method.hidden_size or max(1, width // 2))
+                encoder: LstmEncoder | MlpEncoder = LstmEncoder(
+                    width, method.hidden_size or max(1, width // 2)
+                )
             else:
                 encoder = MlpEncoder(width, method.hidden_size or width)
             return cls(start, tokens, encoder, method.inside)

@@ -33,7 +33,9 @@ class DirectSite(nn.Module):
 class MlpSite(nn.Module):
     """One attention site's keys and values from a smaller matrix: MLP(``tokens`` [P, H]), Linear-Tanh-Linear."""
 
-    def __init__(self, shape: torch.Size, length: int, width: int, hidden: int, start: Tensor | None) -> None:
+    def __init__(
+        self, shape: torch.Size, length: int, width: int, hidden: int, start: Tensor | None
+    ) -> None:
         super().__init__()
         self.layers, self.heads, self.head_width, self.length = shape[0], shape[2], shape[4], length
         self.tokens = nn.Parameter(torch.randn(length, width))
@@ -43,7 +45,9 @@ class MlpSite(nn.Module):
 
     def forward(self) -> Tensor:
         made: Tensor = self.mlp(self.tokens)
-        return made.view(self.length, self.layers, 2, self.heads, self.head_width).permute(1, 2, 3, 0, 4)
+        return made.view(self.length, self.layers, 2, self.heads, self.head_width).permute(
+            1, 2, 3, 0, 4
+        )
 
 
 def _flat(keys_values: Tensor) -> Tensor:
