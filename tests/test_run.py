@@ -20,7 +20,6 @@ import orchestrator.search.run
 from orchestrator.artifact import PromptArtifact
 from orchestrator.cli.pages.search import run_summary
 from orchestrator.job.space import TrialSpec, trials
-from orchestrator.job.spec import JobSpec
 from orchestrator.registry import Registry
 from orchestrator.search.prepare import Prepared, prepare
 from orchestrator.serving.offline import OfflineModel
@@ -262,10 +261,10 @@ def test_progress_tells_the_search_in_plain_lines(finished: Finished) -> None:
 def noisy() -> Any:
     """``prepare`` in an environment whose libraries print what they think."""
 
-    def prepare_noisily(job: JobSpec, artifacts: Any) -> Prepared:
+    def prepare_noisily(*arguments: Any) -> Prepared:
         print("a library greets you")
         os.write(1, b"and another, from C\n")
-        return prepare(job, artifacts)
+        return prepare(*arguments)
 
     return prepare_noisily
 

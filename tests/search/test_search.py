@@ -17,7 +17,7 @@ from small_jobs import Finished, close, run_search, search_runs, write_job
 import orchestrator.search.run
 from orchestrator.artifact import PromptArtifact
 from orchestrator.errors import BadInput, JobFailed, Unreachable
-from orchestrator.job.spec import JobSpec, SearchSpec, SpaceSpec, TrainSpec
+from orchestrator.job.spec import SearchSpec, SpaceSpec, TrainSpec
 from orchestrator.registry import Registry
 from orchestrator.search.prepare import Prepared, prepare
 from orchestrator.search.study.study import scheduler
@@ -71,8 +71,8 @@ def test_a_worker_that_cannot_load_its_model_fails_the_job(
     model = tmp_path / "model"
     shutil.copytree(model_folder(), model)
 
-    def prepare_then_damage(job: JobSpec, artifacts: Any) -> Prepared:
-        prepared = prepare(job, artifacts)
+    def prepare_then_damage(*arguments: Any) -> Prepared:
+        prepared = prepare(*arguments)
         weights = model / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:1000])
         return prepared
