@@ -66,15 +66,23 @@ def rows_fingerprint(rows: Sequence[Row]) -> str:
     return digest.hexdigest()
 
 
-def load_rows(data: DataSpec, templates: Sequence[str] = (), files: Mapping[str, list[Row]] | None = None) -> RowSplits:
+def load_rows(
+    data: DataSpec,
+    templates: Sequence[str] = (),
+    files: Mapping[str, list[Row]] | None = None,
+    *,
+    begun: bool = False,
+) -> RowSplits:
     """All three splits, checked: no split is empty and no column is missing. Raises BadInput or Unreachable.
 
     ``templates`` are further ones, whose columns are kept too. ``files`` are the rows of the spec's files, by split,
-    where they have been read already.
+    where they have been read already. ``begun`` is for a search that goes on, which a setting without effect does not
+    stop.
     """
     read = _read_all(data) if files is None else files
     found = {split: rows for split, rows in wanted_rows(read, data).items() if split in SPLITS}
-    _refuse_idle_fractions(found, data)
+    if not begun:
+        _refuse_idle_fractions(found, data)
     if data.prefix_lm:
         found = {split: list(cut_in_two(rows, data.prefix_lm, data.split_seed)) for split, rows in found.items()}
     named = [column for template in (data.template, *templates) for column in Template(template).columns]

@@ -80,7 +80,7 @@ def prepare(
     """
     if job.method in ("lora", "qlora"):
         check_peft(job.method)
-    rows = rows or load_rows(job.data, templates(job.search.space))
+    rows = rows or load_rows(job.data, templates(job.search.space), begun=begun)
     warnings = judge(rows, job.data, learns=job.method != "prompt_design", begun=begun)
     started = time.monotonic()
     if job.base_model.id.startswith(BUILTIN):

@@ -25,7 +25,7 @@ from orchestrator.tuning.engine import Task
 
 FORMAT_VERSION = 1
 SHOWN = 5
-EARLIER_DATA = {"held_out": "random"}
+EARLIER_DATA = {"held_out": "random", "empty": "keep"}
 """What keys of ``data`` stand for in a job that was saved before they existed."""
 
 

@@ -11,7 +11,7 @@ import yaml
 from small_jobs import job_document, small_job
 
 from orchestrator.data.dataset import load_rows
-from orchestrator.errors import SpecError
+from orchestrator.errors import BadInput, SpecError
 from orchestrator.job_file import load_job
 from orchestrator.search.folder import SearchFolder
 from orchestrator.search.prepare import prepare
@@ -19,18 +19,18 @@ from orchestrator.search.saved import SavedSearch, load_saved
 from orchestrator.spec import JobSpec
 
 
-def saved(path: Path, job: JobSpec) -> SearchFolder:
+def saved(path: Path, job: JobSpec, *, begun: bool = False) -> SearchFolder:
     """The folder of a search that has just begun."""
     folder = SearchFolder(path / "search")
     folder.path.mkdir()
-    SavedSearch.of(prepare(job), {}, "sqlite:///mlflow.db", "run").save(folder, job)
+    SavedSearch.of(prepare(job, begun=begun), {}, "sqlite:///mlflow.db", "run").save(folder, job)
     return folder
 
 
 def without_new_keys(folder: SearchFolder, **data: Any) -> None:
-    """Make the folder one of a release that knew neither data.held_out nor warnings."""
+    """Make the folder one of a release that knew neither data.held_out, data.empty nor warnings."""
     document = yaml.safe_load(folder.job.read_text())
-    del document["data"]["held_out"]
+    del document["data"]["held_out"], document["data"]["empty"]
     document["data"].update(data)
     folder.job.write_text(yaml.safe_dump(document, sort_keys=False))
     description = json.loads(folder.description.read_text())
@@ -63,6 +63,23 @@ def test_a_search_of_an_earlier_release_finds_its_rows(tmp_path: Path) -> None:
     assert kept.data.held_out == "random" and search.warnings == []
     assert load_rows(kept.data).fingerprint == search.data_fingerprint != load_rows(job.data).fingerprint
     search.check(folder, prepare(kept, begun=True))
+
+
+def test_a_search_of_an_earlier_release_goes_on_with_what_is_refused_now(tmp_path: Path) -> None:
+    """Rows without input, a fraction of a split that is given and a single label do not stop it."""
+    job = small_job(tmp_path)
+    train = tmp_path / "train.jsonl"
+    train.write_text("".join(json.dumps({"text": text, "label": 1}) + "\n" for text in ["a b", "c", None, "d"]))
+    path = {"train": str(train), "validation": str(train)}
+    earlier = {"held_out": "random", "empty": "keep", "path": path}
+    folder = saved(tmp_path, job.model_copy(update={"data": job.data.model_copy(update=earlier)}), begun=True)
+    without_new_keys(folder, validation_fraction=0.3)
+    search, kept = load_saved(folder)
+    made = prepare(kept, begun=True)
+    search.check(folder, made)
+    assert made.warnings[0].startswith("all rows have the label '1'")
+    with pytest.raises(BadInput, match="all rows have the label"):
+        prepare(kept.model_copy(update={"data": kept.data.model_copy(update={"validation_fraction": 0.1})}))
 
 
 def test_a_search_of_an_earlier_release_may_have_conflicts(tmp_path: Path) -> None:
