@@ -80,7 +80,7 @@ def import_folder(
         max_target_tokens=job.data.max_target_tokens,
         data=data_record(job.data, rows),
         orchestrator_version=__version__,
-        cells=cells_record(job.data),
+        empty=cells_record(job.data).empty,
         sentinel=job.data.sentinel,
         renamed=renamed,
     )

@@ -202,7 +202,7 @@ def import_peft(
     max_target_tokens: int,
     data: DataRecord,
     orchestrator_version: str,
-    cells: CellsRecord,
+    empty: Literal["refuse", "keep"] = "refuse",
     sentinel: bool = False,
     renamed: bool = False,
 ) -> PromptArtifact:
@@ -236,7 +236,7 @@ def import_peft(
         template=template,
         target=target,
         verbalizer=verbalizer,
-        cells=cells,
+        cells=CellsRecord(empty=empty),
         sentinel=sentinel,
         max_input_tokens=max_input_tokens,
         max_target_tokens=max_target_tokens,

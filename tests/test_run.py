@@ -14,11 +14,11 @@ import pytest
 import torch
 from mlflow.entities import Run
 from models import load, model_folder
-from orchestrator.display import run_summary
 from small_jobs import Command, Finished, Said
 
 import orchestrator.run
 from orchestrator.artifact import PromptArtifact
+from orchestrator.cli.pages.search import run_summary
 from orchestrator.registry import Registry
 from orchestrator.search.prepare import Prepared, prepare
 from orchestrator.serving.offline import OfflineModel

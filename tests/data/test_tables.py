@@ -277,7 +277,7 @@ def test_a_file_of_no_bytes(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "data"),
     [("a.csv", b"text,label"), ("a.tsv", b"text\tlabel\n\n"), ("a.csv", b"\n \n"), ("a.jsonl", b"\n\n"),
-     ("a.json", b" [ ] "), ("a.csv", codecs.BOM_UTF8), ("a.csv.gz", gzip.compress(b""))],
+     ("a.json", b" [ ] "), ("a.csv", codecs.BOM_UTF8), ("a.csv.gz", gzip.compress(b"", mtime=0))],
 )  # fmt: skip
 def test_a_file_without_rows(name: str, data: bytes) -> None:
     """A header alone, blank lines, an empty array: no rows, and no fault."""
@@ -504,7 +504,7 @@ REFUSED = {
     "no bzip2": ("a.csv.bz2", b"text,label\n", r"a\.csv\.bz2 can't be decompressed as bzip2: "),
     "gzip without the suffix": (
         "a.csv",
-        gzip.compress(b"text,label\n"),
+        gzip.compress(b"text,label\n", mtime=0),
         r"a\.csv is compressed with gzip, and its name",
     ),
     "an Excel workbook": ("a.csv", b"PK\x03\x04...", r"a\.csv is a zip archive or an Excel workbook"),

@@ -31,7 +31,7 @@ from mlflow_server import Server
 from models import save_model
 from small_jobs import write_job
 
-from orchestrator.registry.ledger import EXPERIMENT as LEDGER
+from orchestrator.registry.searches import HISTORY_EXPERIMENT as LEDGER
 
 LIMIT_S = 180.0  # of a whole attempt
 ENDS_S = 75.0  # from what ends it to its end
@@ -56,7 +56,7 @@ COMMAND = """
 import os
 import orchestrator.run as run
 from orchestrator.errors import BadInput
-from orchestrator.progress import ConsoleProgress
+from orchestrator.cli.progress import ConsoleProgress
 from orchestrator.registry import Registry
 
 run.SOON_S, run.REGISTRY_PATIENCE_S = 1.0, 3.0

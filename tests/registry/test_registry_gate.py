@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.artifact import GenerationRecord, VerbalizerEntry, read_manifest
+from orchestrator.artifact import GenerationRecord, Manifest, VerbalizerEntry, read_manifest
 from orchestrator.errors import BadInput, OrchestratorError
 from orchestrator.registry import Move, Overtaken, Registry, ledger
 from orchestrator.registry.history import who
@@ -82,6 +82,18 @@ def test_what_is_against_a_version(make_artifact: Callable[..., Path], case: str
     assert not differences(better.manifest, old.manifest) and verdict(better, old, "accuracy", "max")[0]
     found = differences(new.manifest, old.manifest) or [verdict(new, old, "accuracy", "max")[1]]
     assert re.search(reason, "; ".join(found)) and not verdict(new, old, "accuracy", "max")[0]
+
+
+@pytest.mark.parametrize("labels", [("0", "1"), (0.0, 1.0), ("1", 0)])
+def test_labels_that_mean_the_same_fit(make_artifact: Callable[..., Path], labels: tuple[Any, Any]) -> None:
+    """Numbers, their texts, any order; 1 and true are not the same."""
+
+    def version(*labels: Any) -> Manifest:
+        entries = tuple(VerbalizerEntry(label=label, text=f" {place}") for place, label in enumerate(labels))
+        return read_manifest(make_artifact(verbalizer=entries))
+
+    assert differences(version(*labels), version(0, 1)) == []
+    assert differences(version(0, True), version(0, 1)) == ["answers are the labels 0, true, not 0, 1"]
 
 
 def test_versions_are_compared_by_rows_that_both_were_evaluated_on(make_artifact: Callable[..., Path]) -> None:

@@ -162,7 +162,7 @@ REFUSED_LATE = """
 import sys
 from orchestrator.cli import main
 from orchestrator.errors import BadInput
-from orchestrator.progress import ConsoleProgress
+from orchestrator.cli.progress import ConsoleProgress
 
 def stage(self, text):
     if text.startswith("loading the base model"):

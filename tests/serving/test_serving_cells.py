@@ -183,3 +183,24 @@ def test_an_answer_has_the_label_as_the_verbalizer_spells_it(
     found = load_prompt(backbone, labels, "labels", 1).labels
     assert found == (key, "other") and type(found[0]) is type(key)
     assert all(type(row["label"]) in (type(key), str) for row in answers)
+
+
+def test_groups_are_named_by_the_text_of_their_cell(folder: Path, tmp_path: Path) -> None:
+    """As everywhere else; rows without a value are a group of their own."""
+    kinds = [True, "true", None, "", 1.5, ["a"], {"b": 1}]
+    rows = [{"text": "a", "more": "b", "label": 0, "kind": kind} for kind in kinds]
+    question = Question(str(jsonl(tmp_path / "kinds.jsonl", rows)), by="kind")
+    whole, *parts = _groups(PromptArtifact.load(folder), question)
+    assert whole.label == "" and len(whole.rows) == len(kinds)
+    assert {part.label: list(part.places) for part in parts} == {
+        "true": [0, 1], "(empty)": [2, 3], "1.5": [4], '["a"]': [5], '{"b": 1}': [6]
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("cell", ["", None])
+def test_evaluation_refuses_an_empty_input(folder: Path, tmp_path: Path, cell: Any) -> None:
+    """With the file and the line, as training does."""
+    rows = [{"text": "a", "more": "b", "label": 0}, {"text": "a", "more": cell, "label": 1}]
+    file = jsonl(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(BadInput, match=r"rows\.jsonl:2 \(row 2\) has no text in column 'more'"):
+        _groups(PromptArtifact.load(folder), Question(str(file)))
