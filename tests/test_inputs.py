@@ -131,7 +131,7 @@ def test_a_name_that_can_not_be_right_is_a_problem(command: Command, tmp_path: P
         ),
         (
             {
-                "data__references": "all", "data__target": "text", "data__verbalizer": None, "search__metric": "bleu",
+                "data__references": "all", "data__target": "answer", "data__verbalizer": None, "search__metric": "bleu",
                 "search__space__init": "random",
             },
             "data.references", "'all'",
@@ -193,12 +193,19 @@ def test_a_file_in_no_known_format_is_a_problem(
 
 def test_a_fraction_of_a_split_that_the_data_has_is_a_problem(command: Command, tmp_path: Path) -> None:
     """With ``data.where`` only the rows show whether a split is left; the spec alone can't."""
-    job = write_job(tmp_path, data__where={"label": 1}, data__test_fraction=0.3)
+    job = write_job(tmp_path, data__where={"kind": "a"}, data__test_fraction=0.3)
+    write_kind(tmp_path, train="a", validation="a", test="a")
     assert [found[0] for found in problems(command, job)] == ["data.test_fraction"]
-    rows = [json.loads(line) for line in (tmp_path / "test.jsonl").read_text().splitlines()]
-    others = [json.dumps(row) for row in rows if row["label"] != 1]
-    (tmp_path / "test.jsonl").write_text("\n".join(others))
+    write_kind(tmp_path, test="b")
     assert problems(command, job) == []
+
+
+def write_kind(folder: Path, **kinds: str) -> None:
+    """Give all rows of a split's file a column ``kind``."""
+    for split, kind in kinds.items():
+        file = folder / f"{split}.jsonl"
+        rows = [{**json.loads(line), "kind": kind} for line in file.read_text().splitlines()]
+        file.write_text("\n".join(json.dumps(row) for row in rows))
 
 
 # The base model

@@ -16,7 +16,7 @@ from orchestrator.job_file import load_job
 from orchestrator.search.folder import SearchFolder
 from orchestrator.search.prepare import prepare
 from orchestrator.search.saved import SavedSearch, load_saved
-from orchestrator.spec import JobSpec
+from orchestrator.spec import DataFiles, JobSpec
 
 
 def saved(path: Path, job: JobSpec, *, begun: bool = False) -> SearchFolder:
@@ -70,7 +70,7 @@ def test_a_search_of_an_earlier_release_goes_on_with_what_is_refused_now(tmp_pat
     job = small_job(tmp_path)
     train = tmp_path / "train.jsonl"
     train.write_text("".join(json.dumps({"text": text, "label": 1}) + "\n" for text in ["a b", "c", None, "d"]))
-    path = {"train": str(train), "validation": str(train)}
+    path = DataFiles(train=str(train), validation=str(train))
     earlier = {"held_out": "random", "empty": "keep", "path": path}
     folder = saved(tmp_path, job.model_copy(update={"data": job.data.model_copy(update=earlier)}), begun=True)
     without_new_keys(folder, validation_fraction=0.3)
