@@ -23,7 +23,6 @@ from orchestrator.registry import Registry
 from orchestrator.search.prepare import Prepared, prepare
 from orchestrator.serving.offline import OfflineModel
 from orchestrator.space import TrialSpec, trials
-from orchestrator.spec import JobSpec
 from orchestrator.tuning.checkpoint import TrialState
 from orchestrator.tuning.engine import Engine
 
@@ -226,10 +225,10 @@ def test_progress_tells_the_search_in_plain_lines(finished: Finished) -> None:
 def noisy() -> Any:
     """``prepare`` in an environment whose libraries print what they think."""
 
-    def prepare_noisily(job: JobSpec, artifacts: Any) -> Prepared:
+    def prepare_noisily(*arguments: Any) -> Prepared:
         print("a library greets you")
         os.write(1, b"and another, from C\n")
-        return prepare(job, artifacts)
+        return prepare(*arguments)
 
     return prepare_noisily
 

@@ -23,7 +23,7 @@ from orchestrator.search.search import worker_failure
 from orchestrator.search.study import scheduler
 from orchestrator.search.worker import load_failure
 from orchestrator.search.worker_group import RESTARTS
-from orchestrator.spec import JobSpec, SearchSpec, SpaceSpec, TrainSpec
+from orchestrator.spec import SearchSpec, SpaceSpec, TrainSpec
 from orchestrator.tuning.report import Report
 
 
@@ -71,8 +71,8 @@ def test_a_worker_that_cannot_load_its_model_fails_the_job(
     model = tmp_path / "model"
     shutil.copytree(model_folder(), model)
 
-    def prepare_then_damage(job: JobSpec, artifacts: Any) -> Prepared:
-        prepared = prepare(job, artifacts)
+    def prepare_then_damage(*arguments: Any) -> Prepared:
+        prepared = prepare(*arguments)
         weights = model / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:1000])
         return prepared
