@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from models import FAMILIES, MASKED, SEQ2SEQ, load, model_folder, save_family
+from models import FAMILIES, MASKED, SEQ2SEQ, load, model_folder, save_family, save_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 
 from orchestrator.backbone import load_backbone, weights
 from orchestrator.backbone.weights import check_files, is_finite
@@ -211,6 +210,24 @@ def test_quantised_weights_can_not_be_quantised_again(tmp_path: Path) -> None:
         resolve_model(BaseModelSpec(id=str(folder), quantization="int4"))
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_stored_quantised_weights_load_where_their_library_is(tmp_path: Path, bits: int) -> None:
+    """They give the numbers of the same model rounded as it is loaded."""
+    pytest.importorskip("bitsandbytes")
+    whole = save_model(tmp_path / "whole", hidden_size=128, intermediate_size=256)
+    config = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(whole, quantization_config=config, device_map={"": "cpu"})
+    folder = tmp_path / "stored"
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    check_files(source_of(folder))
+    stored = load(folder)
+    rounded = load_backbone(resolve_model(BaseModelSpec(id=str(whole), quantization=f"int{bits}")))
+    with torch.no_grad():
+        one, other = (made.teacher_forced(None, [[5, 6, 7]], [[8, 9]], [0])[0] for made in (stored, rounded))
+    torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize(("start", "message"), [(400, "starts from token id 400"), (None, "names no token")])
 def test_a_decoder_starts_from_a_token_of_the_table(tmp_path: Path, start: int | None, message: str) -> None:
     folder = save_family(tmp_path / "model", "t5")
@@ -226,10 +243,21 @@ def test_only_floating_numbers_are_looked_at() -> None:
     assert not is_finite(torch.tensor([1.0, float("nan")])) and is_finite(torch.tensor(3.0, dtype=torch.bfloat16))
 
 
-def test_a_small_model_is_checked_in_no_time() -> None:
-    """A search's start does not wait for it."""
-    source = source_of(model_folder())
-    check_files(source)
-    started = time.monotonic()
-    check_files(source)
-    assert time.monotonic() - started < 1.0
+def test_weights_are_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second search on the same files does not build the model again; changed files are looked at anew, and refused
+    ones every time. A cache that can't be written to changes nothing."""
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
+    folder, built = copied(tmp_path), []
+    build = weights.empty_model
+    monkeypatch.setattr(weights, "empty_model", lambda source: built.append(source.id) or build(source))
+    for _ in range(3):
+        check_files(source_of(folder))
+    assert len(built) == 1
+    changed(folder, poisoned(float("nan")))
+    for _ in range(2):
+        with pytest.raises(BadInput, match="not finite"):
+            check_files(source_of(folder))
+    assert len(built) == 3
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "file" / "cache"))
+    check_files(source_of(copied(tmp_path / "again")))

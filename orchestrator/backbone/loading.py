@@ -114,7 +114,7 @@ def _load_model(source: ModelSource, dtype: Any, device: torch.device) -> Any:
                 trust_remote_code=source.allow_remote_code,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # to name them: transformers' own error does not
-                **_quantized(source.quantization, device),
+                **_quantized(source, device),
             )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise source.unusable_weights(str(error)) from None
@@ -125,7 +125,7 @@ def _load_model(source: ModelSource, dtype: Any, device: torch.device) -> Any:
     check_layers(source, model, loading["unexpected_keys"], [])
     if missing := sorted(loading["missing_keys"]):  # transformers would fill them with random numbers
         raise source.unusable_weights(f"{len(missing)} weights are missing, the first is {missing[0]}")
-    if source.quantization == "none":
+    if source.quantization == "none" and not _stored_quantized(source):
         return model.to(device)
     for module in model.modules():
         # On CPUs bitsandbytes repacks 4-bit weights for inference, and later gradients come out wrong (seen in 0.50).
@@ -134,11 +134,16 @@ def _load_model(source: ModelSource, dtype: Any, device: torch.device) -> Any:
     return model
 
 
-def _quantized(quantization: str, device: torch.device) -> dict[str, Any]:
+def _stored_quantized(source: ModelSource) -> bool:
+    return getattr(source.config, "quantization_config", None) is not None
+
+
+def _quantized(source: ModelSource, device: torch.device) -> dict[str, Any]:
     """Linear layers rounded to 8 bits (Dettmers et al. 2022) or to 4-bit normal floats (Dettmers et al. 2023) as they
     are read; quantised weights can't be moved, so they are read to the device."""
+    quantization = source.quantization
     if quantization == "none":
-        return {}
+        return {"device_map": {"": device}} if _stored_quantized(source) else {}
     from transformers import BitsAndBytesConfig
 
     config = BitsAndBytesConfig(

@@ -6,8 +6,10 @@ weights, names that transformers converts) the worker finds as it loads the mode
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,13 @@ from torch import Tensor, nn
 from orchestrator.base_model import Family, ModelSource, family_of, quiet_transformers
 from orchestrator.errors import BadInput
 from orchestrator.importing import uncollected
+from orchestrator.quickstart import cache_folder
 
 READ_AT_MOST = 2 << 30
 """Bytes of weights whose values the driver reads; a worker reads larger ones anyway, and finds out then."""
+
+CHECKS = 1
+"""Version of the checks: files that passed older ones are looked at again."""
 
 _LAYER = re.compile(r"\.\d+\.")
 
@@ -46,8 +52,29 @@ def auto_model(family: Family) -> Any:
 def check_files(source: ModelSource) -> None:
     """Refuse weights that don't have the configuration's shapes, or are not finite; the latter up to READ_AT_MOST.
 
-    A model that brings its own code, or is stored quantised, is left to the worker.
+    Files that passed are not looked at again until they change: building the model takes a second, mostly to import its
+    code. A model that brings its own code, or is stored quantised, is left to the worker.
     """
+    mark = _mark_of(source)
+    if mark.is_file():
+        return
+    _check_files(source)
+    with suppress(OSError):  # a cache that can't be written to only costs time
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+
+
+def _mark_of(source: ModelSource) -> Path:
+    """Return the file that is there once these very files have passed."""
+    import transformers
+
+    files = [source.path / "config.json", *source.weight_files()]
+    states = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    text = repr([CHECKS, READ_AT_MOST, transformers.__version__, states])
+    return cache_folder() / "checked-weights" / hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def _check_files(source: ModelSource) -> None:
     stored = stored_tensors(source)
     if source.brings_model_code or getattr(source.config, "quantization_config", None) is not None:
         return
