@@ -196,6 +196,7 @@ class Ground:
             attempt = Attempt(-1, "SIGTERM", " step 4/8", 0.0, 0.0)
             ended = Process(self.resumed, ["run", "job.yaml"]).end_by(attempt, to_the_process)
             assert ended.code == 143 and (self.resumed / ".orchestrator").exists(), ended
+            shutil.rmtree(self.resumed / "ray")  # Ray's own folder, with sockets and links
             shutil.move(self.resumed, self.interrupted)
         shutil.copytree(self.interrupted, self.resumed)
         return self.resumed
