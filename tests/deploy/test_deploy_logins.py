@@ -114,7 +114,7 @@ def test_a_login_that_may_not_finish_a_search_is_refused_at_its_start(
         client = admin(monkeypatch, server.uri)
         history = registry._store.client.get_experiment_by_name("orchestrator-aliases")
         assert history is not None
-        client.create_experiment_permission(history.experiment_id, "serving", "EDIT")
+        client.grant_user_permission("serving", "experiment", history.experiment_id, "EDIT")
         become(monkeypatch, "serving", "first-of-serving")
         registry.check_search_end("other", "other")
         with pytest.raises(BadInput, match=r"spam can be registered.*does not let this login"):
