@@ -39,8 +39,8 @@ class Server:
         self.await_answer()
         return self
 
-    def await_answer(self) -> None:
-        deadline = time.monotonic() + 60
+    def await_answer(self, seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             try:
                 with urllib.request.urlopen(f"{self.uri}/health", timeout=1):

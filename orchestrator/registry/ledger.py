@@ -21,6 +21,7 @@ from orchestrator.registry.searches import HISTORY_EXPERIMENT, experiment_named,
 from orchestrator.registry.store import Store
 
 if TYPE_CHECKING:
+    from mlflow.entities import Run
     from mlflow.entities.model_registry import RegisteredModel
 
 LEDGER_TAG = "orchestrator.alias_history"
@@ -48,15 +49,18 @@ class Ledger:
         refuse_deleted_run(self.store, run, f"the history of {printable(self.name)}'s aliases")
         return read_moves(run.data.params)
 
-    def check(self, may_write: bool) -> None:
-        """Raise BadInput when no move can be recorded: the run was deleted, or its experiment is another login's.
+    def is_usable(self, may_write: bool) -> bool:
+        """Tell whether the run is there at all. Raises BadInput for one that is in the trash or can't be written.
 
         ``may_write`` tries the permission by writing a tag as it stands.
         """
-        run = self.store.client.get_run(self.run_id)
+        run = find_run(self.store, self.run_id)
+        if run is None:
+            return False
         refuse_deleted_run(self.store, run, f"the history of {printable(self.name)}'s aliases")
         if may_write:
             self.store.client.set_tag(self.run_id, "orchestrator.model", self.name[:5000])
+        return True
 
     def last(self, alias: str) -> Move | None:
         return next((move for move in reversed(self.moves()) if move.alias == alias), None)
@@ -89,24 +93,23 @@ def open_ledger(store: Store, model: RegisteredModel) -> Ledger:
     """The model's history; a model that another program made gets one with its first move, as does one whose
     history was purged from MLflow's trash."""
     run_id = model.tags.get(LEDGER_TAG)
-    if not run_id or is_purged(store, run_id):
+    if not run_id or find_run(store, run_id) is None:
         store.client.set_registered_model_tag(model.name, LEDGER_TAG, new_ledger(store, model.name))
         time.sleep(AGREE_SECONDS)  # two programs may both do this: the last one to write the tag is what both go by
         run_id = store.client.get_registered_model(model.name).tags[LEDGER_TAG]
     return Ledger(store, model.name, run_id)
 
 
-def is_purged(store: Store, run_id: str) -> bool:
-    """Tell whether MLflow no longer knows the run, not even in its trash."""
+def find_run(store: Store, run_id: str) -> Run | None:
+    """Read a run; None for one that MLflow no longer knows, not even in its trash."""
     from mlflow.exceptions import MlflowException
 
     try:
-        store.client.get_run(run_id)
+        return store.client.get_run(run_id)
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        return True
-    return False
+        return None
 
 
 def recorded(store: Store, model: RegisteredModel) -> list[Move]:

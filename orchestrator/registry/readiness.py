@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from orchestrator.errors import BadInput
-from orchestrator.registry.ledger import LEDGER_TAG, Ledger, is_purged
+from orchestrator.registry.ledger import LEDGER_TAG, Ledger
 from orchestrator.registry.refs import printable
 from orchestrator.registry.searches import HISTORY_EXPERIMENT, experiment_named, refuse_deleted
 from orchestrator.registry.store import Store, sqlite_file
@@ -41,42 +41,48 @@ def check_search_end(store: Store, search: str, model: str | None, cache: Path) 
             _check_artifacts(experiment)
     if model is None:
         return
-    with store.translating(f"checking {HISTORY_EXPERIMENT}, the experiment with the history of aliases"):
-        history = experiment_named(store, HISTORY_EXPERIMENT)
-        if not _check_file(store.tracking_uri):
-            store.client.set_experiment_tag(history.experiment_id, "mlflow.note.content", NOTE)
     with store.translating(f"checking that {printable(model)} can be registered"):
-        _check_model(store, model)
+        registered = _registered_model(store, model)
+        if registered is None:
+            _check_new_model(store, model)
+        elif sqlite_file(store.registry_uri) is None:
+            # Changes nothing, and asks for the same permission as a version and an alias.
+            store.client.delete_registered_model_tag(model, CHECK_TAG)
+        _check_file(store.registry_uri)
+    with store.translating("checking that moves of aliases can be recorded"):
+        run_id = registered.tags.get(LEDGER_TAG) if registered is not None else None
+        _check_history(store, model, run_id)
     _check_writable(cache, "the cache of prompts", "set XDG_CACHE_HOME to a folder that you may write to")
 
 
-def _check_model(store: Store, name: str) -> None:
-    """Refuse a registered model that no version can be added to, or whose aliases can't move."""
-    model = _registered_model(store, name)
-    is_file = _check_file(store.registry_uri)
-    if model is None:
-        if store.client.get_prompt(name) is not None:
-            raise BadInput(
-                f"{printable(name)} is a text template of MLflow's prompt registry",
-                "set registry.model to another name",
-            )
-        if not is_file:
-            _try_creating(store, name)
+def _check_new_model(store: Store, name: str) -> None:
+    """Refuse the name of a model that can't be created."""
+    if store.client.get_prompt(name) is not None:
+        raise BadInput(
+            f"{printable(name)} is a text template of MLflow's prompt registry",
+            "set registry.model to another name",
+        )
+    if sqlite_file(store.registry_uri) is None:
+        _try_creating(store, name)
+
+
+def _check_history(store: Store, model: str, run_id: str | None) -> None:
+    """Refuse a history that was deleted or that this login may not write; ``run_id`` is the model's, if it has one."""
+    may_write = sqlite_file(store.tracking_uri) is None
+    _check_file(store.tracking_uri)
+    if run_id and Ledger(store, model, run_id).is_usable(may_write):
         return
-    run_id = model.tags.get(LEDGER_TAG)
-    if run_id and not is_purged(store, run_id):
-        Ledger(store, name, run_id).check(may_write=sqlite_file(store.tracking_uri) is None)
-    if not is_file:
-        store.client.set_registered_model_tag(name, CHECK_TAG, "a search begins")
-        store.client.delete_registered_model_tag(name, CHECK_TAG)
+    history = experiment_named(store, HISTORY_EXPERIMENT)  # the model's first run of history comes into it
+    if may_write:
+        with store.translating(f"writing to the experiment {HISTORY_EXPERIMENT}"):
+            store.client.set_experiment_tag(history.experiment_id, "mlflow.note.content", NOTE)
 
 
-def _check_file(uri: str) -> bool:
-    """Tell whether the store is an SQLite file, which has no permissions of its own; refuse one that is read-only."""
+def _check_file(uri: str) -> None:
+    """Refuse an SQLite file that is read-only; it has no permissions beyond the file's."""
     file = sqlite_file(uri)
     if file is not None and not os.access(file, os.W_OK):
         raise BadInput(f"{uri} may only be read", f"make {file} writable, or use another database")
-    return file is not None
 
 
 def _registered_model(store: Store, name: str) -> RegisteredModel | None:
