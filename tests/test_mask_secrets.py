@@ -184,3 +184,9 @@ def test_an_unforeseen_error_is_shown_without_secrets(command: Command, monkeypa
     monkeypatch.setattr(Registry, "check", fail)
     said = command("models", "spam")
     assert said.code == 1 and "unforeseen" in said.err and SECRET not in said.err
+
+
+def test_an_address_that_an_earlier_release_kept_is_still_the_same() -> None:
+    """It kept the user's name; `resume` masks it again before it compares."""
+    now = Registry(f"postgresql://ann:{SECRET}@host/mlflow").display_uri
+    assert mask_secrets("postgresql://ann:***@host/mlflow") == now == "postgresql://***@host/mlflow"

@@ -48,9 +48,7 @@ def demo() -> None:
 
 @verb(TUNE)
 def init(
-    folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Folder to write to; made if it is missing.")
-    ] = Path(),
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write to; made if it is missing.")] = Path(),
     as_json: Json = False,
 ) -> None:
     """Write a commented job spec and a few rows of data to start from."""
