@@ -1,6 +1,6 @@
-"""Load a frozen backbone, embed tokens and run forwards, for each model family.
+"""Load a frozen backbone, embed tokens and run forwards.
 
-No other package depends on the differences between model families.
+This package is the place for code that differs between model families.
 """
 
 from orchestrator.models.backbone.base import Backbone, RowState

@@ -112,7 +112,7 @@ class Backbone(ABC):
     def start(
         self, prompts: PreparedPrompts | None, inputs: Sequence[Ids], prompt: Sequence[int]
     ) -> Any:
-        """Run the inputs; return a ``RowState`` with the logits [B, V] of the first target token."""
+        """Run the inputs; return a ``RowState`` with logits [B, V] of the first target token."""
         raise NotImplementedError(f"a {self.family} backbone can't continue rows")
 
     def extend(self, state: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, Any]:
@@ -192,8 +192,8 @@ class Backbone(ABC):
             if got[:3] != expected[:3] or got[4] != expected[4]:
                 raise BadInput(
                     f"a prefix of [layers, 2, kv heads, tokens, head width] = {got} does not fit "
-                    "this model, "
-                    f"which takes {[*expected[:3], got[3], expected[4]]} in {site} attention"
+                    f"this model, which takes {[*expected[:3], got[3], expected[4]]} in {site} "
+                    "attention"
                 )
 
     def gather_once(self) -> None:

@@ -252,7 +252,7 @@ class CausalBackbone(Backbone):
         )
 
     def run(self, prompts: PreparedPrompts | None, rows: Rows) -> CausalState:
-        """Run the rows; return the state to continue from, with the logits of their last column.
+        """Run the rows; return the state to continue from, with the last column's logits.
 
         Needs the prompt-once path.
         """
@@ -318,7 +318,7 @@ class CausalBackbone(Backbone):
         return {"input_ids": rows.ids}
 
     def _plain(self, prompts: PreparedPrompts | None, rows: Rows, keep: int) -> Tensor:
-        """Run [prompt; row; pads] as one row; return logits [B, keep, V] at the ``keep`` last columns.
+        """Run [prompt; row; pads] as one row; return logits [B, keep, V] at the last columns.
 
         Each row is gathered so that it stands right after its prompt, without padding in between.
         """
