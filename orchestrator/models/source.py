@@ -202,7 +202,7 @@ class ModelSource:
 
     @property
     def brings_model_code(self) -> bool:
-        """Whether the model has a language model class of its own and the spec allows its code."""
+        """True if the model has its own language model class and the spec allows its code."""
         classes = getattr(self.config, "auto_map", None) or {}
         return self.allow_remote_code and any(name in classes for name in _AUTO_CLASSES.values())
 

@@ -27,7 +27,7 @@ GROUPED = "orchestrator_grouped"
 
 @dataclass(frozen=True)
 class RowPrefix:
-    """One attention module's prefix for the rows of a forward.
+    """An attention module's prefix for the rows of a forward.
 
     ``key`` and ``value`` are [B, kv heads, P, width], ``mask`` is [B, P].
     """

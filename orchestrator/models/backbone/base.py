@@ -107,7 +107,7 @@ class Backbone(ABC):
     @property
     @abstractmethod
     def continues(self) -> bool:
-        """Whether rows can be started once and then extended at the cost of only the new tokens."""
+        """True if rows can be started once and then extended at the cost of only the new tokens."""
 
     def start(
         self, prompts: PreparedPrompts | None, inputs: Sequence[Ids], prompt: Sequence[int]

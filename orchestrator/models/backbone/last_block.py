@@ -52,7 +52,7 @@ class LastColumns(Cache):
 
     @property
     def narrowed(self) -> bool:
-        """Whether the last block is running for the wanted columns."""
+        """True while the last block runs for the wanted columns."""
         return self._kept is not None
 
     def keep_keys(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ self-attention of the encoder, and cross-attention."""
 
 @dataclass(frozen=True)
 class PromptTensors:
-    """One prompt, whatever method learned it: embeddings, or keys and values of each layer.
+    """A prompt, whatever method learned it: embeddings, or keys and values of each layer.
 
     ``embeddings`` [P, H] are virtual tokens as they enter the model. They stand in front of the row
     or, with ``inside``, where the row's template places them. ``prefixes`` holds [L, 2, kv heads,
@@ -58,7 +58,7 @@ class PromptTensors:
 
 @dataclass(frozen=True)
 class Part:
-    """One kind of tensors of K prompts, such as keys and values.
+    """A kind of tensors of K prompts, such as keys and values.
 
     ``tensors`` are each [K, ..., P, width], padded on the right. ``lengths`` [K] are the prompts'
     lengths without padding.

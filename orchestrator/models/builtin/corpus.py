@@ -120,7 +120,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Document:
-    """One training text.
+    """A training text.
 
     ``preface`` stands before the begin-of-text token, as a soft prompt does.
     """
