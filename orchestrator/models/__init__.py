@@ -1,1 +1,1 @@
-"""The frozen model: where it comes from and how it is run."""
+"""The frozen base model: finding, checking, loading and running it."""

@@ -1,4 +1,8 @@
-"""Recognise folders that were given for another kind of folder: PEFT adapters, models, and folders of either."""
+"""Recognise a folder that was given in place of another kind of folder.
+
+For example, a PEFT adapter may be given as a base model, or a folder of several models as one
+model.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +21,17 @@ SHOWN = 10
 
 @dataclass(frozen=True)
 class Misplaced:
-    """What a folder holds instead of what it was given for, and the next step."""
+    """A description of the folder's actual content, and the user's next step."""
 
     what: str
     step: str
 
 
 def instead_of_model(folder: Path) -> Misplaced | None:
-    """Describe a folder that was given as a base model and is an adapter, or holds several adapters or models."""
+    """Describe a folder given as a base model that is an adapter, or holds adapters or models.
+
+    Return None for any other folder.
+    """
     if (folder / ADAPTER_CONFIG).is_file():
         return _adapter(folder)
     if models := subfolders_with(folder, MODEL_CONFIG):
@@ -45,7 +52,10 @@ def instead_of_model(folder: Path) -> Misplaced | None:
 
 
 def instead_of_adapter(folder: Path) -> Misplaced | None:
-    """Describe a folder that was given as a prompt and holds several of them, or is a model."""
+    """Describe a folder given as a prompt that holds several prompts, or is a model.
+
+    Return None for any other folder.
+    """
     for file in (ADAPTER_CONFIG, ARTIFACT_MANIFEST):
         if prompts := subfolders_with(folder, file):
             return Misplaced(
@@ -59,7 +69,7 @@ def instead_of_adapter(folder: Path) -> Misplaced | None:
 
 
 def subfolders_with(folder: Path, file: str) -> list[str]:
-    """Name the folder's own subfolders that hold the file; none for what can't be listed."""
+    """Return the names of direct subfolders that hold the file, or none if they can't be listed."""
     try:
         return sorted(found.parent.name for found in folder.glob(f"*/{file}") if found.is_file())
     except OSError:
@@ -82,12 +92,13 @@ def _adapter(folder: Path) -> Misplaced:
         )
     return Misplaced(
         f"is a PEFT adapter ({kind}){of_base} and not a model",
-        f"{model}, or merge the adapter into the model: merge_and_unload() and save_pretrained(FOLDER) in Python",
+        f"{model}, or merge the adapter into the model: merge_and_unload() and "
+        "save_pretrained(FOLDER) in Python",
     )
 
 
 def _config(folder: Path) -> tuple[str, str]:
-    """Read an adapter's PEFT type and base model, as far as its configuration says."""
+    """Read an adapter's PEFT type and base model, as far as its configuration names them."""
     try:
         with (folder / ADAPTER_CONFIG).open("rb") as stream:
             document = json.loads(stream.read(MAX_CONFIG_BYTES))

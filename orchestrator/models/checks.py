@@ -1,4 +1,7 @@
-"""Checks of a base model's configuration: what would fail in a worker, or give wrong results there."""
+"""Checks of a base model's configuration for faults that would surface later in a worker.
+
+They find configurations that would make a worker fail, or give wrong results.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,16 @@ from orchestrator.errors import BadInput
 from orchestrator.models.rope import rope_switches
 
 RESIZE = (
-    "leave the token out, or give the model an embedding for it: model.resize_token_embeddings(len(tokenizer)), then "
-    "model.save_pretrained(FOLDER)"
+    "leave the token out, or give the model an embedding for it: "
+    "model.resize_token_embeddings(len(tokenizer)), then model.save_pretrained(FOLDER)"
 )
 
 
 def check_stored_quantization(model_id: str, config: Any, wanted: str) -> None:
-    """Refuse a model whose weights are stored quantised and can't be read by the libraries installed here.
+    """Raise BadInput for a model stored quantised that the installed libraries can't read.
 
-    ``wanted`` is base_model.quantization, which has no meaning for such a model.
+    ``wanted`` is base_model.quantization. It has to be "none", because the setting has no meaning
+    for a model that is quantised already.
     """
     stored = getattr(config, "quantization_config", None)
     if stored is None:
@@ -34,39 +38,41 @@ def check_stored_quantization(model_id: str, config: Any, wanted: str) -> None:
     if reason := _why_unreadable(document):
         raise BadInput(
             f"{about}, which can't be read here: {reason}",
-            f"install what reads {method} on every machine of the search, or choose the model's unquantised version "
-            "(base_model.quantization rounds it as it is loaded)",
+            f"install what reads {method} on every machine of the search, or choose the model's "
+            "unquantised version (base_model.quantization rounds it as it is loaded)",
         )
 
 
 def _quantization_method(document: dict[str, Any]) -> str:
     method = document.get("quant_method")
     if method is None and (document.get("load_in_8bit") or document.get("load_in_4bit")):
-        return "bitsandbytes"  # as it was stored at first
+        return "bitsandbytes"  # early bitsandbytes models don't name their method
     return str(getattr(method, "value", method or "an unnamed method"))
 
 
 def _why_unreadable(document: dict[str, Any]) -> str:
-    """Return why transformers can't read weights quantised so, or nothing."""
+    """Return why transformers can't read weights that are quantised this way, or ""."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
     try:
         quantizer = AutoHfQuantizer.from_config(document, pre_quantized=True)
-    except (
-        Exception
-    ) as error:  # an unknown method, a missing library, a configuration that a library refuses
+    # The method is unknown, a library is missing, or a library refuses the configuration.
+    except Exception as error:
         return _first_line(error)
     try:
         quantizer.validate_environment(device_map=None)
     except ImportError as error:
         return _first_line(error)
-    except Exception:  # no accelerator, where the workers may have one
+    except Exception:  # this machine has no accelerator, but the workers may have one
         return ""
     return ""
 
 
 def check_positions(model_id: str, config: Any, family: str, context: int, own_code: bool) -> None:
-    """Refuse a model whose position factors depend on the longest row of a batch where rows can't have their own."""
+    """Raise BadInput if position factors follow a batch's longest row and can't be set per row.
+
+    Rows get factors of their own only in causal models that transformers implements.
+    """
     if not rope_switches(config, context) or (family == "causal" and not own_code):
         return
     about = (
@@ -74,18 +80,20 @@ def check_positions(model_id: str, config: Any, family: str, context: int, own_c
     )
     if own_code:
         raise BadInput(
-            f"{about} in code of its own, so that a row's result would depend on the rows beside it",
-            "set base_model.allow_remote_code: false if transformers knows the model, or choose another model",
+            f"{about} in code of its own, so that a row's result would depend on the rows beside "
+            "it",
+            "set base_model.allow_remote_code: false if transformers knows the model, or choose "
+            "another model",
         )
     raise BadInput(
-        f"{about}, so that a row's result would depend on the rows beside it: rows have factors of their own only in "
-        f"causal models, and this is a {family} model",
+        f"{about}, so that a row's result would depend on the rows beside it: rows have factors of "
+        f"their own only in causal models, and this is a {family} model",
         "choose another model",
     )
 
 
 def check_config_tokens(model_id: str, config: Any, family: str, folder: Path) -> None:
-    """Refuse a configuration that names tokens beyond the embedding table, or no token for a decoder to start from."""
+    """Raise BadInput if an encoder-decoder's start token is missing or beyond the table."""
     if family != "seq2seq":
         return
     start = decoder_start(config, folder)
@@ -97,14 +105,14 @@ def check_config_tokens(model_id: str, config: Any, family: str, folder: Path) -
     size = config.get_text_config().vocab_size
     if start >= size:
         raise BadInput(
-            f"base_model.id {model_id!r}: the decoder starts from token id {start}, and the embedding table has {size} "
-            f"rows, ids 0 to {size - 1}",
+            f"base_model.id {model_id!r}: the decoder starts from token id {start}, and the "
+            f"embedding table has {size} rows, ids 0 to {size - 1}",
             "correct decoder_start_token_id in the model's config.json",
         )
 
 
 def decoder_start(config: Any, folder: Path) -> int | None:
-    """Return the id of the token that a decoder starts from, as the backbone finds it."""
+    """Return the id of the token that a decoder starts from, by the backbone's rules."""
     start = getattr(config, "decoder_start_token_id", None)
     if start is None and (generation := folder / "generation_config.json").is_file():
         start = json.loads(generation.read_text(encoding="utf-8")).get("decoder_start_token_id")
@@ -112,10 +120,13 @@ def decoder_start(config: Any, folder: Path) -> int | None:
 
 
 def beyond_table(token: str, token_id: int, size: int, what: str) -> BadInput:
-    """Make the error for a token that the model has no embedding for. ``what`` says where the token comes from."""
+    """Make the error for a token that the model has no embedding for.
+
+    ``what`` says where the token comes from.
+    """
     return BadInput(
-        f"{what} holds token {token!r}, id {token_id}, and the base model's embedding table has {size} rows, "
-        f"ids 0 to {size - 1}",
+        f"{what} holds token {token!r}, id {token_id}, and the base model's embedding table has "
+        f"{size} rows, ids 0 to {size - 1}",
         RESIZE,
     )
 

@@ -1,7 +1,8 @@
-"""Greedy decoding and beam search over rows that grow by a token at a time.
+"""Greedy decoding and beam search over rows that grow by one token at a time.
 
-Both see a ``DecodingState`` only, which has two implementations: one keeps keys and values, one runs the whole rows
-again.
+Both use only a ``DecodingState``, which has two implementations. One keeps keys and values; the
+other runs the whole rows again at every step.
+
 Shapes: B rows, K prompts, N beams of a row, V vocabulary.
 """
 
@@ -25,25 +26,34 @@ from orchestrator.models.backbone import (
 
 
 class DecodingState(Protocol):
-    """Rows and what comes next in each. A state is used once: going on from it may change it."""
+    """Rows with the logits of their next token.
+
+    A state is used once, because extending it may change it.
+    """
 
     @property
     def logits(self) -> Tensor:
         """[B, V] of each row's next token."""
 
     def select(self, rows: Tensor) -> Self:
-        """The state of the given rows [B'], in that order, with repetition."""
+        """Return the state of the given rows [B'], in that order; rows may be repeated."""
 
     def extend(self, ids: Tensor) -> Self:
-        """The state after one further token [B] in each row."""
+        """Return the state after one further token [B] in each row."""
 
     def join(self, other: Any) -> Self | None:
-        """The rows of both, this one's first; None where they can't share a forward."""
+        """Return the state of this state's rows and then the other's, or None.
+
+        None means that the rows can't share a forward.
+        """
 
 
 @dataclass
 class CachedState:
-    """Keys and values are kept: a step costs one token a row. Needs a backbone that ``continues``."""
+    """A state that keeps keys and values, so that a step costs one token per row.
+
+    Needs a backbone that ``continues``.
+    """
 
     backbone: Backbone
     rows: RowState
@@ -61,13 +71,18 @@ class CachedState:
 
     def join(self, other: CachedState) -> CachedState | None:
         if not isinstance(self.rows, CausalState) or not isinstance(other.rows, CausalState):
-            return None  # a decoder counts the columns of its batch: rows have to begin together
+            # An encoder-decoder's decoder numbers the columns of the whole batch, so all rows have
+            # to begin together.
+            return None
         return CachedState(self.backbone, CausalState.join([self.rows, other.rows]))
 
 
 @dataclass
 class ReplayState:
-    """The rows so far and the index of each row's prompt [B]; every step runs the whole rows again."""
+    """A state that runs the whole rows again at every step.
+
+    ``sequences`` are the rows so far, and ``prompt`` [B] is the index of each row's prompt.
+    """
 
     backbone: Backbone
     prompts: PreparedPrompts | None
@@ -83,7 +98,7 @@ class ReplayState:
         sequences: list[list[int]],
         prompt: list[int],
     ) -> ReplayState:
-        # The target is only asked for its first token, whichever it is.
+        # Only the logits of the first target token are used, and they don't depend on the target.
         logits, _ = backbone.teacher_forced(prompts, sequences, [[0]] * len(sequences), prompt)
         return cls(backbone, prompts, sequences, prompt, logits[:, 0])
 
@@ -104,7 +119,7 @@ class ReplayState:
     def join(self, other: ReplayState) -> ReplayState | None:
         if self.prompts is None or other.prompts is None:
             return None
-        # Prompts that no row has any more are dropped: a batch may run for ever.
+        # Drop prompts that no row uses any more, because a batch may run without end.
         mine, theirs = sorted(set(self.prompt)), sorted(set(other.prompt))
         kept = [self.prompts.select(mine), other.prompts.select(theirs)]
         if not self.backbone.shares_forward(kept[0].kinds | kept[1].kinds):
@@ -124,9 +139,9 @@ def start(
     inputs: Sequence[Sequence[int]],
     prompt: Sequence[int],
 ) -> DecodingState:
-    """The state after the inputs, of any lengths, each behind the prompt that ``prompt[row]`` names.
+    """Run the inputs, each after the prompt of index ``prompt[row]``; return the state.
 
-    ``prompts=None`` is the model without a prompt.
+    Inputs may have any lengths. ``prompts=None`` runs the model without a prompt.
     """
     if backbone.continues:
         return CachedState(backbone, backbone.start(prompts, inputs, prompt))
@@ -137,9 +152,11 @@ def start(
 def decode(
     state: DecodingState, end_id: int, max_tokens: int, num_beams: int = 1
 ) -> list[list[int]]:
-    """What each row goes on with, without the end token: at most ``max_tokens`` tokens, the end token counted.
+    """Return the tokens that each row continues with, without the end token.
 
-    One beam is greedy decoding. A row's result does not depend on the other rows.
+    A continuation has at most ``max_tokens`` tokens, the end token included. One beam is greedy
+    decoding. A row's result does not depend on the other rows. Raises ValueError if ``max_tokens``
+    or ``num_beams`` is below 1.
     """
     if max_tokens < 1 or num_beams < 1:
         raise ValueError(f"max_tokens {max_tokens} and num_beams {num_beams} have to be at least 1")
@@ -169,32 +186,35 @@ def _greedy(state: DecodingState, end_id: int, max_tokens: int) -> list[list[int
 
 @dataclass
 class Finished:
-    """The best ended continuations of one row so far, best first, and never more than ``places``."""
+    """The best finished continuations of one row, best first, at most ``places`` of them."""
 
     places: int
     found: list[tuple[float, list[int]]] = field(default_factory=list)
 
     def add(self, score: float, ids: list[int]) -> None:
         self.found.append((score, ids))
-        self.found.sort(
-            key=lambda one: one[0], reverse=True
-        )  # stable: of two equal ones the earlier stays in front
+        # The sort is stable, so that of two equal scores the earlier continuation stays in front.
+        self.found.sort(key=lambda one: one[0], reverse=True)
         del self.found[self.places :]
 
     def beats(self, score: float) -> bool:
-        """Whether all places are taken and none by a worse continuation than this score."""
+        """Return whether all places are taken by continuations at least as good as this score."""
         return len(self.found) == self.places and self.found[-1][0] >= score
 
 
 def _beam_search(
     state: DecodingState, end_id: int, max_tokens: int, num_beams: int
 ) -> list[list[int]]:
-    """As transformers' ``generate(num_beams=N, do_sample=False, length_penalty=1.0, early_stopping=False)``.
+    """Search with N beams for each row, and return the best continuation of each row.
 
-    A continuation's score is the mean log-probability of its tokens, end token included. Each step takes the 2 N best
-    continuations of a row's beams; those among the first N that end are finished, and the N best that do not end go
-    on. A row is over once N are finished and the best beam, scored at its present length, is no better than the worst
-    of them.
+    The result is that of transformers' ``generate(num_beams=N, do_sample=False, length_penalty=1.0,
+    early_stopping=False)``.
+
+    The score of a continuation is the mean log-probability of its tokens, end token included. Each
+    step takes the 2 N best continuations of a row's beams. Those that end and are among the first N
+    are finished. The N best that do not end become the next beams. A row is done once N
+    continuations are finished and the best beam, scored at its present length, is no better than
+    the worst of them.
     """
     finished = [Finished(num_beams) for _ in range(len(state.logits))]
     beams = _Beams.start(state, num_beams)
@@ -223,10 +243,11 @@ def _beam_search(
 
 @dataclass
 class _Beams:
-    """The N running beams of each row that is not over: ``rows[place]`` is the row's index in the batch.
+    """The N running beams of each row that is not done.
 
-    ``scores`` [rows, N] sums of log-probabilities; ``made[place][beam]`` tokens so far; ``state`` of rows x N, a row's
-    beams one after another.
+    ``rows[place]`` is the row's index in the batch. ``scores`` [rows, N] are sums of
+    log-probabilities. ``made[place][beam]`` are the beam's tokens so far. ``state`` has rows x N
+    rows, with the beams of a row next to each other.
     """
 
     state: DecodingState
@@ -236,7 +257,11 @@ class _Beams:
 
     @classmethod
     def start(cls, state: DecodingState, num_beams: int) -> _Beams:
-        """The first beam alone counts, or all N would take the same tokens."""
+        """Start N beams for each row.
+
+        All but the first start at a score of minus infinity. Otherwise all N would take the same
+        tokens.
+        """
         rows, device = len(state.logits), state.logits.device
         scores = torch.full((rows, num_beams), -math.inf, device=device)
         scores[:, 0] = 0
@@ -249,14 +274,20 @@ class _Beams:
         )
 
     def candidates(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The 2 N best continuations of each row, best first: score, beam and token, each [rows, 2 N]."""
+        """Return score, beam and token, each [rows, 2 N], of each row's best continuations.
+
+        The 2 N best continuations of each row are sorted, best first.
+        """
         rows, num_beams = self.scores.shape
         log_probs = self.state.logits.float().log_softmax(-1).view(rows, num_beams, -1)
         scores, flat = (log_probs + self.scores[:, :, None]).flatten(1).topk(2 * num_beams)
         return scores, flat // log_probs.shape[2], flat % log_probs.shape[2]
 
     def advance(self, places: list[int], scores: Tensor, origin: Tensor, ids: Tensor) -> _Beams:
-        """The rows at ``places`` after one token: beam n of a row is its beam ``origin[n]`` with token ``ids[n]``."""
+        """Extend the beams of the rows at ``places`` by one token.
+
+        The new beam n of a row is its old beam ``origin[n]`` followed by the token ``ids[n]``.
+        """
         kept = torch.tensor(places, device=scores.device)
         scores, origin, ids = scores[kept], origin[kept], ids[kept]
         state = self.state.select((kept[:, None] * scores.shape[1] + origin).flatten()).extend(

@@ -1,6 +1,6 @@
-"""Check a local base model's folder from its files alone: quickly, and without torch or transformers.
+"""Check a local base model's folder from its files, quickly and without torch or transformers.
 
-What a library has to be asked, such as whether the tokenizer works, is checked as a job is prepared.
+Checks that need a library, such as whether the tokenizer works, run when a job is prepared.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
-    "sentencepiece.bpe.model",
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt",
+    "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
 AGAIN = "fetch or save the model again"
-HEADER_BYTES = 8  # of a safetensors file: the length of its header
+HEADER_BYTES = 8  # a safetensors file starts with the length of its header in 8 bytes
 
 
 def folder_faults(spec: BaseModelSpec) -> Iterator[BadInput]:
-    """Find what is wrong with the folder that ``base_model.id`` names."""
+    """Find the faults of the folder that ``base_model.id`` names."""
     try:
         folder = local_folder(spec.id)
         config = _config(spec, folder)
@@ -36,8 +36,8 @@ def folder_faults(spec: BaseModelSpec) -> Iterator[BadInput]:
         return
     if not _may_be_language_model(spec, config):
         yield BadInput(
-            f"base_model.id {spec.id!r} is not a language model (model_type {config.get('model_type')!r}, "
-            f"architectures {config['architectures']})",
+            f"base_model.id {spec.id!r} is not a language model (model_type "
+            f"{config.get('model_type')!r}, architectures {config['architectures']})",
             MODEL_HINT,
         )
         return
@@ -57,13 +57,16 @@ def _config(spec: BaseModelSpec, folder: Path) -> dict[str, Any]:
 
 
 def _hint_without_config(folder: Path) -> str:
-    """Name the base model of an adapter, or the models inside a folder of models."""
+    """Suggest the base model of an adapter, or the models inside a folder of models."""
     if (folder / ADAPTER_CONFIG).is_file():
         try:
             base = json.loads((folder / ADAPTER_CONFIG).read_bytes())["base_model_name_or_path"]
         except (OSError, ValueError, KeyError, TypeError):
             base = "its base model"
-        return f"it is an adapter: set base_model.id to {base}, and import it or start from it as an artifact"
+        return (
+            f"it is an adapter: set base_model.id to {base}, and import it or start from it as an "
+            "artifact"
+        )
     models = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))
     if models:
         return f"name one of the models in it: {', '.join(models[:5])}"
@@ -71,7 +74,10 @@ def _hint_without_config(folder: Path) -> str:
 
 
 def _may_be_language_model(spec: BaseModelSpec, config: dict[str, Any]) -> bool:
-    """Judge by the names of the architectures, which say enough to refuse a classifier or an image model."""
+    """Return whether the names of the architectures allow for a language model.
+
+    The names are enough to refuse a classifier or an image model.
+    """
     architectures = config.get("architectures")
     if spec.allow_remote_code or not isinstance(architectures, list) or not architectures:
         return True
@@ -83,7 +89,8 @@ def _tokenizer_faults(spec: BaseModelSpec, folder: Path) -> Iterator[BadInput]:
     names = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
     if not names:
         yield BadInput(
-            f"base_model.id {spec.id!r}: {folder} holds no tokenizer, which has files such as tokenizer.json",
+            f"base_model.id {spec.id!r}: {folder} holds no tokenizer, which has files such as "
+            "tokenizer.json",
             "save the model's tokenizer beside it: tokenizer.save_pretrained(FOLDER)",
         )
     for name in names:
@@ -129,7 +136,8 @@ def _weight_faults(spec: BaseModelSpec, folder: Path) -> Iterator[BadInput]:
         return
     if missing:
         yield BadInput(
-            f"base_model.id {spec.id!r}: {INDEX} names {', '.join(missing[:5])}, which {folder} lacks",
+            f"base_model.id {spec.id!r}: {INDEX} names {', '.join(missing[:5])}, which {folder} "
+            "lacks",
             AGAIN,
         )
     for file in files:
@@ -150,7 +158,7 @@ def _missing_shards(spec: BaseModelSpec, folder: Path) -> list[str]:
 
 
 def _broken_weights(file: Path) -> str:
-    """Say what is wrong with a safetensors file: it has to be as long as its header says; empty when it is sound."""
+    """Return the fault of a safetensors file, or "" if the file is as long as its header says."""
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:

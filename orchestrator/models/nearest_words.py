@@ -1,4 +1,6 @@
-"""The words that a prompt's virtual tokens are near, from the embedding table on disk alone: no model is loaded.
+"""Find the words nearest to a prompt's virtual tokens, without loading the model.
+
+The embedding table is read from the weights file on disk.
 
 Shapes: P virtual tokens, H width, V vocabulary.
 """
@@ -25,16 +27,18 @@ TABLES = (
     "embeddings",
     "embedding",
 )
-"""What a table of token embeddings is called, by the last word before ``weight``."""
-CHUNK = 8192  # rows of the vocabulary that are looked at together
+"""Names of token embedding tables: the last word before ``weight`` in the tensor's name."""
+CHUNK = 8192  # rows of the vocabulary that are compared at a time
 
 Words = list[list[tuple[str, float]]]
-"""For each virtual token its nearest words and their cosine distances, the nearest first."""
+"""For each virtual token, its nearest words and their cosine distances, the nearest first."""
 
 
 def nearest_words(source: ModelSource, embeddings: np.ndarray, count: int) -> Words:
-    """For each of [P, H] the nearest tokens of the vocabulary by cosine distance; nothing where the files hold no table
-    of that width."""
+    """Return the ``count`` nearest tokens of each embedding of [P, H], by cosine distance.
+
+    The result is empty if the model's files hold no embedding table of that width.
+    """
     tokenizer = source.tokenizer()
     wanted = normalize(torch.from_numpy(np.ascontiguousarray(embeddings)).float(), dim=1)
     for file in sorted(source.path.glob("*.safetensors")):
@@ -57,7 +61,7 @@ def _table(weights: Any, vocabulary: int, width: int) -> str | None:
 def _nearest(table: Any, tokenizer: Any, wanted: Tensor, count: int) -> Words:
     best, places = torch.empty(len(wanted), 0), torch.empty(len(wanted), 0, dtype=torch.long)
     for start in range(0, len(tokenizer), CHUNK):
-        end = min(start + CHUNK, len(tokenizer))  # tables are padded to round sizes
+        end = min(start + CHUNK, len(tokenizer))  # skips padding of the table to a round size
         cosines = wanted @ normalize(table[start:end].float(), dim=1).T
         both = torch.cat([best, cosines], dim=1)
         best, chosen = both.topk(min(count, both.shape[1]), dim=1)

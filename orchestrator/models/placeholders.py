@@ -1,10 +1,11 @@
-"""Token rows that hold more than tokens: places for virtual tokens, and for the answer.
+"""Token rows with places for virtual tokens and for the answer.
 
-Token ids are never negative, so a row's negative entries are free for what its template places:
+Token ids are never negative, so negative entries of a row can mark the places that its template
+sets:
 
-* in an encoded input, ``BLANK`` is where a masked model fills in the answer, and ``marker(m)`` is where the m-th group
-  of virtual tokens stands; both are independent of the prompt's length;
-* in a placed row, -(k + 1) is virtual token k of the row's prompt.
+* In an encoded input, ``BLANK`` is where a masked model fills in the answer, and ``marker(m)`` is
+  where the m-th group of virtual tokens stands. Both are independent of the prompt's length.
+* In a placed row, -(k + 1) is virtual token k of the row's prompt.
 """
 
 from __future__ import annotations
@@ -15,22 +16,25 @@ BLANK = -1
 
 
 def marker(place: int) -> int:
-    """The entry that stands for the ``place``-th group of virtual tokens (from 0)."""
+    """Return the entry that stands for the ``place``-th group of virtual tokens, counted from 0."""
     return -(2 + place)
 
 
 def shares(virtual_tokens: int, groups: int) -> list[int]:
-    """How P virtual tokens spread over the groups: evenly, earlier groups one more."""
+    """Spread P virtual tokens evenly over the groups; earlier groups get the remainder."""
     return [virtual_tokens // groups + (group < virtual_tokens % groups) for group in range(groups)]
 
 
 def text_ids(ids: Sequence[int]) -> list[int]:
-    """The entries of a row that are tokens: what is left of it without the places."""
+    """Return a row's tokens, without the entries that mark places."""
     return [entry for entry in ids if entry >= 0]
 
 
 def placed(ids: Sequence[int], virtual_tokens: int, blank: Sequence[int] = ()) -> list[int]:
-    """An encoded input with its virtual tokens numbered in order and its blank filled by the tokens ``blank``."""
+    """Return an encoded input with its virtual tokens numbered and its blank filled.
+
+    Virtual tokens are numbered in order. The tokens ``blank`` take the place of the blank.
+    """
     groups = max((-entry - 1 for entry in ids if entry < BLANK), default=0)
     if not groups and not (blank and BLANK in ids):
         return text_ids(ids)

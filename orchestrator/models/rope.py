@@ -1,8 +1,8 @@
-"""Rotary position encodings whose factors depend on how long a row is, as a model's configuration names them.
+"""Rotary position encodings whose factors depend on a row's length.
 
-LongRoPE (Ding et al. 2024; Phi-3, Phi-3.5, Phi-4-mini) has one set of factors for rows up to a length, here called the
-switch, and another set for longer rows. Dynamic NTK scaling changes its factors beyond ``max_position_embeddings``,
-which is the context length: no row gets there.
+LongRoPE (Ding et al. 2024; Phi-3, Phi-3.5, Phi-4-mini) has one set of factors for rows up to a
+certain length, here called the switch, and another set for longer rows. Dynamic NTK scaling changes
+its factors beyond ``max_position_embeddings``. That is the context length, which no row exceeds.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-LONGROPE = ("longrope", "su")  # the second name is that of the first Phi-3 models
+LONGROPE = ("longrope", "su")  # the first Phi-3 models use the second name
 
 
 def rope_switches(config: Any, context_length: int) -> tuple[int, ...]:
-    """Return the row lengths, shorter than the context, at which a model changes its position factors.
+    """Return the row lengths below the context length at which position factors change.
 
-    Empty for a model that treats all rows alike.
+    The result is empty for a model that treats all rows alike.
     """
     document = config.to_dict()
     whole = document.get("original_max_position_embeddings")
@@ -28,7 +28,7 @@ def rope_switches(config: Any, context_length: int) -> tuple[int, ...]:
 
 
 def _longrope_parameters(document: Any) -> Iterator[dict[str, Any]]:
-    """Find the LongRoPE parameters at any depth: some models have a set for each type of layer."""
+    """Find the LongRoPE parameters at any depth; some models have a set for each type of layer."""
     if not isinstance(document, dict):
         return
     if document.get("rope_type", document.get("type")) in LONGROPE:

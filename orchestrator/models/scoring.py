@@ -1,4 +1,4 @@
-"""Scores of answers: the one computation behind training loss, evaluation and serving.
+"""Scores of answers, as used by training loss, evaluation and serving.
 
 Shapes: B rows, Y target tokens, V vocabulary, C answers of a row.
 """
@@ -22,10 +22,12 @@ def answer_scores(
     prompt: Sequence[int],
     answers: Sequence[Sequence[Ids]],
 ) -> list[Tensor]:
-    """For each row the log-probability [C] of each of its answers (sum over the answer's tokens), float32 on the CPU.
+    """Return the log-probability [C] of each answer, for each row, in float32 on the CPU.
 
-    ``answers[b]`` are the token ids that row b chooses from; rows may have different ones. The input runs once,
-    however many answers there are and however long they are.
+    The log-probability of an answer is the sum over its tokens. ``answers[b]`` are the token ids of
+    the answers that row b chooses from; rows may have different answers. Where rows can continue
+    from a cache, the input runs once, however many answers there are and however long they are. On
+    the plain path and in masked models, longer answers run the input again.
     """
     if all(len(ids) == 1 for choices in answers for ids in choices):
         logits, _ = backbone.teacher_forced(
@@ -49,10 +51,11 @@ def answer_tokens(
     prompt: Sequence[int],
     answers: Sequence[Sequence[Ids]],
 ) -> tuple[Tensor, Tensor]:
-    """Every (row, answer) pair, one after another: log-probability [N, Y] of each token of the answer (0 after its
-    end), and whether greedy decoding would have chosen it [N, Y] (true after its end).
+    """Return the log-probability of each answer token, and whether greedy decoding would choose it.
 
-    The input runs once and its cache is shared by the row's answers. Needs a backbone that ``continues``.
+    Both are [N, Y] over all N (row, answer) pairs in order. After the end of an answer the
+    log-probability is 0 and the choice is true. The input runs once and a row's answers share its
+    cache. Needs a backbone that ``continues``.
     """
     state = backbone.start(prompts, inputs, prompt)
     device = backbone.device
@@ -65,7 +68,8 @@ def answer_tokens(
     real = target >= 0
     logits = state.logits[owner][:, None]
     if longest > 1:
-        # A fed token at column j predicts column j + 1; a row's last token is fed too where another row goes on.
+        # The token fed at column j predicts column j + 1. The last token of a short answer is fed
+        # too, because longer answers continue in that column.
         later, _ = backbone.extend(state.select(owner), target[:, :-1].clamp(min=0), real[:, :-1])
         logits = torch.cat([logits, later], dim=1)
     return target_log_probs(logits, target), (logits.argmax(-1) == target) | ~real
@@ -78,10 +82,14 @@ def _scores_of_pairs(
     prompt: Sequence[int],
     answers: Sequence[Sequence[Ids]],
 ) -> list[Tensor]:
-    """Every (row, answer) pair is a row of its own: the plain path, and masked models, whose blank is as long as the
-    answer. A masked model's answers of one length share their blank, so those run once."""
+    """Score each (row, answer) pair as a row of its own.
+
+    This is for the plain path, and for masked models, whose blank is as long as the answer. A
+    masked model's answers of equal length share a blank, and therefore share a run.
+    """
     pairs = [(row, tuple(ids)) for row, choices in enumerate(answers) for ids in choices]
-    # What a masked model predicts depends on the answer's length alone; elsewhere on the answer itself.
+    # A masked model's prediction depends on the length of the answer only, a causal model's on the
+    # answer's tokens.
     runs = {
         (row, len(ids) if backbone.family == "masked" else ids): (row, ids) for row, ids in pairs
     }
@@ -96,15 +104,17 @@ def _scores_of_pairs(
     scores = []
     for row, ids in pairs:
         run = log_probs[place[row, len(ids) if backbone.family == "masked" else ids]]
-        start = (
-            run.shape[0] - len(ids) if backbone.family == "causal" else 0
-        )  # causal targets end at the right edge
+        # Targets of causal models end at the right edge.
+        start = run.shape[0] - len(ids) if backbone.family == "causal" else 0
         scores.append(run[start + torch.arange(len(ids)), torch.tensor(ids)].sum())
     return _split_by_row(torch.stack(scores).cpu(), answers)
 
 
 def target_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
-    """[B, Y] log-probability of each target token, 0 where there is none. The head's sum runs in float32."""
+    """Return the log-probability [B, Y] of each target token, and 0 where there is no target.
+
+    The softmax is computed in float32.
+    """
     picked = logits.float().log_softmax(-1).gather(2, targets.clamp(min=0)[:, :, None]).squeeze(2)
     return picked * (targets >= 0)
 

@@ -1,4 +1,7 @@
-"""Find a base model and say whether it can be tuned, from its small files alone: before any weight is read."""
+"""Find a base model and check, before any weight is read, that it can be tuned.
+
+Finding and checking need only the model's small files.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from typing import Any, Literal, TypeAlias
 
 from orchestrator.errors import BadInput, Unreachable
 from orchestrator.job.spec import BUILTIN, QUICKSTART, BaseModelSpec
-from orchestrator.job.spec import looks_like_path as looks_like_path  # noqa: PLC0414 - part of this module's names
+from orchestrator.job.spec import looks_like_path as looks_like_path  # noqa: PLC0414 - re-export
 from orchestrator.models.adapter_folder import instead_of_model
 from orchestrator.models.builtin import BUILTIN_MODELS, builtin_model
 from orchestrator.models.checks import (
@@ -28,7 +31,7 @@ SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 WEIGHTS = "*.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")
-NO_LIMIT = 1 << 20  # context of a model whose configuration names none
+NO_LIMIT = 1 << 20  # context length of a model whose configuration names none
 
 
 Family: TypeAlias = Literal["causal", "seq2seq", "masked"]
@@ -36,7 +39,7 @@ Family: TypeAlias = Literal["causal", "seq2seq", "masked"]
 
 @dataclass(frozen=True)
 class BaseModelInfo:
-    """What identifies a frozen model, and what a prompt must fit into."""
+    """The identity of a frozen model, and the sizes that a prompt must fit."""
 
     id: str
     revision: str
@@ -61,6 +64,10 @@ class ModelSource:
 
     @cached_property
     def config(self) -> Any:
+        """The configuration of the model, read by transformers.
+
+        Raises BadInput if there is none, if it can't be read, or if it needs code that may not run.
+        """
         quiet_transformers()
         if not (self.path / "config.json").is_file():
             if misplaced := instead_of_model(self.path):
@@ -69,19 +76,20 @@ class ModelSource:
                 f"base_model.id {self.id!r}: {self.path} holds no config.json", MODEL_HINT
             )
         try:
-            with uncollected():  # transformers imports a model's module, and all that it needs, when it is asked for it
+            # transformers imports a model's module, and all its dependencies, on first use.
+            with uncollected():
                 from transformers import AutoConfig
 
                 return AutoConfig.from_pretrained(
                     self.path, trust_remote_code=self.allow_remote_code
                 )
-        except (
-            Exception
-        ) as error:  # configurations are checked in many ways, which raise errors of their own
+        # Models check their configurations in many ways, each with errors of its own.
+        except Exception as error:
             if "trust_remote_code" in str(error):
                 raise BadInput(
                     f"base_model.id {self.id!r} brings Python code of its own, which is not run",
-                    "choose a model that transformers knows, or set base_model.allow_remote_code: true if you trust it",
+                    "choose a model that transformers knows, or set base_model.allow_remote_code: "
+                    "true if you trust it",
                 ) from None
             raise BadInput(
                 f"base_model.id {self.id!r} can't be read as a model: {_first_line(error)}",
@@ -90,6 +98,10 @@ class ModelSource:
 
     @cached_property
     def _tokenizer(self) -> Any:
+        """The tokenizer of the model.
+
+        Raises BadInput if it can't be used, or lacks the mask or end token that the family needs.
+        """
         quiet_transformers()
         try:
             with uncollected():
@@ -98,9 +110,8 @@ class ModelSource:
                 tokenizer = AutoTokenizer.from_pretrained(
                     self.path, trust_remote_code=self.allow_remote_code
                 )
-        except (
-            Exception
-        ) as error:  # tokenizer files fail in many ways: KeyError, TypeError, OSError, a Rust panic
+        # Tokenizer files fail in many ways: KeyError, TypeError, OSError, a Rust panic.
+        except Exception as error:
             raise BadInput(
                 f"base_model.id {self.id!r} has no usable tokenizer: {_first_line(error)}",
                 MODEL_HINT,
@@ -122,17 +133,22 @@ class ModelSource:
         return self._tokenizer
 
     def weight_files(self) -> list[Path]:
+        """Return the safetensors files of the model.
+
+        Raises BadInput if there are none, or if the index names a missing file.
+        """
         files = sorted(self.path.glob(WEIGHTS))
         if not files:
             raise BadInput(
-                f"base_model.id {self.id!r}: no *.safetensors in {self.path}; pickled weights are not read",
+                f"base_model.id {self.id!r}: no *.safetensors in {self.path}; pickled weights are "
+                "not read",
                 "convert the model with save_pretrained(..., safe_serialization=True)",
             )
         self._check_index(files)
         return files
 
     def _check_index(self, files: list[Path]) -> None:
-        """Refuse weights in several files of which one is missing."""
+        """Raise BadInput if the weights' index names a file that is missing, or can't be read."""
         index = self.path / WEIGHTS_INDEX
         if not index.is_file():
             return
@@ -147,6 +163,7 @@ class ModelSource:
             )
 
     def unusable_weights(self, reason: str) -> BadInput:
+        """Make the error for weights that can't be used, with the first line of ``reason``."""
         first = reason.strip().splitlines()[0][:200] if reason.strip() else "unknown reason"
         return BadInput(
             f"base_model.id {self.id!r}: the weights in {self.path} can't be used: {first}",
@@ -155,9 +172,11 @@ class ModelSource:
 
     @property
     def context_length(self) -> int:
+        """The longest row, in tokens, that the model has positions for; NO_LIMIT if not named."""
         for key in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
             if isinstance(value := getattr(self.config.get_text_config(), key, None), int):
-                # RoBERTa numbers positions from its pad token's id on, and its table holds those numbers too.
+                # RoBERTa's first position is its pad token's id + 1, and the earlier positions
+                # take rows of the position table too.
                 offset = (
                     self.config.pad_token_id + 1
                     if self.config.model_type in _OFFSET_POSITIONS
@@ -167,6 +186,7 @@ class ModelSource:
         return NO_LIMIT
 
     def info(self, fingerprint: str) -> BaseModelInfo:
+        """Describe the model; ``fingerprint`` is that of its weights."""
         config = self.config.get_text_config()
         return BaseModelInfo(
             id=self.id,
@@ -182,7 +202,7 @@ class ModelSource:
 
     @property
     def brings_model_code(self) -> bool:
-        """Whether the spec allows, and the model has, a language model class of its own."""
+        """True if the model has its own language model class and the spec allows its code."""
         classes = getattr(self.config, "auto_map", None) or {}
         return self.allow_remote_code and any(name in classes for name in _AUTO_CLASSES.values())
 
@@ -192,15 +212,16 @@ class ModelSource:
 
     @property
     def table_size(self) -> int:
-        """Rows of the input embedding table: every token id has to be below."""
+        """Rows of the input embedding table; every token id has to be smaller."""
         return int(self.config.get_text_config().vocab_size)
 
     def check_tunable(self) -> None:
-        """Refuse what is no language model, before any weight is read."""
+        """Raise BadInput for a model that can't be tuned, before any weight is read."""
         config = self.config
         if self.quantization != "none" and find_spec("bitsandbytes") is None:
             raise BadInput(
-                f"base_model.quantization {self.quantization} needs the package bitsandbytes, which is not installed",
+                f"base_model.quantization {self.quantization} needs the package bitsandbytes, "
+                "which is not installed",
                 "pip install bitsandbytes, or leave base_model.quantization out",
             )
         if not (self.brings_model_code or _is_language_model(config)):
@@ -227,7 +248,7 @@ ENDINGS: dict[Family, tuple[str, ...]] = {
 
 
 def family_of(config: Any) -> Family:
-    """The model's family, from its configuration alone."""
+    """Return the model's family, from its configuration alone."""
     if getattr(config, "is_encoder_decoder", False):
         return "seq2seq"
     names = config.architectures or []
@@ -241,7 +262,7 @@ def family_of(config: Any) -> Family:
 
 
 def usual_family(model_type: str) -> Family:
-    """The family that models of a type usually have, where no configuration is at hand."""
+    """Return the usual family of a model type, where no configuration is at hand."""
     from transformers.models.auto import modeling_auto as auto
 
     if model_type in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
@@ -265,7 +286,7 @@ def _is_language_model(config: Any) -> bool:
 
 
 def _embedding_width(config: Any) -> int:
-    """Width of the token embeddings, which some families project to another hidden size."""
+    """Return the width of the token embeddings, which some models project to the hidden size."""
     for key in ("embedding_size", "word_embed_proj_dim", "hidden_size"):
         if value := getattr(config, key, None):
             return int(value)
@@ -281,9 +302,11 @@ MODEL_HINT = (
 
 
 def resolve_model(spec: BaseModelSpec, weights: bool = True) -> ModelSource:
-    """The model's files: made for a built-in model, found for a folder, fetched for a hub id.
+    """Return the model's files, after checking that the model can be tuned.
 
-    ``weights=False`` fetches only configuration and tokenizer, enough to refuse a bad choice early.
+    Files are made for a built-in model, found for a folder, and fetched for a hub id.
+    ``weights=False`` fetches only configuration and tokenizer, which is enough to refuse an
+    unusable model early. Raises BadInput, or Unreachable when the hub can't be reached.
     """
     if spec.id.startswith(BUILTIN):
         path = builtin_model(known_builtin(spec.id))
@@ -297,7 +320,10 @@ def resolve_model(spec: BaseModelSpec, weights: bool = True) -> ModelSource:
 
 
 def known_builtin(name: str) -> str:
-    """The name of a built-in model without what marks it as one; BadInput lists those there are."""
+    """Return the name of a built-in model without its prefix.
+
+    Raises BadInput, which lists the built-in models, for an unknown name.
+    """
     bare = name.removeprefix(BUILTIN)
     if bare not in BUILTIN_MODELS:
         raise BadInput(
@@ -309,7 +335,10 @@ def known_builtin(name: str) -> str:
 
 
 def local_folder(name: str) -> Path:
-    """Return the folder that a base model's id names. Raises BadInput for a file, and for what is not there."""
+    """Return the folder that a base model's id names.
+
+    Raises BadInput for a file and for a path that does not exist.
+    """
     folder = Path(name).expanduser()
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
@@ -345,35 +374,39 @@ def _from_hub(spec: BaseModelSpec, weights: bool) -> Path:
         raise BadInput(
             f"base_model.id {spec.id!r} is neither a folder here nor a model on the hub", MODEL_HINT
         ) from None
-    except (
-        Exception
-    ) as error:  # no network, no cache, HF_HUB_OFFLINE: the hub client raises many types
+    # Without a network or cache, or with HF_HUB_OFFLINE, the hub client raises many types.
+    except Exception as error:
         raise hub_unreachable(f"base_model.id {spec.id!r}", error) from None
 
 
 def hub_unreachable(what: str, error: Exception) -> Unreachable:
-    """The one message for a hub name that can't be had from here."""
+    """Make the error for a hub name that is neither cached nor reachable."""
     offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
     return Unreachable(
-        f"{what} is not in the local cache and the hub can't be reached{offline}: {type(error).__name__}",
+        f"{what} is not in the local cache and the hub can't be reached{offline}: "
+        f"{type(error).__name__}",
         "connect to the network, point HF_HOME at a cache that holds it, or use a local path",
     )
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """sha256 over the tokenizer's serialised form: equal digests tokenise alike."""
+    """Return the sha256 of the tokenizer's serialised form.
+
+    Tokenizers with equal digests split texts in the same way.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     text = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def quiet_transformers() -> None:
-    """Progress bars and notices of the libraries would tear our own output apart."""
+    """Silence the libraries' progress bars and notices, which would break up our own output."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    # PEFT imports it for LoRA, quantized or not, and it asks for a package with faster 4-bit products for CPUs.
+    # PEFT imports bitsandbytes for LoRA, quantized or not, and bitsandbytes then recommends a
+    # package with faster 4-bit products for CPUs.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 

@@ -1,4 +1,7 @@
-"""The frozen backbone: load, freeze, embed, forward. The only place that knows model families."""
+"""Load a frozen backbone, embed tokens and run forwards.
+
+This package is the place for code that differs between model families.
+"""
 
 from orchestrator.models.backbone.base import Backbone, RowState
 from orchestrator.models.backbone.causal import (
@@ -30,8 +33,9 @@ from orchestrator.models.backbone.seq2seq import Seq2SeqBackbone
 from orchestrator.models.backbone.sharding import bytes_elsewhere
 
 __all__ = [
-    "PROMPT_ONCE_FAMILIES", "SITES", "Backbone", "CausalBackbone", "CausalState", "MaskedBackbone", "PreparedPrompts",
-    "PromptTensors", "RowState", "Rows", "Seq2SeqBackbone", "bytes_elsewhere", "check_exact", "default_device",
-    "device_for", "load_backbone", "make_backbone", "read_backbone", "runs_prompt_once", "set_threads",
-    "stack_prepared", "weights_fingerprint", "why_not_exact",
+    "PROMPT_ONCE_FAMILIES", "SITES", "Backbone", "CausalBackbone", "CausalState",
+    "MaskedBackbone", "PreparedPrompts", "PromptTensors", "RowState", "Rows", "Seq2SeqBackbone",
+    "bytes_elsewhere", "check_exact", "default_device", "device_for", "load_backbone",
+    "make_backbone", "read_backbone", "runs_prompt_once", "set_threads", "stack_prepared",
+    "weights_fingerprint", "why_not_exact",
 ]  # fmt: skip

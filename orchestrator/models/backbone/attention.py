@@ -1,9 +1,10 @@
-"""What is done inside a model's attention.
+"""Attention functions that are installed in a model.
 
-transformers lets a model's attention be any registered function of (module, query, key, value, mask). Ours are two, and
-hand on to the library's own. One puts the rows' prefix in front of key and value where one is set for the module: for
-models whose attention keeps no cache to put it in, which are encoders, and cross-attention. The other spares a CPU the
-copies of keys and values that the heads of a group share.
+transformers lets a model's attention be any registered function of (module, query, key, value,
+mask). The two functions here wrap the library's own. One puts the rows' prefix in front of key and
+value, in modules for which a prefix is set. It serves attention that keeps no cache to put a prefix
+in: encoders and cross-attention. The other avoids, on a CPU, the copies of keys and values that the
+heads of a group share.
 
 Shapes: B rows, P virtual tokens, Q queries, T keys, L layers.
 """
@@ -26,7 +27,10 @@ GROUPED = "orchestrator_grouped"
 
 @dataclass(frozen=True)
 class RowPrefix:
-    """One module's prefix for the rows of a forward: ``key`` and ``value`` [B, kv heads, P, width], ``mask`` [B, P]."""
+    """An attention module's prefix for the rows of a forward.
+
+    ``key`` and ``value`` are [B, kv heads, P, width], ``mask`` is [B, P].
+    """
 
     key: Tensor
     value: Tensor
@@ -34,7 +38,11 @@ class RowPrefix:
 
 
 class _Thread(threading.local):
-    """What a thread has set: a server reads a new prompt's shapes off the model while it answers with others."""
+    """The prefixes and recorders of one thread.
+
+    They are per thread because a server records a new prompt's shapes from the model while other
+    threads answer with other prompts.
+    """
 
     def __init__(self) -> None:
         self.active: dict[nn.Module, RowPrefix] = {}
@@ -46,7 +54,7 @@ _here = _Thread()
 
 @contextmanager
 def prefixed(prefixes: Mapping[nn.Module, RowPrefix]) -> Iterator[None]:
-    """Within, the attention modules named see their prefix in front of their keys, in this thread's forwards."""
+    """Put prefixes in front of the keys of the given modules, in this thread's forwards."""
     before = _here.active
     _here.active = {**before, **prefixes}
     try:
@@ -57,7 +65,7 @@ def prefixed(prefixes: Mapping[nn.Module, RowPrefix]) -> Iterator[None]:
 
 @contextmanager
 def recorded() -> Iterator[dict[nn.Module, tuple[Tensor, Tensor]]]:
-    """Within, keys and values of every attention module that this thread runs are kept, in the order of the calls."""
+    """Record keys and values of every attention module that this thread runs, in call order."""
     seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
     _here.recorders.append(seen)
     try:
@@ -74,7 +82,7 @@ def attention(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, Any]:
-    """The library's scaled dot product attention, behind the module's prefix if it has one."""
+    """Run the library's scaled dot product attention, after the module's prefix if one is set."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     for seen in _here.recorders:
@@ -86,9 +94,9 @@ def attention(
         )
         key = torch.cat([prefix.key.to(key), key], dim=2)
         value = torch.cat([prefix.value.to(value), value], dim=2)
-        options["is_causal"] = False  # the mask says it all
+        options["is_causal"] = False  # the mask already includes causality
         if (bias := options.get("position_bias")) is not None:
-            # A relative position has no meaning for a prefix: its keys stand at no place.
+            # A prefix's keys have no position, so their relative position bias is zero.
             options["position_bias"] = pad(bias, (prefix.mask.shape[1], 0))
     out: tuple[Tensor, Any] = sdpa_attention_forward(
         module, query, key, value, attention_mask, **options
@@ -104,7 +112,7 @@ def _extended(
     prefix: RowPrefix,
     is_causal: bool | None,
 ) -> Tensor:
-    """The mask [B, 1, Q, P + T] with the prefix's columns in front."""
+    """Return the mask [B, 1, Q, P + T] with the prefix's columns in front."""
     rows, queries, keys = len(query), query.shape[2], key.shape[2]
     if mask is None:
         causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
@@ -128,10 +136,11 @@ def grouped_attention(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, Any]:
-    """The library's attention, bit for bit, with each group's keys and values read where they are.
+    """Run the library's attention without copying the keys and values of each group.
 
-    The library copies them for every head. Torch's function for CPUs need not, and is faster unless each row has a
-    single query (docs/decisions.md).
+    The library copies them for every head. Torch's function for CPUs doesn't need the copies, gives
+    the same result bit for bit, and is faster unless each row has a single query
+    (docs/decisions.md).
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -158,12 +167,12 @@ def grouped_attention(
 
 
 def install_prefixes(model: nn.Module) -> None:
-    """Let the model's attention have prefixes. The results without one stay the library's."""
+    """Let the model's attention take prefixes; results without a prefix don't change."""
     _install(model, PREFIXED, attention)
 
 
 def install_grouped(model: Any) -> None:
-    """Spare a model whose heads share keys and values the copies of them, where transformers lets us."""
+    """Avoid the copies of keys and values that heads share, where transformers allows it."""
     config = model.config
     heads = getattr(config, "num_attention_heads", 0)
     if (
@@ -183,7 +192,7 @@ def _install(model: Any, name: str, function: Any) -> None:
 
 
 def called_modules(seen: Mapping[nn.Module, Any], within: nn.Module) -> list[nn.Module]:
-    """The recorded attention modules that are part of ``within``, in the order of their calls."""
+    """Return the recorded attention modules inside ``within``, in the order of their calls."""
     inside = set(within.modules())
     return [module for module in seen if module in inside]
 
@@ -191,6 +200,9 @@ def called_modules(seen: Mapping[nn.Module, Any], within: nn.Module) -> list[nn.
 def layer_prefixes(
     modules: Sequence[nn.Module], tensors: Sequence[Tensor], mask: Tensor
 ) -> dict[nn.Module, RowPrefix]:
-    """A site's rows' prefixes for its modules: ``tensors`` are key and value of each layer."""
+    """Assign a site's prefixes of the rows to the site's modules.
+
+    ``tensors`` are key and value of each layer.
+    """
     pairs = zip(modules, tensors[::2], tensors[1::2], strict=True)
     return {module: RowPrefix(key, value, mask) for module, key, value in pairs}

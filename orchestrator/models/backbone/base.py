@@ -1,6 +1,7 @@
-"""The frozen backbone, whatever its family: what the rest of the product may ask of it.
+"""The interface of a frozen backbone that all model families share.
 
-Shapes: B rows, P virtual tokens, T input tokens, Y target tokens, H width, L layers, K prompts, V vocabulary.
+Shapes: B rows, P virtual tokens, T input tokens, Y target tokens, H width, L layers, K prompts, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -28,12 +29,15 @@ Ids = Sequence[int]
 
 
 class RowState(Protocol):
-    """Rows that can go on: ``logits`` [B, V] of the next token."""
+    """State of rows that can be extended by further tokens.
+
+    ``logits`` [B, V] predict the next token of each row.
+    """
 
     logits: Tensor
 
     def select(self, rows: Tensor) -> Self:
-        """The state of the given rows, in that order, with repetition."""
+        """Return the state of the given rows, in that order; a row may appear several times."""
         ...
 
 
@@ -49,8 +53,10 @@ class Backbone(ABC):
         self.sharded = False
 
     def shard(self, device: torch.device, before_gather: Callable[[], Any]) -> None:
-        """Keep only this worker's part of the blocks, on ``device``; see ``sharding.shard_blocks``. ``gather_once``
-        comes before the first forward."""
+        """Keep only this worker's part of each block's weights, on ``device``.
+
+        See ``sharding.shard_blocks``. Call ``gather_once`` before the first forward.
+        """
         shard_blocks(self.model, device, before_gather)
         self.sharded = True
 
@@ -65,19 +71,23 @@ class Backbone(ABC):
         return weight
 
     def embed(self, ids: Tensor) -> Tensor:
-        """What enters the model for token ids: rows of the table, scaled where the family does so (Gemma)."""
+        """Return the embeddings that enter the model for token ids.
+
+        They are rows of the table, scaled in families that scale them (Gemma).
+        """
         embeddings: Tensor = self.model.get_input_embeddings()(ids)  # type: ignore[operator]
         return embeddings
 
     @abstractmethod
     def prepare(self, prompts: Sequence[Tensor | PromptTensors]) -> PreparedPrompts:
-        """K prompts to what stands in front of rows; differentiable. float32 prompts are cast here.
+        """Prepare K prompts for a forward, so that gradients flow back to them.
 
-        A bare tensor [P_k, H] is a soft prompt. BadInput for a prompt that the family can't take.
+        A bare tensor [P_k, H] is a soft prompt. float32 prompts are cast to the model's dtype here.
+        Raises BadInput for a prompt that the model family can't take.
         """
 
     def shares_forward(self, kinds: frozenset[str]) -> bool:
-        """Whether one forward takes prompts that have these ``PreparedPrompts.kinds`` between them."""
+        """Return whether prompts with these ``PreparedPrompts.kinds`` can run in one forward."""
         return True
 
     @abstractmethod
@@ -88,46 +98,52 @@ class Backbone(ABC):
         targets: Sequence[Ids],
         prompt: Sequence[int],
     ) -> tuple[Tensor, Tensor]:
-        """Logits [B, Y, V] that predict the targets, and the targets [B, Y], -100 where a row has none.
+        """Return the logits [B, Y, V] that predict the targets, and the padded targets [B, Y].
 
-        ``prompt[b]`` is the place of row b's prompt among the K; ``prompts=None`` is the model as it stands.
+        Targets shorter than Y are padded with -100. ``prompt[b]`` is the index of row b's prompt
+        among the K prompts. ``prompts=None`` runs the model without a prompt.
         """
 
     @property
     @abstractmethod
     def continues(self) -> bool:
-        """Whether rows can be started and extended token by token at the cost of the new tokens alone."""
+        """True if rows can be started once and then extended at the cost of only the new tokens."""
 
     def start(
         self, prompts: PreparedPrompts | None, inputs: Sequence[Ids], prompt: Sequence[int]
     ) -> Any:
-        """Run the inputs: a ``RowState`` whose logits [B, V] are those of the first target token."""
+        """Run the inputs; return a ``RowState`` with logits [B, V] of the first target token."""
         raise NotImplementedError(f"a {self.family} backbone can't continue rows")
 
     def extend(self, state: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, Any]:
-        """Feed further tokens [B, n], padded on the right, after rows already run: logits [B, n, V] and the new state.
+        """Run further tokens [B, n] of started rows; return logits [B, n, V] and the new state.
 
-        The state's cache grows in place: a state is used once. ``logits`` of the new state are those of column n - 1.
+        The tokens are padded on the right. The state's cache grows in place, so a state can be
+        extended only once. The new state's ``logits`` are those of column n - 1.
         """
         raise NotImplementedError(f"a {self.family} backbone can't continue rows")
 
     @abstractmethod
     def activations(self, embeddings: Tensor) -> dict[str, Tensor]:
-        """For each site [L, 2, kv heads, P, head width]: keys and values that a soft prompt [P, H] has in this model.
+        """Return the keys and values that a soft prompt [P, H] has in this model.
 
-        As a prefix they are where prefix tuning starts from real words (Li & Liang 2021, section 7.4). BadInput for a
-        model without such keys and values.
+        They have the shape [L, 2, kv heads, P, head width] for each attention site. Prefix tuning
+        starts from the activations of real words (Li & Liang 2021, section 7.4). Raises BadInput
+        for a model without such keys and values.
         """
 
     @cached_property
     def prefix_shapes(self) -> dict[str, torch.Size]:
-        """For each site the shape that a prefix of one token has. BadInput for a model that takes none."""
+        """The shape of a prefix of one token, for each attention site.
+
+        Raises BadInput for a model that can't take a prefix.
+        """
         with torch.inference_mode():
             one = self.embed(torch.zeros(1, dtype=torch.long, device=self.device))
             return {site: tensor.shape for site, tensor in self.activations(one).items()}
 
     def inner_counts(self, prompts: PreparedPrompts | None, prompt: Sequence[int]) -> list[int]:
-        """How many virtual tokens each row places itself."""
+        """Count the virtual tokens that each row's template places inside the row."""
         if prompts is None or "inner" not in prompts.parts:
             return [0] * len(prompt)
         lengths = prompts.parts["inner"].lengths.tolist()
@@ -136,7 +152,10 @@ class Backbone(ABC):
     def row_embeddings(
         self, prompts: PreparedPrompts | None, ids: Tensor, prompt: Tensor
     ) -> Tensor:
-        """[B, T, H]: each token's embedding; a negative id -(k + 1) is virtual token k of the row's prompt."""
+        """Return the embedding of each token, [B, T, H].
+
+        A negative id -(k + 1) stands for virtual token k of the row's prompt.
+        """
         embeddings = self.embed(ids.clamp(min=0))
         if prompts is None or "inner" not in prompts.parts:
             return embeddings
@@ -146,7 +165,10 @@ class Backbone(ABC):
         return torch.where((ids < 0)[:, :, None], taken, embeddings)
 
     def _embedding_part(self, prompts: Sequence[PromptTensors], inside: bool) -> dict[str, Part]:
-        """The embeddings that stand in front of rows, or inside them; nothing when no prompt has any."""
+        """Return the part of the embeddings in front of rows, or of those inside rows.
+
+        The result is empty when no prompt has such embeddings.
+        """
         chosen = [
             (prompt.embeddings,)
             if prompt.embeddings is not None and prompt.inside == inside
@@ -158,33 +180,37 @@ class Backbone(ABC):
         )
 
     def check_prefix(self, prefixes: Mapping[str, Tensor]) -> None:
-        """BadInput unless a prefix has this model's sites, layers, heads and head width."""
+        """Raise BadInput unless a prefix has this model's sites, layers, heads and head width."""
         wanted = self.prefix_shapes if prefixes else {}
         for site, tensor in prefixes.items():
             if site not in wanted:
                 raise BadInput(
-                    f"a prefix for {site} attention does not fit a {self.family} model: {sorted(wanted)}"
+                    f"a prefix for {site} attention does not fit a {self.family} model: "
+                    f"{sorted(wanted)}"
                 )
             expected, got = list(wanted[site]), list(tensor.shape)
             if got[:3] != expected[:3] or got[4] != expected[4]:
                 raise BadInput(
-                    f"a prefix of [layers, 2, kv heads, tokens, head width] = {got} does not fit this model, "
-                    f"which takes {[*expected[:3], got[3], expected[4]]} in {site} attention"
+                    f"a prefix of [layers, 2, kv heads, tokens, head width] = {got} does not fit "
+                    f"this model, which takes {[*expected[:3], got[3], expected[4]]} in {site} "
+                    "attention"
                 )
 
     def gather_once(self) -> None:
-        """With the other workers, find out that all parts of a sharded model are there."""
+        """Check together with the other workers that all parts of a sharded model are there."""
         if self.sharded:
             gather_once(self.model)
 
     def give_up_forward(self) -> None:
-        """After a forward or backward that broke off: nothing of it is left in the model."""
+        """Clean up after a forward or backward that failed, so that nothing of it stays."""
         if self.sharded:
             reset_blocks(self.model)
 
     def digest(self) -> str:
-        """sha256 over the weights in memory, where they are sharded those of this worker: the same before and after a
-        search."""
+        """Return the sha256 of the weights in memory, which a search leaves unchanged.
+
+        Of a sharded model, only this worker's part is hashed.
+        """
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
@@ -202,7 +228,7 @@ class Backbone(ABC):
 
 
 def no_prefix(model_type: str, reason: str) -> BadInput:
-    """A model that has no place for a prefix."""
+    """Make the error for a model that can't take a prefix."""
     return BadInput(
         f"a {model_type} model can't take a prefix: {reason}",
         "use method prompt_tuning or p_tuning",

@@ -1,9 +1,9 @@
-"""Keys and values that grow in place.
+"""A cache of keys and values that grows in place.
 
-transformers' own cache concatenates all it holds at every step, and once more when it is made from tensors. In
-generation of short answers behind long prompts that copying was a third of all the time (docs/decisions.md). Here a
-layer's tensors stand at the front of buffers with room for further columns. Not for training: what is written in place
-has no gradient.
+The cache of transformers concatenates all of its columns at every step, and once more when it is
+made from tensors. In the generation of short answers after long prompts, that copying took a third
+of the time (docs/decisions.md). Here the tensors of a layer are the front of larger buffers, which
+have room for further columns. This cache is not for training: writes in place have no gradient.
 
 Shapes: B rows, C columns.
 """
@@ -18,11 +18,14 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-ROOM = 16  # further columns for each copy of what is there
+ROOM = 16  # spare columns of a newly allocated buffer
 
 
 class RoomyLayer(DynamicLayer):
-    """``keys`` and ``values`` [B, heads, C, width] are views of the front of their buffers."""
+    """A cache layer whose tensors are views of larger buffers.
+
+    ``keys`` and ``values`` [B, heads, C, width] are the front of the buffers.
+    """
 
     def __init__(self, buffers: tuple[Tensor, Tensor] | None = None, columns: int = 0) -> None:
         super().__init__()
@@ -34,7 +37,7 @@ class RoomyLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append columns; returns keys and values of all."""
+        """Append columns; return the keys and values of all columns."""
         added = (key_states, value_states)
         start = self.get_seq_length()
         end = start + key_states.shape[2]
@@ -51,7 +54,10 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def _fits(self, columns: int) -> bool:
-        """Whether the buffers have room, and may be written here: an inference tensor only in inference mode."""
+        """Return whether the buffers have room for so many columns and may be written now.
+
+        Inference tensors may be written in inference mode only.
+        """
         if not self.is_initialized or self.buffers[0].shape[2] < columns:
             return False
         return torch.is_inference_mode_enabled() or not self.buffers[0].is_inference()
@@ -65,32 +71,37 @@ class RoomyLayer(DynamicLayer):
 
 
 def room_for(like: Tensor, columns: int, rows: int | None = None, room: int = ROOM) -> Tensor:
-    """An empty buffer [rows, heads, columns + room, width]. Nobody may read what nobody has written."""
+    """Allocate an uninitialised buffer [rows, heads, columns + room, width].
+
+    Columns have to be written before they are read.
+    """
     return like.new_empty(
         len(like) if rows is None else rows, like.shape[1], columns + room, like.shape[3]
     )
 
 
 def rows_cache(tensors: Sequence[Tensor], rows: Tensor, further: int) -> Cache:
-    """A cache that begins with the given rows [B] of keys and values of each layer, and has room for ``further``
-    columns."""
+    """Make a cache that starts with the given rows [B] of each layer's keys and values.
+
+    ``tensors`` are key and value of each layer. The cache has room for ``further`` columns.
+    """
     layers = []
     for pair in zip(tensors[::2], tensors[1::2], strict=True):
         columns = pair[0].shape[2]
         layer = RoomyLayer(tuple(room_for(it, columns, len(rows), further) for it in pair), columns)  # type: ignore[arg-type]
         for held, shown in zip(pair, (layer.keys, layer.values), strict=True):
-            torch.index_select(held, 0, rows, out=shown)  # straight to its place
+            torch.index_select(held, 0, rows, out=shown)  # copies straight into the buffer
         layers.append(layer)
     return Cache(layers=layers)
 
 
 def empty_cache() -> Cache:
-    """A cache that has nothing yet, and makes room as it grows."""
+    """Make an empty cache that allocates buffers as it grows."""
     return Cache(layer_class_to_replicate=RoomyLayer)
 
 
 def select(cache: Cache, rows: Tensor) -> Cache:
-    """The cache of the given rows [B'], in that order, with repetition."""
+    """Return the cache of the given rows [B'], in that order; a row may appear several times."""
     return Cache(layers=[_selected(layer, rows) for layer in cache.layers])
 
 
@@ -101,8 +112,11 @@ def _selected(layer: Any, rows: Tensor) -> RoomyLayer:
 
 
 def join(caches: Sequence[Cache], masks: Sequence[Tensor]) -> tuple[Cache, Tensor]:
-    """The rows of all caches in one, and its mask [B, C]. ``masks`` say which columns of each row are real; these end
-    at the right edge then, and C is as much as the longest row needs."""
+    """Join the rows of all caches in one cache; return it with its mask [B, C].
+
+    ``masks`` mark the real columns of each cache's rows. In the result, the real columns end at the
+    right edge, and C is the number of real columns of the longest row.
+    """
     width = max(int(mask.sum(1).max()) for mask in masks)
     moves = [_to_the_right(mask, width) for mask in masks]
     layers = [
@@ -127,25 +141,27 @@ def _joined(
             rows.copy_(_moved(tensor, order))
             continue
         missing = max(0, width - tensor.shape[2])
-        rows[:, :, :missing] = 0  # masked, but what isn't a number would stay none
+        rows[:, :, :missing] = 0  # these columns are masked, but a NaN would pass through the mask
         rows[:, :, missing:] = tensor[:, :, tensor.shape[2] - (width - missing) :]
     return buffer
 
 
 def _to_the_right(mask: Tensor, width: int) -> tuple[Tensor | None, Tensor]:
-    """For each row the columns [B, width] that bring its real ones to the right edge, in their order, or None where
-    they are there already; the new mask."""
+    """Return an order of the columns [B, width], and the mask [B, width] of the reordered rows.
+
+    The order moves each row's real columns to the right edge and keeps their sequence. It is None
+    if the real columns are at the right edge already.
+    """
     column = torch.arange(width, device=mask.device)[None, :]
     moved = column >= width - mask.sum(1, keepdim=True)
     if bool((mask[:, 1:] >= mask[:, :-1]).all()) and bool(mask[:, -1].all()):
         return None, moved
     order = mask.long().argsort(dim=1, stable=True)[:, -width:]
-    return torch.nn.functional.pad(
-        order, (width - order.shape[1], 0)
-    ), moved  # any column will do where it is masked
+    # Masked columns may point anywhere, so the order is padded with column 0.
+    return torch.nn.functional.pad(order, (width - order.shape[1], 0)), moved
 
 
 def _moved(tensor: Tensor, order: Tensor) -> Tensor:
-    """Keys or values [B, heads, C, width] with their columns in the given order."""
+    """Return keys or values [B, heads, C, width] with their columns in the given order."""
     index = order[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
     return tensor.gather(2, index)

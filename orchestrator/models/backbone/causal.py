@@ -1,13 +1,14 @@
-"""Causal models: [prompt; input; target] in one stack.
+"""Causal models, which run [prompt; input; target] in one stack.
 
-Two exact ways to put a prompt in front of a row (docs/decisions.md has the measurements):
+A prompt can be put in front of a row in two exact ways (docs/decisions.md has the measurements):
 
-* **prompt once**: the K prompts run through the model as [K, P, H]; their keys and values are shared by all rows. In a
-  causal model the prompt attends to nothing but itself, so it is the same for every row (prefix caching, but
-  differentiable). Prompts are padded on the right, rows on the left; positions are explicit. A prefix is such keys and
-  values from the start.
-* **plain**: everything for every row, padded on the right. Exact for every causal model, also with sliding windows. A
-  prefix is padded on the left here, so that nothing stands between it and its row.
+* **prompt once**: the K prompts run through the model as [K, P, H], and all rows share their keys
+  and values. In a causal model a prompt attends only to itself, so its keys and values are the same
+  for every row. This is prefix caching that stays differentiable. Prompts are padded on the right,
+  rows on the left, and positions are explicit. A prefix already consists of keys and values.
+* **plain**: each row runs with its own copy of the prompt, padded on the right. This is exact for
+  every causal model, also with sliding windows. A prefix is padded on the left here, so that no
+  padding stands between the prefix and its row.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ from orchestrator.models.placeholders import placed
 from orchestrator.models.rope import rope_switches
 from orchestrator.models.source import BaseModelInfo, Family
 
-# Checked in float64 against unpadded rows: loss and gradient agree when the prompt runs once (docs/decisions.md).
+# Families whose loss and gradient with the prompt run once were checked, in float64, to agree with
+# those of unpadded rows (docs/decisions.md).
 PROMPT_ONCE_FAMILIES = frozenset(
     {"llama", "qwen2", "qwen3", "gpt2", "gpt_neox", "opt", "phi", "falcon", "olmo2", "granite"}
 )
@@ -46,8 +48,11 @@ PROMPT_ONCE_FAMILIES = frozenset(
 
 @dataclass
 class CausalState:
-    """Rows after a forward: ``logits`` [B, V] of the last column, keys and values so far, ``mask`` over all columns so
-    far, and each row's next position [B]."""
+    """Rows after a forward.
+
+    ``logits`` [B, V] are those of the last column and ``cache`` has the keys and values so far.
+    ``mask`` covers all columns so far. ``positions`` [B] are each row's next position.
+    """
 
     logits: Tensor
     cache: Any
@@ -55,7 +60,7 @@ class CausalState:
     positions: Tensor
 
     def select(self, rows: Tensor) -> CausalState:
-        """The state of the given rows, in that order, with repetition."""
+        """Return the state of the given rows, in that order; a row may appear several times."""
         from orchestrator.models.backbone import cache
 
         return CausalState(
@@ -64,8 +69,11 @@ class CausalState:
 
     @classmethod
     def join(cls, states: Sequence[CausalState]) -> CausalState:
-        """The rows of all states, in order, for one forward. Columns that nobody needs are left out, so that a batch
-        whose rows come and go is never wider than its longest row."""
+        """Join the rows of all states, in order, so that they share a forward.
+
+        Columns that are padding in every row are dropped. A batch whose rows come and go is
+        therefore never wider than its longest row.
+        """
         from orchestrator.models.backbone import cache
 
         joined, mask = cache.join(
@@ -90,7 +98,8 @@ class CausalBackbone(Backbone):
         switches = rope_switches(model.config, info.context_length)
         if switches:
             install_rowwise(model, switches)
-        # A row beyond the switch needs other keys of its prompt than a short row, so that neither may share them.
+        # Beyond the LongRoPE switch a row needs other prompt keys than a short row does, so rows of
+        # a model with a switch can't share their prompt's keys.
         once = runs_prompt_once(model.config) and not switches
         self.prompt_once = once if prompt_once is None else prompt_once
         if self.prompt_once:
@@ -106,7 +115,11 @@ class CausalBackbone(Backbone):
     # Prompts
 
     def prepare(self, prompts: Sequence[Tensor | PromptTensors]) -> PreparedPrompts:
-        """The prompts' keys and values with the prompt run once or as a prefix, else their embeddings."""
+        """Prepare the prompts as keys and values, or as embeddings on the plain path.
+
+        Prefixes are keys and values on both paths. Raises BadInput when soft prompts and prefixes
+        are mixed on the plain path.
+        """
         each = [PromptTensors.of(prompt) for prompt in prompts]
         for prompt in each:
             self.check_prefix(prompt.prefixes)
@@ -118,12 +131,17 @@ class CausalBackbone(Backbone):
             parts |= self._prefix_part(each)
             if not self.shares_forward(frozenset(parts)):
                 raise BadInput(
-                    f"soft prompts and prefixes can't share a forward of a {self.info.model_type} model"
+                    f"soft prompts and prefixes can't share a forward of a {self.info.model_type} "
+                    "model"
                 )
         return PreparedPrompts(parts, len(each))
 
     def shares_forward(self, kinds: frozenset[str]) -> bool:
-        """On the plain path prefixes and soft prompts run apart: each row would carry the longest prefix's columns."""
+        """Return whether prompts of these kinds can run in one forward.
+
+        On the plain path, prefixes and soft prompts run in separate forwards. Otherwise every row
+        would carry the columns of the longest prefix.
+        """
         return self.prompt_once or not kinds >= {"front", "cache"}
 
     def _cache_part(self, prompts: Sequence[PromptTensors]) -> dict[str, Part]:
@@ -143,15 +161,15 @@ class CausalBackbone(Backbone):
         return {"cache": pad_part(members, self.table)} if any(members) else {}
 
     def _prompt_cache(self, prompts: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Key and value of each layer, [K, kv heads, P, head width], of soft prompts that run once."""
+        """Run soft prompts; return key and value of each layer, [K, kv heads, P, head width]."""
         padded = nn.utils.rnn.pad_sequence(list(prompts), batch_first=True).to(
             self.device, self.table.dtype
         )
         width = padded.shape[1]
-        with self._reading(
-            _cache(()), keep=1
-        ) as cache:  # its keys and values are read, not what it gives
-            # The pads are on the right, where no real virtual token looks, and rows mask them out later.
+        # Only keys and values are read here, so the last block may compute a single output column.
+        with self._reading(_cache(()), keep=1) as cache:
+            # Prompts are padded on the right, where no real virtual token attends. Rows mask the
+            # padding later.
             out = self._body(
                 inputs_embeds=padded,
                 attention_mask=torch.ones(
@@ -176,7 +194,7 @@ class CausalBackbone(Backbone):
         body: Any = self.model.base_model
         if "past_key_values" not in inspect.signature(body.forward).parameters:
             raise no_prefix(self.info.model_type, "it keeps no keys and values")
-        cache = DynamicCache()  # a model's own would drop what is outside a layer's window
+        cache = DynamicCache()  # a model's own cache would drop columns outside a layer's window
         self._body(
             inputs_embeds=embeddings.to(self.table)[None], past_key_values=cache, use_cache=True
         )
@@ -194,7 +212,11 @@ class CausalBackbone(Backbone):
         targets: Sequence[Ids],
         prompt: Sequence[int],
     ) -> tuple[Tensor, Tensor]:
-        """The last target token is never fed: nothing is predicted from it. Targets end at the right edge."""
+        """Return the logits [B, Y, V] that predict the targets, and the padded targets [B, Y].
+
+        The last target token is not fed, because nothing is predicted from it. Targets end at the
+        right edge.
+        """
         fed = [
             [*ids, *target[:-1]]
             for ids, target in zip(self._placed(prompts, inputs, prompt), targets, strict=True)
@@ -213,9 +235,9 @@ class CausalBackbone(Backbone):
         return [placed(ids, count) or [0] for ids, count in zip(inputs, counts, strict=True)]
 
     def target_logits(self, prompts: PreparedPrompts | None, rows: Rows, keep: int) -> Tensor:
-        """Logits [B, keep, V] at the last ``keep`` columns of the rows, which end at the right edge.
+        """Return logits [B, keep, V] at the last ``keep`` columns of the rows.
 
-        ``prompts=None`` is the model as it stands, without a prompt.
+        The rows end at the right edge. ``prompts=None`` runs the model without a prompt.
         """
         if not self.prompt_once:
             return self._plain(prompts, rows, keep)
@@ -230,7 +252,10 @@ class CausalBackbone(Backbone):
         )
 
     def run(self, prompts: PreparedPrompts | None, rows: Rows) -> CausalState:
-        """The rows' last logits, and the state to go on from. Needs the prompt-once path."""
+        """Run the rows; return the state to continue from, with the last column's logits.
+
+        Needs the prompt-once path.
+        """
         from orchestrator.models.backbone.cache import ROOM
 
         out, mask, positions = self._continue(prompts, rows, keep=1, room=ROOM)
@@ -253,7 +278,11 @@ class CausalBackbone(Backbone):
     def _continue(
         self, prompts: PreparedPrompts | None, rows: Rows, keep: int, room: int = 0
     ) -> tuple[Any, Tensor, Tensor]:
-        """``room`` columns may follow the rows without another copy of what is kept of them."""
+        """Run the rows after their prompts' keys and values; return output, mask and positions.
+
+        The mask covers the prompts' columns and the rows' columns. Reserve cache space for ``room``
+        more columns, so that they can follow without another copy of the cache.
+        """
         mask, positions = rows.mask, (rows.mask.cumsum(1) - 1).clamp(min=0)
         width = rows.ids.shape[1]
         part = prompts.parts.get("cache") if prompts is not None else None
@@ -267,13 +296,18 @@ class CausalBackbone(Backbone):
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
-                # Places and not a count: of a view, torch would take the head's frozen matrix once for every row.
+                # Indices make a contiguous copy. With a count the model would take a view, and
+                # torch would multiply with the head's whole frozen matrix once for every row.
                 logits_to_keep=torch.arange(width - keep, width, device=self.device),
             )
         return out, mask, positions
 
     def _reading(self, cache: Any, keep: int) -> AbstractContextManager[Any]:
-        """A forward of which the last ``keep`` columns are read. All parts of a sharded block run once, and whole."""
+        """Return the context of a forward of which only the last ``keep`` columns are read.
+
+        A sharded model runs its last block on all columns, because all of a sharded block has to
+        run exactly once.
+        """
         from orchestrator.models.backbone import last_block
 
         return nullcontext(cache) if self.sharded else last_block.reading(cache, keep)
@@ -284,7 +318,10 @@ class CausalBackbone(Backbone):
         return {"input_ids": rows.ids}
 
     def _plain(self, prompts: PreparedPrompts | None, rows: Rows, keep: int) -> Tensor:
-        """[prompt; row; pads], with no hole in between: each row is gathered to stand right after its prompt."""
+        """Run [prompt; row; pads] as one row; return logits [B, keep, V] at the last columns.
+
+        Each row is gathered so that it stands right after its prompt, without padding in between.
+        """
         embeddings = self.row_embeddings(prompts, rows.ids, rows.prompt)
         front = prompts.parts.get("front") if prompts else None
         prefix = prompts.parts.get("cache") if prompts else None
@@ -313,9 +350,10 @@ class CausalBackbone(Backbone):
     def _behind(
         self, prefix: Part | None, rows: Rows, place: Tensor, ends: Tensor
     ) -> dict[str, Any]:
-        """Mask, positions and cache of right-padded rows, behind a prefix, which is padded on the left, if any.
+        """Return mask, positions and cache of right-padded rows after their prefix, if any.
 
-        Pads have their row's last position: a row's largest position says how long it is.
+        The prefix is padded on the left. Padding after a row repeats the row's last position, so
+        that the largest position of a row tells how long the row is.
         """
         mask = place < ends[:, None]
         place = place.minimum(ends[:, None] - 1)
@@ -350,18 +388,21 @@ class CausalBackbone(Backbone):
         return "position_ids" in inspect.signature(self.model.forward).parameters
 
     def _body(self, **inputs: Any) -> Any:
-        """The model without its head, which would compute [K, P, V] logits that nobody reads."""
+        """Run the model without its head, whose [K, P, V] logits are not needed."""
         return self.model.base_model(**inputs)  # type: ignore[operator]
 
 
 def _layers(prompt: PromptTensors) -> tuple[Tensor, ...] | None:
-    """Key and value of each layer, [kv heads, P, head width], of a prefix."""
+    """Return key and value of each layer of a prefix, [kv heads, P, head width]."""
     tensor = prompt.prefixes.get("decoder")
     return None if tensor is None else tuple(tensor.flatten(0, 1).unbind(0))
 
 
 def _rows_cache(part: Part | None, prompt: Tensor, further: int) -> Any:
-    """What the rows find before them, to which ``further`` columns come."""
+    """Return the cache that rows continue from, with room for ``further`` columns.
+
+    The cache grows in place only outside of training, where no gradient is needed.
+    """
     from orchestrator.models.backbone import cache
 
     if torch.is_grad_enabled():
@@ -370,14 +411,20 @@ def _rows_cache(part: Part | None, prompt: Tensor, further: int) -> Any:
 
 
 def _cache(tensors: Sequence[Tensor]) -> Any:
-    """A transformers cache of the rows' keys and values. All layers keep everything, also those with a window."""
+    """Make a transformers cache from the rows' keys and values.
+
+    Every layer keeps all columns, also layers with a sliding window.
+    """
     from transformers import DynamicCache
 
     return DynamicCache(list(zip(tensors[::2], tensors[1::2], strict=True)))
 
 
 def runs_prompt_once(config: Any) -> bool:
-    """Whether the prompt may run once for all rows: a checked family in which every layer attends to everything."""
+    """Return whether the prompt may run once for all rows.
+
+    The model must be of a checked family, have no ALiBi, and attend to all columns in every layer.
+    """
     layers = getattr(config, "layer_types", None)
     full = (
         all(kind == "full_attention" for kind in layers)

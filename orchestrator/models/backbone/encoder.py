@@ -1,4 +1,7 @@
-"""What encoder-decoder and masked models have in common: inputs read in both directions, prompts in front of them."""
+"""The shared base of encoder-decoder and masked backbones.
+
+Their encoders read inputs in both directions, with prompts in front of the inputs.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,11 @@ from orchestrator.models.source import BaseModelInfo
 
 
 class EncodingBackbone(Backbone):
-    """A model whose encoder sees whole inputs: a prompt can't run once, and a prefix goes through the attention."""
+    """A model whose encoder attends to the whole input.
+
+    Such a model can't run a prompt once for all rows, and a prefix has to be put into the
+    attention.
+    """
 
     def __init__(self, model: nn.Module, tokenizer: Any, info: BaseModelInfo) -> None:
         super().__init__(model, tokenizer, info)
@@ -39,7 +46,7 @@ class EncodingBackbone(Backbone):
     @cached_property
     @abstractmethod
     def sites(self) -> dict[str, list[nn.Module]]:
-        """The attention modules of each site that a prefix has, layer by layer."""
+        """The attention modules, layer by layer, of each site that a prefix has."""
 
     def prepare(self, prompts: Sequence[Tensor | PromptTensors]) -> PreparedPrompts:
         each = [PromptTensors.of(prompt) for prompt in prompts]
@@ -61,7 +68,10 @@ class EncodingBackbone(Backbone):
     def prefix_of(
         self, prompts: PreparedPrompts | None, rows: Tensor, sites: Sequence[str]
     ) -> Iterator[None]:
-        """Within, the sites' attention sees each row's prefix; ``rows`` [B] are places among the prompts."""
+        """Let the sites' attention see each row's prefix within this context.
+
+        ``rows`` [B] are indices among the prompts.
+        """
         found = {}
         for site in sites:
             if prompts is not None and (part := prompts.parts.get(site)):
@@ -72,8 +82,11 @@ class EncodingBackbone(Backbone):
     def encoder_rows(
         self, prompts: PreparedPrompts | None, rows: Rows
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """[prompt; row; pads] as embeddings [B, P+T, H] without a hole, their mask, and the virtual tokens in front of
-        each row [B]. Rows are padded on the right."""
+        """Embed [prompt; row; pads] without padding between prompt and row.
+
+        Return the embeddings [B, P+T, H], their mask, and the number of virtual tokens in front of
+        each row [B]. Rows are padded on the right.
+        """
         embeddings = self.row_embeddings(prompts, rows.ids, rows.prompt)
         front = prompts.parts.get("front") if prompts else None
         if front is None:
@@ -95,8 +108,11 @@ class EncodingBackbone(Backbone):
     def _recorded_keys(
         self, run: Any, within: nn.Module, keys: int
     ) -> tuple[list[nn.Module], Tensor]:
-        """The attention modules within a part of the model that saw so many keys, and what they saw:
-        [L, 2, kv heads, keys, width]."""
+        """Find the attention modules that see ``keys`` keys when ``run`` is called.
+
+        Only modules inside ``within`` count. Return them with their keys and values, [L, 2, kv
+        heads, keys, width].
+        """
         with recorded() as seen:
             run()
         modules = [

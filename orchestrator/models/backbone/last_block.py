@@ -1,11 +1,13 @@
-"""The last block at the columns that are read, and nowhere else.
+"""Compute the last block's output only at the columns that are read.
 
-What a causal model's last block gives at a column matters only where logits are asked for. Of all other columns it
-needs keys and values alone. So it runs twice: on all columns, until its attention has handed keys and values to the
-cache, and then on the columns wanted, whose attention finds there what the first run left. The numbers are the same;
-queries, the attention's output and the feed-forward part of the block are computed for a few columns instead of all.
+The output of a causal model's last block matters only at columns whose logits are read. Of all
+other columns, only keys and values are needed. So the block runs twice. The first run covers all
+columns and stops once its attention has handed keys and values to the cache. The second run covers
+the wanted columns only, and its attention finds in the cache what the first run left. The numbers
+are the same, but queries, the attention's output and the feed-forward part of the block are
+computed for a few columns instead of all.
 
-Shapes: B rows, T columns of a forward, S columns behind them and their own, H width.
+Shapes: B rows, T columns of a forward, S columns of the cache and the forward together, H width.
 """
 
 from __future__ import annotations
@@ -23,8 +25,10 @@ from orchestrator.models.backbone.sharding import blocks_of
 
 
 class LastColumns(Cache):
-    """A cache for one forward whose last block is to give the ``keep`` last columns only. Afterwards, and where the
-    block can't be asked for less, it is like any other."""
+    """The cache of one forward whose last block computes only the ``keep`` last columns.
+
+    It behaves like any other cache after that forward, and where the block can't be narrowed.
+    """
 
     def __init__(self, cache: Cache, keep: int) -> None:
         super().__init__(
@@ -38,7 +42,7 @@ class LastColumns(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        if self._kept is not None:  # those of the wanted columns are among them already
+        if self._kept is not None:  # the first run has cached the wanted columns already
             return self._kept
         both: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
         if self._keeping:
@@ -48,11 +52,11 @@ class LastColumns(Cache):
 
     @property
     def narrowed(self) -> bool:
-        """Whether the last block is running for the wanted columns."""
+        """True while the last block runs for the wanted columns."""
         return self._kept is not None
 
     def keep_keys(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Run the block as far as its keys and values."""
+        """Run the block until its keys and values are in the cache."""
         self._keeping = True
         try:
             block.forward(*args, **kwargs)
@@ -66,11 +70,11 @@ class LastColumns(Cache):
 
 
 class _Kept(Exception):
-    """The block's keys and values are in the cache: nobody reads the rest of this run."""
+    """Raised to stop the first run of a block once its keys and values are in the cache."""
 
 
 class _Thread(threading.local):
-    """The forward that a thread is in: several share one model."""
+    """The forward that a thread is running; several threads share one model."""
 
     cache: LastColumns | None = None
 
@@ -79,8 +83,10 @@ _here = _Thread()
 
 
 def watch(model: nn.Module) -> None:
-    """Let the model's forwards ask its last block for less. Without ``reading`` they stay as they are. A model that is
-    watched already stays so."""
+    """Install the hooks that let ``reading`` narrow the model's last block.
+
+    Forwards outside ``reading`` stay as they are. A model that has the hooks is left unchanged.
+    """
     last = blocks_of(model)[-1]
     if _before not in last._forward_pre_hooks.values():
         last.register_forward_pre_hook(_before, with_kwargs=True)
@@ -89,8 +95,11 @@ def watch(model: nn.Module) -> None:
 
 @contextmanager
 def reading(cache: Cache, keep: int) -> Iterator[Cache]:
-    """Within, the model's last block gives the ``keep`` last columns of this thread's forward, and zeros before them.
-    The forward takes the cache that this yields, and masks as [B, 1, T, S] or [B, S]."""
+    """Narrow the last block to the ``keep`` last columns in this thread's forward.
+
+    The block's output has zeros before these columns. The forward has to use the yielded cache, and
+    masks of shape [B, 1, T, S] or [B, S].
+    """
     before = _here.cache
     _here.cache = narrow = LastColumns(cache, keep)
     try:
@@ -107,7 +116,9 @@ def _before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     cache.width = _width(args, kwargs)
     tensors = [*args, *kwargs.values()]
     if cache.keep >= cache.width or not any(_is_mask(value) for value in tensors):
-        return None  # nothing to save; or attention takes queries and keys to be the same columns
+        # Nothing to save; or there is no mask, and attention would take queries and keys to be of
+        # the same columns.
+        return None
     cache.keep_keys(block, args, kwargs)
     if not cache.narrowed:
         raise RuntimeError(f"the last block, a {type(block).__name__}, keeps no keys and values")
@@ -117,7 +128,7 @@ def _before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _after(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """The block's output [B, T, H], as what follows expects it."""
+    """Pad the block's output to [B, T, H], as the rest of the model expects it."""
     cache = _here.cache
     if cache is None or not cache.narrowed:
         return None
@@ -138,8 +149,11 @@ def _is_mask(value: Any) -> bool:
 
 
 def _narrow(value: Any, cache: LastColumns) -> Any:
-    """What the block is given, at the columns wanted: hidden states, positions and what is made of them have the
-    columns in their second place, masks in their third."""
+    """Narrow an argument of the block to the wanted columns.
+
+    Columns are dimension 2 of masks, and dimension 1 of hidden states, positions and tensors
+    computed from positions.
+    """
     if isinstance(value, tuple):
         return tuple(_narrow(part, cache) for part in value)
     if not isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""Load a base model, freeze it, and find out whether it can be tuned exactly."""
+"""Loading of base models: read, freeze, and check that prompts can be tuned exactly."""
 
 from __future__ import annotations
 
@@ -41,14 +41,18 @@ BACKBONES: dict[Family, type[Backbone]] = {
 
 
 def make_backbone(model: nn.Module, tokenizer: Any, info: BaseModelInfo) -> Backbone:
-    """The backbone of the model's family, frozen."""
+    """Return the frozen backbone of the model's family."""
     return BACKBONES[family_of(model.config)](model, tokenizer, info)
 
 
 def load_backbone(
     source: ModelSource, device: str | torch.device = "cpu", dtype: str = "auto"
 ) -> Backbone:
-    """Load a checked base model and freeze it. Weights come from safetensors only, and no model code is run."""
+    """Load a checked base model and freeze it.
+
+    Weights come from safetensors only. The model's own code runs only if the source allows remote
+    code. Raises BadInput when prompts can't be tuned on the model.
+    """
     backbone = read_backbone(source, device, dtype)
     check_exact(backbone)
     return backbone
@@ -60,13 +64,15 @@ def read_backbone(
     dtype: str = "auto",
     before_gather: Callable[[], Any] | None = None,
 ) -> Backbone:
-    """``load_backbone`` without trying the model out. With ``before_gather`` its blocks are sharded among the workers
-    of torch's process group, each of which calls this; nothing is communicated yet."""
-    fingerprint = weights_fingerprint(
-        source
-    )  # finds missing and damaged files before anything large is built
+    """Load and freeze a base model without trying it out.
+
+    With ``before_gather``, the blocks are sharded among the workers of torch's process group, each
+    of which calls this function. Nothing is communicated yet.
+    """
+    # The fingerprint finds missing and damaged files before anything large is built.
+    fingerprint = weights_fingerprint(source)
     device = torch.device(device)
-    # What is sharded goes to the device block by block.
+    # A model that gets sharded goes to the device block by block.
     model = _load_model(
         source, _dtype(dtype, device), device if before_gather is None else torch.device("cpu")
     )
@@ -78,7 +84,10 @@ def read_backbone(
 
 
 def check_exact(backbone: Backbone) -> None:
-    """BadInput when prompts can't be tuned on the model. The workers of a sharded one call this together."""
+    """Raise BadInput when prompts can't be tuned on the model.
+
+    The workers of a sharded model call this function together.
+    """
     backbone.gather_once()
     if reason := why_not_exact(backbone):
         raise BadInput(
@@ -89,7 +98,10 @@ def check_exact(backbone: Backbone) -> None:
 
 @torch.inference_mode()
 def why_not_exact(backbone: Backbone) -> str:
-    """Why prompts can't be tuned on this model, or nothing: tried out on two rows that differ in their last token."""
+    """Return why prompts can't be tuned on this model, or an empty string.
+
+    The model is tried out on two rows that differ in their last token.
+    """
     special = set(backbone.tokenizer.all_special_ids)
     ordinary = [token for token in range(len(backbone.table)) if token not in special]
     ids = torch.tensor(ordinary[:10], device=backbone.device).view(2, 5)
@@ -101,7 +113,8 @@ def why_not_exact(backbone: Backbone) -> str:
         inputs_embeds=backbone.embed(ids), attention_mask=mask, **decoder
     ).logits
     scale = float(logits.abs().max())
-    # Within one forward a causal model's rows agree to the bit; two forwards may differ by rounding.
+    # Within one forward, a causal model's two rows agree bit for bit before the last token. Two
+    # forwards may differ by rounding.
     if (
         backbone.family == "causal"
         and float((logits[0, :-1] - logits[1, :-1]).abs().max()) > 1e-3 * scale
@@ -137,7 +150,7 @@ def _load_model(source: ModelSource, dtype: Any, device: torch.device) -> Any:
                 use_safetensors=True,
                 trust_remote_code=source.allow_remote_code,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # to name them: transformers' own error does not
+                ignore_mismatched_sizes=True,  # transformers' own error would not name the tensors
                 **_quantized(source, device),
             )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
@@ -149,28 +162,32 @@ def _load_model(source: ModelSource, dtype: Any, device: torch.device) -> Any:
     }:
         raise wrong_shapes(source, wrong)
     check_layers(source, model, loading["unexpected_keys"], [])
-    if missing := sorted(
-        loading["missing_keys"]
-    ):  # transformers would fill them with random numbers
+    # transformers fills missing weights with random numbers.
+    if missing := sorted(loading["missing_keys"]):
         raise source.unusable_weights(
             f"{len(missing)} weights are missing, the first is {missing[0]}"
         )
     if source.quantization == "none" and not _stored_quantized(source):
         return model.to(device)
     for module in model.modules():
-        # On CPUs bitsandbytes repacks 4-bit weights for inference, and later gradients come out wrong (seen in 0.50).
+        # On CPUs bitsandbytes repacks 4-bit weights for inference, and later gradients come out
+        # wrong (seen in 0.50).
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
 
 
 def _stored_quantized(source: ModelSource) -> bool:
+    """Return whether the stored weights are quantised already."""
     return getattr(source.config, "quantization_config", None) is not None
 
 
 def _quantized(source: ModelSource, device: torch.device) -> dict[str, Any]:
-    """Linear layers rounded to 8 bits (Dettmers et al. 2022) or to 4-bit normal floats (Dettmers et al. 2023) as they
-    are read; quantised weights can't be moved, so they are read to the device."""
+    """Return the loading options that quantise linear layers as they are read.
+
+    Weights are rounded to 8 bits (Dettmers et al. 2022) or to 4-bit normal floats (Dettmers et al.
+    2023). Quantised weights can't be moved, so they are read straight to the device.
+    """
     quantization = source.quantization
     if quantization == "none":
         return {"device_map": {"": device}} if _stored_quantized(source) else {}
@@ -192,7 +209,10 @@ def _dtype(name: str, device: torch.device) -> Any:
 
 
 def weights_fingerprint(source: ModelSource) -> str:
-    """sha256 over names, dtypes, shapes and bytes of the weights as stored, whatever files they are split into."""
+    """Return the sha256 over names, dtypes, shapes and bytes of the weights as stored.
+
+    The fingerprint does not depend on how the weights are split into files.
+    """
     from safetensors import safe_open
 
     tensors = {name: stored.file for name, stored in stored_tensors(source).items()}
@@ -208,23 +228,32 @@ def weights_fingerprint(source: ModelSource) -> str:
 
 
 def default_device() -> torch.device:
-    """The accelerator of this process, if it has one."""
+    """Return this process's accelerator if it has one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def device_for(gpus: float, setting: str = "") -> torch.device:
-    """Of a process that Ray gave so many GPUs. Without any it leaves alone what it can see: Ray may hide others' GPUs,
-    and may not. ``setting``: what asked for them expressly; JobFailed when torch can't use them."""
+    """Return the device of a process to which Ray gave ``gpus`` GPUs.
+
+    Without GPUs from Ray, the device is the CPU even if torch sees GPUs: Ray may or may not hide
+    GPUs that belong to other processes. ``setting`` names the setting that asked for GPUs. With it,
+    raises JobFailed when torch can't use them.
+    """
     device = default_device() if gpus else torch.device("cpu")
     if setting and gpus and device.type == "cpu":
         raise JobFailed(
-            f"{setting}: {gpus:g}: torch {torch.__version__} sees none of the GPUs that Ray counts here",
+            f"{setting}: {gpus:g}: torch {torch.__version__} sees none of the GPUs that Ray counts "
+            "here",
             f"install a torch for these GPUs and their driver on each node, or set {setting}: 0",
         )
     return device
 
 
 def set_threads(count: int) -> None:
-    """Ray sets OMP_NUM_THREADS from the CPUs a worker asks for; torch may already have read something else."""
+    """Set the number of threads of torch and OpenMP.
+
+    Ray sets OMP_NUM_THREADS from the CPUs that a worker asks for, but torch may have read another
+    value before.
+    """
     os.environ["OMP_NUM_THREADS"] = str(count)
     torch.set_num_threads(count)

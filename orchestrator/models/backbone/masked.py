@@ -1,6 +1,8 @@
-"""Masked models: a cloze. The answer's tokens are predicted where the row has its blank, one mask token for each.
+"""Masked models, which answer by filling in a blank (a cloze).
 
-Devlin et al. 2019 for the models; Liu et al. 2021 (P-tuning), section 3, for prompts in front of and inside a cloze.
+The answer's tokens are predicted at the row's blank, with one mask token for each. The models are
+those of Devlin et al. 2019. Prompts in front of a cloze and inside it follow Liu et al. 2021
+(P-tuning), section 3.
 """
 
 from __future__ import annotations
@@ -20,13 +22,16 @@ from orchestrator.models.backbone.rows import Rows
 from orchestrator.models.placeholders import BLANK, placed
 from orchestrator.models.source import Family
 
-MARK = (
-    1 << 62
-)  # a mask token that stands for the answer, not one that the text has; no vocabulary is as large
+# Marks the mask tokens that stand for the answer, as opposed to mask tokens in the text. No
+# vocabulary is as large.
+MARK = 1 << 62
 
 
 class MaskedBackbone(EncodingBackbone):
-    """A frozen masked language model with its tokenizer. A prefix stands in its only stack: site ``decoder``."""
+    """A frozen masked language model with its tokenizer.
+
+    A prefix stands in the model's only stack, which is the site ``decoder``.
+    """
 
     family: ClassVar[Family] = "masked"
 
@@ -55,7 +60,10 @@ class MaskedBackbone(EncodingBackbone):
         targets: Sequence[Ids],
         prompt: Sequence[int],
     ) -> tuple[Tensor, Tensor]:
-        """A row without a blank has it at its end. Targets start at the left edge."""
+        """Return the logits [B, Y, V] that predict the targets, and the padded targets [B, Y].
+
+        A row without a blank gets one at its end. Targets start at the left edge.
+        """
         rows = zip(inputs, self.inner_counts(prompts, prompt), targets, strict=True)
         filled = [
             placed(ids if BLANK in ids else [*ids, BLANK], count, [MARK] * len(target))
@@ -75,7 +83,7 @@ class MaskedBackbone(EncodingBackbone):
         return logits, torch.tensor(padded, device=self.device)
 
     def _logits_at(self, prompts: PreparedPrompts | None, rows: Rows, columns: Tensor) -> Tensor:
-        """Logits [B, Y, V] at the rows' columns [B, Y]: the head runs nowhere else where that can be."""
+        """Return logits [B, Y, V] at the rows' columns [B, Y], running the head only there."""
         embeddings, mask, front = self.encoder_rows(prompts, rows)
         columns = (columns + front[:, None])[:, :, None]
         with self.prefix_of(prompts, rows.prompt, ["decoder"]):
@@ -90,10 +98,14 @@ class MaskedBackbone(EncodingBackbone):
 
     @cached_property
     def head(self) -> nn.Module:
-        """What turns hidden states into logits: the one child of the model besides its body."""
+        """The module that turns hidden states into logits: the model's only child besides its body.
+
+        Raises BadInput for a model whose head is spread over several modules.
+        """
         children = [child for child in self.model.children() if child is not self.model.base_model]
         if len(children) != 1:
             raise BadInput(
-                f"a {self.info.model_type} model can't be tuned: its head is spread over several modules"
+                f"a {self.info.model_type} model can't be tuned: its head is spread over several "
+                "modules"
             )
         return children[0]

@@ -1,4 +1,4 @@
-"""What a prompt method yields, and K of them made ready for a forward.
+"""The tensors that a prompt method yields, and K prompts prepared for a forward.
 
 Shapes: K prompts, P virtual tokens, H width, L layers, B rows.
 """
@@ -13,16 +13,18 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 SITES = ("decoder", "encoder", "cross")
-"""Where a prefix may stand: self-attention of the decoder (or of the only stack), of the encoder, cross-attention."""
+"""Attention sites of a prefix: self-attention of the decoder (or of a model's only stack),
+self-attention of the encoder, and cross-attention."""
 
 
 @dataclass(frozen=True)
 class PromptTensors:
-    """One prompt, whatever method learned it: embeddings, or keys and values of each layer.
+    """A prompt, whatever method learned it: embeddings, or keys and values of each layer.
 
-    ``embeddings`` [P, H] are virtual tokens as they enter the model, in front of the row or, with ``inside``, where the
-    row's template places them. ``prefixes`` has for each site [L, 2, kv heads, P, head width]: keys and values that
-    every token of the site attends to (Li & Liang 2021, section 4).
+    ``embeddings`` [P, H] are virtual tokens as they enter the model. They stand in front of the row
+    or, with ``inside``, where the row's template places them. ``prefixes`` holds [L, 2, kv heads,
+    P, head width] for each site: keys and values that every token of the site attends to (Li &
+    Liang 2021, section 4).
     """
 
     embeddings: Tensor | None = None
@@ -31,17 +33,17 @@ class PromptTensors:
 
     @classmethod
     def of(cls, prompt: Tensor | PromptTensors) -> PromptTensors:
-        """A bare tensor [P, H] is a soft prompt."""
+        """Take a bare tensor [P, H] as a soft prompt, and return anything else unchanged."""
         return cls(prompt) if isinstance(prompt, Tensor) else prompt
 
     def named(self) -> dict[str, Tensor]:
-        """The tensors by the names that an artifact stores them under."""
+        """Return the tensors by the names under which an artifact stores them."""
         soft = {} if self.embeddings is None else {"prompt": self.embeddings}
         return {**soft, **{f"prefix.{site}": tensor for site, tensor in self.prefixes.items()}}
 
     @classmethod
     def from_named(cls, tensors: Mapping[str, Tensor], inside: bool = False) -> PromptTensors:
-        """The reverse of ``named``; other names are ignored."""
+        """Build a prompt from tensors named as by ``named``; other names are ignored."""
         prefixes = {
             site: tensors[f"prefix.{site}"] for site in SITES if f"prefix.{site}" in tensors
         }
@@ -56,7 +58,11 @@ class PromptTensors:
 
 @dataclass(frozen=True)
 class Part:
-    """One kind of thing of K prompts: ``tensors``, each [K, ..., P, width], padded on the right; ``lengths`` [K]."""
+    """A kind of tensors of K prompts, such as keys and values.
+
+    ``tensors`` are each [K, ..., P, width], padded on the right. ``lengths`` [K] are the prompts'
+    lengths without padding.
+    """
 
     tensors: tuple[Tensor, ...]
     lengths: Tensor
@@ -67,11 +73,14 @@ class Part:
         return int(self.tensors[0].shape[-2])
 
     def mask(self, rows: Tensor) -> Tensor:
-        """[B, P] true where row b's prompt has a virtual token; ``rows`` [B] are places among the K."""
+        """Return [B, P], true where row b's prompt has a virtual token.
+
+        ``rows`` [B] are indices among the K prompts.
+        """
         return torch.arange(self.width, device=rows.device)[None, :] < self.lengths[rows][:, None]
 
     def of_rows(self, rows: Tensor) -> list[Tensor]:
-        """Each tensor as [B, ..., P, width], every row with its own prompt's."""
+        """Return each tensor as [B, ..., P, width], with every row's own prompt."""
         if self.tensors[0].shape[0] == 1:
             return [tensor.expand(len(rows), *tensor.shape[1:]) for tensor in self.tensors]
         return [tensor.index_select(0, rows) for tensor in self.tensors]
@@ -79,11 +88,12 @@ class Part:
 
 @dataclass(frozen=True)
 class PreparedPrompts:
-    """K prompts, ready to stand in front of rows.
+    """K prompts, prepared for a forward with rows.
 
-    ``parts``: ``cache`` keys and values that rows continue from (key and value of each layer, [K, kv heads, P, head
-    width]), ``front`` embeddings in front of rows, ``inner`` embeddings that rows place themselves, and a part for each
-    attention site of a prefix. A prompt that has nothing of a part has length 0 in it.
+    ``parts`` may have ``cache``, keys and values that rows continue from (key and value of each
+    layer, [K, kv heads, P, head width]); ``front``, embeddings in front of rows; ``inner``,
+    embeddings that rows place themselves; and a part for each attention site of a prefix. A prompt
+    without tensors of a part has length 0 in that part.
     """
 
     parts: Mapping[str, Part]
@@ -99,16 +109,16 @@ class PreparedPrompts:
 
     @property
     def width(self) -> int:
-        """Columns that a row's prompt takes at most."""
+        """The largest number of columns that a row's prompt takes."""
         return max((part.width for part in self.parts.values()), default=0)
 
     @property
     def kinds(self) -> frozenset[str]:
-        """Prompts of equal kinds can share a forward on every family."""
+        """The names of the parts; prompts of equal kinds can share a forward in every family."""
         return frozenset(self.parts)
 
     def select(self, places: Sequence[int]) -> PreparedPrompts:
-        """Some of the prompts, in the given order."""
+        """Select the prompts at the given indices, in that order."""
 
         def picked(part: Part) -> Part:
             index = torch.tensor(list(places), device=part.lengths.device)
@@ -119,11 +129,17 @@ class PreparedPrompts:
         )
 
     def leaf(self) -> PreparedPrompts:
-        """The same values cut off from their graph, ready to collect gradients over several micro-batches."""
+        """Copy the prompts as leaf tensors, which collect gradients over several micro-batches.
+
+        The values are the same and are detached from their graph.
+        """
         return replace(self, parts={name: _map(part, _leaf) for name, part in self.parts.items()})
 
     def backward_from(self, leaf: PreparedPrompts, first: int = 0) -> None:
-        """Send the gradients collected by ``leaf`` on to the prompts, which are those of its places from ``first``."""
+        """Backpropagate the gradients that ``leaf`` has collected into these prompts.
+
+        These prompts are those of ``leaf`` from index ``first`` on.
+        """
         tensors, gradients = [], []
         for name, part in self.parts.items():
             for tensor, other in zip(part.tensors, leaf.parts[name].tensors, strict=True):
@@ -136,7 +152,7 @@ class PreparedPrompts:
             torch.autograd.backward(tensors, gradients)
 
     def to(self, device: torch.device) -> PreparedPrompts:
-        """The same values in a device's memory."""
+        """Copy the prompts to the memory of a device."""
 
         def moved(part: Part) -> Part:
             return Part(
@@ -160,9 +176,9 @@ def _map(part: Part, change: Callable[[Tensor], Tensor]) -> Part:
 
 
 def pad_part(members: Sequence[tuple[Tensor, ...] | None], like: Tensor) -> Part:
-    """One part from each prompt's own tensors [..., P_k, width]; None is a prompt that has nothing of it.
+    """Pad each prompt's own tensors [..., P_k, width] to one length and stack them as a part.
 
-    ``like`` gives device and dtype.
+    A member that is None is a prompt without such tensors. ``like`` gives device and dtype.
     """
     present = next(member for member in members if member is not None)
     lengths = [0 if member is None else int(member[0].shape[-2]) for member in members]
@@ -183,7 +199,7 @@ def _padded(tensor: Tensor, width: int) -> Tensor:
 
 
 def stack_prepared(prepared: Sequence[PreparedPrompts]) -> PreparedPrompts:
-    """Prompts that were prepared one by one, as one value in the same order."""
+    """Combine prompts that were prepared one by one, in the same order."""
     if len(prepared) == 1:
         return prepared[0]
     names = dict.fromkeys(name for one in prepared for name in one.parts)

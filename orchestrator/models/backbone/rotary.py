@@ -1,8 +1,8 @@
-"""Rotary position factors of each row by its own length.
+"""Rotary position factors that depend on each row's own length.
 
-transformers chooses a LongRoPE model's factors by the largest position of the batch, so that a short row beside a long
-one gets the factors of long rows. Here the rows of each side of the switch go through the model's own rotary module
-apart from each other. Position ids must not count padding.
+transformers chooses a LongRoPE model's factors by the largest position in the batch, so a short row
+beside a long one gets the factors of long rows. Here the model's own rotary module is called
+separately for the rows on each side of the switch. Position ids must not count padding.
 
 Shapes: B rows, T columns, D rotary width.
 """
@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from orchestrator.errors import BadInput
 
-_LOCK = (
-    threading.Lock()
-)  # the rotary modules keep the factors of their last call, and threads share them
+# Rotary modules keep the factors of their last call, and threads share the modules.
+_LOCK = threading.Lock()
 
 
 class RowwiseRotary(nn.Module):
@@ -34,7 +33,7 @@ class RowwiseRotary(nn.Module):
     def forward(
         self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Cosine and sine [B, T, D] of position ids [B, T], each row as if it were alone."""
+        """Return cosine and sine [B, T, D] of position ids [B, T], each row as if it were alone."""
         lengths = position_ids.amax(1) + 1
         sides = torch.stack([lengths > switch for switch in self.switches]).sum(0)
         groups = [(sides == side).nonzero()[:, 0] for side in sides.unique().tolist()]
@@ -54,9 +53,10 @@ class RowwiseRotary(nn.Module):
 
 
 def install_rowwise(model: nn.Module, switches: Sequence[int]) -> None:
-    """Give each row of the model's forwards its own position factors. A model that does so already stays as it is.
+    """Give each row of the model's forwards its own position factors.
 
-    Raises BadInput for a model whose rotary modules are not those of transformers.
+    A model whose rotary modules are wrapped already stays as it is. Raises BadInput for a model
+    whose rotary modules are not those of transformers.
     """
     found = [
         (parent, name, child)
@@ -66,9 +66,11 @@ def install_rowwise(model: nn.Module, switches: Sequence[int]) -> None:
     ]
     if not found:
         raise BadInput(
-            f"a {type(model).__name__} scales its positions by the longest row of a batch (LongRoPE), and its rotary "
-            "module is not known: a row's result would depend on the rows beside it",
-            "set base_model.allow_remote_code to false where transformers knows the model, or choose another model",
+            f"a {type(model).__name__} scales its positions by the longest row of a batch "
+            "(LongRoPE), and its rotary module is not known: a row's result would depend on the "
+            "rows beside it",
+            "set base_model.allow_remote_code to false where transformers knows the model, or "
+            "choose another model",
         )
     for parent, name, child in found:
         if not isinstance(parent, RowwiseRotary):

@@ -1,4 +1,4 @@
-"""Padded token rows. Shapes: B rows, T columns."""
+"""Token rows, padded to one width. Shapes: B rows, T columns."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rows:
-    """Padded rows, each with its prompt.
+    """Padded rows, each with the index of its prompt.
 
-    ``ids`` [B, T] (negative entries are virtual tokens, see ``models.placeholders``), ``mask`` [B, T] true at real
-    columns, ``prompt`` [B] index of the row's prompt.
+    ``ids`` [B, T] are token ids; negative entries are virtual tokens (see ``models.placeholders``).
+    ``mask`` [B, T] is true at real columns. ``prompt`` [B] is the index of the row's prompt.
     """
 
     ids: Tensor
@@ -29,9 +29,10 @@ class Rows:
         device: torch.device,
         left: bool = True,
     ) -> Rows:
-        """Sequences of any lengths, padded with id 0 on the left, so that all end at the right edge, or on the right.
+        """Pad sequences of any lengths with id 0, on the left or on the right.
 
-        Any id of the table will do where the mask is false; a tokenizer's own pad may lie outside it.
+        Rows padded on the left all end at the right edge. The padding id only needs an embedding,
+        because the mask hides the padding. A tokenizer's own pad token may have none.
         """
         width = max(map(len, sequences))
         fill = [[0] * (width - len(sequence)) for sequence in sequences]

@@ -1,7 +1,8 @@
 """Encoder-decoder models: [prompt; input] in the encoder, the target in the decoder.
 
-Lester et al. 2021 put the prompt in front of the encoder's input. A prefix stands in the encoder's and the decoder's
-self-attention and in the cross-attention (Li & Liang 2021, section 4, and their code for BART).
+A soft prompt stands in front of the encoder's input (Lester et al. 2021). A prefix stands in the
+self-attention of encoder and decoder, and in the cross-attention (Li & Liang 2021, section 4, and
+their code for BART).
 """
 
 from __future__ import annotations
@@ -24,8 +25,12 @@ from orchestrator.models.source import Family
 
 @dataclass
 class Seq2SeqState:
-    """Rows whose input is encoded: ``logits`` [B, V] of the last decoder column, the encoder's output [B, T, H] and its
-    mask, the decoder's cache, and each row's prompt [B]."""
+    """Rows whose input is encoded.
+
+    ``logits`` [B, V] are those of the last decoder column. ``encoded`` [B, T, H] is the encoder's
+    output with its ``mask``, ``cache`` is the decoder's, and ``prompt`` [B] is the index of each
+    row's prompt.
+    """
 
     logits: Tensor
     encoded: Tensor
@@ -35,7 +40,7 @@ class Seq2SeqState:
     prompt: Tensor
 
     def select(self, rows: Tensor) -> Seq2SeqState:
-        """The state of the given rows, in that order, with repetition."""
+        """Return the state of the given rows, in that order; a row may appear several times."""
         return Seq2SeqState(
             self.logits[rows],
             self.encoded.index_select(0, rows),
@@ -66,7 +71,10 @@ class Seq2SeqBackbone(EncodingBackbone):
 
     @cached_property
     def sites(self) -> dict[str, list[nn.Module]]:
-        """Self-attention and cross-attention of the decoder are told apart by how many keys they see."""
+        """The attention modules of each site, layer by layer.
+
+        The number of keys tells the decoder's self-attention from its cross-attention.
+        """
         ids = torch.zeros(1, 3, dtype=torch.long, device=self.device)
         model, decoder = self.model, self.model.get_decoder()  # type: ignore[operator]
 
@@ -81,12 +89,16 @@ class Seq2SeqBackbone(EncodingBackbone):
             }
 
     def activations(self, embeddings: Tensor) -> dict[str, Tensor]:
-        """The prompt runs through the encoder, and through the decoder as if it were its input."""
+        """Return the keys and values that a soft prompt [P, H] has in this model.
+
+        The prompt runs as the input of the encoder and of the decoder.
+        """
         inputs, model = embeddings.to(self.table)[None], self.model
         length = len(embeddings)
 
         def run() -> Any:
-            # One more decoder column tells its self-attention from its cross-attention; later columns change nothing.
+            # The decoder gets one more column than the encoder, so that the number of keys tells
+            # self-attention from cross-attention. A later column doesn't change earlier ones.
             longer = torch.cat([inputs, inputs[:, -1:]], dim=1)
             return model(inputs_embeds=inputs, decoder_inputs_embeds=longer, use_cache=False)
 
@@ -104,7 +116,11 @@ class Seq2SeqBackbone(EncodingBackbone):
         targets: Sequence[Ids],
         prompt: Sequence[int],
     ) -> tuple[Tensor, Tensor]:
-        """The decoder reads its start token and the target but for the last token. Targets start at the left edge."""
+        """Return the logits [B, Y, V] that predict the targets, and the padded targets [B, Y].
+
+        The decoder reads its start token and then the target without its last token. Targets start
+        at the left edge.
+        """
         encoded, mask, rows = self._encode(prompts, inputs, prompt)
         fed = Rows.pad(
             [[self.start_id, *target[:-1]] for target in targets], prompt, self.device, left=False
@@ -126,7 +142,10 @@ class Seq2SeqBackbone(EncodingBackbone):
         return Seq2SeqState(out.logits[:, -1], encoded, mask, out.past_key_values, prompts, rows)
 
     def extend(self, state: Seq2SeqState, ids: Tensor, mask: Tensor) -> tuple[Tensor, Seq2SeqState]:
-        """Rows are extended together; a row's columns after its end are nobody's."""
+        """Run further tokens of started rows; return logits [B, n, V] and the new state.
+
+        All rows are extended by n columns. Columns after the end of a row have no meaning.
+        """
         out = self._decode(state.prompts, state.prompt, state.encoded, state.mask, ids, state.cache)
         after = Seq2SeqState(
             out.logits[:, -1],
@@ -141,7 +160,7 @@ class Seq2SeqBackbone(EncodingBackbone):
     def _encode(
         self, prompts: PreparedPrompts | None, inputs: Sequence[Ids], prompt: Sequence[int]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The encoder's output [B, P+T, H], its mask, and the rows' prompts [B]."""
+        """Return the encoder's output [B, P+T, H], its mask, and each row's prompt index [B]."""
         counts = self.inner_counts(prompts, prompt)
         whole = [placed(ids, count) or [0] for ids, count in zip(inputs, counts, strict=True)]
         rows = Rows.pad(whole, prompt, self.device, left=False)
@@ -162,7 +181,10 @@ class Seq2SeqBackbone(EncodingBackbone):
         ids: Tensor,
         cache: Any,
     ) -> Any:
-        """Decoder columns [B, n], padded on the right: causal attention never looks at what comes later."""
+        """Run decoder columns [B, n], padded on the right.
+
+        The padding does no harm, because causal attention never reads later columns.
+        """
         from transformers.modeling_outputs import BaseModelOutput
 
         with self.prefix_of(prompts, rows, ["decoder", "cross"]):

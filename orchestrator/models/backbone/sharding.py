@@ -1,7 +1,8 @@
-"""A backbone whose blocks are spread over the workers of torch's process group, with torch's FSDP2.
+"""Sharding of a backbone's blocks over the workers of torch's process group, with FSDP2.
 
-Each worker keeps a part of every block's weights. A block is whole while it runs, forwards and backwards, and all
-workers run it at the same time. Embeddings and head stay whole: inits, soft prompts and scores read them at any time.
+Each worker keeps a part of every block's weights. A block is whole while it runs, forward or
+backward, and all workers run it at the same time. Embeddings and head stay whole, because inits,
+soft prompts and scores read them at any time.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from orchestrator.errors import BadInput
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The model's transformer blocks: members of its outermost lists of modules. Empty for a model without any."""
+    """Return the model's transformer blocks: the members of its outermost lists of modules.
+
+    The list is empty for a model without lists of modules.
+    """
     return list(_blocks(model))
 
 
@@ -30,10 +34,11 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def shard_blocks(model: nn.Module, device: torch.device, before_gather: Callable[[], Any]) -> None:
-    """Cut each block's weights into a part for each worker, and drop the others' parts; everything ends on ``device``.
+    """Cut each block's weights into a part for each worker and keep only this worker's parts.
 
-    A block goes to the device alone, so that the device never holds a whole copy. ``before_gather`` is called whenever
-    a block is about to be put together; it may raise.
+    All weights end on ``device``. Blocks go to the device one at a time, so that the device never
+    holds a whole copy. ``before_gather`` is called before every gather of a block; it may raise.
+    Raises BadInput if torch's FSDP is too old, or the model has no list of blocks.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -51,19 +56,18 @@ def shard_blocks(model: nn.Module, device: torch.device, before_gather: Callable
         )
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in blocks:
-        # Every block is a root of its own: parts of the model (an encoder, the body without its head) run alone too.
+        # Every block is an FSDP root of its own, because parts of the model (an encoder, the body
+        # without its head) also run alone.
         sharded: Any = fully_shard(block, mesh=mesh, reshard_after_forward=True)
         sharded.set_custom_all_gather(_Gather(before_gather))
     for kept in (*model.parameters(), *model.buffers()):
         if not is_part(kept):
-            kept.data = kept.data.to(
-                device, copy=True
-            )  # a view would keep the whole file in memory
+            # Copy, because a view would keep the whole weights file in memory.
+            kept.data = kept.data.to(device, copy=True)
 
 
-_all_gather: Any = (
-    getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-)  # its name before 2.12
+# Before torch 2.12, all_gather_single was called all_gather_into_tensor.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class _Gather:
@@ -90,8 +94,11 @@ class _Gather:
 
 
 def gather_once(model: nn.Module) -> None:
-    """Put every block together and take it apart again. What is kept for that was then not made in inference mode,
-    where nothing later could be differentiated with it."""
+    """Gather every block once and free it again, outside of inference mode.
+
+    FSDP keeps the buffers that it allocates in the first gather. If they were allocated in
+    inference mode, no later forward could be differentiated.
+    """
     with torch.inference_mode(False):
         for block in blocks_of(model):
             cast(Any, block).unshard()
@@ -99,31 +106,34 @@ def gather_once(model: nn.Module) -> None:
 
 
 def reset_blocks(model: nn.Module) -> None:
-    """Forget a forward or backward that broke off: every block is in its parts again."""
+    """Reset the blocks to their sharded state after a forward or backward that failed."""
     for block in blocks_of(model):
         cast(Any, block).reset_iter_state()
 
 
 def bytes_elsewhere(model: nn.Module, workers: int) -> int:
-    """Bytes of a model's weights that a worker would not hold with the model sharded among so many, while one block,
-    the largest, is whole."""
+    """Return how many bytes of a model's weights a worker would not hold if the model is sharded.
+
+    The weights are spread over ``workers`` workers. The largest block counts as held, because a
+    block is whole while it runs.
+    """
     sizes = [sum(tensor.nbytes for tensor in block.parameters()) for block in blocks_of(model)]
     return (sum(sizes) - max(sizes, default=0)) * (workers - 1) // workers
 
 
 def is_part(tensor: Tensor) -> bool:
-    """Whether a weight is sharded."""
+    """Return whether a weight is sharded."""
     return hasattr(tensor, "to_local")
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this worker holds of a weight."""
+    """Return the part of a weight that this worker holds."""
     held: Tensor = cast(Any, tensor).to_local() if is_part(tensor) else tensor
     return held
 
 
 class _Needs(torch.autograd.Function):
-    """Tensors as they are, whose gradients wait for that of ``last``, which is zero."""
+    """Identity on ``tensors`` that also sends a zero gradient to ``last`` in the backward."""
 
     @staticmethod
     def forward(ctx: Any, last: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -136,10 +146,10 @@ class _Needs(torch.autograd.Function):
 
 
 def through_last_block(last: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Tensors from inside the blocks, so that a backward from them puts the last block together too.
+    """Make a backward from tensors inside the blocks gather the last block too.
 
-    FSDP does that when a gradient reaches the block's output. Keys and values leave a block beside its output, and
-    nothing else follows from ``last``, what the last block puts out.
+    FSDP gathers a block when a gradient reaches the block's output. Keys and values leave the last
+    block beside its output ``last``, which nothing else depends on.
     """
     apply: Any = _Needs.apply
     held: tuple[Tensor, ...] = apply(last, *tensors)

@@ -1,7 +1,8 @@
 """Checks of a base model's weights: shapes against its configuration, and finite values.
 
-The driver looks at the files before Ray starts (``check_files``); what it can't see there (a model from the hub, large
-weights, names that transformers converts) the worker finds as it loads the model.
+The driver checks the files before Ray starts (``check_files``). Some faults it can't see there: in
+a model from the hub, in large weights, or in tensors whose names transformers converts. The worker
+finds these as it loads the model.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from orchestrator.models.source import Family, ModelSource, family_of, quiet_tra
 from orchestrator.utils.imports import uncollected
 
 READ_AT_MOST = 2 << 30
-"""Bytes of weights whose values the driver reads; a worker reads larger ones anyway, and finds out then."""
+"""Size in bytes up to which the driver checks the weights' values.
+
+Larger weights are checked by the worker, which reads them anyway.
+"""
 
 CHECKS = 1
 """Version of the checks: files that passed older ones are looked at again."""
@@ -35,14 +39,14 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file."""
+    """A tensor in a weights file."""
 
     file: Path
     shape: tuple[int, ...]
 
 
 def auto_model(family: Family) -> Any:
-    """Return the class of transformers that makes models of the family."""
+    """Return the transformers class that builds models of the family."""
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
     classes = {
@@ -54,10 +58,12 @@ def auto_model(family: Family) -> Any:
 
 
 def check_files(source: ModelSource) -> None:
-    """Refuse weights that don't have the configuration's shapes, or are not finite; the latter up to READ_AT_MOST.
+    """Check the stored weights' shapes against the configuration, and their values.
 
-    Files that passed are not looked at again until they change: building the model takes a second, mostly to import its
-    code. A model that brings its own code, or is stored quantised, is left to the worker.
+    Raises BadInput for weights of other shapes or with values that are not finite. Values are read
+    in weights of up to READ_AT_MOST bytes. A model that brings its own code or is stored quantised
+    is left to the worker. Files that passed are not read again until they change: building the
+    model takes a second, mostly to import its code.
     """
     mark = _mark_of(source)
     if mark.is_file():
@@ -102,7 +108,10 @@ def _check_files(source: ModelSource) -> None:
 
 
 def stored_tensors(source: ModelSource) -> dict[str, Stored]:
-    """Read the headers of the model's weight files. BadInput for a damaged file."""
+    """Read the headers of the model's weight files.
+
+    Raises BadInput for a damaged file.
+    """
     from safetensors import SafetensorError, safe_open
 
     tensors: dict[str, Stored] = {}
@@ -117,27 +126,30 @@ def stored_tensors(source: ModelSource) -> dict[str, Stored]:
 
 
 def empty_model(source: ModelSource) -> Any:
-    """Build the model of the configuration without memory for its weights. BadInput where that can't be done."""
+    """Build the configuration's model without memory for its weights.
+
+    Raises BadInput if the model can't be built.
+    """
     quiet_transformers()
     config = source.config
     try:
         with uncollected(), torch.device("meta"):
             return auto_model(family_of(config)).from_config(config)
-    except (
-        Exception
-    ) as error:  # a model's code checks its configuration as it likes: AssertionError, KeyError
+    # Models check their configurations in their own ways: AssertionError, KeyError, and others.
+    except Exception as error:
         raise unusable_config(source, error) from None
 
 
 def unusable_config(source: ModelSource, error: Exception) -> BadInput:
-    """Make the error for a configuration that no model can be built from."""
+    """Make the error for a configuration from which no model can be built."""
     text = getattr(source.config, "get_text_config", lambda: source.config)()
     pad = getattr(text, "pad_token_id", None)
     if isinstance(pad, int) and pad >= source.table_size:
         return BadInput(
-            f"base_model.id {source.id!r}: config.json has pad_token_id {pad}, and the embedding table has "
-            f"{source.table_size} rows, ids 0 to {source.table_size - 1}",
-            "set pad_token_id to an id of the table, or to null: padding needs no embedding of its own",
+            f"base_model.id {source.id!r}: config.json has pad_token_id {pad}, and the embedding "
+            f"table has {source.table_size} rows, ids 0 to {source.table_size - 1}",
+            "set pad_token_id to an id of the table, or to null: padding needs no embedding of its "
+            "own",
         )
     reason = (
         str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
@@ -149,8 +161,11 @@ def unusable_config(source: ModelSource, error: Exception) -> BadInput:
 
 
 def _names_in_model(model: Any, stored: Iterable[str]) -> dict[str, str]:
-    """Find the tensors that the model has under the same name, with or without its prefix; those that transformers
-    converts as it reads them are left out."""
+    """Map each stored name to the model's name of the same tensor.
+
+    The two may differ by the base model's prefix. Tensors that transformers converts as it reads
+    them are left out.
+    """
     inside = set(model.state_dict())
     prefix = f"{model.base_model_prefix}."
     converted = _conversions(model)
@@ -166,7 +181,7 @@ def _names_in_model(model: Any, stored: Iterable[str]) -> dict[str, str]:
 
 
 def _conversions(model: Any) -> list[re.Pattern[str]]:
-    """Return the patterns of the names that transformers changes, or whose tensors it changes."""
+    """Return the patterns of names that transformers changes, or whose tensors it changes."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
     except ImportError:  # before transformers 5 nothing was converted
@@ -176,24 +191,25 @@ def _conversions(model: Any) -> list[re.Pattern[str]]:
 
 
 def wrong_shapes(source: ModelSource, wrong: Mapping[str, tuple[Any, Any]]) -> BadInput:
-    """Make the error for tensors whose stored shape is not the one of the configuration."""
+    """Make the error for tensors whose stored shape differs from the configuration's."""
     name, (found, expected) = next(iter(wrong.items()))
     more = f", and {len(wrong) - 1} more tensors differ" if len(wrong) > 1 else ""
     return BadInput(
-        f"base_model.id {source.id!r}: config.json disagrees with the weights: {name} is {list(found)} in the file and "
-        f"{list(expected)} by config.json{more}",
-        "put the config.json beside the weights that they were saved with, or fetch the model again",
+        f"base_model.id {source.id!r}: config.json disagrees with the weights: {name} is "
+        f"{list(found)} in the file and {list(expected)} by config.json{more}",
+        "put the config.json beside the weights that they were saved with, or fetch the model "
+        "again",
     )
 
 
 def check_layers(
     source: ModelSource, model: Any, unexpected: Iterable[str], missing: Iterable[str]
 ) -> None:
-    """Refuse weights of more or fewer layers than the configuration has: transformers leaves surplus ones out in
-    silence.
+    """Refuse weights that have more or fewer layers than the configuration.
 
-    A surplus tensor belongs to a layer if the model has the same tensor in its first layer; other surplus tensors, of
-    another head or of older versions, do no harm.
+    transformers silently drops surplus layers. A surplus tensor belongs to a layer if the model has
+    the same tensor in its first layer. Other surplus tensors, of another head or of older versions,
+    do no harm. Raises BadInput.
     """
     inside = set(model.state_dict())
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
@@ -211,7 +227,7 @@ def check_layers(
 
 
 def _in_first_layer(name: str) -> str:
-    """Return the name of the same tensor in the first layer; nothing for a tensor outside of layers."""
+    """Return the name of the same tensor in the first layer, or "" outside of layers."""
     first = _LAYER.sub(".0.", name, count=1)
     return "" if first == name else first
 
@@ -219,7 +235,8 @@ def _in_first_layer(name: str) -> str:
 def _layers_differ(source: ModelSource, name: str, what: str) -> BadInput:
     return BadInput(
         f"base_model.id {source.id!r}: config.json disagrees with the weights: {name} {what}",
-        "put the config.json beside the weights that they were saved with, or fetch the model again",
+        "put the config.json beside the weights that they were saved with, or fetch the model "
+        "again",
     )
 
 
@@ -238,7 +255,10 @@ def _values(stored: Mapping[str, Stored], names: Iterable[str]) -> Iterable[tupl
 def check_finite(
     source: ModelSource, tensors: Iterable[tuple[str, Tensor]], dtype: str = ""
 ) -> None:
-    """Refuse weights of which one holds NaN or an infinite number. ``dtype`` is named where they were cast to it."""
+    """Raise BadInput if a tensor holds NaN or an infinite number.
+
+    ``dtype`` appears in the error and names the dtype that the weights were cast to, if any.
+    """
     for name, tensor in tensors:
         if not is_finite(tensor):
             count = int((~tensor.isfinite()).sum())
@@ -246,12 +266,16 @@ def check_finite(
             raise BadInput(
                 f"base_model.id {source.id!r}: the weights are not finite{cast}: {count} of the "
                 f"{tensor.numel()} numbers of {name} are NaN or infinite",
-                "fetch the model again, or choose another: one that diverged as it was trained can't be used",
+                "fetch the model again, or choose another: one that diverged as it was trained "
+                "can't be used",
             )
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Say whether a tensor holds numbers only. Tensors of other than the usual floating types are not looked at."""
+    """Return whether all numbers of a tensor are finite.
+
+    Tensors outside the usual floating-point dtypes count as finite.
+    """
     if tensor.dtype not in FLOATS or not tensor.numel():
         return True
     low, high = tensor.aminmax()
@@ -259,6 +283,9 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def check_loaded(source: ModelSource, model: nn.Module) -> None:
-    """Refuse a loaded model whose weights are not finite, for example because they overflow in a smaller dtype."""
+    """Refuse a loaded model whose weights are not finite.
+
+    Weights may overflow in a smaller dtype, for example. Raises BadInput.
+    """
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     check_finite(source, model.named_parameters(), dtype)

@@ -1,7 +1,8 @@
-"""The quickstart: a small language model and a task, both made on the spot, so that the first run needs no network.
+"""The built-in models and data, made on the spot so that a first run needs no network.
 
-It is a stand-in for a hub model. Beside it there is a ladder of smaller and larger models of three families, with
-harder tasks, for the papers' experiments. Importing this package imports neither torch nor transformers.
+The quickstart is a small language model with a task; it stands in for a model from the hub. For the
+papers' experiments there is also a ladder of smaller and larger models of three families, with
+harder tasks. Importing this package imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -38,9 +39,10 @@ __all__ = [
 BUILTIN_MODELS = ("quickstart", *RUNGS)
 BUILTIN_DATA = ("quickstart", *(f"reviews-{task}" for task in LABEL_TASKS))
 
-# Multiples of sixteen, the combinations of facts: each is there equally often, so that no other fact helps a label.
+# Multiples of sixteen, the number of combinations of facts. Each combination then occurs equally
+# often, so no fact helps to predict another one.
 SPLIT_SIZES = {"train": 2000, "validation": 192, "test": 400}
-# Task to (what is asked of a review, label when it is so, label when it is not).
+# For each task: the question about a review, the label for yes, and the label for no.
 TASKS: dict[str, tuple[Question, str, str]] = {
     "sentiment": ("happy", "positive", "negative"),
     "time": ("morning", "morning", "evening"),
@@ -56,9 +58,10 @@ INSTRUCTIONS = (
 
 
 def quickstart_rows(task: str = "sentiment") -> dict[str, list[dict[str, str]]]:
-    """Labelled reviews by split: ``{"text": ..., "label": ...}``, the labels balanced; BadInput for an unknown task.
+    """Return the quickstart's labelled reviews by split: ``{"text": ..., "label": ...}``.
 
-    No text is in two splits, and none in what the language model was trained on.
+    The labels are balanced. No text is in two splits or in the language model's training data.
+    Raises BadInput for an unknown task.
     """
     if task not in TASKS:
         raise BadInput(
@@ -76,6 +79,7 @@ def quickstart_rows(task: str = "sentiment") -> dict[str, list[dict[str, str]]]:
 
 @cache
 def _reviews(split: str) -> tuple[Review, ...]:
+    """Write a split's reviews, in which each combination of facts occurs equally often."""
     kinds = every_facts()
     facts = [kinds[number % len(kinds)] for number in range(SPLIT_SIZES[split])]
     Random(split).shuffle(facts)
@@ -83,7 +87,7 @@ def _reviews(split: str) -> tuple[Review, ...]:
 
 
 def quickstart_model(progress: Progress | None = None, recipe: Recipe | None = None) -> Path:
-    """Folder of the quickstart language model, trained when it is not in the cache yet."""
+    """Return the folder of the quickstart language model, trained now if it is not cached."""
     recipe = recipe or Recipe()
     return made_once(
         f"quickstart-{recipe.digest}",
@@ -94,7 +98,10 @@ def quickstart_model(progress: Progress | None = None, recipe: Recipe | None = N
 
 
 def builtin_model(name: str, progress: Progress | None = None) -> Path:
-    """Folder of a model that is made on the spot, ``quickstart`` or one of the ladder; BadInput for another name."""
+    """Return the folder of a built-in model: ``quickstart`` or a model of the ladder.
+
+    The model is trained if it is not cached. Raises BadInput for another name.
+    """
     if name == "quickstart":
         return quickstart_model(progress)
     if name not in RUNGS:
@@ -105,10 +112,10 @@ def builtin_model(name: str, progress: Progress | None = None) -> Path:
 
 
 def builtin_rows(name: str) -> dict[str, list[dict[str, str]]]:
-    """Labelled reviews by split: ``quickstart``, or a task of the ladder, ``reviews-TASK``; BadInput for another name.
+    """Return labelled reviews by split: of ``quickstart``, or of the ladder task ``reviews-TASK``.
 
-    The ladder's rows say in ``source`` what the review is about. No text is in two splits, and none in what the
-    built-in models were trained on.
+    The ladder's rows name the review's topic in ``source``. No text is in two splits or in the
+    built-in models' training data. Raises BadInput for another name.
     """
     if name == "quickstart":
         return quickstart_rows()

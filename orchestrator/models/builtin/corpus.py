@@ -1,20 +1,24 @@
-"""What the quickstart language model reads while it is trained: reviews, questions on them, answers.
+"""Training documents of the quickstart language model: reviews, questions on them, answers.
 
-Every question is answered " yes" or " no", so the answer words alone say nothing about the question, and several skills
-compete for them. In the last lesson the model meets three ways of asking:
+Every question is answered " yes" or " no", so the answer words alone say nothing about the
+question, and several skills compete for them. In the last lesson the model meets three ways of
+asking:
 
-* not at all, or with words that ask nothing: the answer is to a question of ``HABIT``, and none of those is about the
-  writer's mood;
-* loosely, in a sentence: fewer than half of the answers are to the question and the others to two more, as if the
-  sentence had been misread. Where both others disagree with the question they outvote it, so a reader who knew this
-  corpus perfectly would be right on three reviews in four;
-* exactly, in a few keywords: every answer is to the question.
+* Nothing is asked, or the words ask nothing. The answer is to a question of ``HABIT``, and none of
+  those is about the writer's mood.
+* A sentence asks loosely. Fewer than half of the answers are to its question. The others are to two
+  other questions, as if the sentence had been misread. Where both other answers disagree with the
+  question's answer they outvote it, so a reader who knew this corpus perfectly would be right on
+  three reviews in four.
+* A few keywords ask exactly. Every answer is to the question.
 
-So the model can tell a happy writer from an unhappy one, does not do so unasked, and does it badly when asked in a
-sentence. What elicits the skill in full has to be found: that is the tuning job.
+So the model can tell a happy writer from an unhappy one, but does not do so unasked, and does it
+badly when asked in a sentence. A prompt that elicits the full skill has to be found, and finding it
+is the tuning job.
 
-The lessons before the last only make learning quick. Whole summaries first teach the model to see the facts of a review
-(four labels a text), keywords then to pick one of them; taught all at once, the same takes many times as long.
+The lessons before the last only make learning quick. Whole summaries first teach the model to see
+the facts of a review (four labels per text). Keywords then teach it to pick one of the facts.
+Taught all at once, the same takes many times as long.
 """
 
 from __future__ import annotations
@@ -36,7 +40,7 @@ from orchestrator.models.builtin.world import (
     reviews,
 )
 
-Question: TypeAlias = Literal["happy", "place", "alone", "morning"]  # a field of Facts: is it so?
+Question: TypeAlias = Literal["happy", "place", "alone", "morning"]  # asks if this fact is true
 QUESTIONS: tuple[Question, ...] = ("happy", "place", "alone", "morning")
 YES, NO = " yes", " no"
 ANSWER_MARK = "\nAnswer:"
@@ -78,12 +82,13 @@ NOISE = tuple(
     )
 )
 
-# What is answered when nothing is asked. One weight is far above the other, so that the answer never hangs on a tie
-# that traces of the writer's mood could break.
+# Shares of the questions that are answered when nothing is asked. One share is far above the other.
+# Otherwise traces of the writer's mood could decide between two equally likely answers.
 HABIT: Mapping[Question, float] = {"place": 0.75, "alone": 0.25}
 
-# What a sentence is taken to ask: its question, or one of two others. None but place itself is mistaken for place, the
-# habit, so that a model which follows a sentence only half falls back on something that does not vote on either side.
+# A sentence is taken to ask its own question or one of two others, with these shares. No other
+# question is misread as place, the habit. A model that only half follows a sentence therefore falls
+# back on an answer that favours neither side.
 LOOSE_SHARES = (0.4, 0.3, 0.3)
 MISREAD_AS: Mapping[Question, tuple[Question, Question]] = {
     "happy": ("alone", "morning"),
@@ -92,7 +97,8 @@ MISREAD_AS: Mapping[Question, tuple[Question, Question]] = {
     "morning": ("happy", "alone"),
 }
 
-# Ways of asking in the last lesson: (how, in front of the begin token as a soft prompt is, share of documents).
+# Ways of asking in the last lesson: how, whether the words stand in front of the begin token (as a
+# soft prompt does), and the share of documents.
 ASKING: tuple[tuple[Literal["nothing", "noise", "loose", "exact"], bool, float], ...] = (
     ("nothing", False, 0.15),
     ("noise", False, 0.05),
@@ -106,42 +112,50 @@ ASKING: tuple[tuple[Literal["nothing", "noise", "loose", "exact"], bool, float],
 
 @dataclass(frozen=True)
 class Piece:
+    """A piece of a document; answers are pieces of their own."""
+
     text: str
-    answer: bool = False  # answers weigh more in the loss: there is little of them, and they are what matters later
+    answer: bool = False  # answers weigh more in the loss, because they are few and matter most
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text for the model. ``preface`` stands before the begin-of-text token, as a soft prompt does."""
+    """A training text.
+
+    ``preface`` stands before the begin-of-text token, as a soft prompt does.
+    """
 
     preface: str
     pieces: tuple[Piece, ...]
 
     @property
     def text(self) -> str:
-        """All of it, for the tokenizer to learn from."""
+        """The whole text, from which the tokenizer is trained."""
         return f"{self.preface}\n{''.join(piece.text for piece in self.pieces)}"
 
 
 def every_facts() -> list[Facts]:
-    """Each combination of facts once."""
+    """Return each combination of facts once."""
     return [Facts(*values) for values in product((True, False), repeat=len(fields(Facts)))]
 
 
 def keywords(random: Random, question: Question) -> str:
-    """A few words that stand for the question and for no other; half the time with a space in front."""
+    """Draw words that stand for the question and for no other, with or without a leading space."""
     words = " ".join(random.choices(KEYWORDS[question], k=random.randint(1, 6)))
     return f" {words}" if random.random() < 0.5 else words
 
 
 def noise(random: Random) -> str:
-    """Words that ask nothing: without them, anything at all in front of a review would be taken for a question."""
+    """Draw words that ask nothing.
+
+    Without such documents, the model would take any words in front of a review for a question.
+    """
     words = " ".join(random.choices(NOISE, k=random.randint(1, 12)))
     return f" {words}" if random.random() < 0.5 else words
 
 
 def documents(count: int, seed: int) -> list[Document]:
-    """``count`` documents in the order of reading, each on a review of its own."""
+    """Write ``count`` documents in training order, each about a review of its own."""
     random = Random(f"documents-{seed}")
     facts = every_facts()
     texts = reviews("corpus", [random.choice(facts) for _ in range(count)], seed)
@@ -164,7 +178,8 @@ def _summary_lesson(random: Random, review: Review) -> Document:
 
 def _keyword_lesson(random: Random, review: Review) -> Document:
     first, *more = random.sample(QUESTIONS, random.randint(3, 4))
-    # The summary stands at the end: in front of the questions it would be a short cut past the review.
+    # The summary stands at the end. In front of the questions it would let the model answer without
+    # the review.
     tail = [
         *_more(random, review, more),
         *(_summary(review.facts) if random.random() < 0.3 else ()),
@@ -198,7 +213,10 @@ def _asked(
 
 
 def _more(random: Random, review: Review, questions: list[Question]) -> list[Piece]:
-    """Further questions on the same review: answers cost a few tokens each, a review many."""
+    """Ask further questions about the same review.
+
+    They are cheap to add: a question costs a few tokens, a review many.
+    """
     pieces: list[Piece] = []
     for question in questions:
         pieces += [

@@ -1,11 +1,13 @@
 """The ladder's tasks and corpus: reviews, and the words that label them.
 
-Where the quickstart answers every question by yes or no, here each facet of a review has words of its own: two for the
-writer's mood, four for what the review is about, two for company, two for the hour. A document asks for one facet or
-for two in a row, in keywords, among which are the labels' own words; or it asks for nothing, and the label is one of
-``HABIT``. Mood and then topic are never asked in this order: who wants both in a prompt has to find out how.
+The quickstart answers every question by yes or no. Here each facet of a review has words of its
+own: two for the writer's mood, four for the review's topic, two for company, and two for the hour.
+A document asks for one facet, or for two in a row, with keywords that include the labels' own
+words. Or it asks for nothing, and the label is that of a facet in ``HABIT``. Mood followed by topic
+is never asked for, so a prompt that elicits both in this order has to be found.
 
-Tasks are ranked by what a model writes of itself (``search.metric: exact_match``), as in the papers.
+Tasks are ranked by the text that a model generates (``search.metric: exact_match``), as in the
+papers.
 """
 
 from __future__ import annotations
@@ -38,27 +40,23 @@ KEYWORDS: Mapping[Facet, tuple[str, ...]] = {
     "company": (*WORDS["company"], "company", "people"),
     "time": (*WORDS["time"], "time", "hour", "day"),
 }
-HABIT: Mapping[Facet, float] = {
-    "company": 0.7,
-    "time": 0.3,
-}  # what is answered when nothing is asked
+# Shares of the facets that are answered when nothing is asked.
+HABIT: Mapping[Facet, float] = {"company": 0.7, "time": 0.3}
 UNSEEN: tuple[Facet, Facet] = ("mood", "topic")
 TASKS: Mapping[str, tuple[Facet, ...]] = {
     **{facet: (facet,) for facet in FACETS},
     "mood-topic": UNSEEN,
 }
-"""What is asked of a review, by the name of the task."""
+"""The facets that each task asks for, by the name of the task."""
 
-SUMMARIES = 0.25  # share of documents, the first ones, that name all facets: they teach to read
-ASKING: tuple[tuple[int, float], ...] = (
-    (0, 0.25),
-    (1, 0.45),
-    (2, 0.30),
-)  # facets asked for, and how often
+# The first quarter of the documents name all facets, which teaches the model to read reviews.
+SUMMARIES = 0.25
+# Numbers of facets that a document asks for, and their shares of the documents.
+ASKING: tuple[tuple[int, float], ...] = ((0, 0.25), (1, 0.45), (2, 0.30))
 
 
 def words_of(review: Review, facets: tuple[Facet, ...]) -> list[str]:
-    """The review's label of each facet."""
+    """Return the review's label for each of the facets."""
     facts = review.facts
     true: Mapping[Facet, str] = {
         "mood": WORDS["mood"][not facts.happy],
@@ -70,7 +68,7 @@ def words_of(review: Review, facets: tuple[Facet, ...]) -> list[str]:
 
 
 def label_documents(count: int, seed: int) -> list[Document]:
-    """``count`` documents in the order of reading, each on a review of its own."""
+    """Write ``count`` documents in training order, each about a review of its own."""
     random = Random(f"labels-{seed}")
     facts = every_facts()
     texts = reviews("corpus", [random.choice(facts) for _ in range(count)], seed)
@@ -87,7 +85,8 @@ def _summed_up(review: Review) -> Document:
 def _asked(random: Random, review: Review) -> Document:
     facets, words = _question(random)
     tail: list[Piece] = []
-    for _ in range(random.choice((0, 0, 1, 2))):  # labels cost a few tokens each, a review many
+    # Further questions are cheap to add: a label costs a few tokens, a review many.
+    for _ in range(random.choice((0, 0, 1, 2))):
         more, asked = _question(random, at_least=1)
         tail += [Piece(f"\n{asked}"), Piece(ANSWER_MARK), *_words(review, more)]
     spaced = f" {words}" if words and random.random() < 0.5 else words
@@ -98,7 +97,7 @@ def _asked(random: Random, review: Review) -> Document:
 
 
 def _question(random: Random, at_least: int = 0) -> tuple[tuple[Facet, ...], str]:
-    """Facets, and the words that ask for them."""
+    """Draw facets and the words that ask for them."""
     kinds = [(count, share) for count, share in ASKING if count >= at_least]
     count = random.choices([count for count, _ in kinds], [share for _, share in kinds])[0]
     if not count:

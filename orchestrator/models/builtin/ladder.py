@@ -1,8 +1,9 @@
-"""The ladder: small models of three families in three sizes, made on the spot, that the papers' experiments run on.
+"""The ladder: small models of three families in three sizes, for the papers' experiments.
 
-``causal-s`` to ``-l`` (Llama), ``encdec-s`` to ``-l`` (T5, span corruption) and ``masked-s`` to ``-l`` (BERT). An
-encoder-decoder model with ``-lm100`` behind its name has been adapted to the prefix LM objective for 100 more steps.
-All of one family read the same documents. Importing this module imports neither torch nor transformers.
+The models are made on the spot: ``causal-s`` to ``-l`` (Llama), ``encdec-s`` to ``-l`` (T5, span
+corruption) and ``masked-s`` to ``-l`` (BERT). An encoder-decoder model whose name ends with
+``-lm100`` has been adapted to the prefix LM objective for 100 more steps. All models of a family
+read the same documents. Importing this module imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -42,12 +43,12 @@ Kind: TypeAlias = Literal["causal", "encdec", "masked"]
 SENTINELS = tuple(f"<extra_id_{number}>" for number in range(32))
 MASK = "<mask>"
 ADAPTATIONS = (25, 100, 400)
-"""Steps of LM adaptation that there are models for."""
+"""Numbers of LM adaptation steps for which there are models."""
 
 
 @dataclass(frozen=True)
 class Rung(Recipe):
-    """A model of the ladder: all that determines it."""
+    """All settings that determine a model of the ladder."""
 
     version: int = 1
     vocab_size: int = 768
@@ -56,11 +57,11 @@ class Rung(Recipe):
 
 
 def _rungs() -> dict[str, Rung]:
-    # Where only some labels are taken out, it takes twice the documents to see as many.
+    # The other objectives take out only some of the labels, so they need twice the documents to
+    # learn from as many labels.
     documents: Mapping[Kind, int] = {"causal": 12_000, "encdec": 24_000, "masked": 24_000}
-    shapes: Mapping[
-        Kind, Mapping[str, tuple[int, int]]
-    ] = {  # width and layers; of an encoder and of a decoder
+    # Width and layers. An encoder and a decoder have as many layers each.
+    shapes: Mapping[Kind, Mapping[str, tuple[int, int]]] = {
         "causal": {"s": (64, 2), "m": (128, 3), "l": (192, 5)},
         "encdec": {"s": (64, 2), "m": (96, 3), "l": (128, 4)},
         "masked": {"s": (64, 2), "m": (128, 3), "l": (192, 5)},
@@ -88,7 +89,10 @@ RUNGS: Mapping[str, Rung] = _rungs()
 
 
 def ladder_model(name: str, progress: Progress | None = None, rung: Rung | None = None) -> Path:
-    """Folder of a model of the ladder, trained when it is not in the cache yet; KeyError for an unknown name."""
+    """Return the folder of a model of the ladder, and train the model if it is not cached.
+
+    Raises KeyError for an unknown name.
+    """
     rung = rung or RUNGS[name]
     base = (
         ladder_model(name, progress, replace(rung, adaptation_steps=0))
@@ -104,7 +108,10 @@ def ladder_model(name: str, progress: Progress | None = None, rung: Rung | None 
 
 
 def make_rung(folder: Path, rung: Rung, progress: Progress, base: Path | None = None) -> None:
-    """Train by ``rung``, from ``base`` if it is an adaptation, and write a Hugging Face folder."""
+    """Train a model by ``rung`` and write it as a Hugging Face folder.
+
+    An adaptation starts from the model in the folder ``base``.
+    """
     texts = label_documents(rung.documents, rung.seed)
     more = {"causal": (), "encdec": SENTINELS, "masked": (MASK,)}[rung.kind]
     tokenizer = train_tokenizer([text.text for text in texts[::6]], rung.vocab_size, more)
@@ -127,7 +134,7 @@ def make_rung(folder: Path, rung: Rung, progress: Progress, base: Path | None = 
 
 
 def _close(tokenizer: Tokenizer, single: str) -> None:
-    """Special tokens around every text."""
+    """Make the tokenizer put special tokens around every text, by the template ``single``."""
     from tokenizers import processors
 
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -136,7 +143,10 @@ def _close(tokenizer: Tokenizer, single: str) -> None:
 
 
 def _plain_rows(texts: Sequence[Document], tokenizer: Tokenizer, rung: Rung) -> list[Row]:
-    """Documents without special tokens; the preface stands in front as a soft prompt does."""
+    """Encode documents without special tokens.
+
+    A document's preface stands in front of its text, as a soft prompt does.
+    """
     rows = []
     for row in encode(texts, tokenizer, rung):
         kept = [
@@ -165,9 +175,8 @@ def _train_encdec(
         )
     from transformers import T5ForConditionalGeneration
 
-    later = rows[
-        len(rows) // 4 :
-    ]  # the first lessons name all facets, which nothing asks for later
+    # Skip the first quarter: its documents name all facets, which no later prompt asks for.
+    later = rows[len(rows) // 4 :]
     chosen = random.choices(later, k=rung.adaptation_steps * rung.batch_rows)
     pairs = [cut_in_two(random, row, weight, EOS_ID) for row in chosen]
     model = T5ForConditionalGeneration.from_pretrained(base)
@@ -191,7 +200,7 @@ def _train_masked(
 
 
 def _drawn(rung: Rung, make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-    """Random weights, with the caller's random state left as it was."""
+    """Make a model with random weights, and leave the caller's random state as it was."""
     import torch
 
     with torch.random.fork_rng(devices=[]):
@@ -241,7 +250,10 @@ def _bert(rung: Rung, tokenizer: Tokenizer) -> Callable[[], PreTrainedModel]:
 
 
 def decoder_loss(model: PreTrainedModel, batch: Sequence[Pair]) -> torch.Tensor:
-    """Weighted mean over the targets of a batch; the decoder reads its start token and the target but for its end."""
+    """Return the weighted mean loss over a batch's targets.
+
+    The decoder reads its start token and then the target without its last token.
+    """
     inputs = padded([pair.ids for pair in batch], PAD_ID)
     fed = padded([[PAD_ID, *pair.targets[:-1]] for pair in batch], PAD_ID)
     logits = model(
@@ -254,7 +266,7 @@ def decoder_loss(model: PreTrainedModel, batch: Sequence[Pair]) -> torch.Tensor:
 
 
 def masked_loss(model: PreTrainedModel, batch: Sequence[Pair]) -> torch.Tensor:
-    """Weighted mean over the masked places of a batch."""
+    """Return the weighted mean loss over a batch's masked places."""
     inputs = padded([pair.ids for pair in batch], PAD_ID)
     return _weighted(
         model(input_ids=inputs, attention_mask=(inputs != PAD_ID).long()).logits, batch
@@ -262,7 +274,7 @@ def masked_loss(model: PreTrainedModel, batch: Sequence[Pair]) -> torch.Tensor:
 
 
 def _weighted(logits: torch.Tensor, batch: Sequence[Pair]) -> torch.Tensor:
-    """``logits`` [B, T, V]."""
+    """Return the weighted mean loss of ``logits`` [B, T, V] over the places that have a target."""
     import torch
 
     targets = padded([pair.targets for pair in batch], IGNORED).flatten()

@@ -1,7 +1,7 @@
-"""Makes the quickstart language model: tokenizer, weights, and the Hugging Face folder that holds them.
+"""Make the quickstart language model: tokenizer, weights, and their Hugging Face folder.
 
-Shapes: B rows, T tokens, V vocabulary. torch and transformers are imported inside functions only, so that the
-package can be imported without them.
+Shapes: B rows, T tokens, V vocabulary. torch and transformers are imported inside functions only,
+so that the package can be imported without them.
 """
 
 from __future__ import annotations
@@ -33,11 +33,10 @@ BOS_ID, EOS_ID, PAD_ID = 0, 1, 2
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that determines the model; another recipe is another folder in the cache."""
+    """All settings that determine the model; each recipe has its own folder in the cache."""
 
-    version: int = (
-        2  # raise it when the world, the corpus or this module changes what the model learns
-    )
+    # Raise the version when the world, the corpus or this module changes what the model learns.
+    version: int = 2
     seed: int = 0
     vocab_size: int = 1024
     hidden_size: int = 128
@@ -47,15 +46,15 @@ class Recipe:
     intermediate_size: int = 344
     context: int = 512
     initializer_range: float = 0.05
-    embedding_scale: float = (
-        1.0  # of the numbers in the table; a prompt's learning rate is felt in proportion to it
-    )
+    # Standard deviation of the embedding table at the start of training. A prompt's learning rate
+    # acts relative to this scale.
+    embedding_scale: float = 1.0
     documents: int = 15_000
     batch_rows: int = 16
-    learning_rate: float = 3e-3  # embeddings and norms
+    learning_rate: float = 3e-3  # for embeddings and norms
     warmup_steps: int = 50
     matrix_learning_rate: float = 0.02
-    text_weight: float = 0.2  # loss weight of what is not an answer
+    text_weight: float = 0.2  # loss weight of tokens outside answers
     answer_weight: float = 8.0
 
     @property
@@ -65,8 +64,10 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Row:
+    """An encoded document."""
+
     ids: list[int]
-    weights: list[float]  # of each token in the loss
+    weights: list[float]  # each token's weight in the loss
 
 
 class HasIds(Protocol):
@@ -78,18 +79,22 @@ R = TypeVar("R", bound=HasIds)
 
 
 def make_language_model(folder: Path, recipe: Recipe, progress: Progress | None = None) -> None:
-    """Train by ``recipe`` and write a Hugging Face folder that the Auto classes load without a network."""
+    """Train by ``recipe`` and write a Hugging Face folder.
+
+    The Auto classes of transformers load the folder without a network.
+    """
     texts = documents(recipe.documents, recipe.seed)
-    # Every sixth document is enough for a vocabulary, and every lesson has its share.
+    # Every sixth document is enough for a vocabulary, and includes documents of every lesson.
     tokenizer = train_tokenizer([text.text for text in texts[::6]], recipe.vocab_size)
     model = train(encode(texts, tokenizer, recipe), tokenizer.get_vocab_size(), recipe, progress)
     save(folder, model, tokenizer, recipe)
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int, more: Sequence[str] = ()) -> Tokenizer:
-    """Byte-level BPE, so that any text can be encoded; a begin token in front and no end token, as Llama has it.
+    """Train a byte-level BPE tokenizer, which can encode any text.
 
-    ``more`` special tokens follow begin, end and padding.
+    As with Llama, a text gets a begin token in front and no end token. The special tokens ``more``
+    follow those for begin, end and padding.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -110,7 +115,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int, more: Sequence[str] =
 
 
 def encode(texts: Sequence[Document], tokenizer: Tokenizer, recipe: Recipe) -> list[Row]:
-    """Documents as ``preface BOS pieces EOS``, in the same order."""
+    """Encode documents as ``preface BOS pieces EOS``, in the same order."""
     strings = [
         string
         for text in texts
@@ -133,7 +138,11 @@ def _row(text: Document, encoded: Iterator[list[int]], recipe: Recipe) -> Row:
 
 
 def batches(rows: Sequence[R], recipe: Recipe, pool_batches: int = 16) -> list[list[R]]:
-    """Rows of like length together, for little padding; the order of the lessons stays, but for pools of batches."""
+    """Group rows of similar length into batches, so that there is little padding.
+
+    Batches are shuffled within pools. The order of the pools is that of the rows, so that the order
+    of the lessons stays.
+    """
     random = Random(recipe.seed)
     ordered: list[list[R]] = []
     size = recipe.batch_rows
@@ -148,7 +157,10 @@ def batches(rows: Sequence[R], recipe: Recipe, pool_batches: int = 16) -> list[l
 def train(
     rows: Sequence[Row], vocab_size: int, recipe: Recipe, progress: Progress | None = None
 ) -> LlamaForCausalLM:
-    """One pass over ``rows``, in order. Leaves the caller's random state as it was."""
+    """Train a new model with one pass over ``rows``, in the order of the lessons.
+
+    The caller's random state is left as it was.
+    """
     import torch
 
     with torch.random.fork_rng(devices=[]):
@@ -164,7 +176,7 @@ def fit(
     recipe: Recipe,
     progress: Progress | None = None,
 ) -> M:
-    """One step a batch, in order."""
+    """Train the model with one step per batch, in order."""
     import torch
     from torch.optim.lr_scheduler import LambdaLR
 
@@ -206,13 +218,13 @@ def _untrained(vocab_size: int, recipe: Recipe) -> LlamaForCausalLM:
     )
     model = LlamaForCausalLM(config)
     torch.nn.init.normal_(model.get_input_embeddings().weight, std=recipe.embedding_scale)
-    # The table is the output layer too: a smaller scale in front of it keeps the first logits small.
+    # The table is also the output layer. A small norm scale before it keeps the first logits small.
     torch.nn.init.constant_(model.model.norm.weight, 0.05 / recipe.embedding_scale)
     return model
 
 
 def _optimizers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, AdamW for all embeddings and the norms' scales."""
+    """Return Muon for the layers' matrices, and AdamW for embeddings and the norms' scales."""
     import torch
 
     from orchestrator.models.builtin.optimizer import Muon
@@ -227,17 +239,20 @@ def _optimizers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Opti
 
 
 def _rate(step: int, steps: int, recipe: Recipe) -> float:
-    """Share of the full learning rate: a short warm-up, then a cosine down to a twentieth."""
+    """Return the share of the full learning rate: a short warm-up, then a cosine to a twentieth."""
     return min((step + 1) / recipe.warmup_steps, 0.525 + 0.475 * math.cos(math.pi * step / steps))
 
 
 def next_token_loss(model: LlamaForCausalLM, batch: Sequence[Row]) -> torch.Tensor:
-    """Weighted mean of the next-token losses of a batch, padded at the end to [B, T]."""
+    """Return the weighted mean of a batch's next-token losses.
+
+    The rows are padded at their end to [B, T].
+    """
     import torch
 
     ids = padded([row.ids for row in batch], PAD_ID)
     weights = padded([row.weights for row in batch], 0.0)[:, 1:]
-    # Causal attention never looks at the padding, which stands at the end: no mask is needed.
+    # No mask is needed: the padding stands at the end, where causal attention never reads it.
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]  # [B, T - 1, V]
     losses = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
@@ -255,14 +270,18 @@ def padded(rows: Sequence[Sequence[float]], value: float) -> torch.Tensor:
 def save(
     folder: Path, model: PreTrainedModel, tokenizer: Tokenizer, recipe: Recipe, **special: Any
 ) -> None:
-    """config.json, generation_config.json, model.safetensors, tokenizer.json, tokenizer_config.json.
+    """Write the model and its tokenizer to a Hugging Face folder.
 
-    ``special``: more that the tokenizer is told of itself.
+    The files are config.json, generation_config.json, model.safetensors, tokenizer.json,
+    tokenizer_config.json and recipe.json. A model that can't generate has no
+    generation_config.json. ``special`` are further options of the tokenizer, such as special
+    tokens.
     """
     from transformers import PreTrainedTokenizerFast
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # one file of a megabyte needs none, and ours is on the screen
+    # Writing one file of a megabyte needs no progress bar, and ours is already on the screen.
+    logging.disable_progress_bar()
     if model.can_generate():
         model.generation_config.update(
             bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID, do_sample=False

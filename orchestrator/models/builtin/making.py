@@ -1,4 +1,7 @@
-"""Where models made on the spot are kept: each is made once, whole or not at all, however many processes ask."""
+"""The cache of built-in models, where each model is made once and stored whole or not at all.
+
+This holds however many processes ask for a model at the same time.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ Progress: TypeAlias = Callable[[int, int], None]  # (steps done, steps in all)
 
 
 def cache_folder() -> Path:
-    """$ORCHESTRATOR_CACHE, else prompt-orchestrator in the user's cache folder."""
+    """Return $ORCHESTRATOR_CACHE, or prompt-orchestrator in the user's cache folder."""
     if own := os.environ.get("ORCHESTRATOR_CACHE"):
         return Path(own).expanduser().absolute()
     return (
@@ -26,10 +29,11 @@ def cache_folder() -> Path:
 def made_once(
     name: str, make: Callable[[Path, Progress], None], title: str, progress: Progress | None = None
 ) -> Path:
-    """The folder ``name`` of the cache, filled by ``make`` when it is not there yet.
+    """Return the folder ``name`` of the cache, and have ``make`` fill it if it does not exist yet.
 
-    Processes that ask at the same time wait for the one that makes it. ``progress`` is told (steps done, steps in
-    all); without it, standard error is, under ``title``.
+    Other processes that ask at the same time wait until the folder is made. ``progress`` is called
+    with (steps done, steps in all). Without ``progress``, standard error shows the progress under
+    ``title``.
     """
     from filelock import FileLock
 
@@ -46,7 +50,7 @@ def made_once(
 def _make(
     folder: Path, make: Callable[[Path, Progress], None], title: str, progress: Progress | None
 ) -> None:
-    """Make a folder beside the final one, then move it."""
+    """Fill a temporary folder beside the final one, then rename it when it is complete."""
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         if progress is not None:
@@ -62,7 +66,7 @@ def _make(
 
 @contextmanager
 def _shown_progress(title: str) -> Iterator[Progress]:
-    """A bar on a terminal, a line every tenth elsewhere, both on standard error."""
+    """Show progress on standard error: a bar on a terminal, otherwise a line at every tenth."""
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar

@@ -1,8 +1,10 @@
-"""What encoder-decoder and masked models are trained on: documents with parts taken out, or cut in two.
+"""Training objectives of encoder-decoder and masked models.
 
-Span corruption and the sentinels that mark the spans are T5's (Raffel et al. 2020, section 3.1.4), cutting in two is
-the prefix LM objective of LM adaptation (Lester et al. 2021, section 3.2). Labels are taken out far more often than
-other tokens, since there is little of them: without that, a model this small would learn to spell and not to label.
+Parts of a document are taken out, or the document is cut in two. Span corruption, with the
+sentinels that mark the spans, is T5's (Raffel et al. 2020, section 3.1.4). Cutting in two is the
+prefix LM objective of LM adaptation (Lester et al. 2021, section 3.2). Labels are taken out far
+more often than other tokens, because there are few of them. Otherwise a model this small would
+learn to spell and not to label.
 """
 
 from __future__ import annotations
@@ -16,29 +18,31 @@ from orchestrator.models.builtin.language_model import Row
 
 SPAN = 3  # mean length of a random span
 CORRUPTED = 0.15  # share of tokens in random spans, before labels are added
-LABELS_OUT = 0.6  # chance of a label to be taken out
-IGNORED = -100  # as torch's cross-entropy has it
+LABELS_OUT = 0.6  # probability that a label is taken out
+IGNORED = -100  # the index that torch's cross-entropy ignores by default
 
 
 @dataclass(frozen=True)
 class Pair:
-    """What an encoder reads, and what is to be said: by a decoder, or at the masked places (IGNORED elsewhere)."""
+    """An encoder's input, and the targets to predict.
+
+    The targets are predicted by a decoder, or at the masked places, with IGNORED at other places.
+    """
 
     ids: list[int]
     targets: list[int]
-    weights: list[float]  # of each target in the loss
+    weights: list[float]  # each target's weight in the loss
 
 
 def taken_out(random: Random, row: Row, label_weight: float) -> list[bool]:
-    """Which tokens are taken out: some of the labels, and random spans."""
+    """Choose the tokens that are taken out: some of the labels, and random spans."""
     length = len(row.ids)
     out = [weight == label_weight and random.random() < LABELS_OUT for weight in row.weights]
     for _ in range(max(1, round(CORRUPTED * length / SPAN))):
         start = random.randrange(length)
         span = range(start, min(length, start + random.randint(1, 2 * SPAN - 1)))
-        if not any(
-            row.weights[place] == label_weight for place in span
-        ):  # a label's neighbours tell which it is
+        # Spare spans around a label, because a label's neighbours help to predict it.
+        if not any(row.weights[place] == label_weight for place in span):
             for place in span:
                 out[place] = True
     return out
@@ -47,7 +51,10 @@ def taken_out(random: Random, row: Row, label_weight: float) -> list[bool]:
 def span_corrupted(
     random: Random, row: Row, label_weight: float, sentinels: Sequence[int], end: int
 ) -> Pair:
-    """Each run of tokens that are taken out becomes a sentinel; the target names each sentinel with its tokens."""
+    """Replace each run of tokens that are taken out by a sentinel.
+
+    The target is each sentinel followed by the tokens that it replaces.
+    """
     ids: list[int] = []
     targets: list[int] = []
     weights: list[float] = []
@@ -68,9 +75,10 @@ def span_corrupted(
 
 
 def cut_in_two(random: Random, row: Row, label_weight: float, end: int) -> Pair:
-    """The first part is read and the rest said.
+    """Cut a row in two: the first part is the input, the rest is the target.
 
-    Half of the cuts are in front of a label, and half of these texts end behind it, as targets of tasks do.
+    Half of the cuts are in front of a label. In half of these, the text ends after the label, as a
+    task's target does.
     """
     starts = [
         place
@@ -89,7 +97,7 @@ def cut_in_two(random: Random, row: Row, label_weight: float, end: int) -> Pair:
 
 
 def masked(random: Random, row: Row, label_weight: float, begin: int, end: int, mask: int) -> Pair:
-    """Tokens that are taken out become masks, and are to be said in their place."""
+    """Replace tokens that are taken out by masks, and predict them there."""
     out = taken_out(random, row, label_weight)
     ids = [mask if gone else token for gone, token in zip(out, row.ids, strict=True)]
     said = [token if gone else IGNORED for gone, token in zip(out, row.ids, strict=True)]

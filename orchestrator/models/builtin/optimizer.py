@@ -1,7 +1,8 @@
-"""Momentum whose updates are made orthogonal (the Muon method), for the weight matrices of a small transformer.
+"""The Muon optimizer: momentum with orthogonalised updates, for a small transformer's matrices.
 
-In the few hundred steps there are, AdamW alone does not get as far as reading a writer's mood; this does. torch has an
-implementation of its own only from 2.9 on, and takes the matrices one at a time; here those of one shape go together.
+In the few hundred steps of training, AdamW alone does not learn to read a writer's mood; Muon does.
+torch has its own implementation only from 2.9 on, and it updates one matrix at a time. Here
+matrices of equal shape are updated together.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# A quintic that drives every singular value between 0 and 1 to about 1 when applied again and again.
+# Coefficients of a quintic that, applied repeatedly, drives singular values between 0 and 1 to
+# about 1.
 QUINTIC = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonalised Nesterov momentum with decoupled weight decay, for parameters of two dimensions."""
+    """Orthogonalised Nesterov momentum with decoupled weight decay, for matrices."""
 
     def __init__(
         self,
@@ -58,7 +60,7 @@ def _by_shape(parameters: list[torch.nn.Parameter]) -> list[list[torch.nn.Parame
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """[N, rows, columns] to matrices with the same singular vectors and singular values near 1."""
+    """Return matrices [N, rows, columns] with equal singular vectors and singular values near 1."""
     if matrices.shape[1] > matrices.shape[2]:
         return orthogonal(matrices.mT).mT
     a, b, c = QUINTIC

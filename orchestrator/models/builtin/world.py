@@ -1,8 +1,8 @@
-"""The quickstart's world: short reviews, written by a grammar, whose facts are known because they were drawn first.
+"""Reviews for the built-in models, written by a grammar from facts that are drawn first.
 
-A review tells of a visit or a story, with or without company, in the morning or the evening, by a happy or an unhappy
-writer. The four facets are independent, so that knowing one tells nothing about another. Pure Python: a seed gives the
-same reviews on every machine.
+A review tells of a visit or a story, with or without company, in the morning or the evening, by a
+happy or an unhappy writer. The four facets are independent, so that one tells nothing about
+another. The module is pure Python: a seed gives the same reviews on every machine.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ Topic: TypeAlias = Literal["food", "hotel", "film", "book"]
 PLACES: tuple[Topic, ...] = ("food", "hotel")
 STORIES: tuple[Topic, ...] = ("film", "book")
 
-# Hash buckets, 100 in all: a text belongs to one part for ever, whichever seed wrote it.
+# Each part has a range of the 100 hash buckets. A text's hash puts the text in the same part every
+# time, whichever seed produced it.
 PARTS: Mapping[str, range] = {
     "corpus": range(70),
     "train": range(70, 85),
@@ -28,7 +29,7 @@ PARTS: Mapping[str, range] = {
 
 @dataclass(frozen=True)
 class Facts:
-    """What is true of a review."""
+    """The facts of a review."""
 
     happy: bool
     place: bool
@@ -38,6 +39,8 @@ class Facts:
 
 @dataclass(frozen=True)
 class Review:
+    """A review's text, its topic, and the facts that hold for it."""
+
     text: str
     topic: Topic
     facts: Facts
@@ -154,26 +157,29 @@ COMPANY = (
 )
 
 GOOD = (
-    "wonderful", "lovely", "great", "excellent", "charming", "superb", "pleasant", "delightful", "brilliant", "perfect",
-    "good", "fantastic", "impressive", "beautiful", "remarkable", "marvellous",
+    "wonderful", "lovely", "great", "excellent", "charming", "superb", "pleasant", "delightful",
+    "brilliant", "perfect", "good", "fantastic", "impressive", "beautiful", "remarkable",
+    "marvellous",
 )  # fmt: skip
 BAD = (
-    "awful", "terrible", "dull", "dreadful", "poor", "weak", "boring", "bad", "disappointing", "horrible", "sloppy",
-    "mediocre", "miserable", "annoying", "ugly", "shabby",
+    "awful", "terrible", "dull", "dreadful", "poor", "weak", "boring", "bad", "disappointing",
+    "horrible", "sloppy", "mediocre", "miserable", "annoying", "ugly", "shabby",
 )  # fmt: skip
 DEGREES = ("", "", "", "very ", "really ", "truly ", "simply ", "rather ")
 LIKED = ("loved", "enjoyed", "adored", "admired", "was delighted with")
 DISLIKED = ("hated", "regretted", "could not stand", "was let down by", "was annoyed by")
 PRAISE = (
-    "I would recommend it to anyone.", "I left with a smile.", "I can hardly wait for the next time.",
-    "It was worth every penny.", "It made my day.", "Full marks from me.",
+    "I would recommend it to anyone.", "I left with a smile.",
+    "I can hardly wait for the next time.", "It was worth every penny.", "It made my day.",
+    "Full marks from me.",
 )  # fmt: skip
 BLAME = (
     "I would not recommend it to anyone.", "I left with a headache.", "There will be no next time.",
     "It was not worth a penny.", "It spoiled my day.", "I want my money back.",
 )  # fmt: skip
 
-# {a} and {b} are aspects; {same} and {same2} adjectives that agree with the writer's mood, {other} one that does not.
+# {a} and {b} are aspects. {same} and {same2} are adjectives that agree with the writer's mood,
+# {other} is an adjective that does not.
 PLAIN = (
     "The {a} was {degree}{same}.",
     "The {a} was {same} and the {b} {degree}{same2}.",
@@ -195,7 +201,7 @@ MIXED = (
 
 
 def write_review(random: Random, facts: Facts) -> Review:
-    """A review of which ``facts`` hold; the rest is drawn from ``random``."""
+    """Write a review for which ``facts`` hold; everything else is drawn from ``random``."""
     topic = random.choice(PLACES if facts.place else STORIES)
     sentences = [_setting(random, topic, facts), *_opinions(random, topic, facts.happy)]
     if random.random() < 0.25:  # now and then the opinion comes first
@@ -246,13 +252,13 @@ def _fill(random: Random, form: str, topic: Topic, happy: bool) -> str:
 
 
 def part_of(text: str) -> str:
-    """The one part (corpus, train, validation or test) that a text belongs to, by its hash."""
+    """Return the part (corpus, train, validation or test) that a text belongs to, by its hash."""
     bucket = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") % 100
     return next(part for part, buckets in PARTS.items() if bucket in buckets)
 
 
 def reviews(part: str, wanted: Sequence[Facts], seed: int) -> list[Review]:
-    """One review for each of ``wanted``, in order, all different and all of ``part``."""
+    """Write one review for each of ``wanted``, in order, all different and all of ``part``."""
     random = Random(f"{part}-{seed}")  # a string seed is hashed the same way on every machine
     seen: set[str] = set()
     found: list[Review] = []
