@@ -131,7 +131,7 @@ class Server:
                 )
 
     def close(self) -> None:
-        """Let running requests finish, stop the application, then Serve or Ray if unused."""
+        """Let running requests finish, then stop the application, and Serve or Ray if unused."""
         with suppress(RayServeException, RayActorError):  # Serve never came up, or is gone already
             serve.delete(APP_NAME)  # waits for running requests to finish
             # Shutting Serve down frees the port. A Ray that this process started ends below anyway,

@@ -124,7 +124,7 @@ class Front:
     ) -> None:
         """Set the call that sends a request to a replica.
 
-        ``answer`` raises ``died`` when the replica is gone and ``busy`` when too many requests wait.
+        ``answer`` raises ``died`` when the replica is gone, ``busy`` when too many requests wait.
         """
         self._answer = answer
         # The check here keeps clients without a valid key from sending a body. Replicas check again

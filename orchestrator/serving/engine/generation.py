@@ -30,10 +30,10 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a row's next tokens are chosen.
+    """The rule that chooses a row's next tokens.
 
-    Greedy at temperature 0. Otherwise drawn from the smallest set of likeliest tokens whose
-    probabilities add up to ``top_p``.
+    Temperature 0 is greedy. Otherwise each token is drawn from the smallest set of likeliest tokens
+    whose probabilities add up to at least ``top_p``.
     """
 
     max_tokens: int = 16

@@ -43,7 +43,10 @@ class ServedPrompt:
     prepared: PreparedPrompts
     """The prompt's keys and values; K = 1."""
     answers: tuple[tuple[int, ...], ...]
-    """Token ids of each label's text, in the verbalizer's order; empty without a verbalizer."""
+    """Token ids of each label's text, in the verbalizer's order; empty without a verbalizer.
+
+    They include the end token if one label's text is the beginning of another's.
+    """
     context_length: int
 
     @property
@@ -147,9 +150,8 @@ def label_keys(labels: Sequence[Label]) -> list[str]:
     keys = [label_text(label) for label in labels]
     if len(set(keys)) == len(keys):
         return keys
-    return [
-        spelled(label) for label in labels
-    ]  # 1 and "1" in an early verbalizer: the text keeps its quotes
+    # Verbalizers of early versions may hold both 1 and "1"; texts then keep their quotes.
+    return [spelled(label) for label in labels]
 
 
 def classified(

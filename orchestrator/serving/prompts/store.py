@@ -1,8 +1,8 @@
 """The prompt store: names and aliases mapped to loaded versions, kept up to date with the registry.
 
 A background thread polls the registry. When an alias moves, the new version is loaded first and
-only then replaces the old one. A version that can't be served is refused, and the old version stays.
-While the registry is unreachable, the store keeps serving what it knows.
+only then replaces the old one. A version that can't be served is refused, and the old version
+stays. While the registry is unreachable, the store keeps serving what it knows.
 """
 
 from __future__ import annotations
@@ -110,10 +110,10 @@ class PromptStore:
         self._served = tuple(parse_ref(text) for text in served)
         self._poll_seconds = poll_seconds
         self._known: dict[str, dict[str, int]] | None = None
-        """Name to alias to version, as last read from the registry; None before its first answer."""
+        """Name to alias to version, as last read from the registry; None until it has answered."""
         self._canaries: dict[str, Canary] = {}
         self._routes: dict[tuple[str, str], int] = {}
-        """(name, alias) to the version that answers for it, which has been loaded successfully."""
+        """(name, alias) to the version that answers for it; each was loaded successfully once."""
         self._cards: dict[Key, ModelCard] = {}
         self._cache = PromptCache(max_bytes, max_host_bytes)
         self._refused: OrderedDict[Key, _Refusal] = OrderedDict()
@@ -149,7 +149,7 @@ class PromptStore:
     def loaded(self, model: str) -> ServedPrompt | None:
         """Return the prompt that answers for ``model``, or None if it would have to be loaded.
 
-        Raises ModelNotFound for an unknown model, and Unreachable before the registry's first answer.
+        Raises ModelNotFound for an unknown model, and Unreachable until the registry has answered.
         """
         with self._lock:
             for key in self._candidates(model):
@@ -163,8 +163,8 @@ class PromptStore:
     def get(self, model: str) -> ServedPrompt:
         """Return the prompt that answers for ``model``, loading it when needed.
 
-        Raises ModelNotFound when there is no such prompt or it can't be served, and Unreachable when
-        the registry is needed and does not answer.
+        Raises ModelNotFound when there is no such prompt or it can't be served, and Unreachable
+        when the registry is needed and does not answer.
         """
         with self._lock:
             candidates = self._candidates(model)
@@ -292,7 +292,10 @@ class PromptStore:
                     yield (name, alias), version
 
     def _follow(self, route: tuple[str, str], version: int) -> None:
-        """Load the version, then let the alias answer with it; if loading fails, nothing changes."""
+        """Load the version, then let the alias answer with it.
+
+        If the version can't be loaded, nothing changes.
+        """
         if self._routes.get(route) == version:
             return
         try:
@@ -315,7 +318,7 @@ class PromptStore:
     def _candidates(self, model: str) -> list[Key]:
         """Return the versions that may answer for ``model``, the preferred one first.
 
-        Raises ModelNotFound for an unknown model, and Unreachable before the registry's first answer.
+        Raises ModelNotFound for an unknown model, and Unreachable until the registry has answered.
         """
         if self._known is None:
             raise Unreachable("the registry has not answered yet", "try again in a few seconds")
