@@ -268,7 +268,11 @@ class Engine:
                 self._guarded(jobs, self._admit)
             for batch in list(self._batches):
                 jobs = [self._owners[row] for row in batch.rows]
-                self._guarded(jobs, lambda _, batch=batch: self._step(batch), batch)  # type: ignore[misc]
+                self._guarded(
+                    jobs,
+                    lambda _, batch=batch: self._step(batch),  # type: ignore[misc]
+                    batch,
+                )
 
     def _wait_for_work(self) -> bool:
         """Block until there is something to run; return False when the engine is closed."""
