@@ -1,7 +1,8 @@
-"""The serving application on Ray Serve: checked, deployed, waited for. Only this file imports Ray.
+"""The serving application on Ray Serve: checks, deployment and the wait until it answers.
 
-Each replica is a whole server (store, engine, routes); Serve starts, watches, restarts and scales them and spreads
-requests.
+Each replica is a complete server with its own store, engine and routes. Ray Serve starts, watches,
+restarts and scales the replicas and distributes requests among them. This is the only module of the
+package that imports Ray.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-os.environ.setdefault(
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
-)  # a warning about a default that does not concern us
-# A proxy that died is noticed after a second, not after ten; Serve's controller reads it when it starts.
+# Silences Ray's warning about a default that does not matter here.
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# Check the proxies every second instead of every ten, so that a dead proxy is replaced sooner.
+# Serve's controller reads this variable when it starts.
 os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1")
-# With HAProxy in front: what a replica began and did not answer may be asked again, for an answer changes nothing.
+# With HAProxy in front: let it retry a request that a replica accepted but did not answer. Retrying
+# is safe because answering a request changes no state.
 os.environ.setdefault("RAY_SERVE_HAPROXY_RETRY_ON", "conn-failure empty-response")
 
 import ray
@@ -55,28 +57,30 @@ from orchestrator.utils.text import mask_secrets
 log = logging.getLogger(__name__)
 
 APP_NAME = "orchestrator"
-START_SECONDS = 600.0  # a large base model takes its time to load
+START_SECONDS = 600.0  # loading a large base model can take minutes
 HEALTH_SECONDS = 60.0
 HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"
-"""Serve's own switch."""
+"""Ray Serve's environment variable that puts HAProxy in front of the replicas."""
 NEXT = "next: "
-"""What the next step of our own errors begins with."""
+"""The prefix of the hint line in this project's error messages."""
 NEXT_STEP = "orchestrator run JOB registers one; orchestrator init writes a JOB to start from"
 
 
 DEPLOYMENT: dict[str, Any] = {
-    "max_ongoing_requests": 4096,  # above the engine's own limit, which answers 429 in OpenAI's shape
-    "max_queued_requests": 1024,  # while no replica is there
+    # Above the engine's own limit, so that the engine refuses first: its 429 has OpenAI's format.
+    "max_ongoing_requests": 4096,
+    "max_queued_requests": 1024,  # applies while no replica is up
     "backpressure_config": {"status_code": 429, "retry_after_s": 1},
     "health_check_period_s": 5,
-    "max_constructor_retry_count": 1,  # one that failed fails again: the reason should reach the person who waits
+    # A replica that failed to start would fail again, and the waiting user should see the reason.
+    "max_constructor_retry_count": 1,
 }
 
 
 @serve.deployment(name="prompts", **DEPLOYMENT)
 @serve.ingress()
 class PromptReplica(Replica):
-    """A replica that answers HTTP itself."""
+    """A replica that answers HTTP requests directly."""
 
     def __serve_build_asgi_app__(self) -> Any:
         return self.api
@@ -84,13 +88,13 @@ class PromptReplica(Replica):
 
 @serve.deployment(name="prompts", **DEPLOYMENT)
 class HiddenReplica(Replica):
-    """A replica behind the front."""
+    """A replica that receives its requests from ``FrontReplica``."""
 
 
 @serve.deployment(name="front", **DEPLOYMENT)
 @serve.ingress()
 class FrontReplica(Front):
-    """What stands before the hidden replicas."""
+    """The HTTP front that passes requests on to ``HiddenReplica`` and retries them."""
 
     def __init__(
         self, replicas: DeploymentHandle, keys: tuple[ApiKey, ...], max_body_bytes: int
@@ -102,19 +106,22 @@ class FrontReplica(Front):
         async def front(scope: Any, receive: Any, send: Any) -> None:
             await self.pass_on(scope, receive, send)
 
-        return front  # a bound method would be taken for an application of ASGI 2
+        return front  # Serve would take a bound method for an ASGI 2 application
 
 
 @dataclass(frozen=True)
 class Server:
-    """A running server; ``close`` ends it, and Ray too when it was started for it."""
+    """A running server; ``close`` stops it, and stops Ray too if ``start`` started Ray."""
 
     url: str
     base_model: str
     owns_ray: bool
 
     def wait(self) -> None:
-        """Until the application ends or the caller is interrupted. JobFailed when it ended by itself."""
+        """Block until the application ends or the caller is interrupted.
+
+        Raises JobFailed when the application ended by itself.
+        """
         while True:
             time.sleep(2)
             status = serve.status().applications.get(APP_NAME)
@@ -124,9 +131,11 @@ class Server:
                 )
 
     def close(self) -> None:
-        with suppress(RayServeException, RayActorError):  # Serve itself never came up, or is gone
-            serve.delete(APP_NAME)  # lets the requests under way finish
-            # Gives the port back; a Ray of our own is about to end anyway, and would complain of a task cut short.
+        """Let running requests finish, then stop the application, and Serve or Ray if unused."""
+        with suppress(RayServeException, RayActorError):  # Serve never came up, or is gone already
+            serve.delete(APP_NAME)  # waits for running requests to finish
+            # Shutting Serve down frees the port. A Ray that this process started ends below anyway,
+            # and shutting Serve down first would make Ray complain about an interrupted task.
             if not self.owns_ray and not serve.status().applications:
                 serve.shutdown()
         if self.owns_ray:
@@ -136,7 +145,10 @@ class Server:
 def build_app(
     options: ServeOptions, base: BaseModelSpec | None = None, source: RegistrySource | None = None
 ) -> serve.Application:
-    """The application for ``serve.run``. Asks the registry for the base model unless it is given."""
+    """Build the application for ``serve.run``; the registry supplies ``base`` unless it is given.
+
+    Raises BadInput for options that can't work, and whenever ``choose_base_model`` does.
+    """
     options.check()
     keys = load_keys()
     check_haproxy(keys)
@@ -160,7 +172,8 @@ def _scaling(options: ServeOptions) -> dict[str, Any]:
         return {"num_replicas": options.replicas}
     autoscaling = {
         "min_replicas": options.replicas,
-        "initial_replicas": max(1, options.replicas),  # one that can't start should say so at once
+        # Start at least one replica, so that a failure to load the model shows at once.
+        "initial_replicas": max(1, options.replicas),
         "max_replicas": options.max_replicas,
         "target_ongoing_requests": options.target_ongoing,
         "upscale_delay_s": options.upscale_seconds,
@@ -172,14 +185,18 @@ def _scaling(options: ServeOptions) -> dict[str, Any]:
 
 
 def application(args: Mapping[str, Any]) -> serve.Application:
-    """Entry for Serve's own config files: ``import_path: orchestrator.serving.app:application``, options as args."""
+    """Build the application from the ``args`` of a Serve config file.
+
+    The config file names this function: ``import_path: orchestrator.serving.app:application``.
+    """
     return build_app(options_from(args))
 
 
 def start(options: ServeOptions, source: RegistrySource | None = None) -> Server:
-    """Check everything that can be checked, start Ray and Serve as needed, and return when requests are answered.
+    """Check the options, start Ray and Serve as needed, and return once requests are answered.
 
-    BadInput for options that can't work, Unreachable for a registry or cluster that doesn't answer or a taken port.
+    Raises BadInput for options that can't work, Unreachable for a registry or cluster that does not
+    answer or for a port in use, and JobFailed when the application does not start.
     """
     options.check()
     check_address(options)
@@ -212,11 +229,16 @@ def serve_forever(options: ServeOptions, source: RegistrySource | None = None) -
 
 
 def check_address(options: ServeOptions) -> None:
-    """BadInput for an open address without keys, Unreachable for a port that is taken."""
+    """Check that the address is free and protected.
+
+    Raises BadInput for an address that other machines can reach when there are no API keys, and
+    Unreachable for a port that can't be used.
+    """
     if not is_loopback(options.host) and not load_keys():
         raise BadInput(
             f"--host {options.host} can be reached from other machines, and there are no API keys",
-            f"set {KEYS_VARIABLE} to one key or several, separated by commas, or serve on 127.0.0.1",
+            f"set {KEYS_VARIABLE} to one key or several, separated by commas, "
+            "or serve on 127.0.0.1",
         )
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -231,18 +253,25 @@ def check_address(options: ServeOptions) -> None:
 
 
 def check_haproxy(keys: Sequence[ApiKey]) -> None:
-    """BadInput where Serve is told to use HAProxy and there are no keys: it makes replicas listen on all interfaces,
-    and hides from them who asks.
+    """Raise BadInput when Serve uses HAProxy and there are no API keys.
+
+    With HAProxy the replicas listen on all interfaces, and they can't see a client's address, so
+    the check that admits only local clients can't work.
     """
     if os.environ.get(HAPROXY) == "1" and not keys:
         raise BadInput(
             f"{HAPROXY}=1 lets other machines reach the replicas, and there are no API keys",
-            f"set {KEYS_VARIABLE} to one key or several, separated by commas, or serve without HAProxy",
+            f"set {KEYS_VARIABLE} to one key or several, separated by commas, "
+            "or serve without HAProxy",
         )
 
 
 def check_cores(options: ServeOptions) -> None:
-    """BadInput for more cores than this machine has: a cluster may grow, but here Serve would wait in vain."""
+    """Raise BadInput when the replicas need more cores than this machine has.
+
+    Only checked when Ray is going to be started on this machine, where Serve would wait in vain for
+    the missing cores. A cluster may grow.
+    """
     needed, there = options.cores * max(1, options.replicas), os.cpu_count() or 1
     if not (ray.is_initialized() or os.environ.get("RAY_ADDRESS")) and needed > there:
         raise BadInput(
@@ -252,7 +281,10 @@ def check_cores(options: ServeOptions) -> None:
 
 
 def choose_base_model(options: ServeOptions, source: RegistrySource) -> BaseModelSpec:
-    """The one base model of everything that is to be served. BadInput when there is nothing, or more than one."""
+    """Return the base model that all prompts to be served share, or the one that the options name.
+
+    Raises BadInput when there is no prompt to serve or when prompts have different base models.
+    """
     if options.base_model is not None:
         return BaseModelSpec.model_validate(
             {"id": options.base_model, "revision": options.revision, "dtype": options.dtype}
@@ -273,7 +305,11 @@ def choose_base_model(options: ServeOptions, source: RegistrySource) -> BaseMode
 def _base_models(
     options: ServeOptions, source: RegistrySource
 ) -> Iterator[tuple[str, BaseModelRecord]]:
-    """What each prompt to be served was tuned on. A version that can't be read is left out, unless it was named."""
+    """Yield each prompt to be served and the base model that it was tuned on.
+
+    Raises BadInput for a prompt that the options name and that can't be read. Without named
+    prompts, unreadable versions are left out with a warning; BadInput is raised if none is left.
+    """
     snapshot = {name: model.aliases for name, model in source.live().items()}
     refs = [parse_ref(text) for text in options.models] or [
         ModelRef(name) for name in sorted(snapshot)
@@ -304,7 +340,7 @@ def _version(ref: ModelRef, snapshot: Mapping[str, Mapping[str, int]]) -> int:
         return ref.version
     aliases = snapshot[ref.name]
     if ref.alias is None and CHAMPION not in aliases and aliases:
-        return next(iter(aliases.values()))  # no champion yet: its other aliases are served
+        return next(iter(aliases.values()))  # no champion yet, but other aliases are served
     if (ref.alias or CHAMPION) not in aliases:
         raise BadInput(
             f"{printable(ref.name)} has no alias {ref.alias or CHAMPION!r}",
@@ -314,15 +350,19 @@ def _version(ref: ModelRef, snapshot: Mapping[str, Mapping[str, int]]) -> int:
 
 
 def _connect_ray(options: ServeOptions) -> bool:
-    """Connect to the cluster at RAY_ADDRESS, or start Ray here; true when it was started here."""
+    """Connect to the cluster at RAY_ADDRESS, or start Ray here; return whether Ray was started.
+
+    Raises Unreachable when the cluster does not answer or Ray can't be started.
+    """
     if ray.is_initialized():
         return False
     address = os.environ.get("RAY_ADDRESS")
     try:
         with sigterm_kept():
             ray.init(
-                address=address
-                or "local",  # not whichever was started here last, which is somebody else's
+                # "local" starts a new Ray. The default would join any Ray that already runs on
+                # this machine, which belongs to somebody else.
+                address=address or "local",
                 namespace=APP_NAME,
                 include_dashboard=None if address else False,
                 log_to_driver=False,
@@ -343,12 +383,17 @@ def _connect_ray(options: ServeOptions) -> bool:
 
 
 def _with_devices(options: ServeOptions, here: bool) -> ServeOptions:
-    """``here``: Ray is this machine alone, whose GPUs torch may lack what it takes to use."""
+    """Check the number of GPUs per replica, or choose it when the options leave it open.
+
+    ``here`` says that Ray was started on this machine alone. Its GPUs then count only if this
+    machine's torch can use them. Raises BadInput when this machine has too few.
+    """
     if options.gpus is not None:
         needed = options.gpus * max(1, options.replicas)
         if here and needed > _gpus():
             raise BadInput(
-                f"the replicas need {needed:g} GPU{'' if needed == 1 else 's'}, this machine has {_gpus():g}",
+                f"the replicas need {needed:g} GPU{'' if needed == 1 else 's'}, "
+                f"this machine has {_gpus():g}",
                 "lower --gpus or --replicas; --gpus 0 computes on CPUs",
             )
         return options
@@ -357,7 +402,7 @@ def _with_devices(options: ServeOptions, here: bool) -> ServeOptions:
 
 
 def _gpus() -> float:
-    """As Ray counts them."""
+    """Return the number of GPUs that Ray counts in the cluster."""
     return float(ray.cluster_resources().get("GPU", 0))
 
 
@@ -367,7 +412,7 @@ def _deploy(options: ServeOptions, app: serve.Application) -> None:
     http = HTTPOptions(
         host=options.host,
         port=options.port,
-        # Above the replicas' own limit, which answers in OpenAI's shape.
+        # Longer than the replicas' own time limit, so that they answer first, in OpenAI's format.
         request_timeout_s=options.request_limits.seconds + START_SECONDS,
         ssl_certfile=options.tls_cert,
         ssl_keyfile=options.tls_key,
@@ -378,7 +423,10 @@ def _deploy(options: ServeOptions, app: serve.Application) -> None:
 
 
 def _await_running() -> None:
-    """Until the replicas are up. JobFailed with a replica's own error, Unreachable when the cluster has no room."""
+    """Block until the replicas are up.
+
+    Raises JobFailed with a replica's own error, or Unreachable when the cluster has no free cores.
+    """
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         state = serve.status().applications[APP_NAME]
@@ -397,8 +445,11 @@ def _await_running() -> None:
 
 
 def _reason(state: Any) -> tuple[str, str]:
-    """The error itself, and its next step if it names one: Serve hands on a whole traceback, whose last line at the
-    margin names it."""
+    """Return a deployment's error message and its hint, which may be empty.
+
+    Serve reports a whole traceback. Its last line without indentation names the error, and in this
+    project's errors the line below holds the hint.
+    """
     messages = [it.message for it in state.deployments.values() if it.message] or [state.message]
     lines = messages[0].splitlines()
     at_margin = [number for number, line in enumerate(lines) if line and not line[0].isspace()]
@@ -412,11 +463,11 @@ def _reason(state: Any) -> tuple[str, str]:
 
 
 def _await_health(options: ServeOptions) -> None:
-    """Until requests are answered at the address that was asked for."""
+    """Block until /health answers at the address in the options; Unreachable if it does not."""
     deadline = time.monotonic() + HEALTH_SECONDS
     while time.monotonic() < deadline:
         try:
-            # Whoever owns the name on a certificate, this is the server that was just started.
+            # No need to verify the certificate's name: this is the server that was just started.
             context = ssl._create_unverified_context() if options.tls_cert else None
             with urllib.request.urlopen(
                 f"{options.url}/health", timeout=HEALTH_SECONDS, context=context

@@ -1,4 +1,4 @@
-"""One request to a running server."""
+"""A client that sends one input to a running server."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ START_ONE = "start one with `orchestrator serve`, or name it with --url"
 
 @dataclass(frozen=True)
 class Answer:
-    """What to show, and the whole response."""
+    """An answer as text to show, and the whole response as a document."""
 
     text: str
     document: dict[str, Any]
 
 
 def ask(url: str, model: str, text: str, key: str | None = None) -> Answer:
-    """Classify ``text``, or complete it where the prompt has no labels. ``text`` may be a JSON object: a whole row.
+    """Classify ``text``, or complete it if the prompt has no labels.
 
-    Raises BadInput for what the server refuses, Unreachable when nobody answers.
+    For a classification, ``text`` may also be a whole row as a JSON object. Raises BadInput for
+    requests that the server refuses, Unreachable when no server answers at ``url``, and JobFailed
+    when the server has an error.
     """
     ref = parse_ref(model)
     with _client(url, key) as client:
@@ -67,7 +69,11 @@ def _row(text: str) -> Any:
 
 
 def _entry(client: httpx.Client, url: str, ref: ModelRef) -> dict[str, Any]:
-    """The model's entry in the server's list; an unlisted name is left for the server to refuse."""
+    """Return the model's entry in the server's list.
+
+    For a name that is not listed, returns an entry that makes the caller try /classify, which the
+    server answers or refuses.
+    """
     listed = _checked(_send(client, url, "GET", "/v1/models")).get("data")
     if not isinstance(listed, list):
         raise Unreachable(f"the server at {mask_secrets(url)} is not an orchestrator's", START_ONE)

@@ -1,4 +1,7 @@
-"""The offline twin of the server: one artifact, the same computation, no thread and no HTTP."""
+"""The offline version of the server: the same computation for one artifact, without HTTP.
+
+It runs in the caller's thread.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ NEEDS_LABELS = "tune one with data.verbalizer"
 
 
 class OfflineModel:
-    """A prompt on its base model, in this process."""
+    """A prompt and its base model, loaded in this process."""
 
     def __init__(self, backbone: Backbone, prompt: ServedPrompt) -> None:
         self.backbone = backbone
@@ -34,7 +37,10 @@ class OfflineModel:
 
     @classmethod
     def from_artifact(cls, folder: Path | str, backbone: Backbone | None = None) -> OfflineModel:
-        """Load an artifact and, unless given, the base model that its manifest names. BadInput when they don't fit."""
+        """Load an artifact and, unless it is given, the base model that its manifest names.
+
+        Raises BadInput when the artifact does not fit the base model.
+        """
         folder = Path(folder)
         if backbone is None:
             record = read_manifest(folder).base_model
@@ -51,7 +57,10 @@ class OfflineModel:
         return cls(backbone, load_prompt(backbone, folder, folder.name, 0))
 
     def classify(self, inputs: Sequence[Input]) -> list[dict[str, Any]]:
-        """``{"label", "probs"}`` for each text or row. BadInput for a prompt without a verbalizer."""
+        """Classify each text or row; return a ``{"label", "probs"}`` dictionary for each.
+
+        Raises BadInput for a prompt without a verbalizer.
+        """
         if reason := self.prompt.why_no_labels:
             raise BadInput(
                 f"this prompt {reason}", "use complete()" if self.prompt.generates else NEEDS_LABELS
@@ -70,9 +79,10 @@ class OfflineModel:
     def complete(
         self, inputs: Sequence[Input], sampling: Sampling | None = None
     ) -> list[Completion]:
-        """A completion for each text or row, one after another; greedy, up to 64 tokens by default.
+        """Complete each text or row, one after another.
 
-        BadInput for a prompt on a masked model.
+        By default, decoding is greedy and makes up to 64 tokens. Raises BadInput for a prompt on a
+        masked model.
         """
         if reason := self.prompt.why_no_text:
             raise BadInput(
@@ -82,7 +92,7 @@ class OfflineModel:
         return [self._complete(ids, sampling) for ids in self._encoded(inputs, sampling.max_tokens)]
 
     def _encoded(self, inputs: Sequence[Input], answer_tokens: int) -> list[list[int]]:
-        """Return the ids of each input; an error says in which row it is."""
+        """Return the ids of each input; an error names the row that caused it."""
         encoded = []
         for number, given in enumerate(inputs, start=1):
             try:

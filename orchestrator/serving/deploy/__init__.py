@@ -1,1 +1,1 @@
-"""The application on Ray Serve."""
+"""The options and processes of a deployment on Ray Serve."""

@@ -1,4 +1,4 @@
-"""What to serve, where and with what: one value that the command line, Serve's config files and replicas share."""
+"""The serving options, shared by the command line, Serve's config files and the replicas."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ from orchestrator.serving.prompts.store import MAX_BYTES, MAX_HOST_BYTES, POLL_S
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """What to serve, where and with what."""
+    """The options of a server: its prompts, address, replicas and limits."""
 
     models: tuple[str, ...] = ()
-    """References as people type them; none serves every registered prompt."""
+    """References to the prompts to serve, such as ``name`` or ``name@alias``.
+
+    If there are none, every registered prompt is served.
+    """
     base_model: str | None = None
-    """The frozen model; by default the one that the served prompts were tuned on."""
+    """The frozen base model; by default the one that the served prompts were tuned on."""
     revision: str = "main"
     dtype: str = "auto"
     host: str = "127.0.0.1"
@@ -28,47 +31,58 @@ class ServeOptions:
     tracking_uri: str | None = None
     registry_uri: str | None = None
     replicas: int = 1
-    """The number of replicas, or with ``max_replicas`` the least; 0 lets go of the model while nobody
-    asks, after a first one that shows that it loads."""
+    """The number of replicas, or the minimum if ``max_replicas`` is given.
+
+    With a minimum of 0, no replica runs while there are no requests, which frees the base model's
+    memory. One replica still starts at first, to show that the model loads.
+    """
     max_replicas: int | None = None
-    """Up to how many replicas follow the load; without it their number is fixed."""
+    """The maximum number of replicas when scaling with the load; unset keeps their number fixed."""
     target_ongoing: float = 16
-    """Requests under way in each replica that scaling aims at."""
+    """The number of concurrent requests per replica that scaling aims at."""
     upscale_seconds: float = 5
     downscale_seconds: float = 120
     cpus: int | None = None
-    """Cores of a replica; half of this machine's unless given."""
+    """Cores per replica; by default half of this machine's cores."""
     gpus: float | None = None
-    """Accelerators of a replica, 1 at most; one where the cluster has any, unless given."""
+    """GPUs per replica, from 0 to 1; by default 1 if there are enough for all replicas, else 0."""
     prompt_bytes: int = MAX_BYTES
-    """Keys and values of prompts in the memory that the model is in."""
+    """The maximum size in bytes of the prompts' keys and values in the model's memory."""
     host_prompt_bytes: int = MAX_HOST_BYTES
-    """The same in the host's memory, for those that had to leave an accelerator's."""
+    """The same in the host's memory, for prompts that were evicted from a GPU's memory."""
     poll_seconds: float = POLL_SECONDS
     drain_seconds: float = 60
-    """A replica that has to go answers what it has for so long."""
+    """The time in seconds that a stopping replica has to finish its running requests."""
     retry_dead: bool = False
-    """Ask another replica when one dies before its answer began; costs a hop for every request."""
+    """Retry a request on another replica when a replica dies before its answer began.
+
+    Costs an additional hop for every request.
+    """
     access_log: bool = False
-    """A line of JSON on a replica's standard output for each request."""
+    """Write a line of JSON to the replica's standard output for each request."""
     tls_cert: str | None = None
     tls_key: str | None = None
-    """Files of a certificate and its key: HTTPS."""
+    """The file of the key that belongs to ``tls_cert``, a certificate file; both enable HTTPS."""
     limits: EngineLimits = field(default_factory=EngineLimits)
     request_limits: RequestLimits = field(default_factory=RequestLimits)
 
     @property
     def url(self) -> str:
+        """The URL at which this machine reaches the server."""
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)
         scheme = "https" if self.tls_cert else "http"
-        return f"{scheme}://{f'[{host}]' if ':' in host and not host.startswith('[') else host}:{self.port}"
+        return (
+            f"{scheme}://"
+            f"{f'[{host}]' if ':' in host and not host.startswith('[') else host}:{self.port}"
+        )
 
     @property
     def cores(self) -> int:
+        """The number of cores per replica, with the default filled in."""
         return self.cpus or max(1, (os.cpu_count() or 1) // 2)
 
     def check(self) -> None:
-        """BadInput for options that contradict each other."""
+        """Raise BadInput for options that are out of range or contradict each other."""
         if self.max_replicas is not None and self.max_replicas < max(1, self.replicas):
             raise BadInput(
                 f"--max-replicas {self.max_replicas} is below --replicas {self.replicas}",
@@ -89,7 +103,7 @@ class ServeOptions:
 
 
 def options_from(args: Mapping[str, Any]) -> ServeOptions:
-    """The options of a Serve config file's ``args``. BadInput for a key that is none."""
+    """Read the options from the ``args`` of a Serve config file; BadInput for an unknown key."""
     nested: dict[str, Any] = {"limits": EngineLimits, "request_limits": RequestLimits}
     known = {it.name for it in fields(ServeOptions)}
     for name in args:

@@ -1,6 +1,7 @@
-"""What runs in Serve's processes: replicas, each a whole server (store, engine, routes), and the front that retries.
+"""The classes that run in Ray Serve's processes: replicas and the front that retries requests.
 
-No Ray here: ``app`` makes deployments of these classes.
+Each replica is a complete server with its own store, engine and routes. This module does not
+import Ray: ``app`` makes deployments of these classes.
 """
 
 from __future__ import annotations
@@ -45,11 +46,11 @@ KEPT = (
     "client",
     "server",
 )
-"""What a scope has that another process can use."""
+"""The entries of an ASGI scope that can be sent to another process."""
 
 
 class Replica:
-    """Loads the backbone itself, by name, and follows the registry on its own."""
+    """A server process that loads the backbone by name and follows the registry by itself."""
 
     def __init__(
         self,
@@ -65,9 +66,8 @@ class Replica:
             resolve_model(base), device_for(options.gpus or 0, "gpus"), base.dtype
         )
         metrics = Metrics()
-        host_bytes = (
-            0 if backbone.device.type == "cpu" else options.host_prompt_bytes
-        )  # the same memory
+        # On a CPU the model's memory and the host's are the same, so no second level is needed.
+        host_bytes = 0 if backbone.device.type == "cpu" else options.host_prompt_bytes
         store = PromptStore(
             backbone, source, options.models, options.prompt_bytes, options.poll_seconds, host_bytes
         )
@@ -77,18 +77,19 @@ class Replica:
         self.api = make_api(self.service, Access(keys), tracer())
 
     def check_health(self) -> None:
-        """Serve replaces a replica whose engine has died."""
+        """Raise RuntimeError if the engine has died; Serve then replaces this replica."""
         if not self.service.healthy:
             raise RuntimeError("the engine's thread has ended")
 
     async def answer(self, scope: Scope, body: bytes) -> AsyncIterator[Message]:
-        """The application's messages for a request that the front took."""
+        """Yield the ASGI messages that answer a request passed on by the front."""
         messages: asyncio.Queue[Message | None] = asyncio.Queue()
         asked = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def receive() -> Message:
             if not asked:
-                await asyncio.Event().wait()  # who hangs up cancels
+                # The body has been read. A client that hangs up cancels this generator.
+                await asyncio.Event().wait()
             return asked.pop()
 
         async def run() -> None:
@@ -108,7 +109,10 @@ class Replica:
 
 
 class Front:
-    """Passes requests on to replicas, and on to another one when a replica dies before its answer began."""
+    """An HTTP front that passes requests on to replicas.
+
+    If a replica dies before its answer began, the front retries the request on another replica.
+    """
 
     def __init__(
         self,
@@ -118,15 +122,20 @@ class Front:
         died: type[Exception],
         busy: type[Exception],
     ) -> None:
-        """``answer`` asks some replica; it raises ``died`` when that is gone, ``busy`` when too many wait."""
+        """Set the call that sends a request to a replica.
+
+        ``answer`` raises ``died`` when the replica is gone, ``busy`` when too many requests wait.
+        """
         self._answer = answer
-        # Replicas check again, and count what a key asks; here nobody without one gets to send a body.
+        # The check here keeps clients without a valid key from sending a body. Replicas check again
+        # and apply the keys' rate limits, so those are dropped here.
         self._access = Access([replace(key, per_minute=None) for key in keys])
         self._max_body_bytes = max_body_bytes
         self._died = died
         self._busy = busy
 
     async def pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Check access, read the body, and answer an ASGI request through a replica."""
         if scope["type"] != "http":
             await no_request(scope, receive, send)
             return
@@ -157,6 +166,6 @@ class Front:
                 return
             except self._died:
                 if begun:
-                    raise  # what was sent can't be taken back
+                    raise  # part of the answer has been sent, so a retry is not possible
                 log.warning("a replica died before it answered; attempt %d", tried + 2)
         raise ApiError(503, "No replica could answer", "unavailable", headers={"Retry-After": "5"})

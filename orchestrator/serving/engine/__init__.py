@@ -1,1 +1,1 @@
-"""The engine that answers batched requests."""
+"""The engine that runs the rows of all requests in mixed batches."""

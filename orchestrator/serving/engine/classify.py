@@ -1,4 +1,4 @@
-"""Classification of a mixed batch: each row with its own prompt and its own answers.
+"""Classification of a mixed batch, in which each row has its own prompt and its own answers.
 
 Shapes: B rows, C answers of a row.
 """
@@ -18,7 +18,7 @@ from orchestrator.serving.prompts.served_prompt import ServedPrompt, stack_promp
 def answer_probs(
     backbone: Backbone, prompts: Sequence[ServedPrompt], inputs: Sequence[Sequence[int]]
 ) -> list[list[float]]:
-    """For each row the probability [C] of each of its prompt's answers, which sum to one."""
+    """Return for each of B rows the probabilities [C] of its prompt's answers, which sum to one."""
     stacked, place = stack_prompts(prompts)
     scores = answer_scores(backbone, stacked, inputs, place, [prompt.answers for prompt in prompts])
     probs: list[list[float]] = [row.double().softmax(0).tolist() for row in scores]

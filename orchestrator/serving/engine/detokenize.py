@@ -1,21 +1,21 @@
-"""The text of a row that grows by a token at a time, and how much of it can be shown already."""
+"""Incremental detokenization: the text of a row that grows by one token at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-CONTEXT_TOKENS = (
-    6  # enough in front of the new tokens for any decoder to treat them as a continuation
-)
-WINDOW = 32  # tokens that are decoded again with each new one; earlier ones stay as they are
-BROKEN = "\ufffd"  # a decoder's mark for a character whose last bytes are still to come
+# Tokens decoded in front of the new ones: enough for any decoder to see a continuation.
+CONTEXT_TOKENS = 6
+WINDOW = 32  # the last tokens, decoded again with each new token; the text before them is final
+BROKEN = "\ufffd"  # a decoder's mark for a character whose last bytes are still missing
 
 
 class RowText:
-    """Text of new tokens as they follow the tokens before them: decoded alone they may lose their leading space.
+    """The text of a row's new tokens, decoded together with the tokens before them.
 
-    Decoding all tokens again for each new one would cost the square of their number.
+    Decoded alone, new tokens may lose their leading space. Decoding all tokens again for each new
+    token would take quadratic time, so only a window of recent tokens is decoded again.
     """
 
     def __init__(self, tokenizer: Any, before: Sequence[int]) -> None:
@@ -27,6 +27,7 @@ class RowText:
         self._text: str | None = ""
 
     def add(self, token: int) -> None:
+        """Append one token."""
         if len(self._open) >= WINDOW:
             self._settle()
         self._open.append(token)
@@ -34,13 +35,17 @@ class RowText:
 
     @property
     def text(self) -> str:
-        """All of the text so far."""
+        """The whole text so far."""
         if self._text is None:
             self._text = self._settled + self._window()
         return self._text
 
     def shown(self, stops: Sequence[str]) -> str:
-        """What no later token takes back: without an unfinished character, and without what may begin a stop string."""
+        """Return the part of the text that no later token can change.
+
+        Leaves out an unfinished character at the end, and an end that may be the beginning of one
+        of the ``stops``.
+        """
         text = self.text.rstrip(BROKEN)
         longest = max(map(len, stops), default=0)
         for start in range(max(0, len(text) - longest + 1), len(text)):
@@ -49,21 +54,23 @@ class RowText:
         return text
 
     def _settle(self) -> None:
+        """Make the text so far final and start a new window, unless a character is unfinished."""
         if self.text.endswith(BROKEN) and len(self._open) < 2 * WINDOW:
-            return  # in the middle of a character
+            return  # wait for the rest of the character, for up to one more window
         self._settled = self.text
         self._context = [*self._context, *self._open][-CONTEXT_TOKENS:]
         self._head = self._decoded(self._context)
         self._open = []
 
     def _window(self) -> str:
+        """Return the text of the window's tokens."""
         whole = self._decoded([*self._context, *self._open])
         return (
             whole[len(self._head) :] if whole.startswith(self._head) else self._decoded(self._open)
         )
 
     def _decoded(self, tokens: Sequence[int]) -> str:
-        # Cleaned-up spaces ("a ." to "a.") would be another text than the one that was generated.
+        # Cleaning up spaces ("a ." to "a.") would change the text that was generated.
         return str(
             self._tokenizer.decode(
                 tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False

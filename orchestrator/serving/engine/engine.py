@@ -1,9 +1,10 @@
-"""The serving engine: one thread that owns the model and runs all waiting requests as mixed batches.
+"""The serving engine: one thread that owns the model and runs all waiting rows in mixed batches.
 
-A request is split into rows; rows of any requests and any prompts share a forward. Classification is one forward.
-Generation goes on by iterations: receive, admit, step. In each, rows that are done leave the running batch and waiting
-ones enter it; waiting classifications run in between. Where a model can't take some rows together, they run as batches
-of their own, in turn. No Ray, no HTTP: any event loop may call it.
+A request is split into rows. Rows of different requests and different prompts share a forward.
+Classifying a batch takes one forward. Generation is iterative (continuous batching): in each
+iteration, finished rows leave the running batch and waiting rows join it. Waiting classifications
+run between iterations. Rows that the model can't take together run in separate batches, in turn.
+The engine uses neither Ray nor HTTP, and any event loop may call it.
 """
 
 from __future__ import annotations
@@ -37,13 +38,12 @@ Observer = Callable[[str, int], None]
 FirstToken = Callable[[str, float], None]
 Listener = Callable[[int, Delta], None]
 
-MAX_BATCHES = (
-    4  # that run in turn, where rows can't join; the next ones gather until one is through
-)
+# Batches that run in turn when their rows can't join; further rows wait until one is finished.
+MAX_BATCHES = 4
 
 
 class Overloaded(OrchestratorError):
-    """Too many rows are waiting already; come back in ``retry_after`` seconds."""
+    """Too many rows are waiting; the client may try again in ``retry_after`` seconds."""
 
     exit_code = 3
 
@@ -57,47 +57,52 @@ class Overloaded(OrchestratorError):
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """What one forward and the waiting line may hold."""
+    """The largest number of rows and tokens in a forward, and of rows in the queue."""
 
     max_rows: int = 64
-    """Rows that run at a time."""
+    """Rows that run at the same time."""
     max_tokens: int = 16384
-    """Padded tokens that run at a time, prompts and tokens still to come included; a longer row runs alone."""
+    """Padded tokens that run at the same time, including prompts and tokens not yet generated.
+
+    A row that is longer by itself runs alone.
+    """
     max_waiting: int = 1024
-    """Rows that may wait; a request beyond it is refused."""
+    """Rows that may wait; a request that would exceed the limit is refused."""
 
 
 class Request:
-    """What a caller waits for: one result a row, delivered when all are there."""
+    """A pending request: one result per row, delivered together when all are there."""
 
     def __init__(self, rows: int, listener: Listener | None = None) -> None:
         self.future: Future[list[Any]] = Future()
         self.listener = listener
-        """Hears of every token of every row, on the engine's thread."""
+        """Called on the engine's thread with what each row gains, token by token."""
         self._results: list[Any] = [None] * rows
         self._left = rows
 
     def deliver(self, row: int, result: Any) -> None:
+        """Store a row's result; the last one completes the future."""
         self._results[row] = result
         self._left -= 1
         if self._left == 0:
-            with suppress(InvalidStateError):  # the caller went away in this very moment
+            with suppress(InvalidStateError):  # the caller cancelled the future just now
                 self.future.set_result(self._results)
 
     def fail(self, error: BaseException) -> None:
+        """Complete the future with an error unless it is done already."""
         with suppress(InvalidStateError):
             if not self.future.done():
                 self.future.set_exception(error)
 
     @property
     def over(self) -> bool:
-        """Nobody waits any more: the caller left, or another row failed."""
+        """Whether no caller waits any more, because it left or because another row failed."""
         return self.future.done()
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One row in the waiting line."""
+    """One row in the queue."""
 
     request: Request
     row: int
@@ -108,13 +113,13 @@ class Job:
 
     @property
     def width(self) -> int:
-        """Columns that the row takes in a batch, up to its end."""
+        """The columns that the row takes in a batch: prompt, input and the longest answer."""
         answer = self.sampling.max_tokens if self.sampling else self.prompt.longest_answer
         return self.prompt.virtual_tokens + len(self.input_ids) + answer
 
     @property
     def copies(self) -> int:
-        """Rows that it becomes: answers of several tokens are continued side by side."""
+        """The rows that it takes in a forward: answers of several tokens need one row each."""
         return (
             len(self.prompt.answers)
             if self.sampling is None and self.prompt.longest_answer > 1
@@ -123,11 +128,12 @@ class Job:
 
     @property
     def kinds(self) -> frozenset[str]:
+        """The prompt's ``PreparedPrompts.kinds``, which decide what rows can share a forward."""
         return self.prompt.prepared.kinds
 
 
 class Engine:
-    """Takes rows from any thread or event loop, runs them on its own thread."""
+    """An engine that takes rows from any thread or event loop and runs them on its own thread."""
 
     def __init__(
         self,
@@ -136,7 +142,11 @@ class Engine:
         observe: Observer = lambda kind, rows: None,
         first_token: FirstToken = lambda model, seconds: None,
     ) -> None:
-        """``observe`` hears of each forward's kind and rows, ``first_token`` of each row's time to its first token."""
+        """Start the engine's thread.
+
+        ``observe`` is called with the kind and the number of rows of each forward. ``first_token``
+        is called with the registered model and the seconds from a row's arrival to its first token.
+        """
         self.backbone = backbone
         self.limits = limits or EngineLimits()
         self._observe = observe
@@ -156,37 +166,42 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """Rows that no batch has taken yet."""
+        """The number of rows that no batch has taken yet."""
         return len(self._ranking) + len(self._generating)
 
     @property
     def running(self) -> int:
-        """Rows that are being generated."""
+        """The number of rows that are being generated."""
         return len(self._owners)
 
     async def classify(
         self, prompt: ServedPrompt, inputs: Sequence[list[int]]
     ) -> list[list[float]]:
-        """Probabilities [C] of the prompt's answers for each input. Overloaded when the waiting line is full."""
+        """Return for each input the probabilities [C] of the prompt's C answers.
+
+        Raises Overloaded when the queue is full.
+        """
         return await self._ask(self._ranking, prompt, inputs, None)
 
     async def complete(
         self, prompt: ServedPrompt, inputs: Sequence[list[int]], sampling: Sampling
     ) -> list[Completion]:
-        """One completion for each input. Overloaded when the waiting line is full."""
+        """Return one completion for each input. Raises Overloaded when the queue is full."""
         return await self._ask(self._generating, prompt, inputs, sampling)
 
     def stream(
         self, prompt: ServedPrompt, inputs: Sequence[list[int]], sampling: Sampling
     ) -> AsyncIterator[tuple[int, Delta]]:
-        """Each input's number and what came to it, as it comes; ends with the last row. Overloaded at once when the
-        waiting line is full. Who stops listening frees the rows.
+        """Return an iterator over the inputs' numbers and their deltas, as they are generated.
+
+        The iterator ends when all rows have ended. Closing it early frees the rows. Raises
+        Overloaded immediately, not while iterating, when the queue is full.
         """
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[tuple[int, Delta] | None] = asyncio.Queue()
 
         def hear(event: tuple[int, Delta] | None) -> None:
-            with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            with suppress(RuntimeError):  # the event loop is closed, so nobody listens any more
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         request = Request(len(inputs), lambda row, delta: hear((row, delta)))
@@ -205,7 +220,7 @@ class Engine:
         return told()
 
     def close(self) -> None:
-        """Stop the thread; who still waits gets Unreachable."""
+        """Stop the thread; requests that still wait fail with Unreachable."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -253,19 +268,25 @@ class Engine:
                 self._guarded(jobs, self._admit)
             for batch in list(self._batches):
                 jobs = [self._owners[row] for row in batch.rows]
-                self._guarded(jobs, lambda _, batch=batch: self._step(batch), batch)  # type: ignore[misc]
+                self._guarded(
+                    jobs,
+                    lambda _, batch=batch: self._step(batch),  # type: ignore[misc]
+                    batch,
+                )
 
     def _wait_for_work(self) -> bool:
+        """Block until there is something to run; return False when the engine is closed."""
         with self._changed:
             while not (self._closed or self._ranking or self._generating or self._batches):
                 self._changed.wait()
             return not self._closed
 
     def _take(self, line: deque[Job], running: Sequence[Job] = ()) -> list[Job]:
-        """The next rows, first come first served, within the limits beside those that run; rows that nobody waits for
-        are dropped.
+        """Take the next rows from a queue, in order of arrival.
 
-        Rows that can't share a forward with the first one keep their place in the line.
+        Together with the running rows, the rows taken stay within the limits. Rows that can't share
+        a forward with those taken keep their place in the queue. Rows that no caller waits for are
+        dropped.
         """
         taken: list[Job] = []
         left: list[Job] = []
@@ -295,7 +316,7 @@ class Engine:
         work: Callable[[list[Job]], None],
         batch: GenerationBatch | None = None,
     ) -> None:
-        """A batch that fails answers its own requests with the error; the thread goes on."""
+        """Do some work; if it raises, fail the requests of its rows and keep the thread running."""
         try:
             work(jobs)
         except Exception as error:
@@ -314,7 +335,10 @@ class Engine:
             job.request.deliver(job.row, row)
 
     def _admit(self, jobs: list[Job]) -> None:
-        """Run the rows' inputs, and let them join a running batch where the model can."""
+        """Run the rows' inputs (prefill), then add the rows to a running batch or start a new one.
+
+        Some models can't take the rows into a running batch.
+        """
         rows = [
             GenerationRow(job.prompt, job.input_ids, job.sampling or Sampling()) for job in jobs
         ]

@@ -1,4 +1,4 @@
-"""Generation of a mixed batch, one token a step: each row with its own prompt, sampling and end.
+"""Generation in a mixed batch, one token per step; rows have their own prompt, sampling and end.
 
 Shapes: B rows still running, V vocabulary.
 """
@@ -19,17 +19,22 @@ from orchestrator.models.placeholders import text_ids
 from orchestrator.serving.engine.detokenize import RowText
 from orchestrator.serving.prompts.served_prompt import ServedPrompt, stack_prompts
 
-GREEDY_BELOW = (
-    1e-4  # a smaller temperature divides the logits out of float32's range, and is greedy anyway
-)
-CONTEXT_CHARACTERS = 8  # an unfinished character may have stood at the end of the text
+# A smaller temperature would overflow float32 when logits are divided by it, and is greedy anyway.
+GREEDY_BELOW = 1e-4
+# Extra characters to search again for stop strings: an unfinished character at the end of the text
+# may have changed since the last search.
+CONTEXT_CHARACTERS = 8
 
 FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a row goes on: greedy at temperature 0, otherwise drawn from the smallest set of tokens that holds top_p."""
+    """The rule that chooses a row's next tokens.
+
+    Temperature 0 is greedy. Otherwise each token is drawn from the smallest set of likeliest tokens
+    whose probabilities add up to at least ``top_p``.
+    """
 
     max_tokens: int = 16
     temperature: float = 1.0
@@ -37,7 +42,10 @@ class Sampling:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     logprobs: int | None = None
-    """How many of the likeliest tokens to tell for each place, besides the one taken; None tells nothing."""
+    """How many of the likeliest tokens to report at each position, besides the chosen one.
+
+    None reports no log-probabilities.
+    """
 
     @property
     def greedy(self) -> bool:
@@ -46,18 +54,21 @@ class Sampling:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """One token of a row: its text, the model's log-probability of it (at temperature 1), and the likeliest ones."""
+    """One token of a row, its log-probability at temperature 1, and the likeliest tokens."""
 
     text: str
     logprob: float
     top: tuple[tuple[str, float], ...]
     offset: int
-    """Where it begins in the row's text."""
+    """The position in the row's text at which the token begins."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What a row became: ``text`` without end token and stop string; ``tokens`` made, the end token included."""
+    """The result of a row.
+
+    ``text`` contains neither the end token nor a stop string; ``tokens`` counts the end token.
+    """
 
     text: str
     finish_reason: FinishReason
@@ -67,7 +78,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Delta:
-    """What came to a row since the last one: text, tokens, and at the end why it ended."""
+    """What a row gained since its last delta: text, tokens, and at the end the reason it ended."""
 
     text: str
     tokens: int
@@ -77,7 +88,7 @@ class Delta:
 
 @dataclass(eq=False)
 class GenerationRow:
-    """One row on its way through a batch."""
+    """One row while it is generated in a batch."""
 
     prompt: ServedPrompt
     input_ids: list[int]
@@ -85,12 +96,12 @@ class GenerationRow:
     made: list[int] = field(default_factory=list)
     completion: Completion | None = None
     failure: Exception | None = None
-    """What went wrong with this row alone."""
+    """The error that ended this row and no other row of the batch."""
     abandoned: bool = False
-    """Nobody waits for it any more."""
+    """Set when no caller waits for the row any more."""
 
     def __post_init__(self) -> None:
-        # A model with a decoder of its own begins a text of its own.
+        # A seq2seq model's decoder starts a new text; other models continue the input's text.
         alone = self.prompt.encoder.family == "seq2seq"
         self._text = RowText(
             self.prompt.encoder.tokenizer, [] if alone else text_ids(self.input_ids)
@@ -112,18 +123,22 @@ class GenerationRow:
         return self.completion is not None or self.failure is not None or self.abandoned
 
     def choose(self, logits: Tensor) -> int:
-        """The next token from logits [V], float32 on the CPU. Drawn by the row's own generator, so that the batch's
-        other rows don't matter.
+        """Choose the next token from logits [V], float32 on the CPU.
+
+        The row has its own random generator, so the result does not depend on the other rows.
         """
         if self.sampling.greedy:
             return int(logits.argmax())
         probs, order = (logits / self.sampling.temperature).softmax(-1).sort(descending=True)
-        # Kept while what stands before it is less than top_p; the first always is.
+        # A token is kept while the likelier tokens add up to less than top_p; the first always is.
         kept = probs * ((probs.cumsum(-1) - probs) < self.sampling.top_p)
         return int(order[torch.multinomial(kept, 1, generator=self._random)])
 
     def go_on(self, logits: Tensor, greedy: int) -> None:
-        """One step from logits [V]; ``greedy`` is their likeliest token. What goes wrong is this row's own failure."""
+        """Take one step from logits [V], of which ``greedy`` is the likeliest token.
+
+        An error becomes this row's ``failure``; the other rows of the batch go on.
+        """
         try:
             token = greedy if self.sampling.greedy else self.choose(logits)
             if self.sampling.logprobs is not None:
@@ -133,7 +148,7 @@ class GenerationRow:
             self.failure = error
 
     def take(self, token: int) -> None:
-        """Append a token; sets ``completion`` when the row ends with it."""
+        """Append a token, and set ``completion`` if the row ends with it."""
         self.made.append(token)
         if token == self.prompt.encoder.end_id:
             self._end(self._text.text, "stop")
@@ -146,7 +161,10 @@ class GenerationRow:
             self._end(self._text.text, "length")
 
     def pull(self) -> Delta | None:
-        """What can be told since the last time, if anything. Told texts add up to the completion's."""
+        """Return what became final since the last call, or None if nothing did.
+
+        The texts of all deltas together are the text of the completion.
+        """
         done = self.completion
         text = done.text if done else self._text.shown(self.sampling.stop)
         told = self._told
@@ -165,7 +183,10 @@ class GenerationRow:
         self.completion = Completion(text, reason, len(self.made), tuple(self._logprobs))
 
     def _stopped(self, before: int) -> str | None:
-        """The text before the first stop string, when there is one; ``before`` characters were looked at already."""
+        """Return the text before the first stop string, or None if there is no stop string.
+
+        The first ``before`` characters were searched in an earlier call.
+        """
         if not self.sampling.stop:
             return None
         text = self._text.text
@@ -189,7 +210,10 @@ class GenerationRow:
 
 
 class GenerationBatch:
-    """Rows of different prompts that generate together; a row leaves when it is done, others may join."""
+    """Rows of different prompts that generate together.
+
+    A row leaves the batch when it is done; other rows may join.
+    """
 
     @torch.inference_mode()
     def __init__(self, backbone: Backbone, rows: Sequence[GenerationRow]) -> None:
@@ -199,7 +223,7 @@ class GenerationBatch:
 
     @torch.inference_mode()
     def absorb(self, other: GenerationBatch) -> bool:
-        """Take the other batch's rows over; false where the model can't run them in one forward."""
+        """Add the other batch's rows; return False if the model can't run them in one forward."""
         joined = self._state.join(other._state)
         if joined is None:
             return False
@@ -209,7 +233,7 @@ class GenerationBatch:
 
     @torch.inference_mode()
     def step(self) -> list[GenerationRow]:
-        """One token for every row; returns the rows that ended, which are out of the batch now."""
+        """Generate one token for every row; return the rows that ended, removed from the batch."""
         logits = self._state.logits.float()
         likeliest = logits.argmax(-1).tolist()
         plain = all(row.sampling.greedy and row.sampling.logprobs is None for row in self.rows)
@@ -225,7 +249,10 @@ class GenerationBatch:
         return done
 
     def _go_on(self, places: list[int] | None) -> None:
-        """Feed the rows their last tokens; ``places`` are theirs in the state, where others have left it."""
+        """Run the model on the last token of every row.
+
+        ``places`` are the positions of these rows in the state; None if no row has left the batch.
+        """
         device = self._state.logits.device
         if places is not None:  # selecting copies the cache
             self._state = self._state.select(torch.tensor(places, device=device))

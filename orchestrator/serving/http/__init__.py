@@ -1,1 +1,1 @@
-"""The server's routes and wire formats."""
+"""The HTTP side of the server: routes, wire formats, access control, metrics and traces."""

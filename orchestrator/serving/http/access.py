@@ -1,6 +1,7 @@
-"""Who may ask: API keys with what each may do, and without keys only this machine itself.
+"""Access control: API keys with their permissions; without keys, only local clients are admitted.
 
-Keys are known by their sha256 only; the file that holds them, and the replicas, never see a key in clear.
+A key is identified by its SHA-256 digest. Neither the key file nor the replicas contain keys in
+plain text.
 """
 
 from __future__ import annotations
@@ -30,16 +31,17 @@ OPEN_PATHS = frozenset({"/health"})
 
 @dataclass(frozen=True)
 class ApiKey:
-    """One key: what it is called in logs, its digest, and what it may do."""
+    """One API key: its name in logs, its digest and its permissions."""
 
     name: str
     sha256: str
     models: tuple[str, ...] = ()
-    """Registered models that it may ask; none allows all."""
+    """The registered models that the key may use; empty allows all."""
     per_minute: int | None = None
-    """Requests a minute that each replica answers."""
+    """The number of requests per minute that each replica answers; None is unlimited."""
 
     def allows(self, name: str) -> bool:
+        """Tell whether the key may use a registered model."""
         return not self.models or name in self.models
 
 
@@ -53,7 +55,11 @@ class _Entry(BaseModel):
 
 
 def load_keys(environment: Mapping[str, str] = os.environ) -> tuple[ApiKey, ...]:
-    """The environment's keys: in clear, separated by commas, or digests in a file. BadInput for a broken file."""
+    """Load the keys that the environment gives.
+
+    ORCHESTRATOR_API_KEYS holds keys in plain text, separated by commas; ORCHESTRATOR_API_KEYS_FILE
+    names a file of digests. Raises BadInput for a file that can't be read.
+    """
     given = (key.strip() for key in environment.get(KEYS_VARIABLE, "").split(","))
     keys = [
         ApiKey(f"key-{place}", _digest(key))
@@ -65,7 +71,7 @@ def load_keys(environment: Mapping[str, str] = os.environ) -> tuple[ApiKey, ...]
 
 
 def read_keys(file: Path) -> list[ApiKey]:
-    """The keys of a file that ``add_key`` wrote."""
+    """Read a key file that ``add_key`` wrote; BadInput if it can't be read."""
     try:
         entries = TypeAdapter(list[_Entry]).validate_json(file.read_bytes())
     except (OSError, ValidationError) as error:
@@ -79,7 +85,10 @@ def read_keys(file: Path) -> list[ApiKey]:
 def add_key(
     file: Path, name: str, models: Sequence[str] = (), per_minute: int | None = None
 ) -> str:
-    """Make a key, add its digest to the file, and return it: it can't be read anywhere again."""
+    """Make a key, add its digest to the file, and return the key.
+
+    The key is stored nowhere else. Raises BadInput when the file has a key of that name.
+    """
     keys = read_keys(file) if file.exists() else []
     if any(key.name == name for key in keys):
         raise BadInput(
@@ -96,7 +105,7 @@ def add_key(
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a server bound to ``host`` can be reached from this machine only."""
+    """Tell whether a server bound to ``host`` can be reached from this machine only."""
     if host.lower() == "localhost":
         return True
     try:
@@ -106,7 +115,10 @@ def is_loopback(host: str) -> bool:
 
 
 class Allowance:
-    """Requests that a key may still make: ``per_minute`` at once, then one more as time goes by."""
+    """A token bucket that limits a key's requests.
+
+    It holds up to ``per_minute`` requests and is refilled at the rate of ``per_minute`` a minute.
+    """
 
     def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._rate = per_minute / 60
@@ -117,7 +129,7 @@ class Allowance:
         self._lock = threading.Lock()
 
     def take(self) -> float:
-        """Take one. 0, or the seconds until there is one again."""
+        """Take one request from the bucket; return 0, or the seconds until one is available."""
         with self._lock:
             now = self._clock()
             self._left = min(self._most, self._left + (now - self._at) * self._rate)
@@ -129,7 +141,7 @@ class Allowance:
 
 
 class Access:
-    """Decides about a request from its path, headers and peer."""
+    """The check that admits or refuses a request by its path, headers and peer address."""
 
     def __init__(self, keys: Sequence[ApiKey] = ()) -> None:
         self._keys = tuple(keys)
@@ -138,14 +150,17 @@ class Access:
     def check(
         self, path: str, headers: Mapping[str, str], peer: str | None = None
     ) -> ApiKey | None:
-        """The key that asks. ApiError 401 without a valid one, 429 beyond its rate; on a server without keys 403 for a
-        foreign Host header or a peer on another machine.
+        """Return the key that a request uses; None on a server without keys and for open paths.
+
+        Raises ApiError 401 without a valid key and 429 beyond the key's rate. On a server without
+        keys, raises ApiError 403 for a Host header that is not local or a peer on another machine.
         """
         if path in OPEN_PATHS:
             return None
         if self._keys:
             return self._within_rate(self._known(headers.get("authorization", "")))
-        # A web page may point its own name at 127.0.0.1 (DNS rebinding) and read the answers from a browser here.
+        # A web page could point its own host name at 127.0.0.1 (DNS rebinding) and then read the
+        # answers from a browser on this machine.
         if not is_loopback(_host_name(headers.get("host", ""))) or (peer and _is_elsewhere(peer)):
             raise ApiError(
                 403, "Without API keys this server answers to localhost only", "host_not_allowed"
@@ -155,7 +170,7 @@ class Access:
     def _known(self, authorization: str) -> ApiKey:
         scheme, _, key = authorization.partition(" ")
         given = _digest(key.strip())
-        # Every key is compared, so that the time taken tells nothing.
+        # Compare with every key, so that the time taken reveals nothing.
         matches = [known for known in self._keys if hmac.compare_digest(given, known.sha256)]
         if scheme.lower() != "bearer" or not matches:
             raise ApiError(
@@ -169,7 +184,10 @@ class Access:
     def _within_rate(self, key: ApiKey) -> ApiKey:
         if (allowance := self._allowances.get(key.sha256)) and (seconds := allowance.take()):
             headers = {"Retry-After": str(math.ceil(seconds))}
-            message = f"This key may ask {key.per_minute} times a minute; try again in {math.ceil(seconds)} s"
+            message = (
+                f"This key may ask {key.per_minute} times a minute; "
+                f"try again in {math.ceil(seconds)} s"
+            )
             raise ApiError(429, message, "rate_limit_exceeded", headers=headers)
         return key
 
@@ -179,14 +197,17 @@ def _digest(key: str) -> str:
 
 
 def _host_name(header: str) -> str:
-    """The name in a Host header, without its port."""
+    """Return the host name in a Host header, without its port."""
     if header.startswith("["):
         return header.partition("]")[0] + "]"
     return header.partition(":")[0]
 
 
 def _is_elsewhere(peer: str) -> bool:
-    """Whether an address is certainly not this machine's loopback; names of sockets are none."""
+    """Tell whether a peer address is an IP address other than loopback.
+
+    The name of a socket is not an IP address and counts as local.
+    """
     try:
         return not ipaddress.ip_address(peer).is_loopback
     except ValueError:

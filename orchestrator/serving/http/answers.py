@@ -1,4 +1,4 @@
-"""What the engine made, as OpenAI's answers and chunks."""
+"""Conversion of the engine's results to OpenAI's answers and stream chunks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Chunk: TypeAlias = CompletionAnswer | ChatChunk
 
 @dataclass(frozen=True)
 class Head:
-    """What an answer and all of its chunks have in common."""
+    """The fields that an answer and all of its chunks have in common."""
 
     id: str
     created: int
@@ -39,10 +39,12 @@ class Head:
 
     @classmethod
     def new(cls, prefix: str, model: str, version: str) -> Head:
+        """Create a head with a random id and the current time."""
         return cls(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), model, version)
 
 
 def completion(head: Head, made: Sequence[Completion], prompt_tokens: int) -> CompletionAnswer:
+    """Build the answer of /v1/completions."""
     choices = [
         Choice(
             index=i, text=it.text, finish_reason=it.finish_reason, logprobs=_logprobs(it.logprobs)
@@ -55,6 +57,7 @@ def completion(head: Head, made: Sequence[Completion], prompt_tokens: int) -> Co
 
 
 def chat(head: Head, made: Completion, prompt_tokens: int) -> ChatAnswer:
+    """Build the answer of /v1/chat/completions."""
     choice = ChatChoice(
         index=0,
         message=AssistantMessage(content=made.text),
@@ -65,6 +68,7 @@ def chat(head: Head, made: Completion, prompt_tokens: int) -> ChatAnswer:
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> Usage:
+    """Build the token counts of an answer."""
     total = prompt_tokens + completion_tokens
     return Usage(
         prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, total_tokens=total
@@ -72,18 +76,22 @@ def usage(prompt_tokens: int, completion_tokens: int) -> Usage:
 
 
 class Stream(Protocol):
-    """How the chunks of one answer look."""
+    """A builder for the chunks of one streamed answer."""
 
     def opening(self, rows: int) -> Iterator[Chunk]:
-        """What comes before any token."""
+        """Yield the chunks that come before any token."""
 
-    def chunk(self, row: int, delta: Delta) -> Chunk: ...
+    def chunk(self, row: int, delta: Delta) -> Chunk:
+        """Build the chunk for what a row gained."""
+        ...
 
     def closing(self, prompt_tokens: int, completion_tokens: int) -> Chunk:
-        """The usage, where it was asked for."""
+        """Build the last chunk, which has the usage; sent only if the request asks for it."""
 
 
 class CompletionStream:
+    """The chunks of a streamed /v1/completions answer."""
+
     def __init__(self, head: Head) -> None:
         self._head = vars(head)
 
@@ -106,6 +114,8 @@ class CompletionStream:
 
 
 class ChatStream:
+    """The chunks of a streamed /v1/chat/completions answer."""
+
     def __init__(self, head: Head) -> None:
         self._head = vars(head)
 
@@ -135,7 +145,7 @@ def _logprobs(told: Sequence[TokenLogprob]) -> Logprobs | None:
     return Logprobs(
         tokens=[it.text for it in told],
         token_logprobs=[it.logprob for it in told],
-        # As a mapping by text: of tokens with one text the likeliest counts.
+        # OpenAI's format is a mapping from text; of tokens with equal text, the likeliest stays.
         top_logprobs=[dict(reversed([*it.top, (it.text, it.logprob)])) for it in told],
         text_offset=[it.offset for it in told],
     )

@@ -1,4 +1,8 @@
-"""Conversations to token ids: the base model's chat template around them, the prompt's own around the last message."""
+"""Encoding of conversations with two templates.
+
+The base model's chat template formats the conversation; the served prompt's own template formats
+the last message in it.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +18,18 @@ from orchestrator.serving.prompts.served_prompt import ServedPrompt
 
 
 class NoChatTemplate(BadInput):
-    """The base model has no chat template, and the conversation is more than one message."""
+    """The base model has no chat template, and the conversation has more than one message."""
 
 
 def encode_chat(
     prompt: ServedPrompt, messages: Sequence[ChatMessage], answer_tokens: int
 ) -> list[int]:
-    """Ids of a conversation that ends with the user's message, ready for the assistant's.
+    """Encode a conversation that ends with the user's message, up to the assistant's answer.
 
-    That message is put through the prompt's own template, as a completion's text is, and stands in the conversation as
-    the template made it, virtual tokens included. Nothing is cut. Where the base model has no chat template, a single
-    message of the user is taken as a completion's text. BadInput for what can't be rendered or does not fit.
+    The last message fills the prompt's own template, in the same way as the text of a completion.
+    The result, including virtual tokens, takes the message's place in the conversation. No message
+    is cut. If the base model has no chat template, a single user message is encoded like the text
+    of a completion. Raises BadInput for a conversation that can't be rendered or does not fit.
     """
     if messages[-1].role != "user":
         raise BadInput("the last of the messages has to be the user's")
@@ -45,7 +50,7 @@ def encode_chat(
 
 
 def _rendered(tokenizer: Any, messages: Sequence[ChatMessage]) -> tuple[str, str]:
-    """The conversation's text before and after the last message's."""
+    """Render the conversation; return its text before and after the last message."""
     place = f"<{uuid.uuid4().hex}>"
     last = len(messages) - 1
     plain = [
@@ -57,7 +62,8 @@ def _rendered(tokenizer: Any, messages: Sequence[ChatMessage]) -> tuple[str, str
     ]
     try:
         text = str(tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True))
-    except Exception as error:  # a template raises what it likes, and says what it does not take
+    except Exception as error:
+        # A template may raise any error; the message says which messages it does not accept.
         raise BadInput(
             f"the base model's chat template refuses these messages: {str(error)[:200]}"
         ) from None
@@ -68,7 +74,7 @@ def _rendered(tokenizer: Any, messages: Sequence[ChatMessage]) -> tuple[str, str
 
 
 def _merged(segments: Sequence[str | Mark]) -> list[str | Mark]:
-    """Texts that stand side by side as one: tokens may reach over their seam."""
+    """Join adjacent texts, because a token may span the boundary between them."""
     merged: list[str | Mark] = []
     for segment in segments:
         if isinstance(segment, str) and merged and isinstance(merged[-1], str):

@@ -1,4 +1,7 @@
-"""Prometheus metrics of one serving process. No label holds what a client sent: models are the registry's names."""
+"""Prometheus metrics of one serving process.
+
+No label contains text that a client sent: model labels are the registry's names.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,10 @@ COUNTS = {
 
 
 class Metrics:
-    """Counters of their own registry, so that several servers may live in one process."""
+    """The metrics of one server, in a collector registry of their own.
+
+    Separate registries allow several servers in one process.
+    """
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -41,33 +47,36 @@ class Metrics:
         self._rows = self._histogram("batch_rows", "Rows in a forward", ROWS, "kind")
 
     def batch(self, kind: str, rows: int) -> None:
-        """One forward of the engine."""
+        """Count the rows of one forward of the engine."""
         self._rows.labels(kind).observe(rows)
 
     def request(self, route: str, status: int, seconds: float, model: str = "") -> None:
-        """One answered request; ``route`` is the route's pattern, ``model`` the registered name if there is one."""
+        """Count one answered request and its time.
+
+        ``route`` is the route's pattern; ``model`` is the registered name, or empty.
+        """
         self._requests.labels(route, model, str(status)).inc()
         self._seconds.labels(route, model).observe(seconds)
 
     def tokens(self, model: str, prompt: int, completion: int) -> None:
-        """What one request took and made."""
+        """Count the prompt and completion tokens of one request."""
         self._tokens.labels(model, "prompt").inc(prompt)
         self._tokens.labels(model, "completion").inc(completion)
 
     def first_token(self, model: str, seconds: float) -> None:
-        """From a row's arrival to its first token."""
+        """Record the time from a row's arrival to its first token."""
         self._first.labels(model).observe(seconds)
 
     def gauge(self, name: str, help_text: str, read: Callable[[], float]) -> None:
-        """A value that is read when somebody asks."""
+        """Add a gauge whose value is read whenever the metrics are collected."""
         Gauge(name, help_text, registry=self._registry).set_function(read)
 
     def watch(self, store: PromptStore) -> None:
-        """Tell what the store counts, which versions answer and which are refused."""
+        """Add the store's counters, the versions that answer and the refused versions."""
         self._registry.register(StoreCollector(store))
 
     def text(self) -> bytes:
-        """All of it in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         exposition: bytes = generate_latest(self._registry)
         return exposition
 
@@ -83,12 +92,13 @@ class Metrics:
 
 
 class StoreCollector(Collector):
-    """The prompt store's state, read when somebody asks."""
+    """A collector that reads the prompt store's state whenever the metrics are collected."""
 
     def __init__(self, store: PromptStore) -> None:
         self._store = store
 
     def collect(self) -> Iterable[Metric]:
+        """Yield the store's counters, the versions that answer and the refused versions."""
         counts = dict(self._store.counts)
         for kind, text in COUNTS.items():
             family = CounterMetricFamily(f"orchestrator_prompt_{kind}", text, labels=["model"])

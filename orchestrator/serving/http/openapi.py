@@ -1,4 +1,4 @@
-"""What the OpenAPI document says about each route: bodies, answers and errors."""
+"""The OpenAPI description of each route: bodies, answers and errors."""
 
 from __future__ import annotations
 
@@ -27,13 +27,20 @@ MODEL = {
     "schema": {"type": "string", "minLength": 1},
 }
 TEXTS = {
-    400: "What was sent is wrong", 401: "No valid key", 403: "Not from here", 404: "No such model", 413: "Too large",
-    429: "Too many requests; Retry-After says when", 500: "The server's own fault", 503: "Not now", 504: "Too slow",
-}  # fmt: skip
+    400: "What was sent is wrong",
+    401: "No valid key",
+    403: "Not from here",
+    404: "No such model",
+    413: "Too large",
+    429: "Too many requests; Retry-After says when",
+    500: "The server's own fault",
+    503: "Not now",
+    504: "Too slow",
+}
 
 
 def describe(path: str) -> dict[str, Any]:
-    """FastAPI's arguments for a route."""
+    """Return FastAPI's keyword arguments that document a route."""
     known: dict[str, dict[str, Any]] = {
         "/health": {"responses": {200: {"description": "Alive"}, 503: {"description": "Failing"}}},
         "/metrics": {
@@ -58,7 +65,8 @@ def describe(path: str) -> dict[str, Any]:
 def _asking(
     body: type[BaseModel], answer: type[BaseModel], streams: bool = False
 ) -> dict[str, Any]:
-    # Within the path itself, since FastAPI collects no definitions of bodies that it does not read.
+    # The schema is written into the path itself: FastAPI does not read these bodies, so it would
+    # not collect their definitions.
     schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
     definitions = schema.pop("$defs", {})
     content = {"application/json": {"schema": _resolved(schema, definitions)}}
@@ -72,7 +80,7 @@ def _asking(
 
 
 def _resolved(schema: Any, definitions: dict[str, Any]) -> Any:
-    """The schema with its definitions in their places; none of ours refers to itself."""
+    """Replace references in a schema by their definitions, of which none refers to itself."""
     if isinstance(schema, list):
         return [_resolved(one, definitions) for one in schema]
     if not isinstance(schema, dict):

@@ -1,4 +1,4 @@
-"""What goes over the wire: OpenAI's requests, answers, chunks and errors, and /classify in the same manner."""
+"""The wire formats: OpenAI's requests, answers, chunks and errors, and /classify in their style."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAX_COLUMNS = 256
 MAX_MESSAGES = 256
 
 Row: TypeAlias = Annotated[dict[str, Any], Field(max_length=MAX_COLUMNS)]
-"""Cells of any JSON type; the template turns them into text as training does."""
+"""A row as a JSON object; cells of any JSON type become text in the same way as in training."""
 ModelName: TypeAlias = Annotated[str, Field(min_length=1, max_length=512)]
 FinishReason: TypeAlias = Literal["stop", "length"]
 Stop: TypeAlias = Annotated[str, Field(min_length=1, max_length=1000)]
@@ -31,7 +31,7 @@ StopList: TypeAlias = Annotated[list[Stop], Field(max_length=4)]
 
 
 class ApiError(Exception):
-    """An error as the client gets it, in OpenAI's shape."""
+    """An error that the client receives, in OpenAI's format."""
 
     def __init__(
         self,
@@ -50,6 +50,7 @@ class ApiError(Exception):
 
     @property
     def type(self) -> str:
+        """OpenAI's error type for the HTTP status."""
         if self.status == 401:
             return "authentication_error"
         if self.status == 429:
@@ -57,6 +58,7 @@ class ApiError(Exception):
         return "invalid_request_error" if self.status < 500 else "server_error"
 
     def body(self) -> dict[str, Any]:
+        """Return the error as the JSON body of a response."""
         return {
             "error": {
                 "message": self.message,
@@ -68,16 +70,16 @@ class ApiError(Exception):
 
 
 class WireRequest(BaseModel):
-    """A request body: exact types, and no field that would be silently left undone."""
+    """A request body with strict types and without fields that the server would ignore."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
     harmless: ClassVar[frozenset[str]] = frozenset(
         {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
     )
-    """Fields that clients send along and that change no answer."""
+    """Fields that clients may send and that do not affect the answer."""
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
-    """Fields that are not supported, and the values at which they change nothing."""
+    """Unsupported fields, with the values that are accepted because they change nothing."""
 
     model: ModelName
 
@@ -85,7 +87,7 @@ class WireRequest(BaseModel):
     def __get_pydantic_json_schema__(
         cls, core_schema: Any, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        """All fields that are taken, and no other."""
+        """Return a schema that lists every accepted field and forbids all others."""
         schema: dict[str, Any] = handler.resolve_ref_schema(handler(core_schema))
         allowed = {name: {"enum": [*values, None]} for name, values in cls.neutral.items()}
         schema["properties"] = {
@@ -118,16 +120,16 @@ class WireRequest(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    """What a stream tells besides."""
+    """Options for the contents of a stream."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
     include_usage: bool | None = None
-    """A last chunk without choices that has the usage."""
+    """End the stream with a chunk that has the usage and no choices."""
 
 
 class GenerationRequest(WireRequest):
-    """What completions and chat completions have in common."""
+    """The fields that completions and chat completions have in common."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -139,10 +141,12 @@ class GenerationRequest(WireRequest):
 
     @property
     def stops(self) -> tuple[str, ...]:
+        """The stop strings; empty if there are none."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
     def wants_usage(self) -> bool:
+        """Whether the stream ends with a chunk that has the usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
     @model_validator(mode="after")
@@ -153,7 +157,10 @@ class GenerationRequest(WireRequest):
 
 
 class CompletionRequest(GenerationRequest):
-    """POST /v1/completions. A prompt is put through the served prompt's own template, as it was tuned."""
+    """The body of POST /v1/completions.
+
+    Each prompt fills the template that the served prompt was tuned with.
+    """
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
         "n": (1,),
@@ -174,7 +181,7 @@ class CompletionRequest(GenerationRequest):
 
 
 class TextPart(BaseModel):
-    """A piece of a message's text."""
+    """A part of a message's text."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -183,7 +190,7 @@ class TextPart(BaseModel):
 
 
 class ChatMessage(BaseModel):
-    """One message of a conversation; text only."""
+    """One message of a conversation, which may contain text only."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -194,7 +201,10 @@ class ChatMessage(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, message: Any) -> Any:
-        """A client may send back what it got, with the fields that say nothing."""
+        """Drop unknown fields that are null or empty.
+
+        Clients send earlier answers back with all their fields, including empty ones.
+        """
         if not isinstance(message, dict):
             return message
         return {
@@ -213,7 +223,10 @@ class ChatMessage(BaseModel):
 
 
 class ChatRequest(GenerationRequest):
-    """POST /v1/chat/completions. The last message passes through the served prompt's own template."""
+    """The body of POST /v1/chat/completions.
+
+    The last message fills the template that the served prompt was tuned with.
+    """
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
         "n": (1,),
@@ -234,7 +247,7 @@ class ChatRequest(GenerationRequest):
 
     @property
     def limit(self) -> int | None:
-        """Tokens at most, under either of OpenAI's names."""
+        """The maximum number of tokens: ``max_completion_tokens`` or else ``max_tokens``."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @model_validator(mode="after")
@@ -245,7 +258,10 @@ class ChatRequest(GenerationRequest):
 
 
 class ClassifyRequest(WireRequest):
-    """POST /classify. Each input is a text (for a template with one column) or a row with the template's columns."""
+    """The body of POST /classify.
+
+    Each input is a text, for a template with one column, or a row with the template's columns.
+    """
 
     input: str | Row | Annotated[list[str | Row], Field(min_length=1)]
 
@@ -255,19 +271,23 @@ class ClassifyRequest(WireRequest):
 
 
 class Answer(BaseModel):
+    """The base of all answers and of their parts."""
+
     model_config = ConfigDict(frozen=True)
 
 
 class Usage(Answer):
+    """The token counts of an answer."""
+
     prompt_tokens: int
-    """Tokens of the input as the model saw it, without the virtual tokens."""
+    """The number of input tokens that the model read, without the virtual tokens."""
     completion_tokens: int
-    """Tokens made, the end token included."""
+    """The number of generated tokens, including the end token."""
     total_tokens: int
 
 
 class Logprobs(Answer):
-    """A completion's tokens, each list with one entry a token."""
+    """The log-probabilities of a completion's tokens; each list has one entry per token."""
 
     tokens: list[str]
     token_logprobs: list[float]
@@ -276,22 +296,24 @@ class Logprobs(Answer):
 
 
 class Choice(Answer):
+    """The completion of one prompt, or a piece of it in a stream."""
+
     index: int
     text: str
     finish_reason: FinishReason | None
-    """None in chunks but for the last."""
+    """The reason that the text ended; in a stream, None in all chunks but the text's last."""
     logprobs: Logprobs | None = None
 
 
 class CompletionAnswer(Answer):
-    """A completion, or one chunk of it."""
+    """A completion, or one chunk of a streamed completion."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"
     created: int
     model: str
     system_fingerprint: str
-    """The version that answered, name:version."""
+    """The version that answered, as ``name:version``."""
     choices: list[Choice]
     usage: Usage | None = None
 
@@ -330,7 +352,7 @@ class ChatAnswer(Answer):
     created: int
     model: str
     system_fingerprint: str
-    """The version that answered, name:version."""
+    """The version that answered, as ``name:version``."""
     choices: list[ChatChoice]
     usage: Usage
 
@@ -369,33 +391,41 @@ class ErrorAnswer(Answer):
 
 
 class Classified(Answer):
+    """The most likely label of one input, and the probabilities of all labels."""
+
     index: int
     label: Label
     probs: dict[str, float]
 
 
 class ClassifyAnswer(Answer):
+    """The answer of /classify, with one entry per input."""
+
     object: Literal["list"] = "list"
     model: str
     system_fingerprint: str
-    """The version that answered, name:version."""
+    """The version that answered, as ``name:version``."""
     data: list[Classified]
 
 
 class ModelEntry(Answer):
+    """One served model."""
+
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "orchestrator"
     root: str
-    """The base model."""
+    """The id of the base model."""
     version: int
     alias: str
     labels: list[Label] | None
-    """What /classify chooses from; null for a prompt without labels."""
+    """The labels that /classify chooses from; null for a prompt without labels."""
 
 
 class ModelList(Answer):
+    """The served models that the request's key may use."""
+
     object: Literal["list"] = "list"
     data: list[ModelEntry]
 
@@ -404,7 +434,7 @@ RequestType = TypeVar("RequestType", bound=WireRequest)
 
 
 def parse_body(kind: type[RequestType], body: bytes) -> RequestType:
-    """A request body as its model; ApiError 400 names the field that is wrong."""
+    """Parse and validate a request body; raise ApiError 400 that names the wrong field."""
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
@@ -428,7 +458,11 @@ def _as_api_error(problems: list[ErrorDetails]) -> ApiError:
 
 
 def _wrong_value(problems: list[ErrorDetails]) -> str:
-    """The first problem in words; a union reports one problem for each of its members, all at the same field."""
+    """Describe the first wrong field.
+
+    A union type reports one problem for each of its members, so all problems of the field are
+    combined.
+    """
     first = problems[0]
     if not first["loc"]:
         return "The body must be a JSON object"

@@ -1,4 +1,4 @@
-"""What one request was: kept while it is answered, for metrics and the access log."""
+"""The record of one request, which is filled for metrics, traces and the access log."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ access_log = logging.getLogger("orchestrator.access")
 
 @dataclass
 class RequestRecord:
-    """One request. ``model`` and ``version`` are the registry's, empty until they are known."""
+    """The record of one request.
+
+    ``model`` and ``version`` are those of the registry, and empty until they are known.
+    """
 
     id: str = field(default_factory=lambda: f"req_{uuid.uuid4().hex}")
     key: ApiKey | None = None
@@ -25,10 +28,10 @@ class RequestRecord:
     completion_tokens: int = 0
     streamed: bool = False
     error: str | None = None
-    """The code of the error that was answered."""
+    """The code of the error that the client received."""
 
     def log(self, method: str, route: str, status: int, seconds: float, peer: str | None) -> None:
-        """One line of JSON; nothing in it is a text that the client sent."""
+        """Log one line of JSON, which contains no text that the client sent."""
         if access_log.isEnabledFor(logging.INFO):
             access_log.info(
                 json.dumps(
@@ -52,7 +55,7 @@ class RequestRecord:
 
 
 def log_to_standard_output() -> None:
-    """Let the access log be lines of JSON on standard output and nothing else."""
+    """Write the access log to standard output as lines of JSON, and nowhere else."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     access_log.handlers = [handler]

@@ -1,4 +1,4 @@
-"""The HTTP routes, as a FastAPI application over a PromptService: no Ray, no torch."""
+"""The HTTP routes: a FastAPI application on top of a PromptService, without Ray or torch."""
 
 from __future__ import annotations
 
@@ -35,15 +35,18 @@ from orchestrator.serving.http.tracing import NoTracer, Tracer
 
 log = logging.getLogger(__name__)
 
-HUNG_UP = 499  # as others log a client that went away before its answer
+HUNG_UP = 499  # the status that servers such as nginx log when a client hung up before its answer
 Result = TypeVar("Result")
 
 
 def make_api(
     service: PromptService, access: Access | None = None, tracer: Tracer | None = None
 ) -> FastAPI:
-    """The application. Every answer but /metrics and streams is JSON, every error has OpenAI's shape."""
-    # No documentation pages: they would load scripts from elsewhere.
+    """Build the application.
+
+    All answers except /metrics and streams are JSON; all errors have OpenAI's format.
+    """
+    # FastAPI's documentation pages are off because they would load scripts from other sites.
     api = FastAPI(title="prompt-orchestrator", docs_url=None, redoc_url=None, openapi_url=None)
     api.add_exception_handler(ApiError, _api_error)
     api.add_exception_handler(HTTPException, _http_error)
@@ -88,7 +91,10 @@ def _watch(service: PromptService) -> None:
 
 
 class Gate:
-    """Around all routes: who may ask, how long it took, and no exception that reaches the client."""
+    """The middleware around all routes.
+
+    It checks access, traces, measures and logs each request, and turns exceptions into answers.
+    """
 
     def __init__(
         self, app: ASGIApp, access: Access, service: PromptService, tracer: Tracer
@@ -106,12 +112,12 @@ class Gate:
         scope["record"] = record
         with self._tracer.request(scope, record) as finish:
             status = await self._answer(scope, receive, send, record)
-            finish(_route(scope), status)  # the route is known now
+            finish(_route(scope), status)  # the router has set the scope's route by now
 
     async def _answer(
         self, scope: Scope, receive: Receive, send: Send, record: RequestRecord
     ) -> int:
-        """Returns the status that was sent."""
+        """Answer the request, count and log it, and return the status that was sent."""
         start, status = time.perf_counter(), 0
 
         async def noting(message: Message) -> None:
@@ -146,7 +152,7 @@ class Gate:
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The whole body; ApiError 413 as soon as it is longer than ``limit`` bytes."""
+    """Read the whole body; raise ApiError 413 as soon as it exceeds ``limit`` bytes."""
     too_large = ApiError(413, f"The body is larger than {limit} bytes", "body_too_large")
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and len(declared) < 20 and int(declared) > limit:
@@ -160,7 +166,10 @@ async def read_body(request: Request, limit: int) -> bytes:
 
 
 async def while_connected(request: Request, work: Awaitable[Result]) -> Result:
-    """The work's result; ClientDisconnect, and the work cancelled, when the client hangs up before."""
+    """Await some work and return its result.
+
+    If the client hangs up first, cancels the work and raises ClientDisconnect.
+    """
     working = asyncio.ensure_future(work)
     hanging_up = asyncio.ensure_future(_hung_up(request))
     try:
@@ -248,7 +257,10 @@ DONE = "data: [DONE]\n\n"
 
 
 async def _events(chunks: AsyncIterator[Chunk], record: RequestRecord) -> AsyncIterator[str]:
-    """Server-sent events. The status is out already: an error is an event of its own, as OpenAI's clients know it."""
+    """Yield the chunks as server-sent events.
+
+    The HTTP status has been sent by then, so an error becomes an event, as OpenAI's clients expect.
+    """
     async with aclosing(chunks):  # type: ignore[type-var]
         try:
             async for chunk in chunks:
@@ -281,7 +293,7 @@ def _internal() -> ApiError:
 
 
 async def no_request(scope: Scope, receive: Receive, send: Send) -> None:
-    """There are no web sockets; what the server's own life cycle asks is agreed to."""
+    """Close a web socket, which is not supported, or acknowledge the ASGI lifespan events."""
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008})
         return
@@ -298,7 +310,7 @@ async def _api_error(request: Request, error: Exception) -> Response:
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """What the framework refuses itself: unknown routes and wrong methods."""
+    """Answer the framework's own errors, such as unknown routes and wrong methods."""
     assert isinstance(error, HTTPException)
     texts = {
         404: (
@@ -313,5 +325,5 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 def _route(scope: Scope) -> str:
-    """The pattern of the route that answered; one name for all paths that have none."""
+    """Return the pattern of the route that answered, or "other" for paths without a route."""
     return getattr(scope.get("route"), "path", "other")

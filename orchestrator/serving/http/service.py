@@ -1,4 +1,4 @@
-"""Requests to answers, between HTTP and the engine: which prompt, which tokens, which limits."""
+"""The service between HTTP and the engine: it finds prompts, tokenizes inputs and checks limits."""
 
 from __future__ import annotations
 
@@ -48,17 +48,17 @@ DEFAULT_TEMPERATURE = 1.0  # OpenAI's
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """What one request may hold, and how long it may take."""
+    """The limits on a request's size and duration."""
 
     max_inputs: int = 256
     max_body_bytes: int = 4 << 20
     seconds: float = 300.0
-    """From its arrival to its last token; a stream that nobody reads ends then too."""
+    """The time from the request to its last token, which also ends a stream that nobody reads."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A request for texts, checked and encoded."""
+    """A completion or chat request after its checks and tokenization."""
 
     prompt: ServedPrompt
     inputs: list[list[int]]
@@ -67,11 +67,15 @@ class Asked:
 
     @property
     def prompt_tokens(self) -> int:
+        """The number of input tokens, without virtual tokens."""
         return sum(len(text_ids(ids)) for ids in self.inputs)
 
 
 class PromptService:
-    """The routes' work, without HTTP. Raises ApiError for whatever a client did wrong, or should try again."""
+    """The work behind the routes, without HTTP.
+
+    Its methods raise ApiError for mistakes of the client and for conditions that may pass.
+    """
 
     def __init__(
         self,
@@ -84,12 +88,13 @@ class PromptService:
         self.engine = engine
         self.limits = limits or RequestLimits()
         self.metrics = metrics or Metrics()
-        # One thread: a tokenizer is not safe to use from several while it changes its own settings.
+        # A single thread, because a tokenizer that changes its own settings is not thread-safe.
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
         self._loading = ThreadPoolExecutor(4, thread_name_prefix="prompt-load")
 
     @property
     def healthy(self) -> bool:
+        """Whether the engine's thread is running."""
         return self.engine.alive
 
     def close(self) -> None:
@@ -100,13 +105,16 @@ class PromptService:
         self._loading.shutdown(wait=False)
 
     def models(self, record: RequestRecord) -> ModelList:
-        """Every served model that the key may ask."""
+        """List the served models that the request's key may use."""
         return ModelList(
             data=[_entry(card) for card in self.store.cards() if _allowed(record, card.name)]
         )
 
     async def model(self, wanted: str, record: RequestRecord) -> ModelEntry:
-        """Describe one model of the list, or any other name that requests may use. ApiError 404 when there is none."""
+        """Describe one model of the list, or any other reference that requests may use.
+
+        Raises ApiError 404 when there is no such model or the request's key may not use it.
+        """
         for card in self.store.cards():
             if wanted in (card.id, f"{card.name}@{card.alias}") and _allowed(record, card.name):
                 return _entry(card)
@@ -116,6 +124,7 @@ class PromptService:
         return _entry(self.store.card_of(wanted, prompt))
 
     async def classify(self, request: ClassifyRequest, record: RequestRecord) -> ClassifyAnswer:
+        """Answer POST /classify."""
         self._check_count(len(request.inputs), "input")
         prompt = await self._prompt(request.model, record)
         if reason := prompt.why_no_labels:
@@ -133,12 +142,14 @@ class PromptService:
         )
 
     async def complete(self, request: CompletionRequest, record: RequestRecord) -> CompletionAnswer:
+        """Answer POST /v1/completions without a stream."""
         asked = await self._completion(request, record)
         return answers.completion(
             asked.head, await self._completed(asked, record), asked.prompt_tokens
         )
 
     async def chat(self, request: ChatRequest, record: RequestRecord) -> ChatAnswer:
+        """Answer POST /v1/chat/completions without a stream."""
         asked = await self._conversation(request, record)
         (made,) = await self._completed(asked, record)
         return answers.chat(asked.head, made, asked.prompt_tokens)
@@ -146,7 +157,10 @@ class PromptService:
     async def stream(
         self, request: CompletionRequest | ChatRequest, record: RequestRecord
     ) -> AsyncIterator[answers.Chunk]:
-        """The chunks of an answer, from the moment that the engine has taken the request: refusals come before."""
+        """Return the chunks of an answer once the engine has accepted the request.
+
+        ApiError for a refused request is raised here, before the first chunk.
+        """
         asked = await (
             self._conversation(request, record)
             if isinstance(request, ChatRequest)
@@ -222,14 +236,18 @@ class PromptService:
             )
 
     async def _prompt(self, model: str, record: RequestRecord) -> ServedPrompt:
-        """The prompt that answers this time. One request has one version, whatever moves meanwhile."""
+        """Return the prompt that answers this request, after canary routing and the key's check.
+
+        The whole request uses this version, even if an alias moves in the meantime. If the canary's
+        version can't be loaded, the champion answers.
+        """
         wanted = self.store.route(model)
         try:
             prompt = await self._loaded(wanted)
         except ApiError:
             if wanted == model:
                 raise
-            prompt = await self._loaded(f"{model}@{CHAMPION}")  # the canary can't be had
+            prompt = await self._loaded(f"{model}@{CHAMPION}")  # the canary can't be loaded
         if not _allowed(record, prompt.name):
             raise _not_found(f"The model {printable(model)!r} does not exist")
         record.model, record.version = prompt.name, prompt.version
@@ -273,7 +291,7 @@ class PromptService:
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """What the engine refuses, as the client gets it."""
+    """Turn the engine's errors and timeouts into the ApiError that the client receives."""
     try:
         yield
     except Overloaded as error:
@@ -290,7 +308,7 @@ def _refusals() -> Iterator[None]:
 
 
 async def _until(told: AsyncIterator[Tokens], seconds: float) -> AsyncIterator[Tokens]:
-    """The events, until they took so long together. TimeoutError then."""
+    """Yield the events; raise TimeoutError once they have taken ``seconds`` in total."""
     loop = asyncio.get_running_loop()
     end = loop.time() + seconds
     while True:
@@ -338,7 +356,7 @@ def _not_found(message: str) -> ApiError:
 
 
 def _unsupported(model: str, reason: str, route: str | None) -> ApiError:
-    """The model is there, but does not do what the route asks of it."""
+    """Build the error for a model that exists but does not support the route."""
     other = f"; use {route}" if route else ""
     return ApiError(400, f"The model {model!r} {reason}{other}", "unsupported_operation", "model")
 

@@ -1,7 +1,8 @@
-"""Traces through OpenTelemetry: a span a request, with what its record says. Off unless OTEL_TRACES_EXPORTER is set.
+"""OpenTelemetry traces: one span per request, with the attributes of its ``RequestRecord``.
 
-Endpoint, headers, sampling and service name are OpenTelemetry's own environment variables. Names of attributes are its
-semantic conventions for HTTP and for generative models. No attribute holds a text that the client sent.
+Tracing is off unless OTEL_TRACES_EXPORTER is set. OpenTelemetry's own environment variables set the
+endpoint, headers, sampling and service name. Attributes are named by OpenTelemetry's semantic
+conventions for HTTP and for generative models. No attribute contains text that the client sent.
 """
 
 from __future__ import annotations
@@ -24,22 +25,29 @@ ALLOWED = ("otlp", "console", "none")
 
 
 class Tracer(Protocol):
-    """What the routes know of traces."""
+    """The interface through which the routes record traces."""
 
     def request(self, scope: Scope, record: RequestRecord) -> Any:
-        """A context around one request; it yields what is called with route and status at the end."""
+        """Return a context manager for one request.
+
+        It yields a function to call at the end with the route's pattern and the HTTP status.
+        """
 
 
 class NoTracer:
-    """Traces nothing."""
+    """A tracer that records nothing, used when tracing is off."""
 
     @contextmanager
     def request(self, scope: Scope, record: RequestRecord) -> Iterator[Any]:
+        """Yield a function that does nothing."""
         yield lambda route, status: None
 
 
 class SpanTracer:
-    """A span for each request, a child of the caller's where its ``traceparent`` says so."""
+    """A tracer that records one span per request.
+
+    If the request has a ``traceparent`` header, the span is a child of the caller's span.
+    """
 
     def __init__(self, exporter: SpanExporter) -> None:
         from opentelemetry.sdk.resources import SERVICE_NAME, Resource
@@ -47,13 +55,14 @@ class SpanTracer:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
         named = {} if os.environ.get("OTEL_SERVICE_NAME") else {SERVICE_NAME: SERVICE}
-        # A provider of its own: Ray and MLflow may have set the process's.
+        # Use a separate provider: Ray or MLflow may have set the process's global one.
         self._provider = TracerProvider(resource=Resource.create(named))
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("orchestrator.serving")
 
     @contextmanager
     def request(self, scope: Scope, record: RequestRecord) -> Iterator[Any]:
+        """Open a span; yield the function that sets its name, attributes and status."""
         from opentelemetry.trace import SpanKind, Status, StatusCode
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -88,18 +97,24 @@ class SpanTracer:
             span.end()
 
     def flush(self) -> None:
-        """Send what is waiting to be sent."""
+        """Export all finished spans now."""
         self._provider.force_flush()
 
 
 def tracer() -> Tracer:
-    """As the environment asks. BadInput for an exporter that is unknown or not installed."""
+    """Create the tracer that OTEL_TRACES_EXPORTER selects.
+
+    Raises BadInput for an exporter that is unknown or not installed.
+    """
     exporter = asked_exporter()
     return NoTracer() if exporter is None else SpanTracer(exporter())
 
 
 def asked_exporter() -> Callable[[], SpanExporter] | None:
-    """The exporter that the environment names, or None; checked, and not made yet. BadInput as ``tracer``."""
+    """Return the class of the exporter that OTEL_TRACES_EXPORTER selects; None if tracing is off.
+
+    Raises BadInput for an exporter that is unknown or not installed.
+    """
     name = os.environ.get(VARIABLE, "none").strip().lower() or "none"
     if name not in ALLOWED:
         raise BadInput(f"{VARIABLE} is {name!r}", f"allowed: {', '.join(ALLOWED)}")

@@ -1,1 +1,1 @@
-"""Prompts as the server holds them."""
+"""Prompts as the server holds them: checked, loaded, cached and kept up to date."""

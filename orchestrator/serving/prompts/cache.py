@@ -1,7 +1,9 @@
-"""Which prompts are in memory: the most recently used ones where the model computes, more of them in the host's memory.
+"""The cache of loaded prompts, with one level in the model's memory and one in the host's.
 
-A prompt's keys and values are computed once. What leaves an accelerator's memory keeps its copy in the host's, and to
-come back costs one copy instead of a fetch and a forward. Where the model runs on a CPU the two are the same memory.
+A prompt's keys and values are computed once. The most recently used prompts are in the memory of
+the device that runs the model. A prompt that is evicted from an accelerator keeps its copy in the
+host's memory, so that bringing it back costs one copy instead of a fetch and a forward. When the
+model runs on a CPU, both levels are the same memory and the host level is not used.
 """
 
 from __future__ import annotations
@@ -17,42 +19,53 @@ Key = tuple[str, int]
 
 
 class PromptCache:
-    """Loaded prompts by registered model and version, least recently used dropped first. Not safe between threads."""
+    """A cache of loaded prompts by registered model and version, with LRU eviction.
+
+    Not thread-safe.
+    """
 
     def __init__(self, max_bytes: int, max_host_bytes: int = 0) -> None:
-        """At most so many bytes of keys and values beside the model, and in the host's memory; 0 keeps none there."""
+        """Set the limits in bytes of keys and values, in the model's memory and in the host's.
+
+        ``max_host_bytes=0`` keeps no prompts in the host's memory.
+        """
         self._near = _Shelf(max_bytes)
         self._host = _Shelf(max_host_bytes)
         self._device = torch.device("cpu")
 
     @property
     def nbytes(self) -> int:
-        """Of the prompts beside the model."""
+        """The bytes of the prompts in the model's memory."""
         return self._near.nbytes
 
     @property
     def host_nbytes(self) -> int:
+        """The bytes of the prompts in the host's memory."""
         return self._host.nbytes
 
     def __len__(self) -> int:
-        """Prompts beside the model, ready for a forward."""
+        """Return the number of prompts in the model's memory, ready for a forward."""
         return len(self._near)
 
     @property
     def host_len(self) -> int:
+        """The number of prompts in the host's memory."""
         return len(self._host)
 
     def __contains__(self, key: Key) -> bool:
         return key in self._near or key in self._host
 
     def ready(self, key: Key) -> ServedPrompt | None:
-        """The prompt, if it is beside the model; now the most recently used one."""
+        """Return a prompt in the model's memory and mark it as most recently used, or None."""
         self._host.touch(key)
         return self._near.touch(key)
 
     def bring(self, key: Key) -> tuple[ServedPrompt, list[Key]] | None:
-        """The prompt with its keys and values copied back beside the model, and what left for it; None if it is in
-        neither memory."""
+        """Copy a prompt from the host's memory back to the model's.
+
+        Returns the prompt and the keys of the prompts evicted for it; None if the host's memory
+        does not hold the prompt.
+        """
         parked = self._host.touch(key)
         if parked is None:
             return None
@@ -60,8 +73,10 @@ class PromptCache:
         return prompt, self._put_near(key, prompt)
 
     def put(self, key: Key, prompt: ServedPrompt) -> list[Key]:
-        """Keep a prompt that was just loaded; returns those that have left the model's memory. The newest stays,
-        whatever its size."""
+        """Add a prompt that was just loaded; return the keys evicted from the model's memory.
+
+        The new prompt stays even if it alone exceeds the limit.
+        """
         self._device = next((tensor.device for tensor in prompt.prepared.tensors), self._device)
         if prompt.nbytes <= self._host.max_bytes:
             self._host.put(key, replace(prompt, prepared=prompt.prepared.to(torch.device("cpu"))))
@@ -74,7 +89,7 @@ class PromptCache:
 
 
 class _Shelf:
-    """Prompts in the order of their last use, and their bytes."""
+    """One level of the cache: prompts in the order of their last use."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
@@ -88,6 +103,7 @@ class _Shelf:
         return key in self._prompts
 
     def touch(self, key: Key) -> ServedPrompt | None:
+        """Return a prompt and mark it as most recently used; None if it is not here."""
         prompt = self._prompts.get(key)
         if prompt is not None:
             self._prompts.move_to_end(key)
@@ -99,7 +115,10 @@ class _Shelf:
         self._prompts[key] = prompt
 
     def shrink(self) -> list[Key]:
-        """What had to go, the least recently used first; one prompt always stays."""
+        """Evict the least recently used prompts until the rest fits; return their keys.
+
+        One prompt always stays.
+        """
         gone = []
         while self.nbytes > self.max_bytes and len(self._prompts) > 1:
             key, prompt = self._prompts.popitem(last=False)

@@ -1,4 +1,4 @@
-"""A prompt as it is served: checked against the backbone, its keys and values computed once.
+"""A prompt as it is served: checked against the backbone, with keys and values computed once.
 
 Shapes: B rows, K prompts, P virtual tokens, T input tokens, H width.
 """
@@ -31,16 +31,22 @@ class ContextExceeded(BadInput):
 
 @dataclass(frozen=True, eq=False)
 class ServedPrompt:
-    """One version of a registered model, ready to stand in front of rows. Never changes: a new version is a new one."""
+    """One version of a registered model, ready to be put in front of rows.
+
+    Immutable: a new version is a new ``ServedPrompt``.
+    """
 
     name: str
     version: int
     manifest: Manifest
     encoder: Encoder
     prepared: PreparedPrompts
-    """The one prompt, K = 1."""
+    """The prompt's keys and values; K = 1."""
     answers: tuple[tuple[int, ...], ...]
-    """Token ids of each label's text, in the verbalizer's order; empty for a generation task."""
+    """Token ids of each label's text, in the verbalizer's order; empty without a verbalizer.
+
+    They include the end token if one label's text is the beginning of another's.
+    """
     context_length: int
 
     @property
@@ -53,7 +59,7 @@ class ServedPrompt:
 
     @property
     def id(self) -> str:
-        """name:version, which says which version answered."""
+        """The ``name:version`` that tells clients which version answered."""
         return f"{self.name}:{self.version}"
 
     @property
@@ -71,12 +77,15 @@ class ServedPrompt:
 
     @property
     def generates(self) -> bool:
-        """Whether it makes texts that end by themselves; a masked model fills a blank whose length is given."""
+        """Whether the model generates text that ends by itself.
+
+        A masked model does not: it fills a blank of a given length.
+        """
         return self.encoder.end_id is not None
 
     @property
     def why_no_labels(self) -> str:
-        """Why it can't classify, or nothing."""
+        """The reason that the prompt can't classify; empty if it can."""
         if self.answers:
             return ""
         return (
@@ -87,16 +96,18 @@ class ServedPrompt:
 
     @property
     def why_no_text(self) -> str:
-        """Why it can't complete, or nothing."""
+        """The reason that the prompt can't complete a text; empty if it can."""
         reason = (
             "is on a masked model, which fills in a blank of a given length and generates no text"
         )
         return "" if self.generates else reason
 
     def encode(self, given: Given, answer_tokens: int) -> list[int]:
-        """Ids of an input through the template, cut to max_input_tokens as the offline evaluation does.
+        """Fill the template with an input and return its ids, cut to ``max_input_tokens``.
 
-        ContextExceeded when the input as sent does not fit; BadInput when a row lacks a column of the template.
+        The offline evaluation cuts in the same way. Raises ContextExceeded when the input does not
+        fit into the context before it is cut, and BadInput when a row lacks a column of the
+        template.
         """
         row = self._whole_row(self.encoder.template.row(given))
         ids = self.encoder.row_ids(row)
@@ -104,7 +115,10 @@ class ServedPrompt:
         return ids if len(ids) <= self.encoder.max_input_tokens else self.encoder.encode_input(row)
 
     def _whole_row(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return a row that has each column of the template. BadInput unless missing ones were tuned with."""
+        """Return a row that has every column of the template.
+
+        Raises BadInput for a missing value, unless the prompt was tuned with missing values kept.
+        """
         columns, cells = self.encoder.template.columns, self.manifest.cells
         if cells is not None and cells.empty == "keep":
             return {column: row.get(column) for column in columns}
@@ -119,38 +133,43 @@ class ServedPrompt:
         return row
 
     def check_room(self, input_tokens: int, answer_tokens: int) -> None:
-        """ContextExceeded when input and answer don't fit behind the prompt."""
-        # An encoder-decoder model has this room twice, for the input and for the answer; the search counts as here.
+        """Raise ContextExceeded when prompt, input and answer don't fit into the context."""
+        # An encoder-decoder model has the whole context for the input and again for the answer.
+        # Counting them together is what the search does as well.
         total = self.virtual_tokens + input_tokens + answer_tokens
         if total > self.context_length:
             raise ContextExceeded(
-                f"This model's maximum context length is {self.context_length} tokens, but the request needs {total}: "
-                f"{self.virtual_tokens} virtual tokens, {input_tokens} of input, {answer_tokens} for the answer"
+                f"This model's maximum context length is {self.context_length} tokens, "
+                f"but the request needs {total}: {self.virtual_tokens} virtual tokens, "
+                f"{input_tokens} of input, {answer_tokens} for the answer"
             )
 
 
 def label_keys(labels: Sequence[Label]) -> list[str]:
-    """Labels as JSON writes keys: 0 is "0", True is "true", a text stands for itself."""
+    """Return the labels as keys of a JSON object: 0 is "0", True is "true", a text stays as is."""
     keys = [label_text(label) for label in labels]
     if len(set(keys)) == len(keys):
         return keys
-    return [
-        spelled(label) for label in labels
-    ]  # 1 and "1" in an early verbalizer: the text keeps its quotes
+    # Verbalizers of early versions may hold both 1 and "1"; texts then keep their quotes.
+    return [spelled(label) for label in labels]
 
 
 def classified(
     labels: Sequence[Label], keys: Sequence[str], probs: Sequence[float]
 ) -> dict[str, Any]:
-    """One classified row, the same for served and offline answers: the first of equally likely labels wins."""
+    """Return the most likely label of one row and the probabilities of all its labels.
+
+    The first of equally likely labels wins. Served and offline answers are both made here.
+    """
     best = max(range(len(labels)), key=lambda place: probs[place])
     return {"label": labels[best], "probs": dict(zip(keys, probs, strict=True))}
 
 
 def load_prompt(backbone: Backbone, folder: Path, name: str, version: int) -> ServedPrompt:
-    """Read an artifact, check that it fits this backbone, and run the prompt through it once.
+    """Read an artifact, check that it fits this backbone, and compute its keys and values.
 
-    BadInput says why it can't be served; its first line holds no path, so that it may be shown to a client.
+    Raises BadInput with the reason when the prompt can't be served. The first line of the message
+    holds no path, so that it may be shown to a client.
     """
     artifact = PromptArtifact.load(folder)
     manifest = artifact.manifest
@@ -168,20 +187,24 @@ def load_prompt(backbone: Backbone, folder: Path, name: str, version: int) -> Se
     )
     if prompt.virtual_tokens + 1 + max(1, prompt.longest_answer) > prompt.context_length:
         raise BadInput(
-            f"{prompt.virtual_tokens} virtual tokens leave no room for an input in a context of {prompt.context_length}"
+            f"{prompt.virtual_tokens} virtual tokens leave no room for an input "
+            f"in a context of {prompt.context_length}"
         )
     return prompt
 
 
 def prompt_tensors(artifact: PromptArtifact) -> PromptTensors:
-    """An artifact's tensors as the backbone takes them."""
+    """Convert an artifact's tensors to the form that the backbone takes."""
     inside = Template(artifact.manifest.template).places_virtual_tokens
     tensors = {name: torch.from_numpy(array) for name, array in artifact.tensors.items()}
     return PromptTensors.from_named(tensors, inside)
 
 
 def make_encoder(manifest: Manifest, backbone: Backbone) -> Encoder:
-    """The encoder that the prompt was trained with. BadInput when the manifest's template or verbalizer is unusable."""
+    """Build the encoder that the prompt was trained with.
+
+    Raises BadInput when the manifest's template or verbalizer is unusable.
+    """
     template = Template(manifest.template, early_cell_text if manifest.cells is None else cell_text)
     if not template.columns:
         raise BadInput(f"the template {manifest.template!r} names no column")
@@ -201,7 +224,10 @@ def make_encoder(manifest: Manifest, backbone: Backbone) -> Encoder:
 
 
 def stack_prompts(prompts: Sequence[ServedPrompt]) -> tuple[PreparedPrompts, list[int]]:
-    """The different prompts of B rows as one K-prompt value, padded on the right, and each row's place in it."""
+    """Stack the K distinct prompts of B rows, padded on the right.
+
+    Returns the stacked prompts and, for each row, the index of its prompt among them.
+    """
     distinct = list({id(prompt): prompt for prompt in prompts}.values())
     place = {id(prompt): index for index, prompt in enumerate(distinct)}
     return stack_prepared([prompt.prepared for prompt in distinct]), [
@@ -213,7 +239,8 @@ def _check_base_model(manifest: Manifest, backbone: Backbone) -> None:
     tuned, here = manifest.base_model, backbone.info
     if tuned.fingerprint != here.fingerprint:
         raise BadInput(
-            f"it was tuned on another base model ({tuned.id!r}, fingerprint {tuned.fingerprint[:12]}) than the one "
+            f"it was tuned on another base model ({tuned.id!r}, "
+            f"fingerprint {tuned.fingerprint[:12]}) than the one "
             f"loaded ({here.id!r}, {here.fingerprint[:12]})"
         )
     if tuned.tokenizer_digest != here.tokenizer_digest:
@@ -235,7 +262,7 @@ def _prepare(backbone: Backbone, prompt: PromptTensors) -> PreparedPrompts:
 
 
 def created_timestamp(manifest: Manifest) -> int:
-    """Seconds since the epoch; 0 when the manifest's date can't be read."""
+    """Return the creation time in seconds since the epoch; 0 if the date can't be read."""
     try:
         return int(datetime.fromisoformat(manifest.created_at).timestamp())
     except (ValueError, OverflowError, OSError):

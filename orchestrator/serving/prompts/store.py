@@ -1,7 +1,8 @@
-"""Which prompts this process serves: names and aliases to loaded versions, kept in step with the registry.
+"""The prompt store: names and aliases mapped to loaded versions, kept up to date with the registry.
 
-A background thread polls the registry. When an alias moves, the new version is loaded first and then takes over; a
-version that can't be served is refused and the old one stays. While the registry is away, what is known goes on.
+A background thread polls the registry. When an alias moves, the new version is loaded first and
+only then replaces the old one. A version that can't be served is refused, and the old version
+stays. While the registry is unreachable, the store keeps serving what it knows.
 """
 
 from __future__ import annotations
@@ -37,31 +38,36 @@ CHAMPION = "champion"
 POLL_SECONDS = 2.0
 MAX_BYTES = 2 << 30
 MAX_HOST_BYTES = 8 << 30
-RETRY_SECONDS = 30.0  # a refused version is looked at again: a store may be repaired
-MAX_REFUSED = 1024  # clients may name any version; what is remembered about them is bounded
-MAX_COMPARED = (
-    500  # names that an unknown one is compared with: it takes a while, and clients choose when
-)
-MAX_VERSION = 2**31 - 1  # what a registry's database holds
+RETRY_SECONDS = 30.0  # a refused version is tried again then, because it may have been repaired
+MAX_REFUSED = 1024  # clients may name any version, so the memory of refusals is bounded
+# How many names an unknown name is compared with: comparing is slow, and clients can trigger it.
+MAX_COMPARED = 500
+MAX_VERSION = 2**31 - 1  # the largest version number that a registry's database holds
 
 
 class RegistrySource(Protocol):
-    """What the store needs of a registry. Errors: BadInput for what doesn't exist, Unreachable for an outage."""
+    """The part of a registry that the store uses.
+
+    Its methods raise BadInput for what does not exist and Unreachable during an outage.
+    """
 
     def live(self) -> Mapping[str, LiveModel]:
-        """Registered prompt to its aliases and its canary."""
+        """Return the aliases and the canary of each registered prompt, by name."""
 
     def fetch(self, name: str, version: int) -> Path:
-        """The version's artifact as a local folder."""
+        """Return a local folder that holds the version's artifact."""
 
 
 class ModelNotFound(BadInput):
-    """No prompt of that name is served here; the message names those that are."""
+    """No prompt of that name is served here, or its version was refused.
+
+    The message lists the prompts that are served, or says what is missing.
+    """
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """One served prompt in the list of models."""
+    """One entry of the list of served models."""
 
     id: str
     name: str
@@ -79,8 +85,11 @@ class _Refusal:
 
 
 class PromptStore:
-    """Loaded prompts of one backbone: at most ``max_bytes`` of keys and values beside the model, and ``max_host_bytes``
-    in the host's memory, where that is another; least recently used dropped first."""
+    """The loaded prompts of one backbone.
+
+    Keys and values take at most ``max_bytes`` in the model's memory and ``max_host_bytes`` in the
+    host's memory, if the two differ. The least recently used prompts are evicted first.
+    """
 
     def __init__(
         self,
@@ -91,31 +100,43 @@ class PromptStore:
         poll_seconds: float = POLL_SECONDS,
         max_host_bytes: int = 0,
     ) -> None:
-        """``served`` restricts what may be asked for: a bare name allows all its versions, else only what it says."""
+        """Create an empty store; ``start`` fills it.
+
+        ``served`` lists the references that clients may use, and an empty list allows all. A bare
+        name allows all versions and aliases of the model; other references allow only themselves.
+        """
         self._backbone = backbone
         self._source = source
         self._served = tuple(parse_ref(text) for text in served)
         self._poll_seconds = poll_seconds
         self._known: dict[str, dict[str, int]] | None = None
-        """Name to alias to version as the registry last said; None before it ever answered."""
+        """Name to alias to version, as last read from the registry; None until it has answered."""
         self._canaries: dict[str, Canary] = {}
         self._routes: dict[tuple[str, str], int] = {}
-        """(name, alias) to the version that answers for it: one that was loaded and found good."""
+        """(name, alias) to the version that answers for it; each was loaded successfully once."""
         self._cards: dict[Key, ModelCard] = {}
         self._cache = PromptCache(max_bytes, max_host_bytes)
         self._refused: OrderedDict[Key, _Refusal] = OrderedDict()
         self.counts: Counter[tuple[str, str]] = Counter()
-        """(hits, loads, returns, evictions or refusals; registered model) to how often. Names are the registry's."""
-        self._lock = threading.RLock()  # guards the fields above, held for moments
-        self._loading = threading.Lock()  # one load at a time, so that a version is loaded once
+        """(event, registered model) to the number of such events.
+
+        Events are "hits", "loads", "returns", "evictions" and "refusals". Only models in the
+        registry are counted.
+        """
+        self._lock = threading.RLock()  # guards the fields above; held briefly
+        self._loading = threading.Lock()  # one load at a time, so that no version is loaded twice
         self._outage = ""
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
-    # Asking.
+    # Looking up prompts.
 
     def route(self, model: str) -> str:
-        """What a wire ``model`` asks for this time: with a canary, a bare name is now and then its other alias."""
+        """Return the reference that a request for ``model`` is sent to.
+
+        Normally that is ``model`` itself. If ``model`` is a bare name with a canary, the canary's
+        share of the requests goes to the canary's alias, by chance.
+        """
         canary = self._canaries.get(model)
         if (
             canary is None
@@ -126,7 +147,10 @@ class PromptStore:
         return f"{model}@{canary.alias}"
 
     def loaded(self, model: str) -> ServedPrompt | None:
-        """The prompt that answers for a wire ``model``, if no loading is needed. ModelNotFound for an unknown one."""
+        """Return the prompt that answers for ``model``, or None if it would have to be loaded.
+
+        Raises ModelNotFound for an unknown model, and Unreachable until the registry has answered.
+        """
         with self._lock:
             for key in self._candidates(model):
                 if prompt := self._cache.ready(key):
@@ -137,9 +161,10 @@ class PromptStore:
         return None
 
     def get(self, model: str) -> ServedPrompt:
-        """The prompt that answers for a wire ``model``, loaded when needed.
+        """Return the prompt that answers for ``model``, loading it when needed.
 
-        ModelNotFound when there is none or it can't be served, Unreachable when the registry is needed and away.
+        Raises ModelNotFound when there is no such prompt or it can't be served, and Unreachable
+        when the registry is needed and does not answer.
         """
         with self._lock:
             candidates = self._candidates(model)
@@ -155,7 +180,7 @@ class PromptStore:
         raise AssertionError("a known model has a candidate")
 
     def cards(self) -> list[ModelCard]:
-        """Every alias that answers, champions under their bare name."""
+        """Return a card for every alias that answers; champions are listed by their bare name."""
         with self._lock:
             return [
                 self._card(name, alias, version)
@@ -163,7 +188,7 @@ class PromptStore:
             ]
 
     def card_of(self, wanted: str, prompt: ServedPrompt) -> ModelCard:
-        """The card of a loaded prompt under the name that it was asked for, which need not be in the list."""
+        """Return a loaded prompt's card with the id ``wanted``, which need not be in the list."""
         with self._lock:
             card = self._cards.get((prompt.name, prompt.version)) or _card_of(prompt)
             held = (
@@ -175,51 +200,56 @@ class PromptStore:
 
     @property
     def loaded_bytes(self) -> int:
-        """Keys and values beside the model."""
+        """The bytes of keys and values in the model's memory."""
         return self._cache.nbytes
 
     @property
     def loaded_count(self) -> int:
-        """Prompts beside the model."""
+        """The number of prompts in the model's memory."""
         return len(self._cache)
 
     @property
     def host_bytes(self) -> int:
-        """Keys and values in the host's memory, where that is not the model's."""
+        """The bytes of keys and values in the host's memory; 0 if the model is in it too."""
         return self._cache.host_nbytes
 
     def versions(self) -> dict[tuple[str, str], int]:
-        """(name, alias) to the version that answers."""
+        """Return the version that answers, by (name, alias)."""
         with self._lock:
             return dict(self._routes)
 
     def refused(self) -> list[Key]:
-        """Versions that an alias asks for and that can't be served; older ones answer instead."""
+        """Return the versions that an alias points to and that can't be served.
+
+        Where the alias had an older version, that one still answers.
+        """
         with self._lock:
             wanted = {(name, version) for (name, _), version in self._targets()}
             return sorted(key for key in wanted if key in self._refused)
 
-    # Keeping in step.
+    # Following the registry.
 
     def start(self) -> None:
-        """Load what the registry has, then keep polling in the background."""
+        """Load the registry's prompts, then start polling in the background."""
         self.refresh()
         self._thread = threading.Thread(target=self._poll, name="prompt-store", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Stop polling; what is loaded stays usable."""
+        """Stop polling; loaded prompts stay usable."""
         self._stop.set()
         if self._thread:
             self._thread.join()
 
     def refresh(self) -> None:
-        """Ask the registry once and follow the aliases that moved. An outage leaves things as they are."""
+        """Read the registry once and follow the aliases that moved.
+
+        If the registry does not answer, nothing changes.
+        """
         try:
             live = self._source.live()
-        except (
-            Exception
-        ) as error:  # whatever the registry's client raises, this process keeps serving
+        except Exception as error:
+            # Whatever the registry's client raises, this process keeps serving.
             self._report_outage(error)
             return
         if self._outage:
@@ -235,7 +265,7 @@ class PromptStore:
             self._cards = {
                 key: card for key, card in self._cards.items() if key in held or key in self._cache
             }
-        # Champions come last, so that they are the most recently used when memory is short.
+        # Champions are loaded last: as the most recently used, they stay when memory is short.
         for route in sorted(targets, key=lambda route: route[1] == CHAMPION):
             self._follow(route, targets[route])
         self._follow_canaries({name: model.canary for name, model in live.items() if model.canary})
@@ -255,20 +285,23 @@ class PromptStore:
                 log.exception("following the registry failed")
 
     def _targets(self) -> Iterator[tuple[tuple[str, str], int]]:
-        """(name, alias) and the version that the registry wants there, of what may be served."""
+        """Yield each (name, alias) that may be served and the version that it points to."""
         for name, aliases in (self._known or {}).items():
             for alias, version in aliases.items():
                 if self._allows_alias(name, alias):
                     yield (name, alias), version
 
     def _follow(self, route: tuple[str, str], version: int) -> None:
-        """Let the alias answer with the version, once that is loaded."""
+        """Load the version, then let the alias answer with it.
+
+        If the version can't be loaded, nothing changes.
+        """
         if self._routes.get(route) == version:
             return
         try:
             self._load((route[0], version))
         except OrchestratorError:
-            return  # logged where it was refused; the route stays
+            return  # already logged; the old version keeps answering
         with self._lock:
             before = self._routes.get(route)
             self._routes[route] = version
@@ -280,10 +313,13 @@ class PromptStore:
             log.warning("the registry does not answer, serving what is loaded: %s", text)
         self._outage = text
 
-    # Finding.
+    # Resolving references.
 
     def _candidates(self, model: str) -> list[Key]:
-        """Versions that may answer, the best first."""
+        """Return the versions that may answer for ``model``, the preferred one first.
+
+        Raises ModelNotFound for an unknown model, and Unreachable until the registry has answered.
+        """
         if self._known is None:
             raise Unreachable("the registry has not answered yet", "try again in a few seconds")
         ref = self._parse(model)
@@ -299,18 +335,20 @@ class PromptStore:
         if wanted is None:
             there = ", ".join(sorted(self._known[name])) or "none"
             raise ModelNotFound(
-                f"The model {printable(model)!r} does not exist: {printable(name)!r} has no alias {printable(alias)!r} "
+                f"The model {printable(model)!r} does not exist: "
+                f"{printable(name)!r} has no alias {printable(alias)!r} "
                 f"(its aliases: {there}); a version is asked for as name:version"
             )
         if current is None or current == wanted:
             return [(name, wanted)]
-        # The alias moved: the old version answers until the new one is loaded. Neither loaded: the new one first.
+        # The alias moved: the old version answers until the new one is loaded. If the old one is
+        # not in memory either, try the new one first.
         old, new = (name, current), (name, wanted)
         return [old, new] if old in self._cache else [new, old]
 
     def _parse(self, model: str) -> ModelRef | None:
         if self._known and model in self._known:
-            return ModelRef(model)  # a registry may hold names with @ or : in them
+            return ModelRef(model)  # registered names may contain @ or :
         try:
             ref = parse_ref(model)
         except BadInput:
@@ -339,20 +377,24 @@ class PromptStore:
     def _card(self, name: str, alias: str, version: int) -> ModelCard:
         return replace(self._cards[name, version], id=_wire_id(name, alias), alias=alias)
 
-    # Loading.
+    # Loading prompts.
 
     def _load(self, key: Key) -> ServedPrompt:
-        """The prompt, from memory or the registry. BadInput when it is refused, Unreachable when it can't be had."""
+        """Return a prompt from memory, or load it from the registry.
+
+        Raises BadInput when the version is refused, and Unreachable when it can't be fetched.
+        """
         if prompt := self._hit(key):
             return prompt
         with self._loading:
-            if prompt := self._hit(key):  # another thread was first
+            if prompt := self._hit(key):  # another thread loaded it while this one waited
                 return prompt
             prompt = self._fetch(key)
             self._keep(key, prompt)
             return prompt
 
     def _hit(self, key: Key) -> ServedPrompt | None:
+        """Return a prompt from either level of the cache; raise BadInput if it is refused."""
         with self._lock:
             if prompt := self._cache.ready(key):
                 return prompt
@@ -377,9 +419,8 @@ class PromptStore:
         except NoSuchVersion as error:
             self._refuse(key, error)
             raise
-        except (
-            Exception
-        ) as error:  # an artifact is input from outside: nothing that it raises may stop the server
+        except Exception as error:
+            # An artifact comes from outside: no error in it may stop the server.
             reason = (
                 error.message
                 if isinstance(error, OrchestratorError)
@@ -418,12 +459,14 @@ class PromptStore:
 
 def _absent(model: str, key: Key) -> ModelNotFound:
     return ModelNotFound(
-        f"The model {printable(model)!r} does not exist: {printable(key[0])!r} has no version {key[1]}"
+        f"The model {printable(model)!r} does not exist: "
+        f"{printable(key[0])!r} has no version {key[1]}"
     )
 
 
 def _not_served(model: str, key: Key) -> ModelNotFound:
-    # The reason may hold paths of this machine: it is in the log, the client learns which version it was.
+    # The reason may contain paths of this machine, so only the log has it; the client gets the
+    # version.
     return ModelNotFound(
         f"The model {printable(model)!r} does not exist or can't be served: version {key[1]} of "
         f"{printable(key[0])!r} was refused; the server's log says why"
