@@ -145,7 +145,7 @@ def plain_backbone(backbone: Any) -> None:
 @contextmanager
 def prepared_process(asked: Asked) -> Iterator[None]:
     """What was asked, in this process and, by its environment, in those that Ray starts."""
-    from orchestrator.search.study.study import study
+    from orchestrator.search.study import study
     from orchestrator.search.workers import train_group as worker_group
 
     os.environ[WORK] = asked.folder
