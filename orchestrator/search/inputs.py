@@ -126,7 +126,8 @@ def examine(job: JobSpec, *, elsewhere: bool = False) -> Inputs:
         unchecked.append(Unchecked("data.path", f"{job.data.path} {NOT_HERE[job.data.source]}"))
     if rows is not None and not faults:
         try:
-            warnings = judge(rows, job.data, learns=job.method != "prompt_design")
+            learns = job.method != "prompt_design"
+            warnings = (*rows.notes, *judge(rows, job.data, learns=learns))
         except BadInput as error:
             faults.append(Fault.of(error, "data"))
     seconds = time.monotonic() - started

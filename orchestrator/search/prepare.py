@@ -90,7 +90,8 @@ def prepare(
     if job.method in ("lora", "qlora"):
         check_peft(job.method)
     rows = rows or load_rows(job.data, templates(job.search.space), begun=begun)
-    warnings = judge(rows, job.data, learns=job.method != "prompt_design", begun=begun)
+    learns = job.method != "prompt_design"
+    warnings = (*rows.notes, *judge(rows, job.data, learns=learns, begun=begun))
     started = time.monotonic()
     if job.base_model.id.startswith(BUILTIN):
         builtin_model(known_builtin(job.base_model.id))

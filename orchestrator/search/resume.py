@@ -79,8 +79,6 @@ def _go_on(
     note_warnings(prepared, progress)
     clock.mark("model", until=clock.last + prepared.making_s)
     clock.mark("prepare")
-    for text in prepared.rows.notes:
-        progress.note(text)
     end_processes(folder.processes)
     shutil.rmtree(folder.ray, ignore_errors=True)
     progress.stage("starting Ray")

@@ -150,8 +150,6 @@ def run_job(
         note_warnings(prepared, progress)
         clock.mark("model", until=clock.last + prepared.making_s)
         clock.mark("prepare")
-        for text in prepared.rows.notes:
-            progress.note(text)
         progress.stage("starting Ray")
         ours = ray_up()
         if ours and (note := ray_temp_note()):
@@ -189,8 +187,6 @@ def plan_job(
         prepared = prepare(job, artifacts, inputs.rows)
         clock.mark("model", until=clock.last + prepared.making_s)
         clock.mark("prepare")
-        for text in prepared.rows.notes:
-            say(text)
         say("asking the cluster for its nodes" if elsewhere else "starting Ray")
         ray_up()
         clock.mark("ray")

@@ -131,6 +131,7 @@ def experiment_named(store: Store, name: str) -> Experiment:
             f"experiment {printable(name)} was made through an MLflow server, which alone reaches its artifacts",
             "set MLFLOW_TRACKING_URI to that server's address, or give the search another name",
         )
+    return experiment
 
 
 def refuse_deleted(experiment: Experiment) -> None:
