@@ -17,10 +17,10 @@ from orchestrator.cluster.nodes import Node
 from orchestrator.errors import BadInput, JobFailed
 from orchestrator.job.yaml import load_job
 from orchestrator.models.backbone import bytes_elsewhere
+from orchestrator.search.plan import measure as measure_module
 from orchestrator.search.plan.forecast import Pace
 from orchestrator.search.plan.measure import Measured, cut, in_child, measure, shortened, spread
 from orchestrator.search.plan.plan import END_S, WORKERS_S, Plan, estimate
-from orchestrator.search.plan import measure as measure_module
 from orchestrator.search.plan.rehearsal import REPORT_S, Moments, Rehearsal, rehearse
 from orchestrator.search.prepare import likely_trials, prepare
 from orchestrator.search.run import run_job

@@ -12,8 +12,8 @@ import torch
 from orchestrator.artifact import PromptArtifact
 from orchestrator.errors import Unreachable
 from orchestrator.models.backbone import Backbone, CausalBackbone
-from orchestrator.serving.engine.engine import Engine, EngineLimits, Overloaded
 from orchestrator.serving.engine import engine as engine_module
+from orchestrator.serving.engine.engine import Engine, EngineLimits, Overloaded
 from orchestrator.serving.engine.generation import Sampling
 from orchestrator.serving.offline import OfflineModel
 from orchestrator.serving.prompts.served_prompt import ServedPrompt, load_prompt
