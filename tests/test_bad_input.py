@@ -102,8 +102,12 @@ def test_a_bad_key_or_value(
         ({"data__path": {"train": "missing.jsonl"}}, ["data.path.train", "missing.jsonl"]),
         ({"resources__cpus_per_worker": 999}, ["999 CPUs"]),
         (
-            {"data__max_input_tokens": 150, "data__template": "{text}" + " spam" * 200},
+            {"data__max_input_tokens": 2000, "data__template": "{text}" + " spam" * 200},
             ["context of 160", "5 virtual"],
+        ),
+        (
+            {"data__max_input_tokens": 150, "data__template": "{text}" + " spam" * 200},
+            ["the template alone takes"],
         ),
     ],
 )

@@ -164,9 +164,8 @@ def _broken_weights(file: Path) -> str:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(HEADER_BYTES))
             header = json.loads(stream.read(min(length, size)))
-        ends = [
-            tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"
-        ]
+        header.pop("__metadata__", None)
+        ends = [tensor["data_offsets"][1] for tensor in header.values()]
     except OSError as error:
         return f"can't be read ({error.strerror})"
     except (
@@ -180,8 +179,6 @@ def _broken_weights(file: Path) -> str:
     ):
         return "has no header of a safetensors file: it was cut short, or is another file"
     expected = HEADER_BYTES + length + max(ends, default=0)
-    return (
-        ""
-        if size == expected
-        else f"has {size} bytes, its header says {expected}: it was cut short or altered"
-    )
+    if size == expected:
+        return ""
+    return f"has {size} bytes, its header says {expected}: it was cut short or altered"
