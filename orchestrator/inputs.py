@@ -1,7 +1,7 @@
 """Check the files and folders that a job spec names, before anything heavy is imported or started.
 
-``validate`` reports what is found with the lines of the spec. ``run``, ``plan`` and ``submit`` check the
-same; ``run`` and ``plan`` go on with the rows that were read.
+``validate`` reports what is found with the lines of the spec. ``run``, ``plan`` and ``submit`` check
+the same; ``run`` and ``plan`` go on with the rows that were read.
 """
 
 from __future__ import annotations
@@ -99,18 +99,17 @@ def check_inputs(job: JobSpec) -> Inputs:
     if len(inputs.faults) == 1:
         raise BadInput(inputs.faults[0].message, inputs.faults[0].hint)
     if inputs.faults:
-        raise SpecError([Problem(job.name, None, fault.key, fault.text, fault.hint) for fault in inputs.faults])
+        faults = inputs.faults
+        raise SpecError([Problem(job.name, None, it.key, it.text, it.hint) for it in faults])
     return inputs
 
 
 def examine(job: JobSpec, *, elsewhere: bool = False) -> Inputs:
-    """Find all that is wrong with the files and folders of a job, and what can't be checked here."""
+    """Find all that is wrong with the files and folders of a job, and what can't be checked."""
     started = time.monotonic()
-    faults: list[Fault] = []
-    unchecked: list[Unchecked] = []
-    for part in (_model_findings(job, elsewhere), _artifact_findings(job, elsewhere)):
-        for finding in part:
-            (faults if isinstance(finding, Fault) else unchecked).append(finding)  # type: ignore[arg-type]
+    folders = [*_model_findings(job, elsewhere), *_artifact_findings(job, elsewhere)]
+    faults = [finding for finding in folders if isinstance(finding, Fault)]
+    unchecked = [finding for finding in folders if isinstance(finding, Unchecked)]
     rows = None
     warnings: tuple[str, ...] = ()
     if job.data.source == "files":
@@ -164,7 +163,8 @@ def _model_findings(job: JobSpec, elsewhere: bool) -> Iterator[Fault | Unchecked
         yield from (Fault.of(error, key) for error in folder_faults(base))
         if base.source == "hub" and base.revision != type(base)(id=base.id).revision:
             message = f"base_model.revision has no effect: base_model.id {base.id} is a folder here"
-            yield Fault("base_model.revision", message, "leave it out, or run where there is no such folder")
+            hint = "leave it out, or run where there is no such folder"
+            yield Fault("base_model.revision", message, hint)
 
 
 # Prompts that trials start from
@@ -218,7 +218,7 @@ def _named_data_faults(data: DataSpec) -> Iterator[Fault]:
 
 
 def _examine_files(job: JobSpec, elsewhere: bool) -> tuple[list[Fault], list[Unchecked], RowSplits | None]:
-    """Read the files; the rows come back where all of them are here and nothing is wrong with them."""
+    """Read and check the files; the rows come back where all of them are here and sound."""
     data = job.data
     faults: list[Fault] = []
     unchecked: list[Unchecked] = []
@@ -262,7 +262,8 @@ def _shaped(files: Files, data: DataSpec) -> Files:
     """Cut texts in two where the spec asks for it."""
     if data.prefix_lm is None:
         return files
-    return {split: list(cut_in_two(rows, data.prefix_lm, data.split_seed)) for split, rows in files.items()}
+    column, seed = data.prefix_lm, data.split_seed
+    return {split: list(cut_in_two(rows, column, seed)) for split, rows in files.items()}
 
 
 def _column_faults(job: JobSpec, files: Files) -> Iterator[Fault]:
@@ -299,8 +300,8 @@ def _first_without(files: Files, column: str, data: DataSpec) -> tuple[str, Row]
     for split in SPLITS:
         for number, row in enumerate(files.get(split, ()), start=1):
             if names.isdisjoint(row):
-                place = place_of(row, split) if getattr(row, "number", 0) else f"row {number} of {split}"
-                return place, row
+                knows_place = bool(getattr(row, "number", 0))
+                return place_of(row, split) if knows_place else f"row {number} of {split}", row
     return None
 
 
@@ -316,5 +317,5 @@ def _label_faults(data: DataSpec, files: Files) -> Iterator[Fault]:
 
 
 def _cell(row: Row, names: Sequence[str]) -> Any:
-    """Return the cell of a column that may have several names; a renamed one takes the place of another."""
+    """Return the cell of a column that may have several names, of which the first counts."""
     return next((row[name] for name in names if name in row), None)

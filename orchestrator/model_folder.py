@@ -1,6 +1,7 @@
-"""Check a local base model's folder from its files alone: quickly, and without torch or transformers.
+"""Check a local base model's folder from its files alone, quickly and without torch.
 
-What a library has to be asked, such as whether the tokenizer works, is checked as a job is prepared.
+What a library has to be asked, such as whether the tokenizer works, is checked as a job is
+prepared.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def _hint_without_config(folder: Path) -> str:
             base = json.loads((folder / ADAPTER_CONFIG).read_bytes())["base_model_name_or_path"]
         except (OSError, ValueError, KeyError, TypeError):
             base = "its base model"
-        return f"it is an adapter: set base_model.id to {base}, and import it or start from it as an artifact"
+        return f"it is an adapter: set base_model.id to {base}, and start from it as an artifact"
     models = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))
     if models:
         return f"name one of the models in it: {', '.join(models[:5])}"
@@ -69,7 +70,7 @@ def _hint_without_config(folder: Path) -> str:
 
 
 def _may_be_language_model(spec: BaseModelSpec, config: dict[str, Any]) -> bool:
-    """Judge by the names of the architectures, which say enough to refuse a classifier or an image model."""
+    """Judge by the names of the architectures: enough to refuse a classifier or an image model."""
     architectures = config.get("architectures")
     if spec.allow_remote_code or not isinstance(architectures, list) or not architectures:
         return True
@@ -145,16 +146,22 @@ def _missing_shards(spec: BaseModelSpec, folder: Path) -> list[str]:
 
 
 def _broken_weights(file: Path) -> str:
-    """Say what is wrong with a safetensors file: it has to be as long as its header says; empty when it is sound."""
+    """Say what is wrong with a safetensors file, which has to be as long as its header says.
+
+    Returns the empty text for a sound file.
+    """
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(HEADER_BYTES))
             header = json.loads(stream.read(min(length, size)))
-        ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+        header.pop("__metadata__", None)
+        ends = [tensor["data_offsets"][1] for tensor in header.values()]
     except OSError as error:
         return f"can't be read ({error.strerror})"
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, struct.error):
         return "has no header of a safetensors file: it was cut short, or is another file"
     expected = HEADER_BYTES + length + max(ends, default=0)
-    return "" if size == expected else f"has {size} bytes, its header says {expected}: it was cut short or altered"
+    if size == expected:
+        return ""
+    return f"has {size} bytes, its header says {expected}: it was cut short or altered"

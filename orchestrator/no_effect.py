@@ -1,9 +1,11 @@
 """Settings of a job spec that would have no effect beside its other settings.
 
-A setting asks for something when its value differs from its default. Such a setting is a conflict where
-nothing would read it. One that only repeats its default is not: a saved search writes every key.
+A setting asks for something when its value differs from its default. Such a setting is a conflict
+where nothing would read it. One that only repeats its default is not: a saved search writes every
+key.
 
-``RULES`` is the table. ``spec`` calls ``without_effect``, so this module imports ``spec`` for types alone.
+``RULES`` is the table. ``spec`` calls ``without_effect``, so this module imports ``spec`` for types
+alone.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ MISSING = object()
 
 
 class NoEffect(NamedTuple):
-    """A setting without effect: its key, what to tell the user, and the other keys that were read."""
+    """A setting without effect: its key, what to tell the user, and the keys that were read."""
 
     key: str
     message: str
@@ -30,10 +32,10 @@ class NoEffect(NamedTuple):
 class Rule(NamedTuple):
     """Says when a key has no effect.
 
-    ``reads`` are the keys that ``reason`` looks at. ``reason`` ends the sentence "KEY has no effect ...",
-    and is empty where the key has one. ``otherwise`` is what to do instead of leaving the key out.
-    ``defaults`` are values that ask for nothing, besides the field's own default. ``needed`` is a key that
-    another setting requires, so that it can't be left out.
+    ``reads`` are the keys that ``reason`` looks at. ``reason`` ends the sentence "KEY has no effect
+    ...", and is empty where the key has one. ``otherwise`` is what to do instead of leaving the key
+    out. ``defaults`` are values that ask for nothing, besides the field's own default. ``needed``
+    marks a key that another setting requires, so that it can't be left out.
     """
 
     key: str
@@ -73,7 +75,7 @@ def _asks(job: JobSpec, rule: Rule) -> bool:
 
 
 def _value(job: JobSpec, key: str) -> Any:
-    """Return the value at a dotted key; MISSING where a section on the way or the value is absent."""
+    """Return the value at a dotted key; MISSING where it, or a section on the way, is absent."""
     value: Any = job
     for name in key.split("."):
         value = getattr(value, name, MISSING)
@@ -104,6 +106,11 @@ def _data_is_not_the_hubs(job: JobSpec) -> str:
     return "with files in data.path" if data.source == "files" else f"with data.path {data.path}"
 
 
+def _built_in_data(job: JobSpec) -> str:
+    data = job.data
+    return f"with data.path {data.path}, which has that split" if data.source == "builtin" else ""
+
+
 def _has_split(split: str) -> Callable[[JobSpec], str]:
     def reason(job: JobSpec) -> str:
         data = job.data
@@ -111,7 +118,7 @@ def _has_split(split: str) -> Callable[[JobSpec], str]:
             return ""
         if data.source == "files" and getattr(data.path, split, None) is not None:
             return f"with data.path.{split}, which gives the split"
-        return f"with data.path {data.path}, which has that split" if data.source == "builtin" else ""
+        return _built_in_data(job)
 
     return reason
 
@@ -132,7 +139,7 @@ def _renamed_before_the_cut(job: JobSpec) -> str:
     if job.data.prefix_lm is None or not old_names:
         return ""
     columns = " and ".join(MADE_BY_PREFIX_LM)
-    return f"on column {old_names[0]} with data.prefix_lm: rows then have the columns {columns} only"
+    return f"on column {old_names[0]} with data.prefix_lm: rows then have only {columns}"
 
 
 def _renamed_to_what_nothing_names(job: JobSpec) -> str:
@@ -143,7 +150,9 @@ def _renamed_to_what_nothing_names(job: JobSpec) -> str:
 
 
 def _texts_are_not_compared(job: JobSpec) -> str:
-    return "" if job.generates else f"with search.metric {job.search.metric}, for which no text is generated"
+    if job.generates:
+        return ""
+    return f"with search.metric {job.search.metric}, for which no text is generated"
 
 
 def _references_are_not_compared(job: JobSpec) -> str:
@@ -153,7 +162,9 @@ def _references_are_not_compared(job: JobSpec) -> str:
 
 
 def _targets_are_labels(job: JobSpec) -> str:
-    return "with data.verbalizer, whose texts are the targets" if job.data.verbalizer is not None else ""
+    if job.data.verbalizer is None:
+        return ""
+    return "with data.verbalizer, whose texts are the targets"
 
 
 # The search
@@ -199,16 +210,22 @@ def _other_scheduler_than(*schedulers: str) -> Callable[[JobSpec], str]:
 
 
 def _trials_have_no_steps(job: JobSpec) -> str:
-    return f"with method {job.method}, whose trials have no steps" if job.method == "prompt_design" else ""
+    if job.method != "prompt_design":
+        return ""
+    return f"with method {job.method}, whose trials have no steps"
 
 
 def _is_the_only_trial(job: JobSpec) -> str:
-    return "with search.trials 1: there is no other trial to compare with" if job.search.trials == 1 else ""
+    if job.search.trials != 1:
+        return ""
+    return "with search.trials 1: there is no other trial to compare with"
 
 
 def _grace_lasts_to_the_end(job: JobSpec) -> str:
     grace, steps = job.search.grace_steps, job.train.steps
-    return f"with train.steps {steps}: {grace} is not below it" if grace is not None and grace >= steps else ""
+    if grace is None or grace < steps:
+        return ""
+    return f"with train.steps {steps}: {grace} is not below it"
 
 
 def _median_without_steps(job: JobSpec) -> str:
@@ -253,7 +270,9 @@ def _registers_nothing(job: JobSpec) -> str:
 
 def _has_no_prompts(job: JobSpec) -> str:
     top = job.registry.register_top
-    return f"above 1 with method {job.method}, which makes no prompt to register" if job.is_baseline and top > 1 else ""
+    if not job.is_baseline or top <= 1:
+        return ""
+    return f"above 1 with method {job.method}, which makes no prompt to register"
 
 
 HUB_MODEL = "name a model of the hub in base_model.id"
@@ -262,11 +281,15 @@ GENERATE = "set search.metric to bleu, rouge_l or f1"
 ASHA = "set search.scheduler to asha"
 STOPPING = f"{ASHA} or median"
 TRAINING = "use a method that trains"
+REGISTERING = ("registry.register_top", "method")
 SPLIT_KEYS = ("data.path", "data.where")
 
 RULES: tuple[Rule, ...] = (
     Rule("base_model.revision", ("base_model.id",), _model_has_no_revisions, HUB_MODEL),
-    Rule("base_model.allow_remote_code", ("base_model.id",), _model_brings_no_code, "name another base_model.id"),
+    Rule(
+        "base_model.allow_remote_code", ("base_model.id",), _model_brings_no_code,
+        "name another base_model.id",
+    ),
     Rule("data.subset", ("data.path",), _data_is_not_the_hubs, HUB_DATA),
     Rule("data.revision", ("data.path",), _data_is_not_the_hubs, HUB_DATA),
     Rule(
@@ -278,16 +301,24 @@ RULES: tuple[Rule, ...] = (
         "leave out data.path.test, so that it is set aside from train",
     ),
     Rule(
-        "data.split_seed", (*SPLIT_KEYS, "data.limit", "data.prefix_lm"), _nothing_drawn_by_split_seed,
-        "leave out data.path.test, or set data.limit",
+        "data.split_seed", (*SPLIT_KEYS, "data.limit", "data.prefix_lm"),
+        _nothing_drawn_by_split_seed, "leave out data.path.test, or set data.limit",
     ),
-    Rule("data.rename", ("data.prefix_lm",), _renamed_before_the_cut, "name that column in data.prefix_lm as it is"),
+    Rule(
+        "data.rename", ("data.prefix_lm",), _renamed_before_the_cut,
+        "name that column in data.prefix_lm as it is",
+    ),
     Rule(
         "data.rename", ("data.template", "data.target", "data.references", "search.space.template"),
         _renamed_to_what_nothing_names, "correct the new name",
     ),
-    Rule("data.references", ("search.metric", "data.verbalizer"), _references_are_not_compared, GENERATE),
-    Rule("data.max_target_tokens", ("data.verbalizer",), _targets_are_labels, "leave out data.verbalizer"),
+    Rule(
+        "data.references", ("search.metric", "data.verbalizer"), _references_are_not_compared, GENERATE,
+    ),
+    Rule(
+        "data.max_target_tokens", ("data.verbalizer",), _targets_are_labels,
+        "leave out data.verbalizer",
+    ),
     Rule(
         "search.space.demonstrations", ("method", "search.space.shots"), _writes_no_demonstrations,
         "raise search.space.shots", defaults=("random",),
@@ -297,11 +328,14 @@ RULES: tuple[Rule, ...] = (
         _draws_no_demonstrations, "set search.space.shots and draw demonstrations at random",
     ),
     Rule(
-        "search.seed", ("search.searcher", "search.trials", "search.few_shot", "search.scheduler", "search.space"),
+        "search.seed",
+        ("search.searcher", "search.trials", "search.few_shot", "search.scheduler", "search.space"),
         _nothing_drawn_by_search_seed, "set search.searcher to random",
     ),
     Rule("search.scheduler", ("method",), _median_without_steps, "set it to fifo"),
-    Rule("search.grace_steps", ("search.scheduler",), _other_scheduler_than("asha", "median"), STOPPING),
+    Rule(
+        "search.grace_steps", ("search.scheduler",), _other_scheduler_than("asha", "median"), STOPPING,
+    ),
     Rule("search.grace_steps", ("method",), _trials_have_no_steps, TRAINING),
     Rule("search.grace_steps", ("train.steps",), _grace_lasts_to_the_end, "lower it"),
     Rule("search.grace_steps", ("search.trials",), _is_the_only_trial, "raise search.trials"),
@@ -313,8 +347,8 @@ RULES: tuple[Rule, ...] = (
         "lower it or train.evaluate_every",
     ),
     Rule(
-        "train.decay_steps", ("train.steps", "train.warmup_steps", "train.schedule"), _decays_after_the_end,
-        "lower it, or set train.schedule to constant", needed=True,
+        "train.decay_steps", ("train.steps", "train.warmup_steps", "train.schedule"),
+        _decays_after_the_end, "lower it, or set train.schedule to constant", needed=True,
     ),
     Rule("generation.max_tokens", ("search.metric",), _texts_are_not_compared, GENERATE),
     Rule("generation.num_beams", ("search.metric",), _texts_are_not_compared, GENERATE),
@@ -322,7 +356,9 @@ RULES: tuple[Rule, ...] = (
         "reparameterization.hidden_size", ("reparameterization.type", "method"), _has_no_network,
         "set reparameterization.type to mlp",
     ),
-    Rule("registry.alias", ("registry.register_top", "method"), _registers_nothing, "raise registry.register_top"),
-    Rule("registry.model", ("registry.register_top", "method"), _registers_nothing, "raise registry.register_top"),
-    Rule("registry.register_top", ("method",), _has_no_prompts, "use a method that learns a prompt"),
+    Rule("registry.alias", REGISTERING, _registers_nothing, "raise registry.register_top"),
+    Rule("registry.model", REGISTERING, _registers_nothing, "raise registry.register_top"),
+    Rule(
+        "registry.register_top", ("method",), _has_no_prompts, "use a method that learns a prompt",
+    ),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Problems that are found after a job spec was read, at the lines of the keys that they are about."""
+"""Problems that are found after a job spec was read, at the lines of their keys."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class Places:
 
     def in_order(self, problems: list[Problem]) -> list[Problem]:
         """Sort problems by line, with those of values from ``--set`` behind them."""
-        return sorted(problems, key=lambda problem: (problem.file != self.root.file, problem.line or 0))
+        own_file = self.root.file
+        return sorted(problems, key=lambda problem: (problem.file != own_file, problem.line or 0))
 
     def _reach(self, key: str) -> Node:
         """Find the node at ``key``, or the last one on the way to it: a default was not written."""
