@@ -94,7 +94,8 @@ def test_a_bad_key_or_value(command: Command, tmp_path: Path, override: str, nam
         ({"data__template": "{body}?"}, ["data.template", "'body'"]),
         ({"data__path": {"train": "missing.jsonl"}}, ["data.path.train", "missing.jsonl"]),
         ({"resources__cpus_per_worker": 999}, ["999 CPUs"]),
-        ({"data__max_input_tokens": 150, "data__template": "{text}" + " spam" * 200}, ["context of 160", "5 virtual"]),
+        ({"data__max_input_tokens": 2000, "data__template": "{text}" + " spam" * 200}, ["context of 160", "5 virtual"]),
+        ({"data__max_input_tokens": 150, "data__template": "{text}" + " spam" * 200}, ["the template alone takes"]),
     ],
 )
 def test_a_job_that_does_not_fit_its_data_or_model(
