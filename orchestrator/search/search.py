@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -204,7 +204,7 @@ def running(prepared: Prepared, placement: Placement, storage: Path) -> Iterator
             growth.stop(KILL_S)
         _stop(search, patience)
         if files is not None:
-            ray.kill(files)
+            _kill(files)
 
 
 def _growth(prepared: Prepared, placement: Placement, grow: Callable[[int], None]) -> Growth | None:
@@ -249,7 +249,7 @@ def _stop(search: Running, patience: float) -> None:
                 means(group)
         left = _await(left, seconds)
     _free_lost(groups, places)
-    ray.kill(broker)  # whoever still waits for an answer of it, hears so
+    _kill(broker)  # whoever still waits for an answer of it, hears so
     _await(search.threads, KILL_S)
 
 
@@ -267,16 +267,25 @@ def _give_up_lost(broker: Any) -> dict[str, Place]:
     except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
         return {}
     for controller in filter(None, lost.values()):
-        ray.kill(controller)
+        _kill(controller)
     found: dict[str, Place] = places
     return found
+
+
+def _kill(actor: Any) -> None:
+    """End the actor's process, if Ray still answers; what ended the search matters more than that."""
+    try:
+        ray.kill(actor)
+    except ray.exceptions.RayError as error:
+        log.info("an actor can't be ended: %s", first_line(error))
 
 
 def _free_lost(groups: Sequence[WorkerGroup], places: Mapping[str, Place]) -> None:
     """Free what a controller held that did not end by itself: Ray would do so only where its dashboard runs."""
     for group in groups:
         if isinstance(group.error, ray.exceptions.RayActorError) and group.worker in places:
-            remove_placement_group(places[group.worker].placement_group)
+            with suppress(ray.exceptions.RayError):
+                remove_placement_group(places[group.worker].placement_group)
 
 
 def _broker_lost(error: Exception) -> SearchLost:

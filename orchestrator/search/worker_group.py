@@ -15,6 +15,7 @@ again, and leaves those processes idle that it has ready. A Ray that was started
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,8 @@ class LeanTrainer(DataParallelTrainer):
     def kill(self) -> None:
         """End the controller's process; its workers' follow by themselves. What it held is not freed."""
         if self._controller is not None:
-            ray.kill(self._controller)
+            with suppress(ray.exceptions.RayError):
+                ray.kill(self._controller)
 
 
 class GivenUp(Exception):

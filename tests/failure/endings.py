@@ -42,7 +42,7 @@ MOMENTS = (
     "starting Ray",
     "loading the base model",
     "without a prompt",
-    " step 4/8",
+    "t000 step ",
     "evaluating the best",
     "registering",
     "drawing the report",
@@ -193,7 +193,7 @@ class Ground:
         if not self.interrupted.exists():
             self.resumed.mkdir()
             self.lay_out(self.resumed, "")
-            attempt = Attempt(-1, "SIGTERM", " step 4/8", 0.0, 0.0)
+            attempt = Attempt(-1, "SIGTERM", "t000 step ", 0.0, 0.0)
             ended = Process(self.resumed, ["run", "job.yaml"]).end_by(attempt, to_the_process)
             assert ended.code == 143 and (self.resumed / ".orchestrator").exists(), ended
             shutil.rmtree(self.resumed / "ray")  # Ray's own folder, with sockets and links
