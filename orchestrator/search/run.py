@@ -373,9 +373,8 @@ class Pipeline:
         """
         workers = partial(running, self.prepared, placement, self.folder.ray)
         # The MLflow run is opened first, so that MLflow refuses before any worker is started. The
-        # inner context closes it before the workers are stopped: stopping them takes longer than
-        # the time that a process is given to end. The outer context closes the run if no worker
-        # starts.
+        # inner context closes it before the workers are stopped, since stopping them takes longer
+        # than the grace period of SIGTERM. The outer context closes it if no worker can start.
         with whole(self._log) as log, whole(workers) as search, whole(lambda: log):
             self._check_base_model(search, log)
             if self.saved is None:

@@ -165,8 +165,7 @@ class Broker:
         """
         entry = self.trials[trial]
         asker = entry.submitted
-        # An event per trial: on the shared condition, thousands of trials would wake for each
-        # report.
+        # An event per trial: on a shared condition, each report would wake thousands of trials.
         while (
             entry.reports.empty()
             and not (entry.released or self._over)
