@@ -1,7 +1,8 @@
-"""Check the files and folders that a job spec names, before anything heavy is imported or started.
+"""Checks of the files and folders that a job spec names.
 
-``validate`` reports what is found with the lines of the spec. ``run``, ``plan`` and ``submit`` check
-the same; ``run`` and ``plan`` go on with the rows that were read.
+They run before anything heavy is imported or started. ``validate`` reports the faults with their
+lines in the spec. ``run``, ``plan`` and ``submit`` make the same checks; ``run`` and ``plan`` then
+use the rows that were read.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ from orchestrator.models.folder import folder_faults
 from orchestrator.models.source import known_builtin, looks_like_path
 
 KEY = re.compile(r"((?:data|base_model|search)\.[a-z_]+(?:\.[a-z_]+)*)(:? )")
-"""At the beginning of a message: the key that it is about."""
+"""Matches the spec's key at the beginning of a message about that key."""
 Files = Mapping[str, list[Row]]
 
 
 class Fault(NamedTuple):
-    """Something wrong with what a key of the spec names."""
+    """A fault of the file, folder or data that a key of the spec names."""
 
     key: str
     message: str
@@ -48,18 +49,21 @@ class Fault(NamedTuple):
 
     @classmethod
     def of(cls, error: BadInput, key: str) -> Fault:
-        """Take a refusal over; the key is the one that its message begins with, or ``key``."""
+        """Make a fault of a refusal.
+
+        The fault's key is the key at the beginning of the message, or else ``key``.
+        """
         named = KEY.match(error.message)
         return cls(named[1] if named else key, error.message, error.hint)
 
     @property
     def text(self) -> str:
-        """The message as it stands behind its key."""
+        """The message without the key at its beginning."""
         return self.message.removeprefix(f"{self.key}: ")
 
 
 class Unchecked(NamedTuple):
-    """Something that a key names and that is not on this machine, or not yet."""
+    """An input that can't be checked because it is not on this machine, or not yet."""
 
     key: str
     reason: str
@@ -67,25 +71,26 @@ class Unchecked(NamedTuple):
 
 @dataclass(frozen=True)
 class Inputs:
-    """What was found out about the files and folders of a job."""
+    """The results of checking the files and folders of a job."""
 
     faults: tuple[Fault, ...] = ()
     unchecked: tuple[Unchecked, ...] = ()
     rows: RowSplits | None = None
-    """The rows, where they were read from files and are sound."""
+    """The rows, if they were read from files and are sound."""
     warnings: tuple[str, ...] = ()
-    """What would make the result less trustworthy."""
+    """Sentences on what would make the result less trustworthy."""
     seconds: float = 0.0
-    """What finding out took."""
+    """Seconds that the checks took."""
 
 
 def load_checked(
     path: str | Path, overrides: Sequence[str] = (), *, elsewhere: bool = False
 ) -> tuple[JobSpec, Inputs]:
-    """Read a job spec and check what it names.
+    """Read a job spec and check the files and folders that it names.
 
-    ``elsewhere``: a whole path that this machine lacks is one of the cluster's, and is not checked.
-    Raises SpecError with every problem and its line.
+    With ``elsewhere``, the job will run on a cluster: an absolute path that this machine lacks is
+    taken for a path of the cluster and is not checked. Raises SpecError with every problem and its
+    line.
     """
     job, places = load_with_places(path, overrides)
     inputs = examine(job, elsewhere=elsewhere)
@@ -96,7 +101,10 @@ def load_checked(
 
 
 def check_inputs(job: JobSpec) -> Inputs:
-    """Check what a job names. Raises BadInput, with one line a fault where there are several."""
+    """Check the files and folders that a job names.
+
+    Raises BadInput; several faults are listed with one line for each.
+    """
     inputs = examine(job)
     if len(inputs.faults) == 1:
         raise BadInput(inputs.faults[0].message, inputs.faults[0].hint)
@@ -202,10 +210,11 @@ def _folder_faults(job: JobSpec, key: str, reference: str, folder: Path) -> Iter
 
 
 def check_can_start(job: JobSpec, reference: str, tensors: Mapping[str, Any]) -> None:
-    """Raise BadInput for a prefix that a soft prompt is to start from: it has no embeddings."""
+    """Raise BadInput if a soft prompt is to start from a prefix, which has no embeddings."""
     if job.method != "prefix_tuning" and "prompt" not in tensors:
         raise BadInput(
-            f"search.space.init artifact {reference!r} is a prefix and can't start method {job.method}",
+            f"search.space.init artifact {reference!r} is a prefix "
+            f"and can't start method {job.method}",
             "choose a prompt of prompt_tuning or p_tuning, or set method prefix_tuning",
         )
 
@@ -247,7 +256,7 @@ def _examine_files(
 def _examine_rows(
     job: JobSpec, files: Files, complete: bool
 ) -> tuple[list[Fault], RowSplits | None]:
-    """Check columns and labels of all rows; of a ``complete`` set also what concerns its splits."""
+    """Check the columns and labels of all rows, and the splits too if the set is ``complete``."""
     data = job.data
     try:
         wanted = wanted_rows(files, data) if any(files.values()) else dict(files)
@@ -266,7 +275,7 @@ def _examine_rows(
 
 
 def _shaped(files: Files, data: DataSpec) -> Files:
-    """Cut texts in two where the spec asks for it."""
+    """Cut each text in two if ``data.prefix_lm`` is set."""
     if data.prefix_lm is None:
         return files
     column, seed = data.prefix_lm, data.split_seed
@@ -274,7 +283,7 @@ def _shaped(files: Files, data: DataSpec) -> Files:
 
 
 def _column_faults(job: JobSpec, files: Files) -> Iterator[Fault]:
-    """Find columns that a row lacks, each column once."""
+    """Find the columns that a row lacks; each column is reported once."""
     for column, key in _named_columns(job).items():
         lacking = _first_without(files, column, job.data)
         if lacking is None:
@@ -298,11 +307,12 @@ def _named_columns(job: JobSpec) -> dict[str, str]:
 
 
 def _old_names(column: str, data: DataSpec) -> set[str]:
-    """Names under which a row may have the column."""
+    """Return the names that the column may have in a row."""
     return {column, *(old for old, new in data.rename.items() if new == column)}
 
 
 def _first_without(files: Files, column: str, data: DataSpec) -> tuple[str, Row] | None:
+    """Find the first row that lacks the column, with its place for a message."""
     names = _old_names(column, data)
     for split in SPLITS:
         for number, row in enumerate(files.get(split, ()), start=1):
@@ -313,6 +323,7 @@ def _first_without(files: Files, column: str, data: DataSpec) -> tuple[str, Row]
 
 
 def _label_faults(data: DataSpec, files: Files) -> Iterator[Fault]:
+    """Find labels that the verbalizer lacks."""
     if data.verbalizer is None:
         return
     names = [*(_old_names(data.target, data) - {data.target}), data.target]

@@ -1,4 +1,4 @@
-"""Tags of a search's runs: what people filter and compare by in MLflow, months later."""
+"""Tags of a search's runs, by which people filter and compare runs in MLflow months later."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ from orchestrator.search.prepare import EVALUATED as SPLITS
 from orchestrator.search.prepare import Prepared
 
 GIT_SECONDS = 5.0
-COMPARED = ("seconds", "device_hours", "trained_steps")  # what a plan says beforehand
+COMPARED = ("seconds", "device_hours", "trained_steps")  # the figures that a plan estimates
 
 
 def search_tags(prepared: Prepared, search: str) -> dict[str, Any]:
-    """What a search's run and its trials' runs share: method, base model, data, code."""
+    """Return the tags that a search's run and its trials' runs share.
+
+    They identify the method, base model, data and code.
+    """
     job = prepared.job
     tags = {
         "method": job.method,
@@ -43,10 +46,13 @@ def search_tags(prepared: Prepared, search: str) -> dict[str, Any]:
 
 
 def label_tags() -> dict[str, str]:
-    """Who submitted the search and what for, where it runs as a job on a cluster: costs are attributed by it."""
+    """Return the labels that a submitted job was given, as tags; none outside such a job.
+
+    Labels say who submitted the search and for what, so that its costs can be attributed.
+    """
     try:
         given = json.loads(os.environ.get(LABELS, "{}"))
-    except ValueError:  # somebody else's variable; no reason to fail a search
+    except ValueError:  # not set by `submit`, and no reason to fail a search
         return {}
     return (
         {f"orchestrator.label.{name}": str(value) for name, value in given.items()}
@@ -56,7 +62,7 @@ def label_tags() -> dict[str, str]:
 
 
 def outcome_tags(took: Mapping[str, float], planned: Mapping[str, float]) -> dict[str, str]:
-    """Device hours, and the plan against the outcome where there was one."""
+    """Return the device hours as a tag, and the plan's figures against the outcome's, if any."""
     tags = {"device_hours": f"{took['device_hours']:.4g}"}
     pairs = [(name, planned.get(f"plan_{name}"), took.get(name)) for name in COMPARED]
     texts = [
@@ -74,7 +80,7 @@ def search_note(
     baselines: Mapping[str, Metrics],
     warnings: Sequence[str] = (),
 ) -> dict[str, str]:
-    """The description that MLflow's page of the search's run shows, in markdown."""
+    """Write the markdown description that MLflow shows on the page of the search's run."""
     rows = {job.result_name: tuned}
     rows |= {name: {split: found[split] for split in SPLITS} for name, found in baselines.items()}
     words = " ".join(best.label().replace("`", "'").split())
@@ -91,7 +97,10 @@ def search_note(
 
 @lru_cache
 def code_commit() -> str:
-    """The commit of this code, where it runs from a checkout; with a plus sign where files were changed."""
+    """Return the commit of this code, with a plus sign if tracked files were changed.
+
+    Returns "" if the code does not run from a checkout, or git fails.
+    """
     folder = Path(__file__).parents[2]
     if not (folder / ".git").exists():
         return ""

@@ -1,6 +1,7 @@
-"""Everything that can be refused before anything is spent: rows, labels, model, tokens, context.
+"""Checks of a job's inputs before a search spends any time: rows, labels, model, tokens, context.
 
-Of a local model folder the weights are looked at too: their shapes, and whether small ones are finite.
+The weights of a local model folder are checked too: their shapes, and that small tensors are
+finite.
 """
 
 from __future__ import annotations
@@ -51,27 +52,30 @@ from orchestrator.tuning.generate import Decoding
 from orchestrator.tuning.prompts import Method
 
 EVALUATED = ("validation", "test")
-INSTRUCTION_END = "\n"  # between a written instruction and the input
+INSTRUCTION_END = "\n"  # separates a written instruction from the input
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A job whose inputs are sound: its trials, its rows and their tokens."""
+    """A job with checked inputs: its trials, its rows and their tokens."""
 
     job: JobSpec
     trials: list[TrialSpec]
-    """Those known beforehand; none where they are proposed while the search runs."""
+    """The trials known in advance; empty if trials are proposed while the search runs."""
     total: int
-    """How many there will be."""
+    """Number of trials that the search will have."""
     source: ModelSource
     rows: RowSplits
     task: Task
     instructions: list[str]
     few_shot: tuple[str, int] = ("", 0)
-    """Rows with their answers, as text in front of an input, and how many; none without room for any."""
+    """The few-shot baseline's text of answered rows, and the number of rows in it.
+
+    The text goes in front of an input. It is empty when the context has no room for a single row.
+    """
     making_s: float = 0.0  # seconds that making a built-in model took
     warnings: tuple[str, ...] = ()
-    """What makes the result less trustworthy, as sentences."""
+    """Sentences on what makes the result less trustworthy."""
 
 
 def prepare(
@@ -83,9 +87,10 @@ def prepare(
 ) -> Prepared:
     """Load and check the job's inputs. Raises BadInput or Unreachable.
 
-    ``artifacts`` are the folders of the prompts that trials start from, by the reference that the spec has. ``rows``
-    are those that ``inputs`` read, where it did. ``begun`` is for a search that goes on: splits that a new search would
-    be refused for are warned about.
+    ``artifacts`` are the folders of the prompts that trials start from, by the reference in the
+    spec. ``rows`` are the rows that ``search.inputs`` has read, if it has; otherwise they are
+    loaded here. ``begun`` marks a search that is resumed: faults of the splits that would refuse a
+    new search are only warned about.
     """
     if job.method in ("lora", "qlora"):
         check_peft(job.method)
@@ -128,9 +133,10 @@ def prepare(
 def _instructions(
     job: JobSpec, task: Task, rows: RowSplits, context: int
 ) -> tuple[list[str], tuple[str, ...]]:
-    """Encode the rows behind each init text, as a written instruction, and give them to the task.
+    """Encode the rows behind each init text as a written instruction, and add them to the task.
 
-    Returns the texts that the context has room for, and a warning for each one that it has not.
+    Returns the texts that fit the context together with the longest row, and a warning for each
+    text that does not. Raises BadInput for a text without tokens.
     """
     encoder = task.encoder
     instructions, warnings = [], []
@@ -145,8 +151,10 @@ def _instructions(
         longest_row = max(_whole_length(job, encoded) for encoded in splits.values())
         if longest_row > context:
             warnings.append(
-                f"no baseline behind search.space.init text {shortened(text)}: its {text_tokens} tokens in front of "
-                f"the longest row make {longest_row}, and the context is {context}; it starts prompts all the same"
+                f"no baseline behind search.space.init text {shortened(text)}: "
+                f"its {text_tokens} tokens in front of "
+                f"the longest row make {longest_row}, and the context is {context}; "
+                "it starts prompts all the same"
             )
             continue
         task.instructed[text] = splits
@@ -155,7 +163,7 @@ def _instructions(
 
 
 def _whole_length(job: JobSpec, encoded: Encoded) -> int:
-    """Return the tokens of the longest row with its target, or with the longest text that may be generated."""
+    """Return the token count of the longest row with its target or longest generated text."""
     longest_row = max(encoded.lengths)
     if not job.generates:
         return longest_row
@@ -163,7 +171,11 @@ def _whole_length(job: JobSpec, encoded: Encoded) -> int:
 
 
 def _designs(job: JobSpec, rows: RowSplits, source: ModelSource) -> Designs:
-    """What the trials write in front of rows. BadInput where an input, or not one demonstration, fits the context."""
+    """Make the written prompts of the trials, which go in front of the rows.
+
+    Raises BadInput when an input does not fit the context, or when a trial that wants
+    demonstrations has no room for a single one.
+    """
     generated, context = job.max_generated_tokens if job.generates else 0, source.context_length
     designs = Designs(
         job.data, rows, source.tokenizer(), source.family, context, generated, source.table_size
@@ -182,15 +194,19 @@ def _designs(job: JobSpec, rows: RowSplits, source: ModelSource) -> Designs:
     ):
         if not designs.fits(Design.of(spec)):
             raise BadInput(
-                f"search.space.shots {spec.shots}: the context of {context} tokens has no room for a single "
-                "demonstration in front of the longest input",
-                "lower data.max_input_tokens, set search.space.shots to 0, or use demonstrations: nearest",
+                f"search.space.shots {spec.shots}: the context of {context} tokens has no room "
+                "for a single demonstration in front of the longest input",
+                "lower data.max_input_tokens, set search.space.shots to 0, "
+                "or use demonstrations: nearest",
             )
     return designs
 
 
 def _few_shot(job: JobSpec, task: Task, rows: RowSplits, context: int) -> tuple[str, int]:
-    """The few-shot baseline's text, as long as the context has room for it in front of every row."""
+    """Write the few-shot baseline's text of as many answered rows as fit in front of every row.
+
+    Returns the text and the number of rows in it.
+    """
     encoder = task.encoder
     splits = [task.splits[split] for split in EVALUATED]
     answer = max(len(ids) for split in splits for ids in split.targets)
@@ -203,7 +219,7 @@ def _few_shot(job: JobSpec, task: Task, rows: RowSplits, context: int) -> tuple[
 
 
 def likely_trials(prepared: Prepared) -> list[TrialSpec]:
-    """The search's trials; where they are proposed while it runs, as many draws from its space."""
+    """Return the search's trials, or draws from its space if trials are proposed as it runs."""
     search = prepared.job.search
     return prepared.trials or draw(search.space, prepared.total, search.seed)
 
@@ -216,7 +232,7 @@ def _method(job: JobSpec, encoder: Encoder) -> Method:
 
 
 def _artifacts(job: JobSpec, folders: Mapping[str, Path] | None) -> dict[str, dict[str, Tensor]]:
-    """The tensors of the prompts that trials start from."""
+    """Load the tensors of the prompts that trials start from, by reference."""
     found = {}
     for reference in init_artifacts(job.search.space):
         found[reference] = stored_tensors((folders or {}).get(reference) or Path(reference))
@@ -225,7 +241,10 @@ def _artifacts(job: JobSpec, folders: Mapping[str, Path] | None) -> dict[str, di
 
 
 def stored_tensors(folder: Path) -> dict[str, Tensor]:
-    """The named tensors of an artifact, or of one of PEFT's folders. BadInput for a folder that is neither."""
+    """Load the named tensors of an artifact folder or of a PEFT folder.
+
+    Raises BadInput for a folder that is neither.
+    """
     if not is_peft(folder) and (misplaced := instead_of_adapter(folder)):
         raise BadInput(f"{folder} {misplaced.what}", misplaced.step)
     arrays = (read_peft(folder) if is_peft(folder) else PromptArtifact.load(folder)).tensors
@@ -233,12 +252,17 @@ def stored_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _prepare_generation(job: JobSpec, task: Task, rows: RowSplits, source: ModelSource) -> None:
-    """Give the task what evaluations need to generate: how, and what is right for each row that they look at."""
+    """Add to the task the decoding settings and the reference texts of each evaluated row.
+
+    Raises BadInput for a masked language model, which cannot generate, and for rows that leave no
+    room in the context for the generated text.
+    """
     if source.family == "masked":
         raise BadInput(
-            f"search.metric {job.search.metric} compares generated texts, and base_model.id {source.id!r} is a masked "
-            "language model, which fills in a blank",
-            "set search.metric to accuracy, exact_match or loss, or choose a causal or encoder-decoder model",
+            f"search.metric {job.search.metric} compares generated texts, "
+            f"and base_model.id {source.id!r} is a masked language model, which fills in a blank",
+            "set search.metric to accuracy, exact_match or loss, "
+            "or choose a causal or encoder-decoder model",
         )
     task.decoding = Decoding(job.max_generated_tokens, job.generation.num_beams)
     references = {split: reference_texts(rows[split], job.data) for split in EVALUATED}
@@ -253,7 +277,7 @@ def _prepare_generation(job: JobSpec, task: Task, rows: RowSplits, source: Model
 
 
 def data_record(data: DataSpec, rows: RowSplits) -> DataRecord:
-    """What an artifact says of the rows that it belongs to."""
+    """Make the record of the data that an artifact was tuned on."""
     path = data.path if isinstance(data.path, str) else data.path.model_dump_json(exclude_none=True)
     tested = rows_fingerprint(rows.test)
     return DataRecord(
@@ -262,12 +286,12 @@ def data_record(data: DataSpec, rows: RowSplits) -> DataRecord:
 
 
 def cells_record(data: DataSpec) -> CellsRecord:
-    """Say in an artifact whether its rows may lack a column."""
+    """Make an artifact's record of whether empty cells are kept or refused."""
     return CellsRecord(empty="keep" if data.empty == "keep" else "refuse")
 
 
 def verbalizer_entries(encoder: Encoder) -> tuple[VerbalizerEntry, ...] | None:
-    """The encoder's verbalizer as an artifact has it."""
+    """Return the encoder's verbalizer in the form that an artifact stores."""
     if (verbalizer := encoder.verbalizer) is None:
         return None
     pairs = zip(verbalizer.labels, verbalizer.texts, strict=True)
@@ -275,9 +299,10 @@ def verbalizer_entries(encoder: Encoder) -> tuple[VerbalizerEntry, ...] | None:
 
 
 def found_anywhere(job: JobSpec, source: ModelSource) -> JobSpec:
-    """The job with a local model folder as an absolute path: workers and servers have other working directories.
+    """Make the path of a local model folder absolute.
 
-    BadInput when the folder holds no weights, or such as can't be used; a hub's are fetched by the worker.
+    Workers and servers have other working directories. Raises BadInput when the folder's weights
+    are missing or unusable. A model of a hub is fetched and checked by the worker.
     """
     if source.id.startswith(BUILTIN) or not Path(source.id).expanduser().is_dir():
         return job

@@ -1,4 +1,4 @@
-"""The name under which earlier images' ``run-or-resume`` imports the store's searches."""
+"""An alias of ``remote_home`` that ``run-or-resume`` of earlier container images imports."""
 
 from orchestrator.search.state.object_store_copy import remote_home
 

@@ -1,4 +1,4 @@
-"""Going on with a search that was interrupted, from what its folder keeps."""
+"""Resumption of an interrupted search from the contents of its folder."""
 
 from __future__ import annotations
 
@@ -36,10 +36,11 @@ def resume_search(
     address: str | None = None,
     verbose: bool = False,
 ) -> tuple[dict[str, Any], JobSpec]:
-    """Go on with the search that ``wanted`` means; returns the document of ``run --json``, and the job.
+    """Resume the search that ``wanted`` names.
 
-    A search that is finished gives its document again, and nothing is done. Raises BadInput for a search that is not
-    there, is still being run, or began with other data or another base model; otherwise as ``run_job``.
+    Returns the document of ``run --json``, and the job. For a search that is finished, the stored
+    document is returned and nothing is run. Raises BadInput for a search that does not exist, is
+    still running, or began with other data or another base model, and the errors of ``run_job``.
     """
     folder = find_search(wanted)
     with folder.locked():
@@ -60,12 +61,14 @@ def _go_on(
     address: str | None,
     verbose: bool,
 ) -> dict[str, Any]:
+    """Check that the inputs are those of the saved search, and run the remaining trials."""
     clock = Clock()
     registry = Registry()
     registry.check()
     if registry.display_uri != mask_secrets(saved.tracking_uri):
         raise BadInput(
-            f"search {folder.id} logs to {saved.tracking_uri}, and MLflow's address is now {registry.display_uri}",
+            f"search {folder.id} logs to {saved.tracking_uri}, "
+            f"and MLflow's address is now {registry.display_uri}",
             f"MLFLOW_TRACKING_URI={saved.tracking_uri} orchestrator resume {folder.id}",
         )
     check_search_end(job, registry)

@@ -1,4 +1,8 @@
-"""A tuning job from spec to registered model: prepare, search, compare with baselines, register, promote."""
+"""The pipeline that takes a tuning job from its spec to a registered model.
+
+It prepares the inputs, runs the search, compares the best trial with the baselines, registers the
+result and promotes it with an alias.
+"""
 
 from __future__ import annotations
 
@@ -70,14 +74,21 @@ from orchestrator.utils.interrupts import nothing_to_interrupt, whole
 
 Metrics = dict[str, float]
 BASE_MODEL = "base_model"
-RESTARTS = 3  # of a whole search whose broker or controller was lost
-SOON_S = 10.0
+RESTARTS = 3  # times that a search restarts after its broker or a Train controller was lost
+SOON_S = 10.0  # the wait for MLflow before the user is told about it
 REGISTRY_PATIENCE_S = 600.0
-"""How long a search that is over waits for MLflow; nothing is lost beyond it, `resume` registers later."""
+"""Longest wait of a completed search for MLflow, in seconds.
+
+Nothing is lost when the wait runs out: `resume` registers the result later.
+"""
 
 
 class Progress(Listener, Protocol):
-    """What the command line shows; ``stage`` names what goes on outside the trials."""
+    """The progress display of the command line.
+
+    ``stage`` names the step that the job is at outside its trials. ``note`` shows a remark.
+    ``trials`` returns a context that shows the trials while they run.
+    """
 
     def stage(self, text: str) -> None: ...
 
@@ -90,7 +101,7 @@ class Progress(Listener, Protocol):
 
 @dataclass
 class Clock:
-    """Where the seconds go."""
+    """The time that a job spends on each of its steps."""
 
     started: float = field(default_factory=time.monotonic)
     marks: dict[str, float] = field(default_factory=dict)
@@ -98,21 +109,25 @@ class Clock:
 
     @classmethod
     def after(cls, seconds: float) -> Clock:
-        """Make a clock that was started so many seconds ago."""
+        """Make a clock that was started ``seconds`` ago."""
         started = time.monotonic() - seconds
         return cls(started=started, last=started)
 
     def mark(self, name: str, until: float | None = None) -> None:
-        """Everything since the last mark, up to a moment or to now, was spent on ``name``."""
+        """Book the time since the last mark, up to ``until`` or to now, under ``name``."""
         moment = time.monotonic() if until is None else until
         self.marks[name] = round(self.marks.get(name, 0.0) + moment - self.last, 3)
         self.last = moment
 
     def before(self) -> float:
-        """Seconds up to a Ray that is up, without those of making a model, which is done once."""
+        """Return the seconds until Ray was up.
+
+        The time to make a built-in model is left out, since a model is made only once.
+        """
         return self.marks.get("prepare", 0.0) + self.marks.get("ray", 0.0)
 
     def seconds(self) -> dict[str, float]:
+        """Return the seconds of each mark, with the totals that ``run --json`` prints."""
         startup = sum(self.marks.get(name, 0.0) for name in ("model", "prepare", "ray", "workers"))
         return {
             "total": round(time.monotonic() - self.started, 3),
@@ -131,13 +146,16 @@ def run_job(
     folder: SearchFolder | None = None,
     inputs: Inputs | None = None,
 ) -> dict[str, Any]:
-    """Run the job; returns the document of ``run --json``. Raises OrchestratorError; nothing half-made stays behind.
+    """Run the job and return the document of ``run --json``.
 
-    ``planned``: measure first, and keep the estimate beside the outcome. ``folder``: keep the search there; one of its
-    own unless given. ``inputs``: what was found of the job's files, checked here unless given. An interrupt raises
-    Interrupted, once there is a search that can be resumed.
+    ``planned`` measures the job first and keeps the estimate beside the outcome. ``folder`` is
+    where the search is kept; a new folder is made unless one is given. ``inputs`` is the result of
+    checking the job's files; they are checked here unless it is given.
+
+    Raises OrchestratorError, and leaves nothing half-made behind. An interrupt raises Interrupted
+    once there is a search that can be resumed.
     """
-    inputs = inputs or check_inputs(job)  # before Ray is started, whose start and end take seconds
+    inputs = inputs or check_inputs(job)  # first, since starting and stopping Ray takes seconds
     clock = Clock.after(inputs.seconds)
     registry = Registry()
     check_home()
@@ -170,10 +188,12 @@ def plan_job(
     verbose: bool = False,
     inputs: Inputs | None = None,
 ) -> Plan:
-    """What the job will take; nothing is kept. Raises OrchestratorError, BadInput for what ``run_job`` would refuse.
+    """Estimate the time and memory that the job will take, and keep nothing.
 
-    A cluster is only asked for its nodes; the measuring is done on this machine, where the search's start is rehearsed
-    if it is here that the search would run.
+    A cluster is only asked for its nodes. Steps and evaluations are measured on this machine. The
+    start of the search is rehearsed only if the search would run on this machine.
+
+    Raises OrchestratorError; it is BadInput for a job that ``run_job`` would refuse.
     """
     inputs = inputs or check_inputs(job)
     clock = Clock.after(inputs.seconds)
@@ -198,20 +218,26 @@ def plan_job(
 
 
 def note_warnings(prepared: Prepared, progress: Progress) -> None:
-    """Show what makes the result less trustworthy."""
+    """Show the warnings about what makes the result less trustworthy."""
     for warning in prepared.warnings:
         progress.note(f"warning: {warning}")
 
 
 def check_search_end(job: JobSpec, registry: Registry) -> None:
-    """Raise BadInput or Unreachable, before anything is spent, for what would keep the result from being registered."""
+    """Check, before any time is spent, that the result can be registered.
+
+    Raises BadInput or Unreachable.
+    """
     registers = job.registry.register_top > 0 and not job.is_baseline
     registry.check_search_end(job.name, job.model_name if registers else None)
 
 
 @contextmanager
 def kept_for_resume(folder: SearchFolder) -> Iterator[None]:
-    """Around the registration: a refusal says that the search is kept and can be registered later."""
+    """Add to a refusal of the registry that the search is kept and can be registered later.
+
+    The block that this context encloses is the registration.
+    """
     try:
         yield
     except BadInput as error:
@@ -224,8 +250,12 @@ def kept_for_resume(folder: SearchFolder) -> Iterator[None]:
 def find_artifacts(
     job: JobSpec, registry: Registry, pins: Mapping[str, str] | None = None
 ) -> tuple[dict[str, Path], dict[str, str]]:
-    """The folder of each prompt that trials start from: a local one as it is, a registered one fetched. Also which
-    versions those are; ``pins`` says which they have to be."""
+    """Find the folder of each prompt that trials start from.
+
+    A local folder is used as it is; a registered prompt is fetched. Returns the folders by the
+    reference in the spec, and the version, as NAME:VERSION, that each registered reference resolved
+    to. ``pins`` fixes those versions for a search that is resumed.
+    """
     found, used = {}, {}
     for reference in init_artifacts(job.search.space):
         folder = Path(reference).expanduser()
@@ -239,7 +269,10 @@ def find_artifacts(
 
 @contextmanager
 def going_on(folder: SearchFolder) -> Iterator[None]:
-    """Around a search: what ends it early says how to go on, once there is something to go on from."""
+    """Add the command that resumes the search to whatever ends it early.
+
+    The command is added only once the folder holds a search that can be resumed.
+    """
     resume = f"orchestrator resume {folder.id}"
     try:
         yield
@@ -258,7 +291,7 @@ def going_on(folder: SearchFolder) -> Iterator[None]:
 
 
 def _with_notes(message: str, error: BaseException) -> str:
-    """The message, and what else went wrong while the search ended."""
+    """Append to the message the notes on what else went wrong while the search ended."""
     notes = (note.splitlines()[0] for note in getattr(error, "__notes__", ()) if note)
     return "; ".join([message, *notes])
 
@@ -278,7 +311,10 @@ class Pipeline:
         history: History | None = None,
         planned: bool = False,
     ) -> None:
-        """``saved`` and ``history`` are those of a search that goes on; ``planned`` measures first."""
+        """Set up the pipeline of a new search, or of a resumed one.
+
+        ``saved`` and ``history`` belong to a resumed search. ``planned`` measures the job first.
+        """
         self.planned = planned
         self.plan: Plan | None = None
         self.job = prepared.job
@@ -294,7 +330,10 @@ class Pipeline:
         self.trials = [(trial_id(number), spec) for number, spec in enumerate(prepared.trials)]
 
     def run(self, placement: Placement, ours: bool) -> dict[str, Any]:
-        """Search, compare, register. ``ours`` says that Ray's processes are this search's own."""
+        """Search, compare with the baselines, register, and return the document of the result.
+
+        ``ours`` is true when Ray was started by this search and for it alone.
+        """
         if self.planned:
             self.progress.stage("measuring the start, steps and evaluations")
             storage = self.folder.ray / "rehearsal"
@@ -324,10 +363,14 @@ class Pipeline:
         return document
 
     def _attempt(self, placement: Placement, ours: bool) -> dict[str, Any]:
-        """The search from where it stands, until it is done or lost."""
+        """Run the search from its current state until it is done.
+
+        Raises SearchLost when its broker or a Train controller was lost.
+        """
         workers = partial(running, self.prepared, placement, self.folder.ray)
-        # MLflow refuses before any worker is started. Its run is closed before they are stopped, which takes
-        # longer than a process has that was told to end; the outer context closes it where none can be started.
+        # The MLflow run is opened first, so that MLflow refuses before any worker is started. The
+        # inner context closes it before the workers are stopped, since stopping them takes longer
+        # than the grace period of SIGTERM. The outer context closes it if no worker can start.
         with whole(self._log) as log, whole(workers) as search, whole(lambda: log):
             self._check_base_model(search, log)
             if self.saved is None:
@@ -344,11 +387,15 @@ class Pipeline:
             recording = partial(Recorder, journal, self.history, mirror.write, self.progress.note)
             with whole(recording) as recorder:
                 if ours:
-                    save_processes(self.folder.processes)  # again: Ray's agents come a little later
+                    # Save them again: Ray starts its agents a little later.
+                    save_processes(self.folder.processes)
                 return self._search(search, log, recorder)
 
     def _report(self) -> None:
-        """Draw the search, for its folder and its run. What was found stands, whatever becomes of its pictures."""
+        """Write the report to the search's folder and MLflow run.
+
+        A report that fails is only noted, since the search's result is already safe.
+        """
         self.progress.stage("drawing the report")
         try:
             write_report(read_facts(self.folder), self.folder.report, self.registry)
@@ -357,7 +404,10 @@ class Pipeline:
             self.progress.note(f"no report: {text}; again with orchestrator report {self.id}")
 
     def _check_base_model(self, search: Running, log: SearchLog) -> None:
-        """Refuse to go on with a search on other weights than it began with; its run stays interrupted."""
+        """Refuse to resume a search on other base model weights than it began with.
+
+        Raises BadInput, and marks the search's MLflow run as killed.
+        """
         if known := self.history.found(BASE_MODEL):
             found = search.ready().fingerprint
             try:
@@ -369,10 +419,13 @@ class Pipeline:
                 raise
 
     def _log(self) -> SearchLog:
+        """Open the search's MLflow run: a new one, or the run of the search that is resumed."""
         job = self.job
         params = {
-            "method": job.method, "base_model": job.base_model.id, "revision": job.base_model.revision,
-            "template": job.data.template, "searcher": job.search.searcher, "scheduler": job.search.scheduler,
+            "method": job.method,
+            "base_model": job.base_model.id, "revision": job.base_model.revision,
+            "template": job.data.template,
+            "searcher": job.search.searcher, "scheduler": job.search.scheduler,
             "trials": self.prepared.total, "metric": job.search.metric, "steps": job.train.steps,
             "batch_size": job.train.batch_size, "evaluate_every": job.train.evaluate_every,
             "optimizer": job.train.optimizer, "space": job.search.space.model_dump(),
@@ -389,6 +442,10 @@ class Pipeline:
         )
 
     def _search(self, search: Running, log: SearchLog, recorder: Recorder) -> dict[str, Any]:
+        """Run the trials and baselines, evaluate the best on the test split, and register it.
+
+        Raises NothingFound when no trial has a result.
+        """
         if self.plan:
             self.progress.note(f"planned: about {self.plan.seconds['total']:.0f} s in all")
             log.parent_metrics(self.plan.metrics())
@@ -398,7 +455,8 @@ class Pipeline:
         if reason := why_fewer_trials(self.job.search):
             self.progress.note(f"fewer trials than requested: {reason}")
         self.progress.stage("loading the base model into the worker")
-        # Tune starts its trials' actors while the worker loads the model; the baselines go first once it has.
+        # Tune starts the trials' actors while the worker loads the model. Once the model is loaded,
+        # the baselines are evaluated before the first round of training.
         with search.beside(self._baselines, search, recorder) as baselines_ready:
             with self.progress.trials(self.trials, self.prepared.total, self.history):
                 outcome = search.study([recorder, self.progress], self.history)
@@ -454,9 +512,11 @@ class Pipeline:
     # Baselines
 
     def _baselines(self, search: Running, recorder: Recorder) -> tuple[dict[str, Any], float]:
-        """The model as it stands, and behind each init text as a written instruction; the best text by validation.
+        """Evaluate the untuned model: bare, with few-shot examples, and with written instructions.
 
-        Also the moment at which the first worker had loaded the base model.
+        Each init text serves as a written instruction, and the best of them by validation is kept.
+        Returns the baselines by name, and the moment at which the first worker had loaded the base
+        model. A resumed search uses the baselines that it recorded.
         """
         info = search.ready()
         ready_at = time.monotonic()
@@ -506,7 +566,11 @@ class Pipeline:
         log.parent_tags({"orchestrator.best_trial": best.id})
 
     def _took(self, outcome: Outcome, placement: Placement) -> Metrics:
-        """What the search took: seconds in all, without a plan's; hours of the devices while they worked; steps."""
+        """Return the search's seconds, device hours and trained steps.
+
+        The seconds exclude those of measuring a plan. The device hours cover training and the test
+        evaluation.
+        """
         seconds = self.clock.seconds()
         return {
             "seconds": seconds["total"] - seconds.get("plan", 0.0),
@@ -522,9 +586,10 @@ class Pipeline:
         baselines: dict[str, Any],
         info: BaseModelInfo,
     ) -> dict[str, Any] | None:
-        """Register the best trials, those not registered before.
+        """Register the best trials that an interrupted run has not registered already.
 
-        The worst of them is first, so that the best is the newest version and takes the alias.
+        They are registered from worst to best, so that the best trial becomes the newest version,
+        which takes the alias.
         """
         top = best[: self.job.registry.register_top]
         if not top:
@@ -545,17 +610,24 @@ class Pipeline:
         return {"name": self.job.model_name, "version": version, "alias": outcome.alias}
 
     def _await_registry(self, log: SearchLog) -> None:
-        """Until MLflow has all that was logged, so that it answers; whoever asks it next finds out if it does not."""
+        """Wait until MLflow has taken everything that was logged.
+
+        A wait that runs out raises nothing: the next call of MLflow fails if it does not answer.
+        """
         if not log.flush(SOON_S):
             self.progress.note(
-                f"MLflow has not taken all reports yet; waiting for it, at most {REGISTRY_PATIENCE_S / 60:.0f} minutes"
+                "MLflow has not taken all reports yet; waiting for it, "
+                f"at most {REGISTRY_PATIENCE_S / 60:.0f} minutes"
             )
             log.flush(REGISTRY_PATIENCE_S)
 
     def _keep(
         self, log: SearchLog, best: TrialRecord, reached: Mapping[str, Metrics], info: BaseModelInfo
     ) -> None:
-        """Keep a baseline's result in the search's folder and with its run: it is no prompt to register."""
+        """Keep the result of a baseline method in the search's folder and its MLflow run.
+
+        Such a result is not a prompt, so it cannot be registered.
+        """
         from orchestrator.tuning.baselines.store import save_result
         from orchestrator.tuning.checkpoint import TrialState
 
@@ -563,14 +635,17 @@ class Pipeline:
         self.progress.stage("keeping the result")
         data, folder = self.job.data, self.folder.artifact
         about = {
-            "method": self.job.method, "base_model": asdict(info), "template": best.spec.template or data.template,
+            "method": self.job.method, "base_model": asdict(info),
+            "template": best.spec.template or data.template,
             "target": data.target, "verbalizer": data.verbalizer, "sentinel": data.sentinel,
             "metrics": reached, "costs": asdict(best.costs),
-            "steps": best.best_step, "search": self.id, "trial": best.id, "orchestrator_version": __version__,
+            "steps": best.best_step, "search": self.id, "trial": best.id,
+            "orchestrator_version": __version__,
         }  # fmt: skip
         if designs := self.prepared.task.designs:
             about["demonstrations"] = designs.text(Design.of(best.spec))
-        shutil.rmtree(folder, ignore_errors=True)  # of a search that was interrupted here
+        # The folder exists if the search was interrupted here before.
+        shutil.rmtree(folder, ignore_errors=True)
         save_result(
             folder,
             best.spec,
@@ -583,7 +658,7 @@ class Pipeline:
         self.registry.log_files(log.run_ids.get(best.id, log.run_id), files)
 
     def _registered(self) -> dict[str, int]:
-        """Run to version, of what this search registered before it was interrupted."""
+        """Return the versions that this search registered before it was interrupted, by run id."""
         if self.saved is None:
             return {}
         try:
@@ -597,6 +672,7 @@ class Pipeline:
         }
 
     def _register_one(self, record: TrialRecord, manifest: Manifest, run_id: str) -> int:
+        """Register a trial's best prompt, and return its version."""
         from orchestrator.tuning.checkpoint import TrialState
 
         assert record.checkpoint is not None  # a ranked trial has reported
@@ -669,9 +745,8 @@ class Pipeline:
                 "metrics": {"validation": best.metrics, "test": test},
                 **({"seeds": seeds} if (seeds := outcome.over_seeds(best)) else {}),
             },
-            "costs": asdict(
-                best.costs
-            ),  # beside the best trial, which is the same for the same seed
+            # Not part of "best", which is the same for the same seed.
+            "costs": asdict(best.costs),
             "baselines": baselines,
             "model": model,
             **({"artifact": str(self.folder.artifact)} if self.folder.artifact.is_dir() else {}),

@@ -1,4 +1,4 @@
-"""The cluster's side of a submitted job: the search that it is an attempt at, begun or gone on with."""
+"""The cluster's side of a submitted job: each attempt begins its search or resumes it."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ from orchestrator.search.run import Progress, run_job
 from orchestrator.search.state.folder import SearchFolder, home_folder, searches_folder
 from orchestrator.utils.atomic import write_whole
 
-HOME = Path(
-    "~/.orchestrator"
-)  # where a driver without ORCHESTRATOR_HOME keeps searches, and runs without an MLflow
+# The folder for searches if ORCHESTRATOR_HOME is not set, and for runs if there is no MLflow.
+HOME = Path("~/.orchestrator")
 
 
 def carry_out(progress_for: Callable[[JobSpec], Progress]) -> tuple[dict[str, Any], JobSpec]:
-    """Run the job that was unpacked into the working directory, or go on with its search; returns the document of
-    ``run --json``, and the job.
+    """Run the job that was unpacked into the working directory, or resume its search.
 
-    Raises as ``run_job`` and ``resume_search``.
+    Returns the document of ``run --json``, and the job. Raises BadInput outside a submitted job,
+    and the errors of ``run_job`` and ``resume_search``.
     """
     package, name = Path.cwd(), os.environ.get(SEARCH)
     if not name:
@@ -36,7 +35,7 @@ def carry_out(progress_for: Callable[[JobSpec], Progress]) -> tuple[dict[str, An
     os.environ.setdefault("ORCHESTRATOR_HOME", str(HOME.expanduser()))
     home = home_folder()
     home.mkdir(parents=True, exist_ok=True)
-    os.chdir(home)  # the package's folder goes with the job
+    os.chdir(home)  # the package's folder does not outlive the job
     folder = SearchFolder(searches_folder() / name)
     folder.fetch()
     if folder.description.is_file():
@@ -45,13 +44,17 @@ def carry_out(progress_for: Callable[[JobSpec], Progress]) -> tuple[dict[str, An
     progress = progress_for(job)
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         progress.note(
-            f"MLFLOW_TRACKING_URI is not set: runs and models go to {home / 'mlflow.db'} on this node"
+            "MLFLOW_TRACKING_URI is not set: "
+            f"runs and models go to {home / 'mlflow.db'} on this node"
         )
     return run_job(job, progress, folder=folder), job
 
 
 def _placed(package: Path, folder: SearchFolder) -> JobSpec:
-    """The job, with the files that came along copied into the search's folder, where a later attempt finds them."""
+    """Load the job, and copy the files of its package into the search's folder.
+
+    A later attempt finds the files there.
+    """
     inputs = folder.path / "inputs"
     text, copies = unpacked(package, inputs)
     for source, target in copies:

@@ -1,4 +1,4 @@
-"""A search's events in MLflow: each trial's run, and the search's own metrics."""
+"""Logging of a search's events to MLflow: a run for each trial, and the search's own metrics."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from orchestrator.tuning.reports import Costs, Report
 
 BASELINES = "baselines"
 SPLITS = ("validation", "test")
+# The keys of a trial's configuration that become tags, since people filter runs by them.
 TAGGED = (
     "init",
     "num_virtual_tokens",
@@ -21,20 +22,21 @@ TAGGED = (
     "bottleneck",
     "shots",
     "demonstrations",
-)  # of a trial's configuration: what people filter by
+)
 
 
 class MlflowMirror:
-    """Passes events on to a search's log. Each carries its own time, so that passing one on again changes nothing.
+    """A writer of a search's events to its MLflow log.
 
-    Where trials copy each other, what changes with that is logged as metrics by step, since a run's parameters can't
-    change.
+    Each event carries its own time, so that writing an event again changes nothing. With
+    ``copying``, trials copy each other, which changes their configuration. The changed values are
+    then logged as metrics by step, since the parameters of an MLflow run can't change.
     """
 
     def __init__(
         self, log: SearchLog, copying: bool = False, tags: Mapping[str, Any] | None = None
     ) -> None:
-        """``tags`` are what every trial's run shares with the search's."""
+        """Write to ``log``; every trial's run gets ``tags``, which the search's run has too."""
         self._log = log
         self._tags = dict(tags or {})
         self._copying = copying
@@ -44,7 +46,10 @@ class MlflowMirror:
         self._started: set[str] = set()
 
     def restore(self, history: History) -> None:
-        """Pass on again what a process that was killed may have left unsaid: everything about runs that have no end."""
+        """Write again the events of all runs that have no end in MLflow.
+
+        A process that was killed may not have written all of them.
+        """
         self._started |= history.started & self._log.ended
         self.write([event for event in history.events if trial_of(event) not in self._log.ended])
 
@@ -87,7 +92,7 @@ class MlflowMirror:
 
     def _ended(self, event: Ended) -> None:
         if event.trial not in self._started:
-            return  # the search ended before its turn came: it has no run
+            return  # the search ended before the trial started, so it has no run
         step, costs = self._last.get(event.trial, (0, Costs()))
         self._log.trial_metrics(event.trial, step, costs.metrics(), event.at)
         state = {"finished": "finished", "failed": "failed"}.get(event.status, "stopped")
@@ -96,7 +101,7 @@ class MlflowMirror:
 
 
 def baseline_metrics(found: Found) -> dict[str, float]:
-    """The baselines' metrics by the names that the search's run has them under."""
+    """Return the baselines' metrics by their names in the search's run."""
     return {
         f"{name}_{split}_{metric}": value
         for name, baseline in found.value.items()
@@ -106,7 +111,7 @@ def baseline_metrics(found: Found) -> dict[str, float]:
 
 
 def flat(config: dict[str, Any]) -> dict[str, Any]:
-    """A trial's configuration without nesting: what an init starts from is a parameter of its own."""
+    """Flatten a trial's configuration: the text or artifact of an init gets its own parameter."""
     init = config.get("init")
     if isinstance(init, dict):
         ((name, value),) = init.items()

@@ -1,1 +1,1 @@
-"""What a job will take, measured."""
+"""Estimates of the time and memory that a job will take, from measurements."""

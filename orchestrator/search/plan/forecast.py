@@ -1,7 +1,8 @@
-"""How many steps a search takes: its trials on their slots, stopped as the scheduler stops them, played through.
+"""A simulation of a search that forecasts its steps and seconds.
 
-Nobody knows how good the trials are. A trial's rank is drawn at random and kept to its end; many draws are averaged,
-always the same ones. Pure arithmetic.
+It plays the trials through on their slots and stops them as the scheduler would. How good the
+trials are is not known in advance: each trial gets a random rank that it keeps to its end. The
+results are averaged over many draws, which are the same each time. The simulation trains nothing.
 """
 
 from __future__ import annotations
@@ -16,36 +17,41 @@ from dataclasses import dataclass, field
 from orchestrator.job.spec import SearchSpec, TrainSpec
 
 DRAWS = 40
-MEDIAN_SAMPLES = 3  # trials that the median rule needs to have seen
+MEDIAN_SAMPLES = 3  # other trials that the median rule needs for a decision
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds of a step and of an evaluation of so many trials in one worker."""
+    """The seconds of a step and of an evaluation in one worker, by its number of trials."""
 
     step_alone: float
     step_packed: float
     evaluation_alone: float
     evaluation_packed: float
     packed: int
-    """Trials that the packed figures are of."""
+    """Number of trials that the packed figures were measured with."""
 
     def step(self, trials: int) -> float:
+        """Return the seconds of a step of so many trials together."""
         return self._between(self.step_alone, self.step_packed, trials)
 
     def evaluation(self, trials: int) -> float:
+        """Return the seconds of an evaluation of so many trials together."""
         return self._between(self.evaluation_alone, self.evaluation_packed, trials)
 
     def _between(self, alone: float, packed: float, trials: int) -> float:
+        """Interpolate linearly between one trial and ``packed`` trials."""
         part = (trials - 1) / (self.packed - 1) if self.packed > 1 else trials - 1
         return alone + (packed - alone) * part if self.packed > 1 else alone * (1 + part)
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What to expect: ``reached`` trials at each step of ``rungs``, trial ``steps``, ``reports``, ``seconds``.
+    """The expected course of a search.
 
-    ``spread``: seconds that one draw in ten stays below, and one in ten exceeds.
+    ``reached`` is the number of trials that reach each step of ``rungs``. ``steps`` and ``reports``
+    are totals over all trials. ``spread`` holds the 10th and 90th percentile of ``seconds`` over
+    the draws.
     """
 
     rungs: tuple[int, ...]
@@ -57,7 +63,10 @@ class Forecast:
 
 
 def rungs(search: SearchSpec, train: TrainSpec) -> tuple[int, ...]:
-    """Steps at which the scheduler may stop a trial, as ASHA cuts them, and the last step."""
+    """Return the steps of ASHA's rungs, or the first step at which the median rule may stop.
+
+    The last step is always included; it is the only one without a scheduler.
+    """
     grace = min(search.grace_steps or train.evaluate_every, train.steps)
     if search.scheduler != "asha":
         return (
@@ -80,7 +89,10 @@ def forecast(
     pace: Pace,
     report_s: float = 0.0,
 ) -> Forecast:
-    """The search's expected course: ``slots`` trials in each of ``workers``; a report costs ``report_s`` besides."""
+    """Forecast the search with ``slots`` trials in each of ``workers`` workers.
+
+    A report costs ``report_s`` seconds in addition to the ``pace``.
+    """
     steps = rungs(search, train)
     draws = 1 if search.scheduler == "fifo" else DRAWS
     ran = [
@@ -102,6 +114,7 @@ def forecast(
 
 
 def _ranks(trials: int, draw: int) -> list[float]:
+    """Shuffle the trials' ranks, which lie in [0, 1); the number of the draw is the seed."""
     ranks = [place / trials for place in range(trials)]
     random.Random(draw).shuffle(ranks)
     return ranks
@@ -109,7 +122,7 @@ def _ranks(trials: int, draw: int) -> list[float]:
 
 @dataclass
 class _Run:
-    """One draw: trial k ranks ``rank[k]``, more is better."""
+    """A simulated search of one draw: trial k has ``rank[k]``, and a higher rank is better."""
 
     search: SearchSpec
     train: TrainSpec
@@ -128,6 +141,7 @@ class _Run:
         self._goes_on = stopping_rule(self.search, self.train)
 
     def play(self) -> None:
+        """Simulate the search until all trials have ended."""
         waiting = list(range(len(self.rank)))[::-1]
         rounds: list[tuple[float, int]] = [(0.0, worker) for worker in range(self.workers)]
         seated: list[list[int]] = [[] for _ in range(self.workers)]
@@ -142,7 +156,7 @@ class _Run:
             self.seconds = max(self.seconds, now)
 
     def _round(self, trials: list[int]) -> float:
-        """Train the trials up to their next evaluation; the seconds that it takes."""
+        """Advance the trials to their next evaluation, and return the seconds of that round."""
         every, most = self.train.evaluate_every, self.train.steps
         lengths = []
         for trial in trials:
@@ -155,14 +169,17 @@ class _Run:
         return training + self.pace.evaluation(len(trials)) + self.report_s * len(trials)
 
     def _reports(self, trial: int) -> bool:
-        """A trial's report reaches the scheduler: whether the trial goes on."""
+        """Pass a trial's report to the stopping rule; returns whether the trial goes on."""
         self.reports += 1
         goes_on = self._goes_on(trial, self.reach[trial], self.rank[trial])
         return goes_on and self.reach[trial] < self.train.steps
 
 
 def stopping_rule(search: SearchSpec, train: TrainSpec) -> Callable[[int, int, float], bool]:
-    """``rule(trial, step, score)``: whether the trial goes on. It remembers what it was asked."""
+    """Make the scheduler's ``rule(trial, step, score)``, which says whether the trial goes on.
+
+    The rule keeps the scores of its earlier calls.
+    """
     if search.scheduler == "asha":
         return _Asha(search, train)
     if search.scheduler == "median":
@@ -171,7 +188,10 @@ def stopping_rule(search: SearchSpec, train: TrainSpec) -> Callable[[int, int, f
 
 
 class _Asha:
-    """As Ray Tune's asynchronous halving (Li et al. 2020) decides: at a trial's highest rung that it is new to."""
+    """The stopping rule of Ray Tune's asynchronous successive halving (Li et al. 2020).
+
+    It decides at the highest rung that the trial has reached and was not yet seen at.
+    """
 
     def __init__(self, search: SearchSpec, train: TrainSpec) -> None:
         grace = min(search.grace_steps or train.evaluate_every, train.steps)
@@ -194,7 +214,10 @@ class _Asha:
 
 
 class _Median:
-    """Stops what is below the median of the other trials that came as far (Golovin et al. 2017)."""
+    """The median stopping rule (Golovin et al. 2017).
+
+    It stops a trial below the median of the other trials that came at least as far.
+    """
 
     def __init__(self, grace: int) -> None:
         self._grace = grace
@@ -209,6 +232,7 @@ class _Median:
 
 
 def _quantile(ordered: Sequence[float], part: float) -> float:
+    """Interpolate the quantile ``part``, from 0 to 1, of ascending values."""
     place = (len(ordered) - 1) * part
     low = int(place)
     high = min(low + 1, len(ordered) - 1)

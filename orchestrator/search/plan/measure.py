@@ -1,8 +1,9 @@
-"""Real steps and evaluations of a job, in a process of its own that ends with them: what a worker would take.
+"""Measurements of a worker's time and memory on real steps and evaluations of a job.
 
-Memory is measured at the largest that the space and the rows allow, time on trials and rows as the search has them.
-Of a group one worker's share of the rows is measured, without the others; what sharding would leave on other workers
-is counted off.
+They run in a child process, which ends with them. Memory is measured on the largest trials and rows
+that the search space and the data allow, time on typical ones. For a group of workers, one worker's
+share of the rows is measured without the other workers. The memory that sharding would place on
+other workers is subtracted.
 """
 
 from __future__ import annotations
@@ -34,21 +35,25 @@ from orchestrator.tuning.make import make_engine
 from orchestrator.tuning.memory import Memory
 from orchestrator.tuning.reports import EvaluationJob
 
-STEPS = 12  # most steps of one measurement
-BUDGET_S = 2.0  # a measurement ends with the step that goes beyond
-ROWS = 64  # rows that an evaluation is measured on, spread over the lengths
-SHORT_STEPS = 2  # of a trial cut short: the second round shows a report's way without anything that is done once
+STEPS = 12  # most steps of a measurement
+BUDGET_S = 2.0  # a measurement ends with the step that exceeds these seconds
+ROWS = 64  # rows of a measured evaluation, spread evenly over the row lengths
+# Steps of a rehearsal's trial: the second round shows a report's way without one-time work.
+SHORT_STEPS = 2
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one worker takes. Memory in bytes: ``weights`` alone, ``idle`` with the base model loaded, ``usual`` with
-    trials and rows as the search has them, ``peak`` with the largest."""
+    """The measured time and memory of a worker.
+
+    Memory is in bytes: ``weights`` alone, ``idle`` with the base model loaded, ``usual`` with
+    typical trials and rows of the search, ``peak`` with the largest.
+    """
 
     device: str
     pace: Pace
     bare_row_s: float
-    """Seconds of a row that is evaluated without a prompt."""
+    """Seconds to evaluate a row without a prompt."""
     load_s: float
     """Seconds from the start of the process to the loaded base model."""
     weights: int
@@ -56,22 +61,31 @@ class Measured:
     usual: int
     peak: int
     room: int
-    """All memory of the device, or of the machine for a CPU."""
+    """Total memory of the device, or of the machine for a CPU."""
     short: int = 0
-    """What trials cut short hold, by which a worker that ran them shows what it holds besides."""
+    """Memory with the trials of a rehearsal.
+
+    The difference to the memory of a rehearsal's worker is what a worker holds besides.
+    """
     cuts: tuple[str, ...] = ()
-    """What had to be cut for the largest step or evaluation to fit, or did not fit at all."""
+    """Notes on how memory that ran out in the largest step or evaluation was dealt with."""
 
 
 def measure(prepared: Prepared, placement: Placement) -> Measured:
-    """Measure in a child process. JobFailed when the system ended it, which memory is the usual reason for."""
+    """Measure the job in a child process.
+
+    Raises JobFailed when the system ended that process, usually for lack of memory.
+    """
     started = time.time()
     measured: Measured = in_child(_measure, prepared, placement, started)
     return measured
 
 
 def in_child(work: Callable[..., Any], *arguments: Any) -> Any:
-    """``work(*arguments)`` in a fresh process; its errors are raised here."""
+    """Call ``work(*arguments)`` in a fresh process, and raise its errors here.
+
+    Raises JobFailed when the process ended without a result.
+    """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_call, args=(sender, work, arguments), daemon=True)
@@ -82,8 +96,8 @@ def in_child(work: Callable[..., Any], *arguments: Any) -> Any:
     except EOFError:
         process.join()
         raise JobFailed(
-            f"the process that measured the job was ended (exit code {process.exitcode}), most likely because its "
-            "largest step does not fit into memory",
+            f"the process that measured the job was ended (exit code {process.exitcode}), "
+            "most likely because its largest step does not fit into memory",
             "lower train.batch_size, resources.trials_per_worker or data.max_input_tokens, or set "
             "train.micro_batch_size",
         ) from None
@@ -97,9 +111,9 @@ def in_child(work: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _call(sender: Connection, work: Callable[..., Any], arguments: Sequence[Any]) -> None:
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # the parent hears of it too, and ends this process
+    """Send the parent the result of ``work``, or its error."""
+    # The parent receives the signal too, and ends this process.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         sender.send((True, work(*arguments)))
     except OrchestratorError as error:
@@ -119,6 +133,7 @@ def _call(sender: Connection, work: Callable[..., Any], arguments: Sequence[Any]
 
 
 def _measure(prepared: Prepared, placement: Placement, started: float) -> Measured:
+    """Load the base model and measure the job on it, in the child process."""
     set_threads(placement.threads)
     device = device_for(placement.gpus)
     model = prepared.job.base_model
@@ -126,7 +141,7 @@ def _measure(prepared: Prepared, placement: Placement, started: float) -> Measur
     load_s = time.time() - started
     memory = Memory(device)
     idle = memory.start_over()
-    # From small to large: what one took may not all come back.
+    # Measure from small to large, since a measurement may not give back all of its memory.
     short = max(Bench(shortened(prepared, placement), placement, backbone).held(), idle)
     bench = Bench(prepared, placement, backbone)
     pace, bare_row_s = bench.pace(), bench.bare_row()
@@ -152,7 +167,7 @@ def _measure(prepared: Prepared, placement: Placement, started: float) -> Measur
 
 
 class Bench:
-    """Engines on one backbone, for parts of a job."""
+    """A test bench that runs engines for parts of a job on one backbone."""
 
     def __init__(self, prepared: Prepared, placement: Placement, backbone: Any) -> None:
         self._prepared = prepared
@@ -168,20 +183,23 @@ class Bench:
         self._trials = likely_trials(prepared)
         whole = prepared.task.splits["validation"]
         sample = spread(range(len(whole)), ROWS, key=lambda row: whole.lengths[row])
-        # Written prompts are evaluated on all rows, as they stand in the task.
+        # Written prompts are evaluated on all rows of the task, so there is nothing to scale.
         self._scale = (1.0 if self._task.designs else len(whole) / len(sample)) / self._together
         self._sampled = self._with(validation=cut(whole, sample))
         self._memory = Memory(backbone.device)
         self.most = 0
-        """Bytes, of the engines so far; each forgets what the one before it held."""
+        """Most memory of the engines so far, in bytes; each engine resets the device's peak."""
 
     def held(self) -> int:
-        """Bytes at the most while trials in all slots are trained and evaluated."""
+        """Return the peak memory in bytes of training and evaluating trials in all slots."""
         self._seconds(self._trials[: self._slots])
         return self.most
 
     def largest(self) -> tuple[str, ...]:
-        """One step and one evaluation of full slots, the longest prompts and the longest rows; what had to be cut."""
+        """Run a step and an evaluation with full slots, the longest prompts and the longest rows.
+
+        Returns the notes on how memory that ran out was dealt with.
+        """
         train, validation = (self._task.splits[name] for name in ("train", "validation"))
         rows = by_length(train)[: self._prepared.job.train.batch_size : self._together]
         fits = max(
@@ -197,7 +215,7 @@ class Bench:
         return tuple(dict.fromkeys(report.note for report in engine.reports(seated) if report.note))
 
     def pace(self) -> Pace:
-        """Seconds of a step and of a whole evaluation, of one trial and of as many as there are slots."""
+        """Measure a step and a whole evaluation, with one trial and with full slots."""
         typical = spread(self._trials, self._slots, key=lambda trial: trial.size)
         filled = (typical * self._slots)[: self._slots]
         packed = self._seconds(filled)
@@ -205,9 +223,10 @@ class Bench:
         return Pace(alone[0], packed[0], alone[1], packed[1], self._slots)
 
     def _seconds(self, trials: Sequence[TrialSpec]) -> tuple[float, float]:
+        """Measure the seconds of a step and of a whole evaluation of the trials together."""
         engine = self._engine(self._sampled, trials)
         seated = list(engine.slots.values())
-        engine.step(seated)  # what only the first step does is left out
+        engine.step(seated)  # not timed, since the first step does one-time work
         most = max(1, min(STEPS, self._prepared.job.train.steps - 1))
         step_s = timed(lambda: engine.step(seated), most)
         evaluation_s = timed(lambda: engine.reports(seated), 1)
@@ -215,6 +234,7 @@ class Bench:
         return step_s, self._scale * evaluation_s
 
     def bare_row(self) -> float:
+        """Measure the seconds to evaluate a row without a prompt."""
         engine = self._engine(self._sampled, [])
         seconds = timed(lambda: engine.evaluate(EvaluationJob("validation")), 1)
         return seconds / len(self._sampled.splits["validation"]) / self._together
@@ -233,7 +253,10 @@ class Bench:
 
 
 def shortened(prepared: Prepared, placement: Placement) -> Prepared:
-    """A trial for every slot, two steps of a row each, an evaluation of one row after each of them."""
+    """Cut the job down to a trial for every slot, with two steps of one row each.
+
+    One row is evaluated after each step.
+    """
     job = prepared.job
     trials = likely_trials(prepared)[: placement.slots]
     plain = {"searcher": "random", "scheduler": "fifo", "stop": StopSpec(), "trials": len(trials)}
@@ -258,7 +281,7 @@ def shortened(prepared: Prepared, placement: Placement) -> Prepared:
 
 
 def timed(work: Callable[[], Any], most: int) -> float:
-    """Mean seconds of ``work``, done at most so often and not for long."""
+    """Return the mean seconds of ``work`` over at most ``most`` calls within ``BUDGET_S``."""
     started, done = time.perf_counter(), 0
     while done < most and time.perf_counter() - started < BUDGET_S:
         work()
@@ -269,12 +292,12 @@ def timed(work: Callable[[], Any], most: int) -> float:
 
 
 def by_length(split: Encoded) -> list[int]:
-    """Row numbers, longest rows first."""
+    """Return the row numbers, longest rows first."""
     return sorted(range(len(split)), key=lambda row: -split.lengths[row])
 
 
 def cut(split: Encoded, rows: Sequence[int]) -> Encoded:
-    """The split's rows of these numbers."""
+    """Return the rows of a split that have these numbers."""
     return Encoded(
         [split.inputs[row] for row in rows],
         [split.targets[row] for row in rows],
@@ -284,7 +307,7 @@ def cut(split: Encoded, rows: Sequence[int]) -> Encoded:
 
 
 def spread(values: Sequence[Any], count: int, key: Callable[[Any], Any]) -> list[Any]:
-    """At most ``count`` of the values, evenly over their order by ``key``."""
+    """Pick at most ``count`` of the values, evenly spaced in their order by ``key``."""
     ordered = sorted(values, key=key)
     taken = min(count, len(ordered))
     return [ordered[(2 * place + 1) * len(ordered) // (2 * taken)] for place in range(taken)]

@@ -1,4 +1,4 @@
-"""What a search will take, before it runs: arithmetic over what was measured on one worker."""
+"""The estimate of a search's time and memory, computed from measurements on one worker."""
 
 from __future__ import annotations
 
@@ -16,17 +16,20 @@ from orchestrator.search.plan.rehearsal import REPORT_S, Rehearsal, rehearse
 from orchestrator.search.prepare import EVALUATED, Prepared
 from orchestrator.search.workers.placement import Placement
 
-# Measured on two idle cores, and in them alone.
-WORKERS_S = (
-    8.0  # processes of Train and Tune up to the worker's own start, where no rehearsal shows it
-)
-END_S = 2.0  # registering
-FULL = 0.9  # of a device's memory; beyond, fragments and neighbours decide
+# Both times were measured on two idle cores.
+WORKERS_S = 8.0  # seconds of Train and Tune until the worker starts, if there is no rehearsal
+END_S = 2.0  # seconds to register the result
+# The share of a device's memory that can be relied on; beyond it, fragmentation and other
+# processes decide whether a job fits.
+FULL = 0.9
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The estimate: ``seconds`` by part and ``device_hours`` of all workers; memory in bytes."""
+    """An estimate of a search: ``seconds`` by part, ``device_hours`` of all workers, and memory.
+
+    Memory is in bytes.
+    """
 
     placement: Placement
     trials: int
@@ -37,15 +40,15 @@ class Plan:
     device_hours: float
     warnings: tuple[str, ...]
     data_warnings: tuple[str, ...] = ()
-    """What ``prepare`` said of the data."""
+    """The warnings of ``prepare`` about the data."""
 
     @property
     def slot(self) -> int:
-        """A slot's share of a worker's memory, beyond what the base model takes."""
+        """A slot's share of a worker's memory beyond the base model, in bytes."""
         return (self.measured.peak - self.measured.idle) // self.placement.trials_per_worker
 
     def document(self) -> dict[str, Any]:
-        """As ``plan --json`` prints it."""
+        """Return the document that ``plan --json`` prints."""
         placement, measured, pace, found = (
             self.placement,
             self.measured,
@@ -61,12 +64,13 @@ class Plan:
             "steps": {"expected": round(found.steps), "most": self.most_steps},
             "placement": {**asdict(placement), "slots": placement.slots, "device": measured.device},
             "memory": {
-                "weights": measured.weights, "idle": measured.idle, "slot": self.slot, "usual": measured.usual,
-                "worker": measured.peak, "room": measured.room,
+                "weights": measured.weights, "idle": measured.idle, "slot": self.slot,
+                "usual": measured.usual, "worker": measured.peak, "room": measured.room,
             },
             "pace": {
                 "step_alone": pace.step_alone, "step_packed": pace.step_packed,
-                "evaluation_alone": pace.evaluation_alone, "evaluation_packed": pace.evaluation_packed,
+                "evaluation_alone": pace.evaluation_alone,
+                "evaluation_packed": pace.evaluation_packed,
             },
             "seconds": {name: round(value, 1) for name, value in self.seconds.items()},
             "device_hours": self.device_hours,
@@ -74,10 +78,11 @@ class Plan:
         }  # fmt: skip
 
     def metrics(self) -> dict[str, float]:
-        """The estimate as metrics of the search's MLflow run, beside those of the outcome."""
+        """Return the estimate as metrics for the search's MLflow run, beside the outcome's."""
         return {
             "plan_seconds": self.seconds["total"], "plan_device_hours": self.device_hours,
-            "plan_trained_steps": self.forecast.steps, "plan_worker_bytes": float(self.measured.usual),
+            "plan_trained_steps": self.forecast.steps,
+            "plan_worker_bytes": float(self.measured.usual),
             "plan_worker_bytes_most": float(self.measured.peak),
         }  # fmt: skip
 
@@ -89,10 +94,11 @@ def make_plan(
     before_s: float,
     storage: Path | None,
 ) -> Plan:
-    """Measure the job and estimate. JobFailed when it can't be measured.
+    """Measure the job and estimate the search. Raises JobFailed when the job can't be measured.
 
-    ``before_s`` is what came before, from the program's start to a Ray that is up. The search's start is rehearsed in
-    that Ray, which may write to ``storage``; without one it is not.
+    ``before_s`` are the seconds from the program's start until Ray was up. The search's start is
+    rehearsed in that Ray, with ``storage`` as its folder; without ``storage`` there is no
+    rehearsal.
     """
     rehearsal = None if storage is None else rehearse(prepared, placement, storage)
     return estimate(
@@ -108,11 +114,14 @@ def estimate(
     before_s: float = 0.0,
     rehearsal: Rehearsal | None = None,
 ) -> Plan:
-    """The plan that follows from what was measured; the workers are spread evenly over so many ``nodes``."""
+    """Compute the plan from the measurements.
+
+    ``nodes`` is the number of nodes, over which the workers are assumed to be spread evenly.
+    """
     rehearsal = rehearsal or Rehearsal(WORKERS_S + measured.load_s, REPORT_S)
     measured = in_worker(measured, rehearsal.held)
     job, trials = prepared.job, prepared.total
-    # What trains nothing is evaluated once.
+    # Written prompts train nothing and are evaluated once.
     train = (
         job.train.model_copy(update={"steps": 1, "evaluate_every": 1})
         if prepared.task.designs
@@ -131,15 +140,17 @@ def estimate(
     held = sum(seconds[part] for part in ("baselines", "search", "test"))
     return Plan(
         placement, trials, trials * train.steps, found, measured, seconds,
-        device_hours(placement, held), _warnings(job, placement, measured, -(-placement.processes // nodes)),
+        device_hours(placement, held),
+        _warnings(job, placement, measured, -(-placement.processes // nodes)),
         prepared.warnings,
     )  # fmt: skip
 
 
 def in_worker(measured: Measured, held: int) -> Measured:
-    """What was measured by itself, with what a worker holds besides (Ray, and what came with it).
+    """Add to the measured memory what a worker holds besides, such as Ray and its imports.
 
-    ``held``: bytes of a worker that ran the trials cut short; 0 for not known.
+    ``held`` is the memory in bytes of a worker that ran the trials of the rehearsal, or 0 if it is
+    unknown.
     """
     besides = max(0, held - measured.short) if held else 0
     return replace(
@@ -151,13 +162,14 @@ def in_worker(measured: Measured, held: int) -> Measured:
 
 
 def device_hours(placement: Placement, seconds: float) -> float:
-    """Hours of all accelerators, or of all workers where there are none."""
+    """Return the hours of all accelerators together, or of all workers if there are none."""
     return placement.processes * (placement.gpus or 1.0) * seconds / 3600
 
 
 def _seconds(
     prepared: Prepared, measured: Measured, found: Forecast, startup: float
 ) -> dict[str, float]:
+    """Estimate the seconds of each part of the search, and their total."""
     splits, registry = prepared.task.splits, prepared.job.registry
     rows = sum(_rows(splits, name) for name in EVALUATED) * _baselines(prepared)
     tuned = measured.pace.evaluation_alone * _rows(splits, "test") / _rows(splits, "validation")
@@ -173,7 +185,10 @@ def _seconds(
 
 
 def _baselines(prepared: Prepared) -> float:
-    """Baselines as multiples of the one without a prompt: what stands in front of the rows costs what it is long."""
+    """Return the cost of all baselines as a multiple of the baseline without a prompt.
+
+    The cost grows with the number of tokens, including the text in front of the rows.
+    """
     bare = sum(sum(prepared.task.splits[name].lengths) for name in EVALUATED)
     return (
         1
@@ -193,12 +208,16 @@ def _rows(splits: dict[str, Encoded], name: str) -> int:
 def _warnings(
     job: JobSpec, placement: Placement, measured: Measured, together: int
 ) -> tuple[str, ...]:
-    """What can't fit, or makes the estimate worth little; ``together`` workers share a machine."""
+    """Write the warnings about what won't fit and what makes the estimate unreliable.
+
+    ``together`` workers share a machine.
+    """
     found = [f"the largest step and evaluation: {cut}" for cut in measured.cuts]
     on_cpu = measured.device == "cpu"
     if placement.gpus and on_cpu:
         found.append(
-            "measured on a CPU, while workers get accelerators: times and memory say little about them"
+            "measured on a CPU, while workers get accelerators: "
+            "times and memory say little about them"
         )
     elif (need := measured.peak * (together if on_cpu else 1)) > FULL * measured.room:
         what = (
@@ -207,7 +226,8 @@ def _warnings(
             else "a worker needs"
         )
         found.append(
-            f"{what} {need / 1e9:.1f} GB of {measured.room / 1e9:.1f} GB: lower resources.trials_per_worker or "
+            f"{what} {need / 1e9:.1f} GB of {measured.room / 1e9:.1f} GB: "
+            "lower resources.trials_per_worker or "
             "train.batch_size, or set train.micro_batch_size"
         )
     if placement.workers_per_group > 1:
@@ -217,11 +237,12 @@ def _warnings(
             else "gradients"
         )
         found.append(
-            f"one worker's share of a group of {placement.workers_per_group} was measured by itself: the time in which "
-            f"they exchange {sent} comes on top"
+            f"one worker's share of a group of {placement.workers_per_group} "
+            f"was measured by itself: the time in which they exchange {sent} comes on top"
         )
     if job.train.patience is not None or job.search.stop.metric is not None:
         found.append(
-            "train.patience and search.stop.metric are not counted on: they may end the search earlier"
+            "train.patience and search.stop.metric are not counted on: "
+            "they may end the search earlier"
         )
     return tuple(found)

@@ -1,6 +1,8 @@
-"""A search's start, rehearsed: what Ray, the workers and Tune take on this machine as it is now, and a report's way.
+"""A rehearsal of a search's start, which measures the overhead of Ray, Train and Tune.
 
-It is a search of two steps a trial on next to no rows, with the job's own model, workers and slots.
+It shows how long they take to start on this machine in its current state, and how long a report
+takes from the worker to Tune and back. The rehearsal is a search of two steps per trial on one row
+of each split, with the job's own model, workers and slots.
 """
 
 from __future__ import annotations
@@ -20,14 +22,20 @@ from orchestrator.search.workers.running import running
 from orchestrator.tuning.reports import Report
 from orchestrator.utils.interrupts import whole
 
-REPORT_S = 0.03  # a report's way to Tune and back on an idle machine; where a worker has one slot it can't be seen
+REPORT_S = 0.03
+"""Seconds of a report's way to Tune and back on an idle machine.
+
+This figure is used if no rehearsal measures it, as with workers of a single slot.
+"""
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """``start_s``: from a Ray that is up to the end of the first round, with workers, models and Tune's trials there.
+    """The measurements of a rehearsal.
 
-    ``report_s``: a report's way from the worker to Tune and back. ``held``: the most bytes that a worker held.
+    ``start_s`` are the seconds from when Ray is up to the end of the first round, by which workers,
+    models and Tune's trials are all there. ``report_s`` are the seconds of a report's way from the
+    worker to Tune and back. ``held`` is the most memory that a worker held, in bytes.
     """
 
     start_s: float
@@ -36,11 +44,11 @@ class Rehearsal:
 
 
 class Moments:
-    """A study's listener: when each round's reports came, and what the worker held by then."""
+    """A study's listener that records when reports come, and the most memory that a worker held."""
 
     def __init__(self) -> None:
         self.times: list[tuple[float, bool]] = []
-        """Of each report, and whether another one of the same round follows."""
+        """The time of each report, and whether another report of the same round follows."""
         self.held = 0
 
     def trial_started(self, trial: str, spec: TrialSpec) -> None: ...
@@ -52,18 +60,24 @@ class Moments:
     def trial_ended(self, trial: str, status: str, note: str) -> None: ...
 
     def first_round(self) -> float:
-        """When the first report came."""
+        """Return the time of the first report."""
         return self.times[0][0]
 
     def report_s(self) -> float:
-        """Seconds between two reports of a round: nothing is trained between them."""
+        """Return the median seconds between two reports of a round.
+
+        Nothing is trained between such reports. Without any, the usual figure is returned.
+        """
         pairs = zip(self.times, self.times[1:], strict=False)
         found = [second - first for (first, more), (second, _) in pairs if more]
         return statistics.median(found) if found else REPORT_S
 
 
 def rehearse(prepared: Prepared, placement: Placement, storage: Path) -> Rehearsal:
-    """In the Ray that is up. Raises what the search itself would."""
+    """Rehearse the search's start in the Ray that is up.
+
+    Raises the errors that the search itself would raise.
+    """
     moments = Moments()
     started = time.monotonic()
     with (

@@ -1,4 +1,7 @@
-"""A search as pictures and as one HTML page, from what its folder keeps. Importing it is cheap; drawing is not."""
+"""The report of a search as figures and as one HTML page, made from the search's folder.
+
+Importing this package is cheap; drawing is not.
+"""
 
 from orchestrator.search.report.comparison import comparison, comparison_page, comparison_rows
 from orchestrator.search.report.facts import SearchFacts, read_facts

@@ -1,4 +1,4 @@
-"""Several searches side by side: accuracy against what is trained, stored, waited for and held in memory."""
+"""A comparison of several searches: metrics against parameters, storage, time and memory."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ BARE = {
     "instruction": "written instruction",
 }
 HEADING = (
-    "method", "search", "trials", "validation", "test", "seeds", "trained parameters", "stored bytes", "training s",
-    "evaluation s", "peak MB",
+    "method", "search", "trials", "validation", "test", "seeds", "trained parameters",
+    "stored bytes", "training s", "evaluation s", "peak MB",
 )  # fmt: skip
 NOT_THE_SAME = "not the same {}: {}; the lines can't be compared as they stand"
 
 
 def comparison(facts: Sequence[SearchFacts]) -> dict[str, Any]:
-    """The best trial of each search, and the searches' common baselines, as ``report --json`` prints them.
+    """Collect the best trial of each search and the common baselines, as ``report --json`` prints.
 
-    ``warnings`` names what differs that has to be equal for a comparison.
+    ``warnings`` names the differences that make the searches incomparable: data, base model,
+    metric.
     """
     found = [_entry(one) for one in facts]
     return {"searches": found, "baselines": _bare(facts), "warnings": _warnings(facts)}
@@ -49,13 +50,17 @@ def _entry(facts: SearchFacts) -> dict[str, Any]:
 
 
 def _bare(facts: Sequence[SearchFacts]) -> dict[str, Any]:
-    """The baselines that every search measures anyway, where they are the same for all."""
+    """Return the baselines of the first search if data, base model and metric are the same for all.
+
+    The written instruction is left out, since it depends on a search's own init texts.
+    """
     if _warnings(facts) or not facts:
         return {}
     return {name: found for name, found in facts[0].baselines.items() if name != "instruction"}
 
 
 def _warnings(facts: Sequence[SearchFacts]) -> list[str]:
+    """Name each of data, base model and metric that differs between the searches."""
     parts = {
         "data": [one.data_fingerprint[:12] for one in facts],
         "base model": [one.job.base_model.id for one in facts],
@@ -69,14 +74,15 @@ def _warnings(facts: Sequence[SearchFacts]) -> list[str]:
 
 
 def comparison_rows(document: Mapping[str, Any]) -> list[list[str]]:
-    """A line for each search, the best on validation first, under the lines that learn nothing."""
+    """Return a table row for each search, the best by validation first, below the baselines."""
     entries, metric = document["searches"], document["searches"][0]["metric"]
     sign = 1.0 if metric == "loss" else -1.0
     ordered = sorted(
         entries, key=lambda it: sign * it["metrics"].get("validation", {}).get(metric, -sign * 1e9)
     )
     bare = [
-        [BARE[name], "", "", *(_number(found.get(split, {}).get(metric)) for split in ("validation", "test")),
+        [BARE[name], "", "",
+         *(_number(found.get(split, {}).get(metric)) for split in ("validation", "test")),
          "", "0", "", "", "", ""]
         for name, found in document["baselines"].items()
     ]  # fmt: skip
@@ -104,11 +110,12 @@ def _row(entry: Mapping[str, Any]) -> list[str]:
 
 
 def comparison_page(document: Mapping[str, Any]) -> str:
-    """The comparison as one HTML page; whatever comes from a job is shown, never rendered."""
+    """Write the comparison as one HTML page, in which all text of jobs is escaped."""
     metric = document["searches"][0]["metric"]
     body = [
         "<h1>Methods compared</h1>",
-        f"<p>The best trial of each search by validation {escape(metric)}. Seconds of training and of one evaluation "
+        f"<p>The best trial of each search by validation {escape(metric)}. "
+        "Seconds of training and of one evaluation "
         "of the validation rows; the peak is what the worker held, frozen model included.</p>",
         *(f"<p>{escape(text)}</p>" for text in document["warnings"]),
         table_of(HEADING, comparison_rows(document)),

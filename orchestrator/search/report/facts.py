@@ -1,4 +1,4 @@
-"""What a report is about: the job, every trial's reports, the baselines, and the result once there is one."""
+"""The contents of a report: the job, all trials' reports, the baselines, and the result, if any."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from orchestrator.tuning.reports import Costs
 
 @dataclass
 class TrialFacts:
-    """A trial: its configuration, the validation metrics at each evaluated step, how it ended."""
+    """A trial: its configuration, validation metrics at each evaluated step, status and costs."""
 
     id: str
     spec: TrialSpec
@@ -30,7 +30,7 @@ class TrialFacts:
 
     @property
     def init(self) -> str:
-        """Which init, or which wording or demonstrations of a written prompt, as short as it can be told apart."""
+        """A short label of the init, or of a written prompt's wording or demonstrations."""
         text = self.spec.init_text or self.spec.init_artifact or self.spec.template
         if text is None:
             return self.spec.init or (self.spec.demonstrations if self.spec.shots else "") or ""
@@ -38,13 +38,17 @@ class TrialFacts:
         return f"\u201c{words if len(words) <= 18 else words[:17] + '…'}\u201d"
 
     def best_of(self, metric: str) -> float | None:
+        """Return the metric at the trial's best evaluation, or None if there is none."""
         value = self.best.get(metric)
         return None if value is None else float(value)
 
 
 @dataclass(frozen=True)
 class SearchFacts:
-    """One search as its folder has it; ``result`` is the document of ``run --json``, None while there is none."""
+    """A search as its folder keeps it.
+
+    ``result`` is the document of ``run --json``, or None if the search has not finished.
+    """
 
     id: str
     job: JobSpec
@@ -54,7 +58,7 @@ class SearchFacts:
     result: Mapping[str, Any] | None
     data_fingerprint: str = ""
     warnings: tuple[str, ...] = ()
-    """What makes the result less trustworthy."""
+    """Sentences on what makes the result less trustworthy."""
 
     @property
     def metric(self) -> str:
@@ -62,7 +66,7 @@ class SearchFacts:
 
     @property
     def size_name(self) -> str:
-        """What ``TrialSpec.size`` counts with the job's method."""
+        """Name of the quantity that ``TrialSpec.size`` counts with the job's method."""
         return {
             "lora": "rank",
             "qlora": "rank",
@@ -88,6 +92,7 @@ class SearchFacts:
 
     @property
     def winner(self) -> TrialFacts | None:
+        """The best trial of the result, or the best so far; None if none has been evaluated."""
         named = (self.result or {}).get("best", {}).get("trial")
         return next(
             (it for it in self.scored if it.id == named), self.scored[0] if self.scored else None
@@ -95,7 +100,10 @@ class SearchFacts:
 
 
 def read_facts(folder: SearchFolder) -> SearchFacts:
-    """The facts of a search, finished or not. BadInput for a folder that holds none."""
+    """Read the facts of a search, finished or not, from its folder.
+
+    Raises BadInput for a folder without a search.
+    """
     saved, job = load_saved(folder)
     trials: dict[str, TrialFacts] = {}
     baselines: Mapping[str, Any] = {}

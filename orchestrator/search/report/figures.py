@@ -1,6 +1,7 @@
-"""The pictures of a search, as SVG; matplotlib is imported by the first one.
+"""The figures of a search, drawn as SVG; matplotlib is imported with the first figure.
 
-Each function draws one picture, or gives None where there is nothing to see: a single value has no comparison.
+Each function in FIGURES draws one figure, or returns None if there is nothing to show, such as a
+single value in a comparison.
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
+# The colours of Okabe and Ito, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#7F7F7F", "#B8A000")
 MARKERS = "osD^vP*X"
-WIDTH, HEIGHT = 4.6, 3.2  # inches: a narrow screen shows one at about its own size
-MOST_LABELS = 20
+WIDTH, HEIGHT = 4.6, 3.2  # inches: about the actual size on a narrow screen
+MOST_LABELS = 20  # a confusion matrix of more labels would not be legible
 STATUS = {"finished": "#0072B2", "stopped": "#9A9A9A", "failed": "#D55E00"}
 STYLE: Any = {
     "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "axes.spines.top": False,
     "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": "#E4E4E4",
-    "grid.linewidth": 0.6, "legend.fontsize": 8, "legend.frameon": False, "figure.constrained_layout.use": True,
+    "grid.linewidth": 0.6, "legend.fontsize": 8, "legend.frameon": False,
+    "figure.constrained_layout.use": True,
 }  # fmt: skip
 
 
@@ -39,7 +41,7 @@ def _figure(height: float = HEIGHT) -> tuple[Figure, Axes]:
 
 
 def curves(facts: SearchFacts) -> Figure | None:
-    """The validation metric over steps, every trial a line, the winner thick, baselines dashed."""
+    """Draw the validation metric over steps: trials thin, the winner thick, baselines dashed."""
     if not any(trial.points for trial in facts.trials):
         return None
     figure, axes = _figure()
@@ -85,6 +87,7 @@ def curves(facts: SearchFacts) -> Figure | None:
 
 
 def _against_rate(facts: SearchFacts, key: Callable[[TrialFacts], str], what: str) -> Figure | None:
+    """Draw the best metric over the learning rate, with a colour for each group of trials."""
     groups = {key(trial) for trial in facts.scored}
     if len({trial.spec.learning_rate for trial in facts.scored}) < 2 or groups == {""}:
         return None
@@ -93,7 +96,8 @@ def _against_rate(facts: SearchFacts, key: Callable[[TrialFacts], str], what: st
         axes.scatter(
             [trial.spec.learning_rate for trial in trials],
             [trial.best[facts.metric] for trial in trials],
-            color=COLOURS[place % len(COLOURS)], marker=MARKERS[place % len(MARKERS)], s=22, label=label, alpha=0.85,
+            color=COLOURS[place % len(COLOURS)], marker=MARKERS[place % len(MARKERS)], s=22,
+            label=label, alpha=0.85,
         )  # fmt: skip
     axes.set_xscale("log")
     axes.set_xlabel("learning rate")
@@ -103,14 +107,17 @@ def _against_rate(facts: SearchFacts, key: Callable[[TrialFacts], str], what: st
 
 
 def rate_by_init(facts: SearchFacts) -> Figure | None:
+    """Draw the best metric over the learning rate, by init."""
     return _against_rate(facts, lambda trial: trial.init, "init")
 
 
 def rate_by_length(facts: SearchFacts) -> Figure | None:
+    """Draw the best metric over the learning rate, by the size of the trial."""
     return _against_rate(facts, lambda trial: f"{trial.spec.size:>4} {facts.size_name}", "length")
 
 
 def _ablation(facts: SearchFacts, key: Callable[[TrialFacts], str], what: str) -> Figure | None:
+    """Draw the best metrics of each group of trials, with their mean and standard deviation."""
     groups = _grouped(facts.scored, key)
     if len(groups) < 2:
         return None
@@ -144,23 +151,26 @@ def _ablation(facts: SearchFacts, key: Callable[[TrialFacts], str], what: str) -
     )
     axes.set_ylim(-0.6, len(groups) - 0.2)
     axes.set_xlabel(
-        f"best validation {facts.metric}\nmean and standard deviation; a dot a trial, a colour a seed"
+        f"best validation {facts.metric}\n"
+        "mean and standard deviation; a dot a trial, a colour a seed"
     )
     axes.set_ylabel(what)
     return figure
 
 
 def init_ablation(facts: SearchFacts) -> Figure | None:
+    """Draw the best metrics by init."""
     return _ablation(facts, lambda trial: trial.init, "init")
 
 
 def length_ablation(facts: SearchFacts) -> Figure | None:
+    """Draw the best metrics by the size of the trial."""
     what = "virtual tokens" if facts.size_name == "tokens" else facts.size_name
     return _ablation(facts, lambda trial: f"{trial.spec.size:>6}", what)
 
 
 def parallel(facts: SearchFacts) -> Figure | None:
-    """Every trial a line through its configuration to its metric; the brighter, the better."""
+    """Draw each trial as a line through its configuration to its metric; brighter is better."""
     if len(facts.scored) < 2:
         return None
     columns: list[tuple[str, list[float], list[tuple[float, str]]]] = [
@@ -199,8 +209,10 @@ def parallel(facts: SearchFacts) -> Figure | None:
     for x, (_, _, ticks) in enumerate(columns):
         axes.axvline(x, color="#999999", linewidth=0.8)
         for height, label in ticks:
-            axes.annotate(label.strip(), (x, height), xytext=(2, 2), textcoords="offset points", fontsize=7,
-                          bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.5})  # fmt: skip
+            axes.annotate(
+                label.strip(), (x, height), xytext=(2, 2), textcoords="offset points", fontsize=7,
+                bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.5},
+            )  # fmt: skip
     axes.set_xticks(range(len(columns)), [name for name, _, _ in columns])
     axes.set_yticks([])
     axes.set_xlim(-0.1, len(columns) - 0.55)
@@ -209,7 +221,7 @@ def parallel(facts: SearchFacts) -> Figure | None:
 
 
 def _log_rates(facts: SearchFacts) -> list[float]:
-    """None where nothing is trained."""
+    """Return the decimal logarithms of the learning rates; none if trials train nothing."""
     rates = [trial.spec.learning_rate for trial in facts.scored]
     return [math.log10(rate) for rate in rates] if all(rates) else []
 
@@ -217,6 +229,7 @@ def _log_rates(facts: SearchFacts) -> list[float]:
 def _named_axis(
     name: str, labels: Sequence[str]
 ) -> tuple[str, list[float], list[tuple[float, str]]]:
+    """Place labels on an axis: its name, the trials' heights in [0, 1], and the ticks."""
     names = sorted(set(labels))
     height = {label: (place + 0.5) / len(names) for place, label in enumerate(names)}
     return name, [height[label] for label in labels], [(height[label], label) for label in names]
@@ -225,6 +238,7 @@ def _named_axis(
 def _scaled_axis(
     name: str, values: Sequence[float], text: Callable[[float], str]
 ) -> tuple[str, list[float], list[tuple[float, str]]]:
+    """Place numbers on a linear axis: its name, the trials' heights in [0, 1], and the ticks."""
     low, high = min(values), max(values)
     if low == high:
         return name, [0.5] * len(values), [(0.5, text(low))]
@@ -233,7 +247,7 @@ def _scaled_axis(
 
 
 def confusion(facts: SearchFacts) -> Figure | None:
-    """True labels against what the winner said, on the test rows."""
+    """Draw the confusion matrix of the winner on the test rows."""
     matrix = (facts.result or {}).get("best", {}).get("confusion")
     if not matrix or len(matrix["labels"]) > MOST_LABELS:
         return None
@@ -262,7 +276,10 @@ def confusion(facts: SearchFacts) -> Figure | None:
 
 
 def cost(facts: SearchFacts) -> Figure | None:
-    """Where the seconds went, with the plan beside it where there was one; and how far trials came."""
+    """Draw the seconds of each part of the search, and how many steps the trials took.
+
+    The planned seconds are shown beside the total if there was a plan.
+    """
     seconds = {name: value for name, value in (facts.result or {}).get("seconds", {}).items()
                if name not in ("total", "startup", "training") and value > 0}  # fmt: skip
     if not seconds:
@@ -298,6 +315,7 @@ def cost(facts: SearchFacts) -> Figure | None:
 def _grouped(
     trials: Sequence[TrialFacts], key: Callable[[TrialFacts], str]
 ) -> dict[str, list[TrialFacts]]:
+    """Group the trials by key, in the order of the keys."""
     groups: dict[str, list[TrialFacts]] = {}
     for trial in sorted(trials, key=key):
         groups.setdefault(key(trial), []).append(trial)
@@ -317,7 +335,7 @@ FIGURES: Mapping[str, tuple[str, Callable[[SearchFacts], Figure | None]]] = {
 
 
 def draw(facts: SearchFacts) -> dict[str, bytes]:
-    """Every picture that there is something to see on, as SVG, by name."""
+    """Draw every figure that has something to show, as SVG by name."""
     import matplotlib
 
     found: dict[str, bytes] = {}

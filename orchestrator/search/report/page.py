@@ -1,4 +1,4 @@
-"""The page: tables and pictures in one HTML file that asks no other file and no network for anything."""
+"""The report's page: tables and figures in one HTML file that needs no other file or network."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ NAMES = {
 }
 STYLE = """
 :root{color-scheme:light}
-body{font:15px/1.5 system-ui,sans-serif;color:#222;background:#fff;margin:0 auto;padding:1rem;max-width:76rem}
+body{font:15px/1.5 system-ui,sans-serif;color:#222;background:#fff;margin:0 auto;padding:1rem;\
+max-width:76rem}
 h1{font-size:1.4rem;margin:.2rem 0;overflow-wrap:anywhere}h2{font-size:1.1rem;margin:1.6rem 0 .4rem}
 p{margin:.3rem 0;overflow-wrap:anywhere}
 .scroll{overflow-x:auto}
@@ -39,7 +40,7 @@ pre{background:#f6f6f6;padding:.6rem;overflow-x:auto;font-size:.85rem}
 
 
 def page(facts: SearchFacts, figures: Mapping[str, bytes]) -> str:
-    """The whole page; whatever comes from a job or from data is shown, never rendered."""
+    """Write the whole page, in which all text of the job and its data is escaped."""
     body = [
         f"<h1>Search {escape(facts.id)}</h1>",
         f"<p>{escape(_sentence(facts))}</p>",
@@ -55,13 +56,14 @@ def page(facts: SearchFacts, figures: Mapping[str, bytes]) -> str:
         _trials(facts),
         "<h2>Job</h2>",
         f"<pre>{escape(_job(facts))}</pre>",
-        f"<p>MLflow run {escape(facts.run_id)}. Made by prompt-orchestrator {escape(__version__)}.</p>",
+        f"<p>MLflow run {escape(facts.run_id)}. "
+        f"Made by prompt-orchestrator {escape(__version__)}.</p>",
     ]
     return document_of(facts.id, body)
 
 
 def document_of(title: str, body: Sequence[str]) -> str:
-    """A whole HTML document around parts that are HTML already."""
+    """Make an HTML document of parts that are HTML already."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -84,7 +86,8 @@ def _sentence(facts: SearchFacts) -> str:
     state = f"took {result['seconds']['total']:.0f} s" if result else "is not finished"
     return (
         f"{job.method} of {job.base_model.id} ({job.base_model.revision}). {trials}: {counts}. "
-        f"Searcher {job.search.searcher}, scheduler {job.search.scheduler}, ranked by validation {facts.metric}. "
+        f"Searcher {job.search.searcher}, scheduler {job.search.scheduler}, "
+        f"ranked by validation {facts.metric}. "
         f"The search {state}."
     )
 
@@ -109,8 +112,10 @@ def _results(facts: SearchFacts) -> list[list[Any]]:
         lines[facts.job.result_name] = facts.result["best"]["metrics"]
     elif facts.winner:
         lines["best so far"] = {"validation": facts.winner.best}
-    return [[name, *(_number(found.get(split, {}).get(metric)) for split, metric in _columns(facts))]
-            for name, found in lines.items()]  # fmt: skip
+    return [
+        [name, *(_number(found.get(split, {}).get(metric)) for split, metric in _columns(facts))]
+        for name, found in lines.items()
+    ]
 
 
 def _model(facts: SearchFacts) -> list[str]:
@@ -120,13 +125,14 @@ def _model(facts: SearchFacts) -> list[str]:
     if facts.result and (model := facts.result.get("model")):
         alias = f", alias {model['alias']}" if model.get("alias") else ""
         lines.append(
-            f"<p>Registered as {escape(model['name'])} version {model['version']}{escape(alias)}.</p>"
+            f"<p>Registered as {escape(model['name'])} "
+            f"version {model['version']}{escape(alias)}.</p>"
         )
     return lines
 
 
 def _warnings(facts: SearchFacts) -> list[str]:
-    """Return the section of warnings; nothing where there are none."""
+    """Return the section of warnings, or nothing if there are none."""
     if not facts.warnings:
         return []
     items = "".join(f"<li>{escape(warning)}</li>" for warning in facts.warnings)
@@ -136,16 +142,21 @@ def _warnings(facts: SearchFacts) -> list[str]:
 def _figure(name: str, svg: bytes) -> str:
     title = escape(FIGURES[name][0])
     data = base64.b64encode(svg).decode()
-    return f'<figure><figcaption>{title}</figcaption><img alt="{title}" src="data:image/svg+xml;base64,{data}"></figure>'
+    return (
+        f"<figure><figcaption>{title}</figcaption>"
+        f'<img alt="{title}" src="data:image/svg+xml;base64,{data}"></figure>'
+    )
 
 
 def _trials(facts: SearchFacts) -> str:
     ordered = [*facts.scored, *(trial for trial in facts.trials if trial not in facts.scored)]
     rows = [
         [
-            trial.id, trial.status, trial.init, trial.spec.size or "", f"{trial.spec.learning_rate:.3g}",
-            trial.spec.seed, trial.points[-1][0] if trial.points else 0, _number(trial.best_of(facts.metric)),
-            _number(trial.best_of("loss")), f"{trial.costs.parameters:,}", f"{trial.costs.seconds:.1f}",
+            trial.id, trial.status, trial.init, trial.spec.size or "",
+            f"{trial.spec.learning_rate:.3g}", trial.spec.seed,
+            trial.points[-1][0] if trial.points else 0, _number(trial.best_of(facts.metric)),
+            _number(trial.best_of("loss")), f"{trial.costs.parameters:,}",
+            f"{trial.costs.seconds:.1f}",
         ]
         for trial in ordered[:MOST_TRIALS]
     ]  # fmt: skip
@@ -171,12 +182,16 @@ def _trials(facts: SearchFacts) -> str:
 
 
 def table_of(heading: Sequence[str], rows: Sequence[Sequence[Any]], best: bool = False) -> str:
+    """Write an HTML table; ``best`` highlights its first row."""
     head = "".join(f"<th>{escape(text)}</th>" for text in heading)
     lines = [
         f"<tr{' class=best' if best and not number else ''}>" + "".join(map(_cell, row)) + "</tr>"
         for number, row in enumerate(rows)
     ]
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    return (
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )
 
 
 def _cell(value: Any) -> str:

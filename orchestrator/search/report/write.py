@@ -1,4 +1,4 @@
-"""Writing a search's report: the page into the search's folder, page and pictures into its MLflow run."""
+"""Output of a search's report to the search's folder and its MLflow run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PAGE = "report.html"
 
 
 def write_report(facts: SearchFacts, file: Path, registry: Registry | None) -> None:
-    """Write the page, and log it and the pictures to the search's run where a registry is given."""
+    """Write the page to ``file``; with a ``registry``, log page and figures to the search's run."""
     from orchestrator.search.report.figures import draw
     from orchestrator.search.report.page import page
 

@@ -1,1 +1,1 @@
-"""Ray Train: the workers that train trials."""
+"""The Ray Train workers that train the trials, and the broker that seats the trials on them."""

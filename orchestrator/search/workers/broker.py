@@ -1,17 +1,20 @@
-"""The broker: hands trials to worker slots, carries reports back, and keeps every trial's newest checkpoint.
+"""The broker, which connects Ray Tune's trials with the slots of Ray Train's workers.
 
-One asyncio object (an actor in a cluster, a plain object in tests). Three kinds of callers:
+It hands trials to worker slots, carries reports back, and keeps every trial's newest checkpoint. It
+is one asyncio object: an actor in a cluster, a plain object in tests. It has three kinds of
+callers:
 
 * trials (Ray Tune trainables) ``submit`` themselves and then wait in ``next_report``;
 * workers (Ray Train) ``join`` and then loop in ``next_orders``, bringing their reports along;
-* the driver passes on what Tune ``decide``d of each report, asks for an ``evaluation``, and says ``finish``.
+* the driver passes on Tune's decision on each report to ``decide``, asks for an ``evaluation``, and
+  calls ``finish``.
 
-A search repeats exactly on one worker because the broker lets nothing race: after a round it hands out the reports one
-by one, in the order of the trials, waits each time for Tune's decision, then waits for the trials that Tune starts in
-the freed slots. Only then the next round begins. Where trials are proposed from the results of others (``in_turn``), it
-waits for each trial that takes the place of an ended one before it hands out the next report. The waits are
-milliseconds and have a limit, so that a trial that never comes costs time once, and the repeatability, but never the
-search.
+A search on one worker repeats exactly, because the broker lets nothing race. After a round it hands
+out the reports one by one, in the order of the trials, and waits for Tune's decision on each. Then
+it waits for the trials that Tune starts in the freed slots. Only then does the next round begin. If
+trials are proposed from the results of others (``in_turn``), the broker also waits for each trial
+that replaces an ended one before it hands out the next report. These waits take milliseconds and
+have a limit: a trial that never comes costs time once, and the repeatability, but never the search.
 """
 
 from __future__ import annotations
@@ -29,12 +32,12 @@ from orchestrator.search.study.population import Copy, Population
 from orchestrator.tuning.reports import Begun, Copied, EvaluationJob, Report
 
 PATIENCE_S = 60.0  # the longest wait for a decision or for a trial to start
-IMPATIENCE_S = 0.5  # the same, once a wait has run out
+IMPATIENCE_S = 0.5  # the longest such wait after one has run out
 
 
 @dataclass(frozen=True)
 class Seat:
-    """A trial for a worker's slot, from its newest checkpoint if it has one."""
+    """A trial for a worker's slot, with its newest checkpoint if it has one."""
 
     trial: str
     spec: TrialSpec
@@ -43,7 +46,7 @@ class Seat:
 
 @dataclass(frozen=True)
 class Orders:
-    """What a worker does next: free and fill slots, evaluate, train a round; or stop."""
+    """The next work of a worker: free and fill slots, then evaluate or train a round; or stop."""
 
     free: tuple[str, ...] = ()
     seat: tuple[Seat, ...] = ()
@@ -53,13 +56,14 @@ class Orders:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a worker is: the node's id, Ray's placement group, and the kind of device that it trains on."""
+    """The location of a worker: node id, Ray placement group, and type of device it trains on."""
 
     node: str
     placement_group: Any
     device: str = "cpu"
 
     def shown(self) -> dict[str, str]:
+        """Return the node and device, as reports and ``run --json`` show them."""
         return {"node": self.node, "device": self.device}
 
 
@@ -71,21 +75,25 @@ class Entry:
     spec: TrialSpec
     worker: str | None = None
     checkpoint: bytes | None = None
-    copied: Copied | None = None  # since the last report
+    copied: Copied | None = None  # the copy made since the last report, if any
     own_score: float | None = None
     has_copied: bool = False
     reports: asyncio.Queue[Report] = field(default_factory=asyncio.Queue)
-    submitted: int = 1  # how often; only the trainable that came last gets reports
+    submitted: int = 1  # number of submissions; only the latest trainable gets reports
     released: bool = False
-    undecided: Report | None = None  # is with Tune, which has not yet said whether to go on
+    undecided: Report | None = None  # the report that Tune has not decided on yet
     slot: int = 0
     news: asyncio.Event = field(default_factory=asyncio.Event)
-    """For whoever waits in ``next_report``; a waiter clears it, and looks for what came."""
+    """Wakes the caller that waits in ``next_report``, which clears it and checks what changed."""
 
 
 @dataclass
 class Worker:
-    """A worker's slots: who sits, who sits but is not yet known to the worker, who has to leave."""
+    """The slots of a worker, and the trials in them.
+
+    ``seated`` trials hold a slot. ``fresh`` trials are the seated trials that the worker has not
+    been given yet. ``leaving`` trials have lost their slot, and the worker has not been told yet.
+    """
 
     capacity: int
     seated: list[str] = field(default_factory=list)
@@ -94,8 +102,12 @@ class Worker:
 
 
 class Broker:
-    """See the module's text. ``total`` is the number of trials that the search will have; with a ``population``, trials
-    copy each other."""
+    """The broker of a search; the module's docstring describes its protocol.
+
+    ``total`` is the number of trials that the search will have. With a ``population``, trials copy
+    each other. ``in_turn`` seats each replacement of an ended trial before the next report is
+    handed out.
+    """
 
     def __init__(
         self, total: int, in_turn: bool = False, population: Population | None = None
@@ -113,19 +125,19 @@ class Broker:
         self.results: dict[int, dict[str, float]] = {}
         self.finished = False
         self.failure: OrchestratorError | None = None
-        self.base_model: Any = None  # what the first worker found its backbone to be
+        self.base_model: Any = None  # description of the backbone that a worker loaded
         self.patience = PATIENCE_S
-        self.starting = False  # whether some worker's process is there
+        self.starting = False  # true once any worker's process runs
         self._numbers = itertools.count()
         self._changed = asyncio.Condition()
 
     # Trials
 
     async def submit(self, trial: str, number: int, config: dict[str, Any]) -> None:
-        """A trial that wants a slot.
+        """Register a trial that wants a slot.
 
-        Submitting again (a trainable that was lost with its node and started anew) changes nothing for the trial; the
-        report that Tune never answered is handed out once more.
+        A trainable that was lost with its node and started anew submits its trial again. That
+        changes nothing for the trial; a report that Tune never decided on is handed out once more.
         """
         if entry := self.trials.get(trial):
             entry.submitted += 1
@@ -146,10 +158,14 @@ class Broker:
         await self._notify()
 
     async def next_report(self, trial: str) -> Report | None:
-        """The trial's next evaluation, None when it was stopped. Raises JobFailed once the search can't go on."""
+        """Wait for the trial's next report; returns None if the trial was stopped.
+
+        A call of a trainable that was replaced returns None too. Raises the failure of the search,
+        or JobFailed, once the search can't go on.
+        """
         entry = self.trials[trial]
         asker = entry.submitted
-        # Not the condition that all share: thousands of trials would wake for every report of another.
+        # An event per trial: on a shared condition, each report would wake thousands of trials.
         while (
             entry.reports.empty()
             and not (entry.released or self._over)
@@ -166,7 +182,10 @@ class Broker:
         raise self._end()
 
     async def decide(self, trial: str, goes_on: bool) -> None:
-        """Tune has seen the newest report (or lost the trial): the trial goes on, or its slot is free at once."""
+        """Take Tune's decision on the newest report: continue the trial, or free its slot at once.
+
+        ``goes_on`` is false also for a trial that Tune has lost.
+        """
         if entry := self.trials.get(trial):
             entry.undecided = None
             entry.released = not goes_on
@@ -182,7 +201,7 @@ class Broker:
         await self._notify()
 
     async def end_trials(self) -> None:
-        """Tune has ended: who still sits leaves, and nobody is waited for any more."""
+        """Release every trial after Tune has ended, and wait for no further trials."""
         self.total = len(self.trials)
         for trial in self.trials:
             await self.decide(trial, False)
@@ -190,12 +209,12 @@ class Broker:
     # Workers
 
     async def start(self) -> None:
-        """A worker's process is there, and begins to load what it needs."""
+        """Note that a worker's process runs and begins to load what it needs."""
         self.starting = True
         await self._notify()
 
     async def started(self, patience: float) -> bool:
-        """Wait until a worker's process is there, but not for more than so many seconds; whether it is."""
+        """Wait up to ``patience`` seconds for a worker's process; returns whether there is one."""
         with suppress(TimeoutError):
             async with asyncio.timeout(patience), self._changed:
                 await self._changed.wait_for(lambda: self.starting or self._over)
@@ -204,7 +223,10 @@ class Broker:
     async def join(
         self, worker: str, capacity: int, info: Any = None, place: Place | None = None
     ) -> None:
-        """A worker with free slots. If it was here before, its trials wait again, from their checkpoints."""
+        """Register a worker with free slots.
+
+        If the worker has joined before, its trials wait for a slot again, from their checkpoints.
+        """
         self._vacate(worker)
         self.workers[worker] = Worker(capacity)
         self.lost.pop(worker, None)
@@ -214,9 +236,10 @@ class Broker:
         await self._notify()
 
     async def leave(self, worker: str, controller: Any = None) -> None:
-        """A worker was lost. Its trials wait for a slot anywhere, from their checkpoints; it may join again.
+        """Remove a lost worker, which may join again.
 
-        ``controller`` is whoever tries to start it again; ``lost_controllers`` tells.
+        Its trials wait for a slot on any worker, from their checkpoints. ``controller`` is the
+        actor that tries to start the worker again; ``lost_controllers`` returns it.
         """
         self._vacate(worker)
         self.workers.pop(worker, None)
@@ -224,14 +247,15 @@ class Broker:
         await self._notify()
 
     async def worker_places(self) -> dict[str, Place]:
-        """Where each worker is, or was last."""
+        """Return the current or last place of each worker."""
         return dict(self.places)
 
     async def lost_controllers(self) -> dict[str, Any]:
-        """Workers that left and have not come back, and who tries to start them again."""
+        """Return the controllers of the workers that left and have not come back, by worker."""
         return dict(self.lost)
 
     def _vacate(self, worker: str) -> None:
+        """Take a worker's trials out of their slots, and queue its evaluations again."""
         for entry in self.trials.values():
             if entry.worker == worker:
                 entry.worker = None
@@ -244,14 +268,14 @@ class Broker:
         reports: Sequence[Report] = (),
         evaluated: Sequence[tuple[int, dict[str, float]]] = (),
     ) -> Orders:
-        """Take the worker's reports and results; answer with its next orders once there is something to do."""
+        """Take the worker's reports and results, and return its next orders once there is work."""
         for number, metrics in evaluated:
             if self.taken.pop(number, None):
                 self.results[number] = metrics
         await self._notify()
         worker = self.workers.get(name)
         if worker is None:
-            return Orders(stop=True)  # it was taken for lost, and its trials sit elsewhere
+            return Orders(stop=True)  # declared lost: its trials have moved to other workers
         await self._take(name, worker, reports)
         while True:
             await self._trials_to_come(worker)
@@ -266,12 +290,14 @@ class Broker:
                 )
 
     def _gone(self, name: str, worker: Worker) -> bool:
-        """Who was lost or joined again has died in between: nobody hears the answer to its call, and seats would be
-        lost. So it is once the search is over."""
+        """Check for a stale call: the worker was lost or has rejoined, or the search is over.
+
+        Nobody receives the answer to a stale call, so trials that it seated would be lost.
+        """
         return self._over or self.workers.get(name) is not worker
 
     async def _take(self, name: str, worker: Worker, reports: Sequence[Report]) -> None:
-        """A round's reports, one after another, and what a population makes of them."""
+        """Deliver a round's reports one by one, then make the copies of the population."""
         reports = sorted(reports, key=lambda report: self.trials[report.trial].number)
         for place, report in enumerate(reports, start=1):
             if not self._gone(name, worker):
@@ -282,7 +308,7 @@ class Broker:
                 self._copy(copy, worker)
 
     def _orders(self, name: str, worker: Worker) -> Orders:
-        """An evaluation if one is asked for, since somebody waits for it; else a round."""
+        """Order an evaluation if one is queued, since a caller waits for it; otherwise a round."""
         free, worker.leaving = tuple(worker.leaving), []
         if self.jobs:
             number = min(self.jobs)
@@ -313,7 +339,11 @@ class Broker:
             await self._until(lambda: self._all_came(worker))
 
     def _kept(self, entry: Entry, report: Report) -> Report:
-        """Keep what the report says of its trial, and add what only the broker knows."""
+        """Update the trial from its report, and add to the report what only the broker knows.
+
+        The broker adds the worker, slot and place, the copy since the last report, and the own
+        score.
+        """
         entry.has_copied = entry.has_copied or entry.copied is not None
         if not entry.has_copied:
             entry.own_score = None if report.ending == "diverged" else report.score
@@ -326,23 +356,25 @@ class Broker:
         return report
 
     def _copy(self, copy: Copy, worker: Worker) -> None:
-        """Seat a trial anew, as another was: the worker hears that it leaves and that it comes."""
+        """Turn a trial into a copy of another: the worker frees its slot and seats it again."""
         entry = self.trials[copy.trial]
         entry.spec, entry.checkpoint, entry.copied = copy.copied.spec, copy.checkpoint, copy.copied
         worker.leaving.append(copy.trial)
         worker.fresh.add(copy.trial)
 
     async def _trials_to_come(self, worker: Worker) -> None:
-        """Wait while slots are free and Tune still has trials that it has not started."""
+        """Wait while slots are free and Tune has trials to start, or until an evaluation comes."""
         await self._until(lambda: self._all_came(worker) or bool(self.jobs))
 
     def _all_came(self, worker: Worker) -> bool:
+        """Check whether all trials were submitted, or enough of them to fill the worker's slots."""
         return (
             len(self.trials) >= self.total
             or len(worker.seated) + len(self._waiting()) >= worker.capacity
         )
 
     def _assign(self, name: str, worker: Worker) -> None:
+        """Seat waiting trials in the worker's free slots."""
         for trial in self._waiting()[: worker.capacity - len(worker.seated)]:
             entry = self.trials[trial]
             taken = {self.trials[other].slot for other in worker.seated}
@@ -354,7 +386,7 @@ class Broker:
             worker.fresh.add(trial)
 
     def _waiting(self) -> list[str]:
-        """Trials without a slot, first come first served in the order in which Tune made them."""
+        """List the trials without a slot, in the order in which Tune made them."""
         waiting = [
             trial
             for trial, entry in self.trials.items()
@@ -367,14 +399,18 @@ class Broker:
     async def expect(
         self, total: int, begun: dict[str, Begun], population: Population | None = None
     ) -> None:
-        """A search that goes on: so many trials are left, some of them under way; what the population knows."""
+        """Prepare for a resumed search.
+
+        ``total`` is the number of trials that are left, ``begun`` holds those already under way,
+        and ``population`` knows the comparisons made so far.
+        """
         self.total = total
         self.begun = begun
         self.population = population or self.population
         await self._notify()
 
     async def evaluation(self, job: EvaluationJob) -> dict[str, float]:
-        """Metrics of a job, done by whichever worker comes first."""
+        """Queue an evaluation for the first free worker, and return its metrics."""
         number = next(self._numbers)
         self.jobs[number] = job
         await self._notify()
@@ -385,7 +421,7 @@ class Broker:
         return self.results.pop(number)
 
     async def ready(self) -> Any:
-        """Wait for the first worker; answers with what it found its backbone to be."""
+        """Wait for the first worker, and return the description of the backbone that it loaded."""
         async with self._changed:
             await self._changed.wait_for(lambda: self.workers or self._over)
         if self._over:
@@ -393,13 +429,16 @@ class Broker:
         return self.base_model
 
     async def finish(self) -> None:
-        """No more work: workers stop at their next call, and whoever waits is told."""
+        """End the search: workers stop at their next call, and all waiting callers return."""
         self.finished = True
         self._tell_trials()
         await self._notify()
 
     async def fail(self, failure: OrchestratorError) -> None:
-        """The workers are gone for good, or the driver gives up: whoever waits gets the reason, the first there was."""
+        """End the search with a failure, which all waiting callers raise.
+
+        The workers are gone for good, or the driver has given up. The first failure is kept.
+        """
         self.failure = self.failure or failure
         self._tell_trials()
         await self._notify()
@@ -409,6 +448,7 @@ class Broker:
         return self.finished or self.failure is not None
 
     def _end(self) -> OrchestratorError:
+        """Make the error that callers get once the search is over."""
         return (
             type(self.failure)(*self.failure.args)
             if self.failure
@@ -416,6 +456,7 @@ class Broker:
         )
 
     def _tell_trials(self) -> None:
+        """Wake every caller that waits in ``next_report``."""
         for entry in self.trials.values():
             entry.news.set()
 
@@ -424,7 +465,10 @@ class Broker:
             self._changed.notify_all()
 
     async def _until(self, condition: Any) -> None:
-        """Wait for ``condition``, at most ``patience`` seconds; after one wait that ran out, be quick for good."""
+        """Wait for ``condition``, at most ``patience`` seconds.
+
+        Once a wait has run out, all later waits are limited to ``IMPATIENCE_S``.
+        """
 
         async def wait() -> None:
             async with self._changed:

@@ -1,4 +1,7 @@
-"""A base model's folder for the nodes that have no such folder: each fetches the files once, for all its workers."""
+"""Copies of a base model's folder on nodes that lack it.
+
+Such a node fetches the files once, for all its workers.
+"""
 
 from __future__ import annotations
 
@@ -18,26 +21,27 @@ from orchestrator.job.spec import BaseModelSpec
 from orchestrator.models.builtin import cache_folder
 from orchestrator.models.source import SMALL_FILES, WEIGHTS, ModelSource, resolve_model
 
-CHUNK = 64 << 20  # bytes of one answer: a few of them at a time are all that the object store holds
+CHUNK = 64 << 20  # bytes of an answer; the object store holds only a few answers at a time
 FILES = (*SMALL_FILES, WEIGHTS, "*.py")
 
 
 @dataclass(frozen=True)
 class Listing:
-    """Names and sizes of the files, and a key that another state of the folder would not have."""
+    """The names and sizes of the files, and a key that changes whenever the folder does."""
 
     key: str
     sizes: dict[str, int]
 
 
 class ModelFiles:
-    """An actor beside the driver that reads the folder's files out."""
+    """An actor on the driver's node that reads the folder's files."""
 
     def __init__(self, folder: Path, chunk: int = CHUNK) -> None:
         self._folder = folder
         self._chunk = chunk
 
     def listing(self) -> Listing:
+        """List the files that a model is loaded from."""
         found = sorted(
             {file for pattern in FILES for file in self._folder.glob(pattern) if file.is_file()}
         )
@@ -51,13 +55,17 @@ class ModelFiles:
         )
 
     def read(self, name: str, start: int) -> bytes:
+        """Read up to a chunk of a file, from byte ``start``."""
         with (self._folder / name).open("rb") as stream:
             stream.seek(start)
             return stream.read(self._chunk)
 
 
 def start_files(spec: BaseModelSpec) -> Any:
-    """The actor for a local folder where the cluster has several nodes; None where nobody can miss it."""
+    """Start the actor for a local folder if the cluster has several nodes.
+
+    Returns None if the model is no local folder or the cluster has a single node.
+    """
     folder = Path(spec.id)
     if not folder.is_dir() or sum(node["Alive"] for node in ray.nodes()) < 2:
         return None
@@ -66,9 +74,9 @@ def start_files(spec: BaseModelSpec) -> Any:
 
 
 def model_source(spec: BaseModelSpec, files: Any) -> ModelSource:
-    """The base model on this node: where the spec says, or a copy of it where this node has no such folder.
+    """Find the base model on this node, and fetch a copy if the node lacks the model's folder.
 
-    Raises JobFailed when the copy can't be made, otherwise as ``resolve_model``.
+    Raises JobFailed when the copy can't be made, and the errors of ``resolve_model``.
     """
     if files is None or Path(spec.id).is_dir():
         return resolve_model(spec)
@@ -77,8 +85,11 @@ def model_source(spec: BaseModelSpec, files: Any) -> ModelSource:
 
 
 def fetched(files: Any) -> Path:
-    """The copy in this node's cache; whoever asks meanwhile waits for the one who makes it. It is there whole or not at
-    all."""
+    """Return the copy in this node's cache, and make it first if it is missing.
+
+    A lock lets other workers wait for the worker that makes the copy. A copy is either complete or
+    absent. Raises JobFailed when it can't be written.
+    """
     listing: Listing = ray.get(files.listing.remote())
     folder = cache_folder() / "base-models" / listing.key
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -90,8 +101,10 @@ def fetched(files: Any) -> Path:
                 staging.rename(folder)
             except OSError as error:
                 raise JobFailed(
-                    f"the base model can't be copied to {folder.parent} of a node: {error.strerror}",
-                    "make room there, set ORCHESTRATOR_CACHE, or put the model's folder on every node",
+                    f"the base model can't be copied to {folder.parent} of a node: "
+                    f"{error.strerror}",
+                    "make room there, set ORCHESTRATOR_CACHE, "
+                    "or put the model's folder on every node",
                 ) from None
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
@@ -99,6 +112,7 @@ def fetched(files: Any) -> Path:
 
 
 def _fetch(files: Any, listing: Listing, staging: Path) -> None:
+    """Copy the files into ``staging``; raises JobFailed if one became shorter meanwhile."""
     for name, size in listing.sizes.items():
         with (staging / name).open("wb") as stream:
             while stream.tell() < size:

@@ -1,4 +1,7 @@
-"""How a search lies on a cluster: worker groups, their resources, and slots. Decided by a pure function."""
+"""The placement of a search on a cluster: worker groups, their resources and slots.
+
+A pure function decides it.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,19 @@ from orchestrator.cluster.nodes import Node
 from orchestrator.errors import BadInput
 from orchestrator.job.spec import ResourcesSpec
 
-TRIAL_CPUS = 0.001  # a Tune trial only relays; Tune refuses none at all
-CPU_SLOTS = 4  # packing pays little on a CPU, and few trials at a time leave the scheduler more to learn from
+TRIAL_CPUS = 0.001  # a Tune trial only relays reports, but Tune refuses a request for no CPU
+# Packing gains little on a CPU, and with few trials at a time the scheduler learns more.
+CPU_SLOTS = 4
 GPU_SLOTS = 8
 
 
 @dataclass(frozen=True)
 class Placement:
-    """``workers`` groups of ``workers_per_group``; each worker asks for ``cpus`` and ``gpus`` and uses ``threads``. A
-    group seats ``trials_per_worker`` trials, on all of its workers."""
+    """A placement: ``workers`` groups of ``workers_per_group`` workers each.
+
+    Each worker requests ``cpus`` and ``gpus`` from Ray and computes with ``threads`` threads. A
+    group seats ``trials_per_worker`` trials, which run on all of its workers.
+    """
 
     workers: int
     cpus: int
@@ -26,22 +33,27 @@ class Placement:
     workers_per_group: int = 1
 
     def worker_resources(self) -> dict[str, float]:
-        """What a worker asks Ray for: a little less than its CPUs, so that the relays of its trials fit beside it."""
+        """Return the resources that a worker requests from Ray.
+
+        They are a little less than its CPUs, so that the Tune processes of its trials fit beside
+        it.
+        """
         cpus = max(TRIAL_CPUS, self.cpus - self.trials_per_worker * TRIAL_CPUS)
         return {"CPU": cpus, **({"GPU": self.gpus} if self.gpus else {})}
 
     @property
     def slots(self) -> int:
+        """Trials that run at a time."""
         return self.workers * self.trials_per_worker
 
     @property
     def processes(self) -> int:
-        """Workers of all groups."""
+        """Number of workers in all groups."""
         return self.workers * self.workers_per_group
 
 
 def room_for_groups(placement: Placement, nodes: list[Node]) -> int:
-    """Groups like the placement's that the nodes could hold in all."""
+    """Count the groups of the placement's size that the nodes can hold in all."""
     able = [node for node in nodes if node.gpus >= placement.gpus and node.cpus >= 1]
     return (
         sum(_room(node, placement.cpus, placement.gpus) for node in able)
@@ -50,10 +62,13 @@ def room_for_groups(placement: Placement, nodes: list[Node]) -> int:
 
 
 def place(resources: ResourcesSpec, nodes: list[Node], trials: int) -> Placement:
-    """The placement of a search of so many trials. BadInput when the cluster can't hold its workers all at once.
+    """Place a search of so many trials on the nodes.
 
-    Without accelerators a worker takes a whole node's threads but asks for a CPU less than the node has, which is
-    what else runs there. The workers of a group may lie on several nodes.
+    Without accelerators, a worker uses all threads of a node but requests one CPU less than the
+    node has, which is left for the other processes there. The workers of a group may be on several
+    nodes.
+
+    Raises BadInput when the cluster can't hold all workers at once.
     """
     gpus = _gpus(resources, nodes)
     able = [node for node in nodes if node.gpus >= gpus and node.cpus >= 1]
@@ -67,9 +82,9 @@ def place(resources: ResourcesSpec, nodes: list[Node], trials: int) -> Placement
     if sum(_room(node, cpus, gpus) for node in able) < workers * together:
         groups = f" in {_count(workers, 'group')}" if together > 1 else ""
         raise BadInput(
-            f"resources: {_count(workers * together, 'worker')}{groups} of {_count(cpus, 'CPU')} and "
-            f"{_count(gpus, 'GPU')} each; there {'is' if len(nodes) == 1 else 'are'} {_count(len(nodes), 'node')}, "
-            "the largest with "
+            f"resources: {_count(workers * together, 'worker')}{groups} of {_count(cpus, 'CPU')} "
+            f"and {_count(gpus, 'GPU')} each; there {'is' if len(nodes) == 1 else 'are'} "
+            f"{_count(len(nodes), 'node')}, the largest with "
             f"{max((node.cpus for node in nodes), default=0):g} CPUs and "
             f"{max((node.gpus for node in nodes), default=0):g} GPUs",
             f"lower resources.workers, {'resources.workers_per_group, ' if together > 1 else ''}"
@@ -83,12 +98,14 @@ def place(resources: ResourcesSpec, nodes: list[Node], trials: int) -> Placement
 
 
 def _gpus(resources: ResourcesSpec, nodes: list[Node]) -> float:
+    """Return the GPUs per worker; with auto, one if any node has a GPU."""
     if resources.gpus_per_worker != "auto":
         return resources.gpus_per_worker
     return 1.0 if any(node.gpus >= 1 for node in nodes) else 0.0
 
 
 def _workers(resources: ResourcesSpec, able: list[Node], gpus: float) -> int:
+    """Return the number of groups; with auto, as many as the nodes can hold."""
     if resources.workers != "auto":
         return resources.workers
     least = 1 if resources.cpus_per_worker == "auto" else resources.cpus_per_worker
@@ -97,7 +114,11 @@ def _workers(resources: ResourcesSpec, able: list[Node], gpus: float) -> int:
 
 
 def _seats(able: list[Node], workers: int, gpus: float) -> list[tuple[Node, int]]:
-    """How many workers each node gets: one after another where the most is left to each."""
+    """Distribute the workers, each to the node that leaves its workers the most CPUs.
+
+    Returns the nodes that get workers with the count of each, or nothing if the GPUs do not
+    suffice.
+    """
     counts = [0] * len(able)
     for _ in range(workers):
         free = [
@@ -112,13 +133,14 @@ def _seats(able: list[Node], workers: int, gpus: float) -> list[tuple[Node, int]
 
 
 def _room(node: Node, cpus: int, gpus: float) -> int:
-    """Workers that the node can hold."""
+    """Count the workers that the node can hold."""
     return (
         min(_times(cpus, node.cpus), _times(gpus, node.gpus)) if gpus else _times(cpus, node.cpus)
     )
 
 
 def _times(part: float, whole: float) -> int:
+    """Count how often ``part`` fits into ``whole``, with a tolerance for rounding errors."""
     return int(whole / part + 1e-6)
 
 

@@ -1,9 +1,10 @@
-"""Processes that wait ready for a search's worker, in a Ray that was started here.
+"""Processes that are started early for a search's worker, in a Ray that was started here.
 
-A search asks Ray for processes one after another, each made by the one before it, and each imports what Train or Tune
-need: this module, which Ray's processes import as they start. Here they are made while the driver reads data and model,
-which is one core's work, and Ray hands them out as they are asked for. The trials' are not: they begin while the worker
-loads the model, and made sooner they would hold it up.
+A search needs a chain of Ray processes, each requested by the one before it. Each process imports
+what Train or Tune need. Ray's processes import this module as they start, and with it those
+libraries. They are made here while the driver reads data and model, which keeps one core busy, and
+Ray hands them out when they are requested. The processes of trials are not made early: they start
+while the worker loads the model, and earlier they would delay it.
 """
 
 from __future__ import annotations
@@ -16,14 +17,17 @@ with uncollected():
     import orchestrator.search.study.study
     import orchestrator.search.workers.train_group  # noqa: F401
 
-PROCESSES = 4  # the broker, Train's controller, where that keeps reports, and the worker
-KEPT_S = 60  # how long one waits to be asked for
+PROCESSES = 4  # the broker, Train's controller, its actor that keeps reports, and the worker
+KEPT_S = 60  # seconds that a process stays idle before Ray ends it
 ANSWER_S = 10.0
-PYTHON = 0  # among the languages that Ray knows
+PYTHON = 0  # Ray's number for the language Python
 
 
 def make_ready() -> None:
-    """Have Ray make the processes, besides one for each core, which it makes by itself. Returns at once."""
+    """Have Ray start the processes that are missing; returns without waiting for them.
+
+    Ray starts a process for each core by itself.
+    """
     from ray._private.grpc_utils import init_grpc_channel
     from ray.core.generated import node_manager_pb2, node_manager_pb2_grpc
 

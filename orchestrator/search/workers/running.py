@@ -1,4 +1,7 @@
-"""One search from prepared inputs to ranked trials: broker, worker groups and study, started and stopped together."""
+"""A running search: the broker, the worker groups and the study, started and stopped together.
+
+It takes the prepared inputs and returns the trials with their results.
+"""
 
 from __future__ import annotations
 
@@ -40,17 +43,17 @@ log = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
 
-CALLS = 100_000  # that the broker may have open
-STOP_S = 30.0  # workers end by themselves in so long
-WORKER_S = 20.0  # that trials' processes wait for a worker's at most
+CALLS = 100_000  # most calls that the broker may have open
+STOP_S = 30.0  # time for workers to end by themselves after a search that completed
+WORKER_S = 20.0  # longest wait for the first worker's process before the trials' are started
 SEE_LOG = "run again with --verbose to see the worker's log"
-HURRY_S = 3.0  # the same after an interrupt or an error
-ABORT_S = 15.0  # Train ends its workers in so long; it gives them 5 s
-KILL_S = 10.0  # a thread hears in so long that the process it waits for was killed
+HURRY_S = 3.0  # time for workers to end by themselves after an interrupt or an error
+ABORT_S = 15.0  # time for Train to end its workers, which it gives 5 s
+KILL_S = 10.0  # time for a thread to notice that the process it waits for was killed
 
 
 class Beside(RayThread):
-    """A thread of the driver that asks the workers; ``future`` is what comes of its work."""
+    """A thread of the driver that calls the workers; ``future`` holds the result of its work."""
 
     def __init__(self, work: Callable[[], Any]) -> None:
         super().__init__("search-beside")
@@ -60,13 +63,13 @@ class Beside(RayThread):
     def run(self) -> None:
         try:
             self.future.set_result(self._work())
-        except BaseException as error:  # whoever asks for the result gets it
+        except BaseException as error:  # raised where the future's result is read
             self.future.set_exception(error)
 
 
 @dataclass
 class Running:
-    """A search with its workers up. Lives inside ``running``."""
+    """A search whose workers are up. It is valid inside the context ``running``."""
 
     prepared: Prepared
     placement: Placement
@@ -77,25 +80,27 @@ class Running:
     threads: list[Beside] = field(default_factory=list)
 
     def evaluate(self, jobs: Sequence[EvaluationJob]) -> list[dict[str, float]]:
-        """Metrics of baselines or prompts on their splits, by whichever worker is first; asked for all at once, so that
-        no round of training comes in between."""
+        """Evaluate baselines or prompts on their splits, each by the first free worker.
+
+        All jobs are queued at once, so that no round of training comes in between.
+        """
         metrics: list[dict[str, float]] = self._ask(
             [self.broker.evaluation.remote(job) for job in jobs]
         )
         return metrics
 
     def ready(self) -> BaseModelInfo:
-        """Wait until a worker holds the backbone; what it found it to be."""
+        """Wait until a worker has loaded the backbone, and return its description."""
         info: BaseModelInfo = self._ask(self.broker.ready.remote())
         return info
 
     def places(self) -> dict[str, Place]:
-        """Where each worker is, or was last."""
+        """Return the current or last place of each worker."""
         places: dict[str, Place] = self._ask(self.broker.worker_places.remote())
         return places
 
     def slow(self) -> str:
-        """What makes the search slower than its cluster is; "" if nothing does."""
+        """Say why the search is slower than its cluster allows; "" if it is not."""
         if not self.placement.gpus or all(
             place.device != "cpu" for place in self.places().values()
         ):
@@ -103,17 +108,21 @@ class Running:
         return "torch sees none of the GPUs that Ray gave the workers: they train on CPUs"
 
     def study(self, listeners: Sequence[Listener], history: History) -> Outcome:
-        """Run every trial that is not over yet; raises JobFailed when the workers are lost for good."""
+        """Run every trial that is not over yet, and return the outcome of all trials.
+
+        Raises JobFailed when the workers are lost for good, SearchLost when the broker is.
+        """
         named = [(trial_id(number), spec) for number, spec in enumerate(self.prepared.trials)]
         outcome = Outcome(self.prepared.job.search, named)
         history.tell(outcome)
-        # A dozen processes start for a worker, one after another, and Tune's for each slot at once. On few cores the
-        # worker, which takes longest, would wait for those of trials that can't begin without it.
+        # A worker takes a dozen processes, which start one after another; Tune starts a process for
+        # each slot at once. On few cores the worker, which takes longest, would wait for the
+        # processes of trials that can't begin without it.
         self._ask(self.broker.started.remote(WORKER_S))
         try:
             run_study(
-                self.prepared.job, self.prepared.trials, self.broker, self.concurrency, self.storage,
-                [outcome, *listeners], history,
+                self.prepared.job, self.prepared.trials, self.broker, self.concurrency,
+                self.storage, [outcome, *listeners], history,
             )  # fmt: skip
         except ray.exceptions.RayActorError as error:
             raise _broker_lost(error) from None
@@ -122,7 +131,7 @@ class Running:
 
     @contextmanager
     def or_abandon(self) -> Iterator[None]:
-        """Whatever ends this block early ends the waits of other threads too."""
+        """End the waits of other threads if an error or interrupt ends this block early."""
         try:
             yield
         except BaseException:
@@ -131,9 +140,9 @@ class Running:
 
     @contextmanager
     def beside(self, work: Callable[..., Value], *arguments: Any) -> Iterator[Future[Value]]:
-        """Do the work in a thread, which may ask the workers, and wait for it at the end of the block.
+        """Do the work in a thread that may call the workers, and join it at the end of the block.
 
-        A block that ends early ends what the thread waits for.
+        A block that ends early also ends what the thread waits for.
         """
         thread = Beside(partial(work, *arguments))
         self.threads.append(thread)
@@ -144,11 +153,11 @@ class Running:
                 yield thread.future
         finally:
             with undisturbed():
-                await_end(
-                    [thread], HURRY_S
-                )  # one that takes longer is waited for at the search's end
+                # A thread that takes longer is waited for at the end of the search.
+                await_end([thread], HURRY_S)
 
     def _ask(self, reference: Any) -> Any:
+        """Get the broker's answer, with Ray's errors turned into errors of this project."""
         try:
             return ray.get(reference)
         except ray.exceptions.RayError as error:
@@ -161,19 +170,19 @@ class Running:
 
 
 def placed(prepared: Prepared) -> Placement:
-    """How the search lies on this cluster. BadInput when it does not fit."""
+    """Place the search on this cluster. Raises BadInput when it does not fit."""
     resources = prepared.job.resources
-    if prepared.job.is_baseline:  # it changes the model, or has it alone
+    if prepared.job.is_baseline:  # a baseline method changes the model, or needs it to itself
         resources = resources.model_copy(update={"trials_per_worker": 1})
     return place(resources, nodes(), prepared.total)
 
 
 @contextmanager
 def running(prepared: Prepared, placement: Placement, storage: Path) -> Iterator[Running]:
-    """Start the broker and the worker groups; stop them at the end, whatever happened.
+    """Start the broker and the worker groups, and stop them at the end, whatever happened.
 
-    No thread that asks Ray for anything is left at the end: see ``_stop``. To be entered by ``whole``, so that no
-    interrupt comes between the start of a thread and the block.
+    No thread that calls Ray is left at the end: see ``_stop``. Enter this context with ``whole``,
+    so that no interrupt comes between the start of a thread and the block.
     """
     quiet_ray_loggers()
     broker = start_broker(prepared.job)
@@ -214,7 +223,7 @@ def running(prepared: Prepared, placement: Placement, storage: Path) -> Iterator
 
 
 def _growth(prepared: Prepared, placement: Placement, grow: Callable[[int], None]) -> Growth | None:
-    """Watches for further nodes where the number of workers is ours to choose."""
+    """Watch for further nodes if ``resources.workers`` is auto and trials would use more groups."""
     most = -(-prepared.total // placement.trials_per_worker)
     if prepared.job.resources.workers != "auto" or most <= placement.workers:
         return None
@@ -224,17 +233,18 @@ def _growth(prepared: Prepared, placement: Placement, grow: Callable[[int], None
 
 
 def _not_needed(error: Exception) -> None:
-    """A group on a node that came later: the search began without it, and goes on without it."""
+    """Log the end of a group on a node that came later: the search goes on without this group."""
     log.warning("a worker group on a further node ended: %s", worker_failure(error).message)
 
 
 def start_broker(job: JobSpec) -> Any:
-    """The broker's actor, for the job's searcher and scheduler.
+    """Start the broker's actor for the job's searcher and scheduler.
 
-    Each seated trial and each worker keeps a call of it open, so that it has to take as many as there may be.
+    Each seated trial and each worker keeps a call to the broker open, so it must accept as many
+    calls at a time as there may be of both.
     """
     population = Population(job) if job.search.scheduler == "pbt" else None
-    # Beside the driver, so that the search outlives every other node.
+    # The broker runs on the driver's node, so that the search outlives every other node.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     remote = ray.remote(num_cpus=0, max_concurrency=CALLS, scheduling_strategy=here)(Broker).remote
     return remote(
@@ -243,9 +253,10 @@ def start_broker(job: JobSpec) -> Any:
 
 
 def _stop(search: Running, patience: float) -> None:
-    """End the workers, the broker and every thread that waits for them, each by harsher means than the one before.
+    """End the workers, the broker and every thread that waits for them.
 
-    Ray may be shut down afterwards: nothing of this search calls it any more.
+    Workers are told to stop first; Train then aborts those that remain, and the last are killed.
+    Ray may be shut down afterwards, since nothing of this search calls it any more.
     """
     broker, groups = search.broker, search.groups
     broker.finish.remote()
@@ -257,19 +268,22 @@ def _stop(search: Running, patience: float) -> None:
                 means(group)
         left = _await(left, seconds)
     _free_lost(groups, places)
-    _kill(broker)  # whoever still waits for an answer of it, hears so
+    _kill(broker)  # calls that still wait for its answer end with an error
     _await(search.threads, KILL_S)
 
 
 def _await(threads: Sequence[threading.Thread], seconds: float) -> list[threading.Thread]:
-    """Wait for the threads, and say which ones, since nothing else is to be seen meanwhile."""
+    """Wait for the threads, and log their names, since nothing else is shown meanwhile."""
     if living := alive(threads):
         log.info("waiting at most %.0f s for the end of %s", seconds, names(living))
     return await_end(threads, seconds)
 
 
 def _give_up_lost(broker: Any) -> dict[str, Place]:
-    """End those who still wait for room to start a lost worker again; where each worker is or was, if that is known."""
+    """End the controllers that still wait for room to restart a lost worker.
+
+    Returns the current or last place of each worker; empty if the broker does not answer.
+    """
     try:
         lost, places = ray.get(
             [broker.lost_controllers.remote(), broker.worker_places.remote()], timeout=HURRY_S
@@ -291,7 +305,10 @@ def _kill(actor: Any) -> None:
 
 
 def _free_lost(groups: Sequence[WorkerGroup], places: Mapping[str, Place]) -> None:
-    """Free what a controller held that did not end by itself: Ray would do so only where its dashboard runs."""
+    """Free the placement groups of controllers that died.
+
+    Ray frees such a group by itself only where its dashboard runs.
+    """
     for group in groups:
         if isinstance(group.error, ray.exceptions.RayActorError) and group.worker in places:
             with suppress(ray.exceptions.RayError):
@@ -303,7 +320,10 @@ def _broker_lost(error: Exception) -> SearchLost:
 
 
 def worker_failure(error: Exception) -> JobFailed:
-    """What went wrong in a worker, without the layers that Ray wrapped around it."""
+    """Make an error of a worker's failure, without the layers that Ray wraps around its cause.
+
+    The error is SearchLost if a group's controller was lost.
+    """
     if isinstance(error, ray.exceptions.RayActorError):
         return SearchLost(f"whoever started the workers was lost: {first_line(error)}", SEE_LOG)
     causes: dict[int, Exception] = getattr(error, "worker_failures", {})
@@ -315,11 +335,15 @@ def worker_failure(error: Exception) -> JobFailed:
 
 
 def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type if it has no message."""
     text = str(error).strip()
     return text.splitlines()[0][:300] if text else type(error).__name__
 
 
 def quiet_ray_loggers() -> None:
-    """Ray's libraries log every restart and every report; our own progress says what matters."""
+    """Silence the loggers of Ray's libraries below errors.
+
+    They log every restart and every report; our own progress display shows what matters.
+    """
     for name in ("ray.tune", "ray.train", "ray.air"):
         logging.getLogger(name).setLevel(logging.ERROR)

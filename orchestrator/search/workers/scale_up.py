@@ -1,4 +1,7 @@
-"""Nodes that come while a search runs: worker groups are started on them, and Tune runs more trials at a time."""
+"""Growth of a search onto nodes that are added while it runs.
+
+Worker groups are started on the new nodes, and Tune runs more trials at a time.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,11 @@ LOOK_S = 5.0
 
 
 class Growth(RayThread):
-    """Looks for room that was not there at the start, until ``stop``.
+    """A thread that looks for room that was not there at the start, until ``stop`` is called.
 
-    ``most`` groups have trials enough; ``start(number)`` starts one more, of which there are ``number`` then. A node
-    that went and came back is no new room: its group comes back by itself.
+    ``most`` is the number of groups that have enough trials. ``start(number)`` starts a further
+    group and gets the number of groups including it. A node that went and came back does not count
+    as new room, since its group comes back by itself.
     """
 
     def __init__(self, placement: Placement, most: int, start: Callable[[int], None]) -> None:
@@ -35,9 +39,8 @@ class Growth(RayThread):
         while not self._over.wait(LOOK_S):
             try:
                 room = room_for_groups(self._placement, nodes())
-            except (
-                Exception
-            ) as error:  # the cluster is away for a moment, or for good: others see to that
+            except Exception as error:
+                # The cluster is unreachable, briefly or for good; the workers' threads handle that.
                 log.debug("the nodes can't be counted: %s", error)
                 continue
             while (
@@ -48,6 +51,6 @@ class Growth(RayThread):
                 self._start(groups)
 
     def stop(self, seconds: float) -> None:
-        """Start no further group, and wait for the end of what goes on, no longer than ``seconds``."""
+        """Start no further group, and wait up to ``seconds`` for the thread to end."""
         self._over.set()
         await_end([self], seconds)

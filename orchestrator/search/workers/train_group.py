@@ -1,15 +1,16 @@
-"""A group of workers under one trainer of Ray Train. The only importer of ray.train.
+"""A group of workers under one trainer of Ray Train; the only module that imports ray.train.
 
-Train starts processes that a search has no use for; each takes two seconds of a core, before or beside the worker's
-own, which a search waits for. What they are is Ray's own business and may be called otherwise in another version: then
-they start as ever.
+Train starts processes that a search has no use for. Each takes two seconds of a core, before or
+beside the start of the worker, which the search waits for. This module leaves them out by Ray's
+internal names; if another version of Ray renames them, they start as usual.
 
-Train's controller imports this file before it starts a worker, so that nothing here imports torch: only the controller
-of a group of several workers, which torch has to bring together, needs it.
+Train's controller imports this file before it starts a worker. For that reason nothing here imports
+torch: only the controller of a group of several workers needs torch, to set up their process group.
 
-Train also hands environment variables to its processes, for clusters, whose processes know nothing of the driver's. Ray
-then makes each of them in two steps, a Python that imports Ray to set the variables and another one that imports it
-again, and leaves those processes idle that it has ready. A Ray that was started here has all of the variables anyway.
+Train also passes environment variables to its processes, because the processes of a cluster do not
+have the driver's variables. Ray then makes each process in two steps: a Python that imports Ray to
+set the variables, and another Python that imports Ray again. The processes that Ray has ready stay
+idle. A Ray that was started here has all of the variables anyway.
 """
 
 from __future__ import annotations
@@ -34,13 +35,15 @@ from orchestrator.search.workers.worker import WorkerConfig, train_loop
 
 RESTARTS = 3  # of a worker that dies; its trials go on from their newest checkpoints
 UNUSED = {
-    "DatasetsCallback",  # hands out Ray Data's rows: ours go to the workers as one object
-    "PlacementGroupCleanerCallback",  # after a controller that died: the search sees to that, on local Rays too
+    # Hands out the rows of Ray Data; our rows go to the workers as one object.
+    "DatasetsCallback",
+    # Cleans up after a controller that died; the search does so itself, on a local Ray too.
+    "PlacementGroupCleanerCallback",
 }
 
 
 class LeanTrainer(DataParallelTrainer):
-    """``fit`` as Train has it, with a worker group of fixed size, and a controller that can be ended early."""
+    """A Train trainer for groups of fixed size, with a controller that can be ended early."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -62,26 +65,33 @@ class LeanTrainer(DataParallelTrainer):
         return ray.get(self._controller.get_result.remote())
 
     def abort(self) -> None:
-        """Have the controller end its workers, free their resources and end itself, which ends ``fit``."""
+        """Have the controller end its workers, free their resources and exit; this ends ``fit``."""
         with self._making:
             self._given_up = True
         if self._controller is not None:
             self._controller.abort.remote()
 
     def kill(self) -> None:
-        """End the controller's process; its workers' follow by themselves. What it held is not freed."""
+        """Kill the controller's process.
+
+        Its workers' processes end by themselves. The resources that the controller held are not
+        freed.
+        """
         if self._controller is not None:
             with suppress(ray.exceptions.RayError):
                 ray.kill(self._controller)
 
 
 class GivenUp(Exception):
-    """The search was given up before Train's controller was made."""
+    """Raised when the search is given up before Train's controller is made."""
 
 
 def make_controller(callbacks: list[Any], **parts: Any) -> Any:
-    """Train's controller on this node: with this node's environment in a Ray that was started here, and with the
-    variables that Train hands on elsewhere."""
+    """Start Train's controller on this node.
+
+    In a Ray that was started here, the controller and its workers have the node's environment. On a
+    cluster, the controller gets the variables that Train passes on.
+    """
     options: dict[str, Any] = {}
     if started_here():
         callbacks = [*callbacks, PlainWorkers()]
@@ -93,32 +103,37 @@ def make_controller(callbacks: list[Any], **parts: Any) -> Any:
 
 
 class PlainWorkers(ControllerCallback):
-    """In Train's controller: its workers have the node's environment too."""
+    """A callback in Train's controller that leaves its workers the node's environment."""
 
     def after_controller_start(self, train_run_context: Any) -> None:
         TrainWorkers._get_worker_runtime_env = staticmethod(no_environment)
 
 
 def no_environment(custom_runtime_env: Any) -> dict[str, Any]:
-    """What a worker's process needs of variables besides its node's."""
+    """Return the variables that a worker's process needs besides its node's: none."""
     return {}
 
 
 def unannounced(policy: Any) -> Any:
-    """The policy without its actor that weighs Train's wish for workers against Ray Data's: nobody else has wishes, and
-    a cluster that can grow does so for the workers' placement group."""
+    """Keep a scaling policy from starting the actor that announces Train's resource requests.
+
+    That actor weighs Train's request for workers against requests of Ray Data, which a search does
+    not use. A cluster that can grow does so for the workers' placement group.
+    """
     policy.after_controller_start = nothing
     policy._maybe_send_resource_request = nothing
     return policy
 
 
 def nothing(*arguments: Any, **options: Any) -> None:
-    """A hook that does nothing."""
+    """Do nothing, as a replacement of a hook."""
 
 
 class TellBroker(UserCallback):
-    """Runs beside Train's controller: the broker hears at once that a worker was lost, so that its trials go on
-    elsewhere while Train looks for room to start it again."""
+    """A callback in Train's controller that tells the broker at once that a worker was lost.
+
+    The worker's trials then go on elsewhere while Train looks for room to start the worker again.
+    """
 
     def __init__(self, worker: str, broker: Any) -> None:
         self._worker = worker
@@ -129,8 +144,11 @@ class TellBroker(UserCallback):
 
 
 def backend(placement: Placement) -> BackendConfig:
-    """None for a worker alone; torch's process group for several. Gradients go from accelerator to accelerator where
-    there are any. A group waits for its orders without end."""
+    """Choose how the workers of a group communicate: a single worker needs nothing.
+
+    Several workers form a process group of torch, with NCCL between accelerators and Gloo between
+    CPUs. The timeout is ``PATIENCE``, because a group may wait for its orders for long.
+    """
     if placement.workers_per_group == 1:
         return BackendConfig()
     from ray.train.torch import TorchConfig
@@ -143,7 +161,7 @@ def backend(placement: Placement) -> BackendConfig:
 
 
 class WorkerGroup(RayThread):
-    """One trainer, run in a thread of the driver. ``error`` is what ended it, if anything went wrong."""
+    """A thread of the driver that runs a trainer; ``error`` is the error that ended it, if any."""
 
     def __init__(self, config: WorkerConfig, storage: Path, on_error: Any) -> None:
         super().__init__(f"worker-group-{config.name}")
@@ -172,14 +190,14 @@ class WorkerGroup(RayThread):
             self._trainer.fit()
         except GivenUp:
             return
-        except Exception as error:  # Train wraps whatever happened in a worker in its own types
+        except Exception as error:  # Train wraps a worker's errors in its own types
             self.error = error
             self._on_error(error)
 
     def abort(self) -> None:
-        """End the workers and the thread, in Train's own way."""
+        """End the workers and the thread through Train's controller."""
         self._trainer.abort()
 
     def kill(self) -> None:
-        """End them where Train does not."""
+        """Kill the controller if ``abort`` did not end the workers and the thread."""
         self._trainer.kill()

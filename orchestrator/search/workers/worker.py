@@ -1,6 +1,7 @@
-"""The Ray Train worker: loads and freezes the backbone once, then trains whatever trials the broker seats.
+"""The Ray Train worker, which loads and freezes the backbone once and trains the broker's trials.
 
-The workers of a group do the same at the same time; the first of them talks to the broker for all.
+The workers of a group do the same work in step. The first worker talks to the broker for all of
+them.
 """
 
 from __future__ import annotations
@@ -22,18 +23,21 @@ from orchestrator.utils.imports import uncollected
 
 @dataclass(frozen=True)
 class WorkerConfig:
-    """What a worker is told: plain values and object references only."""
+    """The settings of a worker: plain values and Ray references only."""
 
     name: str
     job: JobSpec
     placement: Placement
     broker: Any  # actor handle
     task: Any  # object reference of a tuning.engine.Task
-    files: Any = None  # actor handle of the base model's files, where a node may lack them
+    files: Any = None  # actor handle of the base model's files, if a node may lack them
 
 
 def train_loop(config: dict[str, Any]) -> None:
-    """Runs in the worker process until the broker says stop."""
+    """Serve the broker in the worker process until it says stop.
+
+    Raises RuntimeError if the backbone's weights changed during the search.
+    """
     told: WorkerConfig = config["worker"]
     told.broker.start.remote()
     engine = load_engine(told)
@@ -49,7 +53,10 @@ def train_loop(config: dict[str, Any]) -> None:
 
 
 def load_engine(told: WorkerConfig) -> Any:
-    """The engine on its backbone, or None once the broker knows why a worker of the group can't load it."""
+    """Load the backbone and make the engine on it.
+
+    Returns None if a worker of the group failed to load; the broker then has the reason.
+    """
     with uncollected():
         from orchestrator.models.backbone import check_exact, device_for, read_backbone, set_threads
         from orchestrator.search.workers.model_files import model_source
@@ -63,8 +70,8 @@ def load_engine(told: WorkerConfig) -> Any:
     group = joined_group(device, in_step=sharded)
 
     def read() -> Any:
-        # Ray counts a machine's accelerators; torch may lack what it takes to use them. A job that takes what there is
-        # goes on, and the driver says so.
+        # Ray counts a machine's accelerators, but torch may be unable to use them. A job with
+        # gpus_per_worker auto then trains on the CPU, and the driver warns of it.
         device_for(
             told.placement.gpus,
             "" if resources.gpus_per_worker == "auto" else "resources.gpus_per_worker",
@@ -84,11 +91,15 @@ def load_engine(told: WorkerConfig) -> Any:
 
 
 def _by_all(group: Any, told: WorkerConfig, work: Callable[[], Any]) -> Any:
-    """What ``work`` makes, or None on every worker where one of them failed: what comes next needs all of them."""
+    """Do ``work`` on every worker of the group and return its result.
+
+    Returns None on every worker if one of them failed, since the next step needs all of them. The
+    broker gets the first failure.
+    """
     made, failure = None, None
     try:
         made = work()
-    except Exception as error:  # whatever it is, it would be the same in a new process
+    except Exception as error:  # a new process would fail in the same way
         failure = load_failure(told.job.base_model.id, error)
     failures = [one for one in group.gathered(failure) if one is not None]
     if not failures:
@@ -98,7 +109,10 @@ def _by_all(group: Any, told: WorkerConfig, work: Callable[[], Any]) -> Any:
 
 
 def load_failure(model: str, error: Exception) -> OrchestratorError:
-    """Make the error that the driver raises. A model that can't be used is bad input wherever that comes to light."""
+    """Make the error that the driver raises for a worker that failed to load.
+
+    BadInput stays BadInput: a model that can't be used is bad input wherever that is found out.
+    """
     if isinstance(error, BadInput):
         return BadInput(error.message, error.hint)
     if isinstance(error, OrchestratorError):
@@ -111,7 +125,10 @@ def load_failure(model: str, error: Exception) -> OrchestratorError:
 
 
 def serve_orders(engine: Any, told: WorkerConfig) -> None:
-    """Fetch orders, carry them out, bring back what came of them. In a group the first worker does so for all."""
+    """Fetch orders from the broker, carry them out, and return their results with the next call.
+
+    In a group, the first worker fetches the orders for all.
+    """
     reports: list[Any] = []
     evaluated: list[tuple[int, dict[str, float]]] = []
     while True:
@@ -127,20 +144,20 @@ def serve_orders(engine: Any, told: WorkerConfig) -> None:
 
 
 def join(engine: Any, told: WorkerConfig) -> None:
+    """Register this worker and its free slots with the broker."""
     context = ray.get_runtime_context()
     place = Place(
         context.get_node_id(), ray.util.get_current_placement_group(), engine.backbone.device.type
     )
-    with suppress(ray.exceptions.RayActorError):  # the next call sees to it
+    with suppress(ray.exceptions.RayActorError):  # next_orders handles a broker that is gone
         ray.get(told.broker.join.remote(told.name, engine.capacity, engine.backbone.info, place))
 
 
 def next_orders(
     told: WorkerConfig, reports: list[Any], evaluated: list[tuple[int, dict[str, float]]]
 ) -> Any:
+    """Bring results to the broker and return its next orders; stop if the broker is gone."""
     try:
         return ray.get(told.broker.next_orders.remote(told.name, reports, evaluated))
     except ray.exceptions.RayActorError:
-        return Orders(
-            stop=True
-        )  # the broker is gone: whoever goes on with the search starts workers of its own
+        return Orders(stop=True)  # a search that is resumed starts workers of its own
