@@ -1,7 +1,7 @@
 """Recovery when memory runs out: work is cut into smaller pieces and done again.
 
-The result stays the same. Forwards are cut first (fewer padded tokens each, more forwards), then the
-pack (fewer prompts at a time). The sizes that fitted are remembered for the next step.
+The result stays the same. Forwards are cut first (fewer padded tokens each, more forwards), then
+the pack (fewer prompts at a time). The sizes that fitted are remembered for the next step.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class NoRoom(Exception):
     """A piece of work did not fit into memory.
 
     ``tokens`` is the number of padded tokens of the forward that failed, or None when the prompts
-    themselves did not fit, before any row was run. ``divisible`` is True if that forward can be cut.
+    themselves did not fit, before any row was run. ``divisible`` is True if that forward can be
+    cut.
     """
 
     def __init__(self, tokens: int | None = None, divisible: bool = False) -> None:
@@ -73,8 +74,8 @@ class Room:
         """Call ``work`` on the places 0 to count - 1, as many at a time as fit.
 
         Returns one result for each place, None for a place that does not fit even alone with one
-        row per forward. When memory runs out, ``work`` must undo what it did and raise NoRoom; it is
-        then called again with smaller limits.
+        row per forward. When memory runs out, ``work`` must undo what it did and raise NoRoom; it
+        is then called again with smaller limits.
         """
         found: list[Result | None] = []
         while len(found) < count:

@@ -5,8 +5,8 @@ All metrics lie in 0..1, and higher is better.
 * ``bleu``: corpus BLEU as computed by sacreBLEU (Post 2018: tokenizer 13a, exponential smoothing),
   divided by 100. It is computed over the corpus as a whole, so it is not a mean over rows.
 * ``rouge_1``, ``rouge_2``, ``rouge_l``: F-measure of ROUGE (Lin 2004) without stemming, with each
-  row's best reference, averaged over rows. The tokenizer knows only a-z and 0-9, so texts in another
-  script have no tokens and score 0.
+  row's best reference, averaged over rows. The tokenizer knows only a-z and 0-9, so texts in
+  another script have no tokens and score 0.
 * ``f1``: F1 over words as in SQuAD (Rajpurkar et al. 2016: lower case, without punctuation and
   articles), with each row's best reference, averaged over rows.
 * ``exact_text``: share of the rows whose text equals one of the row's references exactly.
@@ -91,7 +91,8 @@ def f1(text: str, reference: str) -> float:
 def words(text: str) -> list[str]:
     """Split a text into the words that SQuAD compares.
 
-    The text is lower-cased and split at white space, without ASCII punctuation and English articles.
+    The text is lower-cased and split at white space, without ASCII punctuation and English
+    articles.
     """
     return ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split()
 

@@ -2,8 +2,8 @@
 
 A rule updates the parameters of any number of trials together, each with its own learning rate. It
 uses torch's foreach operations: one call per operation, rather than one per operation and trial.
-They treat each tensor separately, so a trial's update is bit for bit what it would be alone. torch's
-fused AdamW is not used, because it rounds differently.
+They treat each tensor separately, so a trial's update is bit for bit what it would be alone.
+torch's fused AdamW is not used, because it rounds differently.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from orchestrator.job.spec import DEFAULT_BETAS, TrainSpec
 
 State = dict[str, Tensor]
-"""One parameter's state: "step", a float32 scalar on the CPU, and moments shaped like the parameter."""
+"""One parameter's state: "step" (a float32 scalar on the CPU) and moments of the same shape."""
 STEP = "step"
 
 ADAM_EPSILON = 1e-8
@@ -150,8 +150,8 @@ class Adafactor:
     * The second moment's decay is 1 - t^-0.8 with t = 1 + step - step_offset. Their configuration
       leaves the offset at 0 while the steps continue from the backbone's pretraining (about a
       million). Their decay is therefore near 1 from the start, their second moment is a slowly
-      growing sum, and the clipping determines the size of the update. Here t is 1 at a trial's first
-      step, as in the paper's algorithm.
+      growing sum, and the clipping determines the size of the update. Here t is 1 at a trial's
+      first step, as in the paper's algorithm.
     """
 
     weight_decay: float
