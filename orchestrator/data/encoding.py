@@ -164,7 +164,7 @@ class Encoder:
         return continuation_ids(self.tokenizer, tail, text)
 
     def input_ids(self, segments: str | Sequence[str | Mark]) -> list[int]:
-        """Return the token ids of a filled template, with the tokenizer's special tokens around them.
+        """Return the token ids of a filled template, including the tokenizer's special tokens.
 
         For a causal model, special tokens stand in front only, since the target continues where the
         input ends. Marks become negative entries, as described in ``models.placeholders``.

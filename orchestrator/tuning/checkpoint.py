@@ -1,4 +1,4 @@
-"""Checkpoints: a trial's resumable state as bytes, a few kilobytes and without pickle."""
+"""Checkpoints: a trial's resumable state as bytes, without pickle; kilobytes for a prompt."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ from orchestrator.tuning.step import Limits, packed_gradients
 from orchestrator.tuning.updater import Updater, apply_all
 from orchestrator.tuning.worker_group import Group
 
-# Accuracies are never below 0. A finite number, because schedulers can't compare infinities.
+# Accuracies are never below 0. Both values are finite, because schedulers can't compare infinities.
 WORST = {"max": 0.0, "min": 1e30}
 NO_ROOM = "memory does not suffice"
 FLOAT32_BYTES = 4  # artifacts store float32 numbers
@@ -59,7 +59,7 @@ class Task:
     artifacts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """Tensors of the registered prompts that trials may start from, by reference."""
     decoding: Decoding | None = None
-    """How evaluations generate texts; None if the metric does not compare texts."""
+    """Settings with which evaluations generate texts; None if the metric does not compare texts."""
     designs: Designs | None = None
     """The rows as method prompt_design writes them out; None for other methods."""
 

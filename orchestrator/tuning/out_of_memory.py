@@ -63,7 +63,7 @@ class Room:
     prompts: int | None = None
     """Maximum number of prompts in a pack; None as long as no limit is known."""
     note: str = field(default="", init=False)
-    """How the work was cut, as a text for users; empty if it was not cut."""
+    """A text for users that says how the work was cut; empty if it was not cut."""
 
     def __post_init__(self) -> None:
         self._given = self.tokens

@@ -76,7 +76,7 @@ class Report:
     ending: Ending | None = None
     """Why the trial ended; None while it continues."""
     note: str = ""
-    """How the engine dealt with running out of memory; empty if there was enough memory."""
+    """A text on how the engine handled running out of memory; empty if memory sufficed."""
     copied: Copied | None = None
     """The state that the trial copied since its last report, if it did."""
     own_score: float | None = None

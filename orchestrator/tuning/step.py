@@ -1,4 +1,4 @@
-"""One packed step: losses and gradients of K trials from shared forwards.
+"""The packed training step: losses and gradients of K trials from shared forwards.
 
 Each trial gets the result that it would get alone. Its loss is the negative log-likelihood of the
 target tokens (end token included) of its own rows; by default, the mean over those tokens. The

@@ -58,8 +58,8 @@ def bleu(texts: Sequence[str], references: References) -> float:
     streams: Any = [
         [row[place] if place < len(row) else None for row in references] for place in range(most)
     ]
-    # force: no warning about texts that end in " .": the model wrote them, so the data is not at
-    # fault. min: rounding may exceed 100.
+    # force: sacreBLEU would warn of tokenised data when texts end in " .", but the model wrote
+    # them. min: the rounded score may exceed 100.
     return min(1.0, float(corpus_bleu(texts, streams, force=True).score) / 100)
 
 

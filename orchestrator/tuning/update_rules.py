@@ -29,7 +29,7 @@ ADAFACTOR_EPSILON = 1e-30
 
 @dataclass
 class Batch:
-    """Parameters of any number of trials, with the gradient, the state and the learning rate of each."""
+    """Parameters of any number of trials, each with its gradient, state and learning rate."""
 
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)

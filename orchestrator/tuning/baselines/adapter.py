@@ -35,9 +35,7 @@ ENDS = frozenset(
     }
 )
 """Names in various model families of the last projection of an attention or feed-forward part."""
-STD = (
-    0.001  # of the initial weights: so small that the adapter is almost the identity (section 3.6)
-)
+STD = 0.001  # of initial weights: the adapter is almost the identity (section 3.6)
 
 
 class Adapters(Change):
