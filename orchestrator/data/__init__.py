@@ -1,1 +1,1 @@
-"""Rows to padded token batches: template and verbalizer, loading and splitting, batch plans."""
+"""The way from rows to token batches: loading, splitting, template, verbalizer and batch plans."""

@@ -1,4 +1,4 @@
-"""Which rows make a step's batch, and how a batch is split so that little is padded. Pure functions."""
+"""Pure functions that choose the rows of a step's batch and split a batch with little padding."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import numpy as np
 
 
 def step_rows(num_rows: int, batch_size: int, seed: int, step: int) -> list[int]:
-    """Row numbers of a trial's batch at ``step`` (0-based): seeded epochs, each row once an epoch.
+    """Return the row numbers of a trial's batch at 0-based ``step``.
 
-    A function of its arguments alone, so that the step count is the whole data position of a checkpoint. Batches run
-    over the end of an epoch into the next one; a batch larger than the data repeats rows.
+    Each epoch is a seeded permutation of all rows. The result depends on the arguments alone, so a
+    checkpoint needs only the step count to restore the position in the data. Batches run over the
+    end of an epoch into the next one, and a batch larger than the data repeats rows.
     """
     first = step * batch_size
     return [
@@ -33,12 +34,13 @@ def length_groups(
     max_rows: int | None = None,
     ways: int = 1,
 ) -> list[list[int]]:
-    """Split rows, sorted by length, into groups that each pad to their longest row, at the least cost.
+    """Split rows, sorted by length, into groups of the least total cost.
 
-    A group costs rows x longest tokens, plus ``overhead`` tokens for its own forward; a group of several rows holds
-    at most ``max_tokens`` padded tokens, any group at most ``max_rows`` rows. A group that is dealt out to ``ways``
-    workers counts with the rows of one of them. Exact but for ``max_rows``, by dynamic programming over at most 64
-    distinct cuts.
+    Each group is padded to its longest row. It costs rows x longest tokens, plus ``overhead``
+    tokens for its own forward. A group of several rows holds at most ``max_tokens`` padded tokens,
+    and any group at most ``max_rows`` rows. If groups are divided among ``ways`` workers, costs and
+    limits count the rows of one worker. The solution is exact except for ``max_rows``; it is found
+    by dynamic programming over at most 64 distinct cuts.
     """
     order = sorted(range(len(lengths)), key=lambda row: lengths[row])
     cuts = _cuts([lengths[row] for row in order])
@@ -63,7 +65,7 @@ def length_groups(
 
 
 def _cuts(sorted_lengths: list[int]) -> list[int]:
-    """Places where a group may end: after a change of length, thinned to at most 64."""
+    """Return the places where a group may end: where the length changes, thinned to at most 64."""
     changes = [
         i for i in range(1, len(sorted_lengths)) if sorted_lengths[i] != sorted_lengths[i - 1]
     ]
@@ -78,7 +80,7 @@ def _chunks(
     max_rows: int | None,
     ways: int,
 ) -> list[list[int]]:
-    """A group that is still too large (many rows of one length) is cut into equal pieces."""
+    """Cut a group that is still too large, with many rows of one length, into equal pieces."""
     longest = max((lengths[row] for row in group), default=1)
     most = len(group) if max_tokens is None else max(1, max_tokens // max(1, longest))
     most = ways * (most if max_rows is None else min(most, max_rows))

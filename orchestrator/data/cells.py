@@ -1,4 +1,4 @@
-"""Turn a cell into text: one conversion for training, evaluation and serving."""
+"""The conversion of cells into text, the same for training, evaluation and serving."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 
 from orchestrator.errors import BadInput
 
-MAX_DEPTH = 100  # of lists and objects inside each other; JSON readers stop at a few hundred
+MAX_DEPTH = 100  # of nested lists and objects; JSON readers stop at a few hundred
 HINT = "write it as text, a number, true or false, a list or an object"
 NUMPY_DATE, NUMPY_DURATION = "M", "m"
 
 
 def is_missing(cell: Any) -> bool:
-    """Tell whether a cell holds no value: None, or NaN, NaT or NA, which stand for it in data frames."""
+    """Tell whether a cell holds no value: None, or a data frame's NaN, NaT or NA."""
     if cell is None or isinstance(cell, str):
         return cell is None
     if isinstance(cell, float | decimal.Decimal):
@@ -32,12 +32,12 @@ def is_missing(cell: Any) -> bool:
 
 
 def cell_text(cell: Any) -> str:
-    """Return the text that stands for a cell wherever it is read.
+    """Return a cell as text.
 
-    A text stays as it is. Numbers and booleans are written as JSON writes them (``1.5``, ``true``),
-    dates in ISO 8601, lists and objects as JSON. A missing cell is the empty text; callers that
-    refuse missing input check ``is_missing`` first. Raises BadInput for bytes and other objects, and
-    for what no JSON holds: infinite numbers, NaN inside a list, halves of characters.
+    A text is returned unchanged. Numbers, booleans, lists and objects are written as JSON (``1.5``,
+    ``true``), dates in ISO 8601. A missing cell is the empty text; callers that refuse missing
+    input check ``is_missing`` first. Raises BadInput for bytes and other objects, and for values
+    that JSON can't hold: infinite numbers, NaN inside a list, half of a surrogate pair.
     """
     if not isinstance(cell, str) and is_missing(cell):
         return ""
@@ -48,12 +48,12 @@ def cell_text(cell: Any) -> str:
 
 
 def early_cell_text(cell: Any) -> str:
-    """Return a cell's text as prompts were tuned with it before ``cell_text`` existed."""
+    """Return a cell as the text that was used to tune prompts before ``cell_text`` existed."""
     return "" if cell is None else str(cell)
 
 
 def is_blank(text: str) -> bool:
-    """Tell whether a text has no character but white space."""
+    """Tell whether a text is empty or only white space."""
     return not text or text.isspace()
 
 
@@ -72,7 +72,7 @@ def _check_characters(text: str) -> None:
 
 
 def _plain(cell: Any, depth: int = 0) -> Any:
-    """Return the cell as JSON's types have it, numpy, Arrow and date types as what they stand for."""
+    """Convert a cell to JSON's types, including values of date types, numpy, torch and Arrow."""
     if cell is None or isinstance(cell, str | int):
         return cell
     if isinstance(cell, float):
@@ -108,13 +108,16 @@ def _finite(number: Any) -> Any:
 
 
 def _date_text(date: Any) -> str:
-    if is_missing(date):  # pandas' NaT inside a list
+    if is_missing(date):  # pandas' NaT inside a list is a datetime
         raise BadInput("a cell holds NaT, which is no date", HINT)
     return str(date.isoformat())
 
 
 def _library_value(cell: Any, depth: int) -> Any:
-    """Return a value of numpy, torch or Arrow as Python's own. Raises BadInput for any other type."""
+    """Convert a value of numpy, torch or Arrow to Python's types.
+
+    Raises BadInput for any other type.
+    """
     library = type(cell).__module__.partition(".")[0]
     if library == "pyarrow" and hasattr(cell, "as_py"):
         return _plain(cell.as_py(), depth)
@@ -129,7 +132,10 @@ def _library_value(cell: Any, depth: int) -> Any:
 
 
 def _numpy_dates(cell: Any, kind: str, depth: int) -> Any:
-    """Return numpy's dates as Python's; those of nanoseconds would otherwise become numbers."""
+    """Convert numpy's dates to ISO texts.
+
+    ``tolist`` would turn dates with nanoseconds into numbers.
+    """
     if kind == NUMPY_DURATION:
         raise BadInput(f"a cell holds a duration, {str(cell)[:60]}, which has no text", HINT)
     if cell.ndim:

@@ -1,4 +1,7 @@
-"""Read CSV and TSV: every cell is the text that stands in the file, and no row is cut or filled up."""
+"""Reading of CSV and TSV files.
+
+Every cell is exactly the text in the file, and rows are never shortened or padded.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +22,16 @@ NAMES = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar", " ": "space"}
 OTHER_DELIMITERS = re.compile(r"[;\t|,]")
 
 NumberedCells = Iterator[tuple[int, list[str]]]
-"""The line on which a row begins, from 1, and its cells."""
+"""For each row, the line on which it begins (from 1) and its cells."""
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """How the cells of a CSV or TSV file are told apart."""
+    """The format of a CSV or TSV file."""
 
     delimiter: str
     quoted: bool
-    """Cells may stand in double quotes; otherwise a quote is a character like any other."""
+    """True if cells may be enclosed in double quotes; otherwise quotes are ordinary characters."""
     encoding: str
 
     def __str__(self) -> str:
@@ -39,7 +42,7 @@ class Dialect:
 
 @dataclass
 class CsvRows:
-    """The rows of a CSV or TSV file, with what was decided and noticed while reading."""
+    """The rows of a CSV or TSV file, with the decisions and notes made while reading it."""
 
     columns: list[str]
     rows: list[SourceRow]
@@ -48,9 +51,10 @@ class CsvRows:
 
 
 def read_csv(text: TextFile, options: CsvSpec, tabs: bool) -> CsvRows:
-    """Read a file with a header. Raises BadInput with the line of a row that does not fit it.
+    """Read a file with a header.
 
-    ``tabs``: the file's name says TSV, where quotes are text unless every cell is quoted.
+    ``tabs`` is set if the file's name says TSV. In TSV files quotes are text unless every cell is
+    quoted. Raises BadInput with the line of a row that does not fit the header.
     """
     delimiter = options.delimiter
     if delimiter == AUTO:
@@ -76,7 +80,10 @@ def read_csv(text: TextFile, options: CsvSpec, tabs: bool) -> CsvRows:
 
 @dataclass
 class _OpeningQuotes:
-    """Cells of a file without quoting that begin with a quote, which may be meant to enclose them."""
+    """The cells that begin with a quote in a file that is read without quoting.
+
+    The quotes may have been meant to enclose the cells.
+    """
 
     cells: int = 0
     line: int = 0
@@ -92,9 +99,9 @@ class _OpeningQuotes:
             return []
         number = "1 cell begins" if self.cells == 1 else f"{self.cells:,} cells begin"
         return [
-            f"{text} is read without quoting, as not every cell of it is quoted: {number} with a quote, "
-            f"the first in line {self.line}, and the quotes stay in the text; "
-            "if they enclose cells, set data.csv.quoting: standard"
+            f"{text} is read without quoting, as not every cell of it is quoted: "
+            f"{number} with a quote, the first in line {self.line}, and the quotes stay in "
+            "the text; if they enclose cells, set data.csv.quoting: standard"
         ]
 
 
@@ -102,7 +109,7 @@ class _OpeningQuotes:
 
 
 def _plain_cells(text: TextFile, delimiter: str, opening_quotes: _OpeningQuotes) -> NumberedCells:
-    """Split every line at the delimiter; blank lines hold no row."""
+    """Split every line at the delimiter, skipping blank lines."""
     for number, line in enumerate(text.lines(), start=1):
         content = line.removesuffix("\n").removesuffix("\r")
         if not content:
@@ -116,8 +123,8 @@ def _plain_cells(text: TextFile, delimiter: str, opening_quotes: _OpeningQuotes)
 
 
 def _quoted_cells(text: TextFile, delimiter: str, all_quoted: bool) -> NumberedCells:
-    """Parse cells that may be quoted; ``all_quoted``: that have to be, unless they are empty."""
-    csv.field_size_limit(sys.maxsize)  # of the process; cells may be of any length
+    """Parse cells that may be quoted, or that must be unless they are empty (``all_quoted``)."""
+    csv.field_size_limit(sys.maxsize)  # for the whole process, so that cells may have any length
     reader = csv.reader(
         text.lines(),
         delimiter=delimiter,
@@ -129,7 +136,7 @@ def _quoted_cells(text: TextFile, delimiter: str, all_quoted: bool) -> NumberedC
         for cells in reader:
             if all_quoted and not _all_texts(cells):
                 raise ValueError("the csv module reads cells without quotes as numbers")
-            if cells:  # a blank line holds no row
+            if cells:  # a blank line gives no cells
                 yield start, cells
             start = reader.line_num + 1
     except csv.Error as error:
@@ -161,7 +168,7 @@ def _fault(error: csv.Error) -> str:
 
 
 def _has_quoted_header(text: TextFile, delimiter: str) -> bool:
-    """Tell whether the first row's cells are all quoted."""
+    """Tell whether all cells of the first row are quoted."""
     first = next((line for line in text.lines() if line.strip("\r\n")), "")
     if not first.startswith('"'):
         return False
@@ -197,9 +204,9 @@ def _rows(
 
 
 def distinct_names(header: Iterable[str]) -> list[str]:
-    """Return the header with the place added to names that it has more than once.
+    """Return the header, with the column number added to names that occur more than once.
 
-    Columns of one name cannot be told apart: none of them is what the name stands for.
+    Columns of the same name can't be told apart, so none of them keeps the plain name.
     """
     names = list(header)
     counts = Counter(names)

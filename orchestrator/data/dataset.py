@@ -1,4 +1,7 @@
-"""Load rows from files, the hub or the quickstart, and split them; everything wrong is refused before training."""
+"""Loading of rows from files, the hub or built-in data, and their division into splits.
+
+All faults in the data are refused here, before training.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +35,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RowSplits:
-    """Rows of the three splits, cut down to the columns that the job uses."""
+    """The rows of the three splits, reduced to the columns that the job uses."""
 
     train: list[Row]
     validation: list[Row]
     test: list[Row]
     notes: tuple[str, ...] = field(default=(), compare=False)
-    """What was done to the rows that the user should hear of."""
+    """Messages to the user about changes to the rows."""
 
     def __getitem__(self, split: str) -> list[Row]:
         rows: list[Row] = getattr(self, split)
@@ -50,7 +53,7 @@ class RowSplits:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over all rows in order."""
+        """The sha256 of all rows in order."""
         digest = hashlib.sha256()
         for split in SPLITS:
             for row in self[split]:
@@ -59,7 +62,7 @@ class RowSplits:
 
 
 def rows_fingerprint(rows: Sequence[Row]) -> str:
-    """sha256 over some rows in order, whatever split they are."""
+    """Compute the sha256 of some rows in order, of whatever split."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode())
@@ -73,11 +76,11 @@ def load_rows(
     *,
     begun: bool = False,
 ) -> RowSplits:
-    """All three splits, checked: no split is empty and no column is missing. Raises BadInput or Unreachable.
+    """Load and check all three splits: no split is empty and no column is missing.
 
-    ``templates`` are further ones, whose columns are kept too. ``files`` are the rows of the spec's files, by split,
-    where they have been read already. ``begun`` is for a search that goes on, which a setting without effect does not
-    stop.
+    ``templates`` are additional templates, whose columns are kept as well. ``files`` are the rows
+    of the spec's files by split, if they have already been read. ``begun`` is set for a search that
+    is resumed: a setting without effect does not stop it. Raises BadInput or Unreachable.
     """
     read = _read_all(data) if files is None else files
     found = {split: rows for split, rows in wanted_rows(read, data).items() if split in SPLITS}
@@ -110,13 +113,14 @@ def _dropped_notes(
     dropped: Mapping[str, int], found: Mapping[str, Sequence[Row]]
 ) -> tuple[str, ...]:
     return tuple(
-        f"data.empty: drop left out {count} of {len(found[split])} rows of {split}, which have no input"
+        f"data.empty: drop left out {count} of {len(found[split])} rows of {split}, "
+        "which have no input"
         for split, count in dropped.items()
     )
 
 
 def _empty_split(split: str, found: Mapping[str, list[Row]], data: DataSpec) -> BadInput:
-    """Say why a split has no rows, and what to do about it."""
+    """Explain why a split has no rows, and what to do about it."""
     if split in found:
         return BadInput(
             f"the {split} split is empty",
@@ -127,18 +131,22 @@ def _empty_split(split: str, found: Mapping[str, list[Row]], data: DataSpec) -> 
     count = len(found["train"])
     if len(inputs) == 1 and count > 1:
         return BadInput(
-            f"all {count} rows of train have the same input {min(inputs)[:60]!r}: no {split} split can be set aside",
+            f"all {count} rows of train have the same input {min(inputs)[:60]!r}: "
+            f"no {split} split can be set aside",
             "correct the columns in data.template, or give rows whose inputs differ",
         )
     return BadInput(
-        f"no {split} split can be set aside: the {count} rows of train have {len(inputs)} different inputs, and rows "
-        "with the same input stay together",
+        f"no {split} split can be set aside: the {count} rows of train have {len(inputs)} "
+        "different inputs, and rows with the same input stay together",
         f"give train more rows, or name data.path.{split}",
     )
 
 
 def load_split(data: DataSpec, split: str, more: Sequence[str] = ()) -> list[Row]:
-    """The rows of one split, cut down to what the spec names and ``more`` columns. Raises BadInput or Unreachable."""
+    """Load the rows of one split, reduced to the spec's columns and those in ``more``.
+
+    Raises BadInput or Unreachable.
+    """
     found = wanted_rows(_read_all(data), data)
     if not found.get(split):
         known = ", ".join(sorted(name for name in found if found[name])) or "none"
@@ -149,7 +157,10 @@ def load_split(data: DataSpec, split: str, more: Sequence[str] = ()) -> list[Row
 
 
 def _refuse_idle_fractions(found: Mapping[str, list[Row]], data: DataSpec) -> None:
-    """Raise BadInput for a fraction of a split that the data has: only the data itself shows that."""
+    """Raise BadInput for a fraction of a split that the data already has.
+
+    This is checked here because only the data shows which splits it has.
+    """
     for name, split in (("validation_fraction", "validation"), ("test_fraction", "test")):
         value = getattr(data, name)
         if split in found and value != DataSpec.model_fields[name].default:
@@ -160,14 +171,18 @@ def _refuse_idle_fractions(found: Mapping[str, list[Row]], data: DataSpec) -> No
 
 
 def cut_in_two(rows: Sequence[Row], column: str, seed: int) -> Iterator[Row]:
-    """Each text of two words or more as a prefix and what follows it (the prefix LM objective of Raffel et al. 2020,
-    section 3.1.2; Lester et al. 2021 adapt T5 with it), cut between two words at random."""
+    """Cut each text between two words at random, into a prefix and its continuation.
+
+    This is the prefix LM objective of Raffel et al. 2020, section 3.1.2, with which Lester et al.
+    2021 adapt T5. Texts of fewer than two words are left out. Raises BadInput for a row without a
+    text in the column.
+    """
     for number, row in enumerate(rows):
         placed = row if isinstance(row, SourceRow) else SourceRow(row, number=number + 1)
         if not isinstance(text := row.get(column), str):
             raise BadInput(
-                f"data.prefix_lm names column {column!r}, and {place_of(placed, 'the data')} has no text there; "
-                f"it has {sorted(row)}",
+                f"data.prefix_lm names column {column!r}, and {place_of(placed, 'the data')} "
+                f"has no text there; it has {sorted(row)}",
                 "correct data.prefix_lm",
             )
         starts = [match.start() for match in WORD.finditer(text)][1:]
@@ -177,7 +192,11 @@ def cut_in_two(rows: Sequence[Row], column: str, seed: int) -> Iterator[Row]:
 
 
 def wanted_rows(found: Mapping[str, list[Row]], data: DataSpec) -> dict[str, list[Row]]:
-    """Keep the rows of each split that ``data.where`` asks for. Raises BadInput where there are none."""
+    """Keep the rows of each split that match ``data.where``.
+
+    Splits without such rows are left out. Raises BadInput when no row of any split matches, or when
+    a column is in no row.
+    """
     if not data.where:
         return dict(found)
     for column in data.where:
@@ -193,9 +212,8 @@ def wanted_rows(found: Mapping[str, list[Row]], data: DataSpec) -> dict[str, lis
             f"no row is as data.where asks: {data.where}",
             "correct the values, or leave data.where out",
         )
-    return {
-        split: rows for split, rows in kept.items() if rows
-    }  # a split that has none is set aside from train
+    # A split without rows is left out, and is then set aside from train.
+    return {split: rows for split, rows in kept.items() if rows}
 
 
 def _is_wanted(row: Row, data: DataSpec) -> bool:
@@ -205,7 +223,7 @@ def _is_wanted(row: Row, data: DataSpec) -> bool:
 def _means(cell: Any, value: Any) -> bool:
     try:
         return label_key(cell) == label_key(value)
-    except BadInput:  # a list or an object is no such value
+    except BadInput:  # lists and objects never match
         return False
 
 
@@ -231,7 +249,7 @@ def _read_all(data: DataSpec) -> dict[str, list[Row]]:
 
 
 def read_file(file: Path, where: str, options: CsvSpec | None = None) -> list[Row]:
-    """Read the rows of one local file, and log what may differ from what the user had in mind."""
+    """Read the rows of one local file, and log decisions that the user may not expect."""
     table = read_table(file, where, options)
     for note in table.notes:
         log.warning("%s: %s", where, note)
@@ -244,7 +262,7 @@ def read_split(data: DataSpec, split: str) -> list[Row]:
 
 
 def known_data(path: str) -> None:
-    """Raise BadInput unless a bare ``data.path`` names built-in data, or has the form of a hub data set."""
+    """Raise BadInput unless a bare ``data.path`` is built-in data or looks like a hub data set."""
     if path.startswith(BUILTIN):
         _known_builtin(path)
     elif Path(path).expanduser().exists() or looks_like_path(path):
@@ -253,7 +271,7 @@ def known_data(path: str) -> None:
 
 
 def _quiet_datasets() -> None:
-    """What it would log as an error is raised too, and said by us."""
+    """Silence the datasets library: its errors are also raised, and reported by this module."""
     from datasets import disable_progress_bars
     from datasets.utils import logging
 
@@ -281,7 +299,7 @@ def _read_hub(data: DataSpec, name: str) -> dict[str, list[Row]]:
 
 
 def _named_labels(rows: list[Row], features: Mapping[str, Any], data: DataSpec) -> list[Row]:
-    """Put class names in place of class numbers where the verbalizer is written with names."""
+    """Replace class numbers by class names if the verbalizer is written with names."""
     renamed = {new: old for old, new in data.rename.items()}
     column = renamed.get(data.target, data.target)
     names = getattr(features.get(column), "names", None)
@@ -294,7 +312,7 @@ def _named_labels(rows: list[Row], features: Mapping[str, Any], data: DataSpec) 
 
 
 def _class_name(number: Any, names: Sequence[str]) -> str | None:
-    """Return the name of a class; None for the number -1, which data sets without labels have."""
+    """Return the name of a class; None for -1, which data sets use for rows without a label."""
     return names[number] if number is not None and 0 <= number < len(names) else None
 
 
@@ -307,7 +325,7 @@ def _split(found: dict[str, list[Row]], data: DataSpec) -> RowSplits:
     fractions = {"test": data.test_fraction, "validation": data.validation_fraction}
     missing = [split for split in fractions if split not in found and train]
     for place, split in enumerate(missing):
-        stays = len(missing) - place  # one input for train, and one for each split that comes later
+        stays = len(missing) - place  # an input for train and for each split that comes later
         train, made[split] = set_aside(train, fractions[split], data, stays)
     made["train"] = train
     limited = {
@@ -322,8 +340,8 @@ def set_aside(
 ) -> tuple[list[Row], list[Row]]:
     """Divide rows into those kept and those held out, by ``data.held_out`` and ``data.split_seed``.
 
-    Rows with the same input stay together, so that nothing leaks. At least ``stays`` different
-    inputs are kept.
+    Rows with the same input stay together, so that no input leaks into the other part. With
+    ``held_out: stratified``, at least ``stays`` different inputs are kept.
     """
     template = Template(data.template)
     inputs = [template.fill(row) for row in rows]
@@ -340,14 +358,14 @@ def set_aside(
 
 
 def _random_inputs(inputs: Sequence[str], fraction: float, seed: int) -> set[str]:
-    """Draw the inputs to hold out whatever their labels are, as the first searches did."""
+    """Draw the inputs to hold out regardless of their labels, as early versions did."""
     sizes = Counter(inputs)
     keys = list(sizes)
     random.Random(seed).shuffle(keys)
     wanted = max(1, round(fraction * len(inputs))) if len(keys) > 1 else 0
     aside: set[str] = set()
     count = 0
-    for key in keys[:-1]:  # something has to stay
+    for key in keys[:-1]:  # at least one input must be kept
         if count >= wanted:
             break
         aside.add(key)

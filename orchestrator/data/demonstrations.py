@@ -1,6 +1,7 @@
 """Demonstrations: training rows with their answers, written out in front of an input.
 
-Few-shot prompting (Brown et al. 2020, section 2), the baseline that learns nothing: what tuning has to beat.
+This is few-shot prompting (Brown et al. 2020, section 2), the baseline without learning that tuning
+has to beat.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ SEPARATOR = "\n\n"
 
 
 def written_out(encoder: Encoder, row: Row, target: str) -> str:
-    """The row's input text with its answer where the model would give it: at the blank, else at the end."""
+    """Write out a row's input text with its answer, at the blank or else at the end."""
     verbalizer = encoder.verbalizer
     answer = (
         target_text(row[target])
@@ -31,7 +32,10 @@ def written_out(encoder: Encoder, row: Row, target: str) -> str:
 
 
 def chosen(encoder: Encoder, rows: Sequence[Row], target: str, count: int, seed: int) -> list[Row]:
-    """Up to ``count`` rows at random, whole within ``max_input_tokens``, each label as often as any other."""
+    """Choose up to ``count`` rows at random, with labels as balanced as possible.
+
+    Only rows whose whole input fits into ``max_input_tokens`` are chosen.
+    """
     order = list(rows)
     random.Random(seed).shuffle(order)
     groups: defaultdict[int, list[Row]] = defaultdict(list)
@@ -63,8 +67,11 @@ def demonstrations(
     seed: int,
     fits: Callable[[str], bool],
 ) -> tuple[str, int]:
-    """The text to put in front, and of how many rows it is: at most ``count``, as many as ``fits`` says there is room
-    for. No text when not even one has."""
+    """Return the demonstrations as a text to put in front of inputs, and their number.
+
+    There are at most ``count`` demonstrations, and as many as fit: ``fits`` tells whether there is
+    room for a text. If not even one fits, the text is empty.
+    """
     texts = [
         written_out(encoder, row, target) for row in chosen(encoder, rows, target, count, seed)
     ]

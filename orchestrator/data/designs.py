@@ -1,7 +1,8 @@
-"""Prompt design: rows behind a written text instead of a learned one (Brown et al. 2020, section 2).
+"""Prompt design: a written text in front of rows instead of a learned prompt.
 
-A design is a template and some training rows with their answers, written out in front of each input as far as the
-model's context has room: rows at random, or for each input its nearest ones (as Liu et al. 2022, "What makes good
+Brown et al. 2020, section 2. A design is a template and some training rows with their answers,
+which are written out in front of each input as far as the model's context has room. The rows are
+chosen at random, or are the nearest ones of each input (as in Liu et al. 2022, "What makes good
 in-context examples for GPT-3?", with words instead of embeddings).
 """
 
@@ -25,17 +26,20 @@ from orchestrator.job.space import TrialSpec
 from orchestrator.job.spec import DataSpec
 from orchestrator.models.source import Family
 
-BOUNDARY = 4  # tokens that two texts may have more together than each alone
+BOUNDARY = 4  # reserve, since joined texts may have more tokens than separate ones
 WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True)
 class Design:
-    """A written prompt; without a template it has the data's."""
+    """A written prompt."""
 
     template: str | None = None
+    """The template; None means ``data.template``."""
     shots: int = 0
+    """Maximum number of demonstrations."""
     demonstrations: str = "random"
+    """How demonstrations are chosen: ``random`` or ``nearest``."""
     seed: int = 0
 
     @classmethod
@@ -44,9 +48,10 @@ class Design:
 
 
 class Designs:
-    """A job's rows, and how each design writes them out.
+    """A job's rows as each design writes them out.
 
-    ``context``: tokens that the model takes. ``generated``: tokens of a generated text at most, 0 where none is.
+    ``context`` is the number of tokens in the model's context. ``generated`` is the maximum number
+    of tokens in a generated text, or 0 if no texts are generated.
     """
 
     def __init__(
@@ -70,7 +75,7 @@ class Designs:
         self._kept: dict[tuple[Design, str], tuple[Encoded, float]] = {}
 
     def encoder(self, design: Design) -> Encoder:
-        """The encoder of a design's template."""
+        """Return the encoder of a design's template."""
         if design.template not in self._encoders:
             data = self._data.model_copy(
                 update={"template": design.template or self._data.template}
@@ -81,23 +86,33 @@ class Designs:
         return self._encoders[design.template]
 
     def encoded(self, design: Design, split: str) -> Encoded:
-        """The split's rows, each behind its demonstrations."""
+        """Return the tokenised rows of a split, each with its demonstrations in front."""
         return self._made(design, split)[0]
 
     def shown(self, design: Design, split: str) -> float:
-        """Demonstrations in front of a row, on average."""
+        """Return the average number of demonstrations in front of a row."""
         return self._made(design, split)[1]
 
     def text(self, design: Design) -> str:
-        """What stands in front of every row; nothing with ``nearest``, where each row has its own."""
+        """Return the text in front of every row.
+
+        The text is empty with ``nearest``, where each row has its own demonstrations.
+        """
         return self._random(design)[0] if design.shots and design.demonstrations == "random" else ""
 
     def fits(self, design: Design) -> bool:
-        """Whether the context has room for any demonstration; ``nearest`` finds out row by row."""
+        """Tell whether the context has room for the design.
+
+        A design with random demonstrations needs room for at least one of them. With ``nearest``,
+        the answer is always yes, since the room is checked row by row.
+        """
         return not design.shots or design.demonstrations == "nearest" or self._random(design)[1] > 0
 
     def stored_bytes(self, design: Design) -> int:
-        """What the design takes as text; with ``nearest`` all training rows, since any may be needed."""
+        """Return the size of the design's text in bytes.
+
+        With ``nearest`` all training rows count, since any of them may be needed.
+        """
         encoder = self.encoder(design)
         texts = [encoder.template.text]
         if design.shots and design.demonstrations == "nearest":
@@ -108,7 +123,9 @@ class Designs:
 
     def _made(self, design: Design, split: str) -> tuple[Encoded, float]:
         if (design, split) not in self._kept:
-            self._kept.clear()  # designs come one after another, and a split behind many demonstrations is large
+            # Keep one entry only: a split with many demonstrations is large, and designs are
+            # evaluated one after another.
+            self._kept.clear()
             self._kept[design, split] = self._encode(design, self._rows[split])
         return self._kept[design, split]
 
@@ -125,7 +142,7 @@ class Designs:
         return encoded, shown
 
     def _in_front(self, design: Design, rows: Sequence[Row]) -> tuple[list[str], float]:
-        """What stands in front of each row, and how many demonstrations that is on average."""
+        """Return the text in front of each row, and the average number of demonstrations."""
         if not design.shots:
             return [""] * len(rows), 0.0
         if design.demonstrations == "random":
@@ -135,7 +152,10 @@ class Designs:
         return [text for text, _ in found], sum(count for _, count in found) / len(found)
 
     def _random(self, design: Design) -> tuple[str, int]:
-        """The same text for all rows, as long as the longest of them leaves room for."""
+        """Return the demonstrations for all rows as a text, and their number.
+
+        The longest row of validation and test decides how many of them fit.
+        """
         encoder = self.encoder(design)
         longest = max(
             len(encoder.encode_input(row))
@@ -149,7 +169,10 @@ class Designs:
         )  # fmt: skip
 
     def _nearest(self, design: Design, row: Row) -> tuple[str, int]:
-        """The row's nearest training rows, the nearest last: right in front of it."""
+        """Return the row's nearest training rows as a text, and their number.
+
+        The nearest one is last, right in front of the row.
+        """
         encoder = self.encoder(design)
         room = self._room(encoder, len(encoder.encode_input(row)))
         texts: list[str] = []
@@ -179,7 +202,7 @@ def _words(row: Row, encoder: Encoder) -> Counter[str]:
 
 
 class _Index:
-    """Training rows by their words, to be found by the cosine of tf-idf weights."""
+    """A search index of training rows by the cosine of tf-idf weights of their words."""
 
     def __init__(self, rows: Sequence[Counter[str]]) -> None:
         self._size = len(rows)
@@ -203,7 +226,7 @@ class _Index:
         self._lengths = np.sqrt(squares) + 1e-9
 
     def nearest(self, words: Counter[str], count: int) -> list[int]:
-        """The places of the nearest rows, the nearest first; among equals the first."""
+        """Return the indices of the nearest rows, nearest first; ties keep the rows' order."""
         scores = np.zeros(self._size)
         for word, times in words.items():
             if word in self._postings:

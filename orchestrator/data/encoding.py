@@ -1,4 +1,4 @@
-"""Rows to token ids: the input through the template, the target after it, both within their limits."""
+"""The encoding of rows as token ids: input and target, each within its token limit."""
 
 from __future__ import annotations
 
@@ -22,28 +22,32 @@ SENTINEL = "<extra_id_0>"
 
 @dataclass(frozen=True)
 class Encoded:
-    """A tokenised split: ids of ``inputs`` and ``targets`` (end token included), labels as places in the verbalizer.
-
-    ``references``: for each row the texts that a generated one is compared with, stripped; empty where none will be.
-    """
+    """A tokenised split."""
 
     inputs: list[list[int]]
+    """Token ids of each row's input."""
     targets: list[list[int]]
+    """Token ids of each row's target, end token included."""
     labels: list[int]
+    """Index of each row's label in the verbalizer; -1 without a verbalizer."""
     references: list[list[str]] = field(default_factory=list)
+    """For each row, the stripped texts that a generated text is compared with.
+
+    Empty if no texts will be generated."""
 
     def __len__(self) -> int:
         return len(self.inputs)
 
     @cached_property
     def lengths(self) -> list[int]:
+        """Number of tokens of each row, input and target together."""
         return [
             len(ids) + len(target) for ids, target in zip(self.inputs, self.targets, strict=True)
         ]
 
 
 class Encoder:
-    """Template, verbalizer and tokenizer together: the same for training, evaluation and serving."""
+    """The template, verbalizer and tokenizer of a job, the same for training and serving."""
 
     def __init__(
         self,
@@ -57,10 +61,12 @@ class Encoder:
         cuts_targets: bool = False,
         table_size: int | None = None,
     ) -> None:
-        """``cuts_targets``: targets longer than their limit end there, without an end token, and are not refused.
+        """Create an encoder.
 
-        ``table_size``: rows of the model's embedding table. BadInput for a token beyond it, here and wherever a text is
-        encoded; None where no model will read the tokens.
+        With ``cuts_targets``, targets longer than their limit are cut there and get no end token;
+        otherwise they are refused. ``table_size`` is the number of rows in the model's embedding
+        table, or None if no model will read the tokens. Raises BadInput for a token beyond the
+        table; so does every method that encodes a text.
         """
         self.tokenizer = tokenizer
         self._table_size = table_size
@@ -72,7 +78,7 @@ class Encoder:
         self._front, self._back = _special_tokens(tokenizer)
         self.end_id: int | None = None if family == "masked" else tokenizer.eos_token_id
         if family == "causal":
-            self._back = []  # the target goes on where the input ends
+            self._back = []  # the target continues where the input ends
         self._cuts_targets = cuts_targets
         self._opening = [_sentinel(tokenizer, family)] if sentinel else []
         self._check_special_tokens()
@@ -81,14 +87,18 @@ class Encoder:
 
     @property
     def _ended(self) -> list[int]:
-        """What ends a target: the end token, or nothing where the blank says how long it is."""
+        """The ids that end a target: the end token, or none for a masked model.
+
+        A masked model knows the target's length from the blank.
+        """
         return [] if self.end_id is None else [self.end_id]
 
     @property
     def scored_answers(self) -> list[list[int]]:
-        """What ranking compares: the answers' tokens, with the end token where one answer begins another.
+        """The answers' token ids that ranking compares.
 
-        Without the end token, "A" would always be at least as likely as "A b".
+        They include the end token if one answer is the beginning of another. Without it, "A" would
+        always be at least as likely as "A b".
         """
         if any(a != b and b[: len(a)] == a for a in self.answers for b in self.answers):
             return self.ended_answers
@@ -96,21 +106,25 @@ class Encoder:
 
     @property
     def answer_words(self) -> list[list[int]]:
-        """The answers' tokens without a sentinel, which says nothing of any label."""
+        """The answers' token ids without the sentinel, which is the same for all labels."""
         return [ids[len(self._opening) :] for ids in self.answers]
 
     @property
     def ended_answers(self) -> list[list[int]]:
+        """The answers' token ids with the end token."""
         return [[*ids, *self._ended] for ids in self.answers]
 
     def _check_special_tokens(self) -> None:
-        """Refuse a tokenizer whose own tokens, which stand in every row, have no embedding."""
+        """Refuse a tokenizer whose special tokens, which are in every row, have no embedding."""
         mask = [self.tokenizer.mask_token_id] if self.family == "masked" else []
         whole = [*self._front, *self._back, *self._opening, *self._ended, *mask]
         self._check_table(whole, "every row")
 
     def _check_table(self, ids: Sequence[int], what: str) -> None:
-        """Refuse token ids beyond the embedding table; ``what`` says where they come from."""
+        """Refuse token ids beyond the embedding table.
+
+        ``what`` names the source of the ids in the message.
+        """
         if self._table_size is None or max(ids, default=0) < self._table_size:
             return
         token_id = max(ids)
@@ -132,7 +146,7 @@ class Encoder:
                 )
 
     def answer_ids(self, text: str) -> list[int]:
-        """Token ids of an answer as the model gives it, without the end token."""
+        """Return the token ids with which the model gives an answer, without the end token."""
         ids = self._answer_ids(text)
         self._check_table(ids, f"the answer {shortened(text)}")
         return ids
@@ -140,9 +154,8 @@ class Encoder:
     def _answer_ids(self, text: str) -> list[int]:
         if not text:
             return []
-        if (
-            self.family == "seq2seq"
-        ):  # the decoder starts anew: a target is tokenised as a text of its own
+        if self.family == "seq2seq":
+            # The decoder starts afresh, so a target is tokenised as a text of its own.
             ids = list(self.tokenizer(text_target=text)["input_ids"])
             return [*self._opening, *(ids[:-1] if ids[-1:] == self._ended else ids)]
         tail = self.template.tail
@@ -151,8 +164,11 @@ class Encoder:
         return continuation_ids(self.tokenizer, tail, text)
 
     def input_ids(self, segments: str | Sequence[str | Mark]) -> list[int]:
-        """Ids of a filled template: special tokens in front as the tokenizer sets them, and behind unless the target
-        goes on from there. Marks become the negative entries of ``backbone.rows``."""
+        """Return the token ids of a filled template, including the tokenizer's special tokens.
+
+        For a causal model, special tokens stand in front only, since the target continues where the
+        input ends. Marks become negative entries, as described in ``models.placeholders``.
+        """
         ids = self._marked_ids(
             [segments] if isinstance(segments, str) else self._until_blank(segments)
         )
@@ -160,7 +176,11 @@ class Encoder:
         return whole or [self.tokenizer.eos_token_id]  # a model can't start from nothing
 
     def _until_blank(self, segments: Sequence[str | Mark]) -> list[str | Mark]:
-        """All of it where the blank stays in the input; elsewhere what comes before it, but for the space there."""
+        """Return the segments that belong to the input.
+
+        For a masked model these are all segments. For other models the input ends before the blank,
+        without white space at its end.
+        """
         kept: list[str | Mark] = []
         for segment in segments:
             if self.family != "masked" and isinstance(segment, Mark) and segment.is_blank:
@@ -186,15 +206,18 @@ class Encoder:
         return ids
 
     def input_segments(self, row: Row) -> list[str | Mark]:
-        """A row's filled template up to where the answer follows."""
+        """Fill the template with a row, up to the place where the answer follows."""
         return self._until_blank(self.template.segments(row))
 
     def segment_ids(self, segments: Sequence[str | Mark]) -> list[int]:
-        """Ids of texts and marks as they stand, without special tokens around them."""
+        """Return the ids of texts and marks without special tokens around them."""
         return self._marked_ids(segments)
 
     def row_ids(self, row: Row, before: str = "") -> list[int]:
-        """Ids of a row's whole input, however long. ``before`` is put in front (a written instruction)."""
+        """Return the ids of a row's whole input, however long it is.
+
+        ``before`` is put in front of the input, for instance a written instruction.
+        """
         segments = self.template.segments(row)
         if before and isinstance(segments[0], str):
             segments[0] = before + segments[0]
@@ -203,9 +226,11 @@ class Encoder:
         return self.input_ids(segments)
 
     def encode_input(self, row: Row, before: str = "") -> list[int]:
-        """Ids of a row's input within ``max_input_tokens``: the longest column is cut at its end, the template stays.
+        """Return the ids of a row's input, cut to ``max_input_tokens``.
 
-        ``before`` is put in front (a written instruction) and is not counted in the limit.
+        While the input is too long, the longest column is cut at its end; the template is not cut.
+        ``before`` is put in front of the input, for instance a written instruction, and does not
+        count towards the limit. Raises BadInput when the template alone exceeds the limit.
         """
         limit = self.max_input_tokens + (len(self.input_ids(before)) if before else 0)
         fitted = self.template.texts(row)
@@ -216,15 +241,18 @@ class Encoder:
             fitted[column] = self._cut(fitted[column], len(ids) - limit)
         if len(ids) > limit and self._template_tokens() > self.max_input_tokens:
             raise self._template_too_long()
-        return ids[:limit]  # texts may take a token more together than apart
+        return ids[:limit]  # joined texts may need a token more than separate ones
 
     def check_template(self) -> None:
-        """Refuse a template that leaves no room for a row's own text within ``max_input_tokens``."""
+        """Refuse a template that leaves no room for a row's text within ``max_input_tokens``."""
         if self._template_tokens() >= self.max_input_tokens:
             raise self._template_too_long()
 
     def _template_tokens(self) -> int:
-        """Count the tokens of the template with empty columns, marks included as they are in the limit."""
+        """Count the tokens of the template with empty columns.
+
+        Marks are included, since they count towards the limit.
+        """
         segments = self._until_blank(
             self.template.segments(dict.fromkeys(self.template.columns, ""))
         )
@@ -233,13 +261,13 @@ class Encoder:
     def _template_too_long(self) -> BadInput:
         count = self._template_tokens()
         return BadInput(
-            f"the template alone takes {count} tokens, and max_input_tokens is {self.max_input_tokens}: no room is "
-            "left for a row's own text",
+            f"the template alone takes {count} tokens, and max_input_tokens is "
+            f"{self.max_input_tokens}: no room is left for a row's own text",
             f"set data.max_input_tokens well above {count}, or shorten the template",
         )
 
     def _cut(self, text: str, excess: int) -> str:
-        """Cut the text's last ``excess`` tokens off; at least one character."""
+        """Cut off the last ``excess`` tokens of a text, but at least one character."""
         if not getattr(self.tokenizer, "is_fast", False):
             keep = max(0, self._count(text) - excess)
             return text[: self._characters_of(text, keep)]
@@ -250,7 +278,10 @@ class Encoder:
         return text[: min(encoded["offset_mapping"][keep][0], len(text) - 1)]
 
     def _characters_of(self, text: str, tokens: int) -> int:
-        """Return how many characters of a text take so many tokens at most, for a tokenizer that has no offsets."""
+        """Return how many leading characters of a text take at most ``tokens`` tokens.
+
+        For tokenizers that report no offsets.
+        """
         whole = range(len(text))
         return bisect_right(whole, tokens, key=lambda end: self._count(text[:end])) - 1
 
@@ -258,7 +289,11 @@ class Encoder:
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def encode_target(self, row: Row, target: str) -> tuple[list[int], int]:
-        """Target ids with the end token, and the label's place (-1 without a verbalizer)."""
+        """Return the target's ids with the end token, and the label's index in the verbalizer.
+
+        The index is -1 without a verbalizer. Raises BadInput for a target without tokens, and for
+        one longer than ``max_target_tokens`` unless the encoder cuts targets.
+        """
         if self.verbalizer is not None:
             place = self.verbalizer.index(row[target])
             return [*self.answers[place], *self._ended], place
@@ -288,7 +323,10 @@ class Encoder:
 
 
 def reference_texts(rows: Sequence[Row], data: DataSpec) -> list[list[str]]:
-    """What is right for each row, stripped: the texts of ``data.references``, or the target where there are none."""
+    """Return the right texts for each row, stripped.
+
+    These are the texts of ``data.references``, or the target if a row has none there.
+    """
     return [_right_texts(row, data) for row in rows]
 
 
@@ -306,24 +344,30 @@ def make_encoder(
     family: Family = "causal",
     table_size: int | None = None,
 ) -> Encoder:
-    """The job's encoder; its verbalizer holds the labels that the data has. BadInput for a label without a text."""
+    """Create the job's encoder, whose verbalizer holds the labels that the data has.
+
+    Raises BadInput for a label without a text.
+    """
     verbalizer = None
     if data.verbalizer is not None:
         seen = (row[data.target] for split in SPLITS for row in rows[split])
         verbalizer = Verbalizer.covering(data.verbalizer, seen)
     return Encoder(
-        tokenizer, Template(data.template), verbalizer, data.max_input_tokens, data.max_target_tokens, family,
-        data.sentinel, data.prefix_lm is not None, table_size,
+        tokenizer, Template(data.template), verbalizer, data.max_input_tokens,
+        data.max_target_tokens, family, data.sentinel, data.prefix_lm is not None, table_size,
     )  # fmt: skip
 
 
 def shortened(text: str) -> str:
-    """Quote a text for a message, without its middle if it is long."""
+    """Quote a text for a message; a long text loses its middle."""
     return repr(text if len(text) <= 60 else f"{text[:40]}...{text[-17:]}")
 
 
 def _sentinel(tokenizer: Any, family: Family) -> int:
-    """The id of the first sentinel (Raffel et al. 2020). BadInput where there is none."""
+    """Return the id of the first sentinel token (Raffel et al. 2020).
+
+    Raises BadInput for a model or tokenizer without one.
+    """
     found = tokenizer.get_vocab().get(SENTINEL)
     if family != "seq2seq" or found is None:
         what = (
@@ -338,17 +382,19 @@ def _sentinel(tokenizer: Any, family: Family) -> int:
 def check_context(
     encoder: Encoder, splits: Mapping[str, Encoded], prompt_tokens: int, context: int
 ) -> None:
-    """Refuse a job whose longest prompt, input and target don't fit into the model's context together."""
+    """Refuse a job whose longest prompt and row don't fit into the model's context together."""
     longest = max(max(split.lengths) for split in splits.values())
     if prompt_tokens + longest > context:
         raise BadInput(
-            f"{prompt_tokens} virtual tokens and {longest} tokens of input and target exceed the context of {context}",
-            f"lower data.max_input_tokens (now {encoder.max_input_tokens}) or search.space.num_virtual_tokens",
+            f"{prompt_tokens} virtual tokens and {longest} tokens of input and target "
+            f"exceed the context of {context}",
+            f"lower data.max_input_tokens (now {encoder.max_input_tokens}) "
+            "or search.space.num_virtual_tokens",
         )
 
 
 def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts in front of a text, and behind it."""
+    """Return the special tokens that the tokenizer puts in front of a text, and those behind it."""
     bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
     whole = list(tokenizer("a")["input_ids"])
     for start in range(len(whole) - len(bare) + 1):
@@ -360,11 +406,14 @@ def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
 def check_generation(
     splits: Mapping[str, Encoded], prompt_tokens: int, context: int, max_tokens: int
 ) -> None:
-    """Refuse a job whose generated texts, behind the longest prompt and input, may outgrow the model's context."""
+    """Refuse a job whose generated texts may outgrow the model's context.
+
+    The check assumes the longest prompt, the longest input and a text of ``max_tokens`` tokens.
+    """
     longest = max(len(ids) for split in splits.values() for ids in split.inputs)
     if prompt_tokens + longest + max_tokens > context:
         raise BadInput(
-            f"{prompt_tokens} virtual tokens, an input of {longest} tokens and a generated text of {max_tokens} exceed "
-            f"the context of {context}",
+            f"{prompt_tokens} virtual tokens, an input of {longest} tokens and a generated text of "
+            f"{max_tokens} exceed the context of {context}",
             f"set generation.max_tokens below {max_tokens}, or lower data.max_input_tokens",
         )

@@ -1,7 +1,8 @@
-"""Choose the rows to hold out for validation and test, so that every class keeps its share.
+"""The choice of the rows to hold out for validation and test, so that every class keeps its share.
 
-Rows with equal inputs are one group and go to the same side. A class's share of the rows held out
-is rounded up or down to whole rows; rare classes are rounded up first, so that each is represented.
+Rows with equal inputs form a group, which is held out or kept as a whole. A class's share of the
+rows to hold out is rounded up or down to whole rows. Rare classes are rounded up first, so that
+each is represented.
 """
 
 from __future__ import annotations
@@ -18,29 +19,29 @@ from orchestrator.data.template import target_text
 from orchestrator.job.spec import DataSpec
 
 GROWTH = 4
-"""Rare classes may make a split larger by one part in so many, and always by one row."""
+"""Rare classes may enlarge a split by 1/GROWTH of its rows, and always by one row."""
 
 
 @dataclass(frozen=True)
 class _Class:
-    """The distinct inputs of a class in the order of the draw, and its exact share of the rows."""
+    """The distinct inputs of a class in the order drawn, and its exact share in rows."""
 
     inputs: list[str]
     share: float
 
     @property
     def can_spare(self) -> bool:
-        """Tell whether an input can be held out while another one stays."""
+        """True if an input can be held out while another one is kept."""
         return len(self.inputs) > 1
 
     @property
     def whole_rows(self) -> int:
-        """Return the share rounded down."""
+        """The share rounded down; 0 if the class can't spare an input."""
         return math.floor(round(self.share, 9)) if self.can_spare else 0
 
     @property
     def remainder(self) -> float:
-        """Return what rounding down takes from the share; 0 if the class can't give a row."""
+        """The part of the share lost by rounding down; 0 if the class can't spare an input."""
         return round(self.share - self.whole_rows, 9) if self.can_spare else 0.0
 
 
@@ -55,8 +56,8 @@ def held_out_inputs(
 ) -> set[str]:
     """Choose the inputs whose rows are held out, given each row's input and label.
 
-    ``stays`` is how many distinct inputs are left over at least. ``pool_rare`` treats all labels
-    that occur with a single input as one class; otherwise such an input is not held out.
+    At least ``stays`` distinct inputs are kept. With ``pool_rare``, all labels that occur with a
+    single input are treated as one class; otherwise such an input is not held out.
     """
     sizes = Counter(inputs)
     wanted = max(1, round(fraction * len(inputs)))
@@ -69,7 +70,7 @@ def held_out_inputs(
 
 
 def label_of(row: Mapping[str, Any], data: DataSpec) -> str:
-    """Return a row's label as text; without a verbalizer the text to generate."""
+    """Return a row's label as text, or the text to generate if there is no verbalizer."""
     cell = row[data.target]
     return target_text(cell) if data.verbalizer is None else cell_text(cell)
 
@@ -94,7 +95,7 @@ def _inputs_by_label(
 def _draw(
     groups: list[list[str]], sizes: Mapping[str, int], fraction: float, seed: int
 ) -> list[_Class]:
-    """Shuffle the classes and the inputs of each."""
+    """Shuffle the classes and the inputs of each class."""
     generator = random.Random(seed)
     generator.shuffle(groups)
     for group in groups:
@@ -105,13 +106,17 @@ def _draw(
 def _choose(
     classes: Sequence[_Class], shares: Sequence[int], sizes: Mapping[str, int]
 ) -> list[str]:
-    """Choose inputs of each class, making up in the next class for groups of the wrong size."""
+    """Choose inputs of each class.
+
+    If a class gives too many or too few rows, because its groups have the wrong sizes, the next
+    class makes up for it.
+    """
     chosen: list[str] = []
     missing = 0
     for each, count in zip(classes, shares, strict=True):
         if not count:
             continue
-        most = count // 2  # so that no class pays for the large groups of another one
+        most = count // 2  # limits how much a class makes up for large groups of another
         aim = count + max(-most, min(most, missing))
         taken = _nearest(each.inputs, sizes, aim)
         missing += count - sum(sizes[text] for text in taken)
@@ -122,7 +127,8 @@ def _choose(
 def _whole_shares(classes: Sequence[_Class], wanted: int, stays: int) -> list[int]:
     """Round each class's share to whole rows that add up to ``wanted``, or to a few more.
 
-    The first to be rounded up are classes without a whole row that leave ``stays`` inputs.
+    Classes whose share is below one row are rounded up first if they have more than ``stays``
+    inputs.
     """
     shares = [each.whole_rows for each in classes]
     left = max(0, wanted - sum(shares))
@@ -141,7 +147,10 @@ def _whole_shares(classes: Sequence[_Class], wanted: int, stays: int) -> list[in
 
 
 def _nearest(inputs: Sequence[str], sizes: Mapping[str, int], wanted: int) -> list[str]:
-    """Choose inputs, but not all, whose rows come near ``wanted``; one of two at least."""
+    """Choose some of the inputs, but not all, so that their rows add up to about ``wanted``.
+
+    At least one input is chosen if there are several.
+    """
     chosen: list[str] = []
     count = 0
     for text in inputs:

@@ -1,4 +1,7 @@
-"""Read JSON and JSON Lines: values keep the types that they have in the file, whatever other rows hold."""
+"""Reading of JSON and JSON Lines files.
+
+Values keep the types that they have in the file, independent of other rows.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,11 @@ from orchestrator.errors import BadInput
 
 SPACE = re.compile(r"[ \t\r\n]*")
 NumberedValues = Iterator[tuple[int, Any]]
-"""The line on which a value begins, from 1, and the value."""
+"""For each value, the line on which it begins (from 1) and the value."""
 
 
 class _RepeatedKey(ValueError):
-    """An object has a key more than once: it is unclear which value counts."""
+    """An object has a key more than once, so it is unclear which value counts."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -33,11 +36,13 @@ DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def read_json(text: TextFile) -> tuple[list[str], list[SourceRow]]:
-    """Return the columns and the rows of one object a line, an array of objects, or objects in a row.
+    """Return the columns and rows of a file.
 
-    An array may also hold texts alone, which become the column ``text``; an object whose only value
-    is a list of objects stands for that list. A key that a row lacks is None there, as in a table.
-    NaN, which is no JSON and many programs write all the same, stays what it is: a missing value.
+    The file may hold one object per line, an array of objects, or objects one after another. An
+    array may also hold only texts, which become the column ``text``. An object whose only value is
+    a list of objects stands for that list. A key that a row lacks becomes None. NaN is not JSON,
+    but many programs write it; it is read as NaN, which is a missing value. Raises BadInput with
+    the line at fault.
     """
     source = str(text)
     rows: list[SourceRow] = []
@@ -49,7 +54,7 @@ def read_json(text: TextFile) -> tuple[list[str], list[SourceRow]]:
 
 
 def _fill_up(rows: list[SourceRow]) -> list[str]:
-    """Give every row the keys of all rows, and return these."""
+    """Give every row the keys of all rows, with None for those it lacks, and return the keys."""
     columns: dict[str, None] = {}
     for row in rows:
         if row.keys() - columns.keys():
@@ -81,7 +86,7 @@ def _values(text: TextFile) -> NumberedValues:
 def _is_json_lines(text: TextFile) -> bool:
     """Tell whether the first line that is not blank is a whole value, and others follow.
 
-    An array or an object that is the file's only line is a document.
+    An array or an object that is the file's only line is read as a document.
     """
     lines = (line for line in text.lines() if line.strip())
     first, more = next(lines, "").strip(), next(lines, None) is not None
@@ -91,7 +96,7 @@ def _is_json_lines(text: TextFile) -> bool:
         DECODER.decode(first)
     except (json.JSONDecodeError, RecursionError):
         return False
-    except ValueError:  # a fault in a value that is whole
+    except ValueError:  # the value is complete but has another fault
         return True
     return True
 
@@ -111,7 +116,7 @@ def _of_document(text: TextFile) -> NumberedValues:
 
 
 def _only_list(values: list[tuple[int, Any]]) -> NumberedValues:
-    """Replace a single object whose only value is a list of objects by these."""
+    """Replace a single object whose only value is a list of objects by those objects."""
     if len(values) == 1 and isinstance(values[0][1], dict) and len(values[0][1]) == 1:
         line, items = values[0][0], next(iter(values[0][1].values()))
         if isinstance(items, list) and items and all(isinstance(item, dict) for item in items):
@@ -120,7 +125,7 @@ def _only_list(values: list[tuple[int, Any]]) -> NumberedValues:
 
 
 class _Document:
-    """A whole text and the place up to which it was read."""
+    """A whole text and the position up to which it has been read."""
 
     def __init__(self, text: TextFile) -> None:
         self._file = text
@@ -129,13 +134,13 @@ class _Document:
         self._counted, self._lines = 0, 1
 
     def next_character(self) -> str:
-        """Skip white space; returns what follows, or an empty text at the end."""
+        """Skip white space and return the next character, or an empty text at the end."""
         match = SPACE.match(self._text, self._place)
         self._place = match.end() if match else self._place
         return self._text[self._place : self._place + 1]
 
     def values(self) -> NumberedValues:
-        """Yield values that follow one another."""
+        """Yield values that stand one after another."""
         while self.next_character():
             yield self._value()
 
@@ -159,7 +164,7 @@ class _Document:
                 return
 
     def refuse_more(self) -> None:
-        """Refuse anything behind the array."""
+        """Refuse any text after the array."""
         if self.next_character():
             _refuse(
                 self._file, self._line(self._place), "has more text behind the end of the array"
@@ -179,7 +184,7 @@ class _Document:
         return line, value
 
     def _line(self, place: int) -> int:
-        """Return the line of a place, counting on from the last one asked for."""
+        """Return the line of a position, counting from the position of the previous call."""
         self._lines += self._text.count("\n", self._counted, place)
         self._counted = place
         return self._lines
@@ -206,7 +211,7 @@ def _fault(error: Exception) -> str:
 
 
 def _refuse_half_characters(text: TextFile, line: int, value: Any) -> None:
-    """Refuse texts with half of a surrogate pair, which no tokenizer takes."""
+    """Refuse texts with half of a surrogate pair, which tokenizers do not accept."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""A row of a data set that remembers where it was read, so that messages can say so."""
+"""Rows of a data set that remember where they were read, so that messages can name the place."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 
 class SourceRow(dict[str, Any]):
-    """Cells by column, with the place that they were read from.
+    """A row's cells by column, with the place that they were read from.
 
-    It is equal to, and serialised as, a plain dict of its cells.
+    A ``SourceRow`` is equal to a plain dict of its cells, and JSON writes both alike.
     """
 
     __slots__ = ("line", "number", "source")
@@ -16,15 +16,18 @@ class SourceRow(dict[str, Any]):
     def __init__(
         self, cells: Any = (), *, source: str = "", number: int = 0, line: int | None = None
     ) -> None:
-        """``source`` is the file or data set, ``number`` the row's (from 1), ``line`` the file's
-        (from 1) on which the row begins; None where the format has no lines."""
+        """Create a row.
+
+        ``source`` is the file or data set. ``number`` is the number of the row, from 1. ``line`` is
+        the line of the file on which the row begins, from 1, or None for a format without lines.
+        """
         super().__init__(cells)
         self.source = source
         self.number = number
         self.line = line
 
     def with_cells(self, cells: Any) -> SourceRow:
-        """Return other cells at the same place."""
+        """Return a row with other cells and the same place."""
         return SourceRow(cells, source=self.source, number=self.number, line=self.line)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -38,7 +41,7 @@ def _restore(cells: dict[str, Any], source: str, number: int, line: int | None) 
 def place_of(row: Any, split: str = "") -> str:
     """Name a row's place for a message: ``train.csv:18 (row 17)``, or ``row 17 of train``.
 
-    ``split`` is named where the row does not know its source.
+    ``split`` is used if the row does not know its source.
     """
     source, number = getattr(row, "source", ""), getattr(row, "number", 0)
     line = getattr(row, "line", None)

@@ -1,7 +1,8 @@
-"""Find splits that can't be judged: one class, one input, rows shared by train and test, few rows.
+"""Checks for splits that give no reliable results.
 
-A finding is refused where any result would be meaningless, and is a warning otherwise. Warnings go
-with the search: to its log, its report and its JSON document.
+Examples are a single class, a single input, rows shared by train and test, and few rows. A finding
+is an error if every result would be meaningless, and a warning otherwise. Warnings are written to
+the search's log, its report and its JSON document.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from orchestrator.errors import BadInput
 from orchestrator.job.spec import DataSpec
 
 FEW_ROWS = 10
-"""Fewer rows of a class than this are pointed out."""
+"""A class with fewer rows than this gets a warning."""
 SHOWN = 5  # classes that a message names
 TEXT_WIDTH = 60  # characters of an input that a message shows
 HELD_OUT = ("validation", "test")
@@ -29,7 +30,7 @@ HELD_OUT = ("validation", "test")
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong with the splits, and what to do about it."""
+    """A problem of the splits, and what to do about it."""
 
     severity: Literal["refuse", "warn"]
     message: str
@@ -42,10 +43,11 @@ class Finding:
 def judge(
     rows: RowSplits, data: DataSpec, *, learns: bool = True, begun: bool = False
 ) -> tuple[str, ...]:
-    """Return the warnings about the splits. Raises BadInput where any result would be meaningless.
+    """Return the warnings about the splits.
 
-    ``learns`` is as in ``check_splits``. ``begun`` is for a search that began before these checks
-    existed: what would be refused becomes a warning, so that the search can go on.
+    ``learns`` is as in ``check_splits``. ``begun`` is set for a search that is resumed and may have
+    started before these checks existed: errors become warnings, so that the search can continue.
+    Raises BadInput if every result would be meaningless.
     """
     findings = check_splits(rows, data, learns=learns)
     refused = [finding for finding in findings if finding.severity == "refuse"]
@@ -57,11 +59,14 @@ def judge(
 
 
 def check_splits(rows: RowSplits, data: DataSpec, *, learns: bool = True) -> list[Finding]:
-    """Judge the rows of the three splits. ``learns`` says whether the method trains on train."""
+    """Find the problems of the three splits.
+
+    ``learns`` is True if the method trains on the train split.
+    """
     splits = _Splits(rows, data, learns)
     meaningless = [*_single_input(splits), *_single_answer(splits)]
     if meaningless:
-        return meaningless  # whatever else could be said follows from it
+        return meaningless  # all other findings would follow from these
     return [
         *_splits_of_one_input(splits),
         *_absent_classes(splits),
@@ -74,8 +79,9 @@ def check_splits(rows: RowSplits, data: DataSpec, *, learns: bool = True) -> lis
 
 
 def check_distinct_tokens(inputs: Mapping[str, Sequence[Sequence[int]]], max_tokens: int) -> None:
-    """Refuse inputs that all become the same tokens: cut before they differ, or unknown tokens.
+    """Refuse inputs that all become the same tokens.
 
+    This happens when the inputs are cut before they differ, or when all their tokens are unknown.
     ``inputs`` are the ids of each split's rows. Raises BadInput.
     """
     ids = iter(tuple(row) for split in inputs.values() for row in split)
@@ -90,7 +96,7 @@ def check_distinct_tokens(inputs: Mapping[str, Sequence[Sequence[int]]], max_tok
 
 @dataclass(frozen=True)
 class _Splits:
-    """The rows with their inputs and labels as text."""
+    """The rows of the splits, with their inputs and labels as text."""
 
     rows: RowSplits
     data: DataSpec
@@ -102,7 +108,7 @@ class _Splits:
 
     @cached_property
     def labels(self) -> dict[str, list[str]]:
-        """Each row's label as text; without a verbalizer the text to generate."""
+        """Each row's label as text, or the text to generate if there is no verbalizer."""
         return {split: [label_of(row, self.data) for row in self.rows[split]] for split in SPLITS}
 
     @property
@@ -111,12 +117,12 @@ class _Splits:
 
     @property
     def judged(self) -> list[str]:
-        """The splits that a result depends on."""
+        """The splits that a result depends on: without train if the method does not learn."""
         return [split for split in SPLITS if split != "train" or self.learns]
 
     @cached_property
     def counts(self) -> dict[str, Counter[str]]:
-        """Rows of each class by split."""
+        """Number of rows of each class, by split."""
         return {split: Counter(self.labels[split]) for split in SPLITS}
 
     @cached_property
@@ -138,11 +144,11 @@ class _Splits:
         text = self._template.fill(row)
         if self.data.prefix_lm is None:
             return text
-        return text + str(row[self.data.target])  # a short prefix is shared by many texts
+        return text + str(row[self.data.target])  # many texts may share a short prefix
 
 
 def _single_input(splits: _Splits) -> Iterator[Finding]:
-    """All rows of all splits have one input."""
+    """Report the same input in all rows of all splits."""
     distinct = {text for split in SPLITS for text in splits.inputs[split]}
     if len(distinct) == 1:
         count, text = sum(splits.rows.counts.values()), next(iter(distinct))
@@ -154,7 +160,7 @@ def _single_input(splits: _Splits) -> Iterator[Finding]:
 
 
 def _single_answer(splits: _Splits) -> Iterator[Finding]:
-    """All rows of all splits have one label, or one text to generate."""
+    """Report the same label, or the same text to generate, in all rows of all splits."""
     if len(splits.classes) != 1 or splits.data.references is not None:
         return
     answer = _short(splits.classes[0])
@@ -184,7 +190,7 @@ def _splits_of_one_input(splits: _Splits) -> Iterator[Finding]:
 
 
 def _absent_classes(splits: _Splits) -> Iterator[Finding]:
-    """A class that another split has is missing from a split."""
+    """Find splits that lack a class which another split has."""
     if not splits.has_classes:
         return
     for split in splits.judged:
@@ -196,7 +202,7 @@ def _absent_classes(splits: _Splits) -> Iterator[Finding]:
 
 
 def _consequence(split: str, present: list[str]) -> str:
-    """Say what follows from classes that a split lacks."""
+    """Say what follows if a split lacks classes; ``present`` are those that it has."""
     if len(present) == 1:
         answer = _short(present[0])
         if split == "train":
@@ -208,7 +214,7 @@ def _consequence(split: str, present: list[str]) -> str:
 
 
 def _small_classes(splits: _Splits) -> Iterator[Finding]:
-    """A split has some rows of a class, but few."""
+    """Find classes of which a split has a few rows only."""
     if not splits.has_classes:
         return
     for split in splits.judged:
@@ -223,7 +229,7 @@ def _small_classes(splits: _Splits) -> Iterator[Finding]:
 
 
 def _row_counts(counts: Sequence[tuple[str, int]]) -> str:
-    """Write for instance: 3 rows of class 'spam', 1 row of class 'ham' and 4 more classes."""
+    """Write, for instance, "3 rows of class 'spam', 1 row of class 'ham' and 4 more classes"."""
     shown = [
         f"{count} {_plural('row', count)} of class {_short(label)}"
         for label, count in counts[:SHOWN]
@@ -232,7 +238,7 @@ def _row_counts(counts: Sequence[tuple[str, int]]) -> str:
 
 
 def _shared_with_train(splits: _Splits) -> Iterator[Finding]:
-    """Rows of validation or test have inputs that train has too."""
+    """Find rows of validation or test whose inputs are also in train."""
     first_in_train = _first_places(splits.inputs["train"])
     for split in HELD_OUT:
         inputs = splits.inputs[split]
@@ -258,7 +264,7 @@ def _shared_with_train(splits: _Splits) -> Iterator[Finding]:
 
 
 def _shared_by_held_out(splits: _Splits) -> Iterator[Finding]:
-    """Rows of test have inputs of validation, by which trials are chosen."""
+    """Find rows of test whose inputs are also in validation, by which trials are chosen."""
     first_in_validation = _first_places(splits.inputs["validation"])
     inputs = splits.inputs["test"]
     shared = [index for index, text in enumerate(inputs) if text in first_in_validation]
@@ -277,7 +283,7 @@ def _shared_by_held_out(splits: _Splits) -> Iterator[Finding]:
 
 
 def _contradictions(splits: _Splits) -> Iterator[Finding]:
-    """One input has several labels within a split."""
+    """Find inputs that have several labels within a split."""
     if not splits.has_classes:
         return
     for split in splits.judged:
@@ -297,7 +303,7 @@ def _contradictions(splits: _Splits) -> Iterator[Finding]:
 
 
 def _contradicting(inputs: Sequence[str], labels: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """Return two rows with different labels for each input that has such rows."""
+    """Return the indices of two rows with different labels for each input that has such rows."""
     first = _first_places(inputs)
     pairs: dict[str, tuple[int, int]] = {}
     for index, text in enumerate(inputs):
@@ -307,13 +313,13 @@ def _contradicting(inputs: Sequence[str], labels: Sequence[str]) -> dict[str, tu
 
 
 def _columns_that_tell(splits: _Splits) -> Iterator[Finding]:
-    """A column of the template says the answer, for instance the label's name beside its number."""
+    """Find columns of the template that reveal the answer, for instance the label's name."""
     if splits.data.prefix_lm is not None:
         return
     answers = [label for split in SPLITS for label in splits.labels[split]]
     rows = [row for split in SPLITS for row in splits.rows[split]]
     if len(rows) < 2 * len(splits.classes) and splits.has_classes:
-        return  # too few rows to tell a name from a text
+        return  # too few rows to tell a label's name from a text
     for column in Template(splits.data.template).columns:
         cells = [cell_text(row[column]) for row in rows]
         if cells == answers or (splits.has_classes and _correspond(cells, answers)):
@@ -325,7 +331,7 @@ def _columns_that_tell(splits: _Splits) -> Iterator[Finding]:
 
 
 def _correspond(cells: Sequence[str], answers: Sequence[str]) -> bool:
-    """Tell whether each cell belongs to one answer and each answer to one cell."""
+    """Tell whether each distinct cell goes with one answer and each answer with one cell."""
     pairs = set(zip(cells, answers, strict=True))
     return len(pairs) == len(set(cells)) == len(set(answers))
 
@@ -339,14 +345,14 @@ def _first_places(inputs: Sequence[str]) -> dict[str, int]:
 
 
 def _classes(labels: Sequence[str]) -> str:
-    """Write for instance: class 'a', or classes 'a', 'b' and 7 more classes."""
+    """Write, for instance, "class 'a'", or "classes 'a', 'b' and 7 more classes"."""
     shown = [_short(label) for label in labels[:SHOWN]]
     names = _listed(shown, len(labels) - len(shown), "more class", "more classes")
     return f"{_plural('class', len(labels))} {names}"
 
 
 def _listed(shown: Sequence[str], left_out: int, one: str, several: str) -> str:
-    """Join texts with commas and a final "and"; the last says how many were left out."""
+    """Join texts with commas and a final "and"; the last part counts what was left out."""
     more = [f"{left_out} {one if left_out == 1 else several}"] if left_out else []
     texts = [*shown, *more]
     if len(texts) == 1:
@@ -355,7 +361,7 @@ def _listed(shown: Sequence[str], left_out: int, one: str, several: str) -> str:
 
 
 def _more(split: str) -> str:
-    """Say what to do about classes of which a split has too few rows."""
+    """Say what to do if a split has too few rows of some classes."""
     if split == "train":
         return "give train more rows of such classes, or leave these classes out"
     return f"give {split} more rows of such classes, or read its figures with care"
@@ -368,5 +374,5 @@ def _plural(word: str, count: int) -> str:
 
 
 def _short(text: str) -> str:
-    """Quote a text, cut to what fits into a message."""
+    """Quote a text, shortened to fit into a message."""
     return repr(text if len(text) <= TEXT_WIDTH else f"{text[: TEXT_WIDTH - 3]}...")

@@ -1,4 +1,7 @@
-"""Read local files into rows, as the cells stand in them: CSV and TSV as text, the others with their types."""
+"""Reading of local files into rows, with cells unchanged.
+
+Cells of CSV and TSV files are texts; those of other formats keep their types.
+"""
 
 from __future__ import annotations
 
@@ -33,32 +36,32 @@ JSON_REMEDY = "convert the file to UTF-8, for instance with iconv -f latin1 -t u
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of one file, and what a user should know of how they were read."""
+    """The rows of one file, and notes to the user on how they were read."""
 
     rows: list[SourceRow]
     columns: list[str]
     dialect: Dialect | None = None
-    """Of CSV and TSV files."""
+    """The format of a CSV or TSV file; None for other files."""
     notes: tuple[str, ...] = ()
-    """Decisions that may differ from what the user had in mind, each a sentence with a remedy."""
+    """Decisions that the user may not expect, each a sentence with a remedy."""
 
 
 def table_suffix(file: Path) -> str:
-    """Return the end of a name that tells how to read the file: .csv, .csv.gz; empty for no table."""
+    """Return the suffix that tells how to read a file, as .csv or .csv.gz; empty for no table."""
     return _format_suffix(file) + compression_of(file) if _format_suffix(file) else ""
 
 
 def _format_suffix(file: Path) -> str:
-    """Return the suffix in front of the compression's, where it is one of a table."""
+    """Return the suffix of a table format, without the compression's; empty if there is none."""
     suffix = Path(file.stem if compression_of(file) else file).suffix.lower()
     return suffix if suffix in FORMATS else ""
 
 
 def read_table(file: Path, where: str, options: CsvSpec | None = None) -> Table:
-    """Read all rows of a file, in the format that its name tells.
+    """Read all rows of a file, in the format given by its name.
 
-    ``where`` is the key or flag that names the file. ``options`` concern CSV and TSV. Raises
-    BadInput for a file that cannot be read as it stands, with the line at fault where there is one.
+    ``where`` is the key or flag that names the file, for messages. ``options`` apply to CSV and
+    TSV. Raises BadInput for a file that can't be read, with the line at fault if there is one.
     """
     file = file.expanduser()
     if not file.is_file():
@@ -71,7 +74,8 @@ def read_table(file: Path, where: str, options: CsvSpec | None = None) -> Table:
     if not file.stat().st_size:
         return Table([], [])
     try:
-        with uncollected():  # looking for garbage among rows that stay takes a third of the time
+        # Without this, garbage collection takes a third of the time, though all rows are in use.
+        with uncollected():
             return _read(file, FORMATS[suffix], options or CsvSpec())
     except BadInput as error:
         raise BadInput(f"{where}: {error.message}", error.hint) from None
@@ -93,7 +97,7 @@ def _read_parquet(file: Path) -> tuple[list[str], list[SourceRow]]:
     from pyarrow import parquet
 
     with open_binary(file) as stream:
-        # A compressed file cannot be read from its end, as parquet is.
+        # Parquet is read from the end of the file, which is impossible while decompressing it.
         whole = io.BytesIO(stream.read()) if compression_of(file) else str(file)
     try:
         with parquet.ParquetFile(whole) as table:

@@ -1,4 +1,4 @@
-"""Template and verbalizer: a row to input text, a label to the text that stands for it."""
+"""The template, which turns a row into input text, and the verbalizer, which writes out labels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from orchestrator.job.spec import BLANK, FIELD, VIRTUAL, template_columns
 
 
 def target_text(cell: Any) -> str:
-    """Return the text of a target column's cell; of a list of texts the first."""
+    """Return the text of a target column's cell; for a list of texts, the first of them."""
     if isinstance(cell, list):
         return cell_text(cell[0]) if cell else ""
     return cell_text(cell)
@@ -22,7 +22,7 @@ def target_text(cell: Any) -> str:
 
 @dataclass(frozen=True)
 class Mark:
-    """A place in a filled template that is no text: virtual tokens, or the blank."""
+    """A place in a filled template that is not text: virtual tokens ({*}) or the blank ({_})."""
 
     name: str
 
@@ -33,11 +33,14 @@ class Mark:
 
 @dataclass(frozen=True)
 class Template:
-    """Input text with the row's columns in braces; doubled braces stand for themselves, {*} and {_} are marks."""
+    """An input text with the row's columns in braces.
+
+    Doubled braces stand for single ones. {*} and {_} are marks.
+    """
 
     text: str
     convert: Callable[[Any], str] = cell_text
-    """Turns a cell into text."""
+    """The function that turns a cell into text."""
 
     @cached_property
     def columns(self) -> tuple[str, ...]:
@@ -45,7 +48,7 @@ class Template:
 
     @cached_property
     def places_virtual_tokens(self) -> bool:
-        """Whether the template itself says where virtual tokens stand."""
+        """True if the template itself says where virtual tokens stand."""
         return any(piece == VIRTUAL for kind, piece in self._pieces if kind == "mark")
 
     @cached_property
@@ -54,7 +57,7 @@ class Template:
 
     @cached_property
     def _pieces(self) -> tuple[tuple[str, str], ...]:
-        """Literal texts, columns and marks, in order."""
+        """Literal texts, columns and marks in order, as pairs of kind and content."""
         pieces: list[tuple[str, str]] = []
         end = 0
         for match in FIELD.finditer(self.text):
@@ -69,7 +72,10 @@ class Template:
         )
 
     def segments(self, row: Mapping[str, Any]) -> list[str | Mark]:
-        """The row's input: texts, and the marks between them. BadInput names a column that the row lacks."""
+        """Fill the template with a row and return the texts and the marks between them.
+
+        Raises BadInput for a column that the row lacks.
+        """
         segments: list[str | Mark] = []
         for kind, piece in self._pieces:
             if kind == "mark":
@@ -83,11 +89,17 @@ class Template:
         return segments
 
     def fill(self, row: Mapping[str, Any]) -> str:
-        """The row's input text without its marks. BadInput names a column that the row lacks."""
+        """Return the row's input text without marks.
+
+        Raises BadInput for a column that the row lacks.
+        """
         return "".join(segment for segment in self.segments(row) if isinstance(segment, str))
 
     def texts(self, row: Mapping[str, Any]) -> dict[str, str]:
-        """Return the row's columns as texts. BadInput names a column that the row lacks."""
+        """Return the template's columns of a row as texts.
+
+        Raises BadInput for a column that the row lacks.
+        """
         return {column: self._cell(row, column) for column in self.columns}
 
     def _cell(self, row: Mapping[str, Any], column: str) -> str:
@@ -102,7 +114,10 @@ class Template:
             raise BadInput(f"column {column!r}: {error.message}", error.hint) from None
 
     def row(self, given: str | Mapping[str, Any]) -> Mapping[str, Any]:
-        """A served input as a row: a bare text fills the only column."""
+        """Turn a served input into a row: a bare text fills the template's only column.
+
+        Raises BadInput for a bare text when the template has several columns or none.
+        """
         if not isinstance(given, str):
             return given
         if len(self.columns) != 1:
@@ -114,7 +129,10 @@ class Template:
 
     @cached_property
     def tail(self) -> str:
-        """What stands between the answer and the column or mark before it; decides how answers are tokenised."""
+        """The literal text between the answer and the column or mark before it.
+
+        Answers are tokenised as they would be after this text.
+        """
         before: list[str] = []
         for kind, piece in self._pieces:
             if (kind, piece) == ("mark", BLANK):
@@ -128,17 +146,22 @@ class Template:
 
 @dataclass(frozen=True)
 class Verbalizer:
-    """Labels and their texts. ``labels[i]`` is written as ``texts[i]``; texts are distinct."""
+    """The labels and the texts that stand for them.
+
+    ``labels[i]`` is written as ``texts[i]``. The texts are distinct.
+    """
 
     labels: tuple[Label, ...]
     texts: tuple[str, ...]
 
     @classmethod
     def covering(cls, mapping: Mapping[Label, str], seen: Iterable[Any]) -> Verbalizer:
-        """The entries that the data needs, in the spec's order. BadInput names labels without a text, or sharing one.
+        """Select the entries that the data needs, in the spec's order.
 
-        Labels match by meaning, and are kept as the spec spells them. Keys that no row has are left out, so that one
-        spec may name the labels of several sources.
+        Labels are matched by meaning and keep the spec's spelling. Keys that no row has are left
+        out, so that one spec may name the labels of several sources. Raises BadInput for labels
+        without a text, for labels that share a text, and for keys that mean the same label but have
+        different texts.
         """
         if conflict := next(contradictions(mapping), None):
             raise BadInput(f"data.verbalizer: {conflict}", "keep one of them")
@@ -147,8 +170,8 @@ class Verbalizer:
         missing = sorted((label for key, label in seen_labels.items() if key not in keyed), key=str)
         if missing:
             raise BadInput(
-                f"data.verbalizer does not cover label {', '.join(map(repr, missing[:5]))} of the data; "
-                f"it has {list(mapping)}",
+                f"data.verbalizer does not cover label {', '.join(map(repr, missing[:5]))} "
+                f"of the data; it has {list(mapping)}",
                 _uncovered_hint(missing, keyed),
             )
         used = [label for key, label in keyed.items() if key in seen_labels]
@@ -171,7 +194,10 @@ class Verbalizer:
 
 
 def _uncovered_hint(missing: Iterable[Any], keyed: Mapping[LabelKey, Label]) -> str:
-    """Say how to cover labels; a text that looks like a number needs quotes where YAML reads one."""
+    """Say how to cover the missing labels.
+
+    A label that is text but looks like a number must be quoted in YAML.
+    """
     for label in missing:
         if isinstance(label, str) and _as_number(label) in keyed:
             return f"write the key as the data has it, in quotes: {spelled(label)}"
@@ -186,9 +212,10 @@ def _as_number(text: str) -> LabelKey | None:
 
 
 def continuation_ids(tokenizer: Any, before: str, text: str) -> list[int]:
-    """Token ids of ``text`` as they come after ``before``: tokenised together, then cut.
+    """Return the token ids that ``text`` has when it follows ``before``.
 
-    Tokenising a label on its own gives other tokens: a SentencePiece tokenizer puts a space in front of it.
+    Both are tokenised together and then cut. A label tokenised on its own would have other tokens:
+    a SentencePiece tokenizer puts a space in front of it.
     """
     anchor = before or "a"
     head = tokenizer(anchor, add_special_tokens=False)["input_ids"]

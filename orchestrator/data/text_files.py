@@ -1,4 +1,4 @@
-"""Read text files in pieces: compression, encoding, and the line of whatever cannot be read."""
+"""Reading of text files in pieces, with decompression, decoding and the line numbers of faults."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from orchestrator.job.spec import AUTO
 
 CHUNK_BYTES = 1 << 20
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2"}
-# Longer marks first: the mark of UTF-32 begins with that of UTF-16.
+# Longer marks come first: the mark of UTF-32 begins with that of UTF-16.
 BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),
@@ -25,7 +25,7 @@ BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-# How files begin that are no text, whatever their names say.
+# First bytes of files that are not plain text, whatever their names say.
 SIGNATURES = (
     (b"\x1f\x8b", "is compressed with gzip", "add .gz to its name"),
     (b"\x28\xb5\x2f\xfd", "is compressed with zstd", "add .zst to its name"),
@@ -36,14 +36,17 @@ SIGNATURES = (
 
 
 def compression_of(file: Path) -> str:
-    """Return the suffix of the file's compression, or an empty text."""
+    """Return the suffix of the file's compression, or an empty string."""
     suffix = file.suffix.lower()
     return suffix if suffix in COMPRESSIONS else ""
 
 
 @contextmanager
 def open_binary(file: Path) -> Iterator[Any]:
-    """Open a file for reading, decompressed. Raises BadInput where that fails, also while it is read."""
+    """Open a file for reading, decompressed.
+
+    Raises BadInput if opening or reading it fails inside the block.
+    """
     compression = compression_of(file)
     try:
         with _opened(file, compression) as stream:
@@ -75,10 +78,10 @@ def _opened(file: Path, compression: str) -> Any:
 
 
 class TextFile:
-    """A text file, compressed or not, that can be read repeatedly without holding all of it.
+    """A text file, compressed or not, that can be read repeatedly without loading it as a whole.
 
-    ``encoding`` is that of files without a byte order mark; ``used_encoding`` the one found.
-    ``remedy`` tells the user what to do about text in another encoding.
+    ``encoding`` applies to files without a byte order mark; ``used_encoding`` is the encoding that
+    was actually used. ``remedy`` tells the user what to do about text in another encoding.
     """
 
     def __init__(self, file: Path, remedy: str, encoding: str = AUTO) -> None:
@@ -90,7 +93,10 @@ class TextFile:
         return str(self.file)
 
     def lines(self) -> Iterator[str]:
-        """Yield the lines with their ends: after a line feed, or a carriage return in files without one."""
+        """Yield the lines with their line ends.
+
+        Lines end at line feeds, or at carriage returns if the file's first piece has no line feed.
+        """
         rest, newline = "", ""
         for number, text in enumerate(self._texts()):
             if number == 0:
@@ -98,7 +104,8 @@ class TextFile:
             whole = rest + text
             end = whole.rfind(newline) + 1
             rest = whole[end:]
-            # Without translation; "" also ends lines at carriage returns.
+            # Both values of newline leave line ends untranslated; "" also ends lines at carriage
+            # returns.
             yield from io.StringIO(whole[:end], newline="\n" if newline == "\n" else "")
         if rest:
             yield rest
@@ -108,7 +115,7 @@ class TextFile:
         return "".join(self._texts())
 
     def _texts(self) -> Iterator[str]:
-        """Yield the text in pieces. Raises BadInput with the line of what is no text."""
+        """Yield the text in pieces. Raises BadInput with the line of bytes that are not text."""
         with open_binary(self.file) as stream:
             data = stream.read(CHUNK_BYTES)
             data = data[self._skip_mark(data) :]
@@ -129,7 +136,10 @@ class TextFile:
                 data = stream.read(CHUNK_BYTES)
 
     def _skip_mark(self, data: bytes) -> int:
-        """Return the length of the byte order mark, which decides on the encoding."""
+        """Return the length of the byte order mark, and set the encoding that it stands for.
+
+        Raises BadInput if the file is of another format than its name says.
+        """
         for mark, encoding in BYTE_ORDER_MARKS:
             if data.startswith(mark):
                 self.used_encoding = encoding
@@ -140,20 +150,25 @@ class TextFile:
         return 0
 
     def _refuse_bytes(self, error: UnicodeError, lines: int) -> NoReturn:
-        """``lines`` end before the piece at fault."""
+        """Raise BadInput for bytes that can't be decoded.
+
+        ``lines`` is the number of lines that end before the piece at fault.
+        """
         if not isinstance(error, UnicodeDecodeError):
             raise BadInput(
                 f"{self.file} can't be decoded as {self.used_encoding}: {error}", self._remedy
             ) from None
         before = error.object[: error.start].decode(self.used_encoding, "ignore")
         raise BadInput(
-            f"{self.file}:{lines + before.count(chr(10)) + 1}: byte 0x{error.object[error.start]:02x} "
-            f"is not {self.used_encoding.upper()} (behind {before[before.rfind(chr(10)) + 1 :][-40:]!r})",
+            f"{self.file}:{lines + before.count(chr(10)) + 1}: "
+            f"byte 0x{error.object[error.start]:02x} is not {self.used_encoding.upper()} "
+            f"(behind {before[before.rfind(chr(10)) + 1 :][-40:]!r})",
             self._remedy,
         ) from None
 
     def _refuse_nul(self, line: int) -> NoReturn:
         raise BadInput(
             f"{self.file}:{line}: holds a NUL character, which no text has",
-            f"the file is damaged, or is UTF-16 or UTF-32 without a byte order mark: {self._remedy}",
+            "the file is damaged, or is UTF-16 or UTF-32 without a byte order mark: "
+            f"{self._remedy}",
         )

@@ -1,4 +1,4 @@
-"""Cut rows down to the columns in use; rows that lack a value are refused, dropped or kept."""
+"""Reduction of rows to the columns in use; rows that lack a value are refused, dropped or kept."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ Row = Mapping[str, Any]
 
 @dataclass
 class UsedColumns:
-    """The columns that a job reads, and what to do where one has no value.
-
-    ``inputs`` are those of all templates, ``more`` those that something besides the job needs.
-    """
+    """The columns that a job reads, and the treatment of rows without a value in them."""
 
     data: DataSpec
     inputs: Sequence[str]
+    """Columns of all templates."""
     more: Sequence[str] = ()
+    """Further columns that are needed besides those of the job."""
     dropped: dict[str, int] = field(default_factory=dict)
-    """How many rows of each split were left out, because an input is empty."""
+    """Number of rows of each split that were left out because an input is empty."""
 
     def __post_init__(self) -> None:
         self._labels: dict[LabelKey, Label] = by_meaning(self.data.verbalizer or {})
@@ -36,11 +35,11 @@ class UsedColumns:
         self._columns = list(dict.fromkeys([*self.inputs, *self._others]))
 
     def cut(self, rows: Sequence[Row], split: str) -> list[Row]:
-        """Return the rows with the columns in use alone, and labels as the verbalizer spells them.
+        """Return the rows with only the columns in use, and labels as the verbalizer spells them.
 
-        Columns are renamed before. Raises BadInput for a column that no row has, a row without a
-        target, references that are no texts, a cell that has no text, and with ``data.empty:
-        refuse`` for a row without an input.
+        Columns are first renamed. Raises BadInput for a column that no row has, for a row without a
+        target, for references that are not texts, for a cell that can't be turned into text, and
+        with ``data.empty: refuse`` for a row without an input.
         """
         found: list[Row] = []
         empty: list[tuple[SourceRow, str]] = []
@@ -61,13 +60,13 @@ class UsedColumns:
         return found
 
     def _placed(self, row: Row, number: int) -> SourceRow:
-        """Return the row after renaming, with the place that it was read from."""
+        """Return the row with renamed columns and the place that it was read from."""
         placed = row if isinstance(row, SourceRow) else SourceRow(row, number=number)
         new_names = {new: row[old] for old, new in self.data.rename.items() if old in row}
         return placed.with_cells({**placed, **new_names}) if new_names else placed
 
     def _check_known(self, column: str, rows: Sequence[Row], row: SourceRow, split: str) -> None:
-        """Refuse a column that no row has: it is misspelt, rather than empty."""
+        """Refuse a column that no row has: such a column is misspelt rather than empty."""
         if column in self._known:
             return
         old_names = {old for old, new in self.data.rename.items() if new == column}
@@ -88,7 +87,10 @@ class UsedColumns:
         return row.with_cells(cells)
 
     def _label(self, row: SourceRow, split: str) -> Any:
-        """Return a label as the verbalizer spells it; what the verbalizer lacks is reported there."""
+        """Return a label as the verbalizer spells it.
+
+        A label that the verbalizer lacks is returned unchanged; ``Verbalizer`` reports it.
+        """
         cell = row[self.data.target]
         try:
             return self._labels.get(label_key(cell), cell)
@@ -110,7 +112,7 @@ class UsedColumns:
         return self.data.empty != "keep" and label_key(text) not in self._labels
 
     def _empty_column(self, row: SourceRow, split: str) -> str:
-        """Name the first input column that has no text; the empty text when each has one."""
+        """Return the first input column without text; an empty string if every column has text."""
         for column in self.inputs:
             try:
                 text = cell_text(row.get(column))
@@ -135,7 +137,7 @@ class UsedColumns:
 
 
 def _without_input(empty: Sequence[tuple[SourceRow, str]], split: str) -> BadInput:
-    """Name the first row without an input, and say how many there are."""
+    """Create the error that names the first row without an input and counts the others."""
     row, column = empty[0]
     rows = "row has" if len(empty) == 2 else "rows have"
     more = f"; {len(empty) - 1} more {rows} none either" if len(empty) > 1 else ""
@@ -151,7 +153,7 @@ def _check_references(row: SourceRow, column: str, split: str) -> None:
         return
     if not isinstance(cell, list) or not all(isinstance(text, str) for text in cell):
         raise BadInput(
-            f"{place_of(row, split)} has {str(cell)[:60]!r} in column {column!r}, which data.references names; a list "
-            "of texts belongs there, or nothing",
+            f"{place_of(row, split)} has {str(cell)[:60]!r} in column {column!r}, which "
+            "data.references names; a list of texts belongs there, or nothing",
             "correct data.references; .jsonl and .parquet files can hold lists",
         )

@@ -1,1 +1,1 @@
-"""Training of packed trials on one frozen backbone. Knows neither Ray nor MLflow."""
+"""Training of packed trials on one frozen backbone, without Ray or MLflow."""

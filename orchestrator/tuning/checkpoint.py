@@ -1,4 +1,4 @@
-"""A trial's resumable state as bytes: kilobytes, no pickle."""
+"""Checkpoints: a trial's resumable state as bytes, without pickle; kilobytes for a prompt."""
 
 from __future__ import annotations
 
@@ -22,19 +22,24 @@ BEST = "best."
 class TrialState:
     """Everything that a trial's next step depends on.
 
-    ``tensors``: the prompt's own state (``prompt.*``: parameters, and where a reparameterisation starts), the best
-    prompt as an artifact has it (``best.*``) and the optimiser's moments (``optimizer.*``). The data position is
-    ``step``; the data order, the schedule and the init are functions of the spec and the step, so no random state is
-    left to keep.
+    ``step`` is also the position in the data. The data order, the schedule and the init are
+    functions of the spec and the step, so there is no random state to store.
     """
 
     step: int
     best_step: int
     best_metrics: dict[str, float]
     waited: int
+    """Evaluations in a row without a better result."""
     base_model: str
     """Fingerprint of the frozen weights."""
     tensors: dict[str, Tensor] = field(compare=False)
+    """All tensors of the state, by prefixed name.
+
+    * ``prompt.*``: the prompt's own state, which is its parameters and the fixed start of a
+      reparameterisation.
+    * ``best.*``: the best prompt as an artifact stores it.
+    * ``optimizer.*``: the optimiser's state."""
 
     @classmethod
     def of(
@@ -57,18 +62,18 @@ class TrialState:
         return cls(step, best_step, best_metrics, waited, base_model, tensors)
 
     def best(self) -> dict[str, Tensor]:
-        """The best prompt's tensors, by the names that an artifact stores them under."""
+        """Return the best prompt's tensors by the names used in an artifact."""
         return _under(BEST, self.tensors)
 
     def prompt(self) -> dict[str, Tensor]:
-        """The prompt's own state, as its module has it."""
+        """Return the prompt's own state, as its module's ``state_dict``."""
         return _under(PROMPT, self.tensors)
 
     def to_bytes(self) -> bytes:
         header = {
             one.name: getattr(self, one.name) for one in fields(self) if one.name != "tensors"
         }
-        # Copies, where a tensor is a view of another: safetensors stores no tensor twice.
+        # Copy tensors that are views of others: safetensors refuses tensors that share memory.
         tensors = {
             name: tensor.detach().cpu().contiguous().clone()
             for name, tensor in self.tensors.items()
@@ -77,7 +82,10 @@ class TrialState:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> TrialState:
-        """BadInput when the bytes were cut short or are none of ours."""
+        """Read a state from the bytes that ``to_bytes`` wrote.
+
+        Raises BadInput when the bytes were cut short or are not such a state.
+        """
         try:
             size = int.from_bytes(data[:8], "little")
             header: dict[str, Any] = json.loads(
@@ -91,11 +99,14 @@ class TrialState:
 
 
 def restore_prompt(prompt: nn.Module, state: TrialState, base_model: str) -> None:
-    """Load the prompt's own state. BadInput when it is of another base model, method or shape, or not finite."""
+    """Load the prompt's own state from a checkpoint.
+
+    Raises BadInput when the state is of another base model, method or shape, or is not finite.
+    """
     if state.base_model != base_model:
         raise BadInput(
-            f"this checkpoint was written on another base model (fingerprint {state.base_model[:12]}) than the one "
-            f"loaded ({base_model[:12]})",
+            "this checkpoint was written on another base model "
+            f"(fingerprint {state.base_model[:12]}) than the one loaded ({base_model[:12]})",
             "resume with the base model that it was written on",
         )
     if broken := [

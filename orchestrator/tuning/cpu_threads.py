@@ -1,7 +1,8 @@
-"""A CPU's cores for one step: each takes some of the rows through the whole model.
+"""Use of a CPU's cores for one step: each core takes some of the rows through the whole model.
 
-Cores that share every single operation wait for each other hundreds of times a forward, which costs a small model more
-than it gains and stalls where anything else runs on the machine. Those that share the rows wait once a step.
+Cores that share every single operation wait for each other hundreds of times per forward. For a
+small model the waits cost more than the sharing gains, and they stall when anything else runs on
+the machine. Cores that share the rows wait for each other once per step.
 """
 
 from __future__ import annotations
@@ -16,24 +17,31 @@ import torch
 T = TypeVar("T")
 
 MOST = 8
-"""Threads at most: Python lets one of them prepare an operation at a time. Further cores share their operations."""
+"""Maximum number of threads, since Python lets only one of them prepare an operation at a time.
+
+Further cores are used inside the threads' operations."""
 
 STATEFUL_ROPE = frozenset({"dynamic", "longrope"})
-"""Position encodings that keep in the model what the rows of the last forward needed."""
+"""Position encodings that store state in the model, which depends on the last forward's rows."""
 
 
 @dataclass(frozen=True)
 class Threads:
-    """``count`` cores of one process, and in how many ``ways`` rows are dealt out among them."""
+    """The cores of one process, and how rows are divided among them."""
 
     count: int = 1
+    """Number of cores."""
     ways: int = 1
+    """Number of threads that run forwards side by side, each with its own rows."""
     _pool: ThreadPoolExecutor | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def of(cls, count: int, model: Any, device: torch.device) -> Threads:
-        """What ``count`` cores can do for forwards of the model: an accelerator, and a model that remembers its last
-        forward, take one at a time."""
+        """Choose how ``count`` cores run forwards of the model.
+
+        Forwards run one at a time on an accelerator, and in a model that keeps state of its last
+        forward.
+        """
         if (
             count == 1
             or device.type != "cpu"
@@ -46,18 +54,19 @@ class Threads:
         )
 
     def together(self) -> Threads:
-        """The same cores, all at one forward."""
+        """Return the same cores, all working on one forward at a time."""
         return replace(self, ways=1)
 
     def share(self, places: Sequence[int]) -> list[Sequence[int]]:
-        """The rows of each part; none where there are fewer rows than parts."""
+        """Divide rows into ``ways`` parts; some parts are empty if there are fewer rows."""
         return [places[part :: self.ways] for part in range(self.ways)]
 
     def each(self, work: Callable[[int], T]) -> list[T]:
-        """``work(part)`` of every part, side by side; results in the parts' order.
+        """Run ``work(part)`` for every part side by side and return the results in order.
 
-        When all have ended, the error of the first part that failed is raised. torch's modes (no_grad, inference_mode)
-        are a thread's own: ``work`` sets those that it needs.
+        If parts fail, the error of the first of them is raised after all parts have ended. torch's
+        modes (no_grad, inference_mode) apply to one thread only, so ``work`` must set those that it
+        needs.
         """
         self._set(self.ways)
         if self._pool is None or self.ways == 1:
@@ -67,13 +76,16 @@ class Threads:
         return [future.result() for future in futures]
 
     def _set(self, ways: int) -> None:
-        """An operation's threads: torch's are this thread's own, the mathematics library's everybody's."""
+        """Set the number of threads that share one operation.
+
+        torch keeps this number per thread, the mathematics library per process.
+        """
         if self._pool is not None and torch.get_num_threads() != self.count // ways:
             torch.set_num_threads(self.count // ways)
 
 
 def _rope_types(config: Any) -> set[str]:
-    """Every ``rope_type`` at any depth of a configuration's document."""
+    """Collect every ``rope_type`` at any depth of a model configuration."""
     if not isinstance(config, dict):
         return set()
     own = {config["rope_type"]} if isinstance(config.get("rope_type"), str) else set()

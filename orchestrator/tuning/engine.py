@@ -1,7 +1,9 @@
-"""The tuning engine: trials in slots of one frozen backbone, a packed step for all of them, an evaluation at a time.
+"""The tuning engine: trains several trials at once in the slots of one frozen backbone.
 
-A trial's life: ``seat`` -> rounds of steps, each ended by an evaluation and a ``Report`` -> finished, or ``free``.
-Slots start and end at round boundaries, so all seated trials evaluate together, packed as they train.
+All seated trials share packed training steps and packed evaluations. A trial is seated with
+``seat``. It then runs rounds of steps, and each round ends with an evaluation and a ``Report``.
+The trial leaves its slot when it ends, or when ``free`` removes it. Slots are taken and freed at
+round boundaries only, so all seated trials are evaluated together, packed as they train.
 """
 
 from __future__ import annotations
@@ -38,33 +40,33 @@ from orchestrator.tuning.step import Limits, packed_gradients
 from orchestrator.tuning.updater import Updater, apply_all
 from orchestrator.tuning.worker_group import Group
 
-WORST = {
-    "max": 0.0,
-    "min": 1e30,
-}  # accuracies are never below 0; schedulers can't compare an infinity
+# Accuracies are never below 0. Both values are finite, because schedulers can't compare infinities.
+WORST = {"max": 0.0, "min": 1e30}
 NO_ROOM = "memory does not suffice"
-FLOAT32_BYTES = 4  # of a number as artifacts keep it
+FLOAT32_BYTES = 4  # artifacts store float32 numbers
 
 
 @dataclass
 class Task:
-    """What is learned: the encoder, the tokenised splits, those again behind each written instruction, the method, and
-    the prompts that trials may start from."""
+    """The task to learn: its data in tokens, and the method of the job."""
 
     encoder: Encoder
     splits: dict[str, Encoded]
+    """The tokenised rows of each split."""
     instructed: dict[str, dict[str, Encoded]] = field(default_factory=dict)
+    """The tokenised splits again, for each written instruction, with the instruction in front."""
     method: Method = field(default_factory=Method)
     artifacts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """Tensors of the registered prompts that trials may start from, by reference."""
     decoding: Decoding | None = None
-    """How evaluations generate texts, where the metric compares them."""
+    """Settings with which evaluations generate texts; None if the metric does not compare texts."""
     designs: Designs | None = None
-    """The rows as prompt_design writes them out."""
+    """The rows as method prompt_design writes them out; None for other methods."""
 
 
 @dataclass
 class Slot:
-    """A trial's place: its own prompt, optimiser and step count."""
+    """A trial's place in the engine, with its own prompt, optimiser and step count."""
 
     trial: str
     spec: TrialSpec
@@ -75,19 +77,21 @@ class Slot:
     best_step: int = 0
     best_metrics: dict[str, float] = field(default_factory=dict)
     best: dict[str, Tensor] = field(default_factory=dict)
-    """The best prompt as an artifact has it; empty before the first evaluation."""
+    """The best prompt's tensors as an artifact stores them; empty before the first evaluation."""
     waited: int = 0
+    """Evaluations in a row without a better result."""
     losses: list[float] = field(default_factory=list)
     diverged: bool = False
     no_room: str = ""
-    """What did not fit into memory, however it was cut; such a trial is over."""
+    """Why the trial does not fit into memory, even in the smallest pieces; empty if it fits."""
     seconds: float = 0.0
-    """Its share of the training since its last report."""
+    """The trial's share of the training time since its last report."""
     evaluation_seconds: float = 0.0
+    """The trial's share of the time of the last evaluation."""
 
     @torch.no_grad()
     def tensors(self) -> PromptTensors:
-        """The prompt as it stands, for evaluation."""
+        """Return the current prompt's tensors without gradients, for evaluation."""
         return self.prompt()  # type: ignore[no-any-return]
 
     @property
@@ -113,8 +117,10 @@ class Slot:
 
 
 class Engine:
-    """Trains up to ``capacity`` trials at once on one backbone; the workers of a ``group`` do so together, each asked
-    for the same."""
+    """An engine that trains up to ``capacity`` trials at once on one backbone.
+
+    The workers of a ``group`` train together: each must make the same calls in the same order.
+    """
 
     def __init__(
         self,
@@ -147,7 +153,10 @@ class Engine:
         return self.capacity - len(self.slots)
 
     def seat(self, trial: str, spec: TrialSpec, checkpoint: bytes | None = None) -> None:
-        """Give a trial a slot, from the start or from a checkpoint."""
+        """Give a trial a slot, starting afresh or from a checkpoint.
+
+        Raises RuntimeError when all slots are taken.
+        """
         if not self.free_slots:
             raise RuntimeError(f"no slot is free for trial {trial}: {self.capacity} are taken")
         if not self.slots:
@@ -164,7 +173,7 @@ class Engine:
         return InitContext.of(self.backbone, self.task.encoder.answer_words, self.task.artifacts)
 
     def _learned(self, spec: TrialSpec) -> Prompt | Change:
-        """What a trial learns, before its first step."""
+        """Create the module that a trial trains, in its state before the first step."""
         return make_prompt(self.task.method, spec, self._context).to(self.backbone.device)
 
     @staticmethod
@@ -175,13 +184,16 @@ class Engine:
         slot.best_metrics, slot.best = state.best_metrics, state.best()
 
     def free(self, trial: str) -> None:
-        """Take a trial's slot away; unknown trials are ignored, since stops may cross."""
+        """Remove a trial from its slot.
+
+        Unknown trials are ignored: a stop may arrive after the trial ended by itself.
+        """
         self.slots.pop(trial, None)
 
     def round(self) -> list[Report]:
         """Train every seated trial up to its next evaluation, evaluate them together, and report.
 
-        A trial that is over leaves its slot.
+        A trial whose report has an ending leaves its slot.
         """
         if not self.slots:
             return []
@@ -197,7 +209,10 @@ class Engine:
         return reports
 
     def evaluate(self, job: EvaluationJob) -> dict[str, float]:
-        """Metrics of a prompt or a baseline on a whole split."""
+        """Return the metrics of a prompt or a baseline on a whole split.
+
+        Raises JobFailed when memory does not suffice for a single row.
+        """
         if job.checkpoint is not None:
             metrics = self._checkpoint_metrics(job, TrialState.from_bytes(job.checkpoint))
         else:
@@ -219,13 +234,17 @@ class Engine:
         return self._metrics([best], self.task.splits[job.split], job.confusion)[0]
 
     def _slot_metrics(self, slots: Sequence[Slot]) -> list[dict[str, float] | None]:
-        """Validation metrics of these slots, together."""
+        """Evaluate these slots together on the validation split."""
         return self._metrics([slot.tensors() for slot in slots], self.task.splits["validation"])
 
     def _metrics(
         self, prompts: Sequence[PromptTensors] | None, split: Encoded, confusion: bool = False
     ) -> list[dict[str, float] | None]:
-        """Metrics of each prompt, or of the model without one; None where memory does not suffice for one row."""
+        """Return the metrics of each prompt on a split.
+
+        ``prompts=None`` gives one entry, for the model without a prompt. An entry is None when
+        memory does not suffice for a single row of that prompt.
+        """
 
         def of(places: Sequence[int]) -> list[dict[str, float]]:
             chosen = None if prompts is None else [prompts[place] for place in places]
@@ -258,7 +277,7 @@ class Engine:
         return slot.step < target and not slot.broken
 
     def step(self, slots: Sequence[Slot]) -> None:
-        """One step of each of these seated trials, packed."""
+        """Run one packed training step of these seated trials."""
         started = time.perf_counter()
         split = self.task.splits["train"]
         rows = [
@@ -278,7 +297,7 @@ class Engine:
         fitted = [(slot, loss) for slot, loss in zip(slots, found, strict=True) if loss is not None]
         for slot, loss in fitted:
             if not math.isfinite(loss):
-                slot.prompt.zero_grad()  # no gradient: nothing is updated
+                slot.prompt.zero_grad()  # without gradients, the trial is not updated
         norms = apply_all([slot.updater for slot, _ in fitted], [slot.step for slot, _ in fitted])
         for (slot, loss), norm in zip(fitted, norms, strict=True):
             slot.diverged = not (math.isfinite(loss) and math.isfinite(norm))
@@ -289,7 +308,10 @@ class Engine:
             slot.seconds += (time.perf_counter() - started) / len(slots)
 
     def _gradients(self, slots: Sequence[Slot], rows: Sequence[Sequence[int]]) -> list[float]:
-        """Losses of the slots' rows, with the gradients left on their parameters; NoRoom leaves none."""
+        """Compute the slots' losses and leave the gradients on their parameters.
+
+        Raises NoRoom when memory runs out; no gradients are left then.
+        """
         parameters = [param for slot in slots for param in slot.prompt.parameters()]
         try:
             return self.group.summed(
@@ -297,12 +319,12 @@ class Engine:
             )
         except NoRoom:
             for slot in slots:
-                slot.prompt.zero_grad()  # of forwards that came before the one that failed
+                slot.prompt.zero_grad()  # forwards before the failed one left gradients
             self.backbone.give_up_forward()
             raise
 
     def _own_gradients(self, slots: Sequence[Slot], rows: Sequence[Sequence[int]]) -> list[float]:
-        """This worker's part of the slots' losses and gradients."""
+        """Compute this worker's part of the slots' losses and gradients."""
         with self._dropout(slots[0]):
             with needs_room():
                 prompts = [slot.prompt() for slot in slots]
@@ -319,7 +341,8 @@ class Engine:
             self._side_by_side(self._training),
         )
         if self.train.frozen_dropout or (self.limits.max_rows or threads.ways) < threads.ways:
-            # What is drawn must not depend on who draws first; and no more rows at once than were asked for.
+            # Run one forward at a time. Dropout must not depend on which thread draws first, and
+            # threads side by side would run more than max_rows rows at once.
             threads = threads.together()
         split, reduction = self.task.splits["train"], self.train.loss_reduction
         return packed_gradients(
@@ -327,13 +350,16 @@ class Engine:
         )
 
     def _side_by_side(self, room: Room) -> Threads:
-        """Where memory was short, one forward at a time needs the least."""
+        """Return the threads to use: one forward at a time if memory has been short."""
         return self.threads.together() if room.note else self.threads
 
     @contextmanager
     def _dropout(self, first: Slot) -> Iterator[None]:
-        """The frozen model's own dropout, where the spec asks for it; drawn anew from seed, step and worker, so that a
-        resumed trial goes on as it would have."""
+        """Turn on the frozen model's own dropout if ``train.frozen_dropout`` is set.
+
+        The random state is set from the seed, the step and the worker's rank, so that a resumed
+        trial continues as it would have without the interruption.
+        """
         if not self.train.frozen_dropout:
             yield
             return
@@ -346,8 +372,8 @@ class Engine:
                 self.backbone.model.eval()
 
     def reports(self, slots: Sequence[Slot]) -> list[Report]:
-        """Evaluate these seated trials together; a report each."""
-        for slot in slots:  # a last step may overflow without a loss to show it
+        """Evaluate these seated trials together and return a report for each."""
+        for slot in slots:  # the last update may have overflowed, and no later loss shows it
             slot.diverged = slot.diverged or not all(
                 bool(part.isfinite().all()) for part in slot.prompt.parameters()
             )
@@ -407,7 +433,7 @@ class Engine:
         return "; ".join(f"{name} {room.note}" for name, room in rooms.items() if room.note)
 
     def _is_better(self, metrics: dict[str, float], best: dict[str, float]) -> bool:
-        """Better by the search's metric; equal metrics are decided by the loss."""
+        """Compare by the search's metric; ties are decided by the loss."""
         if not best:
             return True
         sign = 1.0 if self.search.better == "max" else -1.0

@@ -1,8 +1,12 @@
-"""Metrics of prompts on a split, several prompts in one forward, without gradients.
+"""Metrics of prompts on a split, computed for several prompts in one forward, without gradients.
 
-``accuracy``: the verbalizer's text with the highest log-probability is the right one. ``exact_match``: greedy decoding
-gives exactly the target's tokens and then the end token; an illegal answer counts as wrong. ``loss``: mean negative
-log-likelihood of the target tokens. Texts are generated and compared (``generate.py``) where a ``Decoding`` is given.
+* ``accuracy``: share of rows where the verbalizer's text with the highest log-probability is the
+  right one.
+* ``exact_match``: share of rows where greedy decoding gives exactly the target's tokens and then
+  the end token. Text outside the verbalizer counts as wrong.
+* ``loss``: mean negative log-likelihood of the target tokens.
+
+If a ``Decoding`` is given, texts are also generated and compared (``generate.py``).
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from orchestrator.tuning.reports import CONFUSION
 from orchestrator.tuning.worker_group import Group
 
 MAX_TOKENS = 16384  # padded tokens of one forward
-CPU_TOKENS = 2048  # there, what no longer fits the caches costs more than further forwards
+CPU_TOKENS = 2048  # on a CPU, outgrowing the caches costs more than running more forwards
 
 
 @dataclass
@@ -33,11 +37,14 @@ class Tally:
 
     rows: int = 0
     ranked: int = 0
+    """Rows whose best-ranked answer is the right one."""
     exact: int = 0
+    """Rows whose greedy decoding is exactly the target."""
     nll: float = 0.0
     tokens: int = 0
+    """Number of target tokens."""
     answered: Counter[tuple[int, int]] = field(default_factory=Counter)
-    """Rows by (true label, answered label)."""
+    """Number of rows by (true label, answered label)."""
 
     def __add__(self, other: Tally) -> Tally:
         return Tally(
@@ -75,12 +82,14 @@ def evaluate(
     confusion: bool = False,
     threads: Threads = Threads(),
 ) -> list[dict[str, float]]:
-    """Metrics of each prompt on all rows; ``None`` evaluates the model without a prompt, as one entry.
+    """Return the metrics of each prompt on all rows of a split.
 
-    ``decoding``: also generate, and add the metrics of the texts; the split then has references. ``max_tokens``: padded
-    tokens of a forward at most, by default what suits the device. ``confusion``: as in ``EvaluationJob``. Raises NoRoom
-    when memory runs out. The workers of a
-    ``group`` share each forward's rows, and so do a worker's ``threads``; all get the metrics of all rows.
+    ``prompts=None`` gives one entry, for the model without a prompt. With ``decoding``, texts are
+    generated as well and their metrics are added; the split must then have references.
+    ``max_tokens`` is the maximum number of padded tokens in a forward; by default it depends on the
+    device. ``confusion`` is as in ``EvaluationJob``. The workers of a ``group``, and the
+    ``threads`` of each worker, share each forward's rows; every worker gets the metrics over all
+    rows. Raises NoRoom when memory runs out.
     """
     most = max_tokens or forward_tokens(backbone)
     prepared, tallies = group.together(
@@ -108,7 +117,7 @@ def _own_tallies(
     group: Group,
     threads: Threads,
 ) -> tuple[PreparedPrompts | None, list[Tally]]:
-    """The prompts made ready, and each one's tally over this worker's rows."""
+    """Prepare the prompts and tally each of them over this worker's rows."""
     count = 1 if prompts is None else len(prompts)
     with needs_room():
         prepared = None if prompts is None else backbone.prepare(prompts)
@@ -119,9 +128,8 @@ def _own_tallies(
         tallies = [Tally() for _ in range(count)]
         for places in forwards:
             own = threads.share(group.share(places))[part]
-            each = own or (
-                places[:1] if threads.ways == 1 else []
-            )  # all workers run as many forwards
+            # All workers must run equally many forwards: without rows of its own, run another's.
+            each = own or (places[:1] if threads.ways == 1 else [])
             if not each:
                 continue
             rows, owner = (
@@ -140,13 +148,16 @@ def _own_tallies(
 
 
 def forward_tokens(backbone: Backbone) -> int:
-    """Padded tokens of one forward at most, by default."""
+    """Return the default maximum number of padded tokens in one forward."""
     return min(MAX_TOKENS, CPU_TOKENS) if backbone.device.type == "cpu" else MAX_TOKENS
 
 
 def _forwards(split: Encoded, max_tokens: int, ways: int) -> Iterator[list[int]]:
-    """Rows by length, each forward within ``max_tokens`` padded tokens or one row, for each of the ``ways`` workers
-    or threads that share it."""
+    """Yield the rows of each forward, longest rows first.
+
+    Each of the ``ways`` workers or threads that share a forward gets at most ``max_tokens`` padded
+    tokens of it, or one row.
+    """
     order = sorted(range(len(split)), key=lambda row: split.lengths[row], reverse=True)
     start = 0
     while start < len(order):
@@ -185,11 +196,14 @@ def _tally(
 
 @dataclass(frozen=True)
 class Judged:
-    """What one forward says of its rows: exact match, target NLL, and the best answer's place (ranking only)."""
+    """The results of one forward, one entry per row."""
 
     exact: list[bool]
+    """True if greedy decoding gives exactly the target."""
     nll: list[float]
+    """Negative log-likelihood of the target."""
     ranked: list[int]
+    """Index of the most likely answer; empty without answers to rank."""
 
 
 def _by_target(
@@ -200,7 +214,10 @@ def _by_target(
     rows: list[int],
     owner: list[int],
 ) -> Judged:
-    """The right target is fed. Answers of one token each are read off the logits in front of it."""
+    """Judge rows by feeding the right target.
+
+    Answers of one token each are ranked by the logits that predict the target's first token.
+    """
     inputs, targets = [split.inputs[row] for row in rows], [split.targets[row] for row in rows]
     logits, wanted = backbone.teacher_forced(prompts, inputs, targets, owner)
     nll = -target_log_probs(logits, wanted).sum(1)
@@ -227,7 +244,10 @@ def _by_answers(
     rows: list[int],
     owner: list[int],
 ) -> Judged:
-    """Every answer is fed after the input's cache, so that longer answers cost the input only once."""
+    """Judge rows by feeding every answer after the input's KV cache.
+
+    The input runs only once, however many answers there are and however long they are.
+    """
     count = len(encoder.answers)
     ended = encoder.ended_answers
     log_probs, greedy = answer_tokens(

@@ -1,4 +1,4 @@
-"""Texts that prompts generate for a split, and the metrics of those texts; several prompts in one batch.
+"""Generation of texts for a split, several prompts in one batch, and the metrics of those texts.
 
 Shapes: B rows, K prompts, N beams of a row.
 """
@@ -18,15 +18,17 @@ from orchestrator.tuning.out_of_memory import needs_room
 from orchestrator.tuning.text_metrics import text_metrics
 from orchestrator.tuning.worker_group import Group
 
-MAX_TOKENS = 16384  # padded tokens that a batch's keys and values may grow to
+MAX_TOKENS = 16384  # maximum size of a batch's KV cache, in padded tokens
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How texts are generated: at most ``max_tokens`` tokens, end token included; one beam is greedy decoding."""
+    """Settings of the generation of texts."""
 
     max_tokens: int
+    """Maximum number of tokens in a text, end token included."""
     num_beams: int = 1
+    """Number of beams; one beam is greedy decoding."""
 
 
 def generated_metrics(
@@ -39,7 +41,10 @@ def generated_metrics(
     group: Group = Group(),
     threads: Threads = Threads(),
 ) -> list[dict[str, float]]:
-    """Text metrics of each of the K prompts on all rows; ``None`` is the model without a prompt, as one entry."""
+    """Return the text metrics of each of the K prompts on all rows.
+
+    ``prompts=None`` gives one entry, for the model without a prompt.
+    """
     texts = generate(backbone, prompts, split.inputs, encoder, decoding, max_tokens, group, threads)
     return group.led(lambda: [text_metrics(made, split.references) for made in texts])
 
@@ -55,10 +60,12 @@ def generate(
     group: Group = Group(),
     threads: Threads = Threads(),
 ) -> list[list[str]]:
-    """For each of the K prompts the text that it generates for each input, without special tokens, stripped.
+    """Generate a text for each input with each of the K prompts.
 
-    ``max_tokens``: padded tokens of a batch at most, MAX_TOKENS unless given. Raises NoRoom when memory runs out. The
-    workers of a ``group`` share each batch's rows, and so do a worker's ``threads``; all get all texts.
+    The texts are without special tokens and stripped. ``max_tokens`` is the maximum number of
+    padded tokens in a batch, by default MAX_TOKENS. The workers of a ``group``, and the ``threads``
+    of each worker, share each batch's rows; every worker gets all texts. Raises NoRoom when memory
+    runs out.
     """
     assert encoder.end_id is not None  # a masked model generates nothing
     count = 1 if prompts is None else prompts.count
@@ -83,7 +90,7 @@ def _own_texts(
     group: Group,
     threads: Threads,
 ) -> dict[tuple[int, int], str]:
-    """The texts of this worker's rows, by prompt and row."""
+    """Generate the texts of this worker's rows, by prompt and row."""
     count = 1 if prompts is None else prompts.count
     before = decoding.max_tokens + (0 if prompts is None else prompts.width)
     lengths, copies = [len(ids) + before for ids in inputs], count * decoding.num_beams
@@ -95,9 +102,8 @@ def _own_texts(
         texts: dict[tuple[int, int], str] = {}
         for batch in batches:
             own = threads.share(group.share(batch))[part]
-            rows = own or (
-                batch[:1] if threads.ways == 1 else []
-            )  # all workers run as many forwards
+            # All workers must run equally many forwards: without rows of its own, run another's.
+            rows = own or (batch[:1] if threads.ways == 1 else [])
             if not rows:
                 continue
             owner = [prompt for prompt in range(count) for _ in rows]
@@ -119,7 +125,7 @@ def _own_texts(
 
 
 def _text(encoder: Encoder, ids: Sequence[int]) -> str:
-    # Cleaned-up spaces ("a ." to "a.") would be another text than the one that was generated.
+    # Cleaning up spaces ("a ." to "a.") would change the generated text.
     text = encoder.tokenizer.decode(
         ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
@@ -127,8 +133,11 @@ def _text(encoder: Encoder, ids: Sequence[int]) -> str:
 
 
 def _batches(lengths: Sequence[int], max_tokens: int, ways: int = 1) -> Iterator[list[int]]:
-    """Row numbers by length, longest first, each batch within ``max_tokens`` padded tokens or one row, for each of the
-    ``ways`` workers that share it."""
+    """Yield the rows of each batch, longest rows first.
+
+    Each of the ``ways`` workers or threads that share a batch gets at most ``max_tokens`` padded
+    tokens of it, or one row.
+    """
     order = sorted(range(len(lengths)), key=lambda row: lengths[row], reverse=True)
     start_at = 0
     while start_at < len(order):

@@ -1,4 +1,4 @@
-"""The engine that a job's method needs."""
+"""The choice of the engine for a job's method."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ def make_engine(
     group: Group = Group(),
     cores: int = 1,
 ) -> Engine:
-    """An engine for the task's method, with so many ``cores`` of this process. Baselines have one slot, whatever
-    ``capacity`` is."""
+    """Create the engine for the task's method, using ``cores`` cores of this process.
+
+    Baselines have one slot, whatever ``capacity`` is.
+    """
     method = task.method.name
-    # A sharded model gathers its weights in every forward, for which all workers meet: one forward at a time.
+    # All workers of a sharded model meet in every forward to gather its weights, so forwards can't
+    # run side by side.
     threads = (
         Threads(cores) if backbone.sharded else Threads.of(cores, backbone.model, backbone.device)
     )

@@ -1,4 +1,4 @@
-"""Bytes that this process holds: of the accelerator, or of the machine."""
+"""The memory that this process uses, of the accelerator or of the machine, in bytes."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import torch
 
 
 class Memory:
-    """What is held now, and the most since ``start_over``."""
+    """A meter of the memory in use and its peak since ``start_over``."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
     def start_over(self) -> int:
-        """Forget the peak so far; returns what is held now."""
+        """Reset the peak and return the memory in use."""
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self._device)
             return torch.cuda.memory_reserved(self._device)
         try:
             Path("/proc/self/clear_refs").write_text("5")
-        except (
-            OSError
-        ):  # not allowed everywhere: then the peak is that since the start, loading included
+        except OSError:
+            # Not allowed everywhere. The peak then counts from the process's start, loading
+            # included.
             return self.peak()
         return _status("VmRSS")
 
@@ -35,12 +35,11 @@ class Memory:
             return _status("VmHWM")
         import resource
 
-        return resource.getrusage(
-            resource.RUSAGE_SELF
-        ).ru_maxrss  # bytes where there is no /proc (macOS)
+        # In bytes on systems without /proc (macOS).
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     def room(self) -> int:
-        """All memory that there is."""
+        """Return the total memory of the accelerator, or of the machine or its control group."""
         if self._device.type == "cuda":
             return int(torch.cuda.get_device_properties(self._device).total_memory)
         limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
@@ -51,6 +50,6 @@ class Memory:
 
 
 def _status(name: str) -> int:
-    """A line of /proc/self/status, in bytes."""
+    """Return an entry of /proc/self/status in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))

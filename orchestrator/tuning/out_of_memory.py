@@ -1,7 +1,7 @@
-"""Memory that runs out: work is cut into smaller pieces and done again, with the same result.
+"""Recovery when memory runs out: work is cut into smaller pieces and done again.
 
-A forward is cut first (fewer padded tokens, more forwards), then the pack (fewer prompts at a time). What was learned
-is kept: the next step starts with pieces that fitted.
+The result stays the same. Forwards are cut first (fewer padded tokens each, more forwards), then
+the pack (fewer prompts at a time). The sizes that fitted are remembered for the next step.
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ import torch
 Result = TypeVar("Result")
 
 SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
-"""How torch's allocators and CUDA's libraries say it, where the error has no type of its own."""
+"""Phrases in the messages of torch's allocators and CUDA's libraries when memory ran out.
+
+Needed for errors that have no type of their own."""
 
 
 class NoRoom(Exception):
-    """A piece of work did not fit.
+    """A piece of work did not fit into memory.
 
-    ``tokens``: padded tokens of the forward that failed, None when it was the prompts themselves, before any row.
-    ``divisible``: whether that forward can be cut.
+    ``tokens`` is the number of padded tokens of the forward that failed, or None when the prompts
+    themselves did not fit, before any row was run. ``divisible`` is True if that forward can be
+    cut.
     """
 
     def __init__(self, tokens: int | None = None, divisible: bool = False) -> None:
@@ -34,7 +37,7 @@ class NoRoom(Exception):
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, the device's or the machine's."""
+    """Tell whether an error means that the device's or the machine's memory ran out."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in SIGNS)
@@ -42,7 +45,7 @@ def ran_out(error: BaseException) -> bool:
 
 @contextmanager
 def needs_room(tokens: int | None = None, divisible: bool = False) -> Iterator[None]:
-    """Turns an error that says that memory ran out into ``NoRoom``."""
+    """Turn errors inside the block that mean that memory ran out into ``NoRoom``."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -53,12 +56,14 @@ def needs_room(tokens: int | None = None, divisible: bool = False) -> Iterator[N
 
 @dataclass
 class Room:
-    """What fits: ``tokens`` padded tokens of a forward and ``prompts`` of a pack; None where no limit was met."""
+    """The sizes that fit into memory, as far as they are known."""
 
     tokens: int | None = None
+    """Maximum number of padded tokens in a forward; None as long as no limit is known."""
     prompts: int | None = None
+    """Maximum number of prompts in a pack; None as long as no limit is known."""
     note: str = field(default="", init=False)
-    """What was given up, for people; empty while nothing was."""
+    """A text for users that says how the work was cut; empty if it was not cut."""
 
     def __post_init__(self) -> None:
         self._given = self.tokens
@@ -66,10 +71,11 @@ class Room:
     def each(
         self, count: int, work: Callable[[Sequence[int]], Sequence[Result]]
     ) -> list[Result | None]:
-        """``work`` on the places 0..count-1, as many at a time as fit; a result each.
+        """Call ``work`` on the places 0 to count - 1, as many at a time as fit.
 
-        None for a place that does not fit even alone with a row a forward. ``work`` raises NoRoom, having undone what
-        it did, and is called again with less.
+        Returns one result for each place, None for a place that does not fit even alone with one
+        row per forward. When memory runs out, ``work`` must undo what it did and raise NoRoom; it
+        is then called again with smaller limits.
         """
         found: list[Result | None] = []
         while len(found) < count:
@@ -78,7 +84,7 @@ class Room:
                 found.extend(work(places))
                 continue
             except NoRoom as error:
-                # Nothing of the error may outlive this clause: its frames hold the tensors that are in the way.
+                # Keep no reference to the error: its frames hold the tensors that must be freed.
                 tokens, divisible = error.tokens, error.divisible
             release()
             if not self._shrink(tokens if divisible else None, len(places)):
@@ -87,7 +93,10 @@ class Room:
         return found
 
     def _shrink(self, tokens: int | None, prompts: int) -> bool:
-        """Halve the forward, or the pack where the forward is not what can be cut; False when neither can."""
+        """Halve the forward, or the pack if the forward can't be cut.
+
+        Returns False when neither can be cut.
+        """
         if tokens is not None:
             self.tokens = tokens // 2
         elif prompts > 1:
@@ -100,12 +109,12 @@ class Room:
         return True
 
     def _forget(self) -> None:
-        """Who did not fit at all says nothing about the others."""
+        """Reset the limits: one trial's failure says nothing about the others."""
         self.tokens, self.prompts, self.note = self._given, None, ""
 
 
 def release() -> None:
-    """Give back what nothing holds any more."""
+    """Free memory that is no longer referenced, also in the accelerator's cache."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,4 +1,7 @@
-"""What the engine says of a trial, and what it can be asked to evaluate. Plain values: no torch, cheap to unpickle."""
+"""The engine's reports on trials, and the jobs that request an evaluation.
+
+These are plain values without torch, so that they are cheap to unpickle.
+"""
 
 from __future__ import annotations
 
@@ -10,51 +13,54 @@ from orchestrator.job.space import TrialSpec
 
 Ending = Literal["steps", "patience", "evaluated", "diverged", "no_room"]
 BROKEN: dict[Ending, str] = {"diverged": "diverged", "no_room": "out of memory"}
-"""Endings of a trial that failed, in words."""
+"""Endings of a trial that failed, as texts for users."""
 
 
 @dataclass(frozen=True)
 class Copied:
-    """A trial goes on from what ``source`` was at ``step``, as ``spec``: prompt, optimiser and result so far."""
+    """The state that a trial copied from another: prompt, optimiser and result so far."""
 
     source: str
+    """The trial that was copied."""
     step: int
+    """The step at which it was copied."""
     spec: TrialSpec
+    """The configuration with which the copying trial continues."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What a trial takes, besides its accuracy."""
+    """The costs of a trial: parameters, storage, memory and time."""
 
     parameters: int = 0
-    """Numbers that are trained, those of a reparameterisation included."""
+    """Number of trained values, including those of a reparameterisation."""
     stored_bytes: int = 0
-    """What has to be kept for a task: the float32 tensors that inference needs, or the text."""
+    """Bytes to store for a task: the float32 tensors that inference needs, or the text."""
     peak_bytes: int = 0
-    """The most that its worker held, frozen model and other seated trials included."""
+    """Peak memory of the trial's worker, including the frozen model and other seated trials."""
     seconds: float = 0.0
-    """Of training since the last report; a trial's share of steps that several took together."""
+    """Training time since the last report.
+
+    For steps that several trials took together, the trial's share."""
     evaluation_seconds: float = 0.0
-    """Of this evaluation, the trial's share."""
+    """The trial's share of the time of this evaluation."""
 
     def metrics(self) -> dict[str, float]:
-        """By the names that MLflow has them under."""
+        """Return the costs by their metric names in MLflow."""
         return {f"cost_{name}": float(value) for name, value in vars(self).items()}
 
     def plus(self, later: Costs) -> Costs:
-        """Both reports' costs: seconds of training add up."""
+        """Combine these costs with those of a later report.
+
+        Training times add up, and the higher peak is taken. Everything else is as in the later one.
+        """
         peak = max(self.peak_bytes, later.peak_bytes)
         return replace(later, peak_bytes=peak, seconds=self.seconds + later.seconds)
 
 
 @dataclass(frozen=True)
 class Report:
-    """One evaluation of one trial. ``ending`` says why the trial is over, None while it goes on.
-
-    ``score`` is the best validation metric so far, by which trials are compared; the worst possible one before any.
-    ``copied`` is what the trial took over since its last report, if it did. ``pending`` counts the reports of the same
-    round that are handed on after this one.
-    """
+    """One evaluation of one trial."""
 
     trial: str
     step: int
@@ -63,47 +69,64 @@ class Report:
     best_step: int
     best_metrics: dict[str, float]
     score: float
+    """The best validation metric so far, by which trials are compared.
+
+    Before the first evaluation, the worst possible value."""
     checkpoint: bytes
     ending: Ending | None = None
+    """Why the trial ended; None while it continues."""
     note: str = ""
-    """How memory that ran out was dealt with; empty where there was enough."""
+    """A text on how the engine handled running out of memory; empty if memory sufficed."""
     copied: Copied | None = None
+    """The state that the trial copied since its last report, if it did."""
     own_score: float | None = None
-    """The score as long as the trial has copied no other, which is what its configuration was worth; None once it has
-    diverged. The broker keeps it."""
+    """The last score before the trial copied another one: what its own configuration achieved.
+
+    None if the trial diverged before it copied another. Set by the broker."""
     worker: str = field(default="", compare=False)
-    """The worker group that trained it. The broker adds it."""
+    """The worker group that trained the trial. Set by the broker."""
     slot: int = field(default=0, compare=False)
-    """Its place among the trials of the group, from 0. The broker adds it."""
+    """The trial's place among the trials of the group, from 0. Set by the broker."""
     place: dict[str, str] = field(default_factory=dict, compare=False)
-    """Where the group was then: ``node`` and ``device``. The broker adds it."""
+    """The ``node`` and ``device`` of the group at the time. Set by the broker."""
     costs: Costs = field(default=Costs(), compare=False)
     pending: int = field(default=0, compare=False)
+    """Number of reports of the same round that are delivered after this one."""
 
 
 @dataclass(frozen=True)
 class Begun:
-    """A trial under way, as a search goes on with it: what it is by now, its newest checkpoint if it has one, what it
-    takes over before its next report, and its own score so far."""
+    """A trial that an interrupted search had started and continues when it resumes."""
 
     spec: TrialSpec
+    """The trial's current configuration."""
     checkpoint: bytes | None = None
+    """The newest checkpoint; None if there is none."""
     copied: Copied | None = None
+    """The state that the trial copies before its next report."""
     own_score: float | None = None
+    """As in ``Report``."""
     has_copied: bool = False
+    """True if the trial has ever copied another."""
 
 
 @dataclass(frozen=True)
 class EvaluationJob:
-    """A split to evaluate: with the best prompt in ``checkpoint``, else with a written ``instruction``, else bare."""
+    """A request to evaluate a split.
+
+    The split is evaluated with the best prompt of ``checkpoint``. Without a checkpoint it is
+    evaluated with a written ``instruction``, and without either with the bare input.
+    """
 
     split: str
     checkpoint: bytes | None = None
     instruction: str | None = None
     spec: TrialSpec | None = None
-    """The checkpoint's trial, by which baselines know what it holds."""
+    """The configuration of the checkpoint's trial, which baselines need to read the checkpoint."""
     confusion: bool = False
-    """Also count which label was answered for which, as metrics ``confusion/TRUE/SAID`` by places in the verbalizer."""
+    """Also count the answered labels for each true label, as metrics ``confusion/TRUE/SAID``.
+
+    TRUE and SAID are indices in the verbalizer."""
 
 
 CONFUSION = "confusion/"
@@ -114,7 +137,7 @@ def without_confusion(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def confusion_counts(metrics: Mapping[str, float], labels: int) -> list[list[int]]:
-    """[true][said] counts, of metrics that were asked for with ``confusion``."""
+    """Return counts as [true][said] from metrics evaluated with ``confusion``."""
     return [
         [int(metrics.get(f"{CONFUSION}{true}/{said}", 0)) for said in range(labels)]
         for true in range(labels)

@@ -1,4 +1,4 @@
-"""Learning rate schedules as pure functions of the step: a resumed trial needs no schedule state."""
+"""Learning rate schedules as pure functions of the step, so resuming needs no schedule state."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from orchestrator.job.spec import TrainSpec
 
 
 def factor(train: TrainSpec, step: int) -> float:
-    """What the peak learning rate is multiplied by at 0-based ``step``: 0 to 1.
+    """Compute the factor of the peak learning rate at 0-based ``step``, between 0 and 1.
 
-    Linear warmup over ``train.warmup_steps``, then ``train.schedule``. Constant, linear and cosine are step for step
-    those of transformers (T5X's warmup is the same): the first step of a warmup has factor 0, the first one after it 1;
-    linear and cosine are at 0 at ``train.steps``, one past the last step. Exponential is torch's ExponentialLR, stepped
-    every ``train.decay_steps`` after the warmup (P-tuning, Liu et al. 2021: 0.98 an epoch).
+    A linear warmup over ``train.warmup_steps`` is followed by ``train.schedule``. Constant, linear
+    and cosine equal those of transformers step for step (T5X's warmup is the same). The first step
+    of the warmup has factor 0, and the first step after it has factor 1. Linear and cosine reach 0
+    at ``train.steps``, one past the last step. Exponential is torch's ExponentialLR, stepped every
+    ``train.decay_steps`` after the warmup (P-tuning, Liu et al. 2021: 0.98 per epoch).
     """
     if step < train.warmup_steps:
         return step / train.warmup_steps
@@ -35,7 +36,7 @@ def _cosine(train: TrainSpec, since_warmup: int) -> float:
 
 
 def _exponential(train: TrainSpec, since_warmup: int) -> float:
-    assert train.decay_rate is not None and train.decay_steps is not None  # the spec asks for both
+    assert train.decay_rate is not None and train.decay_steps is not None  # required by the spec
     return float(train.decay_rate ** (since_warmup // train.decay_steps))
 
 

@@ -1,8 +1,9 @@
-"""One packed step: losses and gradients of K trials from shared forwards, each as if it were alone.
+"""The packed training step: losses and gradients of K trials from shared forwards.
 
-Each trial's loss is the negative log-likelihood of the target tokens (end token included) of its own rows, by default
-their mean. The sum of the K losses is differentiated; a trial's rows see no prompt but its own, so its gradient is its
-own too.
+Each trial gets the result that it would get alone. Its loss is the negative log-likelihood of the
+target tokens (end token included) of its own rows; by default, the mean over those tokens. The
+sum of the K losses is differentiated. A trial's rows see only that trial's prompt, so the sum's
+gradient with respect to a prompt is the gradient of that trial's own loss.
 """
 
 from __future__ import annotations
@@ -27,34 +28,45 @@ Reduction = Literal["token_mean", "sum_per_row", "sum"]
 
 @dataclass(frozen=True)
 class Limits:
-    """How a packed batch is cut into forwards; changes time and memory, never the result."""
+    """Limits on how a packed batch is cut into forwards.
+
+    They change time and memory, never the result.
+    """
 
     forward_overhead: int = 128
     """Cost of one more forward, in padded tokens."""
     max_tokens: int | None = None
-    """Padded tokens of one forward at most; None is no limit."""
+    """Maximum number of padded tokens in one forward; None means no limit."""
     max_rows: int | None = None
-    """Rows of one forward at most, or of those that run side by side; None is no limit."""
+    """Maximum number of rows in one forward, or in all forwards that run side by side.
+
+    None means no limit."""
 
     def rows_of(self, threads: Threads) -> int | None:
-        """Rows of each thread's forward at most."""
+        """Return the maximum number of rows in each thread's forward; None means no limit."""
         return self.max_rows and max(1, self.max_rows // threads.ways)
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Rows of K trials in one list: ``row`` places in the split, ``trial`` 0..K-1, ``weight`` of its target tokens."""
+    """The rows of K trials, concatenated into parallel lists."""
 
     row: list[int]
+    """Index of each row in the split."""
     trial: list[int]
+    """The trial that each row belongs to, 0 to K-1."""
     weight: list[float]
+    """Weight of each target token of the row in its trial's loss."""
 
 
 def pack(
     rows_of_trials: Sequence[Sequence[int]], split: Encoded, reduction: Reduction = "token_mean"
 ) -> Packed:
-    """Concatenate the trials' rows; the weights make a trial's loss the mean over its target tokens, the mean over its
-    rows of each row's sum, or the sum."""
+    """Concatenate the trials' rows and weight them for the reduction.
+
+    The weighted sum is the mean over the trial's target tokens (``token_mean``), the mean over its
+    rows of each row's sum (``sum_per_row``), or the plain sum (``sum``).
+    """
     row: list[int] = []
     trial: list[int] = []
     weight: list[float] = []
@@ -78,16 +90,18 @@ def packed_gradients(
     threads: Threads = Threads(),
     learned: Sequence[Tensor] = (),
 ) -> list[float]:
-    """Add each trial's gradient to what its prompt was computed from (``.grad``); returns the K losses.
+    """Compute the K trials' losses and add the gradients to the leaves that the prompts come from.
 
-    ``prompts=None`` is the model without a prompt; ``learned`` are then the tensors in it that get the gradients.
+    ``prompts=None`` runs the model without a prompt. The gradients then go to ``learned``: tensors
+    inside the model.
 
-    The prompts run once. Rows are grouped by length into forwards; each leaves its gradient on the prompts' keys and
-    values, and one backward at the end carries the sum to the prompts. Raises NoRoom when memory runs out; gradients
-    may then have been added to some of the prompts.
+    The model runs over the prompts once. Rows are grouped by length into forwards. Each forward
+    leaves its gradient on the prompts' keys and values, and one backward at the end carries the sum
+    to the prompts. Raises NoRoom when memory runs out; gradients may then have been added to some
+    of the prompts.
 
-    A worker of a ``group`` runs its share of each forward's rows, and gives its part of gradients and losses. Its
-    ``threads`` deal that share out among them once more, and the prompts too.
+    A worker of a ``group`` runs its share of each forward's rows and returns its part of the losses
+    and gradients. Its ``threads`` divide that share, and the prompts, among themselves.
     """
     packed = pack(rows_of_trials, split, reduction)
     shared = [] if prompts is None else Prompts.prepare(backbone, prompts, threads)
@@ -117,16 +131,17 @@ def packed_gradients(
 
 @dataclass(frozen=True)
 class Prompts:
-    """Some of a step's prompts, made ready by one thread; ``first`` is the place of the first of them."""
+    """Consecutive prompts of a step, prepared by one thread."""
 
     prepared: PreparedPrompts
     first: int
+    """Index of the first of them among all prompts of the step."""
 
     @classmethod
     def prepare(
         cls, backbone: Backbone, prompts: Sequence[Tensor | PromptTensors], threads: Threads
     ) -> list[Prompts]:
-        """All prompts, in their order, each thread's its own; no more threads than prompts."""
+        """Prepare all prompts in order, divided among the threads; a thread may get none."""
         parts = min(threads.ways, len(prompts))
         ends = [len(prompts) * part // parts for part in range(parts + 1)]
 
@@ -145,16 +160,19 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Share:
-    """Rows of one forward. ``counts`` is false where they are another worker's, since all run as many forwards."""
+    """The rows that one thread runs in one forward."""
 
     places: Sequence[int]
     counts: bool = True
+    """False for a placeholder: a row of another worker, whose loss gets weight 0.
+
+    A worker without rows of its own runs one, since all workers must run equally many forwards."""
 
 
 def _dealt(
     groups: Sequence[Sequence[int]], group: Group, threads: Threads, part: int
 ) -> list[Share]:
-    """This thread's rows of each forward."""
+    """Return this thread's rows of each forward."""
     found = []
     for places in groups:
         own = threads.share(group.share(places))[part]
@@ -167,7 +185,7 @@ def _dealt(
 
 @dataclass(frozen=True)
 class Batch:
-    """A step's rows; gradients are asked of ``wanted``."""
+    """The rows of a step and the model that they run through."""
 
     backbone: Backbone
     split: Encoded
@@ -175,11 +193,17 @@ class Batch:
     lengths: Sequence[int]
     prompts: PreparedPrompts | None
     wanted: Sequence[Tensor]
+    """The tensors to compute gradients for."""
     alone: bool
-    """Whether one forward runs at a time. Where several do, even those of one row each leave something to cut."""
+    """True if only one forward runs at a time.
+
+    If several run side by side, running them one at a time saves memory, even with one row each."""
 
     def run(self, shares: Sequence[Share], trials: int) -> tuple[list[Tensor | None], Tensor]:
-        """Gradients of ``wanted``, None where nothing depends on one, and losses [K]; of these forwards."""
+        """Run these forwards; return the gradients of ``wanted`` and the losses [K].
+
+        A gradient is None when no forward depends on that tensor.
+        """
         losses = torch.zeros(trials, device=self.backbone.device)
         summed: list[Tensor | None] = [None] * len(self.wanted)
         for share in shares:
@@ -197,7 +221,10 @@ class Batch:
         return summed, losses
 
     def _forward_backward(self, share: Share, losses: Tensor) -> Sequence[Tensor | None]:
-        """Gradients of one forward's rows; its losses are added to [K], if it counts."""
+        """Return the gradients of one forward's rows and add its losses to ``losses`` [K].
+
+        A share that does not count adds zeros.
+        """
         numbers = [self.packed.row[place] for place in share.places]
         trial = [self.packed.trial[place] for place in share.places]
         logits, targets = self.backbone.teacher_forced(
@@ -216,7 +243,10 @@ class Batch:
 
 
 def _add(tensor: Tensor, gradients: Sequence[Tensor | None]) -> None:
-    """Add the threads' gradients to the tensor's, in their order, so that a search repeats itself."""
+    """Add the threads' gradients to the tensor's.
+
+    They are added in the order of the threads, so that a search is reproducible.
+    """
     for gradient in gradients:
         if gradient is not None:
             tensor.grad = gradient if tensor.grad is None else tensor.grad.add_(gradient)

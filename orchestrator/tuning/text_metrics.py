@@ -1,11 +1,15 @@
-"""Metrics of generated texts against one or several reference texts a row; all lie in 0..1, and more is better.
+"""Metrics of generated texts against one or several reference texts per row.
 
-``bleu``: corpus BLEU as sacreBLEU has it (Post 2018: tokenizer 13a, exponential smoothing), divided by 100. The corpus
-counts as a whole, so it is no mean over rows. ``rouge_1``, ``rouge_2``, ``rouge_l``: F-measure of ROUGE (Lin 2004)
-without stemming, mean over rows of the best reference. Its tokenizer knows only a-z and 0-9: texts in another script
-have no tokens and score 0. ``f1``: F1 over words as SQuAD has it (Rajpurkar et al. 2016: lower case, without
-punctuation and articles), mean over rows of the best reference. ``exact_text``: part of the rows whose text is one of
-its references to the character.
+All metrics lie in 0..1, and higher is better.
+
+* ``bleu``: corpus BLEU as computed by sacreBLEU (Post 2018: tokenizer 13a, exponential smoothing),
+  divided by 100. It is computed over the corpus as a whole, so it is not a mean over rows.
+* ``rouge_1``, ``rouge_2``, ``rouge_l``: F-measure of ROUGE (Lin 2004) without stemming, with each
+  row's best reference, averaged over rows. The tokenizer knows only a-z and 0-9, so texts in
+  another script have no tokens and score 0.
+* ``f1``: F1 over words as in SQuAD (Rajpurkar et al. 2016: lower case, without punctuation and
+  articles), with each row's best reference, averaged over rows.
+* ``exact_text``: share of the rows whose text equals one of the row's references exactly.
 """
 
 from __future__ import annotations
@@ -23,12 +27,16 @@ References = Sequence[Sequence[str]]
 
 
 def text_metrics(texts: Sequence[str], references: References) -> dict[str, float]:
-    """All metrics of ``texts[row]`` against ``references[row]``, of which each row has at least one.
+    """Compute all metrics of ``texts[row]`` against the texts in ``references[row]``.
 
-    Raises ValueError without rows, or when a row has no reference.
+    Raises ValueError when there are no rows, when the lengths differ, or when a row has no
+    reference.
     """
     if not texts or len(texts) != len(references) or not all(references):
-        counts = f"{len(texts)} texts, {len(references)} rows with {sum(map(bool, references))} that have references"
+        counts = (
+            f"{len(texts)} texts, {len(references)} rows "
+            f"with {sum(map(bool, references))} that have references"
+        )
         raise ValueError(f"every text needs a reference: {counts}")
     return {
         "bleu": bleu(texts, references),
@@ -41,20 +49,22 @@ def text_metrics(texts: Sequence[str], references: References) -> dict[str, floa
 
 
 def bleu(texts: Sequence[str], references: References) -> float:
-    """Corpus BLEU, 0 to 1; rows may have different numbers of references."""
+    """Compute corpus BLEU, 0 to 1; rows may have different numbers of references."""
     from sacrebleu import corpus_bleu
 
     most = max(map(len, references))
-    # sacreBLEU wants the first reference of every row, then the second, and so on, with None where a row has no more.
+    # sacreBLEU wants a list of all rows' first references, a list of their second ones and so on,
+    # with None for rows that have fewer.
     streams: Any = [
         [row[place] if place < len(row) else None for row in references] for place in range(most)
     ]
-    # force: a text that ends in " ." is a model's doing, no mistake in the data to warn of. Rounding may pass 100.
+    # force: sacreBLEU would warn of tokenised data when texts end in " .", but the model wrote
+    # them. min: the rounded score may exceed 100.
     return min(1.0, float(corpus_bleu(texts, streams, force=True).score) / 100)
 
 
 def rouge(texts: Sequence[str], references: References) -> dict[str, float]:
-    """ROUGE-1, ROUGE-2 and ROUGE-L, each with the reference that is best for it."""
+    """Compute ROUGE-1, ROUGE-2 and ROUGE-L, each with the reference that is best for it."""
     from rouge_score.rouge_scorer import RougeScorer  # takes two seconds: nltk brings scikit-learn
 
     names = {"rouge1": "rouge_1", "rouge2": "rouge_2", "rougeL": "rouge_l"}
@@ -67,7 +77,10 @@ def rouge(texts: Sequence[str], references: References) -> dict[str, float]:
 
 
 def f1(text: str, reference: str) -> float:
-    """F1 over the words of one pair; where either has no words, 1 if both have none and 0 otherwise."""
+    """Compute F1 over the words of a text and a reference.
+
+    If either has no words, F1 is 1 when both have none, and 0 otherwise.
+    """
     made, wanted = words(text), words(reference)
     if not made or not wanted:
         return float(made == wanted)
@@ -76,7 +89,11 @@ def f1(text: str, reference: str) -> float:
 
 
 def words(text: str) -> list[str]:
-    """What SQuAD compares: lower case, ASCII punctuation and English articles removed, split at white space."""
+    """Split a text into the words that SQuAD compares.
+
+    The text is lower-cased and split at white space, without ASCII punctuation and English
+    articles.
+    """
     return ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split()
 
 

@@ -1,8 +1,9 @@
-"""Update rules over many parameters at once: AdamW, SGD, and Adafactor as T5X has it.
+"""Update rules over many parameters at once: AdamW, SGD, and Adafactor as in T5X.
 
-A rule takes the parameters of any number of trials together, each with its own learning rate, and works in torch's
-foreach operations: one call an operation, not one an operation and trial. They take each tensor by itself, so that a
-trial's update is to the bit what it would be alone. Torch's fused AdamW rounds in a way of its own.
+A rule updates the parameters of any number of trials together, each with its own learning rate. It
+uses torch's foreach operations: one call per operation, rather than one per operation and trial.
+They treat each tensor separately, so a trial's update is bit for bit what it would be alone.
+torch's fused AdamW is not used, because it rounds differently.
 """
 
 from __future__ import annotations
@@ -16,9 +17,8 @@ from torch import Tensor
 
 from orchestrator.job.spec import DEFAULT_BETAS, TrainSpec
 
-State = dict[
-    str, Tensor
-]  # of one parameter: "step", a float32 scalar on the CPU, and moments shaped like it
+State = dict[str, Tensor]
+"""One parameter's state: "step" (a float32 scalar on the CPU) and moments of the same shape."""
 STEP = "step"
 
 ADAM_EPSILON = 1e-8
@@ -29,7 +29,7 @@ ADAFACTOR_EPSILON = 1e-30
 
 @dataclass
 class Batch:
-    """Parameters of any number of trials, with the gradient, the state and the learning rate of each."""
+    """Parameters of any number of trials, each with its gradient, state and learning rate."""
 
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
@@ -37,29 +37,32 @@ class Batch:
     rates: list[float] = field(default_factory=list)
 
     def moments(self, key: str) -> list[Tensor]:
-        """What each state holds under ``key``."""
+        """Return each state's tensor under ``key``."""
         return [state[key] for state in self.states]
 
     def count(self) -> list[float]:
-        """Count one more step in each state; returns the counts, 1 at the first step."""
+        """Count one more step in each state and return the counts, which start at 1."""
         for state in self.states:
             state[STEP] += 1
         return [float(state[STEP]) for state in self.states]
 
 
 class UpdateRule(Protocol):
-    """How gradients become updates."""
+    """A rule that turns gradients into updates."""
 
     @property
     def keys(self) -> frozenset[str]:
-        """Names of what a parameter's state holds."""
+        """Names of the tensors in a parameter's state."""
 
     def update(self, batch: Batch) -> None:
-        """Change parameters and states in place; gradients may be overwritten. Call it without autograd."""
+        """Change parameters and states in place; gradients may be overwritten.
+
+        Must be called with autograd turned off.
+        """
 
 
 def update_rule(train: TrainSpec) -> UpdateRule:
-    """The spec's rule. Rules with the same settings are equal."""
+    """Return the update rule of the spec. Rules with the same settings are equal."""
     match train.optimizer:
         case "adamw":
             return AdamW(train.weight_decay, train.betas or DEFAULT_BETAS)
@@ -70,7 +73,7 @@ def update_rule(train: TrainSpec) -> UpdateRule:
 
 
 def fresh_state(rule: UpdateRule, param: Tensor) -> State:
-    """State before the first step: zeros."""
+    """Create a parameter's state before the first step: zeros."""
     return {
         key: torch.zeros(()) if key == STEP else torch.zeros_like(param, requires_grad=False)
         for key in sorted(rule.keys)
@@ -79,7 +82,7 @@ def fresh_state(rule: UpdateRule, param: Tensor) -> State:
 
 @dataclass(frozen=True)
 class AdamW:
-    """Loshchilov & Hutter 2019, operation for operation as ``torch.optim.AdamW``."""
+    """AdamW (Loshchilov & Hutter 2019), operation for operation as in ``torch.optim.AdamW``."""
 
     weight_decay: float
     betas: tuple[float, float]
@@ -105,7 +108,10 @@ class AdamW:
 
 @dataclass(frozen=True)
 class Sgd:
-    """``torch.optim.SGD``: weight decay is added to the gradient, momentum has no dampening."""
+    """SGD as in ``torch.optim.SGD``.
+
+    Weight decay is added to the gradient, and momentum has no dampening.
+    """
 
     weight_decay: float
     momentum: float
@@ -122,7 +128,8 @@ class Sgd:
             moves = batch.moments("momentum_buffer")
             torch._foreach_mul_(moves, self.momentum)
             torch._foreach_add_(moves, batch.grads)
-        # A foreach sum has one factor for all; multiplying first would round twice where torch rounds once.
+        # A foreach sum takes one factor for all tensors, and multiplying by the rates first would
+        # round twice where torch rounds once.
         for param, move, rate in zip(batch.params, moves, batch.rates, strict=True):
             param.add_(move, alpha=-rate)
 
@@ -131,15 +138,20 @@ class Sgd:
 class Adafactor:
     """Adafactor (Shazeer & Stern 2018) as Lester et al. 2021 use it through T5X.
 
-    Fixed learning rate, no parameter scaling, no momentum, unfactored second moment, update clipping at RMS 1 for each
-    parameter, weight decay subtracted as it stands and not times the learning rate.
+    The learning rate is fixed. There is no parameter scaling and no momentum. The second moment is
+    not factored. The update of each parameter is clipped at RMS 1. Weight decay is subtracted as it
+    stands, not multiplied by the learning rate.
 
-    Read in t5x/adafactor.py and prompt-tuning's t5_1_1_prompt.gin: the epsilon of 1e-30 is added to the squared
-    gradient and nowhere else. T5X factors no matrix with a side below 128; a longer prompt it would factor, this
-    never does. The second moment's decay is 1 - t^-0.8 with t = 1 + step - step_offset; their configuration leaves
-    that offset at 0 while the steps go on from the backbone's pretraining (about a million), so that their decay is
-    near 1 from the start, their second moment a slowly growing sum, and the clipping sets the size of the update.
-    Here t is 1 at a trial's first step, as in the algorithm of the paper.
+    The details follow t5x/adafactor.py and prompt-tuning's t5_1_1_prompt.gin:
+
+    * The epsilon of 1e-30 is added to the squared gradient and nowhere else.
+    * T5X factors no matrix with a side below 128. It would factor a longer prompt; this rule never
+      does.
+    * The second moment's decay is 1 - t^-0.8 with t = 1 + step - step_offset. Their configuration
+      leaves the offset at 0 while the steps continue from the backbone's pretraining (about a
+      million). Their decay is therefore near 1 from the start, their second moment is a slowly
+      growing sum, and the clipping determines the size of the update. Here t is 1 at a trial's
+      first step, as in the paper's algorithm.
     """
 
     weight_decay: float
@@ -155,7 +167,7 @@ class Adafactor:
         torch._foreach_add_(moment, squares)
         moves = torch._foreach_rsqrt(moment)
         torch._foreach_mul_(moves, batch.grads)
-        excess = torch._foreach_norm(moves)  # root mean square over the threshold
+        excess = torch._foreach_norm(moves)  # becomes root mean square / threshold
         torch._foreach_div_(
             excess, [math.sqrt(move.numel()) * CLIPPING_THRESHOLD for move in moves]
         )

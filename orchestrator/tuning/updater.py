@@ -1,4 +1,7 @@
-"""A trial's updates: clipping, scheduled learning rate, optimiser; and the updates of many trials in one go."""
+"""The updates of trials: gradient clipping, scheduled learning rate and optimiser.
+
+``apply_all`` updates many trials at once.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +27,10 @@ PREFIX = "optimizer."
 
 
 class Updater:
-    """One trial's optimiser, schedule and clipping over all the parameters that it trains.
+    """One trial's optimiser, schedule and gradient clipping over all the parameters that it trains.
 
-    What it remembers between steps is the optimiser's state, and that is in ``state_tensors``; the schedule is a
-    function of the step.
+    The only state between steps is the optimiser's, which ``state_tensors`` returns. The schedule
+    is a function of the step.
     """
 
     def __init__(
@@ -40,21 +43,22 @@ class Updater:
         self.states = [fresh_state(self.rule, param) for param in self.parameters]
 
     def apply(self, step: int) -> float:
-        """Update the parameters for 0-based ``step`` from their ``.grad``, which is used up.
+        """Update the parameters for 0-based ``step`` from their ``.grad``, which is set to None.
 
-        Returns the norm of the trial's gradient before clipping. When that is not finite the trial has diverged:
-        neither parameters nor state change. A parameter without a gradient stays as it is.
+        Returns the norm of the trial's gradient before clipping. If the norm is not finite, the
+        trial has diverged, and neither parameters nor state change. A parameter without a gradient
+        is not changed.
         """
         return apply_all([self], [step])[0]
 
     def live(self) -> Iterator[tuple[nn.Parameter, Tensor, State]]:
-        """Parameters that have a gradient, with it and their state."""
+        """Yield each parameter that has a gradient, with the gradient and the parameter's state."""
         for param, state in zip(self.parameters, self.states, strict=True):
             if param.grad is not None:
                 yield param, param.grad, state
 
     def fill(self, batch: Batch, step: int, norm: float) -> None:
-        """Add the update of ``step`` to a batch, the gradient clipped by its ``norm``."""
+        """Add the update of ``step`` to a batch, with the gradient clipped by its ``norm``."""
         rate, most = self.learning_rate * factor(self.train, step), self.train.clip_norm
         for param, grad, state in self.live():
             if most is not None and norm > most:
@@ -65,7 +69,10 @@ class Updater:
             batch.rates.append(rate)
 
     def state_tensors(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """The optimiser's state as ``optimizer.<name>.<key>``, not copied; ``names`` are the parameters', in order."""
+        """Return the optimiser's state as ``optimizer.<name>.<key>``, not copied.
+
+        ``names`` are the parameters' names, in order.
+        """
         return {
             f"{PREFIX}{name}.{key}": tensor
             for name, state in zip(names, self.states, strict=True)
@@ -73,9 +80,10 @@ class Updater:
         }
 
     def load_state_tensors(self, names: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
-        """Copy the state from what ``state_tensors`` gave; other keys than the optimiser's are ignored.
+        """Copy the state from tensors that ``state_tensors`` returned.
 
-        BadInput when it is another optimiser's, of other parameters or of other shapes.
+        Keys that are not the optimiser's are ignored. Raises BadInput when the state is of another
+        optimiser, of other parameters or of other shapes.
         """
         own = self.state_tensors(names)
         given = {key: tensor for key, tensor in tensors.items() if key.startswith(PREFIX)}
@@ -92,7 +100,8 @@ class Updater:
                 ", ".join(sorted(keys)) or "no optimiser state" for keys in (given, own)
             )
             raise BadInput(
-                f"this checkpoint holds {held}; train.optimizer {self.train.optimizer} needs {needed}",
+                f"this checkpoint holds {held}; "
+                f"train.optimizer {self.train.optimizer} needs {needed}",
                 hint,
             )
         for key, tensor in own.items():
@@ -102,15 +111,16 @@ class Updater:
 
 
 def _placed(key: str, tensor: Tensor, param: Tensor) -> Tensor:
-    """A copy where the rules want it: step counts on the CPU, moments with their parameter."""
+    """Copy a state tensor to its device: step counts to the CPU, moments to the parameter's."""
     return tensor.detach().to("cpu" if key == STEP else param.device, copy=True)
 
 
 @torch.no_grad()
 def apply_all(updaters: Sequence[Updater], steps: Sequence[int]) -> list[float]:
-    """``apply`` of each updater at its own step, together; returns their gradients' norms.
+    """Apply each updater at its own step and return the norms of their gradients.
 
-    To the bit the same as one after the other, with one wait for the device and one call an operation for all trials.
+    The result is bit for bit the same as that of ``apply`` on one after the other. All trials
+    together need one wait for the device and one call per operation.
     """
     norms = _gradient_norms(updaters)
     batches: dict[UpdateRule, Batch] = {}
@@ -127,7 +137,10 @@ def apply_all(updaters: Sequence[Updater], steps: Sequence[int]) -> list[float]:
 
 
 def _gradient_norms(updaters: Sequence[Updater]) -> list[float]:
-    """Euclidean norm of each trial's gradient over all of its parameters; inf where a square overflows."""
+    """Compute the Euclidean norm of each trial's gradient over all of its parameters.
+
+    The norm is infinite when a square overflows.
+    """
     grads = [[grad for _, grad, _ in updater.live()] for updater in updaters]
     flat = [grad for of_trial in grads for grad in of_trial]
     found = iter(torch.stack(torch._foreach_norm(flat)).tolist() if flat else ())

@@ -1,7 +1,8 @@
-"""Workers that train every step together, each on its part of the rows.
+"""Groups of workers that train every step together, each on its part of the rows.
 
-All of them seat the same trials and make the same updates. The engine asks the same of a worker alone and of many: a
-``Group`` by itself is a worker alone, for which it costs nothing.
+All workers of a group seat the same trials and make the same updates. ``Workers`` is a group of
+several. The base class ``Group`` has the same interface for a single worker, at no cost, so the
+engine does not distinguish the two.
 """
 
 from __future__ import annotations
@@ -21,74 +22,90 @@ from orchestrator.tuning.out_of_memory import NoRoom, release
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=30)
-"""The longest wait for another worker: a whole group idles for as long as others still train. That a worker died is
-noticed by Ray Train, which starts its group again."""
+"""The timeout for messages of other workers.
 
-FITS, INDIVISIBLE = (
-    0,
-    -1,
-)  # what a worker notes; else the padded tokens of the forward that did not fit
+It is long because a group may idle for as long as other groups still train. A worker's death is
+noticed by Ray Train instead, which restarts the worker's group."""
+
+# The notes that workers exchange. Any other note is the number of padded tokens of the forward that
+# did not fit.
+FITS, INDIVISIBLE = 0, -1
 
 
 class Group:
-    """A worker alone."""
+    """A group of a single worker."""
 
     rank = 0
     size = 1
 
     @property
     def leads(self) -> bool:
-        """Whether this worker speaks for the group."""
+        """True for the worker that speaks for the group."""
         return self.rank == 0
 
     def share(self, places: Sequence[int]) -> Sequence[int]:
-        """This worker's part of a forward's rows; none where there are fewer rows than workers."""
+        """Return this worker's part of a forward's rows.
+
+        The part may be empty if there are fewer rows than workers.
+        """
         return places
 
     def summed(
         self, parameters: Sequence[nn.Parameter], losses: int, work: Callable[[], Sequence[float]]
     ) -> list[float]:
-        """``work`` leaves this worker's gradients on the parameters and returns its part of so many losses; afterwards
-        both are the group's. NoRoom on every worker when memory ran out on any."""
+        """Run ``work`` and sum its gradients and losses over the group.
+
+        ``work`` leaves this worker's gradients on the parameters and returns its part of the
+        losses, of which there are ``losses``. Afterwards the parameters hold the group's gradients,
+        and the group's losses are returned. Raises NoRoom on every worker when memory ran out on
+        any of them.
+        """
         return list(work())
 
     def together(self, work: Callable[[], T]) -> T:
-        """This worker's ``work``. NoRoom on every worker when memory ran out on any."""
+        """Run this worker's ``work`` and wait for the others.
+
+        Raises NoRoom on every worker when memory ran out on any of them.
+        """
         return work()
 
     def agree(self) -> bool:
-        """Wait for the others. NoRoom on every worker when memory ran out on any."""
+        """Wait for the others and tell whether any of them still has forwards to run.
+
+        Raises NoRoom on every worker when memory ran out on any of them.
+        """
         return False
 
     def gathered(self, value: T) -> list[T]:
-        """Every worker's value, by rank."""
+        """Collect every worker's value, in order of rank."""
         return [value]
 
     def led(self, work: Callable[[], T]) -> T:
-        """What ``work`` gives the worker that leads; the others wait for it."""
+        """Run ``work`` on the leading worker only and return its result on all workers."""
         return work()
 
     def decoded(self, state: DecodingState, decode: Callable[[DecodingState], T]) -> T:
-        """``decode`` of this worker's rows, whose forwards may be fewer than another's."""
+        """Run ``decode`` on this worker's rows, which may need fewer forwards than another's."""
         return decode(state)
 
 
 class Agreed(NoRoom):
-    """Memory that ran out, and every worker knows."""
+    """Memory ran out, and every worker of the group knows it."""
 
 
 class Workers(Group):
     """The workers of torch's process group.
 
-    ``in_step``: the frozen weights are sharded among the workers, so that each forward needs all of them. Whoever runs
-    out of memory then has to say so before the others wait for it in the next one.
+    ``in_step`` is set when the frozen weights are sharded among the workers, so that each forward
+    needs all of them. A worker that runs out of memory must then tell the others before they wait
+    for it in the next forward.
     """
 
     def __init__(self, device: torch.device, in_step: bool = False) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._device = device
         self._in_step = in_step
-        # Notes and Python's objects go from one machine's memory to the other's, wherever the gradients are.
+        # Notes and Python objects are exchanged in main memory, also if gradients are on a device.
         self._hosts = (
             None
             if dist.get_backend() == "gloo"
@@ -101,7 +118,10 @@ class Workers(Group):
     def summed(
         self, parameters: Sequence[nn.Parameter], losses: int, work: Callable[[], Sequence[float]]
     ) -> list[float]:
-        """One all-reduce of one tensor: the gradients, the losses, and a note of each worker."""
+        """Sum over the group with one all-reduce of a single tensor.
+
+        The tensor holds the gradients, the losses and a note of each worker.
+        """
         found, note = self._attempt(work)
         if self._in_step:
             self.agree(note)
@@ -116,16 +136,15 @@ class Workers(Group):
         )
         _raise_noted(notes.tolist())
         for param, grad in zip(parameters, grads, strict=True):
-            if (
-                param.grad is not None
-            ):  # the same ones everywhere, since every worker runs all prompts
+            # Every worker runs all prompts, so the same parameters have gradients everywhere.
+            if param.grad is not None:
                 param.grad = grad.view_as(param)
         return list(summed.tolist())
 
     def together(self, work: Callable[[], T]) -> T:
         found, note = self._attempt(work)
         self.agree(note)
-        return found  # type: ignore[return-value]  # None only where agree raises, or where work says so
+        return found  # type: ignore[return-value]  # None only if work returned it: agree raises
 
     @staticmethod
     def _attempt(work: Callable[[], T]) -> tuple[T | None, int]:
@@ -137,7 +156,10 @@ class Workers(Group):
             return None, error.tokens if error.divisible and error.tokens else INDIVISIBLE
 
     def agree(self, note: int = FITS, going: bool = False) -> bool:
-        """Exchange notes: Agreed when any worker has run out of memory; else whether any is still ``going``."""
+        """Exchange notes with the others and tell whether any worker is still ``going``.
+
+        Raises Agreed when any worker has run out of memory.
+        """
         notes = torch.cat([self._notes(note), torch.tensor([float(going)])])
         dist.all_reduce(notes, group=self._hosts)
         *noted, others = map(float, notes.tolist())
@@ -145,7 +167,10 @@ class Workers(Group):
         return others > 0
 
     def _notes(self, note: int) -> Tensor:
-        """[W] float32, which holds counts up to 16 million exactly; the others' are added to it."""
+        """Return a tensor [W] with this worker's note, to which those of the W workers are added.
+
+        It is float32, which holds counts up to 16 million exactly.
+        """
         notes = torch.zeros(self.size)
         notes[self.rank] = note
         return notes
@@ -162,7 +187,10 @@ class Workers(Group):
         return led
 
     def decoded(self, state: DecodingState, decode: Callable[[DecodingState], T]) -> T:
-        """Rows of one worker may end sooner than another's; it then goes on with a row that nobody reads."""
+        """Run ``decode`` on this worker's rows, in step with the others if the model is sharded.
+
+        A worker whose rows end sooner extends an unused row until the others have finished.
+        """
         if not self._in_step:
             return decode(state)
         first = torch.zeros(1, dtype=torch.long, device=state.logits.device)
@@ -175,7 +203,7 @@ class Workers(Group):
 
 @dataclass
 class _InStep:
-    """Rows that are extended when the other workers' are."""
+    """A decoding state whose rows are extended at the same time as those of the other workers."""
 
     state: DecodingState
     group: Workers
@@ -192,11 +220,11 @@ class _InStep:
         return _InStep(self.state.extend(ids), self.group)
 
     def join(self, other: _InStep) -> None:
-        """No rows come in between: those of an evaluation begin together."""
+        """Do nothing: rows of an evaluation all start together, so none join later."""
 
 
 def joined_group(device: torch.device, in_step: bool = False) -> Group:
-    """The group that this process is in: its workers where it has several."""
+    """Return the group that this process is in, which may be a single worker."""
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     return Workers(device, in_step) if several else Group()
 
@@ -208,7 +236,10 @@ def _flat_gradient(param: nn.Parameter, dropped: bool) -> Tensor:
 
 
 def _raise_noted(notes: Sequence[float]) -> None:
-    """A forward that can be cut is cut first; where it was not that, the pack is."""
+    """Raise Agreed if any worker noted that memory ran out.
+
+    A forward that can be cut comes first, with the fewest tokens noted. Otherwise the pack is cut.
+    """
     if not any(notes):
         return
     tokens = [int(note) for note in notes if note > FITS]

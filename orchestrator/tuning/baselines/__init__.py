@@ -1,4 +1,4 @@
-"""Baselines that change the model: what a trial of them learns, put into the backbone and taken out again."""
+"""Baselines that change the model itself: their learned parameters are put into the backbone."""
 
 from collections.abc import Callable
 
@@ -18,8 +18,11 @@ CHANGES: dict[str, Callable[[TrialSpec, Backbone], Change]] = {
 
 
 def make_change(method: str, spec: TrialSpec, backbone: Backbone) -> Change:
-    """What a trial learns, before its first step; the spec and the seed alone decide what is drawn. On the backbone's
-    device. BadInput where the method does not fit the model."""
+    """Create a trial's change of the model before its first step, on the backbone's device.
+
+    Random values depend on the spec and its seed alone. Raises BadInput when the method does not
+    fit the model.
+    """
     return CHANGES[method](spec, backbone).to(backbone.device)
 
 

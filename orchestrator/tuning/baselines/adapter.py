@@ -1,8 +1,8 @@
-"""Bottleneck adapters (Houlsby et al. 2019, section 2.1): two small layers after the projection that ends each
-attention and each feed-forward part, before its sum with what went past it.
+"""Bottleneck adapters (Houlsby et al. 2019, section 2.1).
 
-The layer normalisations, which the paper trains too, stay frozen: then nothing but the adapters is stored for a task.
-PEFT has no such adapters.
+An adapter is two small layers after the last projection of each attention and each feed-forward
+part, before the residual connection is added. The paper also trains the layer normalisations. Here
+they stay frozen, so that only the adapters need to be stored for a task. PEFT has no such adapters.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ ENDS = frozenset(
         "lin2",
     }
 )
-"""How model families call the projections that end an attention or a feed-forward part."""
-STD = 0.001  # of the start: small enough to be next to nothing (section 3.6)
+"""Names in various model families of the last projection of an attention or feed-forward part."""
+STD = 0.001  # of initial weights: the adapter is almost the identity (section 3.6)
 
 
 class Adapters(Change):
-    """Two layers with a bottleneck for each of some projections of width H: h + up(gelu(down(h)))."""
+    """Adapters after some projections of width H: each turns h into h + up(gelu(down(h)))."""
 
     def __init__(self, ends: dict[str, nn.Module], width: int, bottleneck: int) -> None:
         learned: dict[str, nn.Parameter] = {}
@@ -60,7 +60,8 @@ class Adapters(Change):
         if not ends:
             kind = backbone.info.model_type
             raise BadInput(
-                f"method adapter finds no attention or feed-forward part of width {width} in a {kind} model",
+                f"method adapter finds no attention or feed-forward part of width {width} "
+                f"in a {kind} model",
                 f"use method lora; adapters know projections called {', '.join(sorted(ENDS))}",
             )
         with seeded(spec.seed):
@@ -80,7 +81,7 @@ class Adapters(Change):
 
 
 def block_ends(model: nn.Module, width: int) -> dict[str, nn.Module]:
-    """The projections to the model's width that end a part of one of its blocks, by name."""
+    """Find the projections to the model's width that end a part of one of its blocks, by name."""
     blocks = [
         f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
     ]
@@ -94,7 +95,7 @@ def block_ends(model: nn.Module, width: int) -> dict[str, nn.Module]:
 
 
 def _out_width(module: nn.Module) -> Any:
-    """What a projection gives; nf is what GPT-2's calls it."""
+    """Return a projection's output width, which GPT-2's layers call ``nf``."""
     return getattr(module, "out_features", getattr(module, "nf", None))
 
 

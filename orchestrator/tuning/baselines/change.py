@@ -1,7 +1,8 @@
-"""What a baseline learns of the model itself: parameters that stand in the model while it works, and nowhere else.
+"""The base class of baselines that change the model itself.
 
-The model as it was is never written to: what is learned lies beside it and is taken out after every step and every
-evaluation, so that trials, and whatever else asks the backbone, find the frozen model exactly as it was loaded.
+The learned parameters are stored beside the model, and the model's own weights are never written
+to. The parameters are put into the model for a step or an evaluation and are taken out after it.
+All other users of the backbone therefore find the frozen model exactly as it was loaded.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-DOT = "/"  # in the place of a name's dots, which torch takes no parameter's name with
+DOT = "/"  # replaces dots, which torch does not allow in a parameter's name
 
 
 class Change(nn.Module, ABC):
-    """A trial's learnable state, float32, by the names that a stored result has."""
+    """A trial's learnable state in float32, by the names used in a stored result."""
 
     def __init__(self, learned: Mapping[str, nn.Parameter]) -> None:
         super().__init__()
@@ -24,19 +25,19 @@ class Change(nn.Module, ABC):
             self.register_parameter(name.replace(".", DOT), parameter)
 
     def named(self) -> dict[str, Tensor]:
-        """What is stored of it. Not copied."""
+        """Return the tensors that a result stores, by name. They are not copied."""
         return {
             name.replace(DOT, "."): parameter.detach()
             for name, parameter in self.named_parameters()
         }
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy what ``named`` gave."""
+        """Copy the values of tensors that ``named`` returned."""
         self.load_state_dict({name.replace(".", DOT): tensor for name, tensor in tensors.items()})
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within, the model works with it."""
+        """Put the change into the model for the duration of the block."""
         self._put_in()
         try:
             yield
@@ -48,4 +49,4 @@ class Change(nn.Module, ABC):
 
     @abstractmethod
     def _take_out(self) -> None:
-        """The model as it was. May come after a ``_put_in`` that broke off."""
+        """Restore the model, also after a ``_put_in`` that failed halfway."""

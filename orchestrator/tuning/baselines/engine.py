@@ -1,6 +1,7 @@
-"""The tuning engine for baselines: one trial at a time, which is the model's own while it trains and is evaluated.
+"""The tuning engines for baselines: one trial at a time.
 
-Loss, data order, updates, evaluation and reports are those of prompts, with no prompt in front of the rows.
+While a trial trains and is evaluated, its change is part of the model. Loss, data order, updates,
+evaluation and reports are the same as for prompts, with no prompt in front of the rows.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from orchestrator.tuning.reports import Ending, EvaluationJob, Report
 
 
 class BaselineEngine(Engine):
-    """Trains changes of the model: all of its weights, low-rank ones, adapters."""
+    """An engine that trains a change of the model: all weights, LoRA layers or adapters."""
 
     def _learned(self, spec: TrialSpec) -> Change:
         return make_change(self.task.method.name, spec, self.backbone)
@@ -41,7 +42,7 @@ class BaselineEngine(Engine):
 
 
 class Written(Change):
-    """A written prompt, which learns nothing."""
+    """The change of a written prompt: none, since nothing is learned."""
 
     def __init__(self) -> None:
         super().__init__({})
@@ -52,13 +53,13 @@ class Written(Change):
 
 
 class DesignEngine(Engine):
-    """Evaluates written prompts, each once and without a step."""
+    """An engine that evaluates written prompts, each once and without training."""
 
     def _learned(self, spec: TrialSpec) -> Change:
         return Written()
 
     def step(self, slots: Sequence[Slot]) -> None:
-        """There is nothing to train."""
+        """Do nothing: a written prompt has nothing to train."""
 
     @staticmethod
     def _runs(slot: Slot, target: int) -> bool:
@@ -74,7 +75,7 @@ class DesignEngine(Engine):
         self, spec: TrialSpec, split: str, confusion: bool = False
     ) -> dict[str, float] | None:
         design, designs = Design.of(spec), self.task.designs
-        assert designs is not None  # prepare makes them for this method
+        assert designs is not None  # set when a job of this method is prepared
         task = self.task
         self.task = replace(task, encoder=designs.encoder(design))
         try:

@@ -1,5 +1,6 @@
-"""LoRA (Hu et al. 2021): low-rank changes of the attention's projections, through PEFT. QLoRA (Dettmers et al. 2023) is
-the same over weights that were rounded as they were read.
+"""LoRA (Hu et al. 2021): low-rank changes of the attention's projections, through PEFT.
+
+QLoRA (Dettmers et al. 2023) is the same on a model whose weights were quantised when it was loaded.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from orchestrator.tuning.baselines.change import Change
 from orchestrator.tuning.prompts.base import seeded
 
 PEFT = "peft"
-NAME = "default"  # of PEFT's, for the one adapter that there is
+NAME = "default"  # PEFT's name for the only adapter
 
 
 def check_peft(method: str) -> None:
-    """BadInput where the library is missing."""
+    """Raise BadInput if PEFT is not installed."""
     if find_spec(PEFT) is None:
         raise BadInput(
             f"method {method} needs the package {PEFT}, which is not installed",
@@ -29,7 +30,7 @@ def check_peft(method: str) -> None:
 
 
 class Lora(Change):
-    """PEFT's layers, in the place of the layers that they are around while the model works."""
+    """PEFT's LoRA layers, which replace the layers that they wrap while the change is applied."""
 
     def __init__(self, model: nn.Module, model_type: str, rank: int, alpha: int) -> None:
         self._places = _made_layers(model, lora_config(model_type, rank, alpha))
@@ -59,8 +60,12 @@ class Lora(Change):
 def lora_config(
     model_type: str, rank: int, alpha: int, targets: list[str] | None = None, task: Any = None
 ) -> Any:
-    """PEFT's configuration: its usual projections for a model's type, all linear layers for one that it does not know.
-    A: uniform, B: zero, so that a trial starts from the model as it is; no dropout."""
+    """Return PEFT's configuration.
+
+    Without ``targets``, LoRA changes PEFT's usual projections for the model's type, or all linear
+    layers for a type that PEFT does not know. PEFT draws A uniformly and sets B to zero, so that a
+    trial starts from the unchanged model. There is no dropout.
+    """
     from peft import LoraConfig
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
 
@@ -76,8 +81,11 @@ def lora_config(
 
 
 def _made_layers(model: nn.Module, config: Any) -> dict[str, tuple[nn.Module, str, nn.Module, Any]]:
-    """PEFT's layers by name: the module that each stands in and under which name, the layer that it is around, itself.
-    The model is left as it was."""
+    """Create PEFT's LoRA layers and leave the model as it was.
+
+    Returns, by the layer's full name: its parent module, its name in the parent, the original layer
+    that it wraps, and the LoRA layer itself. Raises BadInput when LoRA does not fit the model.
+    """
     from peft.tuners.lora import LoraLayer, LoraModel
 
     try:
@@ -97,6 +105,6 @@ def _made_layers(model: nn.Module, config: Any) -> dict[str, tuple[nn.Module, st
             places[name] = model.get_submodule(parent), child, layer.get_base_layer(), layer
         for module, child, own, _ in places.values():
             setattr(module, child, own)
-        if hasattr(model, "peft_config"):  # transformers would take the model for one with adapters
+        if hasattr(model, "peft_config"):  # makes transformers treat the model as one with adapters
             del model.peft_config
     return places

@@ -1,6 +1,7 @@
-"""Model tuning: all of the model's parameters are learned (what Lester et al. 2021 compare prompts with).
+"""Model tuning: learns all of the model's parameters (Lester et al. 2021 compare prompts with it).
 
-They are copies in float32, whatever the model's own numbers are, so that small steps are not lost to rounding.
+The trained parameters are float32 copies, whatever the model's own number format is, so that small
+steps are not lost to rounding.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from orchestrator.tuning.baselines.change import Change
 
 
 class ModelTuning(Change):
-    """A copy of every parameter, in the place of the model's own while it works."""
+    """A copy of every parameter, which replaces the model's own while the change is applied."""
 
     def __init__(self, model: nn.Module) -> None:
         self._own = dict(model.named_parameters())
@@ -23,7 +24,7 @@ class ModelTuning(Change):
         learned = {
             id(own): mine for own, mine in zip(self._own.values(), self.parameters(), strict=True)
         }
-        # Every place of a parameter: tied ones have several.
+        # All modules that hold a parameter: a tied parameter is in several.
         self._places = [
             (module, name, own, learned[id(own)])
             for module in model.modules()

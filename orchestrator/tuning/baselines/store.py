@@ -1,5 +1,8 @@
-"""A baseline's result as a folder that its library reads: PEFT's for lora, a model folder for model_tuning, safetensors
-with their names for adapters, text for a written prompt. Beside it baseline.json says what it is and what it reached.
+"""Stores a baseline's result as a folder that its library can read.
+
+The folder has PEFT's format for lora and qlora, that of a transformers model for model_tuning, and
+named tensors in a safetensors file for adapter. In every case ``baseline.json`` describes the
+result and its metrics; for a written prompt it is the only file.
 """
 
 from __future__ import annotations
@@ -18,9 +21,9 @@ from orchestrator.models.source import ModelSource
 from orchestrator.tuning.baselines.lora import lora_config
 
 ABOUT = "baseline.json"
-STORED = "base_model.model."  # in front of names in PEFT's files
+STORED = "base_model.model."  # prefix of the names in PEFT's files
 TASKS = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}
-TORCH = {"format": "pt"}  # without it transformers does not read a safetensors file
+TORCH = {"format": "pt"}  # transformers does not read a safetensors file without this entry
 
 
 def save_result(
@@ -30,7 +33,10 @@ def save_result(
     source: ModelSource,
     about: Mapping[str, Any],
 ) -> Path:
-    """Write the folder whole or not at all; it must not exist yet. ``about["method"]`` decides what is in it."""
+    """Write the folder completely or not at all; it must not exist yet.
+
+    ``about["method"]`` decides which files are in it.
+    """
     method = about["method"]
     whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with whole_folder(folder) as staging:
@@ -50,7 +56,7 @@ def save_result(
 def _save_lora(
     folder: Path, spec: TrialSpec, tensors: Mapping[str, Tensor], source: ModelSource
 ) -> None:
-    """As ``PeftModel.from_pretrained`` reads it."""
+    """Write the folder as ``PeftModel.from_pretrained`` reads it."""
     targets = sorted({name.rsplit(".", 2)[0] for name in tensors})
     assert spec.rank is not None and spec.alpha is not None  # the spec's own defaults
     config = lora_config(
@@ -70,7 +76,7 @@ def _save_lora(
 
 
 def _save_model(folder: Path, tensors: Mapping[str, Tensor], source: ModelSource) -> None:
-    """As transformers reads it, tokenizer included."""
+    """Write a model folder as transformers reads it, tokenizer included."""
     source.config.save_pretrained(folder)
     source.tokenizer().save_pretrained(folder)
     save_file(dict(tensors), folder / "model.safetensors", metadata=TORCH)

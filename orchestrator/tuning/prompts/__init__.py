@@ -1,4 +1,4 @@
-"""Prompt methods: what is learned, and where it starts."""
+"""The prompt methods: the parameters that each of them trains, and their initial values."""
 
 from collections.abc import Callable
 
@@ -18,7 +18,10 @@ METHODS: dict[MethodName, Callable[[Method, TrialSpec, InitContext], Prompt]] = 
 
 
 def make_prompt(method: Method, spec: TrialSpec, context: InitContext) -> Prompt:
-    """A trial's prompt before its first step; the spec and the seed alone decide what is drawn. On the CPU."""
+    """Create a trial's prompt before its first step, on the CPU.
+
+    Random values depend on the spec and its seed alone.
+    """
     return METHODS[method.name](method, spec, context)
 
 

@@ -1,7 +1,7 @@
-"""What every prompt method is: a module of learnable parameters that yields what stands in front of rows.
+"""The base class of prompts: modules whose parameters yield the tensors put in front of rows.
 
-Shapes: P virtual tokens, H width, L layers. A new method is one file with a class, and one entry in
-``prompts.METHODS``.
+Shapes: P virtual tokens, H width, L layers. To add a method, write one file with a class and add
+one entry to ``prompts.METHODS``.
 """
 
 from __future__ import annotations
@@ -21,43 +21,50 @@ from orchestrator.models.backbone import PromptTensors
 
 @dataclass(frozen=True)
 class Method:
-    """A job's method and how its parameters make the prompt."""
+    """A job's method, and how the prompt is computed from the method's parameters."""
 
     name: MethodName = "prompt_tuning"
     reparameterization: Literal["none", "mlp", "lstm"] = "none"
     hidden_size: int | None = None
-    """Width of the reparameterisation; None is the paper's."""
+    """Hidden width of the reparameterisation; None means the default of the method's paper."""
     inside: bool = False
-    """The template says where virtual tokens stand."""
+    """True if the template says where the virtual tokens stand."""
 
 
 class Prompt(nn.Module, ABC):
-    """A trial's learnable state. Parameters are float32; ``forward`` is differentiable and deterministic."""
+    """A trial's learnable state.
+
+    Parameters are float32. ``forward`` is differentiable and deterministic.
+    """
 
     @abstractmethod
     def forward(self) -> PromptTensors:
-        """The prompt as inference uses it: what an artifact keeps."""
+        """Compute the prompt as inference uses it, which is also what an artifact stores."""
 
     @torch.no_grad()
     def named(self) -> dict[str, Tensor]:
-        """The tensors of that, by their names."""
+        """Return the prompt's tensors by name, without gradients."""
         made: PromptTensors = self()
         return made.named()
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[torch.Generator]:
-    """Within, torch's random numbers on the CPU follow from the seed alone; yields a generator that does too."""
+    """Seed torch's random numbers on the CPU inside the block, and restore their state after it.
+
+    Yields a generator with the same seed.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield torch.Generator().manual_seed(seed)
 
 
 class Offset(nn.Module):
-    """A network's output [..., N] on top of a fixed start: exactly the start before the first step.
+    """A network whose output [..., N] is added to a fixed start.
 
-    The papers draw the network at random, which can't begin at real words; with a start the network's last layer begins
-    at zero and learns the difference.
+    The papers initialise the network at random, so that the prompt can't start from real words. If
+    a start is given, the network's last layer begins at zero: before the first step the output is
+    exactly the start, and the network learns the difference.
     """
 
     start: Tensor | None

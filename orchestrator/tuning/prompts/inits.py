@@ -1,4 +1,9 @@
-"""Where a soft prompt starts: each init yields [P, H] in float32 (Lester et al. 2021, section 3.2)."""
+"""Initial values of prompts (Lester et al. 2021, section 3.2).
+
+Each init of a soft prompt yields [P, H] in float32.
+
+Shapes: P virtual tokens, H width, V rows of the embedding table, L layers.
+"""
 
 from __future__ import annotations
 
@@ -18,22 +23,30 @@ VOCABULARY = 5000  # Lester et al.: the 5,000 most frequent tokens
 
 
 Artifacts = Mapping[str, Mapping[str, Tensor]]
-"""Named tensors of registered prompts, by the reference that the job spec has."""
+"""Named tensors of registered prompts, by the reference written in the job spec."""
 
 
 @dataclass(frozen=True)
 class InitContext:
-    """What an init may look at: tokens as they enter the model, the embedding table's shape (V, H) and spread, the
-    tokenizer, the answers' token ids, prompts to start from, and the keys and values that a soft prompt has."""
+    """The facts about the model and the task that an init may use."""
 
     embed: Callable[[Tensor], Tensor]
+    """Maps token ids to the embeddings that enter the model."""
     shape: tuple[int, int]
+    """Shape (V, H) of the embedding table."""
     tokenizer: Any
     answers: Sequence[Sequence[int]]
+    """Token ids of each label's text."""
     spread: float = 1.0
+    """Standard deviation of the embedding table."""
     artifacts: Artifacts = field(default_factory=dict)
+    """Registered prompts to start from."""
     activations: Callable[[Tensor], dict[str, Tensor]] | None = None
+    """Maps a soft prompt [P, H] to its keys and values in the model, by attention site.
+
+    None if the model has none."""
     prefix_shapes: Callable[[], Mapping[str, torch.Size]] = dict
+    """Returns the shape of a prefix of one token, by attention site."""
 
     @classmethod
     def of(
@@ -56,7 +69,10 @@ class InitContext:
 
 
 def initial_prompt(spec: TrialSpec, context: InitContext) -> Tensor:
-    """The trial's first soft prompt [P, H], float32 on the CPU; the seed alone decides what is drawn."""
+    """Create the trial's initial soft prompt [P, H], float32 on the CPU.
+
+    Random values depend on the seed alone. Raises BadInput for an unknown init.
+    """
     generator = torch.Generator().manual_seed(spec.seed)
     length, width = spec.num_virtual_tokens, context.shape[1]
     if spec.init == "random":
@@ -79,10 +95,12 @@ def initial_prompt(spec: TrialSpec, context: InitContext) -> Tensor:
 
 @torch.no_grad()
 def initial_prefix(spec: TrialSpec, context: InitContext) -> dict[str, Tensor]:
-    """The trial's first prefix, for each site [L, 2, kv heads, P, head width], float32 on the CPU.
+    """Create the trial's initial prefix, for each site [L, 2, kv heads, P, head width].
 
-    A registered prefix as it is; otherwise the keys and values that the soft prompt of the same init has in the model
-    (Li & Liang 2021, section 7.4).
+    The tensors are float32. A registered prefix is used as it is, cut or repeated to the trial's
+    length. Any other init first makes a soft prompt and takes the keys and values that it has in
+    the model (Li & Liang 2021, section 7.4); they are on the CPU. Raises BadInput for a model
+    without keys and values.
     """
     stored = context.artifacts.get(spec.init_artifact or "", {})
     if prefixes := PromptTensors.from_named(stored).prefixes:
@@ -100,14 +118,17 @@ def initial_prefix(spec: TrialSpec, context: InitContext) -> dict[str, Tensor]:
 
 
 def random_uniform(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Uniform in [-0.5, 0.5]."""
+    """Draw values uniformly from [-0.5, 0.5]."""
     return (torch.rand(*shape, generator=generator) * 2 - 1) * UNIFORM_RANGE
 
 
 def sample_vocab(
     length: int, context: InitContext, generator: torch.Generator, population_size: int = VOCABULARY
 ) -> Tensor:
-    """[P, H] embeddings of frequent tokens, drawn without replacement (again from the start once all are used)."""
+    """Return the embeddings [P, H] of frequent tokens, drawn at random.
+
+    Tokens are drawn without replacement; once all are used, the draw starts again with all of them.
+    """
     population = frequent_ids(context, population_size)
     rounds = -(-length // len(population))
     drawn = torch.cat(
@@ -117,10 +138,10 @@ def sample_vocab(
 
 
 def frequent_ids(context: InitContext, population: int = VOCABULARY) -> list[int]:
-    """The ``population`` most frequent ordinary tokens.
+    """Return the ids of the ``population`` most frequent ordinary tokens.
 
-    Subword vocabularies are built from frequent to rare, so that the lowest ids are the most frequent ones; special and
-    single-byte fallback tokens are left out.
+    Subword vocabularies are ordered from frequent to rare, so these are the lowest ids. Special
+    tokens and single-byte fallback tokens are left out.
     """
     special = set(context.tokenizer.all_special_ids)
     size = min(len(context.tokenizer), context.shape[0])
@@ -136,22 +157,30 @@ def _is_byte(name: str) -> bool:
 
 
 def class_labels(length: int, context: InitContext, generator: torch.Generator) -> Tensor:
-    """[P, H]: the mean embedding of each label's tokens; what remains of the length is sampled from the vocabulary."""
+    """Return the mean embedding of each label's tokens, as [P, H].
+
+    If there are fewer labels than virtual tokens, the rest is sampled from the vocabulary. Labels
+    beyond the length are left out.
+    """
     means = [_rows(context, ids).mean(0, keepdim=True) for ids in context.answers][:length]
     rest = length - len(means)
     return torch.cat([*means, sample_vocab(rest, context, generator)] if rest else means)
 
 
 def text(length: int, words: str, context: InitContext) -> Tensor:
-    """[P, H]: embeddings of the text's tokens, special tokens left out, cut or repeated to the length."""
+    """Return the embeddings [P, H] of a text's tokens, cut or repeated to the length.
+
+    Special tokens are left out.
+    """
     ids = text_ids(words, context)
     return _rows(context, [ids[place % len(ids)] for place in range(length)])
 
 
 def artifact(length: int, reference: str, context: InitContext) -> Tensor:
-    """[P, H]: another task's prompt (Lester et al. 2021, section 3.2), cut or repeated to the length.
+    """Return another task's prompt as [P, H], cut or repeated to the length.
 
-    BadInput when it is a prefix, which has no embeddings, or of another width.
+    Lester et al. 2021, section 3.2. Raises BadInput when the artifact is a prefix, which has no
+    embeddings, or when its width is not the model's.
     """
     stored = context.artifacts[reference].get("prompt")
     if stored is None:
@@ -161,19 +190,20 @@ def artifact(length: int, reference: str, context: InitContext) -> Tensor:
         )
     if stored.shape[1] != context.shape[1]:
         raise BadInput(
-            f"init artifact {reference!r} has width {stored.shape[1]}, the base model's is {context.shape[1]}",
+            f"init artifact {reference!r} has width {stored.shape[1]}, "
+            f"the base model's is {context.shape[1]}",
             "start from a prompt of the same base model",
         )
     return _fitted(stored.float().cpu(), length, 0)
 
 
 def _fitted(tensor: Tensor, length: int, dim: int) -> Tensor:
-    """Cut or repeated along a dimension."""
+    """Cut or repeat a tensor along a dimension to the given length."""
     return tensor.index_select(dim, torch.arange(length) % tensor.shape[dim])
 
 
 def text_ids(words: str, context: InitContext) -> list[int]:
-    """Token ids of an init text. BadInput for a text without any."""
+    """Return the token ids of an init text. Raises BadInput for a text without tokens."""
     ids = list(context.tokenizer(words, add_special_tokens=False)["input_ids"])
     if not ids:
         raise BadInput(f"init text {words!r} has no tokens", "write some words")

@@ -1,4 +1,7 @@
-"""P-tuning: virtual tokens go through a small network before they enter the model (Liu et al. 2021, section 3.2)."""
+"""P-tuning: virtual tokens pass through a small network before they enter the model.
+
+Liu et al. 2021, section 3.2. Shapes: P virtual tokens, H width.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from orchestrator.tuning.prompts.inits import InitContext, initial_prompt
 
 
 class LstmEncoder(nn.Module):
-    """[P, H] to [P, H]: two layers of bidirectional LSTM, then Linear-ReLU-Linear."""
+    """An encoder from [P, H] to [P, H]: two bidirectional LSTM layers, then Linear-ReLU-Linear."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -26,7 +29,7 @@ class LstmEncoder(nn.Module):
 
 
 class MlpEncoder(nn.Module):
-    """[P, H] to [P, H]: Linear-ReLU-Linear-ReLU-Linear."""
+    """An encoder from [P, H] to [P, H]: Linear-ReLU-Linear-ReLU-Linear."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -40,7 +43,11 @@ class MlpEncoder(nn.Module):
 
 
 class EncodedPrompt(Prompt):
-    """``tokens`` [P, H] and the encoder's weights; only their product [P, H] is needed after training."""
+    """A prompt computed by an encoder from ``tokens`` [P, H].
+
+    The tokens and the encoder's weights are trained. After training, only the encoder's output
+    [P, H] is needed.
+    """
 
     def __init__(
         self, start: Tensor | None, tokens: Tensor, encoder: LstmEncoder | MlpEncoder, inside: bool
@@ -52,7 +59,11 @@ class EncodedPrompt(Prompt):
 
     @classmethod
     def create(cls, method: Method, spec: TrialSpec, context: InitContext) -> EncodedPrompt:
-        """With init ``random`` everything is drawn as in the paper's code; other inits are where the prompt starts."""
+        """Create a trial's prompt before its first step.
+
+        With init ``random``, everything is drawn at random, as in the paper's code. With any other
+        init, the prompt starts exactly from the soft prompt of that init.
+        """
         width = context.shape[1]
         start = None if spec.init == "random" else initial_prompt(spec, context)
         with seeded(spec.seed):

@@ -1,4 +1,4 @@
-"""Prefix tuning: keys and values of every layer are learned (Li & Liang 2021, section 4).
+"""Prefix tuning: learns keys and values for every layer (Li & Liang 2021, section 4).
 
 Shapes: P virtual tokens, L layers, N = L x 2 x kv heads x head width.
 """
@@ -20,7 +20,10 @@ HIDDEN = 512  # Li & Liang, section 5.3; 800 for XSum
 
 
 class DirectSite(nn.Module):
-    """One attention site's keys and values, learned as they are: ``keys_values`` [L, 2, kv heads, P, head width]."""
+    """One attention site's keys and values, trained directly.
+
+    ``keys_values`` is [L, 2, kv heads, P, head width].
+    """
 
     def __init__(self, start: Tensor) -> None:
         super().__init__()
@@ -31,7 +34,10 @@ class DirectSite(nn.Module):
 
 
 class MlpSite(nn.Module):
-    """One attention site's keys and values from a smaller matrix: MLP(``tokens`` [P, H]), Linear-Tanh-Linear."""
+    """One attention site's keys and values, computed from a smaller matrix ``tokens`` [P, H].
+
+    The MLP is Linear-Tanh-Linear.
+    """
 
     def __init__(
         self, shape: torch.Size, length: int, width: int, hidden: int, start: Tensor | None
@@ -51,12 +57,12 @@ class MlpSite(nn.Module):
 
 
 def _flat(keys_values: Tensor) -> Tensor:
-    """[L, 2, kv heads, P, head width] to [P, N]."""
+    """Reshape [L, 2, kv heads, P, head width] to [P, N]."""
     return keys_values.permute(3, 0, 1, 2, 4).flatten(1)
 
 
 class Prefix(Prompt):
-    """Keys and values for each of the model's sites."""
+    """A prefix: learned keys and values for each of the model's attention sites."""
 
     def __init__(self, sites: Mapping[str, nn.Module]) -> None:
         super().__init__()
@@ -64,7 +70,11 @@ class Prefix(Prompt):
 
     @classmethod
     def create(cls, method: Method, spec: TrialSpec, context: InitContext) -> Prefix:
-        """With init ``random`` all is drawn; other inits are the keys and values that the same soft prompt has."""
+        """Create a trial's prefix before its first step.
+
+        With init ``random``, everything is drawn at random. With any other init, the prefix starts
+        as in ``initial_prefix``.
+        """
         shapes, length = context.prefix_shapes(), spec.num_virtual_tokens
         start = {} if spec.init == "random" else initial_prefix(spec, context)
         sites: dict[str, nn.Module] = {}

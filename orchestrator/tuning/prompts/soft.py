@@ -1,4 +1,4 @@
-"""Prompt tuning: the virtual tokens' embeddings themselves are learned (Lester et al. 2021, section 2)."""
+"""Prompt tuning: learns the virtual tokens' embeddings directly (Lester et al. 2021, section 2)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from orchestrator.tuning.prompts.inits import InitContext, initial_prompt
 
 
 class SoftPrompt(Prompt):
-    """``prompt`` [P, H]."""
+    """A soft prompt: ``prompt`` [P, H] holds the embeddings of the virtual tokens."""
 
     def __init__(self, start: Tensor, inside: bool = False) -> None:
         super().__init__()
