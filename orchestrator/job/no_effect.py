@@ -1,9 +1,11 @@
 """Settings of a job spec that would have no effect beside its other settings.
 
-A setting asks for something when its value differs from its default. Such a setting is a conflict where
-nothing would read it. One that only repeats its default is not: a saved search writes every key.
+A setting asks for something when its value differs from its default. Such a setting is a conflict
+where nothing would read it. A setting that only repeats its default is not a conflict, because a
+saved search writes every key.
 
-``RULES`` is the table. ``spec`` calls ``without_effect``, so this module imports ``spec`` for types alone.
+``RULES`` is the table. ``spec`` calls ``without_effect``, so this module imports ``spec`` for types
+alone.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ MISSING = object()
 
 
 class NoEffect(NamedTuple):
-    """A setting without effect: its key, what to tell the user, and the other keys that were read."""
+    """A setting without effect: its key, a message for the user, and the other keys read."""
 
     key: str
     message: str
@@ -28,12 +30,13 @@ class NoEffect(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """Says when a key has no effect.
+    """A rule that tells when a key has no effect.
 
-    ``reads`` are the keys that ``reason`` looks at. ``reason`` ends the sentence "KEY has no effect ...",
-    and is empty where the key has one. ``otherwise`` is what to do instead of leaving the key out.
-    ``defaults`` are values that ask for nothing, besides the field's own default. ``needed`` is a key that
-    another setting requires, so that it can't be left out.
+    ``reads`` are the keys that ``reason`` looks at. ``reason`` ends the sentence "KEY has no effect
+    ..."; it is empty where the key has an effect. ``otherwise`` is what the user can do instead of
+    leaving the key out. ``defaults`` are values that ask for nothing, besides the field's own
+    default. ``needed`` marks a key that another setting requires, so that the user can't leave it
+    out.
     """
 
     key: str
@@ -45,7 +48,7 @@ class Rule(NamedTuple):
 
 
 def without_effect(job: JobSpec) -> Iterator[NoEffect]:
-    """Find the settings that have no effect, each once.
+    """Yield the settings that have no effect, each once.
 
     ``job`` may lack values: a rule is skipped where a key that it reads is missing.
     """
@@ -73,7 +76,7 @@ def _asks(job: JobSpec, rule: Rule) -> bool:
 
 
 def _value(job: JobSpec, key: str) -> Any:
-    """Return the value at a dotted key; MISSING where a section on the way or the value is absent."""
+    """Return the value at a dotted key, or MISSING where it or a section above it is absent."""
     value: Any = job
     for name in key.split("."):
         value = getattr(value, name, MISSING)
@@ -107,7 +110,7 @@ def _data_is_not_the_hubs(job: JobSpec) -> str:
 def _has_split(split: str) -> Callable[[JobSpec], str]:
     def reason(job: JobSpec) -> str:
         data = job.data
-        if data.where:  # it may leave a split without rows, which is then set aside from train
+        if data.where:  # may leave a split without rows, which is then set aside from train
             return ""
         if data.source == "files" and getattr(data.path, split, None) is not None:
             return f"with data.path.{split}, which gives the split"
@@ -155,7 +158,7 @@ def _texts_are_not_compared(job: JobSpec) -> str:
 
 
 def _references_are_not_compared(job: JobSpec) -> str:
-    if job.data.verbalizer is not None:  # a conflict of its own
+    if job.data.verbalizer is not None:  # JobSpec reports this as its own conflict
         return ""
     return _texts_are_not_compared(job)
 
@@ -201,7 +204,7 @@ def _grid_points(job: JobSpec) -> int:
 
 
 def _other_scheduler_than(*schedulers: str) -> Callable[[JobSpec], str]:
-    """Make a check of a setting that only these schedulers read."""
+    """Make a reason for a setting that only these schedulers read."""
 
     def reason(job: JobSpec) -> str:
         chosen = job.search.scheduler
@@ -244,7 +247,7 @@ def _median_without_steps(job: JobSpec) -> str:
 
 def _patience_outlasts_the_trial(job: JobSpec) -> str:
     train = job.train
-    # The first evaluation is the best so far, and at the last step the trial ends anyway.
+    # The first evaluation is always the best so far, and the trial ends at the last step anyway.
     if train.patience is None or (1 + train.patience) * train.evaluate_every < train.steps:
         return ""
     return (
@@ -270,7 +273,8 @@ def _has_no_network(job: JobSpec) -> str:
 
 
 def _registers_nothing(job: JobSpec) -> str:
-    if job.is_baseline or job.registry.register_top:  # a baseline's is a conflict of its own
+    # JobSpec reports the registry settings of a baseline as its own conflict.
+    if job.is_baseline or job.registry.register_top:
         return ""
     return "with registry.register_top 0, which registers nothing"
 
@@ -294,7 +298,10 @@ SPLIT_KEYS = ("data.path", "data.where")
 
 RULES: tuple[Rule, ...] = (
     Rule("base_model.revision", ("base_model.id",), _model_has_no_revisions, HUB_MODEL),
-    Rule("base_model.allow_remote_code", ("base_model.id",), _model_brings_no_code, "name another base_model.id"),
+    Rule(
+        "base_model.allow_remote_code", ("base_model.id",), _model_brings_no_code,
+        "name another base_model.id",
+    ),
     Rule("data.subset", ("data.path",), _data_is_not_the_hubs, HUB_DATA),
     Rule("data.revision", ("data.path",), _data_is_not_the_hubs, HUB_DATA),
     Rule(
@@ -306,16 +313,25 @@ RULES: tuple[Rule, ...] = (
         "leave out data.path.test, so that it is set aside from train",
     ),
     Rule(
-        "data.split_seed", (*SPLIT_KEYS, "data.limit", "data.prefix_lm"), _nothing_drawn_by_split_seed,
-        "leave out data.path.test, or set data.limit",
+        "data.split_seed", (*SPLIT_KEYS, "data.limit", "data.prefix_lm"),
+        _nothing_drawn_by_split_seed, "leave out data.path.test, or set data.limit",
     ),
-    Rule("data.rename", ("data.prefix_lm",), _renamed_before_the_cut, "name that column in data.prefix_lm as it is"),
+    Rule(
+        "data.rename", ("data.prefix_lm",), _renamed_before_the_cut,
+        "name that column in data.prefix_lm as it is",
+    ),
     Rule(
         "data.rename", ("data.template", "data.target", "data.references", "search.space.template"),
         _renamed_to_what_nothing_names, "correct the new name",
     ),
-    Rule("data.references", ("search.metric", "data.verbalizer"), _references_are_not_compared, GENERATE),
-    Rule("data.max_target_tokens", ("data.verbalizer",), _targets_are_labels, "leave out data.verbalizer"),
+    Rule(
+        "data.references", ("search.metric", "data.verbalizer"), _references_are_not_compared,
+        GENERATE,
+    ),
+    Rule(
+        "data.max_target_tokens", ("data.verbalizer",), _targets_are_labels,
+        "leave out data.verbalizer",
+    ),
     Rule(
         "search.space.demonstrations", ("method", "search.space.shots"), _writes_no_demonstrations,
         "raise search.space.shots", defaults=("random",),
@@ -325,11 +341,18 @@ RULES: tuple[Rule, ...] = (
         _draws_no_demonstrations, "set search.space.shots and draw demonstrations at random",
     ),
     Rule(
-        "search.seed", ("search.searcher", "search.trials", "search.few_shot", "search.scheduler", "search.space"),
+        "search.seed",
+        (
+            "search.searcher", "search.trials", "search.few_shot", "search.scheduler",
+            "search.space",
+        ),
         _nothing_drawn_by_search_seed, "set search.searcher to random",
     ),
     Rule("search.scheduler", ("method",), _median_without_steps, "set it to fifo"),
-    Rule("search.grace_steps", ("search.scheduler",), _other_scheduler_than("asha", "median"), STOPPING),
+    Rule(
+        "search.grace_steps", ("search.scheduler",), _other_scheduler_than("asha", "median"),
+        STOPPING,
+    ),
     Rule("search.grace_steps", ("method",), _trials_have_no_steps, TRAINING),
     Rule("search.grace_steps", ("train.steps",), _grace_lasts_to_the_end, "lower it"),
     Rule("search.grace_steps", ("search.trials",), _is_the_only_trial, "raise search.trials"),
@@ -341,8 +364,8 @@ RULES: tuple[Rule, ...] = (
         "lower it or train.evaluate_every",
     ),
     Rule(
-        "train.decay_steps", ("train.steps", "train.warmup_steps", "train.schedule"), _decays_after_the_end,
-        "lower it, or set train.schedule to constant", needed=True,
+        "train.decay_steps", ("train.steps", "train.warmup_steps", "train.schedule"),
+        _decays_after_the_end, "lower it, or set train.schedule to constant", needed=True,
     ),
     Rule("generation.max_tokens", ("search.metric",), _texts_are_not_compared, GENERATE),
     Rule("generation.num_beams", ("search.metric",), _texts_are_not_compared, GENERATE),
@@ -350,7 +373,15 @@ RULES: tuple[Rule, ...] = (
         "reparameterization.hidden_size", ("reparameterization.type", "method"), _has_no_network,
         "set reparameterization.type to mlp",
     ),
-    Rule("registry.alias", ("registry.register_top", "method"), _registers_nothing, "raise registry.register_top"),
-    Rule("registry.model", ("registry.register_top", "method"), _registers_nothing, "raise registry.register_top"),
-    Rule("registry.register_top", ("method",), _has_no_prompts, "use a method that learns a prompt"),
+    Rule(
+        "registry.alias", ("registry.register_top", "method"), _registers_nothing,
+        "raise registry.register_top",
+    ),
+    Rule(
+        "registry.model", ("registry.register_top", "method"), _registers_nothing,
+        "raise registry.register_top",
+    ),
+    Rule(
+        "registry.register_top", ("method",), _has_no_prompts, "use a method that learns a prompt"
+    ),
 )  # fmt: skip
