@@ -92,7 +92,7 @@ class PeftPrompt:
     config: PeftConfig
 
 
-# Out
+# Export
 
 
 def export_peft(artifact: PromptArtifact, folder: Path) -> Path:
@@ -190,7 +190,7 @@ _OTHERWISE: dict[Family, str] = {
 }
 
 
-# In
+# Import
 
 
 def is_peft(folder: Path) -> bool:

@@ -22,7 +22,12 @@ _current: list[Interrupts] = []
 
 
 class Interrupts:
-    """A context that raises KeyboardInterrupt on the first SIGINT or SIGTERM and ignores later ones."""
+    """A context that raises KeyboardInterrupt once, on the first SIGINT or SIGTERM.
+
+    Later signals are ignored. ``received`` is the number of the first signal. The exception is not
+    a class of our own, because Ray waits in C++ and passes on a plain KeyboardInterrupt whatever
+    was raised.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
