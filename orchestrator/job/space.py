@@ -356,7 +356,7 @@ def _spread(columns: list[list[Any]], count: int) -> list[Row]:
         block = math.lcm(period, len(values))
         total = period * len(values)
         for index, row in enumerate(rows):
-            # The earlier columns repeat after ``period`` rows, all with this one after ``total``.
+            # The earlier columns repeat after ``period`` rows; with this column, after ``total``.
             turn = index % total
             row.append(values[(turn + turn // block) % len(values)])
         period = total

@@ -471,7 +471,7 @@ Init: TypeAlias = NamedInit | TextInit | ArtifactInit | SampleVocabInit
 
 
 class SpaceSpec(Section):
-    """The search space: one value, a list to choose from, or a range to draw from."""
+    """The search space: one value, a list to choose from or, for learning_rate, a range."""
 
     init: Prompts[Init | Choices[Init]] = "sample_vocab"
     """Initialisation of the virtual tokens: random (uniform in [-0.5, 0.5]), random_normal (normal,
@@ -747,9 +747,9 @@ Reparameterization: TypeAlias = Literal["none", "mlp", "lstm"]
 
 
 class ReparameterizationSpec(Section):
-    """A network that generates the prompt from other parameters during training.
+    """A network that generates the prompt during training, from fewer or freer parameters.
 
-    It may have fewer parameters than the prompt, or freer ones. Inference does not need it.
+    Inference does not need it.
     """
 
     type: Reparameterization

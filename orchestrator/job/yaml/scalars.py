@@ -19,7 +19,8 @@ TEXT = "tag:yaml.org,2002:str"
 SCALARS: list[tuple[str, Callable[[str], Any]]] = [
     (r"null|Null|NULL|~|", lambda text: None),
     (r"true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
-    (r"[-+]?(?:0|[1-9][0-9]{0,999})", int),  # Python refuses to convert thousands of digits
+    # The length is limited because Python refuses to convert thousands of digits.
+    (r"[-+]?(?:0|[1-9][0-9]{0,999})", int),
     (r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+", float),
     (r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", lambda text: float(text.replace(".", ""))),
 ]

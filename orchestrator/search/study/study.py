@@ -226,7 +226,7 @@ class _Relay(Callback):
         self._ended(report.trial, status, self._why(report))
 
     def end(self) -> None:
-        """Record that Tune has ended; trials that it left unfinished or never started are stopped."""
+        """Record that Tune has ended; trials that it left unfinished or unstarted are stopped."""
         ray.get(self._broker.end_trials.remote())
         for name in [] if self._targets.lost else list(self._open):
             self._ended(name, "stopped", self._targets.why)
