@@ -29,8 +29,8 @@ class History:
     lost: dict[str, str] = field(default_factory=dict)
     """Trials that begin again because their checkpoint can't be read, with the reason."""
     checkpoint_at: Callable[[str, int], bytes] = lambda trial, step: b""
-    """Reads a trial's checkpoint at a step at which it was compared; empty where there is none.
-    These checkpoints are kept for populations."""
+    """A function that reads a trial's checkpoint at a step at which the trial was compared; empty
+    where there is none. Such checkpoints are kept for populations."""
 
     @property
     def reports(self) -> list[Report]:

@@ -26,8 +26,9 @@ Sink = Callable[[Sequence[Event]], None]
 class Recorder:
     """A study's listener that writes the journal.
 
-    ``sink`` receives each event once it is on disk, so it never knows more than the journal.
-    ``on_problem`` is called once if the disk does not accept the state.
+    ``sink`` receives each event once it is on disk, so it never knows more than the journal. If the
+    disk does not accept the state, ``on_problem`` is called once, and ``sink`` receives the events
+    regardless.
     """
 
     def __init__(

@@ -35,7 +35,7 @@ WORST = 1e30
 
 
 class Proposer:
-    """Proposes the trials of a space, no point twice.
+    """A source of trials that proposes no point of the space twice.
 
     It proposes None once there are ``search.trials`` trials, or the space has no more points.
     """
