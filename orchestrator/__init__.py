@@ -2,8 +2,9 @@
 
 import os
 
-# Read once, when torch is first imported. OpenMP threads that spin while they wait for each other stall for whole time
-# slices on a machine that runs anything else, and here several processes always run (docs/decisions.md: 30 times).
+# OpenMP reads this once, when torch is first imported. OpenMP threads that spin while they wait for
+# each other stall for whole time slices on a machine that runs anything else, and several of our
+# processes always run at once. Measured: a factor of 30 (docs/decisions.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"

@@ -1,14 +1,15 @@
-"""The prompt artifact: weights and a manifest, the one format that trial, registry and serving share.
+"""The prompt artifact: weights and a manifest, the only format of trial, registry and serving.
 
 A folder with two files::
 
-    prompt.safetensors   float32 tensors: "prompt" [P, H], or for a prefix and each attention site that it stands in
-                         "prefix.decoder", "prefix.encoder", "prefix.cross" [L, 2, kv heads, P, head width]
-    manifest.json        everything needed to use it, checked on load
+    prompt.safetensors   float32 tensors: "prompt" [P, H]; or for a prefix, one tensor for each
+                         attention site that it is in: "prefix.decoder", "prefix.encoder",
+                         "prefix.cross" [L, 2, kv heads, P, head width]
+    manifest.json        everything needed to use the prompt, checked on load
 
 P virtual tokens, H width of the backbone's embeddings, L layers; 2 stands for keys and values. No
-pickle, no code, no path that is followed on load.
-This module imports no torch: registry and command line read artifacts without it.
+pickle, no code, no path that is followed on load. This module imports no torch: registry and
+command line read artifacts without it.
 """
 
 from __future__ import annotations
@@ -35,13 +36,14 @@ from orchestrator.job.labels import Label
 WEIGHTS = "prompt.safetensors"
 MANIFEST = "manifest.json"
 FORMAT_VERSION: Literal[1] = 1
-MAX_WEIGHTS_BYTES = 1 << 30  # a soft prompt is kilobytes; anything near this is not one
+MAX_WEIGHTS_BYTES = 1 << 30  # a soft prompt takes kilobytes; a file near this size is none
 
 SOFT = "prompt"
 PREFIXES = ("prefix.decoder", "prefix.encoder", "prefix.cross")
 METHODS = ("prompt_tuning", "prefix_tuning", "p_tuning")
 IMPORTED = "peft"
-"""Key of an imported prompt's configuration: what PEFT's own says about its origin."""
+"""Key of an imported prompt's configuration. Its value is PEFT's own configuration, as the
+origin."""
 
 
 class Record(BaseModel):
@@ -49,7 +51,7 @@ class Record(BaseModel):
 
 
 class BaseModelRecord(Record):
-    """Which frozen model a prompt was learned on; a prompt means nothing on any other."""
+    """The frozen model that a prompt was learned on; the prompt is meaningless on any other."""
 
     id: str
     revision: str
@@ -62,7 +64,7 @@ class BaseModelRecord(Record):
     tokenizer_digest: str
     """sha256 over the tokenizer's serialised form."""
     quantization: str = "none"
-    """What the frozen weights were rounded to while the prompt was learned: none, int8 or int4."""
+    """Rounding of the frozen weights while the prompt was learned: none, int8 or int4."""
 
 
 class VerbalizerEntry(Record):
@@ -73,45 +75,50 @@ class VerbalizerEntry(Record):
 class DataRecord(Record):
     path: str
     fingerprint: str
-    """sha256 over the rows as used, all splits."""
+    """sha256 over the rows of all splits, as used."""
     rows: dict[str, int]
     test_fingerprint: str = ""
-    """sha256 over the test rows: prompts are compared where these are the same. Empty in early artifacts."""
+    """sha256 over the test rows. Prompts are compared only if these rows are the same. Empty in
+    early artifacts."""
 
     @property
     def place(self) -> str:
-        """``path`` in short: for splits with files of their own, the folder that has them all."""
+        """``path`` in short: for splits with files of their own, their common folder."""
         try:
             named = json.loads(self.path).values()
             files = [file for it in named for file in ([it] if isinstance(it, str) else it)]
             return os.path.commonpath(files) or self.path
-        except (ValueError, TypeError, AttributeError):  # one path, or files that share nothing
+        except (ValueError, TypeError, AttributeError):  # a single path, or no common folder
             return self.path
 
 
 class ReparameterizationRecord(Record):
-    """The network that made the prompt in training."""
+    """The network that generated the prompt during training."""
 
     type: Literal["none", "mlp", "lstm"] = "none"
     hidden_size: int | None = None
 
 
 class GenerationRecord(Record):
-    """How evaluations generated texts."""
+    """Settings with which evaluations generated texts."""
 
     max_tokens: int = Field(ge=1)
     num_beams: int = Field(ge=1)
 
 
 class CellsRecord(Record):
-    """How a row's cells become text. Early artifacts have none: they wrote ``True`` and took null as the empty text."""
+    """The conversion of a row's cells to text.
+
+    Early artifacts lack this record: they wrote ``True`` for a truth value and took null as the
+    empty text.
+    """
 
     empty: Literal["refuse", "keep"] = "refuse"
     """Whether a column may be missing, because the prompt was tuned on rows that lacked some."""
 
 
 class Manifest(Record):
-    """What a prompt needs besides its weights, and where it came from."""
+    """The information that a prompt needs besides its weights, and its origin."""
 
     format_version: Literal[1] = FORMAT_VERSION
     method: str
@@ -131,9 +138,9 @@ class Manifest(Record):
     base_model: BaseModelRecord
     data: DataRecord
     metrics: dict[str, dict[str, float]]
-    """Split to metric to value, e.g. {"test": {"accuracy": 0.97}}."""
+    """Metrics by split, e.g. {"test": {"accuracy": 0.97}}."""
     baselines: dict[str, dict[str, dict[str, float]]]
-    """Baseline to split to metric to value, e.g. {"zero_shot": {"test": {"accuracy": 0.23}}}."""
+    """Metrics by baseline and split, e.g. {"zero_shot": {"test": {"accuracy": 0.23}}}."""
     generation: GenerationRecord | None = None
     """None where no metric compares generated texts."""
     steps: int = Field(ge=0)
@@ -144,7 +151,7 @@ class Manifest(Record):
     weights_sha256: str = ""
 
     def verbalizer_map(self) -> dict[Label, str] | None:
-        """Label to text, in the manifest's order; None for a generation task."""
+        """Return the texts by label, in the manifest's order; None for a generation task."""
         if self.verbalizer is None:
             return None
         return {entry.label: entry.text for entry in self.verbalizer}
@@ -152,7 +159,10 @@ class Manifest(Record):
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder to write into, which becomes ``folder`` at the end; after an error nothing is left of it."""
+    """Yield a temporary folder to write into; at the end it is renamed to ``folder``.
+
+    After an error nothing is left of it.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -165,7 +175,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 class PromptArtifact:
-    """A loaded, checked prompt: float32 ``tensors`` by name, and its manifest."""
+    """A loaded and checked prompt: float32 ``tensors`` by name, and its manifest."""
 
     def __init__(self, tensors: np.ndarray | Mapping[str, np.ndarray], manifest: Manifest) -> None:
         self.tensors: dict[str, np.ndarray] = (
@@ -175,11 +185,11 @@ class PromptArtifact:
 
     @property
     def weights(self) -> np.ndarray:
-        """The virtual tokens' embeddings [P, H]; KeyError for a prefix."""
+        """The embeddings of the virtual tokens [P, H]; KeyError for a prefix."""
         return self.tensors[SOFT]
 
     def save(self, folder: Path) -> Path:
-        """Write the artifact whole or not at all; ``folder`` must not exist yet."""
+        """Write the artifact completely or not at all; ``folder`` must not exist yet."""
         with whole_folder(folder) as staging:
             tensors = {
                 name: np.ascontiguousarray(tensor, dtype=np.float32)
@@ -196,7 +206,10 @@ class PromptArtifact:
 
     @classmethod
     def load(cls, folder: Path) -> PromptArtifact:
-        """Read and check an artifact: format, digest, shape, dtype, finiteness. BadInput names what is wrong."""
+        """Read an artifact and check its format, digest, shapes, dtypes and finiteness.
+
+        Raises BadInput that names the fault.
+        """
         manifest = read_manifest(folder)
         tensors = _read_weights(folder, manifest)
         _check_names(folder, manifest, tensors)
@@ -237,7 +250,7 @@ def _check_tensor(folder: Path, manifest: Manifest, name: str, tensor: np.ndarra
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest alone, checked against the format."""
+    """Read only the manifest, and check it against the format."""
     try:
         text = (folder / MANIFEST).read_text(encoding="utf-8")
     except OSError as error:
@@ -275,12 +288,8 @@ def _read_weights(folder: Path, manifest: Manifest) -> dict[str, np.ndarray]:
         )
     try:
         tensors: dict[str, np.ndarray] = load_file(file)
-    except (
-        SafetensorError,
-        ValueError,
-        TypeError,
-        OSError,
-    ) as error:  # TypeError: bfloat16, which numpy lacks
+    # A TypeError is raised for bfloat16, which numpy lacks.
+    except (SafetensorError, ValueError, TypeError, OSError) as error:
         raise _broken(folder, f"{WEIGHTS} is not a safetensors file of float32 ({error})") from None
     return tensors
 

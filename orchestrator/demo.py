@@ -1,4 +1,4 @@
-"""``python -m orchestrator.demo`` is the same as ``orchestrator demo``."""
+"""Run ``python -m orchestrator.demo``, the same as ``orchestrator demo``."""
 
 import sys
 

@@ -1,7 +1,7 @@
-"""One error tree. Every error says what is wrong, what is allowed and what to do next.
+"""The errors of the project. Each says what is wrong, what is allowed and what to do next.
 
-``exit_code`` is what the command line returns: 1 the job failed, 2 bad input, 3 something needed is unreachable,
-130 interrupted.
+``exit_code`` is the exit code of the command line: 1 the job failed, 2 bad input, 3 something
+needed is unreachable, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-TRACEBACK = "ORCHESTRATOR_TRACEBACK"  # set, it prints the traceback of an error that nobody foresaw
+# Environment variable: when it is set, unexpected errors are printed with their traceback.
+TRACEBACK = "ORCHESTRATOR_TRACEBACK"
 
 
 class OrchestratorError(Exception):
-    """Base of all errors that a user is meant to read: a message, and the next step as ``hint``."""
+    """Base of all errors meant for users: a message, and the next step as ``hint``."""
 
     exit_code = 1
 
     def __init__(self, message: str, hint: str = "") -> None:
-        # Both values go to args, so that the error survives a trip through pickle between workers.
+        # Both values are in args, so that the error can be pickled between workers.
         super().__init__(message, hint)
         self.message = message
         self.hint = hint
@@ -29,7 +30,7 @@ class OrchestratorError(Exception):
 
 
 class BadInput(OrchestratorError):
-    """The user's input can't be used: refused before anything is spent."""
+    """The user's input can't be used; it is refused before anything is spent."""
 
     exit_code = 2
 
@@ -47,27 +48,27 @@ class JobFailed(OrchestratorError):
 
 
 class NothingFound(JobFailed):
-    """The search has run to its end, and no trial has a result: running on would change nothing."""
+    """The search has run to its end without a result in any trial; resuming it would not help."""
 
 
 class SearchLost(JobFailed):
-    """Processes that hold a search together died. What it has found is kept, and it can go on."""
+    """Processes that a search depends on died. Its results so far are kept; it can be resumed."""
 
 
 class Interrupted(OrchestratorError):
-    """The user ended the job early; the hint names the verb that goes on."""
+    """The user ended the job early; the hint names the command that continues it."""
 
     exit_code = 130
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with a job spec."""
+    """A single fault in a job spec."""
 
     file: str
-    line: int | None  # 1-based; None when the value came from --set or is missing altogether
+    line: int | None  # 1-based; None when the value came from --set or is missing
     where: str  # dotted key, e.g. "search.space.learning_rate"
-    message: str  # what is wrong, with the value and what is allowed
+    message: str  # describes the fault, with the value and what is allowed
     hint: str = ""  # the nearest known key, or the next step
 
     def __str__(self) -> str:
@@ -79,7 +80,7 @@ class Problem:
 
 
 class SpecError(BadInput):
-    """A job spec with problems: all of them, not only the first."""
+    """A job spec with problems. The error lists all of them, not only the first."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(problems)

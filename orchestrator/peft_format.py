@@ -1,12 +1,14 @@
-"""PEFT's adapter folders, out and in: ``adapter_config.json`` and ``adapter_model.safetensors``, no pickle.
+"""Export and import of PEFT's adapter folders.
 
-PEFT stores one tensor, ``prompt_embeddings``, whatever made it: for prompt tuning and P-tuning the virtual tokens
-[P, H] as they enter the model, for prefix tuning (with a projection too) keys and values [P, L x 2 x kv heads x head
-width]. Template, target and verbalizer are not part of it.
+A folder holds ``adapter_config.json`` and ``adapter_model.safetensors``, no pickle. PEFT stores a
+single tensor, ``prompt_embeddings``, whatever the method: for prompt tuning and P-tuning the
+virtual tokens [P, H] as they enter the model, for prefix tuning (with a projection too) keys and
+values [P, L x 2 x kv heads x head width]. Template, target and verbalizer are not part of it.
 
-Where PEFT's computation is another one, a folder is refused instead of giving other predictions (tests/
-test_peft_agreement.py measures the differences): prefixes of encoder-decoder and of masked models, and virtual tokens
-inside a template. This module imports no torch.
+A folder is refused where PEFT computes something else than this project, since predictions would
+differ (tests/test_peft_agreement.py measures the differences): prefixes of encoder-decoder and of
+masked models, and virtual tokens inside a template. This module imports no torch.
+
 Shapes: P virtual tokens, H width of the embeddings, L layers.
 """
 
@@ -50,7 +52,8 @@ MAX_CONFIG_BYTES = 1 << 20
 TASK_TYPES: dict[Family, str] = {
     "causal": "CAUSAL_LM",
     "seq2seq": "SEQ_2_SEQ_LM",
-    "masked": "FEATURE_EXTRACTION",  # PEFT has no task type for masked models; this one leaves the head alone
+    # PEFT has no task type for masked models; this one leaves the head alone.
+    "masked": "FEATURE_EXTRACTION",
 }
 METHODS = {
     "PROMPT_TUNING": "prompt_tuning",
@@ -61,7 +64,7 @@ DTYPES = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
 
 
 class PeftConfig(BaseModel):
-    """What we read of ``adapter_config.json``; PEFT's other keys are about training."""
+    """The keys of ``adapter_config.json`` that we read; PEFT's other keys are about training."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
@@ -82,21 +85,22 @@ class PeftConfig(BaseModel):
 
 @dataclass(frozen=True)
 class PeftPrompt:
-    """A folder's prompt: ``tensors`` float32 by the names that an artifact has, and PEFT's configuration."""
+    """A folder's prompt: float32 ``tensors``, named as in an artifact, and PEFT's configuration."""
 
     method: str
     tensors: dict[str, np.ndarray]
     config: PeftConfig
 
 
-# Out
+# Export
 
 
 def export_peft(artifact: PromptArtifact, folder: Path) -> Path:
-    """Write the artifact as a PEFT folder, whole or not at all. On rows without padding PEFT then predicts the same.
+    """Write the artifact as a PEFT folder, completely or not at all.
 
-    P-tuning is written as prompt tuning of the embeddings that its network made. BadInput for a prompt that PEFT can't
-    express, and for a folder that exists.
+    On rows without padding PEFT then makes the same predictions. P-tuning is written as prompt
+    tuning of the embeddings that its network generated. Raises BadInput for a prompt that PEFT
+    can't express, and for a folder that exists.
     """
     family = usual_family(artifact.manifest.base_model.model_type)
     _check_expressible(artifact, family)
@@ -107,7 +111,8 @@ def export_peft(artifact: PromptArtifact, folder: Path) -> Path:
         "auto_mapping": None,
         "base_model_name_or_path": artifact.manifest.base_model.id,
         "inference_mode": True,
-        "num_transformer_submodules": 1,  # PEFT's default for encoder-decoders doubles the prompt and uses one half
+        # PEFT's default for encoder-decoders doubles the prompt and uses only one half.
+        "num_transformer_submodules": 1,
         "num_virtual_tokens": artifact.manifest.num_virtual_tokens,
         "revision": artifact.manifest.base_model.revision,
         "task_type": TASK_TYPES[family],
@@ -139,7 +144,8 @@ def _soft_config(weights: np.ndarray) -> dict[str, Any]:
         "prompt_tuning_init_text": None,
         "tokenizer_name_or_path": None,
         "token_dim": weights.shape[1],
-        "num_layers": None,  # PEFT takes them from the model, and needs neither
+        # PEFT takes these from the model, and needs neither.
+        "num_layers": None,
         "num_attention_heads": None,
     }
 
@@ -160,35 +166,40 @@ def _check_expressible(artifact: PromptArtifact, family: Family) -> None:
     manifest = artifact.manifest
     if Template(manifest.template).places_virtual_tokens:
         raise BadInput(
-            f"PEFT puts virtual tokens in front of an input, and the template {manifest.template!r} places them itself",
+            "PEFT puts virtual tokens in front of an input, and the template "
+            f"{manifest.template!r} places them itself",
             "tune a prompt with a template without {*} to export it",
         )
     if manifest.method == "prefix_tuning" and (
         family != "causal" or set(artifact.tensors) != {DECODER}
     ):
         raise BadInput(
-            f"the prefix of a {manifest.base_model.model_type} model can't be written for PEFT: {_OTHERWISE[family]}",
+            f"the prefix of a {manifest.base_model.model_type} model can't be written for PEFT: "
+            f"{_OTHERWISE[family]}",
             "export a prompt of prompt_tuning or p_tuning, or a prefix of a causal model",
         )
 
 
 _OTHERWISE: dict[Family, str] = {
     "causal": "it has one kind of attention in each layer",
-    "seq2seq": "PEFT leaves out the encoder and the cross-attention and gives decoder layers each other's values",
+    "seq2seq": (
+        "PEFT leaves out the encoder and the cross-attention and gives decoder layers each "
+        "other's values"
+    ),
     "masked": "PEFT moves the positions of the input behind the prefix",
 }
 
 
-# In
+# Import
 
 
 def is_peft(folder: Path) -> bool:
-    """Whether the folder claims to be one of PEFT's."""
+    """Tell whether the folder claims to be a PEFT folder."""
     return (folder / CONFIG).is_file()
 
 
 def read_peft(folder: Path) -> PeftPrompt:
-    """Read and check a folder that PEFT's ``save_pretrained`` wrote. BadInput names what is wrong."""
+    """Read and check a folder written by PEFT's ``save_pretrained``. BadInput names the fault."""
     if not is_peft(folder) and (misplaced := instead_of_adapter(folder)):
         raise BadInput(f"{folder} {misplaced.what}", misplaced.step)
     config = _read_config(folder)
@@ -205,7 +216,7 @@ def read_peft(folder: Path) -> PeftPrompt:
         raise _broken(
             folder, f"{TENSOR} has shape {list(tensor.shape)}, {CONFIG} says {[stored, width]}"
         )
-    # Of an encoder-decoder's two halves PEFT uses the first only.
+    # For an encoder-decoder PEFT may store two halves, and uses only the first.
     return PeftPrompt(METHODS[config.peft_type], {SOFT: tensor[:tokens]}, config)
 
 
@@ -224,27 +235,30 @@ def import_peft(
     sentinel: bool = False,
     renamed: bool = False,
 ) -> PromptArtifact:
-    """A PEFT folder as an artifact; what PEFT does not store is given.
+    """Read a PEFT folder as an artifact; the arguments supply what PEFT does not store.
 
-    ``renamed`` accepts a folder that names its base model otherwise. BadInput for one that is broken, was trained on
-    another base model or has another width.
+    ``renamed`` accepts a folder that gives its base model another name. Raises BadInput for a
+    folder that is broken, was trained on another base model or has another width.
     """
     prompt = read_peft(folder)
     named = prompt.config.base_model_name_or_path or ""
     if not renamed and not same_name(named, base_model.id):
         raise BadInput(
             f"{folder} was trained on {named!r}, and base_model.id is {base_model.id!r}",
-            "set base_model.id to that model; if this is a copy of it, say so with --renamed-base-model",
+            "set base_model.id to that model; if this is a copy of it, say so with "
+            "--renamed-base-model",
         )
     soft = prompt.tensors.get(SOFT)
     if soft is not None and soft.shape[1] != base_model.hidden_size:
         raise BadInput(
-            f"{folder} has width {soft.shape[1]}, the embeddings of {base_model.id!r} have {base_model.hidden_size}",
+            f"{folder} has width {soft.shape[1]}, the embeddings of {base_model.id!r} have "
+            f"{base_model.hidden_size}",
             "set base_model.id to the model that it was trained on",
         )
     if Template(template).places_virtual_tokens:
         raise BadInput(
-            f"PEFT's virtual tokens stand in front of the input, and data.template {template!r} places them itself",
+            f"PEFT's virtual tokens stand in front of the input, and data.template {template!r} "
+            "places them itself",
             "write the template without {*}",
         )
     manifest = Manifest(
@@ -271,9 +285,10 @@ def import_peft(
 
 
 def same_name(named: str, base_model: str) -> bool:
-    """Whether a folder's base model may be the one at hand: PEFT writes what the model was loaded by, or nothing.
+    """Tell whether a folder's base model may be the given one.
 
-    A hub id and a local folder of the same last name count as one; weights are not compared, PEFT stores no digest.
+    PEFT stores the name by which the model was loaded, or nothing. A hub id and a local folder with
+    the same last name count as the same. Weights are not compared, since PEFT stores no digest.
     """
     if not named or named == base_model:
         return True
@@ -312,14 +327,15 @@ def _check_defined(folder: Path, config: PeftConfig) -> None:
         return
     doubled = config.task_type == "SEQ_2_SEQ_LM" or config.num_transformer_submodules == 2
     raise BadInput(
-        f"{folder} holds a prefix for task_type {config.task_type}, which would mean something else here: "
+        f"{folder} holds a prefix for task_type {config.task_type}, which would mean something "
+        "else here: "
         f"{_OTHERWISE['seq2seq' if doubled else 'masked']}",
         "tune it again here, or import a prompt of PROMPT_TUNING or P_TUNING",
     )
 
 
 def _read_tensor(folder: Path) -> np.ndarray:
-    """The one tensor, as finite float32."""
+    """Return the only tensor, as finite float32."""
     if not (folder / WEIGHTS).exists() and (folder / PICKLE).exists():
         raise _broken(folder, f"it has {PICKLE} and no {WEIGHTS}; pickled weights are not read")
     try:
@@ -346,10 +362,10 @@ def _read_tensor(folder: Path) -> np.ndarray:
 
 def _as_float32(folder: Path, stored: Mapping[str, Any]) -> np.ndarray:
     kind, data = stored["dtype"], bytes(stored["data"])
-    if kind == "BF16":  # the upper half of a float32, which numpy has no type for
+    if kind == "BF16":  # the upper half of a float32; numpy has no such type
         found = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
     elif kind in DTYPES:
-        with np.errstate(over="ignore"):  # what overflows is refused as not finite
+        with np.errstate(over="ignore"):  # overflows become infinite, which _read_tensor refuses
             found = np.frombuffer(data, DTYPES[kind]).astype(np.float32)
     else:
         raise _broken(folder, f"{TENSOR} is {kind}, expected floating point numbers")
@@ -357,7 +373,7 @@ def _as_float32(folder: Path, stored: Mapping[str, Any]) -> np.ndarray:
 
 
 def _keys_values(folder: Path, config: PeftConfig, tensor: np.ndarray) -> np.ndarray:
-    """[P, L x 2 x kv heads x head width] to [L, 2, kv heads, P, head width]."""
+    """Reshape [P, L x 2 x kv heads x head width] to [L, 2, kv heads, P, head width]."""
     tokens, layers, heads, width = (
         config.num_virtual_tokens,
         config.num_layers,
@@ -367,7 +383,8 @@ def _keys_values(folder: Path, config: PeftConfig, tensor: np.ndarray) -> np.nda
     if layers is None or heads is None or width is None or width % heads:
         raise _broken(
             folder,
-            f"num_layers {layers}, num_attention_heads {heads} and token_dim {width} describe no prefix",
+            f"num_layers {layers}, num_attention_heads {heads} and token_dim {width} describe no "
+            "prefix",
         )
     expected = [tokens, layers * 2 * width]
     if list(tensor.shape) != expected:
@@ -377,7 +394,7 @@ def _keys_values(folder: Path, config: PeftConfig, tensor: np.ndarray) -> np.nda
 
 
 def _limited(file: Path, limit: int) -> bytes:
-    """A file's bytes; ValueError when there are more than any prompt has."""
+    """Return a file's bytes; ValueError when there are more than any prompt has."""
     with file.open("rb") as stream:
         data = stream.read(limit + 1)
     if len(data) > limit:

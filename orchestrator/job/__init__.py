@@ -1,1 +1,1 @@
-"""What the user writes: the job spec and the space of its trials."""
+"""The job spec that a user writes, and the search space of its trials."""

@@ -14,7 +14,7 @@ Label: TypeAlias = int | float | bool | str
 LabelKey: TypeAlias = tuple[str, Hashable]
 
 TRUTH, NUMBER, TEXT, MISSING = "truth", "number", "text", "missing"
-"""The first part of a label's key."""
+"""Kinds of labels: the first part of a label's key."""
 TRUTHS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 NUMBER_STARTS = frozenset("-0123456789")
 
@@ -22,9 +22,9 @@ NUMBER_STARTS = frozenset("-0123456789")
 def label_key(cell: Any) -> LabelKey:
     """Return a label's meaning; two cells with equal keys are the same label.
 
-    Numbers count by their value. A text counts as the number or truth value that it spells, but only
-    in the usual spelling: "1", "1.5" and "true" do, "007", "+1" and "1.50" are texts. A truth value
-    is never a number. Raises BadInput for lists, objects and bytes, which can't be labels.
+    Numbers count by their value. A text counts as the number or truth value that it spells, but
+    only in the usual spelling: "1", "1.5" and "true" do, "007", "+1" and "1.50" are texts. A truth
+    value is never a number. Raises BadInput for lists, objects and bytes, which can't be labels.
     """
     if isinstance(cell, str):
         return _text_key(cell)
@@ -49,12 +49,12 @@ def label_text(label: Label) -> str:
 
 
 def spelled(label: Any) -> str:
-    """Write a label as it stands in a job file: a text in quotes, anything else without."""
+    """Write a label as it stands in a job file: texts in quotes, anything else without quotes."""
     return json.dumps(label, ensure_ascii=False, default=str)
 
 
 def by_meaning(labels: Iterable[Label]) -> dict[LabelKey, Label]:
-    """Return the labels by their keys; of labels that mean the same the first."""
+    """Return the labels by their keys; the first label wins among those that mean the same."""
     found: dict[LabelKey, Label] = {}
     for label in labels:
         found.setdefault(label_key(label), label)
@@ -62,7 +62,7 @@ def by_meaning(labels: Iterable[Label]) -> dict[LabelKey, Label]:
 
 
 def contradictions(texts: Mapping[Label, str]) -> Iterator[str]:
-    """Name each two labels that mean the same and have different texts, in their spellings."""
+    """Describe each pair of labels that mean the same but have different texts."""
     first = by_meaning(texts)
     for label, text in texts.items():
         other = first[label_key(label)]
@@ -74,7 +74,7 @@ def contradictions(texts: Mapping[Label, str]) -> Iterator[str]:
 
 
 def _plain(cell: Any) -> Any:
-    """Return numpy and Arrow scalars as Python's, dates and the like as text."""
+    """Convert numpy and Arrow scalars to Python values, and dates and the like to text."""
     for convert in ("tolist", "as_py"):
         if hasattr(cell, convert):
             cell = getattr(cell, convert)()
@@ -94,12 +94,12 @@ def _text_key(text: str) -> LabelKey:
 
 
 def _spelled_number(text: str) -> int | float | None:
-    """Return the number that a text spells, if that is how the number is written."""
+    """Return the number that a text spells, or None unless the text is its usual spelling."""
     try:
         whole = int(text)
         if str(whole) == text:
             return whole
-    except ValueError:  # also for thousands of digits, which Python refuses to read
+    except ValueError:  # also raised for thousands of digits, which Python refuses to convert
         pass
     try:
         value = float(text)
@@ -109,7 +109,7 @@ def _spelled_number(text: str) -> int | float | None:
 
 
 def _number_key(value: int | float | Decimal) -> LabelKey:
-    if math.isnan(value):  # which stands for a missing value
+    if math.isnan(value):  # NaN stands for a missing value
         return MISSING, None
     if isinstance(value, int) or not math.isfinite(value):
         return NUMBER, value

@@ -1,8 +1,8 @@
 """Settings of a job spec that would have no effect beside its other settings.
 
 A setting asks for something when its value differs from its default. Such a setting is a conflict
-where nothing would read it. One that only repeats its default is not: a saved search writes every
-key.
+where nothing would read it. A setting that only repeats its default is not a conflict, because a
+saved search writes every key.
 
 ``RULES`` is the table. ``spec`` calls ``without_effect``, so this module imports ``spec`` for types
 alone.
@@ -22,7 +22,7 @@ MISSING = object()
 
 
 class NoEffect(NamedTuple):
-    """A setting without effect: its key, what to tell the user, and the keys that were read."""
+    """A setting without effect: its key, a message for the user, and the other keys read."""
 
     key: str
     message: str
@@ -30,12 +30,13 @@ class NoEffect(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """Says when a key has no effect.
+    """A rule that tells when a key has no effect.
 
     ``reads`` are the keys that ``reason`` looks at. ``reason`` ends the sentence "KEY has no effect
-    ...", and is empty where the key has one. ``otherwise`` is what to do instead of leaving the key
-    out. ``defaults`` are values that ask for nothing, besides the field's own default. ``needed``
-    marks a key that another setting requires, so that it can't be left out.
+    ..."; it is empty where the key has an effect. ``otherwise`` is what the user can do instead of
+    leaving the key out. ``defaults`` are values that ask for nothing, besides the field's own
+    default. ``needed`` marks a key that another setting requires, so that the user can't leave it
+    out.
     """
 
     key: str
@@ -47,7 +48,7 @@ class Rule(NamedTuple):
 
 
 def without_effect(job: JobSpec) -> Iterator[NoEffect]:
-    """Find the settings that have no effect, each once.
+    """Yield the settings that have no effect, each once.
 
     ``job`` may lack values: a rule is skipped where a key that it reads is missing.
     """
@@ -75,7 +76,7 @@ def _asks(job: JobSpec, rule: Rule) -> bool:
 
 
 def _value(job: JobSpec, key: str) -> Any:
-    """Return the value at a dotted key; MISSING where it, or a section on the way, is absent."""
+    """Return the value at a dotted key, or MISSING where it or a section above it is absent."""
     value: Any = job
     for name in key.split("."):
         value = getattr(value, name, MISSING)
@@ -114,7 +115,7 @@ def _built_in_data(job: JobSpec) -> str:
 def _has_split(split: str) -> Callable[[JobSpec], str]:
     def reason(job: JobSpec) -> str:
         data = job.data
-        if data.where:  # it may leave a split without rows, which is then set aside from train
+        if data.where:  # may leave a split without rows, which is then set aside from train
             return ""
         if data.source == "files" and getattr(data.path, split, None) is not None:
             return f"with data.path.{split}, which gives the split"
@@ -156,7 +157,7 @@ def _texts_are_not_compared(job: JobSpec) -> str:
 
 
 def _references_are_not_compared(job: JobSpec) -> str:
-    if job.data.verbalizer is not None:  # a conflict of its own
+    if job.data.verbalizer is not None:  # JobSpec reports this as its own conflict
         return ""
     return _texts_are_not_compared(job)
 
@@ -200,7 +201,7 @@ def _grid_points(job: JobSpec) -> int:
 
 
 def _other_scheduler_than(*schedulers: str) -> Callable[[JobSpec], str]:
-    """Make a check of a setting that only these schedulers read."""
+    """Make a reason for a setting that only these schedulers read."""
 
     def reason(job: JobSpec) -> str:
         chosen = job.search.scheduler
@@ -237,7 +238,7 @@ def _median_without_steps(job: JobSpec) -> str:
 
 def _patience_outlasts_the_trial(job: JobSpec) -> str:
     train = job.train
-    # The first evaluation is the best so far, and at the last step the trial ends anyway.
+    # The first evaluation is always the best so far, and the trial ends at the last step anyway.
     if train.patience is None or (1 + train.patience) * train.evaluate_every < train.steps:
         return ""
     return (
@@ -263,7 +264,8 @@ def _has_no_network(job: JobSpec) -> str:
 
 
 def _registers_nothing(job: JobSpec) -> str:
-    if job.is_baseline or job.registry.register_top:  # a baseline's is a conflict of its own
+    # JobSpec reports the registry settings of a baseline as its own conflict.
+    if job.is_baseline or job.registry.register_top:
         return ""
     return "with registry.register_top 0, which registers nothing"
 

@@ -1,9 +1,11 @@
 """The search space: how many points it has, and which of them become trials.
 
-A space has a few dimensions, those that ``spec.SPACES`` gives its method: for prompts init, num_virtual_tokens,
-learning_rate and seed. Each is listed, or, for the learning rate, a range. Draws are spread, not independent: a search
-of a dozen trials that happens to leave out an init says nothing about it, so every listed value is drawn as often as
-every other, give or take one, and a range is cut into as many equal bins as there are draws, with one draw in each.
+``spec.SPACES`` names the dimensions of each method; for prompts these are init, num_virtual_tokens,
+learning_rate and seed. Each dimension is a list of values or, for the learning rate, a range.
+
+Draws are spread, not independent: a search of a dozen trials that happens to leave out an init says
+nothing about that init. Every listed value is drawn as often as every other, give or take one. A
+range is cut into as many equal bins as there are draws, and each bin gives one draw.
 """
 
 from __future__ import annotations
@@ -36,12 +38,12 @@ from orchestrator.utils.wording import counted
 
 Row = list[Any]  # a value for each dimension, in the order of TrialSpec.config()
 
-MIXING = 20  # swaps tried for each value; the draws' pattern is gone long before
+MIXING = 20  # swaps tried per value, many more than it takes to hide the draws' pattern
 
 
 @dataclass(frozen=True)
 class TrialSpec:
-    """What tells one trial of a search from another."""
+    """The settings that distinguish one trial of a search from another."""
 
     init: str  # random, random_normal, sample_vocab, class_labels, text or artifact
     init_text: str | None  # the text when init is text
@@ -49,8 +51,9 @@ class TrialSpec:
     learning_rate: float
     seed: int
     init_artifact: str | None = None  # the prompt when init is artifact
-    init_population: int | None = None  # the most frequent tokens that sample_vocab draws from
-    # Of baselines, whose init is empty and num_virtual_tokens 0; without training the learning rate is 0 too.
+    init_population: int | None = None  # sample_vocab draws from this many most frequent tokens
+    # The rest is for baselines. Their init is empty and their num_virtual_tokens is 0; the learning
+    # rate of a method without training is 0 too.
     rank: int | None = None
     alpha: int | None = None
     bottleneck: int | None = None
@@ -59,11 +62,15 @@ class TrialSpec:
     demonstrations: str | None = None
 
     def config(self) -> dict[str, Any]:
-        """As ``run --json`` prints it, what the method has of it; ``from_config`` reads it back."""
+        """Return the configuration as ``run --json`` prints it, with the method's own keys only.
+
+        ``from_config`` reads it back.
+        """
         own = {
             "init": self.init_config or None, "num_virtual_tokens": self.num_virtual_tokens or None,
-            "rank": self.rank, "alpha": self.alpha, "bottleneck": self.bottleneck, "template": self.template,
-            "shots": self.shots, "demonstrations": self.demonstrations, "learning_rate": self.learning_rate or None,
+            "rank": self.rank, "alpha": self.alpha, "bottleneck": self.bottleneck,
+            "template": self.template, "shots": self.shots, "demonstrations": self.demonstrations,
+            "learning_rate": self.learning_rate or None,
         }  # fmt: skip
         return {
             **{name: value for name, value in own.items() if value is not None},
@@ -72,7 +79,7 @@ class TrialSpec:
 
     @property
     def size(self) -> int:
-        """Of what is learned or written: the larger, the more memory and time a trial takes."""
+        """The size of what is learned or written; larger trials take more memory and time."""
         return max(self.num_virtual_tokens, self.rank or 0, self.bottleneck or 0, self.shots or 0)
 
     @property
@@ -88,11 +95,14 @@ class TrialSpec:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> TrialSpec:
-        """The trial that ``config`` describes. Raises BadInput unless it has each key once, with one allowed value."""
+        """Return the trial that ``config`` describes.
+
+        Raises BadInput unless ``config`` has each key once, with one allowed value.
+        """
         if missing := _missing(config):
             raise BadInput(f"a trial's configuration has no {', '.join(missing)}: {dict(config)}")
         try:
-            # A single point is a space too, so the spec's own limits hold.
+            # A single point is a space too, so validating it checks the spec's own limits.
             space = SpaceSpec.model_validate(
                 {**dict.fromkeys(SpaceSpec.model_fields), **config}, context=LACKING
             )
@@ -107,12 +117,15 @@ class TrialSpec:
         return trial_at(_dimensions(space), _names(space))
 
     def label(self) -> str:
-        """One short line for tables."""
+        """Describe the trial in one short line for tables."""
         if not self.init:
             return self._baseline_label()
         text = " ".join((self.init_text or self.init_artifact or "").split())
         start = f'"{text if len(text) <= 24 else text[:21] + "..."}"' if text else self.init
-        return f"{start}, {self.num_virtual_tokens} tokens, lr {self.learning_rate:.3g}, seed {self.seed}"
+        return (
+            f"{start}, {self.num_virtual_tokens} tokens, lr {self.learning_rate:.3g}, seed "
+            f"{self.seed}"
+        )
 
     def _baseline_label(self) -> str:
         template = " ".join((self.template or "").split())
@@ -128,17 +141,18 @@ class TrialSpec:
 
 
 def _missing(config: Mapping[str, Any]) -> list[str]:
-    """Keys that a configuration lacks of those that the method with the most of them has."""
+    """Return the keys that a configuration lacks for the method that it fits best."""
     spaces = [[name for name in own if name != "template"] for own in SPACES.values()]
     nearest = max(spaces, key=lambda own: (sum(name in config for name in own), -len(own)))
     return [name for name in nearest if name not in config]
 
 
 def trials(search: SearchSpec) -> list[TrialSpec]:
-    """The trials of a search: the grid or so many of it, or draws, 16 unless ``trials`` says otherwise.
+    """Return the trials of a search: the grid, a sample of the grid, or draws from the space.
 
-    Fewer when the space has fewer points: no trial is run twice. None with a searcher that proposes trials while the
-    search runs. Raises BadInput as ``grid`` does.
+    The spec's ``trials`` sets how many there are; draws are 16 by default. There are fewer when the
+    space has fewer points, since no trial is run twice. The list is empty with a searcher that
+    proposes trials while the search runs. Raises BadInput as ``grid`` does.
     """
     if search.searcher == "optuna":
         return []
@@ -153,7 +167,10 @@ def trials(search: SearchSpec) -> list[TrialSpec]:
 
 
 def trial_count(search: SearchSpec) -> int:
-    """How many trials the search will have, unless it ends early. Raises BadInput as ``grid`` does."""
+    """Return how many trials the search will have unless it ends early.
+
+    Raises BadInput as ``grid`` does.
+    """
     if search.searcher != "optuna":
         return len(trials(search))
     count, size = search.trials or DEFAULT_TRIALS, grid_size(search.space)
@@ -161,7 +178,7 @@ def trial_count(search: SearchSpec) -> int:
 
 
 def why_fewer_trials(search: SearchSpec) -> str:
-    """Explain a search that has fewer trials than the spec asks for; empty where it has as many."""
+    """Explain why a search has fewer trials than the spec asks for; empty if it has as many."""
     points = grid_size(search.space)
     if search.trials is None or points is None or points >= search.trials:
         return ""
@@ -169,7 +186,7 @@ def why_fewer_trials(search: SearchSpec) -> str:
 
 
 def no_result(search: SearchSpec, count: int) -> str:
-    """Say that none of a search's trials has a result, and why there are fewer than the spec asks for."""
+    """Say that none of a search's trials has a result, and why there are fewer than asked for."""
     text = (
         "the only trial has no result" if count == 1 else f"none of the {count} trials has a result"
     )
@@ -178,15 +195,16 @@ def no_result(search: SearchSpec, count: int) -> str:
 
 
 def grid_size(space: SpaceSpec) -> int | None:
-    """Points of the space; None when a dimension is a range."""
+    """Count the points of the space; None when a dimension is a range."""
     values = _listed(space)
     return None if values is None else math.prod(map(len, values))
 
 
 def grid(space: SpaceSpec) -> list[TrialSpec]:
-    """Every point, seeds next to each other.
+    """Return every point of the space, with points that differ only in the seed side by side.
 
-    Raises BadInput when a dimension is a range, or when there are more points than a search may have trials.
+    Raises BadInput when a dimension is a range, or when there are more points than a search may
+    have trials.
     """
     values = _listed(space)
     if values is None:
@@ -204,10 +222,11 @@ def grid(space: SpaceSpec) -> list[TrialSpec]:
 
 
 def draw(space: SpaceSpec, count: int, seed: int) -> list[TrialSpec]:
-    """``count`` different points, the same ones for the same seed; every point once when the space has fewer.
+    """Draw ``count`` different points; the same seed gives the same points.
 
-    Each listed value is drawn as often as any other of its dimension, give or take one. A range is cut into ``count``
-    equal bins, on a logarithmic scale for loguniform, and each bin gives one value.
+    A space with fewer points gives every point once. Each listed value is drawn as often as any
+    other of its dimension, give or take one. A range is cut into ``count`` equal bins, on a
+    logarithmic scale for loguniform, and each bin gives one value.
     """
     if count < 1:
         raise ValueError(f"draw needs a count of at least 1, got {count}")
@@ -221,7 +240,7 @@ def draw(space: SpaceSpec, count: int, seed: int) -> list[TrialSpec]:
 
 
 def dimensions(space: SpaceSpec) -> dict[str, Any]:
-    """What trials differ in, by name in the order of a row: a list of values, or a range."""
+    """Return the dimensions by name, in the order of a row: each a list of values or a range."""
     return {
         name: value if isinstance(value, LogUniform | Uniform) else _values(value)
         for name, value in zip(_names(space), _dimensions(space), strict=True)
@@ -229,7 +248,7 @@ def dimensions(space: SpaceSpec) -> dict[str, Any]:
 
 
 def trial_at(row: Row, names: Sequence[str] = PROMPT_SPACE) -> TrialSpec:
-    """The trial with one value for each of the named dimensions."""
+    """Return the trial with one value for each of the named dimensions."""
     found = dict(zip(names, row, strict=True))
     init: Init | None = found.pop("init", None)
     found["learning_rate"] = float(found.get("learning_rate") or 0.0)
@@ -244,28 +263,31 @@ def trial_at(row: Row, names: Sequence[str] = PROMPT_SPACE) -> TrialSpec:
 
 
 def longest(space: SpaceSpec) -> int:
-    """The greatest num_virtual_tokens of the space, 0 where there are none."""
+    """Return the greatest num_virtual_tokens of the space; 0 for a space without them."""
     lengths: list[int] = _values(space.num_virtual_tokens)
     return max(lengths, default=0)
 
 
 def templates(space: SpaceSpec) -> list[str]:
-    """The templates that trials try, in the order of the spec; none where they all have the data's."""
+    """Return the templates that trials try, in the order of the spec.
+
+    The list is empty where all trials use the template of the data.
+    """
     return _values(space.template)
 
 
 def init_texts(space: SpaceSpec) -> list[str]:
-    """The texts that soft prompts start from, in the order of the spec."""
+    """Return the texts that soft prompts start from, in the order of the spec."""
     return [init.text for init in _values(space.init) if isinstance(init, TextInit)]
 
 
 def init_artifacts(space: SpaceSpec) -> list[str]:
-    """The prompts that others start from, in the order of the spec."""
+    """Return the prompts that other prompts start from, in the order of the spec."""
     return [init.artifact for init in _values(space.init) if isinstance(init, ArtifactInit)]
 
 
 def _names(space: SpaceSpec) -> list[str]:
-    """The dimensions that the space has."""
+    """Return the names of the dimensions that the space has."""
     return [name for name in SpaceSpec.model_fields if getattr(space, name) is not None]
 
 
@@ -274,7 +296,7 @@ def _dimensions(space: SpaceSpec) -> Row:
 
 
 def _values(value: Any) -> list[Any]:
-    """The values of a dimension; none of one that the space lacks."""
+    """Return the values of a dimension; empty for a dimension that the space lacks."""
     if value is None:
         return []
     return value if isinstance(value, list) else [value]
@@ -288,7 +310,7 @@ def _listed(space: SpaceSpec) -> list[list[Any]] | None:
 
 
 def _point(values: list[list[Any]], index: int) -> Row:
-    """Point ``index`` of the grid, the last dimension running fastest."""
+    """Return point ``index`` of the grid; the last dimension runs fastest."""
     row = []
     for column in reversed(values):
         index, place = divmod(index, len(column))
@@ -297,7 +319,7 @@ def _point(values: list[list[Any]], index: int) -> Row:
 
 
 def _column(value: Any, count: int, rng: random.Random) -> list[Any]:
-    """The different values of a dimension to draw from, in random order."""
+    """Return the different values of a dimension to draw from, in random order."""
     if isinstance(value, LogUniform):
         low, high = (math.log(bound) for bound in value.loguniform)
         values = [math.exp(point) for point in _strata(low, high, count, rng)]
@@ -306,9 +328,8 @@ def _column(value: Any, count: int, rng: random.Random) -> list[Any]:
         values = _strata(*value.uniform, count, rng)
     else:
         values = list(_values(value))
-    values = list(
-        dict.fromkeys(values)
-    )  # a range may be so narrow that neighbouring bins give the same number
+    # A range may be so narrow that neighbouring bins give the same number.
+    values = list(dict.fromkeys(values))
     rng.shuffle(values)
     return values
 
@@ -319,11 +340,15 @@ def _strata(low: float, high: float, count: int, rng: random.Random) -> list[flo
 
 
 def _spread(columns: list[list[Any]], count: int) -> list[Row]:
-    """The first ``count`` rows of an order of all combinations whose every beginning is balanced in every column.
+    """Return ``count`` rows of combinations that are balanced in every column.
 
-    Two columns of a and b values: row i takes value i of the first and i + (i div lcm(a, b)) of the second, both
-    around the clock. A block of lcm(a, b) rows meets each pair at most once and each value equally often, and the shift
-    moves the next block to pairs not met yet. A further column sees the ones before it as one column of a * b values.
+    They are the first rows of an order of all combinations; every beginning of that order is
+    balanced.
+
+    Consider two columns of a and b values: row i takes value i of the first and i + (i div lcm(a,
+    b)) of the second, both modulo their lengths. A block of lcm(a, b) rows meets each pair at most
+    once and each value equally often, and the shift moves the next block to pairs that were not met
+    yet. A further column treats the ones before it as one column of a * b values.
     """
     rows: list[Row] = [[] for _ in range(count)]
     period = 1
@@ -331,7 +356,7 @@ def _spread(columns: list[list[Any]], count: int) -> list[Row]:
         block = math.lcm(period, len(values))
         total = period * len(values)
         for index, row in enumerate(rows):
-            # What is before repeats after ``period`` rows; this column's turns start over after ``total``.
+            # The earlier columns repeat after ``period`` rows; with this column, after ``total``.
             turn = index % total
             row.append(values[(turn + turn // block) % len(values)])
         period = total
@@ -339,7 +364,10 @@ def _spread(columns: list[list[Any]], count: int) -> list[Row]:
 
 
 def _mix(rows: list[Row], rng: random.Random) -> None:
-    """Swap values of a column between rows at random, keeping rows different and how often each value occurs."""
+    """Swap values of a column between rows at random.
+
+    Rows stay different from each other, and each value occurs as often as before.
+    """
     width = len(rows[0])
     seen = {tuple(row) for row in rows}
     for _ in range(MIXING * len(rows) * width if len(rows) > 1 else 0):

@@ -1,7 +1,8 @@
 """The job spec: what a user writes in YAML, as frozen, strict models.
 
-A default lives here and nowhere else: the command line, the docs and the JSON schema read it from these models.
-This module imports neither torch nor Ray; ``job_file`` reads a YAML file into it and reports problems with lines.
+Each default is defined only here: the command line, the docs and the JSON schema read it from these
+models. This module imports neither torch nor Ray. ``orchestrator.job.yaml`` reads a YAML file into
+these models and reports problems with line numbers.
 """
 
 from __future__ import annotations
@@ -19,56 +20,59 @@ from orchestrator.job.labels import contradictions
 from orchestrator.job.no_effect import without_effect
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
-ALIAS_PATTERN = (
-    r"^[A-Za-z0-9][A-Za-z0-9_-]{0,99}$"  # MLflow's own rule, narrower than a model's name
-)
+# MLflow's own rule, which is narrower than that for a model's name.
+ALIAS_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,99}$"
 RESERVED_ALIAS = re.compile(r"^(latest|v\d+)$", re.IGNORECASE)
 BUILTIN = "builtin:"
-"""In front of the names of models and data that are made on the spot."""
+"""Prefix of the names of models and data sets that are generated on the spot."""
 QUICKSTART = f"{BUILTIN}quickstart"
 DEFAULT_TRIALS = 16
 MAX_TRIALS = 10_000
 DEFAULT_BETAS = (0.9, 0.999)  # torch's own
-MAX_LEARNING_RATE = (
-    1000  # far above what any prompt trains with, far below what torch's arithmetic takes
-)
-MAX_BEAMS = 64  # each one is a row of its own in memory
+# Far above the rates that prompts train with, far below the limits of torch's arithmetic.
+MAX_LEARNING_RATE = 1000
+MAX_BEAMS = 64  # each beam occupies a row in memory
 DEFAULT_RANK = 8
 DEFAULT_ALPHA = 16
 DEFAULT_BOTTLENECK = 64
 MAX_SHOTS = 64
-MAX_SEED = 2**32 - 1  # the widest range that every random generator in use takes
+MAX_SEED = 2**32 - 1  # the widest range that all random generators in use accept
 
 FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 VIRTUAL = "*"
-"""In a template's braces: virtual tokens stand here."""
+"""Placeholder in a template's braces for the virtual tokens."""
 PREFIX, CONTINUATION = "prefix", "continuation"
-"""Columns of a text that was cut in two."""
+"""The two columns that ``data.prefix_lm`` cuts a text into."""
 BLANK = "_"
-"""In a template's braces: the answer stands here."""
+"""Placeholder in a template's braces for the answer."""
 
 
 def template_fields(template: str) -> list[str]:
-    """What stands in braces, in order of appearance; doubled braces stand for themselves."""
+    """Return the contents of a template's braces, in order of appearance.
+
+    Doubled braces stand for literal braces and are skipped.
+    """
     return [match.group(1) for match in FIELD.finditer(template) if match.group(1) is not None]
 
 
 def template_columns(template: str) -> list[str]:
-    """Columns named in braces, in order of appearance."""
+    """Return the columns that a template names in braces, in order of appearance."""
     return [name for name in template_fields(template) if name not in (VIRTUAL, BLANK)]
 
 
 def looks_like_path(text: str) -> bool:
-    """Tell whether a name was meant as a path: hub ids are ``name`` or ``owner/name``."""
+    """Tell whether a name is meant as a path: hub ids are ``name`` or ``owner/name``."""
     return text.startswith((".", "/", "~")) or text.count("/") > 1
 
 
-# A value's own checks are written as predicates: "<value> names no column" is how job_file reports them.
+# The messages of the checks below are predicates: the YAML reader puts the value in front of them,
+# as in "<value> names no column".
 def _checked_template(template: str) -> str:
     lone = re.search(r"[{}]", FIELD.sub("", template))
     if lone:
         raise ValueError(
-            f"has a lone {lone.group()}; write {lone.group() * 2} for a brace, {{text}} for a column"
+            f"has a lone {lone.group()}; write {lone.group() * 2} for a brace, {{text}} for a "
+            "column"
         )
     columns = template_columns(template)
     if not columns:
@@ -119,23 +123,27 @@ def _known_encoding(name: str) -> str:
         sound = False
     if not sound:
         raise ValueError(
-            "is no encoding of text that Python knows; for instance utf-8, latin-1, cp1252, utf-16, auto"
+            "is no encoding of text that Python knows; for instance utf-8, latin-1, cp1252, "
+            "utf-16, auto"
         )
     return name
 
 
 def answer_in_input(column: str, key: str) -> str:
-    """Say that a template writes the answer into the input. ``key`` names the answer's column."""
-    return f"writes {{{column}}} into the input, and {key} says that it is the answer; leave it out of the template"
+    """Say that a template writes the answer into the input; ``key`` names the answer's column."""
+    return (
+        f"writes {{{column}}} into the input, and {key} says that it is the answer; leave it "
+        "out of the template"
+    )
 
 
 T = TypeVar("T")
 LACKING = {"may lack": "what only prompts have"}
-"""Context in which a space is validated that may lack what only prompts have."""
+"""Validation context for a space that may lack the dimensions that only soft prompts have."""
 
 BEGUN = {"begun": "by an earlier release"}
-"""Context in which the job of a search that has begun is validated: conflicts are let pass, since a later release may
-know more of them."""
+"""Validation context for the job of a search that has already begun. Conflicts are ignored, because
+this release may check for conflicts that the release that began the search did not know."""
 
 
 def _only_baselines_lack(value: T, info: ValidationInfo) -> T:
@@ -173,7 +181,8 @@ Choices: TypeAlias = Annotated[
     AfterValidator(_without_repeats),
 ]
 Prompts: TypeAlias = Annotated[T | SkipJsonSchema[None], AfterValidator(_only_baselines_lack)]
-"""What prompts always have; None in the space of a baseline that has no such thing, never in a file."""
+"""A dimension that soft prompts always have. It is None only in the space of a baseline that lacks
+it, and never in a file."""
 Template: TypeAlias = Annotated[str, Field(min_length=1), AfterValidator(_checked_template)]
 Label: TypeAlias = int | float | bool | str
 Delimiter: TypeAlias = Annotated[str, AfterValidator(_one_character)]
@@ -182,22 +191,25 @@ Auto: TypeAlias = Literal["auto"]
 
 
 class Conflict(NamedTuple):
-    """Values that are each allowed and do not fit together. Keys are dotted, relative to the section that checks."""
+    """Values that are each allowed but do not fit together.
 
-    where: str  # the key to change first
+    Keys are dotted and relative to the section that reports the conflict.
+    """
+
+    where: str  # the key that the user should change first
     message: str
     reads: tuple[str, ...]  # the other keys that the check looked at
 
 
 class Section(BaseModel):
-    """A part of the job spec: unknown keys fail, types are exact, values never change after loading."""
+    """A part of the job spec: unknown keys fail, types are exact, values never change."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
     def _conflicts(self) -> Iterator[Conflict]:
-        """Checks across keys; a section with any overrides this."""
+        """Yield conflicts across keys; a section with such checks overrides this method."""
         return iter(())
 
     @model_validator(mode="after")
@@ -216,122 +228,135 @@ class BaseModelSpec(Section):
     """The frozen language model."""
 
     id: Text
-    """Hub id, local folder, or a model made on the spot: builtin:quickstart, builtin:causal-s, ..."""
+    """The model: a hub id, a local folder, or a model generated on the spot (builtin:quickstart,
+    builtin:causal-s, ...)."""
     revision: str = "main"
     """Branch, tag or commit of a hub model."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the frozen weights; auto is float32 on a CPU and the model's own on an accelerator."""
+    """Number format of the frozen weights. auto means float32 on a CPU and the model's own format
+    on an accelerator."""
     quantization: Literal["none", "int8", "int4"] = "none"
-    """Round the frozen weights to 8 or 4 bits as they are read; needs the package bitsandbytes. The prompt stays
-    float32."""
+    """Round the frozen weights to 8 or 4 bits while they are loaded. Requires the package
+    bitsandbytes. The soft prompt stays float32."""
     allow_remote_code: bool = False
-    """Run Python code that the model's folder or hub repository brings along. Only for sources that you trust."""
+    """Run Python code that comes with the model's folder or hub repository. Enable this only for
+    sources that you trust."""
 
     @property
     def source(self) -> Literal["builtin", "folder", "hub"]:
-        """Where the id alone says that the model is; a folder may also have the form of a hub id."""
+        """The kind of place the model is in, by its id alone; a folder may look like a hub id."""
         if self.id.startswith(BUILTIN):
             return "builtin"
         return "folder" if looks_like_path(self.id) else "hub"
 
 
 class DataFiles(Section):
-    """Local files: .jsonl, .ndjson, .json, .csv, .tsv or .parquet, also compressed: .csv.gz, .jsonl.zst, .tsv.bz2."""
+    """Local files: .jsonl, .ndjson, .json, .csv, .tsv or .parquet.
+
+    Compressed files work too: .csv.gz, .jsonl.zst, .tsv.bz2.
+    """
 
     train: Text
-    """File with the rows to train on."""
+    """File with the training rows."""
     validation: Text | None = None
-    """Without one, a part of train is set aside."""
+    """File with the validation rows. Without one, a part of train is set aside."""
     test: Text | None = None
-    """Without one, a part of train is set aside."""
+    """File with the test rows. Without one, a part of train is set aside."""
 
 
 CSV_FILE = re.compile(r"\.[ct]sv(\.(gz|zst|bz2))?$", re.IGNORECASE)
 
 
 class CsvSpec(Section):
-    """How CSV and TSV files are read. Every cell is text, exactly as it stands in the file."""
+    """Format of CSV and TSV files. Every cell is text, exactly as it stands in the file."""
 
     delimiter: Delimiter = AUTO
-    """The character between cells; auto: a comma in .csv files, a tab in .tsv files."""
+    """Character between cells. auto means a comma in .csv files and a tab in .tsv files."""
     quoting: Literal["auto", "standard", "none"] = "auto"
-    """standard: a cell may stand in double quotes, and a quote in it is written twice; none: a quote is a character
-    like any other, and each line is a row; auto: standard for .csv files; none for .tsv files, but standard where every
-    cell of the file is quoted."""
+    """Treatment of double quotes. standard: a cell may be enclosed in quotes, and a quote inside it
+    is doubled. none: a quote is a character like any other, and each line is a row. auto: standard
+    for .csv files; none for .tsv files, unless every cell of the file is quoted, which means
+    standard."""
     encoding: Encoding = AUTO
-    """Encoding of files without a byte order mark, as Python names it; auto: utf-8. A byte order mark (of UTF-8, UTF-16
-    or UTF-32) always decides."""
+    """Encoding of files without a byte order mark, by its Python name; auto means utf-8. A byte
+    order mark (of UTF-8, UTF-16 or UTF-32) always takes precedence."""
 
 
 class RowLimits(Section):
-    """At most so many rows of a split, chosen by the split seed."""
+    """Maximum number of rows of each split; the split seed chooses which rows are kept."""
 
     train: PositiveInt | None = None
-    """Most rows of train; all unless given."""
+    """Maximum number of training rows; all by default."""
     validation: PositiveInt | None = None
-    """Most rows of validation; all unless given."""
+    """Maximum number of validation rows; all by default."""
     test: PositiveInt | None = None
-    """Most rows of test; all unless given."""
+    """Maximum number of test rows; all by default."""
 
 
 class DataSpec(Section):
-    """Where the rows come from and how a row becomes input text and target."""
+    """Source of the rows, and the way a row becomes input text and target."""
 
     path: Text | DataFiles
-    """Hub data set, files ({train: a.jsonl, validation: b.csv, test: c.parquet}), or data made on the spot:
-    builtin:quickstart, builtin:reviews-mood, ..."""
+    """The data: a hub data set, files ({train: a.jsonl, validation: b.csv, test: c.parquet}), or
+    data generated on the spot (builtin:quickstart, builtin:reviews-mood, ...)."""
     subset: str | None = None
     """Configuration name of a hub data set."""
     revision: str | None = None
     """Branch, tag or commit of a hub data set."""
     rename: dict[str, str] = {}
-    """Old column name to new one; a column that is absent is left alone."""
+    """New names of columns, by their old names. Columns that are absent are ignored."""
     where: dict[str, Label] = {}
-    """Only the rows in which these columns have these values, for instance {relation: P19}; before columns are
-    renamed. Values match as labels do: 1, 1.0 and "1" are the same."""
+    """Keep only the rows in which these columns have these values, for instance {relation: P19}.
+    The filter sees the column names before they are renamed. Values match as labels do: 1, 1.0 and
+    "1" are the same."""
     empty: Literal["refuse", "drop", "keep"] = "refuse"
-    """Rows whose template columns are missing or empty: refuse the data, drop these rows, or keep them and take an
-    empty text."""
+    """Treatment of rows in which a column of the template is missing or empty: refuse the data,
+    drop these rows, or keep them with an empty text."""
     template: Template
-    """Input text, with the row's columns in braces, for instance "{text}\\nSpam or not?". {*} marks where virtual
-    tokens stand (in front of everything without one), {_} where the answer stands (the end without one)."""
+    """Input text, with the row's columns in braces, for instance "{text}\\nSpam or not?". {*} marks
+    where the virtual tokens stand (by default in front of everything), {_} where the answer stands
+    (by default at the end)."""
     target: Text
-    """Column with the label (with a verbalizer) or with the text to generate (without one); of a list of texts the
-    first."""
+    """Column with the label (with a verbalizer) or with the text to generate (without one). If the
+    column holds a list of texts, its first text is the target."""
     references: Text | None = None
-    """Column with a list of texts that are all right, for bleu, rouge_l and f1; without one, or where a row's list is
-    empty, the target."""
+    """Column with a list of acceptable texts for bleu, rouge_l and f1. Without this key, and for
+    rows whose list is empty, the target is the only reference."""
     verbalizer: Annotated[dict[Label, Text], Field(min_length=1)] | None = None
-    """Label to the text that stands for it, leading space included. Labels match by meaning: 1, 1.0 and "1" are the
-    same label, and so are true and "true"; "007" is a text."""
+    """The text that stands for each label, leading space included. Labels match by meaning: 1, 1.0
+    and "1" are the same label, and so are true and "true"; "007" is a text."""
     prefix_lm: Text | None = None
-    """Column of plain text, cut in two at a place drawn by split_seed: the columns prefix and continuation. With method
-    model_tuning, template "{prefix}" and target continuation this is LM adaptation; long continuations are cut."""
+    """Column of plain text. Each text is cut in two, at a position drawn with split_seed, into the
+    columns prefix and continuation. With method model_tuning, template "{prefix}" and target
+    continuation, this is LM adaptation; long continuations are truncated."""
     sentinel: bool = False
-    """Put the first sentinel token (<extra_id_0>) in front of every target: what an encoder-decoder model that was
-    pretrained on span corruption alone expects there."""
+    """Put the first sentinel token (<extra_id_0>) in front of every target. An encoder-decoder
+    model that was pretrained on span corruption alone expects it there."""
     max_input_tokens: PositiveInt = 256
-    """Longer inputs are cut at the end of their longest column; the template stays whole."""
+    """Maximum length of an input. Longer inputs are cut at the end of their longest column; the
+    template's own text stays whole."""
     max_target_tokens: PositiveInt = 64
-    """Longest target, end token included; longer ones are refused."""
+    """Maximum length of a target, end token included. Longer targets are refused."""
     validation_fraction: Fraction = 0.1
-    """Part of train set aside when there is no validation split."""
+    """Fraction of train that is set aside when there is no validation split."""
     test_fraction: Fraction = 0.1
-    """Part of train set aside when there is no test split."""
+    """Fraction of train that is set aside when there is no test split."""
     held_out: Literal["stratified", "random"] = "stratified"
-    """How rows are set aside: stratified keeps each label's share, random pays no attention to labels (as searches did
-    before there was a choice). Rows with the same input stay together either way."""
+    """Choice of the rows that are set aside. stratified keeps each label's share; random ignores
+    labels, as searches did before this setting existed. Rows with the same input stay together
+    either way."""
     split_seed: Seed = 0
-    """Seed of the rows set aside and of the rows that limit keeps."""
+    """Seed for the rows that are set aside, the rows that limit keeps, and the cuts of
+    prefix_lm."""
     limit: RowLimits = RowLimits()
-    """Use only so many rows of a split."""
+    """Maximum number of rows to use from each split."""
     csv: CsvSpec = CsvSpec()
     """Delimiter, quoting and encoding of CSV and TSV files."""
 
     def columns_with_answer(self, template: str) -> dict[str, str]:
-        """Return the columns of a template that hold the answer, each with the key that says so.
+        """Map each column of a template that holds the answer to the key that names the answer.
 
-        A column that ``rename`` made is the same as the one that it was made from.
+        A renamed column counts as the column that it was made from.
         """
         answers = {"data.target": getattr(self, "target", None), "data.references": self.references}
         return {
@@ -342,7 +367,7 @@ class DataSpec(Section):
         }
 
     def _origins(self, column: str) -> set[str]:
-        """Return the columns of the source that a column is read from."""
+        """Return the source columns that a column is read from."""
         return {old for old, new in self.rename.items() if new == column} or {column}
 
     def _answer_conflicts(self) -> Iterator[Conflict]:
@@ -353,7 +378,7 @@ class DataSpec(Section):
 
     @property
     def source(self) -> Literal["builtin", "files", "hub"]:
-        """Where the rows are."""
+        """The kind of place that the rows come from."""
         if isinstance(self.path, DataFiles):
             return "files"
         return "builtin" if self.path.startswith(BUILTIN) else "hub"
@@ -375,7 +400,10 @@ class DataSpec(Section):
         path = getattr(self, "path", "")  # absent while problems are collected
         files = path.model_dump().values() if isinstance(path, DataFiles) else []
         if self.csv != CsvSpec() and not any(file and CSV_FILE.search(file) for file in files):
-            text = "has no effect: it concerns .csv and .tsv files, and data.path names none; leave it out"
+            text = (
+                "has no effect: it concerns .csv and .tsv files, and data.path names none; "
+                "leave it out"
+            )
             yield Conflict("csv", text, ("path",))
 
     def _prefix_lm_conflicts(self) -> Iterator[Conflict]:
@@ -404,32 +432,33 @@ class TextInit(Section):
     """Start from the embeddings of a text's tokens, cut or repeated to the prompt's length."""
 
     text: Text
-    """Its tokens are the start; it may be longer or shorter than the prompt."""
+    """The text whose tokens the prompt starts from. It may be longer or shorter than the prompt."""
 
 
 class ArtifactInit(Section):
-    """Start from another prompt of the same base model, cut or repeated to the length."""
+    """Start from another prompt of the same base model, cut or repeated to the prompt's length."""
 
     artifact: Text
-    """Registered prompt (name, name@alias, name:version), or the folder of an exported one."""
+    """A registered prompt (name, name@alias, name:version), or the folder of an exported prompt."""
 
 
 class SampleVocabInit(Section):
     """Start from sampled tokens of the vocabulary."""
 
     sample_vocab: PositiveInt
-    """Draw from so many of the most frequent tokens; the plain word sample_vocab draws from 5,000."""
+    """Draw from this many of the most frequent tokens. The plain word sample_vocab draws from
+    5,000."""
 
 
 class LogUniform(Section):
-    """A range to draw from, evenly on a logarithmic scale."""
+    """A range to draw from, uniformly on a logarithmic scale."""
 
     loguniform: Bounds
     """Lowest and highest value."""
 
 
 class Uniform(Section):
-    """A range to draw from, evenly."""
+    """A range to draw from, uniformly."""
 
     uniform: Bounds
     """Lowest and highest value."""
@@ -442,86 +471,99 @@ Init: TypeAlias = NamedInit | TextInit | ArtifactInit | SampleVocabInit
 
 
 class SpaceSpec(Section):
-    """The search space: one value, a list to choose from, or a range to draw from."""
+    """The search space: one value, a list to choose from or, for learning_rate, a range."""
 
     init: Prompts[Init | Choices[Init]] = "sample_vocab"
-    """How the virtual tokens start: random (uniform in [-0.5, 0.5]), random_normal (as wide as the vocabulary), from
-    sampled vocabulary, from the labels' words, from a text, or from another prompt."""
+    """Initialisation of the virtual tokens: random (uniform in [-0.5, 0.5]), random_normal (normal,
+    with the standard deviation of the vocabulary's embeddings), sample_vocab (sampled tokens of the
+    vocabulary), class_labels (the words of the labels), a text, or another prompt."""
     num_virtual_tokens: Prompts[PositiveInt | Choices[PositiveInt]] = 20
     """Length of the soft prompt."""
     rank: PositiveInt | Choices[PositiveInt] | None = None
-    """Rank of the matrices of lora and qlora; 8 unless given."""
+    """Rank of the matrices of lora and qlora; 8 by default."""
     alpha: PositiveInt | Choices[PositiveInt] | None = None
-    """What lora and qlora add is multiplied by alpha / rank; 16 unless given."""
+    """Scale of lora and qlora, whose change of the weights is multiplied by alpha / rank; 16 by
+    default."""
     bottleneck: PositiveInt | Choices[PositiveInt] | None = None
-    """Width of an adapter's inner layer; 64 unless given."""
+    """Width of an adapter's inner layer; 64 by default."""
     template: Template | Choices[Template] | None = None
-    """Wordings that prompt_design tries; data.template unless given."""
+    """Wordings that prompt_design tries; data.template by default."""
     shots: Shots | Choices[Shots] | None = None
-    """Training rows with their answers that prompt_design writes in front of an input, fewer where the model's context
-    ends; 0, which is none, unless given."""
+    """Number of training rows, with their answers, that prompt_design writes in front of an input;
+    0 by default. It writes fewer where the model's context is too short."""
     demonstrations: Demonstrations | Choices[Demonstrations] | None = None
-    """How prompt_design takes these rows: random (by the seed, each label as often as any other), which they are unless
-    given, or nearest (for each input those that share its rarest words)."""
+    """Choice of these rows. random, the default, draws them by the seed, each label as often as any
+    other. nearest takes for each input the rows that share its rarest words."""
     learning_rate: Prompts[LearningRate | Choices[LearningRate] | LogUniform | Uniform] = 0.3
-    """Peak learning rate; soft prompts want large ones, and methods that change the model's weights have no default."""
+    """Peak learning rate. Soft prompts need a large one; methods that change the model's weights
+    have no default."""
     seed: Seed | Choices[Seed] = 0
-    """Seed of a trial's initialisation and data order, or of its demonstrations."""
+    """Seed of a trial's initialisation and data order, or of its demonstrations (prompt_design)."""
 
 
 Metric: TypeAlias = Literal["accuracy", "exact_match", "bleu", "rouge_l", "f1", "loss"]
-TEXT_METRICS = frozenset({"bleu", "rouge_l", "f1"})  # of generated texts against references
+TEXT_METRICS = frozenset({"bleu", "rouge_l", "f1"})  # compare generated texts with references
 
 
 class StopSpec(Section):
     """Targets that end the search early."""
 
     metric: float | None = None
-    """End once a trial's validation metric is at least as good as this."""
+    """End the search once a trial's validation metric is at least as good as this value."""
     minutes: PositiveFloat | None = None
-    """Start no further step after so many minutes of search."""
+    """Time limit of the search, in minutes. No training step starts after it."""
 
 
 class SearchSpec(Section):
-    """Which trials to run, how to rank them and when to stop."""
+    """Trials to run, how to rank them and when to stop them."""
 
     space: SpaceSpec = SpaceSpec()
-    """What the trials differ in."""
+    """The dimensions in which the trials differ."""
     trials: Annotated[int, Field(ge=1, le=MAX_TRIALS)] | None = None
-    """Trials to draw: the whole grid with searcher grid unless given, otherwise 16. A space with fewer points gives
-    fewer."""
+    """Number of trials to draw: by default the whole grid with searcher grid, and 16 otherwise. A
+    space with fewer points gives fewer trials."""
     searcher: Literal["random", "grid", "optuna"] = "random"
-    """How trials are drawn from the space: spread at random, every combination, or each one after what the ones before
-    it reached (optuna's TPE)."""
+    """Method of drawing trials from the space. random spreads them at random, grid takes every
+    combination, and optuna proposes each trial from the results of the earlier ones (TPE)."""
     scheduler: Literal["asha", "pbt", "median", "fifo"] = "asha"
-    """How bad trials are stopped early; pbt lets them go on from a better trial's prompt with another learning rate,
-    fifo stops none."""
+    """Treatment of bad trials. asha and median stop them early, pbt lets them continue from a
+    better trial's prompt with another learning rate, and fifo stops none."""
     grace_steps: PositiveInt | None = None
-    """First rung of ASHA (no trial is stopped before it); train.evaluate_every unless given."""
+    """First rung of ASHA, or the first step at which median may stop a trial. No trial is stopped
+    before it. train.evaluate_every by default."""
     reduction_factor: Annotated[int, Field(ge=2)] = 3
-    """ASHA keeps one trial in so many at each rung."""
+    """ASHA keeps one out of this many trials at each rung."""
     perturbation_steps: PositiveInt | None = None
-    """Steps between two comparisons of PBT, each of which lets bad trials copy good ones; train.evaluate_every unless
-    given."""
+    """Steps between two comparisons of PBT, at each of which bad trials copy good ones;
+    train.evaluate_every by default."""
     metric: Metric = "accuracy"
-    """Validation metric that ranks trials: accuracy ranks the verbalizer's texts, exact_match asks for the target's
-    tokens; bleu, rouge_l and f1 compare a generated text with the references."""
+    """Validation metric that ranks trials. accuracy ranks the verbalizer's texts, exact_match
+    requires the target's tokens; bleu, rouge_l and f1 compare a generated text with the references;
+    loss is the loss on the target."""
     mode: Literal["max", "min"] | None = None
-    """max or min; by default what the metric means."""
+    """Direction in which the metric improves, max or min. It follows from the metric by default,
+    and the other direction is refused."""
     seed: Seed = 0
-    """Seed of the draws from the space, and of the rows of the few-shot baseline."""
+    """Seed of the draws from the space, of PBT's choices, and of the rows of the few-shot
+    baseline."""
     few_shot: Annotated[int, Field(ge=0, le=64)] = 4
-    """Training rows that the few-shot baseline writes in front of an input, fewer where the model's context ends; 0
-    leaves the baseline out."""
+    """Number of training rows that the few-shot baseline writes in front of an input. It writes
+    fewer where the model's context is too short; 0 leaves the baseline out."""
     stop: StopSpec = StopSpec()
     """Targets that end the search early."""
 
     def _conflicts(self) -> Iterator[Conflict]:
         if self.mode not in (None, self.better):
-            text = f"{self.mode} would look for the worst {self.metric}; leave mode out or set {self.better}"
+            text = (
+                f"{self.mode} would look for the worst {self.metric}; leave mode out or set "
+                f"{self.better}"
+            )
             yield Conflict("mode", text, ("metric",))
         if self.searcher == "grid" and isinstance(self.space.learning_rate, LogUniform | Uniform):
-            text = "grid needs listed values and space.learning_rate is a range; list values or use searcher random"
+            text = (
+                "grid needs listed values and space.learning_rate is a range; list values or "
+                "use searcher random"
+            )
             yield Conflict("searcher", text, ("space.learning_rate",))
         yield from self._population_conflicts()
         target = self.stop.metric
@@ -535,7 +577,10 @@ class SearchSpec(Section):
     def _population_conflicts(self) -> Iterator[Conflict]:
         if self.scheduler != "pbt":
             if self.perturbation_steps is not None:
-                text = f"search.perturbation_steps has no effect with search.scheduler {self.scheduler}"
+                text = (
+                    "search.perturbation_steps has no effect with search.scheduler "
+                    f"{self.scheduler}"
+                )
                 hint = "leave it out, or set search.scheduler to pbt"
                 yield Conflict("perturbation_steps", f"{text}; {hint}", ("scheduler",))
             return
@@ -544,61 +589,74 @@ class SearchSpec(Section):
             yield Conflict("scheduler", text, ("trials",))
         rates = self.space.learning_rate
         if isinstance(rates, float) or (isinstance(rates, list) and len(rates) == 1):
-            text = "pbt changes the learning rate between the lowest and the highest of the space, and there is only one"
+            text = (
+                "pbt changes the learning rate between the lowest and the highest of the "
+                "space, and there is only one"
+            )
             hint = "make space.learning_rate a range or a list, or use another scheduler"
             yield Conflict("scheduler", f"{text}; {hint}", ("space.learning_rate",))
 
     @property
     def better(self) -> Literal["max", "min"]:
-        """Which way the metric improves."""
+        """The direction in which the metric improves."""
         return "min" if self.metric == "loss" else "max"
 
 
 class TrainSpec(Section):
-    """How one trial is trained."""
+    """Settings for the training of one trial."""
 
     steps: PositiveInt = 500
-    """Most optimiser steps of a trial."""
+    """Maximum number of optimiser steps of a trial."""
     batch_size: PositiveInt = 16
-    """Rows in a step of one trial."""
+    """Number of rows in a step of one trial."""
     micro_batch_size: PositiveInt | None = None
-    """Rows of one forward at most, all of a step's unless given: gradients add up over the forwards, so that memory
-    shrinks and the result stays."""
+    """Maximum number of rows of one forward pass; all rows of a step by default. Gradients
+    accumulate over the passes, so memory use shrinks and the result stays the same."""
     evaluate_every: PositiveInt = 50
-    """Steps between evaluations; each one reports metrics and a checkpoint."""
+    """Steps between two evaluations. Each evaluation reports metrics and a checkpoint."""
     loss_reduction: Literal["token_mean", "sum_per_row", "sum"] = "token_mean"
-    """How a batch's token losses become one: their mean, the mean over rows of each row's sum (as in prefix tuning),
-    or their sum (as T5X has it). It matters to sgd and clip_norm; adamw and adafactor rescale gradients themselves."""
+    """Combination of a batch's token losses into one. token_mean takes their mean, sum_per_row the
+    mean over rows of each row's sum (as in prefix tuning), and sum their sum (as in T5X). The
+    choice matters for sgd and clip_norm; adamw and adafactor rescale gradients themselves."""
     optimizer: Literal["adamw", "adafactor", "sgd"] = "adamw"
-    """Optimiser of the soft prompt."""
+    """Optimiser of the soft prompt, or of what a baseline trains."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Subtracted from the prompt times the learning rate by adamw and as it stands by adafactor (as T5X does); added to
-    the gradient by sgd."""
+    """Fraction of the prompt that each step subtracts: multiplied by the learning rate with adamw,
+    unscaled with adafactor (as in T5X). sgd adds that fraction of the prompt to the gradient
+    instead."""
     betas: Betas | None = None
-    """Decay of adamw's first and second moment; [0.9, 0.999] unless given."""
+    """Decay rates of adamw's first and second moment; [0.9, 0.999] by default."""
     momentum: Decay | None = None
-    """Momentum of sgd; none unless given."""
+    """Momentum of sgd; none by default."""
     clip_norm: PositiveFloat | None = None
-    """Longest gradient of a trial, as the Euclidean norm over all that it trains; longer ones are scaled down."""
+    """Maximum gradient norm of a trial: the Euclidean norm over everything that it trains. Longer
+    gradients are scaled down."""
     schedule: Literal["constant", "linear", "cosine", "exponential"] = "constant"
-    """Course of the learning rate after the warmup; linear and cosine end at 0 after the last step."""
+    """Course of the learning rate after the warmup. linear and cosine reach 0 after the last
+    step."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps in which the learning rate rises evenly from 0 to its peak."""
+    """Number of steps in which the learning rate rises linearly from 0 to its peak."""
     decay_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """With schedule exponential, the learning rate is multiplied by this after every decay_steps."""
+    """Factor by which schedule exponential multiplies the learning rate after every decay_steps."""
     decay_steps: PositiveInt | None = None
-    """Steps between two decays of schedule exponential."""
+    """Number of steps between two decays of schedule exponential."""
     frozen_dropout: bool = False
-    """Whether the frozen model's own dropout is active in training steps (published recipes differ)."""
+    """Keep the frozen model's own dropout active in training steps (published recipes differ)."""
     patience: PositiveInt | None = None
-    """Stop a trial after so many evaluations without a better validation metric."""
+    """Stop a trial after this many evaluations without a better validation metric."""
 
     def _conflicts(self) -> Iterator[Conflict]:
         if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
-            text = f"{self.micro_batch_size} is more than train.batch_size {self.batch_size}: a step has no more rows"
+            text = (
+                f"{self.micro_batch_size} is more than train.batch_size {self.batch_size}: a "
+                "step has no more rows"
+            )
             yield Conflict("micro_batch_size", f"{text}; lower it or leave it out", ("batch_size",))
         if self.warmup_steps >= self.steps:
-            text = f"{self.warmup_steps} is not below train.steps {self.steps}: no trial would reach its learning rate"
+            text = (
+                f"{self.warmup_steps} is not below train.steps {self.steps}: no trial would "
+                "reach its learning rate"
+            )
             yield Conflict("warmup_steps", f"{text}; lower it", ("steps",))
         yield from self._only_with("betas", "optimizer", "adamw")
         yield from self._only_with("momentum", "optimizer", "sgd")
@@ -608,7 +666,7 @@ class TrainSpec(Section):
                 yield Conflict("schedule", f"exponential needs train.{name}; add it", (name,))
 
     def _only_with(self, name: str, switch: str, value: str) -> Iterator[Conflict]:
-        """A conflict when ``name`` is set and would have no effect."""
+        """Yield a conflict if ``name`` is set but has no effect, as ``switch`` is not ``value``."""
         chosen = getattr(self, switch)
         if getattr(self, name) is not None and chosen != value:
             text = f"train.{name} has no effect with train.{switch} {chosen}"
@@ -618,43 +676,55 @@ class TrainSpec(Section):
 
 
 class GenerationSpec(Section):
-    """How texts are generated for bleu, rouge_l and f1."""
+    """Generation of texts for bleu, rouge_l and f1."""
 
     max_tokens: PositiveInt | None = None
-    """Most tokens of a text, end token included; data.max_target_tokens unless given."""
+    """Maximum length of a generated text, end token included; data.max_target_tokens by default."""
     num_beams: Annotated[int, Field(ge=1, le=MAX_BEAMS)] = 1
-    """Beams of the beam search; 1 is greedy decoding."""
+    """Number of beams of the beam search; 1 is greedy decoding."""
 
 
 class ResourcesSpec(Section):
-    """What the workers take of this machine or the cluster."""
+    """Resources that the workers take from this machine or the cluster."""
 
     workers: PositiveInt | Auto = "auto"
-    """Worker groups; auto is as many as there are GPUs for, or one a node without any, and more when nodes join."""
+    """Number of worker groups. auto means as many as there are GPUs for, or one per node without
+    GPUs; more start when nodes join."""
     workers_per_group: PositiveInt = 1
-    """Workers that train the same trials, each on its part of every batch; the result is that of one worker."""
+    """Number of workers that train the same trials together, each on its part of every batch. The
+    result is the same as with one worker."""
     trials_per_worker: PositiveInt | Auto = "auto"
-    """Trials packed into one forward."""
+    """Number of trials that are packed into one forward pass."""
     cpus_per_worker: PositiveInt | Auto = "auto"
-    """Cores that a worker reserves."""
+    """Number of CPU cores that each worker reserves."""
     gpus_per_worker: Annotated[float, Field(ge=0)] | Auto = "auto"
-    """Accelerators that a worker reserves, 1 at most; 0 trains on the CPU."""
+    """Number of accelerators that each worker reserves, at most 1; 0 trains on the CPU."""
     sharding: Literal["none", "fsdp"] = "none"
-    """fsdp splits the frozen weights of the model's blocks among a group's workers, for models larger than a device."""
+    """fsdp splits the frozen weights of the model's blocks among a group's workers, for models that
+    do not fit on one device."""
 
     def _conflicts(self) -> Iterator[Conflict]:
         if self.sharding != "none" and self.workers_per_group == 1:
-            text = f"{self.sharding} splits the weights among a group's workers, and resources.workers_per_group is 1"
+            text = (
+                f"{self.sharding} splits the weights among a group's workers, and "
+                "resources.workers_per_group is 1"
+            )
             yield Conflict(
                 "sharding", f"{text}; raise it, or leave sharding out", ("workers_per_group",)
             )
         gpus = self.gpus_per_worker
         if not isinstance(gpus, str) and gpus > 1:
             text = f"{gpus:g}, and a worker trains on one GPU: the others would idle"
-            hint = "set it to 1, and raise resources.workers, or resources.workers_per_group to train steps together"
+            hint = (
+                "set it to 1, and raise resources.workers, or resources.workers_per_group to "
+                "train steps together"
+            )
             yield Conflict("gpus_per_worker", f"{text}; {hint}", ())
         if self.workers_per_group > 1 and not isinstance(gpus, str) and 0 < gpus < 1:
-            text = f"{gpus:g} would put several of a group's workers on one GPU, which can't talk to itself"
+            text = (
+                f"{gpus:g} would put several of a group's workers on one GPU, which can't talk "
+                "to itself"
+            )
             hint = (
                 "set it to 1, or set resources.workers_per_group to 1 and raise resources.workers"
             )
@@ -662,34 +732,38 @@ class ResourcesSpec(Section):
 
 
 class RegistrySpec(Section):
-    """What becomes of the best soft prompts."""
+    """Registration of the best soft prompts."""
 
     model: Name | None = None
-    """Registered model; the search's name unless given."""
+    """Name of the registered model; the search's name by default."""
     register_top: Annotated[int, Field(ge=0)] = 1
-    """Register so many of the best trials; 0 registers none."""
+    """Number of the best trials to register; 0 registers none."""
     alias: Annotated[Alias, AfterValidator(_free_alias)] = "challenger"
-    """Alias of the best new version; promoted to champion when it beats the champion on the same test split."""
+    """Alias of the best new version. The version is promoted to champion when it beats the champion
+    on the same test split."""
 
 
 Reparameterization: TypeAlias = Literal["none", "mlp", "lstm"]
 
 
 class ReparameterizationSpec(Section):
-    """A network that makes the prompt from fewer or freer numbers while it is trained; inference does not need it."""
+    """A network that generates the prompt during training, from fewer or freer parameters.
+
+    Inference does not need it.
+    """
 
     type: Reparameterization
     """none or mlp for prefix_tuning, lstm or mlp for p_tuning."""
     hidden_size: PositiveInt | None = None
-    """Width of the network; by default 512 for prefix_tuning, half the model's width a direction for lstm, the model's
-    width for the mlp of p_tuning."""
+    """Width of the network. The default is 512 for prefix_tuning, half the model's width per
+    direction for lstm, and the model's width for the mlp of p_tuning."""
 
 
 REPARAMETERIZATIONS: dict[str, tuple[Reparameterization, ...]] = {
     "prefix_tuning": ("mlp", "none"),
     "p_tuning": ("lstm", "mlp"),
 }
-"""Of the other methods: none."""
+"""Allowed networks of each method, the default first. Other methods allow only none."""
 
 MethodName: TypeAlias = Literal[
     "prompt_tuning",
@@ -713,45 +787,48 @@ SPACES: dict[MethodName, tuple[str, ...]] = {
     "qlora": LORA_SPACE,
     "adapter": ("bottleneck", "learning_rate", "seed"),
 }
-"""What the trials of each method can differ in."""
+"""Dimensions in which the trials of each method can differ."""
 BASELINES: tuple[MethodName, ...] = ("prompt_design", "model_tuning", "lora", "qlora", "adapter")
-"""Methods that learn no soft prompt: what prompts are compared with."""
+"""Methods that learn no soft prompt. Soft prompts are compared with them."""
 SPACE_DEFAULTS: dict[str, Any] = {
     "rank": DEFAULT_RANK, "alpha": DEFAULT_ALPHA, "bottleneck": DEFAULT_BOTTLENECK, "shots": 0,
     "demonstrations": "random",
 }  # fmt: skip
-"""Of the dimensions that only some methods have."""
+"""Defaults of the dimensions that only some methods have."""
 RATES = {
     "model_tuning": "[0.00001, 0.001]",
     "adapter": "[0.0001, 0.01]",
-}  # to start from; lora's are adapter's
+}  # suggested ranges; lora and qlora take the one of adapter
 
 
 class JobSpec(Section):
-    """One tuning job: base model, data, method, search space, budget, registered model."""
+    """A tuning job: base model, data, method, search space, budget, registered model."""
 
     name: Name
-    """Name of the search, and of the registered model unless registry.model says otherwise."""
+    """Name of the search, and of the registered model unless registry.model is set."""
     base_model: BaseModelSpec
     """The frozen language model."""
     data: DataSpec
-    """Rows, and how a row becomes input text and target."""
+    """The rows, and how a row becomes input text and target."""
     method: MethodName = "prompt_tuning"
-    """What is tuned: virtual tokens, keys and values of every layer, or virtual tokens through a small network. Or a
-    baseline: a written prompt (prompt_design), all weights (model_tuning), low-rank changes of them (lora; qlora where
-    base_model.quantization rounds them), or layers in between (adapter)."""
+    """The tuning method. It tunes virtual tokens (prompt_tuning), keys and values of every layer
+    (prefix_tuning), or virtual tokens that a small network generates (p_tuning). The other methods
+    are baselines: a written prompt (prompt_design), all weights (model_tuning), low-rank changes of
+    the weights (lora; qlora where base_model.quantization rounds them), or added layers
+    (adapter)."""
     reparameterization: ReparameterizationSpec | None = None
-    """The small network that makes the prompt; by default mlp for prefix_tuning and lstm for p_tuning."""
+    """The small network that generates the prompt; by default mlp for prefix_tuning and lstm for
+    p_tuning."""
     search: SearchSpec = SearchSpec()
-    """Which trials to run, how to rank and when to stop them."""
+    """Trials to run, how to rank them and when to stop them."""
     train: TrainSpec = TrainSpec()
-    """How one trial is trained."""
+    """Settings for the training of one trial."""
     generation: GenerationSpec = GenerationSpec()
-    """How texts are generated for bleu, rouge_l and f1."""
+    """Generation of texts for bleu, rouge_l and f1."""
     resources: ResourcesSpec = ResourcesSpec()
-    """What the workers take of the cluster."""
+    """Resources that the workers take from this machine or the cluster."""
     registry: RegistrySpec = RegistrySpec()
-    """What becomes of the best soft prompts."""
+    """Registration of the best soft prompts."""
 
     @property
     def model_name(self) -> str:
@@ -760,31 +837,31 @@ class JobSpec(Section):
 
     @property
     def reparameterization_type(self) -> Reparameterization:
-        """none, mlp or lstm."""
+        """The kind of network that generates the prompt: none, mlp or lstm."""
         if self.reparameterization:
             return self.reparameterization.type
         return REPARAMETERIZATIONS.get(self.method, ("none",))[0]
 
     @property
     def is_baseline(self) -> bool:
-        """Whether the method learns something else than a soft prompt."""
+        """Whether the method learns something other than a soft prompt."""
         return self.method in BASELINES
 
     @property
     def result_name(self) -> str:
-        """What tables call the best trial."""
+        """The name of the best trial in tables."""
         return self.method.replace("_", " ") if self.is_baseline else "tuned prompt"
 
     @model_validator(mode="before")
     @classmethod
     def _space_of_baseline(cls, given: Any) -> Any:
-        """A baseline's space has its own dimensions, with their defaults, and not those of prompts."""
+        """Give a baseline's space the defaults of its own dimensions, and drop those of prompts."""
         if not isinstance(given, Mapping) or given.get("method") not in BASELINES:
             return given
         search = _plain(given.get("search"))
         space = None if search is None else _plain(search.get("space"))
         if search is None or space is None:
-            return given  # what is wrong with it is said later
+            return given  # not a mapping: the regular validation reports it
         own = SPACES[given["method"]]
         none = {name: None for name in SpaceSpec.model_fields if name not in own}
         defaults = {name: value for name, value in SPACE_DEFAULTS.items() if name in own}
@@ -792,12 +869,15 @@ class JobSpec(Section):
         return {**given, "search": {**search, "space": made}}
 
     def _space_conflicts(self) -> Iterator[Conflict]:
-        """Dimensions of other methods, and those that this one needs."""
+        """Yield conflicts for dimensions of other methods and for missing ones of this method."""
         own, space = SPACES[self.method], self.search.space
         given = {name for name in space.model_fields_set if getattr(space, name) is not None}
         for name in SpaceSpec.model_fields:
             if name in given and name not in own:
-                text = f"method {self.method} has no {name}; leave it out, its space has {', '.join(own)}"
+                text = (
+                    f"method {self.method} has no {name}; leave it out, its space has "
+                    f"{', '.join(own)}"
+                )
                 yield Conflict(f"search.space.{name}", text, ("method",))
             elif (
                 name in own
@@ -813,7 +893,10 @@ class JobSpec(Section):
             and "learning_rate" in own
             and "learning_rate" not in space.model_fields_set
         ):
-            text = f"method {self.method} has no default, since soft prompts' rates are far too large for it"
+            text = (
+                f"method {self.method} has no default, since soft prompts' rates are far too "
+                "large for it"
+            )
             hint = f"write for instance {{loguniform: {RATES.get(self.method, RATES['adapter'])}}}"
             yield Conflict("search.space.learning_rate", f"{text}; {hint}", ("method",))
 
@@ -834,17 +917,29 @@ class JobSpec(Section):
                     ("method",),
                 )
         if self.search.scheduler == "pbt":
-            text = f"pbt compares trials side by side, and method {method} trains one at a time; use asha, median or"
+            text = (
+                f"pbt compares trials side by side, and method {method} trains one at a time; "
+                "use asha, median or"
+            )
             yield Conflict("search.scheduler", f"{text} fifo", ("method",))
         if resources.trials_per_worker not in ("auto", 1):
-            text = f"{resources.trials_per_worker} trials can't share a model that method {method} changes; leave it out"
+            text = (
+                f"{resources.trials_per_worker} trials can't share a model that method "
+                f"{method} changes; leave it out"
+            )
             yield Conflict("resources.trials_per_worker", f"{text} or set 1", ("method",))
         if resources.workers_per_group > 1:
-            text = f"method {method} trains on one worker at a time; set 1, and raise resources.workers"
+            text = (
+                f"method {method} trains on one worker at a time; set 1, and raise "
+                "resources.workers"
+            )
             yield Conflict("resources.workers_per_group", text, ("method",))
         if registry.model is not None or registry.alias != RegistrySpec().alias:
             key = "model" if registry.model is not None else "alias"
-            text = f"method {method} makes no prompt to register or serve: its result is kept with its run; leave it out"
+            text = (
+                f"method {method} makes no prompt to register or serve: its result is kept "
+                "with its run; leave it out"
+            )
             yield Conflict(f"registry.{key}", text, ("method",))
         if method == "prompt_design" and self.train != TrainSpec():
             yield Conflict("train", "prompt_design trains nothing; leave train out", ("method",))
@@ -853,17 +948,26 @@ class JobSpec(Section):
     def _quantization_conflicts(self) -> Iterator[Conflict]:
         rounded, keys = self.base_model.quantization, ("method",)
         if self.method == "qlora" and rounded == "none":
-            text = "qlora is lora over rounded weights; set int4 (as its paper) or int8, or use method lora"
+            text = (
+                "qlora is lora over rounded weights; set int4 (as its paper) or int8, or use "
+                "method lora"
+            )
             yield Conflict("base_model.quantization", text, keys)
         if self.method == "lora" and rounded != "none":
-            text = f"lora over weights rounded to {rounded} is method qlora; say so, or leave quantization out"
+            text = (
+                f"lora over weights rounded to {rounded} is method qlora; say so, or leave "
+                "quantization out"
+            )
             yield Conflict("base_model.quantization", text, keys)
         if self.method in ("model_tuning", "adapter") and rounded != "none":
-            text = f"method {self.method} does not go with rounded weights; leave it out, or use method qlora"
+            text = (
+                f"method {self.method} does not go with rounded weights; leave it out, or use "
+                "method qlora"
+            )
             yield Conflict("base_model.quantization", text, keys)
 
     def _answer_conflicts(self) -> Iterator[Conflict]:
-        """Wordings of prompt_design that write the answer into the input."""
+        """Yield conflicts for wordings of prompt_design that write the answer into the input."""
         wordings = self.search.space.template or []
         for template in [wordings] if isinstance(wordings, str) else wordings:
             for column, key in self.data.columns_with_answer(template).items():
@@ -878,10 +982,16 @@ class JobSpec(Section):
             yield from self._baseline_conflicts()
         allowed = REPARAMETERIZATIONS.get(self.method, ("none",))
         if self.reparameterization_type not in allowed:
-            text = f"{self.reparameterization_type} does not go with method {self.method}; use {' or '.join(allowed)}"
+            text = (
+                f"{self.reparameterization_type} does not go with method {self.method}; use "
+                f"{' or '.join(allowed)}"
+            )
             yield Conflict("reparameterization.type", text, ("method",))
         if self.method == "prefix_tuning" and VIRTUAL in template_fields(self.data.template):
-            text = "{*} places virtual tokens, and a prefix has none; drop it, or use prompt_tuning or p_tuning"
+            text = (
+                "{*} places virtual tokens, and a prefix has none; drop it, or use "
+                "prompt_tuning or p_tuning"
+            )
             yield Conflict("data.template", text, ("method",))
 
     @property
@@ -895,12 +1005,12 @@ class JobSpec(Section):
 
     @property
     def generates(self) -> bool:
-        """Whether evaluations generate texts, because the metric compares them."""
+        """Whether evaluations generate texts because the metric compares them."""
         return self.search.metric in TEXT_METRICS
 
     @property
     def max_generated_tokens(self) -> int:
-        """Most tokens of a generated text, end token included."""
+        """Maximum length of a generated text, end token included."""
         return self.generation.max_tokens or self.data.max_target_tokens
 
     def _conflicts(self) -> Iterator[Conflict]:
@@ -921,7 +1031,10 @@ class JobSpec(Section):
                 "resources.sharding", f"{text} {self.base_model.quantization}; {hint}", keys
             )
         if self.train.evaluate_every > self.train.steps:
-            text = f"{self.train.evaluate_every} is more than train.steps {self.train.steps}: no trial would be evaluated"
+            text = (
+                f"{self.train.evaluate_every} is more than train.steps {self.train.steps}: no "
+                "trial would be evaluated"
+            )
             yield Conflict(
                 "train.evaluate_every", f"{text}; evaluate at least once", ("train.steps",)
             )
@@ -935,7 +1048,10 @@ class JobSpec(Section):
     def _population_conflicts(self) -> Iterator[Conflict]:
         every, steps = self.train.evaluate_every, self.train.steps
         if self.perturbation_steps % every:
-            text = f"{self.perturbation_steps} is no multiple of train.evaluate_every {every}: trials are compared by"
+            text = (
+                f"{self.perturbation_steps} is no multiple of train.evaluate_every {every}: "
+                "trials are compared by"
+            )
             yield Conflict(
                 "search.perturbation_steps",
                 f"{text} their evaluations; choose a multiple",
@@ -944,7 +1060,10 @@ class JobSpec(Section):
         if self.perturbation_steps >= steps:
             given = self.search.perturbation_steps is not None
             keys = ("search.perturbation_steps" if given else "train.evaluate_every", "train.steps")
-            text = f"{self.perturbation_steps} is not below train.steps {steps}: pbt would never compare trials"
+            text = (
+                f"{self.perturbation_steps} is not below train.steps {steps}: pbt would never "
+                "compare trials"
+            )
             yield Conflict(
                 keys[0], f"{text} before their end; lower it", (*keys[1:], "search.scheduler")
             )
@@ -956,7 +1075,7 @@ class JobSpec(Section):
 
     def _needs_a_verbalizer(self) -> Iterator[Conflict]:
         if self.search.metric == "accuracy":
-            # Point at what the user wrote: a metric that is only the default has no line of its own.
+            # Point at what the user wrote: a metric that is only the default has no line.
             chosen = "metric" in self.search.model_fields_set
             keys = (
                 ("search.metric", "data.verbalizer")
@@ -973,16 +1092,25 @@ class JobSpec(Section):
 
     def _needs_no_verbalizer(self) -> Iterator[Conflict]:
         if self.generates:
-            text = f"{self.search.metric} compares generated texts, and data.verbalizer makes the target a label"
+            text = (
+                f"{self.search.metric} compares generated texts, and data.verbalizer makes the "
+                "target a label"
+            )
             hint = "remove data.verbalizer, or set search.metric to accuracy"
             yield Conflict("search.metric", f"{text}; {hint}", ("data.verbalizer",))
         if self.data.references is not None:
-            text = "data.references are texts, and data.verbalizer makes the target a label; remove one of them"
+            text = (
+                "data.references are texts, and data.verbalizer makes the target a label; "
+                "remove one of them"
+            )
             yield Conflict("data.references", text, ("data.verbalizer",))
 
 
 def _plain(section: Any) -> dict[str, Any] | None:
-    """A section as it was written, nothing for one that was left out; None for what is no section."""
+    """Return a section as it was written.
+
+    The result is empty for a section that was left out, and None for a value that is no section.
+    """
     if section is None:
         return {}
     if isinstance(section, Section):
@@ -991,9 +1119,10 @@ def _plain(section: Any) -> dict[str, Any] | None:
 
 
 def job_schema() -> dict[str, Any]:
-    """JSON schema of the job spec, for editors: allowed keys, types, choices, defaults, descriptions.
+    """Return the JSON schema of the job spec, for editors.
 
-    It can't say what holds across keys, nor that a range is ordered; ``job_file.load_job`` checks those too.
+    It lists allowed keys, types, choices, defaults and descriptions. It can't express rules across
+    keys, nor that a range is ordered; ``orchestrator.job.yaml.load_job`` checks those too.
     """
     schema = JobSpec.model_json_schema(mode="validation")
     return {

@@ -1,1 +1,1 @@
-"""Helpers that know nothing of the rest of the project."""
+"""Helpers that do not depend on the rest of the project."""

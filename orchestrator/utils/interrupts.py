@@ -1,8 +1,8 @@
-"""Ctrl-C and SIGTERM as one interrupt: it ends a command once, and never cuts short what tidies up after it.
+"""Handle Ctrl-C and SIGTERM as one interrupt that ends a command once and lets it clean up.
 
-People press Ctrl-C again when nothing seems to happen, and `timeout`, schedulers and service managers send SIGTERM more
-than once. The command is told of the first signal alone, and of that one not before a block under ``undisturbed`` is
-over.
+People press Ctrl-C again when nothing seems to happen, and ``timeout``, schedulers and service
+managers send SIGTERM more than once. Only the first signal interrupts the command, and not before a
+block under ``undisturbed`` is over.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ _current: list[Interrupts] = []
 
 
 class Interrupts:
-    """Around a command: the first SIGINT or SIGTERM raises KeyboardInterrupt in it, later ones do nothing.
+    """A context that raises KeyboardInterrupt once, on the first SIGINT or SIGTERM.
 
-    ``received`` is the first signal's number. It is no exception of our own, because Ray waits in C++ and hands on a
-    plain KeyboardInterrupt whatever was raised.
+    Later signals are ignored. ``received`` is the number of the first signal. The exception is not
+    a class of our own, because Ray waits in C++ and passes on a plain KeyboardInterrupt whatever
+    was raised.
     """
 
     def __init__(self) -> None:
@@ -36,9 +37,11 @@ class Interrupts:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():  # no other may set signals
+        if (
+            threading.current_thread() is threading.main_thread()
+        ):  # only this thread may set handlers
             self._take(signal.SIGTERM)
-            if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as of a job in the background
+            if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # ignored in background jobs
                 self._take(signal.SIGINT)
             _current.append(self)
         return self
@@ -55,15 +58,15 @@ class Interrupts:
             _current.remove(self)
 
     def over(self) -> None:
-        """Ignore signals from now on: the command has ended by itself and says how."""
+        """Ignore signals from now on: the command has ended by itself and reports how."""
         self._over = True
 
     def hold(self) -> None:
-        """Keep the interrupt back until as many calls of ``release``."""
+        """Hold back the interrupt until ``release`` was called as often as ``hold``."""
         self._held += 1
 
     def release(self) -> None:
-        """Raise the interrupt that was kept back, unless an error is on its way already."""
+        """Raise the interrupt that was held back, unless an error is already propagating."""
         self._held -= 1
         if self._due and not self._held and not self._over and sys.exc_info()[0] is None:
             self._due = False
@@ -84,7 +87,10 @@ class Interrupts:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Finish the block before an interrupt is raised; an error of the block or around it goes first."""
+    """Delay an interrupt until the block has finished.
+
+    An error of the block, or one that is being handled around it, takes precedence.
+    """
     if not _current or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -98,7 +104,10 @@ def undisturbed() -> Iterator[None]:
 
 @contextmanager
 def whole(make: Callable[[], AbstractContextManager[Value]]) -> Iterator[Value]:
-    """Make, enter and leave a context without an interrupt halfway: one that comes then is raised afterwards."""
+    """Make, enter and leave a context without being interrupted halfway.
+
+    An interrupt that arrives meanwhile is raised afterwards.
+    """
     entered = ExitStack()
 
     def leave(*error: Any) -> bool | None:
@@ -113,19 +122,19 @@ def whole(make: Callable[[], AbstractContextManager[Value]]) -> Iterator[Value]:
 
 
 def nothing_to_interrupt() -> None:
-    """Let the command end as it is about to: its result is there, what is left takes a moment."""
+    """Let the command end without interrupts: its result is there and the rest takes a moment."""
     if _current:
         _current[-1].over()
 
 
 def ignore_interrupts() -> None:
-    """Let no further signal change the exit code: all is said, and the process ends."""
+    """Ignore further signals, so that they do not change the exit code of the ending process."""
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
 
 
 def ignore_interrupts_at_exit() -> None:
-    """Do so once Python ends."""
+    """Register ``ignore_interrupts`` to run when Python exits."""
     atexit.unregister(ignore_interrupts)
     atexit.register(ignore_interrupts)

@@ -1,4 +1,4 @@
-"""Addresses of stores that searches may be kept in, s3://BUCKET/FOLDER for instance."""
+"""Addresses of object stores that can hold searches, such as s3://BUCKET/FOLDER."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ SCHEMES = ("s3", "gs", "abfs", "file")
 
 
 def is_address(home: str) -> bool:
-    """Whether it is a store's address, and not a folder."""
+    """Tell whether ``home`` is the address of a store rather than a folder."""
     return "://" in home
 
 
 def check_address(url: str, given_as: str) -> None:
-    """BadInput for a store of an unknown kind, and for a key in the address; ``given_as`` is where it stood."""
+    """Check the address of a store; ``given_as`` names the setting that holds it.
+
+    Raises BadInput for an unknown kind of store, for a missing bucket, and for a key in the
+    address.
+    """
     parts = urlsplit(url)
     if holds_login(url):
         raise BadInput(

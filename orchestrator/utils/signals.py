@@ -1,4 +1,4 @@
-"""SIGTERM beside libraries that take it over: whoever handled it before does so again."""
+"""Keep our SIGTERM handlers when libraries replace them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def sigterm_kept() -> Iterator[None]:
-    """Around a library that takes SIGTERM over as it starts: whoever handled it before does so again.
+    """Restore the handler of SIGTERM after a library replaced it while starting.
 
-    Ray's handler ends the process with SystemExit; a signal that comes while it stands goes to the former handler too.
+    Ray's handler ends the process with SystemExit. A signal that arrives while Ray's handler is
+    installed is also passed to the former handler.
     """
     before = signal.getsignal(signal.SIGTERM)
     if not callable(before) or threading.current_thread() is not threading.main_thread():
@@ -29,7 +30,7 @@ def sigterm_kept() -> Iterator[None]:
 
 
 def sigterm_again() -> None:
-    """Let Python's handler of SIGTERM have it again, where a library took the signal from it behind its back."""
+    """Reinstall Python's SIGTERM handler after a library replaced it at the system level."""
     handler = signal.getsignal(signal.SIGTERM)
     if callable(handler) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)
@@ -37,8 +38,11 @@ def sigterm_again() -> None:
 
 @contextmanager
 def sigterm_kept_by_system() -> Iterator[None]:
-    """As ``sigterm_kept``, in a thread that Python lets handle no signals: what the system did on the signal before, it
-    does afterwards. Ray's C++ would print a stack and end the process."""
+    """Restore the system's action for SIGTERM, like ``sigterm_kept`` but in any thread.
+
+    Python lets only the main thread set handlers, so this uses the C API. Ray's C++ handler would
+    print a stack trace and end the process.
+    """
     get, put = ctypes.pythonapi.PyOS_getsig, ctypes.pythonapi.PyOS_setsig
     get.argtypes, get.restype = [ctypes.c_int], ctypes.c_void_p
     put.argtypes, put.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p

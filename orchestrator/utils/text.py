@@ -1,4 +1,4 @@
-"""Texts for people: secrets in addresses are hidden."""
+"""Hide secrets in texts for people, such as passwords in addresses."""
 
 from __future__ import annotations
 
@@ -7,34 +7,35 @@ from urllib.parse import unquote_plus
 
 HIDDEN = "***"
 
-# scheme://user:password@. A database's password may hold any character but @ (SQLAlchemy reads it so).
+# scheme://user:password@. As in SQLAlchemy, a database's password may hold any character but @.
 DATABASE_LOGIN = re.compile(
     r"((?:postgres|postgresql|mysql|mariadb|mssql|oracle)(?:\+\w+)?://)[^:/@\s]*:[^@\s]*@",
     re.IGNORECASE,
 )
-# The same elsewhere, with a / in the password; what looks like a port is one.
+# The same for other schemes, with a / in the password; digits after the colon count as a port.
 SLASHED_LOGIN = re.compile(r"(://)[^/?#\s:@\[]*:(?!\d+(?:[/?#\s]|$))[^\s@]*@")
 LOGIN = re.compile(r"(://)[^/?#\s]*@")
 
 PARAMETER = re.compile(r"([?&;#])([^=&?#;\s/]+)=([^&\s]*)")
-# password=... without an address around it, as in a driver's own connection string
+# password=... without an address around it, as in the connection string of a database driver.
 PASSWORD = re.compile(r"(\b(?:ssl)?(?:password|passwd|pwd)=)[^&;\s'\"]+", re.IGNORECASE)
 NAME_IN_VALUE = re.compile(r"([\w.-]+)\s*=")
 
 SECRET_NAME = re.compile(
-    r"(?:password|passwd|passphrase|passcode|pwd|token|secret|credentials?|signature|apikey|accesskey|accesskeyid)$"
+    r"(?:password|passwd|passphrase|passcode|pwd|token|secret|credentials?|signature"
+    r"|apikey|accesskey|accesskeyid)$"
     r"|(?:^|[_.-])(?:pass|key|key_id|sig)$",
     re.IGNORECASE,
 )
-KEY_FILE = re.compile(r"^ssl[_-]?key$", re.IGNORECASE)  # the path of a file, and not its content
+KEY_FILE = re.compile(r"^ssl[_-]?key$", re.IGNORECASE)  # the path of a key file, not a key
 USER_NAME = re.compile(r"^(?:user|username|uid|user_?id|login)$", re.IGNORECASE)
 
 
 def mask_secrets(text: str) -> str:
     """Hide logins and secret query parameters in the addresses of a text.
 
-    Both ``scheme://user:password@host`` and ``scheme://host?password=...`` are found, as are tokens and keys. Masking
-    a masked text again changes nothing.
+    This covers ``scheme://user:password@host``, ``scheme://host?password=...``, and also tokens and
+    keys. Masking a masked text again changes nothing.
     """
     text = DATABASE_LOGIN.sub(rf"\1{HIDDEN}@", text)
     text = SLASHED_LOGIN.sub(rf"\1{HIDDEN}@", text)
@@ -44,7 +45,7 @@ def mask_secrets(text: str) -> str:
 
 
 def holds_login(url: str) -> bool:
-    """Tell whether an address holds a user's name, a password, a token or a key, wherever it stands."""
+    """Tell whether an address holds a user name, a password, a token or a key anywhere."""
     if mask_secrets(url) != url or LOGIN.search(url):
         return True
     return any(
@@ -64,7 +65,7 @@ def _is_secret(name: str) -> bool:
 
 
 def _holds_secret(value: str) -> bool:
-    """Look into a value that is a connection string or an address of its own."""
+    """Tell whether a value, as a connection string or an address of its own, holds a secret."""
     return bool(LOGIN.search(value)) or any(map(_is_secret, NAME_IN_VALUE.findall(value)))
 
 

@@ -1,7 +1,9 @@
-"""Read a job spec from YAML and report every problem at once, each with its place.
+"""Read a job spec from YAML and report every problem at once, each with its location.
 
-``yaml_text`` and ``tree`` turn the text into values that remember where they stand, ``overrides`` lays ``--set`` over
-them, ``explain`` compares them with the models of ``spec``, and ``words`` says what it found.
+``scalars`` and ``tree`` turn the text into values that remember where they stand. ``overrides``
+applies ``--set`` to them, ``explain`` compares them with the models of ``spec``, and ``wording``
+puts keys, values and what is allowed into words. ``places`` locates problems that are found after
+reading.
 """
 
 from __future__ import annotations

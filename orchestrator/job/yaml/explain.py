@@ -1,4 +1,7 @@
-"""What keeps a tree from being a JobSpec: a problem for each value at fault, then those across good values."""
+"""Explain why a tree is not a JobSpec.
+
+There is a problem for each bad value, and after them the conflicts between good values.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,12 @@ from orchestrator.job.yaml.tree import Node
 from orchestrator.job.yaml.wording import below, describe, nearest, show
 
 BAD = object()
-EXACT = ConfigDict(
-    strict=True, allow_inf_nan=False
-)  # as Section has it; a part of a section is checked on its own
+# The same as in Section, because a value of a section is also checked on its own.
+EXACT = ConfigDict(strict=True, allow_inf_nan=False)
 
 
 def explain(root: Node) -> list[Problem]:
-    """All that is wrong with the values; nothing on those that could not be read."""
+    """Return all problems of the values, except of values that could not be read."""
     explanation = _Explanation([problem.where for problem in root.found()])
     explanation.section(JobSpec, root)
     return explanation.problems
@@ -37,7 +39,7 @@ class _Explanation:
         self.unknown = unknown
 
     def section(self, section: type[Section], node: Node) -> Section:
-        """Check each key of a section; returns an instance that holds the good values only."""
+        """Check each key of a section; return an instance that holds only the good values."""
         if not isinstance(node.value, dict):
             if not node.problems:
                 self._refuse(section, node)
@@ -52,7 +54,7 @@ class _Explanation:
             if name in node.value:
                 good[name] = self.value(kind, node.value[name])
             elif field.is_required():
-                # A key that is there under a wrong name is one mistake, not two.
+                # A misspelled key was already reported; do not report it as missing too.
                 if where not in self.unknown:
                     self._note(
                         node,
@@ -60,14 +62,17 @@ class _Explanation:
                         field.description or "",
                         where,
                     )
-                # The checks across keys look into a section even when it is missing.
+                # The checks across keys read a section's values even when it is missing.
                 good[name] = kind.model_construct() if _is_section(kind) else BAD
         built = _built(section, good)
         self._check_across(built, node)
         return built
 
     def value(self, kind: Any, node: Node) -> Any:
-        """The value as a ``kind``; BAD when it is none, with a problem at the innermost value that is to blame."""
+        """Return the value as a ``kind``, or BAD after noting a problem.
+
+        The problem is noted at the innermost value that is to blame.
+        """
         if _is_section(kind):
             return self.section(kind, node)
         if any(node.found()):
@@ -87,7 +92,10 @@ class _Explanation:
             return BAD
 
     def _explain_parts(self, kind: Any, node: Node) -> None:
-        """What is wrong inside a list or a mapping, by the branch of ``kind`` that the value was meant for."""
+        """Note what is wrong inside a list or a mapping.
+
+        The value is compared with the branch of ``kind`` that it was meant for.
+        """
         value, branches = node.value, list(_branches(kind))
         for branch in branches:
             arguments = get_args(branch)
@@ -110,29 +118,26 @@ class _Explanation:
             self.section(section, node)
 
     def _explain_items(self, kind: Any, items: Iterable[Node]) -> None:
-        adapter = _adapter(kind)  # one for all of them: a verbalizer may hold thousands of labels
+        adapter = _adapter(kind)  # shared by all items: a verbalizer may hold thousands of labels
         for item in items:
             if not _accepts(adapter, item.plain()):
                 self.value(kind, item)
 
     def _check_across(self, section: Section, node: Node) -> None:
-        """Conflicts between values that are each good; what depends on an unknown value is not judged."""
+        """Note conflicts between good values; skip checks that depend on an unknown value."""
         prefix = f"{node.where}." if node.where else ""
-        unknown = tuple(self.unknown)  # as it is now: one conflict does not hide the next
-        for (
-            where,
-            message,
-            reads,
-        ) in section._conflicts():  # the validator around it wants a section that is whole
+        unknown = tuple(self.unknown)  # a copy, so that one conflict does not hide the next
+        # The section's own validator would require a complete section.
+        for where, message, reads in section._conflicts():
             if any(_overlap(prefix + key, bad) for key in (where, *reads) for bad in unknown):
                 continue
             places = {key: node.reach(key) for key in (where, *reads)}
-            # A key that is only a default has no place of its own: point at one that was written.
+            # A default has no line of its own: point at a key that was written.
             written = [place for key, place in places.items() if place.where == prefix + key]
             self._note((written or [places[where]])[0], message, where=prefix + where)
 
     def _refuse_key(self, section: type[Section], name: Any, node: Node) -> None:
-        # A key that another section has by that very name was meant there, however near one of this section is.
+        # A key with exactly this name in another section is a better guess than a similar key here.
         elsewhere = [key for key in _known_keys(JobSpec) if f".{key}".endswith(f".{name}")]
         free = [field for field in section.model_fields if field not in node.value]
         near = (
@@ -149,7 +154,7 @@ class _Explanation:
         )
 
     def _refuse(self, kind: Any, node: Node, own: str = "") -> None:
-        """Note that ``node`` is no ``kind``; ``own`` is what the value's own check said of it."""
+        """Note that ``node`` is no ``kind``; ``own`` is the message of the value's own check."""
         value = node.plain()
         self._note(
             node,
@@ -165,8 +170,8 @@ class _Explanation:
 def _built(section: type[Section], good: dict[str, Any]) -> Section:
     """Make an instance of the good values.
 
-    A bad value is left to its default. Where there is none, the empty text takes its place: checks across
-    keys read it, and what they find there is not reported.
+    A bad value is replaced by its default. Where there is no default, the empty text takes its
+    place: checks across keys read it, and what they find there is not reported.
     """
     values = {name: value for name, value in good.items() if value is not BAD}
     for name in good.keys() - values.keys():
@@ -192,7 +197,7 @@ def _accepts(adapter: TypeAdapter[Any], value: Any) -> bool:
 
 
 def _branches(kind: Any) -> Iterator[Any]:
-    """The alternatives of a union, the one of anything else, without annotations."""
+    """Yield the alternatives of a union, or anything else itself, without annotations."""
     if get_origin(kind) is Annotated:
         yield from _branches(get_args(kind)[0])
     elif get_origin(kind) in (Union, types.UnionType):
@@ -203,7 +208,7 @@ def _branches(kind: Any) -> Iterator[Any]:
 
 
 def _meant_section(branches: Iterable[Any], value: dict[Any, Node]) -> type[Section] | None:
-    """The section that shares a key with the value, or nearly does."""
+    """Return the section that has a key of the value, or a similar key."""
     owners = {
         name: branch for branch in branches if _is_section(branch) for name in branch.model_fields
     }
@@ -218,7 +223,7 @@ def _known_keys(section: type[Section], where: str = "") -> Iterator[str]:
 
 
 def _overlap(one: str, other: str) -> bool:
-    """Whether the keys are the same, or one is inside the other."""
+    """Tell whether two keys are the same, or one is inside the other."""
     first, second = (f"{key.replace('[', '.')}." for key in (one, other))
     return first.startswith(second) or second.startswith(first)
 
@@ -230,7 +235,7 @@ def _allowed(kind: Any) -> str:
 
 
 def _hint(kind: Any, value: Any) -> str:
-    """The nearest choice, or the quotes that are missing or too many."""
+    """Suggest the nearest choice, or the quotes to add or remove."""
     if _is_section(kind):
         return "leave the key out to take the defaults" if value is None else ""
     adapter = _adapter(kind)

@@ -1,4 +1,4 @@
-"""From a path and overrides to a JobSpec, or to all problems at once."""
+"""Load a JobSpec from a path and overrides, or report all problems at once."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from orchestrator.job.yaml.scalars import Unreadable, compose
 from orchestrator.job.yaml.tree import Node, grow
 from orchestrator.job.yaml.wording import nearest, printable
 
-MAX_BYTES = 2**20  # a job spec is a page of text; more is some other file
+MAX_BYTES = 2**20  # a job spec is a page of text; a larger file is something else
 
 
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobSpec:
-    """The job spec in the YAML file ``path``, with ``overrides`` of the form ``a.b.c=VALUE`` laid over it in order.
+    """Load the job spec in the YAML file ``path``, with ``overrides`` applied in order.
 
-    VALUE is YAML on one line: a scalar, ``[a, b]`` or ``{a: b}``. Parts of the key are separated by dots; a part with
-    dots of its own, or a number that is meant as text, stands in double quotes: ``data.rename."a.b"=text``. Mappings on
-    the way are made, in place of a scalar too; a list is only set as a whole.
+    An override has the form ``a.b.c=VALUE``. VALUE is YAML on one line: a scalar, ``[a, b]`` or
+    ``{a: b}``. Dots separate the parts of the key. A part that contains dots, or a number that is
+    meant as text, stands in double quotes: ``data.rename."a.b"=text``. Missing mappings on the way
+    are created, and replace a scalar that stands there. A list can only be set as a whole.
 
     Raises SpecError with all problems of the file and of the overrides.
     """
@@ -45,9 +46,8 @@ def load_with_places(path: str | Path, overrides: Sequence[str] = ()) -> tuple[J
     if not problems:
         try:
             return JobSpec.model_validate(root.plain()), Places(root)
-        except (
-            ValidationError
-        ) as error:  # a check that explain does not know of; better said badly than not at all
+        except ValidationError as error:
+            # A check that explain does not know: report pydantic's own message.
             problems = [Problem(file, None, "", str(error))]
     raise SpecError(Places(root).in_order(problems))
 

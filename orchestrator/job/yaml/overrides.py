@@ -1,4 +1,4 @@
-"""``--set a.b.c=VALUE``: one value laid over the tree of a file."""
+"""Overrides of the form ``--set a.b.c=VALUE``, applied to the tree of a file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OVERRIDE = re.compile(rf"({PART}(?:\.{PART})*)=(.*)", re.DOTALL)
 
 
 def lay_over(root: Node, override: str) -> None:
-    """Put the value of ``override`` in its place below ``root``; what is wrong with it is noted there."""
+    """Set the value of ``override`` in the tree ``root``, and note problems with it there."""
     source = printable(f"--set {override}")
     match = OVERRIDE.fullmatch(override)
     if not match:
@@ -25,7 +25,7 @@ def lay_over(root: Node, override: str) -> None:
         hint = "write --set key=value, for instance train.steps=100"
         root.problems.append(Problem(source, None, "", message, hint))
         return
-    # Read as YAML reads keys: verbalizer.0 is a number, verbalizer."0" text.
+    # Parts are read as YAML reads keys: verbalizer.0 is a number, verbalizer."0" is text.
     *way, last = [
         part[1:-1] if part[0] == '"' else unquoted(part) for part in re.findall(PART, match[1])
     ]
@@ -43,7 +43,7 @@ def lay_over(root: Node, override: str) -> None:
 
 
 def _node(match: re.Match[str], empty: Node) -> Node:
-    """The value of an override, in place of ``empty``."""
+    """Return the node for the value of an override; ``empty`` gives its location."""
     key, text = match.groups()
     try:
         node = compose(text)

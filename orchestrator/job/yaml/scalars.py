@@ -1,6 +1,7 @@
-"""YAML text to PyYAML's nodes, with scalars as YAML 1.2's core schema has them.
+"""Parse YAML text to PyYAML's nodes, with scalars as in YAML 1.2's core schema.
 
-So ``no`` is text and ``1e-3`` a number; hexadecimal, octal and numbers with leading zeros stay text.
+``no`` is text and ``1e-3`` is a number. Hexadecimal, octal and numbers with leading zeros stay
+text.
 """
 
 from __future__ import annotations
@@ -13,19 +14,23 @@ import yaml
 from yaml.reader import ReaderError
 
 TOO_DEEP = "is nested too deeply for a job spec"
-PLAIN = "plain"  # stands for the tag of a scalar without quotes and without a tag of its own
+PLAIN = "plain"  # our tag for a scalar that has neither quotes nor a tag
 TEXT = "tag:yaml.org,2002:str"
 SCALARS: list[tuple[str, Callable[[str], Any]]] = [
     (r"null|Null|NULL|~|", lambda text: None),
     (r"true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
-    (r"[-+]?(?:0|[1-9][0-9]{0,999})", int),  # Python refuses to read numbers of thousands of digits
+    # The length is limited because Python refuses to convert thousands of digits.
+    (r"[-+]?(?:0|[1-9][0-9]{0,999})", int),
     (r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+", float),
     (r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", lambda text: float(text.replace(".", ""))),
 ]
 
 
 class Unreadable(Exception):
-    """Text that no job spec can hold; the message goes on from its name, as in "is not valid YAML"."""
+    """Text that no job spec can hold.
+
+    The message continues a sentence that starts with the text's name, as in "is not valid YAML".
+    """
 
     def __init__(self, message: str, line: int | None = None, hint: str = "") -> None:
         super().__init__(message)
@@ -34,16 +39,16 @@ class Unreadable(Exception):
 
 
 class _Loader(yaml.BaseLoader):
-    """Makes nodes only, never objects."""
+    """A loader that makes nodes only, never objects."""
 
     def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> str:
-        """The tag of a node that has none."""
+        """Return the tag of a node that has none."""
         plain = kind is yaml.ScalarNode and implicit[0]
         return PLAIN if plain else super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
 
 
 def compose(text: str) -> yaml.Node | None:
-    """The only document in ``text``; None when there is none. Raises Unreadable."""
+    """Return the only document in ``text``, or None when there is none. Raises Unreadable."""
     try:
         node: yaml.Node | None = yaml.compose(text, Loader=_Loader)
         return node
@@ -61,34 +66,34 @@ def compose(text: str) -> yaml.Node | None:
         ) from None
     except RecursionError:
         raise Unreadable(TOO_DEEP) from None
-    except (ValueError, OverflowError) as error:  # PyYAML's own, from "\UFFFFFFFF" and the like
+    except (ValueError, OverflowError) as error:  # PyYAML raises them for "\UFFFFFFFF" and the like
         raise Unreadable(f"is not valid YAML: {error}") from None
 
 
 def is_scalar(node: yaml.Node) -> TypeGuard[yaml.ScalarNode]:
-    """Whether ``node`` is a scalar without a tag that would make something else of it."""
+    """Tell whether ``node`` is a scalar without a tag that would change its type."""
     return isinstance(node, yaml.ScalarNode) and node.tag in (PLAIN, TEXT)
 
 
 def scalar(node: yaml.ScalarNode) -> Any:
-    """The value of a scalar."""
+    """Return the value of a scalar."""
     return unquoted(node.value) if node.tag == PLAIN else node.value
 
 
 def unquoted(text: str) -> Any:
-    """The number, truth value, nothing or text that ``text`` is without quotes."""
+    """Return the number, truth value, null or text that ``text`` stands for without quotes."""
     return next(
         (convert(text) for pattern, convert in SCALARS if re.fullmatch(pattern, text)), text
     )
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes YAML that this module reads back as it was."""
+    """A dumper whose YAML this module reads back unchanged."""
 
 
 def _text_node(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    # PyYAML takes 1e3 for text and leaves it bare, where this module reads a number; and in single
-    # quotes it loses characters such as U+0085.
+    # PyYAML takes 1e3 for text and would write it without quotes, which this module would read as a
+    # number. In single quotes PyYAML loses characters such as U+0085.
     is_bare = unquoted(text) == text and text.isprintable()
     return dumper.represent_scalar(TEXT, text, style=None if is_bare else '"')
 

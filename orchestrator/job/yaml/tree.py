@@ -1,4 +1,4 @@
-"""Values that remember where they stand and what was wrong with their text."""
+"""A tree of values that remember where they stand and what was wrong with their text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from orchestrator.errors import Problem
 from orchestrator.job.yaml.scalars import TOO_DEEP, Unreadable, is_scalar, scalar
 from orchestrator.job.yaml.wording import below, show
 
-MAX_NODES = 100_000  # aliases of aliases can stand for more values than a machine can hold
+MAX_NODES = 100_000  # aliases of aliases can expand to more values than fit into memory
 MAX_DEPTH = 50
 
 TAG = "tag:yaml.org,2002:"
@@ -21,29 +21,28 @@ Parents = tuple[yaml.Node, ...]
 
 @dataclass
 class Node:
-    """A value and its place: the line of its key, or its own in a list."""
+    """A value and its location: the line of its key or, in a list, its own line."""
 
-    file: str  # or the --set that it came from
+    file: str  # the file, or the --set option that the value came from
     line: int | None
     where: str
     value: Any = None  # dict[Any, Node], list[Node] or a scalar
-    problems: list[Problem] = field(
-        default_factory=list
-    )  # found while reading; they go when the value is replaced
+    # Found while reading; they disappear when the value is replaced.
+    problems: list[Problem] = field(default_factory=list)
 
     def note(self, message: str, hint: str = "", line: int | None = None) -> None:
         """Add a problem of this value."""
         self.problems.append(Problem(self.file, line or self.line, self.where, message, hint))
 
     def found(self) -> Iterator[Problem]:
-        """The problems of this value and of all inside it."""
+        """Yield the problems of this value and of all values inside it."""
         yield from self.problems
         if isinstance(self.value, dict | list):
             for child in self.value.values() if isinstance(self.value, dict) else self.value:
                 yield from child.found()
 
     def plain(self) -> Any:
-        """The value without places."""
+        """Return the value without locations."""
         if isinstance(self.value, dict):
             return {name: child.plain() for name, child in self.value.items()}
         return (
@@ -51,7 +50,7 @@ class Node:
         )
 
     def reach(self, dotted: str) -> Node:
-        """The node at ``dotted`` below this one, or the last one on the way there."""
+        """Return the node at ``dotted`` below this one, or the last node on the way there."""
         node = self
         for name in dotted.split("."):
             if not isinstance(node.value, dict) or name not in node.value:
@@ -61,13 +60,16 @@ class Node:
 
 
 def grow(node: yaml.Node, file: str, where: str = "", lines: bool = True) -> Node:
-    """The tree below ``node``, which stands at ``where``. Raises Unreadable when it is too large."""
+    """Build the tree below ``node``, whose key is ``where``.
+
+    Raises Unreadable when the tree is too large or too deep.
+    """
     growth = _Growth(file, lines)
     return growth.node(node, where, growth.line(node), ())
 
 
 class _Growth:
-    """One text on its way to a tree."""
+    """The conversion of one text to a tree."""
 
     def __init__(self, file: str, lines: bool) -> None:
         self.file = file
@@ -75,11 +77,11 @@ class _Growth:
         self.size = 0
 
     def line(self, source: yaml.Node) -> int | None:
-        """Where ``source`` starts, for people."""
+        """Return the 1-based line on which ``source`` starts."""
         return source.start_mark.line + 1 if self.lines else None
 
     def node(self, source: yaml.Node, where: str, line: int | None, parents: Parents) -> Node:
-        """The tree below ``source``; what can't be read has no value and a problem instead."""
+        """Build the tree below ``source``; an unreadable value becomes a node with a problem."""
         self.size += 1
         if self.size > MAX_NODES:
             raise Unreadable(f"holds more than {MAX_NODES} values, aliases counted each time")
@@ -134,12 +136,15 @@ class _Growth:
 
     def _merge(self, node: Node, source: Node, line: int | None) -> None:
         if isinstance(source.value, dict):
-            node.value = source.value | node.value  # what is written out, or merged first, wins
+            node.value = source.value | node.value  # keys written out, or merged earlier, win
             node.problems += source.problems
         else:
             node.note("<< takes an alias of another mapping, or a list of them", line=line)
 
 
 def _otherwise(spelling: Any, name: Any) -> str:
-    """Name a key's first spelling where it is another one: 1 and 1.0, or 1 and true, can't be two keys."""
+    """Name the first spelling of a repeated key where it differs.
+
+    1 and 1.0, or 1 and true, can't be two keys.
+    """
     return "" if type(spelling) is type(name) else f" as {show(spelling)}"

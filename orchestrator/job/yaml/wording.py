@@ -15,7 +15,7 @@ KINDS = {
     "string": "text",
     "boolean": "true or false",
 }
-RANGE = "[low, high]"  # the lists of fixed length, but for those that give an example
+RANGE = "[low, high]"  # describes lists of fixed length, except those with an example
 LIMITS = {
     "minimum": "of at least",
     "exclusiveMinimum": "above",
@@ -25,25 +25,28 @@ LIMITS = {
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """The one of ``words`` that ``word`` probably stands for; empty when none is near."""
+    """Return the one of ``words`` that ``word`` probably stands for; empty when none is near."""
     lowered = {known.lower(): known for known in words}
     found = difflib.get_close_matches(word.lower(), list(lowered), n=1, cutoff=0.6)
     return lowered[found[0]] if found else ""
 
 
 def show(value: Any) -> str:
-    """A value as it would stand in the file, shortened."""
+    """Return a value as it would stand in the file, shortened."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return printable(text if len(text) <= 60 else f"{text[:57]}...")
 
 
 def printable(text: str) -> str:
-    """``text`` without halves of characters, which YAML's escapes can make and no terminal takes."""
+    """Return ``text`` without lone surrogates, which YAML's escapes can make.
+
+    A terminal would not accept them.
+    """
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def below(where: str, name: Any) -> str:
-    """The dotted key of ``name`` in the mapping at ``where``."""
+    """Return the dotted key of ``name`` in the mapping at ``where``."""
     shown = (
         name if isinstance(name, str) and "." not in name else json.dumps(name, ensure_ascii=False)
     )
@@ -51,12 +54,15 @@ def below(where: str, name: Any) -> str:
 
 
 def listed(texts: Sequence[str]) -> str:
-    """The texts as a list to choose from."""
+    """Join the texts to a list of choices: ``a, b or c``."""
     return f"{', '.join(texts[:-1])} or {texts[-1]}" if len(texts) > 1 else "".join(texts)
 
 
 def describe(schema: dict[str, Any]) -> str:
-    """The values that a JSON schema allows: taken from there, no limit is written down twice."""
+    """Describe the values that a JSON schema allows.
+
+    The limits come from the schema, so that none is written down twice.
+    """
     return listed(_alternatives(schema, schema.get("$defs", {})))
 
 
@@ -74,7 +80,10 @@ def _alternatives(schema: dict[str, Any], models: dict[str, Any]) -> list[str]:
             return _alternatives(models[name.rsplit("/", 1)[-1]], models)
         case {"prefixItems": [part, *_] as parts, "examples": [example, *_]}:
             return [
-                f"a list of {len(parts)}, each {listed(_alternatives(part, models))}, as {show(example)}"
+                (
+                    f"a list of {len(parts)}, each {listed(_alternatives(part, models))}, as "
+                    f"{show(example)}"
+                )
             ]
         case {"prefixItems": _}:
             return [RANGE]

@@ -1,1 +1,1 @@
-"""What a search keeps in its folder."""
+"""The state that a search keeps in its folder."""

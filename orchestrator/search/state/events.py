@@ -1,4 +1,4 @@
-"""What happens in a search, as values: kept in its journal, and told to MLflow."""
+"""The events of a search, as values: the journal stores them and MLflow receives them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from orchestrator.tuning.reports import Copied, Costs, Report
 
 
 def now() -> int:
-    """Milliseconds, as MLflow counts them."""
+    """Return the time in milliseconds since the epoch, as MLflow counts it."""
     return int(time.time() * 1000)
 
 
 @dataclass(frozen=True)
 class Started:
-    """A trial's turn came."""
+    """A trial has started."""
 
     trial: str
     config: dict[str, Any]
@@ -34,7 +34,7 @@ class Reported:
 
 @dataclass(frozen=True)
 class Ended:
-    """A trial is over, with its status and the reason."""
+    """A trial has ended, with its status and the reason."""
 
     trial: str
     status: str
@@ -44,7 +44,7 @@ class Ended:
 
 @dataclass(frozen=True)
 class Found:
-    """Something that the whole search found out once: its baselines, its base model."""
+    """A fact about the whole search, determined once: its baselines, its base model."""
 
     name: str
     value: Any
@@ -61,7 +61,10 @@ KINDS: dict[str, type[Any]] = {
 
 
 def to_document(event: Event) -> dict[str, Any]:
-    """As the journal has it. A report goes without its checkpoint, which has a file of its own."""
+    """Return the event as the journal stores it.
+
+    A report goes without its checkpoint, which has a file of its own.
+    """
     kind = next(kind for kind, known in KINDS.items() if isinstance(event, known))
     document = {"kind": kind, **asdict(event)}
     if isinstance(event, Reported):
@@ -70,7 +73,10 @@ def to_document(event: Event) -> dict[str, Any]:
 
 
 def from_document(document: dict[str, Any]) -> Event:
-    """The event again. Raises KeyError or TypeError for a document that is none."""
+    """Return the event that a document stands for.
+
+    Raises KeyError or TypeError for a document that is not an event.
+    """
     fields = {key: value for key, value in document.items() if key != "kind"}
     if document["kind"] == "reported":
         report = fields["report"]

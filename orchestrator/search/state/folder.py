@@ -1,4 +1,4 @@
-"""A search's folder: its paths, and the lock of whoever runs it."""
+"""A search's folder: its paths, and the lock that the process running the search holds."""
 
 from __future__ import annotations
 
@@ -17,32 +17,38 @@ from orchestrator.search.state.object_store_copy import followed, remote_home
 
 
 def home_folder() -> Path:
-    """$ORCHESTRATOR_HOME or .orchestrator, in the working directory; of a store, the folder that stands for it here."""
+    """Return the folder for state: $ORCHESTRATOR_HOME, or .orchestrator in the working directory.
+
+    Where $ORCHESTRATOR_HOME is the address of a store, this is the local folder that stands for it.
+    """
     if (remote := remote_home()) is not None:
         return remote.local
     return Path(os.environ.get("ORCHESTRATOR_HOME", ".orchestrator")).absolute()
 
 
 def searches_folder() -> Path:
-    """Where searches keep their state."""
+    """Return the folder in which searches keep their state."""
     return home_folder() / "searches"
 
 
 def check_home() -> None:
-    """Raise Unreachable, before anything is spent, when searches are kept in a store that does not answer."""
+    """Raise Unreachable when searches are kept in a store that does not answer.
+
+    Call this before anything is spent.
+    """
     if (remote := remote_home()) is not None:
         remote.check()
 
 
 @dataclass(frozen=True)
 class SearchFolder:
-    """Every path of one search."""
+    """The paths of one search."""
 
     path: Path
 
     @classmethod
     def new(cls, name: str) -> SearchFolder:
-        """A folder for a new search, named after the moment; not made yet."""
+        """Choose a folder for a new search, named after the current time; it is not created yet."""
         first = searches_folder() / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
         numbered = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
         return cls(
@@ -60,7 +66,11 @@ class SearchFolder:
 
     @property
     def description(self) -> Path:
-        """What the search is; written last of what a resumption needs, so that it marks a search that can be."""
+        """The identity of the search.
+
+        It is written after the other files that resuming needs, so a folder that has it can be
+        resumed.
+        """
         return self.path / "search.json"
 
     @property
@@ -76,7 +86,7 @@ class SearchFolder:
 
     @property
     def result(self) -> Path:
-        """The final document; there once the search is finished."""
+        """The final document; it exists once the search is finished."""
         return self.path / "result.json"
 
     @property
@@ -86,7 +96,7 @@ class SearchFolder:
 
     @property
     def artifact(self) -> Path:
-        """A baseline's result, as a folder."""
+        """The folder with a baseline's result."""
         return self.path / "artifact"
 
     @property
@@ -95,24 +105,27 @@ class SearchFolder:
 
     @property
     def unwritten(self) -> Path:
-        """Log entries that MLflow did not take."""
+        """Log entries that MLflow did not accept."""
         return self.path / "mlflow-unwritten.jsonl"
 
     @property
     def ray(self) -> Path:
-        """What Tune and Train write; of no use to a resumption."""
+        """Files of Ray Tune and Ray Train; resuming does not need them."""
         return self.path / "ray"
 
     def fetch(self) -> None:
-        """What a store has of the search, where searches are kept in one."""
+        """Fetch the search from the store, if searches are kept in a store."""
         if (remote := remote_home()) is not None and self.path.parent == searches_folder():
             remote.fetch(self.path)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Make the folder if need be, and be the only one to run the search. The lock falls with its process, however
-        that ends. A search that is kept in a store is fetched first, and its copy there follows. Raises BadInput when
-        somebody else has it."""
+        """Lock the search for this process, and create the folder if needed.
+
+        The lock is released when its process ends, however that happens. A search that is kept in a
+        store is fetched first, and its copy there is kept up to date. Raises BadInput when another
+        process holds the lock.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self.path / "lock", timeout=0), followed(self.path):

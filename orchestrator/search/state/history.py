@@ -1,4 +1,4 @@
-"""What has happened in a search before this process: nothing, or what its journal says."""
+"""The history of a search before this process: empty, or as its journal records it."""
 
 from __future__ import annotations
 
@@ -16,17 +16,21 @@ if TYPE_CHECKING:
 
 @dataclass
 class History:
-    """Events in their order, the seconds that they took, the length of their journal in bytes, and each trial's newest
-    checkpoint."""
+    """The events of a search so far, in order.
+
+    ``spent_s`` is the time that they took in seconds, ``length`` the size of their journal in
+    bytes, and ``checkpoints`` holds the newest checkpoint of each trial.
+    """
 
     events: list[Event] = field(default_factory=list)
     spent_s: float = 0.0
     length: int = 0
     checkpoints: dict[str, bytes] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)
-    """Trials that begin again because their checkpoint can't be read, and why."""
+    """Trials that begin again because their checkpoint can't be read, with the reason."""
     checkpoint_at: Callable[[str, int], bytes] = lambda trial, step: b""
-    """A trial's checkpoint at a step that it was compared at, empty where there is none; kept for populations."""
+    """A function that reads a trial's checkpoint at a step at which the trial was compared; empty
+    where there is none. Such checkpoints are kept for populations."""
 
     @property
     def reports(self) -> list[Report]:
@@ -41,24 +45,24 @@ class History:
         return {event.trial for event in self.events if isinstance(event, Started)}
 
     def steps(self) -> dict[str, int]:
-        """The newest reported step of each trial that has reported."""
+        """Return the newest reported step of each trial that has reported."""
         return {report.trial: report.step for report in self.reports}
 
     def configs(self) -> dict[str, dict[str, Any]]:
-        """The configuration that each trial started with."""
+        """Return the configuration with which each trial started."""
         return {event.trial: event.config for event in self.events if isinstance(event, Started)}
 
     def first_specs(self) -> dict[str, TrialSpec]:
-        """The same as specs."""
+        """Return the spec with which each trial started."""
         return {trial: TrialSpec.from_config(config) for trial, config in self.configs().items()}
 
     def specs(self) -> dict[str, TrialSpec]:
-        """What each trial is by now: it may have copied others."""
+        """Return the current spec of each trial, which may have copied other trials."""
         copied = {report.trial: report.copied.spec for report in self.reports if report.copied}
         return self.first_specs() | copied
 
     def own_scores(self) -> dict[str, float | None]:
-        """The own score of each trial that has reported."""
+        """Return the own score of each trial that has reported."""
         return {report.trial: report.own_score for report in self.reports}
 
     def found(self, name: str) -> Found | None:
@@ -68,7 +72,7 @@ class History:
         )
 
     def without(self, lost: Mapping[str, str]) -> History:
-        """The same search with some trials not begun."""
+        """Return the history with the ``lost`` trials reset: only their starts are kept."""
         kept = [
             event
             for event in self.events
@@ -77,7 +81,7 @@ class History:
         return replace(self, events=kept, lost=dict(lost))
 
     def tell(self, listener: Listener) -> None:
-        """Tell a listener everything again. Each trial's reports carry its newest checkpoint."""
+        """Replay all events to a listener. Each trial's reports carry its newest checkpoint."""
         for event in self.events:
             if isinstance(event, Started):
                 listener.trial_started(event.trial, TrialSpec.from_config(event.config))
@@ -90,10 +94,10 @@ class History:
                 listener.trial_ended(event.trial, event.status, event.note)
 
     def remaining(self, trials: Collection[str]) -> list[str]:
-        """Trials that are not over, in order."""
+        """Return the trials that have not ended, in order."""
         return [trial for trial in trials if trial not in self.ended]
 
 
 def trial_of(event: Event) -> Any:
-    """The trial that an event is about, None for the search's own."""
+    """Return the trial of an event; None for an event of the whole search."""
     return event.report.trial if isinstance(event, Reported) else getattr(event, "trial", None)

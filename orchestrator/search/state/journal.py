@@ -1,7 +1,8 @@
-"""A search's journal on disk: a line for each batch of events, and each trial's newest checkpoint beside it.
+"""A search's journal on disk: a line for each batch of events, and checkpoints in files.
 
-A line is there whole or not at all, and it is what counts: checkpoints are written before it and their predecessors
-removed after it, so that whatever moment a process dies at, the journal's reports have their checkpoints.
+A line is written whole or not at all, and the lines decide what has happened. Checkpoints are
+written before the line that reports them, and their predecessors are removed after it. So the
+reports in the journal have their checkpoints, whatever moment a process dies at.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from orchestrator.utils.atomic import write_whole
 
 
 class Journal:
-    """Writes one search's events; one process at a time. Raises OSError when the disk does not take them.
+    """A writer of one search's events, for one process at a time.
 
-    Checkpoints at multiples of ``kept_every`` steps stay, for a population to copy.
+    It raises OSError when the disk does not accept them. Checkpoints at multiples of ``kept_every``
+    steps are kept, so that a population can copy them.
     """
 
     def __init__(
@@ -35,7 +37,7 @@ class Journal:
         self._kept_every = kept_every
 
     def append(self, events: Sequence[Event], spent_s: float) -> None:
-        """Add a batch: whole, or not at all when this raises."""
+        """Add a batch of events, completely or, when this raises, not at all."""
         reports = [event.report for event in events if isinstance(event, Reported)]
         newest = {report.trial: report.step for report in reports}
         for report in reports:
@@ -57,7 +59,7 @@ class Journal:
     def _write(self, line: bytes) -> None:
         with self._folder.journal.open("r+b" if self._end else "wb") as stream:
             stream.seek(self._end)
-            stream.truncate()  # what an earlier attempt left of a line
+            stream.truncate()  # removes a partial line of an earlier attempt
             stream.write(line)
             stream.flush()
             os.fsync(stream.fileno())
@@ -65,9 +67,10 @@ class Journal:
 
 
 def read_history(folder: SearchFolder) -> History:
-    """What the journal says. A line that was cut short never happened; a trial without a sound checkpoint begins again.
+    """Read the journal and the newest checkpoints.
 
-    Raises BadInput for a journal that holds anything else than what ``Journal`` writes.
+    A line that was cut short is ignored. A trial without a sound checkpoint begins again. Raises
+    BadInput for a journal that holds anything else than what ``Journal`` writes.
     """
     history = _read_lines(folder.journal)
     broken = {}
@@ -81,7 +84,7 @@ def read_history(folder: SearchFolder) -> History:
         try:
             return _read_checkpoint(folder, trial, step)
         except (OSError, BadInput):
-            return b""  # it is copied by nobody, which is all that it was kept for
+            return b""  # the checkpoint was kept for copying only, so the trial is not copied
 
     return replace(history.without(broken), checkpoint_at=checkpoint_at)
 
@@ -93,7 +96,7 @@ def _read_checkpoint(folder: SearchFolder, trial: str, step: int) -> bytes:
 
 
 def read_events(folder: SearchFolder) -> History:
-    """What the journal says, without the checkpoints: enough to look at a search, not to go on with it."""
+    """Read the journal without the checkpoints: enough to show a search, not to resume it."""
     return _read_lines(folder.journal)
 
 
@@ -110,6 +113,7 @@ def _read_lines(file: Path) -> History:
         except (ValueError, KeyError, TypeError) as error:
             raise BadInput(
                 f"{file}:{number} can't be read: {type(error).__name__}: {error}",
-                f"the search goes on from what came before if you remove line {number} and all after it",
+                f"the search goes on from what came before if you remove line {number} and all "
+                "after it",
             ) from None
     return History(events, spent_s, length)

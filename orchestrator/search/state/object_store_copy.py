@@ -1,8 +1,9 @@
-"""Searches in an object store: each has a copy there that follows its folder, for whoever goes on with it elsewhere.
+"""Copies of searches in an object store, from which other machines can resume them.
 
-The copy is at all times a state that the folder had: checkpoints go before the journal that counts on them, and what
-the journal no longer needs is removed after it. It is at most some seconds behind; what a search lost of them it trains
-again, to the same result.
+A copy always is a state that the folder had: checkpoints are sent before the journal that refers to
+them, and files that the journal no longer needs are removed after it. The copy is at most some
+seconds behind. A search that is resumed from it trains the missing part again, with the same
+result.
 """
 
 from __future__ import annotations
@@ -33,25 +34,22 @@ log = logging.getLogger(__name__)
 
 SETTINGS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION")
 BEAT_S = 5.0
-SILENCE_S = 3 * BEAT_S  # a runner that has not moved its lock for so long is dead
-LAST_S = 60.0  # for what is not there yet when a search ends
+SILENCE_S = 3 * BEAT_S  # a process that has not changed its lock for this long is dead
+LAST_S = 60.0  # time to complete the copy when a search ends
 LOCK = "lock.json"
 JOURNAL = "journal.jsonl"
 CHECKPOINTS = "checkpoints"
-MARKS = (
-    JOURNAL,
-    "search.json",
-    "result.json",
-)  # each says that what it speaks of is there: they go last, in this order
-OF_THE_NODE = ("ray", "lock", "processes.json")  # of a search's folder, of no use elsewhere
+# Each of these files implies that the files it refers to are there: they go last, in this order.
+MARKS = (JOURNAL, "search.json", "result.json")
+OF_THE_NODE = ("ray", "lock", "processes.json")  # entries that are of no use on another machine
 TRIES = 20
 
 
 class RemoteHome:
-    """Searches below an address such as ``s3://bucket/team``, and the folder that has them on this machine.
+    """Searches below an address such as ``s3://bucket/team``, and the local folder for them.
 
-    Keys and endpoint come from the environment, as AWS's own tools have them. Errors: BadInput for an address that is
-    none, Unreachable when the store does not answer or refuses.
+    Keys and endpoint come from the environment, as with AWS's own tools. Raises BadInput for
+    something that is not an address, and Unreachable when the store does not answer or refuses.
     """
 
     def __init__(self, url: str) -> None:
@@ -61,18 +59,18 @@ class RemoteHome:
 
     @property
     def local(self) -> Path:
-        """The folder on this machine that stands for it."""
+        """The folder on this machine that stands for the store."""
         return cache_folder() / "homes" / hashlib.sha256(self.url.encode()).hexdigest()[:16]
 
     def check(self) -> None:
-        """Whether it takes files and gives them up."""
+        """Check that the store accepts files and removes them."""
         place, name = Path(".check"), secrets.token_hex(8)
         with self.translating():
             self.write(place, name, b"")
             self.remove(place, name)
 
     def ids(self) -> list[str]:
-        """Searches that can be resumed, the oldest first."""
+        """Return the searches that can be resumed, oldest first."""
         with self.translating():
             files = [it for it in self._files("searches") if it.path.endswith("/search.json")]
         return [
@@ -80,7 +78,10 @@ class RemoteHome:
         ]
 
     def fetch(self, folder: Path) -> None:
-        """Make a search's folder what the store has of it; one that is ahead, or that the store lacks, stays."""
+        """Update a search's folder from the store.
+
+        The folder stays as it is when it is ahead of the store, or when the store lacks the search.
+        """
         with self.translating():
             found = {
                 self._below(it.path, folder): it.size
@@ -92,7 +93,7 @@ class RemoteHome:
             for name in sorted(found, key=_order):
                 file = folder / name
                 if _order(name)[0] == 0 and file.is_file() and file.stat().st_size == found[name]:
-                    continue  # a checkpoint, which never changes
+                    continue  # a checkpoint never changes
                 write_whole(file, self.read(folder, name) or b"")
 
     def _is_ahead(self, folder: Path, found: dict[str, int]) -> bool:
@@ -105,7 +106,7 @@ class RemoteHome:
         )
 
     def read(self, folder: Path, name: str) -> bytes | None:
-        """A file of a search; None when it is not there. Raises OSError."""
+        """Read a file of a search; None when it does not exist. Raises OSError."""
         store, root = self._open()
         try:
             with store.open_input_stream(f"{root}/searches/{folder.name}/{name}") as stream:
@@ -114,19 +115,18 @@ class RemoteHome:
             return None
 
     def write(self, folder: Path, name: str, data: bytes) -> None:
-        """A file whole or not at all. Raises OSError."""
+        """Write a file of a search, completely or not at all. Raises OSError."""
         store, root = self._open()
         path = f"{root}/searches/{folder.name}/{name}"
-        if (
-            store.type_name == "local"
-        ):  # an object store's are there once they are complete, and need no folder
+        # An object store shows a file once it is complete, and needs no folder.
+        if store.type_name == "local":
             write_whole(Path(path), data)
             return
         with store.open_output_stream(path) as stream:
             stream.write(data)
 
     def remove(self, folder: Path, name: str) -> None:
-        """Raises OSError."""
+        """Remove a file of a search, if it exists. Raises OSError."""
         store, root = self._open()
         with suppress(FileNotFoundError):
             store.delete_file(f"{root}/searches/{folder.name}/{name}")
@@ -175,17 +175,18 @@ class RemoteHome:
 
 
 def remote_home() -> RemoteHome | None:
-    """The store that ORCHESTRATOR_HOME names; None when it is a folder."""
+    """Return the store that ORCHESTRATOR_HOME names; None when it names a folder."""
     url = os.environ.get("ORCHESTRATOR_HOME", "")
     return RemoteHome(url) if is_address(url) else None
 
 
 @contextmanager
 def followed(folder: Path) -> Iterator[None]:
-    """Be the only one anywhere to run the search, and keep its copy; nothing where searches are kept in a folder.
+    """Lock a search in the store, and keep its copy there up to date during the block.
 
-    Raises BadInput when somebody else runs it, Unreachable when the copy could not be completed, JobFailed when
-    somebody has taken over meanwhile.
+    Does nothing where searches are kept in a folder. Raises BadInput when another process runs the
+    search, Unreachable when the copy could not be completed, and JobFailed when another process has
+    taken over meanwhile.
     """
     home = remote_home()
     if home is None:
@@ -207,7 +208,10 @@ def followed(folder: Path) -> Iterator[None]:
 
 
 class _Lock:
-    """A file that its holder changes every few seconds: it needs no clock in common with whoever looks at it."""
+    """A lock file that its holder changes every few seconds.
+
+    Other processes watch whether it changes, so no common clock is needed.
+    """
 
     def __init__(self, home: RemoteHome, folder: Path) -> None:
         self._home = home
@@ -223,15 +227,19 @@ class _Lock:
             if now and now != found:
                 self._refuse(now)
         self._write()
-        time.sleep(0.5)  # whoever wrote at the same moment sees the last one's
+        time.sleep(0.5)  # processes that wrote at the same moment now all see the last write
         if not self._is_mine(now := self._home.read(self._folder, LOCK)):
             self._refuse(now or b"")
 
     def beat(self) -> None:
-        """Show that the holder lives. JobFailed when somebody else holds it."""
+        """Change the lock to show that its holder is alive.
+
+        Raises JobFailed when another process holds it.
+        """
         if not self._is_mine(found := self._home.read(self._folder, LOCK)):
             raise JobFailed(
-                f"{_holder(found)} took over search {self._folder.name} while {self._home.url} was out of reach",
+                f"{_holder(found)} took over search {self._folder.name} while {self._home.url} "
+                "was out of reach",
                 "its results are that process's now",
             )
         self._write()
@@ -264,7 +272,7 @@ def _holder(found: bytes | None) -> str:
 
 
 class _Copy(threading.Thread):
-    """Follows a search's folder until ``finish``."""
+    """A thread that sends the changes of a search's folder to the store until ``finish``."""
 
     def __init__(self, home: RemoteHome, folder: Path, lock: _Lock) -> None:
         super().__init__(name="search-copy", daemon=True)
@@ -285,7 +293,7 @@ class _Copy(threading.Thread):
                 log.warning("the copy in %s waits: %s", self._home.url, error)
 
     def finish(self) -> None:
-        """Complete the copy and let go of the search."""
+        """Complete the copy and release the lock."""
         self._over.set()
         self.join()
         if self._lost is not None:
@@ -299,7 +307,10 @@ class _Copy(threading.Thread):
             except OSError as error:
                 if time.monotonic() > deadline:
                     found = self._home.unreachable(error)
-                    hint = f"{found.hint}; then orchestrator resume {self._folder.name} on this machine completes the copy"
+                    hint = (
+                        f"{found.hint}; then orchestrator resume {self._folder.name} on this "
+                        "machine completes the copy"
+                    )
                     raise Unreachable(found.message, hint) from None
                 time.sleep(1.0)
 
@@ -316,10 +327,12 @@ class _Copy(threading.Thread):
             del self._sent[name]
 
     def _snapshot(self) -> dict[str, tuple[tuple[int, int], bytes | None]]:
-        """Files of one moment: their states, and the contents of those that the store does not have like that.
+        """Return a consistent snapshot of the folder: each file's state, and contents if changed.
 
-        The journal's writer adds checkpoints before a line and removes others after it. So while the same checkpoints
-        are there before and after everything was read, the journal that was read has its own among them.
+        The contents are None for a file that the store already has in this state. The journal's
+        writer adds checkpoints before a line and removes others after it. So if the same
+        checkpoints exist before and after everything was read, they include those that the journal
+        refers to.
         """
         for _ in range(TRIES):
             before = self._states()
@@ -333,12 +346,14 @@ class _Copy(threading.Thread):
                     found[name] = (state, data)
                 if _checkpoints(before) == _checkpoints(self._states()):
                     return found
-        return {
-            name: (state, None) for name, state in self._sent.items()
-        }  # too busy: the next time
+        # The folder changes too quickly: send nothing this time.
+        return {name: (state, None) for name, state in self._sent.items()}
 
     def _states(self) -> dict[str, tuple[int, int]]:
-        """Time and size of each file that goes along, from before it is read: what changes in between goes again."""
+        """Return the time and size of each file to copy.
+
+        They are taken before the file is read, so a file that changes in between is sent again.
+        """
         found = {}
         for place, folders, names in os.walk(self._folder):
             if Path(place) == self._folder:
@@ -361,7 +376,7 @@ def _checkpoints(states: dict[str, tuple[int, int]]) -> set[str]:
 
 
 def _order(name: str) -> tuple[int, str]:
-    """Checkpoints first, then all else, then the marks one after the other."""
+    """Return a sort key: checkpoints first, then other files, then the marks in their order."""
     if name in MARKS:
         return 2 + MARKS.index(name), name
     return (0 if name.startswith(f"{CHECKPOINTS}/") else 1), name

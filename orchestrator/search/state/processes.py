@@ -1,4 +1,4 @@
-"""The processes of a Ray that a search started, so that those that outlive a killed search can be ended by their id."""
+"""Record the processes of a Ray that a search started, to end those that outlive the search."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ PATIENCE_S = 5.0
 
 
 def save_processes(file: Path) -> None:
-    """Write down this process's descendants. An id alone is used again by the system; with its start it is one process.
+    """Write down this process's descendants, each by its id and its start time.
 
-    Ray's agents outlive a driver that was killed by minutes, and hold its ports and memory.
+    The system reuses ids, but an id with a start time identifies a process. Ray's agents outlive a
+    killed driver by minutes, and hold its ports and memory.
     """
     found = []
     for child in psutil.Process().children(recursive=True):
@@ -26,7 +27,10 @@ def save_processes(file: Path) -> None:
 
 
 def end_processes(file: Path) -> int:
-    """End those that still live, politely first; returns how many there were. Only for a search that is over."""
+    """End the saved processes that still run; return how many there were.
+
+    They are terminated first, and killed if they do not end. Only for a search that is over.
+    """
     if not file.exists():
         return 0
     left = [
@@ -50,5 +54,5 @@ def _living(pid: int, started: float) -> psutil.Process | None:
     try:
         process = psutil.Process(pid)
         return process if abs(process.create_time() - started) < 1e-3 else None
-    except psutil.Error:  # gone, or another user's by now
+    except psutil.Error:  # the process is gone, or its id now belongs to another user
         return None

@@ -1,8 +1,9 @@
-"""Keeps a search's state up to date: hears of every event, writes whole rounds, then passes them on.
+"""Record a search's events: write them to disk in whole rounds, then pass them on.
 
-A round is what a worker trains and evaluates at once. Its events are written together, so that a search that dies goes
-on from the end of a round, with the trials side by side that were; that is what makes a scheduler decide as it would
-have. Nothing waits for the disk: a thread writes, and what comes meanwhile is its next batch.
+A round is what a worker trains and evaluates at once. Its events are written together, so that a
+search that dies resumes from the end of a round, with the same trials side by side. Therefore a
+scheduler decides as it would have without the interruption. Training does not wait for the disk: a
+thread writes, and the events that arrive meanwhile form its next batch.
 """
 
 from __future__ import annotations
@@ -23,8 +24,12 @@ Sink = Callable[[Sequence[Event]], None]
 
 
 class Recorder:
-    """A study's listener. ``sink`` gets every event once it is on disk, so that it never knows more than the journal;
-    ``on_problem`` hears, once, that the disk does not take the state."""
+    """A study's listener that writes the journal.
+
+    ``sink`` receives each event once it is on disk, so it never knows more than the journal. If the
+    disk does not accept the state, ``on_problem`` is called once, and ``sink`` receives the events
+    regardless.
+    """
 
     def __init__(
         self, journal: Journal, history: History, sink: Sink, on_problem: Callable[[str], None]
@@ -53,7 +58,7 @@ class Recorder:
         self._add(Ended(trial, status, note))
 
     def found(self, name: str, value: Any) -> Found:
-        """Keep what the search found out, at once and whatever round is under way."""
+        """Record a fact about the search at once, even in the middle of a round."""
         event = Found(name, value)
         with self._changed:
             self._ready.append(event)
@@ -61,7 +66,7 @@ class Recorder:
         return event
 
     def flush(self) -> None:
-        """The study is over: write everything, and wait for it."""
+        """Write everything, since the study is over, and wait until it is written."""
         with self._changed:
             self._pass_on()
             while self._writer.is_alive() and (self._ready or not self._idle):
@@ -76,7 +81,7 @@ class Recorder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Write what is whole; the beginning of a round is dropped, it will be trained again."""
+        """Write all complete rounds; drop an incomplete round, which is trained again."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -94,7 +99,7 @@ class Recorder:
         self._round = []
         self._changed.notify_all()
 
-    # From here on: the writer's thread.
+    # The methods below run in the writer's thread.
 
     def _work(self) -> None:
         while events := self._take():
@@ -112,7 +117,7 @@ class Recorder:
                 self._problem(error)
 
     def _take(self) -> list[Event]:
-        """The next batch, once there is one; nothing at the end."""
+        """Wait for the next batch and return it; empty at the end."""
         with self._changed:
             self._idle = True
             self._changed.notify_all()
@@ -124,5 +129,6 @@ class Recorder:
         if not self._said_so:
             self._said_so = True
             self._on_problem(
-                f"the search's state can't be written ({error.strerror}); the search goes on without it"
+                f"the search's state can't be written ({error.strerror}); the search goes on "
+                "without it"
             )

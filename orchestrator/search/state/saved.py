@@ -1,4 +1,4 @@
-"""What a search is, as its folder keeps it: enough to go on with it in another process."""
+"""The identity of a search, saved in its folder so that another process can resume it."""
 
 from __future__ import annotations
 
@@ -26,13 +26,17 @@ from orchestrator.utils.atomic import write_whole
 FORMAT_VERSION = 1
 SHOWN = 5
 EARLIER_DATA = {"held_out": "random", "empty": "keep"}
-"""What keys of ``data`` stand for in a job that was saved before they existed."""
+"""Values of keys of ``data`` in a job that was saved before these keys existed."""
 
 
 @dataclass(frozen=True)
 class SavedSearch:
-    """A search's identity. ``pins`` are the registered versions that trials start from, by the spec's reference;
-    ``artifacts`` the digests of the prompts that they start from; ``tracking_uri`` is without a password."""
+    """A search's identity.
+
+    ``pins`` are the registered versions that trials start from, by the reference in the spec.
+    ``artifacts`` are the digests of the prompts that trials start from. ``tracking_uri`` is stored
+    without a password.
+    """
 
     data_fingerprint: str
     tokenizer: str
@@ -44,7 +48,7 @@ class SavedSearch:
     created: str
     format_version: int = FORMAT_VERSION
     warnings: list[str] = field(default_factory=list)
-    """What was said of the data when the search began."""
+    """Warnings about the data when the search began."""
 
     @classmethod
     def of(
@@ -63,7 +67,7 @@ class SavedSearch:
         )
 
     def save(self, folder: SearchFolder, job: JobSpec) -> None:
-        """Write it, the description last: a folder with a description is a search that can be resumed."""
+        """Write the job and then the description: a folder with a description can be resumed."""
         text = write(job.model_dump(exclude_none=True))
         write_whole(folder.job, text.encode())
         write_whole(folder.description, json.dumps(asdict(self), indent=2).encode())
@@ -85,7 +89,7 @@ class SavedSearch:
 
 
 def refuse_changes(folder: SearchFolder, changed: list[str]) -> None:
-    """BadInput that names what is no longer as the search knew it; nothing when nothing has changed."""
+    """Raise BadInput that names the changed inputs; do nothing if none has changed."""
     if changed:
         raise BadInput(
             f"search {folder.id} can't go on: {' and '.join(changed)} changed since it began",
@@ -94,19 +98,24 @@ def refuse_changes(folder: SearchFolder, changed: list[str]) -> None:
 
 
 def load_saved(folder: SearchFolder) -> tuple[SavedSearch, JobSpec]:
-    """A search's identity and its job. Raises BadInput when the folder holds none, or another release's."""
+    """Load a search's identity and its job.
+
+    Raises BadInput when the folder holds none, or one of a release with another format.
+    """
     try:
         document = json.loads(folder.description.read_bytes())
         version = document.get("format_version")
         if version != FORMAT_VERSION:
             raise BadInput(
-                f"search {folder.id} has format_version {version!r}, this release reads {FORMAT_VERSION}",
+                f"search {folder.id} has format_version {version!r}, this release reads "
+                f"{FORMAT_VERSION}",
                 "resume it with the release that began it",
             )
         return SavedSearch(**document), _saved_job(folder)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise BadInput(
-            f"search {folder.id} can't be resumed: {folder.description}: {type(error).__name__}: {error}",
+            f"search {folder.id} can't be resumed: {folder.description}: {type(error).__name__}: "
+            f"{error}",
             "begin anew: orchestrator run JOB",
         ) from None
 
@@ -124,7 +133,7 @@ def _saved_job(folder: SearchFolder) -> JobSpec:
 
 
 def _with_conflicts(folder: SearchFolder, error: SpecError) -> JobSpec:
-    """Return a job whose only fault is a conflict between its values, which the release that began it let pass."""
+    """Return a job whose only faults are conflicts, which the release that began it allowed."""
     try:
         return JobSpec.model_validate(yaml.safe_load(folder.job.read_bytes()), context=BEGUN)
     except (ValidationError, yaml.YAMLError):
@@ -132,9 +141,9 @@ def _with_conflicts(folder: SearchFolder, error: SpecError) -> JobSpec:
 
 
 def find_search(wanted: str) -> SearchFolder:
-    """The search that a person means: an id, the beginning of just one, a folder, or ``latest``.
+    """Find a search by its id, the beginning of just one id, its folder, or ``latest``.
 
-    Raises BadInput that lists what there is.
+    Raises BadInput that lists the existing searches.
     """
     if "/" in wanted or (Path(wanted) / "search.json").is_file():
         folder = SearchFolder(Path(wanted).expanduser().absolute())
@@ -159,7 +168,7 @@ def find_search(wanted: str) -> SearchFolder:
 
 
 def _fetch_known(wanted: str) -> None:
-    """Of a store, the searches that may be meant."""
+    """Fetch the searches that ``wanted`` may mean, if searches are kept in a store."""
     if (remote := remote_home()) is not None:
         known = remote.ids()
         for found in (
@@ -169,7 +178,7 @@ def _fetch_known(wanted: str) -> None:
 
 
 def _all() -> list[SearchFolder]:
-    """Searches that can be resumed, the newest last."""
+    """Return the searches that can be resumed, newest last."""
     found = [file for file in searches_folder().glob("*/search.json") if file.is_file()]
     return [
         SearchFolder(file.parent)
@@ -187,7 +196,7 @@ def _names(folders: list[SearchFolder]) -> str:
 
 
 def digests(task: Task) -> dict[str, str]:
-    """sha256 of each prompt that trials start from."""
+    """Return the sha256 of each prompt that trials start from."""
     return {reference: _digest(tensors) for reference, tensors in task.artifacts.items()}
 
 

@@ -1,4 +1,4 @@
-"""What a search found: a record a trial, kept as events arrive, and their order by the search's metric."""
+"""The results of a search: a record per trial, and their ranking by the search's metric."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ Metrics = dict[str, float]
 
 @dataclass
 class TrialRecord:
-    """A trial so far. ``status``: waiting, running, finished, stopped (by the scheduler), failed (diverged, or
-    broken)."""
+    """The state of a trial so far.
+
+    ``status`` is waiting, running, finished, stopped (by the scheduler) or failed (diverged, or
+    broken).
+    """
 
     id: str
     spec: TrialSpec
@@ -30,18 +33,21 @@ class TrialRecord:
     curve: list[float] = field(default_factory=list)
     copied: list[Copied] = field(default_factory=list)
     workers: list[str] = field(default_factory=list)
-    """Worker groups that trained it, in their order: more than one where one was lost."""
+    """Worker groups that trained the trial, in order. There are several if a group was lost."""
     slot: str = ""
-    """Where it is trained, or was last: group and place in it, as ``w0:2``."""
+    """Group and slot in which the trial is trained, or was last, such as ``w0:2``."""
     costs: Costs = field(default_factory=Costs)
 
     @property
     def inherited(self) -> bool:
-        """Whether its best evaluation is that of a trial that it copied."""
+        """Whether the best evaluation comes from a trial that this one copied."""
         return bool(self.copied) and self.best_step <= self.copied[-1].step
 
     def document(self) -> dict[str, Any]:
-        """As ``run --json`` prints it; the metrics are those of the best evaluation, which the prompt is taken from."""
+        """Return the record as ``run --json`` prints it.
+
+        The metrics are those of the best evaluation, from which the prompt is taken.
+        """
         note: dict[str, Any] = {"note": self.note} if self.note else {}
         if self.copied:
             note["copied"] = [
@@ -55,18 +61,19 @@ class TrialRecord:
 
 
 class Outcome:
-    """Listens to a study and keeps its records: of the trials known beforehand, and of those that start."""
+    """A study's listener that keeps a record of each trial, known beforehand or started later."""
 
     def __init__(self, search: SearchSpec, trials: Sequence[tuple[str, TrialSpec]]) -> None:
         self.search = search
         self.records = {name: TrialRecord(name, spec) for name, spec in trials}
         self.places: dict[str, dict[str, str]] = {}
-        """Where each worker group was that trained a trial, also of those that are gone: node and device."""
+        """Node and device of each worker group that trained a trial, including groups that are
+        gone."""
 
     def trial_started(self, trial: str, spec: TrialSpec) -> None:
-        if (
-            trial not in self.records
-        ):  # proposed while the search runs; starts may come in another order than numbers
+        # A trial that was proposed during the search. Trials may start in another order than their
+        # numbers.
+        if trial not in self.records:
             self.records[trial] = TrialRecord(trial, spec)
             self.records = {
                 name: self.records[name]
@@ -98,8 +105,12 @@ class Outcome:
         self.records[trial].status, self.records[trial].note = status, note
 
     def over_seeds(self, best: TrialRecord) -> dict[str, Any]:
-        """The validation metrics of a trial and of those with as many steps that differ in their seed alone: how many,
-        mean and standard deviation (of a sample). Empty when there is no other."""
+        """Return validation metrics over the trials that differ from ``best`` in the seed alone.
+
+        Only trials with as many steps count, ``best`` among them. The result has their number, and
+        mean and standard deviation (of a sample) of each metric. It is empty when there is no other
+        trial.
+        """
         wanted = replace(best.spec, seed=0), best.step
         sound = [
             record
@@ -121,10 +132,10 @@ class Outcome:
         return {"trials": len(same), "validation": spread}
 
     def ranking(self) -> list[TrialRecord]:
-        """Trials with a result, best first: by the search's metric, then by the loss, then in order.
+        """Return the trials with a result, best first: by the metric, then the loss, then the id.
 
-        A trial that copied another's best prompt and found no better one is left out beside the one that it has it
-        from: it is the same prompt.
+        A trial that copied another trial's best prompt and found no better one is left out if the
+        source is in the ranking, since both have the same prompt.
         """
         sign = -1.0 if self.search.better == "max" else 1.0
         scored = [

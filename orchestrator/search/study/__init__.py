@@ -1,1 +1,1 @@
-"""Ray Tune: proposing, stopping and copying trials."""
+"""Ray Tune's part of a search: proposing, stopping and copying trials."""

@@ -1,9 +1,10 @@
-"""Population based training (Jaderberg et al. 2017): bad trials go on from what good ones are. Pure decisions.
+"""Population based training (Jaderberg et al. 2017): bad trials continue from good ones.
 
-Trials are compared with those that have been at the same step, whether these still train or not, and copy what those
-were at that step. A trial's clock is therefore also the age of its prompt, however often it copied: no trial gets more
-than ``train.steps`` steps, learning rate schedules hold, and trials that come late, because there are fewer slots than
-trials, are not measured against prompts that had more steps.
+This module only decides; it does no input or output. A trial is compared with all trials that have
+been at the same step, whether these still train or not, and copies what another trial was at that
+step. A trial's step is therefore also the age of its prompt, however often it copied. So no trial
+gets more than ``train.steps`` steps and learning rate schedules hold. Trials that start late,
+because there are fewer slots than trials, are not compared with prompts that had more steps.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from orchestrator.job.space import TrialSpec, dimensions, trial_count
 from orchestrator.job.spec import JobSpec, LogUniform, Uniform
 from orchestrator.tuning.reports import Copied, Report
 
-QUARTER = 4  # one trial in so many counts as good, and one as bad; section 3 of the paper calls it truncation
-FACTORS = (0.8, 1.2)  # of a learning rate
+# One trial in four counts as good, and one as bad (section 3 of the paper: truncation selection).
+QUARTER = 4
+FACTORS = (0.8, 1.2)  # by which a learning rate is multiplied
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,14 @@ class Member:
     trial: str
     spec: TrialSpec
     rank: tuple[float, float]
-    """Score and loss, greater is better."""
+    """Score and negative loss; greater is better. The score's sign is flipped if lower is
+    better."""
     checkpoint: bytes
 
 
 @dataclass(frozen=True)
 class Copy:
-    """``trial`` goes on as ``copied`` says, from ``checkpoint``."""
+    """A decision that ``trial`` continues from ``checkpoint`` as ``copied`` describes."""
 
     trial: str
     copied: Copied
@@ -42,7 +45,7 @@ class Copy:
 
 
 class Population:
-    """Every trial's rank at each comparison, and the checkpoints of those that may be copied."""
+    """The rank of every trial at each comparison, and the checkpoints that may be copied."""
 
     def __init__(self, job: JobSpec) -> None:
         self._seed = job.search.seed
@@ -60,7 +63,10 @@ class Population:
     def copies(
         self, reports: Iterable[tuple[Report, TrialSpec]], staying: Iterable[str]
     ) -> list[Copy]:
-        """Take a round's reports and the trials' specs; answer with what the ``staying`` trials copy."""
+        """Record a round's reports, each with its trial's spec; return the copies to make.
+
+        Only trials in ``staying`` copy others.
+        """
         steps = {}
         for report, spec in reports:
             if self.compares(report):
@@ -70,16 +76,20 @@ class Population:
         return [copy for copy in found if copy is not None]
 
     def compares(self, report: Report) -> bool:
-        """Whether trials are compared at this report."""
+        """Tell whether trials are compared at this report."""
         return report.step % self._every == 0 and bool(report.metrics)
 
     def add(self, report: Report, spec: TrialSpec) -> None:
-        """A trial's comparison, as ``spec``; with its checkpoint, or it is never copied."""
+        """Add a trial to the comparison at the report's step, as ``spec``.
+
+        The trial can be copied only if the report has its checkpoint.
+        """
         rank = (self._sign * report.score, -report.best_metrics["loss"])
         members = [one for one in self._members[report.step] if one.trial != report.trial]
         members.append(Member(report.trial, spec, rank, report.checkpoint))
         members.sort(key=lambda member: (member.rank, member.trial), reverse=True)
-        # Nobody rises as more trials come, so that who is not among the good ones of all trials will never be copied.
+        # A trial's rank only falls as trials are added, so checkpoints outside the top quarter of
+        # all trials can be dropped.
         good = members[: self._most_good]
         self._members[report.step] = [
             *good,
@@ -87,9 +97,11 @@ class Population:
         ]
 
     def copy(self, trial: str, step: int) -> Copy | None:
-        """What a trial that was compared at ``step`` copies, if anything.
+        """Return what a trial that was compared at ``step`` copies, if anything.
 
-        By score, not by the newest metric: a trial's result is its best evaluation, and a copy must not lose it."""
+        Trials are ranked by score, not by the newest metric: a trial's result is its best
+        evaluation, and a copy must not lose that.
+        """
         members = self._members[step]
         part = min(-(-len(members) // QUARTER), len(members) // 2)
         place = next(place for place, member in enumerate(members) if member.trial == trial)
@@ -101,12 +113,12 @@ class Population:
             return None
         source = rng.choice(better)
         rate = self._perturbed(source.spec.learning_rate, rng)
-        # The seed stays: it is the order of the rows, in which the copy is to differ from its source.
+        # The trial keeps its own seed, so that it sees the rows in another order than its source.
         spec = replace(source.spec, learning_rate=rate, seed=members[place].spec.seed)
         return Copy(trial, Copied(source.trial, step, spec), source.checkpoint)
 
     def _perturbed(self, rate: float, rng: random.Random) -> float:
-        """Another learning rate of the space; at an end of it, away from that end."""
+        """Return a changed learning rate within the space; at a bound, one away from that bound."""
         around = [min(max(rate * factor, self._low), self._high) for factor in FACTORS]
         chosen: float = rng.choice([one for one in around if one != rate])
         return chosen

@@ -1,4 +1,4 @@
-"""A search's history as its parts take it up again: the trials under way, and what a population knows."""
+"""Restore a search from its history: the trials under way, and the state of its population."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from orchestrator.tuning.reports import Begun
 
 
 def under_way(history: History, trial: str, copy: Copy | None = None) -> Begun:
-    """A trial that has reported, as it goes on; as ``copy`` says where the population decided that after the trial's
-    last report."""
+    """Return the state from which a trial that has reported continues.
+
+    ``copy`` is the population's decision after the trial's last report, if it made one.
+    """
     begun = Begun(
         spec=history.specs()[trial],
         checkpoint=history.checkpoints[trial],
@@ -28,9 +30,9 @@ def under_way(history: History, trial: str, copy: Copy | None = None) -> Begun:
 def replayed(
     job: JobSpec, history: History, left: Sequence[str]
 ) -> tuple[Population | None, dict[str, Copy]]:
-    """The population after the history's reports, and what it then decides for the trials that are ``left``.
+    """Return the population after the history's reports, and its decisions for ``left`` trials.
 
-    Nothing for a search without a population, or that has not begun.
+    Both are empty for a search without a population, or one that has not begun.
     """
     if job.search.scheduler != "pbt" or not history.events:
         return None, {}

@@ -1,7 +1,8 @@
-"""The study: Ray Tune over a list of trials, or over trials as they are proposed. The only importer of ray.tune.
+"""The study: Ray Tune over a list of trials, or over trials as they are proposed.
 
-A Tune trial is light: a class trainable whose actor is reused, which submits its configuration to the broker and then
-relays reports. It imports no torch and holds no model.
+This is the only importer of ray.tune. A Tune trial is light: a class trainable whose actor is
+reused. It submits its configuration to the broker and then relays reports. It imports no torch and
+holds no model.
 """
 
 from __future__ import annotations
@@ -32,11 +33,10 @@ from orchestrator.tuning.reports import BROKEN, Report
 STEP = "step"  # the schedulers' clock: Tune's own iteration count starts over after a restore
 SCORE = "score"  # the best validation metric so far
 OWN = "own_score"  # see Report
-HANDED = (
-    "DEFAULT_ENV_VARS",
-    "ENV_VARS_TO_PROPAGATE",
-)  # what Tune calls the variables that it hands on
-RESTARTS = 3  # of a relay that was lost with its node
+# Names of the collections in which Tune lists environment variables to pass to its processes.
+HANDED = ("DEFAULT_ENV_VARS", "ENV_VARS_TO_PROPAGATE")
+RESTARTS = 3  # allowed for a relay that was lost with its node
+# The last result of a trial that was stopped.
 STOPPED = {
     STEP: 0,
     SCORE: 0.0,
@@ -44,8 +44,8 @@ STOPPED = {
     "report": None,
     "done": True,
     "lost": False,
-}  # the last of a stopped trial
-LOST = {**STOPPED, "lost": True}  # the same, once the search can't go on
+}
+LOST = {**STOPPED, "lost": True}  # the same, when the search can't continue
 
 
 def trial_id(number: int) -> str:
@@ -57,7 +57,7 @@ def trial_number(name: str) -> int:
 
 
 class Listener(Protocol):
-    """Hears of every trial in the order of events; called in the driver."""
+    """A receiver of every trial's events in their order; it is called in the driver."""
 
     def trial_started(self, trial: str, spec: TrialSpec) -> None: ...
 
@@ -67,10 +67,12 @@ class Listener(Protocol):
 
 
 class RelayTrial(tune.Trainable):
-    """A Tune trial: submits itself to the broker with its first step, then hands on one report a step.
+    """A Tune trial that submits itself to the broker and then relays a report per step.
 
-    Not when it is made: while it starts Tune may give its trial to a process that has become free, and this one
-    another trial later. Two that submit the same trial would be taken for a lost one and its successor.
+    The trial is submitted with its first step, not when the trainable is created: meanwhile Tune
+    may give the trial to another process that has become free, and later give this process another
+    trial. If two processes submitted the same trial, the broker would take them for a lost trial
+    and its successor.
     """
 
     def setup(self, config: dict[str, Any], broker: Any = None) -> None:
@@ -104,14 +106,14 @@ class RelayTrial(tune.Trainable):
         return {**STOPPED, **found, "report": report, "done": report.ending is not None}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """The broker keeps the newest checkpoint of every trial; Tune needs none of its own."""
+        """Save nothing: the broker keeps the newest checkpoint of every trial."""
 
     def load_checkpoint(self, checkpoint: Any) -> None:
-        """A trial that starts again goes on from the broker's checkpoint."""
+        """Load nothing: a restarted trial continues from the broker's checkpoint."""
 
 
 class _Proposals(Searcher):
-    """Asks for a trial whenever Tune has a free slot, and passes on what became of it."""
+    """A searcher that proposes a trial when Tune has a free slot, and passes on its result."""
 
     def __init__(self, proposer: Proposer, begun: Mapping[str, TrialSpec]) -> None:
         super().__init__(metric=SCORE)
@@ -120,7 +122,7 @@ class _Proposals(Searcher):
         self._numbers: dict[str, int] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
-        """Trials under way come first where a search goes on."""
+        """Suggest a trial; in a resumed search the trials under way come first."""
         number = next(iter(self._begun), self._proposer.proposed)
         spec = self._begun.pop(number, None) or self._proposer.propose()
         if spec is None:
@@ -137,21 +139,21 @@ class _Proposals(Searcher):
         )
 
     def save(self, checkpoint_path: str) -> None:
-        """The search's own journal is what a resumption starts from."""
+        """Save nothing: a search resumes from its own journal."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """See ``save``."""
+        """Restore nothing; see ``save``."""
 
 
 class Concurrency:
-    """How many trials Tune runs at a time, which may grow while it does."""
+    """The number of trials that Tune runs at a time, which may grow during the search."""
 
     def __init__(self, slots: int) -> None:
         self._slots = slots
         self._searcher: BasicVariantGenerator | ConcurrencyLimiter | None = None
 
     def searcher(self, proposals: Searcher | None) -> BasicVariantGenerator | ConcurrencyLimiter:
-        """Tune's source of trials: a list's, or of proposals."""
+        """Return Tune's source of trials: a given list, or proposals."""
         self._searcher = (
             BasicVariantGenerator(max_concurrent=self._slots)
             if proposals is None
@@ -162,13 +164,12 @@ class Concurrency:
     def grow(self, slots: int) -> None:
         self._slots = slots
         if self._searcher is not None:
-            self._searcher.max_concurrent = (
-                slots  # both read it whenever Tune asks for another trial
-            )
+            # Both kinds of searchers read this whenever Tune asks for another trial.
+            self._searcher.max_concurrent = slots
 
 
 class _Relay(Callback):
-    """Tells the broker at once what Tune decided, and the listeners what happened."""
+    """A callback that passes Tune's decisions to the broker, and events to the listeners."""
 
     def __init__(
         self, broker: Any, listeners: Sequence[Listener], targets: _Targets, trials: Sequence[str]
@@ -180,7 +181,11 @@ class _Relay(Callback):
         self._last: dict[str, Report] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Tune writes its callbacks to disk, to restore them; a restored study is given new listeners."""
+        """Pickle without listeners.
+
+        Tune writes its callbacks to disk to restore them, but a restored study is given new
+        listeners.
+        """
         return type(self), (None, (), None, ())
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -200,7 +205,8 @@ class _Relay(Callback):
         self._last[trial.trial_id] = report
         self._broker.decide.remote(report.trial, not result.get("done"))
         if self._targets.why:
-            self._broker.end_trials.remote()  # Tune now waits for the other trials, and they for their reports
+            # Tune now waits for the other trials, which wait for their reports.
+            self._broker.end_trials.remote()
         for listener in self._listeners:
             listener.trial_reported(report.trial, report)
 
@@ -215,12 +221,12 @@ class _Relay(Callback):
         self._ended(name, "failed", "see the search's log")
 
     def ended(self, report: Report) -> None:
-        """A trial's last report was this one."""
+        """Record that a trial ended with this report."""
         status = "failed" if report.ending in BROKEN else "finished" if report.ending else "stopped"
         self._ended(report.trial, status, self._why(report))
 
     def end(self) -> None:
-        """Tune has ended: trials that it left where they were, or never started, are stopped."""
+        """Record that Tune has ended; trials that it left unfinished or unstarted are stopped."""
         ray.get(self._broker.end_trials.remote())
         for name in [] if self._targets.lost else list(self._open):
             self._ended(name, "stopped", self._targets.why)
@@ -239,7 +245,7 @@ class _Relay(Callback):
 
 
 class _Targets(Stopper):
-    """Ends the search when its metric or its minutes are reached, or its workers are lost."""
+    """A stopper that ends the search at its target metric or time limit, or without workers."""
 
     def __init__(self, job: JobSpec, spent_s: float = 0.0) -> None:
         self._metric, self._minutes = job.search.stop.metric, job.search.stop.minutes
@@ -262,7 +268,7 @@ class _Targets(Stopper):
 
 
 def scheduler(job: JobSpec) -> TrialScheduler:
-    """The spec's scheduler, on our own step count."""
+    """Return the spec's scheduler, which counts our own steps."""
     common = {"time_attr": STEP, "metric": SCORE, "mode": job.search.better}
     grace = job.search.grace_steps or job.train.evaluate_every
     if job.search.scheduler == "asha":
@@ -273,20 +279,22 @@ def scheduler(job: JobSpec) -> TrialScheduler:
         return ASHAScheduler(max_t=job.train.steps, **rungs, **common)
     if job.search.scheduler == "median":
         return MedianStoppingRule(grace_period=grace, min_samples_required=3, **common)
-    return (
-        FIFOScheduler()
-    )  # with pbt too: no trial is stopped, and the broker lets them copy each other
+    # Also for pbt, which stops no trial: the broker lets trials copy each other.
+    return FIFOScheduler()
 
 
 def proposes(job: JobSpec) -> bool:
-    """Whether trials are proposed while the search runs."""
+    """Tell whether trials are proposed while the search runs."""
     return job.search.searcher == "optuna"
 
 
 def _source(
     proposer: Proposer | None, trials: Mapping[str, TrialSpec], concurrency: Concurrency
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Where Tune takes trials from: its parameter space for a list, and its options."""
+    """Return Tune's parameter space and its options for the source of trials.
+
+    The parameter space is empty where trials are proposed.
+    """
     if proposer is None:
         listed = [
             {"number": trial_number(name), "config": spec.config()} for name, spec in trials.items()
@@ -298,15 +306,16 @@ def _source(
 
 @dataclass(frozen=True)
 class _Stand:
-    """Stands for a trial in a scheduler that goes on: the same for its earlier reports and for those to come."""
+    """A stand-in for a trial in a resumed scheduler, the same for earlier and later reports."""
 
     trial_id: str
 
 
 class Continued(TrialScheduler):
-    """A scheduler that knows a search's earlier reports, and decides on the later ones as if it had never stopped.
+    """A scheduler that knows a search's earlier reports.
 
-    Tune gives a trial another id in every process; the scheduler inside sees ours.
+    It decides on later reports as if the search had never stopped. Tune gives a trial another id in
+    every process; the inner scheduler sees our ids.
     """
 
     def __init__(self, inner: TrialScheduler) -> None:
@@ -316,8 +325,11 @@ class Continued(TrialScheduler):
         self._known: set[str] = set()
 
     def learn(self, history: History, targets: _Targets) -> dict[str, Report]:
-        """Pass it the earlier reports in their order, as Tune would have. Returns the last report of each trial that
-        is over by its own ending, the scheduler's decision or a target."""
+        """Pass the earlier reports to the inner scheduler in their order, as Tune would have.
+
+        Return the last report of each trial that is over, by its own ending, the scheduler's
+        decision or a target.
+        """
         over: dict[str, Report] = {}
         for report in history.reports:
             stand = self._stand(report.trial)
@@ -364,14 +376,14 @@ class Continued(TrialScheduler):
         return str(self._inner.debug_string())
 
     def save(self, checkpoint_path: str) -> None:
-        """The search's own journal is what a resumption starts from."""
+        """Save nothing: a search resumes from its own journal."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """See ``save``."""
+        """Restore nothing; see ``save``."""
 
 
 class _NoTune:
-    """What a scheduler sees of Tune while it learns: no trial waits."""
+    """A stand-in for Tune's controller while a scheduler learns; it has no live trials."""
 
     def get_live_trials(self) -> set[Any]:
         return set()
@@ -393,9 +405,9 @@ def run_study(
     listeners: Sequence[Listener],
     history: History,
 ) -> None:
-    """Run the trials that are not over yet to their end; listeners hear of them. Returns when Tune has none left.
+    """Run the trials that are not over yet to their end, and report to the listeners.
 
-    With a searcher that proposes trials ``trials`` is empty.
+    Returns when Tune has no trial left. ``trials`` is empty with a searcher that proposes trials.
     """
     targets = _Targets(job, history.spent_s)
     names = {trial_id(number): spec for number, spec in enumerate(trials)}
@@ -409,7 +421,8 @@ def run_study(
         decides = Continued(decides)
         over = decides.learn(history, targets)
     left = [name for name in history.remaining(names) if name not in over]
-    for name in history.remaining(over):  # its last report was kept, and what was decided of it not
+    # The journal has the last report of these trials, but not the decision that ended them.
+    for name in history.remaining(over):
         relay.ended(over[name])
     total = len(left)
     if proposer:
@@ -430,7 +443,10 @@ def run_study(
 
 @contextmanager
 def _plain_trials() -> Iterator[None]:
-    """Tune hands no environment variables to the processes that it starts meanwhile: see worker_group.py."""
+    """Keep Tune from passing environment variables to the processes that it starts meanwhile.
+
+    ``workers/train_group.py`` explains why.
+    """
     from ray.tune.execution import class_cache
 
     before = {name: value for name, value in vars(class_cache).items() if name in HANDED}

@@ -1,8 +1,8 @@
-"""Trials proposed one after another by Optuna's TPE, each from what the ones before it reached. The only importer of
-optuna.
+"""Trials proposed by Optuna's TPE, each from the results of the earlier ones.
 
-A proposal depends on the spec, its number and the trials before it with their scores, and on nothing else: the sampler
-is seeded anew each time, so that a history that was written down goes on as it would have.
+This is the only importer of optuna. A proposal depends only on the spec, its number, and the
+earlier trials with their scores. The sampler is seeded anew each time, so that a resumed search
+continues as it would have without the interruption.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from orchestrator.job.spec import LogUniform, SearchSpec, Uniform
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
-FIRST = 10  # spread proposals before TPE takes over, but at most half of the trials; as many as optuna has by default
-ATTEMPTS = 8  # at a point that no trial had
+# Spread proposals before TPE takes over, at most half of the trials. Optuna's default is the same.
+FIRST = 10
+ATTEMPTS = 8  # tries to get a point from TPE that no trial has had
+# Dimensions whose listed values lie on a scale.
 ORDERED = (
     "num_virtual_tokens",
     "rank",
@@ -26,14 +28,17 @@ ORDERED = (
     "bottleneck",
     "shots",
     "learning_rate",
-)  # listed values of these lie on a scale
-WORST = (
-    1e30  # of a failed trial, in either direction: what led there is to be avoided, not forgotten
 )
+# Score of a failed trial, with the sign of the worse direction. TPE is told of failures, so that it
+# avoids what led to them.
+WORST = 1e30
 
 
 class Proposer:
-    """Proposes trials of a space, no point twice; None once there are ``search.trials``, or the space has no more."""
+    """A source of trials that proposes no point of the space twice.
+
+    It proposes None once there are ``search.trials`` trials, or the space has no more points.
+    """
 
     def __init__(self, search: SearchSpec) -> None:
         import optuna
@@ -51,7 +56,7 @@ class Proposer:
         self._scores: dict[int, float | None] = {}
 
     def propose(self) -> TrialSpec | None:
-        """The next trial; its number is how many came before."""
+        """Return the next trial, whose number is the count of earlier trials."""
         number = len(self._specs)
         if number >= self.total:
             return None
@@ -61,14 +66,15 @@ class Proposer:
             spec = self._ask(number, attempt)
             if spec not in self._specs:
                 return self._take(spec)
-        # TPE has settled on a point that has been: any other tells more.
+        # TPE repeats points that trials have had already: any new point is more informative.
         return next(map(self._take, self._new_points(number)), None)
 
     def learn(self, number: int, score: float | None) -> None:
-        """The best score of a trial that is over; None when it failed, which counts as the worst there is.
+        """Record the best score of a trial that is over; None when it failed, the worst score.
 
-        A trial that the scheduler stopped counts with what it had reached, as one that finished does: its score is the
-        best of several evaluations and only grows with steps, so that a stopped trial is never rated too well.
+        A trial that the scheduler stopped counts with the score that it had reached, like a
+        finished trial. Its score is the best of several evaluations and can only improve with
+        steps, so a stopped trial is never rated too well.
         """
         if number in self._scores:
             return
@@ -77,8 +83,11 @@ class Proposer:
         self._study.tell(self._trials[number], worst if score is None else score)
 
     def replay(self, configs: Mapping[int, dict[str, Any]]) -> list[TrialSpec]:
-        """Take the trials of a search that goes on, by number; only before the first proposal. Returns all that are
-        proposed now: one that was proposed and never started is proposed anew."""
+        """Take over the trials of a resumed search, by number; only before the first proposal.
+
+        Return all trials proposed so far. A trial that was proposed but never started is proposed
+        anew.
+        """
         for number in range(max(configs, default=-1) + 1):
             if number in configs:
                 self._take(TrialSpec.from_config(configs[number]))
@@ -88,16 +97,16 @@ class Proposer:
 
     @property
     def proposed(self) -> int:
-        """How many trials were proposed."""
+        """The number of trials that were proposed."""
         return len(self._specs)
 
     @property
     def left(self) -> int:
-        """How many may still be."""
+        """The number of trials that may still be proposed."""
         return self.total - self.proposed
 
     def _take(self, spec: TrialSpec) -> TrialSpec:
-        """Make ``spec`` the next trial, whoever thought of it."""
+        """Make ``spec`` the next trial, wherever it comes from."""
         config = spec.config()
         self._study.enqueue_trial(
             {name: axis.place(config[name]) for name, axis in self._varied.items()}
@@ -107,7 +116,11 @@ class Proposer:
         return spec
 
     def _ask(self, number: int, attempt: int) -> TrialSpec:
-        """What TPE would try next. The trial of the question itself counts for nothing."""
+        """Return the trial that TPE would try next.
+
+        The Optuna trial that is created for this question is marked as failed, so that it counts
+        for nothing.
+        """
         import optuna
 
         seed = random.Random(f"{self._search.seed} {number} {attempt}").randrange(2**32)
@@ -122,8 +135,8 @@ class Proposer:
         )
 
     def _new_points(self, number: int) -> list[TrialSpec]:
-        """Points at random that no trial had, at least one while the space has any."""
-        # Of one more different points than trials so far, one is new.
+        """Return random points that no trial has had, at least one while the space has any."""
+        # n + 1 distinct points cannot all be among n trials.
         seed = random.Random(f"{self._search.seed} {number}").randrange(2**32)
         drawn = draw(self._search.space, len(self._specs) + 1, seed)
         return [spec for spec in drawn if spec not in self._specs]
@@ -138,10 +151,10 @@ class Proposer:
 
 
 class _Axis:
-    """A dimension of the space as Optuna has it: a range as it is, listed values by their place in the list.
+    """A dimension of the space in Optuna's terms: a range as it is, listed values by index.
 
-    Inits are one choice with an entry for each text and each artifact, so that a text is there only where the init is
-    that text, and TPE tells texts apart.
+    The inits are a single categorical choice, with an entry for each text and each artifact. So a
+    text only occurs where the init is that text, and TPE can tell texts apart.
     """
 
     def __init__(self, name: str, values: Any) -> None:
@@ -171,11 +184,14 @@ class _Axis:
         )
 
     def value(self, found: Any) -> Any:
-        """The value that Optuna's answer stands for; None for a dimension that it was not asked about."""
+        """Return the value that Optuna's answer stands for.
+
+        ``found`` is None for a dimension that does not vary, about which Optuna was not asked.
+        """
         if self._range is not None:
             return found
         return self._values[found or 0]
 
     def place(self, value: Any) -> Any:
-        """The reverse, from a trial's configuration."""
+        """Return Optuna's representation of a value in a trial's configuration."""
         return value if self._range is not None else self._written.index(value)
