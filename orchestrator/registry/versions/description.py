@@ -52,7 +52,7 @@ def version_description(
 
 
 def metrics_table(rows: Mapping[str, Metrics]) -> list[str]:
-    """Build a markdown table: one line per entry of ``rows``, one column per metric of each split."""
+    """Build a markdown table: one line per entry of ``rows``, one column per split and metric."""
     columns = list(
         dict.fromkeys(
             (split, metric) for row in rows.values() for split in row for metric in row[split]
@@ -115,5 +115,8 @@ def _within(text: str) -> str:
 
 
 def _code(value: Any) -> str:
-    """Format the value as inline code, so that free text from job specs is shown and not rendered."""
+    """Format the value as inline code.
+
+    Job specs contain free text, which the page must show and not render.
+    """
     return "`" + " ".join(str(value).replace("`", "'").split()) + "`"

@@ -17,7 +17,7 @@ from orchestrator.artifact import read_manifest
 
 
 class PromptModel(PythonModel):
-    """A model that answers rows with one column for each column of the template."""
+    """A model whose input has one column for each column of the template."""
 
     def load_context(self, context: Any) -> None:
         self.folder = Path(context.artifacts["prompt"])
@@ -26,8 +26,9 @@ class PromptModel(PythonModel):
     def predict(
         self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> list[Any]:
-        """Return ``{"label", "probs"}`` for each row, or ``{"text"}`` when the prompt generates
-        text.
+        """Return ``{"label", "probs"}`` for each row.
+
+        A prompt that generates text returns ``{"text"}`` for each row.
         """
         rows = model_input.to_dict("records")
         if self.model is None:

@@ -51,7 +51,10 @@ class UiCommand(NamedTuple):
 
 
 class AliasOutcome(NamedTuple):
-    """The highest alias that a new version received (None: no alias), and the reason as a sentence."""
+    """The highest alias that a new version received (None: no alias), and the reason.
+
+    The reason is a sentence.
+    """
 
     alias: str | None
     reason: str
