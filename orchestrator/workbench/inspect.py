@@ -63,6 +63,8 @@ class Drift:
 
 @dataclass(frozen=True)
 class VirtualToken:
+    """A virtual token at ``place``: its norm, its nearest vocabulary tokens, and its drift."""
+
     place: int
     norm: float
     nearest: tuple[Neighbour, ...]
