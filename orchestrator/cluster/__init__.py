@@ -1,1 +1,1 @@
-"""Ray as a place: sessions, nodes and submitted jobs."""
+"""Ray: sessions, nodes and submitted jobs."""

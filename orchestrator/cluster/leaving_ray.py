@@ -1,4 +1,4 @@
-"""The end of a Ray that was started here."""
+"""Shutting down a Ray that this process started or joined."""
 
 from __future__ import annotations
 
@@ -14,17 +14,22 @@ from orchestrator.utils.signals import sigterm_again
 log = logging.getLogger(__name__)
 
 THREADS_S = 10.0
-"""The last wait for threads that call Ray; who started them has waited before, and ended what they wait for."""
+"""The time to wait for threads that call Ray.
+
+The code that started them has waited for them before, and has ended what they wait for.
+"""
 
 
 def leave_ray() -> None:
-    """Call ``ray.shutdown()`` once no thread calls Ray any more; a second SIGTERM does not cut it short.
+    """Call ``ray.shutdown()`` once no thread calls Ray any more.
 
-    With a thread that does not end Ray is left as it is, for ``end_process``.
+    If a thread does not end, Ray is left running for ``end_process``.
 
-    As Ray's C++ goes it gives SIGTERM back to the system, whatever handled it; ending Ray's processes then takes a
-    second more, in which the signal would end this one without a word. Garbage is not collected meanwhile: another
-    thread that came upon a reference to one of Ray's objects would call its C++ as it goes.
+    A second SIGTERM does not interrupt the shutdown. While Ray's C++ code shuts down, it resets
+    SIGTERM to the system's default, whatever handled it before. Ending Ray's processes then takes
+    another second, in which the signal would end this process without a message. So our handler is
+    reinstalled in between. Garbage collection is off during the shutdown: another thread that
+    collected a reference to one of Ray's objects would call the C++ code while it shuts down.
     """
     if stuck := await_ray_threads(THREADS_S):
         log.warning("Ray is not shut down, because it is still called by: %s", names(stuck))

@@ -1,4 +1,4 @@
-"""The nodes of a Ray cluster, and what they have."""
+"""The nodes of a Ray cluster and their resources."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import ray
 
 @dataclass(frozen=True)
 class Node:
-    """Free resources of one node."""
+    """Total resources of one node that Ray may use."""
 
     cpus: float
     gpus: float = 0.0
 
 
 def nodes() -> list[Node]:
-    """What the live nodes have, and at most what Ray may use of it."""
+    """List the live nodes with all the resources that Ray may use of them."""
     return [
         Node(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
         for node in ray.nodes()

@@ -1,4 +1,7 @@
-"""The folder in which a Ray of our own keeps its session: sockets whose paths the system limits."""
+"""The folder in which a local Ray keeps its session.
+
+It contains sockets, and the system limits the length of their paths.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +13,22 @@ from pathlib import Path
 from orchestrator.errors import BadInput
 
 SOCKET_BYTES = 107
-"""The longest path that Linux gives a socket."""
+"""The longest path in bytes that Linux allows for a socket."""
 SESSION = "/ray/session_2026-01-31_23-59-59_999999_4194304/sockets/plasma_store"
 """The longest path that Ray appends to its folder."""
 LONGEST = SOCKET_BYTES - len(SESSION)
 READ_BY_RAY = re.compile(r"[A-Za-z0-9 /._+=,:@~#?%-]*")
-"""Ray's processes fail to start in a folder with quotes, or with letters beyond ASCII."""
+"""The characters that work in the folder's path.
+
+Ray's processes fail to start in a folder with quotes or with letters beyond ASCII.
+"""
 FALLBACK = Path("/tmp")
 
 
 def ray_temp_dir(fallback: Path = FALLBACK) -> str | None:
-    """Return the folder for Ray's sessions where it can't use the temporary folder; None where it can.
+    """Return the folder for Ray's sessions where Ray can't use the temporary folder.
 
-    Raises BadInput when the fallback can't be written either.
+    Returns None where it can. Raises BadInput when the fallback can't be written either.
     """
     if not (problem := _problem()):
         return None
@@ -35,13 +41,13 @@ def ray_temp_dir(fallback: Path = FALLBACK) -> str | None:
 
 
 def ray_temp_note() -> str:
-    """Describe where Ray keeps its session instead of the temporary folder; empty where it uses that."""
+    """Describe where Ray keeps its session; empty if that is the temporary folder."""
     problem = _problem()
     return f"{problem}; Ray's sockets are in {FALLBACK / 'ray'}" if problem else ""
 
 
 def _problem() -> str:
-    """Name what keeps Ray from using the temporary folder; empty where nothing does."""
+    """Name the reason that Ray can't use the temporary folder; empty if it can."""
     variable = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
     folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     length = len(os.fsencode(folder))

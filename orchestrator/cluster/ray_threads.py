@@ -1,7 +1,7 @@
-"""The threads of this process that call Ray. Ray is shut down once all of them have ended, and not before.
+"""The threads of this process that call Ray.
 
-A thread that calls Ray after ``ray.shutdown`` makes its C++ end the whole process, with exit code 1 and without our
-message, or crash it.
+Ray is only shut down once all of them have ended. If a thread calls Ray after ``ray.shutdown``,
+Ray's C++ code crashes the whole process, or ends it with exit code 1 and without our message.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class RayThread(threading.Thread):
         super().__init__(name=name, daemon=True)
 
     def start(self) -> None:
-        """Start, and be counted among the threads that Ray's end waits for."""
+        """Start the thread, and add it to the threads that Ray's shutdown waits for."""
         with _starting:
             _started[:] = alive(_started)
             _started.append(self)
@@ -35,12 +35,12 @@ class RayThread(threading.Thread):
 
 
 def alive(threads: Sequence[threading.Thread]) -> list[threading.Thread]:
-    """The threads that were started and have not ended."""
+    """Return the threads that were started and have not ended."""
     return [thread for thread in threads if thread.is_alive()]
 
 
 def await_end(threads: Sequence[threading.Thread], seconds: float) -> list[threading.Thread]:
-    """Wait for the threads' end, no longer than ``seconds`` in all; return those that still live."""
+    """Wait at most ``seconds`` in all for the threads to end; return those still alive."""
     deadline = time.monotonic() + seconds
     for thread in alive(threads):
         thread.join(max(0.0, deadline - time.monotonic()))
@@ -53,15 +53,15 @@ def await_ray_threads(seconds: float) -> list[threading.Thread]:
 
 
 def names(threads: Sequence[threading.Thread]) -> str:
-    """The threads' names, for a message."""
+    """List the threads' names for a message."""
     return ", ".join(thread.name for thread in threads)
 
 
 def end_process(code: int) -> NoReturn:
-    """End the process with this exit code, also where a thread is stuck in a call of Ray.
+    """End the process with this exit code, even if a thread is stuck in a call of Ray.
 
-    Such a thread would be crashed by what Ray does at a program's end. So nothing is done there: the processes that
-    this one started are ended by their id, and the system frees the rest.
+    Ray's cleanup at a normal exit would crash such a thread. So no cleanup is run: the processes
+    that this one started are killed by their IDs, and the system frees the rest.
     """
     stuck = alive(_started)
     if not stuck:

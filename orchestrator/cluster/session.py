@@ -1,4 +1,7 @@
-"""Ray for the length of a search: the cluster that is named, or one on this machine, started and stopped here."""
+"""Ray for the length of a search.
+
+It is a named cluster, or a Ray on this machine that is started and stopped here.
+"""
 
 from __future__ import annotations
 
@@ -23,25 +26,32 @@ from orchestrator.utils.text import mask_secrets
 log = logging.getLogger(__name__)
 
 FEW_CORES = 8
-"""Ray makes a process for each core: with more of them most would import what nobody asks them for."""
-ANSWER_S = 10.0  # a cluster that is there connects in milliseconds
-FAILURES = (ConnectionError, RuntimeError, ValueError, TimeoutError)  # what ray.init raises
+"""The most cores on which Ray's processes preload our module.
 
-# Read by Ray and its workers at their start. Ray's own loggers would write three files a trial.
+Ray starts a process for each core. With more cores, most of them would import modules that they
+never use.
+"""
+ANSWER_S = 10.0  # a running cluster connects in milliseconds
+FAILURES = (ConnectionError, RuntimeError, ValueError, TimeoutError)  # the errors of ray.init
+
+# Ray and its workers read these at their start. Ray's own loggers would write three files a trial.
 ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # an interrupt reaches our own code, which closes the MLflow runs
+    # An interrupt must reach our own code, which closes the MLflow runs.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-    "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints a header even when asked for nothing
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new output prints a header even when it is silenced
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a search's end waits for the next one; Train's own choice is 2
-    # It ends a worker before its machine goes, without telling the broker, whose trials would wait for it. A machine
-    # that is taken back is one that is lost: the trials go on elsewhere from their last report.
+    # The end of a search waits for the next health check. Train's default is 2.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # The watcher ends a worker before its machine is preempted, without telling the broker, whose
+    # trials would wait for it. We treat a preempted machine as lost: its trials continue elsewhere
+    # from their last report.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # as Train has it for its controller
+    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # Train sets this for its controller too
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
 }
 
@@ -49,16 +59,19 @@ _started_here = threading.Event()
 
 
 def started_here() -> bool:
-    """Whether the Ray that this process uses was started by ``ray_session``, with this process's environment."""
+    """Tell whether ``ray_session`` or ``ray_beside`` started the Ray that this process uses.
+
+    Such a Ray has this process's environment.
+    """
     return _started_here.is_set()
 
 
 @contextmanager
 def ray_session(address: str | None = None, verbose: bool = False) -> Iterator[bool]:
-    """Connect to ``address``, RAY_ADDRESS or a fresh local Ray; a session that is open already is used and left open.
+    """Connect to ``address``, to RAY_ADDRESS, or to a new local Ray.
 
-    Says whether Ray's processes are ours, started here and for this. Raises Unreachable when a named cluster does not
-    answer.
+    A session that is already open is used and left open. Yields True if Ray was started here, for
+    this session. Raises Unreachable when a named cluster does not answer.
     """
     with ray_beside(address, verbose) as up:
         yield up()
@@ -68,12 +81,15 @@ def ray_session(address: str | None = None, verbose: bool = False) -> Iterator[b
 def ray_beside(
     address: str | None = None, verbose: bool = False, then: Callable[[], None] | None = None
 ) -> Iterator[Callable[[], bool]]:
-    """A session as ``ray_session`` has it, of a Ray that starts while other work is done, where it is one of our own.
-    The function that this gives waits until it is up, and says whether it is ours.
+    """Open a session as ``ray_session`` does; a local Ray starts while the caller does other work.
 
-    Ray's start is seconds of waiting for its processes. ``then`` is done in it, beside what follows; on a machine of
-    few cores its module is imported by each of Ray's processes as it starts. A named cluster is asked by the given
-    function, at once, and nothing more is done in it.
+    Yields a function that waits until Ray is up and tells whether it was started here. For a named
+    cluster, that function connects when it is called.
+
+    Starting Ray means seconds of waiting for its processes. ``then`` is called in the starting
+    thread once a local Ray is up, beside the caller's work. On a machine with few cores, each of
+    Ray's processes imports the module of ``then`` as it starts. For a named cluster ``then`` is not
+    called.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -118,8 +134,10 @@ def _connect(address: str, options: dict[str, Any]) -> bool:
 
 
 class LocalStart(threading.Thread):
-    """Starts a Ray on this machine, and lives as long as it does: Ray has the system end its processes with the thread
-    that made them."""
+    """The thread that starts a Ray on this machine and lives as long as that Ray.
+
+    Ray has the system end its processes when the thread that started them ends.
+    """
 
     def __init__(self, options: dict[str, Any], then: Callable[[], None] | None = None) -> None:
         super().__init__(name="ray-start", daemon=True)
@@ -142,13 +160,16 @@ class LocalStart(threading.Thread):
         if self._then is not None and self._error is None:
             try:
                 self._then()
-            except Exception:  # it only makes a search start sooner
+            except Exception:  # the preparation only makes a search start sooner
                 log.info("nothing was made ready in Ray", exc_info=True)
         self._idle.set()
         self._left.wait()
 
     def up(self) -> bool:
-        """Wait until it is up; says that it is ours. Raises Unreachable when Ray does not start."""
+        """Wait until Ray is up; return True, because it was started here.
+
+        Raises Unreachable when Ray does not start.
+        """
         self._tried.wait()
         if isinstance(self._error, FAILURES):
             raise no_cluster("this machine", str(self._error).splitlines()[0]) from None
@@ -157,24 +178,29 @@ class LocalStart(threading.Thread):
         return True
 
     def leave(self) -> None:
-        """End it, once it has started and nothing is done in it from here: Ray that is asked for anything after its end
-        starts another one, of which nobody would know."""
-        if self.ident is None:  # it was not started
+        """Shut Ray down, once it has started and this thread has finished its work in it.
+
+        A call to Ray after its shutdown would start another Ray that nothing keeps track of.
+        """
+        if self.ident is None:  # the thread was not started
             return
         self._idle.wait()
         _started_here.clear()
         leave_ray()
-        if (
-            ray.is_initialized()
-        ):  # a thread is stuck in it: Ray lives as long as this one, which ends with the process
+        # Another thread is stuck in a call of Ray. This thread and Ray then live until the
+        # process ends.
+        if ray.is_initialized():
             return
         self._left.set()
         self.join()
 
 
 def check_answers(address: str) -> None:
-    """Raise Unreachable within seconds when nobody speaks gRPC at HOST:PORT; Ray itself would try for two minutes and
-    then end the process. BadInput for a dashboard's address."""
+    """Raise Unreachable within seconds when no gRPC server answers at HOST:PORT.
+
+    Ray itself would try for two minutes and then end the process. Raises BadInput for the address
+    of a dashboard.
+    """
     if address.startswith(("http://", "https://")):
         raise BadInput(
             f"{mask_secrets(address)} is a dashboard's address, to which jobs are submitted",
@@ -182,7 +208,7 @@ def check_answers(address: str) -> None:
         )
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdecimal() or "/" in host:
-        return  # auto, local, or a form that Ray refuses itself
+        return  # auto, local, or a form that Ray itself refuses
     try:
         socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
     except (OSError, OverflowError) as error:
@@ -203,5 +229,6 @@ def check_answers(address: str) -> None:
 def no_cluster(address: str, reason: str) -> Unreachable:
     return Unreachable(
         f"no Ray cluster answers at {mask_secrets(address)}: {mask_secrets(reason)}",
-        "check RAY_ADDRESS or --address (ray://HOST:10001 or HOST:6379), or leave it out to run on this machine",
+        "check RAY_ADDRESS or --address (ray://HOST:10001 or HOST:6379), or leave it out to run "
+        "on this machine",
     )

@@ -1,6 +1,7 @@
-"""MLflow behind one door: search logging, registered models, aliases, artifacts. Only this package imports mlflow.
+"""Search logs, registered models, aliases and artifacts in MLflow.
 
-Importing it is cheap: mlflow itself is imported by the first call that needs the store.
+Only this package imports mlflow. Importing this package is cheap: mlflow itself is imported by the
+first call that needs the store.
 """
 
 from orchestrator.registry.aliases.canary import Canary, LiveModel

@@ -1,4 +1,4 @@
-"""The registry: the one object that the rest of the program talks to."""
+"""The Registry class: the only interface to MLflow for the rest of the program."""
 
 from __future__ import annotations
 
@@ -61,15 +61,17 @@ if TYPE_CHECKING:
 
 CHAMPION = "champion"
 PATIENCE_SECONDS = 60.0
-PAGE = 1000  # as many as MLflow gives at once
-MAX_NEAREST = 100  # virtual tokens whose words are kept
+PAGE = 1000  # MLflow's limit for one request
+MAX_NEAREST = 100  # virtual tokens whose nearest words are stored
 
 
 class Registry:
     """Searches, registered prompts and their aliases in one MLflow store.
 
-    Making one is free; the first call connects and, for a new SQLite file, creates the schema. It may be sent to other
-    processes. Errors: BadInput for what doesn't exist or is refused, Unreachable when MLflow does not answer.
+    Constructing a Registry opens no connection. The first call connects and, for a new SQLite file,
+    creates the schema. A Registry can be pickled and sent to other processes. Methods raise
+    BadInput for names that don't exist and for refused requests, and Unreachable when MLflow does
+    not answer.
     """
 
     def __init__(
@@ -78,7 +80,11 @@ class Registry:
         registry_uri: str | None = None,
         cache_dir: Path | None = None,
     ) -> None:
-        """The addresses default to MLFLOW_TRACKING_URI and MLFLOW_REGISTRY_URI, then to ./mlflow.db."""
+        """Set the addresses of the tracking store and of the registry.
+
+        They default to MLFLOW_TRACKING_URI and MLFLOW_REGISTRY_URI. Without those, the tracking
+        store is ./mlflow.db and the registry is the tracking store.
+        """
         self._store = Store(tracking_uri, registry_uri)
         self.cache_dir = cache_dir or default_cache()
 
@@ -87,7 +93,7 @@ class Registry:
 
     @property
     def tracking_uri(self) -> str:
-        """The address in full; show ``display_uri`` instead, an address may hold a password."""
+        """The full address, which may contain a password; show ``display_uri`` to users instead."""
         return self._store.tracking_uri
 
     @property
@@ -99,9 +105,11 @@ class Registry:
         self._store.check()
 
     def check_search_end(self, search: str, model: str | None) -> None:
-        """Raise BadInput or Unreachable for what the end of a search would fail at; it leaves nothing behind.
+        """Raise BadInput or Unreachable for anything that the end of a search would fail at.
 
-        ``search`` names its experiment, ``model`` the registered model; None for one that registers nothing.
+        ``search`` names the experiment. ``model`` names the registered model, or is None for a
+        search that registers nothing. The check leaves no test data behind; it may create the
+        experiment that holds the aliases' history, which every registered model needs.
         """
         check_search_end(self._store, search, model, self.cache_dir)
 
@@ -117,9 +125,10 @@ class Registry:
         spill: Path | None = None,
         patience: float = PATIENCE_SECONDS,
     ) -> SearchLog:
-        """Open the search's run in the experiment of its name.
+        """Open a run for the search in the experiment of the same name.
 
-        ``data`` are the rows that it works on, ``spill`` takes what can't be written at the end.
+        ``data`` describes the rows that the search uses. ``spill`` is the file for log entries that
+        can't be written by the end of the search.
         """
         with self._store.translating(f"starting search {printable(name)}"):
             return searches.start(self._store, name, params, tags, data, spill, patience)
@@ -133,9 +142,10 @@ class Registry:
         spill: Path | None = None,
         patience: float = PATIENCE_SECONDS,
     ) -> SearchLog:
-        """Go on logging into an earlier search's run; MLflow knows its trials' runs, ``run_ids`` adds to them.
+        """Continue logging into the run of an earlier search.
 
-        ``params`` are those of the search, logged where the first attempt had not come to it.
+        MLflow knows the runs of the trials; ``run_ids`` adds to them. ``params`` are the search's
+        parameters, which are logged where the first attempt was interrupted before it logged them.
         """
         with self._store.translating(f"resuming the search of run {printable(parent_run_id)}"):
             return searches.resume(
@@ -143,7 +153,7 @@ class Registry:
             )
 
     def log_files(self, run_id: str, files: Mapping[str, bytes]) -> None:
-        """Keep files with a run, by their path there."""
+        """Store files with a run; the keys are their paths among the run's artifacts."""
         with self._store.translating("logging files"), tempfile.TemporaryDirectory() as scratch:
             for path, content in files.items():
                 file = Path(scratch, path)
@@ -151,7 +161,7 @@ class Registry:
                 file.write_bytes(content)
             self._store.client.log_artifacts(run_id, scratch)
 
-    # Versions in.
+    # Registering versions.
 
     def register(
         self,
@@ -164,10 +174,11 @@ class Registry:
         example: Mapping[str, Any] | None = None,
         nearest: Sequence[Sequence[tuple[str, float]]] = (),
     ) -> int:
-        """Make the artifact a new version of the registered model, which is made when it doesn't exist yet.
+        """Publish the artifact as a new version of the registered model and return its number.
 
-        ``metric`` ranked the trials, ``example`` is a row of the data, ``nearest`` the words that each virtual token is
-        near: all for whoever reads or compares the version later.
+        The registered model is created if it doesn't exist yet. ``metric`` ranked the trials,
+        ``example`` is a row of the data, and ``nearest`` has the words nearest to each virtual
+        token. All three help people who read or compare the version later.
         """
         check_name(name)
         known = {METRIC_TAG: metric} if metric else {}
@@ -180,7 +191,7 @@ class Registry:
             )
 
     def _champion(self, name: str) -> VersionSummary | None:
-        """The model's champion, where there are both."""
+        """Return the model's champion; None if the model or its champion does not exist."""
         try:
             return self.resolve(ModelRef(name, alias=CHAMPION))
         except BadInput:
@@ -189,8 +200,10 @@ class Registry:
     # Reading.
 
     def list_models(self) -> list[ModelSummary]:
-        """Every registered model of the store, by name; a few statements, or two requests a thousand models.
+        """List every registered model of the store, sorted by name.
 
+        A known database is read with a few SQL statements. Other stores take one request per
+        ``PAGE`` models. A champion whose metrics are not noted on its model takes one more request.
         Raises Unreachable within about 10 s when MLflow does not answer.
         """
         rows = read_models(self._store.registry_uri)
@@ -204,7 +217,7 @@ class Registry:
         metrics = None
         if (champion := model.aliases.get(CHAMPION)) is not None:
             metrics = _noted(model, champion)
-            if metrics is None:  # moved by something that leaves no note
+            if metrics is None:  # another program moved the alias and left no note
                 found = self._store.client.get_model_version(model.name, str(champion))
                 metrics = version_summary(found, model.aliases).metrics
         return ModelSummary(
@@ -212,9 +225,9 @@ class Registry:
         )
 
     def versions(self, name: str) -> list[VersionSummary]:
-        """Every version of one registered model, the newest first."""
+        """List every version of one registered model, newest first."""
         model = self._model(name)
-        # Names may hold quotes, which a filter can't express; then the store's whole list is gone through.
+        # A name may contain quotes, which a filter can't express. Then all versions are read.
         condition = f"name = '{name}'" if re.fullmatch(NAME_PATTERN, name) else None
         with self._store.translating(f"listing the versions of {printable(name)}"):
             pages = self._pages("search_model_versions", filter_string=condition)
@@ -223,7 +236,10 @@ class Registry:
         return sorted(summaries, key=lambda it: it.version, reverse=True)
 
     def resolve(self, ref: ModelRef | str) -> VersionSummary:
-        """The version that a reference means, a bare name being its champion; BadInput lists what exists."""
+        """Find the version that a reference means; a bare name means its champion.
+
+        Raises BadInput, which lists the existing names, aliases or versions.
+        """
         ref = parse_ref(ref) if isinstance(ref, str) else ref
         model = self._model(ref.name)
         if ref.version is not None:
@@ -238,7 +254,7 @@ class Registry:
         return self._version(model, aliases[alias])
 
     def version(self, ref: ModelRef | str) -> VersionDetail:
-        """One version in full, its manifest included."""
+        """Read one version in full, including its manifest."""
         summary = self.resolve(ref)
         with self._store.translating(
             f"reading version {summary.version} of {printable(summary.name)}"
@@ -252,22 +268,31 @@ class Registry:
                 return VersionDetail(summary, source, None, error.message)
 
     def fetch(self, name: str, version: int, cache_dir: Path | None = None) -> Path:
-        """The version's checked artifact as a local folder, downloaded once; treat it as read-only."""
+        """Return the version's checked artifact as a local folder, downloaded once.
+
+        Treat the folder as read-only.
+        """
         summary = self._version(self._model(name), version)
         with self._store.translating(f"fetching version {version} of {printable(name)}"):
             return self._fetch(summary, cache_dir)
 
     def aliases(self, name: str) -> dict[str, int]:
-        """Alias to version of one registered model."""
+        """Map each alias of one registered model to its version."""
         return _aliases(self._model(name))
 
     def snapshot(self) -> dict[str, dict[str, int]]:
-        """Registered prompt to alias to version, in one request a hundred models; made for polling."""
+        """Map each registered prompt to its aliases and their versions.
+
+        Cheap enough for polling: a few SQL statements, or one request per ``PAGE`` models.
+        """
         with self._store.translating("reading the aliases"):
             return {model.name: model.aliases for model in self._rows() if _is_prompt(model.tags)}
 
     def live(self) -> dict[str, LiveModel]:
-        """Registered prompt to its aliases and canary, in one request a hundred models; made for polling."""
+        """Map each registered prompt to its aliases and its canary.
+
+        Cheap enough for polling: a few SQL statements, or one request per ``PAGE`` models.
+        """
         with self._store.translating("reading the aliases"):
             found = [model for model in self._rows() if _is_prompt(model.tags)]
             return {
@@ -324,7 +349,7 @@ class Registry:
         raise self._no_such_version(model.name, version)
 
     def _no_such_version(self, name: str, version: int) -> NoSuchVersion:
-        """Tell a version that was deleted from a number that was never given: MLflow counts them up."""
+        """Tell a deleted version from a number that was never used: MLflow counts versions up."""
         known = [summary.version for summary in self.versions(name)]
         if known and version < max(known):
             message = f"version {version} of registered model {printable(name)} was deleted"
@@ -345,16 +370,16 @@ class Registry:
         return fetch(self._store, summary, cache_dir or self.cache_dir)
 
     def log_evaluations(self, version: VersionSummary, records: Sequence[EvaluationRecord]) -> str:
-        """Keep with a version what it was found to do on other data; returns the run that has the metrics."""
+        """Store a version's evaluation results on other data; return the ID of their run."""
         with self._store.translating(
             f"logging the evaluation of {printable(version.name)}:{version.version}"
         ):
             return log_evaluations(self._store, version, records)
 
-    # Aliases. Every move is on record, one after another: see ledger.py.
+    # Aliases. Every move is recorded, one after another: see ledger.py.
 
     def history(self, name: str) -> list[Move]:
-        """Every move of the model's aliases on record, oldest first for each alias."""
+        """List every recorded move of the model's aliases, oldest first for each alias."""
         model = self._model(name)
         with self._store.translating(f"reading the history of {printable(name)}"):
             return recorded(self._store, model)
@@ -368,7 +393,11 @@ class Registry:
         kind: Kind = "set",
         check: Check | None = None,
     ) -> int | None:
-        """Point the alias at the version without comparing anything; returns the former holder. Keeps a record."""
+        """Point the alias at the version without comparing versions, and record the move.
+
+        Returns the version that held the alias before. ``check`` replaces ``reason``: it receives
+        the current holder and returns the reason, or raises to prevent the move.
+        """
         check_alias(alias)
         self._version(self._model(name), version)
         old, _ = self._move(name, alias, version, kind, check or (lambda holder: reason))
@@ -380,9 +409,8 @@ class Registry:
         with self._store.translating(f"moving {alias} of {printable(name)}"):
             moved = move_alias(self._store, name, alias, version, kind, check)
             if alias == CHAMPION:
-                with suppress(
-                    Exception
-                ):  # a listing looks at the version itself where the note is another's
+                # The note only saves time: without it, a listing reads the version itself.
+                with suppress(Exception):
                     found = self._store.client.get_model_version(name, str(version))
                     note = {"version": version, "metrics": version_summary(found, {}).metrics}
                     self._store.client.set_registered_model_tag(
@@ -393,11 +421,13 @@ class Registry:
     def promote(
         self, name: str, version: int, alias: str = CHAMPION, force_reason: str | None = None
     ) -> tuple[int | None, int]:
-        """Move the alias after the gate; returns old and new version.
+        """Move the alias to the version if it passes the gate; return the old and the new version.
 
-        The artifact must be whole and fit its base model's context, and the server and the clients of the alias's
-        holder; a new champion must beat the old one on the same test rows. A reason lets a version pass that differs
-        or is no better; it is kept on record. Overtaken when somebody else moves the alias in this moment.
+        The artifact must be complete and fit its base model's context, and must work with the
+        server and the clients of the alias's current holder. A new champion must beat the old one
+        on the same test rows. ``force_reason`` admits a version that differs or is no better, and
+        is recorded with the move. Raises Overtaken when another program moves the alias at the same
+        time.
         """
         check_alias(alias)
         new = self._candidate(name, version)
@@ -406,7 +436,8 @@ class Registry:
         def check(holder: int | None) -> str:
             if holder != seen:
                 raise Overtaken(
-                    f"{alias} of {printable(name)} was moved to version {holder} by somebody else meanwhile",
+                    f"{alias} of {printable(name)} was moved to version {holder} by somebody else "
+                    "meanwhile",
                     f"look at it, then promote again: orchestrator models {printable(name)}",
                 )
             return self._admitted(name, version, new, alias, holder, force_reason)
@@ -415,7 +446,10 @@ class Registry:
         return self.set_alias(name, alias, version, kind=kind, check=check), version
 
     def rollback(self, name: str, alias: str = CHAMPION, reason: str = "") -> tuple[int, int]:
-        """Put the alias back to the version that held it before; returns old and new version."""
+        """Move the alias back to the version that held it before.
+
+        Returns the version that the alias left and the version that it has now.
+        """
         current = self.aliases(name).get(alias)
         before = former_holder(self.history(name), alias, current)
         if current is None or before is None:
@@ -428,7 +462,8 @@ class Registry:
         def check(holder: int | None) -> str:
             if holder != current:
                 raise Overtaken(
-                    f"{alias} of {printable(name)} was moved to version {holder} by somebody else meanwhile",
+                    f"{alias} of {printable(name)} was moved to version {holder} by somebody else "
+                    "meanwhile",
                     f"look at it first: orchestrator models {printable(name)}",
                 )
             return reason
@@ -437,13 +472,14 @@ class Registry:
         return current, before
 
     def set_canary(self, name: str, alias: str, percent: float) -> Canary:
-        """Let servers send a share of the name's traffic to another alias, which has to exist."""
+        """Send a share of the name's traffic to another alias, which must exist."""
         canary = make_canary(alias, percent)
         aliases = self.aliases(name)
         if alias == CHAMPION or alias not in aliases:
             others = [it for it in aliases if it != CHAMPION]
             raise BadInput(
-                f"registered model {printable(name)} has no alias {printable(alias)!r} beside its champion",
+                f"registered model {printable(name)} has no alias {printable(alias)!r} beside its "
+                "champion",
                 nearest(alias, others)
                 or f"orchestrator promote {printable(name)} VERSION --alias challenger",
             )
@@ -452,7 +488,7 @@ class Registry:
         return canary
 
     def end_canary(self, name: str) -> Canary | None:
-        """All of the name's traffic goes to its champion again; returns the canary that was."""
+        """Send all of the name's traffic to its champion again; return the former canary."""
         model = self._model(name)
         if CANARY_TAG in model.tags:
             with self._store.translating(f"ending the canary of {printable(name)}"):
@@ -467,7 +503,11 @@ class Registry:
         metric: str = "accuracy",
         better: Better = "max",
     ) -> AliasOutcome:
-        """After a search: give the new version the spec's alias, and make it champion when it earns that."""
+        """Give a search's new version the job spec's alias, and make it champion if it earns that.
+
+        It earns that by beating the current champion, or by having test results where there is no
+        champion.
+        """
         if alias != CHAMPION:
             self.set_alias(name, alias, version, kind="search")
         new = self._candidate(name, version)
@@ -486,7 +526,7 @@ class Registry:
         return AliasOutcome(CHAMPION, f"Version {version} is champion: {reason}.")
 
     def _candidate(self, name: str, version: int) -> Candidate:
-        """The version with its whole artifact checked: digests, shapes, finite values."""
+        """Fetch the version and check its whole artifact: digests, shapes and finite values."""
         summary = self._version(self._model(name), version)
         with self._store.translating(f"fetching version {version} of {printable(name)}"):
             return Candidate(read_manifest(self._fetch(summary)), summary.tags)
@@ -522,7 +562,7 @@ class Registry:
         holder: int | None,
         force_reason: str | None,
     ) -> str:
-        """The reason of a promotion. BadInput says everything that is against it."""
+        """Return the reason of a promotion; raise BadInput that lists every objection to it."""
         if found := promotion.unsound(new.manifest):
             raise BadInput(
                 f"version {version} of {printable(name)} can't be served: {'; '.join(found)}"
@@ -534,13 +574,14 @@ class Registry:
         against, reason = self._against(name, new, alias, holder)
         if against:
             raise BadInput(
-                f"version {version} of {printable(name)} can't replace version {holder} as {alias}: {against}",
+                f"version {version} of {printable(name)} can't replace version {holder} "
+                f"as {alias}: {against}",
                 "choose another version, or write why it has to be: --force REASON",
             )
         return reason
 
     def _against(self, name: str, new: Candidate, alias: str, holder: int) -> tuple[str, str]:
-        """What is against the new version in the holder's place, and what is for it."""
+        """Return the objections to replacing the holder, and the reason in favour of it."""
         try:
             old = self._candidate(name, holder)
         except BadInput as error:
@@ -552,10 +593,13 @@ class Registry:
         won, reason = promotion.verdict(new, old, *promotion.comparison_metric(new, old))
         return ("", reason) if won else (reason, "")
 
-    # The rest.
+    # Other.
 
     def ui_command(self, port: int = 5000) -> UiCommand:
-        """How to start MLflow's pages on this store, for this machine only; BadInput when it is a server itself."""
+        """Build the command that starts MLflow's web UI on this store, for this machine only.
+
+        Raises BadInput when the store is an MLflow server, which has a UI of its own.
+        """
         store = self._store
         if store.tracking_uri.startswith(SERVERS):
             raise BadInput(
@@ -574,12 +618,13 @@ class Registry:
             "1",
         ]
         if store.artifact_root:
-            # Runs made through this server then keep their files where the others are.
+            # Runs created through this server then store their files beside those of other runs.
             argv += ["--artifacts-destination", artifact_location(store.artifact_root)]
         env = {
             "MLFLOW_BACKEND_STORE_URI": store.tracking_uri,
             "MLFLOW_DISABLE_TELEMETRY": "true",
-            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # eight processes of 240 MB each that browsing never needs
+            # Job execution would start eight processes of 240 MB each, which browsing never needs.
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         }
         if store.registry_uri != store.tracking_uri:
             env["MLFLOW_REGISTRY_STORE_URI"] = store.registry_uri
@@ -587,11 +632,11 @@ class Registry:
 
 
 class _NotBetter(BadInput):
-    """A search's prompt that leaves the champion where it is."""
+    """A search's new prompt does not beat the champion."""
 
 
 def check_name(name: str) -> None:
-    """BadInput for a name that no registered model may have."""
+    """Raise BadInput for a name that no registered model may have."""
     if not re.fullmatch(NAME_PATTERN, name):
         raise BadInput(
             f"{printable(name)!r} can't name a registered model", f"allowed: {NAME_PATTERN}"
@@ -599,7 +644,7 @@ def check_name(name: str) -> None:
 
 
 def check_alias(alias: str) -> None:
-    """BadInput for an alias that MLflow refuses or reserves."""
+    """Raise BadInput for an alias that MLflow refuses or reserves."""
     if not re.fullmatch(ALIAS_PATTERN, alias) or RESERVED_ALIAS.match(alias):
         raise BadInput(
             f"{printable(alias)!r} can't be an alias",
@@ -621,7 +666,10 @@ def _is_prompt(tags: Mapping[str, str]) -> bool:
 
 
 def _noted(model: ModelRow, champion: int) -> Metrics | None:
-    """The champion's metrics as they were noted when it became that; None when the note is of another version."""
+    """Return the metrics noted when this version became champion.
+
+    Returns None when there is no readable note, or when it is about another version.
+    """
     try:
         note = json.loads(model.tags.get(CHAMPION_TAG, ""))
         return dict(note["metrics"]) if note["version"] == champion else None

@@ -1,4 +1,4 @@
-"""Where MLflow keeps things: addresses, the connection, and MLflow's errors in the words of our own tree."""
+"""The connection to MLflow: addresses, the client, and MLflow's errors translated into ours."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 CHECK_SECONDS = 8.0
 LOCK_SECONDS = 120.0
 SCHEMA_LOCK = 0x6F726368
-"""Our number among PostgreSQL's advisory locks: "orch"."""
+"""The key of our PostgreSQL advisory lock: "orch" in ASCII."""
 
-# MLflow's own defaults would stall for minutes on an outage (7 retries of 120 s), copy a uv.lock found in the working
-# directory into the model, draw progress bars for kilobytes, and print an address for each run that ends.
+# MLflow's own defaults would stall for minutes on an outage (7 retries of 120 s), copy a uv.lock
+# found in the working directory into the model, draw progress bars for kilobytes, and print an
+# address for each run that ends.
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
@@ -43,7 +44,7 @@ ENVIRONMENT = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 
-# The request itself was refused; everything else counts as the store not answering.
+# MLflow's error codes for a refused request. Other codes mean that the store did not answer.
 REFUSALS = frozenset(
     {
         "ALREADY_EXISTS",
@@ -55,7 +56,8 @@ REFUSALS = frozenset(
     }
 )
 
-# Errors of these, and OSError, may pass when the store is back; any other exception is a mistake in a program.
+# Errors from these modules, and OSError, may pass when the store is back. Any other exception is a
+# bug in a program.
 STORE_MODULES = frozenset(
     {"mlflow", "sqlalchemy", "requests", "urllib3", "sqlite3", "psycopg2", "pymysql", "pyodbc"}
 )
@@ -72,7 +74,10 @@ Result = TypeVar("Result")
 
 
 class Store:
-    """A tracking store and a registry store; connects, and creates an SQLite schema, on first use."""
+    """A tracking store and a registry store.
+
+    It connects on first use, and creates the schema of a new SQLite file then.
+    """
 
     def __init__(self, tracking_uri: str | None = None, registry_uri: str | None = None) -> None:
         tracking = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
@@ -85,7 +90,7 @@ class Store:
 
     @property
     def client(self) -> MlflowClient:
-        """The connected client; safe to share between threads."""
+        """The connected client, which threads may share."""
         with self._lock:
             if self._client is None:
                 self._client = self._connect()
@@ -93,21 +98,25 @@ class Store:
 
     @property
     def artifact_root(self) -> Path | None:
-        """Where an SQLite store's artifacts go: beside the database, whatever the working directory is later.
+        """The folder of an SQLite store's artifacts; None for other stores.
 
-        None for the other stores, which know their own root.
+        The folder lies beside the database, whatever the working directory is later. Other stores
+        have a root of their own.
         """
         file = sqlite_file(self.tracking_uri)
         return file.parent / "mlruns" if file else None
 
     def check(self) -> None:
-        """Raise Unreachable within about 10 s when a store does not answer; nothing but a schema is created."""
+        """Raise Unreachable within about 10 s when a store does not answer.
+
+        The check creates nothing but the schema of a new database.
+        """
         import_mlflow()
         with self.translating("asking MLflow"):
             if self.tracking_uri.startswith(SERVERS):
                 within(CHECK_SECONDS, self._probe)
                 return
-            # A new database takes its time for the schema; only whether there is somebody is asked with a limit.
+            # Creating the schema of a new database may take long, so the limit is on connecting.
             if sqlite_file(self.tracking_uri) is None:
                 within(CHECK_SECONDS, self._knock)
             self._probe()
@@ -125,14 +134,18 @@ class Store:
 
     @contextmanager
     def translating(self, doing: str) -> Iterator[None]:
-        """Run mlflow calls with its errors turned into ours."""
+        """Turn the errors of the MLflow calls in this block into ours."""
         try:
             yield
         except Exception as error:
             raise self.translate(error, doing) from error
 
     def translate(self, error: Exception, doing: str) -> OrchestratorError:
-        """BadInput for what was refused, Unreachable for what did not answer; passwords masked."""
+        """Return our error for an exception, with passwords masked.
+
+        BadInput stands for a refused request, Unreachable for a store that did not answer,
+        JobFailed for a bug in a program. Our own errors are returned unchanged.
+        """
         if isinstance(error, OrchestratorError):
             return error
         text = mask_secrets(first_lines(str(error))) or type(error).__name__
@@ -149,40 +162,47 @@ class Store:
         return Unreachable(f"{doing}: no answer from {where} ({text})", self._next_step())
 
     def _refusal(self, error: Exception, text: str, doing: str) -> BadInput | None:
-        """What somebody has to change, or None for what may pass by itself."""
+        """Return an error that a person has to fix; None for one that may pass by itself."""
         where, code = mask_secrets(self.tracking_uri), getattr(error, "error_code", None)
         if isinstance(error, ModuleNotFoundError):
             return BadInput(f"{where} needs a driver: {text}", f"pip install {error.name}")
-        if (
-            type(error).__name__ == "NoSuchModuleError"
-        ):  # SQLAlchemy's, for a driver that it does not know
+        # SQLAlchemy raises this for a driver that it does not know.
+        if type(error).__name__ == "NoSuchModuleError":
             return BadInput(f"{where} names an unknown driver: {text}", "write postgresql://...")
         if found := OTHER_SCHEMA.search(text):
             if known_schema(found[1]):
                 return BadInput(f"{doing}: {text}", f"mlflow db upgrade {where}, after a backup")
             return BadInput(
-                f"{doing}: {where} was made by a newer MLflow than the one here (schema {found[1]})",
+                f"{doing}: {where} was made by a newer MLflow than the one here "
+                f"(schema {found[1]})",
                 "pip install --upgrade mlflow, or use another database",
             )
         if READ_ONLY.search(text):
             hint = "ask whoever runs it for the right to write; nothing was changed"
             return BadInput(f"{doing}: {where} may only be read ({text})", hint)
         if LOGIN.search(text) or code in ("PERMISSION_DENIED", "UNAUTHENTICATED"):
-            hint = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or ask for the permission"
+            hint = (
+                "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or ask for the "
+                "permission"
+            )
             return BadInput(f"{doing}: {where} does not let this login do that ({text})", hint)
         return BadInput(f"{doing}: {text}") if code in REFUSALS else None
 
     def _next_step(self) -> str:
         elsewhere = f"or unset MLFLOW_TRACKING_URI to use {DEFAULT_URI} in the working directory"
         if self.tracking_uri.startswith(SERVERS):
-            return f"start it with: mlflow server --host 127.0.0.1 --port 5000, check the address, {elsewhere}"
+            return (
+                "start it with: mlflow server --host 127.0.0.1 --port 5000, check the address, "
+                f"{elsewhere}"
+            )
         if file := sqlite_file(self.tracking_uri):
             return f"check that {file} is an MLflow database and that its folder is writable"
         return f"check that the database runs and that the user may log in, {elsewhere}"
 
     def _connect(self) -> MlflowClient:
         mlflow = import_mlflow()
-        # Several processes that open an empty database at once all try to create the schema, and all but one fail.
+        # When several processes open an empty database at once, all of them try to create the
+        # schema and all but one fail.
         with self._schema_alone():
             client: MlflowClient = mlflow.MlflowClient(self.tracking_uri, self.registry_uri)
             client.search_experiments(max_results=1)
@@ -199,12 +219,16 @@ class Store:
 
 
 def normalised(uri: str) -> str:
-    """A checked address, an SQLite path made absolute; BadInput for what can't hold a registry."""
+    """Check an address and return it, with an SQLite path made absolute.
+
+    Raises BadInput for an address that can't hold a registry.
+    """
     scheme, divider, rest = uri.partition(":")
     backend = scheme.split("+")[0]
     if not divider or backend == "file":
         raise BadInput(
-            f"tracking URI {mask_secrets(uri)!r} is a folder: MLflow's file store is retired and refuses to start",
+            f"tracking URI {mask_secrets(uri)!r} is a folder: MLflow's file store is retired and "
+            "refuses to start",
             f"use {DEFAULT_URI}; mlflow migrate-filestore moves an old ./mlruns into it",
         )
     if backend not in SERVERS + DATABASES or not rest.startswith("//"):
@@ -224,17 +248,19 @@ def normalised(uri: str) -> str:
         )
     if query and not SQLITE_OPTIONS.fullmatch(options):
         raise BadInput(
-            f"tracking URI {shown!r}: the file's name ends at the question mark, and {options!r} is no option",
+            f"tracking URI {shown!r}: the file's name ends at the question mark, and {options!r} "
+            "is no option",
             "write a question mark of the path as %3F",
         )
     return f"{scheme}:///{quoted_path(os.path.abspath(unquote(path)))}{query}{options}"
 
 
 def quoted_path(path: str) -> str:
-    """Quote an SQLite file's path for an address: SQLAlchemy ends it at ``?`` and unquotes the rest.
+    """Quote an SQLite file's path for an address.
 
-    From the first folder that needs it the slashes are quoted too. MLflow makes the folder that it reads from the
-    address without unquoting, and so finds one that exists.
+    SQLAlchemy ends the path at ``?`` and unquotes the rest. From the first folder that needs
+    quoting, the slashes are quoted too. MLflow creates the database's parent folder from the
+    address without unquoting it; with quoted slashes, that parent is a folder that exists.
     """
     folders = path.split("/")
     quoted = [
@@ -249,7 +275,10 @@ def quoted_path(path: str) -> str:
 
 
 def artifact_location(folder: Path) -> str:
-    """Write a folder as MLflow's artifact location: a plain path, or a file address where it would be misread."""
+    """Write a folder as MLflow's artifact location.
+
+    The location is a plain path, or a file: address where MLflow would misread the plain path.
+    """
     path = str(folder)
     return folder.as_uri() if unquote(path) != path or set("?#;") & set(path) else path
 
@@ -257,7 +286,7 @@ def artifact_location(folder: Path) -> str:
 def _with_a_valid_port(uri: str) -> str:
     try:
         _ = urlsplit(uri).port
-    except ValueError:  # its text may hold a part of the password
+    except ValueError:  # not chained: the error's text may contain part of the password
         hint = "write http://host:port or scheme://user@host/database"
         raise BadInput(
             f"tracking URI {mask_secrets(uri)!r}: the port is not a number up to 65535", hint
@@ -266,7 +295,7 @@ def _with_a_valid_port(uri: str) -> str:
 
 
 def sqlite_file(uri: str) -> Path | None:
-    """The database file of a normalised SQLite address."""
+    """Return the database file of a normalised SQLite address; None for other addresses."""
     return (
         Path(unquote(uri.partition(":///")[2].partition("?")[0]))
         if uri.startswith("sqlite")
@@ -275,7 +304,7 @@ def sqlite_file(uri: str) -> Path | None:
 
 
 def known_schema(revision: str) -> bool:
-    """Whether the MLflow here has ever made databases of that schema."""
+    """Tell whether the installed MLflow knows this schema revision."""
     import mlflow.store.db_migrations
 
     versions = Path(mlflow.store.db_migrations.__path__[0]) / "versions"
@@ -283,12 +312,15 @@ def known_schema(revision: str) -> bool:
 
 
 def first_lines(text: str) -> str:
-    """An error's own words: SQLAlchemy appends the statement, its parameters and a link."""
+    """Return an error's own words, without SQLAlchemy's statement, parameters and link."""
     return " ".join(re.split(r"\n\s*\[SQL|\n\(Background", text)[0].split())[:500]
 
 
 def import_mlflow() -> Any:
-    """mlflow with our defaults in the environment and its logs quiet; 1.5 s the first time."""
+    """Import mlflow with our defaults in the environment and its logs quiet.
+
+    The first import takes 1.5 s.
+    """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     with uncollected():
@@ -296,19 +328,20 @@ def import_mlflow() -> Any:
 
     if "MLFLOW_LOGGING_LEVEL" not in os.environ:
         logging.getLogger("mlflow").setLevel(logging.ERROR)
-        # It logs a traceback for each database error that it also raises.
+        # MLflow logs a traceback for each database error, and raises the error too.
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
         logging.getLogger("alembic").setLevel(logging.WARNING)
-        # Each retry would print a line; the error at the end says it all.
+        # urllib3 logs each retry. The final error has all the information.
         logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     return mlflow
 
 
 @contextmanager
 def schema_lock(file: Path) -> Iterator[None]:
-    """Hold others back while the schema is created; a lock file exists only as long as one may be incomplete.
+    """Keep other processes out while this one creates an SQLite schema.
 
-    The lock file comes before the database and goes after the schema is whole: a database without one is ready.
+    The lock file is created before the database and removed once the schema is complete. A database
+    without a lock file is therefore ready.
     """
     lock_file = file.with_name(f".{file.name}.lock")
     if file.exists() and file.stat().st_size and not lock_file.exists():
@@ -329,14 +362,16 @@ def schema_lock(file: Path) -> Iterator[None]:
 
 @contextmanager
 def advisory_lock(uri: str) -> Iterator[None]:
-    """The same on PostgreSQL, which lets go of the lock when whoever has it ends, in whatever way."""
+    """Keep other processes out while this one creates a PostgreSQL schema.
+
+    PostgreSQL releases the lock when the transaction or its connection ends, however it ends.
+    """
     from sqlalchemy import create_engine, text
 
     engine = create_engine(uri)
     try:
-        with (
-            engine.begin() as transaction
-        ):  # bound to it, so that a pooler of connections does no harm
+        # The lock belongs to the transaction, so that a connection pooler does no harm.
+        with engine.begin() as transaction:
             transaction.execute(
                 text("SELECT pg_advisory_xact_lock(:number)"), {"number": SCHEMA_LOCK}
             )
@@ -346,7 +381,10 @@ def advisory_lock(uri: str) -> Iterator[None]:
 
 
 def within(seconds: float, call: Callable[[], Result]) -> Result:
-    """The call's result, or TimeoutError: neither MLflow nor database drivers take a deadline for the whole."""
+    """Return the call's result, or raise TimeoutError after ``seconds``.
+
+    Neither MLflow nor the database drivers accept a deadline for a whole call.
+    """
     box: queue.SimpleQueue[tuple[Result | None, BaseException | None]] = queue.SimpleQueue()
 
     def work() -> None:
@@ -362,4 +400,4 @@ def within(seconds: float, call: Callable[[], Result]) -> Result:
         raise TimeoutError(f"no answer within {seconds:.0f} s") from None
     if error is not None:
         raise error
-    return result  # type: ignore[return-value]  # None only when the call gave None
+    return result  # type: ignore[return-value]  # None only if the call returned None

@@ -1,8 +1,9 @@
-"""Registered models read straight from a database's tables, where those are known.
+"""A fast path that reads registered models straight from a database's tables.
 
-Importing mlflow takes longer than listing a thousand models. A listing needs four tables that have hardly changed in
-years; where the database's schema is the one that the tests hold this against, and nothing unusual is asked for, they
-are read as they are. Everything else, and every error, is left to MLflow's own client.
+Importing mlflow takes longer than listing a thousand models. A listing needs four tables that have
+hardly changed in years. They are read directly when the database has the schema that the tests
+compare this module with, and when no unusual feature such as MLflow workspaces is in use. All other
+cases, and every error, are left to MLflow's own client.
 """
 
 from __future__ import annotations
@@ -18,17 +19,18 @@ if TYPE_CHECKING:
 from orchestrator.registry.store import CHECK_SECONDS, sqlite_file
 
 SCHEMA = "dc11669786a5"
-"""The schema of MLflow 3.17, as its table alembic_version names it."""
+"""The schema revision of MLflow 3.17, as stored in the table alembic_version."""
 WORKSPACE = "default"
 SEVERAL_WORKSPACES = ("MLFLOW_ENABLE_WORKSPACES", "MLFLOW_WORKSPACE")
 OF_MLFLOW = "mlflow.prompt.is_prompt"
-"""Marks MLflow's own text templates, which are kept among registered models and not listed with them."""
+"""Marks MLflow's own text templates, which share the table of registered models but are not listed.
+"""
 DELETED = "Deleted_Internal"
 
 
 @dataclass
 class ModelRow:
-    """One registered model, as far as a listing shows it."""
+    """The columns of one registered model that a listing shows."""
 
     name: str
     newest: int | None = None
@@ -37,7 +39,11 @@ class ModelRow:
 
 
 def read_models(uri: str, environment: Mapping[str, str] = os.environ) -> list[ModelRow] | None:
-    """Every registered model of an SQLite file or a PostgreSQL database; None where MLflow has to be asked."""
+    """Read every registered model of an SQLite file or a PostgreSQL database.
+
+    Returns None where only MLflow's client can answer: the store is of another kind or has an
+    unknown schema, workspaces are enabled, or the database reports an error.
+    """
     file = sqlite_file(uri)
     direct = file.is_file() if file else uri.startswith("postgresql")
     if not direct or any(
@@ -55,7 +61,7 @@ def read_models(uri: str, environment: Mapping[str, str] = os.environ) -> list[M
         finally:
             engine.dispose()
     except (sa.exc.SQLAlchemyError, ImportError):
-        return None  # MLflow's client meets the same, and its errors are translated
+        return None  # MLflow's client will hit the same error, and Store translates it
 
 
 def _read(connection: Connection) -> list[ModelRow] | None:
@@ -71,9 +77,8 @@ def _read(connection: Connection) -> list[ModelRow] | None:
         )
 
     models = {name: ModelRow(name) for (name,) in rows("name", "registered_models")}
-    unlisted = ModelRow(
-        ""
-    )  # takes what belongs to a model that was registered between two statements
+    # Receives the rows of a model that was registered between two statements.
+    unlisted = ModelRow("")
     for name, key, value in rows("name, key, value", "registered_model_tags"):
         models.get(name, unlisted).tags[key] = value or ""
     for name, alias, version in rows("name, alias, version", "registered_model_aliases"):

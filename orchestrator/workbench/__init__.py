@@ -1,1 +1,1 @@
-"""Registered prompts by hand: evaluate, inspect, exchange."""
+"""Commands on registered prompts: evaluate, inspect, export and import."""

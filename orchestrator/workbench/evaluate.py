@@ -1,6 +1,7 @@
-"""Registered prompts on data that they were not tuned on: domain shift, and several versions that vote.
+"""Evaluating registered prompts on data that they were not tuned on.
 
-Metrics are computed as a search computes them, several prompts in one forward. Shapes: K prompts, B rows.
+This measures domain shift, and the accuracy of several versions that vote. Metrics are computed as
+in a search, with several prompts in one forward. Shapes: K prompts, B rows.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ from orchestrator.tuning.out_of_memory import Room
 
 Row = Mapping[str, Any]
 Metrics = dict[str, float]
-FILE_SPLIT = "train"  # a file has no splits; this is what data sets call their only one
+FILE_SPLIT = "train"  # the split of a single file, as data sets name their only split
 MAX_GROUPS = 100
-NO_GROUP = "(empty)"  # the group of rows that have no text in the column
+NO_GROUP = "(empty)"  # the group of rows without text in the column
 
 
 @dataclass(frozen=True)
 class Question:
-    """What to evaluate on: one data set, cut into groups by a column or not."""
+    """The data of an evaluation: one data set, optionally grouped by the values of a column."""
 
     data: str
     split: str = "test"
@@ -55,7 +56,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A version with what it takes to evaluate it."""
+    """A version with everything that its evaluation needs."""
 
     summary: VersionSummary
     artifact: PromptArtifact
@@ -68,7 +69,7 @@ class Loaded:
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """Versions that agree in this see the same tokens, and share forwards."""
+        """The key of versions that see the same tokens and can therefore share forwards."""
         it = self.artifact.manifest
         limits = it.max_input_tokens, it.max_target_tokens
         return it.template, it.target, it.verbalizer, it.cells, it.sentinel, *limits, self.decoding
@@ -76,7 +77,10 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Group:
-    """Rows that get a line of their own, as one version sees them; ``places`` are theirs among all rows."""
+    """A group of rows, as one version sees them, with a line of its own in the results.
+
+    ``places`` are the indices of the group's rows among all rows.
+    """
 
     label: str
     rows: list[Row]
@@ -92,11 +96,14 @@ def evaluate_models(
     log: bool = True,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """The document of ``evaluate --json``: for each data set and each group of it the metrics of every version, and
-    how much worse they are than on the version's own test split.
+    """Evaluate versions on data sets; return the document of ``evaluate --json``.
 
-    ``ensemble``: the versions also vote, all of them in one batch. ``log``: keep the result with each version. BadInput
-    for versions of different base models, for rows that lack a column or have a label that the prompt can't give.
+    For each data set and each of its groups, the document has the metrics of every version, and how
+    much worse they are than on the version's own test split.
+
+    With ``ensemble`` the versions also vote, all of them in one batch. With ``log`` the results are
+    stored with each version. Raises BadInput for versions of different base models, and for rows
+    that lack a column or have a label that the prompt can't give.
     """
     summaries = [registry.resolve(model) for model in models]
     if len({(it.name, it.version) for it in summaries}) < len(summaries):
@@ -115,8 +122,10 @@ def evaluate_models(
     ]
     if ensemble:
         _check_votes(loaded)
-    encoded = [[_encoded(one, groups, question) for one, groups in zip(loaded, of_models, strict=True)]
-               for question, of_models in zip(questions, read, strict=True)]  # fmt: skip
+    encoded = [
+        [_encoded(one, groups, question) for one, groups in zip(loaded, of_models, strict=True)]
+        for question, of_models in zip(questions, read, strict=True)
+    ]
     targets = []
     for question, of_models, splits in zip(questions, read, encoded, strict=True):
         say(f"evaluating {len(loaded)} of {question.data}")
@@ -130,7 +139,10 @@ def _kept(
     targets: Sequence[Target],
     say: Callable[[str], None],
 ) -> bool:
-    """Keep the results with the versions; a registry that does not take them costs nobody what was computed."""
+    """Store the results with the versions; return False if the registry does not accept them.
+
+    The user then still gets the computed results.
+    """
     try:
         for place, one in enumerate(loaded):
             registry.log_evaluations(one.summary, [_record(target, place) for target in targets])
@@ -146,8 +158,8 @@ def _backbone(artifacts: Sequence[PromptArtifact], base_model: str | None) -> Ba
         other = artifact.manifest.base_model
         if (other.fingerprint, other.quantization) != (record.fingerprint, record.quantization):
             raise BadInput(
-                f"the versions are of different base models: {record.id} ({record.fingerprint[:12]}) and {other.id} "
-                f"({other.fingerprint[:12]})",
+                f"the versions are of different base models: {record.id} "
+                f"({record.fingerprint[:12]}) and {other.id} ({other.fingerprint[:12]})",
                 "evaluate them one after another",
             )
     spec = {
@@ -162,7 +174,10 @@ def _backbone(artifacts: Sequence[PromptArtifact], base_model: str | None) -> Ba
 
 
 def _groups(artifact: PromptArtifact, question: Question) -> list[Group]:
-    """The rows in groups, all of them first; only with the columns that the version's data had."""
+    """Load the rows in groups; the first group has all rows.
+
+    Rows keep only the columns that the version's own data had.
+    """
     data = _data_spec(artifact, question)
     by = [question.by] if question.by else []
     split = FILE_SPLIT if isinstance(data.path, DataFiles) else question.split
@@ -194,7 +209,7 @@ def _columns(artifact: PromptArtifact, data: DataSpec) -> set[str]:
 
 
 def _data_spec(artifact: PromptArtifact, question: Question) -> DataSpec:
-    """The version's own template, target and labels on other rows."""
+    """Describe the new rows with the version's own template, target and labels."""
     manifest, cells, file = (
         artifact.manifest,
         artifact.manifest.cells,
@@ -223,8 +238,8 @@ def _encoded(one: Loaded, groups: Sequence[Group], question: Question) -> list[E
         longest = max(longest, max(map(len, whole.inputs)) + one.decoding.max_tokens)
     if (needed := longest + one.prompt.virtual_tokens) > one.prompt.context_length:
         raise BadInput(
-            f"a row of {question.data} needs {needed} tokens with the prompt and the answer, and the base model's "
-            f"context is {one.prompt.context_length}",
+            f"a row of {question.data} needs {needed} tokens with the prompt and the answer, "
+            f"and the base model's context is {one.prompt.context_length}",
             "leave out such rows",
         )
     return [_part(whole, group.places) for group in groups]
@@ -276,7 +291,7 @@ def _check_votes(loaded: Sequence[Loaded]) -> None:
 
 @dataclass(frozen=True)
 class Target:
-    """One line of the table: some rows, and every version's metrics on them."""
+    """One line of the results table: a group of rows, and the metrics of every version on it."""
 
     question: Question
     label: str
@@ -294,7 +309,7 @@ def _targets(
     splits: Sequence[Sequence[Encoded]],
     ensemble: bool,
 ) -> list[Target]:
-    """``groups`` and ``splits`` are of each version."""
+    """Evaluate every version on each group; ``groups`` and ``splits`` have a list per version."""
     found = []
     voted = _votes(backbone, loaded, question, groups, splits) if ensemble else []
     for place, group in enumerate(groups[0]):
@@ -308,7 +323,10 @@ def _targets(
 def _metrics(
     backbone: Backbone, loaded: Sequence[Loaded], splits: Sequence[Encoded]
 ) -> list[Metrics]:
-    """Of each version on its split; versions that see the same tokens share forwards."""
+    """Compute each version's metrics on its split.
+
+    Versions that see the same tokens share forwards.
+    """
     found: list[Metrics] = [{}] * len(loaded)
     kinds: dict[tuple[Any, ...], list[int]] = {}
     for place, one in enumerate(loaded):
@@ -354,8 +372,11 @@ def _votes(
     groups: Sequence[Sequence[Group]],
     splits: Sequence[Sequence[Encoded]],
 ) -> list[Metrics]:
-    """Accuracy of the majority's label on each group. Every version sees a row in the same forward; of equally many
-    votes the label of the highest mean probability wins."""
+    """Compute the accuracy of the majority vote on each group.
+
+    All versions see a row in the same forward. In a tie, the label with the highest mean
+    probability wins.
+    """
     target, truths = question.target or loaded[0].artifact.manifest.target, groups[0][0].rows
     keys = [[label_key(label) for label in one.prompt.labels] for one in loaded]
     right: list[bool] = []
@@ -379,7 +400,10 @@ def _votes(
 
 
 def majority(said: Sequence[Mapping[Any, float]], labels: Sequence[Any]) -> Any:
-    """The label that most versions find likeliest; of equally many votes, that of the highest mean probability."""
+    """Return the label that most versions consider likeliest.
+
+    In a tie, the label with the highest mean probability wins.
+    """
     votes = Counter(max(labels, key=lambda label: probs[label]) for probs in said)
     return max(labels, key=lambda label: (votes[label], math.fsum(probs[label] for probs in said)))
 
@@ -407,9 +431,14 @@ def _document(loaded: Sequence[Loaded], targets: Sequence[Target]) -> dict[str, 
             for metrics, source in zip(target.metrics, sources, strict=True)
         ]
         line: dict[str, Any] = {
-            "data": target.question.data, "split": target.question.split, "by": target.question.by,
-            "group": target.label or None, "rows": target.rows, "metrics": target.metrics, "drop": drops,
-        }  # fmt: skip
+            "data": target.question.data,
+            "split": target.question.split,
+            "by": target.question.by,
+            "group": target.label or None,
+            "rows": target.rows,
+            "metrics": target.metrics,
+            "drop": drops,
+        }
         if target.votes:
             scores = [metrics["accuracy"] for metrics in target.metrics]
             line["ensemble"] = {
@@ -420,16 +449,18 @@ def _document(loaded: Sequence[Loaded], targets: Sequence[Target]) -> dict[str, 
         lines.append(line)
     models = [
         {
-            "name": one.summary.name, "version": one.summary.version, "config": one.artifact.manifest.config,
+            "name": one.summary.name,
+            "version": one.summary.version,
+            "config": one.artifact.manifest.config,
             "source": {"data": one.artifact.manifest.data.path, "metrics": source},
         }
         for one, source in zip(loaded, sources, strict=True)
-    ]  # fmt: skip
+    ]
     return {"metric": metric, "models": models, "targets": lines}
 
 
 def _compared_by(targets: Sequence[Target]) -> str:
-    """The metric that the table shows."""
+    """Choose the metric that the table shows."""
     every = [set(metrics) for target in targets for metrics in target.metrics]
     shared = set.intersection(*every)
     return next(

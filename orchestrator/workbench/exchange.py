@@ -1,4 +1,4 @@
-"""Registered prompts out to PEFT's adapter folders, and such folders in."""
+"""Exporting registered prompts to PEFT adapter folders, and importing such folders."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ Say = Callable[[str], None]
 
 
 def export_model(registry: Registry, model: str, folder: Path) -> dict[str, Any]:
-    """Write a registered prompt as a PEFT folder; returns the document of ``export --json``.
+    """Write a registered prompt as a PEFT folder; return the document of ``export --json``.
 
-    BadInput for a prompt that PEFT can't express, and for a folder that exists.
+    Raises BadInput for a prompt that PEFT can't express, and for a folder that exists.
     """
     version = registry.resolve(model)
     artifact = PromptArtifact.load(registry.fetch(version.name, version.version))
@@ -59,18 +59,20 @@ def import_folder(
     say: Say,
     alias: str | None = None,
 ) -> dict[str, Any]:
-    """Register a PEFT folder as a version of ``name``; returns the document of ``import --json``.
+    """Register a PEFT folder as a version of ``name``; return the document of ``import --json``.
 
-    Base model, template, target, verbalizer and rows are the job's. The prompt is tried on the base model before it is
-    registered; its metrics are unknown until it is evaluated. ``renamed`` is ``import_peft``'s.
+    The job provides the base model, template, target, verbalizer and rows. The prompt is tried on
+    the base model before it is registered. Its metrics are unknown until it is evaluated.
+    ``renamed`` is passed to ``import_peft``.
 
-    ``alias`` is moved to the version. Without it the version gets the job's alias, but never becomes champion.
+    ``alias`` is moved to the version. Without it, the version gets the job's alias, unless that is
+    the champion's.
     """
     check_name(name)
     if alias is None and job.registry.alias != CHAMPION:
         alias = job.registry.alias
     _check_alias_free(registry, name, alias)
-    read_peft(folder)  # what is broken is refused before a model is loaded
+    read_peft(folder)  # refuses a broken folder before a model is loaded
     registry.check_search_end(name, name)
     rows = load_rows(job.data)
     say("loading the base model")
@@ -96,7 +98,10 @@ def import_folder(
 
 
 def _check_alias_free(registry: Registry, name: str, alias: str | None) -> None:
-    """Refuse an alias that can't be one, and the champion's where there is one: no metrics say which is better."""
+    """Raise BadInput for an invalid alias, or for the champion's where there is a champion.
+
+    Without metrics, an imported prompt can't be compared with the champion.
+    """
     if alias is None:
         return
     check_alias(alias)
@@ -105,13 +110,18 @@ def _check_alias_free(registry: Registry, name: str, alias: str | None) -> None:
     models = {model.name: model.aliases for model in registry.list_models()}
     if (holder := models.get(name, {}).get(CHAMPION)) is not None:
         raise BadInput(
-            f"version {holder} is champion of {name}, and an imported prompt has no metrics to compare with it",
-            f"import without --alias {CHAMPION}, evaluate the version, then orchestrator promote {name} VERSION",
+            f"version {holder} is champion of {name}, and an imported prompt has no metrics "
+            "to compare with it",
+            f"import without --alias {CHAMPION}, evaluate the version, "
+            f"then orchestrator promote {name} VERSION",
         )
 
 
 def _loaded(job: JobSpec, rows: RowSplits) -> tuple[JobSpec, Encoder, Backbone]:
-    """The job with its base model by a name that other processes find too, its encoder, and the model."""
+    """Load the base model; return the job, its encoder and the model.
+
+    The job then names its base model so that other processes can find it too.
+    """
     job = found_anywhere(job, resolve_model(job.base_model))
     source = resolve_model(job.base_model)
     encoder = make_encoder(job.data, rows, source.tokenizer(), source.family, source.table_size)
@@ -129,7 +139,10 @@ def _registered(
     say: Say,
     alias: str | None,
 ) -> dict[str, Any]:
-    """Register it in a run of its own, in the experiment of the model's name, and move the alias."""
+    """Register the artifact and move the alias.
+
+    The version comes from a run of its own, in the experiment of the registered model's name.
+    """
     manifest = artifact.manifest
     params = {
         "imported_from": str(folder.resolve()),

@@ -1,8 +1,8 @@
-"""Reading a prompt: which words its virtual tokens are near, and how far they went from where they started.
+"""Inspecting a prompt: the words near its virtual tokens, and its drift from its start.
 
-Lester et al. 2021, section 7, read prompts by their nearest neighbours in cosine distance. A prefix has no embeddings:
-of it the lengths of keys and values are compared, layer by layer, with those that real tokens have.
-Shapes: P virtual tokens, H width, V vocabulary, L layers.
+Lester et al. 2021, section 7, interpret prompts by their nearest neighbours in cosine distance. A
+prefix has no embeddings. Instead, the norms of its keys and values are compared, layer by layer,
+with those of real tokens. Shapes: P virtual tokens, H width, V vocabulary, L layers.
 """
 
 from __future__ import annotations
@@ -29,16 +29,19 @@ from orchestrator.tuning.prompts import InitContext, Method, make_prompt
 from orchestrator.tuning.prompts.inits import frequent_ids
 
 NEAREST = 5
-REAL_TOKENS = 64  # enough for mean lengths of keys and values
-CHUNK = 8192  # rows of the vocabulary that are looked at together
+REAL_TOKENS = 64  # enough for mean norms of keys and values
+CHUNK = 8192  # vocabulary rows that are compared at a time
 
 Artifacts = Callable[[str], Mapping[str, Tensor]]
-"""The tensors of a prompt that others start from, by the job spec's reference; raises when it is not to be had."""
+"""Returns the tensors of an init artifact by its reference in the job spec.
+
+Raises OrchestratorError when they are not available.
+"""
 
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A vocabulary token near a virtual one; ``distance`` is 1 - cosine, from 0 to 2."""
+    """A vocabulary token near a virtual token; ``distance`` is 1 - cosine, from 0 to 2."""
 
     id: int
     token: str
@@ -47,7 +50,11 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class Drift:
-    """From a start to what became of it: ``cosine`` between the two, ``norm`` of their difference, and of the start."""
+    """The change from the start of tuning to its end.
+
+    ``cosine`` is the cosine of the two vectors, ``norm`` the norm of their difference, and
+    ``start_norm`` the norm of the start.
+    """
 
     cosine: float
     norm: float
@@ -56,6 +63,8 @@ class Drift:
 
 @dataclass(frozen=True)
 class VirtualToken:
+    """A virtual token at ``place``: its norm, its nearest vocabulary tokens, and its drift."""
+
     place: int
     norm: float
     nearest: tuple[Neighbour, ...]
@@ -64,7 +73,10 @@ class VirtualToken:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of a prefix at one attention site: mean lengths of its keys and values and of those of real tokens."""
+    """One layer of a prefix at one attention site.
+
+    It has the mean norms of the prefix's keys and values, and those of real tokens.
+    """
 
     site: str
     layer: int
@@ -77,8 +89,12 @@ class Layer:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A prompt as it can be read: ``tokens`` of a soft prompt or ``layers`` of a prefix; ``vocabulary_norm`` is the
-    mean length of the vocabulary's embeddings. ``no_drift`` says why there is no drift, where there is none."""
+    """The findings about a prompt.
+
+    A soft prompt has ``tokens``, a prefix has ``layers``. ``vocabulary_norm`` is the mean norm of
+    the vocabulary's embeddings. ``no_drift`` is the reason that there is no drift, where there is
+    none.
+    """
 
     tokens: tuple[VirtualToken, ...]
     layers: tuple[Layer, ...]
@@ -89,7 +105,10 @@ class Inspection:
 def inspect_model(
     registry: Registry, model: str, nearest: int, base_model: str | None = None
 ) -> dict[str, Any]:
-    """A registered prompt as the document of ``inspect --json``. ``base_model`` is where it lies, if it was moved."""
+    """Inspect a registered prompt; return the document of ``inspect --json``.
+
+    ``base_model`` is the base model's location, if it was moved.
+    """
     version = registry.resolve(model)
     folder = registry.fetch(version.name, version.version)
     artifact = PromptArtifact.load(folder)
@@ -113,7 +132,11 @@ def inspect_model(
 
 
 def registered(registry: Registry, reference: str) -> dict[str, Tensor]:
-    """The tensors that ``init: {artifact: REFERENCE}`` stood for. BadInput when nobody can tell any more."""
+    """Load the tensors that ``init: {artifact: REFERENCE}`` stood for.
+
+    Raises BadInput when the reference may mean another version by now, or when there is no such
+    artifact.
+    """
     folder = Path(reference).expanduser()
     if folder.is_dir() or looks_like_path(reference):
         return stored_tensors(folder)
@@ -131,7 +154,10 @@ def inspect_prompt(
     artifacts: Artifacts,
     nearest: int = NEAREST,
 ) -> Inspection:
-    """Read a prompt on its base model. ``context`` is the one that it was initialised in, but for ``artifacts``."""
+    """Inspect a prompt on its base model.
+
+    ``context`` is the context in which the prompt was initialised, except for its ``artifacts``.
+    """
     prompt = prompt_tensors(artifact)
     start, no_drift = None, ""
     try:
@@ -147,7 +173,10 @@ def inspect_prompt(
 
 
 def initial(manifest: Manifest, context: InitContext, artifacts: Artifacts) -> PromptTensors:
-    """The prompt before its first step, from the configuration and the seed. BadInput says why it can't be rebuilt."""
+    """Rebuild the prompt before its first step, from its configuration and seed.
+
+    Raises BadInput with the reason when it can't be rebuilt.
+    """
     if IMPORTED in manifest.config:
         raise BadInput("it was imported from PEFT, which does not keep a prompt's start")
     spec = TrialSpec.from_config(manifest.config)
@@ -160,14 +189,15 @@ def initial(manifest: Manifest, context: InitContext, artifacts: Artifacts) -> P
             ) from None
         context = _with(context, spec.init_artifact, tensors)
     network = manifest.reparameterization
-    method = Method(manifest.method, network.type, network.hidden_size)  # type: ignore[arg-type]  # checked at load
+    # The manifest's method was checked when it was loaded.
+    method = Method(manifest.method, network.type, network.hidden_size)  # type: ignore[arg-type]
     return make_prompt(method, spec, context)()  # type: ignore[no-any-return]
 
 
 def nearest_tokens(
     backbone: Backbone, embeddings: Tensor, count: int
 ) -> list[tuple[Neighbour, ...]]:
-    """For each of [P, H] the ``count`` nearest vocabulary tokens, the nearest first."""
+    """Find the ``count`` nearest vocabulary tokens of each of [P, H], nearest first."""
     size = min(len(backbone.tokenizer), len(backbone.table))  # tables are padded to round sizes
     wanted = normalize(embeddings.float().to(backbone.device), dim=1)
     best = torch.empty(len(wanted), 0, device=backbone.device)
@@ -215,7 +245,7 @@ def _tokens(
 
 
 def _drift(now: Tensor, start: Tensor) -> Drift:
-    """Between two vectors of the same length."""
+    """Measure the drift between two tensors of equal size."""
     now, start = now.float().flatten(), start.float().flatten()
     return Drift(
         float(cosine_similarity(now, start, dim=0)),
@@ -242,7 +272,10 @@ def _layers(
 
 
 def _mean_norms(tensor: Tensor) -> list[tuple[float, float]]:
-    """[L, 2, kv heads, P, head width] to each layer's mean length of a head's key and of its value."""
+    """Return each layer's mean norm of a head's keys and of its values.
+
+    ``tensor`` is [L, 2, kv heads, P, head width].
+    """
     return [(key, value) for key, value in tensor.float().norm(dim=-1).mean(dim=(2, 3)).tolist()]
 
 

@@ -1,4 +1,7 @@
-"""A job as a Ray job: packed, submitted, followed, stopped. The cluster's side of it is ``on_cluster.py``."""
+"""Submitting a job to a cluster as a Ray job: pack, submit, follow, stop.
+
+The cluster's side is in ``orchestrator/search/submitted.py``.
+"""
 
 from orchestrator.cluster.submit.follow import follow
 from orchestrator.cluster.submit.job_server import DEFAULT_ADDRESS, Cluster, Job
@@ -15,8 +18,23 @@ from orchestrator.cluster.submit.submit import (
 )
 
 __all__ = [
-    "Submission", "make_submission", "submit_job", "followed_document", "known_job", "stop_job", "follow",
-    "Cluster", "Job", "DEFAULT_ADDRESS",
-    "NAME_KEY", "SEARCH_KEY", "USER_KEY", "LABEL_PREFIX",
-    "unpacked", "result_line", "visible", "SEARCH", "LABELS",
-]  # fmt: skip
+    "Submission",
+    "make_submission",
+    "submit_job",
+    "followed_document",
+    "known_job",
+    "stop_job",
+    "follow",
+    "Cluster",
+    "Job",
+    "DEFAULT_ADDRESS",
+    "NAME_KEY",
+    "SEARCH_KEY",
+    "USER_KEY",
+    "LABEL_PREFIX",
+    "unpacked",
+    "result_line",
+    "visible",
+    "SEARCH",
+    "LABELS",
+]

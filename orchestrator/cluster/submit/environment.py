@@ -1,7 +1,7 @@
-"""What a job on a cluster is told of this machine's environment, and how little of it is shown.
+"""The environment variables that a submitted job gets from this machine.
 
-Ray keeps a job's environment variables where everybody who may list the cluster's jobs can read them. So secrets stay
-here unless they are asked for by name.
+Ray stores a job's environment variables where everyone who may list the cluster's jobs can read
+them. So secrets stay on this machine unless the user asks for them by name.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from orchestrator.utils.text import HIDDEN, holds_login
 
 MLFLOW = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 HUB = "HF_"
-PLACE = re.compile(
-    r"_(HOME|CACHE|PATH|DIR|FILE)$"
-)  # folders of this machine, which mean nothing elsewhere
+# Paths of this machine, which mean nothing on another one.
+PLACE = re.compile(r"_(HOME|CACHE|PATH|DIR|FILE)$")
 SECRET = re.compile(r"TOKEN|PASSWORD|SECRET|CREDENTIAL|(^|_)KEY($|_)|^MLFLOW_TRACKING_USERNAME$")
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 OURS = re.compile(r"^(ORCHESTRATOR_|RAY_)")
@@ -25,7 +24,10 @@ OURS = re.compile(r"^(ORCHESTRATOR_|RAY_)")
 
 @dataclass(frozen=True)
 class Environment:
-    """Variables for a job: ``public`` ones may be shown, ``private`` ones never are; what is worth saying of them."""
+    """The variables of a job, and notes about them for the user.
+
+    ``public`` variables may be shown; ``private`` variables never are.
+    """
 
     public: dict[str, str]
     private: dict[str, str]
@@ -40,10 +42,10 @@ class Environment:
 
 
 def forwarded(here: Mapping[str, str], asked: Sequence[str] = ()) -> Environment:
-    """The addresses of MLflow and the settings of the hub, and what was ``asked`` for as NAME or NAME=VALUE.
+    """Select MLflow's addresses, the hub's settings and the variables that the user asks for.
 
-    Raises BadInput for a name that is not set or not allowed, and for an address with a login, before its host or in
-    its query.
+    ``asked`` holds NAME or NAME=VALUE. Raises BadInput for a name that is not set or not allowed,
+    and for an address with a login before its host or in its query.
     """
     private = dict(_asked(text, here) for text in asked)
     known = {
@@ -61,7 +63,8 @@ def forwarded(here: Mapping[str, str], asked: Sequence[str] = ()) -> Environment
         if holds_login(value):
             raise BadInput(
                 f"{name} holds a login, and whoever may list the cluster's jobs could read it",
-                f"set MLFLOW_TRACKING_USERNAME and _PASSWORD on the cluster's nodes, or pass it anyway: --env {name}",
+                "set MLFLOW_TRACKING_USERNAME and _PASSWORD on the cluster's nodes, "
+                f"or pass it anyway: --env {name}",
             )
     return Environment(public, private, tuple(_kept_back(here, private)))
 
@@ -93,6 +96,6 @@ def _kept_back(here: Mapping[str, str], private: Mapping[str, str]) -> list[str]
     if not secrets:
         return []
     return [
-        f"{secrets} stays here, since whoever may list the cluster's jobs could read it: set it on the cluster's "
-        "nodes, or pass it with --env"
+        f"{secrets} stays here, since whoever may list the cluster's jobs could read it: "
+        "set it on the cluster's nodes, or pass it with --env"
     ]

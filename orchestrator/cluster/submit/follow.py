@@ -1,4 +1,4 @@
-"""Following a job's log to the job's end, however often the connection breaks meanwhile."""
+"""Following a job's log to the end of the job, however often the connection breaks."""
 
 from __future__ import annotations
 
@@ -11,20 +11,23 @@ from orchestrator.cluster.submit.job_server import Cluster, Job
 from orchestrator.cluster.submit.outcome import visible
 from orchestrator.errors import JobFailed, Unreachable
 
-LOOK_S = 10.0  # between two looks at the job itself: a connection may die without a word
+LOOK_S = 10.0  # the interval of checks of the job itself: a connection may die silently
 AGAIN_S = 1.0
 
 
 class Forgotten(JobFailed):
-    """The cluster no longer knows the job: it was started anew."""
+    """The cluster no longer knows the job, because it was started anew."""
 
 
 class Lines:
-    """A log's lines, each shown once though the log is read from its beginning again after a break."""
+    """The lines of a log that is read again from its beginning after each lost connection.
+
+    Each line is shown once.
+    """
 
     def __init__(self, show: Callable[[str], None]) -> None:
         self._show = show
-        self._seen = 0  # characters that were shown or wait in ``_rest``
+        self._seen = 0  # characters that were shown or are in ``_rest``
         self._position = 0
         self._rest = ""
 
@@ -50,15 +53,16 @@ class Lines:
 
 
 def follow(cluster: Cluster, job_id: str, show: Callable[[str], None], patience_s: float) -> Job:
-    """Show the log until the job is over, and return what became of it.
+    """Show the log until the job is over, and return the ended job.
 
-    Raises Forgotten when the cluster no longer knows the job, Unreachable when there was no answer for ``patience_s``.
+    Raises Forgotten when the cluster no longer knows the job, and Unreachable when there was no
+    answer for ``patience_s``.
     """
     lines = Lines(show)
     silent_since: float | None = None
     while True:
         try:
-            with suppress(Unreachable):  # the log may be out of reach where the job is not
+            with suppress(Unreachable):  # the log may be unreachable although the job is not
                 asyncio.run(_read(cluster, job_id, lines))
             job = cluster.job(job_id)
             silent_since = None
@@ -76,7 +80,7 @@ def follow(cluster: Cluster, job_id: str, show: Callable[[str], None], patience_
 
 
 async def _read(cluster: Cluster, job_id: str, lines: Lines) -> None:
-    """Read until the log's end, or until a look at the job says that nothing more will come."""
+    """Read to the log's end, or until the job is over and no more text comes."""
     lines.from_the_start()
 
     async def read() -> None:
@@ -90,7 +94,7 @@ async def _read(cluster: Cluster, job_id: str, lines: Lines) -> None:
             if over:
                 return
             job = await asyncio.to_thread(cluster.job, job_id)
-            over = job is None or job.is_over  # what the log still has comes within the next look
+            over = job is None or job.is_over  # the rest of the log comes in the next interval
         await reading
     finally:
         reading.cancel()

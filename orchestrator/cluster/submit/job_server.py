@@ -1,4 +1,7 @@
-"""Ray's job server, with its errors in the words of our own tree. The only importer of ``ray.job_submission``."""
+"""A client of Ray's job server that translates its errors into ours.
+
+Only this module imports ``ray.job_submission``.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +19,21 @@ from urllib.parse import urlsplit
 from orchestrator.errors import BadInput, OrchestratorError, Unreachable
 from orchestrator.utils.text import mask_secrets
 
-DEFAULT_ADDRESS = "http://127.0.0.1:8265"  # of `ray start --head` here, or of a forwarded port
-OLDEST_RAY = (2, 60)  # what pyproject.toml asks for
-ADDRESSES = (
-    "RAY_API_SERVER_ADDRESS",
-    "RAY_ADDRESS",
-)  # Ray's client would prefer these to the address it is given
-ANSWER_S = (10.0, 120.0)  # to connect, and to answer
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"  # a local `ray start --head`, or a forwarded port
+OLDEST_RAY = (2, 60)  # the minimum in pyproject.toml
+# Ray's client would prefer these variables to the address that it is given.
+ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+ANSWER_S = (10.0, 120.0)  # the limits for connecting and for an answer
 ENDED = ("succeeded", "failed", "stopped")
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the cluster knows of a job. ``status`` is pending, running, succeeded, failed or stopped; times are in
-    seconds since 1970, None before they are known."""
+    """A job as the cluster knows it.
+
+    ``status`` is pending, running, succeeded, failed or stopped. ``started`` and ``ended`` are in
+    seconds since 1970, and None before they are known.
+    """
 
     id: str
     status: str
@@ -46,19 +50,19 @@ class Job:
 
     @property
     def seconds(self) -> float | None:
-        """How long it took, or has taken so far."""
+        """The job's duration; its duration so far if it has not ended."""
         return None if self.started is None else (self.ended or time.time()) - self.started
 
 
 class AlreadyThere(OrchestratorError):
-    """The cluster has a job of that id: somebody else was first."""
+    """The cluster already has a job of that ID, because another program submitted it first."""
 
 
 class Cluster:
     """The job server at a dashboard's address."""
 
     def __init__(self, address: str | None = None) -> None:
-        """Raises BadInput for what is no dashboard's address; nothing is asked yet."""
+        """Check the address without connecting; raise BadInput if it can't be a dashboard's."""
         self.address = checked_address(address or DEFAULT_ADDRESS)
         self._client: Any = None
 
@@ -67,8 +71,11 @@ class Cluster:
         return mask_secrets(self.address)
 
     def connect(self) -> list[str]:
-        """Look whether the cluster answers, takes the token and has a Ray that this release works with; what is worth
-        saying of it. Raises Unreachable or BadInput."""
+        """Connect and check that the cluster's Ray works with this release.
+
+        Returns notes for the user. Raises Unreachable when the cluster does not answer, and
+        BadInput when it refuses the token or its Ray is too old.
+        """
         import ray
 
         with self._translated():
@@ -82,12 +89,13 @@ class Cluster:
             )
         if _release(found) != _release(ray.__version__):
             return [
-                f"the cluster runs Ray {found}, and here it is {ray.__version__}: the job runs on the cluster's"
+                f"the cluster runs Ray {found}, and here it is {ray.__version__}: "
+                "the job runs on the cluster's"
             ]
         return []
 
     def job(self, job_id: str) -> Job | None:
-        """None when the cluster knows none of that id."""
+        """Look up a job; return None when the cluster has no job of that ID."""
         with self._translated():
             try:
                 return _job(self._connected().get_job_info(job_id))
@@ -97,7 +105,7 @@ class Cluster:
                 raise
 
     def jobs(self) -> list[Job]:
-        """Every submitted job that the cluster remembers, the newest last."""
+        """List every submitted job that the cluster remembers, newest last."""
         with self._translated():
             found = [
                 _job(details) for details in self._connected().list_jobs() if details.submission_id
@@ -105,7 +113,7 @@ class Cluster:
         return sorted(found, key=lambda job: (job.started or 0.0, job.id))
 
     def submit(self, **request: Any) -> None:
-        """Upload and start. Raises AlreadyThere when there is a job of that id."""
+        """Upload the job and start it; raise AlreadyThere if a job of that ID exists."""
         with self._translated():
             try:
                 self._connected().submit_job(**request)
@@ -121,21 +129,21 @@ class Cluster:
             self._connected().stop_job(job_id)
 
     def log(self, job_id: str) -> str:
-        """What the job has said so far; empty before it has started, and when the log is gone with its node."""
+        """Return the job's output so far.
+
+        The log is empty before the job has started, and when the node that holds it is gone.
+        """
         with self._translated():
             try:
                 return cast(str, self._connected().get_job_logs(job_id) or "")
             except RuntimeError as error:
-                if _code(error) in (
-                    400,
-                    404,
-                    500,
-                ):  # 500: the node that has the log does not answer
+                # 500: the node that has the log does not answer.
+                if _code(error) in (400, 404, 500):
                     return ""
                 raise
 
     async def tail(self, job_id: str) -> AsyncIterator[str]:
-        """The log from its beginning, as it grows, until the job is over."""
+        """Yield the log from its beginning, as it grows, until the job is over."""
         with self._translated():
             async for text in self._connected().tail_job_logs(job_id):
                 yield text
@@ -147,7 +155,6 @@ class Cluster:
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
-
         import aiohttp
         import requests
         from ray.exceptions import AuthenticationError
@@ -160,12 +167,8 @@ class Cluster:
             raise self._locked(str(error)) from None
         except (TimeoutError, requests.RequestException, aiohttp.ClientError, OSError) as error:
             raise self._silent(_reason(error)) from None
-        except (
-            RuntimeError,
-            ValueError,
-            KeyError,
-            TypeError,
-        ) as error:  # what answers is no Ray, or is in trouble
+        # The server that answers is not Ray, or has a problem.
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise self._silent(
                 mask_secrets(
                     str(error).strip().splitlines()[-1][:300] if str(error).strip() else ""
@@ -178,19 +181,20 @@ class Cluster:
         )
         return BadInput(
             f"the cluster at {self.shown} {given}",
-            "set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file; on the head, `ray get-auth-token` prints it",
+            "set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file; on the head, "
+            "`ray get-auth-token` prints it",
         )
 
     def _silent(self, reason: str) -> Unreachable:
         return Unreachable(
             f"no Ray cluster answers at {self.shown}: {reason}",
-            f"give --address the dashboard of the cluster's head, such as {DEFAULT_ADDRESS}; on Kubernetes forward its "
-            "port: kubectl port-forward service/NAME-head-svc 8265",
+            f"give --address the dashboard of the cluster's head, such as {DEFAULT_ADDRESS}; "
+            "on Kubernetes forward its port: kubectl port-forward service/NAME-head-svc 8265",
         )
 
 
 def checked_address(text: str) -> str:
-    """The address without a slash at its end. Raises BadInput unless it is a dashboard's."""
+    """Return the address without a final slash; raise BadInput unless it is a dashboard's."""
     parts = urlsplit(text)
     try:
         if (
@@ -199,7 +203,7 @@ def checked_address(text: str) -> str:
             and (parts.port is None or parts.port)
         ):
             return text.rstrip("/")
-    except ValueError:  # a port that is none
+    except ValueError:  # the port is not valid
         pass
     host = re.sub(r"^\w+://|:.*$", "", text) or "HOST"
     named = host if re.fullmatch(r"[\w.-]+", host) and host not in ("auto", "local") else "HOST"
@@ -219,9 +223,10 @@ def _shown(text: str) -> str:
 
 
 def token(here: Mapping[str, str]) -> str | None:
-    """The token that was given for the cluster, found as Ray finds it. Raises BadInput for a file that can't be read.
+    """Return the cluster's token, which is looked up as Ray does it.
 
-    The one in the home folder, which belongs to this machine's own Ray, only goes out when RAY_AUTH_MODE asks for it.
+    The token in the home folder belongs to this machine's own Ray, and is only sent when
+    RAY_AUTH_MODE asks for it. Raises BadInput for a file that can't be read.
     """
     if here.get("RAY_AUTH_MODE", "").lower() == "disabled":
         return None
@@ -243,7 +248,7 @@ def token(here: Mapping[str, str]) -> str | None:
 
 
 def _client(address: str) -> Any:
-    """Ray's client for the address, with a limit for each request, which Ray sets none for."""
+    """Create Ray's client for the address with a time limit per request, which Ray does not set."""
     from ray.job_submission import JobSubmissionClient
 
     for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
@@ -288,7 +293,7 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def _reason(error: BaseException) -> str:
-    """An error's kind in words: the text of requests' own errors is a chain of objects."""
+    """Describe the kind of an error, because requests' own messages are chains of objects."""
     text = str(error)
     for known in (
         "Connection refused",

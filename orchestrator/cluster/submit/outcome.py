@@ -1,4 +1,4 @@
-"""What became of a job: the document that it leaves at the end of its log, and the reason where it failed."""
+"""The outcome of a job: the document at the end of its log, or the reason of its failure."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 from orchestrator.cluster.submit.job_server import Job
 from orchestrator.errors import BadInput, Interrupted, JobFailed, OrchestratorError, Unreachable
 
-MARK = "@orchestrator-result "  # begins the line of the log that is for programs
+MARK = "@orchestrator-result "  # begins the log line that only programs read
 KINDS: dict[int, type[OrchestratorError]] = {
     BadInput.exit_code: BadInput,
     Unreachable.exit_code: Unreachable,
     Interrupted.exit_code: Interrupted,
 }
-KILLED = (137, 143)  # as shells count SIGKILL and SIGTERM
+KILLED = (137, 143)  # exit codes that shells use for SIGKILL and SIGTERM
 LOST = (
     "JOB_SUPERVISOR_ACTOR_DIED",
     "JOB_SUPERVISOR_ACTOR_UNKNOWN_FAILURE",
@@ -26,7 +26,7 @@ MISSING = re.compile(r"No module named '?([A-Za-z_][\w.]*)")
 
 
 def result_line(document: dict[str, Any]) -> str:
-    """A line that carries a document past the text of a log."""
+    """Return a line that carries a document through a job's log."""
     return MARK + json.dumps(document, default=str)
 
 
@@ -35,19 +35,19 @@ def visible(line: str) -> bool:
 
 
 def result_in(log: str) -> dict[str, Any]:
-    """The last document in a log; empty where there is none."""
+    """Return the last document in a log; empty if there is none."""
     for line in reversed(log.splitlines()):
         if not visible(line):
             try:
                 found = json.loads(line.removeprefix(MARK))
-            except ValueError:  # cut off
+            except ValueError:  # the line was cut off
                 continue
             return found if isinstance(found, dict) else {}
     return {}
 
 
 def is_lost(job: Job) -> bool:
-    """Whether the job ended because something died under it, so that it may go on elsewhere."""
+    """Tell whether the job was killed or lost its node, so that another attempt may continue it."""
     if job.status != "failed":
         return False
     return job.error_type in LOST or (
@@ -56,7 +56,7 @@ def is_lost(job: Job) -> bool:
 
 
 def failure(job: Job, log: str) -> OrchestratorError:
-    """Why a job that is over has no result, as the error whose exit code is the job's own."""
+    """Return the error for a job that ended without a result; it has the job's exit code."""
     said = result_in(log).get("error") or {}
     kept = f"orchestrator logs {job.id}"
     if job.status == "stopped":
@@ -75,12 +75,15 @@ def failure(job: Job, log: str) -> OrchestratorError:
 
 
 def _known(job: Job, log: str) -> tuple[str, str] | None:
-    """Failures that the job itself could not explain: they came before it or in the middle of an import."""
+    """Explain failures that the job itself could not report.
+
+    They came before the job started, or in the middle of an import.
+    """
     if job.error_type == "RUNTIME_ENV_SETUP_FAILURE":
         return (
             f"its environment could not be made: {_last_line(job, job.message)}",
-            "see `orchestrator logs`; packages of --pip come from an index that the cluster's nodes must reach: where "
-            "they can't, build them into the image and leave --pip out",
+            "see `orchestrator logs`; packages of --pip come from an index that the cluster's "
+            "nodes must reach: where they can't, build them into the image and leave --pip out",
         )
     if job.error_type == "JOB_SUPERVISOR_ACTOR_UNSCHEDULABLE":
         return (

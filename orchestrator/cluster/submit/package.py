@@ -1,4 +1,7 @@
-"""What a job takes to the cluster: its spec, the local files that the spec names, and this package's code."""
+"""The package that a job takes to the cluster.
+
+It holds the job spec, the local files that the spec names, and this program's code.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +19,18 @@ from orchestrator.job.yaml import write
 from orchestrator.models.source import SMALL_FILES, WEIGHTS, looks_like_path
 
 JOB = "job.yaml"
-INPUTS = "./inputs/"  # how a packed job's spec names what was packed with it
-MOST_BYTES = 100 << 20  # the most that a cluster takes of one package
-SEARCH = "ORCHESTRATOR_SEARCH"  # tells the cluster's side which search the job is an attempt at
-LABELS = "ORCHESTRATOR_LABELS"  # who and what for, as a JSON object
+INPUTS = "./inputs/"  # begins the paths of packed files in a packed job's spec
+MOST_BYTES = 100 << 20  # the largest package that a cluster accepts
+SEARCH = "ORCHESTRATOR_SEARCH"  # the search that the job is an attempt at
+LABELS = "ORCHESTRATOR_LABELS"  # the user and the labels, as a JSON object
 HOME = "ORCHESTRATOR_HOME"
 
-Change = Callable[[str, str], str]  # from a key of the spec and what stands there
+Change = Callable[[str, str], str]  # takes a key of the spec and its path, returns the new path
 
 
 @dataclass(frozen=True)
 class PackedFile:
-    """A file of this machine and its place in the package."""
+    """A file of this machine and its path in the package."""
 
     name: str
     source: Path
@@ -43,7 +46,10 @@ class PackedFile:
 
 @dataclass(frozen=True)
 class Package:
-    """A job with the files it needs; ``elsewhere`` are the paths that the cluster has to have."""
+    """A job and the files that it needs.
+
+    ``elsewhere`` are the paths that the cluster must already have.
+    """
 
     job: JobSpec
     files: tuple[PackedFile, ...]
@@ -61,10 +67,11 @@ class Package:
 
 
 def pack(job: JobSpec, shared: Sequence[Path] = ()) -> Package:
-    """Take along every local file that the job names; what lies below ``shared`` is on the cluster's nodes as well.
+    """Pack every local file that the job names.
 
-    A whole path that is not on this machine is taken to be on the cluster. Raises BadInput for a relative one, and for
-    more than a cluster takes.
+    Files below ``shared`` are not packed, because the cluster's nodes have them too. An absolute
+    path that does not exist on this machine is assumed to be on the cluster. Raises BadInput for a
+    relative path that does not exist, and for more data than a cluster accepts.
     """
     files: list[PackedFile] = []
     elsewhere: list[str] = []
@@ -82,16 +89,20 @@ def pack(job: JobSpec, shared: Sequence[Path] = ()) -> Package:
     if (size := sum(file.size for file in files)) > MOST_BYTES:
         largest = max(files, key=lambda file: file.size)
         raise BadInput(
-            f"the job names {_megabytes(size)} of local files (the largest: {largest.source}), and a package holds "
-            f"{_megabytes(MOST_BYTES)}",
-            "name a hub id, or put them where the cluster's nodes have them too and say --shared FOLDER",
+            f"the job names {_megabytes(size)} of local files (the largest: {largest.source}), "
+            f"and a package holds {_megabytes(MOST_BYTES)}",
+            "name a hub id, or put them where the cluster's nodes have them too "
+            "and say --shared FOLDER",
         )
     return Package(packed, tuple(files), tuple(elsewhere))
 
 
 def unpacked(folder: Path, inputs: Path) -> tuple[str, list[tuple[Path, Path]]]:
-    """The text of the spec that a package's ``folder`` holds, naming its files where they are to lie below ``inputs``,
-    which outlives the package; and which file goes where."""
+    """Return the text of the spec in a package's ``folder``, and the files to copy.
+
+    The spec names its files by their new paths below ``inputs``, a folder that outlives the
+    package. Each file comes as a pair of its source and its target.
+    """
     from orchestrator.job.yaml import load_job
 
     copies = [
@@ -108,7 +119,7 @@ def unpacked(folder: Path, inputs: Path) -> tuple[str, list[tuple[Path, Path]]]:
 
 
 def moved(job: JobSpec, change: Change) -> JobSpec:
-    """The job with every file and folder that it names changed."""
+    """Return the job with ``change`` applied to every file and folder that it names."""
     data, space, base = job.data, job.search.space, job.base_model
     if isinstance(data.path, DataFiles):
         named = {
@@ -151,13 +162,19 @@ def _is_elsewhere(key: str, path: Path, shared: Sequence[Path]) -> bool:
 
 
 def _place(key: str, path: Path) -> str:
-    """Where in the package a key's file lies, or with a slash at the end its folder's files."""
+    """Return the path in the package for the file or folder that a key names.
+
+    A folder's path ends with a slash.
+    """
     name = key.replace(".", "-")
     return f"{name}/" if path.is_dir() else f"{name}{table_suffix(path) or path.suffix}"
 
 
 def _found(key: str, path: Path) -> Iterator[tuple[str, Path]]:
-    """Names below a key's place, and the files; of a model's folder only what is read of one."""
+    """Yield the files at a path, each with its name below the key's path in the package.
+
+    Of a model's folder, only the files that are read from a model are included.
+    """
     if not path.is_dir():
         yield "", path
         return
@@ -169,7 +186,7 @@ def _found(key: str, path: Path) -> Iterator[tuple[str, Path]]:
 
 
 def code_files() -> tuple[PackedFile, ...]:
-    """This package, as it is here."""
+    """List the files of this package as installed here."""
     folder = Path(__file__).parents[2]
     files = (
         file

@@ -1,4 +1,7 @@
-"""The request that makes a job: built without a cluster, so that it can be shown before it is sent."""
+"""The request that submits a job.
+
+It is built without a cluster, so that it can be shown before it is sent.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,13 @@ from orchestrator.cluster.submit.package import HOME, LABELS, SEARCH, Package, P
 from orchestrator.errors import BadInput
 from orchestrator.utils.text import mask_secrets
 
-ENTRYPOINT = "python -m orchestrator on-cluster"  # a shell's command: nothing that anybody wrote gets into it
-STOP_SECONDS = (
-    "60"  # between SIGTERM and SIGKILL; Ray's own 3 s are too few for closing MLflow's runs
-)
+# A shell runs this command, so it contains no text from users.
+ENTRYPOINT = "python -m orchestrator on-cluster"
+# The time between SIGTERM and SIGKILL. Ray's own 3 s are too short for closing the MLflow runs.
+STOP_SECONDS = "60"
 KEY_LENGTH = 12
 LABEL = re.compile(r"([A-Za-z0-9][A-Za-z0-9._/-]{0,62})=([\x20-\x7e]{0,200})")
-SEARCH_KEY = "search"  # metadata that the other verbs read
+SEARCH_KEY = "search"  # this and the keys below are metadata that the other commands read
 NAME_KEY = "name"
 USER_KEY = "user"
 LABEL_PREFIX = "label."
@@ -32,11 +35,14 @@ LABEL_PREFIX = "label."
 
 @dataclass(frozen=True)
 class Request:
-    """All that is said to the cluster, but for which attempt it is. Equal inputs give equal keys."""
+    """Everything that is sent to the cluster, except the number of the attempt.
+
+    Equal inputs give equal IDs.
+    """
 
     package: Package
     code: tuple[PackedFile, ...]
-    """This program's files; none where the cluster's image has them."""
+    """This program's files; empty if the cluster's image has them."""
     environment: Environment
     pip: tuple[str, ...]
     home: str | None
@@ -45,7 +51,10 @@ class Request:
 
     @property
     def base_id(self) -> str:
-        """The id of the first attempt: the job's name and a digest of everything that decides what it does."""
+        """The ID of the first attempt.
+
+        It is the job's name and a digest of everything that decides the job's behaviour.
+        """
         settled = {
             "job": self.package.text,
             "files": [(file.name, file.digest) for file in self.package.files],
@@ -58,7 +67,10 @@ class Request:
         return f"{self.package.job.name}-{digest[:KEY_LENGTH]}"
 
     def metadata(self, search: str) -> dict[str, str]:
-        """What the cluster's list of jobs says of this one; costs are attributed by it."""
+        """Build the job's metadata for the cluster's list of jobs.
+
+        Costs are attributed to users and labels by it.
+        """
         known = {
             NAME_KEY: self.package.job.name,
             SEARCH_KEY: search,
@@ -74,7 +86,7 @@ class Request:
         return {"RAY_JOB_STOP_WAIT_TIME_S": STOP_SECONDS, **ours, **home}
 
     def runtime_env(self, search: str, working_dir: Path, code: Path) -> dict[str, Any]:
-        """Ray's runtime environment, with the folders that were written for it."""
+        """Build Ray's runtime environment from the folders that were written for it."""
         made: dict[str, Any] = {
             "working_dir": str(working_dir),
             "env_vars": {**self.environment.variables, **self._variables(search)},
@@ -86,7 +98,10 @@ class Request:
         return made
 
     def document(self, address: str) -> dict[str, Any]:
-        """What ``--dry-run`` shows: no values of private variables and the logins of addresses."""
+        """Build the document that ``--dry-run`` shows.
+
+        It omits the values of private variables and the logins in addresses.
+        """
         search = self.base_id
         shown = self.environment.shown() | self._variables(search)
         return {
@@ -111,13 +126,13 @@ def _file(file: PackedFile) -> dict[str, Any]:
 
 
 def parse_labels(texts: Sequence[str]) -> dict[str, str]:
-    """Labels of the form name=value. Raises BadInput."""
+    """Parse labels of the form NAME=VALUE; raise BadInput for any other text."""
     found = {}
     for text in texts:
         if not (match := LABEL.fullmatch(text)):
             raise BadInput(
-                f"--label {text!r} is not NAME=VALUE with letters, digits, '.', '_', '-' and '/' in the name, and a "
-                "value of at most 200 plain characters",
+                f"--label {text!r} is not NAME=VALUE with letters, digits, '.', '_', '-' and '/' "
+                "in the name, and a value of at most 200 plain characters",
                 "for instance --label project=spam-filter",
             )
         if match[1] == USER_KEY:
@@ -129,7 +144,10 @@ def parse_labels(texts: Sequence[str]) -> dict[str, str]:
 
 
 def read_pip(file: Path | None) -> tuple[str, ...]:
-    """The lines of a requirements or constraints file, without comments. Raises BadInput."""
+    """Read the lines of a requirements or constraints file, without comments.
+
+    Raises BadInput for a file that can't be read.
+    """
     if file is None:
         return ()
     try:

@@ -1,4 +1,8 @@
-"""``orchestrator submit``: pack, submit or find what was submitted before, follow, and go on when the job was lost."""
+"""The implementation of ``orchestrator submit``.
+
+It packs a job, submits it or finds its earlier submission, follows its log, and submits it again
+when it was lost.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +35,8 @@ from orchestrator.errors import BadInput, Interrupted, Unreachable
 from orchestrator.job.spec import JobSpec
 from orchestrator.utils.object_store import check_address, is_address
 
-PATIENCE_S = 60.0  # how long a cluster that does not answer is waited for
-RETURN_S = 600.0  # the same where the job would be submitted again: a new head takes minutes
+PATIENCE_S = 60.0  # the time to wait for a cluster that does not answer
+RETURN_S = 600.0  # the same if the job may be submitted again: a new head takes minutes
 PAUSE_S = 1.0
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 Say = Callable[[str], None]
@@ -40,7 +44,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Submission:
-    """A request, and how persistent its submitter is."""
+    """A request, its cluster, and the number of times to submit it again."""
 
     request: Request
     cluster: Cluster
@@ -51,7 +55,7 @@ class Submission:
         return RETURN_S if self.retries else PATIENCE_S
 
     def document(self) -> dict[str, Any]:
-        """What ``--dry-run`` shows."""
+        """Build the document that ``--dry-run`` shows."""
         return {
             **self.request.document(self.cluster.address),
             "retries": self.retries,
@@ -72,7 +76,10 @@ def make_submission(
     labels: Sequence[str] = (),
     cpus: float = 0.0,
 ) -> Submission:
-    """Everything that can be checked without the cluster. Raises BadInput."""
+    """Check everything that can be checked without the cluster, and build the submission.
+
+    Raises BadInput.
+    """
     if home is not None and is_address(home):
         check_address(home, "--home")
     elif home is not None and not Path(home).is_absolute():
@@ -99,7 +106,7 @@ def make_submission(
 
 
 def warnings(submission: Submission) -> list[str]:
-    """What a submission may not have meant."""
+    """List the aspects of a submission that the user may not have intended."""
     request, found = submission.request, list(submission.request.environment.notes)
     if submission.retries and request.home is None:
         found.append(
@@ -116,7 +123,7 @@ def warnings(submission: Submission) -> list[str]:
 
 @dataclass(frozen=True)
 class Attempt:
-    """A job that is there: submitted by this command, or found."""
+    """A job on the cluster: submitted by this command, or found there."""
 
     id: str
     search: str
@@ -132,10 +139,10 @@ class Attempt:
 
 
 def submit_job(submission: Submission, say: Say, show: Say, wait: bool = True) -> dict[str, Any]:
-    """Submit and follow to the end; returns the document of ``submit --json``.
+    """Submit and follow the job to its end; return the document of ``submit --json``.
 
-    Without ``wait`` it ends once the cluster has the job. Raises the error whose exit code is the job's own, or
-    Interrupted when it is this command that was interrupted: the job goes on.
+    Without ``wait``, returns once the cluster has the job. Raises an error with the job's own exit
+    code, or Interrupted when this command itself was interrupted, which does not stop the job.
     """
     cluster = submission.cluster
     for note in warnings(submission):
@@ -152,7 +159,7 @@ def submit_job(submission: Submission, say: Say, show: Say, wait: bool = True) -
 
 @dataclass(frozen=True)
 class _Folders:
-    """What Ray uploads."""
+    """The folders that Ray uploads."""
 
     job: Path
     code: Path
@@ -168,12 +175,13 @@ def _attempts(
     submission: Submission, folders: _Folders, say: Say, show: Say, wait: bool
 ) -> dict[str, Any]:
     cluster = submission.cluster
-    search: str | None = None  # of the attempt before
+    search: str | None = None  # the previous attempt's search
     for left in reversed(range(submission.retries + 1)):
         begin = partial(_begin, submission, folders, search)
         attempt = _patiently(begin, submission.patience_s if search else 0.0)
         say(
-            f"job {attempt.id} {'is under way already' if attempt.found else 'is submitted'} to {cluster.shown}"
+            f"job {attempt.id} {'is under way already' if attempt.found else 'is submitted'} "
+            f"to {cluster.shown}"
         )
         if not wait:
             return {
@@ -182,7 +190,8 @@ def _attempts(
             }
         search = attempt.search
         say(
-            f"following its log (Ctrl-C leaves it running; orchestrator stop {attempt.id}{_option(cluster)} ends it)"
+            "following its log (Ctrl-C leaves it running; "
+            f"orchestrator stop {attempt.id}{_option(cluster)} ends it)"
         )
         job = _followed(cluster, attempt.id, show, submission.patience_s)
         if left and (job is None or is_lost(job)):
@@ -193,7 +202,7 @@ def _attempts(
 
 
 def _followed(cluster: Cluster, job_id: str, show: Say, patience_s: float) -> Job | None:
-    """What became of the job; None when the cluster no longer knows it."""
+    """Follow the job to its end and return it; None when the cluster no longer knows it."""
     goes_on = f"orchestrator logs {job_id} --follow{_option(cluster)}"
     try:
         return follow(cluster, job_id, show, patience_s)
@@ -208,10 +217,14 @@ def _followed(cluster: Cluster, job_id: str, show: Say, patience_s: float) -> Jo
 
 
 def concluded(cluster: Cluster, job_id: str, job: Job | None) -> dict[str, Any]:
-    """The outcome of a job that was followed to its end. Raises the error whose exit code is the job's own."""
+    """Return the outcome of a job that was followed to its end.
+
+    Raises an error with the job's own exit code.
+    """
     if job is None:
         raise Forgotten(
-            f"job {job_id} was lost: the cluster at {cluster.shown} was started anew and does not know it",
+            f"job {job_id} was lost: the cluster at {cluster.shown} was started anew "
+            "and does not know it",
             "the same orchestrator submit goes on, if --home outlived the cluster",
         )
     log = cluster.log(job_id)
@@ -221,7 +234,10 @@ def concluded(cluster: Cluster, job_id: str, job: Job | None) -> dict[str, Any]:
 
 
 def followed_document(cluster: Cluster, job_id: str, show: Say) -> dict[str, Any]:
-    """Pick up a job's log and see it to its end, as ``submit`` would have. Raises as ``submit_job``."""
+    """Follow a job's log to its end, as ``submit`` would have done.
+
+    Raises the same errors as ``submit_job``.
+    """
     return {
         "id": job_id,
         **concluded(cluster, job_id, _followed(cluster, job_id, show, PATIENCE_S)),
@@ -229,9 +245,9 @@ def followed_document(cluster: Cluster, job_id: str, show: Say) -> dict[str, Any
 
 
 def _begin(submission: Submission, folders: _Folders, search: str | None) -> Attempt:
-    """The newest attempt if it has not ended, otherwise the next one."""
+    """Return the newest attempt if it has not ended; otherwise submit the next attempt."""
     request, cluster = submission.request, submission.cluster
-    for _ in range(5):  # somebody else may submit the same at the same moment
+    for _ in range(5):  # another program may submit the same job at the same time
         found, attempt = next_attempt(request.base_id, cluster.jobs(), search)
         if found:
             return attempt
@@ -252,10 +268,11 @@ def _begin(submission: Submission, folders: _Folders, search: str | None) -> Att
 
 
 def next_attempt(base: str, jobs: Sequence[Job], search: str | None = None) -> tuple[bool, Attempt]:
-    """Whether an attempt is under way, and which; otherwise the one to make.
+    """Return the attempt that is under way, or else the next attempt to submit.
 
-    An attempt goes on with the search of the one before, unless that succeeded: then it begins a search of its own.
-    ``search`` is the one to go on with when the cluster does not know any attempt.
+    The first value tells whether it is under way. An attempt continues the search of the previous
+    attempt, unless that attempt succeeded: then it begins a search of its own. ``search`` is the
+    search to continue when the cluster does not know any attempt.
     """
     pattern = re.compile(rf"{re.escape(base)}(?:-([2-9]|[1-9]\d+))?")
     numbered = [(int(match[1] or 1), job) for job in jobs if (match := pattern.fullmatch(job.id))]
@@ -270,7 +287,7 @@ def next_attempt(base: str, jobs: Sequence[Job], search: str | None = None) -> t
 
 
 def _patiently(call: Callable[[], Attempt], seconds: float) -> Attempt:
-    """The call's result; while nobody answers it is made again, for so long."""
+    """Return the call's result; repeat the call for ``seconds`` while no cluster answers."""
     until = time.monotonic() + seconds
     while True:
         try:
@@ -282,9 +299,10 @@ def _patiently(call: Callable[[], Attempt], seconds: float) -> Attempt:
 
 
 def stop_job(cluster: Cluster, job_id: str) -> tuple[bool, Job]:
-    """Stop a job and wait until it has stopped; whether it was under way, and what it is now.
+    """Stop a job and wait until it has stopped.
 
-    Raises BadInput for an unknown id, Unreachable when it does not end.
+    Returns whether it was under way, and the job as it is now. Raises BadInput for an unknown ID,
+    and Unreachable when the job does not end.
     """
     job = known_job(cluster, job_id)
     if job.is_over:
@@ -301,7 +319,7 @@ def stop_job(cluster: Cluster, job_id: str) -> tuple[bool, Job]:
 
 
 def known_job(cluster: Cluster, job_id: str) -> Job:
-    """The job of that id. Raises BadInput that names those there are."""
+    """Return the job of that ID; raise BadInput that lists the newest jobs if it is unknown."""
     if job := cluster.job(job_id):
         return job
     newest = [job.id for job in reversed(cluster.jobs())][:5]
@@ -314,5 +332,8 @@ def known_job(cluster: Cluster, job_id: str) -> Job:
 
 
 def _option(cluster: Cluster) -> str:
-    """How to name the cluster in the next command; nothing where it is the default."""
+    """Return the option that names the cluster in the next command.
+
+    It is empty for the default cluster.
+    """
     return "" if cluster.address == DEFAULT_ADDRESS else f" --address {shlex.quote(cluster.shown)}"

@@ -1,1 +1,1 @@
-"""Aliases: the gate they pass and the history of their moves."""
+"""Aliases: the gate that promotions pass, and the history of moves."""

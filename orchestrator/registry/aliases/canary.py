@@ -1,4 +1,7 @@
-"""What serving follows: a registered model's aliases, and its canary, which is a tag on the model."""
+"""The parts of a registered model that servers follow: its aliases and its canary.
+
+A canary is a tag on the registered model.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,11 @@ CANARY_TAG = "orchestrator.canary"
 
 @dataclass(frozen=True)
 class Canary:
-    """A share of a name's traffic for another alias."""
+    """A share of a registered model's traffic that goes to another alias."""
 
     alias: str
     percent: float
-    """0 to 100."""
+    """The share, above 0 and at most 100."""
 
     def __str__(self) -> str:
         return f"{self.alias}:{self.percent:g}"
@@ -26,14 +29,14 @@ class Canary:
 
 @dataclass(frozen=True)
 class LiveModel:
-    """One registered prompt as serving sees it: alias to version, and its canary if it has one."""
+    """One registered prompt as servers see it: the version of each alias, and the canary if any."""
 
     aliases: Mapping[str, int]
     canary: Canary | None = None
 
 
 def make_canary(alias: str, percent: float) -> Canary:
-    """BadInput for a share that is none, or an alias that can't be one."""
+    """Check and build a canary; raise BadInput for a share out of range or an invalid alias."""
     if not re.fullmatch(ALIAS_PATTERN, alias):
         raise BadInput(f"{alias!r} can't be an alias", f"allowed: {ALIAS_PATTERN}")
     if not 0 < percent <= 100:
@@ -44,7 +47,7 @@ def make_canary(alias: str, percent: float) -> Canary:
 
 
 def read_canary(text: str | None) -> Canary | None:
-    """The canary of a tag, which anybody may have edited: what can't be read is no canary."""
+    """Parse a canary's tag; return None for a tag that is missing or was edited badly."""
     alias, _, percent = (text or "").rpartition(":")
     try:
         return make_canary(alias, float(percent))

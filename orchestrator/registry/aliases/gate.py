@@ -1,4 +1,7 @@
-"""The gate, as pure functions: what keeps a prompt from being served in another's place, and which of two is better."""
+"""The gate, as pure functions.
+
+They decide whether a prompt can be served in another's place, and which of two prompts is better.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,10 @@ from orchestrator.job.labels import by_meaning, spelled
 from orchestrator.job.spec import TEXT_METRICS, template_columns
 
 METRIC_TAG = "orchestrator.metric"
-"""On a version: the metric that its search ranked trials by."""
+"""A version's tag: the metric that its search ranked trials by."""
 EVALUATION_TAG = "orchestrator.evaluation."
-"""On a version, followed by the rows' fingerprint: what ``evaluate`` found on them, as JSON."""
+"""A version's tag, followed by the rows' fingerprint: the results of ``evaluate`` on them, as JSON.
+"""
 COMPARED_BY = ("accuracy", "exact_match", "f1", "rouge_l", "bleu", "loss")
 
 Better = Literal["max", "min"]
@@ -22,13 +26,19 @@ Better = Literal["max", "min"]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A version as the gate sees it: its manifest, and its tags for what was found out later."""
+    """The manifest and the tags of a version, as the gate compares them.
+
+    The tags hold the results of later evaluations.
+    """
 
     manifest: Manifest
     tags: Mapping[str, str]
 
     def results(self) -> dict[str, dict[str, float]]:
-        """Metrics by the fingerprint of the rows that they were found on; its own test split comes first."""
+        """Map the fingerprint of each set of evaluated rows to the metrics on it.
+
+        The version's own test split comes first.
+        """
         own, data = self.manifest.metrics.get("test"), self.manifest.data
         found = {data.test_fingerprint or data.fingerprint: own} if own else {}
         for key, text in self.tags.items():
@@ -41,19 +51,22 @@ def _numbers(text: str) -> dict[str, float]:
     try:
         metrics = json.loads(text)["metrics"]
         return {name: value for name, value in metrics.items() if isinstance(value, int | float)}
-    except (ValueError, KeyError, TypeError, AttributeError):  # anybody may edit a tag
+    except (ValueError, KeyError, TypeError, AttributeError):  # users can edit tags
         return {}
 
 
 def unsound(new: Manifest) -> list[str]:
-    """What makes a prompt unfit for any server; empty when nothing does. Its tensors are checked when it is fetched."""
+    """List the reasons that no server can serve the prompt; empty if there are none.
+
+    Its tensors are not checked here but when it is fetched.
+    """
     found = []
     answer = new.generation.max_tokens if new.generation else 1
     needed = new.num_virtual_tokens + 1 + answer
     if needed > (context := new.base_model.context_length):
         found.append(
-            f"{new.num_virtual_tokens} virtual tokens, an input and an answer of {answer} don't fit into the base "
-            f"model's context of {context}"
+            f"{new.num_virtual_tokens} virtual tokens, an input and an answer of {answer} don't "
+            f"fit into the base model's context of {context}"
         )
     if not template_columns(new.template):
         found.append(f"its template {new.template[:60]!r} names no column")
@@ -63,7 +76,7 @@ def unsound(new: Manifest) -> list[str]:
 
 
 def differences(new: Manifest, holder: Manifest) -> list[str]:
-    """What makes the new prompt unfit for the server and the clients of the holder; empty when it fits."""
+    """List the differences that would break the holder's server or clients; empty if none."""
     mine, other = _fit(new), _fit(holder)
     found = [
         f"{what} is {mine[what]:.16}, not {other[what]:.16}"
@@ -101,12 +114,16 @@ def _columns(manifest: Manifest) -> list[str]:
 
 
 def _labels(manifest: Manifest) -> list[str]:
-    """As JSON has them; none for a prompt that generates."""
+    """Return the labels as JSON spells them; none for a prompt that generates text."""
     return sorted(spelled(label) for label in manifest.verbalizer_map() or {})
 
 
 def comparison_metric(new: Candidate, holder: Candidate) -> tuple[str, Better]:
-    """What two versions are compared by: the metric of the candidate's search, or the first that both have."""
+    """Choose the metric that two versions are compared by, and its direction.
+
+    It is the metric of the new version's search, or else the first of COMPARED_BY that both test
+    results have.
+    """
     metric = new.tags.get(METRIC_TAG, "")
     if metric not in COMPARED_BY:
         both = [set(it.manifest.metrics.get("test", {})) for it in (new, holder)]
@@ -115,7 +132,10 @@ def comparison_metric(new: Candidate, holder: Candidate) -> tuple[str, Better]:
 
 
 def verdict(new: Candidate, champion: Candidate, metric: str, better: Better) -> tuple[bool, str]:
-    """Whether the new prompt beats the champion on the same test rows, and the reason as a clause."""
+    """Tell whether the new prompt beats the champion on the same test rows.
+
+    Returns the answer and its reason, which is a clause.
+    """
     if found := differences(new.manifest, champion.manifest):
         return False, f"its {found[0]}"
     if metric in TEXT_METRICS and new.manifest.generation != champion.manifest.generation:

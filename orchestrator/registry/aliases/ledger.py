@@ -1,9 +1,11 @@
-"""Moves of aliases, one after another: nobody overwrites another's move without knowing it.
+"""A ledger of alias moves, in order: nobody overwrites another's move without knowing it.
 
-MLflow moves an alias without comparing, and tags are overwritten. A run's parameter is the one thing that it writes
-only once: of two programs that write the same one at once, one is refused, in SQLite, in PostgreSQL and behind a
-server. So each registered model has a run whose parameters are its aliases' history, and writing the next number is
-winning it. The alias follows; whoever moves it sets it to the history's end until the end stays what it is.
+MLflow moves an alias without comparing, and its tags can be overwritten. A run's parameter is the
+only value that MLflow writes just once: when two programs write the same parameter at the same
+time, one of them is refused. This holds in SQLite, in PostgreSQL and behind a server. So each
+registered model has a run whose parameters are the history of its aliases, and a program wins a
+move by writing the next number. The alias follows: the program that moves it sets it to the
+history's last entry, and repeats that until the last entry no longer changes.
 """
 
 from __future__ import annotations
@@ -29,16 +31,15 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import RegisteredModel
 
 LEDGER_TAG = "orchestrator.alias_history"
-"""On a registered model: the run whose parameters are its aliases' history."""
-SETTLE_SECONDS = (
-    3.0  # how long an alias may differ from its history's end while another program is moving it
-)
+"""A registered model's tag: the run whose parameters are the history of its aliases."""
+SETTLE_SECONDS = 3.0
+"""The time in which another program's move should reach the alias."""
 AGREE_SECONDS = 0.5
-ATTEMPTS = 20  # as many movers at once get their turn
+ATTEMPTS = 20  # enough for as many programs that move an alias at once
 
 
 class Overtaken(JobFailed):
-    """Somebody else moved the alias in this very moment."""
+    """Another program moved the alias at the same time."""
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,19 @@ class Ledger:
     run_id: str
 
     def moves(self) -> list[Move]:
-        """Every move, oldest first. BadInput when the run that holds them was deleted."""
+        """List every move, oldest first for each alias.
+
+        Raises BadInput when the run that holds them was deleted.
+        """
         run = self.store.client.get_run(self.run_id)
         refuse_deleted_run(self.store, run, f"the history of {printable(self.name)}'s aliases")
         return read_moves(run.data.params)
 
     def is_usable(self, may_write: bool) -> bool:
-        """Tell whether the run is there at all. Raises BadInput for one that is in the trash or can't be written.
+        """Tell whether the run exists.
 
-        ``may_write`` tries the permission by writing a tag as it stands.
+        Raises BadInput for a run in MLflow's trash, and the store's error when the run can't be
+        written. ``may_write`` tests the permission by writing a tag with the value that it has.
         """
         run = find_run(self.store, self.run_id)
         if run is None:
@@ -72,7 +77,7 @@ class Ledger:
         return next((move for move in reversed(self.moves()) if move.alias == alias), None)
 
     def claim(self, move: Move) -> bool:
-        """Write the entry, unless somebody else has written that number; True when it is ours."""
+        """Write the entry unless another program has used its number; return True if it is ours."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -81,14 +86,17 @@ class Ledger:
             if error.error_code != "INVALID_PARAMETER_VALUE":
                 raise
             return False
-        # A server that answers late may have written somebody else's: what counts is what is there.
+        # A server that answers late may have written another program's entry, so read it back.
         return any(found.id == move.id for found in self.moves())
 
 
 def new_ledger(store: Store, name: str) -> str:
-    """The run of a new history."""
+    """Create the run of a new history and return its ID."""
     experiment = experiment_named(store, HISTORY_EXPERIMENT)
-    note = f"Parameters: every move of an alias of `{printable(name)[:200]}`, in order. MLflow writes them only once."
+    note = (
+        f"Parameters: every move of an alias of `{printable(name)[:200]}`, in order. "
+        "MLflow writes them only once."
+    )
     tags = {"orchestrator.model": name[:5000], "mlflow.note.content": note}
     run = store.client.create_run(
         experiment.experiment_id, tags=tags, run_name=f"aliases of {printable(name)[:200]}"
@@ -98,20 +106,22 @@ def new_ledger(store: Store, name: str) -> str:
 
 
 def open_ledger(store: Store, model: RegisteredModel) -> Ledger:
-    """The model's history; a model that another program made gets one with its first move, as does one whose
-    history was purged from MLflow's trash."""
+    """Return the model's history; create one where there is none.
+
+    A model that another program created gets a history with its first move. So does a model whose
+    history was purged from MLflow's trash.
+    """
     run_id = model.tags.get(LEDGER_TAG)
     if not run_id or find_run(store, run_id) is None:
         store.client.set_registered_model_tag(model.name, LEDGER_TAG, new_ledger(store, model.name))
-        time.sleep(
-            AGREE_SECONDS
-        )  # two programs may both do this: the last one to write the tag is what both go by
+        # Two programs may both do this. Both wait, and then use the run that was written last.
+        time.sleep(AGREE_SECONDS)
         run_id = store.client.get_registered_model(model.name).tags[LEDGER_TAG]
     return Ledger(store, model.name, run_id)
 
 
 def find_run(store: Store, run_id: str) -> Run | None:
-    """Read a run; None for one that MLflow no longer knows, not even in its trash."""
+    """Read a run; return None for a run that is not even in MLflow's trash."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -123,7 +133,10 @@ def find_run(store: Store, run_id: str) -> Run | None:
 
 
 def recorded(store: Store, model: RegisteredModel) -> list[Move]:
-    """The moves on record, oldest first; none for a model that has no history, or whose history is gone."""
+    """List the recorded moves, oldest first for each alias.
+
+    The list is empty for a model whose history is missing or deleted.
+    """
     from mlflow.exceptions import MlflowException
 
     if not (run_id := model.tags.get(LEDGER_TAG)):
@@ -134,16 +147,17 @@ def recorded(store: Store, model: RegisteredModel) -> list[Move]:
 
 
 Check = Callable[[int | None], str]
-"""Looks at the alias's holder and returns the reason of the move; raises when it must not be."""
+"""Takes the alias's holder and returns the reason of the move; raises to prevent the move."""
 
 
 def move_alias(
     store: Store, name: str, alias: str, version: int, kind: Kind, check: Check
 ) -> tuple[int | None, str]:
-    """Put the alias on the version when ``check`` lets it; returns the former holder and the reason.
+    """Move the alias to the version if ``check`` allows it.
 
-    When somebody else moves the alias meanwhile, the check is made again with the new holder. Overtaken when that
-    happens ATTEMPTS times.
+    Returns the former holder and the reason. When another program moves the alias in the meantime,
+    ``check`` is called again with the new holder. Raises Overtaken when that happens ATTEMPTS
+    times.
     """
     for _ in range(ATTEMPTS):
         ledger, holder, number = _settled(store, name, alias)
@@ -160,10 +174,11 @@ def move_alias(
 
 
 def _settled(store: Store, name: str, alias: str) -> tuple[Ledger, int | None, int]:
-    """The history, the alias's holder, and the number of the next move; the two agree.
+    """Return the history, the alias's holder and the next move's number, once the first two agree.
 
-    An alias that stays different from its history's end was moved by something that keeps no history, MLflow's pages
-    for instance, or by a program that was killed in between: what is there counts, and is put on record.
+    An alias that stays different from its history's last entry was moved by a program that keeps no
+    history, such as MLflow's UI, or by one that was killed before it set the alias. The alias is
+    then right: its holder is recorded as a move of kind "elsewhere".
     """
     deadline = time.monotonic() + SETTLE_SECONDS
     while True:
@@ -183,8 +198,11 @@ def _settled(store: Store, name: str, alias: str) -> tuple[Ledger, int | None, i
 
 
 def _carry_out(ledger: Ledger, move: Move) -> bool:
-    """Set the alias to the end of its history, until that end stays. False when somebody took the move for one that
-    was given up, because it took so long: then it did not happen. A move that fails is taken back."""
+    """Set the alias to the last entry of its history, until that entry no longer changes.
+
+    Returns False when this took so long that another program regarded the move as abandoned: the
+    move then did not happen. A move that fails is taken back.
+    """
     client = ledger.store.client
     end = move
     try:
@@ -198,7 +216,7 @@ def _carry_out(ledger: Ledger, move: Move) -> bool:
     except Exception as error:
         _take_back(ledger, move, error)
         raise
-    with suppress(Exception):  # for whoever reads MLflow's page
+    with suppress(Exception):  # only shown in MLflow's UI
         client.set_registered_model_tag(ledger.name, f"alias.{move.alias}", end.sentence())
     after = next((it for it in moves if it.number == move.number + 1), None)
     return after is None or after.kind != "elsewhere"

@@ -1,4 +1,4 @@
-"""An alias's history: every move in order, and whom a rollback puts back. Pure values."""
+"""The history of an alias as pure values: its moves in order, and the target of a rollback."""
 
 from __future__ import annotations
 
@@ -25,21 +25,22 @@ HOW: dict[Kind, str] = {
 
 
 def who() -> str:
-    """Whoever moves an alias: the login at the MLflow server, or the user of this machine."""
+    """Name the user who moves an alias: the MLflow server's login, or this machine's user."""
     if login := os.environ.get("MLFLOW_TRACKING_USERNAME"):
         return login
     try:
         return f"{getpass.getuser()}@{platform.node()}"
-    except (OSError, KeyError):  # a container's user without a name
+    except (OSError, KeyError):  # a container's user may have no name
         return platform.node()
 
 
 @dataclass(frozen=True)
 class Move:
-    """One entry: ``alias`` went from version ``old`` (None: it was not there) to ``new`` (None: it was taken away).
+    """One entry: ``alias`` moved from version ``old`` to version ``new``.
 
-    ``kind``: promoted by a person, forced past the gate, by a search, rolled back, set without a comparison, or found
-    moved by something that keeps no history (elsewhere).
+    ``old`` is None for a new alias, and ``new`` is None for a removed alias. ``kind`` is promoted
+    (by a person), forced (past the gate), search (moved after a search), rollback, set (without a
+    comparison), or elsewhere (found moved by a program that keeps no history).
     """
 
     alias: str
@@ -51,7 +52,7 @@ class Move:
     by: str = field(default_factory=who)
     at: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    """Tells two programs apart that write the same entry at once."""
+    """Distinguishes two programs that write the same entry at the same time."""
 
     @property
     def key(self) -> str:
@@ -61,7 +62,10 @@ class Move:
         return json.dumps({**asdict(self), "reason": self.reason[:MAX_REASON]}, ensure_ascii=False)
 
     def sentence(self) -> str:
-        """version 5, before that 4: promoted by ann, 2026-11-21T10:00:00+00:00 (reason)"""
+        """Describe the move in words.
+
+        For example: version 5, before that 4: promoted by ann, 2026-11-21T10:00:00+00:00 (reason)
+        """
         to = "taken away" if self.new is None else f"version {self.new}"
         was = "" if self.old is None else f", before that {self.old}"
         reason = f" ({self.reason})" if self.reason else ""
@@ -69,7 +73,10 @@ class Move:
 
 
 def read_moves(params: Mapping[str, str]) -> list[Move]:
-    """The moves among a run's parameters, oldest first for each alias; what is no entry is passed over."""
+    """Parse the moves among a run's parameters, sorted by alias and then oldest first.
+
+    Parameters that are not valid entries are skipped.
+    """
     moves = []
     for key, text in params.items():
         try:
@@ -82,9 +89,10 @@ def read_moves(params: Mapping[str, str]) -> list[Move]:
 
 
 def former_holder(moves: Sequence[Move], alias: str, current: int | None) -> int | None:
-    """Whom a rollback puts back in the place of ``current``, which may have got there without being on record.
+    """Return the version that a rollback of the alias from ``current`` restores.
 
-    Rolling back twice goes back two moves: an undone move is no longer history.
+    ``current`` may have become the holder without a recorded move. Two rollbacks go back two moves,
+    because a move that was undone no longer counts as history.
     """
     holders: list[int | None] = []
     for move in moves:

@@ -1,4 +1,7 @@
-"""What the search log queues for MLflow: small values that merge, and that survive on disk when MLflow is away."""
+"""The entries that a search log queues for MLflow.
+
+Entries are small values. They can be merged, and can be saved to disk while MLflow is unreachable.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ Point = tuple[str, float, int, int]  # metric, value, step, milliseconds
 
 @dataclass
 class Entry:
-    """One thing to write to one run: the trial's, or the search's own when ``trial`` is None."""
+    """One write to one run: a trial's run, or the search's own run when ``trial`` is None."""
 
     kind: Kind
     trial: str | None = None
@@ -27,9 +30,9 @@ class Entry:
     params: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     name: str = ""
-    """Run name, of a start."""
+    """The run's name, for an entry of kind start."""
     status: str = ""
-    """MLflow's run status, of an end or finish."""
+    """MLflow's run status, for an entry of kind end or finish."""
     at: int = field(default_factory=lambda: int(time.time() * 1000))
 
     def absorb(self, other: Entry) -> None:
@@ -39,7 +42,10 @@ class Entry:
 
 
 def coalesce(entries: Iterable[Entry]) -> list[Entry]:
-    """Merge the log entries of each run between its start and its end; a run's own order is kept."""
+    """Merge each run's log entries between its start and its end.
+
+    The order of entries within a run does not change.
+    """
     merged: list[Entry] = []
     open_logs: dict[str | None, Entry] = {}
     for entry in entries:
@@ -62,7 +68,10 @@ def chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
 
 
 def as_texts(values: Mapping[str, Any], limit: int) -> dict[str, str]:
-    """Values as MLflow stores them: text, no longer than it accepts, what was cut marked."""
+    """Convert values to the texts that MLflow stores.
+
+    A text longer than ``limit`` is cut, and its end says how long it was.
+    """
     return {str(key)[:250]: _cut(_text(value), limit) for key, value in values.items()}
 
 
@@ -80,12 +89,15 @@ def _cut(text: str, limit: int) -> str:
 
 
 SIZES = {
-    "num_virtual_tokens": "{} tokens", "rank": "rank {}", "bottleneck": "bottleneck {}", "shots": "{} demonstrations",
-}  # fmt: skip
+    "num_virtual_tokens": "{} tokens",
+    "rank": "rank {}",
+    "bottleneck": "bottleneck {}",
+    "shots": "{} demonstrations",
+}
 
 
 def run_label(config: Mapping[str, Any], trial: str) -> str:
-    """A child run's name: what a person tells trials apart by."""
+    """Name a child run by the settings that distinguish trials."""
     init = config.get("init")
     parts = (
         [f"text {init['text'][:30]!r}" if isinstance(init, dict) and "text" in init else str(init)]
@@ -101,7 +113,7 @@ def run_label(config: Mapping[str, Any], trial: str) -> str:
 
 
 def save_entries(file: Path, entries: Iterable[Entry]) -> None:
-    """Write the entries as JSON lines, whole or not at all."""
+    """Write the entries as JSON lines, atomically."""
     file.parent.mkdir(parents=True, exist_ok=True)
     staging = file.with_name(f".{file.name}.{os.getpid()}")
     with staging.open("w", encoding="utf-8") as stream:
@@ -113,7 +125,7 @@ def save_entries(file: Path, entries: Iterable[Entry]) -> None:
 
 
 def load_entries(file: Path) -> list[Entry]:
-    """The entries of a file that ``save_entries`` wrote; none when there is no file."""
+    """Read a file written by ``save_entries``; return no entries if there is no file."""
     if not file.exists():
         return []
     with file.open(encoding="utf-8") as stream:

@@ -1,7 +1,8 @@
-"""Check at a search's start what its end needs: experiments, permissions, and places to write.
+"""Checks at a search's start that its end will work: experiments, permissions, writable folders.
 
-A search takes hours; what would stop its registration should stop it before it begins. Nothing that is written here
-stays, but for the experiment of the aliases' history, which every registered model needs.
+A search takes hours, so anything that would stop its registration should stop the search before it
+begins. The checks leave nothing behind, except the experiment of the aliases' history, which every
+registered model needs.
 """
 
 from __future__ import annotations
@@ -24,13 +25,17 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import RegisteredModel
 
 CHECK_TAG = "orchestrator.check"
-NOTE = "Every move of an alias of a registered prompt: one run for each model, a parameter for each move."
+NOTE = (
+    "Every move of an alias of a registered prompt: one run for each model, a parameter for each "
+    "move."
+)
 
 
 def check_search_end(store: Store, search: str, model: str | None, cache: Path) -> None:
-    """Raise BadInput or Unreachable for what the end of a search would fail at.
+    """Raise BadInput or Unreachable for anything that the end of a search would fail at.
 
-    ``search`` names the experiment, ``model`` the registered model; None for a search that registers nothing.
+    ``search`` names the experiment. ``model`` names the registered model, or is None for a search
+    that registers nothing.
     """
     with store.translating(f"checking the experiment {printable(search)}"):
         experiment = store.client.get_experiment_by_name(search)
@@ -46,7 +51,8 @@ def check_search_end(store: Store, search: str, model: str | None, cache: Path) 
         if registered is None:
             _check_new_model(store, model)
         elif sqlite_file(store.registry_uri) is None:
-            # Changes nothing, and asks for the same permission as a version and an alias.
+            # Deleting a missing tag changes nothing, but needs the same permission as creating a
+            # version or an alias.
             store.client.delete_registered_model_tag(model, CHECK_TAG)
         _check_file(store.registry_uri)
     with store.translating("checking that moves of aliases can be recorded"):
@@ -58,7 +64,7 @@ def check_search_end(store: Store, search: str, model: str | None, cache: Path) 
 
 
 def _check_new_model(store: Store, name: str) -> None:
-    """Refuse the name of a model that can't be created."""
+    """Raise BadInput if no model of this name can be created."""
     if store.client.get_prompt(name) is not None:
         raise BadInput(
             f"{printable(name)} is a text template of MLflow's prompt registry",
@@ -69,21 +75,23 @@ def _check_new_model(store: Store, name: str) -> None:
 
 
 def _check_history(store: Store, model: str, run_id: str | None) -> None:
-    """Refuse a history that was deleted or that this login may not write; ``run_id`` is the model's, if it has one."""
+    """Raise BadInput if the history was deleted or this login may not write it.
+
+    ``run_id`` is the run of the model's history, if the model has one.
+    """
     may_write = sqlite_file(store.tracking_uri) is None
     _check_file(store.tracking_uri)
     if run_id and Ledger(store, model, run_id).is_usable(may_write):
         return
-    history = experiment_named(
-        store, HISTORY_EXPERIMENT
-    )  # the model's first run of history comes into it
+    # The model's history will be a new run in this experiment.
+    history = experiment_named(store, HISTORY_EXPERIMENT)
     if may_write:
         with store.translating(f"writing to the experiment {HISTORY_EXPERIMENT}"):
             store.client.set_experiment_tag(history.experiment_id, "mlflow.note.content", NOTE)
 
 
 def _check_file(uri: str) -> None:
-    """Refuse an SQLite file that is read-only; it has no permissions beyond the file's."""
+    """Raise BadInput for a read-only SQLite file; SQLite has only the file's permissions."""
     file = sqlite_file(uri)
     if file is not None and not os.access(file, os.W_OK):
         raise BadInput(f"{uri} may only be read", f"make {file} writable, or use another database")
@@ -101,7 +109,10 @@ def _registered_model(store: Store, name: str) -> RegisteredModel | None:
 
 
 def _try_creating(store: Store, name: str) -> None:
-    """Create and delete a model of a similar name: another search may be creating the name itself."""
+    """Create and delete a model of a similar name to test the permission.
+
+    The name itself is not used, because another search may be creating it at the same time.
+    """
     probe = f"{name[:200]}.check-{uuid.uuid4().hex[:8]}"
     store.client.create_registered_model(probe)
     store.client.delete_registered_model(probe)
@@ -115,7 +126,10 @@ def _check_new_artifacts(store: Store, search: str) -> None:
 
 
 def _check_artifacts(experiment: Experiment) -> None:
-    """Check an artifact folder on this machine; a server's is checked when the search's run begins."""
+    """Check an artifact folder on this machine.
+
+    An artifact store on a server is checked when the search's run begins.
+    """
     parts = urlsplit(experiment.artifact_location)
     if parts.scheme not in ("", "file"):
         return
@@ -127,7 +141,7 @@ ARTIFACT_HINT = "make it writable and free some space; the prompt that a search 
 
 
 def _check_writable(folder: Path, what: str, hint: str) -> None:
-    """Write a file of a few bytes and remove it."""
+    """Write and remove a file of a few kilobytes."""
     existing = next(parent for parent in [folder, *folder.parents] if parent.exists())
     try:
         with tempfile.TemporaryFile(dir=existing) as stream:

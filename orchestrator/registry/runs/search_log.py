@@ -1,7 +1,8 @@
-"""One search in MLflow: a parent run, a child run a trial, written by one background thread.
+"""The log of one search in MLflow: a parent run and one child run per trial.
 
-Training never waits for MLflow. Calls only queue; the writer merges what waits, writes in batches and, while MLflow
-does not answer, tries again with growing pauses. What is still unwritten at the end goes to a file and is reported.
+Training never waits for MLflow. Calls only queue entries. One background thread, the writer, merges
+queued entries and writes them in batches; while MLflow does not answer, it retries with growing
+pauses. Entries that are still unwritten at the end go to a file and are reported.
 """
 
 from __future__ import annotations
@@ -40,15 +41,16 @@ NOT_FINITE_TAG = "orchestrator.not_finite"
 
 METRICS_A_CALL = 1000
 PARAMS_A_CALL = 100
-LINGER_SECONDS = 0.2  # lets the reports of trials that share a worker go out together
+LINGER_SECONDS = 0.2  # batches the reports of trials that share a worker
 FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 15.0
-LAST_PAUSE = 1.0  # between attempts once somebody waits for the end
+LAST_PAUSE = 1.0  # longest pause between attempts once a caller waits in close()
 
 State = Literal["finished", "stopped", "failed", "interrupted"]
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
-# A trial that the scheduler stopped did what it was meant to: a normal outcome, told apart by its state tag.
+# A trial that the scheduler stopped is a normal outcome. Its state tag distinguishes it from a
+# trial that ran to its end.
 STATUS: dict[State, Status] = {
     "finished": "FINISHED",
     "stopped": "FINISHED",
@@ -63,7 +65,10 @@ SEARCH_STATE: dict[Status, str] = {
 
 
 class SearchLog:
-    """Logs one search. Every method but ``flush``, ``finish`` and ``close`` returns at once and raises nothing."""
+    """The log of one search.
+
+    Every method except ``flush``, ``finish`` and ``close`` returns at once and raises nothing.
+    """
 
     def __init__(
         self,
@@ -74,7 +79,10 @@ class SearchLog:
         patience: float,
         ended: Collection[str] = (),
     ) -> None:
-        """``ended`` are the trials whose runs had come to their end before, in a search that goes on."""
+        """Start the writer thread.
+
+        ``ended`` names the trials whose runs had already ended, in a search that is resumed.
+        """
         self.run_id: str = parent.info.run_id
         self.ended = frozenset(ended)
         self.experiment_id: str = parent.info.experiment_id
@@ -85,7 +93,7 @@ class SearchLog:
         self._known = set(run_ids)
         self._attempted: set[str] = set()
         self._changed = threading.Condition()
-        # What an earlier attempt could not write goes first; that attempt's end is over.
+        # Entries that an earlier attempt could not write go first, except that attempt's finish.
         self._pending = [entry for entry in load_entries(spill) if entry.kind != "finish"]
         self._unwritten: deque[Entry] = deque()
         self._refused: list[tuple[Entry, OrchestratorError]] = []
@@ -98,7 +106,7 @@ class SearchLog:
 
     @property
     def run_ids(self) -> dict[str, str]:
-        """Trial to MLflow run, as far as written; keep it to go on after an interruption."""
+        """Each trial's MLflow run, as far as written; save it to resume after an interruption."""
         return dict(self._run_ids)
 
     def trial_started(
@@ -108,10 +116,10 @@ class SearchLog:
         at: int | None = None,
         tags: Mapping[str, Any] | None = None,
     ) -> None:
-        """Open the trial's child run; a trial that started before goes on in the same run.
+        """Open the trial's child run; a trial that was started before continues in the same run.
 
-        ``at``, here and below: when it was, in milliseconds, if not now. A point that comes again with its time is the
-        same point.
+        ``at``, here and below, is the event's time in milliseconds; the default is now. Logging a
+        point twice with the same time has no further effect.
         """
         self._known.add(trial_id)
         params = as_texts(config, MAX_PARAM)
@@ -128,19 +136,22 @@ class SearchLog:
     def trial_metrics(
         self, trial_id: str, step: int, metrics: Mapping[str, float], at: int | None = None
     ) -> None:
-        """Log a report; values that are not finite become a tag, since charts and databases choke on them."""
+        """Log a report of a trial.
+
+        Non-finite values become a tag, because charts and databases can't handle them.
+        """
         if trial_id not in self._known:
             self.trial_started(trial_id, {})
         self._put(_metrics_entry(trial_id, step, metrics, at))
 
     def trial_tags(self, trial_id: str, tags: Mapping[str, Any]) -> None:
-        """Tags of a trial's run that has started."""
+        """Set tags on the run of a trial that has started."""
         self._put(Entry("log", trial_id, tags=as_texts(tags, MAX_TAG)))
 
     def trial_ended(
         self, trial_id: str, state: State, error: str = "", at: int | None = None
     ) -> None:
-        """Close the trial's run; ``error`` says why it failed."""
+        """Close the trial's run; ``error`` is the reason of a failure."""
         tags = {STATE_TAG: state} | ({ERROR_TAG: error} if error else {})
         self._put(
             _dated(Entry("end", trial_id, tags=as_texts(tags, MAX_TAG), status=STATUS[state]), at)
@@ -149,7 +160,7 @@ class SearchLog:
     def parent_metrics(
         self, metrics: Mapping[str, float], step: int = 0, at: int | None = None
     ) -> None:
-        """Log metrics of the search itself, its baselines for instance."""
+        """Log metrics of the search itself, such as its baselines."""
         self._put(_metrics_entry(None, step, metrics, at))
 
     def parent_tags(self, tags: Mapping[str, Any]) -> None:
@@ -159,23 +170,24 @@ class SearchLog:
         self._put(Entry("log", params=as_texts(params, MAX_PARAM)))
 
     def flush(self, seconds: float) -> bool:
-        """Wait until everything is written; False when it is not after so many seconds."""
+        """Wait until everything is written; return False if it is not after that many seconds."""
         with self._changed:
             return self._changed.wait_for(
                 lambda: not self._pending and not self._unwritten, seconds
             )
 
     def finish(self, status: Status = "FINISHED") -> None:
-        """End the search's run, and as KILLED what still runs in it; then as ``close``."""
+        """End the search's run, mark its running trials as KILLED, and close the log."""
         if not self._closed:
             self._put(Entry("finish", status=status, tags={STATE_TAG: SEARCH_STATE[status]}))
         self.close()
 
     def close(self) -> None:
-        """Write what waits, at most ``patience`` seconds long. Raises when something could not be written.
+        """Write the queued entries, for at most ``patience`` seconds.
 
-        Unreachable: MLflow did not answer; the entries are in the file ``spill``, and ``Registry.resume_search`` with
-        the same file writes them. JobFailed: MLflow refused an entry, for instance a parameter that changed its value.
+        Raises Unreachable when MLflow did not answer: the entries are then in the file ``spill``,
+        and ``Registry.resume_search`` with the same file writes them. Raises JobFailed when MLflow
+        refused an entry, for instance a parameter whose value changed.
         """
         if self._closed:
             return
@@ -203,10 +215,10 @@ class SearchLog:
         try:
             self.finish("FAILED" if isinstance(error, Exception) else "KILLED")
         except (OrchestratorError, OSError) as loss:
-            error.add_note(str(loss))  # what ended the search matters more
+            error.add_note(str(loss))  # the error that ended the search matters more
 
     def _settle(self) -> None:
-        """Keep what could not be written, and say so; drop the file of an earlier attempt otherwise."""
+        """Save and report unwritten entries; without any, delete an earlier attempt's file."""
         with self._changed:
             left = [*self._unwritten, *self._pending]
         refused_file = self.spill.with_suffix(".refused.jsonl")
@@ -219,12 +231,14 @@ class SearchLog:
             )
             raise Unreachable(
                 f"{len(left)} entries of the search log could not be written to MLflow: {reason}",
-                f"they are kept in {self.spill}; bring MLflow back and resume the search to write them",
+                f"they are kept in {self.spill}; bring MLflow back and resume the search to write "
+                "them",
             )
         self.spill.unlink(missing_ok=True)
         if self._refused:
             raise JobFailed(
-                f"MLflow refused {len(self._refused)} entries of the search log, first: {self._refused[0][1].message}",
+                f"MLflow refused {len(self._refused)} entries of the search log, first: "
+                f"{self._refused[0][1].message}",
                 f"they are kept in {refused_file}",
             )
 
@@ -233,7 +247,7 @@ class SearchLog:
             self._pending.append(entry)
             self._changed.notify_all()
 
-    # From here on: the writer's thread.
+    # The methods below run in the writer thread.
 
     def _work(self) -> None:
         while self._take():
@@ -245,7 +259,7 @@ class SearchLog:
                     self._changed.notify_all()
 
     def _take(self) -> bool:
-        """Wait for entries and move them to the unwritten ones; False at the end."""
+        """Wait for entries and move them to the unwritten ones; return False at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._pending or self._gave_up.is_set())
         self._hurry.wait(LINGER_SECONDS)
@@ -257,7 +271,7 @@ class SearchLog:
             return True
 
     def _write(self, entry: Entry) -> bool:
-        """Write one entry, however long MLflow is away; False when told to give up."""
+        """Write one entry, however long MLflow is unreachable; return False after giving up."""
         pause = FIRST_PAUSE
         while not self._gave_up.is_set():
             try:
@@ -285,7 +299,8 @@ class SearchLog:
             self._store.client.set_terminated(run_id, entry.status, entry.at)
 
     def _log(self, run_id: str, entry: Entry) -> None:
-        # Repeating a call is harmless: a point carries its own time, a parameter and a tag replace themselves.
+        # Repeating a call is harmless: a point has its own time, and writing a parameter or a tag
+        # again with the same value changes nothing.
         from mlflow.entities import Metric, Param, RunTag
 
         client = self._store.client
@@ -299,13 +314,13 @@ class SearchLog:
             client.log_batch(run_id, params=[Param(key, value) for key, value in params])
 
     def _child(self, entry: Entry) -> str:
-        """The trial's run, opened when the entry starts it."""
+        """Return the trial's run; open it when the entry starts the trial."""
         trial = str(entry.trial)
         known = self._run_ids.get(trial)
         if known is not None and entry.kind != "start":
             return known
         if known is None and trial in self._attempted:
-            # The answer to the first attempt may have been lost, not the run.
+            # The first attempt may have created the run although its answer was lost.
             known = children(self._store, self.experiment_id, self.run_id).get(trial)
         self._attempted.add(trial)
         if known is None:
@@ -321,7 +336,8 @@ class SearchLog:
         return str(run.info.run_id)
 
     def _end_children(self) -> None:
-        # A loop, because a lost answer may have left two runs of one trial.
+        # A loop, because a lost answer may have left two runs of one trial, and ``children``
+        # returns only one run per trial.
         while running := children(self._store, self.experiment_id, self.run_id, "RUNNING"):
             for run_id in running.values():
                 self._store.client.set_tag(run_id, STATE_TAG, "interrupted")
@@ -329,7 +345,7 @@ class SearchLog:
 
 
 def children(store: Store, experiment_id: str, parent: str, status: str = "") -> dict[str, str]:
-    """Trial to run, of a search's child runs, read from MLflow."""
+    """Map the trials of a search to their child runs, as MLflow has them."""
     condition = f"tags.`{PARENT_TAG}` = '{parent}'" + (
         f" and attributes.status = '{status}'" if status else ""
     )

@@ -1,4 +1,4 @@
-"""Opening a search's run in MLflow, a new one or an earlier one."""
+"""Opening a search's run in MLflow: a new run, or that of an earlier attempt."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 ENDED = ("FINISHED", "FAILED")
 HISTORY_EXPERIMENT = "orchestrator-aliases"
-"""Holds a run for each registered model, whose parameters are the moves of its aliases."""
+"""The experiment with one run per registered model; its parameters are the moves of its aliases."""
 
 
 DESCRIPTION = "search.json"
-MAX_DIGEST = 36  # what MLflow keeps of a data set's fingerprint
+MAX_DIGEST = 36  # MLflow's limit for a data set's digest
 MAX_DATA_NAME = 500
 MAX_SOURCE = 65_535
 
@@ -41,7 +41,7 @@ def start(
     spill: Path | None,
     patience: float,
 ) -> SearchLog:
-    """A new run in the experiment of the search's name, which is made when it doesn't exist yet."""
+    """Create a run in the search's experiment, which is created if it doesn't exist yet."""
     experiment = experiment_named(store, name)
     own = {STATE_TAG: "running", "mlflow.source.name": "orchestrator", **_user_tag()}
     run = store.client.create_run(
@@ -58,7 +58,11 @@ def start(
 
 
 def _log_description(store: Store, run: Run, params: Mapping[str, Any]) -> None:
-    """Keep the search's parameters in full as a file. Where that fails, so would keeping the prompt at the end."""
+    """Store the search's full parameters as a file.
+
+    If this fails, storing the prompt at the end would fail too, so the run is marked as failed.
+    Raises BadInput when the artifact folder can't be written.
+    """
     try:
         store.client.log_text(
             run.info.run_id, json.dumps(params, indent=2, default=str), DESCRIPTION
@@ -66,8 +70,10 @@ def _log_description(store: Store, run: Run, params: Mapping[str, Any]) -> None:
     except OSError as error:
         store.client.set_terminated(run.info.run_id, "FAILED")
         raise BadInput(
-            f"no artifacts can be written to {mask_secrets(run.info.artifact_uri)} ({error.strerror or error})",
-            "make that place writable and free some space; the prompt that a search finds is kept there",
+            f"no artifacts can be written to {mask_secrets(run.info.artifact_uri)} "
+            f"({error.strerror or error})",
+            "make that place writable and free some space; the prompt that a search finds is kept "
+            "there",
         ) from None
     except Exception:
         store.client.set_terminated(run.info.run_id, "FAILED")
@@ -75,7 +81,10 @@ def _log_description(store: Store, run: Run, params: Mapping[str, Any]) -> None:
 
 
 def _data_input(data: DataRecord) -> DatasetInput:
-    """The rows as MLflow shows and filters them: by the name of where they are from, and by their fingerprint."""
+    """Describe the rows as a data set that MLflow shows and filters by name and by digest.
+
+    The name says where the rows are from; the digest is their fingerprint.
+    """
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     found = Dataset(
@@ -96,7 +105,7 @@ def resume(
     spill: Path | None,
     patience: float,
 ) -> SearchLog:
-    """An earlier search's run, running again. ``params`` are logged where they had not been."""
+    """Set an earlier search's run to running again, and log the ``params`` that it lacks."""
     run = store.client.get_run(parent_run_id)
     refuse_deleted_run(store, run, "the search")
     _log_description(store, run, params)
@@ -116,7 +125,10 @@ def resume(
 
 
 def experiment_named(store: Store, name: str) -> Experiment:
-    """The experiment of that name, made when there is none. BadInput when it can't be used."""
+    """Return the experiment of that name, which is created if it doesn't exist yet.
+
+    Raises BadInput for an experiment that can't be used.
+    """
     experiment = store.client.get_experiment_by_name(name)
     if experiment is None:
         root = store.artifact_root
@@ -128,14 +140,15 @@ def experiment_named(store: Store, name: str) -> Experiment:
         store.tracking_uri
     ):
         raise BadInput(
-            f"experiment {printable(name)} was made through an MLflow server, which alone reaches its artifacts",
+            f"experiment {printable(name)} was made through an MLflow server, which alone reaches "
+            "its artifacts",
             "set MLFLOW_TRACKING_URI to that server's address, or give the search another name",
         )
     return experiment
 
 
 def refuse_deleted(experiment: Experiment) -> None:
-    """Raise BadInput for an experiment in MLflow's trash, where its name stays taken."""
+    """Raise BadInput for an experiment in MLflow's trash, where it still occupies its name."""
     if experiment.lifecycle_stage == "active":
         return
     restore = f"mlflow experiments restore --experiment-id {experiment.experiment_id}"
@@ -152,7 +165,10 @@ def refuse_deleted(experiment: Experiment) -> None:
 
 
 def refuse_deleted_run(store: Store, run: Run, what: str) -> None:
-    """Raise BadInput for a run in MLflow's trash, alone or with its experiment; ``what`` it holds."""
+    """Raise BadInput for a run in MLflow's trash, deleted alone or with its experiment.
+
+    ``what`` names the run's content in the message.
+    """
     if run.info.lifecycle_stage == "active":
         return
     experiment = store.client.get_experiment(run.info.experiment_id)
@@ -177,7 +193,7 @@ def _create_experiment(store: Store, name: str, location: Path | None) -> str:
         experiment = store.client.get_experiment_by_name(name)
         if error.error_code != "RESOURCE_ALREADY_EXISTS" or experiment is None:
             raise
-        return str(experiment.experiment_id)  # another search made it meanwhile
+        return str(experiment.experiment_id)  # another search created it in the meantime
 
 
 def _default_spill(run_id: str) -> Path:
@@ -187,5 +203,5 @@ def _default_spill(run_id: str) -> Path:
 def _user_tag() -> dict[str, str]:
     try:
         return {"mlflow.user": getpass.getuser()}
-    except (OSError, KeyError):  # a container's user without a name
+    except (OSError, KeyError):  # a container's user may have no name
         return {}

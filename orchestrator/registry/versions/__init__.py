@@ -1,1 +1,1 @@
-"""Registered versions: published, read and described."""
+"""Registered versions: publishing, reading and describing them."""

@@ -1,4 +1,7 @@
-"""What MLflow's page of a version says, in markdown: how good, where from, what it is near, how to ask."""
+"""The description of a version on its MLflow page, in markdown.
+
+It shows the version's results, its origin, the words nearest to its tokens, and how to query it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from orchestrator.artifact import Manifest
 from orchestrator.registry.versions.records import Metrics, VersionSummary
 from orchestrator.registry.versions.refs import printable
 
-MAX_DESCRIPTION = 5000  # MLflow's column
+MAX_DESCRIPTION = 5000  # the size of MLflow's column
 SHOWN_TOKENS = 20
 SHOWN_WORDS = 3
 
@@ -19,7 +22,10 @@ Words = Sequence[Sequence[tuple[str, float]]]
 def version_description(
     manifest: Manifest, name: str, champion: VersionSummary | None = None, nearest: Words = ()
 ) -> str:
-    """Markdown, within what MLflow takes. ``champion`` is the one that the version came after."""
+    """Write a version's description in markdown, within MLflow's length limit.
+
+    ``champion`` is the champion at the time that the version is registered.
+    """
     base = manifest.base_model
     config = ", ".join(f"{key} {_code(_plain(value))}" for key, value in manifest.config.items())
     counts = ", ".join(f"{count:,} {split}" for split, count in manifest.data.rows.items())
@@ -27,22 +33,26 @@ def version_description(
     if champion is not None:
         rows[f"the champion then, version {champion.version}"] = champion.metrics
     head = [
-        f"Soft prompt of {manifest.num_virtual_tokens} virtual tokens ({_code(manifest.method)}), {config}.",
+        f"Soft prompt of {manifest.num_virtual_tokens} virtual tokens ({_code(manifest.method)}), "
+        f"{config}.",
         "",
         *metrics_table(rows),
         "",
-        f"Base model {_code(base.id)} at {_code(base.revision)}, fingerprint {_code(base.fingerprint[:16])}.",
+        f"Base model {_code(base.id)} at {_code(base.revision)}, fingerprint "
+        f"{_code(base.fingerprint[:16])}.",
         f"Data {_code(manifest.data.place)} (rows: {counts}), {manifest.steps} steps.",
-        f"Template {_code(manifest.template)}. Trial {_code(manifest.trial)} of search {_code(manifest.search)}.",
+        f"Template {_code(manifest.template)}. Trial {_code(manifest.trial)} of search "
+        f"{_code(manifest.search)}.",
         "",
-        f'Ask it: `orchestrator query {name} "text"` (the champion), `name@alias` or `name:version` for another.',
+        f'Ask it: `orchestrator query {name} "text"` (the champion), `name@alias` or '
+        "`name:version` for another.",
         f"Without our server: `mlflow models serve -m models:/{name}/VERSION --env-manager local`.",
     ]
     return _within("\n".join([*head, *_nearest(nearest)]))
 
 
 def metrics_table(rows: Mapping[str, Metrics]) -> list[str]:
-    """One line for each of the rows, one column for each metric of each split."""
+    """Build a markdown table: one line per entry of ``rows``, one column per split and metric."""
     columns = list(
         dict.fromkeys(
             (split, metric) for row in rows.values() for split in row for metric in row[split]
@@ -58,7 +68,10 @@ def metrics_table(rows: Mapping[str, Metrics]) -> list[str]:
 
 
 def _plain(value: Any) -> Any:
-    """A configuration's value as people write it: an init's own text or artifact, a number without its noise."""
+    """Return a configuration value in readable form.
+
+    An init is shown by its own text or artifact, and a number with four significant digits.
+    """
     if isinstance(value, dict) and len(value) == 1:
         return " ".join(map(str, next(iter(value.items()))))
     return f"{value:.4g}" if isinstance(value, float) else value
@@ -94,7 +107,7 @@ def _cell(word: str) -> str:
 
 
 def _within(text: str) -> str:
-    """No longer than MLflow's column, cut at the end of a line."""
+    """Cut the text at the end of a line so that it fits into MLflow's column."""
     if len(text) <= MAX_DESCRIPTION:
         return text
     kept = text[: MAX_DESCRIPTION - 5]
@@ -102,5 +115,8 @@ def _within(text: str) -> str:
 
 
 def _code(value: Any) -> str:
-    """The value as inline code: job specs are free text, and a page must show it, not render it."""
+    """Format the value as inline code.
+
+    Job specs contain free text, which the page must show and not render.
+    """
     return "`" + " ".join(str(value).replace("`", "'").split()) + "`"

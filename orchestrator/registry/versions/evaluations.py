@@ -1,4 +1,4 @@
-"""What a registered prompt was found to do on other data, kept with its version."""
+"""Evaluation results of a registered prompt on other data, stored with its version."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ MODEL_ID = re.compile(r"m-[0-9a-f]{32}")
 
 @dataclass(frozen=True)
 class EvaluationRecord:
-    """Metrics on some rows. ``group`` is COLUMN=VALUE, or empty for all rows; ``fingerprint`` is the rows' sha256."""
+    """Metrics on a set of rows.
+
+    ``group`` is COLUMN=VALUE, or empty for all rows. ``fingerprint`` is the sha256 of the rows.
+    """
 
     data: str
     split: str
@@ -33,7 +36,7 @@ class EvaluationRecord:
 
     @property
     def label(self) -> str:
-        """As a key in MLflow: uci_sentiment.test, uci_sentiment.test.source-imdb."""
+        """The key in MLflow, for example uci_sentiment.test or uci_sentiment.test.source-imdb."""
         path = PurePath(self.data)
         name = f"{path.parent.name}.{path.stem}" if path.suffix else f"{self.data}.{self.split}"
         return re.sub(
@@ -44,9 +47,10 @@ class EvaluationRecord:
 def log_evaluations(
     store: Store, version: VersionSummary, records: Sequence[EvaluationRecord]
 ) -> str:
-    """A run with the metrics, linked to the version's logged model, and tags on the version; returns the run.
+    """Create a run with the metrics, tag the version with them, and return the run's ID.
 
-    Each set of rows has a tag of its own, so that evaluations at the same time don't overwrite each other.
+    The run is linked to the version's logged model. Each set of rows has a tag of its own, so that
+    concurrent evaluations don't overwrite each other.
     """
     from mlflow.entities import LoggedModelInput
 
@@ -54,8 +58,12 @@ def log_evaluations(
     model = MODEL_ID.search(
         client.get_model_version_download_uri(version.name, str(version.version))
     )
-    params = {f"{place}.{key}": value for place, it in enumerate(records) for key, value in asdict(it).items()
-              if key != "metrics"}  # fmt: skip
+    params = {
+        f"{place}.{key}": value
+        for place, it in enumerate(records)
+        for key, value in asdict(it).items()
+        if key != "metrics"
+    }
     name = f"evaluate {version.name}:{version.version}"
     tags = {
         "orchestrator.evaluates": f"{version.name}:{version.version}",
@@ -107,7 +115,10 @@ def _tag(store: Store, version: VersionSummary, record: EvaluationRecord, run_id
 
 
 def _experiment(store: Store, version: VersionSummary) -> str:
-    """That of the version's own run; the model's name where that is gone."""
+    """Return the experiment of the version's own run.
+
+    If that run is gone, return the experiment that has the model's name.
+    """
     from mlflow.exceptions import MlflowException
 
     if version.run_id:

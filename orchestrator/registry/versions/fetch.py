@@ -1,6 +1,7 @@
-"""A version's artifact as a local folder: the two known files, checked, downloaded once.
+"""Fetching a version's artifact as a local folder: two known files, checked, downloaded once.
 
-The registry is not trusted: no code of it runs, no link is followed, nothing larger than a prompt is read.
+The registry is not trusted: none of its code is run, no link is followed, and nothing larger than a
+prompt is read.
 """
 
 from __future__ import annotations
@@ -33,16 +34,18 @@ def default_cache() -> Path:
 
 
 def fetch(store: Store, version: VersionSummary, cache: Path) -> Path:
-    """The checked artifact of a version in the cache; BadInput when it isn't one or was altered."""
+    """Return a version's checked artifact in the cache.
+
+    Raises BadInput when the version holds no artifact or a changed one.
+    """
     location = store.client.get_model_version_download_uri(version.name, str(version.version))
     target = cache / _key(store, version, location)
     if target.exists():
         try:
             return _checked(target, version)
         except BadInput:
-            shutil.rmtree(
-                target, ignore_errors=True
-            )  # a damaged copy; the store may still have a good one
+            # The copy is damaged, but the store may still have a good one.
+            shutil.rmtree(target, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".fetch-", dir=target.parent))
     try:
@@ -52,14 +55,18 @@ def fetch(store: Store, version: VersionSummary, cache: Path) -> Path:
         try:
             staging.rename(target)
         except OSError:
-            _checked(target, version)  # another process was first
+            _checked(target, version)  # another process created the folder first
         return target
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
 def _key(store: Store, version: VersionSummary, location: str) -> Path:
-    """Folder in the cache. The location is part of it: MLflow gives a deleted latest version's number to the next."""
+    """Return the artifact's folder in the cache.
+
+    The key includes the location, because MLflow gives the number of a deleted latest version to
+    the next version.
+    """
     digest = hashlib.sha256(
         f"{store.registry_uri}\n{version.name}\n{location}".encode()
     ).hexdigest()[:16]
@@ -68,7 +75,7 @@ def _key(store: Store, version: VersionSummary, location: str) -> Path:
 
 
 def _checked(folder: Path, version: VersionSummary) -> Path:
-    """The folder, if it holds the artifact that was registered."""
+    """Return the folder; raise BadInput unless it holds the artifact that was registered."""
     PromptArtifact.load(folder)
     expected = version.tags.get(DIGEST_TAG)
     if expected is not None and file_sha256(folder / MANIFEST) != expected:
@@ -79,9 +86,8 @@ def _checked(folder: Path, version: VersionSummary) -> Path:
 def _download(store: Store, version: VersionSummary, location: str, staging: Path) -> None:
     scheme = urlsplit(location).scheme
     if scheme in ("", "file"):
-        path = unquote(
-            urlsplit(location).path if scheme else location
-        )  # MLflow unquotes plain paths too
+        # MLflow unquotes plain paths too.
+        path = unquote(urlsplit(location).path if scheme else location)
         _copy_local(version, Path(path) / ARTIFACT_PATH, staging)
     else:
         _download_remote(store, version, f"{location.rstrip('/')}/{ARTIFACT_PATH}", staging)
@@ -101,9 +107,8 @@ def _copy_local(version: VersionSummary, folder: Path, staging: Path) -> None:
 
 
 def _copy_file(version: VersionSummary, source: Path, target: Path, limit: int) -> None:
-    descriptor = os.open(
-        source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
-    )  # neither a link nor a waiting pipe
+    # The flags refuse a link, and don't block on a pipe.
+    descriptor = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     with os.fdopen(descriptor, "rb") as stream:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise _refusal(version, f"{source.name} is not a plain file")

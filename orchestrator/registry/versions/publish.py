@@ -1,6 +1,7 @@
-"""An artifact into the registry: a logged model, then a version of a registered model, or nothing at all.
+"""Publishing an artifact: a logged model and a version of a registered model, or neither.
 
-The version's source is the logged model, not the run: it outlives the run's deletion and ``mlflow gc``.
+The version's source is the logged model, not the run, so it outlives the run's deletion and
+``mlflow gc``.
 """
 
 from __future__ import annotations
@@ -31,10 +32,9 @@ if TYPE_CHECKING:
     from mlflow.models import ModelSignature
 
 ARTIFACT_PATH = "artifacts/prompt"
-"""Where the artifact's two files lie in a version; ``mlflow.pyfunc.save_model`` decides it."""
-MODEL_VERSIONS_TAG = (
-    "mlflow.modelVersions"  # on a logged model: MLflow's link to the versions made of it
-)
+"""The path of the artifact's two files in a version, chosen by ``mlflow.pyfunc.save_model``."""
+MODEL_VERSIONS_TAG = "mlflow.modelVersions"
+"""A logged model's tag: MLflow's link to the versions created from it."""
 READY_SECONDS = 60
 MAX_VERSION_TAG = 100_000
 
@@ -48,9 +48,10 @@ def publish(
     description: str,
     example: Mapping[str, Any] | None,
 ) -> int:
-    """Log the artifact and make a version of it. On any error neither a version nor a ready logged model stays.
+    """Log the artifact, create a version from it, and return the version's number.
 
-    ``example``: a row that the page shows and that ``mlflow models predict`` can be tried with.
+    After any error, neither a version nor a ready logged model remains. ``example`` is a row that
+    MLflow's page shows and that ``mlflow models predict`` can be tried with.
     """
     manifest = PromptArtifact.load(folder).manifest
     client = store.client
@@ -64,7 +65,7 @@ def publish(
     )
     try:
         _upload(store, folder, manifest, model, example)
-        # Shows the model on the run's page.
+        # Logging the model as an output shows it on the run's page.
         from mlflow.entities import LoggedModelOutput
 
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, manifest.steps)])
@@ -99,7 +100,7 @@ def _upload(
 def save_pyfunc(
     package: Path, prompt: Path, manifest: Manifest, model: LoggedModel, example: Mapping[str, Any]
 ) -> None:
-    """Write the folder that MLflow loads as a model: no pickle, no path of this machine."""
+    """Write the folder that MLflow loads as a model, without a pickle or a path of this machine."""
     import mlflow
     from mlflow.models import Model
 
@@ -116,11 +117,11 @@ def save_pyfunc(
             python_model=str(Path(__file__).with_name("pyfunc_model.py")),
             artifacts={"prompt": str(prompt)},
             mlflow_model=description,
-            signature=signature(
-                manifest
-            ),  # given, so that the example is only looked at and not predicted
+            # Given explicitly, because MLflow would run a prediction to infer it.
+            signature=signature(manifest),
             input_example=input_example(manifest, example),
-            # Given, because inferring them starts processes that run the model.
+            # Given explicitly, because MLflow would start processes that run the model to infer
+            # them.
             pip_requirements=[
                 f"prompt-orchestrator>={own_version()}",
                 f"mlflow>={mlflow.__version__}",
@@ -133,7 +134,11 @@ def save_pyfunc(
 
 
 def signature(manifest: Manifest) -> ModelSignature:
-    """Input: the template's columns, of any type that has a text. Output: left open, labels are of several types."""
+    """Build the model's signature.
+
+    Its inputs are the template's columns, of any type that can be written as text. Its output is
+    left open, because labels have several types.
+    """
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, Schema
     from mlflow.types.schema import AnyType
@@ -146,7 +151,7 @@ def signature(manifest: Manifest) -> ModelSignature:
 
 
 def input_example(manifest: Manifest, row: Mapping[str, Any]) -> pd.DataFrame:
-    """One row of texts; a column that is not known is shown by its name."""
+    """Build one row of texts; an unknown column gets a placeholder with its name."""
     import pandas as pd
 
     cells = {
@@ -163,7 +168,8 @@ def _create_version(
     made_here = _ensure_registered_model(store, name)
     version: int | None = None
     try:
-        # The location rather than models:/ID, which an SQL store would look up at MLflow's process-wide address.
+        # Pass the location and not models:/ID, because an SQL store would look up that ID at
+        # MLflow's process-wide address.
         entity = client.create_model_version(
             name,
             model.artifact_location,
@@ -201,19 +207,24 @@ def _await_ready(store: Store, name: str, version: int) -> None:
 
 
 def _ensure_registered_model(store: Store, name: str) -> bool:
-    """Make the registered model, or describe one that has no description yet; True when it was made."""
+    """Create the registered model, or describe one that has no description yet.
+
+    Returns True if the model was created.
+    """
     from mlflow.exceptions import MlflowException
 
     client = store.client
-    text = f'Soft prompts found by prompt-orchestrator. Ask the champion: `orchestrator query {name} "text"`.'
+    text = (
+        "Soft prompts found by prompt-orchestrator. Ask the champion: "
+        f'`orchestrator query {name} "text"`.'
+    )
     try:
         model = client.get_registered_model(name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        ledger = new_ledger(
-            store, name
-        )  # made with the model, so that nobody can make a second one
+        # Created with the model, so that no other program can create a second history.
+        ledger = new_ledger(store, name)
         try:
             client.create_registered_model(name, {KIND_TAG: KIND, LEDGER_TAG: ledger}, text)
             return True
@@ -230,7 +241,7 @@ def _ensure_registered_model(store: Store, name: str) -> bool:
 
 
 def plain_tags(manifest: Manifest) -> dict[str, Any]:
-    """Tags for people: what to filter and compare by in MLflow's pages."""
+    """Build the tags that people filter and compare by in MLflow's UI."""
     tags: dict[str, Any] = {
         "method": manifest.method,
         "base_model": manifest.base_model.id,
@@ -249,7 +260,7 @@ def plain_tags(manifest: Manifest) -> dict[str, Any]:
 
 
 def machine_tags(manifest: Manifest, folder: Path) -> dict[str, str]:
-    """Tags that this program reads back."""
+    """Build the tags that this program reads back."""
     facts = {
         "config": manifest.config,
         "metrics": manifest.metrics,
@@ -265,5 +276,5 @@ def machine_tags(manifest: Manifest, folder: Path) -> dict[str, str]:
 def own_version() -> str:
     try:
         return package_version("prompt-orchestrator")
-    except PackageNotFoundError:  # run from a checkout that is not installed
+    except PackageNotFoundError:  # running from a checkout that is not installed
         return "0"

@@ -1,7 +1,7 @@
-"""The model that MLflow itself loads (``mlflow.pyfunc``, ``mlflow models serve``): a copy travels with each version.
+"""The model that MLflow itself loads (``mlflow.pyfunc``, ``mlflow models serve``).
 
-Models from code: MLflow runs this file, so nothing is pickled. Our own serving never loads it, it reads the two files
-of the artifact.
+A copy of this file is stored with each version. MLflow runs it as a model from code, so nothing is
+pickled. Our own server never loads it; it reads the two files of the artifact.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from orchestrator.artifact import read_manifest
 
 
 class PromptModel(PythonModel):
-    """Answers rows, one column for each column of the template."""
+    """A model whose input has one column for each column of the template."""
 
     def load_context(self, context: Any) -> None:
         self.folder = Path(context.artifacts["prompt"])
@@ -26,10 +26,14 @@ class PromptModel(PythonModel):
     def predict(
         self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> list[Any]:
-        """One ``{"label", "probs"}`` a row, or one ``{"text"}`` when the prompt generates."""
+        """Return ``{"label", "probs"}`` for each row.
+
+        A prompt that generates text returns ``{"text"}`` for each row.
+        """
         rows = model_input.to_dict("records")
         if self.model is None:
-            # Loads the backbone, so not before the first row: reading a model's metadata must stay cheap.
+            # Loading the backbone waits for the first row: reading a model's metadata must stay
+            # cheap.
             from orchestrator.serving.offline import OfflineModel
 
             self.model = OfflineModel.from_artifact(self.folder)

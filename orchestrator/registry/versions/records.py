@@ -1,4 +1,4 @@
-"""What the registry answers: plain values, no mlflow types."""
+"""The registry's results as plain values, without mlflow types."""
 
 from __future__ import annotations
 
@@ -15,29 +15,46 @@ if TYPE_CHECKING:
 Metrics = dict[str, dict[str, float]]  # split to metric to value
 
 FORMAT_TAG = "orchestrator.format"
-"""On a version: the artifact format that it holds. Its absence marks a version that another program registered."""
+"""A version's tag: its artifact format. A version without the tag comes from another program."""
 FACTS_TAG = "orchestrator.facts"
-"""On a version: configuration, metrics and baselines of the manifest as JSON, so that a listing downloads nothing."""
+"""A version's tag: its manifest's configuration, metrics and baselines as JSON.
+
+A listing therefore downloads nothing.
+"""
 DIGEST_TAG = "orchestrator.manifest_sha256"
-"""On a version: digest of manifest.json, which holds the weights' own; the two stores vouch for each other."""
+"""A version's tag: the digest of manifest.json, which contains the digest of the weights.
+
+The two stores thus vouch for each other: the tag is in the registry, the files are in the artifact
+store.
+"""
 NEAREST_TAG = "orchestrator.nearest"
-"""On a version: the nearest words of each virtual token and their distances as JSON."""
+"""A version's tag: the nearest words of each virtual token and their distances, as JSON."""
 KIND_TAG = "orchestrator.kind"
-"""On a registered model: what it holds; ``KIND`` when it was made here."""
+"""A registered model's tag: the kind of its content, ``KIND`` if this program created it."""
 KIND = "soft-prompt"
 CHAMPION_TAG = "orchestrator.champion"
-"""On a registered model: its champion's version and metrics as JSON, so that a listing reads no versions."""
+"""A registered model's tag: its champion's version and metrics as JSON.
+
+A listing therefore reads no versions.
+"""
 
 
 class UiCommand(NamedTuple):
-    """How to start MLflow's UI: ``argv`` to execute, ``env`` to add to the environment (a password stays off argv)."""
+    """The command that starts MLflow's UI.
+
+    ``argv`` is executed with ``env`` added to the environment, which keeps a password out of
+    ``argv``.
+    """
 
     argv: list[str]
     env: dict[str, str]
 
 
 class AliasOutcome(NamedTuple):
-    """The highest alias that a new version ended up with (None: none), and why, in one sentence."""
+    """The highest alias that a new version received (None: no alias), and the reason.
+
+    The reason is a sentence.
+    """
 
     alias: str | None
     reason: str
@@ -49,7 +66,7 @@ class ModelSummary:
 
     name: str
     latest: int | None
-    """The newest version's number; None when there is none."""
+    """The newest version's number; None when the model has no versions."""
     aliases: dict[str, int]
     champion_metrics: Metrics | None
     is_prompt: bool
@@ -58,7 +75,10 @@ class ModelSummary:
 
 @dataclass(frozen=True)
 class VersionSummary:
-    """One version of a registered model; config, metrics and baselines are empty when another program made it."""
+    """One version of a registered model.
+
+    Its config, metrics and baselines are empty when another program registered it.
+    """
 
     name: str
     version: int
@@ -78,7 +98,7 @@ class VersionSummary:
 
     @property
     def nearest(self) -> list[list[tuple[str, float]]]:
-        """The nearest words of each virtual token, as far as they were looked up."""
+        """The nearest words of each virtual token; empty if they are not recorded."""
         try:
             return [
                 [(str(word), float(far)) for word, far in words]
@@ -90,7 +110,10 @@ class VersionSummary:
 
 @dataclass(frozen=True)
 class VersionDetail:
-    """One version in full; ``manifest`` is None when the artifact can't be read, ``problem`` then says why."""
+    """One version in full.
+
+    ``manifest`` is None when the artifact can't be read; ``problem`` then holds the reason.
+    """
 
     summary: VersionSummary
     source: str
@@ -99,7 +122,10 @@ class VersionDetail:
 
 
 def version_summary(entity: ModelVersion, aliases: dict[str, int]) -> VersionSummary:
-    """MLflow's entity as our value; ``aliases`` are the model's, because listings leave them out of versions."""
+    """Convert MLflow's entity to our value.
+
+    ``aliases`` are the registered model's, because MLflow's listings omit the aliases of versions.
+    """
     number = int(entity.version)
     tags = {str(key): str(value) for key, value in (entity.tags or {}).items()}
     facts = _facts(tags.get(FACTS_TAG, "{}"))
@@ -119,7 +145,7 @@ def version_summary(entity: ModelVersion, aliases: dict[str, int]) -> VersionSum
 
 
 def _facts(text: str) -> dict[str, dict[str, Any]]:
-    # Anybody may edit a tag; a listing must survive it.
+    # Users can edit tags, and a listing must survive that.
     try:
         document = json.loads(text)
     except json.JSONDecodeError:

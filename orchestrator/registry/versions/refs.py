@@ -1,4 +1,7 @@
-"""How a person names a registered prompt: ``name``, ``name@alias``, ``name:version`` or MLflow's ``models:/...``."""
+"""References to registered prompts, as users write them.
+
+The forms are ``name``, ``name@alias``, ``name:version`` and MLflow's ``models:/...``.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,12 @@ FORMS = "write name, name@alias, name:version, models:/name@alias or models:/nam
 
 
 class NoSuchVersion(BadInput):
-    """A version that a registered model does not have, or has no longer."""
+    """The registered model does not have this version, or no longer has it."""
 
 
 @dataclass(frozen=True)
 class ModelRef:
-    """A parsed reference; neither alias nor version means the champion."""
+    """A parsed reference; without an alias or a version it means the champion."""
 
     name: str
     alias: str | None = None
@@ -31,9 +34,10 @@ class ModelRef:
 
 
 def parse_ref(text: str) -> ModelRef:
-    """Read a reference; BadInput names the accepted forms.
+    """Parse a reference; raise BadInput that names the accepted forms.
 
-    The last ``@`` or ``:`` divides, because a registry may hold names with either in them.
+    The last ``@`` or ``:`` separates the parts, because a registered model's name may contain
+    either.
     """
     uri = text.startswith("models:/")
     body = text.removeprefix("models:/") if uri else text
@@ -48,7 +52,10 @@ def parse_ref(text: str) -> ModelRef:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A half sentence that lists what exists, the nearest first; empty when nothing exists."""
+    """Write a clause that lists the known names, with the closest one as a suggestion.
+
+    Returns an empty string when no names are known.
+    """
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=1)
     shown = ", ".join(printable(name) for name in names[:10]) + (", ..." if len(names) > 10 else "")
@@ -62,7 +69,10 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def printable(text: str) -> str:
-    """The text with control, format and other invisible characters escaped: a registry accepts any name."""
+    """Escape the control, format and other invisible characters of a text.
+
+    MLflow's registry accepts any name.
+    """
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
     )
