@@ -23,7 +23,10 @@ def models(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """List all registered models, one model's versions, or show one version."""
+    """List the registered models, or one model's versions.
+
+    A version, given as NAME@ALIAS or NAME:VERSION, is shown in full.
+    """
     from orchestrator.cli.pages import registry as pages
     from orchestrator.registry import Registry, parse_ref
 

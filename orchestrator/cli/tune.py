@@ -118,7 +118,7 @@ def plan(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure a few real steps, and estimate what the search will take.
+    """Measure a few real steps, and estimate the search's costs.
 
     The estimate covers time, memory and device hours. Nothing is kept.
     """
