@@ -1,12 +1,13 @@
-# Targets people and CI rely on. PYTHON chooses the interpreter; everything else is made in .venv.
+# Targets for developers and continuous integration; `make help` lists them. They work in the
+# virtual environment .venv, which is made with the interpreter PYTHON.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo test test-long test-failure lint imports types unit bench format ui clean
+.PHONY: venv help demo test test-long test-failure lint imports types unit bench format ui clean
 
-venv: $(STAMP)
+venv: $(STAMP) ## Make .venv with the pinned versions of constraints.txt
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
@@ -15,44 +16,48 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $(STAMP)
 
-demo: venv
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: venv ## Run the quickstart from end to end in build/demo
 	$(BIN)/python -m orchestrator.demo
 
-test: lint imports types unit
+test: lint imports types unit ## Run lint, imports, types and unit, as continuous integration does
 
-lint: venv
+lint: venv ## Check format and style with ruff
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-imports: venv
+imports: venv ## Check the import rules of pyproject.toml with import-linter
 	$(BIN)/lint-imports
 
-types: venv
+types: venv ## Check types with mypy
 	$(BIN)/mypy
 
-# Ray's workers have nothing to do with the rest and starve beside it: they come after it, alone.
-unit: venv
+# Tests on Ray run last and alone: beside other tests, Ray's workers would starve for CPU time.
+unit: venv ## Run the tests that are not marked long
 	$(BIN)/python -m pytest -m "not long and not ray" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 	$(BIN)/python -m pytest -m "not long and ray"
 
-# What takes too long for every run: PostgreSQL, clusters of several nodes, everything that kills processes.
-test-long: venv
+# Tests that are too slow for every run: most searches and servers on Ray, PostgreSQL, clusters of
+# several nodes, and tests that kill processes.
+test-long: venv ## Run the long tests, without the two hundred endings
 	$(BIN)/python -m pytest -m "(failure or long) and not endings"
 
-# Everything that kills processes, and two hundred searches that end early: two hours on two cores.
-# ENDINGS_SEED=N draws other moments.
-test-failure: venv
+# Tests that kill processes, and two hundred searches that are ended early: two hours on two cores.
+# ENDINGS_SEED=N draws other moments to end them at.
+test-failure: venv ## Run the tests that kill processes, and the two hundred endings
 	$(BIN)/python -m pytest -m failure
 
-bench: venv
+bench: venv ## Run all benchmarks (hours); python -m tests.benchmarks NAME runs one
 	$(BIN)/python -m tests.benchmarks
 
-format: venv
+format: venv ## Format the code and fix what ruff can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-ui: venv
+ui: venv ## Run MLflow's UI on the registry
 	$(BIN)/orchestrator ui
 
-clean:
+clean: ## Delete build outputs and caches, and .orchestrator with the state of searches
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .orchestrator *.egg-info

@@ -1,8 +1,8 @@
-"""Make the logins that programs use, or give them new passwords: python logins.py tuning serving
+"""Create logins for programs, or change their passwords: ``python logins.py tuning serving``.
 
-Passwords are read from LOGIN_TUNING, LOGIN_SERVING and so on; the server from MLFLOW_TRACKING_URI, the administrator
-from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD. A login that is there gets the password: once more does
-no harm.
+Passwords are read from LOGIN_TUNING, LOGIN_SERVING and so on, the server's address from
+MLFLOW_TRACKING_URI, and the administrator's login from MLFLOW_TRACKING_USERNAME and
+MLFLOW_TRACKING_PASSWORD. A login that exists gets the password, so running this again is harmless.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
-"""Move an MLflow store to another database: every experiment, run, model, version, alias and history.
+"""Move an MLflow store to another database.
 
     python deploy/mlflow/move.py sqlite:///mlflow.db postgresql+psycopg://mlflow@host/mlflow \
         --artifacts ./mlruns --to ./mlflow-data/artifacts
 
-Stop whatever writes to the old store first. The new database must be empty; both are of the MLflow that runs this. The
-old store is only read, and nothing is written to the new one unless everything is. Artifacts are copied (to a folder
-that the new server has as its --artifacts-destination), and what pointed into the old folder then points to the server.
+Every experiment, run, model, version, alias and history is moved. Stop everything that writes to
+the old store first. The new database must be empty. Both databases
+must have the schema of the MLflow version that runs this script. The old store is only read, and
+all rows are written to the new one in a single transaction. Artifacts are copied to the folder that
+is the new server's --artifacts-destination; their locations are rewritten to point to the server.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import sqlalchemy as sa
 
 BATCH = 2000
 VERSIONS = "alembic_version"
-# Columns that say where artifacts lie.
+# Columns that hold the locations of artifacts.
 LOCATIONS = {
     "experiments": ["artifact_location"],
     "runs": ["artifact_uri"],
@@ -73,7 +75,7 @@ def arguments() -> argparse.Namespace:
 
 
 def prepare(target: str) -> None:
-    """Let MLflow make its tables in the new database."""
+    """Create MLflow's tables in the new database."""
     from mlflow.store.db.utils import _initialize_tables, create_sqlalchemy_engine
 
     engine = create_sqlalchemy_engine(target)
@@ -95,7 +97,10 @@ def schema(engine: sa.Engine, tables: sa.MetaData) -> str:
 
 
 def filled(connection: sa.Connection, tables: sa.MetaData) -> list[str]:
-    """Tables with more in them than a new store has: its default experiment and workspace."""
+    """Return the tables with more rows than in a new store.
+
+    A new store has a default experiment and a default workspace.
+    """
     own = {VERSIONS: 1, "experiments": 1, "workspaces": 1}
     return [
         table.name
@@ -112,7 +117,7 @@ def copy(
     after: sa.MetaData,
     args: argparse.Namespace,
 ) -> dict[str, int]:
-    """Every table's rows, those that others refer to first; returns how many."""
+    """Copy the rows of all tables, referenced tables first; return how many rows each table has."""
     for table in reversed(after.sorted_tables):
         if table.name != VERSIONS:
             writing.execute(table.delete())
@@ -134,7 +139,10 @@ def batches(reading: sa.Connection, table: sa.Table) -> Iterator[list[dict[str, 
 
 
 def fitted(table: sa.Table, row: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """A row as the new database takes it: SQLite keeps truth values as numbers; artifacts move."""
+    """Fit a row to the new database.
+
+    SQLite stores booleans as numbers, and locations of artifacts change.
+    """
     for column in table.columns:
         if isinstance(column.type, sa.Boolean) and row.get(column.name) is not None:
             row[column.name] = bool(row[column.name])
@@ -144,7 +152,7 @@ def fitted(table: sa.Table, row: dict[str, Any], args: argparse.Namespace) -> di
 
 
 def moved(location: str | None, folder: Path | None) -> str | None:
-    """A place in the old folder, as the server names it; anything else stays."""
+    """Turn a location in the old folder into the server's name for it; return others unchanged."""
     if location is None or folder is None:
         return location
     root = str(folder.resolve())
@@ -155,7 +163,10 @@ def moved(location: str | None, folder: Path | None) -> str | None:
 
 
 def restart_sequences(connection: sa.Connection, tables: sa.MetaData) -> None:
-    """PostgreSQL counts on from its own sequences, which know nothing of copied numbers."""
+    """Set PostgreSQL's sequences to the highest copied numbers.
+
+    A sequence does not notice rows that are inserted with a number.
+    """
     if connection.dialect.name != "postgresql":
         return
     for table in tables.sorted_tables:

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# MLflow with logins on PostgreSQL, started by this one command; without POSTGRES_URI it brings a PostgreSQL of its own.
+# Start MLflow with logins on PostgreSQL. Without POSTGRES_URI, this starts a PostgreSQL as well.
 #
-#   DATA=./mlflow-data         secrets, the own PostgreSQL, artifacts
-#   POSTGRES_URI=              postgresql://user:password@host/database of a PostgreSQL that runs already
-#   ARTIFACTS=$DATA/artifacts  a folder, or s3://bucket/path (with AWS_* and MLFLOW_S3_ENDPOINT_URL as usual)
+#   DATA=./mlflow-data         folder for secrets, the database (without POSTGRES_URI) and artifacts
+#   POSTGRES_URI=              postgresql://user:password@host/database of a running PostgreSQL
+#   ARTIFACTS=$DATA/artifacts  a folder, or s3://bucket/path
+#                              (with AWS_* and MLFLOW_S3_ENDPOINT_URL as usual)
 #   HOST=127.0.0.1 PORT=5000 WORKERS=2
 #
-# Needs: pip install 'prompt-orchestrator[server]' (for S3 also boto3); for the own PostgreSQL, Debian's package
-# postgresql, and a user that is not root.
+# Needs: pip install 'prompt-orchestrator[server]', and boto3 for S3. Without POSTGRES_URI also
+# Debian's package postgresql, and a user other than root.
 set -euo pipefail
 umask 077
 
@@ -22,7 +23,7 @@ secret() { "$PYTHON" -c 'import secrets; print(secrets.token_urlsafe(24))'; }
 "$PYTHON" -c 'import mlflow, psycopg, flask_wtf' 2>/dev/null ||
   fail "$PYTHON lacks mlflow, psycopg or Flask-WTF" "pip install 'prompt-orchestrator[server]', or set PYTHON"
 
-# Secrets are made once; whoever has MLFLOW_AUTH_ADMIN_PASSWORD set keeps their own.
+# Secrets are generated at the first start, except those that are set in the environment.
 if [ ! -f "$DATA/secrets.env" ]; then
   {
     echo "MLFLOW_FLASK_SERVER_SECRET_KEY=${MLFLOW_FLASK_SERVER_SECRET_KEY:-$(secret)}"
@@ -37,7 +38,7 @@ if [ -z "${POSTGRES_URI:-}" ]; then
   [ -x "$programs/initdb" ] || programs=$(dirname "$(command -v initdb || echo /none)")
   [ -x "$programs/initdb" ] || fail "no PostgreSQL here" "apt-get install postgresql, or set POSTGRES_URI"
   [ "$(id -u)" -ne 0 ] || fail "PostgreSQL refuses to run as root" "run this as another user, or set POSTGRES_URI"
-  # Only through a socket in a folder that nobody else may enter: no password, no port.
+  # The database listens only on a socket in a private folder, so it needs no password or port.
   database=$DATA/postgres
   [ -f "$database/PG_VERSION" ] || "$programs/initdb" -D "$database" -U mlflow -A trust -E UTF8 >/dev/null
   "$programs/pg_ctl" -D "$database" -w -l "$DATA/postgres.log" -o "-c listen_addresses= -k $DATA" start >/dev/null
@@ -50,7 +51,7 @@ if [ -z "${POSTGRES_URI:-}" ]; then
   LOGINS="postgresql+psycopg://mlflow@/mlflow_auth?host=$DATA"
 else
   STORE=${POSTGRES_URI/#postgresql:/postgresql+psycopg:}
-  LOGINS=$STORE  # tables of their own beside MLflow's
+  LOGINS=$STORE  # logins have their own tables beside MLflow's
 fi
 
 cat >"$DATA/auth.ini" <<INI
@@ -60,7 +61,7 @@ database_uri = ${LOGINS//%/%%}
 authorization_function = mlflow.server.auth:authenticate_request_basic_auth
 INI
 
-# Addresses hold passwords: they go through the environment, not over the command line, which others can read.
+# Addresses hold passwords, and other users can read command lines: pass them in the environment.
 export MLFLOW_AUTH_CONFIG_PATH=$DATA/auth.ini MLFLOW_BACKEND_STORE_URI=$STORE
 export MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false
 PATH=$(dirname "$("$PYTHON" -c 'import sys; print(sys.executable)')"):$PATH

@@ -1,4 +1,7 @@
-"""The command line: thin verbs. Heavy libraries are imported inside them, so that --help answers at once."""
+"""The command line: one thin function for each verb.
+
+Heavy libraries are imported inside these functions, so that ``--help`` answers at once.
+"""
 
 from orchestrator.cli.entry import main
 from orchestrator.cli.groups import app

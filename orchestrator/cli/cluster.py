@@ -1,4 +1,4 @@
-"""Verbs that run jobs on a cluster: submit, list, follow, stop."""
+"""Verbs that run jobs on a cluster: submit, jobs, logs, stop."""
 
 from __future__ import annotations
 
@@ -71,7 +71,11 @@ def submit(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Run a job on a cluster, packed with its files; submitting the same again attaches to it."""
+    """Pack a job with its files, and run it on a cluster.
+
+    Submitting the same job again attaches to it while it runs. If it failed or was stopped, a new
+    attempt continues its search.
+    """
     spec, _ = read_checked(job, overrides, elsewhere=True)
     with results_only():
         from orchestrator.cluster.submit import make_submission, submit_job
@@ -96,7 +100,7 @@ def submit(
 
 @verb(CLUSTER)
 def jobs(address: Dashboard = None, as_json: Json = False) -> None:
-    """Jobs that were submitted to a cluster, the newest last."""
+    """List the jobs that were submitted to a cluster, newest last."""
     from orchestrator.cluster.submit import Cluster
 
     with results_only():
@@ -115,7 +119,7 @@ def logs(
     address: Dashboard = None,
     as_json: Json = False,
 ) -> None:
-    """What a submitted job has said so far."""
+    """Print what a submitted job has logged so far."""
     from orchestrator.cluster.submit import Cluster, followed_document, known_job, visible
 
     seen: list[str] = []
@@ -137,7 +141,10 @@ def logs(
 
 @verb(CLUSTER)
 def stop(job_id: JobId, address: Dashboard = None, as_json: Json = False) -> None:
-    """Stop a submitted job, and wait until it has closed its MLflow runs and ended."""
+    """Stop a submitted job, and wait until it has ended.
+
+    The job closes its MLflow runs before it ends.
+    """
     from orchestrator.cluster.submit import Cluster, stop_job
 
     with results_only():
@@ -151,7 +158,7 @@ def stop(job_id: JobId, address: Dashboard = None, as_json: Json = False) -> Non
 
 @app.command("on-cluster", hidden=True)
 def on_cluster() -> None:
-    """What a submitted job runs on the cluster."""
+    """Run a submitted job on the cluster; the job's entry point calls this verb."""
     from orchestrator.cluster.submit import result_line
 
     try:

@@ -1,4 +1,4 @@
-"""Steps that most verbs take: read the job, open the registry, show progress."""
+"""Steps that most verbs share: read the job, open the registry, show progress."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 
 def read_job(file: Path, overrides: list[str]) -> JobSpec:
-    """Read a job spec with the values of ``--set`` laid over it. Raises SpecError with every problem."""
+    """Read a job spec and apply the values of ``--set``.
+
+    Raises SpecError, which lists every problem.
+    """
     from orchestrator.job.yaml import load_job
 
     return load_job(file, overrides)
@@ -26,9 +29,10 @@ def read_job(file: Path, overrides: list[str]) -> JobSpec:
 def read_checked(
     file: Path, overrides: list[str], *, elsewhere: bool = False
 ) -> tuple[JobSpec, Inputs]:
-    """Read a job spec as ``read_job``, and check the files and folders it names.
+    """Read a job spec as ``read_job`` does, and check the files and folders that it names.
 
-    ``elsewhere``: a whole path that this machine lacks is one of the cluster's. Raises SpecError.
+    With ``elsewhere``, an absolute path that does not exist on this machine is taken to exist on
+    the cluster. Raises SpecError, which lists every problem.
     """
     from orchestrator.search.inputs import load_checked
 
@@ -36,12 +40,12 @@ def read_checked(
 
 
 def repeated(overrides: list[str]) -> str:
-    """Write the ``--set`` options again, for a next step that is copied into a shell."""
+    """Format the ``--set`` options for a command that the user can paste into a shell."""
     return "".join(f" --set {shlex.quote(override)}" for override in overrides)
 
 
 def open_registry() -> Registry:
-    """Open the registry that the environment names. Raises Unreachable when it does not answer."""
+    """Open the registry that the environment names. Raises Unreachable if it does not answer."""
     from orchestrator.registry import Registry
 
     registry = Registry()
@@ -50,14 +54,17 @@ def open_registry() -> Registry:
 
 
 def progress_line(quiet: bool, text: str = "{}") -> Callable[[str], None]:
-    """Make a function that says a line, formatted by ``text``; with ``--quiet`` it says nothing."""
+    """Return a function that prints a line, formatted by ``text``, on standard error.
+
+    With ``--quiet`` the function prints nothing.
+    """
     if quiet:
         return lambda line: None
     return lambda line: say(text.format(line))
 
 
 def console_progress(quiet: bool = False) -> Callable[[JobSpec], ConsoleProgress]:
-    """Make a function that opens the progress of a job's search, on standard error."""
+    """Return a function that makes a progress display, on standard error, for a job's search."""
     from rich.console import Console
 
     from orchestrator.cli.progress import ConsoleProgress
@@ -67,7 +74,7 @@ def console_progress(quiet: bool = False) -> Callable[[JobSpec], ConsoleProgress
 
 
 def present_search(document: dict[str, Any], job: JobSpec, as_json: bool) -> None:
-    """Print the result of a search that has ended."""
+    """Print the result of a finished search."""
     from orchestrator.cli.pages.search import run_summary
 
     present(document, as_json, lambda: run_summary(document, job))

@@ -1,4 +1,4 @@
-"""The quickstart from end to end, by the command line's own verbs: tune, register, serve, ask."""
+"""The quickstart from end to end, through the command line's own verbs: run, serve, query."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ START_S = 120.0
 
 
 def main() -> int:
-    """Run the demo in build/demo; 0 when every step did what it says."""
+    """Run the demo in build/demo. Returns 0 when every step succeeded, otherwise 1."""
     started = time.monotonic()
     folder = Path("build/demo").absolute()
     folder.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ def main() -> int:
 
 
 def time_table(document: dict[str, Any], serving_s: float, total_s: float) -> list[str]:
-    """Where the demo's seconds went; the rows add up to ``total_s``."""
+    """Format where the demo's seconds went, as lines; the rows add up to ``total_s``."""
     seconds = document["seconds"]
     rows = {
         "making the language model, once": seconds["model"],
@@ -68,7 +68,11 @@ def time_table(document: dict[str, Any], serving_s: float, total_s: float) -> li
 
 
 def _search(folder: Path) -> dict[str, Any]:
-    """The search; prints accuracy on the held-out test rows, without a prompt, instructed, and tuned."""
+    """Run the search, and return its result document.
+
+    Prints the accuracy on the held-out test rows: without a prompt, with the written instruction
+    and with the tuned prompt.
+    """
     (folder / JOB).write_bytes(starter_file(JOB))
     _print(f"$ {_command('run', JOB)}")
     done = subprocess.run(
@@ -84,8 +88,11 @@ def _search(folder: Path) -> dict[str, Any]:
     rows = len(quickstart_rows()["test"])
     _print("")
     _print(f"accuracy on {rows} held-out rows:")
-    for label, value in zip(("without a prompt", "with the written instruction", "with the tuned prompt"),
-                            _accuracies(document), strict=True):  # fmt: skip
+    for label, value in zip(
+        ("without a prompt", "with the written instruction", "with the tuned prompt"),
+        _accuracies(document),
+        strict=True,
+    ):
         _print(f"  {label:30} {value:.3f}")
     model = document["model"]
     _print(f"registered: {model['name']} version {model['version']}, alias {model['alias']}")
@@ -107,7 +114,10 @@ def _rising(document: dict[str, Any]) -> bool:
 
 
 def _serve_and_ask(folder: Path, name: str) -> bool:
-    """Serve the winner and ask for a held-out text of each label; true when the answers are right."""
+    """Serve the best prompt and query one held-out text of each label.
+
+    Returns true when all answers are right.
+    """
     port = _free_port()
     _print("")
     _print(f"$ {_command('serve', name, '--port', port)} &")
@@ -147,7 +157,11 @@ def _server(folder: Path, name: str, port: int) -> Iterator[str]:
 
 
 def _heed_interrupts() -> None:
-    """In a script's background the server would inherit that interrupts are ignored, and could not be ended by one."""
+    """Restore the default handling of SIGINT in the server's process.
+
+    A script that runs in the background ignores SIGINT. The server would inherit that, and an
+    interrupt could not end it.
+    """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -177,7 +191,10 @@ def _command(*words: Any) -> str:
 
 
 def _environment() -> dict[str, str]:
-    """The demo keeps to its own folder, whatever store or cluster the shell points at."""
+    """Return the environment without variables that name a store, a cluster, a home or API keys.
+
+    The demo therefore stays in its own folder.
+    """
     mine = (
         "MLFLOW_TRACKING_URI",
         "MLFLOW_REGISTRY_URI",

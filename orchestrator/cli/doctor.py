@@ -1,4 +1,4 @@
-"""What this machine has, what is missing, and the fix."""
+"""Checks of this machine for ``orchestrator doctor``: each finding, and how to fix it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ INSTALL_AGAIN = "install the package again, with pip; in a clone: make venv"
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at; ``fix`` is empty where all is well."""
+    """The result of one check; ``fix`` is empty when nothing has to be fixed."""
 
     what: str
     found: str
@@ -37,7 +37,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Every finding; a check that breaks is a finding too."""
+    """Run every check. A check that raises becomes a finding too."""
     checks = [_python, _libraries, _device, _room, _cluster, _registry, _searches, _hub]
     findings = []
     for check in checks:
@@ -45,7 +45,7 @@ def examine() -> list[Finding]:
             findings.extend(check())
         except OrchestratorError as error:
             findings.append(Finding(check.__name__.lstrip("_"), error.message, False, error.hint))
-        except Exception as error:  # a library that is installed and broken fails in any way
+        except Exception as error:  # a broken installation of a library may raise anything
             found = mask_secrets(f"{type(error).__name__}: {error}".splitlines()[0])
             findings.append(Finding(check.__name__.lstrip("_"), found, False, INSTALL_AGAIN))
     return findings

@@ -1,4 +1,4 @@
-"""Run a verb, and turn errors into messages and exit codes."""
+"""Entry point of the command line: runs a verb, and maps errors to messages and exit codes."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from orchestrator.utils.interrupts import Interrupts, ignore_interrupts, ignore_
 from orchestrator.utils.text import mask_secrets
 
 INTERRUPTED = 130  # typer turns Ctrl-C into an exit with this code
-TERMINATED = 143  # the same by SIGTERM; both as shells count, 128 and the signal
+TERMINATED = 143  # after SIGTERM; as in shells, both codes are 128 plus the signal's number
 
 
 def main() -> NoReturn:
-    """Entry point: runs a verb and turns errors into messages and exit codes."""
+    """Run the verb that the command line names, and end the process with its exit code."""
     code = _guarded(lambda: app(prog_name="orchestrator", standalone_mode=False))
     if code in (INTERRUPTED, TERMINATED):
-        ignore_interrupts()  # all is said: a second one has nothing to end
+        ignore_interrupts()  # the outcome is printed: another signal must not change the exit code
     unfreed()
     ignore_interrupts_at_exit()
     end_process(code)
@@ -59,7 +59,8 @@ def _guarded(verb: Callable[[], Any]) -> int:
             return _failed(error)
         except Exception as error:
             interrupts.over()
-            # Typer has click's classes inside, in some versions as a copy: what they can do tells its usage errors.
+            # Some versions of typer bundle a copy of click, so isinstance can't tell usage errors.
+            # Only they have a method ``show``.
             if callable(show := getattr(error, "show", None)):
                 show()
                 return _document("failed", str(error), "orchestrator --help", BadInput.exit_code)
@@ -76,7 +77,10 @@ def _failed(error: OrchestratorError) -> int:
 
 
 def _unforeseen(error: Exception) -> int:
-    """An error that we did not expect: said in one line; the traceback is for whoever asks for it."""
+    """Report an unexpected error in one line; print the traceback only if it is asked for.
+
+    The environment variable that asks for it is named by ``TRACEBACK``.
+    """
     import traceback
 
     if os.environ.get(TRACEBACK):
@@ -90,7 +94,10 @@ def _unforeseen(error: Exception) -> int:
 
 
 def _interrupted(interrupts: Interrupts, resume: str = "", message: str = "interrupted") -> int:
-    """``resume`` is the command that goes on; without one nothing was kept, and the same command starts over."""
+    """Report an interrupt with the command to continue with, and return the exit code.
+
+    ``resume`` is that command. Without it nothing was saved, and the same command starts over.
+    """
     interrupts.over()
     again = resume or shlex.join(["orchestrator", *sys.argv[1:]])
     say(f"{message}\n  next: {again}   {'goes on' if resume else 'starts over'}")
@@ -99,7 +106,7 @@ def _interrupted(interrupts: Interrupts, resume: str = "", message: str = "inter
 
 
 def _document(status: str, message: str, hint: str, code: int, problems: Any = ()) -> int:
-    """With --json, programs get the failure as a document too. Returns the exit code."""
+    """Print the failure as a JSON document if ``--json`` was given. Returns the exit code."""
     if "--json" in sys.argv[1:]:
         error = {"message": message, "next": hint, "problems": list(problems), "exit_code": code}
         print_json({"status": status, "error": error})

@@ -1,4 +1,4 @@
-"""The command line itself, and its verbs in groups, in the order in which people need them."""
+"""The typer application, and the groups of its verbs in the order in which users need them."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Verb = TypeVar("Verb", bound=Callable[..., Any])
 
 
 class GroupedVerbs(TyperGroup):
-    """The list of verbs in ``--help``, one section a group."""
+    """The list of verbs in ``--help``, with one section for each group."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """Write the sections; within one, verbs stand in the order of their module."""
+        """Write the sections; within a section, verbs are in the order of their module."""
         shown = [(name, command) for name, command in self.commands.items() if not command.hidden]
         width = max(len(name) for name, _ in shown)
         limit = formatter.width - width - 6  # click's margins
@@ -50,12 +50,16 @@ app = typer.Typer(
 
 
 def verb(group: str, name: str | None = None) -> Callable[[Verb], Verb]:
-    """Add the decorated function to the command line, as a verb of ``group``."""
+    """Make the decorated function a verb of ``group``.
+
+    The verb is called ``name``, or as the function. The function's docstring is the help text;
+    ``--help`` lists the verb with its first sentence.
+    """
     return app.command(name, rich_help_panel=group)
 
 
 def version(show: bool) -> None:
-    """Print the version and leave, when ``--version`` is given."""
+    """Print the version and exit, if ``--version`` is given."""
     if show:
         out(f"orchestrator {__version__}")
         raise typer.Exit

@@ -1,4 +1,4 @@
-"""``orchestrator init``: a job spec and rows to start from, which run as they are."""
+"""Files that ``orchestrator init`` writes: a job spec and rows that run unchanged."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ STARTER = (JOB, "train.csv")
 
 
 def starter_file(name: str) -> bytes:
-    """Read one of the files that come with the package."""
+    """Read a file of the package's ``starter`` folder."""
     return (files("orchestrator.cli") / "starter" / name).read_bytes()
 
 
 def write_starter(folder: Path) -> list[Path]:
-    """Write the job spec and its rows into the folder, which is made if it is missing.
+    """Write the job spec and its rows into the folder, which is created if it is missing.
 
-    Raises BadInput when a file is there already, or the folder can't be written to.
+    Raises BadInput if one of the files exists already, or if the folder can't be written to.
     """
     targets = [folder / name for name in STARTER]
     present = [str(target) for target in targets if target.exists() or target.is_symlink()]
@@ -44,7 +44,7 @@ def write_starter(folder: Path) -> list[Path]:
 
 
 def next_steps(folder: Path) -> list[str]:
-    """Write the commands that go on from here; they are run inside the folder."""
+    """Return the commands to run next, which start by changing into the folder."""
     inside = folder.resolve() == Path.cwd().resolve()
     steps = [] if inside else [f"cd {shlex.quote(str(folder))}"]
     return [*steps, f"orchestrator validate {JOB}", f"orchestrator run {JOB}"]

@@ -1,4 +1,4 @@
-"""Print results on standard output, and everything else on standard error."""
+"""Functions that print: results on standard output, everything else on standard error."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def print_lines(lines: Iterable[str]) -> None:
 def present(document: Any, as_json: bool, page: Callable[[], Iterable[str]]) -> None:
     """Print a verb's result: the document with ``--json``, otherwise the lines of ``page``.
 
-    ``page`` is only called when it is printed.
+    ``page`` is called only if its lines are printed.
     """
     if as_json:
         print_json(document)
@@ -46,9 +46,9 @@ def present(document: Any, as_json: bool, page: Callable[[], Iterable[str]]) -> 
 
 @contextmanager
 def results_only() -> Iterator[None]:
-    """Send what libraries and child processes print meanwhile to standard error.
+    """Redirect standard output to standard error within the block, for child processes too.
 
-    Standard output is for the result.
+    What libraries print would otherwise mix with the result.
     """
     sys.stdout.flush()
     standard_output = os.dup(1)

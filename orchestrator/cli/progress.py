@@ -1,4 +1,4 @@
-"""What a person sees of a search, on standard error: a live table on a terminal, plain lines elsewhere."""
+"""Progress of a search on standard error: a live table on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from orchestrator.search.state.trials import Outcome, TrialRecord
 from orchestrator.tuning.reports import BROKEN, Report
 from orchestrator.utils.wording import counted
 
-ROWS = 20  # of the live table; the best trials come first
+ROWS = 20  # at most, in the live table; the best trials come first
 NOTHING = History()
 SPARKS = "▁▂▃▄▅▆▇█"
 
 
 class ConsoleProgress:
-    """Shows stages, notes and trials as they come."""
+    """Progress display that shows stages, notes and trials as they happen."""
 
     def __init__(self, job: JobSpec, console: Console, quiet: bool = False) -> None:
         self._job = job
@@ -36,7 +36,9 @@ class ConsoleProgress:
         self._outcome = Outcome(job.search, [])
         self._total = 0
         self._started = 0.0
-        self._first: tuple[float, float] | None = None  # newest first report: when, steps behind
+        self._first: tuple[float, float] | None = (
+            None  # latest first report of a trial: time, steps done by then
+        )
 
     def stage(self, text: str) -> None:
         self._say(f"{text} ...")
@@ -48,8 +50,11 @@ class ConsoleProgress:
     def trials(
         self, trials: Sequence[tuple[str, TrialSpec]], total: int, history: History = NOTHING
     ) -> Iterator[None]:
-        """Around the study: the table lives as long as this does. ``trials`` are those known beforehand; ``history`` is
-        what was before, of a search that goes on."""
+        """Show the trials while the block runs.
+
+        ``trials`` are the trials that are known in advance, ``total`` the number that the search
+        will have. ``history`` is what happened before, if the search was resumed.
+        """
         self._outcome = Outcome(self._job.search, trials)
         self._total = total
         history.tell(self._outcome)
@@ -74,7 +79,8 @@ class ConsoleProgress:
     def trial_reported(self, trial: str, report: Report) -> None:
         self._outcome.trial_reported(trial, report)
         if self._first is None or report.step <= self._job.train.evaluate_every:
-            # Reports of a round come in a burst: the pace counts from the end of the last first round.
+            # A round's reports arrive in a burst, so the pace is measured from the last report of
+            # the latest first round.
             self._first = time.monotonic(), self._steps()[0]
         self._update()
         if self._live is None:
@@ -111,7 +117,10 @@ class ConsoleProgress:
         return f"{line} {self._eta()}".rstrip()
 
     def _steps(self) -> tuple[float, float]:
-        """Trial steps behind us, and those still to come if trials go on to end as early as they have so far."""
+        """Count the trial steps done, and estimate those still to come.
+
+        The estimate assumes that trials will stop as early as those that have ended so far.
+        """
         records = list(self._outcome.records.values())
         ended = [record.step for record in records if record.status not in ("waiting", "running")]
         expected = sum(ended) / len(ended) if ended else float(self._job.train.steps)
@@ -124,12 +133,15 @@ class ConsoleProgress:
         return float(sum(record.step for record in records)), to_come
 
     def _done(self) -> float:
-        """Part of the search that is behind us."""
+        """Estimate the fraction of the search that is done, from 0 to 1."""
         behind, to_come = self._steps()
         return behind / (behind + to_come) if behind else 0.0
 
     def _eta(self) -> str:
-        """From the pace since a trial last reported for the first time; before that, the worker was starting."""
+        """Estimate the time left from the pace since a trial last made its first report.
+
+        Time before that is left out because a worker was still starting. Empty without an estimate.
+        """
         behind, to_come = self._steps()
         if self._first is None or behind <= self._first[1] or not to_come:
             return ""
@@ -141,7 +153,10 @@ class ConsoleProgress:
         counts = ", ".join(
             f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses)
         )
-        return f"{counted(len(statuses), 'trial')} in {duration(time.monotonic() - self._started)}: {counts}"
+        return (
+            f"{counted(len(statuses), 'trial')} in "
+            f"{duration(time.monotonic() - self._started)}: {counts}"
+        )
 
     def _table(self) -> Group:
         table = Table(box=None, pad_edge=False, header_style="bold")
@@ -178,9 +193,8 @@ class ConsoleProgress:
             if record.status == "failed" and record.note
             else record.status
         )
-        label = Text(
-            record.spec.label()
-        )  # as it stands: an init text may hold what rich would take for markup
+        # Text, because an init text may contain what rich would read as markup.
+        label = Text(record.spec.label())
         return [
             str(rank),
             record.id,
@@ -194,7 +208,7 @@ class ConsoleProgress:
 
 
 def sparkline(values: Sequence[float], width: int = 12) -> str:
-    """The last values as bars, scaled to their own range."""
+    """Draw the last ``width`` values as bars, scaled to their own range."""
     shown = list(values[-width:])
     if not shown:
         return ""
@@ -205,7 +219,7 @@ def sparkline(values: Sequence[float], width: int = 12) -> str:
 
 
 def duration(seconds: float) -> str:
-    """1 h 5 min, 2 min 3 s, 4 s."""
+    """Format seconds, for example as 1 h 5 min, 2 min 3 s or 4 s."""
     whole = round(seconds)
     if whole >= 3600:
         return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -1,4 +1,4 @@
-"""Verbs about registered prompts: list, move aliases, compare, evaluate, take out and in."""
+"""Verbs about registered prompts: list, compare, evaluate, move aliases, export, import."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ def models(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """The registry: every model, the versions of one, or one version in full."""
+    """List the registered models, or one model's versions.
+
+    A version, given as NAME@ALIAS or NAME:VERSION, is shown in full.
+    """
     from orchestrator.cli.pages import registry as pages
     from orchestrator.registry import Registry, parse_ref
 
@@ -57,7 +60,7 @@ def compare(
     other: Annotated[str, typer.Argument(metavar="B", help="The same.", show_default=False)],
     as_json: Json = False,
 ) -> None:
-    """Two versions side by side: configuration, metrics, nearest words."""
+    """Compare two versions: configuration, metrics, nearest words."""
     from orchestrator.cli.pages.comparison import comparison_document, comparison_page
 
     registry = open_registry()
@@ -78,7 +81,11 @@ def inspect(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Read a prompt: the words that its virtual tokens are near, and how far they went from their start."""
+    """Show which words a prompt's virtual tokens are near.
+
+    Also shows how far the tokens have moved from their start. A prefix has no embeddings: the mean
+    norms of its keys and values are shown instead, layer by layer.
+    """
     with results_only():
         from orchestrator.workbench.inspect import inspect_model
 
@@ -126,7 +133,11 @@ def evaluate(
     ] = True,
     as_json: Json = False,
 ) -> None:
-    """Registered prompts on any data: domain shift, several versions at once, votes."""
+    """Evaluate registered prompts on any data.
+
+    Shows how far each version's metric drops from its own test split to the new data (domain
+    shift). Several versions are evaluated at once, and can vote with --ensemble.
+    """
     pairs = _renames(rename)
     with results_only():
         from orchestrator.workbench.evaluate import Question, evaluate_models
@@ -163,7 +174,11 @@ def promote(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Move an alias to a version that fits and, for champion, beats the one that is there."""
+    """Move an alias to a version, if the version passes the gate.
+
+    The version must fit the server and clients of the version that holds the alias. To become
+    champion it must also beat the current champion on the same test rows.
+    """
     registry = open_registry()
     before, after = registry.promote(model, number, alias, force_reason=force)
     if as_json:
@@ -184,7 +199,7 @@ def rollback(
     reason: Annotated[str, typer.Option(help="Why; kept on record.")] = "",
     as_json: Json = False,
 ) -> None:
-    """Put an alias back to the version it was on before."""
+    """Move an alias back to the version that held it before."""
     registry = open_registry()
     before, after = registry.rollback(model, alias, reason)
     if as_json:
@@ -213,11 +228,13 @@ def export_(
     if as_json:
         return print_json(document)
     out(
-        f"{document['name']}:{document['version']} is in {folder}, as {document['peft_type']} of PEFT."
+        f"{document['name']}:{document['version']} is in {folder}, "
+        f"as {document['peft_type']} of PEFT."
     )
     out(f"next: PeftModel.from_pretrained(base, {str(folder)!r}) in Python")
     out(
-        f"  or: orchestrator import {shlex.quote(str(folder))} --name NAME --job JOB   (into another registry)"
+        f"  or: orchestrator import {shlex.quote(str(folder))} --name NAME --job JOB   "
+        "(into another registry)"
     )
 
 
@@ -246,13 +263,19 @@ def import_(
     alias: Annotated[
         str | None,
         typer.Option(
-            help="Alias to move to the version; the job's by default. An import is champion only if asked for here.",
+            help=(
+                "Alias to move to the version; the job's by default. "
+                "An import is champion only if asked for here."
+            ),
             show_default=False,
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Register a PEFT adapter folder (prompt tuning, prefix tuning or P-tuning)."""
+    """Register a PEFT adapter folder.
+
+    The adapter may be one of prompt tuning, prefix tuning or P-tuning.
+    """
     spec = read_job(job, overrides)
     with results_only():
         from orchestrator.workbench.exchange import import_folder
@@ -269,13 +292,14 @@ def import_(
         return out(f"next: orchestrator inspect {made}   or   orchestrator serve {made}")
     number = document["model"]["version"]
     out(
-        f"next: orchestrator evaluate {made} --data FILE   then   orchestrator promote {name} {number}"
+        f"next: orchestrator evaluate {made} --data FILE   "
+        f"then   orchestrator promote {name} {number}"
     )
 
 
 @verb(REGISTRY)
 def ui(port: Annotated[int, typer.Option(min=1, max=65535)] = 5000) -> None:
-    """Open the registry in MLflow's own UI, until interrupted."""
+    """Run MLflow's own UI on the registry, until interrupted."""
     registry = open_registry()
     command = registry.ui_command(port)
     say(f"MLflow on {registry.display_uri}: http://127.0.0.1:{port}   (Ctrl-C ends it)")

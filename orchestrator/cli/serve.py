@@ -59,23 +59,38 @@ def serve(
     ] = None,
     tls_key: Annotated[str | None, typer.Option(help="Its key.", show_default=False)] = None,
 ) -> None:
-    """Serve registered prompts until interrupted, by default every model at its champion."""
+    """Serve registered prompts until interrupted.
+
+    By default every model is served, at its champion version.
+    """
     from orchestrator.serving.app import start
     from orchestrator.serving.deploy.options import ServeOptions
 
     open_registry()
     options = ServeOptions(
-        tuple(models or ()), base_model=base_model, host=host, port=port, replicas=replicas, max_replicas=max_replicas,
-        cpus=cpus, gpus=gpus, retry_dead=retry_dead, access_log=access_log, tls_cert=tls_cert, tls_key=tls_key,
-    )  # fmt: skip
+        tuple(models or ()),
+        base_model=base_model,
+        host=host,
+        port=port,
+        replicas=replicas,
+        max_replicas=max_replicas,
+        cpus=cpus,
+        gpus=gpus,
+        retry_dead=retry_dead,
+        access_log=access_log,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+    )
     say("starting Ray Serve ...")
     server = start(options)
     try:
         say(
-            f"serving {', '.join(options.models) or 'every registered prompt'} on {server.base_model} at {server.url}"
+            f"serving {', '.join(options.models) or 'every registered prompt'} "
+            f"on {server.base_model} at {server.url}"
         )
         say(
-            'next: in another terminal, orchestrator query MODEL "some text"   (Ctrl-C ends the server)'
+            'next: in another terminal, orchestrator query MODEL "some text"   '
+            "(Ctrl-C ends the server)"
         )
         server.wait()
     finally:
@@ -96,7 +111,10 @@ def query(
     url: Url = DEFAULT_URL,
     as_json: Json = False,
 ) -> None:
-    """Ask a running server: the label and its probability, or the generated text."""
+    """Send one input to a running server, and print its answer.
+
+    The answer is the label with its probability, or the generated text.
+    """
     from orchestrator.serving.client import ask
 
     answer = ask(url, model, text, os.environ.get("ORCHESTRATOR_API_KEY"))
@@ -115,7 +133,10 @@ def canary(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Send a share of a name's requests to another alias. Running servers follow by themselves."""
+    """Send a share of a model's requests to another alias.
+
+    The share concerns requests that name the model alone. Running servers follow without a restart.
+    """
     if (alias is None) != end:
         raise BadInput(
             "name an alias, or --end the canary",
@@ -152,7 +173,10 @@ def key(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make an API key. It is shown once; the file keeps its digest."""
+    """Make an API key for servers.
+
+    The key is shown once; the file keeps only its digest.
+    """
     from orchestrator.serving.http.access import add_key
 
     secret = add_key(file, name, models or (), per_minute)
@@ -160,5 +184,6 @@ def key(
         return print_json({"name": name, "key": secret, "file": str(file)})
     out(secret)
     say(
-        f"next: ORCHESTRATOR_API_KEYS_FILE={file} orchestrator serve   (start servers anew to let the key in)"
+        f"next: ORCHESTRATOR_API_KEYS_FILE={file} orchestrator serve   "
+        "(start servers anew to let the key in)"
     )

@@ -1,4 +1,4 @@
-"""Verbs that tune: check a job, run it, go on with it, report on it."""
+"""Verbs that tune: check, plan, run and resume a job, and report on its search."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ from orchestrator.utils.imports import uncollected
 
 @verb(TUNE)
 def doctor(as_json: Json = False) -> None:
-    """What this machine has, what is missing, and the fix."""
+    """Check this machine, and say how to fix what is missing.
+
+    The exit code is 3 when something is missing.
+    """
     from orchestrator.cli.doctor import examine
 
     findings = examine()
@@ -41,7 +44,10 @@ def doctor(as_json: Json = False) -> None:
 
 @verb(TUNE)
 def demo() -> None:
-    """Tune, register, serve and ask, all on this machine: the quickstart from end to end, in build/demo."""
+    """Run the quickstart from end to end in build/demo.
+
+    Tunes, registers, serves and queries a prompt, all on this machine.
+    """
     from orchestrator.cli.demo import main
 
     raise typer.Exit(main())
@@ -54,7 +60,7 @@ def init(
     ] = Path(),
     as_json: Json = False,
 ) -> None:
-    """Write a commented job spec and a few rows of data to start from."""
+    """Write a commented job spec and some rows of data to start from."""
     from orchestrator.cli.init import next_steps, write_starter
 
     written = write_starter(folder)
@@ -76,7 +82,10 @@ def validate(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Check a job spec, and the files and folders it names: every problem at once, each with its line."""
+    """Check a job spec, and the files and folders that it names.
+
+    Reports all problems at once, each with its line.
+    """
     from orchestrator.job.space import trial_count
     from orchestrator.utils.wording import counted
 
@@ -109,7 +118,10 @@ def plan(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure a few real steps: what the search will take in time, memory and device hours. Nothing is kept."""
+    """Measure a few real steps, and estimate the search's costs.
+
+    The estimate covers time, memory and device hours. Nothing is kept.
+    """
     spec, inputs = read_checked(job, overrides)
     with results_only():
         with uncollected():
@@ -134,7 +146,10 @@ def run(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Run the search, register the best prompt, and promote it when it beats the champion."""
+    """Run the search, and register its best prompt.
+
+    The best prompt becomes champion if there is none yet, or if it beats the current champion.
+    """
     spec, inputs = read_checked(job, overrides)
     with results_only():
         with uncollected():
@@ -158,7 +173,10 @@ def resume(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Go on with a search that was interrupted, killed or cut off from MLflow."""
+    """Continue a search that ended early.
+
+    It may have been interrupted or killed, or have lost MLflow.
+    """
     with results_only():
         with uncollected():
             from orchestrator.search.resume import resume_search
@@ -187,7 +205,11 @@ def report(
     ] = True,
     as_json: Json = False,
 ) -> None:
-    """One self-contained HTML page about a search, with tables and plots; several searches side by side."""
+    """Write an HTML page about a search, or compare several searches.
+
+    The page is self-contained, with tables and plots. For several searches, the best trial of each
+    is printed, side by side; --out writes that comparison as a page too.
+    """
     if len(searches) > 1:
         return _compared(searches, out_file, as_json)
     (search,) = searches
@@ -205,7 +227,7 @@ def report(
 
 
 def _compared(searches: list[str], out_file: Path | None, as_json: bool) -> None:
-    """The best trial of each search, with what it took."""
+    """Print the best trial of each search and its costs; write them as a page if asked to."""
     with results_only():
         from orchestrator.cli.pages.table import table
         from orchestrator.search.report import (
@@ -235,7 +257,7 @@ def _compared(searches: list[str], out_file: Path | None, as_json: bool) -> None
 
 @verb(TUNE)
 def schema() -> None:
-    """JSON schema of the job spec, for editors."""
+    """Print the JSON schema of the job spec, for editors."""
     from orchestrator.job.spec import job_schema
 
     print_json(job_schema())

@@ -1,1 +1,1 @@
-"""Results as text lines for people and as documents for programs."""
+"""Results of verbs: as lines of text for people, and as documents for programs."""

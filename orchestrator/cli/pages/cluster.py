@@ -1,4 +1,4 @@
-"""Jobs on a cluster."""
+"""Jobs on a cluster, and the request that would submit one."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from orchestrator.registry import printable
 
 
 def jobs_document(jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    """Return the document of ``jobs --json``."""
     return [
         {
             "id": job.id,
@@ -31,6 +32,7 @@ def jobs_document(jobs: Sequence[Job]) -> list[dict[str, Any]]:
 
 
 def jobs_table(jobs: Sequence[Job]) -> list[str]:
+    """Format the jobs as a table, with the next step."""
     if not jobs:
         return [
             "no job was submitted to this cluster",
@@ -71,7 +73,7 @@ def _moment(seconds: float | None) -> str | None:
 
 
 def request_page(document: Mapping[str, Any]) -> list[str]:
-    """What ``submit`` would send."""
+    """Format what ``submit`` would send, for ``--dry-run``."""
     environment = document["runtime_env"]
     code = environment["py_modules"]
     facts: list[tuple[str, str]] = [

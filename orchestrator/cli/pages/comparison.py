@@ -1,4 +1,4 @@
-"""Versions next to each other, as text lines for people: comparison, domain shift, an alias's history."""
+"""Versions side by side: a comparison of two, domain shift, and the history of aliases."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WORDS = 3
 
 
 def history_lines(moves: Sequence[Move], most: int = LAST_MOVES) -> list[str]:
-    """The newest moves of all aliases, the newest first; nothing where there is none."""
+    """Format the latest moves of all aliases, newest first; empty without any."""
     newest = sorted(moves, key=lambda move: (move.at, move.number), reverse=True)
     lines = [f"  {move.alias}: {printable(move.sentence())}" for move in newest[:most]]
     more = (
@@ -30,6 +30,7 @@ def history_lines(moves: Sequence[Move], most: int = LAST_MOVES) -> list[str]:
 
 
 def history_document(moves: Sequence[Move]) -> list[dict[str, Any]]:
+    """Return all moves of all aliases, for ``models NAME --json``."""
     return [asdict(move) for move in moves]
 
 
@@ -37,7 +38,7 @@ def history_document(moves: Sequence[Move]) -> list[dict[str, Any]]:
 
 
 def comparison_document(one: VersionDetail, other: VersionDetail) -> dict[str, Any]:
-    """Two versions side by side: whatever they have, and in ``differs`` the names of what is not the same."""
+    """Return the document of ``compare --json``; ``differs`` names the facts that are not equal."""
     sides = [_facts(detail) for detail in (one, other)]
     differs = [name for name in sides[0] if sides[0][name] != sides[1].get(name)]
     return {
@@ -90,7 +91,7 @@ def _evaluations(detail: VersionDetail) -> dict[str, str]:
 
 
 def comparison_page(document: Mapping[str, Any]) -> list[str]:
-    """What differs first, then metrics, then the nearest words of each virtual token."""
+    """Format what differs, then the metrics, then the nearest words of each virtual token."""
     names = [printable(name) for name in document["versions"]]
     facts, differs = document["facts"], document["differs"]
     rows = [(name, *map(_cell, facts[name])) for name in facts if name in differs]
@@ -104,7 +105,8 @@ def comparison_page(document: Mapping[str, Any]) -> list[str]:
         lines += [f"{name} can't be used: {printable(problem)}"] if problem else []
     return [
         *lines,
-        f"next: orchestrator inspect {names[0]}   or   orchestrator evaluate {' '.join(names)} --data PATH",
+        f"next: orchestrator inspect {names[0]}   or   "
+        f"orchestrator evaluate {' '.join(names)} --data PATH",
     ]
 
 
@@ -152,7 +154,10 @@ def _words(words: Sequence[tuple[str, float]]) -> str:
 
 
 def shift_page(document: Mapping[str, Any]) -> list[str]:
-    """Each version's metric on its own test split and on every target, with the drop; votes where there were any."""
+    """Format each version's metric on its own test split and on every target, with the change.
+
+    If the versions voted, the votes' accuracy, the mean and the best of the versions follow.
+    """
     metric, models, targets = document["metric"], document["models"], document["targets"]
     names = [printable(f"{model['name']}:{model['version']}") for model in models]
     votes = any("ensemble" in target for target in targets)

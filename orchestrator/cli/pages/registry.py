@@ -1,4 +1,4 @@
-"""Registered models, their versions, and one prompt read."""
+"""Registered models, their versions, and the inspection of one prompt."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ START_HERE = "nothing is registered yet\nnext: orchestrator demo   or   orchestr
 
 
 def inspection_page(document: Mapping[str, Any]) -> list[str]:
-    """Each virtual token with its neighbours, or each layer of a prefix with its lengths; how far they drifted."""
+    """Format each virtual token with its nearest words, or each layer of a prefix with its norms.
+
+    Both are shown with their drift from the start.
+    """
     name = printable(f"{document['name']}:{document['version']}")
     soft = bool(document["tokens"])
     rows = [_token_row(token) for token in document["tokens"]] + [
@@ -30,7 +33,8 @@ def inspection_page(document: Mapping[str, Any]) -> list[str]:
         f"nearest: vocabulary tokens by cosine distance; a token of the vocabulary has norm "
         f"{document['vocabulary_norm']:.3g} on average"
         if soft
-        else "a prefix has keys and values and no embeddings: mean norms of a head's, next to those of real tokens"
+        else "a prefix has keys and values and no embeddings: "
+        "mean norms of a head's, next to those of real tokens"
     )
     drift = (
         f"no drift from the start: {printable(document['no_drift'])}"
@@ -81,10 +85,12 @@ def _drift_cells(drift: Mapping[str, float] | None) -> tuple[str, str]:
 
 
 def models_document(models: Sequence[ModelSummary]) -> list[dict[str, Any]]:
+    """Return the document of ``models --json``."""
     return [asdict(model) for model in models]
 
 
 def models_table(models: Sequence[ModelSummary]) -> list[str]:
+    """Format all models as a table; without any, say how to make one."""
     if not models:
         return START_HERE.splitlines()
     rows = [
@@ -107,6 +113,7 @@ def _aliases(aliases: dict[str, int]) -> str:
 
 
 def versions_document(name: str, versions: Sequence[VersionSummary]) -> dict[str, Any]:
+    """Return a model's versions, for ``models NAME --json``."""
     return {"name": name, "versions": [_version_fields(version) for version in versions]}
 
 
@@ -117,6 +124,7 @@ def _version_fields(version: VersionSummary) -> dict[str, Any]:
 
 
 def versions_table(name: str, versions: Sequence[VersionSummary]) -> list[str]:
+    """Format a model's versions as a table."""
     rows = [
         (
             version.version,
@@ -137,11 +145,12 @@ def versions_table(name: str, versions: Sequence[VersionSummary]) -> list[str]:
 def _config_label(config: dict[str, Any]) -> str:
     try:
         return "imported from PEFT" if IMPORTED in config else TrialSpec.from_config(config).label()
-    except Exception:  # whoever may edit tags may put anything here, and a listing goes on
+    except Exception:  # tags can be edited: a broken one must not stop the listing
         return ""
 
 
 def version_document(detail: VersionDetail) -> dict[str, Any]:
+    """Return one version in full, for ``models NAME:VERSION --json``."""
     return {
         **_version_fields(detail.summary),
         "source": detail.source,
@@ -151,7 +160,7 @@ def version_document(detail: VersionDetail) -> dict[str, Any]:
 
 
 def version_page(detail: VersionDetail) -> list[str]:
-    """Everything a version says about itself."""
+    """Format one version in full, or say why it can't be used."""
     summary, manifest = detail.summary, detail.manifest
     name = printable(summary.name)
     head = [
@@ -168,7 +177,8 @@ def version_page(detail: VersionDetail) -> list[str]:
         ("method", f"{manifest.method}: {_config_label(manifest.config)}"),
         (
             "base model",
-            f"{manifest.base_model.id} ({manifest.base_model.revision}), {manifest.base_model.model_type}",
+            f"{manifest.base_model.id} ({manifest.base_model.revision}), "
+            f"{manifest.base_model.model_type}",
         ),
         ("fingerprint", manifest.base_model.fingerprint),
         ("template", json.dumps(manifest.template, ensure_ascii=False)),
@@ -176,7 +186,8 @@ def version_page(detail: VersionDetail) -> list[str]:
         ("data", f"{manifest.data.path}, rows {manifest.data.rows}"),
         (
             "trained",
-            f"{manifest.steps} steps, search {manifest.search}, trial {manifest.trial}, {manifest.created_at}",
+            f"{manifest.steps} steps, search {manifest.search}, trial {manifest.trial}, "
+            f"{manifest.created_at}",
         ),
         *(
             (BASELINES.get(key, key), metric_text(found))

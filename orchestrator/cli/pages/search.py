@@ -1,4 +1,4 @@
-"""A finished search, and a plan."""
+"""The summary of a finished search, and a plan."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def run_summary(document: dict[str, Any], spec: JobSpec) -> list[str]:
-    """What a finished search means for the person who started it."""
+    """Format a finished search: its best trial beside the baselines, and the next step."""
     best, metric = document["best"], spec.search.metric
     rows = [
         (BASELINES[name], f"{found['validation'][metric]:.3f}", f"{found['test'][metric]:.3f}")
@@ -30,8 +30,8 @@ def run_summary(document: dict[str, Any], spec: JobSpec) -> list[str]:
     )
     seconds = document["seconds"]
     lines = [
-        f"search {document['search']}: {counted(len(document['trials']), 'trial')} in {duration(seconds['training'])}, "
-        f"{duration(seconds['total'])} in all",
+        f"search {document['search']}: {counted(len(document['trials']), 'trial')} in "
+        f"{duration(seconds['training'])}, {duration(seconds['total'])} in all",
         f"best trial {best['trial']}: {TrialSpec.from_config(best['config']).label()}",
         "",
         *table((metric, "validation", "test"), rows),
@@ -39,7 +39,10 @@ def run_summary(document: dict[str, Any], spec: JobSpec) -> list[str]:
         *(f"warning: {text}" for text in document.get("warnings", [])),
     ]
     if kept := document.get("artifact"):
-        text = f"kept in {kept} and with the search's run; a baseline is no prompt, and is neither registered nor served"
+        text = (
+            f"kept in {kept} and with the search's run; "
+            "a baseline is no prompt, and is neither registered nor served"
+        )
         return [
             *lines,
             text,
@@ -65,7 +68,7 @@ def _registered(model: dict[str, Any] | None) -> list[str]:
 
 
 def plan_page(plan: Plan, spec: JobSpec) -> list[str]:
-    """What a search will take, with what cannot fit."""
+    """Format what a search will take, with warnings such as about what does not fit."""
     placement, measured, found = plan.placement, plan.measured, plan.forecast
     pace, packed = measured.pace, f"{_count(placement.trials_per_worker, 'trial')} packed"
     reached = ", ".join(
@@ -79,27 +82,32 @@ def plan_page(plan: Plan, spec: JobSpec) -> list[str]:
         ("steps", f"about {found.steps:.0f} of at most {plan.most_steps}"),
         (
             "slots",
-            f"{placement.slots}: {_count(placement.workers, 'worker')} of {_count(placement.trials_per_worker, 'slot')}"
+            f"{placement.slots}: {_count(placement.workers, 'worker')} of "
+            f"{_count(placement.trials_per_worker, 'slot')}"
             f", {_count(placement.threads, 'thread')} each, on {measured.device}",
         ),
         (
             "memory",
-            f"about {_gigabytes(measured.usual)} a worker, {_gigabytes(measured.peak)} with the longest rows and "
+            f"about {_gigabytes(measured.usual)} a worker, "
+            f"{_gigabytes(measured.peak)} with the longest rows and "
             f"prompts alone: {_gigabytes(measured.idle)} with the base model loaded "
-            f"(its weights {_gigabytes(measured.weights)}) and {_gigabytes(plan.slot)} a slot; there is "
-            f"{_gigabytes(measured.room)}",
+            f"(its weights {_gigabytes(measured.weights)}) and {_gigabytes(plan.slot)} a slot; "
+            f"there is {_gigabytes(measured.room)}",
         ),
         (
             "step",
-            f"{_milliseconds(pace.step_packed)} of {packed}, {_milliseconds(pace.step_alone)} alone",
+            f"{_milliseconds(pace.step_packed)} of {packed}, "
+            f"{_milliseconds(pace.step_alone)} alone",
         ),
         (
             "evaluation",
-            f"{_milliseconds(pace.evaluation_packed)} of {packed}, {_milliseconds(pace.evaluation_alone)} alone",
+            f"{_milliseconds(pace.evaluation_packed)} of {packed}, "
+            f"{_milliseconds(pace.evaluation_alone)} alone",
         ),
         (
             "search",
-            f"about {duration(plan.seconds['search'])}{spread}, {plan.device_hours:.3g} device hours in all",
+            f"about {duration(plan.seconds['search'])}{spread}, "
+            f"{plan.device_hours:.3g} device hours in all",
         ),
         ("in all", f"about {duration(plan.seconds['total'])}: " + _parts(plan.seconds)),
     ]

@@ -1,4 +1,4 @@
-"""Columns of text, and figures in words."""
+"""Tables as aligned columns of text, and metrics as text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BASELINES = {
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    """Aligned columns, as wide as their content; a registry's texts are shown escaped."""
+    """Align the cells in columns as wide as their content; unprintable characters are escaped."""
     cells = [list(header), *([printable(str(cell)) for cell in row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     return [
@@ -25,7 +25,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
 
 
 def metric_text(metrics: Mapping[str, Any] | None, split: str = "test") -> str:
-    """accuracy 0.970, exact_match 0.970, loss 0.081; what somebody put there that is no number is left out."""
+    """Format a split's metrics, for example as accuracy 0.970, loss 0.081.
+
+    Values that are no numbers are left out: tags in the registry can be edited.
+    """
     found = (metrics or {}).get(split)
     numbers = found.items() if isinstance(found, dict) else ()
     return ", ".join(
