@@ -268,7 +268,7 @@ def test_what_is_not_registered(command: Command, words: list[str], named: str) 
 def test_a_listing_of_nothing_says_where_to_begin(command: Command) -> None:
     """An empty registry is no error."""
     said = command("models")
-    assert said.code == 0 and "next: orchestrator run" in said.out
+    assert said.code == 0 and "next: orchestrator demo" in said.out
     assert command("models", "--json").document == []
 
 
@@ -318,7 +318,7 @@ def test_unforeseen_errors_are_one_line(
 ) -> None:
     """Even a mistake in the program shows no traceback, and asks for a report."""
 
-    def broken(*_: Any) -> Callable[..., Any]:
+    def broken(*_: Any, **__: Any) -> Callable[..., Any]:
         raise ZeroDivisionError("division by zero\nsecond line")
 
     monkeypatch.setattr("orchestrator.search.inputs.load_checked", broken)

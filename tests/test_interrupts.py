@@ -22,10 +22,14 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """Both signals are handled afterwards as they were before."""
+    """Both signals are handled as in a terminal, and afterwards as they were before."""
+    ignored = signal.getsignal(signal.SIGINT)  # by a shell that runs the tests in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     before = [signal.getsignal(number) for number in SIGNALS]
     yield
-    assert [signal.getsignal(number) for number in SIGNALS] == before
+    after = [signal.getsignal(number) for number in SIGNALS]
+    signal.signal(signal.SIGINT, ignored)
+    assert after == before
 
 
 def send(number: int) -> None:

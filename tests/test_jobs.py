@@ -35,7 +35,7 @@ TINY = (
     "data.limit={train: 24, validation: 8, test: 8}", "resources.cpus_per_worker=1",
 )  # fmt: skip
 SHORT = (
-    "data.max_input_tokens=40",
+    "data.max_input_tokens=60",
     "search.space.num_virtual_tokens=4",
 )  # what a tiny model has room for
 PROMPTS = ("prompt_tuning", "prefix_tuning", "p_tuning")

@@ -143,7 +143,7 @@ def _without_input(empty: Sequence[tuple[SourceRow, str]], split: str) -> BadInp
     more = f"; {len(empty) - 1} more {rows} none either" if len(empty) > 1 else ""
     return BadInput(
         f"{place_of(row, split)} has no text in column {column!r}, which data.template names{more}",
-        "fill it in, or set data.empty: drop leaves such rows out, keep takes an empty text",
+        "fill it in, or set data.empty (drop leaves such rows out, keep takes an empty text)",
     )
 
 

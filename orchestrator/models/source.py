@@ -155,7 +155,8 @@ class ModelSource:
         try:
             needed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise self.unusable_weights(f"{index.name}: {_first_line(error)}") from None
+            reason = f"{index.name} has no weight_map of files ({_first_line(error)})"
+            raise self.unusable_weights(reason) from None
         missing = sorted(needed - {file.name for file in files})
         if missing:
             raise self.unusable_weights(

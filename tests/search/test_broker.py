@@ -475,7 +475,7 @@ def population() -> Population:
             {
                 "name": "population",
                 "base_model": {"id": "none"},
-                "data": {"path": "none", "template": "{text}", "target": "text"},
+                "data": {"path": "none", "template": "{text}", "target": "label"},
                 "search": {
                     "space": {
                         "init": "random",

@@ -158,6 +158,20 @@ def test_sampling_depends_on_the_seed_and_not_on_the_batch(
     assert together[1] == alone[0] != other[0]
 
 
+@pytest.mark.parametrize("setting", [{"top_p": 5e-324}, {"temperature": 5e-324}])
+def test_the_smallest_settings_choose_the_likeliest_token(
+    engine: Engine, story: ServedPrompt, setting: dict[str, float]
+) -> None:
+    """A top_p or temperature that float32 rounds to zero is as good as greedy decoding."""
+    ids = [story.encode("the quick", 12)]
+
+    async def ask(sampling: Sampling) -> Any:
+        return (await engine.complete(story, ids, sampling))[0].text
+
+    drawn = asyncio.run(ask(Sampling(max_tokens=12, seed=3, **setting)))
+    assert drawn == asyncio.run(ask(GREEDY))
+
+
 def test_stop_strings_end_a_row(engine: Engine, story: ServedPrompt) -> None:
     """A row ends at the first stop string, which is not part of its text."""
     ids = story.encode("the quick", 12)

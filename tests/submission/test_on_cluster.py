@@ -38,7 +38,7 @@ def test_an_error_is_left_for_the_submitter(package: Path, command: Command) -> 
     (package / "inputs" / "data-path-train.jsonl").write_text("{")
     said = command("on-cluster")
     error = result_in(said.out)["error"]
-    assert said.code == error["exit_code"] == 2 and "can't be read as jsonl" in error["message"]
+    assert said.code == error["exit_code"] == 2 and "can't be read as JSON" in error["message"]
     assert "bad input: " in said.err
 
 

@@ -16,7 +16,12 @@ from urllib.parse import unquote, urlsplit
 
 from orchestrator.errors import BadInput
 from orchestrator.registry.aliases.ledger import LEDGER_TAG, Ledger
-from orchestrator.registry.runs.searches import HISTORY_EXPERIMENT, experiment_named, refuse_deleted
+from orchestrator.registry.runs.searches import (
+    HISTORY_EXPERIMENT,
+    check_usable,
+    experiment_named,
+    refuse_deleted,
+)
 from orchestrator.registry.store import Store, sqlite_file
 from orchestrator.registry.versions.refs import printable
 
@@ -83,9 +88,13 @@ def _check_history(store: Store, model: str, run_id: str | None) -> None:
     _check_file(store.tracking_uri)
     if run_id and Ledger(store, model, run_id).is_usable(may_write):
         return
-    # The model's history will be a new run in this experiment.
-    history = experiment_named(store, HISTORY_EXPERIMENT)
-    if may_write:
+    # The model's history will be a new run in this experiment, which a file needs no permission for.
+    if not may_write:
+        existing = store.client.get_experiment_by_name(HISTORY_EXPERIMENT)
+        if existing is not None:
+            check_usable(store, existing)
+    else:
+        history = experiment_named(store, HISTORY_EXPERIMENT)
         with store.translating(f"writing to the experiment {HISTORY_EXPERIMENT}"):
             store.client.set_experiment_tag(history.experiment_id, "mlflow.note.content", NOTE)
 

@@ -135,16 +135,21 @@ def experiment_named(store: Store, name: str) -> Experiment:
         return store.client.get_experiment(
             _create_experiment(store, name, root / name if root else None)
         )
+    check_usable(store, experiment)
+    return experiment
+
+
+def check_usable(store: Store, experiment: Experiment) -> None:
+    """Raise BadInput if no run can be added to the experiment from here."""
     refuse_deleted(experiment)
     if experiment.artifact_location.startswith("mlflow-artifacts:") and sqlite_file(
         store.tracking_uri
     ):
         raise BadInput(
-            f"experiment {printable(name)} was made through an MLflow server, which alone reaches "
+            f"experiment {printable(experiment.name)} was made through an MLflow server, which alone reaches "
             "its artifacts",
             "set MLFLOW_TRACKING_URI to that server's address, or give the search another name",
         )
-    return experiment
 
 
 def refuse_deleted(experiment: Experiment) -> None:

@@ -129,10 +129,14 @@ class GenerationRow:
         """
         if self.sampling.greedy:
             return int(logits.argmax())
-        probs, order = (logits / self.sampling.temperature).softmax(-1).sort(descending=True)
+        # Temperatures and top_p below float32's range would become zero.
+        temperature = max(self.sampling.temperature, torch.finfo(torch.float32).tiny)
+        scaled = (logits - logits.max()) / temperature
+        probs, order = scaled.softmax(-1).sort(descending=True)
         # A token is kept while the likelier tokens add up to less than top_p; the first always is.
-        kept = probs * ((probs.cumsum(-1) - probs) < self.sampling.top_p)
-        return int(order[torch.multinomial(kept, 1, generator=self._random)])
+        is_kept = (probs.cumsum(-1) - probs) < self.sampling.top_p
+        is_kept[0] = True
+        return int(order[torch.multinomial(probs * is_kept, 1, generator=self._random)])
 
     def go_on(self, logits: Tensor, greedy: int) -> None:
         """Take one step from logits [V], of which ``greedy`` is the likeliest token.
