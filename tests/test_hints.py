@@ -117,8 +117,8 @@ def test_the_commands_of_hints_are_found() -> None:
     """Those in plain strings, in f-strings and in files that come with the package."""
     found = {(place.split(":")[0], words[0]) for place, words in named()}
     for known in (
-        ("job_file/load.py", "init"),
-        ("resume.py", "resume"),
+        ("job/yaml/load.py", "init"),
+        ("search/resume.py", "resume"),
         ("job.yaml", "plan"),
         ("cli/tune.py", "demo"),
     ):

@@ -351,7 +351,7 @@ class Registry:
         ):
             return log_evaluations(self._store, version, records)
 
-    # Aliases. Every move is on record, one after another: see ledger.py.
+    # Aliases. Every move is on record, one after another: see aliases/ledger.py.
 
     def history(self, name: str) -> list[Move]:
         """Every move of the model's aliases on record, oldest first for each alias."""

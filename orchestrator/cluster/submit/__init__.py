@@ -1,4 +1,7 @@
-"""A job as a Ray job: packed, submitted, followed, stopped. The cluster's side of it is ``on_cluster.py``."""
+"""A job as a Ray job: packed, submitted, followed, stopped.
+
+``search/submitted.py`` is the cluster's side of it.
+"""
 
 from orchestrator.cluster.submit.follow import follow
 from orchestrator.cluster.submit.job_server import DEFAULT_ADDRESS, Cluster, Job
