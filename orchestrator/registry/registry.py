@@ -376,7 +376,7 @@ class Registry:
         ):
             return log_evaluations(self._store, version, records)
 
-    # Aliases. Every move is recorded, one after another: see ledger.py.
+    # Aliases. Every move is on record, one after another: see aliases/ledger.py.
 
     def history(self, name: str) -> list[Move]:
         """List every recorded move of the model's aliases, oldest first for each alias."""

@@ -151,7 +151,7 @@ def lines(setting: Setting, only: str = "") -> list[Line]:
 
 EARLIER_RESULTS = 25.0  # a second, through Tune, on two cores
 EARLIER_DRIVER_BYTES = 26e3  # a result
-ACTOR_CALLS = 100_000  # search.CALLS
+ACTOR_CALLS = 100_000  # CALLS of search/workers/running.py
 RAY_RESULTS = 500.0  # Ray's own figure for a whole cluster, nothing logged
 
 
@@ -249,7 +249,7 @@ EARLIER_SERVE = (
     118.0  # classify requests a second through Serve, two busy cores, model included: 106 to 130
 )
 EARLIER_UVICORN = 400.0  # the same without Serve
-DEFAULT_BYTES = 2 << 30  # prompt_store.MAX_BYTES
+DEFAULT_BYTES = 2 << 30  # MAX_BYTES of serving/prompts/store.py
 POLL_S = 2.0
 
 

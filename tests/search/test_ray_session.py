@@ -92,7 +92,7 @@ except ValueError as error:
     print(error, ray.is_initialized(), alive(children()))
 """
 STUCK = """
-from orchestrator import leaving_ray
+from orchestrator.cluster import leaving_ray
 from orchestrator.cluster.ray_threads import RayThread, end_process
 
 @ray.remote
