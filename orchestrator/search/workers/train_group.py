@@ -61,15 +61,19 @@ class LeanTrainer(DataParallelTrainer):
             if self._given_up:
                 raise GivenUp
             self._controller = make_controller(**parts)
-        ray.get(self._controller.run.remote())
-        return ray.get(self._controller.get_result.remote())
+        try:
+            ray.get(self._controller.run.remote())
+            return ray.get(self._controller.get_result.remote())
+        finally:
+            self._controller = None  # Ray ends an actor once nobody refers to it
 
     def abort(self) -> None:
         """Have the controller end its workers, free their resources and exit; this ends ``fit``."""
         with self._making:
             self._given_up = True
-        if self._controller is not None:
-            self._controller.abort.remote()
+            controller = self._controller
+        if controller is not None:
+            controller.abort.remote()
 
     def kill(self) -> None:
         """Kill the controller's process.
@@ -77,9 +81,10 @@ class LeanTrainer(DataParallelTrainer):
         Its workers' processes end by themselves. The resources that the controller held are not
         freed.
         """
-        if self._controller is not None:
+        controller = self._controller
+        if controller is not None:
             with suppress(ray.exceptions.RayError):
-                ray.kill(self._controller)
+                ray.kill(controller)
 
 
 class GivenUp(Exception):
