@@ -56,21 +56,26 @@ class LeanTrainer(DataParallelTrainer):
             if self._given_up:
                 raise GivenUp
             self._controller = make_controller(**parts)
-        ray.get(self._controller.run.remote())
-        return ray.get(self._controller.get_result.remote())
+        try:
+            ray.get(self._controller.run.remote())
+            return ray.get(self._controller.get_result.remote())
+        finally:
+            self._controller = None  # Ray ends an actor once nobody refers to it
 
     def abort(self) -> None:
         """Have the controller end its workers, free their resources and end itself, which ends ``fit``."""
         with self._making:
             self._given_up = True
-        if self._controller is not None:
-            self._controller.abort.remote()
+            controller = self._controller
+        if controller is not None:
+            controller.abort.remote()
 
     def kill(self) -> None:
         """End the controller's process; its workers' follow by themselves. What it held is not freed."""
-        if self._controller is not None:
+        controller = self._controller
+        if controller is not None:
             with suppress(ray.exceptions.RayError):
-                ray.kill(self._controller)
+                ray.kill(controller)
 
 
 class GivenUp(Exception):
