@@ -315,7 +315,8 @@ RULES: tuple[Rule, ...] = (
         _renamed_to_what_nothing_names, "correct the new name",
     ),
     Rule(
-        "data.references", ("search.metric", "data.verbalizer"), _references_are_not_compared, GENERATE,
+        "data.references", ("search.metric", "data.verbalizer"), _references_are_not_compared,
+        GENERATE,
     ),
     Rule(
         "data.max_target_tokens", ("data.verbalizer",), _targets_are_labels,
@@ -336,7 +337,8 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule("search.scheduler", ("method",), _median_without_steps, "set it to fifo"),
     Rule(
-        "search.grace_steps", ("search.scheduler",), _other_scheduler_than("asha", "median"), STOPPING,
+        "search.grace_steps", ("search.scheduler",), _other_scheduler_than("asha", "median"),
+        STOPPING,
     ),
     Rule("search.grace_steps", ("method",), _trials_have_no_steps, TRAINING),
     Rule("search.grace_steps", ("train.steps",), _grace_lasts_to_the_end, "lower it"),

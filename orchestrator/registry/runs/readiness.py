@@ -88,7 +88,7 @@ def _check_history(store: Store, model: str, run_id: str | None) -> None:
     _check_file(store.tracking_uri)
     if run_id and Ledger(store, model, run_id).is_usable(may_write):
         return
-    # The model's history will be a new run in this experiment, which a file needs no permission for.
+    # The model's history will be a new run in this experiment. A file needs no permission for it.
     if not may_write:
         existing = store.client.get_experiment_by_name(HISTORY_EXPERIMENT)
         if existing is not None:

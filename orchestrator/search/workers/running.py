@@ -297,7 +297,10 @@ def _give_up_lost(broker: Any) -> dict[str, Place]:
 
 
 def _kill(actor: Any) -> None:
-    """End the actor's process, if Ray still answers; what ended the search matters more than that."""
+    """End the actor's process if Ray still answers.
+
+    A failure is only logged, because the error that ended the search matters more.
+    """
     try:
         ray.kill(actor)
     except ray.exceptions.RayError as error:
