@@ -146,8 +146,8 @@ def check_usable(store: Store, experiment: Experiment) -> None:
         store.tracking_uri
     ):
         raise BadInput(
-            f"experiment {printable(experiment.name)} was made through an MLflow server, which alone "
-            "reaches its artifacts",
+            f"experiment {printable(experiment.name)} was made through an MLflow server, which "
+            "alone reaches its artifacts",
             "set MLFLOW_TRACKING_URI to that server's address, or give the search another name",
         )
 
