@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from orchestrator.data.dataset import SPLITS, RowSplits
+from orchestrator.data.source_row import at_row
 from orchestrator.data.template import Mark, Template, Verbalizer, continuation_ids, target_text
 from orchestrator.errors import BadInput
 from orchestrator.job.spec import DataSpec
@@ -314,12 +315,17 @@ class Encoder:
         return ids, -1
 
     def encode(self, rows: Sequence[Row], target: str, before: str = "") -> Encoded:
-        targets = [self.encode_target(row, target) for row in rows]
-        return Encoded(
-            inputs=[self.encode_input(row, before) for row in rows],
-            targets=[ids for ids, _ in targets],
-            labels=[place for _, place in targets],
-        )
+        """Encode the rows of a split. Raises BadInput that names the place of the row."""
+        inputs, targets, labels = [], [], []
+        for row in rows:
+            try:
+                ids, label = self.encode_target(row, target)
+                inputs.append(self.encode_input(row, before))
+            except BadInput as error:
+                raise at_row(error, row) from None
+            targets.append(ids)
+            labels.append(label)
+        return Encoded(inputs, targets, labels)
 
 
 def reference_texts(rows: Sequence[Row], data: DataSpec) -> list[list[str]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from orchestrator.errors import BadInput
+
 
 class SourceRow(dict[str, Any]):
     """A row's cells by column, with the place that they were read from.
@@ -52,3 +54,10 @@ def place_of(row: Any, split: str = "") -> str:
         if number
         else f"a row of {source or split or 'the data'}"
     )
+
+
+def at_row(error: BadInput, row: Any) -> BadInput:
+    """Put a row's place in front of an error's message, if the row knows where it was read."""
+    if not getattr(row, "number", 0):
+        return error
+    return BadInput(f"{place_of(row)}: {error.message}", error.hint)

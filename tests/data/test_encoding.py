@@ -20,6 +20,7 @@ from orchestrator.data.encoding import (
     make_encoder,
     reference_texts,
 )
+from orchestrator.data.source_row import SourceRow
 from orchestrator.data.template import Template, Verbalizer
 from orchestrator.errors import BadInput
 from orchestrator.job.spec import DataSpec
@@ -352,3 +353,13 @@ def test_a_padding_token_beyond_the_table_does_no_harm() -> None:
     assert Encoder(tokenizer, Template("{text}"), None, 40, 8, table_size=size).encode_input(
         {"text": "fox"}
     )
+
+
+def test_an_error_names_the_place_of_its_row() -> None:
+    """A row that can't be encoded is found by its file and line."""
+    rows = [
+        SourceRow({"text": "a", "label": label}, source="train.csv", number=number, line=number + 1)
+        for number, label in enumerate(["1", "123"], start=1)
+    ]
+    with pytest.raises(BadInput, match=r"^train\.csv:3 \(row 2\): a target has 4 tokens"):
+        encoder(targets=3).encode(rows, "label")
