@@ -22,7 +22,7 @@ AUTO = ResourcesSpec()
 def test_one_worker_takes_a_cpu_node() -> None:
     """Without GPUs, a node holds one worker, which computes with every core.
 
-    Ray counts one core less for the worker, and has it for everything else.
+    The worker asks Ray for one core fewer, which is left for everything else.
     """
     assert place(AUTO, [Node(8)], 12) == Placement(
         workers=1, cpus=7, gpus=0, threads=8, trials_per_worker=CPU_SLOTS
@@ -42,7 +42,7 @@ def test_a_worker_a_gpu() -> None:
 
 
 def test_nodes_without_a_gpu_do_not_count_where_gpus_are() -> None:
-    """A large head without GPUs gets no workers and does not set their size, where others have GPUs."""
+    """Where other nodes have GPUs, a head without any gets no workers and sets no sizes."""
     assert place(AUTO, [Node(64), Node(8, 1)], 64) == Placement(
         1, cpus=7, gpus=1, threads=8, trials_per_worker=8
     )

@@ -70,7 +70,7 @@ def test_the_parts_add_up(tmp_path: Path) -> None:
 
 
 def test_what_was_rehearsed_counts_and_what_came_before(tmp_path: Path) -> None:
-    """The rehearsal's startup and report times are used; reading data and starting Ray are added."""
+    """The rehearsal's start and report times are used; the seconds before it are added."""
     prepared = prepare(small_job(tmp_path, **FIFO))
     plan = estimate(
         prepared, PLACEMENT, MEASURED, before_s=7.0, rehearsal=Rehearsal(start_s=20.0, report_s=0.5)
