@@ -1,9 +1,10 @@
-"""Searches that end early in every way there is, each a process of its own: what they say and what they leave.
+"""Searches that end early in every known way, each in a process: their output and remains.
 
-    python -m failure.endings --count 20 --seed 7         # in tests/, with the project on the path
-    python -m failure.endings --seed 7 --only 3 11        # the same attempts again, by their numbers
+    python -m failure.endings --count 20 --seed 7  # in tests/, with the project on the path
+    python -m failure.endings --seed 7 --only 3 11  # the same attempts again, by their numbers
 
-An attempt is a kind of ending, a moment of the search and a delay after it, all drawn from the seed and its number.
+An attempt is a kind of ending, a moment of the search and a delay after it. The moment and the
+delay are drawn from the seed and the attempt's number; the kind follows from the number.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ from small_jobs import write_job
 
 from orchestrator.registry.runs.searches import HISTORY_EXPERIMENT as LEDGER
 
-LIMIT_S = 180.0  # of a whole attempt
-ENDS_S = 75.0  # from what ends it to its end
-GONE_S = 20.0  # from its end to that of its processes
+LIMIT_S = 180.0  # for a whole attempt
+ENDS_S = 75.0  # from the action to the end of the search
+GONE_S = 20.0  # from the end of the search to that of its processes
 TRAIN = {"steps": 8, "batch_size": 4, "evaluate_every": 4}
 MOMENTS = (
     "reading data",
@@ -65,7 +66,7 @@ NEVER = (
     "Fatal Python error",
 )
 
-# The program as it is, but for its patience with an MLflow that went away for good: ten minutes.
+# The real program, except that it waits seconds instead of ten minutes for a lost MLflow.
 COMMAND = """
 import os
 import orchestrator.search.run as run
@@ -94,7 +95,7 @@ main()
 
 @dataclass(frozen=True)
 class Ending:
-    """A kind of ending: the exit codes that are right for it, and what its message has to name."""
+    """A kind of ending: its allowed exit codes and what its message has to name."""
 
     codes: tuple[int, ...]
     names: str = ""
@@ -145,12 +146,12 @@ SHARE = (
         "experiment in the trash",
     ),
 )
-"""The kinds of twenty attempts in a row, as often as each comes."""
+"""The kinds of twenty attempts in a row; a kind may be listed several times."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One ending: its kind, the line of progress that it waits for, and the seconds that it waits then."""
+    """One attempt: its kind, the progress line to wait for, and the pauses before acting."""
 
     number: int
     kind: str
@@ -160,7 +161,7 @@ class Attempt:
 
     @classmethod
     def drawn(cls, seed: int, number: int) -> Attempt:
-        """Draw the attempt of this number, the same for the same seed."""
+        """Draw the attempt of this number; equal seeds give equal attempts."""
         choose = random.Random(f"{seed} {number}")
         moment = choose.choice(MOMENTS)
         delay_s, again_s = (choose.uniform(0.0, choose.choice(DELAYS_S)) for _ in range(2))
@@ -173,7 +174,7 @@ class Attempt:
 
 @dataclass
 class Ended:
-    """What became of an attempt; ``problems`` is empty when all is as it has to be."""
+    """The result of an attempt; ``problems`` is empty when everything was right."""
 
     attempt: Attempt
     code: int | None
@@ -189,7 +190,7 @@ class Ended:
 
 
 class Ground:
-    """Where attempts are made: a model, a job, and MLflow stores in the states that the kinds need."""
+    """The model, the job and the MLflow stores from which attempts are set up."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -205,24 +206,28 @@ class Ground:
     def _make_store(self, name: str, deleted: str) -> None:
         file = self.stores / f"{name}.db"
         if deleted:
-            shutil.copyfile(self.stores / "empty.db", file)  # a schema takes seconds
+            shutil.copyfile(self.stores / "empty.db", file)  # creating the schema takes seconds
         client = mlflow.MlflowClient(f"sqlite:///{file}")
         client.search_experiments(max_results=1)
         if deleted:
             client.delete_experiment(client.create_experiment(deleted))
 
     def lay_out(self, folder: Path, kind: str) -> Path:
-        """A job in a folder of its own, with its model and its store; returns the job's file."""
+        """Write a job with its own model and store into a folder; return the job's file."""
         store = kind if (self.stores / f"{kind}.db").exists() else "empty"
         shutil.copyfile(self.stores / f"{store}.db", folder / "mlflow.db")
         shutil.copytree(self.model, folder / "model")
         return write_job(
-            folder, base_model__id=str(folder / "model"), train=TRAIN, search__trials=2, search__scheduler="fifo",
-            search__few_shot=0, resources__trials_per_worker=2,
+            folder, base_model__id=str(folder / "model"), train=TRAIN, search__trials=2,
+            search__scheduler="fifo", search__few_shot=0, resources__trials_per_worker=2,
         )  # fmt: skip
 
     def interrupted_search(self) -> Path:
-        """A folder with a search that was interrupted in its middle, always in the same place: it keeps addresses."""
+        """Return a folder with a search interrupted half-way.
+
+        The folder always has the same path, since the search's files have absolute addresses in
+        them.
+        """
         shutil.rmtree(self.resumed, ignore_errors=True)
         if not self.interrupted.exists():
             self.resumed.mkdir()
@@ -237,7 +242,7 @@ class Ground:
 
 
 class Process:
-    """``orchestrator`` in a folder, as a terminal starts it, with a Ray of its own in that folder."""
+    """``orchestrator`` as a process started by a terminal, with its own Ray in its folder."""
 
     def __init__(self, folder: Path, arguments: Sequence[str], **environment: str) -> None:
         self.folder = folder
@@ -250,8 +255,10 @@ class Process:
         own = {"RAY_TMPDIR": str(folder), "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", **environment}
         with self.out.open("wb") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", COMMAND, *arguments], cwd=folder, env={**os.environ, **own}, text=True,
-                stdout=out, stderr=subprocess.PIPE, start_new_session=True, preexec_fn=heed_interrupts,
+                [sys.executable, "-c", COMMAND, *arguments],
+                cwd=folder, env={**os.environ, **own}, text=True,
+                stdout=out, stderr=subprocess.PIPE,
+                start_new_session=True, preexec_fn=heed_interrupts,
             )  # fmt: skip
         self.started = time.monotonic()
         threading.Thread(target=self._read, daemon=True).start()
@@ -267,7 +274,7 @@ class Process:
             self._news.notify_all()
 
     def reaches(self, moment: str) -> bool:
-        """Wait for a line of progress; False when the process ended without it."""
+        """Wait for a line of progress; return False if the process ended without it."""
         with self._news:
             self._news.wait_for(
                 lambda: self._over or any(moment in line for line in self.lines), LIMIT_S
@@ -275,7 +282,7 @@ class Process:
             return any(moment in line for line in self.lines)
 
     def end_by(self, attempt: Attempt, *means: Callable[[Process], None]) -> Ended:
-        """Wait for the attempt's moment, use the means one after another, and wait for the end."""
+        """Wait for the attempt's moment, apply the means one after another, and await the end."""
         acted = time.monotonic()
         if means and self.reaches(attempt.moment):
             for pause, mean in zip((attempt.delay_s, attempt.again_s), means, strict=False):
@@ -299,7 +306,7 @@ class Process:
         return Ended(attempt, code, seconds, said, problems)
 
     def stacks(self) -> str:
-        """What hangs, where py-spy is there to tell."""
+        """Return the stacks of a process that hangs, if py-spy is installed."""
         if not (spy := shutil.which("py-spy")):
             return "no py-spy to tell where"
         return subprocess.run(
@@ -310,7 +317,7 @@ class Process:
         ).stdout
 
     def own_processes(self) -> list[psutil.Process]:
-        """Those that work in the folder or were told of it, whoever is their parent by now."""
+        """Return living processes that work in the folder or have it in their command line."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -338,28 +345,31 @@ class Process:
 
 
 def heed_interrupts() -> None:
-    """A job in the background of a script is told to ignore interrupts, and passes that on; a terminal's is not."""
+    """Restore Python's SIGINT handling, as in a terminal.
+
+    Background jobs of a shell script ignore SIGINT and pass this on to their children.
+    """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def to_the_group(process: Process) -> None:
-    """Ctrl-C: a terminal tells every process of the foreground group."""
+    """Press Ctrl-C: a terminal signals every process of the foreground group."""
     os.killpg(process.process.pid, signal.SIGINT)
 
 
 def to_the_process(process: Process) -> None:
-    """SIGTERM, as from whoever ends a process politely."""
+    """Send SIGTERM to the search's process alone."""
     process.process.send_signal(signal.SIGTERM)
 
 
 def spoil_weights(process: Process) -> None:
-    """Cut the weights off, after the checks and before a worker reads them."""
+    """Truncate the weights, after the checks and before a worker reads them."""
     for file in (process.folder / "model").glob("*.safetensors"):
         os.truncate(file, file.stat().st_size // 2)
 
 
 def kill_worker(process: Process) -> None:
-    """SIGKILL for the worker that Train started, if it is there."""
+    """Kill the worker that Train started, if there is one, with SIGKILL."""
     for child in psutil.Process(process.process.pid).children(recursive=True):
         if "TrainWorker" in " ".join(child.cmdline()):
             child.kill()
@@ -375,7 +385,7 @@ SIGNALS: dict[str, tuple[Callable[[Process], None], ...]] = {
 
 
 def made(attempt: Attempt, ground: Ground, folder: Path) -> Ended:
-    """Make the attempt; what became of it."""
+    """Make the attempt and return its result."""
     kind = attempt.kind
     if kind.endswith(" in resume"):
         return Process(ground.interrupted_search(), ["resume", "latest"]).end_by(
@@ -410,7 +420,7 @@ def _without_server(attempt: Attempt, folder: Path, arguments: Sequence[str]) ->
 
 
 def judged(ended: Ended, folder: Path) -> Ended:
-    """The same with everything that is wrong with it among its problems."""
+    """Add every mistake of the ending to its problems and return it."""
     ending, code, said = ENDINGS[ended.attempt.kind], ended.code, ended.said
     if code not in ending.codes:
         ended.problems.append(f"exit code {code} is none of {ending.codes}")
@@ -434,7 +444,7 @@ def _running_runs(folder: Path) -> list[str]:
 
 
 def endings(count: int, seed: int, only: Sequence[int] = ()) -> Iterator[Ended]:
-    """Make the attempts one after another."""
+    """Make the attempts one after another and yield their results."""
     with scratch() as home:
         ground = Ground(home)
         for number in only or range(count):
@@ -447,7 +457,7 @@ def endings(count: int, seed: int, only: Sequence[int] = ()) -> Iterator[Ended]:
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """A folder with a short name, since Ray's sockets lie in it."""
+    """Make a folder with a short name, since Ray's sockets are in it."""
     folder = Path(tempfile.mkdtemp(prefix="end-", dir="/tmp"))
     try:
         yield folder
@@ -456,7 +466,7 @@ def scratch() -> Iterator[Path]:
 
 
 def main() -> None:
-    """Make attempts and print what becomes of them, wrong ones with all that they said."""
+    """Make attempts and print their results, with the whole output of wrong ones."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

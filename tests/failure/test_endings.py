@@ -1,6 +1,7 @@
-"""Two hundred searches in a row that are refused, interrupted or lose their server; twenty of them in `test-long`.
+"""Two hundred searches that are refused, interrupted or lose their server; twenty in `test-long`.
 
-ENDINGS_SEED draws others. A wrong one is made again by `python -m failure.endings --seed SEED --only NUMBER`.
+ENDINGS_SEED draws other attempts. To repeat an attempt that went wrong, run
+`python -m failure.endings --seed SEED --only NUMBER`.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from failure.endings import SHARE, endings
 
 SEED = int(os.environ.get("ENDINGS_SEED", "0"))
 ALL = 200
-A_SHARE = len(SHARE)  # every kind of ending is in it
+A_SHARE = len(SHARE)  # includes every kind of ending
 
 
 def wrong(first: int) -> list[str]:
-    """What is wrong with a share of the attempts."""
+    """Return the attempts of a share that went wrong."""
     ended = list(endings(A_SHARE, SEED, range(first, first + A_SHARE)))
     assert len(ended) == A_SHARE
     return [str(each) for each in ended if each.problems]
@@ -25,7 +26,10 @@ def wrong(first: int) -> list[str]:
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_twenty_endings_say_what_ended_them() -> None:
-    """The right exit code and message within a minute or so, no process left, and no MLflow run left running."""
+    """Searches end with the right exit code and message, within about a minute.
+
+    No process and no running MLflow run remains.
+    """
     found = wrong(0)
     assert not found, "\n".join(found)
 
@@ -36,6 +40,6 @@ def test_twenty_endings_say_what_ended_them() -> None:
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("first", range(0, ALL, A_SHARE))
 def test_two_hundred_endings_say_what_ended_them(first: int) -> None:
-    """As the twenty, at other moments."""
+    """All two hundred attempts end in the right way, each at another moment."""
     found = wrong(first)
     assert not found, "\n".join(found)

@@ -1,4 +1,4 @@
-"""A head that dies and comes back, with what it knew in a real Redis: its workers wait for it and are used again."""
+"""A head that restarts with its state in a real Redis; its workers reconnect."""
 
 from __future__ import annotations
 
@@ -37,8 +37,11 @@ def worker_nodes(cluster: RayProcesses) -> list[str]:
 
 
 def test_a_search_outlives_a_head_that_comes_back(cluster: RayProcesses, tmp_path: Path) -> None:
-    """The head dies in the middle of a search, with the driver on it, and is started again. The worker node was never
-    away; the submitter waits, submits again, and the search goes on to what an undisturbed one finds."""
+    """A search goes on after the head, with the driver on it, died and was started again.
+
+    The worker node stays alive. The submitter waits and submits again, and the search ends as an
+    undisturbed one.
+    """
     train = {"steps": 400, "batch_size": 4, "evaluate_every": 50}
     resources = {"workers": 2, "cpus_per_worker": 1, "trials_per_worker": 1}
     job = write_job(

@@ -1,4 +1,4 @@
-"""A search on a cluster of three nodes, and the same with a node that dies: real raylets on this machine."""
+"""A search on three nodes, with and without losing one: real raylets on this machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 from ray.cluster_utils import Cluster
 from small_jobs import close, write_job
 
-LIMIT_S = 400.0  # only a hang takes this long
+LIMIT_S = 400.0  # reached only when something hangs
 PROMPTLY = {
     "health_check_initial_delay_ms": 0,
     "health_check_period_ms": 500,
@@ -29,15 +29,15 @@ pytestmark = [
     pytest.mark.failure,
     pytest.mark.long,
     pytest.mark.timeout(900),
-]  # whole searches, several a test
+]  # each test runs several whole searches
 
 
-NOTICE_S = 8  # between a cloud's notice and the end of the machine
+NOTICE_S = 8  # seconds between a cloud's notice and the end of the machine
 
 
 @contextmanager
 def three_nodes() -> Iterator[Cluster]:
-    """Of one core each: each holds one worker, and none two."""
+    """Start nodes of one core each, so that each holds exactly one worker."""
     made = Cluster(
         initialize_head=True,
         head_node_args={"num_cpus": 1, "include_dashboard": False, "_system_config": PROMPTLY},
@@ -58,21 +58,21 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    """The search with all of its nodes."""
+    """Run the undisturbed search on all nodes."""
     with three_nodes() as cluster:
         return run_on(cluster, tmp_path_factory.mktemp("whole") / "job")
 
 
 @dataclass(frozen=True)
 class Ran:
-    """What ``orchestrator run --json`` gave back."""
+    """The result of ``orchestrator run --json``."""
 
     document: dict[str, Any]
     said: str
 
     @property
     def workers(self) -> list[set[str]]:
-        """Workers that each trial was trained by."""
+        """Return the workers that trained each trial."""
         return [set(trial["workers"]) for trial in self.document["trials"]]
 
     @property
@@ -85,9 +85,9 @@ def run_on(
     folder: Path,
     on_line: Callable[[str], None] = lambda line: None,
     workers: int | str = 3,
-    steps: int = 800,  # seconds a trial: the last worker may be long in coming
+    steps: int = 800,  # seconds a trial, since the last worker may start late
 ) -> Ran:
-    """Nine trials on three workers, as a process; ``on_line`` hears its progress."""
+    """Run nine trials on three workers in a process; ``on_line`` gets its progress."""
     folder.mkdir()
     train = {"steps": steps, "batch_size": 4, "evaluate_every": 50}
     resources = {"workers": workers, "cpus_per_worker": 1, "trials_per_worker": 1}
@@ -95,8 +95,12 @@ def run_on(
         folder, train=train, search__trials=9, search__scheduler="fifo", resources=resources
     )
     process = subprocess.Popen(
-        [sys.executable, "-m", "orchestrator", "run", str(job), "--address", cluster.address, "--json"],
-        cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        [
+            sys.executable, "-m", "orchestrator", "run", str(job),
+            "--address", cluster.address, "--json",
+        ],
+        cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        start_new_session=True,
     )  # fmt: skip
     assert process.stderr is not None and process.stdout is not None
     said = []
@@ -114,7 +118,7 @@ def run_on(
 
 
 class Under:
-    """Hears a search's progress, and does something to one of its nodes once each worker has a trial under way."""
+    """Watches a search's progress and acts on one node once three trials have begun."""
 
     def __init__(self, cluster: Cluster, act: Callable[[Any], None]) -> None:
         self.cluster = cluster
@@ -132,10 +136,11 @@ class Under:
 
 
 def check_went_on(disturbed: Ran, whole: Ran, lost_node: str) -> set[str]:
-    """A trial of the lost node went on elsewhere, and all ended as they would have.
+    """Check that a trial of the lost node went on elsewhere and that all ended as usual.
 
-    Returns the workers that were on the lost node to their end: one, or none where the broker died with it (the driver
-    may have joined the cluster by that very node), since the groups that come after it bear the same names.
+    Returns the workers that were on the lost node to their end: one, or none where the broker died
+    with it (the driver may have joined the cluster by that very node), since the groups that come
+    after it have the same names.
     """
     nodes = {name: worker["node"] for name, worker in disturbed.document["workers"].items()}
     assert set.union(*disturbed.workers) <= set(nodes), "where each worker was is known"
@@ -156,7 +161,7 @@ def test_every_node_trains(whole: Ran) -> None:
 
 
 def test_a_lost_node_costs_nothing(cluster: Cluster, whole: Ran, tmp_path: Path) -> None:
-    """With one node killed in the middle its trial goes on elsewhere, and every trial ends with the same result."""
+    """A killed node's trial goes on elsewhere; every trial ends with the same result."""
     kill = Under(cluster, lambda node: cluster.remove_node(node, allow_graceful=False))
     disturbed = run_on(cluster, tmp_path / "disturbed", kill)
     lost = check_went_on(disturbed, whole, kill.node)
@@ -168,7 +173,10 @@ def test_a_lost_node_costs_nothing(cluster: Cluster, whole: Ran, tmp_path: Path)
 def test_a_machine_that_is_taken_back_costs_nothing(
     cluster: Cluster, whole: Ran, tmp_path: Path
 ) -> None:
-    """A cloud says that it takes a machine back, as an autoscaler passes it on to Ray, and does so."""
+    """A search survives a node that is drained with a notice and then removed.
+
+    An autoscaler passes a cloud's notice on to Ray in this way.
+    """
     taken: list[threading.Timer] = []
 
     def give_notice(node: Any) -> None:
@@ -188,7 +196,7 @@ def test_a_machine_that_is_taken_back_costs_nothing(
 
 
 def test_a_node_that_comes_later_trains_too(tmp_path: Path) -> None:
-    """A search that began on one node takes a second one into use when it joins, and finds what it would have found."""
+    """A search on one node uses a second node that joins later, and finishes every trial."""
     small = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
     )

@@ -1,4 +1,4 @@
-"""Processes of a search that get SIGKILL, one after another kind: the search ends as if nothing had happened."""
+"""Searches of which one process gets SIGKILL end as undisturbed ones."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ pytestmark = [
     pytest.mark.failure,
     pytest.mark.long,
     pytest.mark.timeout(900),
-]  # whole searches, several a test
+]  # each test runs several whole searches
 
 
 class Killer:
-    """Kills the one actor of a class at the first report of a step."""
+    """Kills an actor of a class at the first report of a step."""
 
     def __init__(self, named: str, step: int = 8) -> None:
         self.named = named
@@ -55,8 +55,11 @@ def states(folder: Path) -> list[str]:
 def test_a_search_survives(
     lost: str, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The broker, Train's controller, a relay of Tune: the same trials, result and version as undisturbed, no process
-    or placement group and no running MLflow run stays behind."""
+    """A search survives the loss of the broker, of Train's controller or of a Tune relay.
+
+    Trials, result and version are those of an undisturbed search. No process, placement group or
+    running MLflow run remains.
+    """
     monkeypatch.chdir(tmp_path)
     killer = Killer(lost)
     disturbed = run_search(finished.job_file, killer)
@@ -77,8 +80,10 @@ def test_what_a_search_remembers_survives(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Proposals that follow from earlier trials, and copies of earlier prompts, after the loss of the broker that knew
-    them: as undisturbed."""
+    """Proposals and copies that follow from earlier trials survive the loss of the broker.
+
+    The search ends as an undisturbed one.
+    """
     (tmp_path / "disturbed").mkdir()
     changes = {"search__searcher": searcher, "search__scheduler": scheduler, "search__trials": 6}
     job_file = write_job(tmp_path, **changes, resources__trials_per_worker=2)

@@ -1,4 +1,4 @@
-"""An MLflow server that goes away for a while, and a full disk: the search ends, and nothing is lost silently."""
+"""Lost services: MLflow away for a while, a full disk, and a lost machine."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.failure,
     pytest.mark.long,
     pytest.mark.timeout(900),
-]  # whole searches, several a test
+]  # each test runs several whole searches
 
 
 @pytest.fixture
@@ -42,8 +42,10 @@ def mlflow_server(tmp_path: Path) -> Iterator[Server]:
 def test_mlflow_goes_away_and_comes_back(
     mlflow_server: Server, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed in the middle and started again a minute later, when the search itself is over: the result of an
-    undisturbed search; every run ended, with every report."""
+    """MLflow is killed during the search and returns a minute later.
+
+    The result is that of an undisturbed search; every run has ended and has every report.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri)
     back: list[threading.Timer] = []
@@ -76,7 +78,7 @@ def test_mlflow_goes_away_and_comes_back(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own that takes a few kilobytes."""
+    """Mount a file system that holds only a few kilobytes."""
     place = tmp_path / "disk"
     place.mkdir()
     mounted = subprocess.run(
@@ -91,7 +93,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_costs_the_state_alone(
     small_disk: Path, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The search says so once, ends as it would have, and its version is registered: MLflow lies elsewhere."""
+    """A full disk is reported once; the search ends as usual and registers its version.
+
+    MLflow is on another disk.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ORCHESTRATOR_HOME", str(small_disk))
     filler = small_disk / "filler"
@@ -113,8 +118,10 @@ def test_a_full_disk_costs_the_state_alone(
 def test_a_lost_machine_whose_searches_are_in_a_store(
     ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The machine that drove a search is gone with all its files: another one goes on from the copy in an object store,
-    and finds what an undisturbed one finds."""
+    """Another machine goes on from the copy in an object store when the first one is lost.
+
+    The result is that of an undisturbed search.
+    """
     if reason := why_no_object_store():
         pytest.skip(reason)
     monkeypatch.chdir(tmp_path)
@@ -129,7 +136,8 @@ def test_a_lost_machine_whose_searches_are_in_a_store(
         monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "lost"))
         driver = subprocess.Popen(
             [sys.executable, "-m", "orchestrator", "run", str(job)],
-            cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+            cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )  # fmt: skip
         home = RemoteHome("s3://team/searches")
         try:

@@ -1,4 +1,4 @@
-"""A folder for job files."""
+"""A fixture for job files."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from job_texts import Files
 
 @pytest.fixture
 def files(tmp_path: Path) -> Files:
-    """A place for job files."""
+    """Return a place for job files."""
     return Files(tmp_path)

@@ -1,4 +1,4 @@
-"""Job files to read, good and bad."""
+"""Job files for tests, good and bad."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ registry:
 
 
 def swap(old: str, new: str) -> str:
-    """GOOD with one part replaced."""
+    """Return GOOD with one part replaced."""
     assert GOOD.count(old) == 1, old
     return GOOD.replace(old, new)
 
@@ -66,18 +66,18 @@ class Files:
         self.path = folder / "job.yaml"
 
     def load(self, text: str | bytes, overrides: Sequence[str] = ()) -> JobSpec:
-        """The job spec in ``text``."""
+        """Load the job spec in ``text``."""
         self.path.write_bytes(text if isinstance(text, bytes) else text.encode())
         return load_job(self.path, overrides)
 
     def problems(self, text: str | bytes, overrides: Sequence[str] = ()) -> tuple[Problem, ...]:
-        """What is wrong with ``text``; fails when nothing is."""
+        """Return the problems of ``text``; fail if there are none."""
         with pytest.raises(SpecError) as caught:
             self.load(text, overrides)
         return caught.value.problems
 
     def problem(self, text: str | bytes, overrides: Sequence[str] = ()) -> Problem:
-        """The only thing that is wrong with ``text``."""
+        """Return the only problem of ``text``."""
         problems = self.problems(text, overrides)
         assert len(problems) == 1, problems
         return problems[0]

@@ -1,4 +1,4 @@
-"""Every problem of the values at once, each with its line and the way out."""
+"""All problems with a job's values are reported at once, each with its line and a remedy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from job_texts import BAD, GOOD, Files, swap
 
 
 def test_every_problem_of_a_file_is_reported_at_once(files: Files) -> None:
-    """Unknown and missing keys, wrong types, bad choices, bad ranges and conflicts come together, in line order."""
+    """Unknown and missing keys, wrong types and values, and conflicts come in line order."""
     assert [(problem.line, problem.where) for problem in files.problems(BAD)] == [
         (1, "name"),
         (3, "base_model.idd"),
@@ -28,9 +28,12 @@ def test_every_problem_of_a_file_is_reported_at_once(files: Files) -> None:
 
 
 def test_a_problem_reads_as_place_key_value_and_what_is_allowed(files: Files) -> None:
-    """The whole line, as a user sees it."""
+    """A problem's text is the whole line that a user sees."""
     problem = files.problem(swap("0.1", "-1"))
-    allowed = "a number above 0 and at most 1000, a list of them, {loguniform: [low, high]} or {uniform: [low, high]}"
+    allowed = (
+        "a number above 0 and at most 1000, a list of them, "
+        "{loguniform: [low, high]} or {uniform: [low, high]}"
+    )
     assert (
         str(problem)
         == f"{files.path}:11: search.space.learning_rate: -1 is not allowed; allowed: {allowed}"
@@ -38,20 +41,23 @@ def test_a_problem_reads_as_place_key_value_and_what_is_allowed(files: Files) ->
 
 
 def test_an_unknown_key_names_the_nearest_and_the_allowed_ones(files: Files) -> None:
-    """A typo gets one message, on the key's own line, and the required key it stands for is not missing as well."""
+    """A typo gets one message, at its own line.
+
+    The required key for which it stands is not reported as missing as well.
+    """
     problem = files.problem(swap("template:", "templat:"))
     assert (problem.line, problem.where, problem.message) == (6, "data.templat", "unknown key")
     assert problem.hint.startswith("did you mean template? allowed: path, subset, ")
 
 
 def test_a_key_in_the_wrong_section_names_the_right_one(files: Files) -> None:
-    """A known key that stands elsewhere is found by its name."""
+    """A known key in the wrong section gets a hint with its full name."""
     problem = files.problem(GOOD + "  learning_rate: 0.1\n")
     assert problem.hint.startswith("did you mean search.space.learning_rate? allowed: steps, ")
 
 
 def test_missing_required_keys_point_at_their_section(files: Files) -> None:
-    """Each missing key is named, at the line of the section it belongs to."""
+    """Each missing key is reported at the line of its section."""
     problems = files.problems(
         "# a comment\nname: x\ndata:\n  path: a\n  template: '{text}'\nsearch: {metric: loss}\n"
     )
@@ -64,27 +70,33 @@ def test_missing_required_keys_point_at_their_section(files: Files) -> None:
 
 @pytest.mark.parametrize("value", ['"5"', "true", "5.0", "0", "[]", "{a: 1}", "null", ""])
 def test_a_wrong_type_gets_one_sentence(files: Files, value: str) -> None:
-    """Text, truth values, floats, numbers out of range, lists, mappings and nothing are no number of steps."""
+    """Any value that is no number of steps gets the same message.
+
+    Text, booleans, floats, numbers out of range, lists, mappings and null are tried.
+    """
     problem = files.problem(swap("steps: 100", f"steps: {value}"))
     assert (problem.line, problem.where) == (13, "train.steps")
     assert problem.message.endswith("is not allowed; allowed: a whole number of at least 1")
 
 
 def test_quotes_too_many_or_missing_are_named(files: Files) -> None:
-    """A number in quotes and a number where text belongs get the hint that helps."""
+    """A quoted number, and a number where text belongs, get a helpful hint."""
     assert files.problem(swap("100", '"100"')).hint == "remove the quotes"
     assert files.problem(swap("target: label", "target: 5")).hint == "put it in quotes"
 
 
 def test_the_nearest_choice_is_named(files: Files) -> None:
-    """A misspelt choice gets all choices and the nearest."""
+    """A misspelt choice gets all choices and the nearest one."""
     problem = files.problem(swap("steps: 100", "optimizer: AdamWW"))
     assert problem.message == '"AdamWW" is not allowed; allowed: adamw, adafactor or sgd'
     assert problem.hint == "did you mean adamw?"
 
 
 def test_a_list_of_fixed_length_is_shown_by_example(files: Files) -> None:
-    """A pair of wrong length gets what its parts may be and an example; a bad part is named itself."""
+    """A pair of the wrong length gets the allowed parts and an example.
+
+    A bad part is reported by itself.
+    """
     part = "a number of at least 0 and below 1"
     problem = files.problem(swap("steps: 100", "betas: [0.9]"))
     assert (
@@ -99,11 +111,12 @@ def test_a_list_of_fixed_length_is_shown_by_example(files: Files) -> None:
 
 
 def test_a_train_setting_without_effect_is_named_with_the_way_out(files: Files) -> None:
-    """The conflict has the line of the key, its switch, and what to change."""
+    """The conflict names the key, the setting that disables it, and what to change."""
     problem = files.problem(GOOD + "  momentum: 0.9\n")
     assert problem.where == "train.momentum"
     assert problem.message == (
-        "train.momentum has no effect with train.optimizer adamw; leave it out, or set train.optimizer to sgd"
+        "train.momentum has no effect with train.optimizer adamw; "
+        "leave it out, or set train.optimizer to sgd"
     )
 
 
@@ -149,21 +162,22 @@ def test_a_train_setting_without_effect_is_named_with_the_way_out(files: Files) 
         (
             "{choice: [1, 2]}",
             "",
-            '{"choice": [1, 2]} is not allowed; allowed: a number above 0 and at most 1000, a list of them, ',
+            '{"choice": [1, 2]} is not allowed; '
+            "allowed: a number above 0 and at most 1000, a list of them, ",
         ),
     ],
 )
 def test_a_union_gets_one_message_at_the_part_that_is_wrong(
     files: Files, value: str, where: str, message: str
 ) -> None:
-    """A learning rate may have four shapes; a bad one is explained by the shape it was meant to have."""
+    """A bad learning rate is explained by the one of its four shapes that was meant."""
     problem = files.problem(swap("0.1", value))
     assert (problem.line, problem.where) == (11, f"search.space.learning_rate{where}")
     assert problem.message.startswith(message)
 
 
 def test_a_section_that_is_empty_or_no_mapping_is_explained(files: Files) -> None:
-    """A section whose keys are all commented out is refused with what to do."""
+    """A section whose keys are all commented out is refused with a remedy."""
     problem = files.problem(swap("  steps: 100\n", "  # steps: 100\n"))
     assert (problem.line, problem.where) == (12, "train")
     assert "null is not allowed; allowed: a mapping with the keys steps, " in problem.message
@@ -171,7 +185,7 @@ def test_a_section_that_is_empty_or_no_mapping_is_explained(files: Files) -> Non
 
 
 def test_accuracy_without_a_verbalizer_points_at_what_is_there(files: Files) -> None:
-    """The metric's line when it is written, else the section where the verbalizer belongs."""
+    """The problem is at the metric if one is written, else at the verbalizer's section."""
     text = swap('  verbalizer: {0: " ham", 1: " spam"}\n', "")
     problem = files.problem(text)
     assert (problem.line, problem.where) == (4, "data.verbalizer")
@@ -181,7 +195,10 @@ def test_accuracy_without_a_verbalizer_points_at_what_is_there(files: Files) -> 
 
 
 def test_a_text_metric_with_a_verbalizer_points_at_the_metric(files: Files) -> None:
-    """The metric's line, with both ways out; references beside a verbalizer are said at their own line."""
+    """The problem is at the metric's line and names both remedies.
+
+    References beside a verbalizer are reported at their own line.
+    """
     text = swap("search:\n", "search:\n  metric: bleu\n")
     problem = files.problem(text)
     assert (problem.line, problem.where) == (10, "search.metric")
@@ -191,14 +208,14 @@ def test_a_text_metric_with_a_verbalizer_points_at_the_metric(files: Files) -> N
 
 
 def test_an_unknown_metric_names_the_nearest(files: Files) -> None:
-    """rouge is one of rouge_l's misspellings; all metrics are listed."""
+    """ "rouge" gets the hint rouge_l and the list of all metrics."""
     problem = files.problem(swap("search:\n", "search:\n  metric: rouge\n"))
     assert "allowed: accuracy, exact_match, bleu, rouge_l, f1 or loss" in problem.message
     assert problem.hint == "did you mean rouge_l?"
 
 
 def test_a_grid_with_a_range_is_refused_at_the_searcher(files: Files) -> None:
-    """The conflict stands at the searcher's line and names the range."""
+    """The conflict is at the searcher's line and names the range."""
     text = swap(
         "    learning_rate: 0.1\n", "    learning_rate: {uniform: [0.1, 0.2]}\n  searcher: grid\n"
     )
@@ -208,14 +225,14 @@ def test_a_grid_with_a_range_is_refused_at_the_searcher(files: Files) -> None:
 
 
 def test_a_reserved_alias_is_refused(files: Files) -> None:
-    """MLflow keeps latest for itself."""
+    """ "latest" is reserved by MLflow."""
     problem = files.problem(GOOD + "registry: {alias: latest}\n")
     assert (problem.line, problem.where) == (14, "registry.alias")
     assert "reserved by MLflow" in problem.message
 
 
 def test_an_alias_with_a_dot_is_refused(files: Files) -> None:
-    """MLflow takes dots in a model's name and none in an alias."""
+    """MLflow allows dots in a model's name but not in an alias."""
     problem = files.problem(GOOD + "registry: {alias: v1.2}\n")
     allowed = "letters, digits, '_' and '-', a letter or digit first, 100 at most"
     assert (problem.where, problem.message) == (
@@ -225,7 +242,7 @@ def test_an_alias_with_a_dot_is_refused(files: Files) -> None:
 
 
 def test_conflicts_in_different_sections_are_reported_together(files: Files) -> None:
-    """A conflict inside search does not hide the one between train's keys."""
+    """A conflict inside search does not hide one between keys of train."""
     text = swap("search:\n", "search:\n  mode: min\n").replace(
         "steps: 100", "evaluate_every: 7\n  steps: 5"
     )
@@ -239,7 +256,7 @@ def test_conflicts_in_different_sections_are_reported_together(files: Files) -> 
     "key", ["name", "base_model", "base_model.id", "data.path", "data.template", "data.target"]
 )
 def test_a_missing_key_hides_no_conflict_of_other_keys(files: Files, key: str) -> None:
-    """Without any of the required keys, the others are still checked against each other."""
+    """Without any one of the required keys, the others are still checked against each other."""
     job = yaml.safe_load(GOOD + "  evaluate_every: 900\n")
     *way, last = key.split(".")
     del (job[way[0]] if way else job)[last]
@@ -250,7 +267,7 @@ def test_a_missing_key_hides_no_conflict_of_other_keys(files: Files, key: str) -
 
 
 def test_what_depends_on_a_bad_value_is_not_judged(files: Files) -> None:
-    """A misspelt verbalizer is one problem; that the metric needs one is not said on top."""
+    """A misspelt verbalizer is the only problem; a metric that needs one is not reported too."""
     assert files.problem(swap("verbalizer:", "verbaliser:")).where == "data.verbaliser"
     assert (
         files.problem(swap("steps: 100", "steps: -1\n  evaluate_every: 900")).where == "train.steps"
@@ -258,7 +275,7 @@ def test_what_depends_on_a_bad_value_is_not_judged(files: Files) -> None:
 
 
 def test_a_verbalizer_of_thousands_with_one_mistake_is_explained(files: Files) -> None:
-    """The one bad text among many is named, in good time."""
+    """One bad text among thousands is found quickly."""
     rows = "".join(f"    {n}: {'word' if n != 1234 else 5}\n" for n in range(3000))
     problem = files.problem(
         swap('  verbalizer: {0: " ham", 1: " spam"}\n', f"  verbalizer:\n{rows}")
@@ -277,7 +294,7 @@ def test_a_verbalizer_of_thousands_with_one_mistake_is_explained(files: Files) -
 def test_a_bad_template_is_one_problem_whatever_reads_it(
     files: Files, more: str, section: str
 ) -> None:
-    """Checks across keys that look at the template stay silent where it can't be read."""
+    """Checks that use the template are skipped when it can't be read."""
     text = GOOD.replace('template: "{text}\\nSpam or not?"', "template: {text}").replace(
         "data:\n", section
     )

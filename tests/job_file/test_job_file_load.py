@@ -1,4 +1,4 @@
-"""Files as a whole: a good one loads, one that is no job spec gets one clear message."""
+"""Whole files: a good one loads, and one that is no job spec gets one clear message."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from orchestrator.job.yaml import load_job
 
 
 def test_a_good_file_loads(files: Files) -> None:
-    """Values arrive as written, defaults fill the rest; str and Path both name a file."""
+    """Values are read as written, with defaults for the rest; the path may be str or Path."""
     spec = files.load(GOOD)
     assert (spec.name, spec.train.steps, spec.train.batch_size) == ("sms-spam", 100, 16)
     assert spec.data.verbalizer == {0: " ham", 1: " spam"}
@@ -23,12 +23,12 @@ def test_a_good_file_loads(files: Files) -> None:
 
 
 def test_a_byte_order_mark_is_ignored(files: Files) -> None:
-    """Editors that start a file with one make no difference."""
+    """A byte order mark at the start of a file, as some editors write it, is ignored."""
     assert files.load(b"\xef\xbb\xbf" + GOOD.encode()).name == "sms-spam"
 
 
 def test_a_missing_file_names_the_nearest_one(files: Files) -> None:
-    """A wrong name gets one message, exit code 2 and the file that was probably meant."""
+    """A wrong name gets one message, exit code 2 and the most similar file."""
     files.load(GOOD)
     with pytest.raises(SpecError, match="there is no such file") as caught:
         load_job(files.path.with_name("jbo.yaml"))
@@ -39,7 +39,7 @@ def test_a_missing_file_names_the_nearest_one(files: Files) -> None:
 
 
 def test_a_folder_is_no_job_spec(tmp_path: Path) -> None:
-    """A folder gets one message."""
+    """A folder raises SpecError that says it is one."""
     with pytest.raises(SpecError, match="is a folder"):
         load_job(tmp_path)
 
@@ -67,14 +67,17 @@ def test_a_folder_is_no_job_spec(tmp_path: Path) -> None:
 def test_text_that_is_no_job_spec_gets_one_clear_message(
     files: Files, text: bytes, line: int | None, message: str
 ) -> None:
-    """Empty, not a mapping, not YAML, not UTF-8, too deep, too large: one problem, with its line where there is one."""
+    """Text that is no job spec gives one problem, with its line if there is one.
+
+    It is empty, no mapping, no YAML, not UTF-8, too deep or too large.
+    """
     problem = files.problem(text)
     assert message in problem.message
     assert problem.line == line
 
 
 def test_a_spec_error_survives_pickle(files: Files) -> None:
-    """Problems arrive whole when the error crosses a process."""
+    """The error's problems are complete after pickling, as between processes."""
     with pytest.raises(SpecError) as caught:
         files.load(BAD)
     again = pickle.loads(pickle.dumps(caught.value))
@@ -83,7 +86,7 @@ def test_a_spec_error_survives_pickle(files: Files) -> None:
 
 
 def test_reading_a_job_imports_nothing_heavy() -> None:
-    """Neither torch nor Ray nor their kin load with the job spec."""
+    """Reading a job spec imports neither torch nor Ray nor other heavy libraries."""
     code = "import sys, orchestrator.job.yaml, orchestrator.job.space; print(*sys.modules)"
     modules = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

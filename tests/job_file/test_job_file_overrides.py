@@ -1,4 +1,4 @@
-"""Values laid over a file with --set."""
+"""Values that --set puts over a file's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from orchestrator.job.spec import DataFiles, LogUniform
 
 
 def test_an_override_sets_a_key_and_makes_the_mappings_on_the_way(files: Files) -> None:
-    """Later overrides win; values are read as in the file."""
+    """Later overrides win; values are read as in the file, and missing mappings are created."""
     overrides = [
         "train.steps=7",
         "train.steps=9",
@@ -28,13 +28,13 @@ def test_an_override_sets_a_key_and_makes_the_mappings_on_the_way(files: Files) 
 
 
 def test_an_override_below_a_scalar_replaces_the_scalar(files: Files) -> None:
-    """A hub data set becomes files; a second override adds to the first."""
+    """A hub data set is replaced by files; a second override adds to the first."""
     spec = files.load(GOOD, ["data.path.train=a.jsonl", "data.path.test=b.csv"])
     assert spec.data.path == DataFiles(train="a.jsonl", test="b.csv")
 
 
 def test_an_override_reaches_typed_and_quoted_keys(files: Files) -> None:
-    """A number in a key is a number as in YAML; quotes make text of it and keep dots together."""
+    """A number in a key is a number, as in YAML; quotes make it text and protect dots."""
     spec = files.load(
         GOOD, ["data.verbalizer.0= ' good'", 'data.verbalizer."2"=x', 'data.rename."a.b=c"=text']
     )
@@ -43,20 +43,20 @@ def test_an_override_reaches_typed_and_quoted_keys(files: Files) -> None:
 
 
 def test_a_value_may_hold_equals_signs_and_braces(files: Files) -> None:
-    """Only the first = separates; text that YAML would read otherwise stands in quotes."""
+    """Only the first = separates; text with a meaning in YAML needs quotes."""
     assert files.load(GOOD, ['data.template="{text} = ?\\n"']).data.template == "{text} = ?\n"
     assert files.load(GOOD, ["data.target=a=b"]).data.target == "a=b"
 
 
 def test_an_override_mends_a_bad_value_of_the_file(files: Files) -> None:
-    """What an override replaces is not reported."""
+    """A value that an override replaces is not reported."""
     assert (
         files.load(swap("100", "-1"), ["train.steps=5", "train.evaluate_every=5"]).train.steps == 5
     )
 
 
 def test_an_override_mends_what_could_not_be_read(files: Files) -> None:
-    """Tags, keys given twice and earlier overrides are gone with the value they stood at."""
+    """Tags, duplicate keys and earlier overrides are gone with the value that is replaced."""
     assert (
         files.load(
             swap("100", "!x 100\n  steps: 100"), ["train.steps=[1", "train.steps=50"]
@@ -66,7 +66,7 @@ def test_an_override_mends_what_could_not_be_read(files: Files) -> None:
 
 
 def test_an_override_changes_one_use_of_an_alias(files: Files) -> None:
-    """What an anchor stands for elsewhere, merged in or not, stays."""
+    """Other uses of the anchor keep their value, merged in or not."""
     text = swap(
         "path: ucirvine/sms_spam",
         "path: &files {train: a}\n  where: {<<: *files}\n  limit: &limit {train: 5}",
@@ -76,7 +76,7 @@ def test_an_override_changes_one_use_of_an_alias(files: Files) -> None:
 
 
 def test_an_unknown_key_of_an_override_names_the_override(files: Files) -> None:
-    """The place of the problem is the override itself, without a line."""
+    """The problem's place is the override, without a line."""
     problem = files.problem(GOOD, ["data.foo=1"])
     assert (problem.file, problem.line, problem.where) == ("--set data.foo=1", None, "data.foo")
     assert "allowed: path, subset" in problem.hint
@@ -84,7 +84,10 @@ def test_an_unknown_key_of_an_override_names_the_override(files: Files) -> None:
 
 
 def test_a_bad_value_of_an_override_names_the_override(files: Files) -> None:
-    """Wrong values, values inside values and conflicts all point at the override, after the file's own problems."""
+    """Wrong values, nested values and conflicts are placed at the override.
+
+    They come after the file's own problems.
+    """
     problem = files.problem(GOOD, ["search.space={seed: [0, -1]}"])
     assert (problem.file, problem.line) == ("--set search.space={seed: [0, -1]}", None)
     assert problem.where == "search.space.seed[1]"
@@ -119,13 +122,13 @@ def test_a_bad_value_of_an_override_names_the_override(files: Files) -> None:
     ],
 )
 def test_a_malformed_override_is_a_problem(files: Files, override: str, message: str) -> None:
-    """No =, no key, and values that are not YAML on one line are reported with the override as their place."""
+    """An override without = or key, or with a value that is no YAML, is reported by itself."""
     problem = files.problems(GOOD, [override])[0]
     assert problem.file == f"--set {override}"
     assert message in problem.message
 
 
 def test_an_override_inside_a_list_is_refused(files: Files) -> None:
-    """Lists are set as a whole."""
+    """A list can only be set as a whole."""
     problem = files.problem(swap("0.1", "[0.1, 0.2]"), ["search.space.learning_rate.0=0.3"])
     assert problem.message == "search.space.learning_rate is a list; set it as a whole"

@@ -1,4 +1,4 @@
-"""Random jobs and random text: refused exactly when the models refuse, always in words of our own."""
+"""Random jobs and text are refused exactly when the models refuse, in our own words."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ values = st.recursive(
 
 @st.composite
 def mutated(draw: st.DrawFn) -> Any:
-    """FULL with a few values replaced, removed or added anywhere."""
+    """Draw a copy of FULL with a few values replaced, removed or added anywhere."""
 
     def change(value: Any, depth: int) -> Any:
         if depth == 0 or not isinstance(value, dict | list) or not value:
@@ -99,7 +99,7 @@ def mutated(draw: st.DrawFn) -> Any:
 
 
 def accepted(job: Any) -> bool:
-    """Whether the models themselves take the job."""
+    """Return whether the models accept the job."""
     try:
         JobSpec.model_validate(job)
         return True
@@ -114,14 +114,14 @@ def accepted(job: Any) -> bool:
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 def test_a_file_loads_exactly_when_the_models_accept_it(files: Files, job: Any) -> None:
-    """Every refusal of the models is explained in words of our own, and nothing else is refused."""
+    """Every refusal of the models is explained in our own words; nothing else is refused."""
     text = yaml.safe_dump(job, sort_keys=False, allow_unicode=False, default_flow_style=None)
     if accepted(job):
         assert files.load(text) == JobSpec.model_validate(job)
         return
     for problem in files.problems(text):
         str(problem).encode()  # printable, whatever the file holds
-        assert "Input should" not in problem.message  # pydantic's words, from the last resort
+        assert "Input should" not in problem.message  # pydantic's wording, a last resort
         assert problem.file == str(files.path)
 
 
@@ -130,7 +130,7 @@ def test_a_file_loads_exactly_when_the_models_accept_it(files: Files, job: Any) 
     max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_any_text_loads_or_gives_problems(files: Files, text: str) -> None:
-    """No file and no override, however odd, ends in another error."""
+    """Any file and any override is loaded or raises SpecError."""
     with pytest.raises(SpecError):
         files.load(text.encode("utf-8", "surrogatepass"))
     try:

@@ -1,4 +1,4 @@
-"""YAML text to values: what is read as what, and what no model gets to see."""
+"""From YAML text to values: how scalars are read, and what never reaches a model."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from orchestrator.job.spec import TextInit
 
 
 def test_yes_and_no_are_words(files: Files) -> None:
-    """YAML 1.1 would read both as truth values; a verbalizer needs them as text."""
+    """YAML 1.1 would read both as booleans; a verbalizer needs them as text."""
     spec = files.load(swap('{0: " ham", 1: " spam"}', "{0: no, 1: yes, on: off}"))
     assert spec.data.verbalizer == {0: "no", 1: "yes", "on": "off"}
 
 
 @pytest.mark.parametrize("text", ["1e-3", ".001", "1E-3", "+1.0e-3", "0.001"])
 def test_every_spelling_of_a_float_is_a_number(files: Files, text: str) -> None:
-    """1e-3 needs no point, as YAML 1.1 wants."""
+    """1e-3 is a number without a point, which YAML 1.1 would require."""
     assert files.load(swap("0.1", text)).search.space.learning_rate == 0.001
 
 
@@ -24,12 +24,12 @@ def test_every_spelling_of_a_float_is_a_number(files: Files, text: str) -> None:
     "text", ["010", "0x1F", "0o17", "1_000", "12:30:45", "2024-01-31", "=", "y"]
 )
 def test_what_yaml_1_1_reads_as_something_else_stays_text(files: Files, text: str) -> None:
-    """Octal, hexadecimal, underscored and sexagesimal numbers and dates are the text that was written."""
+    """Octal, hexadecimal, underscored and sexagesimal numbers and dates stay text."""
     assert files.load(swap("target: label", f"target: {text}")).data.target == text
 
 
 def test_label_types_are_kept(files: Files) -> None:
-    """A number, a truth value and a quoted number are three different labels."""
+    """A number, a boolean and a quoted number are three different labels."""
     verbalizer = (
         files.load(swap('{0: " ham", 1: " spam"}', '{0: a, true: b, "1": c}')).data.verbalizer or {}
     )
@@ -41,7 +41,7 @@ def test_label_types_are_kept(files: Files) -> None:
 
 
 def test_aliases_and_merge_keys_work(files: Files) -> None:
-    """An anchor's value can be used again, and << fills in keys that are not given."""
+    """An anchor's value can be used again; << fills in missing keys."""
     text = swap(
         '{0: " ham", 1: " spam"}', "&words {0: a, 1: b}\n  limit: &limit {train: 5, test: 3}"
     )
@@ -58,14 +58,14 @@ def test_aliases_and_merge_keys_work(files: Files) -> None:
 
 
 def test_a_merged_key_is_checked_like_a_written_one(files: Files) -> None:
-    """A wrong value that comes in through << is reported at the line it stands on."""
+    """A wrong value that comes in through << is reported at its own line."""
     text = swap("steps: 100", "<<: &more\n    batch_size: 0\n  steps: 100")
     problem = files.problem(text)
     assert (problem.line, problem.where) == (14, "train.batch_size")
 
 
 def test_duplicate_keys_are_problems(files: Files) -> None:
-    """The second of two equal keys is reported with the line of the first, at any depth."""
+    """The second of two equal keys is reported with the first one's line, at any depth."""
     problems = files.problems(GOOD + "  steps: 300\nname: other\n")
     assert [(problem.line, problem.where) for problem in problems] == [
         (14, "train.steps"),
@@ -75,14 +75,14 @@ def test_duplicate_keys_are_problems(files: Files) -> None:
 
 
 def test_keys_that_are_no_text_are_problems(files: Files) -> None:
-    """Lists and nothing can't be keys; a number can, and is unknown like any other word."""
+    """Lists and null can't be keys; a number can, and is unknown like any other word."""
     assert "can't be a key" in files.problem(GOOD + "? [a, b]\n: c\n").message
     assert "can't be a key" in files.problem(GOOD + "~: c\n").message
     assert files.problem(GOOD + "5: c\n").where == "5"
 
 
 def test_an_alias_of_its_own_parent_is_refused(files: Files) -> None:
-    """A value that holds itself is reported instead of read for ever."""
+    """A value that contains itself is reported instead of being read for ever."""
     problem = files.problem(swap("label", "&loop [*loop]"))
     assert (problem.line, problem.where) == (7, "data.target[0]")
     assert "alias" in problem.message
@@ -95,7 +95,7 @@ def test_an_alias_of_its_own_parent_is_refused(files: Files) -> None:
 
 
 def test_aliases_that_multiply_are_refused(files: Files) -> None:
-    """A few lines that stand for billions of values are refused quickly."""
+    """A few lines that expand to billions of values are refused quickly."""
     lines = ["a0: &a0 [1,1,1,1,1,1,1,1,1,1]"]
     lines += [f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10)]
     assert "values, aliases counted" in files.problem("\n".join(lines)).message
@@ -110,7 +110,7 @@ def test_aliases_that_multiply_are_refused(files: Files) -> None:
     ["!!python/object:os.system x", "!local 5", "!!set {a, b}", "!!int five", "!!binary eA=="],
 )
 def test_tags_are_refused(files: Files, value: str) -> None:
-    """No tag makes an object; a plain type's tag must fit."""
+    """Tags create no objects; a plain type's tag is refused when it does not fit."""
     problem = files.problem(swap("label", value))
     assert (problem.line, problem.where) == (7, "data.target")
     assert "tag" in problem.message

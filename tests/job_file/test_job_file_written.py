@@ -1,4 +1,4 @@
-"""A job spec written out reads back as it was."""
+"""A job spec that is written out is read back unchanged."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ data:
 @example({"1e3": ".5e3"})
 @example({"007": "1.10", "True": "~"})
 def test_what_is_written_reads_back_in_its_type(document: dict[Any, str]) -> None:
-    """A text that looks like a number in YAML 1.2 alone stays a text, as key and as value."""
+    """A text that only YAML 1.2 would read as a number stays text, as a key and as a value."""
     node = compose(write(document))
     assert node is not None
     assert repr(grow(node, "file").plain()) == repr(document)
@@ -54,7 +54,7 @@ def load(folder: Path, text: str) -> Any:
     [("007", "007"), ('"1"', "1"), ("1", 1), ("1.0", 1.0), ("yes", "yes"), ("True", True)],
 )
 def test_labels_are_as_the_file_spells_them(tmp_path: Path, key: str, label: Any) -> None:
-    """Leading zeros make a text, with quotes or without; a number with a point may be a label."""
+    """Leading zeros make a text, with or without quotes; a number with a point may be a label."""
     found = load(tmp_path, f'  verbalizer: {{{key}: " a", other: " b"}}\n').data.verbalizer
     assert [(type(it), it) for it in found] == [(type(label), label), (str, "other")]
 
@@ -80,7 +80,7 @@ def test_a_label_that_is_named_twice_is_reported_in_both_spellings(
 
 
 def test_two_spellings_with_one_text_are_no_conflict(tmp_path: Path) -> None:
-    """So specs go on that name the labels of two formats."""
+    """A spec may name the labels of two formats if their texts agree."""
     verbalizer = {0: " no", "0": " no", 1: " yes", "1": " yes"}
     assert (
         load(

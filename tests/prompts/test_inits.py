@@ -31,7 +31,7 @@ def made(
 
 
 def ids_of(prompt: Tensor, table: Tensor = TABLE) -> list[int]:
-    """The tokens whose embeddings the virtual tokens are; -1 for one that is no token's."""
+    """Return the token of each virtual token's embedding; -1 where there is none."""
     same = (prompt[:, None] == table[None]).all(-1)
     return [int(row.nonzero()[0]) if row.any() else -1 for row in same]
 
@@ -39,7 +39,10 @@ def ids_of(prompt: Tensor, table: Tensor = TABLE) -> list[int]:
 @pytest.mark.parametrize("init", ["random", "sample_vocab", "class_labels"])
 @pytest.mark.parametrize("length", [1, 2, 3, 50, 400])
 def test_seeds_reproduce(init: str, length: int) -> None:
-    """The same seed gives the same [P, H] in float32, another seed another one; global random state plays no part."""
+    """A seed determines the [P, H] in float32; another seed gives another one.
+
+    The global random state plays no part.
+    """
     torch.manual_seed(1)
     first = made(init, length, seed=7)
     torch.manual_seed(2)
@@ -52,7 +55,7 @@ def test_seeds_reproduce(init: str, length: int) -> None:
 
 
 def test_random_is_uniform() -> None:
-    """Values lie in [-0.5, 0.5], fill it, and have the mean and the variance of a uniform distribution."""
+    """Values fill [-0.5, 0.5] and have the mean and variance of a uniform distribution."""
     values = made("random", 2000)
     assert values.min() >= -0.5 and values.max() <= 0.5
     assert values.min() < -0.499 and values.max() > 0.499
@@ -61,7 +64,7 @@ def test_random_is_uniform() -> None:
 
 
 def test_sample_vocab_draws_without_replacement() -> None:
-    """Each virtual token is the embedding of another frequent token; no token comes twice while there are others."""
+    """Virtual tokens are embeddings of frequent tokens, without repeats while any are left."""
     population = frequent_ids(CONTEXT)
     drawn = ids_of(made("sample_vocab", 100))
     assert len(set(drawn)) == 100 and set(drawn) <= set(population)
@@ -69,7 +72,7 @@ def test_sample_vocab_draws_without_replacement() -> None:
 
 
 def test_a_prompt_longer_than_the_vocabulary_starts_again() -> None:
-    """With more virtual tokens than tokens each is used once before any is used twice."""
+    """When virtual tokens outnumber the tokens, each is used once before any is used twice."""
     population = frequent_ids(CONTEXT)
     drawn = ids_of(made("sample_vocab", 2 * len(population) + 5))
     assert sorted(drawn[: len(population)]) == sorted(population)
@@ -78,7 +81,7 @@ def test_a_prompt_longer_than_the_vocabulary_starts_again() -> None:
 
 
 def test_frequent_tokens_are_ordinary_ones() -> None:
-    """Neither special tokens nor byte fallbacks are drawn, and the lowest ids come first."""
+    """Special tokens and byte fallbacks are not drawn; the lowest ids come first."""
     tokenizer = spaced_tokenizer()
     context = InitContext(CONTEXT.embed, (len(tokenizer), 32), tokenizer, [])
     population = frequent_ids(context)
@@ -92,13 +95,19 @@ def test_frequent_tokens_are_ordinary_ones() -> None:
 
 
 def test_tokens_without_an_embedding_are_never_drawn() -> None:
-    """A tokenizer may name more tokens than the table has rows, and a padded table more rows than there are tokens."""
+    """Only ids within both the tokenizer and the embedding table are drawn.
+
+    A tokenizer may have more tokens than the table has rows; a padded table may have more rows.
+    """
     assert max(frequent_ids(replace(CONTEXT, shape=(300, 32)))) == 299
     assert max(frequent_ids(replace(CONTEXT, shape=(5000, 32)))) == len(tiny_tokenizer()) - 1
 
 
 def test_class_labels_are_means_over_their_tokens() -> None:
-    """Each label gives one virtual token, the mean of its tokens' embeddings; the vocabulary fills the rest."""
+    """Each label gives one virtual token, the mean of its tokens' embeddings.
+
+    The rest are drawn from the vocabulary.
+    """
     prompt = made("class_labels", 10, seed=3)
     for place, ids in enumerate(ANSWERS):
         assert len(ids) > 1
@@ -110,7 +119,7 @@ def test_class_labels_are_means_over_their_tokens() -> None:
 
 
 def test_fewer_virtual_tokens_than_labels() -> None:
-    """The first labels are used, as many as there is room for."""
+    """With fewer virtual tokens than labels, the first labels are used."""
     assert torch.equal(made("class_labels", 1), made("class_labels", 10)[:1])
     assert torch.equal(made("class_labels", 2, seed=1), made("class_labels", 2, seed=2))
 
@@ -118,7 +127,10 @@ def test_fewer_virtual_tokens_than_labels() -> None:
 @pytest.mark.parametrize("length", [1, 3, 5, 12])
 @pytest.mark.parametrize("spaced", [False, True])
 def test_text_is_cut_or_repeated(length: int, spaced: bool) -> None:
-    """Virtual tokens are the text's tokens in order, cut or started again; special tokens in front are left out."""
+    """Virtual tokens are the text's tokens in order, cut or repeated to the length.
+
+    Special tokens in front are left out.
+    """
     tokenizer = spaced_tokenizer() if spaced else tiny_tokenizer()
     table = torch.randn(len(tokenizer), 8, generator=torch.Generator().manual_seed(0))
     context = InitContext(lambda ids: table[ids], (len(table), 8), tokenizer, [])
@@ -131,13 +143,13 @@ def test_text_is_cut_or_repeated(length: int, spaced: bool) -> None:
 
 
 def test_a_text_without_tokens_is_refused() -> None:
-    """There is nothing to start from."""
+    """A text without tokens is BadInput."""
     with pytest.raises(BadInput, match="init text '' has no tokens"):
         made("text", 3, text="")
 
 
 def test_an_unknown_init_is_refused() -> None:
-    """The message names it and the known ones."""
+    """The message names the unknown init and the known ones."""
     with pytest.raises(
         BadInput, match=r"init 'zeros' is unknown(.|\n)*random_normal, sample_vocab, class_labels"
     ):
@@ -146,7 +158,10 @@ def test_an_unknown_init_is_refused() -> None:
 
 @pytest.mark.parametrize("family", ["gemma3_text", "gemma2", "llama", "opt"])
 def test_virtual_tokens_are_what_enters_the_model(family: str) -> None:
-    """A text init gives the very logits of the text's token ids, also where the family scales its embeddings."""
+    """A text init gives exactly the logits of the text's token ids.
+
+    This includes families that scale their embeddings.
+    """
     backbone = tiny_backbone(family, torch.float32)
     context = InitContext.of(backbone, [])
     words = "the quick brown fox"
@@ -159,7 +174,7 @@ def test_virtual_tokens_are_what_enters_the_model(family: str) -> None:
 
 
 def test_the_prompt_is_its_own_memory() -> None:
-    """Tuning a prompt never writes to the embedding table it came from."""
+    """Writing to a prompt never changes the embedding table."""
     before = TABLE.clone()
     backbone = tiny_backbone(dtype=torch.float32)
     context = InitContext.of(backbone, ANSWERS)
@@ -172,7 +187,7 @@ def test_the_prompt_is_its_own_memory() -> None:
 
 
 def test_random_normal_is_as_wide_as_the_vocabulary() -> None:
-    """Mean zero, and the standard deviation of the embedding table's entries."""
+    """random_normal has mean zero and the standard deviation of the embedding table."""
     prompt = made("random_normal", 400, seed=1)
     spread = float(tiny_backbone().table.float().std())
     assert (
@@ -185,7 +200,7 @@ def test_random_normal_is_as_wide_as_the_vocabulary() -> None:
 
 
 def test_the_population_of_sampled_tokens_is_an_option() -> None:
-    """sample_vocab: N draws from the N most frequent tokens only, each once before any twice."""
+    """sample_vocab: N draws from the N most frequent tokens, each once before any twice."""
     spec = TrialSpec("sample_vocab", None, 8, 0.3, 0, init_population=4)
     rows = {tuple(row.tolist()) for row in initial_prompt(spec, CONTEXT)}
     allowed = CONTEXT.embed(torch.tensor(frequent_ids(CONTEXT, 4))).float()
@@ -199,14 +214,14 @@ STORED = torch.arange(3.0 * 32).view(3, 32)
     ("length", "places"), [(3, [0, 1, 2]), (2, [0, 1]), (7, [0, 1, 2, 0, 1, 2, 0])]
 )
 def test_another_prompt_is_cut_or_repeated(length: int, places: list[int]) -> None:
-    """An artifact's virtual tokens in their order, to the length that the trial has."""
+    """An artifact's virtual tokens are taken in order, cut or repeated to the trial's length."""
     context = replace(CONTEXT, artifacts={"other@champion": {"prompt": STORED}})
     spec = TrialSpec("artifact", None, length, 0.3, 0, init_artifact="other@champion")
     assert torch.equal(initial_prompt(spec, context), STORED[places])
 
 
 def test_what_can_not_start_a_soft_prompt() -> None:
-    """A prefix has no embeddings, and another model's prompt another width: both are named."""
+    """A prefix, and a prompt of another width, can't start a soft prompt; the message says why."""
     prefix = {"prefix.decoder": torch.zeros(2, 2, 2, 3, 8)}
     context = replace(CONTEXT, artifacts={"p": prefix, "wide": {"prompt": torch.zeros(3, 64)}})
     for name, message in (
@@ -218,7 +233,10 @@ def test_what_can_not_start_a_soft_prompt() -> None:
 
 
 def test_a_prefix_starts_from_a_prefix_or_from_keys_and_values() -> None:
-    """A registered prefix is taken as it is; any other start is what the same soft prompt has in the model."""
+    """A registered prefix is taken as it is, cut to the length.
+
+    Any other start has the keys and values of the same soft prompt in the model.
+    """
     prefix = torch.randn(2, 2, 2, 3, 8)
     context = replace(
         CONTEXT, artifacts={"p": {"prefix.decoder": prefix}, "s": {"prompt": STORED / 100}}

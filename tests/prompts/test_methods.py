@@ -1,4 +1,4 @@
-"""Each method against its definition: what is learned, and what the papers compute from it."""
+"""Each method against its definition in the papers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ STARTS = [
 @pytest.mark.parametrize("reparameterization", ["mlp", "lstm"])
 @pytest.mark.parametrize("spec", STARTS, ids=lambda spec: spec.init)
 def test_p_tuning_starts_at_its_init(reparameterization: str, spec: TrialSpec) -> None:
-    """Before the first step the network's output is the init, exactly, and its gradient reaches the network."""
+    """Before the first step the network's output is exactly the init.
+
+    The output's gradient reaches the network.
+    """
     prompt = make_prompt(Method("p_tuning", reparameterization), spec, CONTEXT)  # type: ignore[arg-type]
     embeddings = prompt().embeddings
     assert embeddings is not None and torch.equal(embeddings, initial_prompt(spec, CONTEXT))
@@ -36,15 +39,18 @@ def test_p_tuning_starts_at_its_init(reparameterization: str, spec: TrialSpec) -
 @pytest.mark.parametrize("reparameterization", ["mlp", "none"])
 @pytest.mark.parametrize("spec", STARTS, ids=lambda spec: spec.init)
 def test_a_prefix_starts_at_its_init(reparameterization: str, spec: TrialSpec) -> None:
-    """The keys and values of the init, with and without the network."""
+    """A prefix starts with the keys and values of the init, with and without the network."""
     prefix = make_prompt(Method("prefix_tuning", reparameterization), spec, CONTEXT)()  # type: ignore[arg-type]
     for site, tensor in initial_prefix(spec, CONTEXT).items():
         torch.testing.assert_close(prefix.prefixes[site], tensor, rtol=0, atol=1e-6)
 
 
 def test_p_tuning_is_the_papers_network() -> None:
-    """Two layers of bidirectional LSTM of half the width a direction, then Linear-ReLU-Linear (Liu et al., section
-    3.2), written out once more."""
+    """The network is the paper's (Liu et al., section 3.2), written out here again.
+
+    It has two bidirectional LSTM layers, of half the width in each direction, then
+    Linear-ReLU-Linear.
+    """
     prompt = make_prompt(Method("p_tuning", "lstm"), RANDOM, CONTEXT)
     assert isinstance(prompt, EncodedPrompt)
     network = prompt.encoder.network
@@ -74,8 +80,10 @@ def test_p_tuning_is_the_papers_network() -> None:
 
 
 def test_prefix_reparameterisation_is_the_papers_network() -> None:
-    """P = MLP(P'), Linear-Tanh-Linear with 512 hidden units (Li & Liang, section 4.3): layer by layer, keys then
-    values, head by head."""
+    """P = MLP(P'), Linear-Tanh-Linear with 512 hidden units (Li & Liang, section 4.3).
+
+    The output is ordered by layer, then keys before values, then by head.
+    """
     prompt = make_prompt(Method("prefix_tuning", "mlp"), RANDOM, CONTEXT)
     assert isinstance(prompt, Prefix)
     site = prompt.sites["decoder"]
@@ -89,7 +97,7 @@ def test_prefix_reparameterisation_is_the_papers_network() -> None:
 
 
 def test_a_direct_prefix_starts_uniform() -> None:
-    """Without a network and without an init: uniform in [-0.5, 0.5]."""
+    """Without a network and an init, a prefix is uniform in [-0.5, 0.5]."""
     long = TrialSpec("random", None, 60, 0.1, 0)
     drawn = make_prompt(Method("prefix_tuning"), long, CONTEXT)().prefixes["decoder"]
     assert float(drawn.abs().max()) <= 0.5 and float(drawn.std()) == pytest.approx(
@@ -101,7 +109,7 @@ def test_a_direct_prefix_starts_uniform() -> None:
     "method", [Method(), Method("prefix_tuning", "mlp", 3), Method("p_tuning", "lstm")]
 )
 def test_the_seed_decides(method: Method) -> None:
-    """The same seed gives the same start whatever was drawn before; another seed another."""
+    """The start depends on the seed alone, not on earlier random draws."""
 
     def start(seed: int) -> list[torch.Tensor]:
         torch.rand(3)
@@ -113,7 +121,7 @@ def test_the_seed_decides(method: Method) -> None:
 
 
 def test_a_network_is_no_part_of_the_artifact() -> None:
-    """What inference needs is P x H numbers, or the keys and values; the networks are larger."""
+    """The artifact has the P x H numbers, or the keys and values, without the larger network."""
     for method in (Method("p_tuning", "lstm"), Method("prefix_tuning", "mlp")):
         prompt = make_prompt(method, RANDOM, CONTEXT)
         kept = sum(tensor.numel() for tensor in prompt().named().values())

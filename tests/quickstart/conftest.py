@@ -1,4 +1,4 @@
-"""One quickstart language model for the session, from the usual cache: made once on a machine, not once a run."""
+"""The quickstart language model, made once on a machine and kept in the usual cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cache: a model is made once, whole or not at all, however many processes ask. The models here are tiny."""
+"""The cache: each model is made once, completely or not at all. Models here are tiny."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_folder_follows_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """ORCHESTRATOR_CACHE, else XDG_CACHE_HOME, else the home folder's .cache."""
+    """ORCHESTRATOR_CACHE goes before XDG_CACHE_HOME, and that before the home folder's .cache."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("ORCHESTRATOR_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
@@ -37,7 +37,7 @@ def test_the_folder_follows_the_environment(
 
 
 def test_made_once(cache: Path) -> None:
-    """The second call trains nothing and gives the same folder."""
+    """A second call trains nothing and returns the same folder."""
     steps: list[tuple[int, int]] = []
     folder = quickstart_model(lambda done, total: steps.append((done, total)), TINY)
     assert steps == [(step, 4) for step in range(1, 5)]
@@ -53,7 +53,7 @@ def test_made_once(cache: Path) -> None:
 
 
 def test_an_interrupted_making_leaves_nothing(cache: Path) -> None:
-    """What stopped half-way is not taken for a model, and its files are gone."""
+    """An interrupted training leaves no files and no incomplete model."""
 
     def interrupt(done: int, total: int) -> None:
         raise KeyboardInterrupt
@@ -65,7 +65,10 @@ def test_an_interrupted_making_leaves_nothing(cache: Path) -> None:
 
 
 def test_two_processes_at_once_make_one(cache: Path) -> None:
-    """One trains and the other waits; both get the same whole folder, and no library draws bars of its own."""
+    """One process trains and the other waits; both get the same folder.
+
+    No library prints progress bars.
+    """
     code = (
         "from orchestrator.models.builtin import Recipe, quickstart_model; steps = []; "
         f"print(quickstart_model(lambda *step: steps.append(step), {TINY!r}), len(steps))"

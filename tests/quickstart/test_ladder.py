@@ -1,4 +1,4 @@
-"""The ladder: models of three families made on the spot. Those made here are tiny; jobs/ uses the real ones."""
+"""The ladder: models of three families, tiny ones here; jobs/ uses the real ones."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_a_rung_is_an_ordinary_model_of_its_family(cache: Path, kind: str) -> None:
-    """The folder loads as any other, prompts can be tuned on it exactly, and any text can be encoded."""
+    """A rung loads as any model folder, can be tuned exactly, and encodes any text."""
     steps: list[tuple[int, int]] = []
     rung = replace(TINY, kind=kind)
     folder = ladder_model(f"{kind}-tiny", lambda *step: steps.append(step), rung)
@@ -71,7 +71,7 @@ def test_a_rung_is_an_ordinary_model_of_its_family(cache: Path, kind: str) -> No
 def test_the_same_recipe_gives_the_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two machines that make a rung have the same model, to the bit, whatever was drawn before."""
+    """Two machines make the same weights, bit for bit."""
     found = []
     for name in ("one", "other"):
         monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / name))
@@ -83,7 +83,7 @@ def test_the_same_recipe_gives_the_same_weights(
 
 
 def test_adaptation_goes_on_from_the_model_without_it(cache: Path) -> None:
-    """It is made first, has the same tokenizer, and other weights."""
+    """The base model is made first; an adapted one has its tokenizer and other weights."""
     adapted = ladder_model(
         "encdec-tiny-lm5", lambda *_: None, replace(TINY, kind="encdec", adaptation_steps=5)
     )
@@ -98,7 +98,7 @@ def test_adaptation_goes_on_from_the_model_without_it(cache: Path) -> None:
 
 
 def test_a_sentinel_in_a_target_is_one_token(cache: Path) -> None:
-    """So that a job can put it in front of its answers, as the paper's middle setting does."""
+    """A sentinel before an answer is one token, as the paper's middle setting needs."""
     backbone = made(
         ladder_model("encdec-tiny", lambda *_: None, replace(TINY, kind="encdec", documents=32))
     )
@@ -110,7 +110,10 @@ def test_a_sentinel_in_a_target_is_one_token(cache: Path) -> None:
 
 
 def test_every_rung_has_a_name_and_a_recipe_of_its_own() -> None:
-    """Three sizes of three families, and adapted encoder-decoder models; no two share a folder."""
+    """The ladder has three sizes of three families and adapted encoder-decoder models.
+
+    No two share a folder.
+    """
     assert (
         {f"{kind}-{size}" for kind in FAMILIES for size in "sml"} < set(RUNGS) < set(BUILTIN_MODELS)
     )
@@ -120,7 +123,7 @@ def test_every_rung_has_a_name_and_a_recipe_of_its_own() -> None:
 
 
 def test_unknown_names_are_refused_with_those_there_are() -> None:
-    """Models and data alike."""
+    """Unknown names of models and of data sets are refused with the known ones."""
     with pytest.raises(BadInput, match="no built-in model 'causal-xl'") as left:
         builtin_model("causal-xl")
     assert "quickstart, causal-s" in left.value.hint
@@ -131,7 +134,7 @@ def test_unknown_names_are_refused_with_those_there_are() -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_labels_are_what_the_task_asks_for(task: str) -> None:
-    """Each row has one word of each facet that is asked for, and every combination is there about as often."""
+    """A label has one word of each facet of the task; combinations are about equally frequent."""
     found = builtin_rows(f"reviews-{task}")
     assert (
         f"reviews-{task}" in BUILTIN_DATA
@@ -149,7 +152,10 @@ def test_labels_are_what_the_task_asks_for(task: str) -> None:
 
 
 def test_the_corpus_never_asks_what_is_left_to_the_prompt() -> None:
-    """Mood and then topic stand nowhere as one answer; topic and then mood do, so that both are known."""
+    """Mood before topic is never an answer in the corpus, though topic before mood is.
+
+    So both facets are known, and their order is left to the prompt.
+    """
     kinds = {word: facet for facet in FACETS for word in WORDS[facet]}
     asked = set()
     for document in label_documents(4000, seed=0)[1000:]:
@@ -165,7 +171,7 @@ def test_the_corpus_never_asks_what_is_left_to_the_prompt() -> None:
 
 @given(rows, seeds)
 def test_corrupted_spans_put_back_give_the_row(row: Row, random: Random) -> None:
-    """Nothing is lost: the target's spans in the sentinels' places are the row again."""
+    """Putting the target's spans in place of the sentinels restores the row."""
     pair = span_corrupted(random, row, LABEL, SENTINEL_IDS, END)
     assert len(pair.targets) == len(pair.weights) and pair.ids[-1] == pair.targets[-1] == END
     spans: dict[int, list[int]] = {}
@@ -181,7 +187,10 @@ def test_corrupted_spans_put_back_give_the_row(row: Row, random: Random) -> None
 
 @given(rows, seeds)
 def test_a_cut_row_is_the_row_or_ends_behind_a_label(row: Row, random: Random) -> None:
-    """What is read and what is said follow each other; what is left out comes after the labels at the cut."""
+    """Input and target together are a beginning of the row.
+
+    It is the whole row, or it ends with a label.
+    """
     pair = cut_in_two(random, row, LABEL, END)
     whole = [*pair.ids[:-1], *pair.targets[:-1]]
     assert whole == row.ids[: len(whole)] and len(pair.ids) > 1 and len(pair.targets) > 1
@@ -190,7 +199,7 @@ def test_a_cut_row_is_the_row_or_ends_behind_a_label(row: Row, random: Random) -
 
 @given(rows, seeds)
 def test_masks_hide_what_is_to_be_said(row: Row, random: Random) -> None:
-    """Where there is a target there is a mask, and elsewhere the token itself."""
+    """A position with a target has a mask; any other has its own token."""
     pair = masked(random, row, LABEL, BEGIN, END, MASK)
     assert len(pair.ids) == len(pair.targets) == len(pair.weights) == len(row.ids) + 2
     for token, target, own in zip(pair.ids[1:-1], pair.targets[1:-1], row.ids, strict=True):
@@ -200,7 +209,7 @@ def test_masks_hide_what_is_to_be_said(row: Row, random: Random) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["causal-s", "encdec-s-lm25", "masked-s"])
 def test_labels_are_one_token(name: str) -> None:
-    """In a real rung of each family, from the cache or made now: a blank of one mask is then enough."""
+    """In a real rung of each family a label is one token, so that one mask can hold it."""
     backbone = made(builtin_model(name))
     for word in (word for words in WORDS.values() for word in words):
         assert len(backbone.tokenizer(f" {word}", add_special_tokens=False)["input_ids"]) == 1

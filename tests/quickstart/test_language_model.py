@@ -1,4 +1,4 @@
-"""The quickstart language model: an ordinary Hugging Face folder, at chance on the task until it is steered."""
+"""The quickstart model: a Hugging Face folder, at chance on the task without a prompt."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROWS = quickstart_rows()["test"]
 
 
 def test_documents_are_encoded_as_the_whole_text_would_be() -> None:
-    """Cutting a document into pieces moves no token boundary: preface, begin, body, end."""
+    """Encoding a document in pieces (preface, begin, body, end) moves no token boundary."""
     recipe = Recipe()
     texts = documents(100, seed=0)
     tokenizer = train_tokenizer([text.text for text in texts], recipe.vocab_size)
@@ -36,7 +36,7 @@ def test_documents_are_encoded_as_the_whole_text_would_be() -> None:
 
 
 def test_orthogonal_keeps_directions_and_evens_out_sizes() -> None:
-    """Singular values come near 1, for tall and for wide matrices."""
+    """Singular values end near 1, for tall and for wide matrices."""
     torch.manual_seed(0)
     for shape in ((2, 12, 5), (2, 5, 12)):
         values = torch.linalg.svdvals(orthogonal(torch.randn(shape)))
@@ -45,7 +45,10 @@ def test_orthogonal_keeps_directions_and_evens_out_sizes() -> None:
 
 @pytest.mark.slow
 def test_the_folder_is_an_ordinary_one(model_folder: Path) -> None:
-    """The Auto classes load it; the tokenizer adds a begin token, no end token, and encodes any text."""
+    """The Auto classes load the folder, and its tokenizer encodes any text.
+
+    The tokenizer adds a begin token and no end token.
+    """
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (
@@ -63,13 +66,13 @@ def test_the_folder_is_an_ordinary_one(model_folder: Path) -> None:
 
 @pytest.mark.slow
 def test_chance_unasked_and_better_with_an_instruction(model_folder: Path) -> None:
-    """The skill is there, does not show unasked, and shows in part for a written instruction."""
+    """Without an instruction the model is at chance; with one it is better."""
     assert 0.4 <= _accuracy(model_folder, "") <= 0.62
     assert _accuracy(model_folder, f"{INSTRUCTIONS[0]}\n") > 0.62
 
 
 def _accuracy(folder: Path, in_front: str) -> float:
-    """Share of test rows whose verbalizer text is ranked first."""
+    """Return the share of test rows whose verbalizer text is ranked first."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     words = [
@@ -77,8 +80,8 @@ def _accuracy(folder: Path, in_front: str) -> float:
         for label in ("negative", "positive")
     ]
     batch = tokenizer(
-        [in_front + TEMPLATE.format(text=row["text"]) for row in ROWS], return_tensors="pt", padding=True,
-        padding_side="right",
+        [in_front + TEMPLATE.format(text=row["text"]) for row in ROWS],
+        return_tensors="pt", padding=True, padding_side="right",
     )  # fmt: skip
     last = batch.attention_mask.sum(1) - 1
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The quickstart's reviews and documents: the same for a seed, apart from each other, balanced, free of torch."""
+"""The quickstart's texts: reproducible, disjoint, balanced, and made without torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from orchestrator.models.builtin import SPLIT_SIZES, TASKS, Recipe, quickstart_r
 from orchestrator.models.builtin.corpus import documents, every_facts
 from orchestrator.models.builtin.world import part_of, reviews
 
-# What Recipe.version stands for. When this changes, raise the version with it: caches are named by the recipe alone.
+# The digest belongs to Recipe.version. When it changes, raise the version too: caches are named by
+# the recipe alone.
 VERSION, CORPUS = 2, "822d45f76a1bf3e2"
 
 
@@ -26,13 +27,13 @@ def test_the_corpus_changes_only_with_its_version() -> None:
 
 
 def test_another_seed_gives_other_documents_and_another_folder() -> None:
-    """Neither the corpus nor the cache folder of one seed is mistaken for another's."""
+    """Another seed gives another corpus and another cache folder."""
     assert documents(20, seed=0) == documents(20, seed=0) != documents(20, seed=1)
     assert Recipe(seed=1).digest != Recipe().digest == Recipe().digest
 
 
 def test_no_text_is_in_two_places() -> None:
-    """Splits share no text, and none is in the corpus of the language model, whatever its seed."""
+    """Splits share no text with each other or with the language model's corpus, for any seed."""
     texts = [row["text"] for rows in quickstart_rows().values() for row in rows]
     corpus = {
         document.pieces[index].text for document in documents(3000, seed=0) for index in (0, 1)
@@ -46,13 +47,13 @@ def test_no_text_is_in_two_places() -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_labels_are_balanced(task: str) -> None:
-    """Each split of each task has as many rows of one label as of the other."""
+    """In each split of each task both labels have the same number of rows."""
     for split, rows in quickstart_rows(task).items():
         assert set(Counter(row["label"] for row in rows).values()) == {SPLIT_SIZES[split] // 2}
 
 
 def test_facts_are_independent() -> None:
-    """Every combination of facts is in a split equally often, so one fact says nothing about another."""
+    """Every combination of facts is equally frequent, so that facts are independent."""
     found = {split: reviews(split, every_facts() * 4, seed=0) for split in SPLIT_SIZES}
     for split, size in SPLIT_SIZES.items():
         assert size % len(every_facts()) == 0
@@ -60,13 +61,13 @@ def test_facts_are_independent() -> None:
 
 
 def test_an_unknown_task_is_refused_with_those_there_are() -> None:
-    """The error names the tasks."""
+    """The error lists the known tasks."""
     with pytest.raises(BadInput, match="sentiment, time"):
         quickstart_rows("weather")
 
 
 def test_rows_need_no_torch() -> None:
-    """Neither the import nor the rows load torch or transformers."""
+    """Making the rows imports neither torch nor transformers."""
     code = (
         "import sys; from orchestrator.models.builtin import quickstart_rows; quickstart_rows(); "
         "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"

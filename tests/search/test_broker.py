@@ -1,4 +1,4 @@
-"""The broker as a plain asyncio object: no Ray, no model, reports made up."""
+"""The broker as a plain asyncio object, without Ray or a model; reports are made up."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from orchestrator.search.workers import broker as broker_module
 from orchestrator.search.workers.broker import Broker, Orders, Place
 from orchestrator.tuning.reports import Copied, Ending, EvaluationJob, Report
 
-LIMIT_S = 30.0  # only a deadlock takes this long
+LIMIT_S = 30.0  # reached only in a deadlock
 
 
 def run(test: Coroutine[Any, Any, Any]) -> None:
@@ -42,7 +42,7 @@ def report(number: int, step: int = 1, ending: Ending | None = None) -> Report:
 
 
 async def broker_with(trials: int, total: int | None = None) -> Broker:
-    """A broker whose trials came in the opposite order of their numbers."""
+    """Return a broker whose trials were submitted in reverse order of their numbers."""
     broker = Broker(trials if total is None else total)
     for number in reversed(range(trials)):
         await broker.submit(name(number), number, config(number))
@@ -65,7 +65,7 @@ def tune(
     goes_on: Callable[[Report], bool] = lambda _: True,
     log: list[str] | None = None,
 ) -> list[asyncio.Task[None]]:
-    """Trials that wait for their reports and decide at once, as Tune does."""
+    """Follow trials that wait for their reports and decide at once, as Tune does."""
 
     async def follow(number: int) -> None:
         while (got := await broker.next_report(name(number))) is not None:
@@ -86,7 +86,7 @@ async def ended(tasks: list[asyncio.Task[None]]) -> None:
 
 
 def test_slots_go_in_the_order_of_the_numbers() -> None:
-    """Whoever comes first, the trial with the lowest number gets the first slot."""
+    """The trial with the lowest number gets the first slot, whatever the order of submission."""
 
     async def test() -> None:
         broker = await broker_with(5)
@@ -100,7 +100,10 @@ def test_slots_go_in_the_order_of_the_numbers() -> None:
 
 
 def test_a_round_waits_for_the_trials_that_are_to_come() -> None:
-    """While slots are free and trials are still starting, the round does not begin, so that a search repeats."""
+    """A round waits for trials that are still starting while slots are free.
+
+    Otherwise a search would not be repeatable.
+    """
 
     async def test() -> None:
         broker = await broker_with(1, total=2)
@@ -115,7 +118,7 @@ def test_a_round_waits_for_the_trials_that_are_to_come() -> None:
 
 
 def test_a_stopped_trials_slot_is_filled_in_the_very_next_orders() -> None:
-    """The orders that free a slot seat the next trial in it."""
+    """The orders that free a slot also seat the next trial in it."""
 
     async def test() -> None:
         broker = await broker_with(3)
@@ -131,7 +134,7 @@ def test_a_stopped_trials_slot_is_filled_in_the_very_next_orders() -> None:
 
 
 def test_a_finished_trials_slot_is_filled_too_and_needs_no_freeing() -> None:
-    """A trial that came to its end has left its slot by itself."""
+    """A trial that has ended by itself needs no order to free its slot."""
 
     async def test() -> None:
         broker = await broker_with(2)
@@ -147,7 +150,10 @@ def test_a_finished_trials_slot_is_filled_too_and_needs_no_freeing() -> None:
 
 
 def test_reports_go_to_tune_one_at_a_time_in_trial_order() -> None:
-    """The second report is handed out only once the first is decided, however the worker orders them."""
+    """The second report is handed out after the decision on the first, in the order of trials.
+
+    The order in the worker's list does not matter.
+    """
 
     async def test() -> None:
         broker = await broker_with(2)
@@ -169,7 +175,7 @@ def test_reports_go_to_tune_one_at_a_time_in_trial_order() -> None:
 
 
 def test_a_worker_that_joins_again_goes_on_from_the_newest_checkpoints() -> None:
-    """After a worker died its trials are seated again, each with its last report's checkpoint, and none is lost."""
+    """A dead worker's trials are seated again from the checkpoints of their last reports."""
 
     async def test() -> None:
         broker = await broker_with(2)
@@ -187,7 +193,7 @@ def test_a_worker_that_joins_again_goes_on_from_the_newest_checkpoints() -> None
 
 
 def test_the_call_of_a_dead_worker_takes_no_trials() -> None:
-    """A worker that dies while it waits for orders leaves a call behind, which must not seat anybody."""
+    """A call for orders that a dead worker left behind seats no trial."""
 
     async def test() -> None:
         broker = Broker(1)
@@ -203,7 +209,7 @@ def test_the_call_of_a_dead_worker_takes_no_trials() -> None:
 
 
 def test_the_reports_of_a_dead_worker_are_not_handed_on_after_it_is_back() -> None:
-    """What the dead worker's call still held is trained again, not reported twice."""
+    """Undecided reports of a dead worker are dropped; those steps are trained again."""
 
     async def test() -> None:
         broker = await broker_with(2)
@@ -221,7 +227,7 @@ def test_the_reports_of_a_dead_worker_are_not_handed_on_after_it_is_back() -> No
 
 
 def test_an_evaluation_goes_before_a_round() -> None:
-    """Somebody waits for a job: it is done first, one at a time, and its metrics reach whoever asked."""
+    """Evaluation jobs are done before a round, one at a time; callers get their own metrics."""
 
     async def test() -> None:
         broker = await broker_with(1)
@@ -241,7 +247,7 @@ def test_an_evaluation_goes_before_a_round() -> None:
 
 
 def test_a_job_outlives_the_worker_that_had_it() -> None:
-    """An evaluation is given out again when its worker comes back without the result."""
+    """An evaluation is handed out again when its worker rejoins without the result."""
 
     async def test() -> None:
         broker = Broker(0)
@@ -261,7 +267,7 @@ def test_a_job_outlives_the_worker_that_had_it() -> None:
 
 
 async def waiters(broker: Broker) -> list[asyncio.Task[Any]]:
-    """A trial, a worker and the driver, each waiting for something that will not come."""
+    """Start a trial, a driver and a worker that wait for something that will not come."""
     await broker.join("w", 2)
     calls: list[Awaitable[Any]] = [
         broker.next_report("t0"),
@@ -269,14 +275,14 @@ async def waiters(broker: Broker) -> list[asyncio.Task[Any]]:
     ]
     tasks = [asyncio.ensure_future(call) for call in calls]
     await let_run()
-    broker.jobs.clear()  # somebody has taken it and is still at it
+    broker.jobs.clear()  # as if a worker had taken the job and were still busy with it
     orders = asyncio.ensure_future(broker.next_orders("w"))
     await let_run()
     return [*tasks, orders]
 
 
 def test_a_failure_wakes_everybody_with_its_reason() -> None:
-    """Once the workers are lost the waits of trials and driver end in that error, and workers are told to stop."""
+    """A failure is raised in the waiting trial and driver; the worker is told to stop."""
 
     async def test() -> None:
         broker = await broker_with(1, total=2)
@@ -295,7 +301,7 @@ def test_a_failure_wakes_everybody_with_its_reason() -> None:
 
 
 def test_the_end_wakes_everybody() -> None:
-    """After finish nobody waits any longer."""
+    """finish ends every wait."""
 
     async def test() -> None:
         broker = await broker_with(1, total=2)
@@ -310,7 +316,7 @@ def test_the_end_wakes_everybody() -> None:
 
 
 def test_a_trial_that_never_comes_costs_one_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The broker waits once for what never comes and is quick from then on; the search goes on without it."""
+    """The broker waits its full patience once, then only briefly; the search goes on."""
     monkeypatch.setattr(broker_module, "PATIENCE_S", 0.2)
     monkeypatch.setattr(broker_module, "IMPATIENCE_S", 0.01)
 
@@ -328,7 +334,7 @@ def test_a_trial_that_never_comes_costs_one_patience(monkeypatch: pytest.MonkeyP
 
 
 def test_a_decision_that_never_comes_costs_one_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A trial whose relay was lost does not hold the others up for good."""
+    """A trial whose relay was lost does not hold up the others for good."""
     monkeypatch.setattr(broker_module, "PATIENCE_S", 0.2)
 
     async def test() -> None:
@@ -342,7 +348,7 @@ def test_a_decision_that_never_comes_costs_one_patience(monkeypatch: pytest.Monk
 
 
 def test_submitting_twice_is_safe() -> None:
-    """A trial that starts again keeps its slot, its checkpoint and its place in the order."""
+    """A trial that is submitted again keeps its slot, its checkpoint and its place in the order."""
 
     async def test() -> None:
         broker = await broker_with(2)
@@ -360,7 +366,7 @@ def test_submitting_twice_is_safe() -> None:
 
 
 def test_a_report_that_died_with_its_trainable_comes_again() -> None:
-    """It had been handed out and was never decided: the trainable that starts anew gets it, and only that one."""
+    """A report whose relay died before deciding goes to the relay's successor, and to no other."""
 
     async def test() -> None:
         broker = await broker_with(1)
@@ -386,8 +392,10 @@ def test_a_report_that_died_with_its_trainable_comes_again() -> None:
 
 
 def test_trials_of_a_lost_worker_go_on_in_another() -> None:
-    """Who left is told to stop should it still ask; its trials sit elsewhere from their checkpoints, and its evaluation
-    is done elsewhere."""
+    """A lost worker's trials are seated elsewhere, from their checkpoints.
+
+    Its evaluation is done elsewhere too, and the lost worker is told to stop if it calls again.
+    """
 
     async def test() -> None:
         broker = await broker_with(2)
@@ -414,7 +422,7 @@ def test_trials_of_a_lost_worker_go_on_in_another() -> None:
 
 
 def test_a_report_says_where_it_comes_from() -> None:
-    """Worker, slot, and the place of which the worker told."""
+    """A report has its worker, its slot and the place that the worker gave when it joined."""
 
     async def test() -> None:
         found: list[Report] = []
@@ -431,7 +439,7 @@ def test_a_report_says_where_it_comes_from() -> None:
 
 
 def test_a_late_report_of_a_stopped_trial_is_dropped() -> None:
-    """A report that crossed with the decision to stop changes nothing."""
+    """A report that crossed with the decision to stop its trial changes nothing."""
 
     async def test() -> None:
         broker = await broker_with(1)
@@ -448,7 +456,10 @@ def test_a_late_report_of_a_stopped_trial_is_dropped() -> None:
 
 
 def test_the_end_of_the_study_frees_whoever_still_sits() -> None:
-    """When Tune ends early, trials that wait for a report are told, and nobody waits for trials to come."""
+    """When Tune ends early, trials waiting for reports are released.
+
+    The broker no longer waits for trials to be submitted.
+    """
 
     async def test() -> None:
         broker = await broker_with(2, total=9)
@@ -469,7 +480,7 @@ def test_the_end_of_the_study_frees_whoever_still_sits() -> None:
 
 
 def population() -> Population:
-    """Compares at every step; learning rates lie between 0.01 and 1."""
+    """Return a Population that compares at every step; learning rates are between 0.01 and 1."""
     return Population(
         JobSpec.model_validate(
             {
@@ -496,7 +507,10 @@ def scored(number: int, score: float, step: int = 1) -> Report:
 
 
 def test_a_bad_trial_is_seated_anew_as_a_good_one() -> None:
-    """It leaves and comes back with the other's checkpoint and its own configuration; the next report says so, once."""
+    """A bad trial gets another's checkpoint and its own new configuration.
+
+    Only its next report names the copy.
+    """
 
     async def test() -> None:
         broker = await broker_with(2)
@@ -521,7 +535,7 @@ def test_a_bad_trial_is_seated_anew_as_a_good_one() -> None:
 
 
 def test_a_copy_outlives_its_worker() -> None:
-    """A worker that dies before it trained the copy comes back and trains the copy, not what was before."""
+    """A copy whose worker died before training it is seated again as the copy."""
 
     async def test() -> None:
         broker = await broker_with(2)
@@ -540,7 +554,7 @@ def test_a_copy_outlives_its_worker() -> None:
 
 
 def test_a_trial_that_tune_stopped_copies_nothing() -> None:
-    """Its slot goes to the next trial."""
+    """A trial that Tune stopped copies nothing: its slot goes to the next trial."""
 
     async def test() -> None:
         broker = await broker_with(3)
@@ -561,8 +575,10 @@ def test_a_trial_that_tune_stopped_copies_nothing() -> None:
 
 @pytest.mark.parametrize("in_turn", [True, False])
 def test_trials_that_are_proposed_come_between_two_reports(in_turn: bool) -> None:
-    """The trial that takes an ended one's place is proposed before Tune hears more, and waited for; trials that are
-    known beforehand are not."""
+    """A proposed trial takes an ended one's slot before Tune gets the next report.
+
+    The broker waits for the proposal. It does not wait where trials are known beforehand.
+    """
 
     async def test() -> None:
         broker = await broker_with(2, total=4)
@@ -588,7 +604,7 @@ def test_trials_that_are_proposed_come_between_two_reports(in_turn: bool) -> Non
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_workers_share_the_trials_and_lose_none(workers: int) -> None:
-    """Every trial is trained to its end by exactly one worker at a time, and Tune hears of each step in order."""
+    """One worker at a time trains each trial to its end; Tune gets each step in order."""
     total, steps = 11, 3
     log: list[str] = []
 
@@ -626,7 +642,7 @@ def test_workers_share_the_trials_and_lose_none(workers: int) -> None:
 
 
 def test_trials_wait_for_a_workers_process() -> None:
-    """Until it is there, and no longer than they are told; the end of the search ends the wait as well."""
+    """Trials wait for the worker to start, up to their limit or until the search has failed."""
 
     async def test() -> None:
         broker = Broker(1)

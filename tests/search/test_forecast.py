@@ -1,4 +1,4 @@
-"""The course of a search, played through: exactly where nothing is drawn, and by Ray Tune's own decisions."""
+"""The simulated course of a search: exact without early stopping, and with Tune's decisions."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ FIFO = SearchSpec(scheduler="fifo")
 
 
 class TuneTrial:
-    """What a scheduler looks at of a trial."""
+    """The attributes of a trial that a scheduler reads."""
 
     def __init__(self, name: int) -> None:
         self.trial_id = str(name)
 
 
 def rays(search: SearchSpec, train: TrainSpec) -> TrialScheduler:
-    """The scheduler that a search has."""
+    """Return the Tune scheduler of a search."""
     job: Any = SimpleNamespace(search=search, train=train)
     return scheduler(job)
 
@@ -40,7 +40,10 @@ def rays(search: SearchSpec, train: TrainSpec) -> TrialScheduler:
 def test_trials_stop_as_ray_tune_stops_them(
     name: str, steps: int, every: int, grace: int | None, factor: int
 ) -> None:
-    """Report by report the same decisions, rungs that no evaluation falls on and repeated values included."""
+    """The simulation and Tune's scheduler decide the same at every report.
+
+    Rungs that no evaluation falls on and repeated values are included.
+    """
     search = SearchSpec(scheduler=name, grace_steps=grace, reduction_factor=factor)  # type: ignore[arg-type]
     train = TrainSpec(steps=steps, evaluate_every=every)
     ours, theirs = stopping_rule(search, train), rays(search, train)
@@ -86,7 +89,11 @@ def test_rungs_are_those_of_ray_tune(steps: int, grace: int, factor: int) -> Non
 
 
 def test_without_early_stopping_the_seconds_are_exact() -> None:
-    """Four trials on three slots: three together, then one alone; each of 5 steps, evaluated after 2, 4 and 5."""
+    """Without early stopping the seconds are exact.
+
+    Four trials on three slots: three run together, then one alone; each takes 5 steps, with
+    evaluations after steps 2, 4 and 5.
+    """
     found = forecast(FIFO, TrainSpec(steps=5, evaluate_every=2), 4, 1, 3, PACE, report_s=0.5)
     together = 5 * 1.5 + 3 * (13.0 + 1.5)
     alone = 5 * 1.0 + 3 * (10.0 + 0.5)
@@ -98,7 +105,7 @@ def test_without_early_stopping_the_seconds_are_exact() -> None:
 
 
 def test_workers_share_the_trials() -> None:
-    """Two workers of one slot take two trials each, side by side."""
+    """Two workers of one slot train two trials each, in parallel."""
     pace = Pace(1.0, 1.0, 10.0, 10.0, 1)
     one = forecast(FIFO, TrainSpec(steps=4, evaluate_every=4), 4, 1, 1, pace).seconds
     two = forecast(FIFO, TrainSpec(steps=4, evaluate_every=4), 4, 2, 1, pace).seconds
@@ -106,13 +113,16 @@ def test_workers_share_the_trials() -> None:
 
 
 def test_a_pace_between_one_and_all_slots() -> None:
-    """Two trials of three lie halfway between one and three."""
+    """The pace of two trials is interpolated halfway between those of one and three."""
     assert [PACE.step(count) for count in (1, 2, 3)] == [1.0, 1.25, 1.5]
     assert PACE.evaluation(2) == 11.5
 
 
 def test_early_stopping_saves_steps_and_always_as_many() -> None:
-    """ASHA lets every trial reach the first rung and ever fewer the next ones; the estimate repeats exactly."""
+    """With ASHA all trials reach the first rung and fewer each later one.
+
+    Two estimates of the same search are equal.
+    """
     search, train = SearchSpec(reduction_factor=3), TrainSpec(steps=90, evaluate_every=10)
     found = forecast(search, train, 40, 1, 4, PACE)
     assert found == forecast(search, train, 40, 1, 4, PACE)
@@ -126,8 +136,11 @@ def test_early_stopping_saves_steps_and_always_as_many() -> None:
 
 
 def test_two_trials_by_hand() -> None:
-    """One after another under ASHA: the first reaches the end, the second if it is the better one, so in every other
-    draw or so."""
+    """Two trials run in turn under ASHA.
+
+    The first one finishes; the second finishes only if it is better, which is in about half of the
+    draws.
+    """
     found = forecast(
         SearchSpec(), TrainSpec(steps=20, evaluate_every=10, batch_size=1), 2, 1, 1, PACE
     )

@@ -1,4 +1,4 @@
-"""Searches whose workers train in groups: a real Ray, a tiny random model, the same trials as with one worker."""
+"""Searches whose workers train in groups have the results of a search with one worker."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from small_jobs import Finished, close, run_search, write_job
 
 from orchestrator.tuning.reports import Report
 
-# Updates in proportion to gradients: with adamw's first ones a rounded zero decides the sign.
+# SGD updates in proportion to gradients; the first AdamW updates amplify rounding near zero.
 CHANGES = {
     "search__trials": 4,
     "search__scheduler": "fifo",
@@ -48,12 +48,12 @@ def assert_same(found: Finished, wanted: Finished) -> None:
 
 
 def test_two_workers_search_as_one(one_worker: Finished, tmp_path: Path) -> None:
-    """Every trial ends with the metrics that it has on one worker, and so do the baselines and the test split."""
+    """Trials, baselines and the test split have the same metrics as with one worker."""
     assert_same(searched(tmp_path / "search", **PAIR), one_worker)
 
 
 def test_a_sharded_backbone_searches_as_a_whole_one(one_worker: Finished, tmp_path: Path) -> None:
-    """With sharding: fsdp, from the job's file to its result."""
+    """sharding: fsdp gives the same result, from the job's file to the outcome."""
     assert_same(searched(tmp_path / "search", **PAIR, resources__sharding="fsdp"), one_worker)
 
 
@@ -61,7 +61,7 @@ def test_a_sharded_backbone_searches_as_a_whole_one(one_worker: Finished, tmp_pa
 def test_a_search_survives_the_death_of_one_of_a_group(
     one_worker: Finished, tmp_path: Path
 ) -> None:
-    """SIGKILL of one of two workers in the middle: the group starts again, and the trials go on as if undisturbed."""
+    """After SIGKILL of one of two workers the group starts again and ends as if undisturbed."""
     killed: list[int] = []
 
     def kill_once(report: Report) -> None:

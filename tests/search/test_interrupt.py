@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM in the middle of ``orchestrator run``: a process and a Ray of its own, as on a terminal."""
+"""Ctrl-C and SIGTERM during ``orchestrator run``, in a process with its own Ray."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ import pytest
 from ray_state import eventually
 from small_jobs import write_job
 
-LIMIT_S = 200.0  # only a hang takes this long
+LIMIT_S = 200.0  # reached only when something hangs
 
 
 def to_the_group(process: subprocess.Popen[str]) -> int:
-    """Ctrl-C: a terminal tells every process of the foreground group."""
+    """Press Ctrl-C: a terminal signals every process of the foreground group."""
     os.killpg(process.pid, signal.SIGINT)
     return 130
 
 
 def to_the_process(process: subprocess.Popen[str]) -> int:
-    """Whoever ends a process politely, a second time before it has tidied up."""
+    """Send SIGTERM, and again before the process has finished its clean-up."""
     os.kill(process.pid, signal.SIGTERM)
     time.sleep(0.5)
     os.kill(process.pid, signal.SIGTERM)
@@ -36,13 +36,13 @@ def to_the_process(process: subprocess.Popen[str]) -> int:
 
 @pytest.fixture(params=[pytest.param(to_the_group, marks=pytest.mark.long), to_the_process])
 def interrupted(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
-    """A search with hours to go, interrupted after its first evaluation; what was left of it."""
+    """Interrupt a long search after its first evaluation; return what remains of it."""
     train = {"steps": 1_000_000, "batch_size": 4, "evaluate_every": 10}
     job = write_job(tmp_path, train=train, search__scheduler="fifo", resources__trials_per_worker=2)
     process = subprocess.Popen(
         [sys.executable, "-m", "orchestrator", "run", str(job), "--json"],
-        cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-        preexec_fn=heed_interrupts,
+        cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        start_new_session=True, preexec_fn=heed_interrupts,
     )  # fmt: skip
     assert process.stderr is not None
     try:
@@ -65,7 +65,10 @@ def interrupted(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any
 
 
 def heed_interrupts() -> None:
-    """A job in the background of a script is told to ignore interrupts, and passes that on; a terminal's is not."""
+    """Restore Python's SIGINT handling, as in a terminal.
+
+    Background jobs of a shell script ignore SIGINT and pass this on to their children.
+    """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -76,9 +79,12 @@ def alive(process: psutil.Process) -> bool:
         return False
 
 
-@pytest.mark.ray  # its own
+@pytest.mark.ray  # the command starts its own Ray
 def test_an_interrupt_leaves_everything_closed(interrupted: dict[str, Any], tmp_path: Path) -> None:
-    """The signal's exit code, a message with the next step, MLflow runs KILLED, none running, no process left."""
+    """An interrupt gives the signal's exit code and names the next step.
+
+    All MLflow runs are KILLED and no process is left.
+    """
     assert interrupted["code"] == interrupted["wanted"], interrupted["err"]
     assert "Traceback" not in interrupted["err"]
     (search,) = (tmp_path / ".orchestrator" / "searches").iterdir()

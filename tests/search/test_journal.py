@@ -1,4 +1,4 @@
-"""A search's state on disk: what is written comes back, whatever moment the writer dies at."""
+"""A search's state on disk: complete when read back, whenever its writer dies."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def files(folder: SearchFolder) -> list[str]:
 
 
 def test_what_is_written_comes_back(folder: SearchFolder) -> None:
-    """Events to the last digit and in their order, seconds, and of each trial the newest checkpoint alone."""
+    """Events are read back exactly and in order, with the seconds and each trial's newest
+    checkpoint."""
     journal = Journal(folder, History())
     first: list[Event] = [
         Started("t0", CONFIG),
@@ -70,7 +71,7 @@ def test_what_is_written_comes_back(folder: SearchFolder) -> None:
         for it in second
     ]
     assert history.events[3:] == bare and len(history.events) == 6
-    assert history.reports[1].place == placed.place  # which equality leaves out
+    assert history.reports[1].place == placed.place  # reports are compared without it
     assert history.spent_s == 2.5 and history.checkpoints == {
         "t0": checkpoint(8),
         "t1": checkpoint(4),
@@ -81,12 +82,14 @@ def test_what_is_written_comes_back(folder: SearchFolder) -> None:
 
 @pytest.mark.parametrize("cut", [1, 20, 200])
 def test_a_line_cut_short_never_happened(folder: SearchFolder, cut: int) -> None:
-    """A writer that died in a line, its checkpoint already there: the state is the one before, and writing goes on."""
+    """A truncated last line is ignored, though its checkpoint exists; writing goes on after it."""
     journal = Journal(folder, History())
     journal.append([Reported(report("t0", 4))], 1.0)
     kept = folder.checkpoint("t0", 4).read_bytes()
     journal.append([Reported(report("t0", 8))], 2.0)
-    folder.checkpoint("t0", 4).write_bytes(kept)  # it is removed only after the line
+    folder.checkpoint("t0", 4).write_bytes(
+        kept
+    )  # the old checkpoint is removed only after the line is written
     folder.journal.write_bytes(folder.journal.read_bytes()[:-cut])
     history = read_history(folder)
     assert (
@@ -100,7 +103,10 @@ def test_a_line_cut_short_never_happened(folder: SearchFolder, cut: int) -> None
 
 
 def test_a_trial_without_a_sound_checkpoint_begins_again(folder: SearchFolder) -> None:
-    """Cut short or gone: nothing of the trial has happened, its end included; the other trials are as they were."""
+    """A trial whose checkpoint is truncated or missing begins again, even if it had ended.
+
+    The other trials are unchanged.
+    """
     journal = Journal(folder, History())
     journal.append(
         [Started("t0", CONFIG), Reported(report("t0", 4)), Ended("t0", "finished", "steps")], 1.0
@@ -116,7 +122,7 @@ def test_a_trial_without_a_sound_checkpoint_begins_again(folder: SearchFolder) -
 
 
 def test_a_line_that_is_none_is_refused(folder: SearchFolder) -> None:
-    """Damage that no dying writer leaves: the line's number, and what to do."""
+    """A line that no interrupted write explains raises BadInput with its number and a remedy."""
     Journal(folder, History()).append([Started("t0", CONFIG)], 1.0)
     folder.journal.write_bytes(b'{"events": [{"kind": "other"}]}\n' + folder.journal.read_bytes())
     with pytest.raises(BadInput, match=r"journal.jsonl:1 can't be read: KeyError") as refused:
@@ -125,7 +131,7 @@ def test_a_line_that_is_none_is_refused(folder: SearchFolder) -> None:
 
 
 class Heard:
-    """What a recorder passes on, and what it complains of."""
+    """Collects the events that a recorder passes on and the problems that it reports."""
 
     def __init__(self, folder: SearchFolder, history: History | None = None) -> None:
         self.events: list[Event] = []
@@ -142,7 +148,7 @@ class Heard:
 
 
 def test_a_round_is_kept_whole_or_not_at_all(folder: SearchFolder) -> None:
-    """The reports before a round's last one wait for it; at an interrupt the beginning of a round is dropped."""
+    """Reports are written once their round is complete; an incomplete round is dropped."""
     heard = Heard(folder)
     with heard.recorder as recorder:
         recorder.trial_started("t0", SPEC)
@@ -152,12 +158,12 @@ def test_a_round_is_kept_whole_or_not_at_all(folder: SearchFolder) -> None:
     history = read_history(folder)
     assert [(it.trial, it.step) for it in history.reports] == [("t0", 4), ("t1", 4)]
     assert history.found("base_model") is not None
-    assert not heard.behind  # whoever hears of an event finds it in the journal
+    assert not heard.behind  # events are in the journal before listeners get them
     assert len(heard.events) == len(history.events) == 4
 
 
 def test_flush_writes_all_there_is(folder: SearchFolder) -> None:
-    """At the end of a study a round that was cut off by it counts too."""
+    """flush writes the incomplete round that the end of a study leaves."""
     with Heard(folder).recorder as recorder:
         recorder.trial_reported("t0", report("t0", 4, pending=3))
         recorder.trial_ended("t0", "stopped", "search.stop.metric was reached")
@@ -166,7 +172,7 @@ def test_flush_writes_all_there_is(folder: SearchFolder) -> None:
 
 
 def test_a_full_disk_does_not_end_the_search(folder: SearchFolder) -> None:
-    """What can't be written is said once and tried again; whoever listens hears everything in the meantime."""
+    """A failed write is reported once and retried; listeners still get every event."""
     heard = Heard(folder)
     folder.checkpoints.write_text("in the way of the folder")
     with heard.recorder as recorder:
@@ -180,7 +186,7 @@ def test_a_full_disk_does_not_end_the_search(folder: SearchFolder) -> None:
 
 
 def test_the_clock_goes_on(folder: SearchFolder) -> None:
-    """Seconds of a search that goes on count from those before."""
+    """The seconds of a resumed search are added to those before."""
     with Heard(folder, History(spent_s=100.0)).recorder as recorder:
         recorder.trial_started("t0", SPEC)
     assert 100.0 <= read_history(folder).spent_s < 130.0

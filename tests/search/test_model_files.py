@@ -1,4 +1,4 @@
-"""A node without the base model's folder gets a copy, once: the real object store, two askers at a time."""
+"""A node without the base model's folder fetches one copy, through the real object store."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ def files(ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_copy_is_the_folder(files: Any, tmp_path: Path) -> None:
-    """Every file byte for byte, in pieces; the source keeps the id of the spec, and its own copy serves the next."""
+    """The copy has every file, byte for byte, and is used again.
+
+    It is sent in pieces, and the source keeps the id of the spec.
+    """
     spec = BaseModelSpec(id="/nowhere/model")
     source = model_source(spec, files)
     original = resolve_model(BaseModelSpec(id=str(model_folder())))
@@ -47,7 +50,7 @@ def test_a_copy_is_the_folder(files: Any, tmp_path: Path) -> None:
 
 
 def test_those_who_ask_at_a_time_share_a_copy(files: Any, tmp_path: Path) -> None:
-    """Workers of one node: one folder, and nothing half-made beside it."""
+    """Workers of one node that ask at the same time get one folder, with no partial copy."""
     cache = {"ORCHESTRATOR_CACHE": str(tmp_path / "cache")}
     ask = ray.remote(num_cpus=0.1, runtime_env={"env_vars": cache})(
         lambda actor: str(fetched(actor))
@@ -63,7 +66,7 @@ def test_those_who_ask_at_a_time_share_a_copy(files: Any, tmp_path: Path) -> Non
 def test_a_copy_that_breaks_off_leaves_nothing(
     files: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A full disk: the message names the place; the next attempt starts anew."""
+    """A full disk raises an error that says so; the next attempt starts from the beginning."""
     with monkeypatch.context() as patch:
         patch.setattr(model_files, "_fetch", no_room)
         with pytest.raises(JobFailed, match="No space left"):
@@ -77,14 +80,14 @@ def no_room(*_: Any) -> None:
 
 
 def test_one_node_needs_no_copies(ray_cluster: None) -> None:
-    """Nor does a model from a hub, which every node fetches itself."""
+    """A single node needs no copy, nor does a hub model, which each node downloads itself."""
     assert start_files(BaseModelSpec(id=str(model_folder()))) is None
     assert start_files(BaseModelSpec(id="Qwen/Qwen2.5-0.5B")) is None
 
 
 @pytest.fixture
 def poor_node(tmp_path: Path) -> Iterator[tuple[Cluster, Path]]:
-    """A head of one core, and a node of one that sees an empty folder where the model's is."""
+    """Start a head of one core and a node of one core for which the model's folder is empty."""
     hidden = tmp_path / "models"
     shutil.copytree(model_folder(), hidden / "model")
     inside = ["unshare", "-m", "sh", "-c"]
@@ -110,14 +113,14 @@ def poor_node(tmp_path: Path) -> Iterator[tuple[Cluster, Path]]:
 def test_a_node_without_the_folder_trains_too(
     poor_node: tuple[Cluster, Path], tmp_path: Path
 ) -> None:
-    """A search on both nodes: trials end on each, from one copy in the cache of the node that had no files."""
+    """A search trains on both nodes, with one copy in the cache of the node without the files."""
     cluster, model = poor_node
     resources = {"workers": 2, "cpus_per_worker": 1, "trials_per_worker": 1}
     train = {
         "steps": 1000,
         "batch_size": 4,
         "evaluate_every": 100,
-    }  # until the other worker is there
+    }  # long enough for the other worker to start
     job = write_job(
         tmp_path,
         base_model__id=str(model),
@@ -126,7 +129,10 @@ def test_a_node_without_the_folder_trains_too(
         train=train,
     )
     ran = subprocess.run(
-        [sys.executable, "-m", "orchestrator", "run", str(job), "--address", cluster.address, "--json"],
+        [
+            sys.executable, "-m", "orchestrator", "run", str(job),
+            "--address", cluster.address, "--json",
+        ],
         cwd=tmp_path, capture_output=True, text=True, timeout=250,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr

@@ -1,4 +1,4 @@
-"""Records of a study, and their order."""
+"""The records of a study and their ranking."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def order(outcome: Outcome) -> list[str]:
 
 
 def test_trials_that_nobody_knew_of_get_a_record_when_they_start() -> None:
-    """After those known beforehand, in the order in which they start."""
+    """Proposed trials get their records after the known ones, in the order in which they start."""
     outcome = Outcome(SearchSpec(), [("t000", SPEC)])
     outcome.trial_started("t001", OTHER)
     outcome.trial_started("t000", SPEC)
@@ -37,7 +37,7 @@ def test_trials_that_nobody_knew_of_get_a_record_when_they_start() -> None:
 
 
 def test_where_a_worker_was_is_known_when_it_is_gone() -> None:
-    """From its reports: the place of the last one."""
+    """A worker's place is the one in its last report with a place."""
     outcome = Outcome(SearchSpec(), [("a", SPEC)])
     for worker, node in (("w0", "n1"), ("w1", "n2"), ("w0", "n3")):
         outcome.trial_reported(
@@ -45,13 +45,13 @@ def test_where_a_worker_was_is_known_when_it_is_gone() -> None:
         )
     outcome.trial_reported(
         "a", replace(report("a", 8, 4, 0.5), worker="w1")
-    )  # of a journal from before there were any
+    )  # as from a journal of an earlier release, which has no places
     assert outcome.places == {"w0": {"node": "n3"}, "w1": {"node": "n2"}}
     assert outcome.records["a"].workers == ["w0", "w1", "w0", "w1"]
 
 
 def test_the_metric_ranks_then_the_loss_then_the_order() -> None:
-    """Best first."""
+    """Trials are ranked by the metric, then by the loss, then in their order."""
     outcome = Outcome(SearchSpec(), [(name, SPEC) for name in ("a", "b", "c", "d")])
     for name, accuracy, loss in (
         ("d", 0.5, 1.0),
@@ -64,7 +64,7 @@ def test_the_metric_ranks_then_the_loss_then_the_order() -> None:
 
 
 def test_a_copy_has_its_new_configuration_and_its_history() -> None:
-    """From the first report on that the copied prompt gave."""
+    """A record names a copy and its configuration from the copy's first report on."""
     outcome = Outcome(SearchSpec(), [("a", SPEC), ("b", SPEC)])
     outcome.trial_reported("a", report("a", 4, 4, 0.5))
     assert "copied" not in outcome.records["a"].document()
@@ -75,8 +75,10 @@ def test_a_copy_has_its_new_configuration_and_its_history() -> None:
 
 
 def test_a_prompt_is_ranked_once() -> None:
-    """A copy that found nothing better than what it copied is left out beside its source; it counts once it has, and
-    where the source is not ranked."""
+    """A copy without a better result of its own is left out beside its source.
+
+    It is ranked once it has improved, or when its source is not ranked.
+    """
     outcome = Outcome(SearchSpec(), [("a", SPEC), ("b", OTHER)])
     outcome.trial_reported("b", report("b", 4, 4, 0.7))
     outcome.trial_reported("a", replace(report("a", 8, 4, 0.7), copied=Copied("b", 4, OTHER)))
@@ -89,7 +91,10 @@ def test_a_prompt_is_ranked_once() -> None:
 
 
 def test_the_spread_over_seeds_is_of_equal_trials() -> None:
-    """Those that differ in the seed alone and came as far; nothing where there is no other."""
+    """Only trials that differ in the seed alone and trained as many steps are compared.
+
+    The result is empty when there is no such trial.
+    """
     seeds = {f"s{seed}": replace(SPEC, seed=seed) for seed in range(4)}
     outcome = Outcome(SearchSpec(), [*seeds.items(), ("other", OTHER)])
     for name, accuracy, step in (

@@ -1,4 +1,4 @@
-"""How a search lies on a cluster."""
+"""How a search's workers are placed on a cluster's nodes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ AUTO = ResourcesSpec()
 
 
 def test_one_worker_takes_a_cpu_node() -> None:
-    """Without accelerators one worker a node computes with every core and leaves Ray one of them for all else."""
+    """Without GPUs, a node holds one worker, which computes with every core.
+
+    The worker asks Ray for one core fewer, which is left for everything else.
+    """
     assert place(AUTO, [Node(8)], 12) == Placement(
         workers=1, cpus=7, gpus=0, threads=8, trials_per_worker=CPU_SLOTS
     )
@@ -39,26 +42,29 @@ def test_a_worker_a_gpu() -> None:
 
 
 def test_nodes_without_a_gpu_do_not_count_where_gpus_are() -> None:
-    """A large head without accelerators neither holds workers nor decides how large they are."""
+    """Where other nodes have GPUs, a head without any gets no workers and sets no sizes."""
     assert place(AUTO, [Node(64), Node(8, 1)], 64) == Placement(
         1, cpus=7, gpus=1, threads=8, trials_per_worker=8
     )
 
 
 def test_unequal_nodes_are_shared_by_what_each_has() -> None:
-    """Nine workers on nodes of eight GPUs and one: eight and one, each small enough for the fuller node."""
+    """Nine workers are placed on nodes of eight GPUs and of one GPU, one per GPU.
+
+    Their size is that of the fuller node.
+    """
     placed = place(AUTO, [Node(64, 8), Node(64, 1)], 90)
     assert (placed.workers, placed.cpus) == (9, 7)
 
 
 def test_there_are_no_more_slots_than_trials() -> None:
-    """Trials are spread over the workers rather than packed into some of them."""
+    """Few trials are spread over the workers rather than packed into some of them."""
     assert place(AUTO, [Node(8)], 2).trials_per_worker == 2
     assert place(AUTO, [Node(32, 4)], 6).trials_per_worker == 2
 
 
 def test_explicit_values_hold() -> None:
-    """What the spec says is what a worker gets."""
+    """Explicit settings of the spec are used as given."""
     asked = ResourcesSpec(workers=2, cpus_per_worker=3, gpus_per_worker=0.5, trials_per_worker=11)
     assert place(asked, [Node(8, 1)], 4) == Placement(
         2, cpus=3, gpus=0.5, threads=3, trials_per_worker=11
@@ -67,7 +73,10 @@ def test_explicit_values_hold() -> None:
 
 
 def test_a_group_is_several_workers() -> None:
-    """Each with CPUs and GPUs of its own, on one node or on several; the group has the slots of one worker."""
+    """A group's workers each have their own CPUs and GPUs, on one node or on several.
+
+    The group has as many slots as one worker.
+    """
     two = ResourcesSpec(workers_per_group=2)
     assert place(two, [Node(8)], 12) == Placement(1, 3, 0, 4, CPU_SLOTS, workers_per_group=2)
     assert place(two, [Node(16, 4)], 64) == Placement(2, 3, 1, 4, GPU_SLOTS, workers_per_group=2)
@@ -77,7 +86,10 @@ def test_a_group_is_several_workers() -> None:
 
 
 def test_room_counts_groups() -> None:
-    """What the nodes could hold in all, whoever holds it now; of a group all workers, wherever they lie."""
+    """Room is counted by the total of the nodes, in use or not.
+
+    For groups all workers count, on whichever nodes they are.
+    """
     alone = Placement(1, cpus=3, gpus=1, threads=4, trials_per_worker=8)
     assert room_for_groups(alone, [Node(16, 4)]) == 4
     assert room_for_groups(alone, [Node(16, 4), Node(64), Node(2, 8)]) == 4
@@ -87,7 +99,8 @@ def test_room_counts_groups() -> None:
 
 @pytest.mark.parametrize("trials", [1, 4, 1000])
 def test_the_relays_fit_beside_the_worker(trials: int) -> None:
-    """A worker that takes a whole node leaves room for its trials: Ray would wait for ever otherwise."""
+    """A worker that takes a whole node leaves CPUs for its trials; Ray would wait for ever
+    otherwise."""
     placed = place(ResourcesSpec(cpus_per_worker=2), [Node(2)], trials)
     assert placed.worker_resources()["CPU"] + placed.slots * TRIAL_CPUS <= 2
 
@@ -110,7 +123,10 @@ def test_the_relays_fit_beside_the_worker(trials: int) -> None:
     ],
 )
 def test_what_cannot_fit_is_refused(asked: ResourcesSpec, nodes: list[Node], named: str) -> None:
-    """A request that Ray would wait for without end is bad input; the message says what was asked and what there is."""
+    """A request for which Ray would wait for ever is BadInput.
+
+    The message names what was asked for and what the nodes have.
+    """
     with pytest.raises(BadInput, match=named) as refused:
         place(asked, nodes, 8)
     assert "resources." in refused.value.hint

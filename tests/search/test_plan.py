@@ -1,4 +1,4 @@
-"""The plan: its arithmetic exactly, and what is measured in a process of its own."""
+"""The plan: exact arithmetic, and measurements in a separate process."""
 
 from __future__ import annotations
 
@@ -43,8 +43,12 @@ def planned(
 
 
 def test_the_parts_add_up(tmp_path: Path) -> None:
-    """Four trials of 16 steps on two slots, an evaluation every 4; baselines on 16 validation and 16 test rows, a
-    written instruction as much dearer as it makes the rows longer."""
+    """The plan's seconds are the sums of their parts.
+
+    Four trials of 16 steps on two slots, with an evaluation every 4 steps; baselines on 16
+    validation and 16 test rows. The written instruction costs more in proportion to the longer
+    rows.
+    """
     plan = planned(tmp_path, search__few_shot=0)
     task = prepare(small_job(tmp_path, **FIFO, search__few_shot=0)).task
     (instructed,) = task.instructed.values()
@@ -66,7 +70,7 @@ def test_the_parts_add_up(tmp_path: Path) -> None:
 
 
 def test_what_was_rehearsed_counts_and_what_came_before(tmp_path: Path) -> None:
-    """The start as it was seen, after reading data and Ray's start; and a report's way as it was seen."""
+    """The rehearsal's start and report times are used; the seconds before it are added."""
     prepared = prepare(small_job(tmp_path, **FIFO))
     plan = estimate(
         prepared, PLACEMENT, MEASURED, before_s=7.0, rehearsal=Rehearsal(start_s=20.0, report_s=0.5)
@@ -76,10 +80,10 @@ def test_what_was_rehearsed_counts_and_what_came_before(tmp_path: Path) -> None:
 
 
 def test_a_worker_holds_more_than_what_measures(tmp_path: Path) -> None:
-    """Ray and what came with it: what a worker held with the short trials, beyond what those took by themselves."""
+    """Memory that the rehearsal's worker held beyond its short trials is added to each sum."""
     prepared = prepare(small_job(tmp_path, **FIFO))
     measured = replace(MEASURED, short=550)
-    for held, besides in ((0, 0), (750, 200), (500, 0)):  # 0: no worker was seen
+    for held, besides in ((0, 0), (750, 200), (500, 0)):  # 0: no worker was observed
         rehearsal = Rehearsal(start_s=20.0, report_s=0.5, held=held)
         memory = estimate(prepared, PLACEMENT, measured, rehearsal=rehearsal).document()["memory"]
         found = tuple(memory[name] - besides for name in ("idle", "usual", "worker"))
@@ -87,13 +91,16 @@ def test_a_worker_holds_more_than_what_measures(tmp_path: Path) -> None:
 
 
 def test_a_rehearsal_is_the_search_in_short(tmp_path: Path) -> None:
-    """A trial a slot, two steps of one row, whatever the scheduler; proposed trials are drawn, and measured too."""
+    """The rehearsal trains one trial per slot for two steps of one row, with any scheduler.
+
+    Trials that a searcher would propose are drawn at random instead, and counted in the estimate.
+    """
     job = small_job(tmp_path, search__searcher="optuna", search__scheduler="pbt", train__patience=1)
     prepared = prepare(job)
     short = shortened(prepared, PLACEMENT)
-    assert (short.total, len(short.trials), short.job.search.scheduler, short.job.search.searcher) == (
-        2, 2, "fifo", "random",
-    )  # fmt: skip
+    assert (
+        short.total, len(short.trials), short.job.search.scheduler, short.job.search.searcher,
+    ) == (2, 2, "fifo", "random")  # fmt: skip
     assert (short.job.train.steps, short.job.train.batch_size, short.job.train.patience) == (
         2,
         1,
@@ -110,7 +117,10 @@ def test_a_rehearsal_is_the_search_in_short(tmp_path: Path) -> None:
 
 
 def test_a_report_s_way_is_seen_within_a_round() -> None:
-    """Between two rounds lies training; a worker of one slot has no two reports in a round."""
+    """The time of a report is measured within a round, since training lies between rounds.
+
+    A worker with one slot never has two reports in a round; the default is used.
+    """
     moments = Moments()
     moments.times = [
         (1.0, True),
@@ -126,8 +136,10 @@ def test_a_report_s_way_is_seen_within_a_round() -> None:
 
 
 def test_the_start_is_rehearsed(ray_cluster: None, tmp_path: Path) -> None:
-    """In the Ray that is up, with the real worker, which holds more than the same trials by themselves; nothing of it
-    stays."""
+    """The rehearsal runs in the running Ray with the real worker and leaves nothing behind.
+
+    The worker holds more memory than the same trials measured without Ray.
+    """
     before = holders()
     prepared = prepare(small_job(tmp_path))
     found = rehearse(prepared, PLACEMENT, tmp_path / "rehearsal")
@@ -149,7 +161,10 @@ def test_hours_count_every_device(tmp_path: Path) -> None:
 
 
 def test_a_groups_workers_all_count(tmp_path: Path) -> None:
-    """Two groups of two workers are four devices and four processes; what they send each other is not measured."""
+    """Two groups of two workers count as four devices and four processes.
+
+    A warning says that their exchange of gradients is not measured.
+    """
     two = replace(PLACEMENT, workers=2)
     four = planned(tmp_path, replace(two, workers_per_group=2), nodes=4)
     assert four.device_hours == pytest.approx(2 * planned(tmp_path, two, nodes=4).device_hours)
@@ -165,12 +180,15 @@ def test_a_groups_workers_all_count(tmp_path: Path) -> None:
 
 
 def test_a_limit_of_minutes_ends_the_search(tmp_path: Path) -> None:
-    """No longer than search.stop.minutes."""
+    """The estimate of the search is at most search.stop.minutes."""
     assert planned(tmp_path, search__stop={"minutes": 0.05}).seconds["search"] == pytest.approx(3.0)
 
 
 def test_what_cannot_fit_is_named(tmp_path: Path) -> None:
-    """Memory near all there is, of one worker or of those that share a machine; cuts; and steps of another device."""
+    """Warnings name memory that is nearly full, cut batches and a different device.
+
+    Memory is compared for one worker and for all workers of a machine.
+    """
     (full,) = planned(tmp_path, measured=replace(MEASURED, room=950)).warnings
     assert full.startswith("a worker needs") and "lower resources.trials_per_worker" in full
     two = replace(PLACEMENT, workers=2)
@@ -185,8 +203,10 @@ def test_what_cannot_fit_is_named(tmp_path: Path) -> None:
 
 
 def test_real_steps_are_measured(tmp_path: Path) -> None:
-    """A worker's time and memory in a process that is gone afterwards; a step takes more than the model, the largest
-    one no less."""
+    """A child process measures the worker's time and memory; each figure includes the one before.
+
+    Weights, idle, a usual step and the peak grow in that order.
+    """
     prepared = prepare(small_job(tmp_path, **FIFO))
     found = measure(prepared, place(prepared.job.resources, [Node(2)], len(prepared.trials)))
     assert 0 < found.weights < found.idle <= found.usual <= found.peak < found.room
@@ -198,7 +218,7 @@ def test_real_steps_are_measured(tmp_path: Path) -> None:
 
 
 def test_one_workers_share_is_measured(tmp_path: Path) -> None:
-    """Half of the rows for each of two; what sharding leaves on the other is counted off."""
+    """Each of two workers takes half of the rows; blocks on the other worker are subtracted."""
     prepared = prepare(
         small_job(tmp_path, **FIFO, resources__workers_per_group=2, resources__sharding="fsdp")
     )
@@ -223,12 +243,12 @@ def breaks() -> None:
 
 
 def dies() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)  # as the system does when memory runs out
+    os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does when memory runs out
 
 
 @pytest.mark.long
 def test_what_goes_wrong_in_the_child_is_told() -> None:
-    """Our own errors arrive as they are, others in one line, and a killed process is most likely memory."""
+    """Our own errors arrive unchanged, others as JobFailed; a kill is taken for lack of memory."""
     with pytest.raises(BadInput, match="no such thing"):
         in_child(fails)
     with pytest.raises(JobFailed, match=r"can't be measured: ValueError: broken\n"):
@@ -238,7 +258,10 @@ def test_what_goes_wrong_in_the_child_is_told() -> None:
 
 
 def test_samples_lie_evenly() -> None:
-    """Over the sorted values, each at most once; a cut split keeps its rows together."""
+    """Samples are spread evenly over the sorted values, without repeats.
+
+    A split that is cut keeps the parts of each row together.
+    """
     assert spread([9, 1, 5, 3, 7, 11], 3, key=lambda value: value) == [3, 7, 11]
     assert spread([2, 1], 5, key=lambda value: value) == [1, 2]
     split = small_task().splits["train"]
@@ -254,7 +277,8 @@ def test_samples_lie_evenly() -> None:
 def test_the_verb(
     ray_cluster: None, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A table that ends with the next step, or one document; nothing is written."""
+    """``plan`` prints a table that ends with the next step, or one JSON document; it writes no
+    file."""
     job = write_job(tmp_path)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -286,7 +310,10 @@ def test_the_verb_refuses_what_a_run_would(command: Command, tmp_path: Path) -> 
 def test_estimate_and_outcome_lie_side_by_side(
     ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A search that is planned first has both in its MLflow run: seconds, device hours and steps; FIFO's are exact."""
+    """A search with a plan logs the estimate and the outcome to its MLflow run.
+
+    These are seconds, device hours and steps; with FIFO the estimated steps are exact.
+    """
     monkeypatch.chdir(tmp_path)
     job = small_job(tmp_path, **{**FIFO, "search__trials": 2, "registry__register_top": 0})
     document = run_job(job, Recorder(job), planned=True)

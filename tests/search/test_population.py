@@ -1,4 +1,4 @@
-"""Population based training's decisions, without a search."""
+"""The decisions of population based training, without a search."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def report(number: int, score: float, step: int = 10, loss: float = 1.0) -> Repo
 def copies(
     population: Population, scores: list[float], step: int = 10, first: int = 0
 ) -> list[Copy]:
-    """A round in which every trial reports and goes on."""
+    """Return the copies of a round in which every trial reports and goes on."""
     reports = [
         (report(first + place, score, step), spec(first + place))
         for place, score in enumerate(scores)
@@ -77,7 +77,7 @@ def copies(
 def test_the_worst_quarter_copies_the_best_quarter(
     scores: list[float], copying: set[str], sources: set[str]
 ) -> None:
-    """And nobody copies who is alone, or as good as the best."""
+    """A trial that is alone, or as good as the best, copies nothing."""
     found = copies(Population(job()), scores)
     assert {copy.trial for copy in found} == copying
     assert {copy.copied.source for copy in found} <= sources
@@ -85,13 +85,13 @@ def test_the_worst_quarter_copies_the_best_quarter(
 
 
 def test_lower_is_better_where_the_metric_says_so() -> None:
-    """With metric loss the trial of the highest loss copies the one of the lowest."""
+    """With metric loss, the trial of the highest loss copies that of the lowest."""
     (copy,) = copies(Population(job("loss")), [0.5, 0.9])
     assert (copy.trial, copy.copied.source) == ("t1", "t0")
 
 
 def test_the_loss_decides_between_equal_scores() -> None:
-    """As it does everywhere else in a search."""
+    """Equal scores are ranked by the loss, as everywhere else in a search."""
     reports = [
         (report(number, 0.5, loss=loss), spec(number)) for number, loss in enumerate([1.0, 2.0])
     ]
@@ -100,7 +100,7 @@ def test_the_loss_decides_between_equal_scores() -> None:
 
 
 def test_a_copy_has_the_prompt_of_its_source_and_its_own_seed() -> None:
-    """Init and length belong to the prompt and go along; the seed, which orders the rows, stays."""
+    """A copy takes over init and length; it keeps its own seed, which orders the rows."""
     (copy,) = copies(Population(job()), [0.5, 0.9])
     assert replace(copy.copied.spec, learning_rate=0.1) == replace(spec(1), seed=0)
     assert copy.copied.step == 10
@@ -113,7 +113,8 @@ def test_a_copy_has_the_prompt_of_its_source_and_its_own_seed() -> None:
 def test_a_copy_has_another_learning_rate_of_the_space(
     rates: Any, rate: float, allowed: set[float]
 ) -> None:
-    """A fifth less or more, never outside of the space and never the same."""
+    """The source's rate is changed by a fifth, up or down, within the space, and never stays the
+    same."""
     found = set()
     for number in range(20):
         reports = [(report(number, 0.1), spec(number)), (report(99, 0.9), spec(99, rate))]
@@ -124,14 +125,14 @@ def test_a_copy_has_another_learning_rate_of_the_space(
 
 
 def test_only_every_so_many_steps() -> None:
-    """Between two comparisons nobody copies."""
+    """Nothing is copied between two comparisons."""
     population = Population(job(every=20))
     assert copies(population, [0.5, 0.9], step=10) == []
     assert [copy.trial for copy in copies(population, [0.5, 0.9], step=20)] == ["t0"]
 
 
 def test_late_trials_are_compared_at_the_same_step() -> None:
-    """A trial that starts when others are far copies what these were at its own step, not what they are now."""
+    """A trial that starts late copies a checkpoint of its own step, not a later one."""
     population = Population(job())
     for step, gain in ((10, 0.0), (20, 0.1)):
         copies(population, [0.6 + gain, 0.7 + gain, 0.8 + gain, 0.9], step)
@@ -140,7 +141,7 @@ def test_late_trials_are_compared_at_the_same_step() -> None:
 
 
 def test_who_does_not_go_on_copies_nothing_but_may_be_copied() -> None:
-    """A trial that ended in this round is a source; one that diverged is not even that."""
+    """A trial that ended in this round can be copied; one that diverged can not."""
     population = Population(job())
     broken = replace(report(2, 0.99), metrics={}, ending="diverged")
     found = population.copies(
@@ -150,7 +151,7 @@ def test_who_does_not_go_on_copies_nothing_but_may_be_copied() -> None:
 
 
 def test_only_checkpoints_that_may_be_copied_are_kept() -> None:
-    """A quarter of all trials at each step, however they come in."""
+    """Checkpoints are kept for the best quarter of all trials at each step, as reports come in."""
     population = Population(job(trials=8))
     for number, score in enumerate([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]):
         copies(population, [score], first=number)

@@ -1,4 +1,4 @@
-"""What a search is given before anything is spent."""
+"""Preparation: everything that is settled before a search uses resources."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TINY = Recipe(
 
 
 def generating_job(folder: Path, **data: Any) -> JobSpec:
-    """The small job with a text to generate, an instruction to compare with, and lists of references."""
+    """Return the small job with generated texts, an instruction and lists of references."""
     document = job_document(folder)
     for split, file in document["data"]["path"].items():
         rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
@@ -42,8 +42,10 @@ def generating_job(folder: Path, **data: Any) -> JobSpec:
 
 
 def test_evaluated_splits_get_their_references(tmp_path: Path) -> None:
-    """Validation and test rows, also behind a written instruction or examples, have the column's texts; training rows
-    have none."""
+    """Validation and test rows have the column's references, also after an instruction or examples.
+
+    Training rows have none.
+    """
     task = prepare(generating_job(tmp_path, references="right")).task
     assert task.decoding == Decoding(max_tokens=40, num_beams=1)
     assert task.splits["train"].references == []
@@ -58,7 +60,7 @@ def test_evaluated_splits_get_their_references(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("wanted", "limit"), [(2, 60), (64, 60), (0, 60), (4, 100)])
 def test_examples_as_many_as_the_context_holds(tmp_path: Path, wanted: int, limit: int) -> None:
-    """The few-shot baseline shows what was asked for, or fewer; with it no row is longer than the context."""
+    """The few-shot baseline shows at most the examples asked for, within the context."""
     job = small_job(tmp_path, search__few_shot=wanted, data__max_input_tokens=limit)
     prepared = prepare(job)
     text, examples = prepared.few_shot
@@ -71,14 +73,14 @@ def test_examples_as_many_as_the_context_holds(tmp_path: Path, wanted: int, limi
 
 
 def test_without_the_column_the_target_is_the_reference(tmp_path: Path) -> None:
-    """One reference a row: the target's text, stripped."""
+    """Without a references column, each row's only reference is its target, stripped."""
     prepared = prepare(generating_job(tmp_path))
     wanted = [[row["answer"].strip()] for row in prepared.rows.test]
     assert prepared.task.splits["test"].references == wanted
 
 
 def test_a_job_that_ranks_by_another_metric_generates_nothing(tmp_path: Path) -> None:
-    """With loss as the metric there is nothing to compare and nothing to generate."""
+    """Nothing is generated when the search ranks by loss."""
     job = generating_job(tmp_path, references="right")
     job = job.model_copy(update={"search": job.search.model_copy(update={"metric": "loss"})})
     task = prepare(job).task
@@ -86,7 +88,10 @@ def test_a_job_that_ranks_by_another_metric_generates_nothing(tmp_path: Path) ->
 
 
 def test_texts_that_may_outgrow_the_context_are_refused(tmp_path: Path) -> None:
-    """A generated text has to fit behind the longest prompt and input, even where targets are short."""
+    """Longest prompt, longest input and generated text must fit into the context together.
+
+    This also holds when the targets are short.
+    """
     job = generating_job(tmp_path)
     generation = job.generation.model_copy(update={"max_tokens": CONTEXT - 10})
     with pytest.raises(
@@ -98,7 +103,7 @@ def test_texts_that_may_outgrow_the_context_are_refused(tmp_path: Path) -> None:
 def test_making_the_quickstart_model_is_timed_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Seconds where it is made, none where it lies in the cache already or the job has another model."""
+    """Seconds are counted where the model is made, not where it is cached or another is used."""
     monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(orchestrator.models.builtin, "Recipe", lambda: TINY)
     job = small_job(tmp_path, base_model__id="builtin:quickstart")
@@ -109,14 +114,14 @@ def test_making_the_quickstart_model_is_timed_apart(
 
 
 def peft_folder(folder: Path, config: PeftConfig) -> Path:
-    """A prompt of PEFT's for the small jobs' base model, as it drew it."""
+    """Save a new PEFT prompt for the small jobs' base model."""
     model = AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32)
     get_peft_model(model, config).save_pretrained(str(folder))
     return folder
 
 
 def test_trials_start_from_a_peft_folder(tmp_path: Path) -> None:
-    """``init: {artifact: FOLDER}`` takes one of PEFT's: the trial's first prompt is what PEFT saved."""
+    """``init: {artifact: FOLDER}`` takes a PEFT folder: the first prompt is what PEFT saved."""
     config = PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=4)
     folder = peft_folder(tmp_path / "adapter", config)
     space = {"init": {"artifact": str(folder)}, "num_virtual_tokens": 3}
@@ -128,7 +133,8 @@ def test_trials_start_from_a_peft_folder(tmp_path: Path) -> None:
 
 
 def test_a_peft_prefix_starts_prefixes_only(tmp_path: Path) -> None:
-    """A prefix can't start a soft prompt; with method prefix_tuning its keys and values are the start."""
+    """A PEFT prefix can't start a soft prompt; with prefix_tuning its keys and values are the
+    start."""
     folder = peft_folder(
         tmp_path / "adapter", PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     )
@@ -147,8 +153,11 @@ def test_a_peft_prefix_starts_prefixes_only(tmp_path: Path) -> None:
 def test_an_init_text_too_long_to_be_an_instruction_is_left_out(
     tmp_path: Path, generates: bool
 ) -> None:
-    """It starts prompts all the same; the warning names the setting, the text and both lengths. A shorter text beside
-    it is compared."""
+    """A text too long for the instruction baseline still starts prompts.
+
+    The warning names the setting, the text and both lengths. A shorter text beside it is still
+    compared.
+    """
     job = generating_job(tmp_path) if generates else small_job(tmp_path)
     long = "the quick brown fox jumps over the lazy dog " * 30
     document = job.model_dump(exclude_unset=True)
@@ -170,7 +179,7 @@ def test_an_init_text_too_long_to_be_an_instruction_is_left_out(
 
 
 def test_a_template_longer_than_the_limit_is_refused(tmp_path: Path) -> None:
-    """Before anything is started, with the number of its tokens."""
+    """The error comes before anything is started and has the template's number of tokens."""
     template = "is this message spam or ham? {text} is it?"
     with pytest.raises(
         BadInput, match=r"the template alone takes \d+ tokens, and max_input_tokens is 8"
@@ -179,13 +188,16 @@ def test_a_template_longer_than_the_limit_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_token_beyond_the_table_is_refused(tmp_path: Path) -> None:
-    """A token that was added to the tokenizer without an embedding, in rows, in the verbalizer and in an init text."""
+    """A token that was added to the tokenizer without an embedding is BadInput.
+
+    It is found in rows, in the verbalizer and in an init text.
+    """
     folder = Path(shutil.copytree(model_folder(), tmp_path / "model"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     size = len(tokenizer)
     tokenizer.add_tokens(["<added>"])
     tokenizer.save_pretrained(folder)
-    prepare(small_job(tmp_path, base_model__id=str(folder)))  # nobody uses it
+    prepare(small_job(tmp_path, base_model__id=str(folder)))  # the job does not use the token
     wanted = (
         f"holds token '<added>', id {size}, and the base model's embedding table has {size} rows"
     )
@@ -199,7 +211,7 @@ def test_a_token_beyond_the_table_is_refused(tmp_path: Path) -> None:
 
 
 def test_weights_of_a_local_folder_are_looked_at(tmp_path: Path) -> None:
-    """What a worker could not load is refused with the rest of the bad input."""
+    """Weights that a worker could not use are refused before the search."""
     folder = Path(shutil.copytree(model_folder(), tmp_path / "model"))
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"][3] = float("nan")

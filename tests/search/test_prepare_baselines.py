@@ -1,4 +1,4 @@
-"""Jobs of baselines up to their engine: what is refused before anything is spent, and written prompts evaluated."""
+"""Jobs of baselines up to their engine: early refusals, and evaluation of written prompts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ def designed(folder: Path, space: dict[str, Any], **changes: Any) -> Prepared:
 
 
 def test_written_prompts_are_evaluated_once_without_a_step(tmp_path: Path) -> None:
-    """Each wording and each number of demonstrations has its own loss; the bare wording's is the zero-shot one."""
+    """Each wording and number of demonstrations has its own loss.
+
+    The bare wording's loss is the zero-shot loss.
+    """
     space = {
         "template": ["{text}\nspam?", WORDED],
         "shots": [0, 1],
@@ -61,7 +64,7 @@ def test_written_prompts_are_evaluated_once_without_a_step(tmp_path: Path) -> No
 
 
 def test_demonstrations_that_did_not_fit_are_told(tmp_path: Path) -> None:
-    """The report says how many there was room for."""
+    """The report says how many demonstrations fitted into the context."""
     made = designed(tmp_path, {"shots": 40})
     engine = make_engine(load(model_folder()), made.task, made.job.train, made.job.search, 1)
     engine.seat("t", made.trials[0])
@@ -72,7 +75,10 @@ def test_demonstrations_that_did_not_fit_are_told(tmp_path: Path) -> None:
 
 
 def test_a_wording_that_does_not_fit_is_refused(tmp_path: Path) -> None:
-    """Too long for the context, a column that the rows lack, or no room for a single demonstration."""
+    """A wording is refused when it exceeds the context or names an unknown column.
+
+    It is also refused when not a single demonstration fits.
+    """
     wordings = {"template": ["{text}", "{text} " + "long " * 100]}
     with pytest.raises(BadInput, match="exceed the context"):
         designed(tmp_path, wordings, data__max_input_tokens=900)
@@ -104,7 +110,7 @@ def test_a_missing_library_is_said_before_anything_is_read(
 
 @pytest.mark.parametrize("method", ["lora", "prompt_design"])
 def test_a_plan_measures_a_baseline(tmp_path: Path, method: str) -> None:
-    """Steps of the largest trial and evaluations are timed; the model is as before."""
+    """The largest trial's steps and the evaluations are timed; the model is left unchanged."""
     space = {"learning_rate": 0.1, "rank": [2, 8]} if method == "lora" else {"shots": [0, 1]}
     changes: dict[str, Any] = {} if method == "lora" else {"train": {}}
     made = prepare(

@@ -1,4 +1,4 @@
-"""Ending what a killed search left behind: only those very processes."""
+"""Ending the processes that a killed search left behind, and no others."""
 
 from __future__ import annotations
 
@@ -29,12 +29,13 @@ def kill(*processes: subprocess.Popen[str]) -> None:
 
 
 def test_descendants_are_ended_by_id(tmp_path: Path) -> None:
-    """Polite and deaf ones both, once; the file is gone afterwards."""
+    """Processes that heed SIGTERM and those that ignore it both end, and the file is removed."""
     polite, deaf = sleeper(), sleeper(deaf=True)
     file = tmp_path / "processes.json"
     try:
         save_processes(file)
-        # Other descendants of this process (a test session's Ray) are none of this test's.
+        # This process has other descendants, such as the test session's Ray, which are not of
+        # interest.
         mine = [
             known
             for known in json.loads(file.read_bytes())
@@ -49,7 +50,7 @@ def test_descendants_are_ended_by_id(tmp_path: Path) -> None:
 
 
 def test_another_process_of_the_same_id_is_left_alone(tmp_path: Path) -> None:
-    """An id that the system has given away again, and one that nobody has."""
+    """An id that now belongs to another process, or to none, is left alone."""
     process = sleeper()
     file = tmp_path / "processes.json"
     try:

@@ -1,4 +1,4 @@
-"""A Ray that starts beside other work, each in a process of its own: what it gives, and that nothing of it stays."""
+"""Starting Ray in the background of other work: what it provides and that nothing remains."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import pytest
 from ray_state import eventually
 from small_jobs import write_job
 
-pytestmark = pytest.mark.ray  # their own
+pytestmark = pytest.mark.ray  # every test here starts its own Ray
 
-LIMIT_S = 150.0  # only a hang takes this long
+LIMIT_S = 150.0  # reached only when something hangs
 START = """
 import os, signal, sys, time
 import psutil, ray
@@ -46,7 +46,8 @@ with ray_beside(then=make_ready) as up:
     while ready < PROCESSES and time.monotonic() < deadline:
         ready = sum(child.name().startswith("ray::IDLE") for child in children())
         time.sleep(0.1)
-    print(ready >= PROCESSES, ray.get(Probe.remote().loaded.remote()) == (os.cpu_count() <= FEW_CORES))
+    print(ready >= PROCESSES, ray.get(Probe.remote().loaded.remote()) == \
+(os.cpu_count() <= FEW_CORES))
     began = children()
 print(started_here(), ray.is_initialized(), alive(began))
 """
@@ -125,7 +126,7 @@ except KeyboardInterrupt:
 
 @pytest.fixture
 def ray_folder() -> Iterator[Path]:
-    """Where Ray keeps its sockets, whose paths have to be short, and its logs."""
+    """A folder for Ray's logs and sockets; socket paths have to be short."""
     folder = Path(tempfile.mkdtemp(prefix="ray-"))
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
@@ -159,9 +160,12 @@ def run(arguments: list[str], ray_folder: Path, folder: Path) -> subprocess.Comp
 def test_it_starts_beside_other_work(
     code: str, said: str, ray_folder: Path, tmp_path: Path
 ) -> None:
-    """Processes wait ready, with what they need; when the work fails or is interrupted meanwhile, and at the end, all
-    of them are gone, and no Ray is started by asking one that has ended. Whoever calls Ray is waited for, or where that
-    does not end, ended with the process."""
+    """Ray starts in the background with warm worker processes, and all of them end with it.
+
+    This holds at the normal end and when the other work fails or is interrupted. Calling the handle
+    after the end starts no second Ray. Threads that are still calling Ray are waited for; a call
+    that never returns ends with the process.
+    """
     ran = run(["-c", START + code], ray_folder, tmp_path)
     assert (ran.returncode, ran.stdout) == (0, said), ran.stderr
     assert eventually(lambda: not processes_of(ray_folder)), processes_of(ray_folder)
@@ -183,9 +187,9 @@ main()
 
 
 def test_a_search_refused_as_its_workers_start_says_so(ray_folder: Path, tmp_path: Path) -> None:
-    """Train is running its workers by then; they are ended, Ray after them, and the message is the last word."""
+    """A search refused while Train is starting workers ends them and Ray; the error comes last."""
     job = str(write_job(tmp_path))
-    for _ in range(2):  # it went wrong in one of three
+    for _ in range(2):  # the failure that this test guards against occurred in one run of three
         ran = run(["-c", REFUSED_LATE, "run", job, "-q"], ray_folder, tmp_path)
         assert (ran.returncode, ran.stderr) == (
             2,
@@ -195,7 +199,10 @@ def test_a_search_refused_as_its_workers_start_says_so(ray_folder: Path, tmp_pat
 
 
 def test_a_search_s_processes_have_its_environment(ray_folder: Path, tmp_path: Path) -> None:
-    """Nothing is handed to them by Ray, which would start each in two steps; the search is whole, and nothing stays."""
+    """Workers inherit their environment, without a Ray runtime environment for each.
+
+    Ray would start every such process in two steps. The search completes and no process remains.
+    """
     ran = run(
         ["-m", "orchestrator", "run", str(write_job(tmp_path)), "--json", "-q"],
         ray_folder,
@@ -210,7 +217,7 @@ def test_a_search_s_processes_have_its_environment(ray_folder: Path, tmp_path: P
 
 
 def processes_of(ray_folder: Path) -> list[psutil.Process]:
-    """Those that work in the folder, whoever is their parent by now."""
+    """Return the processes that have the folder in their command line, whatever their parent is."""
     found = psutil.process_iter(["cmdline"])
     return [
         process for process in found if str(ray_folder) in " ".join(process.info["cmdline"] or [])

@@ -1,4 +1,4 @@
-"""Searches in an object store: a copy that is a state at all times, one runner at a time, errors with a way out."""
+"""Searches in an object store: consistent copies, one runner at a time, helpful errors."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def bucket() -> Iterator[dict[str, str]]:
 
 @pytest.fixture(params=["file", "s3"])
 def home(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Address of an empty store, the home of searches here; silence is short."""
+    """Point ORCHESTRATOR_HOME to an empty store, and shorten heartbeats and the silence limit."""
     if request.param == "s3":
         for name, value in request.getfixturevalue("bucket").items():
             monkeypatch.setenv(name, value)
@@ -70,7 +70,7 @@ def home(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From here on this is another machine, which has nothing of what the first one kept."""
+    """Act as another machine from here on: without the first machine's cache."""
     monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "elsewhere"))
 
 
@@ -79,7 +79,7 @@ def folder_named(name: str) -> SearchFolder:
 
 
 def write_round(folder: SearchFolder, number: int, journal: Journal | None = None) -> Journal:
-    """Three trials' reports at step ``number``, which replace those before."""
+    """Write three trials' reports at step ``number``, which replace the earlier ones."""
     if journal is None:
         journal = Journal(folder, History())
         journal.append([Started(f"t{trial}", CONFIG) for trial in range(3)], 0.0)
@@ -95,7 +95,10 @@ def contents(folder: SearchFolder) -> dict[str, bytes]:
 def test_what_a_search_leaves_is_there_elsewhere(
     home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All but what is of use on its own node only, and nothing that it has removed; found by its name and as latest."""
+    """Another machine gets the search's files, except node-local ones and those already removed.
+
+    It finds the search by name and as ``latest``.
+    """
     folder = folder_named("search-1")
     with folder.locked():
         (folder.path / "inputs").mkdir()
@@ -118,14 +121,17 @@ def test_what_a_search_leaves_is_there_elsewhere(
     for wanted in ("latest", "search"):
         found = find_search(wanted)
         assert found.path != folder.path and contents(found) == kept
-    with found.locked():  # nobody holds it any more
+    with found.locked():  # the lock has been released
         pass
 
 
 def test_a_copy_is_a_state_whenever_its_writer_dies(
     home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGKILL between whatever requests: each trial that the copied journal knows has its checkpoint beside it."""
+    """The copy is consistent when SIGKILL ends its writer between any two requests.
+
+    Every trial that the copied journal knows has its checkpoint beside it.
+    """
     environment = os.environ | {"PYTHONPATH": f".{os.pathsep}tests"}
     command = [sys.executable, "-c", WRITER]
     root = Path(__file__).parents[2]
@@ -133,7 +139,7 @@ def test_a_copy_is_a_state_whenever_its_writer_dies(
     assert writer.stdout is not None
 
     def is_copied() -> bool:
-        """Without the description, which comes last, there is no search yet."""
+        """Return whether the search exists yet; its description, search.json, is copied last."""
         files = [
             RemoteHome(home).read(folder_named("search").path, name)
             for name in ("search.json", "journal.jsonl")
@@ -150,7 +156,7 @@ def test_a_copy_is_a_state_whenever_its_writer_dies(
     elsewhere(tmp_path, monkeypatch)
     folder = find_search("latest")
     began = time.monotonic()
-    with folder.locked():  # the dead one's hold falls after it was silent
+    with folder.locked():  # the dead runner's lock expires after its silence
         assert time.monotonic() - began >= remote.SILENCE_S
         history = read_history(folder)
     assert history.lost == {} and len(history.checkpoints) == 3
@@ -169,13 +175,17 @@ def test_of_two_runners_one_is_refused(
 
 
 def test_who_was_taken_over_hears_of_it(home: str, tmp_path: Path) -> None:
-    """A runner that could not reach the store for long enough finds somebody else there, and leaves the copy alone."""
+    """A runner that loses its lock to another one raises an error and leaves the copy alone.
+
+    This happens when it could not reach the store for long enough.
+    """
     folder, found = folder_named("search"), RemoteHome(home)
     other = json.dumps({"host": "elsewhere", "pid": 7, "token": "theirs"}).encode()
 
     def run() -> None:
         with folder.locked():
-            # Now and again, as that one does: the first time may be the moment before this one writes its own.
+            # Written repeatedly, as the other runner does: the first write may be overwritten by
+            # ours.
             eventually(lambda: found.write(folder.path, remote.LOCK, other) or not copying(0.3))
             write_round(folder, 1)
 
@@ -186,13 +196,13 @@ def test_who_was_taken_over_hears_of_it(home: str, tmp_path: Path) -> None:
 
 
 def copying(seconds: float) -> bool:
-    """Whether a copy is still kept after so long."""
+    """Return whether the copying thread is still alive after ``seconds``."""
     time.sleep(seconds)
     return any(it.name == "search-copy" for it in threading.enumerate())
 
 
 def test_what_is_ahead_here_stays(home: str) -> None:
-    """A driver that died between two copies, and goes on where it was."""
+    """A driver that died between two copies goes on from its newer local state."""
     folder = folder_named("search")
     with folder.locked():
         (folder.path / "search.json").write_text("{}")
@@ -210,7 +220,10 @@ def test_what_is_ahead_here_stays(home: str) -> None:
 def test_a_store_that_is_away(
     bucket: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before a search it ends the command; at the end of one it says how the copy is completed."""
+    """An unreachable store ends the command before a search.
+
+    At the end of a search, the error says how to complete the copy.
+    """
     for name, value in bucket.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path))

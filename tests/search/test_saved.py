@@ -1,4 +1,4 @@
-"""A search that an earlier release began is understood as that release did."""
+"""Searches saved by an earlier release are read with that release's defaults."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from orchestrator.search.state.saved import SavedSearch, load_saved
 
 
 def saved(path: Path, job: JobSpec, *, begun: bool = False) -> SearchFolder:
-    """The folder of a search that has just begun."""
+    """Return the folder of a search that has just begun."""
     folder = SearchFolder(path / "search")
     folder.path.mkdir()
     SavedSearch.of(prepare(job, begun=begun), {}, "sqlite:///mlflow.db", "run").save(folder, job)
@@ -28,7 +28,7 @@ def saved(path: Path, job: JobSpec, *, begun: bool = False) -> SearchFolder:
 
 
 def without_new_keys(folder: SearchFolder, **data: Any) -> None:
-    """Make the folder one of a release that knew neither data.held_out, data.empty nor warnings."""
+    """Turn the folder into that of a release without data.held_out, data.empty and warnings."""
     document = yaml.safe_load(folder.job.read_text())
     del document["data"]["held_out"], document["data"]["empty"]
     document["data"].update(data)
@@ -39,13 +39,13 @@ def without_new_keys(folder: SearchFolder, **data: Any) -> None:
 
 
 def set_aside_job(path: Path) -> JobSpec:
-    """A job that gives train alone."""
+    """Return a job whose only data file is the training split."""
     train = job_document(path)["data"]["path"]["train"]
     return small_job(path, data__path={"train": train})
 
 
 def test_a_search_keeps_how_its_rows_were_held_out_and_its_warnings(tmp_path: Path) -> None:
-    """The saved job says it in full, whatever the default becomes."""
+    """The saved job states data.held_out explicitly, so that later defaults do not change it."""
     job = set_aside_job(tmp_path)
     folder = saved(tmp_path, job)
     search, kept = load_saved(folder)
@@ -57,7 +57,7 @@ def test_a_search_keeps_how_its_rows_were_held_out_and_its_warnings(tmp_path: Pa
 
 
 def test_a_search_of_an_earlier_release_finds_its_rows(tmp_path: Path) -> None:
-    """Without the key the rows are drawn as they were then, so that the fingerprint is the same."""
+    """Without the key, rows are drawn as the earlier release did, with the same fingerprint."""
     job = set_aside_job(tmp_path)
     earlier = job.model_copy(update={"data": job.data.model_copy(update={"held_out": "random"})})
     folder = saved(tmp_path, earlier)
@@ -73,7 +73,10 @@ def test_a_search_of_an_earlier_release_finds_its_rows(tmp_path: Path) -> None:
 
 
 def test_a_search_of_an_earlier_release_goes_on_with_what_is_refused_now(tmp_path: Path) -> None:
-    """Rows without input, a fraction of a split that is given and a single label do not stop it."""
+    """A search of an earlier release goes on despite rows that a new one is refused for.
+
+    These are rows without input, a fraction of a split that is given, and a single label.
+    """
     job = small_job(tmp_path)
     train = tmp_path / "train.jsonl"
     train.write_text(
@@ -98,7 +101,10 @@ def test_a_search_of_an_earlier_release_goes_on_with_what_is_refused_now(tmp_pat
 
 
 def test_a_search_of_an_earlier_release_may_have_conflicts(tmp_path: Path) -> None:
-    """What a new search is refused for does not stop one that has begun; a value that is wrong by itself does."""
+    """A search that has begun goes on despite conflicts that a new one is refused for.
+
+    A value that is wrong by itself still raises SpecError.
+    """
     folder = saved(tmp_path, set_aside_job(tmp_path))
     without_new_keys(folder, template="{label} {text}")
     with pytest.raises(SpecError, match="the input"):

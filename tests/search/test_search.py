@@ -1,4 +1,4 @@
-"""Searches that do not go smoothly, and the other schedulers: a real Ray, a tiny random model."""
+"""Searches with failures, and the other schedulers, on a real Ray with a tiny random model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def statuses(finished: Finished) -> dict[str, str]:
 
 
 def mlflow_states(folder: Path) -> dict[str, list[tuple[str, str]]]:
-    """(status, our state) of the parents and of the children in a folder's store."""
+    """Return the (MLflow status, our state) of the parent and child runs in a folder's store."""
     found: dict[str, list[tuple[str, str]]] = {"parents": [], "children": []}
     for run in search_runs(f"sqlite:///{folder}/mlflow.db"):
         kind = "children" if "mlflow.parentRunId" in run.data.tags else "parents"
@@ -44,7 +44,7 @@ def mlflow_states(folder: Path) -> dict[str, list[tuple[str, str]]]:
 def test_a_search_survives_the_death_of_its_worker(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGKILL of the worker in the middle: every trial ends as in the undisturbed search, with the same metrics."""
+    """After SIGKILL of the worker every trial ends with the metrics of the undisturbed search."""
     monkeypatch.chdir(tmp_path)
     killed: list[int] = []
 
@@ -66,7 +66,10 @@ def test_a_search_survives_the_death_of_its_worker(
 def test_a_worker_that_cannot_load_its_model_fails_the_job(
     ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights cut short after the checks: one clear error, the parent FAILED, no child running, nothing registered."""
+    """Weights that are damaged after the checks give one clear error.
+
+    The parent run is FAILED, no child is running, and nothing is registered.
+    """
     monkeypatch.chdir(tmp_path)
     model = tmp_path / "model"
     shutil.copytree(model_folder(), model)
@@ -92,9 +95,9 @@ def test_a_worker_that_cannot_load_its_model_fails_the_job(
 def test_a_reached_target_ends_the_search(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """search.stop.metric: nothing is trained after the first trial that is good enough; it is what gets registered.
+    """search.stop.metric ends the search after the first good enough trial, which is registered.
 
-    With the median rule as scheduler. Trials that were left where they were, or not begun, count as stopped.
+    The scheduler is the median rule. Trials that were interrupted or never began count as stopped.
     """
     monkeypatch.chdir(tmp_path)
     target = finished.reports["t000"][1].metrics["loss"] + 1e-3
@@ -121,7 +124,7 @@ def test_a_reached_target_ends_the_search(
 def test_a_grid_without_a_scheduler(
     ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """grid and fifo run every combination, none is stopped; patience ends those that do not get better."""
+    """grid with fifo runs every combination; patience alone ends trials without progress."""
     monkeypatch.chdir(tmp_path)
     space = {
         "init": "sample_vocab",
@@ -154,7 +157,7 @@ def test_a_grid_without_a_scheduler(
 
 
 def learning_rates(finished: Finished) -> dict[str, list[tuple[int, float]]]:
-    """The learning rate of every trial by step, as MLflow has it."""
+    """Return every trial's learning rate by step, as logged to MLflow."""
     client = mlflow.MlflowClient(finished.tracking_uri)
     parent = client.get_run(finished.document["mlflow"]["run_id"])
     children = client.search_runs([parent.info.experiment_id], "tags.`orchestrator.trial` != ''")
@@ -171,8 +174,11 @@ def learning_rates(finished: Finished) -> dict[str, list[tuple[int, float]]]:
 def test_proposed_trials_that_copy_each_other(
     ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """optuna and pbt on a real model: copies take over the source's result at the same step, the document and MLflow
-    tell what changed when, and the registered prompt is as long as its configuration says."""
+    """optuna and pbt work together on a real model.
+
+    A copy takes over the source's result at the same step, the document and MLflow record each
+    change, and the registered prompt has the length of its configuration.
+    """
     monkeypatch.chdir(tmp_path)
     search = run_search(write_job(tmp_path, search__searcher="optuna", search__scheduler="pbt"))
     documents = {document["id"]: document for document in search.document["trials"]}
@@ -208,7 +214,7 @@ def test_proposed_trials_that_copy_each_other(
     ],
 )
 def test_the_spec_names_the_scheduler(finished: Finished, name: str, expected: str) -> None:
-    """Each name gives Tune's scheduler of that kind, on our own step count."""
+    """Each name gives Tune's scheduler of that kind, which counts our steps."""
     search = SearchSpec(scheduler=name, space=SpaceSpec(learning_rate=[0.1, 0.3]))  # type: ignore[arg-type]
     job = finished.job.model_copy(update={"search": search, "train": TrainSpec()})
     made = scheduler(job)
@@ -217,7 +223,7 @@ def test_the_spec_names_the_scheduler(finished: Finished, name: str, expected: s
 
 
 def test_a_workers_error_is_told_without_rays_layers() -> None:
-    """The message is the worker's own last line; where there is none, the error's name."""
+    """The message is the last line of the worker's own error, or the error's name without one."""
 
     group = RuntimeError("a group failed")
     group.worker_failures = {
@@ -232,7 +238,7 @@ def test_a_workers_error_is_told_without_rays_layers() -> None:
 
 
 def test_a_model_that_can_not_be_used_is_bad_input_from_a_worker_too() -> None:
-    """Whoever finds out: the command's exit code is 2. What else goes wrong there is a failure."""
+    """BadInput from a worker keeps exit code 2; any other error while loading is a failure."""
     refused = load_failure("m", BadInput("the weights are not finite", "choose another"))
     assert (refused.exit_code, refused.message, refused.hint) == (
         2,

@@ -1,6 +1,7 @@
-"""What every searcher keeps with every scheduler: real Tune, the real broker, and curves with a known optimum.
+"""Properties of every searcher with every scheduler, on real Tune with the real broker.
 
-A trial's curve climbs towards its quality, which is 1 for one init at a learning rate of 0.1 and lower everywhere else.
+Models are replaced by curves with a known optimum. A trial's curve climbs towards its quality,
+which is 1 for one init at a learning rate of 0.1 and lower everywhere else.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ SEARCHERS = ("random", "grid", "optuna")
 SCHEDULERS = ("fifo", "asha", "median", "pbt")
 COMBINATIONS = [(searcher, scheduler) for searcher in SEARCHERS for scheduler in SCHEDULERS]
 STEPS, EVERY, TRIALS, SLOTS = 16, 4, 12, 2
-PACE = 0.1  # of the way to its quality that a curve goes in a step
+PACE = 0.1  # the share of the remaining way to its quality that a curve climbs in a step
 BEST_RATE = 0.1
 RANGE = {"loguniform": [0.001, 10.0]}
 LISTED = [0.001, BEST_RATE, 1.0, 10.0]
@@ -71,7 +72,7 @@ def job(searcher: str, scheduler: str, seed: int = 1) -> JobSpec:
 
 
 def quality(spec: TrialSpec) -> float:
-    """What a trial's curve ends at if it trains forever: 1 at the optimum."""
+    """Return the limit of a trial's curve after endless training: 1 at the optimum."""
     inits = {"good": 1.0, "bad": 0.6, None: 0.8}
     return inits[spec.init_text] / (1.0 + abs(math.log10(spec.learning_rate / BEST_RATE)))
 
@@ -82,7 +83,7 @@ def reached(spec: TrialSpec, steps: int = STEPS) -> float:
 
 @dataclass
 class Curve:
-    """A trial as the engine of this file has it."""
+    """A trial as the substitute engine below holds it."""
 
     spec: TrialSpec
     step: int = 0
@@ -96,12 +97,12 @@ class Curve:
 
 @dataclass
 class Curves:
-    """Stands where the engine stands: the same calls, a curve for a model."""
+    """Substitute for the engine: the same methods, with a curve in place of a model."""
 
     capacity: int = SLOTS
     slots: dict[str, Curve] = field(default_factory=dict)
-    trained: Counter[str] = field(default_factory=Counter)  # steps
-    group: Group = field(default_factory=Group)  # itself alone
+    trained: Counter[str] = field(default_factory=Counter)  # steps by trial
+    group: Group = field(default_factory=Group)  # a group of one worker
 
     def seat(self, trial: str, spec: TrialSpec, checkpoint: bytes | None) -> None:
         assert trial not in self.slots and len(self.slots) < self.capacity
@@ -141,7 +142,7 @@ class Curves:
 
 @dataclass
 class Heard:
-    """What a listener heard, in order."""
+    """A listener that keeps everything in order."""
 
     started: list[str] = field(default_factory=list)
     reports: list[Report] = field(default_factory=list)
@@ -159,7 +160,7 @@ class Heard:
 
 @dataclass(frozen=True)
 class Study:
-    """One search over."""
+    """The results of one finished search."""
 
     job: JobSpec
     records: dict[str, TrialRecord]
@@ -170,7 +171,7 @@ class Study:
 
 
 def search(job: JobSpec) -> Study:
-    """The job's search on one worker of curves, in the session's Ray."""
+    """Run the job's search with one worker of curves, in the session's Ray."""
     quiet_ray_loggers()
     before = holders()
     broker, curves, heard, known = start_broker(job), Curves(), Heard(), trials(job.search)
@@ -203,14 +204,14 @@ def done(request: pytest.FixtureRequest, ray_cluster: None) -> Study:
 
 
 def test_the_same_seed_gives_the_same_search(done: Study) -> None:
-    """A second run proposes the same trials, hears the same reports in the same order and ends them the same way."""
+    """A second run has the same trials, the same reports in the same order and the same endings."""
     again = search(done.job)
     assert (again.heard.reports, again.heard.ended) == (done.heard.reports, done.heard.ended)
     assert again.records == done.records
 
 
 def test_the_best_trial_is_near_the_optimum(done: Study) -> None:
-    """At most one point of the space in ten has a better end; of a grid that was not cut short, none."""
+    """At most a tenth of the space's points end better; after a full grid, none does."""
     ends = sorted(reached(spec) for spec in draw(done.job.search.space, 1000, seed=99))
     assert done.best.metrics["accuracy"] >= ends[int(0.9 * len(ends))]
     if done.job.search.searcher == "grid" and done.job.search.scheduler == "fifo":
@@ -218,7 +219,7 @@ def test_the_best_trial_is_near_the_optimum(done: Study) -> None:
 
 
 def test_every_trial_ends_exactly_once(done: Study) -> None:
-    """Each trial that the search was to have starts once and ends once, finished or stopped."""
+    """Each trial of the search starts once and ends once, finished or stopped."""
     names = [trial_id(number) for number in range(TRIALS)]
     assert sorted(done.heard.started) == sorted(done.heard.ended) == list(done.records) == names
     assert {record.status for record in done.records.values()} <= {"finished", "stopped"}
@@ -228,7 +229,7 @@ def test_every_trial_ends_exactly_once(done: Study) -> None:
 
 
 def test_the_budget_is_kept(done: Study) -> None:
-    """As many trials as asked for, no point twice; a worker trains the steps that the reports count, and no other."""
+    """A search has the trials it was given, all different; workers train no unreported steps."""
     assert len(done.records) == trial_count(done.job.search) == TRIALS
     assert done.trained == {name: record.step for name, record in done.records.items()}
     assert max(done.trained.values()) == STEPS
@@ -240,7 +241,7 @@ def test_the_budget_is_kept(done: Study) -> None:
 
 
 def test_a_grid_is_covered(done: Study) -> None:
-    """The trials of a grid are its points, each once, whatever becomes of them; the others stay in their range."""
+    """A grid's trials are its points, each once; other searchers stay within the ranges."""
     copied = {name for name, record in done.records.items() if record.copied}
     specs = {name: record.spec for name, record in done.records.items() if name not in copied}
     if done.job.search.searcher == "grid":
@@ -252,7 +253,7 @@ def test_a_grid_is_covered(done: Study) -> None:
 
 
 def test_nothing_stays_in_ray(done: Study) -> None:
-    """No actor and no placement group is left of a search."""
+    """A finished search leaves no actor and no placement group."""
     assert done.left_behind == set()
 
 
@@ -266,8 +267,10 @@ def test_asha_stops_bad_trials(ray_cluster: None, searcher: str) -> None:
 
 @pytest.mark.parametrize("searcher", SEARCHERS)
 def test_pbt_copies_what_is_better(ray_cluster: None, searcher: str) -> None:
-    """A copy takes over the other trial's value and init at the same step, changes the learning rate within the space,
-    and never costs the trial a better result."""
+    """A copy continues from the other trial's value and init at the same step.
+
+    It changes the learning rate within the space and never loses a better result.
+    """
     done = study(searcher, "pbt")
     curves = {(report.trial, report.step): report for report in done.heard.reports}
     copies = [report for report in done.heard.reports if report.copied is not None]
@@ -293,8 +296,10 @@ def test_pbt_copies_what_is_better(ray_cluster: None, searcher: str) -> None:
 def test_a_population_does_better_than_the_same_trials_alone(
     ray_cluster: None, searcher: str
 ) -> None:
-    """With the same trials and the same steps, the mean result is higher than without a scheduler, and the best one is
-    no worse."""
+    """The mean result is higher than without a scheduler, with the same trials and steps.
+
+    The best result is not worse.
+    """
     alone, together = (
         [record.metrics["accuracy"] for record in study(searcher, scheduler).records.values()]
         for scheduler in ("fifo", "pbt")
@@ -304,7 +309,7 @@ def test_a_population_does_better_than_the_same_trials_alone(
 
 
 def test_optuna_learns_while_the_search_runs(ray_cluster: None) -> None:
-    """Other results, other proposals: after the first, spread half, trials depend on what the ones before reached."""
+    """Proposals after the first half, which is drawn at random, depend on earlier results."""
     done, other = study("optuna", "fifo"), study("optuna", "asha")
     first = TRIALS // 2
     specs, others = ([record.spec for record in one.records.values()] for one in (done, other))

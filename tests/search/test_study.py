@@ -1,4 +1,4 @@
-"""A scheduler that goes on: it decides as the one that was never interrupted."""
+"""A scheduler restored from a history decides as one that was never interrupted."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def job(request: pytest.FixtureRequest, tmp_path: Any) -> JobSpec:
 
 
 def tune_trial(number: int, prefix: str) -> Any:
-    """What a scheduler sees of a Tune trial; its own id differs from process to process."""
+    """Return what a scheduler sees of a Tune trial; the id differs between processes."""
     return SimpleNamespace(trial_id=f"{prefix}_{number}", config={"trial": {"number": number}})
 
 
 class Tune:
-    """Feeds reports to a scheduler as Tune does, and keeps what it decides."""
+    """Feeds reports to a scheduler as Tune does, and records its decisions."""
 
     def __init__(self, decides: Any, prefix: str) -> None:
         self.decides, self.prefix = decides, prefix
@@ -53,7 +53,7 @@ class Tune:
 
 
 class SimpleHash:
-    """A trial that can be a key, as Tune's own."""
+    """A hashable trial, as Tune's own."""
 
     def __init__(self, trial: Any) -> None:
         self.trial_id, self.config = trial.trial_id, trial.config
@@ -67,21 +67,24 @@ def as_report(number: int, step: int, score: float) -> Report:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_scheduler_that_goes_on_decides_as_if_it_had_not_stopped(job: JobSpec, seed: int) -> None:
-    """Cut anywhere: trials that learning finds over, and those that stop later, are those of one uncut scheduler."""
+    """Wherever the history is cut, the restored scheduler stops the same trials.
+
+    This includes trials already over in the history and those that stop later.
+    """
     rng = random.Random(seed)
     scores = {number: sorted(rng.random() for _ in STEPS) for number in range(TRIALS)}
     order = [(number, place) for group in range(0, TRIALS, 4) for place in range(len(STEPS))
              for number in range(group, group + 4)]  # fmt: skip
     feed = [(number, STEPS[place], scores[number][place]) for number, place in order]
     uncut = Tune(scheduler(job), "a")
-    seen = []  # the reports that there are: none of a trial that is over
+    seen = []  # reports up to each trial's end
     for one in feed:
         if one[0] not in uncut.over:
             seen.append(one)
         uncut.report(*one)
     assert (len(seen) < len(feed)) == (
         job.search.scheduler != "fifo"
-    )  # there are decisions to repeat
+    )  # some trials were stopped early, so there are decisions to repeat
     for cut in range(1, len(seen), 7):
         events: list[Event] = [Reported(as_report(*one)) for one in seen[:cut]]
         decides = Continued(scheduler(job))
@@ -89,15 +92,13 @@ def test_a_scheduler_that_goes_on_decides_as_if_it_had_not_stopped(job: JobSpec,
         later = Tune(decides, "b")
         later.over = {int(name[1:]) for name in over}
         for one in seen[cut:]:
-            assert (
-                one[0] not in later.over
-            )  # it would have stopped a trial that the uncut one let go on
+            assert one[0] not in later.over  # the uncut scheduler let it go on
             later.report(*one)
         assert later.over == uncut.over
 
 
 def test_a_target_reached_before_is_known(job: JobSpec) -> None:
-    """search.stop.metric of an earlier report, and minutes spent earlier, end a search that goes on."""
+    """Earlier reports count for search.stop.metric, and earlier minutes for search.stop.minutes."""
     aim = job.model_copy(
         update={
             "search": job.search.model_copy(

@@ -38,13 +38,13 @@ def search(space: Any = SPACE, trials: int = 40, seed: int = 0, **others: Any) -
 
 
 def distance(spec: TrialSpec) -> float:
-    """From the optimum: the good text, 20 tokens, learning rate 0.1."""
+    """Return the distance from the optimum: the good text, 20 tokens, learning rate 0.1."""
     wrong = (spec.init_text != "good") + (spec.num_virtual_tokens != 20)
     return wrong + abs(math.log10(spec.learning_rate / 0.1))
 
 
 def run(proposer: Proposer, until: int | None = None, sign: float = -1.0) -> list[TrialSpec]:
-    """Propose and learn in turns; answers with the proposals."""
+    """Alternate proposals and results; return the proposals."""
     found: list[TrialSpec] = []
     while len(found) != until and (spec := proposer.propose()) is not None:
         found.append(spec)
@@ -58,8 +58,10 @@ def mean(values: list[float]) -> float:
 
 @pytest.mark.parametrize(("metric", "sign"), [("accuracy", -1.0), ("loss", 1.0)])
 def test_proposals_go_where_results_were_good(metric: str, sign: float) -> None:
-    """Whichever way the metric improves, the mean proposal after the spread ones is nearer to the optimum than a spread
-    one, over several seeds."""
+    """Late proposals are nearer to the optimum than the first, spread ones, on average over seeds.
+
+    This holds for metrics that should rise and for those that should fall.
+    """
     early, late = [], []
     for seed in range(4):
         distances = [
@@ -71,13 +73,13 @@ def test_proposals_go_where_results_were_good(metric: str, sign: float) -> None:
 
 
 def test_the_first_proposals_are_spread() -> None:
-    """They are those that the random searcher would draw, at most half of the trials."""
+    """The first proposals are those of the random searcher, for at most half of the trials."""
     assert run(Proposer(search()))[:FIRST] == draw(search().space, FIRST, 0)
     assert run(Proposer(search(trials=6)))[:3] == draw(search().space, 3, 0)
 
 
 def test_every_proposal_is_a_point_of_the_space() -> None:
-    """Ranges stay ranges, lists lists, and a text is there only with init text."""
+    """Proposals stay within ranges and lists, and have a text only if their init is text."""
     found = run(Proposer(search(trials=60)))
     assert {spec.num_virtual_tokens for spec in found} == {5, 20, 100} and {
         spec.seed for spec in found
@@ -94,14 +96,14 @@ def test_every_proposal_is_a_point_of_the_space() -> None:
 
 
 def test_the_same_seed_gives_the_same_proposals_and_another_others() -> None:
-    """Given the same results."""
+    """The same seed and results give the same proposals; another seed gives others."""
     first = run(Proposer(search(seed=5)))
     assert run(Proposer(search(seed=5))) == first
     assert run(Proposer(search(seed=6))) != first
 
 
 def test_no_point_is_proposed_twice() -> None:
-    """A space with fewer points than trials is covered, then the proposals end."""
+    """A space with fewer points than trials is covered completely, then proposals end."""
     proposer = Proposer(search(LISTED))
     found = run(proposer)
     assert proposer.total == len(found) == 6
@@ -110,13 +112,13 @@ def test_no_point_is_proposed_twice() -> None:
 
 
 def test_proposals_need_no_results() -> None:
-    """As many trials as there are slots start before the first one has reported."""
+    """All slots can be filled before any trial has reported."""
     proposer = Proposer(search(trials=20))
     assert len({proposer.propose() for _ in range(20)}) == 20
 
 
 def test_a_failed_trial_counts_as_the_worst() -> None:
-    """Where trials diverge TPE does not look again."""
+    """TPE avoids regions in which trials failed."""
     proposer = Proposer(
         search({"init": "random", "learning_rate": {"loguniform": [0.001, 10.0]}}, 40)
     )
@@ -129,7 +131,7 @@ def test_a_failed_trial_counts_as_the_worst() -> None:
 
 @pytest.mark.parametrize("at", [3, 15, 39])
 def test_a_written_history_goes_on_as_it_would_have(at: int) -> None:
-    """The proposals after a restart are those of a search that was never interrupted."""
+    """Proposals after a restart are those of a search that was never interrupted."""
     whole = run(Proposer(search()))
     before, after = Proposer(search()), Proposer(search())
     begun = run(before, until=at)

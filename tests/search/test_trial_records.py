@@ -1,4 +1,4 @@
-"""What the listeners of a study hear of a trial's end, up to the trial's run in MLflow."""
+"""What listeners get at a trial's end, and what the trial's MLflow run then contains."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NOTE = "training ran out of memory and went on with forwards of at most 64 token
 
 
 class Told:
-    """A listener that passes everything on to MLflow at once."""
+    """A listener that writes every event to MLflow at once."""
 
     def __init__(self, mirror: MlflowMirror) -> None:
         self.mirror = mirror
@@ -53,7 +53,10 @@ def report(step: int, ending: Ending | None, note: str) -> Report:
 def test_memory_that_ran_out_is_on_the_trials_record(
     tmp_path: Path, ending: Ending | None, status: str, note: str
 ) -> None:
-    """However the trial ends, its record and its MLflow run say how it went on; a trial without room has failed."""
+    """A trial's record and MLflow run name the lack of memory, however the trial ends.
+
+    A trial for which no memory was left has failed.
+    """
     job = small_job(tmp_path)
     registry = Registry(f"sqlite:///{tmp_path}/mlflow.db", cache_dir=tmp_path / "cache")
     broker: Any = SimpleNamespace(decide=SimpleNamespace(remote=lambda *decision: None))

@@ -1,4 +1,4 @@
-"""The cluster's side of a submitted job, in this process and on the session's Ray."""
+"""The cluster's side of a submitted job, run in this process on the session's Ray."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from orchestrator.search.submitted import carry_out
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A job as Ray unpacks it, in the working directory, and the environment of an attempt at a search."""
+    """Unpack a job into the working directory and set the environment of an attempt."""
     (tmp_path / "source").mkdir()
     job = small_job(
         tmp_path / "source",
@@ -34,7 +34,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_an_error_is_left_for_the_submitter(package: Path, command: Command) -> None:
-    """In a line for programs, with the exit code of run."""
+    """An error is printed as a line for the submitter, with the exit code of run."""
     (package / "inputs" / "data-path-train.jsonl").write_text("{")
     said = command("on-cluster")
     error = result_in(said.out)["error"]
@@ -50,8 +50,11 @@ def test_a_search_is_kept_where_the_next_attempt_finds_it(
     monkeypatch: pytest.MonkeyPatch,
     command: Command,
 ) -> None:
-    """Under the submission's name, with its inputs: another attempt needs nothing of the first one's package. Its runs
-    say who submitted it and what for."""
+    """A search and its inputs are kept under the submission's name.
+
+    Another attempt needs nothing of the first one's package. The MLflow runs have the submission's
+    labels.
+    """
     document, job = carry_out(Recorder)
     assert document["search"] == "tiny-0123456789ab"
     folder = tmp_path / "home" / "searches" / "tiny-0123456789ab"
@@ -62,7 +65,7 @@ def test_a_search_is_kept_where_the_next_attempt_finds_it(
 
     for child in package.iterdir():
         shutil.rmtree(child) if child.is_dir() else child.unlink()
-    (folder / "result.json").unlink()  # as if it had died just before its end
+    (folder / "result.json").unlink()  # as if the driver had died just before its end
     monkeypatch.chdir(package)
     said = command("on-cluster")
     assert (
@@ -83,7 +86,7 @@ def test_a_store_keeps_it_for_a_node_that_has_nothing(
     monkeypatch: pytest.MonkeyPatch,
     command: Command,
 ) -> None:
-    """The second attempt is on another node of the same image: nothing of the first one is there."""
+    """A second attempt goes on from the store, on a node with none of the first one's files."""
     monkeypatch.setenv("ORCHESTRATOR_HOME", (tmp_path / "store").as_uri())
     monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
@@ -99,7 +102,7 @@ def test_a_store_keeps_it_for_a_node_that_has_nothing(
 
 
 def test_it_is_no_verb_for_people(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not in the help, and refused outside a job."""
+    """on-cluster is not in the help and is refused outside a job."""
     monkeypatch.delenv(SEARCH, raising=False)
     said = command("on-cluster")
     assert said.code == 2 and "orchestrator submit" in said.err

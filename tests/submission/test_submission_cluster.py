@@ -1,4 +1,4 @@
-"""Jobs on a real cluster: ``ray start`` for a head and a worker, in networks of their own, with a token."""
+"""Jobs on a real Ray cluster: a head and a worker in separate networks, with a token."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from small_jobs import Said, close, search_runs, write_job
 
 from orchestrator.cluster.submit.outcome import MARK
 
-LIMIT_S = 250.0  # only what hangs takes this long
+LIMIT_S = 250.0  # reached only when something hangs
 HOURS = {
     "train": {"steps": 1_000_000, "batch_size": 4, "evaluate_every": 10},
     "search__scheduler": "fifo",
@@ -38,7 +38,7 @@ def cluster() -> Iterator[RayProcesses]:
 
 
 class Orchestrator:
-    """The command line on the head, as a process of its own."""
+    """Runs the command line on the head, in a separate process."""
 
     def __init__(self, cluster: RayProcesses, folder: Path) -> None:
         self.cluster = cluster
@@ -79,7 +79,7 @@ class Orchestrator:
 
 @dataclass(frozen=True)
 class Ran:
-    """A job that was submitted twice: what both submissions said, and how it looks from where it was submitted."""
+    """A job that was submitted twice, with the output of both submissions."""
 
     job: Path
     orchestrator: Orchestrator
@@ -89,7 +89,7 @@ class Ran:
 
 @pytest.fixture(scope="module")
 def ran(cluster: RayProcesses, tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    """Four trials, one at a time on each of the two nodes."""
+    """Run four trials, one at a time on each of two nodes."""
     folder = tmp_path_factory.mktemp("ran")
     train = {"steps": 400, "batch_size": 4, "evaluate_every": 50}
     resources = {"workers": 2, "cpus_per_worker": 1, "trials_per_worker": 1}
@@ -109,7 +109,7 @@ def orchestrator(cluster: RayProcesses, tmp_path: Path) -> Orchestrator:
 
 
 def heard(process: subprocess.Popen[str], wanted: Callable[[str], bool]) -> str:
-    """What a process says on standard error up to the wanted line."""
+    """Return a process's standard error up to the wanted line."""
     assert process.stderr is not None
     said = []
     for line in process.stderr:
@@ -121,7 +121,7 @@ def heard(process: subprocess.Popen[str], wanted: Callable[[str], bool]) -> str:
 
 
 def following(orchestrator: Orchestrator, job: str, text: str) -> subprocess.Popen[str]:
-    """``logs --follow``, once the log has the text."""
+    """Start ``logs --follow`` and wait until it shows the text."""
     process = orchestrator.start("logs", job, "--follow")
     assert process.stdout is not None
     said = []
@@ -133,13 +133,19 @@ def following(orchestrator: Orchestrator, job: str, text: str) -> subprocess.Pop
 
 
 def heed_interrupts() -> None:
-    """A job in the background of a script is told to ignore interrupts, and passes that on; a terminal's is not."""
+    """Restore Python's SIGINT handling, as in a terminal.
+
+    Background jobs of a shell script ignore SIGINT and pass this on to their children.
+    """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_a_job_submitted_twice_runs_once(ran: Ran) -> None:
-    """Packed with its data and its model's folder, it runs on both nodes; the second submission attaches, follows and
-    ends with the outcome; jobs and logs tell the same afterwards."""
+    """A job submitted twice runs once, on both nodes, with its data and model packed.
+
+    The second submission attaches, follows and ends with the outcome. ``jobs`` and ``logs`` show
+    the same afterwards.
+    """
     orchestrator, first, second = ran.orchestrator, ran.first, ran.second
     name = first.document["id"]
     assert first.document["status"] == "submitted" and name.startswith("tiny-")
@@ -173,7 +179,7 @@ def test_a_job_submitted_twice_runs_once(ran: Ran) -> None:
 def test_a_wrong_token_and_an_unknown_job_are_refused(
     orchestrator: Orchestrator, tmp_path: Path
 ) -> None:
-    """Exit code 2 and the next step, before anything is sent."""
+    """A wrong token, and a job that the cluster does not know, give exit code 2 and a next step."""
     job = write_job(tmp_path)
     wrong = orchestrator("submit", job, RAY_AUTH_TOKEN="0" * 64, RAY_AUTH_TOKEN_PATH="")
     assert wrong.code == 2 and "refuses the token" in wrong.err and "RAY_AUTH_TOKEN" in wrong.err
@@ -186,8 +192,10 @@ def test_a_wrong_token_and_an_unknown_job_are_refused(
 
 
 def test_a_stopped_job_is_closed_and_goes_on(orchestrator: Orchestrator, tmp_path: Path) -> None:
-    """stop waits until the MLflow runs are KILLED; following it ends with 130; the same submit goes on with its search;
-    Ctrl-C leaves that running."""
+    """stop waits until the MLflow runs are KILLED; a follower then exits with 130.
+
+    The same submit goes on with the search, and Ctrl-C leaves that running.
+    """
     job = write_job(
         tmp_path, **HOURS, resources={"workers": 1, "cpus_per_worker": 1, "trials_per_worker": 2}
     )
@@ -200,7 +208,7 @@ def test_a_stopped_job_is_closed_and_goes_on(orchestrator: Orchestrator, tmp_pat
     assert follower.returncode == 130 and f"job {name} was stopped" in err
     assert (
         f"next: orchestrator resume {name}" in out
-    )  # the driver's own farewell: it was not killed
+    )  # the driver wrote this itself, so it was not killed
     assert {run.info.status for run in orchestrator.runs} == {"KILLED"}
 
     submitter = orchestrator.start(*line)
@@ -216,7 +224,7 @@ def test_a_stopped_job_is_closed_and_goes_on(orchestrator: Orchestrator, tmp_pat
 
 
 def test_what_the_image_lacks_is_named(orchestrator: Orchestrator, tmp_path: Path) -> None:
-    """A package that can't be imported on the cluster: exit code 1, its name, and what to do."""
+    """A package missing on the cluster gives exit code 1, its name and a remedy."""
     shadow = tmp_path / "shadow" / "safetensors"
     shadow.mkdir(parents=True)
     (shadow / "__init__.py").write_text(
@@ -231,7 +239,10 @@ def test_what_the_image_lacks_is_named(orchestrator: Orchestrator, tmp_path: Pat
 
 
 def test_bad_data_is_the_jobs_own_error(orchestrator: Orchestrator, tmp_path: Path) -> None:
-    """What only the driver can see is refused there, and the submitter exits with the driver's code and words."""
+    """Data that only the driver can check is refused there.
+
+    The submitter exits with the driver's code and message.
+    """
     said = orchestrator(
         "submit",
         write_job(tmp_path),
@@ -246,7 +257,7 @@ def test_bad_data_is_the_jobs_own_error(orchestrator: Orchestrator, tmp_path: Pa
 
 
 def test_what_was_tuned_is_served_there(cluster: RayProcesses, ran: Ran, tmp_path: Path) -> None:
-    """``serve deploy`` with deploy/serve.yaml, to the same cluster with its token: the job's prompt answers."""
+    """``serve deploy`` serves the job's prompt on the same cluster, with its token."""
     (port,) = free_ports(1)
     settings = yaml.safe_load((Path(__file__).parents[2] / "deploy" / "serve.yaml").read_text())
     settings["http_options"]["port"] = port
@@ -290,8 +301,10 @@ def test_what_was_tuned_is_served_there(cluster: RayProcesses, ran: Ran, tmp_pat
 @pytest.mark.failure
 @pytest.mark.timeout(900)
 def test_a_search_outlives_its_head(cluster: RayProcesses, ran: Ran, tmp_path: Path) -> None:
-    """Every node dies in the middle of a search and a new cluster takes the place: the submitter submits again, the
-    search goes on from its folder, and ends as an undisturbed one."""
+    """A search goes on after all nodes died and a new cluster took their place.
+
+    The submitter submits again; the search goes on from its folder and ends as an undisturbed one.
+    """
     submitter = Orchestrator(cluster, tmp_path).start(
         "submit", ran.job, "--home", tmp_path / "home", "--retries", "1", "--json"
     )

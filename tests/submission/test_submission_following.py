@@ -1,4 +1,4 @@
-"""Attempts, logs and outcomes without a cluster, and what is said of clusters that answer otherwise."""
+"""Attempts, logs and outcomes without a cluster, and servers that answer unexpectedly."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def attempt(*jobs: Job, search: str | None = None) -> tuple[bool, Attempt]:
 
 
 def test_an_attempt_under_way_is_found() -> None:
-    """The newest one counts, by number; other jobs' ids that begin alike do not."""
+    """The running attempt with the highest number is found; similar ids are ignored."""
     others = [job(f"{BASE}-x"), job(f"{BASE}0"), job(f"{BASE}-1"), job(f"other-{BASE}")]
     assert attempt(*others) == (False, Attempt(BASE, BASE, False))
     ended = [
@@ -48,7 +48,10 @@ def test_an_attempt_under_way_is_found() -> None:
 
 
 def test_an_attempt_goes_on_with_the_search_of_one_that_failed() -> None:
-    """After a failure and after a stop; after a success a search of its own begins."""
+    """An attempt after a failure or a stop goes on with its search.
+
+    After a success a new search begins.
+    """
     for status in ("failed", "stopped"):
         over = job(f"{BASE}-2", status, metadata={"search": BASE})
         assert attempt(over) == (False, Attempt(f"{BASE}-3", BASE, False))
@@ -56,11 +59,14 @@ def test_an_attempt_goes_on_with_the_search_of_one_that_failed() -> None:
     assert attempt(search=f"{BASE}-2") == (
         False,
         Attempt(BASE, f"{BASE}-2", False),
-    )  # a new cluster knows none
+    )  # a new cluster knows no attempts
 
 
 def test_each_line_of_a_log_is_shown_once() -> None:
-    """However it is cut, and though it is read from its beginning again after the connection broke."""
+    """Each line is shown once, however it is split.
+
+    This holds when the log is read again from its beginning after a lost connection.
+    """
     log = "first\nsecond line\n\n" + result_line({"a": 1}) + "\nlast"
     for size in (1, 3, 1000):
         for broken in range(0, len(log), 7):
@@ -75,7 +81,7 @@ def test_each_line_of_a_log_is_shown_once() -> None:
 
 
 def test_the_result_is_the_logs_last_whole_document() -> None:
-    """Lines that only look like one, or were cut off, are passed over."""
+    """Lines that only look like a result, or were cut off, are ignored."""
     log = "\n".join(
         [result_line({"n": 1}), "text", result_line({"n": 2}), result_line({"n": 3})[:-4]]
     )
@@ -96,7 +102,7 @@ def test_the_result_is_the_logs_last_whole_document() -> None:
 def test_a_jobs_exit_code_is_passed_through(
     code: int, kind: type[Exception], exit_code: int
 ) -> None:
-    """With the driver's own words and next step."""
+    """The error has the driver's own exit code, message and next step."""
     said = result_line(
         {"error": {"message": "what it was", "next": "what helps", "exit_code": code}}
     )
@@ -106,12 +112,15 @@ def test_a_jobs_exit_code_is_passed_through(
 
 
 def test_a_stopped_job_is_an_interrupt() -> None:
-    """Exit code 130."""
+    """A stopped job gives exit code 130."""
     assert failure(job(status="stopped"), "").exit_code == 130
 
 
 def test_a_killed_driver_is_lost_and_an_error_is_not() -> None:
-    """Lost is what may go on elsewhere: by signal, or because Ray lost the process that watches the driver."""
+    """A driver is lost when a signal ended it or when Ray lost its supervisor.
+
+    Only such a job may be submitted again.
+    """
     lost = [job(status="failed", code=code) for code in (-9, 137, 143)]
     lost += [job(status="failed", error_type="JOB_SUPERVISOR_ACTOR_DIED")]
     assert all(is_lost(one) for one in lost)
@@ -123,28 +132,47 @@ def test_a_killed_driver_is_lost_and_an_error_is_not() -> None:
 @pytest.mark.parametrize(
     ("over", "log", "message", "hint"),
     [
-        (job(status="failed", code=1), "ModuleNotFoundError: No module named 'optuna.samplers'\n", "optuna", "--pip"),
-        (job(status="failed", code=1), "python: No module named orchestrator\n", "orchestrator", "--image-has-code"),
-        (job(status="failed", code=127), "/bin/sh: 1: python: not found\n", "no `python` to run", "PATH"),
         (
-            job(status="failed", error_type="RUNTIME_ENV_SETUP_FAILURE", message="pip:\nNo matching distribution\n"),
+            job(status="failed", code=1),
+            "ModuleNotFoundError: No module named 'optuna.samplers'\n", "optuna", "--pip",
+        ),
+        (
+            job(status="failed", code=1),
+            "python: No module named orchestrator\n", "orchestrator", "--image-has-code",
+        ),
+        (
+            job(status="failed", code=127),
+            "/bin/sh: 1: python: not found\n", "no `python` to run", "PATH",
+        ),
+        (
+            job(
+                status="failed",
+                error_type="RUNTIME_ENV_SETUP_FAILURE",
+                message="pip:\nNo matching distribution\n",
+            ),
             "", "No matching distribution", "leave --pip out",
         ),
-        (job(status="failed", error_type="JOB_SUPERVISOR_ACTOR_UNSCHEDULABLE"), "", "no node has room", "num-cpus"),
-        (job(status="failed", code=1), "something\nlast words\n", "last words", "orchestrator logs"),
+        (
+            job(status="failed", error_type="JOB_SUPERVISOR_ACTOR_UNSCHEDULABLE"),
+            "", "no node has room", "num-cpus",
+        ),
+        (
+            job(status="failed", code=1),
+            "something\nlast words\n", "last words", "orchestrator logs",
+        ),
     ],
 )  # fmt: skip
 def test_failures_before_our_own_words(over: Job, log: str, message: str, hint: str) -> None:
-    """What the log of a driver that never came to speak means, and the fix."""
+    """A driver that failed before its own error message is explained, with a remedy."""
     error = failure(over, log)
     assert type(error) is JobFailed and message in error.message and hint in error.hint
 
 
-# Clusters that answer otherwise
+# Servers that answer unexpectedly
 
 
 class Answers:
-    """A server on the loopback that answers each path as it is told: there is no other Ray at hand."""
+    """A local server with canned answers, in place of other versions of Ray."""
 
     def __init__(self) -> None:
         self.routes: dict[str, tuple[int, Any]] = {}
@@ -193,7 +221,7 @@ def answers() -> Iterator[Answers]:
 
 
 def test_a_cluster_of_an_older_ray_is_refused(answers: Answers, command: Command) -> None:
-    """Before anything is packed or sent, with both versions."""
+    """An older Ray is refused before anything is sent; the message has its version."""
     answers.version("2.9.3")
     said = command("submit", JOBS / "quickstart.yaml", "--address", answers.url)
     assert said.code == 2 and "runs Ray 2.9.3" in said.err and "newer image" in said.err
@@ -201,7 +229,7 @@ def test_a_cluster_of_an_older_ray_is_refused(answers: Answers, command: Command
 
 
 def test_a_cluster_of_a_newer_ray_is_noted(answers: Answers) -> None:
-    """The job runs on the cluster's own Ray: worth saying, no reason to refuse."""
+    """A newer Ray gives a note with both versions; the job runs with the cluster's Ray."""
     answers.version("2.99.0")
     (note,) = Cluster(answers.url).connect()
     assert "2.99.0" in note and ray.__version__ in note
@@ -210,8 +238,10 @@ def test_a_cluster_of_a_newer_ray_is_noted(answers: Answers) -> None:
 
 
 def test_what_is_sent(answers: Answers, command: Command, tmp_path: Path) -> None:
-    """The packages hold the spec with its files and this code; the job names them by their content, and nothing of this
-    machine's folders is left in it."""
+    """The packages have the spec, its files and this code, and are named by content.
+
+    The job has no path of this machine.
+    """
     answers.routes["GET /api/jobs/"] = (200, [])
     answers.routes["POST /api/jobs/"] = (200, {"job_id": BASE, "submission_id": BASE})
     pip = tmp_path / "more.txt"
@@ -253,8 +283,10 @@ def test_what_is_sent(answers: Answers, command: Command, tmp_path: Path) -> Non
         for path, body in answers.bodies.items()
         if path.startswith("PUT")
     }
-    packages = [zipfile.ZipFile(io.BytesIO(uploaded[uri.removeprefix("gcs://")])).namelist() for uri in (
-        environment["working_dir"], *environment["py_modules"])]  # fmt: skip
+    packages = [
+        zipfile.ZipFile(io.BytesIO(uploaded[uri.removeprefix("gcs://")])).namelist()
+        for uri in (environment["working_dir"], *environment["py_modules"])
+    ]
     assert {"job.yaml", "inputs/data-path-train.jsonl"} <= set(packages[0])
     assert {"orchestrator/__main__.py", "orchestrator/cluster/submit/submit.py"} <= set(packages[1])
 
@@ -279,7 +311,7 @@ def listed(name: str, status: str, **fields: Any) -> dict[str, Any]:
 def test_an_address_given_wins_over_the_environment(
     answers: Answers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ray's client would ask whatever RAY_ADDRESS names."""
+    """A given address has precedence over RAY_ADDRESS, which Ray's client would use."""
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")
     Cluster(answers.url).connect()
     assert "GET /api/version" in answers.asked
@@ -306,21 +338,21 @@ def refused(status: int) -> Callable[[Answers], None]:
 def test_what_answers_otherwise_is_told_apart(
     answers: Answers, change: Callable[[Answers], None], kind: type[Exception], message: str
 ) -> None:
-    """A token that is missing or wrong is the user's to mend; anything else is no cluster."""
+    """A missing or wrong token is BadInput; any other answer is no Ray cluster."""
     change(answers)
     with pytest.raises(kind, match=message):
         Cluster(answers.url).connect()
 
 
 def test_a_cluster_that_is_away(command: Command) -> None:
-    """Exit code 3 and the next step, with one document for programs."""
+    """An unreachable cluster gives exit code 3, the next step and one JSON document."""
     said = command("jobs", "--address", "http://127.0.0.1:9", "--json")
     assert said.code == 3 and "no Ray cluster answers" in said.document["error"]["message"]
     assert "kubectl port-forward" in said.err
 
 
 def test_jobs_are_listed_for_people_and_programs(answers: Answers, command: Command) -> None:
-    """Names, users and labels are in both; nothing of the environment is."""
+    """Both lists have names, users and labels, and nothing of the environment."""
     metadata = {"name": "tiny", "search": BASE, "user": "ada", "label.project": "p"}
     secret = {"env_vars": {"HF_TOKEN": "hf_verysecret"}}
     fields = {"end_time": 61000, "metadata": metadata, "driver_exit_code": 0, "runtime_env": secret}
@@ -349,13 +381,13 @@ def test_jobs_are_listed_for_people_and_programs(answers: Answers, command: Comm
 
 
 def test_a_cluster_that_was_started_anew_has_forgotten_its_jobs(answers: Answers) -> None:
-    """Following ends at once, and not with a wait."""
+    """Following a job that a new cluster does not know ends at once."""
     with pytest.raises(Forgotten, match=f"knows no job {BASE}"):
         follow(Cluster(answers.url), BASE, print, patience_s=60.0)
 
 
 def test_a_job_that_is_over_is_not_waited_for(answers: Answers) -> None:
-    """Though its log is out of reach, as that of a lost node is."""
+    """A job that has ended is not waited for, even if its log is unreachable."""
     answers.job(BASE, status="FAILED", driver_exit_code=137)
     found = follow(Cluster(answers.url), BASE, print, patience_s=60.0)
     assert is_lost(found) and Cluster(answers.url).log(BASE) == ""

@@ -1,4 +1,4 @@
-"""What a job takes along to the cluster."""
+"""The files that a job takes to the cluster."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MODEL = {
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A base model's folder with files that nobody reads."""
+    """Make a base model's folder with some files that are not needed."""
     folder = tmp_path / "base"
     folder.mkdir()
     for name, text in MODEL.items():
@@ -35,7 +35,7 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def prompt(tmp_path: Path) -> Path:
-    """A prompt's folder, with a folder in it."""
+    """Make a prompt's folder with a subfolder."""
     folder = tmp_path / "prompt"
     (folder / "inner").mkdir(parents=True)
     (folder / "manifest.json").write_text("{}")
@@ -46,8 +46,10 @@ def prompt(tmp_path: Path) -> Path:
 def test_everything_that_the_spec_names_is_taken_along(
     tmp_path: Path, model: Path, prompt: Path
 ) -> None:
-    """Data, model folder and prompts by places of their own; from another folder they are found again, and what is not
-    a path stays as it is."""
+    """Data, the model's folder and prompts are packed, each in its own place.
+
+    An unpacked job finds them in another folder; values that are no paths stay as they are.
+    """
     inits = ["random", {"artifact": str(prompt)}, {"artifact": "registered@champion"}]
     job = small_job(tmp_path, base_model__id=str(model), search__space__init=inits)
     package = pack(job)
@@ -82,7 +84,7 @@ def test_everything_that_the_spec_names_is_taken_along(
 
 
 def test_names_of_the_hub_stay_names(tmp_path: Path) -> None:
-    """Nothing is packed for a job that names no file."""
+    """A job that names no file packs nothing."""
     text = write_job(tmp_path, base_model__id="owner/model", data__path="owner/rows")
     package = pack(load_job(text))
     assert (package.files, package.elsewhere) == ((), ())
@@ -90,7 +92,7 @@ def test_names_of_the_hub_stay_names(tmp_path: Path) -> None:
 
 
 def test_what_the_nodes_have_too_is_not_packed(tmp_path: Path, model: Path) -> None:
-    """Below --shared the whole path is kept, even where the spec's is relative to here; the rest is packed."""
+    """Files below --shared are not packed and keep their absolute path; the rest is packed."""
     job = small_job(tmp_path, base_model__id=str(model))
     package = pack(job, [model])
     assert package.elsewhere == (str(model),) and package.job.base_model.id == str(model)
@@ -99,7 +101,10 @@ def test_what_the_nodes_have_too_is_not_packed(tmp_path: Path, model: Path) -> N
 
 
 def test_a_whole_path_that_is_not_here_is_the_clusters(tmp_path: Path) -> None:
-    """A model on a disk of the cluster can be named from a machine without it; a relative path is a mistake."""
+    """An absolute path that does not exist here is taken to be on the cluster.
+
+    A relative path that does not exist is BadInput.
+    """
     job = small_job(tmp_path, base_model__id="/only/there")
     assert pack(job).elsewhere == ("/only/there",)
     with pytest.raises(BadInput, match=r"base_model.id: not/here/at-all does not exist"):
@@ -109,7 +114,7 @@ def test_a_whole_path_that_is_not_here_is_the_clusters(tmp_path: Path) -> None:
 
 
 def test_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
-    """More than a cluster takes of one package, with the largest file's name."""
+    """A package above the cluster's limit is BadInput that names the largest file."""
     (model / "model.safetensors").write_bytes(b"0" * 20_000)
     monkeypatch.setattr(packing, "MOST_BYTES", 10_000)
     with pytest.raises(BadInput, match=r"(?s)model\.safetensors.* --shared"):
@@ -117,7 +122,7 @@ def test_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mo
 
 
 def test_the_code_is_this_package(tmp_path: Path) -> None:
-    """Every module, by its name below orchestrator/, and nothing that Python made of them."""
+    """The code package has all modules, under orchestrator/, without compiled files."""
     names = [file.name for file in code_files()]
     assert {
         "orchestrator/__init__.py",
@@ -128,7 +133,7 @@ def test_the_code_is_this_package(tmp_path: Path) -> None:
 
 
 def test_a_package_is_the_same_wherever_it_is_made(tmp_path: Path) -> None:
-    """The spec's text has no path of this machine in it, so that equal jobs get equal ids."""
+    """A package has no path of this machine, so that equal jobs get equal ids."""
     texts = []
     for name in ("one", "two"):
         folder = tmp_path / name

@@ -1,4 +1,4 @@
-"""The request: its id, what it shows, and what of this machine goes into it."""
+"""The request: its id, what it shows, and which of this machine's variables it has."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def made(folder: Path, overrides: tuple[str, ...] = (), **options: Any) -> Submi
 
 
 def test_equal_submissions_have_equal_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wherever the files lie; what it is booked on changes nothing, and neither does a secret's value."""
+    """The id does not depend on the files' place, labels, retries or a secret's value."""
     monkeypatch.setenv("HF_TOKEN", SECRET)
     first = made(tmp_path / "one", asked=["HF_TOKEN"], labels=["project=a"]).request.base_id
     monkeypatch.setenv("HF_TOKEN", "another")
@@ -56,7 +56,7 @@ def test_equal_submissions_have_equal_ids(tmp_path: Path, monkeypatch: pytest.Mo
 def test_whatever_changes_the_result_changes_the_id(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Spec, data, code, packages, where things are kept, and where MLflow is."""
+    """The id depends on spec, data, code, packages, home and the MLflow server."""
     pip = tmp_path / "requirements.txt"
     pip.write_text("optuna==5.0.0  # for the searcher\n\n# nothing\n")
     ids = [
@@ -78,7 +78,7 @@ def test_whatever_changes_the_result_changes_the_id(
 
 
 def test_nothing_that_anybody_wrote_is_run_by_a_shell(tmp_path: Path) -> None:
-    """The entrypoint is the same for every job; Ray gives it to a shell."""
+    """The entrypoint, which Ray runs in a shell, is the same for every job."""
     label = "note=$(reboot); `id`"
     request = made(tmp_path, ('data.template="{text} $(reboot)"',), labels=[label]).request
     assert (
@@ -96,10 +96,14 @@ def test_nothing_that_anybody_wrote_is_run_by_a_shell(tmp_path: Path) -> None:
 def test_secrets_stay_here(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: Command
 ) -> None:
-    """Tokens and passwords are passed on by name only, and then never shown; the settings of MLflow and the hub are."""
+    """Tokens and passwords are sent only when named, and are never shown.
+
+    Settings of MLflow and of the hub are sent by themselves.
+    """
     for name, value in {
-        "HF_TOKEN": SECRET, "HF_HUB_OFFLINE": "0", "HF_HOME": "/home/me/hf", "MLFLOW_TRACKING_PASSWORD": SECRET,
-        "MLFLOW_TRACKING_URI": "http://mlflow:5000", "RAY_AUTH_TOKEN": SECRET, "OTHER": "x",
+        "HF_TOKEN": SECRET, "HF_HUB_OFFLINE": "0", "HF_HOME": "/home/me/hf",
+        "MLFLOW_TRACKING_PASSWORD": SECRET, "MLFLOW_TRACKING_URI": "http://mlflow:5000",
+        "RAY_AUTH_TOKEN": SECRET, "OTHER": "x",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     job = write_job(tmp_path, base_model__id="owner/model")
@@ -124,7 +128,7 @@ def test_secrets_stay_here(
 
 
 def test_a_dry_run_asks_nobody_and_shows_the_request(command: Command, tmp_path: Path) -> None:
-    """Nobody listens at the address; the document has every part of the request."""
+    """A dry run contacts no cluster; its document has every part of the request."""
     job = write_job(tmp_path, base_model__id="/mnt/model")
     line = ("submit", job, "--dry-run", "--address", "http://127.0.0.1:9", "--label", "project=p/1")
     document = command(*line, "--json").document
@@ -167,7 +171,7 @@ def test_a_dry_run_asks_nobody_and_shows_the_request(command: Command, tmp_path:
     ],
 )
 def test_bad_options_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
-    """Before the cluster hears of them."""
+    """Bad options raise BadInput before the cluster is contacted."""
     with pytest.raises(BadInput, match=re.escape(message)):
         made(tmp_path, **options)
 
@@ -177,7 +181,7 @@ def test_searches_may_be_kept_in_a_store(tmp_path: Path) -> None:
 
 
 def test_an_address_with_a_login_is_not_passed_on_by_itself() -> None:
-    """It would stand in the cluster's list of jobs; asked for by name it is passed."""
+    """An address with a login is sent only when named, since the cluster lists it."""
     here = {"MLFLOW_TRACKING_URI": f"https://me:{SECRET}@mlflow"}
     with pytest.raises(BadInput, match="MLFLOW_TRACKING_URI holds a login") as refused:
         forwarded(here)
@@ -192,7 +196,11 @@ def test_an_address_with_a_login_is_not_passed_on_by_itself() -> None:
 def test_what_was_probably_not_meant_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Retries without a folder that outlives the cluster, and an MLflow on this machine for a cluster elsewhere."""
+    """Notes warn of likely mistakes.
+
+    These are retries without a home that outlives the cluster, and a local MLflow address with a
+    remote cluster.
+    """
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://localhost:5000")
     job = load_job(write_job(tmp_path, base_model__id="owner/model"))
     here = make_submission(job, "http://127.0.0.1:8265", home="/mnt/searches", retries=2).document()
@@ -205,7 +213,7 @@ def test_what_was_probably_not_meant_is_said(
 
 
 def test_pip_lines_and_labels(tmp_path: Path) -> None:
-    """Comments go; a hash within a line's word stays."""
+    """Comments are removed from pip lines; a hash within a word stays."""
     file = tmp_path / "constraints.txt"
     file.write_text("# pinned\nabc==1.0\n\nx @ https://h/x.whl#sha256=1 # why\n")
     assert read_pip(file) == ("abc==1.0", "x @ https://h/x.whl#sha256=1")
@@ -223,7 +231,7 @@ def test_pip_lines_and_labels(tmp_path: Path) -> None:
     ],
 )
 def test_other_addresses_are_refused_with_the_right_one(address: str, hint: str) -> None:
-    """Jobs go to the dashboard, not to where drivers connect."""
+    """Jobs go to the dashboard's address; the hint for another address says so."""
     with pytest.raises(BadInput, match="not the address of a dashboard") as refused:
         checked_address(address)
     assert hint in refused.value.hint
@@ -233,7 +241,10 @@ def test_other_addresses_are_refused_with_the_right_one(address: str, hint: str)
 def test_the_token_is_found_as_ray_finds_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The variable, then the file; this machine's own only when it is asked for, so that no stranger gets it."""
+    """The token comes from the variable, then from the file.
+
+    This machine's own token is sent only in token mode, so that no other cluster gets it.
+    """
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text("own")
@@ -249,7 +260,7 @@ def test_the_token_is_found_as_ray_finds_it(
 
 
 def test_the_oldest_ray_is_the_projects() -> None:
-    """A cluster needs the Ray that pyproject.toml asks for."""
+    """The oldest accepted Ray is the one that pyproject.toml requires."""
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     (wanted,) = [line for line in project["dependencies"] if line.startswith("ray[")]
     assert wanted.endswith(">=" + ".".join(map(str, OLDEST_RAY)))

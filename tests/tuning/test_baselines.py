@@ -1,4 +1,4 @@
-"""Baselines: they learn, under the loss and the evaluation of prompts, and leave the frozen model as it was."""
+"""Baselines learn under the prompts' loss and evaluation; the frozen model is unchanged."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SEARCH = SearchSpec(metric="loss")
 
 @lru_cache
 def task(family: str, method: MethodName) -> Task:
-    """Rows to learn by heart: they are trained on and evaluated on."""
+    """Return a task that trains and evaluates on the same rows."""
     backbone = backbone_of(family, torch.float32)
     verbalizer = Verbalizer(
         tuple(VERBALIZERS["several tokens"]), tuple(VERBALIZERS["several tokens"].values())
@@ -71,14 +71,17 @@ def run_out(engine: Engine) -> list[Report]:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", SPECS)
 def test_a_baseline_learns_and_leaves_the_model_as_it_was(family: str, method: MethodName) -> None:
-    """The loss falls far below the bare model's; digest, names and frozen parameters of the model stay, between two
-    rounds too, and the best checkpoint gives again what was reported."""
+    """The loss falls far below the bare model's, and the model stays as it was.
+
+    Digest, names and frozen parameters are the same, also between two rounds. The best checkpoint
+    gives the reported loss again.
+    """
     engine = engine_of(family, method)
     backbone = engine.backbone
     before, names = backbone.digest(), [name for name, _ in backbone.model.named_modules()]
     bare = engine.evaluate(EvaluationJob("validation"))["loss"]
     engine.seat("t", SPECS[method])
-    assert not engine.free_slots  # one trial at a time, whatever was asked for
+    assert not engine.free_slots  # baselines have one slot, whatever the capacity
     (first,) = engine.round()
     assert (
         backbone.digest() == before and engine.evaluate(EvaluationJob("validation"))["loss"] == bare
@@ -103,7 +106,7 @@ def test_a_baseline_learns_and_leaves_the_model_as_it_was(family: str, method: M
 
 @pytest.mark.parametrize("method", SPECS)
 def test_a_baseline_starts_from_the_model_as_it_is(method: MethodName) -> None:
-    """Before the first step the change is none, or in an adapter next to none: what is measured is what is learned."""
+    """Before the first step the model's output is unchanged, or almost so with an adapter."""
     backbone = backbone_of("llama", torch.float32)
     ids = torch.arange(2, 12)[None]
     bare = backbone.model(input_ids=ids).logits
@@ -114,7 +117,7 @@ def test_a_baseline_starts_from_the_model_as_it_is(method: MethodName) -> None:
 
 @pytest.mark.parametrize("method", SPECS)
 def test_a_baseline_goes_on_from_its_checkpoint(method: MethodName) -> None:
-    """From the first round's checkpoint the last report is that of the run that never stopped."""
+    """A trial resumed from its first checkpoint ends as one that never stopped."""
     whole = engine_of("llama", method)
     whole.seat("t", SPECS[method])
     first, last = run_out(whole)
@@ -130,7 +133,7 @@ def test_a_baseline_goes_on_from_its_checkpoint(method: MethodName) -> None:
 def test_the_model_is_put_right_after_a_step_that_breaks_off(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """An error in the middle of a forward leaves the frozen model behind."""
+    """An error in the middle of a forward leaves the frozen model unchanged."""
     for method, spec in SPECS.items():
         engine = engine_of("llama", method)
         before, hooks = engine.backbone.digest(), hooks_of(engine)
@@ -148,7 +151,7 @@ def hooks_of(engine: Engine) -> list[list[object]]:
 
 
 def test_lora_counts_and_rank() -> None:
-    """Two matrices for each of PEFT's usual projections: of query and value in a Llama."""
+    """LoRA has two matrices for each of PEFT's default projections: query and value in a Llama."""
     found = {}
     for rank in (2, 4):
         change = make_change(
@@ -158,18 +161,21 @@ def test_lora_counts_and_rank() -> None:
     assert found == {
         2: 2 * 2 * (32 + 32 + 32 + 16),
         4: 4 * 2 * (32 + 32 + 32 + 16),
-    }  # 2 layers, 2 of 4 heads are kv
+    }  # 2 layers; 2 of the 4 heads have keys and values
     assert {name.rsplit(".", 3)[1] for name in change.named()} == {"q_proj", "v_proj"}
 
 
 def test_adapters_stand_behind_attention_and_feed_forward() -> None:
-    """Houlsby's two a block, three in a decoder that also looks at an encoder; none outside of blocks."""
+    """A block has Houlsby's two adapters, or three in a decoder with cross-attention.
+
+    There are none outside of blocks.
+    """
     counts = {family: len(block_ends(backbone_of(family).model, 32)) for family in FAMILIES}
     assert counts == {"llama": 4, "gpt2": 4, "falcon": 4, "t5": 10, "bart": 10, "bert": 4}
 
 
 def test_a_model_without_such_parts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model whose projections have other names is told what names are known."""
+    """A model without known parts is refused; the message suggests another method."""
     monkeypatch.setattr("orchestrator.tuning.baselines.adapter.ENDS", frozenset({"elsewhere"}))
     text = "method adapter finds no attention or feed-forward part of width 32 in a llama"
     with pytest.raises(BadInput, match=text) as refused:
@@ -178,7 +184,7 @@ def test_a_model_without_such_parts_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_without_peft_lora_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The message names the fix."""
+    """The message says how to install peft."""
     monkeypatch.setattr("orchestrator.tuning.baselines.lora.find_spec", lambda name: None)
     with pytest.raises(BadInput, match="method lora needs the package peft") as refused:
         check_peft("lora")
@@ -186,7 +192,10 @@ def test_without_peft_lora_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_peft_reads_a_lora_result(tmp_path: Path) -> None:
-    """PEFT's model from the kept folder gives the logits of ours, and the description stands beside it."""
+    """PEFT's model from the saved folder has our logits.
+
+    baseline.json, beside it, has the configuration.
+    """
     from peft import PeftModel
 
     model = save_family(tmp_path / "model", "llama")
@@ -205,7 +214,7 @@ def test_peft_reads_a_lora_result(tmp_path: Path) -> None:
 
 
 def test_a_tuned_model_is_a_model_folder(tmp_path: Path) -> None:
-    """Model tuning's result loads as a base model of its own, with the tuned logits."""
+    """The result of model tuning loads as a base model with the tuned logits."""
     model = save_family(tmp_path / "model", "t5")
     backbone, spec = load(model), SPECS["model_tuning"]
     change = make_change("model_tuning", spec, backbone)
@@ -229,7 +238,7 @@ def test_a_tuned_model_is_a_model_folder(tmp_path: Path) -> None:
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
 )
 def test_qlora_learns_over_rounded_weights(tmp_path: Path, quantization: str) -> None:
-    """The loss falls; the rounded weights stay."""
+    """The loss falls; the quantized weights stay unchanged."""
     folder = save_model(tmp_path / "model", hidden_size=128, intermediate_size=256)
     spec = BaseModelSpec.model_validate({"id": str(folder), "quantization": quantization})
     backbone = load_backbone(resolve_model(spec))
@@ -241,5 +250,5 @@ def test_qlora_learns_over_rounded_weights(tmp_path: Path, quantization: str) ->
 
 
 def test_every_baseline_that_changes_the_model_is_tested() -> None:
-    """A new one without an entry here would go untested."""
+    """Every baseline in CHANGES has an entry in SPECS, so that it is tested."""
     assert set(CHANGES) == {*SPECS, "qlora"}

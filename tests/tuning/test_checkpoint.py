@@ -1,4 +1,4 @@
-"""Checkpoints: kilobytes without pickle, whole or refused."""
+"""Checkpoints: small, without pickle, and refused when damaged."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def state(optimizer: str = "adamw") -> TrialState:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 def test_round_trip(optimizer: str) -> None:
-    """Every field and every tensor comes back as it was, to the bit and of the same type."""
+    """Every field and tensor is read back exactly, with its type."""
     before = state(optimizer)
     after = TrialState.from_bytes(before.to_bytes())
     assert after == before and after.tensors.keys() == before.tensors.keys()
@@ -50,7 +50,7 @@ def test_round_trip(optimizer: str) -> None:
 
 
 def test_its_parts_come_apart_again() -> None:
-    """The prompt's own state, the best prompt and the optimiser's moments don't mix, whatever their names."""
+    """The prompt, the best prompt and the optimizer's state stay apart, whatever their names."""
     made = state()
     assert set(made.prompt()) == set(made.best()) == {"prompt"}
     assert torch.equal(made.best()["prompt"], made.prompt()["prompt"] * 2)
@@ -58,7 +58,7 @@ def test_its_parts_come_apart_again() -> None:
 
 
 def test_a_view_is_written_as_it_looks() -> None:
-    """Tensors that share memory are stored each on its own."""
+    """Tensors that share memory are stored separately."""
     whole = torch.arange(12.0).view(3, 4)
     made = TrialState.of(
         step=0,
@@ -75,7 +75,7 @@ def test_a_view_is_written_as_it_looks() -> None:
 
 
 def test_another_prompts_state_is_refused() -> None:
-    """A checkpoint of another method or of another length can't be restored, and the message says so."""
+    """State of another method or of another length is refused with a message that says so."""
     start = SoftPrompt(torch.zeros(3, 4))
     restore_prompt(start, state(), "f00d")
     assert torch.equal(start.prompt.detach(), state().prompt()["prompt"])
@@ -88,13 +88,13 @@ def test_another_prompts_state_is_refused() -> None:
 
 
 def test_another_base_models_state_is_refused() -> None:
-    """The fingerprints of both are named."""
+    """State of another base model is refused; the message has both fingerprints."""
     with pytest.raises(BadInput, match=r"another base model \(fingerprint f00d\)(.|\n)*\(beef\)"):
         restore_prompt(SoftPrompt(torch.zeros(3, 4)), state(), "beef")
 
 
 def test_a_state_that_is_not_finite_is_refused() -> None:
-    """A diverged trial's checkpoint can be read for its best prompt, and not be gone on from."""
+    """A diverged trial's checkpoint can be read, but not resumed from."""
     ruined = state()
     ruined.tensors["prompt.prompt"][1, 1] = torch.nan
     with pytest.raises(BadInput, match="prompt holds values that are not finite"):
@@ -104,7 +104,10 @@ def test_a_state_that_is_not_finite_is_refused() -> None:
 
 
 def test_it_is_a_safetensors_document_and_nothing_else() -> None:
-    """Eight bytes of length, a JSON header, and exactly the bytes that its tensors need: no room for a pickle."""
+    """A checkpoint is eight bytes of length, a JSON header and its tensors' bytes.
+
+    Nothing is left over in which a pickle could hide.
+    """
     data = state().to_bytes()
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
@@ -126,7 +129,7 @@ def test_it_is_a_safetensors_document_and_nothing_else() -> None:
 
 
 def test_cut_short_is_refused_wherever_it_is_cut() -> None:
-    """Every beginning of a checkpoint, and one with something behind it, is bad input with the way on."""
+    """Every truncated checkpoint is BadInput that says how to go on; so is one with extra bytes."""
     data = state().to_bytes()
     for length in range(len(data)):
         with pytest.raises(BadInput, match=r"can't be read(.|\n)*resume from an earlier one"):
@@ -137,7 +140,7 @@ def test_cut_short_is_refused_wherever_it_is_cut() -> None:
 
 @given(st.binary(max_size=64))
 def test_other_bytes_are_refused(data: bytes) -> None:
-    """Bytes that are no checkpoint are bad input, never another error."""
+    """Bytes that are no checkpoint are BadInput, never another error."""
     with pytest.raises(BadInput):
         TrialState.from_bytes(data)
 
@@ -146,6 +149,6 @@ def test_other_bytes_are_refused(data: bytes) -> None:
     "header", [b"[]", b"3", b'{"__metadata__": 1}', b'{"__metadata__": {"state": "[]"}}', b"{}"]
 )
 def test_other_documents_are_refused(header: bytes) -> None:
-    """JSON of another shape is bad input too."""
+    """A header of another shape is BadInput too."""
     with pytest.raises(BadInput):
         TrialState.from_bytes(len(header).to_bytes(8, "little") + header)

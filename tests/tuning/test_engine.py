@@ -1,4 +1,4 @@
-"""The engine: trials that share it end where each would alone, and go on from any checkpoint as if never stopped."""
+"""The engine: trials that share it end as each would alone, and resume exactly."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def make_engine(
 
 
 def run_out(engine: Engine, reports: Reports | None = None) -> Reports:
-    """Rounds until nobody sits; reports by trial."""
+    """Run rounds until no trial is left; return the reports by trial."""
     reports = {} if reports is None else reports
     while engine.slots:
         for report in engine.round():
@@ -67,7 +67,7 @@ def prompts_in(report: Report) -> dict[str, torch.Tensor]:
 
 
 def assert_same(got: list[Report], wanted: list[Report], rel: float) -> None:
-    """Equal reports up to rounding, checkpoints included."""
+    """Compare reports and their checkpoints up to rounding."""
     assert [(r.step, r.ending, r.best_step) for r in got] == [
         (r.step, r.ending, r.best_step) for r in wanted
     ]
@@ -86,7 +86,10 @@ def assert_same(got: list[Report], wanted: list[Report], rel: float) -> None:
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 @pytest.mark.parametrize("prompt_once", [True, False], ids=["once", "concatenated"])
 def test_packed_trials_end_where_they_end_alone(optimizer: str, prompt_once: bool) -> None:
-    """Trials of other inits, lengths, learning rates and seeds in one engine report what each reports alone."""
+    """Packed trials report what each reports alone.
+
+    They differ in init, length, learning rate and seed.
+    """
     train = TrainSpec(
         steps=6, batch_size=4, evaluate_every=2, optimizer=optimizer, weight_decay=1e-3
     )
@@ -102,7 +105,10 @@ def test_packed_trials_end_where_they_end_alone(optimizer: str, prompt_once: boo
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 def test_a_trial_is_a_plain_training_loop(optimizer: str) -> None:
-    """One row at a time, the mean over the batch's target tokens, one update: a loop without an engine ends alike."""
+    """A trial equals a plain training loop without an engine.
+
+    The loop takes one row at a time, the mean over the batch's target tokens, and one update.
+    """
     train = TrainSpec(
         steps=7, batch_size=4, evaluate_every=7, optimizer=optimizer, weight_decay=1e-3
     )
@@ -118,7 +124,7 @@ def test_a_trial_is_a_plain_training_loop(optimizer: str) -> None:
         updates.apply(step)
         losses.append(float(loss.detach()))
         seen += rows
-    assert sorted(seen[:20]) == list(range(20))  # the first epoch, which ends within a batch
+    assert sorted(seen[:20]) == list(range(20))  # the first epoch ends within a batch
     (report,) = alone("vocabulary", train=train)
     assert report.train_loss == pytest.approx(sum(losses) / 7, rel=1e-4)
     torch.testing.assert_close(
@@ -127,7 +133,7 @@ def test_a_trial_is_a_plain_training_loop(optimizer: str) -> None:
 
 
 def test_packed_trials_end_where_they_end_alone_in_float32() -> None:
-    """The same on a float32 backbone, to its tolerance: losses to 1e-3 after six steps."""
+    """Packed float32 trials have the losses of each alone, to 1e-3 after six steps."""
     backbone = tiny_backbone(dtype=torch.float32)
     engine = make_engine(capacity=4, backbone=backbone)
     for name, spec in TRIALS.items():
@@ -141,13 +147,13 @@ def test_packed_trials_end_where_they_end_alone_in_float32() -> None:
 
 @pytest.mark.parametrize("max_tokens", [None, 60], ids=["one forward", "micro-batches"])
 def test_slots_change_hands_without_a_trace(max_tokens: int | None) -> None:
-    """A trial freed half-way and another seated in its place leave all trials as they are alone."""
+    """Freeing a trial half-way and seating another changes no trial's results."""
     engine = make_engine(limits=Limits(max_tokens=max_tokens))
     for name in ("uniform", "vocabulary", "labels"):
         engine.seat(name, TRIALS[name])
     reports: Reports = {report.trial: [report] for report in engine.round()}
     engine.free("vocabulary")
-    engine.free("vocabulary")  # stops may cross
+    engine.free("vocabulary")  # a trial may be stopped twice
     engine.seat("text", TRIALS["text"])
     run_out(engine, reports)
     assert_same(reports["vocabulary"], alone("vocabulary")[:1], rel=1e-4)
@@ -158,7 +164,7 @@ def test_slots_change_hands_without_a_trace(max_tokens: int | None) -> None:
 @pytest.mark.parametrize("rate", [1e30, 3e37])
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 def test_a_diverging_trial_touches_no_other(optimizer: str, rate: float) -> None:
-    """A learning rate that ruins one trial leaves the trials beside it as they are alone."""
+    """A learning rate that ruins one trial changes nothing for the others."""
     train = TrainSpec(steps=6, batch_size=4, evaluate_every=2, optimizer=optimizer)
     engine = make_engine(train)
     engine.seat("uniform", TRIALS["uniform"])
@@ -170,7 +176,10 @@ def test_a_diverging_trial_touches_no_other(optimizer: str, rate: float) -> None
 
 
 def test_divergence_ends_a_trial_and_keeps_its_best_prompt() -> None:
-    """A prompt that is not finite is never evaluated, reported as best or kept; the trial ends as diverged."""
+    """A prompt that is not finite is never evaluated or taken as best.
+
+    The trial ends as diverged and keeps its earlier best prompt.
+    """
     engine = make_engine(TrainSpec(steps=8, batch_size=4, evaluate_every=2))
     engine.seat("ruined", TRIALS["uniform"])
     (sound,) = engine.round()
@@ -190,7 +199,10 @@ def test_divergence_ends_a_trial_and_keeps_its_best_prompt() -> None:
 def test_divergence_in_the_last_step_before_an_evaluation(
     metric: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An update that overflows shows in no training loss; the evaluation finds it, and the score stays comparable."""
+    """The evaluation detects an overflow in the last update, which shows in no training loss.
+
+    The score stays comparable.
+    """
     engine = make_engine(search=SearchSpec(metric=metric))
     engine.seat("sound", TRIALS["labels"])
     engine.seat("ruined", TRIALS["uniform"])
@@ -217,7 +229,7 @@ def test_divergence_in_the_last_step_before_an_evaluation(
 
 
 def test_divergence_that_only_the_evaluation_sees(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A validation loss that is not finite ends the trial; it never becomes the best one."""
+    """A validation loss that is not finite ends the trial and never becomes its best."""
     *_, last = scripted(monkeypatch, [(0.5, 1.0), (0.9, math.nan), (0.9, 0.1)])
     assert (last.ending, last.step, last.metrics) == ("diverged", 2, {})
     assert (last.best_step, last.best_metrics["accuracy"], last.score) == (1, 0.5, 0.5)
@@ -226,12 +238,12 @@ def test_divergence_that_only_the_evaluation_sees(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 @pytest.mark.parametrize("name", ["vocabulary", "labels"])
 def test_resuming_equals_never_stopping(optimizer: str, name: str) -> None:
-    """From each of its checkpoints a trial goes on, in another engine, to the very same reports, to the bit."""
+    """A trial resumed in another engine, from any checkpoint, has the same reports exactly."""
     train = TrainSpec(
         steps=8, batch_size=6, evaluate_every=2, optimizer=optimizer, weight_decay=1e-4, patience=9
     )
     whole = alone(name, train=train)
-    assert len(whole) == 4  # 48 rows of 20: the batches run over two ends of an epoch
+    assert len(whole) == 4  # 48 rows in epochs of 20: batches cross the end of an epoch twice
     for done in range(1, 4):
         engine = make_engine(train, capacity=1)
         engine.seat(name, TRIALS[name], whole[done - 1].checkpoint)
@@ -239,7 +251,7 @@ def test_resuming_equals_never_stopping(optimizer: str, name: str) -> None:
 
 
 def test_resuming_beside_others_equals_never_stopping() -> None:
-    """A trial moved to a slot among strangers in the middle of its life ends where it would have."""
+    """A trial resumed among other trials ends as it would have alone."""
     whole = alone("vocabulary")
     engine = make_engine()
     engine.seat("uniform", TRIALS["uniform"])
@@ -254,8 +266,10 @@ def test_resuming_beside_others_equals_never_stopping() -> None:
     "method", [Method(), Method("prefix_tuning", "mlp", 8), Method("p_tuning", "lstm")], ids=str
 )
 def test_a_copy_goes_on_from_anothers_checkpoint(method: Method) -> None:
-    """Prompt, moments, best result and step are the other's; learning rate and seed its own, in the engine in which it
-    has trained so far."""
+    """A copy takes the source's prompt, moments, best result and step.
+
+    Its learning rate and seed are its own; it may stay in the engine in which it has trained.
+    """
     task, other = replace(TASK, method=method), TRIALS["vocabulary"]
     engine = make_engine(TRAIN, task=task)
     engine.seat("source", other)
@@ -278,7 +292,7 @@ def test_a_copy_goes_on_from_anothers_checkpoint(method: Method) -> None:
 
 
 def test_the_same_trial_twice_gives_the_same_bits() -> None:
-    """Spec and seed decide everything: two runs have equal checkpoints, byte for byte; another seed has not."""
+    """Spec and seed determine the checkpoint, byte for byte; another seed changes it."""
     assert alone("vocabulary") == alone("vocabulary")
     assert (
         alone("vocabulary")[-1].checkpoint
@@ -287,7 +301,7 @@ def test_the_same_trial_twice_gives_the_same_bits() -> None:
 
 
 def test_the_backbone_is_never_trained() -> None:
-    """Its weights have the same digest before and after, and no gradient."""
+    """The backbone's weights keep their digest and have no gradient."""
     backbone = tiny_backbone()
     before = backbone.digest()
     engine = make_engine(backbone=backbone)
@@ -301,7 +315,7 @@ def test_the_backbone_is_never_trained() -> None:
 
 
 def test_tuning_lowers_the_loss() -> None:
-    """Thirty steps on six rows bring the training loss down by a fifth: the gradient points the right way."""
+    """Thirty steps on six rows lower the training loss by at least a fifth."""
     task = small_task(train=6)
     train = TrainSpec(steps=30, batch_size=6, evaluate_every=10, optimizer="adamw")
     first, *_, last = alone(
@@ -316,14 +330,14 @@ def test_tuning_lowers_the_loss() -> None:
 def test_evaluations_come_every_so_often_and_at_the_end(
     steps: int, every: int, at: list[int]
 ) -> None:
-    """The last step is evaluated, whether or not it is a multiple."""
+    """The last step is evaluated even if it is no multiple of evaluate_every."""
     reports = alone("labels", train=TrainSpec(steps=steps, batch_size=2, evaluate_every=every))
     assert [report.step for report in reports] == at
     assert [report.ending for report in reports] == [None] * (len(at) - 1) + ["steps"]
 
 
 def test_a_resumed_trial_keeps_the_evaluation_steps() -> None:
-    """From a checkpoint between multiples the next evaluation is at the next multiple."""
+    """A trial resumed between two multiples is evaluated at the next multiple."""
     short = alone("labels", train=TrainSpec(steps=5, batch_size=2, evaluate_every=2))
     engine = make_engine(TrainSpec(steps=8, batch_size=2, evaluate_every=2), capacity=1)
     engine.seat("labels", TRIALS["labels"], short[-1].checkpoint)
@@ -331,7 +345,7 @@ def test_a_resumed_trial_keeps_the_evaluation_steps() -> None:
 
 
 class Scripted:
-    """Stands in for the evaluation: validation metrics by step, as written."""
+    """Replaces the evaluation: returns the given validation metrics, one pair per call."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, metrics: list[tuple[float, float]]) -> None:
         self.todo = iter(metrics)
@@ -358,7 +372,10 @@ def scripted(
 
 
 def test_patience_ends_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After so many evaluations without a better metric the trial is over; a better one starts the count again."""
+    """Patience ends a trial after so many evaluations without improvement.
+
+    An improvement restarts the count.
+    """
     metrics = [(0.5, 1.0), (0.4, 1.0), (0.6, 1.0), (0.6, 1.0), (0.5, 0.1), (0.9, 1.0)]
     reports = scripted(monkeypatch, metrics, train={"patience": 2})
     assert [report.ending for report in reports] == [None, None, None, None, "patience"]
@@ -367,7 +384,7 @@ def test_patience_ends_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_patience_counts_on_after_a_resume(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The evaluations waited for are part of the checkpoint."""
+    """The count of evaluations without improvement is part of the checkpoint."""
     metrics = [(0.5, 1.0), (0.4, 1.0), (0.3, 1.0)]
     whole = scripted(monkeypatch, metrics, train={"patience": 2, "steps": 9})
     assert [report.ending for report in whole] == [None, None, "patience"]
@@ -378,7 +395,7 @@ def test_patience_counts_on_after_a_resume(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_best_prompt_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The prompt of the best evaluation stays in every later checkpoint, while training goes on."""
+    """Later checkpoints keep the prompt of the best evaluation while training goes on."""
     reports = scripted(monkeypatch, [(0.5, 1.0), (0.8, 1.0), (0.7, 0.5), (0.1, 0.1)])
     best = prompts_in(reports[1])["prompt.prompt"]
     for report in reports[1:]:
@@ -388,13 +405,13 @@ def test_the_best_prompt_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ties_are_decided_by_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With equal accuracy the lower validation loss is better; an equal loss is no improvement."""
+    """Equal accuracies are ranked by the validation loss; an equal loss is no improvement."""
     reports = scripted(monkeypatch, [(0.5, 1.0), (0.5, 0.9), (0.5, 0.9), (0.5, 1.1), (0.4, 0.1)])
     assert [report.best_step for report in reports] == [1, 2, 2, 2, 2]
 
 
 def test_a_loss_is_better_when_lower(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A search by loss keeps the lowest, whatever the accuracy says."""
+    """A search by loss keeps the lowest loss, whatever the accuracy."""
     metrics = [(0.5, 1.0), (0.9, 1.2), (0.1, 0.7)]
     reports = scripted(monkeypatch, metrics, search=SearchSpec(metric="loss"))
     assert [report.best_step for report in reports] == [1, 1, 3]
@@ -402,14 +419,14 @@ def test_a_loss_is_better_when_lower(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_train_loss_is_of_the_steps_since_the_last_report() -> None:
-    """Two reports of one step each have the two losses whose mean a report of both steps has."""
+    """A report's training loss is the mean over the steps since the last report."""
     each = alone("uniform", train=TrainSpec(steps=2, batch_size=4, evaluate_every=1))
     both = alone("uniform", train=TrainSpec(steps=2, batch_size=4, evaluate_every=2))
     assert both[0].train_loss == pytest.approx(sum(report.train_loss for report in each) / 2)
 
 
 def test_slots_are_limited() -> None:
-    """A full engine seats nobody; an empty one has nothing to report."""
+    """A full engine refuses a further trial; an empty one reports nothing."""
     engine = make_engine(capacity=1)
     assert engine.round() == [] and engine.free_slots == 1
     engine.seat("uniform", TRIALS["uniform"])
@@ -421,7 +438,10 @@ def test_slots_are_limited() -> None:
 
 
 def test_evaluation_jobs() -> None:
-    """A checkpoint is evaluated with its best prompt, an instruction on its own rows, and nothing as the bare model."""
+    """A checkpoint is evaluated with its best prompt, and an instruction on its own rows.
+
+    Without either, the bare model is evaluated.
+    """
     task = small_task()
     rows = [{"text": "great movie", "label": 1}, {"text": "bad movie", "label": 0}]
     task.instructed["Judge."] = {
@@ -440,7 +460,7 @@ def test_evaluation_jobs() -> None:
 
 
 def test_a_generation_task_is_tuned_too() -> None:
-    """Without a verbalizer there is no accuracy, and exact match or loss ranks."""
+    """Without a verbalizer there is no accuracy; exact match ranks."""
     search = SearchSpec(metric="exact_match")
     reports = alone("uniform", task=small_task(None), search=search)
     assert set(reports[0].metrics) == {"exact_match", "loss"}
@@ -448,9 +468,11 @@ def test_a_generation_task_is_tuned_too() -> None:
 
 
 def test_the_frozen_models_dropout_is_a_setting() -> None:
-    """Off, training repeats itself; on, the model drops what it was built to drop, in training steps only, and a trial
-    that is resumed draws what it would have drawn."""
-    backbone = tiny_backbone("gpt2")  # drops a tenth of everything while it trains
+    """frozen_dropout turns on the model's own dropout, in training steps only.
+
+    With or without it, a resumed trial repeats the run that was not interrupted.
+    """
+    backbone = tiny_backbone("gpt2")  # gpt2 has a dropout of 0.1 while it trains
     losses = {}
     for dropout in (False, True):
         train = TrainSpec(steps=4, batch_size=4, evaluate_every=2, frozen_dropout=dropout)
@@ -466,7 +488,10 @@ def test_the_frozen_models_dropout_is_a_setting() -> None:
 
 @pytest.mark.parametrize("reduction", ["token_mean", "sum_per_row", "sum"])
 def test_how_token_losses_become_one(reduction: str) -> None:
-    """Mean over tokens, mean over rows of each row's sum, or sum: the loss and the gradient are scaled alike."""
+    """The training loss is divided as loss_reduction says.
+
+    This is by the batch's tokens, by its rows, or not at all.
+    """
     train = TrainSpec.model_validate(
         {"steps": 1, "batch_size": 4, "evaluate_every": 1, "loss_reduction": reduction}
     )
@@ -487,6 +512,6 @@ def test_how_token_losses_become_one(reduction: str) -> None:
 
 @pytest.mark.parametrize("micro", [1, 3])
 def test_micro_batches_change_nothing(micro: int) -> None:
-    """However few rows a forward may hold, the trial ends where it ends without the limit."""
+    """The number of rows in a forward does not change the result."""
     small = TrainSpec(steps=6, batch_size=4, evaluate_every=2, micro_batch_size=micro)
     assert_same(alone("text", train=small), alone("text"), rel=1e-4)

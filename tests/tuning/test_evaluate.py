@@ -1,4 +1,4 @@
-"""Metrics against a naive reference: one row at a time, no batch, no padding, no cache."""
+"""Metrics against a naive reference: one row at a time, without padding or cache."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ Metrics = dict[str, float]
 
 
 def naive(backbone: Backbone, prompt: Tensor | None, split: Encoded, encoder: Encoder) -> Metrics:
-    """Each row by itself: rank the answers, decode greedily, sum the target's negative log-likelihood."""
+    """Evaluate each row by itself.
+
+    Rank the answers, decode greedily, and sum the target's negative log-likelihood.
+    """
     right = exact = 0
     nll, tokens = 0.0, 0
     for ids, target, label in zip(split.inputs, split.targets, split.labels, strict=True):
@@ -68,7 +71,10 @@ def compare(
 @pytest.mark.parametrize("answers", [*VERBALIZERS, None], ids=str)
 @pytest.mark.parametrize("prompt_once", [True, False], ids=["once", "concatenated"])
 def test_metrics_equal_rows_alone(answers: str | None, prompt_once: bool) -> None:
-    """Answers of one token, of several, of which one begins another, and generation: all as one row at a time."""
+    """Metrics equal those of single rows, for each kind of answers and for generation.
+
+    Answers have one token or several, or one answer begins another.
+    """
     task = small_task(answers, validation=12)
     got = compare(tiny_backbone(prompt_once=prompt_once), task.splits["validation"], task.encoder)
     assert answers is None or any(0 < metrics["accuracy"] < 1 for metrics in got)
@@ -76,14 +82,14 @@ def test_metrics_equal_rows_alone(answers: str | None, prompt_once: bool) -> Non
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3_text", "mamba"])
 def test_metrics_on_the_plain_path(family: str) -> None:
-    """Families without the prompt-once path are evaluated exactly, with prompts and without."""
+    """Families without the prompt-once path have exact metrics, with and without prompts."""
     task = small_task(validation=5)
     compare(tiny_backbone(family), task.splits["validation"], task.encoder)
 
 
 @pytest.mark.parametrize("limit", [1, 40, 150, 10_000])
 def test_the_size_of_forwards_changes_nothing(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many rows share a forward, the metrics are the same."""
+    """Metrics do not depend on how many rows share a forward."""
     monkeypatch.setattr(evaluate_module, "MAX_TOKENS", limit)
     task = small_task(validation=6)
     compare(tiny_backbone(), task.splits["validation"], task.encoder, bare=False)
@@ -94,7 +100,10 @@ def test_the_size_of_forwards_changes_nothing(limit: int, monkeypatch: pytest.Mo
 def test_the_end_token_ranks_only_where_one_answer_begins_another(
     prefix: bool, prompt_once: bool
 ) -> None:
-    """Every row's best answer is the one that single rows say, by its own tokens or, with prefixes, to its end."""
+    """Answers are ranked by their own tokens.
+
+    Only where one answer is a prefix of another are they ranked with the end token.
+    """
     backbone = tiny_backbone(prompt_once=prompt_once)
     (prompt,) = random_prompts(backbone, [6], seed=8)
     encoder = encoder_for("several tokens")
@@ -120,14 +129,15 @@ def test_the_end_token_ranks_only_where_one_answer_begins_another(
 
 
 def greedy_answers(backbone: Backbone, prompt: Tensor, encoder: Encoder, labels: bool) -> Encoded:
-    """A split whose first rows have as target just what greedy decoding makes; a token of the others' is another.
+    """Return a split of which greedy decoding gets some targets right and others wrong by a token.
 
-    A random model never says what it should, so the target is made from what it says.
+    A random model's answers are arbitrary, so the targets are made from its own output.
     """
     inputs = random_ids([5, 9, 3, 7], seed=4)
     made = [greedy(backbone, prompt, ids, 3) for ids in inputs]
     if labels:
-        # The answers are what the model says to rows 0 and 1, and its end token what it says next to row 0.
+        # The answers are the model's output for rows 0 and 1; the end token is its next token for
+        # row 0.
         encoder.answers, encoder.end_id = [made[0][:2], made[1][:2]], made[0][2]
         return Encoded(
             inputs,
@@ -141,7 +151,10 @@ def greedy_answers(backbone: Backbone, prompt: Tensor, encoder: Encoder, labels:
 @pytest.mark.parametrize("labels", [True, False], ids=["labels", "generation"])
 @pytest.mark.parametrize("prompt_once", [True, False], ids=["once", "concatenated"])
 def test_exact_match_is_greedy_decoding(labels: bool, prompt_once: bool) -> None:
-    """A row matches when greedy decoding gives its target to the end token, and not when one token differs."""
+    """A row matches when greedy decoding gives its whole target, to the end token.
+
+    One different token is no match.
+    """
     backbone = tiny_backbone(prompt_once=prompt_once)
     (prompt,) = random_prompts(backbone, [6], seed=8)
     encoder = encoder_for("several tokens" if labels else None)
@@ -154,7 +167,7 @@ def test_exact_match_is_greedy_decoding(labels: bool, prompt_once: bool) -> None
 
 
 def test_exact_match_is_what_generate_gives() -> None:
-    """transformers' own greedy generate, stopped at the end token, finds the same rows right."""
+    """transformers' greedy generate finds the same rows right."""
     backbone = tiny_backbone(dtype=torch.float32)
     model: Any = tiny_model("llama", torch.float32)
     (prompt,) = random_prompts(backbone, [6], seed=8)
@@ -180,7 +193,7 @@ def test_exact_match_is_what_generate_gives() -> None:
 
 
 def test_each_prompt_meets_each_row() -> None:
-    """A prompt's metrics do not depend on which prompts are evaluated with it, nor on their order."""
+    """A prompt's metrics do not depend on the other prompts or on their order."""
     backbone = tiny_backbone()
     task = small_task(validation=9)
     prompts = random_prompts(backbone, [4, 1, 9], seed=3)
@@ -194,7 +207,7 @@ def test_each_prompt_meets_each_row() -> None:
 
 
 def test_evaluation_leaves_no_gradient() -> None:
-    """Prompts that are being tuned can be evaluated, and nothing is recorded for a backward."""
+    """Evaluating a prompt that is being tuned records nothing for a backward."""
     backbone = tiny_backbone()
     (prompt,) = random_prompts(backbone, [4])
     task = small_task(validation=3)

@@ -1,4 +1,4 @@
-"""Generated texts and their metrics: as one row alone gives them, however rows and prompts share a batch."""
+"""Generated texts and their metrics do not depend on how rows and prompts are batched."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ GREEDY, BEAMS = Decoding(6), Decoding(5, num_beams=3)
 def test_texts_are_those_of_rows_alone(
     limit: int, prompt_once: bool, decoding: Decoding, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every prompt meets every row, in the order of the split, whatever fits into one batch."""
+    """Every prompt generates a text for every row, in the split's order, with any batch size."""
     monkeypatch.setattr(generate_module, "MAX_TOKENS", limit)
     backbone, encoder = tiny_backbone(prompt_once=prompt_once), encoder_for(None)
     prompts = random_prompts(backbone, [4, 1, 7], seed=3)
@@ -55,7 +55,7 @@ def test_texts_are_those_of_rows_alone(
 
 
 def test_the_model_without_a_prompt_is_one_entry() -> None:
-    """Without prompts there is one list of texts: what the model says by itself."""
+    """Without prompts there is one list of texts, which are the bare model's."""
     backbone, encoder = tiny_backbone(), encoder_for(None)
     (texts,) = generate(backbone, None, INPUTS, encoder, GREEDY)
     made = decode(
@@ -65,7 +65,7 @@ def test_the_model_without_a_prompt_is_one_entry() -> None:
 
 
 class Says:
-    """A state that says fixed tokens, whatever it is fed."""
+    """A generation state that gives fixed tokens, whatever its input."""
 
     def __init__(self, ids: list[int], rows: int, at: int = 0) -> None:
         self.ids, self.rows, self.at = ids, rows, at
@@ -84,7 +84,7 @@ class Says:
 
 
 def test_special_tokens_and_outer_spaces_are_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pad that a model says is dropped; spaces around the text go, spaces inside stay as they are."""
+    """Special tokens and spaces around the text are removed; spaces inside stay."""
     tokenizer = tiny_tokenizer()
     ids = [
         *tokenizer(" a  good ")["input_ids"],
@@ -99,7 +99,7 @@ def test_special_tokens_and_outer_spaces_are_no_text(monkeypatch: pytest.MonkeyP
 
 
 def split_with_references(texts: list[str]) -> Encoded:
-    """A split whose references are the given texts and another one, in turn."""
+    """Return a split with the given texts as references; every other row has a second one."""
     encoded = Encoded(INPUTS, [[3, 4, 0]] * len(INPUTS), [-1] * len(INPUTS))
     return replace(
         encoded,
@@ -108,7 +108,7 @@ def split_with_references(texts: list[str]) -> Encoded:
 
 
 def test_metrics_are_of_the_texts_against_the_references() -> None:
-    """evaluate adds the text metrics of each prompt to the others, and without a Decoding generates nothing."""
+    """evaluate adds each prompt's text metrics to the others; without a Decoding it adds none."""
     backbone, encoder = tiny_backbone(), encoder_for(None)
     prompts = random_prompts(backbone, [4, 2], seed=3)
     with torch.no_grad():
@@ -128,7 +128,7 @@ def test_metrics_are_of_the_texts_against_the_references() -> None:
 
 
 def one_round(task: Task, metric: Metric) -> tuple[Engine, Report]:
-    """One trial of two steps, and its report."""
+    """Run one trial of two steps; return its engine and report."""
     backbone = tiny_backbone(dtype=torch.float32)
     engine = Engine(
         backbone, task, TrainSpec(steps=2, evaluate_every=2), SearchSpec(metric=metric), capacity=2
@@ -139,7 +139,7 @@ def one_round(task: Task, metric: Metric) -> tuple[Engine, Report]:
 
 
 def test_the_engine_ranks_trials_by_a_text_metric() -> None:
-    """Reports, baselines and saved prompts all have the text metrics, and the score is the search's own."""
+    """Reports, baselines and saved prompts have the text metrics; the score is the search's."""
     task = small_task(None, train=8, validation=4)
     engine, report = one_round(task, "loss")
     assert set(report.metrics) == {"exact_match", "loss"}

@@ -1,4 +1,4 @@
-"""Workers that train together end where one worker ends with the whole batch."""
+"""A group of workers ends with the results of one worker that has the whole batch."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def alone(case: Case) -> Ended:
 
 
 def assert_same(parts: list[Ended], wanted: Ended, rel: float = 1e-4) -> None:
-    """Every worker's reports are those of one worker, and the leader's checkpoints too."""
+    """Compare each worker's reports, and the leader's checkpoints, with those of one worker."""
     for part in parts:
         assert part.frozen
         assert part.bare == pytest.approx(wanted.bare, rel=rel)
@@ -97,17 +97,23 @@ def assert_same(parts: list[Ended], wanted: Ended, rel: float = 1e-4) -> None:
     "case", CASES, ids=lambda case: f"{case.family}, {case.method.name}, {case.method.inside}"
 )
 def test_two_workers_end_where_one_does(two: Processes, case: Case, sharded: bool) -> None:
-    """Losses, metrics and prompts of every method on every family; the frozen weights stay as they are."""
+    """Losses, metrics and prompts agree for every method and family.
+
+    The frozen weights stay unchanged.
+    """
     assert_same(two(ended, replace(case, sharded=sharded)), alone(case))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("option", OPTIONS)
 def test_three_workers_end_where_one_does(three: Processes, option: str) -> None:
-    """Whatever the loss's normaliser, the size of forwards and of batches, three workers' sum is the whole batch's."""
+    """Three workers' sums equal the whole batch's, for each loss reduction.
+
+    This also holds for forwards of one row and for batches smaller than the group.
+    """
     case = Case(train=TrainSpec.model_validate({**SGD.model_dump(), **OPTIONS[option]}))
     for sharded in (False, True):
-        # adamw's first updates are signs: what is rounded otherwise may end elsewhere.
+        # AdamW's first updates are signs, so that rounding can change where they lead.
         assert_same(
             three(ended, replace(case, sharded=sharded)),
             alone(case),
@@ -120,7 +126,10 @@ def test_three_workers_end_where_one_does(three: Processes, option: str) -> None
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "t5"])
 @pytest.mark.parametrize("beams", [1, 2])
 def test_texts_are_the_same(three: Processes, family: str, beams: int, sharded: bool) -> None:
-    """Rows are shared out for generation, though one worker's texts may end sooner than another's."""
+    """Generated texts are the same when rows are divided among workers.
+
+    One worker's texts may end sooner than another's.
+    """
     case = Case(
         family, train=GENTLE.model_copy(update={"steps": 2}), generates=True, num_beams=beams
     )
@@ -134,7 +143,10 @@ def test_texts_are_the_same(three: Processes, family: str, beams: int, sharded: 
 def test_one_workers_lack_of_room_is_everyones(
     two: Processes, generates: bool, sharded: bool
 ) -> None:
-    """Memory runs out on one worker alone, in forwards and backwards: all cut, none waits, and the end is the same."""
+    """When memory runs out on one worker, all workers take smaller forwards and none waits.
+
+    This happens in forwards and in backwards; the results stay the same.
+    """
     case = Case("llama", generates=generates)
     parts = two(ended, replace(case, sharded=sharded), short_of_room)
     assert_same(parts, alone(case))
@@ -149,7 +161,7 @@ def test_one_workers_lack_of_room_is_everyones(
 
 @sharded_or_not
 def test_trials_without_room_are_reported(two: Processes, sharded: bool) -> None:
-    """Where a worker has no room for a row, each trial ends as failed on all workers; nobody hangs."""
+    """When one worker has no memory for a row, each trial fails on all workers without a hang."""
     for notes in two(notes_of, Case(sharded=sharded), roomless):
         assert set(notes) == set(TRIALS)
         assert all(
@@ -160,12 +172,12 @@ def test_trials_without_room_are_reported(two: Processes, sharded: bool) -> None
 
 @pytest.mark.long
 def test_a_worker_keeps_its_part(three: Processes) -> None:
-    """Of the blocks each worker holds about a third; all parts together are the weights that were loaded."""
+    """Each worker holds about a third of the blocks; together the parts are the loaded weights."""
     whole = Case().backbone()
     parts = three(held, Case(sharded=True))
     blocks = (
         bytes_elsewhere(whole.model, 1_000_000) * 2
-    )  # two equal blocks, of which one counts as held
+    )  # two equal blocks, one of which counts as held
     total = sum(tensor.nbytes for tensor in whole.model.parameters())
     for part in parts:
         assert part.same
@@ -173,10 +185,13 @@ def test_a_worker_keeps_its_part(three: Processes) -> None:
 
 
 def test_one_block_is_whole_at_a_time(two: Processes) -> None:
-    """Forwards and backwards, prompts that run once and rows: a block is in parts again before the next is whole."""
+    """At most one block is whole at a time.
+
+    This is so in forwards and in backwards, for prompts that run once and for rows.
+    """
     assert two(most_whole, Case()) == [0, 0]
 
 
 def test_an_error_is_no_lack_of_room(two: Processes) -> None:
-    """What goes wrong on one worker otherwise reaches its caller, where Ray Train ends the group."""
+    """Other errors of one worker reach its caller, where Ray Train ends the group."""
     assert two(left_alone, Case()) == ["RuntimeError: shapes do not match", "left alone"]

@@ -1,4 +1,4 @@
-"""Memory that runs out: the work is cut up and done again, and every trial ends as if there had been enough."""
+"""Running out of memory: work is repeated in smaller pieces, with unchanged results."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ERRORS: list[Callable[[], Exception]] = [
 
 
 def generation_task() -> Task:
-    """A task whose evaluations generate texts too."""
+    """Return a task whose evaluations also generate texts."""
     task = small_task(None)
     for split in ("validation", "test"):
         texts = [["the quick fox"]] * len(task.splits[split])
@@ -46,7 +46,7 @@ def generation_task() -> Task:
 def ended(
     backbone: Backbone, task: Task, names: Sequence[str] = tuple(TRIALS)
 ) -> dict[str, list[Report]]:
-    """Every report of the trials, which share one engine."""
+    """Return every report of the trials, which share one engine."""
     engine = Engine(backbone, task, TRAIN, SearchSpec(metric="loss"), capacity=len(names))
     for name in names:
         engine.seat(name, TRIALS[name])
@@ -63,7 +63,10 @@ def cramped(
     prompts: int = 100,
     longest: int = 100,
 ) -> Backbone:
-    """A backbone that runs out of memory beyond so many tokens of a forward, so many prompts, or a prompt so long."""
+    """Return a backbone that runs out of memory beyond certain sizes.
+
+    The limits are tokens of a forward, the number of prompts, and a prompt's length.
+    """
     backbone: Any = tiny_backbone()
     forced, start, prepare = backbone.teacher_forced, backbone.start, backbone.prepare
 
@@ -106,7 +109,10 @@ def assert_same(got: dict[str, list[Report]], wanted: dict[str, list[Report]]) -
     ids=["accelerator", "allocator", "python"],
 )
 def test_smaller_forwards_change_nothing(error: Callable[[], Exception], tokens: int) -> None:
-    """Whatever a forward may hold, down to a row, each trial ends as without a limit; its reports say what happened."""
+    """Trials end as without a limit, however small the forwards, down to one row.
+
+    Their reports say what happened.
+    """
     wanted = ended(tiny_backbone(), small_task())
     got = ended(cramped(error, tokens=tokens), small_task())
     assert_same(got, wanted)
@@ -119,28 +125,28 @@ def test_smaller_forwards_change_nothing(error: Callable[[], Exception], tokens:
 
 @pytest.mark.parametrize("prompts", [2, 1])
 def test_fewer_trials_at_a_time_change_nothing(prompts: int) -> None:
-    """Where the prompts themselves are too many, trials step one after another, to the same end."""
+    """When there are too many prompts, trials step in smaller groups, with equal results."""
     got = ended(cramped(prompts=prompts), small_task())
     assert_same(got, ended(tiny_backbone(), small_task()))
     assert all(f"{prompts} trials at a time" in reports[-1].note for reports in got.values())
 
 
 def test_both_at_once() -> None:
-    """A limit on forwards and one on prompts together."""
+    """A limit on forwards and a limit on prompts work together."""
     assert_same(
         ended(cramped(tokens=60, prompts=1), small_task()), ended(tiny_backbone(), small_task())
     )
 
 
 def test_texts_are_generated_in_smaller_batches() -> None:
-    """Evaluations that generate are cut as well."""
+    """Evaluations that generate texts also use smaller batches."""
     got = ended(cramped(tokens=60, prompts=2), generation_task())
     assert_same(got, ended(tiny_backbone(), generation_task()))
     assert "evaluation ran out of memory" in got["short"][-1].note
 
 
 def test_gradients_of_a_half_done_step_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that runs out when gradients have already arrived at the prompts leaves none of them behind."""
+    """Gradients that reached the prompts before memory ran out are dropped."""
     wanted = ended(tiny_backbone(), small_task())
     send, calls = PreparedPrompts.backward_from, []
 
@@ -156,8 +162,10 @@ def test_gradients_of_a_half_done_step_are_dropped(monkeypatch: pytest.MonkeyPat
 
 
 def test_only_who_does_not_fit_alone_fails() -> None:
-    """A trial whose prompt is too long for any step ends as failed with the reason; the others end as ever, and are
-    not left with the small pieces that were tried for it."""
+    """A trial whose prompt is too long for any step fails, with the reason.
+
+    The others end as usual and do not keep the small pieces that were tried for that trial.
+    """
     got = ended(cramped(longest=5), small_task())
     (lost,) = got.pop("long")
     assert (lost.ending, lost.step, lost.metrics) == ("no_room", 0, {})
@@ -170,7 +178,7 @@ def test_only_who_does_not_fit_alone_fails() -> None:
 
 
 def test_nothing_fits() -> None:
-    """Trials end as failed, and an evaluation says what is too large."""
+    """When no row fits, trials fail, and an evaluation's error says what is too large."""
     backbone = cramped(tokens=1)
     ((report,),) = ended(backbone, small_task(), ["one"]).values()
     assert report.ending == "no_room" and report.step == 0
@@ -182,7 +190,7 @@ def test_nothing_fits() -> None:
 
 
 def test_baselines_are_cut_too() -> None:
-    """Metrics without a prompt are the same, however small the forwards."""
+    """The bare model's metrics are the same with small forwards."""
     wanted = Engine(tiny_backbone(), small_task(), TRAIN, SearchSpec(), 1).evaluate(
         EvaluationJob("test")
     )
@@ -193,7 +201,7 @@ def test_baselines_are_cut_too() -> None:
 
 
 def test_other_errors_pass() -> None:
-    """Only memory is dealt with: any other error reaches the caller as it is."""
+    """Errors other than lack of memory reach the caller unchanged."""
     with pytest.raises(RuntimeError, match="shapes do not match"):
         ended(cramped(lambda: RuntimeError("shapes do not match"), tokens=60), small_task())
     assert not ran_out(ValueError("out of memory")) and not ran_out(KeyError("x"))
@@ -203,7 +211,7 @@ def test_other_errors_pass() -> None:
 
 
 def test_what_was_learned_is_kept() -> None:
-    """Once a piece has been cut, the next round of work starts with what fitted."""
+    """The next work starts with the sizes that fitted last time."""
     room, tried = Room(), []
 
     def work(places: Sequence[int]) -> list[int]:
@@ -224,7 +232,7 @@ def test_what_was_learned_is_kept() -> None:
 
 
 def test_the_failed_piece_leaves_memory() -> None:
-    """Nothing keeps the tensors of the failed attempt alive while it is done again."""
+    """The failed attempt's tensors are released before the work is repeated."""
     import weakref
 
     kept: list[weakref.ref[Any]] = []

@@ -37,7 +37,7 @@ def sgd() -> torch.optim.Optimizer:
 
 
 def rates(scheduler: LRScheduler, every: int = 1) -> list[float]:
-    """Learning rates of STEPS steps; the scheduler advances after every ``every`` of them."""
+    """Return the learning rates of STEPS steps; the scheduler advances every ``every`` steps."""
     found = []
     for step in range(1, STEPS + 1):
         found.append(float(scheduler.get_last_lr()[0]))
@@ -53,7 +53,7 @@ def rates(scheduler: LRScheduler, every: int = 1) -> list[float]:
     [("constant", "constant_with_warmup"), ("linear", "linear"), ("cosine", "cosine")],
 )
 def test_transformers_has_the_same(ours: str, theirs: str, warmup: int) -> None:
-    """Constant, linear and cosine, with warmups of all lengths, agree with transformers at every step."""
+    """Constant, linear and cosine agree with transformers at every step, for any warmup."""
     wanted = get_scheduler(theirs, sgd(), num_warmup_steps=warmup, num_training_steps=STEPS)
     assert factors(spec(schedule=ours, warmup_steps=warmup)) == pytest.approx(
         rates(wanted), rel=1e-12, abs=1e-15
@@ -62,20 +62,20 @@ def test_transformers_has_the_same(ours: str, theirs: str, warmup: int) -> None:
 
 @pytest.mark.parametrize("every", [1, 5, 100])
 def test_exponential_is_torchs(every: int) -> None:
-    """Stepped every decay_steps, ExponentialLR gives the same learning rate at every step."""
+    """ExponentialLR, advanced every decay_steps steps, gives the same learning rates."""
     train = spec(schedule="exponential", decay_rate=0.9, decay_steps=every)
     assert factors(train) == pytest.approx(rates(ExponentialLR(sgd(), gamma=0.9), every), rel=1e-12)
 
 
 @pytest.mark.parametrize("course", ALL, ids=lambda course: course["schedule"])
 def test_a_warmup_rises_evenly_and_ends_at_the_peak(course: dict[str, Any]) -> None:
-    """Before warmup_steps the factor is the part of the warmup that is over; there it is 1, whatever follows."""
+    """The factor rises linearly from 0 to 1 at warmup_steps, with any schedule."""
     assert factors(spec(warmup_steps=4, **course))[:5] == [0.0, 0.25, 0.5, 0.75, 1.0]
 
 
 @pytest.mark.parametrize("course", ALL, ids=lambda course: course["schedule"])
 def test_every_step_but_a_warmups_first_moves(course: dict[str, Any]) -> None:
-    """Without a warmup all factors are above 0 and at most 1, the first is 1, and none rises."""
+    """Without a warmup the factors start at 1, never rise and stay above 0."""
     found = factors(spec(**course))
     assert found[0] == 1.0 and found[-1] > 0
     assert all(one >= other for one, other in pairwise(found))
@@ -83,7 +83,7 @@ def test_every_step_but_a_warmups_first_moves(course: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_the_end_is_zero_and_stays_there(schedule: str) -> None:
-    """Right after the last step the factor is 0, and later it does not rise again."""
+    """The factor is 0 right after the last step and does not rise again."""
     train = spec(schedule=schedule, warmup_steps=3)
     assert [factor(train, STEPS + later) for later in (0, 1, STEPS)] == pytest.approx(
         [0, 0, 0], abs=1e-15

@@ -1,4 +1,4 @@
-"""A packed step: K trials share forwards, and each gets the loss and the gradient that it gets alone."""
+"""A packed step: K trials share forwards, with each trial's own loss and gradient."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def assert_equal(
 def test_packed_equals_alone(
     family: str, dtype: torch.dtype, rel: float, prompt_once: bool
 ) -> None:
-    """Losses and gradients of trials packed into one step are those of each trial in a step of its own."""
+    """Losses and gradients of a packed step equal those of each trial's own step."""
     options = {"dtype": dtype, "prompt_once": prompt_once, "family": family}
     assert_equal(run(LENGTHS, ROWS, **options), one_by_one(**options), rel)
 
@@ -61,12 +61,12 @@ def test_packed_equals_alone(
 @pytest.mark.parametrize("max_tokens", [1, 30, 100, None])
 @pytest.mark.parametrize("overhead", [0, 32, 10_000])
 def test_limits_change_nothing(max_tokens: int | None, overhead: int) -> None:
-    """However the batch is cut into forwards, even a row at a time, losses and gradients stay."""
+    """Losses and gradients do not depend on the size of forwards, down to one row each."""
     assert_equal(run(LENGTHS, ROWS, Limits(overhead, max_tokens)), one_by_one(), 2e-6)
 
 
 def test_a_diverged_prompt_touches_no_other() -> None:
-    """NaN and infinity in one trial's prompt stay in that trial, whichever trial it is."""
+    """A NaN, an infinity or a huge value in one trial's prompt affects no other trial."""
     backbone = tiny_backbone()
     wanted = one_by_one()
     for broken, value in enumerate([float("nan"), float("inf"), 1e30]):
@@ -85,7 +85,7 @@ def test_a_diverged_prompt_touches_no_other() -> None:
 )
 @settings(deadline=None, max_examples=15)
 def test_any_rows_pack(rows: list[list[int]]) -> None:
-    """Each trial's tokens weigh 1 together, and its loss is the mean over its own target tokens."""
+    """A trial's token weights sum to 1; its loss is the mean over its own target tokens."""
     packed = pack(rows, SPLIT)
     for trial in range(len(rows)):
         places = [place for place, owner in enumerate(packed.trial) if owner == trial]

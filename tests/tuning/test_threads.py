@@ -1,4 +1,4 @@
-"""A CPU's cores share a step's rows: losses, prompts, metrics and texts are those of one core, whatever fails."""
+"""A CPU's cores share a step's rows, with the results of one core, also after errors."""
 
 from __future__ import annotations
 
@@ -73,22 +73,22 @@ def engine_of(family: str, method: MethodName, cores: int, train: TrainSpec = TR
 @pytest.mark.parametrize("method", SPECS)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "t5", "bert"])
 def test_the_rows_of_a_step_may_be_shared(family: str, method: MethodName, cores: int) -> None:
-    """Losses, metrics and what was learned are one core's, also where there are fewer rows than cores in a forward."""
+    """Losses and metrics are those of one core, also with fewer rows than cores."""
     train = TRAIN.model_copy(
         update={"optimizer": "sgd", "clip_norm": 1.0}
-    )  # Adam would make much of tiny gradients
+    )  # Adam would amplify tiny gradients
     wanted, got = (
         run_out(engine_of(family, method, count, train), SPECS[method]) for count in (1, cores)
     )
     assert [(one.trial, one.step) for one in got] == [(one.trial, one.step) for one in wanted]
-    near = 1e-6 if SPECS[method] is PROMPTS else 1e-4  # baselines learn in float32
+    near = 1e-6 if SPECS[method] is PROMPTS else 1e-4  # baselines train in float32
     for one, other in zip(got, wanted, strict=True):
         assert one.train_loss == pytest.approx(other.train_loss, rel=near)
         assert one.metrics == pytest.approx(other.metrics, rel=10 * near)
 
 
 def test_a_search_repeats_itself() -> None:
-    """Whichever thread ends first: the same bytes twice."""
+    """Two runs give the same bytes, whichever thread ends first."""
     one, two = (
         run_out(engine_of("llama", method, 3), SPECS[method]) for method in ("prompt_tuning",) * 2
     )
@@ -98,7 +98,7 @@ def test_a_search_repeats_itself() -> None:
 
 
 def test_texts_are_the_same() -> None:
-    """Every row's text stands at its row."""
+    """Every row gets its own text."""
     task = small_task(None, train=8, validation=9)
     texts = [[f"{row}"] for row in range(9)]
     task.splits["validation"] = replace(task.splits["validation"], references=texts)
@@ -112,7 +112,7 @@ def test_texts_are_the_same() -> None:
 
 
 def test_rows_run_side_by_side() -> None:
-    """Two threads are within the model at the same moment, and the caller is none of them."""
+    """Two threads run the model at the same time; neither is the caller's."""
     backbone: Any = tiny_backbone()
     meeting, seen, forced = threading.Barrier(2), set(), backbone.teacher_forced
 
@@ -130,7 +130,10 @@ def test_rows_run_side_by_side() -> None:
 
 
 def test_memory_that_runs_out_in_one_thread() -> None:
-    """The step is done again with one smaller forward at a time, with the same result; the report says so."""
+    """The step is repeated with one smaller forward at a time, with the same result.
+
+    The report says so.
+    """
     wanted = run_out(make_engine(tiny_backbone(), small_task(), TRAIN, SEARCH, 2), PROMPTS)
     backbone: Any = tiny_backbone()
     forced = backbone.teacher_forced
@@ -150,7 +153,7 @@ def test_memory_that_runs_out_in_one_thread() -> None:
 
     backbone.teacher_forced = teacher_forced
     got = run_out(make_engine(backbone, small_task(), TRAIN, SEARCH, 2, cores=3), PROMPTS)
-    assert max(most) == 1  # since the last time that memory ran out
+    assert max(most) == 1  # since memory last ran out
     for one, other in zip(got, wanted, strict=True):
         assert "ran out of memory and went on with forwards of at most" in one.note
         assert one.metrics == pytest.approx(other.metrics, rel=1e-5)
@@ -158,7 +161,10 @@ def test_memory_that_runs_out_in_one_thread() -> None:
 
 @pytest.mark.parametrize("generates", [False, True])
 def test_a_row_a_core_is_not_the_least(generates: bool) -> None:
-    """Where memory holds one forward, trials of as many rows as cores are trained and evaluated one row at a time."""
+    """When memory holds one forward, rows are trained and evaluated one at a time.
+
+    The trial has as many rows as there are cores.
+    """
     task = small_task(None if generates else "several tokens", validation=3)
     train = TRAIN.model_copy(update={"batch_size": 2})
     if generates:
@@ -176,7 +182,7 @@ def test_a_row_a_core_is_not_the_least(generates: bool) -> None:
 
 
 def _for_one(forward: Any) -> Any:
-    """A forward that runs out of memory in any thread but the caller's."""
+    """Wrap a forward so that it runs out of memory in any thread but the main one."""
 
     def checked(*arguments: Any) -> Any:
         if threading.current_thread() is not threading.main_thread():
@@ -187,7 +193,7 @@ def _for_one(forward: Any) -> Any:
 
 
 def test_no_more_rows_at_once_than_asked_for() -> None:
-    """With micro_batch_size 1 two cores train one row at a time; with 4, two rows each."""
+    """micro_batch_size 1 trains one row at a time on two cores; 4 trains at most two rows each."""
     for most, wanted in ((1, 1), (4, 2)):
         backbone: Any = tiny_backbone()
         forced, seen = backbone.teacher_forced, []
@@ -209,7 +215,7 @@ def test_no_more_rows_at_once_than_asked_for() -> None:
 
 
 def test_an_error_of_one_thread_is_the_steps() -> None:
-    """It is raised when the others have ended, and the next step finds every thread free."""
+    """An error is raised once the other threads have ended; the next step can use all threads."""
     threads, ended = Threads.of(3, tiny_backbone().model, torch.device("cpu")), []
 
     def work(part: int) -> int:
@@ -226,8 +232,10 @@ def test_an_error_of_one_thread_is_the_steps() -> None:
 
 
 def test_who_can_share_rows() -> None:
-    """An accelerator and a model that remembers its last forward take one forward at a time; many cores share both
-    rows and operations."""
+    """An accelerator, or a model that keeps state between forwards, uses one thread.
+
+    The number of threads is limited; further cores share each thread's operations.
+    """
     model: Any = backbone_of("llama", torch.float32).model
     assert (
         Threads.of(4, model, torch.device("cuda")).ways
@@ -244,7 +252,7 @@ def test_who_can_share_rows() -> None:
 
 
 def test_dropout_is_drawn_in_one_thread() -> None:
-    """What the frozen model drops depends on seed and step, not on who is first."""
+    """Dropout depends on seed and step, not on which thread is first."""
     train = TrainSpec(steps=4, batch_size=5, evaluate_every=2, frozen_dropout=True)
     one, two = (
         run_out(engine_of("bert", "prompt_tuning", cores, train), PROMPTS[:1]) for cores in (1, 3)
@@ -255,7 +263,7 @@ def test_dropout_is_drawn_in_one_thread() -> None:
 
 
 def test_an_evaluation_asks_every_row_once() -> None:
-    """Counts of the confusion matrix add up to the rows, and to the same cells."""
+    """The cells of the confusion matrix add up to the rows and do not depend on the cores."""
     engines = [engine_of("llama", "prompt_tuning", cores) for cores in (1, 4)]
     reports = [run_out(engine, PROMPTS)[-1] for engine in engines]
     job = EvaluationJob("validation", reports[0].checkpoint, confusion=True)

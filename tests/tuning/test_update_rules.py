@@ -1,4 +1,4 @@
-"""Update rules against torch's optimisers and against T5X's Adafactor, written out."""
+"""Update rules against torch's optimizers, and against T5X's Adafactor written out here."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ from orchestrator.tuning.update_rules import (
     update_rule,
 )
 
-SHAPES = [(4, 6), (1, 6), (7,)]  # of three parameters that are updated together
+SHAPES = [(4, 6), (1, 6), (7,)]  # the shapes of three parameters that are updated together
 RATES = [0.3, 0.01, 2.0]
 
 
 def t5x_adafactor(
     start: np.ndarray, gradients: Sequence[np.ndarray], rates: Sequence[float], weight_decay: float
 ) -> np.ndarray:
-    """T5X's Adafactor for one parameter: not factored, no momentum, no parameter scaling.
+    """Apply T5X's Adafactor to one parameter: not factored, no momentum, no parameter scaling.
 
-    Written from its algorithm: t counts from 1; v = (1 - t^-0.8) v + t^-0.8 (g^2 + 1e-30); y = g / sqrt(v), divided by
-    its root mean square where that is above 1; the parameter loses weight decay times itself and rate times y.
+    Written from its algorithm: t counts from 1; v = (1 - t^-0.8) v + t^-0.8 (g^2 + 1e-30); y = g /
+    sqrt(v), divided by its root mean square where that is above 1; the parameter is reduced by
+    weight decay times itself and by rate times y.
     """
     value, v = start.astype(np.float64), np.zeros(start.shape)
     for t, (g, rate) in enumerate(zip(gradients, rates, strict=True), start=1):
@@ -43,7 +44,7 @@ def t5x_adafactor(
 
 
 def gradients(shape: tuple[int, ...], scale: float = 1.0, count: int = 8) -> list[np.ndarray]:
-    """Gradients of very different sizes, a burst among them, so that the clipping has something to do."""
+    """Return gradients of very different sizes, with a burst that has to be clipped."""
     random = np.random.default_rng(0)
     sizes = [scale * (50 if step == 4 else 1) for step in range(count)]
     return [
@@ -60,7 +61,7 @@ def starts(dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
 def updated(
     rule: UpdateRule, given: list[list[np.ndarray]], rates: list[list[float]]
 ) -> list[torch.Tensor]:
-    """The parameters after as many joint updates as there are gradients of each."""
+    """Return the parameters after joint updates with all the given gradients."""
     params = starts()
     states = [fresh_state(rule, param) for param in params]
     for step in range(len(given[0])):
@@ -72,7 +73,7 @@ def updated(
 @pytest.mark.parametrize("weight_decay", [0.0, 1e-5, 0.1])
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
 def test_adafactor_is_t5x(weight_decay: float, scale: float) -> None:
-    """Over eight steps with clipping, weight decay and changing rates, each parameter is where T5X takes it."""
+    """Adafactor agrees with T5X over eight steps with clipping, weight decay and changing rates."""
     given = [gradients(shape, scale) for shape in SHAPES]
     rates = [[rate / (1 + step) for step in range(8)] for rate in RATES]
     got = updated(Adafactor(weight_decay), given, rates)
@@ -82,7 +83,7 @@ def test_adafactor_is_t5x(weight_decay: float, scale: float) -> None:
 
 
 def test_the_burst_is_clipped() -> None:
-    """The comparison above does clip, and does not always: without the clipping the result is another one."""
+    """The gradients above are clipped at some steps and not at others."""
     sizes, v = [], np.zeros(SHAPES[0])
     for t, g in enumerate(gradients(SHAPES[0]), start=1):
         v = (1 - t**-0.8) * v + t**-0.8 * (g * g)
@@ -91,7 +92,7 @@ def test_the_burst_is_clipped() -> None:
 
 
 def test_adafactor_survives_a_gradient_of_zero() -> None:
-    """The first gradient being all zeros divides by nothing and moves nothing, in float32 as well."""
+    """A first gradient of all zeros changes nothing and divides by nothing, also in float32."""
     rule, param = Adafactor(0.0), torch.ones(3, 2)
     rule.update(Batch([param], [torch.zeros(3, 2)], [fresh_state(rule, param)], [0.3]))
     assert torch.equal(param, torch.ones(3, 2))
@@ -123,7 +124,7 @@ TORCHS: list[tuple[UpdateRule, Make]] = [
 def test_adamw_and_sgd_are_torchs_to_the_bit(
     rule: UpdateRule, make: Make, dtype: torch.dtype
 ) -> None:
-    """Parameters with learning rates of their own, updated together, are what torch makes of each alone."""
+    """Joint updates with separate learning rates equal torch's updates of each parameter."""
     params = starts(dtype)
     states = [fresh_state(rule, param) for param in params]
     theirs = [nn.Parameter(start) for start in starts(dtype)]
@@ -150,5 +151,5 @@ def test_adamw_and_sgd_are_torchs_to_the_bit(
     ],
 )
 def test_the_spec_chooses(train: TrainSpec, rule: UpdateRule) -> None:
-    """Optimiser and settings are the spec's; betas and momentum that it leaves out are torch's."""
+    """The rule has the spec's settings; unset betas and momentum are torch's defaults."""
     assert update_rule(train) == rule

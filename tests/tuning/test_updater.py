@@ -1,4 +1,4 @@
-"""Updaters: clipping, scheduled rates, state that goes on from a checkpoint, many trials in one go."""
+"""Updaters: clipping, scheduled rates, restored state, and many trials in one call."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def parameters(seed: int = 0, shapes: Sequence[tuple[int, ...]] = SHAPES) -> lis
 
 
 def give_gradients(updater: Updater, step: int, size: float = 1.0) -> None:
-    """Gradients that depend on the step and on where the parameters are, as those of a loss do."""
+    """Set gradients that depend on the step and on the parameters, as a loss's gradients do."""
     random = torch.Generator().manual_seed(100 + step)
     for param in updater.parameters:
         param.grad = size * (param.detach() + torch.randn(param.shape, generator=random))
@@ -65,7 +65,7 @@ def train_steps(updater: Updater, first: int, last: int, size: float = 1.0) -> l
 
 
 def assert_equal(ours: Updater, others: Updater) -> None:
-    """To the bit, parameters and state."""
+    """Compare parameters and state bit for bit."""
     for param, other in zip(ours.parameters, others.parameters, strict=True):
         assert torch.equal(param, other)
     state, wanted = ours.state_tensors(NAMES), others.state_tensors(NAMES)
@@ -80,7 +80,7 @@ def assert_equal(ours: Updater, others: Updater) -> None:
 def test_a_restored_trial_goes_on_to_the_bit(
     optimizer: dict[str, Any], schedule: dict[str, Any], clip_norm: float | None, cut: int
 ) -> None:
-    """Steps, a checkpoint in safetensors, a new updater, and the rest: the same as without the interruption."""
+    """A new updater restored from a safetensors checkpoint goes on as without interruption."""
     train = spec(clip_norm=clip_norm, **optimizer, **schedule)
     whole = Updater(parameters(), 0.3, train)
     train_steps(whole, 0, STEPS)
@@ -105,7 +105,7 @@ def test_a_restored_trial_goes_on_to_the_bit(
 def test_it_is_a_plain_loop_with_torchs_parts(
     optimizer: dict[str, Any], schedule: dict[str, Any]
 ) -> None:
-    """Clipping, scheduled rate, update, in that order: clip_grad_norm_ and an optimiser of torch's end alike."""
+    """An updater equals clip_grad_norm_, a scheduled rate and a torch optimizer, in that order."""
     train = spec(clip_norm=6.0, **optimizer, **schedule)
     updater, params = Updater(parameters(), 0.3, train), parameters()
     made = plain_optimizer(params, train)
@@ -134,7 +134,7 @@ def plain_optimizer(params: list[nn.Parameter], train: TrainSpec) -> torch.optim
 
 
 class PlainAdafactor(torch.optim.Optimizer):
-    """One parameter after the other, written without foreach."""
+    """Adafactor for one parameter at a time, written without foreach."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -151,7 +151,10 @@ class PlainAdafactor(torch.optim.Optimizer):
 
 @pytest.mark.parametrize("clip_norm", [0.5, 40.0])
 def test_the_norm_is_that_of_all_parameters_together(clip_norm: float) -> None:
-    """The norm before clipping comes back; afterwards it is clip_norm where it was longer, in the same direction."""
+    """apply returns the norm of all gradients before clipping.
+
+    A longer gradient is scaled to clip_norm and keeps its direction.
+    """
     updater = Updater(
         parameters(), 1.0, spec(optimizer="sgd", weight_decay=0.0, clip_norm=clip_norm)
     )
@@ -176,7 +179,7 @@ def given(param: nn.Parameter) -> Tensor:
 
 @each_optimizer
 def test_the_gradient_is_used_up(optimizer: dict[str, Any]) -> None:
-    """After a step there is no gradient that the next one could add to."""
+    """A step clears the gradients, so that the next step can't add to them."""
     updater = Updater(parameters(), 0.1, spec(**optimizer))
     train_steps(updater, 0, 1)
     assert [param.grad for param in updater.parameters] == [None, None, None]
@@ -187,7 +190,10 @@ def test_the_gradient_is_used_up(optimizer: dict[str, Any]) -> None:
 def test_a_gradient_that_is_not_finite_changes_nothing(
     optimizer: dict[str, Any], bad: float
 ) -> None:
-    """The norm tells; parameters and state are those of the step before, and the gradient is gone."""
+    """A gradient that is not finite gives a norm that is not finite.
+
+    Parameters and state stay as before the step, and the gradient is cleared.
+    """
     updater = Updater(parameters(), 0.1, spec(clip_norm=1.0, **optimizer))
     train_steps(updater, 0, 2)
     before = copy.deepcopy(updater)
@@ -200,7 +206,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(
 
 @each_optimizer
 def test_a_parameter_without_a_gradient_stays(optimizer: dict[str, Any]) -> None:
-    """What took no part in the loss is neither moved nor decayed, and its state does not age."""
+    """A parameter without a gradient is neither moved nor decayed, and its state is unchanged."""
     updater = Updater(parameters(), 0.1, spec(**optimizer))
     before = copy.deepcopy(updater)
     give_gradients(updater, 0)
@@ -213,7 +219,7 @@ def test_a_parameter_without_a_gradient_stays(optimizer: dict[str, Any]) -> None
 
 
 def test_without_any_gradient_nothing_happens() -> None:
-    """A trial none of whose parameters has a gradient has the norm 0, alone and beside others."""
+    """A trial without any gradient has the norm 0, alone and beside others."""
     idle, busy = Updater(parameters(), 0.1, spec()), Updater(parameters(1), 0.1, spec())
     before = copy.deepcopy(idle)
     assert idle.apply(0) == 0.0
@@ -225,7 +231,10 @@ def test_without_any_gradient_nothing_happens() -> None:
 
 @each_optimizer
 def test_together_is_one_by_one_to_the_bit(optimizer: dict[str, Any]) -> None:
-    """Trials of other sizes, rates and steps, one clipped, one diverged, end together where each ends alone."""
+    """A joint update equals single updates, bit for bit.
+
+    The trials differ in size, rate and step; one is clipped and one has diverged.
+    """
     train = spec(clip_norm=8.0, schedule="linear", **optimizer)
     shapes: list[list[tuple[int, ...]]] = [SHAPES, [(1, 8)], [(20, 8)], [(3, 8), (8, 2)]]
     together = [
@@ -260,7 +269,7 @@ def test_trials_of_different_optimizers_share_a_call() -> None:
 
 @each_optimizer
 def test_the_state_has_flat_names(optimizer: dict[str, Any]) -> None:
-    """Each tensor's key says whose it is, the moments are shaped like their parameter."""
+    """Each tensor's key names its parameter; moments have their parameter's shape."""
     updater = Updater(parameters(), 0.1, spec(**optimizer))
     tensors = updater.state_tensors(NAMES)
     assert set(tensors) == {
@@ -272,7 +281,10 @@ def test_the_state_has_flat_names(optimizer: dict[str, Any]) -> None:
 
 
 def test_loading_copies_and_leaves_other_tensors_alone() -> None:
-    """Further steps do not change the tensors that the state was loaded from; the prompt's own are ignored."""
+    """Loading copies the tensors, so that further steps do not change them.
+
+    The prompt's own tensors are ignored.
+    """
     first = Updater(parameters(), 0.1, spec())
     train_steps(first, 0, 2)
     tensors = {name: tensor.clone() for name, tensor in first.state_tensors(NAMES).items()}
@@ -288,7 +300,10 @@ def test_loading_copies_and_leaves_other_tensors_alone() -> None:
     [("adamw", "adafactor"), ("adafactor", "adamw"), ("adamw", "sgd"), ("sgd", "adamw")],
 )
 def test_another_optimizers_state_is_refused(written: str, read: str) -> None:
-    """A checkpoint of another optimiser is bad input; the message names what it holds, what is needed, the way on."""
+    """A checkpoint of another optimizer is BadInput.
+
+    The message names what it holds, what is needed, and how to go on.
+    """
     tensors = Updater(parameters(), 0.1, spec(optimizer=written)).state_tensors(NAMES)
     with pytest.raises(
         BadInput, match=rf"checkpoint holds (.|\n)*train.optimizer {read} needs (.|\n)*next: resume"
@@ -297,7 +312,10 @@ def test_another_optimizers_state_is_refused(written: str, read: str) -> None:
 
 
 def test_another_trials_state_is_refused() -> None:
-    """State of other parameters, of too few, or of other shapes is bad input, and nothing of it is taken over."""
+    """State of other, too few or differently shaped parameters is BadInput.
+
+    Nothing of it is loaded.
+    """
     updater = Updater(parameters(), 0.1, spec())
     tensors = updater.state_tensors(NAMES)
     before = copy.deepcopy(updater)
