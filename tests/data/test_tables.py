@@ -348,9 +348,16 @@ def test_a_file_of_no_bytes(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "data"),
-    [("a.csv", b"text,label"), ("a.tsv", b"text\tlabel\n\n"), ("a.csv", b"\n \n"), ("a.jsonl", b"\n\n"),
-     ("a.json", b" [ ] "), ("a.csv", codecs.BOM_UTF8), ("a.csv.gz", gzip.compress(b"", mtime=0))],
-)  # fmt: skip
+    [
+        ("a.csv", b"text,label"),
+        ("a.tsv", b"text\tlabel\n\n"),
+        ("a.csv", b"\n \n"),
+        ("a.jsonl", b"\n\n"),
+        ("a.json", b" [ ] "),
+        ("a.csv", codecs.BOM_UTF8),
+        ("a.csv.gz", gzip.compress(b"", mtime=0)),
+    ],
+)
 def test_a_file_without_rows(name: str, data: bytes) -> None:
     """A header alone, blank lines or an empty array give no rows and no error."""
     assert read(name, data).rows == []
