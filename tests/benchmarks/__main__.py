@@ -1,4 +1,7 @@
-"""``make bench``: benchmarks of engine, searches and serving; tables printed, JSON in build/bench."""
+"""``make bench``: benchmarks of engine, searches and serving.
+
+Tables are printed, and JSON is written to build/bench/.
+"""
 
 from __future__ import annotations
 

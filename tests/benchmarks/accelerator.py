@@ -1,5 +1,4 @@
-"""Share of an accelerator's peak that a packed step uses, with 100 million and 1 billion
-parameters.
+"""Share of an accelerator's peak that a packed step uses, at 100 million and 1 billion parameters.
 
 The measure is model FLOPs utilisation with 4 N operations a token (``operations``, attention left
 out). ``MFU`` counts every computed token, padding included; ``useful`` leaves padding out.

@@ -112,8 +112,8 @@ def run_experiment(
 ) -> Experiment:
     """Train every trial to its end, ``capacity`` trials at a time.
 
-    ``vote``: also compute the accuracy of the majority of all trials' prompts. ``also``: further
-    files with rows to evaluate, by the name to show.
+    With ``vote``, the accuracy of the majority of all trials' prompts is computed too. ``also`` has
+    further files with rows to evaluate, by the names to show.
 
     Raises OrchestratorError as ``run`` would.
     """

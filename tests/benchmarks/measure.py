@@ -20,7 +20,7 @@ class Skipped(Exception):
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a benchmark's table: its name, the columns to show, and further data for the JSON."""
+    """A line of a benchmark's table: its name, the columns shown, and more data for the JSON."""
 
     name: str
     shown: dict[str, float | str]
@@ -52,7 +52,7 @@ class Comparison:
         return min(each), statistics.median(each), max(each)
 
     def line(self, **more: float | str) -> Line:
-        """Return a line with the ratio of the two, its spread over the pairs, and ``more`` columns."""
+        """Return a line with the ratio of the two, its spread over the pairs, and more columns."""
         low, median, high = self.ratios()
         shown = {"ours, ms": self.ours_ms, "peer, ms": self.peer_ms, "times faster": median}
         spread = {"spread": f"{low:.2f} to {high:.2f}"}

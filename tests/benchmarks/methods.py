@@ -85,7 +85,7 @@ def lines(setting: Setting, only: str = "", out: Path | None = None) -> list[Lin
 
     Pages of the comparisons are written to ``out``.
     """
-    # Imported here, so that Ray and MLflow are only needed by this benchmark.
+    # Imported here, so that Ray and MLflow are only needed where a search runs.
     from orchestrator.cluster.session import ray_session
     from orchestrator.search.report import comparison, comparison_page, read_facts
     from orchestrator.search.state.saved import find_search

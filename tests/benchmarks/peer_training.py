@@ -49,7 +49,10 @@ class Data:
 
 
 def padded(split: Encoded, rows: Sequence[int], pad: int) -> dict[str, Tensor]:
-    """Return input_ids, attention_mask and labels [B, T] of these rows; only targets have labels."""
+    """Return input_ids, attention_mask and labels [B, T] of the rows.
+
+    Only targets have labels.
+    """
     whole = [[*split.inputs[row], *split.targets[row]] for row in rows]
     width = max(map(len, whole))
     labels = [

@@ -30,7 +30,7 @@ class Broken(RuntimeError):
 
 @dataclass
 class Ran:
-    """A program that has run; ``started`` is in seconds of time.time, as the program's times are."""
+    """A finished program; ``started`` is by time.time, like the times in its result."""
 
     started: float
     seconds: float
