@@ -1,4 +1,7 @@
-"""``make bench``: the tuning engine and whole searches, measured; tables on the screen, JSON in build/bench/."""
+"""``make bench``: benchmarks of engine, searches and serving.
+
+Tables are printed, and JSON is written to build/bench/.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
-import orchestrator  # before torch, to which it says how OpenMP's threads wait
+import orchestrator  # before torch: sets how OpenMP threads wait
 
 # isort: split
 import torch
@@ -129,7 +132,10 @@ def _tables(args: argparse.Namespace) -> list[Line]:
 
 
 def _of_size(args: argparse.Namespace, settings: dict[str, S]) -> S:
-    """The benchmark's setting: real, or small."""
+    """Return the benchmark's setting of the requested size.
+
+    Raises Skipped if the benchmark has no setting of that size.
+    """
     name = "small" if args.toy else args.size or "real"
     if name not in settings:
         raise Skipped(f"--size {name} is none of {', '.join(settings)}")
@@ -203,7 +209,7 @@ def main(arguments: Sequence[str], out: Path = OUT) -> int:
 
 
 def machine() -> dict[str, str | int]:
-    """What the figures were measured on."""
+    """Return the machine and software that the figures were measured on."""
     return {
         "device": torch.cuda.get_device_name()
         if torch.cuda.is_available()
@@ -222,13 +228,14 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--only",
         default="",
-        help="lines, sides or jobs with this in their name; also packing: speed, memory; logging: search, listing; "
+        help="lines, sides or jobs with this in their name; "
+        "also packing: speed, memory; logging: search, listing; "
         "serving: peer, many, http, live; scaling: search, service",
     )
     made.add_argument(
         "--size",
-        help="one of the models 6x192, 6x512, 100M, 1B; of whole searches: small or real; of methods also short, "
-        "of search also middle, long and usual",
+        help="one of the models 6x192, 6x512, 100M, 1B; of whole searches: small or real; "
+        "of methods also short, of search also middle, long and usual",
     )
     made.add_argument(
         "--seeds",

@@ -1,7 +1,7 @@
-"""How much of an accelerator's arithmetic a packed step uses, at 100 million and a billion parameters.
+"""Share of an accelerator's peak that a packed step uses, at 100 million and 1 billion parameters.
 
-Model FLOPs utilisation with 4 N operations a token (``operations``, attention left out): ``MFU`` counts every token
-that was computed, padding included; ``useful`` counts only tokens that are no padding.
+The measure is model FLOPs utilisation with 4 N operations a token (``operations``, attention left
+out). ``MFU`` counts every computed token, padding included; ``useful`` leaves padding out.
 """
 
 from __future__ import annotations
@@ -23,15 +23,22 @@ GIGABYTE = 2**30
 TERA = 1e12
 LIMITS = Limits(max_tokens=32_768)
 
-# Dense bfloat16 TFLOPS by the makers' data sheets; the first name that the device's name contains counts.
+# Dense bfloat16 TFLOPS from the makers' data sheets. The first key that occurs in the device's name
+# is used, so "H100 PCIe" stands before "H100".
 PEAK_TFLOPS = {
-    "H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0, "A10": 125.0,
-}  # fmt: skip
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "L4": 121.0,
+    "A10": 125.0,
+}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Which models, how many trials, how many rows each."""
+    """Models, numbers of trials, and rows of each trial."""
 
     device: torch.device
     peak: float  # TFLOPS
@@ -46,14 +53,20 @@ class Setting:
 
 
 def accelerator(peak: float | None) -> Setting:
-    """The setting of this machine's accelerator. Skipped without one, or when its peak is unknown and not given."""
+    """Return the setting of this machine's accelerator.
+
+    Raises Skipped without an accelerator, or if its peak is neither known nor given.
+    """
     if not torch.cuda.is_available():
         raise Skipped("torch has no accelerator here; --toy runs it on the CPU at toy size")
     return Setting(torch.device("cuda"), peak or known_peak(torch.cuda.get_device_name()))
 
 
 def known_peak(device: str) -> float:
-    """Dense bfloat16 TFLOPS of a device by its name. Skipped when the table does not have it."""
+    """Return the dense bfloat16 TFLOPS of a device by its name.
+
+    Raises Skipped for a device that PEAK_TFLOPS does not list.
+    """
     for name, peak in PEAK_TFLOPS.items():
         if name in device:
             return peak
@@ -109,7 +122,7 @@ def _line(setting: Setting, size: str, backbone: CausalBackbone, trials: int) ->
 def needed(
     weights: Weights, split: Encoded, rows_of_trials: Sequence[Sequence[int]], prompt: int
 ) -> float:
-    """Operations on tokens that are no padding, of a step of all trials."""
+    """Return the operations of one step of all trials, padding left out."""
     rows = [row for rows in rows_of_trials for row in rows]
     head = sum(len(split.targets[row]) for row in rows)
     body = sum(len(split.inputs[row]) + len(split.targets[row]) - 1 for row in rows)
@@ -119,7 +132,7 @@ def needed(
 def computed(
     weights: Weights, split: Encoded, rows_of_trials: Sequence[Sequence[int]], setting: Setting
 ) -> float:
-    """Operations of one packed step, with the padding of the forwards that it is cut into."""
+    """Return the operations of one packed step, padding of its forwards included."""
     rows = [row for rows in rows_of_trials for row in rows]
     limits, lengths = setting.limits, [split.lengths[row] for row in rows]
     body = head = 0

@@ -1,5 +1,7 @@
-"""Evaluation of K prompts together against one by one, and of answers of several tokens: the input run once or once an
-answer."""
+"""Evaluation of K prompts together and one by one, and sharing of the input between answers.
+
+Answers have several tokens. The input runs once for all answers of a row, or once for each answer.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ from tests.benchmarks.subjects import (
 
 @dataclass(frozen=True)
 class Setting:
-    """How large, how many prompts, rows, answers, and tokens an answer."""
+    """Size of the model, and numbers of prompts, rows, answers and tokens of an answer."""
 
     size: str = "6x192"
     prompts: tuple[int, ...] = (4, 16)
@@ -39,7 +41,10 @@ class Setting:
 
 
 class OnceAnAnswer(CausalBackbone):
-    """A backbone that does not go on from a row's cache, so that every answer runs the whole input."""
+    """A backbone that does not continue from a row's KV cache.
+
+    Every answer runs the whole input again.
+    """
 
     @property
     def continues(self) -> bool:
@@ -84,7 +89,7 @@ def _shared(setting: Setting, once: CausalBackbone, repeated: CausalBackbone, an
 def task(
     setting: Setting, backbone: CausalBackbone, answers: int, tokens: int
 ) -> tuple[Encoded, Encoder]:
-    """Rows whose answers begin differently, and their encoder."""
+    """Return rows whose answers differ in the first token, and their encoder."""
     texts = [
         " ".join(f"w{1 + place + 10 * token}" for token in range(tokens))
         for place in range(answers)
@@ -100,7 +105,7 @@ def task(
 def scores(
     setting: Setting, backbone: CausalBackbone, split: Encoded, encoder: Encoder
 ) -> list[torch.Tensor]:
-    """Log-probability [C] of every answer of every row, behind one prompt."""
+    """Return the log-probabilities [C] of the answers of every row, behind one prompt."""
     prepared = backbone.prepare(make_prompts(backbone, 1, setting.prompt))
     count = len(split)
     return answer_scores(

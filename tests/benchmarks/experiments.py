@@ -1,16 +1,20 @@
-"""Trains all trials of a job file in one process, without Ray, MLflow or early stopping, for docs/experiments.md.
+"""Train all trials of a job file in one process, for docs/experiments.md.
 
-``python -m tests.benchmarks.experiments jobs/init-ablation.yaml --by init [--set KEY=VALUE ...] [--out build/x.json]``
+``python -m tests.benchmarks.experiments jobs/init-ablation.yaml --by init
+    [--set KEY=VALUE ...] [--out build/x.json]``
 
-Every trial runs all its steps, trials packed as in a search. Each is judged as a search judges it: the best of its
-evaluations on the validation rows, and that prompt on the test rows, and on other files' with ``--also NAME=FILE``.
-Lines are means over the trials that agree in what ``--by`` names, with the standard deviation over them; the best
-learning rate of each seed's trials is taken by validation where the space lists several and it is not named.
+There is no Ray, MLflow or early stopping: every trial runs all its steps, trials packed as in a
+search. A trial is judged as in a search: its best prompt by validation is evaluated on the test
+rows, and on the rows of other files with ``--also NAME=FILE``.
+
+Lines are means over the trials with equal values of the keys in ``--by``, with the standard
+deviation. If the space lists several learning rates and ``--by`` does not name them, each seed's
+best trial by validation is used.
 """
 
 from __future__ import annotations
 
-import orchestrator  # noqa: F401  # before torch, to which it says how OpenMP's threads wait
+import orchestrator  # noqa: F401  # before torch: sets how OpenMP threads wait
 
 # isort: split
 import argparse
@@ -45,7 +49,7 @@ SPLITS = ("validation", "test")
 
 @dataclass(frozen=True)
 class Trial:
-    """A configuration, and what its best prompt reached on each split."""
+    """A configuration, and the metrics of its best prompt on each split."""
 
     config: dict[str, Any]
     steps: int
@@ -55,7 +59,7 @@ class Trial:
 
 @dataclass
 class Experiment:
-    """The trials of a job, what the model does without a prompt, and what that took."""
+    """The trials of a job, the metrics of the model without tuning, and the time taken."""
 
     job: JobSpec
     trials: list[Trial]
@@ -64,7 +68,7 @@ class Experiment:
     seconds: float
     also: list[str] = field(default_factory=list)
     voted: float | None = None
-    """Test accuracy of the majority of all trials' prompts, where it was asked for."""
+    """Test accuracy of the majority of all trials' prompts, with ``--vote``."""
 
     def document(self) -> dict[str, Any]:
         return {
@@ -85,7 +89,7 @@ class Experiment:
 
 @dataclass
 class Line:
-    """Trials that agree in what a table is cut by: one of each seed."""
+    """A line of the table: the values of equal configurations, one for each seed."""
 
     label: str
     values: list[float]
@@ -106,9 +110,10 @@ def run_experiment(
     vote: bool = False,
     also: Mapping[str, str] = MappingProxyType({}),
 ) -> Experiment:
-    """Train every trial to its end, ``capacity`` of them at a time; ``vote`` lets all of them answer together.
+    """Train every trial to its end, ``capacity`` trials at a time.
 
-    ``also``: further files with rows to evaluate, by the names that they get.
+    With ``vote``, the accuracy of the majority of all trials' prompts is computed too. ``also`` has
+    further files with rows to evaluate, by the names to show.
 
     Raises OrchestratorError as ``run`` would.
     """
@@ -146,7 +151,10 @@ def _evaluated(engine: Engine, text: str | None) -> dict[str, dict[str, float]]:
 
 
 def _packs(prepared: Prepared, capacity: int) -> Iterator[list[Any]]:
-    """Trials of like length together, so that a pack is not as slow as its longest prompt."""
+    """Yield trials of similar length together.
+
+    A pack is as slow as its longest prompt.
+    """
     trials = sorted(likely_trials(prepared), key=lambda trial: trial.num_virtual_tokens)
     for start in range(0, len(trials), capacity):
         yield trials[start : start + capacity]
@@ -174,7 +182,10 @@ def _trained(engine: Engine, pack: Sequence[Any], judged: Sequence[str]) -> list
 
 @torch.inference_mode()
 def _vote(engine: Engine, trials: Sequence[Trial]) -> float:
-    """As ``orchestrator evaluate --ensemble`` counts: the label that most prompts find likeliest."""
+    """Return the test accuracy of the label that most prompts find likeliest.
+
+    The count is that of ``orchestrator evaluate --ensemble``.
+    """
     task, backbone = engine.task, engine.backbone
     split, answers = task.splits["test"], task.encoder.scored_answers
     states = [TrialState.from_bytes(trial.checkpoint) for trial in trials]
@@ -192,7 +203,7 @@ def _vote(engine: Engine, trials: Sequence[Trial]) -> float:
 
 
 def lines(experiment: Experiment, by: Sequence[str], split: str = "test") -> list[Line]:
-    """A line for each combination of what ``by`` names, in the order in which the space lists them."""
+    """Return a line for each combination of the keys in ``by``, in the order of the space."""
     metric, sign = (
         experiment.job.search.metric,
         1.0 if experiment.job.search.better == "max" else -1.0,
@@ -219,7 +230,10 @@ def _shown(value: Any) -> str:
 
 
 def table(experiment: Experiment, by: Sequence[str]) -> Iterator[str]:
-    """What docs/experiments.md shows: test metric, mean and standard deviation over seeds, and each seed's value."""
+    """Yield the table of docs/experiments.md.
+
+    It has the test metric's mean and standard deviation over seeds, and each seed's value.
+    """
     job, metric = experiment.job, experiment.job.search.metric
     size = f"{experiment.parameters:,} weights"
     yield f"{job.name}: {job.base_model.id} ({size}), test {metric}, {experiment.seconds:.0f} s"

@@ -1,4 +1,4 @@
-"""Jobs that whole searches are measured on: real data with a small story model, or something made on the spot."""
+"""Jobs for benchmarks of whole searches: real data with a small model, or random data and model."""
 
 from __future__ import annotations
 
@@ -17,14 +17,21 @@ SHARED = Path(os.environ.get("BENCH_SHARED", Path(__file__).parents[3] / "shared
 """Folder with ``data`` and ``models``; see the README."""
 
 ONE_TOKEN = {
-    "abbreviation": " letter", "description": " why", "entity": " thing", "human": " person", "location": " place",
+    "abbreviation": " letter",
+    "description": " why",
+    "entity": " thing",
+    "human": " person",
+    "location": " place",
     "number": " number",
-}  # fmt: skip
-"""trec6's classes in words that are one token each: the cheapest evaluation that there is, for whoever is compared."""
+}
+"""Answers of one token for the classes of trec6, the cheapest to evaluate for all sides."""
 
 
 def shared(*parts: str) -> Path:
-    """A file or folder of the shared data and models. Skipped where it is not."""
+    """Return a file or folder of the shared data and models.
+
+    Raises Skipped if it does not exist.
+    """
     path = SHARED.joinpath(*parts)
     if not path.exists():
         raise Skipped(f"{path} is not there; BENCH_SHARED names the folder with data/ and models/")
@@ -32,8 +39,10 @@ def shared(*parts: str) -> Path:
 
 
 def trec6(folder: Path, validation: int = 100, test: int = 100, copies: int = 1) -> dict[str, Any]:
-    """What a question asks for, with the story model of three million weights; the validation rows are set aside.
-    ``copies``: as ``copied_words`` has it."""
+    """Return a job that classifies questions with the story model of three million weights.
+
+    The validation rows are set aside from train. ``copies``: see ``copied_words``.
+    """
     rows = [
         json.loads(line) for line in shared("data", "trec6", "train.jsonl").read_text().splitlines()
     ]
@@ -56,10 +65,11 @@ def trec6(folder: Path, validation: int = 100, test: int = 100, copies: int = 1)
 
 
 def copied_words(folder: Path, copies: int) -> Path:
-    """The story model with each word of its vocabulary so many times, in a folder of its own.
+    """Save the story model with ``copies`` copies of each word of its vocabulary.
 
-    It says what it said: the copies share what was the word's probability, and no text has one of them. What it costs
-    is what a vocabulary of that size costs, which in most models is ten times as large as this one's.
+    The model's predictions stay the same: the copies of a word share its probability, and no text
+    contains a copy. The cost is that of the larger vocabulary; most models' vocabularies are ten
+    times as large as this model's.
     """
     from transformers import AutoModelForCausalLM
 
@@ -76,14 +86,14 @@ def copied_words(folder: Path, copies: int) -> Path:
 
 
 def sst2(folder: Path, validation: int = 300, test: int = 500) -> dict[str, Any]:
-    """Whether a sentence of a film review is for or against the film, with the same model."""
+    """Return a job that classifies film reviews as negative or positive, with the story model."""
     words = {"negative": " bad", "positive": " good"}
     data = {"template": "{text}\nThe film is", "verbalizer": words, "max_input_tokens": 64}
     return _story_job("sst2", {**data, "path": _splits("sst2")}, validation, test)
 
 
 def sms_spam(folder: Path, validation: int = 200, test: int = 200) -> dict[str, Any]:
-    """Spam or not, with the same model."""
+    """Return a job that classifies messages as spam or ham, with the story model."""
     words = {"ham": " ham", "spam": " spam"}
     data = {"template": "{text}\nSpam or not?", "verbalizer": words, "max_input_tokens": 128}
     return _story_job("sms-spam", {**data, "path": _splits("sms_spam")}, validation, test)
@@ -106,7 +116,10 @@ def _story_job(name: str, data: dict[str, Any], validation: int, test: int) -> d
 
 
 def random_model(folder: Path, size: str = "toy", rows: int = 200) -> dict[str, Any]:
-    """A random model of words w1, w2, ... and random rows: nothing to learn, and hardly anything to compute."""
+    """Return a job with a random model of words w1, w2, ... and random rows.
+
+    There is nothing to learn and hardly anything to compute.
+    """
     model = folder / f"model-{size}"
     torch.manual_seed(0)
     made = SIZES[size]
@@ -125,10 +138,13 @@ def random_model(folder: Path, size: str = "toy", rows: int = 200) -> dict[str, 
         "name": "random",
         "base_model": {"id": str(model)},
         "data": {
-            "path": paths, "template": "{text}", "target": "label", "verbalizer": {"one": " w1", "two": " w2"},
+            "path": paths,
+            "template": "{text}",
+            "target": "label",
+            "verbalizer": {"one": " w1", "two": " w2"},
             "max_input_tokens": 16,
         },
-    }  # fmt: skip
+    }
 
 
 def _write(file: Path, rows: list[dict[str, Any]]) -> str:

@@ -1,4 +1,7 @@
-"""How soon a promotion is live, and how long a server takes to come up: the command itself, with a registry on disk."""
+"""Seconds from a promotion to its first answer, and from a server's start to its first answer.
+
+The server is ``orchestrator serve`` itself, with a registry on disk.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ ASKED_EVERY_S = 0.01
 
 
 def live_lines(size: str, promotions: int, starts: int) -> list[Line]:
-    """A line for promotions on one server, and one for servers that are started."""
+    """Return a line for promotions on one server, and a line for server starts."""
     with tempfile.TemporaryDirectory(prefix="live-") as scratch:
         registry = _registry(Path(scratch), size)
         begun, moved = [], []
@@ -53,7 +56,7 @@ def live_lines(size: str, promotions: int, starts: int) -> list[Line]:
 
 
 def _registry(folder: Path, size: str) -> Registry:
-    """Two versions of one prompt on a model on disk."""
+    """Register two versions of one prompt for a model on disk."""
     job = random_model(folder, size)
     backbone = load_backbone(resolve_model(BaseModelSpec(**job["base_model"])))
     record = BaseModelRecord(
@@ -72,7 +75,10 @@ def _registry(folder: Path, size: str) -> Registry:
 
 @contextmanager
 def _serving(registry: Registry, folder: Path) -> Iterator[tuple[str, float]]:
-    """``orchestrator serve``: its address, and the seconds from its start until a completion was answered."""
+    """Run ``orchestrator serve``.
+
+    Yields its address, and the seconds from its start to its first completion.
+    """
     port = free_port()
     url, begun = f"http://127.0.0.1:{port}", time.perf_counter()
     argv = [sys.executable, "-m", "orchestrator", "serve", "--port", str(port)]
@@ -89,22 +95,25 @@ def _serving(registry: Registry, folder: Path) -> Iterator[tuple[str, float]]:
 
 
 def _promotions(registry: Registry, url: str, count: int) -> list[float]:
-    """Seconds from the end of each move until the version answered."""
+    """Return, for each promotion, the seconds until the new version answered."""
     found = []
     for number in range(count):
-        version = VERSIONS - number % VERSIONS  # the other one each time
+        version = VERSIONS - number % VERSIONS  # the two versions alternate
         registry.set_alias(NAME, "champion", version)
         begun = time.perf_counter()
         _answered(url, f"{NAME}:{version}", begun + START_S)
         found.append(time.perf_counter() - begun)
-        time.sleep(0.37 * (number % 5))  # not in step with the polls
+        time.sleep(0.37 * (number % 5))  # keeps promotions out of step with the server's polls
     return found
 
 
 def _answered(
     url: str, version: str, deadline: float, process: subprocess.Popen[bytes] | None = None
 ) -> None:
-    """Until a completion comes from the version, whichever if empty."""
+    """Wait until a completion comes from the version, or from any version if it is empty.
+
+    Raises RuntimeError at the deadline, or when the process ends.
+    """
     body: dict[str, Any] = {"model": NAME, "prompt": "w1 w2", "max_tokens": 1}
     with httpx.Client(base_url=url, timeout=START_S) as client:
         while time.perf_counter() < deadline and (process is None or process.poll() is None):
@@ -116,6 +125,6 @@ def _answered(
                 ):
                     return
             except httpx.TransportError:
-                pass  # not up yet
+                pass  # the server is not up yet
             time.sleep(ASKED_EVERY_S)
     raise RuntimeError(f"no answer from {version or 'any version'}")

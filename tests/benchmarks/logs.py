@@ -1,7 +1,8 @@
-"""What MLflow costs: a search's rounds with its reports logged and without, and a listing of many models.
+"""Cost of MLflow: a search's rounds with and without logging, and a listing of many models.
 
-CPU time of the process that trains and also writes the log (in a search those are two), each report written before the
-next round. A server's own work is not in it: that is another program, usually on another machine.
+The figure is CPU time of the process that trains and also writes the log; in a search those are two
+processes. Each report is written before the next round. The work of an MLflow server is not
+included: it is another program, usually on another machine.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from tests.mlflow_server import Server
 
 @dataclass(frozen=True)
 class Setting:
-    """The model, the steps between two evaluations, and the registry to list."""
+    """The model, the steps between two evaluations, and the size of the registry to list."""
 
     pairs: int = 3
     size: str = "6x192"
@@ -39,7 +40,7 @@ class Setting:
 
 
 def search_lines(setting: Setting) -> list[Line]:
-    """One line a kind of store: rounds with reports that are logged, and rounds with reports that nobody writes."""
+    """Return a line for each kind of store, comparing rounds with and without logging."""
     found = []
     with tempfile.TemporaryDirectory() as scratch:
         for name in ("sqlite", "server"):
@@ -67,7 +68,7 @@ def _line(setting: Setting, name: str, uri: str, folder: Path) -> Line:
     backbone = make_backbone(SIZES[setting.size], own.device)
     engine = overhead._engine(own, backbone, setting.steps * (2 * setting.pairs + 1))
     engine.train = engine.train.model_copy(update={"evaluate_every": setting.steps})
-    engine.round()  # does not count
+    engine.round()  # warm-up, not measured
     cpus: dict[bool, list[float]] = {True: [], False: []}
     calls = 0.0
     with Registry(uri).start_search(
@@ -98,7 +99,10 @@ def _line(setting: Setting, name: str, uri: str, folder: Path) -> Line:
 
 
 def _round(engine: Engine, log: SearchLog | None) -> float:
-    """A round, its reports logged and written; returns the seconds that the calls themselves took."""
+    """Run a round and log its reports.
+
+    Returns the seconds that the logging calls themselves took.
+    """
     reports = engine.round()
     start = time.perf_counter()
     if log is not None:
@@ -112,7 +116,10 @@ def _round(engine: Engine, log: SearchLog | None) -> float:
 
 
 def listing_lines(setting: Setting) -> list[Line]:
-    """Seconds of ``orchestrator models`` on an SQLite file: the whole command, and the reading alone."""
+    """Return the seconds of ``orchestrator models`` on an SQLite file.
+
+    The whole command and reading the registry alone are both measured.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         uri = f"sqlite:///{scratch}/mlflow.db"
         registry = Registry(uri)

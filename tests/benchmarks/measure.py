@@ -1,4 +1,4 @@
-"""Ways of doing the same, measured in turn in one process, so that a machine's drift hits all of them."""
+"""Measure alternatives in turn in one process, so that the machine's drift affects all of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Skipped(Exception):
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a benchmark's table: what was measured, the columns to show, and all that the JSON keeps besides."""
+    """A line of a benchmark's table: its name, the columns shown, and more data for the JSON."""
 
     name: str
     shown: dict[str, float | str]
@@ -32,7 +32,7 @@ class Line:
 
 @dataclass
 class Comparison:
-    """Seconds of ours and the peer's, pair by pair."""
+    """Seconds of our side and of the peer, pair by pair."""
 
     name: str
     ours: list[float] = field(default_factory=list)
@@ -47,12 +47,12 @@ class Comparison:
         return 1000 * statistics.median(self.peer)
 
     def ratios(self) -> tuple[float, float, float]:
-        """Least, median and greatest of peer / ours over the pairs."""
+        """Return the least, median and greatest of peer / ours over the pairs."""
         each = [peer / ours for ours, peer in zip(self.ours, self.peer, strict=True)]
         return min(each), statistics.median(each), max(each)
 
     def line(self, **more: float | str) -> Line:
-        """How many times faster ours is, with the spread over the pairs, and further columns."""
+        """Return a line with the ratio of the two, its spread over the pairs, and more columns."""
         low, median, high = self.ratios()
         shown = {"ours, ms": self.ours_ms, "peer, ms": self.peer_ms, "times faster": median}
         spread = {"spread": f"{low:.2f} to {high:.2f}"}
@@ -65,7 +65,7 @@ class Comparison:
 
 
 def compare(name: str, ours: Callable[[], Any], peer: Callable[[], Any], pairs: int) -> Comparison:
-    """Alternate the two, after one run of each that does not count."""
+    """Measure the two in turn, after one warm-up run of each."""
     ours(), peer()
     comparison = Comparison(name)
     for _ in range(pairs):
@@ -75,7 +75,7 @@ def compare(name: str, ours: Callable[[], Any], peer: Callable[[], Any], pairs: 
 
 
 def seconds(call: Callable[[], Any]) -> float:
-    """How long a call takes, its work on the accelerator included."""
+    """Return how long a call takes, including its work on the accelerator."""
     _finish()
     start = time.perf_counter()
     call()
@@ -89,7 +89,11 @@ def _finish() -> None:
 
 
 def in_fresh_process(module: str, arguments: dict[str, Any]) -> dict[str, float]:
-    """What ``python -m module`` prints as JSON for JSON arguments. Memory that a process took is not given back."""
+    """Return the JSON that ``python -m module`` prints for JSON arguments.
+
+    A fresh process is needed to measure memory, since a process does not give back memory that it
+    took before.
+    """
     command = [sys.executable, "-m", module, json.dumps(arguments)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -97,7 +101,7 @@ def in_fresh_process(module: str, arguments: dict[str, Any]) -> dict[str, float]
 
 
 def table(lines: Sequence[Line]) -> list[str]:
-    """The lines under one heading for each set of columns."""
+    """Return the lines of a text table, with a new heading where the columns change."""
     printed: list[str] = []
     heading: list[str] = []
     for line in lines:

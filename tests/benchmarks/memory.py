@@ -1,4 +1,4 @@
-"""The most memory that a packed step takes, in a process of its own: ``python -m tests.benchmarks.memory JSON``."""
+"""Peak memory of a packed step, in its own process: ``python -m tests.benchmarks.memory JSON``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MEGABYTE = 2**20
 
 @dataclass(frozen=True)
 class Step:
-    """``trials`` prompts with ``rows`` rows each, of a model named in ``SIZES``."""
+    """A step of ``trials`` prompts with ``rows`` rows each, of a model named in ``SIZES``."""
 
     size: str
     trials: int
@@ -30,18 +30,25 @@ class Step:
 
 
 def measured(step: Step) -> dict[str, float]:
-    """``weights`` in megabytes, and what a step takes ``above`` what is held before it; in a fresh process."""
+    """Measure a step in a fresh process.
+
+    Returns megabytes: ``weights``, and ``above``, which the step takes beyond the memory held
+    before it.
+    """
     return in_fresh_process("tests.benchmarks.memory", asdict(step))
 
 
 def measure_here(step: Step) -> dict[str, float]:
-    """The same in this process, whose earlier peaks then still show where the system can't forget them."""
+    """Measure a step in this process.
+
+    Earlier peaks of this process are included where the system can't reset them.
+    """
     device = default_device()
     backbone = make_backbone(SIZES[step.size], device)
     count = step.trials * step.rows
     split = make_rows(count, SIZES[step.size].vocabulary, step.shortest, step.longest)
     prompts = make_prompts(backbone, step.trials, step.prompt)
-    packed_gradients(backbone, prompts[:1], [[0]], split)  # what the first step alone allocates
+    packed_gradients(backbone, prompts[:1], [[0]], split)  # allocations of the first step only
     before = _forget_peak(device)
     packed_gradients(backbone, prompts, batches(step.trials, step.rows, count), split)
     weights = sum(parameter.nbytes for parameter in backbone.model.parameters())
@@ -49,7 +56,7 @@ def measure_here(step: Step) -> dict[str, float]:
 
 
 def _forget_peak(device: torch.device) -> int:
-    """Start a new peak; returns the bytes held now."""
+    """Reset the device's memory peak and return the bytes held now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
@@ -57,7 +64,7 @@ def _forget_peak(device: torch.device) -> int:
 
 
 def forget_peak_of_process() -> int:
-    """Start a new peak of this process's own memory; returns the bytes held now."""
+    """Reset this process's memory peak and return the bytes held now."""
     Path("/proc/self/clear_refs").write_text("5")
     return status_bytes("VmRSS")
 
@@ -67,7 +74,7 @@ def _peak(device: torch.device) -> int:
 
 
 def status_bytes(name: str) -> int:
-    """A line of /proc/self/status, in bytes."""
+    """Return a field of /proc/self/status in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 

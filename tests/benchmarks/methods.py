@@ -1,7 +1,8 @@
-"""What a task costs with each method: prompts against written ones, LoRA, adapters and all of the model's weights.
+"""Accuracy and cost of each method on a task: prompts, LoRA, adapters, model tuning, prompt design.
 
-Each method has a search of its own, as a user has it, with the same number of learning rates and seeds; the searches
-are then compared as ``orchestrator report`` compares them. The lines are the best trial of each by validation.
+Each method has its own search, with the same number of learning rates and seeds. The searches are
+then compared as ``orchestrator report`` compares them. A line is the best trial of a search by
+validation.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ SPACES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured: data by name, steps of a trial, seeds, learning rates of each method at most."""
+    """Data by name, steps of a trial, seeds, and most learning rates of a method."""
 
     data: dict[str, Callable[[Path], dict[str, Any]]] = field(
         default_factory=lambda: {"sst2": sst2, "trec6": partial(trec6, validation=300, test=500)}
@@ -60,7 +61,7 @@ SETTINGS = {
 
 
 def job(base: dict[str, Any], method: str, setting: Setting) -> dict[str, Any]:
-    """The job file's document of one method."""
+    """Return the job document of one method."""
     space = {**SPACES[method], "seed": list(setting.seeds)}
     if method in RATES:
         space["learning_rate"] = RATES[method][-setting.rates :]
@@ -68,11 +69,11 @@ def job(base: dict[str, Any], method: str, setting: Setting) -> dict[str, Any]:
         **base,
         "method": method,
         "search": {"space": space, "searcher": "grid", "scheduler": "fifo", "few_shot": 4},
-        # One trial at a time for every method: a trial's seconds and memory are its own.
+        # One trial at a time, so that seconds and memory belong to a single trial.
         "resources": {"trials_per_worker": 1},
     }
     if method == "prefix_tuning":
-        document["reparameterization"] = {"type": "none"}  # learns faster than the network here
+        document["reparameterization"] = {"type": "none"}  # learns faster here than with a network
     if method != "prompt_design":
         every = max(1, setting.steps // 5)
         document["train"] = {"steps": setting.steps, "batch_size": 16, "evaluate_every": every}
@@ -80,8 +81,11 @@ def job(base: dict[str, Any], method: str, setting: Setting) -> dict[str, Any]:
 
 
 def lines(setting: Setting, only: str = "", out: Path | None = None) -> list[Line]:
-    """A line for each method on each data set; pages of the comparisons go into ``out``."""
-    # Neither Ray nor MLflow is there before a search needs it.
+    """Return a line for each method on each data set.
+
+    Pages of the comparisons are written to ``out``.
+    """
+    # Imported here, so that Ray and MLflow are only needed where a search runs.
     from orchestrator.cluster.session import ray_session
     from orchestrator.search.report import comparison, comparison_page, read_facts
     from orchestrator.search.state.saved import find_search
@@ -94,12 +98,12 @@ def lines(setting: Setting, only: str = "", out: Path | None = None) -> list[Lin
         with tempfile.TemporaryDirectory(prefix="methods-") as scratch, _own_store(Path(scratch)):
             base = make(Path(scratch))
             facts = []
-            with ray_session():  # one for all: only what a search itself takes is of interest
+            with ray_session():  # shared, since Ray's start is not measured
                 for method in chosen:
                     search = _run({**job(base, method, setting), "name": method.replace("_", "-")})
                     facts.append(read_facts(find_search(search)))
                     document = comparison(facts)
-                    if out:  # what was measured is kept, also when the next one is not waited for
+                    if out:  # written after each search, in case the run is interrupted
                         (out / f"methods-{name}.html").write_text(comparison_page(document))
                         (out / f"methods-{name}.json").write_text(json.dumps(document, indent=1))
         found += [_bare(name, which, one) for which, one in document["baselines"].items()]
@@ -109,7 +113,7 @@ def lines(setting: Setting, only: str = "", out: Path | None = None) -> list[Lin
 
 @contextmanager
 def _own_store(folder: Path) -> Iterator[None]:
-    """Within, searches and runs are kept in a folder, whatever the environment says."""
+    """Keep searches and runs in a folder, whatever the environment says."""
     plain = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "ORCHESTRATOR_HOME", "RAY_ADDRESS")
     kept = {name: os.environ.pop(name) for name in plain if name in os.environ}
     try:
@@ -120,7 +124,7 @@ def _own_store(folder: Path) -> Iterator[None]:
 
 
 def _run(document: dict[str, Any]) -> str:
-    """A search; its id."""
+    """Run a search and return its id."""
     from rich.console import Console
 
     from orchestrator.cli.progress import ConsoleProgress

@@ -1,8 +1,9 @@
-"""A cluster of many small nodes, all simulated on this machine: a worker group a node, a toy model.
+"""A cluster of many small nodes, all simulated on this machine, with one worker group a node.
 
-What it shows is our part and Ray's: how long until every group has its place and its model, and what a trial takes
-beyond arithmetic as nodes and trials grow. The nodes share this machine's cores, so that the processes' own start, a
-few seconds of a core each, is the greatest part.
+The model is a toy, so that the figures show the overhead of Ray and of this project: the time until
+every group is placed and has its model, and the time of a trial beyond arithmetic as nodes and
+trials grow. The nodes share this machine's cores, so most of the time is the start of processes, a
+few seconds of one core each.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from tests.benchmarks.trials import spent
 
 @dataclass(frozen=True)
 class Setting:
-    """Clusters of so many nodes with so many trials a node, and the largest of ``growth`` with more trials."""
+    """Numbers of nodes with ``trials`` trials a node, and cases in ``growth`` with more trials."""
 
     nodes: tuple[int, ...] = (1, 2, 4, 8, 16)
     trials: int = 8
@@ -31,7 +32,7 @@ SETTINGS = {"real": Setting(), "small": Setting(nodes=(1, 2, 4), growth=())}
 
 
 def lines(setting: Setting) -> list[Line]:
-    """The first number of nodes that fails ends the series: the limit of this machine."""
+    """Measure growing numbers of nodes, up to the first number that fails on this machine."""
     found = []
     for nodes in setting.nodes:
         try:
@@ -49,7 +50,10 @@ def _line(nodes: int, trials: int, limit_s: float) -> Line:
         job = jobs.random_model(Path(folder))
         job |= {
             "search": {
-                "space": {"num_virtual_tokens": [2, 3], "learning_rate": {"loguniform": [0.01, 0.3]}},
+                "space": {
+                    "num_virtual_tokens": [2, 3],
+                    "learning_rate": {"loguniform": [0.01, 0.3]},
+                },
                 "trials": nodes * trials, "scheduler": "fifo",
             },
             "train": {"steps": 2, "batch_size": 4, "evaluate_every": 1},
@@ -61,7 +65,11 @@ def _line(nodes: int, trials: int, limit_s: float) -> Line:
 
 
 def line(nodes: int, trials: int, ran: Ran) -> Line:
-    """``ready``: all groups hold their model, from the moment at which the cluster was up."""
+    """Return the line of one search.
+
+    ``first ready`` and ``all ready`` count from the moment the cluster was up until the first and
+    the last group had its model.
+    """
     found = ran.found
     loaded = [
         one["to"] - found["from"]
@@ -76,7 +84,9 @@ def line(nodes: int, trials: int, ran: Ran) -> Line:
     shown: dict[str, float | str] = {
         "cluster, s": found["from"] - ran.started,
         "first ready, s": min(loaded), "all ready, s": max(loaded),
-        "trained on": sum(any(one["kind"] == "round" for one in worker) for worker in found["work"].values()),
+        "trained on": sum(
+            any(one["kind"] == "round" for one in worker) for worker in found["work"].values()
+        ),
         "results/s": (reports - 1) / (last - first),
         "ms a result": 1000 * (last - first) / (reports - 1),
         "arithmetic": 1000 * within / (reports - 1),

@@ -1,9 +1,11 @@
-"""How many floating-point operations a step needs, counted by hand.
+"""Floating-point operations of a training step, counted by hand.
 
-A multiplication with a frozen matrix costs 2 operations a parameter and token forward and 2 backward, to its input.
-Norms, activations, embeddings and the loss are left out: they are no matrix products.
+A product with a frozen matrix costs 2 operations a parameter and token forward, and 2 backward for
+the gradient of its input. Norms, activations, embeddings and the loss are left out, since they are
+not matrix products.
 
-Shapes: P virtual tokens, T input tokens, Y target tokens, B rows, K prompts, H width of all heads together.
+Shapes: P virtual tokens, T input tokens, Y target tokens, B rows, K prompts, H width of all heads
+together.
 """
 
 from __future__ import annotations
@@ -17,8 +19,11 @@ FORWARD_AND_BACKWARD = 4
 
 @dataclass(frozen=True)
 class Weights:
-    """Parameters of the matrices that tokens of the body pass, those of the head, and attention's size. ``end``: those
-    of the last block that only tokens whose logits are read have to pass, which are all but keys' and values'."""
+    """Parameter counts of the body's and the head's matrices, and the size of attention.
+
+    ``end``: parameters of the last block that only tokens with logits have to pass, which are all
+    of its matrices but those of keys and values.
+    """
 
     body: int
     head: int
@@ -54,27 +59,38 @@ class Weights:
         spared_tokens: float = 0,
         spared_pairs: float = 0,
     ) -> float:
-        """Of a step that sends so many tokens through body and head, with so many pairs of query and key in a layer;
-        in the last block some tokens and pairs may be spared."""
+        """Return the operations of a step.
+
+        ``body_tokens`` pass the body and ``head_tokens`` the head; ``pairs`` are pairs of query and
+        key in one layer. ``spared_tokens`` and ``spared_pairs`` are left out in the last block.
+        """
         tokens = self.body * body_tokens - self.end * spared_tokens + self.head * head_tokens
         return FORWARD_AND_BACKWARD * tokens + self._attention(self.layers * pairs - spared_pairs)
 
     def _attention(self, pairs: float) -> float:
-        # Scores and their sum of values: 2 products of 2 H forward, and the 4 products of their gradients.
+        # Forward: 2 products (scores, weighted sum of values) of 2 H operations a pair.
+        # Backward: 4 products for their gradients.
         return 12 * self.width * pairs
 
 
 def causal_pairs(queries: int, before: int = 0) -> int:
-    """Pairs of query and key: each of the last ``queries`` tokens sees the ``before`` ones, the earlier and itself."""
+    """Return the number of pairs of query and key.
+
+    Each of the last ``queries`` tokens sees the ``before`` tokens, the queries before it and
+    itself.
+    """
     return queries * before + queries * (queries + 1) // 2
 
 
 def repeated(
     weights: Weights, prompt: int, inputs: int, target: int, rows: int, *, prefix: bool = False
 ) -> float:
-    """PEFT: every row carries its prompt, the last target token is fed too, and every position has logits.
+    """Return the operations of PEFT's step.
 
-    ``prefix``: the virtual tokens are keys and values, no tokens of the body.
+    Every row carries its prompt, the last target token is an input too, and every position has
+    logits.
+
+    ``prefix``: the virtual tokens are keys and values, and do not pass the body.
     """
     tokens = inputs + target
     if prefix:
@@ -86,8 +102,11 @@ def repeated(
 def once(
     weights: Weights, prompt: int, inputs: int, target: int, rows: int, *, prefix: bool = False
 ) -> float:
-    """Ours: the prompt runs once, the last target token is not fed, and the target alone has queries in the last block
-    and logits."""
+    """Return the operations of our step.
+
+    The prompt runs once and the last target token is no input. In the last block only the target
+    has queries, and only the target has logits.
+    """
     tokens = inputs + target - 1
     own = 0 if prefix else prompt
     pairs = rows * causal_pairs(tokens, prompt) + causal_pairs(own)

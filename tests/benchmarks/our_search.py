@@ -1,7 +1,8 @@
-"""One search of ours, as ``orchestrator run`` has it: ``python -m tests.benchmarks.our_search JSON``.
+"""One search, as ``orchestrator run`` does it: ``python -m tests.benchmarks.our_search JSON``.
 
-Besides the run's own document, the file out.json says when each report reached the driver, how much memory the driver
-held then, and what the worker did when: everything that is no round and no evaluation is overhead.
+The file out.json holds the run's document. It also says when each report reached the driver, how
+much memory the driver held then, and when the worker did which work. All time outside rounds and
+evaluations is overhead.
 """
 
 from __future__ import annotations
@@ -23,19 +24,23 @@ WORK = "BENCH_WORK"
 
 @dataclass(frozen=True)
 class Asked:
-    """``job`` is a job file's document. The rest takes parts of ours away, or sets the stage."""
+    """Arguments of the program.
+
+    ``job`` is the document of a job file. The other fields disable one of our optimisations or set
+    up the run.
+    """
 
     job: dict[str, Any]
     folder: str = "."
-    plain_step: bool = False  # the prompt in every row, and logits everywhere
-    fresh_actors: bool = False  # a new Tune actor a trial
+    plain_step: bool = False  # the prompt in every row, and logits at every token
+    fresh_actors: bool = False  # a new Tune actor for each trial
     planned: bool = False
-    nodes: int = 0  # of a cluster simulated on this machine; 0 is a search's own local Ray
-    profile: bool = False  # of the driver's main thread, into profile.txt
+    nodes: int = 0  # nodes of a cluster simulated on this machine; 0: the search starts local Ray
+    profile: bool = False  # profile the driver's main thread into profile.txt
 
 
 class Timeline:
-    """A search's progress, as a list of moments."""
+    """Progress of a search, recorded as a list of moments."""
 
     def __init__(self) -> None:
         self.reports: list[dict[str, Any]] = []
@@ -70,13 +75,16 @@ class Timeline:
 
 
 def held_bytes() -> int:
-    """What this process holds in memory now."""
+    """Return the bytes of memory that this process holds now."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def watched_loop(config: dict[str, Any]) -> None:
-    """The worker's own loop, in the worker; when it worked on what goes to a file. Ends with the memory's peak."""
+    """Run the worker's own loop in the worker and record to a file when it did which work.
+
+    The last record is the peak of its memory.
+    """
     from orchestrator.search.workers import worker
     from orchestrator.tuning.engine import Engine
 
@@ -122,17 +130,17 @@ def _peak() -> int:
 
 
 def _plain(engine: Any) -> Any:
-    """The engine, as it would be without what makes its step cheap: see ``plain_backbone``."""
+    """Return the engine without the optimisations of its step: see ``plain_backbone``."""
     plain_backbone(engine.backbone)
     return engine
 
 
 def plain_backbone(backbone: Any) -> None:
-    """From now on the prompt stands in every row, and the head computes logits at every token."""
+    """Put the prompt into every row and compute logits at every token from now on."""
     backbone.prompt_once = False
     forward = backbone.model.forward
 
-    @functools.wraps(forward)  # its signature is looked at
+    @functools.wraps(forward)  # transformers inspects the signature
     def everywhere(*args: Any, logits_to_keep: Any = None, **options: Any) -> Any:
         out = forward(*args, **options)
         if logits_to_keep is not None:
@@ -144,7 +152,7 @@ def plain_backbone(backbone: Any) -> None:
 
 @contextmanager
 def prepared_process(asked: Asked) -> Iterator[None]:
-    """What was asked, in this process and, by its environment, in those that Ray starts."""
+    """Set up this process as ``asked`` says, and through its environment Ray's processes."""
     from orchestrator.search.study import study
     from orchestrator.search.workers import train_group as worker_group
 
@@ -159,7 +167,10 @@ def prepared_process(asked: Asked) -> Iterator[None]:
 
 
 def importable(function: Callable[..., Any]) -> Any:
-    """The function by its module's name: in a program's main module it would be sent by value."""
+    """Return the function through its module's name.
+
+    Ray would send a function of the main module by value.
+    """
     import importlib
 
     return getattr(importlib.import_module("tests.benchmarks.our_search"), function.__name__)
@@ -171,7 +182,7 @@ def _without_reuse(made: Any, **options: Any) -> Any:
 
 @contextmanager
 def _cluster(nodes: int) -> Iterator[None]:
-    """So many nodes of two CPUs each, all on this machine."""
+    """Start a cluster of ``nodes`` nodes with two CPUs each on this machine."""
     import ray
     from ray.cluster_utils import Cluster
 
@@ -205,18 +216,24 @@ def main(asked: Asked) -> None:
         document = profiled(work) if asked.profile else work()
         done = time.time()
     found = {
-        "asked": asdict(asked), "document": {**document, "trials": len(document["trials"])},
+        "asked": asdict(asked),
+        "document": {**document, "trials": len(document["trials"])},
         "steps": sum(trial["steps"] for trial in document["trials"]),
-        "from": ready, "to": done, "reports": timeline.reports, "started": timeline.started, "ended": timeline.ended,
+        "from": ready,
+        "to": done,
+        "reports": timeline.reports,
+        "started": timeline.started,
+        "ended": timeline.ended,
         "work": {
-            file.stem: [json.loads(line) for line in file.read_text().splitlines()] for file in Path().glob("w*.jsonl")
+            file.stem: [json.loads(line) for line in file.read_text().splitlines()]
+            for file in Path().glob("w*.jsonl")
         },
-    }  # fmt: skip
+    }
     Path("out.json").write_text(json.dumps(found, default=str))
 
 
 def profiled(work: Callable[[], Any]) -> Any:
-    """Where the driver's main thread spends its time, into profile.txt."""
+    """Run ``work`` and write a profile of the driver's main thread to profile.txt."""
     import cProfile
     import pstats
 

@@ -1,8 +1,9 @@
-"""What of an engine's step is not the model: optimiser, data and bookkeeping.
+"""Share of an engine's step that is not the model: optimiser, data and bookkeeping.
 
-The model's time is what its forwards, the loss and autograd take. All the rest of a step is overhead: choosing and
-grouping rows, padding them, making tensors, the optimiser, finding out whether a trial diverged. Reports and
-checkpoints come once an evaluation and are spread over the default number of steps between two.
+The model's time is that of its forwards, the loss and autograd. The rest of a step is overhead:
+choosing, grouping and padding rows, making tensors, the optimiser, and checking whether a trial
+diverged. Reports and checkpoints happen once an evaluation; their time is spread over the default
+number of steps between two evaluations.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ BETWEEN = TrainSpec().evaluate_every
 
 @dataclass(frozen=True)
 class Setting:
-    """Which models, how many trials, and how many steps to time."""
+    """Models, number of trials, and number of steps to time."""
 
     sizes: tuple[str, ...] = ("6x192", "6x512")
     trials: int = 4
@@ -45,7 +46,11 @@ class Setting:
 
 @dataclass
 class Stopwatch:
-    """Seconds in named parts. A part inside itself counts once, and the model's time in an evaluation is no step's."""
+    """Seconds of named parts.
+
+    A part nested in itself counts once. The model's time within an evaluation does not count as
+    time of a step.
+    """
 
     spent: dict[str, float] = field(default_factory=dict)
     running: set[str] = field(default_factory=set)
@@ -73,7 +78,7 @@ def lines(setting: Setting) -> list[Line]:
 def _line(setting: Setting, name: str) -> Line:
     backbone = make_backbone(SIZES[name], setting.device)
     engine = _engine(setting, backbone, setting.steps[name])
-    engine.round()  # does not count
+    engine.round()  # warm-up, not measured
     watch = Stopwatch()
     with _watched(watch, backbone, engine):
         whole = seconds(engine.round)
@@ -111,7 +116,7 @@ def _engine(setting: Setting, backbone: CausalBackbone, steps: int) -> Engine:
 
 @contextmanager
 def _watched(watch: Stopwatch, backbone: CausalBackbone, engine: Engine) -> Iterator[None]:
-    """Within, the parts' own functions report to the stopwatch; each still does its work."""
+    """Time the functions of the parts with the stopwatch while the context is open."""
     body = backbone.model.base_model
     watched: list[tuple[Any, str, str]] = [
         (engine, "step", "steps"),

@@ -1,7 +1,7 @@
 """Seconds of a training step and of an evaluation with each method, alone on one core.
 
-All methods stand ready in one process, on the same model and rows, and take turns, so that a machine's drift hits all
-of them. Searches can't be compared so: they are minutes apart.
+All methods run in one process, on the same model and rows, and take turns, so that the machine's
+drift affects all of them. Whole searches can't be compared this way, since they run minutes apart.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from tests.benchmarks.jobs import random_model
 from tests.benchmarks.measure import Line, seconds
 
 FIRST = "prompt_tuning"
-"""What the others are held against."""
+"""The method that the others are compared with."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """``steps`` of a turn, ``turns`` of each method."""
+    """``steps`` of a turn, and ``turns`` of each method."""
 
     data: dict[str, Callable[[Path], dict[str, Any]]] = field(
         default_factory=lambda: methods.Setting().data
@@ -43,7 +43,7 @@ SETTINGS = {"real": Setting(), "small": Setting({"random": random_model}, steps=
 
 @dataclass(frozen=True)
 class Runner:
-    """One method's only trial."""
+    """The only trial of one method."""
 
     engine: Engine
     slot: Slot
@@ -57,7 +57,7 @@ class Runner:
 
 
 def lines(setting: Setting, only: str = "") -> list[Line]:
-    """A line for each method on each data set."""
+    """Return a line for each method on each data set."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

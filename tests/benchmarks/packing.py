@@ -1,7 +1,7 @@
 """K trials in shared forwards against the same trials one by one, and the memory that packing adds.
 
-The frozen weights are held once. What a further trial adds is the activations of its rows: one trial with the rows of
-all of them needs as much.
+The frozen weights are held once. A further trial adds the activations of its rows, as much as the
+same rows would add to a single trial.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.benchmarks.subjects import SIZES, batches, make_backbone, make_prompt
 
 @dataclass(frozen=True)
 class Setting:
-    """How large, how many trials, and how many rows each."""
+    """Size of the model, numbers of trials, and rows of each trial."""
 
     size: str = "6x192"
     trials: tuple[int, ...] = (1, 8, 32)
@@ -32,7 +32,7 @@ class Setting:
 
 
 def speed_lines(setting: Setting) -> list[Line]:
-    """Steps a second of each trial, packed and one by one."""
+    """Return the steps a second of each trial, packed and one by one."""
     backbone = make_backbone(SIZES[setting.size], setting.device)
     return [
         _speed(setting, backbone, trials, rows)
@@ -59,7 +59,10 @@ def _speed(setting: Setting, backbone: CausalBackbone, trials: int, rows: int) -
 
 
 def memory_lines(setting: Setting) -> list[Line]:
-    """Megabytes of a packed step above the weights, and of one trial that has the rows of all."""
+    """Return the megabytes above the weights of a packed step.
+
+    The step of one trial with the rows of all trials is measured too.
+    """
     found = []
     for rows in setting.rows:
         alone = _above(setting, 1, rows)

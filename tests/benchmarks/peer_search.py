@@ -1,9 +1,13 @@
-"""A search as it is done without us, in two ways: ``python -m tests.benchmarks.peer_search JSON``.
+"""A search without this project, in two ways: ``python -m tests.benchmarks.peer_search JSON``.
 
-``recipe``: the documented one. Each Tune trial is a function that calls ``TorchTrainer.fit``, whose worker loads the
-model and runs the transformers Trainer; no scheduler. ``reused``: the same training as a class trainable that keeps the
-model from trial to trial, with ASHA. Both have our trials, their first prompts, rows, steps and cores, and as many
-trials at once as there are cores, of a thread each; neither writes checkpoints.
+``recipe``: the documented way. Each Tune trial is a function that calls ``TorchTrainer.fit``; its
+worker loads the model and runs the transformers Trainer. There is no scheduler.
+
+``reused``: the same training as a class trainable that keeps the model from trial to trial, with
+ASHA.
+
+Both use our trials, initial prompts, rows, steps and cores. As many trials run at once as there are
+cores, with one thread each. Neither way writes checkpoints.
 """
 
 from __future__ import annotations
@@ -19,12 +23,12 @@ from typing import Any
 
 from ray import tune
 
-SLIVER = 0.001  # of a CPU, for what only waits
+SLIVER = 0.001  # of a CPU, for actors that only wait
 
 
 @dataclass(frozen=True)
 class Asked:
-    """``job`` is the document of the job file that our side runs."""
+    """Arguments of the program; ``job`` is the document of the job file that our side runs."""
 
     job: dict[str, Any]
     kind: str
@@ -33,7 +37,7 @@ class Asked:
 
 
 class ReusedTrial(tune.Trainable):
-    """One training after another on one copy of the model."""
+    """Trials trained one after another on one copy of the model."""
 
     def setup(self, config: dict[str, Any], told: dict[str, Any] | None = None) -> None:
         import torch
@@ -66,14 +70,14 @@ class ReusedTrial(tune.Trainable):
         }
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """None is kept."""
+        """Save nothing."""
 
     def load_checkpoint(self, checkpoint: Any) -> None:
-        """None is kept."""
+        """Load nothing."""
 
 
 def recipe_trial(config: dict[str, Any], told: dict[str, Any]) -> None:
-    """As Ray's guide to tuning with Train has it."""
+    """Train one trial as Ray's guide to tuning with Ray Train does."""
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
@@ -121,7 +125,7 @@ def recipe_worker(config: dict[str, Any]) -> None:
 
 
 class Moments(tune.Callback):
-    """When each report reached the driver."""
+    """A callback that records when each report reached the driver."""
 
     def __init__(self) -> None:
         self.reports: list[dict[str, Any]] = []
@@ -161,14 +165,17 @@ def main(asked: Asked) -> None:
         logging_level="ERROR",
     )
     told = {
-        "model": job.base_model.id, "data": Data.of(prepared.task), "steps": job.train.steps,
-        "batch": job.train.batch_size, "every": job.train.evaluate_every, "folder": str(Path(asked.folder).resolve()),
-    }  # fmt: skip
+        "model": job.base_model.id,
+        "data": Data.of(prepared.task),
+        "steps": job.train.steps,
+        "batch": job.train.batch_size,
+        "every": job.train.evaluate_every,
+        "folder": str(Path(asked.folder).resolve()),
+    }
     moments = Moments()
     started = time.time()
-    here = importlib.import_module(
-        "tests.benchmarks.peer_search"
-    )  # a main module's code would be sent by value
+    # Imported by name, since Ray would send code of the main module by value.
+    here = importlib.import_module("tests.benchmarks.peer_search")
     tokenizer = prepared.task.encoder.tokenizer
     listed = [
         {**spec.config(), "number": number, "start": start_ids(spec, tokenizer)}
@@ -183,13 +190,18 @@ def main(asked: Asked) -> None:
         trainable,
         param_space={"trial": tune.grid_search(listed)},
         tune_config=tune.TuneConfig(
-            scheduler=None if recipe else scheduler(job), max_concurrent_trials=asked.cores, reuse_actors=not recipe
+            scheduler=None if recipe else scheduler(job),
+            max_concurrent_trials=asked.cores,
+            reuse_actors=not recipe,
         ),
         run_config=tune.RunConfig(
-            name="tune", storage_path=told["folder"], callbacks=[moments], verbose=0,
+            name="tune",
+            storage_path=told["folder"],
+            callbacks=[moments],
+            verbose=0,
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),
-    ).fit()  # fmt: skip
+    ).fit()
     if results.num_errors:
         raise RuntimeError(f"{results.num_errors} trials failed: {results.errors[0]}")
     found = {"from": started, "to": time.time(), "reports": moments.reports}

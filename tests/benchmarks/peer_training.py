@@ -1,7 +1,8 @@
-"""One trial as people train it with PEFT: rows padded on the right, the prompt in every row, logits everywhere.
+"""One trial as commonly trained with PEFT: rows padded on the right, a prompt in every row.
 
-Tokenised rows are held in memory, batches are those that ours has, and answers are one token each, so that an
-evaluation is one forward. ``PlainTrial`` is a loop of torch, ``trainer`` the transformers Trainer.
+Logits are computed at every token. Tokenised rows are held in memory and batches are the same as
+ours. Answers are one token each, so that an evaluation is one forward. ``PlainTrial`` is a plain
+torch loop, ``trainer`` the transformers Trainer.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from orchestrator.job.space import TrialSpec
 from orchestrator.tuning.prompts.inits import InitContext, initial_prompt
 
 IGNORED = -100
-FORWARD_ROWS = 64  # of an evaluation
+FORWARD_ROWS = 64  # rows of a forward in an evaluation
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a trial is trained and evaluated on. ``answers``: the token of each label."""
+    """Rows to train and evaluate on; ``answers`` has the token of each label."""
 
     train: Encoded
     validation: Encoded
@@ -33,7 +34,10 @@ class Data:
 
     @classmethod
     def of(cls, task: Any) -> Data:
-        """Of our tokenised task. ValueError for answers of several tokens, which would need a forward each."""
+        """Return the data of our tokenised task.
+
+        Raises ValueError for answers of several tokens, which would need a forward each.
+        """
         encoder = task.encoder
         if any(len(ids) != 1 for ids in encoder.scored_answers):
             raise ValueError(f"peers need answers of one token: {encoder.scored_answers}")
@@ -45,7 +49,10 @@ class Data:
 
 
 def padded(split: Encoded, rows: Sequence[int], pad: int) -> dict[str, Tensor]:
-    """input_ids, attention_mask and labels [B, T] of these rows; only targets have labels."""
+    """Return input_ids, attention_mask and labels [B, T] of the rows.
+
+    Only targets have labels.
+    """
     whole = [[*split.inputs[row], *split.targets[row]] for row in rows]
     width = max(map(len, whole))
     labels = [
@@ -62,7 +69,10 @@ def padded(split: Encoded, rows: Sequence[int], pad: int) -> dict[str, Tensor]:
 
 
 def start_ids(spec: TrialSpec, tokenizer: Any) -> list[int]:
-    """The tokens that the trial starts from, found without a model. ValueError for a start of something else."""
+    """Return the tokens of the trial's initial prompt, found without a model.
+
+    Raises ValueError for an init that does not start from tokens.
+    """
     if spec.init != "sample_vocab":
         raise ValueError(f"init {spec.init} does not start from tokens; write sample_vocab")
     numbers = InitContext(lambda ids: ids[:, None], (len(tokenizer), 1), tokenizer, ())
@@ -70,8 +80,10 @@ def start_ids(spec: TrialSpec, tokenizer: Any) -> list[int]:
 
 
 def with_prompt(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
-    """PEFT's prompt tuning around the frozen model, as the trial's configuration has it: from the tokens ``start``, or
-    from some that PEFT samples."""
+    """Wrap the frozen model in PEFT's prompt tuning, as the trial's configuration says.
+
+    The prompt starts from the tokens in ``start``, or from tokens that PEFT samples.
+    """
     import peft
 
     torch.manual_seed(config["seed"])
@@ -86,21 +98,25 @@ def with_prompt(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
     if "start" in config:
         (prompt,) = (parameter for parameter in wrapped.parameters() if parameter.requires_grad)
         with torch.no_grad():
-            prompt.copy_(model.get_input_embeddings().weight[config["start"]])  # type: ignore[operator, index]
+            prompt.copy_(
+                model.get_input_embeddings().weight[config["start"]]  # type: ignore[operator, index]
+            )
     return wrapped
 
 
 def chosen(logits: Tensor, labels: Tensor, answers: Sequence[int]) -> Tensor:
-    """Place of the likeliest answer of each row [B]; ``logits`` [B, P + T, V] begin with the prompt's."""
-    first = (
-        (labels != IGNORED).int().argmax(1)
-    )  # the target's first token; the logits before it predict it
+    """Return the index of the likeliest answer of each row [B].
+
+    ``logits`` [B, P + T, V] begin with those of the prompt.
+    """
+    # The logits one position before the target's first token predict that token.
+    first = (labels != IGNORED).int().argmax(1)
     place = first - 1 + logits.shape[1] - labels.shape[1]
     return logits[torch.arange(len(labels)), place][:, list(answers)].argmax(1)
 
 
 class PlainTrial:
-    """A plain loop of torch."""
+    """A trial trained by a plain torch loop."""
 
     def __init__(self, model: nn.Module, data: Data, config: Mapping[str, Any], batch: int) -> None:
         self.step = 0
@@ -112,7 +128,7 @@ class PlainTrial:
         self._optimizer = torch.optim.AdamW(prompt, lr=config["learning_rate"], weight_decay=0.0)
 
     def train(self, steps: int) -> float:
-        """Mean loss of so many further steps."""
+        """Train for ``steps`` further steps and return their mean loss."""
         total = 0.0
         for _ in range(steps):
             rows = step_rows(len(self._data.train), self._batch, self._seed, self.step)
@@ -139,7 +155,7 @@ class PlainTrial:
 
 
 class Rows(torch.utils.data.Dataset[dict[str, int]]):
-    """Rows of a split, in the order of ``numbers``; the collator makes tensors of whole batches."""
+    """Row numbers in the order of ``numbers``; the collator makes tensors of whole batches."""
 
     def __init__(self, numbers: Sequence[int]) -> None:
         self._numbers = numbers
@@ -158,9 +174,10 @@ def trainer(
     setting: Mapping[str, Any],
     report: Callable[..., None],
 ) -> Any:
-    """A transformers Trainer for the trial: ``report(step, accuracy)`` after every evaluation, no checkpoints.
+    """Return a transformers Trainer for the trial, without checkpoints.
 
-    ``setting``: ``steps``, ``batch``, ``every`` and the ``folder`` that it may write to.
+    ``report(step, accuracy)`` is called after every evaluation. ``setting`` has ``steps``,
+    ``batch``, ``every`` and a ``folder`` to write to.
     """
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -179,11 +196,24 @@ def trainer(
     return Trainer(
         model=with_prompt(model, config),
         args=TrainingArguments(
-            output_dir=str(setting["folder"]), max_steps=setting["steps"], learning_rate=config["learning_rate"],
-            per_device_train_batch_size=setting["batch"], per_device_eval_batch_size=FORWARD_ROWS,
-            lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=0.0, seed=config["seed"],
-            eval_strategy="steps", eval_steps=setting["every"], logging_steps=setting["every"], save_strategy="no",
-            report_to=[], disable_tqdm=True, use_cpu=True, remove_unused_columns=False, dataloader_pin_memory=False,
+            output_dir=str(setting["folder"]),
+            max_steps=setting["steps"],
+            learning_rate=config["learning_rate"],
+            per_device_train_batch_size=setting["batch"],
+            per_device_eval_batch_size=FORWARD_ROWS,
+            lr_scheduler_type="constant",
+            weight_decay=0.0,
+            max_grad_norm=0.0,
+            seed=config["seed"],
+            eval_strategy="steps",
+            eval_steps=setting["every"],
+            logging_steps=setting["every"],
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
         ),
         train_dataset=Rows(train),
         eval_dataset=Rows([len(data.train) + row for row in range(len(data.validation))]),
@@ -193,11 +223,11 @@ def trainer(
             logits[0] if isinstance(logits, tuple) else logits, labels, data.answers
         ),
         callbacks=[Reporting()],
-    )  # fmt: skip
+    )
 
 
 def _collated(data: Data, numbers: Sequence[int]) -> dict[str, Tensor]:
-    """Validation rows are numbered behind the training rows."""
+    """Return the tensors of a batch; validation rows are numbered after the training rows."""
     count = len(data.train)
     if numbers[0] < count:
         return padded(data.train, numbers, data.pad)

@@ -1,4 +1,7 @@
-"""The plan's estimate beside the outcome of the same search, for jobs of different model, length and scheduler."""
+"""The plan's estimate against the outcome of the same search.
+
+The jobs differ in model, length and scheduler.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from tests.benchmarks.processes import MEGABYTE, Ran
 
 @dataclass(frozen=True)
 class Setting:
-    """By how much the jobs' steps are cut."""
+    """The factor by which the jobs' steps are shortened."""
 
     shortened: int = 1
 
@@ -25,7 +28,10 @@ SETTINGS = {"real": Setting(), "small": Setting(shortened=4)}
 
 
 def documents(setting: Setting, folder: Path) -> dict[str, dict[str, Any]]:
-    """Jobs by name. The quickstart needs nothing but this repository; the others are those of jobs/, shorter."""
+    """Return jobs by name.
+
+    The quickstart needs nothing but this repository; the others are those of jobs/, shortened.
+    """
 
     def job(
         data: dict[str, Any], trials: int, steps: int, every: int, **search: Any
@@ -58,7 +64,7 @@ def documents(setting: Setting, folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def lines(setting: Setting, only: str = "") -> list[Line]:
-    """``only``: jobs with this in their name."""
+    """Return the lines of the jobs with ``only`` in their name."""
     found = []
     with TemporaryDirectory(prefix="bench-") as data:
         for name, job in documents(setting, Path(data)).items():
@@ -70,7 +76,7 @@ def lines(setting: Setting, only: str = "") -> list[Line]:
 
 
 def of(name: str, ran: Ran) -> list[Line]:
-    """Seconds in all, and of the parts; bytes of the worker."""
+    """Return lines for the seconds in all and of the parts, and for the bytes of the worker."""
     document = ran.found["document"]
     plan, seconds = document["plan"], document["seconds"]
     peaks = [
@@ -99,7 +105,10 @@ def of(name: str, ran: Ran) -> list[Line]:
 
 
 def outcome(seconds: Mapping[str, float]) -> dict[str, float]:
-    """What the run's clock says, by the plan's parts; what planning itself took is left out."""
+    """Return the measured seconds of the parts of a plan.
+
+    The time of planning itself is left out.
+    """
     return {
         "total": seconds["total"] - seconds["plan"] - seconds["model"],
         "startup": seconds["prepare"] + seconds["ray"] + seconds["workers"],

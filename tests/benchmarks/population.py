@@ -1,8 +1,8 @@
-"""Population based training against random search: trial steps to the same accuracy, of the same trials.
+"""Population based training against random search: trial steps until the same accuracy.
 
-Both sides begin with the same draws from the space and have the same steps in all; random search trains each trial to
-its end, with pbt bad ones go on as copies of good ones with another learning rate. Steps are counted, not seconds, so
-that a busy machine changes nothing.
+Both sides begin with the same draws from the space and have the same number of steps in all. Random
+search trains each trial to its end. With pbt, bad trials continue as copies of good trials with
+another learning rate. Steps are counted instead of seconds, so that a busy machine changes nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SIDES = {"pbt": "pbt", "random": "fifo"}
 
 @dataclass(frozen=True)
 class Setting:
-    """All trials of a search side by side, compared every ``every`` steps."""
+    """A search whose trials all run side by side and are compared every ``every`` steps."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
     trials: int = 8
@@ -38,7 +38,7 @@ SETTINGS = {"real": Setting(), "small": Setting(seeds=(0,), steps=120)}
 
 
 def lines(setting: Setting) -> list[Line]:
-    """A line for each target accuracy, then one for the best accuracies."""
+    """Return a line for each target accuracy, then a line for the best accuracies."""
     curves: dict[str, list[list[tuple[int, float]]]] = {side: [] for side in SIDES}
     for seed in setting.seeds:
         for side, scheduler in SIDES.items():
@@ -59,7 +59,11 @@ def _reports(setting: Setting, scheduler: str, seed: int) -> list[dict[str, Any]
                 },
                 "trials": setting.trials, "scheduler": scheduler, "seed": seed,
             },
-            "train": {"steps": setting.steps, "batch_size": setting.batch, "evaluate_every": setting.every},
+            "train": {
+                "steps": setting.steps,
+                "batch_size": setting.batch,
+                "evaluate_every": setting.every,
+            },
             "resources": {"trials_per_worker": setting.trials},
             "registry": {"register_top": 0},
         }  # fmt: skip
@@ -69,9 +73,10 @@ def _reports(setting: Setting, scheduler: str, seed: int) -> list[dict[str, Any]
 
 
 def curve(reports: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
-    """Trial steps of the whole search so far, and the best validation accuracy so far, at the end of each round.
+    """Return the search's trial steps and best validation accuracy so far, after each round.
 
-    Trials of a round are trained side by side: a good one has not been found before the whole round's steps.
+    The trials of a round are trained side by side, so a good trial is only found after all steps of
+    the round.
     """
     at: dict[str, int] = {}
     rounds: dict[int, tuple[int, float]] = {}
@@ -84,7 +89,7 @@ def curve(reports: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
 
 
 def steps_to(curve: Sequence[tuple[int, float]], target: float) -> int | None:
-    """Trial steps until the best accuracy is at least the target; None if it never is."""
+    """Return the trial steps until the best accuracy reaches the target, or None."""
     return next((steps for steps, best in curve if best >= target), None)
 
 

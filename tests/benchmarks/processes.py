@@ -1,4 +1,4 @@
-"""A program run in processes of its own, with what it took: seconds from start to end, and the memory of its tree."""
+"""Run a program in its own processes and measure its seconds and the memory of its process tree."""
 
 from __future__ import annotations
 
@@ -16,31 +16,28 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).parents[2]
-OUT = "out.json"  # what the program leaves in its working directory
+OUT = "out.json"  # the program writes its result to its working directory
 LIMIT_S = 3600.0
-OTHERS = (
-    "MLFLOW_",
-    "RAY_",
-    "ORCHESTRATOR_",
-)  # variables that would lead the program out of its folder
+# Environment variables that could lead the program out of its folder.
+OTHERS = ("MLFLOW_", "RAY_", "ORCHESTRATOR_")
 SAMPLE_S = 1.0
 MEGABYTE = 2**20
 
 
 class Broken(RuntimeError):
-    """The program ended with an error, or did not end."""
+    """The program ended with an error, or did not end in time."""
 
 
 @dataclass
 class Ran:
-    """``started`` is by the clock that the program's own times are of (time.time)."""
+    """A finished program; ``started`` is by time.time, like the times in its result."""
 
     started: float
     seconds: float
     peak: int
-    """Bytes that the program and all its descendants held at once, pages that they share counted once."""
+    """Most bytes of the program and its descendants at one time; shared pages count once."""
     samples: list[tuple[float, int]] = field(default_factory=list)
-    """Moments, and how many processes of this machine, ours and others', were running or wanted to."""
+    """Moments, and the number of processes on this machine that ran or wanted to run."""
     found: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -48,13 +45,19 @@ class Ran:
         return self.load_between(0.0, math.inf)
 
     def load_between(self, start: float, end: float) -> float:
-        """Processes that wanted a core, on average; with more than there are cores, everything took longer."""
+        """Return the average number of processes that ran or wanted to.
+
+        If there were more than cores, everything took longer.
+        """
         within = [running for moment, running in self.samples if start <= moment < end]
         return sum(within) / len(within) if within else math.nan
 
 
 def run(module: str, arguments: dict[str, Any], folder: Path, limit_s: float = LIMIT_S) -> Ran:
-    """``python -m module JSON`` in ``folder``, until it ends. Raises Broken with the end of what it wrote."""
+    """Run ``python -m module JSON`` in ``folder`` until it ends.
+
+    Raises Broken with the end of the program's output.
+    """
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith(OTHERS)},
         "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -81,7 +84,7 @@ def run(module: str, arguments: dict[str, Any], folder: Path, limit_s: float = L
 
 
 def run_in(folder: str, name: str, arguments: dict[str, Any], limit_s: float = LIMIT_S) -> Ran:
-    """A program of this folder's, which is told where it works."""
+    """Run a program of this package in a folder, which it gets as ``folder``."""
     return run(f"tests.benchmarks.{name}", {**arguments, "folder": folder}, Path(folder), limit_s)
 
 
@@ -90,7 +93,7 @@ def _end(log: Path) -> str:
 
 
 class Watch:
-    """Samples the memory of a process and of all that it started, and the machine's load."""
+    """Samples of the memory of a process tree and of the machine's load."""
 
     def __init__(self, pid: int, every_s: float = SAMPLE_S) -> None:
         self.peak = 0
@@ -115,18 +118,21 @@ class Watch:
 
 
 def running() -> int:
-    """Processes that run or wait for a core, this one left out."""
+    """Return the number of processes that run or wait for a core, without this process."""
     lines = Path("/proc/stat").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("procs_running")) - 1
 
 
 def tree_bytes(root: psutil.Process) -> int:
-    """Proportional set size of the process and its descendants, now: a page that n processes share counts once."""
+    """Return the proportional set size of the process and its descendants now.
+
+    A page that n processes share counts once.
+    """
     total = 0
     for process in tree(root):
         try:
             lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
-        except OSError:  # it has ended
+        except OSError:  # the process has ended
             continue
         total += sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
     return total

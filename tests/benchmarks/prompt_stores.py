@@ -1,12 +1,13 @@
-"""A serving process with very many prompts, measured in a fresh process: memory, lookups, following, metrics, requests.
+"""A serving process with very many prompts, measured in a fresh process.
 
-All prompts are one artifact under many names, on a toy model: keys and values are small, and what is left is what a
-prompt costs whatever the model.
+Memory, lookups, polls of the registry, metrics and requests are measured. All prompts are one
+artifact under many names, on a toy model. Keys and values are small there, so that the rest of the
+memory is the cost of a prompt with any model.
 """
 
 from __future__ import annotations
 
-import orchestrator  # noqa: F401  # before torch, to which it says how OpenMP's threads wait
+import orchestrator  # noqa: F401  # before torch: sets how OpenMP threads wait
 
 # isort: split
 import asyncio
@@ -38,7 +39,7 @@ ROOM = 1 << 40
 
 
 class OneArtifact:
-    """A registry of many names, all of them the same artifact."""
+    """A registry of many names that all have the same artifact."""
 
     def __init__(self, folder: Path, names: list[str]) -> None:
         self._folder = folder
@@ -52,7 +53,10 @@ class OneArtifact:
 
 
 def measure_here(count: int, asked: int, size: str = "toy") -> dict[str, float]:
-    """``count`` prompts and ``asked`` requests for them; bytes, and seconds of CPU time."""
+    """Measure ``count`` prompts and ``asked`` requests for them.
+
+    Returns bytes, and seconds of CPU time.
+    """
     torch.set_num_threads(1)
     names = [f"prompt-{number}" for number in range(count)]
     with tempfile.TemporaryDirectory() as folder:
@@ -74,7 +78,7 @@ def measure_here(count: int, asked: int, size: str = "toy") -> dict[str, float]:
 
 
 def exposition(names: list[str]) -> dict[str, float]:
-    """What Prometheus gets once every model was asked: seconds and bytes."""
+    """Return the seconds and bytes of the Prometheus metrics after a request to every model."""
     metrics = Metrics()
     for name in names:
         metrics.request("/v1/completions", 200, 0.1, name)
@@ -85,7 +89,10 @@ def exposition(names: list[str]) -> dict[str, float]:
 
 
 def requests(store: PromptStore, engine: NullEngine, drawn: list[str]) -> dict[str, float]:
-    """A completion of 32 input tokens without a socket and without a model: seconds of each part, and of all."""
+    """Return the seconds of each part of a completion request, and of the whole request.
+
+    The input has 32 tokens. There is no socket and no model.
+    """
     bodies = [
         json.dumps({"model": name, "prompt": INPUT, "max_tokens": 4}).encode() for name in drawn
     ]
@@ -99,13 +106,21 @@ def requests(store: PromptStore, engine: NullEngine, drawn: list[str]) -> dict[s
 
 
 async def ask(api: Any, bodies: list[bytes]) -> None:
-    """Each body to the application, one after another."""
+    """Send each body to the application, one after another."""
     scope = {
-        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
-        "path": "/v1/completions", "raw_path": b"/v1/completions", "query_string": b"", "root_path": "",
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": "/v1/completions",
+        "raw_path": b"/v1/completions",
+        "query_string": b"",
+        "root_path": "",
         "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
-        "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 8000),
-    }  # fmt: skip
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 8000),
+    }
 
     async def one(body: bytes) -> None:
         asked = [{"type": "http.request", "body": body, "more_body": False}]
@@ -129,7 +144,10 @@ async def ask(api: Any, bodies: list[bytes]) -> None:
 
 
 def cpu(call: Callable[[], Any]) -> float:
-    """Seconds of CPU time of this process, its threads included: others on the machine matter less to it."""
+    """Return the seconds of CPU time of this process, its threads included.
+
+    Other processes on the machine affect CPU time less than wall time.
+    """
     start = time.process_time()
     call()
     return time.process_time() - start

@@ -1,9 +1,8 @@
-"""What limits a search at 1,000 GPUs, and a service at 100,000 prompts and 10,000 requests a second. docs/scaling.md
-tells what follows.
+"""Limits of a search at 1,000 GPUs, and of a service at 100,000 prompts and 10,000 requests/s.
 
-Small parts are measured here, without Ray; the rest is arithmetic over them (``Search``, ``Service``), over figures
-that were measured with Ray before (docs/decisions.md), and over assumptions that are named so. Every line says which it
-is.
+docs/scaling.md draws the conclusions. Small parts are measured here, without Ray. The rest is
+arithmetic (``Search``, ``Service``) over these measurements, over figures measured with Ray before
+(docs/decisions.md), and over assumptions. Every line says which of these it is.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ MEASURED, EXTRAPOLATED, EARLIER, ASSUMED = "measured", "extrapolated", "measured
 
 @dataclass(frozen=True)
 class Setting:
-    """How large the parts are that are measured."""
+    """Sizes of the parts that are measured."""
 
     seats: tuple[tuple[int, int], ...] = ((1, 4), (16, 8), (128, 8), (1000, 8))
-    """Workers, and slots of each."""
+    """Pairs of workers and slots of a worker."""
     over: tuple[int, ...] = (1000, 10_000, 100_000)
-    """Trials of the search that have ended."""
+    """Numbers of trials of the search that have ended."""
     reports: int = 400
     prompts: tuple[int, ...] = (1000, 10_000, 100_000)
     asked: int = 2000
@@ -53,39 +52,39 @@ TOY = Setting(
 
 @dataclass(frozen=True)
 class Search:
-    """A search on many GPUs: what it asks of its one driver, and when that is no longer enough."""
+    """A search on many GPUs: the load on its one driver, and the limits of that driver."""
 
     gpus: int = 1000
     slots: int = 8
     """Trials that a GPU trains together (placement.GPU_SLOTS)."""
     round_s: float = 60.0
-    """Seconds between a worker's reports: a round is ``evaluate_every`` steps."""
+    """Seconds between a worker's reports; a round is ``evaluate_every`` steps."""
     trials: int = 100_000
     reports: int = 10
-    """Of a trial."""
+    """Reports of a trial."""
 
     @property
     def seats(self) -> int:
         return self.gpus * self.slots
 
     def demand(self) -> float:
-        """Reports a second once every slot is taken."""
+        """Return the reports a second once every slot is taken."""
         return self.seats / self.round_s
 
     def fed(self, capacity: float) -> float:
-        """GPUs that a driver keeps busy which takes ``capacity`` reports a second."""
+        """Return the GPUs that a driver keeps busy at ``capacity`` reports a second."""
         return capacity * self.round_s / self.slots
 
     def shortest_round(self, capacity: float) -> float:
-        """Seconds of a round from which on all GPUs are kept busy."""
+        """Return the seconds of the shortest round at which all GPUs are kept busy."""
         return self.seats / capacity
 
     def waiting_calls(self) -> int:
-        """Calls that wait in the broker: one a trial that is seated, one a worker."""
+        """Return the calls that wait in the broker: one a seated trial and one a worker."""
         return self.seats + self.gpus
 
     def most_gpus(self, calls: int) -> int:
-        """GPUs whose waiting calls fit into an actor that takes so many at a time."""
+        """Return the GPUs whose waiting calls fit into an actor with room for ``calls`` calls."""
         return calls // (self.slots + 1)
 
     def driver_bytes(self, each: float) -> float:
@@ -94,7 +93,7 @@ class Search:
 
 @dataclass(frozen=True)
 class Service:
-    """A service of many prompts: memory of a replica, its start, and processors for requests."""
+    """A service of many prompts: memory and start of a replica, and processors for requests."""
 
     prompts: int = 100_000
     rate: float = 10_000.0
@@ -112,23 +111,29 @@ class Service:
     utilisation: float = 0.3
 
     def prompt_bytes(self) -> int:
-        """Keys and values of one prompt."""
+        """Return the bytes of keys and values of one prompt."""
         return 2 * self.layers * self.kv_width * self.tokens * self.scalar_bytes
 
     def memory(self, beside: float) -> float:
-        """Of a replica that holds every prompt, ``beside`` bytes a prompt of its own bookkeeping included."""
+        """Return the bytes of a replica that holds every prompt.
+
+        ``beside``: bytes of bookkeeping a prompt.
+        """
         return self.prompts * (self.prompt_bytes() + beside)
 
     def held(self, limit: float) -> int:
-        """Prompts within a limit on keys and values."""
+        """Return the number of prompts within a limit on the bytes of keys and values."""
         return int(limit // self.prompt_bytes())
 
     def cores(self, seconds: float) -> float:
-        """Processor cores for all requests, at so many seconds of CPU time each."""
+        """Return the processor cores for all requests, at ``seconds`` of CPU time each."""
         return self.rate * seconds
 
     def gpus(self) -> float:
-        """For one forward over the inputs: 2 operations a parameter and token, at the assumed utilisation."""
+        """Return the GPUs for one forward over the inputs.
+
+        A forward takes 2 operations a parameter and token, at the assumed utilisation.
+        """
         return (
             self.rate
             * self.input_tokens
@@ -149,14 +154,14 @@ def lines(setting: Setting, only: str = "") -> list[Line]:
 
 # The search.
 
-EARLIER_RESULTS = 25.0  # a second, through Tune, on two cores
-EARLIER_DRIVER_BYTES = 26e3  # a result
+EARLIER_RESULTS = 25.0  # results a second through Tune, on two cores
+EARLIER_DRIVER_BYTES = 26e3  # bytes a result
 ACTOR_CALLS = 100_000  # CALLS of search/workers/running.py
-RAY_RESULTS = 500.0  # Ray's own figure for a whole cluster, nothing logged
+RAY_RESULTS = 500.0  # results a second, Ray's own figure for a whole cluster without logging
 
 
 def search_lines(setting: Setting) -> list[Line]:
-    """The broker alone at growing numbers of seats and of trials, then 1,000 GPUs."""
+    """Measure the broker with growing numbers of seats and of trials, then compute 1,000 GPUs."""
     seats = [_broker_line(*seats, over=0, reports=setting.reports) for seats in setting.seats]
     over = [
         _broker_line(*setting.seats[1], over=over, reports=setting.reports) for over in setting.over
@@ -181,8 +186,11 @@ def _broker_line(workers: int, slots: int, over: int, reports: int) -> Line:
 
 
 async def deliver(workers: int, slots: int, over: int, wanted: int, together: bool) -> float:
-    """Let workers report and trials go on, as in a search, until ``wanted`` reports were decided; the CPU time from
-    when all trials were seated. All workers report at the same moment, or one after another."""
+    """Let workers report and trials continue until ``wanted`` reports were decided.
+
+    Returns the CPU time since all trials were seated. With ``together`` all workers report at the
+    same moment, otherwise one after another.
+    """
     seats = workers * slots
     broker = Broker(over + seats)
     spec = TrialSpec.from_config(CONFIG)
@@ -194,7 +202,7 @@ async def deliver(workers: int, slots: int, over: int, wanted: int, together: bo
 
     async def trial(name: str) -> None:
         nonlocal decided, spent
-        with suppress(JobFailed):  # which says that it is over
+        with suppress(JobFailed):  # raised once the search is over
             while await broker.next_report(name) is not None:
                 decided += 1
                 await broker.decide(name, True)
@@ -226,35 +234,54 @@ async def deliver(workers: int, slots: int, over: int, wanted: int, together: bo
 
 
 def search_arithmetic(broker: float, at: tuple[int, int]) -> list[Line]:
-    """1,000 GPUs, from the broker's reports a second at ``at`` (workers, slots) and what was measured earlier."""
+    """Return the lines for 1,000 GPUs.
+
+    They follow from ``broker``, the broker's reports a second at ``at`` (workers, slots), and from
+    earlier measurements.
+    """
     search = Search()
     return [
         _says("reports/s that 1,000 GPUs make, rounds of 60 s", search.demand(), ASSUMED),
         _says("reports/s that the driver takes (Tune, logging)", EARLIER_RESULTS, EARLIER),
         _says("GPUs that this keeps busy", search.fed(EARLIER_RESULTS), EXTRAPOLATED),
-        _says("seconds of a round that keep 1,000 busy", search.shortest_round(EARLIER_RESULTS), EXTRAPOLATED),
-        _says("the same at Ray's own 500 results/s", search.shortest_round(RAY_RESULTS), EXTRAPOLATED),
+        _says(
+            "seconds of a round that keep 1,000 busy",
+            search.shortest_round(EARLIER_RESULTS),
+            EXTRAPOLATED,
+        ),
+        _says(
+            "the same at Ray's own 500 results/s", search.shortest_round(RAY_RESULTS), EXTRAPOLATED
+        ),
         _says(f"reports/s of the broker at {at[0]} x {at[1]} slots", broker, MEASURED),
         _says("seconds of a round that it allows", search.shortest_round(broker), EXTRAPOLATED),
         _says("calls that wait in the broker", search.waiting_calls(), EXTRAPOLATED),
-        _says("GPUs at which the broker's 100,000 calls are full", search.most_gpus(ACTOR_CALLS), EXTRAPOLATED),
-        _says("GB of the driver, 100,000 trials of 10 reports", search.driver_bytes(EARLIER_DRIVER_BYTES) / GB,
-              EXTRAPOLATED),
-    ]  # fmt: skip
+        _says(
+            "GPUs at which the broker's 100,000 calls are full",
+            search.most_gpus(ACTOR_CALLS),
+            EXTRAPOLATED,
+        ),
+        _says(
+            "GB of the driver, 100,000 trials of 10 reports",
+            search.driver_bytes(EARLIER_DRIVER_BYTES) / GB,
+            EXTRAPOLATED,
+        ),
+    ]
 
 
 # The service.
 
-EARLIER_SERVE = (
-    118.0  # classify requests a second through Serve, two busy cores, model included: 106 to 130
-)
+# Classify requests a second through Serve on two busy cores, model included; 106 to 130 measured.
+EARLIER_SERVE = 118.0
 EARLIER_UVICORN = 400.0  # the same without Serve
 DEFAULT_BYTES = 2 << 30  # MAX_BYTES of serving/prompts/store.py
 POLL_S = 2.0
 
 
 def service_lines(setting: Setting) -> list[Line]:
-    """Stores of growing size, registries of growing size, then 100,000 prompts and 10,000 requests a second."""
+    """Measure stores and registries of growing size, then compute the large service.
+
+    The large service has 100,000 prompts and 10,000 requests a second.
+    """
     stores = [_store_line(count, setting.asked) for count in setting.prompts]
     registries = [_registry_line(count) for count in setting.registered]
     return stores + registries + service_arithmetic(stores[-1].kept, registries[-1].kept)
@@ -285,9 +312,9 @@ def _registry_line(count: int) -> Line:
         registry = Registry(uri, cache_dir=Path(folder, "cache"))
         registry.check()
         fill(uri, count, versions=1)
-        _cpu(registry.live, count)  # imports
+        _cpu(registry.live, count)  # the first call also imports modules
         tables = _cpu(registry.live, count)
-        seconds = _cpu(registry._asked, count)  # as a server is asked
+        seconds = _cpu(registry._asked, count)  # as an MLflow server is read
     shown: dict[str, float | str] = {
         "tables, CPU s": tables,
         "client, CPU s": seconds,
@@ -300,7 +327,10 @@ def _registry_line(count: int) -> Line:
 
 
 def _cpu(read: Callable[[], Sized], count: int) -> float:
-    """Seconds of CPU time of a listing, which has so many models."""
+    """Return the seconds of CPU time of a listing.
+
+    Raises AssertionError unless the listing has ``count`` models.
+    """
     start = time.process_time()
     found = len(read())
     if found != count:
@@ -309,7 +339,10 @@ def _cpu(read: Callable[[], Sized], count: int) -> float:
 
 
 def service_arithmetic(store: dict[str, float], registry: dict[str, float]) -> list[Line]:
-    """100,000 prompts and 10,000 requests a second, from the largest store and registry that were measured."""
+    """Return the lines for 100,000 prompts and 10,000 requests a second.
+
+    They follow from the largest store and the largest registry that were measured.
+    """
     service = Service()
     beside = store["resident"] - store["keys and values"]
     kind = MEASURED if store["count"] == service.prompts else EXTRAPOLATED
@@ -371,7 +404,10 @@ def _says(name: str, value: float, kind: str) -> Line:
 
 
 def load_of_machine() -> Line:
-    """How busy the machine is: above its number of processors, times are worth less than ratios."""
+    """Return the load of the machine.
+
+    If it exceeds the number of processors, times are less reliable than ratios.
+    """
     one, five, _ = os.getloadavg()
     return Line(
         "load of the machine",

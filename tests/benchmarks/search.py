@@ -1,8 +1,9 @@
-"""A whole search, ours against what people do without us, and ours with one of its gains taken away at a time.
+"""A whole search: ours, two ways without this project, and ours with one optimisation removed.
 
-Every side is a program of its own on the same cores, one after another for each seed: the same story model, rows, draws
-from the space, steps, batches and evaluations. Its seconds run from the start of the program to its end: imports, Ray's
-start, data, training. Ours also evaluates baselines and the test split, writes to MLflow and registers the best prompt.
+Every side is a program of its own on the same cores; the sides run one after another for each seed.
+All have the same story model, rows, draws from the space, steps, batches and evaluations. Seconds
+are those of the whole program: imports, Ray's start, data and training. Ours also evaluates
+baselines and the test split, writes to MLflow and registers the best prompt.
 """
 
 from __future__ import annotations
@@ -33,8 +34,11 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """``target``: a validation accuracy. ``copies``: how often the model has each of its words. ``ablations``: whether
-    they run too."""
+    """Size of the searches.
+
+    ``target``: a validation accuracy. ``copies``: copies of each word in the model's vocabulary.
+    ``ablations``: whether the ablations run too.
+    """
 
     seeds: tuple[int, ...] = (0, 1, 2)
     trials: int = 32
@@ -51,18 +55,16 @@ class Setting:
 
 SMALL = Setting(seeds=(0,), trials=8, steps=60, every=20, grace=20, target=0.3)
 MIDDLE = Setting(trials=16, steps=100, grace=25, target=0.35, ablations=False)
-LONG = replace(
-    MIDDLE, lengths=(20, 100)
-)  # the papers' usual ones, behind which rows are the smaller part
-USUAL = replace(
-    LONG, copies=12
-)  # 49,152 words, about what GPT-2 and OPT have; Llama 3 and Qwen have three times as many
+# The prompt lengths usual in papers, at which the rows are the smaller part of the tokens.
+LONG = replace(MIDDLE, lengths=(20, 100))
+# 49,152 words, about as many as GPT-2 and OPT have; Llama 3 and Qwen have three times as many.
+USUAL = replace(LONG, copies=12)
 SETTINGS = {"real": Setting(), "middle": MIDDLE, "long": LONG, "usual": USUAL, "small": SMALL}
 
 
 @dataclass(frozen=True)
 class Side:
-    """What a side did with one seed."""
+    """Result of one side with one seed."""
 
     seconds: float
     to_target: float | None
@@ -73,31 +75,38 @@ class Side:
 
 
 def lines(setting: Setting, only: str = "") -> list[Line]:
-    """A line a side; ``only``: sides with this in their name, and ours."""
+    """Return a line for ours and for each side with ``only`` in its name."""
     names = [OURS, *PEERS, *(ABLATIONS if setting.ablations else ())]
     found: dict[str, list[Side]] = {name: [] for name in names if name == OURS or only in name}
     for seed in setting.seeds:
         for name, sides in found.items():
             sides.append(side(setting, name, seed))
-            print(
-                f"  seed {seed}, {name}: {sides[-1]}", flush=True
-            )  # hours may pass until the table
+            # Progress, since the table may come hours later.
+            print(f"  seed {seed}, {name}: {sides[-1]}", flush=True)
     return [line(name, sides, found[OURS]) for name, sides in found.items()]
 
 
 def job(setting: Setting, folder: Path, seed: int) -> dict[str, Any]:
-    """The job that every side has."""
+    """Return the job that all sides run."""
     return {
         **jobs.trec6(folder, validation=setting.validation, copies=setting.copies),
         "search": {
             "space": {
-                "num_virtual_tokens": list(setting.lengths), "learning_rate": {"loguniform": [0.01, 0.3]},
+                "num_virtual_tokens": list(setting.lengths),
+                "learning_rate": {"loguniform": [0.01, 0.3]},
                 "seed": [0, 1, 2],
             },
-            "trials": setting.trials, "scheduler": "asha", "grace_steps": setting.grace, "seed": seed,
+            "trials": setting.trials,
+            "scheduler": "asha",
+            "grace_steps": setting.grace,
+            "seed": seed,
         },
-        "train": {"steps": setting.steps, "batch_size": setting.batch, "evaluate_every": setting.every},
-    }  # fmt: skip
+        "train": {
+            "steps": setting.steps,
+            "batch_size": setting.batch,
+            "evaluate_every": setting.every,
+        },
+    }
 
 
 def side(setting: Setting, name: str, seed: int) -> Side:
@@ -150,6 +159,6 @@ def line(name: str, sides: Sequence[Side], ours: Sequence[Side]) -> Line:
 
 
 def _median(values: Sequence[float | None]) -> float | str:
-    """``never`` where a side did not reach it with every seed."""
+    """Return the median, or ``never`` if the target was not reached with every seed."""
     found = [value for value in values if value is not None]
     return statistics.median(found) if len(found) == len(values) else "never"

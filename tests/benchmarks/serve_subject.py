@@ -1,11 +1,9 @@
-"""The benchmark's server behind Ray Serve: the proxy, one replica in its own process, and the front where asked."""
+"""The benchmark's server behind Ray Serve: proxy, one replica process, and optionally the front."""
 
 from __future__ import annotations
 
-from orchestrator.serving.app import (
-    DEPLOYMENT,
-    FrontReplica,
-)  # before torch and Ray, whose environment it sets
+# This import comes before torch and Ray, since it sets their environment variables.
+from orchestrator.serving.app import DEPLOYMENT, FrontReplica
 
 # isort: split
 import json
@@ -29,20 +27,20 @@ from tests.benchmarks.serving_subject import NullEngine, ours
 
 
 class Subject(Replica):
-    """A replica on random prompts, with or without an engine."""
+    """A replica with random prompts, with or without an engine."""
 
     def __init__(self, size: str, folder: str, null: bool) -> None:
         torch.set_num_threads(1)
         self.api = ours(size, Path(folder), NullEngine if null else Engine)
 
     def check_health(self) -> None:
-        """Always well."""
+        """Report the replica as always healthy."""
 
 
 @serve.deployment(name="prompts", **DEPLOYMENT)
 @serve.ingress()
 class Answering(Subject):
-    """Answers HTTP itself."""
+    """A replica that answers HTTP itself."""
 
     def __serve_build_asgi_app__(self) -> Any:
         return self.api
@@ -50,11 +48,14 @@ class Answering(Subject):
 
 @serve.deployment(name="prompts", **DEPLOYMENT)
 class Hidden(Subject):
-    """Behind the front."""
+    """A replica behind the front."""
 
 
 def main(kind: str, size: str, folder: str, port: int) -> None:
-    """``kind``: serve or front, then ours or null."""
+    """Serve until SIGTERM.
+
+    ``kind`` is ``serve`` or ``front``, a hyphen, and ``ours`` or ``null``.
+    """
     place, engine = kind.split("-")
     ray.init(
         address="local",

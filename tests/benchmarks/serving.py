@@ -1,8 +1,9 @@
-"""Requests a second and latency over HTTP: ours against PEFT behind FastAPI, on loopback, in turn, with equal answers.
+"""Requests a second and latency over HTTP: ours against PEFT behind FastAPI, in turn, on loopback.
 
-Both sides are uvicorn with FastAPI in a process of their own, with the same weights and prompts and one thread of
-torch; this process is the clients. "Plain" takes one request after another (set_adapter, generate); "batched" takes all
-that wait for the adapter of the oldest one together.
+Both sides are uvicorn with FastAPI in a process of their own, with the same weights and prompts and
+one torch thread; their answers are checked to be equal. This process runs the clients. "Plain"
+handles one request after another (set_adapter, generate). "Batched" handles together all requests
+that wait for the adapter of the oldest request.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ START_S = 300.0
 
 @dataclass(frozen=True)
 class Setting:
-    """How large the model and how much is asked."""
+    """Size of the model, and numbers of prompts, clients and requests."""
 
     size: str = "6x192"
     lengths: tuple[int, ...] = (20, 100)
@@ -50,7 +51,7 @@ class Setting:
 
 @dataclass
 class Side:
-    """Requests a second and latencies of one server, run by run."""
+    """Requests a second of each run, and all latencies, of one server."""
 
     rates: list[float] = field(default_factory=list)
     latencies: list[float] = field(default_factory=list)
@@ -69,16 +70,14 @@ Asked = tuple[str, str]  # model, prompt
 
 
 def peer_lines(setting: Setting) -> list[Line]:
-    """Ours and each kind of peer, for each length of prompts."""
+    """Return a line for each prompt length and kind of peer."""
     return [_against(setting, length, kind) for length in setting.lengths for kind in setting.peers]
 
 
 def many_lines(setting: Setting) -> list[Line]:
-    """Traffic over many prompts against traffic on one, on the same server."""
-    length, setting = (
-        setting.lengths[0],
-        replace(setting, requests=4 * setting.requests),
-    )  # the difference is small
+    """Compare traffic over many prompts with traffic on one prompt, on the same server."""
+    # More requests than elsewhere, since the difference is small.
+    length, setting = (setting.lengths[0], replace(setting, requests=4 * setting.requests))
     with tempfile.TemporaryDirectory() as folder:
         names = save_prompts(Path(folder), setting.size, setting.many, length)
         with running("ours", setting, Path(folder)) as url:
@@ -110,11 +109,14 @@ PLACES = {
     "Ray Serve": ("serve-null", "serve-ours"),
     "Ray Serve, with the front": ("front-null", "front-ours"),
 }
-"""Where the routes stand, and the subjects there: without an engine, and with it."""
+"""Ways to run the routes; for each, the server kinds without and with an engine."""
 
 
 def http_lines(setting: Setting) -> list[Line]:
-    """What HTTP, JSON and the checks cost, and Ray Serve: the same routes over an engine that answers at once."""
+    """Measure the cost of HTTP, JSON and checks, and of Ray Serve.
+
+    The same routes are also measured with an engine that answers at once.
+    """
     there = find_spec("ray") is not None
     return [
         _place(setting, name, *kinds)
@@ -159,7 +161,7 @@ def _against(setting: Setting, length: int, kind: str) -> Line:
                     for url, side in ((mine, ours), (theirs, peer))
                 ]
                 equal = sum(one == other for one, other in zip(*answers, strict=True))
-                if equal < 0.99 * len(asked):  # two tokens may be equally likely to the last digit
+                if equal < 0.99 * len(asked):  # rare ties between two tokens may differ
                     raise AssertionError(f"only {equal} of {len(asked)} answers are equal")
     _warm(ours, peer)
     each = [a / b for a, b in zip(ours.rates, peer.rates, strict=True)]
@@ -177,14 +179,14 @@ def _against(setting: Setting, length: int, kind: str) -> Line:
 
 
 def _warm(*sides: Side) -> None:
-    """The first run of each does not count."""
+    """Drop the first run of each side, which is a warm-up."""
     for side in sides:
         counted = len(side.latencies) // len(side.rates)
         del side.rates[0], side.latencies[:counted]
 
 
 def requests(setting: Setting, names: Sequence[str], seed: int = 0) -> list[Asked]:
-    """Inputs of one length, each for a prompt drawn at random."""
+    """Return inputs of equal length, each for a prompt drawn at random."""
     draw, words = random.Random(seed), SIZES[setting.size].vocabulary
     return [
         (
@@ -196,7 +198,7 @@ def requests(setting: Setting, names: Sequence[str], seed: int = 0) -> list[Aske
 
 
 def measure(url: str, setting: Setting, asked: Sequence[Asked], side: Side) -> list[str]:
-    """Ask all of it with so many clients at a time; the texts, in order."""
+    """Send all requests and return the texts, in order; ``setting.clients`` run at a time."""
     return asyncio.run(_measure(url, setting, asked, side))
 
 
@@ -208,7 +210,8 @@ async def _measure(url: str, setting: Setting, asked: Sequence[Asked], side: Sid
         aiohttp.TCPConnector(limit=setting.clients),
     )
 
-    # Not httpx: its pool of 64 connections takes this process 5 ms a request, more than either server takes.
+    # Not httpx: its pool of 64 connections costs this process 5 ms a request, more than either
+    # server needs.
     async with aiohttp.ClientSession(url, timeout=total, connector=connector) as client:
 
         async def ask() -> None:
@@ -234,7 +237,7 @@ async def _measure(url: str, setting: Setting, asked: Sequence[Asked], side: Sid
 
 @contextmanager
 def running(kind: str, setting: Setting, folder: Path) -> Iterator[str]:
-    """A server of the kind in a process of its own; its address."""
+    """Run a server of the kind in its own process and yield its address."""
     port = free_port()
     arguments = {"kind": kind, "size": setting.size, "folder": str(folder), "port": port}
     module = "serve_subject" if "-" in kind else "serving_subject"
@@ -249,7 +252,7 @@ def running(kind: str, setting: Setting, folder: Path) -> Iterator[str]:
 
 
 def free_port() -> int:
-    """A port of the loopback address that nobody listens on."""
+    """Return a free port of the loopback address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -1,9 +1,12 @@
-"""The servers that the serving benchmark compares, each started as a process: ours, ours without an engine, and PEFT
-behind FastAPI with and without batches for each adapter."""
+"""Servers of the serving benchmark, each started as a process.
+
+They are ours, ours without an engine, and PEFT behind FastAPI with and without batches for each
+adapter.
+"""
 
 from __future__ import annotations
 
-import orchestrator  # noqa: F401  # before torch, to which it says how OpenMP's threads wait
+import orchestrator  # noqa: F401  # before torch: sets how OpenMP threads wait
 
 # isort: split
 import asyncio
@@ -32,18 +35,36 @@ MAX_ROWS = 64
 
 
 def save_prompts(folder: Path, size: str, count: int, length: int) -> list[str]:
-    """Prompts of random numbers as artifacts, one folder each; their names."""
+    """Save prompts of random numbers as artifacts, one folder each, and return their names."""
     dimensions = SIZES[size]
     record = BaseModelRecord(
-        id="bench", revision="main", model_type="llama", fingerprint="", hidden_size=dimensions.width,
-        vocab_size=dimensions.vocabulary, context_length=CONTEXT, tokenizer_digest="",
-    )  # fmt: skip
+        id="bench",
+        revision="main",
+        model_type="llama",
+        fingerprint="",
+        hidden_size=dimensions.width,
+        vocab_size=dimensions.vocabulary,
+        context_length=CONTEXT,
+        tokenizer_digest="",
+    )
     manifest = Manifest(
-        method="prompt_tuning", num_virtual_tokens=length, config={}, template="{text}", target="text", verbalizer=None,
-        max_input_tokens=512, max_target_tokens=64, base_model=record,
-        data=DataRecord(path="bench", fingerprint="0", rows={}), metrics={}, baselines={}, steps=0, search="bench",
-        trial="0", orchestrator_version="0",
-    )  # fmt: skip
+        method="prompt_tuning",
+        num_virtual_tokens=length,
+        config={},
+        template="{text}",
+        target="text",
+        verbalizer=None,
+        max_input_tokens=512,
+        max_target_tokens=64,
+        base_model=record,
+        data=DataRecord(path="bench", fingerprint="0", rows={}),
+        metrics={},
+        baselines={},
+        steps=0,
+        search="bench",
+        trial="0",
+        orchestrator_version="0",
+    )
     names = [f"prompt-{number}" for number in range(count)]
     for number, name in enumerate(names):
         noise = (
@@ -56,7 +77,7 @@ def save_prompts(folder: Path, size: str, count: int, length: int) -> list[str]:
 
 
 class Folders:
-    """A registry of folders."""
+    """A registry whose models are the folders in ``root``."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -69,7 +90,7 @@ class Folders:
 
 
 class NullEngine(Engine):
-    """Answers at once, with nothing."""
+    """An engine that answers at once with an empty text."""
 
     async def complete(
         self, prompt: ServedPrompt, inputs: Sequence[list[int]], sampling: Sampling
@@ -86,7 +107,7 @@ def ours(size: str, folder: Path, engine: type[Engine] = Engine) -> FastAPI:
 
 
 class Peer:
-    """PEFT's prompts on the same model, asked as its documentation has it: set_adapter, then generate."""
+    """PEFT's prompts on the same model, used as PEFT documents: set_adapter, then generate."""
 
     def __init__(self, size: str, folder: Path) -> None:
         from peft import PromptTuningConfig, get_peft_model
@@ -111,7 +132,7 @@ class Peer:
 
     @torch.inference_mode()
     def generate(self, name: str, texts: Sequence[str], tokens: int) -> list[str]:
-        """Texts of inputs of one length."""
+        """Generate texts for inputs of equal length."""
         self._model.set_adapter(name)
         ids = torch.tensor([self._tokenizer(text)["input_ids"] for text in texts])
         made = self._model.generate(
@@ -126,7 +147,10 @@ class Peer:
 
 
 def peft(size: str, folder: Path, batched: bool) -> FastAPI:
-    """One worker that takes the oldest request, and with ``batched`` all that wait for its adapter."""
+    """Return an application with one worker, which takes the oldest request.
+
+    With ``batched`` it takes all requests that wait for the same adapter.
+    """
     peer, api = Peer(size, folder), FastAPI()
     waiting: list[tuple[dict[str, Any], asyncio.Future[str]]] = []
     arrived = asyncio.Event()

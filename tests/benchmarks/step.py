@@ -1,9 +1,10 @@
 """A training step of one trial: ours against PEFT's on the same model, rows, prompt and threads.
 
-Both sides compute the same loss and gradient (tests prove it). PEFT puts the prompt in front of every row and computes
-every logit; ours runs the prompt once and computes the logits of the target. How much faster that is by its operations
-is counted (``operations``); the last column says what share of that is reached. It can be more than all of it: what is
-no matrix product, and memory, cost PEFT more too.
+Both sides compute the same loss and gradient, as the tests prove. PEFT puts the prompt in front of
+every row and computes logits at every position. Ours runs the prompt once and only computes the
+logits of the target. ``operations`` counts how much faster ours could be by the number of
+operations; the last column is the share of that speedup that is reached. The share can exceed 100
+%, since work other than matrix products, and memory, also cost PEFT more.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from tests.benchmarks.measure import Line, compare
 from tests.benchmarks.subjects import MIDDLE, Size, backbone_of, make_model, make_rows
 
 TARGET = 2  # tokens of a row's target
-HIDDEN = 512  # of P-tuning's network
+HIDDEN = 512  # width of P-tuning's network
 
 
 @dataclass(frozen=True)
 class Case:
-    """One line: a method and how many virtual tokens it has."""
+    """A line of the table: a method and its number of virtual tokens."""
 
     method: Literal["prompt_tuning", "prefix_tuning", "p_tuning"]
     length: int
@@ -49,7 +50,7 @@ CASES = (
 
 @dataclass(frozen=True)
 class Setting:
-    """How large, and which lines."""
+    """Size of the model and rows, and the cases to measure."""
 
     size: Size = MIDDLE
     inputs: int = 32
@@ -80,7 +81,10 @@ def _line(setting: Setting, case: Case, backbone: CausalBackbone, rows: Encoded)
 
 
 def our_prompt(backbone: CausalBackbone, case: Case) -> Prompt:
-    """The same parameters as PEFT's: a prefix without a network, P-tuning through three linear layers."""
+    """Return a prompt with the same parameters as PEFT's.
+
+    A prefix has no network; P-tuning has three linear layers.
+    """
     network: Literal["none", "mlp"] = "mlp" if case.method == "p_tuning" else "none"
     method = Method(case.method, network, HIDDEN if case.method == "p_tuning" else None)
     spec = TrialSpec("random", None, case.length, 0.1, 0)
@@ -88,7 +92,7 @@ def our_prompt(backbone: CausalBackbone, case: Case) -> Prompt:
 
 
 def our_step(backbone: CausalBackbone, prompt: Prompt, rows: Encoded) -> Callable[[], float]:
-    """Loss and gradient of one trial."""
+    """Return a function that computes loss and gradient of one trial."""
 
     def step() -> float:
         prompt.zero_grad()
@@ -98,7 +102,7 @@ def our_step(backbone: CausalBackbone, prompt: Prompt, rows: Encoded) -> Callabl
 
 
 def peft_step(backbone: CausalBackbone, case: Case, rows: Encoded) -> Callable[[], float]:
-    """The same with PEFT, around the same weights."""
+    """Return a function that computes the same with PEFT, around the same weights."""
     tuned = peft_model(backbone, case)
     ids = torch.tensor(
         [[*row, *target] for row, target in zip(rows.inputs, rows.targets, strict=True)]
@@ -117,7 +121,7 @@ def peft_step(backbone: CausalBackbone, case: Case, rows: Encoded) -> Callable[[
 
 
 def peft_model(backbone: CausalBackbone, case: Case) -> nn.Module:
-    """The backbone's model in PEFT's wrapper, whose prompt is drawn anew."""
+    """Wrap the backbone's model in PEFT, with a newly drawn prompt."""
     import peft
 
     common: dict[str, Any] = {

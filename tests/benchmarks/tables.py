@@ -1,7 +1,7 @@
-"""Read a large table with our reader and with the ``datasets`` library, which read the files before.
+"""Reading a large table with our reader, and with the ``datasets`` library that it replaced.
 
-Time is measured in turn in one process, memory in a fresh process for each reader:
-``python -m tests.benchmarks.tables JSON``.
+Time is measured in turn in one process, memory in a fresh process for each reader: ``python -m
+tests.benchmarks.tables JSON``.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from tests.benchmarks.memory import MEGABYTE, forget_peak_of_process, status_byt
 
 WORDS = ("the", "of", "alpha", "beta", "gamma", "delta", "omega", "comma,", "007", "NA")
 FEW_ROWS = 100
-"""Enough that a reader has imported all that it needs."""
+"""Rows to read first, so that a reader has imported all its modules."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """``rows`` of ``width`` characters, line end included."""
+    """Number of rows, and their ``width`` in characters, line end included."""
 
     rows: int = 1_000_000
     width: int = 100
@@ -36,7 +36,7 @@ class Setting:
 
 
 def lines(setting: Setting, only: str = "") -> list[Line]:
-    """Return for each format the time of both readers, and the memory that each takes beside the rows."""
+    """Return, for each format, the time of both readers and their memory beside the rows."""
     with tempfile.TemporaryDirectory() as folder:
         return [
             _line(write(Path(folder, f"rows.{name}"), setting.rows, setting.width), setting)
@@ -95,7 +95,7 @@ def ours(file: Path) -> Sequence[Any]:
 
 
 def peer(file: Path) -> Sequence[Any]:
-    """Read a file with pandas or Arrow, by way of ``datasets``, for the first time."""
+    """Read a file with pandas or Arrow through ``datasets``, without its cache."""
     from datasets import Dataset, disable_progress_bars
 
     disable_progress_bars()
@@ -109,7 +109,7 @@ def peer(file: Path) -> Sequence[Any]:
 
 
 def measure_here(reader: str, file: Path, few: Path) -> dict[str, float]:
-    """Return the bytes that the rows take, and the most that reading takes beside them."""
+    """Return the bytes of the rows, and the most bytes that reading takes beside them."""
     read = {"ours": ours, "peer": peer}[reader]
     read(few)
     before = forget_peak_of_process()

@@ -1,7 +1,7 @@
-"""What a search takes beyond arithmetic: seconds a trial, share of a real search, and whether many trials slow it down.
+"""Overhead of a search beyond arithmetic: seconds a trial, share of a search, growth with trials.
 
-Arithmetic is the time that the worker spends in rounds of training and in evaluations. All else is overhead: starting,
-a report's way to Tune and back, Tune's and MLflow's own work.
+Arithmetic is the time that the worker spends in rounds of training and in evaluations. The rest is
+overhead: starting, a report's way to Tune and back, and the work of Tune and MLflow.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ ARITHMETIC = ("round", "evaluate")
 
 @dataclass(frozen=True)
 class Setting:
-    """How many trials: without arithmetic to speak of, of a real search, and of one that is to show its slope."""
+    """Numbers of trials.
+
+    ``few``: in a search with almost no arithmetic; ``real``: in a real search; ``many``: in a
+    search that shows whether the overhead grows.
+    """
 
     few: int = 200
     real: int = 32
@@ -42,16 +46,20 @@ def lines(setting: Setting, only: str = "") -> list[Line]:
 
 
 def short_search(trials: int, scheduler: str = "asha") -> Ran:
-    """Trials of at most two steps of a toy model, with a report after each."""
+    """Run trials of at most two steps of a toy model, with a report after each step."""
     with TemporaryDirectory(prefix="bench-") as folder:
         job = jobs.random_model(Path(folder))
         job |= {
             "search": {
-                "space": {"num_virtual_tokens": [2, 3], "learning_rate": {"loguniform": [0.01, 0.3]}},
-                "trials": trials, "scheduler": scheduler,
+                "space": {
+                    "num_virtual_tokens": [2, 3],
+                    "learning_rate": {"loguniform": [0.01, 0.3]},
+                },
+                "trials": trials,
+                "scheduler": scheduler,
             },
             "train": {"steps": 2, "batch_size": 4, "evaluate_every": 1},
-        }  # fmt: skip
+        }
         return processes.run_in(folder, "our_search", {"job": job})
 
 
@@ -65,11 +73,15 @@ def share_lines(setting: Setting) -> list[Line]:
         job = jobs.trec6(Path(folder))
         job |= {
             "search": {
-                "space": {"num_virtual_tokens": [10, 20], "learning_rate": {"loguniform": [0.01, 0.3]}},
-                "trials": setting.real, "scheduler": "fifo",
+                "space": {
+                    "num_virtual_tokens": [10, 20],
+                    "learning_rate": {"loguniform": [0.01, 0.3]},
+                },
+                "trials": setting.real,
+                "scheduler": "fifo",
             },
             "train": {"steps": setting.real_steps, "batch_size": 16, "evaluate_every": 50},
-        }  # fmt: skip
+        }
         ran = processes.run_in(folder, "our_search", {"job": job})
     return [
         overhead_line(
@@ -79,7 +91,11 @@ def share_lines(setting: Setting) -> list[Line]:
 
 
 def overhead_line(name: str, ran: Ran, trials: int) -> Line:
-    """``running``: between the worker's first round and the last report; ``whole``: of the program."""
+    """Return the overhead of a search.
+
+    It is given between the worker's first round and the last report, and also for the whole
+    program, start and end included.
+    """
     work = [
         one for worker in ran.found["work"].values() for one in worker if one["kind"] in ARITHMETIC
     ]
@@ -88,12 +104,14 @@ def overhead_line(name: str, ran: Ran, trials: int) -> Line:
     arithmetic = spent(work)
     running = last - first - spent([one for one in work if first <= one["from"] < last])
     shown: dict[str, float | str] = {
-        "seconds": ran.seconds, "arithmetic, s": arithmetic,
-        "overhead a trial, s": running / trials, "with start and end": (ran.seconds - arithmetic) / trials,
+        "seconds": ran.seconds,
+        "arithmetic, s": arithmetic,
+        "overhead a trial, s": running / trials,
+        "with start and end": (ran.seconds - arithmetic) / trials,
         "overhead, %": 100 * running / (last - first),
         "with start and end, %": 100 * (ran.seconds - arithmetic) / ran.seconds,
         "load": ran.load,
-    }  # fmt: skip
+    }
     return Line(name, shown, {"document": ran.found["document"]["seconds"], "peak": ran.peak})
 
 
@@ -110,7 +128,10 @@ def slope_lines(setting: Setting) -> list[Line]:
 
 
 def quarters(ran: Ran) -> list[Line]:
-    """The reports in four parts: how fast they came, and what the driver held at the end of each."""
+    """Return a line for each quarter of the reports.
+
+    It has the rate of the reports and the memory that the driver held at the end.
+    """
     reports = ran.found["reports"]
     work = [
         one for worker in ran.found["work"].values() for one in worker if one["kind"] in ARITHMETIC

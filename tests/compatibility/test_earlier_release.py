@@ -1,9 +1,9 @@
-"""What commit b67b99a wrote is still read: a registered version and an interrupted search.
+"""A registered version and an interrupted search of commit b67b99a can still be read.
 
-``data/earlier_release.tar.gz`` holds a working directory of that commit (a tiny random model, 80
-rows, ``mlflow.db``, one finished and one interrupted search) and ``expected.json``: the answers of
-the registered version, and how that commit itself went on with the search. Manifests name the
-model by an absolute path, so the archive is always unpacked at the same place.
+``data/earlier_release.tar.gz`` holds a working directory of that commit: a tiny random model, 80
+rows, ``mlflow.db``, and one finished and one interrupted search. Its ``expected.json`` has the
+answers of the registered version, and the result of the search as that commit itself resumed it.
+Manifests name the model by an absolute path, so the archive is always unpacked at the same place.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FOLDER = Path("/tmp/orchestrator-earlier-release")
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """The working directory of the earlier release, as it left it."""
+    """Unpack the working directory of the earlier release."""
     with FileLock(f"{FOLDER}.lock"):
         shutil.rmtree(FOLDER, ignore_errors=True)
         FOLDER.mkdir()
@@ -54,7 +54,7 @@ def expected(folder: Path) -> dict[str, Any]:
 
 
 def test_a_version_of_an_earlier_release_answers_as_before(folder: Path) -> None:
-    """The registered version loads, and gives the labels and probabilities that it gave then."""
+    """The registered version loads and gives its former labels and probabilities."""
     prompt = next(folder.glob("mlruns/finished/models/*/artifacts/artifacts/prompt"))
     known = expected(folder)["answers"]
     answers = OfflineModel.from_artifact(prompt).classify([{"text": row["text"]} for row in known])
@@ -73,7 +73,7 @@ def test_a_version_of_an_earlier_release_passes_the_gate(folder: Path) -> None:
 
 
 def test_pyfunc_of_an_earlier_release_still_answers(folder: Path) -> None:
-    """The copy of the pyfunc file that the version carries imports what it needs."""
+    """The version's own copy of the pyfunc file still finds the modules that it imports."""
     code = (
         "import mlflow, json\n"
         "mlflow.set_tracking_uri('sqlite:///mlflow.db')\n"
@@ -96,7 +96,7 @@ def test_pyfunc_of_an_earlier_release_still_answers(folder: Path) -> None:
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_a_search_of_an_earlier_release_goes_on(folder: Path) -> None:
-    """``resume`` ends it as the release that began it would have."""
+    """``resume`` gives the same result as the release that began the search."""
     resumed = run(folder, "resume", "latest", "--json", "--quiet")
     assert resumed.returncode == 0, resumed.stderr
     document, known = json.loads(resumed.stdout), expected(folder)["resumed"]

@@ -1,4 +1,4 @@
-"""Batch plans: every row is met, nothing is met twice, little is padded."""
+"""Batch plans: every row is used exactly once, with little padding."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ def cost(groups: list[list[int]], of: list[int], overhead: int) -> int:
 def test_groups_are_a_partition_within_the_limit(
     of: list[int], overhead: int, limit: int | None
 ) -> None:
-    """Each row is in one group; a group of several rows pads to at most the limit; groups go from short to long."""
+    """Each row is in one group, and groups go from short rows to long ones.
+
+    A group of several rows pads to at most the limit.
+    """
     groups = length_groups(of, overhead, limit)
     assert sorted(itertools.chain(*groups)) == list(range(len(of)))
     for group in groups:
@@ -36,7 +39,10 @@ def test_groups_are_a_partition_within_the_limit(
 def test_limits_are_those_of_one_worker(
     of: list[int], limit: int | None, rows: int | None, ways: int
 ) -> None:
-    """A group that is dealt out holds that many times more; no worker's share of it is beyond the limits."""
+    """No worker's share of a group exceeds the limits.
+
+    A group that is dealt out to ``ways`` workers may hold ``ways`` times as much.
+    """
     groups = length_groups(of, 32, limit, rows, ways)
     assert sorted(itertools.chain(*groups)) == list(range(len(of)))
     for group in groups:
@@ -51,7 +57,7 @@ def test_limits_are_those_of_one_worker(
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=7), st.integers(0, 30))
 @settings(deadline=None)
 def test_groups_cost_least(of: list[int], overhead: int) -> None:
-    """No way to cut the sorted rows is cheaper, by trying all."""
+    """No other way to cut the sorted rows is cheaper; the test tries all of them."""
     order = sorted(range(len(of)), key=lambda row: of[row])
     options = []
     for cuts in itertools.product([False, True], repeat=len(of) - 1):
@@ -63,7 +69,10 @@ def test_groups_cost_least(of: list[int], overhead: int) -> None:
 
 
 def test_many_lengths_are_still_grouped_quickly_and_well() -> None:
-    """With a thousand different lengths the cuts are thinned, and padding stays within a twentieth of all tokens."""
+    """A thousand different lengths pad less than 5 % of all tokens.
+
+    For so many lengths only some of the possible cuts are considered.
+    """
     of = list(range(1, 1001))
     groups = length_groups(of, 32)
     assert sorted(itertools.chain(*groups)) == list(range(1000))
@@ -71,7 +80,7 @@ def test_many_lengths_are_still_grouped_quickly_and_well() -> None:
 
 
 def test_overhead_decides_how_many_groups() -> None:
-    """Free forwards mean no padding at all; very dear ones mean a single forward."""
+    """Free forwards mean no padding at all; very costly ones mean a single forward."""
     of = [3, 9, 3, 50, 9]
     assert length_groups(of, 0) == [[0, 2], [1, 4], [3]]
     assert len(length_groups(of, 10_000)) == 1
@@ -79,7 +88,7 @@ def test_overhead_decides_how_many_groups() -> None:
 
 @given(st.integers(1, 30), st.integers(1, 45), st.integers(0, 2**32 - 1), st.integers(0, 4))
 def test_each_row_once_an_epoch(rows: int, batch: int, seed: int, epoch: int) -> None:
-    """Read one after another, the batches go through all rows before any comes again, in every epoch."""
+    """Batches in sequence use each row once an epoch, in every epoch."""
     end = (epoch + 1) * rows
     stream = [row for step in range(-(-end // batch)) for row in step_rows(rows, batch, seed, step)]
     assert sorted(stream[epoch * rows : end]) == list(range(rows))
@@ -89,7 +98,10 @@ def test_each_row_once_an_epoch(rows: int, batch: int, seed: int, epoch: int) ->
 def test_batches_are_a_function_of_their_arguments(
     rows: int, batch: int, seed: int, step: int
 ) -> None:
-    """The step alone is the data position: the same step gives the same rows, whatever was asked before."""
+    """The same step gives the same rows, whichever steps were computed before.
+
+    The step alone is the position in the data.
+    """
     first = step_rows(rows, batch, seed, step)
     step_rows(rows, batch, seed + 1, step + 3)
     assert step_rows(rows, batch, seed, step) == first and len(first) == batch
@@ -103,7 +115,7 @@ def test_epochs_and_seeds_differ() -> None:
 
 @pytest.mark.parametrize("batch", [7, 20])
 def test_a_batch_larger_than_the_data_repeats_rows(batch: int) -> None:
-    """It holds every row as often as any other, give or take one."""
+    """The number of times a row occurs in the batch differs by at most one between rows."""
     rows = step_rows(3, batch, 0, 0)
     counts = [rows.count(row) for row in range(3)]
     assert sum(counts) == batch and max(counts) - min(counts) <= 1

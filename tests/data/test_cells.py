@@ -1,4 +1,4 @@
-"""Cells as text, whatever library they come from."""
+"""Conversion of cells to text, whatever library the cells come from."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ json_values = st.recursive(
 
 @given(json_values)
 def test_a_json_value_is_its_json_text_and_a_text_is_itself(value: Any) -> None:
-    """Reading the text back gives the value, so that nothing is lost or made up."""
+    """Parsing the text gives the value back, so nothing is lost or invented."""
     text = cell_text(value)
     if isinstance(value, str):
         assert text == value
@@ -43,7 +43,7 @@ def test_a_json_value_is_its_json_text_and_a_text_is_itself(value: Any) -> None:
 @given(st.lists(numbers | st.text(max_size=5) | st.booleans(), max_size=4))
 @example([1, 0.5, True])
 def test_numpy_arrow_and_pandas_give_the_text_of_what_they_hold(values: list[Any]) -> None:
-    """A value is the same text alone, in an array, in a data frame and in an Arrow table."""
+    """A value has the same text alone, in an array, in a data frame and in an Arrow table."""
     expected = [cell_text(value) for value in values]
     assert [cell_text(value) for value in np.array(values, dtype=object)] == expected
     frame = pd.DataFrame({"cell": pd.Series(values, dtype=object)})
@@ -86,19 +86,20 @@ def test_what_cells_become(cell: Any, text: str) -> None:
 @pytest.mark.parametrize(
     "cell",
     [
-        float("inf"), -np.inf, [float("nan")], {"a": float("inf")}, [pd.NaT], [pd.NA], [np.datetime64("NaT")],
-        b"bytes", bytearray(b"x"), {1, 2}, object(), 3j, {1: "key"}, datetime.timedelta(1), np.timedelta64(1, "s"),
-        decimal.Decimal("Infinity"), "half \ud800", ["half \udfff"],
+        float("inf"), -np.inf, [float("nan")], {"a": float("inf")}, [pd.NaT], [pd.NA],
+        [np.datetime64("NaT")], b"bytes", bytearray(b"x"), {1, 2}, object(), 3j, {1: "key"},
+        datetime.timedelta(1), np.timedelta64(1, "s"), decimal.Decimal("Infinity"),
+        "half \ud800", ["half \udfff"],
     ],
 )  # fmt: skip
 def test_what_has_no_text_is_refused(cell: Any) -> None:
-    """No JSON holds it, so that no client could send it."""
+    """JSON can't represent these values, so no client could send them."""
     with pytest.raises(BadInput, match="a cell holds"):
         cell_text(cell)
 
 
 def test_lists_within_lists_have_an_end() -> None:
-    """A value nested too deeply is refused rather than ending the program."""
+    """A value nested too deeply is refused instead of ending the program."""
     deep: list[Any] = []
     for _ in range(5000):
         deep = [deep]
@@ -120,7 +121,7 @@ def test_lists_within_lists_have_an_end() -> None:
     ],
 )
 def test_missing_cells(cell: Any) -> None:
-    """All of them are missing, and their text is empty."""
+    """Each of these values counts as missing, and its text is empty."""
     assert is_missing(cell) and cell_text(cell) == ""
 
 
@@ -128,7 +129,7 @@ def test_missing_cells(cell: Any) -> None:
     "cell", ["", "nan", "None", "NA", "null", 0, False, [], {}, 0.0, np.int64(0)]
 )
 def test_cells_that_are_not_missing(cell: Any) -> None:
-    """A word for nothing is a word; zero, false and an empty list are values."""
+    """The words "nan" and "null" are texts; zero, false and an empty list are values."""
     assert not is_missing(cell)
 
 
@@ -143,7 +144,7 @@ def test_blank_texts() -> None:
 
 
 def test_early_prompts_keep_their_conversion() -> None:
-    """Versions that were tuned with Python's texts go on with them."""
+    """Versions tuned with Python's ``str`` of a cell keep that conversion."""
     assert [early_cell_text(cell) for cell in (None, True, 1.5, ["a"])] == [
         "",
         "True",

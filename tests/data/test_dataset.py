@@ -1,4 +1,4 @@
-"""Rows from files, the hub and the quickstart; what is wrong with them is said before anything is trained."""
+"""Rows from files, the hub and the quickstart, and the errors reported before training starts."""
 
 from __future__ import annotations
 
@@ -56,13 +56,16 @@ def as_texts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "parquet"])
 def test_every_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
-    """Values are the same from each kind of file, Unicode, quotes and tabs included; in CSV and TSV all are texts."""
+    """Values are the same from each format, Unicode, quotes and tabs included.
+
+    In CSV and TSV all values are texts.
+    """
     expected = as_texts(ROWS) if suffix in ("csv", "tsv") else ROWS
     assert read_file(write(tmp_path / f"train.{suffix}", ROWS), "data.path.train") == expected
 
 
 def test_given_splits_are_kept_and_cut_to_the_used_columns(tmp_path: Path) -> None:
-    """Files of different formats make one set of rows; columns that nothing uses are dropped."""
+    """Files of different formats can be combined; unused columns are dropped."""
     rows = [{**row, "unused": 1} for row in ROWS]
     path = files(
         train=write(tmp_path / "a.jsonl", rows[:9]),
@@ -75,7 +78,7 @@ def test_given_splits_are_kept_and_cut_to_the_used_columns(tmp_path: Path) -> No
 
 
 def test_the_fingerprint_is_of_the_rows_as_used(tmp_path: Path) -> None:
-    """The same rows from another format have the same fingerprint; a changed value or another order has not."""
+    """The fingerprint depends on the values and order of the rows, not on the file format."""
 
     def fingerprint(name: str, rows: list[dict[str, Any]]) -> str:
         path = write(tmp_path / name, rows)
@@ -93,7 +96,10 @@ def test_the_fingerprint_is_of_the_rows_as_used(tmp_path: Path) -> None:
 
 
 def test_missing_splits_are_set_aside(tmp_path: Path) -> None:
-    """Without validation and test files a part of train becomes each, and together they are the rows given."""
+    """Without validation and test files, each is a part of train.
+
+    Together the three splits are the rows given.
+    """
     path = write(tmp_path / "train.jsonl", ROWS)
     found = load_rows(data(files(train=path), validation_fraction=0.2, test_fraction=0.1))
     assert found.counts == {"train": 14, "validation": 4, "test": 2}
@@ -113,7 +119,10 @@ def test_missing_splits_are_set_aside(tmp_path: Path) -> None:
 def test_rows_with_the_same_input_stay_together(
     inputs: list[int], fraction: float, seed: int
 ) -> None:
-    """No input is on both sides, no row is lost, order stays, and with two inputs neither side is empty."""
+    """No input is on both sides, no row is lost, and the order stays.
+
+    With two or more different inputs neither side is empty.
+    """
     rows = [{"text": str(text), "label": number} for number, text in enumerate(inputs)]
     kept, aside = set_aside(rows, fraction, data("x", split_seed=seed))
     assert not {row["text"] for row in kept} & {row["text"] for row in aside}
@@ -127,7 +136,10 @@ def test_rows_with_the_same_input_stay_together(
 
 
 def test_limits_keep_a_seeded_choice_in_order(tmp_path: Path) -> None:
-    """A limit keeps so many rows, the same ones every time, in the order of the file; a large one keeps all."""
+    """A limit keeps the same rows every time, in the order of the file.
+
+    A limit larger than the split keeps all of its rows.
+    """
     path = write(tmp_path / "a.jsonl", ROWS)
     limits = {"train": 5, "validation": 100}
     found = load_rows(data(files(train=path, validation=path, test=path), limit=limits))
@@ -138,7 +150,7 @@ def test_limits_keep_a_seeded_choice_in_order(tmp_path: Path) -> None:
 
 
 def test_columns_can_be_renamed(tmp_path: Path) -> None:
-    """A renamed column is found under its new name; renaming what is not there does nothing."""
+    """A renamed column is found under its new name; renaming an absent column does nothing."""
     path = write(
         tmp_path / "a.jsonl", [{"sentence": row["text"], "y": row["label"]} for row in ROWS]
     )
@@ -152,7 +164,7 @@ def refused(spec: DataSpec, message: str) -> None:
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
-    """The key, the file and the folder it was looked for in are named."""
+    """The message names the key, the file and the folder that was searched."""
     refused(
         data(files(train=tmp_path / "no.jsonl")),
         r"data\.path\.train: the file .*no\.jsonl does not exist \(looked in",
@@ -161,7 +173,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 
 def test_an_unknown_suffix(tmp_path: Path) -> None:
-    """The known ones are listed."""
+    """The message lists the known suffixes."""
     (tmp_path / "a.xlsx").write_text("x")
     refused(
         data(files(train=tmp_path / "a.xlsx")),
@@ -171,7 +183,7 @@ def test_an_unknown_suffix(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["empty.jsonl", "empty.csv", "empty.parquet", "header.csv"])
 def test_an_empty_file(tmp_path: Path, name: str) -> None:
-    """No rows is said as such, for a train file as for a test file, whatever the format."""
+    """The message says that a split is empty, for train as for test, whatever the format."""
     file, full = tmp_path / name, write(tmp_path / "full.jsonl", ROWS)
     file.write_text("text,label\n" if name.startswith("header") else "")
     refused(data(files(train=file)), "the train split is empty")
@@ -182,7 +194,7 @@ def test_an_empty_file(tmp_path: Path, name: str) -> None:
     ("name", "text"), [("a.jsonl", '{"text": "a"\n{'), ("a.parquet", "PAR1 no"), ("a.json", "[[[")]
 )
 def test_a_damaged_file(tmp_path: Path, name: str, text: str) -> None:
-    """A file that its format's reader can't read is named with the line, if it has lines, and the reader's reason."""
+    """The message has the file, the reader's reason, and the line if the format has lines."""
     (tmp_path / name).write_text(text)
     refused(
         data(files(train=tmp_path / name)),
@@ -191,18 +203,19 @@ def test_a_damaged_file(tmp_path: Path, name: str, text: str) -> None:
 
 
 def test_a_missing_column(tmp_path: Path) -> None:
-    """The key that names it, the row, its line and the row's columns are in the message."""
+    """The message has the key that names the column, the row, its line and its columns."""
     path = files(train=write(tmp_path / "a.jsonl", [{"sentence": "a", "label": 0}] * 3))
     refused(
         data(path),
-        r"data\.template names column 'text', which .*a\.jsonl:1 \(row 1\) lacks; it has \['label', 'sentence'\]",
+        r"data\.template names column 'text', which .*a\.jsonl:1 \(row 1\) lacks; "
+        r"it has \['label', 'sentence'\]",
     )
     refused(data(path, template="{sentence}", target="y"), r"data\.target names column 'y'")
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
 def test_a_row_without_a_target(tmp_path: Path, suffix: str) -> None:
-    """An empty target is refused with its row, whatever the format."""
+    """An empty target is refused and its row is named, whatever the format."""
     rows = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}, {"text": "c", "label": None}]
     path = write(tmp_path / f"a.{suffix}", rows)
     refused(data(files(train=path)), r"row 3\b.* has no value in the target column 'label'")
@@ -210,7 +223,10 @@ def test_a_row_without_a_target(tmp_path: Path, suffix: str) -> None:
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_references_are_lists_of_texts_or_nothing(tmp_path: Path, suffix: str) -> None:
-    """The column is kept as it is, with None and empty lists, and the fingerprint depends on it."""
+    """The column is kept unchanged, None and empty lists included.
+
+    The fingerprint depends on the column.
+    """
     lists = [["a", "b"], [], None, ["ä"]]
     rows = [{"text": f"row {n}", "label": "x", "right": lists[n % 4]} for n in range(8)]
     path = write(tmp_path / f"a.{suffix}", rows)
@@ -223,12 +239,13 @@ def test_references_are_lists_of_texts_or_nothing(tmp_path: Path, suffix: str) -
 
 @pytest.mark.parametrize(("cell", "shown"), [("a", "'a'"), ([1], r"'\[1\]'"), ({"a": "b"}, r"\{")])
 def test_references_that_are_no_list_of_texts(tmp_path: Path, cell: Any, shown: str) -> None:
-    """The row, the value and the key are named; so is a column that is not there."""
+    """The message has the row, the value and the key; an absent column is reported too."""
     path = write(tmp_path / "a.jsonl", [{"text": "a", "label": "x", "right": cell}] * 4)
     spec = data(files(train=path, validation=path, test=path), references="right")
     refused(
         spec,
-        rf"a\.jsonl:1 \(row 1\) has .*{shown}.* in column 'right', which data\.references names; a list of texts",
+        rf"a\.jsonl:1 \(row 1\) has .*{shown}.* in column 'right', "
+        rf"which data\.references names; a list of texts",
     )
     refused(
         spec.model_copy(update={"references": "rihgt"}),
@@ -237,7 +254,10 @@ def test_references_that_are_no_list_of_texts(tmp_path: Path, cell: Any, shown: 
 
 
 def test_only_the_rows_that_are_asked_for(tmp_path: Path) -> None:
-    """``where`` keeps rows by columns that nothing else uses; a split without any is set aside from train."""
+    """``where`` selects rows by columns that nothing else uses.
+
+    A split without any such row is set aside from train.
+    """
     rows = [{**row, "kind": "ab"[number % 2], "label": number} for number, row in enumerate(ROWS)]
     path = files(
         train=write(tmp_path / "a.jsonl", rows[:12]),
@@ -254,16 +274,21 @@ def test_only_the_rows_that_are_asked_for(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("where", "message"),
-    [({"knid": "a"}, r"data\.where names column 'knid', which no row has; rows have \['label', 'text'\]"),
-     ({"text": "nowhere"}, r"no row is as data\.where asks: \{'text': 'nowhere'\}")],
-)  # fmt: skip
+    [
+        (
+            {"knid": "a"},
+            r"data\.where names column 'knid', which no row has; rows have \['label', 'text'\]",
+        ),
+        ({"text": "nowhere"}, r"no row is as data\.where asks: \{'text': 'nowhere'\}"),
+    ],
+)
 def test_rows_that_nobody_has(tmp_path: Path, where: dict[str, str], message: str) -> None:
-    """A misspelt column and a value that no row has are told apart."""
+    """A misspelt column and a value that no row has get different messages."""
     refused(data(files(train=write(tmp_path / "a.jsonl", ROWS)), where=where), message)
 
 
 def test_built_in_data(tmp_path: Path) -> None:
-    """The ladder's tasks load by name, and a wrong name lists them."""
+    """The built-in tasks load by name, and the error for a wrong name lists them."""
     found = load_rows(data("builtin:reviews-topic"))
     assert {row["label"] for row in found.test} == {"food", "hotel", "film", "book"}
     assert len(load_rows(data("builtin:reviews-topic", where={"source": "film"})).test) in range(
@@ -276,14 +301,17 @@ def test_built_in_data(tmp_path: Path) -> None:
 
 
 def test_a_path_where_files_are_named_by_split(tmp_path: Path) -> None:
-    """A path given as data.path is told apart from a hub name, with the way to write it."""
+    """A path in data.path is not taken for a hub name; the message shows how to write it."""
     file = write(tmp_path / "a.jsonl", ROWS)
     refused(data(str(file)), r"is a path; files are named by split(.|\n)*--set data\.path\.train=")
     refused(data("./nowhere/a.jsonl"), "is a path")
 
 
 def test_a_hub_name_without_a_network() -> None:
-    """Offline a hub data set is unreachable, with the ways out, and no traceback of the library's."""
+    """Offline, a hub data set raises Unreachable with the next steps.
+
+    The library's traceback is not shown.
+    """
     code = """
 import orchestrator
 from orchestrator.data.dataset import load_rows
@@ -303,7 +331,7 @@ except Unreachable as error:
 
 
 class FakeSplit(list[dict[str, Any]]):
-    """Rows of a hub data set with the features of its columns."""
+    """Rows of a hub data set that also have the features of its columns."""
 
     @property
     def features(self) -> dict[str, Any]:
@@ -317,7 +345,10 @@ class FakeSplit(list[dict[str, Any]]):
 def test_class_numbers_of_the_hub_become_names_where_the_verbalizer_has_names(
     monkeypatch: pytest.MonkeyPatch, verbalizer: dict[Any, str] | None, label: Any
 ) -> None:
-    """A verbalizer by name meets names, one by number meets numbers; splits of other names are left out."""
+    """A verbalizer keyed by name gets names, one keyed by number gets numbers.
+
+    Splits with other names than train, validation and test are left out.
+    """
     import datasets
 
     loaded = {
@@ -331,7 +362,7 @@ def test_class_numbers_of_the_hub_become_names_where_the_verbalizer_has_names(
 
 
 def test_no_train_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hub data set without train says which splits it has that could serve."""
+    """The error for a hub data set without train names the usable splits that it has."""
     import datasets
 
     loaded = {split: FakeSplit([{"text": "a", "label": 1}]) for split in ("test", "unsupervised")}

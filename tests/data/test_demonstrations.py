@@ -1,4 +1,4 @@
-"""Rows with their answers in front of an input."""
+"""Demonstrations: rows with their answers in front of an input."""
 
 from __future__ import annotations
 
@@ -32,13 +32,16 @@ def encoder(
 def test_the_answer_stands_where_the_model_gives_it(
     template: str, verbalizer: Verbalizer | None, expected: str
 ) -> None:
-    """Behind the input or at the blank, in the verbalizer's words or as the column has it."""
+    """The answer is behind the input or at the blank.
+
+    It is the verbalizer's text, or the column's value without a verbalizer.
+    """
     assert written_out(encoder(template, verbalizer), ROWS[4], "label") == expected
 
 
 @pytest.mark.parametrize(("count", "each"), [(3, [1, 1, 1]), (4, [1, 1, 2]), (8, [2, 3, 3])])
 def test_labels_are_shown_equally_often(count: int, each: list[int]) -> None:
-    """Whatever their order in the data; the same seed chooses the same rows, and another seed others."""
+    """Labels are balanced in any order of the data, and the seed decides which rows are chosen."""
     rows = sorted(ROWS, key=lambda row: row["label"])
     found = chosen(encoder(), rows, "label", count, seed=1)
     assert sorted(Counter(row["label"] for row in found).values()) == each
@@ -47,7 +50,7 @@ def test_labels_are_shown_equally_often(count: int, each: list[int]) -> None:
 
 
 def test_rows_that_would_be_cut_are_not_shown() -> None:
-    """A demonstration is whole."""
+    """A demonstration is never cut: rows too long for the limit are not chosen."""
     long = [{"text": "the quick brown fox " * 20, "label": 0}]
     found = chosen(encoder(most=20), [*long * 50, *ROWS], "label", 6, seed=0)
     assert all(len(row["text"]) < 10 for row in found) and len(found) == 6
@@ -55,7 +58,7 @@ def test_rows_that_would_be_cut_are_not_shown() -> None:
 
 
 def test_there_are_as_many_as_have_room() -> None:
-    """Each followed by an empty line; none where not even one has room."""
+    """As many demonstrations as fit are shown, each followed by an empty line, or none."""
     text, number = demonstrations(
         encoder(), ROWS, "label", 4, 0, lambda text: text.count("spam?") <= 2
     )

@@ -1,4 +1,4 @@
-"""Prompt design: demonstrations at random or near the input, as many as fit, under any wording."""
+"""Prompt design: demonstrations at random or near the input, as many as fit, in any wording."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def designs(context: int = 200) -> Designs:
 
 
 def texts(design: Design, context: int = 200) -> list[str]:
-    """What a model would read of each asked row."""
+    """Return the text that a model would read for each asked row."""
     return [
         tiny_tokenizer().decode(ids)
         for ids in designs(context).encoded(design, "validation").inputs
@@ -42,7 +42,7 @@ def texts(design: Design, context: int = 200) -> list[str]:
 
 
 def test_without_demonstrations_the_row_stands_alone() -> None:
-    """Zero-shot, in the data's words or in others."""
+    """Zero-shot inputs use the data's template or another wording."""
     assert texts(Design()) == ["a lazy dog is", "is this movie terrible? is"]
     assert texts(Design("Judge: {text} A:")) == [
         "Judge: a lazy dog A:",
@@ -51,7 +51,7 @@ def test_without_demonstrations_the_row_stands_alone() -> None:
 
 
 def test_random_demonstrations_are_the_same_for_all_rows_and_follow_from_the_seed() -> None:
-    """Each label as often as any other, every one with its answer."""
+    """Each label is shown equally often, and each demonstration has its answer."""
     first, second = texts(Design(shots=2))
     shown = first.removesuffix("a lazy dog is")
     assert (
@@ -65,7 +65,7 @@ def test_random_demonstrations_are_the_same_for_all_rows_and_follow_from_the_see
 
 
 def test_nearest_demonstrations_share_the_rows_words() -> None:
-    """The nearest stands right in front of the row; which one it is depends on the row."""
+    """The nearest demonstration is right in front of the row, and depends on the row."""
     first, second = texts(Design(shots=1, demonstrations="nearest"))
     assert first == "the lazy dog jumps over the place is bad\n\na lazy dog is"
     assert second == "a terrible movie is bad\n\nis this movie terrible? is"
@@ -77,7 +77,10 @@ def test_nearest_demonstrations_share_the_rows_words() -> None:
 
 
 def test_demonstrations_end_where_the_context_does() -> None:
-    """Fewer than asked for, never a cut one, and how many there were is told; none at all is told beforehand."""
+    """Fewer demonstrations than asked for are shown where the context is short.
+
+    None is cut, and the number shown is reported. ``fits`` says beforehand whether any fits.
+    """
     for way in ("random", "nearest"):
         design = Design(shots=4, demonstrations=way)
         few = designs(60)
@@ -92,7 +95,10 @@ def test_demonstrations_end_where_the_context_does() -> None:
 
 
 def test_a_designs_text_is_what_is_stored() -> None:
-    """Bytes of wording and demonstrations; nearest ones need all training rows at hand."""
+    """The stored bytes are the wording and the demonstrations.
+
+    Nearest demonstrations need all training rows to be stored.
+    """
     bare, random, nearest = (
         designs().stored_bytes(design)
         for design in (Design(), Design(shots=2), Design(shots=2, demonstrations="nearest"))

@@ -1,4 +1,4 @@
-"""Rows to token ids: within their limits, with the template whole, and never an end token in the input."""
+"""Rows to token ids: within their limits, template whole, no end token in the input."""
 
 from __future__ import annotations
 
@@ -48,8 +48,10 @@ def decoded(ids: list[int]) -> str:
 def test_inputs_fit_and_keep_the_template(
     head: str, middle: str, tail: str, one: Any, two: Any, limit: int, before: str
 ) -> None:
-    """An input never exceeds its limit and keeps all of the template, from head to tail; a template that is longer
-    than the limit is refused as soon as a row has to be cut."""
+    """An input never exceeds its limit and keeps all of the template, from head to tail.
+
+    A template longer than the limit is refused as soon as a row has to be cut.
+    """
     plain = [text.replace("{", "{{").replace("}", "}}") for text in (head, middle, tail)]
     made = encoder(f"{plain[0]}{{one}}{plain[1]}{{two}}{plain[2]}", limit)
     row = {"one": one, "two": two, "unused": "x" * 99}
@@ -78,7 +80,10 @@ def test_inputs_fit_and_keep_the_template(
 @pytest.mark.parametrize("name", TOKENIZERS)
 @pytest.mark.parametrize("limit", [9, 12, 20])
 def test_the_longest_column_is_cut_at_its_end(name: str, limit: int) -> None:
-    """A long column loses its end; a short one beside it and the template stay; no more than needed is lost."""
+    """A long column loses its end, and no more of it than needed.
+
+    A short column beside it and the template stay whole.
+    """
     tokenizer = TOKENIZERS[name]()
     made = encoder("{a}: {b} ?", limit, tokenizer=tokenizer)
     row = {"a": "the quick brown fox jumps over the lazy dog and is great", "b": "x"}
@@ -87,25 +92,30 @@ def test_the_longest_column_is_cut_at_its_end(name: str, limit: int) -> None:
     kept = text.removesuffix(": x ?")
     assert row["a"].startswith(kept) and text.endswith(": x ?")
     assert limit - 2 <= len(ids) <= limit
-    assert (
-        row["a"] == "the quick brown fox jumps over the lazy dog and is great"
-    )  # the caller's row is left alone
+    # The caller's row is unchanged.
+    assert row["a"] == "the quick brown fox jumps over the lazy dog and is great"
 
 
 @pytest.mark.parametrize("cell", ["words", None, ""])
 def test_a_template_longer_than_the_limit_is_refused(cell: str | None) -> None:
-    """No row's own text would be left: the message has the template's length and the limit."""
+    """No text of the row would be left; the message has the template's length and the limit."""
     made = encoder("a template that is long enough {text}", 5)
     count = len(tiny_tokenizer()("a template that is long enough ")["input_ids"])
-    wanted = rf"the template alone takes {count} tokens, and max_input_tokens is 5(.|\n)*well above {count}"
+    wanted = (
+        rf"the template alone takes {count} tokens, and max_input_tokens is 5(.|\n)*"
+        rf"well above {count}"
+    )
     with pytest.raises(BadInput, match=wanted):
         made.encode_input({"text": cell})
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_a_template_needs_room_for_a_text(name: str) -> None:
-    """A template as long as the limit is refused, one token less is not; tokens that the tokenizer puts in front
-    count, and a template of a column alone has none of its own."""
+    """A template as long as the limit is refused; one token less is allowed.
+
+    Tokens that the tokenizer puts in front count. A template that is only a column has no tokens of
+    its own.
+    """
     tokenizer = TOKENIZERS[name]()
     count = len(tokenizer("is this message spam?")["input_ids"])
     encoder("{text}is this message spam?", count + 1, tokenizer=tokenizer).check_template()
@@ -115,13 +125,16 @@ def test_a_template_needs_room_for_a_text(name: str) -> None:
 
 
 def test_an_empty_input_still_has_a_token() -> None:
-    """The model starts from the end token where a row's input is empty."""
+    """The input is the end token where a row's text is empty."""
     assert encoder("{text}").encode_input({"text": ""}) == [tiny_tokenizer().eos_token_id]
     assert encoder("{text}").encode_input({"text": None}) == [tiny_tokenizer().eos_token_id]
 
 
 def test_special_tokens_in_front_stay_and_an_end_token_goes() -> None:
-    """Inputs begin as the tokenizer has it, and a tokenizer that closes every text does not close an input."""
+    """Inputs keep the tokenizer's special tokens in front.
+
+    The end token of a tokenizer that closes every text is removed from inputs.
+    """
     spaced = spaced_tokenizer()
     start = spaced.convert_tokens_to_ids("<s>")
     assert encoder(tokenizer=spaced).input_ids("the fox")[0] == start
@@ -145,7 +158,7 @@ def test_special_tokens_in_front_stay_and_an_end_token_goes() -> None:
 
 @given(st.text(max_size=6))
 def test_targets_end_in_the_end_token(text: str) -> None:
-    """A generated target is the text's tokens and one end token, also when the text is empty."""
+    """A generated target is the text's tokens and one end token, even for an empty text."""
     made = encoder(targets=64)
     ids, place = made.encode_target({"answer": text}, "answer")
     assert place == -1 and ids[-1] == made.end_id and made.end_id not in ids[:-1]
@@ -153,7 +166,7 @@ def test_targets_end_in_the_end_token(text: str) -> None:
 
 
 def test_a_target_beyond_the_limit_is_refused() -> None:
-    """Targets are never cut: the message has the length, the limit and the text, and what to set."""
+    """Targets are never cut: the message has the length, the limit, the text and the setting."""
     made = encoder(targets=3)
     assert len(made.encode_target({"n": 12}, "n")[0]) == 3  # numbers are written out
     with pytest.raises(
@@ -163,7 +176,10 @@ def test_a_target_beyond_the_limit_is_refused() -> None:
 
 
 def test_labels_become_their_answers() -> None:
-    """With a verbalizer the target is the label's tokens with the end token, and the label its place."""
+    """With a verbalizer the target is the answer's tokens and the end token.
+
+    The label is the index of the answer.
+    """
     made = encoder_for("several tokens")
     split = made.encode([{"text": "a", "label": 1}, {"text": "b", "label": 0}], "label")
     assert split.targets == [[*made.answers[1], made.end_id], [*made.answers[0], made.end_id]]
@@ -174,7 +190,7 @@ def test_labels_become_their_answers() -> None:
 
 
 def test_answers_have_the_tokens_that_they_have_in_a_whole_text() -> None:
-    """Input and answer, tokenised apart, are what the whole text is tokenised to."""
+    """Input and answer tokenised apart give the same tokens as the whole text."""
     made = encoder_for("several tokens")
     for row in text_rows(10, 0):
         whole = tiny_tokenizer()(made.template.fill(row) + made.verbalizer.texts[row["label"]])[
@@ -191,13 +207,13 @@ def test_answers_have_the_tokens_that_they_have_in_a_whole_text() -> None:
     ],
 )
 def test_answers_that_can_not_be_told_apart(texts: tuple[str, ...], message: str) -> None:
-    """Answers need tokens, and each its own."""
+    """Each answer needs at least one token, and different tokens from every other answer."""
     with pytest.raises(BadInput, match=message):
         Encoder(tiny_tokenizer(), Template("{text}"), Verbalizer((0, 1), texts), 10, 10)
 
 
 def test_an_instruction_in_front_takes_no_room_from_the_input() -> None:
-    """Behind a written instruction an input keeps as much as it has without."""
+    """An input keeps as much text behind an instruction as without one."""
     row = {"text": "the quick brown fox jumps over the lazy dog, " * 3}
     made = encoder(limit=12)
     alone, behind = made.encode_input(row), made.encode_input(row, "Is this message spam?\n")
@@ -226,7 +242,7 @@ def splits(**labels: list[Any]) -> RowSplits:
 
 
 def test_the_jobs_encoder_covers_all_splits() -> None:
-    """A label that only the test split has needs its text too."""
+    """A label that only the test split has needs a verbalizer text too."""
     made = make_encoder(data(), splits(train=[0], validation=[0], test=[1]), tiny_tokenizer())
     assert made.verbalizer is not None and made.verbalizer.labels == (0, 1)
     with pytest.raises(BadInput, match="does not cover label 2"):
@@ -238,7 +254,7 @@ def test_the_jobs_encoder_covers_all_splits() -> None:
 
 
 def test_prompt_input_and_target_have_to_fit_into_the_context() -> None:
-    """Exactly full is allowed; one token more is refused with both ways out."""
+    """A full context is allowed; one token more is refused, and the message has both remedies."""
     given = {
         "train": Encoded([[1] * 7], [[1] * 3], [0]),
         "test": Encoded([[1] * 9, [1]], [[1] * 2, [1]], [0, 0]),
@@ -251,7 +267,10 @@ def test_prompt_input_and_target_have_to_fit_into_the_context() -> None:
 
 
 def test_generated_texts_have_to_fit_into_the_context() -> None:
-    """The longest input of any split counts, targets do not; exactly full is allowed, one token more is refused."""
+    """The longest input of any split counts; targets do not.
+
+    A full context is allowed, one token more is refused.
+    """
     given = {
         "validation": Encoded([[1] * 7], [[1] * 30], [0]),
         "test": Encoded([[1] * 9, [1]], [[1], [1]], [0, 0]),
@@ -264,7 +283,10 @@ def test_generated_texts_have_to_fit_into_the_context() -> None:
 
 
 def test_references_are_the_target_where_there_are_none() -> None:
-    """The column's texts, stripped; an empty list or nothing gives the target, and so does a job without the column."""
+    """References are the column's texts, stripped.
+
+    An empty list, None or a job without the column gives the target.
+    """
     rows = [
         {"label": " yes ", "right": [" yes", "aye\n"]},
         {"label": " no", "right": []},
@@ -277,7 +299,7 @@ def test_references_are_the_target_where_there_are_none() -> None:
 
 
 def byte_tokenizer(**options: Any) -> ByT5Tokenizer:
-    """A tokenizer in Python, which knows no offsets."""
+    """Return a tokenizer written in Python, which gives no offsets."""
     return ByT5Tokenizer(**options)
 
 
@@ -285,7 +307,7 @@ def byte_tokenizer(**options: Any) -> ByT5Tokenizer:
 @example("é" * 20, 3)
 @settings(deadline=None)
 def test_a_tokenizer_without_offsets_cuts_alike(text: str, limit: int) -> None:
-    """A text keeps as many whole characters as the limit has room for, and the template stays."""
+    """A text keeps as many whole characters as fit into the limit, and the template stays."""
     tokenizer = byte_tokenizer()
     made = Encoder(tokenizer, Template("{text}?"), None, limit + 1, 8)
     kept = next(end for end in range(len(text), -1, -1) if len(text[:end].encode()) <= limit)
@@ -295,8 +317,11 @@ def test_a_tokenizer_without_offsets_cuts_alike(text: str, limit: int) -> None:
 
 @given(st.text("ab é日", min_size=1, max_size=60), st.data())
 def test_bisection_finds_a_cut_within_the_limit(text: str, data: st.DataObject) -> None:
-    """Also where tokens reach over several characters, and part of a word may have other tokens than the word: what is
-    kept has so many tokens at most, and the text is shorter than it was."""
+    """The kept part has at most ``tokens`` tokens and is shorter than the text.
+
+    This holds even where a token covers several characters, or where part of a word has other
+    tokens than the whole word.
+    """
     tokens = data.draw(st.integers(0, len(tiny_tokenizer()(text)["input_ids"]) - 1))
     end = encoder("{text}")._characters_of(text, tokens)
     assert len(tiny_tokenizer()(text[:end])["input_ids"]) <= tokens
@@ -304,7 +329,7 @@ def test_bisection_finds_a_cut_within_the_limit(text: str, data: st.DataObject) 
 
 
 def grown_tokenizer() -> tuple[PreTrainedTokenizerFast, int]:
-    """A tokenizer with a token that was added behind the model's table, and the table's size."""
+    """Return a tokenizer with a token added behind the model's table, and the table's size."""
     tokenizer = train_tokenizer()
     size = len(tokenizer)
     tokenizer.add_tokens(["<url>"])
@@ -312,12 +337,17 @@ def grown_tokenizer() -> tuple[PreTrainedTokenizerFast, int]:
 
 
 def test_a_token_beyond_the_table_is_refused_where_it_occurs() -> None:
-    """The message has token, id and table size; in an input, an answer and a target alike. A tokenizer that merely
-    knows such a token is fine."""
+    """The message has the token, its id and the table's size.
+
+    Inputs, answers and targets are all checked. A tokenizer that merely knows such a token is fine.
+    """
     tokenizer, size = grown_tokenizer()
     made = Encoder(tokenizer, Template("{text}\nspam?"), None, 40, 8, table_size=size)
     assert made.encode_input({"text": "the fox"})
-    wanted = rf"the text 'see <url>\\nspam\?' holds token '<url>', id {size}, and .* table has {size} rows"
+    wanted = (
+        rf"the text 'see <url>\\nspam\?' holds token '<url>', id {size}, "
+        rf"and .* table has {size} rows"
+    )
     with pytest.raises(BadInput, match=wanted) as refused:
         made.encode_input({"text": "see <url>"})
     assert (
@@ -337,7 +367,7 @@ def test_a_token_beyond_the_table_is_refused_where_it_occurs() -> None:
     [("causal", "eos_token"), ("seq2seq", "eos_token"), ("masked", "mask_token")],
 )
 def test_a_special_token_beyond_the_table_is_refused_at_once(family: Any, token: str) -> None:
-    """An end or mask token that stands in every row: before any row is read."""
+    """An end or mask token occurs in every row, so it is checked before any row is read."""
     tokenizer = train_tokenizer()
     size = len(tokenizer)
     tokenizer.add_special_tokens({token: "<added>"})
@@ -346,7 +376,7 @@ def test_a_special_token_beyond_the_table_is_refused_at_once(family: Any, token:
 
 
 def test_a_padding_token_beyond_the_table_does_no_harm() -> None:
-    """Rows are padded with a token of the table: nobody reads it."""
+    """Rows are padded with another token of the table, since padding is never read."""
     tokenizer = train_tokenizer()
     size = len(tokenizer)
     tokenizer.add_special_tokens({"pad_token": "<added>"})

@@ -1,4 +1,4 @@
-"""Encoding for each family: what stands in front and behind, where the answer is, how targets end."""
+"""Encoding for each model family: special tokens, the answer's place and the end of targets."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def decoded(family: Family, ids: list[int]) -> str:
 @every_family
 @given(text=texts)
 def test_any_text_is_whole_between_its_special_tokens(family: Family, text: str) -> None:
-    """Whatever the text, empty or not, it decodes back, with the family's special tokens around it."""
+    """Any text, even an empty one, decodes back between the family's special tokens."""
     ids = encoder(family, "a{text}").encode_input({"text": text})
     front, back = {"causal": ("", ""), "seq2seq": ("", "<end>"), "masked": ("<cls>", "<sep>")}[
         family
@@ -53,7 +53,7 @@ def test_any_text_is_whole_between_its_special_tokens(family: Family, text: str)
 @every_family
 @given(text=texts, tail=st.sampled_from(["", "!", " spam?"]))
 def test_marks_keep_their_place(family: Family, text: str, tail: str) -> None:
-    """Markers are numbered in order and stand between the very tokens that the template has around them."""
+    """Markers are numbered in order and keep their place between the template's tokens."""
     ids = encoder(family, "a{*}{text}{*}" + tail).encode_input({"text": text})
     assert [entry for entry in ids if entry < 0] == [marker(0), marker(1)]
     first, second = ids.index(marker(0)), ids.index(marker(1))
@@ -67,7 +67,11 @@ def test_marks_keep_their_place(family: Family, text: str, tail: str) -> None:
 @every_family
 @given(text=texts)
 def test_the_blank_is_where_the_answer_goes(family: Family, text: str) -> None:
-    """A masked model keeps what follows the blank; elsewhere the input ends there and the space goes to the answer."""
+    """A masked model keeps the text behind the blank.
+
+    For the other families the input ends at the blank, and for a causal model the space in front of
+    it becomes part of the answer.
+    """
     made = encoder(family, "a {text} is {_}.")
     ids = made.encode_input({"text": text})
     if family == "masked":
@@ -81,13 +85,19 @@ def test_the_blank_is_where_the_answer_goes(family: Family, text: str) -> None:
 @every_family
 @given(answer=st.text(min_size=1, max_size=12))
 def test_targets_end_where_their_family_ends_them(family: Family, answer: str) -> None:
-    """A generated target has the end token behind it, a blank's does not; both decode to the text."""
+    """A generated target has the end token; a target for a blank does not.
+
+    Both decode to the text.
+    """
     ids, label = encoder(family, "{text}:").encode_target({"label": answer}, "label")
     assert label == -1 and decoded(family, ids) == answer + ("" if family == "masked" else "<end>")
 
 
 def test_an_empty_target_can_not_be_filled_in() -> None:
-    """A blank of no tokens has nothing to learn; generating nothing but the end is a target like any other."""
+    """A blank of no tokens is refused, since nothing could be learned from it.
+
+    A generated target of only the end token is allowed.
+    """
     assert encoder("causal", "{text}").encode_target({"label": ""}, "label")[0] == [
         tiny_tokenizer().eos_token_id
     ]
@@ -97,7 +107,10 @@ def test_an_empty_target_can_not_be_filled_in() -> None:
 
 @every_family
 def test_a_verbalizer_scores_what_the_target_has(family: Family) -> None:
-    """Answers are the target's tokens without the end; where one begins another, the end decides, if there is one."""
+    """Scored answers are the target's tokens without the end token.
+
+    Where one answer begins another, the end token is scored too, if the family has one.
+    """
     plain = encoder(family, "{text}\nspam?", Verbalizer((0, 1), (" good", " a place")))
     assert plain.scored_answers == plain.answers
     assert [
@@ -114,7 +127,7 @@ def test_a_verbalizer_scores_what_the_target_has(family: Family) -> None:
 def test_long_inputs_lose_their_column_not_their_marks(
     family: Family, text: str, limit: int
 ) -> None:
-    """Cut to the limit, an input still has its markers, its blank and the template's words."""
+    """An input cut to the limit keeps its markers and its blank."""
     ids = encoder(family, "a{*}{text} is{*}{_}", limit=limit).encode_input({"text": text})
     assert len(ids) <= limit
     marks = [entry for entry in ids if entry < 0]
@@ -122,14 +135,14 @@ def test_long_inputs_lose_their_column_not_their_marks(
 
 
 def test_a_written_instruction_stands_in_front_of_everything() -> None:
-    """Also of a marker at the template's beginning."""
+    """The instruction is in front of a marker at the template's beginning too."""
     made = encoder("causal", "{*}{text}")
     ids = made.encode_input({"text": "fox"}, before="a place\n")
     assert decoded("causal", ids[: ids.index(marker(0))]) == "a place\n"
 
 
 def test_a_tokenizer_that_adds_spaces_adds_none_behind_a_mark() -> None:
-    """Text behind a mark goes on as written, with SentencePiece too."""
+    """Text behind a marker is tokenised as written, with SentencePiece too."""
     made = Encoder(spaced_tokenizer(), Template("the{*}fox {text}"), None, 100, 10, "causal")
     ids = made.encode_input({"text": "jumps"})
     behind = ids[ids.index(marker(0)) + 1 :]
@@ -138,7 +151,7 @@ def test_a_tokenizer_that_adds_spaces_adds_none_behind_a_mark() -> None:
 
 
 def test_segments_are_texts_and_marks() -> None:
-    """Neighbouring texts are one; doubled braces are braces; marks are no columns."""
+    """Adjacent texts form one segment, doubled braces are braces, and marks are no columns."""
     template = Template("{{{x}}} and {*}{y}{_}!")
     assert template.columns == ("x", "y")
     assert template.segments({"x": "1", "y": "2"}) == ["{1} and ", Mark("*"), "2", Mark("_"), "!"]
@@ -153,7 +166,10 @@ def with_sentinel() -> Any:
 
 
 def test_a_sentinel_stands_in_front_of_every_target() -> None:
-    """Answers, targets and what is ranked begin with it; the words that inits are made of do not."""
+    """Answers, targets and ranked texts begin with the sentinel.
+
+    The answer words that inits are made from do not.
+    """
     tokenizer = with_sentinel()
     verbalizer = Verbalizer((0, 1), ("no", "yes"))
     plain, marked = (
@@ -175,7 +191,7 @@ def test_a_sentinel_stands_in_front_of_every_target() -> None:
 
 
 def test_a_model_without_a_sentinel_is_refused() -> None:
-    """A tokenizer that has none, and a family that starts no target anew."""
+    """A tokenizer without a sentinel and a family that does not use one are refused."""
     with pytest.raises(BadInput, match="the base model's tokenizer has no <extra_id_0>"):
         Encoder(closing_tokenizer(), Template("{text}"), None, 20, 20, "seq2seq", sentinel=True)
     with pytest.raises(BadInput, match="a causal model has none"):

@@ -1,4 +1,4 @@
-"""Rows that are set aside: every label keeps its share, equal inputs stay together, the seed decides."""
+"""Held-out rows: labels keep their share, equal inputs stay together, the seed decides."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ def of_label(part: list[Row]) -> Counter[str]:
 def test_every_label_keeps_its_share(
     labels: list[int], fraction: float, seed: int, verbalizer: Any
 ) -> None:
-    """Of a label with several inputs so many rows are held out as its share, within one, and one stays."""
+    """A label's number of held-out rows is its share, within one.
+
+    Every label with several inputs keeps at least one row.
+    """
     whole = rows(labels)
     kept, aside = set_aside(whole, fraction, data("x", split_seed=seed, verbalizer=verbalizer))
     assert sorted([*kept, *aside], key=str) == sorted(whole, key=str) and kept and aside
@@ -58,7 +61,10 @@ def test_every_label_keeps_its_share(
 def test_equal_inputs_stay_together(
     pairs: list[tuple[int, int]], fraction: float, seed: int, verbalizer: Any
 ) -> None:
-    """Whatever the labels are, no input is on both sides, no row is lost, and the draw can be repeated."""
+    """No input is on both sides, no row is lost, and the draw can be repeated.
+
+    This holds whatever the labels are.
+    """
     whole: list[Row] = [{"text": str(text), "label": str(label)} for text, label in pairs]
     spec = data("x", split_seed=seed, verbalizer=verbalizer)
     kept, aside = set_aside(whole, fraction, spec)
@@ -73,7 +79,7 @@ def test_equal_inputs_stay_together(
 def test_inputs_are_left_for_the_splits_to_come(
     texts: list[int], stays: int, fraction: float, seed: int
 ) -> None:
-    """So many different inputs are kept as are asked for, where there are as many."""
+    """At least ``stays`` different inputs are kept, if the rows have that many."""
     whole: list[Row] = [{"text": str(text), "label": "0"} for text in texts]
     kept, _ = set_aside(whole, fraction, data("x", split_seed=seed, verbalizer=LABELS), stays)
     assert len({row["text"] for row in kept}) >= min(stays, len(set(texts)))
@@ -81,7 +87,10 @@ def test_inputs_are_left_for_the_splits_to_come(
 
 @pytest.mark.parametrize("seed", range(5))
 def test_rare_labels_are_in_every_split(tmp_path: Path, seed: int) -> None:
-    """Four rare labels beside a frequent one are in train, validation and test, whose sizes stay near the fraction."""
+    """Four rare labels beside a frequent one are in train, validation and test.
+
+    The sizes of the splits stay near the fraction.
+    """
     labels = [0] * 180 + [1] * 5 + [2] * 5 + [3] * 5 + [4] * 3
     path = write(tmp_path / "a.jsonl", rows(labels))  # type: ignore[arg-type]
     spec = data(files(train=path), verbalizer=LABELS, split_seed=seed)
@@ -94,7 +103,7 @@ def test_rare_labels_are_in_every_split(tmp_path: Path, seed: int) -> None:
 
 
 def test_many_equal_rows_do_not_fill_a_split() -> None:
-    """An input that is most of its label's rows stays in train, so that the sizes are those asked for."""
+    """An input that has most of its label's rows stays in train, so sizes are as requested."""
     whole: list[Row] = [{"text": "same", "label": "0"}] * 60 + rows([0] * 20 + [1] * 20)
     for seed in range(10):
         _, aside = set_aside(whole, 0.1, data("x", split_seed=seed, verbalizer=LABELS))
@@ -102,7 +111,7 @@ def test_many_equal_rows_do_not_fill_a_split() -> None:
 
 
 def test_a_label_with_large_groups_takes_its_part_only() -> None:
-    """Groups of two rows: sizes come as near as whole groups allow, over all labels together."""
+    """Groups of two rows: over all labels, sizes are as near as whole groups allow."""
     whole: list[Row] = [{"text": str(n // 2), "label": str(n % 100 // 50)} for n in range(100)]
     for seed in range(10):
         _, aside = set_aside(whole, 0.1, data("x", split_seed=seed, verbalizer=LABELS))
@@ -110,7 +119,7 @@ def test_a_label_with_large_groups_takes_its_part_only() -> None:
 
 
 def test_the_random_draw_is_the_one_of_earlier_releases() -> None:
-    """A search that was begun with it finds the same rows."""
+    """A search begun with an earlier release finds the same rows."""
     whole = rows([0, 1] * 20)
     _, aside = set_aside(whole, 0.2, data("x", held_out="random", split_seed=3, verbalizer=LABELS))
     assert [int(row["text"]) for row in aside] == [3, 5, 14, 18, 26, 27, 31, 35]

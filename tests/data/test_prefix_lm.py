@@ -1,4 +1,4 @@
-"""LM adaptation: texts cut in two, long continuations cut off, and a model folder as the result's use."""
+"""LM adaptation: texts cut in two, long continuations cut off, and use of the tuned model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TEXT = "the quick brown fox jumps over the lazy dog"
 
 
 def adaptation(folder: Path, **changes: Any) -> Any:
-    """A job of model tuning on the small job's texts."""
+    """Return a model tuning job on the small job's texts."""
     data = {
         "prefix_lm": "text",
         "template": "{prefix}",
@@ -43,7 +43,10 @@ def adaptation(folder: Path, **changes: Any) -> Any:
 
 
 def test_a_text_is_a_prefix_and_what_follows() -> None:
-    """Both together are the text; where it is cut follows from the seed; one word can't be cut."""
+    """Prefix and continuation together are the text, and the seed decides the cut.
+
+    A text of one word can't be cut and is left out.
+    """
     rows = [{"text": TEXT}] * 20 + [{"text": "alone"}]
     cut = list(cut_in_two(rows, "text", 0))
     assert len(cut) == 20 and {row["prefix"] + row["continuation"] for row in cut} == {TEXT}
@@ -55,7 +58,10 @@ def test_a_text_is_a_prefix_and_what_follows() -> None:
 
 
 def test_an_adapted_model_is_a_base_model_that_knows_the_texts(tmp_path: Path) -> None:
-    """Model tuning on the pieces lowers their loss, and the kept folder has the tuned loss without any change."""
+    """Model tuning on the pieces lowers their loss.
+
+    The saved folder, loaded as a base model, has the tuned loss.
+    """
     job = adaptation(tmp_path)
     made = prepare(job)
     assert max(len(ids) for ids in made.task.splits["train"].targets) == 6
@@ -79,7 +85,7 @@ def test_an_adapted_model_is_a_base_model_that_knows_the_texts(tmp_path: Path) -
 
 
 def test_what_does_not_go_with_it_is_refused(tmp_path: Path) -> None:
-    """Target and template have to be the pieces."""
+    """The template and the target have to name the prefix and the continuation."""
     with pytest.raises(SpecError, match="set continuation"):
         adaptation(tmp_path, target="label")
     with pytest.raises(SpecError, match="the template lacks"):

@@ -1,4 +1,4 @@
-"""Real data sets written as CSV and TSV give the token ids of their JSON Lines."""
+"""Real data sets written as CSV and TSV give the same token ids as their JSON Lines."""
 
 from __future__ import annotations
 
@@ -53,7 +53,10 @@ def cells(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def rewrite(source: Path, target: Path, dialect: Mapping[str, Any]) -> str:
-    """Write a JSON Lines file in another format. Skips what a format without quoting cannot hold."""
+    """Write a JSON Lines file in another format.
+
+    Skips the test where cells hold tabs or line breaks and the format has no quoting.
+    """
     rows = [
         cells(json.loads(line)) for line in source.read_text(encoding="utf-8").splitlines() if line
     ]
@@ -79,7 +82,7 @@ def token_ids(rows: RowSplits, data: DataSpec) -> list[tuple[Sequence[Any], Sequ
 def test_csv_and_tsv_give_the_token_ids_of_the_jsonl(
     name: str, dialect: str, tmp_path: Path
 ) -> None:
-    """All cells of the data set are the same texts, and so are the token ids of inputs and targets."""
+    """All cells have the same texts, and inputs and targets the same token ids."""
     folder = SHARED / "data" / name
     if not folder.exists() or not (SHARED / "models").exists():
         pytest.skip(f"no {folder}")

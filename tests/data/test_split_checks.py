@@ -1,4 +1,4 @@
-"""Splits that can't be judged are refused or warned about, with counts and places."""
+"""Splits that can't be judged are refused or warned about, with counts and row numbers."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def found(of: RowSplits, spec: DataSpec = CLASSES, *, learns: bool = True) -> li
 
 
 def warned(of: RowSplits, spec: DataSpec = CLASSES, *, learns: bool = True) -> list[str]:
-    """The messages; none of them refuses."""
+    """Return the messages of the findings, all of which are warnings."""
     findings = found(of, spec, learns=learns)
     assert {finding.severity for finding in findings} <= {"warn"}
     return [finding.message for finding in findings]
 
 
 def refused(of: RowSplits, spec: DataSpec = CLASSES) -> str:
-    """The message that the splits are refused with; ``judge`` refuses them with it too."""
+    """Return the message of the only refusal, with which ``judge`` refuses the splits too."""
     (message,) = [finding.message for finding in found(of, spec) if finding.severity == "refuse"]
     with pytest.raises(BadInput) as refusal:
         judge(of, spec)
@@ -58,19 +58,22 @@ def refused(of: RowSplits, spec: DataSpec = CLASSES) -> str:
 
 
 def test_sound_splits_have_no_findings() -> None:
-    """Ten rows of each class in each split and no input twice: nothing is said."""
+    """Ten rows of each class in each split and no repeated input give no finding."""
     assert found(SOUND) == [] and judge(SOUND, CLASSES) == ()
 
 
 @pytest.mark.parametrize("count", [1, 20])
 def test_one_class_is_refused(count: int) -> None:
-    """With a single label any prompt is always right, however many keys the verbalizer has."""
+    """With a single label any prompt is always right, even if the verbalizer has more keys."""
     one = splits(rows(0, ["a"] * count), rows(100, ["a"] * count), rows(200, ["a"] * count))
     assert refused(one) == "all rows have the label 'a': accuracy would be 1.0 with any prompt"
 
 
 def test_one_text_to_generate_is_refused() -> None:
-    """A prompt that ignores the input would be right; with lists of references the targets may be one text."""
+    """With one target, a prompt that ignores the input is always right.
+
+    With lists of references all targets may be the same text.
+    """
     one = splits(rows(0, ["a"] * 9), rows(100, ["a"] * 9), rows(200, ["a"] * 9))
     assert (
         refused(one, TEXTS)
@@ -80,7 +83,7 @@ def test_one_text_to_generate_is_refused() -> None:
 
 
 def test_one_input_is_refused() -> None:
-    """Rows that differ in their labels alone can't be told apart; the input is shown."""
+    """Rows that differ only in their labels can't be told apart; the message shows the input."""
     same = [{"text": "same", "label": label} for label in FULL]
     message = "all 60 rows have the same input 'same?': nothing can be told apart"
     assert refused(splits(same, same, same)) == message
@@ -88,7 +91,7 @@ def test_one_input_is_refused() -> None:
 
 
 def test_a_split_with_one_input_is_warned_about() -> None:
-    """Where the other splits have more inputs the search goes on."""
+    """One input in one split is only a warning if the other splits have more inputs."""
     same = [{"text": "same", "label": "a"}] * 20
     (message,) = warned(splits(rows(0, FULL), same, rows(200, FULL)), TEXTS)
     assert message == "all 20 rows of validation have the same input 'same?'"
@@ -96,7 +99,7 @@ def test_a_split_with_one_input_is_warned_about() -> None:
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_a_class_that_a_split_lacks_is_warned_about(split: str) -> None:
-    """The split, the class and the consequence are named, for each of the three splits."""
+    """The warning names the split, the class and the consequence, for each of the splits."""
     three = data("x", verbalizer={**VERBALIZER, "c": " z"})
     parts = {
         name: rows(100 * n, ["a", "b", "c"] * 10)
@@ -116,7 +119,7 @@ def test_a_class_that_a_split_lacks_is_warned_about(split: str) -> None:
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_few_rows_of_a_class_are_warned_about_with_their_count(split: str) -> None:
-    """Nine rows are few, ten are not."""
+    """Nine rows of a class give a warning, ten do not."""
     parts = {name: rows(100 * n, FULL) for n, name in enumerate(("train", "validation", "test"))}
     parts[split] = parts[split][1:]
     (message,) = warned(splits(**parts))
@@ -125,7 +128,7 @@ def test_few_rows_of_a_class_are_warned_about_with_their_count(split: str) -> No
 
 
 def test_many_classes_are_named_in_part() -> None:
-    """A message names five classes, and counts the others."""
+    """A message names at most five classes and counts the others."""
     names = [str(number) for number in range(12)]
     many = data("x", verbalizer={name: f" {name}" for name in names})
     plenty = rows(0, names * 10)
@@ -137,7 +140,7 @@ def test_many_classes_are_named_in_part() -> None:
 
 
 def test_rows_that_train_shares_are_warned_about_with_their_places() -> None:
-    """The count, and where one such row stands in both files."""
+    """The warning has the count, and the position of one such row in both files."""
     shared = [SourceRow(rows(0, ["a"])[0], source="test.csv", number=3, line=4)]
     train = [
         SourceRow(row, source="train.jsonl", number=n, line=n)
@@ -150,7 +153,10 @@ def test_rows_that_train_shares_are_warned_about_with_their_places() -> None:
 
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_a_split_that_train_has_whole_is_refused(split: str) -> None:
-    """The label does not matter: the input is known. A method without training is warned, as train may be shown."""
+    """A split whose inputs all occur in train is refused, whatever the labels.
+
+    Methods without training only get a warning, since the train rows may serve as demonstrations.
+    """
     parts = {name: rows(100 * n, FULL) for n, name in enumerate(("train", "validation", "test"))}
     parts[split] = parts["train"]
     message = refused(splits(**parts))
@@ -162,13 +168,16 @@ def test_a_split_that_train_has_whole_is_refused(split: str) -> None:
 
 
 def test_rows_shared_by_validation_and_test_are_warned_about() -> None:
-    """Trials are chosen on validation, so that its rows say less as a test."""
+    """Trials are chosen on validation rows, so those rows say less as a test."""
     (message,) = warned(splits(rows(0, FULL), rows(100, FULL), rows(100, FULL)))
     assert message.startswith("20 of 20 rows of test have an input that validation has too")
 
 
 def test_one_input_with_two_labels_is_warned_about() -> None:
-    """The count of such inputs and two of the rows; several texts for one input are no contradiction."""
+    """The warning has the number of such inputs and two of the rows.
+
+    Several target texts for one input are no contradiction.
+    """
     again = [{"text": "text 0", "label": "b"}, {"text": "text 0", "label": "a"}]
     twice = splits([*rows(0, FULL), *again], rows(100, FULL), rows(200, FULL))
     (message,) = warned(twice)
@@ -180,7 +189,10 @@ def test_one_input_with_two_labels_is_warned_about() -> None:
 
 
 def test_a_column_that_tells_the_label_is_warned_about() -> None:
-    """A label's name in the template is the label; a column that is shared by labels is not."""
+    """A column in the template that determines the label gives a warning.
+
+    A column whose value several labels share does not.
+    """
     spec = data("x", verbalizer=VERBALIZER, template="{text} {kind}")
 
     def of(kinds: dict[str, str]) -> RowSplits:
@@ -195,7 +207,7 @@ def test_a_column_that_tells_the_label_is_warned_about() -> None:
 
 
 def test_a_text_to_generate_that_is_in_the_input_is_warned_about() -> None:
-    """A column with the same text as the target in every row, under another name."""
+    """A column that equals the target in every row gives a warning, whatever its name."""
     parts = [
         [{**row, "copy": row["label"]} for row in rows(start, FULL)] for start in (0, 100, 200)
     ]
@@ -204,7 +216,10 @@ def test_a_text_to_generate_that_is_in_the_input_is_warned_about() -> None:
 
 
 def test_pieces_of_texts_are_compared_whole() -> None:
-    """With prefix_lm a prefix that is common to many texts is no shared row, but the same text is."""
+    """With prefix_lm, rows with the same whole text are shared rows.
+
+    A prefix common to many texts alone is not.
+    """
     spec = data("x", prefix_lm="text", template="{prefix}", target="continuation")
 
     def pieces(start: int) -> list[Row]:
@@ -217,13 +232,16 @@ def test_pieces_of_texts_are_compared_whole() -> None:
 
 
 def test_train_is_not_judged_where_nothing_is_trained() -> None:
-    """A written prompt needs no rows of a class in train."""
+    """A written prompt needs no rows of each class in train."""
     bare = splits(rows(0, ["a"]), rows(100, FULL), rows(200, FULL))
     assert len(warned(bare)) == 2 and warned(bare, learns=False) == []
 
 
 def test_a_search_that_has_begun_goes_on_with_a_warning() -> None:
-    """What a new search is refused for is a warning to one that an earlier release let begin."""
+    """Findings that refuse a new search are warnings for a search that has already begun.
+
+    An earlier release may have let such a search begin.
+    """
     one = splits(rows(0, ["a"] * 9), rows(100, ["a"]), rows(200, ["a"]))
     (warning,) = judge(one, CLASSES, begun=True)
     assert warning.startswith("all rows have the label 'a'") and warning.endswith(
@@ -232,7 +250,7 @@ def test_a_search_that_has_begun_goes_on_with_a_warning() -> None:
 
 
 def test_inputs_that_become_the_same_tokens_are_refused() -> None:
-    """Texts that differ behind the cut only can't be told apart by the model."""
+    """Texts that differ only behind the cut are the same input to the model."""
     spec = data("x", template="{text}", max_input_tokens=4)
     long = [
         {"text": "the quick brown fox jumps over the lazy dog " * 5 + row["text"], "label": "a"}
@@ -248,7 +266,7 @@ def test_inputs_that_become_the_same_tokens_are_refused() -> None:
 
 
 def test_rows_of_one_input_leave_nothing_to_set_aside(tmp_path: Path) -> None:
-    """The message says that the rows have one input, and does not blame a split that was left out."""
+    """The message says that all rows have one input, and does not blame the missing splits."""
     path = write(tmp_path / "a.jsonl", [{"text": "same", "label": label} for label in FULL])
     with pytest.raises(BadInput, match=r"all 20 rows of train have the same input 'same\?'"):
         load_rows(data(files(train=path), verbalizer=VERBALIZER))
@@ -256,7 +274,10 @@ def test_rows_of_one_input_leave_nothing_to_set_aside(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_too_few_inputs_to_set_aside(tmp_path: Path, count: int) -> None:
-    """One or two inputs are too few for three splits; their number is said, and three are enough."""
+    """One or two inputs are too few for three splits, and the message has their number.
+
+    Three inputs are enough.
+    """
     path = write(tmp_path / "a.jsonl", rows(0, ["a", "b"][:count]))
     with pytest.raises(
         BadInput, match=rf"split can be set aside: the {count} rows of train have {count} different"

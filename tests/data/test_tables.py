@@ -1,4 +1,4 @@
-"""Files become rows exactly as they are written, or are refused with the line at fault."""
+"""Files become rows exactly as they are written, or are refused with the faulty line."""
 
 from __future__ import annotations
 
@@ -36,14 +36,15 @@ COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
     ".zst": lambda data: pa.compress(data, codec="zstd", asbytes=True),
 }
 WORDS = [
-    "None", "NA", "N/A", "null", "nan", "NaN", "#N/A", "-inf", "", " ", "007", "1.10", "1e5", "0x1F", "1_000", "true",
-    "TRUE", "yes", "2024-01-02", "2024-01-02T03:04:05Z", "12:30", "1,5", 'a "quoted" word', '"', '""', "'", "\\", "\\n",
-    "=1+1", "#", "{text}", "[1, 2]", "ä", "\u2028", "\x85", "\x0b", "\x1c", "\ufeff", "e\u0301", "𝄞",
+    "None", "NA", "N/A", "null", "nan", "NaN", "#N/A", "-inf", "", " ", "007", "1.10", "1e5",
+    "0x1F", "1_000", "true", "TRUE", "yes", "2024-01-02", "2024-01-02T03:04:05Z", "12:30", "1,5",
+    'a "quoted" word', '"', '""', "'", "\\", "\\n", "=1+1", "#", "{text}", "[1, 2]", "ä",
+    "\u2028", "\x85", "\x0b", "\x1c", "\ufeff", "e\u0301", "𝄞",
 ]  # fmt: skip
 
 
 def texts(without: str = "") -> st.SearchStrategy[str]:
-    """Any texts that a file can hold, with words that readers like to take for something else."""
+    """Return any texts that a file can hold, and words that readers tend to convert."""
     characters = st.characters(exclude_categories=["Cs"], exclude_characters="\0" + without)
     words = [word for word in WORDS if not set(word) & set(without)]
     return st.sampled_from(words) | st.text(characters, max_size=12)
@@ -53,8 +54,11 @@ def texts(without: str = "") -> st.SearchStrategy[str]:
 def tables(
     draw: st.DrawFn, without: str = "", blank: bool = True
 ) -> tuple[list[str], list[list[str]]]:
-    """Column names and rows of cells. Not ``blank``: every row has something in it."""
-    # A byte order mark in front of a file is no part of its first name.
+    """Return column names and rows of cells.
+
+    Without ``blank``, every row has some text.
+    """
+    # The reader drops a byte order mark in front of the first column's name.
     names = texts(without + '\ufeff"').filter(lambda name: blank or bool(name))
     columns = draw(st.lists(names, min_size=1, max_size=4, unique=True))
     rows = st.lists(texts(without), min_size=len(columns), max_size=len(columns))
@@ -64,7 +68,7 @@ def tables(
 
 
 def read(name: str, data: bytes, options: CsvSpec | None = None) -> Table:
-    """Read a file of this name and these bytes."""
+    """Read a file with this name and these bytes."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, name)
         file.write_bytes(data)
@@ -72,7 +76,7 @@ def read(name: str, data: bytes, options: CsvSpec | None = None) -> Table:
 
 
 def check(table: Table, columns: list[str], rows: list[list[str]], lines: list[int | None]) -> None:
-    """Compare cells, places and types."""
+    """Compare cells, row numbers, lines and types."""
     assert [list(row.items()) for row in table.rows] == [
         list(zip(columns, row, strict=True)) for row in rows
     ]
@@ -109,9 +113,12 @@ def test_a_quoted_table_reads_back(
     compression: str,
     mark: bool,
 ) -> None:
-    """CSV with quotes where needed or everywhere, TSV with quotes everywhere: each cell and line number is right."""
+    """Each cell and line number is right.
+
+    CSV has quotes where needed or everywhere, TSV has quotes everywhere.
+    """
     columns, rows = table
-    # The csv module quotes a carriage return only where it is part of the line's end.
+    # The csv module quotes a carriage return only if the line terminator has one.
     everywhere = everywhere or suffix == "tsv" or end == "\n"
     text, lines = written(
         [columns, *rows],
@@ -135,7 +142,7 @@ def test_a_quoted_table_reads_back(
 def test_an_unquoted_tsv_reads_back(
     table: tuple[list[str], list[list[str]]], end: str, compression: str
 ) -> None:
-    """Quotes stand as they are in every cell, also where they open one and never close it."""
+    """Quotes are part of the text in every cell, even where one opens and never closes."""
     columns, rows = table
     text = "".join("\t".join(row) + end for row in [columns, *rows])
     found = read(f"a.tsv{compression}", COMPRESSIONS[compression](text.encode()))
@@ -158,7 +165,7 @@ def test_a_json_table_reads_back(
     compression: str,
     encoding: str,
 ) -> None:
-    """One object a line, or an array of them; every encoding that marks itself."""
+    """One object a line or an array, in every encoding with a byte order mark, reads back."""
     columns, rows = table
     objects = [dict(zip(columns, row, strict=True)) for row in rows]
     if form in ("array", "indented"):
@@ -185,7 +192,7 @@ def test_a_json_table_reads_back(
 def test_a_parquet_table_reads_back(
     table: tuple[list[str], list[list[str]]], compression: str
 ) -> None:
-    """Texts stay texts; parquet has no lines."""
+    """Texts stay texts, and rows of a parquet file have no line numbers."""
     columns, rows = table
     cells = [pa.array([row[place] for row in rows], pa.string()) for place in range(len(columns))]
     stream = io.BytesIO()
@@ -208,14 +215,14 @@ VALUES = st.recursive(
 @given(st.lists(st.fixed_dictionaries({"a": VALUES, "b": VALUES}), max_size=5), st.booleans())
 @settings(deadline=None)
 def test_json_values_keep_their_types(rows: list[dict[str, Any]], lines: bool) -> None:
-    """1, 1.0, true and "1" stay four values, and what one row holds changes no other row."""
+    """1, 1.0, true and "1" stay four values, and no row changes the types of another row."""
     text = "".join(json.dumps(row) + "\n" for row in rows) if lines else json.dumps(rows)
     found = read("a.jsonl", text.encode())
     assert [json.dumps(row) for row in found.rows] == [json.dumps(row) for row in rows]
 
 
 def test_parquet_values_keep_their_types(tmp_path: Path) -> None:
-    """Integers, lists, missing values and dictionary-encoded texts come as the file has them."""
+    """Integers, lists, missing values and dictionary-encoded texts are read unchanged."""
     rows = [
         {"text": "2024-01-02", "n": 1, "many": ["a"], "half": 0.5},
         {"text": "x", "n": None, "many": [], "half": 1.0},
@@ -228,7 +235,7 @@ def test_parquet_values_keep_their_types(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv"])
 def test_unused_columns_do_not_matter(suffix: str) -> None:
-    """A column that is empty in 20,000 rows, and then holds a text, is as good as any other."""
+    """A column that is empty in 20,000 rows before its first text is read like any other."""
     comma = "\t" if suffix == "tsv" else ","
     lines = (
         ["text", "label", "note"],
@@ -244,7 +251,10 @@ def test_unused_columns_do_not_matter(suffix: str) -> None:
 
 
 def test_names_that_the_header_has_twice() -> None:
-    """None of the two columns gets the name, so that neither is taken by chance; the others are read."""
+    """Neither of two columns with the same name gets the name, so none is taken by chance.
+
+    The other columns are read as usual.
+    """
     for name, data in {
         "a.csv": b"text,text,label\na,b,c\n",
         "a.tsv": b"text\ttext\tlabel\na\tb\tc\n",
@@ -272,7 +282,7 @@ def test_names_that_the_header_has_twice() -> None:
     ],
 )
 def test_blank_lines_and_line_ends(name: str, text: str) -> None:
-    """Blank lines hold no row; lines may end in any way, and the last one need not end."""
+    """Blank lines hold no row, any line end is accepted, and the last line needs none."""
     assert read(name, text.encode()).rows == [
         {"text": "a", "label": "b"},
         {"text": "c", "label": "d"},
@@ -280,7 +290,7 @@ def test_blank_lines_and_line_ends(name: str, text: str) -> None:
 
 
 def test_line_numbers_count_blank_lines_and_line_breaks_in_cells() -> None:
-    """A row's line is the one on which it begins."""
+    """The line number of a row is the line on which the row begins."""
     found = read("a.csv", b'text,label\n\n"a\nb\n",x\n"c",y\n\nd,"z\n"\ne,f\n')
     assert [(row.number, row.line) for row in found.rows] == [(1, 3), (2, 6), (3, 8), (4, 10)]
     found = read("a.tsv", b"text\tlabel\n\na\tb\n\n\nc\td\n")
@@ -288,7 +298,10 @@ def test_line_numbers_count_blank_lines_and_line_breaks_in_cells() -> None:
 
 
 def test_a_json_row_without_a_key_has_none_there() -> None:
-    """Rows have the same columns, as in a table; an array of texts is a column of them."""
+    """All rows have the same columns, with None where a row lacks the key.
+
+    An array of texts is read as a column of texts.
+    """
     found = read("a.jsonl", b'{"a": 1}\n{"b": 2}\n{"b": 3, "a": 4, "c": null}\n')
     assert found.rows == [
         {"a": 1, "b": None, "c": None},
@@ -301,7 +314,7 @@ def test_a_json_row_without_a_key_has_none_there() -> None:
 
 
 def test_nan_in_json_is_a_missing_value() -> None:
-    """Python and pandas write it; where a job reads that column, its checks name the line."""
+    """NaN, which Python and pandas write, is read as missing, and its row has a line number."""
     found = read("a.jsonl", b'{"text": "a", "score": NaN}\n{"text": NaN, "score": 1}\n')
     assert [is_missing(row["text"]) for row in found.rows] == [False, True] and found.rows[
         1
@@ -310,7 +323,7 @@ def test_nan_in_json_is_a_missing_value() -> None:
 
 
 def test_reading_holds_no_more_than_a_part_of_the_file_beside_the_rows(tmp_path: Path) -> None:
-    """The most memory that reading takes is what the rows take and less than twice the file's size."""
+    """Peak memory is that of the rows plus less than twice the file's size."""
     file = tmp_path / "a.csv"
     file.write_text(
         "text,label\n" + "".join(f"{n:08}{'x' * 86},{n % 2:03}\n" for n in range(100_000))
@@ -329,22 +342,29 @@ def test_reading_holds_no_more_than_a_part_of_the_file_beside_the_rows(tmp_path:
     "name", ["a.csv", "a.tsv", "a.jsonl", "a.json", "a.parquet", "a.csv.gz", "a.jsonl.bz2"]
 )
 def test_a_file_of_no_bytes(name: str) -> None:
-    """There are no rows in it, whatever its format."""
+    """An empty file has no rows, whatever its format."""
     assert read(name, b"").rows == []
 
 
 @pytest.mark.parametrize(
     ("name", "data"),
-    [("a.csv", b"text,label"), ("a.tsv", b"text\tlabel\n\n"), ("a.csv", b"\n \n"), ("a.jsonl", b"\n\n"),
-     ("a.json", b" [ ] "), ("a.csv", codecs.BOM_UTF8), ("a.csv.gz", gzip.compress(b"", mtime=0))],
-)  # fmt: skip
+    [
+        ("a.csv", b"text,label"),
+        ("a.tsv", b"text\tlabel\n\n"),
+        ("a.csv", b"\n \n"),
+        ("a.jsonl", b"\n\n"),
+        ("a.json", b" [ ] "),
+        ("a.csv", codecs.BOM_UTF8),
+        ("a.csv.gz", gzip.compress(b"", mtime=0)),
+    ],
+)
 def test_a_file_without_rows(name: str, data: bytes) -> None:
-    """A header alone, blank lines, an empty array: no rows, and no fault."""
+    """A header alone, blank lines or an empty array give no rows and no error."""
     assert read(name, data).rows == []
 
 
 def test_cells_of_any_length() -> None:
-    """Nothing limits a cell, quoted or not."""
+    """There is no limit on a cell's length, quoted or not."""
     long = "x, " * 700_000
     assert read("a.csv", f'text,label\n"{long}",a\n'.encode()).rows == [
         {"text": long, "label": "a"}
@@ -356,10 +376,9 @@ def test_cells_of_any_length() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 13, 64])
 def test_pieces_end_anywhere(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Characters of several bytes, line ends and quoted line breaks may lie on both sides of a piece's end."""
-    monkeypatch.setattr(
-        text_files, "CHUNK_BYTES", size + 4
-    )  # a byte order mark lies in the first piece
+    """A chunk may end inside a character, a line end or a quoted line break."""
+    # The byte order mark has to be in the first chunk.
+    monkeypatch.setattr(text_files, "CHUNK_BYTES", size + 4)
     text = 'text,label\r\n"ä\r\n𝄞","„“"\r\n"é,é",x\n'
     expected = [{"text": "ä\r\n𝄞", "label": "„“"}, {"text": "é,é", "label": "x"}]
     for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):
@@ -378,7 +397,7 @@ FULLY_QUOTED = '"text"\t"label"\n"a ""b"""\t"x"\n"c\td"\t""\n'
 
 
 def test_a_tsv_file_in_which_every_cell_is_quoted() -> None:
-    """Its quotes enclose cells, which may hold tabs; an empty cell needs none."""
+    """The quotes enclose cells, which may hold tabs; an empty cell needs no quotes."""
     found = read("a.tsv", FULLY_QUOTED.encode())
     assert found.rows == [{"text": 'a "b"', "label": "x"}, {"text": "c\td", "label": ""}]
     assert str(found.dialect) == "delimiter tab, with quoting, utf-8" and not found.notes
@@ -386,7 +405,10 @@ def test_a_tsv_file_in_which_every_cell_is_quoted() -> None:
 
 
 def test_a_tsv_file_with_some_quotes() -> None:
-    """They are part of the text, and a note says so, with the first line and what to set otherwise."""
+    """The quotes are part of the text.
+
+    A note has the first such line and the setting that changes this.
+    """
     found = read("a.tsv", b'text\tlabel\nplain\tx\n"so he said\ty\n"a ""b"""\t"z"\n')
     assert found.rows == [
         {"text": "plain", "label": "x"},
@@ -407,7 +429,10 @@ def test_a_tsv_file_with_some_quotes() -> None:
     "row", ["a\tb", '"a"\tb', "1\t2", '"a"\t2', '"a" b\t"c"', 'a "b"\t"c"', '"a\t"b"']
 )
 def test_a_tsv_file_of_which_the_header_alone_is_quoted(row: str) -> None:
-    """Whether quotes enclose its cells is unclear: it is refused with the line, and the two ways on."""
+    """It is unclear whether quotes enclose cells, so the file is refused.
+
+    The message has the line and the two ways on.
+    """
     data = f'"text"\t"label"\n"a\nb"\t"c"\n{row}\n'.encode()
     with pytest.raises(
         BadInput, match=r"a\.tsv:4: the row that begins in this line has"
@@ -419,7 +444,10 @@ def test_a_tsv_file_of_which_the_header_alone_is_quoted(row: str) -> None:
 
 
 def test_quoting_that_the_spec_sets() -> None:
-    """standard reads quotes in a TSV file that has few, none keeps them in a CSV file."""
+    """``standard`` parses quotes in a TSV file with few of them.
+
+    ``none`` keeps quotes as text in a CSV file.
+    """
     found = read("a.tsv", b'text\tlabel\n"a\tb"\tx\nc\ty\n', CsvSpec(quoting="standard"))
     assert found.rows == [{"text": "a\tb", "label": "x"}, {"text": "c", "label": "y"}]
     found = read("a.csv", b'text,label\n"a,x\n', CsvSpec(quoting="none"))
@@ -430,7 +458,7 @@ def test_quoting_that_the_spec_sets() -> None:
 
 @pytest.mark.parametrize("delimiter", [";", "|", "\t", ":", "¦", " "])
 def test_a_delimiter_that_the_spec_sets(delimiter: str) -> None:
-    """Any character separates cells, and can stand in quoted ones."""
+    """Any character can separate cells, and can occur in quoted cells."""
     data = f'text{delimiter}label\n"a{delimiter}b"{delimiter}x,y\n'.encode()
     assert read("a.csv", data, CsvSpec(delimiter=delimiter)).rows == [
         {"text": f"a{delimiter}b", "label": "x,y"}
@@ -438,7 +466,7 @@ def test_a_delimiter_that_the_spec_sets(delimiter: str) -> None:
 
 
 def test_a_delimiter_that_the_name_does_not_tell() -> None:
-    """A header of a single cell that holds another delimiter is noted, with the key to set."""
+    """A header of one cell that holds another delimiter gives a note with the key to set."""
     (note,) = read("a.csv", b"text;label\na;x\n").notes
     assert "a single cell, 'text;label'" in note and "data.csv.delimiter" in note
     assert not read("a.csv", b"text\na\n").notes
@@ -450,7 +478,10 @@ def test_a_delimiter_that_the_name_does_not_tell() -> None:
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_a_byte_order_mark_decides(encoding: str, order: str) -> None:
-    """UTF-8, UTF-16 and UTF-32 are known by it, whatever the spec says; it is no part of the first name."""
+    """The mark identifies UTF-8, UTF-16 and UTF-32, whatever the spec says.
+
+    The mark is no part of the first column's name.
+    """
     marks = {("utf-16", ">"): codecs.BOM_UTF16_BE, ("utf-32", ">"): codecs.BOM_UTF32_BE}
     text = "text,label\nä𝄞,x\n"
     big = marks.get((encoding, order))
@@ -463,7 +494,7 @@ def test_a_byte_order_mark_decides(encoding: str, order: str) -> None:
     "encoding", ["latin-1", "cp1252", "ISO-8859-15", "utf-16-le", "shift_jis", "gb18030", "koi8-r"]
 )
 def test_an_encoding_that_the_spec_sets(encoding: str) -> None:
-    """Files without a mark are read as the spec says."""
+    """Files without a byte order mark are read in the encoding of the spec."""
     word = {"shift_jis": "日本", "gb18030": "中文", "koi8-r": "мир"}.get(encoding, "déjà")
     data = f"text,label\n{word},x\n".encode(encoding)
     found = read("a.csv", data, CsvSpec(encoding=encoding))
@@ -481,7 +512,7 @@ def test_an_encoding_that_the_spec_sets(encoding: str) -> None:
     ],
 )
 def test_text_that_is_not_utf_8(name: str, remedy: str) -> None:
-    """The line and the byte are named, and what to do about it; no character is replaced in silence."""
+    """The message has the line, the byte and a remedy; no character is replaced silently."""
     lines = (
         ["text\tlabel", "abc\tx", "caf\xe9\ty"]
         if "sv" in name
@@ -497,7 +528,7 @@ def test_text_that_is_not_utf_8(name: str, remedy: str) -> None:
 
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
 def test_utf_16_without_a_mark(encoding: str) -> None:
-    """It is valid UTF-8 with NULs between the letters: refused, with the likely cause."""
+    """Such a file is valid UTF-8 with NUL characters, and is refused with the likely cause."""
     with pytest.raises(BadInput, match=r"a\.csv:1: holds a NUL character") as refused:
         read("a.csv", "text,label\na,b\n".encode(encoding))
     assert "UTF-16" in refused.value.hint and "data.csv.encoding" in refused.value.hint
@@ -505,7 +536,7 @@ def test_utf_16_without_a_mark(encoding: str) -> None:
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8", "utf-16-le", "shift_jis"])
 def test_bytes_that_the_set_encoding_does_not_have(encoding: str) -> None:
-    """They are refused with their line, as in UTF-8."""
+    """Bytes that the spec's encoding can't decode are refused with their line."""
     odd = (
         b"\x81\xff\xff\n"
         if encoding != "utf-16-le"
@@ -658,7 +689,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_can_not_be_read_as_it_stands(case: str) -> None:
-    """It is refused: the message has the file's key and name, the line, the fault and a next step."""
+    """The message has the file's key and name, the line, the fault and a next step."""
     name, data, message = REFUSED[case]
     with pytest.raises(BadInput, match=rf"^data\.path\.train: .*{message}") as refused:
         read(name, data)
@@ -669,7 +700,7 @@ def test_what_can_not_be_read_as_it_stands(case: str) -> None:
 @pytest.mark.parametrize("part", [0.3, 0.9])
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.parquet"])
 def test_a_compressed_file_that_is_cut_off(name: str, compression: str, part: float) -> None:
-    """It is refused, though what comes before its end could be read."""
+    """A truncated archive is refused, even though its first part could be read."""
     rows = "".join(f"{n * 7919 % 1000},{n}\n" for n in range(5000))
     whole = COMPRESSIONS[compression](f"text,label\n{rows}".encode())
     with pytest.raises(BadInput, match=rf"{name}{compression} can't be decompressed as"):
@@ -677,7 +708,7 @@ def test_a_compressed_file_that_is_cut_off(name: str, compression: str, part: fl
 
 
 def test_compressed_parts_one_after_another() -> None:
-    """Archives that were appended to one another are read to the end."""
+    """Concatenated archives are read to the end."""
     for suffix, compress in COMPRESSIONS.items():
         data = compress(b"text,label\na,b\n") + compress(b"c,d\n")
         assert [row["text"] for row in read(f"a.csv{suffix}", data).rows] == ["a", "c"]
@@ -703,13 +734,13 @@ def test_compressed_parts_one_after_another() -> None:
     ],
 )
 def test_names_tell_the_format(name: str, suffix: str) -> None:
-    """In capitals or not, with a compression behind the format or not."""
+    """Suffixes are matched in any case, and a compression suffix may follow the format."""
     assert table_suffix(Path(name)) == suffix
 
 
 @pytest.mark.parametrize("name", ["a.xlsx", "a.gz", "a", "a.csv.zip"])
 def test_names_that_tell_no_format(name: str) -> None:
-    """All names that are accepted are listed."""
+    """The message lists all suffixes that are accepted."""
     with pytest.raises(BadInput, match=rf"can't tell the format of .*{name}") as refused:
         read(name, b"x")
     for suffix in (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".gz", ".zst", ".bz2"):
@@ -726,7 +757,7 @@ def spec(path: Any, **changes: Any) -> DataSpec:
 
 
 def test_the_spec_says_how_csv_files_are_read(tmp_path: Path) -> None:
-    """data.csv concerns every CSV and TSV file of the job, and no other file."""
+    """data.csv applies to every CSV and TSV file of the job and to no other file."""
     (tmp_path / "a.csv").write_bytes('text;label\n"é";x\n'.encode("latin-1"))
     (tmp_path / "b.jsonl").write_text('{"text": "é", "label": "x"}\n')
     path = {
@@ -763,7 +794,7 @@ def test_values_of_csv_that_can_not_be(csv: dict[str, Any]) -> None:
 
 
 def test_csv_without_a_csv_file_is_a_conflict() -> None:
-    """A setting that nothing would read is reported, also for files of other formats."""
+    """A data.csv setting that no file would use is reported as having no effect."""
     for path in ({"train": "a.jsonl", "test": "b.parquet"}, "builtin:quickstart", "owner/name.csv"):
         with pytest.raises(ValidationError, match=r"csv: has no effect"):
             spec(path, csv={"delimiter": ";"})
@@ -774,7 +805,7 @@ def test_csv_without_a_csv_file_is_a_conflict() -> None:
 
 
 def test_notes_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """What was decided about quotes reaches the log of a job, with the key of the file."""
+    """The decision about quotes is logged with the key of the file."""
     file = tmp_path / "a.tsv"
     file.write_text('text\tlabel\n"a\tx\n')
     with caplog.at_level(logging.WARNING):

@@ -25,7 +25,7 @@ cells = (
     | st.booleans()
     | st.none()
 )
-# A template as pieces: a literal, or the name of a column.
+# A template as pieces: literals and names of columns.
 pieces = st.lists(
     st.tuples(st.just("literal"), texts) | st.tuples(st.just("column"), st.sampled_from("abc")),
     max_size=8,
@@ -46,7 +46,10 @@ def written(parts: list[tuple[str, str]]) -> Template:
 @given(pieces, st.fixed_dictionaries({"a": cells, "b": cells, "c": cells}))
 @example([("literal", "{"), ("column", "a"), ("literal", "}")], {"a": "{b}", "b": "{{", "c": None})
 def test_fill_puts_values_in_place(parts: list[tuple[str, str]], row: dict[str, Any]) -> None:
-    """Literals stay as they are, braces included; values go in as they are, and are not templates themselves."""
+    """Literals are kept, braces included.
+
+    Values go in unchanged and are not parsed as templates.
+    """
     shown = {name: cell_text(cell) for name, cell in row.items()}
     assert written(parts).fill(row) == "".join(
         text if kind == "literal" else shown[text] for kind, text in parts
@@ -57,7 +60,7 @@ def test_fill_puts_values_in_place(parts: list[tuple[str, str]], row: dict[str, 
 @example([("column", "a"), ("literal", "is {that} it?}")])
 @example([("column", "a"), ("literal", "}")])
 def test_columns_and_tail(parts: list[tuple[str, str]]) -> None:
-    """Columns are named once, in order; the tail is the literal text behind the last of them, unescaped."""
+    """Columns are listed once, in order; the tail is the unescaped text behind the last one."""
     columns = [text for kind, text in parts if kind == "column"]
     assert written(parts).columns == tuple(dict.fromkeys(columns))
     last = max((place for place, (kind, _) in enumerate(parts) if kind == "column"), default=-1)
@@ -65,7 +68,7 @@ def test_columns_and_tail(parts: list[tuple[str, str]]) -> None:
 
 
 def test_a_missing_column_is_named() -> None:
-    """The message has the column and what the row has instead."""
+    """The message has the column and the columns that the row has instead."""
     with pytest.raises(
         BadInput,
         match=r"names column 'text', the row has \['label', 'sentence'\](.|\n)*data\.rename",
@@ -74,7 +77,7 @@ def test_a_missing_column_is_named() -> None:
 
 
 def test_a_bare_text_fills_the_only_column() -> None:
-    """Served inputs may be a text where there is one column, however often it is named."""
+    """A served input may be a text if the template has one column, even if named twice."""
     assert Template("{x} and {x}").row("a") == {"x": "a"}
     assert Template("{x} {y}").row({"x": "a", "y": "b"}) == {"x": "a", "y": "b"}
     with pytest.raises(BadInput, match=r"can't fill the columns \['x', 'y'\]"):
@@ -83,7 +86,7 @@ def test_a_bare_text_fills_the_only_column() -> None:
 
 @given(texts, st.text(min_size=1, max_size=20))
 def test_continuation_round_trip(before: str, text: str) -> None:
-    """The tokens of a continuation, put behind those of what comes before, decode to both together."""
+    """The tokens of the text before and of its continuation together decode to both texts."""
     tokenizer = tiny_tokenizer()
     ids = continuation_ids(tokenizer, before, text)
     head = tokenizer(before, add_special_tokens=False)["input_ids"]
@@ -94,7 +97,7 @@ def test_continuation_round_trip(before: str, text: str) -> None:
 @pytest.mark.parametrize("tail", ["", "\nSpam?", " Answer:", "}"])
 @pytest.mark.parametrize("answer", [" ham", "ham", " a place", "!", " é", "日本"])
 def test_no_space_appears_in_front_of_an_answer(tail: str, answer: str) -> None:
-    """A tokenizer that puts a space in front of every text adds none between template and answer."""
+    """A tokenizer that puts a space before every text adds none between template and answer."""
     tokenizer = spaced_tokenizer()
     template = Template("{text}" + escaped(tail))
     ids = Encoder(tokenizer, template, None, 100, 100).answer_ids(answer)
@@ -106,14 +109,14 @@ def test_no_space_appears_in_front_of_an_answer(tail: str, answer: str) -> None:
 
 
 def test_a_verbalizer_holds_what_the_data_has() -> None:
-    """Keys that no row has are left out; the spec's order stays."""
+    """Keys that no row has are left out, and the rest keep the spec's order."""
     made = Verbalizer.covering({2: " two", 0: " zero", 1: " one"}, [1, 2, 1])
     assert (made.labels, made.texts) == ((2, 1), (" two", " one"))
     assert [made.index(1), made.index(2), made.index(np.int64(2))] == [1, 0, 0]
 
 
 def test_uncovered_labels_are_named() -> None:
-    """Labels without a text are listed, five at most, beside the keys that there are."""
+    """The message lists at most five labels without a text, and the verbalizer's keys."""
     with pytest.raises(
         BadInput, match=r"does not cover label 3, 7 of the data; it has \[0, 1, 2\]"
     ):
@@ -127,7 +130,7 @@ def test_uncovered_labels_are_named() -> None:
 
 
 def test_labels_that_share_a_text_are_named() -> None:
-    """Two labels can't be told apart by one text; a label that the data lacks is no obstacle."""
+    """Two labels with one text are refused, unless the data lacks one of the labels."""
     shared = {0: " no", 1: " yes", "maybe": " no"}
     with pytest.raises(BadInput, match=r"gives labels \[0, 'maybe'\] the same text ' no'"):
         Verbalizer.covering(shared, [0, 1, "maybe"])
@@ -135,7 +138,7 @@ def test_labels_that_share_a_text_are_named() -> None:
 
 
 def test_true_and_one_are_different_labels() -> None:
-    """Equal in Python, and neither stands for the other, in whichever order the data has them."""
+    """True and 1 are equal in Python, but neither covers the other, in any order of the data."""
     assert Verbalizer.covering({True: " yes", False: " no"}, [True, False]).index(True) == 0
     assert Verbalizer.covering({1: " yes", 0: " no"}, [0, 1]).index(0) == 1
     for seen in ([1], [True, 1], [1, True]):
@@ -159,14 +162,17 @@ def test_true_and_one_are_different_labels() -> None:
     ],
 )
 def test_labels_match_by_meaning(key: Any, same: list[Any]) -> None:
-    """Whatever a file makes of a label, it is the spec's; the label keeps the spec's spelling."""
+    """A label matches its key in any type that a file gives it, and keeps the spec's spelling."""
     made = Verbalizer.covering({"other": " no", key: " yes"}, ["other", *same])
     assert made.labels == ("other", key) and type(made.labels[1]) is type(key)
     assert [made.index(cell) for cell in same] == [1] * len(same)
 
 
 def test_two_spellings_of_one_label_are_a_conflict_unless_their_texts_agree() -> None:
-    """The message has both spellings; with one text they are one entry, spelled as the first."""
+    """The message has both spellings.
+
+    With equal texts they are one entry, spelled as the first.
+    """
     with pytest.raises(
         BadInput, match=r"1 and \"1\" are the same label, with the texts ' a' and ' b'"
     ):
@@ -178,6 +184,6 @@ def test_two_spellings_of_one_label_are_a_conflict_unless_their_texts_agree() ->
 
 
 def test_labels_that_are_lists_are_refused() -> None:
-    """A column of lists or objects is no label column."""
+    """A column of lists or objects can't be a label column."""
     with pytest.raises(BadInput, match="holds lists or objects"):
         Verbalizer.covering(DIGITS, [[0], [1]])

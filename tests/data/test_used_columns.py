@@ -1,4 +1,4 @@
-"""Rows cut down to the columns in use: what is missing, what labels mean, where a fault is."""
+"""Rows cut to the used columns: missing cells, labels, and the position of errors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def columns(*inputs: str, **changes: Any) -> UsedColumns:
 
 
 def rows(*cells: dict[str, Any], source: str = "train.csv") -> list[SourceRow]:
-    """Rows as a reader makes them, below one line of heading."""
+    """Return rows as a reader makes them, below one header line."""
     return [
         SourceRow(row, source=source, number=n, line=n + 1) for n, row in enumerate(cells, start=1)
     ]
@@ -46,7 +46,10 @@ def write(file: Path, *cells: dict[str, Any]) -> str:
 @pytest.mark.parametrize("cell", MISSING)
 @pytest.mark.parametrize("column", ["text", "topic"])
 def test_an_empty_input_is_refused_with_its_place(cell: Any, column: str) -> None:
-    """Any column of the template, any way of saying nothing: file, line, row and column are named."""
+    """The message has the file, line, row and column of the empty input.
+
+    This holds for any column of the template and any kind of missing value.
+    """
     whole = {"text": "a", "topic": "b", "label": 0}
     with pytest.raises(
         BadInput, match=rf"train\.csv:3 \(row 2\) has no text in column '{column}'.*\n.*data\.empty"
@@ -55,7 +58,10 @@ def test_an_empty_input_is_refused_with_its_place(cell: Any, column: str) -> Non
 
 
 def test_an_absent_cell_is_an_empty_input_and_an_unknown_column_a_mistake_in_the_spec() -> None:
-    """A column that some row has is missing in the others; one that no row has is misspelt."""
+    """A column that some rows have is missing in the others.
+
+    A column that no row has is misspelt.
+    """
     with pytest.raises(
         BadInput,
         match=r"train\.csv:2 \(row 1\) has no text in column 'text'.*2 more rows have none",
@@ -72,14 +78,14 @@ def test_an_absent_cell_is_an_empty_input_and_an_unknown_column_a_mistake_in_the
 
 
 def test_a_renamed_column_may_be_absent_too() -> None:
-    """It is looked for under its old name."""
+    """A row that lacks the old name of a renamed column has a missing cell."""
     used = columns(rename={"sentence": "text"}, empty="keep")
     found = used.cut(rows({"label": 0}, {"sentence": "a", "label": 1}), "train")
     assert found == [{"text": None, "label": 0}, {"text": "a", "label": 1}]
 
 
 def test_empty_rows_are_dropped_and_counted_or_kept_as_empty_texts() -> None:
-    """``drop`` leaves the others in order, with their places; ``keep`` leaves all."""
+    """``drop`` keeps the order and line numbers of the other rows; ``keep`` keeps all rows."""
     given = rows(
         {"text": "a", "label": 0},
         {"text": None, "label": 1},
@@ -100,7 +106,7 @@ def test_empty_rows_are_dropped_and_counted_or_kept_as_empty_texts() -> None:
 
 
 def test_dropped_rows_are_told_and_dropping_all_of_them_is_refused(tmp_path: Path) -> None:
-    """The note has the split and both counts; a split without any row left is no split."""
+    """The note has the split and both counts; a split may not lose all of its rows."""
     full = [{"text": f"row {n}", "label": n % 2} for n in range(20)]
     path = {"train": write(tmp_path / "a.jsonl", *full, {"label": 1}, {"text": " ", "label": 0}),
             "validation": write(tmp_path / "b.jsonl", *full)}  # fmt: skip
@@ -115,7 +121,7 @@ def test_dropped_rows_are_told_and_dropping_all_of_them_is_refused(tmp_path: Pat
 
 @pytest.mark.parametrize("target", [None, float("nan"), pd.NA, [], [None], "", " "])
 def test_a_missing_target_is_refused_with_its_place(target: Any) -> None:
-    """Whatever ``data.empty`` says of inputs, null is no target; so is an empty list of texts."""
+    """Null and an empty list of texts are no targets, whatever ``data.empty`` is."""
     match = r"train\.csv:2 \(row 1\) has no value in the target column 'label'"
     with pytest.raises(BadInput, match=match):
         columns(empty="drop").cut(rows({"text": "a", "label": target}), "train")
@@ -125,7 +131,7 @@ def test_a_missing_target_is_refused_with_its_place(target: Any) -> None:
 
 
 def test_an_empty_target_may_be_a_label_or_kept() -> None:
-    """A verbalizer may name the empty text; with ``keep`` an empty text is to be generated."""
+    """A verbalizer may name the empty text; with ``keep`` the empty text may be generated."""
     row = {"text": "a", "label": ""}
     assert columns(verbalizer={"": " none", "x": " x"}).cut(rows(row), "train") == [row]
     assert columns(empty="keep").cut(rows(row), "train") == [row]
@@ -138,14 +144,14 @@ def test_a_cell_without_a_text_is_refused_with_its_place(cell: Any) -> None:
 
 
 def test_rows_without_a_place_are_counted() -> None:
-    """Rows of the hub and of built-in data have numbers."""
+    """Rows of the hub and of built-in data are named by their number."""
     with pytest.raises(BadInput, match=r"row 2 of train has no text in column 'text'"):
         columns().cut([{"text": "a", "label": 0}, {"text": "", "label": 0}], "train")
 
 
 @given(st.lists(st.sampled_from([0, 1]), min_size=1, max_size=6), st.data())
 def test_labels_are_the_same_from_every_format(labels: list[int], data: st.DataObject) -> None:
-    """Whole numbers, numbers with a point and texts end as the verbalizer's keys, in their type."""
+    """Integers, decimals and texts all become the verbalizer's keys, in the keys' type."""
     cells = [
         data.draw(st.sampled_from([label, float(label), str(label), f"{label}.0"]))
         for label in labels
@@ -165,7 +171,10 @@ def test_lists_as_labels_have_a_place() -> None:
 
 
 def test_splits_in_different_formats_work_together(tmp_path: Path) -> None:
-    """Numbers in one file, texts in another, a point in the third: the labels, ids and fingerprint of one format."""
+    """Integer labels in one file, texts in another and decimals in a third are equivalent.
+
+    Labels, token ids and fingerprint are those of a single format.
+    """
 
     def loaded(name: str, *kinds: Any) -> Any:
         files = {}
@@ -191,7 +200,7 @@ def test_splits_in_different_formats_work_together(tmp_path: Path) -> None:
     ],
 )
 def test_where_matches_by_meaning(tmp_path: Path, wanted: Any, cells: list[Any]) -> None:
-    """Each spelling is found, and nothing else: not another value, a list or nothing."""
+    """Every spelling of the value matches, and no other value, list or missing cell does."""
     others = ["7", 7, 0, False, "x", None, [1], {"a": 1}, "01"]
     table = [{"text": "a", "label": "x", "kind": kind} for kind in [*cells, *others]]
     path = write(
