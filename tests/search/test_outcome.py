@@ -8,6 +8,8 @@ import pytest
 
 from orchestrator.job.space import TrialSpec
 from orchestrator.job.spec import SearchSpec
+from orchestrator.search.report.facts import TrialFacts
+from orchestrator.search.state.ranking import ranked
 from orchestrator.search.state.trials import Outcome
 from orchestrator.tuning.reports import Copied, Report
 
@@ -88,6 +90,16 @@ def test_a_prompt_is_ranked_once() -> None:
     outcome.trial_ended("b", "finished", "")
     outcome.trial_reported("a", report("a", 12, 12, 0.8))
     assert order(outcome) == ["a", "b"]
+
+
+def test_the_report_ranks_as_the_search_does() -> None:
+    """A copy without a better result of its own is left out of the report's ranking too."""
+    best = {"accuracy": 0.7, "loss": 1.0}
+    source = TrialFacts("b", OTHER, best=best, best_step=4)
+    copy = TrialFacts("a", SPEC, best=best, best_step=4, copied_step=4)
+    assert [trial.id for trial in ranked([copy, source], SearchSpec())] == ["b"]
+    source.status = "failed"
+    assert [trial.id for trial in ranked([copy, source], SearchSpec())] == ["a"]
 
 
 def test_the_spread_over_seeds_is_of_equal_trials() -> None:

@@ -13,6 +13,7 @@ from orchestrator.job.spec import JobSpec
 from orchestrator.search.state.events import Ended, Found, Reported, Started
 from orchestrator.search.state.folder import SearchFolder
 from orchestrator.search.state.journal import read_events
+from orchestrator.search.state.ranking import ranked
 from orchestrator.search.state.saved import load_saved
 from orchestrator.tuning.reports import Costs
 
@@ -26,6 +27,9 @@ class TrialFacts:
     status: str = "running"
     points: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     best: dict[str, float] = field(default_factory=dict)
+    best_step: int = 0
+    copied_step: int | None = None
+    """Step at which the trial last copied another trial; None if it never did."""
     costs: Costs = field(default_factory=Costs)
 
     @property
@@ -36,6 +40,15 @@ class TrialFacts:
             return self.spec.init or (self.spec.demonstrations if self.spec.shots else "") or ""
         words = " ".join(text.split())
         return f"\u201c{words if len(words) <= 18 else words[:17] + '…'}\u201d"
+
+    @property
+    def best_metrics(self) -> Mapping[str, float]:
+        return self.best
+
+    @property
+    def inherited(self) -> bool:
+        """Whether the best evaluation comes from a trial that this trial copied."""
+        return self.copied_step is not None and self.best_step <= self.copied_step
 
     def best_of(self, metric: str) -> float | None:
         """Return the metric at the trial's best evaluation, or None if there is none."""
@@ -76,19 +89,8 @@ class SearchFacts:
 
     @cached_property
     def scored(self) -> list[TrialFacts]:
-        """Trials that were evaluated and did not fail, the best first."""
-        sign = -1.0 if self.job.search.better == "max" else 1.0
-        found = [
-            trial for trial in self.trials if self.metric in trial.best and trial.status != "failed"
-        ]
-        return sorted(
-            found,
-            key=lambda trial: (
-                sign * trial.best[self.metric],
-                trial.best.get("loss", 0.0),
-                trial.id,
-            ),
-        )
+        """Trials with a result, best first, as the search itself ranks them."""
+        return ranked(self.trials, self.job.search)
 
     @property
     def winner(self) -> TrialFacts | None:
@@ -113,7 +115,9 @@ def read_facts(folder: SearchFolder) -> SearchFacts:
         elif isinstance(event, Reported) and event.report.trial in trials:
             trial, report = trials[event.report.trial], event.report
             trial.points.append((report.step, report.metrics))
-            trial.best = report.best_metrics
+            trial.best, trial.best_step = report.best_metrics, report.best_step
+            if report.copied is not None:
+                trial.copied_step = report.copied.step
             trial.costs = trial.costs.plus(report.costs)
         elif isinstance(event, Ended) and event.trial in trials:
             trials[event.trial].status = event.status

@@ -9,6 +9,7 @@ from typing import Any
 
 from orchestrator.job.space import TrialSpec
 from orchestrator.job.spec import SearchSpec
+from orchestrator.search.state.ranking import ranked
 from orchestrator.tuning.reports import Copied, Costs, Report
 
 Metrics = dict[str, float]
@@ -37,6 +38,10 @@ class TrialRecord:
     slot: str = ""
     """Group and slot in which the trial is trained, or was last, such as ``w0:2``."""
     costs: Costs = field(default_factory=Costs)
+
+    @property
+    def best_metrics(self) -> Metrics:
+        return self.metrics
 
     @property
     def inherited(self) -> bool:
@@ -132,24 +137,5 @@ class Outcome:
         return {"trials": len(same), "validation": spread}
 
     def ranking(self) -> list[TrialRecord]:
-        """Return the trials with a result, best first: by the metric, then the loss, then the id.
-
-        A trial that copied another trial's best prompt and found no better one is left out if the
-        source is in the ranking, since both have the same prompt.
-        """
-        sign = -1.0 if self.search.better == "max" else 1.0
-        scored = [
-            record
-            for record in self.records.values()
-            if record.metrics and record.status != "failed"
-        ]
-        found = [record.metrics for record in scored if not record.inherited]
-        scored = [record for record in scored if not (record.inherited and record.metrics in found)]
-        return sorted(
-            scored,
-            key=lambda record: (
-                sign * record.metrics[self.search.metric],
-                record.metrics["loss"],
-                record.id,
-            ),
-        )
+        """Return the trials with a result, best first; see ``ranking.ranked``."""
+        return ranked(self.records.values(), self.search)
