@@ -1,6 +1,7 @@
-"""The manifests' health checks, on a real head that is started with their parameters and their token authentication.
+"""The manifests' health checks, on a real head with their parameters and token authentication.
 
-In a network and a process namespace of its own, so that the ports are free and nothing outlives the test.
+The head runs in its own network and process namespace, so that its ports are free and no process
+outlives the test.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ echo healthy
 @pytest.mark.long
 @pytest.mark.slow
 def test_the_health_checks_answer_on_a_guarded_head() -> None:
-    """Without a token, as the kubelet asks; other routes refuse without one; metrics come on the manifests' port."""
+    """Probes need no token, other routes do, and metrics are on the manifests' port.
+
+    The kubelet runs the probes without a token.
+    """
     alone = ["unshare", "--net", "--pid", "--mount-proc", "--fork", "--kill-child"]
     if (
         not all(map(shutil.which, ("unshare", "ip", "wget")))

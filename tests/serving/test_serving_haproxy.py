@@ -1,4 +1,7 @@
-"""HAProxy as Serve's ingress, as ``orchestrator serve`` starts it: keys hold, and a killed replica costs no answer."""
+"""HAProxy as Serve's ingress, as ``orchestrator serve`` starts it.
+
+Keys are enforced, and a killed replica costs no answer.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, backbone: Backbone, write_ar
 def server(
     store: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, psutil.Process]]:
-    """Two replicas behind HAProxy; the address and the process."""
+    """Two replicas behind HAProxy: its address and the process."""
     port, folder = free_port(), tmp_path_factory.mktemp("haproxy")
     changes = {
         "RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_HAPROXY_BINARY_PATH": str(shutil.which("haproxy")),
@@ -96,8 +99,10 @@ def test_keys_hold(server: tuple[str, psutil.Process]) -> None:
 
 
 def test_a_killed_replica_costs_no_answer(server: tuple[str, psutil.Process]) -> None:
-    """What it had under way is asked again of the other one, and its successor joins. HAProxy itself takes up a new
-    configuration and closes connections that lie idle in between; a client that is about to use one has to ask again.
+    """Requests of a killed replica are repeated on the other, and a successor joins.
+
+    Meanwhile HAProxy loads a new configuration and closes idle connections; a client that is about
+    to use one has to send its request again.
     """
     url, process = server
     victim = replicas(process)[0]

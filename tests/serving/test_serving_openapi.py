@@ -17,7 +17,10 @@ schemathesis = pytest.importorskip(
 
 
 def test_the_document_describes_every_route(service: PromptService) -> None:
-    """Bodies and answers of all routes, with the models' own limits; the document itself needs no description."""
+    """Bodies and answers of all routes are described, with the models' limits.
+
+    The document itself is not described.
+    """
     document = Client(service).get("/openapi.json").json()
     assert set(document["paths"]) == {path for _, path in OPERATIONS}
     body = document["paths"]["/v1/completions"]["post"]["requestBody"]["content"][
@@ -41,8 +44,10 @@ def test_answers_keep_to_the_document(
     service: PromptService,
     listen: Any,  # noqa: F811
 ) -> None:
-    """Whatever fits the document, and whatever does not: a described status, with a body as described, and none that
-    says the server broke."""
+    """Every answer has a described status and body, and none is a server error.
+
+    Requests fit the document, or do not.
+    """
     described = schemathesis.openapi.from_url(f"{listen(service)}/openapi.json")
 
     @settings(
