@@ -27,10 +27,11 @@ SCRIPT = DEPLOY / "mlflow" / "logins.py"
 
 def logins(uri: str, **passwords: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {
-        "MLFLOW_TRACKING_URI": uri, "MLFLOW_TRACKING_USERNAME": "admin",
+        "MLFLOW_TRACKING_URI": uri,
+        "MLFLOW_TRACKING_USERNAME": "admin",
         "MLFLOW_TRACKING_PASSWORD": "the-admin-password",
         **{f"LOGIN_{name.upper()}": password for name, password in passwords.items()},
-    }  # fmt: skip
+    }
     argv = [sys.executable, SCRIPT, "tuning", "serving"]
     return subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=120)
 
@@ -50,14 +51,22 @@ def server_with_logins(tmp_path: Path) -> Iterator[Server]:
     """Run an MLflow server that requires logins, started by start.sh."""
     server = Server(tmp_path)
     settings = {
-        "DATA": str(tmp_path / "data"), "POSTGRES_URI": f"sqlite:///{tmp_path}/mlflow.db", "PORT": str(server.port),
-        "WORKERS": "1", "PYTHON": sys.executable, "MLFLOW_AUTH_ADMIN_PASSWORD": "the-admin-password",
-    }  # fmt: skip
+        "DATA": str(tmp_path / "data"),
+        "POSTGRES_URI": f"sqlite:///{tmp_path}/mlflow.db",
+        "PORT": str(server.port),
+        "WORKERS": "1",
+        "PYTHON": sys.executable,
+        "MLFLOW_AUTH_ADMIN_PASSWORD": "the-admin-password",
+    }
     with (tmp_path / "server.log").open("ab") as log:
         server.process = subprocess.Popen(
-            [DEPLOY / "mlflow" / "start.sh"], env=os.environ | settings, cwd=tmp_path, stdout=log, stderr=log,
+            [DEPLOY / "mlflow" / "start.sh"],
+            env=os.environ | settings,
+            cwd=tmp_path,
+            stdout=log,
+            stderr=log,
             start_new_session=True,
-        )  # fmt: skip
+        )
     try:
         server.await_answer(seconds=240)  # four processes import MLflow first
         yield server

@@ -48,7 +48,7 @@ from tests.deploy.manifests import (
     yaml_files,
 )
 
-NO_PROBES = {"dump", "logins", "submitter"}  # they end by themselves
+NO_PROBES = {"dump", "logins", "submitter"}  # these containers end by themselves
 
 
 def of_kind(folder: str, kind: str) -> list[Document]:
@@ -163,9 +163,12 @@ def test_parts_of_a_workload_fit_together(folder: str) -> None:
         if document["kind"] == "Service":
             chosen = [pod for pod in every if spec["selector"].items() <= labels(pod).items()]
             opened = {
-                port[key] for pod in chosen for c in pod["spec"]["containers"] for port in c["ports"]
+                port[key]
+                for pod in chosen
+                for c in pod["spec"]["containers"]
+                for port in c["ports"]
                 for key in ("name", "containerPort")
-            }  # fmt: skip
+            }
             assert (
                 chosen
                 and {port.get("targetPort", port["port"]) for port in spec["ports"]} <= opened
@@ -502,8 +505,9 @@ def test_ray_takes_its_parameters(folder: str) -> None:
 def test_nothing_in_deploy_looks_like_a_secret() -> None:
     """There is no long random text, no known shape of a key, no password in an address."""
     shapes: list[str] = [
-        r"\b[0-9a-f]{32,}\b", r"AKIA[0-9A-Z]{16}", r"\bsk-[\w-]{20,}", r"\bhf_\w{20,}", r"BEGIN [A-Z ]*PRIVATE KEY",
-        r"://[^/\s:@]+:(?!\$)[^/\s@]+@", r"(?i)password:[ \t]*['\"]?(?!\$|\{|REPLACE)[\w-]{6,}",
+        r"\b[0-9a-f]{32,}\b", r"AKIA[0-9A-Z]{16}", r"\bsk-[\w-]{20,}", r"\bhf_\w{20,}",
+        r"BEGIN [A-Z ]*PRIVATE KEY", r"://[^/\s:@]+:(?!\$)[^/\s@]+@",
+        r"(?i)password:[ \t]*['\"]?(?!\$|\{|REPLACE)[\w-]{6,}",
     ]  # fmt: skip
     for file in sorted(DEPLOY.rglob("*")):
         if not file.is_file() or "secrets" in file.parent.parts or file.suffix == ".py":

@@ -29,7 +29,7 @@ def told() -> dict[str, set[str]]:
     store = PromptStore(cast(Any, None), cast(Any, None))
     engine = SimpleNamespace(waiting=0, running=0)
     service = SimpleNamespace(metrics=metrics, store=store, engine=engine, healthy=True)
-    make_api(cast(PromptService, service))  # which adds what the store and the engine tell
+    make_api(cast(PromptService, service))  # adds the metrics of the store and the engine
     metrics.request("/classify", 200, 0.1, "m")
     metrics.tokens("m", 1, 1)
     metrics.first_token("m", 0.1)
@@ -125,15 +125,19 @@ def test_grafana_has_the_dashboard_and_its_source() -> None:
     maps = [it for it in built("monitoring") if it["kind"] == "ConfigMap"]
     held = {
         it["metadata"]["name"].rpartition("-")[0]: it["data"] for it in maps
-    }  # each with a digest behind its name
+    }  # kustomize adds a digest to each name
     dashboard = (MONITORING / "grafana-serving.json").read_text()
     assert held["grafana-dashboards"] == {"grafana-serving.json": dashboard}
     (source,) = yaml.safe_load(held["grafana-datasources"]["datasource.yaml"])["datasources"]
     services = {it["metadata"]["name"] for it in built("monitoring") if it["kind"] == "Service"}
     assert source["type"] == "prometheus" and source["url"].split("//")[1].split(":")[0] in services
     (provider,) = yaml.safe_load(held["grafana-providers"]["dashboards.yaml"])["providers"]
-    mounted = [it["mountPath"] for _, pod in all_pods("monitoring") for c in pod["spec"]["containers"]
-               for it in c.get("volumeMounts", [])]  # fmt: skip
+    mounted = [
+        it["mountPath"]
+        for _, pod in all_pods("monitoring")
+        for c in pod["spec"]["containers"]
+        for it in c.get("volumeMounts", [])
+    ]
     assert provider["options"]["path"] in mounted
 
 

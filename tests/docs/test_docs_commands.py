@@ -37,11 +37,13 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 FENCE = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 STARTS_WITH_COMMANDS = {
-    "first-job", "install", "kuberay", "operations", "registry", "scaling", "security", "serving", "troubleshooting",
+    "first-job", "install", "kuberay", "operations", "registry", "scaling", "security", "serving",
+    "troubleshooting",
 }  # fmt: skip
 ENDS_A_COMMAND = {"|", "&&", "||", ";"}
 OTHERS = {
-    ".", "aws", "base64", "chmod", "docker", "export", "helm", "kubectl", "make", "mkdir", "pg_restore", "python", "rm",
+    ".", "aws", "base64", "chmod", "docker", "export", "helm", "kubectl", "make", "mkdir",
+    "pg_restore", "python", "rm",
 }  # fmt: skip
 
 RUN = {
@@ -53,7 +55,10 @@ RUN = {
         "orchestrator validate jobs/quickstart.yaml",
         "deploy/kubernetes/secrets --compose deploy/compose/secrets",
         "orchestrator key web --file deploy/compose/secrets/keys.json",
-        "orchestrator key metrics --file deploy/compose/secrets/keys.json > deploy/compose/secrets/metrics",
+        (
+            "orchestrator key metrics --file deploy/compose/secrets/keys.json"
+            " > deploy/compose/secrets/metrics"
+        ),
         "chmod 644 deploy/compose/secrets/keys.json",
     ],
     "kuberay": [
@@ -190,7 +195,7 @@ def test_every_command_is_one_that_its_program_takes(page: Path) -> None:
 def check_parses(command: Simple, line: str) -> None:
     try:
         assert not parse(command), line
-    except Exception as error:  # click's usage errors, of its own or of a copy that typer brings
+    except Exception as error:  # usage errors of click, or of the copy of click in typer
         raise AssertionError(f"{line!r}: {getattr(error, 'message', '') or error}") from error
 
 
@@ -252,20 +257,33 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def artifact(folder: Path, accuracy: float) -> Path:
     base = BaseModelRecord(
-        id="builtin:quickstart", revision="main", model_type="llama", hidden_size=8, vocab_size=100, context_length=128,
-        fingerprint="f" * 64, tokenizer_digest="t" * 64,
-    )  # fmt: skip
+        id="builtin:quickstart",
+        revision="main",
+        model_type="llama",
+        hidden_size=8,
+        vocab_size=100,
+        context_length=128,
+        fingerprint="f" * 64,
+        tokenizer_digest="t" * 64,
+    )
     manifest = Manifest(
-        method="prompt_tuning", num_virtual_tokens=5,
+        method="prompt_tuning",
+        num_virtual_tokens=5,
         config={"init": "random", "num_virtual_tokens": 5, "learning_rate": 0.3, "seed": 0},
-        template="{text}\nSpam or not?", target="label",
+        template="{text}\nSpam or not?",
+        target="label",
         verbalizer=(VerbalizerEntry(label=0, text=" ham"), VerbalizerEntry(label=1, text=" spam")),
-        max_input_tokens=32, max_target_tokens=4, base_model=base,
+        max_input_tokens=32,
+        max_target_tokens=4,
+        base_model=base,
         data=DataRecord(path="sms", fingerprint="d" * 64, rows={"train": 10, "test": 5}),
         metrics={"validation": {"accuracy": accuracy}, "test": {"accuracy": accuracy}},
-        baselines={"zero_shot": {"test": {"accuracy": 0.2}}}, steps=100, search="sms-spam", trial="t1",
+        baselines={"zero_shot": {"test": {"accuracy": 0.2}}},
+        steps=100,
+        search="sms-spam",
+        trial="t1",
         orchestrator_version="0.1.0",
-    )  # fmt: skip
+    )
     weights = np.random.default_rng(int(100 * accuracy)).normal(size=(5, 8)).astype(np.float32)
     return PromptArtifact(weights, manifest).save(folder)
 
@@ -274,7 +292,7 @@ def artifact(folder: Path, accuracy: float) -> Path:
 def test_commands_do_what_the_page_says(
     name: str, store: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Run in order in a copy of the project, with two versions registered, all succeed."""
+    """A page's commands succeed in order, in a copy of the project with two versions."""
     for folder in ("deploy", "jobs"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     shutil.rmtree(tmp_path / "deploy" / "compose" / "secrets", ignore_errors=True)

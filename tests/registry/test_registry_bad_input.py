@@ -153,11 +153,13 @@ def test_a_registry_that_may_only_be_read(
         )
         connection.commit()
     code = (
-        "from pathlib import Path; from orchestrator.registry import Registry; from orchestrator.errors import *\n"
+        "from pathlib import Path; from orchestrator.registry import Registry; "
+        "from orchestrator.errors import *\n"
         f"r = Registry({uri!r}, cache_dir=Path({str(registry.cache_dir)!r})); r.check()\n"
         f"print(len(r.versions({name!r})), r.aliases({name!r}), len(r.history({name!r})))\n"
         f"for call in (lambda: r.promote({name!r}, 2), lambda: r.set_alias({name!r}, 'x', 1),\n"
-        f"             lambda: r.start_search('s', {{}}, {{}}), lambda: r.register(Path({str(make_artifact())!r}),\n"
+        f"             lambda: r.start_search('s', {{}}, {{}}), "
+        f"lambda: r.register(Path({str(make_artifact())!r}),\n"
         f"             {name!r}, {search.run_id!r})):\n"
         "    try: call()\n"
         "    except BadInput as error: print('may only be read' in error.message)\n"

@@ -58,7 +58,7 @@ def test_the_verb(
 ) -> None:
     """The verb sets and ends a canary, as text and as JSON.
 
-    Neither an alias nor ``--end``, or both, is refused.
+    It refuses an alias together with ``--end``, and a call with neither.
     """
     monkeypatch.setenv("MLFLOW_TRACKING_URI", registry.tracking_uri)
     registry.set_alias(name, "champion", register(accuracy=0.8))

@@ -43,10 +43,14 @@ def guarded(postgres: Cluster, tmp_path: Path, artifacts: dict[str, str]) -> Ite
         port: int = probe.getsockname()[1]
     database = postgres.database(f"guarded{len(artifacts)}").replace("+psycopg", "")
     settings = {
-        "DATA": str(tmp_path / "data"), "POSTGRES_URI": database,
-        "PORT": str(port), "WORKERS": "1", "PYTHON": sys.executable, "MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORD,
+        "DATA": str(tmp_path / "data"),
+        "POSTGRES_URI": database,
+        "PORT": str(port),
+        "WORKERS": "1",
+        "PYTHON": sys.executable,
+        "MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORD,
         **artifacts,
-    }  # fmt: skip
+    }
     server = Server(tmp_path)
     server.port, server.uri = port, f"http://127.0.0.1:{port}"
     with (tmp_path / "server.log").open("ab") as log:

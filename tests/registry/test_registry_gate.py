@@ -188,7 +188,10 @@ def test_what_no_server_could_use_is_never_promoted(
     changes: dict[str, Any],
     reason: str,
 ) -> None:
-    """A reason does not help either, and a search makes such a version challenger."""
+    """A version that no server could use is refused even with a reason.
+
+    A search makes such a version challenger, not champion.
+    """
     with local.start_search(name, {}, {}) as search:
         version = local.register(make_artifact(**changes), name, search.run_id)
     for force in (None, "because"):

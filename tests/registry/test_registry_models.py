@@ -383,7 +383,8 @@ def test_after_a_search_the_better_prompt_is_champion(
     )
     assert registry.auto_alias(name, 1, alias="champion") == AliasOutcome(
         None,
-        "Version 1 is not champion, version 6 stays: its test accuracy is 0.8, the champion's 0.95.",
+        "Version 1 is not champion, version 6 stays: "
+        "its test accuracy is 0.8, the champion's 0.95.",
     )
 
 
@@ -396,7 +397,8 @@ def test_registering_takes_no_torch(
         f"r = Registry({local.tracking_uri!r}, cache_dir=Path({str(local.cache_dir)!r}))\n"
         f"with r.start_search({name!r}, {{}}, {{}}) as s:\n"
         f"    v = r.register(Path({str(make_artifact())!r}), {name!r}, s.run_id)\n"
-        f"r.fetch({name!r}, v); print({{'torch', 'ray', 'transformers', 'sklearn'}} & set(sys.modules))"
+        f"r.fetch({name!r}, v); "
+        "print({'torch', 'ray', 'transformers', 'sklearn'} & set(sys.modules))"
     )
     answer = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

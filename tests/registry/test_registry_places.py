@@ -21,8 +21,8 @@ from orchestrator.registry.store import normalised, quoted_path, sqlite_file
 
 MakeArtifact = Callable[..., Path]
 ODD = [
-    "what now?x", "a#b", "50%", "a%20b", "a%3Fb", "a;b", "ü ñ 字", "a&b=c", "a:b", "file:x", "it's", 'a"c', "[x]",
-    "~x", "$HOME", ":memory:", "a?b#c%41;d", "x?mode=memory", "a\\b", "-x",
+    "what now?x", "a#b", "50%", "a%20b", "a%3Fb", "a;b", "ü ñ 字", "a&b=c", "a:b", "file:x", "it's",
+    'a"c', "[x]", "~x", "$HOME", ":memory:", "a?b#c%41;d", "x?mode=memory", "a\\b", "-x",
 ]  # fmt: skip
 MLFLOW = """
 import sys, mlflow

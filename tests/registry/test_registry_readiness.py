@@ -134,7 +134,7 @@ def test_a_search_that_registers_nothing_needs_no_history(own: Registry) -> None
 
 
 def test_places_that_can_not_be_written_are_named(own: Registry, tmp_path: Path) -> None:
-    """These are the artifacts of a new experiment, and the cache of prompts.
+    """Unwritable places are named: a new experiment's artifacts, and the prompt cache.
 
     The cache is needed to compare with the champion.
     """

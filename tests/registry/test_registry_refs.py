@@ -106,7 +106,10 @@ def test_passwords_are_mask_secrets(uri: str) -> None:
 
 def test_importing_the_registry_imports_no_heavy_module() -> None:
     """``orchestrator --help`` stays fast: mlflow is imported at the first call."""
-    code = "import sys, orchestrator.registry; print({'mlflow', 'torch', 'ray', 'transformers'} & set(sys.modules))"
+    code = (
+        "import sys, orchestrator.registry; "
+        "print({'mlflow', 'torch', 'ray', 'transformers'} & set(sys.modules))"
+    )
     answer = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )

@@ -174,7 +174,7 @@ def test_a_deleted_experiment_is_refused_before_anything_runs(
 
 
 def test_artifacts_lie_beside_the_database(local: Registry, name: str) -> None:
-    """They are not below the working directory that the search was started in."""
+    """Artifacts are not below the working directory that the search was started in."""
     with local.start_search(name, {}, {}) as search:
         pass
     experiment = local._store.client.get_experiment(search.experiment_id)

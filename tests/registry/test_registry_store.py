@@ -14,11 +14,17 @@ from postgres import Cluster
 from orchestrator.errors import BadInput, Unreachable
 from orchestrator.registry import Registry, store
 
-OPEN = "from orchestrator.registry import Registry; r = Registry({uri!r}); r.check(); print(len(r.list_models()))"
+OPEN = (
+    "from orchestrator.registry import Registry; r = Registry({uri!r}); "
+    "r.check(); print(len(r.list_models()))"
+)
 
 
 def test_processes_that_open_a_new_file_at_once_all_succeed(tmp_path: Path) -> None:
-    """All succeed, where MLflow alone fails all but one; only the database is left."""
+    """All processes succeed, and only the database is left.
+
+    MLflow alone would fail all but one of them.
+    """
     code = OPEN.format(uri=f"sqlite:///{tmp_path}/new/mlflow.db")
     processes = [
         subprocess.Popen(

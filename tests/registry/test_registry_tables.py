@@ -54,7 +54,10 @@ def alone(uri: str, **environment: str) -> Any:
 
 
 def test_the_tables_say_what_mlflow_says(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both give the same names, newest versions, aliases, metrics and canaries."""
+    """The tables and MLflow's client give the same listings.
+
+    These have names, newest versions, aliases, champions' metrics, polled aliases and canaries.
+    """
     registry = Registry(uri)
     assert read_models(uri) is not None
     direct = registry.list_models(), registry.live(), registry.snapshot()
@@ -85,7 +88,7 @@ def test_a_listing_imports_no_mlflow(uri: str) -> None:
     assert done.stdout.split() == [
         "4",
         "True",
-    ]  # one champion has no note: MLflow is asked for its version
+    ]  # MLflow reads the version of a champion that has no note
     Registry(uri)._store.client.delete_registered_model_alias("other's", "champion")
     done = subprocess.run(
         [sys.executable, "-c", TOOL.format(uri=uri)], capture_output=True, text=True, check=True

@@ -68,12 +68,16 @@ def report() -> Report:
     """A report with inits, lengths, seeds, learning rates and a failed trial."""
     job = JobSpec.model_validate(
         {
-            "name": "everything", "base_model": {"id": "builtin:quickstart"},
+            "name": "everything",
+            "base_model": {"id": "builtin:quickstart"},
             "data": {
-                "path": "builtin:quickstart", "template": "{text}", "target": "label", "verbalizer": {0: "a", 1: "b"},
+                "path": "builtin:quickstart",
+                "template": "{text}",
+                "target": "label",
+                "verbalizer": {0: "a", 1: "b"},
             },
         }
-    )  # fmt: skip
+    )
     trials = []
     for number, (init, tokens, seed) in enumerate(itertools.product(INITS, (5, 20), (0, 1))):
         rate = 0.01 * 1.4**number
@@ -87,9 +91,11 @@ def report() -> Report:
     found = {split: {"accuracy": 0.5, "loss": 2.0} for split in ("validation", "test")}
     confusion = {"labels": [0, 1], "counts": [[40, 10], [5, 45]]}
     result = {
-        "best": {"trial": "t011", "metrics": found, "confusion": confusion}, "model": None,
-        "seconds": {"total": 90.0, "ray": 8.0, "trials": 70.0, "registry": 2.0}, "plan": {"seconds": {"total": 80.0}},
-    }  # fmt: skip
+        "best": {"trial": "t011", "metrics": found, "confusion": confusion},
+        "model": None,
+        "seconds": {"total": 90.0, "ray": 8.0, "trials": 70.0, "registry": 2.0},
+        "plan": {"seconds": {"total": 80.0}},
+    }
     facts = SearchFacts("everything-1", job, "0" * 32, trials, {"zero_shot": found}, result)
     pictures = draw(facts)
     return Report(page(facts, pictures), pictures)
@@ -112,7 +118,7 @@ def test_the_pages_show_a_search_and_its_version(
     listed = text_of(by_metric, "runs", tmp_path, children)
     assert [it for it in (run.info.run_name, *children) if it not in listed] == []
     assert listed.index(children[2]) < listed.index(children[1]) < listed.index(children[0])
-    # The search's own page: parameters, metrics, tags; its charts; its artifacts. Then the model's and the version's.
+    # The search's page, charts and artifacts, then the pages of the model and its version.
     run_page = f"{pages}/#/experiments/{run.info.experiment_id}/runs/{parent}"
     model_page = f"{pages}/#/models/{name}"
     shown = {
@@ -157,17 +163,42 @@ def test_the_pages_show_a_search_that_trained(finished: Finished, tmp_path: Path
         version = f"{pages}/#/models/tiny/versions/{finished.document['model']['version']}"
         nested = [run.info.run_name or "" for run in (parent, *runs)]
         shown = {
-            "search-runs": (f"{experiment}/runs?{by_metric}", [*nested, "9 matching runs", "tuning"]),
-            "search-charts": (f"{experiment}/runs?{by_metric}&compareRunsMode=CHART", ["validation_loss"]),
-            "search": (f"{experiment}/runs/{parent.info.run_id}", ["best_test_loss", f"{test_loss:.4f}"[:5], "asha"]),
-            "search-artifacts": (f"{experiment}/runs/{parent.info.run_id}/artifacts", ["report.html", "figures"]),
-            "search-best": (f"{experiment}/runs/{best.info.run_id}", ["learning_rate", best.info.run_name or ""]),
-            "search-best-curve": (f"{experiment}/runs/{best.info.run_id}/model-metrics", ["train_loss"]),
+            "search-runs": (
+                f"{experiment}/runs?{by_metric}",
+                [*nested, "9 matching runs", "tuning"],
+            ),
+            "search-charts": (
+                f"{experiment}/runs?{by_metric}&compareRunsMode=CHART",
+                ["validation_loss"],
+            ),
+            "search": (
+                f"{experiment}/runs/{parent.info.run_id}",
+                ["best_test_loss", f"{test_loss:.4f}"[:5], "asha"],
+            ),
+            "search-artifacts": (
+                f"{experiment}/runs/{parent.info.run_id}/artifacts",
+                ["report.html", "figures"],
+            ),
+            "search-best": (
+                f"{experiment}/runs/{best.info.run_id}",
+                ["learning_rate", best.info.run_name or ""],
+            ),
+            "search-best-curve": (
+                f"{experiment}/runs/{best.info.run_id}/model-metrics",
+                ["train_loss"],
+            ),
             "search-model": (f"{pages}/#/models/tiny", ["Version 1", "@ champion"]),
             "search-version": (
-                version, ["champion", "this prompt", "zero shot", "Nearest words", "orchestrator query tiny"],
+                version,
+                [
+                    "champion",
+                    "this prompt",
+                    "zero shot",
+                    "Nearest words",
+                    "orchestrator query tiny",
+                ],
             ),
-        }  # fmt: skip
+        }
         check_pages(shown, tmp_path)
 
 

@@ -22,12 +22,14 @@ from orchestrator.registry import Registry
 
 def search(number):
     registry = Registry(sys.argv[1])
-    with registry.start_search(f"search-{{number}}", {{"number": number}}, {{}}, patience=200) as log:
+    with registry.start_search(f"search-{{number}}", {{"number": number}}, {{}}, \
+patience=200) as log:
         for trial in range({TRIALS}):
             log.trial_started(f"t{{trial}}", {{"seed": trial}})
         for step in range({REPORTS}):
             for trial in range({TRIALS}):
-                log.trial_metrics(f"t{{trial}}", step, {{"loss": number + step / 100, "accuracy": 0.5}})
+                log.trial_metrics(f"t{{trial}}", step, \
+{{"loss": number + step / 100, "accuracy": 0.5}})
         for trial in range({TRIALS}):
             log.trial_ended(f"t{{trial}}", "finished")
 

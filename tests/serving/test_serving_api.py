@@ -30,8 +30,9 @@ from orchestrator.serving.http.service import PromptService
 from orchestrator.serving.offline import OfflineModel
 
 CHAT = (
-    "{% for it in messages %}{% if it.role == 'system' and not loop.first %}{{ raise_exception('system first') }}"
-    "{% endif %}<{{ it.role }}>{{ it.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% for it in messages %}{% if it.role == 'system' and not loop.first %}"
+    "{{ raise_exception('system first') }}{% endif %}<{{ it.role }}>{{ it.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
 
@@ -210,9 +211,13 @@ def test_the_chat_template_stands_around_the_prompt_s_own(
 def test_chat_logprobs(client: openai.OpenAI) -> None:
     """The bytes are the token's, and there are as many likeliest tokens as requested."""
     made = client.chat.completions.create(
-        model="story", messages=[{"role": "user", "content": "a"}], max_tokens=3, temperature=0, logprobs=True,
+        model="story",
+        messages=[{"role": "user", "content": "a"}],
+        max_tokens=3,
+        temperature=0,
+        logprobs=True,
         top_logprobs=2,
-    )  # fmt: skip
+    )
     assert made.choices[0].logprobs is not None
     for one in made.choices[0].logprobs.content or ():
         assert bytes(one.bytes or ()).decode() == one.token
@@ -228,13 +233,20 @@ BAD_CHATS: list[tuple[dict[str, Any], str, str]] = [
      "invalid_value", "messages"),
     ({"messages": [{"role": "assistant", "content": "a"}]}, "invalid_value", "messages"),
     ({"messages": [{"role": "user", "content": "a"}] * 300}, "invalid_value", "messages"),
-    ({"messages": [{"role": "user", "content": "a"}], "tools": [{"type": "x"}]}, "unsupported_parameter", "tools"),
-    ({"messages": [{"role": "user", "content": "a"}], "top_logprobs": 2}, "unsupported_parameter", "top_logprobs"),
-    ({"messages": [{"role": "user", "content": "a"}], "stream_options": {}}, "unsupported_parameter", "stream_options"),
-    ({"messages": [{"role": "user", "content": "a" * 3000}]}, "context_length_exceeded", "messages"),
-    ({"messages": [{"role": "user", "content": "a"}], "stop": ["a"] * 1000}, "invalid_value", "stop"),
-    ({"messages": [{"role": "user", "content": "a"}], "max_tokens": 0}, "invalid_value", "max_tokens"),
-    ({"messages": [{"role": "user", "content": "a"}], "max_tokens": 10**9}, "context_length_exceeded", "messages"),
+    ({"messages": [{"role": "user", "content": "a"}], "tools": [{"type": "x"}]},
+     "unsupported_parameter", "tools"),
+    ({"messages": [{"role": "user", "content": "a"}], "top_logprobs": 2},
+     "unsupported_parameter", "top_logprobs"),
+    ({"messages": [{"role": "user", "content": "a"}], "stream_options": {}},
+     "unsupported_parameter", "stream_options"),
+    ({"messages": [{"role": "user", "content": "a" * 3000}]},
+     "context_length_exceeded", "messages"),
+    ({"messages": [{"role": "user", "content": "a"}], "stop": ["a"] * 1000},
+     "invalid_value", "stop"),
+    ({"messages": [{"role": "user", "content": "a"}], "max_tokens": 0},
+     "invalid_value", "max_tokens"),
+    ({"messages": [{"role": "user", "content": "a"}], "max_tokens": 10**9},
+     "context_length_exceeded", "messages"),
 ]  # fmt: skip
 
 
@@ -313,7 +325,10 @@ def test_a_client_that_hangs_up_frees_its_row(
     host, port = url.removeprefix("http://").split(":")
     content = json.dumps(body).encode()
     with socket.create_connection((host, int(port))) as connection:
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n\r\n"
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+            f"Content-Length: {len(content)}\r\n\r\n"
+        )
         connection.sendall(head.encode() + content)
         assert until(lambda: service.engine.running == 1)
     assert until(lambda: service.engine.running == 0)
@@ -433,7 +448,7 @@ def test_a_request_that_takes_too_long_ends(
     assert until(lambda: service.engine.running == 0)
 
 
-# -- Canaries ---------------------------------------------------------------------------------------------------------
+# -- Canaries --------------------------------------------------------------------------------------
 
 
 def test_a_canary_takes_its_share_of_a_name(
@@ -495,7 +510,7 @@ def test_a_canary_that_can_t_be_had_is_the_champion(
     )
 
 
-# -- Keys -------------------------------------------------------------------------------------------------------------
+# -- Keys ------------------------------------------------------------------------------------------
 
 
 def test_a_key_has_its_models_and_its_rate(
@@ -574,7 +589,7 @@ def test_without_keys_other_machines_are_refused() -> None:
         access.check("/v1/models", {"host": "localhost"}, "10.0.0.7")
 
 
-# -- Seen from outside ------------------------------------------------------------------------------------------------
+# -- Seen from outside -----------------------------------------------------------------------------
 
 
 def test_metrics_by_model(client: openai.OpenAI, url: str) -> None:
@@ -589,8 +604,10 @@ def test_metrics_by_model(client: openai.OpenAI, url: str) -> None:
     assert made.usage is not None
     for line in (
         'orchestrator_requests_total{model="story",route="/v1/completions",status="200"} 2.0',
-        f'orchestrator_tokens_total{{kind="completion",model="story"}} {2 * made.usage.completion_tokens}.0',
-        f'orchestrator_tokens_total{{kind="prompt",model="story"}} {2 * made.usage.prompt_tokens}.0',
+        'orchestrator_tokens_total{kind="completion",model="story"} '
+        f"{2 * made.usage.completion_tokens}.0",
+        'orchestrator_tokens_total{kind="prompt",model="story"} '
+        f"{2 * made.usage.prompt_tokens}.0",
         'orchestrator_first_token_seconds_count{model="story"} 2.0',
         'orchestrator_prompt_hits_total{model="story"} 2.0',
         'orchestrator_prompt_loads_total{model="story"} 1.0',

@@ -93,7 +93,7 @@ def test_the_store_fetches_once(backbone: Backbone, registry: Any, make_artifact
     assert registry.fetched.count(("spam", 1)) == registry.fetched.count(("spam", 2)) == 1
     assert store.loaded_count == 1 and store.host_bytes > store.loaded_bytes
     assert store.counts["returns", "spam"] >= 4
-    assert store.loaded("spam:1") is None  # a copy takes a moment: not on the event loop
+    assert store.loaded("spam:1") is None  # the copy is too slow for the event loop
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")

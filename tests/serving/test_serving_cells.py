@@ -30,8 +30,9 @@ Ids = list[list[int]]
 TEMPLATE = "{text} of {more}\nSpam?"
 LABELS = {0: " ham", 1: " spam"}
 ODD: list[Any] = [
-    0, 1, -5, 10**25, 1.0, 0.5, -0.0, 1e-7, 1e21, True, False, "true", "None", "null", "nan", "NA", "007", "1.10",
-    "2024-01-02", "2024-01-02T00:00:00", " a ", "é日本\u2028", '"quoted"\t', [], ["a", 1, None], {}, {"b": "x", "n": 0},
+    0, 1, -5, 10**25, 1.0, 0.5, -0.0, 1e-7, 1e21, True, False, "true", "None", "null", "nan", "NA",
+    "007", "1.10", "2024-01-02", "2024-01-02T00:00:00", " a ", "é日本\u2028", '"quoted"\t',
+    [], ["a", 1, None], {}, {"b": "x", "n": 0},
     [{"é": [True, 1.5]}], "x" * 300, ["long"] * 100,
 ]  # fmt: skip
 ROWS = [{"text": cell, "more": cell, "label": place % 2} for place, cell in enumerate(ODD)]
@@ -149,7 +150,7 @@ def test_what_training_refuses_no_side_takes(folder: Path, backbone: Backbone, c
 def test_json_that_has_no_text_is_refused_over_http(
     folder: Path, backbone: Backbone, text: str
 ) -> None:
-    """Such JSON is a bad request, wherever it is noticed."""
+    """JSON without a text form is a bad request, wherever that is noticed."""
     prompt = load_prompt(backbone, folder, "odd", 1)
     body = f'{{"model": "odd", "input": {{"text": {text}, "more": "a"}}}}'
     with pytest.raises((ApiError, BadInput)):
@@ -225,7 +226,7 @@ def test_an_answer_has_the_label_as_the_verbalizer_spells_it(
 
 
 def test_groups_are_named_by_the_text_of_their_cell(folder: Path, tmp_path: Path) -> None:
-    """Groups are named as everywhere else; rows without a value form their own group."""
+    """Groups have the text of their cell; rows without a value form their own group."""
     kinds = [True, "true", None, "", 1.5, ["a"], {"b": 1}]
     rows = [{"text": "a", "more": "b", "label": 0, "kind": kind} for kind in kinds]
     question = Question(str(jsonl(tmp_path / "kinds.jsonl", rows)), by="kind")

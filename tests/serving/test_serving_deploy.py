@@ -72,7 +72,7 @@ def test_the_dashboard_asks_for_metrics_that_there_are(service: PromptService) -
         for target in panel["targets"]
         for name in re.findall(r"orchestrator_\w+", target["expr"])
     }
-    make_api(service)  # which adds what the store and the engine tell
+    make_api(service)  # adds the metrics of the store and the engine
     told = set(re.findall(r"^# TYPE (\w+)", service.metrics.text().decode(), re.MULTILINE))
     assert {re.sub(r"_(bucket|sum|count)$", "", name) for name in asked} <= told
     assert len(asked) > 10

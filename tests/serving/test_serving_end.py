@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 def test_a_signal_ends_the_server_and_what_it_started(
     spam_store: dict[str, str], tmp_path: Path, number: signal.Signals
 ) -> None:
-    """The server says so, has its own exit code, and leaves no process of Ray behind."""
+    """The server reports the signal, has its own exit code, and leaves no Ray process."""
     (port,) = free_ports(1)
     process = serve(spam_store, tmp_path, "--port", str(port))
     try:

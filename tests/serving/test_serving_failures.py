@@ -146,8 +146,8 @@ def after_kill(load: Load, what: str, act: Any, failed_before: int = 0) -> list[
     first = min(begun + took for begun, took in later) - done
     longest = max(took for begun, took in list(load.seconds) if begun + took > done)
     print(
-        f"\n{what}: failed {dict(Counter(failed))}, answered meanwhile {len(later)}, first answer to a later request "
-        f"after {first:.1f} s, longest request {longest:.1f} s"
+        f"\n{what}: failed {dict(Counter(failed))}, answered meanwhile {len(later)}, "
+        f"first answer to a later request after {first:.1f} s, longest request {longest:.1f} s"
     )
     return failed
 

@@ -91,7 +91,7 @@ def test_a_request_of_a_dead_replica_is_asked_again(client: Client) -> None:
 
 
 def test_an_answer_that_began_is_not_asked_again(client: Client) -> None:
-    """If it were repeated, the client would get some of it twice."""
+    """An answer that began is not repeated: the client would get some of it twice."""
     replicas = Replicas(client.api, 1, 2)
     with pytest.raises((httpx.HTTPError, Died, AssertionError)):
         assert (

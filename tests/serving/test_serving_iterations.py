@@ -85,7 +85,7 @@ def test_rows_enter_a_running_generation(family: str, served: Any) -> None:  # n
             *(engine.complete(prompt, encoded(prompt), long) for prompt in early)
         )
 
-    # Both requests wait before the engine sees either, or the second one would enter later.
+    # Both requests must wait before the engine sees either; else the second would enter later.
     begun, others, batches = ask_by_and_by(
         backbone,
         first,
@@ -125,7 +125,7 @@ def test_a_waiting_row_takes_the_place_of_a_finished_one(
     steps = [rows for kind, rows in recorder.batches if kind == "generate"]
     assert (
         steps == [2] * 8 + [1] * 22
-    )  # three tokens beside the long row, then five, then it is alone
+    )  # rows of 3 and then 5 tokens beside the long row, then it alone
 
 
 def test_a_batch_stays_as_narrow_as_its_rows(backbone: Backbone) -> None:

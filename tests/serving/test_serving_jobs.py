@@ -22,8 +22,8 @@ from orchestrator.tuning.checkpoint import TrialState
 from tests.benchmarks.experiments import run_experiment
 
 JOBS = (
-    "quickstart", "sms-spam", "trec6", "init-ablation", "length-ablation", "low-data", "interpretability", "personal",
-    "prefix-placement", "ensembling",
+    "quickstart", "sms-spam", "trec6", "init-ablation", "length-ablation", "low-data",
+    "interpretability", "personal", "prefix-placement", "ensembling",
 )  # fmt: skip
 ONE_TRIAL = ("search.trials=1",)
 TEXTS = ("the soup was cold and the waiter rude", "win a prize", "")

@@ -196,7 +196,7 @@ def test_served_labels_are_those_of_the_evaluation(
             backbone, tensors, prompt.encoder.encode(labelled, "label"), prompt.encoder
         )
         assert metrics["accuracy"] == accuracy
-    # Without a verbalizer the loss is that of the tokens given: here an answer without its end token.
+    # Without a verbalizer the loss covers the given tokens: an answer without its end token.
     plain = Encoder(backbone.tokenizer, prompt.encoder.template, None, 64, 8, backbone.family)
     for text, row in zip(TEXTS, rows, strict=True):
         ids = plain.encode_input({"text": text})
@@ -237,10 +237,10 @@ def generated(
             max_new_tokens=tokens,
             eos_token_id=prompt.encoder.end_id,
             pad_token_id=1,
-            forced_eos_token_id=None,  # BART's own: not what a tuned prompt was tuned with
+            forced_eos_token_id=None,  # BART's default, which tuning does not use
         )[0].tolist()
     if backbone.family == "seq2seq":
-        made = made[1:]  # what the decoder starts from
+        made = made[1:]  # without the decoder's start token
     if prompt.encoder.end_id in made:
         made = made[: made.index(prompt.encoder.end_id)]
     return str(backbone.tokenizer.decode(made, skip_special_tokens=True))
@@ -285,7 +285,7 @@ def test_methods_generate_in_one_batch(family: str, served: Any, tmp_path: Path)
             ]
             assert [completion.text for completion in completions] == wanted
         seen |= {completion.text for completion in completions}
-    assert len(seen) > 5  # behind a window of six tokens some rows see no prompt
+    assert len(seen) > 5  # with a window of six tokens, some rows see no prompt
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
@@ -343,7 +343,7 @@ def test_room_is_counted_in_real_and_virtual_tokens(name: str, served: Any) -> N
         prompt.encode("win", room + 1)
 
 
-# -- HTTP -------------------------------------------------------------------------------------------------------------
+# -- HTTP ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -400,7 +400,7 @@ def test_usage_counts_no_virtual_tokens(family: str, ask_family: Any) -> None:
     words = len(tokenizer("a win ", add_special_tokens=False)["input_ids"])
     assert document["usage"]["prompt_tokens"] == words + (
         family == "t5"
-    )  # and the end token of an encoder's input
+    )  # plus the end token of an encoder's input
     assert document["choices"][0]["finish_reason"] in ("stop", "length")
 
 
@@ -419,7 +419,7 @@ def test_masked_models_complete_nothing(ask_family: Any) -> None:
         assert ("use /classify" in error["message"]) == instead
 
 
-# -- Offline, from folders --------------------------------------------------------------------------------------------
+# -- Offline, from folders -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["t5", "bart", "bert"])

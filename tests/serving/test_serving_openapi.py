@@ -57,7 +57,7 @@ def test_answers_keep_to_the_document(
     def ask(case: Any) -> None:
         if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
             case.body["model"] = MODELS[len(case.body["model"]) % len(MODELS)]
-        # What fits the document may still be too long for the context, or miss a column of the prompt's template.
+        # A valid body may still be too long for the context or lack a column of the template.
         case.call_and_validate(excluded_checks=[schemathesis.checks.positive_data_acceptance])
 
     ask()

@@ -76,7 +76,7 @@ def test_requests_never_fail_while_aliases_move(
     over = threading.Event()
     moves = threading.Thread(target=lambda: _move(registry, over))
     moves.start()
-    give_up = time.monotonic() + 60  # only a store that never follows takes this long
+    give_up = time.monotonic() + 60  # reached only if the store never follows
     while (len(seen) < 1000 or set(seen) != {1, 2}) and time.monotonic() < give_up:
         seen.append((store.loaded("spam") or store.get("spam")).version)
     over.set()

@@ -80,11 +80,15 @@ def test_a_span_a_request(collector: Collector, service: PromptService) -> None:
     first, second, third = collector.spans
     usage = answered.json()["usage"]
     assert attributes(first) == {
-        "http.request.method": "POST", "http.route": "/v1/completions", "http.response.status_code": 200,
-        "gen_ai.request.model": "story", "orchestrator.model.version": 1,
-        "gen_ai.usage.input_tokens": usage["prompt_tokens"], "gen_ai.usage.output_tokens": usage["completion_tokens"],
+        "http.request.method": "POST",
+        "http.route": "/v1/completions",
+        "http.response.status_code": 200,
+        "gen_ai.request.model": "story",
+        "orchestrator.model.version": 1,
+        "gen_ai.usage.input_tokens": usage["prompt_tokens"],
+        "gen_ai.usage.output_tokens": usage["completion_tokens"],
         "orchestrator.request.id": answered.headers["x-request-id"],
-    }  # fmt: skip
+    }
     assert first.name == "POST /v1/completions"
     assert (first.trace_id.hex(), first.parent_span_id.hex()) == tuple(CALLER.split("-")[1:3])
     assert refused.status_code == 404
