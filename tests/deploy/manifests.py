@@ -1,4 +1,4 @@
-"""What stands in deploy/, read for the tests: files, built overlays, pods within documents."""
+"""Helpers that read deploy/ for the tests: files, built overlays, pods within documents."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ Document = dict[str, Any]
 
 
 def version() -> str:
-    """The project's own."""
+    """Return the project's version."""
     return str(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"])
 
 
 def pinned() -> dict[str, str]:
-    """Package to version, as constraints.txt has them."""
+    """Map each package to its version in constraints.txt."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     return dict(line.split("==", 1) for line in lines if "==" in line)
 
@@ -46,7 +46,10 @@ def documents(file: Path) -> list[Any]:
 
 @lru_cache
 def built_text(folder: str) -> str:
-    """What ``kubectl kustomize`` makes of a folder of deploy/kubernetes. Skips without kubectl."""
+    """Return what ``kubectl kustomize`` builds from a folder of deploy/kubernetes.
+
+    Skips the test where kubectl is not installed.
+    """
     if shutil.which("kubectl") is None:
         pytest.skip("kubectl is not installed")
     argv = ["kubectl", "kustomize", str(KUBERNETES / folder)]
@@ -57,12 +60,15 @@ def built_text(folder: str) -> str:
 
 @lru_cache
 def built(folder: str) -> list[Document]:
-    """The documents of it; whoever reads them leaves them as they are."""
+    """Return the documents of a built folder; they are cached, so callers must not change them."""
     return list(yaml.load_all(built_text(folder), getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
 
 
 def pods(document: Any, at: str = "") -> Iterator[tuple[str, Document]]:
-    """Every pod template within a document: where it stands, and the template with its metadata and spec."""
+    """Yield every pod template within a document, with its path in the document.
+
+    A pod template is a mapping with metadata and spec.
+    """
     if isinstance(document, dict):
         if isinstance(spec := document.get("spec"), dict) and "containers" in spec:
             yield at, document
@@ -74,7 +80,7 @@ def pods(document: Any, at: str = "") -> Iterator[tuple[str, Document]]:
 
 
 def all_pods(folder: str) -> list[tuple[str, Document]]:
-    """Of a built folder, with the kind and name of what they belong to in front."""
+    """Return the pod templates of a built folder, labelled with their owner's kind and name."""
     return [
         (f"{document['kind']} {document['metadata']['name']}{at}", pod)
         for document in built(folder)
@@ -83,7 +89,7 @@ def all_pods(folder: str) -> list[tuple[str, Document]]:
 
 
 def whole(size: str) -> list[Document]:
-    """All that an overlay of this size brings, its search and its service included."""
+    """Return all documents of the overlays of this size, search and service included."""
     return [document for folder in OVERLAYS if f"/{size}" in folder for document in built(folder)]
 
 
@@ -96,7 +102,7 @@ def labels(pod: Document) -> dict[str, str]:
 
 
 def found(value: Any, key: str) -> Iterator[Any]:
-    """Every value that stands under ``key``, at any depth."""
+    """Yield every value under ``key``, at any depth."""
     if isinstance(value, dict):
         for name, inner in value.items():
             if name == key:
@@ -108,7 +114,7 @@ def found(value: Any, key: str) -> Iterator[Any]:
 
 
 def quantity(text: Any) -> float:
-    """A Kubernetes quantity as a number: cores, or bytes."""
+    """Convert a Kubernetes quantity to a number of cores or bytes."""
     match = re.fullmatch(r"([\d.]+)(m|Ki|Mi|Gi|Ti)?", str(text))
     assert match, text
     scale = {None: 1.0, "m": 1e-3, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
@@ -116,7 +122,7 @@ def quantity(text: Any) -> float:
 
 
 def check_ray_command(words: list[str]) -> None:
-    """Ray's own command line takes the words, verb and options; nothing is run."""
+    """Check that Ray's own command line parses the words; nothing is run."""
     from ray.scripts.scripts import cli
 
     assert words[0].rpartition("/")[2] == "ray", words

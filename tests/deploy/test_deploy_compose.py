@@ -1,4 +1,7 @@
-"""deploy/compose: all parts on one machine. Read as Compose reads it where that is installed, as YAML elsewhere."""
+"""deploy/compose: all parts on one machine.
+
+Compose itself reads the file where it is installed; the other tests read it as YAML.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,10 @@ FILE = FOLDER / "compose.yaml"
 
 
 def services() -> dict[str, Any]:
-    """The services, each with what it extends filled in where it says nothing itself."""
+    """Return the services, with the settings that each extends filled in.
+
+    A service's own settings win over those that it extends.
+    """
     document = yaml.safe_load(FILE.read_text())["services"]
     for service in document.values():
         if extended := service.pop("extends", None):
@@ -48,7 +54,7 @@ def secrets_in(folder: Path) -> None:
 
 
 def test_compose_takes_the_file(tmp_path: Path) -> None:
-    """``docker compose config`` finds nothing wrong in it, with the GPU file too."""
+    """``docker compose config`` accepts the file, with and without the GPU file."""
     if (
         shutil.which("docker") is None
         or subprocess.run(["docker", "compose", "version"], capture_output=True).returncode
@@ -71,7 +77,11 @@ def test_compose_takes_the_file(tmp_path: Path) -> None:
 
 
 def test_services_are_whole() -> None:
-    """Each has an image with a version or is built, waits for services that there are, and mounts what is there."""
+    """Services are complete and refer only to what exists.
+
+    Each has a versioned image or a build, waits for services of this file, and mounts existing
+    volumes, files and secrets.
+    """
     document, known = yaml.safe_load(FILE.read_text()), services()
     assert set(known) == {
         "postgres",
@@ -105,7 +115,7 @@ def test_services_are_whole() -> None:
 
 
 def test_only_this_machine_reaches_it() -> None:
-    """Published ports are loopback's, Ray wants its token, and the service its keys."""
+    """Ports are published on loopback only; Ray wants its token and the service its keys."""
     for name, service in services().items():
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", [])), name
     for name in ("head", "worker", "serving"):
@@ -127,7 +137,7 @@ def test_only_this_machine_reaches_it() -> None:
 
 
 def test_secrets_are_files_that_commands_make(tmp_path: Path) -> None:
-    """Every secret of the file is made by one of the two commands at its head; git ignores the folder."""
+    """The two commands at the head of the file make all its secrets; git ignores the folder."""
     made = tmp_path / "secrets"
     secrets_in(made)
     assert made.stat().st_mode & 0o077 == 0 and (made / "mlflow.env").stat().st_mode & 0o077 == 0
@@ -157,7 +167,10 @@ def test_secrets_are_files_that_commands_make(tmp_path: Path) -> None:
 
 
 def test_keys_for_the_service_can_be_made_into_the_folder(tmp_path: Path) -> None:
-    """The commands of the file's head leave a key file that the service reads, and Prometheus' key in clear."""
+    """The service reads the key file that the commands at the head of the file write.
+
+    One of the keys is for Prometheus.
+    """
     from orchestrator.serving.http.access import add_key
 
     keys = tmp_path / "keys.json"
@@ -166,7 +179,7 @@ def test_keys_for_the_service_can_be_made_into_the_folder(tmp_path: Path) -> Non
 
 
 def test_the_service_s_config_differs_where_it_has_to() -> None:
-    """It is deploy/serve.yaml, reached from outside of the container and on one replica."""
+    """The config is deploy/serve.yaml, but reachable from outside and on one replica."""
     document, ours = (
         yaml.safe_load(file.read_text()) for file in (FOLDER / "serve.yaml", DEPLOY / "serve.yaml")
     )

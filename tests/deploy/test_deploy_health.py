@@ -1,6 +1,7 @@
-"""The manifests' health checks, on a real head that is started with their parameters and their token authentication.
+"""The manifests' health checks, on a real head with their parameters and token authentication.
 
-In a network and a process namespace of its own, so that the ports are free and nothing outlives the test.
+The head runs in its own network and process namespace, so that its ports are free and no process
+outlives the test.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from tests.deploy.manifests import KUBERNETES, documents
 PROGRAM = """
 set -eu
 ip link set lo up
-export RAY_AUTH_MODE=token RAY_AUTH_TOKEN={token} RAY_TMPDIR={folder} RAY_USAGE_STATS_ENABLED=0 HOME={folder}
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN={token} RAY_TMPDIR={folder} \
+RAY_USAGE_STATS_ENABLED=0 HOME={folder}
 ray start --head --block --port=6379 --node-ip-address=127.0.0.1 --include-dashboard=true \\
   --object-store-memory=100000000 {parameters} >{folder}/log 2>&1 &
 started=$!
@@ -44,7 +46,10 @@ echo healthy
 @pytest.mark.long
 @pytest.mark.slow
 def test_the_health_checks_answer_on_a_guarded_head() -> None:
-    """Without a token, as the kubelet asks; other routes refuse without one; metrics come on the manifests' port."""
+    """Probes need no token, other routes do, and metrics are on the manifests' port.
+
+    The kubelet runs the probes without a token.
+    """
     alone = ["unshare", "--net", "--pid", "--mount-proc", "--fork", "--kill-child"]
     if (
         not all(map(shutil.which, ("unshare", "ip", "wget")))
@@ -61,7 +66,8 @@ def test_the_health_checks_answer_on_a_guarded_head() -> None:
         for group in (head, worker)
     ]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    with tempfile.TemporaryDirectory(prefix="head-") as folder:  # a short path: sockets lie in it
+    # The path is short because Ray puts sockets below it, and the length of theirs is limited.
+    with tempfile.TemporaryDirectory(prefix="head-") as folder:
         program = PROGRAM.format(
             token="0123456789abcdef" * 2,
             folder=folder,

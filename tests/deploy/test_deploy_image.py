@@ -1,4 +1,7 @@
-"""deploy/image and deploy/mlflow/Dockerfile: what the images hold, and as whom they run. No engine is needed."""
+"""The images of deploy/image and deploy/mlflow: their contents and the user they run as.
+
+No container engine is needed: the Dockerfiles are read, and the entry point runs here.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,10 @@ FILES = (IMAGE / "Dockerfile", DEPLOY / "mlflow" / "Dockerfile")
 
 
 def instructions(file: Path) -> list[tuple[str, str]]:
-    """Each instruction of a Dockerfile with its arguments, continued lines joined, comments left out."""
+    """Return a Dockerfile's instructions with their arguments.
+
+    Continued lines are joined, and comments are left out.
+    """
     lines = [line for line in file.read_text().splitlines() if not line.lstrip().startswith("#")]
     joined = re.sub(r"\\\n", " ", "\n".join(lines))
     return [
@@ -29,7 +35,10 @@ def instructions(file: Path) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.parent.name)
 def test_an_image_runs_as_nobody_special(file: Path) -> None:
-    """Its last user is a number above 0, which Kubernetes can check, and nothing is copied or run after it."""
+    """The last user is a number above 0, which Kubernetes can check.
+
+    Nothing is copied or run after the last USER instruction.
+    """
     names = [name for name, _ in instructions(file)]
     users = [argument for name, argument in instructions(file) if name == "USER"]
     assert all(int(part) > 0 for part in users[-1].split(":"))
@@ -39,7 +48,7 @@ def test_an_image_runs_as_nobody_special(file: Path) -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.parent.name)
 def test_an_image_starts_from_a_named_version(file: Path) -> None:
-    """Of the Python that the project needs; a stage may also start from another one's name."""
+    """Each stage starts from a Python that the project supports, or from another stage."""
     variables = dict(
         argument.split("=", 1)
         for name, argument in instructions(file)
@@ -53,7 +62,7 @@ def test_an_image_starts_from_a_named_version(file: Path) -> None:
 
 
 def test_the_image_is_pinned_by_the_constraints() -> None:
-    """Every pip install names constraints.txt, and the package itself then needs nothing more."""
+    """Every pip install names constraints.txt, and the label has the project's version."""
     runs = " && ".join(argument for name, argument in instructions(FILES[0]) if name == "RUN")
     installs = re.findall(r"pip install [^&;]*", runs)
     assert len(installs) >= 3 and all(
@@ -68,7 +77,7 @@ def test_the_image_is_pinned_by_the_constraints() -> None:
 
 
 def test_mlflow_s_image_has_the_versions_of_the_constraints() -> None:
-    """Client and server speak of one schema."""
+    """The server has the client's package versions, so that both know the same schema."""
     text = FILES[1].read_text()
     for package in ("mlflow", "psycopg", "Flask-WTF", "boto3"):
         (found,) = re.findall(rf"\b{package}(?:\[\w+\])?==([\w.]+)", text)
@@ -77,7 +86,7 @@ def test_mlflow_s_image_has_the_versions_of_the_constraints() -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.parent.name)
 def test_what_is_copied_is_there_and_may_be(file: Path) -> None:
-    """The build sees nothing but what it copies."""
+    """Every copied path exists, and the ignore file lets it into the build context."""
     context = ROOT if file.parent == IMAGE else file.parent
     ignored = file.with_name("Dockerfile.dockerignore")
     allowed = (
@@ -115,13 +124,13 @@ def entrypoint(
 
 @pytest.mark.parametrize("store", [False, True])
 def test_a_first_attempt_runs_the_job(tmp_path: Path, store: bool) -> None:
-    """Nothing is there to go on with: ``run`` gets the job and the options."""
+    """Without an earlier search, ``run`` gets the job and the options."""
     done = entrypoint("no-such-job.yaml", "--quiet", home=tmp_path, store=store)
     assert done.returncode == 2 and "no-such-job.yaml" in done.stderr
 
 
 def test_an_attempt_that_can_not_look_begins_nothing(tmp_path: Path) -> None:
-    """A store that does not answer may have a search."""
+    """A store that does not answer may hold a search, so no new one begins."""
     (tmp_path / "searches").write_text("no folder")
     done = entrypoint("no-such-job.yaml", home=tmp_path, store=True)
     assert done.returncode != 0 and "no-such-job" not in done.stderr
@@ -129,7 +138,7 @@ def test_an_attempt_that_can_not_look_begins_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("store", [False, True])
 def test_a_later_attempt_goes_on_with_the_search(tmp_path: Path, store: bool) -> None:
-    """A search that an earlier attempt has begun is resumed, whatever the job's file says by now."""
+    """A search of an earlier attempt is resumed, whatever the job file says by now."""
     begun = tmp_path / "searches" / "sms-spam-20260101-000000"
     begun.mkdir(parents=True)
     (begun / "search.json").write_text("{}")

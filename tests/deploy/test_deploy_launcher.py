@@ -1,4 +1,4 @@
-"""deploy/cluster: files for Ray's own cluster launcher, as that reads them."""
+"""deploy/cluster: files for Ray's cluster launcher, checked with the launcher's own code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FILES = sorted((DEPLOY / "cluster").glob("*.yaml"))
 
 
 def prepared(file: Path) -> dict[str, Any]:
-    """As ``ray up`` does it before it asks for a machine: defaults filled in, then checked."""
+    """Prepare a config as ``ray up`` does before it asks for a machine: fill in the defaults."""
     config = prepare_config(yaml.safe_load(file.read_text()))
     config.setdefault("cluster_synced_files", [])
     return dict(config)
@@ -26,7 +26,7 @@ def prepared(file: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_ray_takes_the_file(file: Path) -> None:
-    """With its defaults it fits Ray's schema; a misspelt key would not."""
+    """With its defaults filled in, the file fits Ray's schema, which refuses unknown keys."""
     config = prepared(file)
     validate_config(config)
     with pytest.raises(jsonschema.ValidationError):
@@ -35,7 +35,10 @@ def test_ray_takes_the_file(file: Path) -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_clusters_are_closed(file: Path) -> None:
-    """Token authentication on every node, the token from a file that the docs make, the dashboard on loopback."""
+    """Every node uses token authentication, and the dashboard listens on loopback.
+
+    The token comes from the file that the docs create.
+    """
     config = prepared(file)
     text = file.read_text()
     assert "RAY_AUTH_MODE=token" in text
@@ -56,7 +59,7 @@ def test_clusters_are_closed(file: Path) -> None:
 
 
 def test_the_cloud_s_nodes_have_work_for_gpus_only() -> None:
-    """The head has no CPUs to give; at least one GPU node is there when a search starts; images are ours."""
+    """The head offers no CPUs, a GPU node is there from the start, and images are ours."""
     config = prepared(DEPLOY / "cluster" / "aws.yaml")
     types = config["available_node_types"]
     assert types[config["head_node_type"]]["resources"] == {"CPU": 0}

@@ -1,4 +1,7 @@
-"""deploy/mlflow/logins.py against a real server with logins, started by start.sh: who may do what afterwards."""
+"""deploy/mlflow/logins.py on a real server with logins: who may do what afterwards.
+
+start.sh starts the server.
+"""
 
 from __future__ import annotations
 
@@ -24,16 +27,17 @@ SCRIPT = DEPLOY / "mlflow" / "logins.py"
 
 def logins(uri: str, **passwords: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {
-        "MLFLOW_TRACKING_URI": uri, "MLFLOW_TRACKING_USERNAME": "admin",
+        "MLFLOW_TRACKING_URI": uri,
+        "MLFLOW_TRACKING_USERNAME": "admin",
         "MLFLOW_TRACKING_PASSWORD": "the-admin-password",
         **{f"LOGIN_{name.upper()}": password for name, password in passwords.items()},
-    }  # fmt: skip
+    }
     argv = [sys.executable, SCRIPT, "tuning", "serving"]
     return subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=120)
 
 
 def test_it_says_what_is_missing() -> None:
-    """Before it asks anybody."""
+    """A missing password is named before any server is contacted."""
     done = logins("http://127.0.0.1:1", tuning="x")
     assert (
         done.returncode == 2
@@ -44,17 +48,25 @@ def test_it_says_what_is_missing() -> None:
 
 @contextmanager
 def server_with_logins(tmp_path: Path) -> Iterator[Server]:
-    """An MLflow server that asks for logins, started by start.sh."""
+    """Run an MLflow server that requires logins, started by start.sh."""
     server = Server(tmp_path)
     settings = {
-        "DATA": str(tmp_path / "data"), "POSTGRES_URI": f"sqlite:///{tmp_path}/mlflow.db", "PORT": str(server.port),
-        "WORKERS": "1", "PYTHON": sys.executable, "MLFLOW_AUTH_ADMIN_PASSWORD": "the-admin-password",
-    }  # fmt: skip
+        "DATA": str(tmp_path / "data"),
+        "POSTGRES_URI": f"sqlite:///{tmp_path}/mlflow.db",
+        "PORT": str(server.port),
+        "WORKERS": "1",
+        "PYTHON": sys.executable,
+        "MLFLOW_AUTH_ADMIN_PASSWORD": "the-admin-password",
+    }
     with (tmp_path / "server.log").open("ab") as log:
         server.process = subprocess.Popen(
-            [DEPLOY / "mlflow" / "start.sh"], env=os.environ | settings, cwd=tmp_path, stdout=log, stderr=log,
+            [DEPLOY / "mlflow" / "start.sh"],
+            env=os.environ | settings,
+            cwd=tmp_path,
+            stdout=log,
+            stderr=log,
             start_new_session=True,
-        )  # fmt: skip
+        )
     try:
         server.await_answer(seconds=240)  # four processes import MLflow first
         yield server
@@ -72,8 +84,10 @@ def become(patch: pytest.MonkeyPatch, name: str, password: str) -> None:
 def test_searches_write_and_the_service_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both logins work, the service's can't write to a search's experiment, and a new password takes the old one's
-    place."""
+    """Both logins work, and a new password replaces the old one.
+
+    The service's login can't write to a search's experiment.
+    """
     with server_with_logins(tmp_path) as server:
         made = logins(server.uri, tuning="first-of-tuning", serving="first-of-serving")
         assert made.returncode == 0 and made.stdout.splitlines() == [
@@ -103,7 +117,11 @@ def test_searches_write_and_the_service_reads(
 def test_a_login_that_may_not_finish_a_search_is_refused_at_its_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To register under another login's model, to move its aliases, and to keep the aliases' history."""
+    """The check covers all rights that the end of a search needs.
+
+    These are registering under another login's model, moving its aliases, and writing the aliases'
+    history.
+    """
     with server_with_logins(tmp_path) as server:
         assert (
             logins(server.uri, tuning="first-of-tuning", serving="first-of-serving").returncode == 0
@@ -134,7 +152,7 @@ def test_a_login_that_may_not_finish_a_search_is_refused_at_its_start(
 
 
 def admin(patch: pytest.MonkeyPatch, uri: str) -> Any:
-    """MLflow's client of permissions, as the administrator."""
+    """Return MLflow's permissions client, logged in as the administrator."""
     from mlflow.server import get_app_client
 
     become(patch, "admin", "the-admin-password")

@@ -1,4 +1,7 @@
-"""deploy/kubernetes: every manifest is one that Kubernetes, KubeRay and our own code accept, and they fit together."""
+"""deploy/kubernetes: manifests that Kubernetes, KubeRay and our own code accept.
+
+The manifests also fit together.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ from tests.deploy.manifests import (
     yaml_files,
 )
 
-NO_PROBES = {"dump", "logins", "submitter"}  # they end by themselves
+NO_PROBES = {"dump", "logins", "submitter"}  # these containers end by themselves
 
 
 def of_kind(folder: str, kind: str) -> list[Document]:
@@ -53,7 +56,7 @@ def of_kind(folder: str, kind: str) -> list[Document]:
 
 
 def ray_clusters(folder: str) -> list[Document]:
-    """The cluster specs of a built folder's RayClusters, RayJobs and RayServices."""
+    """Return the cluster specs of a built folder's RayClusters, RayJobs and RayServices."""
     spots = {"RayCluster": (), "RayJob": ("rayClusterSpec",), "RayService": ("rayClusterConfig",)}
     specs = []
     for document in built(folder):
@@ -67,13 +70,16 @@ def ray_clusters(folder: str) -> list[Document]:
 
 @pytest.mark.parametrize("file", yaml_files(), ids=lambda file: str(file.relative_to(DEPLOY)))
 def test_every_file_is_yaml(file: Path) -> None:
-    """And holds something."""
+    """Every YAML file parses and is not empty."""
     assert documents(file)
 
 
 @pytest.mark.parametrize("folder", [*BASES, *OVERLAYS])
 def test_kuberay_s_schemas_take_what_is_built(folder: str, tmp_path: Path) -> None:
-    """Each base and overlay builds, and the CRDs' schemas find nothing in it, misspelt fields included."""
+    """Each base and overlay builds and fits the CRDs' schemas.
+
+    The schemas would find a misspelt field.
+    """
     checker = SCHEMAS / "check_manifest"
     if not checker.exists():
         pytest.skip("no ../shared/schemas")
@@ -96,7 +102,10 @@ def test_kuberay_s_schemas_take_what_is_built(folder: str, tmp_path: Path) -> No
 
 @lru_cache
 def schemas() -> dict[str, Any]:
-    """Schemas of parts that KubeRay's own contain: pod templates, claims, and rules of network policies."""
+    """Return the schemas of pod templates, claims and network policy rules.
+
+    They are parts of KubeRay's own schemas.
+    """
     if not (SCHEMAS / "raycluster.json").exists():
         pytest.skip("no ../shared/schemas")
     cluster = json.loads((SCHEMAS / "raycluster.json").read_text())["properties"]["spec"][
@@ -120,7 +129,10 @@ def problems(part: str, value: Any) -> list[str]:
 
 @pytest.mark.parametrize("folder", OVERLAYS)
 def test_kubernetes_takes_pods_claims_and_policies(folder: str) -> None:
-    """Pods outside of Ray too, volume claims and rules of network policies fit the schemas that KubeRay has of them."""
+    """Pods, volume claims and network policies fit KubeRay's schemas of them.
+
+    Pods outside of Ray are included.
+    """
     for where, pod in all_pods(folder):
         assert not problems("pod", pod), where
     claims = [it["spec"] for it in of_kind(folder, "PersistentVolumeClaim")]
@@ -139,7 +151,10 @@ def test_kubernetes_takes_pods_claims_and_policies(folder: str) -> None:
 
 @pytest.mark.parametrize("folder", OVERLAYS)
 def test_parts_of_a_workload_fit_together(folder: str) -> None:
-    """Selectors choose their own pods and services some pod; mounts, probes and services name what is there."""
+    """Workloads select their own pods, and services some pod.
+
+    Mounts, probes and services name what exists.
+    """
     every = [pod for _, pod in all_pods(folder)]
     for document in built(folder):
         spec = document.get("spec", {})
@@ -148,9 +163,12 @@ def test_parts_of_a_workload_fit_together(folder: str) -> None:
         if document["kind"] == "Service":
             chosen = [pod for pod in every if spec["selector"].items() <= labels(pod).items()]
             opened = {
-                port[key] for pod in chosen for c in pod["spec"]["containers"] for port in c["ports"]
+                port[key]
+                for pod in chosen
+                for c in pod["spec"]["containers"]
+                for port in c["ports"]
                 for key in ("name", "containerPort")
-            }  # fmt: skip
+            }
             assert (
                 chosen
                 and {port.get("targetPort", port["port"]) for port in spec["ports"]} <= opened
@@ -166,8 +184,10 @@ def test_parts_of_a_workload_fit_together(folder: str) -> None:
 
 @pytest.mark.parametrize("folder", OVERLAYS)
 def test_pods_are_confined(folder: str) -> None:
-    """No root, no way to more rights, requests and limits, probes, and no token of the API server but for whoever asks
-    it."""
+    """Pods run without root and extra rights, with requests, limits and probes.
+
+    Only Ray heads and Prometheus, which call the API server, get its token.
+    """
     seen = all_pods(folder)
     assert seen
     for where, pod in seen:
@@ -194,7 +214,10 @@ def test_pods_are_confined(folder: str) -> None:
 
 @pytest.mark.parametrize("folder", [*BASES, *OVERLAYS])
 def test_images_have_one_version_each(folder: str) -> None:
-    """Never latest, ours the project's own version, the same everywhere, and Ray's version the one that is pinned."""
+    """Each image has the same version everywhere, and never ``latest``.
+
+    Our images have the project's version, and Ray the pinned one.
+    """
     tags: dict[str, set[str]] = {}
     for image in found(built(folder), "image"):
         name, _, tag = image.partition(":")
@@ -209,8 +232,10 @@ def test_images_have_one_version_each(folder: str) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_secrets_come_by_reference_only(size: str) -> None:
-    """Whatever is called a password, key or token refers to a Secret that deploy/kubernetes/secrets makes, or that the
-    docs make by a command; no manifest has a Secret in it."""
+    """No manifest holds a Secret, and every password, key or token refers to one.
+
+    deploy/kubernetes/secrets or a command of the docs makes these Secrets.
+    """
     made = {
         it["metadata"]["name"]: set(it["stringData"])
         for it in documents(KUBERNETES / "secrets.example.yaml")
@@ -232,7 +257,7 @@ def test_secrets_come_by_reference_only(size: str) -> None:
 
 
 def test_the_example_is_what_its_command_prints() -> None:
-    """And all values in it are placeholders; the command itself makes other ones each time."""
+    """The example holds only placeholders; the command itself makes new values each time."""
     script = KUBERNETES / "secrets"
     shown = subprocess.run([script, "--example"], capture_output=True, text=True, check=True).stdout
     assert shown == (KUBERNETES / "secrets.example.yaml").read_text()
@@ -265,7 +290,7 @@ def test_the_example_is_what_its_command_prints() -> None:
 
 
 def test_the_script_for_secrets_explains_itself() -> None:
-    """Without an argument, or with a wrong one, it makes nothing."""
+    """Without an argument, or with a wrong one, the script prints its usage and no secret."""
     for arguments in ([], ["--wrong"], ["--compose"]):
         done = subprocess.run([KUBERNETES / "secrets", *arguments], capture_output=True, text=True)
         assert done.returncode == 2 and "--example" in done.stderr and not done.stdout
@@ -273,7 +298,7 @@ def test_the_script_for_secrets_explains_itself() -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_what_pods_name_is_there(size: str) -> None:
-    """Volume claims, settings, priorities, and the services that addresses speak of."""
+    """The claims, settings, priorities and services that pods refer to exist."""
     everything = whole(size)
 
     def names(kind: str) -> set[str]:
@@ -308,8 +333,11 @@ def test_what_pods_name_is_there(size: str) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_names_do_not_meet(size: str) -> None:
-    """KubeRay names services after its objects, whatever their kind: a cluster and a service must not share a name. No
-    two overlays of one size bring the same object."""
+    """Names of clusters, jobs and services differ, and no object comes twice.
+
+    KubeRay names services after its objects, whatever their kind, so a cluster and a service must
+    not share a name. No two overlays of one size bring the same object.
+    """
     objects = [(it["kind"], it["metadata"]["name"]) for it in whole(size)]
     assert len(objects) == len(set(objects))
     of_ray = [name for kind, name in objects if kind in ("RayCluster", "RayJob", "RayService")]
@@ -325,8 +353,10 @@ def test_names_do_not_meet(size: str) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_network_policies_are_about_pods_that_there_are(size: str) -> None:
-    """Nobody may speak unless a policy says so; each policy selects pods, opens ports that these have, and no pod is
-    left without a policy of its own."""
+    """Pods talk only where a policy allows it, and every pod has a policy.
+
+    Each policy selects existing pods and opens ports that they have.
+    """
     policies = {
         it["metadata"]["name"]: it["spec"] for it in whole(size) if it["kind"] == "NetworkPolicy"
     }
@@ -353,7 +383,10 @@ def test_network_policies_are_about_pods_that_there_are(size: str) -> None:
 
 @pytest.mark.parametrize("folder", ["overlays/small/serving", "overlays/large/serving", "serving"])
 def test_the_service_s_config_is_one_that_serve_and_we_accept(folder: str) -> None:
-    """Serve's schema and our options take it, and it says what deploy/serve.yaml says but for what a cluster needs."""
+    """Serve's schema and our options accept the config.
+
+    It equals deploy/serve.yaml except for what a cluster needs.
+    """
     (service,) = of_kind(folder, "RayService")
     document = yaml.safe_load(service["spec"]["serveConfigV2"])
     schema = ServeDeploySchema.model_validate(document)
@@ -379,7 +412,7 @@ def test_the_service_s_config_is_one_that_serve_and_we_accept(folder: str) -> No
 
 
 def fits_its_pods(options: ServeOptions, cluster: Document) -> None:
-    """One replica fills a worker pod, and there may be as many pods as replicas."""
+    """Check that a replica fills a worker pod and that each replica can have a pod."""
     (group,) = cluster["workerGroupSpecs"]
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     gpus = float(limits.get("nvidia.com/gpu", 0))
@@ -392,7 +425,7 @@ def fits_its_pods(options: ServeOptions, cluster: Document) -> None:
 
 
 def test_upgrades_move_requests_step_by_step_where_there_is_room_for_it() -> None:
-    """The large overlay by increments, with a gateway; the small one as a whole."""
+    """The large overlay upgrades by increments through a gateway, the small one as a whole."""
     (large,) = of_kind("overlays/large/serving", "RayService")
     assert large["spec"]["upgradeStrategy"]["type"] == "NewClusterWithIncrementalUpgrade"
     assert large["spec"]["upgradeStrategy"]["clusterUpgradeOptions"]["gatewayClassName"]
@@ -402,7 +435,7 @@ def test_upgrades_move_requests_step_by_step_where_there_is_room_for_it() -> Non
 
 @pytest.mark.parametrize("folder", ["tuning", "overlays/small/tuning", "overlays/large/tuning"])
 def test_the_job_fits_on_its_cluster(folder: str) -> None:
-    """The job's spec is sound, and its workers find room on the pods that there are when it starts."""
+    """The job spec is valid, and its workers fit on the pods that exist at the start."""
     (settings,) = [
         it for it in of_kind(folder, "ConfigMap") if it["metadata"]["name"] == "orchestrator-job"
     ]
@@ -428,7 +461,10 @@ def test_the_job_fits_on_its_cluster(folder: str) -> None:
 
 @pytest.mark.parametrize("folder", OVERLAYS)
 def test_clusters_keep_their_heads_free(folder: str) -> None:
-    """The head has no CPUs to give and no GPU; what outlives it is in Redis, but for a job that is begun again."""
+    """The head offers no CPUs and no GPU.
+
+    Its state is kept in Redis, except for a job's cluster: a job is started again.
+    """
     for cluster in ray_clusters(folder):
         head = cluster["headGroupSpec"]
         assert head["rayStartParams"]["num-cpus"] == "0"
@@ -451,7 +487,7 @@ def test_clusters_keep_their_heads_free(folder: str) -> None:
 
 @pytest.mark.parametrize("folder", ["base", "tuning", "serving"])
 def test_ray_takes_its_parameters(folder: str) -> None:
-    """What KubeRay makes of rayStartParams, and what pods run before they end, are commands that this Ray knows."""
+    """Ray knows the start commands that KubeRay builds, and the pods' preStop commands."""
     for cluster in ray_clusters(folder):
         head, workers = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
         for kind, group in [
@@ -467,10 +503,11 @@ def test_ray_takes_its_parameters(folder: str) -> None:
 
 
 def test_nothing_in_deploy_looks_like_a_secret() -> None:
-    """No long random text, no known shape of a key, no password in an address."""
+    """There is no long random text, no known shape of a key, no password in an address."""
     shapes: list[str] = [
-        r"\b[0-9a-f]{32,}\b", r"AKIA[0-9A-Z]{16}", r"\bsk-[\w-]{20,}", r"\bhf_\w{20,}", r"BEGIN [A-Z ]*PRIVATE KEY",
-        r"://[^/\s:@]+:(?!\$)[^/\s@]+@", r"(?i)password:[ \t]*['\"]?(?!\$|\{|REPLACE)[\w-]{6,}",
+        r"\b[0-9a-f]{32,}\b", r"AKIA[0-9A-Z]{16}", r"\bsk-[\w-]{20,}", r"\bhf_\w{20,}",
+        r"BEGIN [A-Z ]*PRIVATE KEY", r"://[^/\s:@]+:(?!\$)[^/\s@]+@",
+        r"(?i)password:[ \t]*['\"]?(?!\$|\{|REPLACE)[\w-]{6,}",
     ]  # fmt: skip
     for file in sorted(DEPLOY.rglob("*")):
         if not file.is_file() or "secrets" in file.parent.parts or file.suffix == ".py":

@@ -1,4 +1,4 @@
-"""Prometheus and Grafana in deploy/: they ask for metrics, labels and pods that there are."""
+"""Prometheus and Grafana in deploy/: the metrics, labels and pods that they name exist."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ SCRAPES = (MONITORING / "prometheus.yaml", DEPLOY / "compose" / "prometheus.yaml
 
 
 def told() -> dict[str, set[str]]:
-    """Every metric of a replica, and the labels that it has."""
+    """Map every metric of a replica to its labels."""
     metrics = Metrics()
     store = PromptStore(cast(Any, None), cast(Any, None))
     engine = SimpleNamespace(waiting=0, running=0)
     service = SimpleNamespace(metrics=metrics, store=store, engine=engine, healthy=True)
-    make_api(cast(PromptService, service))  # which adds what the store and the engine tell
+    make_api(cast(PromptService, service))  # adds the metrics of the store and the engine
     metrics.request("/classify", 200, 0.1, "m")
     metrics.tokens("m", 1, 1)
     metrics.first_token("m", 0.1)
@@ -51,7 +51,7 @@ def expressions() -> list[str]:
 
 
 def test_alerts_ask_for_metrics_and_labels_that_there_are() -> None:
-    """Every metric that a rule names, and every label that it chooses by or sums over."""
+    """Every metric and every label that an alert rule uses exists."""
     known = told()
     asked = set()
     for expression in expressions():
@@ -69,7 +69,7 @@ def test_alerts_ask_for_metrics_and_labels_that_there_are() -> None:
 
 
 def test_alerts_lead_to_pages_that_there_are() -> None:
-    """Each names a page of docs/, says what is wrong, and waits before it calls anybody."""
+    """Each alert names a page of docs/, has a summary, and waits before it fires."""
     for group in yaml.safe_load((MONITORING / "alerts.yaml").read_text())["groups"]:
         for rule in group["rules"]:
             assert (DEPLOY.parent / rule["annotations"]["page"]).exists() and rule["annotations"][
@@ -80,7 +80,7 @@ def test_alerts_lead_to_pages_that_there_are() -> None:
 
 @pytest.mark.parametrize("file", SCRAPES, ids=lambda file: file.parent.name)
 def test_the_service_is_asked_with_a_key(file: Path) -> None:
-    """A server with keys tells its metrics to nobody else; the key comes from a file."""
+    """The service's metrics need a key, which comes from a file; Ray's need none."""
     assert "/metrics" not in OPEN_PATHS
     jobs = {job["job_name"]: job for job in yaml.safe_load(file.read_text())["scrape_configs"]}
     assert set(jobs) == {"ray", "serving"}
@@ -89,7 +89,10 @@ def test_the_service_is_asked_with_a_key(file: Path) -> None:
 
 
 def test_prometheus_finds_pods_by_labels_and_ports_that_they_have() -> None:
-    """Each job keeps at least one pod of the large overlay, by its labels and by a port of that name."""
+    """Each job keeps at least one pod of the large overlay.
+
+    It selects pods by their labels and by the name of a port.
+    """
     every = [pod for _, pod in whole_pods("large")]
     sanitised = {re.sub(r"\W", "_", name): name for pod in every for name in labels(pod)}
     for job in yaml.safe_load(SCRAPES[0].read_text())["scrape_configs"]:
@@ -118,25 +121,32 @@ def test_prometheus_finds_pods_by_labels_and_ports_that_they_have() -> None:
 
 
 def test_grafana_has_the_dashboard_and_its_source() -> None:
-    """What is built holds the dashboard as it stands, and a source of the kind that it asks for."""
+    """The build holds the dashboard unchanged, and a data source of the kind it needs."""
     maps = [it for it in built("monitoring") if it["kind"] == "ConfigMap"]
     held = {
         it["metadata"]["name"].rpartition("-")[0]: it["data"] for it in maps
-    }  # each with a digest behind its name
+    }  # kustomize adds a digest to each name
     dashboard = (MONITORING / "grafana-serving.json").read_text()
     assert held["grafana-dashboards"] == {"grafana-serving.json": dashboard}
     (source,) = yaml.safe_load(held["grafana-datasources"]["datasource.yaml"])["datasources"]
     services = {it["metadata"]["name"] for it in built("monitoring") if it["kind"] == "Service"}
     assert source["type"] == "prometheus" and source["url"].split("//")[1].split(":")[0] in services
     (provider,) = yaml.safe_load(held["grafana-providers"]["dashboards.yaml"])["providers"]
-    mounted = [it["mountPath"] for _, pod in all_pods("monitoring") for c in pod["spec"]["containers"]
-               for it in c.get("volumeMounts", [])]  # fmt: skip
+    mounted = [
+        it["mountPath"]
+        for _, pod in all_pods("monitoring")
+        for c in pod["spec"]["containers"]
+        for it in c.get("volumeMounts", [])
+    ]
     assert provider["options"]["path"] in mounted
 
 
 @pytest.mark.parametrize("file", SCRAPES, ids=lambda file: file.parent.name)
 def test_prometheus_takes_settings_and_rules(file: Path, tmp_path: Path) -> None:
-    """Its own checker finds nothing wrong. Some builds leave out Kubernetes, so what finds pods there is replaced."""
+    """promtool finds no error.
+
+    Some builds lack Kubernetes discovery, so static targets replace it.
+    """
     if shutil.which("promtool") is None:
         pytest.skip("promtool is not installed (Debian: prometheus)")
     document = yaml.safe_load(file.read_text())

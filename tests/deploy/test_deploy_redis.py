@@ -24,8 +24,10 @@ def redis_cli(port: int, *command: str, password: str = "") -> str:
 
 
 def test_redis_wants_the_password_and_writes_everything(tmp_path: Path) -> None:
-    """The command in the manifest starts a Redis that answers with the Secret's password only, and that has what it was
-    told after it was killed."""
+    """The manifest's command starts a Redis that requires the Secret's password.
+
+    Its data survives a SIGKILL.
+    """
     if shutil.which("redis-server") is None:
         pytest.skip("redis-server is not installed (Debian: redis)")
     (workload,) = [

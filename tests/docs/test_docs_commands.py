@@ -1,8 +1,9 @@
-"""The commands in docs/: what needs no cluster, container engine or cloud is run, the rest is parsed.
+"""The commands in docs/ are run if they need no cluster, engine or cloud, else parsed.
 
-RUN lists what is run, page by page in the page's order, on a small registry; docs/decisions.md says so. Of the rest,
-commands of our own, of Ray, of Serve and of MLflow are parsed by their own command lines, verbs, options and types
-included; other programs' are read as shell, and the files that they name have to be there.
+RUN lists the commands that are run, page by page in the page's order, on a small registry;
+docs/decisions.md says so. Of the others, commands of our own, of Ray, of Serve and of MLflow are
+parsed by their own command lines, including verbs, options and types. Other programs' commands are
+read as shell, and the files that they name must exist.
 """
 
 from __future__ import annotations
@@ -36,11 +37,13 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 FENCE = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 STARTS_WITH_COMMANDS = {
-    "first-job", "install", "kuberay", "operations", "registry", "scaling", "security", "serving", "troubleshooting",
+    "first-job", "install", "kuberay", "operations", "registry", "scaling", "security", "serving",
+    "troubleshooting",
 }  # fmt: skip
 ENDS_A_COMMAND = {"|", "&&", "||", ";"}
 OTHERS = {
-    ".", "aws", "base64", "chmod", "docker", "export", "helm", "kubectl", "make", "mkdir", "pg_restore", "python", "rm",
+    ".", "aws", "base64", "chmod", "docker", "export", "helm", "kubectl", "make", "mkdir",
+    "pg_restore", "python", "rm",
 }  # fmt: skip
 
 RUN = {
@@ -52,7 +55,10 @@ RUN = {
         "orchestrator validate jobs/quickstart.yaml",
         "deploy/kubernetes/secrets --compose deploy/compose/secrets",
         "orchestrator key web --file deploy/compose/secrets/keys.json",
-        "orchestrator key metrics --file deploy/compose/secrets/keys.json > deploy/compose/secrets/metrics",
+        (
+            "orchestrator key metrics --file deploy/compose/secrets/keys.json"
+            " > deploy/compose/secrets/metrics"
+        ),
         "chmod 644 deploy/compose/secrets/keys.json",
     ],
     "kuberay": [
@@ -95,7 +101,7 @@ def blocks(page: Path) -> list[str]:
 
 
 def lines(page: Path) -> list[str]:
-    """The commands of a page as people paste them, continued lines joined."""
+    """Return a page's commands as people paste them, with continued lines joined."""
     joined = "".join(blocks(page)).replace("\\\n", " ")
     return [
         line.strip() for line in joined.splitlines() if line.strip() and not line.startswith("#")
@@ -104,14 +110,14 @@ def lines(page: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Simple:
-    """One program with its arguments; redirections and variables in front are left out."""
+    """A program with its arguments, without redirections and leading variables."""
 
     program: str
     arguments: tuple[str, ...]
 
 
 def simple_commands(line: str) -> Iterator[Simple]:
-    """The programs of a line, one a pipe's part."""
+    """Yield the programs of a line, one for each part of a pipe or list."""
     lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;<>")
     lexer.whitespace_split = True
     words: list[str] = []
@@ -130,7 +136,10 @@ def simple_commands(line: str) -> Iterator[Simple]:
 
 
 def parse(command: Simple) -> str:
-    """Have the command line of the program parse it, without running it; "" when it did, else why it could not."""
+    """Parse a command with its program's own command line, without running it.
+
+    Returns an empty string on success. The program's usage errors are raised.
+    """
     group = command_line(command.program)
     context = group.make_context(command.program, list(command.arguments))
     rest: Any = context
@@ -145,7 +154,7 @@ def parse(command: Simple) -> str:
 
 @lru_cache
 def command_line(program: str) -> Any:
-    """The command line object of a program that is written with click."""
+    """Return the command line object of a program that is written with click."""
     if program == "orchestrator":
         return typer.main.get_command(cli.app)
     if program == "ray":
@@ -163,7 +172,7 @@ def command_line(program: str) -> Any:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_command_is_one_that_its_program_takes(page: Path) -> None:
-    """Shell that bash reads; verbs and options that there are; files that are there."""
+    """bash parses every block, and the verbs, options and files in it exist."""
     for block in blocks(page):
         assert subprocess.run(["bash", "-n"], input=block, text=True).returncode == 0, block
     for line in lines(page):
@@ -186,7 +195,7 @@ def test_every_command_is_one_that_its_program_takes(page: Path) -> None:
 def check_parses(command: Simple, line: str) -> None:
     try:
         assert not parse(command), line
-    except Exception as error:  # click's usage errors, of its own or of a copy that typer brings
+    except Exception as error:  # usage errors of click, or of the copy of click in typer
         raise AssertionError(f"{line!r}: {getattr(error, 'message', '') or error}") from error
 
 
@@ -195,21 +204,21 @@ def check_parses(command: Simple, line: str) -> None:
     ["orchestrator modles", "orchestrator models --jsn", "ray up", "orchestrator serve --port x"],
 )
 def test_a_wrong_command_would_be_noticed(wrong: str) -> None:
-    """An unknown verb or option, a missing argument, a value of another type."""
+    """Unknown verbs and options, missing arguments and values of a wrong type are found."""
     (command,) = simple_commands(wrong)
     with pytest.raises(AssertionError, match=re.escape(wrong)):
         check_parses(command, wrong)
 
 
 def test_pages_start_with_their_commands() -> None:
-    """The first thing below a page's title is what to type."""
+    """The first thing below a page's title is a command to type."""
     for name in STARTS_WITH_COMMANDS:
         text = (ROOT / "docs" / f"{name}.md").read_text()
         assert text.startswith("# ") and "```sh" in text[:250], name
 
 
 def test_links_lead_somewhere() -> None:
-    """From page to page, and to files of the project."""
+    """Links between pages and to files of the project have existing targets."""
     for page in [*PAGES, ROOT / "README.md"]:
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
             assert target.startswith("http") or (page.parent / target).exists(), (
@@ -218,7 +227,7 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_what_is_said_to_be_run_stands_in_the_pages() -> None:
-    """In the page's order."""
+    """Every command in RUN is on its page, in the page's order."""
     for name, commands in RUN.items():
         there = iter(lines(ROOT / "docs" / f"{name}.md"))
         missing = [command for command in commands if command not in there]
@@ -227,7 +236,10 @@ def test_what_is_said_to_be_run_stands_in_the_pages() -> None:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A registry with two versions of sms-spam, the first its champion, the second better and its challenger."""
+    """A registry with two versions of sms-spam.
+
+    The first is the champion; the second is better, and the challenger.
+    """
     folder = tmp_path_factory.mktemp("store")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -245,20 +257,33 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def artifact(folder: Path, accuracy: float) -> Path:
     base = BaseModelRecord(
-        id="builtin:quickstart", revision="main", model_type="llama", hidden_size=8, vocab_size=100, context_length=128,
-        fingerprint="f" * 64, tokenizer_digest="t" * 64,
-    )  # fmt: skip
+        id="builtin:quickstart",
+        revision="main",
+        model_type="llama",
+        hidden_size=8,
+        vocab_size=100,
+        context_length=128,
+        fingerprint="f" * 64,
+        tokenizer_digest="t" * 64,
+    )
     manifest = Manifest(
-        method="prompt_tuning", num_virtual_tokens=5,
+        method="prompt_tuning",
+        num_virtual_tokens=5,
         config={"init": "random", "num_virtual_tokens": 5, "learning_rate": 0.3, "seed": 0},
-        template="{text}\nSpam or not?", target="label",
+        template="{text}\nSpam or not?",
+        target="label",
         verbalizer=(VerbalizerEntry(label=0, text=" ham"), VerbalizerEntry(label=1, text=" spam")),
-        max_input_tokens=32, max_target_tokens=4, base_model=base,
+        max_input_tokens=32,
+        max_target_tokens=4,
+        base_model=base,
         data=DataRecord(path="sms", fingerprint="d" * 64, rows={"train": 10, "test": 5}),
         metrics={"validation": {"accuracy": accuracy}, "test": {"accuracy": accuracy}},
-        baselines={"zero_shot": {"test": {"accuracy": 0.2}}}, steps=100, search="sms-spam", trial="t1",
+        baselines={"zero_shot": {"test": {"accuracy": 0.2}}},
+        steps=100,
+        search="sms-spam",
+        trial="t1",
         orchestrator_version="0.1.0",
-    )  # fmt: skip
+    )
     weights = np.random.default_rng(int(100 * accuracy)).normal(size=(5, 8)).astype(np.float32)
     return PromptArtifact(weights, manifest).save(folder)
 
@@ -267,7 +292,7 @@ def artifact(folder: Path, accuracy: float) -> Path:
 def test_commands_do_what_the_page_says(
     name: str, store: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pasted one after another in a copy of the project, on a registry of two versions, they all succeed."""
+    """A page's commands succeed in order, in a copy of the project with two versions."""
     for folder in ("deploy", "jobs"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     shutil.rmtree(tmp_path / "deploy" / "compose" / "secrets", ignore_errors=True)

@@ -127,12 +127,12 @@ def test_the_table_of_packages_is_complete() -> None:
     ],
 )
 def test_a_wrong_function_would_be_noticed(right: str, wrong: str) -> None:
-    """A function of another name, class or file."""
+    """A function of another name, class or file is reported."""
     assert right in PAGE
     assert missing_functions(PAGE.replace(right, wrong))
 
 
 def test_a_wrong_file_would_be_noticed() -> None:
-    """A file that was moved."""
+    """A file that was moved is reported."""
     page = PAGE.replace("search/state/journal.py", "search/journal.py")
     assert missing_files(page) == ["search/journal.py"]

@@ -1,4 +1,7 @@
-"""Stores for one contract: an SQLite file, and real MLflow servers on loopback ports, on SQLite and on PostgreSQL."""
+"""Stores for the registry tests: an SQLite file, and MLflow servers on SQLite and PostgreSQL.
+
+The servers are real ones on loopback ports.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A PostgreSQL of this session's own."""
+    """A PostgreSQL cluster of this test session's own."""
     if reason := why_no_postgres():
         pytest.skip(reason)
     with running_cluster() as cluster:
@@ -57,7 +60,7 @@ def sqlite_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(params=["sqlite", pytest.param("server", marks=pytest.mark.long)])
 def registry(request: pytest.FixtureRequest, tmp_path: Path) -> Registry:
-    """A registry on each kind of store, with a cache of its own."""
+    """A registry on each kind of store, with its own cache."""
     uri = (
         request.getfixturevalue("sqlite_uri")
         if request.param == "sqlite"
@@ -82,7 +85,10 @@ _numbers = count(1)
 
 @pytest.fixture
 def name() -> str:
-    """A model and search name that no other test uses: the stores are shared, their schema takes seconds to make."""
+    """A model and search name that no other test uses.
+
+    The stores are shared, since making their schema takes seconds.
+    """
     return f"sms-spam.{next(_numbers)}"
 
 
@@ -144,13 +150,13 @@ def make_artifact(tmp_path: Path) -> MakeArtifact:
 
 @pytest.fixture
 def register(registry: Registry, name: str, make_artifact: MakeArtifact) -> Callable[..., int]:
-    """Registers a new artifact under the test's name, in one search run."""
+    """Return a function that registers a new artifact under the test's name, in one run."""
     return _registering(registry, name, make_artifact)
 
 
 @pytest.fixture
 def serve(served: Registry, name: str, make_artifact: MakeArtifact) -> Callable[..., int]:
-    """The same, behind a server."""
+    """Return the function of ``register`` for a registry behind a server."""
     return _registering(served, name, make_artifact)
 
 

@@ -1,4 +1,4 @@
-"""What goes wrong with a shared registry: each case ends with a clear message and nothing half-moved."""
+"""Failures of a shared registry: each ends with a clear message and no half-done move."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ ODD = {
 def test_names_that_no_model_may_have(
     served: Registry, odd: str, make_artifact: Callable[..., Path]
 ) -> None:
-    """Refused before anything is written, shown in one line; asking for one is an answer too, not a crash."""
+    """Invalid names are refused before anything is written, with a message of one line.
+
+    Lookups of such names are refused in the same way.
+    """
     before = served.list_models()
     for call in (
         lambda: served.register(make_artifact(), odd, "0" * 32),
@@ -58,7 +61,7 @@ def test_aliases_that_mlflow_keeps_for_itself(served: Registry, name: str, alias
 
 
 def stored(registry: Registry, name: str, version: int, folder: Path) -> Path:
-    """The artifact's folder in the server's own files."""
+    """Return the artifact's folder in the server's own files."""
     location = registry._store.client.get_model_version_download_uri(name, str(version))
     path = location.removeprefix("mlflow-artifacts:/").lstrip("/")
     return folder / "artifacts" / path / "artifacts" / "prompt"
@@ -66,7 +69,7 @@ def stored(registry: Registry, name: str, version: int, folder: Path) -> Path:
 
 @pytest.fixture(params=["server", pytest.param("postgres_server", marks=pytest.mark.long)])
 def broken(request: pytest.FixtureRequest, tmp_path: Path, name: str, make_artifact: Any) -> Any:
-    """A registry with a champion and a better version, whose files a test may spoil."""
+    """A registry with a champion and a better version, whose files a test may damage."""
     server = request.getfixturevalue(request.param)
     registry = Registry(server.uri, cache_dir=tmp_path / "cache")
     with registry.start_search(name, {}, {}) as search:
@@ -77,7 +80,7 @@ def broken(request: pytest.FixtureRequest, tmp_path: Path, name: str, make_artif
 
 
 def test_a_version_whose_files_are_gone_or_altered_is_not_promoted(broken: Any, name: str) -> None:
-    """Nor by force: what can't be read can't be served. The champion and its history stay."""
+    """Unreadable versions are not promoted, even by force; champion and history stay."""
     registry, files = broken
     kept = files.with_name("kept")
     shutil.copytree(files, kept)
@@ -105,7 +108,7 @@ def test_a_version_whose_files_are_gone_or_altered_is_not_promoted(broken: Any, 
 def test_a_champion_that_cannot_be_read_needs_a_reason_to_be_replaced(
     broken: Any, name: str
 ) -> None:
-    """It can't be compared with any more, but it must be possible to get away from it."""
+    """An unreadable champion can't be compared with, but a reason allows replacing it."""
     registry, files = broken
     registry.promote(name, 2)
     shutil.rmtree(registry.cache_dir)
@@ -120,7 +123,7 @@ def test_a_champion_that_cannot_be_read_needs_a_reason_to_be_replaced(
 
 @pytest.fixture
 def on_postgres(postgres: Cluster, tmp_path: Path, make_artifact: Any) -> tuple[str, Registry]:
-    """A registry straight on a PostgreSQL database of its own, and the database's address."""
+    """A registry directly on its own PostgreSQL database, and the database's address."""
     uri = postgres.database(f"own_{tmp_path.name[-40:]}".lower().replace("-", "_"))
     registry = Registry(uri, cache_dir=tmp_path / "cache")
     registry.check()
@@ -135,7 +138,7 @@ def test_a_registry_that_may_only_be_read(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Reading works, every move says that it may not, and none is half done."""
+    """Reading works, every move is refused with a message, and none is half done."""
     monkeypatch.chdir(tmp_path)
     uri, registry = on_postgres
     with registry.start_search(name, {}, {}) as search:
@@ -150,11 +153,13 @@ def test_a_registry_that_may_only_be_read(
         )
         connection.commit()
     code = (
-        "from pathlib import Path; from orchestrator.registry import Registry; from orchestrator.errors import *\n"
+        "from pathlib import Path; from orchestrator.registry import Registry; "
+        "from orchestrator.errors import *\n"
         f"r = Registry({uri!r}, cache_dir=Path({str(registry.cache_dir)!r})); r.check()\n"
         f"print(len(r.versions({name!r})), r.aliases({name!r}), len(r.history({name!r})))\n"
         f"for call in (lambda: r.promote({name!r}, 2), lambda: r.set_alias({name!r}, 'x', 1),\n"
-        f"             lambda: r.start_search('s', {{}}, {{}}), lambda: r.register(Path({str(make_artifact())!r}),\n"
+        f"             lambda: r.start_search('s', {{}}, {{}}), "
+        f"lambda: r.register(Path({str(make_artifact())!r}),\n"
         f"             {name!r}, {search.run_id!r})):\n"
         "    try: call()\n"
         "    except BadInput as error: print('may only be read' in error.message)\n"
@@ -168,7 +173,7 @@ def test_a_registry_that_may_only_be_read(
 def test_a_registry_that_is_down_or_silent(
     broken: Any, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A promotion that meets an outage says so; what it had read before does not count as done."""
+    """A promotion during an outage raises Unreachable and moves nothing."""
     registry, _ = broken
     with socket.socket() as mute:
         mute.bind(("127.0.0.1", 0))
@@ -190,7 +195,7 @@ def lost() -> None:
 
 
 def test_a_slow_registry_is_waited_for(broken: Any, name: str) -> None:
-    """A relay that takes its time for every answer: slow is not down."""
+    """A registry that answers slowly is not taken for one that is down."""
     registry, _ = broken
     with slowed(registry.tracking_uri, 0.3) as uri:
         started = time.monotonic()
@@ -199,7 +204,7 @@ def test_a_slow_registry_is_waited_for(broken: Any, name: str) -> None:
 
 
 class slowed:
-    """A TCP relay in front of an address that holds every connection back for some seconds."""
+    """A TCP relay that delays every connection to an address by some seconds."""
 
     def __init__(self, uri: str, seconds: float) -> None:
         self.target = ("127.0.0.1", int(uri.rpartition(":")[2]))
@@ -236,7 +241,7 @@ def _pump(one: socket.socket, other: socket.socket) -> None:
 
 @pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.long)])
 def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """A store's database, reached directly."""
+    """The address of a store's database."""
     if request.param == "sqlite":
         yield f"sqlite:///{tmp_path}/mlflow.db"
     else:
@@ -246,7 +251,7 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 def test_a_schema_of_another_mlflow_is_named_with_the_way_out(
     database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An older one wants an upgrade after a backup, a newer one another MLflow; neither is touched."""
+    """An older schema needs an upgrade, a newer one a newer MLflow; neither is changed."""
     Registry(database).check()
     engine = sa.create_engine(database)
     for revision, message, hint in (

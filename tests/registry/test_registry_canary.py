@@ -1,4 +1,4 @@
-"""Canaries in the registry: a tag that serving polls, checked where it is set."""
+"""Canaries in the registry: a tag that serving polls, checked when it is set."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from orchestrator.registry.aliases.canary import CANARY_TAG, read_canary
 def test_a_canary_is_set_seen_and_ended(
     registry: Registry, name: str, register: Callable[..., int]
 ) -> None:
-    """Polling sees aliases and canary together; the end is told what was."""
+    """Polling sees aliases and canary together; ending returns the canary that was set."""
     registry.set_alias(name, "champion", register(accuracy=0.8))
     registry.set_alias(name, "challenger", register(accuracy=0.9))
     aliases = {"champion": 1, "challenger": 2}
@@ -41,7 +41,7 @@ def test_a_canary_is_set_seen_and_ended(
     "tag", [None, "", "challenger", ":5", "challenger:", "challenger:x", "a b:5", "c:0", "c:nan"]
 )
 def test_a_tag_that_is_no_canary(tag: str | None) -> None:
-    """Anybody may edit a tag; serving goes on without a canary."""
+    """Anybody may edit the tag; a malformed one means that there is no canary."""
     assert read_canary(tag) is None
 
 
@@ -56,7 +56,10 @@ def test_the_verb(
     command: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Sets and ends it, as text and as a document; neither or both is refused."""
+    """The verb sets and ends a canary, as text and as JSON.
+
+    It refuses an alias together with ``--end``, and a call with neither.
+    """
     monkeypatch.setenv("MLFLOW_TRACKING_URI", registry.tracking_uri)
     registry.set_alias(name, "champion", register(accuracy=0.8))
     registry.set_alias(name, "next", register(accuracy=0.9))
@@ -71,7 +74,7 @@ def test_the_verb(
 
 
 def test_the_verb_that_makes_keys(command: Any, tmp_path: Path) -> None:
-    """The key is on standard output alone; the file has its digest."""
+    """The key is printed on standard output only; the file holds its digest."""
     file = tmp_path / "keys.json"
     said = command("key", "web", "--file", file, "--model", "spam", "--per-minute", 5)
     secret = said.out.strip()

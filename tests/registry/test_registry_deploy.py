@@ -1,4 +1,4 @@
-"""deploy/mlflow: the server with logins as its script starts it, and a store that moves to PostgreSQL."""
+"""deploy/mlflow: the server with logins as start.sh starts it, and a move to PostgreSQL."""
 
 from __future__ import annotations
 
@@ -37,16 +37,20 @@ def artifacts(request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
 
 @pytest.fixture
 def guarded(postgres: Cluster, tmp_path: Path, artifacts: dict[str, str]) -> Iterator[Server]:
-    """The server as start.sh starts it, on a PostgreSQL that runs already."""
+    """The server as start.sh starts it, on a PostgreSQL that is already running."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
     database = postgres.database(f"guarded{len(artifacts)}").replace("+psycopg", "")
     settings = {
-        "DATA": str(tmp_path / "data"), "POSTGRES_URI": database,
-        "PORT": str(port), "WORKERS": "1", "PYTHON": sys.executable, "MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORD,
+        "DATA": str(tmp_path / "data"),
+        "POSTGRES_URI": database,
+        "PORT": str(port),
+        "WORKERS": "1",
+        "PYTHON": sys.executable,
+        "MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORD,
         **artifacts,
-    }  # fmt: skip
+    }
     server = Server(tmp_path)
     server.port, server.uri = port, f"http://127.0.0.1:{port}"
     with (tmp_path / "server.log").open("ab") as log:
@@ -79,8 +83,9 @@ def test_a_server_with_logins_starts_by_one_command(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Nobody without a login; with one a search, a version, an alias that says who moved it; secrets stay secret.
-    Clients need no keys of the object store, the server has them.
+    """The server requires a login, the history names it, and secrets stay secret.
+
+    Clients need no keys of the object store; the server has them.
     """
     with pytest.raises(BadInput, match="does not let this login") as refusal:
         Registry(guarded.uri).check()
@@ -105,7 +110,10 @@ def test_a_server_with_logins_starts_by_one_command(
 def test_a_store_moves_to_postgres_with_all_it_has(
     tmp_path: Path, postgres: Cluster, name: str, make_artifact: Callable[..., Path]
 ) -> None:
-    """Runs, metrics, versions, aliases, histories, artifacts; the new store goes on counting where the old one was."""
+    """Runs, metrics, versions, aliases, histories and artifacts move to the new store.
+
+    The new store's numbers continue where the old one's ended.
+    """
     source, target = f"sqlite:///{tmp_path}/mlflow.db", postgres.database("moved")
     old = Registry(source, cache_dir=tmp_path / "old-cache")
     with old.start_search(name, {"p": 1}, {}) as search:
@@ -149,7 +157,10 @@ def test_a_store_moves_to_postgres_with_all_it_has(
 
 
 def test_the_compose_file_starts_the_same_script() -> None:
-    """Read only, no container engine is needed: services, secrets that must be given, a port of this machine alone."""
+    """The file has the script, secrets that must be given and ports on loopback only.
+
+    The file is only read, so no container engine is needed.
+    """
     document = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
     server = document["services"]["mlflow"]
     assert server["build"] == "." and 'CMD ["/start.sh"]' in (DEPLOY / "Dockerfile").read_text()
@@ -165,7 +176,7 @@ def test_the_compose_file_starts_the_same_script() -> None:
 
 
 def test_the_script_says_what_is_missing(tmp_path: Path) -> None:
-    """Before it makes a secret or a database."""
+    """A missing package is named before a secret or a database is made."""
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nexit 1\n")
     python.chmod(0o755)

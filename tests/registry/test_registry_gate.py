@@ -1,4 +1,4 @@
-"""The gate, the history and the rollback, behind real MLflow servers on SQLite and on PostgreSQL."""
+"""The gate, the history and the rollback, behind MLflow servers on SQLite and PostgreSQL."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def steps(registry: Registry, name: str, alias: str = "champion") -> list[tuple[
 def test_every_move_is_kept_with_who_when_and_why(
     served: Registry, name: str, serve: Serve
 ) -> None:
-    """Promoted, forced past the gate, rolled back twice: the alias follows, the history says it all."""
+    """Promotions, a forced one and two rollbacks move the alias and are in the history."""
     assert served.promote(name, serve(accuracy=0.8)) == (None, 1)
     assert served.promote(name, serve(accuracy=0.9)) == (1, 2)
     other = serve(fingerprint="e" * 64, hidden=16)
@@ -90,7 +90,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_against_a_version(make_artifact: Callable[..., Path], case: str) -> None:
-    """Each thing that may be is named; the same prompt, but better, has nothing against it."""
+    """Each reason against a version is named; a better version of the same prompt has none."""
     changes, reason = REFUSED[case]
     old, new, better = (
         Candidate(read_manifest(make_artifact(**it)), {})
@@ -108,7 +108,7 @@ def test_what_is_against_a_version(make_artifact: Callable[..., Path], case: str
 def test_labels_that_mean_the_same_fit(
     make_artifact: Callable[..., Path], labels: tuple[Any, Any]
 ) -> None:
-    """Numbers, their texts, any order; 1 and true are not the same."""
+    """Numbers, their texts and any order are the same labels; 1 and true are not."""
 
     def version(*labels: Any) -> Manifest:
         entries = tuple(
@@ -125,7 +125,11 @@ def test_labels_that_mean_the_same_fit(
 def test_versions_are_compared_by_rows_that_both_were_evaluated_on(
     make_artifact: Callable[..., Path],
 ) -> None:
-    """Their own test rows where those are the same, else any other; a tag that somebody damaged counts for nothing."""
+    """Versions are compared on rows that both were evaluated on.
+
+    These are their own test rows if they are the same, else any others. A damaged tag counts as no
+    evaluation.
+    """
     old, new = (read_manifest(make_artifact(accuracy=it, data=str(it) * 16)) for it in (0.8, 0.7))
     assert (
         verdict(Candidate(new, {}), Candidate(old, {}), "accuracy", "max")[1]
@@ -155,7 +159,7 @@ def test_versions_are_compared_by_rows_that_both_were_evaluated_on(
 def test_an_alias_of_another_name_asks_for_the_fit_only(
     served: Registry, name: str, serve: Serve
 ) -> None:
-    """Being better is a champion's duty."""
+    """Only the champion must be better; any other alias needs a version that fits."""
     served.promote(name, serve(accuracy=0.8))
     served.promote(name, 1, alias="staging")
     worse, other = serve(accuracy=0.7), serve(tokenizer="u" * 64)
@@ -184,7 +188,10 @@ def test_what_no_server_could_use_is_never_promoted(
     changes: dict[str, Any],
     reason: str,
 ) -> None:
-    """Not by a reason either, and a search's winner of that kind is no champion."""
+    """A version that no server could use is refused even with a reason.
+
+    A search makes such a version challenger, not champion.
+    """
     with local.start_search(name, {}, {}) as search:
         version = local.register(make_artifact(**changes), name, search.run_id)
     for force in (None, "because"):
@@ -198,7 +205,10 @@ def test_what_no_server_could_use_is_never_promoted(
 def test_of_concurrent_promotions_one_wins_and_the_others_hear_of_it(
     served: Registry, name: str, serve: Serve
 ) -> None:
-    """Five programs at once, each with a better prompt than the champion: the loser is told, nobody is overwritten."""
+    """Five concurrent promotions overwrite nothing, and the losers get an error.
+
+    Each of the five versions is better than the champion.
+    """
     served.promote(name, serve(accuracy=0.5))
     versions = [serve(accuracy=0.6 + number / 100) for number in range(5)]
     start = Barrier(len(versions))
@@ -229,7 +239,7 @@ def test_of_concurrent_promotions_one_wins_and_the_others_hear_of_it(
 def test_concurrent_searches_leave_the_best_as_champion(
     served: Registry, name: str, serve: Serve
 ) -> None:
-    """Whoever is overtaken compares again: in whatever order they come, the best one stays."""
+    """An overtaken search compares again, so the best version wins in any order."""
     versions = [serve(accuracy=accuracy) for accuracy in (0.7, 0.9, 0.6, 0.8)]
     start = Barrier(len(versions))
 
@@ -250,7 +260,10 @@ def test_concurrent_searches_leave_the_best_as_champion(
 def test_whoever_is_overtaken_is_told_by_whom(
     served: Registry, name: str, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between the look at the champion and the claim somebody else comes: no promotion over an unknown champion."""
+    """A move between reading the champion and claiming the alias raises Overtaken.
+
+    Nothing is promoted over a champion that was not compared with.
+    """
     served.promote(name, serve(accuracy=0.5))
     second, third = serve(accuracy=0.6), serve(accuracy=0.7)
     claim = ledger.Ledger.claim
@@ -269,7 +282,10 @@ def test_whoever_is_overtaken_is_told_by_whom(
 def test_moves_that_keep_no_history_are_noticed(
     served: Registry, name: str, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """MLflow's pages, or a program killed between the claim and the alias: what is there counts, and goes on record."""
+    """Moves outside the history count, and are recorded with the next move.
+
+    They come from MLflow's pages, or from a program killed between the claim and the alias.
+    """
     monkeypatch.setattr(ledger, "SETTLE_SECONDS", 0.2)
     for accuracy in (0.5, 0.6, 0.7):
         serve(accuracy=accuracy)

@@ -1,4 +1,4 @@
-"""Registered prompts: in and out unchanged, aliases, the gate, and what a registry must not be able to do to us."""
+"""Registered prompts: unchanged round trips, aliases, the gate, and a registry we can't trust."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ def test_an_artifact_comes_back_byte_for_byte(
 
 
 def test_a_version_tells_what_it_is(registry: Registry, name: str, register: Register) -> None:
-    """Filterable tags, metrics against baselines, how to ask; free text is shown, not rendered."""
+    """Tags can be filtered, metrics stand beside baselines, and free text is not rendered.
+
+    The description also says how to query the model.
+    """
     registry.set_alias(name, "champion", register(accuracy=0.96))
     detail = registry.version(name)
     summary = detail.summary
@@ -62,7 +65,7 @@ def test_a_version_tells_what_it_is(registry: Registry, name: str, register: Reg
 def test_a_version_speaks_as_people_do(
     local: Registry, name: str, make_artifact: Callable[..., Path]
 ) -> None:
-    """An init's own text, numbers without their noise, the folder that the rows are in."""
+    """The description has an init's text, rounded numbers and the folder of the rows."""
     path = json.dumps(
         {split: f"/data/sms/{split}.jsonl" for split in ("train", "validation", "test")}
     )
@@ -90,7 +93,7 @@ def test_a_version_holds_no_pickle_and_no_path(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """MLflow loads it with pickle forbidden, from code, without torch."""
+    """MLflow loads the version from code, with pickle forbidden."""
     import mlflow
 
     location = registry._store.client.get_model_version_download_uri(name, str(register()))
@@ -126,7 +129,7 @@ def test_a_version_holds_no_pickle_and_no_path(
 
 
 def fake_serving() -> ModuleType:
-    """What the model calls to answer, without a backbone."""
+    """Return a stand-in for the offline module, which answers without a backbone."""
 
     class OfflineModel:
         @classmethod
@@ -143,7 +146,7 @@ def fake_serving() -> ModuleType:
 
 
 def test_a_version_survives_its_run(registry: Registry, name: str, register: Register) -> None:
-    """Its source is the logged model, which deleting the run leaves alone."""
+    """A version's source is the logged model, which stays when its run is deleted."""
     version = register()
     run_id = registry.resolve(f"{name}:{version}").run_id
     assert run_id is not None
@@ -171,7 +174,7 @@ def test_what_does_not_exist_is_named_with_what_does(
 def test_a_deleted_version_is_told_from_one_that_never_was(
     registry: Registry, name: str, register: Register
 ) -> None:
-    """A number below the newest was given once."""
+    """A missing number below the newest was deleted; a higher one never existed."""
     for _ in range(3):
         register()
     registry._store.client.delete_model_version(name, "2")
@@ -186,7 +189,7 @@ def test_a_deleted_version_is_told_from_one_that_never_was(
 def test_a_prompt_of_unknown_quality_is_no_champion(
     local: Registry, name: str, make_artifact: Callable[..., Path]
 ) -> None:
-    """Not even as the first; with a result, also of a later evaluation, it is."""
+    """A first version without results is challenger; one with results is champion."""
     with local.start_search(name, {}, {}) as search:
         run_id = search.run_id
     unknown = local.register(make_artifact(metrics={}), name, run_id)
@@ -198,7 +201,7 @@ def test_a_prompt_of_unknown_quality_is_no_champion(
 
 
 def test_lists_and_snapshot(registry: Registry, name: str, register: Register) -> None:
-    """Other programs' models are listed and marked, and never polled for serving."""
+    """Other programs' models are listed and marked, but never polled for serving."""
     registry.set_alias(name, "champion", register(accuracy=0.8))
     registry.set_alias(name, "challenger", register(accuracy=0.9))
     registry._store.client.create_registered_model(f"{name}-other")
@@ -218,7 +221,7 @@ def test_lists_and_snapshot(registry: Registry, name: str, register: Register) -
     "odd", ["line\nbreak", "<b>bold", 'it\'s "quoted"', "ünï%20", "x" * 250, "a@b"]
 )
 def test_odd_names_are_read(registry: Registry, odd: str) -> None:
-    """Anything may be in a registry."""
+    """Other programs' models are read, whatever their names."""
     client = registry._store.client
     if not any(model.name == odd for model in registry.list_models()):
         client.create_registered_model(odd)
@@ -240,7 +243,7 @@ def test_a_failed_registration_leaves_nothing(
     make_artifact: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Neither a registered model without versions nor a version that never becomes ready."""
+    """No model without versions is left, and no version that never becomes ready."""
     from mlflow.exceptions import MlflowException
 
     from orchestrator.registry.versions import publish
@@ -270,7 +273,7 @@ def test_a_damaged_cache_is_fetched_again(
 
 
 def stored(registry: Registry, name: str, version: int) -> Path:
-    """The artifact's folder in the store itself."""
+    """Return the artifact's folder in the store itself."""
     location = registry._store.client.get_model_version_download_uri(name, str(version))
     return Path(location) / "artifacts" / "prompt"
 
@@ -283,7 +286,10 @@ def local_version(local: Registry, name: str, make_artifact: Callable[..., Path]
 
 
 def test_altered_files_are_refused(local: Registry, name: str, local_version: Path) -> None:
-    """Weights against the manifest, the manifest against the registry's own record."""
+    """Weights are checked against the manifest.
+
+    The manifest is checked against the registry's own record.
+    """
     weights = local_version / WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     with pytest.raises(BadInput, match="cut short or altered"):
@@ -304,7 +310,7 @@ def test_an_altered_manifest_is_refused(local: Registry, name: str, local_versio
 def test_links_and_strange_files_are_refused(
     local: Registry, name: str, local_version: Path, tmp_path: Path
 ) -> None:
-    """A registry can't make us read another file, or wait for a pipe."""
+    """A registry can't make us read another file or wait for a pipe."""
     (local_version / "extra.pkl").write_bytes(b"")
     with pytest.raises(BadInput, match="nothing else"):
         local.fetch(name, 1)
@@ -343,7 +349,10 @@ def test_aliases_that_mlflow_refuses_are_refused_first(
 def test_after_a_search_the_better_prompt_is_champion(
     registry: Registry, name: str, register: Register
 ) -> None:
-    """First: champion. Then only what beats it on the same test split and base model; the rest is challenger."""
+    """The first version is champion, and only a better one replaces it.
+
+    Better means on the same test split and base model; other versions become challenger.
+    """
     outcomes = [
         registry.auto_alias(name, register(accuracy=accuracy, **changes))
         for accuracy, changes in [
@@ -374,20 +383,22 @@ def test_after_a_search_the_better_prompt_is_champion(
     )
     assert registry.auto_alias(name, 1, alias="champion") == AliasOutcome(
         None,
-        "Version 1 is not champion, version 6 stays: its test accuracy is 0.8, the champion's 0.95.",
+        "Version 1 is not champion, version 6 stays: "
+        "its test accuracy is 0.8, the champion's 0.95.",
     )
 
 
 def test_registering_takes_no_torch(
     local: Registry, name: str, make_artifact: Callable[..., Path]
 ) -> None:
-    """The process that talks to MLflow may be a small one."""
+    """Registering and fetching import no torch, so the process can be a small one."""
     code = (
         "import sys; from pathlib import Path; from orchestrator.registry import Registry\n"
         f"r = Registry({local.tracking_uri!r}, cache_dir=Path({str(local.cache_dir)!r}))\n"
         f"with r.start_search({name!r}, {{}}, {{}}) as s:\n"
         f"    v = r.register(Path({str(make_artifact())!r}), {name!r}, s.run_id)\n"
-        f"r.fetch({name!r}, v); print({{'torch', 'ray', 'transformers', 'sklearn'}} & set(sys.modules))"
+        f"r.fetch({name!r}, v); "
+        "print({'torch', 'ray', 'transformers', 'sklearn'} & set(sys.modules))"
     )
     answer = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

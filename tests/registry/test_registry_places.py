@@ -1,4 +1,4 @@
-"""Working directories with any name: the default registry is inside them, and MLflow itself finds it there."""
+"""Working directories of any name: the default registry is inside, and MLflow finds it there."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from orchestrator.registry.store import normalised, quoted_path, sqlite_file
 
 MakeArtifact = Callable[..., Path]
 ODD = [
-    "what now?x", "a#b", "50%", "a%20b", "a%3Fb", "a;b", "ü ñ 字", "a&b=c", "a:b", "file:x", "it's", 'a"c', "[x]",
-    "~x", "$HOME", ":memory:", "a?b#c%41;d", "x?mode=memory", "a\\b", "-x",
+    "what now?x", "a#b", "50%", "a%20b", "a%3Fb", "a;b", "ü ñ 字", "a&b=c", "a:b", "file:x", "it's",
+    'a"c', "[x]", "~x", "$HOME", ":memory:", "a?b#c%41;d", "x?mode=memory", "a\\b", "-x",
 ]  # fmt: skip
 MLFLOW = """
 import sys, mlflow
@@ -43,7 +43,10 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def working_in(folder: Path, database: Path, patch: pytest.MonkeyPatch) -> Registry:
-    """The default registry of a folder, whose database is a copy: making its schema takes seconds."""
+    """Return a folder's default registry on a copied database.
+
+    The database is copied because making its schema takes seconds.
+    """
     folder.mkdir()
     shutil.copy(database, folder / "mlflow.db")
     patch.chdir(folder)
@@ -66,7 +69,10 @@ def test_everything_is_inside_a_folder_of_any_name(
     make_artifact: MakeArtifact,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The database, the artifacts and nothing beside them; also seen from another working directory."""
+    """The database and the artifacts are inside the folder, and nothing is beside it.
+
+    They are also found from another working directory.
+    """
     around = tmp_path / "around"
     around.mkdir()
     registry = working_in(around / name, empty_database, monkeypatch)
@@ -86,7 +92,7 @@ def test_mlflow_finds_what_is_in_such_a_folder(
     make_artifact: MakeArtifact,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Its own default address, in the same working directory, has the model, its files and the run's."""
+    """MLflow's default address in the same folder finds the model and its run's files."""
     fill(
         working_in(tmp_path / "what now?x #1 50%25;ü", empty_database, monkeypatch), make_artifact()
     )
@@ -114,7 +120,10 @@ def test_a_schema_is_made_in_a_folder_with_a_question_mark(
     )
 )
 def test_an_address_names_the_path_that_it_was_made_of(folders: list[str]) -> None:
-    """For SQLAlchemy, which MLflow connects with, and for us; normalising it changes nothing."""
+    """SQLAlchemy, which MLflow connects with, and we read the same path.
+
+    Normalising the address changes nothing.
+    """
     path = os.path.normpath("/" + "/".join(folders))
     address = "sqlite:///" + quoted_path(path)
     assert unquote(quoted_path(path)) == path
@@ -124,7 +133,7 @@ def test_an_address_names_the_path_that_it_was_made_of(folders: list[str]) -> No
 
 
 def test_an_ordinary_path_is_written_as_it_is() -> None:
-    """Also with spaces and a lone percent sign: addresses that were kept stay the same."""
+    """Spaces and a lone percent sign are not escaped: stored addresses stay the same."""
     for path in ("/data/mlflow.db", "/my data/50%/ü/mlflow.db"):
         assert normalised(f"sqlite:///{path}") == f"sqlite:///{path}"
     assert normalised("sqlite:////data/x.db?timeout=5&check_same_thread=false").endswith(

@@ -1,4 +1,4 @@
-"""Which of two prompts is better, as a pure decision."""
+"""The comparison of two prompts, as a pure decision."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ def scored(bleu: float, generation: GenerationRecord) -> Candidate:
 def test_texts_are_compared_where_they_were_generated_alike(
     generation: GenerationRecord, won: bool
 ) -> None:
-    """A BLEU of five beams is no better than one of greedy decoding because it is higher; a loss can be compared."""
+    """BLEU is compared only under equal decoding settings; a loss always can be.
+
+    BLEU with five beams may be higher than with greedy decoding for no better prompt.
+    """
     new, champion = scored(0.4, generation), scored(0.3, GREEDY)
     found, reason = verdict(new, champion, "bleu", "max")
     assert found == won and ("other settings" in reason) == (not won)

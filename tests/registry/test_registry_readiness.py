@@ -1,4 +1,4 @@
-"""What a search's end needs is checked at its start, and the check leaves nothing behind."""
+"""A search's start checks what its end needs, and the check leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def own(empty_database: Path, tmp_path: Path) -> Registry:
-    """A store that no other test uses: its internal experiment is deleted here."""
+    """A store of the test's own, whose internal experiment may be deleted."""
     folder = tmp_path / "own"
     folder.mkdir()
     shutil.copy(empty_database, folder / "mlflow.db")
@@ -49,7 +49,7 @@ def history_run(registry: Registry, name: str = "spam") -> str:
 
 
 def restored(registry: Registry, hint: str) -> None:
-    """Do what the hint says."""
+    """Restore the experiment or the run that the hint names."""
     experiment = re.search(r"mlflow experiments restore --experiment-id (\d+)", hint)
     run = re.search(r"mlflow runs restore --run-id (\w+)", hint)
     if experiment:
@@ -63,7 +63,7 @@ def restored(registry: Registry, hint: str) -> None:
 def test_a_deleted_history_is_refused_for_old_and_new_models(
     own: Registry, make_artifact: Callable[..., Path]
 ) -> None:
-    """The advice is no other name, which would not help, and after it everything goes on."""
+    """The hint does not suggest another name, which would not help, but a restore, which does."""
     own.auto_alias("spam", registered(own, make_artifact()))
     delete_experiment(own, HISTORY)
     for model in ("spam", "another"):
@@ -94,7 +94,10 @@ def test_a_models_own_history_may_be_deleted_alone(
 
 
 def test_a_purged_history_begins_anew(own: Registry, make_artifact: Callable[..., Path]) -> None:
-    """What mlflow gc removed can't be restored: the model would never move an alias again."""
+    """A history that ``mlflow gc`` removed starts anew.
+
+    It can't be restored, so the model's aliases could never move again.
+    """
     own.auto_alias("spam", registered(own, make_artifact()))
     run_id = history_run(own)
     own._store.client.delete_run(run_id)
@@ -108,7 +111,7 @@ def test_a_purged_history_begins_anew(own: Registry, make_artifact: Callable[...
 def test_the_searchs_own_experiment_may_not_be_deleted(
     own: Registry, make_artifact: Callable[..., Path]
 ) -> None:
-    """Neither for a search that begins nor for one that goes on."""
+    """Neither a new nor a resumed search accepts a deleted experiment."""
     with own.start_search("spam", {}, {}) as search:
         run_id = search.run_id
     delete_experiment(own, "spam")
@@ -122,7 +125,7 @@ def test_the_searchs_own_experiment_may_not_be_deleted(
 
 
 def test_a_search_that_registers_nothing_needs_no_history(own: Registry) -> None:
-    """A search of a baseline runs although the history of aliases is in MLflow's trash."""
+    """A search of a baseline runs while the alias history is in MLflow's trash."""
     own._store.client.create_experiment(HISTORY)
     delete_experiment(own, HISTORY)
     with pytest.raises(BadInput, match="the history of all aliases"):
@@ -131,7 +134,10 @@ def test_a_search_that_registers_nothing_needs_no_history(own: Registry) -> None
 
 
 def test_places_that_can_not_be_written_are_named(own: Registry, tmp_path: Path) -> None:
-    """Artifacts of a new experiment, and the cache through which the champion is compared."""
+    """Unwritable places are named: a new experiment's artifacts, and the prompt cache.
+
+    The cache is needed to compare with the champion.
+    """
     root = own._store.artifact_root
     assert root is not None
     root.write_text("a file where a folder belongs")
@@ -144,7 +150,10 @@ def test_places_that_can_not_be_written_are_named(own: Registry, tmp_path: Path)
 
 
 def test_a_run_whose_artifacts_can_not_be_written_is_refused(own: Registry) -> None:
-    """An existing experiment's folder, found by the check and, if it comes later, as the run begins."""
+    """The check finds an unwritable folder of an existing experiment.
+
+    If it becomes unwritable later, the start of the run finds it.
+    """
     with own.start_search("spam", {"a": 1}, {}):
         pass
     root = own._store.artifact_root
@@ -169,7 +178,7 @@ def test_a_text_template_of_mlflow_is_no_registered_model(own: Registry) -> None
 def test_the_check_leaves_nothing_behind(
     registry: Registry, name: str, make_artifact: Callable[..., Path]
 ) -> None:
-    """For a model that is not there yet, and for one that is; behind a server too."""
+    """The check changes nothing for new and existing models, also behind a server."""
     before = {model.name for model in registry.list_models()}
     registry.check_search_end(name, name)
     assert {model.name for model in registry.list_models()} == before

@@ -38,7 +38,7 @@ from orchestrator.utils.text import mask_secrets
     ],
 )
 def test_every_way_to_write_a_reference(text: str, ref: ModelRef) -> None:
-    """MLflow's forms and ours mean the same; the last divider divides."""
+    """MLflow's forms and ours mean the same; the last separator counts."""
     assert parse_ref(text) == ref
 
 
@@ -75,7 +75,7 @@ def test_nearest_name_first() -> None:
     ],
 )
 def test_an_address_that_can_hold_no_registry_is_refused(uri: str, reason: str) -> None:
-    """Before anything is opened, with an address that works."""
+    """The address is refused before anything is opened, with a hint that names a good one."""
     with pytest.raises(BadInput, match=reason) as refusal:
         Registry(uri)
     assert refusal.value.hint
@@ -105,8 +105,11 @@ def test_passwords_are_mask_secrets(uri: str) -> None:
 
 
 def test_importing_the_registry_imports_no_heavy_module() -> None:
-    """``orchestrator --help`` stays fast: mlflow waits for the first call, torch never comes."""
-    code = "import sys, orchestrator.registry; print({'mlflow', 'torch', 'ray', 'transformers'} & set(sys.modules))"
+    """``orchestrator --help`` stays fast: mlflow is imported at the first call."""
+    code = (
+        "import sys, orchestrator.registry; "
+        "print({'mlflow', 'torch', 'ray', 'transformers'} & set(sys.modules))"
+    )
     answer = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
@@ -142,7 +145,7 @@ def test_rollback_goes_back_one_move_at_a_time(
 
 
 def test_moves_are_read_in_order_and_what_is_none_is_passed_over() -> None:
-    """A run's parameters come in any order, and somebody may add others."""
+    """A run's parameters come in any order, and those that are no moves are ignored."""
     history = moves(FIRST, *((number, number + 1, "set") for number in range(1, 12)))
     params = {move.key: move.text() for move in reversed(history)}
     params |= {
@@ -155,7 +158,7 @@ def test_moves_are_read_in_order_and_what_is_none_is_passed_over() -> None:
 
 
 def test_log_entries_merge_between_a_runs_start_and_end() -> None:
-    """Hundreds of reports become one call, and none moves past its run's start or end."""
+    """Reports merge into one call, and none moves past its run's start or end."""
     entries = [
         Entry("start", "a"),
         Entry("log", "a", [("m", 1.0, 1, 1)]),

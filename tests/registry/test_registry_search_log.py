@@ -1,4 +1,4 @@
-"""A search in MLflow: runs, states, histories, and what happens when the server goes away."""
+"""A search in MLflow: runs, states, metric histories, and outages of the server."""
 
 from __future__ import annotations
 
@@ -64,7 +64,10 @@ def test_a_search_is_a_parent_run_with_a_child_a_trial(registry: Registry, name:
 def test_the_rows_are_an_input_of_the_search(
     registry: Registry, name: str, path: str, named: str
 ) -> None:
-    """MLflow's pages have a column for them, and runs are found by their name and by their fingerprint."""
+    """Runs are found by the name and the fingerprint of their rows.
+
+    MLflow's pages have a column for them.
+    """
     data = DataRecord(path=path, fingerprint="0123456789abcdef" * 4, rows={"train": 40, "test": 16})
     with registry.start_search(name, {}, {}, data=data) as search:
         pass
@@ -80,7 +83,7 @@ def test_the_rows_are_an_input_of_the_search(
 
 
 def test_a_state_is_mlflows_status_and_a_tag(registry: Registry, name: str) -> None:
-    """Stopped by the scheduler is a normal end; what still runs when the search ends is killed."""
+    """A trial that the scheduler stopped is finished; one that still runs is killed."""
     search = registry.start_search(name, {}, {})
     for state in ("finished", "stopped", "failed", "interrupted"):
         search.trial_started(state, CONFIG)
@@ -103,7 +106,7 @@ def test_a_state_is_mlflows_status_and_a_tag(registry: Registry, name: str) -> N
 
 
 def test_thousands_of_reports_go_out_in_few_calls(registry: Registry, name: str) -> None:
-    """More than MLflow takes in one call; queueing them takes no time."""
+    """More reports than MLflow takes in one call arrive, and queueing them is fast."""
     with registry.start_search(name, {f"p{number}": number for number in range(250)}, {}) as search:
         search.trial_started("t1", CONFIG)
         started = time.perf_counter()
@@ -116,7 +119,10 @@ def test_thousands_of_reports_go_out_in_few_calls(registry: Registry, name: str)
 
 
 def test_a_resumed_search_goes_on_in_the_same_runs(registry: Registry, name: str) -> None:
-    """Runs are found by their trial's tag, so an interruption that lost the table of runs makes no second one."""
+    """Runs are found by their trial's tag, so that no second run is made.
+
+    That holds even if an interruption lost the table of runs.
+    """
     search = registry.start_search(name, {}, {})
     search.trial_started("t1", CONFIG)
     search.trial_metrics("t1", 10, {"loss": 1.0})
@@ -144,7 +150,7 @@ def test_an_error_in_the_search_ends_its_run_as_failed(registry: Registry, name:
 def test_a_refused_entry_is_reported_and_the_rest_written(
     registry: Registry, name: str, tmp_path: Path
 ) -> None:
-    """A parameter never changes in MLflow; neither silence nor a lost search is the answer to one that does."""
+    """MLflow refuses to change a parameter: that is reported, and the search goes on."""
     search = registry.start_search(name, {"p": 1}, {}, spill=tmp_path / "left.jsonl")
     assert search.flush(10)
     search.parent_params({"p": 2})
@@ -168,7 +174,7 @@ def test_a_deleted_experiment_is_refused_before_anything_runs(
 
 
 def test_artifacts_lie_beside_the_database(local: Registry, name: str) -> None:
-    """Not below whatever working directory the search was started in."""
+    """Artifacts are not below the working directory that the search was started in."""
     with local.start_search(name, {}, {}) as search:
         pass
     experiment = local._store.client.get_experiment(search.experiment_id)
@@ -181,7 +187,10 @@ def test_artifacts_lie_beside_the_database(local: Registry, name: str) -> None:
 def test_nothing_is_lost_when_the_server_restarts_or_stays_away(
     server: Any, name: str, tmp_path: Path
 ) -> None:
-    """Reports during an outage arrive after it; an outage to the end leaves a file that a resumed search writes."""
+    """Reports during an outage arrive after it.
+
+    If the outage lasts to the end, a file keeps them, and a resumed search writes them.
+    """
     registry, spill = Registry(server.uri), tmp_path / "left.jsonl"
     patient = registry.start_search(name, {}, {}, patience=30)
     hasty = registry.start_search(name, {}, {}, spill=spill, patience=0.5)
@@ -212,7 +221,10 @@ def test_nothing_is_lost_when_the_server_restarts_or_stays_away(
 
 
 def test_a_resumed_search_may_repeat_itself(registry: Registry, name: str) -> None:
-    """Points that come again with their time are the same points; ended runs are known, parameters are kept."""
+    """A point that comes again with the same time is the same point.
+
+    Ended runs are known, and parameters are kept.
+    """
     search = registry.start_search(name, {"p": 1}, {})
     for trial in ("over", "open"):
         search.trial_started(trial, CONFIG, at=1_000)

@@ -1,4 +1,4 @@
-"""Connecting: schema creation, outages, what MLflow's pages are started with."""
+"""Connecting: schema creation, outages, and the command that starts MLflow's pages."""
 
 from __future__ import annotations
 
@@ -14,11 +14,17 @@ from postgres import Cluster
 from orchestrator.errors import BadInput, Unreachable
 from orchestrator.registry import Registry, store
 
-OPEN = "from orchestrator.registry import Registry; r = Registry({uri!r}); r.check(); print(len(r.list_models()))"
+OPEN = (
+    "from orchestrator.registry import Registry; r = Registry({uri!r}); "
+    "r.check(); print(len(r.list_models()))"
+)
 
 
 def test_processes_that_open_a_new_file_at_once_all_succeed(tmp_path: Path) -> None:
-    """Left alone, MLflow fails all but one of them; nothing but the database stays behind."""
+    """All processes succeed, and only the database is left.
+
+    MLflow alone would fail all but one of them.
+    """
     code = OPEN.format(uri=f"sqlite:///{tmp_path}/new/mlflow.db")
     processes = [
         subprocess.Popen(
@@ -58,7 +64,7 @@ def test_a_dead_port_is_reported_within_ten_seconds() -> None:
 def test_a_port_that_accepts_and_never_answers_is_reported_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """MLflow's own timeouts and retries would take minutes."""
+    """Our own time limit applies; MLflow's timeouts and retries would take minutes."""
     assert store.CHECK_SECONDS < 10
     monkeypatch.setattr(store, "CHECK_SECONDS", 1.0)
     with socket.socket() as mute:

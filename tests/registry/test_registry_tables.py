@@ -1,4 +1,7 @@
-"""Listings read from the tables: the same as MLflow's own client gives, and left to it wherever they may differ."""
+"""Listings read from the tables equal those of MLflow's client.
+
+Wherever they could differ, MLflow's client is used.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,11 @@ print(len(Registry({uri!r}).list_models()), "mlflow" in sys.modules)
 
 @pytest.fixture
 def uri(tmp_path: Path) -> str:
-    """A database with two models of one version, one model that nobody wrote a version of, one of another program, an
-    alias besides the champion, and one of MLflow's own text templates."""
+    """A database with models of several kinds.
+
+    Two models have three versions, one of which is deleted; one model has none, and one is another
+    program's. There is an alias besides the champion, and one of MLflow's own text templates.
+    """
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     registry = Registry(uri)
     registry.check()
@@ -48,7 +54,10 @@ def alone(uri: str, **environment: str) -> Any:
 
 
 def test_the_tables_say_what_mlflow_says(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names, newest versions, aliases, champions' metrics, polled aliases and canaries."""
+    """The tables and MLflow's client give the same listings.
+
+    These have names, newest versions, aliases, champions' metrics, polled aliases and canaries.
+    """
     registry = Registry(uri)
     assert read_models(uri) is not None
     direct = registry.list_models(), registry.live(), registry.snapshot()
@@ -64,7 +73,7 @@ def test_the_tables_say_what_mlflow_says(uri: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_schema_is_that_of_the_mlflow_here(uri: str) -> None:
-    """Another one means that the tables have to be looked at again, and SCHEMA changed."""
+    """A new schema means that the tables must be checked again and SCHEMA changed."""
     with sa.create_engine(uri).connect() as connection:
         assert (
             connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar_one()
@@ -79,7 +88,7 @@ def test_a_listing_imports_no_mlflow(uri: str) -> None:
     assert done.stdout.split() == [
         "4",
         "True",
-    ]  # one champion has no note: MLflow is asked for its version
+    ]  # MLflow reads the version of a champion that has no note
     Registry(uri)._store.client.delete_registered_model_alias("other's", "champion")
     done = subprocess.run(
         [sys.executable, "-c", TOOL.format(uri=uri)], capture_output=True, text=True, check=True
@@ -123,7 +132,7 @@ def test_what_is_not_known_is_left_to_mlflow(uri: str, case: str) -> None:
 
 
 def test_workspaces_are_left_to_mlflow(uri: str) -> None:
-    """Where a server keeps several teams apart, which of them is meant is MLflow's to say."""
+    """With workspaces, only MLflow knows which team's models are meant."""
     assert alone(uri, MLFLOW_WORKSPACE="red") is None
     assert alone(uri, MLFLOW_ENABLE_WORKSPACES="true") is None
     assert len(alone(uri, MLFLOW_ENABLE_WORKSPACES="false")) == 4

@@ -1,4 +1,4 @@
-"""MLflow's pages as ``orchestrator ui`` starts them, in a real browser without a window."""
+"""MLflow's pages as ``orchestrator ui`` starts them, in a headless browser."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ pytestmark = [pytest.mark.slow, needs_browser]
 
 @pytest.fixture
 def pages(local: Registry) -> Iterator[str]:
-    """Address of ``orchestrator ui`` on the store."""
+    """The address of ``orchestrator ui`` on the store."""
     with mlflow_pages(local.tracking_uri) as url:
         yield url
 
 
 @pytest.fixture
 def parent(local: Registry, name: str, make_artifact: Callable[..., Path], report: Report) -> str:
-    """The run of a search with three trials and its report, the best of which is registered as champion."""
+    """The run of a search with three trials and a report, whose best trial is champion."""
     with local.start_search(
         name, {"trials": 3, "method": "prompt_tuning"}, {"device_hours": "0.01"}
     ) as search:
@@ -65,15 +65,19 @@ class Report(NamedTuple):
 
 @pytest.fixture(scope="module")
 def report() -> Report:
-    """Of a search with everything there is to see: inits, lengths, seeds, learning rates, a failed trial."""
+    """A report with inits, lengths, seeds, learning rates and a failed trial."""
     job = JobSpec.model_validate(
         {
-            "name": "everything", "base_model": {"id": "builtin:quickstart"},
+            "name": "everything",
+            "base_model": {"id": "builtin:quickstart"},
             "data": {
-                "path": "builtin:quickstart", "template": "{text}", "target": "label", "verbalizer": {0: "a", 1: "b"},
+                "path": "builtin:quickstart",
+                "template": "{text}",
+                "target": "label",
+                "verbalizer": {0: "a", 1: "b"},
             },
         }
-    )  # fmt: skip
+    )
     trials = []
     for number, (init, tokens, seed) in enumerate(itertools.product(INITS, (5, 20), (0, 1))):
         rate = 0.01 * 1.4**number
@@ -87,9 +91,11 @@ def report() -> Report:
     found = {split: {"accuracy": 0.5, "loss": 2.0} for split in ("validation", "test")}
     confusion = {"labels": [0, 1], "counts": [[40, 10], [5, 45]]}
     result = {
-        "best": {"trial": "t011", "metrics": found, "confusion": confusion}, "model": None,
-        "seconds": {"total": 90.0, "ray": 8.0, "trials": 70.0, "registry": 2.0}, "plan": {"seconds": {"total": 80.0}},
-    }  # fmt: skip
+        "best": {"trial": "t011", "metrics": found, "confusion": confusion},
+        "model": None,
+        "seconds": {"total": 90.0, "ray": 8.0, "trials": 70.0, "registry": 2.0},
+        "plan": {"seconds": {"total": 80.0}},
+    }
     facts = SearchFacts("everything-1", job, "0" * 32, trials, {"zero_shot": found}, result)
     pictures = draw(facts)
     return Report(page(facts, pictures), pictures)
@@ -98,8 +104,10 @@ def report() -> Report:
 def test_the_pages_show_a_search_and_its_version(
     pages: str, parent: str, local: Registry, name: str, tmp_path: Path
 ) -> None:
-    """The runs page folds a search's trials under its run and lists them all when sorted by a metric; the model's page
-    has the version and its alias."""
+    """The runs page folds trials under their search, and lists all if sorted by a metric.
+
+    The model's page has the version and its alias.
+    """
     run = local._store.client.get_run(parent)
     runs_page = f"{pages}/#/experiments/{run.info.experiment_id}/runs"
     children = [f"{init}, 20 tokens, lr 0.1, seed 0" for init in INITS]
@@ -110,7 +118,7 @@ def test_the_pages_show_a_search_and_its_version(
     listed = text_of(by_metric, "runs", tmp_path, children)
     assert [it for it in (run.info.run_name, *children) if it not in listed] == []
     assert listed.index(children[2]) < listed.index(children[1]) < listed.index(children[0])
-    # The search's own page: parameters, metrics, tags; its charts; its artifacts. Then the model's and the version's.
+    # The search's page, charts and artifacts, then the pages of the model and its version.
     run_page = f"{pages}/#/experiments/{run.info.experiment_id}/runs/{parent}"
     model_page = f"{pages}/#/models/{name}"
     shown = {
@@ -133,8 +141,11 @@ def test_the_pages_show_a_search_and_its_version(
 
 
 def test_the_pages_show_a_search_that_trained(finished: Finished, tmp_path: Path) -> None:
-    """The walk of somebody who comes back to a search: all trials by their outcome, the search itself and its charts,
-    its best trial and that one's curve, what was kept, and the version with its alias."""
+    """The pages show a finished search to somebody who comes back to it.
+
+    They show all trials by outcome, the search and its charts, the best trial and its curve, the
+    artifacts, and the version with its alias.
+    """
     store = MlflowClient(finished.tracking_uri)
     parent = store.get_run(finished.document["mlflow"]["run_id"])
     runs = [
@@ -152,17 +163,42 @@ def test_the_pages_show_a_search_that_trained(finished: Finished, tmp_path: Path
         version = f"{pages}/#/models/tiny/versions/{finished.document['model']['version']}"
         nested = [run.info.run_name or "" for run in (parent, *runs)]
         shown = {
-            "search-runs": (f"{experiment}/runs?{by_metric}", [*nested, "9 matching runs", "tuning"]),
-            "search-charts": (f"{experiment}/runs?{by_metric}&compareRunsMode=CHART", ["validation_loss"]),
-            "search": (f"{experiment}/runs/{parent.info.run_id}", ["best_test_loss", f"{test_loss:.4f}"[:5], "asha"]),
-            "search-artifacts": (f"{experiment}/runs/{parent.info.run_id}/artifacts", ["report.html", "figures"]),
-            "search-best": (f"{experiment}/runs/{best.info.run_id}", ["learning_rate", best.info.run_name or ""]),
-            "search-best-curve": (f"{experiment}/runs/{best.info.run_id}/model-metrics", ["train_loss"]),
+            "search-runs": (
+                f"{experiment}/runs?{by_metric}",
+                [*nested, "9 matching runs", "tuning"],
+            ),
+            "search-charts": (
+                f"{experiment}/runs?{by_metric}&compareRunsMode=CHART",
+                ["validation_loss"],
+            ),
+            "search": (
+                f"{experiment}/runs/{parent.info.run_id}",
+                ["best_test_loss", f"{test_loss:.4f}"[:5], "asha"],
+            ),
+            "search-artifacts": (
+                f"{experiment}/runs/{parent.info.run_id}/artifacts",
+                ["report.html", "figures"],
+            ),
+            "search-best": (
+                f"{experiment}/runs/{best.info.run_id}",
+                ["learning_rate", best.info.run_name or ""],
+            ),
+            "search-best-curve": (
+                f"{experiment}/runs/{best.info.run_id}/model-metrics",
+                ["train_loss"],
+            ),
             "search-model": (f"{pages}/#/models/tiny", ["Version 1", "@ champion"]),
             "search-version": (
-                version, ["champion", "this prompt", "zero shot", "Nearest words", "orchestrator query tiny"],
+                version,
+                [
+                    "champion",
+                    "this prompt",
+                    "zero shot",
+                    "Nearest words",
+                    "orchestrator query tiny",
+                ],
             ),
-        }  # fmt: skip
+        }
         check_pages(shown, tmp_path)
 
 
@@ -171,7 +207,7 @@ WIDTHS = {"wide": "1400,2400", "narrow": "390,5000"}
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_the_report_opens_without_a_network(report: Report, tmp_path: Path, width: str) -> None:
-    """Every picture is loaded at a size to read it by, and nothing is wider than the window."""
+    """Every picture loads at a readable size, and nothing is wider than the window."""
     file = tmp_path / "report.html"
     probe = """<script>onload=()=>{const i=[...document.images];document.title=[i.length,
       i.filter(x=>x.complete&&x.naturalWidth>200&&x.clientWidth>250).length,

@@ -1,4 +1,4 @@
-"""Many searches at once on one store, and a registry of many models."""
+"""Many concurrent searches on one store, and a registry of many models."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ from orchestrator.registry import Registry
 
 def search(number):
     registry = Registry(sys.argv[1])
-    with registry.start_search(f"search-{{number}}", {{"number": number}}, {{}}, patience=200) as log:
+    with registry.start_search(f"search-{{number}}", {{"number": number}}, {{}}, \
+patience=200) as log:
         for trial in range({TRIALS}):
             log.trial_started(f"t{{trial}}", {{"seed": trial}})
         for step in range({REPORTS}):
             for trial in range({TRIALS}):
-                log.trial_metrics(f"t{{trial}}", step, {{"loss": number + step / 100, "accuracy": 0.5}})
+                log.trial_metrics(f"t{{trial}}", step, \
+{{"loss": number + step / 100, "accuracy": 0.5}})
         for trial in range({TRIALS}):
             log.trial_ended(f"t{{trial}}", "finished")
 
@@ -49,7 +51,7 @@ def store_uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 @pytest.mark.long
 @pytest.mark.slow
 def test_sixteen_searches_at_once_lose_nothing(store_uri: str, tmp_path: Path) -> None:
-    """Four processes of four searches each on one database: every run, every point, every end is there."""
+    """Four processes of four searches each lose no run, no point and no end."""
     Registry(store_uri).check()
     processes = [
         subprocess.Popen(
@@ -90,7 +92,10 @@ def test_sixteen_searches_at_once_lose_nothing(store_uri: str, tmp_path: Path) -
 def test_a_listing_reads_models_and_no_versions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many versions there are: as many statements for 60 models of 3 as for 2 of 1."""
+    """The number of statements does not grow with models and versions.
+
+    60 models of 3 versions take as many as 2 models of 1.
+    """
     counts = []
     for models, versions in ((2, 1), (60, 3)):
         uri = f"sqlite:///{tmp_path}/{models}.db"

@@ -56,7 +56,7 @@ def save_artifact(
     width: int | None = None,
     **changes: Any,
 ) -> Path:
-    """A prompt artifact for the backbone; ``changes`` are made to the manifest."""
+    """Save a prompt artifact for the backbone; ``changes`` are made to the manifest."""
     info = backbone.info
     record = BaseModelRecord(**{name: getattr(info, name) for name in BaseModelRecord.model_fields})
     if width is not None:
@@ -88,13 +88,13 @@ def save_artifact(
 
 @pytest.fixture(scope="session")
 def write_artifact() -> MakeArtifact:
-    """Writes an artifact to a folder: ``write_artifact(folder, backbone, **options)``."""
+    """Return ``save_artifact``: ``write_artifact(folder, backbone, **options)``."""
     return save_artifact
 
 
 @pytest.fixture
 def make_artifact(tmp_path: Path, backbone: Backbone) -> MakeArtifact:
-    """Writes an artifact for the tiny model under a name of the test's choice."""
+    """Return a function that saves an artifact for the tiny model under a given name."""
 
     def make(name: str = "prompt", on: Backbone = backbone, **options: Any) -> Path:
         return save_artifact(tmp_path / name, on, **options)
@@ -108,13 +108,13 @@ TREC = {"person": " a person", "place": " a place", "number": " a number of thin
 
 @pytest.fixture
 def spam(backbone: Backbone, make_artifact: MakeArtifact) -> ServedPrompt:
-    """4 virtual tokens, integer labels."""
+    """A prompt that classifies, with 4 virtual tokens and integer labels."""
     return load_prompt(backbone, make_artifact("spam", verbalizer=SPAM), "spam", 1)
 
 
 @pytest.fixture(scope="session")
 def spam_store(tmp_path_factory: pytest.TempPathFactory, backbone: Backbone) -> dict[str, str]:
-    """A registry with one prompt, as the environment of a command."""
+    """A registry with one prompt, as the environment variables of a command."""
     folder = tmp_path_factory.mktemp("registry")
     uri, cache = f"sqlite:///{folder}/mlflow.db", folder / "cache"
     registry = Registry(uri, cache_dir=cache)
@@ -128,7 +128,7 @@ def spam_store(tmp_path_factory: pytest.TempPathFactory, backbone: Backbone) -> 
 
 @pytest.fixture
 def trec(backbone: Backbone, make_artifact: MakeArtifact) -> ServedPrompt:
-    """11 virtual tokens, labels of several tokens."""
+    """A prompt that classifies, with 11 virtual tokens and labels of several tokens."""
     options = {
         "tokens": 11,
         "verbalizer": TREC,
@@ -140,14 +140,14 @@ def trec(backbone: Backbone, make_artifact: MakeArtifact) -> ServedPrompt:
 
 @pytest.fixture
 def story(backbone: Backbone, make_artifact: MakeArtifact) -> ServedPrompt:
-    """A generation task."""
+    """A prompt that generates text."""
     return load_prompt(
         backbone, make_artifact("story", tokens=7, seed=2, template="{text}"), "story", 1
     )
 
 
 class MemoryRegistry:
-    """A registry in memory that can be away."""
+    """A registry in memory that can be made unreachable."""
 
     def __init__(self) -> None:
         self.aliases: dict[str, dict[str, int]] = {}
@@ -179,7 +179,7 @@ class MemoryRegistry:
 
 @pytest.fixture
 def registry(make_artifact: MakeArtifact) -> MemoryRegistry:
-    """Three prompts at their champions: spam, trec, story."""
+    """A registry with three champions: spam, trec and story."""
     registry = MemoryRegistry()
     registry.add("spam", 1, make_artifact("spam-1", verbalizer=SPAM), "champion")
     registry.add(
@@ -207,7 +207,7 @@ def engine(backbone: Backbone) -> Iterator[Engine]:
 def service(
     backbone: Backbone, registry: MemoryRegistry, engine: Engine
 ) -> Iterator[PromptService]:
-    """Everything but HTTP; the store is refreshed by hand."""
+    """The service without HTTP; tests refresh its store by hand."""
     store = PromptStore(backbone, registry)
     store.refresh()
     service = PromptService(store, engine, RequestLimits(max_inputs=8, max_body_bytes=20_000))

@@ -1,4 +1,7 @@
-"""The API over a real socket, asked by the official client: streams, chat, canaries, keys, hanging up."""
+"""The API over a real socket with the official client.
+
+Streams, chat, canaries, keys, and clients that hang up.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +30,15 @@ from orchestrator.serving.http.service import PromptService
 from orchestrator.serving.offline import OfflineModel
 
 CHAT = (
-    "{% for it in messages %}{% if it.role == 'system' and not loop.first %}{{ raise_exception('system first') }}"
-    "{% endif %}<{{ it.role }}>{{ it.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% for it in messages %}{% if it.role == 'system' and not loop.first %}"
+    "{{ raise_exception('system first') }}{% endif %}<{{ it.role }}>{{ it.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
 
 @pytest.fixture
 def listen(request: pytest.FixtureRequest) -> Callable[..., str]:
-    """Start a server for a service on a free port; its address."""
+    """Return a function that starts a server on a free port and returns its address."""
 
     def start(service: PromptService, access: Access | None = None) -> str:
         listener = socket.socket()
@@ -70,7 +74,7 @@ def client(url: str) -> Iterator[openai.OpenAI]:
 
 @pytest.fixture
 def chat_template(backbone: Backbone) -> Iterator[None]:
-    """The base model's tokenizer with a chat template, for one test."""
+    """Give the base model's tokenizer a chat template for one test."""
     backbone.tokenizer.chat_template = CHAT
     yield
     backbone.tokenizer.chat_template = None
@@ -86,7 +90,10 @@ def offline(backbone: Backbone, registry: Any, name: str) -> OfflineModel:
 def test_a_streamed_completion_is_the_plain_one(
     client: openai.OpenAI, more: dict[str, Any]
 ) -> None:
-    """Text, finish reasons, log-probabilities and usage of several prompts add up to those of the whole answer."""
+    """The chunks of several prompts add up to the whole answer.
+
+    That holds for text, finish reasons, log-probabilities and usage.
+    """
     asked: dict[str, Any] = {
         "model": "story",
         "prompt": ["a", "the fox"],
@@ -114,7 +121,10 @@ def test_a_streamed_completion_is_the_plain_one(
 
 
 def test_logprobs_in_openai_s_shape(client: openai.OpenAI) -> None:
-    """One entry a token in every list; the taken token is among the likeliest, which are as many as asked for."""
+    """Every list has one entry per token.
+
+    The taken token is among the likeliest ones, of which there are as many as requested.
+    """
     made = client.completions.create(
         model="story", prompt="a", max_tokens=4, temperature=0, logprobs=3
     )
@@ -134,7 +144,7 @@ def test_logprobs_in_openai_s_shape(client: openai.OpenAI) -> None:
 def test_chat_without_a_chat_template(
     client: openai.OpenAI, backbone: Backbone, registry: Any
 ) -> None:
-    """One message of the user is a completion's text; a conversation is refused with the reason."""
+    """One user message is a completion's text; a conversation is refused with the reason."""
     asked: dict[str, Any] = {"model": "story", "temperature": 0, "max_tokens": 8}
     chat = client.chat.completions.create(
         **asked, messages=[{"role": "user", "content": "the fox"}]
@@ -155,8 +165,11 @@ def test_chat_without_a_chat_template(
 def test_the_chat_template_stands_around_the_prompt_s_own(
     client: openai.OpenAI, backbone: Backbone, registry: Any, chat_template: None, name: str
 ) -> None:
-    """The conversation is rendered by the base model's template, its last message by the prompt's; the soft prompt
-    stands in front, as in tuning. The text is that of generation on exactly these tokens."""
+    """The chat template wraps the prompt's own, which is filled with the last message.
+
+    The soft prompt stands in front, as in tuning. The text is that of generation on exactly these
+    tokens.
+    """
     twin = offline(backbone, registry, name)
     messages: list[Any] = [
         {"role": "developer", "content": "Be brief."},
@@ -196,11 +209,15 @@ def test_the_chat_template_stands_around_the_prompt_s_own(
 
 
 def test_chat_logprobs(client: openai.OpenAI) -> None:
-    """The bytes are the token's; as many likeliest tokens as asked for."""
+    """The bytes are the token's, and there are as many likeliest tokens as requested."""
     made = client.chat.completions.create(
-        model="story", messages=[{"role": "user", "content": "a"}], max_tokens=3, temperature=0, logprobs=True,
+        model="story",
+        messages=[{"role": "user", "content": "a"}],
+        max_tokens=3,
+        temperature=0,
+        logprobs=True,
         top_logprobs=2,
-    )  # fmt: skip
+    )
     assert made.choices[0].logprobs is not None
     for one in made.choices[0].logprobs.content or ():
         assert bytes(one.bytes or ()).decode() == one.token
@@ -216,13 +233,20 @@ BAD_CHATS: list[tuple[dict[str, Any], str, str]] = [
      "invalid_value", "messages"),
     ({"messages": [{"role": "assistant", "content": "a"}]}, "invalid_value", "messages"),
     ({"messages": [{"role": "user", "content": "a"}] * 300}, "invalid_value", "messages"),
-    ({"messages": [{"role": "user", "content": "a"}], "tools": [{"type": "x"}]}, "unsupported_parameter", "tools"),
-    ({"messages": [{"role": "user", "content": "a"}], "top_logprobs": 2}, "unsupported_parameter", "top_logprobs"),
-    ({"messages": [{"role": "user", "content": "a"}], "stream_options": {}}, "unsupported_parameter", "stream_options"),
-    ({"messages": [{"role": "user", "content": "a" * 3000}]}, "context_length_exceeded", "messages"),
-    ({"messages": [{"role": "user", "content": "a"}], "stop": ["a"] * 1000}, "invalid_value", "stop"),
-    ({"messages": [{"role": "user", "content": "a"}], "max_tokens": 0}, "invalid_value", "max_tokens"),
-    ({"messages": [{"role": "user", "content": "a"}], "max_tokens": 10**9}, "context_length_exceeded", "messages"),
+    ({"messages": [{"role": "user", "content": "a"}], "tools": [{"type": "x"}]},
+     "unsupported_parameter", "tools"),
+    ({"messages": [{"role": "user", "content": "a"}], "top_logprobs": 2},
+     "unsupported_parameter", "top_logprobs"),
+    ({"messages": [{"role": "user", "content": "a"}], "stream_options": {}},
+     "unsupported_parameter", "stream_options"),
+    ({"messages": [{"role": "user", "content": "a" * 3000}]},
+     "context_length_exceeded", "messages"),
+    ({"messages": [{"role": "user", "content": "a"}], "stop": ["a"] * 1000},
+     "invalid_value", "stop"),
+    ({"messages": [{"role": "user", "content": "a"}], "max_tokens": 0},
+     "invalid_value", "max_tokens"),
+    ({"messages": [{"role": "user", "content": "a"}], "max_tokens": 10**9},
+     "context_length_exceeded", "messages"),
 ]  # fmt: skip
 
 
@@ -231,7 +255,7 @@ BAD_CHATS: list[tuple[dict[str, Any], str, str]] = [
 def test_bad_chats_are_refused_before_a_stream_begins(
     url: str, body: dict[str, Any], code: str, param: str, stream: bool
 ) -> None:
-    """A refusal is a status and OpenAI's error, not an event."""
+    """A refusal is a status with OpenAI's error, not an event of a stream."""
     sent = {"model": "story", **body, **({"stream": True} if stream else {})}
     if stream and "stream_options" in body:
         return
@@ -243,7 +267,7 @@ def test_bad_chats_are_refused_before_a_stream_begins(
 def test_a_conversation_that_the_template_refuses(
     client: openai.OpenAI, chat_template: None
 ) -> None:
-    """The base model's template says what it does not take."""
+    """The error has the message with which the base model's template refuses it."""
     messages: Any = [
         {"role": "user", "content": "a"},
         {"role": "system", "content": "b"},
@@ -254,7 +278,7 @@ def test_a_conversation_that_the_template_refuses(
 
 
 def test_every_answer_has_a_request_id(client: openai.OpenAI, url: str) -> None:
-    """Successes, refusals and streams, and no two have the same."""
+    """Successes and refusals have an id, and no two have the same."""
     ids = {
         httpx.get(f"{url}{path}").headers["x-request-id"]
         for path in ("/health", "/v1/models", "/nothing")
@@ -275,7 +299,7 @@ def until(condition: Callable[[], Any]) -> bool:
 
 @pytest.fixture
 def endless(backbone: Backbone, registry: Any) -> str:
-    """A prompt whose greedy text does not end by itself."""
+    """A text whose greedy continuation does not end by itself."""
     sampling = Sampling(140, 0.0)
     twin = offline(backbone, registry, "story")
     candidates = ["a", "the fox", "win", "dogs", "movie"]
@@ -288,7 +312,7 @@ def endless(backbone: Backbone, registry: Any) -> str:
 def test_a_client_that_hangs_up_frees_its_row(
     url: str, service: PromptService, endless: str, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
-    """Rows end when nobody waits for them, streamed or not; others are answered as ever."""
+    """Rows end once their client is gone, streamed or not; other requests are answered."""
     step = GenerationBatch.step
     monkeypatch.setattr(GenerationBatch, "step", lambda batch: (time.sleep(0.02), step(batch))[1])
     body = {
@@ -301,7 +325,10 @@ def test_a_client_that_hangs_up_frees_its_row(
     host, port = url.removeprefix("http://").split(":")
     content = json.dumps(body).encode()
     with socket.create_connection((host, int(port))) as connection:
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n\r\n"
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+            f"Content-Length: {len(content)}\r\n\r\n"
+        )
         connection.sendall(head.encode() + content)
         assert until(lambda: service.engine.running == 1)
     assert until(lambda: service.engine.running == 0)
@@ -321,7 +348,7 @@ def test_a_client_that_hangs_up_frees_its_row(
 
 
 def test_slow_readers_hold_nobody_up(url: str, service: PromptService, endless: str) -> None:
-    """Streams that nobody reads end in the engine like any other, and others are answered meanwhile."""
+    """Streams that nobody reads end as any other; other requests are answered meanwhile."""
     body = json.dumps(
         {"model": "story", "prompt": endless, "max_tokens": 140, "temperature": 0, "stream": True}
     )
@@ -343,7 +370,7 @@ def test_slow_readers_hold_nobody_up(url: str, service: PromptService, endless: 
 
 
 def test_bytes_that_are_no_request(url: str) -> None:
-    """Whatever arrives on the socket, the next one is answered."""
+    """Malformed bytes on the socket do not affect the next request."""
     host, port = url.removeprefix("http://").split(":")
     for sent in (
         b"\0" * 100,
@@ -361,7 +388,10 @@ def test_bytes_that_are_no_request(url: str) -> None:
 def test_every_name_that_requests_may_use_can_be_looked_up(
     url: str, client: openai.OpenAI, registry: Any
 ) -> None:
-    """A version, an alias, quoted or not; with the version that answers and the alias that it has, if any."""
+    """Versions and aliases can be looked up, percent-encoded or not.
+
+    The entry has the version that answers and its alias, if it has any.
+    """
     registry.add("story", 2, registry.folders["story", 1])
     for path, expected in (
         ("story", ("story", 1, "champion")),
@@ -382,7 +412,7 @@ def test_every_name_that_requests_may_use_can_be_looked_up(
 
 
 def test_a_version_that_never_existed_is_not_found(url: str, client: openai.OpenAI) -> None:
-    """The answer says so, and not that it was refused; asked for in any way, again and again."""
+    """The answer is 404 and says that there is no such version, however often it is sent."""
     for _ in range(2):
         answer = httpx.get(f"{url}/v1/models/story:99")
         assert answer.status_code == 404
@@ -398,7 +428,10 @@ def test_a_version_that_never_existed_is_not_found(url: str, client: openai.Open
 def test_a_request_that_takes_too_long_ends(
     url: str, service: PromptService, endless: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A plain request is 504; a stream, whose status is out, ends with an error that the client raises."""
+    """A plain request gets 504.
+
+    A stream, whose status is sent already, ends with an error that the client raises.
+    """
     step = GenerationBatch.step
     monkeypatch.setattr(GenerationBatch, "step", lambda batch: (time.sleep(0.05), step(batch))[1])
     service.limits = type(service.limits)(seconds=0.3)
@@ -415,14 +448,17 @@ def test_a_request_that_takes_too_long_ends(
     assert until(lambda: service.engine.running == 0)
 
 
-# -- Canaries ---------------------------------------------------------------------------------------------------------
+# -- Canaries --------------------------------------------------------------------------------------
 
 
 def test_a_canary_takes_its_share_of_a_name(
     url: str, service: PromptService, registry: Any, make_artifact: Any, backbone: Backbone
 ) -> None:
-    """A bare name is answered by either version in about the share that the registry says, a full one never; each
-    answer is that of the version it names. Ended, the champion answers alone."""
+    """Both versions answer to a bare name, the canary in about its share.
+
+    A name with an alias is never redirected, and each answer is that of the version that it names.
+    After the end of the canary, the champion answers alone.
+    """
     registry.add(
         "story", 2, make_artifact("story-2", tokens=5, seed=8, template="{text}"), "challenger"
     )
@@ -460,7 +496,7 @@ def test_a_canary_takes_its_share_of_a_name(
 def test_a_canary_that_can_t_be_had_is_the_champion(
     url: str, service: PromptService, registry: Any, tmp_path: Path
 ) -> None:
-    """A bad version behind the canary's alias is refused; all traffic stays with the champion."""
+    """A bad version behind the canary's alias is refused, and the champion answers all."""
     registry.add("story", 2, tmp_path / "nowhere", "challenger")
     registry.canaries["story"] = Canary("challenger", 100)
     service.store.refresh()
@@ -474,13 +510,16 @@ def test_a_canary_that_can_t_be_had_is_the_champion(
     )
 
 
-# -- Keys -------------------------------------------------------------------------------------------------------------
+# -- Keys ------------------------------------------------------------------------------------------
 
 
 def test_a_key_has_its_models_and_its_rate(
     service: PromptService, listen: Callable[..., str], tmp_path: Path
 ) -> None:
-    """Other models are as if they did not exist; beyond its rate a key is told when to come back; others go on."""
+    """A key sees only its models, and beyond its rate is told when to come back.
+
+    Other keys are not affected.
+    """
     file = tmp_path / "keys.json"
     few, all_ = add_key(file, "few", ["story"], per_minute=3), add_key(file, "all")
     assert few not in file.read_text() and file.stat().st_mode & 0o077 == 0
@@ -500,7 +539,7 @@ def test_a_key_has_its_models_and_its_rate(
 
 
 def test_allowances_come_back_with_time() -> None:
-    """As many as a minute holds at once, then one whenever its time has passed."""
+    """A minute's requests may come at once; then each is regained after its time."""
     now = 0.0
     allowance = Allowance(2, lambda: now)
     assert [allowance.take(), allowance.take()] == [0, 0]
@@ -510,7 +549,7 @@ def test_allowances_come_back_with_time() -> None:
 
 
 def test_broken_key_files_and_second_names(tmp_path: Path) -> None:
-    """The message names the file; a name is given once."""
+    """The message names the file, and a key's name can be used only once."""
     file = tmp_path / "keys.json"
     for text in ("", "{}", '[{"name": "a", "sha256": "short"}]', '[{"name": "a", "key": "clear"}]'):
         file.write_text(text)
@@ -525,7 +564,7 @@ def test_broken_key_files_and_second_names(tmp_path: Path) -> None:
 
 
 def test_every_route_needs_a_key(service: PromptService, listen: Callable[..., str]) -> None:
-    """All that the application has, and what it has not; /health alone is open."""
+    """Every route needs a key, existing or not, except /health."""
     url = listen(service, Access(load_keys({"ORCHESTRATOR_API_KEYS": "secret"})))
     api: Any = make_api(PromptService(service.store, service.engine))
     routes = [(method, route.path) for route in api.routes for method in sorted(route.methods)]
@@ -541,7 +580,7 @@ def test_every_route_needs_a_key(service: PromptService, listen: Callable[..., s
 
 
 def test_without_keys_other_machines_are_refused() -> None:
-    """Also one that says it is local: the peer's address counts, where there is one."""
+    """The peer's address counts, so a client can't claim to be local."""
     access = Access()
     access.check("/v1/models", {"host": "localhost"}, "127.0.0.1")
     access.check("/v1/models", {"host": "localhost"}, "::1")
@@ -550,11 +589,11 @@ def test_without_keys_other_machines_are_refused() -> None:
         access.check("/v1/models", {"host": "localhost"}, "10.0.0.7")
 
 
-# -- Seen from outside ------------------------------------------------------------------------------------------------
+# -- Seen from outside -----------------------------------------------------------------------------
 
 
 def test_metrics_by_model(client: openai.OpenAI, url: str) -> None:
-    """Requests, tokens, times to the first token and the store's counts carry the registry's name."""
+    """Requests, tokens, first-token times and store counts have the model's name."""
     made = client.completions.create(model="story", prompt="a", max_tokens=3, temperature=0)
     list(
         client.completions.create(
@@ -565,8 +604,10 @@ def test_metrics_by_model(client: openai.OpenAI, url: str) -> None:
     assert made.usage is not None
     for line in (
         'orchestrator_requests_total{model="story",route="/v1/completions",status="200"} 2.0',
-        f'orchestrator_tokens_total{{kind="completion",model="story"}} {2 * made.usage.completion_tokens}.0',
-        f'orchestrator_tokens_total{{kind="prompt",model="story"}} {2 * made.usage.prompt_tokens}.0',
+        'orchestrator_tokens_total{kind="completion",model="story"} '
+        f"{2 * made.usage.completion_tokens}.0",
+        'orchestrator_tokens_total{kind="prompt",model="story"} '
+        f"{2 * made.usage.prompt_tokens}.0",
         'orchestrator_first_token_seconds_count{model="story"} 2.0',
         'orchestrator_prompt_hits_total{model="story"} 2.0',
         'orchestrator_prompt_loads_total{model="story"} 1.0',
@@ -580,7 +621,7 @@ def test_metrics_by_model(client: openai.OpenAI, url: str) -> None:
 def test_the_access_log_is_json_without_texts(
     client: openai.OpenAI, caplog: pytest.LogCaptureFixture, url: str
 ) -> None:
-    """A line a request with what it was and took; nothing that the client wrote."""
+    """Each request logs one JSON line with its facts, and nothing that the client wrote."""
     with caplog.at_level(logging.INFO, "orchestrator.access"):
         client.completions.create(model="story", prompt="very private", max_tokens=2)
         httpx.post(f"{url}/v1/completions", json={"model": "nobody's", "prompt": "x"})

@@ -81,7 +81,7 @@ def client(server: Server) -> openai.OpenAI:
 
 
 def test_openai_client(client: openai.OpenAI, backbone: Backbone, prompts: dict[str, Path]) -> None:
-    """The official client lists models and completes with a prompt, as the offline model does."""
+    """The official client lists models, and completions are the offline model's."""
     assert sorted(model.id for model in client.models.list()) == ["spam", "story"]
     assert client.models.retrieve("spam").owned_by == "orchestrator"
     made = client.completions.create(
@@ -95,7 +95,7 @@ def test_openai_client(client: openai.OpenAI, backbone: Backbone, prompts: dict[
 
 
 def test_openai_errors(client: openai.OpenAI, server: Server) -> None:
-    """Each refusal is the client's own error class."""
+    """Each refusal raises the client's own error class."""
     with pytest.raises(openai.NotFoundError, match="did you mean 'story'"):
         client.completions.create(model="stori", prompt="x")
     with pytest.raises(openai.BadRequestError) as refused:
@@ -120,7 +120,7 @@ def classify(server: Server, model: str, texts: list[str]) -> list[dict[str, Any
 def test_served_equals_offline_and_follows_the_champion(
     server: Server, backbone: Backbone, prompts: dict[str, Path], mlflow_registry: Registry
 ) -> None:
-    """Answers are the offline model's, before and after the alias moved, without a restart."""
+    """Answers are the offline model's before and after the alias moves, without a restart."""
     texts = ["win a prize", "the quick brown fox"]
     for version, name in ((1, "spam"), (2, "spam-2")):
         mlflow_registry.set_alias("spam", "champion", version)
@@ -138,7 +138,7 @@ def test_served_equals_offline_and_follows_the_champion(
 
 
 def test_a_stream_through_serve(client: openai.OpenAI) -> None:
-    """Pieces arrive one by one and add up to the plain answer; chat does the same."""
+    """Chunks add up to the plain answer, in completions and in chat."""
     asked: dict[str, Any] = {"model": "story", "max_tokens": 12, "temperature": 0}
     whole = client.completions.create(**asked, prompt="the fox").choices[0].text
     pieces = [
@@ -154,8 +154,10 @@ def test_a_stream_through_serve(client: openai.OpenAI) -> None:
 def test_aliases_and_canaries_move_under_load(
     server: Server, backbone: Backbone, prompts: dict[str, Path], mlflow_registry: Registry
 ) -> None:
-    """While requests keep coming, the champion moves, a canary comes and goes, and the champion moves back: no request
-    fails, and every answer is wholly of the version that it names."""
+    """No request fails while the champion and a canary come and go.
+
+    Every answer is wholly of the version that it names.
+    """
     story = [prompts["story"], prompts["story-2"]]
     texts = {
         f"story:{version}": [
@@ -188,7 +190,7 @@ def test_aliases_and_canaries_move_under_load(
 def test_a_taken_port_is_refused_before_anything_starts(
     registry: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The message names the port; Ray is not started for it."""
+    """The message names the port, and Ray is not started."""
     monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was started"))
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
@@ -199,7 +201,7 @@ def test_a_taken_port_is_refused_before_anything_starts(
 
 
 def test_an_open_address_needs_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other machines may only reach a server that has keys."""
+    """A server that other machines can reach needs keys."""
     monkeypatch.delenv("ORCHESTRATOR_API_KEYS", raising=False)
     for host in ("0.0.0.0", "::", "10.0.0.1"):
         with pytest.raises(BadInput, match="no API keys"):
@@ -209,7 +211,7 @@ def test_an_open_address_needs_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_haproxy_needs_keys(monkeypatch: pytest.MonkeyPatch, registry: Any) -> None:
-    """It makes replicas listen on all interfaces, whatever the host is."""
+    """HAProxy makes replicas listen on all interfaces, whatever the host option says."""
     monkeypatch.delenv("ORCHESTRATOR_API_KEYS", raising=False)
     monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
     for attempt in (
@@ -223,7 +225,10 @@ def test_haproxy_needs_keys(monkeypatch: pytest.MonkeyPatch, registry: Any) -> N
 def test_the_base_model_comes_from_the_prompts(
     registry: Any, make_artifact: Any, backbone: Backbone, other_backbone: Backbone
 ) -> None:
-    """One base for everything that is served; nothing registered and two bases are refused with the next step."""
+    """All served prompts share one base model.
+
+    An empty registry and two base models are refused with the next step.
+    """
     assert choose_base_model(ServeOptions(), registry).id == backbone.info.id
     registry.add("other", 1, make_artifact("other", on=other_backbone, verbalizer=SPAM), "champion")
     with pytest.raises(BadInput, match="different base models"):

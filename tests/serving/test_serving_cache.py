@@ -1,4 +1,4 @@
-"""Two memories of one cache: what leaves the model's comes back from the host's without being computed again."""
+"""The prompt cache's two memories: what leaves the model's device returns from the host."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ def key(version: int) -> tuple[str, int]:
 
 
 def test_what_left_comes_back(prompts: list[ServedPrompt]) -> None:
-    """Room for one beside the model and for three in the host: the last but two has to be loaded again."""
+    """Prompts that left the device return from the host; the oldest is in neither.
+
+    There is room for one on the device and for three in the host.
+    """
     one = prompts[0].nbytes
     cache = PromptCache(one, 3 * one)
     gone = [cache.put(key(version), prompt) for version, prompt in enumerate(prompts)]
@@ -52,7 +55,7 @@ def test_what_left_comes_back(prompts: list[ServedPrompt]) -> None:
 
 
 def test_use_beside_the_model_counts_in_the_host(prompts: list[ServedPrompt]) -> None:
-    """A prompt that is asked for all the time is not the first to leave the host's memory."""
+    """Use on the device counts in the host too, so a busy prompt is not dropped first."""
     one = prompts[0].nbytes
     cache = PromptCache(3 * one, 2 * one)
     cache.put(key(0), prompts[0])
@@ -81,7 +84,7 @@ def test_nothing_is_kept_in_a_host_that_has_no_room(prompts: list[ServedPrompt])
 
 
 def test_the_store_fetches_once(backbone: Backbone, registry: Any, make_artifact: Any) -> None:
-    """With a host memory the registry is asked once for each version, however often they replace each other."""
+    """With a host memory, each version is fetched once, however often they alternate."""
     registry.add("spam", 2, make_artifact("spam-2", verbalizer=SPAM, seed=2))
     store = PromptStore(backbone, registry, max_bytes=1, max_host_bytes=1 << 20)
     store.refresh()
@@ -90,12 +93,12 @@ def test_the_store_fetches_once(backbone: Backbone, registry: Any, make_artifact
     assert registry.fetched.count(("spam", 1)) == registry.fetched.count(("spam", 2)) == 1
     assert store.loaded_count == 1 and store.host_bytes > store.loaded_bytes
     assert store.counts["returns", "spam"] >= 4
-    assert store.loaded("spam:1") is None  # a copy takes a moment: not on the event loop
+    assert store.loaded("spam:1") is None  # the copy is too slow for the event loop
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
 def test_an_accelerator_s_prompts_are_parked_in_the_host(model_folder: Any, registry: Any) -> None:
-    """Copies lie in the host's memory, and what is served lies on the device."""
+    """Copies are in the host's memory, and the prompts in use are on the device."""
     on_device = load_backbone(resolve_model(BaseModelSpec(id=str(model_folder))), "cuda")
     store = PromptStore(on_device, registry, max_bytes=1, max_host_bytes=1 << 20)
     store.refresh()

@@ -1,4 +1,7 @@
-"""A cell is the same text wherever it is read: training, evaluation, /classify, offline and MLflow's model."""
+"""A cell is the same text wherever it is read.
+
+It is read in training, evaluation, /classify, the offline model and MLflow's model.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +30,9 @@ Ids = list[list[int]]
 TEMPLATE = "{text} of {more}\nSpam?"
 LABELS = {0: " ham", 1: " spam"}
 ODD: list[Any] = [
-    0, 1, -5, 10**25, 1.0, 0.5, -0.0, 1e-7, 1e21, True, False, "true", "None", "null", "nan", "NA", "007", "1.10",
-    "2024-01-02", "2024-01-02T00:00:00", " a ", "é日本\u2028", '"quoted"\t', [], ["a", 1, None], {}, {"b": "x", "n": 0},
+    0, 1, -5, 10**25, 1.0, 0.5, -0.0, 1e-7, 1e21, True, False, "true", "None", "null", "nan", "NA",
+    "007", "1.10", "2024-01-02", "2024-01-02T00:00:00", " a ", "é日本\u2028", '"quoted"\t',
+    [], ["a", 1, None], {}, {"b": "x", "n": 0},
     [{"é": [True, 1.5]}], "x" * 300, ["long"] * 100,
 ]  # fmt: skip
 ROWS = [{"text": cell, "more": cell, "label": place % 2} for place, cell in enumerate(ODD)]
@@ -62,14 +66,14 @@ def data(file: Path, **changes: Any) -> DataSpec:
 
 
 def trained_ids(file: Path, backbone: Backbone) -> Ids:
-    """What training makes of the test rows of a file."""
+    """Return the input ids that training makes of the test rows of a file."""
     spec = data(file)
     rows = load_rows(spec)
     return make_encoder(spec, rows, backbone.tokenizer).encode(rows.test, "label").inputs
 
 
 def recorded(ask: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> Ids:
-    """The token ids that the base model is given while ``ask`` runs."""
+    """Return the token ids that the base model is given while ``ask`` runs."""
     seen: Ids = []
     probs = OfflineModel._probs
 
@@ -83,7 +87,7 @@ def recorded(ask: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> Ids:
 
 
 def predict(folder: Path, backbone: Backbone, frame: pd.DataFrame) -> list[Any]:
-    """MLflow's model on a data frame, on a base model that is there already."""
+    """Return the answers of MLflow's model for a data frame, on a loaded base model."""
     from orchestrator.registry.versions.pyfunc_model import PromptModel  # imports mlflow
 
     model = PromptModel()
@@ -95,7 +99,10 @@ def predict(folder: Path, backbone: Backbone, frame: pd.DataFrame) -> list[Any]:
 def test_every_side_gives_a_cell_the_same_tokens(
     folder: Path, backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Numbers, truth values, lists, objects and texts that look like one of them, cut where they are long."""
+    """Numbers, booleans, lists, objects and texts that look like one have equal tokens.
+
+    Training and evaluation cut long cells in the same way.
+    """
     file = jsonl(tmp_path / "odd.jsonl", ROWS)
     prompt, offline = (
         load_prompt(backbone, folder, "odd", 1),
@@ -124,7 +131,10 @@ def test_every_side_gives_a_cell_the_same_tokens(
 
 @pytest.mark.parametrize("cell", [b"bytes", float("inf"), [float("nan")], {1: "a"}, "\ud800"])
 def test_what_training_refuses_no_side_takes(folder: Path, backbone: Backbone, cell: Any) -> None:
-    """Offline as in a data frame; over HTTP such a value can't be written, or is refused as JSON."""
+    """The offline model and MLflow's model refuse such a cell.
+
+    Over HTTP it can't be written, or is refused as JSON.
+    """
     offline = OfflineModel.from_artifact(folder, backbone)
     row = {"text": "a", "more": cell}
     with pytest.raises(BadInput, match=r"row 1: column 'more': a cell holds"):
@@ -140,7 +150,7 @@ def test_what_training_refuses_no_side_takes(folder: Path, backbone: Backbone, c
 def test_json_that_has_no_text_is_refused_over_http(
     folder: Path, backbone: Backbone, text: str
 ) -> None:
-    """As a bad request, wherever it is noticed."""
+    """JSON without a text form is a bad request, wherever that is noticed."""
     prompt = load_prompt(backbone, folder, "odd", 1)
     body = f'{{"model": "odd", "input": {{"text": {text}, "more": "a"}}}}'
     with pytest.raises((ApiError, BadInput)):
@@ -151,7 +161,7 @@ def test_json_that_has_no_text_is_refused_over_http(
 def test_a_missing_column_is_refused_by_name(
     folder: Path, backbone: Backbone, row: Any, column: str
 ) -> None:
-    """Absent and null alike; NaN in a data frame is null."""
+    """Absent and null values are refused alike; NaN in a data frame counts as null."""
     offline = OfflineModel.from_artifact(folder, backbone)
     with pytest.raises(BadInput, match=rf"row 1: a row (lacks|has no value in) \['{column}'\]"):
         offline.classify([row])
@@ -163,7 +173,7 @@ def test_a_missing_column_is_refused_by_name(
 def test_a_version_tuned_with_empty_inputs_takes_them(
     make_artifact: Callable[..., Path], backbone: Backbone, tmp_path: Path
 ) -> None:
-    """Absent, null and empty are the empty text that training made of them."""
+    """Absent, null and empty cells are the empty text, as in training."""
     kept = make_artifact(
         "kept", template=TEMPLATE, verbalizer=LABELS, cells=CellsRecord(empty="keep")
     )
@@ -185,7 +195,7 @@ def test_a_version_tuned_with_empty_inputs_takes_them(
 
 
 def test_an_early_version_goes_on_as_it_was_tuned(folder: Path, backbone: Backbone) -> None:
-    """A manifest without the record of cells means Python's texts, and null as the empty text."""
+    """A manifest without a record of cells means Python's texts, and empty text for null."""
     manifest = json.loads((folder / MANIFEST).read_text())
     del manifest["cells"]
     (folder / MANIFEST).write_text(json.dumps(manifest))
@@ -205,7 +215,7 @@ def test_an_early_version_goes_on_as_it_was_tuned(folder: Path, backbone: Backbo
 def test_an_answer_has_the_label_as_the_verbalizer_spells_it(
     make_artifact: Callable[..., Path], backbone: Backbone, key: Any
 ) -> None:
-    """In its type, through the manifest and back."""
+    """A label keeps its type through the manifest."""
     labels = make_artifact("labels", verbalizer={key: " ham", "other": " spam"})
     answers = OfflineModel.from_artifact(labels, backbone).classify(
         ["win a prize", "the quick brown fox", "a", "b"]
@@ -216,7 +226,7 @@ def test_an_answer_has_the_label_as_the_verbalizer_spells_it(
 
 
 def test_groups_are_named_by_the_text_of_their_cell(folder: Path, tmp_path: Path) -> None:
-    """As everywhere else; rows without a value are a group of their own."""
+    """Groups have the text of their cell; rows without a value form their own group."""
     kinds = [True, "true", None, "", 1.5, ["a"], {"b": 1}]
     rows = [{"text": "a", "more": "b", "label": 0, "kind": kind} for kind in kinds]
     question = Question(str(jsonl(tmp_path / "kinds.jsonl", rows)), by="kind")
@@ -229,7 +239,7 @@ def test_groups_are_named_by_the_text_of_their_cell(folder: Path, tmp_path: Path
 
 @pytest.mark.parametrize("cell", ["", None])
 def test_evaluation_refuses_an_empty_input(folder: Path, tmp_path: Path, cell: Any) -> None:
-    """With the file and the line, as training does."""
+    """The error names the file and the line, as in training."""
     rows = [{"text": "a", "more": "b", "label": 0}, {"text": "a", "more": cell, "label": 1}]
     file = jsonl(tmp_path / "rows.jsonl", rows)
     with pytest.raises(BadInput, match=r"rows\.jsonl:2 \(row 2\) has no text in column 'more'"):

@@ -1,4 +1,4 @@
-"""What stands in deploy/ for serving, and the options behind it."""
+"""The files in deploy/ for serving, and the options behind them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DEPLOY = Path(__file__).parents[2] / "deploy"
 
 
 def test_the_serve_file_is_one_that_serve_and_we_accept(registry: Any) -> None:
-    """Serve's own schema takes the file, our options take its args, and an application comes of it."""
+    """Serve's schema accepts the file, our options its args, and an application is built."""
     document = yaml.safe_load((DEPLOY / "serve.yaml").read_text())
     schema = ServeDeploySchema.model_validate(document)
     assert schema.http_options.host == "127.0.0.1"
@@ -33,7 +33,7 @@ def test_the_serve_file_is_one_that_serve_and_we_accept(registry: Any) -> None:
 
 
 def test_unknown_args_are_refused() -> None:
-    """With those that there are."""
+    """The hint lists the arguments that exist."""
     with pytest.raises(BadInput, match="no 'replica'") as refused:
         options_from({"replica": 1})
     assert "replicas" in refused.value.hint
@@ -54,7 +54,7 @@ def test_options_that_contradict_each_other(given: dict[str, Any], message: str)
 
 
 def test_addresses() -> None:
-    """The address that clients use, also of servers that listen everywhere."""
+    """The address is one that clients can use, even if the server listens everywhere."""
     assert (
         ServeOptions(host="0.0.0.0", port=1, tls_cert="c", tls_key="k").url == "https://127.0.0.1:1"
     )
@@ -62,7 +62,7 @@ def test_addresses() -> None:
 
 
 def test_the_dashboard_asks_for_metrics_that_there_are(service: PromptService) -> None:
-    """Every metric that a panel names is one that a replica has."""
+    """Every metric that a panel names is one that a replica exports."""
     document = json.loads(
         (DEPLOY / "kubernetes" / "monitoring" / "grafana-serving.json").read_text()
     )
@@ -72,7 +72,7 @@ def test_the_dashboard_asks_for_metrics_that_there_are(service: PromptService) -
         for target in panel["targets"]
         for name in re.findall(r"orchestrator_\w+", target["expr"])
     }
-    make_api(service)  # which adds what the store and the engine tell
+    make_api(service)  # adds the metrics of the store and the engine
     told = set(re.findall(r"^# TYPE (\w+)", service.metrics.text().decode(), re.MULTILINE))
     assert {re.sub(r"_(bucket|sum|count)$", "", name) for name in asked} <= told
     assert len(asked) > 10

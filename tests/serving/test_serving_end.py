@@ -1,4 +1,4 @@
-"""How a server ends that somebody else ends: a service manager, a container's engine, ``timeout``."""
+"""A server that is ended by a signal of a service manager, container engine or ``timeout``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 def test_a_signal_ends_the_server_and_what_it_started(
     spam_store: dict[str, str], tmp_path: Path, number: signal.Signals
 ) -> None:
-    """It says so, has an exit code of its own, and leaves no process of Ray behind."""
+    """The server reports the signal, has its own exit code, and leaves no Ray process."""
     (port,) = free_ports(1)
     process = serve(spam_store, tmp_path, "--port", str(port))
     try:

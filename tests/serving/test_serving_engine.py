@@ -1,4 +1,4 @@
-"""The engine: one mixed batch gives what each row would get alone."""
+"""The engine: each row of a mixed batch gets what it would get alone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TEXTS = [
 
 
 class Recorder:
-    """Kinds and sizes of the forwards."""
+    """A recorder of the kind and size of each forward."""
 
     def __init__(self) -> None:
         self.batches: list[tuple[str, int]] = []
@@ -38,7 +38,7 @@ class Recorder:
 
 
 class Blocked(Engine):
-    """An engine whose thread waits until it is let go, so that requests pile up."""
+    """An engine whose thread waits for ``go``, so that requests pile up."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.go = threading.Event()
@@ -56,7 +56,10 @@ def close_to(probs: list[float], row: dict[str, Any]) -> bool:
 def test_mixed_batch_equals_single_requests_and_offline(
     backbone: Backbone, spam: ServedPrompt, trec: ServedPrompt
 ) -> None:
-    """Rows of two prompts, of different lengths and answers, get in one forward what they get alone."""
+    """Rows of two prompts get in one forward what each gets alone.
+
+    The rows have different lengths and answers.
+    """
     recorder = Recorder()
     engine = Blocked(backbone, observe=recorder)
     spam_ids = [spam.encode(text, 3) for text in TEXTS]
@@ -95,7 +98,7 @@ def test_mixed_batch_equals_single_requests_and_offline(
 def reference_greedy(
     backbone: Backbone, prompt: ServedPrompt, weights: torch.Tensor, text: str, tokens: int
 ) -> list[int]:
-    """transformers' own generation on [prompt; input], unpadded."""
+    """Generate with transformers on [prompt; input], unpadded."""
     ids = prompt.encode(text, tokens)
     embeds = torch.cat([weights.to(backbone.device), backbone.table[torch.tensor(ids)]])[None]
     made = backbone.model.generate(  # type: ignore[operator]
@@ -114,7 +117,10 @@ def reference_greedy(
 def test_greedy_generation_equals_transformers(
     backbone: Backbone, make_artifact: Any, prompt_once: bool
 ) -> None:
-    """A mixed batch generates what transformers generates for each row alone, with and without the cached prompt."""
+    """A mixed batch generates what transformers generates for each row alone.
+
+    That holds with and without the cached prompt.
+    """
     backbone = CausalBackbone(backbone.model, backbone.tokenizer, backbone.info, prompt_once)
     folders = [
         make_artifact(f"p{size}", tokens=size, seed=size, template="{text}") for size in (3, 9)
@@ -143,7 +149,7 @@ def test_greedy_generation_equals_transformers(
 def test_sampling_depends_on_the_seed_and_not_on_the_batch(
     engine: Engine, story: ServedPrompt
 ) -> None:
-    """The same seed gives the same text, alone or among other rows; another seed another text."""
+    """The same seed gives the same text, alone or among other rows; another differs."""
     sampling = Sampling(max_tokens=20, temperature=1.0, top_p=0.9, seed=7)
     inputs = [story.encode(text, 20) for text in TEXTS]
 
@@ -162,7 +168,7 @@ def test_sampling_depends_on_the_seed_and_not_on_the_batch(
 def test_the_smallest_settings_choose_the_likeliest_token(
     engine: Engine, story: ServedPrompt, setting: dict[str, float]
 ) -> None:
-    """A top_p or temperature that float32 rounds to zero is as good as greedy decoding."""
+    """A top_p or temperature that float32 rounds to zero means greedy decoding."""
     ids = [story.encode("the quick", 12)]
 
     async def ask(sampling: Sampling) -> Any:
@@ -189,7 +195,7 @@ def test_stop_strings_end_a_row(engine: Engine, story: ServedPrompt) -> None:
 
 
 def test_end_token_ends_a_row(backbone: Backbone, engine: Engine, story: ServedPrompt) -> None:
-    """Rows end on their own at the end token, others go on."""
+    """A row ends at the end token, while the others continue."""
 
     async def ask() -> Any:
         inputs = [story.encode(f"{text} {number}", 60) for text in TEXTS for number in range(6)]
@@ -205,7 +211,7 @@ def test_end_token_ends_a_row(backbone: Backbone, engine: Engine, story: ServedP
 def test_full_line_is_refused_and_batches_keep_to_their_limits(
     backbone: Backbone, spam: ServedPrompt
 ) -> None:
-    """What does not fit into the waiting line is refused; what waits runs in batches of the allowed size."""
+    """A request beyond the waiting line is refused; batches keep to their allowed size."""
     recorder = Recorder()
     engine = Blocked(backbone, EngineLimits(max_rows=4, max_waiting=10), recorder)
     ids = spam.encode("hello", 1)
@@ -229,7 +235,7 @@ def test_full_line_is_refused_and_batches_keep_to_their_limits(
 def test_abandoned_rows_are_not_computed(
     backbone: Backbone, story: ServedPrompt, spam: ServedPrompt
 ) -> None:
-    """A caller that goes away frees its rows; the others are served."""
+    """A cancelled request frees its rows, and the others are answered."""
     recorder = Recorder()
     engine = Blocked(backbone, observe=recorder)
 
@@ -268,7 +274,7 @@ def test_failing_batch_does_not_stop_the_engine(
 
 
 def test_closing_answers_who_still_waits(backbone: Backbone, spam: ServedPrompt) -> None:
-    """Nobody waits for ever on an engine that was closed."""
+    """Requests that wait on a closing engine get an error, and so do later ones."""
     engine = Blocked(backbone)
 
     async def ask() -> None:

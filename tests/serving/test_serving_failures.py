@@ -1,4 +1,4 @@
-"""Parts that are killed under load: real Serve, a real MLflow server.
+"""Parts that are killed under load, with real Serve and a real MLflow server.
 
 Each test prints what it counted; docs/decisions.md has the table.
 """
@@ -127,13 +127,16 @@ def server(registry: Registry, ray_cluster: None) -> Iterator[Server]:
 
 
 def kill(named: str) -> None:
-    """SIGKILL to the one process of an actor class."""
+    """Send SIGKILL to the only process of an actor class."""
     (info,) = actors(named).values()
     os.kill(info["Pid"], signal.SIGKILL)
 
 
 def after_kill(load: Load, what: str, act: Any, failed_before: int = 0) -> list[str]:
-    """Kill something under load; the failures until ten further requests that began later were answered."""
+    """Kill something under load, and return the requests that failed.
+
+    Waits until ten requests that began after the kill are answered.
+    """
     load.until(lambda seen: sum(seen.values()) > 10)
     before, done = len(load.failed), time.monotonic()
     act()
@@ -143,14 +146,17 @@ def after_kill(load: Load, what: str, act: Any, failed_before: int = 0) -> list[
     first = min(begun + took for begun, took in later) - done
     longest = max(took for begun, took in list(load.seconds) if begun + took > done)
     print(
-        f"\n{what}: failed {dict(Counter(failed))}, answered meanwhile {len(later)}, first answer to a later request "
-        f"after {first:.1f} s, longest request {longest:.1f} s"
+        f"\n{what}: failed {dict(Counter(failed))}, answered meanwhile {len(later)}, "
+        f"first answer to a later request after {first:.1f} s, longest request {longest:.1f} s"
     )
     return failed
 
 
 def test_a_killed_replica_costs_no_request(server: Server) -> None:
-    """What it had under way is asked again of its successor; nothing was sent before, so nothing is sent twice."""
+    """The replica's requests are repeated on its successor.
+
+    No part of an answer was sent before, so nothing is sent twice.
+    """
     with Load(server.url, KEY, BODY, pause=0.05) as load:
         assert after_kill(load, "replica", lambda: kill("ServeReplica:orchestrator:prompts")) == []
     assert {version for version, _ in load.answers} == {"story:1"}
@@ -158,7 +164,7 @@ def test_a_killed_replica_costs_no_request(server: Server) -> None:
 
 
 def test_a_killed_controller_is_not_noticed(server: Server) -> None:
-    """Requests go on without it, and it comes back."""
+    """Requests are answered without the controller, and it comes back."""
     with Load(server.url, KEY, BODY, pause=0.05) as load:
         assert after_kill(load, "controller", lambda: kill("ServeController")) == []
         assert eventually(lambda: actors("ServeController"))
@@ -166,7 +172,10 @@ def test_a_killed_controller_is_not_noticed(server: Server) -> None:
 
 
 def test_a_killed_proxy_comes_back(server: Server) -> None:
-    """Connections to it break; its successor listens on the same port, and then nothing fails any more."""
+    """Connections to the proxy break, and its successor listens on the same port.
+
+    After that nothing fails any more.
+    """
     with Load(server.url, KEY, BODY, pause=0.25) as load:
         failed = after_kill(load, "proxy", lambda: kill("ProxyActor"))
         assert set(failed) <= {"ConnectError", "ReadError", "RemoteProtocolError", "500", "503"}
@@ -178,7 +187,7 @@ def test_a_killed_proxy_comes_back(server: Server) -> None:
 def test_prompts_are_served_while_mlflow_is_dead(
     server: Server, registry: Registry, mlflow_server: MlflowServer
 ) -> None:
-    """No request fails; when MLflow is back, an alias that moves is followed as ever."""
+    """No request fails, and an alias that moves after the outage is followed."""
     with Load(server.url, KEY, BODY, pause=0.05) as load:
         assert after_kill(load, "MLflow server", mlflow_server.kill) == []
         load.until(lambda seen: sum(seen.values()) > 30)

@@ -1,4 +1,4 @@
-"""The front: a request goes on to another replica when one dies before its answer began, and only then."""
+"""The front: a request is repeated on another replica only if its answer has not begun."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ BODY = {"model": "story", "prompt": "the fox", "max_tokens": 6, "temperature": 0
 
 
 class Died(Exception):
-    """A replica is gone."""
+    """The error of a replica that is gone."""
 
 
 class Busy(Exception):
-    """Too many requests wait for a replica."""
+    """The error for too many requests that wait for a replica."""
 
 
 class Replicas:
-    """Replicas of one application, the first few of which die after so many messages."""
+    """Replicas of one application, the first few of which die after some messages."""
 
     def __init__(self, api: Any, dying: int, after: int, error: type[Exception] = Died) -> None:
         self._replica: Any = object.__new__(Replica)
@@ -60,7 +60,7 @@ class FrontClient(Client):
 
 
 def test_a_request_passes_through(client: Client) -> None:
-    """Plain answers, streams, refusals and headers are those of the replica itself."""
+    """Plain answers, streams, refusals and headers are the replica's own."""
     front, direct = FrontClient(Replicas(client.api, 0, 0)), client
     for body in (BODY, {**BODY, "model": "none"}, {**BODY, "temperature": 9}):
         one, other = front.post("/v1/completions", body), direct.post("/v1/completions", body)
@@ -78,7 +78,7 @@ def test_a_request_passes_through(client: Client) -> None:
 
 
 def test_a_request_of_a_dead_replica_is_asked_again(client: Client) -> None:
-    """As long as nothing was sent; when all die, the client is told to come back."""
+    """A request is repeated while nothing was sent; if all replicas die, it gets 503."""
     replicas = Replicas(client.api, MAX_TRIES - 1, 0)
     assert FrontClient(replicas).post("/v1/completions", BODY).status_code == 200
     assert replicas.asked == MAX_TRIES
@@ -91,7 +91,7 @@ def test_a_request_of_a_dead_replica_is_asked_again(client: Client) -> None:
 
 
 def test_an_answer_that_began_is_not_asked_again(client: Client) -> None:
-    """A client would get some of it twice."""
+    """An answer that began is not repeated: the client would get some of it twice."""
     replicas = Replicas(client.api, 1, 2)
     with pytest.raises((httpx.HTTPError, Died, AssertionError)):
         assert (
@@ -101,14 +101,17 @@ def test_an_answer_that_began_is_not_asked_again(client: Client) -> None:
 
 
 def test_too_many_requests_for_replicas(client: Client) -> None:
-    """Serve's own refusal in OpenAI's shape."""
+    """Serve's own refusal has OpenAI's shape."""
     answer = FrontClient(Replicas(client.api, 1, 0, Busy)).post("/v1/completions", BODY)
     assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
     assert error_of(answer)["code"] == "server_overloaded"
 
 
 def test_nobody_without_a_key_gets_past_the_front(client: Client) -> None:
-    """Refused before the body is read and before a replica is asked; a key's rate is left to the replicas."""
+    """The front refuses before it reads the body or asks a replica.
+
+    It leaves a key's rate to the replicas.
+    """
     replicas = Replicas(client.api, 0, 0)
     (key,) = load_keys({"ORCHESTRATOR_API_KEYS": "secret"})
     front = FrontClient(replicas, (replace(key, per_minute=1),))
@@ -121,7 +124,7 @@ def test_nobody_without_a_key_gets_past_the_front(client: Client) -> None:
 
 
 def test_the_server_s_own_life_cycle(client: Client) -> None:
-    """What a server asks an application at its start and end is agreed to: Serve starts no replica without."""
+    """Startup and shutdown messages are completed: else Serve starts no replica."""
     asked, said = [{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}], []
 
     async def receive() -> Message:

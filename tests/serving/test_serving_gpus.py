@@ -1,4 +1,4 @@
-"""Replicas on GPUs that torch can't use, or that there are none of."""
+"""Replicas on GPUs that torch can't use, or that do not exist."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def cluster(spam_store: dict[str, str]) -> Iterator[dict[str, str]]:
 def test_a_replica_that_cannot_use_its_gpu_says_so(
     cluster: dict[str, str], tmp_path: Path, asked: tuple[str, ...]
 ) -> None:
-    """With the reason and the next step, not a line of torch's."""
+    """The error has the reason and the next step, not a message of torch."""
     code, said = ended(serve(cluster, tmp_path, "--port", str(free_ports(1)[0]), *asked))
     assert code == 1, said
     assert "the serving application did not start: gpus: 1: torch" in said
@@ -36,7 +36,10 @@ def test_a_replica_that_cannot_use_its_gpu_says_so(
 def test_a_replica_that_asks_for_none_computes_on_cpus(
     cluster: dict[str, str], tmp_path: Path
 ) -> None:
-    """And on a cluster of others', too, SIGTERM takes the application away."""
+    """With ``--gpus 0`` the server answers.
+
+    SIGTERM removes the application from a cluster that others started, too.
+    """
     (port,) = free_ports(1)
     process = serve(cluster, tmp_path, "--port", str(port), "--gpus", "0")
     try:
@@ -51,7 +54,7 @@ def test_a_replica_that_asks_for_none_computes_on_cpus(
 def test_more_gpus_than_this_machine_has_are_refused(
     spam_store: dict[str, str], tmp_path: Path
 ) -> None:
-    """Serve would wait for them in vain."""
+    """Serve would wait for missing GPUs forever."""
     code, said = ended(serve(spam_store, tmp_path, "--port", str(free_ports(1)[0]), "--gpus", "1"))
     assert code == 2, said
     assert "the replicas need 1 GPU, this machine has 0" in said

@@ -1,4 +1,7 @@
-"""HAProxy as Serve's ingress, as ``orchestrator serve`` starts it: keys hold, and a killed replica costs no answer."""
+"""HAProxy as Serve's ingress, as ``orchestrator serve`` starts it.
+
+Keys are enforced, and a killed replica costs no answer.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +26,14 @@ from orchestrator.models.backbone import Backbone
 from orchestrator.registry import Registry
 
 pytestmark = [
-    pytest.mark.failure, pytest.mark.long, pytest.mark.slow, pytest.mark.timeout(600),
-    pytest.mark.skipif(not shutil.which("haproxy"), reason="no haproxy here; on Debian: apt-get install haproxy"),
-]  # fmt: skip
+    pytest.mark.failure,
+    pytest.mark.long,
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(
+        not shutil.which("haproxy"), reason="no haproxy here; on Debian: apt-get install haproxy"
+    ),
+]
 
 START_S = 240.0
 CLIENTS = 8
@@ -47,13 +55,16 @@ def store(tmp_path_factory: pytest.TempPathFactory, backbone: Backbone, write_ar
 def server(
     store: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, psutil.Process]]:
-    """Two replicas behind HAProxy; the address and the process."""
+    """Two replicas behind HAProxy: its address and the process."""
     port, folder = free_port(), tmp_path_factory.mktemp("haproxy")
     changes = {
-        "RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_HAPROXY_BINARY_PATH": str(shutil.which("haproxy")),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()), "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
-        "MLFLOW_TRACKING_URI": store, "ORCHESTRATOR_API_KEYS": KEY,
-    }  # fmt: skip
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(shutil.which("haproxy")),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        "MLFLOW_TRACKING_URI": store,
+        "ORCHESTRATOR_API_KEYS": KEY,
+    }
     argv = [sys.executable, "-m", "orchestrator", "serve", "--port", str(port), "--replicas", "2"]
     log = (folder / "log").open("wb")
     process = subprocess.Popen(argv, env=os.environ | changes, stdout=log, stderr=log, cwd=folder)
@@ -96,8 +107,10 @@ def test_keys_hold(server: tuple[str, psutil.Process]) -> None:
 
 
 def test_a_killed_replica_costs_no_answer(server: tuple[str, psutil.Process]) -> None:
-    """What it had under way is asked again of the other one, and its successor joins. HAProxy itself takes up a new
-    configuration and closes connections that lie idle in between; a client that is about to use one has to ask again.
+    """Requests of a killed replica are repeated on the other, and a successor joins.
+
+    Meanwhile HAProxy loads a new configuration and closes idle connections; a client that is about
+    to use one has to send its request again.
     """
     url, process = server
     victim = replicas(process)[0]
@@ -110,7 +123,8 @@ def test_a_killed_replica_costs_no_answer(server: tuple[str, psutil.Process]) ->
             time.sleep(0.5)
         load.until(lambda seen: sum(seen.values()) > 20)
     print(
-        f"\nHAProxy, a replica of two killed: {len(load.answers)} answered, failed {dict(Counter(load.failed))}"
+        f"\nHAProxy, a replica of two killed: {len(load.answers)} answered, "
+        f"failed {dict(Counter(load.failed))}"
     )
     assert (
         set(load.failed) <= {"RemoteProtocolError"}

@@ -1,4 +1,7 @@
-"""Batches by iteration: rows that come and go change nothing for the others; streams, stops, log-probabilities."""
+"""Batching by iteration: rows that enter and leave change nothing for the others.
+
+Also streams, stop strings and log-probabilities.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ GREEDY = Sampling(max_tokens=10, temperature=0.0)
 
 
 class Held(Recorder):
-    """Lets the engine's thread go on only up to a number of generation steps, until it is told to."""
+    """A recorder that stops the engine's thread at some generation step, until ``go`` is set."""
 
     def __init__(self, steps: int) -> None:
         super().__init__()
@@ -47,7 +50,10 @@ def ask_by_and_by(
     then: Callable[[Engine], list[Any]],
     limits: Any = None,
 ) -> tuple[Any, list[Any], list[tuple[str, int]]]:
-    """A request that has had three tokens when others come, their answers, and the forwards."""
+    """Send a request, and others when it has three tokens.
+
+    Returns the first request's answer, the others' answers, and the forwards.
+    """
     held = Held(4)
     engine = Engine(backbone, limits, held)
 
@@ -66,7 +72,10 @@ def ask_by_and_by(
 
 @pytest.mark.parametrize("family", GENERATING)
 def test_rows_enter_a_running_generation(family: str, served: Any) -> None:  # noqa: F811
-    """Rows of all methods that come while others generate get what they get alone, and change nothing for those."""
+    """Rows that enter while others generate get what they get alone.
+
+    They change nothing for the running rows. The rows are of all methods.
+    """
     backbone, prompts = backbone_of(family), served(family)
     early, late = list(prompts.values())[:2], list(prompts.values())
     long = Sampling(max_tokens=14, temperature=0.0)
@@ -76,7 +85,7 @@ def test_rows_enter_a_running_generation(family: str, served: Any) -> None:  # n
             *(engine.complete(prompt, encoded(prompt), long) for prompt in early)
         )
 
-    # Both requests wait before the engine sees either, or the second one would enter later.
+    # Both requests must wait before the engine sees either; else the second would enter later.
     begun, others, batches = ask_by_and_by(
         backbone,
         first,
@@ -93,7 +102,7 @@ def test_rows_enter_a_running_generation(family: str, served: Any) -> None:  # n
 def test_a_waiting_row_takes_the_place_of_a_finished_one(
     backbone: Backbone, story: ServedPrompt
 ) -> None:
-    """With room for two rows, the third enters as soon as one is done, not when the batch is."""
+    """With room for two rows, the third enters as soon as one row is done."""
     recorder = Recorder()
     engine = Blocked(backbone, EngineLimits(max_rows=2), recorder)
     ids = story.encode("the quick", 40)
@@ -116,11 +125,11 @@ def test_a_waiting_row_takes_the_place_of_a_finished_one(
     steps = [rows for kind, rows in recorder.batches if kind == "generate"]
     assert (
         steps == [2] * 8 + [1] * 22
-    )  # three tokens beside the long row, then five, then it is alone
+    )  # rows of 3 and then 5 tokens beside the long row, then it alone
 
 
 def test_a_batch_stays_as_narrow_as_its_rows(backbone: Backbone) -> None:
-    """Columns of rows that left, and pads, are dropped when others enter."""
+    """Columns of rows that left, and padding, are dropped when other rows enter."""
     states = []
     device = backbone.device
     for lengths, steps in (((3, 9), 4), ((2,), 0)):
@@ -141,7 +150,7 @@ def test_a_batch_stays_as_narrow_as_its_rows(backbone: Backbone) -> None:
 
 
 def test_who_hangs_up_frees_the_row(backbone: Backbone, story: ServedPrompt) -> None:
-    """A row whose listener went away is in no further step; the others go on."""
+    """A row whose client hung up is in no further step, and the others continue."""
 
     held = Held(4)
     engine = Engine(backbone, None, held)
@@ -170,7 +179,7 @@ def test_who_hangs_up_frees_the_row(backbone: Backbone, story: ServedPrompt) -> 
 
 
 def gather(engine: Engine, prompt: ServedPrompt, sampling: Sampling) -> list[list[Delta]]:
-    """The deltas of each row."""
+    """Stream all texts, and return the deltas of each row."""
     told: list[list[Delta]] = [[] for _ in TEXTS]
 
     async def run() -> None:
@@ -189,7 +198,10 @@ def gather(engine: Engine, prompt: ServedPrompt, sampling: Sampling) -> list[lis
 def test_streams_add_up_to_the_completion(
     sampling: Sampling, backbone: Backbone, engine: Engine, story: ServedPrompt
 ) -> None:
-    """Pieces, tokens and log-probabilities of a stream are those of the completion; only the last one has a reason."""
+    """Text, tokens and log-probabilities of a stream are those of the completion.
+
+    Only the last delta has a finish reason.
+    """
     for deltas, whole in zip(
         gather(engine, story, sampling),
         OfflineModel(backbone, story).complete(TEXTS, sampling),
@@ -211,7 +223,10 @@ def test_streams_add_up_to_the_completion(
 
 
 def test_a_stop_string_is_never_told(engine: Engine, story: ServedPrompt) -> None:
-    """What may become a stop string is held back, also when it spans tokens; what does not is told later."""
+    """Text that may become a stop string is held back, and sent when it can't any more.
+
+    That includes stop strings that span tokens.
+    """
     free = gather(engine, story, Sampling(30, 0.0))
     texts = ["".join(delta.text for delta in deltas) for deltas in free]
     stop = texts[0][9:14]
@@ -222,7 +237,7 @@ def test_a_stop_string_is_never_told(engine: Engine, story: ServedPrompt) -> Non
 
 
 def test_logprobs_are_the_model_s(backbone: Backbone, story: ServedPrompt) -> None:
-    """The taken token's log-probability is that of the scores behind it, and greedy takes the likeliest."""
+    """Log-probabilities are those of the model's logits; greedy takes the likeliest token."""
     (whole,) = OfflineModel(backbone, story).complete(TEXTS[:1], Sampling(5, 0.0, logprobs=3))
     ids = story.encode(TEXTS[0], 5)
     state: Any = backbone.start(story.prepared, [ids], [0])
@@ -240,7 +255,7 @@ def test_logprobs_are_the_model_s(backbone: Backbone, story: ServedPrompt) -> No
 def test_a_row_that_fails_fails_alone(
     backbone: Backbone, story: ServedPrompt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What goes wrong with one row's token is that request's error; its neighbours finish."""
+    """An error with one row's token fails only that request; other rows finish."""
     take = GenerationRow.take
 
     def choosy(row: GenerationRow, token: int) -> None:
@@ -269,7 +284,7 @@ def test_a_row_that_fails_fails_alone(
 
 @pytest.mark.parametrize("seed", range(4))
 def test_text_that_grows_is_the_text_of_all_tokens(seed: int) -> None:
-    """Decoding window by window gives what decoding everything gives, also with characters cut in pieces."""
+    """Decoding by windows equals decoding everything, also for characters cut in pieces."""
     tokenizer, choose = tiny_tokenizer(), random.Random(seed)
     letters = "aé€𝄞 ü字the fox . "
     written = "".join(choose.choices(letters, k=120))
@@ -286,7 +301,7 @@ def test_text_that_grows_is_the_text_of_all_tokens(seed: int) -> None:
 
 
 def test_what_is_shown_waits_for_stop_strings() -> None:
-    """The longest end of the text that begins a stop string is held back."""
+    """The longest end of the text that could begin a stop string is held back."""
     tokenizer = tiny_tokenizer()
     row = RowText(tokenizer, [])
     for token in tokenizer("a number of lazy dogs", add_special_tokens=False)["input_ids"]:

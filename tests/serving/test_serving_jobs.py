@@ -1,4 +1,4 @@
-"""One service for many tasks: a prompt of each of ten job files on one model, in one batch."""
+"""One service for many tasks: prompts of ten job files on one model, in one batch."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from orchestrator.tuning.checkpoint import TrialState
 from tests.benchmarks.experiments import run_experiment
 
 JOBS = (
-    "quickstart", "sms-spam", "trec6", "init-ablation", "length-ablation", "low-data", "interpretability", "personal",
-    "prefix-placement", "ensembling",
+    "quickstart", "sms-spam", "trec6", "init-ablation", "length-ablation", "low-data",
+    "interpretability", "personal", "prefix-placement", "ensembling",
 )  # fmt: skip
 ONE_TRIAL = ("search.trials=1",)
 TEXTS = ("the soup was cold and the waiter rude", "win a prize", "")
@@ -38,7 +38,7 @@ def backbone() -> Backbone:
 def prompts(
     backbone: Backbone, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, ServedPrompt]:
-    """Each job's template, words and method, and a prompt of a few steps on its rows."""
+    """Prompts with each job's template, words and method, tuned a few steps on its rows."""
     folder = tmp_path_factory.mktemp("jobs")
     model = save_family(folder / "model", "llama")
     found = {}
@@ -56,7 +56,7 @@ def prompts(
 
 
 def tuned(job: JobSpec, backbone: Backbone, folder: Path) -> Path:
-    """The artifact of the job's one trial."""
+    """Tune the job's single trial and save its artifact."""
     (trial,) = run_experiment(job).trials
     tensors = {
         name: tensor.float().numpy()
@@ -85,7 +85,7 @@ def asked(prompt: ServedPrompt, text: str) -> dict[str, str]:
 def test_ten_tasks_classify_in_one_batch(
     backbone: Backbone, prompts: dict[str, ServedPrompt]
 ) -> None:
-    """Three rows of each task share one forward, and get what each gets offline, alone."""
+    """Three rows of each task share one forward, and get what each gets alone, offline."""
     rows = {
         name: [it.encode(asked(it, text), it.longest_answer) for text in TEXTS]
         for name, it in prompts.items()

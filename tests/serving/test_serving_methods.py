@@ -1,4 +1,7 @@
-"""Served answers of every prompt method on every kind of model: mixed batches, rows alone, and offline ones agree."""
+"""Served answers of every prompt method on every kind of model.
+
+Mixed batches, single rows and the offline model agree.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +68,10 @@ def save_prompt(
     verbalizer: dict[int, str] | None = VERBALIZER,
     seed: int = 0,
 ) -> Path:
-    """An artifact of the method, moved off its start so that nothing is zero by chance."""
+    """Save an artifact of the method.
+
+    Its parameters are moved off their start, so that nothing is zero by chance.
+    """
     prompt = make_prompt(
         method, TrialSpec("random", None, tokens, 0.1, seed), InitContext.of(backbone, [[5], [6]])
     )
@@ -89,7 +95,10 @@ def save_prompt(
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, ServedPrompt]]:
-    """Prompts of each method on a family's model, of different lengths, through their artifacts."""
+    """Return a function that makes prompts of each method for a model family.
+
+    The prompts have different lengths, and are loaded from their artifacts.
+    """
     root = tmp_path_factory.mktemp("prompts")
 
     @lru_cache
@@ -112,7 +121,10 @@ def ask_together(
     ask: Callable[[Engine], list[Coroutine[Any, Any, list[Any]]]],
     **options: Any,
 ) -> tuple[list[list[Any]], list[tuple[str, int]]]:
-    """Answers of requests that all wait before the first is answered, and the batches that they took."""
+    """Answer requests that all wait before the first is answered.
+
+    Returns their answers and the batches that they took.
+    """
     recorder = Recorder()
     engine = Blocked(backbone, observe=recorder, **options)
 
@@ -132,7 +144,10 @@ def encoded(prompt: ServedPrompt, tokens: int = 8) -> list[list[int]]:
 
 
 def batches_of(family: str, kind: str) -> list[tuple[str, int]]:
-    """The first forwards of 4 rows of each prompt: all together but where prefixes need their own."""
+    """Return the first forwards of 4 rows of each prompt.
+
+    All rows share one forward, except where prefixes need their own.
+    """
     if family in PROMPT_ONCE_FAMILIES or family in SEQ2SEQ or family in MASKED:
         return [(kind, 20)]
     return [(kind, 12), (kind, 8)]
@@ -140,7 +155,7 @@ def batches_of(family: str, kind: str) -> list[tuple[str, int]]:
 
 @every_family
 def test_methods_classify_in_one_batch(family: str, served: Any) -> None:
-    """Rows of prompts of all methods get together what each row gets alone, from the engine and offline."""
+    """Rows of prompts of all methods get together what each row gets alone, offline."""
     backbone, prompts = backbone_of(family), served(family)
     answers, batches = ask_together(
         backbone,
@@ -162,7 +177,10 @@ def test_methods_classify_in_one_batch(family: str, served: Any) -> None:
 def test_served_labels_are_those_of_the_evaluation(
     family: str, name: str, served: Any, tmp_path: Path
 ) -> None:
-    """The label served is the one that evaluation ranks first, and the probabilities follow from its losses."""
+    """The served label is the one that evaluation ranks first.
+
+    The probabilities follow from the losses of the evaluation.
+    """
     backbone, prompt = backbone_of(family), served(family)[name]
     folder = save_prompt(
         tmp_path / "p", backbone, METHODS[name], prompt.virtual_tokens, seed=NAMES.index(name)
@@ -178,7 +196,7 @@ def test_served_labels_are_those_of_the_evaluation(
             backbone, tensors, prompt.encoder.encode(labelled, "label"), prompt.encoder
         )
         assert metrics["accuracy"] == accuracy
-    # Without a verbalizer the loss is that of the tokens given: here an answer without its end token.
+    # Without a verbalizer the loss covers the given tokens: an answer without its end token.
     plain = Encoder(backbone.tokenizer, prompt.encoder.template, None, 64, 8, backbone.family)
     for text, row in zip(TEXTS, rows, strict=True):
         ids = plain.encode_input({"text": text})
@@ -193,7 +211,10 @@ def test_served_labels_are_those_of_the_evaluation(
 def generated(
     backbone: Backbone, prompt: ServedPrompt, vectors: torch.Tensor, ids: list[int], tokens: int
 ) -> str:
-    """What transformers generates for one row, [prompt; input] or with the prompt inside, without padding."""
+    """Generate one row with transformers, without padding.
+
+    The row is [prompt; input], or has the prompt inside.
+    """
     device = backbone.device
     vectors = vectors.to(device)
     if prompt.encoder.template.places_virtual_tokens:
@@ -216,10 +237,10 @@ def generated(
             max_new_tokens=tokens,
             eos_token_id=prompt.encoder.end_id,
             pad_token_id=1,
-            forced_eos_token_id=None,  # BART's own: not what a tuned prompt was tuned with
+            forced_eos_token_id=None,  # BART's default, which tuning does not use
         )[0].tolist()
     if backbone.family == "seq2seq":
-        made = made[1:]  # what the decoder starts from
+        made = made[1:]  # without the decoder's start token
     if prompt.encoder.end_id in made:
         made = made[: made.index(prompt.encoder.end_id)]
     return str(backbone.tokenizer.decode(made, skip_special_tokens=True))
@@ -227,8 +248,10 @@ def generated(
 
 @every_generating_family
 def test_methods_generate_in_one_batch(family: str, served: Any, tmp_path: Path) -> None:
-    """Rows of prompts of all methods generate together what each generates alone, what evaluation generates, and, with
-    embeddings for a prompt, what transformers generates."""
+    """Rows of prompts of all methods generate together what each generates alone.
+
+    Evaluation generates the same and, for prompts with embeddings, so does transformers.
+    """
     backbone, prompts = backbone_of(family), served(family)
     answers, batches = ask_together(
         backbone,
@@ -262,12 +285,15 @@ def test_methods_generate_in_one_batch(family: str, served: Any, tmp_path: Path)
             ]
             assert [completion.text for completion in completions] == wanted
         seen |= {completion.text for completion in completions}
-    assert len(seen) > 5  # behind a window of six tokens some rows see no prompt
+    assert len(seen) > 5  # with a window of six tokens, some rows see no prompt
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
 def test_rows_that_have_to_wait_keep_their_order(family: str, served: Any) -> None:
-    """Where prefixes need a forward of their own, rows that arrive by turns take two batches, not one each."""
+    """Where prefixes need their own forward, alternating rows take two batches.
+
+    They do not take a batch for each row.
+    """
     backbone, prompts = backbone_of(family), served(family)
     turns = [prompts["prefix"], prompts["prompt tuning"]] * 4
     answers, batches = ask_together(
@@ -280,7 +306,7 @@ def test_rows_that_have_to_wait_keep_their_order(family: str, served: Any) -> No
 
 
 def test_special_tokens_of_a_decoder_are_no_text(served: Any) -> None:
-    """What a decoder begins with is not shown; the text itself keeps its spaces."""
+    """A decoder's start token is not shown, and the text itself keeps its spaces."""
     prompt = served("t5")["prompt tuning"]
     tokenizer = prompt.encoder.tokenizer
     ids = tokenizer(" good movie .", add_special_tokens=False)["input_ids"]
@@ -293,7 +319,7 @@ def test_special_tokens_of_a_decoder_are_no_text(served: Any) -> None:
 
 
 def test_text_follows_what_stands_before_placed_virtual_tokens(served: Any) -> None:
-    """A row whose last entries are places for virtual tokens is decoded behind its last real tokens."""
+    """A row that ends with virtual tokens is decoded behind its last real tokens."""
     prompt = served("llama")["prompt tuning inside"]
     ids = prompt.encode("the fox", 8)
     assert min(ids[-2:]) < 0
@@ -305,7 +331,10 @@ def test_text_follows_what_stands_before_placed_virtual_tokens(served: Any) -> N
 
 @pytest.mark.parametrize("name", ["prompt tuning", "prompt tuning inside"])
 def test_room_is_counted_in_real_and_virtual_tokens(name: str, served: Any) -> None:
-    """Places for virtual tokens take no room of their own: an input fits to the last token of the context."""
+    """Places for virtual tokens take no room of their own.
+
+    An input therefore fits to the last token of the context.
+    """
     prompt = served("llama")[name]
     ids = prompt.encode("win", 1)
     room = prompt.context_length - prompt.virtual_tokens - len(text_ids(ids))
@@ -314,14 +343,17 @@ def test_room_is_counted_in_real_and_virtual_tokens(name: str, served: Any) -> N
         prompt.encode("win", room + 1)
 
 
-# -- HTTP -------------------------------------------------------------------------------------------------------------
+# -- HTTP ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def ask_family(
     registry: Any, tmp_path: Path, request: pytest.FixtureRequest
 ) -> Callable[[str], Client]:
-    """A client of a server on a family's model, with a prompt that classifies and one that was tuned on texts."""
+    """Return a function that makes a client of a server on a family's model.
+
+    The server has a prompt that classifies and one that was tuned on texts.
+    """
 
     def make(family: str) -> Client:
         backbone = backbone_of(family)
@@ -342,7 +374,7 @@ def ask_family(
 
 @pytest.mark.parametrize("family", ["llama", "t5", "bert"])
 def test_every_family_is_listed_and_classifies(family: str, ask_family: Any) -> None:
-    """Lists, health and labels are the same for every family."""
+    """The list, health and labels are the same for every family."""
     client = ask_family(family)
     assert client.get("/health").json() == {"status": "ok"}
     assert [
@@ -361,19 +393,19 @@ def test_every_family_is_listed_and_classifies(family: str, ask_family: Any) -> 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_usage_counts_no_virtual_tokens(family: str, ask_family: Any) -> None:
-    """prompt_tokens are those of the text, also where the template places virtual tokens between them."""
+    """prompt_tokens are those of the text, even with virtual tokens placed in it."""
     body = {"model": "labels", "prompt": "win", "max_tokens": 5, "temperature": 0}
     document = ask_family(family).post("/v1/completions", body).json()
     tokenizer = backbone_of(family).tokenizer
     words = len(tokenizer("a win ", add_special_tokens=False)["input_ids"])
     assert document["usage"]["prompt_tokens"] == words + (
         family == "t5"
-    )  # and the end token of an encoder's input
+    )  # plus the end token of an encoder's input
     assert document["choices"][0]["finish_reason"] in ("stop", "length")
 
 
 def test_masked_models_complete_nothing(ask_family: Any) -> None:
-    """The refusal says why, and what to ask for instead where there is something."""
+    """The refusal has the reason, and names /classify where the prompt can classify."""
     client = ask_family("bert")
     for model, instead in (("labels", True), ("texts", False)):
         answer = client.post("/v1/completions", {"model": model, "prompt": "win"})
@@ -387,12 +419,12 @@ def test_masked_models_complete_nothing(ask_family: Any) -> None:
         assert ("use /classify" in error["message"]) == instead
 
 
-# -- Offline, from folders --------------------------------------------------------------------------------------------
+# -- Offline, from folders -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["t5", "bart", "bert"])
 def test_mlflows_model_answers_for_every_family(family: str, tmp_path: Path) -> None:
-    """The model that travels with a version loads its base model by itself, and answers as one that is there."""
+    """MLflow's model loads its base model by itself, and answers like a loaded one."""
     from orchestrator.registry.versions.pyfunc_model import PromptModel  # imports mlflow
 
     base = tmp_path / "base"
@@ -418,7 +450,10 @@ def test_mlflows_model_answers_for_every_family(family: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("family", ["t5", "bert"])
 def test_a_prompt_loads_while_others_are_answered(family: str, tmp_path: Path) -> None:
-    """One thread's forward behind a prefix is nothing to another thread that reads shapes off the same model."""
+    """A forward behind a prefix in one thread does not affect another thread.
+
+    The other thread reads shapes off the same model to load a prompt.
+    """
     backbone = backbone_of(family)
     folder = save_prompt(tmp_path / "p", backbone, METHODS["prefix"])
     answering = load_prompt(backbone, folder, "p", 1).prepared

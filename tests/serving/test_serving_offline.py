@@ -1,4 +1,4 @@
-"""The offline twin, and what a prompt is before it is asked anything."""
+"""The offline model, and prompts as they are when loaded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from orchestrator.serving.prompts.served_prompt import (
 def test_it_loads_the_base_model_that_its_manifest_names(
     make_artifact: Any, backbone: Backbone
 ) -> None:
-    """From the folder alone, as MLflow's pyfunc does; the same answers as on a backbone that is already there."""
+    """The folder alone gives the same answers as a backbone that is already loaded.
+
+    MLflow's pyfunc model loads the folder in the same way.
+    """
     folder = make_artifact("p", verbalizer={0: " ham", 1: " spam"})
     alone, given = (
         OfflineModel.from_artifact(folder),
@@ -32,7 +35,7 @@ def test_it_loads_the_base_model_that_its_manifest_names(
 
 
 def test_many_rows_keep_their_order(spam: ServedPrompt, backbone: Backbone) -> None:
-    """More rows than one batch holds come back in the order given; none is an empty list."""
+    """More rows than a batch holds keep their order; no rows give an empty list."""
     model = OfflineModel(backbone, spam)
     texts = [f"text {number}" for number in range(BATCH_ROWS + 3)]
     together = model.classify(texts)
@@ -42,26 +45,26 @@ def test_many_rows_keep_their_order(spam: ServedPrompt, backbone: Backbone) -> N
 
 
 def test_a_generation_prompt_has_no_labels(story: ServedPrompt, backbone: Backbone) -> None:
-    """Asked to classify, it says what it does instead."""
+    """A request to classify is refused with what the prompt does instead."""
     with pytest.raises(BadInput, match="generates text"):
         OfflineModel(backbone, story).classify(["x"])
 
 
 def test_keys_of_labels() -> None:
-    """JSON's own way of writing keys; a text keeps its quotes only where it would clash."""
+    """Keys are written as in JSON; a text keeps its quotes only where it would clash."""
     assert label_keys([0, "x", True]) == ["0", "x", "true"]
     assert label_keys([1, "1"]) == ["1", '"1"']
 
 
 def test_stacked_prompts_share_one_copy_each(spam: ServedPrompt, trec: ServedPrompt) -> None:
-    """Rows of the same prompt point to one place; shorter prompts are padded."""
+    """Rows of the same prompt point to one copy; shorter prompts are padded."""
     stacked, place = stack_prompts([trec, spam, trec])
     assert place == [0, 1, 0]
     assert (stacked.parts["cache"].lengths.tolist(), stacked.width) == ([11, 4], 11)
 
 
 def test_the_longest_prompt_that_fits(make_artifact: Any, backbone: Backbone) -> None:
-    """Room for one input token and the longest answer is the least that a prompt must leave."""
+    """A prompt must leave room for one input token and the longest answer."""
     context = backbone.info.context_length
     answer = load_prompt(
         backbone, make_artifact("p", verbalizer={0: " ham", 1: " spam"}), "p", 1

@@ -17,7 +17,10 @@ schemathesis = pytest.importorskip(
 
 
 def test_the_document_describes_every_route(service: PromptService) -> None:
-    """Bodies and answers of all routes, with the models' own limits; the document itself needs no description."""
+    """Bodies and answers of all routes are described, with the models' limits.
+
+    The document itself is not described.
+    """
     document = Client(service).get("/openapi.json").json()
     assert set(document["paths"]) == {path for _, path in OPERATIONS}
     body = document["paths"]["/v1/completions"]["post"]["requestBody"]["content"][
@@ -41,8 +44,10 @@ def test_answers_keep_to_the_document(
     service: PromptService,
     listen: Any,  # noqa: F811
 ) -> None:
-    """Whatever fits the document, and whatever does not: a described status, with a body as described, and none that
-    says the server broke."""
+    """Every answer has a described status and body, and none is a server error.
+
+    Requests fit the document, or do not.
+    """
     described = schemathesis.openapi.from_url(f"{listen(service)}/openapi.json")
 
     @settings(
@@ -52,7 +57,7 @@ def test_answers_keep_to_the_document(
     def ask(case: Any) -> None:
         if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
             case.body["model"] = MODELS[len(case.body["model"]) % len(MODELS)]
-        # What fits the document may still be too long for the context, or miss a column of the prompt's template.
+        # A valid body may still be too long for the context or lack a column of the template.
         case.call_and_validate(excluded_checks=[schemathesis.checks.positive_data_acceptance])
 
     ask()

@@ -25,7 +25,7 @@ from orchestrator.serving.prompts.store import PromptStore
 
 
 class Client:
-    """Sends one request at a time to the application, in this process."""
+    """A client that sends one request at a time to the application, in this process."""
 
     def __init__(
         self, service: PromptService, access: Access | None = None, tracer: Tracer | None = None
@@ -56,7 +56,7 @@ def client(service: PromptService) -> Client:
 
 
 def error_of(answer: httpx.Response) -> dict[str, Any]:
-    """The error, checked to have OpenAI's shape."""
+    """Return the error, after a check that it has OpenAI's shape."""
     document = answer.json()
     assert set(document) == {"error"}
     assert set(document["error"]) == {"message", "type", "param", "code"}
@@ -65,7 +65,10 @@ def error_of(answer: httpx.Response) -> dict[str, Any]:
 
 
 def test_models(client: Client, model_folder: Any) -> None:
-    """Every served prompt with its base model, version and alias; one alone by its id."""
+    """The list has every served prompt with its base model, version and alias.
+
+    A prompt's id gives its entry alone.
+    """
     document = client.get("/v1/models").json()
     assert document["object"] == "list"
     spam = next(it for it in document["data"] if it["id"] == "spam")
@@ -84,7 +87,7 @@ def test_models(client: Client, model_folder: Any) -> None:
 
 
 def test_classify_equals_offline(client: Client, backbone: Backbone, registry: Any) -> None:
-    """Labels keep their type, probabilities sum to one, and both are those of the offline model."""
+    """Labels keep their type, probabilities sum to 1, and both are the offline model's."""
     texts = ["win a prize", "the quick brown fox " * 9]
     answer = client.post(
         "/classify", {"model": "spam", "input": [texts[0], {"text": texts[1], "other": None}]}
@@ -100,7 +103,7 @@ def test_classify_equals_offline(client: Client, backbone: Backbone, registry: A
 
 
 def test_a_single_text_or_row_may_stand_alone(client: Client) -> None:
-    """A list of one and the thing itself are the same."""
+    """A single text or row means the same as a list of one."""
     alone = client.post("/classify", {"model": "spam", "input": "win"}).json()
     listed = client.post("/classify", {"model": "spam", "input": ["win"]}).json()
     row = client.post("/classify", {"model": "spam", "input": {"text": "win"}}).json()
@@ -117,7 +120,7 @@ def test_a_single_text_or_row_may_stand_alone(client: Client) -> None:
 def test_boolean_labels(
     client: Client, registry: Any, make_artifact: Any, service: PromptService
 ) -> None:
-    """A boolean label stays one, and its key is written as JSON writes it."""
+    """A boolean label keeps its type, and its key is written as in JSON."""
     registry.add(
         "bool",
         1,
@@ -131,7 +134,7 @@ def test_boolean_labels(
 
 
 def test_completions(client: Client, backbone: Backbone, registry: Any) -> None:
-    """The text goes through the prompt's template; several prompts give several choices; usage counts tokens."""
+    """Text goes through the template, each prompt gives a choice, and usage counts tokens."""
     body = {
         "model": "story",
         "prompt": ["a", "the quick brown"],
@@ -152,7 +155,7 @@ def test_completions(client: Client, backbone: Backbone, registry: Any) -> None:
 
 
 def test_completions_default_to_sixteen_tokens(client: Client) -> None:
-    """OpenAI's default, also when null is sent for it."""
+    """Sixteen is OpenAI's default, also when the request has null."""
     body = {
         "model": "story",
         "prompt": "a",
@@ -168,7 +171,7 @@ def test_completions_default_to_sixteen_tokens(client: Client) -> None:
 
 
 def test_long_inputs_are_cut_as_in_training_and_refused_beyond_the_context(client: Client) -> None:
-    """max_input_tokens (64) cuts; context_length (160) is the limit of what may be sent."""
+    """max_input_tokens (64) cuts inputs; context_length (160) limits what may be sent."""
     cut = client.post("/classify", {"model": "spam", "input": "win a prize " * 10})
     assert cut.status_code == 200
     error = error_of(
@@ -339,7 +342,7 @@ BAD: list[tuple[str, Any, int, str, str | None]] = [
 def test_bad_requests(
     client: Client, path: str, body: Any, status: int, code: str, param: str | None
 ) -> None:
-    """Each has its status, its code, and names the field that is wrong; none is FastAPI's own shape."""
+    """Each refusal has its status and code, names the wrong field, and has OpenAI's shape."""
     answer = client.post(path, body)
     error = error_of(answer)
     assert (answer.status_code, error["code"], error["param"]) == (status, code, param), error
@@ -347,7 +350,7 @@ def test_bad_requests(
 
 
 def test_misspelled_fields_are_corrected(client: Client) -> None:
-    """A field that would be left undone is refused with the nearest one."""
+    """An unknown field is refused with the nearest known one."""
     error = error_of(
         client.post("/v1/completions", {"model": "story", "prompt": "x", "max_token": 9})
     )
@@ -367,7 +370,7 @@ def test_a_large_body_is_refused_while_it_arrives(client: Client) -> None:
 
 
 def test_unknown_routes_and_methods(client: Client) -> None:
-    """Also what no route of ours answers has OpenAI's shape."""
+    """Answers for unknown routes and methods have OpenAI's shape, too."""
     for path in ("/", "/v1/embeddings", "/docs", "/redoc"):
         answer = client.get(path)
         assert (answer.status_code, error_of(answer)["code"]) == (404, "route_not_found")
@@ -383,7 +386,7 @@ def test_unknown_routes_and_methods(client: Client) -> None:
 def test_internal_errors_tell_nothing(
     client: Client, service: PromptService, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    """An unexpected error is a 500 in OpenAI's shape without its text, which is in the log."""
+    """An unexpected error is a 500 in OpenAI's shape; its text is only in the log."""
 
     async def explode(*_: Any) -> Any:
         raise RuntimeError("secret /path")
@@ -395,7 +398,7 @@ def test_internal_errors_tell_nothing(
 
 
 def test_overload_asks_to_come_back(backbone: Backbone, registry: Any) -> None:
-    """A full waiting line is 429 with Retry-After."""
+    """A full waiting line gives 429 with Retry-After."""
     engine = Engine(backbone, EngineLimits(max_waiting=1))
     store = PromptStore(backbone, registry)
     store.refresh()
@@ -407,7 +410,7 @@ def test_overload_asks_to_come_back(backbone: Backbone, registry: Any) -> None:
 
 
 def test_an_outage_of_the_registry_is_unavailable(client: Client, registry: Any) -> None:
-    """Loaded prompts answer; one that would have to be fetched is 503 with Retry-After."""
+    """Loaded prompts answer; a prompt that must be fetched gives 503 with Retry-After."""
     registry.away = True
     assert client.post("/classify", {"model": "spam", "input": "x"}).status_code == 200
     answer = client.post("/classify", {"model": "spam:2", "input": "x"})
@@ -416,7 +419,7 @@ def test_an_outage_of_the_registry_is_unavailable(client: Client, registry: Any)
 
 
 def test_health_and_metrics(client: Client, service: PromptService) -> None:
-    """Liveness follows the engine; metrics count routes by pattern and never by what a client sent."""
+    """Health follows the engine; metrics count routes by pattern, not by client input."""
     assert client.get("/health").json() == {"status": "ok"}
     client.post("/classify", {"model": "spam", "input": "x"})
     client.get("/v1/models/made-up")
@@ -435,7 +438,7 @@ def test_health_and_metrics(client: Client, service: PromptService) -> None:
 
 
 def test_keys(service: PromptService) -> None:
-    """With keys every route but /health needs one of them, also routes that don't exist."""
+    """With keys every route except /health needs one, also routes that don't exist."""
     keys = load_keys({"ORCHESTRATOR_API_KEYS": " first, second,"})
     assert len(keys) == 2
     client = Client(service, Access(keys))
@@ -458,7 +461,7 @@ def test_keys(service: PromptService) -> None:
 
 
 def test_without_keys_only_local_names_are_answered(client: Client) -> None:
-    """A page that points its own name at 127.0.0.1 reads nothing."""
+    """A web page that points its own name at 127.0.0.1 can't read anything."""
     for base in ("http://127.0.0.1:8000", "http://[::1]:8000", "http://localhost"):
         assert client.get("/v1/models", base=base).status_code == 200
     for base in ("http://attacker.example", "http://127.0.0.1.attacker.example:8000"):
@@ -517,7 +520,7 @@ BODIES = st.dictionaries(FIELDS | st.text(max_size=5), VALUES, max_size=6) | st.
 )
 @given(path=st.sampled_from(["/classify", "/v1/completions"]), body=BODIES | VALUES)
 def test_no_body_is_an_internal_error(client: Client, path: str, body: Any) -> None:
-    """Whatever JSON is sent, the answer is a result or a well-formed refusal."""
+    """Any JSON body gets a result or a well-formed refusal."""
     answer = client.post(path, body)
     assert answer.status_code in (200, 400, 404), answer.text
     if answer.status_code != 200:

@@ -1,4 +1,4 @@
-"""Replicas that come and go with the load, and HTTPS: real Serve, a real registry.
+"""Replicas that scale with the load, and HTTPS, on real Serve with a real registry.
 
 The scaling test prints what it saw; docs/decisions.md has the figures.
 """
@@ -66,13 +66,13 @@ def serving(registry: Registry, **more: Any) -> Iterator[Server]:
 
 
 def running() -> int:
-    """Replicas that answer."""
+    """Count the replicas that answer."""
     deployment = serve.status().applications[APP_NAME].deployments["prompts"]
     return int(deployment.replica_states.get("RUNNING", 0))
 
 
 class Watch:
-    """How many replicas there were, change by change, in seconds from the start."""
+    """The number of replicas over time, as changes with seconds from the start."""
 
     def __init__(self) -> None:
         self.begun = time.monotonic()
@@ -112,7 +112,7 @@ def test_one_to_three_to_one_under_load(registry: Registry) -> None:
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_to_none_and_back(registry: Registry) -> None:
-    """Without requests no replica is kept; the first request waits for one and is answered."""
+    """Without requests no replica runs; the first request starts one and is answered."""
     with serving(
         registry,
         replicas=0,
@@ -133,7 +133,7 @@ def test_to_none_and_back(registry: Registry) -> None:
 
 
 def write_certificate(folder: Path) -> tuple[Path, Path]:
-    """A certificate of 127.0.0.1 that signs itself, and its key."""
+    """Write a self-signed certificate of 127.0.0.1 and its key."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "loopback")])
     now = datetime.datetime.now(datetime.UTC)
@@ -160,7 +160,7 @@ def write_certificate(folder: Path) -> tuple[Path, Path]:
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_https(registry: Registry, tmp_path: Path) -> None:
-    """With a certificate the server speaks HTTPS only, and a client that checks it is answered."""
+    """With a certificate the server speaks HTTPS only, and a client can verify it."""
     certificate, private = write_certificate(tmp_path)
     with serving(registry, tls_cert=str(certificate), tls_key=str(private)) as up:
         assert up.url.startswith("https://127.0.0.1:")

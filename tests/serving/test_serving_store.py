@@ -1,4 +1,7 @@
-"""The prompt store: which version answers, while aliases move, versions are bad and the registry is away."""
+"""The prompt store: the version that answers while aliases move and versions are bad.
+
+Also while the registry is down.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,10 @@ def store(backbone: Backbone, registry: Any) -> PromptStore:
 def test_a_name_is_its_champion_and_versions_load_on_first_need(
     store: PromptStore, registry: Any, make_artifact: Any
 ) -> None:
-    """name, name@alias and name:version find their version; one without an alias is fetched when asked for, once."""
+    """name, name@alias and name:version find their version.
+
+    A version without an alias is fetched when first requested, and only once.
+    """
     registry.add("spam", 7, make_artifact("spam-7", verbalizer=SPAM, seed=5))
     assert store.get("spam") is store.get("spam@champion") is store.get("spam:1")
     assert store.loaded("spam:7") is None
@@ -42,7 +48,7 @@ def test_a_name_is_its_champion_and_versions_load_on_first_need(
 
 
 def test_a_moved_alias_swaps(store: PromptStore, registry: Any, make_artifact: Any) -> None:
-    """After the alias moved, the next poll loads the new version; a prompt already handed out stays whole."""
+    """The next poll loads a moved alias's version; a prompt in use stays whole."""
     before = store.get("spam")
     registry.add(
         "spam", 2, make_artifact("spam-2", verbalizer=SPAM, seed=9), "champion", "challenger"
@@ -70,7 +76,7 @@ def test_requests_never_fail_while_aliases_move(
     over = threading.Event()
     moves = threading.Thread(target=lambda: _move(registry, over))
     moves.start()
-    give_up = time.monotonic() + 60  # only a store that never follows takes this long
+    give_up = time.monotonic() + 60  # reached only if the store never follows
     while (len(seen) < 1000 or set(seen) != {1, 2}) and time.monotonic() < give_up:
         seen.append((store.loaded("spam") or store.get("spam")).version)
     over.set()
@@ -126,7 +132,7 @@ def test_a_bad_version_is_refused_and_the_old_one_goes_on(
     other_backbone: Backbone,
     caplog: Any,
 ) -> None:
-    """Whatever is wrong with the new champion: logged once, never served, the old one answers."""
+    """A bad new champion is logged once and never served; the old one answers."""
     registry.add("spam", 2, BAD[kind](make_artifact, other_backbone), "champion")
     for _ in range(3):
         store.refresh()
@@ -141,7 +147,7 @@ def test_a_bad_version_is_refused_and_the_old_one_goes_on(
 
 
 def test_a_tokenizer_of_another_model_is_refused(backbone: Backbone, make_artifact: Any) -> None:
-    """The same weights with another tokenizer would read other text."""
+    """With another tokenizer the same weights would read other text."""
     info = backbone.info
     changed = type(info)(**{**vars(info), "tokenizer_digest": "other"})
     other = make_backbone(backbone.model, backbone.tokenizer, changed)
@@ -152,7 +158,7 @@ def test_a_tokenizer_of_another_model_is_refused(backbone: Backbone, make_artifa
 def test_a_repaired_version_is_taken_up_again(
     store: PromptStore, registry: Any, make_artifact: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A refused version is looked at again after a while."""
+    """A refused version is tried again after a while."""
     registry.add("spam", 2, altered(make_artifact("spam-2", verbalizer=SPAM)), "champion")
     store.refresh()
     registry.add("spam", 2, make_artifact("spam-2-good", verbalizer=SPAM), "champion")
@@ -167,7 +173,10 @@ def test_a_repaired_version_is_taken_up_again(
 def test_an_outage_keeps_what_is_loaded(
     store: PromptStore, registry: Any, make_artifact: Any, caplog: Any
 ) -> None:
-    """While the registry is away loaded prompts answer, others are unavailable; afterwards moves are followed."""
+    """While the registry is down, loaded prompts answer and others are unavailable.
+
+    Afterwards moves are followed.
+    """
     registry.add("spam", 2, make_artifact("spam-2", verbalizer=SPAM), "champion")
     registry.away = True
     for _ in range(3):
@@ -184,7 +193,7 @@ def test_an_outage_keeps_what_is_loaded(
 def test_starting_during_an_outage_waits_for_the_registry(
     backbone: Backbone, registry: Any
 ) -> None:
-    """Nothing is known yet: unavailable rather than unknown, and it heals."""
+    """Models are unavailable rather than unknown, and answer once the registry is back."""
     registry.away = True
     store = PromptStore(backbone, registry)
     store.refresh()
@@ -196,7 +205,7 @@ def test_starting_during_an_outage_waits_for_the_registry(
 
 
 def test_memory_is_bounded(backbone: Backbone, registry: Any, make_artifact: Any) -> None:
-    """The least recently used prompt leaves memory, and comes back when asked for."""
+    """The least recently used prompt leaves memory, and is loaded again when requested."""
     one = load_prompt(backbone, registry.folders["spam", 1], "spam", 1).nbytes
     for version in range(2, 6):
         registry.add(
@@ -218,7 +227,7 @@ def test_memory_is_bounded(backbone: Backbone, registry: Any, make_artifact: Any
 
 
 def test_a_prompt_larger_than_the_memory_still_serves(backbone: Backbone, registry: Any) -> None:
-    """The bound keeps at least the prompt in use."""
+    """The limit always leaves room for the prompt in use."""
     store = PromptStore(backbone, registry, max_bytes=1)
     store.refresh()
     assert [store.get(name).name for name in ("spam", "trec", "spam")] == ["spam", "trec", "spam"]
@@ -270,14 +279,14 @@ def test_only_the_listed_models_are_served(
     ],
 )
 def test_unknown_models_are_not_found(store: PromptStore, model: str) -> None:
-    """Any other name is not found, and the message names what is there."""
+    """Any other name is refused as not found, each time."""
     for _ in range(2):
         with pytest.raises(ModelNotFound, match="does not exist"):
             store.get(model)
 
 
 def test_an_unknown_name_is_answered_with_the_nearest(store: PromptStore) -> None:
-    """A typing error is easy to correct."""
+    """The message suggests the nearest name and lists those that exist."""
     with pytest.raises(ModelNotFound, match=r"did you mean 'spam'.*known: spam, story, trec"):
         store.get("sapm")
 
@@ -285,7 +294,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(store: PromptStore) -> Non
 def test_names_with_separators_are_found(
     store: PromptStore, registry: Any, make_artifact: Any
 ) -> None:
-    """A registry may hold names with @ and : in them."""
+    """A registry may hold names that contain @ and colons."""
     registry.add("a@b:1", 1, make_artifact("odd", verbalizer=SPAM), "champion")
     store.refresh()
     assert store.get("a@b:1").name == store.get("a@b:1@champion").name == "a@b:1"

@@ -1,4 +1,4 @@
-"""A server whose tokenizer has tokens that its base model has no embedding for."""
+"""A server whose tokenizer has tokens without an embedding in the base model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ LABELS = {0: " ham", 1: " spam"}
 
 
 def grown(folder: Path, **special: str) -> Backbone:
-    """The tiny model, to whose tokenizer a token was added: ``<url>``, or one of the given special tokens."""
+    """Load the tiny model with a token added to its tokenizer.
+
+    The token is ``<url>``, or one of the given special tokens.
+    """
     shutil.copytree(model_folder(), folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens(special) if special else tokenizer.add_tokens(["<url>"])
@@ -38,7 +41,7 @@ def grown(folder: Path, **special: str) -> Backbone:
 
 @pytest.fixture
 def api(tmp_path: Path, registry: Any, write_artifact: Any) -> Iterator[Any]:
-    """The routes, with a prompt that classifies and one that writes."""
+    """The routes, with a prompt that classifies and one that generates."""
     backbone = grown(tmp_path / "model")
     registry.add(
         "spam", 2, write_artifact(tmp_path / "spam-2", backbone, verbalizer=LABELS), "champion"
@@ -85,7 +88,7 @@ def user(text: str) -> list[dict[str, str]]:
 def test_a_request_with_a_token_beyond_the_table_is_refused(
     api: Any, path: str, key: str, body: Any
 ) -> None:
-    """400 names the token, its id and the table's size; the next request is answered."""
+    """The error names the token, its id and the table's size; other requests are answered."""
     answer = post(api, path, body)
     error = answer.json()["error"]
     assert (answer.status_code, error["param"], error["code"]) == (400, key, "invalid_value")
@@ -100,7 +103,7 @@ def test_a_request_with_a_token_beyond_the_table_is_refused(
 def test_a_prompt_is_not_served_where_its_end_token_has_no_embedding(
     tmp_path: Path, write_artifact: Any
 ) -> None:
-    """Every row would need it: refused as the prompt is loaded."""
+    """The prompt is refused when it is loaded, since every row would need the token."""
     backbone = grown(tmp_path / "model", eos_token="<stop>")
     folder = write_artifact(tmp_path / "prompt", backbone, verbalizer=LABELS)
     with pytest.raises(BadInput, match="every row holds token '<stop>', id 330"):

@@ -1,4 +1,4 @@
-"""Traces: what a real OTLP endpoint on loopback receives."""
+"""Traces, as a real OTLP endpoint on loopback receives them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CALLER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
 class Collector(HTTPServer):
-    """Keeps the spans that are posted to it."""
+    """An HTTP server that keeps the spans posted to it."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -63,7 +63,10 @@ def attributes(span: Any) -> dict[str, Any]:
 
 
 def test_a_span_a_request(collector: Collector, service: PromptService) -> None:
-    """Route, status, model, version and tokens; below the caller's span; nothing that the client wrote."""
+    """A span below the caller's has route, status, model, version and tokens.
+
+    It has nothing that the client wrote.
+    """
     traced = tracer()
     assert isinstance(traced, SpanTracer)
     client = Client(service, tracer=traced)
@@ -77,11 +80,15 @@ def test_a_span_a_request(collector: Collector, service: PromptService) -> None:
     first, second, third = collector.spans
     usage = answered.json()["usage"]
     assert attributes(first) == {
-        "http.request.method": "POST", "http.route": "/v1/completions", "http.response.status_code": 200,
-        "gen_ai.request.model": "story", "orchestrator.model.version": 1,
-        "gen_ai.usage.input_tokens": usage["prompt_tokens"], "gen_ai.usage.output_tokens": usage["completion_tokens"],
+        "http.request.method": "POST",
+        "http.route": "/v1/completions",
+        "http.response.status_code": 200,
+        "gen_ai.request.model": "story",
+        "orchestrator.model.version": 1,
+        "gen_ai.usage.input_tokens": usage["prompt_tokens"],
+        "gen_ai.usage.output_tokens": usage["completion_tokens"],
         "orchestrator.request.id": answered.headers["x-request-id"],
-    }  # fmt: skip
+    }
     assert first.name == "POST /v1/completions"
     assert (first.trace_id.hex(), first.parent_span_id.hex()) == tuple(CALLER.split("-")[1:3])
     assert refused.status_code == 404
@@ -94,7 +101,7 @@ def test_a_span_a_request(collector: Collector, service: PromptService) -> None:
 
 
 def test_a_stream_is_one_span(service: PromptService) -> None:
-    """It ends with the stream, and knows its tokens."""
+    """The span ends with the stream, and has the number of its tokens."""
     kept = InMemorySpanExporter()
     traced = SpanTracer(kept)
     client = Client(service, tracer=traced)
@@ -109,7 +116,10 @@ def test_a_stream_is_one_span(service: PromptService) -> None:
 
 
 def test_off_by_default_and_refused_when_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unset and none trace nothing; another name is refused, and so is an exporter that is not installed."""
+    """Without the variable nothing is traced.
+
+    Unknown exporters, and exporters that are not installed, are refused.
+    """
     monkeypatch.delenv("OTEL_TRACES_EXPORTER", raising=False)
     assert isinstance(tracer(), NoTracer)
     monkeypatch.setenv("OTEL_TRACES_EXPORTER", "zipkin")
