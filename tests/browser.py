@@ -24,8 +24,10 @@ BROWSER = next(
 )
 SCREENSHOTS = Path(__file__).parents[1] / "build" / "screenshots"
 FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-dev-shm-usage", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1500,900",
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-dev-shm-usage",
+    "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--window-size=1500,900",
     "--timeout=40000", "--virtual-time-budget=30000",  # the pages fetch most of what they show
 ]  # fmt: skip
 LIMIT_S = 90.0  # only a hang takes this long

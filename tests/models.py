@@ -64,7 +64,8 @@ WORDS = sorted({word for line in CORPUS for word in line.split()})
 # Where a family's small configuration differs from SMALL; None takes a key away.
 SMALL = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": CONTEXT, "initializer_range": 0.3, "tie_word_embeddings": True,
+    "num_key_value_heads": 2, "max_position_embeddings": CONTEXT, "initializer_range": 0.3,
+    "tie_word_embeddings": True,
 }  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -87,12 +88,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
 # Families whose input is read in both directions.
 SEQ2SEQ: dict[str, dict[str, Any]] = {
     "t5": {
-        "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 1,
+        "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4,
+        "decoder_start_token_id": 1,
         "initializer_factor": 4.0,
     },
     "bart": {
-        "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "init_std": 0.3,
-        "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "decoder_start_token_id": 0,
+        "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+        "init_std": 0.3,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
+        "decoder_start_token_id": 0,
     },
 }  # fmt: skip
 MASKED: dict[str, dict[str, Any]] = {"bert": {}, "roberta": {}}

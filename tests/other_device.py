@@ -39,7 +39,8 @@ class Away(Tensor):
     @staticmethod
     def __new__(cls, kept: Tensor) -> Away:
         made: Away = Tensor._make_wrapper_subclass(
-            cls, kept.shape, strides=kept.stride(), storage_offset=kept.storage_offset(), dtype=kept.dtype, device=AWAY
+            cls, kept.shape, strides=kept.stride(), storage_offset=kept.storage_offset(),
+            dtype=kept.dtype, device=AWAY
         )  # fmt: skip
         made.kept = kept
         return made
@@ -91,7 +92,10 @@ def check_together(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     for it in tree_leaves((args, kwargs)):
         if isinstance(it, Tensor) and not isinstance(it, Away) and it.dim():
             raise RuntimeError(
-                f"{func} takes tensors of one device, and found away:0 and cpu of shape {tuple(it.shape)}"
+                (
+                    f"{func} takes tensors of one device, and found away:0 and cpu of shape "
+                    f"{tuple(it.shape)}"
+                )
             )
 
 

@@ -187,12 +187,16 @@ class RayProcesses:
         with (self.folder / f"node{node}.log").open("ab") as log:
             self.nodes[node] = subprocess.Popen(
                 self.network.inside(node, [str(part) for part in command]),
-                env=self.environment | kept, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
+                env=self.environment | kept, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                start_new_session=True,
             )  # fmt: skip
 
     def await_nodes(self, count: int) -> None:
         """Until the dashboard lists so many nodes that live."""
-        ask = "from ray.util.state import list_nodes; print(sum(it.state == 'ALIVE' for it in list_nodes()))"
+        ask = (
+            "from ray.util.state import list_nodes; print(sum(it.state == 'ALIVE' for it in "
+            "list_nodes()))"
+        )
         deadline = time.monotonic() + LIMIT_S
         found = ""
         while time.monotonic() < deadline:
@@ -212,7 +216,8 @@ class RayProcesses:
         """A command on the head."""
         return subprocess.run(
             self.network.inside(0, command),
-            env=self.environment | variables, text=True, capture_output=True, timeout=LIMIT_S, check=check,
+            env=self.environment | variables, text=True, capture_output=True, timeout=LIMIT_S,
+            check=check,
         )  # fmt: skip
 
     def kill_node(self, node: int) -> None:

@@ -344,7 +344,10 @@ def test_damaged_weights_are_bad_input(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=f"1 weights are missing, the first is {lost}"):
         load(folder)
     save_file({**tensors, lost: torch.zeros(3, 3)}, weights, {"format": "pt"})
-    wanted = rf"config.json disagrees with the weights: {lost} is \[3, 3\] in the file and \[64, 32\] by config.json"
+    wanted = (
+        rf"config.json disagrees with the weights: {lost} is \[3, 3\] in the file and \[64, 32\] "
+        r"by config.json"
+    )
     with pytest.raises(BadInput, match=wanted):
         load(folder)
 

@@ -107,21 +107,27 @@ def test_prompts_keep_their_space() -> None:
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "an init": (
         document("lora", {"learning_rate": RATE, "init": "random"}),
-        "search.space.init: method lora has no init; leave it out, its space has rank, alpha, learning_rate, seed",
+        (
+            "search.space.init: method lora has no init; leave it out, its space has rank, alpha, "
+            "learning_rate, seed"
+        ),
     ),
     "a rank for prompts": (
         document("prompt_tuning", {"rank": 4}),
-        "search.space.rank: method prompt_tuning has no rank; leave it out, its space has init, num_virtual_tokens, "
+        "search.space.rank: method prompt_tuning has no rank; leave it out, its space has init, "
+        "num_virtual_tokens, "
         "learning_rate, seed",
     ),
     "a learning rate for a written prompt": (
         document("prompt_design", {"learning_rate": 0.1}),
-        "search.space.learning_rate: method prompt_design has no learning_rate; leave it out, its space has template, "
+        "search.space.learning_rate: method prompt_design has no learning_rate; leave it out, its "
+        "space has template, "
         "shots, demonstrations, seed",
     ),
     "no learning rate": (
         document("model_tuning", {}),
-        "method: method model_tuning has no default, since soft prompts' rates are far too large for it; write for "
+        "method: method model_tuning has no default, since soft prompts' rates are far too large "
+        "for it; write for "
         "instance {loguniform: [0.00001, 0.001]}",
     ),
     "a null": (
@@ -130,28 +136,42 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no wider bottleneck": (
         document("adapter", {"learning_rate": RATE, "bottleneck": 0}),
-        "search.space.bottleneck: 0 is not allowed; allowed: a whole number of at least 1, a list of them or null",
+        (
+            "search.space.bottleneck: 0 is not allowed; allowed: a whole number of at least 1, a "
+            "list of them or null"
+        ),
     ),
     "unknown demonstrations": (
         document("prompt_design", {"demonstrations": "best"}),
-        'search.space.demonstrations: "best" is not allowed; allowed: random, nearest, a list of them or null',
+        (
+            'search.space.demonstrations: "best" is not allowed; allowed: random, nearest, a list '
+            "of them or null"
+        ),
     ),
     "pbt": (
         document("lora", search={"space": SPACE["lora"], "scheduler": "pbt"}),
-        "search.scheduler: pbt compares trials side by side, and method lora trains one at a time; use asha, median or "
+        "search.scheduler: pbt compares trials side by side, and method lora trains one at a "
+        "time; use asha, median or "
         "fifo",
     ),
     "several slots": (
         document("adapter", resources={"trials_per_worker": 4}),
-        "resources.trials_per_worker: 4 trials can't share a model that method adapter changes; leave it out or set 1",
+        (
+            "resources.trials_per_worker: 4 trials can't share a model that method adapter "
+            "changes; leave it out or set 1"
+        ),
     ),
     "a group": (
         document("lora", resources={"workers_per_group": 2}),
-        "resources.workers_per_group: method lora trains on one worker at a time; set 1, and raise resources.workers",
+        (
+            "resources.workers_per_group: method lora trains on one worker at a time; set 1, and "
+            "raise resources.workers"
+        ),
     ),
     "a registered model": (
         document("lora", registry={"model": "other"}),
-        "registry.model: method lora makes no prompt to register or serve: its result is kept with its run; leave it "
+        "registry.model: method lora makes no prompt to register or serve: its result is kept "
+        "with its run; leave it "
         "out",
     ),
     "virtual tokens": (
@@ -163,7 +183,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "virtual tokens in a wording": (
         document("prompt_design", {"template": ["{text} is", "{*}{text}"]}),
-        "search.space.template: {*} places virtual tokens, and method prompt_design has none; drop it",
+        (
+            "search.space.template: {*} places virtual tokens, and method prompt_design has none; "
+            "drop it"
+        ),
     ),
     "training a written prompt": (
         document("prompt_design", train={"steps": 100}),
@@ -171,15 +194,22 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "qlora without rounding": (
         document("qlora", base_model={"id": "m"}),
-        "method: qlora is lora over rounded weights; set int4 (as its paper) or int8, or use method lora",
+        (
+            "method: qlora is lora over rounded weights; set int4 (as its paper) or int8, or use "
+            "method lora"
+        ),
     ),
     "lora with rounding": (
         document("lora", base_model={"id": "m", "quantization": "int8"}),
-        "base_model.quantization: lora over weights rounded to int8 is method qlora; say so, or leave quantization out",
+        (
+            "base_model.quantization: lora over weights rounded to int8 is method qlora; say so, "
+            "or leave quantization out"
+        ),
     ),
     "rounded weights that are to be trained": (
         document("model_tuning", base_model={"id": "m", "quantization": "int8"}),
-        "base_model.quantization: method model_tuning does not go with rounded weights; leave it out, or use method "
+        "base_model.quantization: method model_tuning does not go with rounded weights; leave it "
+        "out, or use method "
         "qlora",
     ),
     "a reparameterisation": (

@@ -19,8 +19,10 @@ ESCAPE = "\x1b[2J\u202espam"  # clears a terminal, and turns the text around
 
 def version(**changes: Any) -> VersionSummary:
     fields: dict[str, Any] = {
-        "name": "spam", "version": 3, "aliases": ("champion",), "created_at": datetime(2026, 1, 2, 3, 4, tzinfo=UTC),
-        "status": "READY", "run_id": "r", "description": "", "tags": {}, "config": {}, "metrics": {}, "baselines": {},
+        "name": "spam", "version": 3, "aliases": ("champion",),
+        "created_at": datetime(2026, 1, 2, 3, 4, tzinfo=UTC),
+        "status": "READY", "run_id": "r", "description": "", "tags": {}, "config": {},
+        "metrics": {}, "baselines": {},
     }  # fmt: skip
     return VersionSummary(**{**fields, **changes})
 

@@ -261,7 +261,8 @@ def test_mlflows_own_server_answers_as_we_do(finished: Finished, several: Regist
         "local",
     ]
     environment = os.environ | {
-        "MLFLOW_TRACKING_URI": finished.tracking_uri, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        "MLFLOW_TRACKING_URI": finished.tracking_uri,
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }  # fmt: skip
     log = (finished.folder / "models-serve.log").open("w+b")

@@ -62,7 +62,8 @@ def moved_prompt(backbone: Backbone, name: str) -> PromptArtifact:
         parameter.data.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     tensors = {part: tensor.detach().numpy() for part, tensor in prompt().named().items()}
     about: dict[str, Any] = {
-        "method": method.name, "num_virtual_tokens": P, "config": spec.config(), "verbalizer": VERBALIZER,
+        "method": method.name, "num_virtual_tokens": P, "config": spec.config(),
+        "verbalizer": VERBALIZER,
         "template": "{text} {*}\nspam?" if method.inside else "{text}\nspam?",
         "base_model": BaseModelRecord(**asdict(backbone.info)),
     }  # fmt: skip
@@ -99,7 +100,8 @@ def test_export(store: Store, command: Command, tmp_path: Path) -> None:
     """The folder is where it was asked for and PEFT runs it on the same base model; the next step is named."""
     said = command("export", "prompt", tmp_path / "adapter", "--json")
     assert said.code == 0 and said.document == {
-        "name": "prompt", "version": 1, "folder": str(tmp_path / "adapter"), "peft_type": "PROMPT_TUNING",
+        "name": "prompt", "version": 1, "folder": str(tmp_path / "adapter"),
+        "peft_type": "PROMPT_TUNING",
         "task_type": "CAUSAL_LM", "num_virtual_tokens": P, "base_model": str(model_folder()),
     }  # fmt: skip
     base = AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32)
@@ -166,7 +168,8 @@ def test_export_and_import(store: Store, command: Command, tmp_path: Path, name:
     second = command("import", tmp_path / "adapter", "--name", f"{name}-again", "--job", store.job)
     assert "Version 2 is not champion" in second.err
     assert second.out.splitlines()[-1] == (
-        f"next: orchestrator evaluate {name}-again:2 --data FILE   then   orchestrator promote {name}-again 2"
+        f"next: orchestrator evaluate {name}-again:2 --data FILE   then   orchestrator "
+        f"promote {name}-again 2"
     )
     assert store.registry.aliases(f"{name}-again") == {"challenger": 2}
 
@@ -286,13 +289,15 @@ def test_a_renamed_base_model(store: Store, command: Command, tmp_path: Path) ->
 NEIGHBOUR = record(id=COUNT, token={"type": "string"}, distance=NUMBER)
 DRIFT = record(cosine=NUMBER, norm=NUMBER, start_norm=NUMBER)
 INSPECTED = record(
-    name=TEXT, version=COUNT, method=TEXT, num_virtual_tokens=COUNT, base_model=TEXT, config={"type": "object"},
+    name=TEXT, version=COUNT, method=TEXT, num_virtual_tokens=COUNT, base_model=TEXT,
+    config={"type": "object"},
     vocabulary_norm=NUMBER, no_drift={"type": "string"},
     tokens={"type": "array", "items": record(
         place=COUNT, norm=NUMBER, nearest={"type": "array", "items": NEIGHBOUR}, drift=DRIFT,
     )},
     layers={"type": "array", "items": record(
-        site=TEXT, layer=COUNT, key_norm=NUMBER, value_norm=NUMBER, real_key_norm=NUMBER, real_value_norm=NUMBER,
+        site=TEXT, layer=COUNT, key_norm=NUMBER, value_norm=NUMBER, real_key_norm=NUMBER,
+        real_value_norm=NUMBER,
         drift=DRIFT,
     )},
 )  # fmt: skip

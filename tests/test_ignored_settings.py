@@ -37,7 +37,8 @@ EXPONENTIAL = ("train.schedule=exponential", "train.decay_rate=0.5")
 IDLE: list[tuple[tuple[str, ...], str, str]] = [
     # overrides, the key without effect, another key that the message names
     (("base_model.id=./model", "base_model.revision=v2"), "base_model.revision", "base_model.id"),
-    (("base_model.id=builtin:quickstart", "base_model.revision=v2"), "base_model.revision", "base_model.id"),
+    (("base_model.id=builtin:quickstart", "base_model.revision=v2"), "base_model.revision",
+        "base_model.id"),
     (
         ("base_model.id=builtin:quickstart", "base_model.allow_remote_code=true"),
         "base_model.allow_remote_code", "base_model.id",
@@ -60,31 +61,38 @@ IDLE: list[tuple[tuple[str, ...], str, str]] = [
         ),
         "data.rename", "data.prefix_lm",
     ),
-    (("data.verbalizer=null", "search.metric=loss", "data.references=all"), "data.references", "search.metric"),
+    (("data.verbalizer=null", "search.metric=loss", "data.references=all"), "data.references",
+        "search.metric"),
     (("data.max_target_tokens=8",), "data.max_target_tokens", "data.verbalizer"),
-    ((DESIGN, "search.space.demonstrations=nearest"), "search.space.demonstrations", "search.space.shots"),
+    ((DESIGN, "search.space.demonstrations=nearest"), "search.space.demonstrations",
+        "search.space.shots"),
     (
         (DESIGN, "search.space.shots=0", "search.space.demonstrations=[random, nearest]"),
         "search.space.demonstrations", "search.space.shots",
     ),
     ((DESIGN, "search.space.seed=[0, 1]"), "search.space.seed", "search.space.shots"),
     (
-        (DESIGN, "search.space.shots=4", "search.space.demonstrations=nearest", "search.space.seed=1"),
+        (DESIGN, "search.space.shots=4", "search.space.demonstrations=nearest",
+            "search.space.seed=1"),
         "search.space.seed", "search.space.demonstrations",
     ),
-    (("search.searcher=grid", "search.few_shot=0", "search.seed=1"), "search.seed", "search.searcher"),
+    (("search.searcher=grid", "search.few_shot=0", "search.seed=1"), "search.seed",
+        "search.searcher"),
     (
-        ("search.searcher=grid", TWO_RATES, "search.trials=2", "search.few_shot=0", "search.seed=1"),
+        ("search.searcher=grid", TWO_RATES, "search.trials=2", "search.few_shot=0",
+            "search.seed=1"),
         "search.seed", "search.searcher",
     ),
     ((DESIGN, "search.scheduler=median"), "search.scheduler", "method"),
     *(
-        ((f"search.scheduler={scheduler}", TWO_RATES, "search.grace_steps=100"), "search.grace_steps",
+        ((f"search.scheduler={scheduler}", TWO_RATES, "search.grace_steps=100"),
+            "search.grace_steps",
          "search.scheduler")
         for scheduler in ("fifo", "pbt")
     ),
     *(
-        ((f"search.scheduler={scheduler}", TWO_RATES, "search.reduction_factor=5"), "search.reduction_factor",
+        ((f"search.scheduler={scheduler}", TWO_RATES, "search.reduction_factor=5"),
+            "search.reduction_factor",
          "search.scheduler")
         for scheduler in ("fifo", "pbt", "median")
     ),
@@ -105,7 +113,8 @@ IDLE: list[tuple[tuple[str, ...], str, str]] = [
     (("train.decay_rate=0.9",), "train.decay_rate", "train.schedule"),
     (("train.decay_steps=9",), "train.decay_steps", "train.schedule"),
     ((*EXPONENTIAL, "train.decay_steps=500"), "train.decay_steps", "train.steps"),
-    ((*EXPONENTIAL, "train.warmup_steps=100", "train.decay_steps=400"), "train.decay_steps", "train.warmup_steps"),
+    ((*EXPONENTIAL, "train.warmup_steps=100", "train.decay_steps=400"), "train.decay_steps",
+        "train.warmup_steps"),
     *(
         ((override, *more), override.partition("=")[0], "search.metric")
         for override in ("generation.max_tokens=8", "generation.num_beams=2")
@@ -132,14 +141,16 @@ AT_WORK: list[tuple[str, ...]] = [
     (FILES, "data.limit={train: 9}", "data.split_seed=1"),
     (BUILTIN, "data.limit={train: 9}", "data.split_seed=1"),
     (
-        BUILTIN, "data.prefix_lm=text", "data.template=\"{prefix}\"", "data.target=continuation", *TEXTS,
+        BUILTIN, "data.prefix_lm=text", "data.template=\"{prefix}\"", "data.target=continuation",
+        *TEXTS,
         "data.split_seed=1",
     ),
     ("data.rename={sms: text, spam: label}",),
     (DESIGN, "search.space.template=[\"{text}?\", \"{body}?\"]", "data.rename={sms: body}"),
     (*TEXTS, "data.references=all", "data.rename={texts: all}", "data.max_target_tokens=8"),
     (*TEXTS, "generation={max_tokens: 8, num_beams: 2}"),
-    (DESIGN, "search.space.shots=[0, 4]", "search.space.demonstrations=[random, nearest]", "search.space.seed=1"),
+    (DESIGN, "search.space.shots=[0, 4]", "search.space.demonstrations=[random, nearest]",
+        "search.space.seed=1"),
     (DESIGN, "search.scheduler=fifo"),
     (DESIGN, "search.space.shots=0", "search.space.demonstrations=random"),
     ("search.space.seed=[1, 2]", "search.seed=1"),

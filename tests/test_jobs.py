@@ -30,7 +30,8 @@ PLAIN = (
     "e2e-nlg",
 )  # data sets to begin with; the others are experiments
 TINY = (
-    "train.steps=4", "train.evaluate_every=2", "train.batch_size=2", "search.searcher=random", "search.trials=2",
+    "train.steps=4", "train.evaluate_every=2", "train.batch_size=2", "search.searcher=random",
+    "search.trials=2",
     "search.grace_steps=null", "train.patience=null", "search.few_shot=1",
     "data.limit={train: 24, validation: 8, test: 8}", "resources.cpus_per_worker=1",
 )  # fmt: skip
@@ -40,7 +41,8 @@ SHORT = (
 )  # what a tiny model has room for
 PROMPTS = ("prompt_tuning", "prefix_tuning", "p_tuning")
 STAND_INS = {
-    "google/t5-base-lm-adapt": "t5", "facebook/bart-large": "bart", "google-bert/bert-base-cased": "bert",
+    "google/t5-base-lm-adapt": "t5", "facebook/bart-large": "bart",
+    "google-bert/bert-base-cased": "bert",
     "builtin:encdec-s": "t5",
 }  # fmt: skip
 
@@ -144,7 +146,8 @@ def test_a_job_runs_with_another_model(
 ) -> None:
     """The init ablation on a tiny random model, by --set alone: every init has a trial, and the page shows them."""
     made = run_small(
-        ROOT / "jobs" / "init-ablation.yaml", tmp_path / "work", monkeypatch, f"base_model.id={model_folder()}", *SHORT,
+        ROOT / "jobs" / "init-ablation.yaml", tmp_path / "work", monkeypatch,
+        f"base_model.id={model_folder()}", *SHORT,
         "search.trials=4", "search.space.seed=0", "search.space.learning_rate=0.03",
     )  # fmt: skip
     inits = [json.dumps(trial["config"]["init"]) for trial in made["trials"]]

@@ -31,7 +31,9 @@ SELECTED = {
 }
 ONLY = {
     "training": "test",
-    "methods": "(packed or resumed or share_a_forward) and (llama or gpt2 or mistral or t5 or bert)",
+    "methods": (
+        "(packed or resumed or share_a_forward) and (llama or gpt2 or mistral or t5 or bert)"
+    ),
     # MLflow's model is read from files, which only torch's own kinds of tensors can be written to.
     "serving": "not mlflows_model",
 }

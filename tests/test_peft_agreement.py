@@ -96,7 +96,8 @@ def encoded(kind: str) -> Callable[[Backbone, str], Pair]:
         width = backbone.table.shape[1]
         config = PromptEncoderConfig(
             task_type=TASK_TYPES.get(family, "CAUSAL_LM"), num_virtual_tokens=P, token_dim=width,
-            num_transformer_submodules=1, encoder_reparameterization_type=kind, encoder_hidden_size=HIDDEN,
+            num_transformer_submodules=1, encoder_reparameterization_type=kind,
+            encoder_hidden_size=HIDDEN,
         )  # fmt: skip
         peft = peft_model(tiny_model(family), config)
         theirs = peft.prompt_encoder["default"]
@@ -121,7 +122,8 @@ def prefix(projection: bool) -> Callable[[Backbone, str], Pair]:
     def make(backbone: Backbone, family: str) -> Pair:
         shape = backbone.prefix_shapes["decoder"]
         config = PrefixTuningConfig(
-            task_type=TASK_TYPES.get(family, "CAUSAL_LM"), num_virtual_tokens=P, prefix_projection=projection,
+            task_type=TASK_TYPES.get(family, "CAUSAL_LM"), num_virtual_tokens=P,
+            prefix_projection=projection,
             encoder_hidden_size=HIDDEN,
         )  # fmt: skip
         peft = peft_model(tiny_model(family), config)

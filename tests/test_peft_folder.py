@@ -176,7 +176,8 @@ def imported(folder: Path, like: PromptArtifact, **changes: Any) -> PromptArtifa
     given: dict[str, Any] = {
         "base_model": about.base_model, "template": about.template, "target": about.target,
         "verbalizer": about.verbalizer, "max_input_tokens": about.max_input_tokens,
-        "max_target_tokens": about.max_target_tokens, "data": about.data, "orchestrator_version": "0",
+        "max_target_tokens": about.max_target_tokens, "data": about.data,
+        "orchestrator_version": "0",
     }  # fmt: skip
     return import_peft(folder, **given | changes)
 
@@ -331,36 +332,50 @@ def spoiled(value: float, dtype: type = np.float32) -> np.ndarray:
 
 GOOD = np.ones((P, 32), np.float32)
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "cut weights": (lambda folder: os.truncate(folder / WEIGHTS, 200), "not a safetensors file: cut short"),
-    "empty weights": (lambda folder: os.truncate(folder / WEIGHTS, 0), "not a safetensors file: cut short"),
+    "cut weights": (lambda folder: os.truncate(folder / WEIGHTS, 200),
+        "not a safetensors file: cut short"),
+    "empty weights": (lambda folder: os.truncate(folder / WEIGHTS, 0),
+        "not a safetensors file: cut short"),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), r"can't be read \(No such file"),
-    "a pickle": (only_a_pickle, r"adapter_model\.bin and no adapter_model\.safetensors; pickled weights are not read"),
-    "another length": (tensors(prompt_embeddings=GOOD[:2]), r"shape \[2, 32\], adapter_config.json says \[4, 32\]"),
-    "another width": (tensors(prompt_embeddings=GOOD[:, :8].copy()), r"shape \[4, 8\], adapter_config.json says"),
+    "a pickle": (only_a_pickle,
+        r"adapter_model\.bin and no adapter_model\.safetensors; pickled weights are not read"),
+    "another length": (tensors(prompt_embeddings=GOOD[:2]),
+        r"shape \[2, 32\], adapter_config.json says \[4, 32\]"),
+    "another width": (tensors(prompt_embeddings=GOOD[:, :8].copy()),
+        r"shape \[4, 8\], adapter_config.json says"),
     "one dimension": (tensors(prompt_embeddings=np.ones(4, np.float32)), r"shape \[4\]"),
     "nan": (tensors(prompt_embeddings=spoiled(np.nan)), "not finite"),
     "infinity": (tensors(prompt_embeddings=spoiled(-np.inf)), "not finite"),
     "too large for float32": (tensors(prompt_embeddings=spoiled(1e300, np.float64)), "not finite"),
-    "integers": (tensors(prompt_embeddings=np.ones((P, 32), np.int32)), "is I32, expected floating point"),
+    "integers": (tensors(prompt_embeddings=np.ones((P, 32), np.int32)),
+        "is I32, expected floating point"),
     "another tensor": (tensors(lora_A=GOOD), "has no prompt_embeddings"),
-    "a tuned head": (tensors(prompt_embeddings=GOOD, classifier=GOOD), r"changes the model itself \(classifier\)"),
-    "no config": (lambda folder: (folder / CONFIG).unlink(), r"adapter_config\.json can't be read \(No such file"),
+    "a tuned head": (tensors(prompt_embeddings=GOOD, classifier=GOOD),
+        r"changes the model itself \(classifier\)"),
+    "no config": (lambda folder: (folder / CONFIG).unlink(),
+        r"adapter_config\.json can't be read \(No such file"),
     "config cut": (lambda folder: os.truncate(folder / CONFIG, 50), "is not JSON"),
-    "config a list": (lambda folder: (folder / CONFIG).write_text("[]"), r"adapter_config\.json: : Input should be"),
-    "config not text": (lambda folder: (folder / CONFIG).write_bytes(b"\xff\xfe") and None, "is not JSON"),
+    "config a list": (lambda folder: (folder / CONFIG).write_text("[]"),
+        r"adapter_config\.json: : Input should be"),
+    "config not text": (lambda folder: (folder / CONFIG).write_bytes(b"\xff\xfe") and None,
+        "is not JSON"),
     "config too large": (lambda folder: (folder / CONFIG).write_text(" " * (1 << 20) + "{}") and None, "more than"),
-    "lora": (edited(peft_type="LORA"), "its peft_type is 'LORA', read are PROMPT_TUNING, P_TUNING, PREFIX_TUNING"),
+    "lora": (edited(peft_type="LORA"),
+        "its peft_type is 'LORA', read are PROMPT_TUNING, P_TUNING, PREFIX_TUNING"),
     "no type": (edited(peft_type=...), "its peft_type is None"),
     "a type that is a list": (edited(peft_type=["LORA"]), "its peft_type is"),
     "no length": (edited(num_virtual_tokens=...), r"num_virtual_tokens: Field required"),
     "no tokens": (edited(num_virtual_tokens=0), "num_virtual_tokens: Input should be greater"),
-    "length as text": (edited(num_virtual_tokens="4"), "num_virtual_tokens: Input should be a valid integer"),
+    "length as text": (edited(num_virtual_tokens="4"),
+        "num_virtual_tokens: Input should be a valid integer"),
     "three submodules": (edited(num_transformer_submodules=3), "num_transformer_submodules"),
     "a prefix without layers": (
-        edited(peft_type="PREFIX_TUNING", num_layers=None), "num_layers None, num_attention_heads None and token_dim 32"
+        edited(peft_type="PREFIX_TUNING", num_layers=None),
+        "num_layers None, num_attention_heads None and token_dim 32"
     ),
     "a prefix of another shape": (
-        edited(peft_type="PREFIX_TUNING", num_layers=2, num_attention_heads=4), r"shape \[4, 32\], .* says \[4, 128\]"
+        edited(peft_type="PREFIX_TUNING", num_layers=2, num_attention_heads=4),
+        r"shape \[4, 32\], .* says \[4, 128\]"
     ),
 }  # fmt: skip
 

@@ -158,7 +158,8 @@ def killed(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Kill
     folder = tmp_path_factory.mktemp("killed")
     process = subprocess.Popen(
         [sys.executable, "-m", "orchestrator", "run", str(finished.job_file), "--json"],
-        cwd=folder, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
+        cwd=folder, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        start_new_session=True,
     )  # fmt: skip
     assert process.stderr is not None
     said = []

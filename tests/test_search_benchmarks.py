@@ -265,7 +265,8 @@ def test_a_population_s_curve_counts_whole_rounds() -> None:
 
 def test_a_plan_is_compared_part_by_part() -> None:
     """What planning took and making the model is no part of the outcome."""
-    seconds = {"total": 60.0, "plan": 9.0, "model": 1.0, "prepare": 3.0, "ray": 4.0, "workers": 8.0, "trials": 30.0,
+    seconds = {"total": 60.0, "plan": 9.0, "model": 1.0, "prepare": 3.0, "ray": 4.0, "workers": 8.0,
+        "trials": 30.0,
                "test": 1.0, "registry": 4.0}  # fmt: skip
     planned = {
         "startup": 12.0,
@@ -288,7 +289,8 @@ def test_a_plan_is_compared_part_by_part() -> None:
     found = plans.of("job", ran)
     shown = [(line.name, line.shown["planned"], line.shown["outcome"]) for line in found]
     assert shown == [
-        ("job: total, s", 48.0, 50.0), ("job: startup, s", 12.0, 15.0), ("job: search, s", 33.0, 30.0),
+        ("job: total, s", 48.0, 50.0), ("job: startup, s", 12.0, 15.0),
+        ("job: search, s", 33.0, 30.0),
         ("job: end, s", 3.0, 5.0), ("job: worker, MB", 2.0, 4.0),
         ("job: worker at the most, MB", 6.0, 4.0),
     ]  # fmt: skip
@@ -305,7 +307,8 @@ def test_a_search_of_ours_is_watched(tmp_path: Path) -> None:
         str(tmp_path), "our_search", {"job": {**jobs.random_model(tmp_path), **SEARCH}}
     )
     assert [(one["trial"], one["step"]) for one in ran.found["reports"]] == [
-        ("t000", 1), ("t001", 1), ("t000", 2), ("t001", 2), ("t002", 1), ("t003", 1), ("t002", 2), ("t003", 2),
+        ("t000", 1), ("t001", 1), ("t000", 2), ("t001", 2), ("t002", 1), ("t003", 1), ("t002", 2),
+        ("t003", 2),
     ]  # fmt: skip
     assert ran.found["steps"] == 8 and ran.peak > ran.found["work"]["w0"][-1]["value"] > 0
     kinds = [one["kind"] for one in ran.found["work"]["w0"]]
