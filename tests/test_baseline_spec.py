@@ -1,4 +1,4 @@
-"""Baselines in the job spec: each has a search space of its own, and what does not go with it is refused by name."""
+"""Baselines in the job spec: each has its own search space; keys that do not fit are refused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SPACE: dict[MethodName, dict[str, Any]] = {
 
 
 def document(method: str, space: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
-    """A job of the method; ``changes`` are whole sections."""
+    """Return a job of the method; ``changes`` replace whole sections."""
     model = {"id": "m", **({"quantization": "int4"} if method == "qlora" else {})}
     return {
         "name": "x",
@@ -37,13 +37,16 @@ def document(method: str, space: dict[str, Any] | None = None, **changes: Any) -
             "verbalizer": {0: " a", 1: " b"},
         },
         "method": method,
-        "search": {"space": SPACE[method] if space is None else space, "trials": 4},  # type: ignore[index]
+        "search": {
+            "space": SPACE[method] if space is None else space,  # type: ignore[index]
+            "trials": 4,
+        },
         **changes,
     }
 
 
 def problems(tmp_path: Path, job: dict[str, Any]) -> list[str]:
-    """What ``validate`` says of the job, each problem's key and text."""
+    """Return the problems that ``validate`` finds in the job: each one's key and text."""
     file = tmp_path / "job.yaml"
     file.write_text(yaml.safe_dump(job, sort_keys=False))
     with pytest.raises(SpecError) as refused:
@@ -55,7 +58,10 @@ def problems(tmp_path: Path, job: dict[str, Any]) -> list[str]:
 def test_a_baselines_job_is_loaded_saved_and_loaded_again(
     tmp_path: Path, method: MethodName
 ) -> None:
-    """The file and what a search's folder keeps of it give the same job, whose trials have the method's keys alone."""
+    """A job loads the same from its file and from the copy in the search's folder.
+
+    Its trials have only the keys of their method.
+    """
     file = tmp_path / "job.yaml"
     file.write_text(yaml.safe_dump(document(method)))
     job = load_job(file)
@@ -72,7 +78,8 @@ def test_a_baselines_job_is_loaded_saved_and_loaded_again(
 
 
 def test_what_is_left_out_has_the_methods_default() -> None:
-    """LoRA has a rank and an alpha, an adapter a bottleneck, a written prompt no demonstrations."""
+    """Defaults exist for LoRA's rank and alpha, adapters' bottleneck and a design's
+    demonstrations."""
     expected = {
         "qlora": {"rank": [8], "alpha": [16], "learning_rate": [0.001, 0.01], "seed": [0]},
         "prompt_design": {"shots": [0], "demonstrations": ["random"], "seed": [0]},
@@ -88,7 +95,7 @@ def test_what_is_left_out_has_the_methods_default() -> None:
 
 
 def test_prompts_keep_their_space() -> None:
-    """The dimensions of baselines change no prompt's trials."""
+    """The baselines' dimensions do not change the trials of prompts."""
     assert list(dimensions(SearchSpec().space)) == [
         "init",
         "num_virtual_tokens",
@@ -221,7 +228,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_what_does_not_fit_is_named_with_what_does(tmp_path: Path, name: str) -> None:
-    """One problem, at its key, with what is allowed instead; the models alone refuse it too."""
+    """There is one problem, at its key, with the allowed values.
+
+    The spec models refuse the job too, without the command line.
+    """
     job, said = WRONG[name]
     key, _, message = said.partition(": ")
     found = problems(tmp_path, job)
@@ -232,14 +242,14 @@ def test_what_does_not_fit_is_named_with_what_does(tmp_path: Path, name: str) ->
 
 
 def test_an_unknown_method_is_told_the_known_ones(tmp_path: Path) -> None:
-    """A near miss is guessed."""
+    """For a misspelled method the message guesses the nearest name."""
     job = {**document("lora"), "method": "lorra"}
     (found,) = [problem for problem in problems(tmp_path, job) if problem.startswith("method")]
     assert "prompt_design, model_tuning, lora, qlora or adapter" in found
 
 
 def test_a_trials_configuration_has_the_keys_of_one_method() -> None:
-    """What lacks a key of its method is refused by name."""
+    """A configuration that lacks a key of its method is refused by name."""
     with pytest.raises(BadInput, match="has no alpha"):
         TrialSpec.from_config({"rank": 8, "learning_rate": 0.1, "seed": 0})
     with pytest.raises(BadInput, match="has no num_virtual_tokens"):
@@ -247,7 +257,7 @@ def test_a_trials_configuration_has_the_keys_of_one_method() -> None:
 
 
 def test_tpe_proposes_trials_of_a_baseline() -> None:
-    """Ranks lie on a scale, rates in a range; no trial comes twice."""
+    """TPE takes ranks from their scale and rates from their range, and repeats no trial."""
     job = JobSpec.model_validate(document("lora"))
     proposer = Proposer(job.search.model_copy(update={"searcher": "optuna", "trials": 8}))
     made = []
@@ -262,7 +272,7 @@ def test_tpe_proposes_trials_of_a_baseline() -> None:
 
 
 def test_a_grid_of_designs_runs_over_seeds_fastest() -> None:
-    """Points that differ in their seed alone are next to each other."""
+    """Grid points that differ only in their seed are neighbours."""
     job = JobSpec.model_validate(document("prompt_design"))
     points = grid(job.search.space)
     assert [point.seed for point in points] == [0, 1] * 4 and {point.shots for point in points} == {

@@ -1,4 +1,4 @@
-"""Settings that would have no effect are conflicts, each named with what makes it idle."""
+"""Settings without effect are conflicts, and the error names the cause."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ AT_WORK: list[tuple[str, ...]] = [
     (DESIGN, "search.scheduler=fifo"),
     (DESIGN, "search.space.shots=0", "search.space.demonstrations=random"),
     ("search.space.seed=[1, 2]", "search.seed=1"),
-    ("search.searcher=grid", "search.seed=1"),  # the few-shot baseline draws its rows by it
+    ("search.searcher=grid", "search.seed=1"),  # the seed of the few-shot baseline's rows
     ("search.searcher=grid", TWO_RATES, "search.trials=1", "search.few_shot=0", "search.seed=1"),
     ("search.grace_steps=499", "search.reduction_factor=2"),
     ("search.scheduler=median", "search.grace_steps=499"),
@@ -176,7 +176,7 @@ def job_file(tmp_path: Path) -> Path:
 
 
 def problems(command: Command, job_file: Path, overrides: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Problems that ``validate`` reports, and nothing else."""
+    """Return the problems that ``validate`` reports; check that it prints nothing else."""
     sets = [word for override in overrides for word in ("--set", override)]
     said = command("validate", job_file, "--spec-only", "--json", *sets)
     if said.code == 0:
@@ -192,34 +192,32 @@ def problems(command: Command, job_file: Path, overrides: tuple[str, ...]) -> li
 def test_a_setting_without_effect_is_a_conflict(
     command: Command, job_file: Path, overrides: tuple[str, ...], key: str, other: str
 ) -> None:
-    """The one problem is at the key; it names the other key and says what to do."""
+    """There is one problem, at the key; it names the other key and the fix."""
     (problem,) = problems(command, job_file, overrides)
     assert problem["where"] == key
     assert f"{key} has no effect" in problem["message"]
     reason, remedy = problem["message"].rsplit("; ", 1)
     assert other in reason
-    assert (
-        "leave it out, or " in remedy or key == "train.decay_steps"
-    )  # which its schedule requires
+    assert "leave it out, or " in remedy or key == "train.decay_steps"  # required by its schedule
 
 
 @pytest.mark.parametrize("overrides", AT_WORK, ids=" ".join)
 def test_a_setting_with_an_effect_is_none(
     command: Command, job_file: Path, overrides: tuple[str, ...]
 ) -> None:
-    """The nearest settings that change something are accepted."""
+    """Similar settings that do have an effect are accepted."""
     assert problems(command, job_file, overrides) == []
 
 
 def test_every_rule_is_covered() -> None:
-    """The table here has a case for each rule's key and for each of its reasons."""
+    """The table above has a case for each rule's key and each of its reasons."""
     covered = {key for _, key, _ in IDLE}
     assert {rule.key for rule in RULES} <= covered
     assert len(IDLE) > len(RULES)
 
 
 def test_a_rule_names_keys_of_the_spec() -> None:
-    """A key that was renamed in the spec would silence its rule."""
+    """Rules only name keys that exist; a renamed key would silence its rule."""
     known = set(_keys(JobSpec))
     named = {key for rule in RULES for key in (rule.key, *rule.reads)}
     assert named - known == set()
@@ -236,7 +234,7 @@ def _keys(section: type[Section], prefix: str = "") -> list[str]:
 
 
 def test_a_model_built_in_python_is_checked_too() -> None:
-    """The check belongs to the spec, not to the reading of files."""
+    """Specs built in Python are checked too, not only files."""
     search = {"scheduler": "fifo", "grace_steps": 100}
     with pytest.raises(
         ValidationError, match=r"search\.grace_steps has no effect with search\.scheduler fifo"
@@ -245,7 +243,7 @@ def test_a_model_built_in_python_is_checked_too() -> None:
 
 
 def test_a_default_that_is_written_out_asks_for_nothing(tmp_path: Path) -> None:
-    """Saved searches and packed jobs write every key with its value, and are read again."""
+    """Written-out defaults cause no conflict: saved searches and packed jobs contain every key."""
     for overrides in ((), ("search.scheduler=fifo", "registry.register_top=0", "data.rename={}")):
         job = load_job(write_job(tmp_path), overrides)
         file = tmp_path / "saved.yaml"
@@ -274,7 +272,7 @@ def test_a_job_that_lacks_values_gets_the_problems_of_the_others(
 
 
 def test_each_key_is_reported_once(tmp_path: Path) -> None:
-    """Where two rules find a key idle, the first one speaks."""
+    """If two rules find a key idle, only the first one reports it."""
     job = small_job(tmp_path).model_copy()
     search = job.search.model_copy(update={"scheduler": "fifo", "grace_steps": 10_000, "trials": 1})
     keys = [setting.key for setting in without_effect(job.model_copy(update={"search": search}))]

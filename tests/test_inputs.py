@@ -135,26 +135,31 @@ def test_a_name_that_can_not_be_right_is_a_problem(
         ({"data__verbalizer": {0: " no"}}, "data.verbalizer", "label 1"),
         (
             {
-                "data__prefix_lm": "body", "data__template": "{prefix}", "data__target": "continuation",
+                "data__prefix_lm": "body", "data__template": "{prefix}",
+                "data__target": "continuation",
                 "data__verbalizer": None, "search__space__init": "random",
             },
             "data.prefix_lm", "'body'",
         ),
         (
             {
-                "data__references": "all", "data__target": "answer", "data__verbalizer": None, "search__metric": "bleu",
-                "search__space__init": "random",
+                "data__references": "all", "data__target": "answer", "data__verbalizer": None,
+                "search__metric": "bleu", "search__space__init": "random",
             },
             "data.references", "'all'",
         ),
         (
             {
-                "method": "prompt_design", "search": {"space": {"template": ["{text}?", "{body}?"]}},
+                "method": "prompt_design",
+                "search": {"space": {"template": ["{text}?", "{body}?"]}},
                 "train": {},
             },
             "search.space.template", "'body'",
         ),
-        ({"data__rename": {"text": "body"}, "data__template": "{body} {txt}"}, "data.template", "'txt'"),
+        (
+            {"data__rename": {"text": "body"}, "data__template": "{body} {txt}"},
+            "data.template", "'txt'",
+        ),
     ],
 )  # fmt: skip
 def test_columns_and_labels_are_checked(

@@ -193,7 +193,8 @@ class Stuck(RayThread):
         threading.Event().wait()
 
 Stuck("stuck").start()
-print(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], stdout=subprocess.DEVNULL).pid)
+print(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], \
+stdout=subprocess.DEVNULL).pid)
 end_process(3)
 """
 

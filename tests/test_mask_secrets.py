@@ -39,7 +39,10 @@ WITH_SECRETS = [
     f"https://mlflow/?apiKey={SECRET}",
     f"https://mlflow/?key={SECRET}",
     f"https://mlflow/?client_secret={SECRET}",
-    f"https://store/file?X-Amz-Credential={SECRET}&X-Amz-Signature={SECRET}&X-Amz-Security-Token={SECRET}",
+    (
+        f"https://store/file?X-Amz-Credential={SECRET}&X-Amz-Signature={SECRET}"
+        f"&X-Amz-Security-Token={SECRET}"
+    ),
     f"https://store/file?sv=2024&sig={SECRET}",
     f"s3://bucket/folder?secret_key={SECRET}",
     f"s3://bucket/folder?endpoint_override=http%3A%2F%2Fann%3A{SECRET}%40minio%3A9000",
@@ -49,7 +52,10 @@ WITHOUT_SECRETS = [
     "http://127.0.0.1:5000/a@b",
     "http://[::1]:5000/a@b",
     "sqlite:////home/ann/mlflow.db?timeout=3",
-    "postgresql://host:5432/mlflow?sslmode=verify-full&sslkey=/keys/client.key&sslrootcert=/keys/root.pem",
+    (
+        "postgresql://host:5432/mlflow?sslmode=verify-full&sslkey=/keys/client.key"
+        "&sslrootcert=/keys/root.pem"
+    ),
     "mysql://host/mlflow?ssl_key=/keys/client.key",
     "s3://bucket/folder?region=eu-west-1&endpoint_override=http://minio:9000",
     "https://hub/models?monkey=1&tokens=5&keys=a",

@@ -44,7 +44,8 @@ TASK_TYPES = {
 }
 P, HIDDEN, LAYERS = 5, 7, 2
 INPUTS, TARGETS = random_ids([6, 3, 9], 1), random_ids([2, 4, 1], 2)
-TOLERANCE = 1e-6  # of the largest value: the norms of Llama and its kin compute in float32 whatever they are given
+# Relative to the largest value. The norms of Llama and its relatives always compute in float32.
+TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,8 @@ def peft_model(model: nn.Module, config: Any) -> nn.Module:
     alone = copy.deepcopy(model).eval()
     alone.set_attn_implementation("sdpa")
     if alone.config.model_type in ("gpt2", "opt"):
-        del (
-            alone.config.num_key_value_heads
-        )  # every tiny configuration names shared key heads; these have none
+        # Every tiny configuration sets shared key heads, but these families have none.
+        del alone.config.num_key_value_heads
     made = get_peft_model(alone, config).double().eval()
     generator = torch.Generator().manual_seed(4)
     for parameter in made.prompt_encoder.parameters():
@@ -133,7 +133,8 @@ def prefix(projection: bool) -> Callable[[Backbone, str], Pair]:
             start = torch.zeros(*shape[:3], P, shape[4])
             same = {"sites.decoder.keys_values": (theirs.embedding.weight, layout)}
             return Pair(Prefix({"decoder": DirectSite(start)}), peft, same)
-        # PEFT's tokens are as wide as a layer's keys, ours as the model; with shared key heads these differ.
+        # PEFT's tokens have the width of a layer's keys, ours the width of the model. The two
+        # differ where key heads are shared.
         site = MlpSite(shape, P, theirs.embedding.weight.shape[1], HIDDEN, None)
         same = {"sites.decoder.tokens": (theirs.embedding.weight, as_it_is)}
         for name, parameter in theirs.transform.named_parameters():

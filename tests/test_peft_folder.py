@@ -359,7 +359,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"adapter_config\.json: : Input should be"),
     "config not text": (lambda folder: (folder / CONFIG).write_bytes(b"\xff\xfe") and None,
         "is not JSON"),
-    "config too large": (lambda folder: (folder / CONFIG).write_text(" " * (1 << 20) + "{}") and None, "more than"),
+    "config too large": (
+        lambda folder: (folder / CONFIG).write_text(" " * (1 << 20) + "{}") and None,
+        "more than",
+    ),
     "lora": (edited(peft_type="LORA"),
         "its peft_type is 'LORA', read are PROMPT_TUNING, P_TUNING, PREFIX_TUNING"),
     "no type": (edited(peft_type=...), "its peft_type is None"),

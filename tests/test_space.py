@@ -135,7 +135,7 @@ def test_a_range_gives_one_value_in_each_equal_bin(count: int, seed: int) -> Non
 def test_draws_stay_in_the_range(space: SpaceSpec, count: int, seed: int) -> None:
     """No rounding leaves the range, however narrow."""
     rate = space.learning_rate
-    low, high = rate.loguniform if isinstance(rate, LogUniform) else rate.uniform  # type: ignore[union-attr]
+    low, high = rate.loguniform if isinstance(rate, LogUniform) else rate.uniform  # type: ignore
     assert all(low <= trial.learning_rate <= high for trial in draw(space, count, seed))
 
 

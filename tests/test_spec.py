@@ -401,7 +401,7 @@ def test_train_settings_out_of_range_are_refused(train: dict[str, Any]) -> None:
         )
 
 
-# -- JSON schema ------------------------------------------------------------------------------------------------------
+# -- JSON schema
 
 
 def as_json(value: Any) -> Any:
