@@ -217,8 +217,7 @@ def notes_of(case: Case, change: Callable[[Engine], None]) -> dict[str, tuple[An
 
 @dataclass(frozen=True)
 class Held:
-    """Size in bytes of a worker's weights, and whether all workers' parts make up the loaded
-    model."""
+    """Size in bytes of a worker's weights; whether all workers' parts form the loaded model."""
 
     nbytes: int
     same: bool

@@ -15,8 +15,7 @@ LIMIT_S = 120.0  # only a failure takes this long
 
 
 class Load:
-    """Clients that keep posting the same completion, one request after another, inside a
-    ``with``."""
+    """Clients that post the same completion again and again until the ``with`` block ends."""
 
     def __init__(
         self, url: str, key: str, body: dict[str, Any], clients: int = 3, pause: float = 0.01

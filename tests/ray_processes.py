@@ -108,7 +108,7 @@ class RayProcesses:
     """
 
     def __init__(self, cpus: int = 1, redis: bool = False) -> None:
-        """Prepare folders, ports and the network; ``redis`` keeps the head's state in a Redis server.
+        """Prepare folders, ports and network; with ``redis``, the head's state is kept in Redis.
 
         The Redis server runs in the head's network and survives the head.
         """

@@ -234,8 +234,10 @@ def test_huge_files_are_refused_unread(saved: Path, monkeypatch: pytest.MonkeyPa
 def test_nothing_is_left_when_saving_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
-    """A failed save (full disk, lost digest, failed move) leaves no folder, not even a temporary
-    one."""
+    """A failed save leaves no folder, not even a temporary one.
+
+    The causes are a full disk, a lost digest and a failed move.
+    """
 
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")

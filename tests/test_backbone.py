@@ -107,8 +107,7 @@ def check_equals_rows_alone(
 @pytest.mark.parametrize("family", sorted(PROMPT_ONCE_FAMILIES))
 @pytest.mark.parametrize("prompt_once", [True, False], ids=["once", "concatenated"])
 def test_prompt_once_and_concatenation_equal_rows_alone(family: str, prompt_once: bool) -> None:
-    """Both ways equal single unpadded rows in logits, loss and gradient, in every checked
-    family."""
+    """Both ways equal single unpadded rows in logits, loss and gradient, for checked families."""
     dtype, logits_tolerance, gradient_tolerance = precision(family)
     backbone = tiny_backbone(family, dtype, prompt_once)
     assert runs_prompt_once(backbone.model.config)
@@ -153,8 +152,7 @@ def test_without_a_prompt_rows_equal_rows_alone(family: str) -> None:
 
 
 def test_what_keeps_a_model_off_the_prompt_once_path() -> None:
-    """Unchecked families, a sliding window in any layer, and ALiBi rule out the prompt-once
-    path."""
+    """Unchecked families, a sliding window in any layer, and ALiBi rule out the fast path."""
     assert runs_prompt_once(small_config("qwen2", use_sliding_window=False, sliding_window=8))
     assert not runs_prompt_once(
         small_config("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1)
@@ -305,8 +303,7 @@ def test_digest_sees_a_single_weight() -> None:
 
 
 def test_fingerprint_is_of_the_weights_not_of_the_files(tmp_path: Path) -> None:
-    """Splitting the weights into several files keeps the fingerprint; changing one value does
-    not."""
+    """Splitting the weights into files keeps the fingerprint; changing one value changes it."""
     source = resolve_model(BaseModelSpec(id=str(model_folder())))
     tensors = load_tensors((model_folder() / "model.safetensors").read_bytes())
     names = sorted(tensors)

@@ -34,8 +34,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True)
 def clean(tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Run each test in an empty folder; check that it leaves no search, run, experiment or
-    model."""
+    """Run each test in an empty folder; no search, run, experiment or model may be left."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     monkeypatch.setenv("COLUMNS", "200")
@@ -195,8 +194,7 @@ def test_a_hub_data_set_without_network(command: Command, tmp_path: Path) -> Non
 def test_a_registry_that_does_not_answer(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dead_port: int
 ) -> None:
-    """The error names the address and how to start a server; --json gives the same as a
-    document."""
+    """The error names the address and how to start a server; so does the --json document."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{dead_port}")
     job = write_job(tmp_path)
     refused(command("run", job, "-q"), 3, f"127.0.0.1:{dead_port}", "mlflow server")

@@ -78,8 +78,7 @@ def test_a_baselines_job_is_loaded_saved_and_loaded_again(
 
 
 def test_what_is_left_out_has_the_methods_default() -> None:
-    """Defaults exist for LoRA's rank and alpha, adapters' bottleneck and a design's
-    demonstrations."""
+    """LoRA has a default rank and alpha, an adapter a bottleneck, a design no demonstrations."""
     expected = {
         "qlora": {"rank": [8], "alpha": [16], "learning_rate": [0.001, 0.01], "seed": [0]},
         "prompt_design": {"shots": [0], "demonstrations": ["random"], "seed": [0]},

@@ -198,8 +198,7 @@ def test_without_an_accelerator_its_benchmark_says_why_it_is_skipped(
 
 
 def test_both_ways_to_score_answers_agree(backbone: CausalBackbone) -> None:
-    """Running the input once for all answers or once per answer gives the same
-    log-probabilities."""
+    """Running the input once for all answers or once per answer gives equal log-probabilities."""
     setting = evaluation.Setting(rows=4, device=CPU)
     split, encoder = evaluation.task(setting, backbone, answers=3, tokens=2)
     assert [len(ids) for ids in encoder.scored_answers] == [2, 2, 2]
@@ -221,8 +220,7 @@ def test_a_part_within_a_part_counts_once() -> None:
 
 
 def test_the_parts_of_a_step_are_all_seen() -> None:
-    """Model, optimiser, data and evaluation are each timed; their sum is at most the steps'
-    time."""
+    """Model, optimiser, data and evaluation are all timed; their sum fits into the steps' time."""
     line = overhead.lines(overhead.Setting(sizes=("toy",), trials=2, batch=2, device=CPU))[0]
     spent = line.kept["seconds"]
     assert min(spent[part] for part in ("steps", "model", "optimiser", "data", "evaluation")) > 0

@@ -171,8 +171,7 @@ def test_decoding_needs_a_token_and_a_beam(max_tokens: int, num_beams: int) -> N
 
 
 class Table:
-    """A decoding state of logits [L, V, V] by step and last token: the smallest that can be
-    decoded."""
+    """Logits [L, V, V] by step and last token: the smallest state that can be decoded."""
 
     def __init__(self, table: Tensor, rows: list[tuple[int, ...]]) -> None:
         self.table, self.rows = table, rows
@@ -191,8 +190,7 @@ class Table:
 
 
 def best_of_all(table: Tensor, end_id: int, max_tokens: int) -> float:
-    """Return the best mean log-probability of any continuation that ends or has max_tokens
-    tokens."""
+    """Return the best mean log-probability of all continuations up to max_tokens tokens."""
     found = []
     for length in range(1, max_tokens + 1):
         for row in itertools.product(range(table.shape[1]), repeat=length):

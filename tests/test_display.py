@@ -53,8 +53,7 @@ def test_the_models_table() -> None:
 
 
 def test_what_a_registry_holds_cannot_move_the_cursor() -> None:
-    """Names, aliases, tags and texts from the store are escaped, because writers are not
-    trusted."""
+    """Names, aliases, tags and texts from the store are escaped: writers are not trusted."""
     config = {"init": {"text": ESCAPE}, "num_virtual_tokens": 5, "learning_rate": 0.1, "seed": 0}
     lines = [
         *pages.models_table([model(name=ESCAPE, champion_metrics={"test": {ESCAPE: 1.0}})]),

@@ -34,8 +34,7 @@ from orchestrator.workbench.inspect import nearest_tokens
 
 @pytest.fixture(scope="module")
 def several(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Registry:
-    """A copy of the search's store with its version and two more, whose prompts have noise
-    added."""
+    """A copy of the search's store with its version and two more, whose prompts have noise."""
     store = tmp_path_factory.mktemp("several") / "mlflow.db"
     shutil.copyfile(finished.folder / "mlflow.db", store)
     registry = Registry(f"sqlite:///{store}", cache_dir=store.parent / "cache")

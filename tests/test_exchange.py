@@ -97,8 +97,7 @@ def classified(store: Store, artifact: Path) -> list[dict[str, Any]]:
 
 
 def test_export(store: Store, command: Command, tmp_path: Path) -> None:
-    """The folder is where it was requested, PEFT runs it on the same base model, and a next step is
-    shown."""
+    """PEFT runs the exported folder on the same base model; the next step is named."""
     said = command("export", "prompt", tmp_path / "adapter", "--json")
     assert said.code == 0 and said.document == {
         "name": "prompt", "version": 1, "folder": str(tmp_path / "adapter"),
@@ -254,8 +253,7 @@ def edit(folder: Path, **changes: Any) -> None:
 
 
 def test_what_import_refuses(store: Store, command: Command, tmp_path: Path) -> None:
-    """Wrong base models, folders, prefix shapes, names and jobs exit with 2; nothing is
-    registered."""
+    """Wrong models, folders, prefix shapes, names and jobs exit with 2, nothing registered."""
     before = store.names
     folder = peft_made("projected", tmp_path / "adapter")
     asked = ("import", folder, "--name", "refused", "--job", store.job)

@@ -19,8 +19,7 @@ ONLY_IN = {
 
 
 def imported(file: Path) -> Iterator[str]:
-    """Return every module imported by the file, at any depth, including ``from ray import
-    tune``."""
+    """Return all modules imported by the file at any depth, also ``from ray import tune``."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
