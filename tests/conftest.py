@@ -88,8 +88,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Finished:
-    """A finished search of eight ASHA trials on a tiny random model, with its registered
-    version."""
+    """A finished search of eight ASHA trials on a tiny random model, with a registered version."""
     folder = tmp_path_factory.mktemp("finished")
     job_file = write_job(folder)
     with pytest.MonkeyPatch.context() as patch:

@@ -147,9 +147,8 @@ def spaced_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.train_from_iterator(
         CORPUS, trainers.BpeTrainer(vocab_size=360, special_tokens=special, show_progress=False)
     )
-    document = json.loads(
-        tokenizer.to_str()
-    )  # bytes are ordinary tokens: trained as special ones only to be there
+    # Bytes are ordinary tokens; they were trained as special ones only to be in the vocabulary.
+    document = json.loads(tokenizer.to_str())
     document["added_tokens"] = document["added_tokens"][:3]
     tokenizer = Tokenizer.from_str(json.dumps(document))
     tokenizer.post_processor = processors.TemplateProcessing(

@@ -158,9 +158,8 @@ def test_what_keeps_a_model_off_the_prompt_once_path() -> None:
         small_config("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1)
     )
     window = {"use_sliding_window": True, "sliding_window": 8}
-    assert runs_prompt_once(
-        small_config("qwen2", **window, max_window_layers=2)
-    )  # from layer 2 on, and there are two
+    # Windows only from layer 2 on, and the model has two layers.
+    assert runs_prompt_once(small_config("qwen2", **window, max_window_layers=2))
     assert not runs_prompt_once(small_config("mistral", sliding_window=4096))
     assert not runs_prompt_once(small_config("falcon", alibi=True))
     assert not runs_prompt_once(small_config("bloom"))

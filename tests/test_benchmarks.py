@@ -49,9 +49,8 @@ def peft_like(prompt: nn.Module, tuned: Any, case: step.Case) -> None:
     with torch.no_grad():
         if case.method == "prompt_tuning":
             encoder.embedding.weight.copy_(ours["prompt"])
-        elif (
-            case.method == "prefix_tuning"
-        ):  # [L, 2, kv heads, P, width] to PEFT's [P, L x 2 x kv heads x width]
+        elif case.method == "prefix_tuning":
+            # From [L, 2, kv heads, P, width] to PEFT's [P, L x 2 x kv heads x width].
             encoder.embedding.weight.copy_(
                 ours["sites.decoder.keys_values"].permute(3, 0, 1, 2, 4).flatten(1)
             )

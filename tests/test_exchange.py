@@ -270,9 +270,8 @@ def test_what_import_refuses(store: Store, command: Command, tmp_path: Path) -> 
         and "--renamed-base-model" in other.err
     )
     width = json.loads((folder / CONFIG).read_text())["token_dim"]
-    edit(
-        folder, token_dim=width * 2, num_layers=1
-    )  # the same number of values, laid out for another model
+    # The same number of values, laid out for another model.
+    edit(folder, token_dim=width * 2, num_layers=1)
     shape = command(*asked, "--renamed-base-model")
     assert shape.code == 2 and "does not fit this model" in shape.err
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:300])

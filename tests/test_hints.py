@@ -20,9 +20,8 @@ VERSION = [FILLED_IN]  # `orchestrator 0.1.0` is not a command
 ADDS_OPTIONS = {"_option", "repeated"}  # these functions return options, or nothing
 COMMAND = re.compile(r"(?<![\w./-])orchestrator +([a-z][\w-]*|1\b)([^`,;()\n]*)")
 ENDS = re.compile(r" {3,}| && | \| |[.:] |[.:'\"]$")
-VERB_ALONE = re.compile(
-    r"`+(orchestrator [\w-]+)`+|the same (orchestrator [\w-]+)"
-)  # mentions a verb
+# A text that only mentions a verb.
+VERB_ALONE = re.compile(r"`+(orchestrator [\w-]+)`+|the same (orchestrator [\w-]+)")
 
 
 def strings(file: Path) -> Iterator[tuple[int, str]]:

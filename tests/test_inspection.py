@@ -128,8 +128,10 @@ SPECS = {
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("init", SPECS)
 def test_an_untrained_prompt_has_not_drifted(method: str, init: str) -> None:
-    """The initial prompt is rebuilt from configuration, network and seed for all inits and
-    methods."""
+    """The initial prompt is rebuilt exactly, for every init and method.
+
+    It is computed from the configuration, the network and the seed.
+    """
     found = inspected(artifact_of(method, SPECS[init]))
     drifts = [part.drift for part in (*found.tokens, *found.layers)]
     assert found.no_drift == ""
@@ -171,8 +173,7 @@ LOST: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", LOST)
 def test_a_start_that_nobody_knows(case: str) -> None:
-    """If the initial prompt is unknown, there are neighbours but no drift, and a reason is
-    given."""
+    """With an unknown initial prompt there are neighbours but no drift, and a reason is given."""
     changes, reason = LOST[case]
     found = inspected(artifact_of("prompt_tuning", SPECS["text"], **changes))
     assert reason in found.no_drift

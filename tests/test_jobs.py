@@ -38,7 +38,7 @@ TINY = (
 SHORT = (
     "data.max_input_tokens=60",
     "search.space.num_virtual_tokens=4",
-)  # what fits into a tiny model
+)  # lengths that fit into a tiny model
 PROMPTS = ("prompt_tuning", "prefix_tuning", "p_tuning")
 STAND_INS = {
     "google/t5-base-lm-adapt": "t5", "facebook/bart-large": "bart",
@@ -207,9 +207,8 @@ def stand_ins(written: dict[str, Any], folder: Path, models: bool = False) -> li
 def rows_for(data: dict[str, Any], folder: Path) -> Path:
     """Generate rows with all columns that the job names."""
     choose = random.Random(0)
-    labels = list(
-        {text: label for label, text in data.get("verbalizer", {}).items()}.values()
-    )  # one per text
+    # One label per text.
+    labels = list({text: label for label, text in data.get("verbalizer", {}).items()}.values())
     renamed = {new: old for old, new in data.get("rename", {}).items()}
     rows = []
     for _ in range(60):

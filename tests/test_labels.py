@@ -76,7 +76,7 @@ def test_lists_objects_and_bytes_are_no_labels(cell: Any) -> None:
 
 
 def test_contradictions_have_both_spellings() -> None:
-    """Keys of equal meaning but different values are reported, with the first spelling."""
+    """Keys of equal meaning but different values are reported with both spellings."""
     found = list(
         contradictions({1: " a", "1": " b", "true": " c", "x": " d", 2: " e", "2.0": " e"})
     )

@@ -38,7 +38,7 @@ def columns(block: nn.Module) -> Iterator[list[int]]:
 def test_the_last_block_runs_for_the_columns_that_are_read(family: str) -> None:
     """The last block runs for one prompt column and the rows' predicting columns.
 
-    Of a prompt only the keys and values are read.
+    Of the prompt it needs only the keys and values.
     """
     backbone = tiny_backbone(family)
     first, last = blocks_of(backbone.model)
@@ -51,7 +51,7 @@ def test_the_last_block_runs_for_the_columns_that_are_read(family: str) -> None:
 
 
 def test_what_is_kept_goes_on() -> None:
-    """Rows whose prefill was cut short continue as if they had been fed whole."""
+    """Rows whose last block skipped unread columns continue as if they had been fed whole."""
     backbone = tiny_backbone("llama", torch.float64)
     with torch.inference_mode():
         prepared = backbone.prepare(random_prompts(backbone, [5, 2]))
@@ -67,9 +67,8 @@ def test_what_is_kept_goes_on() -> None:
 def test_forwards_of_several_threads_stay_apart() -> None:
     """Threads do not interfere: one reads a column, one many, one runs a plain forward."""
     backbone = tiny_backbone("llama", torch.float64)
-    rows = random_ids(
-        [12, 9, 12]
-    )  # of one length they would need no mask, and the last block would run whole
+    # Rows of one length would need no mask, and then the last block runs whole.
+    rows = random_ids([12, 9, 12])
 
     def bare(row: int) -> Tensor:
         with torch.no_grad():

@@ -229,9 +229,8 @@ def assert_agreement(backbone: Backbone, pair: Pair) -> None:
     logits, targets = backbone.teacher_forced(
         backbone.prepare([ours()]), INPUTS, TARGETS, [0, 0, 0]
     )
-    mean = nn.functional.cross_entropy(
-        logits.flatten(0, 1), targets.flatten()
-    )  # over the rows' target tokens
+    # The mean is over the rows' target tokens.
+    mean = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
     mean.backward()
     assert mean.item() == pytest.approx(total, rel=TOLERANCE)
     for name, parameter in ours.named_parameters():

@@ -92,9 +92,8 @@ def bare(family: str) -> nn.Module:
     model = copy.deepcopy(tiny_model(family)).eval()
     model.set_attn_implementation("sdpa")
     if family in ("gpt2", "opt"):
-        del (
-            model.config.num_key_value_heads
-        )  # every tiny configuration names it; these families do not have it
+        # Every tiny configuration sets it, but these families do not have it.
+        del model.config.num_key_value_heads
     return model
 
 

@@ -186,9 +186,8 @@ def test_the_time_left_comes_from_the_pace_since_the_first_report(
         progress.trial_reported("t000", report("t000", 8))
         assert progress._eta() == "about 1 min 40 s left"  # 40 steps of 48 to come, 4 in 10 s
         progress.trial_ended("t000", "stopped", "by the scheduler")
-        assert (
-            progress._eta() == "about 40 s left"
-        )  # the two others are expected to stop after 8 steps as well
+        # The two others are expected to stop after 8 steps as well.
+        assert progress._eta() == "about 40 s left"
 
 
 @pytest.mark.parametrize(

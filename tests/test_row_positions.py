@@ -91,8 +91,7 @@ def test_the_rows_lie_on_both_sides_of_the_switch() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_row_is_as_if_alone(family: str) -> None:
-    """Packed rows of several prompts, on both sides of the switch, have the logits of each
-    alone."""
+    """Packed rows of several prompts have each row's own logits on both sides of the switch."""
     backbone, reference = made(family)
     prompts = random_prompts(backbone, PROMPTS)
     with torch.no_grad():

@@ -192,9 +192,8 @@ def test_the_chosen_answer_is_read_where_the_target_begins() -> None:
     """The answer is read behind a one-column prompt, in rows padded on the right."""
     labels = torch.tensor([[IGNORED, 7, 0, IGNORED], [IGNORED, IGNORED, 8, 0]])
     logits = torch.zeros(2, 5, 9)
-    logits[0, 1, 7] = logits[1, 2, 8] = (
-        1.0  # one column of prompt: the target's first token is predicted there
-    )
+    # With one column of prompt, the target's first token is predicted in these places.
+    logits[0, 1, 7] = logits[1, 2, 8] = 1.0
     assert chosen(logits, labels, (8, 7)).tolist() == [1, 0]
 
 
@@ -367,7 +366,7 @@ def test_parts_of_ours_can_be_taken_away_and_nodes_added(tmp_path: Path) -> None
 def test_methods_are_compared_at_toy_size(ray_cluster: None, tmp_path: Path) -> None:
     """Each method searches with the same steps and seeds.
 
-    There are lines for both, lines for baselines without training, and a page.
+    There is a line for each method and for the baselines without training, and a page.
     """
     found = methods.lines(methods.SETTINGS["small"], "random ", tmp_path)
     names = [line.name.removeprefix("random, ") for line in found]

@@ -285,7 +285,10 @@ PBT = {"scheduler": "pbt", "space": {"learning_rate": [0.1, 0.2]}}
 def test_a_population_that_could_not_change_is_refused(
     sections: dict[str, Any], where: list[str]
 ) -> None:
-    """A population needs several trials at once, several learning rates and early evaluations."""
+    """A population needs several trials at once, several learning rates, and early comparisons.
+
+    There must be an evaluation before the end at which trials are compared.
+    """
     assert conflicts(sections) == where
 
 
@@ -316,7 +319,11 @@ def test_a_population_is_compared_at_evaluations() -> None:
     ],
 )
 def test_groups_that_could_not_work_are_refused(sections: dict[str, Any], where: list[str]) -> None:
-    """Single workers, groups on one GPU and weights that can't be split are refused."""
+    """Groups that can't share their weights or GPUs are refused.
+
+    The cases are sharding with a single worker, several workers of a group on one GPU, several GPUs
+    for one worker, and weights that can't be split.
+    """
     assert conflicts(sections) == where
 
 
@@ -429,8 +436,7 @@ def test_the_schema_is_valid_and_titled() -> None:
 
 
 def test_the_schema_describes_every_key_and_closes_every_section() -> None:
-    """Keys have descriptions, optional keys have defaults, and unknown keys fail in each
-    section."""
+    """Keys have descriptions, optional keys have defaults, and unknown keys fail everywhere."""
     schema = job_schema()
     for section in [schema, *schema["$defs"].values()]:
         assert section["additionalProperties"] is False
