@@ -1,4 +1,4 @@
-"""Pages in a real browser without a window: their text once their scripts have run, and a screenshot."""
+"""Open pages in a headless browser; return their text after scripts ran and a screenshot."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ BROWSER = next(
 )
 SCREENSHOTS = Path(__file__).parents[1] / "build" / "screenshots"
 FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-dev-shm-usage", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1500,900",
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-dev-shm-usage",
+    "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--window-size=1500,900",
     "--timeout=40000", "--virtual-time-budget=30000",  # the pages fetch most of what they show
 ]  # fmt: skip
 LIMIT_S = 90.0  # only a hang takes this long
@@ -38,7 +40,7 @@ needs_browser = pytest.mark.skipif(
 
 @contextmanager
 def mlflow_pages(tracking_uri: str) -> Iterator[str]:
-    """Address of ``orchestrator ui`` on a store, a process of its own."""
+    """Serve a store with ``orchestrator ui`` in a process of its own; yield its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -61,7 +63,7 @@ def mlflow_pages(tracking_uri: str) -> Iterator[str]:
 
 
 def _answers(url: str, process: subprocess.Popen[bytes]) -> bool:
-    """Whether the server is up in time."""
+    """Return whether the server answers before the time limit."""
     deadline = time.monotonic() + LIMIT_S
     while time.monotonic() < deadline and process.poll() is None:
         try:
@@ -73,8 +75,11 @@ def _answers(url: str, process: subprocess.Popen[bytes]) -> bool:
 
 
 def text_of(address: str, picture: str, profile: Path, wanted: Sequence[str] = ()) -> str:
-    """The text of a page once its scripts have run; a screenshot of it is kept in build/screenshots. On a busy machine
-    the browser's own limit may end before the page has fetched what is ``wanted``: it is then opened again."""
+    """Return a page's text after its scripts ran; save a screenshot in build/screenshots.
+
+    On a busy machine the browser's own time limit may end before the page has fetched the
+    ``wanted`` words. The page is then opened again, up to LOADS times.
+    """
     for _ in range(LOADS):
         text = read_page(address, picture, profile)[0]
         if all(word in text for word in wanted):
@@ -83,7 +88,7 @@ def text_of(address: str, picture: str, profile: Path, wanted: Sequence[str] = (
 
 
 def check_pages(shown: dict[str, tuple[str, list[str]]], profile: Path) -> None:
-    """Every page, by the name of its picture, has the words that are wanted of it."""
+    """Check that every page contains its expected words; ``shown`` is keyed by picture name."""
     for picture, (address, wanted) in shown.items():
         text = text_of(address, picture, profile, wanted)
         assert [it for it in wanted if it not in text] == [], picture
@@ -92,7 +97,7 @@ def check_pages(shown: dict[str, tuple[str, list[str]]], profile: Path) -> None:
 def read_page(
     address: str, picture: str, profile: Path, more: Sequence[str] = ()
 ) -> tuple[str, str]:
-    """Text and title."""
+    """Return the page's text and its title."""
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     file = SCREENSHOTS / f"{picture}.png"
     file.unlink(missing_ok=True)

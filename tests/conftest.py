@@ -1,4 +1,4 @@
-"""What tests of several folders share: one local Ray, the command line in process, and one finished search."""
+"""Fixtures shared across folders: a local Ray, the CLI in process, and one finished search."""
 # ruff: noqa: E402
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from orchestrator.cluster.session import ENVIRONMENT
 LOGICAL_CPUS = 4  # a search, its relays and a serving replica fit side by side
 
 
-# Of the tests on the session's Ray `make test` runs these files' alone, so that it ends well within half an hour.
+# `make test` runs only these files of all the tests on the session's Ray, so that it ends well
+# within half an hour.
 CORE = (
     "test_run.py",
     "test_search.py",
@@ -45,7 +46,7 @@ CORE = (
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what uses the session's Ray; all but the core of it is long."""
+    """Mark tests that use the session's Ray; those outside CORE also count as long."""
     for item in items:
         if "ray_cluster" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.ray)
@@ -87,7 +88,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Finished:
-    """Eight trials of a tiny random model on ASHA, from a job file to a registered version."""
+    """A finished search of eight ASHA trials on a tiny random model, with a registered version."""
     folder = tmp_path_factory.mktemp("finished")
     job_file = write_job(folder)
     with pytest.MonkeyPatch.context() as patch:

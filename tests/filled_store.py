@@ -1,4 +1,4 @@
-"""A registry of many models, written straight into the tables: by the registry itself it would take hours."""
+"""Fill a registry with many models by writing its tables; MLflow's API would take hours."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 
 def fill(uri: str, models: int, versions: int) -> None:
-    """So many registered models of so many versions each, with the tags that a search leaves."""
+    """Insert ``models`` registered models of ``versions`` versions each, tagged as by a search."""
     engine = sa.create_engine(uri)
     tables = sa.MetaData()
     tables.reflect(engine)

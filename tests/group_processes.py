@@ -36,12 +36,13 @@ TRIALS = {
 }
 CPU = torch.device("cpu")
 PLAIN = Method()
-# Updates in proportion to gradients: adamw's first ones are signs, and the sign of a rounded zero is anything.
+# SGD's updates are proportional to the gradients. AdamW's first updates are the signs of the
+# gradients, and the sign of a rounded zero is arbitrary.
 SGD = TrainSpec(steps=4, batch_size=5, evaluate_every=2, optimizer="sgd", momentum=0.5)
 
 
 class Processes:
-    """``size`` processes of one process group; call with a function and its arguments to run it in each."""
+    """A process group of ``size`` processes; calling it runs a function in each of them."""
 
     def __init__(self, size: int) -> None:
         context = multiprocessing.get_context("forkserver")
@@ -59,7 +60,10 @@ class Processes:
             self._processes.append(process)
 
     def __call__(self, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What it returns in each, by rank. Raises AssertionError for an error in one of them, or none's answer."""
+        """Return the function's results by rank.
+
+        Raises AssertionError if a process raises an error or does not answer within LIMIT_S.
+        """
         for pipe in self._pipes:
             pipe.send((work, arguments))
         for rank, pipe in enumerate(self._pipes):
@@ -93,7 +97,7 @@ def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """What a group trains: TRIALS with a method on a tiny model."""
+    """The training job of a group: TRIALS with one method on a tiny model."""
 
     family: str = "llama"
     method: Method = PLAIN
@@ -130,7 +134,7 @@ class Case:
         return Task(encoder, splits, method=self.method, decoding=decoding)
 
     def backbone(self) -> Backbone:
-        """A model of its own: sharding changes it."""
+        """Return a new model for each call, because sharding changes it."""
         model = tiny_model.__wrapped__(self.family)
         info = BaseModelInfo("tiny", "main", self.family, 32, len(tiny_tokenizer()), 160, "0", "0")
         return make_backbone(model, tokenizer_of(self.family), info)
@@ -148,7 +152,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Ended:
-    """Every report of each trial, the metrics without a prompt, and whether the weights are what they were."""
+    """Reports of each trial, metrics without a prompt, and whether the weights stayed the same."""
 
     reports: dict[str, list[Report]]
     bare: dict[str, float]
@@ -156,7 +160,7 @@ class Ended:
 
 
 def ended(case: Case, change: Callable[[Engine], None] | None = None) -> Ended:
-    """Train the case's trials to their end; ``change`` is made to the engine first."""
+    """Train the case's trials to their end; apply ``change`` to the engine first."""
     engine = case.engine()
     digest = engine.backbone.digest()
     if change is not None:
@@ -172,8 +176,11 @@ def ended(case: Case, change: Callable[[Engine], None] | None = None) -> Ended:
 
 
 def cramped(engine: Engine, tokens: int, backward: bool) -> None:
-    """On the last worker, memory runs out beyond so many tokens of a forward: within its blocks, or in training within
-    the backward."""
+    """Make the last worker run out of memory in forwards of more than ``tokens`` tokens.
+
+    The error comes from within the last block's forward; with ``backward``, training gets it in the
+    backward pass instead.
+    """
     if engine.group.rank != engine.group.size - 1:
         return
     last = blocks_of(engine.backbone.model)[-1]
@@ -200,7 +207,7 @@ def roomless(engine: Engine) -> None:
 
 
 def notes_of(case: Case, change: Callable[[Engine], None]) -> dict[str, tuple[Any, str]]:
-    """How each trial ends, and what its report says of it."""
+    """Return how each trial ends and the note in its report."""
     engine = case.engine()
     for name, spec in TRIALS.items():
         engine.seat(name, spec)
@@ -210,7 +217,7 @@ def notes_of(case: Case, change: Callable[[Engine], None]) -> dict[str, tuple[An
 
 @dataclass(frozen=True)
 class Held:
-    """A worker's weights: how many bytes they are, and whether with the others' they are the ones loaded."""
+    """Size in bytes of a worker's weights; whether all workers' parts form the loaded model."""
 
     nbytes: int
     same: bool
@@ -245,7 +252,10 @@ def left_alone(case: Case) -> str:
 
 
 def most_whole(case: Case) -> int:
-    """How many blocks are whole at most when another is about to be put together, in a step and an evaluation."""
+    """Return how many blocks are whole, at most, just before another block is gathered.
+
+    The count covers one training step and one evaluation.
+    """
     backbone, counts = case.backbone(), [0]
     group = joined_group(CPU, in_step=True)
 

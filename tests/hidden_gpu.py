@@ -1,4 +1,4 @@
-"""A cluster whose Ray counts a GPU that torch can't use: a driver too old, a torch built without it."""
+"""A cluster whose Ray counts a GPU that torch can't use (old driver, or torch without CUDA)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Constant load on a server, and what came of it."""
+"""Constant load on a server, with a record of the answers and failures."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any, Self
 
 import httpx
 
-LIMIT_S = 120.0  # for what will never come
+LIMIT_S = 120.0  # only a failure takes this long
 
 
 class Load:
-    """Clients that post the same completion one after another; within the ``with`` they never stop."""
+    """Clients that post the same completion again and again until the ``with`` block ends."""
 
     def __init__(
         self, url: str, key: str, body: dict[str, Any], clients: int = 3, pause: float = 0.01
@@ -51,7 +51,11 @@ class Load:
             thread.join()
 
     def until(self, condition: Callable[[Counter[str]], Any], newest: int | None = None) -> float:
-        """Seconds until the versions of the answers from now on, or of the newest so many of them, are so."""
+        """Return the seconds until ``condition`` holds for the versions of the coming answers.
+
+        ``condition`` gets a count of answers by version. With ``newest`` only the newest so many
+        answers count.
+        """
         start, first = time.monotonic(), len(self.answers)
         while time.monotonic() < start + LIMIT_S:
             seen = self.answers[first:][-newest:] if newest else self.answers[first:]

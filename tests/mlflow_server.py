@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 class Server:
-    """An ``mlflow server`` process that a test may stop and start again on the same store and port."""
+    """An ``mlflow server`` process that can be stopped and restarted on the same store and port."""
 
     def __init__(self, folder: Path, database: str = "") -> None:
         self.folder = folder

@@ -14,7 +14,7 @@ KEYS = {
 
 
 def why_no_object_store() -> str:
-    """Why there can be none here, or nothing."""
+    """Return why there can be no object store here, or ""."""
     lacking = [name for name in ("moto", "boto3") if importlib.util.find_spec(name) is None]
     return (
         f"needs {' and '.join(lacking)}: pip install 'prompt-orchestrator[dev]'" if lacking else ""
@@ -23,7 +23,7 @@ def why_no_object_store() -> str:
 
 @contextmanager
 def object_store(bucket: str) -> Iterator[dict[str, str]]:
-    """A store with one empty bucket; the environment of a program that uses it."""
+    """Run a store with one empty bucket; yield the environment of a program that uses it."""
     import boto3
     from moto.server import ThreadedMotoServer
 

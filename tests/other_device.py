@@ -1,9 +1,11 @@
-"""A device other than the CPU, on any machine.
+"""A device other than the CPU, available on any machine.
 
-Its tensors keep their numbers in the host's memory, so that its results are the CPU's to the bit; but they do not mix
-with the host's tensors, as an accelerator's do not. What a test of it shows is that everything is where it has to be.
+Its tensors keep their numbers in the host's memory, so its results equal the CPU's bit for bit. As
+on an accelerator, they do not mix with the host's tensors: an operation on both is an error. Tests
+on this device show that every tensor is on the right device.
 
-It is one for the whole process, and changes what others see of torch: processes with TEST_DEVICE=away have it.
+Importing this module changes torch for the whole process, so only processes with TEST_DEVICE=away
+import it.
 """
 
 from __future__ import annotations
@@ -32,14 +34,15 @@ INDEXED = {
 
 
 class Away(Tensor):
-    """A tensor there; ``kept`` has its numbers."""
+    """A tensor on the device; ``kept`` is the host tensor with its numbers."""
 
     kept: Tensor
 
     @staticmethod
     def __new__(cls, kept: Tensor) -> Away:
         made: Away = Tensor._make_wrapper_subclass(
-            cls, kept.shape, strides=kept.stride(), storage_offset=kept.storage_offset(), dtype=kept.dtype, device=AWAY
+            cls, kept.shape, strides=kept.stride(), storage_offset=kept.storage_offset(),
+            dtype=kept.dtype, device=AWAY
         )  # fmt: skip
         made.kept = kept
         return made
@@ -53,7 +56,7 @@ class Away(Tensor):
     def __tensor_flatten__(self) -> tuple[list[str], None]:
         return ["kept"], None
 
-    def tolist(self) -> Any:  # torch has it for its own kinds of tensors only
+    def tolist(self) -> Any:  # torch implements it for its own tensor types only
         return self.detach().cpu().tolist()
 
     def __repr__(self, **options: Any) -> str:
@@ -61,7 +64,10 @@ class Away(Tensor):
 
 
 def computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The operation on the host's copies. RuntimeError, as on an accelerator, for tensors of both."""
+    """Run the operation on the host's copies.
+
+    Raises RuntimeError for tensors of both devices, as an accelerator does.
+    """
     if func is aten._fused_sdp_choice.default:
         return 0  # plain operations
     there = {id(it.kept): it for it in tree_leaves((args, kwargs)) if isinstance(it, Away)}
@@ -77,7 +83,7 @@ def computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def moved_or_new(value: Any, there: dict[int, Away]) -> Any:
-    """What an operation changed in place stays the same tensor."""
+    """Return the same tensor for one changed in place, and a new one otherwise."""
     if not isinstance(value, Tensor):
         return value
     known = there.get(id(value))
@@ -85,13 +91,14 @@ def moved_or_new(value: Any, there: dict[int, Away]) -> Any:
 
 
 def check_together(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Numbers without a dimension may be anywhere."""
+    """Refuse operands of two devices; zero-dimensional tensors may be on either."""
     if func in MOVES or (func in INDEXED and isinstance(args[0], Away)):
         return
     for it in tree_leaves((args, kwargs)):
         if isinstance(it, Tensor) and not isinstance(it, Away) and it.dim():
             raise RuntimeError(
-                f"{func} takes tensors of one device, and found away:0 and cpu of shape {tuple(it.shape)}"
+                f"{func} takes tensors of one device, and found away:0 and cpu of shape "
+                f"{tuple(it.shape)}"
             )
 
 
@@ -101,7 +108,7 @@ def on_host(value: Any) -> Any:
     return torch.device("cpu") if isinstance(value, torch.device) else value
 
 
-# An LSTM's step, which the CPU does in single operations and every other device at once
+# An LSTM's step: one fused operation on accelerators, single operations on the CPU
 
 
 def lstm_cell(
@@ -146,7 +153,7 @@ LSTM: dict[Any, Callable[..., Any]] = {
 }
 
 
-# What makes tensors there without any that are there
+# Operations that create tensors on the device
 
 library = torch.library.Library("aten", "IMPL", "PrivateUse1")
 
@@ -171,7 +178,7 @@ for name, kernel in kernels.items():
     library.impl(name, kernel)
 
 
-# Tensors of a kind of our own can't be inference tensors: without gradients is enough here.
+# A tensor subclass can't be an inference tensor, so inference mode only turns gradients off.
 
 
 def enter(mode: Any) -> None:

@@ -1,4 +1,4 @@
-"""A real PostgreSQL for the tests: a cluster in a folder of its own on a free loopback port, gone afterwards."""
+"""A real PostgreSQL for the tests: a temporary cluster on a free loopback port."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 DEBIAN = "/usr/lib/postgresql"
-# A crash may cost the test's rows: nothing is waited for on disk.
+# Losing rows in a crash is fine here, so nothing waits for the disk.
 SETTINGS = ["fsync=off", "synchronous_commit=off", "full_page_writes=off", "max_connections=300"]
 
 
@@ -27,7 +27,7 @@ class Cluster:
     programs: Path
 
     def database(self, name: str) -> str:
-        """A new, empty database's address."""
+        """Create an empty database and return its address."""
         program = [
             self.programs / "createdb",
             "-h",
@@ -43,7 +43,7 @@ class Cluster:
 
 
 def programs() -> Path | None:
-    """Where initdb and postgres are; Debian keeps them off the PATH."""
+    """Return the folder of initdb and postgres; Debian keeps it off the PATH."""
     found = sorted(
         Path(DEBIAN).glob("*/bin/initdb"), key=lambda file: int(file.parts[-3].partition(".")[0])
     )
@@ -52,7 +52,7 @@ def programs() -> Path | None:
 
 
 def why_no_postgres() -> str:
-    """Why there is none here, or nothing."""
+    """Return why PostgreSQL is not available here, or ""."""
     if programs() is None:
         return "no PostgreSQL here; on Debian: apt-get install postgresql"
     if find_spec("psycopg") is None:
@@ -71,7 +71,10 @@ def _unprivileged() -> str:
 
 @contextmanager
 def running_cluster() -> Iterator[Cluster]:
-    """A cluster that accepts connections of everybody on this machine as user tests, until the block ends."""
+    """Run a cluster until the block ends.
+
+    It accepts connections from everybody on this machine as user ``tests``.
+    """
     found = programs()
     assert found is not None
     folder = Path(tempfile.mkdtemp(prefix="postgres-"))

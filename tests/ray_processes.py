@@ -1,4 +1,7 @@
-"""A Ray cluster as people start one: ``ray start`` for a head and a worker, with a token, each in its own network."""
+"""A Ray cluster started with ``ray start``: a head and a worker, each in its own network.
+
+The cluster requires a token.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +22,20 @@ import psutil
 HEAD, WORKER = "10.187.0.1", "10.187.0.2"
 LIMIT_S = 120.0  # only what hangs takes this long
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+# Variables of this process's environment that must not leak into the cluster.
 OURS = (
     "RAY_",
     "MLFLOW_",
     "ORCHESTRATOR_",
     "PYTHONPATH",
-)  # of this process's environment, nothing that would leak in
+)
 
 
 class Network:
-    """Two network namespaces with a wire between them, held by a process each that also has mounts of its own; without
-    the right to make them, the loopback of this machine."""
+    """Two connected network namespaces, each held by a process that also has its own mounts.
+
+    Where this process may not create namespaces, both nodes use this machine's loopback.
+    """
 
     def __init__(self) -> None:
         self.holders: list[subprocess.Popen[bytes]] = []
@@ -65,7 +71,7 @@ class Network:
         return True
 
     def inside(self, node: int, command: list[str]) -> list[str]:
-        """The command as a process of a node's network: 0 is the head's, 1 the worker's."""
+        """Return the command to run in a node's network: 0 is the head's, 1 the worker's."""
         if not self.holders:
             return command
         spaces = f"/proc/{self.holders[node].pid}/ns"
@@ -75,7 +81,7 @@ class Network:
         return (HEAD, WORKER)[node] if self.apart else "127.0.0.1"
 
     def inhabitants(self) -> list[psutil.Process]:
-        """Processes that live in the nodes' networks, but for the holders."""
+        """Return the processes in the nodes' networks, without the holders."""
         ours = {os.readlink(f"/proc/{holder.pid}/ns/net") for holder in self.holders}
         holders = {holder.pid for holder in self.holders}
         found = []
@@ -96,21 +102,27 @@ class Network:
 
 
 class RayProcesses:
-    """A head whose dashboard listens on its loopback, and a worker; both started with ``ray start --block``."""
+    """A head and a worker, both started with ``ray start --block``.
+
+    The head's dashboard listens on the head's loopback.
+    """
 
     def __init__(self, cpus: int = 1, redis: bool = False) -> None:
-        """With ``redis`` the head keeps what it knows in one, in its own network, that outlives it."""
+        """Prepare folders, ports and network; with ``redis``, the head's state is kept in Redis.
+
+        The Redis server runs in the head's network and survives the head.
+        """
         self.network = Network()
         self.cpus = cpus
-        self.folder = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))  # short: sockets lie in it
+        self.folder = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))  # short, for socket paths
         self.token = self.folder / "token"
         self.token.write_text(secrets.token_hex(32), encoding="utf-8")
         self.port, self.dashboard, self.client, self.redis_port, *self.agents = free_ports(8)
         self.redis = self._start_redis() if redis else None
         (self.folder / "t").mkdir()
-        if (
-            self.network.apart
-        ):  # a node knows itself by a file in there, so the worker needs another disk at that place
+        if self.network.apart:
+            # A node identifies itself by a file in this folder, so the worker mounts its own disk
+            # at the same path.
             disk = ["mount", "-t", "tmpfs", "tmpfs", str(self.folder / "t")]
             subprocess.run(self.network.inside(1, disk), check=True)
         self.url = f"http://127.0.0.1:{self.dashboard}"
@@ -166,7 +178,8 @@ class RayProcesses:
                 self.folder / "t",
             ]
             role += ["--dashboard-host", "127.0.0.1", "--ray-client-server-port", self.client]
-            # Nodes here see one another's processes, and so a head that comes back would take its worker for itself.
+            # Nodes on this machine see one another's processes, so a restarted head would mistake
+            # its worker for itself.
             (self.folder / "t" / "ray_current_cluster").unlink(missing_ok=True)
             if self.redis:
                 kept = {"RAY_REDIS_ADDRESS": f"127.0.0.1:{self.redis_port}"}
@@ -187,12 +200,16 @@ class RayProcesses:
         with (self.folder / f"node{node}.log").open("ab") as log:
             self.nodes[node] = subprocess.Popen(
                 self.network.inside(node, [str(part) for part in command]),
-                env=self.environment | kept, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
+                env=self.environment | kept, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                start_new_session=True,
             )  # fmt: skip
 
     def await_nodes(self, count: int) -> None:
-        """Until the dashboard lists so many nodes that live."""
-        ask = "from ray.util.state import list_nodes; print(sum(it.state == 'ALIVE' for it in list_nodes()))"
+        """Wait until the dashboard lists ``count`` live nodes."""
+        ask = (
+            "from ray.util.state import list_nodes; "
+            "print(sum(it.state == 'ALIVE' for it in list_nodes()))"
+        )
         deadline = time.monotonic() + LIMIT_S
         found = ""
         while time.monotonic() < deadline:
@@ -209,25 +226,26 @@ class RayProcesses:
     def run(
         self, command: list[str], check: bool = True, **variables: str
     ) -> subprocess.CompletedProcess[str]:
-        """A command on the head."""
+        """Run a command on the head."""
         return subprocess.run(
             self.network.inside(0, command),
-            env=self.environment | variables, text=True, capture_output=True, timeout=LIMIT_S, check=check,
+            env=self.environment | variables, text=True, capture_output=True, timeout=LIMIT_S,
+            check=check,
         )  # fmt: skip
 
     def kill_node(self, node: int) -> None:
-        """End a node as a power cut would, by the ids of its processes."""
+        """Kill a node's processes by their ids, as a power cut would."""
         shell = psutil.Process(self.nodes.pop(node).pid)
         end([shell, *shell.children(recursive=True)])
 
     def close(self) -> list[psutil.Process]:
-        """End both nodes; returns what still lives in their networks then, which is ended too."""
+        """End both nodes; kill and return the processes that are still left in their networks."""
         for node in list(self.nodes):
             self.kill_node(node)
         if self.redis:
             self.redis.kill()
             self.redis.wait()
-        deadline = time.monotonic() + 10  # whatever watches another process looks once a second
+        deadline = time.monotonic() + 10  # watchers of other processes poll once a second
         while (left := self.network.inhabitants()) and time.monotonic() < deadline:
             time.sleep(0.2)
         end(left)
@@ -238,7 +256,7 @@ class RayProcesses:
 
 @contextmanager
 def ray_processes(redis: bool = False) -> Iterator[RayProcesses]:
-    """A head and a worker that are up; nothing of them may be left in the end."""
+    """A running head and worker; no process of theirs may be left at the end."""
     made = RayProcesses(redis=redis)
     try:
         made.start()
@@ -256,7 +274,7 @@ def end(processes: list[psutil.Process]) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on here."""
+    """Return free ports of this machine."""
     probes = [socket.socket() for _ in range(count)]
     for probe in probes:
         probe.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""What lives in the session's Ray, and waiting for what takes Ray a moment."""
+"""Queries of the session's Ray, and waiting for Ray to catch up."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ from typing import Any
 import ray
 from ray._private.state import state
 
-# One a cluster, made by the first search and kept; what tidies up after a lost controller, which needs a dashboard.
+# Ray makes each of these actors once per cluster, at the first search, and keeps it. The cleaner
+# removes placement groups of a lost controller; it needs a dashboard.
 RAYS_OWN = ("_AutoscalingCoordinatorActor", "PlacementGroupCleaner")
-WAIT_S = 90.0  # a limit for what will never come; what does come takes a second or two
+WAIT_S = 90.0  # only reached by a failure: what happens at all takes a second or two
 
 
 def actors(named: str = "") -> dict[str, dict[str, Any]]:
-    """Actors that live, by id; only those of one class when it is named."""
+    """Return live actors by id, optionally only those of one class."""
     found = {key: info for key, info in state.actor_table(None).items() if info["State"] != "DEAD"}
     return {key: info for key, info in found.items() if named in ("", info["ActorClassName"])}
 
 
 def holders() -> set[str]:
-    """Ids of what holds something in Ray: actors and placement groups."""
+    """Return the ids of everything that holds resources in Ray: actors and placement groups."""
     groups = ray.util.placement_group_table().items()
     ours = {key for key, info in actors().items() if info["ActorClassName"] not in RAYS_OWN}
     return ours | {key for key, info in groups if info["state"] != "REMOVED"}
 
 
 def eventually(condition: Callable[[], Any]) -> Any:
-    """The condition's first true value; what it is at the end of a long wait otherwise."""
+    """Return the condition's first true value, or its last value after WAIT_S."""
     deadline = time.monotonic() + WAIT_S
     while not (value := condition()) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -30,7 +30,7 @@ def until_answered(port: int, process: subprocess.Popen[str]) -> None:
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Its exit code, and what it said."""
+    """Wait for the process to end; return its exit code and its output."""
     try:
         said = process.communicate(timeout=LIMIT_S)[1]
     finally:

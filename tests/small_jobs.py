@@ -1,4 +1,4 @@
-"""Small job specs on a tiny random model and rows made on the spot: a search of them takes seconds."""
+"""Small job specs on a tiny random model and generated rows; a search takes seconds."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SPLITS = {"train": (40, 1), "validation": (16, 2), "test": (16, 3)}
 
 
 def write_rows(folder: Path, sizes: Mapping[str, tuple[int, int]] = SPLITS) -> dict[str, str]:
-    """One JSON lines file a split; returns the value of data.path."""
+    """Write one JSON lines file per split; return the value of data.path."""
     files = {}
     for split, (count, seed) in sizes.items():
         file = folder / f"{split}.jsonl"
@@ -38,7 +38,7 @@ def write_rows(folder: Path, sizes: Mapping[str, tuple[int, int]] = SPLITS) -> d
 
 
 def job_document(folder: Path) -> dict[str, Any]:
-    """Eight trials on ASHA, as a YAML document; rows are written into the folder."""
+    """Return a job of eight ASHA trials as a YAML document; write its rows into the folder."""
     return {
         "name": "tiny",
         "base_model": {"id": str(model_folder())},
@@ -60,13 +60,13 @@ def job_document(folder: Path) -> dict[str, Any]:
             "metric": "loss",
         },
         "train": {"steps": 16, "batch_size": 4, "evaluate_every": 4},
-        # A worker of one core leaves room for the other tests' actors in the session's Ray.
+        # One core per worker leaves room for other tests' actors in the session's Ray.
         "resources": {"cpus_per_worker": 1},
     }
 
 
 def write_job(folder: Path, **changes: Any) -> Path:
-    """The job as a file; ``changes`` are values by dotted key, with __ for the dot."""
+    """Write the job to a file; keys of ``changes`` are dotted keys with __ for the dot."""
     document = job_document(folder)
     for key, value in changes.items():
         *sections, last = key.split("__")
@@ -84,7 +84,7 @@ def small_job(folder: Path, **changes: Any) -> JobSpec:
 
 
 def close(one: Any, other: Any) -> bool:
-    """Equal, numbers to tolerance, through lists and mappings."""
+    """Compare nested lists and mappings, with a tolerance for floats."""
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(close(one[key], other[key]) for key in one)
     if isinstance(one, list | tuple):
@@ -94,7 +94,7 @@ def close(one: Any, other: Any) -> bool:
 
 @dataclass(frozen=True)
 class Said:
-    """What a command gave back."""
+    """The exit code and output of a command."""
 
     code: int
     out: str
@@ -102,7 +102,7 @@ class Said:
 
     @property
     def document(self) -> Any:
-        """Standard output as the one JSON document that it has to be."""
+        """Standard output, which must be a single JSON document."""
         return json.loads(self.out)
 
 
@@ -111,7 +111,7 @@ Command = Callable[..., Said]
 
 @dataclass(frozen=True)
 class Finished:
-    """A search that has run: its document, what its progress said, and where it kept things."""
+    """A finished search: its document, its progress output, and its files."""
 
     folder: Path
     job_file: Path
@@ -156,7 +156,10 @@ def run_search(job_file: Path, on_report: Callable[[Report], None] | None = None
 
 
 def search_runs(uri: str) -> list[Run]:
-    """The runs of searches in an MLflow store, parents and children; not those that keep the aliases' history."""
+    """Return the parent and child runs of searches in an MLflow store.
+
+    Runs that keep the history of aliases are left out.
+    """
     client = mlflow.MlflowClient(uri)
     found = client.search_runs(
         [experiment.experiment_id for experiment in client.search_experiments()]

@@ -1,4 +1,4 @@
-"""Folders given for another kind of folder: the message says what they are, and what to name instead."""
+"""A folder given in place of another kind: the message says what it is and what to name."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def refused_as_model(folder: Path) -> BadInput:
 
 @pytest.mark.parametrize("kind", ["PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"])
 def test_a_prompt_given_as_base_model_names_its_own(kind: str, tmp_path: Path) -> None:
-    """And how to use it: to start from, or to register."""
+    """The error names the prompt's base model and how to start from the prompt or register it."""
     folder = adapter(tmp_path / "a", peft_type=kind, base_model_name_or_path="Qwen/Qwen2.5-0.5B")
     error = refused_as_model(folder)
     assert f"PEFT adapter ({kind}) of 'Qwen/Qwen2.5-0.5B'" in error.message
@@ -59,7 +59,11 @@ def test_an_adapter_that_says_nothing_is_still_one(text: str, tmp_path: Path) ->
 
 
 def test_a_folder_of_adapters_lists_them(tmp_path: Path) -> None:
-    """Given as base model it also names theirs; given as a prompt, in either place, it asks for one of them."""
+    """A folder of adapters is refused with a list of them.
+
+    Given as base model, the error also names the adapters' base model. Given as a prompt, both
+    readers ask for one of the adapters.
+    """
     for number in range(12):
         adapter(
             tmp_path / f"a{number:02}",
@@ -87,7 +91,7 @@ def test_a_trial_that_starts_from_a_folder_of_adapters_is_refused(tmp_path: Path
 
 
 def test_a_folder_of_models_lists_them(tmp_path: Path) -> None:
-    """Checkpoints of a training, for instance."""
+    """A folder of models, such as training checkpoints, is refused with a list of them."""
     for name in ("checkpoint-10", "checkpoint-20"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")

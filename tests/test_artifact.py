@@ -1,4 +1,4 @@
-"""The prompt artifact: written whole or not at all, and read only when everything about it is right."""
+"""The prompt artifact is written whole or not at all, and only read if it is fully valid."""
 
 from __future__ import annotations
 
@@ -39,16 +39,19 @@ PROMPT = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
 
 def manifest(**changes: Any) -> Manifest:
     base = BaseModelRecord(
-        id="tiny", revision="main", model_type="llama", hidden_size=8, vocab_size=330, context_length=160,
+        id="tiny", revision="main", model_type="llama", hidden_size=8, vocab_size=330,
+        context_length=160,
         fingerprint="f" * 64, tokenizer_digest="t" * 64,
     )  # fmt: skip
     made = Manifest(
-        method="prompt_tuning", num_virtual_tokens=3, config={"init": {"text": "é"}, "learning_rate": 0.3, "seed": 1},
+        method="prompt_tuning", num_virtual_tokens=3,
+        config={"init": {"text": "é"}, "learning_rate": 0.3, "seed": 1},
         template="{text}\nspam?", target="label",
         verbalizer=(VerbalizerEntry(label=True, text=" yes"), VerbalizerEntry(label=1, text=" one"),
                     VerbalizerEntry(label="1", text=" “1”")),
         max_input_tokens=64, max_target_tokens=8, base_model=base,
-        data=DataRecord(path="x", fingerprint="d", rows={"train": 3}), metrics={"test": {"accuracy": 0.1 + 0.2}},
+        data=DataRecord(path="x", fingerprint="d", rows={"train": 3}),
+        metrics={"test": {"accuracy": 0.1 + 0.2}},
         baselines={"zero_shot": {"test": {"accuracy": 0.5}}}, steps=4,
         search="s", trial="t000", orchestrator_version="0",
     )  # fmt: skip
@@ -61,7 +64,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 def test_round_trip(saved: Path) -> None:
-    """Weights come back to the bit, and every field of the manifest with its value and type."""
+    """Weights are restored bit by bit; every manifest field keeps its value and type."""
     found = PromptArtifact.load(saved)
     assert found.weights.dtype == np.float32 and np.array_equal(found.weights, PROMPT)
     assert found.manifest == manifest(
@@ -77,20 +80,20 @@ def test_round_trip(saved: Path) -> None:
 
 
 def test_a_generation_task_has_no_verbalizer(tmp_path: Path) -> None:
-    """None stays None."""
+    """A missing verbalizer is still None after loading."""
     folder = PromptArtifact(PROMPT, manifest(verbalizer=None)).save(tmp_path / "prompt")
     assert PromptArtifact.load(folder).manifest.verbalizer_map() is None
 
 
 @given(st.text(), st.text())
 def test_any_text_survives_the_manifest(template: str, target: str) -> None:
-    """Templates and names in any script come back from JSON as they were."""
+    """Templates and names in any script survive the way through JSON."""
     made = manifest(template=template, target=target)
     assert Manifest.model_validate(json.loads(made.model_dump_json())) == made
 
 
 def test_weights_are_saved_as_float32(tmp_path: Path) -> None:
-    """Whatever came out of training, and however it lies in memory."""
+    """Weights of any float type and memory layout are saved as float32."""
     wide = PROMPT.astype(np.float64).T.copy().T
     assert not wide.flags["C_CONTIGUOUS"]
     found = PromptArtifact.load(PromptArtifact(wide, manifest()).save(tmp_path / "prompt"))
@@ -98,7 +101,7 @@ def test_weights_are_saved_as_float32(tmp_path: Path) -> None:
 
 
 def replaced_weights(folder: Path, save: Callable[[Path], None]) -> None:
-    """Other weights with the right digest: somebody went to some trouble."""
+    """Replace the weights and give the manifest the matching digest."""
     save(folder / WEIGHTS)
     document = json.loads((folder / MANIFEST).read_text())
     document["weights_sha256"] = file_sha256(folder / WEIGHTS)
@@ -110,7 +113,7 @@ def weights(tensors: dict[str, np.ndarray]) -> Callable[[Path], None]:
 
 
 def edited(**changes: Any) -> Callable[[Path], None]:
-    """The manifest with keys set; those set to ``...`` are taken away."""
+    """Set keys of the manifest; a value of ``...`` removes the key."""
 
     def edit(folder: Path) -> None:
         document = json.loads((folder / MANIFEST).read_text()) | changes
@@ -149,13 +152,17 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "cut weights": (cut(WEIGHTS, 100), "cut short or altered"),
     "empty weights": (cut(WEIGHTS, 0), "cut short or altered"),
     "one bit of the weights": (flip, "does not match the digest"),
-    "weights gone": (lambda folder: (folder / WEIGHTS).unlink(), r"prompt\.safetensors can't be read \(No such file"),
+    "weights gone": (lambda folder: (folder / WEIGHTS).unlink(),
+        r"prompt\.safetensors can't be read \(No such file"),
     "weights a folder": (weights_as_folder, r"can't be read \(Is a directory"),
     "nan": (weights(not_finite(np.nan)), "not finite"),
     "infinity": (weights(not_finite(-np.inf)), "not finite"),
-    "fewer tokens": (weights({"prompt": PROMPT[:2]}), r"shape \[2, 8\], the manifest says \[3, 8\]"),
-    "another width": (weights({"prompt": PROMPT[:, :4].copy()}), r"shape \[3, 4\], the manifest says \[3, 8\]"),
-    "three dimensions": (weights({"prompt": PROMPT[None]}), r"shape \[1, 3, 8\], the manifest says \[3, 8\]"),
+    "fewer tokens": (weights({"prompt": PROMPT[:2]}),
+        r"shape \[2, 8\], the manifest says \[3, 8\]"),
+    "another width": (weights({"prompt": PROMPT[:, :4].copy()}),
+        r"shape \[3, 4\], the manifest says \[3, 8\]"),
+    "three dimensions": (weights({"prompt": PROMPT[None]}),
+        r"shape \[1, 3, 8\], the manifest says \[3, 8\]"),
     "float64": (weights({"prompt": PROMPT.astype(np.float64)}), "is float64, expected float32"),
     "float16": (weights({"prompt": PROMPT.astype(np.float16)}), "is float16, expected float32"),
     "integers": (weights({"prompt": np.ones(SHAPE, np.int32)}), "is int32, expected float32"),
@@ -163,14 +170,17 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda folder: replaced_weights(folder, lambda file: save_torch({"prompt": HALF}, file)),
         "not a safetensors file of float32",
     ),
-    "another tensor name": (weights({"soft": PROMPT}), r"holds \['soft'\], prompt_tuning has prompt"),
+    "another tensor name": (weights({"soft": PROMPT}),
+        r"holds \['soft'\], prompt_tuning has prompt"),
     "a second tensor": (weights({"prompt": PROMPT, "more": PROMPT}), r"holds \['more', 'prompt'\]"),
     "no tensor": (weights({}), r"holds \[\]"),
     "a pickle": (
-        lambda folder: replaced_weights(folder, lambda file: torch.save({"prompt": torch.ones(SHAPE)}, file)),
+        lambda folder: replaced_weights(folder,
+            lambda file: torch.save({"prompt": torch.ones(SHAPE)}, file)),
         "not a safetensors file",
     ),
-    "manifest gone": (lambda folder: (folder / MANIFEST).unlink(), r"manifest\.json can't be read \(No such file"),
+    "manifest gone": (lambda folder: (folder / MANIFEST).unlink(),
+        r"manifest\.json can't be read \(No such file"),
     "manifest cut": (cut(MANIFEST, 300), r"manifest\.json is not JSON"),
     "manifest empty": (cut(MANIFEST, 0), r"manifest\.json is not JSON"),
     "manifest not text": (raw_manifest(b"\xff\xfe{}"), "is not UTF-8"),
@@ -180,17 +190,22 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "a later format": (edited(format_version=2), "format_version is 2, this release reads 1"),
     "no format": (edited(format_version=...), "format_version is None"),
     "format as text": (edited(format_version="1"), "format_version is '1'"),
-    "a key too many": (edited(code="import os"), r"manifest\.json: code: Extra inputs are not permitted"),
+    "a key too many": (edited(code="import os"),
+        r"manifest\.json: code: Extra inputs are not permitted"),
     "a key too few": (edited(template=...), r"manifest\.json: template: Field required"),
     "no virtual tokens": (edited(num_virtual_tokens=0), "num_virtual_tokens"),
-    "a deeper key too many": (edited(data={"path": "x", "fingerprint": "", "rows": {}, "url": "x"}), r"data\.url"),
+    "a deeper key too many": (edited(data={"path": "x", "fingerprint": "", "rows": {}, "url": "x"}),
+        r"data\.url"),
     "no digest": (edited(weights_sha256=...), "does not match the digest"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_every_damage_is_refused(saved: Path, damage: str) -> None:
-    """Whatever was done to an artifact, loading says what is wrong, where, and what to do; nothing else is raised."""
+    """Loading a damaged artifact raises an error that names the fault, the file and the fix.
+
+    No other exception escapes.
+    """
     harm, message = DAMAGES[damage]
     harm(saved)
     with pytest.raises(BadInput, match=message) as refused:
@@ -199,7 +214,7 @@ def test_every_damage_is_refused(saved: Path, damage: str) -> None:
 
 
 def test_any_cut_of_the_weights_is_refused(saved: Path) -> None:
-    """Also one that leaves a whole header."""
+    """Weights cut at any length are refused, also when the header is still whole."""
     data = (saved / WEIGHTS).read_bytes()
     for length in range(0, len(data), 7):
         (saved / WEIGHTS).write_bytes(data[:length])
@@ -208,7 +223,7 @@ def test_any_cut_of_the_weights_is_refused(saved: Path) -> None:
 
 
 def test_huge_files_are_refused_unread(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No prompt is that large."""
+    """Files larger than any prompt are refused without reading them."""
     monkeypatch.setattr(artifact, "MAX_WEIGHTS_BYTES", 10)
     monkeypatch.setattr(artifact, "load_file", lambda file: pytest.fail("was read"))
     with pytest.raises(BadInput, match="more than any soft prompt"):
@@ -219,7 +234,10 @@ def test_huge_files_are_refused_unread(saved: Path, monkeypatch: pytest.MonkeyPa
 def test_nothing_is_left_when_saving_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
-    """A full disk, a lost digest or a failed move leaves neither the folder nor a temporary one."""
+    """A failed save leaves no folder, not even a temporary one.
+
+    The causes are a full disk, a lost digest and a failed move.
+    """
 
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -232,7 +250,7 @@ def test_nothing_is_left_when_saving_fails(
 
 
 def test_an_artifact_is_never_overwritten(saved: Path) -> None:
-    """Saving where something is already fails, and what was there stays whole."""
+    """Saving to an existing path fails and leaves the existing files unchanged."""
     with pytest.raises(OSError, match="not empty"):
         PromptArtifact(PROMPT + 1, manifest()).save(saved)
     assert np.array_equal(PromptArtifact.load(saved).weights, PROMPT)
@@ -240,12 +258,16 @@ def test_an_artifact_is_never_overwritten(saved: Path) -> None:
 
 
 def test_the_folder_can_be_read_by_others(saved: Path) -> None:
-    """The registry's server may be another user: the temporary folder's closed permissions are not kept."""
+    """The saved folder is readable by other users.
+
+    The registry's server may run as another user, so the restrictive permissions of the temporary
+    folder must not remain.
+    """
     assert saved.stat().st_mode & 0o777 == 0o755
 
 
 def test_artifacts_are_read_without_torch() -> None:
-    """Registry and command line stay light."""
+    """Reading artifacts does not import torch, which keeps registry and command line light."""
     code = "import sys, orchestrator.artifact; print('torch' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert said.stdout.strip() == "False"

@@ -1,4 +1,4 @@
-"""The backbone: each way to put prompts in front of rows gives what the model gives for one row, unpadded."""
+"""Backbones: both ways to attach prompts give the model's result for one unpadded row."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def close(got: Tensor, wanted: Tensor, tolerance: float) -> None:
 
 
 def reference(backbone: Backbone, prompts: list[Tensor]) -> tuple[list[float], list[Tensor]]:
-    """Loss and gradient of each prompt, from rows that run one by one."""
+    """Return each prompt's loss and gradient, computed one row at a time."""
     losses, gradients = [], []
     for prompt, rows in zip(prompts, ROWS_OF, strict=True):
         leaf = prompt.detach().clone().requires_grad_()
@@ -107,7 +107,7 @@ def check_equals_rows_alone(
 @pytest.mark.parametrize("family", sorted(PROMPT_ONCE_FAMILIES))
 @pytest.mark.parametrize("prompt_once", [True, False], ids=["once", "concatenated"])
 def test_prompt_once_and_concatenation_equal_rows_alone(family: str, prompt_once: bool) -> None:
-    """In every checked family both ways give the logits, loss and gradient of single unpadded rows."""
+    """Both ways equal single unpadded rows in logits, loss and gradient, for checked families."""
     dtype, logits_tolerance, gradient_tolerance = precision(family)
     backbone = tiny_backbone(family, dtype, prompt_once)
     assert runs_prompt_once(backbone.model.config)
@@ -116,7 +116,10 @@ def test_prompt_once_and_concatenation_equal_rows_alone(family: str, prompt_once
 
 @pytest.mark.parametrize("family", PLAIN_FAMILIES)
 def test_other_families_take_the_plain_path_and_equal_rows_alone(family: str) -> None:
-    """Sliding windows, recurrence, scaled embeddings and models without position ids are concatenated, exactly."""
+    """Families off the prompt-once path use concatenation and give exact results.
+
+    They have sliding windows, recurrence, scaled embeddings or no position ids.
+    """
     dtype, logits_tolerance, gradient_tolerance = precision(family)
     backbone = tiny_backbone(family, dtype)
     assert not backbone.prompt_once
@@ -127,7 +130,7 @@ def test_other_families_take_the_plain_path_and_equal_rows_alone(family: str) ->
     "family", ["llama", "gpt2", "mistral", "qwen2 with a window", "gemma3_text", "mamba", "bloom"]
 )
 def test_without_a_prompt_rows_equal_rows_alone(family: str) -> None:
-    """The model as it stands, which is the baseline, sees no padding and no window that padding has moved."""
+    """Without a prompt (the baseline), padding neither shows in the logits nor shifts a window."""
     if family == "qwen2 with a window":
         config = small_config(
             "qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1
@@ -149,15 +152,14 @@ def test_without_a_prompt_rows_equal_rows_alone(family: str) -> None:
 
 
 def test_what_keeps_a_model_off_the_prompt_once_path() -> None:
-    """An unchecked family, a sliding window in any layer, or ALiBi."""
+    """Unchecked families, a sliding window in any layer, and ALiBi rule out the fast path."""
     assert runs_prompt_once(small_config("qwen2", use_sliding_window=False, sliding_window=8))
     assert not runs_prompt_once(
         small_config("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1)
     )
     window = {"use_sliding_window": True, "sliding_window": 8}
-    assert runs_prompt_once(
-        small_config("qwen2", **window, max_window_layers=2)
-    )  # from layer 2 on, and there are two
+    # Windows only from layer 2 on, and the model has two layers.
+    assert runs_prompt_once(small_config("qwen2", **window, max_window_layers=2))
     assert not runs_prompt_once(small_config("mistral", sliding_window=4096))
     assert not runs_prompt_once(small_config("falcon", alibi=True))
     assert not runs_prompt_once(small_config("bloom"))
@@ -166,7 +168,7 @@ def test_what_keeps_a_model_off_the_prompt_once_path() -> None:
 @pytest.mark.parametrize("prompt_once", [True, False], ids=["once", "concatenated"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_both_ways_equal_peft(family: str, prompt_once: bool) -> None:
-    """On unpadded rows PEFT's prompt tuning of the same model has the same logits, loss and prompt gradient."""
+    """On unpadded rows PEFT's prompt tuning gives the same logits, loss and prompt gradient."""
     backbone = tiny_backbone(family, prompt_once=prompt_once)
     (prompt,) = random_prompts(backbone, [6])
     tokens = sum(map(len, TARGETS))
@@ -195,7 +197,10 @@ def test_both_ways_equal_peft(family: str, prompt_once: bool) -> None:
 @pytest.mark.parametrize("family", sorted(PROMPT_ONCE_FAMILIES))
 @pytest.mark.parametrize("prompt_once", [True, False], ids=["once", "concatenated"])
 def test_the_head_reads_its_matrix_once(family: str, prompt_once: bool) -> None:
-    """What enters the head is contiguous: of a view, torch would make a product with the whole matrix for every row."""
+    """The input of the output head is contiguous.
+
+    For a strided view, torch would multiply by the whole matrix once for every row.
+    """
     backbone = tiny_backbone(family, prompt_once=prompt_once)
     entered: list[Tensor] = []
     head = backbone.model.get_output_embeddings()
@@ -211,7 +216,7 @@ def test_the_head_reads_its_matrix_once(family: str, prompt_once: bool) -> None:
 
 @pytest.mark.parametrize("prompt_once", [True, False], ids=["once", "concatenated"])
 def test_padding_and_company_change_nothing(prompt_once: bool) -> None:
-    """A row's logits are the same alone, beside longer rows, and beside rows with longer prompts."""
+    """A row has the same logits alone and next to longer rows or rows with longer prompts."""
     backbone = tiny_backbone(prompt_once=prompt_once)
     prompts = random_prompts(backbone, LENGTHS)
     with torch.no_grad():
@@ -223,7 +228,10 @@ def test_padding_and_company_change_nothing(prompt_once: bool) -> None:
 
 
 def test_pad_tokens_are_never_seen() -> None:
-    """What stands in a padded place changes nothing, and it need not be a token that the tokenizer knows."""
+    """The ids in padded positions never affect the result.
+
+    They need not even be tokens that the tokenizer knows.
+    """
     backbone = tiny_backbone()
     prepared = backbone.prepare(random_prompts(backbone, [4]))
     rows = Rows.pad([[5, 6, 7, 8, 9], [7]], [0, 0], backbone.device)
@@ -236,7 +244,10 @@ def test_pad_tokens_are_never_seen() -> None:
 
 
 def test_state_goes_on_token_by_token() -> None:
-    """Tokens fed in pieces after a forward, with rows dropped and repeated in between, equal one whole row."""
+    """Feeding tokens in pieces after a forward equals one forward of the whole row.
+
+    Rows are dropped and repeated in between.
+    """
     backbone = tiny_backbone()
     prompts = random_prompts(backbone, LENGTHS)
     with torch.no_grad():
@@ -266,7 +277,7 @@ def test_prompts_stay_float32_on_a_smaller_backbone() -> None:
 
 
 def test_nothing_of_the_backbone_is_trained() -> None:
-    """A backbone is in evaluation mode, and none of its parameters asks for or has a gradient after a backward."""
+    """A backbone is in evaluation mode, and its parameters neither require nor get a gradient."""
     backbone = tiny_backbone("gpt2")
     before = backbone.digest()
     packed_gradients(backbone, random_prompts(backbone, [3]), [[0, 1, 2]], SPLIT)
@@ -278,7 +289,7 @@ def test_nothing_of_the_backbone_is_trained() -> None:
 
 
 def test_digest_sees_a_single_weight() -> None:
-    """The digest of the weights in memory changes with any of them, also one without dimensions."""
+    """The digest of the weights in memory changes with any single weight, even a scalar."""
     model = copy.deepcopy(tiny_model("llama"))
     model.register_buffer("scale", torch.tensor(1.0))
     backbone = CausalBackbone(model, None, tiny_backbone().info)
@@ -291,7 +302,7 @@ def test_digest_sees_a_single_weight() -> None:
 
 
 def test_fingerprint_is_of_the_weights_not_of_the_files(tmp_path: Path) -> None:
-    """Split into several files the weights keep their fingerprint; one changed value changes it."""
+    """Splitting the weights into files keeps the fingerprint; changing one value changes it."""
     source = resolve_model(BaseModelSpec(id=str(model_folder())))
     tensors = load_tensors((model_folder() / "model.safetensors").read_bytes())
     names = sorted(tensors)
@@ -316,7 +327,10 @@ def copied(tmp_path: Path) -> Path:
 
 
 def test_missing_weight_file_is_bad_input(tmp_path: Path) -> None:
-    """A folder without *.safetensors is refused with the way to make some, also when pickled weights are there."""
+    """A folder without *.safetensors is refused, even if it has pickled weights.
+
+    The error says how to convert them.
+    """
     folder = copied(tmp_path)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(
@@ -327,7 +341,10 @@ def test_missing_weight_file_is_bad_input(tmp_path: Path) -> None:
 
 
 def test_damaged_weights_are_bad_input(tmp_path: Path) -> None:
-    """A cut file, a missing tensor and a tensor of another shape are refused; none is filled with random numbers."""
+    """A truncated file, a missing tensor and a wrong shape are refused.
+
+    No tensor is filled with random numbers instead.
+    """
     folder = copied(tmp_path)
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
@@ -344,13 +361,16 @@ def test_damaged_weights_are_bad_input(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=f"1 weights are missing, the first is {lost}"):
         load(folder)
     save_file({**tensors, lost: torch.zeros(3, 3)}, weights, {"format": "pt"})
-    wanted = rf"config.json disagrees with the weights: {lost} is \[3, 3\] in the file and \[64, 32\] by config.json"
+    wanted = (
+        rf"config.json disagrees with the weights: {lost} is \[3, 3\] in the file and \[64, 32\] "
+        r"by config.json"
+    )
     with pytest.raises(BadInput, match=wanted):
         load(folder)
 
 
 def test_models_that_are_not_causal_are_refused(tmp_path: Path) -> None:
-    """A BERT without is_decoder passes for a language model by its name, and looks at later tokens."""
+    """A BERT without is_decoder is refused: its class is a language model but sees later tokens."""
     small = {
         "hidden_size": 32,
         "num_hidden_layers": 2,
@@ -366,12 +386,12 @@ def test_models_that_are_not_causal_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_family_passes_the_check(family: str) -> None:
-    """The families of these tests are found causal, and a function of their embeddings alone."""
+    """All test families are found causal and dependent on their embeddings alone."""
     assert why_not_exact(tiny_backbone(family, torch.float32)) == ""
 
 
 def test_dtype_follows_the_spec(tmp_path: Path) -> None:
-    """auto is float32 on a CPU, whatever is stored; a named dtype is taken."""
+    """auto means float32 on a CPU, whatever dtype is stored; a named dtype is used as given."""
     from orchestrator.models.backbone import load_backbone
 
     folder = copied(tmp_path)

@@ -1,4 +1,4 @@
-"""Everything a person can get wrong, through the command line: one clear message, and nothing left behind."""
+"""User errors at the command line: each gets one clear message and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from transformers import BertConfig, ViTConfig
 
 @pytest.fixture
 def dead_port() -> Iterator[int]:
-    """A port on which nobody listens and nobody else will, since it is taken."""
+    """A port that is taken but does not listen, so that no other program can listen on it."""
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         yield holder.getsockname()[1]
@@ -28,13 +28,13 @@ def dead_port() -> Iterator[int]:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """An empty MLflow store for all tests here: its schema takes a moment to make."""
+    """An empty MLflow store for all tests of this file, because creating its schema is slow."""
     return f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
 
 
 @pytest.fixture(autouse=True)
 def clean(tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Each test runs in an empty folder, and leaves no search, run, experiment or model behind."""
+    """Run each test in an empty folder; no search, run, experiment or model may be left."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     monkeypatch.setenv("COLUMNS", "200")
@@ -48,23 +48,24 @@ def clean(tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 
 def refused(said: Said, code: int, *named: str) -> None:
-    """The exit code, and one message that names the value and the next step; standard output stays empty."""
+    """Check the exit code and the single message, and that standard output is empty.
+
+    The message must name the value and the next step.
+    """
     assert said.code == code, said.err
     assert said.out == ""
     for text in named:
         assert text in said.err, said.err
     messages = [line for line in said.err.splitlines() if not line.startswith("  next: ")]
     assert len(messages) == 1, said.err
-    assert "  next: " in said.err or messages[0].endswith(
-        ")"
-    )  # a spec's problem has its hint behind it
+    assert "  next: " in said.err or messages[0].endswith(")")  # a spec's problem includes its hint
 
 
 # The job spec
 
 
 def test_a_missing_job_file(command: Command) -> None:
-    """The path is named, and a file that was probably meant."""
+    """The error names the path and a file that was probably meant."""
     refused(command("run", "nope.yaml", "-q"), 2, "nope.yaml", "no such file")
 
 
@@ -83,7 +84,7 @@ def test_a_missing_job_file(command: Command) -> None:
 def test_a_bad_key_or_value(
     command: Command, tmp_path: Path, override: str, named: list[str]
 ) -> None:
-    """The key, the value and what is allowed."""
+    """The error names the key, the value and the allowed values."""
     said = command("run", write_job(tmp_path), "--set", override, "-q")
     assert (said.code, said.out) == (2, "")
     assert len(said.err.splitlines()) == 1
@@ -114,20 +115,20 @@ def test_a_bad_key_or_value(
 def test_a_job_that_does_not_fit_its_data_or_model(
     command: Command, tmp_path: Path, ray_cluster: None, changes: dict[str, Any], named: list[str]
 ) -> None:
-    """Labels, columns, files, resources and context are checked before anything is spent."""
+    """Labels, columns, files, resources and context are checked before the search starts."""
     refused(command("run", write_job(tmp_path, **changes), "-q"), 2, *named)
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_an_empty_split(command: Command, tmp_path: Path, split: str) -> None:
-    """A file without rows is named by its split."""
+    """The error names the split whose file has no rows."""
     job = write_job(tmp_path)
     (tmp_path / f"{split}.jsonl").write_text("")
     refused(command("run", job, "-q"), 2, f"the {split} split is empty")
 
 
 def test_an_init_text_without_tokens(command: Command, tmp_path: Path) -> None:
-    """A text of which the tokenizer keeps nothing can't start a prompt."""
+    """A text without any token in the tokenizer can't start a prompt."""
     folder = tmp_path / "model"
     folder.mkdir()
     for file in model_folder().iterdir():
@@ -152,7 +153,7 @@ IMAGES = ViTConfig(architectures=["ViTForImageClassification"])
 def test_a_base_model_that_is_no_language_model(
     command: Command, tmp_path: Path, config: Any
 ) -> None:
-    """The folder, what it is, and what would be right."""
+    """The error names the folder, the kind of model in it, and the kinds that are allowed."""
     folder = tmp_path / "model"
     config.save_pretrained(folder)
     said = command("run", write_job(tmp_path, base_model__id=str(folder)), "-q")
@@ -160,7 +161,7 @@ def test_a_base_model_that_is_no_language_model(
 
 
 def test_a_missing_model_folder(command: Command, tmp_path: Path) -> None:
-    """A path that is not there is not taken for a hub id."""
+    """A path that does not exist is not mistaken for a hub id."""
     said = command("run", write_job(tmp_path, base_model__id="./no/such/model"), "-q")
     refused(said, 2, "./no/such/model", "does not exist")
 
@@ -176,24 +177,24 @@ def test_a_model_without_weights(command: Command, tmp_path: Path) -> None:
 
 
 def test_a_hub_model_without_network(command: Command, tmp_path: Path) -> None:
-    """Offline, a hub id that is not in the cache is unreachable, not wrong."""
+    """Offline, a hub id that is not in the cache counts as unreachable, not as wrong."""
     said = command("run", write_job(tmp_path, base_model__id="nobody/no-such-model"), "-q")
     refused(said, 3, "'nobody/no-such-model'", "HF_HUB_OFFLINE")
 
 
 def test_a_hub_data_set_without_network(command: Command, tmp_path: Path) -> None:
-    """The same for a data set."""
+    """Offline, a hub data set that is not in the cache counts as unreachable, too."""
     said = command("run", write_job(tmp_path, data__path="nobody/no-such-data"), "-q")
     refused(said, 3, "'nobody/no-such-data'", "HF_HUB_OFFLINE")
 
 
-# What has to answer
+# Services that must answer
 
 
 def test_a_registry_that_does_not_answer(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dead_port: int
 ) -> None:
-    """The address and how to start a server; with --json the one document says the same."""
+    """The error names the address and how to start a server; so does the --json document."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{dead_port}")
     job = write_job(tmp_path)
     refused(command("run", job, "-q"), 3, f"127.0.0.1:{dead_port}", "mlflow server")
@@ -210,7 +211,7 @@ def test_a_registry_that_does_not_answer(
 def test_a_nonsensical_tracking_uri(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str
 ) -> None:
-    """Refused as it stands, with what would be an address."""
+    """A nonsensical URI is refused, with an example of a valid address."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     refused(command("run", write_job(tmp_path), "-q"), 2, "tracking URI", uri)
 
@@ -219,7 +220,7 @@ def test_a_nonsensical_tracking_uri(
 def test_a_cluster_that_does_not_answer(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dead_port: int, scheme: str
 ) -> None:
-    """Ray itself would try for minutes and then end the process."""
+    """An unreachable cluster is reported soon; Ray itself would retry for minutes and then exit."""
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("Ray was asked"))
     monkeypatch.setenv("RAY_ADDRESS", f"{scheme}127.0.0.1:{dead_port}")
@@ -229,7 +230,7 @@ def test_a_cluster_that_does_not_answer(
 def test_something_else_listens_at_the_clusters_address(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A port that takes connections and says nothing is no cluster either."""
+    """A port that accepts connections but never answers is reported as no cluster."""
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr("orchestrator.cluster.session.ANSWER_S", 0.5)
     with socket.socket() as mute:
@@ -259,14 +260,14 @@ def test_something_else_listens_at_the_clusters_address(
     ],
 )
 def test_what_is_not_registered(command: Command, words: list[str], named: str) -> None:
-    """The name as it was typed, and how to get a model."""
+    """The error repeats the name as typed and says how to get a model."""
     said = command(*words)
     assert said.code == 2 and said.out == ""
     assert named in said.err and "Traceback" not in said.err
 
 
 def test_a_listing_of_nothing_says_where_to_begin(command: Command) -> None:
-    """An empty registry is no error."""
+    """Listing an empty registry is no error and says where to begin."""
     said = command("models")
     assert said.code == 0 and "next: orchestrator demo" in said.out
     assert command("models", "--json").document == []
@@ -277,7 +278,7 @@ def test_a_listing_of_nothing_says_where_to_begin(command: Command) -> None:
     [["run"], ["nonsense"], ["promote", "x", "y"], ["models", "--nope"], ["serve", "--port", "0"]],
 )
 def test_a_command_line_that_makes_no_sense(command: Command, words: list[str]) -> None:
-    """Wrong use is bad input, with the verb's usage; --json says it as a document."""
+    """Wrong usage is bad input and shows the verb's usage; with --json it is a document."""
     said = command(*words)
     assert said.code == 2 and said.out == ""
     assert "Usage: orchestrator" in said.err and "--help" in said.err
@@ -288,7 +289,7 @@ def test_a_command_line_that_makes_no_sense(command: Command, words: list[str]) 
 
 
 def test_a_taken_port(command: Command) -> None:
-    """Somebody else's port is unreachable; the message names it and the option."""
+    """A taken port counts as unreachable; the message names the port and the option."""
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         holder.listen()
@@ -298,7 +299,7 @@ def test_a_taken_port(command: Command) -> None:
 
 
 def test_an_open_host_without_keys(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other machines may only reach a server that has keys."""
+    """A server that other machines can reach needs API keys."""
     monkeypatch.delenv("ORCHESTRATOR_API_KEYS", raising=False)
     said = command("serve", "--host", "0.0.0.0")
     assert said.code == 2 and "no API keys" in said.err and "ORCHESTRATOR_API_KEYS" in said.err
@@ -308,7 +309,7 @@ def test_an_open_host_without_keys(command: Command, monkeypatch: pytest.MonkeyP
     "url", ["http://127.0.0.1:{port}", "127.0.0.1:{port}", "ftp://x", "http://[", "http://a b"]
 )
 def test_a_question_to_nobody(command: Command, dead_port: int, url: str) -> None:
-    """No server, or no address of one: the address is named, and how to start a server."""
+    """Without a server at the URL, the error names the address and how to start a server."""
     address = url.format(port=dead_port)
     refused(command("query", "spam", "hello", "--url", address), 3, address, "orchestrator serve")
 
@@ -316,7 +317,7 @@ def test_a_question_to_nobody(command: Command, dead_port: int, url: str) -> Non
 def test_unforeseen_errors_are_one_line(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Even a mistake in the program shows no traceback, and asks for a report."""
+    """A bug in the program prints no traceback and asks for a report."""
 
     def broken(*_: Any, **__: Any) -> Callable[..., Any]:
         raise ZeroDivisionError("division by zero\nsecond line")

@@ -1,4 +1,4 @@
-"""Base models: found or refused from their small files, with the reason and the way on."""
+"""Base models are found or refused by their small files, with the reason and the fix."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def refused(name: Any, message: str) -> BadInput:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A copy of the tiny model to do things to."""
+    """A copy of the tiny model that a test may change."""
     return Path(shutil.copytree(model_folder(), tmp_path / "model"))
 
 
@@ -54,7 +54,7 @@ def change_config(folder: Path, **changes: Any) -> None:
 
 
 def test_a_folder_is_found(folder: Path) -> None:
-    """Its facts are what the configuration says, its digests those of its files; no weight is read for them."""
+    """Facts come from the configuration and digests from the files; no weights are read."""
     (folder / "model.safetensors").unlink()
     source = resolve(folder)
     info = source.info("abc")
@@ -76,7 +76,7 @@ def test_a_folder_is_found(folder: Path) -> None:
 def test_a_relative_folder_and_home_are_found(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A path may be relative or start from home; the id stays as it was written."""
+    """A path may be relative or start with ~; the id stays as written."""
     monkeypatch.chdir(folder.parent)
     monkeypatch.setenv("HOME", str(folder.parent))
     for name in ("./model", "model", "~/model"):
@@ -86,7 +86,7 @@ def test_a_relative_folder_and_home_are_found(
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "~/nowhere", "a/b/c"])
 def test_a_missing_folder(name: str) -> None:
-    """What looks like a path is not asked for on the hub; the full path is named."""
+    """A name that looks like a path is not looked up on the hub; the error has the full path."""
     assert looks_like_path(name)
     error = refused(name, "does not exist")
     assert (
@@ -96,18 +96,18 @@ def test_a_missing_folder(name: str) -> None:
 
 
 def test_a_file_is_no_folder(folder: Path) -> None:
-    """A weight file by itself is not a model."""
+    """A weight file alone is not a model."""
     refused(folder / "model.safetensors", "is a file")
 
 
 def test_a_folder_without_a_configuration(tmp_path: Path) -> None:
-    """What is missing is named."""
+    """The error names the missing file."""
     refused(tmp_path, r"holds no config\.json")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"model_type": "no-such-model"}', "{}"])
 def test_a_configuration_that_can_not_be_read(folder: Path, text: str) -> None:
-    """Damaged or unknown, it is bad input on one line, not a traceback."""
+    """A damaged or unknown configuration is bad input with a one-line message, no traceback."""
     (folder / "config.json").write_text(text)
     error = refused(folder, "can't be read as a model")
     assert "\n" not in error.message
@@ -125,7 +125,7 @@ def test_a_configuration_that_can_not_be_read(folder: Path, text: str) -> None:
     ],
 )
 def test_other_kinds_of_models(tmp_path: Path, kind: str, architecture: str | None) -> None:
-    """Vision models, bare encoders and classifiers are refused by what they are."""
+    """Vision models, bare encoders and classifiers are refused, and the error names their kind."""
     config = AutoConfig.for_model(kind)
     config.architectures = architecture and [architecture]
     config.save_pretrained(tmp_path)
@@ -150,7 +150,7 @@ def test_other_kinds_of_models(tmp_path: Path, kind: str, architecture: str | No
 def test_the_family_is_read_from_the_configuration(
     tmp_path: Path, kind: str, architecture: str | None, family: str
 ) -> None:
-    """What the weights were saved as decides, and without that the kind of model."""
+    """The saved architecture decides the family; without one, the model type does."""
     config = AutoConfig.for_model(kind)
     config.architectures = architecture and [architecture]
     config.save_pretrained(tmp_path)
@@ -159,7 +159,7 @@ def test_the_family_is_read_from_the_configuration(
 
 
 def test_an_unknown_builtin() -> None:
-    """The message has those there are."""
+    """The message lists the built-in models."""
     refused(
         "builtin:gpt5",
         r"'builtin:gpt5' is unknown; built-in models are builtin:quickstart, builtin:causal-s, ",
@@ -167,7 +167,10 @@ def test_an_unknown_builtin() -> None:
 
 
 def test_a_hub_name_without_a_network() -> None:
-    """Offline a hub model is unreachable, with the ways out; a name that can't be one is bad input all the same."""
+    """Offline, a hub model is unreachable, and the error lists the alternatives.
+
+    A name that is not valid on the hub is bad input all the same.
+    """
     code = """
 import orchestrator
 from orchestrator.models.backbone import load_backbone
@@ -195,7 +198,10 @@ for name in ("nobody/nothing-of-that-name", "not a name"):
 
 
 def test_weights_come_from_safetensors_only(folder: Path) -> None:
-    """Without such a file the fix is named, also beside a pickle; several files are all found."""
+    """Without *.safetensors the error names the fix, also if there is a pickle.
+
+    Weights in several files are all found.
+    """
     source = resolve(folder)
     assert source.weight_files() == [folder / "model.safetensors"]
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
@@ -213,7 +219,7 @@ def test_weights_come_from_safetensors_only(folder: Path) -> None:
 
 
 def test_a_tokenizer_without_an_end_token(folder: Path) -> None:
-    """Targets have to end in something."""
+    """A tokenizer needs an end token, because targets end with it."""
     PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer).save_pretrained(
         folder
     )
@@ -233,7 +239,7 @@ def test_a_tokenizer_that_can_not_be_read(folder: Path, text: str | None) -> Non
 
 
 def test_remote_code_is_never_run(folder: Path) -> None:
-    """A folder that brings code of its own is refused, or loaded without it; the code does not run."""
+    """A folder's own code never runs: the folder is refused or loaded without the code."""
     (folder / "modeling_evil.py").write_text(
         f"open({str(folder / 'ran')!r}, 'w')\nclass Evil: pass\nclass EvilConfig: pass\n"
     )
@@ -251,7 +257,7 @@ def test_remote_code_is_never_run(folder: Path) -> None:
 def test_remote_code_runs_where_the_spec_says_so(
     folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A model class that the folder brings is loaded and tuned like any other, once the spec allows it."""
+    """If the spec allows it, the folder's own model class is loaded and tuned like any other."""
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     code = """
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -272,7 +278,7 @@ class OwnForCausalLM(LlamaForCausalLM):
 
 
 def test_context_length_by_any_name(folder: Path) -> None:
-    """Families name their context differently; one that names none has no limit."""
+    """The context length is found under each family's key; without a key there is no limit."""
     assert resolve(folder).context_length == 160
     for family, length in [("gpt2", 160), ("opt", 160), ("mamba", NO_LIMIT), ("bloom", NO_LIMIT)]:
         config = AutoConfig.for_model(family, **({"n_positions": 160} if family == "gpt2" else {}))
@@ -283,7 +289,7 @@ def test_context_length_by_any_name(folder: Path) -> None:
 
 
 def test_the_width_is_that_of_the_embeddings(folder: Path) -> None:
-    """Where embeddings are projected to the hidden size, prompts have the embeddings' width."""
+    """If embeddings are projected to the hidden size, prompts have the embeddings' width."""
     small_config("opt").save_pretrained(folder)
     assert resolve(folder).info("").hidden_size == 16
     small_config("gpt2").save_pretrained(folder)
@@ -292,12 +298,12 @@ def test_the_width_is_that_of_the_embeddings(folder: Path) -> None:
 
 @pytest.mark.parametrize("model_type", [*FAMILIES, *SEQ2SEQ, *MASKED])
 def test_the_usual_family_is_the_configurations(model_type: str) -> None:
-    """What a model's type alone says agrees with what its configuration says."""
+    """The family derived from the model type alone equals the one from the configuration."""
     assert usual_family(model_type) == family_of(small_config(model_type))
 
 
 def test_tokenizer_digest_sees_any_change(folder: Path) -> None:
-    """Saving and loading keeps it; another vocabulary or another special token in front changes it."""
+    """Saving and loading keeps the digest; another vocabulary or special token changes it."""
     source = resolve(folder)
     first = tokenizer_digest(source.tokenizer())
     source.tokenizer().save_pretrained(folder.parent / "again")
@@ -310,7 +316,7 @@ def test_tokenizer_digest_sees_any_change(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["stories3M", "stories260K"])
 def test_real_models(name: str) -> None:
-    """Small published models are found, loaded, and tell their facts."""
+    """Small published models are found and loaded, and report their facts."""
     if not (REAL / name / "config.json").is_file():
         pytest.skip(f"needs the model in {REAL / name}")
     from orchestrator.models.backbone import load_backbone

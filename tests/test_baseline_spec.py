@@ -1,4 +1,4 @@
-"""Baselines in the job spec: each has a search space of its own, and what does not go with it is refused by name."""
+"""Baselines in the job spec: each has its own search space; keys that do not fit are refused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SPACE: dict[MethodName, dict[str, Any]] = {
 
 
 def document(method: str, space: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
-    """A job of the method; ``changes`` are whole sections."""
+    """Return a job of the method; ``changes`` replace whole sections."""
     model = {"id": "m", **({"quantization": "int4"} if method == "qlora" else {})}
     return {
         "name": "x",
@@ -37,13 +37,16 @@ def document(method: str, space: dict[str, Any] | None = None, **changes: Any) -
             "verbalizer": {0: " a", 1: " b"},
         },
         "method": method,
-        "search": {"space": SPACE[method] if space is None else space, "trials": 4},  # type: ignore[index]
+        "search": {
+            "space": SPACE[method] if space is None else space,  # type: ignore[index]
+            "trials": 4,
+        },
         **changes,
     }
 
 
 def problems(tmp_path: Path, job: dict[str, Any]) -> list[str]:
-    """What ``validate`` says of the job, each problem's key and text."""
+    """Return the problems that ``validate`` finds in the job: each one's key and text."""
     file = tmp_path / "job.yaml"
     file.write_text(yaml.safe_dump(job, sort_keys=False))
     with pytest.raises(SpecError) as refused:
@@ -55,7 +58,10 @@ def problems(tmp_path: Path, job: dict[str, Any]) -> list[str]:
 def test_a_baselines_job_is_loaded_saved_and_loaded_again(
     tmp_path: Path, method: MethodName
 ) -> None:
-    """The file and what a search's folder keeps of it give the same job, whose trials have the method's keys alone."""
+    """A job loads the same from its file and from the copy in the search's folder.
+
+    Its trials have only the keys of their method.
+    """
     file = tmp_path / "job.yaml"
     file.write_text(yaml.safe_dump(document(method)))
     job = load_job(file)
@@ -72,7 +78,7 @@ def test_a_baselines_job_is_loaded_saved_and_loaded_again(
 
 
 def test_what_is_left_out_has_the_methods_default() -> None:
-    """LoRA has a rank and an alpha, an adapter a bottleneck, a written prompt no demonstrations."""
+    """LoRA has a default rank and alpha, an adapter a bottleneck, a design no demonstrations."""
     expected = {
         "qlora": {"rank": [8], "alpha": [16], "learning_rate": [0.001, 0.01], "seed": [0]},
         "prompt_design": {"shots": [0], "demonstrations": ["random"], "seed": [0]},
@@ -88,7 +94,7 @@ def test_what_is_left_out_has_the_methods_default() -> None:
 
 
 def test_prompts_keep_their_space() -> None:
-    """The dimensions of baselines change no prompt's trials."""
+    """The baselines' dimensions do not change the trials of prompts."""
     assert list(dimensions(SearchSpec().space)) == [
         "init",
         "num_virtual_tokens",
@@ -107,21 +113,27 @@ def test_prompts_keep_their_space() -> None:
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "an init": (
         document("lora", {"learning_rate": RATE, "init": "random"}),
-        "search.space.init: method lora has no init; leave it out, its space has rank, alpha, learning_rate, seed",
+        (
+            "search.space.init: method lora has no init; leave it out, its space has rank, alpha, "
+            "learning_rate, seed"
+        ),
     ),
     "a rank for prompts": (
         document("prompt_tuning", {"rank": 4}),
-        "search.space.rank: method prompt_tuning has no rank; leave it out, its space has init, num_virtual_tokens, "
+        "search.space.rank: method prompt_tuning has no rank; leave it out, its space has init, "
+        "num_virtual_tokens, "
         "learning_rate, seed",
     ),
     "a learning rate for a written prompt": (
         document("prompt_design", {"learning_rate": 0.1}),
-        "search.space.learning_rate: method prompt_design has no learning_rate; leave it out, its space has template, "
+        "search.space.learning_rate: method prompt_design has no learning_rate; leave it out, its "
+        "space has template, "
         "shots, demonstrations, seed",
     ),
     "no learning rate": (
         document("model_tuning", {}),
-        "method: method model_tuning has no default, since soft prompts' rates are far too large for it; write for "
+        "method: method model_tuning has no default, since soft prompts' rates are far too large "
+        "for it; write for "
         "instance {loguniform: [0.00001, 0.001]}",
     ),
     "a null": (
@@ -130,28 +142,42 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no wider bottleneck": (
         document("adapter", {"learning_rate": RATE, "bottleneck": 0}),
-        "search.space.bottleneck: 0 is not allowed; allowed: a whole number of at least 1, a list of them or null",
+        (
+            "search.space.bottleneck: 0 is not allowed; allowed: a whole number of at least 1, a "
+            "list of them or null"
+        ),
     ),
     "unknown demonstrations": (
         document("prompt_design", {"demonstrations": "best"}),
-        'search.space.demonstrations: "best" is not allowed; allowed: random, nearest, a list of them or null',
+        (
+            'search.space.demonstrations: "best" is not allowed; allowed: random, nearest, a list '
+            "of them or null"
+        ),
     ),
     "pbt": (
         document("lora", search={"space": SPACE["lora"], "scheduler": "pbt"}),
-        "search.scheduler: pbt compares trials side by side, and method lora trains one at a time; use asha, median or "
+        "search.scheduler: pbt compares trials side by side, and method lora trains one at a "
+        "time; use asha, median or "
         "fifo",
     ),
     "several slots": (
         document("adapter", resources={"trials_per_worker": 4}),
-        "resources.trials_per_worker: 4 trials can't share a model that method adapter changes; leave it out or set 1",
+        (
+            "resources.trials_per_worker: 4 trials can't share a model that method adapter "
+            "changes; leave it out or set 1"
+        ),
     ),
     "a group": (
         document("lora", resources={"workers_per_group": 2}),
-        "resources.workers_per_group: method lora trains on one worker at a time; set 1, and raise resources.workers",
+        (
+            "resources.workers_per_group: method lora trains on one worker at a time; set 1, and "
+            "raise resources.workers"
+        ),
     ),
     "a registered model": (
         document("lora", registry={"model": "other"}),
-        "registry.model: method lora makes no prompt to register or serve: its result is kept with its run; leave it "
+        "registry.model: method lora makes no prompt to register or serve: its result is kept "
+        "with its run; leave it "
         "out",
     ),
     "virtual tokens": (
@@ -163,7 +189,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "virtual tokens in a wording": (
         document("prompt_design", {"template": ["{text} is", "{*}{text}"]}),
-        "search.space.template: {*} places virtual tokens, and method prompt_design has none; drop it",
+        (
+            "search.space.template: {*} places virtual tokens, and method prompt_design has none; "
+            "drop it"
+        ),
     ),
     "training a written prompt": (
         document("prompt_design", train={"steps": 100}),
@@ -171,15 +200,22 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "qlora without rounding": (
         document("qlora", base_model={"id": "m"}),
-        "method: qlora is lora over rounded weights; set int4 (as its paper) or int8, or use method lora",
+        (
+            "method: qlora is lora over rounded weights; set int4 (as its paper) or int8, or use "
+            "method lora"
+        ),
     ),
     "lora with rounding": (
         document("lora", base_model={"id": "m", "quantization": "int8"}),
-        "base_model.quantization: lora over weights rounded to int8 is method qlora; say so, or leave quantization out",
+        (
+            "base_model.quantization: lora over weights rounded to int8 is method qlora; say so, "
+            "or leave quantization out"
+        ),
     ),
     "rounded weights that are to be trained": (
         document("model_tuning", base_model={"id": "m", "quantization": "int8"}),
-        "base_model.quantization: method model_tuning does not go with rounded weights; leave it out, or use method "
+        "base_model.quantization: method model_tuning does not go with rounded weights; leave it "
+        "out, or use method "
         "qlora",
     ),
     "a reparameterisation": (
@@ -191,7 +227,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_what_does_not_fit_is_named_with_what_does(tmp_path: Path, name: str) -> None:
-    """One problem, at its key, with what is allowed instead; the models alone refuse it too."""
+    """There is one problem, at its key, with the allowed values.
+
+    The spec models refuse the job too, without the command line.
+    """
     job, said = WRONG[name]
     key, _, message = said.partition(": ")
     found = problems(tmp_path, job)
@@ -202,14 +241,14 @@ def test_what_does_not_fit_is_named_with_what_does(tmp_path: Path, name: str) ->
 
 
 def test_an_unknown_method_is_told_the_known_ones(tmp_path: Path) -> None:
-    """A near miss is guessed."""
+    """For a misspelled method the message guesses the nearest name."""
     job = {**document("lora"), "method": "lorra"}
     (found,) = [problem for problem in problems(tmp_path, job) if problem.startswith("method")]
     assert "prompt_design, model_tuning, lora, qlora or adapter" in found
 
 
 def test_a_trials_configuration_has_the_keys_of_one_method() -> None:
-    """What lacks a key of its method is refused by name."""
+    """A configuration that lacks a key of its method is refused by name."""
     with pytest.raises(BadInput, match="has no alpha"):
         TrialSpec.from_config({"rank": 8, "learning_rate": 0.1, "seed": 0})
     with pytest.raises(BadInput, match="has no num_virtual_tokens"):
@@ -217,7 +256,7 @@ def test_a_trials_configuration_has_the_keys_of_one_method() -> None:
 
 
 def test_tpe_proposes_trials_of_a_baseline() -> None:
-    """Ranks lie on a scale, rates in a range; no trial comes twice."""
+    """TPE takes ranks from their scale and rates from their range, and repeats no trial."""
     job = JobSpec.model_validate(document("lora"))
     proposer = Proposer(job.search.model_copy(update={"searcher": "optuna", "trials": 8}))
     made = []
@@ -232,7 +271,7 @@ def test_tpe_proposes_trials_of_a_baseline() -> None:
 
 
 def test_a_grid_of_designs_runs_over_seeds_fastest() -> None:
-    """Points that differ in their seed alone are next to each other."""
+    """Grid points that differ only in their seed are neighbours."""
     job = JobSpec.model_validate(document("prompt_design"))
     points = grid(job.search.space)
     assert [point.seed for point in points] == [0, 1] * 4 and {point.shots for point in points} == {

@@ -1,4 +1,4 @@
-"""The benchmarks themselves, at toy size: they compare like with like, count right, and run. No clock is judged."""
+"""The benchmarks at toy size: fair comparisons and correct counts. No clock is judged."""
 
 from __future__ import annotations
 
@@ -43,15 +43,14 @@ def backbone() -> CausalBackbone:
 
 
 def peft_like(prompt: nn.Module, tuned: Any, case: step.Case) -> None:
-    """Give PEFT's prompt our numbers."""
+    """Copy our prompt's values into PEFT's prompt."""
     encoder = tuned.prompt_encoder["default"]
     ours = dict(prompt.named_parameters())
     with torch.no_grad():
         if case.method == "prompt_tuning":
             encoder.embedding.weight.copy_(ours["prompt"])
-        elif (
-            case.method == "prefix_tuning"
-        ):  # [L, 2, kv heads, P, width] to PEFT's [P, L x 2 x kv heads x width]
+        elif case.method == "prefix_tuning":
+            # From [L, 2, kv heads, P, width] to PEFT's [P, L x 2 x kv heads x width].
             encoder.embedding.weight.copy_(
                 ours["sites.decoder.keys_values"].permute(3, 0, 1, 2, 4).flatten(1)
             )
@@ -66,7 +65,7 @@ def peft_like(prompt: nn.Module, tuned: Any, case: step.Case) -> None:
 def test_both_sides_of_a_step_compute_the_same_loss(
     backbone: CausalBackbone, case: step.Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the same numbers in its prompt, PEFT's step has our loss, and as large a gradient."""
+    """With equal prompt values, PEFT's step has our loss and a gradient of the same norm."""
     rows = make_rows(ROWS, TOY.vocabulary, INPUT)
     prompt = step.our_prompt(backbone, case).double()
     tuned = step.peft_model(backbone, case).double()
@@ -88,9 +87,12 @@ def gradients(module: nn.Module) -> list[Tensor]:
 
 @pytest.mark.parametrize("length", [1, 20])
 def test_the_operations_counted_are_those_that_run(length: int) -> None:
-    """PEFT's matrix products are as many as counted. Ours are about as many: what no gradient needs is not run
-    backward, the rows' first queries, keys and values; and the last block asks all tokens for queries that nobody
-    reads, and the tokens that are read for keys and values once more."""
+    """Counted matrix products equal PEFT's exactly and ours within 5 %.
+
+    Ours differ for two reasons. The backward pass skips what no gradient needs: the rows' first
+    queries, keys and values. The last block computes queries of all tokens, though some are not
+    read, and computes keys and values of the read tokens a second time.
+    """
     model = make_model(LAYERED, CPU)
     backbone, case = backbone_of(model), step.Case("prompt_tuning", length)
     weights, rows = operations.Weights.of(model), make_rows(ROWS, LAYERED.vocabulary, INPUT)
@@ -106,7 +108,10 @@ def test_the_operations_counted_are_those_that_run(length: int) -> None:
 
 
 def products(call: Any) -> int:
-    """Floating-point operations of a call's products of matrices: attention and positions, which are batched, apart."""
+    """Return the floating-point operations of a call's unbatched matrix products.
+
+    Attention and positions use batched products and are not counted.
+    """
     call()
     with FlopCounterMode(display=False) as counter:
         call()
@@ -117,13 +122,13 @@ def products(call: Any) -> int:
 
 
 def test_pairs_of_query_and_key() -> None:
-    """A causal row of n tokens has 1 + 2 + ... + n pairs, and each token sees all that stands before the row."""
+    """A causal row of n tokens has 1 + 2 + ... + n pairs, plus n for each token before the row."""
     assert operations.causal_pairs(4) == 1 + 2 + 3 + 4
     assert operations.causal_pairs(3, before=10) == 11 + 12 + 13
 
 
 def test_a_prefix_is_no_token_of_the_body() -> None:
-    """A prefix adds pairs to attention and nothing else, on both sides."""
+    """A prefix only adds pairs to attention, on both sides."""
     weights = operations.Weights(body=100, head=10, layers=1, width=0)
     assert operations.repeated(weights, 20, 6, 2, 3, prefix=True) == 4 * 3 * 8 * 110
     assert operations.once(weights, 20, 6, 2, 3, prefix=True) == 4 * 3 * (7 * 100 + 2 * 10)
@@ -132,7 +137,7 @@ def test_a_prefix_is_no_token_of_the_body() -> None:
 
 
 def test_ratios_are_taken_pair_by_pair() -> None:
-    """A slow moment of the machine that hits both sides leaves the ratio as it is."""
+    """A slow moment that hits both sides of a pair does not change the ratio."""
     comparison = Comparison("x", ours=[1.0, 10.0, 2.0], peer=[3.0, 30.0, 2.0])
     assert comparison.ratios() == (1.0, 3.0, 3.0)
     shown = comparison.line(more="yes").shown
@@ -144,7 +149,7 @@ def test_ratios_are_taken_pair_by_pair() -> None:
 
 
 def test_a_table_has_a_heading_for_each_set_of_columns() -> None:
-    """Lines with the same columns share a heading."""
+    """Table rows with the same columns share a heading."""
     printed = table([Line("a", {"x": 1.0}), Line("b", {"x": 2.0}), Line("c", {"y": "no"})])
     assert [row.split() for row in printed] == [
         ["what", "x"], ["a", "1"], ["b", "2"], ["what", "y"], ["c", "no"],
@@ -152,13 +157,13 @@ def test_a_table_has_a_heading_for_each_set_of_columns() -> None:
 
 
 def test_every_row_is_used_once_until_they_run_out() -> None:
-    """Trials take their rows one after another."""
+    """Trials take consecutive rows, and no row twice before all are used."""
     assert batches(2, 3, of=6) == [[0, 1, 2], [3, 4, 5]]
     assert batches(2, 3, of=4) == [[0, 1, 2], [3, 0, 1]]
 
 
 def test_useful_operations_leave_padding_out(backbone: CausalBackbone) -> None:
-    """Rows of one length are computed without padding; a shorter row in the same forward is padded."""
+    """Only padded tokens are left out: rows of one length have none, a shorter row does."""
     weights = operations.Weights.of(backbone.model)
     setting = accelerator.Setting(CPU, 1.0)
     even, uneven = make_rows(4, TOY.vocabulary, 30), make_rows(4, TOY.vocabulary, 28, 32)
@@ -173,7 +178,7 @@ def test_useful_operations_leave_padding_out(backbone: CausalBackbone) -> None:
 
 
 def test_the_peak_of_a_device_is_looked_up_by_its_name() -> None:
-    """The more special name wins; an unknown device asks for --peak."""
+    """The more specific device name wins; an unknown device asks for --peak."""
     assert accelerator.known_peak("NVIDIA H200") == 989.0
     assert accelerator.known_peak("NVIDIA H100 PCIe") == 756.0
     assert accelerator.known_peak("NVIDIA H100 80GB HBM3") == 989.0
@@ -185,14 +190,14 @@ def test_the_peak_of_a_device_is_looked_up_by_its_name() -> None:
 def test_without_an_accelerator_its_benchmark_says_why_it_is_skipped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """No figures, no failure, one line with the reason."""
+    """A skipped benchmark gives no figures and no failure, only one line with the reason."""
     assert main(["accelerator"], tmp_path) == 0
     assert "skipped: torch has no accelerator" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 
 def test_both_ways_to_score_answers_agree(backbone: CausalBackbone) -> None:
-    """The input run once for all answers, or once an answer: the same log-probabilities."""
+    """Running the input once for all answers or once per answer gives equal log-probabilities."""
     setting = evaluation.Setting(rows=4, device=CPU)
     split, encoder = evaluation.task(setting, backbone, answers=3, tokens=2)
     assert [len(ids) for ids in encoder.scored_answers] == [2, 2, 2]
@@ -203,7 +208,7 @@ def test_both_ways_to_score_answers_agree(backbone: CausalBackbone) -> None:
 
 
 def test_a_part_within_a_part_counts_once() -> None:
-    """The body runs within the model and adds nothing; what an evaluation runs is no step's."""
+    """Nested parts count once: the body is part of the model, and evaluations are not steps."""
     watch = overhead.Stopwatch()
     inner = watch.around("model", lambda: 1)
     assert watch.around("model", inner)() == 1
@@ -214,7 +219,7 @@ def test_a_part_within_a_part_counts_once() -> None:
 
 
 def test_the_parts_of_a_step_are_all_seen() -> None:
-    """Model, optimiser, data and evaluation each report, and together they take no longer than the steps."""
+    """Model, optimiser, data and evaluation are all timed; their sum fits into the steps' time."""
     line = overhead.lines(overhead.Setting(sizes=("toy",), trials=2, batch=2, device=CPU))[0]
     spent = line.kept["seconds"]
     assert min(spent[part] for part in ("steps", "model", "optimiser", "data", "evaluation")) > 0
@@ -223,7 +228,7 @@ def test_the_parts_of_a_step_are_all_seen() -> None:
 
 
 def test_a_step_s_memory_grows_with_its_rows() -> None:
-    """Sixteen trials of four long rows take more above the weights than one."""
+    """Sixteen trials of four long rows need more memory beyond the weights than one trial."""
     above = [measured(Step("toy", trials, 4, 200, 200, 5))["above"] for trials in (1, 16)]
     assert above[1] > above[0]
 
@@ -258,7 +263,10 @@ def test_all_of_it_runs_at_toy_size(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 @pytest.mark.long
 def test_served_answers_are_those_of_the_peer() -> None:
-    """Our server and PEFT behind FastAPI answer the same over HTTP, and what is shown is what was measured."""
+    """Our server and PEFT behind FastAPI give the same answers over HTTP.
+
+    The printed figures are those that were measured.
+    """
     setting = serving.Setting(
         "toy", (3,), prompts=2, clients=4, requests=6, inputs=5, pairs=1, peers=("batched",)
     )
@@ -270,7 +278,7 @@ def test_served_answers_are_those_of_the_peer() -> None:
 
 
 def test_neither_ray_nor_mlflow_is_needed() -> None:
-    """In a process of its own all benchmarks can be imported, and a step measured, without the two."""
+    """All benchmarks import, and a step is measured, without loading Ray or MLflow."""
     program = (
         "import sys; from tests.benchmarks import __main__, memory; import peft;"
         "memory.measure_here(memory.Step('toy', 1, 2, 4, 6, 3));"

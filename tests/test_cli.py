@@ -1,4 +1,4 @@
-"""The command line itself: what it imports and what it prints."""
+"""What the command line imports and prints."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GENEROUS_S = 30.0
 
 
 def imported(arguments: list[str]) -> tuple[set[str], float]:
-    """Heavy libraries that the command has imported in a fresh process, and its seconds."""
+    """Return the heavy libraries that a fresh command imported, and its seconds."""
     program = (
         "import json, sys\n"
         f"sys.argv = ['orchestrator', *{arguments!r}]\n"
@@ -38,7 +38,7 @@ def imported(arguments: list[str]) -> tuple[set[str], float]:
 
 
 def test_help_imports_nothing_heavy(record_property: pytest.RecordProperty) -> None:
-    """``orchestrator --help`` answers at once: neither torch nor Ray nor any other large library is loaded."""
+    """``orchestrator --help`` answers at once: it loads no torch, Ray or other large library."""
     heavy, seconds = imported(["--help"])
     record_property("seconds", seconds)
     assert heavy == set()
@@ -46,7 +46,7 @@ def test_help_imports_nothing_heavy(record_property: pytest.RecordProperty) -> N
 
 
 def test_validate_imports_nothing_heavy(tmp_path: Path) -> None:
-    """A job spec is checked without any large library, and its files without torch or Ray."""
+    """Checking a spec loads no large library; checking its files loads neither torch nor Ray."""
     job = str(write_job(tmp_path))
     heavy, _ = imported(["validate", job, "--spec-only"])
     assert heavy == set()
@@ -56,7 +56,7 @@ def test_validate_imports_nothing_heavy(tmp_path: Path) -> None:
 
 
 def test_validate_as_json(command: Command, tmp_path: Path) -> None:
-    """The whole spec with its defaults, or every problem with its line."""
+    """The document has the whole spec with its defaults, or every problem with its line."""
     job = write_job(tmp_path)
     said = command("validate", job, "--set", "search.trials=3", "--json")
     assert said.document["valid"] and said.document["spec"]["search"]["trials"] == 3
@@ -72,7 +72,7 @@ def test_validate_as_json(command: Command, tmp_path: Path) -> None:
 
 
 def test_overrides_are_repeated_in_the_next_step(command: Command, tmp_path: Path) -> None:
-    """What is shown can be copied into a shell."""
+    """The shown next step includes the overrides and can be copied into a shell."""
     said = command("validate", write_job(tmp_path), "--set", 'data.template="{text} is it?"')
     assert said.out.splitlines()[-1].endswith(
         f"run {tmp_path}/job.yaml --set 'data.template=\"{{text}} is it?\"'"
@@ -80,7 +80,7 @@ def test_overrides_are_repeated_in_the_next_step(command: Command, tmp_path: Pat
 
 
 def test_version_and_help(command: Command) -> None:
-    """The version on one line; help names every verb."""
+    """The version is one line; help names every verb."""
     assert command("--version").out.startswith("orchestrator 0.")
     shown = command("--help").out
     registry = ("models", "promote", "rollback", "export", "import", "inspect")

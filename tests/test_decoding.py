@@ -1,4 +1,4 @@
-"""Greedy decoding and beam search against transformers' generate, row by row, and against trying everything."""
+"""Greedy decoding and beam search against transformers' generate and an exhaustive search."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def generated(
     max_tokens: int,
     num_beams: int,
 ) -> list[int]:
-    """What transformers generates for one row without padding, cut before the end token."""
+    """Return what transformers generates for one unpadded row, cut before the end token."""
     embeds = backbone.embed(torch.tensor([ids]))
     if prompt is not None:
         embeds = torch.cat([prompt[None].to(embeds), embeds], dim=1)
@@ -54,7 +54,10 @@ def generated(
 def some_end(
     backbone: Backbone, prompts: list[Tensor], inputs: list[list[int]], num_beams: int
 ) -> int:
-    """An end token that ends some rows and not others, of the tokens that the rows make of themselves."""
+    """Return an end token that ends some of the rows and not others.
+
+    It is one of the tokens that the rows generate anyway.
+    """
 
     def made(end_id: int) -> list[list[int]]:
         state = start(backbone, backbone.prepare(prompts), inputs, PROMPT_OF_ROW)
@@ -83,7 +86,10 @@ def some_end(
 def test_a_mixed_batch_is_what_generate_gives_each_row(
     family: str, prompt_once: bool | None, num_beams: int
 ) -> None:
-    """Rows of different lengths behind different prompts, some of which end: each as generate has it, all alone."""
+    """A batch of different lengths and prompts gives each row what generate gives it alone.
+
+    Some of the rows end early.
+    """
     backbone = tiny_backbone(family, prompt_once=prompt_once)
     prompts, inputs = random_prompts(backbone, [4, 1, 6], seed=5), random_ids(LENGTHS, seed=2)
     with torch.no_grad():
@@ -100,7 +106,10 @@ def test_a_mixed_batch_is_what_generate_gives_each_row(
 
 @pytest.mark.parametrize("num_beams", [2, 4])
 def test_any_end_token_ends_a_beam_search_as_generate_does(num_beams: int) -> None:
-    """Every token that the beams make, as end token: they end early, late, first of a row's beams or last."""
+    """With any generated token as end token, beams end exactly as in generate.
+
+    The end comes early or late, and first or last among a row's beams.
+    """
     backbone = tiny_backbone()
     (prompt,), inputs = random_prompts(backbone, [3], seed=9), random_ids([4, 9, 2, 6], seed=7)
     with torch.no_grad():
@@ -117,14 +126,14 @@ def test_any_end_token_ends_a_beam_search_as_generate_does(num_beams: int) -> No
 @pytest.mark.parametrize("num_beams", [1, 3])
 @pytest.mark.parametrize("prompt_once", [True, False], ids=["once", "concatenated"])
 def test_the_model_without_a_prompt(prompt_once: bool, num_beams: int) -> None:
-    """Without a prompt, rows go on as the model alone has them."""
+    """Without a prompt, rows continue as with the plain model."""
     backbone, inputs = tiny_backbone(prompt_once=prompt_once), random_ids([6, 2], seed=1)
     got = decode(start(backbone, None, inputs, [0, 0]), NO_END, 5, num_beams)
     assert got == [generated(backbone, None, ids, NO_END, 5, num_beams) for ids in inputs]
 
 
 def test_families_with_a_recurrent_state_are_replayed() -> None:
-    """A model without keys and values decodes greedily as its own forward says, one row at a time."""
+    """A model without keys and values decodes greedily like its own forward, row by row."""
     backbone = tiny_backbone("mamba")
     prompts, inputs = random_prompts(backbone, [2, 5], seed=4), random_ids([6, 3], seed=1)
     with torch.no_grad():
@@ -138,7 +147,11 @@ def test_families_with_a_recurrent_state_are_replayed() -> None:
 
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_the_end_token_counts_as_a_token(num_beams: int) -> None:
-    """max_tokens 1: one token, or none where the end token comes first; rows that all end at once are all empty."""
+    """The end token counts towards max_tokens.
+
+    With max_tokens 1 a row has one token, or none if the end token comes first. Rows that all end
+    at once are all empty.
+    """
     backbone, inputs = tiny_backbone(), random_ids([6, 2], seed=1)
     first = [row[0] for row in decode(start(backbone, None, inputs, [0, 0]), NO_END, 1)]
     assert first[0] != first[1]
@@ -149,16 +162,16 @@ def test_the_end_token_counts_as_a_token(num_beams: int) -> None:
 
 @pytest.mark.parametrize(("max_tokens", "num_beams"), [(0, 1), (3, 0)])
 def test_decoding_needs_a_token_and_a_beam(max_tokens: int, num_beams: int) -> None:
-    """Numbers below one are refused, not taken for one."""
+    """Zero or negative counts are refused instead of being raised to one."""
     with pytest.raises(ValueError, match="at least 1"):
         decode(Table(torch.zeros(1, 1, 3), [()]), 0, max_tokens, num_beams)
 
 
-# -- A state that is only a table -------------------------------------------------------------------------------------
+# -- A decoding state that is only a table of logits
 
 
 class Table:
-    """Logits [L, V, V] by step and last token: the smallest thing that can be decoded."""
+    """Logits [L, V, V] by step and last token: the smallest state that can be decoded."""
 
     def __init__(self, table: Tensor, rows: list[tuple[int, ...]]) -> None:
         self.table, self.rows = table, rows
@@ -177,7 +190,7 @@ class Table:
 
 
 def best_of_all(table: Tensor, end_id: int, max_tokens: int) -> float:
-    """The best mean log-probability of any continuation that ends, or has max_tokens tokens."""
+    """Return the best mean log-probability of all continuations up to max_tokens tokens."""
     found = []
     for length in range(1, max_tokens + 1):
         for row in itertools.product(range(table.shape[1]), repeat=length):
@@ -197,7 +210,7 @@ def score(table: Tensor, row: Sequence[int]) -> float:
 def test_with_beams_for_everything_the_best_continuation_is_found(
     seed: int, tokens: int, max_tokens: int
 ) -> None:
-    """As many beams as there are continuations: beam search then tries them all, and returns the best one."""
+    """With one beam per possible continuation, beam search is exhaustive and finds the best one."""
     table = 3 * torch.randn(
         max_tokens, tokens, tokens, generator=torch.Generator().manual_seed(seed)
     )

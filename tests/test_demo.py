@@ -1,4 +1,4 @@
-"""What the demo says of itself; the demo as a whole is run by ``make demo``."""
+"""The demo's time table; ``make demo`` runs the whole demo."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from orchestrator.cli.demo import time_table
 
 
 def test_the_time_table_adds_up(finished: Finished) -> None:
-    """Eight lines at most; the rows are the demo's seconds, none twice and none missing."""
+    """The table has at most eight lines, and its rows cover the demo's seconds exactly once."""
     seconds = finished.document["seconds"]
     head, *rows = time_table(finished.document, 20.0, seconds["total"] + 30.0)
     assert len(rows) <= 7

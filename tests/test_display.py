@@ -1,4 +1,4 @@
-"""Results as lines for people and documents for programs."""
+"""Results shown as text for people and as documents for programs."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ ESCAPE = "\x1b[2J\u202espam"  # clears a terminal, and turns the text around
 
 def version(**changes: Any) -> VersionSummary:
     fields: dict[str, Any] = {
-        "name": "spam", "version": 3, "aliases": ("champion",), "created_at": datetime(2026, 1, 2, 3, 4, tzinfo=UTC),
-        "status": "READY", "run_id": "r", "description": "", "tags": {}, "config": {}, "metrics": {}, "baselines": {},
+        "name": "spam", "version": 3, "aliases": ("champion",),
+        "created_at": datetime(2026, 1, 2, 3, 4, tzinfo=UTC),
+        "status": "READY", "run_id": "r", "description": "", "tags": {}, "config": {},
+        "metrics": {}, "baselines": {},
     }  # fmt: skip
     return VersionSummary(**{**fields, **changes})
 
@@ -34,12 +36,12 @@ def model(**changes: Any) -> ModelSummary:
 
 
 def test_a_table_is_as_wide_as_its_content() -> None:
-    """Columns are aligned and nothing trails."""
+    """Columns are aligned, without trailing spaces."""
     assert table(("a", "bb"), [("xyz", 1), ("", 22)]) == ["a    bb", "xyz  1", "     22"]
 
 
 def test_the_models_table() -> None:
-    """Every model with its aliases and what its champion reached, and the next step."""
+    """The table has every model with its aliases and its champion's score, and the next step."""
     lines = pages.models_table(
         [model(), model(name="other", is_prompt=False, champion_metrics=None, aliases={})]
     )
@@ -51,7 +53,7 @@ def test_the_models_table() -> None:
 
 
 def test_what_a_registry_holds_cannot_move_the_cursor() -> None:
-    """Names, aliases, tags and texts from the store are shown escaped: whoever may write there is not trusted."""
+    """Names, aliases, tags and texts from the store are escaped: writers are not trusted."""
     config = {"init": {"text": ESCAPE}, "num_virtual_tokens": 5, "learning_rate": 0.1, "seed": 0}
     lines = [
         *pages.models_table([model(name=ESCAPE, champion_metrics={"test": {ESCAPE: 1.0}})]),
@@ -74,19 +76,19 @@ def test_what_a_registry_holds_cannot_move_the_cursor() -> None:
     ],
 )
 def test_a_listing_survives_facts_that_somebody_edited(metrics: Any) -> None:
-    """A tag may hold anything; the row is still there, without what makes no sense."""
+    """A model whose tags were edited is still listed, without the invalid values."""
     lines = pages.versions_table("spam", [version(metrics=metrics, config={"init": 3})])
     assert lines[1].split() == ["3", "champion", "2026-01-02", "03:04"]
 
 
 def test_a_version_that_cannot_be_read_says_why() -> None:
-    """Its page holds the problem and a way on."""
+    """The version's page shows the problem and a next step."""
     page = pages.version_page(VersionDetail(version(), "source", None, "the files were deleted"))
     assert "the files were deleted" in page[1] and page[-1] == "next: orchestrator models spam"
 
 
 def test_the_summary_of_a_search(finished: Finished) -> None:
-    """Where the tuned prompt stands against the baselines, what was registered, and the next step."""
+    """The summary compares prompt and baselines, and has the version and the next step."""
     text = "\n".join(run_summary(finished.document, finished.job))
     for shown in (
         "8 trials in",
@@ -110,7 +112,7 @@ def test_a_summary_without_champion_or_version(finished: Finished) -> None:
 def test_the_models_verb(
     finished: Finished, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The list, one model's versions and one version in full, for people and as JSON."""
+    """``models`` shows the list, one model's versions or one full version, as text and as JSON."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", finished.tracking_uri)
     assert "tiny" in command("models").out
     (listed,) = command("models", "--json").document
@@ -137,7 +139,7 @@ def test_the_models_verb(
 def test_promote_and_rollback(
     finished: Finished, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An alias moves and goes back; both say where it was and what comes next, for people and as JSON."""
+    """Both verbs say where the alias was and what comes next, as text and as JSON."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", finished.tracking_uri)
     registry = Registry(finished.tracking_uri, cache_dir=finished.folder / "cache")
     artifact = registry.fetch("tiny", 1)

@@ -1,4 +1,4 @@
-"""``orchestrator doctor``: what is there, what is missing, the fix."""
+"""``orchestrator doctor`` reports what is present, what is missing and the fix."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def place(tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_sound_machine(command: Command, store: str) -> None:
-    """Every part is named with what was found, and the next step is the demo, or a job of one's own."""
+    """Every part is listed with its state; the next step is the demo or an own job."""
     said = command("doctor")
     assert said.code == 0, said.out
     for what in (
@@ -52,7 +52,10 @@ def test_a_sound_machine(command: Command, store: str) -> None:
 def test_what_does_not_answer_is_a_finding(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A registry and a cluster that are away, each with the fix; the exit code says that something is unreachable."""
+    """An unreachable registry and cluster are reported with a fix.
+
+    The exit code says that something is unreachable.
+    """
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         port = holder.getsockname()[1]
@@ -68,7 +71,7 @@ def test_what_does_not_answer_is_a_finding(
 
 
 def test_a_full_disk_and_a_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each has its fix."""
+    """Both findings name a fix."""
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1e8))
     monkeypatch.setattr(doctor, "LIBRARIES", ("no-such-library",))
     found = {finding.what: finding for finding in doctor.examine()}
@@ -77,7 +80,7 @@ def test_a_full_disk_and_a_missing_library(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_check_that_breaks_is_a_finding_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One broken library does not hide the rest."""
+    """One broken library does not hide the other checks."""
 
     def _device() -> list[Finding]:
         raise ImportError("libcudart.so.13: cannot open shared object file")

@@ -1,4 +1,4 @@
-"""Registered prompts on other data: what is measured, what is kept, votes; and two versions side by side."""
+"""Evaluations of registered prompts on other data, votes, and comparisons of two versions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from orchestrator.workbench.inspect import nearest_tokens
 
 @pytest.fixture(scope="module")
 def several(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Registry:
-    """The search's version and two more, of its prompt moved by noise, in a copy of its store."""
+    """A copy of the search's store with its version and two more, whose prompts have noise."""
     store = tmp_path_factory.mktemp("several") / "mlflow.db"
     shutil.copyfile(finished.folder / "mlflow.db", store)
     registry = Registry(f"sqlite:///{store}", cache_dir=store.parent / "cache")
@@ -56,7 +56,7 @@ def several(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Reg
 
 
 def rows_with_sources(finished: Finished, folder: Path) -> Path:
-    """The test rows, each with where it is from, under another name for the text."""
+    """Write the test rows with a source each, and with the text column renamed."""
     file = folder / "elsewhere.jsonl"
     rows = [json.loads(line) for line in (finished.folder / "test.jsonl").read_text().splitlines()]
     changed = [
@@ -70,7 +70,7 @@ def rows_with_sources(finished: Finished, folder: Path) -> Path:
 def test_on_its_own_test_rows_a_prompt_does_what_the_search_measured(
     finished: Finished, several: Registry
 ) -> None:
-    """To tolerance of batching; nothing drops."""
+    """Metrics equal the search's, within the tolerance of batching, and show no drop."""
     question = Question(str(finished.folder / "test.jsonl"))
     document = evaluate_models(several, ["tiny:1"], [question], log=False)
     (target,) = document["targets"]
@@ -83,7 +83,7 @@ def test_on_its_own_test_rows_a_prompt_does_what_the_search_measured(
 def test_versions_share_forwards_groups_add_up_and_votes_are_counted(
     finished: Finished, several: Registry, tmp_path: Path
 ) -> None:
-    """Several versions at once give what each gives alone; parts make up the whole; a vote is the majority's."""
+    """Versions evaluated together score as alone; groups add up; votes are majorities."""
     models = ["tiny:1", "several:1", "several:2"]
     question = Question(
         str(rows_with_sources(finished, tmp_path)), by="source", rename={"sentence": "text"}
@@ -135,7 +135,10 @@ def test_what_was_found_is_kept_with_the_version(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A run with metrics linked to the logged model, tags on the version; and the gate compares by it afterwards."""
+    """An evaluation is kept as a run and as tags, and the promotion gate uses it.
+
+    The run's metrics are linked to the logged model; the tags are on the version.
+    """
     monkeypatch.setenv("MLFLOW_TRACKING_URI", several.tracking_uri)
     file = rows_with_sources(finished, tmp_path)
     arguments = ["--data", file, "--by", "source", "--rename", "sentence=text"]
@@ -157,8 +160,10 @@ def test_what_was_found_is_kept_with_the_version(
     )
     several.promote("several", 1)
     better = several.resolve("several:2")
-    losses = [json.loads(it.tags[f"{EVALUATION_TAG}{documents[0]['fingerprint']}"])["metrics"]["loss"]
-              for it in (summary, better)]  # fmt: skip
+    losses = [
+        json.loads(it.tags[f"{EVALUATION_TAG}{documents[0]['fingerprint']}"])["metrics"]["loss"]
+        for it in (summary, better)
+    ]
     assert losses[0] != losses[1]
 
 
@@ -190,7 +195,7 @@ def test_what_cannot_be_evaluated_is_refused_with_the_reason(
 def test_two_versions_side_by_side(
     finished: Finished, several: Registry, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What differs comes first; metrics, evaluations and nearest words stand next to each other."""
+    """Differences come first; metrics, evaluations and nearest words are next to each other."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", several.tracking_uri)
     said = command("compare", "tiny:1", "several:1", "--json")
     assert said.code == 0 and said.document["versions"] == ["tiny:1", "several:1"]
@@ -206,7 +211,7 @@ def test_two_versions_side_by_side(
 
 
 def test_nearest_words_are_those_of_the_loaded_model(finished: Finished, several: Registry) -> None:
-    """Read from the table on disk, without a model."""
+    """Nearest words read from the table on disk equal those of the loaded model."""
     artifact = PromptArtifact.load(several.fetch("tiny", 1))
     embeddings = prompt_tensors(artifact).embeddings
     assert embeddings is not None
@@ -228,7 +233,7 @@ print(json.dumps(model.predict([{"text": text} for text in json.loads(sys.argv[2
 
 
 def test_plain_mlflow_answers_as_we_do(finished: Finished, several: Registry) -> None:
-    """A process that knows only MLflow, with pickle forbidden, gives the labels and probabilities of our own engine."""
+    """A process with only MLflow, pickle forbidden, gives our engine's labels and probabilities."""
     texts = ["great movie", "is this spam or ham", "a quick brown fox jumps"]
     environment: dict[str, Any] = {**os.environ, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
     answer = subprocess.run(
@@ -244,7 +249,7 @@ def test_plain_mlflow_answers_as_we_do(finished: Finished, several: Registry) ->
 
 @pytest.mark.slow
 def test_mlflows_own_server_answers_as_we_do(finished: Finished, several: Registry) -> None:
-    """``mlflow models serve`` of a version, with pickle forbidden, asked over HTTP."""
+    """``mlflow models serve``, pickle forbidden, gives the same answers over HTTP."""
     texts = ["great movie", "is this spam or ham"]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -261,7 +266,8 @@ def test_mlflows_own_server_answers_as_we_do(finished: Finished, several: Regist
         "local",
     ]
     environment = os.environ | {
-        "MLFLOW_TRACKING_URI": finished.tracking_uri, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        "MLFLOW_TRACKING_URI": finished.tracking_uri,
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }  # fmt: skip
     log = (finished.folder / "models-serve.log").open("w+b")
@@ -290,7 +296,7 @@ def test_mlflows_own_server_answers_as_we_do(finished: Finished, several: Regist
 
 
 def asked(url: str, document: Any) -> Any:
-    """The answer of a server that may still be starting."""
+    """Return the answer of a server that may still be starting."""
     deadline = time.monotonic() + 150
     while time.monotonic() < deadline:
         request = urllib.request.Request(

@@ -37,7 +37,7 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Store:
-    """A registry with one version of a model for each of METHODS, in a folder with a job."""
+    """A registry with one model per entry of METHODS, one version each, in a folder with a job."""
 
     folder: Path
     job: Path
@@ -53,7 +53,7 @@ class Store:
 
 
 def moved_prompt(backbone: Backbone, name: str) -> PromptArtifact:
-    """A prompt that starts from a text and went some way."""
+    """Return a prompt that started from a text and has moved away from it."""
     method, text = METHODS[name], "is this spam"
     spec = TrialSpec("text", text, P, 0.1, 0)
     prompt = make_prompt(method, spec, InitContext.of(backbone, []))
@@ -62,7 +62,8 @@ def moved_prompt(backbone: Backbone, name: str) -> PromptArtifact:
         parameter.data.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     tensors = {part: tensor.detach().numpy() for part, tensor in prompt().named().items()}
     about: dict[str, Any] = {
-        "method": method.name, "num_virtual_tokens": P, "config": spec.config(), "verbalizer": VERBALIZER,
+        "method": method.name, "num_virtual_tokens": P, "config": spec.config(),
+        "verbalizer": VERBALIZER,
         "template": "{text} {*}\nspam?" if method.inside else "{text}\nspam?",
         "base_model": BaseModelRecord(**asdict(backbone.info)),
     }  # fmt: skip
@@ -83,7 +84,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 @pytest.fixture
 def store(made: Store, monkeypatch: pytest.MonkeyPatch) -> Store:
-    """The registry where the verbs look for it."""
+    """Point the verbs at the registry."""
     monkeypatch.chdir(made.folder)
     monkeypatch.setenv("XDG_CACHE_HOME", str(made.folder / "cache"))
     return made
@@ -96,10 +97,11 @@ def classified(store: Store, artifact: Path) -> list[dict[str, Any]]:
 
 
 def test_export(store: Store, command: Command, tmp_path: Path) -> None:
-    """The folder is where it was asked for and PEFT runs it on the same base model; the next step is named."""
+    """PEFT runs the exported folder on the same base model; the next step is named."""
     said = command("export", "prompt", tmp_path / "adapter", "--json")
     assert said.code == 0 and said.document == {
-        "name": "prompt", "version": 1, "folder": str(tmp_path / "adapter"), "peft_type": "PROMPT_TUNING",
+        "name": "prompt", "version": 1, "folder": str(tmp_path / "adapter"),
+        "peft_type": "PROMPT_TUNING",
         "task_type": "CAUSAL_LM", "num_virtual_tokens": P, "base_model": str(model_folder()),
     }  # fmt: skip
     base = AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32)
@@ -122,7 +124,10 @@ def test_export(store: Store, command: Command, tmp_path: Path) -> None:
 
 
 def test_what_export_refuses(store: Store, command: Command, tmp_path: Path) -> None:
-    """An existing folder, a prompt that PEFT can't express, and a model that is not there: exit 2, nothing written."""
+    """An existing folder, a prompt that PEFT can't express and an unknown model exit with 2.
+
+    Nothing is written.
+    """
     taken = command("export", "prompt", tmp_path, "--json")
     assert taken.code == 2 and "exists already" in taken.document["error"]["message"]
     inside = command("export", "inside", tmp_path / "out")
@@ -138,8 +143,10 @@ def test_what_export_refuses(store: Store, command: Command, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", ["prompt", "prefix"])
 def test_export_and_import(store: Store, command: Command, tmp_path: Path, name: str) -> None:
-    """An imported export is a version that answers as the original does; without metrics it is no champion, even as
-    the first of its name."""
+    """An imported export answers like the original.
+
+    It has no metrics, so it does not become champion, even as the first version of its name.
+    """
     command("export", name, tmp_path / "adapter")
     said = command(
         "import", tmp_path / "adapter", "--name", f"{name}-again", "--job", store.job, "--json"
@@ -166,7 +173,8 @@ def test_export_and_import(store: Store, command: Command, tmp_path: Path, name:
     second = command("import", tmp_path / "adapter", "--name", f"{name}-again", "--job", store.job)
     assert "Version 2 is not champion" in second.err
     assert second.out.splitlines()[-1] == (
-        f"next: orchestrator evaluate {name}-again:2 --data FILE   then   orchestrator promote {name}-again 2"
+        f"next: orchestrator evaluate {name}-again:2 --data FILE   then   orchestrator "
+        f"promote {name}-again 2"
     )
     assert store.registry.aliases(f"{name}-again") == {"challenger": 2}
 
@@ -174,7 +182,10 @@ def test_export_and_import(store: Store, command: Command, tmp_path: Path, name:
 def test_an_import_is_champion_when_that_is_asked_for(
     store: Store, command: Command, tmp_path: Path
 ) -> None:
-    """On the command line, not by a job that was written for searches; never in the place of another champion."""
+    """Only the command line's option makes an import champion, not a job's setting for searches.
+
+    An import never replaces another champion.
+    """
     command("export", "prompt", tmp_path / "adapter")
     asked = ("import", tmp_path / "adapter", "--name", "asked", "--job", store.job, "--json")
     unasked = command(*asked, "--set", "registry.alias=champion")
@@ -195,7 +206,7 @@ def test_an_import_is_champion_when_that_is_asked_for(
 
 
 def peft_made(kind: str, folder: Path) -> Path:
-    """A prompt of PEFT's on the base model, never trained here."""
+    """Save an untrained PEFT prompt on the base model."""
     torch.manual_seed(3)
     model = AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32)
     configs = {
@@ -216,7 +227,7 @@ def peft_made(kind: str, folder: Path) -> Path:
 def test_import_of_what_peft_made(
     store: Store, command: Command, tmp_path: Path, kind: str, method: str
 ) -> None:
-    """A folder of PEFT's becomes a served prompt with the job's template, verbalizer and limits."""
+    """A PEFT folder becomes a served prompt with the job's template, verbalizer and limits."""
     folder = peft_made(kind, tmp_path / "adapter")
     said = command(
         "import",
@@ -242,7 +253,7 @@ def edit(folder: Path, **changes: Any) -> None:
 
 
 def test_what_import_refuses(store: Store, command: Command, tmp_path: Path) -> None:
-    """Another base model, a broken folder, a prefix of another shape, a bad name or job: exit 2, nothing registered."""
+    """Wrong models, folders, prefix shapes, names and jobs exit with 2, nothing registered."""
     before = store.names
     folder = peft_made("projected", tmp_path / "adapter")
     asked = ("import", folder, "--name", "refused", "--job", store.job)
@@ -259,9 +270,8 @@ def test_what_import_refuses(store: Store, command: Command, tmp_path: Path) -> 
         and "--renamed-base-model" in other.err
     )
     width = json.loads((folder / CONFIG).read_text())["token_dim"]
-    edit(
-        folder, token_dim=width * 2, num_layers=1
-    )  # the same number of values, laid out for another model
+    # The same number of values, laid out for another model.
+    edit(folder, token_dim=width * 2, num_layers=1)
     shape = command(*asked, "--renamed-base-model")
     assert shape.code == 2 and "does not fit this model" in shape.err
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:300])
@@ -274,7 +284,7 @@ def test_what_import_refuses(store: Store, command: Command, tmp_path: Path) -> 
 
 
 def test_a_renamed_base_model(store: Store, command: Command, tmp_path: Path) -> None:
-    """A folder that names its model otherwise comes in when told that it is the same."""
+    """A folder with another model name is imported if the user says that the model is the same."""
     folder = peft_made("encoded", tmp_path / "adapter")
     edit(folder, base_model_name_or_path="elsewhere/other")
     said = command(
@@ -286,20 +296,22 @@ def test_a_renamed_base_model(store: Store, command: Command, tmp_path: Path) ->
 NEIGHBOUR = record(id=COUNT, token={"type": "string"}, distance=NUMBER)
 DRIFT = record(cosine=NUMBER, norm=NUMBER, start_norm=NUMBER)
 INSPECTED = record(
-    name=TEXT, version=COUNT, method=TEXT, num_virtual_tokens=COUNT, base_model=TEXT, config={"type": "object"},
+    name=TEXT, version=COUNT, method=TEXT, num_virtual_tokens=COUNT, base_model=TEXT,
+    config={"type": "object"},
     vocabulary_norm=NUMBER, no_drift={"type": "string"},
     tokens={"type": "array", "items": record(
         place=COUNT, norm=NUMBER, nearest={"type": "array", "items": NEIGHBOUR}, drift=DRIFT,
     )},
     layers={"type": "array", "items": record(
-        site=TEXT, layer=COUNT, key_norm=NUMBER, value_norm=NUMBER, real_key_norm=NUMBER, real_value_norm=NUMBER,
+        site=TEXT, layer=COUNT, key_norm=NUMBER, value_norm=NUMBER, real_key_norm=NUMBER,
+        real_value_norm=NUMBER,
         drift=DRIFT,
     )},
 )  # fmt: skip
 
 
 def test_inspect_a_soft_prompt(store: Store, command: Command) -> None:
-    """Each virtual token with its neighbours and its way from the text that it started from."""
+    """Each virtual token is shown with its neighbours and its drift from the initial text."""
     said = command("inspect", "prompt", "--nearest", 2, "--json")
     assert said.code == 0, said.err
     jsonschema.validate(said.document, INSPECTED)
@@ -315,7 +327,10 @@ def test_inspect_a_soft_prompt(store: Store, command: Command) -> None:
 
 
 def test_inspect_a_prefix(store: Store, command: Command) -> None:
-    """Each layer's keys and values against those of real tokens: there are no embeddings to compare with words."""
+    """Each layer's keys and values are compared with those of real tokens.
+
+    A prefix has no embeddings that could be compared with words.
+    """
     said = command("inspect", "prefix", "--json")
     jsonschema.validate(said.document, INSPECTED)
     assert said.document["tokens"] == [] and [
@@ -326,7 +341,7 @@ def test_inspect_a_prefix(store: Store, command: Command) -> None:
 
 
 def test_inspect_on_another_model(store: Store, command: Command, tmp_path: Path) -> None:
-    """A base model that lies elsewhere may be named; one with other weights is refused."""
+    """A base model in another place may be named; one with other weights is refused."""
     other = save_model(tmp_path / "model", seed=7)
     said = command("inspect", "prompt", "--base-model", other)
     assert said.code == 2 and "tuned on another base model" in said.err
@@ -334,6 +349,6 @@ def test_inspect_on_another_model(store: Store, command: Command, tmp_path: Path
 
 
 def test_the_store_is_what_it_says(store: Store) -> None:
-    """The prompts that these tests use answer, and do not all answer alike."""
+    """The prompts of these tests answer, and their answers differ."""
     answers = [classified(store, store.artifact(name)) for name in METHODS]
     assert len({json.dumps(answer) for answer in answers}) == len(METHODS)

@@ -1,4 +1,4 @@
-"""The script behind docs/experiments.md: every trial of a job file to its end, judged as a search judges it."""
+"""The script of docs/experiments.md: runs all trials to their end and judges them as a search."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ BASELINE = {
 
 
 def test_every_trial_runs_to_its_end_as_it_would_alone(tmp_path: Path) -> None:
-    """Eight trials, four at a time; one of them by itself reaches the same."""
+    """Eight trials, four at a time, all end; one of them run alone has the same result."""
     job = small_job(tmp_path, **SPACE)
     found = run_experiment(job, capacity=4)
     assert [trial.config for trial in found.trials] == [
@@ -58,7 +58,7 @@ def test_every_trial_runs_to_its_end_as_it_would_alone(tmp_path: Path) -> None:
 
 
 def test_lines_take_the_best_rate_of_each_seed_by_validation(tmp_path: Path) -> None:
-    """Test values are those of the trials that validation chose, one a seed; the spread is over seeds."""
+    """Validation chooses one trial per seed; test values and their spread are of these trials."""
 
     def trial(seed: int, rate: float, validation: float, test: float) -> Trial:
         config = {"init": "random", "num_virtual_tokens": 3, "learning_rate": rate, "seed": seed}
@@ -82,7 +82,7 @@ def test_lines_take_the_best_rate_of_each_seed_by_validation(tmp_path: Path) -> 
 
 
 def test_a_vote_of_one_is_its_own_answer(tmp_path: Path) -> None:
-    """The majority of a single prompt is what that prompt says."""
+    """The majority vote of a single prompt is that prompt's answer."""
     job = small_job(
         tmp_path, **{**SPACE, "search__space__init": "random", "search__space__learning_rate": 0.3}
     )
@@ -105,7 +105,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 @pytest.mark.parametrize("method", ["prompt_tuning", "model_tuning"])
 def test_other_files_are_evaluated_too(tmp_path: Path, method: str) -> None:
-    """The same rows under another name give the same figures, whatever is learned."""
+    """The same rows under another file name give the same figures, for every method."""
     job = small_job(tmp_path, **(SPACE if method == "prompt_tuning" else BASELINE))
     path = job.data.path
     assert job.method == method and not isinstance(path, str)

@@ -1,4 +1,4 @@
-"""Every command that an error message, a hint or a help text names is one that the command line takes."""
+"""Every command named in an error message, hint or help text is accepted by the command line."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ import typer.main
 from orchestrator import cli
 
 PACKAGE = Path(cli.__file__).parents[1]
-FILLED_IN = "1"  # in the place of a value: as good a name as it is a number
-VERSION = [FILLED_IN]  # `orchestrator 0.1.0`, which is no command
-ADDS_OPTIONS = {"_option", "repeated"}  # functions that write options, or nothing
+FILLED_IN = "1"  # placeholder for a value: valid as a name and as a number
+VERSION = [FILLED_IN]  # `orchestrator 0.1.0` is not a command
+ADDS_OPTIONS = {"_option", "repeated"}  # these functions return options, or nothing
 COMMAND = re.compile(r"(?<![\w./-])orchestrator +([a-z][\w-]*|1\b)([^`,;()\n]*)")
 ENDS = re.compile(r" {3,}| && | \| |[.:] |[.:'\"]$")
-VERB_ALONE = re.compile(
-    r"`+(orchestrator [\w-]+)`+|the same (orchestrator [\w-]+)"
-)  # speaks of a verb
+# A text that only mentions a verb.
+VERB_ALONE = re.compile(r"`+(orchestrator [\w-]+)`+|the same (orchestrator [\w-]+)")
 
 
 def strings(file: Path) -> Iterator[tuple[int, str]]:
-    """Every string of a module with its line; values in f-strings are filled in."""
+    """Yield every string of a module with its line; values in f-strings are filled in."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     parts = {
         id(value)
@@ -44,7 +43,7 @@ def strings(file: Path) -> Iterator[tuple[int, str]]:
 
 
 def filled_in(part: ast.expr) -> str:
-    """A part of an f-string: its text, or something in the place of its value."""
+    """Return the part's text, or a placeholder for its value."""
     if isinstance(part, ast.Constant):
         return str(part.value)
     value = part.value if isinstance(part, ast.FormattedValue) else part
@@ -58,8 +57,12 @@ def filled_in(part: ast.expr) -> str:
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """The words after `orchestrator` up to where its command ends at the latest; prose may follow the command."""
-    # Where a text only speaks of a verb, no argument follows: the verb has to be there all the same.
+    """Yield the words after each `orchestrator`, up to the latest possible end of the command.
+
+    Prose may follow the command.
+    """
+    # A text that only mentions a verb has no arguments after it, but the verb must exist all the
+    # same.
     text = VERB_ALONE.sub(lambda found: f"`{found[1] or found[2]} --help`", text)
     for found in COMMAND.finditer(text):
         verb, rest = found[1], ENDS.split(found[2])[0]
@@ -71,7 +74,7 @@ def commands(text: str) -> Iterator[list[str]]:
 
 
 def named() -> list[tuple[str, list[str]]]:
-    """Every command that is named in the package, with its place."""
+    """Return every command that is named in the package, with its place."""
     found = []
     for file in sorted(PACKAGE.rglob("*.py")):
         for line, text in strings(file):
@@ -109,12 +112,12 @@ def problem(words: list[str]) -> str:
     ("place", "words"), [pytest.param(*it, id=f"{it[0]} {' '.join(it[1])[:40]}") for it in named()]
 )
 def test_a_command_that_is_named_is_taken(place: str, words: list[str]) -> None:
-    """Its verb, its options and their values are there, and no argument is missing."""
+    """Its verb, options and values exist, and no argument is missing."""
     assert not problem(words), f"{place}: orchestrator {shlex.join(words)}: {problem(words)}"
 
 
 def test_the_commands_of_hints_are_found() -> None:
-    """Those in plain strings, in f-strings and in files that come with the package."""
+    """Commands are found in plain strings, in f-strings and in the package's files."""
     found = {(place.split(":")[0], words[0]) for place, words in named()}
     for known in (
         ("job/yaml/load.py", "init"),
@@ -135,13 +138,13 @@ def test_the_commands_of_hints_are_found() -> None:
     ],
 )  # fmt: skip
 def test_a_wrong_command_would_be_noticed(wrong: str) -> None:
-    """A verb or an option that there is not, a missing argument, a value of another type."""
+    """Unknown verbs and options, missing arguments and values of the wrong type are noticed."""
     (words,) = commands(wrong)
     assert problem(words)
 
 
 def test_hints_name_no_file_of_the_clone() -> None:
-    """Whoever installed the wheel has no jobs/ folder."""
+    """Hints name no file of the repository, because an installed wheel has no jobs/ folder."""
     for file in sorted(PACKAGE.rglob("*.py")):
         for line, text in strings(file):
             assert not re.search(r"(?<![\w/])jobs/\w", text), (

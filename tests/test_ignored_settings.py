@@ -1,4 +1,4 @@
-"""Settings that would have no effect are conflicts, each named with what makes it idle."""
+"""Settings without effect are conflicts, and the error names the cause."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ EXPONENTIAL = ("train.schedule=exponential", "train.decay_rate=0.5")
 IDLE: list[tuple[tuple[str, ...], str, str]] = [
     # overrides, the key without effect, another key that the message names
     (("base_model.id=./model", "base_model.revision=v2"), "base_model.revision", "base_model.id"),
-    (("base_model.id=builtin:quickstart", "base_model.revision=v2"), "base_model.revision", "base_model.id"),
+    (("base_model.id=builtin:quickstart", "base_model.revision=v2"), "base_model.revision",
+        "base_model.id"),
     (
         ("base_model.id=builtin:quickstart", "base_model.allow_remote_code=true"),
         "base_model.allow_remote_code", "base_model.id",
@@ -60,31 +61,38 @@ IDLE: list[tuple[tuple[str, ...], str, str]] = [
         ),
         "data.rename", "data.prefix_lm",
     ),
-    (("data.verbalizer=null", "search.metric=loss", "data.references=all"), "data.references", "search.metric"),
+    (("data.verbalizer=null", "search.metric=loss", "data.references=all"), "data.references",
+        "search.metric"),
     (("data.max_target_tokens=8",), "data.max_target_tokens", "data.verbalizer"),
-    ((DESIGN, "search.space.demonstrations=nearest"), "search.space.demonstrations", "search.space.shots"),
+    ((DESIGN, "search.space.demonstrations=nearest"), "search.space.demonstrations",
+        "search.space.shots"),
     (
         (DESIGN, "search.space.shots=0", "search.space.demonstrations=[random, nearest]"),
         "search.space.demonstrations", "search.space.shots",
     ),
     ((DESIGN, "search.space.seed=[0, 1]"), "search.space.seed", "search.space.shots"),
     (
-        (DESIGN, "search.space.shots=4", "search.space.demonstrations=nearest", "search.space.seed=1"),
+        (DESIGN, "search.space.shots=4", "search.space.demonstrations=nearest",
+            "search.space.seed=1"),
         "search.space.seed", "search.space.demonstrations",
     ),
-    (("search.searcher=grid", "search.few_shot=0", "search.seed=1"), "search.seed", "search.searcher"),
+    (("search.searcher=grid", "search.few_shot=0", "search.seed=1"), "search.seed",
+        "search.searcher"),
     (
-        ("search.searcher=grid", TWO_RATES, "search.trials=2", "search.few_shot=0", "search.seed=1"),
+        ("search.searcher=grid", TWO_RATES, "search.trials=2", "search.few_shot=0",
+            "search.seed=1"),
         "search.seed", "search.searcher",
     ),
     ((DESIGN, "search.scheduler=median"), "search.scheduler", "method"),
     *(
-        ((f"search.scheduler={scheduler}", TWO_RATES, "search.grace_steps=100"), "search.grace_steps",
+        ((f"search.scheduler={scheduler}", TWO_RATES, "search.grace_steps=100"),
+            "search.grace_steps",
          "search.scheduler")
         for scheduler in ("fifo", "pbt")
     ),
     *(
-        ((f"search.scheduler={scheduler}", TWO_RATES, "search.reduction_factor=5"), "search.reduction_factor",
+        ((f"search.scheduler={scheduler}", TWO_RATES, "search.reduction_factor=5"),
+            "search.reduction_factor",
          "search.scheduler")
         for scheduler in ("fifo", "pbt", "median")
     ),
@@ -105,7 +113,8 @@ IDLE: list[tuple[tuple[str, ...], str, str]] = [
     (("train.decay_rate=0.9",), "train.decay_rate", "train.schedule"),
     (("train.decay_steps=9",), "train.decay_steps", "train.schedule"),
     ((*EXPONENTIAL, "train.decay_steps=500"), "train.decay_steps", "train.steps"),
-    ((*EXPONENTIAL, "train.warmup_steps=100", "train.decay_steps=400"), "train.decay_steps", "train.warmup_steps"),
+    ((*EXPONENTIAL, "train.warmup_steps=100", "train.decay_steps=400"), "train.decay_steps",
+        "train.warmup_steps"),
     *(
         ((override, *more), override.partition("=")[0], "search.metric")
         for override in ("generation.max_tokens=8", "generation.num_beams=2")
@@ -132,18 +141,20 @@ AT_WORK: list[tuple[str, ...]] = [
     (FILES, "data.limit={train: 9}", "data.split_seed=1"),
     (BUILTIN, "data.limit={train: 9}", "data.split_seed=1"),
     (
-        BUILTIN, "data.prefix_lm=text", "data.template=\"{prefix}\"", "data.target=continuation", *TEXTS,
+        BUILTIN, "data.prefix_lm=text", "data.template=\"{prefix}\"", "data.target=continuation",
+        *TEXTS,
         "data.split_seed=1",
     ),
     ("data.rename={sms: text, spam: label}",),
     (DESIGN, "search.space.template=[\"{text}?\", \"{body}?\"]", "data.rename={sms: body}"),
     (*TEXTS, "data.references=all", "data.rename={texts: all}", "data.max_target_tokens=8"),
     (*TEXTS, "generation={max_tokens: 8, num_beams: 2}"),
-    (DESIGN, "search.space.shots=[0, 4]", "search.space.demonstrations=[random, nearest]", "search.space.seed=1"),
+    (DESIGN, "search.space.shots=[0, 4]", "search.space.demonstrations=[random, nearest]",
+        "search.space.seed=1"),
     (DESIGN, "search.scheduler=fifo"),
     (DESIGN, "search.space.shots=0", "search.space.demonstrations=random"),
     ("search.space.seed=[1, 2]", "search.seed=1"),
-    ("search.searcher=grid", "search.seed=1"),  # the few-shot baseline draws its rows by it
+    ("search.searcher=grid", "search.seed=1"),  # the seed of the few-shot baseline's rows
     ("search.searcher=grid", TWO_RATES, "search.trials=1", "search.few_shot=0", "search.seed=1"),
     ("search.grace_steps=499", "search.reduction_factor=2"),
     ("search.scheduler=median", "search.grace_steps=499"),
@@ -165,7 +176,7 @@ def job_file(tmp_path: Path) -> Path:
 
 
 def problems(command: Command, job_file: Path, overrides: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Problems that ``validate`` reports, and nothing else."""
+    """Return the problems that ``validate`` reports; check that it prints nothing else."""
     sets = [word for override in overrides for word in ("--set", override)]
     said = command("validate", job_file, "--spec-only", "--json", *sets)
     if said.code == 0:
@@ -181,34 +192,32 @@ def problems(command: Command, job_file: Path, overrides: tuple[str, ...]) -> li
 def test_a_setting_without_effect_is_a_conflict(
     command: Command, job_file: Path, overrides: tuple[str, ...], key: str, other: str
 ) -> None:
-    """The one problem is at the key; it names the other key and says what to do."""
+    """There is one problem, at the key; it names the other key and the fix."""
     (problem,) = problems(command, job_file, overrides)
     assert problem["where"] == key
     assert f"{key} has no effect" in problem["message"]
     reason, remedy = problem["message"].rsplit("; ", 1)
     assert other in reason
-    assert (
-        "leave it out, or " in remedy or key == "train.decay_steps"
-    )  # which its schedule requires
+    assert "leave it out, or " in remedy or key == "train.decay_steps"  # required by its schedule
 
 
 @pytest.mark.parametrize("overrides", AT_WORK, ids=" ".join)
 def test_a_setting_with_an_effect_is_none(
     command: Command, job_file: Path, overrides: tuple[str, ...]
 ) -> None:
-    """The nearest settings that change something are accepted."""
+    """Similar settings that do have an effect are accepted."""
     assert problems(command, job_file, overrides) == []
 
 
 def test_every_rule_is_covered() -> None:
-    """The table here has a case for each rule's key and for each of its reasons."""
+    """The table above has a case for each rule's key and each of its reasons."""
     covered = {key for _, key, _ in IDLE}
     assert {rule.key for rule in RULES} <= covered
     assert len(IDLE) > len(RULES)
 
 
 def test_a_rule_names_keys_of_the_spec() -> None:
-    """A key that was renamed in the spec would silence its rule."""
+    """Rules only name keys that exist; a renamed key would silence its rule."""
     known = set(_keys(JobSpec))
     named = {key for rule in RULES for key in (rule.key, *rule.reads)}
     assert named - known == set()
@@ -225,7 +234,7 @@ def _keys(section: type[Section], prefix: str = "") -> list[str]:
 
 
 def test_a_model_built_in_python_is_checked_too() -> None:
-    """The check belongs to the spec, not to the reading of files."""
+    """Specs built in Python are checked too, not only files."""
     search = {"scheduler": "fifo", "grace_steps": 100}
     with pytest.raises(
         ValidationError, match=r"search\.grace_steps has no effect with search\.scheduler fifo"
@@ -234,7 +243,7 @@ def test_a_model_built_in_python_is_checked_too() -> None:
 
 
 def test_a_default_that_is_written_out_asks_for_nothing(tmp_path: Path) -> None:
-    """Saved searches and packed jobs write every key with its value, and are read again."""
+    """Written-out defaults cause no conflict: saved searches and packed jobs contain every key."""
     for overrides in ((), ("search.scheduler=fifo", "registry.register_top=0", "data.rename={}")):
         job = load_job(write_job(tmp_path), overrides)
         file = tmp_path / "saved.yaml"
@@ -263,7 +272,7 @@ def test_a_job_that_lacks_values_gets_the_problems_of_the_others(
 
 
 def test_each_key_is_reported_once(tmp_path: Path) -> None:
-    """Where two rules find a key idle, the first one speaks."""
+    """If two rules find a key idle, only the first one reports it."""
     job = small_job(tmp_path).model_copy()
     search = job.search.model_copy(update={"scheduler": "fifo", "grace_steps": 10_000, "trials": 1})
     keys = [setting.key for setting in without_effect(job.model_copy(update={"search": search}))]

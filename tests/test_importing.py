@@ -1,4 +1,4 @@
-"""Garbage collection pauses while large libraries are imported, and skips what they made at a program's end."""
+"""The garbage collector pauses during large imports and skips their objects at exit."""
 
 from __future__ import annotations
 
@@ -50,6 +50,6 @@ def test_who_collects_nothing_goes_on_so() -> None:
 
 
 def test_at_the_end_nothing_is_looked_through() -> None:
-    """What is garbage while a program runs is collected as ever; what is there at its end is not."""
+    """Garbage is collected as usual while a program runs, but not at its exit."""
     ran = subprocess.run([sys.executable, "-c", ENDING], capture_output=True, text=True, timeout=60)
     assert (ran.returncode, ran.stdout) == (0, "while it runs\n"), ran.stderr

@@ -1,4 +1,4 @@
-"""Rules on imports that import-linter has no contract for: single importers, and what a light start may load."""
+"""Import rules without an import-linter contract: single importers and light starts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ONLY_IN = {
 
 
 def imported(file: Path) -> Iterator[str]:
-    """Every module named in an import of the file, at any depth, ``from ray import tune`` included."""
+    """Return all modules imported by the file at any depth, also ``from ray import tune``."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

@@ -1,4 +1,4 @@
-"""``orchestrator init``: what it writes is accepted as it is, and nothing that is there is lost."""
+"""``orchestrator init`` writes files that are accepted unchanged and overwrites nothing."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_an_empty_folder_becomes_a_job_that_validate_accepts(command: Command) -
 
 @pytest.mark.ray  # its own
 def test_an_empty_folder_becomes_a_job_that_runs(empty_folder: Path) -> None:
-    """`init`, `validate` and `run` one after another, each a program of its own, end with a champion."""
+    """`init`, `validate` and `run`, each a separate program, end with a champion."""
     store = {
         "MLFLOW_TRACKING_URI": f"sqlite:///{empty_folder}/mlflow.db",
         "ORCHESTRATOR_HOME": str(empty_folder / "home"),
@@ -57,7 +57,7 @@ def test_an_empty_folder_becomes_a_job_that_runs(empty_folder: Path) -> None:
 
 
 def test_the_folder_is_made_and_named_in_the_next_step(command: Command) -> None:
-    """With quotes where a shell needs them; as JSON, the same steps."""
+    """The folder's name is quoted for the shell if needed; JSON has the same steps."""
     said = command("init", "my jobs/first")
     assert said.out.splitlines()[-1].startswith(
         "next: cd 'my jobs/first' && orchestrator validate job.yaml"
@@ -75,7 +75,7 @@ def test_the_folder_is_made_and_named_in_the_next_step(command: Command) -> None
 def test_a_file_that_is_there_stays_as_it_is(
     name: str, command: Command, empty_folder: Path
 ) -> None:
-    """It is named, nothing else is written, and the exit code is 2."""
+    """The error names the existing file, nothing else is written, and the exit code is 2."""
     Path(name).write_text("mine")
     said = command("init")
     assert (
@@ -95,14 +95,14 @@ def test_both_files_are_named(command: Command) -> None:
 
 
 def test_a_link_to_nowhere_is_a_file_that_is_there(command: Command) -> None:
-    """Writing through it would make a file somewhere else."""
+    """A dangling link counts as existing: writing through it would create a file elsewhere."""
     Path("job.yaml").symlink_to("elsewhere.yaml")
     assert command("init").code == 2
     assert not Path("elsewhere.yaml").exists() and not Path("train.csv").exists()
 
 
 def test_a_file_in_place_of_the_folder_is_refused(command: Command) -> None:
-    """So is one on the way to it."""
+    """A file in place of the folder, or of one of its parents, is refused."""
     Path("file").write_text("")
     for folder in ("file", "file/below"):
         said = command("init", folder)
@@ -110,7 +110,7 @@ def test_a_file_in_place_of_the_folder_is_refused(command: Command) -> None:
 
 
 def test_the_rows_are_enough_for_every_split() -> None:
-    """Two labels, as many rows of each, no text twice, and no label that the verbalizer lacks."""
+    """Both labels have equally many rows, no text repeats, and the verbalizer has every label."""
     rows = list(csv.DictReader(starter_file("train.csv").decode().splitlines()))
     labels = Counter(row["label"] for row in rows)
     assert labels == {"positive": 50, "negative": 50}
@@ -118,7 +118,7 @@ def test_the_rows_are_enough_for_every_split() -> None:
 
 
 def test_the_demo_runs_the_quickstart_of_the_jobs_folder(tmp_path: Path) -> None:
-    """The package brings a copy for those who have no jobs/ folder."""
+    """The package's copy of the quickstart equals the one in jobs/."""
     file = tmp_path / "quickstart.yaml"
     file.write_bytes(starter_file("quickstart.yaml"))
     assert load_job(file) == load_job(ROOT / "jobs" / "quickstart.yaml")

@@ -1,4 +1,4 @@
-"""Files and folders that a job names are checked at once, with lines, before Ray or torch are loaded."""
+"""Files and folders of a job are checked at once, with lines, before Ray or torch load."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from small_jobs import Command, small_job, write_job
 from orchestrator.job.yaml import load_job
 from orchestrator.search.inputs import examine
 
-SOON_S = 15.0  # of a busy machine; a free one needs less than 3
+SOON_S = 15.0  # limit for a busy machine; an idle one needs less than 3
 
 HEAVY = ("torch", "ray", "transformers", "mlflow")
 
 
 def problems(command: Command, job: Path, *words: str) -> list[tuple[str, int | None, str]]:
-    """Key, line and message of each problem that ``validate`` reports."""
+    """Return the key, line and message of each problem that ``validate`` reports."""
     said = command("validate", job, "--json", *words)
     if said.code == 0:
         return []
@@ -47,7 +47,7 @@ def own_model(tmp_path: Path) -> Path:
 
 
 def test_a_sound_job_is_said_to_be_sound(command: Command, tmp_path: Path) -> None:
-    """Local files and a local model leave nothing unchecked."""
+    """With local files and a local model nothing is left unchecked."""
     said = command("validate", write_job(tmp_path))
     assert said.code == 0 and "sound" in said.out and "not checked" not in said.out
 
@@ -55,7 +55,7 @@ def test_a_sound_job_is_said_to_be_sound(command: Command, tmp_path: Path) -> No
 def test_all_problems_are_reported_at_once_with_their_lines(
     command: Command, tmp_path: Path
 ) -> None:
-    """A missing model, a missing file, a missing column and a missing prompt are four problems."""
+    """A missing model, file, column and prompt are reported as four problems."""
     job = write_job(tmp_path, base_model__id="./no-model", data__target="lable")
     text = job.read_text(encoding="utf-8").replace("test.jsonl", "gone.jsonl")
     job.write_text(text.replace("- random", "- {artifact: ./no-prompt}"), encoding="utf-8")
@@ -69,7 +69,7 @@ def test_all_problems_are_reported_at_once_with_their_lines(
 
 
 def test_a_value_from_the_command_line_has_no_line(command: Command, tmp_path: Path) -> None:
-    """The override is named in its place."""
+    """The problem names the override instead of a line."""
     said = command("validate", write_job(tmp_path), "--set", "data.path.test=gone.csv")
     assert said.code == 2 and said.err.startswith(
         "--set data.path.test=gone.csv: data.path.test: the file gone.csv"
@@ -77,7 +77,7 @@ def test_a_value_from_the_command_line_has_no_line(command: Command, tmp_path: P
 
 
 def test_spec_only_looks_at_no_file(command: Command, tmp_path: Path) -> None:
-    """The spec alone is judged, and the answer says so."""
+    """--spec-only checks the spec alone, and the answer says so."""
     job = write_job(tmp_path, base_model__id="./no-model", data__path={"train": "gone.jsonl"})
     said = command("validate", job, "--spec-only")
     assert said.code == 0 and "not checked: files and folders" in said.out
@@ -97,7 +97,7 @@ def test_spec_only_looks_at_no_file(command: Command, tmp_path: Path) -> None:
 def test_what_is_not_here_is_said_to_be_unchecked(
     command: Command, tmp_path: Path, override: str, key: str, reason: str
 ) -> None:
-    """Nothing is fetched, made or asked for; both forms of the answer say what was left out."""
+    """Nothing is downloaded, created or contacted; text and JSON list what was not checked."""
     job = write_job(tmp_path)
     said = command("validate", job, "--set", override)
     assert said.code == 0 and f"not checked: {key}: " in said.out
@@ -116,7 +116,7 @@ def test_what_is_not_here_is_said_to_be_unchecked(
 def test_a_name_that_can_not_be_right_is_a_problem(
     command: Command, tmp_path: Path, override: str, key: str
 ) -> None:
-    """Names of built-in models and data are known here, and so is a path in the wrong place."""
+    """Unknown built-in models and data, and paths in the wrong place, are problems at once."""
     assert [found[0] for found in problems(command, write_job(tmp_path), "--set", override)] == [
         key
     ]
@@ -135,38 +135,43 @@ def test_a_name_that_can_not_be_right_is_a_problem(
         ({"data__verbalizer": {0: " no"}}, "data.verbalizer", "label 1"),
         (
             {
-                "data__prefix_lm": "body", "data__template": "{prefix}", "data__target": "continuation",
+                "data__prefix_lm": "body", "data__template": "{prefix}",
+                "data__target": "continuation",
                 "data__verbalizer": None, "search__space__init": "random",
             },
             "data.prefix_lm", "'body'",
         ),
         (
             {
-                "data__references": "all", "data__target": "answer", "data__verbalizer": None, "search__metric": "bleu",
-                "search__space__init": "random",
+                "data__references": "all", "data__target": "answer", "data__verbalizer": None,
+                "search__metric": "bleu", "search__space__init": "random",
             },
             "data.references", "'all'",
         ),
         (
             {
-                "method": "prompt_design", "search": {"space": {"template": ["{text}?", "{body}?"]}},
+                "method": "prompt_design",
+                "search": {"space": {"template": ["{text}?", "{body}?"]}},
                 "train": {},
             },
             "search.space.template", "'body'",
         ),
-        ({"data__rename": {"text": "body"}, "data__template": "{body} {txt}"}, "data.template", "'txt'"),
+        (
+            {"data__rename": {"text": "body"}, "data__template": "{body} {txt}"},
+            "data.template", "'txt'",
+        ),
     ],
 )  # fmt: skip
 def test_columns_and_labels_are_checked(
     command: Command, tmp_path: Path, changes: dict[str, Any], key: str, named: str
 ) -> None:
-    """The key that names a column is at fault, and the message says which column or label."""
+    """The problem is at the key that names the column, and names the column or label."""
     (problem,) = problems(command, write_job(tmp_path, **changes))
     assert problem[0] == key and named in problem[2]
 
 
 def test_a_label_of_any_split_and_row_counts(command: Command, tmp_path: Path) -> None:
-    """The last row of the test file has a label that nothing else has."""
+    """A label that only the last row of the test file has is still found."""
     job = write_job(tmp_path)
     with (tmp_path / "test.jsonl").open("a") as stream:
         stream.write(json.dumps({"text": "odd", "label": 9}) + "\n")
@@ -175,7 +180,7 @@ def test_a_label_of_any_split_and_row_counts(command: Command, tmp_path: Path) -
 
 
 def test_labels_are_checked_where_another_file_is_missing(command: Command, tmp_path: Path) -> None:
-    """One file that is gone does not hide what is wrong with the others."""
+    """A missing file does not hide the problems of the other files."""
     job = write_job(tmp_path, data__verbalizer={0: " no"})
     (tmp_path / "validation.jsonl").unlink()
     assert {found[0] for found in problems(command, job)} == {
@@ -195,7 +200,7 @@ def test_labels_are_checked_where_another_file_is_missing(command: Command, tmp_
 def test_a_file_in_no_known_format_is_a_problem(
     command: Command, tmp_path: Path, name: str, content: str, named: str
 ) -> None:
-    """The key of the file is named, with what is wrong."""
+    """The problem is at the file's key and says what is wrong."""
     job = write_job(tmp_path)
     file = tmp_path / "other" / name
     file.parent.mkdir()
@@ -208,7 +213,7 @@ def test_a_file_in_no_known_format_is_a_problem(
 def test_a_fraction_of_a_split_that_the_data_has_is_a_problem(
     command: Command, tmp_path: Path
 ) -> None:
-    """With ``data.where`` only the rows show whether a split is left; the spec alone can't."""
+    """With ``data.where`` this needs the rows: the spec alone can't tell if a split has any."""
     job = write_job(tmp_path, data__where={"kind": "a"}, data__test_fraction=0.3)
     write_kind(tmp_path, train="a", validation="a", test="a")
     assert [found[0] for found in problems(command, job)] == ["data.test_fraction"]
@@ -217,7 +222,7 @@ def test_a_fraction_of_a_split_that_the_data_has_is_a_problem(
 
 
 def write_kind(folder: Path, **kinds: str) -> None:
-    """Give all rows of a split's file a column ``kind``."""
+    """Add a column ``kind`` to all rows of a split's file."""
     for split, kind in kinds.items():
         file = folder / f"{split}.jsonl"
         rows = [{**json.loads(line), "kind": kind} for line in file.read_text().splitlines()]
@@ -236,7 +241,7 @@ def _write(name: str, content: bytes) -> Callable[[Path], None]:
 
 
 def _overwrite(file: Path, content: bytes) -> None:
-    file.unlink(missing_ok=True)  # it may be a link to the shared model's file
+    file.unlink(missing_ok=True)  # may be a link to the shared model's file
     file.write_bytes(content)
 
 
@@ -283,7 +288,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
 def test_a_damaged_model_folder_is_a_problem(
     command: Command, tmp_path: Path, damage: Callable[[Path], None], named: str
 ) -> None:
-    """Configuration, tokenizer and weights have to be there and whole."""
+    """Configuration, tokenizer and weights must be there and complete."""
     folder = own_model(tmp_path)
     damage(folder)
     (problem,) = problems(command, write_job(tmp_path, base_model__id=str(folder)))
@@ -293,7 +298,7 @@ def test_a_damaged_model_folder_is_a_problem(
 def test_an_adapter_in_place_of_a_model_names_its_base_model(
     command: Command, tmp_path: Path
 ) -> None:
-    """What is probably meant is the model that the adapter was made for."""
+    """The error suggests the adapter's base model, which was probably meant."""
     folder = tmp_path / "adapter"
     folder.mkdir()
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
@@ -302,7 +307,7 @@ def test_an_adapter_in_place_of_a_model_names_its_base_model(
 
 
 def test_a_folder_of_models_lists_them(command: Command, tmp_path: Path) -> None:
-    """A folder one level too high names what is in it."""
+    """A folder one level too high is refused with a list of the models in it."""
     own_model(tmp_path)
     said = command("validate", write_job(tmp_path, base_model__id=f"{tmp_path}/"))
     assert said.code == 2 and "name one of the models in it: model" in said.err
@@ -311,7 +316,7 @@ def test_a_folder_of_models_lists_them(command: Command, tmp_path: Path) -> None
 def test_a_revision_of_a_folder_with_a_hubs_name_has_no_effect(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether the name is a folder's shows only here."""
+    """Only this check sees that the name is a local folder, where a revision has no effect."""
     own_model(tmp_path)
     monkeypatch.chdir(tmp_path)
     job = write_job(tmp_path, base_model__id="model", base_model__revision="v2")
@@ -322,7 +327,7 @@ def test_a_revision_of_a_folder_with_a_hubs_name_has_no_effect(
 
 
 def imported_by(words: list[str], folder: Path) -> tuple[int, set[str], str, float]:
-    """Exit code, heavy libraries that were imported, standard error and seconds of a command of its own."""
+    """Run a command; return its exit code, heavy imports, standard error and seconds."""
     program = (
         "import sys, json\n"
         f"sys.argv = ['orchestrator', *{words!r}]\n"
@@ -352,7 +357,7 @@ def imported_by(words: list[str], folder: Path) -> tuple[int, set[str], str, flo
 def test_a_fault_in_a_file_is_refused_before_anything_heavy_is_imported(
     tmp_path: Path, verb: list[str]
 ) -> None:
-    """Neither torch nor Ray nor MLflow are loaded, so that nothing is started or left behind."""
+    """Neither torch nor Ray nor MLflow is loaded, so nothing is started or left behind."""
     job = write_job(tmp_path, data__target="lable")
     code, heavy, said, seconds = imported_by([verb[0], str(job), *verb[1:]], tmp_path)
     assert code == 2 and heavy == set()
@@ -361,7 +366,7 @@ def test_a_fault_in_a_file_is_refused_before_anything_heavy_is_imported(
 
 
 def test_a_submitted_jobs_whole_path_may_be_the_clusters(command: Command, tmp_path: Path) -> None:
-    """What only the cluster has can't be checked here; what is here is."""
+    """Paths that only the cluster has are not checked; local ones are."""
     job = write_job(tmp_path, base_model__id="/only/on/the/cluster")
     said = command("submit", job, "--dry-run", "--image-has-code", "--json")
     assert said.code == 0 and said.document["on_the_cluster"] == ["/only/on/the/cluster"]
@@ -370,7 +375,7 @@ def test_a_submitted_jobs_whole_path_may_be_the_clusters(command: Command, tmp_p
 
 
 def test_rows_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Preparing a job goes on with the rows of its check: the files may be gone by then."""
+    """Preparation uses the rows that the check has read: the files may be gone by then."""
     from orchestrator.search.prepare import prepare
 
     job = small_job(tmp_path)
@@ -382,7 +387,7 @@ def test_rows_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_saved_search_is_sound(tmp_path: Path) -> None:
-    """A job that was written out with all its values is checked like the one it came from."""
+    """A job written out with all its values passes the check like the original."""
     import yaml
 
     job = small_job(tmp_path)

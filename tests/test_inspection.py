@@ -1,4 +1,4 @@
-"""Reading prompts: neighbours as defined, drift from a start that was rebuilt, and what can't be told said so."""
+"""Prompt inspection: nearest tokens, and drift from a rebuilt initial prompt where possible."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ STARTED = torch.randn(3, 32, generator=torch.Generator().manual_seed(4))
 
 
 def known(reference: str) -> Mapping[str, Tensor]:
-    """The one prompt that others start from."""
+    """Return the one prompt that others start from."""
     if reference != "first:1":
         raise BadInput(f"no registered model {reference!r}")
     return {"prompt": STARTED}
@@ -47,7 +47,7 @@ def context(family: str = "llama", artifacts: Mapping[str, Any] | None = None) -
 def artifact_of(
     method: str, spec: TrialSpec, family: str = "llama", shift: float = 0.0, **changes: Any
 ) -> PromptArtifact:
-    """The method's prompt where its trial starts, moved by ``shift`` in each number."""
+    """Return the method's initial prompt with ``shift`` added to each number."""
     prompt = make_prompt(METHODS[method], spec, context(family, {"first:1": known("first:1")}))
     tensors = {name: (tensor.detach() + shift).numpy() for name, tensor in prompt().named().items()}
     network = ReparameterizationRecord(
@@ -72,7 +72,7 @@ def inspected(
 
 
 def by_definition(prompt: Tensor, table: Tensor, count: int) -> list[list[tuple[int, float]]]:
-    """Every cosine, sorted."""
+    """Return all tokens by cosine, sorted, straight from the definition."""
     found = []
     for vector in prompt:
         distances = [
@@ -85,7 +85,7 @@ def by_definition(prompt: Tensor, table: Tensor, count: int) -> list[list[tuple[
 
 @pytest.mark.parametrize("chunk", [7, 100, 10_000])
 def test_neighbours_by_definition(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However much of the vocabulary is looked at together: the nearest by cosine distance, the nearest first."""
+    """The nearest tokens by cosine distance come first, whatever the chunk size."""
     monkeypatch.setattr(inspection, "CHUNK", chunk)
     backbone = tiny_backbone(dtype=torch.float32)
     prompt = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
@@ -99,7 +99,7 @@ def test_neighbours_by_definition(chunk: int, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_word_is_its_own_neighbour() -> None:
-    """A prompt made of a text reads as the text, whatever its length: cosine looks at directions."""
+    """A prompt made of a text reads as that text at any norm, because cosine ignores norms."""
     backbone = tiny_backbone(dtype=torch.float32)
     ids = tiny_tokenizer()("the quick brown fox")["input_ids"]
     rows = backbone.table[ids] * torch.linspace(0.5, 9.0, len(ids))[:, None]
@@ -109,7 +109,7 @@ def test_a_word_is_its_own_neighbour() -> None:
 
 
 def test_more_neighbours_than_tokens() -> None:
-    """The whole vocabulary, each token once."""
+    """A count above the vocabulary's size gives each token once."""
     (near,) = nearest_tokens(tiny_backbone(dtype=torch.float32), STARTED[:1], 10_000)
     assert sorted(one.id for one in near) == list(range(len(tiny_tokenizer())))
 
@@ -128,7 +128,10 @@ SPECS = {
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("init", SPECS)
 def test_an_untrained_prompt_has_not_drifted(method: str, init: str) -> None:
-    """The start is rebuilt from configuration, network and seed, for every init and method."""
+    """The initial prompt is rebuilt exactly, for every init and method.
+
+    It is computed from the configuration, the network and the seed.
+    """
     found = inspected(artifact_of(method, SPECS[init]))
     drifts = [part.drift for part in (*found.tokens, *found.layers)]
     assert found.no_drift == ""
@@ -140,7 +143,7 @@ def test_an_untrained_prompt_has_not_drifted(method: str, init: str) -> None:
 
 
 def test_drift_is_measured() -> None:
-    """Moved by 0.25 in each of 32 numbers: the norm is 0.25 times the root of 32, and the cosine as defined."""
+    """A shift of 0.25 in each of 32 numbers gives a norm of 0.25 sqrt(32) and a matching cosine."""
     start = artifact_of("prompt_tuning", SPECS["text"]).weights
     found = inspected(artifact_of("prompt_tuning", SPECS["text"], shift=0.25))
     for token, row in zip(found.tokens, torch.from_numpy(start), strict=True):
@@ -170,7 +173,7 @@ LOST: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", LOST)
 def test_a_start_that_nobody_knows(case: str) -> None:
-    """Neighbours are still there, drift is not, and the reason is said."""
+    """With an unknown initial prompt there are neighbours but no drift, and a reason is given."""
     changes, reason = LOST[case]
     found = inspected(artifact_of("prompt_tuning", SPECS["text"], **changes))
     assert reason in found.no_drift
@@ -184,8 +187,10 @@ def test_a_start_that_nobody_knows(case: str) -> None:
     [("llama", ["decoder"]), ("t5", ["encoder", "decoder", "cross"]), ("bert", ["decoder"])],
 )
 def test_a_prefix_is_measured_against_real_tokens(family: str, sites: list[str]) -> None:
-    """Mean lengths of a head's keys and values in every layer of every site; those of a prefix that is real tokens'
-    keys and values are theirs."""
+    """Norms are means over a head's keys and values, per layer and site.
+
+    A prefix that consists of real tokens' keys and values has exactly their norms.
+    """
     found = inspected(artifact_of("prefix_tuning", SPECS["text"], family), family)
     assert found.tokens == ()
     assert sorted((layer.site, layer.layer) for layer in found.layers) == sorted(
@@ -212,7 +217,7 @@ def test_a_prefix_is_measured_against_real_tokens(family: str, sites: list[str])
 
 
 def test_what_a_start_was(tmp_path: Path) -> None:
-    """A folder, PEFT's too, and a version are what they were; a name may mean another version by now."""
+    """Folders (PEFT's too) give the original start; a model name or alias may have moved since."""
     base = manifest().base_model.model_copy(update={"hidden_size": 32})
     artifact = artifact_of("prompt_tuning", SPECS["text"], base_model=base)
     registry = Registry(f"sqlite:///{tmp_path}/mlflow.db", cache_dir=tmp_path / "cache")
@@ -228,7 +233,7 @@ def test_what_a_start_was(tmp_path: Path) -> None:
 
 
 def test_pages_hold_nothing_that_moves_the_cursor() -> None:
-    """Names and tokens are shown escaped; without drift the reason stands where its explanation would."""
+    """Names and tokens are escaped; without a drift figure the page shows the reason."""
     escape = "\x1b[2J\u202e"
     token = {
         "place": 0,

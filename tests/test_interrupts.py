@@ -1,4 +1,4 @@
-"""Signals as one interrupt: raised once, and not in the middle of what has to be whole."""
+"""Signals become one interrupt, which is never raised inside a block that must complete."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """Both signals are handled as in a terminal, and afterwards as they were before."""
-    ignored = signal.getsignal(signal.SIGINT)  # by a shell that runs the tests in the background
+    """Handle both signals as in a terminal; restore the handlers afterwards."""
+    ignored = signal.getsignal(signal.SIGINT)  # if a shell runs the tests in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
     before = [signal.getsignal(number) for number in SIGNALS]
     yield
@@ -39,7 +39,7 @@ def send(number: int) -> None:
 @pytest.mark.parametrize("first", SIGNALS)
 @pytest.mark.parametrize("second", SIGNALS)
 def test_only_the_first_signal_interrupts(first: int, second: int) -> None:
-    """Whatever tidies up after Ctrl-C or SIGTERM is not ended by another of either."""
+    """A second Ctrl-C or SIGTERM does not stop the cleanup after the first."""
     tidied = []
 
     def command() -> None:
@@ -56,7 +56,7 @@ def test_only_the_first_signal_interrupts(first: int, second: int) -> None:
 
 
 def test_a_command_in_the_background_ignores_ctrl_c() -> None:
-    """A shell starts it with SIGINT ignored; so it stays."""
+    """If a shell starts the command with SIGINT ignored, it stays ignored."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with Interrupts() as interrupts:
@@ -68,7 +68,7 @@ def test_a_command_in_the_background_ignores_ctrl_c() -> None:
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_block_that_is_not_to_be_disturbed_is_finished_first(number: int) -> None:
-    """The interrupt comes at the end of the outermost such block."""
+    """The interrupt is raised at the end of the outermost protected block."""
     steps: list[str] = []
 
     def work() -> None:
@@ -85,8 +85,11 @@ def test_a_block_that_is_not_to_be_disturbed_is_finished_first(number: int) -> N
 
 
 def test_an_error_goes_before_an_interrupt_that_was_kept_back() -> None:
-    """What a search was refused for is said, also when a signal comes while it tidies up; the interrupt is not lost
-    where the error is overcome."""
+    """An error takes precedence over a delayed interrupt.
+
+    The reason for a failure is reported even if a signal arrives during cleanup. If the error is
+    handled, the interrupt is raised after all.
+    """
 
     def refused() -> None:
         try:
@@ -108,7 +111,7 @@ def test_an_error_goes_before_an_interrupt_that_was_kept_back() -> None:
 
 @pytest.mark.parametrize("at", ["enter", "leave"])
 def test_what_is_entered_whole_is_left_whole(at: str) -> None:
-    """A signal while a context is entered or left ends neither, and is raised then."""
+    """A signal during enter or exit of a context is raised only afterwards."""
     steps: list[str] = []
 
     def step(name: str) -> None:
@@ -134,7 +137,7 @@ def test_what_is_entered_whole_is_left_whole(at: str) -> None:
 
 
 def test_an_error_in_a_whole_context_reaches_it() -> None:
-    """The context may swallow it, as in a plain ``with``."""
+    """The context may swallow the error, as in a plain ``with``."""
     seen: list[BaseException] = []
 
     @contextmanager
@@ -150,7 +153,7 @@ def test_an_error_in_a_whole_context_reaches_it() -> None:
 
 
 def test_a_command_whose_result_is_there_is_not_interrupted() -> None:
-    """Nothing is left to end: it says its result."""
+    """A command with a result is not interrupted: it prints the result."""
     with Interrupts() as interrupts:
         with undisturbed():
             nothing_to_interrupt()
@@ -160,7 +163,7 @@ def test_a_command_whose_result_is_there_is_not_interrupted() -> None:
 
 
 class Waits(RayThread):
-    """Ends when it is told to."""
+    """A thread that ends when its event is set."""
 
     def __init__(self) -> None:
         super().__init__("waits")
@@ -171,7 +174,7 @@ class Waits(RayThread):
 
 
 def test_threads_are_waited_for_no_longer_than_asked() -> None:
-    """All share the time; one that was never started has nothing to wait for."""
+    """All threads share one time limit; a thread that never started is not waited for."""
     threads = [Waits(), Waits(), Waits()]
     for thread in threads[:2]:
         thread.start()
@@ -193,13 +196,14 @@ class Stuck(RayThread):
         threading.Event().wait()
 
 Stuck("stuck").start()
-print(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], stdout=subprocess.DEVNULL).pid)
+print(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], \
+stdout=subprocess.DEVNULL).pid)
 end_process(3)
 """
 
 
 def test_a_stuck_thread_changes_neither_exit_code_nor_what_was_said() -> None:
-    """The process ends with its code and all of its output, and its children with it."""
+    """The process exits with its code and full output, and its children end too."""
     ran = subprocess.run([sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=60)
     assert ran.returncode == 3
     assert "stuck in a call of Ray: stuck" in ran.stderr

@@ -1,4 +1,4 @@
-"""The jobs that come with the project: each is sound, says what it is for, and runs."""
+"""The project's job files are valid, describe themselves, and run."""
 
 from __future__ import annotations
 
@@ -28,19 +28,21 @@ PLAIN = (
     "sms-spam",
     "trec6",
     "e2e-nlg",
-)  # data sets to begin with; the others are experiments
+)  # starter jobs; the others are experiments
 TINY = (
-    "train.steps=4", "train.evaluate_every=2", "train.batch_size=2", "search.searcher=random", "search.trials=2",
+    "train.steps=4", "train.evaluate_every=2", "train.batch_size=2", "search.searcher=random",
+    "search.trials=2",
     "search.grace_steps=null", "train.patience=null", "search.few_shot=1",
     "data.limit={train: 24, validation: 8, test: 8}", "resources.cpus_per_worker=1",
 )  # fmt: skip
 SHORT = (
     "data.max_input_tokens=60",
     "search.space.num_virtual_tokens=4",
-)  # what a tiny model has room for
+)  # lengths that fit into a tiny model
 PROMPTS = ("prompt_tuning", "prefix_tuning", "p_tuning")
 STAND_INS = {
-    "google/t5-base-lm-adapt": "t5", "facebook/bart-large": "bart", "google-bert/bert-base-cased": "bert",
+    "google/t5-base-lm-adapt": "t5", "facebook/bart-large": "bart",
+    "google-bert/bert-base-cased": "bert",
     "builtin:encdec-s": "t5",
 }  # fmt: skip
 
@@ -48,14 +50,14 @@ each_file = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 
 
 def document(file: Path) -> dict[str, Any]:
-    """The file as YAML has it."""
+    """Return the file's YAML document."""
     found: dict[str, Any] = yaml.safe_load(file.read_text())
     return found
 
 
 @each_file
 def test_a_file_is_sound(file: Path, command: Command) -> None:
-    """It loads, fits the schema that editors use, is named as its file, and names the verb that runs it."""
+    """The file loads, fits the editors' schema, has its file's name, and names its verb."""
     written = document(file)
     assert load_job(file).name == file.stem
     jsonschema.validate(json.loads(json.dumps(written)), command("schema").document)
@@ -65,7 +67,7 @@ def test_a_file_is_sound(file: Path, command: Command) -> None:
 
 @each_file
 def test_a_file_says_what_it_is_for(file: Path) -> None:
-    """The command that runs it stands in its header; an experiment has its claim, the paper and the time too."""
+    """The header has the command; an experiment's also has claim, paper and running time."""
     header = "".join(
         line for line in file.read_text().splitlines(keepends=True) if line.startswith("#")
     )
@@ -77,7 +79,7 @@ def test_a_file_says_what_it_is_for(file: Path) -> None:
 
 @each_file
 def test_a_files_data_is_named(file: Path) -> None:
-    """Files are below ../shared, and there where that folder is; everything else is built in or a hub's."""
+    """Data files are in ../shared, if that folder exists; other data is built in or on a hub."""
     written = document(file)
     paths = written["data"]["path"]
     named = [paths] if isinstance(paths, str) else list(paths.values())
@@ -89,7 +91,7 @@ def test_a_files_data_is_named(file: Path) -> None:
 
 
 def test_the_ladder_is_named_in_the_page() -> None:
-    """docs/experiments.md has every experiment's file."""
+    """docs/experiments.md names every experiment's file."""
     page = (ROOT / "docs" / "experiments.md").read_text()
     assert [
         file.stem for file in FILES if file.stem not in PLAIN and f"jobs/{file.name}" not in page
@@ -98,10 +100,12 @@ def test_the_ladder_is_named_in_the_page() -> None:
 
 @each_file
 def test_a_file_trains(tmp_path: Path, file: Path) -> None:
-    """Every job takes its steps, if it trains, and is evaluated by its metric, on a tiny random model of its family,
-    without Ray; on its own rows where they are built in."""
+    """Every job trains and is evaluated on a tiny random model of its family, without Ray.
+
+    Built-in data is used as it is.
+    """
     written = document(file)
-    # The other job's prompt is not there, and a tiny model has no room for demonstrations.
+    # The other job's prompt is missing, and demonstrations do not fit into a tiny model.
     bare = ["search.space.shots=0", "search.space.seed=0"]
     more = {"transfer": ["search.space.init=sample_vocab"], "against-prompt-design": bare}
     job = load_job(
@@ -115,7 +119,7 @@ def test_a_file_trains(tmp_path: Path, file: Path) -> None:
 
 
 def tiny(written: dict[str, Any]) -> list[str]:
-    """Overrides that make the job short; prompt design has nothing to train."""
+    """Return overrides that make the job short; prompt design has nothing to train."""
     trains = written.get("method") != "prompt_design"
     decays = written.get("train", {}).get("schedule") == "exponential"
     overrides = [*TINY, *(["train.decay_steps=2"] if decays else [])]
@@ -125,7 +129,7 @@ def tiny(written: dict[str, Any]) -> list[str]:
 def run_small(
     file: Path, place: Path, monkeypatch: pytest.MonkeyPatch, *more: str
 ) -> dict[str, Any]:
-    """Run the job with a few steps, in a folder of its own beside ../shared."""
+    """Run the job with a few steps, in its own folder next to ../shared."""
     place.mkdir(exist_ok=True)
     if SHARED.is_dir() and not (place.parent / "shared").exists():
         (place.parent / "shared").symlink_to(SHARED)
@@ -142,9 +146,13 @@ def reported(made: dict[str, Any]) -> str:
 def test_a_job_runs_with_another_model(
     ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The init ablation on a tiny random model, by --set alone: every init has a trial, and the page shows them."""
+    """The init ablation runs on a tiny random model with --set alone.
+
+    Every init has a trial, and the page shows them.
+    """
     made = run_small(
-        ROOT / "jobs" / "init-ablation.yaml", tmp_path / "work", monkeypatch, f"base_model.id={model_folder()}", *SHORT,
+        ROOT / "jobs" / "init-ablation.yaml", tmp_path / "work", monkeypatch,
+        f"base_model.id={model_folder()}", *SHORT,
         "search.trials=4", "search.space.seed=0", "search.space.learning_rate=0.03",
     )  # fmt: skip
     inits = [json.dumps(trial["config"]["init"]) for trial in made["trials"]]
@@ -157,11 +165,14 @@ def test_a_job_runs_with_another_model(
 def test_a_file_runs(
     ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: Path
 ) -> None:
-    """Every job to its end, with its report: on its own built-in or local model and data, with tiny random models and
-    made-up rows in the place of the hub's."""
+    """Every job runs to its end and writes its report.
+
+    Built-in and local models and data are used. Tiny random models and generated rows replace the
+    hub's.
+    """
     written = document(file)
     place = tmp_path / "work"
-    if file.stem == "transfer":  # starts from another job's prompt
+    if file.stem == "transfer":  # needs another job's prompt
         run_small(file.with_name("personal.yaml"), place, monkeypatch, "name=mood")
     made = run_small(file, place, monkeypatch, *stand_ins(written, tmp_path))
     assert made["status"] == "succeeded" and 1 <= len(made["trials"]) <= 2
@@ -170,8 +181,11 @@ def test_a_file_runs(
 
 
 def stand_ins(written: dict[str, Any], folder: Path, models: bool = False) -> list[str]:
-    """Overrides that put a tiny random model in the place of one that only the hub has, or of any (``models``), and
-    made-up rows in the place of those that are not here or too long for such a model."""
+    """Return overrides for models and data that a test can't use.
+
+    A tiny random model replaces models that only the hub has, or with ``models`` any model.
+    Generated rows replace data that is not here or too long for the tiny model.
+    """
     changes: list[str] = []
     learns = written.get("method", "prompt_tuning") in PROMPTS
     model, path = written["base_model"]["id"], written["data"]["path"]
@@ -191,11 +205,10 @@ def stand_ins(written: dict[str, Any], folder: Path, models: bool = False) -> li
 
 
 def rows_for(data: dict[str, Any], folder: Path) -> Path:
-    """Made-up rows with all columns that the job names."""
+    """Generate rows with all columns that the job names."""
     choose = random.Random(0)
-    labels = list(
-        {text: label for label, text in data.get("verbalizer", {}).items()}.values()
-    )  # one a text
+    # One label per text.
+    labels = list({text: label for label, text in data.get("verbalizer", {}).items()}.values())
     renamed = {new: old for old, new in data.get("rename", {}).items()}
     rows = []
     for _ in range(60):

@@ -1,4 +1,4 @@
-"""Labels by meaning."""
+"""Labels are compared by meaning."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ texts = st.text(max_size=8) | st.from_regex(
 @example(10**22)
 @example(True)
 def test_a_label_is_what_its_json_text_says(label: Any) -> None:
-    """A number or truth value and the text that JSON writes for it are one label."""
+    """A number or truth value and its JSON text are the same label."""
     assert label_key(label) == label_key(json.dumps(label)) == label_key(label_text(label))
 
 
@@ -46,7 +46,7 @@ def test_a_whole_number_is_the_same_label_with_a_point_and_without(number: int) 
 @example("nan", "NaN")
 @example("9" * 5000, "9" * 5001)
 def test_two_texts_are_one_label_only_if_both_spell_the_same_value(one: str, other: str) -> None:
-    """Leading zeros, signs, trailing zeros and other digits are parts of a text, and keep texts apart."""
+    """Leading zeros, signs, trailing zeros and non-ASCII digits keep texts apart."""
     if label_key(one) == label_key(other) and one != other:
         kind = label_key(one)[0]
         assert kind != TEXT
@@ -64,7 +64,7 @@ def test_texts_that_only_resemble_a_value_stay_texts(text: str) -> None:
 
 
 def test_a_truth_value_is_no_number_and_nothing_is_a_missing_one() -> None:
-    """1 is not true, "1" is not "true"; None and NaN are no text."""
+    """1 is not true and "1" is not "true"; None and NaN are not texts."""
     assert len({label_key(label) for label in (1, True, 0, False, None, "", "None", "nan")}) == 8
     assert label_key(float("nan")) == label_key(None)
 
@@ -76,7 +76,7 @@ def test_lists_objects_and_bytes_are_no_labels(cell: Any) -> None:
 
 
 def test_contradictions_have_both_spellings() -> None:
-    """One for each key that says otherwise than the first of its meaning; agreeing keys are none."""
+    """Keys of equal meaning but different values are reported with both spellings."""
     found = list(
         contradictions({1: " a", "1": " b", "true": " c", "x": " d", 2: " e", "2.0": " e"})
     )

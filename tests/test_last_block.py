@@ -1,4 +1,4 @@
-"""The last block computes what is read. That the numbers stay is tests/test_backbone.py's: rows alone, unpadded."""
+"""The last block only computes columns that are read; test_backbone.py checks the numbers."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from orchestrator.models.backbone.sharding import blocks_of
 INPUTS = random_ids([9, 1, 4, 14, 4, 7])
 TARGETS = random_ids([3, 2, 1, 4, 2, 3], seed=1)
 OWNER = [0, 1, 0, 1, 0, 1]
-FED = 17  # columns of the longest row, whose last target token is not fed
+FED = 17  # columns of the longest row; its last target token is not fed
 READ = 4
 
 
 @contextmanager
 def columns(block: nn.Module) -> Iterator[list[int]]:
-    """How many columns the block runs for, call by call."""
+    """Record how many columns the block computes, call by call."""
     seen: list[int] = []
     handle = block.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[1]))
     try:
@@ -36,7 +36,10 @@ def columns(block: nn.Module) -> Iterator[list[int]]:
 
 @pytest.mark.parametrize("family", sorted(PROMPT_ONCE_FAMILIES))
 def test_the_last_block_runs_for_the_columns_that_are_read(family: str) -> None:
-    """Of a prompt one column, whose keys and values are read alone; of rows those that predict targets."""
+    """The last block runs for one prompt column and the rows' predicting columns.
+
+    Of the prompt it needs only the keys and values.
+    """
     backbone = tiny_backbone(family)
     first, last = blocks_of(backbone.model)
     with torch.no_grad(), columns(first) as whole, columns(last) as narrow:
@@ -48,7 +51,7 @@ def test_the_last_block_runs_for_the_columns_that_are_read(family: str) -> None:
 
 
 def test_what_is_kept_goes_on() -> None:
-    """Rows that were started so are continued as if they had been fed whole."""
+    """Rows whose last block skipped unread columns continue as if they had been fed whole."""
     backbone = tiny_backbone("llama", torch.float64)
     with torch.inference_mode():
         prepared = backbone.prepare(random_prompts(backbone, [5, 2]))
@@ -62,11 +65,10 @@ def test_what_is_kept_goes_on() -> None:
 
 
 def test_forwards_of_several_threads_stay_apart() -> None:
-    """One reads a column while another reads many, and a third is no forward of ours."""
+    """Threads do not interfere: one reads a column, one many, one runs a plain forward."""
     backbone = tiny_backbone("llama", torch.float64)
-    rows = random_ids(
-        [12, 9, 12]
-    )  # of one length they would need no mask, and the last block would run whole
+    # Rows of one length would need no mask, and then the last block runs whole.
+    rows = random_ids([12, 9, 12])
 
     def bare(row: int) -> Tensor:
         with torch.no_grad():
@@ -135,7 +137,10 @@ def test_a_block_without_keys_and_values_says_so() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "granite"])
 def test_grouped_heads_are_the_librarys_to_the_bit(family: str) -> None:
-    """Logits and gradients with each group's keys and values read where they are, and copied for each head."""
+    """Shared keys and values give the library's logits and gradients bit for bit.
+
+    Ours reads them in place; the library copies them for each head.
+    """
     backbone = tiny_backbone(family)
     assert backbone.model.config._attn_implementation == "orchestrator_grouped"
     found = []
@@ -151,7 +156,7 @@ def test_grouped_heads_are_the_librarys_to_the_bit(family: str) -> None:
 
 
 def test_no_copies_for_the_heads_of_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library's function is asked where each row has one query, for which its copies are the faster way."""
+    """The library's function only runs where rows have one query: there its copies are faster."""
     from transformers.integrations import sdpa_attention
 
     asked: list[int] = []

@@ -1,4 +1,4 @@
-"""Secrets in addresses: hidden wherever they are shown, and never sent where others could read them."""
+"""Secrets in addresses are masked when shown and never sent where others can read them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,10 @@ WITH_SECRETS = [
     f"https://mlflow/?apiKey={SECRET}",
     f"https://mlflow/?key={SECRET}",
     f"https://mlflow/?client_secret={SECRET}",
-    f"https://store/file?X-Amz-Credential={SECRET}&X-Amz-Signature={SECRET}&X-Amz-Security-Token={SECRET}",
+    (
+        f"https://store/file?X-Amz-Credential={SECRET}&X-Amz-Signature={SECRET}"
+        f"&X-Amz-Security-Token={SECRET}"
+    ),
     f"https://store/file?sv=2024&sig={SECRET}",
     f"s3://bucket/folder?secret_key={SECRET}",
     f"s3://bucket/folder?endpoint_override=http%3A%2F%2Fann%3A{SECRET}%40minio%3A9000",
@@ -49,7 +52,10 @@ WITHOUT_SECRETS = [
     "http://127.0.0.1:5000/a@b",
     "http://[::1]:5000/a@b",
     "sqlite:////home/ann/mlflow.db?timeout=3",
-    "postgresql://host:5432/mlflow?sslmode=verify-full&sslkey=/keys/client.key&sslrootcert=/keys/root.pem",
+    (
+        "postgresql://host:5432/mlflow?sslmode=verify-full&sslkey=/keys/client.key"
+        "&sslrootcert=/keys/root.pem"
+    ),
     "mysql://host/mlflow?ssl_key=/keys/client.key",
     "s3://bucket/folder?region=eu-west-1&endpoint_override=http://minio:9000",
     "https://hub/models?monkey=1&tokens=5&keys=a",
@@ -58,7 +64,7 @@ WITHOUT_SECRETS = [
 
 @pytest.mark.parametrize("url", WITH_SECRETS)
 def test_a_secret_in_an_address_is_hidden(url: str) -> None:
-    """Before the host and in the query, alone and in a sentence; masking twice is masking once."""
+    """Secrets before the host and in the query are masked; masking twice changes nothing."""
     masked = mask_secrets(f"no answer from {url} (timeout)")
     assert SECRET not in masked and "***" in masked
     assert masked.startswith("no answer from ") and masked.endswith(" (timeout)")
@@ -74,7 +80,7 @@ def test_an_address_without_secrets_stays_as_it_is(url: str) -> None:
 
 
 def test_a_connection_string_loses_its_password() -> None:
-    """Drivers quote their own form in errors, which is no address."""
+    """Drivers quote their own format, not a URL, in errors; its password is masked too."""
     masked = mask_secrets(f"connection failed: host=db user=ann password={SECRET} dbname=mlflow")
     assert masked == "connection failed: host=db user=ann password=*** dbname=mlflow"
 
@@ -83,14 +89,14 @@ def test_a_connection_string_loses_its_password() -> None:
     "url", ["postgresql://ann@host/mlflow", "postgresql://host/mlflow?user=ann"]
 )
 def test_a_user_name_alone_is_a_login(url: str) -> None:
-    """It is not secret, but it belongs to whoever submits."""
+    """A user name is not secret, but belongs to the person who submits."""
     assert holds_login(url)
 
 
 @pytest.mark.parametrize("name", ["MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "HF_ENDPOINT"])
 @pytest.mark.parametrize("url", WITH_SECRETS)
 def test_an_address_with_a_login_is_not_sent_to_the_cluster(name: str, url: str) -> None:
-    """Whoever may list the cluster's jobs could read it; by name it is passed, and never shown."""
+    """Everybody who lists jobs could read it, so it is passed by variable name and never shown."""
     with pytest.raises(BadInput, match=f"{name} holds a login") as refused:
         forwarded({name: url})
     assert SECRET not in str(refused.value)
@@ -106,7 +112,7 @@ def test_an_address_without_a_login_is_sent(url: str) -> None:
 def test_a_dry_run_refuses_a_password_in_the_query(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With exit code 2, before anything is sent, and without repeating the password."""
+    """It exits with 2 before anything is sent, and does not repeat the password."""
     job = write_job(tmp_path)
     monkeypatch.setenv(
         "MLFLOW_TRACKING_URI", f"postgresql://host/mlflow?user=ann&password={SECRET}"
@@ -123,14 +129,14 @@ def test_a_dry_run_refuses_a_password_in_the_query(
     ["s3://bucket/x?secret_key=", "s3://bucket/x?access_key=k&endpoint_override=a&secret_key="],
 )
 def test_a_folder_for_searches_holds_no_key(url: str) -> None:
-    """In the query as little as before the bucket."""
+    """A key is refused in the query as well as before the bucket."""
     with pytest.raises(BadInput, match="--home holds a key") as refused:
         check_address(url + SECRET, "--home")
     assert SECRET not in str(refused.value)
 
 
 def test_the_address_of_a_dashboard_is_shown_without_its_login() -> None:
-    """In the document, in hints, and where it is refused, with a scheme or without."""
+    """The login is hidden in documents, hints and refusals, with and without a scheme."""
     assert SECRET not in Cluster(f"http://ann:{SECRET}@head:8265").shown
     assert SECRET not in Cluster(f"http://head:8265/?token={SECRET}").shown
     for address in (
@@ -144,7 +150,7 @@ def test_the_address_of_a_dashboard_is_shown_without_its_login() -> None:
 
 
 def test_a_cluster_that_does_not_answer_is_named_without_its_login() -> None:
-    """The same for `run --address` and RAY_ADDRESS."""
+    """The login in `run --address` and RAY_ADDRESS is hidden too."""
     with pytest.raises(BadInput) as refused:
         check_answers(f"https://ann:{SECRET}@head:8265")
     error = no_cluster(f"ray://ann:{SECRET}@head:10001", f"can't resolve ray://ann:{SECRET}@head")
@@ -152,7 +158,7 @@ def test_a_cluster_that_does_not_answer_is_named_without_its_login() -> None:
 
 
 def test_a_server_that_does_not_answer_is_named_without_its_login() -> None:
-    """`query --url` may name a proxy with a login."""
+    """The login of a proxy in `query --url` is hidden."""
     with pytest.raises(Unreachable) as failed:
         ask(f"http://ann:{SECRET}@127.0.0.1:9", "spam", "text")
     assert SECRET not in str(failed.value) and "127.0.0.1:9" in str(failed.value)
@@ -168,7 +174,7 @@ def test_a_server_that_does_not_answer_is_named_without_its_login() -> None:
     ],
 )
 def test_a_refused_tracking_uri_is_shown_without_its_password(uri: str) -> None:
-    """Whatever it is refused for."""
+    """The password is hidden whatever the reason for the refusal."""
     with pytest.raises(BadInput) as refused:
         Registry(uri)
     assert SECRET not in str(refused.value)
@@ -183,14 +189,14 @@ def test_a_refused_tracking_uri_is_shown_without_its_password(uri: str) -> None:
     + [f"https://{SECRET}@mlflow", f"https://mlflow?token={SECRET}"],
 )
 def test_what_a_search_keeps_of_the_tracking_uri_has_no_secret(url: str) -> None:
-    """JSON documents, the report page and search.json take it from there."""
+    """JSON documents, the report page and search.json use this masked address."""
     assert SECRET not in Registry(url).display_uri
 
 
 def test_an_unforeseen_error_is_shown_without_secrets(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A library may repeat the address that it was given."""
+    """A library's error may repeat the address that it was given."""
 
     def fail(self: Registry) -> None:
         raise RuntimeError(f"can't parse postgresql://host/?password={SECRET}")
@@ -201,6 +207,6 @@ def test_an_unforeseen_error_is_shown_without_secrets(
 
 
 def test_an_address_that_an_earlier_release_kept_is_still_the_same() -> None:
-    """It kept the user's name; `resume` masks it again before it compares."""
+    """Earlier releases kept the user name; `resume` masks the address before comparing."""
     now = Registry(f"postgresql://ann:{SECRET}@host/mlflow").display_uri
     assert mask_secrets("postgresql://ann:***@host/mlflow") == now == "postgresql://***@host/mlflow"

@@ -1,4 +1,4 @@
-"""What every prompt method keeps to on every model family: the contract of prompts, backbones and engine together."""
+"""The contract between prompt methods, backbones and engine, on every model family."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ every_method = pytest.mark.parametrize("name", METHODS)
 
 
 def precision(family: str) -> tuple[torch.dtype, float]:
-    """Number format and tolerance."""
+    """Return number format and tolerance."""
     # transformers' eager attention sums in float32 and turns a float64 mask into NaN there.
     return (torch.float32, 5e-3) if family == "gemma2" else (torch.float64, 1e-6)
 
@@ -73,7 +73,7 @@ def task(family: str, method: Method, verbalized: bool = True) -> Task:
 
 
 def prompts(family: str, method: Method) -> list[Prompt]:
-    """One prompt of each trial, moved off its start so that nothing is zero by chance."""
+    """Return one prompt per trial, moved off its initial values so that none is zero by chance."""
     context = InitContext.of(model(family), task(family, method).encoder.answers)
     made = [make_prompt(method, spec, context) for spec in TRIALS]
     generator = torch.Generator().manual_seed(3)
@@ -102,7 +102,7 @@ def targets_only(logits: Tensor, targets: Tensor) -> list[Tensor]:
 @every_family
 @every_method
 def test_shapes(family: str, name: str) -> None:
-    """A method yields P virtual tokens of the width that enters the model, or P keys and values of each layer."""
+    """A method yields P virtual tokens of the embeddings' width, or P keys and values per layer."""
     backbone = model(family)
     for prompt, spec in zip(prompts(family, METHODS[name]), TRIALS, strict=True):
         made = prompt()
@@ -127,7 +127,7 @@ def test_shapes(family: str, name: str) -> None:
 @every_family
 @every_method
 def test_rows_in_a_batch_are_rows_alone(family: str, name: str) -> None:
-    """Whatever a row is batched with, and however it is padded, it gets the logits that it gets alone."""
+    """A row's logits do not depend on its batch or its padding."""
     backbone, made = model(family), [prompt() for prompt in prompts(family, METHODS[name])]
     split = task(family, METHODS[name], verbalized=False).splits["train"]
     owner = [row % 3 for row in range(len(split))]
@@ -146,8 +146,10 @@ def test_rows_in_a_batch_are_rows_alone(family: str, name: str) -> None:
 @every_family
 @every_method
 def test_packed_equals_alone_and_only_the_prompt_gets_gradients(family: str, name: str) -> None:
-    """Losses and gradients of packed trials are those of each by itself; every parameter of a prompt gets one, and the
-    backbone's weights none."""
+    """Packed trials have the same losses and gradients as each trial alone.
+
+    Every parameter of a prompt gets a gradient; the backbone's weights get none.
+    """
     backbone, split = model(family), task(family, METHODS[name]).splits["train"]
     rows = [[3, 8, 0], [3], [11, 2, 4, 6, 7]]
     together, apart = prompts(family, METHODS[name]), prompts(family, METHODS[name])
@@ -159,7 +161,7 @@ def test_packed_equals_alone_and_only_the_prompt_gets_gradients(family: str, nam
     assert losses == pytest.approx(alone, rel=precision(family)[1])
     for one, other in zip(together, apart, strict=True):
         assert set(gradients(one)) == {part for part, _ in one.named_parameters()}
-        # Behind a window of six tokens the prompt may be out of a long row's sight.
+        # A window of six tokens may hide the prompt from a long row.
         assert family in WINDOWED or any(
             float(gradient.abs().max()) > 0 for gradient in gradients(one).values()
         )
@@ -173,7 +175,7 @@ def test_packed_equals_alone_and_only_the_prompt_gets_gradients(family: str, nam
 @pytest.mark.parametrize("family", sorted(PROMPT_ONCE_FAMILIES & set(CAUSAL)))
 @every_method
 def test_the_prompt_once_is_the_plain_path(family: str, name: str) -> None:
-    """Keys and values computed once for all rows give the loss and the gradients of whole rows."""
+    """Computing the prompt once for all rows gives the loss and gradients of whole rows."""
     split = task(family, METHODS[name]).splits["train"]
     rows = [[3, 8, 0], [3], [11, 2, 4, 6, 7]]
     found = []
@@ -192,7 +194,10 @@ def test_the_prompt_once_is_the_plain_path(family: str, name: str) -> None:
 @every_family
 @every_method
 def test_an_artifact_is_the_prompt(family: str, name: str, tmp_path: Path) -> None:
-    """Saved and loaded again, a prompt gives the same loss to the bit, without what only training needs."""
+    """A prompt that is saved and loaded gives the same loss bit for bit.
+
+    Parameters that only training needs are not saved.
+    """
     backbone, method = model(family), METHODS[name]
     the_task = task(family, method)
     (prompt, *_) = prompts(family, method)
@@ -215,7 +220,10 @@ def test_an_artifact_is_the_prompt(family: str, name: str, tmp_path: Path) -> No
 @every_family
 @every_method
 def test_a_resumed_trial_is_one_never_interrupted(family: str, name: str) -> None:
-    """From a checkpoint a trial ends, to rounding, where it ends without one; its best prompt comes along."""
+    """A trial resumed from a checkpoint ends like an uninterrupted one, up to rounding.
+
+    Its best prompt is restored, too.
+    """
     train = TrainSpec(steps=4, batch_size=3, evaluate_every=2, schedule="linear", clip_norm=1.0)
     search = SearchSpec(metric="loss")
     spec = TRIALS[0]
@@ -244,7 +252,7 @@ def test_a_resumed_trial_is_one_never_interrupted(family: str, name: str) -> Non
 @every_family
 @every_method
 def test_evaluation_is_packed_and_exact(family: str, name: str) -> None:
-    """Metrics of several prompts in one forward are those of each prompt alone."""
+    """Metrics of several prompts in one forward equal those of each prompt alone."""
     backbone, the_task = model(family), task(family, METHODS[name])
     made = [prompt() for prompt in prompts(family, METHODS[name])]
     split = the_task.splits["train"]
@@ -256,8 +264,10 @@ def test_evaluation_is_packed_and_exact(family: str, name: str) -> None:
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("gemma2",)])
 def test_a_text_prefix_is_the_text(family: str) -> None:
-    """A prefix that starts from a text has the keys and values of that text: in a causal model it is as if the text
-    stood there."""
+    """A prefix that starts from a text has that text's keys and values.
+
+    In a causal model this equals putting the text in front of the row.
+    """
     backbone = model(family)
     context = InitContext.of(backbone, [])
     ids = backbone.tokenizer("is this message spam", add_special_tokens=False)["input_ids"]
@@ -269,14 +279,14 @@ def test_a_text_prefix_is_the_text(family: str) -> None:
         one, _ = backbone.teacher_forced(backbone.prepare([soft]), rows, targets, [0, 0])
         other, _ = backbone.teacher_forced(backbone.prepare([prefix]), rows, targets, [0, 0])
     if backbone.family == "causal":
-        close(other, one, 1e-4)  # the start is stored in float32
+        close(other, one, 1e-4)  # the initial prefix is stored in float32
     else:
         assert not torch.allclose(other, one)
 
 
 @pytest.mark.parametrize("family", ["llama", "t5", "bert"])
 def test_methods_share_a_forward(family: str) -> None:
-    """Trials of different methods, lengths and batch sizes in one step get what each gets alone."""
+    """Trials of different methods, lengths and batch sizes share a step with unchanged results."""
     backbone, split = model(family), task(family, Method()).splits["train"]
     context = InitContext.of(backbone, task(family, Method()).encoder.answers)
     methods = [Method(), Method("prefix_tuning", "mlp"), Method("p_tuning", "lstm")]

@@ -1,7 +1,7 @@
-"""The engines on a device other than the CPU: everything is where it has to be, and the results are right.
+"""The engines on a device other than the CPU: tensors are in place and results are right.
 
-Other tests say what is right; they run here once more, in a process whose models are elsewhere. On a machine with CUDA
-they run there too.
+The tests of the results run here again, in a process whose models are on another device. On a
+machine with CUDA they run there too.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ SELECTED = {
 }
 ONLY = {
     "training": "test",
-    "methods": "(packed or resumed or share_a_forward) and (llama or gpt2 or mistral or t5 or bert)",
-    # MLflow's model is read from files, which only torch's own kinds of tensors can be written to.
+    "methods": (
+        "(packed or resumed or share_a_forward) and (llama or gpt2 or mistral or t5 or bert)"
+    ),
+    # MLflow's model is stored in files, and only torch's own tensor types can be saved.
     "serving": "not mlflows_model",
 }
 

@@ -1,19 +1,30 @@
-"""Given the same parameter values, PEFT and we compute the same thing: logits of the targets and gradients of what is
-learned, on every model family where PEFT defines the method. Where it does not, what differs is what a test says.
+"""With equal parameters, PEFT and we compute equal target logits and gradients.
 
-PEFT 0.21.2, float64, one unpadded row at a time for PEFT (it pads rows on the left, between prompt and input); our
-gradients are those of one batch.
+This holds on every model family where PEFT defines the method. Where PEFT differs, a test shows the
+difference.
 
-Where PEFT does something else:
+PEFT 0.21.2, float64. PEFT runs one unpadded row at a time, because it pads rows on the left,
+between prompt and input. Our gradients are those of one batch.
 
-* A prefix in front of an encoder's row (bert, roberta) moves the row's positions behind it; ours stands at no position,
-  as there is none in front of a row's start token. Otherwise equal.
-* A prefix of an encoder-decoder model stands in the decoder's self-attention only, where the paper's also stands in the
-  encoder's and in the cross-attention. Decoder layer i gets the keys and values of layer 2i modulo the number of
-  layers: half of the parameters of an even number of layers have no effect. bart's positions move behind the prefix,
-  t5's keys get the relative positions of tokens that stand in front. With ``num_transformer_submodules=1`` both
-  attentions of a layer share one cache, so that the cross-attention also sees the self-attention's keys.
-* There is no task type for masked models. FEATURE_EXTRACTION around the model with its head runs and is compared here.
+Differences:
+
+* A prefix in front of an encoder's row (bert, roberta) shifts the row's positions in PEFT. Ours has
+no position, since no position precedes a row's start token. Otherwise both are equal.
+
+* A prefix of an encoder-decoder model is only in the decoder's self-attention. The paper's is also
+in the encoder and in the cross-attention.
+
+* There, decoder layer i gets the keys and values of layer 2i modulo the number of layers, so half
+of the parameters of an even number of layers have no effect.
+
+* bart's positions shift behind the prefix; t5's keys get the relative positions of preceding
+tokens.
+
+* With ``num_transformer_submodules=1`` both attentions of a layer share one cache, so the
+cross-attention also sees the self-attention's keys.
+
+* There is no task type for masked models. FEATURE_EXTRACTION around the model with its head runs
+and is compared here.
 """
 
 from __future__ import annotations
@@ -44,12 +55,16 @@ TASK_TYPES = {
 }
 P, HIDDEN, LAYERS = 5, 7, 2
 INPUTS, TARGETS = random_ids([6, 3, 9], 1), random_ids([2, 4, 1], 2)
-TOLERANCE = 1e-6  # of the largest value: the norms of Llama and its kin compute in float32 whatever they are given
+# Relative to the largest value. The norms of Llama and its relatives always compute in float32.
+TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The same learned values in both: ours, PEFT's model, and PEFT's parameter with its layout for each of ours."""
+    """The same values in our prompt and in PEFT's model.
+
+    For each of our parameters it has PEFT's parameter and the conversion of its layout.
+    """
 
     ours: Prompt
     peft: nn.Module
@@ -57,13 +72,15 @@ class Pair:
 
 
 def peft_model(model: nn.Module, config: Any) -> nn.Module:
-    """PEFT around a copy of the model in evaluation mode, with attention as the library has it, and random values."""
+    """Wrap a copy of the model, in evaluation mode, with PEFT and random prompt values.
+
+    Attention is the library's own.
+    """
     alone = copy.deepcopy(model).eval()
     alone.set_attn_implementation("sdpa")
     if alone.config.model_type in ("gpt2", "opt"):
-        del (
-            alone.config.num_key_value_heads
-        )  # every tiny configuration names shared key heads; these have none
+        # Every tiny configuration sets shared key heads, but these families have none.
+        del alone.config.num_key_value_heads
     made = get_peft_model(alone, config).double().eval()
     generator = torch.Generator().manual_seed(4)
     for parameter in made.prompt_encoder.parameters():
@@ -72,7 +89,7 @@ def peft_model(model: nn.Module, config: Any) -> nn.Module:
 
 
 def keys_values(heads: int, width: int) -> Callable[[Tensor], Tensor]:
-    """PEFT's [P, L x 2 x kv heads x head width] as [L, 2, kv heads, P, head width]."""
+    """Convert PEFT's [P, L x 2 x kv heads x head width] to [L, 2, kv heads, P, head width]."""
     return lambda flat: flat.view(P, LAYERS, 2, heads, width).permute(1, 2, 3, 0, 4)
 
 
@@ -96,7 +113,8 @@ def encoded(kind: str) -> Callable[[Backbone, str], Pair]:
         width = backbone.table.shape[1]
         config = PromptEncoderConfig(
             task_type=TASK_TYPES.get(family, "CAUSAL_LM"), num_virtual_tokens=P, token_dim=width,
-            num_transformer_submodules=1, encoder_reparameterization_type=kind, encoder_hidden_size=HIDDEN,
+            num_transformer_submodules=1, encoder_reparameterization_type=kind,
+            encoder_hidden_size=HIDDEN,
         )  # fmt: skip
         peft = peft_model(tiny_model(family), config)
         theirs = peft.prompt_encoder["default"]
@@ -121,7 +139,8 @@ def prefix(projection: bool) -> Callable[[Backbone, str], Pair]:
     def make(backbone: Backbone, family: str) -> Pair:
         shape = backbone.prefix_shapes["decoder"]
         config = PrefixTuningConfig(
-            task_type=TASK_TYPES.get(family, "CAUSAL_LM"), num_virtual_tokens=P, prefix_projection=projection,
+            task_type=TASK_TYPES.get(family, "CAUSAL_LM"), num_virtual_tokens=P,
+            prefix_projection=projection,
             encoder_hidden_size=HIDDEN,
         )  # fmt: skip
         peft = peft_model(tiny_model(family), config)
@@ -131,7 +150,8 @@ def prefix(projection: bool) -> Callable[[Backbone, str], Pair]:
             start = torch.zeros(*shape[:3], P, shape[4])
             same = {"sites.decoder.keys_values": (theirs.embedding.weight, layout)}
             return Pair(Prefix({"decoder": DirectSite(start)}), peft, same)
-        # PEFT's tokens are as wide as a layer's keys, ours as the model; with shared key heads these differ.
+        # PEFT's tokens have the width of a layer's keys, ours the width of the model. The two
+        # differ where key heads are shared.
         site = MlpSite(shape, P, theirs.embedding.weight.shape[1], HIDDEN, None)
         same = {"sites.decoder.tokens": (theirs.embedding.weight, as_it_is)}
         for name, parameter in theirs.transform.named_parameters():
@@ -153,7 +173,7 @@ PREFIXES = [name for name in METHODS if name.startswith("prefix")]
 
 
 def with_values(pair: Pair) -> Prompt:
-    """Our prompt in float64 with PEFT's values; each of our parameters gets one."""
+    """Return our prompt in float64 with PEFT's values; each of our parameters gets one."""
     ours = pair.ours.double()
     parameters = dict(ours.named_parameters())
     assert set(parameters) == set(pair.same)
@@ -164,7 +184,7 @@ def with_values(pair: Pair) -> Prompt:
 
 
 def peft_logits(peft: nn.Module, backbone: Backbone, ids: list[int], target: list[int]) -> Tensor:
-    """[Y, V]: PEFT's logits of one row's target."""
+    """Return PEFT's logits [Y, V] of one row's target."""
     if backbone.family == "seq2seq":
         decoder = torch.tensor([[backbone.start_id, *target[:-1]]])
         row = torch.tensor([ids])
@@ -197,7 +217,7 @@ def close(got: Tensor | None, wanted: Tensor | None) -> None:
 
 
 def assert_agreement(backbone: Backbone, pair: Pair) -> None:
-    """Logits row by row, the mean loss, and the gradient of every parameter."""
+    """Compare logits row by row, the mean loss, and the gradient of every parameter."""
     ours, tokens, total = with_values(pair), sum(map(len, TARGETS)), 0.0
     for ids, target in rows():
         wanted = peft_logits(pair.peft, backbone, ids, target)
@@ -209,9 +229,8 @@ def assert_agreement(backbone: Backbone, pair: Pair) -> None:
     logits, targets = backbone.teacher_forced(
         backbone.prepare([ours()]), INPUTS, TARGETS, [0, 0, 0]
     )
-    mean = nn.functional.cross_entropy(
-        logits.flatten(0, 1), targets.flatten()
-    )  # over the rows' target tokens
+    # The mean is over the rows' target tokens.
+    mean = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
     mean.backward()
     assert mean.item() == pytest.approx(total, rel=TOLERANCE)
     for name, parameter in ours.named_parameters():
@@ -223,7 +242,7 @@ def assert_agreement(backbone: Backbone, pair: Pair) -> None:
 @pytest.mark.parametrize("family", SOFT_FAMILIES)
 @pytest.mark.parametrize("method", SOFT)
 def test_virtual_tokens_agree(family: str, method: str) -> None:
-    """Prompt tuning and P-tuning on every family: the same logits, loss and gradients from the same values."""
+    """Prompt tuning and P-tuning agree in logits, loss and gradients on every family."""
     backbone = backbone_of(family)
     assert_agreement(backbone, METHODS[method](backbone, family))
 
@@ -231,13 +250,13 @@ def test_virtual_tokens_agree(family: str, method: str) -> None:
 @pytest.mark.parametrize("family", CAUSAL)
 @pytest.mark.parametrize("method", PREFIXES)
 def test_prefixes_agree(family: str, method: str) -> None:
-    """Prefix tuning on causal families, also with shared key heads and behind a sliding window."""
+    """Prefix tuning agrees on causal families, also with shared heads or a sliding window."""
     backbone = backbone_of(family)
     assert_agreement(backbone, METHODS[method](backbone, family))
 
 
 def moved(family: str) -> Backbone:
-    """The family's model with every learned position one prefix further on."""
+    """Return the family's model with learned positions shifted by one prefix length."""
     model = copy.deepcopy(tiny_model(family)).eval()
     (name,) = {"bart": ["decoder.embed_positions"]}.get(family, ["embeddings.position_embeddings"])
     (table,) = [
@@ -251,8 +270,10 @@ def moved(family: str) -> Backbone:
 @pytest.mark.parametrize("family", MASKED)
 @pytest.mark.parametrize("method", PREFIXES)
 def test_a_prefix_before_an_encoder_differs_in_positions_only(family: str, method: str) -> None:
-    """PEFT counts a prefix as positions: it agrees with ours on a model whose positions are moved by its length, and
-    not on the model itself."""
+    """PEFT agrees with ours on a model whose positions are shifted by the prefix's length.
+
+    It does not agree on the model itself, because PEFT counts a prefix as positions.
+    """
     backbone = backbone_of(family)
     assert_agreement(moved(family), METHODS[method](backbone, family))
     pair = METHODS[method](backbone, family)
@@ -266,14 +287,14 @@ def test_a_prefix_before_an_encoder_differs_in_positions_only(family: str, metho
 
 
 def as_peft_reads_it(tensor: Tensor) -> PromptTensors:
-    """A decoder prefix with the layers that PEFT's encoder-decoder cache takes from it."""
+    """Return a decoder prefix with the layers that PEFT's encoder-decoder cache reads."""
     return PromptTensors(
         prefixes={"decoder": tensor[[2 * layer % LAYERS for layer in range(LAYERS)]]}
     )
 
 
 def seq2seq_prefix(family: str) -> tuple[nn.Module, PromptTensors]:
-    """PEFT's prefix on an encoder-decoder model, and the decoder prefix that its values amount to."""
+    """Return PEFT's encoder-decoder prefix and the decoder prefix that it is equivalent to."""
     config = PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=P)
     peft = peft_model(tiny_model(family), config)
     weight = peft.prompt_encoder["default"].embedding.weight
@@ -281,8 +302,11 @@ def seq2seq_prefix(family: str) -> tuple[nn.Module, PromptTensors]:
 
 
 def test_a_prefix_of_bart_is_half_a_decoder_prefix() -> None:
-    """PEFT's layer i reads layer 2i's keys and values and positions move by the prefix; apart from that it is our
-    decoder prefix, without the encoder's and the cross-attention's. Half of the parameters get no gradient."""
+    """On bart, PEFT's prefix is our decoder prefix with half of its parameters unused.
+
+    PEFT's layer i reads the keys and values of layer 2i, and positions shift by the prefix. There
+    is no prefix in the encoder or the cross-attention. Half of the parameters get no gradient.
+    """
     peft, read = seq2seq_prefix("bart")
     backbone = moved("bart")
     for ids, target in rows():
@@ -294,8 +318,10 @@ def test_a_prefix_of_bart_is_half_a_decoder_prefix() -> None:
 
 
 def test_a_prefix_of_t5_has_relative_positions_in_peft() -> None:
-    """The same with t5, whose relative positions PEFT applies to the prefix and we do not: without the decoder's bias
-    they agree, with it they don't."""
+    """On t5, PEFT applies relative positions to the prefix and we do not.
+
+    Without the decoder's position bias both agree; with it they do not.
+    """
     peft, read = seq2seq_prefix("t5")
     backbone = make_backbone(
         copy.deepcopy(tiny_model("t5")), backbone_of("t5").tokenizer, backbone_of("t5").info
@@ -318,8 +344,10 @@ def test_a_prefix_of_t5_has_relative_positions_in_peft() -> None:
 
 
 def test_one_submodule_is_another_prefix() -> None:
-    """With num_transformer_submodules=1, which prompt tuning needs, an encoder-decoder prefix of the same values gives
-    other logits: the setting is no remedy."""
+    """With num_transformer_submodules=1 the same values give other logits.
+
+    Prompt tuning needs this setting, but it does not make encoder-decoder prefixes agree.
+    """
     for family in SEQ2SEQ:
         both, read = seq2seq_prefix(family)
         config = PrefixTuningConfig(
@@ -338,7 +366,7 @@ def test_one_submodule_is_another_prefix() -> None:
 
 
 def test_masked_models_have_no_task_type() -> None:
-    """Without a task type PEFT does not build a masked model's prompt at all."""
+    """Without a task type PEFT can't build a masked model's prompt."""
     config = PromptTuningConfig(num_virtual_tokens=P, num_transformer_submodules=1)
     with pytest.raises(KeyError):
         peft_model(tiny_model("bert"), config)(input_ids=torch.tensor([[3, 4]]))

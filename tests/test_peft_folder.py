@@ -1,4 +1,4 @@
-"""PEFT's folders: what we write PEFT reads and predicts the same with, what PEFT writes we do; all else is refused."""
+"""PEFT's folders: both sides predict the same with either's folders; all others are refused."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ METHODS = {
 
 
 def artifact_of(family: str, method: str, **changes: Any) -> PromptArtifact:
-    """A tuned prompt of the family's tiny model, moved off its start."""
+    """Return a tuned prompt of the family's tiny model, moved off its initial values."""
     backbone = backbone_of(family)
     prompt = make_prompt(
         METHODS[method], TrialSpec("random", None, P, 0.1, 3), InitContext.of(backbone, [])
@@ -76,7 +76,7 @@ def artifact_of(family: str, method: str, **changes: Any) -> PromptArtifact:
 
 
 def our_logits(backbone: Backbone, tensors: dict[str, np.ndarray]) -> list[Tensor]:
-    """[Y, V] of each row."""
+    """Return logits [Y, V] of each row."""
     prompt = PromptTensors.from_named(
         {name: torch.from_numpy(array).double() for name, array in tensors.items()}
     )
@@ -88,13 +88,12 @@ def our_logits(backbone: Backbone, tensors: dict[str, np.ndarray]) -> list[Tenso
 
 
 def bare(family: str) -> nn.Module:
-    """A copy of the family's model as somebody else would load it."""
+    """Return a copy of the family's model as another program would load it."""
     model = copy.deepcopy(tiny_model(family)).eval()
     model.set_attn_implementation("sdpa")
     if family in ("gpt2", "opt"):
-        del (
-            model.config.num_key_value_heads
-        )  # every tiny configuration names it; these families do not have it
+        # Every tiny configuration sets it, but these families do not have it.
+        del model.config.num_key_value_heads
     return model
 
 
@@ -140,7 +139,7 @@ CASES = [
 def test_peft_predicts_the_same_with_what_we_write(
     family: str, method: str, tmp_path: Path
 ) -> None:
-    """PeftModel.from_pretrained loads the folder as it is, and every target's logits are ours."""
+    """PeftModel.from_pretrained loads our folder unchanged and gives our logits."""
     artifact, backbone = artifact_of(family, method), backbone_of(family)
     folder = export_peft(artifact, tmp_path / "made" / "adapter")
     assert sorted(file.name for file in folder.iterdir()) == [CONFIG, WEIGHTS]
@@ -152,7 +151,10 @@ def test_peft_predicts_the_same_with_what_we_write(
 
 @pytest.mark.parametrize(("family", "method"), CASES)
 def test_out_and_in_again(family: str, method: str, tmp_path: Path) -> None:
-    """Values come back to the bit; P-tuning comes back as what it is without its network, prompt tuning."""
+    """Export and import keep the values bit for bit.
+
+    P-tuning is exported without its network and comes back as prompt tuning.
+    """
     artifact = artifact_of(family, method)
     found = imported(export_peft(artifact, tmp_path / "adapter"), artifact)
     assert found.tensors.keys() == artifact.tensors.keys()
@@ -171,12 +173,13 @@ def test_out_and_in_again(family: str, method: str, tmp_path: Path) -> None:
 
 
 def imported(folder: Path, like: PromptArtifact, **changes: Any) -> PromptArtifact:
-    """The folder as an artifact with all that PEFT does not store from another one."""
+    """Import the folder, with everything that PEFT does not store taken from ``like``."""
     about = like.manifest
     given: dict[str, Any] = {
         "base_model": about.base_model, "template": about.template, "target": about.target,
         "verbalizer": about.verbalizer, "max_input_tokens": about.max_input_tokens,
-        "max_target_tokens": about.max_target_tokens, "data": about.data, "orchestrator_version": "0",
+        "max_target_tokens": about.max_target_tokens, "data": about.data,
+        "orchestrator_version": "0",
     }  # fmt: skip
     return import_peft(folder, **given | changes)
 
@@ -211,7 +214,7 @@ TRAINED = [
 
 
 def trained(family: str, kind: str, folder: Path) -> nn.Module:
-    """A prompt that PEFT made, took a training step with, and saved."""
+    """Make a prompt with PEFT, train it for one step, and save it."""
     torch.manual_seed(5)
     model = get_peft_model(bare(family), CONFIGS[kind](TASKS[family])).eval()
     optimizer = torch.optim.AdamW(model.prompt_encoder.parameters(), lr=0.1)
@@ -228,7 +231,10 @@ def trained(family: str, kind: str, folder: Path) -> nn.Module:
 
 @pytest.mark.parametrize(("family", "kind"), TRAINED)
 def test_we_predict_the_same_with_what_peft_writes(family: str, kind: str, tmp_path: Path) -> None:
-    """A folder of PEFT's save_pretrained gives PEFT's logits here: of a projection or an LSTM it holds the outcome."""
+    """A folder of PEFT's save_pretrained gives PEFT's logits here.
+
+    For a projection or an LSTM, the folder holds the computed prompt.
+    """
     model = trained(family, kind, tmp_path / "adapter")
     method = kind.partition(",")[0].replace("-", "_").replace(" ", "_")
     like = artifact_of(family, "prompt_tuning")
@@ -245,7 +251,7 @@ def test_we_predict_the_same_with_what_peft_writes(family: str, kind: str, tmp_p
 
 @pytest.mark.parametrize("family", ["t5", "bart", "bert", "roberta"])
 def test_prefixes_that_peft_computes_otherwise_are_refused(family: str, tmp_path: Path) -> None:
-    """Both ways, with the reason; nothing is written."""
+    """Export and import both refuse, with the reason; nothing is written."""
     with pytest.raises(
         BadInput, match=f"prefix of a {family} model can't be written for PEFT"
     ) as refused:
@@ -261,7 +267,7 @@ def test_prefixes_that_peft_computes_otherwise_are_refused(family: str, tmp_path
 
 
 def test_virtual_tokens_inside_a_template_are_refused(tmp_path: Path) -> None:
-    """PEFT's stand in front, whatever the template says; both ways."""
+    """PEFT always puts virtual tokens in front, so export and import both refuse."""
     with pytest.raises(BadInput, match=r"the template '\{text\} \{\*\}' places them itself"):
         export_peft(artifact_of("llama", "prompt_tuning", template="{text} {*}"), tmp_path / "out")
     like = artifact_of("llama", "prompt_tuning")
@@ -272,7 +278,7 @@ def test_virtual_tokens_inside_a_template_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("there", ["an empty folder", "a file", "a dangling link"])
 def test_what_exists_is_not_overwritten(there: str, tmp_path: Path) -> None:
-    """Whatever it is, it stays."""
+    """Existing files, folders and links stay unchanged."""
     place = tmp_path / "out"
     if there == "an empty folder":
         place.mkdir()
@@ -288,7 +294,7 @@ def test_what_exists_is_not_overwritten(there: str, tmp_path: Path) -> None:
 def test_nothing_is_left_when_writing_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A full disk leaves neither the folder nor a temporary one, and is said in one line."""
+    """A full disk gives a one-line error and leaves no folder, not even a temporary one."""
 
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -299,11 +305,11 @@ def test_nothing_is_left_when_writing_fails(
     assert list(tmp_path.iterdir()) == []
 
 
-# Refusals of what comes in
+# Refusals of imports
 
 
 def edited(**changes: Any) -> Callable[[Path], None]:
-    """The configuration with keys set; those set to ``...`` are taken away."""
+    """Set keys of the configuration; a value of ``...`` removes the key."""
 
     def edit(folder: Path) -> None:
         document = json.loads((folder / CONFIG).read_text()) | changes
@@ -331,43 +337,63 @@ def spoiled(value: float, dtype: type = np.float32) -> np.ndarray:
 
 GOOD = np.ones((P, 32), np.float32)
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "cut weights": (lambda folder: os.truncate(folder / WEIGHTS, 200), "not a safetensors file: cut short"),
-    "empty weights": (lambda folder: os.truncate(folder / WEIGHTS, 0), "not a safetensors file: cut short"),
+    "cut weights": (lambda folder: os.truncate(folder / WEIGHTS, 200),
+        "not a safetensors file: cut short"),
+    "empty weights": (lambda folder: os.truncate(folder / WEIGHTS, 0),
+        "not a safetensors file: cut short"),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), r"can't be read \(No such file"),
-    "a pickle": (only_a_pickle, r"adapter_model\.bin and no adapter_model\.safetensors; pickled weights are not read"),
-    "another length": (tensors(prompt_embeddings=GOOD[:2]), r"shape \[2, 32\], adapter_config.json says \[4, 32\]"),
-    "another width": (tensors(prompt_embeddings=GOOD[:, :8].copy()), r"shape \[4, 8\], adapter_config.json says"),
+    "a pickle": (only_a_pickle,
+        r"adapter_model\.bin and no adapter_model\.safetensors; pickled weights are not read"),
+    "another length": (tensors(prompt_embeddings=GOOD[:2]),
+        r"shape \[2, 32\], adapter_config.json says \[4, 32\]"),
+    "another width": (tensors(prompt_embeddings=GOOD[:, :8].copy()),
+        r"shape \[4, 8\], adapter_config.json says"),
     "one dimension": (tensors(prompt_embeddings=np.ones(4, np.float32)), r"shape \[4\]"),
     "nan": (tensors(prompt_embeddings=spoiled(np.nan)), "not finite"),
     "infinity": (tensors(prompt_embeddings=spoiled(-np.inf)), "not finite"),
     "too large for float32": (tensors(prompt_embeddings=spoiled(1e300, np.float64)), "not finite"),
-    "integers": (tensors(prompt_embeddings=np.ones((P, 32), np.int32)), "is I32, expected floating point"),
+    "integers": (tensors(prompt_embeddings=np.ones((P, 32), np.int32)),
+        "is I32, expected floating point"),
     "another tensor": (tensors(lora_A=GOOD), "has no prompt_embeddings"),
-    "a tuned head": (tensors(prompt_embeddings=GOOD, classifier=GOOD), r"changes the model itself \(classifier\)"),
-    "no config": (lambda folder: (folder / CONFIG).unlink(), r"adapter_config\.json can't be read \(No such file"),
+    "a tuned head": (tensors(prompt_embeddings=GOOD, classifier=GOOD),
+        r"changes the model itself \(classifier\)"),
+    "no config": (lambda folder: (folder / CONFIG).unlink(),
+        r"adapter_config\.json can't be read \(No such file"),
     "config cut": (lambda folder: os.truncate(folder / CONFIG, 50), "is not JSON"),
-    "config a list": (lambda folder: (folder / CONFIG).write_text("[]"), r"adapter_config\.json: : Input should be"),
-    "config not text": (lambda folder: (folder / CONFIG).write_bytes(b"\xff\xfe") and None, "is not JSON"),
-    "config too large": (lambda folder: (folder / CONFIG).write_text(" " * (1 << 20) + "{}") and None, "more than"),
-    "lora": (edited(peft_type="LORA"), "its peft_type is 'LORA', read are PROMPT_TUNING, P_TUNING, PREFIX_TUNING"),
+    "config a list": (lambda folder: (folder / CONFIG).write_text("[]"),
+        r"adapter_config\.json: : Input should be"),
+    "config not text": (lambda folder: (folder / CONFIG).write_bytes(b"\xff\xfe") and None,
+        "is not JSON"),
+    "config too large": (
+        lambda folder: (folder / CONFIG).write_text(" " * (1 << 20) + "{}") and None,
+        "more than",
+    ),
+    "lora": (edited(peft_type="LORA"),
+        "its peft_type is 'LORA', read are PROMPT_TUNING, P_TUNING, PREFIX_TUNING"),
     "no type": (edited(peft_type=...), "its peft_type is None"),
     "a type that is a list": (edited(peft_type=["LORA"]), "its peft_type is"),
     "no length": (edited(num_virtual_tokens=...), r"num_virtual_tokens: Field required"),
     "no tokens": (edited(num_virtual_tokens=0), "num_virtual_tokens: Input should be greater"),
-    "length as text": (edited(num_virtual_tokens="4"), "num_virtual_tokens: Input should be a valid integer"),
+    "length as text": (edited(num_virtual_tokens="4"),
+        "num_virtual_tokens: Input should be a valid integer"),
     "three submodules": (edited(num_transformer_submodules=3), "num_transformer_submodules"),
     "a prefix without layers": (
-        edited(peft_type="PREFIX_TUNING", num_layers=None), "num_layers None, num_attention_heads None and token_dim 32"
+        edited(peft_type="PREFIX_TUNING", num_layers=None),
+        "num_layers None, num_attention_heads None and token_dim 32"
     ),
     "a prefix of another shape": (
-        edited(peft_type="PREFIX_TUNING", num_layers=2, num_attention_heads=4), r"shape \[4, 32\], .* says \[4, 128\]"
+        edited(peft_type="PREFIX_TUNING", num_layers=2, num_attention_heads=4),
+        r"shape \[4, 32\], .* says \[4, 128\]"
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_every_damage_is_refused(damage: str, tmp_path: Path) -> None:
-    """Whatever is wrong with a folder, reading says what, where, and what to do; nothing else is raised."""
+    """Reading a bad folder raises an error that names the fault, the file and the fix.
+
+    No other exception escapes.
+    """
     harm, message = DAMAGES[damage]
     folder = export_peft(artifact_of("llama", "prompt_tuning"), tmp_path / "adapter")
     harm(folder)
@@ -377,7 +403,7 @@ def test_every_damage_is_refused(damage: str, tmp_path: Path) -> None:
 
 
 def test_any_cut_of_the_weights_is_refused(tmp_path: Path) -> None:
-    """Also one that leaves a whole header."""
+    """Weights cut at any length are refused, also when the header is still whole."""
     folder = export_peft(artifact_of("llama", "prompt_tuning"), tmp_path / "adapter")
     data = (folder / WEIGHTS).read_bytes()
     for length in range(0, len(data), 13):
@@ -388,7 +414,7 @@ def test_any_cut_of_the_weights_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_number_formats_are_read_exactly(dtype: torch.dtype, tmp_path: Path) -> None:
-    """What somebody trained in another format comes as float32."""
+    """Prompts trained in another number format are read as float32, exactly."""
     folder = export_peft(artifact_of("llama", "prompt_tuning"), tmp_path / "adapter")
     stored = torch.from_numpy(load_file(folder / WEIGHTS)["prompt_embeddings"]).to(dtype)
     save_torch({"prompt_embeddings": stored}, folder / WEIGHTS)
@@ -397,7 +423,7 @@ def test_other_number_formats_are_read_exactly(dtype: torch.dtype, tmp_path: Pat
 
 
 def test_another_base_model_is_refused(tmp_path: Path) -> None:
-    """By its name unless told that it is the same, and by its width in any case."""
+    """Another name is refused unless the user vouches for it; another width always is."""
     like = artifact_of("llama", "prompt_tuning")
     folder = export_peft(like, tmp_path / "adapter")
     other = like.manifest.base_model.model_copy(update={"id": "other"})
@@ -413,7 +439,10 @@ def test_another_base_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_names_of_one_base_model(tmp_path: Path) -> None:
-    """No name, the same name, the same folder by another path, and a local copy of a hub model count as the same."""
+    """Different names of one model count as the same.
+
+    These are no name, the same name, another path to the folder, and a local copy of a hub model.
+    """
     (tmp_path / "gpt2").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "gpt2")
     (tmp_path / "other" / "gpt2").mkdir(parents=True)
@@ -430,7 +459,7 @@ def test_names_of_one_base_model(tmp_path: Path) -> None:
 
 
 def test_folders_are_read_without_torch() -> None:
-    """The command line stays light."""
+    """Reading folders does not import torch, which keeps the command line light."""
     code = (
         "import sys, orchestrator.peft_format; print('torch' in sys.modules, 'peft' in sys.modules)"
     )

@@ -1,4 +1,4 @@
-"""What a person sees while a search runs."""
+"""The progress that a person sees while a search runs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def job(tmp_path: Path) -> JobSpec:
 
 
 class Clock:
-    """Time that a test moves."""
+    """A clock that a test advances."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
@@ -71,7 +71,10 @@ def a_search(progress: ConsoleProgress, clock: Clock | None = None) -> None:
 
 
 def test_plain_lines_without_a_terminal(job: JobSpec, clock: Clock) -> None:
-    """One line a report with step, metric, training loss and configuration; a line for each stop; a summary."""
+    """There is a line per report, a line per stop, and a summary.
+
+    A report's line has step, metric, training loss and configuration.
+    """
     progress, out = shown(job)
     a_search(progress, clock)
     lines = out.getvalue().splitlines()
@@ -88,7 +91,7 @@ def test_plain_lines_without_a_terminal(job: JobSpec, clock: Clock) -> None:
 
 
 def test_plain_lines_end_with_their_last_word(job: JobSpec) -> None:
-    """Neither a time left that is not known yet nor a stop without a reason leaves a space behind."""
+    """An unknown time left and a stop without a reason leave no trailing space."""
     progress, out = shown(job)
     with progress.trials(SPECS, len(SPECS)):
         progress.trial_reported("t000", report("t000", 4))
@@ -99,7 +102,7 @@ def test_plain_lines_end_with_their_last_word(job: JobSpec) -> None:
 
 
 def test_a_copy_is_told_before_its_first_result(job: JobSpec) -> None:
-    """Whose prompt a trial went on from, and the configuration that it has now."""
+    """The line names the trial whose prompt was copied; later lines have the new configuration."""
     progress, out = shown(job)
     copied = Copied("t002", 4, TrialSpec("sample_vocab", None, 20, 0.36, 0))
     with progress.trials(SPECS, len(SPECS)):
@@ -117,7 +120,7 @@ def test_a_copy_is_told_before_its_first_result(job: JobSpec) -> None:
 
 
 def test_trials_that_are_not_proposed_yet_count(job: JobSpec, clock: Clock) -> None:
-    """A search whose trials come one by one is not nearly over when those that came are."""
+    """The share done counts trials that the searcher has not proposed yet."""
     progress, _ = shown(job)
     with progress.trials([], 4):
         for trial, spec in SPECS[:2]:
@@ -130,7 +133,7 @@ def test_trials_that_are_not_proposed_yet_count(job: JobSpec, clock: Clock) -> N
 
 
 def test_a_live_table_on_a_terminal(job: JobSpec) -> None:
-    """The table ranks the trials, best first, with their curves; texts are shown as they are written, not as markup."""
+    """The table ranks trials, best first, with their curves; texts are not read as markup."""
     progress, out = shown(job, force_terminal=True, legacy_windows=False)
     a_search(progress)
     drawn = out.getvalue()
@@ -150,7 +153,7 @@ def test_a_live_table_on_a_terminal(job: JobSpec) -> None:
 
 
 def test_a_live_table_ends_with_an_error(job: JobSpec) -> None:
-    """What comes after a search that failed is said in plain lines again."""
+    """After a failed search, output is plain lines again."""
     progress, out = shown(job, force_terminal=True, legacy_windows=False)
     with pytest.raises(KeyError), progress.trials(SPECS, len(SPECS)):
         raise KeyError
@@ -161,7 +164,7 @@ def test_a_live_table_ends_with_an_error(job: JobSpec) -> None:
 
 
 def test_quiet_says_nothing(job: JobSpec) -> None:
-    """--quiet leaves standard error alone, on a terminal too."""
+    """--quiet leaves standard error empty, on a terminal too."""
     for console in ({}, {"force_terminal": True}):
         progress, out = shown(job, quiet=True, **console)
         a_search(progress)
@@ -171,7 +174,7 @@ def test_quiet_says_nothing(job: JobSpec) -> None:
 def test_the_time_left_comes_from_the_pace_since_the_first_report(
     job: JobSpec, clock: Clock
 ) -> None:
-    """The worker's start is not taken for training; ended trials say how long the others will be."""
+    """The worker's start does not count; ended trials predict how long the others will run."""
     progress, _ = shown(job)
     clock.now += 1000  # the base model is loading
     with progress.trials(SPECS, len(SPECS)):
@@ -183,9 +186,8 @@ def test_the_time_left_comes_from_the_pace_since_the_first_report(
         progress.trial_reported("t000", report("t000", 8))
         assert progress._eta() == "about 1 min 40 s left"  # 40 steps of 48 to come, 4 in 10 s
         progress.trial_ended("t000", "stopped", "by the scheduler")
-        assert (
-            progress._eta() == "about 40 s left"
-        )  # the two others are expected to stop after 8 steps as well
+        # The two others are expected to stop after 8 steps as well.
+        assert progress._eta() == "about 40 s left"
 
 
 @pytest.mark.parametrize(
@@ -200,7 +202,7 @@ def test_the_time_left_comes_from_the_pace_since_the_first_report(
     ],
 )
 def test_durations(seconds: float, text: str) -> None:
-    """Rounded once, so that no 60 s appear."""
+    """Durations are rounded once, so that 60 s never appears."""
     assert duration(seconds) == text
 
 
@@ -216,7 +218,7 @@ def test_durations(seconds: float, text: str) -> None:
     ],
 )
 def test_sparklines(values: Any, bars: str) -> None:
-    """The last dozen values on their own scale."""
+    """The last twelve values are drawn on their own scale."""
     drawn = sparkline(values)
     assert len(drawn) == min(12, len(values))
     assert drawn[:1] + drawn[-1:] == bars[:1] + bars[-1:]

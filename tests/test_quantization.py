@@ -1,4 +1,4 @@
-"""Frozen weights in 8 or 4 bits: smaller, and prompts still learn on them."""
+"""Base models with weights in 8 or 4 bits are smaller, and prompts still train on them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("quantization", "layer"), [("int8", "Linear8bitLt"), ("int4", "Linear4bit")]
 )
 def test_a_quantised_backbone_trains_a_prompt(wide: Path, quantization: str, layer: str) -> None:
-    """Its linear layers are quantised, packed gradients are those of each trial alone, the weights' digest stays."""
+    """Linear layers are quantised, packed gradients match single trials, weights stay fixed."""
     source = resolve_model(BaseModelSpec(id=str(wide), quantization=quantization))
     backbone = load_backbone(source)
     assert layer in {type(module).__name__ for module in backbone.model.modules()}
@@ -61,7 +61,7 @@ def test_a_quantised_backbone_trains_a_prompt(wide: Path, quantization: str, lay
 
 @needs_bitsandbytes
 def test_quantised_weights_take_less_memory(wide: Path) -> None:
-    """Four bits are less than eight, and eight less than thirty-two."""
+    """Four bits take less than eight, and eight less than thirty-two."""
     sizes = []
     for quantization in ("int4", "int8", "none"):
         source = resolve_model(BaseModelSpec(id=str(wide), quantization=quantization))
@@ -70,7 +70,7 @@ def test_quantised_weights_take_less_memory(wide: Path) -> None:
 
 
 def test_without_the_package_quantization_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The message names the package, before any weight is read."""
+    """The message names the package before any weight is read."""
     monkeypatch.setattr(orchestrator.models.source, "find_spec", lambda name: None)
     with pytest.raises(
         BadInput, match=r"int8 needs the package bitsandbytes(.|\n)*pip install bitsandbytes"
@@ -79,5 +79,5 @@ def test_without_the_package_quantization_is_refused(monkeypatch: pytest.MonkeyP
 
 
 def test_plain_weights_are_recorded_as_such() -> None:
-    """A backbone that is not quantised says so."""
+    """A backbone that is not quantised records that."""
     assert tiny_backbone().info.quantization == "none"

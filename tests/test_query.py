@@ -63,7 +63,7 @@ def url(prompts: dict[str, Path]) -> Iterator[str]:
 
 
 def test_a_label_and_its_probability(url: str, prompts: dict[str, Path]) -> None:
-    """The likeliest label first, and behind it every label's probability: the offline model's answer."""
+    """The likeliest label comes first, then all probabilities, as in the offline model's answer."""
     expected = OfflineModel.from_artifact(prompts["spam"]).classify(["win a prize"])[0]
     answer = ask(url, "spam", "win a prize", KEY)
     label = answer.document["data"][0]["label"]
@@ -78,12 +78,12 @@ def test_a_label_and_its_probability(url: str, prompts: dict[str, Path]) -> None
     "model", ["spam", "spam@champion", "spam:1", "models:/spam@champion", "models:/spam/1"]
 )
 def test_every_way_to_name_a_model(url: str, model: str) -> None:
-    """A name, an alias, a version, and MLflow's own form give the same answer."""
+    """A name, an alias, a version and MLflow's own form give the same answer."""
     assert ask(url, model, "hello", KEY).text == ask(url, "spam", "hello", KEY).text
 
 
 def test_a_row_with_several_columns(url: str) -> None:
-    """A JSON object fills the template's columns; a bare text can't, and the message names them."""
+    """A JSON object fills the template's columns; for a plain text the error names them."""
     answer = ask(url, "trec", json.dumps({"question": "who", "topic": "foxes"}), KEY)
     assert answer.document["data"][0]["label"] in TREC
     with pytest.raises(BadInput, match="'question', 'topic'"):
@@ -93,25 +93,25 @@ def test_a_row_with_several_columns(url: str) -> None:
 
 
 def test_a_prompt_without_labels_completes(url: str, prompts: dict[str, Path]) -> None:
-    """Text comes back where there are no labels to choose from."""
+    """Without labels the answer is generated text."""
     expected = OfflineModel.from_artifact(prompts["story"]).complete(["the fox"])[0]
     assert ask(url, "story", "the fox", KEY).text == expected.text.strip()
 
 
 def test_a_text_in_braces_that_is_no_json(url: str) -> None:
-    """It is taken as the text that it is."""
+    """A text in braces that is not JSON is sent as text."""
     assert ask(url, "spam", "{not json", KEY).document["data"][0]["label"] in SPAM
 
 
 def test_an_unknown_model(url: str) -> None:
-    """The server's own message, with the nearest name."""
+    """The server's own message is shown, with the nearest name."""
     with pytest.raises(BadInput, match=r"spma.*did you mean 'spam'"):
         ask(url, "spma", "hello", KEY)
 
 
 @pytest.mark.parametrize("key", [None, "wrong", "schlüssel-☃"])
 def test_a_wrong_key(url: str, key: str | None) -> None:
-    """The variable that holds the key is named."""
+    """The error names the variable that holds the key."""
     with pytest.raises(BadInput) as refused:
         ask(url, "spam", "hello", key)
     assert "ORCHESTRATOR_API_KEY" in str(refused.value)
@@ -120,7 +120,7 @@ def test_a_wrong_key(url: str, key: str | None) -> None:
 def test_the_command_prints_the_answer(
     url: str, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The answer alone on standard output; with --json the server's whole document."""
+    """Standard output has only the answer, or with --json the server's whole document."""
     monkeypatch.setenv("ORCHESTRATOR_API_KEY", KEY)
     said = command("query", "spam", "hello", "--url", url)
     assert (said.code, said.err) == (0, "") and len(said.out.splitlines()) == 1
@@ -161,6 +161,6 @@ def stranger(status: int, body: str) -> Iterator[str]:
 def test_somebody_elses_server(
     status: int, body: str, error: type[Exception], message: str
 ) -> None:
-    """Answers that are not ours are told apart from our own refusals, and break nothing."""
+    """Answers of another server are told apart from our own refusals and cause no crash."""
     with stranger(status, body) as address, pytest.raises(error, match=message):
         ask(address, "spam", "hello")

@@ -1,4 +1,4 @@
-"""The folder of Ray's sockets: a temporary folder that Ray can't use is replaced or refused by name."""
+"""The folder of Ray's sockets: an unusable temporary folder is replaced or refused by name."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def of_length(length: int) -> str:
 
 
 def test_the_longest_folder_still_fits_a_socket() -> None:
-    """With the session's name and the socket's, which Ray appends."""
+    """Ray appends the session's and the socket's names; the path still fits."""
     session = (
         f"{of_length(LONGEST)}/ray/session_2026-01-31_23-59-59_999999_4194304/sockets/plasma_store"
     )
@@ -62,7 +62,7 @@ def test_a_folder_that_ray_can_use_stays(folder: str, monkeypatch: pytest.Monkey
 def test_a_folder_that_ray_can_not_use_is_replaced(
     folder: str, reason: str, variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The note names the variable and what is wrong; where the other folder can't be written it is refused."""
+    """The note names the variable and the fault; an unwritable substitute is refused."""
     temporary(monkeypatch, folder, variable)
     assert ray_temp_dir() == "/tmp/ray"
     assert reason in ray_temp_note() and ray_temp_note().startswith(f"{variable} ")
@@ -73,7 +73,7 @@ def test_a_folder_that_ray_can_not_use_is_replaced(
 
 @pytest.mark.ray
 def test_ray_starts_under_a_long_temporary_folder(tmp_path: Path) -> None:
-    """As batch systems make it, here with letters that Ray can't read either."""
+    """Ray starts under a long path as batch systems make it, here with letters unusable for Ray."""
     folder = (
         tmp_path / "a_rather_long_directory_name_as_batch_schedulers_make_them" / "jöb_0123456789"
     )

@@ -1,4 +1,4 @@
-"""Searches whose end fails: what they found is kept, and `resume` registers it once."""
+"""Searches that fail at the end keep their results, and `resume` registers them once."""
 
 from __future__ import annotations
 
@@ -47,10 +47,13 @@ def delete_history(report: Report) -> None:
 
 
 def test_a_search_that_could_not_register_does_so_later(folder: Path) -> None:
-    """Of a new model, and of one whose version was made before its aliases could not be moved.
+    """A failed registration is made up for by `resume`.
 
-    The history of aliases is deleted while the search runs. The message names `resume` behind the remedy; resume first
-    refuses the same, then registers one version with its aliases, and a second resume changes nothing.
+    This holds for a new model, and for a version that exists while its aliases could not be moved.
+
+    The test deletes the history of aliases while the search runs. The message names the remedy,
+    then `resume`. Resume first fails for the same reason, then registers one version with its
+    aliases; a second resume changes nothing.
     """
     registry = Registry()
     for round_, versions in enumerate(([1], [2, 1])):

@@ -1,4 +1,4 @@
-"""A search as one page and as pictures, from what its folder keeps."""
+"""A search's report page and pictures, made from the files in its folder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def folder(finished: Finished) -> SearchFolder:
 
 
 def test_facts_are_the_searchs_own(finished: Finished, folder: SearchFolder) -> None:
-    """Every trial with its curve and its best evaluation, as the search's own document has them."""
+    """All trials, curves and best evaluations equal those in the search's document."""
     facts = read_facts(folder)
     told = {trial["id"]: trial for trial in finished.document["trials"]}
     assert [trial.id for trial in facts.trials] == list(told)
@@ -42,7 +42,10 @@ def test_facts_are_the_searchs_own(finished: Finished, folder: SearchFolder) -> 
 
 
 def test_the_winners_answers_are_counted(finished: Finished) -> None:
-    """The confusion matrix has every test row once, and its diagonal is the accuracy; metrics stay free of it."""
+    """The confusion matrix counts each test row once; its diagonal gives the accuracy.
+
+    It is not among the metrics.
+    """
     best = finished.document["best"]
     counts = best["confusion"]["counts"]
     rows = sum(map(sum, counts))
@@ -54,7 +57,7 @@ def test_the_winners_answers_are_counted(finished: Finished) -> None:
 def test_every_picture_is_drawn_and_logged_with_the_page(
     finished: Finished, folder: SearchFolder
 ) -> None:
-    """After the search the parent run has the page and each picture; the page is in the search's folder too."""
+    """The parent run has the page and each picture; the page is in the search's folder too."""
     import mlflow
 
     client = mlflow.MlflowClient(finished.tracking_uri)
@@ -67,7 +70,7 @@ def test_every_picture_is_drawn_and_logged_with_the_page(
 
 
 def test_the_page_stands_alone(folder: SearchFolder) -> None:
-    """Every picture is inside, as SVG that is sound; nothing is asked for, no script runs; every trial is listed."""
+    """The page embeds valid SVG, loads nothing, runs no script, and lists every trial."""
     text = folder.report.read_text()
     pictures = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', text)
     assert len(pictures) == len(FIGURES)
@@ -91,7 +94,7 @@ def test_what_a_job_says_is_shown_and_not_rendered(folder: SearchFolder) -> None
 
 
 def test_a_search_that_is_not_finished_has_a_page_too(folder: SearchFolder, tmp_path: Path) -> None:
-    """With what there is so far: no result, no confusion matrix, no cost."""
+    """The page has what exists so far, without result, confusion matrix and cost."""
     copy = SearchFolder(tmp_path / "half")
     shutil.copytree(folder.path, copy.path)
     copy.result.unlink()
@@ -119,7 +122,7 @@ def test_the_verb_writes_and_logs(
 
 
 def test_versions_say_what_they_are(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The version of a real search: signature, example from the data, nearest words, lineage; runs have their tags."""
+    """A version has signature, example, nearest words and lineage; runs have their tags."""
     import mlflow
 
     registry = Registry(finished.tracking_uri)

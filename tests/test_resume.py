@@ -1,4 +1,4 @@
-"""Going on with a search: after an interrupt in this process, and after the SIGKILL of a driver of its own."""
+"""Resuming a search after an interrupt in this process and after SIGKILL of its driver."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from orchestrator.tuning.reports import Report
 
 
 def found(document: dict[str, Any]) -> dict[str, Any]:
-    """What a search found, without its name and its times."""
+    """Return a search's results without its name and times."""
     return {key: document[key] for key in ("status", "trials", "best", "baselines", "model")}
 
 
@@ -39,7 +39,7 @@ def runs(folder: Path) -> list[Run]:
 
 
 def histories(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Each trial's validation losses as MLflow has them."""
+    """Return each trial's validation losses from MLflow."""
     client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
     return {
         run.data.tags["orchestrator.trial"]: [
@@ -52,7 +52,7 @@ def histories(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def interrupt_at(job_file: Path, trial: str, step: int) -> SearchFolder:
-    """Run the job until a trial's report comes, and interrupt it there, in the middle of a round."""
+    """Run the job and interrupt it in the middle of a round, at the given report."""
 
     def interrupt(report: Report) -> None:
         if (report.trial, report.step) == (trial, step):
@@ -67,7 +67,7 @@ def interrupt_at(job_file: Path, trial: str, step: int) -> SearchFolder:
 
 @dataclass(frozen=True)
 class Resumed:
-    """A search that was interrupted and has gone on, beside the same one that never was."""
+    """A search that was interrupted and resumed, and the same search without interrupt."""
 
     folder: Path
     interrupted: SearchFolder
@@ -79,7 +79,7 @@ class Resumed:
 
 @pytest.fixture(scope="module")
 def resumed(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Resumed]:
-    """Eight trials on fifo, two at a time, interrupted when two are over and two are under way."""
+    """Eight trials on fifo, two at a time, interrupted with two ended and two running."""
     folder = tmp_path_factory.mktemp("resumed")
     changes = {"search__scheduler": "fifo", "resources__trials_per_worker": 2}
     with pytest.MonkeyPatch.context() as patch:
@@ -102,13 +102,19 @@ def resumed(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 def test_a_resumed_search_ends_as_an_undisturbed_one(resumed: Resumed) -> None:
-    """fifo: trials, metrics, best, baselines and version are to the last digit those of a search never interrupted."""
+    """With fifo, all results equal those of an uninterrupted search to the last digit.
+
+    These are trials, metrics, best trial, baselines and version.
+    """
     assert found(resumed.document) == found(resumed.undisturbed.document)
     assert resumed.document["search"] == resumed.interrupted.id
 
 
 def test_nothing_is_done_twice(resumed: Resumed) -> None:
-    """Trials that were over do not run again, those under way go on from the end of a round, baselines are kept."""
+    """Ended trials do not run again, running ones continue from a round's end.
+
+    The baselines are kept as well.
+    """
     steps = {
         trial: [report.step for report in reports] for trial, reports in resumed.reports.items()
     }
@@ -120,7 +126,7 @@ def test_nothing_is_done_twice(resumed: Resumed) -> None:
 
 
 def test_mlflow_shows_one_search(resumed: Resumed) -> None:
-    """One parent and a child a trial, all ended, each with every report once, as without the interrupt."""
+    """One parent and one child per trial have ended, with each report once."""
     assert {run.info.status for run in runs(resumed.folder)} == {"FINISHED"}
     assert len(runs(resumed.folder)) == 9
     assert histories(resumed.folder) == histories(resumed.undisturbed.folder)
@@ -129,7 +135,10 @@ def test_mlflow_shows_one_search(resumed: Resumed) -> None:
 def test_a_finished_search_gives_its_document_again(
     resumed: Resumed, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By an id's beginning: exit code 0, the same document, and no second version."""
+    """Resuming a finished search exits with 0 and the same document, without a new version.
+
+    The search is named by the beginning of its id.
+    """
     monkeypatch.chdir(resumed.folder)
     said = command("resume", "tiny-", "--json")
     assert said.code == 0 and said.document == resumed.document
@@ -154,11 +163,15 @@ class Killed:
 
 @pytest.fixture(scope="module")
 def killed(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Killed:
-    """The session's ASHA search as a process with a Ray of its own, killed in its second round and resumed here."""
+    """The session's ASHA search, run by a process with its own Ray.
+
+    The process is killed in the second round, and the search is resumed here.
+    """
     folder = tmp_path_factory.mktemp("killed")
     process = subprocess.Popen(
         [sys.executable, "-m", "orchestrator", "run", str(finished.job_file), "--json"],
-        cwd=folder, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
+        cwd=folder, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        start_new_session=True,
     )  # fmt: skip
     assert process.stderr is not None
     said = []
@@ -176,7 +189,7 @@ def killed(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Kill
         search = find_search("latest")
         before = len(read_history(search).reports)
         document, _ = resume_search("latest", Recorder)
-    # At once: Ray's agents would go on for minutes.
+    # Kill all at once: Ray's agents would otherwise run on for minutes.
     outlived = [child for child in descendants if alive(child)]
     return Killed(folder, search, before, len(descendants), outlived, document)
 
@@ -190,14 +203,17 @@ def alive(process: psutil.Process) -> bool:
 
 @pytest.mark.failure
 def test_a_killed_search_ends_as_an_undisturbed_one(killed: Killed, finished: Finished) -> None:
-    """asha on one worker: the rungs know the earlier reports, so every trial stops where it would have."""
+    """With asha on one worker, every trial stops at the same step, as rungs keep their reports."""
     assert 0 < killed.reports_before < sum(map(len, finished.reports.values()))
     assert close(found(killed.document), found(finished.document))
 
 
 @pytest.mark.failure
 def test_a_killed_search_leaves_no_process_and_no_run(killed: Killed, finished: Finished) -> None:
-    """What Ray leaves of itself ends with the resumption; MLflow has every run once, ended, with every report once."""
+    """Ray's leftover processes end with the resumption.
+
+    MLflow has every run once, ended, with every report once.
+    """
     assert killed.had > 3 and killed.outlived == []
     assert {run.info.status for run in runs(killed.folder)} == {"FINISHED"}
     assert len(runs(killed.folder)) == 9
@@ -209,7 +225,7 @@ def test_a_killed_search_leaves_no_process_and_no_run(killed: Killed, finished: 
 
 @pytest.fixture(scope="module")
 def left(resumed: Resumed, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory with a search that was interrupted, its data and its model in it."""
+    """A working directory with an interrupted search, its data and its model."""
     folder = tmp_path_factory.mktemp("left")
     shutil.copytree(model_folder(), folder / "model")
     with pytest.MonkeyPatch.context() as patch:
@@ -223,7 +239,7 @@ def left(resumed: Resumed, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_search_that_is_being_run_is_left_alone(
     left: Path, command: Command, monkeypatch: Any
 ) -> None:
-    """Who holds the lock runs the search: exit code 2, and nothing is touched."""
+    """If another process holds the lock, resume exits with 2 and changes nothing."""
     monkeypatch.chdir(left)
     with find_search("latest").locked():
         said = command("resume", "latest")
@@ -231,7 +247,7 @@ def test_a_search_that_is_being_run_is_left_alone(
 
 
 def test_other_data_is_refused(left: Path, command: Command, monkeypatch: Any) -> None:
-    """Rows that changed since the search began: named, and exit code 2."""
+    """Rows that changed since the search began are named, with exit code 2."""
     monkeypatch.chdir(left)
     rows = left / "train.jsonl"
     text = rows.read_text()
@@ -242,7 +258,7 @@ def test_other_data_is_refused(left: Path, command: Command, monkeypatch: Any) -
 
 
 def test_other_weights_are_refused(left: Path, command: Command, monkeypatch: Any) -> None:
-    """A base model whose weights changed: named, exit code 2, and MLflow shows the search as it was."""
+    """Changed base model weights are named, with exit code 2; MLflow's runs stay unchanged."""
     monkeypatch.chdir(left)
     weights = left / "model" / "model.safetensors"
     data = weights.read_bytes()
@@ -254,7 +270,7 @@ def test_other_weights_are_refused(left: Path, command: Command, monkeypatch: An
 
 
 def test_another_mlflow_is_refused(left: Path, command: Command, monkeypatch: Any) -> None:
-    """A search goes on in the store that it began in; the message says how."""
+    """A search must resume in the store where it began; the message says how."""
     monkeypatch.chdir(left)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{left}/other.db")
     said = command("resume", "latest")
@@ -262,7 +278,7 @@ def test_another_mlflow_is_refused(left: Path, command: Command, monkeypatch: An
 
 
 def test_a_search_that_is_not_there(left: Path, command: Command, monkeypatch: Any) -> None:
-    """The message lists what can be resumed; where there is nothing, how to begin."""
+    """The message lists the searches that can be resumed, or else says how to begin."""
     monkeypatch.chdir(left)
     said = command("resume", "nothing", "--json")
     assert said.code == 2 and find_search("latest").id in said.document["error"]["next"]
@@ -275,7 +291,7 @@ def test_a_search_that_is_not_there(left: Path, command: Command, monkeypatch: A
 def test_a_damaged_checkpoint_costs_its_trial_alone(
     left: Path, command: Command, monkeypatch: Any
 ) -> None:
-    """A checkpoint that was cut short: the trial begins again, the search ends with both trials finished or stopped."""
+    """A trial with a truncated checkpoint restarts, and the search ends with both trials ended."""
     monkeypatch.chdir(left)
     folder = find_search("latest")
     (damaged,) = folder.checkpoints.glob("t001-*")

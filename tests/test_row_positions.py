@@ -1,6 +1,7 @@
-"""Models whose position factors depend on a row's length (LongRoPE): each row as if it were alone.
+"""Models whose position factors depend on a row's length: batched rows are as if alone.
 
-The reference is the model as transformers runs it, one unpadded row at a time, in float64.
+Such models use LongRoPE. The reference is the model as transformers runs it, one unpadded row at a
+time, in float64.
 """
 
 from __future__ import annotations
@@ -50,14 +51,14 @@ def longrope(**more: Any) -> dict[str, Any]:
 
 
 def made(family: str, parameters: dict[str, Any] | None = None) -> tuple[CausalBackbone, nn.Module]:
-    """A backbone, and the same model as transformers has it."""
+    """Return a backbone, and the same model as transformers runs it."""
     more = {"short_mscale": 1.1, "long_mscale": 1.3} if family == "phimoe" else {}
     config = small_config(
         family, rope_parameters=parameters or longrope(**more), **FAMILIES.get(family, {})
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
-        # Experts one by one: their grouped product takes no float64.
+        # Run experts one by one: their grouped product does not support float64.
         options = {"experts_implementation": "eager"} if "moe" in family else {}
         model = AutoModelForCausalLM.from_config(config, **options).double().eval()
     reference = copy.deepcopy(model)
@@ -79,7 +80,7 @@ def close(one: Tensor, other: Tensor) -> None:
 
 
 def test_the_rows_lie_on_both_sides_of_the_switch() -> None:
-    """The rows of these tests are shorter than the switch, as long, one longer, and much longer."""
+    """The test rows are shorter than the switch, exactly as long, one longer, and much longer."""
     lengths = [
         PROMPTS[owner] + len(ids) + len(target) - 1
         for owner, ids, target in zip(OWNER, INPUTS, TARGETS, strict=True)
@@ -90,7 +91,7 @@ def test_the_rows_lie_on_both_sides_of_the_switch() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_row_is_as_if_alone(family: str) -> None:
-    """Logits of packed rows of several prompts, below, across and above the switch, equal those of each row alone."""
+    """Packed rows of several prompts have each row's own logits on both sides of the switch."""
     backbone, reference = made(family)
     prompts = random_prompts(backbone, PROMPTS)
     with torch.no_grad():
@@ -101,7 +102,7 @@ def test_a_row_is_as_if_alone(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prompts_learn_as_if_alone(family: str) -> None:
-    """The gradient of each prompt is the sum of those that its rows have alone."""
+    """Each prompt's gradient is the sum of those of its rows alone."""
     backbone, reference = made(family)
     together = random_prompts(backbone, PROMPTS)
     apart = [prompt.detach().clone().requires_grad_() for prompt in together]
@@ -116,8 +117,10 @@ def test_prompts_learn_as_if_alone(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generation_across_the_switch(family: str) -> None:
-    """Rows that cross the switch as they grow, one that joins meanwhile among them, take the tokens that a whole
-    forward of the row alone gives at every step."""
+    """Generated tokens equal those of a whole forward of the row alone, at every step.
+
+    Some rows cross the switch as they grow; others join a running batch.
+    """
     backbone, reference = made(family)
     prompts = random_prompts(backbone, PROMPTS)
     prepared = backbone.prepare(prompts)
@@ -137,7 +140,7 @@ def test_generation_across_the_switch(family: str) -> None:
 
 
 def test_answers_are_scored_as_if_alone() -> None:
-    """The probability of answers of several tokens, which may lie on different sides of the switch."""
+    """Answers of several tokens are scored right, also on different sides of the switch."""
     backbone, reference = made("phi3")
     prompts = random_prompts(backbone, PROMPTS)
     answers = [[random_ids([4])[0], random_ids([1])[0]]] * len(INPUTS)
@@ -152,7 +155,7 @@ def test_answers_are_scored_as_if_alone() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "phi3"])
 def test_a_prefix_counts_in_the_length(family: str) -> None:
-    """Behind a prefix a row is as long as the prefix and its own tokens, as with transformers' cache."""
+    """A prefix counts towards a row's length, as transformers' cache does."""
     backbone, reference = made(family)
     shape = backbone.prefix_shapes["decoder"]
     generator = torch.Generator().manual_seed(1)
@@ -173,8 +176,11 @@ def test_a_prefix_counts_in_the_length(family: str) -> None:
 
 
 def test_dynamic_factors_never_see_padding() -> None:
-    """Dynamic NTK factors change beyond the context. Rows that fit, padded beyond it, keep the usual ones: a long
-    prompt with a short row beside a short prompt with a long row."""
+    """Padding never triggers dynamic NTK factors, which change beyond the context.
+
+    A long prompt with a short row and a short prompt with a long row both fit the context. Padded
+    together they exceed it, but keep the usual factors.
+    """
     parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
     backbone, reference = made("qwen3_moe", parameters)
     prompts = random_prompts(backbone, [CONTEXT - 20, 2])
@@ -186,7 +192,7 @@ def test_dynamic_factors_never_see_padding() -> None:
 
 
 def test_threads_do_not_mix_their_rows() -> None:
-    """Short and long rows in two threads of a server get the factors that they have alone."""
+    """Short and long rows in two server threads each get the factors that they have alone."""
     backbone, _ = made("phi3")
     prompts = random_prompts(backbone, [2])
     with torch.no_grad():
@@ -214,7 +220,10 @@ def test_threads_do_not_mix_their_rows() -> None:
 
 
 def test_which_models_have_a_switch() -> None:
-    """LongRoPE by either name and for any type of layer, where the context goes beyond the switch; no other kind."""
+    """LongRoPE has a switch under either name and for any layer type.
+
+    This needs a context beyond the switch. No other kind has one.
+    """
     assert rope_switches(small_config("llama", rope_parameters=longrope()), CONTEXT) == (SWITCH,)
     assert rope_switches(small_config("llama", rope_parameters=longrope()), SWITCH) == ()
     assert rope_switches(small_config("llama"), CONTEXT) == ()
@@ -225,7 +234,7 @@ def test_which_models_have_a_switch() -> None:
 
 
 def test_models_whose_rows_can_not_have_their_own_factors_are_refused() -> None:
-    """A masked model, and one that brings its own code; the message says why and what to do."""
+    """Masked models and models with their own code are refused, with reason and fix."""
     config = small_config("llama", rope_parameters=longrope())
     with pytest.raises(
         BadInput, match=r"scales its positions by the longest row.* and this is a masked model"
@@ -240,7 +249,7 @@ def test_models_whose_rows_can_not_have_their_own_factors_are_refused() -> None:
 
 
 def test_a_model_is_changed_once() -> None:
-    """A second backbone on the same model leaves its rotary module as it is."""
+    """A second backbone on the same model leaves the rotary module as it is."""
     backbone, _ = made("llama")
     CausalBackbone(backbone.model, None, backbone.info)
     changed = [module for module in backbone.model.modules() if isinstance(module, RowwiseRotary)]

@@ -1,4 +1,4 @@
-"""A job from spec to registered model, on a real Ray and a real MLflow store."""
+"""A whole job, from spec to registered model, on a real Ray and a real MLflow store."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from orchestrator.tuning.engine import Engine
 
 
 def record(**fields: Any) -> dict[str, Any]:
-    """A JSON schema of an object with these fields, all of them there."""
+    """Return the JSON schema of an object with exactly these required fields."""
     return {"type": "object", "properties": fields, "required": list(fields)}
 
 
@@ -92,7 +92,7 @@ def artifact(finished: Finished, version: int = 1) -> Path:
 
 
 def test_the_document_has_the_documented_shape(finished: Finished) -> None:
-    """``run --json`` is what scripts rely on, key by key."""
+    """``run --json`` has the documented keys, which scripts rely on."""
     jsonschema.validate(finished.document, DOCUMENT)
     assert finished.document["search"].startswith("tiny-")
     assert finished.document["mlflow"]["tracking_uri"] == finished.tracking_uri
@@ -100,7 +100,10 @@ def test_the_document_has_the_documented_shape(finished: Finished) -> None:
 
 
 def test_what_makes_the_result_less_trustworthy_is_said_everywhere(finished: Finished) -> None:
-    """The few rows of a class are in the document, the progress, the saved search, the page and the run."""
+    """The warning about few rows of a class is shown everywhere.
+
+    It is in the document, the progress, the saved search, the page and the run.
+    """
     warnings = finished.document["warnings"]
     assert warnings == list(prepare(finished.job).warnings)
     assert warnings[0].startswith("train has 9 rows of class '0'")
@@ -115,7 +118,7 @@ def test_what_makes_the_result_less_trustworthy_is_said_everywhere(finished: Fin
 
 
 def test_every_trial_is_there_once_in_order(finished: Finished) -> None:
-    """The document lists the spec's trials in their order, each with its own configuration and its true end."""
+    """All trials are listed in the spec's order, with their configuration and actual ending."""
     documents = finished.document["trials"]
     assert [document["id"] for document in documents] == [f"t{number:03d}" for number in range(8)]
     assert [document["config"] for document in documents] == [
@@ -134,7 +137,7 @@ def test_every_trial_is_there_once_in_order(finished: Finished) -> None:
 
 
 def test_every_second_is_accounted_for(finished: Finished) -> None:
-    """The parts add up to the total, startup is the sum of what comes before the trials."""
+    """The parts add up to the total; startup is the sum of the parts before the trials."""
     seconds = finished.document["seconds"]
     before = sum(seconds[name] for name in ("model", "prepare", "ray", "workers"))
     assert seconds["startup"] == pytest.approx(before, abs=0.01)
@@ -144,7 +147,7 @@ def test_every_second_is_accounted_for(finished: Finished) -> None:
 
 
 def test_the_best_trial_is_the_best(finished: Finished) -> None:
-    """No trial has a better validation metric than the one that was registered."""
+    """No trial has a better validation metric than the registered one."""
     best = finished.document["best"]
     losses = {
         document["id"]: document["metrics"]["loss"] for document in finished.document["trials"]
@@ -153,7 +156,7 @@ def test_the_best_trial_is_the_best(finished: Finished) -> None:
 
 
 def test_tuning_beats_the_baselines(finished: Finished) -> None:
-    """The random model's prompt learns something: its validation loss is below both baselines'."""
+    """The prompt learns: its validation loss is below both baselines', even on a random model."""
     found = finished.document["best"]["metrics"]["validation"]["loss"]
     assert all(
         found < baseline["validation"]["loss"]
@@ -162,7 +165,7 @@ def test_tuning_beats_the_baselines(finished: Finished) -> None:
 
 
 def test_mlflow_has_one_parent_and_a_child_a_trial(finished: Finished) -> None:
-    """One finished parent with the search's results; each child in its trial's true state."""
+    """The finished parent has the search's results; each child has its trial's real state."""
     parent = client(finished).get_run(finished.document["mlflow"]["run_id"])
     assert parent.info.status == "FINISHED"
     assert parent.data.tags["orchestrator.best_trial"] == finished.document["best"]["trial"]
@@ -181,7 +184,7 @@ def test_mlflow_has_one_parent_and_a_child_a_trial(finished: Finished) -> None:
 
 
 def test_a_child_has_its_parameters_and_its_history_on_our_own_steps(finished: Finished) -> None:
-    """Charts of several trials line up: the axis counts optimiser steps, not reports or seconds."""
+    """The history's axis is optimiser steps, so that charts of several trials line up."""
     for trial, run in children(finished).items():
         reports = finished.reports[trial]
         config = next(
@@ -202,7 +205,7 @@ def test_a_child_has_its_parameters_and_its_history_on_our_own_steps(finished: F
 
 
 def test_the_registered_weights_are_the_best_checkpoints(finished: Finished) -> None:
-    """What is registered is the prompt of the best trial at its best evaluation, bit by bit."""
+    """The registered prompt is the best trial's at its best evaluation, bit for bit."""
     checkpoint = TrialState.from_bytes(
         finished.reports[finished.document["best"]["trial"]][-1].checkpoint
     )
@@ -214,7 +217,7 @@ def test_the_registered_weights_are_the_best_checkpoints(finished: Finished) -> 
 
 
 def test_the_offline_model_answers_as_the_search_measured(finished: Finished) -> None:
-    """Classifying the test rows with the registered artifact gives the document's test accuracy."""
+    """The registered artifact reaches the document's test accuracy on the test rows."""
     rows = prepare(finished.job).rows.test
     model = OfflineModel.from_artifact(artifact(finished), load(model_folder()))
     answers = model.classify([{"text": row["text"]} for row in rows])
@@ -223,7 +226,7 @@ def test_the_offline_model_answers_as_the_search_measured(finished: Finished) ->
 
 
 def test_a_packed_search_equals_its_trial_alone(finished: Finished) -> None:
-    """The best trial, run alone without Ray, ends with the same prompt and the same metrics as packed in the search."""
+    """The best trial, run alone without Ray, has the same prompt and metrics as in the search."""
     best = finished.document["best"]
     prepared = prepare(finished.job)
     engine = Engine(
@@ -247,7 +250,7 @@ def test_nothing_of_a_search_stays_in_ray(finished: Finished) -> None:
 
 
 def test_progress_tells_the_search_in_plain_lines(finished: Finished) -> None:
-    """Not on a terminal: a line a report and a line a stop, each whole."""
+    """Without a terminal there is one whole line per report and per stop."""
     lines = finished.said.splitlines()
     assert lines[0] == "reading data and base model ..."
     assert sum(" step " in line for line in lines) == sum(map(len, finished.reports.values()))
@@ -259,7 +262,7 @@ def test_progress_tells_the_search_in_plain_lines(finished: Finished) -> None:
 
 @pytest.fixture(scope="module")
 def noisy() -> Any:
-    """``prepare`` in an environment whose libraries print what they think."""
+    """``prepare`` in an environment whose libraries print to standard output."""
 
     def prepare_noisily(*arguments: Any) -> Prepared:
         print("a library greets you")
@@ -272,10 +275,10 @@ def noisy() -> Any:
 def test_the_same_spec_gives_the_same_search_and_only_its_document_on_stdout(
     finished: Finished, command: Command, monkeypatch: pytest.MonkeyPatch, noisy: Any
 ) -> None:
-    """A second run through the command line repeats trials, metrics and best to the last digit.
+    """A second run by command line repeats trials, metrics and best to the last digit.
 
-    ``--json`` keeps standard output for the one document, whatever libraries print. The second version is as good as
-    the first, not better, so it becomes challenger and the champion stays.
+    ``--json`` keeps standard output for the one document, whatever libraries print. The second
+    version is as good as the first but not better, so it becomes challenger and the champion stays.
     """
     monkeypatch.chdir(finished.folder)
     monkeypatch.setattr(orchestrator.search.run, "prepare", noisy)

@@ -1,4 +1,4 @@
-"""A small search of each baseline: from a job file to a kept result, with its costs, and beside a prompt's search."""
+"""A small search of each baseline: kept results, costs, and comparison with a prompt's search."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def search_of(method: str, folder: Path) -> Finished:
 
 
 class Searches:
-    """A search of each method, run when a test first asks for it; all in one folder."""
+    """Searches of each method in one folder, run when a test first needs them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -77,7 +77,7 @@ def folder_of(search: Finished) -> SearchFolder:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_baselines_result_is_kept_and_not_registered(searches: Searches, method: str) -> None:
-    """Files that the libraries read, in the search's folder and with the trial's run; no registered model."""
+    """Loadable files are in the search's folder and the trial's run; no model is registered."""
     search, document = searches[method], searches[method].document
     assert document["status"] == "succeeded" and document["model"] is None
     assert {trial["status"] for trial in document["trials"]} <= {"finished", "stopped"}
@@ -108,7 +108,7 @@ def test_a_baselines_result_is_kept_and_not_registered(searches: Searches, metho
 def test_a_resumed_search_finds_the_same(
     searches: Searches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A search that was cut off before its result was written evaluates and keeps the same trial again."""
+    """A search cut off before its result was written evaluates and keeps the same trial."""
     search = searches["lora"]
     monkeypatch.chdir(search.folder)
     folder = folder_of(search)
@@ -122,7 +122,10 @@ def test_a_resumed_search_finds_the_same(
 def test_searches_are_compared(
     searches: Searches, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A line each with accuracy, parameters, bytes, seconds and memory; the same as a page and as a document."""
+    """Each search has a line with accuracy, parameters, bytes, seconds and memory.
+
+    The page and the document have the same figures.
+    """
     compared = {method: searches[method] for method in ("lora", "prompt_design")}
     monkeypatch.chdir(searches.folder)
     ids = [search.document["search"] for search in compared.values()]
@@ -144,7 +147,7 @@ def test_searches_are_compared(
 def test_searches_on_other_data_are_not_comparable(
     searches: Searches, finished: Finished, command: Command
 ) -> None:
-    """What differs is named, and the baselines, which are each search's own, are left out."""
+    """Differences are named; the baselines are left out, because each search has its own."""
     folders = [folder_of(search).path for search in (searches["lora"], finished)]
     said = command("report", *folders, "--json")
     assert said.document["baselines"] == {}
@@ -155,7 +158,7 @@ def test_searches_on_other_data_are_not_comparable(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_baseline_has_a_report(searches: Searches, method: str) -> None:
-    """Its page was written and logged with the run, and lists every trial with its costs."""
+    """The page was written, logged with the run, and lists every trial with its costs."""
     folder = folder_of(searches[method])
     facts, text = read_facts(folder), folder.report.read_text()
     assert all(f"<td>{trial.id}</td>" in text for trial in facts.trials)

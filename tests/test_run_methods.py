@@ -1,4 +1,4 @@
-"""A job of each method and each family, from spec to a registered version that answers as the search measured."""
+"""A job per method and family, up to a version that answers as the search measured."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ JOBS: dict[str, tuple[str, dict[str, Any], set[str]]] = {
 def test_a_job_becomes_a_version_that_answers_as_measured(
     ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Classifying the test rows with the registered artifact gives the document's test accuracy."""
+    """The registered artifact reaches the document's test accuracy on the test rows."""
     family, changes, tensors = JOBS[name]
     monkeypatch.chdir(tmp_path)
     model = save_family(tmp_path / "model", family)
@@ -66,7 +66,7 @@ def test_a_job_becomes_a_version_that_answers_as_measured(
 def test_a_search_starts_from_another_searchs_prompt(
     ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """``init: {artifact: tiny@champion}`` fetches the registered prompt; its trial begins where that one ended."""
+    """``init: {artifact: tiny@champion}`` makes a trial start from the registered prompt."""
     monkeypatch.chdir(tmp_path)
     model = save_family(tmp_path / "model", "llama")
     small = {**SMALL, "base_model__id": str(model), "search__trials": 1}

@@ -1,4 +1,4 @@
-"""The arithmetic of docs/scaling.md, and its measurements at toy size. No clock is judged."""
+"""The arithmetic of docs/scaling.md and its measurements at toy size. No clock is judged."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_a_search_s_demand() -> None:
-    """Eight thousand trials that report once a minute, on a driver that takes 14 reports a second."""
+    """Demand of 8000 trials with a report per minute, on a driver that takes 14 reports/s."""
     search = scaling.Search(gpus=1000, slots=8, round_s=60.0)
     assert search.seats == 8000
     assert search.demand() == pytest.approx(133.33, abs=0.01)
@@ -32,7 +32,7 @@ def test_a_search_s_demand() -> None:
 
 
 def test_a_service_s_size() -> None:
-    """Keys and values of every layer, twice, for each virtual token; a forward of two operations a weight and token."""
+    """A virtual token has keys and values per layer; a token takes two operations per weight."""
     service = scaling.Service()
     assert service.prompt_bytes() == 2 * 16 * 512 * 20 * 2 == 655_360
     assert service.memory(beside=0) == 65.536e9
@@ -42,7 +42,7 @@ def test_a_service_s_size() -> None:
 
 
 def test_the_constants_are_those_of_the_program() -> None:
-    """What the arithmetic takes from the code is what stands there; the 1B model is the benchmarks' own."""
+    """The arithmetic's constants equal the code's; the 1B model is that of the benchmarks."""
     assert scaling.Search().slots == placement.GPU_SLOTS
     assert (
         prompt_store.MAX_BYTES == scaling.DEFAULT_BYTES
@@ -61,7 +61,7 @@ def test_the_constants_are_those_of_the_program() -> None:
 
 @pytest.mark.parametrize("together", [True, False])
 def test_reports_go_through_the_broker(together: bool) -> None:
-    """As many as were asked for, also with trials that are over, whether workers report at once or in turn."""
+    """All requested reports arrive, also of ended trials, whether workers take turns or not."""
     spent = asyncio.run(
         asyncio.wait_for(scaling.deliver(3, 2, over=5, wanted=30, together=together), 60)
     )
@@ -69,7 +69,7 @@ def test_reports_go_through_the_broker(together: bool) -> None:
 
 
 def test_the_bytes_of_a_prompt_are_those_that_its_tensors_have() -> None:
-    """The store counts what the arithmetic counts: keys and values of each layer and virtual token."""
+    """The store counts bytes like the arithmetic: keys and values per layer and virtual token."""
     found = prompt_stores.measure_here(30, 10)
     toy = SIZES["toy"]
     width = toy.kv_heads * toy.width // toy.heads
@@ -80,7 +80,7 @@ def test_the_bytes_of_a_prompt_are_those_that_its_tensors_have() -> None:
 @pytest.mark.long
 @pytest.mark.slow
 def test_all_of_it_runs_at_toy_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every line says whether it was measured, extrapolated, assumed or measured earlier."""
+    """Every line is marked as measured, extrapolated, assumed or measured earlier."""
     assert main(["scaling", "--toy"], tmp_path) == 0
     rows = json.loads((tmp_path / "scaling.json").read_text())["rows"]
     kinds = {scaling.MEASURED, scaling.EXTRAPOLATED, scaling.EARLIER, scaling.ASSUMED}
@@ -89,7 +89,7 @@ def test_all_of_it_runs_at_toy_size(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_the_page_says_which_figures_are_which() -> None:
-    """Each table of docs/scaling.md has a column that says it."""
+    """Each table of docs/scaling.md has a column with that mark."""
     text = (ROOT / "docs" / "scaling.md").read_text()
     heads = re.findall(r"^(\|.*\|)\n\|[-|: ]+\|$", text, re.MULTILINE)
     assert len(heads) >= 3 and all("kind" in head or "measured" in head for head in heads)

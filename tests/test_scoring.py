@@ -13,7 +13,7 @@ from orchestrator.models.scoring import answer_scores, answer_tokens, target_log
 INPUTS = random_ids([6, 1, 11, 3])
 OWNER = [1, 0, 1, 2]
 LENGTHS = [4, 7, 1]
-# Rows choose from different answers, different in number and length, some of which begin others.
+# Rows have different numbers and lengths of answers; some answers are prefixes of others.
 LONG = [
     [[5], [5, 6], [5, 6, 7, 8]],
     [[9, 9]],
@@ -46,7 +46,10 @@ def assert_scores_equal(got: list[Tensor], wanted: list[Tensor]) -> None:
 def test_scores_equal_single_rows(
     answers: list[list[list[int]]], prompt_once: bool, with_prompts: bool
 ) -> None:
-    """One-token answers, answers over the cache and the plain path all give each row's own log-probabilities."""
+    """All ways to score give each row's own log-probabilities.
+
+    These are one-token answers, answers scored with the cache, and the plain path.
+    """
     backbone = tiny_backbone(prompt_once=prompt_once)
     prompts = random_prompts(backbone, LENGTHS) if with_prompts else None
     owner = OWNER if with_prompts else [0] * len(OWNER)
@@ -60,7 +63,7 @@ def test_scores_equal_single_rows(
 
 @pytest.mark.parametrize("prompt_once", [True, False], ids=["cache", "plain"])
 def test_one_token_answers_score_alike_among_longer_ones(prompt_once: bool) -> None:
-    """An answer's score does not depend on which path its neighbours force."""
+    """An answer's score does not depend on the path that its neighbours require."""
     backbone = tiny_backbone(prompt_once=prompt_once)
     with torch.no_grad():
         prepared = backbone.prepare(random_prompts(backbone, LENGTHS))
@@ -71,7 +74,7 @@ def test_one_token_answers_score_alike_among_longer_ones(prompt_once: bool) -> N
 
 
 def test_a_sliding_window_scores_as_single_rows() -> None:
-    """Windows shorter than prompt and row are scored exactly, with a prompt and without."""
+    """Windows shorter than prompt and row are scored exactly, with and without a prompt."""
     backbone = tiny_backbone("mistral")
     prompts = random_prompts(backbone, LENGTHS)
     with torch.no_grad():
@@ -84,7 +87,7 @@ def test_a_sliding_window_scores_as_single_rows() -> None:
 
 
 def test_answers_that_begin_another_are_ended() -> None:
-    """With "A" and "A b" both end in the end token, so that the shorter one does not win by its length."""
+    """ "A" and "A b" both get an end token, so the shorter one does not win by its length."""
     encoder = encoder_for("prefix")
     short, longer = encoder.answers
     assert longer[: len(short)] == short
@@ -94,7 +97,7 @@ def test_answers_that_begin_another_are_ended() -> None:
 
 
 def test_scores_of_all_ended_answers_are_probabilities_of_different_texts() -> None:
-    """exp of the scores of ended answers sums to at most 1: no answer's probability contains another's."""
+    """Probabilities of ended answers sum to at most 1: none contains another's."""
     backbone = tiny_backbone()
     encoder = encoder_for("prefix")
     with torch.no_grad():
@@ -106,7 +109,10 @@ def test_scores_of_all_ended_answers_are_probabilities_of_different_texts() -> N
 
 
 def test_answer_tokens_say_what_greedy_decoding_does() -> None:
-    """An answer is greedy exactly where each of its tokens is the most likely one; beyond its end all is true."""
+    """A token is marked greedy exactly where it is the most likely one.
+
+    Positions beyond the answer's end are marked greedy, too.
+    """
     backbone = tiny_backbone()
     prompts = random_prompts(backbone, LENGTHS)
     answers = []
@@ -130,7 +136,7 @@ def test_answer_tokens_say_what_greedy_decoding_does() -> None:
 
 
 def test_targets_stand_at_the_right_edge() -> None:
-    """Targets of different lengths end in the same column; there is nothing to predict in front of a short one."""
+    """Targets end in the same column; positions before a shorter target predict nothing."""
     backbone = tiny_backbone()
     with torch.no_grad():
         logits, targets = backbone.teacher_forced(None, [[5, 6], [7]], [[8], [9, 10, 11]], [0, 0])

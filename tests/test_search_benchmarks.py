@@ -1,6 +1,7 @@
-"""The benchmarks of whole searches, in their parts: peers train and evaluate as we do, and figures are what they say.
+"""Parts of the whole-search benchmarks: peers train as we do, and figures are correct.
 
-One search of ours runs through them at toy size; what they start besides is left to whoever measures.
+One of our searches runs through them at toy size. The other programs that they start only run in
+real measurements.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def prompt_of(peer: PlainTrial) -> torch.Tensor:
 def test_a_peer_has_our_loss_and_gradient(
     prepared: Prepared, backbone: Backbone, peer: PlainTrial
 ) -> None:
-    """On rows of different lengths, with the same prompt."""
+    """Rows of different lengths with the same prompt give the peer our loss and gradient."""
     train = prepared.task.splits["train"]
     ours = prompt_of(peer).detach().clone().requires_grad_()
     (loss,) = packed_gradients(backbone, [PromptTensors(ours)], [[5, 6, 7]], train)
@@ -97,7 +98,7 @@ def test_a_peer_has_our_loss_and_gradient(
 def test_a_peer_trains_its_prompt_and_has_our_accuracy(
     prepared: Prepared, backbone: Backbone, peer: PlainTrial
 ) -> None:
-    """The frozen model stays as it was."""
+    """Training changes the peer's prompt but not the frozen model; accuracies are equal."""
     digest, before = backbone.digest(), prompt_of(peer).detach().clone()
     peer.train(3)
     assert (
@@ -111,8 +112,11 @@ def test_a_peer_trains_its_prompt_and_has_our_accuracy(
 
 
 def test_a_peer_s_trial_is_ours(prepared: Prepared, backbone: Backbone) -> None:
-    """From the same first prompt, over the same rows: losses and scores of whole trials agree, and so accuracies that a
-    search reaches differ by when its scheduler stops what."""
+    """Whole trials agree in losses and scores, from the same initial prompt and rows.
+
+    So if two searches reach different accuracies, their schedulers stopped trials at different
+    times.
+    """
     engine = make_engine(backbone, prepared.task, prepared.job.train, prepared.job.search, 1)
     for spec in prepared.trials:
         config = {**spec.config(), "start": start_ids(spec, prepared.task.encoder.tokenizer)}
@@ -132,7 +136,7 @@ def test_a_peer_s_trial_is_ours(prepared: Prepared, backbone: Backbone) -> None:
 
 
 def test_a_model_with_copied_words_says_what_it_said(tmp_path: Path) -> None:
-    """A word's probability is that of its copies together, and a prompt's gradient stays as it was."""
+    """Copies of a word share its probability, and a prompt's gradient stays the same."""
     try:
         story = load_backbone(
             resolve_model(BaseModelSpec(id=str(jobs.shared("models", "stories3M"))))
@@ -162,7 +166,10 @@ def test_a_model_with_copied_words_says_what_it_said(tmp_path: Path) -> None:
 def test_the_trainer_reports_every_evaluation(
     prepared: Prepared, backbone: Backbone, peer: PlainTrial, tmp_path: Path
 ) -> None:
-    """The transformers Trainer takes the same rows, and ends near where the plain loop ends, without a checkpoint."""
+    """The transformers Trainer takes the same rows and ends near the plain loop's result.
+
+    It writes no checkpoint.
+    """
     reports: list[tuple[int, float]] = []
     setting = {"steps": 4, "batch": 4, "every": 2, "folder": tmp_path / "trainer"}
     made = trainer(
@@ -182,19 +189,18 @@ def test_the_trainer_reports_every_evaluation(
 
 
 def test_the_chosen_answer_is_read_where_the_target_begins() -> None:
-    """Behind a prompt of one column, in rows that are padded on the right."""
+    """The answer is read behind a one-column prompt, in rows padded on the right."""
     labels = torch.tensor([[IGNORED, 7, 0, IGNORED], [IGNORED, IGNORED, 8, 0]])
     logits = torch.zeros(2, 5, 9)
-    logits[0, 1, 7] = logits[1, 2, 8] = (
-        1.0  # one column of prompt: the target's first token is predicted there
-    )
+    # With one column of prompt, the target's first token is predicted in these places.
+    logits[0, 1, 7] = logits[1, 2, 8] = 1.0
     assert chosen(logits, labels, (8, 7)).tolist() == [1, 0]
 
 
 def test_the_step_without_its_gains_is_the_same_step(
     prepared: Prepared, backbone: Backbone
 ) -> None:
-    """The same loss from logits everywhere and the prompt in every row."""
+    """Logits in all positions and the prompt in every row give the same loss."""
     train = prepared.task.splits["train"]
     prompt = PromptTensors(
         torch.randn(3, backbone.table.shape[1], generator=torch.Generator().manual_seed(0))
@@ -210,7 +216,7 @@ def test_the_step_without_its_gains_is_the_same_step(
     plain_backbone(backbone)
     losses.append(packed_gradients(backbone, [prompt], [[0, 1]], train)[0])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert seen[0] == 2 and seen[-1] > 8  # two target tokens; all of the row and the prompt
+    assert seen[0] == 2 and seen[-1] > 8  # two target tokens; the whole row and the prompt
 
 
 def report(at: float, trial: str, step: int, score: float) -> dict[str, Any]:
@@ -224,7 +230,10 @@ def report(at: float, trial: str, step: int, score: float) -> dict[str, Any]:
 
 
 def test_a_side_s_time_to_the_target() -> None:
-    """The first report that is good enough, from the program's start; ratios seed by seed; never is never."""
+    """The time counts from the program's start to the first report that is good enough.
+
+    Ratios are taken seed by seed. A target that is not reached is shown as "never".
+    """
     reports = [
         report(103.0, "t000", 1, 0.2),
         report(105.0, "t001", 1, 0.5),
@@ -242,7 +251,7 @@ def test_a_side_s_time_to_the_target() -> None:
 
 
 def test_all_sides_have_the_same_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Real data are asked for by name; without them the benchmark is skipped with the reason."""
+    """Without its real data a benchmark is skipped, and the reason names the data."""
     monkeypatch.setattr(jobs, "SHARED", tmp_path)
     with pytest.raises(Skipped, match="BENCH_SHARED"):
         search.job(search.SMALL, tmp_path, 0)
@@ -251,7 +260,7 @@ def test_all_sides_have_the_same_job(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_population_s_curve_counts_whole_rounds() -> None:
-    """Trials of a round are trained side by side; nobody knows the best one before all of them are."""
+    """Trials of a round train side by side, so the best one is known at the round's end."""
     reports = [report(0, "t000", 5, 0.1), report(0, "t001", 5, 0.5), report(1, "t000", 10, 0.7)]
     reports.append(report(1, "t001", 10, 0.5))
     curve = population.curve(reports)
@@ -264,8 +273,9 @@ def test_a_population_s_curve_counts_whole_rounds() -> None:
 
 
 def test_a_plan_is_compared_part_by_part() -> None:
-    """What planning took and making the model is no part of the outcome."""
-    seconds = {"total": 60.0, "plan": 9.0, "model": 1.0, "prepare": 3.0, "ray": 4.0, "workers": 8.0, "trials": 30.0,
+    """The outcome leaves out the time for planning and for creating the model."""
+    seconds = {"total": 60.0, "plan": 9.0, "model": 1.0, "prepare": 3.0, "ray": 4.0, "workers": 8.0,
+        "trials": 30.0,
                "test": 1.0, "registry": 4.0}  # fmt: skip
     planned = {
         "startup": 12.0,
@@ -288,7 +298,8 @@ def test_a_plan_is_compared_part_by_part() -> None:
     found = plans.of("job", ran)
     shown = [(line.name, line.shown["planned"], line.shown["outcome"]) for line in found]
     assert shown == [
-        ("job: total, s", 48.0, 50.0), ("job: startup, s", 12.0, 15.0), ("job: search, s", 33.0, 30.0),
+        ("job: total, s", 48.0, 50.0), ("job: startup, s", 12.0, 15.0),
+        ("job: search, s", 33.0, 30.0),
         ("job: end, s", 3.0, 5.0), ("job: worker, MB", 2.0, 4.0),
         ("job: worker at the most, MB", 6.0, 4.0),
     ]  # fmt: skip
@@ -299,13 +310,16 @@ def test_a_plan_is_compared_part_by_part() -> None:
 @pytest.mark.long
 @pytest.mark.slow
 def test_a_search_of_ours_is_watched(tmp_path: Path) -> None:
-    """Four trials of a toy model in a program of their own: reports, the worker's work and memory; and all that the
-    benchmarks make of it."""
+    """A toy search in its own program yields reports, the worker's work and its memory.
+
+    All figures of the benchmarks are made from these.
+    """
     ran = processes.run_in(
         str(tmp_path), "our_search", {"job": {**jobs.random_model(tmp_path), **SEARCH}}
     )
     assert [(one["trial"], one["step"]) for one in ran.found["reports"]] == [
-        ("t000", 1), ("t001", 1), ("t000", 2), ("t001", 2), ("t002", 1), ("t003", 1), ("t002", 2), ("t003", 2),
+        ("t000", 1), ("t001", 1), ("t000", 2), ("t001", 2), ("t002", 1), ("t003", 1), ("t002", 2),
+        ("t003", 2),
     ]  # fmt: skip
     assert ran.found["steps"] == 8 and ran.peak > ran.found["work"]["w0"][-1]["value"] > 0
     kinds = [one["kind"] for one in ran.found["work"]["w0"]]
@@ -327,7 +341,10 @@ def test_a_search_of_ours_is_watched(tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.slow
 def test_parts_of_ours_can_be_taken_away_and_nodes_added(tmp_path: Path) -> None:
-    """Two nodes with a worker each, the plain step, a new actor a trial: the same search, and both nodes train."""
+    """Two nodes, the plain step and a new actor per trial give the same search.
+
+    Each node has a worker, and both train.
+    """
     changes = {"nodes": 2, "plain_step": True, "fresh_actors": True}
     resources = {"workers": 2, "cpus_per_worker": 1, "trials_per_worker": 1}
     job = {
@@ -347,7 +364,10 @@ def test_parts_of_ours_can_be_taken_away_and_nodes_added(tmp_path: Path) -> None
 @pytest.mark.long
 @pytest.mark.slow
 def test_methods_are_compared_at_toy_size(ray_cluster: None, tmp_path: Path) -> None:
-    """A search each with the same steps and seeds; lines for both and for what learns nothing, and a page."""
+    """Each method searches with the same steps and seeds.
+
+    There is a line for each method and for the baselines without training, and a page.
+    """
     found = methods.lines(methods.SETTINGS["small"], "random ", tmp_path)
     names = [line.name.removeprefix("random, ") for line in found]
     assert names == [
@@ -363,13 +383,13 @@ def test_methods_are_compared_at_toy_size(ray_cluster: None, tmp_path: Path) -> 
 
 
 def test_a_program_that_fails_says_how(tmp_path: Path) -> None:
-    """The end of what it wrote."""
+    """The error has the end of the program's output."""
     with pytest.raises(Broken, match=r"(?s)exit code 1.*base_model"):
         processes.run_in(str(tmp_path), "our_search", {"job": {"name": "x"}})
 
 
 def test_paces_are_measured_at_toy_size() -> None:
-    """Every method that trains has a line, and prompt tuning is what the others are held against."""
+    """Every method that trains has a line, compared with prompt tuning."""
     found = paces.lines(paces.SETTINGS["small"])
     assert [line.name for line in found] == [f"random, {method}" for method in methods.RATES]
     assert found[0].shown["times prompt tuning's"] == 1 and all(

@@ -1,4 +1,4 @@
-"""SIGTERM as an interrupt, and libraries that would take it over."""
+"""SIGTERM as an interrupt, and libraries that replace its handler."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from orchestrator.utils.signals import sigterm_kept
 
 @pytest.fixture(autouse=True)
 def handler() -> Iterator[object]:
-    """What handles SIGTERM before, and has to afterwards."""
+    """Restore the handler of SIGTERM, which each test must leave as it was."""
     before = signal.getsignal(signal.SIGTERM)
     yield before
     found = signal.getsignal(signal.SIGTERM)
@@ -32,7 +32,7 @@ def terminate() -> None:
 
 
 def library(terminated: bool = False) -> None:
-    """Takes SIGTERM over as ray.init does; ``terminated`` while it starts."""
+    """Replace SIGTERM's handler as ray.init does; ``terminated`` sends a signal meanwhile."""
     with sigterm_kept():
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
         if terminated:
@@ -40,7 +40,7 @@ def library(terminated: bool = False) -> None:
 
 
 def test_the_first_interrupts_and_the_second_does_nothing() -> None:
-    """KeyboardInterrupt once; what tidies up after it is left in peace."""
+    """KeyboardInterrupt is raised once; the cleanup after it is not disturbed."""
     sigterm, tidied = Interrupts(), []
 
     def command() -> None:
@@ -64,7 +64,7 @@ def test_the_first_interrupts_and_the_second_does_nothing() -> None:
 def test_a_command_that_failed_says_so_to_its_end(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A signal while the message is written has nothing left to interrupt."""
+    """A signal during the output of an error message is ignored."""
     said: list[str] = []
 
     def say(text: str) -> None:
@@ -80,7 +80,7 @@ def test_a_command_that_failed_says_so_to_its_end(
 
 
 def test_other_threads_leave_signals_alone() -> None:
-    """Python lets only the main thread handle signals; elsewhere both do nothing and fail at nothing."""
+    """Only the main thread may handle signals; in other threads both contexts do nothing."""
     ended: list[int | None] = []
 
     def work() -> None:
@@ -94,7 +94,10 @@ def test_other_threads_leave_signals_alone() -> None:
 
 
 def test_a_library_gives_back_what_it_took_over() -> None:
-    """The library's handler is gone after its start; where nobody had handled the signal, it stays."""
+    """The library's handler is removed after its start.
+
+    It stays if nothing had handled the signal before.
+    """
     with Interrupts():
         mine = signal.getsignal(signal.SIGTERM)
         library()
@@ -105,7 +108,7 @@ def test_a_library_gives_back_what_it_took_over() -> None:
 
 
 def test_a_signal_during_the_librarys_start_interrupts() -> None:
-    """The library's handler ends the process with SystemExit; it becomes the interrupt that was meant."""
+    """The library's SystemExit on a signal becomes the intended interrupt."""
     with pytest.raises(KeyboardInterrupt), Interrupts() as sigterm:
         library(terminated=True)
     assert sigterm.received
@@ -146,7 +149,10 @@ os._exit(0)  # without what Ray does at a program's end
 
 @pytest.mark.ray  # its own
 def test_a_second_one_does_not_cut_ray_s_end_short() -> None:
-    """While its processes end, and after that, though Ray gives the signal back to the system."""
+    """A second signal is ignored while Ray's processes end and after that.
+
+    This holds although Ray resets the signal to the system's default.
+    """
     ran = subprocess.run(
         [sys.executable, "-c", SHUT_DOWN], capture_output=True, text=True, timeout=120
     )

@@ -1,4 +1,4 @@
-"""The search space: spread draws without repeats, grids, and trials as JSON."""
+"""The search space: well-spread draws without repeats, grids, and trials as JSON."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ bounds = st.tuples(rates, rates).filter(lambda pair: pair[0] < pair[1])
 
 
 def lists(values: st.SearchStrategy[Any], most: int = 5) -> st.SearchStrategy[Any]:
-    """One value or a list of different ones."""
+    """Either a single value or a list of different values."""
     return values | st.lists(values, min_size=1, max_size=most, unique=True)
 
 
@@ -60,7 +60,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 
 def size_of(space: SpaceSpec) -> int:
-    """Points of a listed space."""
+    """Return the number of points of a listed space."""
     size = grid_size(space)
     assert size is not None
     return size
@@ -69,19 +69,19 @@ def size_of(space: SpaceSpec) -> int:
 @given(any_spaces, counts, seeds)
 @settings(deadline=None)
 def test_the_same_seed_gives_the_same_draws(space: SpaceSpec, count: int, seed: int) -> None:
-    """Draws depend on the space, the count and the seed only."""
+    """Draws depend only on the space, the count and the seed."""
     assert draw(space, count, seed) == draw(space, count, seed)
 
 
 @given(any_spaces, counts, seeds)
 @settings(deadline=None)
 def test_draws_differ_from_each_other(space: SpaceSpec, count: int, seed: int) -> None:
-    """No trial is drawn twice, and there are as many as asked for unless the space has fewer."""
+    """No trial is drawn twice; only a smaller space gives fewer trials than requested."""
     drawn = draw(space, count, seed)
     assert len(set(drawn)) == len(drawn)
     size = grid_size(space)
     if size is None:
-        assert 1 <= len(drawn) <= count  # fewer only where a range holds fewer numbers
+        assert 1 <= len(drawn) <= count  # fewer only if a range contains fewer numbers
     else:
         assert len(drawn) == min(count, size)
 
@@ -89,7 +89,7 @@ def test_draws_differ_from_each_other(space: SpaceSpec, count: int, seed: int) -
 @given(finite_spaces, seeds)
 @settings(deadline=None)
 def test_more_draws_than_points_give_every_point_once(space: SpaceSpec, seed: int) -> None:
-    """A count beyond a listed space gives the whole grid."""
+    """A count above a listed space's size gives the whole grid."""
     assert set(draw(space, size_of(space) + 5, seed)) == set(grid(space))
 
 
@@ -98,7 +98,7 @@ def test_more_draws_than_points_give_every_point_once(space: SpaceSpec, seed: in
 def test_every_listed_value_is_drawn_as_often_as_any_other(
     space: SpaceSpec, count: int, seed: int
 ) -> None:
-    """In each dimension the rarest and the most frequent value differ by at most one draw."""
+    """In each dimension, the counts of any two values differ by at most one draw."""
     drawn = draw(space, count, seed)
     columns: list[list[Any]] = [
         [(t.init, t.init_text) for t in drawn],
@@ -120,7 +120,7 @@ def test_every_listed_value_is_drawn_as_often_as_any_other(
 @given(counts, seeds)
 @settings(deadline=None)
 def test_a_range_gives_one_value_in_each_equal_bin(count: int, seed: int) -> None:
-    """loguniform is cut on a logarithmic scale, uniform on a linear one, with one draw in each bin."""
+    """One draw is in each equal bin, logarithmic for loguniform and linear for uniform."""
     low, high = 0.003, 0.5
     log = draw(SpaceSpec(learning_rate=LogUniform(loguniform=(low, high))), count, seed)
     bins = [count * math.log(t.learning_rate / low) / math.log(high / low) for t in log]
@@ -133,14 +133,17 @@ def test_a_range_gives_one_value_in_each_equal_bin(count: int, seed: int) -> Non
 @given(spaces(ranges), counts, seeds)
 @settings(deadline=None)
 def test_draws_stay_in_the_range(space: SpaceSpec, count: int, seed: int) -> None:
-    """No rounding leaves the range, however narrow."""
+    """Rounding never leaves the range, however narrow."""
     rate = space.learning_rate
-    low, high = rate.loguniform if isinstance(rate, LogUniform) else rate.uniform  # type: ignore[union-attr]
+    low, high = rate.loguniform if isinstance(rate, LogUniform) else rate.uniform  # type: ignore
     assert all(low <= trial.learning_rate <= high for trial in draw(space, count, seed))
 
 
 def test_dimensions_are_drawn_independently_of_each_other() -> None:
-    """Over many seeds each pair of values meets about equally often: the balance ties no two dimensions together."""
+    """Over many seeds, all pairs of values are about equally frequent.
+
+    Balancing each dimension does not correlate them.
+    """
     space = SpaceSpec(
         init=["random", "sample_vocab", "class_labels"],
         num_virtual_tokens=[5, 20, 100],
@@ -154,13 +157,13 @@ def test_dimensions_are_drawn_independently_of_each_other() -> None:
 
 
 def test_other_seeds_give_other_draws() -> None:
-    """The seed matters."""
+    """Another seed gives other draws."""
     space = SpaceSpec(learning_rate=LogUniform(loguniform=(0.003, 0.5)))
     assert draw(space, 4, 0) != draw(space, 4, 1)
 
 
 def test_a_draw_needs_a_count() -> None:
-    """Zero draws are a mistake of the caller."""
+    """Zero draws are an error of the caller."""
     with pytest.raises(ValueError, match="at least 1"):
         draw(SpaceSpec(), 0, 0)
 
@@ -168,13 +171,13 @@ def test_a_draw_needs_a_count() -> None:
 @given(finite_spaces)
 @settings(deadline=None)
 def test_a_grid_has_every_point_once(space: SpaceSpec) -> None:
-    """The grid's length is grid_size, and no point repeats."""
+    """The grid has grid_size points, and no point repeats."""
     points = grid(space)
     assert len(points) == len(set(points)) == grid_size(space)
 
 
 def test_a_range_has_no_grid() -> None:
-    """grid_size says None and grid refuses."""
+    """grid_size is None and grid refuses."""
     space = SpaceSpec(learning_rate=Uniform(uniform=(0.1, 0.2)))
     assert grid_size(space) is None
     with pytest.raises(BadInput, match="range"):
@@ -182,7 +185,7 @@ def test_a_range_has_no_grid() -> None:
 
 
 def test_a_grid_too_large_to_run_is_refused_before_it_is_built() -> None:
-    """Ten billion points are counted, not listed; with trials given, some of them are drawn."""
+    """Ten billion points are counted without listing them; with ``trials`` some are drawn."""
     many = list(range(1, 100_001))
     space = SpaceSpec(num_virtual_tokens=many, seed=many)
     assert grid_size(space) == 10**10
@@ -192,14 +195,14 @@ def test_a_grid_too_large_to_run_is_refused_before_it_is_built() -> None:
 
 
 def test_the_random_searcher_draws_sixteen_trials_by_default() -> None:
-    """trials unset means 16 draws, or the whole space when it is smaller."""
+    """Without ``trials`` there are 16 draws, or the whole space if it is smaller."""
     assert len(trials(SearchSpec(space=SpaceSpec(learning_rate=Uniform(uniform=(0.1, 0.2)))))) == 16
     assert len(trials(SearchSpec(space=SpaceSpec(seed=[0, 1, 2])))) == 3
     assert len(trials(SearchSpec(trials=3, space=SpaceSpec(seed=list(range(9)))))) == 3
 
 
 def test_the_grid_searcher_takes_the_whole_grid_or_a_seeded_part() -> None:
-    """Without trials every point; with fewer trials that many different points, the same for the same seed."""
+    """Without ``trials`` the whole grid is used, else that many points, chosen by seed."""
     space = SpaceSpec(num_virtual_tokens=[5, 20, 100], seed=[0, 1, 2])
     assert trials(SearchSpec(space=space, searcher="grid")) == grid(space)
     assert trials(SearchSpec(space=space, searcher="grid", trials=99)) == grid(space)
@@ -219,7 +222,7 @@ def test_a_trial_survives_json(space: SpaceSpec, seed: int) -> None:
 
 
 def test_a_configuration_reads_as_run_prints_it() -> None:
-    """The keys are those of ``run --json``; a text init is a mapping."""
+    """Keys are those of ``run --json``; a text init is a mapping."""
     config = {
         "init": {"text": "Classify."},
         "num_virtual_tokens": 20,
@@ -242,20 +245,20 @@ def test_a_configuration_reads_as_run_prints_it() -> None:
     ],
 )
 def test_a_bad_configuration_is_refused(change: dict[str, Any]) -> None:
-    """Unknown keys, values out of range, wrong types and lists are refused with the key."""
+    """Unknown keys, values out of range, wrong types and lists are refused by key."""
     good = TrialSpec("random", None, 20, 0.1, 0).config()
     with pytest.raises(BadInput, match=r"configuration has (a bad|one value)"):
         TrialSpec.from_config(good | change)
 
 
 def test_an_incomplete_configuration_is_refused() -> None:
-    """No default stands in for a missing key: a trial is what it was."""
+    """A missing key has no default, so that a stored trial can't change its meaning."""
     with pytest.raises(BadInput, match="has no learning_rate, seed"):
         TrialSpec.from_config({"init": "random", "num_virtual_tokens": 20})
 
 
 def test_a_label_is_one_short_line() -> None:
-    """Long texts and line breaks don't break a table."""
+    """Long texts and line breaks do not break a table."""
     assert (
         TrialSpec("random", None, 20, 0.30000001, 7).label() == "random, 20 tokens, lr 0.3, seed 7"
     )
@@ -264,7 +267,7 @@ def test_a_label_is_one_short_line() -> None:
 
 
 def test_longest_and_init_texts_look_at_every_value() -> None:
-    """Both read single values and lists."""
+    """Both handle single values and lists."""
     assert longest(SpaceSpec(num_virtual_tokens=7)) == 7
     assert longest(SpaceSpec(num_virtual_tokens=[5, 100, 20])) == 100
     assert init_texts(SpaceSpec()) == []
@@ -294,7 +297,7 @@ def test_longest_and_init_texts_look_at_every_value() -> None:
 def test_a_search_without_a_result_says_why_it_had_so_few_trials(
     rates: Any, requested: int | None, message: str, searcher: str
 ) -> None:
-    """Where the space has fewer points than the spec asks for trials: no trial is run twice."""
+    """A space with fewer points than requested trials is the reason: no trial runs twice."""
     if searcher == "grid" and isinstance(rates, dict):
         return
     space = {"init": "random", "num_virtual_tokens": 4, "learning_rate": rates}

@@ -1,4 +1,4 @@
-"""The job spec's models: strict types, checks across keys, and the JSON schema that editors use."""
+"""The job spec's models: strict types, checks across keys, and the editors' JSON schema."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from orchestrator.job.spec import (
 
 
 def job(**sections: Any) -> dict[str, Any]:
-    """The smallest good job, with ``sections`` in place of its own."""
+    """Return the smallest valid job, with ``sections`` replacing its own."""
     smallest: dict[str, Any] = {
         "name": "sms-spam",
         "base_model": {"id": "builtin:quickstart"},
@@ -41,7 +41,7 @@ def job(**sections: Any) -> dict[str, Any]:
 
 
 def full_job() -> dict[str, Any]:
-    """A job with a value for most keys, ranges and texts among them."""
+    """Return a job with values for most keys, including ranges and texts."""
     return job(
         data={
             "path": {"train": "a.jsonl", "test": "c.parquet"},
@@ -67,7 +67,7 @@ def full_job() -> dict[str, Any]:
 
 
 def conflicts(sections: dict[str, Any]) -> list[str]:
-    """Keys of the conflicts in a job."""
+    """Return the keys of a job's conflicts."""
     with pytest.raises(ValidationError) as caught:
         JobSpec.model_validate(job(**sections))
     found: list[Conflict] = [
@@ -82,7 +82,7 @@ DATA_WITHOUT_VERBALIZER = {"path": "a.jsonl", "template": "{text}", "target": "l
 
 
 def test_the_smallest_job_has_a_default_for_everything_else() -> None:
-    """Three sections are enough; the registered model takes the search's name."""
+    """Three sections suffice; the registered model takes the search's name."""
     spec = JobSpec.model_validate(job())
     assert (spec.train.steps, spec.search.metric, spec.model_name) == (500, "accuracy", "sms-spam")
 
@@ -111,7 +111,7 @@ def test_a_learning_rate_is_a_finite_number_above_zero(value: Any) -> None:
     "written", ["{0}", "[0.1, {0}]", '{{"loguniform": [0.1, {0}]}}', '{{"uniform": [0.1, {0}]}}']
 )
 def test_a_learning_rate_is_at_most_a_thousand(written: str) -> None:
-    """Alone, in a list and as a bound: the worker's arithmetic overflows somewhere above."""
+    """The bound holds alone, in a list and in a range; above it, arithmetic may overflow."""
     SpaceSpec.model_validate({"learning_rate": json.loads(written.format("1000"))})
     with pytest.raises(ValidationError):
         SpaceSpec.model_validate({"learning_rate": json.loads(written.format("1000.001"))})
@@ -131,7 +131,7 @@ def test_labels_keep_their_type() -> None:
 
 @pytest.mark.parametrize("section", [LogUniform, Uniform])
 def test_a_range_is_ordered(section: type[LogUniform] | type[Uniform]) -> None:
-    """A range whose bounds are equal or the wrong way round is refused."""
+    """A range whose bounds are equal or reversed is refused."""
     name = next(iter(section.model_fields))
     for bounds in ([0.5, 0.003], [0.5, 0.5]):
         with pytest.raises(ValidationError, match="smaller bound first"):
@@ -139,7 +139,7 @@ def test_a_range_is_ordered(section: type[LogUniform] | type[Uniform]) -> None:
 
 
 def test_a_list_names_each_value_once() -> None:
-    """Repeats in a list are refused: they would weigh a value twice and repeat trials."""
+    """Repeats in a list are refused, as they would repeat trials and weigh a value twice."""
     for space in (
         {"seed": [0, 1, 0]},
         {"init": [TextInit(text="a"), TextInit(text="a")]},
@@ -158,7 +158,7 @@ def test_aliases_that_mlflow_reserves_are_refused(alias: str) -> None:
 
 @pytest.mark.parametrize("alias", ["a.b", "v1.2", "-a", "_a", "a b", "ä", "", "a" * 101])
 def test_aliases_that_mlflow_does_not_take_are_refused(alias: str) -> None:
-    """Letters, digits, - and _; a dot is good in a model's name only."""
+    """Aliases have letters, digits, - and _; a dot is only valid in a model's name."""
     with pytest.raises(ValidationError, match="should match pattern"):
         RegistrySpec(alias=alias)
     assert RegistrySpec(alias="A-b_3", model="a.b").alias == "A-b_3"
@@ -176,12 +176,12 @@ def test_a_template_names_columns_and_has_no_lone_brace(template: str) -> None:
 
 
 def test_template_columns_reads_doubled_braces_as_text() -> None:
-    """Columns come in order of appearance; {{ and }} name nothing."""
+    """Columns come in order of appearance; {{ and }} are literal braces."""
     assert template_columns("{{a}} {b} {c d}{{{e}}}") == ["b", "c d", "e"]
 
 
 def test_accuracy_and_class_labels_need_a_verbalizer() -> None:
-    """Both conflicts are found at once, and at the key that the user wrote."""
+    """Both conflicts are found at once, each at the key that the user wrote."""
     chosen = {"metric": "accuracy", "space": {"init": ["random", "class_labels"]}}
     assert conflicts({"data": DATA_WITHOUT_VERBALIZER, "search": chosen}) == [
         "search.metric",
@@ -191,7 +191,7 @@ def test_accuracy_and_class_labels_need_a_verbalizer() -> None:
 
 
 def test_a_job_that_generates_needs_no_verbalizer() -> None:
-    """exact_match, loss and the text metrics work without labels, and all but loss are better when larger."""
+    """exact_match, loss and the text metrics need no labels; only loss is better if smaller."""
     for metric in ("exact_match", "loss", "bleu", "rouge_l", "f1"):
         spec = JobSpec.model_validate(job(data=DATA_WITHOUT_VERBALIZER, search={"metric": metric}))
         assert spec.search.better == ("min" if metric == "loss" else "max")
@@ -200,7 +200,10 @@ def test_a_job_that_generates_needs_no_verbalizer() -> None:
 
 @pytest.mark.parametrize("metric", ["bleu", "rouge_l", "f1"])
 def test_a_text_metric_needs_a_target_that_is_text(metric: str) -> None:
-    """With a verbalizer the target is a label: neither text metrics nor references fit, each said at its own key."""
+    """With a verbalizer the target is a label.
+
+    Text metrics and references conflict with it, each at its own key.
+    """
     assert conflicts({"search": {"metric": metric}}) == ["search.metric"]
     data = job()["data"] | {"references": "texts"}
     assert conflicts({"data": data, "search": {"metric": metric}}) == [
@@ -214,13 +217,13 @@ def test_a_text_metric_needs_a_target_that_is_text(metric: str) -> None:
 
 
 def test_a_text_metric_lies_between_0_and_1() -> None:
-    """A BLEU of 40 as a target is sacreBLEU's own scale, and refused."""
+    """A BLEU target of 40 uses sacreBLEU's own scale and is refused."""
     stop = {"metric": "bleu", "stop": {"metric": 40}}
     assert conflicts({"data": DATA_WITHOUT_VERBALIZER, "search": stop}) == ["stop.metric"]
 
 
 def test_generation_is_greedy_and_as_long_as_a_target_may_be() -> None:
-    """The defaults of generation, and its own values where they are given."""
+    """Generation has these defaults, and takes explicit values."""
     data = DATA_WITHOUT_VERBALIZER | {"max_target_tokens": 33}
     spec = JobSpec.model_validate(job(data=data, search={"metric": "f1"}))
     assert (spec.max_generated_tokens, spec.generation.num_beams) == (33, 1)
@@ -233,13 +236,13 @@ def test_generation_is_greedy_and_as_long_as_a_target_may_be() -> None:
     "generation", [{"max_tokens": 0}, {"num_beams": 0}, {"num_beams": 65}, {"beams": 2}]
 )
 def test_generation_out_of_range_is_refused(generation: dict[str, int]) -> None:
-    """No tokens, no beams, or more beams than fit anywhere."""
+    """Zero tokens, zero beams and more beams than could ever fit are refused."""
     with pytest.raises(ValidationError):
         JobSpec.model_validate(job(generation=generation))
 
 
 def test_mode_can_only_be_what_the_metric_means() -> None:
-    """mode min with accuracy, or max with loss, would look for the worst trial."""
+    """mode min with accuracy, or max with loss, would choose the worst trial."""
     assert conflicts({"search": {"mode": "min"}}) == ["mode"]
     assert conflicts({"search": {"metric": "loss", "mode": "max"}}) == ["mode"]
     assert SearchSpec(metric="loss", mode="min").better == "min"
@@ -252,7 +255,7 @@ def test_a_grid_needs_listed_values() -> None:
 
 
 def test_a_target_out_of_the_metrics_reach_is_refused() -> None:
-    """An accuracy of 98 is a per cent mistaken for a fraction; a loss has no upper bound."""
+    """An accuracy of 98 is a percentage by mistake; a loss has no upper bound."""
     assert conflicts({"search": {"stop": {"metric": 98}}}) == ["stop.metric"]
     SearchSpec.model_validate({"metric": "loss", "stop": {"metric": 98}})
 
@@ -282,12 +285,15 @@ PBT = {"scheduler": "pbt", "space": {"learning_rate": [0.1, 0.2]}}
 def test_a_population_that_could_not_change_is_refused(
     sections: dict[str, Any], where: list[str]
 ) -> None:
-    """Without several trials at once, learning rates to move between, or an evaluation to compare at before the end."""
+    """A population needs several trials at once, several learning rates, and early comparisons.
+
+    There must be an evaluation before the end at which trials are compared.
+    """
     assert conflicts(sections) == where
 
 
 def test_a_population_is_compared_at_evaluations() -> None:
-    """At each of them unless the spec says otherwise."""
+    """A population is compared at each evaluation by default."""
     assert JobSpec.model_validate(job(search=PBT)).perturbation_steps == 50
     assert (
         JobSpec.model_validate(job(search=PBT | {"perturbation_steps": 150})).perturbation_steps
@@ -313,7 +319,11 @@ def test_a_population_is_compared_at_evaluations() -> None:
     ],
 )
 def test_groups_that_could_not_work_are_refused(sections: dict[str, Any], where: list[str]) -> None:
-    """Nobody to share the weights with, several of a group on one GPU, weights that can't be cut."""
+    """Groups that can't share their weights or GPUs are refused.
+
+    The cases are sharding with a single worker, several workers of a group on one GPU, several GPUs
+    for one worker, and weights that can't be split.
+    """
     assert conflicts(sections) == where
 
 
@@ -321,7 +331,7 @@ def test_groups_that_could_not_work_are_refused(sections: dict[str, Any], where:
     "resources", [{"workers_per_group": 0}, {"workers_per_group": "auto"}, {"sharding": "zero"}]
 )
 def test_groups_out_of_range_are_refused(resources: dict[str, Any]) -> None:
-    """No workers, a size that nobody can guess, a sharding that there is not."""
+    """No workers, an undefined size and an unknown sharding are refused."""
     with pytest.raises(ValidationError):
         JobSpec.model_validate(job(resources=resources))
 
@@ -351,7 +361,10 @@ def test_every_trial_is_evaluated_at_least_once() -> None:
 def test_train_settings_that_would_do_nothing_are_refused(
     train: dict[str, Any], where: list[str]
 ) -> None:
-    """Keys of another optimiser or schedule, ones that are missing, and sizes beyond steps or rows: at that key."""
+    """Each problem is at its key.
+
+    Refused are keys of another optimiser or schedule, missing keys, and sizes beyond steps or rows.
+    """
     assert conflicts({"train": train}) == where
 
 
@@ -366,7 +379,10 @@ def test_train_settings_that_would_do_nothing_are_refused(
     ],
 )
 def test_train_settings_that_fit_are_kept_through_a_dump(train: dict[str, Any]) -> None:
-    """Each optimiser and schedule takes its own keys, in the schema too, and a dumped section loads as the same."""
+    """Each optimiser and schedule takes its own keys, in the schema too.
+
+    A dumped section loads as the same.
+    """
     spec = JobSpec.model_validate(job(train=train))
     jsonschema.validate(as_json(job(train=train)), job_schema(), jsonschema.Draft202012Validator)
     assert TrainSpec.model_validate(spec.train.model_dump()) == spec.train
@@ -392,7 +408,7 @@ def test_train_settings_that_fit_are_kept_through_a_dump(train: dict[str, Any]) 
     ],
 )
 def test_train_settings_out_of_range_are_refused(train: dict[str, Any]) -> None:
-    """Decays lie in [0, 1), counts are positive, and the schema says so as well."""
+    """Decays are in [0, 1) and counts are positive, in the schema as well."""
     with pytest.raises(ValidationError):
         TrainSpec.model_validate(train)
     with pytest.raises(jsonschema.ValidationError):
@@ -401,18 +417,18 @@ def test_train_settings_out_of_range_are_refused(train: dict[str, Any]) -> None:
         )
 
 
-# -- JSON schema ------------------------------------------------------------------------------------------------------
+# -- JSON schema
 
 
 def as_json(value: Any) -> Any:
-    """A job as an editor sees it: JSON has no keys but text."""
+    """Return a job as an editor sees it: JSON keys are always text."""
     if isinstance(value, dict):
         return {str(key): as_json(inner) for key, inner in value.items()}
     return [as_json(inner) for inner in value] if isinstance(value, list) else value
 
 
 def test_the_schema_is_valid_and_titled() -> None:
-    """The schema is a JSON schema of draft 2020-12 itself."""
+    """The schema itself is a valid JSON schema of draft 2020-12."""
     schema = job_schema()
     jsonschema.Draft202012Validator.check_schema(schema)
     assert schema["$schema"].endswith("2020-12/schema")
@@ -420,13 +436,13 @@ def test_the_schema_is_valid_and_titled() -> None:
 
 
 def test_the_schema_describes_every_key_and_closes_every_section() -> None:
-    """Each key has a description, each optional one its default, and unknown keys fail in each section."""
+    """Keys have descriptions, optional keys have defaults, and unknown keys fail everywhere."""
     schema = job_schema()
     for section in [schema, *schema["$defs"].values()]:
         assert section["additionalProperties"] is False
         assert section["description"]
         for key, value in section["properties"].items():
-            # A key whose words are those of its section has them there.
+            # A key that shares its section's description has it there.
             section_of = schema["$defs"].get(value.get("$ref", "").rsplit("/", 1)[-1], {})
             assert value.get("description") or section_of.get("description"), key
             assert key in section.get("required", ()) or "default" in value, key
@@ -434,7 +450,7 @@ def test_the_schema_describes_every_key_and_closes_every_section() -> None:
 
 @pytest.mark.parametrize("good", [job(), full_job()])
 def test_the_schema_accepts_good_jobs(good: dict[str, Any]) -> None:
-    """What the models accept, the schema accepts."""
+    """The schema accepts what the models accept."""
     jsonschema.validate(as_json(good), job_schema(), jsonschema.Draft202012Validator)
 
 
@@ -456,7 +472,10 @@ def test_the_schema_accepts_good_jobs(good: dict[str, Any]) -> None:
     ],
 )
 def test_the_schema_refuses_what_the_models_refuse(bad: dict[str, Any]) -> None:
-    """Unknown keys, wrong types, values out of range, repeats and missing keys fail in the editor already."""
+    """Editors already flag these errors.
+
+    They are unknown keys, wrong types, values out of range, repeats and missing keys.
+    """
     with pytest.raises(ValidationError):
         JobSpec.model_validate(bad)
     with pytest.raises(jsonschema.ValidationError):
@@ -464,7 +483,7 @@ def test_the_schema_refuses_what_the_models_refuse(bad: dict[str, Any]) -> None:
 
 
 def test_the_answer_in_the_input_is_a_conflict() -> None:
-    """A template that writes the target or the references makes any result meaningless."""
+    """A template that contains the target or the references makes results meaningless."""
     data = job()["data"]
     assert conflicts({"data": {**data, "template": "{label} {text}"}}) == ["template"]
     texts = {"path": "x", "template": "{text} {right}", "target": "answer", "references": "right"}
@@ -494,13 +513,13 @@ def test_the_answer_in_the_input_is_a_conflict() -> None:
 def test_the_answer_in_the_input_by_another_name(
     rename: dict[str, str], template: str, where: list[str]
 ) -> None:
-    """A column is the same before and after it is renamed; two that change their names are two."""
+    """A renamed column is still the same column; two that swap names are different ones."""
     data = {**job()["data"], "rename": rename, "template": template}
     assert [conflict.where for conflict in DataSpec.model_construct(**data)._conflicts()] == where
 
 
 def test_a_way_to_hold_out_rows_needs_rows_to_hold_out() -> None:
-    """With files for validation and test nothing is set aside."""
+    """With files for validation and test no rows are held out."""
     path = {"train": "a.jsonl", "validation": "b.jsonl", "test": "c.jsonl"}
     data = {**job()["data"], "held_out": "random"}
     assert conflicts({"data": {**data, "path": path}}) == ["held_out"]

@@ -1,4 +1,4 @@
-"""Weights that can't be used are refused, on the driver where it can see them and in the worker otherwise."""
+"""Unusable weights are refused: by the driver where possible, else by the worker."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def copied(tmp_path: Path) -> Path:
 
 
 def changed(folder: Path, change: Callable[[torch.Tensor], torch.Tensor], name: str = NAME) -> Path:
-    """The folder with one of its tensors changed."""
+    """Change one of the folder's tensors."""
     file = folder / "model.safetensors"
     tensors = load_file(file)
     tensors[name] = change(tensors[name]).contiguous()
@@ -50,7 +50,7 @@ def changed(folder: Path, change: Callable[[torch.Tensor], torch.Tensor], name: 
 
 
 def configured(folder: Path, **changes: Any) -> Path:
-    """The folder with some of its configuration changed."""
+    """Change some of the folder's configuration."""
     file = folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
     return folder
@@ -66,7 +66,7 @@ def poisoned(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
 
 @pytest.mark.parametrize("family", [*FAMILIES, *SEQ2SEQ, *MASKED])
 def test_sound_weights_of_every_family_pass(tmp_path: Path, family: str) -> None:
-    """The files' tensors are those of the configuration, by the names that the family stores them under."""
+    """The files' tensors match the configuration under the names that the family stores."""
     source = source_of(save_family(tmp_path / "model", family))
     check_files(source)
     names = weights._names_in_model(weights.empty_model(source), weights.stored_tensors(source))
@@ -78,7 +78,7 @@ def test_sound_weights_of_every_family_pass(tmp_path: Path, family: str) -> None
 def test_weights_that_are_not_finite_are_refused(
     tmp_path: Path, value: float, dtype: torch.dtype
 ) -> None:
-    """On the driver and in the worker, with the tensor's name and how many numbers it is about."""
+    """Driver and worker both name the tensor and the count of bad numbers."""
     folder = changed(copied(tmp_path), lambda tensor: poisoned(value)(tensor).to(dtype))
     wanted = rf"the weights are not finite.*: 1 of the 2048 numbers of {NAME} are NaN or infinite"
     with pytest.raises(BadInput, match=wanted):
@@ -88,7 +88,7 @@ def test_weights_that_are_not_finite_are_refused(
 
 
 def test_numbers_beyond_a_smaller_dtype_are_refused(tmp_path: Path) -> None:
-    """Sound as they are stored, the weights overflow as the worker casts them."""
+    """Weights that are finite as stored may overflow when the worker casts them."""
     folder = changed(copied(tmp_path), poisoned(1e6))
     check_files(source_of(folder))
     with pytest.raises(
@@ -100,7 +100,7 @@ def test_numbers_beyond_a_smaller_dtype_are_refused(tmp_path: Path) -> None:
 def test_large_weights_are_left_to_the_worker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The driver reads the values of small files alone; shapes are in the files' headers."""
+    """The driver only reads the values of small files; shapes are in the files' headers."""
     monkeypatch.setattr(weights, "READ_AT_MOST", 1000)
     folder = changed(copied(tmp_path), poisoned(float("nan")))
     check_files(source_of(folder))
@@ -133,7 +133,7 @@ def test_large_weights_are_left_to_the_worker(
 def test_a_configuration_of_another_model_is_refused(
     tmp_path: Path, key: str, value: int, tensor: str
 ) -> None:
-    """The message has a tensor and both shapes; the worker says the same."""
+    """The message has a tensor and both shapes; the worker gives the same."""
     folder = configured(copied(tmp_path), **{key: value})
     with pytest.raises(
         BadInput, match=rf"config.json disagrees with the weights: {tensor} by config.json"
@@ -151,7 +151,7 @@ def test_a_configuration_of_another_model_is_refused(
     ],
 )
 def test_another_number_of_layers_is_refused(tmp_path: Path, layers: int, message: str) -> None:
-    """transformers would leave the surplus layers out, and say nothing. The worker refuses both too."""
+    """Driver and worker both refuse; transformers would silently drop the surplus layers."""
     folder = configured(copied(tmp_path), num_hidden_layers=layers)
     with pytest.raises(BadInput, match=f"disagrees with the weights: model.{message}"):
         check_files(source_of(folder))
@@ -160,7 +160,7 @@ def test_another_number_of_layers_is_refused(tmp_path: Path, layers: int, messag
 
 
 def test_tensors_that_the_model_does_not_have_do_no_harm(tmp_path: Path) -> None:
-    """Buffers of older versions, and heads for another task, are left out as ever."""
+    """Buffers of older versions and heads for another task are ignored as before."""
     folder = copied(tmp_path)
     tensors = load_file(folder / "model.safetensors")
     for name in (
@@ -175,7 +175,7 @@ def test_tensors_that_the_model_does_not_have_do_no_harm(tmp_path: Path) -> None
 
 
 def test_names_without_the_models_prefix_are_found(tmp_path: Path) -> None:
-    """A body that was stored without its head has shorter names, and is checked all the same."""
+    """A body stored without its head has shorter names, and is still checked."""
     folder = copied(tmp_path)
     AutoModel.from_pretrained(folder).save_pretrained(folder)
     configured(folder, architectures=["LlamaForCausalLM"])
@@ -187,7 +187,7 @@ def test_names_without_the_models_prefix_are_found(tmp_path: Path) -> None:
 
 
 def test_names_that_transformers_changes_are_left_to_the_worker(tmp_path: Path) -> None:
-    """Old BERT files call a norm's weights gamma and beta; they load, and are no error."""
+    """Old BERT files call a norm's weights gamma and beta; they load without an error."""
     folder = save_family(tmp_path / "model", "bert")
     file = folder / "model.safetensors"
     old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
@@ -202,7 +202,7 @@ def test_names_that_transformers_changes_are_left_to_the_worker(tmp_path: Path) 
 
 
 def test_a_missing_part_of_split_weights_is_named(tmp_path: Path) -> None:
-    """The index says which files there are; without one of them nothing is started."""
+    """The index lists the files; if one is missing, nothing is started."""
     folder = copied(tmp_path)
     index = {
         "weight_map": {
@@ -237,7 +237,7 @@ def test_a_configuration_that_makes_no_model_is_refused(
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "aqlm", "hqq", "compressed-tensors", "made-up"])
 def test_weights_quantised_by_a_missing_library_are_refused(tmp_path: Path, method: str) -> None:
-    """Whatever the method: its name, what is missing, and what to do, from the configuration alone."""
+    """The error names method, missing library and fix, from the configuration alone."""
     folder = configured(
         copied(tmp_path), quantization_config={"quant_method": method, "bits": 4, "group_size": 128}
     )
@@ -249,7 +249,7 @@ def test_weights_quantised_by_a_missing_library_are_refused(tmp_path: Path, meth
 
 
 def test_quantised_weights_can_not_be_quantised_again(tmp_path: Path) -> None:
-    """base_model.quantization has no meaning for them."""
+    """base_model.quantization is refused for weights that are quantised already."""
     pytest.importorskip("bitsandbytes")
     stored = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     folder = configured(copied(tmp_path), quantization_config=stored)
@@ -262,7 +262,7 @@ def test_quantised_weights_can_not_be_quantised_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_stored_quantised_weights_load_where_their_library_is(tmp_path: Path, bits: int) -> None:
-    """They give the numbers of the same model rounded as it is loaded."""
+    """Stored quantised weights give the numbers of the same model quantised on loading."""
     pytest.importorskip("bitsandbytes")
     whole = save_model(tmp_path / "whole", hidden_size=128, intermediate_size=256)
     config = BitsAndBytesConfig(
@@ -298,7 +298,7 @@ def test_a_decoder_starts_from_a_token_of_the_table(
 
 
 def test_only_floating_numbers_are_looked_at() -> None:
-    """Whole numbers and empty tensors are finite."""
+    """Integers and empty tensors count as finite."""
     assert is_finite(torch.ones(2, dtype=torch.int8)) and is_finite(torch.zeros(0, 3))
     assert not is_finite(torch.tensor([1.0, float("nan")])) and is_finite(
         torch.tensor(3.0, dtype=torch.bfloat16)
@@ -306,8 +306,11 @@ def test_only_floating_numbers_are_looked_at() -> None:
 
 
 def test_weights_are_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second search on the same files does not build the model again; changed files are looked at anew, and refused
-    ones every time. A cache that can't be written to changes nothing."""
+    """A second search on the same files does not build the model again.
+
+    Changed files are checked again, and refused files are checked every time. An unwritable cache
+    changes nothing.
+    """
     monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
     folder, built = copied(tmp_path), []
     build = weights.empty_model
