@@ -344,9 +344,11 @@ def first_line(error: BaseException) -> str:
 
 
 def quiet_ray_loggers() -> None:
-    """Silence the loggers of Ray's libraries below errors.
+    """Silence the loggers of Ray's libraries below errors, and Tune's altogether.
 
-    They log every restart and every report; our own progress display shows what matters.
+    They log every restart and every report; our own progress display shows what matters. Tune logs
+    a traceback for each trial that a failed worker ends; our own message names the cause once.
     """
-    for name in ("ray.tune", "ray.train", "ray.air"):
+    for name in ("ray.train", "ray.air"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
