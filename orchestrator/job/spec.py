@@ -844,7 +844,7 @@ class JobSpec(Section):
 
     @property
     def is_baseline(self) -> bool:
-        """Whether the method learns something other than a soft prompt."""
+        """Tell whether the method learns something other than a soft prompt."""
         return self.method in BASELINES
 
     @property
@@ -1005,7 +1005,7 @@ class JobSpec(Section):
 
     @property
     def generates(self) -> bool:
-        """Whether evaluations generate texts because the metric compares them."""
+        """Tell whether evaluations generate texts because the metric compares them."""
         return self.search.metric in TEXT_METRICS
 
     @property

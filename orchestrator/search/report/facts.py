@@ -47,7 +47,7 @@ class TrialFacts:
 
     @property
     def inherited(self) -> bool:
-        """Whether the best evaluation comes from a trial that this trial copied."""
+        """Tell whether the best evaluation comes from a trial that this trial copied."""
         return self.copied_step is not None and self.best_step <= self.copied_step
 
     def best_of(self, metric: str) -> float | None:

@@ -23,7 +23,7 @@ class Candidate(Protocol):
 
     @property
     def inherited(self) -> bool:
-        """Whether the best evaluation comes from a trial that this trial copied."""
+        """Tell whether the best evaluation comes from a trial that this trial copied."""
 
 
 Trial = TypeVar("Trial", bound=Candidate)

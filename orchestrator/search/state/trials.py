@@ -45,7 +45,7 @@ class TrialRecord:
 
     @property
     def inherited(self) -> bool:
-        """Whether the best evaluation comes from a trial that this one copied."""
+        """Tell whether the best evaluation comes from a trial that this one copied."""
         return bool(self.copied) and self.best_step <= self.copied[-1].step
 
     def document(self) -> dict[str, Any]:

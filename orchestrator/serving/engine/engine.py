@@ -96,7 +96,7 @@ class Request:
 
     @property
     def over(self) -> bool:
-        """Whether no caller waits any more, because it left or because another row failed."""
+        """Tell whether no caller waits any more, because it left or because another row failed."""
         return self.future.done()
 
 

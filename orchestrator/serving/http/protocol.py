@@ -146,7 +146,7 @@ class GenerationRequest(WireRequest):
 
     @property
     def wants_usage(self) -> bool:
-        """Whether the stream ends with a chunk that has the usage."""
+        """Tell whether the stream ends with a chunk that has the usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
     @model_validator(mode="after")

@@ -94,7 +94,7 @@ class PromptService:
 
     @property
     def healthy(self) -> bool:
-        """Whether the engine's thread is running."""
+        """Tell whether the engine's thread is running."""
         return self.engine.alive
 
     def close(self) -> None:

@@ -77,7 +77,7 @@ class ServedPrompt:
 
     @property
     def generates(self) -> bool:
-        """Whether the model generates text that ends by itself.
+        """Tell whether the model generates text that ends by itself.
 
         A masked model does not: it fills a blank of a given length.
         """
