@@ -14,6 +14,7 @@ from orchestrator.data.encoding import Encoded, Encoder
 from orchestrator.models.backbone import Backbone, PreparedPrompts
 from orchestrator.models.decoding import decode, start
 from orchestrator.tuning.cpu_threads import Threads
+from orchestrator.tuning.custom_metrics import Judgement, custom_values
 from orchestrator.tuning.out_of_memory import needs_room
 from orchestrator.tuning.text_metrics import text_metrics
 from orchestrator.tuning.worker_group import Group
@@ -40,13 +41,20 @@ def generated_metrics(
     max_tokens: int | None = None,
     group: Group = Group(),
     threads: Threads = Threads(),
+    metric: str | None = None,
 ) -> list[dict[str, float]]:
     """Return the text metrics of each of the K prompts on all rows.
 
-    ``prompts=None`` gives one entry, for the model without a prompt.
+    ``prompts=None`` gives one entry, for the model without a prompt. ``metric`` is one of the
+    user's own, to be computed too.
     """
     texts = generate(backbone, prompts, split.inputs, encoder, decoding, max_tokens, group, threads)
-    return group.led(lambda: [text_metrics(made, split.references) for made in texts])
+    found = group.led(lambda: [text_metrics(made, split.references) for made in texts])
+    if metric is None:
+        return found
+    judgements = [Judgement(made, split.references, None) for made in texts]
+    values = custom_values(metric, judgements, group)
+    return [{**metrics, metric: value} for metrics, value in zip(found, values, strict=True)]
 
 
 @torch.inference_mode()
