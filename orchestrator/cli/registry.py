@@ -125,6 +125,12 @@ def evaluate(
     ensemble: Annotated[
         bool, typer.Option("--ensemble", help="The versions also vote, in one batch.")
     ] = False,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Metric to compare by, also a function's module:function."
+        ),
+    ] = None,
     base_model: Annotated[
         str | None, typer.Option(help="Base model, if it lies elsewhere than when tuning.")
     ] = None,
@@ -144,7 +150,9 @@ def evaluate(
 
         registry = open_registry()
         questions = [Question(one, split, by, target, references, pairs, limit) for one in data]
-        document = evaluate_models(registry, models, questions, ensemble, base_model, keep, say)
+        document = evaluate_models(
+            registry, models, questions, ensemble, base_model, keep, say, metric
+        )
     from orchestrator.cli.pages.comparison import shift_page
 
     present(document, as_json, lambda: shift_page(document))

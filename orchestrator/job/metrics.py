@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
@@ -127,6 +127,22 @@ def metric_named(name: str, better: Better | None = None) -> Metric:
 def names_of(*kinds: Kind) -> list[str]:
     """List the metrics of these kinds, or all of them."""
     return [metric.name for metric in METRICS if not kinds or metric.kind in kinds]
+
+
+def choice_of(names: Sequence[str]) -> str:
+    """Write names as a choice, for instance "bleu, rouge_l or f1"."""
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def compares_texts(metric: Metric, has_labels: bool) -> bool:
+    """Tell whether texts are generated for a metric.
+
+    A metric of the user's own judges labels if the task has them, and texts otherwise.
+    """
+    if metric.kind == "custom":
+        return not has_labels
+    return metric.kind == "texts"
 
 
 def preferred(available: Iterable[str]) -> str | None:

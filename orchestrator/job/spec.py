@@ -16,7 +16,17 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticCustomError
 
-from orchestrator.job.labels import contradictions
+from orchestrator.job.labels import by_meaning, contradictions, label_key, spelled
+from orchestrator.job.metrics import (
+    Better,
+    BuiltinMetric,
+    CustomMetric,
+    Metric,
+    choice_of,
+    compares_texts,
+    metric_named,
+    names_of,
+)
 from orchestrator.job.no_effect import without_effect
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
@@ -185,6 +195,9 @@ Prompts: TypeAlias = Annotated[T | SkipJsonSchema[None], AfterValidator(_only_ba
 it, and never in a file."""
 Template: TypeAlias = Annotated[str, Field(min_length=1), AfterValidator(_checked_template)]
 Label: TypeAlias = int | float | bool | str
+ClassWeights: TypeAlias = (
+    Literal["balanced"] | Annotated[dict[Label, PositiveFloat], Field(min_length=1)]
+)
 Delimiter: TypeAlias = Annotated[str, AfterValidator(_one_character)]
 Encoding: TypeAlias = Annotated[str, AfterValidator(_known_encoding)]
 Auto: TypeAlias = Literal["auto"]
@@ -501,10 +514,6 @@ class SpaceSpec(Section):
     """Seed of a trial's initialisation and data order, or of its demonstrations (prompt_design)."""
 
 
-Metric: TypeAlias = Literal["accuracy", "exact_match", "bleu", "rouge_l", "f1", "loss"]
-TEXT_METRICS = frozenset({"bleu", "rouge_l", "f1"})  # compare generated texts with references
-
-
 class StopSpec(Section):
     """Targets that end the search early."""
 
@@ -536,13 +545,15 @@ class SearchSpec(Section):
     perturbation_steps: PositiveInt | None = None
     """Steps between two comparisons of PBT, at each of which bad trials copy good ones;
     train.evaluate_every by default."""
-    metric: Metric = "accuracy"
-    """Validation metric that ranks trials. accuracy ranks the verbalizer's texts, exact_match
-    requires the target's tokens; bleu, rouge_l and f1 compare a generated text with the references;
-    loss is the loss on the target."""
-    mode: Literal["max", "min"] | None = None
+    metric: BuiltinMetric | CustomMetric = "accuracy"
+    """Validation metric that ranks trials. accuracy, macro_f1, weighted_f1, mcc (Matthews
+    correlation), roc_auc and ece (expected calibration error) judge the verbalizer's labels;
+    exact_match requires the target's tokens; bleu, rouge_l and f1 (SQuAD's, over words) compare a
+    generated text with the references; loss is the loss on the target. module:function names a
+    function of your own over (predictions, references, scores), which every worker can import."""
+    mode: Better | None = None
     """Direction in which the metric improves, max or min. It follows from the metric by default,
-    and the other direction is refused."""
+    and the other direction is refused. For a function of your own it is max by default."""
     seed: Seed = 0
     """Seed of the draws from the space, of PBT's choices, and of the rows of the few-shot
     baseline."""
@@ -567,12 +578,10 @@ class SearchSpec(Section):
             yield Conflict("searcher", text, ("space.learning_rate",))
         yield from self._population_conflicts()
         target = self.stop.metric
-        if target is not None and self.metric != "loss" and not 0 <= target <= 1:
-            yield Conflict(
-                "stop.metric",
-                f"{target:g} is no {self.metric}: it lies between 0 and 1",
-                ("metric",),
-            )
+        metric = self.ranked_by
+        if target is not None and not metric.lowest <= target <= metric.highest:
+            text = f"{target:g} is no {self.metric}: {metric.range_text}"
+            yield Conflict("stop.metric", text, ("metric",))
 
     def _population_conflicts(self) -> Iterator[Conflict]:
         if self.scheduler != "pbt":
@@ -597,9 +606,14 @@ class SearchSpec(Section):
             yield Conflict("scheduler", f"{text}; {hint}", ("space.learning_rate",))
 
     @property
-    def better(self) -> Literal["max", "min"]:
+    def ranked_by(self) -> Metric:
+        """The metric that ranks trials, with its direction and range."""
+        return metric_named(self.metric, self.mode)
+
+    @property
+    def better(self) -> Better:
         """The direction in which the metric improves."""
-        return "min" if self.metric == "loss" else "max"
+        return self.ranked_by.better
 
 
 class TrainSpec(Section):
@@ -618,6 +632,12 @@ class TrainSpec(Section):
     """Combination of a batch's token losses into one. token_mean takes their mean, sum_per_row the
     mean over rows of each row's sum (as in prefix tuning), and sum their sum (as in T5X). The
     choice matters for sgd and clip_norm; adamw and adafactor rescale gradients themselves."""
+    class_weights: ClassWeights | None = None
+    """Weights of the training rows in the loss, by their label: balanced, or a mapping of labels to
+    weights (1 for a label that it does not name). balanced gives all labels the same total weight
+    over the training rows, as scikit-learn does. The mean of loss_reduction is a weighted one: the
+    sum is divided by the weights of the batch's tokens (token_mean) or rows (sum_per_row). The
+    loss of validation and test is not weighted."""
     optimizer: Literal["adamw", "adafactor", "sgd"] = "adamw"
     """Optimiser of the soft prompt, or of what a baseline trains."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -1006,7 +1026,7 @@ class JobSpec(Section):
     @property
     def generates(self) -> bool:
         """Tell whether evaluations generate texts because the metric compares them."""
-        return self.search.metric in TEXT_METRICS
+        return compares_texts(self.search.ranked_by, self.data.verbalizer is not None)
 
     @property
     def max_generated_tokens(self) -> int:
@@ -1021,6 +1041,7 @@ class JobSpec(Section):
             yield from self._needs_no_verbalizer()
             for text in contradictions(self.data.verbalizer):
                 yield Conflict("data.verbalizer", f"{text}; keep one of them", ())
+        yield from self._weight_conflicts()
         if self.search.scheduler == "pbt":
             yield from self._population_conflicts()
         if self.resources.sharding != "none" and self.base_model.quantization != "none":
@@ -1073,8 +1094,27 @@ class JobSpec(Section):
             keys = ("resources.trials_per_worker", "resources.workers")
             yield Conflict("search.scheduler", f"{text}; {hint}", keys)
 
+    def _weight_conflicts(self) -> Iterator[Conflict]:
+        """Yield conflicts for class weights without labels, or of labels that there are not."""
+        weights, verbalizer = self.train.class_weights, self.data.verbalizer
+        if weights is None:
+            return
+        where, keys = "train.class_weights", ("data.verbalizer",)
+        if verbalizer is None:
+            text = "the weights are those of labels and need data.verbalizer"
+            yield Conflict(where, f"{text}; add one, or leave them out", keys)
+        elif not isinstance(weights, str):
+            known = by_meaning(verbalizer)
+            for label in weights:
+                if label_key(label) not in known:
+                    text = f"{spelled(label)} is no label of data.verbalizer, which has"
+                    labels = ", ".join(map(spelled, verbalizer))
+                    yield Conflict(where, f"{text} {labels}; correct it or leave it out", keys)
+            if len(by_meaning(weights)) < len(weights):
+                yield Conflict(where, "two labels mean the same; keep one of them", ())
+
     def _needs_a_verbalizer(self) -> Iterator[Conflict]:
-        if self.search.metric == "accuracy":
+        if self.search.ranked_by.kind == "labels":
             # Point at what the user wrote: a metric that is only the default has no line.
             chosen = "metric" in self.search.model_fields_set
             keys = (
@@ -1082,8 +1122,8 @@ class JobSpec(Section):
                 if chosen
                 else ("data.verbalizer", "search.metric")
             )
-            text = "search.metric accuracy ranks labels and needs data.verbalizer"
-            others = "exact_match, bleu, rouge_l, f1 or loss"
+            text = f"search.metric {self.search.metric} ranks labels and needs data.verbalizer"
+            others = choice_of(names_of("texts", "targets"))
             yield Conflict(keys[0], f"{text}; add one, or set search.metric to {others}", keys[1:])
         inits = self.search.space.init
         if "class_labels" in (inits if isinstance(inits, list) else [inits]):
@@ -1096,7 +1136,7 @@ class JobSpec(Section):
                 f"{self.search.metric} compares generated texts, and data.verbalizer makes the "
                 "target a label"
             )
-            hint = "remove data.verbalizer, or set search.metric to accuracy"
+            hint = f"remove data.verbalizer, or set search.metric to {names_of('labels')[0]}"
             yield Conflict("search.metric", f"{text}; {hint}", ("data.verbalizer",))
         if self.data.references is not None:
             text = (

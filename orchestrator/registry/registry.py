@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.artifact import DataRecord, read_manifest
 from orchestrator.errors import BadInput
+from orchestrator.job.metrics import Better
 from orchestrator.job.spec import ALIAS_PATTERN, NAME_PATTERN, RESERVED_ALIAS
 from orchestrator.registry.aliases import gate as promotion
 from orchestrator.registry.aliases.canary import (
@@ -22,7 +23,7 @@ from orchestrator.registry.aliases.canary import (
     make_canary,
     read_canary,
 )
-from orchestrator.registry.aliases.gate import METRIC_TAG, Better, Candidate
+from orchestrator.registry.aliases.gate import BETTER_TAG, METRIC_TAG, Candidate
 from orchestrator.registry.aliases.ledger import Check, Overtaken, move_alias, recorded
 from orchestrator.registry.aliases.moves import Kind, Move, former_holder
 from orchestrator.registry.runs import searches
@@ -171,17 +172,20 @@ class Registry:
         *,
         tags: Mapping[str, Any] | None = None,
         metric: str = "",
+        better: Better | None = None,
         example: Mapping[str, Any] | None = None,
         nearest: Sequence[Sequence[tuple[str, float]]] = (),
     ) -> int:
         """Publish the artifact as a new version of the registered model and return its number.
 
-        The registered model is created if it doesn't exist yet. ``metric`` ranked the trials,
-        ``example`` is a row of the data, and ``nearest`` has the words nearest to each virtual
-        token. All three help people who read or compare the version later.
+        The registered model is created if it doesn't exist yet. ``metric`` ranked the trials
+        and improves in the direction ``better``, ``example`` is a row of the data, and ``nearest``
+        has the words nearest to each virtual token. They help people who read or compare the
+        version later.
         """
         check_name(name)
         known = {METRIC_TAG: metric} if metric else {}
+        known |= {BETTER_TAG: better} if better else {}
         known |= {NEAREST_TAG: json.dumps(nearest[:MAX_NEAREST])} if nearest else {}
         with self._store.translating(f"registering {name}"):
             manifest = read_manifest(artifact)

@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from orchestrator.data.source_row import place_of
 from orchestrator.data.split_checks import judge
 from orchestrator.data.template import Verbalizer
 from orchestrator.errors import BadInput, Problem, SpecError
+from orchestrator.job.metrics import custom_function, is_custom
 from orchestrator.job.space import templates
 from orchestrator.job.spec import ArtifactInit, DataFiles, DataSpec, JobSpec, template_columns
 from orchestrator.job.yaml import load_with_places
@@ -117,9 +119,13 @@ def check_inputs(job: JobSpec) -> Inputs:
 def examine(job: JobSpec, *, elsewhere: bool = False) -> Inputs:
     """Find all that is wrong with the files and folders of a job, and what can't be checked."""
     started = time.monotonic()
-    folders = [*_model_findings(job, elsewhere), *_artifact_findings(job, elsewhere)]
-    faults = [finding for finding in folders if isinstance(finding, Fault)]
-    unchecked = [finding for finding in folders if isinstance(finding, Unchecked)]
+    findings = [
+        *_model_findings(job, elsewhere),
+        *_artifact_findings(job, elsewhere),
+        *_metric_findings(job, elsewhere),
+    ]
+    faults = [finding for finding in findings if isinstance(finding, Fault)]
+    unchecked = [finding for finding in findings if isinstance(finding, Unchecked)]
     rows = None
     warnings: tuple[str, ...] = ()
     if job.data.source == "files":
@@ -132,7 +138,8 @@ def examine(job: JobSpec, *, elsewhere: bool = False) -> Inputs:
     if rows is not None and not faults:
         try:
             learns = job.method != "prompt_design"
-            warnings = (*rows.notes, *judge(rows, job.data, learns=learns))
+            found = judge(rows, job.data, job.search.metric, learns=learns)
+            warnings = (*rows.notes, *found)
         except BadInput as error:
             faults.append(Fault.of(error, "data"))
     seconds = time.monotonic() - started
@@ -217,6 +224,30 @@ def check_can_start(job: JobSpec, reference: str, tensors: Mapping[str, Any]) ->
             f"and can't start method {job.method}",
             "choose a prompt of prompt_tuning or p_tuning, or set method prefix_tuning",
         )
+
+
+# A metric of the user's own
+
+
+def _metric_findings(job: JobSpec, elsewhere: bool) -> Iterator[Fault | Unchecked]:
+    """Import the function that the search ranks by; a module may be on the cluster only."""
+    name = job.search.metric
+    if not is_custom(name):
+        return
+    module = name.partition(":")[0]
+    if elsewhere and not _is_here(module):
+        reason = f"{module} is not on this machine: every worker has to be able to import it"
+        yield Unchecked("search.metric", reason)
+        return
+    try:
+        custom_function(name)
+    except BadInput as error:
+        yield Fault.of(error, "search.metric")
+
+
+def _is_here(module: str) -> bool:
+    """Tell whether a module's outermost package can be found; nothing is imported."""
+    return find_spec(module.partition(".")[0]) is not None
 
 
 # Rows

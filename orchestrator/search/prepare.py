@@ -29,6 +29,7 @@ from orchestrator.data.encoding import (
 )
 from orchestrator.data.split_checks import check_distinct_tokens, judge
 from orchestrator.errors import BadInput
+from orchestrator.job.metrics import choice_of, names_of
 from orchestrator.job.space import (
     TrialSpec,
     draw,
@@ -96,7 +97,8 @@ def prepare(
         check_peft(job.method)
     rows = rows or load_rows(job.data, templates(job.search.space), begun=begun)
     learns = job.method != "prompt_design"
-    warnings = (*rows.notes, *judge(rows, job.data, learns=learns, begun=begun))
+    ranked_by = job.search.metric
+    warnings = (*rows.notes, *judge(rows, job.data, ranked_by, learns=learns, begun=begun))
     started = time.monotonic()
     if job.base_model.id.startswith(BUILTIN):
         builtin_model(known_builtin(job.base_model.id))
@@ -261,7 +263,7 @@ def _prepare_generation(job: JobSpec, task: Task, rows: RowSplits, source: Model
         raise BadInput(
             f"search.metric {job.search.metric} compares generated texts, "
             f"and base_model.id {source.id!r} is a masked language model, which fills in a blank",
-            "set search.metric to accuracy, exact_match or loss, "
+            f"set search.metric to {choice_of(names_of('labels', 'targets'))}, "
             "or choose a causal or encoder-decoder model",
         )
     task.decoding = Decoding(job.max_generated_tokens, job.generation.num_beams)

@@ -685,6 +685,7 @@ class Pipeline:
                 self.job.model_name,
                 run_id,
                 metric=self.job.search.metric,
+                better=self.job.search.better,
                 example=self.prepared.rows.test[0],
                 nearest=nearest_words(self.prepared.source, tensors[SOFT], 3)
                 if SOFT in tensors

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.data.batches import step_rows
+from orchestrator.data.class_weights import row_weights
 from orchestrator.data.designs import Designs
 from orchestrator.data.encoding import Encoded, Encoder
 from orchestrator.errors import JobFailed
@@ -40,8 +41,6 @@ from orchestrator.tuning.step import Limits, packed_gradients
 from orchestrator.tuning.updater import Updater, apply_all
 from orchestrator.tuning.worker_group import Group
 
-# Accuracies are never below 0. Both values are finite, because schedulers can't compare infinities.
-WORST = {"max": 0.0, "min": 1e30}
 NO_ROOM = "memory does not suffice"
 FLOAT32_BYTES = 4  # artifacts store float32 numbers
 
@@ -261,6 +260,7 @@ class Engine:
                     self.group,
                     confusion,
                     threads,
+                    self.search.metric,
                 )
             except NoRoom:
                 self.backbone.give_up_forward()
@@ -346,8 +346,17 @@ class Engine:
             threads = threads.together()
         split, reduction = self.task.splits["train"], self.train.loss_reduction
         return packed_gradients(
-            self.backbone, prompts, rows, split, limits, reduction, self.group, threads, learned
-        )
+            self.backbone, prompts, rows, split, limits, reduction, self.group, threads, learned,
+            self._row_weights,
+        )  # fmt: skip
+
+    @cached_property
+    def _row_weights(self) -> list[float] | None:
+        """The weight of each training row; None if all count the same."""
+        weights, verbalizer = self.train.class_weights, self.task.encoder.verbalizer
+        if weights is None or verbalizer is None:
+            return None
+        return row_weights(weights, self.task.splits["train"].labels, verbalizer)
 
     def _side_by_side(self, room: Room) -> Threads:
         """Return the threads to use: one forward at a time if memory has been short."""
@@ -407,7 +416,7 @@ class Engine:
             train_loss=train_loss,
             best_step=slot.best_step,
             best_metrics=slot.best_metrics,
-            score=slot.best_metrics.get(self.search.metric, WORST[self.search.better]),
+            score=slot.best_metrics.get(self.search.metric, self.search.ranked_by.worst),
             checkpoint=slot.state().to_bytes() if self.group.leads else b"",
             ending=self._ending(slot),
             note=slot.no_room or self._room_notes(),
@@ -436,8 +445,7 @@ class Engine:
         """Compare by the search's metric; ties are decided by the loss."""
         if not best:
             return True
-        sign = 1.0 if self.search.better == "max" else -1.0
-        name = self.search.metric
+        name, sign = self.search.metric, self.search.ranked_by.sign
         return (sign * metrics[name], -metrics["loss"]) > (sign * best[name], -best["loss"])
 
     def _ending(self, slot: Slot) -> Ending | None:

@@ -301,8 +301,9 @@ def _tally(
         tally.tokens += len(split.targets[row])
     if judged.answers is None:
         return
+    owners = np.asarray(owner)
     for prompt, tally in enumerate(tallies):
-        places = [place for place, number in enumerate(owner) if number == prompt]
+        places = np.flatnonzero(owners == prompt).tolist()
         own = [rows[place] for place in places]
         true = [split.labels[row] for row in own]
         tally.ranked.add(own, true, judged.answers.part(places), keeps_scores)

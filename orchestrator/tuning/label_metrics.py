@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 Counts = NDArray[np.int64]
 Scores = NDArray[Any]
+CLASS_FIGURES = ("precision", "recall", "f1", "support")
+"""The figures that ``per_class`` gives for each label."""
 CALIBRATION_BINS = 15
 """Number of bins of the expected calibration error (Guo et al. 2017)."""
 
@@ -38,8 +40,8 @@ def per_class(counts: Counts) -> list[dict[str, float | int]]:
     support = counts.sum(1)
     columns = (_ratio(right, counts.sum(0)), _ratio(right, support), _f1(counts), support)
     return [
-        {"precision": float(precision), "recall": float(recall), "f1": float(f1), "support": int(n)}
-        for precision, recall, f1, n in zip(*columns, strict=True)
+        dict(zip(CLASS_FIGURES, figures, strict=True))
+        for figures in zip(*(column.tolist() for column in columns), strict=True)
     ]
 
 
@@ -63,7 +65,8 @@ def roc_auc(labels: Sequence[int], scores: Scores) -> float | None:
     count = scores.shape[1]
     if np.isnan(scores).any():
         return float("nan")
-    if any((support := int((true == label).sum())) in (0, len(true)) for label in range(count)):
+    support = np.bincount(true, minlength=count)
+    if (support == 0).any() or count < 2:
         return None
     judged = [1] if count == 2 else range(count)
     return float(np.mean([_area(true == label, scores[:, label]) for label in judged]))

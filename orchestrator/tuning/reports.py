@@ -124,7 +124,8 @@ class EvaluationJob:
     spec: TrialSpec | None = None
     """The configuration of the checkpoint's trial, which baselines need to read the checkpoint."""
     confusion: bool = False
-    """Also count the answered labels for each true label, as metrics ``confusion/TRUE/SAID``.
+    """Report all metrics of labels, and count the answered labels for each true label, as metrics
+    ``confusion/TRUE/SAID``.
 
     TRUE and SAID are indices in the verbalizer."""
 

@@ -60,22 +60,28 @@ class Packed:
 
 
 def pack(
-    rows_of_trials: Sequence[Sequence[int]], split: Encoded, reduction: Reduction = "token_mean"
+    rows_of_trials: Sequence[Sequence[int]],
+    split: Encoded,
+    reduction: Reduction = "token_mean",
+    row_weights: Sequence[float] | None = None,
 ) -> Packed:
     """Concatenate the trials' rows and weight them for the reduction.
 
     The weighted sum is the mean over the trial's target tokens (``token_mean``), the mean over its
-    rows of each row's sum (``sum_per_row``), or the plain sum (``sum``).
+    rows of each row's sum (``sum_per_row``), or the plain sum (``sum``). With ``row_weights``, one
+    for each row of the split, the means are weighted means and the sum is a weighted sum.
     """
     row: list[int] = []
     trial: list[int] = []
     weight: list[float] = []
     for place, rows in enumerate(rows_of_trials):
-        tokens = sum(len(split.targets[number]) for number in rows)
+        own = [1.0 if row_weights is None else row_weights[number] for number in rows]
+        lengths = [len(split.targets[number]) for number in rows]
+        tokens = sum(one * length for one, length in zip(own, lengths, strict=True))
         row.extend(rows)
         trial.extend([place] * len(rows))
-        whole = {"token_mean": tokens, "sum_per_row": len(rows), "sum": 1}[reduction]
-        weight.extend([1.0 / whole] * len(rows))
+        whole = {"token_mean": tokens, "sum_per_row": sum(own), "sum": 1}[reduction]
+        weight.extend(one / whole for one in own)
     return Packed(row, trial, weight)
 
 
@@ -89,11 +95,12 @@ def packed_gradients(
     group: Group = Group(),
     threads: Threads = Threads(),
     learned: Sequence[Tensor] = (),
+    row_weights: Sequence[float] | None = None,
 ) -> list[float]:
     """Compute the K trials' losses and add the gradients to the leaves that the prompts come from.
 
     ``prompts=None`` runs the model without a prompt. The gradients then go to ``learned``: tensors
-    inside the model.
+    inside the model. ``row_weights`` are as in ``pack``.
 
     The model runs over the prompts once. Rows are grouped by length into forwards. Each forward
     leaves its gradient on the prompts' keys and values, and one backward at the end carries the sum
@@ -103,7 +110,7 @@ def packed_gradients(
     A worker of a ``group`` runs its share of each forward's rows and returns its part of the losses
     and gradients. Its ``threads`` divide that share, and the prompts, among themselves.
     """
-    packed = pack(rows_of_trials, split, reduction)
+    packed = pack(rows_of_trials, split, reduction, row_weights)
     shared = [] if prompts is None else Prompts.prepare(backbone, prompts, threads)
     with needs_room():
         leaf = (

@@ -158,7 +158,13 @@ def _registered(
     )
     with registry.start_search(name, params, {"orchestrator.version": __version__}) as log:
         version = registry.register(
-            saved, name, log.run_id, metric=job.search.metric, example=example, nearest=near
+            saved,
+            name,
+            log.run_id,
+            metric=job.search.metric,
+            better=job.search.better,
+            example=example,
+            nearest=near,
         )
     if alias == CHAMPION:
         registry.promote(name, version)

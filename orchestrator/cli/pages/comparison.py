@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -123,9 +123,9 @@ def _cell(value: Any, most: int = 60) -> str:
 
 def _metric_rows(document: Mapping[str, Any]) -> list[tuple[str, ...]]:
     metrics, evaluations = document["metrics"], document["evaluations"]
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for split in dict.fromkeys(split for side in metrics for split in side):
-        rows.append((split, *(metric_text(side, split) for side in metrics)))
+        rows += _split_rows(split, [side.get(split) for side in metrics])
     for name in dict.fromkeys(name for side in document["baselines"] for name in side):
         rows.append(
             (
@@ -136,6 +136,20 @@ def _metric_rows(document: Mapping[str, Any]) -> list[tuple[str, ...]]:
     for name in dict.fromkeys(name for side in evaluations for name in side):
         rows.append((f"on {name}", *(side.get(name, "") for side in evaluations)))
     return rows
+
+
+def _split_rows(split: str, sides: Sequence[Any]) -> Iterator[tuple[str, ...]]:
+    """Yield a row for each metric that one of the versions has on a split.
+
+    Values that are no numbers are left out: tags in the registry can be edited.
+    """
+    found = [side if isinstance(side, dict) else {} for side in sides]
+    for name in dict.fromkeys(name for side in found for name in side):
+        values = [side.get(name) for side in found]
+        yield (
+            f"{split} {name}",
+            *(_score(value) if isinstance(value, int | float) else "" for value in values),
+        )
 
 
 def _word_rows(nearest: Sequence[Any]) -> list[tuple[str, ...]]:

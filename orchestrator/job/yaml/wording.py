@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from orchestrator.job.metrics import CUSTOM_PATTERN
 from orchestrator.job.spec import ALIAS_PATTERN, NAME_PATTERN
 
 KINDS = {
@@ -111,6 +112,8 @@ def _one(schema: dict[str, Any]) -> str:
             return "letters, digits, '.', '_' and '-', a letter or digit first, 100 at most"
         case {"pattern": pattern} if pattern == ALIAS_PATTERN:
             return "letters, digits, '_' and '-', a letter or digit first, 100 at most"
+        case {"pattern": pattern} if pattern == CUSTOM_PATTERN:
+            return "module:function"
         case {"minLength": _}:
             return "text that is not empty"
         case {"type": kind}:

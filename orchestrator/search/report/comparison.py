@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from orchestrator import __version__
+from orchestrator.job.metrics import metric_named
 from orchestrator.search.report.facts import SearchFacts
 from orchestrator.search.report.page import document_of, table_of
 
@@ -42,6 +43,7 @@ def _entry(facts: SearchFacts) -> dict[str, Any]:
         "base_model": facts.job.base_model.id,
         "trials": len(facts.trials),
         "metric": facts.metric,
+        "better": facts.job.search.better,
         "config": best.spec.config() if best else None,
         "metrics": reached,
         **({"seeds": seeds} if (seeds := result.get("best", {}).get("seeds")) else {}),
@@ -76,9 +78,11 @@ def _warnings(facts: Sequence[SearchFacts]) -> list[str]:
 def comparison_rows(document: Mapping[str, Any]) -> list[list[str]]:
     """Return a table row for each search, the best by validation first, below the baselines."""
     entries, metric = document["searches"], document["searches"][0]["metric"]
-    sign = 1.0 if metric == "loss" else -1.0
+    ranked_by = metric_named(metric, entries[0]["better"])
     ordered = sorted(
-        entries, key=lambda it: sign * it["metrics"].get("validation", {}).get(metric, -sign * 1e9)
+        entries,
+        key=lambda it: it["metrics"].get("validation", {}).get(metric, ranked_by.worst),
+        reverse=ranked_by.better == "max",
     )
     bare = [
         [BARE[name], "", "",

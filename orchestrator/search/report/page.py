@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+import numpy as np
 import yaml
 
 from orchestrator import __version__
 from orchestrator.search.report.facts import SearchFacts
 from orchestrator.search.report.figures import FIGURES
+from orchestrator.tuning.label_metrics import CLASS_FIGURES, per_class
 from orchestrator.utils.wording import counted
 
 MOST_TRIALS = 200
@@ -47,6 +49,7 @@ def page(facts: SearchFacts, figures: Mapping[str, bytes]) -> str:
         "<h2>Result</h2>",
         table_of(["", *_metric_names(facts)], _results(facts)),
         *_model(facts),
+        *_classes(facts),
         *_warnings(facts),
         "<h2>Pictures</h2>",
         '<div class="figures">'
@@ -97,11 +100,11 @@ def _metric_names(facts: SearchFacts) -> list[str]:
 
 
 def _columns(facts: SearchFacts) -> list[tuple[str, str]]:
-    named = [
-        facts.metric,
-        *(name for name in (facts.scored[0].best if facts.scored else {}) if name != facts.metric),
-    ]
-    return [(split, name) for name in named for split in ("validation", "test")]
+    validated = facts.scored[0].best if facts.scored else {}
+    tested = (facts.result or {}).get("best", {}).get("metrics", {}).get("test", {})
+    named = dict.fromkeys([facts.metric, *validated])
+    more = [("test", name) for name in tested if name not in named]
+    return [(split, name) for name in named for split in ("validation", "test")] + more
 
 
 def _results(facts: SearchFacts) -> list[list[Any]]:
@@ -129,6 +132,19 @@ def _model(facts: SearchFacts) -> list[str]:
             f"version {model['version']}{escape(alias)}.</p>"
         )
     return lines
+
+
+def _classes(facts: SearchFacts) -> list[str]:
+    """Return the winner's figures for each label on the test rows, if the rows have labels."""
+    confusion = (facts.result or {}).get("best", {}).get("confusion")
+    if not confusion:
+        return []
+    classes = per_class(np.array(confusion["counts"]))
+    rows = [
+        [label, *(_number(one[name]) for name in CLASS_FIGURES)]
+        for label, one in zip(confusion["labels"], classes, strict=True)
+    ]
+    return ["<h2>Labels of the test rows</h2>", table_of(["label", *CLASS_FIGURES], rows)]
 
 
 def _warnings(facts: SearchFacts) -> list[str]:

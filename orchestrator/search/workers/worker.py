@@ -15,6 +15,7 @@ from typing import Any
 import ray
 
 from orchestrator.errors import BadInput, JobFailed, OrchestratorError
+from orchestrator.job.metrics import MetricFailed
 from orchestrator.job.spec import JobSpec
 from orchestrator.search.workers.broker import Orders, Place
 from orchestrator.search.workers.placement import Placement
@@ -139,8 +140,12 @@ def serve_orders(engine: Any, told: WorkerConfig) -> None:
             engine.free(trial)
         for seat in orders.seat:
             engine.seat(seat.trial, seat.spec, seat.checkpoint)
-        evaluated = [(number, engine.evaluate(job)) for number, job in orders.evaluate]
-        reports = [] if orders.evaluate else engine.round()
+        try:
+            evaluated = [(number, engine.evaluate(job)) for number, job in orders.evaluate]
+            reports = [] if orders.evaluate else engine.round()
+        except MetricFailed as failure:  # a new process would fail in the same way
+            ray.get(told.broker.fail.remote(failure))
+            return
 
 
 def join(engine: Any, told: WorkerConfig) -> None:
