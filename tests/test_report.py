@@ -15,6 +15,7 @@ import pytest
 from small_jobs import Command, Finished
 
 from orchestrator.errors import BadInput
+from orchestrator.job.metrics import names_of
 from orchestrator.registry import Registry
 from orchestrator.search.report import read_facts
 from orchestrator.search.report.figures import FIGURES, draw
@@ -51,7 +52,8 @@ def test_the_winners_answers_are_counted(finished: Finished) -> None:
     rows = sum(map(sum, counts))
     assert best["confusion"]["labels"] == [0, 1] and rows == 16
     assert (counts[0][0] + counts[1][1]) / rows == best["metrics"]["test"]["accuracy"]
-    assert set(best["metrics"]["test"]) == {"accuracy", "exact_match", "loss"}
+    assert set(best["metrics"]["validation"]) == {"accuracy", "exact_match", "loss"}
+    assert set(best["metrics"]["test"]) == {*names_of("labels"), *names_of("targets")}
 
 
 def test_every_picture_is_drawn_and_logged_with_the_page(

@@ -19,6 +19,7 @@ from small_jobs import Command, Finished, Said
 import orchestrator.search.run
 from orchestrator.artifact import PromptArtifact
 from orchestrator.cli.pages.search import run_summary
+from orchestrator.job.metrics import names_of
 from orchestrator.job.space import TrialSpec, trials
 from orchestrator.registry import Registry
 from orchestrator.search.prepare import Prepared, prepare
@@ -41,6 +42,10 @@ METRICS = {
     **record(accuracy=NUMBER, exact_match=NUMBER, loss=NUMBER),
     "additionalProperties": False,
 }
+TEST_METRICS = {
+    **record(**dict.fromkeys([*names_of("labels"), *names_of("targets")], NUMBER)),
+    "additionalProperties": False,
+}
 CONFIG = {
     **record(init={}, num_virtual_tokens=COUNT, learning_rate=NUMBER, seed=COUNT),
     "additionalProperties": False,
@@ -59,7 +64,7 @@ DOCUMENT = record(
             workers={"type": "array", "items": TEXT, "minItems": 1},
         ),
     },
-    best=record(trial=TEXT, config=CONFIG, metrics=record(validation=METRICS, test=METRICS)),
+    best=record(trial=TEXT, config=CONFIG, metrics=record(validation=METRICS, test=TEST_METRICS)),
     baselines=record(
         zero_shot=record(test=METRICS),
         few_shot=record(test=METRICS, examples={"type": "integer", "minimum": 1, "maximum": 4}),

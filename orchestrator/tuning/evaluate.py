@@ -107,12 +107,15 @@ class Ranked:
             self.scores + other.scores,
         )
 
-    def metrics(self, split: Encoded, wanted: Wanted) -> dict[str, float]:
-        """Return the accuracy and the metrics of labels that are wanted and defined."""
+    def metrics(self, labels: Sequence[int], wanted: Wanted) -> dict[str, float]:
+        """Return the accuracy and the metrics of labels that are wanted and defined.
+
+        ``labels`` are the right labels of all rows of the split.
+        """
         accuracy = float(np.trace(self.counts)) / float(self.counts.sum())
         every = {**count_metrics(self.counts), "ece": calibration_error(self.calibration)}
         if wanted.includes("roc_auc"):
-            area = roc_auc([split.labels[row] for row in self.rows], np.concatenate(self.scores))
+            area = roc_auc([labels[row] for row in self.rows], np.concatenate(self.scores))
             every |= {} if area is None else {"roc_auc": area}
         chosen = {name: value for name, value in every.items() if wanted.includes(name)}
         return {"accuracy": accuracy, **chosen}
@@ -160,7 +163,7 @@ class Tally:
     def metrics(self, split: Encoded, wanted: Wanted) -> dict[str, float]:
         has_labels = len(self.ranked.counts) > 0
         return {
-            **(self.ranked.metrics(split, wanted) if has_labels else {}),
+            **(self.ranked.metrics(split.labels, wanted) if has_labels else {}),
             "exact_match": self.exact / self.rows,
             "loss": self.nll / self.tokens,
             **(self.ranked.confusion() if wanted.everything else {}),
