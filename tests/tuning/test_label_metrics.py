@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from models import random_prompts, small_task, tiny_backbone
 from sklearn import metrics as sklearn
 
+from orchestrator.tuning.cpu_threads import Threads
 from orchestrator.tuning.evaluate import evaluate
 from orchestrator.tuning.label_metrics import (
     CALIBRATION_BINS,
@@ -189,3 +190,7 @@ def test_an_evaluation_reports_scikit_learns_metrics(answers: str, limit: int | 
             assert metrics[name] == pytest.approx(whole[name], abs=1e-6)
     alone = evaluate(backbone, prompts[1:2], split, task.encoder, metric="roc_auc")
     assert alone[0]["roc_auc"] == pytest.approx(full[1]["roc_auc"], abs=1e-6)
+    threads = Threads.of(2, backbone.model, backbone.device)
+    shared = evaluate(backbone, prompts, split, task.encoder, confusion=True, threads=threads)
+    for metrics, whole in zip(shared, full, strict=True):
+        assert metrics == pytest.approx(whole, abs=1e-6)

@@ -23,7 +23,7 @@ import torch
 from orchestrator.data.encoding import Encoded
 from orchestrator.errors import TRACEBACK, JobFailed, OrchestratorError
 from orchestrator.job.space import TrialSpec
-from orchestrator.job.spec import StopSpec
+from orchestrator.job.spec import SearchSpec, StopSpec
 from orchestrator.models.backbone import bytes_elsewhere, device_for, load_backbone, set_threads
 from orchestrator.models.source import resolve_model
 from orchestrator.search.plan.forecast import Pace
@@ -241,8 +241,9 @@ class Bench:
 
     def _engine(self, task: Task, trials: Sequence[TrialSpec]) -> Engine:
         job = self._prepared.job
+        search = of_few_rows(job.search)
         engine = make_engine(
-            self._backbone, task, self._train, job.search, max(1, len(trials)), cores=self._cores
+            self._backbone, task, self._train, search, max(1, len(trials)), cores=self._cores
         )
         for place, trial in enumerate(trials):
             engine.seat(f"t{place}", trial)
@@ -272,12 +273,19 @@ def shortened(prepared: Prepared, placement: Placement) -> Prepared:
         splits={name: cut(split, [0]) for name, split in prepared.task.splits.items()},
     )
     changes = {
-        "search": job.search.model_copy(update={**plain, "perturbation_steps": None}),
+        "search": of_few_rows(job.search).model_copy(update={**plain, "perturbation_steps": None}),
         "train": job.train.model_copy(update={**short, "patience": None}),
     }
     return replace(
         prepared, job=job.model_copy(update=changes), trials=trials, total=len(trials), task=task
     )
+
+
+def of_few_rows(search: SearchSpec) -> SearchSpec:
+    """Rank by the loss if the search's metric may have no value on a few rows."""
+    if not search.ranked_by.needs_scores:
+        return search
+    return search.model_copy(update={"metric": "loss", "mode": None})
 
 
 def timed(work: Callable[[], Any], most: int) -> float:
