@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import OrchestratorError
-from orchestrator.utils.text import mask_secrets
+from orchestrator.utils.text import first_line, mask_secrets
 from orchestrator.utils.wording import counted
 
 LIBRARIES = ("torch", "transformers", "datasets", "ray", "mlflow", "safetensors", "fastapi")
@@ -46,7 +46,7 @@ def examine() -> list[Finding]:
         except OrchestratorError as error:
             findings.append(Finding(check.__name__.lstrip("_"), error.message, False, error.hint))
         except Exception as error:  # a broken installation of a library may raise anything
-            found = mask_secrets(f"{type(error).__name__}: {error}".splitlines()[0])
+            found = first_line(error, with_type=True)
             findings.append(Finding(check.__name__.lstrip("_"), found, False, INSTALL_AGAIN))
     return findings
 

@@ -50,9 +50,9 @@ from orchestrator.registry.versions.records import (
 from orchestrator.registry.versions.refs import (
     ModelRef,
     NoSuchVersion,
-    nearest,
     parse_ref,
     printable,
+    suggestion,
 )
 from orchestrator.utils.text import mask_secrets
 
@@ -249,7 +249,7 @@ class Registry:
         if alias not in aliases:
             raise BadInput(
                 f"registered model {printable(ref.name)} has no alias {printable(alias)!r}",
-                nearest(alias, aliases) or self._known_versions(ref.name),
+                suggestion(alias, aliases) or self._known_versions(ref.name),
             )
         return self._version(model, aliases[alias])
 
@@ -333,7 +333,7 @@ class Registry:
         empty = "none is registered yet; orchestrator run JOB registers one"
         raise BadInput(
             f"no registered model {printable(name)!r} in {self.display_uri}",
-            nearest(name, known) or empty,
+            suggestion(name, known) or empty,
         )
 
     def _version(self, model: RegisteredModel, version: int) -> VersionSummary:
@@ -480,7 +480,7 @@ class Registry:
             raise BadInput(
                 f"registered model {printable(name)} has no alias {printable(alias)!r} beside its "
                 "champion",
-                nearest(alias, others)
+                suggestion(alias, others)
                 or f"orchestrator promote {printable(name)} VERSION --alias challenger",
             )
         with self._store.translating(f"setting the canary of {printable(name)}"):

@@ -71,6 +71,7 @@ from orchestrator.search.workers.running import Running, placed, running
 from orchestrator.tuning.reports import EvaluationJob, confusion_counts, without_confusion
 from orchestrator.utils.atomic import write_whole
 from orchestrator.utils.interrupts import nothing_to_interrupt, whole
+from orchestrator.utils.text import first_line
 
 Metrics = dict[str, float]
 BASE_MODEL = "base_model"
@@ -292,7 +293,7 @@ def going_on(folder: SearchFolder) -> Iterator[None]:
 
 def _with_notes(message: str, error: BaseException) -> str:
     """Append to the message the notes on what else went wrong while the search ended."""
-    notes = (note.splitlines()[0] for note in getattr(error, "__notes__", ()) if note)
+    notes = (first_line(note) for note in getattr(error, "__notes__", ()) if note)
     return "; ".join([message, *notes])
 
 
@@ -400,8 +401,9 @@ class Pipeline:
         try:
             write_report(read_facts(self.folder), self.folder.report, self.registry)
         except Exception as error:
-            text = str(error).splitlines()[0] if str(error) else type(error).__name__
-            self.progress.note(f"no report: {text}; again with orchestrator report {self.id}")
+            self.progress.note(
+                f"no report: {first_line(error)}; again with orchestrator report {self.id}"
+            )
 
     def _check_base_model(self, search: Running, log: SearchLog) -> None:
         """Refuse to resume a search on other base model weights than it began with.

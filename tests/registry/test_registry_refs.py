@@ -21,7 +21,7 @@ from orchestrator.registry.runs.entries import (
     save_entries,
 )
 from orchestrator.registry.store import normalised
-from orchestrator.registry.versions.refs import nearest
+from orchestrator.registry.versions.refs import suggestion
 from orchestrator.utils.text import mask_secrets
 
 
@@ -57,10 +57,10 @@ def test_what_is_printed_holds_no_control_characters() -> None:
 
 
 def test_nearest_name_first() -> None:
-    assert nearest("sms-spm", ["sms-spam", "boolq"]).startswith(
+    assert suggestion("sms-spm", ["sms-spam", "boolq"]).startswith(
         "did you mean 'sms-spam'? known: boolq, sms-spam"
     )
-    assert nearest("zzz", []) == ""
+    assert suggestion("zzz", []) == ""
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ from orchestrator.search.workers.train_group import WorkerGroup
 from orchestrator.search.workers.worker import WorkerConfig
 from orchestrator.tuning.reports import EvaluationJob
 from orchestrator.utils.interrupts import undisturbed
+from orchestrator.utils.text import first_line, last_line
 
 log = logging.getLogger(__name__)
 
@@ -331,16 +332,9 @@ def worker_failure(error: Exception) -> JobFailed:
         return SearchLost(f"whoever started the workers was lost: {first_line(error)}", SEE_LOG)
     causes: dict[int, Exception] = getattr(error, "worker_failures", {})
     cause: BaseException = next(iter(causes.values()), error)
-    text = str(getattr(cause, "cause", None) or cause).strip()
     return JobFailed(
-        f"a worker failed: {text.splitlines()[-1] if text else type(cause).__name__}", SEE_LOG
+        f"a worker failed: {last_line(getattr(cause, 'cause', None) or cause)}", SEE_LOG
     )
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type if it has no message."""
-    text = str(error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__
 
 
 def quiet_ray_loggers() -> None:

@@ -19,6 +19,7 @@ from orchestrator.job.spec import JobSpec
 from orchestrator.search.workers.broker import Orders, Place
 from orchestrator.search.workers.placement import Placement
 from orchestrator.utils.imports import uncollected
+from orchestrator.utils.text import first_line
 
 
 @dataclass(frozen=True)
@@ -117,9 +118,8 @@ def load_failure(model: str, error: Exception) -> OrchestratorError:
         return BadInput(error.message, error.hint)
     if isinstance(error, OrchestratorError):
         return JobFailed(error.message, error.hint)
-    reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else ""
     return JobFailed(
-        f"the worker can't load base_model.id {model!r}: {type(error).__name__}: {reason}",
+        f"the worker can't load base_model.id {model!r}: {first_line(error, with_type=True)}",
         "check that the model's files are whole and that its weights fit into memory",
     )
 

@@ -25,12 +25,13 @@ from orchestrator.registry.aliases.canary import Canary, LiveModel
 from orchestrator.registry.versions.refs import (
     ModelRef,
     NoSuchVersion,
-    nearest,
     parse_ref,
     printable,
+    suggestion,
 )
 from orchestrator.serving.prompts.cache import Key, PromptCache
 from orchestrator.serving.prompts.served_prompt import ServedPrompt, created_timestamp, load_prompt
+from orchestrator.utils.text import first_line
 
 log = logging.getLogger(__name__)
 
@@ -308,7 +309,7 @@ class PromptStore:
         log.info("%s@%s: version %s, before %s", printable(route[0]), route[1], version, before)
 
     def _report_outage(self, error: Exception) -> None:
-        text = f"{type(error).__name__}: {error}"
+        text = first_line(error, with_type=True)
         if text != self._outage:
             log.warning("the registry does not answer, serving what is loaded: %s", text)
         self._outage = text
@@ -371,7 +372,7 @@ class PromptStore:
 
     def _unknown(self, model: str) -> ModelNotFound:
         served = [_wire_id(name, alias) for name, alias in islice(self._routes, MAX_COMPARED)]
-        listed = nearest(model, served) or "no model is served yet"
+        listed = suggestion(model, served) or "no model is served yet"
         return ModelNotFound(f"The model {printable(model)!r} does not exist; {listed}")
 
     def _card(self, name: str, alias: str, version: int) -> ModelCard:
@@ -424,7 +425,7 @@ class PromptStore:
             reason = (
                 error.message
                 if isinstance(error, OrchestratorError)
-                else f"{type(error).__name__}: {error}"
+                else first_line(error, with_type=True)
             )
             self._refuse(key, BadInput(reason))
             raise BadInput(reason) from error
