@@ -114,8 +114,7 @@ def _cluster() -> list[Finding]:
 def _registry() -> list[Finding]:
     from orchestrator.registry import Registry
 
-    registry = Registry()
-    registry.check()
+    registry = Registry.connect()
     return [
         Finding(
             "registry", f"{registry.display_uri}: {counted(len(registry.list_models()), 'model')}"

@@ -88,6 +88,13 @@ class Registry:
         self._store = Store(tracking_uri, registry_uri)
         self.cache_dir = cache_dir or default_cache()
 
+    @classmethod
+    def connect(cls) -> Registry:
+        """Open the registry that the environment names; Unreachable if MLflow does not answer."""
+        registry = cls()
+        registry.check()
+        return registry
+
     def __reduce__(self) -> tuple[Any, ...]:
         return (Registry, (self._store.tracking_uri, self._store.registry_uri, self.cache_dir))
 

@@ -63,8 +63,7 @@ def _go_on(
 ) -> dict[str, Any]:
     """Check that the inputs are those of the saved search, and run the remaining trials."""
     clock = Clock()
-    registry = Registry()
-    registry.check()
+    registry = Registry.connect()
     if registry.display_uri != mask_secrets(saved.tracking_uri):
         raise BadInput(
             f"search {folder.id} logs to {saved.tracking_uri}, "
