@@ -44,13 +44,13 @@ from orchestrator.cluster.ray_folder import ray_temp_dir
 from orchestrator.errors import BadInput, JobFailed, OrchestratorError, Unreachable
 from orchestrator.job.spec import BaseModelSpec
 from orchestrator.models.source import resolve_model
-from orchestrator.registry import Registry
+from orchestrator.registry import CHAMPION, Registry
 from orchestrator.registry.versions.refs import ModelRef, parse_ref, printable, suggestion
 from orchestrator.serving.deploy.options import ServeOptions, options_from
 from orchestrator.serving.deploy.replica import Front, Replica
 from orchestrator.serving.http.access import KEYS_VARIABLE, ApiKey, is_loopback, load_keys
 from orchestrator.serving.http.tracing import asked_exporter
-from orchestrator.serving.prompts.store import CHAMPION, RegistrySource
+from orchestrator.serving.prompts.store import RegistrySource
 from orchestrator.utils.signals import sigterm_kept
 from orchestrator.utils.text import first_line, mask_secrets
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 from urllib.parse import unquote_plus
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 MAX_LINE = 300  # characters of an error that stand in a message of ours
 
@@ -56,6 +60,12 @@ def _one_line(error: BaseException | str, index: int, with_type: bool) -> str:
         name = type(error).__name__
         line = f"{name}: {line}" if line else name
     return mask_secrets(line)[:MAX_LINE]  # a secret cut in two would not be recognised
+
+
+def first_fault(error: ValidationError) -> str:
+    """Return the first fault that pydantic found, after the dotted key of its place."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def nearest(word: str, words: Iterable[str]) -> str:

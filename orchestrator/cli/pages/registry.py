@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.artifact import IMPORTED
-from orchestrator.cli.pages.table import BASELINES, metric_text, table
+from orchestrator.cli.pages.table import aligned, metric_text, table
 from orchestrator.job.labels import label_text
 from orchestrator.job.space import TrialSpec
 from orchestrator.registry import CHAMPION, ModelSummary, VersionDetail, VersionSummary, printable
+from orchestrator.utils.wording import BASELINE_NAMES
 
 START_HERE = "nothing is registered yet\nnext: orchestrator demo   or   orchestrator init"
 
@@ -192,14 +193,13 @@ def version_page(detail: VersionDetail) -> list[str]:
             f"{manifest.created_at}",
         ),
         *(
-            (BASELINES.get(key, key), metric_text(found))
+            (BASELINE_NAMES.get(key, key), metric_text(found))
             for key, found in manifest.baselines.items()
         ),
         ("tuned prompt", metric_text(manifest.metrics)),
         ("MLflow run", summary.run_id or ""),
     ]
-    width = max(len(key) for key, _ in facts)
-    lines = [f"  {key.ljust(width)}  {printable(str(value))}" for key, value in facts]
+    lines = [f"  {line}" for line in aligned(facts)]
     return [*head, *lines, f"next: orchestrator serve {name}:{summary.version}"]
 
 

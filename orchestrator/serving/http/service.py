@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from orchestrator.errors import BadInput, OrchestratorError, Unreachable
 from orchestrator.models.placeholders import text_ids
+from orchestrator.registry import CHAMPION
 from orchestrator.registry.versions.refs import printable
 from orchestrator.serving.engine.engine import Engine, Overloaded
 from orchestrator.serving.engine.generation import Completion, Delta, Sampling
@@ -38,7 +39,7 @@ from orchestrator.serving.prompts.served_prompt import (
     ServedPrompt,
     classified,
 )
-from orchestrator.serving.prompts.store import CHAMPION, ModelCard, ModelNotFound, PromptStore
+from orchestrator.serving.prompts.store import ModelCard, ModelNotFound, PromptStore
 
 Tokens = TypeVar("Tokens")
 
@@ -196,17 +197,20 @@ class PromptService:
 
     async def _completion(self, request: CompletionRequest, record: RequestRecord) -> Asked:
         self._check_count(len(request.prompts), "prompt")
-        prompt = await self._prompt(request.model, record)
-        if reason := prompt.why_no_text:
-            raise _unsupported(request.model, reason, "/classify" if prompt.answers else None)
+        prompt = await self._generating_prompt(request.model, record)
         sampling = _sampling(request, request.max_tokens, request.logprobs)
         inputs = await self._encode(prompt, request.prompts, sampling.max_tokens, "prompt")
         return Asked(prompt, inputs, sampling, answers.Head.new("cmpl", request.model, prompt.id))
 
-    async def _conversation(self, request: ChatRequest, record: RequestRecord) -> Asked:
-        prompt = await self._prompt(request.model, record)
+    async def _generating_prompt(self, model: str, record: RequestRecord) -> ServedPrompt:
+        """Return the prompt of that name; ApiError if it can't generate text."""
+        prompt = await self._prompt(model, record)
         if reason := prompt.why_no_text:
-            raise _unsupported(request.model, reason, "/classify" if prompt.answers else None)
+            raise _unsupported(model, reason, "/classify" if prompt.answers else None)
+        return prompt
+
+    async def _conversation(self, request: ChatRequest, record: RequestRecord) -> Asked:
+        prompt = await self._generating_prompt(request.model, record)
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
         sampling = _sampling(request, request.limit, logprobs)
         work = partial(encode_chat, prompt, request.messages, sampling.max_tokens)

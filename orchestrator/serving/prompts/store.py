@@ -21,6 +21,7 @@ from typing import Protocol
 from orchestrator.errors import BadInput, OrchestratorError, Unreachable
 from orchestrator.job.labels import Label
 from orchestrator.models.backbone import Backbone
+from orchestrator.registry import CHAMPION
 from orchestrator.registry.aliases.canary import Canary, LiveModel
 from orchestrator.registry.versions.refs import (
     ModelRef,
@@ -35,7 +36,6 @@ from orchestrator.utils.text import first_line
 
 log = logging.getLogger(__name__)
 
-CHAMPION = "champion"
 POLL_SECONDS = 2.0
 MAX_BYTES = 2 << 30
 MAX_HOST_BYTES = 8 << 30
