@@ -22,7 +22,7 @@ from orchestrator.registry.aliases.canary import (
     make_canary,
     read_canary,
 )
-from orchestrator.registry.aliases.gate import METRIC_TAG, Better, Candidate
+from orchestrator.registry.aliases.gate import METRIC_TAG, Better, ComparedVersion
 from orchestrator.registry.aliases.ledger import Check, Overtaken, move_alias, recorded
 from orchestrator.registry.aliases.moves import Kind, Move, former_holder
 from orchestrator.registry.runs import searches
@@ -532,17 +532,17 @@ class Registry:
             return AliasOutcome(None if alias == CHAMPION else alias, lost.message)
         return AliasOutcome(CHAMPION, f"Version {version} is champion: {reason}.")
 
-    def _candidate(self, name: str, version: int) -> Candidate:
+    def _candidate(self, name: str, version: int) -> ComparedVersion:
         """Fetch the version and check its whole artifact: digests, shapes and finite values."""
         summary = self._version(self._model(name), version)
         with self._store.translating(f"fetching version {version} of {printable(name)}"):
-            return Candidate(read_manifest(self._fetch(summary)), summary.tags)
+            return ComparedVersion(read_manifest(self._fetch(summary)), summary.tags)
 
     def _contest(
         self,
         name: str,
         version: int,
-        new: Candidate,
+        new: ComparedVersion,
         champion: int | None,
         metric: str,
         better: Better,
@@ -564,7 +564,7 @@ class Registry:
         self,
         name: str,
         version: int,
-        new: Candidate,
+        new: ComparedVersion,
         alias: str,
         holder: int | None,
         force_reason: str | None,
@@ -587,7 +587,7 @@ class Registry:
             )
         return reason
 
-    def _against(self, name: str, new: Candidate, alias: str, holder: int) -> tuple[str, str]:
+    def _against(self, name: str, new: ComparedVersion, alias: str, holder: int) -> tuple[str, str]:
         """Return the objections to replacing the holder, and the reason in favour of it."""
         try:
             old = self._candidate(name, holder)

@@ -26,7 +26,7 @@ from orchestrator.search.state.folder import SearchFolder
 from orchestrator.search.state.journal import read_history
 from orchestrator.search.state.processes import end_processes
 from orchestrator.search.state.saved import SavedSearch, find_search, load_saved
-from orchestrator.search.workers.running import placed
+from orchestrator.search.workers.running import place_search
 from orchestrator.utils.text import mask_secrets
 
 
@@ -94,4 +94,4 @@ def _go_on(
         )
         return Pipeline(
             prepared, registry, progress, clock, folder, saved.pins, saved, history
-        ).run(placed(prepared), ours)
+        ).run(place_search(prepared), ours)

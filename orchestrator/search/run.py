@@ -64,10 +64,10 @@ from orchestrator.search.state.recorder import Recorder
 from orchestrator.search.state.saved import SavedSearch, load_saved, refuse_changes
 from orchestrator.search.state.trials import Outcome, TrialRecord
 from orchestrator.search.study.study import Listener, trial_id
-from orchestrator.search.tracking import BASELINES, SPLITS, MlflowMirror
+from orchestrator.search.tracking import BASELINE_RESULTS, SPLITS, MlflowMirror
 from orchestrator.search.workers.placement import Placement
 from orchestrator.search.workers.prestart import make_ready
-from orchestrator.search.workers.running import Running, placed, running
+from orchestrator.search.workers.running import Running, place_search, running
 from orchestrator.tuning.reports import EvaluationJob, confusion_counts, without_confusion
 from orchestrator.utils.atomic import write_whole
 from orchestrator.utils.interrupts import nothing_to_interrupt, whole
@@ -174,7 +174,7 @@ def run_job(
         if ours and (note := ray_temp_note()):
             progress.note(note)
         clock.mark("ray")
-        placement = placed(prepared)
+        placement = place_search(prepared)
         folder = folder or SearchFolder.new(job.name)
         with folder.locked(), going_on(folder):
             return Pipeline(prepared, registry, progress, clock, folder, pins, planned=planned).run(
@@ -211,7 +211,7 @@ def plan_job(
         say("asking the cluster for its nodes" if elsewhere else "starting Ray")
         ray_up()
         clock.mark("ray")
-        placement = placed(prepared)
+        placement = place_search(prepared)
         say("measuring the start, steps and evaluations")
         return make_plan(
             prepared, placement, nodes(), clock.before(), None if elsewhere else Path(folder)
@@ -526,7 +526,7 @@ class Pipeline:
             self.progress.note(f"warning: {slow}")
         if self.history.found(BASE_MODEL) is None:
             recorder.found(BASE_MODEL, info.fingerprint)
-        if known := self.history.found(BASELINES):
+        if known := self.history.found(BASELINE_RESULTS):
             return known.value, ready_at
         shown, examples = self.prepared.few_shot
         asked = [None, *self.prepared.instructions, *([shown] if examples else [])]
@@ -544,7 +544,7 @@ class Pipeline:
                 written, key=lambda text: sign * written[text]["validation"][self.job.search.metric]
             )
             found["instruction"] = {"text": text, **written[text]}
-        recorder.found(BASELINES, found)
+        recorder.found(BASELINE_RESULTS, found)
         for name, metrics in found.items():
             shown = metrics["validation"][self.job.search.metric]
             self.progress.note(

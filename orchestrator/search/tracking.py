@@ -11,7 +11,7 @@ from orchestrator.search.state.events import Ended, Event, Found, Reported, Star
 from orchestrator.search.state.history import History, trial_of
 from orchestrator.tuning.reports import Costs, Report
 
-BASELINES = "baselines"
+BASELINE_RESULTS = "baselines"
 SPLITS = ("validation", "test")
 # The keys of a trial's configuration that become tags, since people filter runs by them.
 TAGGED = (
@@ -68,7 +68,7 @@ class MlflowMirror:
             self._reported(event.report, event.at)
         elif isinstance(event, Ended):
             self._ended(event)
-        elif event.name == BASELINES:
+        elif event.name == BASELINE_RESULTS:
             self._log.parent_metrics(baseline_metrics(event), at=event.at)
 
     def _reported(self, report: Report, at: int) -> None:

@@ -33,7 +33,7 @@ from orchestrator.search.study.study import Concurrency, Listener, run_study, tr
 from orchestrator.search.workers.broker import Broker, Place
 from orchestrator.search.workers.model_files import start_files
 from orchestrator.search.workers.placement import Placement, place
-from orchestrator.search.workers.scale_up import Growth
+from orchestrator.search.workers.scale_up import ScaleUp
 from orchestrator.search.workers.train_group import WorkerGroup
 from orchestrator.search.workers.worker import WorkerConfig
 from orchestrator.tuning.reports import EvaluationJob
@@ -170,7 +170,7 @@ class Running:
             raise JobFailed(f"the search's broker failed: {first_line(error)}", SEE_LOG) from None
 
 
-def placed(prepared: Prepared) -> Placement:
+def place_search(prepared: Prepared) -> Placement:
     """Place the search on this cluster. Raises BadInput when it does not fit."""
     resources = prepared.job.resources
     if prepared.job.is_baseline:  # a baseline method changes the model, or needs it to itself
@@ -223,12 +223,14 @@ def running(prepared: Prepared, placement: Placement, storage: Path) -> Iterator
             _kill(files)
 
 
-def _growth(prepared: Prepared, placement: Placement, grow: Callable[[int], None]) -> Growth | None:
+def _growth(
+    prepared: Prepared, placement: Placement, grow: Callable[[int], None]
+) -> ScaleUp | None:
     """Watch for further nodes if ``resources.workers`` is auto and trials would use more groups."""
     most = -(-prepared.total // placement.trials_per_worker)
     if prepared.job.resources.workers != "auto" or most <= placement.workers:
         return None
-    growth = Growth(placement, most, grow)
+    growth = ScaleUp(placement, most, grow)
     growth.start()
     return growth
 

@@ -82,13 +82,13 @@ def load_engine(told: WorkerConfig) -> Any:
             model_source(job.base_model, told.files), device, job.base_model.dtype, announce
         )
 
-    def ready(backbone: Any) -> Any:
+    def engine_of(backbone: Any) -> Any:
         check_exact(backbone)
         slots, cores = told.placement.trials_per_worker, told.placement.threads
         return make_engine(backbone, ray.get(told.task), job.train, job.search, slots, group, cores)
 
     backbone = _by_all(group, told, read)
-    return None if backbone is None else _by_all(group, told, partial(ready, backbone))
+    return None if backbone is None else _by_all(group, told, partial(engine_of, backbone))
 
 
 def _by_all(group: Any, told: WorkerConfig, work: Callable[[], Any]) -> Any:

@@ -154,7 +154,7 @@ class PromptStore:
         """
         with self._lock:
             for key in self._candidates(model):
-                if prompt := self._cache.ready(key):
+                if prompt := self._cache.get(key):
                     self.counts["hits", key[0]] += 1
                     return prompt
                 if not self._is_refused(key):
@@ -397,7 +397,7 @@ class PromptStore:
     def _hit(self, key: Key) -> ServedPrompt | None:
         """Return a prompt from either level of the cache; raise BadInput if it is refused."""
         with self._lock:
-            if prompt := self._cache.ready(key):
+            if prompt := self._cache.get(key):
                 return prompt
             if found := self._cache.bring(key):
                 self.counts["returns", key[0]] += 1

@@ -13,7 +13,7 @@ from torch import nn
 from orchestrator.errors import BadInput
 from orchestrator.job.space import TrialSpec
 from orchestrator.models.backbone import Backbone
-from orchestrator.tuning.baselines.change import Change
+from orchestrator.tuning.baselines.change import WeightChange
 from orchestrator.tuning.prompts.base import seeded
 from orchestrator.utils.text import first_line
 
@@ -30,7 +30,7 @@ def check_peft(method: str) -> None:
         )
 
 
-class Lora(Change):
+class Lora(WeightChange):
     """PEFT's LoRA layers, which replace the layers that they wrap while the change is applied."""
 
     def __init__(self, model: nn.Module, model_type: str, rank: int, alpha: int) -> None:
