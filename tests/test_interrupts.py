@@ -65,6 +65,12 @@ class SignalledDestructor:
         send(self.number)
 
 
+def destroy(target: object) -> None:
+    """Drop the last reference, and wait for what happens then."""
+    del target
+    time.sleep(5)
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_an_interrupt_in_a_destructor_is_raised_after_it(
     number: int, capsys: pytest.CaptureFixture[str]
@@ -72,8 +78,7 @@ def test_an_interrupt_in_a_destructor_is_raised_after_it(
     """Python drops what a destructor raises; the interrupt arrives all the same, and once."""
     with Interrupts() as interrupts:
         with pytest.raises(KeyboardInterrupt):
-            SignalledDestructor(number)
-            time.sleep(5)
+            destroy(SignalledDestructor(number))
         assert interrupts.received == number
         send(number)
         time.sleep(0.1)

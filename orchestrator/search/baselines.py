@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.search.context import StartedSearch
-from orchestrator.search.tracking import BASE_MODEL, BASELINES, SPLITS
+from orchestrator.search.tracking import BASE_MODEL, BASELINE_RESULTS, SPLITS
 from orchestrator.tuning.reports import EvaluationJob
 
 BASELINE_NAMES = {
@@ -50,10 +50,10 @@ def evaluate_baselines(search: StartedSearch) -> Baselines:
         context.progress.note(f"warning: {slow}")
     if context.history.found(BASE_MODEL) is None:
         recorder.found(BASE_MODEL, model.fingerprint)
-    if known := context.history.found(BASELINES):
+    if known := context.history.found(BASELINE_RESULTS):
         return Baselines(known.value, loaded_at)
     baselines = _named(search, _evaluate_texts(search))
-    recorder.found(BASELINES, baselines)
+    recorder.found(BASELINE_RESULTS, baselines)
     metric = context.job.search.metric
     for name, baseline in baselines.items():
         value = baseline["validation"][metric]

@@ -19,7 +19,7 @@ from orchestrator.search.state.folder import SearchFolder
 from orchestrator.search.state.journal import read_history
 from orchestrator.search.state.processes import end_processes
 from orchestrator.search.state.saved import SavedSearch, find_search, load_saved
-from orchestrator.search.workers.running import placed
+from orchestrator.search.workers.running import place_search
 from orchestrator.utils.text import mask_secrets
 
 
@@ -56,8 +56,7 @@ def _go_on(
 ) -> dict[str, Any]:
     """Check that the inputs are those of the saved search, and run the remaining trials."""
     clock = Clock()
-    registry = Registry()
-    registry.check()
+    registry = Registry.connect()
     if registry.display_uri != mask_secrets(saved.tracking_uri):
         raise BadInput(
             f"search {folder.id} logs to {saved.tracking_uri}, "
@@ -82,7 +81,15 @@ def _go_on(
             f"going on with search {folder.id}: {ended} of {len(prepared.trials)} trials are over"
         )
         context = SearchContext(
-            prepared, saved.pins, registry, folder, progress, clock, placed(prepared), local_ray,
-            saved, history,
-        )  # fmt: skip
+            prepared=prepared,
+            pins=saved.pins,
+            registry=registry,
+            folder=folder,
+            progress=progress,
+            clock=clock,
+            placement=place_search(prepared),
+            local_ray=local_ray,
+            saved=saved,
+            history=history,
+        )
         return run_search(context)

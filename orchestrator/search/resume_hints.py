@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from orchestrator.errors import BadInput, Interrupted, JobFailed, NothingFound, Unreachable
 from orchestrator.search.state.folder import SearchFolder
+from orchestrator.utils.text import first_line
 
 
 @contextmanager
@@ -47,5 +48,5 @@ def naming_later_registration(folder: SearchFolder) -> Iterator[None]:
 
 def _with_notes(message: str, error: BaseException) -> str:
     """Append to the message the notes on what else went wrong while the search ended."""
-    notes = (note.splitlines()[0] for note in getattr(error, "__notes__", ()) if note)
+    notes = (first_line(note) for note in getattr(error, "__notes__", ()) if note)
     return "; ".join([message, *notes])

@@ -30,9 +30,10 @@ from orchestrator.search.state.journal import read_history
 from orchestrator.search.state.processes import save_processes
 from orchestrator.search.state.saved import load_saved
 from orchestrator.search.workers.prestart import make_ready
-from orchestrator.search.workers.running import placed
+from orchestrator.search.workers.running import place_search
 from orchestrator.utils.atomic import write_whole
 from orchestrator.utils.interrupts import nothing_to_interrupt
+from orchestrator.utils.text import first_line
 
 RESTARTS = 3  # times that a search restarts after its broker or a Train controller was lost
 
@@ -68,7 +69,7 @@ def run_job(
         progress.stage("starting Ray")
         local_ray = ray_up()
         clock.mark("ray")
-        placement = placed(prepared)
+        placement = place_search(prepared)
         folder = folder or SearchFolder.new(job.name)
         context = SearchContext(
             prepared, pins, registry, folder, progress, clock, placement, local_ray
@@ -171,5 +172,6 @@ def draw_report(context: SearchContext) -> None:
     try:
         write_report(read_facts(context.folder), context.folder.report, context.registry)
     except Exception as error:
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        context.progress.note(f"no report: {text}; again with orchestrator report {context.id}")
+        context.progress.note(
+            f"no report: {first_line(error)}; again with orchestrator report {context.id}"
+        )

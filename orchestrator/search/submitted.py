@@ -40,7 +40,7 @@ def carry_out(progress_for: ProgressFactory) -> tuple[dict[str, Any], JobSpec]:
     folder.fetch()
     if folder.description.is_file():
         return resume_search(str(folder.path), progress_for)
-    job = _placed(package, folder)
+    job = _unpacked_job(package, folder)
     progress = progress_for(job)
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         progress.note(
@@ -50,7 +50,7 @@ def carry_out(progress_for: ProgressFactory) -> tuple[dict[str, Any], JobSpec]:
     return run_job(job, progress, folder=folder), job
 
 
-def _placed(package: Path, folder: SearchFolder) -> JobSpec:
+def _unpacked_job(package: Path, folder: SearchFolder) -> JobSpec:
     """Load the job, and copy the files of its package into the search's folder.
 
     A later attempt finds the files there.

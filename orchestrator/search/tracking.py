@@ -13,7 +13,7 @@ from orchestrator.tuning.reports import Costs, Report
 
 # The names of the facts that a search records once.
 BASE_MODEL = "base_model"
-BASELINES = "baselines"
+BASELINE_RESULTS = "baselines"
 SPLITS = ("validation", "test")
 # The keys of a trial's configuration that become tags, since people filter runs by them.
 TAGGED = (
@@ -70,7 +70,7 @@ class MlflowMirror:
             self._reported(event.report, event.at)
         elif isinstance(event, Ended):
             self._ended(event)
-        elif event.name == BASELINES:
+        elif event.name == BASELINE_RESULTS:
             self._log.parent_metrics(baseline_metrics(event), at=event.at)
 
     def _reported(self, report: Report, at: int) -> None:

@@ -26,7 +26,7 @@ from orchestrator.errors import JobFailed
 from orchestrator.job.space import TrialSpec
 from orchestrator.job.spec import SearchSpec, TrainSpec
 from orchestrator.models.backbone import Backbone, PromptTensors
-from orchestrator.tuning.baselines import Change
+from orchestrator.tuning.baselines import WeightChange
 from orchestrator.tuning.checkpoint import TrialState, restore_prompt
 from orchestrator.tuning.cpu_threads import Threads
 from orchestrator.tuning.evaluate import evaluate
@@ -70,7 +70,7 @@ class Slot:
 
     trial: str
     spec: TrialSpec
-    prompt: Prompt | Change
+    prompt: Prompt | WeightChange
     updater: Updater
     base_model: str = ""
     step: int = 0
@@ -172,7 +172,7 @@ class Engine:
     def _context(self) -> InitContext:
         return InitContext.of(self.backbone, self.task.encoder.answer_words, self.task.artifacts)
 
-    def _learned(self, spec: TrialSpec) -> Prompt | Change:
+    def _learned(self, spec: TrialSpec) -> Prompt | WeightChange:
         """Create the module that a trial trains, in its state before the first step."""
         return make_prompt(self.task.method, spec, self._context).to(self.backbone.device)
 

@@ -122,7 +122,7 @@ def test_the_table_of_packages_is_complete() -> None:
         ("`run_job`", "`run_jobs`"),
         ("`Broker.submit`", "`Broker.submits`"),
         ("`Broker.submit`", "`Seat.submit`"),
-        ("`Engine._loop`", "`_loop`"),
+        ("`ServingEngine._loop`", "`_loop`"),
         ("`search/inputs.py`", "`search/prepare.py`"),
     ],
 )

@@ -17,7 +17,7 @@ from typing import Any, cast
 from urllib.parse import urlsplit
 
 from orchestrator.errors import BadInput, OrchestratorError, Unreachable
-from orchestrator.utils.text import mask_secrets
+from orchestrator.utils.text import last_line, mask_secrets
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"  # a local `ray start --head`, or a forwarded port
 OLDEST_RAY = (2, 60)  # the minimum in pyproject.toml
@@ -169,11 +169,7 @@ class Cluster:
             raise self._silent(_reason(error)) from None
         # The server that answers is not Ray, or has a problem.
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise self._silent(
-                mask_secrets(
-                    str(error).strip().splitlines()[-1][:300] if str(error).strip() else ""
-                )
-            ) from None
+            raise self._silent(last_line(error)) from None
 
     def _locked(self, text: str) -> BadInput:
         given = (

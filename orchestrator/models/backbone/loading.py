@@ -154,7 +154,7 @@ def _load_model(source: ModelSource, dtype: Any, device: torch.device) -> Any:
                 **_quantized(source, device),
             )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise source.unusable_weights(str(error)) from None
+        raise source.unusable_weights(error) from None
     except AssertionError as error:
         raise unusable_config(source, error) from None
     if wrong := {

@@ -16,7 +16,7 @@ from orchestrator.search.plan.plan import Plan, make_plan
 from orchestrator.search.prepare import prepare_job
 from orchestrator.search.progress import Clock
 from orchestrator.search.workers.prestart import make_ready
-from orchestrator.search.workers.running import placed
+from orchestrator.search.workers.running import place_search
 
 
 def plan_job(
@@ -45,7 +45,7 @@ def plan_job(
         say("asking the cluster for its nodes" if elsewhere else "starting Ray")
         ray_up()
         clock.mark("ray")
-        placement = placed(prepared)
+        placement = place_search(prepared)
         say("measuring the start, steps and evaluations")
         rehearsal = None if elsewhere else Path(folder)
         return make_plan(prepared, placement, nodes(), clock.before(), rehearsal)

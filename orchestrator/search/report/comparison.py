@@ -10,12 +10,8 @@ from typing import Any
 from orchestrator import __version__
 from orchestrator.search.report.facts import SearchFacts
 from orchestrator.search.report.page import document_of, table_of
+from orchestrator.utils.wording import BASELINE_NAMES
 
-BARE = {
-    "zero_shot": "without a prompt",
-    "few_shot": "a few examples",
-    "instruction": "written instruction",
-}
 HEADING = (
     "method", "search", "trials", "validation", "test", "seeds", "trained parameters",
     "stored bytes", "training s", "evaluation s", "peak MB",
@@ -81,7 +77,7 @@ def comparison_rows(document: Mapping[str, Any]) -> list[list[str]]:
         entries, key=lambda it: sign * it["metrics"].get("validation", {}).get(metric, -sign * 1e9)
     )
     bare = [
-        [BARE[name], "", "",
+        [BASELINE_NAMES[name], "", "",
          *(_number(found.get(split, {}).get(metric)) for split in ("validation", "test")),
          "", "0", "", "", "", ""]
         for name, found in document["baselines"].items()

@@ -12,14 +12,9 @@ import yaml
 from orchestrator import __version__
 from orchestrator.search.report.facts import SearchFacts
 from orchestrator.search.report.figures import FIGURES
-from orchestrator.utils.wording import counted
+from orchestrator.utils.wording import BASELINE_NAMES, counted
 
 MOST_TRIALS = 200
-NAMES = {
-    "zero_shot": "without a prompt",
-    "few_shot": "a few examples",
-    "instruction": "written instruction",
-}
 STYLE = """
 :root{color-scheme:light}
 body{font:15px/1.5 system-ui,sans-serif;color:#222;background:#fff;margin:0 auto;padding:1rem;\
@@ -106,7 +101,7 @@ def _columns(facts: SearchFacts) -> list[tuple[str, str]]:
 
 def _results(facts: SearchFacts) -> list[list[Any]]:
     lines: dict[str, Any] = {
-        NAMES.get(name, name): found for name, found in facts.baselines.items()
+        BASELINE_NAMES.get(name, name): found for name, found in facts.baselines.items()
     }
     if facts.result:
         lines[facts.job.result_name] = facts.result["best"]["metrics"]

@@ -19,6 +19,7 @@ from orchestrator.job.spec import JobSpec
 from orchestrator.search.workers.broker import Orders, Place
 from orchestrator.search.workers.placement import Placement
 from orchestrator.utils.imports import uncollected
+from orchestrator.utils.text import first_line
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,13 @@ def load_engine(told: WorkerConfig) -> Any:
             model_source(job.base_model, told.files), device, job.base_model.dtype, announce
         )
 
-    def ready(backbone: Any) -> Any:
+    def engine_of(backbone: Any) -> Any:
         check_exact(backbone)
         slots, cores = told.placement.trials_per_worker, told.placement.threads
         return make_engine(backbone, ray.get(told.task), job.train, job.search, slots, group, cores)
 
     backbone = _by_all(group, told, read)
-    return None if backbone is None else _by_all(group, told, partial(ready, backbone))
+    return None if backbone is None else _by_all(group, told, partial(engine_of, backbone))
 
 
 def _by_all(group: Any, told: WorkerConfig, work: Callable[[], Any]) -> Any:
@@ -117,9 +118,8 @@ def load_failure(model: str, error: Exception) -> OrchestratorError:
         return BadInput(error.message, error.hint)
     if isinstance(error, OrchestratorError):
         return JobFailed(error.message, error.hint)
-    reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else ""
     return JobFailed(
-        f"the worker can't load base_model.id {model!r}: {type(error).__name__}: {reason}",
+        f"the worker can't load base_model.id {model!r}: {first_line(error, with_type=True)}",
         "check that the model's files are whole and that its weights fit into memory",
     )
 
