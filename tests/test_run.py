@@ -23,7 +23,7 @@ from orchestrator.job.space import TrialSpec, trials
 from orchestrator.registry import Registry
 from orchestrator.search.prepare import Prepared, prepare
 from orchestrator.serving.offline import OfflineModel
-from orchestrator.tuning.checkpoint import TrialState
+from orchestrator.tuning.checkpoint import Checkpoint
 from orchestrator.tuning.engine import Engine
 
 
@@ -206,7 +206,7 @@ def test_a_child_has_its_parameters_and_its_history_on_our_own_steps(finished: F
 
 def test_the_registered_weights_are_the_best_checkpoints(finished: Finished) -> None:
     """The registered prompt is the best trial's at its best evaluation, bit for bit."""
-    checkpoint = TrialState.from_bytes(
+    checkpoint = Checkpoint.from_bytes(
         finished.reports[finished.document["best"]["trial"]][-1].checkpoint
     )
     registered = PromptArtifact.load(artifact(finished))
@@ -239,8 +239,8 @@ def test_a_packed_search_equals_its_trial_alone(finished: Finished) -> None:
     packed = finished.reports[best["trial"]]
     for one, other in zip(reports, packed, strict=False):  # the packed one may have been stopped
         assert one.metrics == pytest.approx(other.metrics, rel=1e-4)
-    mine = TrialState.from_bytes(reports[len(packed) - 1].checkpoint).prompt()["prompt"]
-    theirs = TrialState.from_bytes(packed[-1].checkpoint).prompt()["prompt"]
+    mine = Checkpoint.from_bytes(reports[len(packed) - 1].checkpoint).prompt()["prompt"]
+    theirs = Checkpoint.from_bytes(packed[-1].checkpoint).prompt()["prompt"]
     torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
 
 

@@ -14,7 +14,7 @@ from orchestrator.search.state.folder import SearchFolder
 from orchestrator.search.state.history import History
 from orchestrator.search.state.recorder import Recorder
 from orchestrator.search.state.saved import SavedSearch
-from orchestrator.search.study.study import trial_id
+from orchestrator.search.state.trials import trial_id
 from orchestrator.search.workers.placement import Placement
 from orchestrator.search.workers.running import Running
 

@@ -10,8 +10,8 @@ from typing import Protocol
 
 from orchestrator.job.space import TrialSpec
 from orchestrator.job.spec import JobSpec
+from orchestrator.search.state.events import Listener
 from orchestrator.search.state.history import History
-from orchestrator.search.study.study import Listener
 
 
 class Progress(Listener, Protocol):

@@ -74,7 +74,7 @@ class Result:
 def evaluate_best(search: StartedSearch, outcome: Outcome) -> list[BestTrial]:
     """Evaluate the best trials on the test split. Raises NothingFound if no trial has a result."""
     context = search.context
-    ranked = outcome.ranking()
+    ranked = outcome.ranking(context.job.search)
     if not ranked:
         raise _nothing_found(context, outcome)
     context.progress.stage("evaluating the best prompt on the test split")
@@ -225,10 +225,10 @@ def _register(context: SearchContext, result: Result, trial: BestTrial, run_id: 
 
 def _best_tensors(trial: TrialRecord) -> dict[str, Any]:
     """Return the tensors of the trial's best evaluation, by name."""
-    from orchestrator.tuning.checkpoint import TrialState
+    from orchestrator.tuning.checkpoint import Checkpoint
 
     assert trial.checkpoint is not None  # a ranked trial has reported
-    return TrialState.from_bytes(trial.checkpoint).best()
+    return Checkpoint.from_bytes(trial.checkpoint).best()
 
 
 def prompt_manifest(context: SearchContext, result: Result, trial: BestTrial) -> Manifest:

@@ -19,6 +19,7 @@ HEADER = "| step | file | function | what happens |"
 FILE = re.compile(r"[\w./-]+\.py\b")
 PACKAGE_ROW = re.compile(r"^\| ((?:`[\w/.]+`(?:, )?)+) \|", re.MULTILINE)
 NAME = re.compile(r"`([^`]+)`")
+WORD = re.compile(r"^\| `(\w+)` \| `([\w/]+\.py)` \|", re.MULTILINE)
 
 
 class Step(NamedTuple):
@@ -91,6 +92,13 @@ def test_every_function_is_defined_in_its_file() -> None:
     """Each row of a journey names at least one function, and its file defines it."""
     assert all(step.functions for step in steps(PAGE))
     assert not missing_functions(PAGE)
+
+
+def test_every_word_for_a_trial_is_defined_in_its_file() -> None:
+    """Each row of the table names a class and the file that defines it."""
+    words = WORD.findall(section(PAGE, "The words for a trial"))
+    assert len(words) > 10
+    assert not [word for word, file in words if word not in definitions(PACKAGE / file)]
 
 
 @pytest.mark.parametrize("heading", JOURNEYS)

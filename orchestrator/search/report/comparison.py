@@ -31,7 +31,9 @@ def comparison(facts: Sequence[SearchFacts]) -> dict[str, Any]:
 
 def _entry(facts: SearchFacts) -> dict[str, Any]:
     best, result = facts.winner, facts.result or {}
-    reached = result.get("best", {}).get("metrics") or ({"validation": best.best} if best else {})
+    reached = result.get("best", {}).get("metrics") or (
+        {"validation": best.metrics} if best else {}
+    )
     return {
         "search": facts.id,
         "method": facts.job.method,

@@ -26,10 +26,11 @@ from orchestrator.job.space import trial_count
 from orchestrator.job.spec import JobSpec
 from orchestrator.models.source import BaseModelInfo
 from orchestrator.search.prepare import Prepared
+from orchestrator.search.state.events import Listener
 from orchestrator.search.state.history import History
-from orchestrator.search.state.trials import Outcome
+from orchestrator.search.state.trials import Outcome, trial_id
 from orchestrator.search.study.population import Population
-from orchestrator.search.study.study import Concurrency, Listener, run_study, trial_id
+from orchestrator.search.study.study import Concurrency, run_study
 from orchestrator.search.workers.broker import Broker, Place
 from orchestrator.search.workers.model_files import start_files
 from orchestrator.search.workers.placement import Placement, place
@@ -114,7 +115,7 @@ class Running:
         Raises JobFailed when the workers are lost for good, SearchLost when the broker is.
         """
         named = [(trial_id(number), spec) for number, spec in enumerate(self.prepared.trials)]
-        outcome = Outcome(self.prepared.job.search, named)
+        outcome = Outcome(named)
         history.tell(outcome)
         # A worker takes a dozen processes, which start one after another; Tune starts a process for
         # each slot at once. On few cores the worker, which takes longest, would wait for the

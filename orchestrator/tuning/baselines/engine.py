@@ -13,7 +13,7 @@ from orchestrator.data.designs import Design
 from orchestrator.errors import JobFailed
 from orchestrator.job.space import TrialSpec
 from orchestrator.tuning.baselines import WeightChange, make_change
-from orchestrator.tuning.checkpoint import TrialState
+from orchestrator.tuning.checkpoint import Checkpoint
 from orchestrator.tuning.engine import Engine, Slot
 from orchestrator.tuning.reports import Ending, EvaluationJob, Report
 
@@ -34,7 +34,7 @@ class BaselineEngine(Engine):
         with _change(slot).applied():
             return self._metrics(None, self.task.splits["validation"])
 
-    def _checkpoint_metrics(self, job: EvaluationJob, state: TrialState) -> dict[str, float] | None:
+    def _checkpoint_metrics(self, job: EvaluationJob, state: Checkpoint) -> dict[str, float] | None:
         change = self._learned(_spec(job))
         change.load(state.best())
         with change.applied():
@@ -68,7 +68,7 @@ class DesignEngine(Engine):
     def _slot_metrics(self, slots: Sequence[Slot]) -> list[dict[str, float] | None]:
         return [self._design_metrics(slot.spec, "validation") for slot in slots]
 
-    def _checkpoint_metrics(self, job: EvaluationJob, state: TrialState) -> dict[str, float] | None:
+    def _checkpoint_metrics(self, job: EvaluationJob, state: Checkpoint) -> dict[str, float] | None:
         return self._design_metrics(_spec(job), job.split, job.confusion)
 
     def _design_metrics(
