@@ -16,7 +16,7 @@ from mlflow.entities import Run
 from models import load, model_folder
 from small_jobs import Command, Finished, Said
 
-import orchestrator.search.run
+import orchestrator.search.prepare
 from orchestrator.artifact import PromptArtifact
 from orchestrator.cli.pages.search import run_summary
 from orchestrator.job.space import TrialSpec, trials
@@ -264,10 +264,10 @@ def test_progress_tells_the_search_in_plain_lines(finished: Finished) -> None:
 def noisy() -> Any:
     """``prepare`` in an environment whose libraries print to standard output."""
 
-    def prepare_noisily(*arguments: Any) -> Prepared:
+    def prepare_noisily(*arguments: Any, **options: Any) -> Prepared:
         print("a library greets you")
         os.write(1, b"and another, from C\n")
-        return prepare(*arguments)
+        return prepare(*arguments, **options)
 
     return prepare_noisily
 
@@ -281,7 +281,7 @@ def test_the_same_spec_gives_the_same_search_and_only_its_document_on_stdout(
     version is as good as the first but not better, so it becomes challenger and the champion stays.
     """
     monkeypatch.chdir(finished.folder)
-    monkeypatch.setattr(orchestrator.search.run, "prepare", noisy)
+    monkeypatch.setattr(orchestrator.search.prepare, "prepare", noisy)
     said: Said = command("run", finished.job_file, "--json")
     assert said.code == 0, said.err
     jsonschema.validate(said.document, DOCUMENT)

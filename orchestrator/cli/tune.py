@@ -125,7 +125,7 @@ def plan(
     spec, inputs = read_checked(job, overrides)
     with results_only():
         with uncollected():
-            from orchestrator.search.run import plan_job
+            from orchestrator.search.plan.job import plan_job
 
         made = plan_job(spec, progress_line(quiet, "{} ..."), address, verbose, inputs)
     from orchestrator.cli.pages.search import plan_page

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,9 @@ from orchestrator.cluster.submit import SEARCH, unpacked
 from orchestrator.errors import BadInput
 from orchestrator.job.spec import JobSpec
 from orchestrator.job.yaml import load_job
+from orchestrator.search.progress import ProgressFactory
 from orchestrator.search.resume import resume_search
-from orchestrator.search.run import Progress, run_job
+from orchestrator.search.run import run_job
 from orchestrator.search.state.folder import SearchFolder, home_folder, searches_folder
 from orchestrator.utils.atomic import write_whole
 
@@ -21,7 +21,7 @@ from orchestrator.utils.atomic import write_whole
 HOME = Path("~/.orchestrator")
 
 
-def carry_out(progress_for: Callable[[JobSpec], Progress]) -> tuple[dict[str, Any], JobSpec]:
+def carry_out(progress_for: ProgressFactory) -> tuple[dict[str, Any], JobSpec]:
     """Run the job that was unpacked into the working directory, or resume its search.
 
     Returns the document of ``run --json``, and the job. Raises BadInput outside a submitted job,

@@ -11,6 +11,8 @@ from orchestrator.search.state.events import Ended, Event, Found, Reported, Star
 from orchestrator.search.state.history import History, trial_of
 from orchestrator.tuning.reports import Costs, Report
 
+# The names of the facts that a search records once.
+BASE_MODEL = "base_model"
 BASELINE_RESULTS = "baselines"
 SPLITS = ("validation", "test")
 # The keys of a trial's configuration that become tags, since people filter runs by them.
