@@ -80,8 +80,9 @@ def _go_on(
         progress.note(
             f"going on with search {folder.id}: {ended} of {len(prepared.trials)} trials are over"
         )
+        placement = place_search(prepared)
         context = SearchContext(
-            prepared, saved.pins, registry, folder, progress, clock, place_search(prepared), local_ray,
-            saved, history,
+            prepared, saved.pins, registry, folder, progress, clock, placement, local_ray, saved,
+            history,
         )  # fmt: skip
         return run_search(context)
