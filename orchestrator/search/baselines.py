@@ -13,7 +13,7 @@ from orchestrator.search.context import StartedSearch
 from orchestrator.search.tracking import BASE_MODEL, BASELINE_RESULTS, SPLITS
 from orchestrator.tuning.reports import EvaluationJob
 
-BASELINE_NAMES = {
+NOTED_AS = {
     "zero_shot": "without a prompt",
     "few_shot": "with a few examples",
     "instruction": "with the written instruction",
@@ -57,7 +57,7 @@ def evaluate_baselines(search: StartedSearch) -> Baselines:
     metric = context.job.search.metric
     for name, baseline in baselines.items():
         value = baseline["validation"][metric]
-        context.progress.note(f"{BASELINE_NAMES[name]}: validation {metric} {value:.3f}")
+        context.progress.note(f"{NOTED_AS[name]}: validation {metric} {value:.3f}")
     return Baselines(baselines, loaded_at)
 
 
