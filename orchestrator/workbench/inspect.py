@@ -52,11 +52,11 @@ class Neighbour:
 class Drift:
     """The change from the start of tuning to its end.
 
-    ``cosine`` is the cosine of the two vectors, ``norm`` the norm of their difference, and
-    ``start_norm`` the norm of the start.
+    ``cosine`` is the cosine of the two vectors, None if one of them is zero and has no direction.
+    ``norm`` is the norm of their difference, and ``start_norm`` the norm of the start.
     """
 
-    cosine: float
+    cosine: float | None
     norm: float
     start_norm: float
 
@@ -197,7 +197,10 @@ def initial(manifest: Manifest, context: InitContext, artifacts: Artifacts) -> P
 def nearest_tokens(
     backbone: Backbone, embeddings: Tensor, count: int
 ) -> list[tuple[Neighbour, ...]]:
-    """Find the ``count`` nearest vocabulary tokens of each of [P, H], nearest first."""
+    """Find the ``count`` nearest vocabulary tokens of each of [P, H], nearest first.
+
+    A vector of zeros has no direction, and no nearest tokens.
+    """
     size = min(len(backbone.tokenizer), len(backbone.table))  # tables are padded to round sizes
     wanted = normalize(embeddings.float().to(backbone.device), dim=1)
     best = torch.empty(len(wanted), 0, device=backbone.device)
@@ -212,8 +215,11 @@ def nearest_tokens(
         tuple(
             Neighbour(place, backbone.tokenizer.decode([place]), 1 - cosine)
             for place, cosine in zip(row_places, row_cosines, strict=True)
+            if directed
         )
-        for row_places, row_cosines in zip(places.tolist(), best.tolist(), strict=True)
+        for directed, row_places, row_cosines in zip(
+            wanted.any(1).tolist(), places.tolist(), best.tolist(), strict=True
+        )
     ]
 
 
@@ -247,8 +253,9 @@ def _tokens(
 def _drift(now: Tensor, start: Tensor) -> Drift:
     """Measure the drift between two tensors of equal size."""
     now, start = now.float().flatten(), start.float().flatten()
+    directed = bool(now.any() and start.any())
     return Drift(
-        float(cosine_similarity(now, start, dim=0)),
+        float(cosine_similarity(now, start, dim=0)) if directed else None,
         float((now - start).norm()),
         float(start.norm()),
     )
