@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import jsonschema  # type: ignore[import-untyped,unused-ignore]
@@ -433,6 +434,28 @@ def test_the_schema_is_valid_and_titled() -> None:
     jsonschema.Draft202012Validator.check_schema(schema)
     assert schema["$schema"].endswith("2020-12/schema")
     assert schema["title"] == "prompt-orchestrator job spec"
+
+
+def choices(value: dict[str, Any]) -> set[str]:
+    """Return the words that a key allows; auto and none explain themselves."""
+    branches = [*value.get("anyOf", ()), value.get("items", {})]
+    inner = {word for branch in branches if branch for word in choices(branch)}
+    own = {value["const"]} if "const" in value else {*value.get("enum", ())}
+    return {str(word) for word in inner | own} - {"auto", "none"}
+
+
+def test_the_schema_explains_every_choice() -> None:
+    """The description of a key with choices names each of them: ``help`` for inits, methods, ..."""
+    schema = job_schema()
+    unnamed = [
+        f"{key}: {word}"
+        for section in [schema, *schema["$defs"].values()]
+        for key, value in section["properties"].items()
+        for word in choices(value)
+        if not re.search(rf"\b{re.escape(word)}\b", value.get("description", ""))
+    ]
+    assert len(choices(schema["properties"]["method"])) > 5
+    assert not unnamed
 
 
 def test_the_schema_describes_every_key_and_closes_every_section() -> None:

@@ -23,6 +23,7 @@ from orchestrator.job.spec.generation import GenerationSpec
 from orchestrator.job.spec.job import JobSpec, job_schema
 from orchestrator.job.spec.methods import (
     BASELINES,
+    PROMPT_METHODS,
     PROMPT_SPACE,
     SPACES,
     MethodName,
@@ -35,11 +36,13 @@ from orchestrator.job.spec.search import (
     MAX_TRIALS,
     TEXT_METRICS,
     Metric,
+    Scheduler,
+    Searcher,
     SearchSpec,
     StopSpec,
 )
 from orchestrator.job.spec.space import (
-    LACKING,
+    BASELINE_SPACE,
     ArtifactInit,
     Init,
     LogUniform,
@@ -50,7 +53,7 @@ from orchestrator.job.spec.space import (
     Uniform,
 )
 from orchestrator.job.spec.template import BLANK, FIELD, VIRTUAL, template_columns
-from orchestrator.job.spec.train import DEFAULT_BETAS, TrainSpec
+from orchestrator.job.spec.train import DEFAULT_BETAS, Optimizer, Schedule, TrainSpec
 
 __all__ = [
     "ALIAS_PATTERN",
@@ -72,14 +75,16 @@ __all__ = [
     "GenerationSpec",
     "Init",
     "JobSpec",
-    "LACKING",
+    "BASELINE_SPACE",
     "LogUniform",
     "MAX_TRIALS",
     "MethodName",
     "Metric",
     "NAME_PATTERN",
     "NamedInit",
+    "Optimizer",
     "PREFIX",
+    "PROMPT_METHODS",
     "PROMPT_SPACE",
     "QUICKSTART",
     "RESERVED_ALIAS",
@@ -89,7 +94,10 @@ __all__ = [
     "RowLimits",
     "SPACES",
     "SampleVocabInit",
+    "Schedule",
+    "Scheduler",
     "SearchSpec",
+    "Searcher",
     "Section",
     "SpaceSpec",
     "StopSpec",

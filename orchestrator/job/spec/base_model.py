@@ -16,11 +16,11 @@ class BaseModelSpec(Section):
     revision: str = "main"
     """Branch, tag or commit of a hub model."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the frozen weights. auto means float32 on a CPU and the model's own format
-    on an accelerator."""
+    """Number format of the frozen weights: float32, bfloat16 or float16. auto means float32 on a
+    CPU and the model's own format on an accelerator."""
     quantization: Literal["none", "int8", "int4"] = "none"
-    """Round the frozen weights to 8 or 4 bits while they are loaded. Requires the package
-    bitsandbytes. The soft prompt stays float32."""
+    """Round the frozen weights to 8 (int8) or 4 bits (int4) while they are loaded. Requires
+    the package bitsandbytes. The soft prompt stays float32."""
     allow_remote_code: bool = False
     """Run Python code that comes with the model's folder or hub repository. Enable this only for
     sources that you trust."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import model_validator
 
@@ -24,8 +24,8 @@ from orchestrator.job.spec.methods import (
 )
 from orchestrator.job.spec.registry import RegistrySpec
 from orchestrator.job.spec.resources import ResourcesSpec
-from orchestrator.job.spec.search import TEXT_METRICS, SearchSpec
-from orchestrator.job.spec.space import LACKING, SPACE_DEFAULTS, SpaceSpec
+from orchestrator.job.spec.search import TEXT_METRICS, Scheduler, SearchSpec
+from orchestrator.job.spec.space import BASELINE_SPACE, SPACE_DEFAULTS, SpaceSpec
 from orchestrator.job.spec.template import (
     VIRTUAL,
     answer_in_input,
@@ -99,7 +99,7 @@ class JobSpec(Section):
         own = SPACES[given["method"]]
         none = {name: None for name in SpaceSpec.model_fields if name not in own}
         defaults = {name: value for name, value in SPACE_DEFAULTS.items() if name in own}
-        made = SpaceSpec.model_validate({**none, **defaults, **space}, context=LACKING)
+        made = SpaceSpec.model_validate({**none, **defaults, **space}, context=BASELINE_SPACE)
         return {**given, "search": {**search, "space": made}}
 
     def _space_conflicts(self) -> Iterator[Conflict]:
@@ -151,11 +151,12 @@ class JobSpec(Section):
                     ("method",),
                 )
         if self.search.scheduler == "pbt":
+            others = [name for name in get_args(Scheduler) if name != "pbt"]
             text = (
                 f"pbt compares trials side by side, and method {method} trains one at a time; "
-                "use asha, median or"
+                f"use one of {', '.join(others)}"
             )
-            yield Conflict("search.scheduler", f"{text} fifo", ("method",))
+            yield Conflict("search.scheduler", text, ("method",))
         if resources.trials_per_worker not in ("auto", 1):
             text = (
                 f"{resources.trials_per_worker} trials can't share a model that method "
@@ -250,9 +251,9 @@ class JobSpec(Section):
     def _conflicts(self) -> Iterator[Conflict]:
         yield from self._method_conflicts()
         if self.data.verbalizer is None:
-            yield from self._needs_a_verbalizer()
+            yield from self._conflicts_without_verbalizer()
         else:
-            yield from self._needs_no_verbalizer()
+            yield from self._conflicts_with_verbalizer()
             for text in contradictions(self.data.verbalizer):
                 yield Conflict("data.verbalizer", f"{text}; keep one of them", ())
         if self.search.scheduler == "pbt":
@@ -307,7 +308,7 @@ class JobSpec(Section):
             keys = ("resources.trials_per_worker", "resources.workers")
             yield Conflict("search.scheduler", f"{text}; {hint}", keys)
 
-    def _needs_a_verbalizer(self) -> Iterator[Conflict]:
+    def _conflicts_without_verbalizer(self) -> Iterator[Conflict]:
         if self.search.metric == "accuracy":
             # Point at what the user wrote: a metric that is only the default has no line.
             chosen = "metric" in self.search.model_fields_set
@@ -324,7 +325,7 @@ class JobSpec(Section):
             text = "class_labels needs data.verbalizer; add one or drop class_labels"
             yield Conflict("search.space.init", text, ("data.verbalizer",))
 
-    def _needs_no_verbalizer(self) -> Iterator[Conflict]:
+    def _conflicts_with_verbalizer(self) -> Iterator[Conflict]:
         if self.generates:
             text = (
                 f"{self.search.metric} compares generated texts, and data.verbalizer makes the "

@@ -50,7 +50,9 @@ SPACES: dict[MethodName, tuple[str, ...]] = {
     "adapter": ("bottleneck", "learning_rate", "seed"),
 }
 """Dimensions in which the trials of each method can differ."""
-BASELINES: tuple[MethodName, ...] = ("prompt_design", "model_tuning", "lora", "qlora", "adapter")
+PROMPT_METHODS: tuple[MethodName, ...] = tuple(name for name in SPACES if "init" in SPACES[name])
+"""Methods that learn a soft prompt or a prefix, which starts from an init."""
+BASELINES: tuple[MethodName, ...] = tuple(name for name in SPACES if "init" not in SPACES[name])
 """Methods that learn no soft prompt. Soft prompts are compared with them."""
 RATES = {
     "model_tuning": "[0.00001, 0.001]",

@@ -16,6 +16,12 @@ Metric: TypeAlias = Literal["accuracy", "exact_match", "bleu", "rouge_l", "f1", 
 TEXT_METRICS = frozenset({"bleu", "rouge_l", "f1"})  # compare generated texts with references
 
 
+Searcher: TypeAlias = Literal["random", "grid", "optuna"]
+PROPOSING: frozenset[Searcher] = frozenset({"optuna"})
+"""Searchers that propose each trial while the search runs. Others list all trials before it."""
+Scheduler: TypeAlias = Literal["asha", "pbt", "median", "fifo"]
+
+
 class StopSpec(Section):
     """Targets that end the search early."""
 
@@ -33,10 +39,10 @@ class SearchSpec(Section):
     trials: Annotated[int, Field(ge=1, le=MAX_TRIALS)] | None = None
     """Number of trials to draw: by default the whole grid with searcher grid, and 16 otherwise. A
     space with fewer points gives fewer trials."""
-    searcher: Literal["random", "grid", "optuna"] = "random"
+    searcher: Searcher = "random"
     """Method of drawing trials from the space. random spreads them at random, grid takes every
     combination, and optuna proposes each trial from the results of the earlier ones (TPE)."""
-    scheduler: Literal["asha", "pbt", "median", "fifo"] = "asha"
+    scheduler: Scheduler = "asha"
     """Treatment of bad trials. asha and median stop them early, pbt lets them continue from a
     better trial's prompt with another learning rate, and fifo stops none."""
     grace_steps: PositiveInt | None = None
@@ -106,6 +112,11 @@ class SearchSpec(Section):
             )
             hint = "make space.learning_rate a range or a list, or use another scheduler"
             yield Conflict("scheduler", f"{text}; {hint}", ("space.learning_rate",))
+
+    @property
+    def proposes(self) -> bool:
+        """Tell whether the searcher proposes trials while the search runs."""
+        return self.searcher in PROPOSING
 
     @property
     def better(self) -> Literal["max", "min"]:

@@ -23,17 +23,19 @@ DEFAULT_RANK = 8
 DEFAULT_ALPHA = 16
 DEFAULT_BOTTLENECK = 64
 MAX_SHOTS = 64
-LACKING = {"may lack": "what only prompts have"}
+BASELINE_SPACE = {"space": "of a baseline"}
 """Validation context for a space that may lack the dimensions that only soft prompts have."""
 
 
-def _only_baselines_lack(value: T, info: ValidationInfo) -> T:
-    if value is None and info.context is not LACKING:
+def _none_only_for_baselines(value: T, info: ValidationInfo) -> T:
+    if value is None and info.context is not BASELINE_SPACE:
         raise ValueError("is not allowed; leave the key out to take the default")
     return value
 
 
-Prompts: TypeAlias = Annotated[T | SkipJsonSchema[None], AfterValidator(_only_baselines_lack)]
+PromptDimension: TypeAlias = Annotated[
+    T | SkipJsonSchema[None], AfterValidator(_none_only_for_baselines)
+]
 """A dimension that soft prompts always have. It is None only in the space of a baseline that lacks
 it, and never in a file."""
 
@@ -83,11 +85,11 @@ Init: TypeAlias = NamedInit | TextInit | ArtifactInit | SampleVocabInit
 class SpaceSpec(Section):
     """The search space: one value, a list to choose from or, for learning_rate, a range."""
 
-    init: Prompts[Init | Choices[Init]] = "sample_vocab"
+    init: PromptDimension[Init | Choices[Init]] = "sample_vocab"
     """Initialisation of the virtual tokens: random (uniform in [-0.5, 0.5]), random_normal (normal,
     with the standard deviation of the vocabulary's embeddings), sample_vocab (sampled tokens of the
     vocabulary), class_labels (the words of the labels), a text, or another prompt."""
-    num_virtual_tokens: Prompts[PositiveInt | Choices[PositiveInt]] = 20
+    num_virtual_tokens: PromptDimension[PositiveInt | Choices[PositiveInt]] = 20
     """Length of the soft prompt."""
     rank: PositiveInt | Choices[PositiveInt] | None = None
     """Rank of the matrices of lora and qlora; 8 by default."""
@@ -104,7 +106,9 @@ class SpaceSpec(Section):
     demonstrations: Demonstrations | Choices[Demonstrations] | None = None
     """Choice of these rows. random, the default, draws them by the seed, each label as often as any
     other. nearest takes for each input the rows that share its rarest words."""
-    learning_rate: Prompts[LearningRate | Choices[LearningRate] | LogUniform | Uniform] = 0.3
+    learning_rate: PromptDimension[LearningRate | Choices[LearningRate] | LogUniform | Uniform] = (
+        0.3
+    )
     """Peak learning rate. Soft prompts need a large one; methods that change the model's weights
     have no default."""
     seed: Seed | Choices[Seed] = 0

@@ -13,6 +13,10 @@ DEFAULT_BETAS = (0.9, 0.999)  # torch's own
 Betas: TypeAlias = Annotated[tuple[Decay, Decay], Field(strict=False, examples=[DEFAULT_BETAS])]
 
 
+Optimizer: TypeAlias = Literal["adamw", "adafactor", "sgd"]
+Schedule: TypeAlias = Literal["constant", "linear", "cosine", "exponential"]
+
+
 class TrainSpec(Section):
     """Settings for the training of one trial."""
 
@@ -29,8 +33,9 @@ class TrainSpec(Section):
     """Combination of a batch's token losses into one. token_mean takes their mean, sum_per_row the
     mean over rows of each row's sum (as in prefix tuning), and sum their sum (as in T5X). The
     choice matters for sgd and clip_norm; adamw and adafactor rescale gradients themselves."""
-    optimizer: Literal["adamw", "adafactor", "sgd"] = "adamw"
-    """Optimiser of the soft prompt, or of what a baseline trains."""
+    optimizer: Optimizer = "adamw"
+    """Optimiser of the soft prompt, or of what a baseline trains: adamw, adafactor (as in T5X) or
+    sgd."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Fraction of the prompt that each step subtracts: multiplied by the learning rate with adamw,
     unscaled with adafactor (as in T5X). sgd adds that fraction of the prompt to the gradient
@@ -42,9 +47,9 @@ class TrainSpec(Section):
     clip_norm: PositiveFloat | None = None
     """Maximum gradient norm of a trial: the Euclidean norm over everything that it trains. Longer
     gradients are scaled down."""
-    schedule: Literal["constant", "linear", "cosine", "exponential"] = "constant"
-    """Course of the learning rate after the warmup. linear and cosine reach 0 after the last
-    step."""
+    schedule: Schedule = "constant"
+    """Course of the learning rate after the warmup. constant keeps it, linear and cosine reach 0
+    after the last step, and exponential multiplies it by decay_rate after every decay_steps."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Number of steps in which the learning rate rises linearly from 0 to its peak."""
     decay_rate: Annotated[float, Field(gt=0, lt=1)] | None = None

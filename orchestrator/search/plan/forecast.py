@@ -68,16 +68,15 @@ def rungs(search: SearchSpec, train: TrainSpec) -> tuple[int, ...]:
     The last step is always included; it is the only one without a scheduler.
     """
     grace = min(search.grace_steps or train.evaluate_every, train.steps)
-    if search.scheduler != "asha":
-        return (
-            (train.steps,)
-            if search.scheduler == "fifo"
-            else tuple(dict.fromkeys((grace, train.steps)))
-        )
-    count = int(math.log(train.steps / grace) / math.log(search.reduction_factor) + 1)
-    return tuple(
-        dict.fromkeys((*(grace * search.reduction_factor**k for k in range(count)), train.steps))
-    )
+    match search.scheduler:
+        case "fifo":
+            return (train.steps,)
+        case "median" | "pbt":
+            return tuple(dict.fromkeys((grace, train.steps)))
+        case "asha":
+            count = int(math.log(train.steps / grace) / math.log(search.reduction_factor) + 1)
+            stops = [grace * search.reduction_factor**k for k in range(count)]
+            return tuple(dict.fromkeys((*stops, train.steps)))
 
 
 def forecast(
@@ -180,11 +179,13 @@ def stopping_rule(search: SearchSpec, train: TrainSpec) -> Callable[[int, int, f
 
     The rule keeps the scores of its earlier calls.
     """
-    if search.scheduler == "asha":
-        return _Asha(search, train)
-    if search.scheduler == "median":
-        return _Median(min(search.grace_steps or train.evaluate_every, train.steps))
-    return lambda trial, step, score: True
+    match search.scheduler:
+        case "asha":
+            return _Asha(search, train)
+        case "median":
+            return _Median(min(search.grace_steps or train.evaluate_every, train.steps))
+        case "fifo" | "pbt":
+            return lambda trial, step, score: True
 
 
 class _Asha:
