@@ -14,17 +14,17 @@ from test_artifact import manifest
 from torch import Tensor
 
 from orchestrator.artifact import PromptArtifact, ReparameterizationRecord
+from orchestrator.artifact.peft import export_peft
 from orchestrator.cli.pages.registry import inspection_page
+from orchestrator.cli.workbench import inspect as inspection
+from orchestrator.cli.workbench.inspect import inspect_prompt, nearest_tokens, registered
 from orchestrator.errors import BadInput
 from orchestrator.job.space import TrialSpec
 from orchestrator.job.spec import NamedInit
 from orchestrator.models.backbone import PromptTensors
-from orchestrator.peft_format import export_peft
 from orchestrator.registry import Registry
 from orchestrator.tuning.prompts import InitContext, Method, make_prompt
 from orchestrator.tuning.prompts.inits import frequent_ids
-from orchestrator.workbench import inspect as inspection
-from orchestrator.workbench.inspect import inspect_prompt, nearest_tokens, registered
 
 ANSWERS = encoder_for().answers
 METHODS = {

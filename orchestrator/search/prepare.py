@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.artifact import CellsRecord, DataRecord, PromptArtifact, VerbalizerEntry
+from orchestrator.artifact.peft import is_peft, read_peft
 from orchestrator.data.dataset import SPLITS, RowSplits, load_rows, rows_fingerprint
 from orchestrator.data.demonstrations import demonstrations
 from orchestrator.data.designs import BOUNDARY, Design, Designs
@@ -44,7 +45,6 @@ from orchestrator.models.adapter_folder import instead_of_adapter
 from orchestrator.models.backbone.weights import check_files
 from orchestrator.models.builtin import builtin_model
 from orchestrator.models.source import ModelSource, known_builtin, resolve_model
-from orchestrator.peft_format import is_peft, read_peft
 from orchestrator.search.inputs import check_can_start
 from orchestrator.tuning.baselines import check_peft
 from orchestrator.tuning.engine import Task
