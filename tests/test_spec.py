@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from typing import Any, get_args
 
 import jsonschema  # type: ignore[import-untyped,unused-ignore]
 import pytest
 from pydantic import ValidationError
 
 from orchestrator.job.spec import (
+    BASELINES,
+    PROMPT_METHODS,
+    SPACES,
     Conflict,
     DataSpec,
     JobSpec,
     LogUniform,
+    MethodName,
     RegistrySpec,
     SearchSpec,
     SpaceSpec,
@@ -24,6 +28,7 @@ from orchestrator.job.spec import (
     job_schema,
     template_columns,
 )
+from orchestrator.job.spec.methods import REPARAMETERIZATIONS
 
 
 def job(**sections: Any) -> dict[str, Any]:
@@ -456,6 +461,13 @@ def test_the_schema_explains_every_choice() -> None:
     ]
     assert len(choices(schema["properties"]["method"])) > 5
     assert not unnamed
+
+
+def test_every_method_has_a_space() -> None:
+    """SPACES has an entry for each method, and each method is a prompt's or a baseline."""
+    assert {*SPACES} == {*get_args(MethodName)} == {*PROMPT_METHODS, *BASELINES}
+    assert {*PROMPT_METHODS}.isdisjoint(BASELINES)
+    assert {*REPARAMETERIZATIONS} <= {*PROMPT_METHODS}
 
 
 def test_the_schema_describes_every_key_and_closes_every_section() -> None:

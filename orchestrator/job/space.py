@@ -154,10 +154,17 @@ def trials(search: SearchSpec) -> list[TrialSpec]:
     space has fewer points, since no trial is run twice. The list is empty with a searcher that
     proposes trials while the search runs. Raises BadInput as ``grid`` does.
     """
-    if search.proposes:
-        return []
-    if search.searcher == "random":
-        return draw(search.space, search.trials or DEFAULT_TRIALS, search.seed)
+    match search.searcher:
+        case "random":
+            return draw(search.space, search.trials or DEFAULT_TRIALS, search.seed)
+        case "grid":
+            return _grid_trials(search)
+        case "optuna":
+            return []
+
+
+def _grid_trials(search: SearchSpec) -> list[TrialSpec]:
+    """Return the whole grid, or a sample of ``search.trials`` of its points."""
     values = _listed(search.space)
     if values is None or search.trials is None or search.trials >= math.prod(map(len, values)):
         return grid(search.space)
