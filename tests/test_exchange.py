@@ -19,10 +19,10 @@ from test_run import COUNT, NUMBER, TEXT, record
 from transformers import AutoModelForCausalLM
 
 from orchestrator.artifact import BaseModelRecord, PromptArtifact, VerbalizerEntry
+from orchestrator.artifact.peft import WEIGHTS
 from orchestrator.job.space import TrialSpec
 from orchestrator.models.adapter_folder import ADAPTER_CONFIG
 from orchestrator.models.backbone import Backbone
-from orchestrator.peft_format import WEIGHTS
 from orchestrator.registry import Registry
 from orchestrator.serving.offline import OfflineModel
 from orchestrator.tuning.prompts import InitContext, Method, make_prompt

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import get_args
 
+from orchestrator.cli.workbench.domain_shift import SHOWN_BY
 from orchestrator.job.spec import TEXT_METRICS, Metric
 from orchestrator.registry.aliases.gate import COMPARED_BY
-from orchestrator.workbench.evaluate import SHOWN_BY
 
 METRICS = set(get_args(Metric))
 

@@ -27,13 +27,9 @@ from safetensors.torch import save_file as save_torch
 from test_artifact import manifest
 from torch import Tensor, nn
 
-from orchestrator import peft_format as peft_folder
 from orchestrator.artifact import PromptArtifact
-from orchestrator.errors import BadInput
-from orchestrator.job.space import TrialSpec
-from orchestrator.models.adapter_folder import ADAPTER_CONFIG
-from orchestrator.models.backbone import Backbone, PromptTensors
-from orchestrator.peft_format import (
+from orchestrator.artifact import peft as peft_folder
+from orchestrator.artifact.peft import (
     PICKLE,
     WEIGHTS,
     export_peft,
@@ -42,6 +38,10 @@ from orchestrator.peft_format import (
     read_peft,
     same_name,
 )
+from orchestrator.errors import BadInput
+from orchestrator.job.space import TrialSpec
+from orchestrator.models.adapter_folder import ADAPTER_CONFIG
+from orchestrator.models.backbone import Backbone, PromptTensors
 from orchestrator.tuning.prompts import InitContext, Method, make_prompt
 
 P = 4
@@ -460,8 +460,7 @@ def test_names_of_one_base_model(tmp_path: Path) -> None:
 
 def test_folders_are_read_without_torch() -> None:
     """Reading folders does not import torch, which keeps the command line light."""
-    code = (
-        "import sys, orchestrator.peft_format; print('torch' in sys.modules, 'peft' in sys.modules)"
-    )
+    loaded = "'torch' in sys.modules, 'peft' in sys.modules"
+    code = f"import sys, orchestrator.artifact.peft; print({loaded})"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert said.stdout.strip() == "False False"

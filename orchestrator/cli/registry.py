@@ -86,7 +86,7 @@ def inspect(
     norms of its keys and values are shown instead, layer by layer.
     """
     with results_only():
-        from orchestrator.workbench.inspect import inspect_model
+        from orchestrator.cli.workbench.inspect import inspect_model
 
         registry = open_registry()
         document = inspect_model(registry, model, nearest, base_model)
@@ -139,7 +139,7 @@ def evaluate(
     """
     pairs = _renames(rename)
     with results_only():
-        from orchestrator.workbench.evaluate import Question, evaluate_models
+        from orchestrator.cli.workbench.domain_shift import Question, evaluate_models
 
         registry = open_registry()
         questions = [Question(one, split, by, target, references, pairs, limit) for one in data]
@@ -227,7 +227,7 @@ def export_(
 ) -> None:
     """Write a registered prompt as a PEFT adapter folder."""
     with results_only():
-        from orchestrator.workbench.exchange import export_model
+        from orchestrator.cli.workbench.exchange import export_model
 
         registry = open_registry()
         document = export_model(registry, model, folder)
@@ -276,7 +276,7 @@ def import_(
     """
     spec = read_job(job, overrides)
     with results_only():
-        from orchestrator.workbench.exchange import import_folder
+        from orchestrator.cli.workbench.exchange import import_folder
 
         registry = open_registry()
         document = import_folder(registry, folder, name, spec, renamed, say, alias)

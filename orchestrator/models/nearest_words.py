@@ -75,7 +75,8 @@ def nearest_rows(
 ) -> list[list[tuple[int, float]]]:
     """Return the ``count`` rows of a table that are nearest to each embedding of [P, H].
 
-    Each is an index with its cosine distance, the nearest first. ``rows(start, end)`` reads a part
+    Each is an index with its cosine distance, the nearest first. An embedding of zeros has no
+    direction, and no nearest rows. ``rows(start, end)`` reads a part
     of the table's ``size`` rows; the table is read once, in parts.
     """
     wanted = normalize(embeddings.float(), dim=1)
@@ -89,6 +90,8 @@ def nearest_rows(
         ids = torch.arange(start, end, device=wanted.device).expand(len(wanted), -1)
         indices = torch.cat([indices, ids], dim=1).gather(1, chosen)
     return [
-        [(index, 1 - cosine) for index, cosine in zip(*of_embedding, strict=True)]
-        for of_embedding in zip(indices.tolist(), best.tolist(), strict=True)
+        [(index, 1 - cosine) for index, cosine in zip(*nearest, strict=True)] if directed else []
+        for directed, *nearest in zip(
+            wanted.any(1).tolist(), indices.tolist(), best.tolist(), strict=True
+        )
     ]

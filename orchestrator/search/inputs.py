@@ -200,7 +200,7 @@ def _artifact_findings(job: JobSpec, elsewhere: bool) -> Iterator[Fault | Unchec
 
 def _folder_faults(job: JobSpec, key: str, reference: str, folder: Path) -> Iterator[Fault]:
     from orchestrator.artifact import PromptArtifact
-    from orchestrator.peft_format import is_peft, read_peft
+    from orchestrator.artifact.peft import is_peft, read_peft
 
     try:
         stored = read_peft(folder) if is_peft(folder) else PromptArtifact.load(folder)

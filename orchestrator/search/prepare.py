@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.artifact import CellsRecord, DataRecord, PromptArtifact, VerbalizerEntry
+from orchestrator.artifact.peft import is_peft, read_peft
 from orchestrator.data.dataset import SPLITS, RowSplits, load_rows, rows_fingerprint
 from orchestrator.data.demonstrations import demonstrations
 from orchestrator.data.designs import BOUNDARY, Design, Designs
@@ -49,7 +50,6 @@ from orchestrator.models.source import (
     looks_like_path,
     resolve_model,
 )
-from orchestrator.peft_format import is_peft, read_peft
 from orchestrator.registry import Registry
 from orchestrator.search.inputs import check_can_start
 from orchestrator.search.progress import Clock

@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 
+from orchestrator.cli.workbench.domain_shift import majority
 from orchestrator.data.dataset import load_split
 from orchestrator.job.spec import DataFiles, JobSpec, RowLimits
 from orchestrator.job.yaml import load_job
@@ -42,7 +43,6 @@ from orchestrator.tuning.checkpoint import Checkpoint
 from orchestrator.tuning.engine import Engine
 from orchestrator.tuning.make import make_engine
 from orchestrator.tuning.reports import EvaluationJob
-from orchestrator.workbench.evaluate import majority
 
 SPLITS = ("validation", "test")
 

@@ -124,6 +124,12 @@ def test_the_table_of_packages_is_complete() -> None:
     assert sorted(named) == sorted(there)
 
 
+def test_a_newcomer_meets_at_most_fourteen_packages_and_modules() -> None:
+    """The top of the package stays small, apart from the files that mark a typed package."""
+    there = {it.name for it in PACKAGE.iterdir()} - {"__pycache__", "__init__.py", "py.typed"}
+    assert len(there) <= 14, sorted(there)
+
+
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [

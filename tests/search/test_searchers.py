@@ -15,14 +15,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Thread
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import ray
 from ray_state import eventually, holders
 
 from orchestrator.job.space import TrialSpec, draw, grid, trial_count, trials
-from orchestrator.job.spec import JobSpec
+from orchestrator.job.spec import JobSpec, Scheduler, Searcher
 from orchestrator.search.state.history import History
 from orchestrator.search.state.trials import Outcome, TrialRecord, TrialStatus, trial_id
 from orchestrator.search.study.study import Concurrency, run_study
@@ -31,8 +31,8 @@ from orchestrator.search.workers.worker import serve_orders
 from orchestrator.tuning.reports import Report
 from orchestrator.tuning.worker_group import Group
 
-SEARCHERS = ("random", "grid", "optuna")
-SCHEDULERS = ("fifo", "asha", "median", "pbt")
+SEARCHERS: tuple[Searcher, ...] = get_args(Searcher)
+SCHEDULERS: tuple[Scheduler, ...] = get_args(Scheduler)
 COMBINATIONS = [(searcher, scheduler) for searcher in SEARCHERS for scheduler in SCHEDULERS]
 STEPS, EVERY, TRIALS, SLOTS = 16, 4, 12, 2
 PACE = 0.1  # the share of the remaining way to its quality that a curve climbs in a step

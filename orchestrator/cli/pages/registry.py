@@ -77,11 +77,12 @@ def _layer_row(layer: Mapping[str, Any]) -> tuple[Any, ...]:
     )
 
 
-def _drift_cells(drift: Mapping[str, float] | None) -> tuple[str, str]:
+def _drift_cells(drift: Mapping[str, Any] | None) -> tuple[str, str]:
     if drift is None:
         return "", ""
+    cosine = "none" if drift["cosine"] is None else f"{drift['cosine']:.3f}"
     moved = f"{drift['norm'] / drift['start_norm']:.2f}" if drift["start_norm"] else "from 0"
-    return f"{drift['cosine']:.3f}", moved
+    return cosine, moved
 
 
 # Registry

@@ -67,10 +67,13 @@ def rungs(search: SearchSpec, train: TrainSpec) -> tuple[int, ...]:
 
     The last step is always included; it is the only one without a scheduler.
     """
-    if search.scheduler != "asha":
-        first = () if search.scheduler == "fifo" else (_grace(search, train),)
-        return tuple(dict.fromkeys((*first, train.steps)))
-    return tuple(dict.fromkeys((*_asha_rungs(search, train), train.steps)))
+    match search.scheduler:
+        case "fifo":
+            return (train.steps,)
+        case "median" | "pbt":
+            return tuple(dict.fromkeys((_grace(search, train), train.steps)))
+        case "asha":
+            return tuple(dict.fromkeys((*_asha_rungs(search, train), train.steps)))
 
 
 def _grace(search: SearchSpec, train: TrainSpec) -> int:
@@ -185,11 +188,13 @@ def stopping_rule(search: SearchSpec, train: TrainSpec) -> Callable[[int, int, f
 
     The rule keeps the scores of its earlier calls.
     """
-    if search.scheduler == "asha":
-        return _Asha(search, train)
-    if search.scheduler == "median":
-        return _Median(_grace(search, train))
-    return lambda trial, step, score: True
+    match search.scheduler:
+        case "asha":
+            return _Asha(search, train)
+        case "median":
+            return _Median(_grace(search, train))
+        case "fifo" | "pbt":
+            return lambda trial, step, score: True
 
 
 class _Asha:

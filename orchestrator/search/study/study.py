@@ -252,21 +252,22 @@ def scheduler(job: JobSpec) -> TrialScheduler:
     """Return the spec's scheduler, which counts our own steps."""
     common = {"time_attr": STEP, "metric": SCORE, "mode": job.search.better}
     grace = job.search.grace_steps or job.train.evaluate_every
-    if job.search.scheduler == "asha":
-        rungs = {
-            "grace_period": min(grace, job.train.steps),
-            "reduction_factor": job.search.reduction_factor,
-        }
-        return ASHAScheduler(max_t=job.train.steps, **rungs, **common)
-    if job.search.scheduler == "median":
-        return MedianStoppingRule(grace_period=grace, min_samples_required=3, **common)
-    # Also for pbt, which stops no trial: the broker lets trials copy each other.
-    return FIFOScheduler()
+    match job.search.scheduler:
+        case "asha":
+            rungs = {
+                "grace_period": min(grace, job.train.steps),
+                "reduction_factor": job.search.reduction_factor,
+            }
+            return ASHAScheduler(max_t=job.train.steps, **rungs, **common)
+        case "median":
+            return MedianStoppingRule(grace_period=grace, min_samples_required=3, **common)
+        case "fifo" | "pbt":  # pbt stops no trial: the broker lets trials copy each other
+            return FIFOScheduler()
 
 
 def proposes(job: JobSpec) -> bool:
     """Tell whether trials are proposed while the search runs."""
-    return job.search.searcher == "optuna"
+    return job.search.proposes
 
 
 def _source(

@@ -251,9 +251,7 @@ def start_broker(job: JobSpec) -> Any:
     # The broker runs on the driver's node, so that the search outlives every other node.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     remote = ray.remote(num_cpus=0, max_concurrency=CALLS, scheduling_strategy=here)(Broker).remote
-    return remote(
-        trial_count(job.search), in_turn=job.search.searcher == "optuna", population=population
-    )
+    return remote(trial_count(job.search), in_turn=job.search.proposes, population=population)
 
 
 def _stop(search: Running, patience: float) -> None:

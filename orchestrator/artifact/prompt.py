@@ -29,6 +29,7 @@ from safetensors.numpy import load_file, save_file
 
 from orchestrator.errors import BadInput
 from orchestrator.job.labels import Label
+from orchestrator.job.spec import PROMPT_METHODS
 from orchestrator.utils.atomic import whole_folder
 from orchestrator.utils.text import first_fault
 
@@ -39,7 +40,6 @@ MAX_WEIGHTS_BYTES = 1 << 30  # a soft prompt takes kilobytes; a file near this s
 
 SOFT = "prompt"
 PREFIXES = ("prefix.decoder", "prefix.encoder", "prefix.cross")
-METHODS = ("prompt_tuning", "prefix_tuning", "p_tuning")
 IMPORTED = "peft"
 """Key of an imported prompt's configuration. Its value is PEFT's own configuration, as the
 origin."""
@@ -201,10 +201,9 @@ class PromptArtifact:
 
 
 def _check_names(folder: Path, manifest: Manifest, tensors: Mapping[str, np.ndarray]) -> None:
-    if manifest.method not in METHODS:
-        raise _broken(
-            folder, f"its method is {manifest.method!r}, this release knows {', '.join(METHODS)}"
-        )
+    if manifest.method not in PROMPT_METHODS:
+        known = ", ".join(PROMPT_METHODS)
+        raise _broken(folder, f"its method is {manifest.method!r}, this release knows {known}")
     prefix = manifest.method == "prefix_tuning"
     expected = set(tensors) <= set(PREFIXES) if prefix else set(tensors) == {SOFT}
     if not tensors or not expected:

@@ -52,11 +52,11 @@ class Neighbour:
 class Drift:
     """The change from the start of tuning to its end.
 
-    ``cosine`` is the cosine of the two vectors, ``norm`` the norm of their difference, and
-    ``start_norm`` the norm of the start.
+    ``cosine`` is the cosine of the two vectors, None if one of them is zero and has no direction.
+    ``norm`` is the norm of their difference, and ``start_norm`` the norm of the start.
     """
 
-    cosine: float
+    cosine: float | None
     norm: float
     start_norm: float
 
@@ -248,8 +248,9 @@ def _tokens(
 def _drift(now: Tensor, start: Tensor) -> Drift:
     """Measure the drift between two tensors of equal size."""
     now, start = now.float().flatten(), start.float().flatten()
+    directed = bool(now.any() and start.any())
     return Drift(
-        float(cosine_similarity(now, start, dim=0)),
+        float(cosine_similarity(now, start, dim=0)) if directed else None,
         float((now - start).norm()),
         float(start.norm()),
     )

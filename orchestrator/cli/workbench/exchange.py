@@ -10,6 +10,7 @@ from typing import Any
 
 from orchestrator import __version__
 from orchestrator.artifact import SOFT, BaseModelRecord, PromptArtifact
+from orchestrator.artifact.peft import export_peft, import_peft, read_peft
 from orchestrator.data.dataset import RowSplits, load_rows
 from orchestrator.data.encoding import Encoder, make_encoder
 from orchestrator.errors import BadInput
@@ -17,7 +18,6 @@ from orchestrator.job.spec import JobSpec
 from orchestrator.models.backbone import Backbone, default_device, load_backbone
 from orchestrator.models.nearest_words import nearest_words
 from orchestrator.models.source import resolve_model
-from orchestrator.peft_format import export_peft, import_peft, read_peft
 from orchestrator.registry import CHAMPION, Registry, check_alias, check_name
 from orchestrator.search.prepare import (
     cells_record,
