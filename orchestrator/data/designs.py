@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
@@ -25,6 +24,7 @@ from orchestrator.data.encoding import Encoded, Encoder, Row, make_encoder, refe
 from orchestrator.job.space import TrialSpec
 from orchestrator.job.spec import DataSpec
 from orchestrator.models.source import Family
+from orchestrator.models.tokenizer import Tokenizer
 
 BOUNDARY = 4  # reserve, since joined texts may have more tokens than separate ones
 WORD = re.compile(r"\w+")
@@ -58,7 +58,7 @@ class Designs:
         self,
         data: DataSpec,
         rows: RowSplits,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         family: Family,
         context: int,
         generated: int = 0,

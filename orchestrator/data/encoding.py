@@ -16,6 +16,7 @@ from orchestrator.job.spec import DataSpec
 from orchestrator.models.checks import beyond_table
 from orchestrator.models.placeholders import BLANK, marker
 from orchestrator.models.source import Family
+from orchestrator.models.tokenizer import Tokenizer
 
 Row = Mapping[str, Any]
 SENTINEL = "<extra_id_0>"
@@ -52,7 +53,7 @@ class Encoder:
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         template: Template,
         verbalizer: Verbalizer | None,
         max_input_tokens: int,
@@ -346,7 +347,7 @@ def _right_texts(row: Row, data: DataSpec) -> list[str]:
 def make_encoder(
     data: DataSpec,
     rows: RowSplits,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     family: Family = "causal",
     table_size: int | None = None,
 ) -> Encoder:
@@ -369,7 +370,7 @@ def shortened(text: str) -> str:
     return repr(text if len(text) <= 60 else f"{text[:40]}...{text[-17:]}")
 
 
-def _sentinel(tokenizer: Any, family: Family) -> int:
+def _sentinel(tokenizer: Tokenizer, family: Family) -> int:
     """Return the id of the first sentinel token (Raffel et al. 2020).
 
     Raises BadInput for a model or tokenizer without one.
@@ -399,7 +400,7 @@ def check_context(
         )
 
 
-def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+def _special_tokens(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """Return the special tokens that the tokenizer puts in front of a text, and those behind it."""
     bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
     whole = list(tokenizer("a")["input_ids"])

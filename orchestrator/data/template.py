@@ -11,6 +11,7 @@ from orchestrator.data.cells import cell_text
 from orchestrator.errors import BadInput
 from orchestrator.job.labels import Label, LabelKey, by_meaning, contradictions, label_key, spelled
 from orchestrator.job.spec import BLANK, FIELD, VIRTUAL, template_columns
+from orchestrator.models.tokenizer import Tokenizer
 
 
 def target_text(cell: Any) -> str:
@@ -211,7 +212,7 @@ def _as_number(text: str) -> LabelKey | None:
         return None
 
 
-def continuation_ids(tokenizer: Any, before: str, text: str) -> list[int]:
+def continuation_ids(tokenizer: Tokenizer, before: str, text: str) -> list[int]:
     """Return the token ids that ``text`` has when it follows ``before``.
 
     Both are tokenised together and then cut. A label tokenised on its own would have other tokens:

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import BadInput
 from orchestrator.models.rope import rope_switches
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 RESIZE = (
     "leave the token out, or give the model an embedding for it: "
@@ -18,7 +21,7 @@ RESIZE = (
 )
 
 
-def check_stored_quantization(model_id: str, config: Any, wanted: str) -> None:
+def check_stored_quantization(model_id: str, config: PreTrainedConfig, wanted: str) -> None:
     """Raise BadInput for a model stored quantised that the installed libraries can't read.
 
     ``wanted`` is base_model.quantization. It has to be "none", because the setting has no meaning
@@ -68,7 +71,9 @@ def _why_unreadable(document: dict[str, Any]) -> str:
     return ""
 
 
-def check_positions(model_id: str, config: Any, family: str, context: int, own_code: bool) -> None:
+def check_positions(
+    model_id: str, config: PreTrainedConfig, family: str, context: int, own_code: bool
+) -> None:
     """Raise BadInput if position factors follow a batch's longest row and can't be set per row.
 
     Rows get factors of their own only in causal models that transformers implements.
@@ -92,7 +97,7 @@ def check_positions(model_id: str, config: Any, family: str, context: int, own_c
     )
 
 
-def check_config_tokens(model_id: str, config: Any, family: str, folder: Path) -> None:
+def check_config_tokens(model_id: str, config: PreTrainedConfig, family: str, folder: Path) -> None:
     """Raise BadInput if an encoder-decoder's start token is missing or beyond the table."""
     if family != "seq2seq":
         return
@@ -111,7 +116,7 @@ def check_config_tokens(model_id: str, config: Any, family: str, folder: Path) -
         )
 
 
-def decoder_start(config: Any, folder: Path) -> int | None:
+def decoder_start(config: PreTrainedConfig, folder: Path) -> int | None:
     """Return the id of the token that a decoder starts from, by the backbone's rules."""
     start = getattr(config, "decoder_start_token_id", None)
     if start is None and (generation := folder / "generation_config.json").is_file():

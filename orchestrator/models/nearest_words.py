@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from orchestrator.models.source import ModelSource
+from orchestrator.models.tokenizer import Tokenizer
 
 TABLES = (
     "embed_tokens",
@@ -48,7 +49,7 @@ def nearest_words(source: ModelSource, embeddings: np.ndarray, count: int) -> Wo
     return []
 
 
-def _table(weights: Any, vocabulary: int, width: int) -> str | None:
+def _table(weights: safe_open, vocabulary: int, width: int) -> str | None:
     for name in sorted(weights.keys()):
         parts = name.split(".")
         if len(parts) > 1 and parts[-1] == "weight" and parts[-2] in TABLES:
@@ -58,7 +59,7 @@ def _table(weights: Any, vocabulary: int, width: int) -> str | None:
     return None
 
 
-def _nearest(table: Any, tokenizer: Any, wanted: Tensor, count: int) -> Words:
+def _nearest(table: Any, tokenizer: Tokenizer, wanted: Tensor, count: int) -> Words:
     best, places = torch.empty(len(wanted), 0), torch.empty(len(wanted), 0, dtype=torch.long)
     for start in range(0, len(tokenizer), CHUNK):
         end = min(start + CHUNK, len(tokenizer))  # skips padding of the table to a round size
