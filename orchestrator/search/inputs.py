@@ -209,7 +209,7 @@ def _folder_faults(job: JobSpec, key: str, reference: str, folder: Path) -> Iter
         yield Fault(key, error.message, error.hint)
 
 
-def check_can_start(job: JobSpec, reference: str, tensors: Mapping[str, Any]) -> None:
+def check_can_start(job: JobSpec, reference: str, tensors: Mapping[str, object]) -> None:
     """Raise BadInput if a soft prompt is to start from a prefix, which has no embeddings."""
     if job.method != "prefix_tuning" and "prompt" not in tensors:
         raise BadInput(
