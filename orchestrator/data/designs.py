@@ -20,7 +20,8 @@ import numpy as np
 from orchestrator.data.cells import cell_text
 from orchestrator.data.dataset import RowSplits
 from orchestrator.data.demonstrations import SEPARATOR, demonstrations, written_out
-from orchestrator.data.encoding import Encoded, Encoder, Row, make_encoder, reference_texts
+from orchestrator.data.encoding import Encoded, Encoder, make_encoder, reference_texts
+from orchestrator.data.source_row import Row
 from orchestrator.job.space import TrialSpec
 from orchestrator.job.spec import DataSpec
 from orchestrator.models.source import Family

@@ -6,10 +6,9 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 from orchestrator.data.dataset import SPLITS, RowSplits
-from orchestrator.data.source_row import at_row
+from orchestrator.data.source_row import Row, at_row
 from orchestrator.data.template import Mark, Template, Verbalizer, continuation_ids, target_text
 from orchestrator.errors import BadInput
 from orchestrator.job.spec import DataSpec
@@ -18,7 +17,6 @@ from orchestrator.models.placeholders import BLANK, marker
 from orchestrator.models.source import Family
 from orchestrator.models.tokenizer import Tokenizer
 
-Row = Mapping[str, Any]
 SENTINEL = "<extra_id_0>"
 
 

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 from orchestrator.data.cells import is_missing
 from orchestrator.data.dataset import (
     SPLITS,
-    Row,
     RowSplits,
     cut_in_two,
     known_data,
@@ -25,7 +24,7 @@ from orchestrator.data.dataset import (
     read_split,
     wanted_rows,
 )
-from orchestrator.data.source_row import place_of
+from orchestrator.data.source_row import Row, place_of
 from orchestrator.data.split_checks import judge
 from orchestrator.data.template import Verbalizer
 from orchestrator.errors import BadInput, Problem, SpecError

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,6 +19,7 @@ from orchestrator.artifact import PromptArtifact
 from orchestrator.data.cells import cell_text
 from orchestrator.data.dataset import load_split, rows_fingerprint
 from orchestrator.data.encoding import Encoded, reference_texts
+from orchestrator.data.source_row import Row
 from orchestrator.data.tables import table_suffix
 from orchestrator.data.template import Template
 from orchestrator.errors import BadInput, JobFailed, Unreachable
@@ -34,7 +35,7 @@ from orchestrator.tuning.evaluate import evaluate, forward_tokens
 from orchestrator.tuning.generate import Decoding
 from orchestrator.tuning.out_of_memory import Room
 
-Row = Mapping[str, Any]
+Value = TypeVar("Value")
 Metrics = dict[str, float]
 FILE_SPLIT = "train"  # the split of a single file, as data sets name their only split
 MAX_GROUPS = 100
@@ -68,7 +69,7 @@ class Loaded:
         return Decoding(record.max_tokens, record.num_beams) if record else None
 
     @property
-    def kind(self) -> tuple[Any, ...]:
+    def kind(self) -> tuple[object, ...]:
         """The key of versions that see the same tokens and can therefore share forwards."""
         it = self.artifact.manifest
         limits = it.max_input_tokens, it.max_target_tokens
@@ -246,7 +247,7 @@ def _encoded(one: Loaded, groups: Sequence[Group], question: Question) -> list[E
 
 
 def _part(whole: Encoded, places: Sequence[int]) -> Encoded:
-    def chosen(values: list[Any]) -> list[Any]:
+    def chosen(values: list[Value]) -> list[Value]:
         return [values[place] for place in places] if values else []
 
     return Encoded(
@@ -328,7 +329,7 @@ def _metrics(
     Versions that see the same tokens share forwards.
     """
     found: list[Metrics] = [{}] * len(loaded)
-    kinds: dict[tuple[Any, ...], list[int]] = {}
+    kinds: dict[tuple[object, ...], list[int]] = {}
     for place, one in enumerate(loaded):
         kinds.setdefault(one.kind, []).append(place)
     for places in kinds.values():

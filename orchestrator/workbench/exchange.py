@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from orchestrator import __version__
 from orchestrator.artifact import SOFT, BaseModelRecord, PromptArtifact
 from orchestrator.data.dataset import RowSplits, load_rows
 from orchestrator.data.encoding import Encoder, make_encoder
+from orchestrator.data.source_row import Row
 from orchestrator.errors import BadInput
 from orchestrator.job.spec import JobSpec
 from orchestrator.models.backbone import Backbone, default_device, load_backbone
@@ -135,7 +136,7 @@ def _registered(
     folder: Path,
     name: str,
     job: JobSpec,
-    example: Mapping[str, Any],
+    example: Row,
     say: Say,
     alias: str | None,
 ) -> dict[str, Any]:
