@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from orchestrator.errors import BadInput
 from orchestrator.models.rope import rope_switches
+from orchestrator.utils.documents import JsonObject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -46,14 +47,14 @@ def check_stored_quantization(model_id: str, config: PreTrainedConfig, wanted: s
         )
 
 
-def _quantization_method(document: dict[str, Any]) -> str:
+def _quantization_method(document: JsonObject) -> str:
     method = document.get("quant_method")
     if method is None and (document.get("load_in_8bit") or document.get("load_in_4bit")):
         return "bitsandbytes"  # early bitsandbytes models don't name their method
     return str(getattr(method, "value", method or "an unnamed method"))
 
 
-def _why_unreadable(document: dict[str, Any]) -> str:
+def _why_unreadable(document: JsonObject) -> str:
     """Return why transformers can't read weights that are quantised this way, or ""."""
     from transformers.quantizers.auto import AutoHfQuantizer
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from typing import Any
 
 from orchestrator.cluster.ray_folder import ray_temp_note
 from orchestrator.cluster.session import ray_session
@@ -27,6 +26,7 @@ from orchestrator.search.state.journal import read_history
 from orchestrator.search.state.processes import end_processes
 from orchestrator.search.state.saved import SavedSearch, find_search, load_saved
 from orchestrator.search.workers.running import placed
+from orchestrator.utils.documents import JsonObject
 from orchestrator.utils.text import mask_secrets
 
 
@@ -35,7 +35,7 @@ def resume_search(
     progress_for: Callable[[JobSpec], Progress],
     address: str | None = None,
     verbose: bool = False,
-) -> tuple[dict[str, Any], JobSpec]:
+) -> tuple[JsonObject, JobSpec]:
     """Resume the search that ``wanted`` names.
 
     Returns the document of ``run --json``, and the job. For a search that is finished, the stored
@@ -60,7 +60,7 @@ def _go_on(
     progress: Progress,
     address: str | None,
     verbose: bool,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Check that the inputs are those of the saved search, and run the remaining trials."""
     clock = Clock()
     registry = Registry()

@@ -34,6 +34,7 @@ from orchestrator.tuning.cpu_threads import Threads
 from orchestrator.tuning.evaluate import evaluate, forward_tokens
 from orchestrator.tuning.generate import Decoding
 from orchestrator.tuning.out_of_memory import Room
+from orchestrator.utils.documents import JsonObject
 
 Value = TypeVar("Value")
 Metrics = dict[str, float]
@@ -96,7 +97,7 @@ def evaluate_models(
     base_model: str | None = None,
     log: bool = True,
     say: Callable[[str], None] = lambda text: None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Evaluate versions on data sets; return the document of ``evaluate --json``.
 
     For each data set and each of its groups, the document has the metrics of every version, and how
@@ -421,7 +422,7 @@ def _record(target: Target, place: int) -> EvaluationRecord:
     )
 
 
-def _document(loaded: Sequence[Loaded], targets: Sequence[Target]) -> dict[str, Any]:
+def _document(loaded: Sequence[Loaded], targets: Sequence[Target]) -> JsonObject:
     metric = _compared_by(targets)
     sources = [one.artifact.manifest.metrics.get("test", {}) for one in loaded]
     sign = 1.0 if metric == "loss" else -1.0
@@ -431,7 +432,7 @@ def _document(loaded: Sequence[Loaded], targets: Sequence[Target]) -> dict[str, 
             sign * (metrics[metric] - source[metric]) if metric in source else None
             for metrics, source in zip(target.metrics, sources, strict=True)
         ]
-        line: dict[str, Any] = {
+        line: JsonObject = {
             "data": target.question.data,
             "split": target.question.split,
             "by": target.question.by,
