@@ -16,6 +16,7 @@ from orchestrator.artifact import PromptArtifact, ReparameterizationRecord
 from orchestrator.cli.pages.registry import inspection_page
 from orchestrator.errors import BadInput
 from orchestrator.job.space import TrialSpec
+from orchestrator.models import nearest_words
 from orchestrator.models.backbone import PromptTensors
 from orchestrator.peft_format import export_peft
 from orchestrator.registry import Registry
@@ -86,7 +87,7 @@ def by_definition(prompt: Tensor, table: Tensor, count: int) -> list[list[tuple[
 @pytest.mark.parametrize("chunk", [7, 100, 10_000])
 def test_neighbours_by_definition(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The nearest tokens by cosine distance come first, whatever the chunk size."""
-    monkeypatch.setattr(inspection, "CHUNK", chunk)
+    monkeypatch.setattr(nearest_words, "CHUNK", chunk)
     backbone = tiny_backbone(dtype=torch.float32)
     prompt = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
     wanted = by_definition(prompt, backbone.table[: len(tiny_tokenizer())], 6)

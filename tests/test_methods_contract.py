@@ -19,7 +19,7 @@ from orchestrator.job.space import TrialSpec
 from orchestrator.job.spec import SearchSpec, TrainSpec
 from orchestrator.models.backbone import PROMPT_ONCE_FAMILIES, Backbone
 from orchestrator.serving.prompts.served_prompt import prompt_tensors
-from orchestrator.tuning.checkpoint import TrialState
+from orchestrator.tuning.checkpoint import Checkpoint
 from orchestrator.tuning.engine import Engine, Task
 from orchestrator.tuning.evaluate import evaluate
 from orchestrator.tuning.prompts import InitContext, Method, Prompt, make_prompt
@@ -243,7 +243,7 @@ def test_a_resumed_trial_is_one_never_interrupted(family: str, name: str) -> Non
         last.best_step,
     )
     assert resumed.metrics == pytest.approx(last.metrics, rel=10 * precision(family)[1])
-    one, other = TrialState.from_bytes(resumed.checkpoint), TrialState.from_bytes(last.checkpoint)
+    one, other = Checkpoint.from_bytes(resumed.checkpoint), Checkpoint.from_bytes(last.checkpoint)
     assert one.tensors.keys() == other.tensors.keys()
     for part, tensor in one.tensors.items():
         close(tensor, other.tensors[part], 1e-3)

@@ -49,9 +49,7 @@ def open_registry() -> Registry:
     """Open the registry that the environment names. Raises Unreachable if it does not answer."""
     from orchestrator.registry import Registry
 
-    registry = Registry()
-    registry.check()
-    return registry
+    return Registry.connect()
 
 
 def progress_line(quiet: bool, text: str = "{}") -> Callable[[str], None]:

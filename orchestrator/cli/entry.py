@@ -25,7 +25,7 @@ from orchestrator.errors import (
 )
 from orchestrator.utils.imports import unfreed
 from orchestrator.utils.interrupts import Interrupts, ignore_interrupts, ignore_interrupts_at_exit
-from orchestrator.utils.text import mask_secrets
+from orchestrator.utils.text import first_line
 
 INTERRUPTED = 130  # typer turns Ctrl-C into an exit with this code
 TERMINATED = 143  # after SIGTERM; as in shells, both codes are 128 plus the signal's number
@@ -85,7 +85,7 @@ def _unforeseen(error: Exception) -> int:
 
     if os.environ.get(TRACEBACK):
         traceback.print_exception(error)
-    text = mask_secrets(f"{type(error).__name__}: {error}".splitlines()[0])
+    text = first_line(error, with_type=True)
     return _failed(
         OrchestratorError(
             f"an unforeseen error, please report it: {text}", f"{TRACEBACK}=1 shows where it arose"

@@ -21,7 +21,7 @@ from orchestrator.cluster.ray_folder import ray_temp_dir
 from orchestrator.errors import BadInput, Unreachable
 from orchestrator.utils.interrupts import undisturbed
 from orchestrator.utils.signals import sigterm_kept, sigterm_kept_by_system
-from orchestrator.utils.text import mask_secrets
+from orchestrator.utils.text import first_line, mask_secrets
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ def _connect(address: str, options: dict[str, Any]) -> bool:
                 address=address, runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}, **options
             )
     except FAILURES as error:
-        raise no_cluster(address, str(error).splitlines()[0]) from None
+        raise no_cluster(address, first_line(error)) from None
     return False
 
 
@@ -171,8 +171,9 @@ class LocalStart(threading.Thread):
         Raises Unreachable when Ray does not start.
         """
         self._tried.wait()
-        if isinstance(self._error, FAILURES):
-            raise no_cluster("this machine", str(self._error).splitlines()[0]) from None
+        # Ray raises a plain Exception when its processes take longer than 30 s to start.
+        if isinstance(self._error, FAILURES) or type(self._error) is Exception:
+            raise not_started(first_line(self._error)) from None
         if self._error is not None:
             raise self._error
         return True
@@ -224,6 +225,13 @@ def check_answers(address: str) -> None:
             grpc.channel_ready_future(channel).result(timeout=ANSWER_S)
         except grpc.FutureTimeoutError:
             raise no_cluster(address, "something listens there that is not Ray") from None
+
+
+def not_started(reason: str) -> Unreachable:
+    return Unreachable(
+        f"Ray did not start on this machine: {mask_secrets(reason)}",
+        "run it again when the machine has less to do, or name a running cluster with --address",
+    )
 
 
 def no_cluster(address: str, reason: str) -> Unreachable:

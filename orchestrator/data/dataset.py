@@ -26,6 +26,7 @@ from orchestrator.job.labels import NUMBER, label_key
 from orchestrator.job.spec import BUILTIN, CONTINUATION, PREFIX, CsvSpec, DataFiles, DataSpec
 from orchestrator.models.builtin import BUILTIN_DATA, builtin_rows
 from orchestrator.models.source import hub_unreachable, looks_like_path
+from orchestrator.utils.text import first_line
 
 SPLITS = ("train", "validation", "test")
 WORD = re.compile(r"\S+")
@@ -289,7 +290,7 @@ def _read_hub(data: DataSpec, name: str) -> dict[str, list[Row]]:
         raise hub_unreachable(f"data.path {name!r}", error) from None
     except (ValueError, FileNotFoundError, RuntimeError) as error:
         raise BadInput(
-            f"data.path {name!r} can't be loaded: {str(error).splitlines()[0][:300]}",
+            f"data.path {name!r} can't be loaded: {first_line(error)}",
             "see the hub page",
         ) from None
     return {

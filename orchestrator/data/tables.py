@@ -18,6 +18,7 @@ from orchestrator.data.text_files import COMPRESSIONS, TextFile, compression_of,
 from orchestrator.errors import BadInput
 from orchestrator.job.spec import CsvSpec
 from orchestrator.utils.imports import uncollected
+from orchestrator.utils.text import first_line
 
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
@@ -107,8 +108,9 @@ def _read_parquet(file: Path) -> tuple[list[str], list[SourceRow]]:
             columns = distinct_names(table.schema_arrow.names)
             return columns, list(_parquet_rows(table, columns, str(file)))
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise BadInput(f"{file} can't be read as parquet: {reason}", "correct the file") from None
+        raise BadInput(
+            f"{file} can't be read as parquet: {first_line(error)}", "correct the file"
+        ) from None
 
 
 def _parquet_rows(table: ParquetFile, columns: list[str], source: str) -> Iterator[SourceRow]:

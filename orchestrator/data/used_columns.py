@@ -42,7 +42,7 @@ class UsedColumns:
         found: list[Row] = []
         empty: list[tuple[SourceRow, str]] = []
         for number, row in enumerate(rows, start=1):
-            placed = self._placed(row, number)
+            placed = self._source_row(row, number)
             column = self._empty_column(placed, split)
             if column and column not in placed:
                 self._check_known(column, rows, placed, split)
@@ -57,7 +57,7 @@ class UsedColumns:
             self.dropped[split] = len(empty)
         return found
 
-    def _placed(self, row: Row, number: int) -> SourceRow:
+    def _source_row(self, row: Row, number: int) -> SourceRow:
         """Return the row with renamed columns and the place that it was read from."""
         placed = row if isinstance(row, SourceRow) else SourceRow(row, number=number)
         new_names = {new: row[old] for old, new in self.data.rename.items() if old in row}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from orchestrator.errors import BadInput
 from orchestrator.models.rope import rope_switches
 from orchestrator.utils.documents import JsonObject
+from orchestrator.utils.text import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -62,11 +63,11 @@ def _why_unreadable(document: JsonObject) -> str:
         quantizer = AutoHfQuantizer.from_config(document, pre_quantized=True)
     # The method is unknown, a library is missing, or a library refuses the configuration.
     except Exception as error:
-        return _first_line(error)
+        return first_line(error)
     try:
         quantizer.validate_environment(device_map=None)
     except ImportError as error:
-        return _first_line(error)
+        return first_line(error)
     except Exception:  # this machine has no accelerator, but the workers may have one
         return ""
     return ""
@@ -135,8 +136,3 @@ def beyond_table(token: str, token_id: int, size: int, what: str) -> BadInput:
         f"{size} rows, ids 0 to {size - 1}",
         RESIZE,
     )
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__

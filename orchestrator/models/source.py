@@ -27,6 +27,7 @@ from orchestrator.models.checks import (
 )
 from orchestrator.models.tokenizer import Tokenizer
 from orchestrator.utils.imports import uncollected
+from orchestrator.utils.text import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -96,7 +97,7 @@ class ModelSource:
                     "true if you trust it",
                 ) from None
             raise BadInput(
-                f"base_model.id {self.id!r} can't be read as a model: {_first_line(error)}",
+                f"base_model.id {self.id!r} can't be read as a model: {first_line(error)}",
                 MODEL_HINT,
             ) from None
 
@@ -117,7 +118,7 @@ class ModelSource:
         # Tokenizer files fail in many ways: KeyError, TypeError, OSError, a Rust panic.
         except Exception as error:
             raise BadInput(
-                f"base_model.id {self.id!r} has no usable tokenizer: {_first_line(error)}",
+                f"base_model.id {self.id!r} has no usable tokenizer: {first_line(error)}",
                 MODEL_HINT,
             ) from None
         needed = "mask_token" if self.family == "masked" else "eos_token"
@@ -159,7 +160,7 @@ class ModelSource:
         try:
             needed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            reason = f"{index.name} has no weight_map of files ({_first_line(error)})"
+            reason = f"{index.name} has no weight_map of files ({first_line(error)})"
             raise self.unusable_weights(reason) from None
         missing = sorted(needed - {file.name for file in files})
         if missing:
@@ -167,11 +168,11 @@ class ModelSource:
                 f"{index.name} names {', '.join(missing)}, not in the folder"
             )
 
-    def unusable_weights(self, reason: str) -> BadInput:
+    def unusable_weights(self, reason: Exception | str) -> BadInput:
         """Make the error for weights that can't be used, with the first line of ``reason``."""
-        first = reason.strip().splitlines()[0][:200] if reason.strip() else "unknown reason"
         return BadInput(
-            f"base_model.id {self.id!r}: the weights in {self.path} can't be used: {first}",
+            f"base_model.id {self.id!r}: the weights in {self.path} can't be used: "
+            f"{first_line(reason)}",
             "fetch or save the model again",
         )
 
@@ -413,7 +414,3 @@ def quiet_transformers() -> None:
     # PEFT imports bitsandbytes for LoRA, quantized or not, and bitsandbytes then recommends a
     # package with faster 4-bit products for CPUs.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -23,7 +23,7 @@ from orchestrator.registry.aliases.canary import (
     make_canary,
     read_canary,
 )
-from orchestrator.registry.aliases.gate import METRIC_TAG, Better, Candidate
+from orchestrator.registry.aliases.gate import METRIC_TAG, Better, ComparedVersion
 from orchestrator.registry.aliases.ledger import Check, Overtaken, move_alias, recorded
 from orchestrator.registry.aliases.moves import Kind, Move, former_holder
 from orchestrator.registry.runs import searches
@@ -51,9 +51,9 @@ from orchestrator.registry.versions.records import (
 from orchestrator.registry.versions.refs import (
     ModelRef,
     NoSuchVersion,
-    nearest,
     parse_ref,
     printable,
+    suggestion,
 )
 from orchestrator.utils.text import mask_secrets
 
@@ -88,6 +88,13 @@ class Registry:
         """
         self._store = Store(tracking_uri, registry_uri)
         self.cache_dir = cache_dir or default_cache()
+
+    @classmethod
+    def connect(cls) -> Registry:
+        """Open the registry that the environment names; Unreachable if MLflow does not answer."""
+        registry = cls()
+        registry.check()
+        return registry
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Registry, (self._store.tracking_uri, self._store.registry_uri, self.cache_dir))
@@ -250,7 +257,7 @@ class Registry:
         if alias not in aliases:
             raise BadInput(
                 f"registered model {printable(ref.name)} has no alias {printable(alias)!r}",
-                nearest(alias, aliases) or self._known_versions(ref.name),
+                suggestion(alias, aliases) or self._known_versions(ref.name),
             )
         return self._version(model, aliases[alias])
 
@@ -334,7 +341,7 @@ class Registry:
         empty = "none is registered yet; orchestrator run JOB registers one"
         raise BadInput(
             f"no registered model {printable(name)!r} in {self.display_uri}",
-            nearest(name, known) or empty,
+            suggestion(name, known) or empty,
         )
 
     def _version(self, model: RegisteredModel, version: int) -> VersionSummary:
@@ -481,7 +488,7 @@ class Registry:
             raise BadInput(
                 f"registered model {printable(name)} has no alias {printable(alias)!r} beside its "
                 "champion",
-                nearest(alias, others)
+                suggestion(alias, others)
                 or f"orchestrator promote {printable(name)} VERSION --alias challenger",
             )
         with self._store.translating(f"setting the canary of {printable(name)}"):
@@ -526,17 +533,17 @@ class Registry:
             return AliasOutcome(None if alias == CHAMPION else alias, lost.message)
         return AliasOutcome(CHAMPION, f"Version {version} is champion: {reason}.")
 
-    def _candidate(self, name: str, version: int) -> Candidate:
+    def _candidate(self, name: str, version: int) -> ComparedVersion:
         """Fetch the version and check its whole artifact: digests, shapes and finite values."""
         summary = self._version(self._model(name), version)
         with self._store.translating(f"fetching version {version} of {printable(name)}"):
-            return Candidate(read_manifest(self._fetch(summary)), summary.tags)
+            return ComparedVersion(read_manifest(self._fetch(summary)), summary.tags)
 
     def _contest(
         self,
         name: str,
         version: int,
-        new: Candidate,
+        new: ComparedVersion,
         champion: int | None,
         metric: str,
         better: Better,
@@ -558,7 +565,7 @@ class Registry:
         self,
         name: str,
         version: int,
-        new: Candidate,
+        new: ComparedVersion,
         alias: str,
         holder: int | None,
         force_reason: str | None,
@@ -581,7 +588,7 @@ class Registry:
             )
         return reason
 
-    def _against(self, name: str, new: Candidate, alias: str, holder: int) -> tuple[str, str]:
+    def _against(self, name: str, new: ComparedVersion, alias: str, holder: int) -> tuple[str, str]:
         """Return the objections to replacing the holder, and the reason in favour of it."""
         try:
             old = self._candidate(name, holder)

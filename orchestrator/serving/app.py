@@ -44,15 +44,15 @@ from orchestrator.cluster.ray_folder import ray_temp_dir
 from orchestrator.errors import BadInput, JobFailed, OrchestratorError, Unreachable
 from orchestrator.job.spec import BaseModelSpec
 from orchestrator.models.source import resolve_model
-from orchestrator.registry import Registry
-from orchestrator.registry.versions.refs import ModelRef, nearest, parse_ref, printable
+from orchestrator.registry import CHAMPION, Registry
+from orchestrator.registry.versions.refs import ModelRef, parse_ref, printable, suggestion
 from orchestrator.serving.deploy.options import ServeOptions, options_from
 from orchestrator.serving.deploy.replica import Front, Replica
 from orchestrator.serving.http.access import KEYS_VARIABLE, ApiKey, is_loopback, load_keys
 from orchestrator.serving.http.tracing import asked_exporter
-from orchestrator.serving.prompts.store import CHAMPION, RegistrySource
+from orchestrator.serving.prompts.store import RegistrySource
 from orchestrator.utils.signals import sigterm_kept
-from orchestrator.utils.text import mask_secrets
+from orchestrator.utils.text import first_line, mask_secrets
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -339,7 +339,7 @@ def _version(ref: ModelRef, snapshot: Mapping[str, Mapping[str, int]]) -> int:
     if ref.name not in snapshot:
         raise BadInput(
             f"no registered prompt {printable(ref.name)!r}",
-            nearest(ref.name, snapshot) or NEXT_STEP,
+            suggestion(ref.name, snapshot) or NEXT_STEP,
         )
     if ref.version is not None:
         return ref.version
@@ -349,7 +349,8 @@ def _version(ref: ModelRef, snapshot: Mapping[str, Mapping[str, int]]) -> int:
     if (ref.alias or CHAMPION) not in aliases:
         raise BadInput(
             f"{printable(ref.name)} has no alias {ref.alias or CHAMPION!r}",
-            nearest(ref.alias or CHAMPION, aliases) or f"orchestrator promote {ref.name} VERSION",
+            suggestion(ref.alias or CHAMPION, aliases)
+            or f"orchestrator promote {ref.name} VERSION",
         )
     return aliases[ref.alias or CHAMPION]
 
@@ -381,9 +382,7 @@ def _connect_ray(options: ServeOptions) -> bool:
             if address
             else "Ray can't be started here"
         )
-        raise Unreachable(
-            f"{where}: {mask_secrets(str(error).splitlines()[0])}", "orchestrator doctor"
-        ) from None
+        raise Unreachable(f"{where}: {first_line(error)}", "orchestrator doctor") from None
     return not address
 
 

@@ -18,14 +18,14 @@ START_ONE = "start one with `orchestrator serve`, or name it with --url"
 
 
 @dataclass(frozen=True)
-class Answer:
+class QueryAnswer:
     """An answer as text to show, and the whole response as a document."""
 
     text: str
     document: JsonObject
 
 
-def ask(url: str, model: str, text: str, key: str | None = None) -> Answer:
+def ask(url: str, model: str, text: str, key: str | None = None) -> QueryAnswer:
     """Classify ``text``, or complete it if the prompt has no labels.
 
     For a classification, ``text`` may also be a whole row as a JSON object. Raises BadInput for
@@ -38,14 +38,14 @@ def ask(url: str, model: str, text: str, key: str | None = None) -> Answer:
         if entry.get("labels") is None:
             body = {"model": str(ref), "prompt": text, "max_tokens": 64, "temperature": 0}
             found = _post(client, url, "/v1/completions", body)
-            return Answer(found["choices"][0]["text"].strip(), found)
+            return QueryAnswer(found["choices"][0]["text"].strip(), found)
         found = _post(client, url, "/classify", {"model": str(ref), "input": [_row(text)]})
         first = found["data"][0]
         probs = ", ".join(
             f"{label} {prob:.3f}"
             for label, prob in sorted(first["probs"].items(), key=lambda it: -it[1])
         )
-        return Answer(f"{first['label']}   ({probs})", found)
+        return QueryAnswer(f"{first['label']}   ({probs})", found)
 
 
 def _client(url: str, key: str | None) -> httpx.Client:

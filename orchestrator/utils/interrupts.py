@@ -8,6 +8,7 @@ block under ``undisturbed`` is over.
 from __future__ import annotations
 
 import atexit
+import os
 import signal
 import sys
 import threading
@@ -18,6 +19,8 @@ from typing import Any, Self, TypeVar
 
 Value = TypeVar("Value")
 
+AGAIN_S = 0.01  # how long a destructor has to end before an interrupt that it dropped is sent again
+
 _current: list[Interrupts] = []
 
 
@@ -27,6 +30,9 @@ class Interrupts:
     Later signals are ignored. ``received`` is the number of the first signal. The exception is not
     a class of our own, because Ray waits in C++ and passes on a plain KeyboardInterrupt whatever
     was raised.
+
+    Python drops an exception that is raised in a destructor or a callback of the garbage collector,
+    where a signal may well arrive. Such an interrupt is raised again a moment later.
     """
 
     def __init__(self) -> None:
@@ -35,6 +41,7 @@ class Interrupts:
         self._held = 0
         self._due = False
         self._before: dict[int, Any] = {}
+        self._hook_before = sys.unraisablehook
 
     def __enter__(self) -> Self:
         if (
@@ -43,6 +50,7 @@ class Interrupts:
             self._take(signal.SIGTERM)
             if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # ignored in background jobs
                 self._take(signal.SIGINT)
+            self._hook_before, sys.unraisablehook = sys.unraisablehook, self._unraisable
             _current.append(self)
         return self
 
@@ -55,6 +63,7 @@ class Interrupts:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self in _current:
+            sys.unraisablehook = self._hook_before
             _current.remove(self)
 
     def over(self) -> None:
@@ -83,6 +92,21 @@ class Interrupts:
             self._due = True
             return
         raise KeyboardInterrupt
+
+    def _unraisable(self, unraisable: sys.UnraisableHookArgs) -> None:
+        """Replace ``sys.unraisablehook``: send a dropped interrupt again, without a traceback."""
+        if self.received is None or not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            self._hook_before(unraisable)
+            return
+        # The destructor has to end first, or it would drop the exception again.
+        again = threading.Timer(AGAIN_S, self._send_again)
+        again.daemon = True
+        again.start()
+
+    def _send_again(self) -> None:
+        number, self.received = self.received, None
+        if number is not None and not self._over:
+            os.kill(os.getpid(), number)
 
 
 @contextmanager

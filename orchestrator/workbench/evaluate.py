@@ -78,7 +78,7 @@ class Loaded:
 
 
 @dataclass(frozen=True)
-class Group:
+class RowGroup:
     """A group of rows, as one version sees them, with a line of its own in the results.
 
     ``places`` are the indices of the group's rows among all rows.
@@ -175,7 +175,7 @@ def _backbone(artifacts: Sequence[PromptArtifact], base_model: str | None) -> Ba
 # Rows
 
 
-def _groups(artifact: PromptArtifact, question: Question) -> list[Group]:
+def _groups(artifact: PromptArtifact, question: Question) -> list[RowGroup]:
     """Load the rows in groups; the first group has all rows.
 
     Rows keep only the columns that the version's own data had.
@@ -196,10 +196,10 @@ def _groups(artifact: PromptArtifact, question: Question) -> list[Group]:
             "choose a column of few values",
         )
     parts = [
-        Group(label, [cut[place] for place in found[label]], found[label])
+        RowGroup(label, [cut[place] for place in found[label]], found[label])
         for label in sorted(found)
     ]
-    return [Group("", cut, range(len(cut))), *parts]
+    return [RowGroup("", cut, range(len(cut))), *parts]
 
 
 def _columns(artifact: PromptArtifact, data: DataSpec) -> set[str]:
@@ -229,7 +229,7 @@ def _data_spec(artifact: PromptArtifact, question: Question) -> DataSpec:
     )
 
 
-def _encoded(one: Loaded, groups: Sequence[Group], question: Question) -> list[Encoded]:
+def _encoded(one: Loaded, groups: Sequence[RowGroup], question: Question) -> list[Encoded]:
     encoder, data = one.prompt.encoder, _data_spec(one.artifact, question)
     if encoder.verbalizer is not None:
         _check_labels(one, groups[0].rows, data.target)
@@ -307,7 +307,7 @@ def _targets(
     backbone: Backbone,
     loaded: Sequence[Loaded],
     question: Question,
-    groups: Sequence[Sequence[Group]],
+    groups: Sequence[Sequence[RowGroup]],
     splits: Sequence[Sequence[Encoded]],
     ensemble: bool,
 ) -> list[Target]:
@@ -371,7 +371,7 @@ def _votes(
     backbone: Backbone,
     loaded: Sequence[Loaded],
     question: Question,
-    groups: Sequence[Sequence[Group]],
+    groups: Sequence[Sequence[RowGroup]],
     splits: Sequence[Sequence[Encoded]],
 ) -> list[Metrics]:
     """Compute the accuracy of the majority vote on each group.

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, normalize
+from torch.nn.functional import cosine_similarity
 
 from orchestrator.artifact import IMPORTED, Manifest, PromptArtifact
 from orchestrator.errors import BadInput, OrchestratorError
 from orchestrator.job.space import TrialSpec
 from orchestrator.job.spec import BaseModelSpec
 from orchestrator.models.backbone import Backbone, PromptTensors, default_device, load_backbone
+from orchestrator.models.nearest_words import CHUNK, nearest_rows
 from orchestrator.models.source import looks_like_path, resolve_model
 from orchestrator.registry import Registry, parse_ref
 from orchestrator.search.prepare import stored_tensors
@@ -30,7 +31,6 @@ from orchestrator.utils.documents import JsonObject
 
 NEAREST = 5
 REAL_TOKENS = 64  # enough for mean norms of keys and values
-CHUNK = 8192  # vocabulary rows that are compared at a time
 
 Artifacts = Callable[[str], Mapping[str, Tensor]]
 """Returns the tensors of an init artifact by its reference in the job spec.
@@ -198,23 +198,24 @@ def nearest_tokens(
     backbone: Backbone, embeddings: Tensor, count: int
 ) -> list[tuple[Neighbour, ...]]:
     """Find the ``count`` nearest vocabulary tokens of each of [P, H], nearest first."""
-    size = min(len(backbone.tokenizer), len(backbone.table))  # tables are padded to round sizes
-    wanted = normalize(embeddings.float().to(backbone.device), dim=1)
-    best = torch.empty(len(wanted), 0, device=backbone.device)
-    places = torch.empty(len(wanted), 0, dtype=torch.long, device=backbone.device)
-    for start in range(0, size, CHUNK):
-        ids = torch.arange(start, min(start + CHUNK, size), device=backbone.device)
-        cosines = wanted @ normalize(backbone.embed(ids).float(), dim=1).T
-        candidates = torch.cat([best, cosines], dim=1)
-        best, chosen = candidates.topk(min(count, candidates.shape[1]), dim=1)
-        places = torch.cat([places, ids.expand(len(wanted), -1)], dim=1).gather(1, chosen)
+    near = nearest_rows(
+        embeddings.to(backbone.device),
+        lambda start, end: backbone.embed(torch.arange(start, end, device=backbone.device)),
+        _vocabulary_size(backbone),
+        count,
+    )
     return [
         tuple(
-            Neighbour(place, backbone.tokenizer.decode([place]), 1 - cosine)
-            for place, cosine in zip(row_places, row_cosines, strict=True)
+            Neighbour(index, backbone.tokenizer.decode([index]), distance)
+            for index, distance in row
         )
-        for row_places, row_cosines in zip(places.tolist(), best.tolist(), strict=True)
+        for row in near
     ]
+
+
+def _vocabulary_size(backbone: Backbone) -> int:
+    """Return the number of tokens that have an embedding; tables are padded to round sizes."""
+    return min(len(backbone.tokenizer), len(backbone.table))
 
 
 def _with(context: InitContext, reference: str, tensors: Mapping[str, Tensor]) -> InitContext:
@@ -280,7 +281,7 @@ def _mean_norms(tensor: Tensor) -> list[tuple[float, float]]:
 
 
 def _vocabulary_norm(backbone: Backbone) -> float:
-    size = min(len(backbone.tokenizer), len(backbone.table))
+    size = _vocabulary_size(backbone)
     chunks = [torch.arange(start, min(start + CHUNK, size)) for start in range(0, size, CHUNK)]
     total = sum(
         float(backbone.embed(ids.to(backbone.device)).float().norm(dim=1).sum()) for ids in chunks

@@ -24,8 +24,8 @@ from ray_state import eventually, holders
 from orchestrator.job.space import TrialSpec, draw, grid, trial_count, trials
 from orchestrator.job.spec import JobSpec
 from orchestrator.search.state.history import History
-from orchestrator.search.state.trials import Outcome, TrialRecord
-from orchestrator.search.study.study import Concurrency, run_study, trial_id
+from orchestrator.search.state.trials import Outcome, TrialRecord, TrialStatus, trial_id
+from orchestrator.search.study.study import Concurrency, run_study
 from orchestrator.search.workers.running import quiet_ray_loggers, start_broker
 from orchestrator.search.workers.worker import serve_orders
 from orchestrator.tuning.reports import Report
@@ -154,7 +154,7 @@ class Heard:
     def trial_reported(self, trial: str, report: Report) -> None:
         self.reports.append(report)
 
-    def trial_ended(self, trial: str, status: str, note: str) -> None:
+    def trial_ended(self, trial: str, status: TrialStatus, note: str) -> None:
         self.ended.append(trial)
 
 
@@ -175,7 +175,7 @@ def search(job: JobSpec) -> Study:
     quiet_ray_loggers()
     before = holders()
     broker, curves, heard, known = start_broker(job), Curves(), Heard(), trials(job.search)
-    outcome = Outcome(job.search, [(trial_id(number), spec) for number, spec in enumerate(known)])
+    outcome = Outcome([(trial_id(number), spec) for number, spec in enumerate(known)])
     ray.get(broker.join.remote("w", curves.capacity))
     worker = Thread(target=serve_orders, args=(curves, SimpleNamespace(name="w", broker=broker)))
     worker.start()
@@ -190,7 +190,7 @@ def search(job: JobSpec) -> Study:
         ray.kill(broker)
     eventually(lambda: holders() <= before)
     left = holders() - before
-    return Study(job, outcome.records, outcome.ranking()[0], heard, curves.trained, left)
+    return Study(job, outcome.records, outcome.ranking(job.search)[0], heard, curves.trained, left)
 
 
 @cache

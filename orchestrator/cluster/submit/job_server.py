@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
 from orchestrator.errors import BadInput, OrchestratorError, Unreachable
-from orchestrator.utils.text import mask_secrets
+from orchestrator.utils.text import last_line, mask_secrets
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -172,11 +172,7 @@ class Cluster:
             raise self._silent(_reason(error)) from None
         # The server that answers is not Ray, or has a problem.
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise self._silent(
-                mask_secrets(
-                    str(error).strip().splitlines()[-1][:300] if str(error).strip() else ""
-                )
-            ) from None
+            raise self._silent(last_line(error)) from None
 
     def _locked(self, text: str) -> BadInput:
         given = (

@@ -35,7 +35,7 @@ LABEL_PREFIX = "label."
 
 
 @dataclass(frozen=True)
-class Request:
+class SubmitRequest:
     """Everything that is sent to the cluster, except the number of the attempt.
 
     Equal inputs give equal IDs.

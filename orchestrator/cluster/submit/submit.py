@@ -26,7 +26,7 @@ from orchestrator.cluster.submit.request import (
     ENTRYPOINT,
     SEARCH_KEY,
     STOP_SECONDS,
-    Request,
+    SubmitRequest,
     parse_labels,
     read_pip,
 )
@@ -46,7 +46,7 @@ Say = Callable[[str], None]
 class Submission:
     """A request, its cluster, and the number of times to submit it again."""
 
-    request: Request
+    request: SubmitRequest
     cluster: Cluster
     retries: int = 0
 
@@ -93,7 +93,7 @@ def make_submission(
             f"--shared {missing[0]} is no folder here",
             "name one that this machine and the nodes have",
         )
-    request = Request(
+    request = SubmitRequest(
         package=pack(job, shared),
         code=() if image_has_code else code_files(),
         environment=forwarded(os.environ, asked),
@@ -165,7 +165,7 @@ class _Folders:
     code: Path
 
     @classmethod
-    def written(cls, request: Request, folder: Path) -> _Folders:
+    def written(cls, request: SubmitRequest, folder: Path) -> _Folders:
         request.package.write(folder / "job")
         write_files(request.code, folder / "code")
         return cls(folder / "job", folder / "code" / "orchestrator")

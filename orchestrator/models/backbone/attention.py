@@ -40,7 +40,7 @@ class RowPrefix:
     mask: Tensor
 
 
-class _Thread(threading.local):
+class _ThreadPrefixes(threading.local):
     """The prefixes and recorders of one thread.
 
     They are per thread because a server records a new prompt's shapes from the model while other
@@ -52,7 +52,7 @@ class _Thread(threading.local):
         self.recorders: list[dict[nn.Module, tuple[Tensor, Tensor]]] = []
 
 
-_here = _Thread()
+_here = _ThreadPrefixes()
 
 
 @contextmanager

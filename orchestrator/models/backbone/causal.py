@@ -228,14 +228,14 @@ class CausalBackbone(Backbone):
         """
         fed = [
             [*ids, *target[:-1]]
-            for ids, target in zip(self._placed(prompts, inputs, prompt), targets, strict=True)
+            for ids, target in zip(self._placed_rows(prompts, inputs, prompt), targets, strict=True)
         ]
         longest = max(map(len, targets))
         padded = [[*[-100] * (longest - len(target)), *target] for target in targets]
         logits = self.target_logits(prompts, Rows.pad(fed, prompt, self.device), longest)
         return logits, torch.tensor(padded, device=self.device)
 
-    def _placed(
+    def _placed_rows(
         self, prompts: PreparedPrompts | None, inputs: Sequence[Ids], prompt: Sequence[int]
     ) -> Sequence[Ids]:
         if all(min(ids, default=0) >= 0 for ids in inputs):
@@ -257,7 +257,7 @@ class CausalBackbone(Backbone):
         self, prompts: PreparedPrompts | None, inputs: Sequence[Ids], prompt: Sequence[int]
     ) -> CausalState:
         return self.run(
-            prompts, Rows.pad(self._placed(prompts, inputs, prompt), prompt, self.device)
+            prompts, Rows.pad(self._placed_rows(prompts, inputs, prompt), prompt, self.device)
         )
 
     def run(self, prompts: PreparedPrompts | None, rows: Rows) -> CausalState:

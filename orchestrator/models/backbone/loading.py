@@ -160,7 +160,7 @@ def _load_model(
                 **_quantized(source, device),
             )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise source.unusable_weights(str(error)) from None
+        raise source.unusable_weights(error) from None
     except AssertionError as error:
         raise unusable_config(source, error) from None
     if wrong := {

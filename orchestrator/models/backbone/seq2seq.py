@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from orchestrator.models.backbone.base import Ids
 from orchestrator.models.backbone.encoder import EncodingBackbone
 from orchestrator.models.backbone.prepared_prompts import PreparedPrompts
-from orchestrator.models.backbone.rows import Rows
+from orchestrator.models.backbone.rows import Rows, pad_right
 from orchestrator.models.placeholders import placed
 from orchestrator.models.source import Family
 
@@ -129,10 +129,8 @@ class Seq2SeqBackbone(EncodingBackbone):
         fed = Rows.pad(
             [[self.start_id, *target[:-1]] for target in targets], prompt, self.device, left=False
         )
-        longest = max(map(len, targets))
-        padded = [[*target, *[-100] * (longest - len(target))] for target in targets]
         logits = self._decode(prompts, rows, encoded, mask, fed.ids, cache=None).logits
-        return logits, torch.tensor(padded, device=self.device)
+        return logits, pad_right(targets, -100, self.device)
 
     def start(
         self, prompts: PreparedPrompts | None, inputs: Sequence[Ids], prompt: Sequence[int]

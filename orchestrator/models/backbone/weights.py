@@ -22,6 +22,7 @@ from orchestrator.errors import BadInput
 from orchestrator.models.builtin import cache_folder
 from orchestrator.models.source import Family, ModelSource, family_of, quiet_transformers
 from orchestrator.utils.imports import uncollected
+from orchestrator.utils.text import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -155,11 +156,9 @@ def unusable_config(source: ModelSource, error: Exception) -> BadInput:
             "set pad_token_id to an id of the table, or to null: padding needs no embedding of its "
             "own",
         )
-    reason = (
-        str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-    )
     return BadInput(
-        f"base_model.id {source.id!r}: no model can be built from its config.json: {reason}",
+        f"base_model.id {source.id!r}: no model can be built from its config.json: "
+        f"{first_line(error)}",
         "correct config.json, or fetch the model again",
     )
 

@@ -25,7 +25,7 @@ Better = Literal["max", "min"]
 
 
 @dataclass(frozen=True)
-class Candidate:
+class ComparedVersion:
     """The manifest and the tags of a version, as the gate compares them.
 
     The tags hold the results of later evaluations.
@@ -118,7 +118,7 @@ def _labels(manifest: Manifest) -> list[str]:
     return sorted(spelled(label) for label in manifest.verbalizer_map() or {})
 
 
-def comparison_metric(new: Candidate, holder: Candidate) -> tuple[str, Better]:
+def comparison_metric(new: ComparedVersion, holder: ComparedVersion) -> tuple[str, Better]:
     """Choose the metric that two versions are compared by, and its direction.
 
     It is the metric of the new version's search, or else the first of COMPARED_BY that both test
@@ -131,7 +131,9 @@ def comparison_metric(new: Candidate, holder: Candidate) -> tuple[str, Better]:
     return metric, "min" if metric == "loss" else "max"
 
 
-def verdict(new: Candidate, champion: Candidate, metric: str, better: Better) -> tuple[bool, str]:
+def verdict(
+    new: ComparedVersion, champion: ComparedVersion, metric: str, better: Better
+) -> tuple[bool, str]:
     """Tell whether the new prompt beats the champion on the same test rows.
 
     Returns the answer and its reason, which is a clause.

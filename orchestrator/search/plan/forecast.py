@@ -67,17 +67,22 @@ def rungs(search: SearchSpec, train: TrainSpec) -> tuple[int, ...]:
 
     The last step is always included; it is the only one without a scheduler.
     """
-    grace = min(search.grace_steps or train.evaluate_every, train.steps)
     if search.scheduler != "asha":
-        return (
-            (train.steps,)
-            if search.scheduler == "fifo"
-            else tuple(dict.fromkeys((grace, train.steps)))
-        )
+        first = () if search.scheduler == "fifo" else (_grace(search, train),)
+        return tuple(dict.fromkeys((*first, train.steps)))
+    return tuple(dict.fromkeys((*_asha_rungs(search, train), train.steps)))
+
+
+def _grace(search: SearchSpec, train: TrainSpec) -> int:
+    """Return the first step at which a scheduler may stop a trial."""
+    return min(search.grace_steps or train.evaluate_every, train.steps)
+
+
+def _asha_rungs(search: SearchSpec, train: TrainSpec) -> list[int]:
+    """Return the steps of ASHA's rungs, which the last step need not be one of."""
+    grace = _grace(search, train)
     count = int(math.log(train.steps / grace) / math.log(search.reduction_factor) + 1)
-    return tuple(
-        dict.fromkeys((*(grace * search.reduction_factor**k for k in range(count)), train.steps))
-    )
+    return [grace * search.reduction_factor**k for k in range(count)]
 
 
 def forecast(
@@ -183,7 +188,7 @@ def stopping_rule(search: SearchSpec, train: TrainSpec) -> Callable[[int, int, f
     if search.scheduler == "asha":
         return _Asha(search, train)
     if search.scheduler == "median":
-        return _Median(min(search.grace_steps or train.evaluate_every, train.steps))
+        return _Median(_grace(search, train))
     return lambda trial, step, score: True
 
 
@@ -194,12 +199,10 @@ class _Asha:
     """
 
     def __init__(self, search: SearchSpec, train: TrainSpec) -> None:
-        grace = min(search.grace_steps or train.evaluate_every, train.steps)
         self._keeps = 1 - 1 / search.reduction_factor
         self._last = train.steps
-        count = int(math.log(train.steps / grace) / math.log(search.reduction_factor) + 1)
         self._rungs: list[tuple[int, list[float], set[int]]] = [
-            (grace * search.reduction_factor**k, [], set()) for k in reversed(range(count))
+            (rung, [], set()) for rung in reversed(_asha_rungs(search, train))
         ]
 
     def __call__(self, trial: int, step: int, score: float) -> bool:

@@ -41,6 +41,7 @@ from orchestrator.tuning.engine import Engine, Task
 from orchestrator.tuning.make import make_engine
 from orchestrator.tuning.memory import Memory
 from orchestrator.tuning.reports import EvaluationJob
+from orchestrator.utils.text import first_line
 
 if TYPE_CHECKING:
     from _typeshed import SupportsRichComparison
@@ -138,12 +139,12 @@ def _call(sender: Connection, work: Callable[[], object]) -> None:
     except Exception as error:
         if os.environ.get(TRACEBACK):
             traceback.print_exc()
-        first = f"{type(error).__name__}: {error}".splitlines()[0]
         sender.send(
             (
                 False,
                 JobFailed(
-                    f"the job can't be measured: {first}", f"{TRACEBACK}=1 shows where it arose"
+                    f"the job can't be measured: {first_line(error, with_type=True)}",
+                    f"{TRACEBACK}=1 shows where it arose",
                 ),
             )
         )

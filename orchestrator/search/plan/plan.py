@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from orchestrator.cluster.nodes import Node
+from orchestrator.cluster.nodes import ClusterNode
 from orchestrator.data.encoding import Encoded
 from orchestrator.job.spec import JobSpec
 from orchestrator.search.plan.forecast import Forecast, forecast
@@ -90,7 +90,7 @@ class Plan:
 def make_plan(
     prepared: Prepared,
     placement: Placement,
-    nodes: Sequence[Node],
+    nodes: Sequence[ClusterNode],
     before_s: float,
     storage: Path | None,
 ) -> Plan:

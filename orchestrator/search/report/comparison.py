@@ -11,12 +11,8 @@ from orchestrator import __version__
 from orchestrator.search.report.facts import SearchFacts
 from orchestrator.search.report.page import document_of, table_of
 from orchestrator.utils.documents import JsonObject
+from orchestrator.utils.wording import BASELINE_NAMES
 
-BARE = {
-    "zero_shot": "without a prompt",
-    "few_shot": "a few examples",
-    "instruction": "written instruction",
-}
 HEADING = (
     "method", "search", "trials", "validation", "test", "seeds", "trained parameters",
     "stored bytes", "training s", "evaluation s", "peak MB",
@@ -36,7 +32,9 @@ def comparison(facts: Sequence[SearchFacts]) -> JsonObject:
 
 def _entry(facts: SearchFacts) -> JsonObject:
     best, result = facts.winner, facts.result or {}
-    reached = result.get("best", {}).get("metrics") or ({"validation": best.best} if best else {})
+    reached = result.get("best", {}).get("metrics") or (
+        {"validation": best.metrics} if best else {}
+    )
     return {
         "search": facts.id,
         "method": facts.job.method,
@@ -82,7 +80,7 @@ def comparison_rows(document: Mapping[str, Any]) -> list[list[str]]:
         entries, key=lambda it: sign * it["metrics"].get("validation", {}).get(metric, -sign * 1e9)
     )
     bare = [
-        [BARE[name], "", "",
+        [BASELINE_NAMES[name], "", "",
          *(_number(found.get(split, {}).get(metric)) for split in ("validation", "test")),
          "", "0", "", "", "", ""]
         for name, found in document["baselines"].items()

@@ -25,7 +25,7 @@ from orchestrator.errors import BadInput, JobFailed, Unreachable
 from orchestrator.models.builtin.making import cache_folder
 from orchestrator.utils.atomic import write_whole
 from orchestrator.utils.object_store import check_address, is_address
-from orchestrator.utils.text import mask_secrets
+from orchestrator.utils.text import first_line
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileInfo, FileSystem
@@ -139,7 +139,7 @@ class RemoteHome:
             raise self.unreachable(error) from error
 
     def unreachable(self, error: OSError) -> Unreachable:
-        reason = mask_secrets(str(error).splitlines()[0])[:300]
+        reason = first_line(error)
         return Unreachable(
             f"{self.url}, where searches are kept (ORCHESTRATOR_HOME), can't be used: {reason}",
             f"look at the address and at {', '.join(SETTINGS)}",

@@ -14,7 +14,6 @@ import yaml
 from pydantic import ValidationError
 
 from orchestrator.errors import BadInput, SpecError
-from orchestrator.job.space import TrialSpec
 from orchestrator.job.spec import BEGUN, JobSpec
 from orchestrator.job.yaml import load_job, write
 from orchestrator.search.prepare import Prepared
@@ -74,10 +73,6 @@ class SavedSearch:
         text = write(job.model_dump(exclude_none=True))
         write_whole(folder.job, text.encode())
         write_whole(folder.description, json.dumps(asdict(self), indent=2).encode())
-
-    @property
-    def specs(self) -> list[TrialSpec]:
-        return [TrialSpec.from_config(config) for config in self.trials]
 
     def check(self, folder: SearchFolder, prepared: Prepared) -> None:
         """Raise BadInput unless the inputs are still those that the search began with."""

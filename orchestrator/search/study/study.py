@@ -1,8 +1,8 @@
 """The study: Ray Tune over a list of trials, or over trials as they are proposed.
 
-This is the only importer of ray.tune. A Tune trial is light: a class trainable whose actor is
-reused. It submits its configuration to the broker and then relays reports. It imports no torch and
-holds no model.
+This is the only importer of ray.tune. A Tune trial carries the number and the spec of one of our
+trials. It is light: a class trainable whose actor is reused. It submits the trial to the broker and
+then relays reports. It imports no torch and holds no model.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import tune
@@ -25,8 +25,10 @@ from orchestrator.cluster.session import started_here
 from orchestrator.errors import JobFailed
 from orchestrator.job.space import TrialSpec
 from orchestrator.job.spec import JobSpec
+from orchestrator.search.state.events import Listener
 from orchestrator.search.state.history import History
-from orchestrator.search.study.replay import replayed, under_way
+from orchestrator.search.state.trials import TrialStatus, trial_id, trial_number
+from orchestrator.search.study.replay import replayed
 from orchestrator.search.study.tpe import Proposer
 from orchestrator.search.workers.placement import TRIAL_CPUS
 from orchestrator.tuning.reports import BROKEN, Report
@@ -55,24 +57,6 @@ STOPPED = {
 LOST = {**STOPPED, "lost": True}  # the same, when the search can't continue
 
 
-def trial_id(number: int) -> str:
-    return f"t{number:03d}"
-
-
-def trial_number(name: str) -> int:
-    return int(name[1:])
-
-
-class Listener(Protocol):
-    """A receiver of every trial's events in their order; it is called in the driver."""
-
-    def trial_started(self, trial: str, spec: TrialSpec) -> None: ...
-
-    def trial_reported(self, trial: str, report: Report) -> None: ...
-
-    def trial_ended(self, trial: str, status: str, note: str) -> None: ...
-
-
 class RelayTrial(tune.Trainable):
     """A Tune trial that submits itself to the broker and then relays a report per step.
 
@@ -87,15 +71,14 @@ class RelayTrial(tune.Trainable):
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._asked = new_config["trial"]
-        self._trial = trial_id(self._asked["number"])
+        self._number, self._spec = new_config["trial"]["number"], new_config["trial"]["spec"]
+        self._trial = trial_id(self._number)
         self._submitted = False
         return True
 
     def _submit(self) -> None:
         if not self._submitted:
-            number, config = self._asked["number"], self._asked["config"]
-            actors.get(self._broker.submit.remote(self._trial, number, config))
+            actors.get(self._broker.submit.remote(self._trial, self._number, self._spec))
             self._submitted = True
 
     def step(self) -> dict[str, Any]:
@@ -133,7 +116,7 @@ class _Proposals(Searcher):
             finished: str = Searcher.FINISHED
             return finished
         self._numbers[trial_id] = number
-        return {"trial": {"number": number, "config": spec.config()}}
+        return {"trial": {"number": number, "spec": spec}}
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -199,12 +182,10 @@ class _Relay(Callback):
     def on_trial_start(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
-        asked = trial.config["trial"]
-        self._open[trial_id(asked["number"])] = None
+        name = _name(trial)
+        self._open[name] = None
         for listener in self._listeners:
-            listener.trial_started(
-                trial_id(asked["number"]), TrialSpec.from_config(asked["config"])
-            )
+            listener.trial_started(name, trial.config["trial"]["spec"])
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
@@ -230,22 +211,25 @@ class _Relay(Callback):
     def on_trial_error(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
-        name = trial_id(trial.config["trial"]["number"])
+        name = _name(trial)
         self._broker.decide.remote(name, False)
-        self._ended(name, "failed", "see the search's log")
+        self._ended(name, TrialStatus.FAILED, "see the search's log")
 
     def ended(self, report: Report) -> None:
         """Record that a trial ended with this report."""
-        status = "failed" if report.ending in BROKEN else "finished" if report.ending else "stopped"
+        if report.ending in BROKEN:
+            status = TrialStatus.FAILED
+        else:
+            status = TrialStatus.FINISHED if report.ending else TrialStatus.STOPPED
         self._ended(report.trial, status, self._why(report))
 
     def end(self) -> None:
         """Record that Tune has ended; trials that it left unfinished or unstarted are stopped."""
         actors.get(self._broker.end_trials.remote())
         for name in [] if self._targets.lost else list(self._open):
-            self._ended(name, "stopped", self._targets.why)
+            self._ended(name, TrialStatus.STOPPED, self._targets.why)
 
-    def _ended(self, name: str, status: str, note: str) -> None:
+    def _ended(self, name: str, status: TrialStatus, note: str) -> None:
         self._open.pop(name, None)
         for listener in self._listeners:
             listener.trial_ended(name, status, note)
@@ -310,17 +294,15 @@ def _source(
     The parameter space is empty where trials are proposed.
     """
     if proposer is None:
-        listed = [
-            {"number": trial_number(name), "config": spec.config()} for name, spec in trials.items()
-        ]
+        listed = [{"number": trial_number(name), "spec": spec} for name, spec in trials.items()]
         return {"trial": tune.grid_search(listed)}, {"search_alg": concurrency.searcher(None)}
     searcher = concurrency.searcher(_Proposals(proposer, trials))
     return {}, {"search_alg": searcher, "num_samples": len(trials) + proposer.left}
 
 
 @dataclass(frozen=True)
-class _Stand:
-    """A stand-in for a trial in a resumed scheduler, the same for earlier and later reports."""
+class _TuneTrial:
+    """A stand-in for a Tune trial in a resumed scheduler, the same before and after the break."""
 
     trial_id: str
 
@@ -361,8 +343,8 @@ class Continued(TrialScheduler):
                 over[report.trial] = report
         return over
 
-    def _stand(self, name: str) -> _Stand:
-        stand = _Stand(name)
+    def _stand(self, name: str) -> _TuneTrial:
+        stand = _TuneTrial(name)
         if name not in self._known:
             self._known.add(name)
             self._inner.on_trial_add(_NO_TUNE, stand)
@@ -431,7 +413,7 @@ def run_study(
     names = {trial_id(number): spec for number, spec in enumerate(trials)}
     proposer = Proposer(job.search) if proposes(job) else None
     if proposer:
-        numbered = {trial_number(name): config for name, config in history.configs().items()}
+        numbered = {trial_number(name): spec for name, spec in history.first_specs().items()}
         names = {trial_id(number): spec for number, spec in enumerate(proposer.replay(numbered))}
     relay = _Relay(broker, listeners, targets, history.remaining(names))
     decides, over = scheduler(job), {}
@@ -442,17 +424,15 @@ def run_study(
     # The journal has the last report of these trials, but not the decision that ended them.
     for name in history.remaining(over):
         relay.ended(over[name])
-    total = len(left)
+    total, records = len(left), history.outcome().records
     if proposer:
-        for name, score in history.own_scores().items():
+        for name, record in records.items():
             if name not in left:
-                proposer.learn(trial_number(name), score)
+                proposer.learn(trial_number(name), record.own_score)
         total += proposer.left
     population, copies = replayed(job, history, left)
-    begun = {
-        name: under_way(history, name, copies.get(name)) for name in left if name in history.steps()
-    }
-    actors.get(broker.expect.remote(total, begun, population))
+    begun = {name: records[name] for name in left if name in records}
+    actors.get(broker.expect.remote(total, begun, population, copies))
     if total and not targets.stop_all():
         trials_left = {name: names[name] for name in left}
         _tune(proposer, trials_left, broker, concurrency, storage, targets, relay, decides)

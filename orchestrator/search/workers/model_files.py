@@ -6,14 +6,11 @@ Such a node fetches the files once, for all its workers.
 from __future__ import annotations
 
 import hashlib
-import shutil
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
 import ray
-from filelock import FileLock
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.cluster import actors
@@ -22,6 +19,7 @@ from orchestrator.errors import JobFailed
 from orchestrator.job.spec import BaseModelSpec
 from orchestrator.models.builtin import cache_folder
 from orchestrator.models.source import SMALL_FILES, WEIGHTS, ModelSource, resolve_model
+from orchestrator.utils.atomic import make_folder_once
 
 CHUNK = 64 << 20  # bytes of an answer; the object store holds only a few answers at a time
 FILES = (*SMALL_FILES, WEIGHTS, "*.py")
@@ -102,22 +100,13 @@ def fetched(files: ModelFilesHandle) -> Path:
     """
     listing = actors.get(files.listing.remote())
     folder = cache_folder() / "base-models" / listing.key
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
-        if not folder.is_dir():
-            staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-            try:
-                _fetch(files, listing, staging)
-                staging.rename(folder)
-            except OSError as error:
-                raise JobFailed(
-                    f"the base model can't be copied to {folder.parent} of a node: "
-                    f"{error.strerror}",
-                    "make room there, set ORCHESTRATOR_CACHE, "
-                    "or put the model's folder on every node",
-                ) from None
-            finally:
-                shutil.rmtree(staging, ignore_errors=True)
+    try:
+        make_folder_once(folder, lambda staging: _fetch(files, listing, staging))
+    except OSError as error:
+        raise JobFailed(
+            f"the base model can't be copied to {folder.parent} of a node: {error.strerror}",
+            "make room there, set ORCHESTRATOR_CACHE, or put the model's folder on every node",
+        ) from None
     return folder
 
 

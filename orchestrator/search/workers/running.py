@@ -28,18 +28,20 @@ from orchestrator.job.space import trial_count
 from orchestrator.job.spec import JobSpec
 from orchestrator.models.source import BaseModelInfo
 from orchestrator.search.prepare import Prepared
+from orchestrator.search.state.events import Listener
 from orchestrator.search.state.history import History
-from orchestrator.search.state.trials import Outcome
+from orchestrator.search.state.trials import Outcome, trial_id
 from orchestrator.search.study.population import Population
-from orchestrator.search.study.study import Concurrency, Listener, run_study, trial_id
+from orchestrator.search.study.study import Concurrency, run_study
 from orchestrator.search.workers.broker import Broker, BrokerHandle, Place
 from orchestrator.search.workers.model_files import start_files
 from orchestrator.search.workers.placement import Placement, place
-from orchestrator.search.workers.scale_up import Growth
+from orchestrator.search.workers.scale_up import ScaleUp
 from orchestrator.search.workers.train_group import WorkerGroup
 from orchestrator.search.workers.worker import WorkerConfig
 from orchestrator.tuning.reports import EvaluationJob
 from orchestrator.utils.interrupts import undisturbed
+from orchestrator.utils.text import first_line, last_line
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -121,7 +123,7 @@ class Running:
         Raises JobFailed when the workers are lost for good, SearchLost when the broker is.
         """
         named = [(trial_id(number), spec) for number, spec in enumerate(self.prepared.trials)]
-        outcome = Outcome(self.prepared.job.search, named)
+        outcome = Outcome(named)
         history.tell(outcome)
         # A worker takes a dozen processes, which start one after another; Tune starts a process for
         # each slot at once. On few cores the worker, which takes longest, would wait for the
@@ -180,7 +182,7 @@ def _own_errors() -> Iterator[None]:
         raise JobFailed(f"the search's broker failed: {first_line(error)}", SEE_LOG) from None
 
 
-def placed(prepared: Prepared) -> Placement:
+def place_search(prepared: Prepared) -> Placement:
     """Place the search on this cluster. Raises BadInput when it does not fit."""
     resources = prepared.job.resources
     if prepared.job.is_baseline:  # a baseline method changes the model, or needs it to itself
@@ -233,12 +235,14 @@ def running(prepared: Prepared, placement: Placement, storage: Path) -> Iterator
             _kill(files)
 
 
-def _growth(prepared: Prepared, placement: Placement, grow: Callable[[int], None]) -> Growth | None:
+def _growth(
+    prepared: Prepared, placement: Placement, grow: Callable[[int], None]
+) -> ScaleUp | None:
     """Watch for further nodes if ``resources.workers`` is auto and trials would use more groups."""
     most = -(-prepared.total // placement.trials_per_worker)
     if prepared.job.resources.workers != "auto" or most <= placement.workers:
         return None
-    growth = Growth(placement, most, grow)
+    growth = ScaleUp(placement, most, grow)
     growth.start()
     return growth
 
@@ -343,16 +347,9 @@ def worker_failure(error: Exception) -> JobFailed:
         return SearchLost(f"whoever started the workers was lost: {first_line(error)}", SEE_LOG)
     causes: dict[int, Exception] = getattr(error, "worker_failures", {})
     cause: BaseException = next(iter(causes.values()), error)
-    text = str(getattr(cause, "cause", None) or cause).strip()
     return JobFailed(
-        f"a worker failed: {text.splitlines()[-1] if text else type(cause).__name__}", SEE_LOG
+        f"a worker failed: {last_line(getattr(cause, 'cause', None) or cause)}", SEE_LOG
     )
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type if it has no message."""
-    text = str(error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__
 
 
 def quiet_ray_loggers() -> None:

@@ -22,6 +22,7 @@ from orchestrator.search.workers.broker import BrokerHandle, Orders, Place
 from orchestrator.search.workers.placement import Placement
 from orchestrator.tuning.reports import Report
 from orchestrator.utils.imports import uncollected
+from orchestrator.utils.text import first_line
 
 if TYPE_CHECKING:  # the driver and Train's controller import this module without torch
     from orchestrator.models.backbone import Backbone
@@ -99,7 +100,7 @@ def load_engine(told: WorkerConfig) -> Engine | None:
             model_source(job.base_model, told.files), device, job.base_model.dtype, announce
         )
 
-    def ready(backbone: Backbone) -> Engine:
+    def engine_of(backbone: Backbone) -> Engine:
         check_exact(backbone)
         slots, cores = told.placement.trials_per_worker, told.placement.threads
         return make_engine(
@@ -107,7 +108,7 @@ def load_engine(told: WorkerConfig) -> Engine | None:
         )
 
     backbone = _by_all(group, told, read)
-    return None if backbone is None else _by_all(group, told, partial(ready, backbone))
+    return None if backbone is None else _by_all(group, told, partial(engine_of, backbone))
 
 
 def _by_all(group: Group, told: WorkerConfig, work: Callable[[], T]) -> T | None:
@@ -137,9 +138,8 @@ def load_failure(model: str, error: Exception) -> OrchestratorError:
         return BadInput(error.message, error.hint)
     if isinstance(error, OrchestratorError):
         return JobFailed(error.message, error.hint)
-    reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else ""
     return JobFailed(
-        f"the worker can't load base_model.id {model!r}: {type(error).__name__}: {reason}",
+        f"the worker can't load base_model.id {model!r}: {first_line(error, with_type=True)}",
         "check that the model's files are whole and that its weights fit into memory",
     )
 

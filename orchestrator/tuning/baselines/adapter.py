@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from orchestrator.errors import BadInput
 from orchestrator.job.space import TrialSpec
 from orchestrator.models.backbone import Backbone
-from orchestrator.tuning.baselines.change import Change
+from orchestrator.tuning.baselines.change import WeightChange
 from orchestrator.tuning.prompts.base import seeded
 
 ENDS = frozenset(
@@ -40,7 +40,7 @@ Hook: TypeAlias = Callable[[nn.Module, object, Tensor], Tensor]
 STD = 0.001  # of initial weights: the adapter is almost the identity (section 3.6)
 
 
-class Adapters(Change):
+class Adapters(WeightChange):
     """Adapters after some projections of width H: each turns h into h + up(gelu(down(h)))."""
 
     def __init__(self, ends: dict[str, nn.Module], width: int, bottleneck: int) -> None:

@@ -13,8 +13,9 @@ from torch import nn
 from orchestrator.errors import BadInput
 from orchestrator.job.space import TrialSpec
 from orchestrator.models.backbone import Backbone
-from orchestrator.tuning.baselines.change import Change
+from orchestrator.tuning.baselines.change import WeightChange
 from orchestrator.tuning.prompts.base import seeded
+from orchestrator.utils.text import first_line
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -36,7 +37,7 @@ def check_peft(method: str) -> None:
         )
 
 
-class Lora(Change):
+class Lora(WeightChange):
     """PEFT's LoRA layers, which replace the layers that they wrap while the change is applied."""
 
     def __init__(self, model: nn.Module, model_type: str, rank: int, alpha: int) -> None:
@@ -103,7 +104,7 @@ def _made_layers(model: nn.Module, config: LoraConfig) -> dict[str, Place]:
         LoraModel(model, config, NAME)
     except ValueError as error:
         raise BadInput(
-            f"method lora does not fit this model: {str(error).splitlines()[0][:200]}",
+            f"method lora does not fit this model: {first_line(error)}",
             "use another base model",
         ) from None
     finally:
