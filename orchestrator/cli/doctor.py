@@ -8,9 +8,9 @@ import shutil
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from orchestrator.errors import OrchestratorError
+from orchestrator.utils.documents import JsonObject
 from orchestrator.utils.text import first_line, mask_secrets
 from orchestrator.utils.wording import counted
 
@@ -28,7 +28,7 @@ class CheckResult:
     ok: bool = True
     fix: str = ""
 
-    def document(self) -> dict[str, Any]:
+    def document(self) -> JsonObject:
         return asdict(self)
 
     def __str__(self) -> str:

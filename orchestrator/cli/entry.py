@@ -6,8 +6,8 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import typer
 
@@ -41,7 +41,7 @@ def main() -> NoReturn:
     end_process(code)
 
 
-def _guarded(verb: Callable[[], Any]) -> int:
+def _guarded(verb: Callable[[], object]) -> int:
     with Interrupts() as interrupts:
         try:
             result = verb()
@@ -105,7 +105,9 @@ def _interrupted(interrupts: Interrupts, resume: str = "", message: str = "inter
     return _document("interrupted", message, again, code)
 
 
-def _document(status: str, message: str, hint: str, code: int, problems: Any = ()) -> int:
+def _document(
+    status: str, message: str, hint: str, code: int, problems: Sequence[object] = ()
+) -> int:
     """Print the failure as a JSON document if ``--json`` was given. Returns the exit code."""
     if "--json" in sys.argv[1:]:
         error = {"message": message, "next": hint, "problems": list(problems), "exit_code": code}

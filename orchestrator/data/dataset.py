@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.data.held_out import held_out_inputs, label_of
-from orchestrator.data.source_row import SourceRow, place_of
+from orchestrator.data.source_row import Row, SourceRow, place_of
 from orchestrator.data.tables import read_table
 from orchestrator.data.template import Template
 from orchestrator.data.used_columns import UsedColumns
@@ -28,7 +28,6 @@ from orchestrator.models.builtin import BUILTIN_DATA, builtin_rows
 from orchestrator.models.source import hub_unreachable, looks_like_path
 from orchestrator.utils.text import first_line
 
-Row = Mapping[str, Any]
 SPLITS = ("train", "validation", "test")
 WORD = re.compile(r"\S+")
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from orchestrator.data.csv_table import Dialect, distinct_names, read_csv
 from orchestrator.data.json_table import read_json
@@ -19,6 +19,9 @@ from orchestrator.errors import BadInput
 from orchestrator.job.spec import CsvSpec
 from orchestrator.utils.imports import uncollected
 from orchestrator.utils.text import first_line
+
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
 
 FORMATS = {
     ".jsonl": "json",
@@ -110,7 +113,7 @@ def _read_parquet(file: Path) -> tuple[list[str], list[SourceRow]]:
         ) from None
 
 
-def _parquet_rows(table: Any, columns: list[str], source: str) -> Iterator[SourceRow]:
+def _parquet_rows(table: ParquetFile, columns: list[str], source: str) -> Iterator[SourceRow]:
     number = 0
     for batch in table.iter_batches():
         cells = [column.to_pylist() for column in batch.columns]

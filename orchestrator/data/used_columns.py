@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.data.cells import cell_text, is_blank, is_missing
-from orchestrator.data.source_row import SourceRow, place_of
+from orchestrator.data.source_row import Row, SourceRow, place_of
 from orchestrator.errors import BadInput
 from orchestrator.job.labels import Label, LabelKey, by_meaning, label_key
 from orchestrator.job.spec import DataSpec
-
-Row = Mapping[str, Any]
 
 
 @dataclass

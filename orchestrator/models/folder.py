@@ -15,6 +15,7 @@ from orchestrator.errors import BadInput
 from orchestrator.job.spec import BaseModelSpec
 from orchestrator.models.adapter_folder import ADAPTER_CONFIG, MODEL_CONFIG
 from orchestrator.models.source import ENDINGS, MODEL_HINT, ModelSource, local_folder
+from orchestrator.utils.documents import JsonObject
 
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = (
@@ -44,7 +45,7 @@ def folder_faults(spec: BaseModelSpec) -> Iterator[BadInput]:
     yield from _weight_faults(spec, folder)
 
 
-def _config(spec: BaseModelSpec, folder: Path) -> dict[str, Any]:
+def _config(spec: BaseModelSpec, folder: Path) -> JsonObject:
     if not (folder / MODEL_CONFIG).is_file():
         raise BadInput(
             f"base_model.id {spec.id!r}: {folder} holds no {MODEL_CONFIG}",
@@ -75,7 +76,7 @@ def _hint_without_config(folder: Path) -> str:
     return MODEL_HINT
 
 
-def _may_be_language_model(spec: BaseModelSpec, config: dict[str, Any]) -> bool:
+def _may_be_language_model(spec: BaseModelSpec, config: JsonObject) -> bool:
     """Return whether the names of the architectures allow for a language model.
 
     The names are enough to refuse a classifier or an image model.

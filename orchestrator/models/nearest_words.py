@@ -55,7 +55,7 @@ def nearest_words(source: ModelSource, embeddings: np.ndarray, count: int) -> Wo
     return []
 
 
-def _table(weights: Any, vocabulary: int, width: int) -> str | None:
+def _table(weights: safe_open, vocabulary: int, width: int) -> str | None:
     for name in sorted(weights.keys()):
         parts = name.split(".")
         if len(parts) > 1 and parts[-1] == "weight" and parts[-2] in TABLES:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from orchestrator.errors import BadInput, Unreachable
 from orchestrator.job.spec import BUILTIN, QUICKSTART, BaseModelSpec
@@ -25,8 +25,12 @@ from orchestrator.models.checks import (
     check_positions,
     check_stored_quantization,
 )
+from orchestrator.models.tokenizer import Tokenizer
 from orchestrator.utils.imports import uncollected
 from orchestrator.utils.text import first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 WEIGHTS = "*.safetensors"
@@ -64,7 +68,7 @@ class ModelSource:
     allow_remote_code: bool = False
 
     @cached_property
-    def config(self) -> Any:
+    def config(self) -> PreTrainedConfig:
         """The configuration of the model, read by transformers.
 
         Raises BadInput if there is none, if it can't be read, or if it needs code that may not run.
@@ -98,7 +102,7 @@ class ModelSource:
             ) from None
 
     @cached_property
-    def _tokenizer(self) -> Any:
+    def _tokenizer(self) -> Tokenizer:
         """The tokenizer of the model.
 
         Raises BadInput if it can't be used, or lacks the mask or end token that the family needs.
@@ -108,7 +112,7 @@ class ModelSource:
             with uncollected():
                 from transformers import AutoTokenizer
 
-                tokenizer = AutoTokenizer.from_pretrained(
+                tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
                     self.path, trust_remote_code=self.allow_remote_code
                 )
         # Tokenizer files fail in many ways: KeyError, TypeError, OSError, a Rust panic.
@@ -130,7 +134,7 @@ class ModelSource:
             )
         return tokenizer
 
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer:
         return self._tokenizer
 
     def weight_files(self) -> list[Path]:
@@ -249,7 +253,7 @@ ENDINGS: dict[Family, tuple[str, ...]] = {
 }
 
 
-def family_of(config: Any) -> Family:
+def family_of(config: PreTrainedConfig) -> Family:
     """Return the model's family, from its configuration alone."""
     if getattr(config, "is_encoder_decoder", False):
         return "seq2seq"
@@ -272,7 +276,7 @@ def usual_family(model_type: str) -> Family:
     return "masked" if model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES else "causal"
 
 
-def _is_language_model(config: Any) -> bool:
+def _is_language_model(config: PreTrainedConfig) -> bool:
     from transformers.models.auto import modeling_auto as auto
 
     mapping = {
@@ -287,7 +291,7 @@ def _is_language_model(config: Any) -> bool:
     )
 
 
-def _embedding_width(config: Any) -> int:
+def _embedding_width(config: PreTrainedConfig) -> int:
     """Return the width of the token embeddings, which some models project to the hidden size."""
     for key in ("embedding_size", "word_embed_proj_dim", "hidden_size"):
         if value := getattr(config, key, None):
@@ -391,7 +395,7 @@ def hub_unreachable(what: str, error: Exception) -> Unreachable:
     )
 
 
-def tokenizer_digest(tokenizer: Any) -> str:
+def tokenizer_digest(tokenizer: Tokenizer) -> str:
     """Return the sha256 of the tokenizer's serialised form.
 
     Tokenizers with equal digests split texts in the same way.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.artifact import DataRecord, read_manifest
+from orchestrator.data.source_row import Row
 from orchestrator.errors import BadInput
 from orchestrator.job.spec import ALIAS_PATTERN, NAME_PATTERN, RESERVED_ALIAS
 from orchestrator.registry.aliases import gate as promotion
@@ -178,7 +179,7 @@ class Registry:
         *,
         tags: Mapping[str, Any] | None = None,
         metric: str = "",
-        example: Mapping[str, Any] | None = None,
+        example: Row | None = None,
         nearest: Sequence[Sequence[tuple[str, float]]] = (),
     ) -> int:
         """Publish the artifact as a new version of the registered model and return its number.

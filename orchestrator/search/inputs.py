@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 from orchestrator.data.cells import is_missing
 from orchestrator.data.dataset import (
     SPLITS,
-    Row,
     RowSplits,
     cut_in_two,
     known_data,
@@ -25,7 +24,7 @@ from orchestrator.data.dataset import (
     read_split,
     wanted_rows,
 )
-from orchestrator.data.source_row import place_of
+from orchestrator.data.source_row import Row, place_of
 from orchestrator.data.split_checks import judge
 from orchestrator.data.template import Verbalizer
 from orchestrator.errors import BadInput, Problem, SpecError
@@ -209,7 +208,7 @@ def _folder_faults(job: JobSpec, key: str, reference: str, folder: Path) -> Iter
         yield Fault(key, error.message, error.hint)
 
 
-def check_can_start(job: JobSpec, reference: str, tensors: Mapping[str, Any]) -> None:
+def check_can_start(job: JobSpec, reference: str, tensors: Mapping[str, object]) -> None:
     """Raise BadInput if a soft prompt is to start from a prefix, which has no embeddings."""
     if job.method != "prefix_tuning" and "prompt" not in tensors:
         raise BadInput(

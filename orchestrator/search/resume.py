@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from typing import Any
 
 from orchestrator.cluster.session import ray_session
 from orchestrator.errors import BadInput
@@ -20,6 +19,7 @@ from orchestrator.search.state.journal import read_history
 from orchestrator.search.state.processes import end_processes
 from orchestrator.search.state.saved import SavedSearch, find_search, load_saved
 from orchestrator.search.workers.running import place_search
+from orchestrator.utils.documents import JsonObject
 from orchestrator.utils.text import mask_secrets
 
 
@@ -28,7 +28,7 @@ def resume_search(
     progress_for: ProgressFactory,
     address: str | None = None,
     verbose: bool = False,
-) -> tuple[dict[str, Any], JobSpec]:
+) -> tuple[JsonObject, JobSpec]:
     """Resume the search that ``wanted`` names.
 
     Returns the document of ``run --json``, and the job. For a search that is finished, the stored
@@ -53,7 +53,7 @@ def _go_on(
     progress: Progress,
     address: str | None,
     verbose: bool,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Check that the inputs are those of the saved search, and run the remaining trials."""
     clock = Clock()
     registry = Registry.connect()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 from orchestrator.cluster.submit import SEARCH, unpacked
 from orchestrator.errors import BadInput
@@ -16,12 +15,13 @@ from orchestrator.search.resume import resume_search
 from orchestrator.search.run import run_job
 from orchestrator.search.state.folder import SearchFolder, home_folder, searches_folder
 from orchestrator.utils.atomic import write_whole
+from orchestrator.utils.documents import JsonObject
 
 # The folder for searches if ORCHESTRATOR_HOME is not set, and for runs if there is no MLflow.
 HOME = Path("~/.orchestrator")
 
 
-def carry_out(progress_for: ProgressFactory) -> tuple[dict[str, Any], JobSpec]:
+def carry_out(progress_for: ProgressFactory) -> tuple[JsonObject, JobSpec]:
     """Run the job that was unpacked into the working directory, or resume its search.
 
     Returns the document of ``run --json``, and the job. Raises BadInput outside a submitted job,

@@ -18,7 +18,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Silences Ray's warning about a default that does not matter here.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -54,6 +54,11 @@ from orchestrator.serving.prompts.store import RegistrySource
 from orchestrator.utils.signals import sigterm_kept
 from orchestrator.utils.text import first_line, mask_secrets
 
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from ray.serve.schema import ApplicationStatusOverview
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
 log = logging.getLogger(__name__)
 
 APP_NAME = "orchestrator"
@@ -82,7 +87,7 @@ DEPLOYMENT: dict[str, Any] = {
 class PromptReplica(Replica):
     """A replica that answers HTTP requests directly."""
 
-    def __serve_build_asgi_app__(self) -> Any:
+    def __serve_build_asgi_app__(self) -> FastAPI:
         return self.api
 
 
@@ -102,8 +107,8 @@ class FrontReplica(Front):
         answer = replicas.options(stream=True).answer.remote
         super().__init__(answer, keys, max_body_bytes, RayActorError, BackPressureError)
 
-    def __serve_build_asgi_app__(self) -> Any:
-        async def front(scope: Any, receive: Any, send: Any) -> None:
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        async def front(scope: Scope, receive: Receive, send: Send) -> None:
             await self.pass_on(scope, receive, send)
 
         return front  # Serve would take a bound method for an ASGI 2 application
@@ -443,7 +448,7 @@ def _await_running() -> None:
     )
 
 
-def _reason(state: Any) -> tuple[str, str]:
+def _reason(state: ApplicationStatusOverview) -> tuple[str, str]:
     """Return a deployment's error message and its hint, which may be empty.
 
     Serve reports a whole traceback. Its last line without indentation names the error, and in this

@@ -10,6 +10,7 @@ import httpx
 
 from orchestrator.errors import BadInput, JobFailed, Unreachable
 from orchestrator.registry.versions.refs import ModelRef, parse_ref
+from orchestrator.utils.documents import JsonObject
 from orchestrator.utils.text import mask_secrets
 
 TIMEOUT_S = 60.0
@@ -21,7 +22,7 @@ class QueryAnswer:
     """An answer as text to show, and the whole response as a document."""
 
     text: str
-    document: dict[str, Any]
+    document: JsonObject
 
 
 def ask(url: str, model: str, text: str, key: str | None = None) -> QueryAnswer:
@@ -68,7 +69,7 @@ def _row(text: str) -> Any:
     return text
 
 
-def _entry(client: httpx.Client, url: str, ref: ModelRef) -> dict[str, Any]:
+def _entry(client: httpx.Client, url: str, ref: ModelRef) -> JsonObject:
     """Return the model's entry in the server's list.
 
     For a name that is not listed, returns an entry that makes the caller try /classify, which the
@@ -82,12 +83,12 @@ def _entry(client: httpx.Client, url: str, ref: ModelRef) -> dict[str, Any]:
     )
 
 
-def _post(client: httpx.Client, url: str, route: str, body: dict[str, Any]) -> dict[str, Any]:
+def _post(client: httpx.Client, url: str, route: str, body: JsonObject) -> JsonObject:
     return _checked(_send(client, url, "POST", route, body))
 
 
 def _send(
-    client: httpx.Client, url: str, method: str, route: str, body: dict[str, Any] | None = None
+    client: httpx.Client, url: str, method: str, route: str, body: JsonObject | None = None
 ) -> httpx.Response:
     try:
         return client.request(method, route, json=body)
@@ -97,7 +98,7 @@ def _send(
         ) from None
 
 
-def _checked(response: httpx.Response) -> dict[str, Any]:
+def _checked(response: httpx.Response) -> JsonObject:
     try:
         body = response.json()
     except ValueError:

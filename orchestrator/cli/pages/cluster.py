@@ -9,9 +9,10 @@ from typing import Any
 from orchestrator.cli.pages.table import aligned, table
 from orchestrator.cli.progress import duration
 from orchestrator.cluster.submit import LABEL_PREFIX, NAME_KEY, SEARCH_KEY, USER_KEY, Job
+from orchestrator.utils.documents import JsonObject
 
 
-def jobs_document(jobs: Sequence[Job]) -> list[dict[str, Any]]:
+def jobs_document(jobs: Sequence[Job]) -> list[JsonObject]:
     """Return the document of ``jobs --json``."""
     return [
         {

@@ -14,6 +14,7 @@ from orchestrator.cli.pages.table import aligned, metric_text, table
 from orchestrator.job.labels import label_text
 from orchestrator.job.space import TrialSpec
 from orchestrator.registry import CHAMPION, ModelSummary, VersionDetail, VersionSummary, printable
+from orchestrator.utils.documents import JsonObject
 from orchestrator.utils.wording import BASELINE_NAMES
 
 START_HERE = "nothing is registered yet\nnext: orchestrator demo   or   orchestrator init"
@@ -88,7 +89,7 @@ def _drift_cells(drift: Mapping[str, Any] | None) -> tuple[str, str]:
 # Registry
 
 
-def models_document(models: Sequence[ModelSummary]) -> list[dict[str, Any]]:
+def models_document(models: Sequence[ModelSummary]) -> list[JsonObject]:
     """Return the document of ``models --json``."""
     return [asdict(model) for model in models]
 
@@ -116,12 +117,12 @@ def _aliases(aliases: dict[str, int]) -> str:
     return ", ".join(f"{alias}={version}" for alias, version in sorted(aliases.items()))
 
 
-def versions_document(name: str, versions: Sequence[VersionSummary]) -> dict[str, Any]:
+def versions_document(name: str, versions: Sequence[VersionSummary]) -> JsonObject:
     """Return a model's versions, for ``models NAME --json``."""
     return {"name": name, "versions": [_version_fields(version) for version in versions]}
 
 
-def _version_fields(version: VersionSummary) -> dict[str, Any]:
+def _version_fields(version: VersionSummary) -> JsonObject:
     fields = asdict(version)
     fields.pop("tags")
     return fields
@@ -153,7 +154,7 @@ def _config_label(config: dict[str, Any]) -> str:
         return ""
 
 
-def version_document(detail: VersionDetail) -> dict[str, Any]:
+def version_document(detail: VersionDetail) -> JsonObject:
     """Return one version in full, for ``models NAME:VERSION --json``."""
     return {
         **_version_fields(detail.summary),

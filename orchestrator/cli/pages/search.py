@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from orchestrator.cli.pages.table import aligned, table
 from orchestrator.cli.progress import duration
 from orchestrator.job.space import TrialSpec
 from orchestrator.job.spec import JobSpec
+from orchestrator.utils.documents import JsonObject
 from orchestrator.utils.wording import BASELINE_NAMES, counted
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 # Searches
 
 
-def run_summary(document: dict[str, Any], spec: JobSpec) -> list[str]:
+def run_summary(document: JsonObject, spec: JobSpec) -> list[str]:
     """Format a finished search: its best trial beside the baselines, and the next step."""
     best, metric = document["best"], spec.search.metric
     rows = [
@@ -51,7 +52,7 @@ def run_summary(document: dict[str, Any], spec: JobSpec) -> list[str]:
     return [*lines, *_registered(document["model"])]
 
 
-def _registered(model: dict[str, Any] | None) -> list[str]:
+def _registered(model: JsonObject | None) -> list[str]:
     if model is None:
         return ["nothing was registered (registry.register_top is 0)"]
     alias = f", alias {model['alias']}" if model["alias"] else ""

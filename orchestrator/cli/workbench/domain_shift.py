@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,6 +19,7 @@ from orchestrator.artifact import PromptArtifact
 from orchestrator.data.cells import cell_text
 from orchestrator.data.dataset import load_split, rows_fingerprint
 from orchestrator.data.encoding import Encoded, reference_texts
+from orchestrator.data.source_row import Row
 from orchestrator.data.tables import table_suffix
 from orchestrator.data.template import Template
 from orchestrator.errors import BadInput, JobFailed, Unreachable
@@ -33,8 +34,9 @@ from orchestrator.tuning.cpu_threads import Threads
 from orchestrator.tuning.evaluate import evaluate, forward_tokens
 from orchestrator.tuning.generate import Decoding
 from orchestrator.tuning.out_of_memory import Room
+from orchestrator.utils.documents import JsonObject
 
-Row = Mapping[str, Any]
+Value = TypeVar("Value")
 Metrics = dict[str, float]
 FILE_SPLIT = "train"  # the split of a single file, as data sets name their only split
 MAX_GROUPS = 100
@@ -68,7 +70,7 @@ class Loaded:
         return Decoding(record.max_tokens, record.num_beams) if record else None
 
     @property
-    def kind(self) -> tuple[Any, ...]:
+    def kind(self) -> tuple[object, ...]:
         """The key of versions that see the same tokens and can therefore share forwards."""
         it = self.artifact.manifest
         limits = it.max_input_tokens, it.max_target_tokens
@@ -95,7 +97,7 @@ def evaluate_models(
     base_model: str | None = None,
     log: bool = True,
     say: Callable[[str], None] = lambda text: None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Evaluate versions on data sets; return the document of ``evaluate --json``.
 
     For each data set and each of its groups, the document has the metrics of every version, and how
@@ -246,7 +248,7 @@ def _encoded(one: Loaded, groups: Sequence[RowGroup], question: Question) -> lis
 
 
 def _part(whole: Encoded, places: Sequence[int]) -> Encoded:
-    def chosen(values: list[Any]) -> list[Any]:
+    def chosen(values: list[Value]) -> list[Value]:
         return [values[place] for place in places] if values else []
 
     return Encoded(
@@ -328,7 +330,7 @@ def _metrics(
     Versions that see the same tokens share forwards.
     """
     found: list[Metrics] = [{}] * len(loaded)
-    kinds: dict[tuple[Any, ...], list[int]] = {}
+    kinds: dict[tuple[object, ...], list[int]] = {}
     for place, one in enumerate(loaded):
         kinds.setdefault(one.kind, []).append(place)
     for places in kinds.values():
@@ -420,7 +422,7 @@ def _record(target: Target, place: int) -> EvaluationRecord:
     )
 
 
-def _document(loaded: Sequence[Loaded], targets: Sequence[Target]) -> dict[str, Any]:
+def _document(loaded: Sequence[Loaded], targets: Sequence[Target]) -> JsonObject:
     metric = _compared_by(targets)
     sources = [one.artifact.manifest.metrics.get("test", {}) for one in loaded]
     sign = 1.0 if metric == "loss" else -1.0
@@ -430,7 +432,7 @@ def _document(loaded: Sequence[Loaded], targets: Sequence[Target]) -> dict[str, 
             sign * (metrics[metric] - source[metric]) if metric in source else None
             for metrics, source in zip(target.metrics, sources, strict=True)
         ]
-        line: dict[str, Any] = {
+        line: JsonObject = {
             "data": target.question.data,
             "split": target.question.split,
             "by": target.question.by,

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +27,7 @@ from orchestrator.search.prepare import stored_tensors
 from orchestrator.serving.prompts.served_prompt import load_prompt, prompt_tensors
 from orchestrator.tuning.prompts import InitContext, Method, make_prompt
 from orchestrator.tuning.prompts.inits import frequent_ids
+from orchestrator.utils.documents import JsonObject
 
 NEAREST = 5
 REAL_TOKENS = 64  # enough for mean norms of keys and values
@@ -104,7 +104,7 @@ class Inspection:
 
 def inspect_model(
     registry: Registry, model: str, nearest: int, base_model: str | None = None
-) -> dict[str, Any]:
+) -> JsonObject:
     """Inspect a registered prompt; return the document of ``inspect --json``.
 
     ``base_model`` is the base model's location, if it was moved.

@@ -13,11 +13,14 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
 from orchestrator.errors import BadInput, OrchestratorError, Unreachable
 from orchestrator.utils.text import last_line, mask_secrets
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobDetails, JobSubmissionClient
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"  # a local `ray start --head`, or a forwarded port
 OLDEST_RAY = (2, 60)  # the minimum in pyproject.toml
@@ -64,7 +67,7 @@ class Cluster:
     def __init__(self, address: str | None = None) -> None:
         """Check the address without connecting; raise BadInput if it can't be a dashboard's."""
         self.address = checked_address(address or DEFAULT_ADDRESS)
-        self._client: Any = None
+        self._client: JobSubmissionClient | None = None
 
     @property
     def shown(self) -> str:
@@ -148,7 +151,7 @@ class Cluster:
             async for text in self._connected().tail_job_logs(job_id):
                 yield text
 
-    def _connected(self) -> Any:
+    def _connected(self) -> JobSubmissionClient:
         if self._client is None:
             self.connect()
         return self._client
@@ -243,7 +246,7 @@ def token(here: Mapping[str, str]) -> str | None:
         ) from None
 
 
-def _client(address: str) -> Any:
+def _client(address: str) -> JobSubmissionClient:
     """Create Ray's client for the address with a time limit per request, which Ray does not set."""
     from ray.job_submission import JobSubmissionClient
 
@@ -266,7 +269,7 @@ def _client(address: str) -> Any:
         os.environ.update(kept)
 
 
-def _job(details: Any) -> Job:
+def _job(details: JobDetails) -> Job:
     return Job(
         id=details.submission_id or details.job_id,
         status=str(details.status).lower(),

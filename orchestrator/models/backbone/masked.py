@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from orchestrator.models.backbone.prepared_prompts import PreparedPrompts
 from orchestrator.models.backbone.rows import Rows, pad_right
 from orchestrator.models.placeholders import BLANK, placed
 from orchestrator.models.source import Family
+
+if TYPE_CHECKING:
+    from transformers.modeling_outputs import BaseModelOutput
 
 # Marks the mask tokens that stand for the answer, as opposed to mask tokens in the text. No
 # vocabulary is as large.
@@ -89,7 +92,7 @@ class MaskedBackbone(EncodingBackbone):
         logits: Tensor = self.head(hidden.gather(1, columns.expand(-1, -1, hidden.shape[2])))
         return logits
 
-    def body(self, **inputs: Any) -> Any:
+    def body(self, **inputs: Any) -> BaseModelOutput:
         return self.model.base_model(**inputs)  # type: ignore[operator]
 
     @cached_property

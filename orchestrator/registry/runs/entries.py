@@ -11,7 +11,9 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+Item = TypeVar("Item")
 
 MAX_PARAM = 6000
 MAX_TAG = 5000
@@ -62,7 +64,7 @@ def coalesce(entries: Iterable[LogEntry]) -> list[LogEntry]:
     return merged
 
 
-def chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
+def chunks(items: list[Item], size: int) -> Iterator[list[Item]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
 

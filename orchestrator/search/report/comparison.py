@@ -10,6 +10,7 @@ from typing import Any
 from orchestrator import __version__
 from orchestrator.search.report.facts import SearchFacts
 from orchestrator.search.report.page import document_of, table_of
+from orchestrator.utils.documents import JsonObject
 from orchestrator.utils.wording import BASELINE_NAMES
 
 HEADING = (
@@ -19,7 +20,7 @@ HEADING = (
 NOT_THE_SAME = "not the same {}: {}; the lines can't be compared as they stand"
 
 
-def comparison(facts: Sequence[SearchFacts]) -> dict[str, Any]:
+def comparison(facts: Sequence[SearchFacts]) -> JsonObject:
     """Collect the best trial of each search and the common baselines, as ``report --json`` prints.
 
     ``warnings`` names the differences that make the searches incomparable: data, base model,
@@ -29,7 +30,7 @@ def comparison(facts: Sequence[SearchFacts]) -> dict[str, Any]:
     return {"searches": found, "baselines": _bare(facts), "warnings": _warnings(facts)}
 
 
-def _entry(facts: SearchFacts) -> dict[str, Any]:
+def _entry(facts: SearchFacts) -> JsonObject:
     best, result = facts.winner, facts.result or {}
     reached = result.get("best", {}).get("metrics") or (
         {"validation": best.metrics} if best else {}
@@ -47,7 +48,7 @@ def _entry(facts: SearchFacts) -> dict[str, Any]:
     }
 
 
-def _bare(facts: Sequence[SearchFacts]) -> dict[str, Any]:
+def _bare(facts: Sequence[SearchFacts]) -> JsonObject:
     """Return the baselines of the first search if data, base model and metric are the same for all.
 
     The written instruction is left out, since it depends on a search's own init texts.

@@ -53,7 +53,7 @@ class Found:
 
 
 Event: TypeAlias = Started | Reported | Ended | Found
-KINDS: dict[str, type[Any]] = {
+KINDS: dict[str, type[Event]] = {
     "started": Started,
     "reported": Reported,
     "ended": Ended,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from orchestrator.job.space import TrialSpec
 from orchestrator.search.state.events import Ended, Event, Found, Listener, Reported, Started, tell
@@ -83,6 +82,8 @@ class History:
         return [trial for trial in trials if trial not in self.ended]
 
 
-def trial_of(event: Event) -> Any:
+def trial_of(event: Event) -> str | None:
     """Return the trial of an event; None for an event of the whole search."""
-    return event.report.trial if isinstance(event, Reported) else getattr(event, "trial", None)
+    if isinstance(event, Found):
+        return None
+    return event.report.trial if isinstance(event, Reported) else event.trial

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from orchestrator.errors import BadInput, JobFailed, Unreachable
 from orchestrator.models.builtin.making import cache_folder
@@ -28,7 +28,7 @@ from orchestrator.utils.object_store import check_address, is_address
 from orchestrator.utils.text import first_line
 
 if TYPE_CHECKING:
-    from pyarrow.fs import FileSystem
+    from pyarrow.fs import FileInfo, FileSystem
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ class RemoteHome:
             f"look at the address and at {', '.join(SETTINGS)}",
         )
 
-    def _files(self, below: str) -> list[Any]:
+    def _files(self, below: str) -> list[FileInfo]:
         from pyarrow.fs import FileSelector, FileType
 
         store, root = self._open()

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import ValidationError
@@ -21,6 +21,9 @@ from orchestrator.search.state.folder import SearchFolder, searches_folder
 from orchestrator.search.state.object_store_copy import remote_home
 from orchestrator.tuning.engine import Task
 from orchestrator.utils.atomic import write_whole
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT_VERSION = 1
 SHOWN = 5
@@ -195,7 +198,7 @@ def digests(task: Task) -> dict[str, str]:
     return {reference: _digest(tensors) for reference, tensors in task.artifacts.items()}
 
 
-def _digest(tensors: Mapping[str, Any]) -> str:
+def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(f"{name}|{tuple(tensors[name].shape)}|".encode())

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import tune
@@ -20,6 +20,7 @@ from ray.tune import Callback, CheckpointConfig, FailureConfig, RunConfig, Stopp
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, Searcher
 
+from orchestrator.cluster import actors
 from orchestrator.cluster.session import started_here
 from orchestrator.errors import JobFailed
 from orchestrator.job.space import TrialSpec
@@ -31,6 +32,12 @@ from orchestrator.search.study.replay import replayed
 from orchestrator.search.study.tpe import Proposer
 from orchestrator.search.workers.placement import TRIAL_CPUS
 from orchestrator.tuning.reports import BROKEN, Report
+
+if TYPE_CHECKING:
+    from ray.tune.execution.tune_controller import TuneController
+    from ray.tune.experiment import Trial
+
+    from orchestrator.search.workers.broker import BrokerHandle
 
 STEP = "step"  # the schedulers' clock: Tune's own iteration count starts over after a restore
 SCORE = "score"  # the best validation metric so far
@@ -59,7 +66,7 @@ class RelayTrial(tune.Trainable):
     and its successor.
     """
 
-    def setup(self, config: dict[str, Any], broker: Any = None) -> None:
+    def setup(self, config: dict[str, Any], broker: BrokerHandle) -> None:
         self._broker = broker
         self.reset_config(config)
 
@@ -71,13 +78,13 @@ class RelayTrial(tune.Trainable):
 
     def _submit(self) -> None:
         if not self._submitted:
-            ray.get(self._broker.submit.remote(self._trial, self._number, self._spec))
+            actors.get(self._broker.submit.remote(self._trial, self._number, self._spec))
             self._submitted = True
 
     def step(self) -> dict[str, Any]:
         try:
             self._submit()
-            report: Report | None = ray.get(self._broker.next_report.remote(self._trial))
+            report = actors.get(self._broker.next_report.remote(self._trial))
         except (JobFailed, ray.exceptions.RayActorError):
             return LOST
         if report is None:
@@ -152,7 +159,11 @@ class _Relay(Callback):
     """A callback that passes Tune's decisions to the broker, and events to the listeners."""
 
     def __init__(
-        self, broker: Any, listeners: Sequence[Listener], targets: _Targets, trials: Sequence[str]
+        self,
+        broker: BrokerHandle,
+        listeners: Sequence[Listener],
+        targets: _Targets,
+        trials: Sequence[str],
     ) -> None:
         self._broker = broker
         self._listeners = listeners
@@ -168,14 +179,16 @@ class _Relay(Callback):
         """
         return type(self), (None, (), None, ())
 
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_trial_start(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
         name = _name(trial)
         self._open[name] = None
         for listener in self._listeners:
             listener.trial_started(name, trial.config["trial"]["spec"])
 
     def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
         report = result.pop("report")
         if report is None:
@@ -188,12 +201,16 @@ class _Relay(Callback):
         for listener in self._listeners:
             listener.trial_reported(report.trial, report)
 
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_trial_complete(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
         report = self._last.get(trial.trial_id)
         if report is not None and not self._targets.lost:
             self.ended(report)
 
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_trial_error(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
         name = _name(trial)
         self._broker.decide.remote(name, False)
         self._ended(name, TrialStatus.FAILED, "see the search's log")
@@ -208,7 +225,7 @@ class _Relay(Callback):
 
     def end(self) -> None:
         """Record that Tune has ended; trials that it left unfinished or unstarted are stopped."""
-        ray.get(self._broker.end_trials.remote())
+        actors.get(self._broker.end_trials.remote())
         for name in [] if self._targets.lost else list(self._open):
             self._ended(name, TrialStatus.STOPPED, self._targets.why)
 
@@ -334,22 +351,26 @@ class Continued(TrialScheduler):
             self._inner.on_trial_add(_NO_TUNE, stand)
         return stand
 
-    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+    def on_trial_add(self, tune_controller: TuneController, trial: Trial) -> None:
         self._stand(_name(trial))
 
-    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+    def on_trial_error(self, tune_controller: TuneController, trial: Trial) -> None:
         self._inner.on_trial_error(tune_controller, self._stand(_name(trial)))
 
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+    def on_trial_result(
+        self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]
+    ) -> str:
         return str(self._inner.on_trial_result(tune_controller, self._stand(_name(trial)), result))
 
-    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+    def on_trial_complete(
+        self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]
+    ) -> None:
         self._inner.on_trial_complete(tune_controller, self._stand(_name(trial)), result)
 
-    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
+    def on_trial_remove(self, tune_controller: TuneController, trial: Trial) -> None:
         self._inner.on_trial_remove(tune_controller, self._stand(_name(trial)))
 
-    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+    def choose_trial_to_run(self, tune_controller: TuneController) -> Trial | None:
         return self._inner.choose_trial_to_run(tune_controller)
 
     def debug_string(self) -> str:
@@ -365,21 +386,21 @@ class Continued(TrialScheduler):
 class _NoTune:
     """A stand-in for Tune's controller while a scheduler learns; it has no live trials."""
 
-    def get_live_trials(self) -> set[Any]:
+    def get_live_trials(self) -> set[Trial]:
         return set()
 
 
 _NO_TUNE = _NoTune()
 
 
-def _name(trial: Any) -> str:
+def _name(trial: Trial) -> str:
     return trial_id(trial.config["trial"]["number"])
 
 
 def run_study(
     job: JobSpec,
     trials: Sequence[TrialSpec],
-    broker: Any,
+    broker: BrokerHandle,
     concurrency: Concurrency,
     storage: Path,
     listeners: Sequence[Listener],
@@ -412,7 +433,7 @@ def run_study(
         total += proposer.left
     population, copies = replayed(job, history, left)
     begun = {name: records[name] for name in left if name in records}
-    ray.get(broker.expect.remote(total, begun, population, copies))
+    actors.get(broker.expect.remote(total, begun, population, copies))
     if total and not targets.stop_all():
         trials_left = {name: names[name] for name in left}
         _tune(proposer, trials_left, broker, concurrency, storage, targets, relay, decides)
@@ -438,7 +459,7 @@ def _plain_trials() -> Iterator[None]:
 def _tune(
     proposer: Proposer | None,
     trials: Mapping[str, TrialSpec],
-    broker: Any,
+    broker: BrokerHandle,
     concurrency: Concurrency,
     storage: Path,
     targets: _Targets,

@@ -51,7 +51,7 @@ class Proposer:
         self._study = optuna.create_study(
             direction="maximize" if search.better == "max" else "minimize"
         )
-        self._trials: list[Any] = []
+        self._trials: list[optuna.Trial] = []
         self._specs: list[TrialSpec] = []
         self._scores: dict[int, float | None] = {}
 

@@ -21,16 +21,23 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
+from orchestrator.cluster.actors import ActorMethod
 from orchestrator.errors import JobFailed, OrchestratorError
 from orchestrator.job.space import TrialSpec
 from orchestrator.search.state.trials import TrialRecord
 from orchestrator.search.study.population import CopyDecision, Population
 from orchestrator.tuning.reports import Copied, EvaluationJob, Report
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+    from ray.util.placement_group import PlacementGroup
+
+    from orchestrator.models.source import BaseModelInfo
 
 PATIENCE_S = 60.0  # the longest wait for a decision or for a trial to start
 IMPATIENCE_S = 0.5  # the longest such wait after one has run out
@@ -60,7 +67,7 @@ class Place:
     """The location of a worker: node id, Ray placement group, and type of device it trains on."""
 
     node: str
-    placement_group: Any
+    placement_group: PlacementGroup | None
     device: str = "cpu"
 
     def shown(self) -> dict[str, str]:
@@ -122,14 +129,14 @@ class Broker:
         self.copies: Mapping[str, CopyDecision] = {}
         self.trials: dict[str, SubmittedTrial] = {}
         self.workers: dict[str, Worker] = {}
-        self.lost: dict[str, Any] = {}
+        self.lost: dict[str, ActorHandle | None] = {}
         self.places: dict[str, Place] = {}
         self.jobs: dict[int, EvaluationJob] = {}
         self.taken: dict[int, tuple[str, EvaluationJob]] = {}
         self.results: dict[int, dict[str, float]] = {}
         self.finished = False
         self.failure: OrchestratorError | None = None
-        self.base_model: Any = None  # description of the backbone that a worker loaded
+        self.base_model: BaseModelInfo | None = None  # of the backbone that a worker loaded
         self.patience = PATIENCE_S
         self.starting = False  # true once any worker's process runs
         self._numbers = itertools.count()
@@ -219,7 +226,11 @@ class Broker:
         return self.starting
 
     async def join(
-        self, worker: str, capacity: int, info: Any = None, place: Place | None = None
+        self,
+        worker: str,
+        capacity: int,
+        info: BaseModelInfo | None = None,
+        place: Place | None = None,
     ) -> None:
         """Register a worker with free slots.
 
@@ -233,7 +244,7 @@ class Broker:
             self.places[worker] = place
         await self._notify()
 
-    async def leave(self, worker: str, controller: Any = None) -> None:
+    async def leave(self, worker: str, controller: ActorHandle | None = None) -> None:
         """Remove a lost worker, which may join again.
 
         Its trials wait for a slot on any worker, from their checkpoints. ``controller`` is the
@@ -248,7 +259,7 @@ class Broker:
         """Return the current or last place of each worker."""
         return dict(self.places)
 
-    async def lost_controllers(self) -> dict[str, Any]:
+    async def lost_controllers(self) -> dict[str, ActorHandle | None]:
         """Return the controllers of the workers that left and have not come back, by worker."""
         return dict(self.lost)
 
@@ -421,7 +432,7 @@ class Broker:
             raise self._end()
         return self.results.pop(number)
 
-    async def ready(self) -> Any:
+    async def ready(self) -> BaseModelInfo | None:
         """Wait for the first worker, and return the description of the backbone that it loaded."""
         async with self._changed:
             await self._changed.wait_for(lambda: self.workers or self._over)
@@ -465,7 +476,7 @@ class Broker:
         async with self._changed:
             self._changed.notify_all()
 
-    async def _until(self, condition: Any) -> None:
+    async def _until(self, condition: Callable[[], bool]) -> None:
         """Wait for ``condition``, at most ``patience`` seconds.
 
         Once a wait has run out, all later waits are limited to ``IMPATIENCE_S``.
@@ -479,3 +490,26 @@ class Broker:
             await asyncio.wait_for(wait(), self.patience)
         except TimeoutError:
             self.patience = IMPATIENCE_S
+
+
+class BrokerHandle:
+    """The broker's methods as other processes call them, with ``handle.METHOD.remote(...)``."""
+
+    submit = ActorMethod(Broker.submit)
+    next_report = ActorMethod(Broker.next_report)
+    decide = ActorMethod(Broker.decide)
+    end_trials = ActorMethod(Broker.end_trials)
+
+    start = ActorMethod(Broker.start)
+    join = ActorMethod(Broker.join)
+    next_orders = ActorMethod(Broker.next_orders)
+    leave = ActorMethod(Broker.leave)
+
+    started = ActorMethod(Broker.started)
+    ready = ActorMethod(Broker.ready)
+    expect = ActorMethod(Broker.expect)
+    evaluation = ActorMethod(Broker.evaluation)
+    worker_places = ActorMethod(Broker.worker_places)
+    lost_controllers = ActorMethod(Broker.lost_controllers)
+    finish = ActorMethod(Broker.finish)
+    fail = ActorMethod(Broker.fail)

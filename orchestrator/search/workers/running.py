@@ -13,12 +13,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import ray
 from ray.util import remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from orchestrator.cluster import actors
+from orchestrator.cluster.actors import Reference
 from orchestrator.cluster.nodes import nodes
 from orchestrator.cluster.ray_threads import RayThread, alive, await_end, names
 from orchestrator.errors import JobFailed, OrchestratorError, SearchLost
@@ -31,7 +33,7 @@ from orchestrator.search.state.history import History
 from orchestrator.search.state.trials import Outcome, trial_id
 from orchestrator.search.study.population import Population
 from orchestrator.search.study.study import Concurrency, run_study
-from orchestrator.search.workers.broker import Broker, Place
+from orchestrator.search.workers.broker import Broker, BrokerHandle, Place
 from orchestrator.search.workers.model_files import start_files
 from orchestrator.search.workers.placement import Placement, place
 from orchestrator.search.workers.scale_up import ScaleUp
@@ -40,6 +42,12 @@ from orchestrator.search.workers.worker import WorkerConfig
 from orchestrator.tuning.reports import EvaluationJob
 from orchestrator.utils.interrupts import undisturbed
 from orchestrator.utils.text import first_line, last_line
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+    from orchestrator.search.workers.model_files import ModelFilesHandle
+    from orchestrator.tuning.engine import Task
 
 log = logging.getLogger(__name__)
 
@@ -54,12 +62,12 @@ ABORT_S = 15.0  # time for Train to end its workers, which it gives 5 s
 KILL_S = 10.0  # time for a thread to notice that the process it waits for was killed
 
 
-class Beside(RayThread):
+class Beside(RayThread, Generic[Value]):
     """A thread of the driver that calls the workers; ``future`` holds the result of its work."""
 
-    def __init__(self, work: Callable[[], Any]) -> None:
+    def __init__(self, work: Callable[[], Value]) -> None:
         super().__init__("search-beside")
-        self.future: Future[Any] = Future()
+        self.future: Future[Value] = Future()
         self._work = work
 
     def run(self) -> None:
@@ -75,31 +83,31 @@ class Running:
 
     prepared: Prepared
     placement: Placement
-    broker: Any
+    broker: BrokerHandle
     groups: list[WorkerGroup]
     storage: Path
     concurrency: Concurrency
-    threads: list[Beside] = field(default_factory=list)
+    threads: list[Beside[Any]] = field(default_factory=list)
 
     def evaluate(self, jobs: Sequence[EvaluationJob]) -> list[dict[str, float]]:
         """Evaluate baselines or prompts on their splits, each by the first free worker.
 
         All jobs are queued at once, so that no round of training comes in between.
         """
-        metrics: list[dict[str, float]] = self._ask(
-            [self.broker.evaluation.remote(job) for job in jobs]
-        )
-        return metrics
+        with _own_errors():
+            return actors.get([self.broker.evaluation.remote(job) for job in jobs])
 
     def ready(self) -> BaseModelInfo:
         """Wait until a worker has loaded the backbone, and return its description."""
-        info: BaseModelInfo = self._ask(self.broker.ready.remote())
+        with _own_errors():
+            info = actors.get(self.broker.ready.remote())
+        assert info is not None  # every worker describes its backbone as it joins
         return info
 
     def places(self) -> dict[str, Place]:
         """Return the current or last place of each worker."""
-        places: dict[str, Place] = self._ask(self.broker.worker_places.remote())
-        return places
+        with _own_errors():
+            return actors.get(self.broker.worker_places.remote())
 
     def slow(self) -> str:
         """Say why the search is slower than its cluster allows; "" if it is not."""
@@ -120,7 +128,8 @@ class Running:
         # A worker takes a dozen processes, which start one after another; Tune starts a process for
         # each slot at once. On few cores the worker, which takes longest, would wait for the
         # processes of trials that can't begin without it.
-        self._ask(self.broker.started.remote(WORKER_S))
+        with _own_errors():
+            actors.get(self.broker.started.remote(WORKER_S))
         try:
             run_study(
                 self.prepared.job, self.prepared.trials, self.broker, self.concurrency,
@@ -158,17 +167,19 @@ class Running:
                 # A thread that takes longer is waited for at the end of the search.
                 await_end([thread], HURRY_S)
 
-    def _ask(self, reference: Any) -> Any:
-        """Get the broker's answer, with Ray's errors turned into errors of this project."""
-        try:
-            return ray.get(reference)
-        except ray.exceptions.RayError as error:
-            cause = getattr(error, "cause", None)
-            if isinstance(cause, OrchestratorError):
-                raise cause from None
-            if isinstance(error, ray.exceptions.RayActorError):
-                raise _broker_lost(error) from None
-            raise JobFailed(f"the search's broker failed: {first_line(error)}", SEE_LOG) from None
+
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    """Turn Ray's errors of calls to the broker into errors of this project."""
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, OrchestratorError):
+            raise cause from None
+        if isinstance(error, ray.exceptions.RayActorError):
+            raise _broker_lost(error) from None
+        raise JobFailed(f"the search's broker failed: {first_line(error)}", SEE_LOG) from None
 
 
 def place_search(prepared: Prepared) -> Placement:
@@ -188,7 +199,7 @@ def running(prepared: Prepared, placement: Placement, storage: Path) -> Iterator
     """
     quiet_ray_loggers()
     broker = start_broker(prepared.job)
-    task = ray.put(prepared.task)
+    task: Reference[Task] = ray.put(prepared.task)
     files = start_files(prepared.job.base_model)
 
     def lost(error: Exception) -> None:
@@ -241,7 +252,7 @@ def _not_needed(error: Exception) -> None:
     log.warning("a worker group on a further node ended: %s", worker_failure(error).message)
 
 
-def start_broker(job: JobSpec) -> Any:
+def start_broker(job: JobSpec) -> BrokerHandle:
     """Start the broker's actor for the job's searcher and scheduler.
 
     Each seated trial and each worker keeps a call to the broker open, so it must accept as many
@@ -251,7 +262,8 @@ def start_broker(job: JobSpec) -> Any:
     # The broker runs on the driver's node, so that the search outlives every other node.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     remote = ray.remote(num_cpus=0, max_concurrency=CALLS, scheduling_strategy=here)(Broker).remote
-    return remote(trial_count(job.search), in_turn=job.search.proposes, population=population)
+    broker = remote(trial_count(job.search), in_turn=job.search.proposes, population=population)
+    return cast(BrokerHandle, broker)
 
 
 def _stop(search: Running, patience: float) -> None:
@@ -281,7 +293,7 @@ def _await(threads: Sequence[threading.Thread], seconds: float) -> list[threadin
     return await_end(threads, seconds)
 
 
-def _give_up_lost(broker: Any) -> dict[str, Place]:
+def _give_up_lost(broker: BrokerHandle) -> dict[str, Place]:
     """End the controllers that still wait for room to restart a lost worker.
 
     Returns the current or last place of each worker; empty if the broker does not answer.
@@ -298,7 +310,7 @@ def _give_up_lost(broker: Any) -> dict[str, Place]:
     return found
 
 
-def _kill(actor: Any) -> None:
+def _kill(actor: ActorHandle | BrokerHandle | ModelFilesHandle) -> None:
     """End the actor's process if Ray still answers.
 
     A failure is only logged, because the error that ended the search matters more.

@@ -16,9 +16,10 @@ idle. A Ray that was started here has all of the variables anyway.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.train import BackendConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
@@ -32,6 +33,14 @@ from orchestrator.cluster.ray_threads import RayThread
 from orchestrator.cluster.session import started_here
 from orchestrator.search.workers.placement import Placement
 from orchestrator.search.workers.worker import WorkerConfig, train_loop
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+    from ray.train import Result
+    from ray.train.v2._internal.execution.context import TrainRunContext
+    from ray.train.v2._internal.execution.scaling_policy import ScalingPolicy
+
+    from orchestrator.search.workers.broker import BrokerHandle
 
 RESTARTS = 3  # of a worker that dies; its trials go on from their newest checkpoints
 UNUSED = {
@@ -47,11 +56,11 @@ class LeanTrainer(DataParallelTrainer):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._controller: Any = None
+        self._controller: ActorHandle | None = None
         self._given_up = False
         self._making = threading.Lock()
 
-    def _initialize_and_run_controller(self, **parts: Any) -> Any:
+    def _initialize_and_run_controller(self, **parts: Any) -> Result:
         parts["callbacks"] = [
             each for each in parts.get("callbacks", ()) if type(each).__name__ not in UNUSED
         ]
@@ -91,7 +100,9 @@ class GivenUp(Exception):
     """Raised when the search is given up before Train's controller is made."""
 
 
-def make_controller(callbacks: list[Any], **parts: Any) -> Any:
+def make_controller(
+    callbacks: list[UserCallback | ControllerCallback], **parts: Any
+) -> ActorHandle:
     """Start Train's controller on this node.
 
     In a Ray that was started here, the controller and its workers have the node's environment. On a
@@ -110,7 +121,7 @@ def make_controller(callbacks: list[Any], **parts: Any) -> Any:
 class PlainWorkers(ControllerCallback):
     """A callback in Train's controller that leaves its workers the node's environment."""
 
-    def after_controller_start(self, train_run_context: Any) -> None:
+    def after_controller_start(self, train_run_context: TrainRunContext) -> None:
         TrainWorkers._get_worker_runtime_env = staticmethod(no_environment)
 
 
@@ -119,7 +130,7 @@ def no_environment(custom_runtime_env: Any) -> dict[str, Any]:
     return {}
 
 
-def unannounced(policy: Any) -> Any:
+def unannounced(policy: ScalingPolicy) -> ScalingPolicy:
     """Keep a scaling policy from starting the actor that announces Train's resource requests.
 
     That actor weighs Train's request for workers against requests of Ray Data, which a search does
@@ -140,11 +151,13 @@ class TellBroker(UserCallback):
     The worker's trials then go on elsewhere while Train looks for room to start the worker again.
     """
 
-    def __init__(self, worker: str, broker: Any) -> None:
+    def __init__(self, worker: str, broker: BrokerHandle) -> None:
         self._worker = worker
         self._broker = broker
 
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+    def after_exception(
+        self, run_context: TrainRunContext, worker_exceptions: dict[int, Exception]
+    ) -> None:
         self._broker.leave.remote(self._worker, ray.get_runtime_context().current_actor)
 
 
@@ -168,7 +181,9 @@ def backend(placement: Placement) -> BackendConfig:
 class WorkerGroup(RayThread):
     """A thread of the driver that runs a trainer; ``error`` is the error that ended it, if any."""
 
-    def __init__(self, config: WorkerConfig, storage: Path, on_error: Any) -> None:
+    def __init__(
+        self, config: WorkerConfig, storage: Path, on_error: Callable[[Exception], None]
+    ) -> None:
         super().__init__(f"worker-group-{config.name}")
         self.worker = config.name
         self.error: Exception | None = None

@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from orchestrator.errors import OrchestratorError, Unreachable
 from orchestrator.models.backbone import Backbone
@@ -31,6 +31,8 @@ from orchestrator.serving.engine.generation import (
     Sampling,
 )
 from orchestrator.serving.prompts.served_prompt import ServedPrompt
+
+Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
 
@@ -70,17 +72,17 @@ class EngineLimits:
     """Rows that may wait; a request that would exceed the limit is refused."""
 
 
-class PendingRequest:
+class PendingRequest(Generic[Result]):
     """A pending request: one result per row, delivered together when all are there."""
 
     def __init__(self, rows: int, listener: Listener | None = None) -> None:
-        self.future: Future[list[Any]] = Future()
+        self.future: Future[list[Result]] = Future()
         self.listener = listener
         """Called on the engine's thread with what each row gains, token by token."""
         self._results: list[Any] = [None] * rows
         self._left = rows
 
-    def deliver(self, row: int, result: Any) -> None:
+    def deliver(self, row: int, result: Result) -> None:
         """Store a row's result; the last one completes the future."""
         self._results[row] = result
         self._left -= 1
@@ -104,7 +106,7 @@ class PendingRequest:
 class QueuedRow:
     """One row in the queue."""
 
-    request: PendingRequest
+    request: PendingRequest[Any]
     row: int
     prompt: ServedPrompt
     input_ids: list[int]
@@ -181,13 +183,15 @@ class ServingEngine:
 
         Raises Overloaded when the queue is full.
         """
-        return await self._ask(self._ranking, prompt, inputs, None)
+        request: PendingRequest[list[float]] = PendingRequest(len(inputs))
+        return await self._ask(request, self._ranking, prompt, inputs, None)
 
     async def complete(
         self, prompt: ServedPrompt, inputs: Sequence[list[int]], sampling: Sampling
     ) -> list[Completion]:
         """Return one completion for each input. Raises Overloaded when the queue is full."""
-        return await self._ask(self._generating, prompt, inputs, sampling)
+        request: PendingRequest[Completion] = PendingRequest(len(inputs))
+        return await self._ask(request, self._generating, prompt, inputs, sampling)
 
     def stream(
         self, prompt: ServedPrompt, inputs: Sequence[list[int]], sampling: Sampling
@@ -204,7 +208,9 @@ class ServingEngine:
             with suppress(RuntimeError):  # the event loop is closed, so nobody listens any more
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        request = PendingRequest(len(inputs), lambda row, delta: hear((row, delta)))
+        request: PendingRequest[Completion] = PendingRequest(
+            len(inputs), lambda row, delta: hear((row, delta))
+        )
         self._enqueue(self._generating, request, prompt, inputs, sampling)
         request.future.add_done_callback(lambda _: hear(None))
 
@@ -232,19 +238,19 @@ class ServingEngine:
 
     async def _ask(
         self,
+        request: PendingRequest[Result],
         line: deque[QueuedRow],
         prompt: ServedPrompt,
         inputs: Sequence[list[int]],
         sampling: Sampling | None,
-    ) -> list[Any]:
-        request = PendingRequest(len(inputs))
+    ) -> list[Result]:
         self._enqueue(line, request, prompt, inputs, sampling)
         return await asyncio.wrap_future(request.future)
 
     def _enqueue(
         self,
         line: deque[QueuedRow],
-        request: PendingRequest,
+        request: PendingRequest[Result],
         prompt: ServedPrompt,
         inputs: Sequence[list[int]],
         sampling: Sampling | None,

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from orchestrator.errors import BadInput, OrchestratorError, Unreachable
 from orchestrator.models.placeholders import text_ids
@@ -42,6 +42,7 @@ from orchestrator.serving.prompts.served_prompt import (
 from orchestrator.serving.prompts.store import ModelCard, ModelNotFound, PromptStore
 
 Tokens = TypeVar("Tokens")
+Answers = TypeVar("Answers")
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 DEFAULT_TEMPERATURE = 1.0  # OpenAI's
@@ -294,7 +295,7 @@ class PromptService:
             hint = f"; {error.hint}" if error.hint else ""
             raise ApiError(400, f"{error.message}{hint}", "invalid_value", param) from None
 
-    async def _run(self, work: Awaitable[list[Any]]) -> list[Any]:
+    async def _run(self, work: Awaitable[Answers]) -> Answers:
         with _refusals():
             return await asyncio.wait_for(work, self.limits.seconds)
 

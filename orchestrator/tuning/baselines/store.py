@@ -67,7 +67,7 @@ def _save_lora(
         source.revision,
         True,
     )
-    config.save_pretrained(folder)
+    config.save_pretrained(str(folder))
     save_file(
         {STORED + name: tensor for name, tensor in tensors.items()},
         folder / "adapter_model.safetensors",

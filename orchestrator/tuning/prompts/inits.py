@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch import Tensor
 from orchestrator.errors import BadInput
 from orchestrator.job.space import TrialSpec
 from orchestrator.models.backbone import Backbone, PromptTensors
+from orchestrator.models.tokenizer import Tokenizer
 
 UNIFORM_RANGE = 0.5  # Lester et al.: uniform in [-0.5, 0.5]
 VOCABULARY = 5000  # Lester et al.: the 5,000 most frequent tokens
@@ -34,7 +34,7 @@ class InitContext:
     """Maps token ids to the embeddings that enter the model."""
     shape: tuple[int, int]
     """Shape (V, H) of the embedding table."""
-    tokenizer: Any
+    tokenizer: Tokenizer
     answers: Sequence[Sequence[int]]
     """Token ids of each label's text."""
     spread: float = 1.0
