@@ -25,7 +25,7 @@ from orchestrator.models.checks import (
     check_positions,
     check_stored_quantization,
 )
-from orchestrator.utils.imports import uncollected
+from orchestrator.utils.garbage import uncollected
 
 SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 WEIGHTS = "*.safetensors"

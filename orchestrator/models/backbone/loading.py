@@ -31,7 +31,7 @@ from orchestrator.models.source import (
     family_of,
     quiet_transformers,
 )
-from orchestrator.utils.imports import uncollected
+from orchestrator.utils.garbage import uncollected
 
 BACKBONES: dict[Family, type[Backbone]] = {
     "causal": CausalBackbone,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from orchestrator.errors import BadInput
 from orchestrator.models.builtin import cache_folder
 from orchestrator.models.source import Family, ModelSource, family_of, quiet_transformers
-from orchestrator.utils.imports import uncollected
+from orchestrator.utils.garbage import uncollected
 
 READ_AT_MOST = 2 << 30
 """Size in bytes up to which the driver checks the weights' values.

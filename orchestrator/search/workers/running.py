@@ -20,6 +20,7 @@ from ray.util import remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.cluster.nodes import nodes
+from orchestrator.cluster.ray_internals.settings import quiet_search_loggers
 from orchestrator.cluster.ray_threads import RayThread, alive, await_end, names
 from orchestrator.errors import JobFailed, OrchestratorError, SearchLost
 from orchestrator.job.space import trial_count
@@ -184,7 +185,7 @@ def running(prepared: Prepared, placement: Placement, storage: Path) -> Iterator
     No thread that calls Ray is left at the end: see ``_stop``. Enter this context with ``whole``,
     so that no interrupt comes between the start of a thread and the block.
     """
-    quiet_ray_loggers()
+    quiet_search_loggers()
     broker = start_broker(prepared.job)
     task = ray.put(prepared.task)
     files = start_files(prepared.job.base_model)
@@ -341,14 +342,3 @@ def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its type if it has no message."""
     text = str(error).strip()
     return text.splitlines()[0][:300] if text else type(error).__name__
-
-
-def quiet_ray_loggers() -> None:
-    """Silence the loggers of Ray's libraries below errors, and Tune's altogether.
-
-    They log every restart and every report; our own progress display shows what matters. Tune logs
-    a traceback for each trial that a failed worker ends; our own message names the cause once.
-    """
-    for name in ("ray.train", "ray.air"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)

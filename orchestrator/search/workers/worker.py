@@ -18,7 +18,7 @@ from orchestrator.errors import BadInput, JobFailed, OrchestratorError
 from orchestrator.job.spec import JobSpec
 from orchestrator.search.workers.broker import Orders, Place
 from orchestrator.search.workers.placement import Placement
-from orchestrator.utils.imports import uncollected
+from orchestrator.utils.garbage import uncollected
 
 
 @dataclass(frozen=True)
