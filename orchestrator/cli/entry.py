@@ -23,7 +23,7 @@ from orchestrator.errors import (
     SpecError,
     Unreachable,
 )
-from orchestrator.utils.imports import unfreed
+from orchestrator.utils.garbage import unfreed
 from orchestrator.utils.interrupts import Interrupts, ignore_interrupts, ignore_interrupts_at_exit
 from orchestrator.utils.text import first_line
 

@@ -19,7 +19,7 @@ from orchestrator.cli.common import (
 from orchestrator.cli.groups import TUNE, verb
 from orchestrator.cli.options import Address, Job, Json, Overrides, Quiet, Verbose
 from orchestrator.cli.output import present, print_json, results_only
-from orchestrator.utils.imports import uncollected
+from orchestrator.utils.garbage import uncollected
 
 
 @verb(TUNE)

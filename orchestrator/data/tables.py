@@ -17,7 +17,7 @@ from orchestrator.data.source_row import SourceRow
 from orchestrator.data.text_files import COMPRESSIONS, TextFile, compression_of, open_binary
 from orchestrator.errors import BadInput
 from orchestrator.job.spec import CsvSpec
-from orchestrator.utils.imports import uncollected
+from orchestrator.utils.garbage import uncollected
 from orchestrator.utils.text import first_line
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from orchestrator.models.checks import (
     check_stored_quantization,
 )
 from orchestrator.models.tokenizer import Tokenizer
-from orchestrator.utils.imports import uncollected
+from orchestrator.utils.garbage import uncollected
 from orchestrator.utils.text import first_line
 
 if TYPE_CHECKING:

@@ -26,11 +26,11 @@ from orchestrator.registry.aliases.canary import (
 from orchestrator.registry.aliases.gate import METRIC_TAG, Better, ComparedVersion
 from orchestrator.registry.aliases.ledger import Check, Overtaken, move_alias, recorded
 from orchestrator.registry.aliases.moves import Kind, Move, former_holder
+from orchestrator.registry.mlflow_internals.tables import ModelRow, read_models
 from orchestrator.registry.runs import searches
 from orchestrator.registry.runs.readiness import check_search_end
 from orchestrator.registry.runs.search_log import SearchLog
 from orchestrator.registry.store import SERVERS, Store, artifact_location
-from orchestrator.registry.tables import ModelRow, read_models
 from orchestrator.registry.versions.description import version_description
 from orchestrator.registry.versions.evaluations import EvaluationRecord, log_evaluations
 from orchestrator.registry.versions.fetch import default_cache, fetch

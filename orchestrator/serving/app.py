@@ -20,15 +20,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-# Silences Ray's warning about a default that does not matter here.
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-# Check the proxies every second instead of every ten, so that a dead proxy is replaced sooner.
-# Serve's controller reads this variable when it starts.
-os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1")
-# With HAProxy in front: let it retry a request that a replica accepted but did not answer. Retrying
-# is safe because answering a request changes no state.
-os.environ.setdefault("RAY_SERVE_HAPROXY_RETRY_ON", "conn-failure empty-response")
-
 import ray
 import torch
 from ray import serve
@@ -39,8 +30,9 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from orchestrator.artifact import BaseModelRecord, read_manifest
-from orchestrator.cluster.leaving_ray import leave_ray
 from orchestrator.cluster.ray_folder import ray_temp_dir
+from orchestrator.cluster.ray_internals.settings import SERVING, quiet_serve_logger, set_defaults
+from orchestrator.cluster.session import leave_ray
 from orchestrator.errors import BadInput, JobFailed, OrchestratorError, Unreachable
 from orchestrator.job.spec import BaseModelSpec
 from orchestrator.models.source import resolve_model
@@ -51,7 +43,7 @@ from orchestrator.serving.deploy.replica import Front, Replica
 from orchestrator.serving.http.access import KEYS_VARIABLE, ApiKey, is_loopback, load_keys
 from orchestrator.serving.http.tracing import asked_exporter
 from orchestrator.serving.prompts.store import RegistrySource
-from orchestrator.utils.signals import sigterm_kept
+from orchestrator.utils.interrupts import sigterm_kept
 from orchestrator.utils.text import first_line, mask_secrets
 
 if TYPE_CHECKING:
@@ -362,6 +354,7 @@ def _connect_ray(options: ServeOptions) -> bool:
     """
     if ray.is_initialized():
         return False
+    set_defaults(SERVING)
     address = os.environ.get("RAY_ADDRESS")
     try:
         with sigterm_kept():
@@ -412,7 +405,7 @@ def _gpus() -> float:
 
 def _deploy(options: ServeOptions, app: serve.Application) -> None:
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    quiet_serve_logger()
     http = HTTPOptions(
         host=options.host,
         port=options.port,

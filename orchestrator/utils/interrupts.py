@@ -2,12 +2,14 @@
 
 People press Ctrl-C again when nothing seems to happen, and ``timeout``, schedulers and service
 managers send SIGTERM more than once. Only the first signal interrupts the command, and not before a
-block under ``undisturbed`` is over.
+block under ``undisturbed`` is over. Libraries that replace our handler of SIGTERM, as Ray does,
+are called under ``sigterm_kept``.
 """
 
 from __future__ import annotations
 
 import atexit
+import ctypes
 import os
 import signal
 import sys
@@ -162,3 +164,51 @@ def ignore_interrupts_at_exit() -> None:
     """Register ``ignore_interrupts`` to run when Python exits."""
     atexit.unregister(ignore_interrupts)
     atexit.register(ignore_interrupts)
+
+
+@contextmanager
+def sigterm_kept() -> Iterator[None]:
+    """Restore our handler of SIGTERM after a library replaced it while starting.
+
+    Ray's handler in Python ends the process with SystemExit, and leaves the MLflow runs open. A
+    signal that arrives while it is installed is also passed to our handler. Ray's handler in C++
+    prints a stack trace and aborts the process; it is removed in other threads as well.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread():
+        with _sigterm_kept_by_system():
+            yield
+        return
+    if not callable(before):
+        yield
+        return
+    try:
+        yield
+    except SystemExit:
+        before(signal.SIGTERM, None)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def sigterm_again() -> None:
+    """Reinstall Python's SIGTERM handler after a library replaced it at the system level."""
+    handler = signal.getsignal(signal.SIGTERM)
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
+
+
+@contextmanager
+def _sigterm_kept_by_system() -> Iterator[None]:
+    """Restore the system's action for SIGTERM from any thread.
+
+    Python lets only the main thread set handlers, so this uses the C API of Python 3.11 and later.
+    """
+    get, put = ctypes.pythonapi.PyOS_getsig, ctypes.pythonapi.PyOS_setsig
+    get.argtypes, get.restype = [ctypes.c_int], ctypes.c_void_p
+    put.argtypes, put.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+    before = get(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        put(signal.SIGTERM, before)

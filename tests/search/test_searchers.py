@@ -21,12 +21,13 @@ import pytest
 import ray
 from ray_state import eventually, holders
 
+from orchestrator.cluster.ray_internals.settings import quiet_search_loggers
 from orchestrator.job.space import TrialSpec, draw, grid, trial_count, trials
 from orchestrator.job.spec import JobSpec, Scheduler, Searcher
 from orchestrator.search.state.history import History
 from orchestrator.search.state.trials import Outcome, TrialRecord, TrialStatus, trial_id
 from orchestrator.search.study.study import Concurrency, run_study
-from orchestrator.search.workers.running import quiet_ray_loggers, start_broker
+from orchestrator.search.workers.running import start_broker
 from orchestrator.search.workers.worker import serve_orders
 from orchestrator.tuning.reports import Report
 from orchestrator.tuning.worker_group import Group
@@ -172,7 +173,7 @@ class Study:
 
 def search(job: JobSpec) -> Study:
     """Run the job's search with one worker of curves, in the session's Ray."""
-    quiet_ray_loggers()
+    quiet_search_loggers()
     before = holders()
     broker, curves, heard, known = start_broker(job), Curves(), Heard(), trials(job.search)
     outcome = Outcome([(trial_id(number), spec) for number, spec in enumerate(known)])

@@ -1,11 +1,7 @@
-"""A client of Ray's job server that translates its errors into ours.
-
-Only this module imports ``ray.job_submission``.
-"""
+"""A client of Ray's job server that translates its errors into ours."""
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import time
@@ -16,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
+from orchestrator.cluster.ray_internals.jobs import job_client
 from orchestrator.errors import BadInput, OrchestratorError, Unreachable
 from orchestrator.utils.text import last_line, mask_secrets
 
@@ -24,8 +21,6 @@ if TYPE_CHECKING:
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"  # a local `ray start --head`, or a forwarded port
 OLDEST_RAY = (2, 60)  # the minimum in pyproject.toml
-# Ray's client would prefer these variables to the address that it is given.
-ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 ANSWER_S = (10.0, 120.0)  # the limits for connecting and for an answer
 ENDED = ("succeeded", "failed", "stopped")
 
@@ -82,7 +77,7 @@ class Cluster:
         import ray
 
         with self._translated():
-            self._client = _client(self.address)
+            self._client = job_client(self.address, token(os.environ), ANSWER_S)
         found = self._client.ray_version
         if _release(found) < OLDEST_RAY:
             raise BadInput(
@@ -244,29 +239,6 @@ def token(here: Mapping[str, str]) -> str | None:
         raise BadInput(
             f"RAY_AUTH_TOKEN_PATH {path}: {reason}", "name the file that holds the token"
         ) from None
-
-
-def _client(address: str) -> JobSubmissionClient:
-    """Create Ray's client for the address with a time limit per request, which Ray does not set."""
-    from ray.job_submission import JobSubmissionClient
-
-    for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-
-    class Client(JobSubmissionClient):
-        @property
-        def ray_version(self) -> str:
-            return str(self._server_ray_version)
-
-        def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
-            return super()._do_request(method, endpoint, **{"timeout": ANSWER_S, **options})
-
-    given = token(os.environ)
-    kept = {name: os.environ.pop(name) for name in ADDRESSES if name in os.environ}
-    try:
-        return Client(address, headers={"Authorization": f"Bearer {given}"} if given else None)
-    finally:
-        os.environ.update(kept)
 
 
 def _job(details: JobDetails) -> Job:

@@ -32,7 +32,7 @@ from orchestrator.models.source import (
     quiet_transformers,
 )
 from orchestrator.models.tokenizer import Tokenizer
-from orchestrator.utils.imports import uncollected
+from orchestrator.utils.garbage import uncollected
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from orchestrator.errors import BadInput
 from orchestrator.models.builtin import cache_folder
 from orchestrator.models.source import Family, ModelSource, family_of, quiet_transformers
-from orchestrator.utils.imports import uncollected
+from orchestrator.utils.garbage import uncollected
 from orchestrator.utils.text import first_line
 
 if TYPE_CHECKING:

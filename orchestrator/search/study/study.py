@@ -8,8 +8,8 @@ then relays reports. It imports no torch and holds no model.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, Searcher
 
 from orchestrator.cluster import actors
+from orchestrator.cluster.ray_internals.tune import plain_trials
 from orchestrator.cluster.session import started_here
 from orchestrator.errors import JobFailed
 from orchestrator.job.space import TrialSpec
@@ -42,8 +43,6 @@ if TYPE_CHECKING:
 STEP = "step"  # the schedulers' clock: Tune's own iteration count starts over after a restore
 SCORE = "score"  # the best validation metric so far
 OWN = "own_score"  # see Report
-# Names of the collections in which Tune lists environment variables to pass to its processes.
-HANDED = ("DEFAULT_ENV_VARS", "ENV_VARS_TO_PROPAGATE")
 RESTARTS = 3  # allowed for a relay that was lost with its node
 # The last result of a trial that was stopped.
 STOPPED = {
@@ -440,22 +439,6 @@ def run_study(
     relay.end()
 
 
-@contextmanager
-def _plain_trials() -> Iterator[None]:
-    """Keep Tune from passing environment variables to the processes that it starts meanwhile.
-
-    ``workers/train_group.py`` explains why.
-    """
-    from ray.tune.execution import class_cache
-
-    before = {name: value for name, value in vars(class_cache).items() if name in HANDED}
-    vars(class_cache).update({name: type(value)() for name, value in before.items()})
-    try:
-        yield
-    finally:
-        vars(class_cache).update(before)
-
-
 def _tune(
     proposer: Proposer | None,
     trials: Mapping[str, TrialSpec],
@@ -485,5 +468,5 @@ def _tune(
             verbose=0,
         ),
     )
-    with _plain_trials() if started_here() else nullcontext():
+    with plain_trials() if started_here() else nullcontext():
         tuner.fit()

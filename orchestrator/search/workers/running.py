@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from orchestrator.cluster import actors
 from orchestrator.cluster.actors import Reference
 from orchestrator.cluster.nodes import nodes
+from orchestrator.cluster.ray_internals.settings import quiet_search_loggers
 from orchestrator.cluster.ray_threads import RayThread, alive, await_end, names
 from orchestrator.errors import JobFailed, OrchestratorError, SearchLost
 from orchestrator.job.space import trial_count
@@ -197,7 +198,7 @@ def running(prepared: Prepared, placement: Placement, storage: Path) -> Iterator
     No thread that calls Ray is left at the end: see ``_stop``. Enter this context with ``whole``,
     so that no interrupt comes between the start of a thread and the block.
     """
-    quiet_ray_loggers()
+    quiet_search_loggers()
     broker = start_broker(prepared.job)
     task: Reference[Task] = ray.put(prepared.task)
     files = start_files(prepared.job.base_model)
@@ -348,14 +349,3 @@ def worker_failure(error: Exception) -> JobFailed:
     return JobFailed(
         f"a worker failed: {last_line(getattr(cause, 'cause', None) or cause)}", SEE_LOG
     )
-
-
-def quiet_ray_loggers() -> None:
-    """Silence the loggers of Ray's libraries below errors, and Tune's altogether.
-
-    They log every restart and every report; our own progress display shows what matters. Tune logs
-    a traceback for each trial that a failed worker ends; our own message names the cause once.
-    """
-    for name in ("ray.train", "ray.air"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)

@@ -21,7 +21,7 @@ from orchestrator.job.spec import JobSpec
 from orchestrator.search.workers.broker import BrokerHandle, Orders, Place
 from orchestrator.search.workers.placement import Placement
 from orchestrator.tuning.reports import Report
-from orchestrator.utils.imports import uncollected
+from orchestrator.utils.garbage import uncollected
 from orchestrator.utils.text import first_line
 
 if TYPE_CHECKING:  # the driver and Train's controller import this module without torch
