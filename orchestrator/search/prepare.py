@@ -7,14 +7,21 @@ finite.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from orchestrator.artifact import CellsRecord, DataRecord, PromptArtifact, VerbalizerEntry
+from orchestrator.artifact import (
+    CellsRecord,
+    ChatRecord,
+    DataRecord,
+    PromptArtifact,
+    VerbalizerEntry,
+)
+from orchestrator.data.chat import has_chat_template
 from orchestrator.data.dataset import SPLITS, RowSplits, load_rows, rows_fingerprint
 from orchestrator.data.demonstrations import demonstrations
 from orchestrator.data.designs import BOUNDARY, Design, Designs
@@ -45,7 +52,7 @@ from orchestrator.models.backbone.weights import check_files
 from orchestrator.models.builtin import builtin_model
 from orchestrator.models.source import ModelSource, known_builtin, resolve_model
 from orchestrator.peft_format import is_peft, read_peft
-from orchestrator.search.inputs import check_can_start
+from orchestrator.search.inputs import check_can_start, left_out
 from orchestrator.tuning.baselines import check_peft
 from orchestrator.tuning.engine import Task
 from orchestrator.tuning.generate import Decoding
@@ -111,7 +118,8 @@ def prepare(
         )
     task = Task(encoder, splits, method=_method(job, encoder), artifacts=_artifacts(job, artifacts))
     context = source.context_length
-    check_context(encoder, task.splits, longest(job.search.space), context)
+    check_context(encoder, task.splits, longest(job.search.space), context, rows)
+    warnings += (*_stripped(encoder), *_without_chat(job, source))
     instructions, left_out = _instructions(job, task, rows, context)
     few_shot = _few_shot(job, task, rows, context)
     if few_shot[1]:
@@ -128,6 +136,21 @@ def prepare(
     return Prepared(
         job, known, total, source, rows, task, instructions, few_shot, making_s, warnings + left_out
     )
+
+
+def _stripped(encoder: Encoder) -> Iterator[str]:
+    """Warn about rows in which the chat template strips white space."""
+    if places := encoder.stripped_rows:
+        yield (
+            f"the base model's chat template strips white space at the ends of texts in "
+            f"{len(places)} rows, for instance {places[0]}: so do training and serving"
+        )
+
+
+def _without_chat(job: JobSpec, source: ModelSource) -> Iterator[str]:
+    """Say what it means to leave a base model's chat template out."""
+    if source.family == "causal" and has_chat_template(source.tokenizer()):
+        yield from left_out(job)
 
 
 def _instructions(
@@ -283,6 +306,13 @@ def data_record(data: DataSpec, rows: RowSplits) -> DataRecord:
     return DataRecord(
         path=path, fingerprint=rows.fingerprint, rows=rows.counts, test_fingerprint=tested
     )
+
+
+def chat_record(encoder: Encoder) -> ChatRecord | None:
+    """Make an artifact's record of the chat template; None for a job on bare text."""
+    if (chat := encoder.chat) is None:
+        return None
+    return ChatRecord(template_sha256=chat.digest, system=chat.system, messages=chat.column)
 
 
 def cells_record(data: DataSpec) -> CellsRecord:

@@ -51,6 +51,7 @@ from orchestrator.search.plan.plan import Plan, device_hours, make_plan
 from orchestrator.search.prepare import (
     Prepared,
     cells_record,
+    chat_record,
     data_record,
     prepare,
     verbalizer_entries,
@@ -634,10 +635,12 @@ class Pipeline:
         assert best.checkpoint is not None  # a ranked trial has reported
         self.progress.stage("keeping the result")
         data, folder = self.job.data, self.folder.artifact
+        chat = chat_record(self.prepared.task.encoder)
         about = {
             "method": self.job.method, "base_model": asdict(info),
             "template": best.spec.template or data.template,
             "target": data.target, "verbalizer": data.verbalizer, "sentinel": data.sentinel,
+            "chat": chat.model_dump() if chat else None,
             "metrics": reached, "costs": asdict(best.costs),
             "steps": best.best_step, "search": self.id, "trial": best.id,
             "orchestrator_version": __version__,
@@ -711,6 +714,8 @@ class Pipeline:
             verbalizer=verbalizer_entries(self.prepared.task.encoder),
             cells=cells_record(data),
             sentinel=data.sentinel,
+            chat=chat_record(self.prepared.task.encoder),
+            special_tokens_in_text=data.special_tokens_in_text,
             max_input_tokens=data.max_input_tokens,
             max_target_tokens=data.max_target_tokens,
             base_model=BaseModelRecord(**asdict(info)),
