@@ -42,7 +42,7 @@ MISTRAL = (
     "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('roles have to alternate') }}{% endif %}"
     "{% if m.role == 'user' %}{{ '[INST] ' }}"
-    "{% if loop.last and system is defined %}{{ system + '\n\n' }}{% endif %}"
+    "{% if loop.first and system is defined %}{{ system + '\n\n' }}{% endif %}"
     "{{ m.content + ' [/INST]' }}{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
 )
 GEMMA = (
