@@ -10,15 +10,17 @@ from typing import Any
 
 import pytest
 from chat_models import STYLES, WITHOUT_SYSTEM, chat_folder, chat_tokenizer
-from models import tiny_tokenizer
+from models import model_folder, tiny_tokenizer
 
 from orchestrator.data.chat import ChatFormat
 from orchestrator.data.dataset import load_rows
 from orchestrator.data.encoding import Encoder, chat_format
 from orchestrator.data.template import Mark, Template, Verbalizer
 from orchestrator.errors import BadInput
-from orchestrator.job.spec import DataFiles, DataSpec
+from orchestrator.job.spec import BaseModelSpec, DataFiles, DataSpec
+from orchestrator.models.folder import names_chat_template
 from orchestrator.models.placeholders import marker
+from orchestrator.models.source import resolve_model
 
 LONG = 1000
 ASKED = {"role": "user", "content": "is the fox quick?"}
@@ -167,6 +169,24 @@ def test_a_date_in_a_template_is_always_the_same() -> None:
         chat=ChatFormat(tokenizer),
     )  # fmt: skip
     assert tokenizer.decode(made.row_ids({"text": "fox"})) == "26 Jul 2024\nfox"
+
+
+def test_smollm2_has_the_ids_of_its_own_rendering() -> None:
+    """A real chat model: input and target are the beginning of the tokenizer's own ids."""
+    try:
+        source = resolve_model(BaseModelSpec(id="builtin:smollm2-135m"), weights=False)
+    except BadInput as error:
+        pytest.skip(f"SmolLM2 is not installed: {error.message}")
+    tokenizer = source.tokenizer()
+    made = Encoder(
+        tokenizer, Template("{prompt}"), None, LONG, LONG, chat=ChatFormat(tokenizer)
+    )  # fmt: skip
+    for messages in ([ASKED], TALK, [message("system", "be brief"), *TALK]):
+        row = {"prompt": messages, "completion": "It is quick."}
+        ids = [*made.row_ids(row), *made.encode_target(row, "completion")[0]]
+        whole = [*messages, message("assistant", "It is quick.")]
+        text = tokenizer.apply_chat_template(whole, tokenize=False)
+        assert ids == tokenizer(text, add_special_tokens=False)["input_ids"][: len(ids)]
 
 
 # Bad input
@@ -396,11 +416,6 @@ def test_labels_of_a_chat_are_told_apart_as_the_template_writes_them() -> None:
 
 def test_a_model_folder_tells_of_its_chat_template() -> None:
     """Files alone tell whether a model has a chat template."""
-    from models import model_folder
-
-    from orchestrator.job.spec import BaseModelSpec
-    from orchestrator.models.folder import names_chat_template
-
     assert names_chat_template(BaseModelSpec(id=str(chat_folder("chatml")))) is True
     assert names_chat_template(BaseModelSpec(id=str(model_folder()))) is False
     assert names_chat_template(BaseModelSpec(id="nobody/model")) is None

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import mlflow
 import pytest
 from chat_models import STYLES, WITHOUT_SYSTEM, chat_backbone
 
@@ -18,6 +19,7 @@ from orchestrator.data.dataset import load_rows
 from orchestrator.data.encoding import Encoder, make_encoder
 from orchestrator.errors import BadInput
 from orchestrator.job.spec import DataFiles, DataSpec
+from orchestrator.registry import Registry
 from orchestrator.search.prepare import chat_record, verbalizer_entries
 from orchestrator.serving.engine.engine import Engine
 from orchestrator.serving.http.routes import make_api
@@ -210,6 +212,26 @@ def test_another_chat_template_is_refused(paths: Any) -> None:
             load_prompt(made.backbone, made.folder, "chat", 7)
     finally:
         tokenizer.chat_template = template
+
+
+def test_the_pyfunc_model_takes_conversations(paths: Any, tmp_path: Path) -> None:
+    """MLflow's model answers a list of messages as the served prompt does; so does its example."""
+    talk = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "fox"},
+    ]
+    answer = {"role": "assistant", "content": "good"}
+    made = paths("chatml", [{"turns": [*talk, answer]}], messages="turns")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    registry = Registry(uri, cache_dir=tmp_path / "cache")
+    with registry.start_search("chat", {}, {}) as search:
+        registry.register(made.folder, "chat", search.run_id, example=made.splits.test[0])
+    mlflow.set_tracking_uri(uri)
+    model = mlflow.pyfunc.load_model("models:/chat/1")
+    expected = OfflineModel(made.backbone, made.prompt).complete([{"prompt": talk}])[0].text
+    assert model.predict([{"prompt": talk}]) == [{"text": expected}]
+    assert model.predict(model.input_example) == [{"text": expected}]
 
 
 def test_an_early_artifact_parses_control_tokens(paths: Any, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from orchestrator.artifact import IMPORTED
+from orchestrator.artifact import IMPORTED, Manifest
 from orchestrator.cli.pages.table import BASELINES, metric_text, table
 from orchestrator.job.labels import label_text
 from orchestrator.job.space import TrialSpec
@@ -182,6 +182,7 @@ def version_page(detail: VersionDetail) -> list[str]:
         ),
         ("fingerprint", manifest.base_model.fingerprint),
         ("template", json.dumps(manifest.template, ensure_ascii=False)),
+        ("conversations", _chat(manifest)),
         ("verbalizer", _verbalizer(manifest.verbalizer_map())),
         ("data", f"{manifest.data.path}, rows {manifest.data.rows}"),
         (
@@ -199,6 +200,13 @@ def version_page(detail: VersionDetail) -> list[str]:
     width = max(len(key) for key, _ in facts)
     lines = [f"  {key.ljust(width)}  {printable(str(value))}" for key, value in facts]
     return [*head, *lines, f"next: orchestrator serve {name}:{summary.version}"]
+
+
+def _chat(manifest: Manifest) -> str:
+    if (chat := manifest.chat) is None:
+        return "none: the prompt was tuned on bare text"
+    system = f", system message {chat.system!r}" if chat.system else ""
+    return f"in the base model's chat template ({chat.template_sha256[:12]}){system}"
 
 
 def _verbalizer(mapping: dict[Any, str] | None) -> str:
