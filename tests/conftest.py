@@ -24,7 +24,7 @@ import ray
 from small_jobs import Command, Finished, Said, run_search, write_job
 
 from orchestrator import cli
-from orchestrator.cluster.session import ENVIRONMENT
+from orchestrator.cluster.ray_internals.settings import SEARCH
 
 LOGICAL_CPUS = 4  # a search, its relays and a serving replica fit side by side
 
@@ -57,7 +57,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """One local Ray for the whole session, with the environment of a search."""
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(SEARCH)
     ray.init(
         address="local",
         num_cpus=LOGICAL_CPUS,

@@ -36,7 +36,9 @@ def test_facts_are_the_searchs_own(finished: Finished, folder: SearchFolder) -> 
     told = {trial["id"]: trial for trial in finished.document["trials"]}
     assert [trial.id for trial in facts.trials] == list(told)
     for trial in facts.trials:
-        assert trial.best == told[trial.id]["metrics"] and trial.status == told[trial.id]["status"]
+        assert (
+            trial.metrics == told[trial.id]["metrics"] and trial.status == told[trial.id]["status"]
+        )
         assert trial.points == [(it.step, it.metrics) for it in finished.reports[trial.id]]
     assert facts.winner is not None and facts.winner.id == finished.document["best"]["trial"]
     assert facts.run_id == finished.document["mlflow"]["run_id"]

@@ -10,7 +10,8 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
-from orchestrator.data.encoding import Encoder, Row
+from orchestrator.data.encoding import Encoder
+from orchestrator.data.source_row import Row
 from orchestrator.data.template import Mark, target_text
 
 SEPARATOR = "\n\n"

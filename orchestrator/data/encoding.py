@@ -6,18 +6,17 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 from orchestrator.data.dataset import SPLITS, RowSplits
-from orchestrator.data.source_row import at_row
+from orchestrator.data.source_row import Row, at_row
 from orchestrator.data.template import Mark, Template, Verbalizer, continuation_ids, target_text
 from orchestrator.errors import BadInput
 from orchestrator.job.spec import DataSpec
 from orchestrator.models.checks import beyond_table
 from orchestrator.models.placeholders import BLANK, marker
 from orchestrator.models.source import Family
+from orchestrator.models.tokenizer import Tokenizer
 
-Row = Mapping[str, Any]
 SENTINEL = "<extra_id_0>"
 
 
@@ -52,7 +51,7 @@ class Encoder:
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         template: Template,
         verbalizer: Verbalizer | None,
         max_input_tokens: int,
@@ -346,7 +345,7 @@ def _right_texts(row: Row, data: DataSpec) -> list[str]:
 def make_encoder(
     data: DataSpec,
     rows: RowSplits,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     family: Family = "causal",
     table_size: int | None = None,
 ) -> Encoder:
@@ -369,7 +368,7 @@ def shortened(text: str) -> str:
     return repr(text if len(text) <= 60 else f"{text[:40]}...{text[-17:]}")
 
 
-def _sentinel(tokenizer: Any, family: Family) -> int:
+def _sentinel(tokenizer: Tokenizer, family: Family) -> int:
     """Return the id of the first sentinel token (Raffel et al. 2020).
 
     Raises BadInput for a model or tokenizer without one.
@@ -399,7 +398,7 @@ def check_context(
         )
 
 
-def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+def _special_tokens(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """Return the special tokens that the tokenizer puts in front of a text, and those behind it."""
     bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
     whole = list(tokenizer("a")["input_ids"])

@@ -103,7 +103,7 @@ def _is_json_lines(text: TextFile) -> bool:
 
 def _of_document(text: TextFile) -> NumberedValues:
     """Yield the items of an array, or one value after another."""
-    document = _Document(text)
+    document = _JsonText(text)
     if document.next_character() == "[":
         values = list(document.items())
         document.refuse_more()
@@ -124,7 +124,7 @@ def _only_list(values: list[tuple[int, Any]]) -> NumberedValues:
     return iter(values)
 
 
-class _Document:
+class _JsonText:
     """A whole text and the position up to which it has been read."""
 
     def __init__(self, text: TextFile) -> None:

@@ -11,12 +11,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 from orchestrator.data.cells import cell_text
 from orchestrator.data.dataset import SPLITS, RowSplits
 from orchestrator.data.held_out import label_of
-from orchestrator.data.source_row import place_of
+from orchestrator.data.source_row import Row, place_of
 from orchestrator.data.template import Template
 from orchestrator.errors import BadInput
 from orchestrator.job.spec import DataSpec
@@ -149,7 +149,7 @@ class _Splits:
     def _template(self) -> Template:
         return Template(self.data.template)
 
-    def _input(self, row: Mapping[str, Any]) -> str:
+    def _input(self, row: Row) -> str:
         text = self._template.fill(row)
         if self.data.prefix_lm is None:
             return text

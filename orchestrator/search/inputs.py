@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 from orchestrator.data.cells import is_missing
 from orchestrator.data.dataset import (
     SPLITS,
-    Row,
     RowSplits,
     cut_in_two,
     known_data,
@@ -26,7 +25,7 @@ from orchestrator.data.dataset import (
     read_split,
     wanted_rows,
 )
-from orchestrator.data.source_row import place_of
+from orchestrator.data.source_row import Row, place_of
 from orchestrator.data.split_checks import judge
 from orchestrator.data.template import Verbalizer
 from orchestrator.errors import BadInput, Problem, SpecError
@@ -207,7 +206,7 @@ def _artifact_findings(job: JobSpec, elsewhere: bool) -> Iterator[Fault | Unchec
 
 def _folder_faults(job: JobSpec, key: str, reference: str, folder: Path) -> Iterator[Fault]:
     from orchestrator.artifact import PromptArtifact
-    from orchestrator.peft_format import is_peft, read_peft
+    from orchestrator.artifact.peft import is_peft, read_peft
 
     try:
         stored = read_peft(folder) if is_peft(folder) else PromptArtifact.load(folder)
@@ -216,7 +215,7 @@ def _folder_faults(job: JobSpec, key: str, reference: str, folder: Path) -> Iter
         yield Fault(key, error.message, error.hint)
 
 
-def check_can_start(job: JobSpec, reference: str, tensors: Mapping[str, Any]) -> None:
+def check_can_start(job: JobSpec, reference: str, tensors: Mapping[str, object]) -> None:
     """Raise BadInput if a soft prompt is to start from a prefix, which has no embeddings."""
     if job.method != "prefix_tuning" and "prompt" not in tensors:
         raise BadInput(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.artifact import CellsRecord, DataRecord, PromptArtifact, VerbalizerEntry
+from orchestrator.artifact.peft import is_peft, read_peft
 from orchestrator.data.dataset import SPLITS, RowSplits, load_rows, rows_fingerprint
 from orchestrator.data.demonstrations import demonstrations
 from orchestrator.data.designs import BOUNDARY, Design, Designs
@@ -44,9 +45,15 @@ from orchestrator.job.spec import BUILTIN, DataSpec, JobSpec
 from orchestrator.models.adapter_folder import instead_of_adapter
 from orchestrator.models.backbone.weights import check_files
 from orchestrator.models.builtin import builtin_model
-from orchestrator.models.source import ModelSource, known_builtin, resolve_model
-from orchestrator.peft_format import is_peft, read_peft
+from orchestrator.models.source import (
+    ModelSource,
+    known_builtin,
+    looks_like_path,
+    resolve_model,
+)
+from orchestrator.registry import Registry
 from orchestrator.search.inputs import check_can_start
+from orchestrator.search.progress import Clock
 from orchestrator.tuning.baselines import check_peft
 from orchestrator.tuning.engine import Task
 from orchestrator.tuning.generate import Decoding
@@ -130,6 +137,54 @@ def prepare(
     return Prepared(
         job, known, total, source, rows, task, instructions, few_shot, making_s, warnings + left_out
     )
+
+
+def prepare_job(
+    job: JobSpec,
+    registry: Registry,
+    clock: Clock,
+    *,
+    rows: RowSplits | None = None,
+    pins: Mapping[str, str] | None = None,
+    begun: bool = False,
+) -> tuple[Prepared, dict[str, str]]:
+    """Fetch the prompts that trials start from, then ``prepare`` the job.
+
+    Returns the prepared job, and the version, as NAME:VERSION, that each registered reference
+    resolved to. ``pins`` fixes those versions for a search that is resumed.
+    """
+    artifacts, versions = fetch_artifacts(job, registry, pins)
+    prepared = prepare(job, artifacts, rows, begun=begun)
+    clock.mark_preparation(prepared.making_s)
+    return prepared, versions
+
+
+def fetch_artifacts(
+    job: JobSpec, registry: Registry, pins: Mapping[str, str] | None = None
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """Find the folder of each prompt that trials start from.
+
+    A local folder is used as it is; a registered prompt is fetched. Returns the folders by the
+    reference in the spec, and the version that each registered reference resolved to.
+    """
+    folders, versions = {}, {}
+    for reference in init_artifacts(job.search.space):
+        folder = Path(reference).expanduser()
+        if not folder.is_dir() and not looks_like_path(reference):
+            summary = registry.resolve((pins or {}).get(reference, reference))
+            folder = registry.fetch(summary.name, summary.version)
+            versions[reference] = f"{summary.name}:{summary.version}"
+        folders[reference] = folder
+    return folders, versions
+
+
+def check_registration(job: JobSpec, registry: Registry) -> None:
+    """Check, before any time is spent, that the result can be registered.
+
+    Raises BadInput or Unreachable.
+    """
+    registers = job.registry.register_top > 0 and not job.is_baseline
+    registry.check_search_end(job.name, job.model_name if registers else None)
 
 
 def _instructions(

@@ -27,8 +27,8 @@ from orchestrator.errors import JobFailed
 from orchestrator.job.space import TrialSpec
 from orchestrator.job.spec import SearchSpec, TrainSpec
 from orchestrator.models.backbone import Backbone, PromptTensors
-from orchestrator.tuning.baselines import Change
-from orchestrator.tuning.checkpoint import TrialState, restore_prompt
+from orchestrator.tuning.baselines import WeightChange
+from orchestrator.tuning.checkpoint import Checkpoint, restore_prompt
 from orchestrator.tuning.cpu_threads import Threads
 from orchestrator.tuning.evaluate import evaluate
 from orchestrator.tuning.generate import Decoding
@@ -69,7 +69,7 @@ class Slot:
 
     trial: str
     spec: TrialSpec
-    prompt: Prompt | Change
+    prompt: Prompt | WeightChange
     updater: Updater
     base_model: str = ""
     step: int = 0
@@ -101,9 +101,9 @@ class Slot:
     def parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.prompt.named_parameters())
 
-    def state(self) -> TrialState:
+    def state(self) -> Checkpoint:
         best = self.best or self.prompt.named()
-        return TrialState.of(
+        return Checkpoint.of(
             step=self.step,
             best_step=self.best_step,
             best_metrics=self.best_metrics,
@@ -164,19 +164,19 @@ class Engine:
         updater = Updater(list(prompt.parameters()), spec.learning_rate, self.train)
         slot = Slot(trial, spec, prompt, updater, self.backbone.info.fingerprint)
         if checkpoint is not None:
-            self._restore(slot, TrialState.from_bytes(checkpoint))
+            self._restore(slot, Checkpoint.from_bytes(checkpoint))
         self.slots[trial] = slot
 
     @cached_property
     def _context(self) -> InitContext:
         return InitContext.of(self.backbone, self.task.encoder.answer_words, self.task.artifacts)
 
-    def _learned(self, spec: TrialSpec) -> Prompt | Change:
+    def _learned(self, spec: TrialSpec) -> Prompt | WeightChange:
         """Create the module that a trial trains, in its state before the first step."""
         return make_prompt(self.task.method, spec, self._context).to(self.backbone.device)
 
     @staticmethod
-    def _restore(slot: Slot, state: TrialState) -> None:
+    def _restore(slot: Slot, state: Checkpoint) -> None:
         restore_prompt(slot.prompt, state, slot.base_model)
         slot.updater.load_state_tensors(list(slot.parameters), state.tensors)
         slot.step, slot.best_step, slot.waited = state.step, state.best_step, state.waited
@@ -213,7 +213,7 @@ class Engine:
         Raises JobFailed when memory does not suffice for a single row.
         """
         if job.checkpoint is not None:
-            metrics = self._checkpoint_metrics(job, TrialState.from_bytes(job.checkpoint))
+            metrics = self._checkpoint_metrics(job, Checkpoint.from_bytes(job.checkpoint))
         else:
             splits = (
                 self.task.splits
@@ -228,7 +228,7 @@ class Engine:
             )
         return metrics
 
-    def _checkpoint_metrics(self, job: EvaluationJob, state: TrialState) -> dict[str, float] | None:
+    def _checkpoint_metrics(self, job: EvaluationJob, state: Checkpoint) -> dict[str, float] | None:
         best = PromptTensors.from_named(state.best(), self.task.method.inside)
         return self._metrics([best], self.task.splits[job.split], job.confusion)[0]
 

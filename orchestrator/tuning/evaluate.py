@@ -13,19 +13,21 @@ If a ``Decoding`` is given, texts are also generated and compared (``generate.py
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from orchestrator.data.batches import longest_first
 from orchestrator.data.encoding import Encoded, Encoder
 from orchestrator.job.metrics import Metric, is_custom, metric_named
 from orchestrator.models.backbone import Backbone, PreparedPrompts, PromptTensors
 from orchestrator.models.scoring import answer_scores, answer_tokens, target_log_probs
 from orchestrator.tuning.cpu_threads import Threads
 from orchestrator.tuning.custom_metrics import Judgement, custom_values
+from orchestrator.tuning.forwards import MAX_TOKENS, Share, SharedForwards
 from orchestrator.tuning.generate import Decoding, generated_metrics
 from orchestrator.tuning.label_metrics import (
     CALIBRATION_BINS,
@@ -40,7 +42,6 @@ from orchestrator.tuning.out_of_memory import needs_room
 from orchestrator.tuning.reports import CONFUSION
 from orchestrator.tuning.worker_group import Group
 
-MAX_TOKENS = 16384  # padded tokens of one forward
 CPU_TOKENS = 2048  # on a CPU, outgrowing the caches costs more than running more forwards
 
 
@@ -228,49 +229,26 @@ def _own_tallies(
     count = 1 if prompts is None else len(prompts)
     with needs_room():
         prepared = None if prompts is None else backbone.prepare(prompts)
-    forwards = list(_forwards(split, max_tokens // count, group.size * threads.ways))
+    forwards = list(longest_first(split.lengths, max_tokens // count, group.size * threads.ways))
 
     @torch.inference_mode()
-    def part_tallies(part: int) -> list[Tally]:
-        tallies = [Tally(ranked=Ranked.nothing(len(encoder.answers))) for _ in range(count)]
-        for places in forwards:
-            own = threads.share(group.share(places))[part]
-            # All workers must run equally many forwards: without rows of its own, run another's.
-            each = own or (places[:1] if threads.ways == 1 else [])
-            if not each:
-                continue
-            rows, owner = (
-                [row for _ in range(count) for row in each],
-                [prompt for prompt in range(count) for _ in each],
-            )
-            tokens = len(rows) * max(split.lengths[row] for row in rows)
-            with needs_room(tokens, divisible=len(each) > 1 or threads.ways > 1):
-                judged = _judge(backbone, prepared, split, encoder, rows, owner)
-            if own:
-                _tally(judged, split, rows, owner, tallies, wanted.keeps_scores)
-        return tallies
+    def add_tallies(share: Share, tallies: list[Tally]) -> None:
+        rows = [row for _ in range(count) for row in share.rows]
+        owner = [prompt for prompt in range(count) for _ in share.rows]
+        judged = _judge(backbone, prepared, split, encoder, rows, owner)
+        if share.counts:
+            _tally(judged, split, rows, owner, tallies, wanted.keeps_scores)
 
-    parts = threads.each(part_tallies)
+    parts = SharedForwards(forwards, split.lengths, group, threads, copies=count).run(
+        lambda: [Tally(ranked=Ranked.nothing(len(encoder.answers))) for _ in range(count)],
+        add_tallies,
+    )
     return prepared, [sum(of_prompt[1:], of_prompt[0]) for of_prompt in zip(*parts, strict=True)]
 
 
 def forward_tokens(backbone: Backbone) -> int:
     """Return the default maximum number of padded tokens in one forward."""
     return min(MAX_TOKENS, CPU_TOKENS) if backbone.device.type == "cpu" else MAX_TOKENS
-
-
-def _forwards(split: Encoded, max_tokens: int, ways: int) -> Iterator[list[int]]:
-    """Yield the rows of each forward, longest rows first.
-
-    Each of the ``ways`` workers or threads that share a forward gets at most ``max_tokens`` padded
-    tokens of it, or one row.
-    """
-    order = sorted(range(len(split)), key=lambda row: split.lengths[row], reverse=True)
-    start = 0
-    while start < len(order):
-        rows = order[start : start + ways * max(1, max_tokens // split.lengths[order[start]])]
-        start += len(rows)
-        yield rows
 
 
 def _judge(

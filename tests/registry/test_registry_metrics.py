@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,31 +10,22 @@ import pytest
 
 from orchestrator.artifact import Manifest, read_manifest
 from orchestrator.job.metrics import METRICS, Metric
+from orchestrator.job.space import TrialSpec
 from orchestrator.job.spec import SearchSpec
 from orchestrator.registry.aliases.gate import (
     BETTER_TAG,
     METRIC_TAG,
-    Candidate,
+    ComparedVersion,
     comparison_metric,
     verdict,
 )
-from orchestrator.search.state.ranking import ranked
+from orchestrator.search.state.trials import TrialRecord, ranked
 from orchestrator.tuning.evaluate import Ranked, RankedRows, Wanted
 
 # 100 rows, ten of them of the rare second label.
 TRUE = [0] * 90 + [1] * 10
 ALWAYS_FIRST = [0] * 100
 FINDS_THE_RARE = [0] * 78 + [1] * 12 + [1] * 9 + [0]
-
-
-@dataclass
-class Trial:
-    """A finished trial, as the ranking sees it."""
-
-    id: str
-    best_metrics: dict[str, float]
-    status: str = "finished"
-    inherited: bool = False
 
 
 def metrics_of(said: list[int]) -> dict[str, float]:
@@ -61,9 +51,10 @@ def test_accuracy_and_macro_f1_pick_different_champions(
     macro F1 0.47). Another finds 9 of the rare rows (accuracy 0.87, macro F1 0.75). The search's
     ranking and the gate both choose the first by accuracy, and the second by macro F1.
     """
-    trials = [Trial(name, metrics) for name, metrics in METRICS_OF.items()]
+    spec = TrialSpec("random", None, 5, 0.1, 0)
+    trials = [TrialRecord(name, spec, metrics=metrics) for name, metrics in METRICS_OF.items()]
     versions = {
-        name: Candidate(read_manifest(make_artifact(metrics={"test": metrics})), {})
+        name: ComparedVersion(read_manifest(make_artifact(metrics={"test": metrics})), {})
         for name, metrics in METRICS_OF.items()
     }
     chosen = {}
@@ -87,9 +78,9 @@ def test_the_gate_compares_by_every_metric(
 ) -> None:
     """The metric of a version's search decides, in the metric's own direction."""
 
-    def version(value: float) -> Candidate:
+    def version(value: float) -> ComparedVersion:
         found = {"accuracy": 0.5, "loss": 0.5, metric.name: value}
-        return Candidate(_labelled(make_artifact, found), {METRIC_TAG: metric.name})
+        return ComparedVersion(_labelled(make_artifact, found), {METRIC_TAG: metric.name})
 
     low, high = version(0.25), version(0.75)
     name, better = comparison_metric(low, high)
@@ -109,7 +100,9 @@ def test_the_gate_compares_by_a_function_in_its_direction(
     """A version's tags name the function and its direction; the gate does not import it."""
     name = "no_module_of_this_name:cost"
     tags = {METRIC_TAG: name, BETTER_TAG: better}
-    low, high = (Candidate(_labelled(make_artifact, {name: it}), tags) for it in (-7.0, 300.0))
+    low, high = (
+        ComparedVersion(_labelled(make_artifact, {name: it}), tags) for it in (-7.0, 300.0)
+    )
     assert comparison_metric(low, high) == (name, better)
     assert verdict(low, high, *comparison_metric(low, high))[0] == (better == "min")
     assert verdict(high, low, *comparison_metric(high, low))[0] == (better == "max")
@@ -119,6 +112,6 @@ def test_a_champion_without_the_metric_is_named(make_artifact: Callable[..., Pat
     """A champion of an earlier release has no macro F1: the gate says so, and does not guess."""
     new = _labelled(make_artifact, {"accuracy": 0.9, "macro_f1": 0.7})
     old = _labelled(make_artifact, {"accuracy": 0.8})
-    assert verdict(Candidate(new, {}), Candidate(old, {}), "macro_f1", "max") == (
+    assert verdict(ComparedVersion(new, {}), ComparedVersion(old, {}), "macro_f1", "max") == (
         False, "the champion has no test macro_f1",
     )  # fmt: skip

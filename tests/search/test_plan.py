@@ -13,7 +13,7 @@ from models import load, model_folder, small_task
 from ray_state import eventually, holders
 from small_jobs import Command, Recorder, small_job, write_job
 
-from orchestrator.cluster.nodes import Node
+from orchestrator.cluster.nodes import ClusterNode
 from orchestrator.errors import BadInput, JobFailed
 from orchestrator.job.yaml import load_job
 from orchestrator.models.backbone import bytes_elsewhere
@@ -228,7 +228,7 @@ def test_real_steps_are_measured(tmp_path: Path) -> None:
     Weights, idle, a usual step and the peak grow in that order.
     """
     prepared = prepare(small_job(tmp_path, **FIFO))
-    found = measure(prepared, place(prepared.job.resources, [Node(2)], len(prepared.trials)))
+    found = measure(prepared, place(prepared.job.resources, [ClusterNode(2)], len(prepared.trials)))
     assert 0 < found.weights < found.idle <= found.usual <= found.peak < found.room
     assert all(
         value > 0

@@ -9,6 +9,7 @@ from typing import Any
 from orchestrator.cli.pages.table import metric_text, table
 from orchestrator.job.labels import label_text
 from orchestrator.registry import Move, VersionDetail, printable
+from orchestrator.utils.documents import JsonObject
 
 LAST_MOVES = 5
 WORDS = 3
@@ -29,7 +30,7 @@ def history_lines(moves: Sequence[Move], most: int = LAST_MOVES) -> list[str]:
     return ["moves of aliases, the newest first:", *lines, *more] if lines else []
 
 
-def history_document(moves: Sequence[Move]) -> list[dict[str, Any]]:
+def history_document(moves: Sequence[Move]) -> list[JsonObject]:
     """Return all moves of all aliases, for ``models NAME --json``."""
     return [asdict(move) for move in moves]
 
@@ -37,7 +38,7 @@ def history_document(moves: Sequence[Move]) -> list[dict[str, Any]]:
 # Two versions
 
 
-def comparison_document(one: VersionDetail, other: VersionDetail) -> dict[str, Any]:
+def comparison_document(one: VersionDetail, other: VersionDetail) -> JsonObject:
     """Return the document of ``compare --json``; ``differs`` names the facts that are not equal."""
     sides = [_facts(detail) for detail in (one, other)]
     differs = [name for name in sides[0] if sides[0][name] != sides[1].get(name)]
@@ -56,7 +57,7 @@ def comparison_document(one: VersionDetail, other: VersionDetail) -> dict[str, A
     }
 
 
-def _facts(detail: VersionDetail) -> dict[str, Any]:
+def _facts(detail: VersionDetail) -> JsonObject:
     summary, manifest = detail.summary, detail.manifest
     config = {f"config.{key}": value for key, value in summary.config.items()}
     if manifest is None:

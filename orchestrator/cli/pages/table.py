@@ -7,12 +7,6 @@ from typing import Any
 
 from orchestrator.registry import printable
 
-BASELINES = {
-    "zero_shot": "without a prompt",
-    "few_shot": "a few examples",
-    "instruction": "written instruction",
-}
-
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
     """Align the cells in columns as wide as their content; unprintable characters are escaped."""
@@ -22,6 +16,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in cells
     ]
+
+
+def aligned(facts: Sequence[tuple[str, Any]]) -> list[str]:
+    """Write each value after its name, in two columns; unprintable characters are escaped."""
+    width = max(len(name) for name, _ in facts)
+    return [f"{name.ljust(width)}  {printable(str(value))}" for name, value in facts]
 
 
 def metric_text(metrics: Mapping[str, Any] | None, split: str = "test", every: bool = False) -> str:

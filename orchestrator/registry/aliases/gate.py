@@ -33,7 +33,7 @@ BETTER_TAG = "orchestrator.metric_better"
 
 
 @dataclass(frozen=True)
-class Candidate:
+class ComparedVersion:
     """The manifest and the tags of a version, as the gate compares them.
 
     The tags hold the results of later evaluations.
@@ -126,7 +126,7 @@ def _labels(manifest: Manifest) -> list[str]:
     return sorted(spelled(label) for label in manifest.verbalizer_map() or {})
 
 
-def comparison_metric(new: Candidate, holder: Candidate) -> tuple[str, Better]:
+def comparison_metric(new: ComparedVersion, holder: ComparedVersion) -> tuple[str, Better]:
     """Choose the metric that two versions are compared by, and its direction.
 
     It is the metric of the new version's search, or else the first of ``METRICS`` that both test
@@ -147,7 +147,9 @@ def tagged_metric(tags: Mapping[str, str]) -> Metric | None:
     return metric_named(name, "min" if tags.get(BETTER_TAG) == "min" else "max")
 
 
-def verdict(new: Candidate, champion: Candidate, metric: str, better: Better) -> tuple[bool, str]:
+def verdict(
+    new: ComparedVersion, champion: ComparedVersion, metric: str, better: Better
+) -> tuple[bool, str]:
     """Tell whether the new prompt beats the champion on the same test rows.
 
     Returns the answer and its reason, which is a clause.

@@ -11,12 +11,9 @@ from orchestrator import __version__
 from orchestrator.job.metrics import metric_named
 from orchestrator.search.report.facts import SearchFacts
 from orchestrator.search.report.page import document_of, table_of
+from orchestrator.utils.documents import JsonObject
+from orchestrator.utils.wording import BASELINE_NAMES
 
-BARE = {
-    "zero_shot": "without a prompt",
-    "few_shot": "a few examples",
-    "instruction": "written instruction",
-}
 HEADING = (
     "method", "search", "trials", "validation", "test", "seeds", "trained parameters",
     "stored bytes", "training s", "evaluation s", "peak MB",
@@ -24,7 +21,7 @@ HEADING = (
 NOT_THE_SAME = "not the same {}: {}; the lines can't be compared as they stand"
 
 
-def comparison(facts: Sequence[SearchFacts]) -> dict[str, Any]:
+def comparison(facts: Sequence[SearchFacts]) -> JsonObject:
     """Collect the best trial of each search and the common baselines, as ``report --json`` prints.
 
     ``warnings`` names the differences that make the searches incomparable: data, base model,
@@ -34,9 +31,11 @@ def comparison(facts: Sequence[SearchFacts]) -> dict[str, Any]:
     return {"searches": found, "baselines": _bare(facts), "warnings": _warnings(facts)}
 
 
-def _entry(facts: SearchFacts) -> dict[str, Any]:
+def _entry(facts: SearchFacts) -> JsonObject:
     best, result = facts.winner, facts.result or {}
-    reached = result.get("best", {}).get("metrics") or ({"validation": best.best} if best else {})
+    reached = result.get("best", {}).get("metrics") or (
+        {"validation": best.metrics} if best else {}
+    )
     return {
         "search": facts.id,
         "method": facts.job.method,
@@ -51,7 +50,7 @@ def _entry(facts: SearchFacts) -> dict[str, Any]:
     }
 
 
-def _bare(facts: Sequence[SearchFacts]) -> dict[str, Any]:
+def _bare(facts: Sequence[SearchFacts]) -> JsonObject:
     """Return the baselines of the first search if data, base model and metric are the same for all.
 
     The written instruction is left out, since it depends on a search's own init texts.
@@ -85,7 +84,7 @@ def comparison_rows(document: Mapping[str, Any]) -> list[list[str]]:
         reverse=ranked_by.better == "max",
     )
     bare = [
-        [BARE[name], "", "",
+        [BASELINE_NAMES[name], "", "",
          *(_number(found.get(split, {}).get(metric)) for split in ("validation", "test")),
          "", "0", "", "", "", ""]
         for name, found in document["baselines"].items()

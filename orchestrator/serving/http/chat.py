@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from typing import Any
 
 from orchestrator.data.template import Mark
 from orchestrator.errors import BadInput
 from orchestrator.models.placeholders import text_ids
+from orchestrator.models.tokenizer import Tokenizer
 from orchestrator.serving.http.protocol import ChatMessage
 from orchestrator.serving.prompts.served_prompt import ServedPrompt
 
@@ -49,7 +49,7 @@ def encode_chat(
     return ids
 
 
-def _rendered(tokenizer: Any, messages: Sequence[ChatMessage]) -> tuple[str, str]:
+def _rendered(tokenizer: Tokenizer, messages: Sequence[ChatMessage]) -> tuple[str, str]:
     """Render the conversation; return its text before and after the last message."""
     place = f"<{uuid.uuid4().hex}>"
     last = len(messages) - 1

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from orchestrator.artifact import PromptArtifact
 from orchestrator.data.cells import cell_text
 from orchestrator.data.dataset import load_split, rows_fingerprint
 from orchestrator.data.encoding import Encoded, reference_texts
+from orchestrator.data.source_row import Row
 from orchestrator.data.tables import table_suffix
 from orchestrator.data.template import Template
 from orchestrator.errors import BadInput, JobFailed, Unreachable
@@ -47,8 +48,9 @@ from orchestrator.tuning.generate import Decoding
 from orchestrator.tuning.label_metrics import per_class
 from orchestrator.tuning.out_of_memory import Room
 from orchestrator.tuning.reports import confusion_counts, without_confusion
+from orchestrator.utils.documents import JsonObject
 
-Row = Mapping[str, Any]
+Value = TypeVar("Value")
 Metrics = dict[str, float]
 FILE_SPLIT = "train"  # the split of a single file, as data sets name their only split
 MAX_GROUPS = 100
@@ -82,7 +84,7 @@ class Loaded:
         return Decoding(record.max_tokens, record.num_beams) if record else None
 
     @property
-    def kind(self) -> tuple[Any, ...]:
+    def kind(self) -> tuple[object, ...]:
         """The key of versions that see the same tokens and can therefore share forwards."""
         it = self.artifact.manifest
         limits = it.max_input_tokens, it.max_target_tokens
@@ -90,7 +92,7 @@ class Loaded:
 
 
 @dataclass(frozen=True)
-class Group:
+class RowGroup:
     """A group of rows, as one version sees them, with a line of its own in the results.
 
     ``places`` are the indices of the group's rows among all rows.
@@ -110,7 +112,7 @@ def evaluate_models(
     log: bool = True,
     say: Callable[[str], None] = lambda text: None,
     metric: str | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Evaluate versions on data sets; return the document of ``evaluate --json``.
 
     For each data set and each of its groups, the document has the metrics of every version, how
@@ -234,7 +236,7 @@ def _backbone(artifacts: Sequence[PromptArtifact], base_model: str | None) -> Ba
 # Rows
 
 
-def _groups(artifact: PromptArtifact, question: Question) -> list[Group]:
+def _groups(artifact: PromptArtifact, question: Question) -> list[RowGroup]:
     """Load the rows in groups; the first group has all rows.
 
     Rows keep only the columns that the version's own data had.
@@ -255,10 +257,10 @@ def _groups(artifact: PromptArtifact, question: Question) -> list[Group]:
             "choose a column of few values",
         )
     parts = [
-        Group(label, [cut[place] for place in found[label]], found[label])
+        RowGroup(label, [cut[place] for place in found[label]], found[label])
         for label in sorted(found)
     ]
-    return [Group("", cut, range(len(cut))), *parts]
+    return [RowGroup("", cut, range(len(cut))), *parts]
 
 
 def _columns(artifact: PromptArtifact, data: DataSpec) -> set[str]:
@@ -288,7 +290,7 @@ def _data_spec(artifact: PromptArtifact, question: Question) -> DataSpec:
     )
 
 
-def _encoded(one: Loaded, groups: Sequence[Group], question: Question) -> list[Encoded]:
+def _encoded(one: Loaded, groups: Sequence[RowGroup], question: Question) -> list[Encoded]:
     encoder, data = one.prompt.encoder, _data_spec(one.artifact, question)
     if encoder.verbalizer is not None:
         _check_labels(one, groups[0].rows, data.target)
@@ -307,7 +309,7 @@ def _encoded(one: Loaded, groups: Sequence[Group], question: Question) -> list[E
 
 
 def _part(whole: Encoded, places: Sequence[int]) -> Encoded:
-    def chosen(values: list[Any]) -> list[Any]:
+    def chosen(values: list[Value]) -> list[Value]:
         return [values[place] for place in places] if values else []
 
     return Encoded(
@@ -368,7 +370,7 @@ def _targets(
     backbone: Backbone,
     loaded: Sequence[Loaded],
     question: Question,
-    groups: Sequence[Sequence[Group]],
+    groups: Sequence[Sequence[RowGroup]],
     splits: Sequence[Sequence[Encoded]],
     ensemble: bool,
     metric: str | None,
@@ -409,7 +411,7 @@ def _metrics(
     Versions that see the same tokens share forwards.
     """
     found: list[Metrics] = [{}] * len(loaded)
-    kinds: dict[tuple[Any, ...], list[int]] = {}
+    kinds: dict[tuple[object, ...], list[int]] = {}
     for place, one in enumerate(loaded):
         kinds.setdefault(one.kind, []).append(place)
     for places in kinds.values():
@@ -456,7 +458,7 @@ def _votes(
     backbone: Backbone,
     loaded: Sequence[Loaded],
     question: Question,
-    groups: Sequence[Sequence[Group]],
+    groups: Sequence[Sequence[RowGroup]],
     splits: Sequence[Sequence[Encoded]],
 ) -> list[Metrics]:
     """Compute the accuracy of the majority vote on each group.
@@ -507,9 +509,7 @@ def _record(target: Target, place: int) -> EvaluationRecord:
     )
 
 
-def _document(
-    loaded: Sequence[Loaded], targets: Sequence[Target], asked: str | None
-) -> dict[str, Any]:
+def _document(loaded: Sequence[Loaded], targets: Sequence[Target], asked: str | None) -> JsonObject:
     compared = _compared_by(loaded, targets, asked)
     metric = compared.name
     sources = [one.artifact.manifest.metrics.get("test", {}) for one in loaded]
@@ -521,7 +521,7 @@ def _document(
             else None
             for metrics, source in zip(target.metrics, sources, strict=True)
         ]
-        line: dict[str, Any] = {
+        line: JsonObject = {
             "data": target.question.data,
             "split": target.question.split,
             "by": target.question.by,
