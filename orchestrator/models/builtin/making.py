@@ -50,7 +50,13 @@ def made_once(
 def _make(
     folder: Path, make: Callable[[Path, Progress], None], title: str, progress: Progress | None
 ) -> None:
-    """Fill a temporary folder beside the final one, then rename it when it is complete."""
+    """Fill a temporary folder beside the final one, then rename it when it is complete.
+
+    The caller holds the folder's lock, so other temporary folders of its name are those of killed
+    processes. They are removed.
+    """
+    for abandoned in folder.parent.glob(f".{folder.name}-*"):
+        shutil.rmtree(abandoned, ignore_errors=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         if progress is not None:
