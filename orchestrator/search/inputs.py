@@ -33,6 +33,7 @@ from orchestrator.job.metrics import custom_function, is_custom
 from orchestrator.job.space import templates
 from orchestrator.job.spec import ArtifactInit, DataFiles, DataSpec, JobSpec, template_columns
 from orchestrator.job.yaml import load_with_places
+from orchestrator.models.builtin import check_builtin
 from orchestrator.models.folder import folder_faults
 from orchestrator.models.source import known_builtin, looks_like_path
 
@@ -168,7 +169,9 @@ def _model_findings(job: JobSpec, elsewhere: bool) -> Iterator[Fault | Unchecked
     key = "base_model.id"
     if base.source == "builtin":
         try:
-            known_builtin(base.id)
+            name = known_builtin(base.id)
+            if not elsewhere:
+                check_builtin(name)
             yield Unchecked(key, f"{base.id} {NOT_HERE['builtin']}")
         except BadInput as error:
             yield Fault.of(error, key)
