@@ -10,10 +10,10 @@ import pytest
 from models import model_folder
 from small_jobs import small_job
 
+from orchestrator.artifact.peft import read_peft
 from orchestrator.errors import BadInput
 from orchestrator.job.spec import BaseModelSpec
 from orchestrator.models.source import resolve_model
-from orchestrator.peft_format import read_peft
 from orchestrator.search.prepare import prepare, stored_tensors
 
 

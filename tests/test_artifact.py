@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
 
-from orchestrator import artifact
 from orchestrator.artifact import (
     MANIFEST,
     WEIGHTS,
@@ -30,6 +29,7 @@ from orchestrator.artifact import (
     file_sha256,
     read_manifest,
 )
+from orchestrator.artifact import prompt as artifact
 from orchestrator.errors import BadInput
 
 SHAPE = (3, 8)

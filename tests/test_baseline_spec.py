@@ -157,8 +157,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "pbt": (
         document("lora", search={"space": SPACE["lora"], "scheduler": "pbt"}),
         "search.scheduler: pbt compares trials side by side, and method lora trains one at a "
-        "time; use asha, median or "
-        "fifo",
+        "time; use one of asha, median, fifo",
     ),
     "several slots": (
         document("adapter", resources={"trials_per_worker": 4}),

@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 from small_jobs import Command, write_job
+from typer.main import get_command
+
+from orchestrator.cli.entry import app
+from orchestrator.cli.groups import GROUPS
 
 HEAVY = ("torch", "ray", "transformers", "mlflow", "datasets", "numpy", "fastapi")
 GENEROUS_S = 30.0
@@ -83,21 +87,9 @@ def test_version_and_help(command: Command) -> None:
     """The version is one line; help names every verb."""
     assert command("--version").out.startswith("orchestrator 0.")
     shown = command("--help").out
-    registry = ("models", "promote", "rollback", "export", "import", "inspect")
-    for verb in (
-        "validate",
-        "plan",
-        "run",
-        "submit",
-        "jobs",
-        "logs",
-        "stop",
-        *registry,
-        "serve",
-        "query",
-        "ui",
-        "doctor",
-        "schema",
-    ):
-        assert f" {verb} " in shown
+    verbs = {name: verb for name, verb in get_command(app).commands.items() if not verb.hidden}
+    assert len(verbs) > 20
+    for name, verb in verbs.items():
+        assert f" {name} " in shown
+        assert getattr(verb, "rich_help_panel", None) in GROUPS
     assert command().code in (0, 2)  # without a verb: the help

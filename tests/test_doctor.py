@@ -12,7 +12,7 @@ import ray
 from small_jobs import Command
 
 from orchestrator.cli import doctor
-from orchestrator.cli.doctor import Finding
+from orchestrator.cli.doctor import CheckResult
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_a_full_disk_and_a_missing_library(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_check_that_breaks_is_a_finding_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """One broken library does not hide the other checks."""
 
-    def _device() -> list[Finding]:
+    def _device() -> list[CheckResult]:
         raise ImportError("libcudart.so.13: cannot open shared object file")
 
     monkeypatch.setattr(doctor, "_device", _device)

@@ -22,14 +22,14 @@ from models import load
 from small_jobs import Command, Finished
 
 from orchestrator.artifact import PromptArtifact
+from orchestrator.cli.workbench.domain_shift import Question, evaluate_models, majority
+from orchestrator.cli.workbench.inspect import nearest_tokens
 from orchestrator.models.nearest_words import nearest_words
 from orchestrator.models.source import resolve_model
 from orchestrator.registry import Registry
 from orchestrator.registry.aliases.gate import EVALUATION_TAG
 from orchestrator.serving.offline import OfflineModel
 from orchestrator.serving.prompts.served_prompt import prompt_tensors
-from orchestrator.workbench.evaluate import Question, evaluate_models, majority
-from orchestrator.workbench.inspect import nearest_tokens
 
 
 @pytest.fixture(scope="module")

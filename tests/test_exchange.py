@@ -19,9 +19,10 @@ from test_run import COUNT, NUMBER, TEXT, record
 from transformers import AutoModelForCausalLM
 
 from orchestrator.artifact import BaseModelRecord, PromptArtifact, VerbalizerEntry
+from orchestrator.artifact.peft import WEIGHTS
 from orchestrator.job.space import TrialSpec
+from orchestrator.models.adapter_folder import ADAPTER_CONFIG
 from orchestrator.models.backbone import Backbone
-from orchestrator.peft_format import CONFIG, WEIGHTS
 from orchestrator.registry import Registry
 from orchestrator.serving.offline import OfflineModel
 from orchestrator.tuning.prompts import InitContext, Method, make_prompt
@@ -248,8 +249,8 @@ def test_import_of_what_peft_made(
 
 
 def edit(folder: Path, **changes: Any) -> None:
-    document = json.loads((folder / CONFIG).read_text()) | changes
-    (folder / CONFIG).write_text(json.dumps(document))
+    document = json.loads((folder / ADAPTER_CONFIG).read_text()) | changes
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(document))
 
 
 def test_what_import_refuses(store: Store, command: Command, tmp_path: Path) -> None:
@@ -269,7 +270,7 @@ def test_what_import_refuses(store: Store, command: Command, tmp_path: Path) -> 
         and "was trained on 'elsewhere/other'" in other.err
         and "--renamed-base-model" in other.err
     )
-    width = json.loads((folder / CONFIG).read_text())["token_dim"]
+    width = json.loads((folder / ADAPTER_CONFIG).read_text())["token_dim"]
     # The same number of values, laid out for another model.
     edit(folder, token_dim=width * 2, num_layers=1)
     shape = command(*asked, "--renamed-base-model")

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "orchestrator"
+INTERNALS = "cluster/ray_internals"
 ONLY_IN = {
-    "ray.tune": "search/study/study.py",
-    "ray.train": "search/workers/train_group.py",
-    "ray.serve": "serving/app.py",
-    "optuna": "search/study/tpe.py",
-    "ray.job_submission": "cluster/submit/job_server.py",
+    "ray.tune": {"search/study/study.py", f"{INTERNALS}/tune.py"},
+    "ray.train": {"search/workers/train_group.py", f"{INTERNALS}/train.py"},
+    "ray.serve": {"serving/app.py"},
+    "optuna": {"search/study/tpe.py"},
+    "ray.job_submission": {f"{INTERNALS}/jobs.py"},
 }
+PRIVATE = re.compile(r"ray\._(?!_)|ray\.\w+(\.\w+)*\._|ray\.(core\.generated|tune\.execution)")
+"""Names that begin with an underscore below Ray, and modules that Ray does not document."""
+MLFLOW_PRIVATE = re.compile(r"mlflow\.(store|utils)\b|mlflow(\.\w+)*\._(?!_)")
 
 
 def imported(file: Path) -> Iterator[str]:
@@ -30,13 +35,37 @@ def imported(file: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("module", ONLY_IN)
 def test_each_heavy_integration_is_imported_by_one_file_only(module: str) -> None:
-    """ray.tune, ray.train, ray.serve, ray.job_submission and optuna each have one importer."""
+    """ray.tune, ray.train, ray.serve, ray.job_submission and optuna each have one importer.
+
+    Beside it there may be the module that relies on the library's internals.
+    """
     importers = {
         str(file.relative_to(PACKAGE))
         for file in PACKAGE.rglob("*.py")
         if any(name == module or name.startswith(f"{module}.") for name in imported(file))
     }
-    assert importers == {ONLY_IN[module]}
+    assert importers == ONLY_IN[module]
+
+
+def uses(file: Path, private: re.Pattern[str]) -> bool:
+    """Tell whether the file's code, without its comments, matches the pattern."""
+    text = file.read_text(encoding="utf-8")
+    return bool(private.search(text) and private.search(ast.unparse(ast.parse(text))))
+
+
+@pytest.mark.parametrize(
+    ("private", "fence"),
+    [(PRIVATE, INTERNALS), (MLFLOW_PRIVATE, "registry/mlflow_internals")],
+    ids=["ray", "mlflow"],
+)
+def test_internals_of_a_library_stay_behind_their_fence(
+    private: re.Pattern[str], fence: str
+) -> None:
+    """Private names of Ray and MLflow occur in one package each, and nowhere else."""
+    users = {
+        str(file.relative_to(PACKAGE)) for file in PACKAGE.rglob("*.py") if uses(file, private)
+    }
+    assert users and {user for user in users if not user.startswith(f"{fence}/")} == set()
 
 
 def test_only_the_registry_imports_mlflow() -> None:

@@ -55,6 +55,53 @@ def test_only_the_first_signal_interrupts(first: int, second: int) -> None:
         assert interrupts.received == first and tidied
 
 
+class SignalledDestructor:
+    """An object in whose destructor a signal arrives."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        send(self.number)
+
+
+def destroy(target: object) -> None:
+    """Drop the last reference, and wait for what happens then."""
+    del target
+    time.sleep(5)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_an_interrupt_in_a_destructor_is_raised_after_it(
+    number: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Python drops what a destructor raises; the interrupt arrives all the same, and once."""
+    with Interrupts() as interrupts:
+        with pytest.raises(KeyboardInterrupt):
+            destroy(SignalledDestructor(number))
+        assert interrupts.received == number
+        send(number)
+        time.sleep(0.1)
+    assert "Exception ignored" not in capsys.readouterr().err
+
+
+def test_other_errors_in_a_destructor_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    """An error that is no interrupt reaches Python's own hook."""
+
+    class Broken:
+        def __del__(self) -> None:
+            raise ValueError("broken destructor")
+
+    before, sys.unraisablehook = sys.unraisablehook, sys.__unraisablehook__
+    try:
+        with Interrupts():
+            Broken()
+        assert sys.unraisablehook is sys.__unraisablehook__
+    finally:
+        sys.unraisablehook = before
+    assert "broken destructor" in capsys.readouterr().err
+
+
 def test_a_command_in_the_background_ignores_ctrl_c() -> None:
     """If a shell starts the command with SIGINT ignored, it stays ignored."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)

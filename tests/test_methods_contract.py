@@ -16,12 +16,13 @@ from orchestrator.artifact import PromptArtifact
 from orchestrator.data.encoding import Encoder
 from orchestrator.data.template import Template, Verbalizer
 from orchestrator.job.space import TrialSpec
-from orchestrator.job.spec import SearchSpec, TrainSpec
+from orchestrator.job.spec import PROMPT_METHODS, SearchSpec, TrainSpec
 from orchestrator.models.backbone import PROMPT_ONCE_FAMILIES, Backbone
 from orchestrator.serving.prompts.served_prompt import prompt_tensors
-from orchestrator.tuning.checkpoint import TrialState
+from orchestrator.tuning.checkpoint import Checkpoint
 from orchestrator.tuning.engine import Engine, Task
 from orchestrator.tuning.evaluate import evaluate
+from orchestrator.tuning.prompts import METHODS as MAKERS
 from orchestrator.tuning.prompts import InitContext, Method, Prompt, make_prompt
 from orchestrator.tuning.step import packed_gradients
 
@@ -44,6 +45,12 @@ TRIALS = [
 VERBALIZER = Verbalizer((0, 1), (" quick", " yes no"))
 every_family = pytest.mark.parametrize("family", FAMILIES)
 every_method = pytest.mark.parametrize("name", METHODS)
+
+
+def test_every_prompt_method_keeps_the_contract() -> None:
+    """The job spec, the methods that can be made, and this file's tests have the same methods."""
+    tested = {method.name for method in METHODS.values()}
+    assert {*PROMPT_METHODS} == {*MAKERS} == tested
 
 
 def precision(family: str) -> tuple[torch.dtype, float]:
@@ -243,7 +250,7 @@ def test_a_resumed_trial_is_one_never_interrupted(family: str, name: str) -> Non
         last.best_step,
     )
     assert resumed.metrics == pytest.approx(last.metrics, rel=10 * precision(family)[1])
-    one, other = TrialState.from_bytes(resumed.checkpoint), TrialState.from_bytes(last.checkpoint)
+    one, other = Checkpoint.from_bytes(resumed.checkpoint), Checkpoint.from_bytes(last.checkpoint)
     assert one.tensors.keys() == other.tensors.keys()
     for part, tensor in one.tensors.items():
         close(tensor, other.tensors[part], 1e-3)

@@ -27,13 +27,9 @@ from safetensors.torch import save_file as save_torch
 from test_artifact import manifest
 from torch import Tensor, nn
 
-from orchestrator import peft_format as peft_folder
 from orchestrator.artifact import PromptArtifact
-from orchestrator.errors import BadInput
-from orchestrator.job.space import TrialSpec
-from orchestrator.models.backbone import Backbone, PromptTensors
-from orchestrator.peft_format import (
-    CONFIG,
+from orchestrator.artifact import peft as peft_folder
+from orchestrator.artifact.peft import (
     PICKLE,
     WEIGHTS,
     export_peft,
@@ -42,6 +38,10 @@ from orchestrator.peft_format import (
     read_peft,
     same_name,
 )
+from orchestrator.errors import BadInput
+from orchestrator.job.space import TrialSpec
+from orchestrator.models.adapter_folder import ADAPTER_CONFIG
+from orchestrator.models.backbone import Backbone, PromptTensors
 from orchestrator.tuning.prompts import InitContext, Method, make_prompt
 
 P = 4
@@ -142,7 +142,7 @@ def test_peft_predicts_the_same_with_what_we_write(
     """PeftModel.from_pretrained loads our folder unchanged and gives our logits."""
     artifact, backbone = artifact_of(family, method), backbone_of(family)
     folder = export_peft(artifact, tmp_path / "made" / "adapter")
-    assert sorted(file.name for file in folder.iterdir()) == [CONFIG, WEIGHTS]
+    assert sorted(file.name for file in folder.iterdir()) == [ADAPTER_CONFIG, WEIGHTS]
     assert folder.stat().st_mode & 0o777 == 0o755
     loaded = PeftModel.from_pretrained(bare(family), str(folder)).double().eval()
     assert_same(peft_logits(loaded, backbone), our_logits(backbone, artifact.tensors))
@@ -312,8 +312,8 @@ def edited(**changes: Any) -> Callable[[Path], None]:
     """Set keys of the configuration; a value of ``...`` removes the key."""
 
     def edit(folder: Path) -> None:
-        document = json.loads((folder / CONFIG).read_text()) | changes
-        (folder / CONFIG).write_text(
+        document = json.loads((folder / ADAPTER_CONFIG).read_text()) | changes
+        (folder / ADAPTER_CONFIG).write_text(
             json.dumps({key: value for key, value in document.items() if value is not ...})
         )
 
@@ -357,15 +357,15 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another tensor": (tensors(lora_A=GOOD), "has no prompt_embeddings"),
     "a tuned head": (tensors(prompt_embeddings=GOOD, classifier=GOOD),
         r"changes the model itself \(classifier\)"),
-    "no config": (lambda folder: (folder / CONFIG).unlink(),
+    "no config": (lambda folder: (folder / ADAPTER_CONFIG).unlink(),
         r"adapter_config\.json can't be read \(No such file"),
-    "config cut": (lambda folder: os.truncate(folder / CONFIG, 50), "is not JSON"),
-    "config a list": (lambda folder: (folder / CONFIG).write_text("[]"),
+    "config cut": (lambda folder: os.truncate(folder / ADAPTER_CONFIG, 50), "is not JSON"),
+    "config a list": (lambda folder: (folder / ADAPTER_CONFIG).write_text("[]"),
         r"adapter_config\.json: : Input should be"),
-    "config not text": (lambda folder: (folder / CONFIG).write_bytes(b"\xff\xfe") and None,
+    "config not text": (lambda folder: (folder / ADAPTER_CONFIG).write_bytes(b"\xff\xfe") and None,
         "is not JSON"),
     "config too large": (
-        lambda folder: (folder / CONFIG).write_text(" " * (1 << 20) + "{}") and None,
+        lambda folder: (folder / ADAPTER_CONFIG).write_text(" " * (1 << 20) + "{}") and None,
         "more than",
     ),
     "lora": (edited(peft_type="LORA"),
@@ -460,8 +460,7 @@ def test_names_of_one_base_model(tmp_path: Path) -> None:
 
 def test_folders_are_read_without_torch() -> None:
     """Reading folders does not import torch, which keeps the command line light."""
-    code = (
-        "import sys, orchestrator.peft_format; print('torch' in sys.modules, 'peft' in sys.modules)"
-    )
+    loaded = "'torch' in sys.modules, 'peft' in sys.modules"
+    code = f"import sys, orchestrator.artifact.peft; print({loaded})"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert said.stdout.strip() == "False False"

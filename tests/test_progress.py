@@ -15,6 +15,7 @@ from orchestrator.cli import progress as progress_module
 from orchestrator.cli.progress import ConsoleProgress, duration, sparkline
 from orchestrator.job.space import TrialSpec
 from orchestrator.job.spec import JobSpec
+from orchestrator.search.state.trials import TrialStatus
 from orchestrator.tuning.reports import Copied, Ending, Report
 
 SPECS = [
@@ -63,11 +64,11 @@ def a_search(progress: ConsoleProgress, clock: Clock | None = None) -> None:
                 clock.now += 10
             progress.trial_reported(trial, report(trial, step, 2.0 - step / 8))
         progress.note("without a prompt: validation loss 7.000")
-        progress.trial_ended("t001", "stopped", "by the scheduler")
+        progress.trial_ended("t001", TrialStatus.STOPPED, "by the scheduler")
         progress.trial_reported("t002", report("t002", 4, None, "diverged"))
-        progress.trial_ended("t002", "failed", "diverged at step 4")
+        progress.trial_ended("t002", TrialStatus.FAILED, "diverged at step 4")
         progress.trial_reported("t000", report("t000", 16, 0.25, "steps"))
-        progress.trial_ended("t000", "finished", "steps")
+        progress.trial_ended("t000", TrialStatus.FINISHED, "steps")
 
 
 def test_plain_lines_without_a_terminal(job: JobSpec, clock: Clock) -> None:
@@ -95,7 +96,7 @@ def test_plain_lines_end_with_their_last_word(job: JobSpec) -> None:
     progress, out = shown(job)
     with progress.trials(SPECS, len(SPECS)):
         progress.trial_reported("t000", report("t000", 4))
-        progress.trial_ended("t000", "stopped", "")
+        progress.trial_ended("t000", TrialStatus.STOPPED, "")
     lines = out.getvalue().splitlines()
     assert lines[0].endswith("seed 0]") and lines[1] == "t000 stopped"
     assert [line for line in lines if line != line.rstrip()] == []
@@ -185,7 +186,7 @@ def test_the_time_left_comes_from_the_pace_since_the_first_report(
         clock.now += 10
         progress.trial_reported("t000", report("t000", 8))
         assert progress._eta() == "about 1 min 40 s left"  # 40 steps of 48 to come, 4 in 10 s
-        progress.trial_ended("t000", "stopped", "by the scheduler")
+        progress.trial_ended("t000", TrialStatus.STOPPED, "by the scheduler")
         # The two others are expected to stop after 8 steps as well.
         assert progress._eta() == "about 40 s left"
 

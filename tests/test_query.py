@@ -18,7 +18,7 @@ from small_jobs import Command
 
 from orchestrator.errors import BadInput, JobFailed, Unreachable
 from orchestrator.serving.client import ask
-from orchestrator.serving.engine.engine import Engine
+from orchestrator.serving.engine.engine import ServingEngine
 from orchestrator.serving.http.access import Access, load_keys
 from orchestrator.serving.http.routes import make_api
 from orchestrator.serving.http.service import PromptService
@@ -48,7 +48,7 @@ def url(prompts: dict[str, Path]) -> Iterator[str]:
     backbone = load(model_folder())
     store = PromptStore(backbone, registry)
     store.refresh()
-    engine = Engine(backbone)
+    engine = ServingEngine(backbone)
     service = PromptService(store, engine)
     api = make_api(service, Access(load_keys({"ORCHESTRATOR_API_KEYS": KEY})))
     server = uvicorn.Server(uvicorn.Config(api, port=0, log_level="error"))

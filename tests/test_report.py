@@ -15,6 +15,7 @@ import pytest
 from small_jobs import Command, Finished
 
 from orchestrator.errors import BadInput
+from orchestrator.job.metrics import names_of
 from orchestrator.registry import Registry
 from orchestrator.search.report import read_facts
 from orchestrator.search.report.figures import FIGURES, draw
@@ -35,7 +36,9 @@ def test_facts_are_the_searchs_own(finished: Finished, folder: SearchFolder) -> 
     told = {trial["id"]: trial for trial in finished.document["trials"]}
     assert [trial.id for trial in facts.trials] == list(told)
     for trial in facts.trials:
-        assert trial.best == told[trial.id]["metrics"] and trial.status == told[trial.id]["status"]
+        assert (
+            trial.metrics == told[trial.id]["metrics"] and trial.status == told[trial.id]["status"]
+        )
         assert trial.points == [(it.step, it.metrics) for it in finished.reports[trial.id]]
     assert facts.winner is not None and facts.winner.id == finished.document["best"]["trial"]
     assert facts.run_id == finished.document["mlflow"]["run_id"]
@@ -51,7 +54,8 @@ def test_the_winners_answers_are_counted(finished: Finished) -> None:
     rows = sum(map(sum, counts))
     assert best["confusion"]["labels"] == [0, 1] and rows == 16
     assert (counts[0][0] + counts[1][1]) / rows == best["metrics"]["test"]["accuracy"]
-    assert set(best["metrics"]["test"]) == {"accuracy", "exact_match", "loss"}
+    assert set(best["metrics"]["validation"]) == {"accuracy", "exact_match", "loss"}
+    assert set(best["metrics"]["test"]) == {*names_of("labels"), *names_of("targets")}
 
 
 def test_every_picture_is_drawn_and_logged_with_the_page(

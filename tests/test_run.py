@@ -16,14 +16,15 @@ from mlflow.entities import Run
 from models import load, model_folder
 from small_jobs import Command, Finished, Said
 
-import orchestrator.search.run
+import orchestrator.search.prepare
 from orchestrator.artifact import PromptArtifact
 from orchestrator.cli.pages.search import run_summary
+from orchestrator.job.metrics import names_of
 from orchestrator.job.space import TrialSpec, trials
 from orchestrator.registry import Registry
 from orchestrator.search.prepare import Prepared, prepare
 from orchestrator.serving.offline import OfflineModel
-from orchestrator.tuning.checkpoint import TrialState
+from orchestrator.tuning.checkpoint import Checkpoint
 from orchestrator.tuning.engine import Engine
 
 
@@ -39,6 +40,10 @@ NUMBER, TEXT, COUNT = (
 )
 METRICS = {
     **record(accuracy=NUMBER, exact_match=NUMBER, loss=NUMBER),
+    "additionalProperties": False,
+}
+TEST_METRICS = {
+    **record(**dict.fromkeys([*names_of("labels"), *names_of("targets")], NUMBER)),
     "additionalProperties": False,
 }
 CONFIG = {
@@ -59,7 +64,7 @@ DOCUMENT = record(
             workers={"type": "array", "items": TEXT, "minItems": 1},
         ),
     },
-    best=record(trial=TEXT, config=CONFIG, metrics=record(validation=METRICS, test=METRICS)),
+    best=record(trial=TEXT, config=CONFIG, metrics=record(validation=METRICS, test=TEST_METRICS)),
     baselines=record(
         zero_shot=record(test=METRICS),
         few_shot=record(test=METRICS, examples={"type": "integer", "minimum": 1, "maximum": 4}),
@@ -206,7 +211,7 @@ def test_a_child_has_its_parameters_and_its_history_on_our_own_steps(finished: F
 
 def test_the_registered_weights_are_the_best_checkpoints(finished: Finished) -> None:
     """The registered prompt is the best trial's at its best evaluation, bit for bit."""
-    checkpoint = TrialState.from_bytes(
+    checkpoint = Checkpoint.from_bytes(
         finished.reports[finished.document["best"]["trial"]][-1].checkpoint
     )
     registered = PromptArtifact.load(artifact(finished))
@@ -239,8 +244,8 @@ def test_a_packed_search_equals_its_trial_alone(finished: Finished) -> None:
     packed = finished.reports[best["trial"]]
     for one, other in zip(reports, packed, strict=False):  # the packed one may have been stopped
         assert one.metrics == pytest.approx(other.metrics, rel=1e-4)
-    mine = TrialState.from_bytes(reports[len(packed) - 1].checkpoint).prompt()["prompt"]
-    theirs = TrialState.from_bytes(packed[-1].checkpoint).prompt()["prompt"]
+    mine = Checkpoint.from_bytes(reports[len(packed) - 1].checkpoint).prompt()["prompt"]
+    theirs = Checkpoint.from_bytes(packed[-1].checkpoint).prompt()["prompt"]
     torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
 
 
@@ -264,10 +269,10 @@ def test_progress_tells_the_search_in_plain_lines(finished: Finished) -> None:
 def noisy() -> Any:
     """``prepare`` in an environment whose libraries print to standard output."""
 
-    def prepare_noisily(*arguments: Any) -> Prepared:
+    def prepare_noisily(*arguments: Any, **options: Any) -> Prepared:
         print("a library greets you")
         os.write(1, b"and another, from C\n")
-        return prepare(*arguments)
+        return prepare(*arguments, **options)
 
     return prepare_noisily
 
@@ -281,7 +286,7 @@ def test_the_same_spec_gives_the_same_search_and_only_its_document_on_stdout(
     version is as good as the first but not better, so it becomes challenger and the champion stays.
     """
     monkeypatch.chdir(finished.folder)
-    monkeypatch.setattr(orchestrator.search.run, "prepare", noisy)
+    monkeypatch.setattr(orchestrator.search.prepare, "prepare", noisy)
     said: Said = command("run", finished.job_file, "--json")
     assert said.code == 0, said.err
     jsonschema.validate(said.document, DOCUMENT)

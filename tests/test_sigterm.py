@@ -13,8 +13,7 @@ import pytest
 
 from orchestrator.cli import entry
 from orchestrator.errors import BadInput
-from orchestrator.utils.interrupts import Interrupts
-from orchestrator.utils.signals import sigterm_kept
+from orchestrator.utils.interrupts import Interrupts, sigterm_kept
 
 
 @pytest.fixture(autouse=True)
@@ -117,9 +116,8 @@ def test_a_signal_during_the_librarys_start_interrupts() -> None:
 SHUT_DOWN = """
 import os, signal, sys
 import ray
-from orchestrator.cluster.leaving_ray import leave_ray
-from orchestrator.utils.interrupts import Interrupts
-from orchestrator.utils.signals import sigterm_kept
+from orchestrator.cluster.session import leave_ray
+from orchestrator.utils.interrupts import Interrupts, sigterm_kept
 
 def terminate():
     os.kill(os.getpid(), signal.SIGTERM)

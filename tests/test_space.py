@@ -237,7 +237,7 @@ def test_a_configuration_reads_as_run_prints_it() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"init": "zeros"},
+        {"init": "no such init"},
         {"num_virtual_tokens": 0},
         {"learning_rate": [0.1]},
         {"seed": "0"},

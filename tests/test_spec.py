@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+import re
+from typing import Any, get_args
 
 import jsonschema  # type: ignore[import-untyped,unused-ignore]
 import pytest
 from pydantic import ValidationError
 
 from orchestrator.job.spec import (
+    BASELINES,
+    PROMPT_METHODS,
+    SPACES,
     Conflict,
     DataSpec,
     JobSpec,
     LogUniform,
+    MethodName,
     RegistrySpec,
     SearchSpec,
     SpaceSpec,
@@ -23,6 +28,7 @@ from orchestrator.job.spec import (
     job_schema,
     template_columns,
 )
+from orchestrator.job.spec.methods import REPARAMETERIZATIONS
 
 
 def job(**sections: Any) -> dict[str, Any]:
@@ -433,6 +439,35 @@ def test_the_schema_is_valid_and_titled() -> None:
     jsonschema.Draft202012Validator.check_schema(schema)
     assert schema["$schema"].endswith("2020-12/schema")
     assert schema["title"] == "prompt-orchestrator job spec"
+
+
+def choices(value: dict[str, Any]) -> set[str]:
+    """Return the words that a key allows; auto and none explain themselves."""
+    branches = [*value.get("anyOf", ()), value.get("items", {})]
+    inner = {word for branch in branches if branch for word in choices(branch)}
+    own = {value["const"]} if "const" in value else {*value.get("enum", ())}
+    return {str(word) for word in inner | own} - {"auto", "none"}
+
+
+def test_the_schema_explains_every_choice() -> None:
+    """The description of a key with choices names each of them: ``help`` for inits, methods, ..."""
+    schema = job_schema()
+    unnamed = [
+        f"{key}: {word}"
+        for section in [schema, *schema["$defs"].values()]
+        for key, value in section["properties"].items()
+        for word in choices(value)
+        if not re.search(rf"\b{re.escape(word)}\b", value.get("description", ""))
+    ]
+    assert len(choices(schema["properties"]["method"])) > 5
+    assert not unnamed
+
+
+def test_every_method_has_a_space() -> None:
+    """SPACES has an entry for each method, and each method is a prompt's or a baseline."""
+    assert {*SPACES} == {*get_args(MethodName)} == {*PROMPT_METHODS, *BASELINES}
+    assert {*PROMPT_METHODS}.isdisjoint(BASELINES)
+    assert {*REPARAMETERIZATIONS} <= {*PROMPT_METHODS}
 
 
 def test_the_schema_describes_every_key_and_closes_every_section() -> None:

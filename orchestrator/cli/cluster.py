@@ -5,14 +5,14 @@ from __future__ import annotations
 import shlex
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from orchestrator.cli.common import console_progress, progress_line, read_checked
 from orchestrator.cli.groups import CLUSTER, app, verb
 from orchestrator.cli.options import Dashboard, Job, JobId, Json, Overrides, Quiet
-from orchestrator.cli.output import out, present, print_json, print_lines, results_only, say
+from orchestrator.cli.output import out, present, results_only, say
 from orchestrator.errors import OrchestratorError
 
 
@@ -85,17 +85,20 @@ def submit(
             image_has_code=image_has_code, labels=label, cpus=cpus,
         )  # fmt: skip
         document = made.document() if dry_run else submit_job(made, say, progress_line(quiet), wait)
-    if as_json:
-        return print_json(document)
     if dry_run:
         from orchestrator.cli.pages.cluster import request_page
 
-        return print_lines(request_page(document))
-    if not wait:
-        found = shlex.quote(document["id"])
-        out(document["id"])
-        return say(f"next: orchestrator logs {found} --follow   or   orchestrator stop {found}")
-    print_lines(document["result"].get("summary", []))
+        return present(document, as_json, lambda: request_page(document))
+    if wait:
+        return present(document, as_json, lambda: _summary(document))
+    job_id = shlex.quote(document["id"])
+    next_step = f"next: orchestrator logs {job_id} --follow   or   orchestrator stop {job_id}"
+    present(document, as_json, lambda: [document["id"]], aside=next_step)
+
+
+def _summary(document: dict[str, Any]) -> list[str]:
+    """Return the lines that the job printed at its end."""
+    return list(document["result"].get("summary", []))
 
 
 @verb(CLUSTER)
@@ -133,10 +136,7 @@ def logs(
             document = {"id": job_id, "status": status}
             for line in filter(visible, cluster.log(job_id).splitlines()):
                 show(line)
-    if as_json:
-        print_json({**document, "log": seen})
-    elif follow:
-        print_lines(document["result"].get("summary", []))
+    present(document | {"log": seen}, as_json, lambda: _summary(document) if follow else ())
 
 
 @verb(CLUSTER)
@@ -149,11 +149,12 @@ def stop(job_id: JobId, address: Dashboard = None, as_json: Json = False) -> Non
 
     with results_only():
         stopped, found = stop_job(Cluster(address), job_id)
-    if as_json:
-        return print_json({"id": job_id, "stopped": stopped, "status": found.status})
-    out(f"job {job_id} {'is stopped' if found.status == 'stopped' else f'has {found.status}'}.")
+    document = {"id": job_id, "stopped": stopped, "status": found.status}
+    state = "is stopped" if found.status == "stopped" else f"has {found.status}"
+    lines = [f"job {job_id} {state}."]
     if found.status != "succeeded":
-        out("next: the same orchestrator submit goes on from what was kept")
+        lines.append("next: the same orchestrator submit goes on from what was kept")
+    present(document, as_json, lambda: lines)
 
 
 @app.command("on-cluster", hidden=True)

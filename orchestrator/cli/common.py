@@ -5,9 +5,10 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from orchestrator.cli.output import present, say
+from orchestrator.utils.documents import JsonObject
 
 if TYPE_CHECKING:
     from orchestrator.cli.progress import ConsoleProgress
@@ -48,9 +49,7 @@ def open_registry() -> Registry:
     """Open the registry that the environment names. Raises Unreachable if it does not answer."""
     from orchestrator.registry import Registry
 
-    registry = Registry()
-    registry.check()
-    return registry
+    return Registry.connect()
 
 
 def progress_line(quiet: bool, text: str = "{}") -> Callable[[str], None]:
@@ -73,7 +72,7 @@ def console_progress(quiet: bool = False) -> Callable[[JobSpec], ConsoleProgress
     return lambda job: ConsoleProgress(job, console, quiet)
 
 
-def present_search(document: dict[str, Any], job: JobSpec, as_json: bool) -> None:
+def present_search(document: JsonObject, job: JobSpec, as_json: bool) -> None:
     """Print the result of a finished search."""
     from orchestrator.cli.pages.search import run_summary
 

@@ -21,6 +21,7 @@ from orchestrator.cli.init import starter_file
 from orchestrator.job.labels import label_key, label_text
 from orchestrator.models.builtin import quickstart_rows
 from orchestrator.serving.client import ask
+from orchestrator.utils.documents import JsonObject
 
 JOB = "quickstart.yaml"
 START_S = 120.0
@@ -48,7 +49,7 @@ def main() -> int:
     )
 
 
-def time_table(document: dict[str, Any], serving_s: float, total_s: float) -> list[str]:
+def time_table(document: JsonObject, serving_s: float, total_s: float) -> list[str]:
     """Format where the demo's seconds went, as lines; the rows add up to ``total_s``."""
     seconds = document["seconds"]
     rows = {
@@ -67,7 +68,7 @@ def time_table(document: dict[str, Any], serving_s: float, total_s: float) -> li
     ]
 
 
-def _search(folder: Path) -> dict[str, Any]:
+def _search(folder: Path) -> JsonObject:
     """Run the search, and return its result document.
 
     Prints the accuracy on the held-out test rows: without a prompt, with the written instruction
@@ -84,7 +85,7 @@ def _search(folder: Path) -> dict[str, Any]:
     )
     if done.returncode:
         sys.exit(_fail(f"the search ended with exit code {done.returncode}"))
-    document: dict[str, Any] = json.loads(done.stdout)
+    document: JsonObject = json.loads(done.stdout)
     rows = len(quickstart_rows()["test"])
     _print("")
     _print(f"accuracy on {rows} held-out rows:")
@@ -99,7 +100,7 @@ def _search(folder: Path) -> dict[str, Any]:
     return document
 
 
-def _accuracies(document: dict[str, Any]) -> tuple[float, float, float]:
+def _accuracies(document: JsonObject) -> tuple[float, float, float]:
     baselines, best = document["baselines"], document["best"]["metrics"]
     return (
         baselines["zero_shot"]["test"]["accuracy"],
@@ -108,7 +109,7 @@ def _accuracies(document: dict[str, Any]) -> tuple[float, float, float]:
     )
 
 
-def _rising(document: dict[str, Any]) -> bool:
+def _rising(document: JsonObject) -> bool:
     bare, instructed, tuned = _accuracies(document)
     return bare < instructed < tuned
 

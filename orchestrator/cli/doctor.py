@@ -8,10 +8,10 @@ import shutil
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from orchestrator.errors import OrchestratorError
-from orchestrator.utils.text import mask_secrets
+from orchestrator.utils.documents import JsonObject
+from orchestrator.utils.text import first_line, mask_secrets
 from orchestrator.utils.wording import counted
 
 LIBRARIES = ("torch", "transformers", "datasets", "ray", "mlflow", "safetensors", "fastapi")
@@ -20,7 +20,7 @@ INSTALL_AGAIN = "install the package again, with pip; in a clone: make venv"
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """The result of one check; ``fix`` is empty when nothing has to be fixed."""
 
     what: str
@@ -28,7 +28,7 @@ class Finding:
     ok: bool = True
     fix: str = ""
 
-    def document(self) -> dict[str, Any]:
+    def document(self) -> JsonObject:
         return asdict(self)
 
     def __str__(self) -> str:
@@ -36,7 +36,7 @@ class Finding:
         return f"{mark}{self.what}: {self.found}" + (f"\n    next: {self.fix}" if self.fix else "")
 
 
-def examine() -> list[Finding]:
+def examine() -> list[CheckResult]:
     """Run every check. A check that raises becomes a finding too."""
     checks = [_python, _libraries, _device, _room, _cluster, _registry, _searches, _hub]
     findings = []
@@ -44,17 +44,19 @@ def examine() -> list[Finding]:
         try:
             findings.extend(check())
         except OrchestratorError as error:
-            findings.append(Finding(check.__name__.lstrip("_"), error.message, False, error.hint))
+            findings.append(
+                CheckResult(check.__name__.lstrip("_"), error.message, False, error.hint)
+            )
         except Exception as error:  # a broken installation of a library may raise anything
-            found = mask_secrets(f"{type(error).__name__}: {error}".splitlines()[0])
-            findings.append(Finding(check.__name__.lstrip("_"), found, False, INSTALL_AGAIN))
+            found = first_line(error, with_type=True)
+            findings.append(CheckResult(check.__name__.lstrip("_"), found, False, INSTALL_AGAIN))
     return findings
 
 
-def _python() -> list[Finding]:
+def _python() -> list[CheckResult]:
     ok = sys.version_info >= (3, 11)
     return [
-        Finding(
+        CheckResult(
             "python",
             sys.version.split()[0],
             ok,
@@ -63,31 +65,31 @@ def _python() -> list[Finding]:
     ]
 
 
-def _libraries() -> list[Finding]:
+def _libraries() -> list[CheckResult]:
     found = []
     for name in LIBRARIES:
         try:
-            found.append(Finding(name, importlib.metadata.version(name)))
+            found.append(CheckResult(name, importlib.metadata.version(name)))
         except importlib.metadata.PackageNotFoundError:
-            found.append(Finding(name, "not installed", False, INSTALL_AGAIN))
+            found.append(CheckResult(name, "not installed", False, INSTALL_AGAIN))
     return found
 
 
-def _device() -> list[Finding]:
+def _device() -> list[CheckResult]:
     import torch
 
-    cores = Finding("cpu", f"{os.cpu_count()} cores")
+    cores = CheckResult("cpu", f"{os.cpu_count()} cores")
     if not torch.cuda.is_available():
-        return [cores, Finding("accelerator", "none; searches run on the CPU")]
+        return [cores, CheckResult("accelerator", "none; searches run on the CPU")]
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return [cores, Finding("accelerator", ", ".join(names))]
+    return [cores, CheckResult("accelerator", ", ".join(names))]
 
 
-def _room() -> list[Finding]:
+def _room() -> list[CheckResult]:
     free = shutil.disk_usage(Path.cwd()).free / 1e9
     ok = free >= NEEDED_GB
     return [
-        Finding(
+        CheckResult(
             "disk",
             f"{free:.0f} GB free here",
             ok,
@@ -96,10 +98,10 @@ def _room() -> list[Finding]:
     ]
 
 
-def _cluster() -> list[Finding]:
+def _cluster() -> list[CheckResult]:
     address = os.environ.get("RAY_ADDRESS")
     if not address:
-        return [Finding("Ray", "RAY_ADDRESS is not set: searches start Ray on this machine")]
+        return [CheckResult("Ray", "RAY_ADDRESS is not set: searches start Ray on this machine")]
     from orchestrator.cluster.nodes import nodes
     from orchestrator.cluster.session import ray_session
 
@@ -107,47 +109,48 @@ def _cluster() -> list[Finding]:
         total = nodes()
     cpus, gpus = sum(node.cpus for node in total), sum(node.gpus for node in total)
     return [
-        Finding("Ray", f"{mask_secrets(address)}: {len(total)} nodes, {cpus:g} CPUs, {gpus:g} GPUs")
+        CheckResult(
+            "Ray", f"{mask_secrets(address)}: {len(total)} nodes, {cpus:g} CPUs, {gpus:g} GPUs"
+        )
     ]
 
 
-def _registry() -> list[Finding]:
+def _registry() -> list[CheckResult]:
     from orchestrator.registry import Registry
 
-    registry = Registry()
-    registry.check()
+    registry = Registry.connect()
     return [
-        Finding(
+        CheckResult(
             "registry", f"{registry.display_uri}: {counted(len(registry.list_models()), 'model')}"
         )
     ]
 
 
-def _searches() -> list[Finding]:
+def _searches() -> list[CheckResult]:
     from orchestrator.search.state.folder import home_folder
     from orchestrator.search.state.object_store_copy import remote_home
 
     if (remote := remote_home()) is not None:
         return [
-            Finding(
+            CheckResult(
                 "searches",
                 f"{remote.url}: {len(remote.ids())}; a copy of them here in {remote.local}",
             )
         ]
-    return [Finding("searches", f"kept in {home_folder()}")]
+    return [CheckResult("searches", f"kept in {home_folder()}")]
 
 
-def _hub() -> list[Finding]:
+def _hub() -> list[CheckResult]:
     if os.environ.get("HF_HUB_OFFLINE"):
         return [
-            Finding(
+            CheckResult(
                 "hub",
                 "HF_HUB_OFFLINE is set: models and data come from local folders and the cache",
             )
         ]
     home = os.environ.get("HF_HOME", "~/.cache/huggingface")
     return [
-        Finding(
+        CheckResult(
             "hub",
             f"cache in {home}; HF_TOKEN is {'set' if os.environ.get('HF_TOKEN') else 'not set'}",
         )

@@ -6,8 +6,8 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import typer
 
@@ -23,9 +23,9 @@ from orchestrator.errors import (
     SpecError,
     Unreachable,
 )
-from orchestrator.utils.imports import unfreed
+from orchestrator.utils.garbage import unfreed
 from orchestrator.utils.interrupts import Interrupts, ignore_interrupts, ignore_interrupts_at_exit
-from orchestrator.utils.text import mask_secrets
+from orchestrator.utils.text import first_line
 
 INTERRUPTED = 130  # typer turns Ctrl-C into an exit with this code
 TERMINATED = 143  # after SIGTERM; as in shells, both codes are 128 plus the signal's number
@@ -41,7 +41,7 @@ def main() -> NoReturn:
     end_process(code)
 
 
-def _guarded(verb: Callable[[], Any]) -> int:
+def _guarded(verb: Callable[[], object]) -> int:
     with Interrupts() as interrupts:
         try:
             result = verb()
@@ -85,7 +85,7 @@ def _unforeseen(error: Exception) -> int:
 
     if os.environ.get(TRACEBACK):
         traceback.print_exception(error)
-    text = mask_secrets(f"{type(error).__name__}: {error}".splitlines()[0])
+    text = first_line(error, with_type=True)
     return _failed(
         OrchestratorError(
             f"an unforeseen error, please report it: {text}", f"{TRACEBACK}=1 shows where it arose"
@@ -105,7 +105,9 @@ def _interrupted(interrupts: Interrupts, resume: str = "", message: str = "inter
     return _document("interrupted", message, again, code)
 
 
-def _document(status: str, message: str, hint: str, code: int, problems: Any = ()) -> int:
+def _document(
+    status: str, message: str, hint: str, code: int, problems: Sequence[object] = ()
+) -> int:
     """Print the failure as a JSON document if ``--json`` was given. Returns the exit code."""
     if "--json" in sys.argv[1:]:
         error = {"message": message, "next": hint, "problems": list(problems), "exit_code": code}

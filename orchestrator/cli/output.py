@@ -33,15 +33,19 @@ def print_lines(lines: Iterable[str]) -> None:
         out(line)
 
 
-def present(document: Any, as_json: bool, page: Callable[[], Iterable[str]]) -> None:
+def present(
+    document: Any, as_json: bool, page: Callable[[], Iterable[str]], aside: str = ""
+) -> None:
     """Print a verb's result: the document with ``--json``, otherwise the lines of ``page``.
 
-    ``page`` is called only if its lines are printed.
+    ``page`` is called only if its lines are printed. ``aside`` is a line that follows them on
+    standard error, where a script that reads the lines does not see it.
     """
     if as_json:
-        print_json(document)
-    else:
-        print_lines(page())
+        return print_json(document)
+    print_lines(page())
+    if aside:
+        say(aside)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from rich.text import Text
 from orchestrator.job.space import TrialSpec
 from orchestrator.job.spec import JobSpec
 from orchestrator.search.state.history import History
-from orchestrator.search.state.trials import Outcome, TrialRecord
+from orchestrator.search.state.trials import Outcome, TrialRecord, TrialStatus
 from orchestrator.tuning.reports import BROKEN, Report
 from orchestrator.utils.wording import counted
 
@@ -33,7 +33,7 @@ class ConsoleProgress:
         self._console = console
         self._quiet = quiet
         self._live: Live | None = None
-        self._outcome = Outcome(job.search, [])
+        self._outcome = Outcome()
         self._total = 0
         self._started = 0.0
         self._first: tuple[float, float] | None = (
@@ -55,7 +55,7 @@ class ConsoleProgress:
         ``trials`` are the trials that are known in advance, ``total`` the number that the search
         will have. ``history`` is what happened before, if the search was resumed.
         """
-        self._outcome = Outcome(self._job.search, trials)
+        self._outcome = Outcome(trials)
         self._total = total
         history.tell(self._outcome)
         self._started = time.monotonic()
@@ -90,10 +90,10 @@ class ConsoleProgress:
                 )
             self._say(self._line(trial, report))
 
-    def trial_ended(self, trial: str, status: str, note: str) -> None:
+    def trial_ended(self, trial: str, status: TrialStatus, note: str) -> None:
         self._outcome.trial_ended(trial, status, note)
         self._update()
-        if self._live is None and status != "finished":
+        if self._live is None and status != TrialStatus.FINISHED:
             self._say(f"{trial} {status} {note}".rstrip())
 
     def _say(self, text: str) -> None:
@@ -122,12 +122,10 @@ class ConsoleProgress:
         The estimate assumes that trials will stop as early as those that have ended so far.
         """
         records = list(self._outcome.records.values())
-        ended = [record.step for record in records if record.status not in ("waiting", "running")]
+        ended = [record.step for record in records if record.status.is_over]
         expected = sum(ended) / len(ended) if ended else float(self._job.train.steps)
         to_come = sum(
-            max(0.0, expected - record.step)
-            for record in records
-            if record.status in ("waiting", "running")
+            max(0.0, expected - record.step) for record in records if not record.status.is_over
         )
         to_come += expected * max(0, self._total - len(records))  # not proposed yet
         return float(sum(record.step for record in records)), to_come
@@ -179,18 +177,21 @@ class ConsoleProgress:
         return Group(table, bar, Text(f"{self._summary()}  {self._eta()}"))
 
     def _ordered(self) -> list[TrialRecord]:
-        ranked = self._outcome.ranking()
+        ranked = self._outcome.ranking(self._job.search)
         others = [
-            r for r in self._outcome.records.values() if r not in ranked and r.status != "waiting"
+            record
+            for record in self._outcome.records.values()
+            if record not in ranked and record.status != TrialStatus.WAITING
         ]
         return [*ranked, *others]
 
     def _row(self, rank: int, record: TrialRecord) -> list[str | Text]:
-        best = record.metrics.get(self._job.search.metric)
+        metric = self._job.search.metric
+        best = record.metrics.get(metric)
         shown = "" if best is None else f"{best:.3f}"
         status = (
             f"{record.status} ({record.note})"
-            if record.status == "failed" and record.note
+            if record.status == TrialStatus.FAILED and record.note
             else record.status
         )
         # Text, because an init text may contain what rich would read as markup.
@@ -201,7 +202,7 @@ class ConsoleProgress:
             label,
             str(record.step),
             shown,
-            sparkline(record.curve),
+            sparkline([value for _, value in record.curve(metric)]),
             record.slot,
             status,
         ]

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from orchestrator.cli.common import open_registry, read_job
 from orchestrator.cli.groups import REGISTRY, verb
 from orchestrator.cli.options import Json, Overrides
-from orchestrator.cli.output import out, present, print_json, results_only, say
+from orchestrator.cli.output import present, results_only, say
 from orchestrator.errors import BadInput
 
 
@@ -87,7 +86,7 @@ def inspect(
     norms of its keys and values are shown instead, layer by layer.
     """
     with results_only():
-        from orchestrator.workbench.inspect import inspect_model
+        from orchestrator.cli.workbench.inspect import inspect_model
 
         registry = open_registry()
         document = inspect_model(registry, model, nearest, base_model)
@@ -125,6 +124,12 @@ def evaluate(
     ensemble: Annotated[
         bool, typer.Option("--ensemble", help="The versions also vote, in one batch.")
     ] = False,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Metric to compare by, also a function's module:function."
+        ),
+    ] = None,
     base_model: Annotated[
         str | None, typer.Option(help="Base model, if it lies elsewhere than when tuning.")
     ] = None,
@@ -140,11 +145,13 @@ def evaluate(
     """
     pairs = _renames(rename)
     with results_only():
-        from orchestrator.workbench.evaluate import Question, evaluate_models
+        from orchestrator.cli.workbench.domain_shift import Question, evaluate_models
 
         registry = open_registry()
         questions = [Question(one, split, by, target, references, pairs, limit) for one in data]
-        document = evaluate_models(registry, models, questions, ensemble, base_model, keep, say)
+        document = evaluate_models(
+            registry, models, questions, ensemble, base_model, keep, say, metric
+        )
     from orchestrator.cli.pages.comparison import shift_page
 
     present(document, as_json, lambda: shift_page(document))
@@ -181,15 +188,21 @@ def promote(
     """
     registry = open_registry()
     before, after = registry.promote(model, number, alias, force_reason=force)
-    if as_json:
-        return print_json({"name": model, "alias": alias, "from": before, "to": after})
     was = (
         f"; it was on version {before}, `orchestrator rollback {model}` puts it back"
         if before
         else ""
     )
-    out(f"{model}@{alias} is version {after}{was}.")
-    out(f"next: orchestrator serve {model}   (a running server follows by itself)")
+    lines = [
+        f"{model}@{alias} is version {after}{was}.",
+        f"next: orchestrator serve {model}   (a running server follows by itself)",
+    ]
+    present(_move(model, alias, before, after), as_json, lambda: lines)
+
+
+def _move(model: str, alias: str, before: int | None, after: int) -> dict[str, Any]:
+    """Return the document of a verb that moved an alias."""
+    return {"name": model, "alias": alias, "from": before, "to": after}
 
 
 @verb(REGISTRY)
@@ -202,10 +215,11 @@ def rollback(
     """Move an alias back to the version that held it before."""
     registry = open_registry()
     before, after = registry.rollback(model, alias, reason)
-    if as_json:
-        return print_json({"name": model, "alias": alias, "from": before, "to": after})
-    out(f"{model}@{alias} is version {after} again, after version {before}.")
-    out(f"next: orchestrator models {model}")
+    lines = [
+        f"{model}@{alias} is version {after} again, after version {before}.",
+        f"next: orchestrator models {model}",
+    ]
+    present(_move(model, alias, before, after), as_json, lambda: lines)
 
 
 @verb(REGISTRY, "export")
@@ -221,21 +235,13 @@ def export_(
 ) -> None:
     """Write a registered prompt as a PEFT adapter folder."""
     with results_only():
-        from orchestrator.workbench.exchange import export_model
+        from orchestrator.cli.workbench.exchange import export_model
 
         registry = open_registry()
         document = export_model(registry, model, folder)
-    if as_json:
-        return print_json(document)
-    out(
-        f"{document['name']}:{document['version']} is in {folder}, "
-        f"as {document['peft_type']} of PEFT."
-    )
-    out(f"next: PeftModel.from_pretrained(base, {str(folder)!r}) in Python")
-    out(
-        f"  or: orchestrator import {shlex.quote(str(folder))} --name NAME --job JOB   "
-        "(into another registry)"
-    )
+    from orchestrator.cli.pages.registry import export_page
+
+    present(document, as_json, lambda: export_page(document, folder))
 
 
 @verb(REGISTRY, "import")
@@ -278,23 +284,13 @@ def import_(
     """
     spec = read_job(job, overrides)
     with results_only():
-        from orchestrator.workbench.exchange import import_folder
+        from orchestrator.cli.workbench.exchange import import_folder
 
         registry = open_registry()
         document = import_folder(registry, folder, name, spec, renamed, say, alias)
-    if as_json:
-        return print_json(document)
-    made = f"{document['model']['name']}:{document['model']['version']}"
-    out(
-        f"{made} holds {document['num_virtual_tokens']} virtual tokens of {document['base_model']}."
-    )
-    if document["model"]["alias"] == "champion":
-        return out(f"next: orchestrator inspect {made}   or   orchestrator serve {made}")
-    number = document["model"]["version"]
-    out(
-        f"next: orchestrator evaluate {made} --data FILE   "
-        f"then   orchestrator promote {name} {number}"
-    )
+    from orchestrator.cli.pages.registry import import_page
+
+    present(document, as_json, lambda: import_page(document))
 
 
 @verb(REGISTRY)

@@ -11,7 +11,7 @@ import typer
 from orchestrator.cli.common import open_registry
 from orchestrator.cli.groups import SERVE, verb
 from orchestrator.cli.options import DEFAULT_URL, Json, Url
-from orchestrator.cli.output import out, present, print_json, say
+from orchestrator.cli.output import present, say
 from orchestrator.errors import BadInput
 
 
@@ -146,16 +146,19 @@ def canary(
     found = (
         registry.end_canary(model) if alias is None else registry.set_canary(model, alias, percent)
     )
-    if as_json:
-        shown = {"alias": found.alias, "percent": found.percent} if found else None
-        return print_json(
-            {"name": model, "canary": None if end else shown, "ended": shown if end else None}
-        )
+    shown = {"alias": found.alias, "percent": found.percent} if found else None
+    document = {"name": model, "canary": None if end else shown, "ended": shown if end else None}
     if end:
-        out(f"{model} is its champion alone." if found else f"{model} had no canary.")
-        return out(f"next: orchestrator models {model}")
-    out(f"{percent:g} % of the requests for {model} go to {model}@{alias}.")
-    out(f"next: orchestrator canary {model} --end   or   orchestrator promote {model} VERSION")
+        lines = [
+            f"{model} is its champion alone." if found else f"{model} had no canary.",
+            f"next: orchestrator models {model}",
+        ]
+    else:
+        lines = [
+            f"{percent:g} % of the requests for {model} go to {model}@{alias}.",
+            f"next: orchestrator canary {model} --end   or   orchestrator promote {model} VERSION",
+        ]
+    present(document, as_json, lambda: lines)
 
 
 @verb(SERVE)
@@ -180,10 +183,9 @@ def key(
     from orchestrator.serving.http.access import add_key
 
     secret = add_key(file, name, models or (), per_minute)
-    if as_json:
-        return print_json({"name": name, "key": secret, "file": str(file)})
-    out(secret)
-    say(
+    next_step = (
         f"next: ORCHESTRATOR_API_KEYS_FILE={file} orchestrator serve   "
         "(start servers anew to let the key in)"
     )
+    document = {"name": name, "key": secret, "file": str(file)}
+    present(document, as_json, lambda: [secret], aside=next_step)

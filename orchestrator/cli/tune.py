@@ -18,8 +18,8 @@ from orchestrator.cli.common import (
 )
 from orchestrator.cli.groups import TUNE, verb
 from orchestrator.cli.options import Address, Job, Json, Overrides, Quiet, Verbose
-from orchestrator.cli.output import out, present, print_json, print_lines, results_only
-from orchestrator.utils.imports import uncollected
+from orchestrator.cli.output import present, print_json, results_only
+from orchestrator.utils.garbage import uncollected
 
 
 @verb(TUNE)
@@ -31,14 +31,11 @@ def doctor(as_json: Json = False) -> None:
     from orchestrator.cli.doctor import examine
 
     findings = examine()
-    if as_json:
-        print_json([finding.document() for finding in findings])
-    else:
-        for finding in findings:
-            out(str(finding))
-        if all(finding.ok for finding in findings):
-            out("next: orchestrator demo   or   orchestrator init")
-    if not all(finding.ok for finding in findings):
+    sound = all(finding.ok for finding in findings)
+    next_steps = ["next: orchestrator demo   or   orchestrator init"] if sound else []
+    document = [finding.document() for finding in findings]
+    present(document, as_json, lambda: [*map(str, findings), *next_steps])
+    if not sound:
         raise typer.Exit(3)
 
 
@@ -97,16 +94,19 @@ def validate(
         spec, inputs = read_checked(job, overrides)
         unchecked = [{"key": each.key, "reason": each.reason} for each in inputs.unchecked]
         warnings = inputs.warnings
-    if as_json:
-        document = {"valid": True, "spec": spec.model_dump(mode="json")}
-        return print_json(document | {"not_checked": unchecked, "warnings": list(warnings)})
+    document = {"valid": True, "spec": spec.model_dump(mode="json")}
+    document |= {"not_checked": unchecked, "warnings": list(warnings)}
     trials = counted(trial_count(spec.search), "trial")
-    out(f"{job}: sound. {spec.method} of {spec.base_model.id}, {trials}.")
-    for each in unchecked:
-        out(f"not checked: {each['key']}{': ' if each['key'] else ''}{each['reason']}")
-    for warning in warnings:
-        out(f"warning: {warning}")
-    out(f"next: orchestrator run {job}{repeated(overrides)}")
+    lines = [
+        f"{job}: sound. {spec.method} of {spec.base_model.id}, {trials}.",
+        *(
+            f"not checked: {each['key']}{': ' if each['key'] else ''}{each['reason']}"
+            for each in unchecked
+        ),
+        *(f"warning: {warning}" for warning in warnings),
+        f"next: orchestrator run {job}{repeated(overrides)}",
+    ]
+    present(document, as_json, lambda: lines)
 
 
 @verb(TUNE)
@@ -125,7 +125,7 @@ def plan(
     spec, inputs = read_checked(job, overrides)
     with results_only():
         with uncollected():
-            from orchestrator.search.run import plan_job
+            from orchestrator.search.plan.job import plan_job
 
         made = plan_job(spec, progress_line(quiet, "{} ..."), address, verbose, inputs)
     from orchestrator.cli.pages.search import plan_page
@@ -221,9 +221,8 @@ def report(
         file = out_file or folder.report
         registry = open_registry() if keep else None
         write_report(read_facts(folder), file, registry)
-    if as_json:
-        return print_json({"search": folder.id, "file": str(file.absolute()), "logged": keep})
-    out(f"{file}: open it in a browser; it needs no network.")
+    document = {"search": folder.id, "file": str(file.absolute()), "logged": keep}
+    present(document, as_json, lambda: [_open_page(file)])
 
 
 def _compared(searches: list[str], out_file: Path | None, as_json: bool) -> None:
@@ -243,16 +242,18 @@ def _compared(searches: list[str], out_file: Path | None, as_json: bool) -> None
         document = comparison([read_facts(find_search(search)) for search in searches])
         if out_file:
             write_whole(out_file, comparison_page(document).encode())
-    if as_json:
-        return print_json(document | ({"file": str(out_file.absolute())} if out_file else {}))
-    print_lines(
-        [
-            *table(HEADING, comparison_rows(document)),
-            *(f"warning: {text}" for text in document["warnings"]),
-        ]
-    )
+    lines = [
+        *table(HEADING, comparison_rows(document)),
+        *(f"warning: {text}" for text in document["warnings"]),
+    ]
     if out_file:
-        out(f"{out_file}: open it in a browser; it needs no network.")
+        document = document | {"file": str(out_file.absolute())}
+        lines.append(_open_page(out_file))
+    present(document, as_json, lambda: lines)
+
+
+def _open_page(file: Path) -> str:
+    return f"{file}: open it in a browser; it needs no network."
 
 
 @verb(TUNE)

@@ -16,12 +16,14 @@ from typing import Any
 
 import ray
 
-from orchestrator.cluster.leaving_ray import leave_ray
 from orchestrator.cluster.ray_folder import ray_temp_dir
+from orchestrator.cluster.ray_internals.core import sigterm_kept_at_shutdown
+from orchestrator.cluster.ray_internals.settings import SEARCH, preload, set_defaults
+from orchestrator.cluster.ray_threads import await_ray_threads, names
 from orchestrator.errors import BadInput, Unreachable
-from orchestrator.utils.interrupts import undisturbed
-from orchestrator.utils.signals import sigterm_kept, sigterm_kept_by_system
-from orchestrator.utils.text import mask_secrets
+from orchestrator.utils.garbage import uncollected
+from orchestrator.utils.interrupts import sigterm_kept, undisturbed
+from orchestrator.utils.text import first_line, mask_secrets
 
 log = logging.getLogger(__name__)
 
@@ -34,26 +36,11 @@ never use.
 ANSWER_S = 10.0  # a running cluster connects in milliseconds
 FAILURES = (ConnectionError, RuntimeError, ValueError, TimeoutError)  # the errors of ray.init
 
-# Ray and its workers read these at their start. Ray's own loggers would write three files a trial.
-ENVIRONMENT = {
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    # An interrupt must reach our own code, which closes the MLflow runs.
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-    "RAY_AIR_NEW_OUTPUT": "0",  # the new output prints a header even when it is silenced
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_TRAIN_V2_ENABLED": "1",
-    "RAY_TRAIN_METRICS_ENABLED": "0",
-    # The end of a search waits for the next health check. Train's default is 2.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    # The watcher ends a worker before its machine is preempted, without telling the broker, whose
-    # trials would wait for it. We treat a preempted machine as lost: its trials continue elsewhere
-    # from their last report.
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # Train sets this for its controller too
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-}
+THREADS_S = 10.0
+"""The time to wait for threads that call Ray.
+
+The code that started them has waited for them before, and has ended what they wait for.
+"""
 
 _started_here = threading.Event()
 
@@ -91,8 +78,7 @@ def ray_beside(
     Ray's processes imports the module of ``then`` as it starts. For a named cluster ``then`` is not
     called.
     """
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    set_defaults(SEARCH)
     if ray.is_initialized():
         yield lambda: False
         return
@@ -110,7 +96,7 @@ def ray_beside(
                 leave_ray()
         return
     if then is not None and (os.cpu_count() or 1) <= FEW_CORES:
-        os.environ.setdefault("RAY_preload_python_modules", then.__module__)
+        preload(then.__module__)
     start = LocalStart(options | {"_temp_dir": ray_temp_dir()}, then)
     try:
         with undisturbed():
@@ -124,12 +110,12 @@ def ray_beside(
 def _connect(address: str, options: dict[str, Any]) -> bool:
     check_answers(address)
     try:
-        with sigterm_kept():  # Ray's own handler would leave the MLflow runs open
+        with sigterm_kept():
             ray.init(
                 address=address, runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}, **options
             )
     except FAILURES as error:
-        raise no_cluster(address, str(error).splitlines()[0]) from None
+        raise no_cluster(address, first_line(error)) from None
     return False
 
 
@@ -150,7 +136,7 @@ class LocalStart(threading.Thread):
 
     def run(self) -> None:
         try:
-            with sigterm_kept_by_system():
+            with sigterm_kept():
                 ray.init(address="local", include_dashboard=False, **self._options)
         except Exception as error:
             self._error = error
@@ -171,8 +157,9 @@ class LocalStart(threading.Thread):
         Raises Unreachable when Ray does not start.
         """
         self._tried.wait()
-        if isinstance(self._error, FAILURES):
-            raise no_cluster("this machine", str(self._error).splitlines()[0]) from None
+        # Ray raises a plain Exception when its processes take longer than 30 s to start.
+        if isinstance(self._error, FAILURES) or type(self._error) is Exception:
+            raise not_started(first_line(self._error)) from None
         if self._error is not None:
             raise self._error
         return True
@@ -193,6 +180,20 @@ class LocalStart(threading.Thread):
             return
         self._left.set()
         self.join()
+
+
+def leave_ray() -> None:
+    """Call ``ray.shutdown()`` once no thread calls Ray any more.
+
+    If a thread does not end, Ray is left running for ``end_process``. Garbage collection is off
+    during the shutdown: another thread that collected a reference to one of Ray's objects would
+    call the C++ code while it shuts down.
+    """
+    if stuck := await_ray_threads(THREADS_S):
+        log.warning("Ray is not shut down, because it is still called by: %s", names(stuck))
+        return
+    with sigterm_kept_at_shutdown(), uncollected():
+        ray.shutdown()
 
 
 def check_answers(address: str) -> None:
@@ -224,6 +225,13 @@ def check_answers(address: str) -> None:
             grpc.channel_ready_future(channel).result(timeout=ANSWER_S)
         except grpc.FutureTimeoutError:
             raise no_cluster(address, "something listens there that is not Ray") from None
+
+
+def not_started(reason: str) -> Unreachable:
+    return Unreachable(
+        f"Ray did not start on this machine: {mask_secrets(reason)}",
+        "run it again when the machine has less to do, or name a running cluster with --address",
+    )
 
 
 def no_cluster(address: str, reason: str) -> Unreachable:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -25,6 +25,20 @@ def step_rows(num_rows: int, batch_size: int, seed: int, step: int) -> list[int]
 @lru_cache(maxsize=256)
 def _epoch(num_rows: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(num_rows)
+
+
+def longest_first(lengths: Sequence[int], max_tokens: int, ways: int = 1) -> Iterator[list[int]]:
+    """Yield the rows of each forward, longest rows first.
+
+    Each of the ``ways`` workers or threads that share a forward gets at most ``max_tokens`` padded
+    tokens of it, or one row.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: lengths[row], reverse=True)
+    start = 0
+    while start < len(order):
+        rows = order[start : start + ways * max(1, max_tokens // lengths[order[start]])]
+        start += len(rows)
+        yield rows
 
 
 def length_groups(

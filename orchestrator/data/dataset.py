@@ -18,7 +18,7 @@ from typing import Any
 
 from orchestrator.data.conversations import Conversations, every_answer
 from orchestrator.data.held_out import held_out_inputs, label_of
-from orchestrator.data.source_row import SourceRow, place_of
+from orchestrator.data.source_row import Row, SourceRow, place_of
 from orchestrator.data.tables import read_table
 from orchestrator.data.template import Template
 from orchestrator.data.used_columns import UsedColumns
@@ -27,8 +27,8 @@ from orchestrator.job.labels import NUMBER, label_key
 from orchestrator.job.spec import BUILTIN, CONTINUATION, PREFIX, CsvSpec, DataFiles, DataSpec
 from orchestrator.models.builtin import BUILTIN_DATA, builtin_rows
 from orchestrator.models.source import hub_unreachable, looks_like_path
+from orchestrator.utils.text import first_line
 
-Row = Mapping[str, Any]
 SPLITS = ("train", "validation", "test")
 WORD = re.compile(r"\S+")
 log = logging.getLogger(__name__)
@@ -295,7 +295,7 @@ def _read_hub(data: DataSpec, name: str) -> dict[str, list[Row]]:
         raise hub_unreachable(f"data.path {name!r}", error) from None
     except (ValueError, FileNotFoundError, RuntimeError) as error:
         raise BadInput(
-            f"data.path {name!r} can't be loaded: {str(error).splitlines()[0][:300]}",
+            f"data.path {name!r} can't be loaded: {first_line(error)}",
             "see the hub page",
         ) from None
     return {

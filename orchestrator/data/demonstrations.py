@@ -11,7 +11,8 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 from orchestrator.data.control_tokens import TemplateText, WrittenText
-from orchestrator.data.encoding import Encoder, Row
+from orchestrator.data.encoding import Encoder
+from orchestrator.data.source_row import Row
 from orchestrator.data.template import Mark, target_text
 
 SEPARATOR = TemplateText("\n\n")

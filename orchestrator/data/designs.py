@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
@@ -22,10 +21,12 @@ from orchestrator.data.cells import cell_text
 from orchestrator.data.control_tokens import WrittenText
 from orchestrator.data.dataset import RowSplits
 from orchestrator.data.demonstrations import demonstrations, joined, written_out
-from orchestrator.data.encoding import Encoded, Encoder, Row, make_encoder, reference_texts
+from orchestrator.data.encoding import Encoded, Encoder, make_encoder, reference_texts
+from orchestrator.data.source_row import Row
 from orchestrator.job.space import TrialSpec
 from orchestrator.job.spec import DataSpec
 from orchestrator.models.source import Family
+from orchestrator.models.tokenizer import Tokenizer
 
 BOUNDARY = 4  # reserve, since joined texts may have more tokens than separate ones
 WORD = re.compile(r"\w+")
@@ -59,7 +60,7 @@ class Designs:
         self,
         data: DataSpec,
         rows: RowSplits,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         family: Family,
         context: int,
         generated: int = 0,

@@ -7,21 +7,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 from orchestrator.data.chat import ChatFormat, Turn
 from orchestrator.data.control_tokens import ControlTokens, TemplateText, parts_of
 from orchestrator.data.conversations import USER, Message, is_conversation, read_input
 from orchestrator.data.dataset import SPLITS, RowSplits
-from orchestrator.data.source_row import at_row, place_of
+from orchestrator.data.source_row import Row, at_row, place_of
 from orchestrator.data.template import Mark, Template, Verbalizer, continuation_ids, target_text
 from orchestrator.errors import BadInput
 from orchestrator.job.spec import BARE_TEMPLATE, PROMPT, DataSpec, SpecialTokens
 from orchestrator.models.checks import beyond_table
 from orchestrator.models.placeholders import BLANK, marker
 from orchestrator.models.source import Family
+from orchestrator.models.tokenizer import Tokenizer
 
-Row = Mapping[str, Any]
 SENTINEL = "<extra_id_0>"
 
 
@@ -56,7 +55,7 @@ class Encoder:
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         template: Template,
         verbalizer: Verbalizer | None,
         max_input_tokens: int,
@@ -484,7 +483,7 @@ def _right_texts(row: Row, data: DataSpec) -> list[str]:
 def make_encoder(
     data: DataSpec,
     rows: RowSplits,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     family: Family = "causal",
     table_size: int | None = None,
 ) -> Encoder:
@@ -504,7 +503,7 @@ def make_encoder(
     )  # fmt: skip
 
 
-def chat_format(data: DataSpec, tokenizer: Any, family: Family) -> ChatFormat:
+def chat_format(data: DataSpec, tokenizer: Tokenizer, family: Family) -> ChatFormat:
     """Create the format of the job's conversations. Raises BadInput for an unfit base model."""
     if family != "causal":
         key = "data.chat" if data.messages is None else "data.messages"
@@ -557,7 +556,7 @@ def shortened(text: str) -> str:
     return repr(text if len(text) <= 60 else f"{text[:40]}...{text[-17:]}")
 
 
-def _sentinel(tokenizer: Any, family: Family) -> int:
+def _sentinel(tokenizer: Tokenizer, family: Family) -> int:
     """Return the id of the first sentinel token (Raffel et al. 2020).
 
     Raises BadInput for a model or tokenizer without one.
@@ -596,7 +595,7 @@ def check_context(
         raise encoder.refused_row(error, row)
 
 
-def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+def _special_tokens(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """Return the special tokens that the tokenizer puts in front of a text, and those behind it."""
     bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
     whole = list(tokenizer("a")["input_ids"])

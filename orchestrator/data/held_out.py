@@ -12,9 +12,9 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from orchestrator.data.cells import cell_text
+from orchestrator.data.source_row import Row
 from orchestrator.data.template import target_text
 from orchestrator.job.spec import DataSpec
 
@@ -69,7 +69,7 @@ def held_out_inputs(
     return set(chosen[: max(0, len(sizes) - stays)])
 
 
-def label_of(row: Mapping[str, Any], data: DataSpec) -> str:
+def label_of(row: Row, data: DataSpec) -> str:
     """Return a row's label as text, or the text to generate if there is no verbalizer."""
     cell = row[data.target]
     return target_text(cell) if data.verbalizer is None else cell_text(cell)

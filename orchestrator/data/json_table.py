@@ -104,7 +104,7 @@ def _is_json_lines(text: TextFile) -> bool:
 
 def _of_document(text: TextFile) -> NumberedValues:
     """Yield the items of an array, or one value after another."""
-    document = _Document(text)
+    document = _JsonText(text)
     if document.next_character() == "[":
         values = list(document.items())
         document.refuse_more()
@@ -133,7 +133,7 @@ def _is_row(item: Any) -> bool:
     return isinstance(item, dict) and not any(keys <= item.keys() for keys in MESSAGE_KEYS)
 
 
-class _Document:
+class _JsonText:
     """A whole text and the position up to which it has been read."""
 
     def __init__(self, text: TextFile) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeAlias
 
 from orchestrator.errors import BadInput
+
+Row: TypeAlias = Mapping[str, Any]
+"""The cells of a row by column, as a table, a request or a test gives them."""
 
 
 class SourceRow(dict[str, Any]):

@@ -11,12 +11,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 from orchestrator.data.cells import cell_text
 from orchestrator.data.dataset import SPLITS, RowSplits
 from orchestrator.data.held_out import label_of
-from orchestrator.data.source_row import place_of
+from orchestrator.data.source_row import Row, place_of
 from orchestrator.data.template import Template
 from orchestrator.errors import BadInput
 from orchestrator.job.spec import DataSpec
@@ -41,15 +41,20 @@ class Finding:
 
 
 def judge(
-    rows: RowSplits, data: DataSpec, *, learns: bool = True, begun: bool = False
+    rows: RowSplits,
+    data: DataSpec,
+    metric: str = "",
+    *,
+    learns: bool = True,
+    begun: bool = False,
 ) -> tuple[str, ...]:
     """Return the warnings about the splits.
 
-    ``learns`` is as in ``check_splits``. ``begun`` is set for a search that is resumed and may have
-    started before these checks existed: errors become warnings, so that the search can continue.
-    Raises BadInput if every result would be meaningless.
+    ``metric`` and ``learns`` are as in ``check_splits``. ``begun`` is set for a search that is
+    resumed and may have started before these checks existed: errors become warnings, so that the
+    search can continue. Raises BadInput if every result would be meaningless.
     """
-    findings = check_splits(rows, data, learns=learns)
+    findings = check_splits(rows, data, metric, learns=learns)
     refused = [finding for finding in findings if finding.severity == "refuse"]
     if refused and not begun:
         message = "; ".join(finding.message for finding in refused)
@@ -58,10 +63,13 @@ def judge(
     return tuple(str(finding) for finding in findings)
 
 
-def check_splits(rows: RowSplits, data: DataSpec, *, learns: bool = True) -> list[Finding]:
+def check_splits(
+    rows: RowSplits, data: DataSpec, metric: str = "", *, learns: bool = True
+) -> list[Finding]:
     """Find the problems of the three splits.
 
-    ``learns`` is True if the method trains on the train split.
+    ``metric`` is the metric that trials are ranked by, if it is known. ``learns`` is True if the
+    method trains on the train split.
     """
     splits = _Splits(rows, data, learns)
     meaningless = [*_single_input(splits), *_single_answer(splits)]
@@ -70,6 +78,7 @@ def check_splits(rows: RowSplits, data: DataSpec, *, learns: bool = True) -> lis
     return [
         *_splits_of_one_input(splits),
         *_absent_classes(splits),
+        *(_undefined_area(splits) if metric == "roc_auc" else []),
         *_small_classes(splits),
         *_shared_with_train(splits),
         *_shared_by_held_out(splits),
@@ -140,7 +149,7 @@ class _Splits:
     def _template(self) -> Template:
         return Template(self.data.template)
 
-    def _input(self, row: Mapping[str, Any]) -> str:
+    def _input(self, row: Row) -> str:
         text = self._template.fill(row)
         if self.data.prefix_lm is None:
             return text
@@ -199,6 +208,19 @@ def _absent_classes(splits: _Splits) -> Iterator[Finding]:
         if absent:
             message = f"{split} has no row of {_classes(absent)}, which other splits have"
             yield Finding("warn", f"{message}: {_consequence(split, list(present))}", _more(split))
+
+
+def _undefined_area(splits: _Splits) -> Iterator[Finding]:
+    """Refuse splits on which the area under a class's ROC curve has no value."""
+    for split in HELD_OUT:
+        absent = [label for label in splits.classes if label not in splits.counts[split]]
+        if absent:
+            yield Finding(
+                "refuse",
+                f"search.metric roc_auc has no value on {split}, which has no row of "
+                f"{_classes(absent)}",
+                f"give {split} rows of every class, or rank by another metric, such as macro_f1",
+            )
 
 
 def _consequence(split: str, present: list[str]) -> str:

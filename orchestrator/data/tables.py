@@ -9,7 +9,7 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from orchestrator.data.csv_table import Dialect, distinct_names, read_csv
 from orchestrator.data.json_table import read_json
@@ -17,7 +17,11 @@ from orchestrator.data.source_row import SourceRow
 from orchestrator.data.text_files import COMPRESSIONS, TextFile, compression_of, open_binary
 from orchestrator.errors import BadInput
 from orchestrator.job.spec import CsvSpec
-from orchestrator.utils.imports import uncollected
+from orchestrator.utils.garbage import uncollected
+from orchestrator.utils.text import first_line
+
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
 
 FORMATS = {
     ".jsonl": "json",
@@ -104,11 +108,12 @@ def _read_parquet(file: Path) -> tuple[list[str], list[SourceRow]]:
             columns = distinct_names(table.schema_arrow.names)
             return columns, list(_parquet_rows(table, columns, str(file)))
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise BadInput(f"{file} can't be read as parquet: {reason}", "correct the file") from None
+        raise BadInput(
+            f"{file} can't be read as parquet: {first_line(error)}", "correct the file"
+        ) from None
 
 
-def _parquet_rows(table: Any, columns: list[str], source: str) -> Iterator[SourceRow]:
+def _parquet_rows(table: ParquetFile, columns: list[str], source: str) -> Iterator[SourceRow]:
     number = 0
     for batch in table.iter_batches():
         cells = [column.to_pylist() for column in batch.columns]

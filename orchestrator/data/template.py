@@ -9,9 +9,11 @@ from typing import Any
 
 from orchestrator.data.cells import cell_text
 from orchestrator.data.control_tokens import TemplateText
+from orchestrator.data.source_row import Row
 from orchestrator.errors import BadInput
 from orchestrator.job.labels import Label, LabelKey, by_meaning, contradictions, label_key, spelled
 from orchestrator.job.spec import BLANK, FIELD, VIRTUAL, template_columns
+from orchestrator.models.tokenizer import Tokenizer
 
 
 def target_text(cell: Any) -> str:
@@ -72,7 +74,7 @@ class Template:
             piece for piece in [*pieces, ("text", self.text[end:])] if piece != ("text", "")
         )
 
-    def parts(self, row: Mapping[str, Any]) -> list[str | Mark]:
+    def parts(self, row: Row) -> list[str | Mark]:
         """Fill the template with a row and return its own texts, the row's texts and the marks.
 
         The template's own texts are ``TemplateText``. Raises BadInput for a column that the row
@@ -86,7 +88,7 @@ class Template:
                 parts.append(TemplateText(piece) if kind == "text" else self._cell(row, piece))
         return parts
 
-    def segments(self, row: Mapping[str, Any]) -> list[str | Mark]:
+    def segments(self, row: Row) -> list[str | Mark]:
         """Fill the template with a row and return the texts and the marks between them.
 
         Raises BadInput for a column that the row lacks.
@@ -99,21 +101,21 @@ class Template:
                 segments.append(part if isinstance(part, Mark) else str(part))
         return segments
 
-    def fill(self, row: Mapping[str, Any]) -> str:
+    def fill(self, row: Row) -> str:
         """Return the row's input text without marks.
 
         Raises BadInput for a column that the row lacks.
         """
         return "".join(segment for segment in self.segments(row) if isinstance(segment, str))
 
-    def texts(self, row: Mapping[str, Any]) -> dict[str, str]:
+    def texts(self, row: Row) -> dict[str, str]:
         """Return the template's columns of a row as texts.
 
         Raises BadInput for a column that the row lacks.
         """
         return {column: self._cell(row, column) for column in self.columns}
 
-    def _cell(self, row: Mapping[str, Any], column: str) -> str:
+    def _cell(self, row: Row, column: str) -> str:
         if column not in row:
             raise BadInput(
                 f"the template names column {column!r}, the row has {sorted(row)}",
@@ -124,7 +126,7 @@ class Template:
         except BadInput as error:
             raise BadInput(f"column {column!r}: {error.message}", error.hint) from None
 
-    def row(self, given: str | Mapping[str, Any]) -> Mapping[str, Any]:
+    def row(self, given: str | Row) -> Row:
         """Turn a served input into a row: a bare text fills the template's only column.
 
         Raises BadInput for a bare text when the template has several columns or none.
@@ -222,7 +224,7 @@ def _as_number(text: str) -> LabelKey | None:
         return None
 
 
-def continuation_ids(tokenizer: Any, before: str, text: str) -> list[int]:
+def continuation_ids(tokenizer: Tokenizer, before: str, text: str) -> list[int]:
     """Return the token ids that ``text`` has when it follows ``before``.
 
     Both are tokenised together and then cut. A label tokenised on its own would have other tokens:

@@ -9,8 +9,9 @@ import io
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from orchestrator.errors import BadInput
 from orchestrator.job.spec import AUTO
@@ -42,7 +43,7 @@ def compression_of(file: Path) -> str:
 
 
 @contextmanager
-def open_binary(file: Path) -> Iterator[Any]:
+def open_binary(file: Path) -> Iterator[BufferedIOBase]:
     """Open a file for reading, decompressed.
 
     Raises BadInput if opening or reading it fails inside the block.
@@ -65,7 +66,7 @@ def open_binary(file: Path) -> Iterator[Any]:
         ) from None
 
 
-def _opened(file: Path, compression: str) -> Any:
+def _opened(file: Path, compression: str) -> BufferedIOBase:
     if compression == ".gz":
         return gzip.open(file)
     if compression == ".bz2":
@@ -73,7 +74,8 @@ def _opened(file: Path, compression: str) -> Any:
     if compression == ".zst":
         import pyarrow
 
-        return pyarrow.input_stream(str(file), compression="zstd")
+        stream: BufferedIOBase = pyarrow.input_stream(str(file), compression="zstd")
+        return stream
     return file.open("rb")
 
 

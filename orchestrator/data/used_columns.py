@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.data.cells import cell_text, is_blank, is_missing
-from orchestrator.data.source_row import SourceRow, place_of
+from orchestrator.data.source_row import Row, SourceRow, place_of
 from orchestrator.errors import BadInput
 from orchestrator.job.labels import Label, LabelKey, by_meaning, label_key
 from orchestrator.job.spec import DataSpec
-
-Row = Mapping[str, Any]
 
 
 @dataclass
@@ -44,7 +42,7 @@ class UsedColumns:
         found: list[Row] = []
         empty: list[tuple[SourceRow, str]] = []
         for number, row in enumerate(rows, start=1):
-            placed = self._placed(row, number)
+            placed = self._source_row(row, number)
             column = self._empty_column(placed, split)
             if column and column not in placed:
                 self._check_known(column, rows, placed, split)
@@ -59,7 +57,7 @@ class UsedColumns:
             self.dropped[split] = len(empty)
         return found
 
-    def _placed(self, row: Row, number: int) -> SourceRow:
+    def _source_row(self, row: Row, number: int) -> SourceRow:
         """Return the row with renamed columns and the place that it was read from."""
         placed = row if isinstance(row, SourceRow) else SourceRow(row, number=number)
         new_names = {new: row[old] for old, new in self.data.rename.items() if old in row}

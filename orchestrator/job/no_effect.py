@@ -14,6 +14,8 @@ import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from orchestrator.job.metrics import choice_of, names_of
+
 if TYPE_CHECKING:
     from orchestrator.job.spec import JobSpec
 
@@ -293,7 +295,7 @@ def _has_no_prompts(job: JobSpec) -> str:
 
 HUB_MODEL = "name a model of the hub in base_model.id"
 HUB_DATA = "name a data set of the hub in data.path"
-GENERATE = "set search.metric to bleu, rouge_l or f1"
+GENERATE = f"set search.metric to {choice_of(names_of('texts'))}"
 ASHA = "set search.scheduler to asha"
 STOPPING = f"{ASHA} or median"
 TRAINING = "use a method that trains"

@@ -20,16 +20,16 @@ from pydantic import ValidationError
 
 from orchestrator.errors import BadInput
 from orchestrator.job.spec import (
+    BASELINE_SPACE,
     DEFAULT_TRIALS,
-    LACKING,
     MAX_TRIALS,
     PROMPT_SPACE,
     SPACES,
     ArtifactInit,
     Init,
     LogUniform,
-    SampleVocabInit,
     SearchSpec,
+    Section,
     SpaceSpec,
     TextInit,
     Uniform,
@@ -41,11 +41,15 @@ Row = list[Any]  # a value for each dimension, in the order of TrialSpec.config(
 MIXING = 20  # swaps tried per value, many more than it takes to hide the draws' pattern
 
 
+INIT_FIELDS = {"text": "init_text", "artifact": "init_artifact", "sample_vocab": "init_population"}
+"""The field of ``TrialSpec`` that holds an init's value, by the key of that init in the spec."""
+
+
 @dataclass(frozen=True)
 class TrialSpec:
     """The settings that distinguish one trial of a search from another."""
 
-    init: str  # random, random_normal, sample_vocab, class_labels, text or artifact
+    init: str  # a NamedInit, or a key of INIT_FIELDS
     init_text: str | None  # the text when init is text
     num_virtual_tokens: int
     learning_rate: float
@@ -85,11 +89,7 @@ class TrialSpec:
     @property
     def init_config(self) -> Any:
         """The init as the job spec writes it."""
-        options = {
-            "text": self.init_text,
-            "artifact": self.init_artifact,
-            "sample_vocab": self.init_population,
-        }
+        options = {name: getattr(self, field) for name, field in INIT_FIELDS.items()}
         given = {name: value for name, value in options.items() if value is not None}
         return given or self.init
 
@@ -104,7 +104,7 @@ class TrialSpec:
         try:
             # A single point is a space too, so validating it checks the spec's own limits.
             space = SpaceSpec.model_validate(
-                {**dict.fromkeys(SpaceSpec.model_fields), **config}, context=LACKING
+                {**dict.fromkeys(SpaceSpec.model_fields), **config}, context=BASELINE_SPACE
             )
         except ValidationError as error:
             first = error.errors()[0]
@@ -154,10 +154,17 @@ def trials(search: SearchSpec) -> list[TrialSpec]:
     space has fewer points, since no trial is run twice. The list is empty with a searcher that
     proposes trials while the search runs. Raises BadInput as ``grid`` does.
     """
-    if search.searcher == "optuna":
-        return []
-    if search.searcher == "random":
-        return draw(search.space, search.trials or DEFAULT_TRIALS, search.seed)
+    match search.searcher:
+        case "random":
+            return draw(search.space, search.trials or DEFAULT_TRIALS, search.seed)
+        case "grid":
+            return _grid_trials(search)
+        case "optuna":
+            return []
+
+
+def _grid_trials(search: SearchSpec) -> list[TrialSpec]:
+    """Return the whole grid, or a sample of ``search.trials`` of its points."""
     values = _listed(search.space)
     if values is None or search.trials is None or search.trials >= math.prod(map(len, values)):
         return grid(search.space)
@@ -171,7 +178,7 @@ def trial_count(search: SearchSpec) -> int:
 
     Raises BadInput as ``grid`` does.
     """
-    if search.searcher != "optuna":
+    if not search.proposes:
         return len(trials(search))
     count, size = search.trials or DEFAULT_TRIALS, grid_size(search.space)
     return count if size is None else min(count, size)
@@ -253,12 +260,9 @@ def trial_at(row: Row, names: Sequence[str] = PROMPT_SPACE) -> TrialSpec:
     init: Init | None = found.pop("init", None)
     found["learning_rate"] = float(found.get("learning_rate") or 0.0)
     kind: dict[str, Any] = {"init": init or "", "init_text": None}
-    if isinstance(init, TextInit):
-        kind = {"init": "text", "init_text": init.text}
-    elif isinstance(init, ArtifactInit):
-        kind = {"init": "artifact", "init_text": None, "init_artifact": init.artifact}
-    elif isinstance(init, SampleVocabInit):
-        kind = {"init": "sample_vocab", "init_text": None, "init_population": init.sample_vocab}
+    if isinstance(init, Section):
+        ((name, value),) = init.model_dump().items()
+        kind |= {"init": name, INIT_FIELDS[name]: value}
     return TrialSpec(**{"num_virtual_tokens": 0, **kind, **found})
 
 

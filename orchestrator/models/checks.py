@@ -7,10 +7,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from orchestrator.errors import BadInput
 from orchestrator.models.rope import rope_switches
+from orchestrator.utils.documents import JsonObject
+from orchestrator.utils.text import first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 RESIZE = (
     "leave the token out, or give the model an embedding for it: "
@@ -18,7 +23,7 @@ RESIZE = (
 )
 
 
-def check_stored_quantization(model_id: str, config: Any, wanted: str) -> None:
+def check_stored_quantization(model_id: str, config: PreTrainedConfig, wanted: str) -> None:
     """Raise BadInput for a model stored quantised that the installed libraries can't read.
 
     ``wanted`` is base_model.quantization. It has to be "none", because the setting has no meaning
@@ -43,14 +48,14 @@ def check_stored_quantization(model_id: str, config: Any, wanted: str) -> None:
         )
 
 
-def _quantization_method(document: dict[str, Any]) -> str:
+def _quantization_method(document: JsonObject) -> str:
     method = document.get("quant_method")
     if method is None and (document.get("load_in_8bit") or document.get("load_in_4bit")):
         return "bitsandbytes"  # early bitsandbytes models don't name their method
     return str(getattr(method, "value", method or "an unnamed method"))
 
 
-def _why_unreadable(document: dict[str, Any]) -> str:
+def _why_unreadable(document: JsonObject) -> str:
     """Return why transformers can't read weights that are quantised this way, or ""."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
@@ -58,17 +63,19 @@ def _why_unreadable(document: dict[str, Any]) -> str:
         quantizer = AutoHfQuantizer.from_config(document, pre_quantized=True)
     # The method is unknown, a library is missing, or a library refuses the configuration.
     except Exception as error:
-        return _first_line(error)
+        return first_line(error)
     try:
         quantizer.validate_environment(device_map=None)
     except ImportError as error:
-        return _first_line(error)
+        return first_line(error)
     except Exception:  # this machine has no accelerator, but the workers may have one
         return ""
     return ""
 
 
-def check_positions(model_id: str, config: Any, family: str, context: int, own_code: bool) -> None:
+def check_positions(
+    model_id: str, config: PreTrainedConfig, family: str, context: int, own_code: bool
+) -> None:
     """Raise BadInput if position factors follow a batch's longest row and can't be set per row.
 
     Rows get factors of their own only in causal models that transformers implements.
@@ -92,7 +99,7 @@ def check_positions(model_id: str, config: Any, family: str, context: int, own_c
     )
 
 
-def check_config_tokens(model_id: str, config: Any, family: str, folder: Path) -> None:
+def check_config_tokens(model_id: str, config: PreTrainedConfig, family: str, folder: Path) -> None:
     """Raise BadInput if an encoder-decoder's start token is missing or beyond the table."""
     if family != "seq2seq":
         return
@@ -111,7 +118,7 @@ def check_config_tokens(model_id: str, config: Any, family: str, folder: Path) -
         )
 
 
-def decoder_start(config: Any, folder: Path) -> int | None:
+def decoder_start(config: PreTrainedConfig, folder: Path) -> int | None:
     """Return the id of the token that a decoder starts from, by the backbone's rules."""
     start = getattr(config, "decoder_start_token_id", None)
     if start is None and (generation := folder / "generation_config.json").is_file():
@@ -129,8 +136,3 @@ def beyond_table(token: str, token_id: int, size: int, what: str) -> BadInput:
         f"{size} rows, ids 0 to {size - 1}",
         RESIZE,
     )
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__

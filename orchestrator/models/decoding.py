@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class DecodingState(Protocol):
     def extend(self, ids: Tensor) -> Self:
         """Return the state after one further token [B] in each row."""
 
-    def join(self, other: Any) -> Self | None:
+    def join(self, other: Self) -> Self | None:
         """Return the state of this state's rows and then the other's, or None.
 
         None means that the rows can't share a forward.

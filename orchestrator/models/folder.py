@@ -13,10 +13,10 @@ from typing import Any
 
 from orchestrator.errors import BadInput
 from orchestrator.job.spec import BaseModelSpec
+from orchestrator.models.adapter_folder import ADAPTER_CONFIG, MODEL_CONFIG
 from orchestrator.models.source import ENDINGS, MODEL_HINT, ModelSource, local_folder
+from orchestrator.utils.documents import JsonObject
 
-CONFIG = "config.json"
-ADAPTER_CONFIG = "adapter_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 INDEX = "model.safetensors.index.json"
@@ -79,14 +79,17 @@ def _cached(spec: BaseModelSpec) -> Path | None:
     return Path(file).parent if isinstance(file, str) else None
 
 
-def _config(spec: BaseModelSpec, folder: Path) -> dict[str, Any]:
-    if not (folder / CONFIG).is_file():
+def _config(spec: BaseModelSpec, folder: Path) -> JsonObject:
+    if not (folder / MODEL_CONFIG).is_file():
         raise BadInput(
-            f"base_model.id {spec.id!r}: {folder} holds no {CONFIG}", _hint_without_config(folder)
+            f"base_model.id {spec.id!r}: {folder} holds no {MODEL_CONFIG}",
+            _hint_without_config(folder),
         )
-    config = _json(spec, folder / CONFIG)
+    config = _json(spec, folder / MODEL_CONFIG)
     if not isinstance(config, dict):
-        raise BadInput(f"base_model.id {spec.id!r}: {folder / CONFIG} is not a JSON object", AGAIN)
+        raise BadInput(
+            f"base_model.id {spec.id!r}: {folder / MODEL_CONFIG} is not a JSON object", AGAIN
+        )
     return config
 
 
@@ -101,13 +104,13 @@ def _hint_without_config(folder: Path) -> str:
             f"it is an adapter: set base_model.id to {base}, and import it or start from it as an "
             "artifact"
         )
-    models = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))
+    models = sorted(file.parent.name for file in folder.glob(f"*/{MODEL_CONFIG}"))
     if models:
         return f"name one of the models in it: {', '.join(models[:5])}"
     return MODEL_HINT
 
 
-def _may_be_language_model(spec: BaseModelSpec, config: dict[str, Any]) -> bool:
+def _may_be_language_model(spec: BaseModelSpec, config: JsonObject) -> bool:
     """Return whether the names of the architectures allow for a language model.
 
     The names are enough to refuse a classifier or an image model.

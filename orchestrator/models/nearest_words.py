@@ -1,12 +1,14 @@
-"""Find the words nearest to a prompt's virtual tokens, without loading the model.
+"""Find the words nearest to a prompt's virtual tokens.
 
-The embedding table is read from the weights file on disk.
+``nearest_words`` needs no loaded model: it reads the embedding table from the file on disk.
 
 Shapes: P virtual tokens, H width, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,15 +42,20 @@ def nearest_words(source: ModelSource, embeddings: np.ndarray, count: int) -> Wo
     The result is empty if the model's files hold no embedding table of that width.
     """
     tokenizer = source.tokenizer()
-    wanted = normalize(torch.from_numpy(np.ascontiguousarray(embeddings)).float(), dim=1)
+    wanted = torch.from_numpy(np.ascontiguousarray(embeddings))
+    size = len(tokenizer)  # tables are padded to round sizes
     for file in sorted(source.path.glob("*.safetensors")):
         with safe_open(file, framework="pt") as weights:
-            if (name := _table(weights, len(tokenizer), wanted.shape[1])) is not None:
-                return _nearest(weights.get_slice(name), tokenizer, wanted, count)
+            if (name := _table(weights, size, wanted.shape[1])) is not None:
+                rows = partial(_slice, weights.get_slice(name))
+                return [
+                    [(tokenizer.decode([index]), round(distance, 4)) for index, distance in near]
+                    for near in nearest_rows(wanted, rows, size, count)
+                ]
     return []
 
 
-def _table(weights: Any, vocabulary: int, width: int) -> str | None:
+def _table(weights: safe_open, vocabulary: int, width: int) -> str | None:
     for name in sorted(weights.keys()):
         parts = name.split(".")
         if len(parts) > 1 and parts[-1] == "weight" and parts[-2] in TABLES:
@@ -58,19 +65,33 @@ def _table(weights: Any, vocabulary: int, width: int) -> str | None:
     return None
 
 
-def _nearest(table: Any, tokenizer: Any, wanted: Tensor, count: int) -> Words:
-    best, places = torch.empty(len(wanted), 0), torch.empty(len(wanted), 0, dtype=torch.long)
-    for start in range(0, len(tokenizer), CHUNK):
-        end = min(start + CHUNK, len(tokenizer))  # skips padding of the table to a round size
-        cosines = wanted @ normalize(table[start:end].float(), dim=1).T
-        both = torch.cat([best, cosines], dim=1)
-        best, chosen = both.topk(min(count, both.shape[1]), dim=1)
-        ids = torch.arange(start, end).expand(len(wanted), -1)
-        places = torch.cat([places, ids], dim=1).gather(1, chosen)
+def _slice(table: Any, start: int, end: int) -> Tensor:
+    part: Tensor = table[start:end]
+    return part
+
+
+def nearest_rows(
+    embeddings: Tensor, rows: Callable[[int, int], Tensor], size: int, count: int
+) -> list[list[tuple[int, float]]]:
+    """Return the ``count`` rows of a table that are nearest to each embedding of [P, H].
+
+    Each is an index with its cosine distance, the nearest first. An embedding of zeros has no
+    direction, and no nearest rows. ``rows(start, end)`` reads a part
+    of the table's ``size`` rows; the table is read once, in parts.
+    """
+    wanted = normalize(embeddings.float(), dim=1)
+    best = torch.empty(len(wanted), 0, device=wanted.device)
+    indices = torch.empty(len(wanted), 0, dtype=torch.long, device=wanted.device)
+    for start in range(0, size, CHUNK):
+        end = min(start + CHUNK, size)
+        cosines = wanted @ normalize(rows(start, end).float(), dim=1).T
+        candidates = torch.cat([best, cosines], dim=1)
+        best, chosen = candidates.topk(min(count, candidates.shape[1]), dim=1)
+        ids = torch.arange(start, end, device=wanted.device).expand(len(wanted), -1)
+        indices = torch.cat([indices, ids], dim=1).gather(1, chosen)
     return [
-        [
-            (tokenizer.decode([place]), round(1 - cosine, 4))
-            for place, cosine in zip(*row, strict=True)
-        ]
-        for row in zip(places.tolist(), best.tolist(), strict=True)
+        [(index, 1 - cosine) for index, cosine in zip(*nearest, strict=True)] if directed else []
+        for directed, *nearest in zip(
+            wanted.any(1).tolist(), indices.tolist(), best.tolist(), strict=True
+        )
     ]

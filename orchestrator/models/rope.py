@@ -8,12 +8,15 @@ its factors beyond ``max_position_embeddings``. That is the context length, whic
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 LONGROPE = ("longrope", "su")  # the first Phi-3 models use the second name
 
 
-def rope_switches(config: Any, context_length: int) -> tuple[int, ...]:
+def rope_switches(config: PreTrainedConfig, context_length: int) -> tuple[int, ...]:
     """Return the row lengths below the context length at which position factors change.
 
     The result is empty for a model that treats all rows alike.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from orchestrator.errors import BadInput, Unreachable
 from orchestrator.job.spec import BUILTIN, QUICKSTART, BaseModelSpec
@@ -25,7 +25,12 @@ from orchestrator.models.checks import (
     check_positions,
     check_stored_quantization,
 )
-from orchestrator.utils.imports import uncollected
+from orchestrator.models.tokenizer import Tokenizer
+from orchestrator.utils.garbage import uncollected
+from orchestrator.utils.text import first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 WEIGHTS = "*.safetensors"
@@ -63,7 +68,7 @@ class ModelSource:
     allow_remote_code: bool = False
 
     @cached_property
-    def config(self) -> Any:
+    def config(self) -> PreTrainedConfig:
         """The configuration of the model, read by transformers.
 
         Raises BadInput if there is none, if it can't be read, or if it needs code that may not run.
@@ -92,12 +97,12 @@ class ModelSource:
                     "true if you trust it",
                 ) from None
             raise BadInput(
-                f"base_model.id {self.id!r} can't be read as a model: {_first_line(error)}",
+                f"base_model.id {self.id!r} can't be read as a model: {first_line(error)}",
                 MODEL_HINT,
             ) from None
 
     @cached_property
-    def _tokenizer(self) -> Any:
+    def _tokenizer(self) -> Tokenizer:
         """The tokenizer of the model.
 
         Raises BadInput if it can't be used, or lacks the mask or end token that the family needs.
@@ -107,13 +112,13 @@ class ModelSource:
             with uncollected():
                 from transformers import AutoTokenizer
 
-                tokenizer = AutoTokenizer.from_pretrained(
+                tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
                     self.path, trust_remote_code=self.allow_remote_code
                 )
         # Tokenizer files fail in many ways: KeyError, TypeError, OSError, a Rust panic.
         except Exception as error:
             raise BadInput(
-                f"base_model.id {self.id!r} has no usable tokenizer: {_first_line(error)}",
+                f"base_model.id {self.id!r} has no usable tokenizer: {first_line(error)}",
                 MODEL_HINT,
             ) from None
         needed = "mask_token" if self.family == "masked" else "eos_token"
@@ -129,7 +134,7 @@ class ModelSource:
             )
         return tokenizer
 
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer:
         return self._tokenizer
 
     def weight_files(self) -> list[Path]:
@@ -155,7 +160,7 @@ class ModelSource:
         try:
             needed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            reason = f"{index.name} has no weight_map of files ({_first_line(error)})"
+            reason = f"{index.name} has no weight_map of files ({first_line(error)})"
             raise self.unusable_weights(reason) from None
         missing = sorted(needed - {file.name for file in files})
         if missing:
@@ -163,11 +168,11 @@ class ModelSource:
                 f"{index.name} names {', '.join(missing)}, not in the folder"
             )
 
-    def unusable_weights(self, reason: str) -> BadInput:
+    def unusable_weights(self, reason: Exception | str) -> BadInput:
         """Make the error for weights that can't be used, with the first line of ``reason``."""
-        first = reason.strip().splitlines()[0][:200] if reason.strip() else "unknown reason"
         return BadInput(
-            f"base_model.id {self.id!r}: the weights in {self.path} can't be used: {first}",
+            f"base_model.id {self.id!r}: the weights in {self.path} can't be used: "
+            f"{first_line(reason)}",
             "fetch or save the model again",
         )
 
@@ -248,7 +253,7 @@ ENDINGS: dict[Family, tuple[str, ...]] = {
 }
 
 
-def family_of(config: Any) -> Family:
+def family_of(config: PreTrainedConfig) -> Family:
     """Return the model's family, from its configuration alone."""
     if getattr(config, "is_encoder_decoder", False):
         return "seq2seq"
@@ -271,7 +276,7 @@ def usual_family(model_type: str) -> Family:
     return "masked" if model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES else "causal"
 
 
-def _is_language_model(config: Any) -> bool:
+def _is_language_model(config: PreTrainedConfig) -> bool:
     from transformers.models.auto import modeling_auto as auto
 
     mapping = {
@@ -286,7 +291,7 @@ def _is_language_model(config: Any) -> bool:
     )
 
 
-def _embedding_width(config: Any) -> int:
+def _embedding_width(config: PreTrainedConfig) -> int:
     """Return the width of the token embeddings, which some models project to the hidden size."""
     for key in ("embedding_size", "word_embed_proj_dim", "hidden_size"):
         if value := getattr(config, key, None):
@@ -390,7 +395,7 @@ def hub_unreachable(what: str, error: Exception) -> Unreachable:
     )
 
 
-def tokenizer_digest(tokenizer: Any) -> str:
+def tokenizer_digest(tokenizer: Tokenizer) -> str:
     """Return the sha256 of the tokenizer's serialised form.
 
     Tokenizers with equal digests split texts in the same way.
@@ -409,7 +414,3 @@ def quiet_transformers() -> None:
     # PEFT imports bitsandbytes for LoRA, quantized or not, and bitsandbytes then recommends a
     # package with faster 4-bit products for CPUs.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.artifact import DataRecord, read_manifest
+from orchestrator.data.source_row import Row
 from orchestrator.errors import BadInput
+from orchestrator.job.metrics import Better
 from orchestrator.job.spec import ALIAS_PATTERN, NAME_PATTERN, RESERVED_ALIAS
 from orchestrator.registry.aliases import gate as promotion
 from orchestrator.registry.aliases.canary import (
@@ -22,14 +24,14 @@ from orchestrator.registry.aliases.canary import (
     make_canary,
     read_canary,
 )
-from orchestrator.registry.aliases.gate import METRIC_TAG, Better, Candidate
+from orchestrator.registry.aliases.gate import BETTER_TAG, METRIC_TAG, ComparedVersion
 from orchestrator.registry.aliases.ledger import Check, Overtaken, move_alias, recorded
 from orchestrator.registry.aliases.moves import Kind, Move, former_holder
+from orchestrator.registry.mlflow_internals.tables import ModelRow, read_models
 from orchestrator.registry.runs import searches
 from orchestrator.registry.runs.readiness import check_search_end
 from orchestrator.registry.runs.search_log import SearchLog
 from orchestrator.registry.store import SERVERS, Store, artifact_location
-from orchestrator.registry.tables import ModelRow, read_models
 from orchestrator.registry.versions.description import version_description
 from orchestrator.registry.versions.evaluations import EvaluationRecord, log_evaluations
 from orchestrator.registry.versions.fetch import default_cache, fetch
@@ -50,9 +52,9 @@ from orchestrator.registry.versions.records import (
 from orchestrator.registry.versions.refs import (
     ModelRef,
     NoSuchVersion,
-    nearest,
     parse_ref,
     printable,
+    suggestion,
 )
 from orchestrator.utils.text import mask_secrets
 
@@ -87,6 +89,13 @@ class Registry:
         """
         self._store = Store(tracking_uri, registry_uri)
         self.cache_dir = cache_dir or default_cache()
+
+    @classmethod
+    def connect(cls) -> Registry:
+        """Open the registry that the environment names; Unreachable if MLflow does not answer."""
+        registry = cls()
+        registry.check()
+        return registry
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Registry, (self._store.tracking_uri, self._store.registry_uri, self.cache_dir))
@@ -171,17 +180,20 @@ class Registry:
         *,
         tags: Mapping[str, Any] | None = None,
         metric: str = "",
-        example: Mapping[str, Any] | None = None,
+        better: Better | None = None,
+        example: Row | None = None,
         nearest: Sequence[Sequence[tuple[str, float]]] = (),
     ) -> int:
         """Publish the artifact as a new version of the registered model and return its number.
 
-        The registered model is created if it doesn't exist yet. ``metric`` ranked the trials,
-        ``example`` is a row of the data, and ``nearest`` has the words nearest to each virtual
-        token. All three help people who read or compare the version later.
+        The registered model is created if it doesn't exist yet. ``metric`` ranked the trials
+        and improves in the direction ``better``, ``example`` is a row of the data, and ``nearest``
+        has the words nearest to each virtual token. They help people who read or compare the
+        version later.
         """
         check_name(name)
         known = {METRIC_TAG: metric} if metric else {}
+        known |= {BETTER_TAG: better} if better else {}
         known |= {NEAREST_TAG: json.dumps(nearest[:MAX_NEAREST])} if nearest else {}
         with self._store.translating(f"registering {name}"):
             manifest = read_manifest(artifact)
@@ -249,7 +261,7 @@ class Registry:
         if alias not in aliases:
             raise BadInput(
                 f"registered model {printable(ref.name)} has no alias {printable(alias)!r}",
-                nearest(alias, aliases) or self._known_versions(ref.name),
+                suggestion(alias, aliases) or self._known_versions(ref.name),
             )
         return self._version(model, aliases[alias])
 
@@ -333,7 +345,7 @@ class Registry:
         empty = "none is registered yet; orchestrator run JOB registers one"
         raise BadInput(
             f"no registered model {printable(name)!r} in {self.display_uri}",
-            nearest(name, known) or empty,
+            suggestion(name, known) or empty,
         )
 
     def _version(self, model: RegisteredModel, version: int) -> VersionSummary:
@@ -480,7 +492,7 @@ class Registry:
             raise BadInput(
                 f"registered model {printable(name)} has no alias {printable(alias)!r} beside its "
                 "champion",
-                nearest(alias, others)
+                suggestion(alias, others)
                 or f"orchestrator promote {printable(name)} VERSION --alias challenger",
             )
         with self._store.translating(f"setting the canary of {printable(name)}"):
@@ -525,17 +537,17 @@ class Registry:
             return AliasOutcome(None if alias == CHAMPION else alias, lost.message)
         return AliasOutcome(CHAMPION, f"Version {version} is champion: {reason}.")
 
-    def _candidate(self, name: str, version: int) -> Candidate:
+    def _candidate(self, name: str, version: int) -> ComparedVersion:
         """Fetch the version and check its whole artifact: digests, shapes and finite values."""
         summary = self._version(self._model(name), version)
         with self._store.translating(f"fetching version {version} of {printable(name)}"):
-            return Candidate(read_manifest(self._fetch(summary)), summary.tags)
+            return ComparedVersion(read_manifest(self._fetch(summary)), summary.tags)
 
     def _contest(
         self,
         name: str,
         version: int,
-        new: Candidate,
+        new: ComparedVersion,
         champion: int | None,
         metric: str,
         better: Better,
@@ -557,7 +569,7 @@ class Registry:
         self,
         name: str,
         version: int,
-        new: Candidate,
+        new: ComparedVersion,
         alias: str,
         holder: int | None,
         force_reason: str | None,
@@ -580,7 +592,7 @@ class Registry:
             )
         return reason
 
-    def _against(self, name: str, new: Candidate, alias: str, holder: int) -> tuple[str, str]:
+    def _against(self, name: str, new: ComparedVersion, alias: str, holder: int) -> tuple[str, str]:
         """Return the objections to replacing the holder, and the reason in favour of it."""
         try:
             old = self._candidate(name, holder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import queue
 import re
@@ -17,7 +16,12 @@ from filelock import FileLock
 from filelock import Timeout as LockTimeout
 
 from orchestrator.errors import BadInput, JobFailed, OrchestratorError, Unreachable
-from orchestrator.utils.imports import uncollected
+from orchestrator.registry.mlflow_internals.settings import (
+    known_schema,
+    quiet_loggers,
+    set_defaults,
+)
+from orchestrator.utils.garbage import uncollected
 from orchestrator.utils.text import mask_secrets
 
 if TYPE_CHECKING:
@@ -30,19 +34,6 @@ CHECK_SECONDS = 8.0
 LOCK_SECONDS = 120.0
 SCHEMA_LOCK = 0x6F726368
 """The key of our PostgreSQL advisory lock: "orch" in ASCII."""
-
-# MLflow's own defaults would stall for minutes on an outage (7 retries of 120 s), copy a uv.lock
-# found in the working directory into the model, draw progress bars for kilobytes, and print an
-# address for each run that ends.
-ENVIRONMENT = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_UV_AUTO_DETECT": "false",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-}
 
 # MLflow's error codes for a refused request. Other codes mean that the store did not answer.
 REFUSALS = frozenset(
@@ -303,14 +294,6 @@ def sqlite_file(uri: str) -> Path | None:
     )
 
 
-def known_schema(revision: str) -> bool:
-    """Tell whether the installed MLflow knows this schema revision."""
-    import mlflow.store.db_migrations
-
-    versions = Path(mlflow.store.db_migrations.__path__[0]) / "versions"
-    return any(versions.glob(f"{revision}_*.py"))
-
-
 def first_lines(text: str) -> str:
     """Return an error's own words, without SQLAlchemy's statement, parameters and link."""
     return " ".join(re.split(r"\n\s*\[SQL|\n\(Background", text)[0].split())[:500]
@@ -321,18 +304,11 @@ def import_mlflow() -> Any:
 
     The first import takes 1.5 s.
     """
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    set_defaults()
     with uncollected():
         import mlflow
 
-    if "MLFLOW_LOGGING_LEVEL" not in os.environ:
-        logging.getLogger("mlflow").setLevel(logging.ERROR)
-        # MLflow logs a traceback for each database error, and raises the error too.
-        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        # urllib3 logs each retry. The final error has all the information.
-        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+    quiet_loggers()
     return mlflow
 
 

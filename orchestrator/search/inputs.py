@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,6 @@ from orchestrator.data.cells import is_missing
 from orchestrator.data.conversations import Conversations
 from orchestrator.data.dataset import (
     SPLITS,
-    Row,
     RowSplits,
     cut_in_two,
     known_data,
@@ -26,13 +26,15 @@ from orchestrator.data.dataset import (
     read_split,
     wanted_rows,
 )
-from orchestrator.data.source_row import place_of
+from orchestrator.data.source_row import Row, place_of
 from orchestrator.data.split_checks import judge
 from orchestrator.data.template import Verbalizer
 from orchestrator.errors import BadInput, Problem, SpecError
+from orchestrator.job.metrics import custom_function, is_custom
 from orchestrator.job.space import templates
 from orchestrator.job.spec import ArtifactInit, DataFiles, DataSpec, JobSpec, template_columns
 from orchestrator.job.yaml import load_with_places
+from orchestrator.models.builtin import check_builtin
 from orchestrator.models.folder import folder_faults, names_chat_template
 from orchestrator.models.source import known_builtin, looks_like_path
 
@@ -118,9 +120,13 @@ def check_inputs(job: JobSpec) -> Inputs:
 def examine(job: JobSpec, *, elsewhere: bool = False) -> Inputs:
     """Find all that is wrong with the files and folders of a job, and what can't be checked."""
     started = time.monotonic()
-    folders = [*_model_findings(job, elsewhere), *_artifact_findings(job, elsewhere)]
-    faults = [finding for finding in folders if isinstance(finding, Fault)]
-    unchecked = [finding for finding in folders if isinstance(finding, Unchecked)]
+    findings = [
+        *_model_findings(job, elsewhere),
+        *_artifact_findings(job, elsewhere),
+        *_metric_findings(job, elsewhere),
+    ]
+    faults = [finding for finding in findings if isinstance(finding, Fault)]
+    unchecked = [finding for finding in findings if isinstance(finding, Unchecked)]
     rows = None
     warnings: tuple[str, ...] = ()
     if job.data.source == "files":
@@ -133,7 +139,8 @@ def examine(job: JobSpec, *, elsewhere: bool = False) -> Inputs:
     if rows is not None and not faults:
         try:
             learns = job.method != "prompt_design"
-            warnings = (*rows.notes, *judge(rows, job.data, learns=learns))
+            found = judge(rows, job.data, job.search.metric, learns=learns)
+            warnings = (*rows.notes, *found)
         except BadInput as error:
             faults.append(Fault.of(error, "data"))
     has_template = names_chat_template(job.base_model)
@@ -168,7 +175,9 @@ def _model_findings(job: JobSpec, elsewhere: bool) -> Iterator[Fault | Unchecked
     key = "base_model.id"
     if base.source == "builtin":
         try:
-            known_builtin(base.id)
+            name = known_builtin(base.id)
+            if not elsewhere:
+                check_builtin(name)
             yield Unchecked(key, f"{base.id} {NOT_HERE['builtin']}")
         except BadInput as error:
             yield Fault.of(error, key)
@@ -228,7 +237,7 @@ def _artifact_findings(job: JobSpec, elsewhere: bool) -> Iterator[Fault | Unchec
 
 def _folder_faults(job: JobSpec, key: str, reference: str, folder: Path) -> Iterator[Fault]:
     from orchestrator.artifact import PromptArtifact
-    from orchestrator.peft_format import is_peft, read_peft
+    from orchestrator.artifact.peft import is_peft, read_peft
 
     try:
         stored = read_peft(folder) if is_peft(folder) else PromptArtifact.load(folder)
@@ -237,7 +246,7 @@ def _folder_faults(job: JobSpec, key: str, reference: str, folder: Path) -> Iter
         yield Fault(key, error.message, error.hint)
 
 
-def check_can_start(job: JobSpec, reference: str, tensors: Mapping[str, Any]) -> None:
+def check_can_start(job: JobSpec, reference: str, tensors: Mapping[str, object]) -> None:
     """Raise BadInput if a soft prompt is to start from a prefix, which has no embeddings."""
     if job.method != "prefix_tuning" and "prompt" not in tensors:
         raise BadInput(
@@ -245,6 +254,30 @@ def check_can_start(job: JobSpec, reference: str, tensors: Mapping[str, Any]) ->
             f"and can't start method {job.method}",
             "choose a prompt of prompt_tuning or p_tuning, or set method prefix_tuning",
         )
+
+
+# A metric of the user's own
+
+
+def _metric_findings(job: JobSpec, elsewhere: bool) -> Iterator[Fault | Unchecked]:
+    """Import the function that the search ranks by; a module may be on the cluster only."""
+    name = job.search.metric
+    if not is_custom(name):
+        return
+    module = name.partition(":")[0]
+    if elsewhere and not _is_here(module):
+        reason = f"{module} is not on this machine: every worker has to be able to import it"
+        yield Unchecked("search.metric", reason)
+        return
+    try:
+        custom_function(name)
+    except BadInput as error:
+        yield Fault.of(error, "search.metric")
+
+
+def _is_here(module: str) -> bool:
+    """Tell whether a module's outermost package can be found; nothing is imported."""
+    return find_spec(module.partition(".")[0]) is not None
 
 
 # Rows

@@ -21,6 +21,7 @@ from orchestrator.artifact import (
     PromptArtifact,
     VerbalizerEntry,
 )
+from orchestrator.artifact.peft import is_peft, read_peft
 from orchestrator.data.chat import has_chat_template
 from orchestrator.data.dataset import SPLITS, RowSplits, load_rows, rows_fingerprint
 from orchestrator.data.demonstrations import demonstrations
@@ -36,6 +37,7 @@ from orchestrator.data.encoding import (
 )
 from orchestrator.data.split_checks import check_distinct_tokens, judge
 from orchestrator.errors import BadInput
+from orchestrator.job.metrics import choice_of, names_of
 from orchestrator.job.space import (
     TrialSpec,
     draw,
@@ -50,9 +52,15 @@ from orchestrator.job.spec import BUILTIN, DataSpec, JobSpec
 from orchestrator.models.adapter_folder import instead_of_adapter
 from orchestrator.models.backbone.weights import check_files
 from orchestrator.models.builtin import builtin_model
-from orchestrator.models.source import ModelSource, known_builtin, resolve_model
-from orchestrator.peft_format import is_peft, read_peft
+from orchestrator.models.source import (
+    ModelSource,
+    known_builtin,
+    looks_like_path,
+    resolve_model,
+)
+from orchestrator.registry import Registry
 from orchestrator.search.inputs import check_can_start, left_out
+from orchestrator.search.progress import Clock
 from orchestrator.tuning.baselines import check_peft
 from orchestrator.tuning.engine import Task
 from orchestrator.tuning.generate import Decoding
@@ -103,7 +111,8 @@ def prepare(
         check_peft(job.method)
     rows = rows or load_rows(job.data, templates(job.search.space), begun=begun)
     learns = job.method != "prompt_design"
-    warnings = (*rows.notes, *judge(rows, job.data, learns=learns, begun=begun))
+    ranked_by = job.search.metric
+    warnings = (*rows.notes, *judge(rows, job.data, ranked_by, learns=learns, begun=begun))
     started = time.monotonic()
     if job.base_model.id.startswith(BUILTIN):
         builtin_model(known_builtin(job.base_model.id))
@@ -151,6 +160,54 @@ def _without_chat(job: JobSpec, source: ModelSource) -> Iterator[str]:
     """Say what it means to leave a base model's chat template out."""
     if source.family == "causal" and has_chat_template(source.tokenizer()):
         yield from left_out(job)
+
+
+def prepare_job(
+    job: JobSpec,
+    registry: Registry,
+    clock: Clock,
+    *,
+    rows: RowSplits | None = None,
+    pins: Mapping[str, str] | None = None,
+    begun: bool = False,
+) -> tuple[Prepared, dict[str, str]]:
+    """Fetch the prompts that trials start from, then ``prepare`` the job.
+
+    Returns the prepared job, and the version, as NAME:VERSION, that each registered reference
+    resolved to. ``pins`` fixes those versions for a search that is resumed.
+    """
+    artifacts, versions = fetch_artifacts(job, registry, pins)
+    prepared = prepare(job, artifacts, rows, begun=begun)
+    clock.mark_preparation(prepared.making_s)
+    return prepared, versions
+
+
+def fetch_artifacts(
+    job: JobSpec, registry: Registry, pins: Mapping[str, str] | None = None
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """Find the folder of each prompt that trials start from.
+
+    A local folder is used as it is; a registered prompt is fetched. Returns the folders by the
+    reference in the spec, and the version that each registered reference resolved to.
+    """
+    folders, versions = {}, {}
+    for reference in init_artifacts(job.search.space):
+        folder = Path(reference).expanduser()
+        if not folder.is_dir() and not looks_like_path(reference):
+            summary = registry.resolve((pins or {}).get(reference, reference))
+            folder = registry.fetch(summary.name, summary.version)
+            versions[reference] = f"{summary.name}:{summary.version}"
+        folders[reference] = folder
+    return folders, versions
+
+
+def check_registration(job: JobSpec, registry: Registry) -> None:
+    """Check, before any time is spent, that the result can be registered.
+
+    Raises BadInput or Unreachable.
+    """
+    registers = job.registry.register_top > 0 and not job.is_baseline
+    registry.check_search_end(job.name, job.model_name if registers else None)
 
 
 def _instructions(
@@ -284,7 +341,7 @@ def _prepare_generation(job: JobSpec, task: Task, rows: RowSplits, source: Model
         raise BadInput(
             f"search.metric {job.search.metric} compares generated texts, "
             f"and base_model.id {source.id!r} is a masked language model, which fills in a blank",
-            "set search.metric to accuracy, exact_match or loss, "
+            f"set search.metric to {choice_of(names_of('labels', 'targets'))}, "
             "or choose a causal or encoder-decoder model",
         )
     task.decoding = Decoding(job.max_generated_tokens, job.generation.num_beams)

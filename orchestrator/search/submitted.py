@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from orchestrator.cluster.submit import SEARCH, unpacked
 from orchestrator.errors import BadInput
 from orchestrator.job.spec import JobSpec
 from orchestrator.job.yaml import load_job
+from orchestrator.search.progress import ProgressFactory
 from orchestrator.search.resume import resume_search
-from orchestrator.search.run import Progress, run_job
+from orchestrator.search.run import run_job
 from orchestrator.search.state.folder import SearchFolder, home_folder, searches_folder
 from orchestrator.utils.atomic import write_whole
+from orchestrator.utils.documents import JsonObject
 
 # The folder for searches if ORCHESTRATOR_HOME is not set, and for runs if there is no MLflow.
 HOME = Path("~/.orchestrator")
 
 
-def carry_out(progress_for: Callable[[JobSpec], Progress]) -> tuple[dict[str, Any], JobSpec]:
+def carry_out(progress_for: ProgressFactory) -> tuple[JsonObject, JobSpec]:
     """Run the job that was unpacked into the working directory, or resume its search.
 
     Returns the document of ``run --json``, and the job. Raises BadInput outside a submitted job,
@@ -40,7 +40,7 @@ def carry_out(progress_for: Callable[[JobSpec], Progress]) -> tuple[dict[str, An
     folder.fetch()
     if folder.description.is_file():
         return resume_search(str(folder.path), progress_for)
-    job = _placed(package, folder)
+    job = _unpacked_job(package, folder)
     progress = progress_for(job)
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         progress.note(
@@ -50,7 +50,7 @@ def carry_out(progress_for: Callable[[JobSpec], Progress]) -> tuple[dict[str, An
     return run_job(job, progress, folder=folder), job
 
 
-def _placed(package: Path, folder: SearchFolder) -> JobSpec:
+def _unpacked_job(package: Path, folder: SearchFolder) -> JobSpec:
     """Load the job, and copy the files of its package into the search's folder.
 
     A later attempt finds the files there.

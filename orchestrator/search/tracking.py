@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
-from orchestrator.job.space import TrialSpec
 from orchestrator.registry import SearchLog
-from orchestrator.search.state.events import Ended, Event, Found, Reported, Started
+from orchestrator.search.state.events import Ended, Event, Found, Reported, Started, tell
 from orchestrator.search.state.history import History, trial_of
-from orchestrator.tuning.reports import Costs, Report
+from orchestrator.search.state.trials import Outcome, TrialStatus
+from orchestrator.tuning.reports import Report
 
-BASELINES = "baselines"
+# The names of the facts that a search records once.
+BASE_MODEL = "base_model"
+BASELINE_RESULTS = "baselines"
 SPLITS = ("validation", "test")
 # The keys of a trial's configuration that become tags, since people filter runs by them.
 TAGGED = (
@@ -23,6 +25,12 @@ TAGGED = (
     "shots",
     "demonstrations",
 )
+
+RUN_STATES: dict[TrialStatus, Literal["finished", "stopped", "failed"]] = {
+    TrialStatus.FINISHED: "finished",
+    TrialStatus.STOPPED: "stopped",
+    TrialStatus.FAILED: "failed",
+}
 
 
 class MlflowMirror:
@@ -40,45 +48,41 @@ class MlflowMirror:
         self._log = log
         self._tags = dict(tags or {})
         self._copying = copying
-        self._specs: dict[str, TrialSpec] = {}
+        self._trials = Outcome()
         self._notes: dict[str, str] = {}
-        self._last: dict[str, tuple[int, Costs]] = {}
-        self._started: set[str] = set()
 
     def restore(self, history: History) -> None:
         """Write again the events of all runs that have no end in MLflow.
 
         A process that was killed may not have written all of them.
         """
-        self._started |= history.started & self._log.ended
-        self.write([event for event in history.events if trial_of(event) not in self._log.ended])
+        for event in history.events:
+            if trial_of(event) in self._log.ended:
+                tell(event, self._trials)
+            else:
+                self._one(event)
 
     def write(self, events: Sequence[Event]) -> None:
         for event in events:
             self._one(event)
 
     def _one(self, event: Event) -> None:
+        tell(event, self._trials)
         if isinstance(event, Started):
-            self._started.add(event.trial)
-            self._specs[event.trial] = TrialSpec.from_config(event.config)
-            config = flat(event.config)
+            config = flat(event.spec.config())
             shown = {name: config[name] for name in TAGGED if name in config}
             self._log.trial_started(event.trial, config, event.at, self._tags | shown)
         elif isinstance(event, Reported):
             self._reported(event.report, event.at)
         elif isinstance(event, Ended):
             self._ended(event)
-        elif event.name == BASELINES:
+        elif event.name == BASELINE_RESULTS:
             self._log.parent_metrics(baseline_metrics(event), at=event.at)
 
     def _reported(self, report: Report, at: int) -> None:
         named = {f"validation_{name}": value for name, value in report.metrics.items()}
-        before = self._last.get(report.trial, (0, Costs()))[1]
-        self._last[report.trial] = report.step, before.plus(report.costs)
-        if report.copied is not None:
-            self._specs[report.trial] = report.copied.spec
         if self._copying:
-            spec = self._specs[report.trial]
+            spec = self._trials.records[report.trial].spec
             named |= {
                 "learning_rate": spec.learning_rate,
                 "num_virtual_tokens": float(spec.num_virtual_tokens),
@@ -91,13 +95,12 @@ class MlflowMirror:
             self._log.trial_tags(report.trial, {"orchestrator.memory": report.note})
 
     def _ended(self, event: Ended) -> None:
-        if event.trial not in self._started:
+        record = self._trials.records.get(event.trial)
+        if record is None:
             return  # the search ended before the trial started, so it has no run
-        step, costs = self._last.get(event.trial, (0, Costs()))
-        self._log.trial_metrics(event.trial, step, costs.metrics(), event.at)
-        state = {"finished": "finished", "failed": "failed"}.get(event.status, "stopped")
-        note = event.note if state == "failed" else ""
-        self._log.trial_ended(event.trial, state, note, event.at)  # type: ignore[arg-type]
+        self._log.trial_metrics(event.trial, record.step, record.costs.metrics(), event.at)
+        note = event.note if event.status == TrialStatus.FAILED else ""
+        self._log.trial_ended(event.trial, RUN_STATES[event.status], note, event.at)
 
 
 def baseline_metrics(found: Found) -> dict[str, float]:

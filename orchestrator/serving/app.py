@@ -18,16 +18,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
-
-# Silences Ray's warning about a default that does not matter here.
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-# Check the proxies every second instead of every ten, so that a dead proxy is replaced sooner.
-# Serve's controller reads this variable when it starts.
-os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1")
-# With HAProxy in front: let it retry a request that a replica accepted but did not answer. Retrying
-# is safe because answering a request changes no state.
-os.environ.setdefault("RAY_SERVE_HAPROXY_RETRY_ON", "conn-failure empty-response")
+from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
@@ -39,20 +30,26 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from orchestrator.artifact import BaseModelRecord, read_manifest
-from orchestrator.cluster.leaving_ray import leave_ray
 from orchestrator.cluster.ray_folder import ray_temp_dir
+from orchestrator.cluster.ray_internals.settings import SERVING, quiet_serve_logger, set_defaults
+from orchestrator.cluster.session import leave_ray
 from orchestrator.errors import BadInput, JobFailed, OrchestratorError, Unreachable
 from orchestrator.job.spec import BaseModelSpec
 from orchestrator.models.source import resolve_model
-from orchestrator.registry import Registry
-from orchestrator.registry.versions.refs import ModelRef, nearest, parse_ref, printable
+from orchestrator.registry import CHAMPION, Registry
+from orchestrator.registry.versions.refs import ModelRef, parse_ref, printable, suggestion
 from orchestrator.serving.deploy.options import ServeOptions, options_from
 from orchestrator.serving.deploy.replica import Front, Replica
 from orchestrator.serving.http.access import KEYS_VARIABLE, ApiKey, is_loopback, load_keys
 from orchestrator.serving.http.tracing import asked_exporter
-from orchestrator.serving.prompts.store import CHAMPION, RegistrySource
-from orchestrator.utils.signals import sigterm_kept
-from orchestrator.utils.text import mask_secrets
+from orchestrator.serving.prompts.store import RegistrySource
+from orchestrator.utils.interrupts import sigterm_kept
+from orchestrator.utils.text import first_line, mask_secrets
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from ray.serve.schema import ApplicationStatusOverview
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +79,7 @@ DEPLOYMENT: dict[str, Any] = {
 class PromptReplica(Replica):
     """A replica that answers HTTP requests directly."""
 
-    def __serve_build_asgi_app__(self) -> Any:
+    def __serve_build_asgi_app__(self) -> FastAPI:
         return self.api
 
 
@@ -102,8 +99,8 @@ class FrontReplica(Front):
         answer = replicas.options(stream=True).answer.remote
         super().__init__(answer, keys, max_body_bytes, RayActorError, BackPressureError)
 
-    def __serve_build_asgi_app__(self) -> Any:
-        async def front(scope: Any, receive: Any, send: Any) -> None:
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        async def front(scope: Scope, receive: Receive, send: Send) -> None:
             await self.pass_on(scope, receive, send)
 
         return front  # Serve would take a bound method for an ASGI 2 application
@@ -334,7 +331,7 @@ def _version(ref: ModelRef, snapshot: Mapping[str, Mapping[str, int]]) -> int:
     if ref.name not in snapshot:
         raise BadInput(
             f"no registered prompt {printable(ref.name)!r}",
-            nearest(ref.name, snapshot) or NEXT_STEP,
+            suggestion(ref.name, snapshot) or NEXT_STEP,
         )
     if ref.version is not None:
         return ref.version
@@ -344,7 +341,8 @@ def _version(ref: ModelRef, snapshot: Mapping[str, Mapping[str, int]]) -> int:
     if (ref.alias or CHAMPION) not in aliases:
         raise BadInput(
             f"{printable(ref.name)} has no alias {ref.alias or CHAMPION!r}",
-            nearest(ref.alias or CHAMPION, aliases) or f"orchestrator promote {ref.name} VERSION",
+            suggestion(ref.alias or CHAMPION, aliases)
+            or f"orchestrator promote {ref.name} VERSION",
         )
     return aliases[ref.alias or CHAMPION]
 
@@ -356,6 +354,7 @@ def _connect_ray(options: ServeOptions) -> bool:
     """
     if ray.is_initialized():
         return False
+    set_defaults(SERVING)
     address = os.environ.get("RAY_ADDRESS")
     try:
         with sigterm_kept():
@@ -376,9 +375,7 @@ def _connect_ray(options: ServeOptions) -> bool:
             if address
             else "Ray can't be started here"
         )
-        raise Unreachable(
-            f"{where}: {mask_secrets(str(error).splitlines()[0])}", "orchestrator doctor"
-        ) from None
+        raise Unreachable(f"{where}: {first_line(error)}", "orchestrator doctor") from None
     return not address
 
 
@@ -408,7 +405,7 @@ def _gpus() -> float:
 
 def _deploy(options: ServeOptions, app: serve.Application) -> None:
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    quiet_serve_logger()
     http = HTTPOptions(
         host=options.host,
         port=options.port,
@@ -444,7 +441,7 @@ def _await_running() -> None:
     )
 
 
-def _reason(state: Any) -> tuple[str, str]:
+def _reason(state: ApplicationStatusOverview) -> tuple[str, str]:
     """Return a deployment's error message and its hint, which may be empty.
 
     Serve reports a whole traceback. Its last line without indentation names the error, and in this

@@ -10,6 +10,7 @@ import httpx
 
 from orchestrator.errors import BadInput, JobFailed, Unreachable
 from orchestrator.registry.versions.refs import ModelRef, parse_ref
+from orchestrator.utils.documents import JsonObject
 from orchestrator.utils.text import mask_secrets
 
 TIMEOUT_S = 60.0
@@ -17,14 +18,14 @@ START_ONE = "start one with `orchestrator serve`, or name it with --url"
 
 
 @dataclass(frozen=True)
-class Answer:
+class QueryAnswer:
     """An answer as text to show, and the whole response as a document."""
 
     text: str
-    document: dict[str, Any]
+    document: JsonObject
 
 
-def ask(url: str, model: str, text: str, key: str | None = None) -> Answer:
+def ask(url: str, model: str, text: str, key: str | None = None) -> QueryAnswer:
     """Classify ``text``, or complete it if the prompt has no labels.
 
     For a classification, ``text`` may also be a whole row as a JSON object. Raises BadInput for
@@ -37,14 +38,14 @@ def ask(url: str, model: str, text: str, key: str | None = None) -> Answer:
         if entry.get("labels") is None:
             body = {"model": str(ref), "prompt": text, "max_tokens": 64, "temperature": 0}
             found = _post(client, url, "/v1/completions", body)
-            return Answer(found["choices"][0]["text"].strip(), found)
+            return QueryAnswer(found["choices"][0]["text"].strip(), found)
         found = _post(client, url, "/classify", {"model": str(ref), "input": [_row(text)]})
         first = found["data"][0]
         probs = ", ".join(
             f"{label} {prob:.3f}"
             for label, prob in sorted(first["probs"].items(), key=lambda it: -it[1])
         )
-        return Answer(f"{first['label']}   ({probs})", found)
+        return QueryAnswer(f"{first['label']}   ({probs})", found)
 
 
 def _client(url: str, key: str | None) -> httpx.Client:
@@ -68,7 +69,7 @@ def _row(text: str) -> Any:
     return text
 
 
-def _entry(client: httpx.Client, url: str, ref: ModelRef) -> dict[str, Any]:
+def _entry(client: httpx.Client, url: str, ref: ModelRef) -> JsonObject:
     """Return the model's entry in the server's list.
 
     For a name that is not listed, returns an entry that makes the caller try /classify, which the
@@ -82,12 +83,12 @@ def _entry(client: httpx.Client, url: str, ref: ModelRef) -> dict[str, Any]:
     )
 
 
-def _post(client: httpx.Client, url: str, route: str, body: dict[str, Any]) -> dict[str, Any]:
+def _post(client: httpx.Client, url: str, route: str, body: JsonObject) -> JsonObject:
     return _checked(_send(client, url, "POST", route, body))
 
 
 def _send(
-    client: httpx.Client, url: str, method: str, route: str, body: dict[str, Any] | None = None
+    client: httpx.Client, url: str, method: str, route: str, body: JsonObject | None = None
 ) -> httpx.Response:
     try:
         return client.request(method, route, json=body)
@@ -97,7 +98,7 @@ def _send(
         ) from None
 
 
-def _checked(response: httpx.Response) -> dict[str, Any]:
+def _checked(response: httpx.Response) -> JsonObject:
     try:
         body = response.json()
     except ValueError:

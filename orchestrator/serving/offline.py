@@ -5,11 +5,12 @@ It runs in the caller's thread.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from orchestrator.artifact import read_manifest
+from orchestrator.data.source_row import Row
 from orchestrator.errors import BadInput
 from orchestrator.job.spec import BaseModelSpec
 from orchestrator.models.backbone import Backbone, default_device, load_backbone
@@ -23,7 +24,7 @@ from orchestrator.serving.engine.generation import (
 )
 from orchestrator.serving.prompts.served_prompt import ServedPrompt, classified, load_prompt
 
-Input = str | Mapping[str, Any]
+Input = str | Row
 BATCH_ROWS = 32
 NEEDS_LABELS = "tune one with data.verbalizer"
 

@@ -19,7 +19,7 @@ BEST = "best."
 
 
 @dataclass(frozen=True)
-class TrialState:
+class Checkpoint:
     """Everything that a trial's next step depends on.
 
     ``step`` is also the position in the data. The data order, the schedule and the init are
@@ -53,7 +53,7 @@ class TrialState:
         prompt: Mapping[str, Tensor],
         best: Mapping[str, Tensor],
         optimizer: Mapping[str, Tensor],
-    ) -> TrialState:
+    ) -> Checkpoint:
         tensors = {
             **{f"{PROMPT}{name}": tensor for name, tensor in prompt.items()},
             **{f"{BEST}{name}": tensor for name, tensor in best.items()},
@@ -81,7 +81,7 @@ class TrialState:
         return bytes(save(tensors, metadata={HEADER: json.dumps(header)}))
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> TrialState:
+    def from_bytes(cls, data: bytes) -> Checkpoint:
         """Read a state from the bytes that ``to_bytes`` wrote.
 
         Raises BadInput when the bytes were cut short or are not such a state.
@@ -98,7 +98,7 @@ class TrialState:
             ) from None
 
 
-def restore_prompt(prompt: nn.Module, state: TrialState, base_model: str) -> None:
+def restore_prompt(prompt: nn.Module, state: Checkpoint, base_model: str) -> None:
     """Load the prompt's own state from a checkpoint.
 
     Raises BadInput when the state is of another base model, method or shape, or is not finite.

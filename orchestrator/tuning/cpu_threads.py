@@ -10,9 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 T = TypeVar("T")
 
@@ -36,7 +39,7 @@ class Threads:
     _pool: ThreadPoolExecutor | None = field(default=None, repr=False, compare=False)
 
     @classmethod
-    def of(cls, count: int, model: Any, device: torch.device) -> Threads:
+    def of(cls, count: int, model: PreTrainedModel, device: torch.device) -> Threads:
         """Choose how ``count`` cores run forwards of the model.
 
         Forwards run one at a time on an accelerator, and in a model that keeps state of its last
@@ -84,7 +87,7 @@ class Threads:
             torch.set_num_threads(self.count // ways)
 
 
-def _rope_types(config: Any) -> set[str]:
+def _rope_types(config: object) -> set[str]:
     """Collect every ``rope_type`` at any depth of a model configuration."""
     if not isinstance(config, dict):
         return set()

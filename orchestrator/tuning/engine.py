@@ -20,14 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.data.batches import step_rows
+from orchestrator.data.class_weights import row_weights
 from orchestrator.data.designs import Designs
 from orchestrator.data.encoding import Encoded, Encoder
 from orchestrator.errors import JobFailed
 from orchestrator.job.space import TrialSpec
 from orchestrator.job.spec import SearchSpec, TrainSpec
 from orchestrator.models.backbone import Backbone, PromptTensors
-from orchestrator.tuning.baselines import Change
-from orchestrator.tuning.checkpoint import TrialState, restore_prompt
+from orchestrator.tuning.baselines import WeightChange
+from orchestrator.tuning.checkpoint import Checkpoint, restore_prompt
 from orchestrator.tuning.cpu_threads import Threads
 from orchestrator.tuning.evaluate import evaluate
 from orchestrator.tuning.generate import Decoding
@@ -40,8 +41,6 @@ from orchestrator.tuning.step import Limits, packed_gradients
 from orchestrator.tuning.updater import Updater, apply_all
 from orchestrator.tuning.worker_group import Group
 
-# Accuracies are never below 0. Both values are finite, because schedulers can't compare infinities.
-WORST = {"max": 0.0, "min": 1e30}
 NO_ROOM = "memory does not suffice"
 FLOAT32_BYTES = 4  # artifacts store float32 numbers
 
@@ -70,7 +69,7 @@ class Slot:
 
     trial: str
     spec: TrialSpec
-    prompt: Prompt | Change
+    prompt: Prompt | WeightChange
     updater: Updater
     base_model: str = ""
     step: int = 0
@@ -102,9 +101,9 @@ class Slot:
     def parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.prompt.named_parameters())
 
-    def state(self) -> TrialState:
+    def state(self) -> Checkpoint:
         best = self.best or self.prompt.named()
-        return TrialState.of(
+        return Checkpoint.of(
             step=self.step,
             best_step=self.best_step,
             best_metrics=self.best_metrics,
@@ -165,19 +164,19 @@ class Engine:
         updater = Updater(list(prompt.parameters()), spec.learning_rate, self.train)
         slot = Slot(trial, spec, prompt, updater, self.backbone.info.fingerprint)
         if checkpoint is not None:
-            self._restore(slot, TrialState.from_bytes(checkpoint))
+            self._restore(slot, Checkpoint.from_bytes(checkpoint))
         self.slots[trial] = slot
 
     @cached_property
     def _context(self) -> InitContext:
         return InitContext.of(self.backbone, self.task.encoder.answer_words, self.task.artifacts)
 
-    def _learned(self, spec: TrialSpec) -> Prompt | Change:
+    def _learned(self, spec: TrialSpec) -> Prompt | WeightChange:
         """Create the module that a trial trains, in its state before the first step."""
         return make_prompt(self.task.method, spec, self._context).to(self.backbone.device)
 
     @staticmethod
-    def _restore(slot: Slot, state: TrialState) -> None:
+    def _restore(slot: Slot, state: Checkpoint) -> None:
         restore_prompt(slot.prompt, state, slot.base_model)
         slot.updater.load_state_tensors(list(slot.parameters), state.tensors)
         slot.step, slot.best_step, slot.waited = state.step, state.best_step, state.waited
@@ -214,7 +213,7 @@ class Engine:
         Raises JobFailed when memory does not suffice for a single row.
         """
         if job.checkpoint is not None:
-            metrics = self._checkpoint_metrics(job, TrialState.from_bytes(job.checkpoint))
+            metrics = self._checkpoint_metrics(job, Checkpoint.from_bytes(job.checkpoint))
         else:
             splits = (
                 self.task.splits
@@ -229,7 +228,7 @@ class Engine:
             )
         return metrics
 
-    def _checkpoint_metrics(self, job: EvaluationJob, state: TrialState) -> dict[str, float] | None:
+    def _checkpoint_metrics(self, job: EvaluationJob, state: Checkpoint) -> dict[str, float] | None:
         best = PromptTensors.from_named(state.best(), self.task.method.inside)
         return self._metrics([best], self.task.splits[job.split], job.confusion)[0]
 
@@ -261,6 +260,7 @@ class Engine:
                     self.group,
                     confusion,
                     threads,
+                    self.search.metric,
                 )
             except NoRoom:
                 self.backbone.give_up_forward()
@@ -346,8 +346,17 @@ class Engine:
             threads = threads.together()
         split, reduction = self.task.splits["train"], self.train.loss_reduction
         return packed_gradients(
-            self.backbone, prompts, rows, split, limits, reduction, self.group, threads, learned
-        )
+            self.backbone, prompts, rows, split, limits, reduction, self.group, threads, learned,
+            self._row_weights,
+        )  # fmt: skip
+
+    @cached_property
+    def _row_weights(self) -> list[float] | None:
+        """The weight of each training row; None if all count the same."""
+        weights, verbalizer = self.train.class_weights, self.task.encoder.verbalizer
+        if weights is None or verbalizer is None:
+            return None
+        return row_weights(weights, self.task.splits["train"].labels, verbalizer)
 
     def _side_by_side(self, room: Room) -> Threads:
         """Return the threads to use: one forward at a time if memory has been short."""
@@ -407,7 +416,7 @@ class Engine:
             train_loss=train_loss,
             best_step=slot.best_step,
             best_metrics=slot.best_metrics,
-            score=slot.best_metrics.get(self.search.metric, WORST[self.search.better]),
+            score=slot.best_metrics.get(self.search.metric, self.search.ranked_by.worst),
             checkpoint=slot.state().to_bytes() if self.group.leads else b"",
             ending=self._ending(slot),
             note=slot.no_room or self._room_notes(),
@@ -436,8 +445,7 @@ class Engine:
         """Compare by the search's metric; ties are decided by the loss."""
         if not best:
             return True
-        sign = 1.0 if self.search.better == "max" else -1.0
-        name = self.search.metric
+        name, sign = self.search.metric, self.search.ranked_by.sign
         return (sign * metrics[name], -metrics["loss"]) > (sign * best[name], -best["loss"])
 
     def _ending(self, slot: Slot) -> Ending | None:

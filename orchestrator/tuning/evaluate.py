@@ -5,30 +5,139 @@
 * ``exact_match``: share of rows where greedy decoding gives exactly the target's tokens and then
   the end token. Text outside the verbalizer counts as wrong.
 * ``loss``: mean negative log-likelihood of the target tokens.
+* the metric that was asked for, if it is another one of labels or of the user's own
+  (``label_metrics.py``, ``custom_metrics.py``); all metrics of labels, if everything was.
 
 If a ``Decoding`` is given, texts are also generated and compared (``generate.py``).
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from orchestrator.data.batches import longest_first
 from orchestrator.data.encoding import Encoded, Encoder
+from orchestrator.job.metrics import Metric, is_custom, metric_named
 from orchestrator.models.backbone import Backbone, PreparedPrompts, PromptTensors
 from orchestrator.models.scoring import answer_scores, answer_tokens, target_log_probs
 from orchestrator.tuning.cpu_threads import Threads
+from orchestrator.tuning.custom_metrics import Judgement, custom_values
+from orchestrator.tuning.forwards import MAX_TOKENS, Share, SharedForwards
 from orchestrator.tuning.generate import Decoding, generated_metrics
+from orchestrator.tuning.label_metrics import (
+    CALIBRATION_BINS,
+    Counts,
+    Scores,
+    calibration_counts,
+    calibration_error,
+    count_metrics,
+    roc_auc,
+)
 from orchestrator.tuning.out_of_memory import needs_room
 from orchestrator.tuning.reports import CONFUSION
 from orchestrator.tuning.worker_group import Group
 
-MAX_TOKENS = 16384  # padded tokens of one forward
 CPU_TOKENS = 2048  # on a CPU, outgrowing the caches costs more than running more forwards
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The metrics to report besides ``exact_match``, ``loss`` and, with labels, ``accuracy``."""
+
+    metric: Metric | None = None
+    """One more metric; metrics of generated texts are reported anyway."""
+    everything: bool = False
+    """Report all metrics of labels, and the counts of answers."""
+
+    @classmethod
+    def of(cls, metric: str | None, everything: bool) -> Wanted:
+        return cls(None if metric is None else metric_named(metric), everything)
+
+    @property
+    def keeps_scores(self) -> bool:
+        """True if the probabilities of all rows have to be kept until the end."""
+        return self.everything or (self.metric is not None and self.metric.needs_scores)
+
+    def includes(self, name: str) -> bool:
+        return self.everything or (self.metric is not None and self.metric.name == name)
+
+
+@dataclass
+class Ranked:
+    """The labels that were given to rows so far, as sums over the rows.
+
+    The rows themselves are kept only for metrics that need all of them.
+    """
+
+    counts: Counts
+    """Number of rows by true and given label, [C, C]."""
+    calibration: Scores = field(default_factory=lambda: np.zeros((3, CALIBRATION_BINS)))
+    """As ``calibration_counts`` returns it."""
+    rows: list[int] = field(default_factory=list)
+    given: list[int] = field(default_factory=list)
+    scores: list[Scores] = field(default_factory=list)
+    """Log-probabilities of the labels, [rows of a forward, C] each, in float32."""
+
+    @classmethod
+    def nothing(cls, labels: int) -> Ranked:
+        return cls(np.zeros((labels, labels), dtype=np.int64))
+
+    def add(
+        self, rows: Sequence[int], true: Sequence[int], judged: RankedRows, keeps: bool
+    ) -> None:
+        given = np.asarray(judged.given)
+        np.add.at(self.counts, (np.asarray(true), given), 1)
+        confidences = np.exp(judged.scores.max(1))
+        self.calibration += calibration_counts(confidences, given == np.asarray(true))
+        if keeps:
+            self.rows += rows
+            self.given += judged.given
+            self.scores.append(judged.scores.astype(np.float32))
+
+    def __add__(self, other: Ranked) -> Ranked:
+        return Ranked(
+            self.counts + other.counts,
+            self.calibration + other.calibration,
+            self.rows + other.rows,
+            self.given + other.given,
+            self.scores + other.scores,
+        )
+
+    def metrics(self, labels: Sequence[int], wanted: Wanted) -> dict[str, float]:
+        """Return the accuracy and the metrics of labels that are wanted and defined.
+
+        ``labels`` are the right labels of all rows of the split.
+        """
+        accuracy = float(np.trace(self.counts)) / float(self.counts.sum())
+        every = {**count_metrics(self.counts), "ece": calibration_error(self.calibration)}
+        if wanted.includes("roc_auc"):
+            area = roc_auc([labels[row] for row in self.rows], np.concatenate(self.scores))
+            every |= {} if area is None else {"roc_auc": area}
+        chosen = {name: value for name, value in every.items() if wanted.includes(name)}
+        return {"accuracy": accuracy, **chosen}
+
+    def confusion(self) -> dict[str, float]:
+        """Return the counts that are not 0, as metrics."""
+        return {
+            f"{CONFUSION}{true}/{given}": float(self.counts[true, given])
+            for true, given in np.argwhere(self.counts).tolist()
+        }
+
+    def judgement(self, split: Encoded, encoder: Encoder) -> Judgement:
+        """Return all rows in their order, for a metric of the user's own."""
+        assert encoder.verbalizer is not None  # the rows have labels
+        labels, order = encoder.verbalizer.labels, np.argsort(self.rows)
+        scores = np.exp(np.concatenate(self.scores)[order].astype(np.float64))
+        return Judgement(
+            [labels[self.given[place]] for place in order],
+            [labels[split.labels[self.rows[place]]] for place in order],
+            scores,
+        )
 
 
 @dataclass
@@ -36,37 +145,29 @@ class Tally:
     """Running sums of one prompt over the rows seen so far."""
 
     rows: int = 0
-    ranked: int = 0
-    """Rows whose best-ranked answer is the right one."""
     exact: int = 0
     """Rows whose greedy decoding is exactly the target."""
     nll: float = 0.0
     tokens: int = 0
     """Number of target tokens."""
-    answered: Counter[tuple[int, int]] = field(default_factory=Counter)
-    """Number of rows by (true label, answered label)."""
+    ranked: Ranked = field(default_factory=lambda: Ranked.nothing(0))
 
     def __add__(self, other: Tally) -> Tally:
         return Tally(
             self.rows + other.rows,
-            self.ranked + other.ranked,
             self.exact + other.exact,
             self.nll + other.nll,
             self.tokens + other.tokens,
-            self.answered + other.answered,
+            self.ranked + other.ranked,
         )
 
-    def metrics(self, ranking: bool, confusion: bool = False) -> dict[str, float]:
-        accuracy = {"accuracy": self.ranked / self.rows} if ranking else {}
-        counts = {
-            f"{CONFUSION}{true}/{said}": float(rows) for (true, said), rows in self.answered.items()
-        }
-        more = counts if confusion else {}
+    def metrics(self, split: Encoded, wanted: Wanted) -> dict[str, float]:
+        has_labels = len(self.ranked.counts) > 0
         return {
-            **accuracy,
+            **(self.ranked.metrics(split.labels, wanted) if has_labels else {}),
             "exact_match": self.exact / self.rows,
             "loss": self.nll / self.tokens,
-            **more,
+            **(self.ranked.confusion() if wanted.everything else {}),
         }
 
 
@@ -81,31 +182,37 @@ def evaluate(
     group: Group = Group(),
     confusion: bool = False,
     threads: Threads = Threads(),
+    metric: str | None = None,
 ) -> list[dict[str, float]]:
     """Return the metrics of each prompt on all rows of a split.
 
     ``prompts=None`` gives one entry, for the model without a prompt. With ``decoding``, texts are
     generated as well and their metrics are added; the split must then have references.
     ``max_tokens`` is the maximum number of padded tokens in a forward; by default it depends on the
-    device. ``confusion`` is as in ``EvaluationJob``. The workers of a ``group``, and the
-    ``threads`` of each worker, share each forward's rows; every worker gets the metrics over all
-    rows. Raises NoRoom when memory runs out.
+    device. ``confusion`` is as in ``EvaluationJob``. ``metric`` is reported as well, if the task
+    has it and it is defined. The workers of a ``group``, and the ``threads`` of each worker, share
+    each forward's rows; every worker gets the metrics over all rows. Raises NoRoom when memory runs
+    out, and MetricFailed for a metric of the user's own.
     """
     most = max_tokens or forward_tokens(backbone)
+    wanted = Wanted.of(metric, confusion)
     prepared, tallies = group.together(
-        lambda: _own_tallies(backbone, prompts, split, encoder, most, group, threads)
+        lambda: _own_tallies(backbone, prompts, split, encoder, wanted, most, group, threads)
     )
     parts = group.gathered(tallies)
-    found = [
-        sum(of_prompt[1:], of_prompt[0]).metrics(bool(encoder.answers), confusion)
-        for of_prompt in zip(*parts, strict=True)
-    ]
-    if decoding is None:
+    whole = [sum(of_prompt[1:], of_prompt[0]) for of_prompt in zip(*parts, strict=True)]
+    found = [tally.metrics(split, wanted) for tally in whole]
+    own = metric if metric is not None and is_custom(metric) else None
+    if decoding is not None:
+        more = generated_metrics(
+            backbone, prepared, split, encoder, decoding, max_tokens, group, threads, own
+        )
+    elif own is not None and encoder.answers:
+        judgements = [tally.ranked.judgement(split, encoder) for tally in whole]
+        more = [{own: value} for value in custom_values(own, judgements, group)]
+    else:
         return found
-    texts = generated_metrics(
-        backbone, prepared, split, encoder, decoding, max_tokens, group, threads
-    )
-    return [{**metrics, **of_texts} for metrics, of_texts in zip(found, texts, strict=True)]
+    return [{**metrics, **others} for metrics, others in zip(found, more, strict=True)]
 
 
 def _own_tallies(
@@ -113,6 +220,7 @@ def _own_tallies(
     prompts: Sequence[Tensor | PromptTensors] | None,
     split: Encoded,
     encoder: Encoder,
+    wanted: Wanted,
     max_tokens: int,
     group: Group,
     threads: Threads,
@@ -121,49 +229,26 @@ def _own_tallies(
     count = 1 if prompts is None else len(prompts)
     with needs_room():
         prepared = None if prompts is None else backbone.prepare(prompts)
-    forwards = list(_forwards(split, max_tokens // count, group.size * threads.ways))
+    forwards = list(longest_first(split.lengths, max_tokens // count, group.size * threads.ways))
 
     @torch.inference_mode()
-    def part_tallies(part: int) -> list[Tally]:
-        tallies = [Tally() for _ in range(count)]
-        for places in forwards:
-            own = threads.share(group.share(places))[part]
-            # All workers must run equally many forwards: without rows of its own, run another's.
-            each = own or (places[:1] if threads.ways == 1 else [])
-            if not each:
-                continue
-            rows, owner = (
-                [row for _ in range(count) for row in each],
-                [prompt for prompt in range(count) for _ in each],
-            )
-            tokens = len(rows) * max(split.lengths[row] for row in rows)
-            with needs_room(tokens, divisible=len(each) > 1 or threads.ways > 1):
-                judged = _judge(backbone, prepared, split, encoder, rows, owner)
-            if own:
-                _tally(judged, split, rows, owner, tallies)
-        return tallies
+    def add_tallies(share: Share, tallies: list[Tally]) -> None:
+        rows = [row for _ in range(count) for row in share.rows]
+        owner = [prompt for prompt in range(count) for _ in share.rows]
+        judged = _judge(backbone, prepared, split, encoder, rows, owner)
+        if share.counts:
+            _tally(judged, split, rows, owner, tallies, wanted.keeps_scores)
 
-    parts = threads.each(part_tallies)
+    parts = SharedForwards(forwards, split.lengths, group, threads, copies=count).run(
+        lambda: [Tally(ranked=Ranked.nothing(len(encoder.answers))) for _ in range(count)],
+        add_tallies,
+    )
     return prepared, [sum(of_prompt[1:], of_prompt[0]) for of_prompt in zip(*parts, strict=True)]
 
 
 def forward_tokens(backbone: Backbone) -> int:
     """Return the default maximum number of padded tokens in one forward."""
     return min(MAX_TOKENS, CPU_TOKENS) if backbone.device.type == "cpu" else MAX_TOKENS
-
-
-def _forwards(split: Encoded, max_tokens: int, ways: int) -> Iterator[list[int]]:
-    """Yield the rows of each forward, longest rows first.
-
-    Each of the ``ways`` workers or threads that share a forward gets at most ``max_tokens`` padded
-    tokens of it, or one row.
-    """
-    order = sorted(range(len(split)), key=lambda row: split.lengths[row], reverse=True)
-    start = 0
-    while start < len(order):
-        rows = order[start : start + ways * max(1, max_tokens // split.lengths[order[start]])]
-        start += len(rows)
-        yield rows
 
 
 def _judge(
@@ -181,17 +266,28 @@ def _judge(
 
 
 def _tally(
-    judged: Judged, split: Encoded, rows: list[int], owner: list[int], tallies: list[Tally]
+    judged: Judged,
+    split: Encoded,
+    rows: list[int],
+    owner: list[int],
+    tallies: list[Tally],
+    keeps_scores: bool,
 ) -> None:
+    """Add a forward's rows to the tallies of their prompts."""
     for place, (row, prompt) in enumerate(zip(rows, owner, strict=True)):
         tally = tallies[prompt]
         tally.rows += 1
         tally.exact += judged.exact[place]
         tally.nll += judged.nll[place]
         tally.tokens += len(split.targets[row])
-        if judged.ranked:
-            tally.ranked += judged.ranked[place] == split.labels[row]
-            tally.answered[split.labels[row], judged.ranked[place]] += 1
+    if judged.answers is None:
+        return
+    owners = np.asarray(owner)
+    for prompt, tally in enumerate(tallies):
+        places = np.flatnonzero(owners == prompt).tolist()
+        own = [rows[place] for place in places]
+        true = [split.labels[row] for row in own]
+        tally.ranked.add(own, true, judged.answers.part(places), keeps_scores)
 
 
 @dataclass(frozen=True)
@@ -202,8 +298,27 @@ class Judged:
     """True if greedy decoding gives exactly the target."""
     nll: list[float]
     """Negative log-likelihood of the target."""
-    ranked: list[int]
-    """Index of the most likely answer; empty without answers to rank."""
+    answers: RankedRows | None = None
+    """The ranking of the answers; None without answers to rank."""
+
+
+@dataclass(frozen=True)
+class RankedRows:
+    """The ranking of the answers for the rows of one forward."""
+
+    given: list[int]
+    """Index of the most likely answer of each row."""
+    scores: Scores
+    """Log-probability [B, C] of each answer, among the answers."""
+
+    @classmethod
+    def of(cls, scores: Tensor) -> RankedRows:
+        """Rank answers by scores [B, C]: their logits, or their sums of log-probabilities."""
+        among_answers = scores.cpu().double().log_softmax(-1)
+        return cls(scores.argmax(-1).tolist(), among_answers.numpy())
+
+    def part(self, places: Sequence[int]) -> RankedRows:
+        return RankedRows([self.given[place] for place in places], self.scores[list(places)])
 
 
 def _by_target(
@@ -223,16 +338,16 @@ def _by_target(
     nll = -target_log_probs(logits, wanted).sum(1)
     exact = ((logits.argmax(-1) == wanted) | (wanted < 0)).all(1)
     answers = encoder.scored_answers
-    ranked: list[int] = []
+    ranked = None
     if answers and all(len(ids) == 1 for ids in answers):
         first = (wanted >= 0).long().argmax(1)
         scores = logits[torch.arange(len(logits), device=logits.device), first][
             :, [ids[0] for ids in answers]
         ]
-        ranked = scores.argmax(-1).tolist()
+        ranked = RankedRows.of(scores)
     elif answers:
         scored = answer_scores(backbone, prompts, inputs, owner, [answers] * len(inputs))
-        ranked = [int(scores.argmax()) for scores in scored]
+        ranked = RankedRows.of(torch.stack(scored))
     return Judged(exact.tolist(), nll.tolist(), ranked)
 
 
@@ -259,7 +374,5 @@ def _by_answers(
         [len(ids) for ids in encoder.scored_answers], device=log_probs.device
     ).repeat(len(rows))
     counts = torch.arange(log_probs.shape[1], device=log_probs.device)[None, :] < scored[:, None]
-    ranked = (log_probs * counts).sum(1).view(-1, count).argmax(1)
-    return Judged(
-        greedy[right].all(1).tolist(), (-log_probs[right].sum(1)).tolist(), ranked.tolist()
-    )
+    ranked = RankedRows.of((log_probs * counts).sum(1).view(-1, count))
+    return Judged(greedy[right].all(1).tolist(), (-log_probs[right].sum(1)).tolist(), ranked)

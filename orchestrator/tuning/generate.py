@@ -5,20 +5,20 @@ Shapes: B rows, K prompts, N beams of a row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from orchestrator.data.batches import longest_first
 from orchestrator.data.encoding import Encoded, Encoder
 from orchestrator.models.backbone import Backbone, PreparedPrompts
 from orchestrator.models.decoding import decode, start
 from orchestrator.tuning.cpu_threads import Threads
-from orchestrator.tuning.out_of_memory import needs_room
+from orchestrator.tuning.custom_metrics import Judgement, custom_values
+from orchestrator.tuning.forwards import MAX_TOKENS, Share, SharedForwards
 from orchestrator.tuning.text_metrics import text_metrics
 from orchestrator.tuning.worker_group import Group
-
-MAX_TOKENS = 16384  # maximum size of a batch's KV cache, in padded tokens
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,20 @@ def generated_metrics(
     max_tokens: int | None = None,
     group: Group = Group(),
     threads: Threads = Threads(),
+    metric: str | None = None,
 ) -> list[dict[str, float]]:
     """Return the text metrics of each of the K prompts on all rows.
 
-    ``prompts=None`` gives one entry, for the model without a prompt.
+    ``prompts=None`` gives one entry, for the model without a prompt. ``metric`` is one of the
+    user's own, to be computed too.
     """
     texts = generate(backbone, prompts, split.inputs, encoder, decoding, max_tokens, group, threads)
-    return group.led(lambda: [text_metrics(made, split.references) for made in texts])
+    found = group.led(lambda: [text_metrics(made, split.references) for made in texts])
+    if metric is None:
+        return found
+    judgements = [Judgement(made, split.references, None) for made in texts]
+    values = custom_values(metric, judgements, group)
+    return [{**metrics, metric: value} for metrics, value in zip(found, values, strict=True)]
 
 
 @torch.inference_mode()
@@ -95,33 +102,24 @@ def _own_texts(
     before = decoding.max_tokens + (0 if prompts is None else prompts.width)
     lengths, copies = [len(ids) + before for ids in inputs], count * decoding.num_beams
     most = (MAX_TOKENS if max_tokens is None else max_tokens) // (copies * threads.ways)
-    batches = list(_batches(lengths, most, group.size * threads.ways))
+    batches = list(longest_first(lengths, most, group.size * threads.ways))
 
     @torch.inference_mode()
-    def part_texts(part: int) -> dict[tuple[int, int], str]:
-        texts: dict[tuple[int, int], str] = {}
-        for batch in batches:
-            own = threads.share(group.share(batch))[part]
-            # All workers must run equally many forwards: without rows of its own, run another's.
-            rows = own or (batch[:1] if threads.ways == 1 else [])
-            if not rows:
-                continue
-            owner = [prompt for prompt in range(count) for _ in rows]
-            tokens = copies * len(rows) * max(lengths[row] for row in rows)
-            with needs_room(tokens, divisible=len(rows) > 1 or threads.ways > 1):
-                state = start(backbone, prompts, [inputs[row] for row in rows] * count, owner)
-                made = group.decoded(
-                    state,
-                    lambda state: decode(
-                        state, encoder.end_id or 0, decoding.max_tokens, decoding.num_beams
-                    ),
-                )
-            if own:
-                places = zip(owner, [*rows] * count, strict=True)
-                texts.update(zip(places, (_text(encoder, ids) for ids in made), strict=True))
-        return texts
+    def add_texts(share: Share, texts: dict[tuple[int, int], str]) -> None:
+        owner = [prompt for prompt in range(count) for _ in share.rows]
+        state = start(backbone, prompts, [inputs[row] for row in share.rows] * count, owner)
+        made = group.decoded(
+            state,
+            lambda state: decode(
+                state, encoder.end_id or 0, decoding.max_tokens, decoding.num_beams
+            ),
+        )
+        if share.counts:
+            places = zip(owner, [*share.rows] * count, strict=True)
+            texts.update(zip(places, (_text(encoder, ids) for ids in made), strict=True))
 
-    return {place: text for texts in threads.each(part_texts) for place, text in texts.items()}
+    parts = SharedForwards(batches, lengths, group, threads, copies).run(dict, add_texts)
+    return {place: text for texts in parts for place, text in texts.items()}
 
 
 def _text(encoder: Encoder, ids: Sequence[int]) -> str:
@@ -130,17 +128,3 @@ def _text(encoder: Encoder, ids: Sequence[int]) -> str:
         ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
     return str(text).strip()
-
-
-def _batches(lengths: Sequence[int], max_tokens: int, ways: int = 1) -> Iterator[list[int]]:
-    """Yield the rows of each batch, longest rows first.
-
-    Each of the ``ways`` workers or threads that share a batch gets at most ``max_tokens`` padded
-    tokens of it, or one row.
-    """
-    order = sorted(range(len(lengths)), key=lambda row: lengths[row], reverse=True)
-    start_at = 0
-    while start_at < len(order):
-        rows = order[start_at : start_at + ways * max(1, max_tokens // lengths[order[start_at]])]
-        start_at += len(rows)
-        yield rows

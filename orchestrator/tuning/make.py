@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from orchestrator.job.metrics import custom_function, is_custom
 from orchestrator.job.spec import BASELINES, SearchSpec, TrainSpec
 from orchestrator.models.backbone import Backbone
 from orchestrator.tuning.baselines.engine import BaselineEngine, DesignEngine
@@ -21,8 +22,11 @@ def make_engine(
 ) -> Engine:
     """Create the engine for the task's method, using ``cores`` cores of this process.
 
-    Baselines have one slot, whatever ``capacity`` is.
+    Baselines have one slot, whatever ``capacity`` is. Raises BadInput if the search ranks by a
+    metric of the user's own that can't be imported here.
     """
+    if is_custom(search.metric):
+        custom_function(search.metric)
     method = task.method.name
     # All workers of a sharded model meet in every forward to gather its weights, so forwards can't
     # run side by side.

@@ -95,22 +95,6 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Begun:
-    """A trial that an interrupted search had started and continues when it resumes."""
-
-    spec: TrialSpec
-    """The trial's current configuration."""
-    checkpoint: bytes | None = None
-    """The newest checkpoint; None if there is none."""
-    copied: Copied | None = None
-    """The state that the trial copies before its next report."""
-    own_score: float | None = None
-    """As in ``Report``."""
-    has_copied: bool = False
-    """True if the trial has ever copied another."""
-
-
-@dataclass(frozen=True)
 class EvaluationJob:
     """A request to evaluate a split.
 
@@ -124,7 +108,8 @@ class EvaluationJob:
     spec: TrialSpec | None = None
     """The configuration of the checkpoint's trial, which baselines need to read the checkpoint."""
     confusion: bool = False
-    """Also count the answered labels for each true label, as metrics ``confusion/TRUE/SAID``.
+    """Report all metrics of labels, and count the answered labels for each true label, as metrics
+    ``confusion/TRUE/SAID``.
 
     TRUE and SAID are indices in the verbalizer."""
 

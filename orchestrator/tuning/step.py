@@ -20,6 +20,7 @@ from orchestrator.data.encoding import Encoded
 from orchestrator.models.backbone import Backbone, PreparedPrompts, PromptTensors, stack_prepared
 from orchestrator.models.scoring import target_log_probs
 from orchestrator.tuning.cpu_threads import Threads
+from orchestrator.tuning.forwards import Share, SharedForwards
 from orchestrator.tuning.out_of_memory import needs_room
 from orchestrator.tuning.worker_group import Group
 
@@ -60,22 +61,28 @@ class Packed:
 
 
 def pack(
-    rows_of_trials: Sequence[Sequence[int]], split: Encoded, reduction: Reduction = "token_mean"
+    rows_of_trials: Sequence[Sequence[int]],
+    split: Encoded,
+    reduction: Reduction = "token_mean",
+    row_weights: Sequence[float] | None = None,
 ) -> Packed:
     """Concatenate the trials' rows and weight them for the reduction.
 
     The weighted sum is the mean over the trial's target tokens (``token_mean``), the mean over its
-    rows of each row's sum (``sum_per_row``), or the plain sum (``sum``).
+    rows of each row's sum (``sum_per_row``), or the plain sum (``sum``). With ``row_weights``, one
+    for each row of the split, the means are weighted means and the sum is a weighted sum.
     """
     row: list[int] = []
     trial: list[int] = []
     weight: list[float] = []
     for place, rows in enumerate(rows_of_trials):
-        tokens = sum(len(split.targets[number]) for number in rows)
+        own = [1.0 if row_weights is None else row_weights[number] for number in rows]
+        lengths = [len(split.targets[number]) for number in rows]
+        tokens = sum(one * length for one, length in zip(own, lengths, strict=True))
         row.extend(rows)
         trial.extend([place] * len(rows))
-        whole = {"token_mean": tokens, "sum_per_row": len(rows), "sum": 1}[reduction]
-        weight.extend([1.0 / whole] * len(rows))
+        whole = {"token_mean": tokens, "sum_per_row": sum(own), "sum": 1}[reduction]
+        weight.extend(one / whole for one in own)
     return Packed(row, trial, weight)
 
 
@@ -89,11 +96,12 @@ def packed_gradients(
     group: Group = Group(),
     threads: Threads = Threads(),
     learned: Sequence[Tensor] = (),
+    row_weights: Sequence[float] | None = None,
 ) -> list[float]:
     """Compute the K trials' losses and add the gradients to the leaves that the prompts come from.
 
     ``prompts=None`` runs the model without a prompt. The gradients then go to ``learned``: tensors
-    inside the model.
+    inside the model. ``row_weights`` are as in ``pack``.
 
     The model runs over the prompts once. Rows are grouped by length into forwards. Each forward
     leaves its gradient on the prompts' keys and values, and one backward at the end carries the sum
@@ -103,7 +111,7 @@ def packed_gradients(
     A worker of a ``group`` runs its share of each forward's rows and returns its part of the losses
     and gradients. Its ``threads`` divide that share, and the prompts, among themselves.
     """
-    packed = pack(rows_of_trials, split, reduction)
+    packed = pack(rows_of_trials, split, reduction, row_weights)
     shared = [] if prompts is None else Prompts.prepare(backbone, prompts, threads)
     with needs_room():
         leaf = (
@@ -115,18 +123,13 @@ def packed_gradients(
     cut = (limits.forward_overhead, limits.max_tokens, limits.rows_of(threads))
     groups = length_groups(lengths, *cut, ways=group.size * threads.ways)
     wanted = learned if leaf is None else leaf.tensors
-    batch = Batch(backbone, split, packed, lengths, leaf, wanted, alone=threads.ways == 1)
-    gradients, losses = zip(
-        *threads.each(
-            lambda part: batch.run(_dealt(groups, group, threads, part), len(rows_of_trials))
-        ),
-        strict=True,
-    )
-    for tensor, parts in zip(batch.wanted, zip(*gradients, strict=True), strict=True):
-        _add(tensor, parts)
+    step = PackedStep(backbone, split, packed, leaf, wanted, trials=len(rows_of_trials))
+    sums = SharedForwards(groups, lengths, group, threads).run(step.no_sums, step.add)
+    for place, tensor in enumerate(wanted):
+        _add(tensor, [of_thread.gradients[place] for of_thread in sums])
     if leaf is not None:
         threads.each(lambda part: shared[part].backward_from(leaf) if part < len(shared) else None)
-    return list(torch.stack(losses).sum(0).tolist())
+    return list(torch.stack([of_thread.losses for of_thread in sums]).sum(0).tolist())
 
 
 @dataclass(frozen=True)
@@ -158,75 +161,40 @@ class Prompts:
             self.prepared.backward_from(leaf, self.first)
 
 
-@dataclass(frozen=True)
-class Share:
-    """The rows that one thread runs in one forward."""
+@dataclass
+class Sums:
+    """Sums over the forwards that one thread has run."""
 
-    places: Sequence[int]
-    counts: bool = True
-    """False for a placeholder: a row of another worker, whose loss gets weight 0.
-
-    A worker without rows of its own runs one, since all workers must run equally many forwards."""
-
-
-def _dealt(
-    groups: Sequence[Sequence[int]], group: Group, threads: Threads, part: int
-) -> list[Share]:
-    """Return this thread's rows of each forward."""
-    found = []
-    for places in groups:
-        own = threads.share(group.share(places))[part]
-        if own:
-            found.append(Share(own))
-        elif threads.ways == 1:
-            found.append(Share(places[:1], counts=False))
-    return found
+    losses: Tensor
+    """[K]"""
+    gradients: list[Tensor | None]
+    """One for each wanted tensor; None as long as no forward depends on that tensor."""
 
 
 @dataclass(frozen=True)
-class Batch:
+class PackedStep:
     """The rows of a step and the model that they run through."""
 
     backbone: Backbone
     split: Encoded
     packed: Packed
-    lengths: Sequence[int]
     prompts: PreparedPrompts | None
     wanted: Sequence[Tensor]
     """The tensors to compute gradients for."""
-    alone: bool
-    """True if only one forward runs at a time.
+    trials: int
 
-    If several run side by side, running them one at a time saves memory, even with one row each."""
+    def no_sums(self) -> Sums:
+        """Return the sums over no forward."""
+        losses = torch.zeros(self.trials, device=self.backbone.device)
+        return Sums(losses, [None] * len(self.wanted))
 
-    def run(self, shares: Sequence[Share], trials: int) -> tuple[list[Tensor | None], Tensor]:
-        """Run these forwards; return the gradients of ``wanted`` and the losses [K].
-
-        A gradient is None when no forward depends on that tensor.
-        """
-        losses = torch.zeros(trials, device=self.backbone.device)
-        summed: list[Tensor | None] = [None] * len(self.wanted)
-        for share in shares:
-            tokens = len(share.places) * max(self.lengths[place] for place in share.places)
-            with needs_room(tokens, divisible=len(share.places) > 1 or not self.alone):
-                for place, gradient in enumerate(self._forward_backward(share, losses)):
-                    held = summed[place]
-                    summed[place] = (
-                        gradient
-                        if held is None
-                        else held
-                        if gradient is None
-                        else held.add_(gradient)
-                    )
-        return summed, losses
-
-    def _forward_backward(self, share: Share, losses: Tensor) -> Sequence[Tensor | None]:
-        """Return the gradients of one forward's rows and add its losses to ``losses`` [K].
+    def add(self, share: Share, sums: Sums) -> None:
+        """Run the rows of one forward; add their losses and gradients to the sums.
 
         A share that does not count adds zeros.
         """
-        numbers = [self.packed.row[place] for place in share.places]
-        trial = [self.packed.trial[place] for place in share.places]
+        numbers = [self.packed.row[place] for place in share.rows]
+        trial = [self.packed.trial[place] for place in share.rows]
         logits, targets = self.backbone.teacher_forced(
             self.prompts,
             [self.split.inputs[n] for n in numbers],
@@ -235,11 +203,20 @@ class Batch:
         )
         device = self.backbone.device
         weight = torch.tensor(
-            [self.packed.weight[place] * share.counts for place in share.places], device=device
+            [self.packed.weight[place] * share.counts for place in share.rows], device=device
         )
         row_losses = -target_log_probs(logits, targets).sum(1) * weight
-        losses.index_add_(0, torch.tensor(trial, device=device), row_losses.detach())
-        return torch.autograd.grad(row_losses.sum(), self.wanted, allow_unused=True)
+        sums.losses.index_add_(0, torch.tensor(trial, device=device), row_losses.detach())
+        gradients = torch.autograd.grad(row_losses.sum(), self.wanted, allow_unused=True)
+        for place, gradient in enumerate(gradients):
+            sums.gradients[place] = _plus(sums.gradients[place], gradient)
+
+
+def _plus(total: Tensor | None, gradient: Tensor | None) -> Tensor | None:
+    """Add a gradient to a total, in place where there is one."""
+    if total is None or gradient is None:
+        return gradient if total is None else total
+    return total.add_(gradient)
 
 
 def _add(tensor: Tensor, gradients: Sequence[Tensor | None]) -> None:
@@ -248,5 +225,4 @@ def _add(tensor: Tensor, gradients: Sequence[Tensor | None]) -> None:
     They are added in the order of the threads, so that a search is reproducible.
     """
     for gradient in gradients:
-        if gradient is not None:
-            tensor.grad = gradient if tensor.grad is None else tensor.grad.add_(gradient)
+        tensor.grad = _plus(tensor.grad, gradient)

@@ -89,7 +89,7 @@ class Updater:
         given = {key: tensor for key, tensor in tensors.items() if key.startswith(PREFIX)}
         self._check(own, given)
         self.states = [
-            {key: _placed(key, given[f"{PREFIX}{name}.{key}"], param) for key in state}
+            {key: _own_copy(key, given[f"{PREFIX}{name}.{key}"], param) for key in state}
             for name, state, param in zip(names, self.states, self.parameters, strict=True)
         ]
 
@@ -110,7 +110,7 @@ class Updater:
                 raise BadInput(f"the checkpoint's {key} has the shape {sizes}", hint)
 
 
-def _placed(key: str, tensor: Tensor, param: Tensor) -> Tensor:
+def _own_copy(key: str, tensor: Tensor, param: Tensor) -> Tensor:
     """Copy a state tensor to its device: step counts to the CPU, moments to the parameter's."""
     return tensor.detach().to("cpu" if key == STEP else param.device, copy=True)
 

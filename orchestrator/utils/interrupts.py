@@ -2,12 +2,15 @@
 
 People press Ctrl-C again when nothing seems to happen, and ``timeout``, schedulers and service
 managers send SIGTERM more than once. Only the first signal interrupts the command, and not before a
-block under ``undisturbed`` is over.
+block under ``undisturbed`` is over. Libraries that replace our handler of SIGTERM, as Ray does,
+are called under ``sigterm_kept``.
 """
 
 from __future__ import annotations
 
 import atexit
+import ctypes
+import os
 import signal
 import sys
 import threading
@@ -18,6 +21,8 @@ from typing import Any, Self, TypeVar
 
 Value = TypeVar("Value")
 
+AGAIN_S = 0.01  # how long a destructor has to end before an interrupt that it dropped is sent again
+
 _current: list[Interrupts] = []
 
 
@@ -27,6 +32,9 @@ class Interrupts:
     Later signals are ignored. ``received`` is the number of the first signal. The exception is not
     a class of our own, because Ray waits in C++ and passes on a plain KeyboardInterrupt whatever
     was raised.
+
+    Python drops an exception that is raised in a destructor or a callback of the garbage collector,
+    where a signal may well arrive. Such an interrupt is raised again a moment later.
     """
 
     def __init__(self) -> None:
@@ -35,6 +43,7 @@ class Interrupts:
         self._held = 0
         self._due = False
         self._before: dict[int, Any] = {}
+        self._hook_before = sys.unraisablehook
 
     def __enter__(self) -> Self:
         if (
@@ -43,6 +52,7 @@ class Interrupts:
             self._take(signal.SIGTERM)
             if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # ignored in background jobs
                 self._take(signal.SIGINT)
+            self._hook_before, sys.unraisablehook = sys.unraisablehook, self._unraisable
             _current.append(self)
         return self
 
@@ -55,6 +65,7 @@ class Interrupts:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self in _current:
+            sys.unraisablehook = self._hook_before
             _current.remove(self)
 
     def over(self) -> None:
@@ -83,6 +94,21 @@ class Interrupts:
             self._due = True
             return
         raise KeyboardInterrupt
+
+    def _unraisable(self, unraisable: sys.UnraisableHookArgs) -> None:
+        """Replace ``sys.unraisablehook``: send a dropped interrupt again, without a traceback."""
+        if self.received is None or not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            self._hook_before(unraisable)
+            return
+        # The destructor has to end first, or it would drop the exception again.
+        again = threading.Timer(AGAIN_S, self._send_again)
+        again.daemon = True
+        again.start()
+
+    def _send_again(self) -> None:
+        number, self.received = self.received, None
+        if number is not None and not self._over:
+            os.kill(os.getpid(), number)
 
 
 @contextmanager
@@ -138,3 +164,51 @@ def ignore_interrupts_at_exit() -> None:
     """Register ``ignore_interrupts`` to run when Python exits."""
     atexit.unregister(ignore_interrupts)
     atexit.register(ignore_interrupts)
+
+
+@contextmanager
+def sigterm_kept() -> Iterator[None]:
+    """Restore our handler of SIGTERM after a library replaced it while starting.
+
+    Ray's handler in Python ends the process with SystemExit, and leaves the MLflow runs open. A
+    signal that arrives while it is installed is also passed to our handler. Ray's handler in C++
+    prints a stack trace and aborts the process; it is removed in other threads as well.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread():
+        with _sigterm_kept_by_system():
+            yield
+        return
+    if not callable(before):
+        yield
+        return
+    try:
+        yield
+    except SystemExit:
+        before(signal.SIGTERM, None)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def sigterm_again() -> None:
+    """Reinstall Python's SIGTERM handler after a library replaced it at the system level."""
+    handler = signal.getsignal(signal.SIGTERM)
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
+
+
+@contextmanager
+def _sigterm_kept_by_system() -> Iterator[None]:
+    """Restore the system's action for SIGTERM from any thread.
+
+    Python lets only the main thread set handlers, so this uses the C API of Python 3.11 and later.
+    """
+    get, put = ctypes.pythonapi.PyOS_getsig, ctypes.pythonapi.PyOS_setsig
+    get.argtypes, get.restype = [ctypes.c_int], ctypes.c_void_p
+    put.argtypes, put.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+    before = get(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        put(signal.SIGTERM, before)

@@ -1,9 +1,17 @@
-"""Hide secrets in texts for people, such as passwords in addresses."""
+"""Texts for people: the one line of an error that matters, the word that was meant, no secrets."""
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 from urllib.parse import unquote_plus
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+MAX_LINE = 300  # characters of an error that stand in a message of ours
 
 HIDDEN = "***"
 
@@ -29,6 +37,42 @@ SECRET_NAME = re.compile(
 )
 KEY_FILE = re.compile(r"^ssl[_-]?key$", re.IGNORECASE)  # the path of a key file, not a key
 USER_NAME = re.compile(r"^(?:user|username|uid|user_?id|login)$", re.IGNORECASE)
+
+
+def first_line(error: BaseException | str, with_type: bool = False) -> str:
+    """Return the first line of an error's message, shortened and without secrets.
+
+    An error without a message is named by its type. ``with_type`` puts the type in front of every
+    message: ``ValueError: no such file``.
+    """
+    return _one_line(error, 0, with_type)
+
+
+def last_line(error: BaseException | str) -> str:
+    """Return the last line of an error's message, as ``first_line`` returns the first."""
+    return _one_line(error, -1, with_type=False)
+
+
+def _one_line(error: BaseException | str, index: int, with_type: bool) -> str:
+    lines = str(error).strip().splitlines()
+    line = lines[index].strip() if lines else ""
+    if isinstance(error, BaseException) and (with_type or not line):
+        name = type(error).__name__
+        line = f"{name}: {line}" if line else name
+    return mask_secrets(line)[:MAX_LINE]  # a secret cut in two would not be recognised
+
+
+def first_fault(error: ValidationError) -> str:
+    """Return the first fault that pydantic found, after the dotted key of its place."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """Return the one of ``words`` that ``word`` probably stands for; empty when none is near."""
+    lowered = {known.lower(): known for known in words}
+    matches = difflib.get_close_matches(word.lower(), list(lowered), n=1, cutoff=0.6)
+    return lowered[matches[0]] if matches else ""
 
 
 def mask_secrets(text: str) -> str:

@@ -1,6 +1,12 @@
-"""Wording of numbers in sentences."""
+"""Wording that several pages share."""
 
 from __future__ import annotations
+
+BASELINE_NAMES = {
+    "zero_shot": "without a prompt",
+    "few_shot": "a few examples",
+    "instruction": "written instruction",
+}
 
 
 def counted(number: int, what: str) -> str:

@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 
+from orchestrator.cli.workbench.domain_shift import majority
 from orchestrator.data.dataset import load_split
 from orchestrator.job.spec import DataFiles, JobSpec, RowLimits
 from orchestrator.job.yaml import load_job
@@ -38,11 +39,10 @@ from orchestrator.models.backbone import PromptTensors, default_device, load_bac
 from orchestrator.models.scoring import answer_scores
 from orchestrator.models.source import resolve_model
 from orchestrator.search.prepare import Prepared, likely_trials, prepare
-from orchestrator.tuning.checkpoint import TrialState
+from orchestrator.tuning.checkpoint import Checkpoint
 from orchestrator.tuning.engine import Engine
 from orchestrator.tuning.make import make_engine
 from orchestrator.tuning.reports import EvaluationJob
-from orchestrator.workbench.evaluate import majority
 
 SPLITS = ("validation", "test")
 
@@ -188,7 +188,7 @@ def _vote(engine: Engine, trials: Sequence[Trial]) -> float:
     """
     task, backbone = engine.task, engine.backbone
     split, answers = task.splits["test"], task.encoder.scored_answers
-    states = [TrialState.from_bytes(trial.checkpoint) for trial in trials]
+    states = [Checkpoint.from_bytes(trial.checkpoint) for trial in trials]
     prepared = backbone.prepare(
         [PromptTensors.from_named(state.best(), task.method.inside) for state in states]
     )

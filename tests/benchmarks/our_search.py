@@ -186,9 +186,9 @@ def _cluster(nodes: int) -> Iterator[None]:
     import ray
     from ray.cluster_utils import Cluster
 
-    from orchestrator.cluster.session import ENVIRONMENT
+    from orchestrator.cluster.ray_internals.settings import SEARCH
 
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(SEARCH)
     cluster = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False}
     )
@@ -246,7 +246,7 @@ def profiled(work: Callable[[], Any]) -> Any:
 
 
 if __name__ == "__main__":
-    from orchestrator.utils.imports import unfreed
+    from orchestrator.utils.garbage import unfreed
 
     main(Asked(**json.loads(sys.argv[1])))
     unfreed()

@@ -146,13 +146,13 @@ class Moments(tune.Callback):
 def main(asked: Asked) -> None:
     import ray
 
-    from orchestrator.cluster.session import ENVIRONMENT
+    from orchestrator.cluster.ray_internals.settings import SEARCH
     from orchestrator.job.yaml import load_job
     from orchestrator.search.prepare import prepare
     from orchestrator.search.study.study import scheduler
     from tests.benchmarks.peer_training import Data, start_ids
 
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(SEARCH)
     file = Path("job.yaml")
     file.write_text(json.dumps(asked.job))
     prepared = prepare(load_job(file))

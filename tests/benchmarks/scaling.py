@@ -20,12 +20,13 @@ from pathlib import Path
 from orchestrator.errors import JobFailed
 from orchestrator.job.space import TrialSpec
 from orchestrator.registry import Registry
-from orchestrator.search.workers.broker import Broker, Entry
+from orchestrator.search.state.trials import TrialRecord
+from orchestrator.search.workers.broker import Broker, SubmittedTrial
 from orchestrator.tuning.reports import Report
 from tests.benchmarks.measure import Line, in_fresh_process
 from tests.filled_store import fill
 
-CONFIG = {"init": "random", "num_virtual_tokens": 20, "learning_rate": 0.1, "seed": 0}
+SPEC = TrialSpec("random", None, num_virtual_tokens=20, learning_rate=0.1, seed=0)
 CHECKPOINT = bytes(1000)
 KB, MB, GB = 1e3, 1e6, 1e9
 MEASURED, EXTRAPOLATED, EARLIER, ASSUMED = "measured", "extrapolated", "measured earlier", "assumed"
@@ -193,10 +194,11 @@ async def deliver(workers: int, slots: int, over: int, wanted: int, together: bo
     """
     seats = workers * slots
     broker = Broker(over + seats)
-    spec = TrialSpec.from_config(CONFIG)
-    broker.trials |= {f"over{number}": Entry(number, spec, released=True) for number in range(over)}
+    for number in range(over):
+        record = TrialRecord(f"over{number}", SPEC)
+        broker.trials[record.id] = SubmittedTrial(number, record, released=True)
     for number in range(seats):
-        await broker.submit(f"t{number}", over + number, CONFIG)
+        await broker.submit(f"t{number}", over + number, SPEC)
     decided, start, spent = 0, 0.0, 0.0
     ready, turn = asyncio.Barrier(workers), nullcontext() if together else asyncio.Lock()
 

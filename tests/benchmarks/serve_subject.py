@@ -21,7 +21,7 @@ from ray.serve.config import HTTPOptions
 from ray.serve.schema import LoggingConfig
 
 from orchestrator.serving.deploy.replica import Replica
-from orchestrator.serving.engine.engine import Engine
+from orchestrator.serving.engine.engine import ServingEngine
 from orchestrator.serving.http.service import RequestLimits
 from tests.benchmarks.serving_subject import NullEngine, ours
 
@@ -31,7 +31,7 @@ class Subject(Replica):
 
     def __init__(self, size: str, folder: str, null: bool) -> None:
         torch.set_num_threads(1)
-        self.api = ours(size, Path(folder), NullEngine if null else Engine)
+        self.api = ours(size, Path(folder), NullEngine if null else ServingEngine)
 
     def check_health(self) -> None:
         """Report the replica as always healthy."""

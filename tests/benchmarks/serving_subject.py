@@ -23,7 +23,7 @@ from fastapi import FastAPI, Request
 
 from orchestrator.artifact import BaseModelRecord, DataRecord, Manifest, PromptArtifact
 from orchestrator.registry import LiveModel
-from orchestrator.serving.engine.engine import Engine
+from orchestrator.serving.engine.engine import ServingEngine
 from orchestrator.serving.engine.generation import Completion, Sampling
 from orchestrator.serving.http.routes import make_api
 from orchestrator.serving.http.service import PromptService
@@ -89,7 +89,7 @@ class Folders:
         return self._root / name
 
 
-class NullEngine(Engine):
+class NullEngine(ServingEngine):
     """An engine that answers at once with an empty text."""
 
     async def complete(
@@ -98,7 +98,7 @@ class NullEngine(Engine):
         return [Completion("", "stop", 1)] * len(inputs)
 
 
-def ours(size: str, folder: Path, engine: type[Engine] = Engine) -> FastAPI:
+def ours(size: str, folder: Path, engine: type[ServingEngine] = ServingEngine) -> FastAPI:
     torch.manual_seed(0)
     backbone = backbone_of(make_model(SIZES[size], torch.device("cpu")))
     store = PromptStore(backbone, Folders(folder))
@@ -189,7 +189,7 @@ def peft(size: str, folder: Path, batched: bool) -> FastAPI:
 def main(kind: str, size: str, folder: str, port: int) -> None:
     torch.set_num_threads(1)
     if kind in ("ours", "null"):
-        api = ours(size, Path(folder), NullEngine if kind == "null" else Engine)
+        api = ours(size, Path(folder), NullEngine if kind == "null" else ServingEngine)
     else:
         api = peft(size, Path(folder), kind == "batched")
     server = uvicorn.Server(uvicorn.Config(api, port=port, log_level="error", lifespan="off"))

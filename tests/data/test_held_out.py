@@ -11,7 +11,8 @@ from data.test_dataset import data, files, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.data.dataset import Row, load_rows, set_aside
+from orchestrator.data.dataset import load_rows, set_aside
+from orchestrator.data.source_row import Row
 
 LABELS = {str(number): f" {number}" for number in range(6)}
 FRACTIONS = st.floats(0.01, 0.49)

@@ -15,7 +15,7 @@ from orchestrator.errors import BadInput, SpecError
 from orchestrator.models.source import resolve_model
 from orchestrator.search.prepare import prepare
 from orchestrator.tuning.baselines.store import save_result
-from orchestrator.tuning.checkpoint import TrialState
+from orchestrator.tuning.checkpoint import Checkpoint
 from orchestrator.tuning.make import make_engine
 from orchestrator.tuning.reports import EvaluationJob
 
@@ -70,7 +70,7 @@ def test_an_adapted_model_is_a_base_model_that_knows_the_texts(tmp_path: Path) -
     engine.seat("t", made.trials[0])
     (report,) = engine.round()
     assert report.metrics["loss"] < 0.8 * bare
-    tensors = TrialState.from_bytes(report.checkpoint).best()
+    tensors = Checkpoint.from_bytes(report.checkpoint).best()
     folder = save_result(
         tmp_path / "adapted",
         made.trials[0],

@@ -10,9 +10,9 @@ import pytest
 from data.test_dataset import data, files, write
 from models import tiny_tokenizer
 
-from orchestrator.data.dataset import Row, RowSplits, load_rows
+from orchestrator.data.dataset import RowSplits, load_rows
 from orchestrator.data.encoding import make_encoder
-from orchestrator.data.source_row import SourceRow
+from orchestrator.data.source_row import Row, SourceRow
 from orchestrator.data.split_checks import Finding, check_distinct_tokens, check_splits, judge
 from orchestrator.errors import BadInput
 from orchestrator.job.spec import DataSpec

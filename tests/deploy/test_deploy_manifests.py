@@ -18,7 +18,7 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from orchestrator.cluster.nodes import Node
+from orchestrator.cluster.nodes import ClusterNode
 from orchestrator.job.yaml import load_job
 from orchestrator.search.workers.placement import place
 from orchestrator.serving.deploy.options import ServeOptions, options_from
@@ -451,8 +451,10 @@ def test_the_job_fits_on_its_cluster(folder: str) -> None:
     )
     assert not cluster.get("enableInTreeAutoscaling")
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
-    pod = Node(quantity(limits["cpu"]), float(limits.get("nvidia.com/gpu", 0)))
-    placement = place(job.resources, [Node(0.0), *[pod] * group["replicas"]], job.search.trials)
+    pod = ClusterNode(quantity(limits["cpu"]), float(limits.get("nvidia.com/gpu", 0)))
+    placement = place(
+        job.resources, [ClusterNode(0.0), *[pod] * group["replicas"]], job.search.trials
+    )
     assert placement.workers == group["replicas"] and placement.gpus == pod.gpus
     mounted = cluster["headGroupSpec"]["template"]["spec"]["containers"][0]["volumeMounts"]
     (at,) = [it["mountPath"] for it in mounted if it["name"] == "job"]

@@ -19,6 +19,7 @@ HEADER = "| step | file | function | what happens |"
 FILE = re.compile(r"[\w./-]+\.py\b")
 PACKAGE_ROW = re.compile(r"^\| ((?:`[\w/.]+`(?:, )?)+) \|", re.MULTILINE)
 NAME = re.compile(r"`([^`]+)`")
+WORD = re.compile(r"^\| `(\w+)` \| `([\w/]+\.py)` \|", re.MULTILINE)
 
 
 class Step(NamedTuple):
@@ -93,6 +94,13 @@ def test_every_function_is_defined_in_its_file() -> None:
     assert not missing_functions(PAGE)
 
 
+def test_every_word_for_a_trial_is_defined_in_its_file() -> None:
+    """Each row of the table names a class and the file that defines it."""
+    words = WORD.findall(section(PAGE, "The words for a trial"))
+    assert len(words) > 10
+    assert not [word for word, file in words if word not in definitions(PACKAGE / file)]
+
+
 @pytest.mark.parametrize("heading", JOURNEYS)
 def test_steps_are_numbered_without_gaps(heading: str) -> None:
     """A table may repeat the numbers of another one, for a variant of its steps."""
@@ -116,13 +124,19 @@ def test_the_table_of_packages_is_complete() -> None:
     assert sorted(named) == sorted(there)
 
 
+def test_a_newcomer_meets_at_most_fourteen_packages_and_modules() -> None:
+    """The top of the package stays small, apart from the files that mark a typed package."""
+    there = {it.name for it in PACKAGE.iterdir()} - {"__pycache__", "__init__.py", "py.typed"}
+    assert len(there) <= 14, sorted(there)
+
+
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
         ("`run_job`", "`run_jobs`"),
         ("`Broker.submit`", "`Broker.submits`"),
         ("`Broker.submit`", "`Seat.submit`"),
-        ("`Engine._loop`", "`_loop`"),
+        ("`ServingEngine._loop`", "`_loop`"),
         ("`search/inputs.py`", "`search/prepare.py`"),
     ],
 )

@@ -69,12 +69,12 @@ NEVER = (
 # The real program, except that it waits seconds instead of ten minutes for a lost MLflow.
 COMMAND = """
 import os
-import orchestrator.search.run as run
+import orchestrator.search.result as result
 from orchestrator.errors import BadInput
 from orchestrator.cli.progress import ConsoleProgress
 from orchestrator.registry import Registry
 
-run.SOON_S, run.REGISTRY_PATIENCE_S = 1.0, 3.0
+result.SOON_S, result.REGISTRY_PATIENCE_S = 1.0, 3.0
 for verb in (Registry.start_search, Registry.resume_search):
     verb.__kwdefaults__["patience"] = 3.0
 

@@ -6,6 +6,8 @@ import pytest
 import yaml
 from job_texts import BAD, GOOD, Files, swap
 
+from orchestrator.job.metrics import names_of
+
 
 def test_every_problem_of_a_file_is_reported_at_once(files: Files) -> None:
     """Unknown and missing keys, wrong types and values, and conflicts come in line order."""
@@ -210,7 +212,7 @@ def test_a_text_metric_with_a_verbalizer_points_at_the_metric(files: Files) -> N
 def test_an_unknown_metric_names_the_nearest(files: Files) -> None:
     """ "rouge" gets the hint rouge_l and the list of all metrics."""
     problem = files.problem(swap("search:\n", "search:\n  metric: rouge\n"))
-    assert "allowed: accuracy, exact_match, bleu, rouge_l, f1 or loss" in problem.message
+    assert f"allowed: {', '.join(names_of())} or module:function" in problem.message
     assert problem.hint == "did you mean rouge_l?"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from models import encoder_for, spaced_tokenizer, tiny_backbone, tiny_tokenizer
 from torch import Tensor
 
 from orchestrator.errors import BadInput
-from orchestrator.job.space import TrialSpec
+from orchestrator.job.space import INIT_FIELDS, TrialSpec
+from orchestrator.job.spec import Init, NamedInit
 from orchestrator.tuning.prompts.inits import (
+    INITS,
     InitContext,
     frequent_ids,
     initial_prefix,
@@ -36,13 +39,18 @@ def ids_of(prompt: Tensor, table: Tensor = TABLE) -> list[int]:
     return [int(row.nonzero()[0]) if row.any() else -1 for row in same]
 
 
-@pytest.mark.parametrize("init", ["random", "sample_vocab", "class_labels"])
+def test_every_init_of_the_job_spec_is_made() -> None:
+    """Each named init, and each init with a value, has an entry in INITS, and there is no other."""
+    sections = [kind for kind in get_args(Init) if hasattr(kind, "model_fields")]
+    with_value = {key for section in sections for key in section.model_fields}
+    assert with_value == set(INIT_FIELDS)
+    assert set(INITS) == {*get_args(NamedInit), *with_value}
+
+
+@pytest.mark.parametrize("init", get_args(NamedInit))
 @pytest.mark.parametrize("length", [1, 2, 3, 50, 400])
 def test_seeds_reproduce(init: str, length: int) -> None:
-    """A seed determines the [P, H] in float32; another seed gives another one.
-
-    The global random state plays no part.
-    """
+    """A seed determines the [P, H] in float32; the global random state plays no part."""
     torch.manual_seed(1)
     first = made(init, length, seed=7)
     torch.manual_seed(2)
@@ -50,8 +58,12 @@ def test_seeds_reproduce(init: str, length: int) -> None:
     assert torch.equal(made(init, length, seed=7), first)
     assert torch.equal(torch.get_rng_state(), before)
     assert first.shape == (length, TABLE.shape[1]) and first.dtype == torch.float32
-    if init != "class_labels" or length > len(ANSWERS):
-        assert not torch.equal(made(init, length, seed=8), first)
+
+
+@pytest.mark.parametrize("init", ["random", "random_normal", "sample_vocab", "class_labels"])
+def test_another_seed_gives_another_prompt(init: str) -> None:
+    """Inits that draw at random differ from seed to seed."""
+    assert not torch.equal(made(init, 5, seed=8), made(init, 5, seed=7))
 
 
 def test_random_is_uniform() -> None:
@@ -150,10 +162,8 @@ def test_a_text_without_tokens_is_refused() -> None:
 
 def test_an_unknown_init_is_refused() -> None:
     """The message names the unknown init and the known ones."""
-    with pytest.raises(
-        BadInput, match=r"init 'zeros' is unknown(.|\n)*random_normal, sample_vocab, class_labels"
-    ):
-        made("zeros", 3)
+    with pytest.raises(BadInput, match=rf"init 'no such init' is unknown\n.*{', '.join(INITS)}"):
+        made("no such init", 3)
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "gemma2", "llama", "opt"])

@@ -20,7 +20,7 @@ from orchestrator.registry.aliases import ledger
 from orchestrator.registry.aliases.gate import (
     EVALUATION_TAG,
     METRIC_TAG,
-    Candidate,
+    ComparedVersion,
     comparison_metric,
     differences,
     verdict,
@@ -93,7 +93,7 @@ def test_what_is_against_a_version(make_artifact: Callable[..., Path], case: str
     """Each reason against a version is named; a better version of the same prompt has none."""
     changes, reason = REFUSED[case]
     old, new, better = (
-        Candidate(read_manifest(make_artifact(**it)), {})
+        ComparedVersion(read_manifest(make_artifact(**it)), {})
         for it in ({"accuracy": 0.8}, {"accuracy": 0.99, **changes}, {"accuracy": 0.99})
     )
     assert (
@@ -132,25 +132,30 @@ def test_versions_are_compared_by_rows_that_both_were_evaluated_on(
     """
     old, new = (read_manifest(make_artifact(accuracy=it, data=str(it) * 16)) for it in (0.8, 0.7))
     assert (
-        verdict(Candidate(new, {}), Candidate(old, {}), "accuracy", "max")[1]
+        verdict(ComparedVersion(new, {}), ComparedVersion(old, {}), "accuracy", "max")[1]
         == "the champion was tested on other data"
     )
     tags = [{f"{EVALUATION_TAG}rows": f'{{"metrics": {{"accuracy": {it}}}}}'} for it in (0.6, 0.65)]
-    assert verdict(Candidate(new, tags[1]), Candidate(old, tags[0]), "accuracy", "max") == (
+    versions = ComparedVersion(new, tags[1]), ComparedVersion(old, tags[0])
+    assert verdict(*versions, "accuracy", "max") == (
         True, "its test accuracy is 0.65, the champion's 0.6",
     )  # fmt: skip
     for damaged in ("", "[]", '{"metrics": 3}', '{"metrics": {"accuracy": "much"}}'):
         assert not verdict(
-            Candidate(new, {f"{EVALUATION_TAG}rows": damaged}),
-            Candidate(old, tags[0]),
+            ComparedVersion(new, {f"{EVALUATION_TAG}rows": damaged}),
+            ComparedVersion(old, tags[0]),
             "accuracy",
             "max",
         )[0]
-    assert comparison_metric(Candidate(new, {METRIC_TAG: "loss"}), Candidate(old, {})) == (
+    assert comparison_metric(
+        ComparedVersion(new, {METRIC_TAG: "loss"}), ComparedVersion(old, {})
+    ) == (
         "loss",
         "min",
     )
-    assert comparison_metric(Candidate(new, {METRIC_TAG: "odd"}), Candidate(old, {})) == (
+    assert comparison_metric(
+        ComparedVersion(new, {METRIC_TAG: "odd"}), ComparedVersion(old, {})
+    ) == (
         "accuracy",
         "max",
     )

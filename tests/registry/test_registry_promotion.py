@@ -8,17 +8,17 @@ import pytest
 from test_artifact import manifest
 
 from orchestrator.artifact import GenerationRecord
-from orchestrator.registry.aliases.gate import Candidate, verdict
+from orchestrator.registry.aliases.gate import ComparedVersion, verdict
 
 GREEDY, BEAMS = (GenerationRecord(max_tokens=32, num_beams=beams) for beams in (1, 5))
 
 
-def scored(bleu: float, generation: GenerationRecord) -> Candidate:
+def scored(bleu: float, generation: GenerationRecord) -> ComparedVersion:
     changes: dict[str, Any] = {
         "metrics": {"test": {"bleu": bleu, "loss": 1 - bleu}},
         "generation": generation,
     }
-    return Candidate(manifest(**changes), {})
+    return ComparedVersion(manifest(**changes), {})
 
 
 @pytest.mark.parametrize(("generation", "won"), [(GREEDY, True), (BEAMS, False)])

@@ -13,7 +13,7 @@ from orchestrator.errors import BadInput
 from orchestrator.registry import ModelRef, Registry, parse_ref, printable
 from orchestrator.registry.aliases.moves import Kind, Move, former_holder, read_moves
 from orchestrator.registry.runs.entries import (
-    Entry,
+    LogEntry,
     as_texts,
     coalesce,
     load_entries,
@@ -21,7 +21,7 @@ from orchestrator.registry.runs.entries import (
     save_entries,
 )
 from orchestrator.registry.store import normalised
-from orchestrator.registry.versions.refs import nearest
+from orchestrator.registry.versions.refs import suggestion
 from orchestrator.utils.text import mask_secrets
 
 
@@ -57,10 +57,10 @@ def test_what_is_printed_holds_no_control_characters() -> None:
 
 
 def test_nearest_name_first() -> None:
-    assert nearest("sms-spm", ["sms-spam", "boolq"]).startswith(
+    assert suggestion("sms-spm", ["sms-spam", "boolq"]).startswith(
         "did you mean 'sms-spam'? known: boolq, sms-spam"
     )
-    assert nearest("zzz", []) == ""
+    assert suggestion("zzz", []) == ""
 
 
 @pytest.mark.parametrize(
@@ -160,14 +160,14 @@ def test_moves_are_read_in_order_and_what_is_none_is_passed_over() -> None:
 def test_log_entries_merge_between_a_runs_start_and_end() -> None:
     """Reports merge into one call, and none moves past its run's start or end."""
     entries = [
-        Entry("start", "a"),
-        Entry("log", "a", [("m", 1.0, 1, 1)]),
-        Entry("log", "b", [("m", 5.0, 1, 1)]),
+        LogEntry("start", "a"),
+        LogEntry("log", "a", [("m", 1.0, 1, 1)]),
+        LogEntry("log", "b", [("m", 5.0, 1, 1)]),
     ]
     entries += [
-        Entry("log", "a", [("m", 2.0, 2, 2)]),
-        Entry("end", "a"),
-        Entry("log", "a", [("m", 3.0, 3, 3)]),
+        LogEntry("log", "a", [("m", 2.0, 2, 2)]),
+        LogEntry("end", "a"),
+        LogEntry("log", "a", [("m", 3.0, 3, 3)]),
     ]
     shape = [
         (entry.kind, entry.trial, [point[1] for point in entry.metrics])
@@ -184,8 +184,8 @@ def test_log_entries_merge_between_a_runs_start_and_end() -> None:
 
 def test_log_entries_survive_on_disk(tmp_path: Path) -> None:
     entries = [
-        Entry("log", "a", [("m", 1.0, 1, 1)], tags={"k": "ü\n"}),
-        Entry("finish", status="KILLED"),
+        LogEntry("log", "a", [("m", 1.0, 1, 1)], tags={"k": "ü\n"}),
+        LogEntry("finish", status="KILLED"),
     ]
     save_entries(tmp_path / "sub" / "left.jsonl", entries)
     assert load_entries(tmp_path / "sub" / "left.jsonl") == entries

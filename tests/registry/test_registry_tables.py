@@ -16,7 +16,7 @@ import sqlalchemy as sa
 
 from orchestrator.errors import Unreachable
 from orchestrator.registry import Registry
-from orchestrator.registry.tables import SCHEMA, read_models
+from orchestrator.registry.mlflow_internals.tables import SCHEMA, read_models
 from tests.filled_store import fill
 
 TOOL = """

@@ -15,9 +15,10 @@ from small_jobs import Finished, search_runs
 from orchestrator.job.space import TrialSpec
 from orchestrator.job.spec import JobSpec
 from orchestrator.registry import Registry
-from orchestrator.search.report.facts import SearchFacts, TrialFacts
+from orchestrator.search.report.facts import SearchFacts
 from orchestrator.search.report.figures import FIGURES, draw
 from orchestrator.search.report.page import page
+from orchestrator.search.state.trials import TrialRecord, TrialStatus
 
 INITS = ("random", "sample_vocab", "class_labels")
 
@@ -85,9 +86,15 @@ def report() -> Report:
             (step, {"accuracy": 0.5 + 0.03 * number * step / 90, "loss": 1.0})
             for step in (30, 60, 90)
         ]
-        status = "failed" if number == 3 else "stopped" if number % 2 else "finished"
+        status = TrialStatus.STOPPED if number % 2 else TrialStatus.FINISHED
+        if number == 3:
+            status = TrialStatus.FAILED
         spec = TrialSpec(init, None, tokens, rate, seed)
-        trials.append(TrialFacts(f"t{number:03}", spec, status, points, points[-1][1]))
+        trials.append(
+            TrialRecord(
+                f"t{number:03}", spec, status, step=90, metrics=points[-1][1], points=points
+            )
+        )
     found = {split: {"accuracy": 0.5, "loss": 2.0} for split in ("validation", "test")}
     confusion = {"labels": [0, 1], "counts": [[40, 10], [5, 45]]}
     result = {

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from orchestrator.errors import JobFailed
+from orchestrator.job.space import TrialSpec
 from orchestrator.job.spec import JobSpec
-from orchestrator.search.study.population import Population
+from orchestrator.search.state.trials import TrialRecord
+from orchestrator.search.study.population import CopyDecision, Population
 from orchestrator.search.workers import broker as broker_module
 from orchestrator.search.workers.broker import Broker, Orders, Place
 from orchestrator.tuning.reports import Copied, Ending, EvaluationJob, Report
@@ -26,8 +28,8 @@ def run(test: Coroutine[Any, Any, Any]) -> None:
     asyncio.run(bounded())
 
 
-def config(number: int) -> dict[str, Any]:
-    return {"init": "random", "num_virtual_tokens": 2, "learning_rate": 0.1, "seed": number}
+def spec(number: int) -> TrialSpec:
+    return TrialSpec("random", None, num_virtual_tokens=2, learning_rate=0.1, seed=number)
 
 
 def name(number: int) -> str:
@@ -45,7 +47,7 @@ async def broker_with(trials: int, total: int | None = None) -> Broker:
     """Return a broker whose trials were submitted in reverse order of their numbers."""
     broker = Broker(trials if total is None else total)
     for number in reversed(range(trials)):
-        await broker.submit(name(number), number, config(number))
+        await broker.submit(name(number), number, spec(number))
     return broker
 
 
@@ -111,7 +113,7 @@ def test_a_round_waits_for_the_trials_that_are_to_come() -> None:
         orders = asyncio.ensure_future(broker.next_orders("w"))
         await let_run()
         assert not orders.done()
-        await broker.submit("t1", 1, config(1))
+        await broker.submit("t1", 1, spec(1))
         assert seated(await orders) == ["t0", "t1"]
 
     run(test())
@@ -201,7 +203,7 @@ def test_the_call_of_a_dead_worker_takes_no_trials() -> None:
         dead = asyncio.ensure_future(broker.next_orders("w"))
         await let_run()
         await broker.join("w", 2)
-        await broker.submit("t0", 0, config(0))
+        await broker.submit("t0", 0, spec(0))
         assert (await dead).stop
         assert seated(await broker.next_orders("w")) == ["t0"]
 
@@ -356,10 +358,10 @@ def test_submitting_twice_is_safe() -> None:
         await broker.next_orders("w")
         tasks = tune(broker, range(2))
         await broker.next_orders("w", [report(0), report(1)])
-        await broker.submit("t0", 0, config(0))
+        await broker.submit("t0", 0, spec(0))
         tasks += tune(broker, range(1))
         assert not (await broker.next_orders("w", [report(0, 2), report(1, 2)])).seat
-        assert broker.trials["t0"].checkpoint == b"0@2"
+        assert broker.trials["t0"].record.checkpoint == b"0@2"
         await ended(tasks)
 
     run(test())
@@ -374,14 +376,14 @@ def test_a_report_that_died_with_its_trainable_comes_again() -> None:
         await broker.next_orders("w")
         orders = asyncio.ensure_future(broker.next_orders("w", [report(0)]))
         assert (await broker.next_report("t0")) is not None
-        await broker.submit("t0", 0, config(0))
+        await broker.submit("t0", 0, spec(0))
         again = await broker.next_report("t0")
         assert again is not None and again.step == 1
         await broker.decide("t0", True)
         assert not (await orders).seat
         stale = asyncio.ensure_future(broker.next_report("t0"))
         await let_run()
-        await broker.submit("t0", 0, config(0))
+        await broker.submit("t0", 0, spec(0))
         assert await stale is None
         tasks = tune(broker, range(1))
         await broker.next_orders("w", [report(0, 2)])
@@ -450,7 +452,7 @@ def test_a_late_report_of_a_stopped_trial_is_dropped() -> None:
         assert await broker.next_report("t0") is None
         await broker.finish()
         await last
-        assert broker.trials["t0"].checkpoint is None
+        assert broker.trials["t0"].record.checkpoint is None
 
     run(test())
 
@@ -553,6 +555,42 @@ def test_a_copy_outlives_its_worker() -> None:
     run(test())
 
 
+def test_a_resumed_trial_goes_on_from_its_record() -> None:
+    """A trial under way is seated from its record, or as the copy that was decided on.
+
+    A copy keeps the own score that it had before, and only its next report names the copy.
+    """
+
+    async def test() -> None:
+        broker = Broker(2)
+        records = {name(number): TrialRecord(name(number), spec(number)) for number in range(2)}
+        for number, record in enumerate(records.values()):
+            record.add(replace(scored(number, 0.5), own_score=0.5))
+        copied = Copied("t1", 1, spec(7))
+        await broker.expect(2, records, None, {"t0": CopyDecision("t0", copied, b"1@1")})
+        for number in range(2):
+            await broker.submit(name(number), number, spec(9))
+        await broker.join("w", 2)
+        orders = await broker.next_orders("w")
+        assert [(seat.trial, seat.spec, seat.checkpoint) for seat in orders.seat] == [
+            ("t0", spec(7), b"1@1"),
+            ("t1", spec(1), b"1@1"),
+        ]
+        heard: list[Report] = []
+        tasks = tune(broker, range(2), goes_on=lambda got: not heard.append(got))  # type: ignore[func-returns-value]
+        for step in (2, 3):
+            await broker.next_orders("w", [scored(0, 0.9, step), scored(1, 0.9, step)])
+        assert [(one.trial, one.copied, one.own_score) for one in heard] == [
+            ("t0", copied, 0.5),
+            ("t1", None, 0.9),
+            ("t0", None, 0.5),
+            ("t1", None, 0.9),
+        ]
+        await ended(tasks)
+
+    run(test())
+
+
 def test_a_trial_that_tune_stopped_copies_nothing() -> None:
     """A trial that Tune stopped copies nothing: its slot goes to the next trial."""
 
@@ -592,10 +630,10 @@ def test_trials_that_are_proposed_come_between_two_reports(in_turn: bool) -> Non
         )
         await let_run()
         assert log == (["t0@8"] if in_turn else ["t0@8", "t1@8"])
-        await broker.submit("t2", 2, config(2))
+        await broker.submit("t2", 2, spec(2))
         await let_run()
         assert log == ["t0@8", "t1@8"] and not orders.done()
-        await broker.submit("t3", 3, config(3))
+        await broker.submit("t3", 3, spec(3))
         assert seated(await orders) == ["t2", "t3"]
         await ended(tasks)
 

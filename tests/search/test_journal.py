@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from orchestrator.errors import BadInput
 from orchestrator.job.space import TrialSpec
-from orchestrator.search.state.events import Ended, Event, Found, Reported, Started
+from orchestrator.search.state.events import (
+    Ended,
+    Event,
+    Found,
+    Reported,
+    Started,
+    from_document,
+    to_document,
+)
 from orchestrator.search.state.folder import SearchFolder
 from orchestrator.search.state.history import History
 from orchestrator.search.state.journal import Journal, read_history
 from orchestrator.search.state.recorder import Recorder
-from orchestrator.tuning.checkpoint import TrialState
+from orchestrator.search.state.trials import TrialStatus
+from orchestrator.tuning.checkpoint import Checkpoint
 from orchestrator.tuning.reports import Report
 
 SPEC = TrialSpec("random", None, 2, 0.1, 0)
-
-CONFIG = {"init": "random", "num_virtual_tokens": 2, "learning_rate": 0.1, "seed": 0}
 
 
 @pytest.fixture
@@ -32,7 +41,7 @@ def folder(tmp_path: Path) -> SearchFolder:
 
 def checkpoint(step: int) -> bytes:
     tensors = {"prompt.prompt": torch.full((2, 4), float(step))}
-    return TrialState(step, step, {"loss": 1.0}, 0, "model", tensors).to_bytes()
+    return Checkpoint(step, step, {"loss": 1.0}, 0, "model", tensors).to_bytes()
 
 
 def report(trial: str, step: int, pending: int = 0) -> Report:
@@ -51,7 +60,7 @@ def test_what_is_written_comes_back(folder: SearchFolder) -> None:
     checkpoint."""
     journal = Journal(folder, History())
     first: list[Event] = [
-        Started("t0", CONFIG),
+        Started("t0", SPEC),
         Found("baselines", {"zero_shot": {"loss": 0.1}}),
         Reported(report("t0", 4)),
     ]
@@ -59,7 +68,7 @@ def test_what_is_written_comes_back(folder: SearchFolder) -> None:
     second: list[Event] = [
         Reported(placed),
         Reported(report("t1", 4)),
-        Ended("t0", "stopped", "why"),
+        Ended("t0", TrialStatus.STOPPED, "why"),
     ]
     journal.append(first, 1.5)
     assert files(folder) == ["t0-4.safetensors"]
@@ -109,11 +118,14 @@ def test_a_trial_without_a_sound_checkpoint_begins_again(folder: SearchFolder) -
     """
     journal = Journal(folder, History())
     journal.append(
-        [Started("t0", CONFIG), Reported(report("t0", 4)), Ended("t0", "finished", "steps")], 1.0
+        [
+            Started("t0", SPEC),
+            Reported(report("t0", 4)),
+            Ended("t0", TrialStatus.FINISHED, "steps"),
+        ],
+        1.0,
     )
-    journal.append(
-        [Started("t1", CONFIG), Reported(report("t1", 4)), Reported(report("t2", 4))], 1.0
-    )
+    journal.append([Started("t1", SPEC), Reported(report("t1", 4)), Reported(report("t2", 4))], 1.0)
     folder.checkpoint("t0", 4).write_bytes(checkpoint(4)[:40])
     folder.checkpoint("t2", 4).unlink()
     history = read_history(folder)
@@ -123,11 +135,49 @@ def test_a_trial_without_a_sound_checkpoint_begins_again(folder: SearchFolder) -
 
 def test_a_line_that_is_none_is_refused(folder: SearchFolder) -> None:
     """A line that no interrupted write explains raises BadInput with its number and a remedy."""
-    Journal(folder, History()).append([Started("t0", CONFIG)], 1.0)
+    Journal(folder, History()).append([Started("t0", SPEC)], 1.0)
     folder.journal.write_bytes(b'{"events": [{"kind": "other"}]}\n' + folder.journal.read_bytes())
     with pytest.raises(BadInput, match=r"journal.jsonl:1 can't be read: KeyError") as refused:
         read_history(folder)
     assert "remove line 1" in refused.value.hint
+
+
+@pytest.mark.parametrize(
+    ("event", "reason"),
+    [
+        ({"kind": "ended", "trial": "t0", "status": "odd", "note": ""}, "'odd' is not a valid"),
+        (
+            {"kind": "started", "trial": "t0", "config": {"seed": 0}},
+            "configuration has no learning_rate",
+        ),
+    ],
+)
+def test_a_line_with_a_value_that_is_none_is_refused(
+    folder: SearchFolder, event: dict[str, Any], reason: str
+) -> None:
+    """An unknown status and a configuration with a missing key are refused with their line."""
+    folder.journal.write_text(json.dumps({"spent_s": 1.0, "events": [{**event, "at": 1}]}) + "\n")
+    with pytest.raises(BadInput, match=rf"journal.jsonl:1 can't be read: .*{reason}"):
+        read_history(folder)
+
+
+def test_events_are_written_as_earlier_releases_wrote_them() -> None:
+    """A start and an end are read from, and written as, the documents of earlier releases."""
+    config = {"init": {"text": "Is it?"}, "num_virtual_tokens": 2, "learning_rate": 0.1, "seed": 3}
+    spec = TrialSpec("text", "Is it?", 2, 0.1, 3)
+    known: list[tuple[Event, dict[str, Any]]] = [
+        (
+            Started("t0", spec, at=5),
+            {"kind": "started", "trial": "t0", "config": config, "at": 5},
+        ),
+        (
+            Ended("t0", TrialStatus.STOPPED, "why", at=7),
+            {"kind": "ended", "trial": "t0", "status": "stopped", "note": "why", "at": 7},
+        ),
+    ]
+    for event, document in known:
+        assert json.dumps(to_document(event)) == json.dumps(document)
+        assert from_document(document) == event
 
 
 class Heard:
@@ -166,7 +216,7 @@ def test_flush_writes_all_there_is(folder: SearchFolder) -> None:
     """flush writes the incomplete round that the end of a study leaves."""
     with Heard(folder).recorder as recorder:
         recorder.trial_reported("t0", report("t0", 4, pending=3))
-        recorder.trial_ended("t0", "stopped", "search.stop.metric was reached")
+        recorder.trial_ended("t0", TrialStatus.STOPPED, "search.stop.metric was reached")
         recorder.flush()
         assert read_history(folder).ended.keys() == {"t0"}
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from small_jobs import small_job
 
 from orchestrator.job.space import TrialSpec
 from orchestrator.job.spec import SearchSpec
-from orchestrator.search.report.facts import TrialFacts
-from orchestrator.search.state.ranking import ranked
-from orchestrator.search.state.trials import Outcome
-from orchestrator.tuning.reports import Copied, Report
+from orchestrator.search.report import read_facts
+from orchestrator.search.state.events import Reported, Started
+from orchestrator.search.state.history import History
+from orchestrator.search.state.journal import Journal
+from orchestrator.search.state.trials import Outcome, TrialStatus
+from orchestrator.tuning.reports import Copied, Costs, Report
+from tests.search.test_saved import saved
 
 SPEC = TrialSpec("random", None, 5, 0.1, 0)
 OTHER = TrialSpec("sample_vocab", None, 20, 0.12, 0)
@@ -25,12 +30,12 @@ def report(trial: str, step: int, best_step: int, accuracy: float, loss: float =
 
 
 def order(outcome: Outcome) -> list[str]:
-    return [record.id for record in outcome.ranking()]
+    return [record.id for record in outcome.ranking(SearchSpec())]
 
 
 def test_trials_that_nobody_knew_of_get_a_record_when_they_start() -> None:
     """Proposed trials get their records after the known ones, in the order in which they start."""
-    outcome = Outcome(SearchSpec(), [("t000", SPEC)])
+    outcome = Outcome([("t000", SPEC)])
     outcome.trial_started("t001", OTHER)
     outcome.trial_started("t000", SPEC)
     assert list(outcome.records) == ["t000", "t001"]
@@ -38,9 +43,50 @@ def test_trials_that_nobody_knew_of_get_a_record_when_they_start() -> None:
     assert outcome.records["t001"].spec == OTHER
 
 
+def test_trials_are_in_the_order_of_their_numbers() -> None:
+    """Trials may start in any order, and the thousandth has a longer id than the others."""
+    outcome = Outcome()
+    for trial in ("t1000", "t002", "t999", "t001"):
+        outcome.trial_started(trial, SPEC)
+    assert list(outcome.records) == ["t001", "t002", "t999", "t1000"]
+
+
+def test_a_trial_that_never_started_has_no_record() -> None:
+    """The end of a search also ends trials that were proposed and never started."""
+    outcome = Outcome()
+    outcome.trial_ended("t000", TrialStatus.STOPPED, "search.stop.minutes were over")
+    assert outcome.records == {}
+
+
+def test_a_trial_that_begins_again_has_one_curve() -> None:
+    """Reports of steps that were reported before replace the earlier ones and what followed."""
+    outcome = Outcome([("a", SPEC)])
+    for step, accuracy in ((4, 0.1), (8, 0.2), (4, 0.3)):
+        outcome.trial_reported("a", report("a", step, step, accuracy))
+    assert outcome.records["a"].curve("accuracy") == [(4, 0.3)]
+
+
+def test_a_report_has_what_came_before_an_interruption(tmp_path: Path) -> None:
+    """A trial that a resumed search starts again keeps its evaluations, costs and copies."""
+    folder = saved(tmp_path, small_job(tmp_path))
+    costs = Costs(seconds=2.0)
+    copied = replace(report("a", 8, 8, 0.7), copied=Copied("b", 4, OTHER), costs=costs)
+    events = [
+        Started("a", SPEC),
+        Reported(replace(report("a", 4, 4, 0.5), costs=costs)),
+        Reported(copied),
+        Started("a", SPEC),
+        Reported(replace(report("a", 12, 12, 0.8), costs=costs)),
+    ]
+    Journal(folder, History()).append(events, 1.0)
+    (trial,) = read_facts(folder).trials
+    assert trial.curve("accuracy") == [(4, 0.5), (8, 0.7), (12, 0.8)]
+    assert (trial.spec, trial.costs.seconds, trial.status) == (OTHER, 6.0, "running")
+
+
 def test_where_a_worker_was_is_known_when_it_is_gone() -> None:
     """A worker's place is the one in its last report with a place."""
-    outcome = Outcome(SearchSpec(), [("a", SPEC)])
+    outcome = Outcome([("a", SPEC)])
     for worker, node in (("w0", "n1"), ("w1", "n2"), ("w0", "n3")):
         outcome.trial_reported(
             "a", replace(report("a", 4, 4, 0.5), worker=worker, place={"node": node})
@@ -54,7 +100,7 @@ def test_where_a_worker_was_is_known_when_it_is_gone() -> None:
 
 def test_the_metric_ranks_then_the_loss_then_the_order() -> None:
     """Trials are ranked by the metric, then by the loss, then in their order."""
-    outcome = Outcome(SearchSpec(), [(name, SPEC) for name in ("a", "b", "c", "d")])
+    outcome = Outcome([(name, SPEC) for name in ("a", "b", "c", "d")])
     for name, accuracy, loss in (
         ("d", 0.5, 1.0),
         ("a", 0.5, 1.0),
@@ -67,7 +113,7 @@ def test_the_metric_ranks_then_the_loss_then_the_order() -> None:
 
 def test_a_copy_has_its_new_configuration_and_its_history() -> None:
     """A record names a copy and its configuration from the copy's first report on."""
-    outcome = Outcome(SearchSpec(), [("a", SPEC), ("b", SPEC)])
+    outcome = Outcome([("a", SPEC), ("b", SPEC)])
     outcome.trial_reported("a", report("a", 4, 4, 0.5))
     assert "copied" not in outcome.records["a"].document()
     outcome.trial_reported("a", replace(report("a", 8, 8, 0.7), copied=Copied("b", 4, OTHER)))
@@ -81,25 +127,15 @@ def test_a_prompt_is_ranked_once() -> None:
 
     It is ranked once it has improved, or when its source is not ranked.
     """
-    outcome = Outcome(SearchSpec(), [("a", SPEC), ("b", OTHER)])
+    outcome = Outcome([("a", SPEC), ("b", OTHER)])
     outcome.trial_reported("b", report("b", 4, 4, 0.7))
     outcome.trial_reported("a", replace(report("a", 8, 4, 0.7), copied=Copied("b", 4, OTHER)))
     assert order(outcome) == ["b"]
-    outcome.trial_ended("b", "failed", "diverged at step 8")
+    outcome.trial_ended("b", TrialStatus.FAILED, "diverged at step 8")
     assert order(outcome) == ["a"]
-    outcome.trial_ended("b", "finished", "")
+    outcome.trial_ended("b", TrialStatus.FINISHED, "")
     outcome.trial_reported("a", report("a", 12, 12, 0.8))
     assert order(outcome) == ["a", "b"]
-
-
-def test_the_report_ranks_as_the_search_does() -> None:
-    """A copy without a better result of its own is left out of the report's ranking too."""
-    best = {"accuracy": 0.7, "loss": 1.0}
-    source = TrialFacts("b", OTHER, best=best, best_step=4)
-    copy = TrialFacts("a", SPEC, best=best, best_step=4, copied_step=4)
-    assert [trial.id for trial in ranked([copy, source], SearchSpec())] == ["b"]
-    source.status = "failed"
-    assert [trial.id for trial in ranked([copy, source], SearchSpec())] == ["a"]
 
 
 def test_the_spread_over_seeds_is_of_equal_trials() -> None:
@@ -108,7 +144,7 @@ def test_the_spread_over_seeds_is_of_equal_trials() -> None:
     The result is empty when there is no such trial.
     """
     seeds = {f"s{seed}": replace(SPEC, seed=seed) for seed in range(4)}
-    outcome = Outcome(SearchSpec(), [*seeds.items(), ("other", OTHER)])
+    outcome = Outcome([*seeds.items(), ("other", OTHER)])
     for name, accuracy, step in (
         ("s0", 0.5, 8),
         ("s1", 0.7, 8),

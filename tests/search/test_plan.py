@@ -13,13 +13,21 @@ from models import load, model_folder, small_task
 from ray_state import eventually, holders
 from small_jobs import Command, Recorder, small_job, write_job
 
-from orchestrator.cluster.nodes import Node
+from orchestrator.cluster.nodes import ClusterNode
 from orchestrator.errors import BadInput, JobFailed
 from orchestrator.job.yaml import load_job
 from orchestrator.models.backbone import bytes_elsewhere
 from orchestrator.search.plan import measure as measure_module
 from orchestrator.search.plan.forecast import Pace
-from orchestrator.search.plan.measure import Measured, cut, in_child, measure, shortened, spread
+from orchestrator.search.plan.measure import (
+    Bench,
+    Measured,
+    cut,
+    in_child,
+    measure,
+    shortened,
+    spread,
+)
 from orchestrator.search.plan.plan import END_S, WORKERS_S, Plan, estimate
 from orchestrator.search.plan.rehearsal import REPORT_S, Moments, Rehearsal, rehearse
 from orchestrator.search.prepare import likely_trials, prepare
@@ -88,6 +96,18 @@ def test_a_worker_holds_more_than_what_measures(tmp_path: Path) -> None:
         memory = estimate(prepared, PLACEMENT, measured, rehearsal=rehearsal).document()["memory"]
         found = tuple(memory[name] - besides for name in ("idle", "usual", "worker"))
         assert found == (500, 700, 900) and memory["slot"] == 200
+
+
+@pytest.mark.parametrize("metric", ["roc_auc", "own_metrics:broken"])
+def test_a_plan_does_without_metrics_that_need_all_rows(tmp_path: Path, metric: str) -> None:
+    """A few rows may give such a metric no value, so a plan evaluates without it."""
+    job = small_job(tmp_path, search__metric=metric, search__mode="max")
+    prepared = prepare(job)
+    short = shortened(prepared, PLACEMENT)
+    assert short.job.search.metric == "loss" and short.job.search.better == "min"
+    assert not Bench(prepared, PLACEMENT, load(model_folder())).largest()
+    usual = prepare(small_job(tmp_path, search__metric="macro_f1"))
+    assert shortened(usual, PLACEMENT).job.search.metric == "macro_f1"
 
 
 def test_a_rehearsal_is_the_search_in_short(tmp_path: Path) -> None:
@@ -208,7 +228,7 @@ def test_real_steps_are_measured(tmp_path: Path) -> None:
     Weights, idle, a usual step and the peak grow in that order.
     """
     prepared = prepare(small_job(tmp_path, **FIFO))
-    found = measure(prepared, place(prepared.job.resources, [Node(2)], len(prepared.trials)))
+    found = measure(prepared, place(prepared.job.resources, [ClusterNode(2)], len(prepared.trials)))
     assert 0 < found.weights < found.idle <= found.usual <= found.peak < found.room
     assert all(
         value > 0

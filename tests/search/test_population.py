@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator.job.space import TrialSpec
 from orchestrator.job.spec import JobSpec
-from orchestrator.search.study.population import FACTORS, Copy, Population
+from orchestrator.search.study.population import FACTORS, CopyDecision, Population
 from orchestrator.tuning.reports import Report
 
 RATES = [0.01, 0.1, 1.0]
@@ -54,7 +54,7 @@ def report(number: int, score: float, step: int = 10, loss: float = 1.0) -> Repo
 
 def copies(
     population: Population, scores: list[float], step: int = 10, first: int = 0
-) -> list[Copy]:
+) -> list[CopyDecision]:
     """Return the copies of a round in which every trial reports and goes on."""
     reports = [
         (report(first + place, score, step), spec(first + place))

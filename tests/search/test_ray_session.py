@@ -93,7 +93,7 @@ except ValueError as error:
     print(error, ray.is_initialized(), alive(children()))
 """
 STUCK = """
-from orchestrator.cluster import leaving_ray
+from orchestrator.cluster import session
 from orchestrator.cluster.ray_threads import RayThread, end_process
 
 @ray.remote
@@ -104,7 +104,7 @@ class Asks(RayThread):
     def run(self):
         ray.get(endless.remote())
 
-leaving_ray.THREADS_S = 1.0
+session.THREADS_S = 1.0
 with ray_beside() as up:
     up()
     Asks("asks").start()

@@ -13,9 +13,7 @@ from orchestrator.search.workers.broker import Broker
 
 
 def asked(number: int) -> dict[str, Any]:
-    return {
-        "trial": {"number": number, "config": TrialSpec("random", None, 2, 0.1, number).config()}
-    }
+    return {"trial": {"number": number, "spec": TrialSpec("random", None, 2, 0.1, number)}}
 
 
 def relay(broker: Any, number: int) -> RelayTrial:

@@ -25,7 +25,7 @@ from orchestrator.search.state.history import History
 from orchestrator.search.state.journal import Journal, read_history
 from orchestrator.search.state.object_store_copy import RemoteHome
 from orchestrator.search.state.saved import find_search
-from tests.search.test_journal import CONFIG, checkpoint, report
+from tests.search.test_journal import SPEC, checkpoint, report
 
 WRITER = """
 import itertools, sys
@@ -82,7 +82,7 @@ def write_round(folder: SearchFolder, number: int, journal: Journal | None = Non
     """Write three trials' reports at step ``number``, which replace the earlier ones."""
     if journal is None:
         journal = Journal(folder, History())
-        journal.append([Started(f"t{trial}", CONFIG) for trial in range(3)], 0.0)
+        journal.append([Started(f"t{trial}", SPEC) for trial in range(3)], 0.0)
     journal.append([Reported(report(f"t{trial}", number)) for trial in range(3)], float(number))
     return journal
 

@@ -14,7 +14,7 @@ from models import model_folder
 from ray_state import actors
 from small_jobs import Finished, close, run_search, search_runs, write_job
 
-import orchestrator.search.run
+import orchestrator.search.prepare
 from orchestrator.artifact import PromptArtifact
 from orchestrator.errors import BadInput, JobFailed, Unreachable
 from orchestrator.job.spec import SearchSpec, SpaceSpec, TrainSpec
@@ -74,13 +74,13 @@ def test_a_worker_that_cannot_load_its_model_fails_the_job(
     model = tmp_path / "model"
     shutil.copytree(model_folder(), model)
 
-    def prepare_then_damage(*arguments: Any) -> Prepared:
-        prepared = prepare(*arguments)
+    def prepare_then_damage(*arguments: Any, **options: Any) -> Prepared:
+        prepared = prepare(*arguments, **options)
         weights = model / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:1000])
         return prepared
 
-    monkeypatch.setattr(orchestrator.search.run, "prepare", prepare_then_damage)
+    monkeypatch.setattr(orchestrator.search.prepare, "prepare", prepare_then_damage)
     with pytest.raises(JobFailed, match="weights") as failed:
         run_search(write_job(tmp_path, base_model__id=str(model)))
     assert str(model) in failed.value.message and failed.value.hint

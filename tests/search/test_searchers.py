@@ -15,24 +15,25 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Thread
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import ray
 from ray_state import eventually, holders
 
+from orchestrator.cluster.ray_internals.settings import quiet_search_loggers
 from orchestrator.job.space import TrialSpec, draw, grid, trial_count, trials
-from orchestrator.job.spec import JobSpec
+from orchestrator.job.spec import JobSpec, Scheduler, Searcher
 from orchestrator.search.state.history import History
-from orchestrator.search.state.trials import Outcome, TrialRecord
-from orchestrator.search.study.study import Concurrency, run_study, trial_id
-from orchestrator.search.workers.running import quiet_ray_loggers, start_broker
+from orchestrator.search.state.trials import Outcome, TrialRecord, TrialStatus, trial_id
+from orchestrator.search.study.study import Concurrency, run_study
+from orchestrator.search.workers.running import start_broker
 from orchestrator.search.workers.worker import serve_orders
 from orchestrator.tuning.reports import Report
 from orchestrator.tuning.worker_group import Group
 
-SEARCHERS = ("random", "grid", "optuna")
-SCHEDULERS = ("fifo", "asha", "median", "pbt")
+SEARCHERS: tuple[Searcher, ...] = get_args(Searcher)
+SCHEDULERS: tuple[Scheduler, ...] = get_args(Scheduler)
 COMBINATIONS = [(searcher, scheduler) for searcher in SEARCHERS for scheduler in SCHEDULERS]
 STEPS, EVERY, TRIALS, SLOTS = 16, 4, 12, 2
 PACE = 0.1  # the share of the remaining way to its quality that a curve climbs in a step
@@ -154,7 +155,7 @@ class Heard:
     def trial_reported(self, trial: str, report: Report) -> None:
         self.reports.append(report)
 
-    def trial_ended(self, trial: str, status: str, note: str) -> None:
+    def trial_ended(self, trial: str, status: TrialStatus, note: str) -> None:
         self.ended.append(trial)
 
 
@@ -172,10 +173,10 @@ class Study:
 
 def search(job: JobSpec) -> Study:
     """Run the job's search with one worker of curves, in the session's Ray."""
-    quiet_ray_loggers()
+    quiet_search_loggers()
     before = holders()
     broker, curves, heard, known = start_broker(job), Curves(), Heard(), trials(job.search)
-    outcome = Outcome(job.search, [(trial_id(number), spec) for number, spec in enumerate(known)])
+    outcome = Outcome([(trial_id(number), spec) for number, spec in enumerate(known)])
     ray.get(broker.join.remote("w", curves.capacity))
     worker = Thread(target=serve_orders, args=(curves, SimpleNamespace(name="w", broker=broker)))
     worker.start()
@@ -190,7 +191,7 @@ def search(job: JobSpec) -> Study:
         ray.kill(broker)
     eventually(lambda: holders() <= before)
     left = holders() - before
-    return Study(job, outcome.records, outcome.ranking()[0], heard, curves.trained, left)
+    return Study(job, outcome.records, outcome.ranking(job.search)[0], heard, curves.trained, left)
 
 
 @cache

@@ -12,7 +12,8 @@ from small_jobs import small_job
 from orchestrator.job.spec import JobSpec
 from orchestrator.search.state.events import Event, Reported
 from orchestrator.search.state.history import History
-from orchestrator.search.study.study import SCORE, STEP, Continued, _Targets, scheduler, trial_id
+from orchestrator.search.state.trials import trial_id
+from orchestrator.search.study.study import SCORE, STEP, Continued, _Targets, scheduler
 from orchestrator.tuning.reports import Report
 
 STEPS = (4, 8, 12, 16)

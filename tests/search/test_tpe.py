@@ -135,7 +135,7 @@ def test_a_written_history_goes_on_as_it_would_have(at: int) -> None:
     whole = run(Proposer(search()))
     before, after = Proposer(search()), Proposer(search())
     begun = run(before, until=at)
-    after.replay({number: spec.config() for number, spec in enumerate(begun)})
+    after.replay(dict(enumerate(begun)))
     for number, spec in enumerate(begun):
         after.learn(number, -distance(spec))
     rest = []

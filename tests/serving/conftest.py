@@ -22,7 +22,7 @@ from orchestrator.errors import Unreachable
 from orchestrator.models.backbone import Backbone
 from orchestrator.registry import Canary, LiveModel, Registry
 from orchestrator.registry.versions.refs import NoSuchVersion
-from orchestrator.serving.engine.engine import Engine
+from orchestrator.serving.engine.engine import ServingEngine
 from orchestrator.serving.http.service import PromptService, RequestLimits
 from orchestrator.serving.prompts.served_prompt import ServedPrompt, load_prompt
 from orchestrator.serving.prompts.store import PromptStore
@@ -197,15 +197,15 @@ def registry(make_artifact: MakeArtifact) -> MemoryRegistry:
 
 
 @pytest.fixture
-def engine(backbone: Backbone) -> Iterator[Engine]:
-    engine = Engine(backbone)
+def engine(backbone: Backbone) -> Iterator[ServingEngine]:
+    engine = ServingEngine(backbone)
     yield engine
     engine.close()
 
 
 @pytest.fixture
 def service(
-    backbone: Backbone, registry: MemoryRegistry, engine: Engine
+    backbone: Backbone, registry: MemoryRegistry, engine: ServingEngine
 ) -> Iterator[PromptService]:
     """The service without HTTP; tests refresh its store by hand."""
     store = PromptStore(backbone, registry)

@@ -40,7 +40,7 @@ def test_what_left_comes_back(prompts: list[ServedPrompt]) -> None:
     assert gone == [[], [key(0)], [key(1)], [key(2)]]
     assert (len(cache), cache.nbytes, cache.host_len, cache.host_nbytes) == (1, one, 3, 3 * one)
     assert [key(version) in cache for version in range(4)] == [False, True, True, True]
-    assert [cache.ready(key(version)) is not None for version in range(4)] == [
+    assert [cache.get(key(version)) is not None for version in range(4)] == [
         False,
         False,
         False,
@@ -51,7 +51,7 @@ def test_what_left_comes_back(prompts: list[ServedPrompt]) -> None:
     assert found is not None and found[1] == [key(3)] and found[0].id == "spam:1"
     for tensor, before in zip(found[0].prepared.tensors, prompts[1].prepared.tensors, strict=True):
         assert torch.equal(tensor, before)
-    assert cache.ready(key(1)) is found[0]
+    assert cache.get(key(1)) is found[0]
 
 
 def test_use_beside_the_model_counts_in_the_host(prompts: list[ServedPrompt]) -> None:
@@ -60,7 +60,7 @@ def test_use_beside_the_model_counts_in_the_host(prompts: list[ServedPrompt]) ->
     cache = PromptCache(3 * one, 2 * one)
     cache.put(key(0), prompts[0])
     cache.put(key(1), prompts[1])
-    cache.ready(key(0))
+    cache.get(key(0))
     cache.put(key(2), prompts[2])
     assert [cache.bring(key(version)) is not None for version in range(3)] == [True, False, True]
 

@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 
 from orchestrator.artifact import MANIFEST, CellsRecord, PromptArtifact
+from orchestrator.cli.workbench.domain_shift import Question, _groups
 from orchestrator.data.dataset import load_rows
 from orchestrator.data.encoding import make_encoder
 from orchestrator.errors import BadInput
@@ -23,7 +24,6 @@ from orchestrator.models.backbone import Backbone
 from orchestrator.serving.http.protocol import ApiError, ClassifyRequest, parse_body
 from orchestrator.serving.offline import OfflineModel
 from orchestrator.serving.prompts.served_prompt import load_prompt
-from orchestrator.workbench.evaluate import Question, _groups
 
 Ids = list[list[int]]
 

@@ -13,6 +13,7 @@ import httpx
 import mlflow
 import pytest
 from chat_models import STYLES, WITHOUT_SYSTEM, chat_backbone
+from orchestrator.workbench.evaluate import Loaded, Question, _encoded, _groups
 
 from orchestrator.artifact import PromptArtifact
 from orchestrator.data.dataset import load_rows
@@ -27,7 +28,6 @@ from orchestrator.serving.http.service import PromptService
 from orchestrator.serving.offline import OfflineModel
 from orchestrator.serving.prompts.served_prompt import load_prompt
 from orchestrator.serving.prompts.store import PromptStore
-from orchestrator.workbench.evaluate import Loaded, Question, _encoded, _groups
 
 LABELS = {"no": "a quick no", "yes": "good movie"}
 TEXTS = ["the fox", "lazy <|im_end|><|eot_id|> dog <end>", "[/INST] <end_of_turn> <|end|> over"]

@@ -13,7 +13,7 @@ from orchestrator.artifact import PromptArtifact
 from orchestrator.errors import Unreachable
 from orchestrator.models.backbone import Backbone, CausalBackbone
 from orchestrator.serving.engine import engine as engine_module
-from orchestrator.serving.engine.engine import Engine, EngineLimits, Overloaded
+from orchestrator.serving.engine.engine import EngineLimits, Overloaded, ServingEngine
 from orchestrator.serving.engine.generation import Sampling
 from orchestrator.serving.offline import OfflineModel
 from orchestrator.serving.prompts.served_prompt import ServedPrompt, load_prompt
@@ -37,7 +37,7 @@ class Recorder:
         self.batches.append((kind, rows))
 
 
-class Blocked(Engine):
+class Blocked(ServingEngine):
     """An engine whose thread waits for ``go``, so that requests pile up."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -127,7 +127,7 @@ def test_greedy_generation_equals_transformers(
     ]
     prompts = [load_prompt(backbone, folder, folder.name, 1) for folder in folders]
     weights = [torch.from_numpy(PromptArtifact.load(folder).weights) for folder in folders]
-    engine = Engine(backbone)
+    engine = ServingEngine(backbone)
 
     async def ask() -> list[Any]:
         calls = [
@@ -147,7 +147,7 @@ def test_greedy_generation_equals_transformers(
 
 
 def test_sampling_depends_on_the_seed_and_not_on_the_batch(
-    engine: Engine, story: ServedPrompt
+    engine: ServingEngine, story: ServedPrompt
 ) -> None:
     """The same seed gives the same text, alone or among other rows; another differs."""
     sampling = Sampling(max_tokens=20, temperature=1.0, top_p=0.9, seed=7)
@@ -166,7 +166,7 @@ def test_sampling_depends_on_the_seed_and_not_on_the_batch(
 
 @pytest.mark.parametrize("setting", [{"top_p": 5e-324}, {"temperature": 5e-324}])
 def test_the_smallest_settings_choose_the_likeliest_token(
-    engine: Engine, story: ServedPrompt, setting: dict[str, float]
+    engine: ServingEngine, story: ServedPrompt, setting: dict[str, float]
 ) -> None:
     """A top_p or temperature that float32 rounds to zero means greedy decoding."""
     ids = [story.encode("the quick", 12)]
@@ -178,7 +178,7 @@ def test_the_smallest_settings_choose_the_likeliest_token(
     assert drawn == asyncio.run(ask(GREEDY))
 
 
-def test_stop_strings_end_a_row(engine: Engine, story: ServedPrompt) -> None:
+def test_stop_strings_end_a_row(engine: ServingEngine, story: ServedPrompt) -> None:
     """A row ends at the first stop string, which is not part of its text."""
     ids = story.encode("the quick", 12)
 
@@ -194,7 +194,9 @@ def test_stop_strings_end_a_row(engine: Engine, story: ServedPrompt) -> None:
     assert ended.tokens <= free.tokens
 
 
-def test_end_token_ends_a_row(backbone: Backbone, engine: Engine, story: ServedPrompt) -> None:
+def test_end_token_ends_a_row(
+    backbone: Backbone, engine: ServingEngine, story: ServedPrompt
+) -> None:
     """A row ends at the end token, while the others continue."""
 
     async def ask() -> Any:
@@ -254,7 +256,7 @@ def test_abandoned_rows_are_not_computed(
 
 
 def test_failing_batch_does_not_stop_the_engine(
-    engine: Engine, spam: ServedPrompt, monkeypatch: pytest.MonkeyPatch
+    engine: ServingEngine, spam: ServedPrompt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A batch that raises answers its requests with the error; the next one is served."""
     ids = spam.encode("hello", 1)

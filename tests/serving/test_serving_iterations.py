@@ -19,7 +19,7 @@ from test_serving_methods import GENERATING, TEXTS, encoded, served  # noqa: F40
 
 from orchestrator.models.backbone import Backbone, CausalState
 from orchestrator.serving.engine.detokenize import WINDOW, RowText
-from orchestrator.serving.engine.engine import Engine, EngineLimits
+from orchestrator.serving.engine.engine import EngineLimits, ServingEngine
 from orchestrator.serving.engine.generation import Completion, Delta, GenerationRow, Sampling
 from orchestrator.serving.offline import OfflineModel
 from orchestrator.serving.prompts.served_prompt import ServedPrompt
@@ -46,8 +46,8 @@ class Held(Recorder):
 
 def ask_by_and_by(
     backbone: Backbone,
-    first: Callable[[Engine], Any],
-    then: Callable[[Engine], list[Any]],
+    first: Callable[[ServingEngine], Any],
+    then: Callable[[ServingEngine], list[Any]],
     limits: Any = None,
 ) -> tuple[Any, list[Any], list[tuple[str, int]]]:
     """Send a request, and others when it has three tokens.
@@ -55,7 +55,7 @@ def ask_by_and_by(
     Returns the first request's answer, the others' answers, and the forwards.
     """
     held = Held(4)
-    engine = Engine(backbone, limits, held)
+    engine = ServingEngine(backbone, limits, held)
 
     async def run() -> tuple[Any, list[Any]]:
         running = asyncio.create_task(first(engine))
@@ -80,7 +80,7 @@ def test_rows_enter_a_running_generation(family: str, served: Any) -> None:  # n
     early, late = list(prompts.values())[:2], list(prompts.values())
     long = Sampling(max_tokens=14, temperature=0.0)
 
-    async def first(engine: Engine) -> list[Any]:
+    async def first(engine: ServingEngine) -> list[Any]:
         return await asyncio.gather(
             *(engine.complete(prompt, encoded(prompt), long) for prompt in early)
         )
@@ -153,7 +153,7 @@ def test_who_hangs_up_frees_the_row(backbone: Backbone, story: ServedPrompt) -> 
     """A row whose client hung up is in no further step, and the others continue."""
 
     held = Held(4)
-    engine = Engine(backbone, None, held)
+    engine = ServingEngine(backbone, None, held)
 
     async def leave() -> None:
         told = engine.stream(
@@ -178,7 +178,7 @@ def test_who_hangs_up_frees_the_row(backbone: Backbone, story: ServedPrompt) -> 
     assert steps[3] == 2 and set(steps[4:]) == {1}
 
 
-def gather(engine: Engine, prompt: ServedPrompt, sampling: Sampling) -> list[list[Delta]]:
+def gather(engine: ServingEngine, prompt: ServedPrompt, sampling: Sampling) -> list[list[Delta]]:
     """Stream all texts, and return the deltas of each row."""
     told: list[list[Delta]] = [[] for _ in TEXTS]
 
@@ -196,7 +196,7 @@ def gather(engine: Engine, prompt: ServedPrompt, sampling: Sampling) -> list[lis
     "sampling", [Sampling(30, 0.0), Sampling(30, 1.5, seed=3), Sampling(30, 0.0, logprobs=2)]
 )
 def test_streams_add_up_to_the_completion(
-    sampling: Sampling, backbone: Backbone, engine: Engine, story: ServedPrompt
+    sampling: Sampling, backbone: Backbone, engine: ServingEngine, story: ServedPrompt
 ) -> None:
     """Text, tokens and log-probabilities of a stream are those of the completion.
 
@@ -222,7 +222,7 @@ def test_streams_add_up_to_the_completion(
         )
 
 
-def test_a_stop_string_is_never_told(engine: Engine, story: ServedPrompt) -> None:
+def test_a_stop_string_is_never_told(engine: ServingEngine, story: ServedPrompt) -> None:
     """Text that may become a stop string is held back, and sent when it can't any more.
 
     That includes stop strings that span tokens.

@@ -18,7 +18,7 @@ from orchestrator.search.prepare import prepare, verbalizer_entries
 from orchestrator.serving.engine.engine import EngineLimits
 from orchestrator.serving.offline import OfflineModel
 from orchestrator.serving.prompts.served_prompt import ServedPrompt, load_prompt
-from orchestrator.tuning.checkpoint import TrialState
+from orchestrator.tuning.checkpoint import Checkpoint
 from tests.benchmarks.experiments import run_experiment
 
 JOBS = (
@@ -60,7 +60,7 @@ def tuned(job: JobSpec, backbone: Backbone, folder: Path) -> Path:
     (trial,) = run_experiment(job).trials
     tensors = {
         name: tensor.float().numpy()
-        for name, tensor in TrialState.from_bytes(trial.checkpoint).best().items()
+        for name, tensor in Checkpoint.from_bytes(trial.checkpoint).best().items()
     }
     record = {name: getattr(backbone.info, name) for name in BaseModelRecord.model_fields}
     made = manifest(

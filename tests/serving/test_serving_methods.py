@@ -27,7 +27,7 @@ from orchestrator.errors import BadInput
 from orchestrator.job.space import TrialSpec
 from orchestrator.models.backbone import PROMPT_ONCE_FAMILIES, Backbone
 from orchestrator.models.placeholders import placed, text_ids
-from orchestrator.serving.engine.engine import Engine
+from orchestrator.serving.engine.engine import ServingEngine
 from orchestrator.serving.engine.generation import GenerationRow, Sampling
 from orchestrator.serving.http.service import PromptService
 from orchestrator.serving.offline import OfflineModel
@@ -118,7 +118,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str
 
 def ask_together(
     backbone: Backbone,
-    ask: Callable[[Engine], list[Coroutine[Any, Any, list[Any]]]],
+    ask: Callable[[ServingEngine], list[Coroutine[Any, Any, list[Any]]]],
     **options: Any,
 ) -> tuple[list[list[Any]], list[tuple[str, int]]]:
     """Answer requests that all wait before the first is answered.
@@ -365,7 +365,7 @@ def ask_family(
         )
         store = PromptStore(backbone, registry)
         store.refresh()
-        service = PromptService(store, Engine(backbone))
+        service = PromptService(store, ServingEngine(backbone))
         request.addfinalizer(service.close)
         return Client(service)
 

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from orchestrator.models.backbone import Backbone
-from orchestrator.serving.engine.engine import Engine, EngineLimits
+from orchestrator.serving.engine.engine import EngineLimits, ServingEngine
 from orchestrator.serving.http.access import Access, is_loopback, load_keys
 from orchestrator.serving.http.routes import make_api
 from orchestrator.serving.http.service import PromptService
@@ -399,7 +399,7 @@ def test_internal_errors_tell_nothing(
 
 def test_overload_asks_to_come_back(backbone: Backbone, registry: Any) -> None:
     """A full waiting line gives 429 with Retry-After."""
-    engine = Engine(backbone, EngineLimits(max_waiting=1))
+    engine = ServingEngine(backbone, EngineLimits(max_waiting=1))
     store = PromptStore(backbone, registry)
     store.refresh()
     service = PromptService(store, engine)

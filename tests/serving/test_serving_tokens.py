@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from orchestrator.errors import BadInput
 from orchestrator.models.backbone import Backbone
-from orchestrator.serving.engine.engine import Engine
+from orchestrator.serving.engine.engine import ServingEngine
 from orchestrator.serving.http.routes import make_api
 from orchestrator.serving.http.service import PromptService
 from orchestrator.serving.prompts.served_prompt import load_prompt
@@ -49,7 +49,7 @@ def api(tmp_path: Path, registry: Any, write_artifact: Any) -> Iterator[Any]:
     registry.add(
         "story", 2, write_artifact(tmp_path / "story-2", backbone, template="{text}"), "champion"
     )
-    engine = Engine(backbone)
+    engine = ServingEngine(backbone)
     store = PromptStore(backbone, registry)
     store.refresh()
     service = PromptService(store, engine)

@@ -23,7 +23,7 @@ from orchestrator.tuning import step as step_module
 from orchestrator.tuning.baselines import CHANGES, check_peft, make_change
 from orchestrator.tuning.baselines.adapter import block_ends
 from orchestrator.tuning.baselines.store import save_result
-from orchestrator.tuning.checkpoint import TrialState
+from orchestrator.tuning.checkpoint import Checkpoint
 from orchestrator.tuning.engine import Engine, Task
 from orchestrator.tuning.make import make_engine
 from orchestrator.tuning.prompts import Method
@@ -125,7 +125,7 @@ def test_a_baseline_goes_on_from_its_checkpoint(method: MethodName) -> None:
     again.seat("t", SPECS[method], first.checkpoint)
     (resumed,) = run_out(again)
     assert resumed.metrics["loss"] == pytest.approx(last.metrics["loss"], rel=1e-5)
-    ended, wanted = (TrialState.from_bytes(one.checkpoint).best() for one in (resumed, last))
+    ended, wanted = (Checkpoint.from_bytes(one.checkpoint).best() for one in (resumed, last))
     assert ended.keys() == wanted.keys()
     assert all(torch.allclose(ended[name], wanted[name], atol=1e-6) for name in wanted)
 

@@ -12,19 +12,19 @@ from torch import nn
 
 from orchestrator.errors import BadInput
 from orchestrator.job.spec import TrainSpec
-from orchestrator.tuning.checkpoint import TrialState, restore_prompt
+from orchestrator.tuning.checkpoint import Checkpoint, restore_prompt
 from orchestrator.tuning.prompts.prefix import DirectSite, Prefix
 from orchestrator.tuning.prompts.soft import SoftPrompt
 from orchestrator.tuning.updater import Updater
 
 
-def state(optimizer: str = "adamw") -> TrialState:
+def state(optimizer: str = "adamw") -> Checkpoint:
     parameter = nn.Parameter(torch.randn(3, 4, generator=torch.Generator().manual_seed(0)))
     made = Updater([parameter], 0.1, TrainSpec(optimizer=optimizer))
     for step in range(3):
         parameter.grad = parameter.detach() * 0.5 + 1
         made.apply(step)
-    return TrialState.of(
+    return Checkpoint.of(
         step=6,
         best_step=4,
         best_metrics={"accuracy": 0.75, "loss": 1.25},
@@ -40,13 +40,13 @@ def state(optimizer: str = "adamw") -> TrialState:
 def test_round_trip(optimizer: str) -> None:
     """Every field and tensor is read back exactly, with its type."""
     before = state(optimizer)
-    after = TrialState.from_bytes(before.to_bytes())
+    after = Checkpoint.from_bytes(before.to_bytes())
     assert after == before and after.tensors.keys() == before.tensors.keys()
     for name, tensor in before.tensors.items():
         assert (
             torch.equal(after.tensors[name], tensor) and after.tensors[name].dtype == tensor.dtype
         )
-    assert TrialState.from_bytes(after.to_bytes()).to_bytes() == before.to_bytes()
+    assert Checkpoint.from_bytes(after.to_bytes()).to_bytes() == before.to_bytes()
 
 
 def test_its_parts_come_apart_again() -> None:
@@ -60,7 +60,7 @@ def test_its_parts_come_apart_again() -> None:
 def test_a_view_is_written_as_it_looks() -> None:
     """Tensors that share memory are stored separately."""
     whole = torch.arange(12.0).view(3, 4)
-    made = TrialState.of(
+    made = Checkpoint.of(
         step=0,
         best_step=0,
         best_metrics={},
@@ -70,7 +70,7 @@ def test_a_view_is_written_as_it_looks() -> None:
         best={"b": whole[1:]},
         optimizer={},
     )
-    after = TrialState.from_bytes(made.to_bytes())
+    after = Checkpoint.from_bytes(made.to_bytes())
     assert torch.equal(after.prompt()["a"], whole) and torch.equal(after.best()["b"], whole[1:])
 
 
@@ -99,7 +99,7 @@ def test_a_state_that_is_not_finite_is_refused() -> None:
     ruined.tensors["prompt.prompt"][1, 1] = torch.nan
     with pytest.raises(BadInput, match="prompt holds values that are not finite"):
         restore_prompt(
-            SoftPrompt(torch.zeros(3, 4)), TrialState.from_bytes(ruined.to_bytes()), "f00d"
+            SoftPrompt(torch.zeros(3, 4)), Checkpoint.from_bytes(ruined.to_bytes()), "f00d"
         )
 
 
@@ -133,16 +133,16 @@ def test_cut_short_is_refused_wherever_it_is_cut() -> None:
     data = state().to_bytes()
     for length in range(len(data)):
         with pytest.raises(BadInput, match=r"can't be read(.|\n)*resume from an earlier one"):
-            TrialState.from_bytes(data[:length])
+            Checkpoint.from_bytes(data[:length])
     with pytest.raises(BadInput):
-        TrialState.from_bytes(data + b"x")
+        Checkpoint.from_bytes(data + b"x")
 
 
 @given(st.binary(max_size=64))
 def test_other_bytes_are_refused(data: bytes) -> None:
     """Bytes that are no checkpoint are BadInput, never another error."""
     with pytest.raises(BadInput):
-        TrialState.from_bytes(data)
+        Checkpoint.from_bytes(data)
 
 
 @pytest.mark.parametrize(
@@ -151,4 +151,4 @@ def test_other_bytes_are_refused(data: bytes) -> None:
 def test_other_documents_are_refused(header: bytes) -> None:
     """A header of another shape is BadInput too."""
     with pytest.raises(BadInput):
-        TrialState.from_bytes(len(header).to_bytes(8, "little") + header)
+        Checkpoint.from_bytes(len(header).to_bytes(8, "little") + header)

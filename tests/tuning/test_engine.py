@@ -17,7 +17,7 @@ from orchestrator.job.space import TrialSpec
 from orchestrator.job.spec import SearchSpec, TrainSpec
 from orchestrator.models.backbone import Backbone
 from orchestrator.tuning import engine as engine_module
-from orchestrator.tuning.checkpoint import TrialState
+from orchestrator.tuning.checkpoint import Checkpoint
 from orchestrator.tuning.engine import Engine, Task
 from orchestrator.tuning.prompts import Method
 from orchestrator.tuning.prompts.inits import InitContext, initial_prompt
@@ -63,7 +63,7 @@ def alone(name: str, spec: TrialSpec | None = None, **options: Any) -> list[Repo
 
 
 def prompts_in(report: Report) -> dict[str, torch.Tensor]:
-    return TrialState.from_bytes(report.checkpoint).tensors
+    return Checkpoint.from_bytes(report.checkpoint).tensors
 
 
 def assert_same(got: list[Report], wanted: list[Report], rel: float) -> None:
@@ -280,7 +280,7 @@ def test_a_copy_goes_on_from_anothers_checkpoint(method: Method) -> None:
     engine.seat("copy", copied, source.checkpoint)
     state = engine.slots["copy"].state()
     assert (
-        state == TrialState.from_bytes(source.checkpoint) and state.to_bytes() == source.checkpoint
+        state == Checkpoint.from_bytes(source.checkpoint) and state.to_bytes() == source.checkpoint
     )
     reports = run_out(engine)
     assert (

@@ -22,7 +22,7 @@ from orchestrator.job.space import TrialSpec
 from orchestrator.job.spec import Metric, SearchSpec, TrainSpec
 from orchestrator.models.decoding import decode, start
 from orchestrator.tuning import generate as generate_module
-from orchestrator.tuning.checkpoint import TrialState
+from orchestrator.tuning.checkpoint import Checkpoint
 from orchestrator.tuning.engine import Engine, Task
 from orchestrator.tuning.evaluate import evaluate
 from orchestrator.tuning.generate import Decoding, generate, generated_metrics
@@ -143,7 +143,7 @@ def test_the_engine_ranks_trials_by_a_text_metric() -> None:
     task = small_task(None, train=8, validation=4)
     engine, report = one_round(task, "loss")
     assert set(report.metrics) == {"exact_match", "loss"}
-    prepared = engine.backbone.prepare([TrialState.from_bytes(report.checkpoint).best()["prompt"]])
+    prepared = engine.backbone.prepare([Checkpoint.from_bytes(report.checkpoint).best()["prompt"]])
     (said,) = generate(
         engine.backbone, prepared, task.splits["validation"].inputs, task.encoder, GREEDY
     )

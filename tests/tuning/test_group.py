@@ -25,7 +25,7 @@ from group_processes import (
 
 from orchestrator.job.spec import TrainSpec
 from orchestrator.models.backbone.sharding import bytes_elsewhere
-from orchestrator.tuning.checkpoint import TrialState
+from orchestrator.tuning.checkpoint import Checkpoint
 from orchestrator.tuning.prompts import Method
 
 PROMPT, INSIDE = Method("prompt_tuning"), Method("prompt_tuning", inside=True)
@@ -81,7 +81,7 @@ def assert_same(parts: list[Ended], wanted: Ended, rel: float = 1e-4) -> None:
                 assert one.train_loss == pytest.approx(other.train_loss, rel=rel)
     for name, reports in wanted.reports.items():
         got, expected = (
-            TrialState.from_bytes(r[-1].checkpoint).tensors
+            Checkpoint.from_bytes(r[-1].checkpoint).tensors
             for r in (parts[0].reports[name], reports)
         )
         assert got.keys() == expected.keys()

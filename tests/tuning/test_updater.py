@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from orchestrator.errors import BadInput
-from orchestrator.job.spec import TrainSpec
+from orchestrator.job.spec import Optimizer, Schedule, TrainSpec
 from orchestrator.tuning.schedules import factor
 from orchestrator.tuning.updater import Updater, apply_all
 
@@ -38,6 +38,12 @@ each_optimizer = pytest.mark.parametrize(
 each_schedule = pytest.mark.parametrize(
     "schedule", SCHEDULES, ids=lambda schedule: schedule["schedule"]
 )
+
+
+def test_every_optimiser_and_schedule_is_tested() -> None:
+    """The settings of this file's tests hold each name that the job spec allows."""
+    assert {train["optimizer"] for train in OPTIMIZERS} == {*get_args(Optimizer)}
+    assert {train["schedule"] for train in SCHEDULES} == {*get_args(Schedule)}
 
 
 def spec(**values: Any) -> TrainSpec:

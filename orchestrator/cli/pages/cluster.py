@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from orchestrator.cli.pages.table import table
+from orchestrator.cli.pages.table import aligned, table
 from orchestrator.cli.progress import duration
 from orchestrator.cluster.submit import LABEL_PREFIX, NAME_KEY, SEARCH_KEY, USER_KEY, Job
-from orchestrator.registry import printable
+from orchestrator.utils.documents import JsonObject
 
 
-def jobs_document(jobs: Sequence[Job]) -> list[dict[str, Any]]:
+def jobs_document(jobs: Sequence[Job]) -> list[JsonObject]:
     """Return the document of ``jobs --json``."""
     return [
         {
@@ -96,7 +96,4 @@ def request_page(document: Mapping[str, Any]) -> list[str]:
         *(("says", f"{name}={value}") for name, value in document["metadata"].items()),
         *(("note", text) for text in document["notes"]),
     ]
-    width = max(len(key) for key, _ in facts)
-    return [f"{key.ljust(width)}  {printable(value)}" for key, value in facts] + [
-        "nothing was sent"
-    ]
+    return [*aligned(facts), "nothing was sent"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from orchestrator.cli.pages.table import metric_text, table
 from orchestrator.job.labels import label_text
 from orchestrator.registry import Move, VersionDetail, printable
+from orchestrator.utils.documents import JsonObject
 
 LAST_MOVES = 5
 WORDS = 3
@@ -29,7 +30,7 @@ def history_lines(moves: Sequence[Move], most: int = LAST_MOVES) -> list[str]:
     return ["moves of aliases, the newest first:", *lines, *more] if lines else []
 
 
-def history_document(moves: Sequence[Move]) -> list[dict[str, Any]]:
+def history_document(moves: Sequence[Move]) -> list[JsonObject]:
     """Return all moves of all aliases, for ``models NAME --json``."""
     return [asdict(move) for move in moves]
 
@@ -37,7 +38,7 @@ def history_document(moves: Sequence[Move]) -> list[dict[str, Any]]:
 # Two versions
 
 
-def comparison_document(one: VersionDetail, other: VersionDetail) -> dict[str, Any]:
+def comparison_document(one: VersionDetail, other: VersionDetail) -> JsonObject:
     """Return the document of ``compare --json``; ``differs`` names the facts that are not equal."""
     sides = [_facts(detail) for detail in (one, other)]
     differs = [name for name in sides[0] if sides[0][name] != sides[1].get(name)]
@@ -56,7 +57,7 @@ def comparison_document(one: VersionDetail, other: VersionDetail) -> dict[str, A
     }
 
 
-def _facts(detail: VersionDetail) -> dict[str, Any]:
+def _facts(detail: VersionDetail) -> JsonObject:
     summary, manifest = detail.summary, detail.manifest
     config = {f"config.{key}": value for key, value in summary.config.items()}
     if manifest is None:
@@ -125,9 +126,9 @@ def _cell(value: Any, most: int = 60) -> str:
 
 def _metric_rows(document: Mapping[str, Any]) -> list[tuple[str, ...]]:
     metrics, evaluations = document["metrics"], document["evaluations"]
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for split in dict.fromkeys(split for side in metrics for split in side):
-        rows.append((split, *(metric_text(side, split) for side in metrics)))
+        rows += _split_rows(split, [side.get(split) for side in metrics])
     for name in dict.fromkeys(name for side in document["baselines"] for name in side):
         rows.append(
             (
@@ -138,6 +139,20 @@ def _metric_rows(document: Mapping[str, Any]) -> list[tuple[str, ...]]:
     for name in dict.fromkeys(name for side in evaluations for name in side):
         rows.append((f"on {name}", *(side.get(name, "") for side in evaluations)))
     return rows
+
+
+def _split_rows(split: str, sides: Sequence[Any]) -> Iterator[tuple[str, ...]]:
+    """Yield a row for each metric that one of the versions has on a split.
+
+    Values that are no numbers are left out: tags in the registry can be edited.
+    """
+    found = [side if isinstance(side, dict) else {} for side in sides]
+    for name in dict.fromkeys(name for side in found for name in side):
+        values = [side.get(name) for side in found]
+        yield (
+            f"{split} {name}",
+            *(_score(value) if isinstance(value, int | float) else "" for value in values),
+        )
 
 
 def _word_rows(nearest: Sequence[Any]) -> list[tuple[str, ...]]:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from orchestrator.artifact import IMPORTED, Manifest
-from orchestrator.cli.pages.table import BASELINES, metric_text, table
+from orchestrator.cli.pages.table import aligned, metric_text, table
 from orchestrator.job.labels import label_text
 from orchestrator.job.space import TrialSpec
-from orchestrator.registry import ModelSummary, VersionDetail, VersionSummary, printable
+from orchestrator.registry import CHAMPION, ModelSummary, VersionDetail, VersionSummary, printable
+from orchestrator.utils.documents import JsonObject
+from orchestrator.utils.wording import BASELINE_NAMES
 
 START_HERE = "nothing is registered yet\nnext: orchestrator demo   or   orchestrator init"
 
@@ -74,17 +78,18 @@ def _layer_row(layer: Mapping[str, Any]) -> tuple[Any, ...]:
     )
 
 
-def _drift_cells(drift: Mapping[str, float] | None) -> tuple[str, str]:
+def _drift_cells(drift: Mapping[str, Any] | None) -> tuple[str, str]:
     if drift is None:
         return "", ""
+    cosine = "none" if drift["cosine"] is None else f"{drift['cosine']:.3f}"
     moved = f"{drift['norm'] / drift['start_norm']:.2f}" if drift["start_norm"] else "from 0"
-    return f"{drift['cosine']:.3f}", moved
+    return cosine, moved
 
 
 # Registry
 
 
-def models_document(models: Sequence[ModelSummary]) -> list[dict[str, Any]]:
+def models_document(models: Sequence[ModelSummary]) -> list[JsonObject]:
     """Return the document of ``models --json``."""
     return [asdict(model) for model in models]
 
@@ -112,12 +117,12 @@ def _aliases(aliases: dict[str, int]) -> str:
     return ", ".join(f"{alias}={version}" for alias, version in sorted(aliases.items()))
 
 
-def versions_document(name: str, versions: Sequence[VersionSummary]) -> dict[str, Any]:
+def versions_document(name: str, versions: Sequence[VersionSummary]) -> JsonObject:
     """Return a model's versions, for ``models NAME --json``."""
     return {"name": name, "versions": [_version_fields(version) for version in versions]}
 
 
-def _version_fields(version: VersionSummary) -> dict[str, Any]:
+def _version_fields(version: VersionSummary) -> JsonObject:
     fields = asdict(version)
     fields.pop("tags")
     return fields
@@ -149,7 +154,7 @@ def _config_label(config: dict[str, Any]) -> str:
         return ""
 
 
-def version_document(detail: VersionDetail) -> dict[str, Any]:
+def version_document(detail: VersionDetail) -> JsonObject:
     """Return one version in full, for ``models NAME:VERSION --json``."""
     return {
         **_version_fields(detail.summary),
@@ -191,14 +196,13 @@ def version_page(detail: VersionDetail) -> list[str]:
             f"{manifest.created_at}",
         ),
         *(
-            (BASELINES.get(key, key), metric_text(found))
+            (BASELINE_NAMES.get(key, key), metric_text(found))
             for key, found in manifest.baselines.items()
         ),
         ("tuned prompt", metric_text(manifest.metrics)),
         ("MLflow run", summary.run_id or ""),
     ]
-    width = max(len(key) for key, _ in facts)
-    lines = [f"  {key.ljust(width)}  {printable(str(value))}" for key, value in facts]
+    lines = [f"  {line}" for line in aligned(facts)]
     return [*head, *lines, f"next: orchestrator serve {name}:{summary.version}"]
 
 
@@ -213,3 +217,34 @@ def _verbalizer(mapping: dict[Any, str] | None) -> str:
     if mapping is None:
         return "none: the prompt generates text"
     return ", ".join(f"{label_text(label)} = {text!r}" for label, text in mapping.items())
+
+
+# PEFT folders
+
+
+def export_page(document: Mapping[str, Any], folder: Path) -> list[str]:
+    """Say where an exported prompt is, and how to load it."""
+    return [
+        f"{document['name']}:{document['version']} is in {folder}, "
+        f"as {document['peft_type']} of PEFT.",
+        f"next: PeftModel.from_pretrained(base, {str(folder)!r}) in Python",
+        f"  or: orchestrator import {shlex.quote(str(folder))} --name NAME --job JOB   "
+        "(into another registry)",
+    ]
+
+
+def import_page(document: Mapping[str, Any]) -> list[str]:
+    """Say which version an imported prompt became, and what to do with it."""
+    model = document["model"]
+    made = f"{model['name']}:{model['version']}"
+    next_step = (
+        f"next: orchestrator inspect {made}   or   orchestrator serve {made}"
+        if model["alias"] == CHAMPION
+        else f"next: orchestrator evaluate {made} --data FILE   "
+        f"then   orchestrator promote {model['name']} {model['version']}"
+    )
+    return [
+        f"{made} holds {document['num_virtual_tokens']} virtual tokens of "
+        f"{document['base_model']}.",
+        next_step,
+    ]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from orchestrator.cli.pages.table import BASELINES, table
+from orchestrator.cli.pages.table import aligned, table
 from orchestrator.cli.progress import duration
 from orchestrator.job.space import TrialSpec
 from orchestrator.job.spec import JobSpec
-from orchestrator.utils.wording import counted
+from orchestrator.utils.documents import JsonObject
+from orchestrator.utils.wording import BASELINE_NAMES, counted
 
 if TYPE_CHECKING:
     from orchestrator.search.plan.plan import Plan
@@ -17,11 +18,11 @@ if TYPE_CHECKING:
 # Searches
 
 
-def run_summary(document: dict[str, Any], spec: JobSpec) -> list[str]:
+def run_summary(document: JsonObject, spec: JobSpec) -> list[str]:
     """Format a finished search: its best trial beside the baselines, and the next step."""
     best, metric = document["best"], spec.search.metric
     rows = [
-        (BASELINES[name], f"{found['validation'][metric]:.3f}", f"{found['test'][metric]:.3f}")
+        (BASELINE_NAMES[name], f"{found['validation'][metric]:.3f}", f"{found['test'][metric]:.3f}")
         for name, found in document["baselines"].items()
     ]
     tuned = best["metrics"]
@@ -51,7 +52,7 @@ def run_summary(document: dict[str, Any], spec: JobSpec) -> list[str]:
     return [*lines, *_registered(document["model"])]
 
 
-def _registered(model: dict[str, Any] | None) -> list[str]:
+def _registered(model: JsonObject | None) -> list[str]:
     if model is None:
         return ["nothing was registered (registry.register_top is 0)"]
     alias = f", alias {model['alias']}" if model["alias"] else ""
@@ -70,7 +71,7 @@ def _registered(model: dict[str, Any] | None) -> list[str]:
 def plan_page(plan: Plan, spec: JobSpec) -> list[str]:
     """Format what a search will take, with warnings such as about what does not fit."""
     placement, measured, found = plan.placement, plan.measured, plan.forecast
-    pace, packed = measured.pace, f"{_count(placement.trials_per_worker, 'trial')} packed"
+    pace, packed = measured.pace, f"{counted(placement.trials_per_worker, 'trial')} packed"
     reached = ", ".join(
         f"{step} steps: {_number(trials)}"
         for step, trials in zip(found.rungs, found.reached, strict=True)
@@ -82,9 +83,9 @@ def plan_page(plan: Plan, spec: JobSpec) -> list[str]:
         ("steps", f"about {found.steps:.0f} of at most {plan.most_steps}"),
         (
             "slots",
-            f"{placement.slots}: {_count(placement.workers, 'worker')} of "
-            f"{_count(placement.trials_per_worker, 'slot')}"
-            f", {_count(placement.threads, 'thread')} each, on {measured.device}",
+            f"{placement.slots}: {counted(placement.workers, 'worker')} of "
+            f"{counted(placement.trials_per_worker, 'slot')}"
+            f", {counted(placement.threads, 'thread')} each, on {measured.device}",
         ),
         (
             "memory",
@@ -111,9 +112,8 @@ def plan_page(plan: Plan, spec: JobSpec) -> list[str]:
         ),
         ("in all", f"about {duration(plan.seconds['total'])}: " + _parts(plan.seconds)),
     ]
-    width = max(len(key) for key, _ in facts)
     return [
-        *(f"{key.ljust(width)}  {value}" for key, value in facts),
+        *aligned(facts),
         *(f"warning: {text}" for text in (*plan.data_warnings, *plan.warnings)),
     ]
 
@@ -122,10 +122,6 @@ def _parts(seconds: Mapping[str, float]) -> str:
     return ", ".join(
         f"{name} {duration(value)}" for name, value in seconds.items() if name != "total"
     )
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 def _number(value: float) -> str:

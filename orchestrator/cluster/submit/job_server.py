@@ -1,11 +1,7 @@
-"""A client of Ray's job server that translates its errors into ours.
-
-Only this module imports ``ray.job_submission``.
-"""
+"""A client of Ray's job server that translates its errors into ours."""
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import time
@@ -13,16 +9,18 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
+from orchestrator.cluster.ray_internals.jobs import job_client
 from orchestrator.errors import BadInput, OrchestratorError, Unreachable
-from orchestrator.utils.text import mask_secrets
+from orchestrator.utils.text import last_line, mask_secrets
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobDetails, JobSubmissionClient
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"  # a local `ray start --head`, or a forwarded port
 OLDEST_RAY = (2, 60)  # the minimum in pyproject.toml
-# Ray's client would prefer these variables to the address that it is given.
-ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 ANSWER_S = (10.0, 120.0)  # the limits for connecting and for an answer
 ENDED = ("succeeded", "failed", "stopped")
 
@@ -64,7 +62,7 @@ class Cluster:
     def __init__(self, address: str | None = None) -> None:
         """Check the address without connecting; raise BadInput if it can't be a dashboard's."""
         self.address = checked_address(address or DEFAULT_ADDRESS)
-        self._client: Any = None
+        self._client: JobSubmissionClient | None = None
 
     @property
     def shown(self) -> str:
@@ -79,7 +77,7 @@ class Cluster:
         import ray
 
         with self._translated():
-            self._client = _client(self.address)
+            self._client = job_client(self.address, token(os.environ), ANSWER_S)
         found = self._client.ray_version
         if _release(found) < OLDEST_RAY:
             raise BadInput(
@@ -148,7 +146,7 @@ class Cluster:
             async for text in self._connected().tail_job_logs(job_id):
                 yield text
 
-    def _connected(self) -> Any:
+    def _connected(self) -> JobSubmissionClient:
         if self._client is None:
             self.connect()
         return self._client
@@ -169,11 +167,7 @@ class Cluster:
             raise self._silent(_reason(error)) from None
         # The server that answers is not Ray, or has a problem.
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise self._silent(
-                mask_secrets(
-                    str(error).strip().splitlines()[-1][:300] if str(error).strip() else ""
-                )
-            ) from None
+            raise self._silent(last_line(error)) from None
 
     def _locked(self, text: str) -> BadInput:
         given = (
@@ -247,30 +241,7 @@ def token(here: Mapping[str, str]) -> str | None:
         ) from None
 
 
-def _client(address: str) -> Any:
-    """Create Ray's client for the address with a time limit per request, which Ray does not set."""
-    from ray.job_submission import JobSubmissionClient
-
-    for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-
-    class Client(JobSubmissionClient):
-        @property
-        def ray_version(self) -> str:
-            return str(self._server_ray_version)
-
-        def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
-            return super()._do_request(method, endpoint, **{"timeout": ANSWER_S, **options})
-
-    given = token(os.environ)
-    kept = {name: os.environ.pop(name) for name in ADDRESSES if name in os.environ}
-    try:
-        return Client(address, headers={"Authorization": f"Bearer {given}"} if given else None)
-    finally:
-        os.environ.update(kept)
-
-
-def _job(details: Any) -> Job:
+def _job(details: JobDetails) -> Job:
     return Job(
         id=details.submission_id or details.job_id,
         status=str(details.status).lower(),

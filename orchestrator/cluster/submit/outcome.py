@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
 
 from orchestrator.cluster.submit.job_server import Job
 from orchestrator.errors import BadInput, Interrupted, JobFailed, OrchestratorError, Unreachable
+from orchestrator.utils.documents import JsonObject
 
 MARK = "@orchestrator-result "  # begins the log line that only programs read
 KINDS: dict[int, type[OrchestratorError]] = {
@@ -25,7 +25,7 @@ LOST = (
 MISSING = re.compile(r"No module named '?([A-Za-z_][\w.]*)")
 
 
-def result_line(document: dict[str, Any]) -> str:
+def result_line(document: JsonObject) -> str:
     """Return a line that carries a document through a job's log."""
     return MARK + json.dumps(document, default=str)
 
@@ -34,7 +34,7 @@ def visible(line: str) -> bool:
     return not line.startswith(MARK)
 
 
-def result_in(log: str) -> dict[str, Any]:
+def result_in(log: str) -> JsonObject:
     """Return the last document in a log; empty if there is none."""
     for line in reversed(log.splitlines()):
         if not visible(line):

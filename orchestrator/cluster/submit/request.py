@@ -19,6 +19,7 @@ from orchestrator import __version__
 from orchestrator.cluster.submit.environment import Environment
 from orchestrator.cluster.submit.package import HOME, LABELS, SEARCH, Package, PackedFile
 from orchestrator.errors import BadInput
+from orchestrator.utils.documents import JsonObject
 from orchestrator.utils.text import mask_secrets
 
 # A shell runs this command, so it contains no text from users.
@@ -34,7 +35,7 @@ LABEL_PREFIX = "label."
 
 
 @dataclass(frozen=True)
-class Request:
+class SubmitRequest:
     """Everything that is sent to the cluster, except the number of the attempt.
 
     Equal inputs give equal IDs.
@@ -97,7 +98,7 @@ class Request:
             made["pip"] = {"packages": list(self.pip), "pip_check": False}
         return made
 
-    def document(self, address: str) -> dict[str, Any]:
+    def document(self, address: str) -> JsonObject:
         """Build the document that ``--dry-run`` shows.
 
         It omits the values of private variables and the logins in addresses.
@@ -121,7 +122,7 @@ class Request:
         }
 
 
-def _file(file: PackedFile) -> dict[str, Any]:
+def _file(file: PackedFile) -> JsonObject:
     return {"name": file.name, "from": str(file.source), "bytes": file.size, "sha256": file.digest}
 
 

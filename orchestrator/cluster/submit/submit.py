@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from orchestrator.cluster.submit.environment import forwarded
@@ -27,12 +26,13 @@ from orchestrator.cluster.submit.request import (
     ENTRYPOINT,
     SEARCH_KEY,
     STOP_SECONDS,
-    Request,
+    SubmitRequest,
     parse_labels,
     read_pip,
 )
 from orchestrator.errors import BadInput, Interrupted, Unreachable
 from orchestrator.job.spec import JobSpec
+from orchestrator.utils.documents import JsonObject
 from orchestrator.utils.object_store import check_address, is_address
 
 PATIENCE_S = 60.0  # the time to wait for a cluster that does not answer
@@ -46,7 +46,7 @@ Say = Callable[[str], None]
 class Submission:
     """A request, its cluster, and the number of times to submit it again."""
 
-    request: Request
+    request: SubmitRequest
     cluster: Cluster
     retries: int = 0
 
@@ -54,7 +54,7 @@ class Submission:
     def patience_s(self) -> float:
         return RETURN_S if self.retries else PATIENCE_S
 
-    def document(self) -> dict[str, Any]:
+    def document(self) -> JsonObject:
         """Build the document that ``--dry-run`` shows."""
         return {
             **self.request.document(self.cluster.address),
@@ -93,7 +93,7 @@ def make_submission(
             f"--shared {missing[0]} is no folder here",
             "name one that this machine and the nodes have",
         )
-    request = Request(
+    request = SubmitRequest(
         package=pack(job, shared),
         code=() if image_has_code else code_files(),
         environment=forwarded(os.environ, asked),
@@ -129,7 +129,7 @@ class Attempt:
     search: str
     found: bool
 
-    def document(self, cluster: Cluster) -> dict[str, Any]:
+    def document(self, cluster: Cluster) -> JsonObject:
         return {
             "id": self.id,
             "search": self.search,
@@ -138,7 +138,7 @@ class Attempt:
         }
 
 
-def submit_job(submission: Submission, say: Say, show: Say, wait: bool = True) -> dict[str, Any]:
+def submit_job(submission: Submission, say: Say, show: Say, wait: bool = True) -> JsonObject:
     """Submit and follow the job to its end; return the document of ``submit --json``.
 
     Without ``wait``, returns once the cluster has the job. Raises an error with the job's own exit
@@ -165,7 +165,7 @@ class _Folders:
     code: Path
 
     @classmethod
-    def written(cls, request: Request, folder: Path) -> _Folders:
+    def written(cls, request: SubmitRequest, folder: Path) -> _Folders:
         request.package.write(folder / "job")
         write_files(request.code, folder / "code")
         return cls(folder / "job", folder / "code" / "orchestrator")
@@ -173,7 +173,7 @@ class _Folders:
 
 def _attempts(
     submission: Submission, folders: _Folders, say: Say, show: Say, wait: bool
-) -> dict[str, Any]:
+) -> JsonObject:
     cluster = submission.cluster
     search: str | None = None  # the previous attempt's search
     for left in reversed(range(submission.retries + 1)):
@@ -216,7 +216,7 @@ def _followed(cluster: Cluster, job_id: str, show: Say, patience_s: float) -> Jo
         raise Interrupted(f"left job {job_id} running", goes_on) from None
 
 
-def concluded(cluster: Cluster, job_id: str, job: Job | None) -> dict[str, Any]:
+def concluded(cluster: Cluster, job_id: str, job: Job | None) -> JsonObject:
     """Return the outcome of a job that was followed to its end.
 
     Raises an error with the job's own exit code.
@@ -233,7 +233,7 @@ def concluded(cluster: Cluster, job_id: str, job: Job | None) -> dict[str, Any]:
     return {"status": "succeeded", "result": result_in(log)}
 
 
-def followed_document(cluster: Cluster, job_id: str, show: Say) -> dict[str, Any]:
+def followed_document(cluster: Cluster, job_id: str, show: Say) -> JsonObject:
     """Follow a job's log to its end, as ``submit`` would have done.
 
     Raises the same errors as ``submit_job``.

@@ -17,7 +17,8 @@ from orchestrator.errors import Problem
 from orchestrator.job.spec import JobSpec, Section
 from orchestrator.job.yaml.scalars import unquoted
 from orchestrator.job.yaml.tree import Node
-from orchestrator.job.yaml.wording import below, describe, nearest, show
+from orchestrator.job.yaml.wording import below, describe, show
+from orchestrator.utils.text import nearest
 
 BAD = object()
 # The same as in Section, because a value of a section is also checked on its own.

@@ -15,7 +15,8 @@ from orchestrator.job.yaml.overrides import lay_over
 from orchestrator.job.yaml.places import Places
 from orchestrator.job.yaml.scalars import Unreadable, compose
 from orchestrator.job.yaml.tree import Node, grow
-from orchestrator.job.yaml.wording import nearest, printable
+from orchestrator.job.yaml.wording import encodable
+from orchestrator.utils.text import nearest
 
 MAX_BYTES = 2**20  # a job spec is a page of text; a larger file is something else
 
@@ -35,7 +36,7 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobSpec:
 
 def load_with_places(path: str | Path, overrides: Sequence[str] = ()) -> tuple[JobSpec, Places]:
     """Read a job spec as ``load_job`` does; return it with the lines of its values."""
-    file = printable(str(path))
+    file = encodable(str(path))
     try:
         root = _tree(_text(Path(path)), file)
     except Unreadable as error:

@@ -10,7 +10,7 @@ import yaml
 from orchestrator.errors import Problem
 from orchestrator.job.yaml.scalars import Unreadable, compose, unquoted
 from orchestrator.job.yaml.tree import Node, grow
-from orchestrator.job.yaml.wording import below, printable
+from orchestrator.job.yaml.wording import below, encodable
 
 PART = r'(?:"[^"]*"|[^."=]+)'
 OVERRIDE = re.compile(rf"({PART}(?:\.{PART})*)=(.*)", re.DOTALL)
@@ -18,7 +18,7 @@ OVERRIDE = re.compile(rf"({PART}(?:\.{PART})*)=(.*)", re.DOTALL)
 
 def lay_over(root: Node, override: str) -> None:
     """Set the value of ``override`` in the tree ``root``, and note problems with it there."""
-    source = printable(f"--set {override}")
+    source = encodable(f"--set {override}")
     match = OVERRIDE.fullmatch(override)
     if not match:
         message = "names no key" if "=" in override else "has no ="
@@ -34,7 +34,7 @@ def lay_over(root: Node, override: str) -> None:
         inner = around.value.get(name)
         if inner and isinstance(inner.value, list):
             message = f"{inner.where} is a list; set it as a whole"
-            root.problems.append(Problem(source, None, printable(match[1]), message))
+            root.problems.append(Problem(source, None, encodable(match[1]), message))
             return
         if not inner or not isinstance(inner.value, dict):
             inner = around.value[name] = Node(source, None, below(around.where, name), {})
@@ -52,5 +52,5 @@ def _node(match: re.Match[str], empty: Node) -> Node:
         return grow(node, empty.file, empty.where, lines=False) if node else empty
     except Unreadable as error:
         hint = f"put text in quotes: --set '{key}={json.dumps(text, ensure_ascii=False)}'"
-        empty.note(f"the value {error}", printable(hint))
+        empty.note(f"the value {error}", encodable(hint))
         return empty

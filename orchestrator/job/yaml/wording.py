@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from orchestrator.job.metrics import CUSTOM_PATTERN
 from orchestrator.job.spec import ALIAS_PATTERN, NAME_PATTERN
 
 KINDS = {
@@ -24,20 +24,13 @@ LIMITS = {
 }
 
 
-def nearest(word: str, words: Iterable[str]) -> str:
-    """Return the one of ``words`` that ``word`` probably stands for; empty when none is near."""
-    lowered = {known.lower(): known for known in words}
-    found = difflib.get_close_matches(word.lower(), list(lowered), n=1, cutoff=0.6)
-    return lowered[found[0]] if found else ""
-
-
 def show(value: Any) -> str:
     """Return a value as it would stand in the file, shortened."""
     text = json.dumps(value, ensure_ascii=False, default=str)
-    return printable(text if len(text) <= 60 else f"{text[:57]}...")
+    return encodable(text if len(text) <= 60 else f"{text[:57]}...")
 
 
-def printable(text: str) -> str:
+def encodable(text: str) -> str:
     """Return ``text`` without lone surrogates, which YAML's escapes can make.
 
     A terminal would not accept them.
@@ -50,7 +43,7 @@ def below(where: str, name: Any) -> str:
     shown = (
         name if isinstance(name, str) and "." not in name else json.dumps(name, ensure_ascii=False)
     )
-    return printable(f"{where}.{shown}" if where else shown)
+    return encodable(f"{where}.{shown}" if where else shown)
 
 
 def listed(texts: Sequence[str]) -> str:
@@ -111,6 +104,8 @@ def _one(schema: dict[str, Any]) -> str:
             return "letters, digits, '.', '_' and '-', a letter or digit first, 100 at most"
         case {"pattern": pattern} if pattern == ALIAS_PATTERN:
             return "letters, digits, '_' and '-', a letter or digit first, 100 at most"
+        case {"pattern": pattern} if pattern == CUSTOM_PATTERN:
+            return "module:function"
         case {"minLength": _}:
             return "text that is not empty"
         case {"type": kind}:

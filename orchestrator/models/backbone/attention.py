@@ -12,14 +12,17 @@ Shapes: B rows, P virtual tokens, Q queries, T keys, L layers.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PREFIXED = "orchestrator_prefix"
 GROUPED = "orchestrator_grouped"
@@ -37,7 +40,7 @@ class RowPrefix:
     mask: Tensor
 
 
-class _Thread(threading.local):
+class _ThreadPrefixes(threading.local):
     """The prefixes and recorders of one thread.
 
     They are per thread because a server records a new prompt's shapes from the model while other
@@ -49,7 +52,7 @@ class _Thread(threading.local):
         self.recorders: list[dict[nn.Module, tuple[Tensor, Tensor]]] = []
 
 
-_here = _Thread()
+_here = _ThreadPrefixes()
 
 
 @contextmanager
@@ -81,7 +84,7 @@ def attention(
     value: Tensor,
     attention_mask: Tensor | None,
     **options: Any,
-) -> tuple[Tensor, Any]:
+) -> tuple[Tensor, Tensor | None]:
     """Run the library's scaled dot product attention, after the module's prefix if one is set."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -98,7 +101,7 @@ def attention(
         if (bias := options.get("position_bias")) is not None:
             # A prefix's keys have no position, so their relative position bias is zero.
             options["position_bias"] = pad(bias, (prefix.mask.shape[1], 0))
-    out: tuple[Tensor, Any] = sdpa_attention_forward(
+    out: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
         module, query, key, value, attention_mask, **options
     )
     return out
@@ -135,7 +138,7 @@ def grouped_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     **options: Any,
-) -> tuple[Tensor, Any]:
+) -> tuple[Tensor, Tensor | None]:
     """Run the library's attention without copying the keys and values of each group.
 
     The library copies them for every head. Torch's function for CPUs doesn't need the copies, gives
@@ -150,7 +153,7 @@ def grouped_attention(
         or attention_mask is None
         or options.keys() & {"softcap", "position_bias", "cache"}
     ):
-        out: tuple[Tensor, Any] = sdpa_attention_forward(
+        out: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, **options
         )
         return out
@@ -166,12 +169,12 @@ def grouped_attention(
     return attended.transpose(1, 2).contiguous(), None
 
 
-def install_prefixes(model: nn.Module) -> None:
+def install_prefixes(model: PreTrainedModel) -> None:
     """Let the model's attention take prefixes; results without a prefix don't change."""
     _install(model, PREFIXED, attention)
 
 
-def install_grouped(model: Any) -> None:
+def install_grouped(model: PreTrainedModel) -> None:
     """Avoid the copies of keys and values that heads share, where transformers allows it."""
     config = model.config
     heads = getattr(config, "num_attention_heads", 0)
@@ -182,7 +185,7 @@ def install_grouped(model: Any) -> None:
         _install(model, GROUPED, grouped_attention)
 
 
-def _install(model: Any, name: str, function: Any) -> None:
+def _install(model: PreTrainedModel, name: str, function: Callable[..., object]) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -191,7 +194,7 @@ def _install(model: Any, name: str, function: Any) -> None:
     model.set_attn_implementation(name)
 
 
-def called_modules(seen: Mapping[nn.Module, Any], within: nn.Module) -> list[nn.Module]:
+def called_modules(seen: Mapping[nn.Module, object], within: nn.Module) -> list[nn.Module]:
     """Return the recorded attention modules inside ``within``, in the order of their calls."""
     inside = set(within.modules())
     return [module for module in seen if module in inside]

@@ -24,6 +24,7 @@ from orchestrator.models.backbone.prepared_prompts import (
 )
 from orchestrator.models.backbone.sharding import gather_once, local, reset_blocks, shard_blocks
 from orchestrator.models.source import BaseModelInfo, Family
+from orchestrator.models.tokenizer import Tokenizer
 
 Ids = Sequence[int]
 
@@ -46,13 +47,13 @@ class Backbone(ABC):
 
     family: ClassVar[Family]
 
-    def __init__(self, model: nn.Module, tokenizer: Any, info: BaseModelInfo) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Tokenizer, info: BaseModelInfo) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.info = info
         self.sharded = False
 
-    def shard(self, device: torch.device, before_gather: Callable[[], Any]) -> None:
+    def shard(self, device: torch.device, before_gather: Callable[[], object]) -> None:
         """Keep only this worker's part of each block's weights, on ``device``.
 
         See ``sharding.shard_blocks``. Call ``gather_once`` before the first forward.
@@ -111,15 +112,16 @@ class Backbone(ABC):
 
     def start(
         self, prompts: PreparedPrompts | None, inputs: Sequence[Ids], prompt: Sequence[int]
-    ) -> Any:
-        """Run the inputs; return a ``RowState`` with logits [B, V] of the first target token."""
+    ) -> RowState:
+        """Run the inputs; return their state with logits [B, V] of the first target token."""
         raise NotImplementedError(f"a {self.family} backbone can't continue rows")
 
-    def extend(self, state: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, Any]:
+    def extend(self, state: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, RowState]:
         """Run further tokens [B, n] of started rows; return logits [B, n, V] and the new state.
 
-        The tokens are padded on the right. The state's cache grows in place, so a state can be
-        extended only once. The new state's ``logits`` are those of column n - 1.
+        ``state`` comes from ``start`` or ``extend`` of this backbone. The tokens are padded on the
+        right. The state's cache grows in place, so a state can be extended only once. The new
+        state's ``logits`` are those of column n - 1.
         """
         raise NotImplementedError(f"a {self.family} backbone can't continue rows")
 

@@ -105,7 +105,7 @@ def select(cache: Cache, rows: Tensor) -> Cache:
     return Cache(layers=[_selected(layer, rows) for layer in cache.layers])
 
 
-def _selected(layer: Any, rows: Tensor) -> RoomyLayer:
+def _selected(layer: DynamicLayer, rows: Tensor) -> RoomyLayer:
     held = layer.buffers if isinstance(layer, RoomyLayer) else (layer.keys, layer.values)
     keys, values = (it.index_select(0, rows) for it in held)
     return RoomyLayer((keys, values), layer.get_seq_length())

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,11 @@ from orchestrator.models.backbone.sharding import through_last_block
 from orchestrator.models.placeholders import placed
 from orchestrator.models.rope import rope_switches
 from orchestrator.models.source import BaseModelInfo, Family
+from orchestrator.models.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import Cache, DynamicCache, PreTrainedConfig
+    from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 # Families whose loss and gradient with the prompt run once were checked, in float64, to agree with
 # those of unpadded rows (docs/decisions.md).
@@ -55,7 +60,7 @@ class CausalState:
     """
 
     logits: Tensor
-    cache: Any
+    cache: Cache
     mask: Tensor
     positions: Tensor
 
@@ -92,7 +97,11 @@ class CausalBackbone(Backbone):
     family: ClassVar[Family] = "causal"
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, info: BaseModelInfo, prompt_once: bool | None = None
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        info: BaseModelInfo,
+        prompt_once: bool | None = None,
     ) -> None:
         super().__init__(model, tokenizer, info)
         switches = rope_switches(model.config, info.context_length)
@@ -219,14 +228,14 @@ class CausalBackbone(Backbone):
         """
         fed = [
             [*ids, *target[:-1]]
-            for ids, target in zip(self._placed(prompts, inputs, prompt), targets, strict=True)
+            for ids, target in zip(self._placed_rows(prompts, inputs, prompt), targets, strict=True)
         ]
         longest = max(map(len, targets))
         padded = [[*[-100] * (longest - len(target)), *target] for target in targets]
         logits = self.target_logits(prompts, Rows.pad(fed, prompt, self.device), longest)
         return logits, torch.tensor(padded, device=self.device)
 
-    def _placed(
+    def _placed_rows(
         self, prompts: PreparedPrompts | None, inputs: Sequence[Ids], prompt: Sequence[int]
     ) -> Sequence[Ids]:
         if all(min(ids, default=0) >= 0 for ids in inputs):
@@ -248,7 +257,7 @@ class CausalBackbone(Backbone):
         self, prompts: PreparedPrompts | None, inputs: Sequence[Ids], prompt: Sequence[int]
     ) -> CausalState:
         return self.run(
-            prompts, Rows.pad(self._placed(prompts, inputs, prompt), prompt, self.device)
+            prompts, Rows.pad(self._placed_rows(prompts, inputs, prompt), prompt, self.device)
         )
 
     def run(self, prompts: PreparedPrompts | None, rows: Rows) -> CausalState:
@@ -277,7 +286,7 @@ class CausalBackbone(Backbone):
 
     def _continue(
         self, prompts: PreparedPrompts | None, rows: Rows, keep: int, room: int = 0
-    ) -> tuple[Any, Tensor, Tensor]:
+    ) -> tuple[CausalLMOutputWithPast, Tensor, Tensor]:
         """Run the rows after their prompts' keys and values; return output, mask and positions.
 
         The mask covers the prompts' columns and the rows' columns. Reserve cache space for ``room``
@@ -302,7 +311,7 @@ class CausalBackbone(Backbone):
             )
         return out, mask, positions
 
-    def _reading(self, cache: Any, keep: int) -> AbstractContextManager[Any]:
+    def _reading(self, cache: Cache, keep: int) -> AbstractContextManager[Cache]:
         """Return the context of a forward of which only the last ``keep`` columns are read.
 
         A sharded model runs its last block on all columns, because all of a sharded block has to
@@ -387,7 +396,7 @@ class CausalBackbone(Backbone):
     def _takes_positions(self) -> bool:
         return "position_ids" in inspect.signature(self.model.forward).parameters
 
-    def _body(self, **inputs: Any) -> Any:
+    def _body(self, **inputs: Any) -> BaseModelOutputWithPast:
         """Run the model without its head, whose [K, P, V] logits are not needed."""
         return self.model.base_model(**inputs)  # type: ignore[operator]
 
@@ -398,7 +407,7 @@ def _layers(prompt: PromptTensors) -> tuple[Tensor, ...] | None:
     return None if tensor is None else tuple(tensor.flatten(0, 1).unbind(0))
 
 
-def _rows_cache(part: Part | None, prompt: Tensor, further: int) -> Any:
+def _rows_cache(part: Part | None, prompt: Tensor, further: int) -> Cache:
     """Return the cache that rows continue from, with room for ``further`` columns.
 
     The cache grows in place only outside of training, where no gradient is needed.
@@ -410,7 +419,7 @@ def _rows_cache(part: Part | None, prompt: Tensor, further: int) -> Any:
     return cache.empty_cache() if part is None else cache.rows_cache(part.tensors, prompt, further)
 
 
-def _cache(tensors: Sequence[Tensor]) -> Any:
+def _cache(tensors: Sequence[Tensor]) -> DynamicCache:
     """Make a transformers cache from the rows' keys and values.
 
     Every layer keeps all columns, also layers with a sliding window.
@@ -420,7 +429,7 @@ def _cache(tensors: Sequence[Tensor]) -> Any:
     return DynamicCache(list(zip(tensors[::2], tensors[1::2], strict=True)))
 
 
-def runs_prompt_once(config: Any) -> bool:
+def runs_prompt_once(config: PreTrainedConfig) -> bool:
     """Return whether the prompt may run once for all rows.
 
     The model must be of a checked family, have no ALiBi, and attend to all columns in every layer.

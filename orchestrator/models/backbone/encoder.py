@@ -6,10 +6,9 @@ Their encoders read inputs in both directions, with prompts in front of the inpu
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +29,7 @@ from orchestrator.models.backbone.prepared_prompts import (
 )
 from orchestrator.models.backbone.rows import Rows
 from orchestrator.models.source import BaseModelInfo
+from orchestrator.models.tokenizer import Tokenizer
 
 
 class EncodingBackbone(Backbone):
@@ -39,7 +39,7 @@ class EncodingBackbone(Backbone):
     attention.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, info: BaseModelInfo) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Tokenizer, info: BaseModelInfo) -> None:
         super().__init__(model, tokenizer, info)
         install_prefixes(model)
 
@@ -106,7 +106,7 @@ class EncodingBackbone(Backbone):
         )
 
     def _recorded_keys(
-        self, run: Any, within: nn.Module, keys: int
+        self, run: Callable[[], object], within: nn.Module, keys: int
     ) -> tuple[list[nn.Module], Tensor]:
         """Find the attention modules that see ``keys`` keys when ``run`` is called.
 

@@ -73,13 +73,13 @@ class _Kept(Exception):
     """Raised to stop the first run of a block once its keys and values are in the cache."""
 
 
-class _Thread(threading.local):
+class _ThreadCache(threading.local):
     """The forward that a thread is running; several threads share one model."""
 
     cache: LastColumns | None = None
 
 
-_here = _Thread()
+_here = _ThreadCache()
 
 
 def watch(model: nn.Module) -> None:

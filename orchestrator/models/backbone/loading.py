@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,11 @@ from orchestrator.models.source import (
     family_of,
     quiet_transformers,
 )
-from orchestrator.utils.imports import uncollected
+from orchestrator.models.tokenizer import Tokenizer
+from orchestrator.utils.garbage import uncollected
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BACKBONES: dict[Family, type[Backbone]] = {
     "causal": CausalBackbone,
@@ -40,7 +44,7 @@ BACKBONES: dict[Family, type[Backbone]] = {
 }
 
 
-def make_backbone(model: nn.Module, tokenizer: Any, info: BaseModelInfo) -> Backbone:
+def make_backbone(model: nn.Module, tokenizer: Tokenizer, info: BaseModelInfo) -> Backbone:
     """Return the frozen backbone of the model's family."""
     return BACKBONES[family_of(model.config)](model, tokenizer, info)
 
@@ -62,7 +66,7 @@ def read_backbone(
     source: ModelSource,
     device: str | torch.device = "cpu",
     dtype: str = "auto",
-    before_gather: Callable[[], Any] | None = None,
+    before_gather: Callable[[], object] | None = None,
 ) -> Backbone:
     """Load and freeze a base model without trying it out.
 
@@ -140,7 +144,9 @@ def _headed(backbone: MaskedBackbone, ids: Tensor, mask: Tensor) -> Tensor:
     return logits
 
 
-def _load_model(source: ModelSource, dtype: Any, device: torch.device) -> Any:
+def _load_model(
+    source: ModelSource, dtype: torch.dtype | str, device: torch.device
+) -> PreTrainedModel:
     quiet_transformers()
     try:
         with uncollected():
@@ -154,7 +160,7 @@ def _load_model(source: ModelSource, dtype: Any, device: torch.device) -> Any:
                 **_quantized(source, device),
             )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise source.unusable_weights(str(error)) from None
+        raise source.unusable_weights(error) from None
     except AssertionError as error:
         raise unusable_config(source, error) from None
     if wrong := {
@@ -202,9 +208,10 @@ def _quantized(source: ModelSource, device: torch.device) -> dict[str, Any]:
     return {"quantization_config": config, "device_map": {"": device}}
 
 
-def _dtype(name: str, device: torch.device) -> Any:
+def _dtype(name: str, device: torch.device) -> torch.dtype | str:
     if name != "auto":
-        return getattr(torch, name)
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
     return torch.float32 if device.type == "cpu" else "auto"
 
 
@@ -217,7 +224,7 @@ def weights_fingerprint(source: ModelSource) -> str:
 
     tensors = {name: stored.file for name, stored in stored_tensors(source).items()}
     digest = hashlib.sha256()
-    opened_files: dict[Path, Any] = {
+    opened_files: dict[Path, safe_open] = {
         file: safe_open(file, framework="pt") for file in set(tensors.values())
     }
     for name in sorted(tensors):

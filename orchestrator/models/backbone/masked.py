@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,12 @@ from orchestrator.errors import BadInput
 from orchestrator.models.backbone.base import Ids
 from orchestrator.models.backbone.encoder import EncodingBackbone
 from orchestrator.models.backbone.prepared_prompts import PreparedPrompts
-from orchestrator.models.backbone.rows import Rows
+from orchestrator.models.backbone.rows import Rows, pad_right
 from orchestrator.models.placeholders import BLANK, placed
 from orchestrator.models.source import Family
+
+if TYPE_CHECKING:
+    from transformers.modeling_outputs import BaseModelOutput
 
 # Marks the mask tokens that stand for the answer, as opposed to mask tokens in the text. No
 # vocabulary is as large.
@@ -74,13 +77,9 @@ class MaskedBackbone(EncodingBackbone):
             [self.tokenizer.mask_token_id if entry == MARK else entry for entry in row]
             for row in filled
         ]
-        longest = max(map(len, targets))
-        columns = torch.tensor(
-            [[*found, *[0] * (longest - len(found))] for found in starts], device=self.device
-        )
-        padded = [[*target, *[-100] * (longest - len(target))] for target in targets]
+        columns = pad_right(starts, 0, self.device)
         logits = self._logits_at(prompts, Rows.pad(whole, prompt, self.device, left=False), columns)
-        return logits, torch.tensor(padded, device=self.device)
+        return logits, pad_right(targets, -100, self.device)
 
     def _logits_at(self, prompts: PreparedPrompts | None, rows: Rows, columns: Tensor) -> Tensor:
         """Return logits [B, Y, V] at the rows' columns [B, Y], running the head only there."""
@@ -93,7 +92,7 @@ class MaskedBackbone(EncodingBackbone):
         logits: Tensor = self.head(hidden.gather(1, columns.expand(-1, -1, hidden.shape[2])))
         return logits
 
-    def body(self, **inputs: Any) -> Any:
+    def body(self, **inputs: Any) -> BaseModelOutput:
         return self.model.base_model(**inputs)  # type: ignore[operator]
 
     @cached_property

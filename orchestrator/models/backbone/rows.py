@@ -9,6 +9,13 @@ import torch
 from torch import Tensor
 
 
+def pad_right(sequences: Sequence[Sequence[int]], value: int, device: torch.device) -> Tensor:
+    """Return the sequences as one tensor [B, T], filled up on the right with ``value``."""
+    width = max(map(len, sequences))
+    rows = [[*sequence, *[value] * (width - len(sequence))] for sequence in sequences]
+    return torch.tensor(rows, device=device)
+
+
 @dataclass(frozen=True)
 class Rows:
     """Padded rows, each with the index of its prompt.

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,13 @@ from torch import Tensor, nn
 from orchestrator.models.backbone.base import Ids
 from orchestrator.models.backbone.encoder import EncodingBackbone
 from orchestrator.models.backbone.prepared_prompts import PreparedPrompts
-from orchestrator.models.backbone.rows import Rows
+from orchestrator.models.backbone.rows import Rows, pad_right
 from orchestrator.models.placeholders import placed
 from orchestrator.models.source import Family
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, EncoderDecoderCache
+    from transformers.modeling_outputs import Seq2SeqLMOutput
 
 
 @dataclass
@@ -35,7 +39,7 @@ class Seq2SeqState:
     logits: Tensor
     encoded: Tensor
     mask: Tensor
-    cache: Any
+    cache: EncoderDecoderCache
     prompts: PreparedPrompts | None
     prompt: Tensor
 
@@ -78,7 +82,7 @@ class Seq2SeqBackbone(EncodingBackbone):
         ids = torch.zeros(1, 3, dtype=torch.long, device=self.device)
         model, decoder = self.model, self.model.get_decoder()  # type: ignore[operator]
 
-        def run() -> Any:
+        def run() -> Seq2SeqLMOutput:
             return model(input_ids=ids, decoder_input_ids=ids[:, :2], use_cache=False)
 
         with torch.inference_mode():
@@ -96,7 +100,7 @@ class Seq2SeqBackbone(EncodingBackbone):
         inputs, model = embeddings.to(self.table)[None], self.model
         length = len(embeddings)
 
-        def run() -> Any:
+        def run() -> Seq2SeqLMOutput:
             # The decoder gets one more column than the encoder, so that the number of keys tells
             # self-attention from cross-attention. A later column doesn't change earlier ones.
             longer = torch.cat([inputs, inputs[:, -1:]], dim=1)
@@ -125,10 +129,8 @@ class Seq2SeqBackbone(EncodingBackbone):
         fed = Rows.pad(
             [[self.start_id, *target[:-1]] for target in targets], prompt, self.device, left=False
         )
-        longest = max(map(len, targets))
-        padded = [[*target, *[-100] * (longest - len(target))] for target in targets]
         logits = self._decode(prompts, rows, encoded, mask, fed.ids, cache=None).logits
-        return logits, torch.tensor(padded, device=self.device)
+        return logits, pad_right(targets, -100, self.device)
 
     def start(
         self, prompts: PreparedPrompts | None, inputs: Sequence[Ids], prompt: Sequence[int]
@@ -179,8 +181,8 @@ class Seq2SeqBackbone(EncodingBackbone):
         encoded: Tensor,
         mask: Tensor,
         ids: Tensor,
-        cache: Any,
-    ) -> Any:
+        cache: EncoderDecoderCache | None,
+    ) -> Seq2SeqLMOutput:
         """Run decoder columns [B, n], padded on the right.
 
         The padding does no harm, because causal attention never reads later columns.
@@ -197,10 +199,10 @@ class Seq2SeqBackbone(EncodingBackbone):
             )
 
 
-def _selected(cache: Any, rows: Tensor) -> Any:
+def _selected(cache: EncoderDecoderCache, rows: Tensor) -> EncoderDecoderCache:
     from transformers import DynamicCache, EncoderDecoderCache
 
-    def pick(part: Any) -> Any:
+    def pick(part: DynamicCache) -> DynamicCache:
         return DynamicCache(
             [
                 (layer.keys.index_select(0, rows), layer.values.index_select(0, rows))

@@ -8,13 +8,17 @@ soft prompts and scores read them at any time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from orchestrator.errors import BadInput
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -33,7 +37,9 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
             yield from _blocks(child)
 
 
-def shard_blocks(model: nn.Module, device: torch.device, before_gather: Callable[[], Any]) -> None:
+def shard_blocks(
+    model: nn.Module, device: torch.device, before_gather: Callable[[], object]
+) -> None:
     """Cut each block's weights into a part for each worker and keep only this worker's parts.
 
     All weights end on ``device``. Blocks go to the device one at a time, so that the device never
@@ -73,7 +79,7 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 class _Gather:
     """FSDP's all-gather of a block's weights, after a call of ``before``."""
 
-    def __init__(self, before: Callable[[], Any]) -> None:
+    def __init__(self, before: Callable[[], object]) -> None:
         self._before = before
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -101,14 +107,14 @@ def gather_once(model: nn.Module) -> None:
     """
     with torch.inference_mode(False):
         for block in blocks_of(model):
-            cast(Any, block).unshard()
-            cast(Any, block).reshard()
+            cast(FSDPModule, block).unshard()
+            cast(FSDPModule, block).reshard()
 
 
 def reset_blocks(model: nn.Module) -> None:
     """Reset the blocks to their sharded state after a forward or backward that failed."""
     for block in blocks_of(model):
-        cast(Any, block).reset_iter_state()
+        cast(FSDPModule, block).reset_iter_state()
 
 
 def bytes_elsewhere(model: nn.Module, workers: int) -> int:
@@ -128,7 +134,7 @@ def is_part(tensor: Tensor) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """Return the part of a weight that this worker holds."""
-    held: Tensor = cast(Any, tensor).to_local() if is_part(tensor) else tensor
+    held: Tensor = cast(DTensor, tensor).to_local() if is_part(tensor) else tensor
     return held
 
 

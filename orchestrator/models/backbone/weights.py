@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,12 @@ from torch import Tensor, nn
 from orchestrator.errors import BadInput
 from orchestrator.models.builtin import cache_folder
 from orchestrator.models.source import Family, ModelSource, family_of, quiet_transformers
-from orchestrator.utils.imports import uncollected
+from orchestrator.utils.garbage import uncollected
+from orchestrator.utils.text import first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 READ_AT_MOST = 2 << 30
 """Size in bytes up to which the driver checks the weights' values.
@@ -45,11 +50,11 @@ class Stored:
     shape: tuple[int, ...]
 
 
-def auto_model(family: Family) -> Any:
+def auto_model(family: Family) -> type[_BaseAutoModelClass]:
     """Return the transformers class that builds models of the family."""
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
-    classes = {
+    classes: dict[Family, type[_BaseAutoModelClass]] = {
         "causal": AutoModelForCausalLM,
         "seq2seq": AutoModelForSeq2SeqLM,
         "masked": AutoModelForMaskedLM,
@@ -125,7 +130,7 @@ def stored_tensors(source: ModelSource) -> dict[str, Stored]:
     return tensors
 
 
-def empty_model(source: ModelSource) -> Any:
+def empty_model(source: ModelSource) -> PreTrainedModel:
     """Build the configuration's model without memory for its weights.
 
     Raises BadInput if the model can't be built.
@@ -151,16 +156,14 @@ def unusable_config(source: ModelSource, error: Exception) -> BadInput:
             "set pad_token_id to an id of the table, or to null: padding needs no embedding of its "
             "own",
         )
-    reason = (
-        str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-    )
     return BadInput(
-        f"base_model.id {source.id!r}: no model can be built from its config.json: {reason}",
+        f"base_model.id {source.id!r}: no model can be built from its config.json: "
+        f"{first_line(error)}",
         "correct config.json, or fetch the model again",
     )
 
 
-def _names_in_model(model: Any, stored: Iterable[str]) -> dict[str, str]:
+def _names_in_model(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
     """Map each stored name to the model's name of the same tensor.
 
     The two may differ by the base model's prefix. Tensors that transformers converts as it reads
@@ -180,7 +183,7 @@ def _names_in_model(model: Any, stored: Iterable[str]) -> dict[str, str]:
     return names
 
 
-def _conversions(model: Any) -> list[re.Pattern[str]]:
+def _conversions(model: PreTrainedModel) -> list[re.Pattern[str]]:
     """Return the patterns of names that transformers changes, or whose tensors it changes."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -190,7 +193,9 @@ def _conversions(model: Any) -> list[re.Pattern[str]]:
     return [re.compile(pattern) for change in mapping for pattern in change.source_patterns]
 
 
-def wrong_shapes(source: ModelSource, wrong: Mapping[str, tuple[Any, Any]]) -> BadInput:
+def wrong_shapes(
+    source: ModelSource, wrong: Mapping[str, tuple[Sequence[int], Sequence[int]]]
+) -> BadInput:
     """Make the error for tensors whose stored shape differs from the configuration's."""
     name, (found, expected) = next(iter(wrong.items()))
     more = f", and {len(wrong) - 1} more tensors differ" if len(wrong) > 1 else ""
@@ -203,7 +208,7 @@ def wrong_shapes(source: ModelSource, wrong: Mapping[str, tuple[Any, Any]]) -> B
 
 
 def check_layers(
-    source: ModelSource, model: Any, unexpected: Iterable[str], missing: Iterable[str]
+    source: ModelSource, model: PreTrainedModel, unexpected: Iterable[str], missing: Iterable[str]
 ) -> None:
     """Refuse weights that have more or fewer layers than the configuration.
 

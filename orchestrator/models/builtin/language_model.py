@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from orchestrator.models.builtin.corpus import Document, documents
+from orchestrator.models.builtin.making import Progress
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
     M = TypeVar("M", bound=PreTrainedModel)
 
-Progress: TypeAlias = Callable[[int, int], None]  # (steps done, steps in all)
 T = TypeVar("T")
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"

@@ -6,12 +6,12 @@ This holds however many processes ask for a model at the same time.
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TypeAlias
+
+from orchestrator.utils.atomic import make_folder_once
 
 Progress: TypeAlias = Callable[[int, int], None]  # (steps done, steps in all)
 
@@ -35,33 +35,15 @@ def made_once(
     with (steps done, steps in all). Without ``progress``, standard error shows the progress under
     ``title``.
     """
-    from filelock import FileLock
+
+    def fill(staging: Path) -> None:
+        with nullcontext(progress) if progress else _shown_progress(title) as shown:
+            make(staging, shown)
 
     folder = cache_folder() / name
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
-        if not folder.is_dir():
-            _make(folder, make, title, progress)
+    if not folder.is_dir():
+        make_folder_once(folder, fill)
     return folder
-
-
-def _make(
-    folder: Path, make: Callable[[Path, Progress], None], title: str, progress: Progress | None
-) -> None:
-    """Fill a temporary folder beside the final one, then rename it when it is complete."""
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        if progress is not None:
-            make(staging, progress)
-        else:
-            with _shown_progress(title) as shown:
-                make(staging, shown)
-        staging.chmod(0o755)
-        staging.rename(folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 @contextmanager

@@ -8,24 +8,32 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from orchestrator.artifact import Manifest
 from orchestrator.job.labels import by_meaning, spelled
-from orchestrator.job.spec import TEXT_METRICS, template_columns
+from orchestrator.job.metrics import (
+    BY_NAME,
+    Better,
+    Metric,
+    compares_texts,
+    is_custom,
+    metric_named,
+    names_of,
+    preferred,
+)
+from orchestrator.job.spec import template_columns
 
 METRIC_TAG = "orchestrator.metric"
 """A version's tag: the metric that its search ranked trials by."""
 EVALUATION_TAG = "orchestrator.evaluation."
 """A version's tag, followed by the rows' fingerprint: the results of ``evaluate`` on them, as JSON.
 """
-COMPARED_BY = ("accuracy", "exact_match", "f1", "rouge_l", "bleu", "loss")
-
-Better = Literal["max", "min"]
+BETTER_TAG = "orchestrator.metric_better"
+"""A version's tag: the direction in which METRIC_TAG's metric improves, max or min."""
 
 
 @dataclass(frozen=True)
-class Candidate:
+class ComparedVersion:
     """The manifest and the tags of a version, as the gate compares them.
 
     The tags hold the results of later evaluations.
@@ -118,27 +126,40 @@ def _labels(manifest: Manifest) -> list[str]:
     return sorted(spelled(label) for label in manifest.verbalizer_map() or {})
 
 
-def comparison_metric(new: Candidate, holder: Candidate) -> tuple[str, Better]:
+def comparison_metric(new: ComparedVersion, holder: ComparedVersion) -> tuple[str, Better]:
     """Choose the metric that two versions are compared by, and its direction.
 
-    It is the metric of the new version's search, or else the first of COMPARED_BY that both test
+    It is the metric of the new version's search, or else the first of ``METRICS`` that both test
     results have.
     """
-    metric = new.tags.get(METRIC_TAG, "")
-    if metric not in COMPARED_BY:
-        both = [set(it.manifest.metrics.get("test", {})) for it in (new, holder)]
-        metric = next((name for name in COMPARED_BY if name in both[0] & both[1]), COMPARED_BY[0])
-    return metric, "min" if metric == "loss" else "max"
+    if metric := tagged_metric(new.tags):
+        return metric.name, metric.better
+    mine, other = (set(it.manifest.metrics.get("test", {})) for it in (new, holder))
+    name = preferred(mine & other) or names_of()[0]
+    return name, metric_named(name).better
 
 
-def verdict(new: Candidate, champion: Candidate, metric: str, better: Better) -> tuple[bool, str]:
+def tagged_metric(tags: Mapping[str, str]) -> Metric | None:
+    """Return the metric that a version's search ranked by; None if no tag names one."""
+    name = tags.get(METRIC_TAG, "")
+    if name not in BY_NAME and not is_custom(name):
+        return None
+    return metric_named(name, "min" if tags.get(BETTER_TAG) == "min" else "max")
+
+
+def verdict(
+    new: ComparedVersion, champion: ComparedVersion, metric: str, better: Better
+) -> tuple[bool, str]:
     """Tell whether the new prompt beats the champion on the same test rows.
 
     Returns the answer and its reason, which is a clause.
     """
     if found := differences(new.manifest, champion.manifest):
         return False, f"its {found[0]}"
-    if metric in TEXT_METRICS and new.manifest.generation != champion.manifest.generation:
+    compared = metric_named(metric, better)
+    has_labels = new.manifest.verbalizer is not None
+    same_decoding = new.manifest.generation == champion.manifest.generation
+    if compares_texts(compared, has_labels) and not same_decoding:
         return False, "the champion's texts were generated with other settings"
     mine, other = new.results(), champion.results()
     shared = [rows for rows in mine if rows in other]
@@ -150,5 +171,6 @@ def verdict(new: Candidate, champion: Candidate, metric: str, better: Better) ->
     score = next(((a, b) for a, b in scores if a is not None and b is not None), None)
     if score is None:
         return False, f"{'it' if scores[0][0] is None else 'the champion'} has no test {metric}"
-    won = score[0] > score[1] if better == "max" else score[0] < score[1]
-    return won, f"its test {metric} is {score[0]:.4g}, the champion's {score[1]:.4g}"
+    return compared.is_better(
+        *score
+    ), f"its test {metric} is {score[0]:.4g}, the champion's {score[1]:.4g}"

@@ -11,7 +11,9 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+Item = TypeVar("Item")
 
 MAX_PARAM = 6000
 MAX_TAG = 5000
@@ -21,7 +23,7 @@ Point = tuple[str, float, int, int]  # metric, value, step, milliseconds
 
 
 @dataclass
-class Entry:
+class LogEntry:
     """One write to one run: a trial's run, or the search's own run when ``trial`` is None."""
 
     kind: Kind
@@ -35,19 +37,19 @@ class Entry:
     """MLflow's run status, for an entry of kind end or finish."""
     at: int = field(default_factory=lambda: int(time.time() * 1000))
 
-    def absorb(self, other: Entry) -> None:
+    def absorb(self, other: LogEntry) -> None:
         self.metrics.extend(other.metrics)
         self.params.update(other.params)
         self.tags.update(other.tags)
 
 
-def coalesce(entries: Iterable[Entry]) -> list[Entry]:
+def coalesce(entries: Iterable[LogEntry]) -> list[LogEntry]:
     """Merge each run's log entries between its start and its end.
 
     The order of entries within a run does not change.
     """
-    merged: list[Entry] = []
-    open_logs: dict[str | None, Entry] = {}
+    merged: list[LogEntry] = []
+    open_logs: dict[str | None, LogEntry] = {}
     for entry in entries:
         if entry.kind == "finish":
             open_logs.clear()
@@ -62,7 +64,7 @@ def coalesce(entries: Iterable[Entry]) -> list[Entry]:
     return merged
 
 
-def chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
+def chunks(items: list[Item], size: int) -> Iterator[list[Item]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
 
@@ -112,7 +114,7 @@ def run_label(config: Mapping[str, Any], trial: str) -> str:
     return ", ".join(parts) or trial
 
 
-def save_entries(file: Path, entries: Iterable[Entry]) -> None:
+def save_entries(file: Path, entries: Iterable[LogEntry]) -> None:
     """Write the entries as JSON lines, atomically."""
     file.parent.mkdir(parents=True, exist_ok=True)
     staging = file.with_name(f".{file.name}.{os.getpid()}")
@@ -124,12 +126,12 @@ def save_entries(file: Path, entries: Iterable[Entry]) -> None:
     staging.replace(file)
 
 
-def load_entries(file: Path) -> list[Entry]:
+def load_entries(file: Path) -> list[LogEntry]:
     """Read a file written by ``save_entries``; return no entries if there is no file."""
     if not file.exists():
         return []
     with file.open(encoding="utf-8") as stream:
-        entries = [Entry(**json.loads(line)) for line in stream]
+        entries = [LogEntry(**json.loads(line)) for line in stream]
     for entry in entries:
         entry.metrics = [(key, value, step, at) for key, value, step, at in entry.metrics]
     return entries

@@ -20,7 +20,7 @@ from orchestrator.errors import JobFailed, OrchestratorError, Unreachable
 from orchestrator.registry.runs.entries import (
     MAX_PARAM,
     MAX_TAG,
-    Entry,
+    LogEntry,
     as_texts,
     chunks,
     coalesce,
@@ -95,8 +95,8 @@ class SearchLog:
         self._changed = threading.Condition()
         # Entries that an earlier attempt could not write go first, except that attempt's finish.
         self._pending = [entry for entry in load_entries(spill) if entry.kind != "finish"]
-        self._unwritten: deque[Entry] = deque()
-        self._refused: list[tuple[Entry, OrchestratorError]] = []
+        self._unwritten: deque[LogEntry] = deque()
+        self._refused: list[tuple[LogEntry, OrchestratorError]] = []
         self._last_error: OrchestratorError | None = None
         self._hurry = threading.Event()
         self._gave_up = threading.Event()
@@ -126,7 +126,7 @@ class SearchLog:
         named = as_texts(tags or {}, MAX_TAG) | {STATE_TAG: "running"}
         self._put(
             _dated(
-                Entry(
+                LogEntry(
                     "start", trial_id, params=params, tags=named, name=run_label(config, trial_id)
                 ),
                 at,
@@ -146,7 +146,7 @@ class SearchLog:
 
     def trial_tags(self, trial_id: str, tags: Mapping[str, Any]) -> None:
         """Set tags on the run of a trial that has started."""
-        self._put(Entry("log", trial_id, tags=as_texts(tags, MAX_TAG)))
+        self._put(LogEntry("log", trial_id, tags=as_texts(tags, MAX_TAG)))
 
     def trial_ended(
         self, trial_id: str, state: State, error: str = "", at: int | None = None
@@ -154,7 +154,9 @@ class SearchLog:
         """Close the trial's run; ``error`` is the reason of a failure."""
         tags = {STATE_TAG: state} | ({ERROR_TAG: error} if error else {})
         self._put(
-            _dated(Entry("end", trial_id, tags=as_texts(tags, MAX_TAG), status=STATUS[state]), at)
+            _dated(
+                LogEntry("end", trial_id, tags=as_texts(tags, MAX_TAG), status=STATUS[state]), at
+            )
         )
 
     def parent_metrics(
@@ -164,10 +166,10 @@ class SearchLog:
         self._put(_metrics_entry(None, step, metrics, at))
 
     def parent_tags(self, tags: Mapping[str, Any]) -> None:
-        self._put(Entry("log", tags=as_texts(tags, MAX_TAG)))
+        self._put(LogEntry("log", tags=as_texts(tags, MAX_TAG)))
 
     def parent_params(self, params: Mapping[str, Any]) -> None:
-        self._put(Entry("log", params=as_texts(params, MAX_PARAM)))
+        self._put(LogEntry("log", params=as_texts(params, MAX_PARAM)))
 
     def flush(self, seconds: float) -> bool:
         """Wait until everything is written; return False if it is not after that many seconds."""
@@ -179,7 +181,7 @@ class SearchLog:
     def finish(self, status: Status = "FINISHED") -> None:
         """End the search's run, mark its running trials as KILLED, and close the log."""
         if not self._closed:
-            self._put(Entry("finish", status=status, tags={STATE_TAG: SEARCH_STATE[status]}))
+            self._put(LogEntry("finish", status=status, tags={STATE_TAG: SEARCH_STATE[status]}))
         self.close()
 
     def close(self) -> None:
@@ -242,7 +244,7 @@ class SearchLog:
                 f"they are kept in {refused_file}",
             )
 
-    def _put(self, entry: Entry) -> None:
+    def _put(self, entry: LogEntry) -> None:
         with self._changed:
             self._pending.append(entry)
             self._changed.notify_all()
@@ -270,7 +272,7 @@ class SearchLog:
             self._pending.clear()
             return True
 
-    def _write(self, entry: Entry) -> bool:
+    def _write(self, entry: LogEntry) -> bool:
         """Write one entry, however long MLflow is unreachable; return False after giving up."""
         pause = FIRST_PAUSE
         while not self._gave_up.is_set():
@@ -290,7 +292,7 @@ class SearchLog:
             pause = min(pause * 2, LONGEST_PAUSE)
         return False
 
-    def _apply(self, entry: Entry) -> None:
+    def _apply(self, entry: LogEntry) -> None:
         run_id = self.run_id if entry.trial is None else self._child(entry)
         self._log(run_id, entry)
         if entry.kind == "finish":
@@ -298,7 +300,7 @@ class SearchLog:
         if entry.kind in ("end", "finish"):
             self._store.client.set_terminated(run_id, entry.status, entry.at)
 
-    def _log(self, run_id: str, entry: Entry) -> None:
+    def _log(self, run_id: str, entry: LogEntry) -> None:
         # Repeating a call is harmless: a point has its own time, and writing a parameter or a tag
         # again with the same value changes nothing.
         from mlflow.entities import Metric, Param, RunTag
@@ -313,7 +315,7 @@ class SearchLog:
         for params in chunks(list(entry.params.items()), PARAMS_A_CALL):
             client.log_batch(run_id, params=[Param(key, value) for key, value in params])
 
-    def _child(self, entry: Entry) -> str:
+    def _child(self, entry: LogEntry) -> str:
         """Return the trial's run; open it when the entry starts the trial."""
         trial = str(entry.trial)
         known = self._run_ids.get(trial)
@@ -330,7 +332,7 @@ class SearchLog:
         self._run_ids[trial] = known
         return known
 
-    def _create(self, trial: str, entry: Entry) -> str:
+    def _create(self, trial: str, entry: LogEntry) -> str:
         tags = {PARENT_TAG: self.run_id, TRIAL_TAG: trial}
         run = self._store.client.create_run(self.experiment_id, entry.at, tags, entry.name or trial)
         return str(run.info.run_id)
@@ -361,14 +363,14 @@ def children(store: Store, experiment_id: str, parent: str, status: str = "") ->
             return found
 
 
-def _dated(entry: Entry, at: int | None) -> Entry:
+def _dated(entry: LogEntry, at: int | None) -> LogEntry:
     return entry if at is None else replace(entry, at=at)
 
 
 def _metrics_entry(
     trial: str | None, step: int, metrics: Mapping[str, float], at: int | None
-) -> Entry:
-    entry = _dated(Entry("log", trial), at)
+) -> LogEntry:
+    entry = _dated(LogEntry("log", trial), at)
     for key, value in metrics.items():
         if math.isfinite(value):
             entry.metrics.append((key, float(value), int(step), entry.at))

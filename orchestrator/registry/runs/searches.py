@@ -67,17 +67,16 @@ def _log_description(store: Store, run: Run, params: Mapping[str, Any]) -> None:
         store.client.log_text(
             run.info.run_id, json.dumps(params, indent=2, default=str), DESCRIPTION
         )
-    except OSError as error:
+    except Exception as error:
         store.client.set_terminated(run.info.run_id, "FAILED")
+        if not isinstance(error, OSError):
+            raise
         raise BadInput(
             f"no artifacts can be written to {mask_secrets(run.info.artifact_uri)} "
             f"({error.strerror or error})",
             "make that place writable and free some space; the prompt that a search finds is kept "
             "there",
         ) from None
-    except Exception:
-        store.client.set_terminated(run.info.run_id, "FAILED")
-        raise
 
 
 def _data_input(data: DataRecord) -> DatasetInput:

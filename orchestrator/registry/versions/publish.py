@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.artifact import MANIFEST, WEIGHTS, Manifest, PromptArtifact, file_sha256
 from orchestrator.data.cells import cell_text
 from orchestrator.data.conversations import is_conversation
+from orchestrator.data.source_row import Row
 from orchestrator.job.spec import template_columns
 from orchestrator.registry.aliases.ledger import LEDGER_TAG, new_ledger
 from orchestrator.registry.runs.entries import as_texts
@@ -47,7 +48,7 @@ def publish(
     run_id: str,
     tags: Mapping[str, Any],
     description: str,
-    example: Mapping[str, Any] | None,
+    example: Row | None,
 ) -> int:
     """Log the artifact, create a version from it, and return the version's number.
 
@@ -85,7 +86,7 @@ def _upload(
     folder: Path,
     manifest: Manifest,
     model: LoggedModel,
-    example: Mapping[str, Any] | None,
+    example: Row | None,
 ) -> None:
     with tempfile.TemporaryDirectory(prefix="orchestrator-") as scratch:
         prompt = Path(scratch, "prompt")
@@ -99,7 +100,7 @@ def _upload(
 
 
 def save_pyfunc(
-    package: Path, prompt: Path, manifest: Manifest, model: LoggedModel, example: Mapping[str, Any]
+    package: Path, prompt: Path, manifest: Manifest, model: LoggedModel, example: Row
 ) -> None:
     """Write the folder that MLflow loads as a model, without a pickle or a path of this machine."""
     import mlflow
@@ -151,7 +152,7 @@ def signature(manifest: Manifest) -> ModelSignature:
     )
 
 
-def input_example(manifest: Manifest, row: Mapping[str, Any]) -> pd.DataFrame:
+def input_example(manifest: Manifest, row: Row) -> pd.DataFrame:
     """Build one row of texts or messages; an unknown column gets a placeholder with its name."""
     import pandas as pd
 

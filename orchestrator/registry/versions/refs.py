@@ -5,12 +5,12 @@ The forms are ``name``, ``name@alias``, ``name:version`` and MLflow's ``models:/
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from orchestrator.errors import BadInput
+from orchestrator.utils.text import nearest
 
 FORMS = "write name, name@alias, name:version, models:/name@alias or models:/name/version"
 
@@ -51,21 +51,17 @@ def parse_ref(text: str) -> ModelRef:
     raise BadInput(f"{printable(text)!r} names no registered model", FORMS)
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def suggestion(word: str, known: Iterable[str]) -> str:
     """Write a clause that lists the known names, with the closest one as a suggestion.
 
     Returns an empty string when no names are known.
     """
     names = sorted(known)
-    close = difflib.get_close_matches(word, names, n=1)
+    close = nearest(word, names)
     shown = ", ".join(printable(name) for name in names[:10]) + (", ..." if len(names) > 10 else "")
-    return (
-        f"did you mean {printable(close[0])!r}? known: {shown}"
-        if close
-        else f"known: {shown}"
-        if names
-        else ""
-    )
+    if not names:
+        return ""
+    return f"did you mean {printable(close)!r}? known: {shown}" if close else f"known: {shown}"
 
 
 def printable(text: str) -> str:

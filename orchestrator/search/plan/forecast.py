@@ -67,17 +67,25 @@ def rungs(search: SearchSpec, train: TrainSpec) -> tuple[int, ...]:
 
     The last step is always included; it is the only one without a scheduler.
     """
-    grace = min(search.grace_steps or train.evaluate_every, train.steps)
-    if search.scheduler != "asha":
-        return (
-            (train.steps,)
-            if search.scheduler == "fifo"
-            else tuple(dict.fromkeys((grace, train.steps)))
-        )
+    match search.scheduler:
+        case "fifo":
+            return (train.steps,)
+        case "median" | "pbt":
+            return tuple(dict.fromkeys((_grace(search, train), train.steps)))
+        case "asha":
+            return tuple(dict.fromkeys((*_asha_rungs(search, train), train.steps)))
+
+
+def _grace(search: SearchSpec, train: TrainSpec) -> int:
+    """Return the first step at which a scheduler may stop a trial."""
+    return min(search.grace_steps or train.evaluate_every, train.steps)
+
+
+def _asha_rungs(search: SearchSpec, train: TrainSpec) -> list[int]:
+    """Return the steps of ASHA's rungs, which the last step need not be one of."""
+    grace = _grace(search, train)
     count = int(math.log(train.steps / grace) / math.log(search.reduction_factor) + 1)
-    return tuple(
-        dict.fromkeys((*(grace * search.reduction_factor**k for k in range(count)), train.steps))
-    )
+    return [grace * search.reduction_factor**k for k in range(count)]
 
 
 def forecast(
@@ -180,11 +188,13 @@ def stopping_rule(search: SearchSpec, train: TrainSpec) -> Callable[[int, int, f
 
     The rule keeps the scores of its earlier calls.
     """
-    if search.scheduler == "asha":
-        return _Asha(search, train)
-    if search.scheduler == "median":
-        return _Median(min(search.grace_steps or train.evaluate_every, train.steps))
-    return lambda trial, step, score: True
+    match search.scheduler:
+        case "asha":
+            return _Asha(search, train)
+        case "median":
+            return _Median(_grace(search, train))
+        case "fifo" | "pbt":
+            return lambda trial, step, score: True
 
 
 class _Asha:
@@ -194,12 +204,10 @@ class _Asha:
     """
 
     def __init__(self, search: SearchSpec, train: TrainSpec) -> None:
-        grace = min(search.grace_steps or train.evaluate_every, train.steps)
         self._keeps = 1 - 1 / search.reduction_factor
         self._last = train.steps
-        count = int(math.log(train.steps / grace) / math.log(search.reduction_factor) + 1)
         self._rungs: list[tuple[int, list[float], set[int]]] = [
-            (grace * search.reduction_factor**k, [], set()) for k in reversed(range(count))
+            (rung, [], set()) for rung in reversed(_asha_rungs(search, train))
         ]
 
     def __call__(self, trial: int, step: int, score: float) -> bool:

@@ -15,16 +15,23 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import torch
 
 from orchestrator.data.encoding import Encoded
 from orchestrator.errors import TRACEBACK, JobFailed, OrchestratorError
 from orchestrator.job.space import TrialSpec
-from orchestrator.job.spec import StopSpec
-from orchestrator.models.backbone import bytes_elsewhere, device_for, load_backbone, set_threads
+from orchestrator.job.spec import SearchSpec, StopSpec
+from orchestrator.models.backbone import (
+    Backbone,
+    bytes_elsewhere,
+    device_for,
+    load_backbone,
+    set_threads,
+)
 from orchestrator.models.source import resolve_model
 from orchestrator.search.plan.forecast import Pace
 from orchestrator.search.prepare import Prepared, likely_trials
@@ -34,6 +41,13 @@ from orchestrator.tuning.engine import Engine, Task
 from orchestrator.tuning.make import make_engine
 from orchestrator.tuning.memory import Memory
 from orchestrator.tuning.reports import EvaluationJob
+from orchestrator.utils.text import first_line
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsRichComparison
+
+Arguments = ParamSpec("Arguments")
+Value = TypeVar("Value")
 
 STEPS = 12  # most steps of a measurement
 BUDGET_S = 2.0  # a measurement ends with the step that exceeds these seconds
@@ -77,18 +91,21 @@ def measure(prepared: Prepared, placement: Placement) -> Measured:
     Raises JobFailed when the system ended that process, usually for lack of memory.
     """
     started = time.time()
-    measured: Measured = in_child(_measure, prepared, placement, started)
-    return measured
+    return in_child(_measure, prepared, placement, started)
 
 
-def in_child(work: Callable[..., Any], *arguments: Any) -> Any:
-    """Call ``work(*arguments)`` in a fresh process, and raise its errors here.
+def in_child(
+    work: Callable[Arguments, Value], *args: Arguments.args, **kwargs: Arguments.kwargs
+) -> Value:
+    """Call ``work`` in a fresh process, and raise its errors here.
 
     Raises JobFailed when the process ended without a result.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_call, args=(sender, work, arguments), daemon=True)
+    process = context.Process(
+        target=_call, args=(sender, partial(work, *args, **kwargs)), daemon=True
+    )
     process.start()
     sender.close()
     try:
@@ -107,26 +124,27 @@ def in_child(work: Callable[..., Any], *arguments: Any) -> Any:
         receiver.close()
     if not done:
         raise result
-    return result
+    value: Value = result
+    return value
 
 
-def _call(sender: Connection, work: Callable[..., Any], arguments: Sequence[Any]) -> None:
+def _call(sender: Connection, work: Callable[[], object]) -> None:
     """Send the parent the result of ``work``, or its error."""
     # The parent receives the signal too, and ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        sender.send((True, work(*arguments)))
+        sender.send((True, work()))
     except OrchestratorError as error:
         sender.send((False, error))
     except Exception as error:
         if os.environ.get(TRACEBACK):
             traceback.print_exc()
-        first = f"{type(error).__name__}: {error}".splitlines()[0]
         sender.send(
             (
                 False,
                 JobFailed(
-                    f"the job can't be measured: {first}", f"{TRACEBACK}=1 shows where it arose"
+                    f"the job can't be measured: {first_line(error, with_type=True)}",
+                    f"{TRACEBACK}=1 shows where it arose",
                 ),
             )
         )
@@ -169,7 +187,7 @@ def _measure(prepared: Prepared, placement: Placement, started: float) -> Measur
 class Bench:
     """A test bench that runs engines for parts of a job on one backbone."""
 
-    def __init__(self, prepared: Prepared, placement: Placement, backbone: Any) -> None:
+    def __init__(self, prepared: Prepared, placement: Placement, backbone: Backbone) -> None:
         self._prepared = prepared
         self._slots = placement.trials_per_worker
         self._cores = placement.threads
@@ -241,8 +259,9 @@ class Bench:
 
     def _engine(self, task: Task, trials: Sequence[TrialSpec]) -> Engine:
         job = self._prepared.job
+        search = of_few_rows(job.search)
         engine = make_engine(
-            self._backbone, task, self._train, job.search, max(1, len(trials)), cores=self._cores
+            self._backbone, task, self._train, search, max(1, len(trials)), cores=self._cores
         )
         for place, trial in enumerate(trials):
             engine.seat(f"t{place}", trial)
@@ -272,7 +291,7 @@ def shortened(prepared: Prepared, placement: Placement) -> Prepared:
         splits={name: cut(split, [0]) for name, split in prepared.task.splits.items()},
     )
     changes = {
-        "search": job.search.model_copy(update={**plain, "perturbation_steps": None}),
+        "search": of_few_rows(job.search).model_copy(update={**plain, "perturbation_steps": None}),
         "train": job.train.model_copy(update={**short, "patience": None}),
     }
     return replace(
@@ -280,7 +299,14 @@ def shortened(prepared: Prepared, placement: Placement) -> Prepared:
     )
 
 
-def timed(work: Callable[[], Any], most: int) -> float:
+def of_few_rows(search: SearchSpec) -> SearchSpec:
+    """Rank by the loss if the search's metric may have no value on a few rows."""
+    if not search.ranked_by.needs_scores:
+        return search
+    return search.model_copy(update={"metric": "loss", "mode": None})
+
+
+def timed(work: Callable[[], object], most: int) -> float:
     """Return the mean seconds of ``work`` over at most ``most`` calls within ``BUDGET_S``."""
     started, done = time.perf_counter(), 0
     while done < most and time.perf_counter() - started < BUDGET_S:
@@ -306,7 +332,9 @@ def cut(split: Encoded, rows: Sequence[int]) -> Encoded:
     )
 
 
-def spread(values: Sequence[Any], count: int, key: Callable[[Any], Any]) -> list[Any]:
+def spread(
+    values: Sequence[Value], count: int, key: Callable[[Value], SupportsRichComparison]
+) -> list[Value]:
     """Pick at most ``count`` of the values, evenly spaced in their order by ``key``."""
     ordered = sorted(values, key=key)
     taken = min(count, len(ordered))

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from orchestrator.cluster.nodes import Node
+from orchestrator.cluster.nodes import ClusterNode
 from orchestrator.data.encoding import Encoded
 from orchestrator.job.spec import JobSpec
 from orchestrator.search.plan.forecast import Forecast, forecast
@@ -15,6 +14,7 @@ from orchestrator.search.plan.measure import Measured, measure
 from orchestrator.search.plan.rehearsal import REPORT_S, Rehearsal, rehearse
 from orchestrator.search.prepare import EVALUATED, Prepared
 from orchestrator.search.workers.placement import Placement
+from orchestrator.utils.documents import JsonObject
 
 # Both times were measured on two idle cores.
 WORKERS_S = 8.0  # seconds of Train and Tune until the worker starts, if there is no rehearsal
@@ -47,7 +47,7 @@ class Plan:
         """A slot's share of a worker's memory beyond the base model, in bytes."""
         return (self.measured.peak - self.measured.idle) // self.placement.trials_per_worker
 
-    def document(self) -> dict[str, Any]:
+    def document(self) -> JsonObject:
         """Return the document that ``plan --json`` prints."""
         placement, measured, pace, found = (
             self.placement,
@@ -90,7 +90,7 @@ class Plan:
 def make_plan(
     prepared: Prepared,
     placement: Placement,
-    nodes: Sequence[Node],
+    nodes: Sequence[ClusterNode],
     before_s: float,
     storage: Path | None,
 ) -> Plan:

@@ -8,14 +8,12 @@ from html import escape
 from typing import Any
 
 from orchestrator import __version__
+from orchestrator.job.metrics import metric_named
 from orchestrator.search.report.facts import SearchFacts
 from orchestrator.search.report.page import document_of, table_of
+from orchestrator.utils.documents import JsonObject
+from orchestrator.utils.wording import BASELINE_NAMES
 
-BARE = {
-    "zero_shot": "without a prompt",
-    "few_shot": "a few examples",
-    "instruction": "written instruction",
-}
 HEADING = (
     "method", "search", "trials", "validation", "test", "seeds", "trained parameters",
     "stored bytes", "training s", "evaluation s", "peak MB",
@@ -23,7 +21,7 @@ HEADING = (
 NOT_THE_SAME = "not the same {}: {}; the lines can't be compared as they stand"
 
 
-def comparison(facts: Sequence[SearchFacts]) -> dict[str, Any]:
+def comparison(facts: Sequence[SearchFacts]) -> JsonObject:
     """Collect the best trial of each search and the common baselines, as ``report --json`` prints.
 
     ``warnings`` names the differences that make the searches incomparable: data, base model,
@@ -33,15 +31,18 @@ def comparison(facts: Sequence[SearchFacts]) -> dict[str, Any]:
     return {"searches": found, "baselines": _bare(facts), "warnings": _warnings(facts)}
 
 
-def _entry(facts: SearchFacts) -> dict[str, Any]:
+def _entry(facts: SearchFacts) -> JsonObject:
     best, result = facts.winner, facts.result or {}
-    reached = result.get("best", {}).get("metrics") or ({"validation": best.best} if best else {})
+    reached = result.get("best", {}).get("metrics") or (
+        {"validation": best.metrics} if best else {}
+    )
     return {
         "search": facts.id,
         "method": facts.job.method,
         "base_model": facts.job.base_model.id,
         "trials": len(facts.trials),
         "metric": facts.metric,
+        "better": facts.job.search.better,
         "config": best.spec.config() if best else None,
         "metrics": reached,
         **({"seeds": seeds} if (seeds := result.get("best", {}).get("seeds")) else {}),
@@ -49,7 +50,7 @@ def _entry(facts: SearchFacts) -> dict[str, Any]:
     }
 
 
-def _bare(facts: Sequence[SearchFacts]) -> dict[str, Any]:
+def _bare(facts: Sequence[SearchFacts]) -> JsonObject:
     """Return the baselines of the first search if data, base model and metric are the same for all.
 
     The written instruction is left out, since it depends on a search's own init texts.
@@ -76,12 +77,14 @@ def _warnings(facts: Sequence[SearchFacts]) -> list[str]:
 def comparison_rows(document: Mapping[str, Any]) -> list[list[str]]:
     """Return a table row for each search, the best by validation first, below the baselines."""
     entries, metric = document["searches"], document["searches"][0]["metric"]
-    sign = 1.0 if metric == "loss" else -1.0
+    ranked_by = metric_named(metric, entries[0]["better"])
     ordered = sorted(
-        entries, key=lambda it: sign * it["metrics"].get("validation", {}).get(metric, -sign * 1e9)
+        entries,
+        key=lambda it: it["metrics"].get("validation", {}).get(metric, ranked_by.worst),
+        reverse=ranked_by.better == "max",
     )
     bare = [
-        [BARE[name], "", "",
+        [BASELINE_NAMES[name], "", "",
          *(_number(found.get(split, {}).get(metric)) for split in ("validation", "test")),
          "", "0", "", "", "", ""]
         for name, found in document["baselines"].items()

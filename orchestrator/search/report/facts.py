@@ -4,56 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from orchestrator.job.space import TrialSpec
 from orchestrator.job.spec import JobSpec
-from orchestrator.search.state.events import Ended, Found, Reported, Started
 from orchestrator.search.state.folder import SearchFolder
 from orchestrator.search.state.journal import read_events
-from orchestrator.search.state.ranking import ranked
 from orchestrator.search.state.saved import load_saved
-from orchestrator.tuning.reports import Costs
-
-
-@dataclass
-class TrialFacts:
-    """A trial: its configuration, validation metrics at each evaluated step, status and costs."""
-
-    id: str
-    spec: TrialSpec
-    status: str = "running"
-    points: list[tuple[int, dict[str, float]]] = field(default_factory=list)
-    best: dict[str, float] = field(default_factory=dict)
-    best_step: int = 0
-    copied_step: int | None = None
-    """Step at which the trial last copied another trial; None if it never did."""
-    costs: Costs = field(default_factory=Costs)
-
-    @property
-    def init(self) -> str:
-        """A short label of the init, or of a written prompt's wording or demonstrations."""
-        text = self.spec.init_text or self.spec.init_artifact or self.spec.template
-        if text is None:
-            return self.spec.init or (self.spec.demonstrations if self.spec.shots else "") or ""
-        words = " ".join(text.split())
-        return f"\u201c{words if len(words) <= 18 else words[:17] + '…'}\u201d"
-
-    @property
-    def best_metrics(self) -> Mapping[str, float]:
-        return self.best
-
-    @property
-    def inherited(self) -> bool:
-        """Tell whether the best evaluation comes from a trial that this trial copied."""
-        return self.copied_step is not None and self.best_step <= self.copied_step
-
-    def best_of(self, metric: str) -> float | None:
-        """Return the metric at the trial's best evaluation, or None if there is none."""
-        value = self.best.get(metric)
-        return None if value is None else float(value)
+from orchestrator.search.state.trials import TrialRecord, ranked
 
 
 @dataclass(frozen=True)
@@ -66,7 +26,7 @@ class SearchFacts:
     id: str
     job: JobSpec
     run_id: str
-    trials: list[TrialFacts]
+    trials: list[TrialRecord]
     baselines: Mapping[str, Any]
     result: Mapping[str, Any] | None
     data_fingerprint: str = ""
@@ -88,12 +48,12 @@ class SearchFacts:
         }.get(self.job.method, "tokens")
 
     @cached_property
-    def scored(self) -> list[TrialFacts]:
+    def scored(self) -> list[TrialRecord]:
         """Trials with a result, best first, as the search itself ranks them."""
         return ranked(self.trials, self.job.search)
 
     @property
-    def winner(self) -> TrialFacts | None:
+    def winner(self) -> TrialRecord | None:
         """The best trial of the result, or the best so far; None if none has been evaluated."""
         named = (self.result or {}).get("best", {}).get("trial")
         return next(
@@ -107,25 +67,27 @@ def read_facts(folder: SearchFolder) -> SearchFacts:
     Raises BadInput for a folder without a search.
     """
     saved, job = load_saved(folder)
-    trials: dict[str, TrialFacts] = {}
-    baselines: Mapping[str, Any] = {}
-    for event in read_events(folder).events:
-        if isinstance(event, Started):
-            trials[event.trial] = TrialFacts(event.trial, TrialSpec.from_config(event.config))
-        elif isinstance(event, Reported) and event.report.trial in trials:
-            trial, report = trials[event.report.trial], event.report
-            trial.points.append((report.step, report.metrics))
-            trial.best, trial.best_step = report.best_metrics, report.best_step
-            if report.copied is not None:
-                trial.copied_step = report.copied.step
-            trial.costs = trial.costs.plus(report.costs)
-        elif isinstance(event, Ended) and event.trial in trials:
-            trials[event.trial].status = event.status
-        elif isinstance(event, Found) and event.name == "baselines":
-            baselines = event.value
+    history = read_events(folder)
+    trials = list(history.outcome().records.values())
+    baselines = history.found("baselines")
     result = json.loads(folder.result.read_bytes()) if folder.result.is_file() else None
-    ordered = sorted(trials.values(), key=lambda trial: (len(trial.id), trial.id))
     warnings = tuple((result or {}).get("warnings", saved.warnings))
     return SearchFacts(
-        folder.id, job, saved.run_id, ordered, baselines, result, saved.data_fingerprint, warnings
+        id=folder.id,
+        job=job,
+        run_id=saved.run_id,
+        trials=trials,
+        baselines=baselines.value if baselines else {},
+        result=result,
+        data_fingerprint=saved.data_fingerprint,
+        warnings=warnings,
     )
+
+
+def init_label(spec: TrialSpec) -> str:
+    """Make a short label of the init, or of a written prompt's wording or demonstrations."""
+    text = spec.init_text or spec.init_artifact or spec.template
+    if text is None:
+        return spec.init or (spec.demonstrations if spec.shots else "") or ""
+    words = " ".join(text.split())
+    return f"\u201c{words if len(words) <= 18 else words[:17] + '…'}\u201d"

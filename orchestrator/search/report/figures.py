@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.job.labels import label_text
-from orchestrator.search.report.facts import SearchFacts, TrialFacts
+from orchestrator.search.report.facts import SearchFacts, init_label
+from orchestrator.search.state.trials import TrialRecord, TrialStatus
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +25,11 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#7
 MARKERS = "osD^vP*X"
 WIDTH, HEIGHT = 4.6, 3.2  # inches: about the actual size on a narrow screen
 MOST_LABELS = 20  # a confusion matrix of more labels would not be legible
-STATUS = {"finished": "#0072B2", "stopped": "#9A9A9A", "failed": "#D55E00"}
+STATUS: Mapping[str, str] = {
+    TrialStatus.FINISHED: "#0072B2",
+    TrialStatus.STOPPED: "#9A9A9A",
+    TrialStatus.FAILED: "#D55E00",
+}
 STYLE: Any = {
     "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "axes.spines.top": False,
     "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": "#E4E4E4",
@@ -47,11 +52,7 @@ def curves(facts: SearchFacts) -> Figure | None:
     figure, axes = _figure()
     winner = facts.winner
     for trial in facts.trials:
-        points = [
-            (step, metrics[facts.metric])
-            for step, metrics in trial.points
-            if facts.metric in metrics
-        ]
+        points = trial.curve(facts.metric)
         if points and trial is not winner:
             colour = STATUS.get(trial.status, "#9A9A9A")
             axes.plot(
@@ -63,11 +64,7 @@ def curves(facts: SearchFacts) -> Figure | None:
                 markersize=3,
             )
     if winner is not None:
-        points = [
-            (step, metrics[facts.metric])
-            for step, metrics in winner.points
-            if facts.metric in metrics
-        ]
+        points = winner.curve(facts.metric)
         axes.plot(
             *zip(*points, strict=True), color="#009E73", linewidth=2.4, label=f"best, {winner.id}"
         )
@@ -86,7 +83,9 @@ def curves(facts: SearchFacts) -> Figure | None:
     return figure
 
 
-def _against_rate(facts: SearchFacts, key: Callable[[TrialFacts], str], what: str) -> Figure | None:
+def _against_rate(
+    facts: SearchFacts, key: Callable[[TrialRecord], str], what: str
+) -> Figure | None:
     """Draw the best metric over the learning rate, with a colour for each group of trials."""
     groups = {key(trial) for trial in facts.scored}
     if len({trial.spec.learning_rate for trial in facts.scored}) < 2 or groups == {""}:
@@ -95,7 +94,7 @@ def _against_rate(facts: SearchFacts, key: Callable[[TrialFacts], str], what: st
     for place, (label, trials) in enumerate(_grouped(facts.scored, key).items()):
         axes.scatter(
             [trial.spec.learning_rate for trial in trials],
-            [trial.best[facts.metric] for trial in trials],
+            [trial.metrics[facts.metric] for trial in trials],
             color=COLOURS[place % len(COLOURS)], marker=MARKERS[place % len(MARKERS)], s=22,
             label=label, alpha=0.85,
         )  # fmt: skip
@@ -108,7 +107,7 @@ def _against_rate(facts: SearchFacts, key: Callable[[TrialFacts], str], what: st
 
 def rate_by_init(facts: SearchFacts) -> Figure | None:
     """Draw the best metric over the learning rate, by init."""
-    return _against_rate(facts, lambda trial: trial.init, "init")
+    return _against_rate(facts, lambda trial: init_label(trial.spec), "init")
 
 
 def rate_by_length(facts: SearchFacts) -> Figure | None:
@@ -116,14 +115,14 @@ def rate_by_length(facts: SearchFacts) -> Figure | None:
     return _against_rate(facts, lambda trial: f"{trial.spec.size:>4} {facts.size_name}", "length")
 
 
-def _ablation(facts: SearchFacts, key: Callable[[TrialFacts], str], what: str) -> Figure | None:
+def _ablation(facts: SearchFacts, key: Callable[[TrialRecord], str], what: str) -> Figure | None:
     """Draw the best metrics of each group of trials, with their mean and standard deviation."""
     groups = _grouped(facts.scored, key)
     if len(groups) < 2:
         return None
     figure, axes = _figure(max(HEIGHT * 0.7, 0.5 + 0.42 * len(groups)))
     for place, trials in enumerate(groups.values()):
-        values = [trial.best[facts.metric] for trial in trials]
+        values = [trial.metrics[facts.metric] for trial in trials]
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         axes.errorbar(
             statistics.fmean(values),
@@ -160,7 +159,7 @@ def _ablation(facts: SearchFacts, key: Callable[[TrialFacts], str], what: str) -
 
 def init_ablation(facts: SearchFacts) -> Figure | None:
     """Draw the best metrics by init."""
-    return _ablation(facts, lambda trial: trial.init, "init")
+    return _ablation(facts, lambda trial: init_label(trial.spec), "init")
 
 
 def length_ablation(facts: SearchFacts) -> Figure | None:
@@ -176,7 +175,7 @@ def parallel(facts: SearchFacts) -> Figure | None:
     columns: list[tuple[str, list[float], list[tuple[float, str]]]] = [
         *(
             [_named_axis("init", inits)]
-            if any(inits := [trial.init for trial in facts.scored])
+            if any(inits := [init_label(trial.spec) for trial in facts.scored])
             else []
         ),
         _named_axis(facts.size_name, [f"{trial.spec.size:>6}" for trial in facts.scored]),
@@ -187,7 +186,9 @@ def parallel(facts: SearchFacts) -> Figure | None:
         ),
         _named_axis("seed", [f"{trial.spec.seed:>10}" for trial in facts.scored]),
         _scaled_axis(
-            facts.metric, [trial.best[facts.metric] for trial in facts.scored], lambda x: f"{x:.3g}"
+            facts.metric,
+            [trial.metrics[facts.metric] for trial in facts.scored],
+            lambda x: f"{x:.3g}",
         ),
     ]
     figure, axes = _figure()
@@ -296,7 +297,7 @@ def cost(facts: SearchFacts) -> Figure | None:
     against = f", planned {planned:.0f}" if planned else ""
     above.set_xlabel(f"seconds ({total:.0f} in all{against})")
     for status, trials in _grouped(facts.trials, lambda trial: trial.status).items():
-        steps = sorted((trial.points[-1][0] for trial in trials if trial.points), reverse=True)
+        steps = sorted((trial.step for trial in trials if trial.points), reverse=True)
         if steps:
             below.plot(
                 range(1, len(steps) + 1),
@@ -313,10 +314,10 @@ def cost(facts: SearchFacts) -> Figure | None:
 
 
 def _grouped(
-    trials: Sequence[TrialFacts], key: Callable[[TrialFacts], str]
-) -> dict[str, list[TrialFacts]]:
+    trials: Sequence[TrialRecord], key: Callable[[TrialRecord], str]
+) -> dict[str, list[TrialRecord]]:
     """Group the trials by key, in the order of the keys."""
-    groups: dict[str, list[TrialFacts]] = {}
+    groups: dict[str, list[TrialRecord]] = {}
     for trial in sorted(trials, key=key):
         groups.setdefault(key(trial), []).append(trial)
     return groups

@@ -7,19 +7,16 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+import numpy as np
 import yaml
 
 from orchestrator import __version__
-from orchestrator.search.report.facts import SearchFacts
+from orchestrator.search.report.facts import SearchFacts, init_label
 from orchestrator.search.report.figures import FIGURES
-from orchestrator.utils.wording import counted
+from orchestrator.tuning.label_metrics import CLASS_FIGURES, per_class
+from orchestrator.utils.wording import BASELINE_NAMES, counted
 
 MOST_TRIALS = 200
-NAMES = {
-    "zero_shot": "without a prompt",
-    "few_shot": "a few examples",
-    "instruction": "written instruction",
-}
 STYLE = """
 :root{color-scheme:light}
 body{font:15px/1.5 system-ui,sans-serif;color:#222;background:#fff;margin:0 auto;padding:1rem;\
@@ -47,6 +44,7 @@ def page(facts: SearchFacts, figures: Mapping[str, bytes]) -> str:
         "<h2>Result</h2>",
         table_of(["", *_metric_names(facts)], _results(facts)),
         *_model(facts),
+        *_classes(facts),
         *_warnings(facts),
         "<h2>Pictures</h2>",
         '<div class="figures">'
@@ -97,21 +95,21 @@ def _metric_names(facts: SearchFacts) -> list[str]:
 
 
 def _columns(facts: SearchFacts) -> list[tuple[str, str]]:
-    named = [
-        facts.metric,
-        *(name for name in (facts.scored[0].best if facts.scored else {}) if name != facts.metric),
-    ]
-    return [(split, name) for name in named for split in ("validation", "test")]
+    validated = facts.scored[0].metrics if facts.scored else {}
+    tested = (facts.result or {}).get("best", {}).get("metrics", {}).get("test", {})
+    named = dict.fromkeys([facts.metric, *validated])
+    more = [("test", name) for name in tested if name not in named]
+    return [(split, name) for name in named for split in ("validation", "test")] + more
 
 
 def _results(facts: SearchFacts) -> list[list[Any]]:
     lines: dict[str, Any] = {
-        NAMES.get(name, name): found for name, found in facts.baselines.items()
+        BASELINE_NAMES.get(name, name): found for name, found in facts.baselines.items()
     }
     if facts.result:
         lines[facts.job.result_name] = facts.result["best"]["metrics"]
     elif facts.winner:
-        lines["best so far"] = {"validation": facts.winner.best}
+        lines["best so far"] = {"validation": facts.winner.metrics}
     return [
         [name, *(_number(found.get(split, {}).get(metric)) for split, metric in _columns(facts))]
         for name, found in lines.items()
@@ -129,6 +127,19 @@ def _model(facts: SearchFacts) -> list[str]:
             f"version {model['version']}{escape(alias)}.</p>"
         )
     return lines
+
+
+def _classes(facts: SearchFacts) -> list[str]:
+    """Return the winner's figures for each label on the test rows, if the rows have labels."""
+    confusion = (facts.result or {}).get("best", {}).get("confusion")
+    if not confusion:
+        return []
+    classes = per_class(np.array(confusion["counts"]))
+    rows = [
+        [label, *(_number(one[name]) for name in CLASS_FIGURES)]
+        for label, one in zip(confusion["labels"], classes, strict=True)
+    ]
+    return ["<h2>Labels of the test rows</h2>", table_of(["label", *CLASS_FIGURES], rows)]
 
 
 def _warnings(facts: SearchFacts) -> list[str]:
@@ -152,10 +163,10 @@ def _trials(facts: SearchFacts) -> str:
     ordered = [*facts.scored, *(trial for trial in facts.trials if trial not in facts.scored)]
     rows = [
         [
-            trial.id, trial.status, trial.init, trial.spec.size or "",
+            trial.id, trial.status, init_label(trial.spec), trial.spec.size or "",
             f"{trial.spec.learning_rate:.3g}", trial.spec.seed,
-            trial.points[-1][0] if trial.points else 0, _number(trial.best_of(facts.metric)),
-            _number(trial.best_of("loss")), f"{trial.costs.parameters:,}",
+            trial.step, _number(trial.metrics.get(facts.metric)),
+            _number(trial.metrics.get("loss")), f"{trial.costs.parameters:,}",
             f"{trial.costs.seconds:.1f}",
         ]
         for trial in ordered[:MOST_TRIALS]

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
 
 from orchestrator.job.space import TrialSpec
-from orchestrator.search.state.events import Ended, Event, Found, Reported, Started
+from orchestrator.search.state.events import Ended, Event, Found, Listener, Reported, Started, tell
+from orchestrator.search.state.trials import Outcome
 from orchestrator.tuning.reports import Report
-
-if TYPE_CHECKING:
-    from orchestrator.search.study.study import Listener
 
 
 @dataclass
@@ -40,30 +37,19 @@ class History:
     def ended(self) -> dict[str, Ended]:
         return {event.trial: event for event in self.events if isinstance(event, Ended)}
 
-    @property
-    def started(self) -> set[str]:
-        return {event.trial for event in self.events if isinstance(event, Started)}
-
     def steps(self) -> dict[str, int]:
         """Return the newest reported step of each trial that has reported."""
         return {report.trial: report.step for report in self.reports}
 
-    def configs(self) -> dict[str, dict[str, Any]]:
-        """Return the configuration with which each trial started."""
-        return {event.trial: event.config for event in self.events if isinstance(event, Started)}
-
     def first_specs(self) -> dict[str, TrialSpec]:
-        """Return the spec with which each trial started."""
-        return {trial: TrialSpec.from_config(config) for trial, config in self.configs().items()}
+        """Return the spec with which each trial started, before it copied other trials."""
+        return {event.trial: event.spec for event in self.events if isinstance(event, Started)}
 
-    def specs(self) -> dict[str, TrialSpec]:
-        """Return the current spec of each trial, which may have copied other trials."""
-        copied = {report.trial: report.copied.spec for report in self.reports if report.copied}
-        return self.first_specs() | copied
-
-    def own_scores(self) -> dict[str, float | None]:
-        """Return the own score of each trial that has reported."""
-        return {report.trial: report.own_score for report in self.reports}
+    def outcome(self) -> Outcome:
+        """Return the records of all trials that have started."""
+        outcome = Outcome()
+        self.tell(outcome)
+        return outcome
 
     def found(self, name: str) -> Found | None:
         return next(
@@ -83,21 +69,21 @@ class History:
     def tell(self, listener: Listener) -> None:
         """Replay all events to a listener. Each trial's reports carry its newest checkpoint."""
         for event in self.events:
-            if isinstance(event, Started):
-                listener.trial_started(event.trial, TrialSpec.from_config(event.config))
-            elif isinstance(event, Reported):
-                checkpoint = self.checkpoints[event.report.trial]
-                listener.trial_reported(
-                    event.report.trial, replace(event.report, checkpoint=checkpoint)
-                )
-            elif isinstance(event, Ended):
-                listener.trial_ended(event.trial, event.status, event.note)
+            tell(self._with_checkpoint(event), listener)
+
+    def _with_checkpoint(self, event: Event) -> Event:
+        if not isinstance(event, Reported):
+            return event
+        checkpoint = self.checkpoints.get(event.report.trial, b"")
+        return replace(event, report=replace(event.report, checkpoint=checkpoint))
 
     def remaining(self, trials: Collection[str]) -> list[str]:
         """Return the trials that have not ended, in order."""
         return [trial for trial in trials if trial not in self.ended]
 
 
-def trial_of(event: Event) -> Any:
+def trial_of(event: Event) -> str | None:
     """Return the trial of an event; None for an event of the whole search."""
-    return event.report.trial if isinstance(event, Reported) else getattr(event, "trial", None)
+    if isinstance(event, Found):
+        return None
+    return event.report.trial if isinstance(event, Reported) else event.trial

@@ -17,7 +17,7 @@ from orchestrator.errors import BadInput
 from orchestrator.search.state.events import Event, Reported, from_document, to_document
 from orchestrator.search.state.folder import SearchFolder
 from orchestrator.search.state.history import History
-from orchestrator.tuning.checkpoint import TrialState
+from orchestrator.tuning.checkpoint import Checkpoint
 from orchestrator.utils.atomic import write_whole
 
 
@@ -91,7 +91,7 @@ def read_history(folder: SearchFolder) -> History:
 
 def _read_checkpoint(folder: SearchFolder, trial: str, step: int) -> bytes:
     data = folder.checkpoint(trial, step).read_bytes()
-    TrialState.from_bytes(data)
+    Checkpoint.from_bytes(data)
     return data
 
 
@@ -110,7 +110,7 @@ def _read_lines(file: Path) -> History:
             document = json.loads(line)
             events += [from_document(event) for event in document["events"]]
             spent_s = float(document["spent_s"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, BadInput) as error:
             raise BadInput(
                 f"{file}:{number} can't be read: {type(error).__name__}: {error}",
                 f"the search goes on from what came before if you remove line {number} and all "

@@ -19,16 +19,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from orchestrator.errors import BadInput, JobFailed, Unreachable
 from orchestrator.models.builtin.making import cache_folder
 from orchestrator.utils.atomic import write_whole
 from orchestrator.utils.object_store import check_address, is_address
-from orchestrator.utils.text import mask_secrets
+from orchestrator.utils.text import first_line
 
 if TYPE_CHECKING:
-    from pyarrow.fs import FileSystem
+    from pyarrow.fs import FileInfo, FileSystem
 
 log = logging.getLogger(__name__)
 
@@ -139,13 +139,13 @@ class RemoteHome:
             raise self.unreachable(error) from error
 
     def unreachable(self, error: OSError) -> Unreachable:
-        reason = mask_secrets(str(error).splitlines()[0])[:300]
+        reason = first_line(error)
         return Unreachable(
             f"{self.url}, where searches are kept (ORCHESTRATOR_HOME), can't be used: {reason}",
             f"look at the address and at {', '.join(SETTINGS)}",
         )
 
-    def _files(self, below: str) -> list[Any]:
+    def _files(self, below: str) -> list[FileInfo]:
         from pyarrow.fs import FileSelector, FileType
 
         store, root = self._open()

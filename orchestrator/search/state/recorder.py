@@ -18,6 +18,7 @@ from orchestrator.job.space import TrialSpec
 from orchestrator.search.state.events import Ended, Event, Found, Reported, Started
 from orchestrator.search.state.history import History
 from orchestrator.search.state.journal import Journal
+from orchestrator.search.state.trials import TrialStatus
 from orchestrator.tuning.reports import Report
 
 Sink = Callable[[Sequence[Event]], None]
@@ -49,12 +50,12 @@ class Recorder:
         self._writer.start()
 
     def trial_started(self, trial: str, spec: TrialSpec) -> None:
-        self._add(Started(trial, spec.config()))
+        self._add(Started(trial, spec))
 
     def trial_reported(self, trial: str, report: Report) -> None:
         self._add(Reported(report))
 
-    def trial_ended(self, trial: str, status: str, note: str) -> None:
+    def trial_ended(self, trial: str, status: TrialStatus, note: str) -> None:
         self._add(Ended(trial, status, note))
 
     def found(self, name: str, value: Any) -> Found:

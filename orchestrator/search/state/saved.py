@@ -8,13 +8,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import ValidationError
 
 from orchestrator.errors import BadInput, SpecError
-from orchestrator.job.space import TrialSpec
 from orchestrator.job.spec import BEGUN, JobSpec
 from orchestrator.job.yaml import load_job, write
 from orchestrator.search.prepare import Prepared
@@ -22,6 +21,9 @@ from orchestrator.search.state.folder import SearchFolder, searches_folder
 from orchestrator.search.state.object_store_copy import remote_home
 from orchestrator.tuning.engine import Task
 from orchestrator.utils.atomic import write_whole
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT_VERSION = 1
 SHOWN = 5
@@ -71,10 +73,6 @@ class SavedSearch:
         text = write(job.model_dump(exclude_none=True))
         write_whole(folder.job, text.encode())
         write_whole(folder.description, json.dumps(asdict(self), indent=2).encode())
-
-    @property
-    def specs(self) -> list[TrialSpec]:
-        return [TrialSpec.from_config(config) for config in self.trials]
 
     def check(self, folder: SearchFolder, prepared: Prepared) -> None:
         """Raise BadInput unless the inputs are still those that the search began with."""
@@ -200,7 +198,7 @@ def digests(task: Task) -> dict[str, str]:
     return {reference: _digest(tensors) for reference, tensors in task.artifacts.items()}
 
 
-def _digest(tensors: Mapping[str, Any]) -> str:
+def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(f"{name}|{tuple(tensors[name].shape)}|".encode())

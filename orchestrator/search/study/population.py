@@ -36,7 +36,7 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Copy:
+class CopyDecision:
     """A decision that ``trial`` continues from ``checkpoint`` as ``copied`` describes."""
 
     trial: str
@@ -62,7 +62,7 @@ class Population:
 
     def copies(
         self, reports: Iterable[tuple[Report, TrialSpec]], staying: Iterable[str]
-    ) -> list[Copy]:
+    ) -> list[CopyDecision]:
         """Record a round's reports, each with its trial's spec; return the copies to make.
 
         Only trials in ``staying`` copy others.
@@ -96,7 +96,7 @@ class Population:
             *(replace(one, checkpoint=b"") for one in members[self._most_good :]),
         ]
 
-    def copy(self, trial: str, step: int) -> Copy | None:
+    def copy(self, trial: str, step: int) -> CopyDecision | None:
         """Return what a trial that was compared at ``step`` copies, if anything.
 
         Trials are ranked by score, not by the newest metric: a trial's result is its best
@@ -115,7 +115,7 @@ class Population:
         rate = self._perturbed(source.spec.learning_rate, rng)
         # The trial keeps its own seed, so that it sees the rows in another order than its source.
         spec = replace(source.spec, learning_rate=rate, seed=members[place].spec.seed)
-        return Copy(trial, Copied(source.trial, step, spec), source.checkpoint)
+        return CopyDecision(trial, Copied(source.trial, step, spec), source.checkpoint)
 
     def _perturbed(self, rate: float, rng: random.Random) -> float:
         """Return a changed learning rate within the space; at a bound, one away from that bound."""

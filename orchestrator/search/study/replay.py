@@ -1,4 +1,4 @@
-"""Restore a search from its history: the trials under way, and the state of its population."""
+"""Restore the state of a search's population from the search's history."""
 
 from __future__ import annotations
 
@@ -7,29 +7,12 @@ from dataclasses import replace
 
 from orchestrator.job.spec import JobSpec
 from orchestrator.search.state.history import History
-from orchestrator.search.study.population import Copy, Population
-from orchestrator.tuning.reports import Begun
-
-
-def under_way(history: History, trial: str, copy: Copy | None = None) -> Begun:
-    """Return the state from which a trial that has reported continues.
-
-    ``copy`` is the population's decision after the trial's last report, if it made one.
-    """
-    begun = Begun(
-        spec=history.specs()[trial],
-        checkpoint=history.checkpoints[trial],
-        own_score=history.own_scores()[trial],
-        has_copied=any(report.copied for report in history.reports if report.trial == trial),
-    )
-    if copy is None:
-        return begun
-    return replace(begun, spec=copy.copied.spec, checkpoint=copy.checkpoint, copied=copy.copied)
+from orchestrator.search.study.population import CopyDecision, Population
 
 
 def replayed(
     job: JobSpec, history: History, left: Sequence[str]
-) -> tuple[Population | None, dict[str, Copy]]:
+) -> tuple[Population | None, dict[str, CopyDecision]]:
     """Return the population after the history's reports, and its decisions for ``left`` trials.
 
     Both are empty for a search without a population, or one that has not begun.

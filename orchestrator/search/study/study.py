@@ -1,18 +1,18 @@
 """The study: Ray Tune over a list of trials, or over trials as they are proposed.
 
-This is the only importer of ray.tune. A Tune trial is light: a class trainable whose actor is
-reused. It submits its configuration to the broker and then relays reports. It imports no torch and
-holds no model.
+This is the only importer of ray.tune. A Tune trial carries the number and the spec of one of our
+trials. It is light: a class trainable whose actor is reused. It submits the trial to the broker and
+then relays reports. It imports no torch and holds no model.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import tune
@@ -20,21 +20,29 @@ from ray.tune import Callback, CheckpointConfig, FailureConfig, RunConfig, Stopp
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, Searcher
 
+from orchestrator.cluster import actors
+from orchestrator.cluster.ray_internals.tune import plain_trials
 from orchestrator.cluster.session import started_here
 from orchestrator.errors import JobFailed
 from orchestrator.job.space import TrialSpec
 from orchestrator.job.spec import JobSpec
+from orchestrator.search.state.events import Listener
 from orchestrator.search.state.history import History
-from orchestrator.search.study.replay import replayed, under_way
+from orchestrator.search.state.trials import TrialStatus, trial_id, trial_number
+from orchestrator.search.study.replay import replayed
 from orchestrator.search.study.tpe import Proposer
 from orchestrator.search.workers.placement import TRIAL_CPUS
 from orchestrator.tuning.reports import BROKEN, Report
 
+if TYPE_CHECKING:
+    from ray.tune.execution.tune_controller import TuneController
+    from ray.tune.experiment import Trial
+
+    from orchestrator.search.workers.broker import BrokerHandle
+
 STEP = "step"  # the schedulers' clock: Tune's own iteration count starts over after a restore
 SCORE = "score"  # the best validation metric so far
 OWN = "own_score"  # see Report
-# Names of the collections in which Tune lists environment variables to pass to its processes.
-HANDED = ("DEFAULT_ENV_VARS", "ENV_VARS_TO_PROPAGATE")
 RESTARTS = 3  # allowed for a relay that was lost with its node
 # The last result of a trial that was stopped.
 STOPPED = {
@@ -48,24 +56,6 @@ STOPPED = {
 LOST = {**STOPPED, "lost": True}  # the same, when the search can't continue
 
 
-def trial_id(number: int) -> str:
-    return f"t{number:03d}"
-
-
-def trial_number(name: str) -> int:
-    return int(name[1:])
-
-
-class Listener(Protocol):
-    """A receiver of every trial's events in their order; it is called in the driver."""
-
-    def trial_started(self, trial: str, spec: TrialSpec) -> None: ...
-
-    def trial_reported(self, trial: str, report: Report) -> None: ...
-
-    def trial_ended(self, trial: str, status: str, note: str) -> None: ...
-
-
 class RelayTrial(tune.Trainable):
     """A Tune trial that submits itself to the broker and then relays a report per step.
 
@@ -75,29 +65,25 @@ class RelayTrial(tune.Trainable):
     and its successor.
     """
 
-    def setup(self, config: dict[str, Any], broker: Any = None) -> None:
+    def setup(self, config: dict[str, Any], broker: BrokerHandle) -> None:
         self._broker = broker
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._asked = new_config["trial"]
-        self._trial = trial_id(self._asked["number"])
+        self._number, self._spec = new_config["trial"]["number"], new_config["trial"]["spec"]
+        self._trial = trial_id(self._number)
         self._submitted = False
         return True
 
     def _submit(self) -> None:
         if not self._submitted:
-            ray.get(
-                self._broker.submit.remote(
-                    self._trial, self._asked["number"], self._asked["config"]
-                )
-            )
+            actors.get(self._broker.submit.remote(self._trial, self._number, self._spec))
             self._submitted = True
 
     def step(self) -> dict[str, Any]:
         try:
             self._submit()
-            report: Report | None = ray.get(self._broker.next_report.remote(self._trial))
+            report = actors.get(self._broker.next_report.remote(self._trial))
         except (JobFailed, ray.exceptions.RayActorError):
             return LOST
         if report is None:
@@ -129,7 +115,7 @@ class _Proposals(Searcher):
             finished: str = Searcher.FINISHED
             return finished
         self._numbers[trial_id] = number
-        return {"trial": {"number": number, "config": spec.config()}}
+        return {"trial": {"number": number, "spec": spec}}
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -172,7 +158,11 @@ class _Relay(Callback):
     """A callback that passes Tune's decisions to the broker, and events to the listeners."""
 
     def __init__(
-        self, broker: Any, listeners: Sequence[Listener], targets: _Targets, trials: Sequence[str]
+        self,
+        broker: BrokerHandle,
+        listeners: Sequence[Listener],
+        targets: _Targets,
+        trials: Sequence[str],
     ) -> None:
         self._broker = broker
         self._listeners = listeners
@@ -188,16 +178,16 @@ class _Relay(Callback):
         """
         return type(self), (None, (), None, ())
 
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        asked = trial.config["trial"]
-        self._open[trial_id(asked["number"])] = None
+    def on_trial_start(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
+        name = _name(trial)
+        self._open[name] = None
         for listener in self._listeners:
-            listener.trial_started(
-                trial_id(asked["number"]), TrialSpec.from_config(asked["config"])
-            )
+            listener.trial_started(name, trial.config["trial"]["spec"])
 
     def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
         report = result.pop("report")
         if report is None:
@@ -210,28 +200,35 @@ class _Relay(Callback):
         for listener in self._listeners:
             listener.trial_reported(report.trial, report)
 
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_trial_complete(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
         report = self._last.get(trial.trial_id)
         if report is not None and not self._targets.lost:
             self.ended(report)
 
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        name = trial_id(trial.config["trial"]["number"])
+    def on_trial_error(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
+        name = _name(trial)
         self._broker.decide.remote(name, False)
-        self._ended(name, "failed", "see the search's log")
+        self._ended(name, TrialStatus.FAILED, "see the search's log")
 
     def ended(self, report: Report) -> None:
         """Record that a trial ended with this report."""
-        status = "failed" if report.ending in BROKEN else "finished" if report.ending else "stopped"
+        if report.ending in BROKEN:
+            status = TrialStatus.FAILED
+        else:
+            status = TrialStatus.FINISHED if report.ending else TrialStatus.STOPPED
         self._ended(report.trial, status, self._why(report))
 
     def end(self) -> None:
         """Record that Tune has ended; trials that it left unfinished or unstarted are stopped."""
-        ray.get(self._broker.end_trials.remote())
+        actors.get(self._broker.end_trials.remote())
         for name in [] if self._targets.lost else list(self._open):
-            self._ended(name, "stopped", self._targets.why)
+            self._ended(name, TrialStatus.STOPPED, self._targets.why)
 
-    def _ended(self, name: str, status: str, note: str) -> None:
+    def _ended(self, name: str, status: TrialStatus, note: str) -> None:
         self._open.pop(name, None)
         for listener in self._listeners:
             listener.trial_ended(name, status, note)
@@ -271,21 +268,22 @@ def scheduler(job: JobSpec) -> TrialScheduler:
     """Return the spec's scheduler, which counts our own steps."""
     common = {"time_attr": STEP, "metric": SCORE, "mode": job.search.better}
     grace = job.search.grace_steps or job.train.evaluate_every
-    if job.search.scheduler == "asha":
-        rungs = {
-            "grace_period": min(grace, job.train.steps),
-            "reduction_factor": job.search.reduction_factor,
-        }
-        return ASHAScheduler(max_t=job.train.steps, **rungs, **common)
-    if job.search.scheduler == "median":
-        return MedianStoppingRule(grace_period=grace, min_samples_required=3, **common)
-    # Also for pbt, which stops no trial: the broker lets trials copy each other.
-    return FIFOScheduler()
+    match job.search.scheduler:
+        case "asha":
+            rungs = {
+                "grace_period": min(grace, job.train.steps),
+                "reduction_factor": job.search.reduction_factor,
+            }
+            return ASHAScheduler(max_t=job.train.steps, **rungs, **common)
+        case "median":
+            return MedianStoppingRule(grace_period=grace, min_samples_required=3, **common)
+        case "fifo" | "pbt":  # pbt stops no trial: the broker lets trials copy each other
+            return FIFOScheduler()
 
 
 def proposes(job: JobSpec) -> bool:
     """Tell whether trials are proposed while the search runs."""
-    return job.search.searcher == "optuna"
+    return job.search.proposes
 
 
 def _source(
@@ -296,17 +294,15 @@ def _source(
     The parameter space is empty where trials are proposed.
     """
     if proposer is None:
-        listed = [
-            {"number": trial_number(name), "config": spec.config()} for name, spec in trials.items()
-        ]
+        listed = [{"number": trial_number(name), "spec": spec} for name, spec in trials.items()]
         return {"trial": tune.grid_search(listed)}, {"search_alg": concurrency.searcher(None)}
     searcher = concurrency.searcher(_Proposals(proposer, trials))
     return {}, {"search_alg": searcher, "num_samples": len(trials) + proposer.left}
 
 
 @dataclass(frozen=True)
-class _Stand:
-    """A stand-in for a trial in a resumed scheduler, the same for earlier and later reports."""
+class _TuneTrial:
+    """A stand-in for a Tune trial in a resumed scheduler, the same before and after the break."""
 
     trial_id: str
 
@@ -347,29 +343,33 @@ class Continued(TrialScheduler):
                 over[report.trial] = report
         return over
 
-    def _stand(self, name: str) -> _Stand:
-        stand = _Stand(name)
+    def _stand(self, name: str) -> _TuneTrial:
+        stand = _TuneTrial(name)
         if name not in self._known:
             self._known.add(name)
             self._inner.on_trial_add(_NO_TUNE, stand)
         return stand
 
-    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+    def on_trial_add(self, tune_controller: TuneController, trial: Trial) -> None:
         self._stand(_name(trial))
 
-    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+    def on_trial_error(self, tune_controller: TuneController, trial: Trial) -> None:
         self._inner.on_trial_error(tune_controller, self._stand(_name(trial)))
 
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+    def on_trial_result(
+        self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]
+    ) -> str:
         return str(self._inner.on_trial_result(tune_controller, self._stand(_name(trial)), result))
 
-    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+    def on_trial_complete(
+        self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]
+    ) -> None:
         self._inner.on_trial_complete(tune_controller, self._stand(_name(trial)), result)
 
-    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
+    def on_trial_remove(self, tune_controller: TuneController, trial: Trial) -> None:
         self._inner.on_trial_remove(tune_controller, self._stand(_name(trial)))
 
-    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+    def choose_trial_to_run(self, tune_controller: TuneController) -> Trial | None:
         return self._inner.choose_trial_to_run(tune_controller)
 
     def debug_string(self) -> str:
@@ -385,21 +385,21 @@ class Continued(TrialScheduler):
 class _NoTune:
     """A stand-in for Tune's controller while a scheduler learns; it has no live trials."""
 
-    def get_live_trials(self) -> set[Any]:
+    def get_live_trials(self) -> set[Trial]:
         return set()
 
 
 _NO_TUNE = _NoTune()
 
 
-def _name(trial: Any) -> str:
+def _name(trial: Trial) -> str:
     return trial_id(trial.config["trial"]["number"])
 
 
 def run_study(
     job: JobSpec,
     trials: Sequence[TrialSpec],
-    broker: Any,
+    broker: BrokerHandle,
     concurrency: Concurrency,
     storage: Path,
     listeners: Sequence[Listener],
@@ -413,7 +413,7 @@ def run_study(
     names = {trial_id(number): spec for number, spec in enumerate(trials)}
     proposer = Proposer(job.search) if proposes(job) else None
     if proposer:
-        numbered = {trial_number(name): config for name, config in history.configs().items()}
+        numbered = {trial_number(name): spec for name, spec in history.first_specs().items()}
         names = {trial_id(number): spec for number, spec in enumerate(proposer.replay(numbered))}
     relay = _Relay(broker, listeners, targets, history.remaining(names))
     decides, over = scheduler(job), {}
@@ -424,43 +424,25 @@ def run_study(
     # The journal has the last report of these trials, but not the decision that ended them.
     for name in history.remaining(over):
         relay.ended(over[name])
-    total = len(left)
+    total, records = len(left), history.outcome().records
     if proposer:
-        for name, score in history.own_scores().items():
+        for name, record in records.items():
             if name not in left:
-                proposer.learn(trial_number(name), score)
+                proposer.learn(trial_number(name), record.own_score)
         total += proposer.left
     population, copies = replayed(job, history, left)
-    begun = {
-        name: under_way(history, name, copies.get(name)) for name in left if name in history.steps()
-    }
-    ray.get(broker.expect.remote(total, begun, population))
+    begun = {name: records[name] for name in left if name in records}
+    actors.get(broker.expect.remote(total, begun, population, copies))
     if total and not targets.stop_all():
         trials_left = {name: names[name] for name in left}
         _tune(proposer, trials_left, broker, concurrency, storage, targets, relay, decides)
     relay.end()
 
 
-@contextmanager
-def _plain_trials() -> Iterator[None]:
-    """Keep Tune from passing environment variables to the processes that it starts meanwhile.
-
-    ``workers/train_group.py`` explains why.
-    """
-    from ray.tune.execution import class_cache
-
-    before = {name: value for name, value in vars(class_cache).items() if name in HANDED}
-    vars(class_cache).update({name: type(value)() for name, value in before.items()})
-    try:
-        yield
-    finally:
-        vars(class_cache).update(before)
-
-
 def _tune(
     proposer: Proposer | None,
     trials: Mapping[str, TrialSpec],
-    broker: Any,
+    broker: BrokerHandle,
     concurrency: Concurrency,
     storage: Path,
     targets: _Targets,
@@ -486,5 +468,5 @@ def _tune(
             verbose=0,
         ),
     )
-    with _plain_trials() if started_here() else nullcontext():
+    with plain_trials() if started_here() else nullcontext():
         tuner.fit()

@@ -51,7 +51,7 @@ class Proposer:
         self._study = optuna.create_study(
             direction="maximize" if search.better == "max" else "minimize"
         )
-        self._trials: list[Any] = []
+        self._trials: list[optuna.Trial] = []
         self._specs: list[TrialSpec] = []
         self._scores: dict[int, float | None] = {}
 
@@ -82,15 +82,15 @@ class Proposer:
         worst = -WORST if self._search.better == "max" else WORST
         self._study.tell(self._trials[number], worst if score is None else score)
 
-    def replay(self, configs: Mapping[int, dict[str, Any]]) -> list[TrialSpec]:
+    def replay(self, started: Mapping[int, TrialSpec]) -> list[TrialSpec]:
         """Take over the trials of a resumed search, by number; only before the first proposal.
 
         Return all trials proposed so far. A trial that was proposed but never started is proposed
         anew.
         """
-        for number in range(max(configs, default=-1) + 1):
-            if number in configs:
-                self._take(TrialSpec.from_config(configs[number]))
+        for number in range(max(started, default=-1) + 1):
+            if number in started:
+                self._take(started[number])
             else:
                 self.propose()
         return list(self._specs)

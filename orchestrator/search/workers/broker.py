@@ -21,23 +21,31 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
+from orchestrator.cluster.actors import ActorMethod
 from orchestrator.errors import JobFailed, OrchestratorError
 from orchestrator.job.space import TrialSpec
-from orchestrator.search.study.population import Copy, Population
-from orchestrator.tuning.reports import Begun, Copied, EvaluationJob, Report
+from orchestrator.search.state.trials import TrialRecord
+from orchestrator.search.study.population import CopyDecision, Population
+from orchestrator.tuning.reports import Copied, EvaluationJob, Report
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+    from ray.util.placement_group import PlacementGroup
+
+    from orchestrator.models.source import BaseModelInfo
 
 PATIENCE_S = 60.0  # the longest wait for a decision or for a trial to start
 IMPATIENCE_S = 0.5  # the longest such wait after one has run out
 
 
 @dataclass(frozen=True)
-class Seat:
-    """A trial for a worker's slot, with its newest checkpoint if it has one."""
+class SeatOrder:
+    """An order to seat a trial in a worker's slot, from its newest checkpoint if it has one."""
 
     trial: str
     spec: TrialSpec
@@ -49,7 +57,7 @@ class Orders:
     """The next work of a worker: free and fill slots, then evaluate or train a round; or stop."""
 
     free: tuple[str, ...] = ()
-    seat: tuple[Seat, ...] = ()
+    seat: tuple[SeatOrder, ...] = ()
     evaluate: tuple[tuple[int, EvaluationJob], ...] = ()
     stop: bool = False
 
@@ -59,7 +67,7 @@ class Place:
     """The location of a worker: node id, Ray placement group, and type of device it trains on."""
 
     node: str
-    placement_group: Any
+    placement_group: PlacementGroup | None
     device: str = "cpu"
 
     def shown(self) -> dict[str, str]:
@@ -68,16 +76,13 @@ class Place:
 
 
 @dataclass
-class Entry:
-    """A trial as the broker knows it."""
+class SubmittedTrial:
+    """A trial that waits for a slot or has one, with its reports for Tune."""
 
     number: int
-    spec: TrialSpec
+    record: TrialRecord
     worker: str | None = None
-    checkpoint: bytes | None = None
     copied: Copied | None = None  # the copy made since the last report, if any
-    own_score: float | None = None
-    has_copied: bool = False
     reports: asyncio.Queue[Report] = field(default_factory=asyncio.Queue)
     submitted: int = 1  # number of submissions; only the latest trainable gets reports
     released: bool = False
@@ -85,6 +90,11 @@ class Entry:
     slot: int = 0
     news: asyncio.Event = field(default_factory=asyncio.Event)
     """Wakes the caller that waits in ``next_report``, which clears it and checks what changed."""
+
+    def become(self, copy: CopyDecision) -> None:
+        """Go on as the copy of another trial, which the next report tells."""
+        self.record.spec, self.record.checkpoint = copy.copied.spec, copy.checkpoint
+        self.copied = copy.copied
 
 
 @dataclass
@@ -115,17 +125,18 @@ class Broker:
         self.total = total
         self.in_turn = in_turn
         self.population = population
-        self.begun: dict[str, Begun] = {}
-        self.trials: dict[str, Entry] = {}
+        self.begun: Mapping[str, TrialRecord] = {}
+        self.copies: Mapping[str, CopyDecision] = {}
+        self.trials: dict[str, SubmittedTrial] = {}
         self.workers: dict[str, Worker] = {}
-        self.lost: dict[str, Any] = {}
+        self.lost: dict[str, ActorHandle | None] = {}
         self.places: dict[str, Place] = {}
         self.jobs: dict[int, EvaluationJob] = {}
         self.taken: dict[int, tuple[str, EvaluationJob]] = {}
         self.results: dict[int, dict[str, float]] = {}
         self.finished = False
         self.failure: OrchestratorError | None = None
-        self.base_model: Any = None  # description of the backbone that a worker loaded
+        self.base_model: BaseModelInfo | None = None  # of the backbone that a worker loaded
         self.patience = PATIENCE_S
         self.starting = False  # true once any worker's process runs
         self._numbers = itertools.count()
@@ -133,7 +144,7 @@ class Broker:
 
     # Trials
 
-    async def submit(self, trial: str, number: int, config: dict[str, Any]) -> None:
+    async def submit(self, trial: str, number: int, spec: TrialSpec) -> None:
         """Register a trial that wants a slot.
 
         A trainable that was lost with its node and started anew submits its trial again. That
@@ -145,16 +156,10 @@ class Broker:
             if entry.undecided and entry.reports.empty():
                 entry.reports.put_nowait(entry.undecided)
         else:
-            begun = self.begun.get(trial) or Begun(TrialSpec.from_config(config))
-            self.trials[trial] = Entry(
-                number,
-                begun.spec,
-                None,
-                begun.checkpoint,
-                begun.copied,
-                begun.own_score,
-                begun.has_copied,
-            )
+            record = self.begun.get(trial) or TrialRecord(trial, spec)
+            self.trials[trial] = SubmittedTrial(number, record)
+            if copy := self.copies.get(trial):
+                self.trials[trial].become(copy)
         await self._notify()
 
     async def next_report(self, trial: str) -> Report | None:
@@ -221,7 +226,11 @@ class Broker:
         return self.starting
 
     async def join(
-        self, worker: str, capacity: int, info: Any = None, place: Place | None = None
+        self,
+        worker: str,
+        capacity: int,
+        info: BaseModelInfo | None = None,
+        place: Place | None = None,
     ) -> None:
         """Register a worker with free slots.
 
@@ -235,7 +244,7 @@ class Broker:
             self.places[worker] = place
         await self._notify()
 
-    async def leave(self, worker: str, controller: Any = None) -> None:
+    async def leave(self, worker: str, controller: ActorHandle | None = None) -> None:
         """Remove a lost worker, which may join again.
 
         Its trials wait for a slot on any worker, from their checkpoints. ``controller`` is the
@@ -250,7 +259,7 @@ class Broker:
         """Return the current or last place of each worker."""
         return dict(self.places)
 
-    async def lost_controllers(self) -> dict[str, Any]:
+    async def lost_controllers(self) -> dict[str, ActorHandle | None]:
         """Return the controllers of the workers that left and have not come back, by worker."""
         return dict(self.lost)
 
@@ -303,7 +312,7 @@ class Broker:
             if not self._gone(name, worker):
                 await self._deliver(replace(report, pending=len(reports) - place), worker)
         if self.population and not self._gone(name, worker):
-            specs = [(report, self.trials[report.trial].spec) for report in reports]
+            specs = [(report, self.trials[report.trial].record.spec) for report in reports]
             for copy in self.population.copies(specs, list(worker.seated)):
                 self._copy(copy, worker)
 
@@ -316,9 +325,8 @@ class Broker:
             return Orders(free, evaluate=((number, self.taken[number][1]),))
         fresh = [trial for trial in worker.seated if trial in worker.fresh]
         worker.fresh.clear()
-        seats = (
-            Seat(trial, self.trials[trial].spec, self.trials[trial].checkpoint) for trial in fresh
-        )
+        records = [self.trials[trial].record for trial in fresh]
+        seats = [SeatOrder(record.id, record.spec, record.checkpoint) for record in records]
         return Orders(free, tuple(seats))
 
     async def _deliver(self, report: Report, worker: Worker) -> None:
@@ -338,27 +346,26 @@ class Broker:
         if self.in_turn:
             await self._until(lambda: self._all_came(worker))
 
-    def _kept(self, entry: Entry, report: Report) -> Report:
+    def _kept(self, entry: SubmittedTrial, report: Report) -> Report:
         """Update the trial from its report, and add to the report what only the broker knows.
 
         The broker adds the worker, slot and place, the copy since the last report, and the own
         score.
         """
-        entry.has_copied = entry.has_copied or entry.copied is not None
-        if not entry.has_copied:
-            entry.own_score = None if report.ending == "diverged" else report.score
+        own_score = entry.record.own_score
+        if not (entry.record.copied or entry.copied):
+            own_score = None if report.ending == "diverged" else report.score
         worker = entry.worker or ""
         place = self.places[worker].shown() if worker in self.places else {}
         report = replace(report, worker=worker, slot=entry.slot, place=place)
-        report = replace(report, copied=entry.copied, own_score=entry.own_score)
+        report = replace(report, copied=entry.copied, own_score=own_score)
         entry.copied = None
-        entry.checkpoint = report.checkpoint
+        entry.record.add(report)
         return report
 
-    def _copy(self, copy: Copy, worker: Worker) -> None:
+    def _copy(self, copy: CopyDecision, worker: Worker) -> None:
         """Turn a trial into a copy of another: the worker frees its slot and seats it again."""
-        entry = self.trials[copy.trial]
-        entry.spec, entry.checkpoint, entry.copied = copy.copied.spec, copy.checkpoint, copy.copied
+        self.trials[copy.trial].become(copy)
         worker.leaving.append(copy.trial)
         worker.fresh.add(copy.trial)
 
@@ -397,15 +404,20 @@ class Broker:
     # Driver
 
     async def expect(
-        self, total: int, begun: dict[str, Begun], population: Population | None = None
+        self,
+        total: int,
+        begun: Mapping[str, TrialRecord],
+        population: Population | None,
+        copies: Mapping[str, CopyDecision],
     ) -> None:
         """Prepare for a resumed search.
 
-        ``total`` is the number of trials that are left, ``begun`` holds those already under way,
-        and ``population`` knows the comparisons made so far.
+        ``total`` is the number of trials that are left, and ``begun`` holds those already under
+        way. ``population`` knows the comparisons made so far, and ``copies`` are its decisions
+        after the last reports.
         """
         self.total = total
-        self.begun = begun
+        self.begun, self.copies = begun, copies
         self.population = population or self.population
         await self._notify()
 
@@ -420,7 +432,7 @@ class Broker:
             raise self._end()
         return self.results.pop(number)
 
-    async def ready(self) -> Any:
+    async def ready(self) -> BaseModelInfo | None:
         """Wait for the first worker, and return the description of the backbone that it loaded."""
         async with self._changed:
             await self._changed.wait_for(lambda: self.workers or self._over)
@@ -464,7 +476,7 @@ class Broker:
         async with self._changed:
             self._changed.notify_all()
 
-    async def _until(self, condition: Any) -> None:
+    async def _until(self, condition: Callable[[], bool]) -> None:
         """Wait for ``condition``, at most ``patience`` seconds.
 
         Once a wait has run out, all later waits are limited to ``IMPATIENCE_S``.
@@ -478,3 +490,26 @@ class Broker:
             await asyncio.wait_for(wait(), self.patience)
         except TimeoutError:
             self.patience = IMPATIENCE_S
+
+
+class BrokerHandle:
+    """The broker's methods as other processes call them, with ``handle.METHOD.remote(...)``."""
+
+    submit = ActorMethod(Broker.submit)
+    next_report = ActorMethod(Broker.next_report)
+    decide = ActorMethod(Broker.decide)
+    end_trials = ActorMethod(Broker.end_trials)
+
+    start = ActorMethod(Broker.start)
+    join = ActorMethod(Broker.join)
+    next_orders = ActorMethod(Broker.next_orders)
+    leave = ActorMethod(Broker.leave)
+
+    started = ActorMethod(Broker.started)
+    ready = ActorMethod(Broker.ready)
+    expect = ActorMethod(Broker.expect)
+    evaluation = ActorMethod(Broker.evaluation)
+    worker_places = ActorMethod(Broker.worker_places)
+    lost_controllers = ActorMethod(Broker.lost_controllers)
+    finish = ActorMethod(Broker.finish)
+    fail = ActorMethod(Broker.fail)

@@ -6,20 +6,20 @@ Such a node fetches the files once, for all its workers.
 from __future__ import annotations
 
 import hashlib
-import shutil
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import ray
-from filelock import FileLock
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from orchestrator.cluster import actors
+from orchestrator.cluster.actors import ActorMethod
 from orchestrator.errors import JobFailed
 from orchestrator.job.spec import BaseModelSpec
 from orchestrator.models.builtin import cache_folder
 from orchestrator.models.source import SMALL_FILES, WEIGHTS, ModelSource, resolve_model
+from orchestrator.utils.atomic import make_folder_once
 
 CHUNK = 64 << 20  # bytes of an answer; the object store holds only a few answers at a time
 FILES = (*SMALL_FILES, WEIGHTS, "*.py")
@@ -61,7 +61,14 @@ class ModelFiles:
             return stream.read(self._chunk)
 
 
-def start_files(spec: BaseModelSpec) -> Any:
+class ModelFilesHandle:
+    """The methods of ``ModelFiles`` as other processes call them."""
+
+    listing = ActorMethod(ModelFiles.listing)
+    read = ActorMethod(ModelFiles.read)
+
+
+def start_files(spec: BaseModelSpec) -> ModelFilesHandle | None:
     """Start the actor for a local folder if the cluster has several nodes.
 
     Returns None if the model is no local folder or the cluster has a single node.
@@ -70,10 +77,11 @@ def start_files(spec: BaseModelSpec) -> Any:
     if not folder.is_dir() or sum(node["Alive"] for node in ray.nodes()) < 2:
         return None
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=here)(ModelFiles).remote(folder)
+    actor = ray.remote(num_cpus=0, scheduling_strategy=here)(ModelFiles).remote(folder)
+    return cast(ModelFilesHandle, actor)
 
 
-def model_source(spec: BaseModelSpec, files: Any) -> ModelSource:
+def model_source(spec: BaseModelSpec, files: ModelFilesHandle | None) -> ModelSource:
     """Find the base model on this node, and fetch a copy if the node lacks the model's folder.
 
     Raises JobFailed when the copy can't be made, and the errors of ``resolve_model``.
@@ -84,39 +92,30 @@ def model_source(spec: BaseModelSpec, files: Any) -> ModelSource:
     return replace(resolve_model(spec.model_copy(update={"id": str(copy)})), id=spec.id)
 
 
-def fetched(files: Any) -> Path:
+def fetched(files: ModelFilesHandle) -> Path:
     """Return the copy in this node's cache, and make it first if it is missing.
 
     A lock lets other workers wait for the worker that makes the copy. A copy is either complete or
     absent. Raises JobFailed when it can't be written.
     """
-    listing: Listing = ray.get(files.listing.remote())
+    listing = actors.get(files.listing.remote())
     folder = cache_folder() / "base-models" / listing.key
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
-        if not folder.is_dir():
-            staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-            try:
-                _fetch(files, listing, staging)
-                staging.rename(folder)
-            except OSError as error:
-                raise JobFailed(
-                    f"the base model can't be copied to {folder.parent} of a node: "
-                    f"{error.strerror}",
-                    "make room there, set ORCHESTRATOR_CACHE, "
-                    "or put the model's folder on every node",
-                ) from None
-            finally:
-                shutil.rmtree(staging, ignore_errors=True)
+    try:
+        make_folder_once(folder, lambda staging: _fetch(files, listing, staging))
+    except OSError as error:
+        raise JobFailed(
+            f"the base model can't be copied to {folder.parent} of a node: {error.strerror}",
+            "make room there, set ORCHESTRATOR_CACHE, or put the model's folder on every node",
+        ) from None
     return folder
 
 
-def _fetch(files: Any, listing: Listing, staging: Path) -> None:
+def _fetch(files: ModelFilesHandle, listing: Listing, staging: Path) -> None:
     """Copy the files into ``staging``; raises JobFailed if one became shorter meanwhile."""
     for name, size in listing.sizes.items():
         with (staging / name).open("wb") as stream:
             while stream.tell() < size:
-                if not (data := ray.get(files.read.remote(name, stream.tell()))):
+                if not (data := actors.get(files.read.remote(name, stream.tell()))):
                     raise JobFailed(
                         f"the base model's file {name} became shorter while it was copied",
                         "run it again",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from orchestrator.cluster.nodes import Node
+from orchestrator.cluster.nodes import ClusterNode
 from orchestrator.errors import BadInput
 from orchestrator.job.spec import ResourcesSpec
 
@@ -52,7 +52,7 @@ class Placement:
         return self.workers * self.workers_per_group
 
 
-def room_for_groups(placement: Placement, nodes: list[Node]) -> int:
+def room_for_groups(placement: Placement, nodes: list[ClusterNode]) -> int:
     """Count the groups of the placement's size that the nodes can hold in all."""
     able = [node for node in nodes if node.gpus >= placement.gpus and node.cpus >= 1]
     return (
@@ -61,7 +61,7 @@ def room_for_groups(placement: Placement, nodes: list[Node]) -> int:
     )
 
 
-def place(resources: ResourcesSpec, nodes: list[Node], trials: int) -> Placement:
+def place(resources: ResourcesSpec, nodes: list[ClusterNode], trials: int) -> Placement:
     """Place a search of so many trials on the nodes.
 
     Without accelerators, a worker uses all threads of a node but requests one CPU less than the
@@ -97,14 +97,14 @@ def place(resources: ResourcesSpec, nodes: list[Node], trials: int) -> Placement
     return Placement(workers, cpus, gpus, threads, slots, together)
 
 
-def _gpus(resources: ResourcesSpec, nodes: list[Node]) -> float:
+def _gpus(resources: ResourcesSpec, nodes: list[ClusterNode]) -> float:
     """Return the GPUs per worker; with auto, one if any node has a GPU."""
     if resources.gpus_per_worker != "auto":
         return resources.gpus_per_worker
     return 1.0 if any(node.gpus >= 1 for node in nodes) else 0.0
 
 
-def _workers(resources: ResourcesSpec, able: list[Node], gpus: float) -> int:
+def _workers(resources: ResourcesSpec, able: list[ClusterNode], gpus: float) -> int:
     """Return the number of groups; with auto, as many as the nodes can hold."""
     if resources.workers != "auto":
         return resources.workers
@@ -113,7 +113,7 @@ def _workers(resources: ResourcesSpec, able: list[Node], gpus: float) -> int:
     return max(1, places // resources.workers_per_group)
 
 
-def _seats(able: list[Node], workers: int, gpus: float) -> list[tuple[Node, int]]:
+def _seats(able: list[ClusterNode], workers: int, gpus: float) -> list[tuple[ClusterNode, int]]:
     """Distribute the workers, each to the node that leaves its workers the most CPUs.
 
     Returns the nodes that get workers with the count of each, or nothing if the GPUs do not
@@ -132,7 +132,7 @@ def _seats(able: list[Node], workers: int, gpus: float) -> list[tuple[Node, int]
     return [(node, count) for node, count in zip(able, counts, strict=True) if count]
 
 
-def _room(node: Node, cpus: int, gpus: float) -> int:
+def _room(node: ClusterNode, cpus: int, gpus: float) -> int:
     """Count the workers that the node can hold."""
     return (
         min(_times(cpus, node.cpus), _times(gpus, node.gpus)) if gpus else _times(cpus, node.cpus)

@@ -13,31 +13,42 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import ray
 from ray.util import remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from orchestrator.cluster import actors
+from orchestrator.cluster.actors import Reference
 from orchestrator.cluster.nodes import nodes
+from orchestrator.cluster.ray_internals.settings import quiet_search_loggers
 from orchestrator.cluster.ray_threads import RayThread, alive, await_end, names
 from orchestrator.errors import JobFailed, OrchestratorError, SearchLost
 from orchestrator.job.space import trial_count
 from orchestrator.job.spec import JobSpec
 from orchestrator.models.source import BaseModelInfo
 from orchestrator.search.prepare import Prepared
+from orchestrator.search.state.events import Listener
 from orchestrator.search.state.history import History
-from orchestrator.search.state.trials import Outcome
+from orchestrator.search.state.trials import Outcome, trial_id
 from orchestrator.search.study.population import Population
-from orchestrator.search.study.study import Concurrency, Listener, run_study, trial_id
-from orchestrator.search.workers.broker import Broker, Place
+from orchestrator.search.study.study import Concurrency, run_study
+from orchestrator.search.workers.broker import Broker, BrokerHandle, Place
 from orchestrator.search.workers.model_files import start_files
 from orchestrator.search.workers.placement import Placement, place
-from orchestrator.search.workers.scale_up import Growth
+from orchestrator.search.workers.scale_up import ScaleUp
 from orchestrator.search.workers.train_group import WorkerGroup
 from orchestrator.search.workers.worker import WorkerConfig
 from orchestrator.tuning.reports import EvaluationJob
 from orchestrator.utils.interrupts import undisturbed
+from orchestrator.utils.text import first_line, last_line
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+    from orchestrator.search.workers.model_files import ModelFilesHandle
+    from orchestrator.tuning.engine import Task
 
 log = logging.getLogger(__name__)
 
@@ -52,12 +63,12 @@ ABORT_S = 15.0  # time for Train to end its workers, which it gives 5 s
 KILL_S = 10.0  # time for a thread to notice that the process it waits for was killed
 
 
-class Beside(RayThread):
+class Beside(RayThread, Generic[Value]):
     """A thread of the driver that calls the workers; ``future`` holds the result of its work."""
 
-    def __init__(self, work: Callable[[], Any]) -> None:
+    def __init__(self, work: Callable[[], Value]) -> None:
         super().__init__("search-beside")
-        self.future: Future[Any] = Future()
+        self.future: Future[Value] = Future()
         self._work = work
 
     def run(self) -> None:
@@ -73,31 +84,31 @@ class Running:
 
     prepared: Prepared
     placement: Placement
-    broker: Any
+    broker: BrokerHandle
     groups: list[WorkerGroup]
     storage: Path
     concurrency: Concurrency
-    threads: list[Beside] = field(default_factory=list)
+    threads: list[Beside[Any]] = field(default_factory=list)
 
     def evaluate(self, jobs: Sequence[EvaluationJob]) -> list[dict[str, float]]:
         """Evaluate baselines or prompts on their splits, each by the first free worker.
 
         All jobs are queued at once, so that no round of training comes in between.
         """
-        metrics: list[dict[str, float]] = self._ask(
-            [self.broker.evaluation.remote(job) for job in jobs]
-        )
-        return metrics
+        with _own_errors():
+            return actors.get([self.broker.evaluation.remote(job) for job in jobs])
 
     def ready(self) -> BaseModelInfo:
         """Wait until a worker has loaded the backbone, and return its description."""
-        info: BaseModelInfo = self._ask(self.broker.ready.remote())
+        with _own_errors():
+            info = actors.get(self.broker.ready.remote())
+        assert info is not None  # every worker describes its backbone as it joins
         return info
 
     def places(self) -> dict[str, Place]:
         """Return the current or last place of each worker."""
-        places: dict[str, Place] = self._ask(self.broker.worker_places.remote())
-        return places
+        with _own_errors():
+            return actors.get(self.broker.worker_places.remote())
 
     def slow(self) -> str:
         """Say why the search is slower than its cluster allows; "" if it is not."""
@@ -113,12 +124,13 @@ class Running:
         Raises JobFailed when the workers are lost for good, SearchLost when the broker is.
         """
         named = [(trial_id(number), spec) for number, spec in enumerate(self.prepared.trials)]
-        outcome = Outcome(self.prepared.job.search, named)
+        outcome = Outcome(named)
         history.tell(outcome)
         # A worker takes a dozen processes, which start one after another; Tune starts a process for
         # each slot at once. On few cores the worker, which takes longest, would wait for the
         # processes of trials that can't begin without it.
-        self._ask(self.broker.started.remote(WORKER_S))
+        with _own_errors():
+            actors.get(self.broker.started.remote(WORKER_S))
         try:
             run_study(
                 self.prepared.job, self.prepared.trials, self.broker, self.concurrency,
@@ -156,20 +168,22 @@ class Running:
                 # A thread that takes longer is waited for at the end of the search.
                 await_end([thread], HURRY_S)
 
-    def _ask(self, reference: Any) -> Any:
-        """Get the broker's answer, with Ray's errors turned into errors of this project."""
-        try:
-            return ray.get(reference)
-        except ray.exceptions.RayError as error:
-            cause = getattr(error, "cause", None)
-            if isinstance(cause, OrchestratorError):
-                raise cause from None
-            if isinstance(error, ray.exceptions.RayActorError):
-                raise _broker_lost(error) from None
-            raise JobFailed(f"the search's broker failed: {first_line(error)}", SEE_LOG) from None
+
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    """Turn Ray's errors of calls to the broker into errors of this project."""
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, OrchestratorError):
+            raise cause from None
+        if isinstance(error, ray.exceptions.RayActorError):
+            raise _broker_lost(error) from None
+        raise JobFailed(f"the search's broker failed: {first_line(error)}", SEE_LOG) from None
 
 
-def placed(prepared: Prepared) -> Placement:
+def place_search(prepared: Prepared) -> Placement:
     """Place the search on this cluster. Raises BadInput when it does not fit."""
     resources = prepared.job.resources
     if prepared.job.is_baseline:  # a baseline method changes the model, or needs it to itself
@@ -184,9 +198,9 @@ def running(prepared: Prepared, placement: Placement, storage: Path) -> Iterator
     No thread that calls Ray is left at the end: see ``_stop``. Enter this context with ``whole``,
     so that no interrupt comes between the start of a thread and the block.
     """
-    quiet_ray_loggers()
+    quiet_search_loggers()
     broker = start_broker(prepared.job)
-    task = ray.put(prepared.task)
+    task: Reference[Task] = ray.put(prepared.task)
     files = start_files(prepared.job.base_model)
 
     def lost(error: Exception) -> None:
@@ -222,12 +236,14 @@ def running(prepared: Prepared, placement: Placement, storage: Path) -> Iterator
             _kill(files)
 
 
-def _growth(prepared: Prepared, placement: Placement, grow: Callable[[int], None]) -> Growth | None:
+def _growth(
+    prepared: Prepared, placement: Placement, grow: Callable[[int], None]
+) -> ScaleUp | None:
     """Watch for further nodes if ``resources.workers`` is auto and trials would use more groups."""
     most = -(-prepared.total // placement.trials_per_worker)
     if prepared.job.resources.workers != "auto" or most <= placement.workers:
         return None
-    growth = Growth(placement, most, grow)
+    growth = ScaleUp(placement, most, grow)
     growth.start()
     return growth
 
@@ -237,7 +253,7 @@ def _not_needed(error: Exception) -> None:
     log.warning("a worker group on a further node ended: %s", worker_failure(error).message)
 
 
-def start_broker(job: JobSpec) -> Any:
+def start_broker(job: JobSpec) -> BrokerHandle:
     """Start the broker's actor for the job's searcher and scheduler.
 
     Each seated trial and each worker keeps a call to the broker open, so it must accept as many
@@ -247,9 +263,8 @@ def start_broker(job: JobSpec) -> Any:
     # The broker runs on the driver's node, so that the search outlives every other node.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     remote = ray.remote(num_cpus=0, max_concurrency=CALLS, scheduling_strategy=here)(Broker).remote
-    return remote(
-        trial_count(job.search), in_turn=job.search.searcher == "optuna", population=population
-    )
+    broker = remote(trial_count(job.search), in_turn=job.search.proposes, population=population)
+    return cast(BrokerHandle, broker)
 
 
 def _stop(search: Running, patience: float) -> None:
@@ -279,7 +294,7 @@ def _await(threads: Sequence[threading.Thread], seconds: float) -> list[threadin
     return await_end(threads, seconds)
 
 
-def _give_up_lost(broker: Any) -> dict[str, Place]:
+def _give_up_lost(broker: BrokerHandle) -> dict[str, Place]:
     """End the controllers that still wait for room to restart a lost worker.
 
     Returns the current or last place of each worker; empty if the broker does not answer.
@@ -296,7 +311,7 @@ def _give_up_lost(broker: Any) -> dict[str, Place]:
     return found
 
 
-def _kill(actor: Any) -> None:
+def _kill(actor: ActorHandle | BrokerHandle | ModelFilesHandle) -> None:
     """End the actor's process if Ray still answers.
 
     A failure is only logged, because the error that ended the search matters more.
@@ -331,24 +346,6 @@ def worker_failure(error: Exception) -> JobFailed:
         return SearchLost(f"whoever started the workers was lost: {first_line(error)}", SEE_LOG)
     causes: dict[int, Exception] = getattr(error, "worker_failures", {})
     cause: BaseException = next(iter(causes.values()), error)
-    text = str(getattr(cause, "cause", None) or cause).strip()
     return JobFailed(
-        f"a worker failed: {text.splitlines()[-1] if text else type(cause).__name__}", SEE_LOG
+        f"a worker failed: {last_line(getattr(cause, 'cause', None) or cause)}", SEE_LOG
     )
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type if it has no message."""
-    text = str(error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__
-
-
-def quiet_ray_loggers() -> None:
-    """Silence the loggers of Ray's libraries below errors, and Tune's altogether.
-
-    They log every restart and every report; our own progress display shows what matters. Tune logs
-    a traceback for each trial that a failed worker ends; our own message names the cause once.
-    """
-    for name in ("ray.train", "ray.air"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)

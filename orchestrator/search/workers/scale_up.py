@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 LOOK_S = 5.0
 
 
-class Growth(RayThread):
+class ScaleUp(RayThread):
     """A thread that looks for room that was not there at the start, until ``stop`` is called.
 
     ``most`` is the number of groups that have enough trials. ``start(number)`` starts a further

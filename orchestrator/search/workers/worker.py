@@ -10,15 +10,28 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict, TypeVar
 
 import ray
 
+from orchestrator.cluster import actors
+from orchestrator.cluster.actors import Reference
 from orchestrator.errors import BadInput, JobFailed, OrchestratorError
+from orchestrator.job.metrics import MetricFailed
 from orchestrator.job.spec import JobSpec
-from orchestrator.search.workers.broker import Orders, Place
+from orchestrator.search.workers.broker import BrokerHandle, Orders, Place
 from orchestrator.search.workers.placement import Placement
-from orchestrator.utils.imports import uncollected
+from orchestrator.tuning.reports import Report
+from orchestrator.utils.garbage import uncollected
+from orchestrator.utils.text import first_line
+
+if TYPE_CHECKING:  # the driver and Train's controller import this module without torch
+    from orchestrator.models.backbone import Backbone
+    from orchestrator.search.workers.model_files import ModelFilesHandle
+    from orchestrator.tuning.engine import Engine, Task
+    from orchestrator.tuning.worker_group import Group
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -28,17 +41,24 @@ class WorkerConfig:
     name: str
     job: JobSpec
     placement: Placement
-    broker: Any  # actor handle
-    task: Any  # object reference of a tuning.engine.Task
-    files: Any = None  # actor handle of the base model's files, if a node may lack them
+    broker: BrokerHandle
+    task: Reference[Task]
+    files: ModelFilesHandle | None = None
+    """The base model's files, if a node may lack them."""
 
 
-def train_loop(config: dict[str, Any]) -> None:
+class LoopConfig(TypedDict):
+    """The argument that Ray Train passes to ``train_loop``."""
+
+    worker: WorkerConfig
+
+
+def train_loop(config: LoopConfig) -> None:
     """Serve the broker in the worker process until it says stop.
 
     Raises RuntimeError if the backbone's weights changed during the search.
     """
-    told: WorkerConfig = config["worker"]
+    told = config["worker"]
     told.broker.start.remote()
     engine = load_engine(told)
     if engine is None:
@@ -52,7 +72,7 @@ def train_loop(config: dict[str, Any]) -> None:
         raise RuntimeError("the backbone changed during the search; its results are void")
 
 
-def load_engine(told: WorkerConfig) -> Any:
+def load_engine(told: WorkerConfig) -> Engine | None:
     """Load the backbone and make the engine on it.
 
     Returns None if a worker of the group failed to load; the broker then has the reason.
@@ -69,7 +89,7 @@ def load_engine(told: WorkerConfig) -> Any:
     sharded = resources.sharding == "fsdp"
     group = joined_group(device, in_step=sharded)
 
-    def read() -> Any:
+    def read() -> Backbone:
         # Ray counts a machine's accelerators, but torch may be unable to use them. A job with
         # gpus_per_worker auto then trains on the CPU, and the driver warns of it.
         device_for(
@@ -81,16 +101,18 @@ def load_engine(told: WorkerConfig) -> Any:
             model_source(job.base_model, told.files), device, job.base_model.dtype, announce
         )
 
-    def ready(backbone: Any) -> Any:
+    def engine_of(backbone: Backbone) -> Engine:
         check_exact(backbone)
         slots, cores = told.placement.trials_per_worker, told.placement.threads
-        return make_engine(backbone, ray.get(told.task), job.train, job.search, slots, group, cores)
+        return make_engine(
+            backbone, actors.get(told.task), job.train, job.search, slots, group, cores
+        )
 
     backbone = _by_all(group, told, read)
-    return None if backbone is None else _by_all(group, told, partial(ready, backbone))
+    return None if backbone is None else _by_all(group, told, partial(engine_of, backbone))
 
 
-def _by_all(group: Any, told: WorkerConfig, work: Callable[[], Any]) -> Any:
+def _by_all(group: Group, told: WorkerConfig, work: Callable[[], T]) -> T | None:
     """Do ``work`` on every worker of the group and return its result.
 
     Returns None on every worker if one of them failed, since the next step needs all of them. The
@@ -104,7 +126,7 @@ def _by_all(group: Any, told: WorkerConfig, work: Callable[[], Any]) -> Any:
     failures = [one for one in group.gathered(failure) if one is not None]
     if not failures:
         return made
-    ray.get(told.broker.fail.remote(failures[0]))
+    actors.get(told.broker.fail.remote(failures[0]))
     return None
 
 
@@ -117,19 +139,18 @@ def load_failure(model: str, error: Exception) -> OrchestratorError:
         return BadInput(error.message, error.hint)
     if isinstance(error, OrchestratorError):
         return JobFailed(error.message, error.hint)
-    reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else ""
     return JobFailed(
-        f"the worker can't load base_model.id {model!r}: {type(error).__name__}: {reason}",
+        f"the worker can't load base_model.id {model!r}: {first_line(error, with_type=True)}",
         "check that the model's files are whole and that its weights fit into memory",
     )
 
 
-def serve_orders(engine: Any, told: WorkerConfig) -> None:
+def serve_orders(engine: Engine, told: WorkerConfig) -> None:
     """Fetch orders from the broker, carry them out, and return their results with the next call.
 
     In a group, the first worker fetches the orders for all.
     """
-    reports: list[Any] = []
+    reports: list[Report] = []
     evaluated: list[tuple[int, dict[str, float]]] = []
     while True:
         orders = engine.group.led(partial(next_orders, told, reports, evaluated))
@@ -139,25 +160,29 @@ def serve_orders(engine: Any, told: WorkerConfig) -> None:
             engine.free(trial)
         for seat in orders.seat:
             engine.seat(seat.trial, seat.spec, seat.checkpoint)
-        evaluated = [(number, engine.evaluate(job)) for number, job in orders.evaluate]
-        reports = [] if orders.evaluate else engine.round()
+        try:
+            evaluated = [(number, engine.evaluate(job)) for number, job in orders.evaluate]
+            reports = [] if orders.evaluate else engine.round()
+        except MetricFailed as failure:  # a new process would fail in the same way
+            ray.get(told.broker.fail.remote(failure))
+            return
 
 
-def join(engine: Any, told: WorkerConfig) -> None:
+def join(engine: Engine, told: WorkerConfig) -> None:
     """Register this worker and its free slots with the broker."""
     context = ray.get_runtime_context()
     place = Place(
         context.get_node_id(), ray.util.get_current_placement_group(), engine.backbone.device.type
     )
     with suppress(ray.exceptions.RayActorError):  # next_orders handles a broker that is gone
-        ray.get(told.broker.join.remote(told.name, engine.capacity, engine.backbone.info, place))
+        actors.get(told.broker.join.remote(told.name, engine.capacity, engine.backbone.info, place))
 
 
 def next_orders(
-    told: WorkerConfig, reports: list[Any], evaluated: list[tuple[int, dict[str, float]]]
-) -> Any:
+    told: WorkerConfig, reports: list[Report], evaluated: list[tuple[int, dict[str, float]]]
+) -> Orders:
     """Bring results to the broker and return its next orders; stop if the broker is gone."""
     try:
-        return ray.get(told.broker.next_orders.remote(told.name, reports, evaluated))
+        return actors.get(told.broker.next_orders.remote(told.name, reports, evaluated))
     except ray.exceptions.RayActorError:
         return Orders(stop=True)  # a search that is resumed starts workers of its own

@@ -21,7 +21,7 @@ from orchestrator.job.spec import BaseModelSpec
 from orchestrator.models.backbone import device_for, load_backbone, set_threads
 from orchestrator.models.source import resolve_model
 from orchestrator.serving.deploy.options import ServeOptions
-from orchestrator.serving.engine.engine import Engine
+from orchestrator.serving.engine.engine import ServingEngine
 from orchestrator.serving.http.access import Access, ApiKey
 from orchestrator.serving.http.metrics import Metrics
 from orchestrator.serving.http.protocol import ApiError
@@ -72,7 +72,7 @@ class Replica:
             backbone, source, options.models, options.prompt_bytes, options.poll_seconds, host_bytes
         )
         store.start()
-        engine = Engine(backbone, options.limits, metrics.batch, metrics.first_token)
+        engine = ServingEngine(backbone, options.limits, metrics.batch, metrics.first_token)
         self.service = PromptService(store, engine, options.request_limits, metrics)
         self.api = make_api(self.service, Access(keys), tracer())
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+
+from orchestrator.models.tokenizer import Tokenizer
 
 # Tokens decoded in front of the new ones: enough for any decoder to see a continuation.
 CONTEXT_TOKENS = 6
@@ -18,7 +19,7 @@ class RowText:
     token would take quadratic time, so only a window of recent tokens is decoded again.
     """
 
-    def __init__(self, tokenizer: Any, before: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._context = list(before)[-CONTEXT_TOKENS:]
         self._head = self._decoded(self._context)

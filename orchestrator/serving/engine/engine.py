@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from orchestrator.errors import OrchestratorError, Unreachable
 from orchestrator.models.backbone import Backbone
@@ -31,6 +31,8 @@ from orchestrator.serving.engine.generation import (
     Sampling,
 )
 from orchestrator.serving.prompts.served_prompt import ServedPrompt
+
+Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
 
@@ -70,17 +72,17 @@ class EngineLimits:
     """Rows that may wait; a request that would exceed the limit is refused."""
 
 
-class Request:
+class PendingRequest(Generic[Result]):
     """A pending request: one result per row, delivered together when all are there."""
 
     def __init__(self, rows: int, listener: Listener | None = None) -> None:
-        self.future: Future[list[Any]] = Future()
+        self.future: Future[list[Result]] = Future()
         self.listener = listener
         """Called on the engine's thread with what each row gains, token by token."""
         self._results: list[Any] = [None] * rows
         self._left = rows
 
-    def deliver(self, row: int, result: Any) -> None:
+    def deliver(self, row: int, result: Result) -> None:
         """Store a row's result; the last one completes the future."""
         self._results[row] = result
         self._left -= 1
@@ -101,10 +103,10 @@ class Request:
 
 
 @dataclass(frozen=True, eq=False)
-class Job:
+class QueuedRow:
     """One row in the queue."""
 
-    request: Request
+    request: PendingRequest[Any]
     row: int
     prompt: ServedPrompt
     input_ids: list[int]
@@ -132,7 +134,7 @@ class Job:
         return self.prompt.prepared.kinds
 
 
-class Engine:
+class ServingEngine:
     """An engine that takes rows from any thread or event loop and runs them on its own thread."""
 
     def __init__(
@@ -151,12 +153,12 @@ class Engine:
         self.limits = limits or EngineLimits()
         self._observe = observe
         self._first_token = first_token
-        self._ranking: deque[Job] = deque()
-        self._generating: deque[Job] = deque()
+        self._ranking: deque[QueuedRow] = deque()
+        self._generating: deque[QueuedRow] = deque()
         self._changed = threading.Condition()
         self._closed = False
         self._batches: list[GenerationBatch] = []
-        self._owners: dict[GenerationRow, Job] = {}
+        self._owners: dict[GenerationRow, QueuedRow] = {}
         self._thread = threading.Thread(target=self._loop, name="serving-engine", daemon=True)
         self._thread.start()
 
@@ -181,13 +183,15 @@ class Engine:
 
         Raises Overloaded when the queue is full.
         """
-        return await self._ask(self._ranking, prompt, inputs, None)
+        request: PendingRequest[list[float]] = PendingRequest(len(inputs))
+        return await self._ask(request, self._ranking, prompt, inputs, None)
 
     async def complete(
         self, prompt: ServedPrompt, inputs: Sequence[list[int]], sampling: Sampling
     ) -> list[Completion]:
         """Return one completion for each input. Raises Overloaded when the queue is full."""
-        return await self._ask(self._generating, prompt, inputs, sampling)
+        request: PendingRequest[Completion] = PendingRequest(len(inputs))
+        return await self._ask(request, self._generating, prompt, inputs, sampling)
 
     def stream(
         self, prompt: ServedPrompt, inputs: Sequence[list[int]], sampling: Sampling
@@ -204,7 +208,9 @@ class Engine:
             with suppress(RuntimeError):  # the event loop is closed, so nobody listens any more
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        request = Request(len(inputs), lambda row, delta: hear((row, delta)))
+        request: PendingRequest[Completion] = PendingRequest(
+            len(inputs), lambda row, delta: hear((row, delta))
+        )
         self._enqueue(self._generating, request, prompt, inputs, sampling)
         request.future.add_done_callback(lambda _: hear(None))
 
@@ -232,44 +238,44 @@ class Engine:
 
     async def _ask(
         self,
-        line: deque[Job],
+        request: PendingRequest[Result],
+        line: deque[QueuedRow],
         prompt: ServedPrompt,
         inputs: Sequence[list[int]],
         sampling: Sampling | None,
-    ) -> list[Any]:
-        request = Request(len(inputs))
+    ) -> list[Result]:
         self._enqueue(line, request, prompt, inputs, sampling)
         return await asyncio.wrap_future(request.future)
 
     def _enqueue(
         self,
-        line: deque[Job],
-        request: Request,
+        line: deque[QueuedRow],
+        request: PendingRequest[Result],
         prompt: ServedPrompt,
         inputs: Sequence[list[int]],
         sampling: Sampling | None,
     ) -> None:
-        jobs = [Job(request, row, prompt, ids, sampling) for row, ids in enumerate(inputs)]
+        queued = [QueuedRow(request, row, prompt, ids, sampling) for row, ids in enumerate(inputs)]
         with self._changed:
             if self._closed:
                 raise Unreachable("the server is stopping")
-            if self.waiting + len(jobs) > self.limits.max_waiting:
+            if self.waiting + len(queued) > self.limits.max_waiting:
                 raise Overloaded(self.waiting)
-            line.extend(jobs)
+            line.extend(queued)
             self._changed.notify()
 
     def _loop(self) -> None:
         while self._wait_for_work():
-            if jobs := self._take(self._ranking):
-                self._guarded(jobs, self._rank)
+            if queued := self._take(self._ranking):
+                self._guarded(queued, self._rank)
             if len(self._batches) < MAX_BATCHES and (
-                jobs := self._take(self._generating, list(self._owners.values()))
+                queued := self._take(self._generating, list(self._owners.values()))
             ):
-                self._guarded(jobs, self._admit)
+                self._guarded(queued, self._admit)
             for batch in list(self._batches):
-                jobs = [self._owners[row] for row in batch.rows]
+                queued = [self._owners[row] for row in batch.rows]
                 self._guarded(
-                    jobs,
+                    queued,
                     lambda _, batch=batch: self._step(batch),  # type: ignore[misc]
                     batch,
                 )
@@ -281,72 +287,79 @@ class Engine:
                 self._changed.wait()
             return not self._closed
 
-    def _take(self, line: deque[Job], running: Sequence[Job] = ()) -> list[Job]:
+    def _take(self, line: deque[QueuedRow], running: Sequence[QueuedRow] = ()) -> list[QueuedRow]:
         """Take the next rows from a queue, in order of arrival.
 
         Together with the running rows, the rows taken stay within the limits. Rows that can't share
         a forward with those taken keep their place in the queue. Rows that no caller waits for are
         dropped.
         """
-        taken: list[Job] = []
-        left: list[Job] = []
-        width = max((job.width for job in running), default=0)
+        taken: list[QueuedRow] = []
+        left: list[QueuedRow] = []
+        width = max((entry.width for entry in running), default=0)
         rows = len(running)
         kinds: frozenset[str] = frozenset()
         with self._changed:
             while line:
-                job = line.popleft()
-                if job.request.over:
+                entry = line.popleft()
+                if entry.request.over:
                     continue
-                if not self.backbone.shares_forward(kinds | job.kinds):
-                    left.append(job)
+                if not self.backbone.shares_forward(kinds | entry.kinds):
+                    left.append(entry)
                     continue
-                width, rows, kinds = max(width, job.width), rows + job.copies, kinds | job.kinds
+                width, rows, kinds = (
+                    max(width, entry.width),
+                    rows + entry.copies,
+                    kinds | entry.kinds,
+                )
                 over = rows > self.limits.max_rows or rows * width > self.limits.max_tokens
                 if over and (taken or running):
-                    left.append(job)
+                    left.append(entry)
                     break
-                taken.append(job)
+                taken.append(entry)
             line.extendleft(reversed(left))
         return taken
 
     def _guarded(
         self,
-        jobs: list[Job],
-        work: Callable[[list[Job]], None],
+        queued: list[QueuedRow],
+        work: Callable[[list[QueuedRow]], None],
         batch: GenerationBatch | None = None,
     ) -> None:
         """Do some work; if it raises, fail the requests of its rows and keep the thread running."""
         try:
-            work(jobs)
+            work(queued)
         except Exception as error:
-            log.exception("a batch of %d rows failed", len(jobs))
-            failed = {id(job) for job in jobs}
+            log.exception("a batch of %d rows failed", len(queued))
+            failed = {id(entry) for entry in queued}
             self._batches = [it for it in self._batches if it is not batch]
-            self._owners = {row: job for row, job in self._owners.items() if id(job) not in failed}
-            self._fail(jobs, error)
+            self._owners = {
+                row: entry for row, entry in self._owners.items() if id(entry) not in failed
+            }
+            self._fail(queued, error)
 
-    def _rank(self, jobs: list[Job]) -> None:
-        self._observe("classify", len(jobs))
+    def _rank(self, queued: list[QueuedRow]) -> None:
+        self._observe("classify", len(queued))
         probs = answer_probs(
-            self.backbone, [job.prompt for job in jobs], [job.input_ids for job in jobs]
+            self.backbone, [entry.prompt for entry in queued], [entry.input_ids for entry in queued]
         )
-        for job, row in zip(jobs, probs, strict=True):
-            job.request.deliver(job.row, row)
+        for entry, row in zip(queued, probs, strict=True):
+            entry.request.deliver(entry.row, row)
 
-    def _admit(self, jobs: list[Job]) -> None:
+    def _admit(self, queued: list[QueuedRow]) -> None:
         """Run the rows' inputs (prefill), then add the rows to a running batch or start a new one.
 
         Some models can't take the rows into a running batch.
         """
         rows = [
-            GenerationRow(job.prompt, job.input_ids, job.sampling or Sampling()) for job in jobs
+            GenerationRow(entry.prompt, entry.input_ids, entry.sampling or Sampling())
+            for entry in queued
         ]
         self._observe("prefill", len(rows))
         entering = GenerationBatch(self.backbone, rows)
         if not any(batch.absorb(entering) for batch in self._batches):
             self._batches.append(entering)
-        self._owners.update(zip(rows, jobs, strict=True))
+        self._owners.update(zip(rows, queued, strict=True))
 
     def _step(self, batch: GenerationBatch) -> None:
         for row in batch.rows:
@@ -361,24 +374,24 @@ class Engine:
         if not batch.rows:
             self._batches.remove(batch)
 
-    def _tell(self, row: GenerationRow, job: Job) -> None:
+    def _tell(self, row: GenerationRow, entry: QueuedRow) -> None:
         if len(row.made) == 1:
-            self._first_token(job.prompt.name, time.monotonic() - job.arrived)
+            self._first_token(entry.prompt.name, time.monotonic() - entry.arrived)
         if (
-            job.request.listener
-            and not job.request.over
+            entry.request.listener
+            and not entry.request.over
             and row.failure is None
             and (news := row.pull())
         ):
-            job.request.listener(job.row, news)
+            entry.request.listener(entry.row, news)
 
-    def _deliver(self, row: GenerationRow, job: Job) -> None:
+    def _deliver(self, row: GenerationRow, entry: QueuedRow) -> None:
         if row.completion is not None:
-            job.request.deliver(job.row, row.completion)
+            entry.request.deliver(entry.row, row.completion)
         elif row.failure is not None:
             log.error("a row failed", exc_info=row.failure)
-            job.request.fail(row.failure)
+            entry.request.fail(row.failure)
 
-    def _fail(self, jobs: Sequence[Job], error: BaseException) -> None:
-        for job in jobs:
-            job.request.fail(error)
+    def _fail(self, queued: Sequence[QueuedRow], error: BaseException) -> None:
+        for entry in queued:
+            entry.request.fail(error)

@@ -45,7 +45,7 @@ class ApiKey:
         return not self.models or name in self.models
 
 
-class _Entry(BaseModel):
+class _KeyEntry(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     name: str = Field(min_length=1, max_length=100)
@@ -73,7 +73,7 @@ def load_keys(environment: Mapping[str, str] = os.environ) -> tuple[ApiKey, ...]
 def read_keys(file: Path) -> list[ApiKey]:
     """Read a key file that ``add_key`` wrote; BadInput if it can't be read."""
     try:
-        entries = TypeAdapter(list[_Entry]).validate_json(file.read_bytes())
+        entries = TypeAdapter(list[_KeyEntry]).validate_json(file.read_bytes())
     except (OSError, ValidationError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
         raise BadInput(

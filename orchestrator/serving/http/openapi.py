@@ -17,6 +17,7 @@ from orchestrator.serving.http.protocol import (
     ModelEntry,
     ModelList,
 )
+from orchestrator.utils.documents import JsonObject
 
 READING = (401, 403, 429)
 ASKING = (400, 401, 403, 404, 413, 429, 500, 503, 504)
@@ -39,9 +40,9 @@ TEXTS = {
 }
 
 
-def describe(path: str) -> dict[str, Any]:
+def describe(path: str) -> JsonObject:
     """Return FastAPI's keyword arguments that document a route."""
-    known: dict[str, dict[str, Any]] = {
+    known: dict[str, JsonObject] = {
         "/health": {"responses": {200: {"description": "Alive"}, 503: {"description": "Failing"}}},
         "/metrics": {
             "responses": {
@@ -62,15 +63,13 @@ def describe(path: str) -> dict[str, Any]:
     return {"summary": path, **known[path]}
 
 
-def _asking(
-    body: type[BaseModel], answer: type[BaseModel], streams: bool = False
-) -> dict[str, Any]:
+def _asking(body: type[BaseModel], answer: type[BaseModel], streams: bool = False) -> JsonObject:
     # The schema is written into the path itself: FastAPI does not read these bodies, so it would
     # not collect their definitions.
     schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
     definitions = schema.pop("$defs", {})
     content = {"application/json": {"schema": _resolved(schema, definitions)}}
-    success: dict[str, Any] = {"model": answer}
+    success: JsonObject = {"model": answer}
     if streams:
         success["content"] = {"text/event-stream": {}}
     return {
@@ -79,7 +78,7 @@ def _asking(
     }
 
 
-def _resolved(schema: Any, definitions: dict[str, Any]) -> Any:
+def _resolved(schema: Any, definitions: JsonObject) -> Any:
     """Replace references in a schema by their definitions, of which none refers to itself."""
     if isinstance(schema, list):
         return [_resolved(one, definitions) for one in schema]
@@ -90,5 +89,5 @@ def _resolved(schema: Any, definitions: dict[str, Any]) -> Any:
     return {key: _resolved(value, definitions) for key, value in schema.items()}
 
 
-def _errors(statuses: tuple[int, ...]) -> dict[int | str, dict[str, Any]]:
+def _errors(statuses: tuple[int, ...]) -> dict[int | str, JsonObject]:
     return {status: {"model": ErrorAnswer, "description": TEXTS[status]} for status in statuses}

@@ -8,12 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from orchestrator.errors import BadInput, OrchestratorError, Unreachable
 from orchestrator.models.placeholders import text_ids
+from orchestrator.registry import CHAMPION
 from orchestrator.registry.versions.refs import printable
-from orchestrator.serving.engine.engine import Engine, Overloaded
+from orchestrator.serving.engine.engine import Overloaded, ServingEngine
 from orchestrator.serving.engine.generation import Completion, Delta, Sampling
 from orchestrator.serving.http import answers
 from orchestrator.serving.http.chat import NoChatTemplate, encode_chat
@@ -38,9 +39,10 @@ from orchestrator.serving.prompts.served_prompt import (
     ServedPrompt,
     classified,
 )
-from orchestrator.serving.prompts.store import CHAMPION, ModelCard, ModelNotFound, PromptStore
+from orchestrator.serving.prompts.store import ModelCard, ModelNotFound, PromptStore
 
 Tokens = TypeVar("Tokens")
+Answers = TypeVar("Answers")
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 DEFAULT_TEMPERATURE = 1.0  # OpenAI's
@@ -57,7 +59,7 @@ class RequestLimits:
 
 
 @dataclass(frozen=True)
-class Asked:
+class PreparedRequest:
     """A completion or chat request after its checks and tokenization."""
 
     prompt: ServedPrompt
@@ -80,7 +82,7 @@ class PromptService:
     def __init__(
         self,
         store: PromptStore,
-        engine: Engine,
+        engine: ServingEngine,
         limits: RequestLimits | None = None,
         metrics: Metrics | None = None,
     ) -> None:
@@ -143,16 +145,16 @@ class PromptService:
 
     async def complete(self, request: CompletionRequest, record: RequestRecord) -> CompletionAnswer:
         """Answer POST /v1/completions without a stream."""
-        asked = await self._completion(request, record)
+        prepared = await self._completion(request, record)
         return answers.completion(
-            asked.head, await self._completed(asked, record), asked.prompt_tokens
+            prepared.head, await self._completed(prepared, record), prepared.prompt_tokens
         )
 
     async def chat(self, request: ChatRequest, record: RequestRecord) -> ChatAnswer:
         """Answer POST /v1/chat/completions without a stream."""
-        asked = await self._conversation(request, record)
-        (made,) = await self._completed(asked, record)
-        return answers.chat(asked.head, made, asked.prompt_tokens)
+        prepared = await self._conversation(request, record)
+        (made,) = await self._completed(prepared, record)
+        return answers.chat(prepared.head, made, prepared.prompt_tokens)
 
     async def stream(
         self, request: CompletionRequest | ChatRequest, record: RequestRecord
@@ -161,7 +163,7 @@ class PromptService:
 
         ApiError for a refused request is raised here, before the first chunk.
         """
-        asked = await (
+        prepared = await (
             self._conversation(request, record)
             if isinstance(request, ChatRequest)
             else self._completion(request, record)
@@ -169,57 +171,66 @@ class PromptService:
         record.streamed = True
         kind = answers.ChatStream if isinstance(request, ChatRequest) else answers.CompletionStream
         with _refusals():
-            told = self.engine.stream(asked.prompt, asked.inputs, asked.sampling)
-        return self._chunks(kind(asked.head), told, asked, request.wants_usage, record)
+            told = self.engine.stream(prepared.prompt, prepared.inputs, prepared.sampling)
+        return self._chunks(kind(prepared.head), told, prepared, request.wants_usage, record)
 
     async def _chunks(
         self,
         shape: answers.Stream,
         told: AsyncIterator[tuple[int, Delta]],
-        asked: Asked,
+        prepared: PreparedRequest,
         wants_usage: bool,
         record: RequestRecord,
     ) -> AsyncIterator[answers.Chunk]:
         made = 0
         try:
-            for chunk in shape.opening(len(asked.inputs)):
+            for chunk in shape.opening(len(prepared.inputs)):
                 yield chunk
             with _refusals():
                 async for row, delta in _until(told, self.limits.seconds):
                     made += delta.tokens
                     yield shape.chunk(row, delta)
             if wants_usage:
-                yield shape.closing(asked.prompt_tokens, made)
+                yield shape.closing(prepared.prompt_tokens, made)
         finally:
             await told.aclose()  # type: ignore[attr-defined]
-            self._count(record, asked.prompt_tokens, made)
+            self._count(record, prepared.prompt_tokens, made)
 
-    async def _completion(self, request: CompletionRequest, record: RequestRecord) -> Asked:
+    async def _completion(
+        self, request: CompletionRequest, record: RequestRecord
+    ) -> PreparedRequest:
         self._check_count(len(request.prompts), "prompt")
-        prompt = await self._prompt(request.model, record)
-        if reason := prompt.why_no_text:
-            raise _unsupported(request.model, reason, "/classify" if prompt.answers else None)
+        prompt = await self._generating_prompt(request.model, record)
         sampling = _sampling(request, request.max_tokens, request.logprobs)
         inputs = await self._encode(prompt, request.prompts, sampling.max_tokens, "prompt")
-        return Asked(prompt, inputs, sampling, answers.Head.new("cmpl", request.model, prompt.id))
+        return PreparedRequest(
+            prompt, inputs, sampling, answers.Head.new("cmpl", request.model, prompt.id)
+        )
 
-    async def _conversation(self, request: ChatRequest, record: RequestRecord) -> Asked:
-        prompt = await self._prompt(request.model, record)
+    async def _generating_prompt(self, model: str, record: RequestRecord) -> ServedPrompt:
+        """Return the prompt of that name; ApiError if it can't generate text."""
+        prompt = await self._prompt(model, record)
         if reason := prompt.why_no_text:
-            raise _unsupported(request.model, reason, "/classify" if prompt.answers else None)
+            raise _unsupported(model, reason, "/classify" if prompt.answers else None)
+        return prompt
+
+    async def _conversation(self, request: ChatRequest, record: RequestRecord) -> PreparedRequest:
+        prompt = await self._generating_prompt(request.model, record)
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
         sampling = _sampling(request, request.limit, logprobs)
         work = partial(encode_chat, prompt, request.messages, sampling.max_tokens)
         ids = await self._tokenized(work, "messages")
-        return Asked(
+        return PreparedRequest(
             prompt, [ids], sampling, answers.Head.new("chatcmpl", request.model, prompt.id)
         )
 
-    async def _completed(self, asked: Asked, record: RequestRecord) -> list[Completion]:
+    async def _completed(
+        self, prepared: PreparedRequest, record: RequestRecord
+    ) -> list[Completion]:
         made: list[Completion] = await self._run(
-            self.engine.complete(asked.prompt, asked.inputs, asked.sampling)
+            self.engine.complete(prepared.prompt, prepared.inputs, prepared.sampling)
         )
-        self._count(record, asked.prompt_tokens, sum(it.tokens for it in made))
+        self._count(record, prepared.prompt_tokens, sum(it.tokens for it in made))
         return made
 
     def _count(self, record: RequestRecord, prompt_tokens: int, completion_tokens: int) -> None:
@@ -284,7 +295,7 @@ class PromptService:
             hint = f"; {error.hint}" if error.hint else ""
             raise ApiError(400, f"{error.message}{hint}", "invalid_value", param) from None
 
-    async def _run(self, work: Awaitable[list[Any]]) -> list[Any]:
+    async def _run(self, work: Awaitable[Answers]) -> Answers:
         with _refusals():
             return await asyncio.wait_for(work, self.limits.seconds)
 

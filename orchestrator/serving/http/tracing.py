@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from orchestrator.errors import BadInput
 from orchestrator.serving.http.request_record import RequestRecord
@@ -18,6 +18,9 @@ from orchestrator.serving.http.request_record import RequestRecord
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
     from starlette.types import Scope
+
+Finish: TypeAlias = Callable[[str, int], None]
+"""A function that is called at the end of a request with the route's pattern and the status."""
 
 VARIABLE = "OTEL_TRACES_EXPORTER"
 SERVICE = "orchestrator"
@@ -27,18 +30,15 @@ ALLOWED = ("otlp", "console", "none")
 class Tracer(Protocol):
     """The interface through which the routes record traces."""
 
-    def request(self, scope: Scope, record: RequestRecord) -> Any:
-        """Return a context manager for one request.
-
-        It yields a function to call at the end with the route's pattern and the HTTP status.
-        """
+    def request(self, scope: Scope, record: RequestRecord) -> AbstractContextManager[Finish]:
+        """Return a context manager for one request, which yields the function that ends it."""
 
 
 class NoTracer:
     """A tracer that records nothing, used when tracing is off."""
 
     @contextmanager
-    def request(self, scope: Scope, record: RequestRecord) -> Iterator[Any]:
+    def request(self, scope: Scope, record: RequestRecord) -> Iterator[Finish]:
         """Yield a function that does nothing."""
         yield lambda route, status: None
 
@@ -61,7 +61,7 @@ class SpanTracer:
         self._tracer = self._provider.get_tracer("orchestrator.serving")
 
     @contextmanager
-    def request(self, scope: Scope, record: RequestRecord) -> Iterator[Any]:
+    def request(self, scope: Scope, record: RequestRecord) -> Iterator[Finish]:
         """Open a span; yield the function that sets its name, attributes and status."""
         from opentelemetry.trace import SpanKind, Status, StatusCode
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator

@@ -55,7 +55,7 @@ class PromptCache:
     def __contains__(self, key: Key) -> bool:
         return key in self._near or key in self._host
 
-    def ready(self, key: Key) -> ServedPrompt | None:
+    def get(self, key: Key) -> ServedPrompt | None:
         """Return a prompt in the model's memory and mark it as most recently used, or None."""
         self._host.touch(key)
         return self._near.touch(key)

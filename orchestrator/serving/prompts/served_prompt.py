@@ -5,7 +5,7 @@ Shapes: B rows, K prompts, P virtual tokens, T input tokens, H width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -18,13 +18,14 @@ from orchestrator.data.cells import cell_text, early_cell_text, is_missing
 from orchestrator.data.chat import ChatFormat
 from orchestrator.data.conversations import Message
 from orchestrator.data.encoding import Encoder
+from orchestrator.data.source_row import Row
 from orchestrator.data.template import Template, Verbalizer
 from orchestrator.errors import BadInput
 from orchestrator.job.labels import Label, label_text, spelled
 from orchestrator.models.backbone import Backbone, PreparedPrompts, PromptTensors, stack_prepared
 from orchestrator.models.placeholders import text_ids
 
-Given = str | Mapping[str, Any]
+Given = str | Row
 
 
 class ContextExceeded(BadInput):
@@ -132,7 +133,7 @@ class ServedPrompt:
         self.check_room(len(text_ids(ids)), answer_tokens)
         return ids
 
-    def _whole_row(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _whole_row(self, row: Row) -> Row:
         """Return a row that has every column of the template.
 
         Raises BadInput for a missing value, unless the prompt was tuned with missing values kept.

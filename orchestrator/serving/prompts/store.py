@@ -21,20 +21,21 @@ from typing import Protocol
 from orchestrator.errors import BadInput, OrchestratorError, Unreachable
 from orchestrator.job.labels import Label
 from orchestrator.models.backbone import Backbone
+from orchestrator.registry import CHAMPION
 from orchestrator.registry.aliases.canary import Canary, LiveModel
 from orchestrator.registry.versions.refs import (
     ModelRef,
     NoSuchVersion,
-    nearest,
     parse_ref,
     printable,
+    suggestion,
 )
 from orchestrator.serving.prompts.cache import Key, PromptCache
 from orchestrator.serving.prompts.served_prompt import ServedPrompt, created_timestamp, load_prompt
+from orchestrator.utils.text import first_line
 
 log = logging.getLogger(__name__)
 
-CHAMPION = "champion"
 POLL_SECONDS = 2.0
 MAX_BYTES = 2 << 30
 MAX_HOST_BYTES = 8 << 30
@@ -153,7 +154,7 @@ class PromptStore:
         """
         with self._lock:
             for key in self._candidates(model):
-                if prompt := self._cache.ready(key):
+                if prompt := self._cache.get(key):
                     self.counts["hits", key[0]] += 1
                     return prompt
                 if not self._is_refused(key):
@@ -308,7 +309,7 @@ class PromptStore:
         log.info("%s@%s: version %s, before %s", printable(route[0]), route[1], version, before)
 
     def _report_outage(self, error: Exception) -> None:
-        text = f"{type(error).__name__}: {error}"
+        text = first_line(error, with_type=True)
         if text != self._outage:
             log.warning("the registry does not answer, serving what is loaded: %s", text)
         self._outage = text
@@ -371,7 +372,7 @@ class PromptStore:
 
     def _unknown(self, model: str) -> ModelNotFound:
         served = [_wire_id(name, alias) for name, alias in islice(self._routes, MAX_COMPARED)]
-        listed = nearest(model, served) or "no model is served yet"
+        listed = suggestion(model, served) or "no model is served yet"
         return ModelNotFound(f"The model {printable(model)!r} does not exist; {listed}")
 
     def _card(self, name: str, alias: str, version: int) -> ModelCard:
@@ -396,7 +397,7 @@ class PromptStore:
     def _hit(self, key: Key) -> ServedPrompt | None:
         """Return a prompt from either level of the cache; raise BadInput if it is refused."""
         with self._lock:
-            if prompt := self._cache.ready(key):
+            if prompt := self._cache.get(key):
                 return prompt
             if found := self._cache.bring(key):
                 self.counts["returns", key[0]] += 1
@@ -424,7 +425,7 @@ class PromptStore:
             reason = (
                 error.message
                 if isinstance(error, OrchestratorError)
-                else f"{type(error).__name__}: {error}"
+                else first_line(error, with_type=True)
             )
             self._refuse(key, BadInput(reason))
             raise BadInput(reason) from error

@@ -5,11 +5,11 @@ from collections.abc import Callable
 from orchestrator.job.space import TrialSpec
 from orchestrator.models.backbone import Backbone
 from orchestrator.tuning.baselines.adapter import Adapters
-from orchestrator.tuning.baselines.change import Change
+from orchestrator.tuning.baselines.change import WeightChange
 from orchestrator.tuning.baselines.lora import Lora, check_peft
 from orchestrator.tuning.baselines.model_tuning import ModelTuning
 
-CHANGES: dict[str, Callable[[TrialSpec, Backbone], Change]] = {
+CHANGES: dict[str, Callable[[TrialSpec, Backbone], WeightChange]] = {
     "model_tuning": ModelTuning.create,
     "lora": Lora.create,
     "qlora": Lora.create,
@@ -17,7 +17,7 @@ CHANGES: dict[str, Callable[[TrialSpec, Backbone], Change]] = {
 }
 
 
-def make_change(method: str, spec: TrialSpec, backbone: Backbone) -> Change:
+def make_change(method: str, spec: TrialSpec, backbone: Backbone) -> WeightChange:
     """Create a trial's change of the model before its first step, on the backbone's device.
 
     Random values depend on the spec and its seed alone. Raises BadInput when the method does not
@@ -26,4 +26,4 @@ def make_change(method: str, spec: TrialSpec, backbone: Backbone) -> Change:
     return CHANGES[method](spec, backbone).to(backbone.device)
 
 
-__all__ = ["CHANGES", "Change", "check_peft", "make_change"]
+__all__ = ["CHANGES", "WeightChange", "check_peft", "make_change"]

@@ -7,7 +7,8 @@ they stay frozen, so that only the adapters need to be stored for a task. PEFT h
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from orchestrator.errors import BadInput
 from orchestrator.job.space import TrialSpec
 from orchestrator.models.backbone import Backbone
-from orchestrator.tuning.baselines.change import Change
+from orchestrator.tuning.baselines.change import WeightChange
 from orchestrator.tuning.prompts.base import seeded
 
 ENDS = frozenset(
@@ -35,10 +36,11 @@ ENDS = frozenset(
     }
 )
 """Names in various model families of the last projection of an attention or feed-forward part."""
+Hook: TypeAlias = Callable[[nn.Module, object, Tensor], Tensor]
 STD = 0.001  # of initial weights: the adapter is almost the identity (section 3.6)
 
 
-class Adapters(Change):
+class Adapters(WeightChange):
     """Adapters after some projections of width H: each turns h into h + up(gelu(down(h)))."""
 
     def __init__(self, ends: dict[str, nn.Module], width: int, bottleneck: int) -> None:
@@ -94,13 +96,13 @@ def block_ends(model: nn.Module, width: int) -> dict[str, nn.Module]:
     }
 
 
-def _out_width(module: nn.Module) -> Any:
+def _out_width(module: nn.Module) -> object:
     """Return a projection's output width, which GPT-2's layers call ``nf``."""
     return getattr(module, "out_features", getattr(module, "nf", None))
 
 
-def _adapter(down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor) -> Any:
-    def after(module: nn.Module, inputs: Any, hidden: Tensor) -> Tensor:
+def _adapter(down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor) -> Hook:
+    def after(module: nn.Module, inputs: object, hidden: Tensor) -> Tensor:
         inner = nn.functional.gelu(nn.functional.linear(hidden.to(down), down, down_bias))
         return hidden + nn.functional.linear(inner, up, up_bias).to(hidden)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 DOT = "/"  # replaces dots, which torch does not allow in a parameter's name
 
 
-class Change(nn.Module, ABC):
+class WeightChange(nn.Module, ABC):
     """A trial's learnable state in float32, by the names used in a stored result."""
 
     def __init__(self, learned: Mapping[str, nn.Parameter]) -> None:

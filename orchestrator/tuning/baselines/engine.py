@@ -12,8 +12,8 @@ from dataclasses import replace
 from orchestrator.data.designs import Design
 from orchestrator.errors import JobFailed
 from orchestrator.job.space import TrialSpec
-from orchestrator.tuning.baselines import Change, make_change
-from orchestrator.tuning.checkpoint import TrialState
+from orchestrator.tuning.baselines import WeightChange, make_change
+from orchestrator.tuning.checkpoint import Checkpoint
 from orchestrator.tuning.engine import Engine, Slot
 from orchestrator.tuning.reports import Ending, EvaluationJob, Report
 
@@ -21,7 +21,7 @@ from orchestrator.tuning.reports import Ending, EvaluationJob, Report
 class BaselineEngine(Engine):
     """An engine that trains a change of the model: all weights, LoRA layers or adapters."""
 
-    def _learned(self, spec: TrialSpec) -> Change:
+    def _learned(self, spec: TrialSpec) -> WeightChange:
         return make_change(self.task.method.name, spec, self.backbone)
 
     def _own_gradients(self, slots: Sequence[Slot], rows: Sequence[Sequence[int]]) -> list[float]:
@@ -34,14 +34,14 @@ class BaselineEngine(Engine):
         with _change(slot).applied():
             return self._metrics(None, self.task.splits["validation"])
 
-    def _checkpoint_metrics(self, job: EvaluationJob, state: TrialState) -> dict[str, float] | None:
+    def _checkpoint_metrics(self, job: EvaluationJob, state: Checkpoint) -> dict[str, float] | None:
         change = self._learned(_spec(job))
         change.load(state.best())
         with change.applied():
             return self._metrics(None, self.task.splits[job.split], job.confusion)[0]
 
 
-class Written(Change):
+class Written(WeightChange):
     """The change of a written prompt: none, since nothing is learned."""
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class Written(Change):
 class DesignEngine(Engine):
     """An engine that evaluates written prompts, each once and without training."""
 
-    def _learned(self, spec: TrialSpec) -> Change:
+    def _learned(self, spec: TrialSpec) -> WeightChange:
         return Written()
 
     def step(self, slots: Sequence[Slot]) -> None:
@@ -68,7 +68,7 @@ class DesignEngine(Engine):
     def _slot_metrics(self, slots: Sequence[Slot]) -> list[dict[str, float] | None]:
         return [self._design_metrics(slot.spec, "validation") for slot in slots]
 
-    def _checkpoint_metrics(self, job: EvaluationJob, state: TrialState) -> dict[str, float] | None:
+    def _checkpoint_metrics(self, job: EvaluationJob, state: Checkpoint) -> dict[str, float] | None:
         return self._design_metrics(_spec(job), job.split, job.confusion)
 
     def _design_metrics(
@@ -102,8 +102,8 @@ class DesignEngine(Engine):
         return self.task.designs.stored_bytes(Design.of(slot.spec)) if self.task.designs else 0
 
 
-def _change(slot: Slot) -> Change:
-    assert isinstance(slot.prompt, Change)
+def _change(slot: Slot) -> WeightChange:
+    assert isinstance(slot.prompt, WeightChange)
     return slot.prompt
 
 

@@ -6,18 +6,26 @@ QLoRA (Dettmers et al. 2023) is the same on a model whose weights were quantised
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 from torch import nn
 
 from orchestrator.errors import BadInput
 from orchestrator.job.space import TrialSpec
 from orchestrator.models.backbone import Backbone
-from orchestrator.tuning.baselines.change import Change
+from orchestrator.tuning.baselines.change import WeightChange
 from orchestrator.tuning.prompts.base import seeded
+from orchestrator.utils.text import first_line
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
 
 PEFT = "peft"
 NAME = "default"  # PEFT's name for the only adapter
+
+Place: TypeAlias = "tuple[nn.Module, str, nn.Module, LoraLayer]"
+"""A LoRA layer's parent, its name there, the layer that it wraps, and the LoRA layer itself."""
 
 
 def check_peft(method: str) -> None:
@@ -29,7 +37,7 @@ def check_peft(method: str) -> None:
         )
 
 
-class Lora(Change):
+class Lora(WeightChange):
     """PEFT's LoRA layers, which replace the layers that they wrap while the change is applied."""
 
     def __init__(self, model: nn.Module, model_type: str, rank: int, alpha: int) -> None:
@@ -58,8 +66,12 @@ class Lora(Change):
 
 
 def lora_config(
-    model_type: str, rank: int, alpha: int, targets: list[str] | None = None, task: Any = None
-) -> Any:
+    model_type: str,
+    rank: int,
+    alpha: int,
+    targets: list[str] | None = None,
+    task: str | None = None,
+) -> LoraConfig:
     """Return PEFT's configuration.
 
     Without ``targets``, LoRA changes PEFT's usual projections for the model's type, or all linear
@@ -80,7 +92,7 @@ def lora_config(
     )
 
 
-def _made_layers(model: nn.Module, config: Any) -> dict[str, tuple[nn.Module, str, nn.Module, Any]]:
+def _made_layers(model: nn.Module, config: LoraConfig) -> dict[str, Place]:
     """Create PEFT's LoRA layers and leave the model as it was.
 
     Returns, by the layer's full name: its parent module, its name in the parent, the original layer
@@ -92,14 +104,14 @@ def _made_layers(model: nn.Module, config: Any) -> dict[str, tuple[nn.Module, st
         LoraModel(model, config, NAME)
     except ValueError as error:
         raise BadInput(
-            f"method lora does not fit this model: {str(error).splitlines()[0][:200]}",
+            f"method lora does not fit this model: {first_line(error)}",
             "use another base model",
         ) from None
     finally:
         made = {
             name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)
         }
-        places: dict[str, tuple[nn.Module, str, nn.Module, Any]] = {}
+        places: dict[str, Place] = {}
         for name, layer in made.items():
             parent, _, child = name.rpartition(".")
             places[name] = model.get_submodule(parent), child, layer.get_base_layer(), layer

@@ -10,10 +10,10 @@ from torch import nn
 
 from orchestrator.job.space import TrialSpec
 from orchestrator.models.backbone import Backbone
-from orchestrator.tuning.baselines.change import Change
+from orchestrator.tuning.baselines.change import WeightChange
 
 
-class ModelTuning(Change):
+class ModelTuning(WeightChange):
     """A copy of every parameter, which replaces the model's own while the change is applied."""
 
     def __init__(self, model: nn.Module) -> None:

@@ -15,10 +15,10 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from orchestrator.artifact import whole_folder
 from orchestrator.job.space import TrialSpec
 from orchestrator.models.source import ModelSource
 from orchestrator.tuning.baselines.lora import lora_config
+from orchestrator.utils.atomic import whole_folder
 
 ABOUT = "baseline.json"
 STORED = "base_model.model."  # prefix of the names in PEFT's files
@@ -67,7 +67,7 @@ def _save_lora(
         source.revision,
         True,
     )
-    config.save_pretrained(folder)
+    config.save_pretrained(str(folder))
     save_file(
         {STORED + name: tensor for name, tensor in tensors.items()},
         folder / "adapter_model.safetensors",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch import Tensor
 from orchestrator.errors import BadInput
 from orchestrator.job.space import TrialSpec
 from orchestrator.models.backbone import Backbone, PromptTensors
+from orchestrator.models.tokenizer import Tokenizer
 
 UNIFORM_RANGE = 0.5  # Lester et al.: uniform in [-0.5, 0.5]
 VOCABULARY = 5000  # Lester et al.: the 5,000 most frequent tokens
@@ -34,7 +34,7 @@ class InitContext:
     """Maps token ids to the embeddings that enter the model."""
     shape: tuple[int, int]
     """Shape (V, H) of the embedding table."""
-    tokenizer: Any
+    tokenizer: Tokenizer
     answers: Sequence[Sequence[int]]
     """Token ids of each label's text."""
     spread: float = 1.0
@@ -73,24 +73,10 @@ def initial_prompt(spec: TrialSpec, context: InitContext) -> Tensor:
 
     Random values depend on the seed alone. Raises BadInput for an unknown init.
     """
-    generator = torch.Generator().manual_seed(spec.seed)
-    length, width = spec.num_virtual_tokens, context.shape[1]
-    if spec.init == "random":
-        return random_uniform((length, width), generator)
-    if spec.init == "random_normal":
-        return torch.randn(length, width, generator=generator) * context.spread
-    if spec.init == "sample_vocab":
-        return sample_vocab(length, context, generator, spec.init_population or VOCABULARY)
-    if spec.init == "class_labels":
-        return class_labels(length, context, generator)
-    if spec.init == "text":
-        return text(length, spec.init_text or "", context)
-    if spec.init == "artifact":
-        return artifact(length, spec.init_artifact or "", context)
-    raise BadInput(
-        f"init {spec.init!r} is unknown",
-        "use random, random_normal, sample_vocab, class_labels, {text: ...} or {artifact: ...}",
-    )
+    init = INITS.get(spec.init)
+    if init is None:
+        raise BadInput(f"init {spec.init!r} is unknown", f"use one of {', '.join(INITS)}")
+    return init(spec, context, torch.Generator().manual_seed(spec.seed))
 
 
 @torch.no_grad()
@@ -117,12 +103,29 @@ def initial_prefix(spec: TrialSpec, context: InitContext) -> dict[str, Tensor]:
     }
 
 
+def random(spec: TrialSpec, context: InitContext, generator: torch.Generator) -> Tensor:
+    """Return uniform values from [-0.5, 0.5], as [P, H]."""
+    return random_uniform((spec.num_virtual_tokens, context.shape[1]), generator)
+
+
+def random_normal(spec: TrialSpec, context: InitContext, generator: torch.Generator) -> Tensor:
+    """Return normal values with the standard deviation of the embedding table, as [P, H]."""
+    shape = (spec.num_virtual_tokens, context.shape[1])
+    return torch.randn(*shape, generator=generator) * context.spread
+
+
 def random_uniform(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     """Draw values uniformly from [-0.5, 0.5]."""
     return (torch.rand(*shape, generator=generator) * 2 - 1) * UNIFORM_RANGE
 
 
-def sample_vocab(
+def sample_vocab(spec: TrialSpec, context: InitContext, generator: torch.Generator) -> Tensor:
+    """Return the embeddings [P, H] of frequent tokens, drawn at random."""
+    population_size = spec.init_population or VOCABULARY
+    return _sampled(spec.num_virtual_tokens, context, generator, population_size)
+
+
+def _sampled(
     length: int, context: InitContext, generator: torch.Generator, population_size: int = VOCABULARY
 ) -> Tensor:
     """Return the embeddings [P, H] of frequent tokens, drawn at random.
@@ -156,32 +159,34 @@ def _is_byte(name: str) -> bool:
     return len(name) == 6 and name.startswith("<0x") and name.endswith(">")
 
 
-def class_labels(length: int, context: InitContext, generator: torch.Generator) -> Tensor:
+def class_labels(spec: TrialSpec, context: InitContext, generator: torch.Generator) -> Tensor:
     """Return the mean embedding of each label's tokens, as [P, H].
 
     If there are fewer labels than virtual tokens, the rest is sampled from the vocabulary. Labels
     beyond the length are left out.
     """
+    length = spec.num_virtual_tokens
     means = [_rows(context, ids).mean(0, keepdim=True) for ids in context.answers][:length]
     rest = length - len(means)
-    return torch.cat([*means, sample_vocab(rest, context, generator)] if rest else means)
+    return torch.cat([*means, _sampled(rest, context, generator)] if rest else means)
 
 
-def text(length: int, words: str, context: InitContext) -> Tensor:
+def text(spec: TrialSpec, context: InitContext, generator: torch.Generator) -> Tensor:
     """Return the embeddings [P, H] of a text's tokens, cut or repeated to the length.
 
     Special tokens are left out.
     """
-    ids = text_ids(words, context)
-    return _rows(context, [ids[place % len(ids)] for place in range(length)])
+    ids = text_ids(spec.init_text or "", context)
+    return _rows(context, [ids[place % len(ids)] for place in range(spec.num_virtual_tokens)])
 
 
-def artifact(length: int, reference: str, context: InitContext) -> Tensor:
+def artifact(spec: TrialSpec, context: InitContext, generator: torch.Generator) -> Tensor:
     """Return another task's prompt as [P, H], cut or repeated to the length.
 
     Lester et al. 2021, section 3.2. Raises BadInput when the artifact is a prefix, which has no
     embeddings, or when its width is not the model's.
     """
+    reference = spec.init_artifact or ""
     stored = context.artifacts[reference].get("prompt")
     if stored is None:
         raise BadInput(
@@ -194,7 +199,18 @@ def artifact(length: int, reference: str, context: InitContext) -> Tensor:
             f"the base model's is {context.shape[1]}",
             "start from a prompt of the same base model",
         )
-    return _fitted(stored.float().cpu(), length, 0)
+    return _fitted(stored.float().cpu(), spec.num_virtual_tokens, 0)
+
+
+INITS: dict[str, Callable[[TrialSpec, InitContext, torch.Generator], Tensor]] = {
+    "random": random,
+    "random_normal": random_normal,
+    "sample_vocab": sample_vocab,
+    "class_labels": class_labels,
+    "text": text,
+    "artifact": artifact,
+}
+"""The inits by the names that ``NamedInit`` and ``Init`` of the job spec give them."""
 
 
 def _fitted(tensor: Tensor, length: int, dim: int) -> Tensor:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from orchestrator import __version__
 from orchestrator.artifact import SOFT, BaseModelRecord, PromptArtifact
+from orchestrator.artifact.peft import export_peft, import_peft, read_peft
 from orchestrator.data.dataset import RowSplits, load_rows
 from orchestrator.data.encoding import Encoder, make_encoder
+from orchestrator.data.source_row import Row
 from orchestrator.errors import BadInput
 from orchestrator.job.spec import JobSpec
 from orchestrator.models.backbone import Backbone, default_device, load_backbone
 from orchestrator.models.nearest_words import nearest_words
 from orchestrator.models.source import resolve_model
-from orchestrator.peft_format import export_peft, import_peft, read_peft
 from orchestrator.registry import CHAMPION, Registry, check_alias, check_name
 from orchestrator.search.prepare import (
     cells_record,
@@ -27,11 +27,12 @@ from orchestrator.search.prepare import (
     verbalizer_entries,
 )
 from orchestrator.serving.prompts.served_prompt import load_prompt
+from orchestrator.utils.documents import JsonObject
 
 Say = Callable[[str], None]
 
 
-def export_model(registry: Registry, model: str, folder: Path) -> dict[str, Any]:
+def export_model(registry: Registry, model: str, folder: Path) -> JsonObject:
     """Write a registered prompt as a PEFT folder; return the document of ``export --json``.
 
     Raises BadInput for a prompt that PEFT can't express, and for a folder that exists.
@@ -59,7 +60,7 @@ def import_folder(
     renamed: bool,
     say: Say,
     alias: str | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Register a PEFT folder as a version of ``name``; return the document of ``import --json``.
 
     The job provides the base model, template, target, verbalizer and rows. The prompt is tried on
@@ -138,10 +139,10 @@ def _registered(
     folder: Path,
     name: str,
     job: JobSpec,
-    example: Mapping[str, Any],
+    example: Row,
     say: Say,
     alias: str | None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Register the artifact and move the alias.
 
     The version comes from a run of its own, in the experiment of the registered model's name.
@@ -161,7 +162,13 @@ def _registered(
     )
     with registry.start_search(name, params, {"orchestrator.version": __version__}) as log:
         version = registry.register(
-            saved, name, log.run_id, metric=job.search.metric, example=example, nearest=near
+            saved,
+            name,
+            log.run_id,
+            metric=job.search.metric,
+            better=job.search.better,
+            example=example,
+            nearest=near,
         )
     if alias == CHAMPION:
         registry.promote(name, version)

@@ -17,10 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +29,9 @@ from safetensors.numpy import load_file, save_file
 
 from orchestrator.errors import BadInput
 from orchestrator.job.labels import Label
-from orchestrator.job.spec import SpecialTokens
+from orchestrator.job.spec import PROMPT_METHODS, SpecialTokens
+from orchestrator.utils.atomic import whole_folder
+from orchestrator.utils.text import first_fault
 
 WEIGHTS = "prompt.safetensors"
 MANIFEST = "manifest.json"
@@ -41,7 +40,6 @@ MAX_WEIGHTS_BYTES = 1 << 30  # a soft prompt takes kilobytes; a file near this s
 
 SOFT = "prompt"
 PREFIXES = ("prefix.decoder", "prefix.encoder", "prefix.cross")
-METHODS = ("prompt_tuning", "prefix_tuning", "p_tuning")
 IMPORTED = "peft"
 """Key of an imported prompt's configuration. Its value is PEFT's own configuration, as the
 origin."""
@@ -178,23 +176,6 @@ class Manifest(Record):
         return {entry.label: entry.text for entry in self.verbalizer}
 
 
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder to write into; at the end it is renamed to ``folder``.
-
-    After an error nothing is left of it.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield staging
-        staging.chmod(0o755)
-        os.rename(staging, folder)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-
-
 class PromptArtifact:
     """A loaded and checked prompt: float32 ``tensors`` by name, and its manifest."""
 
@@ -240,10 +221,9 @@ class PromptArtifact:
 
 
 def _check_names(folder: Path, manifest: Manifest, tensors: Mapping[str, np.ndarray]) -> None:
-    if manifest.method not in METHODS:
-        raise _broken(
-            folder, f"its method is {manifest.method!r}, this release knows {', '.join(METHODS)}"
-        )
+    if manifest.method not in PROMPT_METHODS:
+        known = ", ".join(PROMPT_METHODS)
+        raise _broken(folder, f"its method is {manifest.method!r}, this release knows {known}")
     prefix = manifest.method == "prefix_tuning"
     expected = set(tensors) <= set(PREFIXES) if prefix else set(tensors) == {SOFT}
     if not tensors or not expected:
@@ -287,9 +267,7 @@ def read_manifest(folder: Path) -> Manifest:
             )
         return Manifest.model_validate({**EARLIER, **document})
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise _broken(folder, f"{MANIFEST}: {where}: {first['msg']}") from None
+        raise _broken(folder, f"{MANIFEST}: {first_fault(error)}") from None
     except (ValueError, RecursionError) as error:
         raise _broken(folder, f"{MANIFEST} is not JSON ({error})") from None
 

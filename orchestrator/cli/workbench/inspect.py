@@ -10,27 +10,27 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, normalize
+from torch.nn.functional import cosine_similarity
 
 from orchestrator.artifact import IMPORTED, Manifest, PromptArtifact
 from orchestrator.errors import BadInput, OrchestratorError
 from orchestrator.job.space import TrialSpec
 from orchestrator.job.spec import BaseModelSpec
 from orchestrator.models.backbone import Backbone, PromptTensors, default_device, load_backbone
+from orchestrator.models.nearest_words import CHUNK, nearest_rows
 from orchestrator.models.source import looks_like_path, resolve_model
 from orchestrator.registry import Registry, parse_ref
 from orchestrator.search.prepare import stored_tensors
 from orchestrator.serving.prompts.served_prompt import load_prompt, prompt_tensors
 from orchestrator.tuning.prompts import InitContext, Method, make_prompt
 from orchestrator.tuning.prompts.inits import frequent_ids
+from orchestrator.utils.documents import JsonObject
 
 NEAREST = 5
 REAL_TOKENS = 64  # enough for mean norms of keys and values
-CHUNK = 8192  # vocabulary rows that are compared at a time
 
 Artifacts = Callable[[str], Mapping[str, Tensor]]
 """Returns the tensors of an init artifact by its reference in the job spec.
@@ -52,11 +52,11 @@ class Neighbour:
 class Drift:
     """The change from the start of tuning to its end.
 
-    ``cosine`` is the cosine of the two vectors, ``norm`` the norm of their difference, and
-    ``start_norm`` the norm of the start.
+    ``cosine`` is the cosine of the two vectors, None if one of them is zero and has no direction.
+    ``norm`` is the norm of their difference, and ``start_norm`` the norm of the start.
     """
 
-    cosine: float
+    cosine: float | None
     norm: float
     start_norm: float
 
@@ -104,7 +104,7 @@ class Inspection:
 
 def inspect_model(
     registry: Registry, model: str, nearest: int, base_model: str | None = None
-) -> dict[str, Any]:
+) -> JsonObject:
     """Inspect a registered prompt; return the document of ``inspect --json``.
 
     ``base_model`` is the base model's location, if it was moved.
@@ -198,23 +198,24 @@ def nearest_tokens(
     backbone: Backbone, embeddings: Tensor, count: int
 ) -> list[tuple[Neighbour, ...]]:
     """Find the ``count`` nearest vocabulary tokens of each of [P, H], nearest first."""
-    size = min(len(backbone.tokenizer), len(backbone.table))  # tables are padded to round sizes
-    wanted = normalize(embeddings.float().to(backbone.device), dim=1)
-    best = torch.empty(len(wanted), 0, device=backbone.device)
-    places = torch.empty(len(wanted), 0, dtype=torch.long, device=backbone.device)
-    for start in range(0, size, CHUNK):
-        ids = torch.arange(start, min(start + CHUNK, size), device=backbone.device)
-        cosines = wanted @ normalize(backbone.embed(ids).float(), dim=1).T
-        candidates = torch.cat([best, cosines], dim=1)
-        best, chosen = candidates.topk(min(count, candidates.shape[1]), dim=1)
-        places = torch.cat([places, ids.expand(len(wanted), -1)], dim=1).gather(1, chosen)
+    near = nearest_rows(
+        embeddings.to(backbone.device),
+        lambda start, end: backbone.embed(torch.arange(start, end, device=backbone.device)),
+        _vocabulary_size(backbone),
+        count,
+    )
     return [
         tuple(
-            Neighbour(place, backbone.tokenizer.decode([place]), 1 - cosine)
-            for place, cosine in zip(row_places, row_cosines, strict=True)
+            Neighbour(index, backbone.tokenizer.decode([index]), distance)
+            for index, distance in row
         )
-        for row_places, row_cosines in zip(places.tolist(), best.tolist(), strict=True)
+        for row in near
     ]
+
+
+def _vocabulary_size(backbone: Backbone) -> int:
+    """Return the number of tokens that have an embedding; tables are padded to round sizes."""
+    return min(len(backbone.tokenizer), len(backbone.table))
 
 
 def _with(context: InitContext, reference: str, tensors: Mapping[str, Tensor]) -> InitContext:
@@ -247,8 +248,9 @@ def _tokens(
 def _drift(now: Tensor, start: Tensor) -> Drift:
     """Measure the drift between two tensors of equal size."""
     now, start = now.float().flatten(), start.float().flatten()
+    directed = bool(now.any() and start.any())
     return Drift(
-        float(cosine_similarity(now, start, dim=0)),
+        float(cosine_similarity(now, start, dim=0)) if directed else None,
         float((now - start).norm()),
         float(start.norm()),
     )
@@ -280,7 +282,7 @@ def _mean_norms(tensor: Tensor) -> list[tuple[float, float]]:
 
 
 def _vocabulary_norm(backbone: Backbone) -> float:
-    size = min(len(backbone.tokenizer), len(backbone.table))
+    size = _vocabulary_size(backbone)
     chunks = [torch.arange(start, min(start + CHUNK, size)) for start in range(0, size, CHUNK)]
     total = sum(
         float(backbone.embed(ids.to(backbone.device)).float().norm(dim=1).sum()) for ids in chunks

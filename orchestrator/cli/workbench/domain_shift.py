@@ -11,30 +11,46 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from orchestrator.artifact import PromptArtifact
 from orchestrator.data.cells import cell_text
 from orchestrator.data.dataset import load_split, rows_fingerprint
 from orchestrator.data.encoding import Encoded, reference_texts
+from orchestrator.data.source_row import Row
 from orchestrator.data.tables import table_suffix
 from orchestrator.data.template import Template
 from orchestrator.errors import BadInput, JobFailed, Unreachable
 from orchestrator.job.labels import by_meaning, label_key
+from orchestrator.job.metrics import (
+    Kind,
+    Metric,
+    choice_of,
+    custom_function,
+    is_custom,
+    metric_named,
+    names_of,
+    preferred,
+)
 from orchestrator.job.spec import BaseModelSpec, DataFiles, DataSpec
 from orchestrator.models.backbone import Backbone, default_device, load_backbone
 from orchestrator.models.source import resolve_model
 from orchestrator.registry import EvaluationRecord, Registry, VersionSummary, printable
+from orchestrator.registry.aliases.gate import tagged_metric
 from orchestrator.serving.engine.classify import answer_probs
 from orchestrator.serving.prompts.served_prompt import ServedPrompt, load_prompt, prompt_tensors
 from orchestrator.tuning.cpu_threads import Threads
 from orchestrator.tuning.evaluate import evaluate, forward_tokens
 from orchestrator.tuning.generate import Decoding
+from orchestrator.tuning.label_metrics import per_class
 from orchestrator.tuning.out_of_memory import Room
+from orchestrator.tuning.reports import confusion_counts, without_confusion
+from orchestrator.utils.documents import JsonObject
 
-Row = Mapping[str, Any]
+Value = TypeVar("Value")
 Metrics = dict[str, float]
 FILE_SPLIT = "train"  # the split of a single file, as data sets name their only split
 MAX_GROUPS = 100
@@ -68,7 +84,7 @@ class Loaded:
         return Decoding(record.max_tokens, record.num_beams) if record else None
 
     @property
-    def kind(self) -> tuple[Any, ...]:
+    def kind(self) -> tuple[object, ...]:
         """The key of versions that see the same tokens and can therefore share forwards."""
         it = self.artifact.manifest
         limits = it.max_input_tokens, it.max_target_tokens
@@ -77,7 +93,7 @@ class Loaded:
 
 
 @dataclass(frozen=True)
-class Group:
+class RowGroup:
     """A group of rows, as one version sees them, with a line of its own in the results.
 
     ``places`` are the indices of the group's rows among all rows.
@@ -96,20 +112,26 @@ def evaluate_models(
     base_model: str | None = None,
     log: bool = True,
     say: Callable[[str], None] = lambda text: None,
-) -> dict[str, Any]:
+    metric: str | None = None,
+) -> JsonObject:
     """Evaluate versions on data sets; return the document of ``evaluate --json``.
 
-    For each data set and each of its groups, the document has the metrics of every version, and how
-    much worse they are than on the version's own test split.
+    For each data set and each of its groups, the document has the metrics of every version, how
+    much worse they are than on the version's own test split, and figures for each label.
+
+    ``metric`` is the metric to compare by; by default the one that all versions were ranked by, or
+    else the first of ``METRICS`` that all have. It may be a function of the user's own.
 
     With ``ensemble`` the versions also vote, all of them in one batch. With ``log`` the results are
-    stored with each version. Raises BadInput for versions of different base models, and for rows
-    that lack a column or have a label that the prompt can't give.
+    stored with each version. Raises BadInput for versions of different base models, for rows that
+    lack a column or have a label that the prompt can't give, and for a metric that has no value.
     """
     summaries = [registry.resolve(model) for model in models]
     if len({(it.name, it.version) for it in summaries}) < len(summaries):
         raise BadInput("a version is named twice", "name each version once")
     artifacts = [PromptArtifact.load(registry.fetch(it.name, it.version)) for it in summaries]
+    if metric is not None:
+        _check_metric(metric, summaries, artifacts)
     read = [[_groups(artifact, question) for artifact in artifacts] for question in questions]
     say("loading the base model")
     backbone = _backbone(artifacts, base_model)
@@ -127,11 +149,52 @@ def evaluate_models(
         [_encoded(one, groups, question) for one, groups in zip(loaded, of_models, strict=True)]
         for question, of_models in zip(questions, read, strict=True)
     ]
+    if metric == "roc_auc":
+        _check_every_label(loaded, questions, encoded)
     targets = []
     for question, of_models, splits in zip(questions, read, encoded, strict=True):
         say(f"evaluating {len(loaded)} of {question.data}")
-        targets += _targets(backbone, loaded, question, of_models, splits, ensemble)
-    return {**_document(loaded, targets), "logged": log and _kept(registry, loaded, targets, say)}
+        targets += _targets(backbone, loaded, question, of_models, splits, ensemble, metric)
+    return {
+        **_document(loaded, targets, metric),
+        "logged": log and _kept(registry, loaded, targets, say),
+    }
+
+
+def _check_metric(
+    name: str, summaries: Sequence[VersionSummary], artifacts: Sequence[PromptArtifact]
+) -> None:
+    """Refuse a metric that is unknown, can't be imported, or that a version's task lacks."""
+    kind = metric_named(name).kind
+    if is_custom(name):
+        custom_function(name, "--metric")
+    for summary, artifact in zip(summaries, artifacts, strict=True):
+        own: Kind = "texts" if artifact.manifest.verbalizer is None else "labels"
+        if kind not in (own, "targets", "custom"):
+            version = f"{printable(summary.name)}:{summary.version}"
+            raise BadInput(
+                f"--metric {name} judges {kind}, and {version} gives {own}",
+                f"use {choice_of(names_of(own, 'targets'))}, or module:function",
+            )
+
+
+def _check_every_label(
+    loaded: Sequence[Loaded],
+    questions: Sequence[Question],
+    encoded: Sequence[Sequence[Sequence[Encoded]]],
+) -> None:
+    """Refuse rows that lack a label: the area under its ROC curve has no value there."""
+    for question, of_models in zip(questions, encoded, strict=True):
+        for one, splits in zip(loaded, of_models, strict=True):
+            present = set(splits[0].labels)
+            labels = enumerate(one.prompt.labels)
+            absent = [label for place, label in labels if place not in present]
+            if absent:
+                raise BadInput(
+                    f"--metric roc_auc has no value on {question.data}, which has no row of label "
+                    f"{', '.join(map(repr, absent[:5]))}",
+                    "give rows of every label, or use another metric, such as macro_f1",
+                )
 
 
 def _kept(
@@ -174,7 +237,7 @@ def _backbone(artifacts: Sequence[PromptArtifact], base_model: str | None) -> Ba
 # Rows
 
 
-def _groups(artifact: PromptArtifact, question: Question) -> list[Group]:
+def _groups(artifact: PromptArtifact, question: Question) -> list[RowGroup]:
     """Load the rows in groups; the first group has all rows.
 
     Rows keep only the columns that the version's own data had.
@@ -195,10 +258,10 @@ def _groups(artifact: PromptArtifact, question: Question) -> list[Group]:
             "choose a column of few values",
         )
     parts = [
-        Group(label, [cut[place] for place in found[label]], found[label])
+        RowGroup(label, [cut[place] for place in found[label]], found[label])
         for label in sorted(found)
     ]
-    return [Group("", cut, range(len(cut))), *parts]
+    return [RowGroup("", cut, range(len(cut))), *parts]
 
 
 def _columns(artifact: PromptArtifact, data: DataSpec) -> set[str]:
@@ -231,7 +294,7 @@ def _data_spec(artifact: PromptArtifact, question: Question) -> DataSpec:
     )
 
 
-def _encoded(one: Loaded, groups: Sequence[Group], question: Question) -> list[Encoded]:
+def _encoded(one: Loaded, groups: Sequence[RowGroup], question: Question) -> list[Encoded]:
     encoder, data = one.prompt.encoder, _data_spec(one.artifact, question)
     if encoder.verbalizer is not None:
         _check_labels(one, groups[0].rows, data.target)
@@ -250,7 +313,7 @@ def _encoded(one: Loaded, groups: Sequence[Group], question: Question) -> list[E
 
 
 def _part(whole: Encoded, places: Sequence[int]) -> Encoded:
-    def chosen(values: list[Any]) -> list[Any]:
+    def chosen(values: list[Value]) -> list[Value]:
         return [values[place] for place in places] if values else []
 
     return Encoded(
@@ -302,6 +365,8 @@ class Target:
     rows: int
     fingerprints: list[str]
     metrics: list[Metrics]
+    classes: list[list[dict[str, Any]] | None]
+    """Figures of each label by version; None for a version that generates text."""
     votes: Metrics | None
 
 
@@ -309,41 +374,63 @@ def _targets(
     backbone: Backbone,
     loaded: Sequence[Loaded],
     question: Question,
-    groups: Sequence[Sequence[Group]],
+    groups: Sequence[Sequence[RowGroup]],
     splits: Sequence[Sequence[Encoded]],
     ensemble: bool,
+    metric: str | None,
 ) -> list[Target]:
     """Evaluate every version on each group; ``groups`` and ``splits`` have a list per version."""
     found = []
     voted = _votes(backbone, loaded, question, groups, splits) if ensemble else []
     for place, group in enumerate(groups[0]):
-        metrics = _metrics(backbone, loaded, [of[place] for of in splits])
+        found_metrics = _metrics(backbone, loaded, [of[place] for of in splits], metric)
+        metrics = [without_confusion(one) for one in found_metrics]
+        pairs = zip(loaded, found_metrics, strict=True)
+        classes = [_classes(one.prompt, own) for one, own in pairs]
         prints = [rows_fingerprint(of[place].rows) for of in groups]
         votes = voted[place] if voted else None
-        found.append(Target(question, group.label, len(group.rows), prints, metrics, votes))
+        found.append(
+            Target(question, group.label, len(group.rows), prints, metrics, classes, votes)
+        )
     return found
 
 
+def _classes(prompt: ServedPrompt, metrics: Metrics) -> list[dict[str, Any]] | None:
+    """Compute precision, recall, F1 and support of each label from the counts in the metrics."""
+    if prompt.encoder.verbalizer is None:
+        return None
+    labels = prompt.encoder.verbalizer.labels
+    figures = per_class(np.array(confusion_counts(metrics, len(labels))))
+    return [{"label": label, **own} for label, own in zip(labels, figures, strict=True)]
+
+
 def _metrics(
-    backbone: Backbone, loaded: Sequence[Loaded], splits: Sequence[Encoded]
+    backbone: Backbone,
+    loaded: Sequence[Loaded],
+    splits: Sequence[Encoded],
+    metric: str | None,
 ) -> list[Metrics]:
-    """Compute each version's metrics on its split.
+    """Compute each version's metrics on its split, with the counts of its answers.
 
     Versions that see the same tokens share forwards.
     """
     found: list[Metrics] = [{}] * len(loaded)
-    kinds: dict[tuple[Any, ...], list[int]] = {}
+    kinds: dict[tuple[object, ...], list[int]] = {}
     for place, one in enumerate(loaded):
         kinds.setdefault(one.kind, []).append(place)
     for places in kinds.values():
         for place, metrics in zip(
-            places, _alike(backbone, [loaded[it] for it in places], splits[places[0]]), strict=True
+            places,
+            _alike(backbone, [loaded[it] for it in places], splits[places[0]], metric),
+            strict=True,
         ):
             found[place] = metrics
     return found
 
 
-def _alike(backbone: Backbone, loaded: Sequence[Loaded], split: Encoded) -> list[Metrics]:
+def _alike(
+    backbone: Backbone, loaded: Sequence[Loaded], split: Encoded, metric: str | None
+) -> list[Metrics]:
     prompts = [prompt_tensors(one.artifact) for one in loaded]
     first, room = loaded[0], Room()
     threads = Threads.of(torch.get_num_threads(), backbone.model, backbone.device)
@@ -360,7 +447,9 @@ def _alike(backbone: Backbone, loaded: Sequence[Loaded], split: Encoded) -> list
             first.prompt.encoder,
             first.decoding,
             room.tokens,
+            confusion=True,
             threads=cores,
+            metric=metric,
         )
 
     found = room.each(len(prompts), work)
@@ -373,7 +462,7 @@ def _votes(
     backbone: Backbone,
     loaded: Sequence[Loaded],
     question: Question,
-    groups: Sequence[Sequence[Group]],
+    groups: Sequence[Sequence[RowGroup]],
     splits: Sequence[Sequence[Encoded]],
 ) -> list[Metrics]:
     """Compute the accuracy of the majority vote on each group.
@@ -424,17 +513,19 @@ def _record(target: Target, place: int) -> EvaluationRecord:
     )
 
 
-def _document(loaded: Sequence[Loaded], targets: Sequence[Target]) -> dict[str, Any]:
-    metric = _compared_by(targets)
+def _document(loaded: Sequence[Loaded], targets: Sequence[Target], asked: str | None) -> JsonObject:
+    compared = _compared_by(loaded, targets, asked)
+    metric = compared.name
     sources = [one.artifact.manifest.metrics.get("test", {}) for one in loaded]
-    sign = 1.0 if metric == "loss" else -1.0
     lines = []
     for target in targets:
         drops = [
-            sign * (metrics[metric] - source[metric]) if metric in source else None
+            compared.sign * (source[metric] - metrics[metric])
+            if metric in source and metric in metrics
+            else None
             for metrics, source in zip(target.metrics, sources, strict=True)
         ]
-        line: dict[str, Any] = {
+        line: JsonObject = {
             "data": target.question.data,
             "split": target.question.split,
             "by": target.question.by,
@@ -442,6 +533,7 @@ def _document(loaded: Sequence[Loaded], targets: Sequence[Target]) -> dict[str, 
             "rows": target.rows,
             "metrics": target.metrics,
             "drop": drops,
+            "classes": target.classes,
         }
         if target.votes:
             scores = [metrics["accuracy"] for metrics in target.metrics]
@@ -463,12 +555,16 @@ def _document(loaded: Sequence[Loaded], targets: Sequence[Target]) -> dict[str, 
     return {"metric": metric, "models": models, "targets": lines}
 
 
-SHOWN_BY = ("accuracy", "rouge_l", "f1", "bleu", "exact_match", "loss")
-"""Metrics in the order in which the table prefers them; every metric of the spec is named."""
-
-
-def _compared_by(targets: Sequence[Target]) -> str:
+def _compared_by(loaded: Sequence[Loaded], targets: Sequence[Target], asked: str | None) -> Metric:
     """Choose the metric that the table shows."""
+    ranked_by = {tagged_metric(one.summary.tags) for one in loaded}
+    common = ranked_by.pop() if len(ranked_by) == 1 else None
+    if asked is not None:
+        return common if common and common.name == asked else metric_named(asked)
     every = [set(metrics) for target in targets for metrics in target.metrics]
     shared = set.intersection(*every)
-    return next(name for name in SHOWN_BY if name in shared)
+    if common is not None and common.name in shared:
+        return common
+    name = preferred(shared)
+    assert name is not None  # every evaluation has a loss
+    return metric_named(name)

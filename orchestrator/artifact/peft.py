@@ -36,21 +36,20 @@ from orchestrator.artifact import (
     Manifest,
     PromptArtifact,
     VerbalizerEntry,
-    whole_folder,
 )
 from orchestrator.data.template import Template
 from orchestrator.errors import BadInput
 from orchestrator.job.spec import SpecialTokens
-from orchestrator.models.adapter_folder import instead_of_adapter
+from orchestrator.models.adapter_folder import ADAPTER_CONFIG, MAX_CONFIG_BYTES, instead_of_adapter
 from orchestrator.models.source import Family, looks_like_path, usual_family
+from orchestrator.utils.atomic import whole_folder
+from orchestrator.utils.text import first_fault
 
-CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 TENSOR = "prompt_embeddings"
 DECODER = "prefix.decoder"
 
-MAX_CONFIG_BYTES = 1 << 20
 TASK_TYPES: dict[Family, str] = {
     "causal": "CAUSAL_LM",
     "seq2seq": "SEQ_2_SEQ_LM",
@@ -128,7 +127,7 @@ def export_peft(artifact: PromptArtifact, folder: Path) -> Path:
     try:
         with whole_folder(folder) as staging:
             text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-            (staging / CONFIG).write_text(text, encoding="utf-8")
+            (staging / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
             save_file(
                 {TENSOR: np.ascontiguousarray(tensor)}, staging / WEIGHTS, metadata={"format": "pt"}
             )
@@ -197,7 +196,7 @@ _OTHERWISE: dict[Family, str] = {
 
 def is_peft(folder: Path) -> bool:
     """Tell whether the folder claims to be a PEFT folder."""
-    return (folder / CONFIG).is_file()
+    return (folder / ADAPTER_CONFIG).is_file()
 
 
 def read_peft(folder: Path) -> PeftPrompt:
@@ -216,7 +215,8 @@ def read_peft(folder: Path) -> PeftPrompt:
     if tensor.ndim != 2 or len(tensor) != stored or config.token_dim not in (None, tensor.shape[1]):
         width = config.token_dim or "width"
         raise _broken(
-            folder, f"{TENSOR} has shape {list(tensor.shape)}, {CONFIG} says {[stored, width]}"
+            folder,
+            f"{TENSOR} has shape {list(tensor.shape)}, {ADAPTER_CONFIG} says {[stored, width]}",
         )
     # For an encoder-decoder PEFT may store two halves, and uses only the first.
     return PeftPrompt(METHODS[config.peft_type], {SOFT: tensor[:tokens]}, config)
@@ -307,7 +307,7 @@ def same_name(named: str, base_model: str) -> bool:
 
 def _read_config(folder: Path) -> PeftConfig:
     try:
-        raw = _limited(folder / CONFIG, MAX_CONFIG_BYTES)
+        raw = _limited(folder / ADAPTER_CONFIG, MAX_CONFIG_BYTES)
         document = json.loads(raw.decode("utf-8"))
         if isinstance(document, Mapping) and document.get("peft_type") not in list(METHODS):
             raise _broken(
@@ -316,13 +316,11 @@ def _read_config(folder: Path) -> PeftConfig:
             )
         return PeftConfig.model_validate(document)
     except OSError as error:
-        raise _broken(folder, f"{CONFIG} can't be read ({error.strerror})") from None
+        raise _broken(folder, f"{ADAPTER_CONFIG} can't be read ({error.strerror})") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise _broken(folder, f"{CONFIG}: {where}: {first['msg']}") from None
+        raise _broken(folder, f"{ADAPTER_CONFIG}: {first_fault(error)}") from None
     except (ValueError, RecursionError) as error:
-        raise _broken(folder, f"{CONFIG} is not JSON ({error})") from None
+        raise _broken(folder, f"{ADAPTER_CONFIG} is not JSON ({error})") from None
 
 
 def _check_defined(folder: Path, config: PeftConfig) -> None:
@@ -394,7 +392,9 @@ def _keys_values(folder: Path, config: PeftConfig, tensor: np.ndarray) -> np.nda
         )
     expected = [tokens, layers * 2 * width]
     if list(tensor.shape) != expected:
-        raise _broken(folder, f"{TENSOR} has shape {list(tensor.shape)}, {CONFIG} says {expected}")
+        raise _broken(
+            folder, f"{TENSOR} has shape {list(tensor.shape)}, {ADAPTER_CONFIG} says {expected}"
+        )
     split = tensor.reshape(tokens, layers, 2, heads, width // heads)
     return np.ascontiguousarray(split.transpose(1, 2, 3, 0, 4))
 

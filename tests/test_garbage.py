@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-from orchestrator.utils.imports import uncollected
+from orchestrator.utils.garbage import uncollected
 
 ENDING = """
 import gc
-from orchestrator.utils.imports import unfreed
+from orchestrator.utils.garbage import unfreed
 
 class Held:
     def __init__(self, when):

@@ -1,0 +1,1 @@
+"""Work on registered prompts by hand: evaluate, inspect, export and import."""

@@ -1,0 +1,388 @@
+"""The whole job, the checks across its sections, and its JSON schema."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args
+
+from pydantic import model_validator
+
+from orchestrator.job.labels import by_meaning, contradictions, label_key, spelled
+from orchestrator.job.metrics import choice_of, compares_texts, names_of
+from orchestrator.job.no_effect import without_effect
+from orchestrator.job.spec.base import Conflict, Name, Section
+from orchestrator.job.spec.base_model import BaseModelSpec
+from orchestrator.job.spec.data import DataSpec
+from orchestrator.job.spec.generation import GenerationSpec
+from orchestrator.job.spec.methods import (
+    BASELINES,
+    RATES,
+    REPARAMETERIZATIONS,
+    SPACES,
+    MethodName,
+    Reparameterization,
+    ReparameterizationSpec,
+)
+from orchestrator.job.spec.registry import RegistrySpec
+from orchestrator.job.spec.resources import ResourcesSpec
+from orchestrator.job.spec.search import Scheduler, SearchSpec
+from orchestrator.job.spec.space import BASELINE_SPACE, SPACE_DEFAULTS, SpaceSpec
+from orchestrator.job.spec.template import (
+    VIRTUAL,
+    answer_in_input,
+    template_columns,
+    template_fields,
+)
+from orchestrator.job.spec.train import TrainSpec
+
+
+class JobSpec(Section):
+    """A tuning job: base model, data, method, search space, budget, registered model."""
+
+    name: Name
+    """Name of the search, and of the registered model unless registry.model is set."""
+    base_model: BaseModelSpec
+    """The frozen language model."""
+    data: DataSpec
+    """The rows, and how a row becomes input text and target."""
+    method: MethodName = "prompt_tuning"
+    """The tuning method. It tunes virtual tokens (prompt_tuning), keys and values of every layer
+    (prefix_tuning), or virtual tokens that a small network generates (p_tuning). The other methods
+    are baselines: a written prompt (prompt_design), all weights (model_tuning), low-rank changes of
+    the weights (lora; qlora where base_model.quantization rounds them), or added layers
+    (adapter)."""
+    reparameterization: ReparameterizationSpec | None = None
+    """The small network that generates the prompt; by default mlp for prefix_tuning and lstm for
+    p_tuning."""
+    search: SearchSpec = SearchSpec()
+    """Trials to run, how to rank them and when to stop them."""
+    train: TrainSpec = TrainSpec()
+    """Settings for the training of one trial."""
+    generation: GenerationSpec = GenerationSpec()
+    """Generation of texts for bleu, rouge_l and f1."""
+    resources: ResourcesSpec = ResourcesSpec()
+    """Resources that the workers take from this machine or the cluster."""
+    registry: RegistrySpec = RegistrySpec()
+    """Registration of the best soft prompts."""
+
+    @property
+    def model_name(self) -> str:
+        """Name of the registered model."""
+        return self.registry.model or self.name
+
+    @property
+    def reparameterization_type(self) -> Reparameterization:
+        """The kind of network that generates the prompt: none, mlp or lstm."""
+        if self.reparameterization:
+            return self.reparameterization.type
+        return REPARAMETERIZATIONS.get(self.method, ("none",))[0]
+
+    @property
+    def is_baseline(self) -> bool:
+        """Tell whether the method learns something other than a soft prompt."""
+        return self.method in BASELINES
+
+    @property
+    def result_name(self) -> str:
+        """The name of the best trial in tables."""
+        return self.method.replace("_", " ") if self.is_baseline else "tuned prompt"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _space_of_baseline(cls, given: Any) -> Any:
+        """Give a baseline's space the defaults of its own dimensions, and drop those of prompts."""
+        if not isinstance(given, Mapping) or given.get("method") not in BASELINES:
+            return given
+        search = _plain(given.get("search"))
+        space = None if search is None else _plain(search.get("space"))
+        if search is None or space is None:
+            return given  # not a mapping: the regular validation reports it
+        own = SPACES[given["method"]]
+        none = {name: None for name in SpaceSpec.model_fields if name not in own}
+        defaults = {name: value for name, value in SPACE_DEFAULTS.items() if name in own}
+        made = SpaceSpec.model_validate({**none, **defaults, **space}, context=BASELINE_SPACE)
+        return {**given, "search": {**search, "space": made}}
+
+    def _space_conflicts(self) -> Iterator[Conflict]:
+        """Yield conflicts for dimensions of other methods and for missing ones of this method."""
+        own, space = SPACES[self.method], self.search.space
+        given = {name for name in space.model_fields_set if getattr(space, name) is not None}
+        for name in SpaceSpec.model_fields:
+            if name in given and name not in own:
+                text = (
+                    f"method {self.method} has no {name}; leave it out, its space has "
+                    f"{', '.join(own)}"
+                )
+                yield Conflict(f"search.space.{name}", text, ("method",))
+            elif (
+                name in own
+                and name not in SPACE_DEFAULTS
+                and name != "template"
+                and getattr(space, name) is None
+            ):
+                yield Conflict(
+                    f"search.space.{name}", f"method {self.method} needs a {name}", ("method",)
+                )
+        if (
+            self.is_baseline
+            and "learning_rate" in own
+            and "learning_rate" not in space.model_fields_set
+        ):
+            text = (
+                f"method {self.method} has no default, since soft prompts' rates are far too "
+                "large for it"
+            )
+            hint = f"write for instance {{loguniform: {RATES.get(self.method, RATES['adapter'])}}}"
+            yield Conflict("search.space.learning_rate", f"{text}; {hint}", ("method",))
+
+    def _baseline_conflicts(self) -> Iterator[Conflict]:
+        method, resources, registry = self.method, self.resources, self.registry
+        templates = self.search.space.template or []
+        for where, template in [
+            ("data.template", self.data.template),
+            *(
+                ("search.space.template", one)
+                for one in ([templates] if isinstance(templates, str) else templates)
+            ),
+        ]:
+            if VIRTUAL in template_fields(template):
+                yield Conflict(
+                    where,
+                    f"{{*}} places virtual tokens, and method {method} has none; drop it",
+                    ("method",),
+                )
+        if self.search.scheduler == "pbt":
+            others = [name for name in get_args(Scheduler) if name != "pbt"]
+            text = (
+                f"pbt compares trials side by side, and method {method} trains one at a time; "
+                f"use one of {', '.join(others)}"
+            )
+            yield Conflict("search.scheduler", text, ("method",))
+        if resources.trials_per_worker not in ("auto", 1):
+            text = (
+                f"{resources.trials_per_worker} trials can't share a model that method "
+                f"{method} changes; leave it out"
+            )
+            yield Conflict("resources.trials_per_worker", f"{text} or set 1", ("method",))
+        if resources.workers_per_group > 1:
+            text = (
+                f"method {method} trains on one worker at a time; set 1, and raise "
+                "resources.workers"
+            )
+            yield Conflict("resources.workers_per_group", text, ("method",))
+        if registry.model is not None or registry.alias != RegistrySpec().alias:
+            key = "model" if registry.model is not None else "alias"
+            text = (
+                f"method {method} makes no prompt to register or serve: its result is kept "
+                "with its run; leave it out"
+            )
+            yield Conflict(f"registry.{key}", text, ("method",))
+        if method == "prompt_design" and self.train != TrainSpec():
+            yield Conflict("train", "prompt_design trains nothing; leave train out", ("method",))
+        yield from self._quantization_conflicts()
+
+    def _quantization_conflicts(self) -> Iterator[Conflict]:
+        rounded, keys = self.base_model.quantization, ("method",)
+        if self.method == "qlora" and rounded == "none":
+            text = (
+                "qlora is lora over rounded weights; set int4 (as its paper) or int8, or use "
+                "method lora"
+            )
+            yield Conflict("base_model.quantization", text, keys)
+        if self.method == "lora" and rounded != "none":
+            text = (
+                f"lora over weights rounded to {rounded} is method qlora; say so, or leave "
+                "quantization out"
+            )
+            yield Conflict("base_model.quantization", text, keys)
+        if self.method in ("model_tuning", "adapter") and rounded != "none":
+            text = (
+                f"method {self.method} does not go with rounded weights; leave it out, or use "
+                "method qlora"
+            )
+            yield Conflict("base_model.quantization", text, keys)
+
+    def _answer_conflicts(self) -> Iterator[Conflict]:
+        """Yield conflicts for wordings of prompt_design that write the answer into the input."""
+        wordings = self.search.space.template or []
+        for template in [wordings] if isinstance(wordings, str) else wordings:
+            for column, key in self.data.columns_with_answer(template).items():
+                yield Conflict(
+                    "search.space.template", answer_in_input(column, key), (key, "data.rename")
+                )
+
+    def _method_conflicts(self) -> Iterator[Conflict]:
+        yield from self._space_conflicts()
+        yield from self._answer_conflicts()
+        if self.is_baseline:
+            yield from self._baseline_conflicts()
+        allowed = REPARAMETERIZATIONS.get(self.method, ("none",))
+        if self.reparameterization_type not in allowed:
+            text = (
+                f"{self.reparameterization_type} does not go with method {self.method}; use "
+                f"{' or '.join(allowed)}"
+            )
+            yield Conflict("reparameterization.type", text, ("method",))
+        if self.method == "prefix_tuning" and VIRTUAL in template_fields(self.data.template):
+            text = (
+                "{*} places virtual tokens, and a prefix has none; drop it, or use "
+                "prompt_tuning or p_tuning"
+            )
+            yield Conflict("data.template", text, ("method",))
+
+    @property
+    def columns(self) -> set[str]:
+        """Columns that the templates, the target and the references name."""
+        more = self.search.space.template or []
+        templates = [self.data.template, *([more] if isinstance(more, str) else more)]
+        named = {column for template in templates for column in template_columns(template)}
+        others = [self.data.references, self.data.messages]
+        return {*named, self.data.target, *filter(None, others)}
+
+    @property
+    def generates(self) -> bool:
+        """Tell whether evaluations generate texts because the metric compares them."""
+        return compares_texts(self.search.ranked_by, self.data.verbalizer is not None)
+
+    @property
+    def max_generated_tokens(self) -> int:
+        """Maximum length of a generated text, end token included."""
+        return self.generation.max_tokens or self.data.max_target_tokens
+
+    def _conflicts(self) -> Iterator[Conflict]:
+        yield from self._method_conflicts()
+        if self.data.verbalizer is None:
+            yield from self._conflicts_without_verbalizer()
+        else:
+            yield from self._conflicts_with_verbalizer()
+            for text in contradictions(self.data.verbalizer):
+                yield Conflict("data.verbalizer", f"{text}; keep one of them", ())
+        yield from self._weight_conflicts()
+        if self.search.scheduler == "pbt":
+            yield from self._population_conflicts()
+        if self.resources.sharding != "none" and self.base_model.quantization != "none":
+            text = f"{self.resources.sharding} can't split weights with base_model.quantization"
+            hint = "leave one of them out: rounded weights are a quarter of the size or less"
+            keys = ("base_model.quantization",)
+            yield Conflict(
+                "resources.sharding", f"{text} {self.base_model.quantization}; {hint}", keys
+            )
+        if self.train.evaluate_every > self.train.steps:
+            text = (
+                f"{self.train.evaluate_every} is more than train.steps {self.train.steps}: no "
+                "trial would be evaluated"
+            )
+            yield Conflict(
+                "train.evaluate_every", f"{text}; evaluate at least once", ("train.steps",)
+            )
+        yield from (Conflict(*setting) for setting in without_effect(self))
+
+    @property
+    def perturbation_steps(self) -> int:
+        """Steps between two comparisons of PBT."""
+        return self.search.perturbation_steps or self.train.evaluate_every
+
+    def _population_conflicts(self) -> Iterator[Conflict]:
+        every, steps = self.train.evaluate_every, self.train.steps
+        if self.perturbation_steps % every:
+            text = (
+                f"{self.perturbation_steps} is no multiple of train.evaluate_every {every}: "
+                "trials are compared by"
+            )
+            yield Conflict(
+                "search.perturbation_steps",
+                f"{text} their evaluations; choose a multiple",
+                ("train.evaluate_every",),
+            )
+        if self.perturbation_steps >= steps:
+            given = self.search.perturbation_steps is not None
+            keys = ("search.perturbation_steps" if given else "train.evaluate_every", "train.steps")
+            text = (
+                f"{self.perturbation_steps} is not below train.steps {steps}: pbt would never "
+                "compare trials"
+            )
+            yield Conflict(
+                keys[0], f"{text} before their end; lower it", (*keys[1:], "search.scheduler")
+            )
+        if self.resources.workers == 1 and self.resources.trials_per_worker == 1:
+            text = "pbt needs at least two trials at once, and resources leave room for one"
+            hint = "raise resources.trials_per_worker, or use another scheduler"
+            keys = ("resources.trials_per_worker", "resources.workers")
+            yield Conflict("search.scheduler", f"{text}; {hint}", keys)
+
+    def _weight_conflicts(self) -> Iterator[Conflict]:
+        """Yield conflicts for class weights without labels, or of labels that there are not."""
+        weights, verbalizer = self.train.class_weights, self.data.verbalizer
+        if weights is None:
+            return
+        where, keys = "train.class_weights", ("data.verbalizer",)
+        if verbalizer is None:
+            text = "the weights are those of labels and need data.verbalizer"
+            yield Conflict(where, f"{text}; add one, or leave them out", keys)
+        elif not isinstance(weights, str):
+            known = by_meaning(verbalizer)
+            for label in weights:
+                if label_key(label) not in known:
+                    text = f"{spelled(label)} is no label of data.verbalizer, which has"
+                    labels = ", ".join(map(spelled, verbalizer))
+                    yield Conflict(where, f"{text} {labels}; correct it or leave it out", keys)
+            if len(by_meaning(weights)) < len(weights):
+                yield Conflict(where, "two labels mean the same; keep one of them", ())
+
+    def _conflicts_without_verbalizer(self) -> Iterator[Conflict]:
+        if self.search.ranked_by.kind == "labels":
+            # Point at what the user wrote: a metric that is only the default has no line.
+            chosen = "metric" in self.search.model_fields_set
+            keys = (
+                ("search.metric", "data.verbalizer")
+                if chosen
+                else ("data.verbalizer", "search.metric")
+            )
+            text = f"search.metric {self.search.metric} ranks labels and needs data.verbalizer"
+            others = choice_of(names_of("texts", "targets"))
+            yield Conflict(keys[0], f"{text}; add one, or set search.metric to {others}", keys[1:])
+        inits = self.search.space.init
+        if "class_labels" in (inits if isinstance(inits, list) else [inits]):
+            text = "class_labels needs data.verbalizer; add one or drop class_labels"
+            yield Conflict("search.space.init", text, ("data.verbalizer",))
+
+    def _conflicts_with_verbalizer(self) -> Iterator[Conflict]:
+        if self.generates:
+            text = (
+                f"{self.search.metric} compares generated texts, and data.verbalizer makes the "
+                "target a label"
+            )
+            hint = f"remove data.verbalizer, or set search.metric to {names_of('labels')[0]}"
+            yield Conflict("search.metric", f"{text}; {hint}", ("data.verbalizer",))
+        if self.data.references is not None:
+            text = (
+                "data.references are texts, and data.verbalizer makes the target a label; "
+                "remove one of them"
+            )
+            yield Conflict("data.references", text, ("data.verbalizer",))
+
+
+def _plain(section: Any) -> dict[str, Any] | None:
+    """Return a section as it was written.
+
+    The result is empty for a section that was left out, and None for a value that is no section.
+    """
+    if section is None:
+        return {}
+    if isinstance(section, Section):
+        return section.model_dump(exclude_unset=True)
+    return dict(section) if isinstance(section, Mapping) else None
+
+
+def job_schema() -> dict[str, Any]:
+    """Return the JSON schema of the job spec, for editors.
+
+    It lists allowed keys, types, choices, defaults and descriptions. It can't express rules across
+    keys, nor that a range is ordered; ``orchestrator.job.yaml.load_job`` checks those too.
+    """
+    schema = JobSpec.model_json_schema(mode="validation")
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **schema,
+        "title": "prompt-orchestrator job spec",
+    }

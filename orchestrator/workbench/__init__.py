@@ -1,1 +1,0 @@
-"""Commands on registered prompts: evaluate, inspect, export and import."""
