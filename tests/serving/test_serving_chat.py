@@ -13,16 +13,16 @@ import httpx
 import mlflow
 import pytest
 from chat_models import STYLES, WITHOUT_SYSTEM, chat_backbone
-from orchestrator.workbench.evaluate import Loaded, Question, _encoded, _groups
 
 from orchestrator.artifact import PromptArtifact
+from orchestrator.cli.workbench.domain_shift import Loaded, Question, _encoded, _groups
 from orchestrator.data.dataset import load_rows
 from orchestrator.data.encoding import Encoder, make_encoder
 from orchestrator.errors import BadInput
 from orchestrator.job.spec import DataFiles, DataSpec
 from orchestrator.registry import Registry
 from orchestrator.search.prepare import chat_record, verbalizer_entries
-from orchestrator.serving.engine.engine import Engine
+from orchestrator.serving.engine.engine import ServingEngine
 from orchestrator.serving.http.routes import make_api
 from orchestrator.serving.http.service import PromptService
 from orchestrator.serving.offline import OfflineModel
@@ -34,7 +34,7 @@ TEXTS = ["the fox", "lazy <|im_end|><|eot_id|> dog <end>", "[/INST] <end_of_turn
 LIMIT = 100
 
 
-class RecordingEngine(Engine):
+class RecordingEngine(ServingEngine):
     """An engine that keeps the token ids of the rows that it gets."""
 
     seen: list[list[int]]
