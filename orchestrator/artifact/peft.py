@@ -222,7 +222,7 @@ def read_peft(folder: Path) -> PeftPrompt:
     return PeftPrompt(METHODS[config.peft_type], {SOFT: tensor[:tokens]}, config)
 
 
-def import_peft(
+def import_peft(  # noqa: PLR0913 - the fields of a manifest that PEFT lacks
     folder: Path,
     *,
     base_model: BaseModelRecord,
