@@ -65,6 +65,7 @@ from orchestrator.tuning.baselines import check_peft
 from orchestrator.tuning.engine import Task
 from orchestrator.tuning.generate import Decoding
 from orchestrator.tuning.prompts import Method
+from orchestrator.utils.wording import counted
 
 EVALUATED = ("validation", "test")
 INSTRUCTION_END = "\n"  # separates a written instruction from the input
@@ -151,8 +152,9 @@ def _stripped(encoder: Encoder) -> Iterator[str]:
     """Warn about rows in which the chat template strips white space."""
     if places := encoder.stripped_rows:
         yield (
-            f"the base model's chat template strips white space at the ends of texts in "
-            f"{len(places)} rows, for instance {places[0]}: so do training and serving"
+            f"the base model's chat template strips white space at the ends of the texts of "
+            f"{counted(len(places), 'row')}, for instance {places[0]}: they are tuned and served "
+            "without it"
         )
 
 

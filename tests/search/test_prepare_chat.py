@@ -154,4 +154,4 @@ def test_stripped_white_space_is_a_warning_with_a_row(tmp_path: Path) -> None:
     """White space that the template strips is said with the number of rows and the first one."""
     job = conversation_job(tmp_path, chat_folder("llama3"), [talk("ok"), talk(" fox\n")])
     (warning,) = [text for text in prepared(job).warnings if "strips white space" in text]
-    assert "in 1 rows" in warning and "train.jsonl:2 (row 2)" in warning
+    assert "of 1 row, for" in warning and "train.jsonl:2 (row 2)" in warning
