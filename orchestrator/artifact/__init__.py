@@ -8,6 +8,7 @@ from orchestrator.artifact.prompt import (
     WEIGHTS,
     BaseModelRecord,
     CellsRecord,
+    ChatRecord,
     DataRecord,
     GenerationRecord,
     Manifest,
@@ -21,6 +22,7 @@ from orchestrator.artifact.prompt import (
 __all__ = [
     "BaseModelRecord",
     "CellsRecord",
+    "ChatRecord",
     "DataRecord",
     "GenerationRecord",
     "IMPORTED",

@@ -31,6 +31,7 @@ from orchestrator.artifact import (
     SOFT,
     BaseModelRecord,
     CellsRecord,
+    ChatRecord,
     DataRecord,
     Manifest,
     PromptArtifact,
@@ -38,6 +39,7 @@ from orchestrator.artifact import (
 )
 from orchestrator.data.template import Template
 from orchestrator.errors import BadInput
+from orchestrator.job.spec import SpecialTokens
 from orchestrator.models.adapter_folder import ADAPTER_CONFIG, MAX_CONFIG_BYTES, instead_of_adapter
 from orchestrator.models.source import Family, looks_like_path, usual_family
 from orchestrator.utils.atomic import whole_folder
@@ -220,7 +222,7 @@ def read_peft(folder: Path) -> PeftPrompt:
     return PeftPrompt(METHODS[config.peft_type], {SOFT: tensor[:tokens]}, config)
 
 
-def import_peft(
+def import_peft(  # noqa: PLR0913 - the fields of a manifest that PEFT lacks
     folder: Path,
     *,
     base_model: BaseModelRecord,
@@ -233,6 +235,8 @@ def import_peft(
     orchestrator_version: str,
     empty: Literal["refuse", "keep"] = "refuse",
     sentinel: bool = False,
+    chat: ChatRecord | None = None,
+    special_tokens_in_text: SpecialTokens = "text",
     renamed: bool = False,
 ) -> PromptArtifact:
     """Read a PEFT folder as an artifact; the arguments supply what PEFT does not store.
@@ -270,6 +274,8 @@ def import_peft(
         verbalizer=verbalizer,
         cells=CellsRecord(empty=empty),
         sentinel=sentinel,
+        chat=chat,
+        special_tokens_in_text=special_tokens_in_text,
         max_input_tokens=max_input_tokens,
         max_target_tokens=max_target_tokens,
         base_model=base_model,

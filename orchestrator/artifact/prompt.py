@@ -29,7 +29,7 @@ from safetensors.numpy import load_file, save_file
 
 from orchestrator.errors import BadInput
 from orchestrator.job.labels import Label
-from orchestrator.job.spec import PROMPT_METHODS
+from orchestrator.job.spec import PROMPT_METHODS, SpecialTokens
 from orchestrator.utils.atomic import whole_folder
 from orchestrator.utils.text import first_fault
 
@@ -43,6 +43,10 @@ PREFIXES = ("prefix.decoder", "prefix.encoder", "prefix.cross")
 IMPORTED = "peft"
 """Key of an imported prompt's configuration. Its value is PEFT's own configuration, as the
 origin."""
+
+
+EARLIER = {"cells": None, "special_tokens_in_text": "parse"}
+"""Values of keys in artifacts that were written before these keys existed."""
 
 
 class Record(BaseModel):
@@ -116,6 +120,17 @@ class CellsRecord(Record):
     """Whether a column may be missing, because the prompt was tuned on rows that lacked some."""
 
 
+class ChatRecord(Record):
+    """The base model's chat template, which rows and requests are put into."""
+
+    template_sha256: str
+    """sha256 over the chat template. A prompt is not served in another one."""
+    system: str | None = None
+    """The system message of conversations that have none of their own."""
+    messages: str | None = None
+    """Column that had the conversations; None if rows were texts, each a turn of the user."""
+
+
 class Manifest(Record):
     """The information that a prompt needs besides its weights, and its origin."""
 
@@ -132,6 +147,11 @@ class Manifest(Record):
     """None in early artifacts."""
     sentinel: bool = False
     """Whether targets begin with the first sentinel token."""
+    chat: ChatRecord | None = None
+    """None for a prompt that was tuned on bare text."""
+    special_tokens_in_text: SpecialTokens = "text"
+    """Whether control tokens in rows and requests are read as such (parse) or as texts. Artifacts
+    without this key were tuned with parse."""
     max_input_tokens: int = Field(ge=1)
     max_target_tokens: int = Field(ge=1)
     base_model: BaseModelRecord
@@ -245,7 +265,7 @@ def read_manifest(folder: Path) -> Manifest:
             raise _broken(
                 folder, f"format_version is {version!r}, this release reads {FORMAT_VERSION}"
             )
-        return Manifest.model_validate({"cells": None, **document})
+        return Manifest.model_validate({**EARLIER, **document})
     except ValidationError as error:
         raise _broken(folder, f"{MANIFEST}: {first_fault(error)}") from None
     except (ValueError, RecursionError) as error:

@@ -186,8 +186,8 @@ def leave_ray() -> None:
     """Call ``ray.shutdown()`` once no thread calls Ray any more.
 
     If a thread does not end, Ray is left running for ``end_process``. Garbage collection is off
-    during the shutdown: another thread that collected a reference to one of Ray's objects would
-    call the C++ code while it shuts down.
+    during the shutdown: if another thread drops a reference to one of Ray's objects meanwhile,
+    Ray's C++ code ends the process with exit code 1.
     """
     if stuck := await_ray_threads(THREADS_S):
         log.warning("Ray is not shut down, because it is still called by: %s", names(stuck))

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from orchestrator.data.conversations import Conversations, every_answer
 from orchestrator.data.held_out import held_out_inputs, label_of
 from orchestrator.data.source_row import Row, SourceRow, place_of
 from orchestrator.data.tables import read_table
@@ -91,6 +92,8 @@ def load_rows(
             split: list(cut_in_two(rows, data.prefix_lm, data.split_seed))
             for split, rows in found.items()
         }
+    conversations = Conversations(data)
+    found = {split: list(conversations.read(rows, split)) for split, rows in found.items()}
     named = [
         column for template in (data.template, *templates) for column in Template(template).columns
     ]
@@ -106,7 +109,8 @@ def load_rows(
     for split in SPLITS:
         if not splits[split]:
             raise _empty_split(split, cut, data)
-    return replace(splits, notes=_dropped_notes(used.dropped, found))
+    notes = (*_dropped_notes(used.dropped, found), *conversations.notes())
+    return replace(splits, notes=notes)
 
 
 def _dropped_notes(
@@ -153,7 +157,8 @@ def load_split(data: DataSpec, split: str, more: Sequence[str] = ()) -> list[Row
         raise BadInput(
             f"the data has no rows in split {split!r}; it has {known}", "choose one of them"
         )
-    return UsedColumns(data, Template(data.template).columns, more).cut(found[split], split)
+    rows = Conversations(data).read(found[split], split)
+    return UsedColumns(data, Template(data.template).columns, more).cut(rows, split)
 
 
 def _refuse_idle_fractions(found: Mapping[str, list[Row]], data: DataSpec) -> None:
@@ -327,7 +332,8 @@ def _split(found: dict[str, list[Row]], data: DataSpec) -> RowSplits:
     for place, split in enumerate(missing):
         stays = len(missing) - place  # an input for train and for each split that comes later
         train, made[split] = set_aside(train, fractions[split], data, stays)
-    made["train"] = train
+    # After the other splits are set aside, which must not see a part of one of its conversations.
+    made["train"] = list(every_answer(train)) if data.train_on == "all" else train
     limited = {
         split: _limit(made.get(split, []), getattr(data.limit, split), data.split_seed)
         for split in SPLITS

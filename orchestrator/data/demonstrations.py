@@ -10,14 +10,15 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
+from orchestrator.data.control_tokens import TemplateText, WrittenText
 from orchestrator.data.encoding import Encoder
 from orchestrator.data.source_row import Row
 from orchestrator.data.template import Mark, target_text
 
-SEPARATOR = "\n\n"
+SEPARATOR = TemplateText("\n\n")
 
 
-def written_out(encoder: Encoder, row: Row, target: str) -> str:
+def written_out(encoder: Encoder, row: Row, target: str) -> WrittenText:
     """Write out a row's input text with its answer, at the blank or else at the end."""
     verbalizer = encoder.verbalizer
     answer = (
@@ -25,11 +26,16 @@ def written_out(encoder: Encoder, row: Row, target: str) -> str:
         if verbalizer is None
         else verbalizer.texts[verbalizer.index(row[target])]
     )
-    segments = encoder.template.segments(row)
+    parts = encoder.template.parts(row)
     if not encoder.template.has_blank:
-        segments = [*segments, answer]
-    texts = (answer if isinstance(part, Mark) and part.is_blank else part for part in segments)
-    return "".join(text for text in texts if isinstance(text, str))
+        parts = [*parts, answer]
+    texts = (answer if isinstance(part, Mark) and part.is_blank else part for part in parts)
+    return WrittenText(text for text in texts if isinstance(text, str))
+
+
+def joined(texts: Sequence[WrittenText]) -> WrittenText:
+    """Join demonstrations, each with a blank line behind it."""
+    return WrittenText(part for text in texts for part in (*text.parts, SEPARATOR))
 
 
 def chosen(encoder: Encoder, rows: Sequence[Row], target: str, count: int, seed: int) -> list[Row]:
@@ -77,7 +83,7 @@ def demonstrations(
         written_out(encoder, row, target) for row in chosen(encoder, rows, target, count, seed)
     ]
     for number in range(len(texts), 0, -1):
-        text = SEPARATOR.join([*texts[:number], ""])
+        text = joined(texts[:number])
         if fits(text):
             return text, number
     return "", 0

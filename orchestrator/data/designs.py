@@ -18,8 +18,9 @@ from functools import cached_property
 import numpy as np
 
 from orchestrator.data.cells import cell_text
+from orchestrator.data.control_tokens import WrittenText
 from orchestrator.data.dataset import RowSplits
-from orchestrator.data.demonstrations import SEPARATOR, demonstrations, written_out
+from orchestrator.data.demonstrations import demonstrations, joined, written_out
 from orchestrator.data.encoding import Encoded, Encoder, make_encoder, reference_texts
 from orchestrator.data.source_row import Row
 from orchestrator.job.space import TrialSpec
@@ -176,14 +177,14 @@ class Designs:
         """
         encoder = self.encoder(design)
         room = self._room(encoder, len(encoder.encode_input(row)))
-        texts: list[str] = []
+        texts: list[WrittenText] = []
         for place in self._index.nearest(_words(row, encoder), design.shots):
-            text = written_out(encoder, self._rows.train[place], self._data.target) + SEPARATOR
-            room -= len(encoder.input_ids(text))
+            text = written_out(encoder, self._rows.train[place], self._data.target)
+            room -= len(encoder.input_ids(joined([text])))
             if room < 0:
                 break
             texts.insert(0, text)
-        return "".join(texts), len(texts)
+        return joined(texts), len(texts)
 
     def _room(self, encoder: Encoder, input_tokens: int) -> int:
         answer = max(

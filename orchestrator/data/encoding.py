@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from orchestrator.data.chat import ChatFormat, Turn
+from orchestrator.data.control_tokens import ControlTokens, TemplateText, parts_of
+from orchestrator.data.conversations import USER, Message, is_conversation, read_input
 from orchestrator.data.dataset import SPLITS, RowSplits
-from orchestrator.data.source_row import Row, at_row
+from orchestrator.data.source_row import Row, at_row, place_of
 from orchestrator.data.template import Mark, Template, Verbalizer, continuation_ids, target_text
 from orchestrator.errors import BadInput
-from orchestrator.job.spec import DataSpec
+from orchestrator.job.spec import BARE_TEMPLATE, PROMPT, DataSpec, SpecialTokens
 from orchestrator.models.checks import beyond_table
 from orchestrator.models.placeholders import BLANK, marker
 from orchestrator.models.source import Family
@@ -60,13 +64,17 @@ class Encoder:
         sentinel: bool = False,
         cuts_targets: bool = False,
         table_size: int | None = None,
+        chat: ChatFormat | None = None,
+        special_tokens: SpecialTokens = "text",
     ) -> None:
         """Create an encoder.
 
         With ``cuts_targets``, targets longer than their limit are cut there and get no end token;
         otherwise they are refused. ``table_size`` is the number of rows in the model's embedding
-        table, or None if no model will read the tokens. Raises BadInput for a token beyond the
-        table; so does every method that encodes a text.
+        table, or None if no model will read the tokens. ``chat`` is the format that rows are put
+        into, or None for bare texts. ``special_tokens`` says how texts of rows are read; a ``chat``
+        has its own rule. Raises BadInput for a token beyond the table; so does every method that
+        encodes a text.
         """
         self.tokenizer = tokenizer
         self._table_size = table_size
@@ -75,11 +83,18 @@ class Encoder:
         self.max_input_tokens = max_input_tokens
         self.max_target_tokens = max_target_tokens
         self.family = family
-        self._front, self._back = _special_tokens(tokenizer)
+        self.chat = chat
+        self.control = chat.control if chat else ControlTokens(tokenizer, special_tokens)
+        # A chat template writes the special tokens in front itself.
+        self._front, self._back = ([], []) if chat else _special_tokens(tokenizer)
         self.end_id: int | None = None if family == "masked" else tokenizer.eos_token_id
+        if chat and chat.end_id is not None:
+            self.end_id = chat.end_id
         if family == "causal":
             self._back = []  # the target continues where the input ends
         self._cuts_targets = cuts_targets
+        self.stripped_rows: list[str] = []
+        """Places of the rows in which the chat template stripped white space."""
         self._opening = [_sentinel(tokenizer, family)] if sentinel else []
         self._check_special_tokens()
         self.answers = [self.answer_ids(text) for text in verbalizer.texts] if verbalizer else []
@@ -156,24 +171,65 @@ class Encoder:
             return []
         if self.family == "seq2seq":
             # The decoder starts afresh, so a target is tokenised as a text of its own.
-            ids = list(self.tokenizer(text_target=text)["input_ids"])
-            return [*self._opening, *(ids[:-1] if ids[-1:] == self._ended else ids)]
+            return [*self._opening, *self._decoder_ids(text)]
+        if self.chat:
+            return self._continuation(self.chat.tail, self._chat_answer(self.chat, text))
         tail = self.template.tail
         if self.family == "causal" and self.template.has_blank:
             tail, text = tail.rstrip(), tail[len(tail.rstrip()) :] + text
-        return continuation_ids(self.tokenizer, tail, text)
+        return self._continuation(tail, text)
+
+    def _chat_answer(self, chat: ChatFormat, text: str) -> str:
+        try:
+            return chat.answer(text)
+        except BadInput as error:
+            raise BadInput(f"the answer {shortened(text)}: {error.message}", error.hint) from None
+
+    def _decoder_ids(self, text: str) -> list[int]:
+        """Return the ids of a text that an encoder-decoder model's decoder starts with."""
+        pieces = self.control.pieces([text])
+        if len(pieces) > 1:
+            return self._text_ids([text], is_first=True)
+        ids = list(self.tokenizer(text_target=text)["input_ids"])
+        ids = ids[:-1] if ids[-1:] == self._ended else ids
+        self.control.check(ids, [text])
+        return ids
+
+    def _continuation(self, tail: str, text: str) -> list[int]:
+        """Return the ids of a text that follows a template's text."""
+        pieces = self.control.pieces([TemplateText(tail), text])
+        first = pieces[0][len(tail) :]
+        ids = continuation_ids(self.tokenizer, tail, first) if first else []
+        for piece in pieces[1:]:
+            ids.extend(continuation_ids(self.tokenizer, "", piece))
+        self.control.check(ids, [text])
+        return ids
 
     def input_ids(self, segments: str | Sequence[str | Mark]) -> list[int]:
         """Return the token ids of a filled template, including the tokenizer's special tokens.
 
         For a causal model, special tokens stand in front only, since the target continues where the
-        input ends. Marks become negative entries, as described in ``models.placeholders``.
+        input ends. A template that writes them itself gets no second ones. Marks become negative
+        entries, as described in ``models.placeholders``.
         """
         ids = self._marked_ids(
-            [segments] if isinstance(segments, str) else self._until_blank(segments)
+            parts_of(segments) if isinstance(segments, str) else self._until_blank(segments)
         )
-        whole = [*self._front, *ids, *self._back]
+        whole = [*self._missing_front(ids), *ids, *self._missing_back(ids)]
         return whole or [self.tokenizer.eos_token_id]  # a model can't start from nothing
+
+    def _missing_front(self, ids: Sequence[int]) -> list[int]:
+        """Return the special tokens to put in front of an input."""
+        count = len(self._front)
+        # Where texts can't write control tokens, the template has written these.
+        is_written = self.control.rule == "text" and list(ids[:count]) == self._front
+        return [] if is_written else self._front
+
+    def _missing_back(self, ids: Sequence[int]) -> list[int]:
+        """Return the special tokens to put behind an input."""
+        count = len(self._back)
+        is_written = self.control.rule == "text" and list(ids[len(ids) - count :]) == self._back
+        return [] if is_written else self._back
 
     def _until_blank(self, segments: Sequence[str | Mark]) -> list[str | Mark]:
         """Return the segments that belong to the input.
@@ -184,30 +240,40 @@ class Encoder:
         kept: list[str | Mark] = []
         for segment in segments:
             if self.family != "masked" and isinstance(segment, Mark) and segment.is_blank:
-                if kept and isinstance(last := kept[-1], str):
-                    kept[-1] = last.rstrip()
-                break
+                return _without_space_at_end(kept)
             kept.append(segment)
         return kept
 
-    def _marked_ids(self, segments: Sequence[str | Mark]) -> list[int]:
+    def _marked_ids(
+        self, segments: Sequence[str | Mark], control: ControlTokens | None = None
+    ) -> list[int]:
         ids: list[int] = []
         groups = 0
-        for segment in segments:
-            if isinstance(segment, Mark):
-                ids.append(BLANK if segment.is_blank else marker(groups))
-                groups += not segment.is_blank
-            elif ids and segment:
-                ids.extend(continuation_ids(self.tokenizer, "", segment))
-            elif segment:
-                ids.extend(self.tokenizer(segment, add_special_tokens=False)["input_ids"])
-        texts = (segment for segment in segments if isinstance(segment, str))
+        for run in _runs(segments):
+            if isinstance(run, Mark):
+                ids.append(BLANK if run.is_blank else marker(groups))
+                groups += not run.is_blank
+            else:
+                ids.extend(self._text_ids(run, not ids, control))
+        texts = [segment for segment in segments if isinstance(segment, str)]
         self._check_table(ids, f"the text {shortened(''.join(texts))}")
         return ids
 
-    def input_segments(self, row: Row) -> list[str | Mark]:
-        """Fill the template with a row, up to the place where the answer follows."""
-        return self._until_blank(self.template.segments(row))
+    def _text_ids(
+        self, texts: Sequence[str], is_first: bool, control: ControlTokens | None = None
+    ) -> list[int]:
+        """Return the ids of adjacent texts; ``is_first`` says that nothing stands before them."""
+        control = control or self.control
+        ids: list[int] = []
+        for piece in control.pieces(texts):
+            if not piece:
+                continue
+            if is_first and not ids:
+                ids.extend(self.tokenizer(piece, add_special_tokens=False)["input_ids"])
+            else:
+                ids.extend(continuation_ids(self.tokenizer, "", piece))
+        control.check(ids, texts)
+        return ids
 
     def segment_ids(self, segments: Sequence[str | Mark]) -> list[int]:
         """Return the ids of texts and marks without special tokens around them."""
@@ -216,23 +282,71 @@ class Encoder:
     def row_ids(self, row: Row, before: str = "") -> list[int]:
         """Return the ids of a row's whole input, however long it is.
 
-        ``before`` is put in front of the input, for instance a written instruction.
+        Training, evaluation, serving and the pyfunc model all get their ids here. ``before`` is put
+        in front of the input, for instance a written instruction; in a chat it opens the user's
+        turn.
         """
-        segments = self.template.segments(row)
-        if before and isinstance(segments[0], str):
-            segments[0] = before + segments[0]
-        elif before:
-            segments.insert(0, before)
-        return self.input_ids(segments)
+        if messages := self.conversation(row):
+            return self.conversation_ids(messages, before)
+        if self.chat is None:
+            return self.input_ids([*parts_of(before), *self.template.parts(row)])
+        columns = ", ".join(map(repr, self.template.columns))
+        with _naming(f"column {columns}"):
+            return self._chat_ids(self.chat, [Turn(USER, self._filled(row, before))])
+
+    def conversation(self, row: Row) -> list[Message]:
+        """Return the messages that a row holds instead of texts; an empty list if it has none.
+
+        Raises BadInput for a conversation that can't be read.
+        """
+        if self.chat is None or self.template.text != BARE_TEMPLATE:
+            return []
+        cell = row.get(PROMPT)
+        if self.chat.column is not None and isinstance(cell, str):
+            return [{"role": USER, "content": cell}]
+        if not is_conversation(cell):
+            return []
+        with _naming(f"column {self._conversations_in!r}"):
+            return read_input(cell)
+
+    @property
+    def _conversations_in(self) -> str:
+        return (self.chat.column if self.chat else None) or PROMPT
+
+    def conversation_ids(self, messages: Sequence[Message], before: str = "") -> list[int]:
+        """Return the ids of a conversation whose last message fills the template.
+
+        It is not cut. A prompt that was tuned on bare texts takes conversations too, if the base
+        model has a chat template.
+        """
+        *earlier, last = messages
+        filled = self._filled(self.template.row(last["content"]), before)
+        turns = [*map(Turn.of, earlier), Turn(USER, filled)]
+        with _naming(f"column {self._conversations_in!r}" if self.chat else ""):
+            return self._chat_ids(self.chat or self._surroundings, turns)
+
+    @cached_property
+    def _surroundings(self) -> ChatFormat:
+        """The chat template for conversations with a prompt that was tuned on bare texts."""
+        return ChatFormat(self.tokenizer, rule=self.control.rule)
+
+    def _filled(self, row: Row, before: str = "") -> list[str | Mark]:
+        return [*parts_of(before), *self._until_blank(self.template.parts(row))]
+
+    def _chat_ids(self, chat: ChatFormat, turns: Sequence[Turn]) -> list[int]:
+        return self._marked_ids(chat.segments(turns), chat.control)
 
     def encode_input(self, row: Row, before: str = "") -> list[int]:
         """Return the ids of a row's input, cut to ``max_input_tokens``.
 
         While the input is too long, the longest column is cut at its end; the template is not cut.
         ``before`` is put in front of the input, for instance a written instruction, and does not
-        count towards the limit. Raises BadInput when the template alone exceeds the limit.
+        count towards the limit. Raises BadInput when the template alone exceeds the limit, and for
+        a conversation that exceeds it, since messages are not cut.
         """
         limit = self.max_input_tokens + (len(self.input_ids(before)) if before else 0)
+        if self.conversation(row):
+            return self._whole_conversation(row, before, limit)
         fitted = self.template.texts(row)
         while len(ids := self.row_ids(fitted, before)) > limit:
             column = max(self.template.columns, key=lambda name: len(fitted[name]))
@@ -241,7 +355,19 @@ class Encoder:
             fitted[column] = self._cut(fitted[column], len(ids) - limit)
         if len(ids) > limit and self._template_tokens() > self.max_input_tokens:
             raise self._template_too_long()
-        return ids[:limit]  # joined texts may need a token more than separate ones
+        # Joined texts may need a token more than separate ones. A chat ends with control tokens.
+        return ids if self.chat else ids[:limit]
+
+    def _whole_conversation(self, row: Row, before: str, limit: int) -> list[int]:
+        ids = self.row_ids(row, before)
+        if (excess := len(ids) - limit) > 0:
+            needed = self.max_input_tokens + excess
+            raise BadInput(
+                f"column {self._conversations_in!r}: the conversation takes {needed} tokens, and "
+                f"data.max_input_tokens is {self.max_input_tokens}; messages are not cut",
+                f"set data.max_input_tokens to {needed} or more, or leave such rows out",
+            )
+        return ids
 
     def check_template(self) -> None:
         """Refuse a template that leaves no room for a row's text within ``max_input_tokens``."""
@@ -253,10 +379,11 @@ class Encoder:
 
         Marks are included, since they count towards the limit.
         """
-        segments = self._until_blank(
-            self.template.segments(dict.fromkeys(self.template.columns, ""))
-        )
-        return len(self._front) + len(self._marked_ids(segments)) + len(self._back)
+        segments = self._filled(dict.fromkeys(self.template.columns, ""))
+        if self.chat:
+            segments = self.chat.segments([Turn(USER, segments)], check=False)
+        ids = self._marked_ids(segments)
+        return len(self._missing_front(ids)) + len(ids) + len(self._missing_back(ids))
 
     def _template_too_long(self) -> BadInput:
         count = self._template_tokens()
@@ -313,15 +440,26 @@ class Encoder:
             )
         return ids, -1
 
+    def refused_row(self, error: BadInput, row: Row | None) -> BadInput:
+        """Put place and columns of a row in front of an error about its length."""
+        if row is None or not self.conversation(row):
+            return error if row is None else at_row(error, row)
+        message = f"column {self._conversations_in!r}: {error.message}"
+        hint = f"leave such rows out, or {error.hint}"
+        return at_row(BadInput(message, hint), row)
+
     def encode(self, rows: Sequence[Row], target: str, before: str = "") -> Encoded:
         """Encode the rows of a split. Raises BadInput that names the place of the row."""
         inputs, targets, labels = [], [], []
         for row in rows:
+            strips = self.chat.strips if self.chat else 0
             try:
                 ids, label = self.encode_target(row, target)
                 inputs.append(self.encode_input(row, before))
             except BadInput as error:
                 raise at_row(error, row) from None
+            if self.chat and self.chat.strips > strips:
+                self.stripped_rows.append(place_of(row))
             targets.append(ids)
             labels.append(label)
         return Encoded(inputs, targets, labels)
@@ -354,13 +492,63 @@ def make_encoder(
     Raises BadInput for a label without a text.
     """
     verbalizer = None
+    chat = chat_format(data, tokenizer, family) if data.uses_chat else None
     if data.verbalizer is not None:
         seen = (row[data.target] for split in SPLITS for row in rows[split])
         verbalizer = Verbalizer.covering(data.verbalizer, seen)
     return Encoder(
         tokenizer, Template(data.template), verbalizer, data.max_input_tokens,
         data.max_target_tokens, family, data.sentinel, data.prefix_lm is not None, table_size,
+        chat, data.special_tokens_in_text,
     )  # fmt: skip
+
+
+def chat_format(data: DataSpec, tokenizer: Tokenizer, family: Family) -> ChatFormat:
+    """Create the format of the job's conversations. Raises BadInput for an unfit base model."""
+    if family != "causal":
+        key = "data.chat" if data.messages is None else "data.messages"
+        raise BadInput(
+            f"{key}: chat templates are for causal models, and the base model is a {family} model",
+            "leave it out, or choose a causal model",
+        )
+    return ChatFormat(tokenizer, data.system, data.special_tokens_in_text, data.messages)
+
+
+@contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """Put the name of a column in front of a refusal."""
+    try:
+        yield
+    except BadInput as error:
+        message = f"{what}: {error.message}" if what else error.message
+        raise BadInput(message, error.hint) from None
+
+
+def _runs(segments: Sequence[str | Mark]) -> Iterator[Mark | list[str]]:
+    """Yield marks, and the adjacent texts between them as lists."""
+    texts: list[str] = []
+    for segment in segments:
+        if isinstance(segment, str):
+            texts.append(segment)
+            continue
+        if texts:
+            yield texts
+        texts = []
+        yield segment
+    if texts:
+        yield texts
+
+
+def _without_space_at_end(segments: Sequence[str | Mark]) -> list[str | Mark]:
+    """Drop the white space behind the last mark or word."""
+    kept = list(segments)
+    while kept and isinstance(last := kept[-1], str):
+        text = last.rstrip()
+        if text:
+            kept[-1] = TemplateText(text) if isinstance(last, TemplateText) else text
+            break
+        kept.pop()
+    return kept
 
 
 def shortened(text: str) -> str:
@@ -385,17 +573,26 @@ def _sentinel(tokenizer: Tokenizer, family: Family) -> int:
 
 
 def check_context(
-    encoder: Encoder, splits: Mapping[str, Encoded], prompt_tokens: int, context: int
+    encoder: Encoder,
+    splits: Mapping[str, Encoded],
+    prompt_tokens: int,
+    context: int,
+    rows: RowSplits | None = None,
 ) -> None:
-    """Refuse a job whose longest prompt and row don't fit into the model's context together."""
-    longest = max(max(split.lengths) for split in splits.values())
+    """Refuse a job whose longest prompt and row don't fit into the model's context together.
+
+    ``rows`` are the rows that were encoded, so that the message can name the longest one.
+    """
+    longest, split = max((max(each.lengths), split) for split, each in splits.items())
     if prompt_tokens + longest > context:
-        raise BadInput(
+        error = BadInput(
             f"{prompt_tokens} virtual tokens and {longest} tokens of input and target "
             f"exceed the context of {context}",
             f"lower data.max_input_tokens (now {encoder.max_input_tokens}) "
             "or search.space.num_virtual_tokens",
         )
+        row = rows[split][splits[split].lengths.index(longest)] if rows else None
+        raise encoder.refused_row(error, row)
 
 
 def _special_tokens(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:

@@ -15,6 +15,7 @@ from orchestrator.data.text_files import TextFile
 from orchestrator.errors import BadInput
 
 SPACE = re.compile(r"[ \t\r\n]*")
+MESSAGE_KEYS = ({"role", "content"}, {"from", "value"})
 NumberedValues = Iterator[tuple[int, Any]]
 """For each value, the line on which it begins (from 1) and the value."""
 
@@ -116,12 +117,20 @@ def _of_document(text: TextFile) -> NumberedValues:
 
 
 def _only_list(values: list[tuple[int, Any]]) -> NumberedValues:
-    """Replace a single object whose only value is a list of objects by those objects."""
+    """Replace a single object whose only value is a list of objects by those objects.
+
+    A list of messages is the value of a single row.
+    """
     if len(values) == 1 and isinstance(values[0][1], dict) and len(values[0][1]) == 1:
         line, items = values[0][0], next(iter(values[0][1].values()))
-        if isinstance(items, list) and items and all(isinstance(item, dict) for item in items):
+        if isinstance(items, list) and items and all(map(_is_row, items)):
             return ((line, item) for item in items)
     return iter(values)
+
+
+def _is_row(item: Any) -> bool:
+    """Tell whether an item of a list may be a row: an object, and not a message of a chat."""
+    return isinstance(item, dict) and not any(keys <= item.keys() for keys in MESSAGE_KEYS)
 
 
 class _JsonText:

@@ -78,7 +78,7 @@ def read_table(file: Path, where: str, options: CsvSpec | None = None) -> Table:
     if not file.stat().st_size:
         return Table([], [])
     try:
-        # Without this, garbage collection takes a third of the time, though all rows are in use.
+        # All rows are in use, so searching them for garbage again and again finds nothing.
         with uncollected():
             return _read(file, FORMATS[suffix], options or CsvSpec())
     except BadInput as error:

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from orchestrator.data.cells import cell_text
+from orchestrator.data.control_tokens import TemplateText
 from orchestrator.data.source_row import Row
 from orchestrator.errors import BadInput
 from orchestrator.job.labels import Label, LabelKey, by_meaning, contradictions, label_key, spelled
@@ -73,21 +74,31 @@ class Template:
             piece for piece in [*pieces, ("text", self.text[end:])] if piece != ("text", "")
         )
 
+    def parts(self, row: Row) -> list[str | Mark]:
+        """Fill the template with a row and return its own texts, the row's texts and the marks.
+
+        The template's own texts are ``TemplateText``. Raises BadInput for a column that the row
+        lacks.
+        """
+        parts: list[str | Mark] = []
+        for kind, piece in self._pieces:
+            if kind == "mark":
+                parts.append(Mark(piece))
+            else:
+                parts.append(TemplateText(piece) if kind == "text" else self._cell(row, piece))
+        return parts
+
     def segments(self, row: Row) -> list[str | Mark]:
         """Fill the template with a row and return the texts and the marks between them.
 
         Raises BadInput for a column that the row lacks.
         """
         segments: list[str | Mark] = []
-        for kind, piece in self._pieces:
-            if kind == "mark":
-                segments.append(Mark(piece))
-                continue
-            text = piece if kind == "text" else self._cell(row, piece)
-            if segments and isinstance(segments[-1], str):
-                segments[-1] += text
+        for part in self.parts(row):
+            if isinstance(part, str) and segments and isinstance(segments[-1], str):
+                segments[-1] += part
             else:
-                segments.append(text)
+                segments.append(part if isinstance(part, Mark) else str(part))
         return segments
 
     def fill(self, row: Row) -> str:

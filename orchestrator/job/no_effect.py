@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from orchestrator.job.spec import JobSpec
 
 MADE_BY_PREFIX_LM = ("prefix", "continuation")
+BARE_TEMPLATE = "{prompt}"
 MISSING = object()
 
 
@@ -150,6 +151,19 @@ def _renamed_to_what_nothing_names(job: JobSpec) -> str:
         if new not in job.columns:
             return f"where it renames {old}: neither a template nor data.target names {new}"
     return ""
+
+
+def _rows_are_no_conversations(job: JobSpec) -> str:
+    data = job.data
+    if data.messages is not None or (data.chat is not False and data.template == BARE_TEMPLATE):
+        return ""
+    return "without conversations in data.messages"
+
+
+def _conversations_have_no_wordings(job: JobSpec) -> str:
+    if job.data.messages is None:
+        return ""
+    return "with data.messages, whose conversations need no template"
 
 
 def _texts_are_not_compared(job: JobSpec) -> str:
@@ -315,6 +329,14 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "data.rename", ("data.template", "data.target", "data.references", "search.space.template"),
         _renamed_to_what_nothing_names, "correct the new name",
+    ),
+    Rule(
+        "data.train_on", ("data.messages", "data.chat", "data.template"),
+        _rows_are_no_conversations, "name the column of conversations in data.messages",
+    ),
+    Rule(
+        "search.space.template", ("data.messages",), _conversations_have_no_wordings,
+        "leave out data.messages",
     ),
     Rule(
         "data.references", ("search.metric", "data.verbalizer"), _references_are_not_compared,

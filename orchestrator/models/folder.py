@@ -17,6 +17,8 @@ from orchestrator.models.adapter_folder import ADAPTER_CONFIG, MODEL_CONFIG
 from orchestrator.models.source import ENDINGS, MODEL_HINT, ModelSource, local_folder
 from orchestrator.utils.documents import JsonObject
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt",
@@ -43,6 +45,38 @@ def folder_faults(spec: BaseModelSpec) -> Iterator[BadInput]:
         return
     yield from _tokenizer_faults(spec, folder)
     yield from _weight_faults(spec, folder)
+
+
+def names_chat_template(spec: BaseModelSpec) -> bool | None:
+    """Tell whether a model has a chat template, by its files on this machine.
+
+    Returns None for a model whose tokenizer is not here.
+    """
+    folder = Path(spec.id).expanduser() if spec.source == "folder" else _cached(spec)
+    if not folder or not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    if (folder / CHAT_TEMPLATE).is_file():
+        return True
+    try:
+        config = json.loads((folder / TOKENIZER_CONFIG).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and bool(config.get("chat_template"))
+
+
+def _cached(spec: BaseModelSpec) -> Path | None:
+    """Return the folder of a model's small files in the hub's cache, or a folder here."""
+    if spec.source == "builtin":
+        return None
+    if Path(spec.id).expanduser().is_dir():
+        return Path(spec.id).expanduser()
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        file = try_to_load_from_cache(spec.id, TOKENIZER_CONFIG, revision=spec.revision)
+    except ValueError:  # the id is none of the hub's
+        return None
+    return Path(file).parent if isinstance(file, str) else None
 
 
 def _config(spec: BaseModelSpec, folder: Path) -> JsonObject:

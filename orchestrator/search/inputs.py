@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from orchestrator.data.cells import is_missing
+from orchestrator.data.conversations import Conversations
 from orchestrator.data.dataset import (
     SPLITS,
     RowSplits,
@@ -33,7 +34,8 @@ from orchestrator.job.metrics import custom_function, is_custom
 from orchestrator.job.space import templates
 from orchestrator.job.spec import ArtifactInit, DataFiles, DataSpec, JobSpec, template_columns
 from orchestrator.job.yaml import load_with_places
-from orchestrator.models.folder import folder_faults
+from orchestrator.models.builtin import check_builtin
+from orchestrator.models.folder import folder_faults, names_chat_template
 from orchestrator.models.source import known_builtin, looks_like_path
 
 KEY = re.compile(r"((?:data|base_model|search)\.[a-z_]+(?:\.[a-z_]+)*)(:? )")
@@ -141,6 +143,11 @@ def examine(job: JobSpec, *, elsewhere: bool = False) -> Inputs:
             warnings = (*rows.notes, *found)
         except BadInput as error:
             faults.append(Fault.of(error, "data"))
+    has_template = names_chat_template(job.base_model)
+    if has_template:
+        warnings += tuple(left_out(job))
+    elif has_template is False and job.data.uses_chat:
+        faults.append(_without_chat_template(job))
     seconds = time.monotonic() - started
     return Inputs(tuple(faults), tuple(unchecked), rows, warnings, seconds)
 
@@ -168,7 +175,9 @@ def _model_findings(job: JobSpec, elsewhere: bool) -> Iterator[Fault | Unchecked
     key = "base_model.id"
     if base.source == "builtin":
         try:
-            known_builtin(base.id)
+            name = known_builtin(base.id)
+            if not elsewhere:
+                check_builtin(name)
             yield Unchecked(key, f"{base.id} {NOT_HERE['builtin']}")
         except BadInput as error:
             yield Fault.of(error, key)
@@ -182,6 +191,28 @@ def _model_findings(job: JobSpec, elsewhere: bool) -> Iterator[Fault | Unchecked
             message = f"base_model.revision has no effect: base_model.id {base.id} is a folder here"
             hint = "leave it out, or run where there is no such folder"
             yield Fault("base_model.revision", message, hint)
+
+
+def left_out(job: JobSpec) -> Iterator[str]:
+    """Say what a job means that leaves out its base model's chat template."""
+    if job.data.uses_chat or "chat" in job.data.model_fields_set:
+        return
+    yield (
+        f"{job.base_model.id} has a chat template, and data.chat is not set: prompts are tuned on "
+        "bare text, and /v1/chat/completions serves them bare for a single message, but in the "
+        "chat template, which they never saw, for several. Set data.chat: true to tune them in "
+        "it, or data.chat: false to leave it out"
+    )
+
+
+def _without_chat_template(job: JobSpec) -> Fault:
+    key = "data.chat" if job.data.messages is None else "data.messages"
+    return Fault(
+        key,
+        f"{key}: base_model.id {job.base_model.id!r} has no chat template",
+        "leave it out, or choose a base model with a chat template (often named -Instruct or "
+        "-Chat)",
+    )
 
 
 # Prompts that trials start from
@@ -290,9 +321,12 @@ def _examine_rows(
     data = job.data
     try:
         wanted = wanted_rows(files, data) if any(files.values()) else dict(files)
-        shaped = _shaped(wanted, data)
     except BadInput as error:
         return [Fault.of(error, "data.where" if data.where else "data.path")], None
+    try:
+        shaped = _shaped(wanted, data)
+    except BadInput as error:
+        return [Fault.of(error, _shaping_key(data))], None
     if faults := list(_column_faults(job, shaped)):
         return faults, None
     faults = list(_label_faults(data, shaped))
@@ -305,11 +339,19 @@ def _examine_rows(
 
 
 def _shaped(files: Files, data: DataSpec) -> Files:
-    """Cut each text in two if ``data.prefix_lm`` is set."""
+    """Cut conversations into prompt and completion, and texts in two for ``data.prefix_lm``."""
     if data.prefix_lm is None:
-        return files
+        conversations = Conversations(data)
+        return {split: list(conversations.read(rows, split)) for split, rows in files.items()}
     column, seed = data.prefix_lm, data.split_seed
     return {split: list(cut_in_two(rows, column, seed)) for split, rows in files.items()}
+
+
+def _shaping_key(data: DataSpec) -> str:
+    """Name the setting that says how rows are cut into input and answer."""
+    if data.prefix_lm is not None:
+        return "data.prefix_lm"
+    return "data.template" if data.messages is None else "data.messages"
 
 
 def _column_faults(job: JobSpec, files: Files) -> Iterator[Fault]:
@@ -319,7 +361,9 @@ def _column_faults(job: JobSpec, files: Files) -> Iterator[Fault]:
         if lacking is None:
             continue
         place, row = lacking
-        message = f"{key} names column {column!r}, which {place} lacks; it has {sorted(row)}"
+        written = key.removeprefix("data.") in (*job.data.model_fields_set, key)
+        what = f"{key} names" if written else f"{key} is missing: rows without one need"
+        message = f"{what} column {column!r}, which {place} lacks; it has {sorted(row)}"
         yield Fault(key, message, f"correct {key}, or map the column with data.rename")
 
 

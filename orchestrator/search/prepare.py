@@ -7,15 +7,22 @@ finite.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from orchestrator.artifact import CellsRecord, DataRecord, PromptArtifact, VerbalizerEntry
+from orchestrator.artifact import (
+    CellsRecord,
+    ChatRecord,
+    DataRecord,
+    PromptArtifact,
+    VerbalizerEntry,
+)
 from orchestrator.artifact.peft import is_peft, read_peft
+from orchestrator.data.chat import has_chat_template
 from orchestrator.data.dataset import SPLITS, RowSplits, load_rows, rows_fingerprint
 from orchestrator.data.demonstrations import demonstrations
 from orchestrator.data.designs import BOUNDARY, Design, Designs
@@ -52,12 +59,13 @@ from orchestrator.models.source import (
     resolve_model,
 )
 from orchestrator.registry import Registry
-from orchestrator.search.inputs import check_can_start
+from orchestrator.search.inputs import check_can_start, left_out
 from orchestrator.search.progress import Clock
 from orchestrator.tuning.baselines import check_peft
 from orchestrator.tuning.engine import Task
 from orchestrator.tuning.generate import Decoding
 from orchestrator.tuning.prompts import Method
+from orchestrator.utils.wording import counted
 
 EVALUATED = ("validation", "test")
 INSTRUCTION_END = "\n"  # separates a written instruction from the input
@@ -120,7 +128,8 @@ def prepare(
         )
     task = Task(encoder, splits, method=_method(job, encoder), artifacts=_artifacts(job, artifacts))
     context = source.context_length
-    check_context(encoder, task.splits, longest(job.search.space), context)
+    check_context(encoder, task.splits, longest(job.search.space), context, rows)
+    warnings += (*_stripped(encoder), *_without_chat(job, source))
     instructions, left_out = _instructions(job, task, rows, context)
     few_shot = _few_shot(job, task, rows, context)
     if few_shot[1]:
@@ -137,6 +146,22 @@ def prepare(
     return Prepared(
         job, known, total, source, rows, task, instructions, few_shot, making_s, warnings + left_out
     )
+
+
+def _stripped(encoder: Encoder) -> Iterator[str]:
+    """Warn about rows in which the chat template strips white space."""
+    if places := encoder.stripped_rows:
+        yield (
+            f"the base model's chat template strips white space at the ends of the texts of "
+            f"{counted(len(places), 'row')}, for instance {places[0]}: they are tuned and served "
+            "without it"
+        )
+
+
+def _without_chat(job: JobSpec, source: ModelSource) -> Iterator[str]:
+    """Say what it means to leave a base model's chat template out."""
+    if source.family == "causal" and has_chat_template(source.tokenizer()):
+        yield from left_out(job)
 
 
 def prepare_job(
@@ -340,6 +365,13 @@ def data_record(data: DataSpec, rows: RowSplits) -> DataRecord:
     return DataRecord(
         path=path, fingerprint=rows.fingerprint, rows=rows.counts, test_fingerprint=tested
     )
+
+
+def chat_record(encoder: Encoder) -> ChatRecord | None:
+    """Make an artifact's record of the chat template; None for a job on bare text."""
+    if (chat := encoder.chat) is None:
+        return None
+    return ChatRecord(template_sha256=chat.digest, system=chat.system, messages=chat.column)
 
 
 def cells_record(data: DataSpec) -> CellsRecord:

@@ -26,7 +26,7 @@ from orchestrator.models.source import BaseModelInfo
 from orchestrator.search.context import SearchContext, StartedSearch
 from orchestrator.search.mlflow_tags import outcome_tags, search_note
 from orchestrator.search.plan.plan import device_hours
-from orchestrator.search.prepare import cells_record, data_record, verbalizer_entries
+from orchestrator.search.prepare import cells_record, chat_record, data_record, verbalizer_entries
 from orchestrator.search.resume_hints import naming_later_registration
 from orchestrator.search.state.trials import Outcome, TrialRecord
 from orchestrator.search.tracking import SPLITS
@@ -248,6 +248,8 @@ def prompt_manifest(context: SearchContext, result: Result, trial: BestTrial) ->
         verbalizer=verbalizer_entries(task.encoder),
         cells=cells_record(data),
         sentinel=data.sentinel,
+        chat=chat_record(task.encoder),
+        special_tokens_in_text=data.special_tokens_in_text,
         max_input_tokens=data.max_input_tokens,
         max_target_tokens=data.max_target_tokens,
         base_model=BaseModelRecord(**asdict(result.model)),
@@ -287,10 +289,12 @@ def keep_baseline(search: StartedSearch, result: Result) -> None:
 def _baseline_description(context: SearchContext, result: Result) -> dict[str, Any]:
     """Describe the result of a baseline method, in JSON's types."""
     job, data, trial = context.job, context.job.data, result.best.record
+    chat = chat_record(context.prepared.task.encoder)
     description = {
         "method": job.method, "base_model": asdict(result.model),
         "template": trial.spec.template or data.template,
         "target": data.target, "verbalizer": data.verbalizer, "sentinel": data.sentinel,
+        "chat": chat.model_dump() if chat else None,
         "metrics": result.best.metrics, "costs": asdict(trial.costs),
         "steps": trial.best_step, "search": context.id, "trial": trial.id,
         "orchestrator_version": __version__,

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+RANDOM = "?" * 8  # matches what mkdtemp appends to the name of a temporary folder
+
 
 def write_whole(file: Path, data: bytes) -> None:
     """Write a file atomically: the new content is there completely or not at all."""
@@ -51,6 +53,10 @@ def make_folder_once(folder: Path, fill: Callable[[Path], None]) -> None:
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
-        if not folder.is_dir():
-            with whole_folder(folder) as staging:
-                fill(staging)
+        if folder.is_dir():
+            return
+        # Nobody else makes this folder now, so its temporary folders are those of killed processes.
+        for abandoned in folder.parent.glob(f".{folder.name}-{RANDOM}"):
+            shutil.rmtree(abandoned, ignore_errors=True)
+        with whole_folder(folder) as staging:
+            fill(staging)

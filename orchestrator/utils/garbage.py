@@ -1,4 +1,7 @@
-"""Faster imports of large libraries, and a faster exit of programs that imported them."""
+"""Python's garbage collector, kept from searching many objects of which none is garbage.
+
+Checked on CPython 3.11. docs/workarounds.md has the gains.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Disable garbage collection during imports that make hundreds of thousands of objects.
+    """Disable garbage collection while a block makes hundreds of thousands of objects that stay.
 
-    These objects stay, so Python would search them for garbage again and again during the import,
-    which takes a sixth of the time.
+    That is an import of large libraries, or reading many rows. Python would search these objects
+    for garbage again and again, which takes a sixth of the time.
     """
     was = gc.isenabled()
     gc.disable()

@@ -17,7 +17,6 @@ ROOT = Path(__file__).parents[2]
 INITS = {*get_args(NamedInit), *INIT_FIELDS}
 LISTS: dict[str, tuple[str, str, set[str]]] = {
     "inits": ("README.md", "Inits are ", INITS),
-    "inits of the glossary": ("docs/glossary.md", "| init |", INITS),
     "searchers": ("README.md", "`search.searcher` is ", {*get_args(Searcher)}),
     "schedulers": ("README.md", "`search.scheduler` is ", {*get_args(Scheduler)}),
     "optimisers": ("README.md", "`train` has `optimizer` (", {*get_args(Optimizer)}),
@@ -27,10 +26,10 @@ LISTS: dict[str, tuple[str, str, set[str]]] = {
 
 
 def missing(page: str, opening: str, names: set[str]) -> set[str]:
-    """Return the names that are not in the paragraph or table row after the opening words."""
+    """Return the names that are not in the paragraph after the opening words."""
     _, found, rest = page.partition(opening)
     assert found, f"no list begins with {opening!r}"
-    listed = re.split(r"\n\n|\n\| ", rest)[0]
+    listed = rest.split("\n\n")[0]
     return {name for name in names if not re.search(rf"\b{re.escape(name)}\b", listed)}
 
 

@@ -64,6 +64,17 @@ def test_an_interrupted_making_leaves_nothing(cache: Path) -> None:
     assert quickstart_model(lambda *_: None, TINY).is_dir()
 
 
+def test_what_a_killed_process_left_is_removed(cache: Path) -> None:
+    """Making a model removes the incomplete folders of that model, and of no other."""
+    own = cache / f".quickstart-{TINY.digest}-8a_1c0de"
+    other = cache / ".quickstart-of-another-recipe"
+    for folder in (own, other):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"half")
+    quickstart_model(lambda *_: None, TINY)
+    assert not own.exists() and other.exists()
+
+
 def test_two_processes_at_once_make_one(cache: Path) -> None:
     """One process trains and the other waits; both get the same folder.
 

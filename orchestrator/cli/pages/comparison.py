@@ -69,6 +69,8 @@ def _facts(detail: VersionDetail) -> JsonObject:
         "base model": f"{base.id} ({base.revision})",
         "base model fingerprint": base.fingerprint,
         "template": manifest.template,
+        "chat": manifest.chat and manifest.chat.model_dump(),
+        "special tokens in text": manifest.special_tokens_in_text,
         "verbalizer": {
             label_text(label): text for label, text in (manifest.verbalizer_map() or {}).items()
         }

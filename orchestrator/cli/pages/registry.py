@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from orchestrator.artifact import IMPORTED
+from orchestrator.artifact import IMPORTED, Manifest
 from orchestrator.cli.pages.table import aligned, metric_text, table
 from orchestrator.job.labels import label_text
 from orchestrator.job.space import TrialSpec
@@ -187,6 +187,7 @@ def version_page(detail: VersionDetail) -> list[str]:
         ),
         ("fingerprint", manifest.base_model.fingerprint),
         ("template", json.dumps(manifest.template, ensure_ascii=False)),
+        ("conversations", _chat(manifest)),
         ("verbalizer", _verbalizer(manifest.verbalizer_map())),
         ("data", f"{manifest.data.path}, rows {manifest.data.rows}"),
         (
@@ -203,6 +204,13 @@ def version_page(detail: VersionDetail) -> list[str]:
     ]
     lines = [f"  {line}" for line in aligned(facts)]
     return [*head, *lines, f"next: orchestrator serve {name}:{summary.version}"]
+
+
+def _chat(manifest: Manifest) -> str:
+    if (chat := manifest.chat) is None:
+        return "none: the prompt was tuned on bare text"
+    system = f", system message {chat.system!r}" if chat.system else ""
+    return f"in the base model's chat template ({chat.template_sha256[:12]}){system}"
 
 
 def _verbalizer(mapping: dict[Any, str] | None) -> str:

@@ -88,7 +88,8 @@ class Loaded:
         """The key of versions that see the same tokens and can therefore share forwards."""
         it = self.artifact.manifest
         limits = it.max_input_tokens, it.max_target_tokens
-        return it.template, it.target, it.verbalizer, it.cells, it.sentinel, *limits, self.decoding
+        texts = it.template, it.target, it.verbalizer, it.cells, it.sentinel
+        return *texts, it.chat, it.special_tokens_in_text, *limits, self.decoding
 
 
 @dataclass(frozen=True)
@@ -278,12 +279,15 @@ def _data_spec(artifact: PromptArtifact, question: Question) -> DataSpec:
         artifact.manifest.cells,
         Path(question.data).expanduser(),
     )
+    chat = manifest.chat
     is_file = bool(table_suffix(file)) or file.exists()
     return DataSpec(
         path=DataFiles(train=question.data) if is_file else question.data,
         rename=dict(question.rename),
         template=manifest.template,
         target=question.target or manifest.target,
+        messages=None if chat is None or question.target else chat.messages,
+        chat=chat is not None,
         references=question.references,
         verbalizer=manifest.verbalizer_map(),
         empty=cells.empty if cells else "refuse",

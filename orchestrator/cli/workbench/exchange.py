@@ -21,6 +21,7 @@ from orchestrator.models.source import resolve_model
 from orchestrator.registry import CHAMPION, Registry, check_alias, check_name
 from orchestrator.search.prepare import (
     cells_record,
+    chat_record,
     data_record,
     found_anywhere,
     verbalizer_entries,
@@ -90,6 +91,8 @@ def import_folder(
         orchestrator_version=__version__,
         empty=cells_record(job.data).empty,
         sentinel=job.data.sentinel,
+        chat=chat_record(encoder),
+        special_tokens_in_text=job.data.special_tokens_in_text,
         renamed=renamed,
     )
     with tempfile.TemporaryDirectory() as scratch:

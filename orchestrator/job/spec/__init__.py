@@ -18,7 +18,19 @@ from orchestrator.job.spec.base import (
     looks_like_path,
 )
 from orchestrator.job.spec.base_model import BaseModelSpec
-from orchestrator.job.spec.data import CONTINUATION, PREFIX, CsvSpec, DataFiles, DataSpec, RowLimits
+from orchestrator.job.spec.data import (
+    BARE_TEMPLATE,
+    COMPLETION,
+    CONTINUATION,
+    PREFIX,
+    PROMPT,
+    ChatSpec,
+    CsvSpec,
+    DataFiles,
+    DataSpec,
+    RowLimits,
+    SpecialTokens,
+)
 from orchestrator.job.spec.generation import GenerationSpec
 from orchestrator.job.spec.job import JobSpec, job_schema
 from orchestrator.job.spec.methods import (
@@ -57,12 +69,15 @@ __all__ = [
     "ALIAS_PATTERN",
     "AUTO",
     "ArtifactInit",
+    "BARE_TEMPLATE",
     "BASELINES",
     "BEGUN",
     "BLANK",
     "BUILTIN",
     "BaseModelSpec",
+    "COMPLETION",
     "CONTINUATION",
+    "ChatSpec",
     "Conflict",
     "CsvSpec",
     "DEFAULT_BETAS",
@@ -81,6 +96,7 @@ __all__ = [
     "NamedInit",
     "Optimizer",
     "PREFIX",
+    "PROMPT",
     "PROMPT_METHODS",
     "PROMPT_SPACE",
     "QUICKSTART",
@@ -97,6 +113,7 @@ __all__ = [
     "Searcher",
     "Section",
     "SpaceSpec",
+    "SpecialTokens",
     "StopSpec",
     "TextInit",
     "TrainSpec",

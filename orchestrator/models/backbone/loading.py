@@ -32,7 +32,6 @@ from orchestrator.models.source import (
     quiet_transformers,
 )
 from orchestrator.models.tokenizer import Tokenizer
-from orchestrator.utils.garbage import uncollected
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -149,16 +148,15 @@ def _load_model(
 ) -> PreTrainedModel:
     quiet_transformers()
     try:
-        with uncollected():
-            model, loading = auto_model(family_of(source.config)).from_pretrained(
-                source.path,
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=source.allow_remote_code,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # transformers' own error would not name the tensors
-                **_quantized(source, device),
-            )
+        model, loading = auto_model(family_of(source.config)).from_pretrained(
+            source.path,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=source.allow_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # transformers' own error would not name the tensors
+            **_quantized(source, device),
+        )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise source.unusable_weights(error) from None
     except AssertionError as error:

@@ -2,7 +2,8 @@
 
 The quickstart is a small language model with a task; it stands in for a model from the hub. For the
 papers' experiments there is also a ladder of smaller and larger models of three families, with
-harder tasks. Importing this package imports neither torch nor transformers.
+harder tasks. One real chat model, SmolLM2, is converted from a Python package. Importing this
+package imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from orchestrator.models.builtin.labels import words_of
 from orchestrator.models.builtin.ladder import RUNGS, ladder_model
 from orchestrator.models.builtin.language_model import Recipe, make_language_model
 from orchestrator.models.builtin.making import Progress, cache_folder, made_once
+from orchestrator.models.builtin.smollm2 import SMOLLM2, check_smollm2, smollm2_model
 from orchestrator.models.builtin.world import Review, reviews
 
 __all__ = [
@@ -32,11 +34,12 @@ __all__ = [
     "builtin_model",
     "builtin_rows",
     "cache_folder",
+    "check_builtin",
     "quickstart_model",
     "quickstart_rows",
 ]
 
-BUILTIN_MODELS = ("quickstart", *RUNGS)
+BUILTIN_MODELS = ("quickstart", *RUNGS, SMOLLM2)
 BUILTIN_DATA = ("quickstart", *(f"reviews-{task}" for task in LABEL_TASKS))
 
 # Multiples of sixteen, the number of combinations of facts. Each combination then occurs equally
@@ -98,17 +101,26 @@ def quickstart_model(progress: Progress | None = None, recipe: Recipe | None = N
 
 
 def builtin_model(name: str, progress: Progress | None = None) -> Path:
-    """Return the folder of a built-in model: ``quickstart`` or a model of the ladder.
+    """Return the folder of a built-in model: ``quickstart``, a model of the ladder, or SmolLM2.
 
-    The model is trained if it is not cached. Raises BadInput for another name.
+    The model is trained or converted if it is not cached. Raises BadInput for another name, and if
+    the package that carries the model is missing.
     """
     if name == "quickstart":
         return quickstart_model(progress)
+    if name == SMOLLM2:
+        return smollm2_model(progress)
     if name not in RUNGS:
         raise BadInput(
             f"there is no built-in model {name!r}", f"choose one of {', '.join(BUILTIN_MODELS)}"
         )
     return ladder_model(name, progress)
+
+
+def check_builtin(name: str) -> None:
+    """Raise BadInput if a built-in model is not cached and can't be made on this machine."""
+    if name == SMOLLM2:
+        check_smollm2()
 
 
 def builtin_rows(name: str) -> dict[str, list[dict[str, str]]]:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.artifact import MANIFEST, WEIGHTS, Manifest, PromptArtifact, file_sha256
 from orchestrator.data.cells import cell_text
+from orchestrator.data.conversations import is_conversation
 from orchestrator.data.source_row import Row
 from orchestrator.job.spec import template_columns
 from orchestrator.registry.aliases.ledger import LEDGER_TAG, new_ledger
@@ -152,14 +153,16 @@ def signature(manifest: Manifest) -> ModelSignature:
 
 
 def input_example(manifest: Manifest, row: Row) -> pd.DataFrame:
-    """Build one row of texts; an unknown column gets a placeholder with its name."""
+    """Build one row of texts or messages; an unknown column gets a placeholder with its name."""
     import pandas as pd
 
-    cells = {
-        name: cell_text(row.get(name, f"some {name}"))
-        for name in dict.fromkeys(template_columns(manifest.template))
+    names = dict.fromkeys(template_columns(manifest.template))
+    cells = {name: row.get(name, f"some {name}") for name in names}
+    texts = {
+        name: cell if manifest.chat and is_conversation(cell) else cell_text(cell)
+        for name, cell in cells.items()
     }
-    return pd.DataFrame([cells])
+    return pd.DataFrame([texts])
 
 
 def _create_version(

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 SHOWN = 5
-EARLIER_DATA = {"held_out": "random", "empty": "keep"}
+EARLIER_DATA = {"held_out": "random", "empty": "keep", "special_tokens_in_text": "parse"}
 """Values of keys of ``data`` in a job that was saved before these keys existed."""
 
 

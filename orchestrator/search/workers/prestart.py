@@ -9,12 +9,9 @@ while the worker loads the model, and earlier they would delay it.
 
 from __future__ import annotations
 
-from orchestrator.utils.garbage import uncollected
-
-with uncollected():
-    import orchestrator.search.study.study
-    import orchestrator.search.workers.train_group  # noqa: F401
-    from orchestrator.cluster.ray_internals.core import prestart
+import orchestrator.search.study.study
+import orchestrator.search.workers.train_group  # noqa: F401
+from orchestrator.cluster.ray_internals.core import prestart
 
 PROCESSES = 4  # the broker, Train's controller, its actor that keeps reports, and the worker
 

@@ -22,7 +22,6 @@ from orchestrator.job.spec import JobSpec
 from orchestrator.search.workers.broker import BrokerHandle, Orders, Place
 from orchestrator.search.workers.placement import Placement
 from orchestrator.tuning.reports import Report
-from orchestrator.utils.garbage import uncollected
 from orchestrator.utils.text import first_line
 
 if TYPE_CHECKING:  # the driver and Train's controller import this module without torch
@@ -77,11 +76,10 @@ def load_engine(told: WorkerConfig) -> Engine | None:
 
     Returns None if a worker of the group failed to load; the broker then has the reason.
     """
-    with uncollected():
-        from orchestrator.models.backbone import check_exact, device_for, read_backbone, set_threads
-        from orchestrator.search.workers.model_files import model_source
-        from orchestrator.tuning.make import make_engine
-        from orchestrator.tuning.worker_group import joined_group
+    from orchestrator.models.backbone import check_exact, device_for, read_backbone, set_threads
+    from orchestrator.search.workers.model_files import model_source
+    from orchestrator.tuning.make import make_engine
+    from orchestrator.tuning.worker_group import joined_group
 
     set_threads(told.placement.threads)
     job, device = told.job, device_for(told.placement.gpus)

@@ -15,6 +15,8 @@ import torch
 
 from orchestrator.artifact import Manifest, PromptArtifact
 from orchestrator.data.cells import cell_text, early_cell_text, is_missing
+from orchestrator.data.chat import ChatFormat
+from orchestrator.data.conversations import Message
 from orchestrator.data.encoding import Encoder
 from orchestrator.data.source_row import Row
 from orchestrator.data.template import Template, Verbalizer
@@ -106,14 +108,30 @@ class ServedPrompt:
     def encode(self, given: Given, answer_tokens: int) -> list[int]:
         """Fill the template with an input and return its ids, cut to ``max_input_tokens``.
 
-        The offline evaluation cuts in the same way. Raises ContextExceeded when the input does not
-        fit into the context before it is cut, and BadInput when a row lacks a column of the
-        template.
+        The offline evaluation cuts in the same way. Conversations are not cut. Raises
+        ContextExceeded when the input does not fit into the context before it is cut, and BadInput
+        when a row lacks a column of the template.
         """
         row = self._whole_row(self.encoder.template.row(given))
         ids = self.encoder.row_ids(row)
         self.check_room(len(text_ids(ids)), answer_tokens)
-        return ids if len(ids) <= self.encoder.max_input_tokens else self.encoder.encode_input(row)
+        if len(ids) <= self.encoder.max_input_tokens or self.encoder.conversation(row):
+            return ids
+        return self.encoder.encode_input(row)
+
+    def encode_messages(self, messages: Sequence[Message], answer_tokens: int) -> list[int]:
+        """Return the ids of a conversation, whose last message fills the template.
+
+        A single message is encoded like any other input, so for a prompt that was tuned on bare
+        text without the base model's chat template. Several messages are not cut. Raises
+        ContextExceeded when they do not fit into the context, and BadInput for a conversation that
+        the chat template refuses.
+        """
+        if len(messages) == 1:
+            return self.encode(messages[0]["content"], answer_tokens)
+        ids = self.encoder.conversation_ids(messages)
+        self.check_room(len(text_ids(ids)), answer_tokens)
+        return ids
 
     def _whole_row(self, row: Row) -> Row:
         """Return a row that has every column of the template.
@@ -217,11 +235,24 @@ def make_encoder(manifest: Manifest, backbone: Backbone) -> Encoder:
         verbalizer = Verbalizer(
             tuple(entry.label for entry in entries), tuple(entry.text for entry in entries)
         )
+    chat = _chat_format(manifest, backbone)
     limits = manifest.max_input_tokens, manifest.max_target_tokens
     return Encoder(
         backbone.tokenizer, template, verbalizer, *limits, backbone.family, manifest.sentinel,
-        table_size=len(backbone.table),
+        table_size=len(backbone.table), chat=chat,
+        special_tokens=manifest.special_tokens_in_text,
     )  # fmt: skip
+
+
+def _chat_format(manifest: Manifest, backbone: Backbone) -> ChatFormat | None:
+    """Build the format of conversations. Raises BadInput for another chat template."""
+    if (record := manifest.chat) is None:
+        return None
+    rule = manifest.special_tokens_in_text
+    chat = ChatFormat(backbone.tokenizer, record.system, rule, record.messages)
+    if chat.digest != record.template_sha256:
+        raise BadInput(f"it was tuned in another chat template than that of {backbone.info.id!r}")
+    return chat
 
 
 def stack_prompts(prompts: Sequence[ServedPrompt]) -> tuple[PreparedPrompts, list[int]]:
