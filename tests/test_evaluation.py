@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -24,6 +25,7 @@ from small_jobs import Command, Finished
 from orchestrator.artifact import PromptArtifact
 from orchestrator.cli.workbench.domain_shift import Question, evaluate_models, majority
 from orchestrator.cli.workbench.inspect import nearest_tokens
+from orchestrator.errors import BadInput
 from orchestrator.models.nearest_words import nearest_words
 from orchestrator.models.source import resolve_model
 from orchestrator.registry import Registry
@@ -190,6 +192,67 @@ def test_what_cannot_be_evaluated_is_refused_with_the_reason(
     given = arguments if "--data" in arguments else ["--data", file, *arguments]
     said = command("evaluate", "tiny:1", *given)
     assert said.code == 2 and reason in said.err
+
+
+def test_versions_are_compared_by_the_metric_that_is_asked_for(
+    finished: Finished, several: Registry
+) -> None:
+    """--metric chooses among all metrics of labels, or names a function of the user's own.
+
+    The document has precision, recall, F1 and support of each label, which give the accuracy.
+    """
+    question = Question(str(finished.folder / "test.jsonl"))
+
+    def evaluated(models: list[str], metric: str | None = None) -> dict[str, Any]:
+        return evaluate_models(several, models, [question], log=False, metric=metric)
+
+    usual = evaluated(["tiny:1"])
+    assert usual["metric"] == "loss"  # its search ranked by it
+    (target,) = usual["targets"]
+    ((no, yes),) = target["classes"]
+    assert (no["label"], yes["label"], no["support"] + yes["support"]) == (0, 1, 16)
+    right = no["recall"] * no["support"] + yes["recall"] * yes["support"]
+    assert right / 16 == pytest.approx(target["metrics"][0]["accuracy"])
+    assert (no["f1"] + yes["f1"]) / 2 == pytest.approx(target["metrics"][0]["macro_f1"])
+    chosen = evaluated(["tiny:1"], "mcc")
+    assert chosen["metric"] == "mcc" and chosen["targets"][0]["drop"] == pytest.approx(
+        [0], abs=1e-6
+    )
+    own = evaluated(["tiny:1"], "own_metrics:cost")["targets"][0]
+    assert own["metrics"][0]["own_metrics:cost"] == round(16 - right) and own["drop"] == [None]
+
+
+@pytest.mark.parametrize(
+    ("metric", "reason"),
+    [
+        ("zzz", "metric 'zzz' is unknown"),
+        ("bleu", "--metric bleu judges texts, and tiny:1 gives labels"),
+        ("own_metrics:missing", "--metric: own_metrics:missing can't be imported"),
+    ],
+)
+def test_a_metric_that_a_version_lacks_is_refused(
+    finished: Finished, several: Registry, metric: str, reason: str
+) -> None:
+    """The base model is not loaded for it."""
+    said: list[str] = []
+    question = Question(str(finished.folder / "test.jsonl"))
+    with pytest.raises(BadInput, match=re.escape(reason)):
+        evaluate_models(several, ["tiny:1"], [question], log=False, say=said.append, metric=metric)
+    assert not said
+
+
+def test_an_area_is_refused_on_rows_that_lack_a_label(
+    finished: Finished, several: Registry, tmp_path: Path
+) -> None:
+    """Rows of one label have no ROC AUC; asked for nothing, evaluate leaves it out."""
+    rows = (finished.folder / "test.jsonl").read_text().splitlines(keepends=True)
+    file = tmp_path / "one-label.jsonl"
+    file.write_text("".join(row for row in rows if '"label": 1' in row))
+    with pytest.raises(BadInput, match="no row of label 0"):
+        evaluate_models(several, ["tiny:1"], [Question(str(file))], log=False, metric="roc_auc")
+    document = evaluate_models(several, ["tiny:1"], [Question(str(file))], log=False)
+    metrics = document["targets"][0]["metrics"][0]
+    assert "roc_auc" not in metrics and {"macro_f1", "ece", "mcc"} <= set(metrics)
 
 
 def test_two_versions_side_by_side(
