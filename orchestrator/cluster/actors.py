@@ -15,8 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
-import ray
-
 Arguments = ParamSpec("Arguments")
 Value = TypeVar("Value")
 Value_co = TypeVar("Value_co", covariant=True)
@@ -57,5 +55,7 @@ def get(
     reference: Reference[Value] | Sequence[Reference[Value]], timeout: float | None = None
 ) -> Value | list[Value]:
     """Wait for the value of a reference, or for those of several, as ``ray.get`` does."""
+    import ray  # the broker is imported where there is no Ray, too
+
     value: Value | list[Value] = ray.get(reference, timeout=timeout)
     return value

@@ -375,15 +375,16 @@ def test_after_a_search_the_better_prompt_is_champion(
     )
     assert "other data" in outcomes[2].reason and "fingerprint" in outcomes[3].reason
     assert registry.aliases(name) == {"champion": 5, "challenger": 5}
-    worse = registry.auto_alias(name, register(accuracy=0.95), metric="loss", better="max")
+    better = register(accuracy=0.95)
+    worse = registry.auto_alias(name, register(accuracy=0.85), metric="loss", better="min")
     assert worse.alias == "challenger"
     assert (
-        registry.auto_alias(name, 6, alias="champion", metric="loss", better="min").alias
+        registry.auto_alias(name, better, alias="champion", metric="loss", better="min").alias
         == "champion"
     )
     assert registry.auto_alias(name, 1, alias="champion") == AliasOutcome(
         None,
-        "Version 1 is not champion, version 6 stays: "
+        f"Version 1 is not champion, version {better} stays: "
         "its test accuracy is 0.8, the champion's 0.95.",
     )
 

@@ -214,7 +214,9 @@ def test_another_chat_template_is_refused(paths: Any) -> None:
         tokenizer.chat_template = template
 
 
-def test_the_pyfunc_model_takes_conversations(paths: Any, tmp_path: Path) -> None:
+def test_the_pyfunc_model_takes_conversations(
+    paths: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """MLflow's model answers a list of messages as the served prompt does; so does its example."""
     talk = [
         {"role": "user", "content": "a"},
@@ -227,7 +229,7 @@ def test_the_pyfunc_model_takes_conversations(paths: Any, tmp_path: Path) -> Non
     registry = Registry(uri, cache_dir=tmp_path / "cache")
     with registry.start_search("chat", {}, {}) as search:
         registry.register(made.folder, "chat", search.run_id, example=made.splits.test[0])
-    mlflow.set_tracking_uri(uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     model = mlflow.pyfunc.load_model("models:/chat/1")
     expected = OfflineModel(made.backbone, made.prompt).complete([{"prompt": talk}])[0].text
     assert model.predict([{"prompt": talk}]) == [{"text": expected}]

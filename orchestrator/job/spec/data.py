@@ -146,8 +146,8 @@ class DataSpec(Section):
     answer of the assistant is the target, and what stands before it is the input, both in the base
     model's chat template. Such rows have no template and no target."""
     train_on: Literal["last", "all"] = "last"
-    """Answers of a conversation that prompts are trained on: the last one, or each answer of the
-    assistant as a row of its own. Validation and test use the last one."""
+    """Answers of a conversation that prompts are trained on. last: the last one. all: each answer
+    of the assistant, as a row of its own. Validation and test use the last one."""
     chat: bool | ChatSpec = False
     """Put the filled template into the user's turn of the base model's chat template, and the
     answer into the assistant's. true, or {system: TEXT} for a system message in front. Prompts

@@ -107,14 +107,14 @@ def gather_once(model: nn.Module) -> None:
     """
     with torch.inference_mode(False):
         for block in blocks_of(model):
-            cast(FSDPModule, block).unshard()
-            cast(FSDPModule, block).reshard()
+            cast("FSDPModule", block).unshard()
+            cast("FSDPModule", block).reshard()
 
 
 def reset_blocks(model: nn.Module) -> None:
     """Reset the blocks to their sharded state after a forward or backward that failed."""
     for block in blocks_of(model):
-        cast(FSDPModule, block).reset_iter_state()
+        cast("FSDPModule", block).reset_iter_state()
 
 
 def bytes_elsewhere(model: nn.Module, workers: int) -> int:
@@ -134,7 +134,7 @@ def is_part(tensor: Tensor) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """Return the part of a weight that this worker holds."""
-    held: Tensor = cast(DTensor, tensor).to_local() if is_part(tensor) else tensor
+    held: Tensor = cast("DTensor", tensor).to_local() if is_part(tensor) else tensor
     return held
 
 
