@@ -172,7 +172,7 @@ def sigterm_kept() -> Iterator[None]:
 
     Ray's handler in Python ends the process with SystemExit, and leaves the MLflow runs open. A
     signal that arrives while it is installed is also passed to our handler. Ray's handler in C++
-    prints a stack trace and aborts the process; it is removed in other threads as well.
+    prints a stack trace before it calls ours; it is removed in other threads as well.
     """
     before = signal.getsignal(signal.SIGTERM)
     if threading.current_thread() is not threading.main_thread():

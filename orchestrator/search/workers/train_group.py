@@ -1,7 +1,8 @@
-"""A group of workers under one trainer of Ray Train; the only user of ray.train.
+"""A group of workers under one trainer of Ray Train.
 
-Train's controller imports this file before it starts a worker. For that reason nothing here imports
-torch: only the controller of a group of several workers needs torch, to set up their process group.
+Only this module and ``ray_internals.train`` import ray.train. Train's controller imports this file
+before it starts a worker. For that reason nothing here imports torch: only the controller of a
+group of several workers needs torch, to set up their process group.
 """
 
 from __future__ import annotations
