@@ -105,7 +105,7 @@ class ChatFormat:
 
     @property
     def _opening_text(self) -> str:
-        """What an answer opens with that is not white space, such as an empty thinking block."""
+        """The text that opens an answer, such as an empty thinking block; "" for white space."""
         return "" if self._opening.isspace() else self._opening
 
     def segments(self, turns: Sequence[Turn], *, check: bool = True) -> Segments:
