@@ -2,7 +2,8 @@
 
 import sys
 
-from orchestrator.cli.demo import main
+from orchestrator.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.argv[1:1] = ["demo"]
+    main()

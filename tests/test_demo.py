@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from small_jobs import Finished
@@ -24,3 +27,11 @@ def test_the_time_table_adds_up(finished: Finished) -> None:
     assert spent["8 trials"] == pytest.approx(seconds["trials"], abs=0.051)
     assert spent["serving and asking"] == 20.0
     assert spent["starting and ending programs"] == pytest.approx(10.0, abs=0.2)
+
+
+def test_the_module_takes_the_verbs_options(tmp_path: Path) -> None:
+    """``python -m orchestrator.demo --help`` prints the verb's help and starts nothing."""
+    argv = [sys.executable, "-m", "orchestrator.demo", "--help"]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "Usage: orchestrator demo" in done.stdout
+    assert list(tmp_path.iterdir()) == []

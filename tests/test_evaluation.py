@@ -23,6 +23,7 @@ from models import load
 from small_jobs import Command, Finished
 
 from orchestrator.artifact import PromptArtifact
+from orchestrator.cli.pages.comparison import shift_page
 from orchestrator.cli.workbench.domain_shift import Question, evaluate_models, majority
 from orchestrator.cli.workbench.inspect import nearest_tokens
 from orchestrator.errors import BadInput
@@ -214,6 +215,10 @@ def test_versions_are_compared_by_the_metric_that_is_asked_for(
     right = no["recall"] * no["support"] + yes["recall"] * yes["support"]
     assert right / 16 == pytest.approx(target["metrics"][0]["accuracy"])
     assert (no["f1"] + yes["f1"]) / 2 == pytest.approx(target["metrics"][0]["macro_f1"])
+    (heading,) = [line for line in shift_page(usual) if line.startswith("labels of tiny:1")]
+    assert heading.split()[3:] == ["precision", "recall", "f1", "rows"]
+    twice = usual | {"targets": [target, target]}
+    assert not any(line.startswith("labels of") for line in shift_page(twice))
     chosen = evaluated(["tiny:1"], "mcc")
     assert chosen["metric"] == "mcc" and chosen["targets"][0]["drop"] == pytest.approx(
         [0], abs=1e-6

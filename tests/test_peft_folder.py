@@ -32,6 +32,7 @@ from orchestrator.artifact import peft as peft_folder
 from orchestrator.artifact.peft import (
     PICKLE,
     WEIGHTS,
+    ImportedTask,
     export_peft,
     import_peft,
     is_peft,
@@ -175,13 +176,13 @@ def test_out_and_in_again(family: str, method: str, tmp_path: Path) -> None:
 def imported(folder: Path, like: PromptArtifact, **changes: Any) -> PromptArtifact:
     """Import the folder, with everything that PEFT does not store taken from ``like``."""
     about = like.manifest
-    given: dict[str, Any] = {
+    task: dict[str, Any] = {
         "base_model": about.base_model, "template": about.template, "target": about.target,
         "verbalizer": about.verbalizer, "max_input_tokens": about.max_input_tokens,
         "max_target_tokens": about.max_target_tokens, "data": about.data,
-        "orchestrator_version": "0",
     }  # fmt: skip
-    return import_peft(folder, **given | changes)
+    renamed = changes.pop("renamed", False)
+    return import_peft(folder, ImportedTask(**task | changes), "0", renamed=renamed)
 
 
 CONFIGS: dict[str, Callable[[str], Any]] = {

@@ -54,6 +54,8 @@ def test_the_winners_answers_are_counted(finished: Finished) -> None:
     rows = sum(map(sum, counts))
     assert best["confusion"]["labels"] == [0, 1] and rows == 16
     assert (counts[0][0] + counts[1][1]) / rows == best["metrics"]["test"]["accuracy"]
+    assert [figures["label"] for figures in best["classes"]] == [0, 1]
+    assert [figures["support"] for figures in best["classes"]] == [sum(row) for row in counts]
     assert set(best["metrics"]["validation"]) == {"accuracy", "exact_match", "loss"}
     assert set(best["metrics"]["test"]) == {*names_of("labels"), *names_of("targets")}
 

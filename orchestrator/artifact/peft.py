@@ -119,11 +119,10 @@ def export_peft(artifact: PromptArtifact, folder: Path) -> Path:
         "task_type": TASK_TYPES[family],
         **(_soft_config(artifact.weights) if prefix is None else _prefix_config(prefix)),
     }
-    tensor = (
-        artifact.weights
-        if prefix is None
-        else prefix.transpose(3, 0, 1, 2, 4).reshape(prefix.shape[3], -1)
-    )
+    if prefix is None:
+        tensor = artifact.weights
+    else:
+        tensor = prefix.transpose(3, 0, 1, 2, 4).reshape(prefix.shape[3], -1)
     try:
         with whole_folder(folder) as staging:
             text = json.dumps(config, indent=2, sort_keys=True) + "\n"
@@ -199,10 +198,15 @@ def is_peft(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file()
 
 
-def read_peft(folder: Path) -> PeftPrompt:
-    """Read and check a folder written by PEFT's ``save_pretrained``. BadInput names the fault."""
+def check_is_prompt(folder: Path) -> None:
+    """Refuse a folder of several prompts, or of a model, where one prompt is expected."""
     if not is_peft(folder) and (misplaced := instead_of_adapter(folder)):
         raise BadInput(f"{folder} {misplaced.what}", misplaced.step)
+
+
+def read_peft(folder: Path) -> PeftPrompt:
+    """Read and check a folder written by PEFT's ``save_pretrained``. BadInput names the fault."""
+    check_is_prompt(folder)
     config = _read_config(folder)
     _check_defined(folder, config)
     tensor = _read_tensor(folder)
@@ -222,64 +226,46 @@ def read_peft(folder: Path) -> PeftPrompt:
     return PeftPrompt(METHODS[config.peft_type], {SOFT: tensor[:tokens]}, config)
 
 
-def import_peft(  # noqa: PLR0913 - the fields of a manifest that PEFT lacks
-    folder: Path,
-    *,
-    base_model: BaseModelRecord,
-    template: str,
-    target: str,
-    verbalizer: tuple[VerbalizerEntry, ...] | None,
-    max_input_tokens: int,
-    max_target_tokens: int,
-    data: DataRecord,
-    orchestrator_version: str,
-    empty: Literal["refuse", "keep"] = "refuse",
-    sentinel: bool = False,
-    chat: ChatRecord | None = None,
-    special_tokens_in_text: SpecialTokens = "text",
-    renamed: bool = False,
+@dataclass(frozen=True)
+class ImportedTask:
+    """What a manifest says about a prompt's task, which PEFT's folders do not store."""
+
+    base_model: BaseModelRecord
+    template: str
+    target: str
+    verbalizer: tuple[VerbalizerEntry, ...] | None
+    max_input_tokens: int
+    max_target_tokens: int
+    data: DataRecord
+    cells: CellsRecord = CellsRecord()  # noqa: RUF009 - a frozen record
+    sentinel: bool = False
+    chat: ChatRecord | None = None
+    special_tokens_in_text: SpecialTokens = "text"
+
+
+def import_peft(
+    folder: Path, task: ImportedTask, orchestrator_version: str, *, renamed: bool = False
 ) -> PromptArtifact:
-    """Read a PEFT folder as an artifact; the arguments supply what PEFT does not store.
+    """Read a PEFT folder as an artifact for a task.
 
     ``renamed`` accepts a folder that gives its base model another name. Raises BadInput for a
     folder that is broken, was trained on another base model or has another width.
     """
     prompt = read_peft(folder)
-    named = prompt.config.base_model_name_or_path or ""
-    if not renamed and not same_name(named, base_model.id):
+    if not renamed:
+        _check_base_model(folder, prompt, task.base_model)
+    _check_width(folder, prompt, task.base_model)
+    if Template(task.template).places_virtual_tokens:
         raise BadInput(
-            f"{folder} was trained on {named!r}, and base_model.id is {base_model.id!r}",
-            "set base_model.id to that model; if this is a copy of it, say so with "
-            "--renamed-base-model",
-        )
-    soft = prompt.tensors.get(SOFT)
-    if soft is not None and soft.shape[1] != base_model.hidden_size:
-        raise BadInput(
-            f"{folder} has width {soft.shape[1]}, the embeddings of {base_model.id!r} have "
-            f"{base_model.hidden_size}",
-            "set base_model.id to the model that it was trained on",
-        )
-    if Template(template).places_virtual_tokens:
-        raise BadInput(
-            f"PEFT's virtual tokens stand in front of the input, and data.template {template!r} "
-            "places them itself",
+            f"PEFT's virtual tokens stand in front of the input, and data.template "
+            f"{task.template!r} places them itself",
             "write the template without {*}",
         )
     manifest = Manifest(
+        **vars(task),
         method=prompt.method,
         num_virtual_tokens=prompt.config.num_virtual_tokens,
         config={IMPORTED: prompt.config.model_dump(exclude_none=True)},
-        template=template,
-        target=target,
-        verbalizer=verbalizer,
-        cells=CellsRecord(empty=empty),
-        sentinel=sentinel,
-        chat=chat,
-        special_tokens_in_text=special_tokens_in_text,
-        max_input_tokens=max_input_tokens,
-        max_target_tokens=max_target_tokens,
-        base_model=base_model,
-        data=data,
         metrics={},
         baselines={},
         steps=0,
@@ -290,6 +276,28 @@ def import_peft(  # noqa: PLR0913 - the fields of a manifest that PEFT lacks
     return PromptArtifact(prompt.tensors, manifest)
 
 
+def _check_base_model(folder: Path, prompt: PeftPrompt, base_model: BaseModelRecord) -> None:
+    """Refuse a folder that names another base model."""
+    name = prompt.config.base_model_name_or_path or ""
+    if not same_name(name, base_model.id):
+        raise BadInput(
+            f"{folder} was trained on {name!r}, and base_model.id is {base_model.id!r}",
+            "set base_model.id to that model; if this is a copy of it, say so with "
+            "--renamed-base-model",
+        )
+
+
+def _check_width(folder: Path, prompt: PeftPrompt, base_model: BaseModelRecord) -> None:
+    """Refuse virtual tokens whose width is not that of the base model's embeddings."""
+    soft = prompt.tensors.get(SOFT)
+    if soft is not None and soft.shape[1] != base_model.hidden_size:
+        raise BadInput(
+            f"{folder} has width {soft.shape[1]}, the embeddings of {base_model.id!r} have "
+            f"{base_model.hidden_size}",
+            "set base_model.id to the model that it was trained on",
+        )
+
+
 def same_name(named: str, base_model: str) -> bool:
     """Tell whether a folder's base model may be the given one.
 
@@ -298,11 +306,11 @@ def same_name(named: str, base_model: str) -> bool:
     """
     if not named or named == base_model:
         return True
-    one, other = Path(named).expanduser(), Path(base_model).expanduser()
-    if one.exists() and other.exists():
-        return one.resolve() == other.resolve()
-    local = looks_like_path(named) or looks_like_path(base_model)
-    return local and one.name == other.name
+    folder, base_folder = Path(named).expanduser(), Path(base_model).expanduser()
+    if folder.exists() and base_folder.exists():
+        return folder.resolve() == base_folder.resolve()
+    is_local = looks_like_path(named) or looks_like_path(base_model)
+    return is_local and folder.name == base_folder.name
 
 
 def _read_config(folder: Path) -> PeftConfig:
@@ -343,22 +351,18 @@ def _read_tensor(folder: Path) -> np.ndarray:
     if not (folder / WEIGHTS).exists() and (folder / PICKLE).exists():
         raise _broken(folder, f"it has {PICKLE} and no {WEIGHTS}; pickled weights are not read")
     try:
-        found = dict(deserialize(_limited(folder / WEIGHTS, MAX_WEIGHTS_BYTES)))
+        tensors = dict(deserialize(_limited(folder / WEIGHTS, MAX_WEIGHTS_BYTES)))
     except OSError as error:
         raise _broken(folder, f"{WEIGHTS} can't be read ({error.strerror})") from None
     except (SafetensorError, ValueError) as error:
         raise _broken(
             folder, f"{WEIGHTS} is not a safetensors file: cut short or altered ({error})"
         ) from None
-    if set(found) != {TENSOR}:
-        others = ", ".join(sorted(set(found) - {TENSOR})[:3])
-        what = (
-            f"it also changes the model itself ({others})"
-            if TENSOR in found
-            else f"{WEIGHTS} has no {TENSOR}"
-        )
-        raise _broken(folder, what)
-    tensor = _as_float32(folder, found[TENSOR])
+    if TENSOR not in tensors:
+        raise _broken(folder, f"{WEIGHTS} has no {TENSOR}")
+    if others := sorted(set(tensors) - {TENSOR}):
+        raise _broken(folder, f"it also changes the model itself ({', '.join(others[:3])})")
+    tensor = _as_float32(folder, tensors[TENSOR])
     if not np.isfinite(tensor).all():
         raise _broken(folder, f"{TENSOR} holds values that are not finite")
     return tensor
@@ -367,13 +371,13 @@ def _read_tensor(folder: Path) -> np.ndarray:
 def _as_float32(folder: Path, stored: Mapping[str, Any]) -> np.ndarray:
     kind, data = stored["dtype"], bytes(stored["data"])
     if kind == "BF16":  # the upper half of a float32; numpy has no such type
-        found = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+        values = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
     elif kind in DTYPES:
         with np.errstate(over="ignore"):  # overflows become infinite, which _read_tensor refuses
-            found = np.frombuffer(data, DTYPES[kind]).astype(np.float32)
+            values = np.frombuffer(data, DTYPES[kind]).astype(np.float32)
     else:
         raise _broken(folder, f"{TENSOR} is {kind}, expected floating point numbers")
-    return found.reshape(stored["shape"])
+    return values.reshape(stored["shape"])
 
 
 def _keys_values(folder: Path, config: PeftConfig, tensor: np.ndarray) -> np.ndarray:

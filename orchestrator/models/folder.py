@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import BadInput
-from orchestrator.job.spec import BaseModelSpec
+from orchestrator.job.spec import BUILTIN, BaseModelSpec
 from orchestrator.models.adapter_folder import ADAPTER_CONFIG, MODEL_CONFIG
+from orchestrator.models.builtin import builtin_has_chat_template
 from orchestrator.models.source import ENDINGS, MODEL_HINT, ModelSource, local_folder
 from orchestrator.utils.documents import JsonObject
 
@@ -50,8 +51,10 @@ def folder_faults(spec: BaseModelSpec) -> Iterator[BadInput]:
 def names_chat_template(spec: BaseModelSpec) -> bool | None:
     """Tell whether a model has a chat template, by its files on this machine.
 
-    Returns None for a model whose tokenizer is not here.
+    Returns None for a model whose tokenizer is not here, and for an unknown built-in model.
     """
+    if spec.source == "builtin":
+        return builtin_has_chat_template(spec.id.removeprefix(BUILTIN))
     folder = Path(spec.id).expanduser() if spec.source == "folder" else _cached(spec)
     if not folder or not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None

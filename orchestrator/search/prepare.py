@@ -21,7 +21,7 @@ from orchestrator.artifact import (
     PromptArtifact,
     VerbalizerEntry,
 )
-from orchestrator.artifact.peft import is_peft, read_peft
+from orchestrator.artifact.peft import check_is_prompt, is_peft, read_peft
 from orchestrator.data.chat import has_chat_template
 from orchestrator.data.dataset import SPLITS, RowSplits, load_rows, rows_fingerprint
 from orchestrator.data.demonstrations import demonstrations
@@ -49,7 +49,6 @@ from orchestrator.job.space import (
     trials,
 )
 from orchestrator.job.spec import BUILTIN, DataSpec, JobSpec
-from orchestrator.models.adapter_folder import instead_of_adapter
 from orchestrator.models.backbone.weights import check_files
 from orchestrator.models.builtin import builtin_model
 from orchestrator.models.source import (
@@ -112,13 +111,54 @@ def prepare(
         check_peft(job.method)
     rows = rows or load_rows(job.data, templates(job.search.space), begun=begun)
     learns = job.method != "prompt_design"
-    ranked_by = job.search.metric
-    warnings = (*rows.notes, *judge(rows, job.data, ranked_by, learns=learns, begun=begun))
+    warnings = [*rows.notes, *judge(rows, job.data, job.search.metric, learns=learns, begun=begun)]
+    source, making_s = _base_model(job)
+    task = _task(job, rows, source, artifacts, begun=begun)
+    warnings += [*_stripped(task.encoder), *_without_chat(job, source)]
+    instructions, dropped_instructions = _instructions(job, task, rows, source.context_length)
+    warnings += dropped_instructions
+    few_shot = _few_shot(job, task, rows, source.context_length)
+    if few_shot[1]:
+        task.instructed[few_shot[0]] = _instructed(job, task, rows, few_shot[0])
+    if job.generates:
+        _prepare_generation(job, task, rows, source)
+    if job.method == "prompt_design":
+        task.designs = _designs(job, rows, source)
+    return Prepared(
+        found_anywhere(job, source),
+        trials(job.search),
+        trial_count(job.search),
+        source,
+        rows,
+        task,
+        instructions,
+        few_shot,
+        making_s,
+        tuple(warnings),
+    )
+
+
+def _base_model(job: JobSpec) -> tuple[ModelSource, float]:
+    """Find the base model; make it first if it is a built-in one.
+
+    Returns the model and the seconds that making it took.
+    """
     started = time.monotonic()
     if job.base_model.id.startswith(BUILTIN):
         builtin_model(known_builtin(job.base_model.id))
     making_s = time.monotonic() - started
-    source = resolve_model(job.base_model, weights=False)
+    return resolve_model(job.base_model, weights=False), making_s
+
+
+def _task(
+    job: JobSpec,
+    rows: RowSplits,
+    source: ModelSource,
+    artifacts: Mapping[str, Path] | None,
+    *,
+    begun: bool,
+) -> Task:
+    """Encode all rows, and check that they fit the base model's context."""
     encoder = make_encoder(job.data, rows, source.tokenizer(), source.family, source.table_size)
     encoder.check_template()
     splits = {split: encoder.encode(rows[split], job.data.target) for split in SPLITS}
@@ -127,25 +167,16 @@ def prepare(
             {split: splits[split].inputs for split in SPLITS}, job.data.max_input_tokens
         )
     task = Task(encoder, splits, method=_method(job, encoder), artifacts=_artifacts(job, artifacts))
-    context = source.context_length
-    check_context(encoder, task.splits, longest(job.search.space), context, rows)
-    warnings += (*_stripped(encoder), *_without_chat(job, source))
-    instructions, left_out = _instructions(job, task, rows, context)
-    few_shot = _few_shot(job, task, rows, context)
-    if few_shot[1]:
-        task.instructed[few_shot[0]] = {
-            split: encoder.encode(rows[split], job.data.target, before=few_shot[0])
-            for split in EVALUATED
-        }
-    if job.generates:
-        _prepare_generation(job, task, rows, source)
-    if job.method == "prompt_design":
-        task.designs = _designs(job, rows, source)
-    known, total = trials(job.search), trial_count(job.search)
-    job = found_anywhere(job, source)
-    return Prepared(
-        job, known, total, source, rows, task, instructions, few_shot, making_s, warnings + left_out
-    )
+    check_context(encoder, splits, longest(job.search.space), source.context_length, rows)
+    return task
+
+
+def _instructed(job: JobSpec, task: Task, rows: RowSplits, before: str) -> dict[str, Encoded]:
+    """Encode the evaluated rows with a text in front of each input."""
+    return {
+        split: task.encoder.encode(rows[split], job.data.target, before=before)
+        for split in EVALUATED
+    }
 
 
 def _stripped(encoder: Encoder) -> Iterator[str]:
@@ -220,16 +251,12 @@ def _instructions(
     Returns the texts that fit the context together with the longest row, and a warning for each
     text that does not. Raises BadInput for a text without tokens.
     """
-    encoder = task.encoder
     instructions, warnings = [], []
     for text in init_texts(job.search.space):
-        text_tokens = len(encoder.segment_ids([text]))
+        text_tokens = len(task.encoder.segment_ids([text]))
         if not text_tokens:
             raise BadInput(f"search.space.init text {text!r} has no tokens", "write some words")
-        splits = {
-            split: encoder.encode(rows[split], job.data.target, before=text + INSTRUCTION_END)
-            for split in EVALUATED
-        }
+        splits = _instructed(job, task, rows, text + INSTRUCTION_END)
         longest_row = max(_whole_length(job, encoded) for encoded in splits.values())
         if longest_row > context:
             warnings.append(
@@ -315,11 +342,12 @@ def _method(job: JobSpec, encoder: Encoder) -> Method:
 
 def _artifacts(job: JobSpec, folders: Mapping[str, Path] | None) -> dict[str, dict[str, Tensor]]:
     """Load the tensors of the prompts that trials start from, by reference."""
-    found = {}
+    artifacts = {}
     for reference in init_artifacts(job.search.space):
-        found[reference] = stored_tensors((folders or {}).get(reference) or Path(reference))
-        check_can_start(job, reference, found[reference])
-    return found
+        folder = (folders or {}).get(reference) or Path(reference)
+        artifacts[reference] = stored_tensors(folder)
+        check_can_start(job, reference, artifacts[reference])
+    return artifacts
 
 
 def stored_tensors(folder: Path) -> dict[str, Tensor]:
@@ -327,8 +355,7 @@ def stored_tensors(folder: Path) -> dict[str, Tensor]:
 
     Raises BadInput for a folder that is neither.
     """
-    if not is_peft(folder) and (misplaced := instead_of_adapter(folder)):
-        raise BadInput(f"{folder} {misplaced.what}", misplaced.step)
+    check_is_prompt(folder)
     arrays = (read_peft(folder) if is_peft(folder) else PromptArtifact.load(folder)).tensors
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 

@@ -30,6 +30,7 @@ from orchestrator.search.prepare import cells_record, chat_record, data_record, 
 from orchestrator.search.resume_hints import naming_later_registration
 from orchestrator.search.state.trials import Outcome, TrialRecord
 from orchestrator.search.tracking import SPLITS
+from orchestrator.tuning.label_metrics import labelled_figures
 from orchestrator.tuning.reports import EvaluationJob, confusion_counts, without_confusion
 
 Metrics = dict[str, float]
@@ -345,5 +346,7 @@ def _best_document(context: SearchContext, result: Result) -> dict[str, Any]:
     if seeds := result.outcome.over_seeds(best.record):
         document["seeds"] = seeds
     if (verbalizer := context.prepared.task.encoder.verbalizer) and best.confusion is not None:
-        document["confusion"] = {"labels": list(verbalizer.labels), "counts": best.confusion}
+        labels = list(verbalizer.labels)
+        document["confusion"] = {"labels": labels, "counts": best.confusion}
+        document["classes"] = labelled_figures(labels, best.confusion)
     return document

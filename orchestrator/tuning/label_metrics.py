@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from orchestrator.job.labels import Label
+
 Counts = NDArray[np.int64]
 Scores = NDArray[Any]
 CLASS_FIGURES = ("precision", "recall", "f1", "support")
@@ -43,6 +45,14 @@ def per_class(counts: Counts) -> list[dict[str, float | int]]:
         dict(zip(CLASS_FIGURES, figures, strict=True))
         for figures in zip(*(column.tolist() for column in columns), strict=True)
     ]
+
+
+def labelled_figures(
+    labels: Sequence[Label], counts: Sequence[Sequence[int]]
+) -> list[dict[str, Any]]:
+    """Return the figures of ``per_class`` with each label, as JSON documents have them."""
+    figures = per_class(np.array(counts))
+    return [{"label": label, **own} for label, own in zip(labels, figures, strict=True)]
 
 
 def matthews_correlation(counts: Counts) -> float:

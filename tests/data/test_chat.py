@@ -419,6 +419,8 @@ def test_a_model_folder_tells_of_its_chat_template() -> None:
     assert names_chat_template(BaseModelSpec(id=str(chat_folder("chatml")))) is True
     assert names_chat_template(BaseModelSpec(id=str(model_folder()))) is False
     assert names_chat_template(BaseModelSpec(id="nobody/model")) is None
+    assert names_chat_template(BaseModelSpec(id="builtin:smollm2-135m")) is True
+    assert names_chat_template(BaseModelSpec(id="builtin:quickstart")) is False
 
 
 def test_marks_survive_stripping() -> None:

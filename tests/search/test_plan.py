@@ -9,6 +9,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
+import torch
 from models import load, model_folder, small_task
 from ray_state import eventually, holders
 from small_jobs import Command, Recorder, small_job, write_job
@@ -27,6 +28,7 @@ from orchestrator.search.plan.measure import (
     measure,
     shortened,
     spread,
+    weight_bytes,
 )
 from orchestrator.search.plan.plan import END_S, WORKERS_S, Plan, estimate
 from orchestrator.search.plan.rehearsal import REPORT_S, Moments, Rehearsal, rehearse
@@ -235,6 +237,16 @@ def test_real_steps_are_measured(tmp_path: Path) -> None:
         for value in (found.pace.step_alone, found.pace.step_packed, found.bare_row_s, found.load_s)
     )
     assert (found.device, found.cuts, found.pace.packed) == ("cpu", (), 4)
+
+
+def test_a_tied_weight_is_counted_once() -> None:
+    """Embeddings that are the head's weight too have two names and one storage."""
+    embeddings = torch.nn.Embedding(10, 4)
+    head = torch.nn.Linear(4, 10, bias=False)
+    head.weight = embeddings.weight
+    assert weight_bytes(torch.nn.Sequential(embeddings, head)) == 10 * 4 * 4
+    apart = torch.nn.Sequential(embeddings, torch.nn.Linear(4, 10, bias=False))
+    assert weight_bytes(apart) == 2 * 10 * 4 * 4
 
 
 def test_one_workers_share_is_measured(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from orchestrator.registry import Move, VersionDetail, printable
 from orchestrator.utils.documents import JsonObject
 
 LAST_MOVES = 5
+MOST_LABELS = 20  # more labels than this make a page too long to read
 WORDS = 3
 
 
@@ -195,8 +196,33 @@ def shift_page(document: Mapping[str, Any]) -> list[str]:
     return [
         *table(heading, rows),
         *([legend] if legend else []),
+        *_class_lines(document, names),
         f"next: orchestrator models {names[0]}",
     ]
+
+
+def _class_lines(document: Mapping[str, Any], names: Sequence[str]) -> Iterator[str]:
+    """Yield a table of each label's figures on the only target.
+
+    Yields nothing for generated texts, for several targets and for many labels; ``--json`` has all
+    figures.
+    """
+    targets = document["targets"]
+    if len(targets) != 1:
+        return
+    for name, classes in zip(names, targets[0]["classes"], strict=True):
+        if not classes or len(classes) > MOST_LABELS:
+            continue
+        rows = [
+            (
+                label_text(figures["label"]),
+                *(_score(figures[key]) for key in ("precision", "recall", "f1")),
+                figures["support"],
+            )
+            for figures in classes
+        ]
+        yield ""
+        yield from table((f"labels of {name}", "precision", "recall", "f1", "rows"), rows)
 
 
 def _target_label(target: Mapping[str, Any]) -> str:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
 from orchestrator.artifact import PromptArtifact
@@ -45,7 +44,7 @@ from orchestrator.serving.prompts.served_prompt import ServedPrompt, load_prompt
 from orchestrator.tuning.cpu_threads import Threads
 from orchestrator.tuning.evaluate import evaluate, forward_tokens
 from orchestrator.tuning.generate import Decoding
-from orchestrator.tuning.label_metrics import per_class
+from orchestrator.tuning.label_metrics import labelled_figures
 from orchestrator.tuning.out_of_memory import Room
 from orchestrator.tuning.reports import confusion_counts, without_confusion
 from orchestrator.utils.documents import JsonObject
@@ -400,8 +399,7 @@ def _classes(prompt: ServedPrompt, metrics: Metrics) -> list[dict[str, Any]] | N
     if prompt.encoder.verbalizer is None:
         return None
     labels = prompt.encoder.verbalizer.labels
-    figures = per_class(np.array(confusion_counts(metrics, len(labels))))
-    return [{"label": label, **own} for label, own in zip(labels, figures, strict=True)]
+    return labelled_figures(labels, confusion_counts(metrics, len(labels)))
 
 
 def _metrics(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from orchestrator import __version__
 from orchestrator.artifact import SOFT, BaseModelRecord, PromptArtifact
-from orchestrator.artifact.peft import export_peft, import_peft, read_peft
+from orchestrator.artifact.peft import ImportedTask, export_peft, import_peft, read_peft
 from orchestrator.data.dataset import RowSplits, load_rows
 from orchestrator.data.encoding import Encoder, make_encoder
 from orchestrator.data.source_row import Row
@@ -80,7 +80,17 @@ def import_folder(
     say("loading the base model")
     job, encoder, backbone = _loaded(job, rows)
     artifact = import_peft(
-        folder,
+        folder, _task(job, rows, encoder, backbone), __version__, renamed=renamed
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        saved = artifact.save(Path(scratch) / "prompt")
+        load_prompt(backbone, saved, name, 0)
+        return _registered(registry, artifact, saved, folder, name, job, rows.test[0], say, alias)
+
+
+def _task(job: JobSpec, rows: RowSplits, encoder: Encoder, backbone: Backbone) -> ImportedTask:
+    """Describe the job's task as a manifest records it."""
+    return ImportedTask(
         base_model=BaseModelRecord(**asdict(backbone.info)),
         template=job.data.template,
         target=job.data.target,
@@ -88,17 +98,11 @@ def import_folder(
         max_input_tokens=job.data.max_input_tokens,
         max_target_tokens=job.data.max_target_tokens,
         data=data_record(job.data, rows),
-        orchestrator_version=__version__,
-        empty=cells_record(job.data).empty,
+        cells=cells_record(job.data),
         sentinel=job.data.sentinel,
         chat=chat_record(encoder),
         special_tokens_in_text=job.data.special_tokens_in_text,
-        renamed=renamed,
     )
-    with tempfile.TemporaryDirectory() as scratch:
-        saved = artifact.save(Path(scratch) / "prompt")
-        load_prompt(backbone, saved, name, 0)
-        return _registered(registry, artifact, saved, folder, name, job, rows.test[0], say, alias)
 
 
 def _check_alias_free(registry: Registry, name: str, alias: str | None) -> None:
@@ -143,7 +147,34 @@ def _registered(
     say: Say,
     alias: str | None,
 ) -> JsonObject:
-    """Register the artifact and move the alias.
+    """Register the artifact and move the alias; return the document of ``import --json``."""
+    version = _register(registry, artifact, saved, folder, name, job, example)
+    if alias == CHAMPION:
+        registry.promote(name, version)
+    else:
+        say(f"Version {version} is not champion: nothing is known yet of how good it is.")
+    if alias is not None and alias != CHAMPION:
+        registry.set_alias(name, alias, version, reason="imported")
+    manifest = artifact.manifest
+    return {
+        "model": {"name": name, "version": version, "alias": alias},
+        "folder": str(folder.resolve()),
+        "method": manifest.method,
+        "num_virtual_tokens": manifest.num_virtual_tokens,
+        "base_model": manifest.base_model.id,
+    }
+
+
+def _register(
+    registry: Registry,
+    artifact: PromptArtifact,
+    saved: Path,
+    folder: Path,
+    name: str,
+    job: JobSpec,
+    example: Row,
+) -> int:
+    """Register the artifact and return its version.
 
     The version comes from a run of its own, in the experiment of the registered model's name.
     """
@@ -155,31 +186,16 @@ def _registered(
         "num_virtual_tokens": manifest.num_virtual_tokens,
         "template": manifest.template,
     }
-    near = (
-        nearest_words(resolve_model(job.base_model), artifact.weights, 3)
-        if SOFT in artifact.tensors
-        else []
-    )
+    words = []
+    if SOFT in artifact.tensors:
+        words = nearest_words(resolve_model(job.base_model), artifact.weights, 3)
     with registry.start_search(name, params, {"orchestrator.version": __version__}) as log:
-        version = registry.register(
+        return registry.register(
             saved,
             name,
             log.run_id,
             metric=job.search.metric,
             better=job.search.better,
             example=example,
-            nearest=near,
+            nearest=words,
         )
-    if alias == CHAMPION:
-        registry.promote(name, version)
-    elif alias is not None:
-        registry.set_alias(name, alias, version, reason="imported")
-    if alias != CHAMPION:
-        say(f"Version {version} is not champion: nothing is known yet of how good it is.")
-    return {
-        "model": {"name": name, "version": version, "alias": alias},
-        "folder": str(folder.resolve()),
-        "method": manifest.method,
-        "num_virtual_tokens": manifest.num_virtual_tokens,
-        "base_model": manifest.base_model.id,
-    }

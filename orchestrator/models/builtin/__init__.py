@@ -31,6 +31,7 @@ __all__ = [
     "TEMPLATE",
     "VERBALIZER",
     "Recipe",
+    "builtin_has_chat_template",
     "builtin_model",
     "builtin_rows",
     "cache_folder",
@@ -121,6 +122,11 @@ def check_builtin(name: str) -> None:
     """Raise BadInput if a built-in model is not cached and can't be made on this machine."""
     if name == SMOLLM2:
         check_smollm2()
+
+
+def builtin_has_chat_template(name: str) -> bool | None:
+    """Tell whether a built-in model has a chat template; return None for an unknown name."""
+    return name == SMOLLM2 if name in BUILTIN_MODELS else None
 
 
 def builtin_rows(name: str) -> dict[str, list[dict[str, str]]]:

@@ -166,7 +166,7 @@ def _measure(prepared: Prepared, placement: Placement, started: float) -> Measur
     usual = max(bench.most, memory.peak(), short)
     cuts = bench.largest()
     peak = max(memory.peak(), usual)
-    weights = sum(tensor.nbytes for tensor in backbone.model.state_dict(keep_vars=True).values())
+    weights = weight_bytes(backbone.model)
     sharded = prepared.job.resources.sharding != "none"
     elsewhere = bytes_elsewhere(backbone.model, placement.workers_per_group) if sharded else 0
     return Measured(
@@ -182,6 +182,16 @@ def _measure(prepared: Prepared, placement: Placement, started: float) -> Measur
         short=max(0, short - elsewhere),
         cuts=cuts,
     )
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Return the bytes of a model's parameters and saved buffers.
+
+    A tied parameter has several names, such as those of the embeddings and of the head, and is
+    counted once.
+    """
+    tensors = model.state_dict(keep_vars=True).values()
+    return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
 
 
 class Bench:

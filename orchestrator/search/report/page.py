@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-import numpy as np
 import yaml
 
 from orchestrator import __version__
 from orchestrator.search.report.facts import SearchFacts, init_label
 from orchestrator.search.report.figures import FIGURES
-from orchestrator.tuning.label_metrics import CLASS_FIGURES, per_class
+from orchestrator.tuning.label_metrics import CLASS_FIGURES, labelled_figures
 from orchestrator.utils.wording import BASELINE_NAMES, counted
 
 MOST_TRIALS = 200
@@ -134,10 +133,10 @@ def _classes(facts: SearchFacts) -> list[str]:
     confusion = (facts.result or {}).get("best", {}).get("confusion")
     if not confusion:
         return []
-    classes = per_class(np.array(confusion["counts"]))
+    classes = labelled_figures(confusion["labels"], confusion["counts"])
     rows = [
-        [label, *(_number(one[name]) for name in CLASS_FIGURES)]
-        for label, one in zip(confusion["labels"], classes, strict=True)
+        [figures["label"], *(_number(figures[name]) for name in CLASS_FIGURES)]
+        for figures in classes
     ]
     return ["<h2>Labels of the test rows</h2>", table_of(["label", *CLASS_FIGURES], rows)]
 
