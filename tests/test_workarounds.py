@@ -22,12 +22,14 @@ from packaging.version import Version
 from orchestrator.cluster.ray_internals import train as train_internals
 from orchestrator.cluster.ray_internals.jobs import job_client
 from orchestrator.cluster.ray_internals.settings import (
+    NICENESS,
     PRELOADED,
     SEARCH,
     SERVING,
     quiet_job_loggers,
     quiet_search_loggers,
     quiet_serve_logger,
+    worker_niceness,
 )
 from orchestrator.errors import Unreachable
 from orchestrator.registry.mlflow_internals.settings import ENVIRONMENT
@@ -141,6 +143,23 @@ def test_ray_reads_the_setting(name: str, of_ray: str) -> None:
 def test_ray_s_core_reads_the_modules_to_preload() -> None:
     raylet = Path(ray.__file__).parent / "core" / "src" / "ray" / "raylet" / "raylet"
     assert PRELOADED.removeprefix("RAY_").encode() in raylet.read_bytes()
+
+
+def test_ray_s_core_reads_the_niceness() -> None:
+    raylet = Path(ray.__file__).parent / "core" / "src" / "ray" / "raylet" / "raylet"
+    assert NICENESS.removeprefix("RAY_").encode() in raylet.read_bytes()
+
+
+def test_the_niceness_is_set_while_ray_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is taken back, so that another search may have another; the user's value is kept."""
+    monkeypatch.delenv(NICENESS, raising=False)
+    with worker_niceness(7):
+        assert os.environ[NICENESS] == "7"
+    assert NICENESS not in os.environ
+    monkeypatch.setenv(NICENESS, "12")
+    with worker_niceness(7):
+        assert os.environ[NICENESS] == "12"
+    assert os.environ[NICENESS] == "12"
 
 
 def test_train_starts_no_process_that_a_search_does_not_use(

@@ -18,7 +18,12 @@ import ray
 
 from orchestrator.cluster.ray_folder import ray_temp_dir
 from orchestrator.cluster.ray_internals.core import sigterm_kept_at_shutdown
-from orchestrator.cluster.ray_internals.settings import SEARCH, preload, set_defaults
+from orchestrator.cluster.ray_internals.settings import (
+    SEARCH,
+    preload,
+    set_defaults,
+    worker_niceness,
+)
 from orchestrator.cluster.ray_threads import await_ray_threads, names
 from orchestrator.errors import BadInput, Unreachable
 from orchestrator.utils.garbage import uncollected
@@ -54,19 +59,25 @@ def started_here() -> bool:
 
 
 @contextmanager
-def ray_session(address: str | None = None, verbose: bool = False) -> Iterator[bool]:
+def ray_session(
+    address: str | None = None, verbose: bool = False, niceness: int = 0
+) -> Iterator[bool]:
     """Connect to ``address``, to RAY_ADDRESS, or to a new local Ray.
 
-    A session that is already open is used and left open. Yields True if Ray was started here, for
-    this session. Raises Unreachable when a named cluster does not answer.
+    ``niceness`` is that of the processes of a local Ray's workers. A session that is already open
+    is used and left open. Yields True if Ray was started here, for this session. Raises Unreachable
+    when a named cluster does not answer.
     """
-    with ray_beside(address, verbose) as up:
+    with ray_beside(address, verbose, niceness=niceness) as up:
         yield up()
 
 
 @contextmanager
 def ray_beside(
-    address: str | None = None, verbose: bool = False, then: Callable[[], None] | None = None
+    address: str | None = None,
+    verbose: bool = False,
+    then: Callable[[], None] | None = None,
+    niceness: int = 0,
 ) -> Iterator[Callable[[], bool]]:
     """Open a session as ``ray_session`` does; a local Ray starts while the caller does other work.
 
@@ -97,7 +108,7 @@ def ray_beside(
         return
     if then is not None and (os.cpu_count() or 1) <= FEW_CORES:
         preload(then.__module__)
-    start = LocalStart(options | {"_temp_dir": ray_temp_dir()}, then)
+    start = LocalStart(options | {"_temp_dir": ray_temp_dir()}, then, niceness)
     try:
         with undisturbed():
             start.start()
@@ -125,9 +136,15 @@ class LocalStart(threading.Thread):
     Ray has the system end its processes when the thread that started them ends.
     """
 
-    def __init__(self, options: dict[str, Any], then: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        options: dict[str, Any],
+        then: Callable[[], None] | None = None,
+        niceness: int = 0,
+    ) -> None:
         super().__init__(name="ray-start", daemon=True)
         self._options = options
+        self._niceness = niceness
         self._then = then
         self._error: Exception | None = None
         self._tried = threading.Event()
@@ -136,7 +153,7 @@ class LocalStart(threading.Thread):
 
     def run(self) -> None:
         try:
-            with sigterm_kept():
+            with sigterm_kept(), worker_niceness(self._niceness):
                 ray.init(address="local", include_dashboard=False, **self._options)
         except Exception as error:
             self._error = error

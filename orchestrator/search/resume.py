@@ -74,7 +74,7 @@ def _go_on(
     end_processes(folder.processes)
     shutil.rmtree(folder.ray, ignore_errors=True)
     progress.stage("starting Ray")
-    with ray_session(address, verbose) as local_ray:
+    with ray_session(address, verbose, job.resources.niceness) as local_ray:
         clock.mark("ray")
         ended = len(history.ended)
         progress.note(

@@ -60,7 +60,8 @@ def run_job(
     clock = Clock.after(inputs.seconds)
     registry = Registry()
     check_home()
-    with ray_beside(address, verbose, then=make_ready) as ray_up:
+    niceness = job.resources.niceness
+    with ray_beside(address, verbose, then=make_ready, niceness=niceness) as ray_up:
         registry.check()
         check_registration(job, registry)
         progress.stage("reading data and base model")
@@ -69,6 +70,8 @@ def run_job(
         progress.stage("starting Ray")
         local_ray = ray_up()
         clock.mark("ray")
+        if not local_ray and "niceness" in job.resources.model_fields_set:
+            progress.note("resources.niceness has no effect on a Ray that is already running")
         placement = place_search(prepared)
         folder = folder or SearchFolder.new(job.name)
         context = SearchContext(

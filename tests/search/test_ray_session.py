@@ -16,6 +16,8 @@ import pytest
 from ray_state import eventually
 from small_jobs import write_job
 
+from orchestrator.cluster.ray_internals.settings import NICENESS
+
 pytestmark = pytest.mark.ray  # every test here starts its own Ray
 
 LIMIT_S = 150.0  # reached only when something hangs
@@ -39,7 +41,7 @@ class Probe:
     def loaded(self):
         return "orchestrator.search.workers.train_group" in sys.modules
 
-with ray_beside(then=make_ready) as up:
+with ray_beside(then=make_ready, niceness=3) as up:
     assert up() and started_here()
     deadline = time.monotonic() + 60
     ready = 0
@@ -49,6 +51,8 @@ with ray_beside(then=make_ready) as up:
     print(ready >= PROCESSES, ray.get(Probe.remote().loaded.remote()) == \
 (os.cpu_count() <= FEW_CORES))
     began = children()
+    idle = [child for child in began if child.name().startswith("ray::IDLE")]
+    print({child.nice() - os.nice(0) for child in idle})
 print(started_here(), ray.is_initialized(), alive(began))
 """
 REFUSED = """
@@ -134,6 +138,7 @@ def ray_folder() -> Iterator[Path]:
 
 def run(arguments: list[str], ray_folder: Path, folder: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "RAY_TMPDIR": str(ray_folder)}
+    environment.pop(NICENESS, None)  # left by a server's test
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=folder,
@@ -147,7 +152,7 @@ def run(arguments: list[str], ray_folder: Path, folder: Path) -> subprocess.Comp
 @pytest.mark.parametrize(
     ("code", "said"),
     [
-        pytest.param(USED, "True True\nFalse False []\n", id="used"),
+        pytest.param(USED, "True True\n{3}\nFalse False []\n", id="used"),
         pytest.param(REFUSED, "a column that is not there False []\n", id="refused"),
         pytest.param(STILL_ASKING, "1\na column that is not there False []\n", id="still asking"),
         pytest.param(
@@ -162,12 +167,14 @@ def test_it_starts_beside_other_work(
 ) -> None:
     """Ray starts in the background with warm worker processes, and all of them end with it.
 
-    This holds at the normal end and when the other work fails or is interrupted. Calling the handle
-    after the end starts no second Ray. Threads that are still calling Ray are waited for; a call
-    that never returns ends with the process.
+    The workers have the niceness that was asked for. This holds at the normal end and when the
+    other work fails or is interrupted. Calling the handle after the end starts no second Ray.
+    Threads that are still calling Ray are waited for; a call that never returns ends with the
+    process.
     """
     ran = run(["-c", START + code], ray_folder, tmp_path)
     assert (ran.returncode, ran.stdout) == (0, said), ran.stderr
+    assert "SIGTERM received" not in ran.stderr
     assert eventually(lambda: not processes_of(ray_folder)), processes_of(ray_folder)
 
 

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+PRELOADED = "RAY_preload_python_modules"
+NICENESS = "RAY_worker_niceness"
 
 SEARCH = {
     # Tune's own loggers would write three files a trial.
@@ -36,10 +40,10 @@ SERVING = {
     # Undocumented. With HAProxy in front: let it retry a request that a replica accepted but did
     # not answer. Retrying is safe because answering a request changes no state.
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+    # Undocumented. Replicas get their share of the cores beside other work; Ray's default is 15.
+    NICENESS: "0",
 }
 """The settings of a server."""
-
-PRELOADED = "RAY_preload_python_modules"
 
 
 def set_defaults(settings: Mapping[str, str]) -> None:
@@ -56,6 +60,24 @@ def preload(module: str) -> None:
     they are needed.
     """
     set_defaults({PRELOADED: module})
+
+
+@contextmanager
+def worker_niceness(niceness: int) -> Iterator[None]:
+    """Set the niceness of the worker processes of a Ray that is started within the context.
+
+    The variable is undocumented: it sets the entry ``worker_niceness`` of Ray's configuration,
+    whose default of 15 leaves workers what other processes do not take. Ray reads it once, as it
+    starts. A value that the user has set is kept.
+    """
+    if NICENESS in os.environ:
+        yield
+        return
+    os.environ[NICENESS] = str(niceness)
+    try:
+        yield
+    finally:
+        os.environ.pop(NICENESS, None)
 
 
 def quiet_search_loggers() -> None:

@@ -25,6 +25,10 @@ class ResourcesSpec(Section):
     """Number of CPU cores that each worker reserves."""
     gpus_per_worker: Annotated[float, Field(ge=0)] | Auto = "auto"
     """Number of accelerators that each worker reserves, at most 1; 0 trains on the CPU."""
+    niceness: Annotated[int, Field(ge=0, le=19)] = 0
+    """Niceness of the workers' processes on a Ray that is started on this machine: 0 takes its
+    share of the cores beside other work, 19 only what other work leaves. A running cluster has its
+    own."""
     sharding: Literal["none", "fsdp"] = "none"
     """fsdp splits the frozen weights of the model's blocks among a group's workers, for models that
     do not fit on one device."""

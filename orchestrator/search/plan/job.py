@@ -37,7 +37,7 @@ def plan_job(
     clock = Clock.after(inputs.seconds)
     elsewhere = bool(address or os.environ.get("RAY_ADDRESS"))
     with (
-        ray_beside(address, verbose, make_ready) as ray_up,
+        ray_beside(address, verbose, make_ready, job.resources.niceness) as ray_up,
         tempfile.TemporaryDirectory(prefix="plan-") as folder,
     ):
         say("reading data and base model")
