@@ -9,6 +9,9 @@ BASELINE_NAMES = {
 }
 
 
-def counted(number: int, what: str) -> str:
-    """Write a count with its noun: ``1 trial``, ``2 trials``."""
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+def counted(number: int, one: str, several: str = "") -> str:
+    """Write a count with its noun, ``1 trial`` or ``2 trials``.
+
+    ``several`` is the plural if it is not formed with an s.
+    """
+    return f"{number:,} {one if number == 1 else several or f'{one}s'}"

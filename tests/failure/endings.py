@@ -66,7 +66,7 @@ NEVER = (
     "Fatal Python error",
 )
 
-# The real program, except that it waits seconds instead of ten minutes for a lost MLflow.
+# The real program, except that with PATIENCE_S it waits seconds, not minutes, for a lost MLflow.
 COMMAND = """
 import os
 import orchestrator.search.result as result
@@ -74,9 +74,10 @@ from orchestrator.errors import BadInput
 from orchestrator.cli.progress import ConsoleProgress
 from orchestrator.registry import Registry
 
-result.SOON_S, result.REGISTRY_PATIENCE_S = 1.0, 3.0
-for verb in (Registry.start_search, Registry.resume_search):
-    verb.__kwdefaults__["patience"] = 3.0
+if "PATIENCE_S" in os.environ:
+    result.SOON_S, result.REGISTRY_PATIENCE_S = 1.0, float(os.environ["PATIENCE_S"])
+    for verb in (Registry.start_search, Registry.resume_search):
+        verb.__kwdefaults__["patience"] = float(os.environ["PATIENCE_S"])
 
 stage = ConsoleProgress.stage
 
@@ -413,7 +414,7 @@ def _without_server(attempt: Attempt, folder: Path, arguments: Sequence[str]) ->
 
     means = (lose, to_the_group) if "Ctrl-C" in attempt.kind else (lose,)
     try:
-        process = Process(folder, arguments, MLFLOW_TRACKING_URI=server.uri)
+        process = Process(folder, arguments, MLFLOW_TRACKING_URI=server.uri, PATIENCE_S="3")
         return process.end_by(attempt, *means)
     finally:
         server.stop()

@@ -156,7 +156,7 @@ def test_a_refused_entry_is_reported_and_the_rest_written(
     search.parent_params({"p": 2})
     assert search.flush(10)
     search.parent_metrics({"m": 1.0})
-    with pytest.raises(JobFailed, match="refused 1 entries"):
+    with pytest.raises(JobFailed, match="refused 1 entry of"):
         search.finish()
     assert load_entries(tmp_path / "left.refused.jsonl")[0].params == {"p": "2"}
     parent = run(registry, search.run_id)

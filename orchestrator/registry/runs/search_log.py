@@ -29,6 +29,7 @@ from orchestrator.registry.runs.entries import (
     save_entries,
 )
 from orchestrator.registry.store import Store
+from orchestrator.utils.wording import counted
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -232,14 +233,14 @@ class SearchLog:
                 self._last_error.message if self._last_error else "MLflow did not answer in time"
             )
             raise Unreachable(
-                f"{len(left)} entries of the search log could not be written to MLflow: {reason}",
+                f"{_entries(len(left))} of the search log could not be written to MLflow: {reason}",
                 f"they are kept in {self.spill}; bring MLflow back and resume the search to write "
                 "them",
             )
         self.spill.unlink(missing_ok=True)
         if self._refused:
             raise JobFailed(
-                f"MLflow refused {len(self._refused)} entries of the search log, first: "
+                f"MLflow refused {_entries(len(self._refused))} of the search log, first: "
                 f"{self._refused[0][1].message}",
                 f"they are kept in {refused_file}",
             )
@@ -361,6 +362,10 @@ def children(store: Store, experiment_id: str, parent: str, status: str = "") ->
         token = page.token
         if not token:
             return found
+
+
+def _entries(count: int) -> str:
+    return counted(count, "entry", "entries")
 
 
 def _dated(entry: LogEntry, at: int | None) -> LogEntry:
