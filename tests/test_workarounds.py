@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import ctypes
 import logging
 import os
 import re
@@ -20,6 +21,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from orchestrator.cluster.ray_internals import train as train_internals
+from orchestrator.cluster.ray_internals.core import HANDLERS_INSTALLED, no_signal_handlers
 from orchestrator.cluster.ray_internals.jobs import job_client
 from orchestrator.cluster.ray_internals.settings import (
     NICENESS,
@@ -143,6 +145,15 @@ def test_ray_reads_the_setting(name: str, of_ray: str) -> None:
 def test_ray_s_core_reads_the_modules_to_preload() -> None:
     raylet = Path(ray.__file__).parent / "core" / "src" / "ray" / "raylet" / "raylet"
     assert PRELOADED.removeprefix("RAY_").encode() in raylet.read_bytes()
+
+
+def test_ray_s_core_has_the_flag_of_its_signal_handlers() -> None:
+    flag = ctypes.c_bool.in_dll(ctypes.CDLL(ray._raylet.__file__), HANDLERS_INSTALLED)
+    before = flag.value
+    with no_signal_handlers():
+        assert flag.value
+    assert not flag.value
+    flag.value = before
 
 
 def test_ray_s_core_reads_the_niceness() -> None:

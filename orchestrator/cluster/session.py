@@ -17,7 +17,7 @@ from typing import Any
 import ray
 
 from orchestrator.cluster.ray_folder import ray_temp_dir
-from orchestrator.cluster.ray_internals.core import sigterm_kept_at_shutdown
+from orchestrator.cluster.ray_internals.core import no_signal_handlers
 from orchestrator.cluster.ray_internals.settings import (
     SEARCH,
     preload,
@@ -121,7 +121,7 @@ def ray_beside(
 def _connect(address: str, options: dict[str, Any]) -> bool:
     check_answers(address)
     try:
-        with sigterm_kept():
+        with sigterm_kept(), no_signal_handlers():
             ray.init(
                 address=address, runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}, **options
             )
@@ -153,7 +153,7 @@ class LocalStart(threading.Thread):
 
     def run(self) -> None:
         try:
-            with sigterm_kept(), worker_niceness(self._niceness):
+            with no_signal_handlers(), worker_niceness(self._niceness):
                 ray.init(address="local", include_dashboard=False, **self._options)
         except Exception as error:
             self._error = error
@@ -209,7 +209,7 @@ def leave_ray() -> None:
     if stuck := await_ray_threads(THREADS_S):
         log.warning("Ray is not shut down, because it is still called by: %s", names(stuck))
         return
-    with sigterm_kept_at_shutdown(), uncollected():
+    with uncollected():
         ray.shutdown()
 
 

@@ -31,6 +31,7 @@ from ray.serve.schema import LoggingConfig
 
 from orchestrator.artifact import BaseModelRecord, read_manifest
 from orchestrator.cluster.ray_folder import ray_temp_dir
+from orchestrator.cluster.ray_internals.core import no_signal_handlers
 from orchestrator.cluster.ray_internals.settings import SERVING, quiet_serve_logger, set_defaults
 from orchestrator.cluster.session import leave_ray
 from orchestrator.errors import BadInput, JobFailed, OrchestratorError, Unreachable
@@ -357,7 +358,7 @@ def _connect_ray(options: ServeOptions) -> bool:
     set_defaults(SERVING)
     address = os.environ.get("RAY_ADDRESS")
     try:
-        with sigterm_kept():
+        with sigterm_kept(), no_signal_handlers():
             ray.init(
                 # "local" starts a new Ray. The default would join any Ray that already runs on
                 # this machine, which belongs to somebody else.

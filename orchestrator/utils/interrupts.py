@@ -9,7 +9,6 @@ are called under ``sigterm_kept``.
 from __future__ import annotations
 
 import atexit
-import ctypes
 import os
 import signal
 import sys
@@ -171,15 +170,11 @@ def sigterm_kept() -> Iterator[None]:
     """Restore our handler of SIGTERM after a library replaced it while starting.
 
     Ray's handler in Python ends the process with SystemExit, and leaves the MLflow runs open. A
-    signal that arrives while it is installed is also passed to our handler. Ray's handler in C++
-    prints a stack trace before it calls ours; it is removed in other threads as well.
+    signal that arrives while it is installed is also passed to our handler. In other threads Ray
+    installs none.
     """
     before = signal.getsignal(signal.SIGTERM)
-    if threading.current_thread() is not threading.main_thread():
-        with _sigterm_kept_by_system():
-            yield
-        return
-    if not callable(before):
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield
         return
     try:
@@ -189,26 +184,3 @@ def sigterm_kept() -> Iterator[None]:
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def sigterm_again() -> None:
-    """Reinstall Python's SIGTERM handler after a library replaced it at the system level."""
-    handler = signal.getsignal(signal.SIGTERM)
-    if callable(handler) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)
-
-
-@contextmanager
-def _sigterm_kept_by_system() -> Iterator[None]:
-    """Restore the system's action for SIGTERM from any thread.
-
-    Python lets only the main thread set handlers, so this uses the C API of Python 3.11 and later.
-    """
-    get, put = ctypes.pythonapi.PyOS_getsig, ctypes.pythonapi.PyOS_setsig
-    get.argtypes, get.restype = [ctypes.c_int], ctypes.c_void_p
-    put.argtypes, put.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
-    before = get(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        put(signal.SIGTERM, before)

@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -372,8 +372,9 @@ def spoil_weights(process: Process) -> None:
 def kill_worker(process: Process) -> None:
     """Kill the worker that Train started, if there is one, with SIGKILL."""
     for child in psutil.Process(process.process.pid).children(recursive=True):
-        if "TrainWorker" in " ".join(child.cmdline()):
-            child.kill()
+        with suppress(psutil.Error):  # a child that ends meanwhile
+            if "TrainWorker" in " ".join(child.cmdline()):
+                child.kill()
 
 
 SIGNALS: dict[str, tuple[Callable[[Process], None], ...]] = {

@@ -2,39 +2,37 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import ray
 
-from orchestrator.utils.interrupts import sigterm_again
-
+HANDLERS_INSTALLED = "_ZN3ray6RayLog36is_failure_signal_handler_installed_E"
 KEPT_S = 60  # seconds that a process stays idle before Ray ends it
 ANSWER_S = 10.0
 PYTHON = 0  # Ray's number for the language Python
 
 
 @contextmanager
-def sigterm_kept_at_shutdown() -> Iterator[None]:
-    """Keep our handler of SIGTERM while ``ray.shutdown()`` runs in this block.
+def no_signal_handlers() -> Iterator[None]:
+    """Keep Ray's C++ code from handling signals in a process that calls ``ray.init`` in this block.
 
-    Ray's C++ code resets SIGTERM to the system's default as it begins to shut down, whatever
-    handled it before. Ending Ray's processes then takes another second, in which a second SIGTERM,
-    as ``timeout`` sends it, would end this process without a message. So the handler is reinstalled
-    in between, where Ray's node ends its processes, and afterwards.
+    Its handler of SIGTERM prints a stack trace before ours is called. As Ray shuts down, it resets
+    SIGTERM to the system's default, and another SIGTERM, as ``timeout`` sends it, would end the
+    process without a message. A flag says whether the handlers are installed: they are not if it is
+    set while Ray starts, and nothing is reset if it is not set while Ray shuts down.
     """
-    node: Any = getattr(ray._private.worker, "_global_node", None)
-    if node is not None:
-        end = node.kill_all_processes
-
-        def still_handled(*args: Any, **options: Any) -> Any:
-            sigterm_again()
-            return end(*args, **options)
-
-        node.kill_all_processes = still_handled
-    yield
-    sigterm_again()
+    try:
+        installed = ctypes.c_bool.in_dll(ctypes.CDLL(ray._raylet.__file__), HANDLERS_INSTALLED)
+    except (OSError, ValueError):  # another version of Ray
+        yield
+        return
+    installed.value = True
+    try:
+        yield
+    finally:
+        installed.value = False
 
 
 def prestart(processes: int) -> None:
