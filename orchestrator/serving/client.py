@@ -37,15 +37,14 @@ def ask(url: str, model: str, text: str, key: str | None = None) -> QueryAnswer:
         entry = _entry(client, url, ref)
         if entry.get("labels") is None:
             body = {"model": str(ref), "prompt": text, "max_tokens": 64, "temperature": 0}
-            found = _post(client, url, "/v1/completions", body)
-            return QueryAnswer(found["choices"][0]["text"].strip(), found)
-        found = _post(client, url, "/classify", {"model": str(ref), "input": [_row(text)]})
-        first = found["data"][0]
-        probs = ", ".join(
-            f"{label} {prob:.3f}"
-            for label, prob in sorted(first["probs"].items(), key=lambda it: -it[1])
-        )
-        return QueryAnswer(f"{first['label']}   ({probs})", found)
+            answer = _post(client, url, "/v1/completions", body)
+            return QueryAnswer(answer["choices"][0]["text"].strip(), answer)
+        answer = _post(client, url, "/classify", {"model": str(ref), "input": [_row(text)]})
+        classification = answer["data"][0]
+        prob_of = classification["probs"]
+        likeliest_first = sorted(prob_of, key=lambda label: -prob_of[label])
+        probs = ", ".join(f"{label} {prob_of[label]:.3f}" for label in likeliest_first)
+        return QueryAnswer(f"{classification['label']}   ({probs})", answer)
 
 
 def _client(url: str, key: str | None) -> httpx.Client:

@@ -105,12 +105,12 @@ class ServeOptions:
 def options_from(args: Mapping[str, Any]) -> ServeOptions:
     """Read the options from the ``args`` of a Serve config file; BadInput for an unknown key."""
     nested: dict[str, Any] = {"limits": EngineLimits, "request_limits": RequestLimits}
-    known = {it.name for it in fields(ServeOptions)}
+    option_names = {option.name for option in fields(ServeOptions)}
     for name in args:
-        if name not in known:
+        if name not in option_names:
             raise BadInput(
                 f"args of the serving application has no {name!r}",
-                f"allowed: {', '.join(sorted(known))}",
+                f"allowed: {', '.join(sorted(option_names))}",
             )
     values: dict[str, Any] = {
         name: nested[name](**value) if name in nested else value for name, value in args.items()

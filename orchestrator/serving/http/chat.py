@@ -33,7 +33,7 @@ def encode_chat(
             "send one message of the user, or use /v1/completions"
         )
     plain = [
-        {"role": SYSTEM if one.role == "developer" else one.role, "content": one.text}
-        for one in messages
+        {"role": SYSTEM if message.role == "developer" else message.role, "content": message.text}
+        for message in messages
     ]
     return prompt.encode_messages(plain, answer_tokens)
