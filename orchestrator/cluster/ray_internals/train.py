@@ -108,8 +108,8 @@ def make_controller(
         callbacks = [*callbacks, PlainWorkers()]
     else:
         options["runtime_env"] = {"env_vars": get_env_vars_to_propagate()}
-    here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
-    remote = ray.remote(num_cpus=0, label_selector=here, **options)(TrainController).remote
+    this_node = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
+    remote = ray.remote(num_cpus=0, label_selector=this_node, **options)(TrainController).remote
     return remote(callbacks=callbacks, **parts)
 
 

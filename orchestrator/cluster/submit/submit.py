@@ -107,18 +107,18 @@ def make_submission(
 
 def warnings(submission: Submission) -> list[str]:
     """List the aspects of a submission that the user may not have intended."""
-    request, found = submission.request, list(submission.request.environment.notes)
+    request, notes = submission.request, list(submission.request.environment.notes)
     if submission.retries and request.home is None:
-        found.append(
+        notes.append(
             "without --home a search is kept on its driver's node: lost with that, it begins again"
         )
     if urlsplit(submission.cluster.address).hostname not in LOOPBACK:
         for name, value in request.environment.public.items():
             if urlsplit(value).hostname in LOOPBACK or value.startswith("sqlite:"):
-                found.append(
+                notes.append(
                     f"{name}={value} means the node that the driver runs on, and not this machine"
                 )
-    return found
+    return notes
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def _attempts(
 ) -> JsonObject:
     cluster = submission.cluster
     search: str | None = None  # the previous attempt's search
-    for left in reversed(range(submission.retries + 1)):
+    for retries_left in reversed(range(submission.retries + 1)):
         begin = partial(_begin, submission, folders, search)
         attempt = _patiently(begin, submission.patience_s if search else 0.0)
         say(
@@ -194,8 +194,11 @@ def _attempts(
             f"orchestrator stop {attempt.id}{_option(cluster)} ends it)"
         )
         job = _followed(cluster, attempt.id, show, submission.patience_s)
-        if left and (job is None or is_lost(job)):
-            say(f"job {attempt.id} was lost; submitting it again, {left} more times at most")
+        if retries_left and (job is None or is_lost(job)):
+            say(
+                f"job {attempt.id} was lost; submitting it again ({retries_left} "
+                f"{'retry' if retries_left == 1 else 'retries'} left)"
+            )
             continue
         return attempt.document(cluster) | concluded(cluster, attempt.id, job)
     raise AssertionError("the last attempt returns or raises")
@@ -248,8 +251,8 @@ def _begin(submission: Submission, folders: _Folders, search: str | None) -> Att
     """Return the newest attempt if it has not ended; otherwise submit the next attempt."""
     request, cluster = submission.request, submission.cluster
     for _ in range(5):  # another program may submit the same job at the same time
-        found, attempt = next_attempt(request.base_id, cluster.jobs(), search)
-        if found:
+        is_active, attempt = next_attempt(request.base_id, cluster.jobs(), search)
+        if is_active:
             return attempt
         try:
             cluster.submit(
