@@ -71,7 +71,7 @@ def instead_of_adapter(folder: Path) -> Misplaced | None:
 def subfolders_with(folder: Path, file: str) -> list[str]:
     """Return the names of direct subfolders that hold the file, or none if they can't be listed."""
     try:
-        return sorted(found.parent.name for found in folder.glob(f"*/{file}") if found.is_file())
+        return sorted(path.parent.name for path in folder.glob(f"*/{file}") if path.is_file())
     except OSError:
         return []
 

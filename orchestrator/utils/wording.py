@@ -9,6 +9,6 @@ BASELINE_NAMES = {
 }
 
 
-def counted(number: int, what: str) -> str:
+def counted(number: int, noun: str) -> str:
     """Write a count with its noun: ``1 trial``, ``2 trials``."""
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

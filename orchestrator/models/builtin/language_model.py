@@ -184,7 +184,7 @@ def fit(
     schedules = [
         LambdaLR(optimizer, lambda step: _rate(step, len(todo), recipe)) for optimizer in optimizers
     ]
-    for done, batch in enumerate(todo, start=1):
+    for step_number, batch in enumerate(todo, start=1):
         loss(model, batch).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -193,7 +193,7 @@ def fit(
             schedule.step()
         model.zero_grad()
         if progress is not None:
-            progress(done, len(todo))
+            progress(step_number, len(todo))
     model.eval()
     return model
 
@@ -231,10 +231,12 @@ def _optimizers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Opti
 
     tables = {id(part.weight) for part in model.modules() if isinstance(part, torch.nn.Embedding)}
     matrices = [p for p in model.parameters() if p.dim() == 2 and id(p) not in tables]
-    others = [p for p in model.parameters() if p.dim() != 2 or id(p) in tables]
+    other_parameters = [p for p in model.parameters() if p.dim() != 2 or id(p) in tables]
     return [
         Muon(matrices, lr=recipe.matrix_learning_rate, weight_decay=0.05),
-        torch.optim.AdamW(others, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.AdamW(
+            other_parameters, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.0
+        ),
     ]
 
 
