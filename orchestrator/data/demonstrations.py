@@ -50,16 +50,13 @@ def chosen(encoder: Encoder, rows: Sequence[Row], target: str, count: int, seed:
         label = encoder.verbalizer.index(row[target]) if encoder.verbalizer else 0
         if len(groups[label]) < count and len(encoder.row_ids(row)) <= encoder.max_input_tokens:
             groups[label].append(row)
-        if (
-            groups
-            and all(len(group) == count for group in groups.values())
-            and len(groups) == _labels(encoder)
-        ):
+        is_full = all(len(group) == count for group in groups.values())
+        if groups and is_full and len(groups) == _labels(encoder):
             break
-    found = [
-        group[place] for place in range(count) for group in groups.values() if place < len(group)
-    ]
-    return found[:count]
+    alternating = []
+    for rank in range(count):
+        alternating += [group[rank] for group in groups.values() if rank < len(group)]
+    return alternating[:count]
 
 
 def _labels(encoder: Encoder) -> int:

@@ -252,11 +252,11 @@ def _small_classes(splits: _Splits) -> Iterator[Finding]:
 
 def _row_counts(counts: Sequence[tuple[str, int]]) -> str:
     """Write, for instance, "3 rows of class 'spam', 1 row of class 'ham' and 4 more classes"."""
-    shown = [
+    listed_classes = [
         f"{count} {_plural('row', count)} of class {_short(label)}"
         for label, count in counts[:SHOWN]
     ]
-    return _listed(shown, len(counts) - len(shown), "more class", "more classes")
+    return _listed(listed_classes, len(counts) - len(listed_classes), "more class", "more classes")
 
 
 def _shared_with_train(splits: _Splits) -> Iterator[Finding]:
@@ -309,17 +309,18 @@ def _contradictions(splits: _Splits) -> Iterator[Finding]:
     if not splits.has_classes:
         return
     for split in splits.judged:
-        found = _contradicting(splits.inputs[split], splits.labels[split])
-        if not found:
+        contradicting = _contradicting(splits.inputs[split], splits.labels[split])
+        if not contradicting:
             continue
-        one, other = next(iter(found.values()))
-        labels = [_short(splits.labels[split][index]) for index in (one, other)]
-        places = [splits.place(split, index) for index in (one, other)]
+        first, second = next(iter(contradicting.values()))
+        labels = [_short(splits.labels[split][index]) for index in (first, second)]
+        places = [splits.place(split, index) for index in (first, second)]
         example = f"{places[0]} with {labels[0]} and {places[1]} with {labels[1]}"
-        occur = "input occurs" if len(found) == 1 else "inputs occur"
+        occur = "input occurs" if len(contradicting) == 1 else "inputs occur"
         yield Finding(
             "warn",
-            f"{len(found)} {occur} with different labels in {split}, for instance {example}",
+            f"{len(contradicting)} {occur} with different labels in {split}, "
+            f"for instance {example}",
             "correct the labels, or drop such rows",
         )
 
@@ -368,15 +369,15 @@ def _first_places(inputs: Sequence[str]) -> dict[str, int]:
 
 def _classes(labels: Sequence[str]) -> str:
     """Write, for instance, "class 'a'", or "classes 'a', 'b' and 7 more classes"."""
-    shown = [_short(label) for label in labels[:SHOWN]]
-    names = _listed(shown, len(labels) - len(shown), "more class", "more classes")
+    listed = [_short(label) for label in labels[:SHOWN]]
+    names = _listed(listed, len(labels) - len(listed), "more class", "more classes")
     return f"{_plural('class', len(labels))} {names}"
 
 
-def _listed(shown: Sequence[str], left_out: int, one: str, several: str) -> str:
+def _listed(listed: Sequence[str], left_out: int, singular: str, plural: str) -> str:
     """Join texts with commas and a final "and"; the last part counts what was left out."""
-    more = [f"{left_out} {one if left_out == 1 else several}"] if left_out else []
-    texts = [*shown, *more]
+    remainder = [f"{left_out} {singular if left_out == 1 else plural}"] if left_out else []
+    texts = [*listed, *remainder]
     if len(texts) == 1:
         return texts[0]
     return f"{', '.join(texts[:-1])} and {texts[-1]}"
