@@ -103,7 +103,7 @@ def _nested(cell: Mapping[Any, Any] | list[Any] | tuple[Any, ...], depth: int) -
 
 def _finite(number: Any) -> Any:
     if not math.isfinite(number):
-        raise BadInput(f"a cell holds {number}, which is no number", HINT)
+        raise BadInput(f"a cell holds {number}, which is not a finite number", HINT)
     return number
 
 

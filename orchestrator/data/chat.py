@@ -71,12 +71,12 @@ class ChatFormat:
         that does not show a system message, the user's message or the answer as it is.
         """
         if not has_chat_template(tokenizer):
+            key = "data.chat" if column is None else "data.messages"
             raise BadInput(
-                "data.chat: the base model has no chat template" if column is None
-                else "data.messages: the base model has no chat template",
-                "leave it out, or choose a base model with a chat template (often named -Instruct "
-                "or -Chat)",
-            )  # fmt: skip
+                f"{key}: the base model has no chat template",
+                f"leave {key} out, or choose a base model with a chat template (often named "
+                "-Instruct or -Chat)",
+            )
         self._tokenizer = tokenizer
         self._source = str(tokenizer.get_chat_template())
         self.system = system

@@ -116,13 +116,13 @@ class ControlTokens:
             if not isinstance(writer, TemplateText):
                 yield start + 1
 
-    def _occurrences(self, whole: str) -> Iterator[tuple[int, int]]:
+    def _occurrences(self, joined: str) -> Iterator[tuple[int, int]]:
         """Yield start and end of every control token in a text, including overlapping ones."""
         assert self._pattern is not None
-        match = self._pattern.search(whole)
+        match = self._pattern.search(joined)
         while match:
             yield match.span()
-            match = self._pattern.search(whole, match.start() + 1)
+            match = self._pattern.search(joined, match.start() + 1)
 
 
 def _control_tokens(tokenizer: Any, mentioned_in: str) -> Iterator[tuple[str, int]]:

@@ -86,7 +86,7 @@ def _message(number: int, item: Any) -> Message:
         raise BadInput(f"turn {number} has the role {role!r}, which belongs to tools", NO_TOOLS)
     if not isinstance(role, str) or role not in ROLES:
         raise BadInput(
-            f"turn {number} has the role {role!r}; known are {', '.join(ROLES)}",
+            f"turn {number} has the role {role!r}; the known roles are {', '.join(ROLES)}",
             f"correct its {keys[0]}",
         )
     for key, meaning in MEANINGFUL.items():
@@ -201,7 +201,7 @@ class Conversations:
     def _column(self, row: Row, name: str) -> str | None:
         """Return the row's own name of a column that may be renamed; None if the row lacks it."""
         names = [name, *(old for old, new in self.data.rename.items() if new == name)]
-        return next((each for each in names if each in row), None)
+        return next((candidate for candidate in names if candidate in row), None)
 
 
 def every_answer(rows: Sequence[Row]) -> Iterator[Row]:

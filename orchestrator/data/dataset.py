@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +97,9 @@ def load_rows(
     split_rows = {
         split: list(conversations.read(rows, split)) for split, rows in split_rows.items()
     }
-    used = UsedColumns(data, _columns_of((data.template, *templates)))
-    used_rows = {split: used.cut(rows, split) for split, rows in split_rows.items()}
-    for split, count in used.dropped.items():
+    used_columns = UsedColumns(data, _columns_of((data.template, *templates)))
+    used_rows = {split: used_columns.cut(rows, split) for split, rows in split_rows.items()}
+    for split, count in used_columns.dropped.items():
         if not used_rows[split]:
             raise BadInput(
                 f"data.empty: drop leaves no row of {split}: {count} of {count} have no input",
@@ -108,7 +109,7 @@ def load_rows(
     for split in SPLITS:
         if not splits[split]:
             raise _empty_split(split, used_rows, data)
-    notes = (*_dropped_notes(used.dropped, split_rows), *conversations.notes())
+    notes = (*_dropped_notes(used_columns.dropped, split_rows), *conversations.notes())
     return replace(splits, notes=notes)
 
 
@@ -212,18 +213,19 @@ def wanted_rows(splits: Mapping[str, list[Row]], data: DataSpec) -> dict[str, li
     if not data.where:
         return dict(splits)
     for column in data.where:
-        if not any(column in row for rows in splits.values() for row in rows):
-            columns = sorted({name for rows in splits.values() for row in rows[:1] for name in row})
+        if not any(column in row for row in chain(*splits.values())):
+            first_rows = (rows[0] for rows in splits.values() if rows)
+            columns = sorted(set().union(*first_rows))
             raise BadInput(
                 f"data.where names column {column!r}, which no row has; rows have {columns}",
-                "correct it",
+                "correct data.where",
             )
     matching = {
         split: [row for row in rows if _is_wanted(row, data)] for split, rows in splits.items()
     }
     if not any(matching.values()):
         raise BadInput(
-            f"no row is as data.where asks: {data.where}",
+            f"no row matches data.where: {data.where}",
             "correct the values, or leave data.where out",
         )
     # A split without rows is left out, and is then set aside from train.
@@ -306,7 +308,7 @@ def _read_hub(data: DataSpec, name: str) -> dict[str, list[Row]]:
     except (ValueError, FileNotFoundError, RuntimeError) as error:
         raise BadInput(
             f"data.path {name!r} can't be loaded: {first_line(error)}",
-            "see the hub page",
+            "see the data set's page on the hub",
         ) from None
     return {
         split: _named_labels(list(loaded[split]), loaded[split].features, data) for split in loaded

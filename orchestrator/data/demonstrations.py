@@ -21,11 +21,10 @@ SEPARATOR = TemplateText("\n\n")
 def written_out(encoder: Encoder, row: Row, target: str) -> WrittenText:
     """Write out a row's input text with its answer, at the blank or else at the end."""
     verbalizer = encoder.verbalizer
-    answer = (
-        target_text(row[target])
-        if verbalizer is None
-        else verbalizer.texts[verbalizer.index(row[target])]
-    )
+    if verbalizer is None:
+        answer = target_text(row[target])
+    else:
+        answer = verbalizer.texts[verbalizer.index(row[target])]
     parts = encoder.template.parts(row)
     if not encoder.template.has_blank:
         parts = [*parts, answer]

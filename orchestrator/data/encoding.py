@@ -115,7 +115,11 @@ class Encoder:
         They include the end token if one answer is the beginning of another. Without it, "A" would
         always be at least as likely as "A b".
         """
-        if any(a != b and b[: len(a)] == a for a in self.answers for b in self.answers):
+        if any(
+            answer != other and other[: len(answer)] == answer
+            for answer in self.answers
+            for other in self.answers
+        ):
             return self.ended_answers
         return self.answers
 
@@ -428,7 +432,7 @@ class Encoder:
         if not ids:
             raise BadInput(
                 f"a target has no tokens: {target_text(row[target])[:60]!r}",
-                "a masked model fills in at least one; drop such rows",
+                "a masked model fills in at least one token; drop such rows",
             )
         if len(ids) > self.max_target_tokens and self._cuts_targets:
             ids = ids[: self.max_target_tokens]
@@ -563,11 +567,9 @@ def _sentinel(tokenizer: Tokenizer, family: Family) -> int:
     """
     sentinel_id = tokenizer.get_vocab().get(SENTINEL)
     if family != "seq2seq" or sentinel_id is None:
-        problem = (
-            f"the base model's tokenizer has no {SENTINEL}"
-            if family == "seq2seq"
-            else f"a {family} model has none"
-        )
+        problem = f"a {family} model has none"
+        if family == "seq2seq":
+            problem = f"the base model's tokenizer has no {SENTINEL}"
         raise BadInput(f"data.sentinel: {problem}", "leave data.sentinel out, or choose a T5 model")
     return int(sentinel_id)
 
@@ -583,7 +585,7 @@ def check_context(
 
     ``rows`` are the rows that were encoded, so that the message can name the longest one.
     """
-    longest, split = max((max(each.lengths), split) for split, each in splits.items())
+    longest, split = max((max(encoded.lengths), split) for split, encoded in splits.items())
     if prompt_tokens + longest > context:
         error = BadInput(
             f"{prompt_tokens} virtual tokens and {longest} tokens of input and target "

@@ -12,6 +12,7 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from orchestrator.data.cells import cell_text
 from orchestrator.data.source_row import Row
@@ -65,9 +66,8 @@ def held_out_inputs(
     shares = _whole_shares(classes, row_target, stays)
     chosen = _choose(classes, shares, sizes)
     if not chosen:  # no class has two inputs
-        chosen = _nearest(
-            [text for label_class in classes for text in label_class.inputs], sizes, row_target
-        )
+        all_inputs = list(chain(*(label_class.inputs for label_class in classes)))
+        chosen = _nearest(all_inputs, sizes, row_target)
     return set(chosen[: max(0, len(sizes) - stays)])
 
 
@@ -113,7 +113,7 @@ def _choose(
     If a class gives too many or too few rows, because its groups have the wrong sizes, the next
     class makes up for it.
     """
-    chosen: list[str] = []
+    inputs: list[str] = []
     missing = 0
     for label_class, count in zip(classes, shares, strict=True):
         if not count:
@@ -123,8 +123,8 @@ def _choose(
         row_target = count + max(-adjustment_limit, min(adjustment_limit, missing))
         class_inputs = _nearest(label_class.inputs, sizes, row_target)
         missing += count - sum(sizes[text] for text in class_inputs)
-        chosen += class_inputs
-    return chosen
+        inputs += class_inputs
+    return inputs
 
 
 def _whole_shares(classes: Sequence[_Class], row_target: int, stays: int) -> list[int]:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Literal
 
 from orchestrator.data.cells import cell_text
@@ -158,7 +159,7 @@ class _Splits:
 
 def _single_input(splits: _Splits) -> Iterator[Finding]:
     """Report the same input in all rows of all splits."""
-    distinct = {text for split in SPLITS for text in splits.inputs[split]}
+    distinct = set(chain(*splits.inputs.values()))
     if len(distinct) == 1:
         count, text = sum(splits.rows.counts.values()), next(iter(distinct))
         yield Finding(
@@ -339,8 +340,8 @@ def _columns_that_tell(splits: _Splits) -> Iterator[Finding]:
     """Find columns of the template that reveal the answer, for instance the label's name."""
     if splits.data.prefix_lm is not None:
         return
-    answers = [label for split in SPLITS for label in splits.labels[split]]
-    rows = [row for split in SPLITS for row in splits.rows[split]]
+    answers = list(chain(*(splits.labels[split] for split in SPLITS)))
+    rows = list(chain(*(splits.rows[split] for split in SPLITS)))
     if len(rows) < 2 * len(splits.classes) and splits.has_classes:
         return  # too few rows to tell a label's name from a text
     for column in Template(splits.data.template).columns:
@@ -376,8 +377,9 @@ def _classes(labels: Sequence[str]) -> str:
 
 def _listed(listed: Sequence[str], left_out: int, singular: str, plural: str) -> str:
     """Join texts with commas and a final "and"; the last part counts what was left out."""
-    remainder = [f"{left_out} {singular if left_out == 1 else plural}"] if left_out else []
-    texts = [*listed, *remainder]
+    texts = list(listed)
+    if left_out:
+        texts.append(f"{left_out} {singular if left_out == 1 else plural}")
     if len(texts) == 1:
         return texts[0]
     return f"{', '.join(texts[:-1])} and {texts[-1]}"

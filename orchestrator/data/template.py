@@ -136,7 +136,7 @@ class Template:
         if len(self.columns) != 1:
             raise BadInput(
                 f"a bare text can't fill the columns {list(self.columns)}",
-                "send an object with one value a column",
+                "send an object with a value for each column",
             )
         return {self.columns[0]: value}
 
@@ -187,16 +187,16 @@ class Verbalizer:
                 f"of the data; it has {list(mapping)}",
                 _uncovered_hint(missing, keyed),
             )
-        used = [label for key, label in keyed.items() if key in seen_labels]
-        texts = [mapping[label] for label in used]
+        used_labels = [label for key, label in keyed.items() if key in seen_labels]
+        texts = [mapping[label] for label in used_labels]
         for text in texts:
             if texts.count(text) > 1:
-                sharing = [label for label in used if mapping[label] == text]
+                sharing = [label for label in used_labels if mapping[label] == text]
                 raise BadInput(
                     f"data.verbalizer gives labels {sharing} the same text {text!r}",
                     "make the texts distinct",
                 )
-        return cls(tuple(used), tuple(texts))
+        return cls(tuple(used_labels), tuple(texts))
 
     def index(self, label: Any) -> int:
         return self._places[label_key(label)]

@@ -26,8 +26,8 @@ RESIZE = (
 def check_stored_quantization(model_id: str, config: PreTrainedConfig, requested: str) -> None:
     """Raise BadInput for a model stored quantised that the installed libraries can't read.
 
-    ``requested`` is base_model.quantization. It has to be "none", because the setting has no meaning
-    for a model that is quantised already.
+    ``requested`` is base_model.quantization. It has to be "none", because the setting has no
+    meaning for a model that is quantised already.
     """
     stored = getattr(config, "quantization_config", None)
     if stored is None:
@@ -43,7 +43,7 @@ def check_stored_quantization(model_id: str, config: PreTrainedConfig, requested
     if reason := _why_unreadable(document):
         raise BadInput(
             f"{about}, which can't be read here: {reason}",
-            f"install what reads {method} on every machine of the search, or choose the model's "
+            f"install a library that reads {method} on every machine of the search, or choose the model's "
             "unquantised version (base_model.quantization rounds it as it is loaded)",
         )
 

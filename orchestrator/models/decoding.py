@@ -298,11 +298,8 @@ class _Beams:
         state = self.state.select((indices[:, None] * scores.shape[1] + origin).flatten()).extend(
             ids.flatten()
         )
-        made = [
-            [
-                [*self.made[row_index][beam], token]
-                for beam, token in zip(beams, tokens, strict=True)
-            ]
-            for row_index, beams, tokens in zip(places, origin.tolist(), ids.tolist(), strict=True)
-        ]
+        made = []
+        for row_index, beams, tokens in zip(places, origin.tolist(), ids.tolist(), strict=True):
+            pairs = zip(beams, tokens, strict=True)
+            made.append([[*self.made[row_index][beam], token] for beam, token in pairs])
         return _Beams(state, [self.rows[row_index] for row_index in places], made, scores)

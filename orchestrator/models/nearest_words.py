@@ -89,9 +89,9 @@ def nearest_rows(
         best, best_columns = candidates.topk(min(count, candidates.shape[1]), dim=1)
         ids = torch.arange(start, end, device=directions.device).expand(len(directions), -1)
         indices = torch.cat([indices, ids], dim=1).gather(1, best_columns)
-    return [
-        [(index, 1 - cosine) for index, cosine in zip(*nearest, strict=True)] if directed else []
-        for directed, *nearest in zip(
-            directions.any(1).tolist(), indices.tolist(), best.tolist(), strict=True
-        )
-    ]
+    neighbours = []
+    columns = zip(directions.any(1).tolist(), indices.tolist(), best.tolist(), strict=True)
+    for has_direction, row_indices, cosines_of_rows in columns:
+        pairs = zip(row_indices, cosines_of_rows, strict=True) if has_direction else ()
+        neighbours.append([(index, 1 - cosine) for index, cosine in pairs])
+    return neighbours

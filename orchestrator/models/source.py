@@ -123,11 +123,9 @@ class ModelSource:
             ) from None
         needed = "mask_token" if self.family == "masked" else "eos_token"
         if getattr(tokenizer, f"{needed}_id") is None:
-            problem = (
-                "no mask token, where answers are filled in"
-                if self.family == "masked"
-                else "no end token, which ends every target"
-            )
+            problem = "no end token, which ends every target"
+            if self.family == "masked":
+                problem = "no mask token, where answers are filled in"
             raise BadInput(
                 f"base_model.id {self.id!r}: the tokenizer has {problem}",
                 f"choose a model whose tokenizer names a {needed}",
@@ -183,11 +181,9 @@ class ModelSource:
             if isinstance(value := getattr(self.config.get_text_config(), key, None), int):
                 # RoBERTa's first position is its pad token's id + 1, and the earlier positions
                 # take rows of the position table too.
-                offset = (
-                    self.config.pad_token_id + 1
-                    if self.config.model_type in _OFFSET_POSITIONS
-                    else 0
-                )
+                offset = 0
+                if self.config.model_type in _OFFSET_POSITIONS:
+                    offset = self.config.pad_token_id + 1
                 return value - offset
         return NO_LIMIT
 
@@ -363,11 +359,11 @@ def _from_hub(spec: BaseModelSpec, weights: bool) -> Path:
         RevisionNotFoundError,
     )
 
-    patterns = [
-        *SMALL_FILES,
-        *([WEIGHTS] if weights else []),
-        *(["*.py"] if spec.allow_remote_code else []),
-    ]
+    patterns = list(SMALL_FILES)
+    if weights:
+        patterns.append(WEIGHTS)
+    if spec.allow_remote_code:
+        patterns.append("*.py")
     try:
         return Path(snapshot_download(spec.id, revision=spec.revision, allow_patterns=patterns))
     except GatedRepoError:

@@ -124,7 +124,7 @@ class Server:
             status = serve.status().applications.get(APP_NAME)
             if status is None or status.status in ("DEPLOY_FAILED", "DELETING"):
                 raise JobFailed(
-                    "the serving application has ended", "look into Ray's logs for the reason"
+                    "the serving application has ended", "look for the reason in Ray's logs"
                 )
 
     def close(self) -> None:
@@ -321,7 +321,7 @@ def _base_models(
         except BadInput as error:
             if options.models:
                 raise
-            log.warning("%s is left out: %s", ref, error.message)
+            log.warning("%s is not served: %s", ref, error.message)
             problem = error
     if not any_readable:
         raise problem or BadInput("no prompt is registered yet", NEXT_STEP)
@@ -370,20 +370,18 @@ def _connect_ray(options: ServeOptions) -> bool:
                 _temp_dir=None if address else ray_temp_dir(),
             )
     except (ConnectionError, RuntimeError, ValueError) as error:
-        where = (
-            f"no Ray cluster answers at {mask_secrets(address)}"
-            if address
-            else "Ray can't be started here"
-        )
-        raise Unreachable(f"{where}: {first_line(error)}", "orchestrator doctor") from None
+        problem = "Ray can't be started on this machine"
+        if address:
+            problem = f"no Ray cluster answers at {mask_secrets(address)}"
+        raise Unreachable(f"{problem}: {first_line(error)}", "orchestrator doctor") from None
     return not address
 
 
 def _with_devices(options: ServeOptions, on_this_machine: bool) -> ServeOptions:
     """Check the number of GPUs per replica, or choose it when the options leave it open.
 
-    ``here`` says that Ray was started on this machine alone. Its GPUs then count only if this
-    machine's torch can use them. Raises BadInput when this machine has too few.
+    ``on_this_machine`` says that Ray was started on this machine alone. Its GPUs then count only if
+    this machine's torch can use them. Raises BadInput when this machine has too few.
     """
     if options.gpus is not None:
         needed = options.gpus * max(1, options.replicas)
@@ -432,7 +430,8 @@ def _await_running() -> None:
         if state.status in ("DEPLOY_FAILED", "UNHEALTHY"):
             reason, hint = _reason(state)
             raise JobFailed(
-                f"the serving application did not start: {reason}", hint or "look into Ray's logs"
+                f"the serving application did not start: {reason}",
+                hint or "look for the reason in Ray's logs",
             )
         time.sleep(0.1)
     raise Unreachable(

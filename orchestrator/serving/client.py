@@ -55,7 +55,8 @@ def _client(url: str, key: str | None) -> httpx.Client:
         raise Unreachable(f"no server answers at {mask_secrets(url)}: {error}", START_ONE) from None
     except UnicodeEncodeError:
         raise BadInput(
-            "ORCHESTRATOR_API_KEY holds a character that no header takes", "copy the key again"
+            "ORCHESTRATOR_API_KEY holds a character that is not allowed in an HTTP header",
+            "copy the key again",
         ) from None
 
 
@@ -105,13 +106,11 @@ def _checked(response: httpx.Response) -> JsonObject:
     if response.is_success:
         return body if isinstance(body, dict) else {}
     error = body.get("error") if isinstance(body, dict) else None
-    message = (
-        error.get("message")
-        if isinstance(error, dict)
-        else f"the server answered HTTP {response.status_code}"
-    )
+    message = f"the server answered HTTP {response.status_code}"
+    if isinstance(error, dict):
+        message = str(error.get("message"))
     if response.status_code == 401:
-        raise BadInput(str(message), "set ORCHESTRATOR_API_KEY to a key of the server")
+        raise BadInput(message, "set ORCHESTRATOR_API_KEY to a key of the server")
     if response.is_client_error:
-        raise BadInput(str(message), "orchestrator models lists what is registered")
-    raise JobFailed(str(message), "look into the server's log")
+        raise BadInput(message, "orchestrator models lists what is registered")
+    raise JobFailed(message, "look for the reason in the server's log")

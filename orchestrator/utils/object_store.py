@@ -34,5 +34,5 @@ def check_address(url: str, given_as: str) -> None:
         )
     if parts.scheme != "file" and not parts.netloc:
         raise BadInput(
-            f"{given_as} is {url!r}, which names no bucket", f"{parts.scheme}://BUCKET/FOLDER"
+            f"{given_as} is {url!r}, which names no bucket", f"write {parts.scheme}://BUCKET/FOLDER"
         )

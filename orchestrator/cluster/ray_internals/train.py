@@ -57,7 +57,9 @@ class LeanTrainer(DataParallelTrainer):
 
     def _initialize_and_run_controller(self, **parts: Any) -> Result:
         parts["callbacks"] = [
-            each for each in parts.get("callbacks", ()) if type(each).__name__ not in UNUSED
+            callback
+            for callback in parts.get("callbacks", ())
+            if type(callback).__name__ not in UNUSED
         ]
         if type(parts.get("scaling_policy")).__name__ == "FixedScalingPolicy":
             parts["scaling_policy"] = unannounced(parts["scaling_policy"])

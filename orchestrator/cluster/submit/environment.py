@@ -44,8 +44,8 @@ class Environment:
 def forwarded(environment: Mapping[str, str], requested: Sequence[str] = ()) -> Environment:
     """Select MLflow's addresses, the hub's settings and the variables that the user asks for.
 
-    ``asked`` holds NAME or NAME=VALUE. Raises BadInput for a name that is not set or not allowed,
-    and for an address with a login before its host or in its query.
+    ``requested`` holds NAME or NAME=VALUE. Raises BadInput for a name that is not set or not
+    allowed, and for an address with a login before its host or in its query.
     """
     private = dict(_asked(text, environment) for text in requested)
     forwardable = {
@@ -77,11 +77,12 @@ def _asked(text: str, environment: Mapping[str, str]) -> tuple[str, str]:
         )
     if OURS.match(name):
         raise BadInput(
-            f"--env {name} is not for a job to set: Ray and this program use it", "leave it out"
+            f"--env {name} can't be set by a job: Ray and this program use it", "leave it out"
         )
     if not equals_sign and name not in environment:
         raise BadInput(
-            f"--env {name}: {name} is not set here", f"set it, or write --env {name}=VALUE"
+            f"--env {name}: {name} is not set on this machine",
+            f"set it, or write --env {name}=VALUE",
         )
     return name, value if equals_sign else environment[name]
 

@@ -210,11 +210,9 @@ def checked_address(text: str) -> str:
 
 def _shown(text: str) -> str:
     """Mask an address that may lack its scheme."""
-    return (
-        mask_secrets(text)
-        if "://" in text
-        else mask_secrets(f"http://{text}").removeprefix("http://")
-    )
+    if "://" in text:
+        return mask_secrets(text)
+    return mask_secrets(f"http://{text}").removeprefix("http://")
 
 
 def token(environment: Mapping[str, str]) -> str | None:
@@ -275,7 +273,11 @@ def _reason(error: BaseException) -> str:
         "CERTIFICATE",
     ):
         if phrase.lower() in text.lower():
-            return phrase if phrase != "CERTIFICATE" else "its certificate is not trusted here"
+            return (
+                phrase
+                if phrase != "CERTIFICATE"
+                else "its certificate is not trusted on this machine"
+            )
     if isinstance(error, ConnectionError) and text.startswith("Failed to connect"):
-        return "nobody listens there"
+        return "nothing listens on that port"
     return type(error).__name__

@@ -65,7 +65,7 @@ def failure(job: Job, log: str) -> OrchestratorError:
         how = "was killed" if job.exit_code is not None else "died with its node"
         return JobFailed(
             f"job {job.id} was lost: its driver {how}",
-            "the same orchestrator submit goes on from what was kept",
+            "run the same orchestrator submit again: it continues from the saved state",
         )
     if explanation := _known(job, log):
         return JobFailed(f"job {job.id} failed: {explanation[0]}", explanation[1])
@@ -81,14 +81,14 @@ def _known(job: Job, log: str) -> tuple[str, str] | None:
     """
     if job.error_type == "RUNTIME_ENV_SETUP_FAILURE":
         return (
-            f"its environment could not be made: {_last_line(job, job.message)}",
+            f"its environment could not be set up: {_last_line(job, job.message)}",
             "see `orchestrator logs`; packages of --pip come from an index that the cluster's "
             "nodes must reach: where they can't, build them into the image and leave --pip out",
         )
     if job.error_type == "JOB_SUPERVISOR_ACTOR_UNSCHEDULABLE":
         return (
             "no node has room for its driver",
-            "lower --entrypoint-num-cpus, or wait until there is room",
+            "lower --entrypoint-num-cpus, or wait until CPUs are free",
         )
     if job.exit_code in (126, 127):
         return (

@@ -179,9 +179,10 @@ def _found(key: str, path: Path) -> Iterator[tuple[str, Path]]:
         yield "", path
         return
     patterns = [*SMALL_FILES, WEIGHTS, "*.py"] if key == "base_model.id" else ["**/*"]
-    for file in sorted(
-        {file for pattern in patterns for file in path.glob(pattern) if file.is_file()}
-    ):
+    paths: set[Path] = set()
+    for pattern in patterns:
+        paths.update(path.glob(pattern))
+    for file in sorted(filter(Path.is_file, paths)):
         yield file.relative_to(path).as_posix(), file
 
 

@@ -84,14 +84,14 @@ def make_submission(
         check_address(home, "--home")
     elif home is not None and not Path(home).is_absolute():
         raise BadInput(
-            f"--home {home} is not a whole path",
-            "name a folder on the cluster, from / on, or s3://BUCKET/FOLDER",
+            f"--home {home} is not an absolute path",
+            "name a folder on the cluster, such as /mnt/searches, or s3://BUCKET/FOLDER",
         )
     missing = [str(folder) for folder in shared if not folder.is_dir()]
     if missing:
         raise BadInput(
-            f"--shared {missing[0]} is no folder here",
-            "name one that this machine and the nodes have",
+            f"--shared {missing[0]} is not a folder on this machine",
+            "name a folder that exists under the same path on this machine and on the nodes",
         )
     request = SubmitRequest(
         package=pack(job, shared),
@@ -317,7 +317,7 @@ def stop_job(cluster: Cluster, job_id: str) -> tuple[bool, Job]:
             return True, job
         time.sleep(PAUSE_S)
     raise Unreachable(
-        f"job {job_id} was told to stop and has not ended", f"orchestrator logs {job_id}"
+        f"job {job_id} was asked to stop and is still running", f"orchestrator logs {job_id}"
     )
 
 
@@ -326,12 +326,10 @@ def known_job(cluster: Cluster, job_id: str) -> Job:
     if job := cluster.job(job_id):
         return job
     newest = [job.id for job in reversed(cluster.jobs())][:5]
-    raise BadInput(
-        f"the cluster at {cluster.shown} knows no job {job_id!r}",
-        f"jobs there: {', '.join(newest)}"
-        if newest
-        else "it has no jobs; orchestrator submit JOB makes one",
-    )
+    hint = "it has no jobs; orchestrator submit JOB makes one"
+    if newest:
+        hint = f"jobs there: {', '.join(newest)}"
+    raise BadInput(f"the cluster at {cluster.shown} knows no job {job_id!r}", hint)
 
 
 def _option(cluster: Cluster) -> str:

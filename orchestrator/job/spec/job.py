@@ -287,20 +287,19 @@ class JobSpec(Section):
         return self.search.perturbation_steps or self.train.evaluate_every
 
     def _population_conflicts(self) -> Iterator[Conflict]:
-        every, steps = self.train.evaluate_every, self.train.steps
-        if self.perturbation_steps % every:
+        evaluate_every, steps = self.train.evaluate_every, self.train.steps
+        if self.perturbation_steps % evaluate_every:
             text = (
-                f"{self.perturbation_steps} is no multiple of train.evaluate_every {every}: "
-                "trials are compared by"
+                f"{self.perturbation_steps} is no multiple of train.evaluate_every "
+                f"{evaluate_every}: trials are compared by their evaluations; choose a multiple"
             )
-            yield Conflict(
-                "search.perturbation_steps",
-                f"{text} their evaluations; choose a multiple",
-                ("train.evaluate_every",),
-            )
+            yield Conflict("search.perturbation_steps", text, ("train.evaluate_every",))
         if self.perturbation_steps >= steps:
-            given = self.search.perturbation_steps is not None
-            keys = ("search.perturbation_steps" if given else "train.evaluate_every", "train.steps")
+            is_written = self.search.perturbation_steps is not None
+            keys = (
+                "search.perturbation_steps" if is_written else "train.evaluate_every",
+                "train.steps",
+            )
             text = (
                 f"{self.perturbation_steps} is not below train.steps {steps}: pbt would never "
                 "compare trials"
@@ -337,15 +336,13 @@ class JobSpec(Section):
         if self.search.ranked_by.kind == "labels":
             # Point at what the user wrote: a metric that is only the default has no line.
             metric_is_written = "metric" in self.search.model_fields_set
-            keys = (
-                ("search.metric", "data.verbalizer")
-                if metric_is_written
-                else ("data.verbalizer", "search.metric")
-            )
+            keys = ["data.verbalizer", "search.metric"]
+            if metric_is_written:
+                keys.reverse()
             text = f"search.metric {self.search.metric} ranks labels and needs data.verbalizer"
             other_metrics = choice_of(names_of("texts", "targets"))
             yield Conflict(
-                keys[0], f"{text}; add one, or set search.metric to {other_metrics}", keys[1:]
+                keys[0], f"{text}; add one, or set search.metric to {other_metrics}", (keys[1],)
             )
         inits = self.search.space.init
         if "class_labels" in (inits if isinstance(inits, list) else [inits]):

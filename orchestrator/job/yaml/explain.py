@@ -143,11 +143,9 @@ class _Explanation:
         # A key with exactly this name in another section is a better guess than a similar key here.
         elsewhere = [key for key in _known_keys(JobSpec) if f".{key}".endswith(f".{name}")]
         free = [field for field in section.model_fields if field not in node.value]
-        near = (
-            ""
-            if elsewhere
-            else nearest(str(name), free) or nearest(str(name), section.model_fields)
-        )
+        near = ""
+        if not elsewhere:
+            near = nearest(str(name), free) or nearest(str(name), section.model_fields)
         if near:
             self.unknown.append(below(node.where, near))
         options = elsewhere or [near] * bool(near)

@@ -125,11 +125,10 @@ class _Growth:
                 spelling = next((key for key in node.value if key == name), name)
                 node.value[name] = self.node(value, below(node.where, name), line, parents)
                 if first_node:
-                    first_mention = (
-                        f", first{_otherwise(spelling, name)} on line {first_node.line}"
-                        if line
-                        else ""
-                    )
+                    first_mention = ""
+                    if line:
+                        spelled = _otherwise(spelling, name)
+                        first_mention = f", first{spelled} on line {first_node.line}"
                     node.value[name].note(f"is given twice{first_mention}", "keep one")
         for line, part in merges:
             self._merge(node, self.node(part, node.where, line, parents), line)

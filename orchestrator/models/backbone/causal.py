@@ -129,21 +129,21 @@ class CausalBackbone(Backbone):
         Prefixes are keys and values on both paths. Raises BadInput when soft prompts and prefixes
         are mixed on the plain path.
         """
-        each = [PromptTensors.of(prompt) for prompt in prompts]
-        for prompt in each:
+        prompt_tensors = [PromptTensors.of(prompt) for prompt in prompts]
+        for prompt in prompt_tensors:
             self.check_prefix(prompt.prefixes)
-        parts = self._embedding_part(each, inside=True)
+        parts = self._embedding_part(prompt_tensors, inside=True)
         if self.prompt_once:
-            parts |= self._cache_part(each)
+            parts |= self._cache_part(prompt_tensors)
         else:
-            parts |= self._embedding_part(each, inside=False)
-            parts |= self._prefix_part(each)
+            parts |= self._embedding_part(prompt_tensors, inside=False)
+            parts |= self._prefix_part(prompt_tensors)
             if not self.shares_forward(frozenset(parts)):
                 raise BadInput(
                     f"soft prompts and prefixes can't share a forward of a {self.info.model_type} "
                     "model"
                 )
-        return PreparedPrompts(parts, len(each))
+        return PreparedPrompts(parts, len(prompt_tensors))
 
     def shares_forward(self, kinds: frozenset[str]) -> bool:
         """Return whether prompts of these kinds can run in one forward.
@@ -437,11 +437,10 @@ def runs_prompt_once(config: PreTrainedConfig) -> bool:
     The model must be of a checked family, have no ALiBi, and attend to all columns in every layer.
     """
     layers = getattr(config, "layer_types", None)
-    full = (
-        all(kind == "full_attention" for kind in layers)
-        if layers
-        else not getattr(config, "sliding_window", None)
-    )
+    if layers:
+        full = all(kind == "full_attention" for kind in layers)
+    else:
+        full = not getattr(config, "sliding_window", None)
     return (
         config.model_type in PROMPT_ONCE_FAMILIES and full and not getattr(config, "alibi", False)
     )

@@ -49,20 +49,21 @@ class EncodingBackbone(Backbone):
         """The attention modules, layer by layer, of each site that a prefix has."""
 
     def prepare(self, prompts: Sequence[Tensor | PromptTensors]) -> PreparedPrompts:
-        each = [PromptTensors.of(prompt) for prompt in prompts]
-        for prompt in each:
+        prompt_tensors = [PromptTensors.of(prompt) for prompt in prompts]
+        for prompt in prompt_tensors:
             self.check_prefix(prompt.prefixes)
-        parts = self._embedding_part(each, inside=True) | self._embedding_part(each, inside=False)
+        parts = self._embedding_part(prompt_tensors, inside=True)
+        parts |= self._embedding_part(prompt_tensors, inside=False)
         for site in SITES:
             members = [
                 None
                 if (tensor := prompt.prefixes.get(site)) is None
                 else tuple(tensor.flatten(0, 1).unbind(0))
-                for prompt in each
+                for prompt in prompt_tensors
             ]
             if any(members):
                 parts[site] = pad_part(members, self.table)
-        return PreparedPrompts(parts, len(each))
+        return PreparedPrompts(parts, len(prompt_tensors))
 
     @contextmanager
     def prefix_of(

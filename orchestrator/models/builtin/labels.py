@@ -106,9 +106,9 @@ def _question(random: Random, at_least: int = 0) -> tuple[tuple[Facet, ...], str
     facets = tuple(random.sample(FACETS, count))
     while facets == UNSEEN:
         facets = tuple(random.sample(FACETS, count))
-    words = [
-        word for facet in facets for word in random.choices(KEYWORDS[facet], k=random.randint(1, 4))
-    ]
+    words: list[str] = []
+    for facet in facets:
+        words += random.choices(KEYWORDS[facet], k=random.randint(1, 4))
     return facets, " ".join(words)
 
 

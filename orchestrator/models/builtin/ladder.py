@@ -95,11 +95,9 @@ def ladder_model(name: str, progress: Progress | None = None, rung: Rung | None 
     Raises KeyError for an unknown name.
     """
     rung = rung or RUNGS[name]
-    base = (
-        ladder_model(name, progress, replace(rung, adaptation_steps=0))
-        if rung.adaptation_steps
-        else None
-    )
+    base = None
+    if rung.adaptation_steps:
+        base = ladder_model(name, progress, replace(rung, adaptation_steps=0))
 
     def make(folder: Path, bar: Progress) -> None:
         make_rung(folder, rung, bar, base)

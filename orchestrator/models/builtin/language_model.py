@@ -116,11 +116,9 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int, more: Sequence[str] =
 
 def encode(texts: Sequence[Document], tokenizer: Tokenizer, recipe: Recipe) -> list[Row]:
     """Encode documents as ``preface BOS pieces EOS``, in the same order."""
-    strings = [
-        string
-        for text in texts
-        for string in (text.preface, *(piece.text for piece in text.pieces))
-    ]
+    strings: list[str] = []
+    for text in texts:
+        strings += [text.preface, *(piece.text for piece in text.pieces)]
     encoded: Iterator[list[int]] = (
         encoding.ids for encoding in tokenizer.encode_batch_fast(strings, add_special_tokens=False)
     )
@@ -230,8 +228,16 @@ def _optimizers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Opti
     from orchestrator.models.builtin.optimizer import Muon
 
     tables = {id(part.weight) for part in model.modules() if isinstance(part, torch.nn.Embedding)}
-    matrices = [p for p in model.parameters() if p.dim() == 2 and id(p) not in tables]
-    other_parameters = [p for p in model.parameters() if p.dim() != 2 or id(p) in tables]
+    matrices = [
+        parameter
+        for parameter in model.parameters()
+        if parameter.dim() == 2 and id(parameter) not in tables
+    ]
+    other_parameters = [
+        parameter
+        for parameter in model.parameters()
+        if parameter.dim() != 2 or id(parameter) in tables
+    ]
     return [
         Muon(matrices, lr=recipe.matrix_learning_rate, weight_decay=0.05),
         torch.optim.AdamW(

@@ -212,20 +212,15 @@ def write_review(random: Random, facts: Facts) -> Review:
 def _setting(random: Random, topic: Topic, facts: Facts) -> str:
     name = f"the {random.choice(NAME_STARTS)} {random.choice(NAME_ENDS[topic])}"
     if not facts.place:
-        name = (
-            name.removeprefix("the ").join('""')
-            if random.random() < 0.5
-            else name.title().join('""')
-        )
+        title = name.removeprefix("the ") if random.random() < 0.5 else name.title()
+        name = f'"{title}"'
     who = random.choice(ALONE if facts.alone else COMPANY).format(
         did=f"{random.choice(ACTIONS[topic])} {name}"
     )
     when = random.choice(WHEN[facts.morning])
-    return (
-        f"{when[0].upper()}{when[1:]} {who}."
-        if random.random() < 0.5
-        else f"{who[0].upper()}{who[1:]} {when}."
-    )
+    if random.random() < 0.5:
+        return f"{when[0].upper()}{when[1:]} {who}."
+    return f"{who[0].upper()}{who[1:]} {when}."
 
 
 def _opinions(random: Random, topic: Topic, happy: bool) -> list[str]:

@@ -86,17 +86,17 @@ class ServeOptions:
         if self.max_replicas is not None and self.max_replicas < max(1, self.replicas):
             raise BadInput(
                 f"--max-replicas {self.max_replicas} is below --replicas {self.replicas}",
-                "give a larger number",
+                "raise --max-replicas or lower --replicas",
             )
         if self.replicas < 1 and self.max_replicas is None:
             raise BadInput(
-                "0 replicas answer nothing",
-                "add --max-replicas: they then start when somebody asks",
+                "--replicas 0 leaves no replica to answer requests",
+                "add --max-replicas: replicas then start when requests arrive",
             )
         if not 0 <= (self.gpus or 0) <= 1:
             raise BadInput(
                 f"gpus: {self.gpus:g}: a replica computes on one GPU, a part of one, or none",
-                "give 0 to 1; more replicas take more",
+                "set gpus to a number from 0 to 1; add replicas to use more GPUs",
             )
         if bool(self.tls_cert) != bool(self.tls_key):
             raise BadInput("TLS needs a certificate and its key", "give --tls-cert and --tls-key")

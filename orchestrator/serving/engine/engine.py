@@ -122,11 +122,9 @@ class QueuedRow:
     @property
     def copies(self) -> int:
         """The rows that it takes in a forward: answers of several tokens need one row each."""
-        return (
-            len(self.prompt.answers)
-            if self.sampling is None and self.prompt.longest_answer > 1
-            else 1
-        )
+        if self.sampling is None and self.prompt.longest_answer > 1:
+            return len(self.prompt.answers)
+        return 1
 
     @property
     def kinds(self) -> frozenset[str]:
@@ -389,7 +387,7 @@ class ServingEngine:
         if row.completion is not None:
             entry.request.deliver(entry.row, row.completion)
         elif row.failure is not None:
-            log.error("a row failed", exc_info=row.failure)
+            log.error("generating a row failed", exc_info=row.failure)
             entry.request.fail(row.failure)
 
     def _fail(self, queued: Sequence[QueuedRow], error: BaseException) -> None:

@@ -189,7 +189,7 @@ class GenerationRow:
     def _stopped(self, previous_length: int) -> str | None:
         """Return the text before the first stop string, or None if there is no stop string.
 
-        The first ``before`` characters were searched in an earlier call.
+        The first ``previous_length`` characters were searched in an earlier call.
         """
         if not self.sampling.stop:
             return None

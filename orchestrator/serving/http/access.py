@@ -76,7 +76,8 @@ def read_keys(file: Path) -> list[ApiKey]:
     except (OSError, ValidationError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
         raise BadInput(
-            f"the key file {file} can't be read: {reason}", "orchestrator key NAME --file FILE"
+            f"the key file {file} can't be read: {reason}",
+            "create one with orchestrator key NAME --file FILE",
         ) from None
     return [
         ApiKey(entry.name, entry.sha256, tuple(entry.models), entry.per_minute) for entry in entries

@@ -26,7 +26,7 @@ def encode_chat(
     can't be rendered or does not fit.
     """
     if messages[-1].role != "user":
-        raise BadInput("the last of the messages has to be the user's")
+        raise BadInput("the last message must have role 'user'")
     if len(messages) > 1 and not has_chat_template(prompt.encoder.tokenizer):
         raise NoChatTemplate(
             f"The base model {prompt.manifest.base_model.id!r} has no chat template: "

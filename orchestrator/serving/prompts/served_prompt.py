@@ -91,11 +91,9 @@ class ServedPrompt:
         """The reason that the prompt can't classify; empty if it can."""
         if self.answers:
             return ""
-        return (
-            "generates text and has no labels"
-            if self.generates
-            else "was tuned without labels to choose from"
-        )
+        if self.generates:
+            return "generates text and has no labels"
+        return "was tuned without labels to choose from"
 
     @property
     def why_no_text(self) -> str:

@@ -189,7 +189,7 @@ class PromptStore:
             ]
 
     def card_of(self, model_id: str, prompt: ServedPrompt) -> ModelCard:
-        """Return a loaded prompt's card with the id ``wanted``, which need not be in the list."""
+        """Return a loaded prompt's card with the id ``model_id``, which need not be listed."""
         with self._lock:
             card = self._cards.get((prompt.name, prompt.version)) or _card_of(prompt)
             aliases = (
@@ -254,7 +254,7 @@ class PromptStore:
             self._report_outage(error)
             return
         if self._outage:
-            log.warning("the registry answers again")
+            log.warning("the registry can be reached again")
             self._outage = ""
         with self._lock:
             self._known = {name: dict(model.aliases) for name, model in live.items()}
@@ -277,7 +277,7 @@ class PromptStore:
         for name in canaries.keys() | self._canaries.keys():
             before, now = self._canaries.get(name), canaries.get(name)
             if before != now:
-                log.info("canary of %s: %s, before %s", printable(name), now, before)
+                log.info("canary of %s: now %s, was %s", printable(name), now, before)
         self._canaries = canaries
 
     def _poll(self) -> None:
@@ -308,12 +308,14 @@ class PromptStore:
         with self._lock:
             before = self._routes.get(route)
             self._routes[route] = version
-        log.info("%s@%s: version %s, before %s", printable(route[0]), route[1], version, before)
+        log.info("%s@%s: now version %s, was %s", printable(route[0]), route[1], version, before)
 
     def _report_outage(self, error: Exception) -> None:
         text = first_line(error, with_type=True)
         if text != self._outage:
-            log.warning("the registry does not answer, serving what is loaded: %s", text)
+            log.warning(
+                "the registry does not answer; serving the prompts already loaded: %s", text
+            )
         self._outage = text
 
     # Resolving references.
@@ -447,7 +449,9 @@ class PromptStore:
     def _note_gone(self, keys: Sequence[Key]) -> None:
         for name, version in keys:
             self.counts["evictions", name] += 1
-            log.info("version %s of %s leaves the model's memory", version, printable(name))
+            log.info(
+                "version %s of %s is evicted from the model's memory", version, printable(name)
+            )
 
     def _is_refused(self, key: Key) -> bool:
         refusal = self._refused.get(key)
