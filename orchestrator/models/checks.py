@@ -43,8 +43,8 @@ def check_stored_quantization(model_id: str, config: PreTrainedConfig, requested
     if reason := _why_unreadable(document):
         raise BadInput(
             f"{about}, which can't be read here: {reason}",
-            f"install a library that reads {method} on every machine of the search, or choose the model's "
-            "unquantised version (base_model.quantization rounds it as it is loaded)",
+            f"install a library that reads {method} on every machine of the search, or choose the "
+            "model's unquantised version (base_model.quantization rounds it as it is loaded)",
         )
 
 
