@@ -88,8 +88,10 @@ class DataRecord(Record):
     def place(self) -> str:
         """``path`` in short: for splits with files of their own, their common folder."""
         try:
-            named = json.loads(self.path).values()
-            files = [file for it in named for file in ([it] if isinstance(it, str) else it)]
+            paths = json.loads(self.path).values()
+            files: list[str] = []
+            for entry in paths:
+                files += [entry] if isinstance(entry, str) else entry
             return os.path.commonpath(files) or self.path
         except (ValueError, TypeError, AttributeError):  # a single path, or no common folder
             return self.path
@@ -222,8 +224,8 @@ class PromptArtifact:
 
 def _check_names(folder: Path, manifest: Manifest, tensors: Mapping[str, np.ndarray]) -> None:
     if manifest.method not in PROMPT_METHODS:
-        known = ", ".join(PROMPT_METHODS)
-        raise _broken(folder, f"its method is {manifest.method!r}, this release knows {known}")
+        methods = ", ".join(PROMPT_METHODS)
+        raise _broken(folder, f"its method is {manifest.method!r}, this release knows {methods}")
     prefix = manifest.method == "prefix_tuning"
     expected = set(tensors) <= set(PREFIXES) if prefix else set(tensors) == {SOFT}
     if not tensors or not expected:
@@ -278,10 +280,10 @@ def _read_weights(folder: Path, manifest: Manifest) -> dict[str, np.ndarray]:
         size = file.stat().st_size
         if size > MAX_WEIGHTS_BYTES:
             raise _broken(folder, f"{WEIGHTS} has {size} bytes, more than any soft prompt")
-        found = file_sha256(file)
+        digest = file_sha256(file)
     except OSError as error:
         raise _broken(folder, f"{WEIGHTS} can't be read ({error.strerror})") from None
-    if found != manifest.weights_sha256:
+    if digest != manifest.weights_sha256:
         raise _broken(
             folder, f"{WEIGHTS} does not match the digest in {MANIFEST}: cut short or altered"
         )
@@ -301,8 +303,8 @@ def file_sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _broken(folder: Path, what: str) -> BadInput:
+def _broken(folder: Path, problem: str) -> BadInput:
     return BadInput(
-        f"prompt artifact {folder}: {what}",
+        f"prompt artifact {folder}: {problem}",
         "register the prompt again from its search, or choose another version",
     )

@@ -66,7 +66,9 @@ def end_process(code: int) -> NoReturn:
     stuck = alive(_started)
     if not stuck:
         sys.exit(code)
-    log.warning("ending without a thread that is stuck in a call of Ray: %s", names(stuck))
+    log.warning(
+        "exiting without waiting for threads that are stuck in a call of Ray: %s", names(stuck)
+    )
     sys.stdout.flush()
     sys.stderr.flush()
     import psutil

@@ -207,7 +207,10 @@ def leave_ray() -> None:
     Ray's C++ code ends the process with exit code 1.
     """
     if stuck := await_ray_threads(THREADS_S):
-        log.warning("Ray is not shut down, because it is still called by: %s", names(stuck))
+        log.warning(
+            "Ray is not shut down, because these threads are still inside a call of Ray: %s",
+            names(stuck),
+        )
         return
     with uncollected():
         ray.shutdown()
@@ -247,7 +250,7 @@ def check_answers(address: str) -> None:
 def not_started(reason: str) -> Unreachable:
     return Unreachable(
         f"Ray did not start on this machine: {mask_secrets(reason)}",
-        "run it again when the machine has less to do, or name a running cluster with --address",
+        "try again when the machine is less busy, or name a running cluster with --address",
     )
 
 

@@ -15,10 +15,10 @@ def step_rows(num_rows: int, batch_size: int, seed: int, step: int) -> list[int]
     checkpoint needs only the step count to restore the position in the data. Batches run over the
     end of an epoch into the next one, and a batch larger than the data repeats rows.
     """
-    first = step * batch_size
+    first_position = step * batch_size
     return [
-        int(_epoch(num_rows, seed, place // num_rows)[place % num_rows])
-        for place in range(first, first + batch_size)
+        int(_epoch(num_rows, seed, position // num_rows)[position % num_rows])
+        for position in range(first_position, first_position + batch_size)
     ]
 
 
@@ -57,25 +57,25 @@ def length_groups(
     by dynamic programming over at most 64 distinct cuts.
     """
     order = sorted(range(len(lengths)), key=lambda row: lengths[row])
-    cuts = _cuts([lengths[row] for row in order])
+    boundaries = _cuts([lengths[row] for row in order])
     best: list[tuple[float, int]] = [(0.0, 0)]
-    for end in range(1, len(cuts)):
+    for end in range(1, len(boundaries)):
         options = []
+        longest = lengths[order[boundaries[end] - 1]]
         for start in range(end):
-            rows, longest = -(-(cuts[end] - cuts[start]) // ways), lengths[order[cuts[end] - 1]]
+            rows = -(-(boundaries[end] - boundaries[start]) // ways)
             if max_tokens is None or rows * longest <= max_tokens or start == end - 1:
                 options.append((best[start][0] + overhead + rows * longest, start))
         best.append(min(options))
-    groups, end = [], len(cuts) - 1
+    groups, end = [], len(boundaries) - 1
     while end:
         start = best[end][1]
-        groups.append(order[cuts[start] : cuts[end]])
+        groups.append(order[boundaries[start] : boundaries[end]])
         end = start
-    return [
-        piece
-        for group in reversed(groups)
-        for piece in _chunks(group, lengths, max_tokens, max_rows, ways)
-    ]
+    pieces = []
+    for group in reversed(groups):
+        pieces += _chunks(group, lengths, max_tokens, max_rows, ways)
+    return pieces
 
 
 def _cuts(sorted_lengths: list[int]) -> list[int]:

@@ -103,7 +103,7 @@ def _nested(cell: Mapping[Any, Any] | list[Any] | tuple[Any, ...], depth: int) -
 
 def _finite(number: Any) -> Any:
     if not math.isfinite(number):
-        raise BadInput(f"a cell holds {number}, which is no number", HINT)
+        raise BadInput(f"a cell holds {number}, which is not a finite number", HINT)
     return number
 
 
@@ -145,5 +145,5 @@ def _numpy_dates(cell: Any, kind: str, depth: int) -> Any:
         raise BadInput("a cell holds NaT, which is no date", HINT)
     if not isinstance(date, int):
         return date.isoformat()
-    whole = cell.astype("datetime64[us]")
-    return whole.tolist().isoformat() if whole == cell else str(cell)
+    microseconds = cell.astype("datetime64[us]")
+    return microseconds.tolist().isoformat() if microseconds == cell else str(cell)

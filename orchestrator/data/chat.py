@@ -71,12 +71,12 @@ class ChatFormat:
         that does not show a system message, the user's message or the answer as it is.
         """
         if not has_chat_template(tokenizer):
+            key = "data.chat" if column is None else "data.messages"
             raise BadInput(
-                "data.chat: the base model has no chat template" if column is None
-                else "data.messages: the base model has no chat template",
-                "leave it out, or choose a base model with a chat template (often named -Instruct "
-                "or -Chat)",
-            )  # fmt: skip
+                f"{key}: the base model has no chat template",
+                f"leave {key} out, or choose a base model with a chat template (often named "
+                "-Instruct or -Chat)",
+            )
         self._tokenizer = tokenizer
         self._source = str(tokenizer.get_chat_template())
         self.system = system
@@ -119,14 +119,14 @@ class ChatFormat:
         frame = self._frame(tuple(turn.role for turn in turns))
         contents = [turn.content for turn in turns]
         if check:
-            shown = self._shown(frame, turns)
-            self.strips += shown != [turn.text for turn in turns]
+            rendered = self._shown(frame, turns)
+            self.strips += rendered != [turn.text for turn in turns]
             contents = [
-                stripped(content, text) for content, text in zip(contents, shown, strict=True)
+                stripped(content, text) for content, text in zip(contents, rendered, strict=True)
             ]
         segments: Segments = [frame.texts[0]]
-        for place, text in zip(frame.order, frame.texts[1:], strict=True):
-            segments += [*contents[place], text]
+        for turn_index, text in zip(frame.order, frame.texts[1:], strict=True):
+            segments += [*contents[turn_index], text]
         return [*segments, TemplateText(self._opening_text)]
 
     def answer(self, text: str) -> str:
@@ -137,11 +137,11 @@ class ChatFormat:
         if text not in self._answers:
             turns = [Turn(USER, ["a"]), Turn(ASSISTANT, [text])]
             frame = self._frame((USER, ASSISTANT), answered=True)
-            shown = self._shown(frame, turns, answered=True)[1]
-            self._answers[text] = shown
-        shown = self._answers[text]
-        self.strips += shown != text
-        return self._opening + shown if self._opening.isspace() else shown
+            rendered = self._shown(frame, turns, answered=True)[1]
+            self._answers[text] = rendered
+        rendered = self._answers[text]
+        self.strips += rendered != text
+        return self._opening + rendered if self._opening.isspace() else rendered
 
     def _check_system(self, system: str) -> None:
         try:
@@ -158,10 +158,11 @@ class ChatFormat:
 
         The first is what it adds to the text that asks for an answer.
         """
-        asked = self._frame((USER,))
-        answered = self._frame((USER, ASSISTANT), answered=True)
-        before, behind = answered.texts[1], answered.texts[2]
-        opening = before[len(asked.texts[-1]) :] if before.startswith(asked.texts[-1]) else ""
+        question_frame = self._frame((USER,))
+        answered_frame = self._frame((USER, ASSISTANT), answered=True)
+        before, behind = answered_frame.texts[1], answered_frame.texts[2]
+        question_end = question_frame.texts[-1]
+        opening = before[len(question_end) :] if before.startswith(question_end) else ""
         return str(opening), str(behind)
 
     def _frame(self, roles: tuple[str, ...], answered: bool = False) -> _Frame:
@@ -175,19 +176,22 @@ class ChatFormat:
         return self._frames[key]
 
     def _made_frame(self, roles: tuple[str, ...], answered: bool) -> _Frame:
-        placeholders = [f"@{place}@{self.digest[:24]}@" for place in range(len(roles))]
+        placeholders = [f"@{turn_index}@{self.digest[:24]}@" for turn_index in range(len(roles))]
         text = self._rendered(roles, placeholders, answered)
-        for place, placeholder in enumerate(placeholders):
+        for turn_index, placeholder in enumerate(placeholders):
             if (times := text.count(placeholder)) != 1:
                 how = "does not show" if not times else "shows more than once"
                 raise BadInput(
-                    f"the base model's chat template {how} turn {place + 1} ({roles[place]})",
+                    f"the base model's chat template {how} turn {turn_index + 1} "
+                    f"({roles[turn_index]})",
                     LEAVE_OUT,
                 )
-        order = sorted(range(len(roles)), key=lambda place: text.index(placeholders[place]))
+        order = sorted(
+            range(len(roles)), key=lambda turn_index: text.index(placeholders[turn_index])
+        )
         texts = []
-        for place in order:
-            before, _, text = text.partition(placeholders[place])
+        for turn_index in order:
+            before, _, text = text.partition(placeholders[turn_index])
             texts.append(TemplateText(before))
         return _Frame((*texts, TemplateText(text)), tuple(order))
 
@@ -220,27 +224,35 @@ class ChatFormat:
         Raises BadInput for any other change.
         """
         texts = [turn.text for turn in turns]
-        whole = self._rendered([turn.role for turn in turns], texts, answered)
-        shown = list(texts)
-        place = 0
-        for number, turn in enumerate(frame.order):
-            place += len(frame.texts[number])
+        conversation = self._rendered([turn.role for turn in turns], texts, answered)
+        rendered = list(texts)
+        position = 0
+        for number, turn_index in enumerate(frame.order):
+            position += len(frame.texts[number])
             behind = frame.texts[number + 1]
-            text = texts[turn]
+            text = texts[turn_index]
             choices = [text, text.strip(), text.rstrip(), text.lstrip()]
-            found = [one for one in choices if whole.startswith(one + behind, place)]
+            variants = [
+                variant
+                for variant in choices
+                if conversation.startswith(variant + behind, position)
+            ]
             is_last = number + 1 == len(frame.order)
             if is_last:
-                found = [one for one in found if place + len(one + behind) == len(whole)]
-            if not found or not whole.startswith(frame.texts[0]):
+                variants = [
+                    variant
+                    for variant in variants
+                    if position + len(variant + behind) == len(conversation)
+                ]
+            if not variants or not conversation.startswith(frame.texts[0]):
                 raise BadInput(
-                    f"the base model's chat template changes turn {turn + 1} "
-                    f"({turns[turn].role}), {text[:60]!r}",
+                    f"the base model's chat template changes turn {turn_index + 1} "
+                    f"({turns[turn_index].role}), {text[:60]!r}",
                     LEAVE_OUT,
                 )
-            shown[turn] = found[0]
-            place += len(found[0])
-        return shown
+            rendered[turn_index] = variants[0]
+            position += len(variants[0])
+        return rendered
 
 
 def has_chat_template(tokenizer: Any) -> bool:
@@ -250,26 +262,26 @@ def has_chat_template(tokenizer: Any) -> bool:
 
 def stripped(content: Segments, shown: str) -> Segments:
     """Return a content without the white space at its ends that ``shown`` lacks."""
-    whole = _text(content)
-    if whole == shown:
+    text = _text(content)
+    if text == shown:
         return content
-    start = whole.find(shown) if shown else len(whole)
-    front, back = start, len(whole) - start - len(shown)
+    start = text.find(shown) if shown else len(text)
+    front, back = start, len(text) - start - len(shown)
     return _without(_without(content, front)[::-1], back, from_end=True)[::-1]
 
 
 def _without(content: Segments, count: int, from_end: bool = False) -> Segments:
     """Drop ``count`` characters from the first texts of a content."""
-    kept: Segments = []
+    segments: Segments = []
     for segment in content:
         if isinstance(segment, Mark) or not count:
-            kept.append(segment)
+            segments.append(segment)
             continue
         dropped = min(count, len(segment))
         count -= dropped
         rest = segment[: len(segment) - dropped] if from_end else segment[dropped:]
-        kept.append(TemplateText(rest) if isinstance(segment, TemplateText) else rest)
-    return kept
+        segments.append(TemplateText(rest) if isinstance(segment, TemplateText) else rest)
+    return segments
 
 
 def _text(content: Segments) -> str:

@@ -27,6 +27,6 @@ def row_weights(
     else:
         keyed = {label_key(label): weight for label, weight in weights.items()}
         by_label = {
-            place: keyed.get(label_key(label), 1.0) for place, label in enumerate(verbalizer.labels)
+            index: keyed.get(label_key(label), 1.0) for index, label in enumerate(verbalizer.labels)
         }
     return [by_label[label] for label in labels]

@@ -66,25 +66,25 @@ class ControlTokens:
 
     def pieces(self, texts: Sequence[str]) -> list[str]:
         """Return the joined texts, cut inside each control token that no template wrote."""
-        whole = "".join(texts)
-        if self.rule == "parse" or self._pattern is None or not self._pattern.search(whole):
-            return [whole]
-        places = [0, *sorted(set(self._cuts(whole, texts))), len(whole)]
-        return [whole[start:end] for start, end in pairwise(places)]
+        joined = "".join(texts)
+        if self.rule == "parse" or self._pattern is None or not self._pattern.search(joined):
+            return [joined]
+        boundaries = [0, *sorted(set(self._cuts(joined, texts))), len(joined)]
+        return [joined[start:end] for start, end in pairwise(boundaries)]
 
     def check(self, ids: Sequence[int], texts: Sequence[str]) -> None:
         """Raise BadInput if a tokenizer still read a control token in a text of no template."""
         if self.rule == "parse":
             return
-        found = [token_id for token_id in ids if token_id in self._watched]
-        if not found:
+        control_ids = [token_id for token_id in ids if token_id in self._watched]
+        if not control_ids:
             return
         allowed: Counter[int] = Counter()
         for text in texts:
             if isinstance(text, TemplateText):
                 allowed.update(self._ids_of(str(text)))
-        if strange := Counter(found) - allowed:
-            token = self._tokenizer.convert_ids_to_tokens(next(iter(strange)))
+        if unexplained := Counter(control_ids) - allowed:
+            token = self._tokenizer.convert_ids_to_tokens(next(iter(unexplained)))
             raise BadInput(
                 f"a text holds what the tokenizer reads as its control token {token!r}",
                 "leave it out; only templates write control tokens",
@@ -98,17 +98,17 @@ class ControlTokens:
         """Return the ids of the control tokens in a template's text, of which there are few."""
         if text not in self._written:
             ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-            self._written[text] = tuple(one for one in ids if one in self._watched)
+            self._written[text] = tuple(token_id for token_id in ids if token_id in self._watched)
         return self._written[text]
 
-    def _cuts(self, whole: str, texts: Sequence[str]) -> Iterator[int]:
+    def _cuts(self, joined: str, texts: Sequence[str]) -> Iterator[int]:
         """Yield a place inside each control token that is not wholly in a template's text."""
         ends = [0]
         for text in texts:
             ends.append(ends[-1] + len(text))
         spans = [(*ends, text) for ends, text in zip(pairwise(ends), texts, strict=True)]
-        for start, end in self._occurrences(whole):
-            boundaries = [place for place in ends if start < place < end]
+        for start, end in self._occurrences(joined):
+            boundaries = [position for position in ends if start < position < end]
             if boundaries:
                 yield boundaries[0]
                 continue
@@ -116,13 +116,13 @@ class ControlTokens:
             if not isinstance(writer, TemplateText):
                 yield start + 1
 
-    def _occurrences(self, whole: str) -> Iterator[tuple[int, int]]:
+    def _occurrences(self, joined: str) -> Iterator[tuple[int, int]]:
         """Yield start and end of every control token in a text, including overlapping ones."""
         assert self._pattern is not None
-        match = self._pattern.search(whole)
+        match = self._pattern.search(joined)
         while match:
             yield match.span()
-            match = self._pattern.search(whole, match.start() + 1)
+            match = self._pattern.search(joined, match.start() + 1)
 
 
 def _control_tokens(tokenizer: Any, mentioned_in: str) -> Iterator[tuple[str, int]]:

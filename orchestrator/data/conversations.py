@@ -57,7 +57,7 @@ def read_messages(cell: Any) -> list[Message]:
             "write messages as {role, content}; .jsonl and .parquet files can hold lists",
         )
     messages = [_message(number, item) for number, item in enumerate(listed, start=1)]
-    systems = [place for place, one in enumerate(messages) if one["role"] == SYSTEM]
+    systems = [index for index, message in enumerate(messages) if message["role"] == SYSTEM]
     if len(systems) > 1:
         raise BadInput(f"has {len(systems)} system messages", f"keep one of them; {HINT}")
     if systems and systems[0] > 0:
@@ -86,12 +86,12 @@ def _message(number: int, item: Any) -> Message:
         raise BadInput(f"turn {number} has the role {role!r}, which belongs to tools", NO_TOOLS)
     if not isinstance(role, str) or role not in ROLES:
         raise BadInput(
-            f"turn {number} has the role {role!r}; known are {', '.join(ROLES)}",
+            f"turn {number} has the role {role!r}; the known roles are {', '.join(ROLES)}",
             f"correct its {keys[0]}",
         )
-    for key, what in MEANINGFUL.items():
+    for key, meaning in MEANINGFUL.items():
         if _holds(item.get(key)):
-            raise BadInput(f"turn {number} has {key}: {what} is not supported", "leave it out")
+            raise BadInput(f"turn {number} has {key}: {meaning} is not supported", "leave it out")
     return {"role": ROLES[role], "content": _content(number, content)}
 
 
@@ -156,13 +156,13 @@ class Conversations:
         )
 
     def _row(self, row: Row, number: int, split: str) -> Row:
-        placed = row if isinstance(row, SourceRow) else SourceRow(row, number=number)
+        source_row = row if isinstance(row, SourceRow) else SourceRow(row, number=number)
         if self.data.messages is not None:
-            return self._from_messages(placed, self.data.messages, split)
-        column = self._column(placed, PROMPT)
-        if column is None or not is_conversation(placed[column]):
+            return self._from_messages(source_row, self.data.messages, split)
+        column = self._column(source_row, PROMPT)
+        if column is None or not is_conversation(source_row[column]):
             return row
-        return self._from_prompt(placed, column, split)
+        return self._from_prompt(source_row, column, split)
 
     def _from_messages(self, row: SourceRow, name: str, split: str) -> SourceRow:
         column = self._column(row, name)
@@ -201,7 +201,7 @@ class Conversations:
     def _column(self, row: Row, name: str) -> str | None:
         """Return the row's own name of a column that may be renamed; None if the row lacks it."""
         names = [name, *(old for old, new in self.data.rename.items() if new == name)]
-        return next((each for each in names if each in row), None)
+        return next((candidate for candidate in names if candidate in row), None)
 
 
 def every_answer(rows: Sequence[Row]) -> Iterator[Row]:
@@ -209,22 +209,24 @@ def every_answer(rows: Sequence[Row]) -> Iterator[Row]:
     for row in rows:
         prompt = row.get(PROMPT)
         if isinstance(row, SourceRow) and isinstance(prompt, list):
-            for place, message in enumerate(prompt):
-                if message["role"] == ASSISTANT and prompt[place - 1]["role"] == USER:
-                    yield _cut(row, prompt[:place], message["content"])
+            for index, message in enumerate(prompt):
+                if message["role"] == ASSISTANT and prompt[index - 1]["role"] == USER:
+                    yield _cut(row, prompt[:index], message["content"])
         yield row
 
 
 def _last_answer(messages: Sequence[Message]) -> int:
-    places = [place for place, one in enumerate(messages) if one["role"] == ASSISTANT]
-    if not places:
+    answer_indices = [
+        index for index, message in enumerate(messages) if message["role"] == ASSISTANT
+    ]
+    if not answer_indices:
         raise BadInput("has no turn of the assistant, so there is nothing to learn", HINT)
-    return places[-1]
+    return answer_indices[-1]
 
 
 def _only_answer(messages: Sequence[Message]) -> str:
     if len(messages) != 1 or messages[0]["role"] != ASSISTANT:
-        roles = ", ".join(one["role"] for one in messages)
+        roles = ", ".join(message["role"] for message in messages)
         raise BadInput(
             f"holds turns of {roles}; one turn of the assistant belongs there",
             "move the others to the prompt",

@@ -66,16 +66,16 @@ def read_csv(text: TextFile, options: CsvSpec, tabs: bool) -> CsvRows:
         columns, rows = _rows(text, _quoted_cells(text, delimiter, fully_quoted), delimiter)
     else:
         columns, rows = _rows(text, _plain_cells(text, delimiter, opening_quotes), delimiter)
-    found = CsvRows(columns, rows, Dialect(delimiter, quoted, text.used_encoding))
+    table = CsvRows(columns, rows, Dialect(delimiter, quoted, text.used_encoding))
     if options.quoting == AUTO:
-        found.notes += opening_quotes.notes(text)
-    if len(columns) == 1 and (other := OTHER_DELIMITERS.search(columns[0])):
-        found.notes.append(
+        table.notes += opening_quotes.notes(text)
+    if len(columns) == 1 and (other_delimiter := OTHER_DELIMITERS.search(columns[0])):
+        table.notes.append(
             f"{text}: the header is a single cell, {columns[0][:60]!r}, with "
             f"{NAMES[delimiter] if delimiter in NAMES else repr(delimiter)} as delimiter; "
-            f"if {other.group()!r} separates the cells, set data.csv.delimiter"
+            f"if {other_delimiter.group()!r} separates the cells, set data.csv.delimiter"
         )
-    return found
+    return table
 
 
 @dataclass
@@ -211,8 +211,8 @@ def distinct_names(header: Iterable[str]) -> list[str]:
     names = list(header)
     counts = Counter(names)
     return [
-        f"{name} (column {place})" if counts[name] > 1 else name
-        for place, name in enumerate(names, start=1)
+        f"{name} (column {number})" if counts[name] > 1 else name
+        for number, name in enumerate(names, start=1)
     ]
 
 

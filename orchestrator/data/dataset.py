@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -83,56 +84,63 @@ def load_rows(
     of the spec's files by split, if they have already been read. ``begun`` is set for a search that
     is resumed: a setting without effect does not stop it. Raises BadInput or Unreachable.
     """
-    read = _read_all(data) if files is None else files
-    found = {split: rows for split, rows in wanted_rows(read, data).items() if split in SPLITS}
+    all_rows = wanted_rows(_read_all(data) if files is None else files, data)
+    split_rows = {split: rows for split, rows in all_rows.items() if split in SPLITS}
     if not begun:
-        _refuse_idle_fractions(found, data)
+        _refuse_idle_fractions(split_rows, data)
     if data.prefix_lm:
-        found = {
+        split_rows = {
             split: list(cut_in_two(rows, data.prefix_lm, data.split_seed))
-            for split, rows in found.items()
+            for split, rows in split_rows.items()
         }
     conversations = Conversations(data)
-    found = {split: list(conversations.read(rows, split)) for split, rows in found.items()}
-    named = [
-        column for template in (data.template, *templates) for column in Template(template).columns
-    ]
-    used = UsedColumns(data, list(dict.fromkeys(named)))
-    cut = {split: used.cut(rows, split) for split, rows in found.items()}
-    for split, count in used.dropped.items():
-        if not cut[split]:
+    split_rows = {
+        split: list(conversations.read(rows, split)) for split, rows in split_rows.items()
+    }
+    used_columns = UsedColumns(data, _columns_of((data.template, *templates)))
+    used_rows = {split: used_columns.cut(rows, split) for split, rows in split_rows.items()}
+    for split, count in used_columns.dropped.items():
+        if not used_rows[split]:
             raise BadInput(
                 f"data.empty: drop leaves no row of {split}: {count} of {count} have no input",
                 "fill in the columns that data.template names, or correct it",
             )
-    splits = _split(cut, data)
+    splits = _split(used_rows, data)
     for split in SPLITS:
         if not splits[split]:
-            raise _empty_split(split, cut, data)
-    notes = (*_dropped_notes(used.dropped, found), *conversations.notes())
+            raise _empty_split(split, used_rows, data)
+    notes = (*_dropped_notes(used_columns.dropped, split_rows), *conversations.notes())
     return replace(splits, notes=notes)
 
 
+def _columns_of(templates: Sequence[str]) -> list[str]:
+    """Return the columns that the templates name, each once."""
+    columns: dict[str, None] = {}
+    for template in templates:
+        columns |= dict.fromkeys(Template(template).columns)
+    return list(columns)
+
+
 def _dropped_notes(
-    dropped: Mapping[str, int], found: Mapping[str, Sequence[Row]]
+    dropped: Mapping[str, int], splits: Mapping[str, Sequence[Row]]
 ) -> tuple[str, ...]:
     return tuple(
-        f"data.empty: drop left out {count} of {len(found[split])} rows of {split}, "
+        f"data.empty: drop left out {count} of {len(splits[split])} rows of {split}, "
         "which have no input"
         for split, count in dropped.items()
     )
 
 
-def _empty_split(split: str, found: Mapping[str, list[Row]], data: DataSpec) -> BadInput:
+def _empty_split(split: str, splits: Mapping[str, list[Row]], data: DataSpec) -> BadInput:
     """Explain why a split has no rows, and what to do about it."""
-    if split in found:
+    if split in splits:
         return BadInput(
             f"the {split} split is empty",
             f"give data.path.{split} at least one row, or leave it out",
         )
     template = Template(data.template)
-    inputs = {template.fill(row) for row in found["train"]}
-    count = len(found["train"])
+    inputs = {template.fill(row) for row in splits["train"]}
+    count = len(splits["train"])
     if len(inputs) == 1 and count > 1:
         return BadInput(
             f"all {count} rows of train have the same input {min(inputs)[:60]!r}: "
@@ -146,29 +154,29 @@ def _empty_split(split: str, found: Mapping[str, list[Row]], data: DataSpec) -> 
     )
 
 
-def load_split(data: DataSpec, split: str, more: Sequence[str] = ()) -> list[Row]:
-    """Load the rows of one split, reduced to the spec's columns and those in ``more``.
+def load_split(data: DataSpec, split: str, further_columns: Sequence[str] = ()) -> list[Row]:
+    """Load the rows of one split, reduced to the spec's columns and those in ``further_columns``.
 
     Raises BadInput or Unreachable.
     """
-    found = wanted_rows(_read_all(data), data)
-    if not found.get(split):
-        known = ", ".join(sorted(name for name in found if found[name])) or "none"
+    splits = wanted_rows(_read_all(data), data)
+    if not splits.get(split):
+        names = ", ".join(sorted(name for name in splits if splits[name])) or "none"
         raise BadInput(
-            f"the data has no rows in split {split!r}; it has {known}", "choose one of them"
+            f"the data has no rows in split {split!r}; it has {names}", "choose one of them"
         )
-    rows = Conversations(data).read(found[split], split)
-    return UsedColumns(data, Template(data.template).columns, more).cut(rows, split)
+    rows = Conversations(data).read(splits[split], split)
+    return UsedColumns(data, Template(data.template).columns, further_columns).cut(rows, split)
 
 
-def _refuse_idle_fractions(found: Mapping[str, list[Row]], data: DataSpec) -> None:
+def _refuse_idle_fractions(splits: Mapping[str, list[Row]], data: DataSpec) -> None:
     """Raise BadInput for a fraction of a split that the data already has.
 
     This is checked here because only the data shows which splits it has.
     """
     for name, split in (("validation_fraction", "validation"), ("test_fraction", "test")):
         value = getattr(data, name)
-        if split in found and value != DataSpec.model_fields[name].default:
+        if split in splits and value != DataSpec.model_fields[name].default:
             raise BadInput(
                 f"data.{name} {value} has no effect: the data has a {split} split",
                 f"leave data.{name} out",
@@ -183,42 +191,45 @@ def cut_in_two(rows: Sequence[Row], column: str, seed: int) -> Iterator[Row]:
     text in the column.
     """
     for number, row in enumerate(rows):
-        placed = row if isinstance(row, SourceRow) else SourceRow(row, number=number + 1)
+        source_row = row if isinstance(row, SourceRow) else SourceRow(row, number=number + 1)
         if not isinstance(text := row.get(column), str):
             raise BadInput(
-                f"data.prefix_lm names column {column!r}, and {place_of(placed, 'the data')} "
+                f"data.prefix_lm names column {column!r}, and {place_of(source_row, 'the data')} "
                 f"has no text there; it has {sorted(row)}",
                 "correct data.prefix_lm",
             )
         starts = [match.start() for match in WORD.finditer(text)][1:]
         if starts:
             prefix = text[: random.Random(f"{seed} {number}").choice(starts)].rstrip()
-            yield placed.with_cells({PREFIX: prefix, CONTINUATION: text[len(prefix) :]})
+            yield source_row.with_cells({PREFIX: prefix, CONTINUATION: text[len(prefix) :]})
 
 
-def wanted_rows(found: Mapping[str, list[Row]], data: DataSpec) -> dict[str, list[Row]]:
+def wanted_rows(splits: Mapping[str, list[Row]], data: DataSpec) -> dict[str, list[Row]]:
     """Keep the rows of each split that match ``data.where``.
 
     Splits without such rows are left out. Raises BadInput when no row of any split matches, or when
     a column is in no row.
     """
     if not data.where:
-        return dict(found)
+        return dict(splits)
     for column in data.where:
-        if not any(column in row for rows in found.values() for row in rows):
-            known = sorted({name for rows in found.values() for row in rows[:1] for name in row})
+        if not any(column in row for row in chain(*splits.values())):
+            first_rows = (rows[0] for rows in splits.values() if rows)
+            columns = sorted(set().union(*first_rows))
             raise BadInput(
-                f"data.where names column {column!r}, which no row has; rows have {known}",
-                "correct it",
+                f"data.where names column {column!r}, which no row has; rows have {columns}",
+                "correct data.where",
             )
-    kept = {split: [row for row in rows if _is_wanted(row, data)] for split, rows in found.items()}
-    if not any(kept.values()):
+    matching = {
+        split: [row for row in rows if _is_wanted(row, data)] for split, rows in splits.items()
+    }
+    if not any(matching.values()):
         raise BadInput(
-            f"no row is as data.where asks: {data.where}",
+            f"no row matches data.where: {data.where}",
             "correct the values, or leave data.where out",
         )
     # A split without rows is left out, and is then set aside from train.
-    return {split: rows for split, rows in kept.items() if rows}
+    return {split: rows for split, rows in matching.items() if rows}
 
 
 def _is_wanted(row: Row, data: DataSpec) -> bool:
@@ -233,13 +244,14 @@ def _means(cell: Any, value: Any) -> bool:
 
 
 def _known_builtin(path: str) -> str:
-    bare = path.removeprefix(BUILTIN)
-    if bare not in BUILTIN_DATA:
-        known = ", ".join(BUILTIN + name for name in BUILTIN_DATA)
+    name = path.removeprefix(BUILTIN)
+    if name not in BUILTIN_DATA:
+        builtin_paths = ", ".join(BUILTIN + name for name in BUILTIN_DATA)
         raise BadInput(
-            f"data.path {path!r} is unknown; built-in data sets are {known}", "choose one of them"
+            f"data.path {path!r} is unknown; built-in data sets are {builtin_paths}",
+            "choose one of them",
         )
-    return bare
+    return name
 
 
 def _read_all(data: DataSpec) -> dict[str, list[Row]]:
@@ -296,7 +308,7 @@ def _read_hub(data: DataSpec, name: str) -> dict[str, list[Row]]:
     except (ValueError, FileNotFoundError, RuntimeError) as error:
         raise BadInput(
             f"data.path {name!r} can't be loaded: {first_line(error)}",
-            "see the hub page",
+            "see the data set's page on the hub",
         ) from None
     return {
         split: _named_labels(list(loaded[split]), loaded[split].features, data) for split in loaded
@@ -321,21 +333,22 @@ def _class_name(number: Any, names: Sequence[str]) -> str | None:
     return names[number] if number is not None and 0 <= number < len(names) else None
 
 
-def _split(found: dict[str, list[Row]], data: DataSpec) -> RowSplits:
-    if "train" not in found:
+def _split(splits: dict[str, list[Row]], data: DataSpec) -> RowSplits:
+    if "train" not in splits:
         raise BadInput(
-            f"the data has no train split, only {sorted(found)}", "name it under data.path.train"
+            f"the data has no train split, only {sorted(splits)}", "name it under data.path.train"
         )
-    train, made = found["train"], dict(found)
+    train, rows_of = splits["train"], dict(splits)
     fractions = {"test": data.test_fraction, "validation": data.validation_fraction}
-    missing = [split for split in fractions if split not in found and train]
-    for place, split in enumerate(missing):
-        stays = len(missing) - place  # an input for train and for each split that comes later
-        train, made[split] = set_aside(train, fractions[split], data, stays)
+    missing = [split for split in fractions if split not in splits and train]
+    for index, split in enumerate(missing):
+        # Leave an input for train and for each split that comes later.
+        inputs_to_keep = len(missing) - index
+        train, rows_of[split] = set_aside(train, fractions[split], data, inputs_to_keep)
     # After the other splits are set aside, which must not see a part of one of its conversations.
-    made["train"] = list(every_answer(train)) if data.train_on == "all" else train
+    rows_of["train"] = list(every_answer(train)) if data.train_on == "all" else train
     limited = {
-        split: _limit(made.get(split, []), getattr(data.limit, split), data.split_seed)
+        split: _limit(rows_of.get(split, []), getattr(data.limit, split), data.split_seed)
         for split in SPLITS
     }
     return RowSplits(limited["train"], limited["validation"], limited["test"])
@@ -359,8 +372,8 @@ def set_aside(
         aside = held_out_inputs(
             inputs, labels, fraction, data.split_seed, stays=stays, pool_rare=pool_rare
         )
-    kept = [row for text, row in zip(inputs, rows, strict=True) if text not in aside]
-    return kept, [row for text, row in zip(inputs, rows, strict=True) if text in aside]
+    remaining = [row for text, row in zip(inputs, rows, strict=True) if text not in aside]
+    return remaining, [row for text, row in zip(inputs, rows, strict=True) if text in aside]
 
 
 def _random_inputs(inputs: Sequence[str], fraction: float, seed: int) -> set[str]:
@@ -368,11 +381,11 @@ def _random_inputs(inputs: Sequence[str], fraction: float, seed: int) -> set[str
     sizes = Counter(inputs)
     keys = list(sizes)
     random.Random(seed).shuffle(keys)
-    wanted = max(1, round(fraction * len(inputs))) if len(keys) > 1 else 0
+    row_target = max(1, round(fraction * len(inputs))) if len(keys) > 1 else 0
     aside: set[str] = set()
     count = 0
     for key in keys[:-1]:  # at least one input must be kept
-        if count >= wanted:
+        if count >= row_target:
             break
         aside.add(key)
         count += sizes[key]
@@ -382,5 +395,5 @@ def _random_inputs(inputs: Sequence[str], fraction: float, seed: int) -> set[str
 def _limit(rows: list[Row], limit: int | None, seed: int) -> list[Row]:
     if limit is None or len(rows) <= limit:
         return rows
-    chosen = sorted(random.Random(seed).sample(range(len(rows)), limit))
-    return [rows[place] for place in chosen]
+    indices = sorted(random.Random(seed).sample(range(len(rows)), limit))
+    return [rows[index] for index in indices]

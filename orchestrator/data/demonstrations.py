@@ -21,11 +21,10 @@ SEPARATOR = TemplateText("\n\n")
 def written_out(encoder: Encoder, row: Row, target: str) -> WrittenText:
     """Write out a row's input text with its answer, at the blank or else at the end."""
     verbalizer = encoder.verbalizer
-    answer = (
-        target_text(row[target])
-        if verbalizer is None
-        else verbalizer.texts[verbalizer.index(row[target])]
-    )
+    if verbalizer is None:
+        answer = target_text(row[target])
+    else:
+        answer = verbalizer.texts[verbalizer.index(row[target])]
     parts = encoder.template.parts(row)
     if not encoder.template.has_blank:
         parts = [*parts, answer]
@@ -50,16 +49,13 @@ def chosen(encoder: Encoder, rows: Sequence[Row], target: str, count: int, seed:
         label = encoder.verbalizer.index(row[target]) if encoder.verbalizer else 0
         if len(groups[label]) < count and len(encoder.row_ids(row)) <= encoder.max_input_tokens:
             groups[label].append(row)
-        if (
-            groups
-            and all(len(group) == count for group in groups.values())
-            and len(groups) == _labels(encoder)
-        ):
+        is_full = all(len(group) == count for group in groups.values())
+        if groups and is_full and len(groups) == _labels(encoder):
             break
-    found = [
-        group[place] for place in range(count) for group in groups.values() if place < len(group)
-    ]
-    return found[:count]
+    alternating = []
+    for rank in range(count):
+        alternating += [group[rank] for group in groups.values() if rank < len(group)]
+    return alternating[:count]
 
 
 def _labels(encoder: Encoder) -> int:

@@ -134,14 +134,14 @@ class Designs:
     def _encode(self, design: Design, rows: Sequence[Row]) -> tuple[Encoded, float]:
         encoder, target = self.encoder(design), self._data.target
         targets = [encoder.encode_target(row, target) for row in rows]
-        texts, shown = self._in_front(design, rows)
+        texts, average_shown = self._in_front(design, rows)
         encoded = Encoded(
             [encoder.encode_input(row, text) for row, text in zip(rows, texts, strict=True)],
             [ids for ids, _ in targets],
-            [place for _, place in targets],
+            [label_index for _, label_index in targets],
             reference_texts(rows, self._data) if self._generated else [],
         )
-        return encoded, shown
+        return encoded, average_shown
 
     def _in_front(self, design: Design, rows: Sequence[Row]) -> tuple[list[str], float]:
         """Return the text in front of each row, and the average number of demonstrations."""
@@ -150,8 +150,10 @@ class Designs:
         if design.demonstrations == "random":
             text, count = self._random(design)
             return [text] * len(rows), float(count)
-        found = [self._nearest(design, row) for row in rows]
-        return [text for text, _ in found], sum(count for _, count in found) / len(found)
+        texts_and_counts = [self._nearest(design, row) for row in rows]
+        texts = [text for text, _ in texts_and_counts]
+        counts = [count for _, count in texts_and_counts]
+        return texts, sum(counts) / len(counts)
 
     def _random(self, design: Design) -> tuple[str, int]:
         """Return the demonstrations for all rows as a text, and their number.
@@ -159,11 +161,8 @@ class Designs:
         The longest row of validation and test decides how many of them fit.
         """
         encoder = self.encoder(design)
-        longest = max(
-            len(encoder.encode_input(row))
-            for split in (self._rows.validation, self._rows.test)
-            for row in split
-        )
+        rows = (*self._rows.validation, *self._rows.test)
+        longest = max(len(encoder.encode_input(row)) for row in rows)
         room = self._room(encoder, longest)
         return demonstrations(
             encoder, self._rows.train, self._data.target, design.shots, design.seed,
@@ -178,8 +177,8 @@ class Designs:
         encoder = self.encoder(design)
         room = self._room(encoder, len(encoder.encode_input(row)))
         texts: list[WrittenText] = []
-        for place in self._index.nearest(_words(row, encoder), design.shots):
-            text = written_out(encoder, self._rows.train[place], self._data.target)
+        for row_index in self._index.nearest(_words(row, encoder), design.shots):
+            text = written_out(encoder, self._rows.train[row_index], self._data.target)
             room -= len(encoder.input_ids(joined([text])))
             if room < 0:
                 break
@@ -208,31 +207,29 @@ class _Index:
 
     def __init__(self, rows: Sequence[Counter[str]]) -> None:
         self._size = len(rows)
-        places: dict[str, list[tuple[int, int]]] = {}
-        for place, words in enumerate(rows):
+        row_counts: dict[str, dict[int, int]] = {}  # for each word, how often each row has it
+        for row_index, words in enumerate(rows):
             for word, count in words.items():
-                places.setdefault(word, []).append((place, count))
-        self._weights = {
-            word: math.log(1 + len(rows) / len(found)) for word, found in places.items()
-        }
-        self._postings = {
-            word: (
-                np.array([place for place, _ in found]),
-                self._weights[word] * np.array([n for _, n in found], float),
-            )
-            for word, found in places.items()
-        }
+                row_counts.setdefault(word, {})[row_index] = count
+        self._weights: dict[str, float] = {}
+        self._postings: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         squares = np.zeros(len(rows))
-        for where, weights in self._postings.values():
-            squares[where] += weights**2
+        for word, counts in row_counts.items():
+            weight = math.log(1 + len(rows) / len(counts))
+            row_indices = np.array(list(counts))
+            weights = weight * np.array(list(counts.values()), float)
+            squares[row_indices] += weights**2
+            self._weights[word] = weight
+            self._postings[word] = (row_indices, weights)
         self._lengths = np.sqrt(squares) + 1e-9
 
     def nearest(self, words: Counter[str], count: int) -> list[int]:
         """Return the indices of the nearest rows, nearest first; ties keep the rows' order."""
         scores = np.zeros(self._size)
-        for word, times in words.items():
+        for word, query_count in words.items():
             if word in self._postings:
-                where, weights = self._postings[word]
-                scores[where] += times * self._weights[word] * weights
-        found: list[int] = np.argsort(-scores / self._lengths, kind="stable")[:count].tolist()
-        return found
+                row_indices, weights = self._postings[word]
+                scores[row_indices] += query_count * self._weights[word] * weights
+        order = np.argsort(-scores / self._lengths, kind="stable")
+        nearest_rows: list[int] = order[:count].tolist()
+        return nearest_rows

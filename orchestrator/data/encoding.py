@@ -115,7 +115,11 @@ class Encoder:
         They include the end token if one answer is the beginning of another. Without it, "A" would
         always be at least as likely as "A b".
         """
-        if any(a != b and b[: len(a)] == a for a in self.answers for b in self.answers):
+        if any(
+            answer != other and other[: len(answer)] == answer
+            for answer in self.answers
+            for other in self.answers
+        ):
             return self.ended_answers
         return self.answers
 
@@ -132,29 +136,29 @@ class Encoder:
     def _check_special_tokens(self) -> None:
         """Refuse a tokenizer whose special tokens, which are in every row, have no embedding."""
         mask = [self.tokenizer.mask_token_id] if self.family == "masked" else []
-        whole = [*self._front, *self._back, *self._opening, *self._ended, *mask]
-        self._check_table(whole, "every row")
+        special_ids = [*self._front, *self._back, *self._opening, *self._ended, *mask]
+        self._check_table(special_ids, "every row")
 
-    def _check_table(self, ids: Sequence[int], what: str) -> None:
+    def _check_table(self, ids: Sequence[int], holder: str) -> None:
         """Refuse token ids beyond the embedding table.
 
-        ``what`` names the source of the ids in the message.
+        ``holder`` names the source of the ids in the message.
         """
         if self._table_size is None or max(ids, default=0) < self._table_size:
             return
         token_id = max(ids)
         token = self.tokenizer.convert_ids_to_tokens(token_id)
-        raise beyond_table(token, token_id, self._table_size, what)
+        raise beyond_table(token, token_id, self._table_size, holder)
 
     def _check_answers(self) -> None:
-        for place, ids in enumerate(self.answer_words):
-            text = self.verbalizer.texts[place] if self.verbalizer else ""
+        for index, ids in enumerate(self.answer_words):
+            text = self.verbalizer.texts[index] if self.verbalizer else ""
             if not ids:
                 raise BadInput(
                     f"data.verbalizer text {text!r} has no tokens",
                     "write a text that the tokenizer keeps",
                 )
-            if ids in self.answer_words[:place]:
+            if ids in self.answer_words[:index]:
                 raise BadInput(
                     f"data.verbalizer text {text!r} has the same tokens as another",
                     "make the texts differ",
@@ -215,8 +219,8 @@ class Encoder:
         ids = self._marked_ids(
             parts_of(segments) if isinstance(segments, str) else self._until_blank(segments)
         )
-        whole = [*self._missing_front(ids), *ids, *self._missing_back(ids)]
-        return whole or [self.tokenizer.eos_token_id]  # a model can't start from nothing
+        all_ids = [*self._missing_front(ids), *ids, *self._missing_back(ids)]
+        return all_ids or [self.tokenizer.eos_token_id]  # a model can't start from nothing
 
     def _missing_front(self, ids: Sequence[int]) -> list[int]:
         """Return the special tokens to put in front of an input."""
@@ -237,12 +241,12 @@ class Encoder:
         For a masked model these are all segments. For other models the input ends before the blank,
         without white space at its end.
         """
-        kept: list[str | Mark] = []
+        input_segments: list[str | Mark] = []
         for segment in segments:
             if self.family != "masked" and isinstance(segment, Mark) and segment.is_blank:
-                return _without_space_at_end(kept)
-            kept.append(segment)
-        return kept
+                return _without_space_at_end(input_segments)
+            input_segments.append(segment)
+        return input_segments
 
     def _marked_ids(
         self, segments: Sequence[str | Mark], control: ControlTokens | None = None
@@ -409,8 +413,8 @@ class Encoder:
 
         For tokenizers that report no offsets.
         """
-        whole = range(len(text))
-        return bisect_right(whole, tokens, key=lambda end: self._count(text[:end])) - 1
+        ends = range(len(text))
+        return bisect_right(ends, tokens, key=lambda length: self._count(text[:length])) - 1
 
     def _count(self, text: str) -> int:
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -422,13 +426,13 @@ class Encoder:
         one longer than ``max_target_tokens`` unless the encoder cuts targets.
         """
         if self.verbalizer is not None:
-            place = self.verbalizer.index(row[target])
-            return [*self.answers[place], *self._ended], place
+            label_index = self.verbalizer.index(row[target])
+            return [*self.answers[label_index], *self._ended], label_index
         ids = [*self.answer_ids(target_text(row[target])), *self._ended]
         if not ids:
             raise BadInput(
                 f"a target has no tokens: {target_text(row[target])[:60]!r}",
-                "a masked model fills in at least one; drop such rows",
+                "a masked model fills in at least one token; drop such rows",
             )
         if len(ids) > self.max_target_tokens and self._cuts_targets:
             ids = ids[: self.max_target_tokens]
@@ -494,8 +498,8 @@ def make_encoder(
     verbalizer = None
     chat = chat_format(data, tokenizer, family) if data.uses_chat else None
     if data.verbalizer is not None:
-        seen = (row[data.target] for split in SPLITS for row in rows[split])
-        verbalizer = Verbalizer.covering(data.verbalizer, seen)
+        labels = (row[data.target] for split in SPLITS for row in rows[split])
+        verbalizer = Verbalizer.covering(data.verbalizer, labels)
     return Encoder(
         tokenizer, Template(data.template), verbalizer, data.max_input_tokens,
         data.max_target_tokens, family, data.sentinel, data.prefix_lm is not None, table_size,
@@ -515,12 +519,12 @@ def chat_format(data: DataSpec, tokenizer: Tokenizer, family: Family) -> ChatFor
 
 
 @contextmanager
-def _naming(what: str) -> Iterator[None]:
+def _naming(column: str) -> Iterator[None]:
     """Put the name of a column in front of a refusal."""
     try:
         yield
     except BadInput as error:
-        message = f"{what}: {error.message}" if what else error.message
+        message = f"{column}: {error.message}" if column else error.message
         raise BadInput(message, error.hint) from None
 
 
@@ -541,14 +545,14 @@ def _runs(segments: Sequence[str | Mark]) -> Iterator[Mark | list[str]]:
 
 def _without_space_at_end(segments: Sequence[str | Mark]) -> list[str | Mark]:
     """Drop the white space behind the last mark or word."""
-    kept = list(segments)
-    while kept and isinstance(last := kept[-1], str):
+    remaining = list(segments)
+    while remaining and isinstance(last := remaining[-1], str):
         text = last.rstrip()
         if text:
-            kept[-1] = TemplateText(text) if isinstance(last, TemplateText) else text
+            remaining[-1] = TemplateText(text) if isinstance(last, TemplateText) else text
             break
-        kept.pop()
-    return kept
+        remaining.pop()
+    return remaining
 
 
 def shortened(text: str) -> str:
@@ -561,15 +565,13 @@ def _sentinel(tokenizer: Tokenizer, family: Family) -> int:
 
     Raises BadInput for a model or tokenizer without one.
     """
-    found = tokenizer.get_vocab().get(SENTINEL)
-    if family != "seq2seq" or found is None:
-        what = (
-            f"the base model's tokenizer has no {SENTINEL}"
-            if family == "seq2seq"
-            else f"a {family} model has none"
-        )
-        raise BadInput(f"data.sentinel: {what}", "leave data.sentinel out, or choose a T5 model")
-    return int(found)
+    sentinel_id = tokenizer.get_vocab().get(SENTINEL)
+    if family != "seq2seq" or sentinel_id is None:
+        problem = f"a {family} model has none"
+        if family == "seq2seq":
+            problem = f"the base model's tokenizer has no {SENTINEL}"
+        raise BadInput(f"data.sentinel: {problem}", "leave data.sentinel out, or choose a T5 model")
+    return int(sentinel_id)
 
 
 def check_context(
@@ -583,7 +585,7 @@ def check_context(
 
     ``rows`` are the rows that were encoded, so that the message can name the longest one.
     """
-    longest, split = max((max(each.lengths), split) for split, each in splits.items())
+    longest, split = max((max(encoded.lengths), split) for split, encoded in splits.items())
     if prompt_tokens + longest > context:
         error = BadInput(
             f"{prompt_tokens} virtual tokens and {longest} tokens of input and target "
@@ -597,11 +599,11 @@ def check_context(
 
 def _special_tokens(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """Return the special tokens that the tokenizer puts in front of a text, and those behind it."""
-    bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
-    whole = list(tokenizer("a")["input_ids"])
-    for start in range(len(whole) - len(bare) + 1):
-        if whole[start : start + len(bare)] == bare:
-            return whole[:start], whole[start + len(bare) :]
+    without_special = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    with_special = list(tokenizer("a")["input_ids"])
+    for start in range(len(with_special) - len(without_special) + 1):
+        if with_special[start : start + len(without_special)] == without_special:
+            return with_special[:start], with_special[start + len(without_special) :]
     return [], []
 
 

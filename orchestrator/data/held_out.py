@@ -12,6 +12,7 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from orchestrator.data.cells import cell_text
 from orchestrator.data.source_row import Row
@@ -60,12 +61,13 @@ def held_out_inputs(
     single input are treated as one class; otherwise such an input is not held out.
     """
     sizes = Counter(inputs)
-    wanted = max(1, round(fraction * len(inputs)))
+    row_target = max(1, round(fraction * len(inputs)))
     classes = _draw(_inputs_by_label(inputs, labels, pool_rare), sizes, fraction, seed)
-    shares = _whole_shares(classes, wanted, stays)
+    shares = _whole_shares(classes, row_target, stays)
     chosen = _choose(classes, shares, sizes)
     if not chosen:  # no class has two inputs
-        chosen = _nearest([text for each in classes for text in each.inputs], sizes, wanted)
+        all_inputs = list(chain(*(label_class.inputs for label_class in classes)))
+        chosen = _nearest(all_inputs, sizes, row_target)
     return set(chosen[: max(0, len(sizes) - stays)])
 
 
@@ -111,52 +113,53 @@ def _choose(
     If a class gives too many or too few rows, because its groups have the wrong sizes, the next
     class makes up for it.
     """
-    chosen: list[str] = []
+    inputs: list[str] = []
     missing = 0
-    for each, count in zip(classes, shares, strict=True):
+    for label_class, count in zip(classes, shares, strict=True):
         if not count:
             continue
-        most = count // 2  # limits how much a class makes up for large groups of another
-        aim = count + max(-most, min(most, missing))
-        taken = _nearest(each.inputs, sizes, aim)
-        missing += count - sum(sizes[text] for text in taken)
-        chosen += taken
-    return chosen
+        # Limit how much a class makes up for large groups of another.
+        adjustment_limit = count // 2
+        row_target = count + max(-adjustment_limit, min(adjustment_limit, missing))
+        class_inputs = _nearest(label_class.inputs, sizes, row_target)
+        missing += count - sum(sizes[text] for text in class_inputs)
+        inputs += class_inputs
+    return inputs
 
 
-def _whole_shares(classes: Sequence[_Class], wanted: int, stays: int) -> list[int]:
-    """Round each class's share to whole rows that add up to ``wanted``, or to a few more.
+def _whole_shares(classes: Sequence[_Class], row_target: int, stays: int) -> list[int]:
+    """Round each class's share to whole rows that add up to ``row_target``, or to a few more.
 
     Classes whose share is below one row are rounded up first if they have more than ``stays``
     inputs.
     """
-    shares = [each.whole_rows for each in classes]
-    left = max(0, wanted - sum(shares))
-    candidates = [place for place, each in enumerate(classes) if each.remainder > 0]
+    shares = [label_class.whole_rows for label_class in classes]
+    missing_rows = max(0, row_target - sum(shares))
+    candidates = [index for index, label_class in enumerate(classes) if label_class.remainder > 0]
 
-    def urgency(place: int) -> tuple[bool, bool, float]:
-        each = classes[place]
-        return shares[place] > 0, len(each.inputs) <= stays, -each.remainder
+    def urgency(index: int) -> tuple[bool, bool, float]:
+        label_class = classes[index]
+        return shares[index] > 0, len(label_class.inputs) <= stays, -label_class.remainder
 
     candidates.sort(key=urgency)
-    rare = sum(urgency(place)[:2] == (False, False) for place in candidates)
-    rounded_up = max(left, min(rare, left + max(1, wanted // GROWTH)))
-    for place in candidates[:rounded_up]:
-        shares[place] += 1
+    rare = sum(urgency(index)[:2] == (False, False) for index in candidates)
+    rounded_up = max(missing_rows, min(rare, missing_rows + max(1, row_target // GROWTH)))
+    for index in candidates[:rounded_up]:
+        shares[index] += 1
     return shares
 
 
-def _nearest(inputs: Sequence[str], sizes: Mapping[str, int], wanted: int) -> list[str]:
-    """Choose some of the inputs, but not all, so that their rows add up to about ``wanted``.
+def _nearest(inputs: Sequence[str], sizes: Mapping[str, int], row_target: int) -> list[str]:
+    """Choose some of the inputs, but not all, so that about ``row_target`` rows are held out.
 
     At least one input is chosen if there are several.
     """
     chosen: list[str] = []
     count = 0
     for text in inputs:
-        if count >= wanted or len(chosen) + 1 >= len(inputs):
+        if count >= row_target or len(chosen) + 1 >= len(inputs):
             break
-        if abs(count + sizes[text] - wanted) <= wanted - count:
+        if abs(count + sizes[text] - row_target) <= row_target - count:
             chosen.append(text)
             count += sizes[text]
     if not chosen and len(inputs) > 1:

@@ -164,9 +164,9 @@ class _JsonText:
             yield self._value()
             separator = self.next_character()
             if separator not in (",", "]"):
-                found = repr(separator) if separator else "nothing"
+                actual = repr(separator) if separator else "nothing"
                 _refuse(
-                    self._file, self._line(self._place), f"has {found} where ',' or ']' belongs"
+                    self._file, self._line(self._place), f"has {actual} where ',' or ']' belongs"
                 )
             self._place += 1
             if separator == "]":
@@ -185,17 +185,17 @@ class _JsonText:
             value, self._place = DECODER.raw_decode(self._text, self._place)
         except json.JSONDecodeError as error:
             end = self._line(error.pos)
-            begun = f" (the value begins in line {line})" if end != line else ""
-            _refuse(self._file, end, f"can't be read as JSON: {error.msg}{begun}")
+            beginning = f" (the value begins in line {line})" if end != line else ""
+            _refuse(self._file, end, f"can't be read as JSON: {error.msg}{beginning}")
         except (ValueError, RecursionError) as error:
             _refuse(self._file, line, _fault(error))
         _refuse_half_characters(self._file, line, value)
         return line, value
 
-    def _line(self, place: int) -> int:
+    def _line(self, position: int) -> int:
         """Return the line of a position, counting from the position of the previous call."""
-        self._lines += self._text.count("\n", self._counted, place)
-        self._counted = place
+        self._lines += self._text.count("\n", self._counted, position)
+        self._counted = position
         return self._lines
 
 

@@ -53,11 +53,9 @@ def place_of(row: Any, split: str = "") -> str:
     line = getattr(row, "line", None)
     if source and line:
         return f"{source}:{line} (row {number})"
-    return (
-        f"row {number} of {source or split}"
-        if number
-        else f"a row of {source or split or 'the data'}"
-    )
+    if number:
+        return f"row {number} of {source or split}"
+    return f"a row of {source or split or 'the data'}"
 
 
 def at_row(error: BadInput, row: Any) -> BadInput:

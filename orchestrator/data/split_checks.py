@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Literal
 
 from orchestrator.data.cells import cell_text
@@ -158,7 +159,7 @@ class _Splits:
 
 def _single_input(splits: _Splits) -> Iterator[Finding]:
     """Report the same input in all rows of all splits."""
-    distinct = {text for split in SPLITS for text in splits.inputs[split]}
+    distinct = set(chain(*splits.inputs.values()))
     if len(distinct) == 1:
         count, text = sum(splits.rows.counts.values()), next(iter(distinct))
         yield Finding(
@@ -252,11 +253,11 @@ def _small_classes(splits: _Splits) -> Iterator[Finding]:
 
 def _row_counts(counts: Sequence[tuple[str, int]]) -> str:
     """Write, for instance, "3 rows of class 'spam', 1 row of class 'ham' and 4 more classes"."""
-    shown = [
+    listed_classes = [
         f"{count} {_plural('row', count)} of class {_short(label)}"
         for label, count in counts[:SHOWN]
     ]
-    return _listed(shown, len(counts) - len(shown), "more class", "more classes")
+    return _listed(listed_classes, len(counts) - len(listed_classes), "more class", "more classes")
 
 
 def _shared_with_train(splits: _Splits) -> Iterator[Finding]:
@@ -309,17 +310,18 @@ def _contradictions(splits: _Splits) -> Iterator[Finding]:
     if not splits.has_classes:
         return
     for split in splits.judged:
-        found = _contradicting(splits.inputs[split], splits.labels[split])
-        if not found:
+        contradicting = _contradicting(splits.inputs[split], splits.labels[split])
+        if not contradicting:
             continue
-        one, other = next(iter(found.values()))
-        labels = [_short(splits.labels[split][index]) for index in (one, other)]
-        places = [splits.place(split, index) for index in (one, other)]
+        first, second = next(iter(contradicting.values()))
+        labels = [_short(splits.labels[split][index]) for index in (first, second)]
+        places = [splits.place(split, index) for index in (first, second)]
         example = f"{places[0]} with {labels[0]} and {places[1]} with {labels[1]}"
-        occur = "input occurs" if len(found) == 1 else "inputs occur"
+        occur = "input occurs" if len(contradicting) == 1 else "inputs occur"
         yield Finding(
             "warn",
-            f"{len(found)} {occur} with different labels in {split}, for instance {example}",
+            f"{len(contradicting)} {occur} with different labels in {split}, "
+            f"for instance {example}",
             "correct the labels, or drop such rows",
         )
 
@@ -338,8 +340,8 @@ def _columns_that_tell(splits: _Splits) -> Iterator[Finding]:
     """Find columns of the template that reveal the answer, for instance the label's name."""
     if splits.data.prefix_lm is not None:
         return
-    answers = [label for split in SPLITS for label in splits.labels[split]]
-    rows = [row for split in SPLITS for row in splits.rows[split]]
+    answers = list(chain(*(splits.labels[split] for split in SPLITS)))
+    rows = list(chain(*(splits.rows[split] for split in SPLITS)))
     if len(rows) < 2 * len(splits.classes) and splits.has_classes:
         return  # too few rows to tell a label's name from a text
     for column in Template(splits.data.template).columns:
@@ -368,15 +370,16 @@ def _first_places(inputs: Sequence[str]) -> dict[str, int]:
 
 def _classes(labels: Sequence[str]) -> str:
     """Write, for instance, "class 'a'", or "classes 'a', 'b' and 7 more classes"."""
-    shown = [_short(label) for label in labels[:SHOWN]]
-    names = _listed(shown, len(labels) - len(shown), "more class", "more classes")
+    listed = [_short(label) for label in labels[:SHOWN]]
+    names = _listed(listed, len(labels) - len(listed), "more class", "more classes")
     return f"{_plural('class', len(labels))} {names}"
 
 
-def _listed(shown: Sequence[str], left_out: int, one: str, several: str) -> str:
+def _listed(listed: Sequence[str], left_out: int, singular: str, plural: str) -> str:
     """Join texts with commas and a final "and"; the last part counts what was left out."""
-    more = [f"{left_out} {one if left_out == 1 else several}"] if left_out else []
-    texts = [*shown, *more]
+    texts = list(listed)
+    if left_out:
+        texts.append(f"{left_out} {singular if left_out == 1 else plural}")
     if len(texts) == 1:
         return texts[0]
     return f"{', '.join(texts[:-1])} and {texts[-1]}"

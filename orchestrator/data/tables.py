@@ -92,8 +92,8 @@ def _read(file: Path, kind: str, options: CsvSpec) -> Table:
     if kind == "json":
         columns, rows = read_json(TextFile(file, JSON_REMEDY))
         return Table(rows, columns)
-    found = read_csv(TextFile(file, CSV_REMEDY, options.encoding), options, tabs=kind == "tsv")
-    return Table(found.rows, found.columns, found.dialect, tuple(found.notes))
+    table = read_csv(TextFile(file, CSV_REMEDY, options.encoding), options, tabs=kind == "tsv")
+    return Table(table.rows, table.columns, table.dialect, tuple(table.notes))
 
 
 def _read_parquet(file: Path) -> tuple[list[str], list[SourceRow]]:
@@ -102,9 +102,9 @@ def _read_parquet(file: Path) -> tuple[list[str], list[SourceRow]]:
 
     with open_binary(file) as stream:
         # Parquet is read from the end of the file, which is impossible while decompressing it.
-        whole = io.BytesIO(stream.read()) if compression_of(file) else str(file)
+        parquet_source = io.BytesIO(stream.read()) if compression_of(file) else str(file)
     try:
-        with parquet.ParquetFile(whole) as table:
+        with parquet.ParquetFile(parquet_source) as table:
             columns = distinct_names(table.schema_arrow.names)
             return columns, list(_parquet_rows(table, columns, str(file)))
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:

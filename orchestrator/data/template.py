@@ -126,19 +126,19 @@ class Template:
         except BadInput as error:
             raise BadInput(f"column {column!r}: {error.message}", error.hint) from None
 
-    def row(self, given: str | Row) -> Row:
+    def row(self, value: str | Row) -> Row:
         """Turn a served input into a row: a bare text fills the template's only column.
 
         Raises BadInput for a bare text when the template has several columns or none.
         """
-        if not isinstance(given, str):
-            return given
+        if not isinstance(value, str):
+            return value
         if len(self.columns) != 1:
             raise BadInput(
                 f"a bare text can't fill the columns {list(self.columns)}",
-                "send an object with one value a column",
+                "send an object with a value for each column",
             )
-        return {self.columns[0]: given}
+        return {self.columns[0]: value}
 
     @cached_property
     def tail(self) -> str:
@@ -168,7 +168,7 @@ class Verbalizer:
     texts: tuple[str, ...]
 
     @classmethod
-    def covering(cls, mapping: Mapping[Label, str], seen: Iterable[Any]) -> Verbalizer:
+    def covering(cls, mapping: Mapping[Label, str], labels: Iterable[Any]) -> Verbalizer:
         """Select the entries that the data needs, in the spec's order.
 
         Labels are matched by meaning and keep the spec's spelling. Keys that no row has are left
@@ -178,7 +178,7 @@ class Verbalizer:
         """
         if conflict := next(contradictions(mapping), None):
             raise BadInput(f"data.verbalizer: {conflict}", "keep one of them")
-        seen_labels = {label_key(label): label for label in seen}
+        seen_labels = {label_key(label): label for label in labels}
         keyed = by_meaning(mapping)
         missing = sorted((label for key, label in seen_labels.items() if key not in keyed), key=str)
         if missing:
@@ -187,23 +187,23 @@ class Verbalizer:
                 f"of the data; it has {list(mapping)}",
                 _uncovered_hint(missing, keyed),
             )
-        used = [label for key, label in keyed.items() if key in seen_labels]
-        texts = [mapping[label] for label in used]
+        used_labels = [label for key, label in keyed.items() if key in seen_labels]
+        texts = [mapping[label] for label in used_labels]
         for text in texts:
             if texts.count(text) > 1:
-                sharing = [label for label in used if mapping[label] == text]
+                sharing = [label for label in used_labels if mapping[label] == text]
                 raise BadInput(
                     f"data.verbalizer gives labels {sharing} the same text {text!r}",
                     "make the texts distinct",
                 )
-        return cls(tuple(used), tuple(texts))
+        return cls(tuple(used_labels), tuple(texts))
 
     def index(self, label: Any) -> int:
         return self._places[label_key(label)]
 
     @cached_property
     def _places(self) -> dict[LabelKey, int]:
-        return {label_key(label): place for place, label in enumerate(self.labels)}
+        return {label_key(label): index for index, label in enumerate(self.labels)}
 
 
 def _uncovered_hint(missing: Iterable[Any], keyed: Mapping[LabelKey, Label]) -> str:
@@ -232,7 +232,7 @@ def continuation_ids(tokenizer: Tokenizer, before: str, text: str) -> list[int]:
     """
     anchor = before or "a"
     head = tokenizer(anchor, add_special_tokens=False)["input_ids"]
-    whole = tokenizer(anchor + text, add_special_tokens=False)["input_ids"]
-    if whole[: len(head)] == head and len(whole) > len(head):
-        return list(whole[len(head) :])
+    joined_ids = tokenizer(anchor + text, add_special_tokens=False)["input_ids"]
+    if joined_ids[: len(head)] == head and len(joined_ids) > len(head):
+        return list(joined_ids[len(head) :])
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -103,12 +103,12 @@ class TextFile:
         for number, text in enumerate(self._texts()):
             if number == 0:
                 newline = "\n" if "\n" in text or "\r" not in text else "\r"
-            whole = rest + text
-            end = whole.rfind(newline) + 1
-            rest = whole[end:]
+            buffer = rest + text
+            end = buffer.rfind(newline) + 1
+            rest = buffer[end:]
             # Both values of newline leave line ends untranslated; "" also ends lines at carriage
             # returns.
-            yield from io.StringIO(whole[:end], newline="\n" if newline == "\n" else "")
+            yield from io.StringIO(buffer[:end], newline="\n" if newline == "\n" else "")
         if rest:
             yield rest
 

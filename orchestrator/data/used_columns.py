@@ -39,36 +39,37 @@ class UsedColumns:
         target, for references that are not texts, for a cell that can't be turned into text, and
         with ``data.empty: refuse`` for a row without an input.
         """
-        found: list[Row] = []
+        used_rows: list[Row] = []
         empty: list[tuple[SourceRow, str]] = []
         for number, row in enumerate(rows, start=1):
-            placed = self._source_row(row, number)
-            column = self._empty_column(placed, split)
-            if column and column not in placed:
-                self._check_known(column, rows, placed, split)
-            cut = self._cut_row(placed, split)
+            source_row = self._source_row(row, number)
+            column = self._empty_column(source_row, split)
+            if column and column not in source_row:
+                self._check_known(column, rows, source_row, split)
+            used_row = self._cut_row(source_row, split)
             if column:
-                empty.append((cut, column))
+                empty.append((used_row, column))
             if not column or self.data.empty == "keep":
-                found.append(cut)
+                used_rows.append(used_row)
         if empty and self.data.empty == "refuse":
             raise _without_input(empty, split)
         if empty and self.data.empty == "drop":
             self.dropped[split] = len(empty)
-        return found
+        return used_rows
 
     def _source_row(self, row: Row, number: int) -> SourceRow:
         """Return the row with renamed columns and the place that it was read from."""
-        placed = row if isinstance(row, SourceRow) else SourceRow(row, number=number)
+        source_row = row if isinstance(row, SourceRow) else SourceRow(row, number=number)
         new_names = {new: row[old] for old, new in self.data.rename.items() if old in row}
-        return placed.with_cells({**placed, **new_names}) if new_names else placed
+        return source_row.with_cells({**source_row, **new_names}) if new_names else source_row
 
     def _check_known(self, column: str, rows: Sequence[Row], row: SourceRow, split: str) -> None:
         """Refuse a column that no row has: such a column is misspelt rather than empty."""
         if column in self._known:
             return
         old_names = {old for old, new in self.data.rename.items() if new == column}
-        if not any(name in other for other in rows for name in (column, *old_names)):
+        names = {column, *old_names}
+        if all(names.isdisjoint(any_row) for any_row in rows):
             raise self._lacking(column, row, split)
         self._known.add(column)
 
@@ -97,7 +98,7 @@ class UsedColumns:
 
     def _check_target(self, row: SourceRow, split: str) -> None:
         target = row[self.data.target]
-        value = (target[0] if target else None) if isinstance(target, list) else target
+        value = next(iter(target), None) if isinstance(target, list) else target
         if is_missing(value) or (isinstance(value, str) and self._is_no_answer(value)):
             raise BadInput(
                 f"{place_of(row, split)} has no value in the target column {self.data.target!r}",
@@ -115,8 +116,8 @@ class UsedColumns:
             try:
                 text = cell_text(row.get(column))
             except BadInput as error:
-                place = f"{place_of(row, split)}, column {column!r}"
-                raise BadInput(f"{place}: {error.message}", error.hint) from None
+                location = f"{place_of(row, split)}, column {column!r}"
+                raise BadInput(f"{location}: {error.message}", error.hint) from None
             if is_blank(text):
                 return column
         return ""

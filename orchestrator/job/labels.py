@@ -55,21 +55,21 @@ def spelled(label: Any) -> str:
 
 def by_meaning(labels: Iterable[Label]) -> dict[LabelKey, Label]:
     """Return the labels by their keys; the first label wins among those that mean the same."""
-    found: dict[LabelKey, Label] = {}
+    label_of: dict[LabelKey, Label] = {}
     for label in labels:
-        found.setdefault(label_key(label), label)
-    return found
+        label_of.setdefault(label_key(label), label)
+    return label_of
 
 
 def contradictions(texts: Mapping[Label, str]) -> Iterator[str]:
     """Describe each pair of labels that mean the same but have different texts."""
-    first = by_meaning(texts)
+    label_of = by_meaning(texts)
     for label, text in texts.items():
-        other = first[label_key(label)]
-        if texts[other] != text:
+        first_label = label_of[label_key(label)]
+        if texts[first_label] != text:
             yield (
-                f"{spelled(other)} and {spelled(label)} are the same label, "
-                f"with the texts {texts[other]!r} and {text!r}"
+                f"{spelled(first_label)} and {spelled(label)} are the same label, "
+                f"with the texts {texts[first_label]!r} and {text!r}"
             )
 
 
@@ -96,9 +96,9 @@ def _text_key(text: str) -> LabelKey:
 def _spelled_number(text: str) -> int | float | None:
     """Return the number that a text spells, or None unless the text is its usual spelling."""
     try:
-        whole = int(text)
-        if str(whole) == text:
-            return whole
+        integer = int(text)
+        if str(integer) == text:
+            return integer
     except ValueError:  # also raised for thousands of digits, which Python refuses to convert
         pass
     try:

@@ -220,8 +220,8 @@ def _other_scheduler_than(*schedulers: str) -> Callable[[JobSpec], str]:
     """Make a reason for a setting that only these schedulers read."""
 
     def reason(job: JobSpec) -> str:
-        chosen = job.search.scheduler
-        return "" if chosen in schedulers else f"with search.scheduler {chosen}"
+        scheduler = job.search.scheduler
+        return "" if scheduler in schedulers else f"with search.scheduler {scheduler}"
 
     return reason
 

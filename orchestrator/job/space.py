@@ -70,14 +70,14 @@ class TrialSpec:
 
         ``from_config`` reads it back.
         """
-        own = {
+        values = {
             "init": self.init_config or None, "num_virtual_tokens": self.num_virtual_tokens or None,
             "rank": self.rank, "alpha": self.alpha, "bottleneck": self.bottleneck,
             "template": self.template, "shots": self.shots, "demonstrations": self.demonstrations,
             "learning_rate": self.learning_rate or None,
         }  # fmt: skip
         return {
-            **{name: value for name, value in own.items() if value is not None},
+            **{name: value for name, value in values.items() if value is not None},
             "seed": self.seed,
         }
 
@@ -90,8 +90,8 @@ class TrialSpec:
     def init_config(self) -> Any:
         """The init as the job spec writes it."""
         options = {name: getattr(self, field) for name, field in INIT_FIELDS.items()}
-        given = {name: value for name, value in options.items() if value is not None}
-        return given or self.init
+        set_options = {name: value for name, value in options.items() if value is not None}
+        return set_options or self.init
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> TrialSpec:
@@ -107,10 +107,10 @@ class TrialSpec:
                 {**dict.fromkeys(SpaceSpec.model_fields), **config}, context=BASELINE_SPACE
             )
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
+            problem = error.errors()[0]
+            key = ".".join(map(str, problem["loc"]))
             raise BadInput(
-                f"a trial's configuration has a bad {place}: {first['msg']}: {dict(config)}"
+                f"a trial's configuration has a bad {key}: {problem['msg']}: {dict(config)}"
             ) from None
         if any(isinstance(value, list | LogUniform | Uniform) for value in _dimensions(space)):
             raise BadInput(f"a trial's configuration has one value for each key: {dict(config)}")
@@ -120,17 +120,15 @@ class TrialSpec:
         """Describe the trial in one short line for tables."""
         if not self.init:
             return self._baseline_label()
-        text = " ".join((self.init_text or self.init_artifact or "").split())
-        start = f'"{text if len(text) <= 24 else text[:21] + "..."}"' if text else self.init
+        start = _excerpt(self.init_text or self.init_artifact) or self.init
         return (
             f"{start}, {self.num_virtual_tokens} tokens, lr {self.learning_rate:.3g}, seed "
             f"{self.seed}"
         )
 
     def _baseline_label(self) -> str:
-        template = " ".join((self.template or "").split())
         parts = [
-            f'"{template if len(template) <= 24 else template[:21] + "..."}"' if template else "",
+            _excerpt(self.template),
             f"{self.shots} {self.demonstrations} demonstrations" if self.shots else "",
             "no demonstrations" if self.shots == 0 else "",
             f"rank {self.rank}, alpha {self.alpha}" if self.rank and self.alpha else "",
@@ -142,9 +140,21 @@ class TrialSpec:
 
 def _missing(config: Mapping[str, Any]) -> list[str]:
     """Return the keys that a configuration lacks for the method that it fits best."""
-    spaces = [[name for name in own if name != "template"] for own in SPACES.values()]
-    nearest = max(spaces, key=lambda own: (sum(name in config for name in own), -len(own)))
-    return [name for name in nearest if name not in config]
+
+    def fit(names: Sequence[str]) -> tuple[int, int]:
+        required = set(names) - {"template"}
+        return len(required & config.keys()), -len(required)
+
+    nearest = max(SPACES.values(), key=fit)
+    return [name for name in nearest if name != "template" and name not in config]
+
+
+def _excerpt(text: str | None) -> str:
+    """Return the beginning of a text in quotes, on one line; empty for an empty text."""
+    line = " ".join((text or "").split())
+    if not line:
+        return ""
+    return f'"{line}"' if len(line) <= 24 else f'"{line[:21]}..."'
 
 
 def trials(search: SearchSpec) -> list[TrialSpec]:
@@ -168,9 +178,9 @@ def _grid_trials(search: SearchSpec) -> list[TrialSpec]:
     values = _listed(search.space)
     if values is None or search.trials is None or search.trials >= math.prod(map(len, values)):
         return grid(search.space)
-    chosen = random.Random(search.seed).sample(range(math.prod(map(len, values))), search.trials)
+    indices = random.Random(search.seed).sample(range(math.prod(map(len, values))), search.trials)
     names = _names(search.space)
-    return [trial_at(_point(values, index), names) for index in chosen]
+    return [trial_at(_point(values, index), names) for index in indices]
 
 
 def trial_count(search: SearchSpec) -> int:
@@ -256,14 +266,14 @@ def dimensions(space: SpaceSpec) -> dict[str, Any]:
 
 def trial_at(row: Row, names: Sequence[str] = PROMPT_SPACE) -> TrialSpec:
     """Return the trial with one value for each of the named dimensions."""
-    found = dict(zip(names, row, strict=True))
-    init: Init | None = found.pop("init", None)
-    found["learning_rate"] = float(found.get("learning_rate") or 0.0)
+    values = dict(zip(names, row, strict=True))
+    init: Init | None = values.pop("init", None)
+    values["learning_rate"] = float(values.get("learning_rate") or 0.0)
     kind: dict[str, Any] = {"init": init or "", "init_text": None}
     if isinstance(init, Section):
         ((name, value),) = init.model_dump().items()
         kind |= {"init": name, INIT_FIELDS[name]: value}
-    return TrialSpec(**{"num_virtual_tokens": 0, **kind, **found})
+    return TrialSpec(**{"num_virtual_tokens": 0, **kind, **values})
 
 
 def longest(space: SpaceSpec) -> int:
@@ -317,8 +327,8 @@ def _point(values: list[list[Any]], index: int) -> Row:
     """Return point ``index`` of the grid; the last dimension runs fastest."""
     row = []
     for column in reversed(values):
-        index, place = divmod(index, len(column))
-        row.append(column[place])
+        index, value_index = divmod(index, len(column))
+        row.append(column[value_index])
     return row[::-1]
 
 
@@ -373,18 +383,18 @@ def _mix(rows: list[Row], rng: random.Random) -> None:
     Rows stay different from each other, and each value occurs as often as before.
     """
     width = len(rows[0])
-    seen = {tuple(row) for row in rows}
+    points = {tuple(row) for row in rows}
     for _ in range(MIXING * len(rows) * width if len(rows) > 1 else 0):
-        one, other = rng.sample(rows, 2)
+        first, second = rng.sample(rows, 2)
         column = rng.randrange(width)
-        swapped = [_swapped(one, other, column), _swapped(other, one, column)]
-        before, after = {tuple(one), tuple(other)}, {tuple(row) for row in swapped}
-        if seen.isdisjoint(after - before):
-            seen -= before
-            seen |= after
-            one[:], other[:] = swapped
+        swapped = [_swapped(first, second, column), _swapped(second, first, column)]
+        old_points, new_points = {tuple(first), tuple(second)}, {tuple(row) for row in swapped}
+        if points.isdisjoint(new_points - old_points):
+            points -= old_points
+            points |= new_points
+            first[:], second[:] = swapped
     rng.shuffle(rows)
 
 
-def _swapped(row: Row, other: Row, column: int) -> Row:
-    return [*row[:column], other[column], *row[column + 1 :]]
+def _swapped(target: Row, source: Row, column: int) -> Row:
+    return [*target[:column], source[column], *target[column + 1 :]]

@@ -40,11 +40,9 @@ def instead_of_model(folder: Path) -> Misplaced | None:
         )
     if adapters := subfolders_with(folder, ADAPTER_CONFIG):
         bases = sorted({base for name in adapters if (base := _config(folder / name)[1])})
-        step = (
-            f"set base_model.id to {' or '.join(bases)}"
-            if bases
-            else "name the model that they were trained on"
-        )
+        step = "name the model that they were trained on"
+        if bases:
+            step = f"set base_model.id to {' or '.join(bases)}"
         return Misplaced(
             f"holds PEFT adapters in its subfolders and no model: {_listed(adapters)}", step
         )
@@ -71,7 +69,7 @@ def instead_of_adapter(folder: Path) -> Misplaced | None:
 def subfolders_with(folder: Path, file: str) -> list[str]:
     """Return the names of direct subfolders that hold the file, or none if they can't be listed."""
     try:
-        return sorted(found.parent.name for found in folder.glob(f"*/{file}") if found.is_file())
+        return sorted(path.parent.name for path in folder.glob(f"*/{file}") if path.is_file())
     except OSError:
         return []
 
@@ -79,11 +77,7 @@ def subfolders_with(folder: Path, file: str) -> list[str]:
 def _adapter(folder: Path) -> Misplaced:
     kind, base = _config(folder)
     of_base = f" of {base!r}" if base else ""
-    model = (
-        f"set base_model.id to {base}"
-        if base
-        else "set base_model.id to the model that it was trained on"
-    )
+    model = f"set base_model.id to {base or 'the model that it was trained on'}"
     if kind in PROMPTS:
         return Misplaced(
             f"is a PEFT adapter ({kind}){of_base} and not a model",

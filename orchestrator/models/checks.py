@@ -23,11 +23,11 @@ RESIZE = (
 )
 
 
-def check_stored_quantization(model_id: str, config: PreTrainedConfig, wanted: str) -> None:
+def check_stored_quantization(model_id: str, config: PreTrainedConfig, requested: str) -> None:
     """Raise BadInput for a model stored quantised that the installed libraries can't read.
 
-    ``wanted`` is base_model.quantization. It has to be "none", because the setting has no meaning
-    for a model that is quantised already.
+    ``requested`` is base_model.quantization. It has to be "none", because the setting has no
+    meaning for a model that is quantised already.
     """
     stored = getattr(config, "quantization_config", None)
     if stored is None:
@@ -35,16 +35,16 @@ def check_stored_quantization(model_id: str, config: PreTrainedConfig, wanted: s
     document = dict(stored) if isinstance(stored, dict) else stored.to_dict()
     method = _quantization_method(document)
     about = f"base_model.id {model_id!r}: its weights are quantised by {method}"
-    if wanted != "none":
+    if requested != "none":
         raise BadInput(
-            f"{about} already, and base_model.quantization is {wanted}",
+            f"{about} already, and base_model.quantization is {requested}",
             "leave base_model.quantization out, or choose the model's unquantised version",
         )
     if reason := _why_unreadable(document):
         raise BadInput(
             f"{about}, which can't be read here: {reason}",
-            f"install what reads {method} on every machine of the search, or choose the model's "
-            "unquantised version (base_model.quantization rounds it as it is loaded)",
+            f"install a library that reads {method} on every machine of the search, or choose the "
+            "model's unquantised version (base_model.quantization rounds it as it is loaded)",
         )
 
 
@@ -126,13 +126,13 @@ def decoder_start(config: PreTrainedConfig, folder: Path) -> int | None:
     return getattr(config, "pad_token_id", None) if start is None else start
 
 
-def beyond_table(token: str, token_id: int, size: int, what: str) -> BadInput:
+def beyond_table(token: str, token_id: int, size: int, holder: str) -> BadInput:
     """Make the error for a token that the model has no embedding for.
 
-    ``what`` says where the token comes from.
+    ``holder`` says where the token comes from.
     """
     return BadInput(
-        f"{what} holds token {token!r}, id {token_id}, and the base model's embedding table has "
+        f"{holder} holds token {token!r}, id {token_id}, and the base model's embedding table has "
         f"{size} rows, ids 0 to {size - 1}",
         RESIZE,
     )

@@ -105,8 +105,8 @@ class ReplayState:
     def select(self, rows: Tensor) -> ReplayState:
         places = rows.tolist()
         sequences, prompt = (
-            [self.sequences[place] for place in places],
-            [self.prompt[place] for place in places],
+            [self.sequences[index] for index in places],
+            [self.prompt[index] for index in places],
         )
         return ReplayState(self.backbone, self.prompts, sequences, prompt, self.logits[rows])
 
@@ -120,17 +120,19 @@ class ReplayState:
         if self.prompts is None or other.prompts is None:
             return None
         # Drop prompts that no row uses any more, because a batch may run without end.
-        mine, theirs = sorted(set(self.prompt)), sorted(set(other.prompt))
-        kept = [self.prompts.select(mine), other.prompts.select(theirs)]
-        if not self.backbone.shares_forward(kept[0].kinds | kept[1].kinds):
+        own_prompts, other_prompts = sorted(set(self.prompt)), sorted(set(other.prompt))
+        used_prompts = [self.prompts.select(own_prompts), other.prompts.select(other_prompts)]
+        if not self.backbone.shares_forward(used_prompts[0].kinds | used_prompts[1].kinds):
             return None
-        place = [mine.index(one) for one in self.prompt]
-        place += [len(mine) + theirs.index(one) for one in other.prompt]
+        prompt_of_row = [own_prompts.index(prompt) for prompt in self.prompt]
+        prompt_of_row += [len(own_prompts) + other_prompts.index(prompt) for prompt in other.prompt]
         sequences, logits = (
             [*self.sequences, *other.sequences],
             torch.cat([self.logits, other.logits]),
         )
-        return ReplayState(self.backbone, stack_prepared(kept), sequences, place, logits)
+        return ReplayState(
+            self.backbone, stack_prepared(used_prompts), sequences, prompt_of_row, logits
+        )
 
 
 def start(
@@ -166,22 +168,22 @@ def decode(
 
 
 def _greedy(state: DecodingState, end_id: int, max_tokens: int) -> list[list[int]]:
-    made: list[list[int]] = [[] for _ in range(len(state.logits))]
-    running = list(range(len(made)))
+    continuations: list[list[int]] = [[] for _ in range(len(state.logits))]
+    running = list(range(len(continuations)))
     for length in range(1, max_tokens + 1):
         ids = state.logits.argmax(-1)
         tokens = ids.tolist()
-        going = [place for place, token in enumerate(tokens) if token != end_id]
-        running = [running[place] for place in going]
-        for row, place in zip(running, going, strict=True):
-            made[row].append(tokens[place])
-        if not going or length == max_tokens:
+        continuing = [index for index, token in enumerate(tokens) if token != end_id]
+        running = [running[index] for index in continuing]
+        for row, index in zip(running, continuing, strict=True):
+            continuations[row].append(tokens[index])
+        if not continuing or length == max_tokens:
             break
-        if len(going) < len(tokens):  # selecting copies the cache
-            places = torch.tensor(going, device=ids.device)
-            state, ids = state.select(places), ids[places]
+        if len(continuing) < len(tokens):  # selecting copies the cache
+            kept_indices = torch.tensor(continuing, device=ids.device)
+            state, ids = state.select(kept_indices), ids[kept_indices]
         state = state.extend(ids)
-    return made
+    return continuations
 
 
 @dataclass
@@ -194,7 +196,7 @@ class Finished:
     def add(self, score: float, ids: list[int]) -> None:
         self.found.append((score, ids))
         # The sort is stable, so that of two equal scores the earlier continuation stays in front.
-        self.found.sort(key=lambda one: one[0], reverse=True)
+        self.found.sort(key=lambda scored: scored[0], reverse=True)
         del self.found[self.places :]
 
     def beats(self, score: float) -> bool:
@@ -221,24 +223,27 @@ def _beam_search(
     for length in range(1, max_tokens + 1):
         scores, origin, ids = beams.candidates()
         ends = (ids == end_id) if length < max_tokens else torch.ones_like(ids, dtype=torch.bool)
-        for place, rank in ends[:, :num_beams].nonzero().tolist():
-            token = int(ids[place, rank])
-            continuation = [
-                *beams.made[place][int(origin[place, rank])],
-                *([token] if token != end_id else []),
-            ]
-            finished[beams.rows[place]].add(float(scores[place, rank]) / length, continuation)
+        for row_index, rank in ends[:, :num_beams].nonzero().tolist():
+            token = int(ids[row_index, rank])
+            continuation = list(beams.made[row_index][int(origin[row_index, rank])])
+            if token != end_id:
+                continuation.append(token)
+            score = float(scores[row_index, rank]) / length
+            finished[beams.rows[row_index]].add(score, continuation)
         if length == max_tokens:
             break
-        going, kept = scores.masked_fill(ends, -math.inf).topk(num_beams)
-        best = (going[:, 0] / length).tolist()
-        open_places = [
-            place for place, row in enumerate(beams.rows) if not finished[row].beats(best[place])
+        open_scores, best_columns = scores.masked_fill(ends, -math.inf).topk(num_beams)
+        best = (open_scores[:, 0] / length).tolist()
+        undecided = [
+            row_index
+            for row_index, row in enumerate(beams.rows)
+            if not finished[row].beats(best[row_index])
         ]
-        if not open_places:
+        if not undecided:
             break
-        beams = beams.advance(open_places, going, origin.gather(1, kept), ids.gather(1, kept))
-    return [one.found[0][1] for one in finished]
+        origin, ids = origin.gather(1, best_columns), ids.gather(1, best_columns)
+        beams = beams.advance(undecided, open_scores, origin, ids)
+    return [row_results.found[0][1] for row_results in finished]
 
 
 @dataclass
@@ -288,13 +293,13 @@ class _Beams:
 
         The new beam n of a row is its old beam ``origin[n]`` followed by the token ``ids[n]``.
         """
-        kept = torch.tensor(places, device=scores.device)
-        scores, origin, ids = scores[kept], origin[kept], ids[kept]
-        state = self.state.select((kept[:, None] * scores.shape[1] + origin).flatten()).extend(
+        indices = torch.tensor(places, device=scores.device)
+        scores, origin, ids = scores[indices], origin[indices], ids[indices]
+        state = self.state.select((indices[:, None] * scores.shape[1] + origin).flatten()).extend(
             ids.flatten()
         )
-        made = [
-            [[*self.made[place][beam], token] for beam, token in zip(beams, tokens, strict=True)]
-            for place, beams, tokens in zip(places, origin.tolist(), ids.tolist(), strict=True)
-        ]
-        return _Beams(state, [self.rows[place] for place in places], made, scores)
+        made = []
+        for row_index, beams, tokens in zip(places, origin.tolist(), ids.tolist(), strict=True):
+            pairs = zip(beams, tokens, strict=True)
+            made.append([[*self.made[row_index][beam], token] for beam, token in pairs])
+        return _Beams(state, [self.rows[row_index] for row_index in places], made, scores)

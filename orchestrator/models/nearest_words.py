@@ -42,15 +42,15 @@ def nearest_words(source: ModelSource, embeddings: np.ndarray, count: int) -> Wo
     The result is empty if the model's files hold no embedding table of that width.
     """
     tokenizer = source.tokenizer()
-    wanted = torch.from_numpy(np.ascontiguousarray(embeddings))
+    targets = torch.from_numpy(np.ascontiguousarray(embeddings))
     size = len(tokenizer)  # tables are padded to round sizes
     for file in sorted(source.path.glob("*.safetensors")):
         with safe_open(file, framework="pt") as weights:
-            if (name := _table(weights, size, wanted.shape[1])) is not None:
+            if (name := _table(weights, size, targets.shape[1])) is not None:
                 rows = partial(_slice, weights.get_slice(name))
                 return [
                     [(tokenizer.decode([index]), round(distance, 4)) for index, distance in near]
-                    for near in nearest_rows(wanted, rows, size, count)
+                    for near in nearest_rows(targets, rows, size, count)
                 ]
     return []
 
@@ -79,19 +79,19 @@ def nearest_rows(
     direction, and no nearest rows. ``rows(start, end)`` reads a part
     of the table's ``size`` rows; the table is read once, in parts.
     """
-    wanted = normalize(embeddings.float(), dim=1)
-    best = torch.empty(len(wanted), 0, device=wanted.device)
-    indices = torch.empty(len(wanted), 0, dtype=torch.long, device=wanted.device)
+    directions = normalize(embeddings.float(), dim=1)
+    best = torch.empty(len(directions), 0, device=directions.device)
+    indices = torch.empty(len(directions), 0, dtype=torch.long, device=directions.device)
     for start in range(0, size, CHUNK):
         end = min(start + CHUNK, size)
-        cosines = wanted @ normalize(rows(start, end).float(), dim=1).T
+        cosines = directions @ normalize(rows(start, end).float(), dim=1).T
         candidates = torch.cat([best, cosines], dim=1)
-        best, chosen = candidates.topk(min(count, candidates.shape[1]), dim=1)
-        ids = torch.arange(start, end, device=wanted.device).expand(len(wanted), -1)
-        indices = torch.cat([indices, ids], dim=1).gather(1, chosen)
-    return [
-        [(index, 1 - cosine) for index, cosine in zip(*nearest, strict=True)] if directed else []
-        for directed, *nearest in zip(
-            wanted.any(1).tolist(), indices.tolist(), best.tolist(), strict=True
-        )
-    ]
+        best, best_columns = candidates.topk(min(count, candidates.shape[1]), dim=1)
+        ids = torch.arange(start, end, device=directions.device).expand(len(directions), -1)
+        indices = torch.cat([indices, ids], dim=1).gather(1, best_columns)
+    neighbours = []
+    columns = zip(directions.any(1).tolist(), indices.tolist(), best.tolist(), strict=True)
+    for has_direction, row_indices, cosines_of_rows in columns:
+        pairs = zip(row_indices, cosines_of_rows, strict=True) if has_direction else ()
+        neighbours.append([(index, 1 - cosine) for index, cosine in pairs])
+    return neighbours

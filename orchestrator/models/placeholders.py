@@ -15,9 +15,9 @@ from collections.abc import Sequence
 BLANK = -1
 
 
-def marker(place: int) -> int:
-    """Return the entry that stands for the ``place``-th group of virtual tokens, counted from 0."""
-    return -(2 + place)
+def marker(group: int) -> int:
+    """Return the entry that stands for the ``group``-th group of virtual tokens, counted from 0."""
+    return -(2 + group)
 
 
 def shares(virtual_tokens: int, groups: int) -> list[int]:
@@ -48,6 +48,6 @@ def placed(ids: Sequence[int], virtual_tokens: int, blank: Sequence[int] = ()) -
             row.extend(blank)
         else:
             count = counts[-entry - 2]
-            row.extend(-(next_virtual + place + 1) for place in range(count))
+            row.extend(-(next_virtual + offset + 1) for offset in range(count))
             next_virtual += count
     return row

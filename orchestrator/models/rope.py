@@ -22,9 +22,9 @@ def rope_switches(config: PreTrainedConfig, context_length: int) -> tuple[int, .
     The result is empty for a model that treats all rows alike.
     """
     document = config.to_dict()
-    whole = document.get("original_max_position_embeddings")
+    original_length = document.get("original_max_position_embeddings")
     switches = {
-        parameters.get("original_max_position_embeddings") or whole or 0
+        parameters.get("original_max_position_embeddings") or original_length or 0
         for parameters in _longrope_parameters(document)
     }
     return tuple(sorted(switch for switch in switches if switch < context_length))

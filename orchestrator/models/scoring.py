@@ -35,8 +35,8 @@ def answer_scores(
         )
         first = logits[:, 0].float().log_softmax(-1)
         return [
-            first[place, torch.tensor([ids[0] for ids in choices], device=first.device)].cpu()
-            for place, choices in enumerate(answers)
+            first[row_index, torch.tensor([ids[0] for ids in choices], device=first.device)].cpu()
+            for row_index, choices in enumerate(answers)
         ]
     if not backbone.continues:
         return _scores_of_pairs(backbone, prompts, inputs, prompt, answers)
@@ -90,10 +90,9 @@ def _scores_of_pairs(
     pairs = [(row, tuple(ids)) for row, choices in enumerate(answers) for ids in choices]
     # A masked model's prediction depends on the length of the answer only, a causal model's on the
     # answer's tokens.
-    runs = {
-        (row, len(ids) if backbone.family == "masked" else ids): (row, ids) for row, ids in pairs
-    }
-    place = {key: number for number, key in enumerate(runs)}
+    keys = [(row, len(ids) if backbone.family == "masked" else ids) for row, ids in pairs]
+    runs = dict(zip(keys, pairs, strict=True))
+    run_index = {key: number for number, key in enumerate(runs)}
     logits, _ = backbone.teacher_forced(
         prompts,
         [inputs[row] for row, _ in runs.values()],
@@ -102,8 +101,8 @@ def _scores_of_pairs(
     )
     log_probs = logits.float().log_softmax(-1)
     scores = []
-    for row, ids in pairs:
-        run = log_probs[place[row, len(ids) if backbone.family == "masked" else ids]]
+    for key, (_, ids) in zip(keys, pairs, strict=True):
+        run = log_probs[run_index[key]]
         # Targets of causal models end at the right edge.
         start = run.shape[0] - len(ids) if backbone.family == "causal" else 0
         scores.append(run[start + torch.arange(len(ids)), torch.tensor(ids)].sum())

@@ -123,13 +123,11 @@ class ModelSource:
             ) from None
         needed = "mask_token" if self.family == "masked" else "eos_token"
         if getattr(tokenizer, f"{needed}_id") is None:
-            what = (
-                "no mask token, where answers are filled in"
-                if self.family == "masked"
-                else "no end token, which ends every target"
-            )
+            problem = "no end token, which ends every target"
+            if self.family == "masked":
+                problem = "no mask token, where answers are filled in"
             raise BadInput(
-                f"base_model.id {self.id!r}: the tokenizer has {what}",
+                f"base_model.id {self.id!r}: the tokenizer has {problem}",
                 f"choose a model whose tokenizer names a {needed}",
             )
         return tokenizer
@@ -183,11 +181,9 @@ class ModelSource:
             if isinstance(value := getattr(self.config.get_text_config(), key, None), int):
                 # RoBERTa's first position is its pad token's id + 1, and the earlier positions
                 # take rows of the position table too.
-                offset = (
-                    self.config.pad_token_id + 1
-                    if self.config.model_type in _OFFSET_POSITIONS
-                    else 0
-                )
+                offset = 0
+                if self.config.model_type in _OFFSET_POSITIONS:
+                    offset = self.config.pad_token_id + 1
                 return value - offset
         return NO_LIMIT
 
@@ -334,7 +330,7 @@ def known_builtin(name: str) -> str:
     if bare not in BUILTIN_MODELS:
         raise BadInput(
             f"base_model.id {name!r} is unknown; built-in models are "
-            + ", ".join(BUILTIN + known for known in BUILTIN_MODELS),
+            + ", ".join(BUILTIN + model for model in BUILTIN_MODELS),
             MODEL_HINT,
         )
     return bare
@@ -347,8 +343,10 @@ def local_folder(name: str) -> Path:
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
-        raise BadInput(f"base_model.id {name!r}: the folder {folder.resolve()} {what}", MODEL_HINT)
+        problem = "is a file" if folder.exists() else "does not exist"
+        raise BadInput(
+            f"base_model.id {name!r}: the folder {folder.resolve()} {problem}", MODEL_HINT
+        )
     return folder.resolve()
 
 
@@ -361,11 +359,11 @@ def _from_hub(spec: BaseModelSpec, weights: bool) -> Path:
         RevisionNotFoundError,
     )
 
-    patterns = [
-        *SMALL_FILES,
-        *([WEIGHTS] if weights else []),
-        *(["*.py"] if spec.allow_remote_code else []),
-    ]
+    patterns = list(SMALL_FILES)
+    if weights:
+        patterns.append(WEIGHTS)
+    if spec.allow_remote_code:
+        patterns.append("*.py")
     try:
         return Path(snapshot_download(spec.id, revision=spec.revision, allow_patterns=patterns))
     except GatedRepoError:
@@ -385,11 +383,11 @@ def _from_hub(spec: BaseModelSpec, weights: bool) -> Path:
         raise hub_unreachable(f"base_model.id {spec.id!r}", error) from None
 
 
-def hub_unreachable(what: str, error: Exception) -> Unreachable:
+def hub_unreachable(name: str, error: Exception) -> Unreachable:
     """Make the error for a hub name that is neither cached nor reachable."""
     offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
     return Unreachable(
-        f"{what} is not in the local cache and the hub can't be reached{offline}: "
+        f"{name} is not in the local cache and the hub can't be reached{offline}: "
         f"{type(error).__name__}",
         "connect to the network, point HF_HOME at a cache that holds it, or use a local path",
     )

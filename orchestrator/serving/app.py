@@ -125,7 +125,7 @@ class Server:
             status = serve.status().applications.get(APP_NAME)
             if status is None or status.status in ("DEPLOY_FAILED", "DELETING"):
                 raise JobFailed(
-                    "the serving application has ended", "look into Ray's logs for the reason"
+                    "the serving application has ended", "look for the reason in Ray's logs"
                 )
 
     def close(self) -> None:
@@ -153,14 +153,14 @@ def build_app(
     source = source or Registry(options.tracking_uri, options.registry_uri)
     base = base or choose_base_model(options, source)
     arguments = (options, base, source, keys)
-    made = {
+    replica_options = {
         **_scaling(options),
         "graceful_shutdown_timeout_s": options.drain_seconds,
         "ray_actor_options": {"num_cpus": options.cores, "num_gpus": options.gpus or 0},
     }
     if not options.retry_dead:
-        return PromptReplica.options(**made).bind(*arguments)  # type: ignore[attr-defined]
-    replicas = HiddenReplica.options(**made).bind(*arguments)  # type: ignore[attr-defined]
+        return PromptReplica.options(**replica_options).bind(*arguments)  # type: ignore[attr-defined]
+    replicas = HiddenReplica.options(**replica_options).bind(*arguments)  # type: ignore[attr-defined]
     front = FrontReplica.options(ray_actor_options={"num_cpus": 0})  # type: ignore[attr-defined]
     return front.bind(replicas, keys, options.request_limits.max_body_bytes)
 
@@ -270,10 +270,10 @@ def check_cores(options: ServeOptions) -> None:
     Only checked when Ray is going to be started on this machine, where Serve would wait in vain for
     the missing cores. A cluster may grow.
     """
-    needed, there = options.cores * max(1, options.replicas), os.cpu_count() or 1
-    if not (ray.is_initialized() or os.environ.get("RAY_ADDRESS")) and needed > there:
+    needed, available = options.cores * max(1, options.replicas), os.cpu_count() or 1
+    if not (ray.is_initialized() or os.environ.get("RAY_ADDRESS")) and needed > available:
         raise BadInput(
-            f"the replicas need {needed} cores, this machine has {there}",
+            f"the replicas need {needed} cores, this machine has {available}",
             "lower --cpus or --replicas",
         )
 
@@ -290,14 +290,14 @@ def choose_base_model(options: ServeOptions, source: RegistrySource) -> BaseMode
     records = dict(_base_models(options, source))
     fingerprints = {record.fingerprint for record in records.values()}
     if len(fingerprints) > 1:
-        shown = "; ".join(f"{name} on {record.id}" for name, record in records.items())
+        base_models = "; ".join(f"{name} on {record.id}" for name, record in records.items())
         raise BadInput(
-            f"these prompts were tuned on different base models: {shown}",
+            f"these prompts were tuned on different base models: {base_models}",
             "name those of one base model",
         )
     record = next(iter(records.values()))
-    stored = {"id": record.id, "revision": record.revision, "quantization": record.quantization}
-    return BaseModelSpec.model_validate({**stored, "dtype": options.dtype})
+    base_model = {"id": record.id, "revision": record.revision, "quantization": record.quantization}
+    return BaseModelSpec.model_validate({**base_model, "dtype": options.dtype})
 
 
 def _base_models(
@@ -312,19 +312,19 @@ def _base_models(
     refs = [parse_ref(text) for text in options.models] or [
         ModelRef(name) for name in sorted(snapshot)
     ]
-    found = False
+    any_readable = False
     problem: OrchestratorError | None = None
     for ref in refs:
         try:
             version = _version(ref, snapshot)
             yield str(ref), read_manifest(source.fetch(ref.name, version)).base_model
-            found = True
+            any_readable = True
         except BadInput as error:
             if options.models:
                 raise
-            log.warning("%s is left out: %s", ref, error.message)
+            log.warning("%s is not served: %s", ref, error.message)
             problem = error
-    if not found:
+    if not any_readable:
         raise problem or BadInput("no prompt is registered yet", NEXT_STEP)
 
 
@@ -371,31 +371,29 @@ def _connect_ray(options: ServeOptions) -> bool:
                 _temp_dir=None if address else ray_temp_dir(),
             )
     except (ConnectionError, RuntimeError, ValueError) as error:
-        where = (
-            f"no Ray cluster answers at {mask_secrets(address)}"
-            if address
-            else "Ray can't be started here"
-        )
-        raise Unreachable(f"{where}: {first_line(error)}", "orchestrator doctor") from None
+        problem = "Ray can't be started on this machine"
+        if address:
+            problem = f"no Ray cluster answers at {mask_secrets(address)}"
+        raise Unreachable(f"{problem}: {first_line(error)}", "orchestrator doctor") from None
     return not address
 
 
-def _with_devices(options: ServeOptions, here: bool) -> ServeOptions:
+def _with_devices(options: ServeOptions, on_this_machine: bool) -> ServeOptions:
     """Check the number of GPUs per replica, or choose it when the options leave it open.
 
-    ``here`` says that Ray was started on this machine alone. Its GPUs then count only if this
-    machine's torch can use them. Raises BadInput when this machine has too few.
+    ``on_this_machine`` says that Ray was started on this machine alone. Its GPUs then count only if
+    this machine's torch can use them. Raises BadInput when this machine has too few.
     """
     if options.gpus is not None:
         needed = options.gpus * max(1, options.replicas)
-        if here and needed > _gpus():
+        if on_this_machine and needed > _gpus():
             raise BadInput(
                 f"the replicas need {needed:g} GPU{'' if needed == 1 else 's'}, "
                 f"this machine has {_gpus():g}",
                 "lower --gpus or --replicas; --gpus 0 computes on CPUs",
             )
         return options
-    usable = _gpus() if not here or torch.cuda.is_available() else 0
+    usable = _gpus() if not on_this_machine or torch.cuda.is_available() else 0
     return replace(options, gpus=1.0 if usable >= max(1, options.replicas) else 0.0)
 
 
@@ -433,7 +431,8 @@ def _await_running() -> None:
         if state.status in ("DEPLOY_FAILED", "UNHEALTHY"):
             reason, hint = _reason(state)
             raise JobFailed(
-                f"the serving application did not start: {reason}", hint or "look into Ray's logs"
+                f"the serving application did not start: {reason}",
+                hint or "look for the reason in Ray's logs",
             )
         time.sleep(0.1)
     raise Unreachable(
@@ -448,16 +447,17 @@ def _reason(state: ApplicationStatusOverview) -> tuple[str, str]:
     Serve reports a whole traceback. Its last line without indentation names the error, and in this
     project's errors the line below holds the hint.
     """
-    messages = [it.message for it in state.deployments.values() if it.message] or [state.message]
-    lines = messages[0].splitlines()
+    deployment_messages = (deployment.message for deployment in state.deployments.values())
+    message = next(filter(None, deployment_messages), state.message)
+    lines = message.splitlines()
     at_margin = [number for number, line in enumerate(lines) if line and not line[0].isspace()]
     if not at_margin:
         return str(state.status.value), ""
-    error, *further = lines[at_margin[-1] :]
-    hint = next((line.strip() for line in further), "")
-    return re.sub(r"^orchestrator\.errors\.\w+: ", "", error), hint.removeprefix(
-        NEXT
-    ) if hint.startswith(NEXT) else ""
+    error, *hint_lines = lines[at_margin[-1] :]
+    hint = next((line.strip() for line in hint_lines), "")
+    if not hint.startswith(NEXT):
+        hint = ""
+    return re.sub(r"^orchestrator\.errors\.\w+: ", "", error), hint.removeprefix(NEXT)
 
 
 def _await_health(options: ServeOptions) -> None:

@@ -37,15 +37,14 @@ def ask(url: str, model: str, text: str, key: str | None = None) -> QueryAnswer:
         entry = _entry(client, url, ref)
         if entry.get("labels") is None:
             body = {"model": str(ref), "prompt": text, "max_tokens": 64, "temperature": 0}
-            found = _post(client, url, "/v1/completions", body)
-            return QueryAnswer(found["choices"][0]["text"].strip(), found)
-        found = _post(client, url, "/classify", {"model": str(ref), "input": [_row(text)]})
-        first = found["data"][0]
-        probs = ", ".join(
-            f"{label} {prob:.3f}"
-            for label, prob in sorted(first["probs"].items(), key=lambda it: -it[1])
-        )
-        return QueryAnswer(f"{first['label']}   ({probs})", found)
+            answer = _post(client, url, "/v1/completions", body)
+            return QueryAnswer(answer["choices"][0]["text"].strip(), answer)
+        answer = _post(client, url, "/classify", {"model": str(ref), "input": [_row(text)]})
+        classification = answer["data"][0]
+        prob_of = classification["probs"]
+        likeliest_first = sorted(prob_of, key=lambda label: -prob_of[label])
+        probs = ", ".join(f"{label} {prob_of[label]:.3f}" for label in likeliest_first)
+        return QueryAnswer(f"{classification['label']}   ({probs})", answer)
 
 
 def _client(url: str, key: str | None) -> httpx.Client:
@@ -56,7 +55,8 @@ def _client(url: str, key: str | None) -> httpx.Client:
         raise Unreachable(f"no server answers at {mask_secrets(url)}: {error}", START_ONE) from None
     except UnicodeEncodeError:
         raise BadInput(
-            "ORCHESTRATOR_API_KEY holds a character that no header takes", "copy the key again"
+            "ORCHESTRATOR_API_KEY holds a character that is not allowed in an HTTP header",
+            "copy the key again",
         ) from None
 
 
@@ -106,13 +106,11 @@ def _checked(response: httpx.Response) -> JsonObject:
     if response.is_success:
         return body if isinstance(body, dict) else {}
     error = body.get("error") if isinstance(body, dict) else None
-    message = (
-        error.get("message")
-        if isinstance(error, dict)
-        else f"the server answered HTTP {response.status_code}"
-    )
+    message = f"the server answered HTTP {response.status_code}"
+    if isinstance(error, dict):
+        message = str(error.get("message"))
     if response.status_code == 401:
-        raise BadInput(str(message), "set ORCHESTRATOR_API_KEY to a key of the server")
+        raise BadInput(message, "set ORCHESTRATOR_API_KEY to a key of the server")
     if response.is_client_error:
-        raise BadInput(str(message), "orchestrator models lists what is registered")
-    raise JobFailed(str(message), "look into the server's log")
+        raise BadInput(message, "orchestrator models lists what is registered")
+    raise JobFailed(message, "look for the reason in the server's log")

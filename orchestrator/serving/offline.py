@@ -67,11 +67,9 @@ class OfflineModel:
                 f"this prompt {reason}", "use complete()" if self.prompt.generates else NEEDS_LABELS
             )
         encoded = self._encoded(inputs, self.prompt.longest_answer)
-        probs = [
-            row
-            for start in range(0, len(encoded), BATCH_ROWS)
-            for row in self._probs(encoded[start : start + BATCH_ROWS])
-        ]
+        probs = []
+        for start in range(0, len(encoded), BATCH_ROWS):
+            probs += self._probs(encoded[start : start + BATCH_ROWS])
         return [classified(self.prompt.labels, self.prompt.label_keys, row) for row in probs]
 
     def _probs(self, inputs: list[list[int]]) -> list[list[float]]:
@@ -95,9 +93,9 @@ class OfflineModel:
     def _encoded(self, inputs: Sequence[Input], answer_tokens: int) -> list[list[int]]:
         """Return the ids of each input; an error names the row that caused it."""
         encoded = []
-        for number, given in enumerate(inputs, start=1):
+        for number, entry in enumerate(inputs, start=1):
             try:
-                encoded.append(self.prompt.encode(given, answer_tokens))
+                encoded.append(self.prompt.encode(entry, answer_tokens))
             except BadInput as error:
                 raise type(error)(f"row {number}: {error.message}", error.hint) from None
         return encoded

@@ -30,9 +30,9 @@ def check_address(url: str, given_as: str) -> None:
     if parts.scheme not in SCHEMES:
         raise BadInput(
             f"{given_as} is {url!r}: no store of kind {parts.scheme!r} is known",
-            f"name a folder, or an address with {', '.join(f'{it}://' for it in SCHEMES)}",
+            f"name a folder, or an address with {', '.join(f'{scheme}://' for scheme in SCHEMES)}",
         )
     if parts.scheme != "file" and not parts.netloc:
         raise BadInput(
-            f"{given_as} is {url!r}, which names no bucket", f"{parts.scheme}://BUCKET/FOLDER"
+            f"{given_as} is {url!r}, which names no bucket", f"write {parts.scheme}://BUCKET/FOLDER"
         )

@@ -70,7 +70,7 @@ def first_fault(error: ValidationError) -> str:
 
 def nearest(word: str, words: Iterable[str]) -> str:
     """Return the one of ``words`` that ``word`` probably stands for; empty when none is near."""
-    lowered = {known.lower(): known for known in words}
+    lowered = {candidate.lower(): candidate for candidate in words}
     matches = difflib.get_close_matches(word.lower(), list(lowered), n=1, cutoff=0.6)
     return lowered[matches[0]] if matches else ""
 
@@ -97,11 +97,11 @@ def holds_login(url: str) -> bool:
     )
 
 
-def _masked_parameter(found: re.Match[str]) -> str:
-    separator, name, value = found.groups()
+def _masked_parameter(parameter: re.Match[str]) -> str:
+    separator, name, value = parameter.groups()
     if value and (_is_secret(_decoded(name)) or _holds_secret(_decoded(value))):
         return f"{separator}{name}={HIDDEN}"
-    return found[0]
+    return parameter[0]
 
 
 def _is_secret(name: str) -> bool:

@@ -9,9 +9,10 @@ BASELINE_NAMES = {
 }
 
 
-def counted(number: int, one: str, several: str = "") -> str:
+def counted(number: int, noun: str, plural: str = "") -> str:
     """Write a count with its noun, ``1 trial`` or ``2 trials``.
 
-    ``several`` is the plural if it is not formed with an s.
+    ``plural`` is for a noun whose plural is not formed with an s.
     """
-    return f"{number:,} {one if number == 1 else several or f'{one}s'}"
+    several = plural or f"{noun}s"
+    return f"{number:,} {noun if number == 1 else several}"

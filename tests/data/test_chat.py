@@ -231,7 +231,10 @@ ANSWER = message("assistant")
         ([ASKED, message("assistant", " \n")], "turn 2 has no content"),
         ([message("system"), message("system"), ASKED, ANSWER], "2 system messages"),
         ([ASKED, message("system"), ANSWER], "its system message as turn 2"),
-        ([message("narrator"), ANSWER], "turn 1 has the role 'narrator'; known are system"),
+        (
+            [message("narrator"), ANSWER],
+            "turn 1 has the role 'narrator'; the known roles are system",
+        ),
         ([ASKED, {**ANSWER, "content": None, "tool_calls": [{"id": 1}]}], "turn 2 has tool_calls"),
         ([ASKED, ANSWER, message("tool"), ANSWER], "turn 3 has the role 'tool'"),
         ([message("user", [{"type": "image_url"}]), ANSWER], "content of type 'image_url'"),

@@ -154,19 +154,19 @@ def test_a_dry_run_asks_nobody_and_shows_the_request(command: Command, tmp_path:
     ("options", "message"),
     [
         ({"asked": ["NOT SET"]}, "not the name of a variable"),
-        ({"asked": ["SURELY_NOT_SET_HERE"]}, "is not set here"),
-        ({"asked": ["RAY_ADDRESS=x"]}, "is not for a job to set"),
+        ({"asked": ["SURELY_NOT_SET_HERE"]}, "is not set on this machine"),
+        ({"asked": ["RAY_ADDRESS=x"]}, "can't be set by a job"),
         ({"labels": ["project"]}, "is not NAME=VALUE"),
         ({"labels": ["user=somebody"]}, "is set already"),
         ({"labels": ["a=line\nbreak"]}, "plain characters"),
-        ({"home": "relative"}, "is not a whole path"),
+        ({"home": "relative"}, "is not an absolute path"),
         (
             {"home": "ftp://host/searches"},
             "--home is 'ftp://host/searches': no store of kind 'ftp'",
         ),
         ({"home": "s3://me:secret@bucket/searches"}, "--home holds a key"),
         ({"home": "s3://"}, "names no bucket"),
-        ({"shared": [Path("/no/such/folder")]}, "is no folder here"),
+        ({"shared": [Path("/no/such/folder")]}, "is not a folder on this machine"),
         ({"pip": Path("/no/such/file")}, "--pip /no/such/file"),
     ],
 )

@@ -50,10 +50,10 @@ def prestart(processes: int) -> None:
     if missing < 1:
         return
     job = bytes.fromhex(ray.get_runtime_context().get_job_id())
-    asked = node_manager_pb2.PrestartWorkersRequest(
+    request = node_manager_pb2.PrestartWorkersRequest(
         language=PYTHON, job_id=job, keep_alive_duration_secs=KEPT_S, num_workers=missing
     )
     with init_grpc_channel(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}") as channel:
         node_manager_pb2_grpc.NodeManagerServiceStub(channel).PrestartWorkers(
-            asked, timeout=ANSWER_S
+            request, timeout=ANSWER_S
         )

@@ -29,8 +29,8 @@ def job_client(address: str, token: str | None, timeout: tuple[float, float]) ->
         def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
             return super()._do_request(method, endpoint, **{"timeout": timeout, **options})
 
-    kept = {name: os.environ.pop(name) for name in ADDRESSES if name in os.environ}
+    hidden_variables = {name: os.environ.pop(name) for name in ADDRESSES if name in os.environ}
     try:
         return Client(address, headers={"Authorization": f"Bearer {token}"} if token else None)
     finally:
-        os.environ.update(kept)
+        os.environ.update(hidden_variables)

@@ -57,7 +57,9 @@ class LeanTrainer(DataParallelTrainer):
 
     def _initialize_and_run_controller(self, **parts: Any) -> Result:
         parts["callbacks"] = [
-            each for each in parts.get("callbacks", ()) if type(each).__name__ not in UNUSED
+            callback
+            for callback in parts.get("callbacks", ())
+            if type(callback).__name__ not in UNUSED
         ]
         if type(parts.get("scaling_policy")).__name__ == "FixedScalingPolicy":
             parts["scaling_policy"] = unannounced(parts["scaling_policy"])
@@ -108,8 +110,8 @@ def make_controller(
         callbacks = [*callbacks, PlainWorkers()]
     else:
         options["runtime_env"] = {"env_vars": get_env_vars_to_propagate()}
-    here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
-    remote = ray.remote(num_cpus=0, label_selector=here, **options)(TrainController).remote
+    this_node = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
+    remote = ray.remote(num_cpus=0, label_selector=this_node, **options)(TrainController).remote
     return remote(callbacks=callbacks, **parts)
 
 

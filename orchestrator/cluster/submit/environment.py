@@ -41,21 +41,21 @@ class Environment:
         return {**self.public, **dict.fromkeys(self.private, HIDDEN)}
 
 
-def forwarded(here: Mapping[str, str], asked: Sequence[str] = ()) -> Environment:
+def forwarded(environment: Mapping[str, str], requested: Sequence[str] = ()) -> Environment:
     """Select MLflow's addresses, the hub's settings and the variables that the user asks for.
 
-    ``asked`` holds NAME or NAME=VALUE. Raises BadInput for a name that is not set or not allowed,
-    and for an address with a login before its host or in its query.
+    ``requested`` holds NAME or NAME=VALUE. Raises BadInput for a name that is not set or not
+    allowed, and for an address with a login before its host or in its query.
     """
-    private = dict(_asked(text, here) for text in asked)
-    known = {
+    private = dict(_asked(text, environment) for text in requested)
+    forwardable = {
         name: value
-        for name, value in here.items()
+        for name, value in environment.items()
         if value and (name in MLFLOW or name.startswith(HUB))
     }
     public = {
         name: value
-        for name, value in known.items()
+        for name, value in forwardable.items()
         if not (PLACE.search(name) or SECRET.search(name))
     }
     public = {name: value for name, value in sorted(public.items()) if name not in private}
@@ -66,30 +66,31 @@ def forwarded(here: Mapping[str, str], asked: Sequence[str] = ()) -> Environment
                 "set MLFLOW_TRACKING_USERNAME and _PASSWORD on the cluster's nodes, "
                 f"or pass it anyway: --env {name}",
             )
-    return Environment(public, private, tuple(_kept_back(here, private)))
+    return Environment(public, private, tuple(_kept_back(environment, private)))
 
 
-def _asked(text: str, here: Mapping[str, str]) -> tuple[str, str]:
-    name, given, value = text.partition("=")
+def _asked(text: str, environment: Mapping[str, str]) -> tuple[str, str]:
+    name, equals_sign, value = text.partition("=")
     if not NAME.fullmatch(name):
         raise BadInput(
             f"--env {name!r} is not the name of a variable", "write --env NAME or --env NAME=VALUE"
         )
     if OURS.match(name):
         raise BadInput(
-            f"--env {name} is not for a job to set: Ray and this program use it", "leave it out"
+            f"--env {name} can't be set by a job: Ray and this program use it", "leave it out"
         )
-    if not given and name not in here:
+    if not equals_sign and name not in environment:
         raise BadInput(
-            f"--env {name}: {name} is not set here", f"set it, or write --env {name}=VALUE"
+            f"--env {name}: {name} is not set on this machine",
+            f"set it, or write --env {name}=VALUE",
         )
-    return name, value if given else here[name]
+    return name, value if equals_sign else environment[name]
 
 
-def _kept_back(here: Mapping[str, str], private: Mapping[str, str]) -> list[str]:
+def _kept_back(environment: Mapping[str, str], private: Mapping[str, str]) -> list[str]:
     names = [
         name
-        for name in sorted(here)
+        for name in sorted(environment)
         if name.startswith((HUB, "MLFLOW_TRACKING_")) and name not in private
     ]
     secrets = ", ".join(name for name in names if SECRET.search(name))

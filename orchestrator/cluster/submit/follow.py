@@ -35,11 +35,11 @@ class Lines:
         self._position = 0
 
     def add(self, text: str) -> None:
-        new = text[max(0, self._seen - self._position) :]
+        unseen = text[max(0, self._seen - self._position) :]
         self._position += len(text)
         self._seen = max(self._seen, self._position)
-        *whole, self._rest = (self._rest + new).split("\n")
-        for line in whole:
+        *complete_lines, self._rest = (self._rest + unseen).split("\n")
+        for line in complete_lines:
             self._one(line)
 
     def end(self) -> None:

@@ -78,16 +78,16 @@ class Cluster:
 
         with self._translated():
             self._client = job_client(self.address, token(os.environ), ANSWER_S)
-        found = self._client.ray_version
-        if _release(found) < OLDEST_RAY:
+        cluster_ray = self._client.ray_version
+        if _release(cluster_ray) < OLDEST_RAY:
             raise BadInput(
-                f"the cluster at {self.shown} runs Ray {found}, and this release needs "
+                f"the cluster at {self.shown} runs Ray {cluster_ray}, and this release needs "
                 f"{'.'.join(map(str, OLDEST_RAY))} or newer",
                 "submit to a cluster with a newer image",
             )
-        if _release(found) != _release(ray.__version__):
+        if _release(cluster_ray) != _release(ray.__version__):
             return [
-                f"the cluster runs Ray {found}, and here it is {ray.__version__}: "
+                f"the cluster runs Ray {cluster_ray}, and here it is {ray.__version__}: "
                 "the job runs on the cluster's"
             ]
         return []
@@ -105,10 +105,10 @@ class Cluster:
     def jobs(self) -> list[Job]:
         """List every submitted job that the cluster remembers, newest last."""
         with self._translated():
-            found = [
+            jobs = [
                 _job(details) for details in self._connected().list_jobs() if details.submission_id
             ]
-        return sorted(found, key=lambda job: (job.started or 0.0, job.id))
+        return sorted(jobs, key=lambda job: (job.started or 0.0, job.id))
 
     def submit(self, **request: Any) -> None:
         """Upload the job and start it; raise AlreadyThere if a job of that ID exists."""
@@ -170,11 +170,11 @@ class Cluster:
             raise self._silent(last_line(error)) from None
 
     def _locked(self, text: str) -> BadInput:
-        given = (
+        problem = (
             "refuses the token" if text.startswith("Authentication failed") else "asks for a token"
         )
         return BadInput(
-            f"the cluster at {self.shown} {given}",
+            f"the cluster at {self.shown} {problem}",
             "set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file; on the head, "
             "`ray get-auth-token` prints it",
         )
@@ -200,36 +200,35 @@ def checked_address(text: str) -> str:
     except ValueError:  # the port is not valid
         pass
     host = re.sub(r"^\w+://|:.*$", "", text) or "HOST"
-    named = host if re.fullmatch(r"[\w.-]+", host) and host not in ("auto", "local") else "HOST"
+    is_host = re.fullmatch(r"[\w.-]+", host) and host not in ("auto", "local")
+    example = f"http://{host if is_host else 'HOST'}:8265"
     raise BadInput(
         f"{_shown(text)!r} is not the address of a dashboard, to which jobs are submitted",
-        f"give --address http://{named}:8265 (RAY_API_SERVER_ADDRESS and RAY_ADDRESS are read too)",
+        f"give --address {example} (RAY_API_SERVER_ADDRESS and RAY_ADDRESS are read too)",
     )
 
 
 def _shown(text: str) -> str:
     """Mask an address that may lack its scheme."""
-    return (
-        mask_secrets(text)
-        if "://" in text
-        else mask_secrets(f"http://{text}").removeprefix("http://")
-    )
+    if "://" in text:
+        return mask_secrets(text)
+    return mask_secrets(f"http://{text}").removeprefix("http://")
 
 
-def token(here: Mapping[str, str]) -> str | None:
+def token(environment: Mapping[str, str]) -> str | None:
     """Return the cluster's token, which is looked up as Ray does it.
 
     The token in the home folder belongs to this machine's own Ray, and is only sent when
     RAY_AUTH_MODE asks for it. Raises BadInput for a file that can't be read.
     """
-    if here.get("RAY_AUTH_MODE", "").lower() == "disabled":
+    if environment.get("RAY_AUTH_MODE", "").lower() == "disabled":
         return None
-    if text := here.get("RAY_AUTH_TOKEN", "").strip():
+    if text := environment.get("RAY_AUTH_TOKEN", "").strip():
         return text
-    path = here.get("RAY_AUTH_TOKEN_PATH")
-    if not path and here.get("RAY_AUTH_MODE", "").lower() == "token":
-        own = Path.home() / ".ray" / "auth_token"
-        path = str(own) if own.is_file() else None
+    path = environment.get("RAY_AUTH_TOKEN_PATH")
+    if not path and environment.get("RAY_AUTH_MODE", "").lower() == "token":
+        default_path = Path.home() / ".ray" / "auth_token"
+        path = str(default_path) if default_path.is_file() else None
     if not path:
         return None
     try:
@@ -255,8 +254,8 @@ def _job(details: JobDetails) -> Job:
 
 
 def _code(error: Exception) -> int | None:
-    found = re.search(r"status code (\d{3})", str(error))
-    return int(found[1]) if found else None
+    match = re.search(r"status code (\d{3})", str(error))
+    return int(match[1]) if match else None
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -266,15 +265,19 @@ def _release(version: str) -> tuple[int, ...]:
 def _reason(error: BaseException) -> str:
     """Describe the kind of an error, because requests' own messages are chains of objects."""
     text = str(error)
-    for known in (
+    for phrase in (
         "Connection refused",
         "Name or service not known",
         "timed out",
         "No route to host",
         "CERTIFICATE",
     ):
-        if known.lower() in text.lower():
-            return known if known != "CERTIFICATE" else "its certificate is not trusted here"
+        if phrase.lower() in text.lower():
+            return (
+                phrase
+                if phrase != "CERTIFICATE"
+                else "its certificate is not trusted on this machine"
+            )
     if isinstance(error, ConnectionError) and text.startswith("Failed to connect"):
-        return "nobody listens there"
+        return "nothing listens on that port"
     return type(error).__name__

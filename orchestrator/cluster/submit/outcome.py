@@ -39,10 +39,10 @@ def result_in(log: str) -> JsonObject:
     for line in reversed(log.splitlines()):
         if not visible(line):
             try:
-                found = json.loads(line.removeprefix(MARK))
+                document = json.loads(line.removeprefix(MARK))
             except ValueError:  # the line was cut off
                 continue
-            return found if isinstance(found, dict) else {}
+            return document if isinstance(document, dict) else {}
     return {}
 
 
@@ -57,21 +57,21 @@ def is_lost(job: Job) -> bool:
 
 def failure(job: Job, log: str) -> OrchestratorError:
     """Return the error for a job that ended without a result; it has the job's exit code."""
-    said = result_in(log).get("error") or {}
-    kept = f"orchestrator logs {job.id}"
+    reported = result_in(log).get("error") or {}
+    logs_command = f"orchestrator logs {job.id}"
     if job.status == "stopped":
         return Interrupted(f"job {job.id} was stopped", "the same orchestrator submit")
     if is_lost(job):
         how = "was killed" if job.exit_code is not None else "died with its node"
         return JobFailed(
             f"job {job.id} was lost: its driver {how}",
-            "the same orchestrator submit goes on from what was kept",
+            "run the same orchestrator submit again: it continues from the saved state",
         )
-    if found := _known(job, log):
-        return JobFailed(f"job {job.id} failed: {found[0]}", found[1])
-    text = said.get("message") or _last_line(job, log)
+    if explanation := _known(job, log):
+        return JobFailed(f"job {job.id} failed: {explanation[0]}", explanation[1])
+    text = reported.get("message") or _last_line(job, log)
     kind = KINDS.get(job.exit_code or 1, JobFailed)
-    return kind(f"job {job.id} failed: {text}", said.get("next") or kept)
+    return kind(f"job {job.id} failed: {text}", reported.get("next") or logs_command)
 
 
 def _known(job: Job, log: str) -> tuple[str, str] | None:
@@ -81,22 +81,22 @@ def _known(job: Job, log: str) -> tuple[str, str] | None:
     """
     if job.error_type == "RUNTIME_ENV_SETUP_FAILURE":
         return (
-            f"its environment could not be made: {_last_line(job, job.message)}",
+            f"its environment could not be set up: {_last_line(job, job.message)}",
             "see `orchestrator logs`; packages of --pip come from an index that the cluster's "
             "nodes must reach: where they can't, build them into the image and leave --pip out",
         )
     if job.error_type == "JOB_SUPERVISOR_ACTOR_UNSCHEDULABLE":
         return (
             "no node has room for its driver",
-            "lower --entrypoint-num-cpus, or wait until there is room",
+            "lower --entrypoint-num-cpus, or wait until CPUs are free",
         )
     if job.exit_code in (126, 127):
         return (
             "its node has no `python` to run",
             "put the image's Python on the PATH of its containers",
         )
-    if found := MISSING.findall(log or job.message):
-        name = found[-1].split(".")[0]
+    if missing_packages := MISSING.findall(log or job.message):
+        name = missing_packages[-1].split(".")[0]
         code = ", or submit without --image-has-code" if name == "orchestrator" else ""
         return (
             f"the image of the cluster's nodes lacks the Python package {name}",

@@ -81,9 +81,9 @@ def pack(job: JobSpec, shared: Sequence[Path] = ()) -> Package:
         if _is_elsewhere(key, path, shared):
             elsewhere.append(str(path))
             return str(path)
-        place = INPUTS.removeprefix("./") + _place(key, path)
-        files.extend(PackedFile.of(f"{place}{name}", file) for name, file in _found(key, path))
-        return f"./{place}"
+        target = INPUTS.removeprefix("./") + _place(key, path)
+        files.extend(PackedFile.of(f"{target}{name}", file) for name, file in _found(key, path))
+        return f"./{target}"
 
     packed = moved(job, take)
     if (size := sum(file.size for file in files)) > MOST_BYTES:
@@ -122,19 +122,19 @@ def moved(job: JobSpec, change: Change) -> JobSpec:
     """Return the job with ``change`` applied to every file and folder that it names."""
     data, space, base = job.data, job.search.space, job.base_model
     if isinstance(data.path, DataFiles):
-        named = {
+        moved_paths = {
             split: change(f"data.path.{split}", text)
             for split, text in data.path
             if text is not None
         }
-        data = data.model_copy(update={"path": data.path.model_copy(update=named)})
+        data = data.model_copy(update={"path": data.path.model_copy(update=moved_paths)})
     if _is_local(base.id):
         base = base.model_copy(update={"id": change("base_model.id", base.id)})
     if init_artifacts(space):
         inits = space.init if isinstance(space.init, list) else [space.init]
-        changed = [_moved_init(number, init, change) for number, init in enumerate(inits)]
+        moved_inits = [_moved_init(number, init, change) for number, init in enumerate(inits)]
         space = space.model_copy(
-            update={"init": changed if isinstance(space.init, list) else changed[0]}
+            update={"init": moved_inits if isinstance(space.init, list) else moved_inits[0]}
         )
     search = job.search.model_copy(update={"space": space})
     return job.model_copy(update={"data": data, "base_model": base, "search": search})
@@ -179,9 +179,10 @@ def _found(key: str, path: Path) -> Iterator[tuple[str, Path]]:
         yield "", path
         return
     patterns = [*SMALL_FILES, WEIGHTS, "*.py"] if key == "base_model.id" else ["**/*"]
-    for file in sorted(
-        {file for pattern in patterns for file in path.glob(pattern) if file.is_file()}
-    ):
+    paths: set[Path] = set()
+    for pattern in patterns:
+        paths.update(path.glob(pattern))
+    for file in sorted(filter(Path.is_file, paths)):
         yield file.relative_to(path).as_posix(), file
 
 

@@ -72,31 +72,31 @@ class SubmitRequest:
 
         Costs are attributed to users and labels by it.
         """
-        known = {
+        metadata = {
             NAME_KEY: self.package.job.name,
             SEARCH_KEY: search,
             USER_KEY: user(),
             "host": socket.gethostname(),
             "orchestrator": __version__,
         }
-        return known | {f"{LABEL_PREFIX}{name}": value for name, value in self.labels.items()}
+        return metadata | {f"{LABEL_PREFIX}{name}": value for name, value in self.labels.items()}
 
     def _variables(self, search: str) -> dict[str, str]:
-        ours = {SEARCH: search, LABELS: json.dumps({USER_KEY: user(), **self.labels})}
+        search_variables = {SEARCH: search, LABELS: json.dumps({USER_KEY: user(), **self.labels})}
         home = {HOME: self.home} if self.home else {}
-        return {"RAY_JOB_STOP_WAIT_TIME_S": STOP_SECONDS, **ours, **home}
+        return {"RAY_JOB_STOP_WAIT_TIME_S": STOP_SECONDS, **search_variables, **home}
 
     def runtime_env(self, search: str, working_dir: Path, code: Path) -> dict[str, Any]:
         """Build Ray's runtime environment from the folders that were written for it."""
-        made: dict[str, Any] = {
+        runtime_env: dict[str, Any] = {
             "working_dir": str(working_dir),
             "env_vars": {**self.environment.variables, **self._variables(search)},
         }
         if self.code:
-            made["py_modules"] = [str(code)]
+            runtime_env["py_modules"] = [str(code)]
         if self.pip:
-            made["pip"] = {"packages": list(self.pip), "pip_check": False}
-        return made
+            runtime_env["pip"] = {"packages": list(self.pip), "pip_check": False}
+        return runtime_env
 
     def document(self, address: str) -> JsonObject:
         """Build the document that ``--dry-run`` shows.
@@ -104,7 +104,7 @@ class SubmitRequest:
         It omits the values of private variables and the logins in addresses.
         """
         search = self.base_id
-        shown = self.environment.shown() | self._variables(search)
+        variables = self.environment.shown() | self._variables(search)
         return {
             "address": mask_secrets(address),
             "submission_id": search,
@@ -115,7 +115,7 @@ class SubmitRequest:
                 "working_dir": [_file(file) for file in self.package.files],
                 "py_modules": {"orchestrator": len(self.code)} if self.code else None,
                 "pip": [mask_secrets(line) for line in self.pip] or None,
-                "env_vars": {name: mask_secrets(value) for name, value in shown.items()},
+                "env_vars": {name: mask_secrets(value) for name, value in variables.items()},
             },
             "job": self.package.job.model_dump(mode="json"),
             "on_the_cluster": list(self.package.elsewhere),
@@ -128,7 +128,7 @@ def _file(file: PackedFile) -> JsonObject:
 
 def parse_labels(texts: Sequence[str]) -> dict[str, str]:
     """Parse labels of the form NAME=VALUE; raise BadInput for any other text."""
-    found = {}
+    labels = {}
     for text in texts:
         if not (match := LABEL.fullmatch(text)):
             raise BadInput(
@@ -140,8 +140,8 @@ def parse_labels(texts: Sequence[str]) -> dict[str, str]:
             raise BadInput(
                 f"--label {USER_KEY} is set already, to whoever submits", "choose another name"
             )
-        found[match[1]] = match[2]
-    return found
+        labels[match[1]] = match[2]
+    return labels
 
 
 def read_pip(file: Path | None) -> tuple[str, ...]:
@@ -158,8 +158,8 @@ def read_pip(file: Path | None) -> tuple[str, ...]:
         raise BadInput(
             f"--pip {file}: {reason}", "name a requirements file, for instance constraints.txt"
         ) from None
-    found = [re.sub(r"(^|\s)#.*", "", line).strip() for line in lines]
-    return tuple(line for line in found if line)
+    requirements = [re.sub(r"(^|\s)#.*", "", line).strip() for line in lines]
+    return tuple(line for line in requirements if line)
 
 
 def user() -> str:

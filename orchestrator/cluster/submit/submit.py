@@ -84,14 +84,14 @@ def make_submission(
         check_address(home, "--home")
     elif home is not None and not Path(home).is_absolute():
         raise BadInput(
-            f"--home {home} is not a whole path",
-            "name a folder on the cluster, from / on, or s3://BUCKET/FOLDER",
+            f"--home {home} is not an absolute path",
+            "name a folder on the cluster, such as /mnt/searches, or s3://BUCKET/FOLDER",
         )
     missing = [str(folder) for folder in shared if not folder.is_dir()]
     if missing:
         raise BadInput(
-            f"--shared {missing[0]} is no folder here",
-            "name one that this machine and the nodes have",
+            f"--shared {missing[0]} is not a folder on this machine",
+            "name a folder that exists under the same path on this machine and on the nodes",
         )
     request = SubmitRequest(
         package=pack(job, shared),
@@ -107,18 +107,18 @@ def make_submission(
 
 def warnings(submission: Submission) -> list[str]:
     """List the aspects of a submission that the user may not have intended."""
-    request, found = submission.request, list(submission.request.environment.notes)
+    request, notes = submission.request, list(submission.request.environment.notes)
     if submission.retries and request.home is None:
-        found.append(
+        notes.append(
             "without --home a search is kept on its driver's node: lost with that, it begins again"
         )
     if urlsplit(submission.cluster.address).hostname not in LOOPBACK:
         for name, value in request.environment.public.items():
             if urlsplit(value).hostname in LOOPBACK or value.startswith("sqlite:"):
-                found.append(
+                notes.append(
                     f"{name}={value} means the node that the driver runs on, and not this machine"
                 )
-    return found
+    return notes
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def _attempts(
 ) -> JsonObject:
     cluster = submission.cluster
     search: str | None = None  # the previous attempt's search
-    for left in reversed(range(submission.retries + 1)):
+    for retries_left in reversed(range(submission.retries + 1)):
         begin = partial(_begin, submission, folders, search)
         attempt = _patiently(begin, submission.patience_s if search else 0.0)
         say(
@@ -194,8 +194,11 @@ def _attempts(
             f"orchestrator stop {attempt.id}{_option(cluster)} ends it)"
         )
         job = _followed(cluster, attempt.id, show, submission.patience_s)
-        if left and (job is None or is_lost(job)):
-            say(f"job {attempt.id} was lost; submitting it again, {left} more times at most")
+        if retries_left and (job is None or is_lost(job)):
+            say(
+                f"job {attempt.id} was lost; submitting it again ({retries_left} "
+                f"{'retry' if retries_left == 1 else 'retries'} left)"
+            )
             continue
         return attempt.document(cluster) | concluded(cluster, attempt.id, job)
     raise AssertionError("the last attempt returns or raises")
@@ -248,8 +251,8 @@ def _begin(submission: Submission, folders: _Folders, search: str | None) -> Att
     """Return the newest attempt if it has not ended; otherwise submit the next attempt."""
     request, cluster = submission.request, submission.cluster
     for _ in range(5):  # another program may submit the same job at the same time
-        found, attempt = next_attempt(request.base_id, cluster.jobs(), search)
-        if found:
+        is_active, attempt = next_attempt(request.base_id, cluster.jobs(), search)
+        if is_active:
             return attempt
         try:
             cluster.submit(
@@ -314,7 +317,7 @@ def stop_job(cluster: Cluster, job_id: str) -> tuple[bool, Job]:
             return True, job
         time.sleep(PAUSE_S)
     raise Unreachable(
-        f"job {job_id} was told to stop and has not ended", f"orchestrator logs {job_id}"
+        f"job {job_id} was asked to stop and is still running", f"orchestrator logs {job_id}"
     )
 
 
@@ -323,12 +326,10 @@ def known_job(cluster: Cluster, job_id: str) -> Job:
     if job := cluster.job(job_id):
         return job
     newest = [job.id for job in reversed(cluster.jobs())][:5]
-    raise BadInput(
-        f"the cluster at {cluster.shown} knows no job {job_id!r}",
-        f"jobs there: {', '.join(newest)}"
-        if newest
-        else "it has no jobs; orchestrator submit JOB makes one",
-    )
+    hint = "it has no jobs; orchestrator submit JOB makes one"
+    if newest:
+        hint = f"jobs there: {', '.join(newest)}"
+    raise BadInput(f"the cluster at {cluster.shown} knows no job {job_id!r}", hint)
 
 
 def _option(cluster: Cluster) -> str:

@@ -43,8 +43,8 @@ def _without_repeats(values: list[T]) -> list[T]:
     seen: set[T] = set()
     for value in values:
         if value in seen:
-            shown = value.model_dump() if isinstance(value, BaseModel) else value
-            raise ValueError(f"lists {shown} twice; list each value once")
+            printable = value.model_dump() if isinstance(value, BaseModel) else value
+            raise ValueError(f"lists {printable} twice; list each value once")
         seen.add(value)
     return values
 

@@ -196,12 +196,14 @@ class DataSpec(Section):
         A renamed column counts as the column that it was made from.
         """
         answers = {"data.target": getattr(self, "target", None), "data.references": self.references}
-        return {
-            column: key
-            for key, answer in answers.items()
-            for column in template_columns(template)
-            if answer is not None and self._origins(column) & self._origins(answer)
-        }
+        columns: dict[str, str] = {}
+        for key, answer in answers.items():
+            if answer is None:
+                continue
+            for column in template_columns(template):
+                if self._origins(column) & self._origins(answer):
+                    columns[column] = key
+        return columns
 
     def _origins(self, column: str) -> set[str]:
         """Return the source columns that a column is read from."""
@@ -240,10 +242,10 @@ class DataSpec(Section):
 
     def _lone_keys(self) -> Iterator[Conflict]:
         """Yield a conflict if only one of template and target is written."""
-        written = [key for key in ("template", "target") if key in self.model_fields_set]
-        if len(written) == 1 and self.messages is None:
-            (key,) = {"template", "target"} - set(written)
-            text = f"is missing: data.{written[0]} is written, and goes with data.{key}"
+        written_keys = [key for key in ("template", "target") if key in self.model_fields_set]
+        if len(written_keys) == 1 and self.messages is None:
+            (key,) = {"template", "target"} - set(written_keys)
+            text = f"is missing: data.{written_keys[0]} is written, and goes with data.{key}"
             yield Conflict(key, f"{text}; add it, or leave both out for rows that need none", ())
 
     def _chat_conflicts(self) -> Iterator[Conflict]:
@@ -265,8 +267,8 @@ class DataSpec(Section):
 
     def _held_out_conflicts(self) -> Iterator[Conflict]:
         files = getattr(self, "path", None)
-        given = isinstance(files, DataFiles) and files.validation and files.test
-        if given and self.held_out == "random":
+        has_both_files = isinstance(files, DataFiles) and files.validation and files.test
+        if has_both_files and self.held_out == "random":
             text = "random has no effect where data.path has validation and test; leave it out"
             yield Conflict("held_out", text, ("path",))
 
@@ -283,20 +285,22 @@ class DataSpec(Section):
     def _prefix_lm_conflicts(self) -> Iterator[Conflict]:
         if self.prefix_lm is None:
             return
-        made = "data.prefix_lm makes the columns prefix and continuation"
+        columns_made = "data.prefix_lm makes the columns prefix and continuation"
         if self.target != CONTINUATION:
             yield Conflict(
                 "target",
-                f"{self.target} is not what follows: {made}; set {CONTINUATION}",
+                f"{self.target} is not what follows: {columns_made}; set {CONTINUATION}",
                 ("prefix_lm",),
             )
         if PREFIX not in template_columns(self.template):
             yield Conflict(
                 "template",
-                f"{made}, and the template lacks {{{PREFIX}}}; write it there",
+                f"{columns_made}, and the template lacks {{{PREFIX}}}; write it there",
                 ("prefix_lm",),
             )
         if self.verbalizer is not None:
             yield Conflict(
-                "verbalizer", f"{made}, texts and not labels; leave one of them out", ("prefix_lm",)
+                "verbalizer",
+                f"{columns_made}, texts and not labels; leave one of them out",
+                ("prefix_lm",),
             )

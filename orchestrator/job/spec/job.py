@@ -89,33 +89,35 @@ class JobSpec(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _space_of_baseline(cls, given: Any) -> Any:
+    def _space_of_baseline(cls, document: Any) -> Any:
         """Give a baseline's space the defaults of its own dimensions, and drop those of prompts."""
-        if not isinstance(given, Mapping) or given.get("method") not in BASELINES:
-            return given
-        search = _plain(given.get("search"))
+        if not isinstance(document, Mapping) or document.get("method") not in BASELINES:
+            return document
+        search = _plain(document.get("search"))
         space = None if search is None else _plain(search.get("space"))
         if search is None or space is None:
-            return given  # not a mapping: the regular validation reports it
-        own = SPACES[given["method"]]
-        none = {name: None for name in SpaceSpec.model_fields if name not in own}
-        defaults = {name: value for name, value in SPACE_DEFAULTS.items() if name in own}
-        made = SpaceSpec.model_validate({**none, **defaults, **space}, context=BASELINE_SPACE)
-        return {**given, "search": {**search, "space": made}}
+            return document  # not a mapping: the regular validation reports it
+        dimensions = SPACES[document["method"]]
+        none = {name: None for name in SpaceSpec.model_fields if name not in dimensions}
+        defaults = {name: value for name, value in SPACE_DEFAULTS.items() if name in dimensions}
+        baseline_space = SpaceSpec.model_validate(
+            {**none, **defaults, **space}, context=BASELINE_SPACE
+        )
+        return {**document, "search": {**search, "space": baseline_space}}
 
     def _space_conflicts(self) -> Iterator[Conflict]:
         """Yield conflicts for dimensions of other methods and for missing ones of this method."""
-        own, space = SPACES[self.method], self.search.space
-        given = {name for name in space.model_fields_set if getattr(space, name) is not None}
+        dimensions, space = SPACES[self.method], self.search.space
+        written = {name for name in space.model_fields_set if getattr(space, name) is not None}
         for name in SpaceSpec.model_fields:
-            if name in given and name not in own:
+            if name in written and name not in dimensions:
                 text = (
                     f"method {self.method} has no {name}; leave it out, its space has "
-                    f"{', '.join(own)}"
+                    f"{', '.join(dimensions)}"
                 )
                 yield Conflict(f"search.space.{name}", text, ("method",))
             elif (
-                name in own
+                name in dimensions
                 and name not in SPACE_DEFAULTS
                 and name != "template"
                 and getattr(space, name) is None
@@ -125,7 +127,7 @@ class JobSpec(Section):
                 )
         if (
             self.is_baseline
-            and "learning_rate" in own
+            and "learning_rate" in dimensions
             and "learning_rate" not in space.model_fields_set
         ):
             text = (
@@ -135,27 +137,29 @@ class JobSpec(Section):
             hint = f"write for instance {{loguniform: {RATES.get(self.method, RATES['adapter'])}}}"
             yield Conflict("search.space.learning_rate", f"{text}; {hint}", ("method",))
 
+    @property
+    def _template_variants(self) -> list[str]:
+        """The templates that the search compares."""
+        templates = self.search.space.template or []
+        return [templates] if isinstance(templates, str) else templates
+
+    def _virtual_token_conflicts(self) -> Iterator[Conflict]:
+        """Yield a conflict for each template that places virtual tokens, which baselines lack."""
+        text = f"{{*}} places virtual tokens, and method {self.method} has none; drop it"
+        if VIRTUAL in template_fields(self.data.template):
+            yield Conflict("data.template", text, ("method",))
+        for template in self._template_variants:
+            if VIRTUAL in template_fields(template):
+                yield Conflict("search.space.template", text, ("method",))
+
     def _baseline_conflicts(self) -> Iterator[Conflict]:
         method, resources, registry = self.method, self.resources, self.registry
-        templates = self.search.space.template or []
-        for where, template in [
-            ("data.template", self.data.template),
-            *(
-                ("search.space.template", one)
-                for one in ([templates] if isinstance(templates, str) else templates)
-            ),
-        ]:
-            if VIRTUAL in template_fields(template):
-                yield Conflict(
-                    where,
-                    f"{{*}} places virtual tokens, and method {method} has none; drop it",
-                    ("method",),
-                )
+        yield from self._virtual_token_conflicts()
         if self.search.scheduler == "pbt":
-            others = [name for name in get_args(Scheduler) if name != "pbt"]
+            other_schedulers = [name for name in get_args(Scheduler) if name != "pbt"]
             text = (
                 f"pbt compares trials side by side, and method {method} trains one at a time; "
-                f"use one of {', '.join(others)}"
+                f"use one of {', '.join(other_schedulers)}"
             )
             yield Conflict("search.scheduler", text, ("method",))
         if resources.trials_per_worker not in ("auto", 1):
@@ -233,11 +237,11 @@ class JobSpec(Section):
     @property
     def columns(self) -> set[str]:
         """Columns that the templates, the target and the references name."""
-        more = self.search.space.template or []
-        templates = [self.data.template, *([more] if isinstance(more, str) else more)]
-        named = {column for template in templates for column in template_columns(template)}
-        others = [self.data.references, self.data.messages]
-        return {*named, self.data.target, *filter(None, others)}
+        template_names: set[str] = set()
+        for template in (self.data.template, *self._template_variants):
+            template_names.update(template_columns(template))
+        other_columns = [self.data.references, self.data.messages]
+        return {*template_names, self.data.target, *filter(None, other_columns)}
 
     @property
     def generates(self) -> bool:
@@ -283,20 +287,19 @@ class JobSpec(Section):
         return self.search.perturbation_steps or self.train.evaluate_every
 
     def _population_conflicts(self) -> Iterator[Conflict]:
-        every, steps = self.train.evaluate_every, self.train.steps
-        if self.perturbation_steps % every:
+        evaluate_every, steps = self.train.evaluate_every, self.train.steps
+        if self.perturbation_steps % evaluate_every:
             text = (
-                f"{self.perturbation_steps} is no multiple of train.evaluate_every {every}: "
-                "trials are compared by"
+                f"{self.perturbation_steps} is no multiple of train.evaluate_every "
+                f"{evaluate_every}: trials are compared by their evaluations; choose a multiple"
             )
-            yield Conflict(
-                "search.perturbation_steps",
-                f"{text} their evaluations; choose a multiple",
-                ("train.evaluate_every",),
-            )
+            yield Conflict("search.perturbation_steps", text, ("train.evaluate_every",))
         if self.perturbation_steps >= steps:
-            given = self.search.perturbation_steps is not None
-            keys = ("search.perturbation_steps" if given else "train.evaluate_every", "train.steps")
+            is_written = self.search.perturbation_steps is not None
+            keys = (
+                "search.perturbation_steps" if is_written else "train.evaluate_every",
+                "train.steps",
+            )
             text = (
                 f"{self.perturbation_steps} is not below train.steps {steps}: pbt would never "
                 "compare trials"
@@ -315,32 +318,32 @@ class JobSpec(Section):
         weights, verbalizer = self.train.class_weights, self.data.verbalizer
         if weights is None:
             return
-        where, keys = "train.class_weights", ("data.verbalizer",)
+        key, keys = "train.class_weights", ("data.verbalizer",)
         if verbalizer is None:
             text = "the weights are those of labels and need data.verbalizer"
-            yield Conflict(where, f"{text}; add one, or leave them out", keys)
+            yield Conflict(key, f"{text}; add one, or leave them out", keys)
         elif not isinstance(weights, str):
-            known = by_meaning(verbalizer)
+            labels_by_meaning = by_meaning(verbalizer)
             for label in weights:
-                if label_key(label) not in known:
+                if label_key(label) not in labels_by_meaning:
                     text = f"{spelled(label)} is no label of data.verbalizer, which has"
                     labels = ", ".join(map(spelled, verbalizer))
-                    yield Conflict(where, f"{text} {labels}; correct it or leave it out", keys)
+                    yield Conflict(key, f"{text} {labels}; correct it or leave it out", keys)
             if len(by_meaning(weights)) < len(weights):
-                yield Conflict(where, "two labels mean the same; keep one of them", ())
+                yield Conflict(key, "two labels mean the same; keep one of them", ())
 
     def _conflicts_without_verbalizer(self) -> Iterator[Conflict]:
         if self.search.ranked_by.kind == "labels":
             # Point at what the user wrote: a metric that is only the default has no line.
-            chosen = "metric" in self.search.model_fields_set
-            keys = (
-                ("search.metric", "data.verbalizer")
-                if chosen
-                else ("data.verbalizer", "search.metric")
-            )
+            metric_is_written = "metric" in self.search.model_fields_set
+            keys = ["data.verbalizer", "search.metric"]
+            if metric_is_written:
+                keys.reverse()
             text = f"search.metric {self.search.metric} ranks labels and needs data.verbalizer"
-            others = choice_of(names_of("texts", "targets"))
-            yield Conflict(keys[0], f"{text}; add one, or set search.metric to {others}", keys[1:])
+            other_metrics = choice_of(names_of("texts", "targets"))
+            yield Conflict(
+                keys[0], f"{text}; add one, or set search.metric to {other_metrics}", (keys[1],)
+            )
         inits = self.search.space.init
         if "class_labels" in (inits if isinstance(inits, list) else [inits]):
             text = "class_labels needs data.verbalizer; add one or drop class_labels"

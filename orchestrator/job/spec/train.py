@@ -90,9 +90,9 @@ class TrainSpec(Section):
 
     def _only_with(self, name: str, switch: str, value: str) -> Iterator[Conflict]:
         """Yield a conflict if ``name`` is set but has no effect, as ``switch`` is not ``value``."""
-        chosen = getattr(self, switch)
-        if getattr(self, name) is not None and chosen != value:
-            text = f"train.{name} has no effect with train.{switch} {chosen}"
+        setting = getattr(self, switch)
+        if getattr(self, name) is not None and setting != value:
+            text = f"train.{name} has no effect with train.{switch} {setting}"
             yield Conflict(
                 name, f"{text}; leave it out, or set train.{switch} to {value}", (switch,)
             )

@@ -9,6 +9,7 @@ import json
 import types
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import product
 from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -84,12 +85,12 @@ class _Explanation:
             before = len(self.problems)
             self._explain_parts(kind, node)
             if len(self.problems) == before:
-                own = (
+                own_messages = (
                     str(detail["ctx"]["error"])
                     for detail in error.errors()
                     if detail["type"] == "value_error"
                 )
-                self._refuse(kind, node, next(own, ""))
+                self._refuse(kind, node, next(own_messages, ""))
             return BAD
 
     def _explain_parts(self, kind: Any, node: Node) -> None:
@@ -130,22 +131,21 @@ class _Explanation:
         unknown = tuple(self.unknown)  # a copy, so that one conflict does not hide the next
         # The section's own validator would require a complete section.
         for where, message, reads in section._conflicts():
-            if any(_overlap(prefix + key, bad) for key in (where, *reads) for bad in unknown):
+            keys = [prefix + key for key in (where, *reads)]
+            if any(_overlap(key, bad_key) for key, bad_key in product(keys, unknown)):
                 continue
-            places = {key: node.reach(key) for key in (where, *reads)}
+            nodes = {key: node.reach(key) for key in (where, *reads)}
             # A default has no line of its own: point at a key that was written.
-            written = [place for key, place in places.items() if place.where == prefix + key]
-            self._note((written or [places[where]])[0], message, where=prefix + where)
+            written = (value for key, value in nodes.items() if value.where == prefix + key)
+            self._note(next(written, nodes[where]), message, where=prefix + where)
 
     def _refuse_key(self, section: type[Section], name: Any, node: Node) -> None:
         # A key with exactly this name in another section is a better guess than a similar key here.
         elsewhere = [key for key in _known_keys(JobSpec) if f".{key}".endswith(f".{name}")]
         free = [field for field in section.model_fields if field not in node.value]
-        near = (
-            ""
-            if elsewhere
-            else nearest(str(name), free) or nearest(str(name), section.model_fields)
-        )
+        near = ""
+        if not elsewhere:
+            near = nearest(str(name), free) or nearest(str(name), section.model_fields)
         if near:
             self.unknown.append(below(node.where, near))
         options = elsewhere or [near] * bool(near)
@@ -154,12 +154,12 @@ class _Explanation:
             node.value[name], "unknown key", f"{hint}allowed: {', '.join(section.model_fields)}"
         )
 
-    def _refuse(self, kind: Any, node: Node, own: str = "") -> None:
-        """Note that ``node`` is no ``kind``; ``own`` is the message of the value's own check."""
+    def _refuse(self, kind: Any, node: Node, own_message: str = "") -> None:
+        """Note that ``node`` is no ``kind``; ``own_message`` is that of the value's own check."""
         value = node.plain()
         self._note(
             node,
-            f"{show(value)} {own or f'is not allowed; allowed: {_allowed(kind)}'}",
+            f"{show(value)} {own_message or f'is not allowed; allowed: {_allowed(kind)}'}",
             _hint(kind, value),
         )
 
@@ -223,9 +223,10 @@ def _known_keys(section: type[Section], where: str = "") -> Iterator[str]:
             yield from _known_keys(field.annotation, below(where, name))
 
 
-def _overlap(one: str, other: str) -> bool:
+def _overlap(first_key: str, second_key: str) -> bool:
     """Tell whether two keys are the same, or one is inside the other."""
-    first, second = (f"{key.replace('[', '.')}." for key in (one, other))
+    first = f"{first_key.replace('[', '.')}."
+    second = f"{second_key.replace('[', '.')}."
     return first.startswith(second) or second.startswith(first)
 
 
@@ -241,12 +242,10 @@ def _hint(kind: Any, value: Any) -> str:
         return "leave the key out to take the defaults" if value is None else ""
     adapter = _adapter(kind)
     if isinstance(value, str):
-        choices = [
-            word
-            for branch in _branches(kind)
-            if get_origin(branch) is Literal
-            for word in get_args(branch)
-        ]
+        choices: list[Any] = []
+        for branch in _branches(kind):
+            if get_origin(branch) is Literal:
+                choices += get_args(branch)
         near = nearest(value, [word for word in choices if isinstance(word, str)])
         if near:
             return f"did you mean {near}?"

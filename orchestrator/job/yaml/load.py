@@ -70,11 +70,9 @@ def _text(path: Path) -> str:
             raw = stream.read(MAX_BYTES + 1)
     except FileNotFoundError:
         near = nearest(path.name, [entry.name for entry in path.parent.glob("*.y*ml")])
-        hint = (
-            f"did you mean {path.with_name(near)}?"
-            if near
-            else "orchestrator init writes one to start from"
-        )
+        hint = "orchestrator init writes one to start from"
+        if near:
+            hint = f"did you mean {path.with_name(near)}?"
         raise Unreadable("there is no such file", hint=hint) from None
     except IsADirectoryError:
         raise Unreadable("is a folder; name the job spec in it") from None

@@ -113,24 +113,23 @@ class _Growth:
             line = self.line(key)
             name = scalar(key) if is_scalar(key) else None
             if name == "<<" and key.style is None:
-                merges += [
-                    (line, part)
-                    for part in (value.value if isinstance(value, yaml.SequenceNode) else [value])
-                ]
+                parts = value.value if isinstance(value, yaml.SequenceNode) else [value]
+                merges += [(line, part) for part in parts]
             elif name is None:
-                shown = (
+                printable_key = (
                     show(key.value) if isinstance(key, yaml.ScalarNode) else "a list or a mapping"
                 )
-                node.note(f"{shown} can't be a key; write text in quotes", line=line)
+                node.note(f"{printable_key} can't be a key; write text in quotes", line=line)
             else:
-                first = node.value.get(name)
+                first_node = node.value.get(name)
                 spelling = next((key for key in node.value if key == name), name)
                 node.value[name] = self.node(value, below(node.where, name), line, parents)
-                if first:
-                    before = (
-                        f", first{_otherwise(spelling, name)} on line {first.line}" if line else ""
-                    )
-                    node.value[name].note(f"is given twice{before}", "keep one")
+                if first_node:
+                    first_mention = ""
+                    if line:
+                        spelled = _otherwise(spelling, name)
+                        first_mention = f", first{spelled} on line {first_node.line}"
+                    node.value[name].note(f"is given twice{first_mention}", "keep one")
         for line, part in merges:
             self._merge(node, self.node(part, node.where, line, parents), line)
 

@@ -40,10 +40,10 @@ def encodable(text: str) -> str:
 
 def below(where: str, name: Any) -> str:
     """Return the dotted key of ``name`` in the mapping at ``where``."""
-    shown = (
+    key = (
         name if isinstance(name, str) and "." not in name else json.dumps(name, ensure_ascii=False)
     )
-    return encodable(f"{where}.{shown}" if where else shown)
+    return encodable(f"{where}.{key}" if where else key)
 
 
 def listed(texts: Sequence[str]) -> str:

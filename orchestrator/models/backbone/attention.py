@@ -69,10 +69,10 @@ def prefixed(prefixes: Mapping[nn.Module, RowPrefix]) -> Iterator[None]:
 @contextmanager
 def recorded() -> Iterator[dict[nn.Module, tuple[Tensor, Tensor]]]:
     """Record keys and values of every attention module that this thread runs, in call order."""
-    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-    _here.recorders.append(seen)
+    records: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    _here.recorders.append(records)
     try:
-        yield seen
+        yield records
     finally:
         _here.recorders.pop()
 
@@ -88,8 +88,8 @@ def attention(
     """Run the library's scaled dot product attention, after the module's prefix if one is set."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    for seen in _here.recorders:
-        seen[module] = (key, value)
+    for records in _here.recorders:
+        records[module] = (key, value)
     prefix = _here.active.get(module)
     if prefix is not None:
         attention_mask = _extended(
@@ -194,10 +194,10 @@ def _install(model: PreTrainedModel, name: str, function: Callable[..., object])
     model.set_attn_implementation(name)
 
 
-def called_modules(seen: Mapping[nn.Module, object], within: nn.Module) -> list[nn.Module]:
+def called_modules(records: Mapping[nn.Module, object], within: nn.Module) -> list[nn.Module]:
     """Return the recorded attention modules inside ``within``, in the order of their calls."""
     inside = set(within.modules())
-    return [module for module in seen if module in inside]
+    return [module for module in records if module in inside]
 
 
 def layer_prefixes(

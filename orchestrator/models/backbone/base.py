@@ -141,15 +141,15 @@ class Backbone(ABC):
         Raises BadInput for a model that can't take a prefix.
         """
         with torch.inference_mode():
-            one = self.embed(torch.zeros(1, dtype=torch.long, device=self.device))
-            return {site: tensor.shape for site, tensor in self.activations(one).items()}
+            embedding = self.embed(torch.zeros(1, dtype=torch.long, device=self.device))
+            return {site: tensor.shape for site, tensor in self.activations(embedding).items()}
 
     def inner_counts(self, prompts: PreparedPrompts | None, prompt: Sequence[int]) -> list[int]:
         """Count the virtual tokens that each row's template places inside the row."""
         if prompts is None or "inner" not in prompts.parts:
             return [0] * len(prompt)
         lengths = prompts.parts["inner"].lengths.tolist()
-        return [int(lengths[place]) for place in prompt]
+        return [int(lengths[prompt_index]) for prompt_index in prompt]
 
     def row_embeddings(
         self, prompts: PreparedPrompts | None, ids: Tensor, prompt: Tensor
@@ -162,40 +162,43 @@ class Backbone(ABC):
         if prompts is None or "inner" not in prompts.parts:
             return embeddings
         (virtual,) = prompts.parts["inner"].of_rows(prompt)
-        place = (-ids - 1).clamp(min=0, max=virtual.shape[1] - 1)
-        taken = virtual.gather(1, place[:, :, None].expand(-1, -1, virtual.shape[2]))
-        return torch.where((ids < 0)[:, :, None], taken, embeddings)
+        virtual_index = (-ids - 1).clamp(min=0, max=virtual.shape[1] - 1)
+        virtual_embeddings = virtual.gather(
+            1, virtual_index[:, :, None].expand(-1, -1, virtual.shape[2])
+        )
+        return torch.where((ids < 0)[:, :, None], virtual_embeddings, embeddings)
 
     def _embedding_part(self, prompts: Sequence[PromptTensors], inside: bool) -> dict[str, Part]:
         """Return the part of the embeddings in front of rows, or of those inside rows.
 
         The result is empty when no prompt has such embeddings.
         """
-        chosen = [
+        members = [
             (prompt.embeddings,)
             if prompt.embeddings is not None and prompt.inside == inside
             else None
             for prompt in prompts
         ]
-        return (
-            {("inner" if inside else "front"): pad_part(chosen, self.table)} if any(chosen) else {}
-        )
+        if not any(members):
+            return {}
+        name = "inner" if inside else "front"
+        return {name: pad_part(members, self.table)}
 
     def check_prefix(self, prefixes: Mapping[str, Tensor]) -> None:
         """Raise BadInput unless a prefix has this model's sites, layers, heads and head width."""
-        wanted = self.prefix_shapes if prefixes else {}
+        expected_shapes = self.prefix_shapes if prefixes else {}
         for site, tensor in prefixes.items():
-            if site not in wanted:
+            if site not in expected_shapes:
                 raise BadInput(
                     f"a prefix for {site} attention does not fit a {self.family} model: "
-                    f"{sorted(wanted)}"
+                    f"{sorted(expected_shapes)}"
                 )
-            expected, got = list(wanted[site]), list(tensor.shape)
-            if got[:3] != expected[:3] or got[4] != expected[4]:
+            expected, actual = list(expected_shapes[site]), list(tensor.shape)
+            fitting = [*expected[:3], actual[3], expected[4]]
+            if actual[:3] != expected[:3] or actual[4] != expected[4]:
                 raise BadInput(
-                    f"a prefix of [layers, 2, kv heads, tokens, head width] = {got} does not fit "
-                    f"this model, which takes {[*expected[:3], got[3], expected[4]]} in {site} "
-                    "attention"
+                    f"a prefix of [layers, 2, kv heads, tokens, head width] = {actual} does not "
+                    f"fit this model, which takes {fitting} in {site} attention"
                 )
 
     def gather_once(self) -> None:

@@ -46,9 +46,9 @@ class RoomyLayer(DynamicLayer):
                 self.lazy_initialization(key_states, value_states)
             self.buffers = (room_for(key_states, end), room_for(value_states, end))
         elif not self._fits(end):
-            held = (self.keys, self.values)
+            filled = (self.keys, self.values)
             self.buffers = (room_for(self.keys, end), room_for(self.values, end))
-            self._write(held, 0, start)
+            self._write(filled, 0, start)
         self._write(added, start, end)
         self._show(end)
         return self.keys, self.values
@@ -88,9 +88,10 @@ def rows_cache(tensors: Sequence[Tensor], rows: Tensor, further: int) -> Cache:
     layers = []
     for pair in zip(tensors[::2], tensors[1::2], strict=True):
         columns = pair[0].shape[2]
-        layer = RoomyLayer(tuple(room_for(it, columns, len(rows), further) for it in pair), columns)  # type: ignore[arg-type]
-        for held, shown in zip(pair, (layer.keys, layer.values), strict=True):
-            torch.index_select(held, 0, rows, out=shown)  # copies straight into the buffer
+        keys, values = (room_for(tensor, columns, len(rows), further) for tensor in pair)
+        layer = RoomyLayer((keys, values), columns)
+        for source, target in zip(pair, (layer.keys, layer.values), strict=True):
+            torch.index_select(source, 0, rows, out=target)  # copies straight into the buffer
         layers.append(layer)
     return Cache(layers=layers)
 
@@ -106,8 +107,8 @@ def select(cache: Cache, rows: Tensor) -> Cache:
 
 
 def _selected(layer: DynamicLayer, rows: Tensor) -> RoomyLayer:
-    held = layer.buffers if isinstance(layer, RoomyLayer) else (layer.keys, layer.values)
-    keys, values = (it.index_select(0, rows) for it in held)
+    buffers = layer.buffers if isinstance(layer, RoomyLayer) else (layer.keys, layer.values)
+    keys, values = (tensor.index_select(0, rows) for tensor in buffers)
     return RoomyLayer((keys, values), layer.get_seq_length())
 
 
@@ -119,10 +120,10 @@ def join(caches: Sequence[Cache], masks: Sequence[Tensor]) -> tuple[Cache, Tenso
     """
     width = max(int(mask.sum(1).max()) for mask in masks)
     moves = [_to_the_right(mask, width) for mask in masks]
-    layers = [
-        RoomyLayer(tuple(_joined(each, moves, name, width) for name in ("keys", "values")), width)  # type: ignore[arg-type]
-        for each in zip(*(cache.layers for cache in caches), strict=True)
-    ]
+    layers = []
+    for same_layer in zip(*(cache.layers for cache in caches), strict=True):
+        keys, values = (_joined(same_layer, moves, name, width) for name in ("keys", "values"))
+        layers.append(RoomyLayer((keys, values), width))
     return Cache(layers=layers), torch.cat([mask for _, mask in moves])
 
 

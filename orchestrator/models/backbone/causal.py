@@ -81,14 +81,14 @@ class CausalState:
         """
         from orchestrator.models.backbone import cache
 
-        joined, mask = cache.join(
+        joined_cache, mask = cache.join(
             [state.cache for state in states], [state.mask for state in states]
         )
         logits, positions = (
             torch.cat([getattr(state, name) for state in states])
             for name in ("logits", "positions")
         )
-        return cls(logits, joined, mask, positions)
+        return cls(logits, joined_cache, mask, positions)
 
 
 class CausalBackbone(Backbone):
@@ -129,21 +129,21 @@ class CausalBackbone(Backbone):
         Prefixes are keys and values on both paths. Raises BadInput when soft prompts and prefixes
         are mixed on the plain path.
         """
-        each = [PromptTensors.of(prompt) for prompt in prompts]
-        for prompt in each:
+        prompt_tensors = [PromptTensors.of(prompt) for prompt in prompts]
+        for prompt in prompt_tensors:
             self.check_prefix(prompt.prefixes)
-        parts = self._embedding_part(each, inside=True)
+        parts = self._embedding_part(prompt_tensors, inside=True)
         if self.prompt_once:
-            parts |= self._cache_part(each)
+            parts |= self._cache_part(prompt_tensors)
         else:
-            parts |= self._embedding_part(each, inside=False)
-            parts |= self._prefix_part(each)
+            parts |= self._embedding_part(prompt_tensors, inside=False)
+            parts |= self._prefix_part(prompt_tensors)
             if not self.shares_forward(frozenset(parts)):
                 raise BadInput(
                     f"soft prompts and prefixes can't share a forward of a {self.info.model_type} "
                     "model"
                 )
-        return PreparedPrompts(parts, len(each))
+        return PreparedPrompts(parts, len(prompt_tensors))
 
     def shares_forward(self, kinds: frozenset[str]) -> bool:
         """Return whether prompts of these kinds can run in one forward.
@@ -154,19 +154,19 @@ class CausalBackbone(Backbone):
         return self.prompt_once or not kinds >= {"front", "cache"}
 
     def _cache_part(self, prompts: Sequence[PromptTensors]) -> dict[str, Part]:
-        soft = [
-            place
-            for place, prompt in enumerate(prompts)
+        soft_indices = [
+            index
+            for index, prompt in enumerate(prompts)
             if prompt.embeddings is not None and not prompt.inside
         ]
         members: list[tuple[Tensor, ...] | None] = [_layers(prompt) for prompt in prompts]
-        if soft:
-            lengths = [len(prompts[place].embeddings) for place in soft]  # type: ignore[arg-type]
-            layers = self._prompt_cache([prompts[place].embeddings for place in soft])  # type: ignore[misc]
-            if len(soft) == len(prompts):
+        if soft_indices:
+            lengths = [len(prompts[index].embeddings) for index in soft_indices]  # type: ignore[arg-type]
+            layers = self._prompt_cache([prompts[index].embeddings for index in soft_indices])  # type: ignore[misc]
+            if len(soft_indices) == len(prompts):
                 return {"cache": Part(layers, torch.tensor(lengths, device=self.device))}
-            for row, (place, length) in enumerate(zip(soft, lengths, strict=True)):
-                members[place] = tuple(tensor[row, :, :length] for tensor in layers)
+            for row, (index, length) in enumerate(zip(soft_indices, lengths, strict=True)):
+                members[index] = tuple(tensor[row, :, :length] for tensor in layers)
         return {"cache": pad_part(members, self.table)} if any(members) else {}
 
     def _prompt_cache(self, prompts: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -337,57 +337,59 @@ class CausalBackbone(Backbone):
         lengths = front.lengths[rows.prompt] if front else rows.prompt.new_zeros(len(rows.prompt))
         width = front.width if front else 0
         left_pads = rows.ids.shape[1] - rows.mask.sum(1)
-        place = torch.arange(width + rows.ids.shape[1], device=self.device)[None, :].expand(
+        column = torch.arange(width + rows.ids.shape[1], device=self.device)[None, :].expand(
             len(rows.ids), -1
         )
         source = torch.cat([*(front.of_rows(rows.prompt) if front else ()), embeddings], dim=1)
-        from_row = place + (width + left_pads - lengths)[:, None]
+        from_row = column + (width + left_pads - lengths)[:, None]
         index = torch.where(
-            place < lengths[:, None], place, from_row.clamp(max=source.shape[1] - 1)
+            column < lengths[:, None], column, from_row.clamp(max=source.shape[1] - 1)
         )
         embeds = source.gather(1, index[:, :, None].expand(-1, -1, source.shape[2]))
         ends = lengths + rows.mask.sum(1)
-        wanted = (ends[:, None] - keep + torch.arange(keep, device=self.device)).clamp(min=0)
-        first = int(wanted.min())
+        kept_columns = (ends[:, None] - keep + torch.arange(keep, device=self.device)).clamp(min=0)
+        first = int(kept_columns.min())
         logits = self.model(
             inputs_embeds=embeds,
-            logits_to_keep=torch.arange(first, place.shape[1], device=self.device),
-            **self._behind(prefix, rows, place, ends),
+            logits_to_keep=torch.arange(first, column.shape[1], device=self.device),
+            **self._behind(prefix, rows, column, ends),
         ).logits
-        return torch.take_along_dim(logits, (wanted - first)[:, :, None], dim=1)
+        return torch.take_along_dim(logits, (kept_columns - first)[:, :, None], dim=1)
 
     def _behind(
-        self, prefix: Part | None, rows: Rows, place: Tensor, ends: Tensor
+        self, prefix: Part | None, rows: Rows, positions_in_row: Tensor, ends: Tensor
     ) -> dict[str, Any]:
         """Return mask, positions and cache of right-padded rows after their prefix, if any.
 
         The prefix is padded on the left. Padding after a row repeats the row's last position, so
         that the largest position of a row tells how long the row is.
         """
-        mask = place < ends[:, None]
-        place = place.minimum(ends[:, None] - 1)
+        mask = positions_in_row < ends[:, None]
+        positions_in_row = positions_in_row.minimum(ends[:, None] - 1)
         if prefix is None:
-            positions = {"position_ids": place} if self._takes_positions else {}
+            positions = {"position_ids": positions_in_row} if self._takes_positions else {}
             return {"attention_mask": mask.long(), "use_cache": False, **positions}
         lengths = prefix.lengths[rows.prompt]
-        column = (
+        prefix_column = (
             torch.arange(prefix.width, device=self.device)[None, :]
             - (prefix.width - lengths)[:, None]
         )
-        shifted = [
+        prefix_layers = [
             tensor.gather(
                 2,
-                column.clamp(min=0)[:, None, :, None].expand(
+                prefix_column.clamp(min=0)[:, None, :, None].expand(
                     -1, tensor.shape[1], -1, tensor.shape[3]
                 ),
             )
             for tensor in prefix.of_rows(rows.prompt)
         ]
-        positions = {"position_ids": place + lengths[:, None]} if self._takes_positions else {}
-        whole = torch.cat([column >= 0, mask], dim=1)
+        positions = (
+            {"position_ids": positions_in_row + lengths[:, None]} if self._takes_positions else {}
+        )
+        full_mask = torch.cat([prefix_column >= 0, mask], dim=1)
         return {
-            "attention_mask": whole.long(),
-            "past_key_values": _cache(shifted),
+            "attention_mask": full_mask.long(),
+            "past_key_values": _cache(prefix_layers),
             "use_cache": True,
             **positions,
         }
@@ -435,11 +437,10 @@ def runs_prompt_once(config: PreTrainedConfig) -> bool:
     The model must be of a checked family, have no ALiBi, and attend to all columns in every layer.
     """
     layers = getattr(config, "layer_types", None)
-    full = (
-        all(kind == "full_attention" for kind in layers)
-        if layers
-        else not getattr(config, "sliding_window", None)
-    )
+    if layers:
+        full = all(kind == "full_attention" for kind in layers)
+    else:
+        full = not getattr(config, "sliding_window", None)
     return (
         config.model_type in PROMPT_ONCE_FAMILIES and full and not getattr(config, "alibi", False)
     )

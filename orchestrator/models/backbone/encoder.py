@@ -49,20 +49,21 @@ class EncodingBackbone(Backbone):
         """The attention modules, layer by layer, of each site that a prefix has."""
 
     def prepare(self, prompts: Sequence[Tensor | PromptTensors]) -> PreparedPrompts:
-        each = [PromptTensors.of(prompt) for prompt in prompts]
-        for prompt in each:
+        prompt_tensors = [PromptTensors.of(prompt) for prompt in prompts]
+        for prompt in prompt_tensors:
             self.check_prefix(prompt.prefixes)
-        parts = self._embedding_part(each, inside=True) | self._embedding_part(each, inside=False)
+        parts = self._embedding_part(prompt_tensors, inside=True)
+        parts |= self._embedding_part(prompt_tensors, inside=False)
         for site in SITES:
             members = [
                 None
                 if (tensor := prompt.prefixes.get(site)) is None
                 else tuple(tensor.flatten(0, 1).unbind(0))
-                for prompt in each
+                for prompt in prompt_tensors
             ]
             if any(members):
                 parts[site] = pad_part(members, self.table)
-        return PreparedPrompts(parts, len(each))
+        return PreparedPrompts(parts, len(prompt_tensors))
 
     @contextmanager
     def prefix_of(
@@ -72,11 +73,13 @@ class EncodingBackbone(Backbone):
 
         ``rows`` [B] are indices among the prompts.
         """
-        found = {}
+        layer_prefixes_of_rows = {}
         for site in sites:
             if prompts is not None and (part := prompts.parts.get(site)):
-                found.update(layer_prefixes(self.sites[site], part.of_rows(rows), part.mask(rows)))
-        with prefixed(found):
+                layer_prefixes_of_rows.update(
+                    layer_prefixes(self.sites[site], part.of_rows(rows), part.mask(rows))
+                )
+        with prefixed(layer_prefixes_of_rows):
             yield
 
     def encoder_rows(
@@ -94,14 +97,14 @@ class EncodingBackbone(Backbone):
         lengths = front.lengths[rows.prompt][:, None]
         ends = lengths + rows.mask.sum(1, keepdim=True)
         source = torch.cat([*front.of_rows(rows.prompt), embeddings], dim=1)
-        place = torch.arange(source.shape[1], device=self.device)[None, :]
-        from_row = (place + front.width - lengths).clamp(max=source.shape[1] - 1)
-        index = torch.where(place < lengths, place, from_row)
+        column = torch.arange(source.shape[1], device=self.device)[None, :]
+        from_row = (column + front.width - lengths).clamp(max=source.shape[1] - 1)
+        index = torch.where(column < lengths, column, from_row)
         width = int(ends.max())
-        index, place = index[:, :width], place[:, :width]
+        index, column = index[:, :width], column[:, :width]
         return (
             source.gather(1, index[:, :, None].expand(-1, -1, source.shape[2])),
-            place < ends,
+            column < ends,
             lengths[:, 0],
         )
 
@@ -113,9 +116,11 @@ class EncodingBackbone(Backbone):
         Only modules inside ``within`` count. Return them with their keys and values, [L, 2, kv
         heads, keys, width].
         """
-        with recorded() as seen:
+        with recorded() as records:
             run()
         modules = [
-            module for module in called_modules(seen, within) if seen[module][0].shape[2] == keys
+            module
+            for module in called_modules(records, within)
+            if records[module][0].shape[2] == keys
         ]
-        return modules, torch.stack([torch.cat(seen[module]) for module in modules])
+        return modules, torch.stack([torch.cat(records[module]) for module in modules])

@@ -123,7 +123,7 @@ def _before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if not cache.narrowed:
         raise RuntimeError(f"the last block, a {type(block).__name__}, keeps no keys and values")
     return tuple(_narrow(value, cache) for value in args), {
-        name: _narrow(it, cache) for name, it in kwargs.items()
+        name: _narrow(value, cache) for name, value in kwargs.items()
     }
 
 
@@ -158,7 +158,7 @@ def _narrow(value: Any, cache: LastColumns) -> Any:
         return tuple(_narrow(part, cache) for part in value)
     if not isinstance(value, Tensor):
         return value
-    place = 2 if _is_mask(value) else 1
-    if value.dim() <= place or value.shape[place] != cache.width:
+    column_dim = 2 if _is_mask(value) else 1
+    if value.dim() <= column_dim or value.shape[column_dim] != cache.width:
         return value
-    return value.narrow(place, cache.width - cache.keep, cache.keep)
+    return value.narrow(column_dim, cache.width - cache.keep, cache.keep)

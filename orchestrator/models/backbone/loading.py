@@ -132,8 +132,8 @@ def why_not_exact(backbone: Backbone) -> str:
     return ""
 
 
-def _differs(one: Tensor, other: Tensor, scale: float) -> bool:
-    return float((one - other).abs().max()) > 1e-2 * scale
+def _differs(first: Tensor, second: Tensor, scale: float) -> bool:
+    return float((first - second).abs().max()) > 1e-2 * scale
 
 
 def _headed(backbone: MaskedBackbone, ids: Tensor, mask: Tensor) -> Tensor:
@@ -161,10 +161,11 @@ def _load_model(
         raise source.unusable_weights(error) from None
     except AssertionError as error:
         raise unusable_config(source, error) from None
-    if wrong := {
-        name: (found, expected) for name, found, expected in sorted(loading["mismatched_keys"])
+    if mismatched := {
+        name: (stored_shape, config_shape)
+        for name, stored_shape, config_shape in sorted(loading["mismatched_keys"])
     }:
-        raise wrong_shapes(source, wrong)
+        raise wrong_shapes(source, mismatched)
     check_layers(source, model, loading["unexpected_keys"], [])
     # transformers fills missing weights with random numbers.
     if missing := sorted(loading["missing_keys"]):

@@ -72,13 +72,17 @@ class MaskedBackbone(EncodingBackbone):
             placed(ids if BLANK in ids else [*ids, BLANK], count, [MARK] * len(target))
             for ids, count, target in rows
         ]
-        starts = [[place for place, entry in enumerate(row) if entry == MARK] for row in filled]
-        whole = [
+        blank_columns = [
+            [column for column, entry in enumerate(row) if entry == MARK] for row in filled
+        ]
+        masked_rows = [
             [self.tokenizer.mask_token_id if entry == MARK else entry for entry in row]
             for row in filled
         ]
-        columns = pad_right(starts, 0, self.device)
-        logits = self._logits_at(prompts, Rows.pad(whole, prompt, self.device, left=False), columns)
+        columns = pad_right(blank_columns, 0, self.device)
+        logits = self._logits_at(
+            prompts, Rows.pad(masked_rows, prompt, self.device, left=False), columns
+        )
         return logits, pad_right(targets, -100, self.device)
 
     def _logits_at(self, prompts: PreparedPrompts | None, rows: Rows, columns: Tensor) -> Tensor:

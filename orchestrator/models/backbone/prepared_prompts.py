@@ -142,11 +142,11 @@ class PreparedPrompts:
         """
         tensors, gradients = [], []
         for name, part in self.parts.items():
-            for tensor, other in zip(part.tensors, leaf.parts[name].tensors, strict=True):
-                if tensor.requires_grad and other.grad is not None:
+            for tensor, leaf_tensor in zip(part.tensors, leaf.parts[name].tensors, strict=True):
+                if tensor.requires_grad and leaf_tensor.grad is not None:
                     tensors.append(tensor)
                     gradients.append(
-                        other.grad[first : first + self.count].narrow(-2, 0, part.width)
+                        leaf_tensor.grad[first : first + self.count].narrow(-2, 0, part.width)
                     )
         if tensors:
             torch.autograd.backward(tensors, gradients)
@@ -184,13 +184,13 @@ def pad_part(members: Sequence[tuple[Tensor, ...] | None], like: Tensor) -> Part
     lengths = [0 if member is None else int(member[0].shape[-2]) for member in members]
     width = max(lengths)
     stacked = []
-    for place, shape_of in enumerate(present):
-        empty = like.new_zeros(*shape_of.shape[:-2], width, shape_of.shape[-1])
-        each = [
-            empty if member is None else _padded(member[place].to(like), width)
+    for tensor_index, shape_of in enumerate(present):
+        no_prompt = like.new_zeros(*shape_of.shape[:-2], width, shape_of.shape[-1])
+        padded = [
+            no_prompt if member is None else _padded(member[tensor_index].to(like), width)
             for member in members
         ]
-        stacked.append(torch.stack(each))
+        stacked.append(torch.stack(padded))
     return Part(tuple(stacked), torch.tensor(lengths, device=like.device))
 
 
@@ -202,10 +202,13 @@ def stack_prepared(prepared: Sequence[PreparedPrompts]) -> PreparedPrompts:
     """Combine prompts that were prepared one by one, in the same order."""
     if len(prepared) == 1:
         return prepared[0]
-    names = dict.fromkeys(name for one in prepared for name in one.parts)
+    names = dict.fromkeys(name for prompts in prepared for name in prompts.parts)
     return PreparedPrompts(
-        {name: _stack_part([one.parts.get(name) for one in prepared], prepared) for name in names},
-        sum(one.count for one in prepared),
+        {
+            name: _stack_part([prompts.parts.get(name) for prompts in prepared], prepared)
+            for name in names
+        },
+        sum(prompts.count for prompts in prepared),
     )
 
 
@@ -213,13 +216,13 @@ def _stack_part(parts: Sequence[Part | None], prepared: Sequence[PreparedPrompts
     present = next(part for part in parts if part is not None)
     width = max(part.width for part in parts if part is not None)
     columns = []
-    for place, like in enumerate(present.tensors):
-        each = []
-        for part, one in zip(parts, prepared, strict=True):
-            empty = like.new_zeros(one.count, *like.shape[1:-2], width, like.shape[-1])
-            each.append(empty if part is None else _padded(part.tensors[place], width))
-        columns.append(torch.cat(each))
-    zeros = [present.lengths.new_zeros(one.count) for one in prepared]
+    for tensor_index, like in enumerate(present.tensors):
+        padded = []
+        for part, prompts in zip(parts, prepared, strict=True):
+            empty = like.new_zeros(prompts.count, *like.shape[1:-2], width, like.shape[-1])
+            padded.append(empty if part is None else _padded(part.tensors[tensor_index], width))
+        columns.append(torch.cat(padded))
+    zeros = [present.lengths.new_zeros(prompts.count) for prompts in prepared]
     lengths = [
         none if part is None else part.lengths for part, none in zip(parts, zeros, strict=True)
     ]

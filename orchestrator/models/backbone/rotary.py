@@ -58,13 +58,13 @@ def install_rowwise(model: nn.Module, switches: Sequence[int]) -> None:
     A model whose rotary modules are wrapped already stays as it is. Raises BadInput for a model
     whose rotary modules are not those of transformers.
     """
-    found = [
+    rotary_modules = [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
         if _has_longrope(child)
     ]
-    if not found:
+    if not rotary_modules:
         raise BadInput(
             f"a {type(model).__name__} scales its positions by the longest row of a batch "
             "(LongRoPE), and its rotary module is not known: a row's result would depend on the "
@@ -72,7 +72,7 @@ def install_rowwise(model: nn.Module, switches: Sequence[int]) -> None:
             "set base_model.allow_remote_code to false where transformers knows the model, or "
             "choose another model",
         )
-    for parent, name, child in found:
+    for parent, name, child in rotary_modules:
         if not isinstance(parent, RowwiseRotary):
             setattr(parent, name, RowwiseRotary(child, switches))
 

@@ -164,8 +164,10 @@ class Seq2SeqBackbone(EncodingBackbone):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the encoder's output [B, P+T, H], its mask, and each row's prompt index [B]."""
         counts = self.inner_counts(prompts, prompt)
-        whole = [placed(ids, count) or [0] for ids, count in zip(inputs, counts, strict=True)]
-        rows = Rows.pad(whole, prompt, self.device, left=False)
+        encoder_inputs = [
+            placed(ids, count) or [0] for ids, count in zip(inputs, counts, strict=True)
+        ]
+        rows = Rows.pad(encoder_inputs, prompt, self.device, left=False)
         embeddings, mask, _ = self.encoder_rows(prompts, rows)
         with self.prefix_of(prompts, rows.prompt, ["encoder"]):
             encoder = self.model.get_encoder()  # type: ignore[operator]

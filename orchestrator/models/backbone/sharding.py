@@ -66,10 +66,10 @@ def shard_blocks(
         # without its head) also run alone.
         sharded: Any = fully_shard(block, mesh=mesh, reshard_after_forward=True)
         sharded.set_custom_all_gather(_Gather(before_gather))
-    for kept in (*model.parameters(), *model.buffers()):
-        if not is_part(kept):
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not is_part(tensor):
             # Copy, because a view would keep the whole weights file in memory.
-            kept.data = kept.data.to(device, copy=True)
+            tensor.data = tensor.data.to(device, copy=True)
 
 
 # Before torch 2.12, all_gather_single was called all_gather_into_tensor.
@@ -134,8 +134,8 @@ def is_part(tensor: Tensor) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """Return the part of a weight that this worker holds."""
-    held: Tensor = cast("DTensor", tensor).to_local() if is_part(tensor) else tensor
-    return held
+    part: Tensor = cast("DTensor", tensor).to_local() if is_part(tensor) else tensor
+    return part
 
 
 class _Needs(torch.autograd.Function):
@@ -158,5 +158,5 @@ def through_last_block(last: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor,
     block beside its output ``last``, which nothing else depends on.
     """
     apply: Any = _Needs.apply
-    held: tuple[Tensor, ...] = apply(last, *tensors)
-    return held
+    outputs: tuple[Tensor, ...] = apply(last, *tensors)
+    return outputs

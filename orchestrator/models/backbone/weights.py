@@ -169,7 +169,7 @@ def _names_in_model(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, 
     The two may differ by the base model's prefix. Tensors that transformers converts as it reads
     them are left out.
     """
-    inside = set(model.state_dict())
+    model_names = set(model.state_dict())
     prefix = f"{model.base_model_prefix}."
     converted = _conversions(model)
     names = {}
@@ -177,9 +177,9 @@ def _names_in_model(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, 
         if any(pattern.search(name) for pattern in converted):
             continue
         candidates = (name, prefix + name, name.removeprefix(prefix))
-        found = next((candidate for candidate in candidates if candidate in inside), None)
-        if found is not None:
-            names[name] = found
+        model_name = next((candidate for candidate in candidates if candidate in model_names), None)
+        if model_name is not None:
+            names[name] = model_name
     return names
 
 
@@ -197,11 +197,11 @@ def wrong_shapes(
     source: ModelSource, wrong: Mapping[str, tuple[Sequence[int], Sequence[int]]]
 ) -> BadInput:
     """Make the error for tensors whose stored shape differs from the configuration's."""
-    name, (found, expected) = next(iter(wrong.items()))
+    name, (stored_shape, config_shape) = next(iter(wrong.items()))
     more = f", and {len(wrong) - 1} more tensors differ" if len(wrong) > 1 else ""
     return BadInput(
         f"base_model.id {source.id!r}: config.json disagrees with the weights: {name} is "
-        f"{list(found)} in the file and {list(expected)} by config.json{more}",
+        f"{list(stored_shape)} in the file and {list(config_shape)} by config.json{more}",
         "put the config.json beside the weights that they were saved with, or fetch the model "
         "again",
     )
@@ -216,16 +216,18 @@ def check_layers(
     the same tensor in its first layer. Other surplus tensors, of another head or of older versions,
     do no harm. Raises BadInput.
     """
-    inside = set(model.state_dict())
+    model_names = set(model.state_dict())
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
-    known = [name for name in unexpected if not any(pattern.search(name) for pattern in ignored)]
-    for name in sorted(known):
-        if _in_first_layer(name) in inside:
+    unexplained = [
+        name for name in unexpected if not any(pattern.search(name) for pattern in ignored)
+    ]
+    for name in sorted(unexplained):
+        if _in_first_layer(name) in model_names:
             raise _layers_differ(source, name, "is in the files, and config.json has fewer layers")
     absent = set(missing)
     for name in sorted(absent):
-        first = _in_first_layer(name)
-        if first in inside and first not in absent:
+        in_first_layer = _in_first_layer(name)
+        if in_first_layer in model_names and in_first_layer not in absent:
             raise _layers_differ(
                 source, name, "is not in the files, and config.json has as many layers"
             )
@@ -237,9 +239,9 @@ def _in_first_layer(name: str) -> str:
     return "" if first == name else first
 
 
-def _layers_differ(source: ModelSource, name: str, what: str) -> BadInput:
+def _layers_differ(source: ModelSource, name: str, problem: str) -> BadInput:
     return BadInput(
-        f"base_model.id {source.id!r}: config.json disagrees with the weights: {name} {what}",
+        f"base_model.id {source.id!r}: config.json disagrees with the weights: {name} {problem}",
         "put the config.json beside the weights that they were saved with, or fetch the model "
         "again",
     )
@@ -251,9 +253,9 @@ def _values(stored: Mapping[str, Stored], names: Iterable[str]) -> Iterable[tupl
     by_file: dict[Path, list[str]] = {}
     for name in names:
         by_file.setdefault(stored[name].file, []).append(name)
-    for file, own in by_file.items():
+    for file, names_in_file in by_file.items():
         with safe_open(file, framework="pt") as opened:
-            for name in own:
+            for name in names_in_file:
                 yield name, opened.get_tensor(name)
 
 

@@ -74,8 +74,8 @@ def quickstart_rows(task: str = "sentiment") -> dict[str, list[dict[str, str]]]:
     question, yes, no = TASKS[task]
     return {
         split: [
-            {"text": it.text, "label": yes if getattr(it.facts, question) else no}
-            for it in _reviews(split)
+            {"text": review.text, "label": yes if getattr(review.facts, question) else no}
+            for review in _reviews(split)
         ]
         for split in SPLIT_SIZES
     }
@@ -95,7 +95,7 @@ def quickstart_model(progress: Progress | None = None, recipe: Recipe | None = N
     recipe = recipe or Recipe()
     return made_once(
         f"quickstart-{recipe.digest}",
-        lambda folder, shown: make_language_model(folder, recipe, shown),
+        lambda folder, bar: make_language_model(folder, recipe, bar),
         "making the quickstart language model, once",
         progress,
     )
@@ -144,8 +144,12 @@ def builtin_rows(name: str) -> dict[str, list[dict[str, str]]]:
     facets = LABEL_TASKS[name.removeprefix("reviews-")]
     return {
         split: [
-            {"text": it.text, "label": " ".join(words_of(it, facets)), "source": it.topic}
-            for it in _reviews(split)
+            {
+                "text": review.text,
+                "label": " ".join(words_of(review, facets)),
+                "source": review.topic,
+            }
+            for review in _reviews(split)
         ]
         for split in SPLIT_SIZES
     }

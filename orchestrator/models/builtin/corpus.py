@@ -163,13 +163,11 @@ def documents(count: int, seed: int) -> list[Document]:
 
 
 def _lesson(progress: float) -> Callable[[Random, Review], Document]:
-    return (
-        _summary_lesson
-        if progress < 0.14
-        else _keyword_lesson
-        if progress < 0.48
-        else _asking_lesson
-    )
+    if progress < 0.14:
+        return _summary_lesson
+    if progress < 0.48:
+        return _keyword_lesson
+    return _asking_lesson
 
 
 def _summary_lesson(random: Random, review: Review) -> Document:
@@ -231,5 +229,7 @@ def _answer(facts: Facts, question: Question) -> list[Piece]:
 
 
 def _summary(facts: Facts) -> list[Piece]:
-    words = (said[not getattr(facts, question)] for question, said in SUMMARY.items())
+    words = (
+        answer_words[not getattr(facts, question)] for question, answer_words in SUMMARY.items()
+    )
     return [Piece(SUMMARY_MARK), *(Piece(word, answer=True) for word in words)]

@@ -73,8 +73,8 @@ def label_documents(count: int, seed: int) -> list[Document]:
     facts = every_facts()
     texts = reviews("corpus", [random.choice(facts) for _ in range(count)], seed)
     return [
-        _summed_up(review) if place < SUMMARIES * count else _asked(random, review)
-        for place, review in enumerate(texts)
+        _summed_up(review) if index < SUMMARIES * count else _asked(random, review)
+        for index, review in enumerate(texts)
     ]
 
 
@@ -87,8 +87,8 @@ def _asked(random: Random, review: Review) -> Document:
     tail: list[Piece] = []
     # Further questions are cheap to add: a label costs a few tokens, a review many.
     for _ in range(random.choice((0, 0, 1, 2))):
-        more, asked = _question(random, at_least=1)
-        tail += [Piece(f"\n{asked}"), Piece(ANSWER_MARK), *_words(review, more)]
+        more_facets, more_words = _question(random, at_least=1)
+        tail += [Piece(f"\n{more_words}"), Piece(ANSWER_MARK), *_words(review, more_facets)]
     spaced = f" {words}" if words and random.random() < 0.5 else words
     in_front = random.random() < 0.5
     inside = (Piece(f"{spaced}\n"),) if words and not in_front else ()
@@ -103,13 +103,13 @@ def _question(random: Random, at_least: int = 0) -> tuple[tuple[Facet, ...], str
     if not count:
         noise = " ".join(random.choices(NOISE, k=random.randint(0, 8)))
         return (random.choices(list(HABIT), list(HABIT.values()))[0],), noise
-    asked = tuple(random.sample(FACETS, count))
-    while asked == UNSEEN:
-        asked = tuple(random.sample(FACETS, count))
-    words = [
-        word for facet in asked for word in random.choices(KEYWORDS[facet], k=random.randint(1, 4))
-    ]
-    return asked, " ".join(words)
+    facets = tuple(random.sample(FACETS, count))
+    while facets == UNSEEN:
+        facets = tuple(random.sample(FACETS, count))
+    words: list[str] = []
+    for facet in facets:
+        words += random.choices(KEYWORDS[facet], k=random.randint(1, 4))
+    return facets, " ".join(words)
 
 
 def _words(review: Review, facets: tuple[Facet, ...]) -> list[Piece]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -66,7 +67,7 @@ def _rungs() -> dict[str, Rung]:
         "encdec": {"s": (64, 2), "m": (96, 3), "l": (128, 4)},
         "masked": {"s": (64, 2), "m": (128, 3), "l": (192, 5)},
     }
-    made = {
+    rungs = {
         f"{kind}-{size}": Rung(
             kind=kind,
             hidden_size=width,
@@ -79,10 +80,10 @@ def _rungs() -> dict[str, Rung]:
     }
     for size in "sml":
         for steps in ADAPTATIONS:
-            made[f"encdec-{size}-lm{steps}"] = replace(
-                made[f"encdec-{size}"], adaptation_steps=steps
+            rungs[f"encdec-{size}-lm{steps}"] = replace(
+                rungs[f"encdec-{size}"], adaptation_steps=steps
             )
-    return made
+    return rungs
 
 
 RUNGS: Mapping[str, Rung] = _rungs()
@@ -94,17 +95,17 @@ def ladder_model(name: str, progress: Progress | None = None, rung: Rung | None 
     Raises KeyError for an unknown name.
     """
     rung = rung or RUNGS[name]
-    base = (
-        ladder_model(name, progress, replace(rung, adaptation_steps=0))
-        if rung.adaptation_steps
-        else None
+    base = None
+    if rung.adaptation_steps:
+        base = ladder_model(name, progress, replace(rung, adaptation_steps=0))
+
+    def make(folder: Path, bar: Progress) -> None:
+        make_rung(folder, rung, bar, base)
+
+    folder_name = name if base else name.partition("-lm")[0]
+    return made_once(
+        f"{folder_name}-{rung.digest}", make, f"making the model {folder_name}, once", progress
     )
-
-    def make(folder: Path, shown: Progress) -> None:
-        make_rung(folder, rung, shown, base)
-
-    kept = name if base else name.partition("-lm")[0]
-    return made_once(f"{kept}-{rung.digest}", make, f"making the model {kept}, once", progress)
 
 
 def make_rung(folder: Path, rung: Rung, progress: Progress, base: Path | None = None) -> None:
@@ -149,12 +150,8 @@ def _plain_rows(texts: Sequence[Document], tokenizer: Tokenizer, rung: Rung) -> 
     """
     rows = []
     for row in encode(texts, tokenizer, rung):
-        kept = [
-            (token, weight)
-            for token, weight in zip(row.ids, row.weights, strict=True)
-            if token > PAD_ID
-        ]
-        rows.append(Row([token for token, _ in kept], [weight for _, weight in kept]))
+        is_text = [token > PAD_ID for token in row.ids]
+        rows.append(Row(list(compress(row.ids, is_text)), list(compress(row.weights, is_text))))
     return rows
 
 
@@ -176,16 +173,16 @@ def _train_encdec(
     from transformers import T5ForConditionalGeneration
 
     # Skip the first quarter: its documents name all facets, which no later prompt asks for.
-    later = rows[len(rows) // 4 :]
-    chosen = random.choices(later, k=rung.adaptation_steps * rung.batch_rows)
-    pairs = [cut_in_two(random, row, weight, EOS_ID) for row in chosen]
+    usable_rows = rows[len(rows) // 4 :]
+    adaptation_rows = random.choices(usable_rows, k=rung.adaptation_steps * rung.batch_rows)
+    pairs = [cut_in_two(random, row, weight, EOS_ID) for row in adaptation_rows]
     model = T5ForConditionalGeneration.from_pretrained(base)
-    gentle = replace(
+    adaptation_recipe = replace(
         rung,
         matrix_learning_rate=rung.matrix_learning_rate / 4,
         learning_rate=rung.learning_rate / 4,
     )
-    return fit(model, batches(pairs, rung), decoder_loss, gentle, progress)
+    return fit(model, batches(pairs, rung), decoder_loss, adaptation_recipe, progress)
 
 
 def _train_masked(

@@ -116,11 +116,9 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int, more: Sequence[str] =
 
 def encode(texts: Sequence[Document], tokenizer: Tokenizer, recipe: Recipe) -> list[Row]:
     """Encode documents as ``preface BOS pieces EOS``, in the same order."""
-    strings = [
-        string
-        for text in texts
-        for string in (text.preface, *(piece.text for piece in text.pieces))
-    ]
+    strings: list[str] = []
+    for text in texts:
+        strings += [text.preface, *(piece.text for piece in text.pieces)]
     encoded: Iterator[list[int]] = (
         encoding.ids for encoding in tokenizer.encode_batch_fast(strings, add_special_tokens=False)
     )
@@ -184,7 +182,7 @@ def fit(
     schedules = [
         LambdaLR(optimizer, lambda step: _rate(step, len(todo), recipe)) for optimizer in optimizers
     ]
-    for done, batch in enumerate(todo, start=1):
+    for step_number, batch in enumerate(todo, start=1):
         loss(model, batch).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -193,7 +191,7 @@ def fit(
             schedule.step()
         model.zero_grad()
         if progress is not None:
-            progress(done, len(todo))
+            progress(step_number, len(todo))
     model.eval()
     return model
 
@@ -230,11 +228,21 @@ def _optimizers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Opti
     from orchestrator.models.builtin.optimizer import Muon
 
     tables = {id(part.weight) for part in model.modules() if isinstance(part, torch.nn.Embedding)}
-    matrices = [p for p in model.parameters() if p.dim() == 2 and id(p) not in tables]
-    others = [p for p in model.parameters() if p.dim() != 2 or id(p) in tables]
+    matrices = [
+        parameter
+        for parameter in model.parameters()
+        if parameter.dim() == 2 and id(parameter) not in tables
+    ]
+    other_parameters = [
+        parameter
+        for parameter in model.parameters()
+        if parameter.dim() != 2 or id(parameter) in tables
+    ]
     return [
         Muon(matrices, lr=recipe.matrix_learning_rate, weight_decay=0.05),
-        torch.optim.AdamW(others, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.AdamW(
+            other_parameters, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.0
+        ),
     ]
 
 

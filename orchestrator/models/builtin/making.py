@@ -18,8 +18,8 @@ Progress: TypeAlias = Callable[[int, int], None]  # (steps done, steps in all)
 
 def cache_folder() -> Path:
     """Return $ORCHESTRATOR_CACHE, or prompt-orchestrator in the user's cache folder."""
-    if own := os.environ.get("ORCHESTRATOR_CACHE"):
-        return Path(own).expanduser().absolute()
+    if configured := os.environ.get("ORCHESTRATOR_CACHE"):
+        return Path(configured).expanduser().absolute()
     return (
         Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute()
         / "prompt-orchestrator"
@@ -37,8 +37,8 @@ def made_once(
     """
 
     def fill(staging: Path) -> None:
-        with nullcontext(progress) if progress else _shown_progress(title) as shown:
-            make(staging, shown)
+        with nullcontext(progress) if progress else _shown_progress(title) as bar:
+            make(staging, bar)
 
     folder = cache_folder() / name
     if not folder.is_dir():

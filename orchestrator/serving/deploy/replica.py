@@ -84,13 +84,13 @@ class Replica:
     async def answer(self, scope: Scope, body: bytes) -> AsyncIterator[Message]:
         """Yield the ASGI messages that answer a request passed on by the front."""
         messages: asyncio.Queue[Message | None] = asyncio.Queue()
-        asked = [{"type": "http.request", "body": body, "more_body": False}]
+        unread = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def receive() -> Message:
-            if not asked:
+            if not unread:
                 # The body has been read. A client that hangs up cancels this generator.
                 await asyncio.Event().wait()
-            return asked.pop()
+            return unread.pop()
 
         async def run() -> None:
             try:
@@ -98,14 +98,14 @@ class Replica:
             finally:
                 messages.put_nowait(None)
 
-        running = asyncio.ensure_future(run())
+        answering = asyncio.ensure_future(run())
         try:
             while (message := await messages.get()) is not None:
                 yield message
         finally:
-            running.cancel()
+            answering.cancel()
             with suppress(asyncio.CancelledError):
-                await running
+                await answering
 
 
 class Front:
@@ -139,12 +139,12 @@ class Front:
         if scope["type"] != "http":
             await no_request(scope, receive, send)
             return
-        kept = {name: scope[name] for name in KEPT if name in scope}
+        request_scope = {name: scope[name] for name in KEPT if name in scope}
         peer = scope["client"][0] if scope.get("client") else None
         try:
             self._access.check(scope["path"], Headers(scope=scope), peer)
             body = await read_body(Request(scope, receive), self._max_body_bytes)
-            await self._try(kept, body, send)
+            await self._try(request_scope, body, send)
         except self._busy:
             busy = ApiError(
                 429,
@@ -157,15 +157,15 @@ class Front:
             await JSONResponse(error.body(), error.status, error.headers)(scope, receive, send)
 
     async def _try(self, scope: Scope, body: bytes, send: Send) -> None:
-        begun = False
-        for tried in range(MAX_TRIES):
+        answer_started = False
+        for attempt in range(MAX_TRIES):
             try:
                 async for message in self._answer({**scope, "asgi": {"version": "3.0"}}, body):
-                    begun = True
+                    answer_started = True
                     await send(message)
                 return
             except self._died:
-                if begun:
+                if answer_started:
                     raise  # part of the answer has been sent, so a retry is not possible
-                log.warning("a replica died before it answered; attempt %d", tried + 2)
+                log.warning("a replica died before it answered; attempt %d", attempt + 2)
         raise ApiError(503, "No replica could answer", "unavailable", headers={"Retry-After": "5"})

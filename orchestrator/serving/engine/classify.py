@@ -19,7 +19,8 @@ def answer_probs(
     backbone: Backbone, prompts: Sequence[ServedPrompt], inputs: Sequence[Sequence[int]]
 ) -> list[list[float]]:
     """Return for each of B rows the probabilities [C] of its prompt's answers, which sum to one."""
-    stacked, place = stack_prompts(prompts)
-    scores = answer_scores(backbone, stacked, inputs, place, [prompt.answers for prompt in prompts])
+    stacked, prompt_of_row = stack_prompts(prompts)
+    answers = [prompt.answers for prompt in prompts]
+    scores = answer_scores(backbone, stacked, inputs, prompt_of_row, answers)
     probs: list[list[float]] = [row.double().softmax(0).tolist() for row in scores]
     return probs

@@ -65,10 +65,8 @@ class RowText:
 
     def _window(self) -> str:
         """Return the text of the window's tokens."""
-        whole = self._decoded([*self._context, *self._open])
-        return (
-            whole[len(self._head) :] if whole.startswith(self._head) else self._decoded(self._open)
-        )
+        text = self._decoded([*self._context, *self._open])
+        return text[len(self._head) :] if text.startswith(self._head) else self._decoded(self._open)
 
     def _decoded(self, tokens: Sequence[int]) -> str:
         # Cleaning up spaces ("a ." to "a.") would change the text that was generated.

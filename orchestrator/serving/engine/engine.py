@@ -122,11 +122,9 @@ class QueuedRow:
     @property
     def copies(self) -> int:
         """The rows that it takes in a forward: answers of several tokens need one row each."""
-        return (
-            len(self.prompt.answers)
-            if self.sampling is None and self.prompt.longest_answer > 1
-            else 1
-        )
+        if self.sampling is None and self.prompt.longest_answer > 1:
+            return len(self.prompt.answers)
+        return 1
 
     @property
     def kinds(self) -> frozenset[str]:
@@ -287,17 +285,19 @@ class ServingEngine:
                 self._changed.wait()
             return not self._closed
 
-    def _take(self, line: deque[QueuedRow], running: Sequence[QueuedRow] = ()) -> list[QueuedRow]:
+    def _take(
+        self, line: deque[QueuedRow], current_rows: Sequence[QueuedRow] = ()
+    ) -> list[QueuedRow]:
         """Take the next rows from a queue, in order of arrival.
 
         Together with the running rows, the rows taken stay within the limits. Rows that can't share
         a forward with those taken keep their place in the queue. Rows that no caller waits for are
         dropped.
         """
-        taken: list[QueuedRow] = []
-        left: list[QueuedRow] = []
-        width = max((entry.width for entry in running), default=0)
-        rows = len(running)
+        accepted: list[QueuedRow] = []
+        postponed: list[QueuedRow] = []
+        width = max((entry.width for entry in current_rows), default=0)
+        rows = len(current_rows)
         kinds: frozenset[str] = frozenset()
         with self._changed:
             while line:
@@ -305,20 +305,18 @@ class ServingEngine:
                 if entry.request.over:
                     continue
                 if not self.backbone.shares_forward(kinds | entry.kinds):
-                    left.append(entry)
+                    postponed.append(entry)
                     continue
-                width, rows, kinds = (
-                    max(width, entry.width),
-                    rows + entry.copies,
-                    kinds | entry.kinds,
-                )
-                over = rows > self.limits.max_rows or rows * width > self.limits.max_tokens
-                if over and (taken or running):
-                    left.append(entry)
+                width = max(width, entry.width)
+                rows += entry.copies
+                kinds |= entry.kinds
+                too_large = rows > self.limits.max_rows or rows * width > self.limits.max_tokens
+                if too_large and (accepted or current_rows):
+                    postponed.append(entry)
                     break
-                taken.append(entry)
-            line.extendleft(reversed(left))
-        return taken
+                accepted.append(entry)
+            line.extendleft(reversed(postponed))
+        return accepted
 
     def _guarded(
         self,
@@ -331,10 +329,10 @@ class ServingEngine:
             work(queued)
         except Exception as error:
             log.exception("a batch of %d rows failed", len(queued))
-            failed = {id(entry) for entry in queued}
-            self._batches = [it for it in self._batches if it is not batch]
+            failed_ids = {id(entry) for entry in queued}
+            self._batches = [entry for entry in self._batches if entry is not batch]
             self._owners = {
-                row: entry for row, entry in self._owners.items() if id(entry) not in failed
+                row: entry for row, entry in self._owners.items() if id(entry) not in failed_ids
             }
             self._fail(queued, error)
 
@@ -366,10 +364,10 @@ class ServingEngine:
             row.abandoned = self._owners[row].request.over
         rows = [row for row in batch.rows if not row.abandoned]
         self._observe("generate", len(rows))
-        done = batch.step()
+        ended_rows = batch.step()
         for row in rows:
             self._tell(row, self._owners[row])
-        for row in done:
+        for row in ended_rows:
             self._deliver(row, self._owners.pop(row))
         if not batch.rows:
             self._batches.remove(batch)
@@ -389,7 +387,7 @@ class ServingEngine:
         if row.completion is not None:
             entry.request.deliver(entry.row, row.completion)
         elif row.failure is not None:
-            log.error("a row failed", exc_info=row.failure)
+            log.error("generating a row failed", exc_info=row.failure)
             entry.request.fail(row.failure)
 
     def _fail(self, queued: Sequence[QueuedRow], error: BaseException) -> None:

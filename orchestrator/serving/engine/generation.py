@@ -169,41 +169,42 @@ class GenerationRow:
 
         The texts of all deltas together are the text of the completion.
         """
-        done = self.completion
-        text = done.text if done else self._text.shown(self.sampling.stop)
-        told = self._told
+        completion = self.completion
+        text = completion.text if completion else self._text.shown(self.sampling.stop)
+        previous = self._told
         news = Delta(
-            text[len(told.text) :],
-            len(self.made) - told.tokens,
-            tuple(self._logprobs[len(told.logprobs) :]),
-            done.finish_reason if done else None,
+            text[len(previous.text) :],
+            len(self.made) - previous.tokens,
+            tuple(self._logprobs[len(previous.logprobs) :]),
+            completion.finish_reason if completion else None,
         )
-        if not (news.text or news.logprobs or done):
+        if not (news.text or news.logprobs or completion):
             return None
-        self._told = Delta(max(text, told.text, key=len), len(self.made), tuple(self._logprobs))
+        self._told = Delta(max(text, previous.text, key=len), len(self.made), tuple(self._logprobs))
         return news
 
     def _end(self, text: str, reason: FinishReason) -> None:
         self.completion = Completion(text, reason, len(self.made), tuple(self._logprobs))
 
-    def _stopped(self, before: int) -> str | None:
+    def _stopped(self, previous_length: int) -> str | None:
         """Return the text before the first stop string, or None if there is no stop string.
 
-        The first ``before`` characters were searched in an earlier call.
+        The first ``previous_length`` characters were searched in an earlier call.
         """
         if not self.sampling.stop:
             return None
         text = self._text.text
-        start = max(0, before - max(map(len, self.sampling.stop)) - CONTEXT_CHARACTERS)
-        found = [place for stop in self.sampling.stop if (place := text.find(stop, start)) >= 0]
-        return text[: min(found)] if found else None
+        start = max(0, previous_length - max(map(len, self.sampling.stop)) - CONTEXT_CHARACTERS)
+        positions = (text.find(stop, start) for stop in self.sampling.stop)
+        first = min((position for position in positions if position >= 0), default=None)
+        return None if first is None else text[:first]
 
     def _logprob(self, logits: Tensor, token: int) -> TokenLogprob:
         scores = logits.log_softmax(-1)
         values, ids = scores.topk(min(self.sampling.logprobs or 0, len(scores)))
         top = tuple(
-            (self._piece(one), value)
-            for one, value in zip(ids.tolist(), values.tolist(), strict=True)
+            (self._piece(token_id), value)
+            for token_id, value in zip(ids.tolist(), values.tolist(), strict=True)
         )
         return TokenLogprob(self._piece(token), float(scores[token]), top, len(self._text.text))
 
@@ -222,8 +223,8 @@ class GenerationBatch:
     @torch.inference_mode()
     def __init__(self, backbone: Backbone, rows: Sequence[GenerationRow]) -> None:
         self.rows = list(rows)
-        prompts, place = stack_prompts([row.prompt for row in rows])
-        self._state = start(backbone, prompts, [row.input_ids for row in rows], place)
+        prompts, prompt_of_row = stack_prompts([row.prompt for row in rows])
+        self._state = start(backbone, prompts, [row.input_ids for row in rows], prompt_of_row)
 
     @torch.inference_mode()
     def absorb(self, other: GenerationBatch) -> bool:
@@ -242,15 +243,15 @@ class GenerationBatch:
         likeliest = logits.argmax(-1).tolist()
         plain = all(row.sampling.greedy and row.sampling.logprobs is None for row in self.rows)
         scores = logits if plain else logits.cpu()
-        for row, one, greedy in zip(self.rows, scores, likeliest, strict=True):
+        for row, row_scores, greedy in zip(self.rows, scores, likeliest, strict=True):
             if not row.abandoned:
-                row.go_on(one, greedy)
-        done = [row for row in self.rows if row.over]
-        going = [place for place, row in enumerate(self.rows) if not row.over]
-        self.rows = [self.rows[place] for place in going]
+                row.go_on(row_scores, greedy)
+        ended = [row for row in self.rows if row.over]
+        continuing = [row_index for row_index, row in enumerate(self.rows) if not row.over]
+        self.rows = [self.rows[row_index] for row_index in continuing]
         if self.rows:
-            self._go_on(going if done else None)
-        return done
+            self._go_on(continuing if ended else None)
+        return ended
 
     def _go_on(self, places: list[int] | None) -> None:
         """Run the model on the last token of every row.

@@ -60,10 +60,9 @@ def load_keys(environment: Mapping[str, str] = os.environ) -> tuple[ApiKey, ...]
     ORCHESTRATOR_API_KEYS holds keys in plain text, separated by commas; ORCHESTRATOR_API_KEYS_FILE
     names a file of digests. Raises BadInput for a file that can't be read.
     """
-    given = (key.strip() for key in environment.get(KEYS_VARIABLE, "").split(","))
+    texts = (text.strip() for text in environment.get(KEYS_VARIABLE, "").split(","))
     keys = [
-        ApiKey(f"key-{place}", _digest(key))
-        for place, key in enumerate((key for key in given if key), 1)
+        ApiKey(f"key-{number}", _digest(text)) for number, text in enumerate(filter(None, texts), 1)
     ]
     if file := environment.get(KEYS_FILE_VARIABLE):
         keys += read_keys(Path(file))
@@ -77,9 +76,12 @@ def read_keys(file: Path) -> list[ApiKey]:
     except (OSError, ValidationError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
         raise BadInput(
-            f"the key file {file} can't be read: {reason}", "orchestrator key NAME --file FILE"
+            f"the key file {file} can't be read: {reason}",
+            "create one with orchestrator key NAME --file FILE",
         ) from None
-    return [ApiKey(it.name, it.sha256, tuple(it.models), it.per_minute) for it in entries]
+    return [
+        ApiKey(entry.name, entry.sha256, tuple(entry.models), entry.per_minute) for entry in entries
+    ]
 
 
 def add_key(
@@ -169,9 +171,9 @@ class Access:
 
     def _known(self, authorization: str) -> ApiKey:
         scheme, _, key = authorization.partition(" ")
-        given = _digest(key.strip())
+        digest = _digest(key.strip())
         # Compare with every key, so that the time taken reveals nothing.
-        matches = [known for known in self._keys if hmac.compare_digest(given, known.sha256)]
+        matches = [entry for entry in self._keys if hmac.compare_digest(digest, entry.sha256)]
         if scheme.lower() != "bearer" or not matches:
             raise ApiError(
                 401,

@@ -43,28 +43,34 @@ class Head:
         return cls(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), model, version)
 
 
-def completion(head: Head, made: Sequence[Completion], prompt_tokens: int) -> CompletionAnswer:
+def completion(
+    head: Head, completions: Sequence[Completion], prompt_tokens: int
+) -> CompletionAnswer:
     """Build the answer of /v1/completions."""
     choices = [
         Choice(
-            index=i, text=it.text, finish_reason=it.finish_reason, logprobs=_logprobs(it.logprobs)
+            index=i,
+            text=entry.text,
+            finish_reason=entry.finish_reason,
+            logprobs=_logprobs(entry.logprobs),
         )
-        for i, it in enumerate(made)
+        for i, entry in enumerate(completions)
     ]
+    completion_tokens = sum(entry.tokens for entry in completions)
     return CompletionAnswer(
-        **vars(head), choices=choices, usage=usage(prompt_tokens, sum(it.tokens for it in made))
+        **vars(head), choices=choices, usage=usage(prompt_tokens, completion_tokens)
     )
 
 
-def chat(head: Head, made: Completion, prompt_tokens: int) -> ChatAnswer:
+def chat(head: Head, completion: Completion, prompt_tokens: int) -> ChatAnswer:
     """Build the answer of /v1/chat/completions."""
     choice = ChatChoice(
         index=0,
-        message=AssistantMessage(content=made.text),
-        finish_reason=made.finish_reason,
-        logprobs=_chat_logprobs(made.logprobs),
+        message=AssistantMessage(content=completion.text),
+        finish_reason=completion.finish_reason,
+        logprobs=_chat_logprobs(completion.logprobs),
     )
-    return ChatAnswer(**vars(head), choices=[choice], usage=usage(prompt_tokens, made.tokens))
+    return ChatAnswer(**vars(head), choices=[choice], usage=usage(prompt_tokens, completion.tokens))
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> Usage:
@@ -139,29 +145,30 @@ class ChatStream:
         return ChatChunk(**self._head, choices=[], usage=usage(prompt_tokens, completion_tokens))
 
 
-def _logprobs(told: Sequence[TokenLogprob]) -> Logprobs | None:
-    if not told:
+def _logprobs(tokens: Sequence[TokenLogprob]) -> Logprobs | None:
+    if not tokens:
         return None
+    # OpenAI's format is a mapping from text; of tokens with equal text, the likeliest stays.
+    top_logprobs = [dict(reversed([*token.top, (token.text, token.logprob)])) for token in tokens]
     return Logprobs(
-        tokens=[it.text for it in told],
-        token_logprobs=[it.logprob for it in told],
-        # OpenAI's format is a mapping from text; of tokens with equal text, the likeliest stays.
-        top_logprobs=[dict(reversed([*it.top, (it.text, it.logprob)])) for it in told],
-        text_offset=[it.offset for it in told],
+        tokens=[token.text for token in tokens],
+        token_logprobs=[token.logprob for token in tokens],
+        top_logprobs=top_logprobs,
+        text_offset=[token.offset for token in tokens],
     )
 
 
-def _chat_logprobs(told: Sequence[TokenLogprob]) -> ChatLogprobs | None:
-    if not told:
+def _chat_logprobs(tokens: Sequence[TokenLogprob]) -> ChatLogprobs | None:
+    if not tokens:
         return None
-    content = [
-        ChatTokenLogprob(
-            **_chat_logprob(it.text, it.logprob).model_dump(),
-            top_logprobs=[_chat_logprob(text, value) for text, value in it.top],
-        )
-        for it in told
-    ]
-    return ChatLogprobs(content=content)
+    return ChatLogprobs(content=[_chat_token(token) for token in tokens])
+
+
+def _chat_token(token: TokenLogprob) -> ChatTokenLogprob:
+    return ChatTokenLogprob(
+        **_chat_logprob(token.text, token.logprob).model_dump(),
+        top_logprobs=[_chat_logprob(text, value) for text, value in token.top],
+    )
 
 
 def _chat_logprob(text: str, value: float) -> ChatLogprob:

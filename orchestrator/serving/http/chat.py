@@ -26,14 +26,14 @@ def encode_chat(
     can't be rendered or does not fit.
     """
     if messages[-1].role != "user":
-        raise BadInput("the last of the messages has to be the user's")
+        raise BadInput("the last message must have role 'user'")
     if len(messages) > 1 and not has_chat_template(prompt.encoder.tokenizer):
         raise NoChatTemplate(
             f"The base model {prompt.manifest.base_model.id!r} has no chat template: "
             "send one message of the user, or use /v1/completions"
         )
     plain = [
-        {"role": SYSTEM if one.role == "developer" else one.role, "content": one.text}
-        for one in messages
+        {"role": SYSTEM if message.role == "developer" else message.role, "content": message.text}
+        for message in messages
     ]
     return prompt.encode_messages(plain, answer_tokens)

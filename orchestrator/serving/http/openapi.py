@@ -42,7 +42,7 @@ TEXTS = {
 
 def describe(path: str) -> JsonObject:
     """Return FastAPI's keyword arguments that document a route."""
-    known: dict[str, JsonObject] = {
+    routes: dict[str, JsonObject] = {
         "/health": {"responses": {200: {"description": "Alive"}, 503: {"description": "Failing"}}},
         "/metrics": {
             "responses": {
@@ -60,7 +60,7 @@ def describe(path: str) -> JsonObject:
         "/v1/chat/completions": _asking(ChatRequest, ChatAnswer, streams=True),
         "/classify": _asking(ClassifyRequest, ClassifyAnswer),
     }
-    return {"summary": path, **known[path]}
+    return {"summary": path, **routes[path]}
 
 
 def _asking(body: type[BaseModel], answer: type[BaseModel], streams: bool = False) -> JsonObject:
@@ -81,7 +81,7 @@ def _asking(body: type[BaseModel], answer: type[BaseModel], streams: bool = Fals
 def _resolved(schema: Any, definitions: JsonObject) -> Any:
     """Replace references in a schema by their definitions, of which none refers to itself."""
     if isinstance(schema, list):
-        return [_resolved(one, definitions) for one in schema]
+        return [_resolved(entry, definitions) for entry in schema]
     if not isinstance(schema, dict):
         return schema
     if reference := schema.get("$ref"):

@@ -108,15 +108,14 @@ class WireRequest(BaseModel):
     @classmethod
     def _check_field(cls, field: str, value: Any) -> None:
         if field in cls.neutral:
-            if not any(
-                type(value) is type(one) and value == one for one in (*cls.neutral[field], None)
-            ):
+            allowed = (*cls.neutral[field], None)
+            # True == 1 and 1 == 1.0 in Python, so types are compared too.
+            if not any(type(value) is type(entry) and value == entry for entry in allowed):
                 raise _field_error(field, "is not supported by this server; leave it out")
         elif field not in cls.model_fields and field not in cls.harmless:
             close = difflib.get_close_matches(field[:50], [*cls.model_fields, *cls.neutral], n=1)
-            raise _field_error(
-                field, "is not recognised" + (f"; did you mean {close[0]!r}?" if close else "")
-            )
+            suggestion = f"; did you mean {close[0]!r}?" if close else ""
+            raise _field_error(field, f"is not recognised{suggestion}")
 
 
 class StreamOptions(BaseModel):
@@ -215,11 +214,9 @@ class ChatMessage(BaseModel):
 
     @property
     def text(self) -> str:
-        return (
-            self.content
-            if isinstance(self.content, str)
-            else "".join(part.text for part in self.content)
-        )
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
 
 
 class ChatRequest(GenerationRequest):
@@ -442,8 +439,9 @@ def parse_body(kind: type[RequestType], body: bytes) -> RequestType:
 
 
 def _field_error(field: str, message: str) -> PydanticCustomError:
-    shown = field if field.isprintable() and len(field) <= 100 else json.dumps(field[:100])
-    context = {"field": shown, "quoted": repr(shown), "message": message}
+    if not field.isprintable() or len(field) > 100:
+        field = json.dumps(field[:100])
+    context = {"field": field, "quoted": repr(field), "message": message}
     return PydanticCustomError("field", "{quoted} {message}", context)
 
 
@@ -463,15 +461,12 @@ def _wrong_value(problems: list[ErrorDetails]) -> str:
     A union type reports one problem for each of its members, so all problems of the field are
     combined.
     """
-    first = problems[0]
-    if not first["loc"]:
+    first_problem = problems[0]
+    if not first_problem["loc"]:
         return "The body must be a JSON object"
-    field = first["loc"][0]
-    if first["type"] == "missing":
+    field = first_problem["loc"][0]
+    if first_problem["type"] == "missing":
         return f"{field!r} is required"
-    same = list(
-        dict.fromkeys(
-            it["msg"][0].lower() + it["msg"][1:] for it in problems if it["loc"][0] == field
-        )
-    )
-    return f"{field!r} is wrong: {'; or '.join(same[:4])}"
+    messages = [problem["msg"] for problem in problems if problem["loc"][0] == field]
+    reasons = list(dict.fromkeys(message[0].lower() + message[1:] for message in messages))
+    return f"{field!r} is wrong: {'; or '.join(reasons[:4])}"

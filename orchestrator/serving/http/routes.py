@@ -270,7 +270,7 @@ async def _events(chunks: AsyncIterator[Chunk], record: RequestRecord) -> AsyncI
             record.error = error.code
             yield f"data: {json.dumps(error.body())}\n\n"
         except Exception:
-            log.exception("a stream failed")
+            log.exception("a streamed answer failed")
             record.error = "internal_error"
             yield f"data: {json.dumps(_internal().body())}\n\n"
 

@@ -112,18 +112,18 @@ class PromptService:
             data=[_entry(card) for card in self.store.cards() if _allowed(record, card.name)]
         )
 
-    async def model(self, wanted: str, record: RequestRecord) -> ModelEntry:
+    async def model(self, model_id: str, record: RequestRecord) -> ModelEntry:
         """Describe one model of the list, or any other reference that requests may use.
 
         Raises ApiError 404 when there is no such model or the request's key may not use it.
         """
         for card in self.store.cards():
-            if wanted in (card.id, f"{card.name}@{card.alias}") and _allowed(record, card.name):
+            if model_id in (card.id, f"{card.name}@{card.alias}") and _allowed(record, card.name):
                 return _entry(card)
-        prompt = await self._loaded(wanted)
+        prompt = await self._loaded(model_id)
         if not _allowed(record, prompt.name):
-            raise _not_found(f"The model {printable(wanted)!r} does not exist")
-        return _entry(self.store.card_of(wanted, prompt))
+            raise _not_found(f"The model {printable(model_id)!r} does not exist")
+        return _entry(self.store.card_of(model_id, prompt))
 
     async def classify(self, request: ClassifyRequest, record: RequestRecord) -> ClassifyAnswer:
         """Answer POST /classify."""
@@ -153,8 +153,8 @@ class PromptService:
     async def chat(self, request: ChatRequest, record: RequestRecord) -> ChatAnswer:
         """Answer POST /v1/chat/completions without a stream."""
         prepared = await self._conversation(request, record)
-        (made,) = await self._completed(prepared, record)
-        return answers.chat(prepared.head, made, prepared.prompt_tokens)
+        (completion,) = await self._completed(prepared, record)
+        return answers.chat(prepared.head, completion, prepared.prompt_tokens)
 
     async def stream(
         self, request: CompletionRequest | ChatRequest, record: RequestRecord
@@ -163,38 +163,39 @@ class PromptService:
 
         ApiError for a refused request is raised here, before the first chunk.
         """
-        prepared = await (
-            self._conversation(request, record)
-            if isinstance(request, ChatRequest)
-            else self._completion(request, record)
-        )
+        kind: type[answers.ChatStream | answers.CompletionStream]
+        if isinstance(request, ChatRequest):
+            prepared = await self._conversation(request, record)
+            kind = answers.ChatStream
+        else:
+            prepared = await self._completion(request, record)
+            kind = answers.CompletionStream
         record.streamed = True
-        kind = answers.ChatStream if isinstance(request, ChatRequest) else answers.CompletionStream
         with _refusals():
-            told = self.engine.stream(prepared.prompt, prepared.inputs, prepared.sampling)
-        return self._chunks(kind(prepared.head), told, prepared, request.wants_usage, record)
+            deltas = self.engine.stream(prepared.prompt, prepared.inputs, prepared.sampling)
+        return self._chunks(kind(prepared.head), deltas, prepared, request.wants_usage, record)
 
     async def _chunks(
         self,
         shape: answers.Stream,
-        told: AsyncIterator[tuple[int, Delta]],
+        deltas: AsyncIterator[tuple[int, Delta]],
         prepared: PreparedRequest,
         wants_usage: bool,
         record: RequestRecord,
     ) -> AsyncIterator[answers.Chunk]:
-        made = 0
+        completion_tokens = 0
         try:
             for chunk in shape.opening(len(prepared.inputs)):
                 yield chunk
             with _refusals():
-                async for row, delta in _until(told, self.limits.seconds):
-                    made += delta.tokens
+                async for row, delta in _until(deltas, self.limits.seconds):
+                    completion_tokens += delta.tokens
                     yield shape.chunk(row, delta)
             if wants_usage:
-                yield shape.closing(prepared.prompt_tokens, made)
+                yield shape.closing(prepared.prompt_tokens, completion_tokens)
         finally:
-            await told.aclose()  # type: ignore[attr-defined]
-            self._count(record, prepared.prompt_tokens, made)
+            await deltas.aclose()  # type: ignore[attr-defined]
+            self._count(record, prepared.prompt_tokens, completion_tokens)
 
     async def _completion(
         self, request: CompletionRequest, record: RequestRecord
@@ -227,11 +228,12 @@ class PromptService:
     async def _completed(
         self, prepared: PreparedRequest, record: RequestRecord
     ) -> list[Completion]:
-        made: list[Completion] = await self._run(
+        completions: list[Completion] = await self._run(
             self.engine.complete(prepared.prompt, prepared.inputs, prepared.sampling)
         )
-        self._count(record, prepared.prompt_tokens, sum(it.tokens for it in made))
-        return made
+        completion_tokens = sum(completion.tokens for completion in completions)
+        self._count(record, prepared.prompt_tokens, completion_tokens)
+        return completions
 
     def _count(self, record: RequestRecord, prompt_tokens: int, completion_tokens: int) -> None:
         record.prompt_tokens, record.completion_tokens = prompt_tokens, completion_tokens
@@ -252,11 +254,11 @@ class PromptService:
         The whole request uses this version, even if an alias moves in the meantime. If the canary's
         version can't be loaded, the champion answers.
         """
-        wanted = self.store.route(model)
+        routed_model = self.store.route(model)
         try:
-            prompt = await self._loaded(wanted)
+            prompt = await self._loaded(routed_model)
         except ApiError:
-            if wanted == model:
+            if routed_model == model:
                 raise
             prompt = await self._loaded(f"{model}@{CHAMPION}")  # the canary can't be loaded
         if not _allowed(record, prompt.name):
@@ -280,9 +282,9 @@ class PromptService:
             ) from None
 
     async def _encode(
-        self, prompt: ServedPrompt, given: Sequence[Given], answer_tokens: int, param: str
+        self, prompt: ServedPrompt, texts: Sequence[Given], answer_tokens: int, param: str
     ) -> list[list[int]]:
-        return await self._tokenized(partial(_encode_all, prompt, given, answer_tokens), param)
+        return await self._tokenized(partial(_encode_all, prompt, texts, answer_tokens), param)
 
     async def _tokenized(self, work: Callable[[], Tokens], param: str) -> Tokens:
         try:
@@ -318,22 +320,22 @@ def _refusals() -> Iterator[None]:
         raise _unavailable(error.message) from None
 
 
-async def _until(told: AsyncIterator[Tokens], seconds: float) -> AsyncIterator[Tokens]:
+async def _until(events: AsyncIterator[Tokens], seconds: float) -> AsyncIterator[Tokens]:
     """Yield the events; raise TimeoutError once they have taken ``seconds`` in total."""
     loop = asyncio.get_running_loop()
     end = loop.time() + seconds
     while True:
         try:
-            event = await asyncio.wait_for(anext(told), max(0.0, end - loop.time()))
+            event = await asyncio.wait_for(anext(events), max(0.0, end - loop.time()))
         except StopAsyncIteration:
             return
         yield event
 
 
 def _encode_all(
-    prompt: ServedPrompt, given: Sequence[Given], answer_tokens: int
+    prompt: ServedPrompt, texts: Sequence[Given], answer_tokens: int
 ) -> list[list[int]]:
-    return [prompt.encode(one, answer_tokens) for one in given]
+    return [prompt.encode(text, answer_tokens) for text in texts]
 
 
 def _sampling(request: GenerationRequest, max_tokens: int | None, logprobs: int | None) -> Sampling:
@@ -368,8 +370,9 @@ def _not_found(message: str) -> ApiError:
 
 def _unsupported(model: str, reason: str, route: str | None) -> ApiError:
     """Build the error for a model that exists but does not support the route."""
-    other = f"; use {route}" if route else ""
-    return ApiError(400, f"The model {model!r} {reason}{other}", "unsupported_operation", "model")
+    alternative = f"; use {route}" if route else ""
+    message = f"The model {model!r} {reason}{alternative}"
+    return ApiError(400, message, "unsupported_operation", "model")
 
 
 def _unavailable(message: str) -> ApiError:

@@ -54,9 +54,9 @@ class SpanTracer:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-        named = {} if os.environ.get("OTEL_SERVICE_NAME") else {SERVICE_NAME: SERVICE}
+        attributes = {} if os.environ.get("OTEL_SERVICE_NAME") else {SERVICE_NAME: SERVICE}
         # Use a separate provider: Ray or MLflow may have set the process's global one.
-        self._provider = TracerProvider(resource=Resource.create(named))
+        self._provider = TracerProvider(resource=Resource.create(attributes))
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("orchestrator.serving")
 
@@ -74,7 +74,7 @@ class SpanTracer:
 
         def finish(route: str, status: int) -> None:
             span.update_name(f"{scope['method']} {route}")
-            found = {
+            attributes = {
                 "http.request.method": scope["method"],
                 "http.route": route,
                 "http.response.status_code": status,
@@ -86,7 +86,7 @@ class SpanTracer:
                 "error.type": record.error,
             }
             span.set_attributes(
-                {name: value for name, value in found.items() if value not in (None, "")}
+                {name: value for name, value in attributes.items() if value not in (None, "")}
             )
             if status >= 500:
                 span.set_status(Status(StatusCode.ERROR, record.error))

@@ -119,9 +119,9 @@ class _Shelf:
 
         One prompt always stays.
         """
-        gone = []
+        evicted = []
         while self.nbytes > self.max_bytes and len(self._prompts) > 1:
             key, prompt = self._prompts.popitem(last=False)
             self.nbytes -= prompt.nbytes
-            gone.append(key)
-        return gone
+            evicted.append(key)
+        return evicted

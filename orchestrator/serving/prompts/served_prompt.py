@@ -91,11 +91,9 @@ class ServedPrompt:
         """The reason that the prompt can't classify; empty if it can."""
         if self.answers:
             return ""
-        return (
-            "generates text and has no labels"
-            if self.generates
-            else "was tuned without labels to choose from"
-        )
+        if self.generates:
+            return "generates text and has no labels"
+        return "was tuned without labels to choose from"
 
     @property
     def why_no_text(self) -> str:
@@ -105,14 +103,14 @@ class ServedPrompt:
         )
         return "" if self.generates else reason
 
-    def encode(self, given: Given, answer_tokens: int) -> list[int]:
+    def encode(self, entry: Given, answer_tokens: int) -> list[int]:
         """Fill the template with an input and return its ids, cut to ``max_input_tokens``.
 
         The offline evaluation cuts in the same way. Conversations are not cut. Raises
         ContextExceeded when the input does not fit into the context before it is cut, and BadInput
         when a row lacks a column of the template.
         """
-        row = self._whole_row(self.encoder.template.row(given))
+        row = self._whole_row(self.encoder.template.row(entry))
         ids = self.encoder.row_ids(row)
         self.check_room(len(text_ids(ids)), answer_tokens)
         if len(ids) <= self.encoder.max_input_tokens or self.encoder.conversation(row):
@@ -180,7 +178,7 @@ def classified(
 
     The first of equally likely labels wins. Served and offline answers are both made here.
     """
-    best = max(range(len(labels)), key=lambda place: probs[place])
+    best = max(range(len(labels)), key=lambda label_index: probs[label_index])
     return {"label": labels[best], "probs": dict(zip(keys, probs, strict=True))}
 
 
@@ -261,25 +259,25 @@ def stack_prompts(prompts: Sequence[ServedPrompt]) -> tuple[PreparedPrompts, lis
     Returns the stacked prompts and, for each row, the index of its prompt among them.
     """
     distinct = list({id(prompt): prompt for prompt in prompts}.values())
-    place = {id(prompt): index for index, prompt in enumerate(distinct)}
+    prompt_index = {id(prompt): index for index, prompt in enumerate(distinct)}
     return stack_prepared([prompt.prepared for prompt in distinct]), [
-        place[id(prompt)] for prompt in prompts
+        prompt_index[id(prompt)] for prompt in prompts
     ]
 
 
 def _check_base_model(manifest: Manifest, backbone: Backbone) -> None:
-    tuned, here = manifest.base_model, backbone.info
-    if tuned.fingerprint != here.fingerprint:
+    tuned_on, loaded = manifest.base_model, backbone.info
+    if tuned_on.fingerprint != loaded.fingerprint:
         raise BadInput(
-            f"it was tuned on another base model ({tuned.id!r}, "
-            f"fingerprint {tuned.fingerprint[:12]}) than the one "
-            f"loaded ({here.id!r}, {here.fingerprint[:12]})"
+            f"it was tuned on another base model ({tuned_on.id!r}, "
+            f"fingerprint {tuned_on.fingerprint[:12]}) than the one "
+            f"loaded ({loaded.id!r}, {loaded.fingerprint[:12]})"
         )
-    if tuned.tokenizer_digest != here.tokenizer_digest:
-        raise BadInput(f"it was tuned with another tokenizer than the one of {here.id!r}")
+    if tuned_on.tokenizer_digest != loaded.tokenizer_digest:
+        raise BadInput(f"it was tuned with another tokenizer than the one of {loaded.id!r}")
     if manifest.base_model.hidden_size != backbone.table.shape[1]:
         raise BadInput(
-            f"its width is {tuned.hidden_size}, the base model's is {backbone.table.shape[1]}"
+            f"its width is {tuned_on.hidden_size}, the base model's is {backbone.table.shape[1]}"
         )
 
 

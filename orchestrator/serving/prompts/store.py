@@ -169,11 +169,11 @@ class PromptStore:
         """
         with self._lock:
             candidates = self._candidates(model)
-        for place, key in enumerate(candidates):
+        for attempt, key in enumerate(candidates):
             try:
                 return self._load(key)
             except OrchestratorError as error:
-                if place + 1 == len(candidates):
+                if attempt + 1 == len(candidates):
                     if isinstance(error, Unreachable):
                         raise
                     absent = isinstance(error, NoSuchVersion)
@@ -188,16 +188,16 @@ class PromptStore:
                 for (name, alias), version in sorted(self._routes.items())
             ]
 
-    def card_of(self, wanted: str, prompt: ServedPrompt) -> ModelCard:
-        """Return a loaded prompt's card with the id ``wanted``, which need not be in the list."""
+    def card_of(self, model_id: str, prompt: ServedPrompt) -> ModelCard:
+        """Return a loaded prompt's card with the id ``model_id``, which need not be listed."""
         with self._lock:
             card = self._cards.get((prompt.name, prompt.version)) or _card_of(prompt)
-            held = (
+            aliases = (
                 alias
                 for (name, alias), version in self._routes.items()
                 if (name, version) == key_of(prompt)
             )
-            return replace(card, id=wanted, alias=next(iter(sorted(held)), ""))
+            return replace(card, id=model_id, alias=next(iter(sorted(aliases)), ""))
 
     @property
     def loaded_bytes(self) -> int:
@@ -225,8 +225,8 @@ class PromptStore:
         Where the alias had an older version, that one still answers.
         """
         with self._lock:
-            wanted = {(name, version) for (name, _), version in self._targets()}
-            return sorted(key for key in wanted if key in self._refused)
+            target_keys = {(name, version) for (name, _), version in self._targets()}
+            return sorted(key for key in target_keys if key in self._refused)
 
     # Following the registry.
 
@@ -254,7 +254,7 @@ class PromptStore:
             self._report_outage(error)
             return
         if self._outage:
-            log.warning("the registry answers again")
+            log.warning("the registry can be reached again")
             self._outage = ""
         with self._lock:
             self._known = {name: dict(model.aliases) for name, model in live.items()}
@@ -262,9 +262,11 @@ class PromptStore:
             self._routes = {
                 route: version for route, version in self._routes.items() if route in targets
             }
-            held = {(name, version) for (name, _), version in self._routes.items()}
+            routed_keys = {(name, version) for (name, _), version in self._routes.items()}
             self._cards = {
-                key: card for key, card in self._cards.items() if key in held or key in self._cache
+                key: card
+                for key, card in self._cards.items()
+                if key in routed_keys or key in self._cache
             }
         # Champions are loaded last: as the most recently used, they stay when memory is short.
         for route in sorted(targets, key=lambda route: route[1] == CHAMPION):
@@ -275,7 +277,7 @@ class PromptStore:
         for name in canaries.keys() | self._canaries.keys():
             before, now = self._canaries.get(name), canaries.get(name)
             if before != now:
-                log.info("canary of %s: %s, before %s", printable(name), now, before)
+                log.info("canary of %s: now %s, was %s", printable(name), now, before)
         self._canaries = canaries
 
     def _poll(self) -> None:
@@ -306,12 +308,14 @@ class PromptStore:
         with self._lock:
             before = self._routes.get(route)
             self._routes[route] = version
-        log.info("%s@%s: version %s, before %s", printable(route[0]), route[1], version, before)
+        log.info("%s@%s: now version %s, was %s", printable(route[0]), route[1], version, before)
 
     def _report_outage(self, error: Exception) -> None:
         text = first_line(error, with_type=True)
         if text != self._outage:
-            log.warning("the registry does not answer, serving what is loaded: %s", text)
+            log.warning(
+                "the registry does not answer; serving the prompts already loaded: %s", text
+            )
         self._outage = text
 
     # Resolving references.
@@ -332,20 +336,22 @@ class PromptStore:
 
     def _alias_candidates(self, model: str, name: str, alias: str) -> list[Key]:
         assert self._known is not None
-        wanted, current = self._known[name].get(alias), self._routes.get((name, alias))
-        if wanted is None:
-            there = ", ".join(sorted(self._known[name])) or "none"
+        target, current = self._known[name].get(alias), self._routes.get((name, alias))
+        if target is None:
+            alias_names = ", ".join(sorted(self._known[name])) or "none"
             raise ModelNotFound(
                 f"The model {printable(model)!r} does not exist: "
                 f"{printable(name)!r} has no alias {printable(alias)!r} "
-                f"(its aliases: {there}); a version is asked for as name:version"
+                f"(its aliases: {alias_names}); to request a version, write name:version"
             )
-        if current is None or current == wanted:
-            return [(name, wanted)]
+        if current is None or current == target:
+            return [(name, target)]
         # The alias moved: the old version answers until the new one is loaded. If the old one is
         # not in memory either, try the new one first.
-        old, new = (name, current), (name, wanted)
-        return [old, new] if old in self._cache else [new, old]
+        current_key, target_key = (name, current), (name, target)
+        if current_key in self._cache:
+            return [current_key, target_key]
+        return [target_key, current_key]
 
     def _parse(self, model: str) -> ModelRef | None:
         if self._known and model in self._known:
@@ -358,17 +364,19 @@ class PromptStore:
 
     def _allows(self, ref: ModelRef) -> bool:
         if ref.version is not None:
-            whole = [it for it in self._served if it.name == ref.name and it.alias is None]
-            return not self._served or any(it.version in (None, ref.version) for it in whole)
+            if not self._served:
+                return True
+            entries = (entry for entry in self._served if entry.name == ref.name)
+            return any(
+                entry.alias is None and entry.version in (None, ref.version) for entry in entries
+            )
         return self._allows_alias(ref.name, ref.alias or CHAMPION)
 
     def _allows_alias(self, name: str, alias: str) -> bool:
         if not self._served:
             return True
-        return any(
-            it.name == name and it.version is None and (it.alias in (None, alias))
-            for it in self._served
-        )
+        entries = (entry for entry in self._served if entry.name == name)
+        return any(entry.version is None and entry.alias in (None, alias) for entry in entries)
 
     def _unknown(self, model: str) -> ModelNotFound:
         served = [_wire_id(name, alias) for name, alias in islice(self._routes, MAX_COMPARED)]
@@ -399,10 +407,11 @@ class PromptStore:
         with self._lock:
             if prompt := self._cache.get(key):
                 return prompt
-            if found := self._cache.bring(key):
+            if returned := self._cache.bring(key):
+                prompt, evicted = returned
                 self.counts["returns", key[0]] += 1
-                self._note_gone(found[1])
-                return found[0]
+                self._note_gone(evicted)
+                return prompt
             if self._is_refused(key):
                 raise self._refused[key].error
             return None
@@ -440,7 +449,9 @@ class PromptStore:
     def _note_gone(self, keys: Sequence[Key]) -> None:
         for name, version in keys:
             self.counts["evictions", name] += 1
-            log.info("version %s of %s leaves the model's memory", version, printable(name))
+            log.info(
+                "version %s of %s is evicted from the model's memory", version, printable(name)
+            )
 
     def _is_refused(self, key: Key) -> bool:
         refusal = self._refused.get(key)
@@ -450,11 +461,11 @@ class PromptStore:
         with self._lock:
             if key[0] in (self._known or {}):
                 self.counts["refusals", key[0]] += 1
-            known = self._refused.pop(key, None)
+            previous = self._refused.pop(key, None)
             self._refused[key] = _Refusal(error, time.monotonic())
             while len(self._refused) > MAX_REFUSED:
                 self._refused.popitem(last=False)
-        if known is None or known.error.message != error.message:
+        if previous is None or previous.error.message != error.message:
             log.warning("version %s of %s is refused: %s", key[1], printable(key[0]), error.message)
 
 

@@ -71,9 +71,9 @@ class Adapters(WeightChange):
 
     def _put_in(self) -> None:
         parameters = list(self.parameters())
-        for place, module in enumerate(self._ends):
+        for index, module in enumerate(self._ends):
             self._handles.append(
-                module.register_forward_hook(_adapter(*parameters[4 * place : 4 * place + 4]))
+                module.register_forward_hook(_adapter(*parameters[4 * index : 4 * index + 4]))
             )
 
     def _take_out(self) -> None:

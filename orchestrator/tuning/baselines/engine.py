@@ -85,13 +85,11 @@ class DesignEngine(Engine):
 
     def _report(self, slot: Slot, metrics: dict[str, float]) -> Report:
         report = super()._report(slot, metrics)
-        shown = (
-            self.task.designs.shown(Design.of(slot.spec), "validation")
-            if self.task.designs
-            else 0.0
-        )
-        if slot.spec.shots and shown < slot.spec.shots:
-            text = f"the context has room for {shown:.3g} of {slot.spec.shots} demonstrations"
+        shown_count = 0.0
+        if self.task.designs:
+            shown_count = self.task.designs.shown(Design.of(slot.spec), "validation")
+        if slot.spec.shots and shown_count < slot.spec.shots:
+            text = f"the context has room for {shown_count:.3g} of {slot.spec.shots} demonstrations"
             return replace(report, note="; ".join(filter(None, [report.note, text])))
         return report
 

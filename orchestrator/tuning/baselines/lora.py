@@ -61,8 +61,8 @@ class Lora(WeightChange):
             setattr(parent, child, layer)
 
     def _take_out(self) -> None:
-        for parent, child, own, _ in self._places.values():
-            setattr(parent, child, own)
+        for parent, child, original, _ in self._places.values():
+            setattr(parent, child, original)
 
 
 def lora_config(
@@ -108,15 +108,15 @@ def _made_layers(model: nn.Module, config: LoraConfig) -> dict[str, Place]:
             "use another base model",
         ) from None
     finally:
-        made = {
+        layers = {
             name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)
         }
         places: dict[str, Place] = {}
-        for name, layer in made.items():
+        for name, layer in layers.items():
             parent, _, child = name.rpartition(".")
             places[name] = model.get_submodule(parent), child, layer.get_base_layer(), layer
-        for module, child, own, _ in places.values():
-            setattr(module, child, own)
+        for module, child, original, _ in places.values():
+            setattr(module, child, original)
         if hasattr(model, "peft_config"):  # makes transformers treat the model as one with adapters
             del model.peft_config
     return places

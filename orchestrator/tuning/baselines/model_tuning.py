@@ -19,17 +19,23 @@ class ModelTuning(WeightChange):
     def __init__(self, model: nn.Module) -> None:
         self._own = dict(model.named_parameters())
         super().__init__(
-            {name: nn.Parameter(own.detach().float().clone()) for name, own in self._own.items()}
+            {
+                name: nn.Parameter(original.detach().float().clone())
+                for name, original in self._own.items()
+            }
         )
         learned = {
-            id(own): mine for own, mine in zip(self._own.values(), self.parameters(), strict=True)
+            id(original): learned_parameter
+            for original, learned_parameter in zip(
+                self._own.values(), self.parameters(), strict=True
+            )
         }
         # All modules that hold a parameter: a tied parameter is in several.
         self._places = [
-            (module, name, own, learned[id(own)])
+            (module, name, original, learned[id(original)])
             for module in model.modules()
-            for name, own in module._parameters.items()
-            if own is not None
+            for name, original in module._parameters.items()
+            if original is not None
         ]
 
     @classmethod
@@ -37,9 +43,9 @@ class ModelTuning(WeightChange):
         return cls(backbone.model)
 
     def _put_in(self) -> None:
-        for module, name, _, mine in self._places:
-            module._parameters[name] = mine
+        for module, name, _, learned in self._places:
+            module._parameters[name] = learned
 
     def _take_out(self) -> None:
-        for module, name, own, _ in self._places:
-            module._parameters[name] = own
+        for module, name, original, _ in self._places:
+            module._parameters[name] = original

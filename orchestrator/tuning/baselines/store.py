@@ -38,14 +38,16 @@ def save_result(
     ``about["method"]`` decides which files are in it.
     """
     method = about["method"]
-    whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    cpu_tensors = {
+        name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()
+    }
     with whole_folder(folder) as staging:
         if method in ("lora", "qlora"):
-            _save_lora(staging, spec, whole, source)
+            _save_lora(staging, spec, cpu_tensors, source)
         elif method == "model_tuning":
-            _save_model(staging, whole, source)
+            _save_model(staging, cpu_tensors, source)
         elif method == "adapter":
-            save_file(whole, staging / "adapter.safetensors", metadata=TORCH)
+            save_file(cpu_tensors, staging / "adapter.safetensors", metadata=TORCH)
         text = json.dumps(
             {**about, "config": spec.config()}, indent=2, ensure_ascii=False, default=str
         )

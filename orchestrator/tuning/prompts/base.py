@@ -44,8 +44,8 @@ class Prompt(nn.Module, ABC):
     @torch.no_grad()
     def named(self) -> dict[str, Tensor]:
         """Return the prompt's tensors by name, without gradients."""
-        made: PromptTensors = self()
-        return made.named()
+        tensors: PromptTensors = self()
+        return tensors.named()
 
 
 @contextmanager
@@ -78,5 +78,5 @@ class Offset(nn.Module):
             nn.init.zeros_(last.bias)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        made: Tensor = self.network(inputs)
-        return made if self.start is None else self.start + made
+        output: Tensor = self.network(inputs)
+        return output if self.start is None else self.start + output

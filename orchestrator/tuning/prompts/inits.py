@@ -88,8 +88,8 @@ def initial_prefix(spec: TrialSpec, context: InitContext) -> dict[str, Tensor]:
     the model (Li & Liang 2021, section 7.4); they are on the CPU. Raises BadInput for a model
     without keys and values.
     """
-    stored = context.artifacts.get(spec.init_artifact or "", {})
-    if prefixes := PromptTensors.from_named(stored).prefixes:
+    artifact_tensors = context.artifacts.get(spec.init_artifact or "", {})
+    if prefixes := PromptTensors.from_named(artifact_tensors).prefixes:
         return {
             site: _fitted(tensor, spec.num_virtual_tokens, -2) for site, tensor in prefixes.items()
         }
@@ -134,10 +134,10 @@ def _sampled(
     """
     population = frequent_ids(context, population_size)
     rounds = -(-length // len(population))
-    drawn = torch.cat(
+    indices = torch.cat(
         [torch.randperm(len(population), generator=generator) for _ in range(rounds)]
     )[:length]
-    return _rows(context, [population[place] for place in drawn.tolist()])
+    return _rows(context, [population[index] for index in indices.tolist()])
 
 
 def frequent_ids(context: InitContext, population: int = VOCABULARY) -> list[int]:
@@ -177,7 +177,7 @@ def text(spec: TrialSpec, context: InitContext, generator: torch.Generator) -> T
     Special tokens are left out.
     """
     ids = text_ids(spec.init_text or "", context)
-    return _rows(context, [ids[place % len(ids)] for place in range(spec.num_virtual_tokens)])
+    return _rows(context, [ids[index % len(ids)] for index in range(spec.num_virtual_tokens)])
 
 
 def artifact(spec: TrialSpec, context: InitContext, generator: torch.Generator) -> Tensor:
@@ -187,19 +187,19 @@ def artifact(spec: TrialSpec, context: InitContext, generator: torch.Generator) 
     embeddings, or when its width is not the model's.
     """
     reference = spec.init_artifact or ""
-    stored = context.artifacts[reference].get("prompt")
-    if stored is None:
+    stored_prompt = context.artifacts[reference].get("prompt")
+    if stored_prompt is None:
         raise BadInput(
             f"init artifact {reference!r} is a prefix and can't start a soft prompt",
             "use method prefix_tuning",
         )
-    if stored.shape[1] != context.shape[1]:
+    if stored_prompt.shape[1] != context.shape[1]:
         raise BadInput(
-            f"init artifact {reference!r} has width {stored.shape[1]}, "
+            f"init artifact {reference!r} has width {stored_prompt.shape[1]}, "
             f"the base model's is {context.shape[1]}",
             "start from a prompt of the same base model",
         )
-    return _fitted(stored.float().cpu(), spec.num_virtual_tokens, 0)
+    return _fitted(stored_prompt.float().cpu(), spec.num_virtual_tokens, 0)
 
 
 INITS: dict[str, Callable[[TrialSpec, InitContext, torch.Generator], Tensor]] = {

@@ -24,8 +24,8 @@ class LstmEncoder(nn.Module):
         self.last = nn.Linear(2 * hidden, width)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        made: Tensor = self.last(self.first(self.lstm(inputs[None])[0][0]).relu())
-        return made
+        embeddings: Tensor = self.last(self.first(self.lstm(inputs[None])[0][0]).relu())
+        return embeddings
 
 
 class MlpEncoder(nn.Module):
@@ -38,8 +38,8 @@ class MlpEncoder(nn.Module):
         self.last = nn.Linear(hidden, width)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        made: Tensor = self.last(self.middle(self.first(inputs).relu()).relu())
-        return made
+        embeddings: Tensor = self.last(self.middle(self.first(inputs).relu()).relu())
+        return embeddings
 
 
 class EncodedPrompt(Prompt):

@@ -50,8 +50,8 @@ class MlpSite(nn.Module):
         self.mlp = Offset(network, last, None if start is None else _flat(start))
 
     def forward(self) -> Tensor:
-        made: Tensor = self.mlp(self.tokens)
-        return made.view(self.length, self.layers, 2, self.heads, self.head_width).permute(
+        flat: Tensor = self.mlp(self.tokens)
+        return flat.view(self.length, self.layers, 2, self.heads, self.head_width).permute(
             1, 2, 3, 0, 4
         )
 
@@ -84,8 +84,8 @@ class Prefix(Prompt):
                     hidden = method.hidden_size or HIDDEN
                     sites[site] = MlpSite(shape, length, context.shape[1], hidden, start.get(site))
                 else:
-                    drawn = random_uniform((*shape[:3], length, shape[4]), generator)
-                    sites[site] = DirectSite(start.get(site, drawn))
+                    random_start = random_uniform((*shape[:3], length, shape[4]), generator)
+                    sites[site] = DirectSite(start.get(site, random_start))
         return cls(sites)
 
     def forward(self) -> PromptTensors:
