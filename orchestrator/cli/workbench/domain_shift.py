@@ -38,6 +38,8 @@ from orchestrator.job.metrics import (
 from orchestrator.job.spec import BaseModelSpec, DataFiles, DataSpec
 from orchestrator.models.backbone import Backbone, default_device, load_backbone
 from orchestrator.models.source import resolve_model
+from orchestrator.outcomes.label_metrics import per_class
+from orchestrator.outcomes.rows import RowOutcomes, outcomes_of
 from orchestrator.registry import EvaluationRecord, Registry, VersionSummary, printable
 from orchestrator.registry.aliases.gate import tagged_metric
 from orchestrator.serving.engine.classify import answer_probs
@@ -45,7 +47,6 @@ from orchestrator.serving.prompts.served_prompt import ServedPrompt, load_prompt
 from orchestrator.tuning.cpu_threads import Threads
 from orchestrator.tuning.evaluate import evaluate, forward_tokens
 from orchestrator.tuning.generate import Decoding
-from orchestrator.tuning.label_metrics import per_class
 from orchestrator.tuning.out_of_memory import Room
 from orchestrator.tuning.reports import confusion_counts, without_confusion
 from orchestrator.utils.documents import JsonObject
@@ -368,6 +369,8 @@ class Target:
     classes: list[list[dict[str, Any]] | None]
     """Figures of each label by version; None for a version that generates text."""
     votes: Metrics | None
+    outcomes: list[RowOutcomes | None]
+    """What each version made of the rows."""
 
 
 def _targets(
@@ -389,8 +392,9 @@ def _targets(
         classes = [_classes(one.prompt, own) for one, own in pairs]
         prints = [rows_fingerprint(of[place].rows) for of in groups]
         votes = voted[place] if voted else None
+        kept = [outcomes_of(one) for one in found_metrics]
         found.append(
-            Target(question, group.label, len(group.rows), prints, metrics, classes, votes)
+            Target(question, group.label, len(group.rows), prints, metrics, classes, votes, kept)
         )
     return found
 
@@ -510,6 +514,7 @@ def _record(target: Target, place: int) -> EvaluationRecord:
         rows=target.rows,
         fingerprint=target.fingerprints[place],
         metrics=target.metrics[place],
+        outcomes=target.outcomes[place],
     )
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import yaml
 
 from orchestrator import __version__
+from orchestrator.outcomes.label_metrics import CLASS_FIGURES, per_class
 from orchestrator.search.report.facts import SearchFacts, init_label
 from orchestrator.search.report.figures import FIGURES
-from orchestrator.tuning.label_metrics import CLASS_FIGURES, per_class
 from orchestrator.utils.wording import BASELINE_NAMES, counted
 
 MOST_TRIALS = 200
@@ -126,6 +126,8 @@ def _model(facts: SearchFacts) -> list[str]:
             f"<p>Registered as {escape(model['name'])} "
             f"version {model['version']}{escape(alias)}.</p>"
         )
+        if reason := model.get("reason"):
+            lines.append(f"<p>{escape(reason)}</p>")
     return lines
 
 
