@@ -38,7 +38,7 @@ BLEU_COUNTS = "bleu"
 STORED: Mapping[str, tuple[Any, int]] = {
     TRUE: (np.int32, 1),
     GIVEN: (np.int32, 1),
-    LOG_PROBS: (np.float16, 2),
+    LOG_PROBS: (np.float32, 2),
     EXACT: (np.bool_, 1),
     NLL: (np.float32, 1),
     TOKENS: (np.int32, 1),
