@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.artifact import DataRecord, read_manifest
+from orchestrator.data.outcomes.rows import RowOutcomes
 from orchestrator.data.source_row import Row
 from orchestrator.errors import BadInput
 from orchestrator.job.metrics import Better
 from orchestrator.job.spec import ALIAS_PATTERN, NAME_PATTERN, RESERVED_ALIAS, PromoteIf
-from orchestrator.outcomes.rows import RowOutcomes
 from orchestrator.registry.aliases import gate as promotion
 from orchestrator.registry.aliases.canary import (
     CANARY_TAG,

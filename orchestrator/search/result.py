@@ -19,11 +19,11 @@ from orchestrator.artifact import (
     ReparameterizationRecord,
 )
 from orchestrator.data.designs import Design
+from orchestrator.data.outcomes.rows import RowOutcomes, outcomes_of
 from orchestrator.errors import BadInput, NothingFound
 from orchestrator.job.space import no_result
 from orchestrator.models.nearest_words import nearest_words
 from orchestrator.models.source import BaseModelInfo
-from orchestrator.outcomes.rows import RowOutcomes, outcomes_of
 from orchestrator.search.context import SearchContext, StartedSearch
 from orchestrator.search.mlflow_tags import outcome_tags, search_note
 from orchestrator.search.plan.plan import device_hours

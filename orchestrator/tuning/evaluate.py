@@ -6,7 +6,7 @@
   the end token. Text outside the verbalizer counts as wrong.
 * ``loss``: mean negative log-likelihood of the target tokens.
 * the metric that was asked for, if it is another one of labels or of the user's own
-  (``outcomes.label_metrics``, ``custom_metrics.py``); all metrics of labels, if everything was.
+  (``custom_metrics.py``); all metrics of labels, if everything was (``data/outcomes``).
 
 If a ``Decoding`` is given, texts are also generated and compared (``generate.py``).
 """
@@ -22,10 +22,7 @@ from torch import Tensor
 
 from orchestrator.data.batches import longest_first
 from orchestrator.data.encoding import Encoded, Encoder
-from orchestrator.job.metrics import Metric, is_custom, metric_named
-from orchestrator.models.backbone import Backbone, PreparedPrompts, PromptTensors
-from orchestrator.models.scoring import answer_scores, answer_tokens, target_log_probs
-from orchestrator.outcomes.label_metrics import (
+from orchestrator.data.outcomes.label_metrics import (
     CALIBRATION_BINS,
     Counts,
     Scores,
@@ -34,7 +31,7 @@ from orchestrator.outcomes.label_metrics import (
     count_metrics,
     roc_auc,
 )
-from orchestrator.outcomes.rows import (
+from orchestrator.data.outcomes.rows import (
     EXACT,
     GIVEN,
     LOG_PROBS,
@@ -45,6 +42,9 @@ from orchestrator.outcomes.rows import (
     RowOutcomes,
     outcomes_of,
 )
+from orchestrator.job.metrics import Metric, is_custom, metric_named
+from orchestrator.models.backbone import Backbone, PreparedPrompts, PromptTensors
+from orchestrator.models.scoring import answer_scores, answer_tokens, target_log_probs
 from orchestrator.tuning.cpu_threads import Threads
 from orchestrator.tuning.custom_metrics import Judgement, custom_values
 from orchestrator.tuning.forwards import MAX_TOKENS, Share, SharedForwards

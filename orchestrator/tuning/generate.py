@@ -12,9 +12,9 @@ import torch
 
 from orchestrator.data.batches import longest_first
 from orchestrator.data.encoding import Encoded, Encoder
+from orchestrator.data.outcomes.rows import Measured
 from orchestrator.models.backbone import Backbone, PreparedPrompts
 from orchestrator.models.decoding import decode, start
-from orchestrator.outcomes.rows import Measured
 from orchestrator.tuning.cpu_threads import Threads
 from orchestrator.tuning.custom_metrics import Judgement, custom_values
 from orchestrator.tuning.forwards import MAX_TOKENS, Share, SharedForwards

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.outcomes.rows import BLEU_COUNTS, F1, ROUGE_L, RowOutcomes
+from orchestrator.data.outcomes.rows import BLEU_COUNTS, F1, ROUGE_L, RowOutcomes
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)

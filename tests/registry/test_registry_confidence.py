@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from orchestrator.data.outcomes.rows import GIVEN, TRUE, RowOutcomes
 from orchestrator.errors import BadInput
 from orchestrator.job.spec import JobSpec
-from orchestrator.outcomes.rows import GIVEN, TRUE, RowOutcomes
 from orchestrator.registry import EvaluationRecord, Registry
 from orchestrator.registry.versions.outcomes import outcomes_path, read_outcomes
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from models import random_prompts, small_task, tiny_backbone
 from sklearn import metrics as sklearn
 
-from orchestrator.outcomes.label_metrics import (
+from orchestrator.data.outcomes.label_metrics import (
     CALIBRATION_BINS,
     calibration_counts,
     calibration_error,

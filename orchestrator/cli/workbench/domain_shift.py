@@ -20,6 +20,8 @@ from orchestrator.artifact import PromptArtifact
 from orchestrator.data.cells import cell_text
 from orchestrator.data.dataset import load_split, rows_fingerprint
 from orchestrator.data.encoding import Encoded, reference_texts
+from orchestrator.data.outcomes.label_metrics import per_class
+from orchestrator.data.outcomes.rows import RowOutcomes, outcomes_of
 from orchestrator.data.source_row import Row
 from orchestrator.data.tables import table_suffix
 from orchestrator.data.template import Template
@@ -38,8 +40,6 @@ from orchestrator.job.metrics import (
 from orchestrator.job.spec import BaseModelSpec, DataFiles, DataSpec
 from orchestrator.models.backbone import Backbone, default_device, load_backbone
 from orchestrator.models.source import resolve_model
-from orchestrator.outcomes.label_metrics import per_class
-from orchestrator.outcomes.rows import RowOutcomes, outcomes_of
 from orchestrator.registry import EvaluationRecord, Registry, VersionSummary, printable
 from orchestrator.registry.aliases.gate import tagged_metric
 from orchestrator.serving.engine.classify import answer_probs

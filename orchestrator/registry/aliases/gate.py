@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from orchestrator.artifact import Manifest
+from orchestrator.data.outcomes.confidence import SIGNIFICANT, Confidence, confidence
+from orchestrator.data.outcomes.rows import RowOutcomes
 from orchestrator.job.labels import by_meaning, spelled
 from orchestrator.job.metrics import (
     BY_NAME,
@@ -23,8 +25,6 @@ from orchestrator.job.metrics import (
     preferred,
 )
 from orchestrator.job.spec import PromoteIf, template_columns
-from orchestrator.outcomes.confidence import SIGNIFICANT, Confidence, confidence
-from orchestrator.outcomes.rows import RowOutcomes
 
 METRIC_TAG = "orchestrator.metric"
 """A version's tag: the metric that its search ranked trials by."""

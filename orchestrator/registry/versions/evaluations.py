@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePath
 from typing import Any
 
-from orchestrator.outcomes.rows import RowOutcomes
+from orchestrator.data.outcomes.rows import RowOutcomes
 from orchestrator.registry.aliases.gate import EVALUATION_TAG
 from orchestrator.registry.aliases.moves import who
 from orchestrator.registry.runs.entries import MAX_TAG, as_texts

@@ -13,13 +13,13 @@ from contextlib import suppress
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from orchestrator.outcomes.rows import RowOutcomes
+from orchestrator.data.outcomes.rows import RowOutcomes
 from orchestrator.registry.aliases.gate import EVALUATION_TAG
 from orchestrator.registry.store import Store
 from orchestrator.registry.versions.records import VersionSummary
 
 FOLDER = "outcomes"
-OUTCOMES_TAG = "orchestrator.outcomes"
+OUTCOMES_TAG = "orchestrator.data.outcomes"
 """A version's tag: the fingerprint of the test rows whose outcomes lie beside its prompt."""
 MAX_OUTCOMES_BYTES = 1 << 28
 

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.artifact import MANIFEST, WEIGHTS, Manifest, PromptArtifact, file_sha256
 from orchestrator.data.cells import cell_text
 from orchestrator.data.conversations import is_conversation
+from orchestrator.data.outcomes.rows import RowOutcomes
 from orchestrator.data.source_row import Row
 from orchestrator.job.spec import template_columns
-from orchestrator.outcomes.rows import RowOutcomes
 from orchestrator.registry.aliases.ledger import LEDGER_TAG, new_ledger
 from orchestrator.registry.runs.entries import as_texts
 from orchestrator.registry.store import Store

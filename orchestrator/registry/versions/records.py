@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from orchestrator.artifact import Manifest
-from orchestrator.outcomes.confidence import Confidence
+from orchestrator.data.outcomes.confidence import Confidence
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion

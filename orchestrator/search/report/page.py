@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 
 from orchestrator import __version__
-from orchestrator.outcomes.label_metrics import CLASS_FIGURES, per_class
+from orchestrator.data.outcomes.label_metrics import CLASS_FIGURES, per_class
 from orchestrator.search.report.facts import SearchFacts, init_label
 from orchestrator.search.report.figures import FIGURES
 from orchestrator.utils.wording import BASELINE_NAMES, counted

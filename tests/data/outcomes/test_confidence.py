@@ -11,9 +11,8 @@ from models import random_prompts, small_task, tiny_backbone
 from scipy import stats
 from sklearn import metrics as sklearn
 
-from orchestrator.job.metrics import METRICS, names_of
-from orchestrator.outcomes.confidence import Confidence, binomial_p, confidence
-from orchestrator.outcomes.rows import (
+from orchestrator.data.outcomes.confidence import Confidence, binomial_p, confidence
+from orchestrator.data.outcomes.rows import (
     BLEU_COUNTS,
     EXACT,
     F1,
@@ -26,7 +25,8 @@ from orchestrator.outcomes.rows import (
     RowOutcomes,
     outcomes_of,
 )
-from orchestrator.outcomes.statistics import NEEDED, STATISTICS, statistic_of
+from orchestrator.data.outcomes.statistics import NEEDED, STATISTICS, statistic_of
+from orchestrator.job.metrics import METRICS, names_of
 from orchestrator.tuning.evaluate import evaluate
 from orchestrator.tuning.generate import Decoding
 from orchestrator.tuning.text_metrics import row_scores, text_metrics

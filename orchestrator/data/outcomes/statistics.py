@@ -11,14 +11,14 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.outcomes import rows as row
-from orchestrator.outcomes.label_metrics import (
+from orchestrator.data.outcomes import rows as row
+from orchestrator.data.outcomes.label_metrics import (
     CALIBRATION_BINS,
     calibration_bins,
     calibration_error,
     count_metrics,
 )
-from orchestrator.outcomes.rows import Column, RowOutcomes
+from orchestrator.data.outcomes.rows import Column, RowOutcomes
 
 Rows = NDArray[np.intp]
 Statistic = Callable[[Rows], float]

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.outcomes.rows import RowOutcomes
-from orchestrator.outcomes.statistics import Statistic, right_rows, statistic_of
+from orchestrator.data.outcomes.rows import RowOutcomes
+from orchestrator.data.outcomes.statistics import Statistic, right_rows, statistic_of
 
 Test = Literal["McNemar", "paired bootstrap"]
 SAMPLES = 2000
