@@ -22,6 +22,9 @@ SEED = 0
 SIGNIFICANT = 0.05
 """The p value below which a difference is more than noise."""
 
+SMALLEST = 0.0001
+"""The smallest p value that is written in full."""
+
 
 @dataclass(frozen=True)
 class Confidence:
@@ -46,7 +49,8 @@ class Confidence:
     def clause(self) -> str:
         """Write the result as the end of a sentence about the difference."""
         interval = f"95 % interval of the difference {self.low:.3g} to {self.high:.3g}"
-        p_value = f"p = {self.p_value:.2g} ({self.test})"
+        shown = f"= {self.p_value:.2g}" if self.p_value >= SMALLEST else f"< {SMALLEST:g}"
+        p_value = f"p {shown} ({self.test})"
         if self.better is None or self.worse is None:
             return f"{p_value}, {interval}, {self.rows} rows"
         counts = f"{self.better} rows better, {self.worse} worse of {self.rows}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import time
 from typing import Any
 
@@ -22,6 +23,7 @@ from orchestrator.data.outcomes.rows import (
     ROUGE_L,
     TOKENS,
     TRUE,
+    Measured,
     RowOutcomes,
     outcomes_of,
 )
@@ -70,6 +72,11 @@ def test_a_thousand_times_better_is_counted_without_overflow() -> None:
     """Thousands of rows give a p value at once, however small it is."""
     assert 0 <= binomial_p(9000, 1000) < 1e-300
     assert binomial_p(5000, 5000) == 1.0
+    right, wrong = np.ones(9000, int), np.zeros(9000, int)
+    assert (
+        "p < 0.0001 (McNemar)"
+        in known(answers(right, right), answers(right, wrong), "accuracy").clause()
+    )
 
 
 def test_two_rows_of_400_are_noise() -> None:
@@ -207,6 +214,14 @@ def test_other_numbers_of_rows_and_unknown_metrics_are_not_compared() -> None:
     assert confidence(one, one, "loss") is None
     assert confidence(one, one, "costs:missed_spam") is None
     assert confidence(RowOutcomes({}), RowOutcomes({}), "accuracy") is None
+
+
+def test_outcomes_travel_with_metrics_from_a_worker() -> None:
+    """A pickled result keeps its outcomes, and is equal to the plain metrics."""
+    sent = Measured.with_outcomes({"accuracy": 0.5}, answers([0, 1], [0, 0]))
+    received = pickle.loads(pickle.dumps(sent))
+    found = outcomes_of(received)
+    assert received == {"accuracy": 0.5} and found is not None and found.rows == 2
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"no archive"])
