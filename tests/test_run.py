@@ -296,9 +296,9 @@ def test_the_same_spec_gives_the_same_search_and_only_its_document_on_stdout(
     assert said.document["trials"] == finished.document["trials"]
     assert said.document["best"] == finished.document["best"]
     assert said.document["baselines"] == finished.document["baselines"]
-    confidence = said.document["model"].pop("confidence")
-    reason = said.document["model"].pop("reason")
-    assert said.document["model"] == {"name": "tiny", "version": 2, "alias": "challenger"}
+    model = said.document["model"]
+    confidence, reason = model.pop("confidence"), model.pop("reason")
+    assert model == {"name": "tiny", "version": 2, "alias": "challenger"}
     assert "p = 1 (paired bootstrap)" in reason and "16 rows" in reason and reason in said.err
     assert (confidence["p_value"], confidence["significant"]) == (1.0, False)
     assert "a library greets you" in said.err and "and another, from C" in said.err
