@@ -31,6 +31,7 @@ from orchestrator.models.nearest_words import nearest_words
 from orchestrator.models.source import resolve_model
 from orchestrator.registry import Registry
 from orchestrator.registry.aliases.gate import EVALUATION_TAG
+from orchestrator.registry.versions.outcomes import read_outcomes
 from orchestrator.serving.offline import OfflineModel
 from orchestrator.serving.prompts.served_prompt import prompt_tensors
 
@@ -81,6 +82,34 @@ def test_on_its_own_test_rows_a_prompt_does_what_the_search_measured(
         finished.document["best"]["metrics"]["test"], rel=1e-4
     )
     assert target["drop"] == pytest.approx([0.0], abs=1e-4) and target["rows"] == 16
+
+
+def test_an_evaluation_on_the_test_rows_lets_the_gate_test_the_difference(
+    finished: Finished, several: Registry
+) -> None:
+    """Versions without outcomes get them from ``evaluate`` on the rows of their test split.
+
+    The search itself has stored those of its version, and they are the same.
+    """
+    name, run_id = "untested", finished.document["mlflow"]["run_id"]
+    artifact = several.fetch("tiny", 1)
+    for _ in range(2):
+        several.register(artifact, name, run_id, metric="loss")
+    several.promote(name, 1)
+    with pytest.raises(BadInput, match="the confidence is unknown"):
+        several.promote(name, 2)
+    question = Question(str(finished.folder / "test.jsonl"))
+    assert evaluate_models(several, [f"{name}:1", f"{name}:2"], [question])["logged"]
+    with pytest.raises(BadInput, match=r"p = 1 \(paired bootstrap\).*, 16 rows"):
+        several.promote(name, 2)
+    fingerprint = several.version(f"{name}:1").manifest.data.test_fingerprint
+    own, later = (
+        read_outcomes(several._store, several.resolve(model), fingerprint)
+        for model in ("tiny:1", f"{name}:2")
+    )
+    assert own is not None and later is not None and own.rows == 16
+    assert (own.columns["given"] == later.columns["given"]).all()
+    assert own.columns["nll"] == pytest.approx(later.columns["nll"], rel=1e-4)
 
 
 def test_versions_share_forwards_groups_add_up_and_votes_are_counted(

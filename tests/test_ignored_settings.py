@@ -135,6 +135,8 @@ IDLE: list[tuple[tuple[str, ...], str, str]] = [
      "reparameterization.type"),
     (("registry.register_top=0", "registry.alias=best"), "registry.alias", "registry.register_top"),
     (("registry.register_top=0", "registry.model=spam"), "registry.model", "registry.register_top"),
+    (("registry.register_top=0", "registry.promote_if=significantly_better"),
+        "registry.promote_if", "registry.register_top"),
     ((*LORA, "registry.register_top=2"), "registry.register_top", "method"),
 ]  # fmt: skip
 
@@ -173,6 +175,7 @@ AT_WORK: list[tuple[str, ...]] = [
     (*EXPONENTIAL, "train.warmup_steps=100", "train.decay_steps=399"),
     ("method=prefix_tuning", "reparameterization={type: mlp, hidden_size: 8}"),
     ("registry.register_top=2", "registry.alias=best", "registry.model=spam"),
+    ("registry.promote_if=significantly_better",),
     (*LORA, "registry.register_top=0"),
 ]  # fmt: skip
 

@@ -101,7 +101,10 @@ def test_the_document_has_the_documented_shape(finished: Finished) -> None:
     jsonschema.validate(finished.document, DOCUMENT)
     assert finished.document["search"].startswith("tiny-")
     assert finished.document["mlflow"]["tracking_uri"] == finished.tracking_uri
-    assert finished.document["model"] == {"name": "tiny", "version": 1, "alias": "champion"}
+    assert finished.document["model"] == {
+        "name": "tiny", "version": 1, "alias": "champion",
+        "reason": "Version 1 is champion: there was none before.",
+    }  # fmt: skip
 
 
 def test_what_makes_the_result_less_trustworthy_is_said_everywhere(finished: Finished) -> None:
@@ -293,7 +296,11 @@ def test_the_same_spec_gives_the_same_search_and_only_its_document_on_stdout(
     assert said.document["trials"] == finished.document["trials"]
     assert said.document["best"] == finished.document["best"]
     assert said.document["baselines"] == finished.document["baselines"]
-    assert said.document["model"] == {"name": "tiny", "version": 2, "alias": "challenger"}
+    model = said.document["model"]
+    confidence, reason = model.pop("confidence"), model.pop("reason")
+    assert model == {"name": "tiny", "version": 2, "alias": "challenger"}
+    assert "p = 1 (paired bootstrap)" in reason and "16 rows" in reason and reason in said.err
+    assert (confidence["p_value"], confidence["significant"]) == (1.0, False)
     assert "a library greets you" in said.err and "and another, from C" in said.err
     assert Registry(finished.tracking_uri).aliases("tiny") == {"champion": 1, "challenger": 2}
     first, second = (PromptArtifact.load(artifact(finished, version)).weights for version in (1, 2))

@@ -187,7 +187,8 @@ def promote(
     champion it must also beat the current champion on the same test rows.
     """
     registry = open_registry()
-    before, after = registry.promote(model, number, alias, force_reason=force)
+    moved = registry.promotion(model, number, alias, force_reason=force)
+    before, after = moved.before, moved.after
     was = (
         f"; it was on version {before}, `orchestrator rollback {model}` puts it back"
         if before
@@ -195,9 +196,11 @@ def promote(
     )
     lines = [
         f"{model}@{alias} is version {after}{was}.",
+        *([f"Why: {moved.reason}."] if moved.reason else []),
         f"next: orchestrator serve {model}   (a running server follows by itself)",
     ]
-    present(_move(model, alias, before, after), as_json, lambda: lines)
+    document = _move(model, alias, before, after) | moved.document()
+    present(document, as_json, lambda: lines)
 
 
 def _move(model: str, alias: str, before: int | None, after: int) -> dict[str, Any]:

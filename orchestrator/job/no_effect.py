@@ -386,6 +386,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule("registry.alias", REGISTERING, _registers_nothing, "raise registry.register_top"),
     Rule("registry.model", REGISTERING, _registers_nothing, "raise registry.register_top"),
+    Rule("registry.promote_if", REGISTERING, _registers_nothing, "raise registry.register_top"),
     Rule(
         "registry.register_top", ("method",), _has_no_prompts, "use a method that learns a prompt",
     ),

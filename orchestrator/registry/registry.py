@@ -8,14 +8,16 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.artifact import DataRecord, read_manifest
+from orchestrator.data.outcomes.rows import RowOutcomes
 from orchestrator.data.source_row import Row
 from orchestrator.errors import BadInput
 from orchestrator.job.metrics import Better
-from orchestrator.job.spec import ALIAS_PATTERN, NAME_PATTERN, RESERVED_ALIAS
+from orchestrator.job.spec import ALIAS_PATTERN, NAME_PATTERN, RESERVED_ALIAS, PromoteIf
 from orchestrator.registry.aliases import gate as promotion
 from orchestrator.registry.aliases.canary import (
     CANARY_TAG,
@@ -24,7 +26,7 @@ from orchestrator.registry.aliases.canary import (
     make_canary,
     read_canary,
 )
-from orchestrator.registry.aliases.gate import BETTER_TAG, METRIC_TAG, ComparedVersion
+from orchestrator.registry.aliases.gate import BETTER_TAG, METRIC_TAG, ComparedVersion, Verdict
 from orchestrator.registry.aliases.ledger import Check, Overtaken, move_alias, recorded
 from orchestrator.registry.aliases.moves import Kind, Move, former_holder
 from orchestrator.registry.mlflow_internals.tables import ModelRow, read_models
@@ -35,6 +37,7 @@ from orchestrator.registry.store import SERVERS, Store, artifact_location
 from orchestrator.registry.versions.description import version_description
 from orchestrator.registry.versions.evaluations import EvaluationRecord, log_evaluations
 from orchestrator.registry.versions.fetch import default_cache, fetch
+from orchestrator.registry.versions.outcomes import OUTCOMES_TAG, read_outcomes
 from orchestrator.registry.versions.publish import publish
 from orchestrator.registry.versions.records import (
     CHAMPION_TAG,
@@ -44,6 +47,7 @@ from orchestrator.registry.versions.records import (
     AliasOutcome,
     Metrics,
     ModelSummary,
+    Promotion,
     UiCommand,
     VersionDetail,
     VersionSummary,
@@ -183,13 +187,14 @@ class Registry:
         better: Better | None = None,
         example: Row | None = None,
         nearest: Sequence[Sequence[tuple[str, float]]] = (),
+        outcomes: RowOutcomes | None = None,
     ) -> int:
         """Publish the artifact as a new version of the registered model and return its number.
 
         The registered model is created if it doesn't exist yet. ``metric`` ranked the trials
         and improves in the direction ``better``, ``example`` is a row of the data, and ``nearest``
         has the words nearest to each virtual token. They help people who read or compare the
-        version later.
+        version later. ``outcomes`` are those of the test rows, for the gate.
         """
         check_name(name)
         known = {METRIC_TAG: metric} if metric else {}
@@ -198,8 +203,12 @@ class Registry:
         with self._store.translating(f"registering {name}"):
             manifest = read_manifest(artifact)
             description = version_description(manifest, name, self._champion(name), nearest)
+            tested = manifest.data.test_fingerprint or manifest.data.fingerprint
+            kept = {} if outcomes is None else {tested: outcomes}
+            known |= {OUTCOMES_TAG: tested} if kept else {}
+            all_tags = {**(tags or {}), **known}
             return publish(
-                self._store, artifact, name, run_id, {**(tags or {}), **known}, description, example
+                self._store, artifact, name, run_id, all_tags, description, example, kept
             )
 
     def _champion(self, name: str) -> VersionSummary | None:
@@ -433,7 +442,14 @@ class Registry:
     def promote(
         self, name: str, version: int, alias: str = CHAMPION, force_reason: str | None = None
     ) -> tuple[int | None, int]:
-        """Move the alias to the version if it passes the gate; return the old and the new version.
+        """Move the alias as ``promotion`` does; return the old and the new version."""
+        moved = self.promotion(name, version, alias, force_reason)
+        return moved.before, moved.after
+
+    def promotion(
+        self, name: str, version: int, alias: str = CHAMPION, force_reason: str | None = None
+    ) -> Promotion:
+        """Move the alias to the version if it passes the gate.
 
         The artifact must be complete and fit its base model's context, and must work with the
         server and the clients of the alias's current holder. A new champion must beat the old one
@@ -444,6 +460,7 @@ class Registry:
         check_alias(alias)
         new = self._candidate(name, version)
         seen = self.aliases(name).get(alias)
+        verdicts = [Verdict(True, "")]
 
         def check(holder: int | None) -> str:
             if holder != seen:
@@ -452,10 +469,12 @@ class Registry:
                     "meanwhile",
                     f"look at it, then promote again: orchestrator models {printable(name)}",
                 )
-            return self._admitted(name, version, new, alias, holder, force_reason)
+            verdicts.append(self._admitted(name, version, new, alias, holder, force_reason))
+            return verdicts[-1].reason
 
         kind: Kind = "promoted" if force_reason is None else "forced"
-        return self.set_alias(name, alias, version, kind=kind, check=check), version
+        before = self.set_alias(name, alias, version, kind=kind, check=check)
+        return Promotion(before, version, verdicts[-1].reason, verdicts[-1].confidence)
 
     def rollback(self, name: str, alias: str = CHAMPION, reason: str = "") -> tuple[int, int]:
         """Move the alias back to the version that held it before.
@@ -514,34 +533,42 @@ class Registry:
         alias: str = "challenger",
         metric: str = "accuracy",
         better: Better = "max",
+        promote_if: PromoteIf = "better",
     ) -> AliasOutcome:
         """Give a search's new version the job spec's alias, and make it champion if it earns that.
 
         It earns that by beating the current champion, or by having test results where there is no
-        champion.
+        champion. ``promote_if`` is the job spec's.
         """
         if alias != CHAMPION:
             self.set_alias(name, alias, version, kind="search")
         new = self._candidate(name, version)
+        verdicts: list[Verdict] = []
 
         def contest(holder: int | None) -> str:
-            won, reason = self._contest(name, version, new, holder, metric, better)
-            if not won:
+            found = self._contest(name, version, new, holder, metric, better, promote_if)
+            verdicts.append(found)
+            if not found.won:
                 stays = "" if holder is None else f", version {holder} stays"
-                raise _NotBetter(f"Version {version} is not champion{stays}: {reason}.")
-            return reason
+                hint = _next_step(name, version, holder, found, promote_if)
+                raise _NotBetter(f"Version {version} is not champion{stays}: {found.reason}.{hint}")
+            return found.reason
 
         try:
             _, reason = self._move(name, CHAMPION, version, "search", contest)
         except _NotBetter as lost:
-            return AliasOutcome(None if alias == CHAMPION else alias, lost.message)
-        return AliasOutcome(CHAMPION, f"Version {version} is champion: {reason}.")
+            kept = None if alias == CHAMPION else alias
+            return AliasOutcome(kept, lost.message, verdicts[-1].confidence)
+        text = f"Version {version} is champion: {reason}."
+        return AliasOutcome(CHAMPION, text, verdicts[-1].confidence if verdicts else None)
 
     def _candidate(self, name: str, version: int) -> ComparedVersion:
         """Fetch the version and check its whole artifact: digests, shapes and finite values."""
         summary = self._version(self._model(name), version)
         with self._store.translating(f"fetching version {version} of {printable(name)}"):
-            return ComparedVersion(read_manifest(self._fetch(summary)), summary.tags)
+            manifest = read_manifest(self._fetch(summary))
+        reader = partial(read_outcomes, self._store, summary)
+        return ComparedVersion(manifest, summary.tags, reader)
 
     def _contest(
         self,
@@ -551,19 +578,21 @@ class Registry:
         champion: int | None,
         metric: str,
         better: Better,
-    ) -> tuple[bool, str]:
+        promote_if: PromoteIf,
+    ) -> Verdict:
         if found := promotion.unsound(new.manifest):
-            return False, found[0]
+            return Verdict(False, found[0])
         if champion is None:
-            known = bool(new.results())
-            return known, "there was none before" if known else "nothing is known of how good it is"
+            if new.results():
+                return Verdict(True, "there was none before")
+            return Verdict(False, "nothing is known of how good it is")
         if champion == version:
-            return True, "it was already"
+            return Verdict(True, "it was already")
         try:
             holder = self._candidate(name, champion)
         except BadInput as error:
-            return False, f"the champion can't be read to compare ({error.message})"
-        return promotion.verdict(new, holder, metric, better)
+            return Verdict(False, f"the champion can't be read to compare ({error.message})")
+        return promotion.verdict(new, holder, metric, better, promote_if)
 
     def _admitted(
         self,
@@ -573,37 +602,36 @@ class Registry:
         alias: str,
         holder: int | None,
         force_reason: str | None,
-    ) -> str:
+    ) -> Verdict:
         """Return the reason of a promotion; raise BadInput that lists every objection to it."""
         if found := promotion.unsound(new.manifest):
             raise BadInput(
                 f"version {version} of {printable(name)} can't be served: {'; '.join(found)}"
             )
         if force_reason is not None:
-            return force_reason
+            return Verdict(True, force_reason)
         if holder is None or holder == version:
-            return ""
-        against, reason = self._against(name, new, alias, holder)
-        if against:
+            return Verdict(True, "")
+        verdict = self._against(name, new, alias, holder)
+        if not verdict.won:
             raise BadInput(
                 f"version {version} of {printable(name)} can't replace version {holder} "
-                f"as {alias}: {against}",
+                f"as {alias}: {verdict.reason}",
                 "choose another version, or write why it has to be: --force REASON",
             )
-        return reason
+        return verdict
 
-    def _against(self, name: str, new: ComparedVersion, alias: str, holder: int) -> tuple[str, str]:
-        """Return the objections to replacing the holder, and the reason in favour of it."""
+    def _against(self, name: str, new: ComparedVersion, alias: str, holder: int) -> Verdict:
+        """Compare a version with the holder; a version that loses has objections as its reason."""
         try:
             old = self._candidate(name, holder)
         except BadInput as error:
-            return f"its holder can't be read to compare ({error.message})", ""
+            return Verdict(False, f"its holder can't be read to compare ({error.message})")
         if found := promotion.differences(new.manifest, old.manifest):
-            return "; ".join(found), ""
+            return Verdict(False, "; ".join(found))
         if alias != CHAMPION:
-            return "", ""
-        won, reason = promotion.verdict(new, old, *promotion.comparison_metric(new, old))
-        return ("", reason) if won else (reason, "")
+            return Verdict(True, "")
+        return promotion.verdict(new, old, *promotion.comparison_metric(new, old))
 
     # Other.
 
@@ -645,6 +673,20 @@ class Registry:
 
 class _NotBetter(BadInput):
     """A search's new prompt does not beat the champion."""
+
+
+def _next_step(
+    name: str, version: int, champion: int | None, found: Verdict, promote_if: PromoteIf
+) -> str:
+    """Say how to learn the confidence that a job asks for, where it is unknown."""
+    if promote_if == "better" or champion is None or found.confidence or not found.compared:
+        return ""
+    shown = printable(name)
+    return (
+        f" registry.promote_if is {promote_if}. To test the difference: "
+        f"`orchestrator evaluate {shown}:{champion} {shown}:{version} --data PATH` with the test "
+        f"rows, then `orchestrator promote {shown} {version}`."
+    )
 
 
 def check_name(name: str) -> None:

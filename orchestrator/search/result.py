@@ -19,6 +19,8 @@ from orchestrator.artifact import (
     ReparameterizationRecord,
 )
 from orchestrator.data.designs import Design
+from orchestrator.data.outcomes.label_metrics import labelled_figures
+from orchestrator.data.outcomes.rows import RowOutcomes, outcomes_of
 from orchestrator.errors import BadInput, NothingFound
 from orchestrator.job.space import no_result
 from orchestrator.models.nearest_words import nearest_words
@@ -30,7 +32,6 @@ from orchestrator.search.prepare import cells_record, chat_record, data_record, 
 from orchestrator.search.resume_hints import naming_later_registration
 from orchestrator.search.state.trials import Outcome, TrialRecord
 from orchestrator.search.tracking import SPLITS
-from orchestrator.tuning.label_metrics import labelled_figures
 from orchestrator.tuning.reports import EvaluationJob, confusion_counts, without_confusion
 
 Metrics = dict[str, float]
@@ -50,6 +51,8 @@ class BestTrial:
     test: Metrics
     confusion: list[list[int]] | None = None
     """Counts by label and predicted label, of a task with a verbalizer."""
+    outcomes: RowOutcomes | None = None
+    """What the prompt made of each test row."""
 
     @property
     def metrics(self) -> dict[str, Metrics]:
@@ -87,7 +90,8 @@ def evaluate_best(search: StartedSearch, outcome: Outcome) -> list[BestTrial]:
     evaluated = []
     for trial, metrics in zip(best, measured, strict=True):
         counts = confusion_counts(metrics, len(verbalizer.labels)) if verbalizer else None
-        evaluated.append(BestTrial(trial, without_confusion(metrics), counts))
+        tested = BestTrial(trial, without_confusion(metrics), counts, outcomes_of(metrics))
+        evaluated.append(tested)
     context.clock.mark("test")
     return evaluated
 
@@ -173,10 +177,15 @@ def register_best(search: StartedSearch, result: Result) -> dict[str, Any] | Non
         run_id = log.run_ids.get(trial.record.id, log.run_id)
         version = registered.get(run_id) or _register(context, result, trial, run_id)
     move = registry.auto_alias(
-        job.model_name, version, job.registry.alias, job.search.metric, job.search.better
+        job.model_name,
+        version,
+        job.registry.alias,
+        job.search.metric,
+        job.search.better,
+        job.registry.promote_if,
     )
     context.progress.note(move.reason)
-    return {"name": job.model_name, "version": version, "alias": move.alias}
+    return {"name": job.model_name, "version": version, **move.document()}
 
 
 def _await_mlflow(search: StartedSearch) -> None:
@@ -222,6 +231,7 @@ def _register(context: SearchContext, result: Result, trial: BestTrial, run_id: 
             better=context.job.search.better,
             example=context.prepared.rows.test[0],
             nearest=[] if soft is None else nearest_words(context.prepared.source, soft, 3),
+            outcomes=trial.outcomes,
         )
 
 

@@ -6,7 +6,7 @@
   the end token. Text outside the verbalizer counts as wrong.
 * ``loss``: mean negative log-likelihood of the target tokens.
 * the metric that was asked for, if it is another one of labels or of the user's own
-  (``label_metrics.py``, ``custom_metrics.py``); all metrics of labels, if everything was.
+  (``custom_metrics.py``); all metrics of labels, if everything was (``data/outcomes``).
 
 If a ``Decoding`` is given, texts are also generated and compared (``generate.py``).
 """
@@ -22,14 +22,7 @@ from torch import Tensor
 
 from orchestrator.data.batches import longest_first
 from orchestrator.data.encoding import Encoded, Encoder
-from orchestrator.job.metrics import Metric, is_custom, metric_named
-from orchestrator.models.backbone import Backbone, PreparedPrompts, PromptTensors
-from orchestrator.models.scoring import answer_scores, answer_tokens, target_log_probs
-from orchestrator.tuning.cpu_threads import Threads
-from orchestrator.tuning.custom_metrics import Judgement, custom_values
-from orchestrator.tuning.forwards import MAX_TOKENS, Share, SharedForwards
-from orchestrator.tuning.generate import Decoding, generated_metrics
-from orchestrator.tuning.label_metrics import (
+from orchestrator.data.outcomes.label_metrics import (
     CALIBRATION_BINS,
     Counts,
     Scores,
@@ -38,6 +31,24 @@ from orchestrator.tuning.label_metrics import (
     count_metrics,
     roc_auc,
 )
+from orchestrator.data.outcomes.rows import (
+    EXACT,
+    GIVEN,
+    LOG_PROBS,
+    NLL,
+    TOKENS,
+    TRUE,
+    Measured,
+    RowOutcomes,
+    outcomes_of,
+)
+from orchestrator.job.metrics import Metric, is_custom, metric_named
+from orchestrator.models.backbone import Backbone, PreparedPrompts, PromptTensors
+from orchestrator.models.scoring import answer_scores, answer_tokens, target_log_probs
+from orchestrator.tuning.cpu_threads import Threads
+from orchestrator.tuning.custom_metrics import Judgement, custom_values
+from orchestrator.tuning.forwards import MAX_TOKENS, Share, SharedForwards
+from orchestrator.tuning.generate import Decoding, generated_metrics
 from orchestrator.tuning.out_of_memory import needs_room
 from orchestrator.tuning.reports import CONFUSION
 from orchestrator.tuning.worker_group import Group
@@ -52,7 +63,7 @@ class Wanted:
     metric: Metric | None = None
     """One more metric; metrics of generated texts are reported anyway."""
     everything: bool = False
-    """Report all metrics of labels, and the counts of answers."""
+    """Report all metrics of labels, the counts of answers, and the outcomes of all rows."""
 
     @classmethod
     def of(cls, metric: str | None, everything: bool) -> Wanted:
@@ -128,6 +139,15 @@ class Ranked:
             for true, given in np.argwhere(self.counts).tolist()
         }
 
+    def columns(self, labels: Sequence[int]) -> dict[str, Scores]:
+        """Return the outcomes of all rows in their order."""
+        order = np.argsort(self.rows)
+        return {
+            TRUE: np.asarray(labels),
+            GIVEN: np.asarray(self.given)[order],
+            LOG_PROBS: np.concatenate(self.scores)[order],
+        }
+
     def judgement(self, split: Encoded, encoder: Encoder) -> Judgement:
         """Return all rows in their order, for a metric of the user's own."""
         assert encoder.verbalizer is not None  # the rows have labels
@@ -151,6 +171,9 @@ class Tally:
     tokens: int = 0
     """Number of target tokens."""
     ranked: Ranked = field(default_factory=lambda: Ranked.nothing(0))
+    kept: list[tuple[int, bool, float]] = field(default_factory=list)
+    """Each row's index, whether its target is exact, and its negative log-likelihood; empty unless
+    all rows are wanted."""
 
     def __add__(self, other: Tally) -> Tally:
         return Tally(
@@ -159,16 +182,34 @@ class Tally:
             self.nll + other.nll,
             self.tokens + other.tokens,
             self.ranked + other.ranked,
+            self.kept + other.kept,
         )
 
+    @property
+    def has_labels(self) -> bool:
+        return len(self.ranked.counts) > 0
+
     def metrics(self, split: Encoded, wanted: Wanted) -> dict[str, float]:
-        has_labels = len(self.ranked.counts) > 0
-        return {
-            **(self.ranked.metrics(split.labels, wanted) if has_labels else {}),
+        metrics = {
+            **(self.ranked.metrics(split.labels, wanted) if self.has_labels else {}),
             "exact_match": self.exact / self.rows,
             "loss": self.nll / self.tokens,
-            **(self.ranked.confusion() if wanted.everything else {}),
         }
+        if not wanted.everything:
+            return metrics
+        return Measured.with_outcomes({**metrics, **self.ranked.confusion()}, self.outcomes(split))
+
+    def outcomes(self, split: Encoded) -> RowOutcomes:
+        """Return the outcomes of all rows in their order."""
+        _, exact, nll = zip(*sorted(self.kept), strict=True)
+        return RowOutcomes(
+            {
+                **(self.ranked.columns(split.labels) if self.has_labels else {}),
+                EXACT: np.asarray(exact),
+                NLL: np.asarray(nll),
+                TOKENS: np.asarray([len(ids) for ids in split.targets]),
+            }
+        )
 
 
 @torch.inference_mode()
@@ -189,10 +230,11 @@ def evaluate(
     ``prompts=None`` gives one entry, for the model without a prompt. With ``decoding``, texts are
     generated as well and their metrics are added; the split must then have references.
     ``max_tokens`` is the maximum number of padded tokens in a forward; by default it depends on the
-    device. ``confusion`` is as in ``EvaluationJob``. ``metric`` is reported as well, if the task
-    has it and it is defined. The workers of a ``group``, and the ``threads`` of each worker, share
-    each forward's rows; every worker gets the metrics over all rows. Raises NoRoom when memory runs
-    out, and MetricFailed for a metric of the user's own.
+    device. ``confusion`` is as in ``EvaluationJob``, and the rows' outcomes then come with the
+    metrics (``outcomes_of``). ``metric`` is reported as well, if the task has it and it is defined.
+    The workers of a ``group``, and the ``threads`` of each worker, share each forward's rows; every
+    worker gets the metrics over all rows. Raises NoRoom when memory runs out, and MetricFailed for
+    a metric of the user's own.
     """
     most = max_tokens or forward_tokens(backbone)
     wanted = Wanted.of(metric, confusion)
@@ -205,14 +247,22 @@ def evaluate(
     own = metric if metric is not None and is_custom(metric) else None
     if decoding is not None:
         more = generated_metrics(
-            backbone, prepared, split, encoder, decoding, max_tokens, group, threads, own
+            backbone, prepared, split, encoder, decoding, max_tokens, group, threads, own, confusion
         )
     elif own is not None and encoder.answers:
         judgements = [tally.ranked.judgement(split, encoder) for tally in whole]
         more = [{own: value} for value in custom_values(own, judgements, group)]
     else:
         return found
-    return [{**metrics, **others} for metrics, others in zip(found, more, strict=True)]
+    return [_together(metrics, others) for metrics, others in zip(found, more, strict=True)]
+
+
+def _together(metrics: dict[str, float], others: dict[str, float]) -> dict[str, float]:
+    """Join two parts of a prompt's metrics, and the outcomes that came with them."""
+    both = {**metrics, **others}
+    if (outcomes := outcomes_of(metrics)) is None:
+        return both
+    return Measured.with_outcomes(both, outcomes.joined(outcomes_of(others)))
 
 
 def _own_tallies(
@@ -237,7 +287,7 @@ def _own_tallies(
         owner = [prompt for prompt in range(count) for _ in share.rows]
         judged = _judge(backbone, prepared, split, encoder, rows, owner)
         if share.counts:
-            _tally(judged, split, rows, owner, tallies, wanted.keeps_scores)
+            _tally(judged, split, rows, owner, tallies, wanted)
 
     parts = SharedForwards(forwards, split.lengths, group, threads, copies=count).run(
         lambda: [Tally(ranked=Ranked.nothing(len(encoder.answers))) for _ in range(count)],
@@ -271,7 +321,7 @@ def _tally(
     rows: list[int],
     owner: list[int],
     tallies: list[Tally],
-    keeps_scores: bool,
+    wanted: Wanted,
 ) -> None:
     """Add a forward's rows to the tallies of their prompts."""
     for place, (row, prompt) in enumerate(zip(rows, owner, strict=True)):
@@ -280,6 +330,8 @@ def _tally(
         tally.exact += judged.exact[place]
         tally.nll += judged.nll[place]
         tally.tokens += len(split.targets[row])
+        if wanted.everything:
+            tally.kept.append((row, judged.exact[place], judged.nll[place]))
     if judged.answers is None:
         return
     owners = np.asarray(owner)
@@ -287,7 +339,7 @@ def _tally(
         places = np.flatnonzero(owners == prompt).tolist()
         own = [rows[place] for place in places]
         true = [split.labels[row] for row in own]
-        tally.ranked.add(own, true, judged.answers.part(places), keeps_scores)
+        tally.ranked.add(own, true, judged.answers.part(places), wanted.keeps_scores)
 
 
 @dataclass(frozen=True)

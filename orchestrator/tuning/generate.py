@@ -12,12 +12,13 @@ import torch
 
 from orchestrator.data.batches import longest_first
 from orchestrator.data.encoding import Encoded, Encoder
+from orchestrator.data.outcomes.rows import Measured
 from orchestrator.models.backbone import Backbone, PreparedPrompts
 from orchestrator.models.decoding import decode, start
 from orchestrator.tuning.cpu_threads import Threads
 from orchestrator.tuning.custom_metrics import Judgement, custom_values
 from orchestrator.tuning.forwards import MAX_TOKENS, Share, SharedForwards
-from orchestrator.tuning.text_metrics import text_metrics
+from orchestrator.tuning.text_metrics import References, row_scores, text_metrics
 from orchestrator.tuning.worker_group import Group
 
 
@@ -41,19 +42,29 @@ def generated_metrics(
     group: Group = Group(),
     threads: Threads = Threads(),
     metric: str | None = None,
+    by_row: bool = False,
 ) -> list[dict[str, float]]:
     """Return the text metrics of each of the K prompts on all rows.
 
     ``prompts=None`` gives one entry, for the model without a prompt. ``metric`` is one of the
-    user's own, to be computed too.
+    user's own, to be computed too. With ``by_row`` the outcomes of all rows come with the metrics.
     """
     texts = generate(backbone, prompts, split.inputs, encoder, decoding, max_tokens, group, threads)
-    found = group.led(lambda: [text_metrics(made, split.references) for made in texts])
+    found = group.led(lambda: [_measured(made, split.references, by_row) for made in texts])
     if metric is None:
         return found
     judgements = [Judgement(made, split.references, None) for made in texts]
     values = custom_values(metric, judgements, group)
-    return [{**metrics, metric: value} for metrics, value in zip(found, values, strict=True)]
+    for metrics, value in zip(found, values, strict=True):
+        metrics[metric] = value
+    return found
+
+
+def _measured(texts: Sequence[str], references: References, by_row: bool) -> dict[str, float]:
+    metrics = text_metrics(texts, references)
+    if not by_row:
+        return metrics
+    return Measured.with_outcomes(metrics, row_scores(texts, references))
 
 
 @torch.inference_mode()

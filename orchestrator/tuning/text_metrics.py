@@ -20,6 +20,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
+from orchestrator.data.outcomes.rows import BLEU_COUNTS, F1, ROUGE_L, RowOutcomes
+
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -61,6 +65,27 @@ def bleu(texts: Sequence[str], references: References) -> float:
     # force: sacreBLEU would warn of tokenised data when texts end in " .", but the model wrote
     # them. min: the rounded score may exceed 100.
     return min(1.0, float(corpus_bleu(texts, streams, force=True).score) / 100)
+
+
+def row_scores(texts: Sequence[str], references: References) -> RowOutcomes:
+    """Compute what each row contributes to ``bleu``, ``rouge_l`` and ``f1``."""
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu.metrics.bleu import BLEU
+
+    scorer, counter = RougeScorer(["rougeL"]), BLEU(effective_order=True)
+    longest, words_f1, counts = [], [], []
+    for text, row in zip(texts, references, strict=True):
+        longest.append(float(scorer.score_multi(row, text)["rougeL"].fmeasure))
+        words_f1.append(max(f1(text, reference) for reference in row))
+        score = counter.sentence_score(text, row)
+        counts.append([*score.counts, *score.totals, score.sys_len, score.ref_len])
+    return RowOutcomes(
+        {
+            ROUGE_L: np.array(longest),
+            F1: np.array(words_f1),
+            BLEU_COUNTS: np.array(counts, dtype=np.int64),
+        }
+    )
 
 
 def rouge(texts: Sequence[str], references: References) -> dict[str, float]:

@@ -371,7 +371,8 @@ def test_after_a_search_the_better_prompt_is_champion(
         "champion",
     ]
     assert outcomes[1].reason == (
-        "Version 2 is not champion, version 1 stays: its test accuracy is 0.7, the champion's 0.8."
+        "Version 2 is not champion, version 1 stays: its test accuracy is 0.7, the champion's 0.8; "
+        "the confidence is unknown, without both versions' outcomes on the same rows."
     )
     assert "other data" in outcomes[2].reason and "fingerprint" in outcomes[3].reason
     assert registry.aliases(name) == {"champion": 5, "challenger": 5}
@@ -385,7 +386,8 @@ def test_after_a_search_the_better_prompt_is_champion(
     assert registry.auto_alias(name, 1, alias="champion") == AliasOutcome(
         None,
         f"Version 1 is not champion, version {better} stays: "
-        "its test accuracy is 0.8, the champion's 0.95.",
+        "its test accuracy is 0.8, the champion's 0.95; "
+        "the confidence is unknown, without both versions' outcomes on the same rows.",
     )
 
 

@@ -30,6 +30,6 @@ def test_texts_are_compared_where_they_were_generated_alike(
     BLEU with five beams may be higher than with greedy decoding for no better prompt.
     """
     new, champion = scored(0.4, generation), scored(0.3, GREEDY)
-    found, reason = verdict(new, champion, "bleu", "max")
-    assert found == won and ("other settings" in reason) == (not won)
+    found = verdict(new, champion, "bleu", "max")
+    assert found.won == won and ("other settings" in found.reason) == (not won)
     assert verdict(new, champion, "loss", "min")[0]

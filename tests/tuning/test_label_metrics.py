@@ -13,9 +13,7 @@ from hypothesis import strategies as st
 from models import random_prompts, small_task, tiny_backbone
 from sklearn import metrics as sklearn
 
-from orchestrator.tuning.cpu_threads import Threads
-from orchestrator.tuning.evaluate import evaluate
-from orchestrator.tuning.label_metrics import (
+from orchestrator.data.outcomes.label_metrics import (
     CALIBRATION_BINS,
     calibration_counts,
     calibration_error,
@@ -23,6 +21,8 @@ from orchestrator.tuning.label_metrics import (
     per_class,
     roc_auc,
 )
+from orchestrator.tuning.cpu_threads import Threads
+from orchestrator.tuning.evaluate import evaluate
 from orchestrator.tuning.reports import confusion_counts
 
 EXACT = {"rel": 0, "abs": 1e-12}

@@ -19,6 +19,8 @@ from orchestrator.artifact import PromptArtifact
 from orchestrator.data.cells import cell_text
 from orchestrator.data.dataset import load_split, rows_fingerprint
 from orchestrator.data.encoding import Encoded, reference_texts
+from orchestrator.data.outcomes.label_metrics import labelled_figures
+from orchestrator.data.outcomes.rows import RowOutcomes, outcomes_of
 from orchestrator.data.source_row import Row
 from orchestrator.data.tables import table_suffix
 from orchestrator.data.template import Template
@@ -44,7 +46,6 @@ from orchestrator.serving.prompts.served_prompt import ServedPrompt, load_prompt
 from orchestrator.tuning.cpu_threads import Threads
 from orchestrator.tuning.evaluate import evaluate, forward_tokens
 from orchestrator.tuning.generate import Decoding
-from orchestrator.tuning.label_metrics import labelled_figures
 from orchestrator.tuning.out_of_memory import Room
 from orchestrator.tuning.reports import confusion_counts, without_confusion
 from orchestrator.utils.documents import JsonObject
@@ -367,6 +368,8 @@ class Target:
     classes: list[list[dict[str, Any]] | None]
     """Figures of each label by version; None for a version that generates text."""
     votes: Metrics | None
+    outcomes: list[RowOutcomes | None]
+    """What each version made of the rows."""
 
 
 def _targets(
@@ -388,8 +391,9 @@ def _targets(
         classes = [_classes(one.prompt, own) for one, own in pairs]
         prints = [rows_fingerprint(of[place].rows) for of in groups]
         votes = voted[place] if voted else None
+        kept = [outcomes_of(one) for one in found_metrics]
         found.append(
-            Target(question, group.label, len(group.rows), prints, metrics, classes, votes)
+            Target(question, group.label, len(group.rows), prints, metrics, classes, votes, kept)
         )
     return found
 
@@ -508,6 +512,7 @@ def _record(target: Target, place: int) -> EvaluationRecord:
         rows=target.rows,
         fingerprint=target.fingerprints[place],
         metrics=target.metrics[place],
+        outcomes=target.outcomes[place],
     )
 
 

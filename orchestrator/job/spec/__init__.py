@@ -41,7 +41,7 @@ from orchestrator.job.spec.methods import (
     MethodName,
     ReparameterizationSpec,
 )
-from orchestrator.job.spec.registry import RegistrySpec
+from orchestrator.job.spec.registry import PromoteIf, RegistrySpec
 from orchestrator.job.spec.resources import ResourcesSpec
 from orchestrator.job.spec.search import (
     DEFAULT_TRIALS,
@@ -99,6 +99,7 @@ __all__ = [
     "PROMPT",
     "PROMPT_METHODS",
     "PROMPT_SPACE",
+    "PromoteIf",
     "QUICKSTART",
     "RESERVED_ALIAS",
     "RegistrySpec",

@@ -174,13 +174,16 @@ class JobSpec(Section):
                 "resources.workers"
             )
             yield Conflict("resources.workers_per_group", text, ("method",))
-        if registry.model is not None or registry.alias != RegistrySpec().alias:
-            key = "model" if registry.model is not None else "alias"
+        defaults = RegistrySpec()
+        for key in ("model", "alias", "promote_if"):
+            if getattr(registry, key) == getattr(defaults, key):
+                continue
             text = (
                 f"method {method} makes no prompt to register or serve: its result is kept "
                 "with its run; leave it out"
             )
             yield Conflict(f"registry.{key}", text, ("method",))
+            break
         if method == "prompt_design" and self.train != TrainSpec():
             yield Conflict("train", "prompt_design trains nothing; leave train out", ("method",))
         yield from self._quantization_conflicts()
@@ -262,6 +265,7 @@ class JobSpec(Section):
             for text in contradictions(self.data.verbalizer):
                 yield Conflict("data.verbalizer", f"{text}; keep one of them", ())
         yield from self._weight_conflicts()
+        yield from self._gate_conflicts()
         if self.search.scheduler == "pbt":
             yield from self._population_conflicts()
         if self.resources.sharding != "none" and self.base_model.quantization != "none":
@@ -312,6 +316,17 @@ class JobSpec(Section):
             hint = "raise resources.trials_per_worker, or use another scheduler"
             keys = ("resources.trials_per_worker", "resources.workers")
             yield Conflict("search.scheduler", f"{text}; {hint}", keys)
+
+    def _gate_conflicts(self) -> Iterator[Conflict]:
+        """Yield a conflict for a metric whose differences can't be tested."""
+        metric, promote_if = self.search.ranked_by, self.registry.promote_if
+        if promote_if == "significantly_better" and metric.kind == "custom":
+            text = (
+                f"{promote_if} needs a metric that the gate can compute from single rows, and "
+                f"search.metric {metric.name} is a function of your own"
+            )
+            hint = "set it to better, or search.metric to one of the built-in metrics"
+            yield Conflict("registry.promote_if", f"{text}; {hint}", ("search.metric",))
 
     def _weight_conflicts(self) -> Iterator[Conflict]:
         """Yield conflicts for class weights without labels, or of labels that there are not."""

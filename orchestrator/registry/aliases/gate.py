@@ -6,10 +6,13 @@ They decide whether a prompt can be served in another's place, and which of two 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from orchestrator.artifact import Manifest
+from orchestrator.data.outcomes.confidence import SIGNIFICANT, Confidence, confidence
+from orchestrator.data.outcomes.rows import RowOutcomes
 from orchestrator.job.labels import by_meaning, spelled
 from orchestrator.job.metrics import (
     BY_NAME,
@@ -21,7 +24,7 @@ from orchestrator.job.metrics import (
     names_of,
     preferred,
 )
-from orchestrator.job.spec import template_columns
+from orchestrator.job.spec import PromoteIf, template_columns
 
 METRIC_TAG = "orchestrator.metric"
 """A version's tag: the metric that its search ranked trials by."""
@@ -41,6 +44,8 @@ class ComparedVersion:
 
     manifest: Manifest
     tags: Mapping[str, str]
+    outcomes: Callable[[str], RowOutcomes | None] = lambda fingerprint: None
+    """Reads the outcomes of the rows of a fingerprint; returns None if they were not kept."""
 
     def results(self) -> dict[str, dict[str, float]]:
         """Map the fingerprint of each set of evaluated rows to the metrics on it.
@@ -53,6 +58,18 @@ class ComparedVersion:
             if key.startswith(EVALUATION_TAG) and (metrics := _numbers(text)):
                 found.setdefault(key.removeprefix(EVALUATION_TAG), metrics)
         return found
+
+
+class Verdict(NamedTuple):
+    """The gate's decision between a new prompt and the champion."""
+
+    won: bool
+    reason: str
+    """A clause about the new prompt."""
+    confidence: Confidence | None = None
+    """How sure the difference is; None if it was not tested."""
+    compared: bool = False
+    """True if the metric's two values were compared."""
 
 
 def _numbers(text: str) -> dict[str, float]:
@@ -148,29 +165,58 @@ def tagged_metric(tags: Mapping[str, str]) -> Metric | None:
 
 
 def verdict(
-    new: ComparedVersion, champion: ComparedVersion, metric: str, better: Better
-) -> tuple[bool, str]:
-    """Tell whether the new prompt beats the champion on the same test rows.
-
-    Returns the answer and its reason, which is a clause.
-    """
+    new: ComparedVersion,
+    champion: ComparedVersion,
+    metric: str,
+    better: Better,
+    promote_if: PromoteIf = "better",
+) -> Verdict:
+    """Tell whether the new prompt beats the champion on the same test rows."""
     if found := differences(new.manifest, champion.manifest):
-        return False, f"its {found[0]}"
+        return Verdict(False, f"its {found[0]}")
     compared = metric_named(metric, better)
     has_labels = new.manifest.verbalizer is not None
     same_decoding = new.manifest.generation == champion.manifest.generation
     if compares_texts(compared, has_labels) and not same_decoding:
-        return False, "the champion's texts were generated with other settings"
+        return Verdict(False, "the champion's texts were generated with other settings")
     mine, other = new.results(), champion.results()
     shared = [rows for rows in mine if rows in other]
     if not shared:
         if not mine or not other:
-            return False, f"{'the champion' if mine else 'it'} has no test {metric}"
-        return False, "the champion was tested on other data"
-    scores = [(mine[rows].get(metric), other[rows].get(metric)) for rows in shared]
-    score = next(((a, b) for a, b in scores if a is not None and b is not None), None)
-    if score is None:
-        return False, f"{'it' if scores[0][0] is None else 'the champion'} has no test {metric}"
-    return compared.is_better(
-        *score
-    ), f"its test {metric} is {score[0]:.4g}, the champion's {score[1]:.4g}"
+            return Verdict(False, f"{'the champion' if mine else 'it'} has no test {metric}")
+        return Verdict(False, "the champion was tested on other data")
+    known = [rows for rows in shared if metric in mine[rows] and metric in other[rows]]
+    if not known:
+        lacking = "the champion" if metric in mine[shared[0]] else "it"
+        return Verdict(False, f"{lacking} has no test {metric}")
+    rows = known[0]
+    scores = mine[rows][metric], other[rows][metric]
+    tested = _compared(new, champion, rows, metric)
+    return _decided(compared, scores, tested, promote_if)
+
+
+def _compared(
+    new: ComparedVersion, champion: ComparedVersion, rows: str, metric: str
+) -> Confidence | None:
+    """Test the difference on the rows of a fingerprint; None without the outcomes of both."""
+    mine, other = new.outcomes(rows), champion.outcomes(rows)
+    return None if mine is None or other is None else confidence(mine, other, metric)
+
+
+def _decided(
+    metric: Metric, scores: tuple[float, float], found: Confidence | None, promote_if: PromoteIf
+) -> Verdict:
+    """Decide by the two values and the test of their difference, and say so in words."""
+    is_better = metric.is_better(*scores)
+    numbers = f"its test {metric.name} is {scores[0]:.4g}, the champion's {scores[1]:.4g}"
+    if found is None:
+        unknown = "the confidence is unknown, without both versions' outcomes on the same rows"
+        if is_custom(metric.name):
+            unknown = "the confidence is unknown, as of any function of the user's own"
+        won = is_better and promote_if == "better"
+        return Verdict(won, f"{numbers}; {unknown}", compared=True)
+    reason = f"{numbers}: {found.clause()}"
+    if scores[0] != scores[1] and not found.is_significant:
+        reason += f"; the difference is within noise (p is not below {SIGNIFICANT:g})"
+    won = is_better and (promote_if == "better" or found.is_significant)
+    return Verdict(won, reason, found, compared=True)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from pathlib import PurePath
+from pathlib import Path, PurePath
+from typing import Any
 
+from orchestrator.data.outcomes.rows import RowOutcomes
 from orchestrator.registry.aliases.gate import EVALUATION_TAG
 from orchestrator.registry.aliases.moves import who
 from orchestrator.registry.runs.entries import MAX_TAG, as_texts
 from orchestrator.registry.runs.searches import experiment_named
 from orchestrator.registry.store import Store
+from orchestrator.registry.versions.outcomes import write_outcomes
 from orchestrator.registry.versions.records import VersionSummary
 
 READABLE_TAG = "evaluated."
@@ -33,6 +37,12 @@ class EvaluationRecord:
     rows: int
     fingerprint: str
     metrics: dict[str, float]
+    outcomes: RowOutcomes | None = None
+    """The outcomes of the rows, from which the gate tells how sure a difference is."""
+
+    def facts(self) -> dict[str, Any]:
+        """Return everything but the outcomes, in JSON's types."""
+        return asdict(replace(self, outcomes=None)) | {"outcomes": self.outcomes is not None}
 
     @property
     def label(self) -> str:
@@ -61,8 +71,8 @@ def log_evaluations(
     params = {
         f"{place}.{key}": value
         for place, it in enumerate(records)
-        for key, value in asdict(it).items()
-        if key != "metrics"
+        for key, value in it.facts().items()
+        if key not in ("metrics", "outcomes")
     }
     name = f"evaluate {version.name}:{version.version}"
     tags = {
@@ -78,6 +88,7 @@ def log_evaluations(
             client.log_param(run_id, key, text)
         if model:
             client.log_inputs(run_id, models=[LoggedModelInput(model.group())])
+        _log_outcomes(store, run_id, records)
         for record in records:
             for metric, value in record.metrics.items():
                 client.log_metric(
@@ -96,9 +107,17 @@ def log_evaluations(
     return run_id
 
 
+def _log_outcomes(store: Store, run_id: str, records: Sequence[EvaluationRecord]) -> None:
+    found = {it.fingerprint: it.outcomes for it in records if it.outcomes is not None}
+    if found:
+        with tempfile.TemporaryDirectory(prefix="orchestrator-") as scratch:
+            write_outcomes(Path(scratch), found)
+            store.client.log_artifacts(run_id, scratch)
+
+
 def _tag(store: Store, version: VersionSummary, record: EvaluationRecord, run_id: str) -> None:
     document = {
-        **asdict(record),
+        **record.facts(),
         "run_id": run_id,
         "by": who(),
         "at": datetime.now(UTC).isoformat(timespec="seconds"),

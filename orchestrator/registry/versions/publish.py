@@ -21,11 +21,13 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.artifact import MANIFEST, WEIGHTS, Manifest, PromptArtifact, file_sha256
 from orchestrator.data.cells import cell_text
 from orchestrator.data.conversations import is_conversation
+from orchestrator.data.outcomes.rows import RowOutcomes
 from orchestrator.data.source_row import Row
 from orchestrator.job.spec import template_columns
 from orchestrator.registry.aliases.ledger import LEDGER_TAG, new_ledger
 from orchestrator.registry.runs.entries import as_texts
 from orchestrator.registry.store import Store
+from orchestrator.registry.versions.outcomes import write_outcomes
 from orchestrator.registry.versions.records import DIGEST_TAG, FACTS_TAG, FORMAT_TAG, KIND, KIND_TAG
 
 if TYPE_CHECKING:
@@ -49,11 +51,13 @@ def publish(
     tags: Mapping[str, Any],
     description: str,
     example: Row | None,
+    outcomes: Mapping[str, RowOutcomes] = {},
 ) -> int:
     """Log the artifact, create a version from it, and return the version's number.
 
     After any error, neither a version nor a ready logged model remains. ``example`` is a row that
-    MLflow's page shows and that ``mlflow models predict`` can be tried with.
+    MLflow's page shows and that ``mlflow models predict`` can be tried with. ``outcomes`` are
+    those of the rows of a fingerprint.
     """
     manifest = PromptArtifact.load(folder).manifest
     client = store.client
@@ -66,7 +70,7 @@ def publish(
         model_type=KIND,
     )
     try:
-        _upload(store, folder, manifest, model, example)
+        _upload(store, folder, manifest, model, example, outcomes)
         # Logging the model as an output shows it on the run's page.
         from mlflow.entities import LoggedModelOutput
 
@@ -87,6 +91,7 @@ def _upload(
     manifest: Manifest,
     model: LoggedModel,
     example: Row | None,
+    outcomes: Mapping[str, RowOutcomes],
 ) -> None:
     with tempfile.TemporaryDirectory(prefix="orchestrator-") as scratch:
         prompt = Path(scratch, "prompt")
@@ -95,6 +100,7 @@ def _upload(
             shutil.copyfile(folder / file, prompt / file)
         package = Path(scratch, "model")
         save_pyfunc(package, prompt, manifest, model, example or {})
+        write_outcomes(package, outcomes)
         store.client.log_model_artifacts(model.model_id, str(package))
     store.client.finalize_logged_model(model.model_id, "READY")
 

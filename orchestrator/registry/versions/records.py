@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from orchestrator.artifact import Manifest
+from orchestrator.data.outcomes.confidence import Confidence
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -58,6 +59,29 @@ class AliasOutcome(NamedTuple):
 
     alias: str | None
     reason: str
+    confidence: Confidence | None = None
+    """How sure the difference from the champion is; None if it was not tested."""
+
+    def document(self) -> dict[str, Any]:
+        """Return the outcome in JSON's types."""
+        tested = {"confidence": self.confidence.document()} if self.confidence else {}
+        return {"alias": self.alias, "reason": self.reason, **tested}
+
+
+class Promotion(NamedTuple):
+    """The move of an alias through the gate."""
+
+    before: int | None
+    """The version that held the alias; None for a new alias."""
+    after: int
+    reason: str
+    """A clause; empty where nothing was compared."""
+    confidence: Confidence | None = None
+
+    def document(self) -> dict[str, Any]:
+        """Return the reason and the confidence in JSON's types."""
+        tested = {"confidence": self.confidence.document()} if self.confidence else {}
+        return {"reason": self.reason, **tested}
 
 
 @dataclass(frozen=True)

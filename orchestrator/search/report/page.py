@@ -10,9 +10,9 @@ from typing import Any
 import yaml
 
 from orchestrator import __version__
+from orchestrator.data.outcomes.label_metrics import CLASS_FIGURES, labelled_figures
 from orchestrator.search.report.facts import SearchFacts, init_label
 from orchestrator.search.report.figures import FIGURES
-from orchestrator.tuning.label_metrics import CLASS_FIGURES, labelled_figures
 from orchestrator.utils.wording import BASELINE_NAMES, counted
 
 MOST_TRIALS = 200
@@ -125,6 +125,8 @@ def _model(facts: SearchFacts) -> list[str]:
             f"<p>Registered as {escape(model['name'])} "
             f"version {model['version']}{escape(alias)}.</p>"
         )
+        if reason := model.get("reason"):
+            lines.append(f"<p>{escape(reason)}</p>")
     return lines
 
 

@@ -100,10 +100,17 @@ def calibration_counts(confidences: Scores, right: NDArray[np.bool_]) -> NDArray
     sums = np.zeros((3, CALIBRATION_BINS))
     if np.isnan(confidences).any():
         return np.full_like(sums, np.nan)
-    place = np.ceil(confidences * CALIBRATION_BINS).astype(int).clip(1, CALIBRATION_BINS) - 1
+    place = calibration_bins(confidences)
     for row, values in enumerate((np.ones(len(place)), confidences, right.astype(np.float64))):
         np.add.at(sums[row], place, values)
     return sums
+
+
+def calibration_bins(confidences: Scores) -> NDArray[np.int64]:
+    """Return the index of each row's bin, [B]."""
+    upper = np.ceil(confidences * CALIBRATION_BINS).astype(np.int64)
+    place: NDArray[np.int64] = np.clip(upper, 1, CALIBRATION_BINS) - 1
+    return place
 
 
 def calibration_error(sums: NDArray[np.float64]) -> float:
