@@ -38,6 +38,7 @@ from orchestrator.tuning.label_metrics import (
     count_metrics,
     roc_auc,
 )
+from orchestrator.tuning.meter import Meter
 from orchestrator.tuning.out_of_memory import needs_room
 from orchestrator.tuning.reports import CONFUSION
 from orchestrator.tuning.worker_group import Group
@@ -183,6 +184,7 @@ def evaluate(
     confusion: bool = False,
     threads: Threads = Threads(),
     metric: str | None = None,
+    meter: Meter = Meter(),
 ) -> list[dict[str, float]]:
     """Return the metrics of each prompt on all rows of a split.
 
@@ -197,7 +199,7 @@ def evaluate(
     most = max_tokens or forward_tokens(backbone)
     wanted = Wanted.of(metric, confusion)
     prepared, tallies = group.together(
-        lambda: _own_tallies(backbone, prompts, split, encoder, wanted, most, group, threads)
+        lambda: _own_tallies(backbone, prompts, split, encoder, wanted, most, group, threads, meter)
     )
     parts = group.gathered(tallies)
     whole = [sum(of_prompt[1:], of_prompt[0]) for of_prompt in zip(*parts, strict=True)]
@@ -205,7 +207,7 @@ def evaluate(
     own = metric if metric is not None and is_custom(metric) else None
     if decoding is not None:
         more = generated_metrics(
-            backbone, prepared, split, encoder, decoding, max_tokens, group, threads, own
+            backbone, prepared, split, encoder, decoding, max_tokens, group, threads, own, meter
         )
     elif own is not None and encoder.answers:
         judgements = [tally.ranked.judgement(split, encoder) for tally in whole]
@@ -224,6 +226,7 @@ def _own_tallies(
     max_tokens: int,
     group: Group,
     threads: Threads,
+    meter: Meter,
 ) -> tuple[PreparedPrompts | None, list[Tally]]:
     """Prepare the prompts and tally each of them over this worker's rows."""
     count = 1 if prompts is None else len(prompts)
@@ -239,7 +242,8 @@ def _own_tallies(
         if share.counts:
             _tally(judged, split, rows, owner, tallies, wanted.keeps_scores)
 
-    parts = SharedForwards(forwards, split.lengths, group, threads, copies=count).run(
+    meter.begin("evaluating", len(split))
+    parts = SharedForwards(forwards, split.lengths, group, threads, count, meter).run(
         lambda: [Tally(ranked=Ranked.nothing(len(encoder.answers))) for _ in range(count)],
         add_tallies,
     )
