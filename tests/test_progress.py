@@ -12,10 +12,17 @@ from rich.console import Console
 from small_jobs import small_job
 
 from orchestrator.cli import progress as progress_module
-from orchestrator.cli.progress import ConsoleProgress, duration, sparkline
+from orchestrator.cli.progress import (
+    ConsoleProgress,
+    duration,
+    reading_line,
+    reading_lines,
+    sparkline,
+)
 from orchestrator.job.space import TrialSpec
 from orchestrator.job.spec import JobSpec
 from orchestrator.search.state.trials import TrialStatus
+from orchestrator.tuning.meter import Reading, Span
 from orchestrator.tuning.reports import Copied, Ending, Report
 
 SPECS = [
@@ -224,3 +231,58 @@ def test_sparklines(values: Any, bars: str) -> None:
     assert len(drawn) == min(12, len(values))
     assert drawn[:1] + drawn[-1:] == bars[:1] + bars[-1:]
     assert len(set(drawn)) == len(set(bars))
+
+
+TRAINING = Reading("training", 2, 4, 4.0, 4.0, {"t000": Span(4, 8), "t001": Span(4, 8)})
+ROWS = Reading("evaluating", 120, 400, 4.0, 4.0, subject="no prompt on validation")
+
+
+@pytest.mark.parametrize(
+    ("reading", "line"),
+    [
+        (TRAINING, "w0 training 2 trials: step 2/4, 0.5 steps/s"),
+        (ROWS, "w0 evaluating no prompt on validation: row 120/400, 30 rows/s"),
+        (
+            replace(ROWS, phase="generating", trials={"t000": Span(0, 4)}),
+            "w0 generating 1 trial: row 120/400, 30 rows/s",
+        ),
+    ],
+)
+def test_a_line_about_a_running_round(reading: Reading, line: str) -> None:
+    """It has the worker, what it does, how far it is and how fast."""
+    assert reading_line("w0", reading) == line
+
+
+def test_many_workers_take_few_lines() -> None:
+    """The lines beyond the first few are counted."""
+    lines = reading_lines({f"w{number}": ROWS for number in range(6)})
+    assert len(lines) == 5 and lines[-1] == "and 2 workers more"
+
+
+def test_the_table_shows_steps_within_a_round(job: JobSpec, clock: Clock) -> None:
+    """Trials show the steps that they have reached, and the time left counts those."""
+    progress, out = shown(job, force_terminal=True, legacy_windows=False)
+    with progress.trials(SPECS, 2):
+        for trial, spec in SPECS[:2]:
+            progress.trial_started(trial, spec)
+        progress.within({"w0": TRAINING})
+        assert progress._eta() == "about 36 s left"  # 36 trial steps of 48, 1 a second
+        assert progress._live is not None
+        progress._live.refresh()
+    drawn = out.getvalue()
+    assert "6/16" in drawn and "w0 training 2 trials: step 2/4, 0.5 steps/s" in drawn
+    assert "w0 training" not in drawn[drawn.rindex("configuration") :]
+
+
+def test_a_long_round_gets_a_line_now_and_then(job: JobSpec, clock: Clock) -> None:
+    """Without a terminal, a line comes after 30 s without any, and never about short rounds."""
+    progress, out = shown(job)
+    with progress.trials(SPECS, len(SPECS)):
+        clock.now += 1000  # the base model is loading
+        progress.within({"w0": TRAINING})
+        assert out.getvalue() == ""
+        for lasted in range(2, 92, 2):
+            clock.now += 2
+            progress.within({"w0": replace(TRAINING, lasted=float(lasted))})
+    lines = out.getvalue().splitlines()[:-1]
+    assert lines == ["w0 training 2 trials: step 2/4, 0.5 steps/s about 36 s left"] * 3

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console, Group
@@ -17,10 +18,13 @@ from orchestrator.job.space import TrialSpec
 from orchestrator.job.spec import JobSpec
 from orchestrator.search.state.history import History
 from orchestrator.search.state.trials import Outcome, TrialRecord, TrialStatus
+from orchestrator.tuning.meter import Reading
 from orchestrator.tuning.reports import BROKEN, Report
 from orchestrator.utils.wording import counted
 
 ROWS = 20  # at most, in the live table; the best trials come first
+WORKER_LINES = 4  # at most, below the live table or at a time elsewhere
+SILENCE_S = 30.0  # without a terminal, time without any line before one about running rounds
 NOTHING = History()
 SPARKS = "▁▂▃▄▅▆▇█"
 
@@ -34,6 +38,9 @@ class ConsoleProgress:
         self._quiet = quiet
         self._live: Live | None = None
         self._outcome = Outcome()
+        self._readings: dict[str, Reading] = {}
+        self._said = time.monotonic()
+        self._lock = threading.RLock()  # readings come from a thread of their own
         self._total = 0
         self._started = 0.0
         self._first: tuple[float, float] | None = (
@@ -66,17 +73,42 @@ class ConsoleProgress:
         try:
             with Live(
                 self._table(), console=self._console, refresh_per_second=4, transient=False
-            ) as self._live:
+            ) as live:
+                self._live = live
                 yield
-                self._live.update(self._table())
+                with self._lock:
+                    self._readings = {}
+                    self._live = None  # the table that stays has no running rounds
+                    live.update(self._table())
         finally:
             self._live = None
 
     def trial_started(self, trial: str, spec: TrialSpec) -> None:
-        self._outcome.trial_started(trial, spec)
-        self._update()
+        with self._lock:
+            self._outcome.trial_started(trial, spec)
+            self._update()
+
+    def within(self, readings: Mapping[str, Reading]) -> None:
+        """Show how far each worker is within its round or evaluation.
+
+        Without a table, a long round gets a line now and then, when nothing else was shown.
+        """
+        with self._lock:
+            self._readings = dict(readings)
+            self._update()
+            if self._live is None and self._silent(readings):
+                for line in reading_lines(readings):
+                    self._say(f"{line} {self._eta()}".rstrip())
+
+    def _silent(self, readings: Mapping[str, Reading]) -> bool:
+        longest = max((reading.lasted for reading in readings.values()), default=0.0)
+        return min(longest, time.monotonic() - self._said) >= SILENCE_S
 
     def trial_reported(self, trial: str, report: Report) -> None:
+        with self._lock:
+            self._trial_reported(trial, report)
+
+    def _trial_reported(self, trial: str, report: Report) -> None:
         self._outcome.trial_reported(trial, report)
         if self._first is None or report.step <= self._job.train.evaluate_every:
             # A round's reports arrive in a burst, so the pace is measured from the last report of
@@ -91,12 +123,14 @@ class ConsoleProgress:
             self._say(self._line(trial, report))
 
     def trial_ended(self, trial: str, status: TrialStatus, note: str) -> None:
-        self._outcome.trial_ended(trial, status, note)
-        self._update()
+        with self._lock:
+            self._outcome.trial_ended(trial, status, note)
+            self._update()
         if self._live is None and status != TrialStatus.FINISHED:
             self._say(f"{trial} {status} {note}".rstrip())
 
     def _say(self, text: str) -> None:
+        self._said = time.monotonic()
         if not self._quiet:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
@@ -122,13 +156,31 @@ class ConsoleProgress:
         The estimate assumes that trials will stop as early as those that have ended so far.
         """
         records = list(self._outcome.records.values())
+        steps = {record.id: self._step(record) for record in records}
         ended = [record.step for record in records if record.status.is_over]
         expected = sum(ended) / len(ended) if ended else float(self._job.train.steps)
         to_come = sum(
-            max(0.0, expected - record.step) for record in records if not record.status.is_over
+            max(0.0, expected - steps[record.id]) for record in records if not record.status.is_over
         )
         to_come += expected * max(0, self._total - len(records))  # not proposed yet
-        return float(sum(record.step for record in records)), to_come
+        return float(sum(steps.values())), to_come
+
+    def _step(self, record: TrialRecord) -> int:
+        """Return the step that a trial has reached, within its round too."""
+        within = [
+            reading.step_of(record.id)
+            for reading in self._readings.values()
+            if record.id in reading.trials and not record.status.is_over
+        ]
+        return max([record.step, *within])
+
+    def _speed(self) -> float:
+        """Return the trial steps that all workers take in a second of training, as last read."""
+        return sum(
+            reading.rate * len(reading.trials)
+            for reading in self._readings.values()
+            if reading.phase == "training"
+        )
 
     def _done(self) -> float:
         """Estimate the fraction of the search that is done, from 0 to 1."""
@@ -138,12 +190,18 @@ class ConsoleProgress:
     def _eta(self) -> str:
         """Estimate the time left from the pace since a trial last made its first report.
 
-        Time before that is left out because a worker was still starting. Empty without an estimate.
+        Time before that is left out because a worker was still starting. Before there is a pace,
+        the workers' steps per second are used. Empty without an estimate.
         """
         behind, to_come = self._steps()
-        if self._first is None or behind <= self._first[1] or not to_come:
+        if not to_come:
             return ""
-        seconds = (time.monotonic() - self._first[0]) * to_come / (behind - self._first[1])
+        if self._first is not None and behind > self._first[1]:
+            seconds = (time.monotonic() - self._first[0]) * to_come / (behind - self._first[1])
+        elif speed := self._speed():
+            seconds = to_come / speed
+        else:
+            return ""
         return f"about {duration(seconds)} left"
 
     def _summary(self) -> str:
@@ -174,7 +232,8 @@ class ConsoleProgress:
         for rank, record in enumerate(self._ordered()[:ROWS], start=1):
             table.add_row(*self._row(rank, record))
         bar = ProgressBar(total=1.0, completed=self._done(), width=40)
-        return Group(table, bar, Text(f"{self._summary()}  {self._eta()}"))
+        workers = [Text(line) for line in reading_lines(self._readings)]
+        return Group(table, *workers, bar, Text(f"{self._summary()}  {self._eta()}"))
 
     def _ordered(self) -> list[TrialRecord]:
         ranked = self._outcome.ranking(self._job.search)
@@ -200,12 +259,29 @@ class ConsoleProgress:
             str(rank),
             record.id,
             label,
-            str(record.step),
+            f"{self._step(record)}/{self._job.train.steps}",
             shown,
             sparkline([value for _, value in record.curve(metric)]),
             record.slot,
             status,
         ]
+
+
+def reading_lines(readings: Mapping[str, Reading]) -> list[str]:
+    """Write a line for each worker, and one for those beyond the first few."""
+    lines = [reading_line(worker, readings[worker]) for worker in sorted(readings)]
+    others = len(lines) - WORKER_LINES
+    return (
+        lines if others <= 0 else [*lines[:WORKER_LINES], f"and {counted(others, 'worker')} more"]
+    )
+
+
+def reading_line(worker: str, reading: Reading) -> str:
+    """Say how far a worker is, for example ``w0 training 4 trials: step 37/90, 1.3 steps/s``."""
+    subject = counted(len(reading.trials), "trial") if reading.trials else reading.subject
+    unit = "step" if reading.phase == "training" else "row"
+    line = f"{worker} {reading.phase} {subject}: {unit} {reading.done}/{reading.total}"
+    return f"{line}, {reading.rate:.3g} {unit}s/s"
 
 
 def sparkline(values: Sequence[float], width: int = 12) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -12,18 +12,22 @@ from orchestrator.job.space import TrialSpec
 from orchestrator.job.spec import JobSpec
 from orchestrator.search.state.events import Listener
 from orchestrator.search.state.history import History
+from orchestrator.tuning.meter import Reading
 
 
 class Progress(Listener, Protocol):
     """The progress display of the command line.
 
     ``stage`` names the step that the job is at outside its trials. ``note`` shows a remark.
-    ``trials`` returns a context that shows the trials while they run.
+    ``trials`` returns a context that shows the trials while they run. ``within`` shows how far each
+    worker is within its round or evaluation; it is called from a thread.
     """
 
     def stage(self, text: str) -> None: ...
 
     def note(self, text: str) -> None: ...
+
+    def within(self, readings: Mapping[str, Reading]) -> None: ...
 
     def trials(
         self, trials: Sequence[tuple[str, TrialSpec]], total: int, history: History

@@ -31,6 +31,7 @@ from orchestrator.search.state.processes import save_processes
 from orchestrator.search.state.saved import load_saved
 from orchestrator.search.workers.prestart import make_ready
 from orchestrator.search.workers.running import place_search
+from orchestrator.search.workers.watch import watching
 from orchestrator.utils.atomic import write_whole
 from orchestrator.utils.interrupts import nothing_to_interrupt
 from orchestrator.utils.text import first_line
@@ -115,7 +116,8 @@ def attempt(context: SearchContext) -> dict[str, Any]:
     controller was lost.
     """
     with started(context) as search:
-        result = find_result(search)
+        with watching(search.workers.broker, context.progress.within):
+            result = find_result(search)
         return publish_result(search, result)
 
 

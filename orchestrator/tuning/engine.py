@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -33,6 +33,7 @@ from orchestrator.tuning.cpu_threads import Threads
 from orchestrator.tuning.evaluate import evaluate
 from orchestrator.tuning.generate import Decoding
 from orchestrator.tuning.memory import Memory
+from orchestrator.tuning.meter import Meter, Span
 from orchestrator.tuning.out_of_memory import NoRoom, Room, needs_room
 from orchestrator.tuning.prompts import InitContext, Method, Prompt, make_prompt
 from orchestrator.tuning.prompts.base import seeded
@@ -142,6 +143,7 @@ class Engine:
         self.limits = (
             replace(limits, max_rows=train.micro_batch_size) if train.micro_batch_size else limits
         )
+        self.meter = Meter()
         self.slots: dict[str, Slot] = {}
         self._training = Room(self.limits.max_tokens)
         self._evaluation = Room()
@@ -197,21 +199,35 @@ class Engine:
         if not self.slots:
             return []
         targets = {trial: self._next_evaluation(slot) for trial, slot in self.slots.items()}
+        self._meter_round(targets)
         while running := [
             slot for trial, slot in self.slots.items() if self._runs(slot, targets[trial])
         ]:
             self.step(running)
+            self.meter.add()
         reports = self.reports(list(self.slots.values()))
         for report in reports:
             if report.ending:
                 self.free(report.trial)
         return reports
 
+    def _meter_round(self, targets: Mapping[str, int]) -> None:
+        """Tell the meter which steps each seated trial is about to take."""
+        spans = {
+            trial: Span(
+                slot.step, targets[trial] if self._runs(slot, targets[trial]) else slot.step
+            )
+            for trial, slot in self.slots.items()
+        }
+        self.meter.start(spans)
+        self.meter.begin("training", max(span.target - span.first for span in spans.values()))
+
     def evaluate(self, job: EvaluationJob) -> dict[str, float]:
         """Return the metrics of a prompt or a baseline on a whole split.
 
         Raises JobFailed when memory does not suffice for a single row.
         """
+        self.meter.start({}, job.subject)
         if job.checkpoint is not None:
             metrics = self._checkpoint_metrics(job, Checkpoint.from_bytes(job.checkpoint))
         else:
@@ -261,6 +277,7 @@ class Engine:
                     confusion,
                     threads,
                     self.search.metric,
+                    self.meter,
                 )
             except NoRoom:
                 self.backbone.give_up_forward()

@@ -49,6 +49,7 @@ from orchestrator.tuning.cpu_threads import Threads
 from orchestrator.tuning.custom_metrics import Judgement, custom_values
 from orchestrator.tuning.forwards import MAX_TOKENS, Share, SharedForwards
 from orchestrator.tuning.generate import Decoding, generated_metrics
+from orchestrator.tuning.meter import Meter
 from orchestrator.tuning.out_of_memory import needs_room
 from orchestrator.tuning.reports import CONFUSION
 from orchestrator.tuning.worker_group import Group
@@ -224,6 +225,7 @@ def evaluate(
     confusion: bool = False,
     threads: Threads = Threads(),
     metric: str | None = None,
+    meter: Meter = Meter(),
 ) -> list[dict[str, float]]:
     """Return the metrics of each prompt on all rows of a split.
 
@@ -239,7 +241,7 @@ def evaluate(
     most = max_tokens or forward_tokens(backbone)
     wanted = Wanted.of(metric, confusion)
     prepared, tallies = group.together(
-        lambda: _own_tallies(backbone, prompts, split, encoder, wanted, most, group, threads)
+        lambda: _own_tallies(backbone, prompts, split, encoder, wanted, most, group, threads, meter)
     )
     parts = group.gathered(tallies)
     whole = [sum(of_prompt[1:], of_prompt[0]) for of_prompt in zip(*parts, strict=True)]
@@ -247,7 +249,17 @@ def evaluate(
     own = metric if metric is not None and is_custom(metric) else None
     if decoding is not None:
         more = generated_metrics(
-            backbone, prepared, split, encoder, decoding, max_tokens, group, threads, own, confusion
+            backbone,
+            prepared,
+            split,
+            encoder,
+            decoding,
+            max_tokens,
+            group,
+            threads,
+            own,
+            confusion,
+            meter,
         )
     elif own is not None and encoder.answers:
         judgements = [tally.ranked.judgement(split, encoder) for tally in whole]
@@ -274,6 +286,7 @@ def _own_tallies(
     max_tokens: int,
     group: Group,
     threads: Threads,
+    meter: Meter,
 ) -> tuple[PreparedPrompts | None, list[Tally]]:
     """Prepare the prompts and tally each of them over this worker's rows."""
     count = 1 if prompts is None else len(prompts)
@@ -289,7 +302,8 @@ def _own_tallies(
         if share.counts:
             _tally(judged, split, rows, owner, tallies, wanted)
 
-    parts = SharedForwards(forwards, split.lengths, group, threads, copies=count).run(
+    meter.begin("evaluating", len(split))
+    parts = SharedForwards(forwards, split.lengths, group, threads, count, meter).run(
         lambda: [Tally(ranked=Ranked.nothing(len(encoder.answers))) for _ in range(count)],
         add_tallies,
     )

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from orchestrator.tuning.cpu_threads import Threads
+from orchestrator.tuning.meter import Meter
 from orchestrator.tuning.out_of_memory import needs_room
 from orchestrator.tuning.worker_group import Group
 
@@ -41,6 +42,8 @@ class SharedForwards:
     threads: Threads
     copies: int = 1
     """Number of times that each row stands in its forward, such as once for each prompt."""
+    meter: Meter = field(default_factory=Meter)
+    """Counts the rows that are done."""
 
     def run(self, start: Callable[[], Sums], work: Callable[[Share, Sums], None]) -> list[Sums]:
         """Run this worker's share of every forward; return what each of its threads summed up.
@@ -55,6 +58,9 @@ class SharedForwards:
             for share in self._shares(part):
                 with self._needs_room(share):
                     work(share, sums)
+                if share.counts:
+                    # The group's other workers have run as many rows of the same forwards.
+                    self.meter.add(len(share.rows) * self.group.size)
             return sums
 
         return self.threads.each(part_sums)

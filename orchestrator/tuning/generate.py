@@ -18,6 +18,7 @@ from orchestrator.models.decoding import decode, start
 from orchestrator.tuning.cpu_threads import Threads
 from orchestrator.tuning.custom_metrics import Judgement, custom_values
 from orchestrator.tuning.forwards import MAX_TOKENS, Share, SharedForwards
+from orchestrator.tuning.meter import Meter
 from orchestrator.tuning.text_metrics import References, row_scores, text_metrics
 from orchestrator.tuning.worker_group import Group
 
@@ -43,13 +44,16 @@ def generated_metrics(
     threads: Threads = Threads(),
     metric: str | None = None,
     by_row: bool = False,
+    meter: Meter = Meter(),
 ) -> list[dict[str, float]]:
     """Return the text metrics of each of the K prompts on all rows.
 
     ``prompts=None`` gives one entry, for the model without a prompt. ``metric`` is one of the
     user's own, to be computed too. With ``by_row`` the outcomes of all rows come with the metrics.
     """
-    texts = generate(backbone, prompts, split.inputs, encoder, decoding, max_tokens, group, threads)
+    texts = generate(
+        backbone, prompts, split.inputs, encoder, decoding, max_tokens, group, threads, meter
+    )
     found = group.led(lambda: [_measured(made, split.references, by_row) for made in texts])
     if metric is None:
         return found
@@ -77,6 +81,7 @@ def generate(
     max_tokens: int | None = None,
     group: Group = Group(),
     threads: Threads = Threads(),
+    meter: Meter = Meter(),
 ) -> list[list[str]]:
     """Generate a text for each input with each of the K prompts.
 
@@ -90,7 +95,7 @@ def generate(
     parts = group.gathered(
         group.together(
             lambda: _own_texts(
-                backbone, prompts, inputs, encoder, decoding, max_tokens, group, threads
+                backbone, prompts, inputs, encoder, decoding, max_tokens, group, threads, meter
             )
         )
     )
@@ -107,6 +112,7 @@ def _own_texts(
     max_tokens: int | None,
     group: Group,
     threads: Threads,
+    meter: Meter,
 ) -> dict[tuple[int, int], str]:
     """Generate the texts of this worker's rows, by prompt and row."""
     count = 1 if prompts is None else prompts.count
@@ -129,7 +135,8 @@ def _own_texts(
             places = zip(owner, [*share.rows] * count, strict=True)
             texts.update(zip(places, (_text(encoder, ids) for ids in made), strict=True))
 
-    parts = SharedForwards(batches, lengths, group, threads, copies).run(dict, add_texts)
+    meter.begin("generating", len(inputs))
+    parts = SharedForwards(batches, lengths, group, threads, copies, meter).run(dict, add_texts)
     return {place: text for texts in parts for place, text in texts.items()}
 
 

@@ -113,6 +113,15 @@ class EvaluationJob:
 
     TRUE and SAID are indices in the verbalizer."""
 
+    @property
+    def subject(self) -> str:
+        """Name the prompt or text and the split, for people."""
+        if self.checkpoint is not None:
+            prompt = "a trained prompt" if self.spec is None else self.spec.label()
+        else:
+            prompt = "no prompt" if self.instruction is None else "a written text"
+        return f"{prompt} on {self.split}"
+
 
 CONFUSION = "confusion/"
 

@@ -16,6 +16,7 @@ from orchestrator.search.state.trials import TrialRecord
 from orchestrator.search.study.population import CopyDecision, Population
 from orchestrator.search.workers import broker as broker_module
 from orchestrator.search.workers.broker import Broker, Orders, Place
+from orchestrator.tuning.meter import Reading
 from orchestrator.tuning.reports import Copied, Ending, EvaluationJob, Report
 
 LIMIT_S = 30.0  # reached only in a deadlock
@@ -695,5 +696,26 @@ def test_trials_wait_for_a_workers_process() -> None:
         await let_run()
         await lost.fail(JobFailed("no worker came"))
         assert not await waiting
+
+    run(test())
+
+
+def test_a_reading_lasts_as_long_as_its_round() -> None:
+    """The driver gets each worker's newest reading, until the worker reports or is lost."""
+
+    async def test() -> None:
+        broker = await broker_with(2)
+        reading = Reading("training", 1, 2, 1.0, 1.0)
+        for worker in ("w0", "w1"):
+            await broker.join(worker, 1)
+            await broker.next_orders(worker)
+            await broker.read(worker, reading)
+        await broker.read("w0", replace(reading, done=2))
+        assert await broker.readings() == {"w0": replace(reading, done=2), "w1": reading}
+        await broker.leave("w1")
+        await broker.read("w1", reading)  # sent before the worker was lost
+        assert list(await broker.readings()) == ["w0"]
+        await broker.join("w0", 1)
+        assert await broker.readings() == {}
 
     run(test())

@@ -31,6 +31,7 @@ from orchestrator.errors import JobFailed, OrchestratorError
 from orchestrator.job.space import TrialSpec
 from orchestrator.search.state.trials import TrialRecord
 from orchestrator.search.study.population import CopyDecision, Population
+from orchestrator.tuning.meter import Reading
 from orchestrator.tuning.reports import Copied, EvaluationJob, Report
 
 if TYPE_CHECKING:
@@ -134,6 +135,7 @@ class Broker:
         self.jobs: dict[int, EvaluationJob] = {}
         self.taken: dict[int, tuple[str, EvaluationJob]] = {}
         self.results: dict[int, dict[str, float]] = {}
+        self._readings: dict[str, Reading] = {}
         self.finished = False
         self.failure: OrchestratorError | None = None
         self.base_model: BaseModelInfo | None = None  # of the backbone that a worker loaded
@@ -265,6 +267,7 @@ class Broker:
 
     def _vacate(self, worker: str) -> None:
         """Take a worker's trials out of their slots, and queue its evaluations again."""
+        self._readings.pop(worker, None)
         for entry in self.trials.values():
             if entry.worker == worker:
                 entry.worker = None
@@ -278,6 +281,7 @@ class Broker:
         evaluated: Sequence[tuple[int, dict[str, float]]] = (),
     ) -> Orders:
         """Take the worker's reports and results, and return its next orders once there is work."""
+        self._readings.pop(name, None)
         for number, metrics in evaluated:
             if self.taken.pop(number, None):
                 self.results[number] = metrics
@@ -297,6 +301,11 @@ class Broker:
                 await self._changed.wait_for(
                     lambda: self.jobs or self._waiting() or self._gone(name, worker)
                 )
+
+    async def read(self, worker: str, reading: Reading) -> None:
+        """Keep a worker's newest reading until its round or evaluation ends."""
+        if worker in self.workers:
+            self._readings[worker] = reading
 
     def _gone(self, name: str, worker: Worker) -> bool:
         """Check for a stale call: the worker was lost or has rejoined, or the search is over.
@@ -432,6 +441,10 @@ class Broker:
             raise self._end()
         return self.results.pop(number)
 
+    async def readings(self) -> dict[str, Reading]:
+        """Return how far each worker is within its round or evaluation."""
+        return dict(self._readings)
+
     async def ready(self) -> BaseModelInfo | None:
         """Wait for the first worker, and return the description of the backbone that it loaded."""
         async with self._changed:
@@ -503,12 +516,14 @@ class BrokerHandle:
     start = ActorMethod(Broker.start)
     join = ActorMethod(Broker.join)
     next_orders = ActorMethod(Broker.next_orders)
+    read = ActorMethod(Broker.read)
     leave = ActorMethod(Broker.leave)
 
     started = ActorMethod(Broker.started)
     ready = ActorMethod(Broker.ready)
     expect = ActorMethod(Broker.expect)
     evaluation = ActorMethod(Broker.evaluation)
+    readings = ActorMethod(Broker.readings)
     worker_places = ActorMethod(Broker.worker_places)
     lost_controllers = ActorMethod(Broker.lost_controllers)
     finish = ActorMethod(Broker.finish)

@@ -21,6 +21,8 @@ from orchestrator.job.metrics import MetricFailed
 from orchestrator.job.spec import JobSpec
 from orchestrator.search.workers.broker import BrokerHandle, Orders, Place
 from orchestrator.search.workers.placement import Placement
+from orchestrator.search.workers.watch import ReadingSender
+from orchestrator.tuning.meter import TellingMeter
 from orchestrator.tuning.reports import Report
 from orchestrator.utils.text import first_line
 
@@ -65,6 +67,7 @@ def train_loop(config: LoopConfig) -> None:
     backbone = engine.backbone
     digest = backbone.digest()
     if engine.group.leads:
+        engine.meter = TellingMeter(ReadingSender(told.name, told.broker))
         join(engine, told)
     serve_orders(engine, told)
     if backbone.digest() != digest:
