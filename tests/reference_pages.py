@@ -85,10 +85,7 @@ COMMANDS_OPENING = f"""\
 
 {NOTICE}
 
-```sh
-orchestrator --help
-orchestrator run --help
-```
+`orchestrator --help` lists the verbs, and `orchestrator run --help` the options of one.
 
 JOB is a [job spec](jobs.md). MODEL is `name` (its champion), `name@alias`, `name:version`, or a
 `models:/` address as MLflow writes it. SEARCH is the id of a search, its beginning, its folder, or
