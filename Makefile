@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv help demo test test-long test-failure lint imports types unit bench format ui clean
+.PHONY: venv help demo test test-long test-failure lint imports types unit bench format reference ui clean
 
 venv: $(STAMP) ## Make .venv with the pinned versions of constraints.txt
 
@@ -56,6 +56,9 @@ bench: venv ## Run all benchmarks (hours); python -m tests.benchmarks NAME runs 
 format: venv ## Format the code and fix what ruff can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+reference: venv ## Write docs/jobs.md and docs/commands.md from the code
+	$(BIN)/python -m tests.reference_pages
 
 ui: venv ## Run MLflow's UI on the registry
 	$(BIN)/orchestrator ui

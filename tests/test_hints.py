@@ -1,4 +1,4 @@
-"""Every command named in an error message, hint or help text is accepted by the command line."""
+"""Every command named in a message, a help text or a page is accepted by the command line."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ast
 import re
 import shlex
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,16 @@ import typer.main
 from orchestrator import cli
 
 PACKAGE = Path(cli.__file__).parents[1]
+ROOT = PACKAGE.parent
+DOCUMENTS = [
+    *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "jobs").rglob("*.yaml")),
+    *sorted(ROOT.glob("[CR]*.md")), *sorted((ROOT / "deploy").rglob("*.md")),
+]  # fmt: skip
+"""Pages and jobs of the repository. Old commands may stand in the changelog's older entries."""
+CODE = re.compile(r"^```.*?^```|`[^`\n]+`|^ *#.*?$", re.MULTILINE | re.DOTALL)
+"""What is code on a page: fenced blocks and spans, and comments of a YAML file."""
+CONTINUED = re.compile(r" *\\\n *#? *")
+"""The end of a line that goes on in the next one, which may be a comment's."""
 FILLED_IN = "1"  # placeholder for a value: valid as a name and as a number
 VERSION = [FILLED_IN]  # `orchestrator 0.1.0` is not a command
 ADDS_OPTIONS = {"_option", "repeated"}  # these functions return options, or nothing
@@ -84,20 +95,25 @@ def named() -> list[tuple[str, list[str]]]:
     return [(place, words) for place, words in found if words != VERSION]
 
 
+@lru_cache
+def verbs() -> dict[str, Any]:
+    """Return the verbs of the command line by their names."""
+    return typer.main.get_command(cli.app).commands  # type: ignore[attr-defined, no-any-return]
+
+
 def problem(words: list[str]) -> str:
     """Why the command line does not take the command, or "".
 
     Words of prose may follow the command, but no option may be among them.
     """
-    verbs: dict[str, Any] = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
-    if words[0] not in verbs:
+    if words[0] not in verbs():
         return f"no verb {words[0]}"
     if words[1:] == ["--help"]:
         return ""
     reason = ""
     for count in range(len(words), 0, -1):
         try:
-            verbs[words[0]].make_context(words[0], list(words[1:count]))
+            verbs()[words[0]].make_context(words[0], list(words[1:count]))
         except (
             Exception
         ) as error:  # click's usage errors, of its own or of a copy that typer brings
@@ -114,6 +130,39 @@ def problem(words: list[str]) -> str:
 def test_a_command_that_is_named_is_taken(place: str, words: list[str]) -> None:
     """Its verb, options and values exist, and no argument is missing."""
     assert not problem(words), f"{place}: orchestrator {shlex.join(words)}: {problem(words)}"
+
+
+def on_page(text: str) -> list[list[str]]:
+    """Return the commands in a page's code. Prose outside of code only mentions the program."""
+    parts = (match[0] for match in CODE.finditer(CONTINUED.sub(" ", text.replace("...", ""))))
+    return [words for part in parts for words in commands(part) if words != VERSION]
+
+
+def mentions(words: list[str]) -> bool:
+    """Tell whether a command is a verb with names of its options, and no values."""
+    verb = verbs().get(words[0])
+    options = {name for option in verb.params for name in option.opts} if verb else set()
+    return len(words) > 1 and {*words[1:]} <= options
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_command_on_a_page_is_taken(page: Path) -> None:
+    """Commands in the code of pages, and in the comments of jobs, have valid verbs and options."""
+    for words in on_page(page.read_text(encoding="utf-8")):
+        reason = "" if mentions(words) else problem(words)
+        assert not reason, f"orchestrator {shlex.join(words)}: {reason}"
+
+
+def test_a_wrong_command_on_a_page_would_be_noticed() -> None:
+    """Commands are found in spans, in blocks of any language and in comments, and not in prose."""
+    page = (
+        "An orchestrator srves. `orchestrator srve`, `orchestrator run --sett`\n"
+        "```sh\norchestrator runn x\n```\n# orchestrator ui \\\n#   --x"
+    )
+    found = on_page(page)
+    assert found == [["srve", "--help"], ["run", "--sett"], ["runn", "x"], ["ui", "--x"]]
+    assert all(map(problem, found)) and not any(map(mentions, found))
+    assert mentions(["submit", "--retries"])
 
 
 def test_the_commands_of_hints_are_found() -> None:
