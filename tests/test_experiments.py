@@ -12,7 +12,15 @@ from orchestrator.job.space import trials
 from orchestrator.search.prepare import prepare
 from orchestrator.tuning.engine import Engine
 from orchestrator.tuning.reports import EvaluationJob
-from tests.benchmarks.experiments import Experiment, Trial, lines, main, run_experiment, table
+from tests.benchmarks.experiments import (
+    Experiment,
+    OtherRows,
+    Trial,
+    lines,
+    main,
+    run_experiment,
+    table,
+)
 
 SPACE = {
     "search__space__init": ["random", "class_labels"],
@@ -109,7 +117,7 @@ def test_other_files_are_evaluated_too(tmp_path: Path, method: str) -> None:
     job = small_job(tmp_path, **(SPACE if method == "prompt_tuning" else BASELINE))
     path = job.data.path
     assert job.method == method and not isinstance(path, str)
-    found = run_experiment(job, also={"again": str(path.test)})
+    found = run_experiment(job, also={"again": OtherRows(str(path.test))})
     assert found.trials and all(
         trial.metrics["again"] == trial.metrics["test"] for trial in found.trials
     )

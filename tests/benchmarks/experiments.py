@@ -33,7 +33,8 @@ import torch
 
 from orchestrator.cli.workbench.domain_shift import majority
 from orchestrator.data.dataset import load_split
-from orchestrator.job.spec import DataFiles, JobSpec, RowLimits
+from orchestrator.job.spec import DataFiles, DataSpec, JobSpec, RowLimits
+from orchestrator.job.spec.base import Label
 from orchestrator.job.yaml import load_job
 from orchestrator.models.backbone import PromptTensors, default_device, load_backbone, set_threads
 from orchestrator.models.scoring import answer_scores
@@ -45,6 +46,14 @@ from orchestrator.tuning.make import make_engine
 from orchestrator.tuning.reports import EvaluationJob
 
 SPLITS = ("validation", "test")
+
+
+@dataclass(frozen=True)
+class OtherRows:
+    """A further file with rows to evaluate, or only those rows with these values."""
+
+    file: str
+    where: dict[str, Label] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -108,24 +117,26 @@ def run_experiment(
     job: JobSpec,
     capacity: int = 4,
     vote: bool = False,
-    also: Mapping[str, str] = MappingProxyType({}),
+    also: Mapping[str, OtherRows] = MappingProxyType({}),
+    untuned: bool = True,
 ) -> Experiment:
     """Train every trial to its end, ``capacity`` trials at a time.
 
     With ``vote``, the accuracy of the majority of all trials' prompts is computed too. ``also`` has
-    further files with rows to evaluate, by the names to show.
+    further rows to evaluate, by the names to show. Without ``untuned``, the model is not evaluated
+    without tuning.
 
     Raises OrchestratorError as ``run`` would.
     """
     started = time.monotonic()
     prepared = prepare(job)
-    for name, file in also.items():
-        files = DataFiles(train=file, test=file)
-        rows = load_split(job.data.model_copy(update={"path": files, "limit": RowLimits()}), "test")
+    for name, other in also.items():
+        rows = load_split(_data_of(job, other), "test")
         prepared.task.splits[name] = prepared.task.encoder.encode(rows, job.data.target)
     backbone = load_backbone(resolve_model(job.base_model), default_device(), job.base_model.dtype)
     engine = make_engine(backbone, prepared.task, job.train, job.search, capacity)
-    untuned = {name: _evaluated(engine, text) for name, text in _asked(prepared)}
+    asked = _asked(prepared) if untuned else ()
+    baselines = {name: _evaluated(engine, text) for name, text in asked}
     judged = ["test", *also]
     trials = [
         trial
@@ -134,7 +145,14 @@ def run_experiment(
     ]
     weights = sum(weight.numel() for weight in backbone.model.parameters())
     voted = _vote(engine, trials) if vote else None
-    return Experiment(job, trials, untuned, weights, time.monotonic() - started, [*also], voted)
+    return Experiment(job, trials, baselines, weights, time.monotonic() - started, [*also], voted)
+
+
+def _data_of(job: JobSpec, other: OtherRows) -> DataSpec:
+    """Return the job's data section with all of the other rows as its test rows."""
+    files = DataFiles(train=other.file, test=other.file)
+    changes = {"path": files, "limit": RowLimits(), "where": other.where}
+    return job.data.model_copy(update=changes)
 
 
 def _asked(prepared: Prepared) -> Iterator[tuple[str, str | None]]:
@@ -253,7 +271,8 @@ def main(arguments: Sequence[str]) -> int:
     """Run the job and print its table."""
     args = parser().parse_args(arguments)
     set_threads(args.threads)
-    also = dict(pair.split("=", 1) for pair in args.also)
+    named = dict(pair.split("=", 1) for pair in args.also)
+    also = {name: OtherRows(file) for name, file in named.items()}
     experiment = run_experiment(load_job(args.job, args.set), args.capacity, args.vote, also)
     print("\n".join(table(experiment, args.by)), flush=True)
     if args.out:
