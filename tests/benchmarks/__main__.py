@@ -22,6 +22,7 @@ import orchestrator  # before torch: sets how OpenMP threads wait
 import torch
 
 from orchestrator.models.backbone import default_device
+from orchestrator.utils.atomic import write_whole
 from tests.benchmarks import (
     accelerator,
     chat_model,
@@ -189,8 +190,12 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Line]]] = {
 def _experiment(name: str, args: argparse.Namespace) -> list[Line]:
     """Run an experiment on a chat model, and write its section for docs/experiments.md."""
     experiment = chat_model.EXPERIMENTS[name]
+    chat_model.check_inputs(experiment)
     rows = chat_model.run(experiment, _chat_setting(args), args.set, args.only)
-    _write_section(name, rows)
+    if not rows:
+        labels = ", ".join(series.label for series in experiment.series)
+        raise Skipped(f"--only {args.only} is in none of {labels}")
+    _write_section(name, rows, args)
     return chat_model.lines(rows, experiment.elsewhere)
 
 
@@ -203,7 +208,7 @@ def _experiment_tables(args: argparse.Namespace) -> list[Line]:
             continue
         rows = chat_model.finished(experiment, setting, args.set)
         if any(row.outcomes for row in rows):
-            _write_section(name, rows)
+            _write_section(name, rows, args)
             found += chat_model.lines(rows, experiment.elsewhere)
         else:
             print(f"{name}: no results yet")
@@ -215,11 +220,13 @@ def _chat_setting(args: argparse.Namespace) -> chat_model.Setting:
     return replace(setting, seeds=args.seeds) if args.seeds else setting
 
 
-def _write_section(name: str, rows: Sequence[chat_model.Row]) -> None:
+def _write_section(name: str, rows: Sequence[chat_model.Row], args: argparse.Namespace) -> None:
+    """Print the section, and write it to a file unless ``--only`` leaves out some of its rows."""
     section = "\n".join(chat_model.markdown(name, chat_model.EXPERIMENTS[name], rows))
     print(f"\n{section}\n", flush=True)
-    chat_model.RESULTS.mkdir(parents=True, exist_ok=True)
-    (chat_model.RESULTS / f"{name}.md").write_text(section + "\n", encoding="utf-8")
+    if len(rows) == len(chat_model.EXPERIMENTS[name].series):
+        file = chat_model.RESULTS / f"{name}{_chat_setting(args).suffix}.md"
+        write_whole(file, f"{section}\n".encode())
 
 
 ON_REQUEST: dict[str, Callable[[argparse.Namespace], list[Line]]] = {
