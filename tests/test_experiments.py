@@ -122,3 +122,18 @@ def test_other_files_are_evaluated_too(tmp_path: Path, method: str) -> None:
         trial.metrics["again"] == trial.metrics["test"] for trial in found.trials
     )
     assert any(line.startswith("| all, again |") for line in table(found, []))
+
+
+def test_rows_of_another_file_can_be_chosen_by_a_value(tmp_path: Path) -> None:
+    """The rows of either label are evaluated alone, and together they are the file's rows."""
+    job = small_job(tmp_path, **BASELINE)
+    path = job.data.path
+    assert not isinstance(path, str) and path.test is not None
+    labels = [json.loads(line)["label"] for line in Path(path.test).read_text().splitlines()]
+    assert 0 < sum(labels) < len(labels)
+    also = {str(label): OtherRows(path.test, {"label": label}) for label in (0, 1)}
+    found = run_experiment(job, also=also, untuned=False)
+    assert found.untuned == {}
+    for trial in found.trials:
+        right = sum(trial.metrics[str(label)]["accuracy"] * labels.count(label) for label in (0, 1))
+        assert right == pytest.approx(trial.metrics["test"]["accuracy"] * len(labels))

@@ -208,6 +208,8 @@ def stand_ins(written: dict[str, Any], folder: Path, models: bool = False) -> li
     if replaced:
         short = [each for each in SHORT if learns or "num_virtual_tokens" not in each]
         changes += [f"base_model.id={stand_in_model(written, folder)}", *short]
+        # The small tokenizer cuts a chat template's words into many tokens.
+        changes += ["data.max_input_tokens=100"] if written["data"].get("chat") else []
         changes += ["generation.max_tokens=8"] if "generation" in written else []
     here = isinstance(path, dict) and all((ROOT / name).is_file() for name in path.values())
     if not str(path).startswith(BUILTIN) and (replaced or not here):
