@@ -60,15 +60,18 @@ class ChatExperiment:
     elsewhere: tuple[str, ...] = ()
     """Sources of uci_sentiment to evaluate each trial on, too."""
 
-    @property
-    def also(self) -> dict[str, OtherRows]:
+    def also(self, setting: Setting) -> dict[str, OtherRows]:
+        """Return the further rows to evaluate each trial on."""
         file = str(SHARED / "data" / "uci_sentiment" / "test.jsonl")
-        return {source: OtherRows(file, {"source": source}) for source in self.elsewhere}
+        return {
+            source: OtherRows(file, {"source": source}, setting.other_rows)
+            for source in self.elsewhere
+        }
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Overrides of all jobs, and how many seeds and learning rates to use at most.
+    """Overrides of all jobs, and how many seeds, learning rates and other rows to use at most.
 
     ``suffix`` tells the tables of this setting from the real ones.
     """
@@ -76,6 +79,7 @@ class Setting:
     changes: tuple[str, ...] = ()
     seeds: int = 10
     rates: int = 10
+    other_rows: int | None = None
     suffix: str = ""
 
 
@@ -85,7 +89,10 @@ SHORT = (
     "train.evaluate_every=2",
     "train.batch_size=4",
 )
-SETTINGS = {"real": Setting(), "small": Setting(SHORT, seeds=2, rates=1, suffix="-small")}
+SETTINGS = {
+    "real": Setting(),
+    "small": Setting(SHORT, seeds=2, rates=1, other_rows=8, suffix="-small"),
+}
 
 
 def _space(method: str, *more: str, **space: Any) -> tuple[str, ...]:
@@ -307,7 +314,7 @@ def run(
     ``changes`` are overrides of every job, below those of its series. ``only`` chooses series by a
     part of their label.
     """
-    also = experiment.also
+    also = experiment.also(setting)
 
     def find(job: JobSpec) -> Outcome:
         return saved(job, also) or _run_and_save(job, also)
@@ -319,7 +326,7 @@ def finished(
     experiment: ChatExperiment, setting: Setting, changes: Sequence[str] = ()
 ) -> list[Row]:
     """Return the rows of the table that saved results fill; nothing is trained."""
-    also = experiment.also
+    also = experiment.also(setting)
     return rows_of(experiment, setting, changes, "", lambda job: saved(job, also))
 
 
@@ -330,7 +337,7 @@ def check_inputs(experiment: ChatExperiment) -> None:
     for series in experiment.series:
         path = load_job(JOBS / f"{series.file}.yaml").data.path
         shared("data", Path(path if isinstance(path, str) else path.train).parent.name)
-    for rows in experiment.also.values():
+    for rows in experiment.also(SETTINGS["real"]).values():
         shared("data", Path(rows.file).parent.name)
 
 
@@ -384,7 +391,7 @@ def one_trial(job: JobSpec, seed: int, rate: float | None) -> JobSpec:
 def result_file(job: JobSpec, also: Mapping[str, OtherRows]) -> Path:
     """Return where the result of a job is saved: equal jobs share it, whatever their names."""
     described = job.model_dump(mode="json", exclude={"name", "registry", "resources"})
-    rows = {name: [Path(rows.file).name, rows.where] for name, rows in also.items()}
+    rows = {name: [Path(rows.file).name, rows.where, rows.limit] for name, rows in also.items()}
     text = json.dumps([described, rows], sort_keys=True)
     return RESULTS / "trials" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 

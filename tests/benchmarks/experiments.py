@@ -50,10 +50,11 @@ SPLITS = ("validation", "test")
 
 @dataclass(frozen=True)
 class OtherRows:
-    """A further file with rows to evaluate, or only those rows with these values."""
+    """A further file with rows to evaluate, or only rows with these values, at most ``limit``."""
 
     file: str
     where: dict[str, Label] = field(default_factory=dict)
+    limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -149,9 +150,10 @@ def run_experiment(
 
 
 def _data_of(job: JobSpec, other: OtherRows) -> DataSpec:
-    """Return the job's data section with all of the other rows as its test rows."""
+    """Return the job's data section with the other rows as its test rows."""
     files = DataFiles(train=other.file, test=other.file)
-    changes = {"path": files, "limit": RowLimits(), "where": other.where}
+    limit = RowLimits(test=other.limit)
+    changes = {"path": files, "limit": limit, "where": other.where}
     return job.data.model_copy(update=changes)
 
 
