@@ -42,6 +42,14 @@ BASELINE = {
     "train__evaluate_every": 1,
 }
 
+WRITTEN = {
+    "method": "prompt_design",
+    "search__space": {"shots": [0, 2], "seed": 0},
+    "search__searcher": "grid",
+    "search__trials": 2,
+    "train": {},
+}
+
 
 def test_every_trial_runs_to_its_end_as_it_would_alone(tmp_path: Path) -> None:
     """Eight trials, four at a time, all end; one of them run alone has the same result."""
@@ -111,10 +119,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert len(document["trials"]) == 4 and document["metric"] == "loss"
 
 
-@pytest.mark.parametrize("method", ["prompt_tuning", "model_tuning"])
+@pytest.mark.parametrize("method", ["prompt_tuning", "model_tuning", "prompt_design"])
 def test_other_files_are_evaluated_too(tmp_path: Path, method: str) -> None:
     """The same rows under another file name give the same figures, for every method."""
-    job = small_job(tmp_path, **(SPACE if method == "prompt_tuning" else BASELINE))
+    jobs = {"prompt_tuning": SPACE, "model_tuning": BASELINE, "prompt_design": WRITTEN}
+    job = small_job(tmp_path, **jobs[method])
     path = job.data.path
     assert job.method == method and not isinstance(path, str)
     found = run_experiment(job, also={"again": OtherRows(str(path.test))})

@@ -32,7 +32,9 @@ from typing import Any
 import torch
 
 from orchestrator.cli.workbench.domain_shift import majority
-from orchestrator.data.dataset import load_split
+from orchestrator.data.dataset import RowSplits, load_rows, load_split
+from orchestrator.data.source_row import Row
+from orchestrator.job.space import templates
 from orchestrator.job.spec import DataFiles, DataSpec, JobSpec, RowLimits
 from orchestrator.job.spec.base import Label
 from orchestrator.job.yaml import load_job
@@ -55,6 +57,16 @@ class OtherRows:
     file: str
     where: dict[str, Label] = field(default_factory=dict)
     limit: int | None = None
+
+
+@dataclass(frozen=True)
+class MoreRows(RowSplits):
+    """A job's rows and others, which written prompts are put in front of as well."""
+
+    others: dict[str, list[Row]] = field(default_factory=dict)
+
+    def __getitem__(self, split: str) -> list[Row]:
+        return self.others[split] if split in self.others else super().__getitem__(split)
 
 
 @dataclass(frozen=True)
@@ -130,10 +142,12 @@ def run_experiment(
     Raises OrchestratorError as ``run`` would.
     """
     started = time.monotonic()
-    prepared = prepare(job)
-    for name, other in also.items():
-        rows = load_split(_data_of(job, other), "test")
-        prepared.task.splits[name] = prepared.task.encoder.encode(rows, job.data.target)
+    rows = load_rows(job.data, templates(job.search.space))
+    others = {name: load_split(_data_of(job, other), "test") for name, other in also.items()}
+    more = MoreRows(rows.train, rows.validation, rows.test, rows.notes, others)
+    prepared = prepare(job, rows=more)
+    for name, found in others.items():
+        prepared.task.splits[name] = prepared.task.encoder.encode(found, job.data.target)
     backbone = load_backbone(resolve_model(job.base_model), default_device(), job.base_model.dtype)
     engine = make_engine(backbone, prepared.task, job.train, job.search, capacity)
     asked = _asked(prepared) if untuned else ()
