@@ -12,7 +12,15 @@ from orchestrator.job.space import trials
 from orchestrator.search.prepare import prepare
 from orchestrator.tuning.engine import Engine
 from orchestrator.tuning.reports import EvaluationJob
-from tests.benchmarks.experiments import Experiment, Trial, lines, main, run_experiment, table
+from tests.benchmarks.experiments import (
+    Experiment,
+    OtherRows,
+    Trial,
+    lines,
+    main,
+    run_experiment,
+    table,
+)
 
 SPACE = {
     "search__space__init": ["random", "class_labels"],
@@ -32,6 +40,14 @@ BASELINE = {
     "search__trials": 2,
     "train__steps": 2,
     "train__evaluate_every": 1,
+}
+
+WRITTEN = {
+    "method": "prompt_design",
+    "search__space": {"shots": [0, 2], "seed": 0},
+    "search__searcher": "grid",
+    "search__trials": 2,
+    "train": {},
 }
 
 
@@ -103,14 +119,30 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert len(document["trials"]) == 4 and document["metric"] == "loss"
 
 
-@pytest.mark.parametrize("method", ["prompt_tuning", "model_tuning"])
+@pytest.mark.parametrize("method", ["prompt_tuning", "model_tuning", "prompt_design"])
 def test_other_files_are_evaluated_too(tmp_path: Path, method: str) -> None:
     """The same rows under another file name give the same figures, for every method."""
-    job = small_job(tmp_path, **(SPACE if method == "prompt_tuning" else BASELINE))
+    jobs = {"prompt_tuning": SPACE, "model_tuning": BASELINE, "prompt_design": WRITTEN}
+    job = small_job(tmp_path, **jobs[method])
     path = job.data.path
     assert job.method == method and not isinstance(path, str)
-    found = run_experiment(job, also={"again": str(path.test)})
+    found = run_experiment(job, also={"again": OtherRows(str(path.test))})
     assert found.trials and all(
         trial.metrics["again"] == trial.metrics["test"] for trial in found.trials
     )
     assert any(line.startswith("| all, again |") for line in table(found, []))
+
+
+def test_rows_of_another_file_can_be_chosen_by_a_value(tmp_path: Path) -> None:
+    """The rows of either label are evaluated alone, and together they are the file's rows."""
+    job = small_job(tmp_path, **BASELINE)
+    path = job.data.path
+    assert not isinstance(path, str) and path.test is not None
+    labels = [json.loads(line)["label"] for line in Path(path.test).read_text().splitlines()]
+    assert 0 < sum(labels) < len(labels)
+    also = {str(label): OtherRows(path.test, {"label": label}) for label in (0, 1)}
+    found = run_experiment(job, also=also, untuned=False)
+    assert found.untuned == {}
+    for trial in found.trials:
+        right = sum(trial.metrics[str(label)]["accuracy"] * labels.count(label) for label in (0, 1))
+        assert right == pytest.approx(trial.metrics["test"]["accuracy"] * len(labels))

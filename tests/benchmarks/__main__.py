@@ -11,6 +11,7 @@ import platform
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
@@ -21,8 +22,10 @@ import orchestrator  # before torch: sets how OpenMP threads wait
 import torch
 
 from orchestrator.models.backbone import default_device
+from orchestrator.utils.atomic import write_whole
 from tests.benchmarks import (
     accelerator,
+    chat_model,
     evaluation,
     live,
     logs,
@@ -184,8 +187,57 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Line]]] = {
 }
 
 
+def _experiment(name: str, args: argparse.Namespace) -> list[Line]:
+    """Run an experiment on a chat model, and write its section for docs/experiments.md."""
+    experiment = chat_model.EXPERIMENTS[name]
+    chat_model.check_inputs(experiment)
+    rows = chat_model.run(experiment, _chat_setting(args), args.set, args.only)
+    if not rows:
+        labels = ", ".join(series.label for series in experiment.series)
+        raise Skipped(f"--only {args.only} is in none of {labels}")
+    _write_section(name, rows, args)
+    return chat_model.lines(rows, experiment.elsewhere)
+
+
+def _experiment_tables(args: argparse.Namespace) -> list[Line]:
+    """Write the sections of all experiments from saved results."""
+    setting = _chat_setting(args)
+    found = []
+    for name, experiment in chat_model.EXPERIMENTS.items():
+        if args.only not in name:
+            continue
+        rows = chat_model.finished(experiment, setting, args.set)
+        if any(row.outcomes for row in rows):
+            _write_section(name, rows, args)
+            found += chat_model.lines(rows, experiment.elsewhere)
+        else:
+            print(f"{name}: no results yet")
+    return found
+
+
+def _chat_setting(args: argparse.Namespace) -> chat_model.Setting:
+    setting = _of_size(args, chat_model.SETTINGS)
+    return replace(setting, seeds=args.seeds) if args.seeds else setting
+
+
+def _write_section(name: str, rows: Sequence[chat_model.Row], args: argparse.Namespace) -> None:
+    """Print the section, and write it to a file unless ``--only`` leaves out some of its rows."""
+    section = "\n".join(chat_model.markdown(name, chat_model.EXPERIMENTS[name], rows))
+    print(f"\n{section}\n", flush=True)
+    if len(rows) == len(chat_model.EXPERIMENTS[name].series):
+        file = chat_model.RESULTS / f"{name}{_chat_setting(args).suffix}.md"
+        write_whole(file, f"{section}\n".encode())
+
+
+ON_REQUEST: dict[str, Callable[[argparse.Namespace], list[Line]]] = {
+    **{f"experiments-{name}": partial(_experiment, name) for name in chat_model.EXPERIMENTS},
+    "experiments-tables": _experiment_tables,
+}
+"""Hours of experiments, which only run when they are named."""
+
+
 def main(arguments: Sequence[str], out: Path = OUT) -> int:
-    """Run the named benchmarks, or all of them."""
+    """Run the named benchmarks, or all that need not be named."""
     args = parser().parse_args(arguments)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -193,7 +245,7 @@ def main(arguments: Sequence[str], out: Path = OUT) -> int:
     for name in args.names or BENCHMARKS:
         print(f"\n{name}")
         try:
-            lines = BENCHMARKS[name](args)
+            lines = (BENCHMARKS | ON_REQUEST)[name](args)
         except Skipped as reason:
             print(f"skipped: {reason}")
             continue
@@ -223,7 +275,11 @@ def machine() -> dict[str, str | int]:
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     made.add_argument(
-        "names", nargs="*", choices=[[], *BENCHMARKS], metavar="NAME", help=", ".join(BENCHMARKS)
+        "names",
+        nargs="*",
+        choices=[[], *BENCHMARKS, *ON_REQUEST],
+        metavar="NAME",
+        help=f"{', '.join(BENCHMARKS)} (all by default); or {', '.join(ON_REQUEST)}",
     )
     made.add_argument(
         "--only",
@@ -242,6 +298,13 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         default=0,
         help="search, population, methods: so many seeds (default 3)",
+    )
+    made.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="experiments: override a key of every job, for instance base_model.dtype=bfloat16",
     )
     made.add_argument(
         "--pairs", type=int, default=3, help="how often each side is measured, in turn (default 3)"

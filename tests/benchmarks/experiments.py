@@ -32,8 +32,11 @@ from typing import Any
 import torch
 
 from orchestrator.cli.workbench.domain_shift import majority
-from orchestrator.data.dataset import load_split
-from orchestrator.job.spec import DataFiles, JobSpec, RowLimits
+from orchestrator.data.dataset import RowSplits, load_rows, load_split
+from orchestrator.data.source_row import Row
+from orchestrator.job.space import templates
+from orchestrator.job.spec import DataFiles, DataSpec, JobSpec, RowLimits
+from orchestrator.job.spec.base import Label
 from orchestrator.job.yaml import load_job
 from orchestrator.models.backbone import PromptTensors, default_device, load_backbone, set_threads
 from orchestrator.models.scoring import answer_scores
@@ -45,6 +48,25 @@ from orchestrator.tuning.make import make_engine
 from orchestrator.tuning.reports import EvaluationJob
 
 SPLITS = ("validation", "test")
+
+
+@dataclass(frozen=True)
+class OtherRows:
+    """A further file with rows to evaluate, or only rows with these values, at most ``limit``."""
+
+    file: str
+    where: dict[str, Label] = field(default_factory=dict)
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class MoreRows(RowSplits):
+    """A job's rows and others, which written prompts are put in front of as well."""
+
+    others: dict[str, list[Row]] = field(default_factory=dict)
+
+    def __getitem__(self, split: str) -> list[Row]:
+        return self.others[split] if split in self.others else super().__getitem__(split)
 
 
 @dataclass(frozen=True)
@@ -108,24 +130,28 @@ def run_experiment(
     job: JobSpec,
     capacity: int = 4,
     vote: bool = False,
-    also: Mapping[str, str] = MappingProxyType({}),
+    also: Mapping[str, OtherRows] = MappingProxyType({}),
+    untuned: bool = True,
 ) -> Experiment:
     """Train every trial to its end, ``capacity`` trials at a time.
 
     With ``vote``, the accuracy of the majority of all trials' prompts is computed too. ``also`` has
-    further files with rows to evaluate, by the names to show.
+    further rows to evaluate, by the names to show. Without ``untuned``, the model is not evaluated
+    without tuning.
 
     Raises OrchestratorError as ``run`` would.
     """
     started = time.monotonic()
-    prepared = prepare(job)
-    for name, file in also.items():
-        files = DataFiles(train=file, test=file)
-        rows = load_split(job.data.model_copy(update={"path": files, "limit": RowLimits()}), "test")
-        prepared.task.splits[name] = prepared.task.encoder.encode(rows, job.data.target)
+    rows = load_rows(job.data, templates(job.search.space))
+    others = {name: load_split(_data_of(job, other), "test") for name, other in also.items()}
+    more = MoreRows(rows.train, rows.validation, rows.test, rows.notes, others)
+    prepared = prepare(job, rows=more)
+    for name, found in others.items():
+        prepared.task.splits[name] = prepared.task.encoder.encode(found, job.data.target)
     backbone = load_backbone(resolve_model(job.base_model), default_device(), job.base_model.dtype)
     engine = make_engine(backbone, prepared.task, job.train, job.search, capacity)
-    untuned = {name: _evaluated(engine, text) for name, text in _asked(prepared)}
+    asked = _asked(prepared) if untuned else ()
+    baselines = {name: _evaluated(engine, text) for name, text in asked}
     judged = ["test", *also]
     trials = [
         trial
@@ -134,7 +160,15 @@ def run_experiment(
     ]
     weights = sum(weight.numel() for weight in backbone.model.parameters())
     voted = _vote(engine, trials) if vote else None
-    return Experiment(job, trials, untuned, weights, time.monotonic() - started, [*also], voted)
+    return Experiment(job, trials, baselines, weights, time.monotonic() - started, [*also], voted)
+
+
+def _data_of(job: JobSpec, other: OtherRows) -> DataSpec:
+    """Return the job's data section with the other rows as its test rows."""
+    files = DataFiles(train=other.file, test=other.file)
+    limit = RowLimits(test=other.limit)
+    changes = {"path": files, "limit": limit, "where": other.where}
+    return job.data.model_copy(update=changes)
 
 
 def _asked(prepared: Prepared) -> Iterator[tuple[str, str | None]]:
@@ -253,7 +287,8 @@ def main(arguments: Sequence[str]) -> int:
     """Run the job and print its table."""
     args = parser().parse_args(arguments)
     set_threads(args.threads)
-    also = dict(pair.split("=", 1) for pair in args.also)
+    named = dict(pair.split("=", 1) for pair in args.also)
+    also = {name: OtherRows(file) for name, file in named.items()}
     experiment = run_experiment(load_job(args.job, args.set), args.capacity, args.vote, also)
     print("\n".join(table(experiment, args.by)), flush=True)
     if args.out:
