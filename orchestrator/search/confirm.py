@@ -5,6 +5,7 @@ from __future__ import annotations
 from orchestrator.job.space import fresh_seeds
 from orchestrator.search.context import StartedSearch
 from orchestrator.search.state.confirmation import confirming_trials, top_configurations
+from orchestrator.search.state.events import Listener
 from orchestrator.search.state.trials import Outcome
 from orchestrator.search.tracking import CONFIRMATION
 from orchestrator.utils.wording import counted
@@ -32,5 +33,5 @@ def confirm_best(search: StartedSearch, outcome: Outcome) -> None:
     what = counted(len(first_runs), "configuration")
     context.progress.note(f"confirming the best {what} ({names}) under seeds {seeds}")
     trials = confirming_trials(first_runs, settings)
-    listeners = [outcome, search.recorder, context.progress]
+    listeners: list[Listener] = [outcome, search.recorder, context.progress]
     search.workers.confirm(trials, listeners, context.history)

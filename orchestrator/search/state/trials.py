@@ -182,8 +182,9 @@ def _place(trial: str) -> tuple[int, str]:
 def ranked(trials: Iterable[TrialRecord], search: SearchSpec) -> list[TrialRecord]:
     """Sort the trials with a result, best first: by the metric, then the loss, then the id.
 
-    Failed trials are left out, and those that confirm others. So is a trial that copied another trial's best prompt and found no
-    better one, if the source is in the ranking: both have the same prompt.
+    Failed trials are left out, and those that confirm others. So is a trial that copied another
+    trial's best prompt and found no better one, if the source is in the ranking: both have the same
+    prompt.
     """
     sign = -1.0 if search.better == "max" else 1.0
     scored = [
