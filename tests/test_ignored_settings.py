@@ -108,6 +108,8 @@ IDLE: list[tuple[tuple[str, ...], str, str]] = [
          "search.perturbation_steps", "search.scheduler")
         for scheduler in ("fifo", "asha", "median")
     ),
+    ((DESIGN, "search.confirm=2"), "search.confirm", "method"),
+    (("search.confirm_seeds=4",), "search.confirm_seeds", "search.confirm"),
     ((DESIGN, "search.grace_steps=2"), "search.grace_steps", "method"),
     ((DESIGN, "search.reduction_factor=2"), "search.reduction_factor", "method"),
     (("search.grace_steps=500",), "search.grace_steps", "train.steps"),
@@ -168,6 +170,7 @@ AT_WORK: list[tuple[str, ...]] = [
     ("search.searcher=grid", "search.seed=1"),  # the seed of the few-shot baseline's rows
     ("search.searcher=grid", TWO_RATES, "search.trials=1", "search.few_shot=0", "search.seed=1"),
     ("search.grace_steps=499", "search.reduction_factor=2"),
+    ("search.confirm=2", "search.confirm_seeds=4"),
     ("search.scheduler=median", "search.grace_steps=499"),
     ("search.scheduler=pbt", TWO_RATES, "search.perturbation_steps=100"),
     ("train.patience=8",),

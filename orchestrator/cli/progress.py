@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.job.space import TrialSpec
+from orchestrator.job.space import TrialSpec, confirming_total
 from orchestrator.job.spec import JobSpec
 from orchestrator.search.state.history import History
 from orchestrator.search.state.trials import Outcome, TrialRecord, TrialStatus
@@ -157,12 +157,16 @@ class ConsoleProgress:
         """
         records = list(self._outcome.records.values())
         steps = {record.id: self._step(record) for record in records}
-        ended = [record.step for record in records if record.status.is_over]
+        own = [record for record in records if not record.spec.confirms]
+        ended = [record.step for record in own if record.status.is_over]
         expected = sum(ended) / len(ended) if ended else float(self._job.train.steps)
         to_come = sum(
             max(0.0, expected - steps[record.id]) for record in records if not record.status.is_over
         )
-        to_come += expected * max(0, self._total - len(records))  # not proposed yet
+        to_come += expected * max(0, self._total - len(own))  # not proposed yet
+        # Trials that confirm others go to the last step.
+        confirming = confirming_total(self._job.search) - (len(records) - len(own))
+        to_come += float(self._job.train.steps) * max(0, confirming)
         return float(sum(steps.values())), to_come
 
     def _step(self, record: TrialRecord) -> int:
@@ -242,7 +246,8 @@ class ConsoleProgress:
             for record in self._outcome.records.values()
             if record not in ranked and record.status != TrialStatus.WAITING
         ]
-        return [*ranked, *others]
+        # Trials that confirm others run last, and would fall off the end of a long table.
+        return sorted([*ranked, *others], key=lambda record: not record.spec.confirms)
 
     def _row(self, rank: int, record: TrialRecord) -> list[str | Text]:
         metric = self._job.search.metric

@@ -206,7 +206,7 @@ def _draws_no_demonstrations(job: JobSpec) -> str:
 def _nothing_drawn_by_search_seed(job: JobSpec) -> str:
     search = job.search
     takes_all = search.searcher == "grid" and (search.trials or math.inf) >= _grid_points(job)
-    if not takes_all or search.few_shot or search.scheduler == "pbt":
+    if not takes_all or search.few_shot or search.scheduler == "pbt" or search.confirm:
         return ""
     return "with search.searcher grid over every point, and search.few_shot 0"
 
@@ -230,6 +230,10 @@ def _trials_have_no_steps(job: JobSpec) -> str:
     if job.method != "prompt_design":
         return ""
     return f"with method {job.method}, whose trials have no steps"
+
+
+def _confirms_nothing(job: JobSpec) -> str:
+    return "" if job.search.confirm else "without search.confirm"
 
 
 def _is_the_only_trial(job: JobSpec) -> str:
@@ -356,9 +360,14 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "search.seed",
-        ("search.searcher", "search.trials", "search.few_shot", "search.scheduler", "search.space"),
+        (
+            "search.searcher", "search.trials", "search.few_shot", "search.scheduler",
+            "search.space", "search.confirm",
+        ),
         _nothing_drawn_by_search_seed, "set search.searcher to random",
     ),
+    Rule("search.confirm", ("method",), _trials_have_no_steps, TRAINING),
+    Rule("search.confirm_seeds", ("search.confirm",), _confirms_nothing, "set search.confirm"),
     Rule("search.scheduler", ("method",), _median_without_steps, "set it to fifo"),
     Rule(
         "search.grace_steps", ("search.scheduler",), _other_scheduler_than("asha", "median"),

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -38,6 +38,7 @@ from orchestrator.utils.wording import counted
 
 Row = list[Any]  # a value for each dimension, in the order of TrialSpec.config()
 
+FRESH_SEEDS = 100_000  # fresh seeds are drawn from 0 up to this number, to be short to read
 MIXING = 20  # swaps tried per value, many more than it takes to hide the draws' pattern
 
 
@@ -64,6 +65,9 @@ class TrialSpec:
     template: str | None = None
     shots: int | None = None
     demonstrations: str | None = None
+    confirms: str = ""
+    """The trial whose configuration this one trains again under a fresh seed; empty for a trial of
+    the search itself. It is no part of the configuration."""
 
     def config(self) -> dict[str, Any]:
         """Return the configuration as ``run --json`` prints it, with the method's own keys only.
@@ -123,8 +127,12 @@ class TrialSpec:
         start = _excerpt(self.init_text or self.init_artifact) or self.init
         return (
             f"{start}, {self.num_virtual_tokens} tokens, lr {self.learning_rate:.3g}, seed "
-            f"{self.seed}"
+            f"{self.seed}{self._confirms_label}"
         )
+
+    @property
+    def _confirms_label(self) -> str:
+        return f", confirms {self.confirms}" if self.confirms else ""
 
     def _baseline_label(self) -> str:
         parts = [
@@ -135,7 +143,7 @@ class TrialSpec:
             f"bottleneck {self.bottleneck}" if self.bottleneck else "",
             f"lr {self.learning_rate:.3g}" if self.learning_rate else "",
         ]
-        return ", ".join([*filter(None, parts), f"seed {self.seed}"])
+        return ", ".join([*filter(None, parts), f"seed {self.seed}{self._confirms_label}"])
 
 
 def _missing(config: Mapping[str, Any]) -> list[str]:
@@ -192,6 +200,27 @@ def trial_count(search: SearchSpec) -> int:
         return len(trials(search))
     count, size = search.trials or DEFAULT_TRIALS, grid_size(search.space)
     return count if size is None else min(count, size)
+
+
+def confirming_total(search: SearchSpec) -> int:
+    """Return the most trials that ``search.confirm`` adds: there may be fewer configurations."""
+    if search.confirm is None:
+        return 0
+    if search.proposes:
+        others = [values for name, values in dimensions(search.space).items() if name != "seed"]
+        listed = [values for values in others if isinstance(values, list)]
+        found = math.prod(map(len, listed)) if len(listed) == len(others) else search.confirm
+    else:
+        found = len({replace(trial, seed=0) for trial in trials(search)})
+    return min(search.confirm, found) * search.confirm_seeds
+
+
+def fresh_seeds(search: SearchSpec) -> list[int]:
+    """Return the seeds of ``search.confirm``: a function of the spec, and none of the space's."""
+    used = set(_values(search.space.seed))
+    rng = random.Random(f"confirm {search.seed}")
+    drawn = rng.sample(range(FRESH_SEEDS), len(used) + search.confirm_seeds)
+    return [seed for seed in drawn if seed not in used][: search.confirm_seeds]
 
 
 def why_fewer_trials(search: SearchSpec) -> str:

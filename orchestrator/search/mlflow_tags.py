@@ -79,12 +79,15 @@ def search_note(
     tuned: Metrics,
     baselines: Mapping[str, Metrics],
     warnings: Sequence[str] = (),
+    confirmed: str = "",
 ) -> dict[str, str]:
     """Write the markdown description that MLflow shows on the page of the search's run."""
     rows = {job.result_name: tuned}
     rows |= {name: {split: found[split] for split in SPLITS} for name, found in baselines.items()}
     words = " ".join(best.label().replace("`", "'").split())
     lines = [f"Best by validation {job.search.metric}: `{words}`.", "", *metrics_table(rows), ""]
+    if confirmed:
+        lines += [f"{confirmed[0].upper()}{confirmed[1:]}.", ""]
     for warning in warnings:
         shown = " ".join(warning.replace("`", "'").split())
         lines += [f"Warning: `{shown}`", ""]

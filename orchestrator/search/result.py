@@ -30,6 +30,12 @@ from orchestrator.search.mlflow_tags import outcome_tags, search_note
 from orchestrator.search.plan.plan import device_hours
 from orchestrator.search.prepare import cells_record, chat_record, data_record, verbalizer_entries
 from orchestrator.search.resume_hints import naming_later_registration
+from orchestrator.search.state.confirmation import (
+    confirmed,
+    confirmed_text,
+    ranking,
+    spread_metrics,
+)
 from orchestrator.search.state.trials import Outcome, TrialRecord
 from orchestrator.search.tracking import SPLITS
 from orchestrator.tuning.reports import EvaluationJob, confusion_counts, without_confusion
@@ -78,7 +84,7 @@ class Result:
 def evaluate_best(search: StartedSearch, outcome: Outcome) -> list[BestTrial]:
     """Evaluate the best trials on the test split. Raises NothingFound if no trial has a result."""
     context = search.context
-    ranked = outcome.ranking(context.job.search)
+    ranked = ranking(outcome.records.values(), context.job.search)
     if not ranked:
         raise _nothing_found(context, outcome)
     context.progress.stage("evaluating the best prompt on the test split")
@@ -130,6 +136,13 @@ def log_result(search: StartedSearch, result: Result) -> None:
     states = [trial.status for trial in result.outcome.records.values()]
     log.parent_tags({f"orchestrator.{state}": states.count(state) for state in sorted(set(states))})
     log.parent_tags({"orchestrator.best_trial": best.record.id})
+    found = confirmed(result.outcome.records.values(), context.job.search)
+    for one in found:
+        log.parent_metrics(spread_metrics(one))
+    documents = [one.document(context.job.search) for one in found]
+    text = confirmed_text(documents, context.job.search.metric) if found else ""
+    if text:
+        log.parent_tags({"orchestrator.confirmed": text})
     log.parent_tags(
         search_note(
             context.job,
@@ -137,6 +150,7 @@ def log_result(search: StartedSearch, result: Result) -> None:
             best.metrics,
             result.baselines,
             context.prepared.warnings,
+            text,
         )
     )
 
@@ -333,6 +347,9 @@ def result_document(
         "baselines": result.baselines,
         "model": registered,
     }
+    settings = context.job.search
+    if found := confirmed(result.outcome.records.values(), settings):
+        document["confirmed"] = [one.document(settings) for one in found]
     if context.folder.artifact.is_dir():
         document["artifact"] = str(context.folder.artifact)
     document |= {

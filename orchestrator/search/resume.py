@@ -76,9 +76,9 @@ def _go_on(
     progress.stage("starting Ray")
     with ray_session(address, verbose, job.resources.niceness) as local_ray:
         clock.mark("ray")
-        ended = len(history.ended)
+        ended = len(history.part(confirming=False).ended)
         progress.note(
-            f"going on with search {folder.id}: {ended} of {len(prepared.trials)} trials are over"
+            f"going on with search {folder.id}: {ended} of {prepared.total} trials are over"
         )
         context = SearchContext(
             prepared=prepared,

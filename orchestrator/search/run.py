@@ -16,6 +16,7 @@ from orchestrator.errors import SearchLost
 from orchestrator.job.spec import JobSpec
 from orchestrator.registry import Registry
 from orchestrator.search.baselines import baselines_beside
+from orchestrator.search.confirm import confirm_best
 from orchestrator.search.context import SearchContext, StartedSearch
 from orchestrator.search.inputs import Inputs, check_inputs
 from orchestrator.search.plan.plan import make_plan
@@ -127,6 +128,7 @@ def find_result(search: StartedSearch) -> Result:
     with baselines_beside(search) as baselines_ready:
         with context.progress.trials(context.trials, context.prepared.total, context.history):
             outcome = workers.study([search.recorder, context.progress], context.history)
+            confirm_best(search, outcome)
         baselines = baselines_ready.result()
     search.recorder.flush()
     context.clock.mark("workers", until=baselines.loaded_at)

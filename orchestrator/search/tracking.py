@@ -14,6 +14,7 @@ from orchestrator.tuning.reports import Report
 # The names of the facts that a search records once.
 BASE_MODEL = "base_model"
 BASELINE_RESULTS = "baselines"
+CONFIRMATION = "confirmation"
 SPLITS = ("validation", "test")
 # The keys of a trial's configuration that become tags, since people filter runs by them.
 TAGGED = (
@@ -71,6 +72,8 @@ class MlflowMirror:
         if isinstance(event, Started):
             config = flat(event.spec.config())
             shown = {name: config[name] for name in TAGGED if name in config}
+            if event.spec.confirms:
+                shown["orchestrator.confirms"] = event.spec.confirms
             self._log.trial_started(event.trial, config, event.at, self._tags | shown)
         elif isinstance(event, Reported):
             self._reported(event.report, event.at)

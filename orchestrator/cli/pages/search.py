@@ -9,6 +9,7 @@ from orchestrator.cli.pages.table import aligned, table
 from orchestrator.cli.progress import duration
 from orchestrator.job.space import TrialSpec
 from orchestrator.job.spec import JobSpec
+from orchestrator.search.state.confirmation import confirmed_text
 from orchestrator.utils.documents import JsonObject
 from orchestrator.utils.wording import BASELINE_NAMES, counted
 
@@ -34,6 +35,7 @@ def run_summary(document: JsonObject, spec: JobSpec) -> list[str]:
         f"search {document['search']}: {counted(len(document['trials']), 'trial')} in "
         f"{duration(seconds['training'])}, {duration(seconds['total'])} in all",
         f"best trial {best['trial']}: {TrialSpec.from_config(best['config']).label()}",
+        *([confirmed_text(found, metric)] if (found := document.get("confirmed")) else []),
         "",
         *table((metric, "validation", "test"), rows),
         "",
@@ -80,7 +82,8 @@ def plan_page(plan: Plan, spec: JobSpec) -> list[str]:
     spread = f" ({duration(low)} to {duration(high)})" if round(high) > round(low) else ""
     facts = [
         ("trials", f"{plan.trials}; expected to reach {reached} ({spec.search.scheduler})"),
-        ("steps", f"about {found.steps:.0f} of at most {plan.most_steps}"),
+        *_confirmation(plan),
+        ("steps", f"about {plan.steps:.0f} of at most {plan.most_steps}"),
         (
             "slots",
             f"{placement.slots}: {counted(placement.workers, 'worker')} of "
@@ -116,6 +119,13 @@ def plan_page(plan: Plan, spec: JobSpec) -> list[str]:
         *aligned(facts),
         *(f"warning: {text}" for text in (*plan.data_warnings, *plan.warnings)),
     ]
+
+
+def _confirmation(plan: Plan) -> list[tuple[str, str]]:
+    if plan.confirmation is None:
+        return []
+    steps = f"about {plan.confirmation.steps:.0f} steps"
+    return [("confirmation", f"at most {counted(plan.confirming, 'trial')} more, {steps}")]
 
 
 def _parts(seconds: Mapping[str, float]) -> str:

@@ -13,6 +13,7 @@ from orchestrator.job.spec.space import LogUniform, SpaceSpec, Uniform
 
 DEFAULT_TRIALS = 16
 MAX_TRIALS = 10_000
+MAX_CONFIRM_SEEDS = 100
 Searcher: TypeAlias = Literal["random", "grid", "optuna"]
 PROPOSING: frozenset[Searcher] = frozenset({"optuna"})
 """Searchers that propose each trial while the search runs. Others list all trials before it."""
@@ -23,9 +24,11 @@ class StopSpec(Section):
     """Targets that end the search early."""
 
     metric: float | None = None
-    """End the search once a trial's validation metric is at least as good as this value."""
+    """End the search once a trial's validation metric is at least as good as this value. The runs
+    of search.confirm follow nonetheless."""
     minutes: PositiveFloat | None = None
-    """Time limit of the search, in minutes. No training step starts after it."""
+    """Time limit of the search, in minutes. No training step starts after it, except those of
+    search.confirm, whose number is known beforehand."""
 
 
 class SearchSpec(Section):
@@ -60,8 +63,15 @@ class SearchSpec(Section):
     """Direction in which the metric improves, max or min. It follows from the metric by default,
     and the other direction is refused. For a function of your own it is max by default."""
     seed: Seed = 0
-    """Seed of the draws from the space, of PBT's choices, and of the rows of the few-shot
-    baseline."""
+    """Seed of the draws from the space, of PBT's choices, of the rows of the few-shot baseline,
+    and of the seeds of search.confirm."""
+    confirm: Annotated[int, Field(ge=1, le=MAX_TRIALS)] | None = None
+    """Number of the best configurations to train again under fresh seeds, to the last step, once
+    the trials are over. They are then ranked by their mean over these seeds, since the best of
+    many trials is partly the luckiest. By default none is trained again."""
+    confirm_seeds: Annotated[int, Field(ge=2, le=MAX_CONFIRM_SEEDS)] = 3
+    """Number of fresh seeds under which search.confirm trains each configuration. They follow from
+    search.seed, are the same for every configuration, and are none of search.space.seed."""
     few_shot: Annotated[int, Field(ge=0, le=64)] = 4
     """Number of training rows that the few-shot baseline writes in front of an input. It writes
     fewer where the model's context is too short; 0 leaves the baseline out."""
@@ -82,11 +92,26 @@ class SearchSpec(Section):
             )
             yield Conflict("searcher", text, ("space.learning_rate",))
         yield from self._population_conflicts()
+        yield from self._confirmation_conflicts()
         target = self.stop.metric
         metric = self.ranked_by
         if target is not None and not metric.lowest <= target <= metric.highest:
             text = f"{target:g} is no {self.metric}: {metric.range_text}"
             yield Conflict("stop.metric", text, ("metric",))
+
+    def _confirmation_conflicts(self) -> Iterator[Conflict]:
+        if self.confirm is None:
+            return
+        if self.scheduler == "pbt":
+            text = (
+                "a trial of pbt changes its configuration while it trains, so there is none to "
+                "train again; leave confirm out, or use another scheduler"
+            )
+            yield Conflict("confirm", text, ("scheduler",))
+        most = self.trials or (None if self.searcher == "grid" else DEFAULT_TRIALS)
+        if most is not None and self.confirm > most:
+            text = f"{self.confirm} is more than the {most} of search.trials; lower it"
+            yield Conflict("confirm", text, ("trials", "searcher"))
 
     def _population_conflicts(self) -> Iterator[Conflict]:
         if self.scheduler != "pbt":

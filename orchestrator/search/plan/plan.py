@@ -8,6 +8,7 @@ from pathlib import Path
 
 from orchestrator.cluster.nodes import ClusterNode
 from orchestrator.data.encoding import Encoded
+from orchestrator.job.space import confirming_total
 from orchestrator.job.spec import JobSpec
 from orchestrator.search.plan.forecast import Forecast, forecast
 from orchestrator.search.plan.measure import Measured, measure
@@ -41,6 +42,14 @@ class Plan:
     warnings: tuple[str, ...]
     data_warnings: tuple[str, ...] = ()
     """The warnings of ``prepare`` about the data."""
+    confirming: int = 0
+    """Number of the trials that confirm others, which come after ``trials``."""
+    confirmation: Forecast | None = None
+
+    @property
+    def steps(self) -> float:
+        """The expected steps of all trials."""
+        return self.forecast.steps + (self.confirmation.steps if self.confirmation else 0.0)
 
     @property
     def slot(self) -> int:
@@ -61,7 +70,8 @@ class Plan:
                 {"step": step, "trials": round(trials, 1)}
                 for step, trials in zip(found.rungs, found.reached, strict=True)
             ],
-            "steps": {"expected": round(found.steps), "most": self.most_steps},
+            **({"confirming_trials": self.confirming} if self.confirmation else {}),
+            "steps": {"expected": round(self.steps), "most": self.most_steps},
             "placement": {**asdict(placement), "slots": placement.slots, "device": measured.device},
             "memory": {
                 "weights": measured.weights, "idle": measured.idle, "slot": self.slot,
@@ -81,7 +91,7 @@ class Plan:
         """Return the estimate as metrics for the search's MLflow run, beside the outcome's."""
         return {
             "plan_seconds": self.seconds["total"], "plan_device_hours": self.device_hours,
-            "plan_trained_steps": self.forecast.steps,
+            "plan_trained_steps": self.steps,
             "plan_worker_bytes": float(self.measured.usual),
             "plan_worker_bytes_most": float(self.measured.peak),
         }  # fmt: skip
@@ -136,13 +146,25 @@ def estimate(
         measured.pace,
         rehearsal.report_s,
     )
-    seconds = _seconds(prepared, measured, found, before_s + rehearsal.start_s)
-    held = sum(seconds[part] for part in ("baselines", "search", "test"))
+    confirming, confirmation = confirming_total(job.search), None
+    if confirming:
+        confirmation = forecast(
+            job.search.model_copy(update={"scheduler": "fifo"}),
+            train,
+            confirming,
+            placement.workers,
+            placement.trials_per_worker,
+            measured.pace,
+            rehearsal.report_s,
+        )
+    seconds = _seconds(prepared, measured, found, confirmation, before_s + rehearsal.start_s)
+    parts = ("baselines", "search", "confirmation", "test")
+    held = sum(seconds.get(part, 0.0) for part in parts)
     return Plan(
-        placement, trials, trials * train.steps, found, measured, seconds,
+        placement, trials, (trials + confirming) * train.steps, found, measured, seconds,
         device_hours(placement, held),
         _warnings(job, placement, measured, -(-placement.processes // nodes)),
-        prepared.warnings,
+        prepared.warnings, confirming, confirmation,
     )  # fmt: skip
 
 
@@ -167,7 +189,11 @@ def device_hours(placement: Placement, seconds: float) -> float:
 
 
 def _seconds(
-    prepared: Prepared, measured: Measured, found: Forecast, startup: float
+    prepared: Prepared,
+    measured: Measured,
+    found: Forecast,
+    confirmation: Forecast | None,
+    startup: float,
 ) -> dict[str, float]:
     """Estimate the seconds of each part of the search, and their total."""
     splits, registry = prepared.task.splits, prepared.job.registry
@@ -178,6 +204,7 @@ def _seconds(
         "startup": startup,
         "baselines": rows * measured.bare_row_s,
         "search": found.seconds if limit is None else min(found.seconds, 60 * limit),
+        **({"confirmation": confirmation.seconds} if confirmation else {}),
         "test": tuned * max(1, registry.register_top),
         "end": END_S,
     }

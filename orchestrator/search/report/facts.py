@@ -57,7 +57,7 @@ class SearchFacts:
         """The best trial of the result, or the best so far; None if none has been evaluated."""
         named = (self.result or {}).get("best", {}).get("trial")
         return next(
-            (it for it in self.scored if it.id == named), self.scored[0] if self.scored else None
+            (it for it in self.trials if it.id == named), self.scored[0] if self.scored else None
         )
 
 

@@ -13,6 +13,7 @@ from orchestrator import __version__
 from orchestrator.data.outcomes.label_metrics import CLASS_FIGURES, labelled_figures
 from orchestrator.search.report.facts import SearchFacts, init_label
 from orchestrator.search.report.figures import FIGURES
+from orchestrator.search.state.confirmation import confirmed
 from orchestrator.utils.wording import BASELINE_NAMES, counted
 
 MOST_TRIALS = 200
@@ -43,6 +44,7 @@ def page(facts: SearchFacts, figures: Mapping[str, bytes]) -> str:
         "<h2>Result</h2>",
         table_of(["", *_metric_names(facts)], _results(facts)),
         *_model(facts),
+        *_confirmed(facts),
         *_classes(facts),
         *_warnings(facts),
         "<h2>Pictures</h2>",
@@ -128,6 +130,23 @@ def _model(facts: SearchFacts) -> list[str]:
         if reason := model.get("reason"):
             lines.append(f"<p>{escape(reason)}</p>")
     return lines
+
+
+def _confirmed(facts: SearchFacts) -> list[str]:
+    """Return the section of configurations trained again, best first, if there are any."""
+    metric, search = facts.metric, facts.job.search
+    found = [one.document(search) for one in confirmed(facts.trials, search)]
+    rows = [
+        [
+            one["trial"], _number(one["first_run"].get(metric)), _number(one["mean"].get(metric)),
+            _number(one["std"].get(metric)), len(one["runs"]) - one["failed"], one["failed"],
+            one["best_run"] or "",
+        ]
+        for one in found
+    ]  # fmt: skip
+    heading = ["configuration of", "first run", "mean", "std", "seeds", "failed", "best run"]
+    title = f"<h2>Confirmed under fresh seeds, by mean validation {escape(metric)}</h2>"
+    return [title, table_of(heading, rows, best=True)] if rows else []
 
 
 def _classes(facts: SearchFacts) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol, TypeAlias
 
 from orchestrator.job.space import TrialSpec
@@ -89,7 +89,10 @@ def to_document(event: Event) -> dict[str, Any]:
     """
     if isinstance(event, Started):
         config = event.spec.config()
-        return {"kind": "started", "trial": event.trial, "config": config, "at": event.at}
+        confirms = {"confirms": event.spec.confirms} if event.spec.confirms else {}
+        return {
+            "kind": "started", "trial": event.trial, "config": config, "at": event.at, **confirms,
+        }  # fmt: skip
     kind = next(kind for kind, known in KINDS.items() if isinstance(event, known))
     document = {"kind": kind, **asdict(event)}
     if isinstance(event, Reported):
@@ -104,7 +107,8 @@ def from_document(document: dict[str, Any]) -> Event:
     """
     fields = {key: value for key, value in document.items() if key != "kind"}
     if document["kind"] == "started":
-        fields["spec"] = TrialSpec.from_config(fields.pop("config"))
+        spec = TrialSpec.from_config(fields.pop("config"))
+        fields["spec"] = replace(spec, confirms=fields.pop("confirms", ""))
     elif document["kind"] == "ended":
         fields["status"] = TrialStatus(fields["status"])
     elif document["kind"] == "reported":

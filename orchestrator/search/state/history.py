@@ -66,6 +66,12 @@ class History:
         ]
         return replace(self, events=kept, lost=dict(lost))
 
+    def part(self, *, confirming: bool) -> History:
+        """Return the history of the search's own trials, or of those that confirm them."""
+        confirm = {trial for trial, spec in self.first_specs().items() if spec.confirms}
+        kept = [event for event in self.events if (trial_of(event) in confirm) == confirming]
+        return replace(self, events=kept)
+
     def tell(self, listener: Listener) -> None:
         """Replay all events to a listener. Each trial's reports carry its newest checkpoint."""
         for event in self.events:

@@ -98,6 +98,8 @@ class TrialRecord:
         The metrics are those of the best evaluation, from which the prompt is taken.
         """
         note: dict[str, Any] = {"note": self.note} if self.note else {}
+        if self.spec.confirms:
+            note["confirms"] = self.spec.confirms
         if self.copied:
             note["copied"] = [
                 {"trial": one.source, "step": one.step, "learning_rate": one.spec.learning_rate}
@@ -180,14 +182,17 @@ def _place(trial: str) -> tuple[int, str]:
 def ranked(trials: Iterable[TrialRecord], search: SearchSpec) -> list[TrialRecord]:
     """Sort the trials with a result, best first: by the metric, then the loss, then the id.
 
-    Failed trials are left out. So is a trial that copied another trial's best prompt and found no
-    better one, if the source is in the ranking: both have the same prompt.
+    Failed trials are left out, and those that confirm others. So is a trial that copied another
+    trial's best prompt and found no better one, if the source is in the ranking: both have the same
+    prompt.
     """
     sign = -1.0 if search.better == "max" else 1.0
     scored = [
         trial
         for trial in trials
-        if search.metric in trial.metrics and trial.status != TrialStatus.FAILED
+        if search.metric in trial.metrics
+        and trial.status != TrialStatus.FAILED
+        and not trial.spec.confirms
     ]
     own_results = [trial.metrics for trial in scored if not trial.inherited]
 

@@ -404,13 +404,15 @@ def run_study(
     storage: Path,
     listeners: Sequence[Listener],
     history: History,
+    first: int = 0,
 ) -> None:
     """Run the trials that are not over yet to their end, and report to the listeners.
 
     Returns when Tune has no trial left. ``trials`` is empty with a searcher that proposes trials.
+    ``first`` is the number of the first trial.
     """
     targets = _Targets(job, history.spent_s)
-    names = {trial_id(number): spec for number, spec in enumerate(trials)}
+    names = {trial_id(number): spec for number, spec in enumerate(trials, first)}
     proposer = Proposer(job.search) if proposes(job) else None
     if proposer:
         numbered = {trial_number(name): spec for name, spec in history.first_specs().items()}

@@ -419,13 +419,13 @@ class Broker:
         population: Population | None,
         copies: Mapping[str, CopyDecision],
     ) -> None:
-        """Prepare for a resumed search.
+        """Prepare for trials: of a search, possibly resumed, or of its confirmation after it.
 
         ``total`` is the number of trials that are left, and ``begun`` holds those already under
         way. ``population`` knows the comparisons made so far, and ``copies`` are its decisions
         after the last reports.
         """
-        self.total = total
+        self.total = len(self.trials) + total
         self.begun, self.copies = begun, copies
         self.population = population or self.population
         await self._notify()

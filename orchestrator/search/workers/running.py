@@ -25,8 +25,8 @@ from orchestrator.cluster.nodes import nodes
 from orchestrator.cluster.ray_internals.settings import quiet_search_loggers
 from orchestrator.cluster.ray_threads import RayThread, alive, await_end, names
 from orchestrator.errors import JobFailed, OrchestratorError, SearchLost
-from orchestrator.job.space import trial_count
-from orchestrator.job.spec import JobSpec
+from orchestrator.job.space import TrialSpec, trial_count
+from orchestrator.job.spec import JobSpec, StopSpec
 from orchestrator.models.source import BaseModelInfo
 from orchestrator.search.prepare import Prepared
 from orchestrator.search.state.events import Listener
@@ -134,12 +134,31 @@ class Running:
         try:
             run_study(
                 self.prepared.job, self.prepared.trials, self.broker, self.concurrency,
-                self.storage, [outcome, *listeners], history,
+                self.storage, [outcome, *listeners], history.part(confirming=False),
             )  # fmt: skip
         except ray.exceptions.RayActorError as error:
             raise _broker_lost(error) from None
         self.ready()
         return outcome
+
+    def confirm(
+        self, trials: Sequence[TrialSpec], listeners: Sequence[Listener], history: History
+    ) -> None:
+        """Run the trials that confirm others, each to its end, after the trials of the search.
+
+        Nothing stops them early. Raises JobFailed and SearchLost as ``study`` does.
+        """
+        job = self.prepared.job
+        changes = {"searcher": "random", "scheduler": "fifo", "stop": StopSpec()}
+        plain = job.model_copy(update={"search": job.search.model_copy(update=changes)})
+        try:
+            run_study(
+                plain, trials, self.broker, self.concurrency, self.storage / "confirmation",
+                listeners, history.part(confirming=True), first=self.prepared.total,
+            )  # fmt: skip
+        except ray.exceptions.RayActorError as error:
+            raise _broker_lost(error) from None
+        self.ready()
 
     @contextmanager
     def or_abandon(self) -> Iterator[None]:
