@@ -2,7 +2,7 @@
 
 docs/scaling.md draws the conclusions. Small parts are measured here, without Ray. The rest is
 arithmetic (``Search``, ``Service``) over these measurements, over figures measured with Ray before
-(docs/decisions.md), and over assumptions. Every line says which of these it is.
+(docs/decisions/), and over assumptions. Every line says which of these it is.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The commands in docs/ are run if they need no cluster, engine or cloud, else parsed.
 
 RUN lists the commands that are run, page by page in the page's order, on a small registry;
-docs/decisions.md says so. Of the others, commands of our own, of Ray, of Serve and of MLflow are
-parsed by their own command lines, including verbs, options and types. Other programs' commands are
-read as shell, and the files that they name must exist.
+docs/decisions/0028-deploy-checks.md says so. Of the others, commands of our own, of Ray, of Serve
+and of MLflow are parsed by their own command lines, including verbs, options and types. Other
+programs' commands are read as shell, and the files that they name must exist.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Parts that are killed under load, with real Serve and a real MLflow server.
 
-Each test prints what it counted; docs/decisions.md has the table.
+Each test prints what it counted; docs/decisions/0040-proxy-health.md and
+docs/decisions/0038-retry-dead.md have figures.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Replicas that scale with the load, and HTTPS, on real Serve with a real registry.
 
-The scaling test prints what it saw; docs/decisions.md has the figures.
+The scaling test prints what it saw.
 """
 
 from __future__ import annotations

@@ -143,7 +143,7 @@ def grouped_attention(
 
     The library copies them for every head. Torch's function for CPUs doesn't need the copies, gives
     the same result bit for bit, and is faster unless each row has a single query
-    (docs/decisions.md).
+    (docs/decisions/0014-last-block.md).
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

@@ -2,8 +2,9 @@
 
 The cache of transformers concatenates all of its columns at every step, and once more when it is
 made from tensors. In the generation of short answers after long prompts, that copying took a third
-of the time (docs/decisions.md). Here the tensors of a layer are the front of larger buffers, which
-have room for further columns. This cache is not for training: writes in place have no gradient.
+of the time (docs/decisions/0036-serving-engine.md). Here the tensors of a layer are the
+front of larger buffers, which have room for further columns. This cache is not for training: writes
+in place have no gradient.
 
 Shapes: B rows, C columns.
 """

@@ -1,6 +1,7 @@
 """Causal models, which run [prompt; input; target] in one stack.
 
-A prompt can be put in front of a row in two exact ways (docs/decisions.md has the measurements):
+A prompt can be put in front of a row in two exact ways; docs/decisions/0002-prompts-once.md
+has the measurements:
 
 * **prompt once**: the K prompts run through the model as [K, P, H], and all rows share their keys
   and values. In a causal model a prompt attends only to itself, so its keys and values are the same
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 # Families whose loss and gradient with the prompt run once were checked, in float64, to agree with
-# those of unpadded rows (docs/decisions.md).
+# those of unpadded rows (docs/decisions/0002-prompts-once.md).
 PROMPT_ONCE_FAMILIES = frozenset(
     {"llama", "qwen2", "qwen3", "gpt2", "gpt_neox", "opt", "phi", "falcon", "olmo2", "granite"}
 )
