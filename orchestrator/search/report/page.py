@@ -14,6 +14,7 @@ from orchestrator.data.outcomes.label_metrics import CLASS_FIGURES, labelled_fig
 from orchestrator.search.report.facts import SearchFacts, init_label
 from orchestrator.search.report.figures import FIGURES
 from orchestrator.search.state.confirmation import confirmed
+from orchestrator.search.state.trials import TrialRecord
 from orchestrator.utils.wording import BASELINE_NAMES, counted
 
 MOST_TRIALS = 200
@@ -179,8 +180,16 @@ def _figure(name: str, svg: bytes) -> str:
     )
 
 
+def _winner_first(facts: SearchFacts) -> list[TrialRecord]:
+    """Return the trials in the order of the table: the result's, then the others, best first."""
+    winner = facts.winner
+    first = [] if winner is None else [winner]
+    scored = [trial for trial in facts.scored if trial is not winner]
+    return [*first, *scored, *(trial for trial in facts.trials if trial not in facts.scored)]
+
+
 def _trials(facts: SearchFacts) -> str:
-    ordered = [*facts.scored, *(trial for trial in facts.trials if trial not in facts.scored)]
+    ordered = _winner_first(facts)
     rows = [
         [
             trial.id, trial.status, init_label(trial.spec), trial.spec.size or "",
