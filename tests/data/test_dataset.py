@@ -279,7 +279,7 @@ def test_only_the_rows_that_are_asked_for(tmp_path: Path) -> None:
             {"knid": "a"},
             r"data\.where names column 'knid', which no row has; rows have \['label', 'text'\]",
         ),
-        ({"text": "nowhere"}, r"no row is as data\.where asks: \{'text': 'nowhere'\}"),
+        ({"text": "nowhere"}, r"no row matches data\.where: \{'text': 'nowhere'\}"),
     ],
 )
 def test_rows_that_nobody_has(tmp_path: Path, where: dict[str, str], message: str) -> None:

@@ -43,7 +43,7 @@ def test_unknown_args_are_refused() -> None:
     ("given", "message"),
     [
         ({"replicas": 2, "max_replicas": 1}, "below"),
-        ({"replicas": 0}, "answer nothing"),
+        ({"replicas": 0}, "leaves no replica"),
         ({"tls_cert": "a.pem"}, "certificate and its key"),
         ({"gpus": 2}, "computes on one GPU"),
     ],
