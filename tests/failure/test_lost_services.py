@@ -59,7 +59,9 @@ def test_mlflow_goes_away_and_comes_back(
     disturbed = run_search(finished.job_file, go_away)
     back[0].join()
     assert close(disturbed.document["trials"], finished.document["trials"])
-    assert disturbed.document["model"] == {"name": "tiny", "version": 1, "alias": "champion"}
+    assert {"name": "tiny", "version": 1, "alias": "champion"}.items() <= disturbed.document[
+        "model"
+    ].items()
     assert not find_search("latest").unwritten.exists()
     client = mlflow.MlflowClient(mlflow_server.uri)
     runs = search_runs(mlflow_server.uri)
@@ -112,7 +114,9 @@ def test_a_full_disk_costs_the_state_alone(
     )
     assert disturbed.said.count("the result can't be kept") == 1
     assert [trial["steps"] for trial in disturbed.document["trials"]] == [16] * 4
-    assert disturbed.document["model"] == {"name": "tiny", "version": 1, "alias": "champion"}
+    assert {"name": "tiny", "version": 1, "alias": "champion"}.items() <= disturbed.document[
+        "model"
+    ].items()
 
 
 def test_a_lost_machine_whose_searches_are_in_a_store(

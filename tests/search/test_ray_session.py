@@ -216,7 +216,8 @@ def test_a_search_s_processes_have_its_environment(ray_folder: Path, tmp_path: P
         tmp_path,
     )
     assert ran.returncode == 0, ran.stderr
-    assert json.loads(ran.stdout)["model"] == {"name": "tiny", "version": 1, "alias": "champion"}
+    model = json.loads(ran.stdout)["model"]
+    assert (model["name"], model["version"], model["alias"]) == ("tiny", 1, "champion")
     (log,) = (ray_folder / "ray").glob("session_2*/logs/runtime_env_agent.log")
     agent = log.read_text()
     assert "Starting runtime env agent" in agent and "Creating runtime env" not in agent
