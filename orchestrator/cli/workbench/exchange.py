@@ -85,7 +85,16 @@ def import_folder(
     with tempfile.TemporaryDirectory() as scratch:
         saved = artifact.save(Path(scratch) / "prompt")
         load_prompt(backbone, saved, name, 0)
-        return _registered(registry, artifact, saved, folder, name, job, rows.test[0], say, alias)
+        version = _register(registry, artifact, saved, folder, name, job, rows.test[0])
+    _move_alias(registry, name, version, alias, say)
+    manifest = artifact.manifest
+    return {
+        "model": {"name": name, "version": version, "alias": alias},
+        "folder": str(folder.resolve()),
+        "method": manifest.method,
+        "num_virtual_tokens": manifest.num_virtual_tokens,
+        "base_model": manifest.base_model.id,
+    }
 
 
 def _task(job: JobSpec, rows: RowSplits, encoder: Encoder, backbone: Backbone) -> ImportedTask:
@@ -136,33 +145,14 @@ def _loaded(job: JobSpec, rows: RowSplits) -> tuple[JobSpec, Encoder, Backbone]:
     return job, encoder, load_backbone(source, default_device(), job.base_model.dtype)
 
 
-def _registered(
-    registry: Registry,
-    artifact: PromptArtifact,
-    saved: Path,
-    folder: Path,
-    name: str,
-    job: JobSpec,
-    example: Row,
-    say: Say,
-    alias: str | None,
-) -> JsonObject:
-    """Register the artifact and move the alias; return the document of ``import --json``."""
-    version = _register(registry, artifact, saved, folder, name, job, example)
+def _move_alias(registry: Registry, name: str, version: int, alias: str | None, say: Say) -> None:
+    """Move the alias to the version; say that any other version than the champion is unproven."""
     if alias == CHAMPION:
         registry.promote(name, version)
-    else:
-        say(f"Version {version} is not champion: nothing is known yet of how good it is.")
-    if alias is not None and alias != CHAMPION:
+        return
+    if alias is not None:
         registry.set_alias(name, alias, version, reason="imported")
-    manifest = artifact.manifest
-    return {
-        "model": {"name": name, "version": version, "alias": alias},
-        "folder": str(folder.resolve()),
-        "method": manifest.method,
-        "num_virtual_tokens": manifest.num_virtual_tokens,
-        "base_model": manifest.base_model.id,
-    }
+    say(f"Version {version} is not champion: nothing is known yet of how good it is.")
 
 
 def _register(
