@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv help demo test test-long test-failure lint imports types unit bench format reference ui clean
+.PHONY: venv help demo test test-long test-failure lint imports types unit bench format reference docs pictures ui clean
 
 venv: $(STAMP) ## Make .venv with the pinned versions of constraints.txt
 
@@ -59,6 +59,12 @@ format: venv ## Format the code and fix what ruff can fix
 
 reference: venv ## Write docs/jobs.md and docs/commands.md from the code
 	$(BIN)/python -m tests.reference_pages
+
+docs: venv ## Build the documentation's site in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
+pictures: venv ## Record the README's pictures from a real search
+	cd tests && ../$(BIN)/python pictures.py
 
 ui: venv ## Run MLflow's UI on the registry
 	$(BIN)/orchestrator ui

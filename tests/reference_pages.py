@@ -44,6 +44,7 @@ LITERAL = re.compile(
     """,
     re.VERBOSE,
 )
+LEVEL = 4 * " "
 EXAMPLE = """\
 name: sms-spam
 base_model:
@@ -126,8 +127,9 @@ def filled(text: str, first: str, later: str) -> str:
 
 def entry(opening: str, text: str, indent: str = "") -> str:
     """Write a list's entry: its first line, and below it the text."""
-    first = filled(opening, f"{indent}- ", f"{indent}  ")
-    return f"{first}\n\n{wrapped(text, indent + '  ')}\n"
+    # Four columns a level: Python-Markdown, which the site uses, takes fewer for the end of a list.
+    first = filled(opening, f"{indent}- ", f"{indent}    ")
+    return f"{first}\n\n{wrapped(text, indent + LEVEL)}\n"
 
 
 def table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
@@ -272,12 +274,12 @@ def forms(key: dict[str, Any], models: dict[str, Any]) -> Iterator[str]:
     for name in dict.fromkeys(filter(None, map(referred, options))):
         model = models[name]
         fields = model["properties"]
-        yield entry(f"{one_kind({'$ref': name}, models)}:", model["description"], "  ")
+        yield entry(f"{one_kind({'$ref': name}, models)}:", model["description"], LEVEL)
         for field, value in fields.items():
             opening = f"{code(field)}: {kind(value, models)}"
             if field not in model.get("required", []):
                 opening += f"; {default(field, value, [])}"
-            yield entry(opening, value["description"], "    ")
+            yield entry(opening, value["description"], 2 * LEVEL)
 
 
 def methods_table() -> str:

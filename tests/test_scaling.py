@@ -1,4 +1,4 @@
-"""The arithmetic of docs/scaling.md and its measurements at toy size. No clock is judged."""
+"""The arithmetic of docs/cluster/scaling.md, and its measurements at toy size."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_all_of_it_runs_at_toy_size(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_the_page_says_which_figures_are_which() -> None:
-    """Each table of docs/scaling.md has a column with that mark."""
-    text = (ROOT / "docs" / "scaling.md").read_text()
+    """Each table of docs/cluster/scaling.md has a column with that mark."""
+    text = (ROOT / "docs" / "cluster" / "scaling.md").read_text()
     heads = re.findall(r"^(\|.*\|)\n\|[-|: ]+\|$", text, re.MULTILINE)
     assert len(heads) >= 3 and all("kind" in head or "measured" in head for head in heads)

@@ -1,8 +1,8 @@
 """Limits of a search at 1,000 GPUs, and of a service at 100,000 prompts and 10,000 requests/s.
 
-docs/scaling.md draws the conclusions. Small parts are measured here, without Ray. The rest is
-arithmetic (``Search``, ``Service``) over these measurements, over figures measured with Ray before
-(docs/decisions/), and over assumptions. Every line says which of these it is.
+docs/cluster/scaling.md draws the conclusions. Small parts are measured here, without Ray. The rest
+is arithmetic (``Search``, ``Service``) over these measurements, over figures measured with Ray
+before (docs/decisions/), and over assumptions. Every line says which of these it is.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The pages that list the job spec's choices name every one of them, and the README every verb."""
+"""The pages that list choices, methods and variables name every one of them."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from typer.main import get_command
 
-from orchestrator.cli.entry import app
 from orchestrator.job.space import INIT_FIELDS
 from orchestrator.job.spec import MethodName, NamedInit, Optimizer, Schedule, Scheduler, Searcher
 
 ROOT = Path(__file__).parents[2]
 INITS = {*get_args(NamedInit), *INIT_FIELDS}
 LISTS: dict[str, tuple[str, str, set[str]]] = {
-    "inits": ("README.md", "Inits are ", INITS),
-    "searchers": ("README.md", "`search.searcher` is ", {*get_args(Searcher)}),
-    "schedulers": ("README.md", "`search.scheduler` is ", {*get_args(Scheduler)}),
-    "optimisers": ("README.md", "`train` has `optimizer` (", {*get_args(Optimizer)}),
-    "schedules": ("README.md", "`schedule` (", {*get_args(Schedule)}),
+    "inits": ("docs/methods.md", "Inits are ", INITS),
+    "searchers": ("docs/searches.md", "`search.searcher` is ", {*get_args(Searcher)}),
+    "schedulers": ("docs/searches.md", "`search.scheduler` is ", {*get_args(Scheduler)}),
+    "optimisers": ("docs/methods.md", "`train` has `optimizer` (", {*get_args(Optimizer)}),
+    "schedules": ("docs/methods.md", "`schedule` (", {*get_args(Schedule)}),
 }
 """The page, the words that its list follows, and the names that have to be in that list."""
+INTERNAL = {"ORCHESTRATOR_SEARCH", "ORCHESTRATOR_LABELS"}
+"""Variables that `submit` sets for the job on the cluster."""
 
 
 def missing(page: str, opening: str, names: set[str]) -> set[str]:
@@ -42,17 +42,21 @@ def test_a_list_of_choices_is_complete(case: str) -> None:
     assert missing(page, opening, {*names, "no_such_choice"}) == {"no_such_choice"}
 
 
-def test_every_method_has_a_row() -> None:
-    """The README's two tables of methods, for prompts and for baselines, hold every method."""
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", page, re.MULTILINE)
+@pytest.mark.parametrize("file", ["README.md", "docs/methods.md"])
+def test_every_method_has_a_row(file: str) -> None:
+    """The tables of methods, for prompts and for baselines, hold every method."""
+    page = (ROOT / file).read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+)[^|`]* \|", page, re.MULTILINE)
     assert {*get_args(MethodName)} <= {name for row in rows for name in re.findall(r"\w+", row)}
 
 
-def test_every_verb_is_in_the_readme() -> None:
-    """The README shows each verb that ``--help`` lists."""
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
-    verbs = [name for name, verb in get_command(app).commands.items() if not verb.hidden]
-    shown = {*re.findall(r"\borchestrator ([\w-]+)", page), *re.findall(r"`([\w-]+)", page)}
-    assert len(verbs) > 20
-    assert not {*verbs} - shown
+def test_every_variable_of_the_project_is_on_the_page_of_settings() -> None:
+    """The page names each variable of the environment that the package reads for its users."""
+    page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    modules = (ROOT / "orchestrator").rglob("*.py")
+    read = {
+        name
+        for module in modules
+        for name in re.findall(r"\bORCHESTRATOR_[A-Z_]+\b", module.read_text(encoding="utf-8"))
+    }
+    assert read - INTERNAL <= {*re.findall(r"`(ORCHESTRATOR_[A-Z_]+)`", page)}

@@ -34,7 +34,7 @@ from orchestrator.artifact import (
 from orchestrator.registry import Registry
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "cluster").glob("*.md")])
 FENCE = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 STARTS_WITH_COMMANDS = {
     "first-job", "install", "kuberay", "operations", "registry", "scaling", "security", "serving",
@@ -42,7 +42,7 @@ STARTS_WITH_COMMANDS = {
 }  # fmt: skip
 ENDS_A_COMMAND = {"|", "&&", "||", ";"}
 OTHERS = {
-    ".", "aws", "base64", "chmod", "docker", "export", "helm", "kubectl", "make", "mkdir",
+    ".", "aws", "base64", "cd", "chmod", "docker", "export", "helm", "kubectl", "make", "mkdir",
     "pg_restore", "python", "rm",
 }  # fmt: skip
 
@@ -94,6 +94,11 @@ RUN = {
     ],
     "troubleshooting": ["orchestrator validate jobs/sms-spam.yaml"],
 }
+
+
+def page_of(name: str) -> Path:
+    """Return the file of the page of a name."""
+    return next(page for page in PAGES if page.stem == name)
 
 
 def blocks(page: Path) -> list[str]:
@@ -213,7 +218,7 @@ def test_a_wrong_command_would_be_noticed(wrong: str) -> None:
 def test_pages_start_with_their_commands() -> None:
     """The first thing below a page's title is a command to type."""
     for name in STARTS_WITH_COMMANDS:
-        text = (ROOT / "docs" / f"{name}.md").read_text()
+        text = page_of(name).read_text()
         assert text.startswith("# ") and "```sh" in text[:250], name
 
 
@@ -229,7 +234,7 @@ def test_links_lead_somewhere() -> None:
 def test_what_is_said_to_be_run_stands_in_the_pages() -> None:
     """Every command in RUN is on its page, in the page's order."""
     for name, commands in RUN.items():
-        there = iter(lines(ROOT / "docs" / f"{name}.md"))
+        there = iter(lines(page_of(name)))
         missing = [command for command in commands if command not in there]
         assert not missing, f"{name}: {missing}"
 

@@ -94,7 +94,7 @@ def test_nothing_mentions_a_record_that_is_not_there() -> None:
     """Documents, code and tests name records by paths that exist."""
     mention = re.compile(r"decisions/\d{4}-[\w-]+\.md")
     files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
-    files += [*(ROOT / "docs").glob("*.md")]
+    files += [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "cluster").glob("*.md")]
     files += [*(ROOT / "orchestrator").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
     for file in files:
         for path in mention.findall(file.read_text(encoding="utf-8")):
