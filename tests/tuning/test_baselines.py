@@ -38,7 +38,7 @@ SPECS: dict[MethodName, TrialSpec] = {
 }
 FAMILIES = ["llama", "gpt2", "falcon", "t5", "bart", "bert"]
 TRAIN = TrainSpec(steps=30, batch_size=8, evaluate_every=15)
-SGD = TRAIN.model_copy(update={"optimizer": "sgd", "clip_norm": 1.0})
+SGD = TRAIN.model_copy(update={"optimizer": "sgd", "clip_norm": 3.0})
 SEARCH = SearchSpec(metric="loss")
 
 

@@ -24,7 +24,7 @@ from orchestrator.tuning.prompts import Method
 from orchestrator.tuning.update_rules import Sgd
 
 STEPS = 20
-SPEC = TrialSpec("", None, 0, 0.1, 3)
+SPEC = TrialSpec("", None, 0, 0.005, 3)
 FAMILIES = ("llama", "gpt2", "t5", "bart", "bert")
 """Causal, seq2seq and masked models, all of which share the embedding with the last layer."""
 SETTINGS = {
@@ -77,7 +77,11 @@ def weights_of_torch(family: str, train: TrainSpec, backbone: Backbone) -> dict[
             loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
             loss.backward()  # type: ignore[no-untyped-call]
         if train.clip_norm is not None:
-            nn.utils.clip_grad_norm_(parameters, train.clip_norm)
+            # Without the 1e-6 that torch's clipping adds to the norm.
+            gradients = [weight.grad for weight in parameters if weight.grad is not None]
+            scale = train.clip_norm / nn.utils.get_total_norm(gradients)
+            for gradient in gradients:
+                gradient.mul_(scale.clamp(max=1))
         optimizer.step()
         optimizer.zero_grad()
     return change.named()
@@ -87,7 +91,7 @@ def weights_of_torch(family: str, train: TrainSpec, backbone: Backbone) -> dict[
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_after_20_steps_are_those_of_sgd(family: str, setting: str) -> None:
     """They equal those of torch's SGD up to rounding, tied weights included."""
-    train, backbone = SETTINGS[setting], backbone_of(family, torch.float32)
+    train, backbone = SETTINGS[setting], backbone_of(family, torch.float64)
     assert tied_weights(backbone)
     engine, slot = seated(family, train, backbone)
     start = {name: tensor.clone() for name, tensor in slot.prompt.named().items()}
@@ -95,7 +99,7 @@ def test_weights_after_20_steps_are_those_of_sgd(family: str, setting: str) -> N
     wanted = weights_of_torch(family, train, backbone)
     assert wanted.keys() == start.keys()
     for name, tensor in slot.prompt.named().items():
-        assert torch.allclose(tensor, wanted[name], rtol=1e-4, atol=1e-5), name
+        assert torch.allclose(tensor, wanted[name], rtol=1e-5, atol=1e-6), name
     moved = sum(bool((tensor != start[name]).any()) for name, tensor in wanted.items())
     assert moved > 0.7 * len(start)
 
