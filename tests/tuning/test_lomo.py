@@ -75,7 +75,7 @@ def weights_of_torch(family: str, train: TrainSpec, backbone: Backbone) -> dict[
         with change.applied():
             logits, targets = backbone.teacher_forced(None, inputs, answers, [0] * len(numbers))
             loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         if train.clip_norm is not None:
             # Without the 1e-6 that torch's clipping adds to the norm.
             gradients = [weight.grad for weight in parameters if weight.grad is not None]
@@ -155,7 +155,7 @@ def test_no_hook_stays_on_a_weight() -> None:
     engine.step([slot])
     parameter = next(slot.prompt.parameters())
     before = parameter.detach().clone()
-    parameter.sum().backward()  # type: ignore[no-untyped-call]
+    parameter.sum().backward()
     assert parameter.grad is not None and torch.equal(parameter, before)
 
 
@@ -164,7 +164,7 @@ def test_a_shared_weight_is_updated_once_with_its_whole_gradient() -> None:
     weight = nn.Parameter(torch.tensor([2.0]))
     seen: list[float] = []
     with gradients_passed_to(lambda _, gradient: seen.append(float(gradient)), [weight]):
-        (weight * weight * 3).sum().backward()  # type: ignore[no-untyped-call]
+        (weight * weight * 3).sum().backward()
     assert seen == [12.0] and weight.grad is None
 
 

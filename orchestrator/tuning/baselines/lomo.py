@@ -56,7 +56,7 @@ def fused_update(
         rule.update(Batch([parameter], [gradient], [{}], [rate]))
 
     with gradients_passed_to(update, parameters):
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
     return True
 
 
@@ -69,7 +69,7 @@ def _gradient_norm(loss: Tensor, parameters: Sequence[nn.Parameter]) -> float:
         norms.append(torch.linalg.vector_norm(gradient, dtype=precise))
 
     with gradients_passed_to(measure, parameters):
-        loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+        loss.backward(retain_graph=True)
     return math.hypot(*torch.stack(norms).tolist()) if norms else 0.0
 
 
