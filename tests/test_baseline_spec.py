@@ -18,6 +18,7 @@ RATE = {"loguniform": [0.0001, 0.01]}
 SPACE: dict[MethodName, dict[str, Any]] = {
     "prompt_design": {"shots": [0, 4], "demonstrations": ["random", "nearest"], "seed": [0, 1]},
     "model_tuning": {"learning_rate": RATE, "seed": [0, 1]},
+    "lomo": {"learning_rate": RATE, "seed": [0, 1]},
     "lora": {"rank": [2, 8], "alpha": 8, "learning_rate": RATE},
     "qlora": {"learning_rate": [0.001, 0.01]},
     "adapter": {"bottleneck": [8, 64], "learning_rate": [0.001]},
@@ -41,6 +42,7 @@ def document(method: str, space: dict[str, Any] | None = None, **changes: Any) -
             "space": SPACE[method] if space is None else space,  # type: ignore[index]
             "trials": 4,
         },
+        **({"train": {"optimizer": "sgd"}} if method == "lomo" else {}),
         **changes,
     }
 
@@ -217,6 +219,30 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "out, or use method "
         "qlora",
     ),
+    "weights rounded for lomo": (
+        document("lomo", base_model={"id": "m", "quantization": "int4"}),
+        "base_model.quantization: method lomo does not go with rounded weights; leave it out, or "
+        "use method qlora",
+    ),
+    "an optimiser's state": (
+        document("lomo", train={"steps": 100}),
+        "method: adamw keeps state for every weight, and method lomo keeps none; set it to sgd",
+    ),
+    "another optimiser's state": (
+        document("lomo", train={"optimizer": "adafactor"}),
+        "train.optimizer: adafactor keeps state for every weight, and method lomo keeps none; set "
+        "it to sgd",
+    ),
+    "momentum": (
+        document("lomo", train={"optimizer": "sgd", "momentum": 0.9}),
+        "train.momentum: sgd's momentum is kept for every weight, and method lomo keeps no such "
+        "state; leave it out, or use model_tuning",
+    ),
+    "gradients to accumulate": (
+        document("lomo", train={"optimizer": "sgd", "micro_batch_size": 4}),
+        "train.micro_batch_size: gradients can't accumulate over passes, since method lomo stores "
+        "none; leave it out and lower train.batch_size, or use model_tuning",
+    ),
     "a reparameterisation": (
         document("lora", reparameterization={"type": "mlp"}),
         "reparameterization.type: mlp does not go with method lora; use none",
@@ -243,7 +269,7 @@ def test_an_unknown_method_is_told_the_known_ones(tmp_path: Path) -> None:
     """For a misspelled method the message guesses the nearest name."""
     job = {**document("lora"), "method": "lorra"}
     (found,) = [problem for problem in problems(tmp_path, job) if problem.startswith("method")]
-    assert "prompt_design, model_tuning, lora, qlora or adapter" in found
+    assert "prompt_design, model_tuning, lomo, lora, qlora or adapter" in found
 
 
 def test_a_trials_configuration_has_the_keys_of_one_method() -> None:

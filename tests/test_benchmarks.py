@@ -253,6 +253,7 @@ def test_all_of_it_runs_at_toy_size(tmp_path: Path, capsys: pytest.CaptureFixtur
         "evaluation": [],
         "accelerator": [],
         "tables": [],
+        "whole_model": [],
     }.items():
         assert main([name, "--toy", "--pairs", "1", *more], tmp_path) == 0
         document = json.loads((tmp_path / f"{name}.json").read_text())

@@ -19,6 +19,7 @@ METHODS = [
     "prompt_design",
     pytest.param("adapter", marks=pytest.mark.long),
     pytest.param("model_tuning", marks=pytest.mark.long),
+    pytest.param("lomo", marks=pytest.mark.long),
 ]
 RATES: list[float] = [0.001, 0.01]
 TRAINED: dict[str, Any] = {"search__trials": 2, "train__steps": 8}
@@ -33,6 +34,10 @@ JOBS: dict[str, tuple[dict[str, Any], set[str]]] = {
     ),
     "model_tuning": (
         {"search__space": {"learning_rate": RATES}, "search__searcher": "optuna", **TRAINED},
+        {"config.json", "model.safetensors", "tokenizer.json"},
+    ),
+    "lomo": (
+        {"search__space": {"learning_rate": RATES}, "train__optimizer": "sgd", **TRAINED},
         {"config.json", "model.safetensors", "tokenizer.json"},
     ),
     "prompt_design": (

@@ -6,9 +6,13 @@ from orchestrator.job.metrics import custom_function, is_custom
 from orchestrator.job.spec import BASELINES, SearchSpec, TrainSpec
 from orchestrator.models.backbone import Backbone
 from orchestrator.tuning.baselines.engine import BaselineEngine, DesignEngine
+from orchestrator.tuning.baselines.lomo_engine import LomoEngine
 from orchestrator.tuning.cpu_threads import Threads
 from orchestrator.tuning.engine import Engine, Task
 from orchestrator.tuning.worker_group import Group
+
+ENGINES: dict[str, type[Engine]] = {"prompt_design": DesignEngine, "lomo": LomoEngine}
+"""The engines of baselines that ``BaselineEngine`` does not train."""
 
 
 def make_engine(
@@ -35,5 +39,5 @@ def make_engine(
     )
     if method not in BASELINES:
         return Engine(backbone, task, train, search, capacity, group=group, threads=threads)
-    kind = DesignEngine if method == "prompt_design" else BaselineEngine
+    kind = ENGINES.get(method, BaselineEngine)
     return kind(backbone, task, train, search, 1, group=group, threads=threads)

@@ -193,6 +193,16 @@ class PackedStep:
 
         A share that does not count adds zeros.
         """
+        device = self.backbone.device
+        trial = [self.packed.trial[place] for place in share.rows]
+        row_losses = self.row_losses(share)
+        sums.losses.index_add_(0, torch.tensor(trial, device=device), row_losses.detach())
+        gradients = torch.autograd.grad(row_losses.sum(), self.wanted, allow_unused=True)
+        for place, gradient in enumerate(gradients):
+            sums.gradients[place] = _plus(sums.gradients[place], gradient)
+
+    def row_losses(self, share: Share) -> Tensor:
+        """Run the rows of one forward; return each row's weighted loss, with its graph."""
         numbers = [self.packed.row[place] for place in share.rows]
         trial = [self.packed.trial[place] for place in share.rows]
         logits, targets = self.backbone.teacher_forced(
@@ -201,15 +211,11 @@ class PackedStep:
             [self.split.targets[n] for n in numbers],
             trial,
         )
-        device = self.backbone.device
         weight = torch.tensor(
-            [self.packed.weight[place] * share.counts for place in share.rows], device=device
+            [self.packed.weight[place] * share.counts for place in share.rows],
+            device=self.backbone.device,
         )
-        row_losses = -target_log_probs(logits, targets).sum(1) * weight
-        sums.losses.index_add_(0, torch.tensor(trial, device=device), row_losses.detach())
-        gradients = torch.autograd.grad(row_losses.sum(), self.wanted, allow_unused=True)
-        for place, gradient in enumerate(gradients):
-            sums.gradients[place] = _plus(sums.gradients[place], gradient)
+        return -target_log_probs(logits, targets).sum(1) * weight
 
 
 def _plus(total: Tensor | None, gradient: Tensor | None) -> Tensor | None:

@@ -42,6 +42,7 @@ from tests.benchmarks import (
     step,
     tables,
     trials,
+    whole_model,
 )
 from tests.benchmarks.measure import Line, Skipped, table
 from tests.benchmarks.subjects import TOY
@@ -134,6 +135,11 @@ def _tables(args: argparse.Namespace) -> list[Line]:
     return tables.lines(replace(setting, rows=2000) if args.toy else setting, args.only)
 
 
+def _whole_model(args: argparse.Namespace) -> list[Line]:
+    setting = whole_model.Setting(size=args.size) if args.size else whole_model.Setting()
+    return whole_model.lines(whole_model.TOY if args.toy else setting, args.only)
+
+
 def _of_size(args: argparse.Namespace, settings: dict[str, S]) -> S:
     """Return the benchmark's setting of the requested size.
 
@@ -184,6 +190,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Line]]] = {
     "methods": _methods,
     "paces": _paces,
     "tables": _tables,
+    "whole_model": _whole_model,
 }
 
 

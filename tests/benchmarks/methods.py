@@ -29,6 +29,7 @@ RATES: dict[str, list[float]] = {
     "lora": [0.003, 0.01],
     "adapter": [0.001, 0.003],
     "model_tuning": [0.0003, 0.001],
+    "lomo": [0.03, 0.1],
 }
 SPACES: dict[str, dict[str, Any]] = {
     "prompt_tuning": {"init": "class_labels", "num_virtual_tokens": 20},
@@ -37,6 +38,7 @@ SPACES: dict[str, dict[str, Any]] = {
     "lora": {"rank": 8},
     "adapter": {"bottleneck": 16},
     "model_tuning": {},
+    "lomo": {},
     "prompt_design": {"shots": [1, 4], "demonstrations": ["random", "nearest"]},
 }
 
@@ -77,6 +79,8 @@ def job(base: dict[str, Any], method: str, setting: Setting) -> dict[str, Any]:
     if method != "prompt_design":
         every = max(1, setting.steps // 5)
         document["train"] = {"steps": setting.steps, "batch_size": 16, "evaluate_every": every}
+    if method == "lomo":
+        document["train"].update({"optimizer": "sgd", "clip_norm": 1.0})
     return document
 
 

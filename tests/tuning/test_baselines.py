@@ -32,11 +32,13 @@ from orchestrator.tuning.reports import EvaluationJob, Report
 NOTHING = TrialSpec("", None, 0, 0.01, 0)
 SPECS: dict[MethodName, TrialSpec] = {
     "model_tuning": replace(NOTHING, learning_rate=0.003),
+    "lomo": replace(NOTHING, learning_rate=0.3),
     "lora": replace(NOTHING, learning_rate=0.03, rank=4, alpha=16),
     "adapter": replace(NOTHING, learning_rate=0.03, bottleneck=8),
 }
 FAMILIES = ["llama", "gpt2", "falcon", "t5", "bart", "bert"]
 TRAIN = TrainSpec(steps=30, batch_size=8, evaluate_every=15)
+SGD = TRAIN.model_copy(update={"optimizer": "sgd", "clip_norm": 3.0})
 SEARCH = SearchSpec(metric="loss")
 
 
@@ -55,8 +57,12 @@ def task(family: str, method: MethodName) -> Task:
 
 
 def engine_of(
-    family: str, method: MethodName, train: TrainSpec = TRAIN, backbone: Backbone | None = None
+    family: str,
+    method: MethodName,
+    train: TrainSpec | None = None,
+    backbone: Backbone | None = None,
 ) -> Engine:
+    train = train or (SGD if method == "lomo" else TRAIN)
     made = backbone or backbone_of(family, torch.float32)
     return make_engine(made, task(family, method), train, SEARCH, capacity=4)
 

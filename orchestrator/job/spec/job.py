@@ -48,7 +48,8 @@ class JobSpec(Section):
     method: MethodName = "prompt_tuning"
     """The tuning method. It tunes virtual tokens (prompt_tuning), keys and values of every layer
     (prefix_tuning), or virtual tokens that a small network generates (p_tuning). The other methods
-    are baselines: a written prompt (prompt_design), all weights (model_tuning), low-rank changes of
+    are baselines: a written prompt (prompt_design), all weights (model_tuning; lomo updates each
+    during the backward pass and stores neither gradients nor optimiser state), low-rank changes of
     the weights (lora; qlora where base_model.quantization rounds them), or added layers
     (adapter)."""
     reparameterization: ReparameterizationSpec | None = None
@@ -202,12 +203,26 @@ class JobSpec(Section):
                 "quantization out"
             )
             yield Conflict("base_model.quantization", text, keys)
-        if self.method in ("model_tuning", "adapter") and rounded != "none":
+        if self.method in ("model_tuning", "lomo", "adapter") and rounded != "none":
             text = (
                 f"method {self.method} does not go with rounded weights; leave it out, or use "
                 "method qlora"
             )
             yield Conflict("base_model.quantization", text, keys)
+
+    def _lomo_conflicts(self) -> Iterator[Conflict]:
+        """Yield conflicts for settings that need stored gradients or optimiser state."""
+        train, keys = self.train, ("method",)
+        if train.optimizer != "sgd":
+            text = f"{train.optimizer} keeps state for every weight, and method lomo keeps none"
+            yield Conflict("train.optimizer", f"{text}; set it to sgd", keys)
+        elif train.momentum is not None:
+            text = "sgd's momentum is kept for every weight, and method lomo keeps no such state"
+            yield Conflict("train.momentum", f"{text}; leave it out, or use model_tuning", keys)
+        if train.micro_batch_size is not None:
+            text = "gradients can't accumulate over passes, since method lomo stores none"
+            hint = "leave it out and lower train.batch_size, or use model_tuning"
+            yield Conflict("train.micro_batch_size", f"{text}; {hint}", keys)
 
     def _answer_conflicts(self) -> Iterator[Conflict]:
         """Yield conflicts for wordings of prompt_design that write the answer into the input."""
@@ -223,6 +238,8 @@ class JobSpec(Section):
         yield from self._answer_conflicts()
         if self.is_baseline:
             yield from self._baseline_conflicts()
+        if self.method == "lomo":
+            yield from self._lomo_conflicts()
         allowed = REPARAMETERIZATIONS.get(self.method, ("none",))
         if self.reparameterization_type not in allowed:
             text = (

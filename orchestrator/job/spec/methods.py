@@ -33,6 +33,7 @@ MethodName: TypeAlias = Literal[
     "p_tuning",
     "prompt_design",
     "model_tuning",
+    "lomo",
     "lora",
     "qlora",
     "adapter",
@@ -45,6 +46,7 @@ SPACES: dict[MethodName, tuple[str, ...]] = {
     "p_tuning": PROMPT_SPACE,
     "prompt_design": ("template", "shots", "demonstrations", "seed"),
     "model_tuning": ("learning_rate", "seed"),
+    "lomo": ("learning_rate", "seed"),
     "lora": LORA_SPACE,
     "qlora": LORA_SPACE,
     "adapter": ("bottleneck", "learning_rate", "seed"),
@@ -56,5 +58,6 @@ BASELINES: tuple[MethodName, ...] = tuple(name for name in SPACES if "init" not 
 """Methods that learn no soft prompt. Soft prompts are compared with them."""
 RATES = {
     "model_tuning": "[0.00001, 0.001]",
+    "lomo": "[0.001, 0.1]",
     "adapter": "[0.0001, 0.01]",
 }  # suggested ranges; lora and qlora take the one of adapter

@@ -27,7 +27,8 @@ class TrainSpec(Section):
     """Number of rows in a step of one trial."""
     micro_batch_size: PositiveInt | None = None
     """Maximum number of rows of one forward pass; all rows of a step by default. Gradients
-    accumulate over the passes, so memory use shrinks and the result stays the same."""
+    accumulate over the passes, so memory use shrinks and the result stays the same. Method lomo
+    stores no gradients and can't use it."""
     evaluate_every: PositiveInt = 50
     """Steps between two evaluations. Each evaluation reports metrics and a checkpoint."""
     loss_reduction: Literal["token_mean", "sum_per_row", "sum"] = "token_mean"
@@ -42,7 +43,7 @@ class TrainSpec(Section):
     loss of validation and test is not weighted."""
     optimizer: Optimizer = "adamw"
     """Optimiser of the soft prompt, or of what a baseline trains: adamw, adafactor (as in T5X) or
-    sgd."""
+    sgd. Method lomo needs sgd."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Fraction of the prompt that each step subtracts: multiplied by the learning rate with adamw,
     unscaled with adafactor (as in T5X). sgd adds that fraction of the prompt to the gradient
@@ -53,7 +54,8 @@ class TrainSpec(Section):
     """Momentum of sgd; none by default."""
     clip_norm: PositiveFloat | None = None
     """Maximum gradient norm of a trial: the Euclidean norm over everything that it trains. Longer
-    gradients are scaled down."""
+    gradients are scaled down. Method lomo then runs the backward pass twice in a step: first for
+    the norm, then for the update."""
     schedule: Schedule = "constant"
     """Course of the learning rate after the warmup. constant keeps it, linear and cosine reach 0
     after the last step, and exponential multiplies it by decay_rate after every decay_steps."""

@@ -6,11 +6,13 @@ from orchestrator.job.space import TrialSpec
 from orchestrator.models.backbone import Backbone
 from orchestrator.tuning.baselines.adapter import Adapters
 from orchestrator.tuning.baselines.change import WeightChange
+from orchestrator.tuning.baselines.lomo import Lomo
 from orchestrator.tuning.baselines.lora import Lora, check_peft
 from orchestrator.tuning.baselines.model_tuning import ModelTuning
 
 CHANGES: dict[str, Callable[[TrialSpec, Backbone], WeightChange]] = {
     "model_tuning": ModelTuning.create,
+    "lomo": Lomo.create,
     "lora": Lora.create,
     "qlora": Lora.create,
     "adapter": Adapters.create,

@@ -17,7 +17,10 @@ DOT = "/"  # replaces dots, which torch does not allow in a parameter's name
 
 
 class WeightChange(nn.Module, ABC):
-    """A trial's learnable state in float32, by the names used in a stored result."""
+    """A trial's learnable state, by the names used in a stored result.
+
+    It is in float32; only ``Lomo`` keeps the model's own number format.
+    """
 
     def __init__(self, learned: Mapping[str, nn.Parameter]) -> None:
         super().__init__()

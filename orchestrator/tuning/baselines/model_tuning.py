@@ -6,6 +6,7 @@ steps are not lost to rounding.
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from orchestrator.job.space import TrialSpec
@@ -16,11 +17,12 @@ from orchestrator.tuning.baselines.change import WeightChange
 class ModelTuning(WeightChange):
     """A copy of every parameter, which replaces the model's own while the change is applied."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None = torch.float32) -> None:
+        """Copy the parameters in the number format ``dtype``, or in their own if it is None."""
         self._own = dict(model.named_parameters())
         super().__init__(
             {
-                name: nn.Parameter(original.detach().float().clone())
+                name: nn.Parameter(original.detach().to(dtype or original.dtype, copy=True))
                 for name, original in self._own.items()
             }
         )

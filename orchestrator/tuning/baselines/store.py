@@ -1,8 +1,8 @@
 """Stores a baseline's result as a folder that its library can read.
 
-The folder has PEFT's format for lora and qlora, that of a transformers model for model_tuning, and
-named tensors in a safetensors file for adapter. In every case ``baseline.json`` describes the
-result and its metrics; for a written prompt it is the only file.
+The folder has PEFT's format for lora and qlora, that of a transformers model for model_tuning and
+lomo, and named tensors in a safetensors file for adapter. In every case ``baseline.json`` describes
+the result and its metrics; for a written prompt it is the only file.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def save_result(
     with whole_folder(folder) as staging:
         if method in ("lora", "qlora"):
             _save_lora(staging, spec, cpu_tensors, source)
-        elif method == "model_tuning":
+        elif method in ("model_tuning", "lomo"):
             _save_model(staging, cpu_tensors, source)
         elif method == "adapter":
             save_file(cpu_tensors, staging / "adapter.safetensors", metadata=TORCH)
