@@ -80,12 +80,10 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
     def run(*arguments: Any) -> Said:
         monkeypatch.setattr(sys, "argv", ["orchestrator", *map(str, arguments)])
         capfd.readouterr()
-        with pytest.raises(SystemExit) as left:
-            cli.main()
+        code = cli.run_verb()
         captured = capfd.readouterr()
-        code = left.value.code
         assert "Traceback" not in captured.out + captured.err
-        return Said(code if isinstance(code, int) else 1, captured.out, captured.err)
+        return Said(code, captured.out, captured.err)
 
     return run
 

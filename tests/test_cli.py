@@ -25,9 +25,9 @@ def imported(arguments: list[str]) -> tuple[set[str], float]:
     program = (
         "import json, sys\n"
         f"sys.argv = ['orchestrator', *{arguments!r}]\n"
-        "from orchestrator.cli import main\n"
-        "try: main()\n"
-        "except SystemExit as left: assert not left.code, left.code\n"
+        "from orchestrator.cli import run_verb\n"
+        "code = run_verb()\n"
+        "assert not code, code\n"
         f"print('\\n' + json.dumps([name for name in {HEAVY!r} if name in sys.modules]))\n"
     )
     started = time.monotonic()

@@ -331,10 +331,8 @@ def imported_by(words: list[str], folder: Path) -> tuple[int, set[str], str, flo
     program = (
         "import sys, json\n"
         f"sys.argv = ['orchestrator', *{words!r}]\n"
-        "from orchestrator.cli import main\n"
-        "code = 0\n"
-        "try: main()\n"
-        "except SystemExit as left: code = left.code\n"
+        "from orchestrator.cli import run_verb\n"
+        "code = run_verb()\n"
         f"print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))\n"
         "sys.exit(code)\n"
     )

@@ -236,7 +236,7 @@ def test_threads_are_waited_for_no_longer_than_asked() -> None:
 
 STUCK = """
 import subprocess, sys, threading
-from orchestrator.cluster.ray_threads import RayThread, end_process
+from orchestrator.cluster.ray_threads import RayThread, end_ray_process
 
 class Stuck(RayThread):
     def run(self):
@@ -245,7 +245,7 @@ class Stuck(RayThread):
 Stuck("stuck").start()
 print(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], \
 stdout=subprocess.DEVNULL).pid)
-end_process(3)
+end_ray_process(3)
 """
 
 

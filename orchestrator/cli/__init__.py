@@ -3,7 +3,7 @@
 Heavy libraries are imported inside these functions, so that ``--help`` answers at once.
 """
 
-from orchestrator.cli.entry import main
+from orchestrator.cli.entry import main, run_verb
 from orchestrator.cli.groups import app
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "run_verb"]

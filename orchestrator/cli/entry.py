@@ -14,7 +14,7 @@ import typer
 from orchestrator.cli import cluster, registry, serve, tune  # noqa: F401  # each adds its verbs
 from orchestrator.cli.groups import app
 from orchestrator.cli.output import print_json, say
-from orchestrator.cluster.ray_threads import end_process
+from orchestrator.cluster.ray_threads import end_ray_process
 from orchestrator.errors import (
     TRACEBACK,
     BadInput,
@@ -23,8 +23,7 @@ from orchestrator.errors import (
     SpecError,
     Unreachable,
 )
-from orchestrator.utils.garbage import unfreed
-from orchestrator.utils.interrupts import Interrupts, ignore_interrupts, ignore_interrupts_at_exit
+from orchestrator.utils.interrupts import Interrupts, ignore_interrupts
 from orchestrator.utils.text import first_line
 
 INTERRUPTED = 130  # typer turns Ctrl-C into an exit with this code
@@ -33,12 +32,14 @@ TERMINATED = 143  # after SIGTERM; as in shells, both codes are 128 plus the sig
 
 def main() -> NoReturn:
     """Run the verb that the command line names, and end the process with its exit code."""
-    code = _guarded(lambda: app(prog_name="orchestrator", standalone_mode=False))
-    if code in (INTERRUPTED, TERMINATED):
-        ignore_interrupts()  # the outcome is printed: another signal must not change the exit code
-    unfreed()
-    ignore_interrupts_at_exit()
-    end_process(code)
+    code = run_verb()
+    ignore_interrupts()  # the outcome is printed: another signal must not change the exit code
+    end_ray_process(code)
+
+
+def run_verb() -> int:
+    """Run the verb that the command line names, and return the exit code."""
+    return _guarded(lambda: app(prog_name="orchestrator", standalone_mode=False))
 
 
 def _guarded(verb: Callable[[], object]) -> int:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Sequence
 from typing import NoReturn
+
+from orchestrator.utils.ending import end_process, flush_output
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ def names(threads: Sequence[threading.Thread]) -> str:
     return ", ".join(thread.name for thread in threads)
 
 
-def end_process(code: int) -> NoReturn:
+def end_ray_process(code: int) -> NoReturn:
     """End the process with this exit code, even if a thread is stuck in a call of Ray.
 
     Ray's cleanup at a normal exit would crash such a thread. So no cleanup is run: the processes
@@ -65,12 +66,11 @@ def end_process(code: int) -> NoReturn:
     """
     stuck = alive(_started)
     if not stuck:
-        sys.exit(code)
+        end_process(code)
     log.warning(
         "exiting without waiting for threads that are stuck in a call of Ray: %s", names(stuck)
     )
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush_output()
     import psutil
 
     children = psutil.Process().children(recursive=True)

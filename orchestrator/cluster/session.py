@@ -202,7 +202,7 @@ class LocalStart(threading.Thread):
 def leave_ray() -> None:
     """Call ``ray.shutdown()`` once no thread calls Ray any more.
 
-    If a thread does not end, Ray is left running for ``end_process``. Garbage collection is off
+    If a thread does not end, Ray is left running for ``end_ray_process``. Garbage collection is off
     during the shutdown: if another thread drops a reference to one of Ray's objects meanwhile,
     Ray's C++ code ends the process with exit code 1.
     """

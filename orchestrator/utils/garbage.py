@@ -5,7 +5,6 @@ Checked on CPython 3.11. docs/workarounds.md has the gains.
 
 from __future__ import annotations
 
-import atexit
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,13 +24,3 @@ def uncollected() -> Iterator[None]:
     finally:
         if was:
             gc.enable()
-
-
-def unfreed() -> None:
-    """Skip the garbage collection at the program's exit, and leave its memory to the system.
-
-    Python would search hundreds of thousands of objects for garbage once more, which takes two
-    seconds.
-    """
-    atexit.unregister(gc.freeze)
-    atexit.register(gc.freeze)

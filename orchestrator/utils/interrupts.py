@@ -8,7 +8,6 @@ are called under ``sigterm_kept``.
 
 from __future__ import annotations
 
-import atexit
 import os
 import signal
 import sys
@@ -157,12 +156,6 @@ def ignore_interrupts() -> None:
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
-
-
-def ignore_interrupts_at_exit() -> None:
-    """Register ``ignore_interrupts`` to run when Python exits."""
-    atexit.unregister(ignore_interrupts)
-    atexit.register(ignore_interrupts)
 
 
 @contextmanager

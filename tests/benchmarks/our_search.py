@@ -248,7 +248,7 @@ def profiled(work: Callable[[], Any]) -> Any:
 
 
 if __name__ == "__main__":
-    from orchestrator.utils.garbage import unfreed
+    from orchestrator.utils.ending import end_process
 
     main(Asked(**json.loads(sys.argv[1])))
-    unfreed()
+    end_process(0)

@@ -98,7 +98,7 @@ except ValueError as error:
 """
 STUCK = """
 from orchestrator.cluster import session
-from orchestrator.cluster.ray_threads import RayThread, end_process
+from orchestrator.cluster.ray_threads import RayThread, end_ray_process
 
 @ray.remote
 def endless():
@@ -114,7 +114,7 @@ with ray_beside() as up:
     Asks("asks").start()
     time.sleep(1)
 print("left", flush=True)
-end_process(0)
+end_ray_process(0)
 """
 TERMINATED = """
 try:
