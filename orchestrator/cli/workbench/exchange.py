@@ -6,10 +6,13 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from orchestrator import __version__
-from orchestrator.artifact import SOFT, BaseModelRecord, PromptArtifact
-from orchestrator.artifact.peft import ImportedTask, export_peft, import_peft, read_peft
+from orchestrator.artifact import SOFT, BaseModelRecord, Manifest, PromptArtifact
+from orchestrator.artifact.peft import README, ImportedTask, export_peft, import_peft, read_peft
+from orchestrator.cli.workbench.card import card_facts, model_card
+from orchestrator.cli.workbench.hub import base_licence, check_repository, push_folder
 from orchestrator.data.dataset import RowSplits, load_rows
 from orchestrator.data.encoding import Encoder, make_encoder
 from orchestrator.data.source_row import Row
@@ -18,7 +21,7 @@ from orchestrator.job.spec import JobSpec
 from orchestrator.models.backbone import Backbone, default_device, load_backbone
 from orchestrator.models.nearest_words import nearest_words
 from orchestrator.models.source import resolve_model
-from orchestrator.registry import CHAMPION, Registry, check_alias, check_name
+from orchestrator.registry import CHAMPION, Registry, VersionSummary, check_alias, check_name
 from orchestrator.search.prepare import (
     cells_record,
     chat_record,
@@ -29,17 +32,55 @@ from orchestrator.search.prepare import (
 from orchestrator.serving.prompts.served_prompt import load_prompt
 from orchestrator.utils.documents import JsonObject
 
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
+
 Say = Callable[[str], None]
 
 
-def export_model(registry: Registry, model: str, folder: Path) -> JsonObject:
+def export_model(
+    registry: Registry,
+    model: str,
+    folder: Path,
+    card: bool = False,
+    push: str | None = None,
+    private: bool = False,
+) -> JsonObject:
     """Write a registered prompt as a PEFT folder; return the document of ``export --json``.
 
-    Raises BadInput for a prompt that PEFT can't express, and for a folder that exists.
+    ``card`` adds a model card as README.md. ``push`` names a new repository on the hub, where the
+    folder is uploaded with its card. Raises BadInput for a prompt that PEFT can't express, for a
+    folder that exists and for a repository that the hub refuses; Unreachable if the hub does not
+    answer. What is found wrong with the repository after the folder is written leaves it whole.
     """
     version = registry.resolve(model)
     artifact = PromptArtifact.load(registry.fetch(version.name, version.version))
-    export_peft(artifact, folder)
+    if push is not None:
+        check_repository(push)
+    made = None
+    if card or push is not None:
+        made = _card(registry, version, artifact.manifest, push or folder.resolve().name)
+    export_peft(artifact, folder, "" if made is None else str(made))
+    document = _exported(version, folder)
+    if made is not None:
+        document["card"] = str(folder.resolve() / README)
+    if push is not None and made is not None:
+        address = push_folder(folder, push, made, private)
+        document["repository"] = {"id": push, "url": address, "private": private}
+    return document
+
+
+def _card(
+    registry: Registry, version: VersionSummary, manifest: Manifest, adapter: str
+) -> ModelCard:
+    """Write the model card of a version; ``adapter`` says where PEFT finds the prompt."""
+    base = manifest.base_model
+    licence = base_licence(base.id, base.revision)
+    return model_card(card_facts(registry, version, manifest, adapter, licence))
+
+
+def _exported(version: VersionSummary, folder: Path) -> JsonObject:
+    """Describe an exported folder, as far as PEFT reads it."""
     written = read_peft(folder).config
     return {
         "name": version.name,
