@@ -247,11 +247,11 @@ def _register(context: SearchContext, result: Result, trial: BestTrial, run_id: 
             example=context.prepared.rows.test[0],
             nearest=[] if soft is None else nearest_words(context.prepared.source, soft, 3),
             outcomes=trial.outcomes,
-            tags=_seed_tags(result.outcome, trial.record),
+            tags=seed_tags(result.outcome, trial.record),
         )
 
 
-def _seed_tags(outcome: Outcome, trial: TrialRecord) -> dict[str, Any]:
+def seed_tags(outcome: Outcome, trial: TrialRecord) -> dict[str, Any]:
     """Return the tag with the spread of a trial's configuration over seeds; empty without one."""
     if not (spread := outcome.over_seeds(trial)):
         return {}

@@ -225,6 +225,7 @@ def _verbalizer(mapping: dict[Any, str] | None) -> str:
 def export_page(document: Mapping[str, Any], folder: Path) -> list[str]:
     """Say where an exported prompt is, and how to load it."""
     card = [f"Its model card is {document['card']}."] if "card" in document else []
+    card += [f"Note: {document['warning']}."] if "warning" in document else []
     place = str(folder)
     if repository := document.get("repository"):
         card.append(f"It is on the hub: {repository['url']}")

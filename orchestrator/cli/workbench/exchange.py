@@ -6,10 +6,9 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from orchestrator import __version__
-from orchestrator.artifact import SOFT, BaseModelRecord, Manifest, PromptArtifact
+from orchestrator.artifact import SOFT, BaseModelRecord, PromptArtifact
 from orchestrator.artifact.peft import README, ImportedTask, export_peft, import_peft, read_peft
 from orchestrator.cli.workbench.card import card_facts, model_card
 from orchestrator.cli.workbench.hub import base_licence, check_repository, push_folder
@@ -18,6 +17,7 @@ from orchestrator.data.encoding import Encoder, make_encoder
 from orchestrator.data.source_row import Row
 from orchestrator.errors import BadInput
 from orchestrator.job.spec import JobSpec
+from orchestrator.models.adapter_folder import ADAPTER_CONFIG
 from orchestrator.models.backbone import Backbone, default_device, load_backbone
 from orchestrator.models.nearest_words import nearest_words
 from orchestrator.models.source import resolve_model
@@ -31,9 +31,6 @@ from orchestrator.search.prepare import (
 )
 from orchestrator.serving.prompts.served_prompt import load_prompt
 from orchestrator.utils.documents import JsonObject
-
-if TYPE_CHECKING:
-    from huggingface_hub import ModelCard
 
 Say = Callable[[str], None]
 
@@ -57,26 +54,25 @@ def export_model(
     artifact = PromptArtifact.load(registry.fetch(version.name, version.version))
     if push is not None:
         check_repository(push)
-    made = None
-    if card or push is not None:
-        made = _card(registry, version, artifact.manifest, push or folder.resolve().name)
-    export_peft(artifact, folder, "" if made is None else str(made))
-    document = _exported(version, folder)
-    if made is not None:
-        document["card"] = str(folder.resolve() / README)
-    if push is not None and made is not None:
+    if not card and push is None:
+        export_peft(artifact, folder)
+        return _exported(version, folder)
+    base = artifact.manifest.base_model
+    licence = base_licence(base.id, base.revision)
+    adapter = push or folder.resolve().name
+    facts = card_facts(registry, version, artifact.manifest, adapter, licence)
+    made = model_card(facts)
+    export_peft(artifact, folder, str(made))
+    document = _exported(version, folder) | {"card": str(folder.resolve() / README)}
+    if facts.base.kind != "hub":
+        document["warning"] = (
+            f"the base model {facts.base.name!r} is not on the hub: the card's metadata name no "
+            f"base model, and {ADAPTER_CONFIG} names {base.id!r}"
+        )
+    if push is not None:
         address = push_folder(folder, push, made, private)
         document["repository"] = {"id": push, "url": address, "private": private}
     return document
-
-
-def _card(
-    registry: Registry, version: VersionSummary, manifest: Manifest, adapter: str
-) -> ModelCard:
-    """Write the model card of a version; ``adapter`` says where PEFT finds the prompt."""
-    base = manifest.base_model
-    licence = base_licence(base.id, base.revision)
-    return model_card(card_facts(registry, version, manifest, adapter, licence))
 
 
 def _exported(version: VersionSummary, folder: Path) -> JsonObject:

@@ -6,6 +6,7 @@ The library's own client does the work; its address, token and offline mode are 
 
 from __future__ import annotations
 
+import json
 import shlex
 from contextlib import suppress
 from pathlib import Path
@@ -66,10 +67,10 @@ def push_folder(folder: Path, repository: str, card: ModelCard, private: bool) -
 
     api = HfApi()
     try:
-        card.validate()
+        _validate(card)
         address = str(api.create_repo(repository, private=private or None))
         _upload(api, folder, repository)
-    except Exception as error:  # of the hub's client and of the libraries below it
+    except Exception as error:  # of the hub's client, of the libraries below it, or our own
         failure = _explained(error, repository)
         later = f"hf upload {repository} {shlex.quote(str(folder))} ."
         raise type(failure)(
@@ -77,6 +78,24 @@ def push_folder(folder: Path, repository: str, card: ModelCard, private: bool) -
             f"{failure.hint}, then: {later}",
         ) from None
     return mask_secrets(address)
+
+
+def _validate(card: ModelCard) -> None:
+    """Have the hub check the card. Raises JobFailed with what the hub finds wrong."""
+    try:
+        card.validate()
+    except ValueError as error:
+        raise JobFailed(
+            f"the hub refuses the card's metadata: {_faults(str(error))}",
+            f"correct the metadata in the folder's {README}",
+        ) from None
+
+
+def _faults(answer: str) -> str:
+    """Return the messages in the hub's answer about a card, or the answer itself."""
+    with suppress(ValueError, KeyError, TypeError):
+        return "; ".join(fault["message"] for fault in json.loads(answer)["errors"])
+    return first_line(answer)
 
 
 def _upload(api: HfApi, folder: Path, repository: str) -> None:
@@ -134,6 +153,8 @@ def _explained(error: Exception, repository: str) -> OrchestratorError:
     """Make the error for whatever the hub's client raised."""
     from huggingface_hub.errors import HfHubHTTPError
 
+    if isinstance(error, OrchestratorError):
+        return error
     if isinstance(error, HfHubHTTPError):
         return _refused(error, repository)
     if isinstance(error, ValueError):

@@ -120,6 +120,8 @@ def _results(facts: CardFacts) -> Iterator[str]:
             "**This version has no metrics of its own**: nobody has measured it on the data above, "
             "so nothing is known of how good it is there."
         )
+    elif facts.metric is not None:
+        yield f"The search ranked its trials by {code(facts.metric.name)} on the validation rows."
     for split in sorted(manifest.metrics, key=lambda split: split != "test"):
         if manifest.metrics[split]:
             yield from _split_results(facts, split)
@@ -224,10 +226,7 @@ def _peft(facts: CardFacts) -> Iterator[str]:
             "An answer of this model fills the template's blank, with as many mask tokens as the "
             "answer has. The server below does that."
         )
-    yield (
-        "Run one row at a time, or pad on the right: PEFT puts padding on the left between the "
-        "prompt and the input."
-    )
+    yield "Run one row at a time: PEFT puts padding between the prompt and the input."
 
 
 def _server(facts: CardFacts) -> Iterator[str]:

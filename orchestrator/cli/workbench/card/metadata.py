@@ -80,7 +80,7 @@ def _results_on(
             dataset_split=printable(split),
             metric_type=METRIC_TYPES.get(name, name),
             metric_name=name,
-            metric_value=value,
+            metric_value=float(f"{value:.6g}"),
         )
         for name, value in metrics.items()
         if math.isfinite(value)

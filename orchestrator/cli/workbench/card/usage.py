@@ -6,6 +6,7 @@ Texts of the job stand in the code as literals, so no text can change what the c
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 from collections.abc import Iterator
@@ -165,7 +166,18 @@ def job_text(facts: CardFacts) -> str:
         "data": _data_section(facts),
         "method": manifest.method,
     }
-    return yaml.safe_dump(document, sort_keys=False, width=90).rstrip()
+    return yaml.dump(document, Dumper=_JobDumper, sort_keys=False, width=math.inf).rstrip()
+
+
+class _JobDumper(yaml.SafeDumper):
+    """Writes texts with line breaks or outer white space in double quotes, on one line."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        style = None if text == text.strip() and text.isprintable() else '"'
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_JobDumper.add_representer(str, _JobDumper.represent_text)
 
 
 def _base_section(facts: CardFacts) -> dict[str, Any]:
@@ -181,8 +193,11 @@ def _base_section(facts: CardFacts) -> dict[str, Any]:
 def _data_section(facts: CardFacts) -> dict[str, Any]:
     manifest, data = facts.manifest, facts.data
     files = {split: f"{split}.jsonl" for split in ("train", "validation", "test")}
+    texts, special_tokens = manifest.verbalizer_map(), manifest.special_tokens_in_text
     optional = {
-        "verbalizer": manifest.verbalizer_map(),
+        "verbalizer": texts,
+        "max_target_tokens": manifest.max_target_tokens if texts is None else None,
+        "special_tokens_in_text": special_tokens if special_tokens != "text" else None,
         "chat": _chat_section(manifest),
         "sentinel": manifest.sentinel or None,
         "empty": "keep" if manifest.cells and manifest.cells.empty == "keep" else None,
@@ -191,9 +206,7 @@ def _data_section(facts: CardFacts) -> dict[str, Any]:
         "path": files if data.kind == "local" else data.name,
         **_columns(manifest),
         **{key: value for key, value in optional.items() if value is not None},
-        "special_tokens_in_text": manifest.special_tokens_in_text,
         "max_input_tokens": manifest.max_input_tokens,
-        "max_target_tokens": manifest.max_target_tokens,
     }
 
 
