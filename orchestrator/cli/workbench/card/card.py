@@ -60,6 +60,8 @@ def _text(facts: CardFacts) -> str:
 def _summary(facts: CardFacts) -> str:
     manifest = facts.manifest
     tokens = counted(manifest.num_virtual_tokens, "virtual token")
+    if manifest.method == "prefix_tuning":
+        tokens += ", as keys and values of every layer,"
     origin = (
         "It was imported from a PEFT folder."
         if facts.is_imported
@@ -213,7 +215,10 @@ def _other_data(facts: CardFacts) -> Iterator[str]:
 def _aliases(facts: CardFacts) -> Iterator[str]:
     for move in facts.moves:
         reason = f" Why: {code(move.reason)}" if move.reason else ""
-        yield f"The alias {code(move.alias)} points to this version since {code(move.at)}.{reason}"
+        yield (
+            f"When this was exported, the alias {code(move.alias)} was on this version, since "
+            f"{code(move.at)}.{reason}"
+        )
 
 
 # Use
