@@ -30,11 +30,13 @@ from orchestrator.cli.workbench.card import CardFacts, model_card
 from orchestrator.cli.workbench.card.usage import job_text, peft_code
 from orchestrator.data.encoding import Encoder
 from orchestrator.data.template import Template, Verbalizer
+from orchestrator.job.labels import spelled
 from orchestrator.job.yaml import load_job
 from orchestrator.models.scoring import answer_scores
 from orchestrator.registry import Move, VersionSummary, read_evaluations
 from orchestrator.registry.aliases.gate import EVALUATION_TAG
 from orchestrator.serving.offline import OfflineModel
+from orchestrator.utils.markdown import code, quoted
 
 HEADINGS = ["Task", "Data", "Results", "Use with PEFT", "Use with prompt-orchestrator", "Limits",
             "Licence"]  # fmt: skip
@@ -114,7 +116,7 @@ def test_any_text_gives_a_card_that_is_read_back(
     data = yaml.safe_load(job_text(card_facts))["data"]
     assert data["template"] == template and data["verbalizer"][label] == answer
     labels = tables(card.text)[0]
-    assert len(labels) == 3 and {len(row) for row in labels} == {2}
+    assert labels[1] == [code(spelled(label)), code(quoted(answer))] and len(labels) == 3
 
 
 @given(TEXTS)

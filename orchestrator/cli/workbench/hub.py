@@ -54,7 +54,10 @@ def check_repository(repository: str) -> None:
             return
     except Exception as error:  # of the hub's client and of the HTTP client below it
         raise _explained(error, repository) from None
-    raise _exists(repository)
+    raise _exists(
+        repository,
+        f"name a new repository, or export without --push, then: hf upload {repository} DIR .",
+    )
 
 
 def push_folder(folder: Path, repository: str, card: ModelCard, private: bool) -> str:
@@ -141,11 +144,9 @@ def _endpoint() -> str:
     return mask_secrets(str(constants.ENDPOINT))
 
 
-def _exists(repository: str) -> BadInput:
+def _exists(repository: str, hint: str) -> BadInput:
     return BadInput(
-        f"{repository} exists already on {_endpoint()}, and nothing is written over it",
-        f"name a new repository, or export without --push and add the folder to this one with: "
-        f"hf upload {repository} DIR .",
+        f"{repository} exists already on {_endpoint()}, and nothing is written over it", hint
     )
 
 
@@ -184,7 +185,7 @@ def _refused(error: Any, repository: str) -> OrchestratorError:
             "name as the owner",
         )
     if status == 409:
-        return _exists(repository)
+        return _exists(repository, "make sure that its files may be replaced")
     if status == 429 or status >= 500:
         return Unreachable(f"the hub answers {status}", "wait a little")
     reason = error.server_message or error
