@@ -14,7 +14,7 @@ from orchestrator.errors import BadInput, Unreachable
 from orchestrator.registry import Registry
 from orchestrator.serving.client import ask
 from orchestrator.utils.object_store import check_address
-from orchestrator.utils.text import holds_login, mask_secrets
+from orchestrator.utils.text import hide_secrets, holds_login, mask_secrets
 
 SECRET = "s3cr3t"
 WITH_SECRETS = [
@@ -210,3 +210,12 @@ def test_an_address_that_an_earlier_release_kept_is_still_the_same() -> None:
     """Earlier releases kept the user name; `resume` masks the address before comparing."""
     now = Registry(f"postgresql://ann:{SECRET}@host/mlflow").display_uri
     assert mask_secrets("postgresql://ann:***@host/mlflow") == now == "postgresql://***@host/mlflow"
+
+
+def test_texts_that_are_published_hold_no_known_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values of variables with secret names are hidden; short ones and other variables are not."""
+    monkeypatch.setenv("ANY_TOKEN", "abcdefgh12")
+    monkeypatch.setenv("OTHER_PASSWORD", "spam")
+    monkeypatch.setenv("SOME_FOLDER", "is-this-spam")
+    text = "abcdefgh12 is-this-spam hf_0123456789abcdefXYZ https://u:p@h/"
+    assert hide_secrets(text) == "*** is-this-spam *** https://***@h/"

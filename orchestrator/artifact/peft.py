@@ -47,6 +47,7 @@ from orchestrator.utils.text import first_fault
 
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
+README = "README.md"
 TENSOR = "prompt_embeddings"
 DECODER = "prefix.decoder"
 
@@ -96,12 +97,13 @@ class PeftPrompt:
 # Export
 
 
-def export_peft(artifact: PromptArtifact, folder: Path) -> Path:
+def export_peft(artifact: PromptArtifact, folder: Path, readme: str = "") -> Path:
     """Write the artifact as a PEFT folder, completely or not at all.
 
     On rows without padding PEFT then makes the same predictions. P-tuning is written as prompt
-    tuning of the embeddings that its network generated. Raises BadInput for a prompt that PEFT
-    can't express, and for a folder that exists.
+    tuning of the embeddings that its network generated. ``readme`` is the text of the folder's
+    README.md; without one there is no such file. Raises BadInput for a prompt that PEFT can't
+    express, and for a folder that exists.
     """
     family = usual_family(artifact.manifest.base_model.model_type)
     _check_expressible(artifact, family)
@@ -130,6 +132,8 @@ def export_peft(artifact: PromptArtifact, folder: Path) -> Path:
             save_file(
                 {TENSOR: np.ascontiguousarray(tensor)}, staging / WEIGHTS, metadata={"format": "pt"}
             )
+            if readme:
+                (staging / README).write_text(readme, encoding="utf-8")
     except OSError as error:
         raise BadInput(
             f"{folder} can't be written ({error.strerror})", "name a folder that you may write to"

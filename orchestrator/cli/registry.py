@@ -234,14 +234,34 @@ def export_(
         Path,
         typer.Argument(metavar="DIR", help="Folder to write; must not exist.", show_default=False),
     ],
+    card: Annotated[
+        bool, typer.Option("--card", help="Add a model card (README.md), as the hub shows it.")
+    ] = False,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OWNER/NAME",
+            help="Upload the folder, with its card, as a new repository of the hub.",
+            show_default=False,
+        ),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make that repository private.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a registered prompt as a PEFT adapter folder."""
+    """Write a registered prompt as a PEFT adapter folder.
+
+    --push takes the hub's address and token from HF_ENDPOINT and HF_TOKEN. A failed upload leaves
+    the folder whole.
+    """
+    if private and push is None:
+        raise BadInput("--private is about the repository of --push", "add --push OWNER/NAME")
     with results_only():
         from orchestrator.cli.workbench.exchange import export_model
 
         registry = open_registry()
-        document = export_model(registry, model, folder)
+        document = export_model(registry, model, folder, card, push, private)
     from orchestrator.cli.pages.registry import export_page
 
     present(document, as_json, lambda: export_page(document, folder))

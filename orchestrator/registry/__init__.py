@@ -5,14 +5,17 @@ first call that needs the store.
 """
 
 from orchestrator.registry.aliases.canary import Canary, LiveModel
+from orchestrator.registry.aliases.gate import tagged_metric
 from orchestrator.registry.aliases.ledger import Overtaken
 from orchestrator.registry.aliases.moves import Move
 from orchestrator.registry.registry import CHAMPION, Registry, check_alias, check_name
 from orchestrator.registry.runs.search_log import SearchLog
-from orchestrator.registry.versions.evaluations import EvaluationRecord
+from orchestrator.registry.versions.evaluations import EvaluationRecord, read_evaluations
 from orchestrator.registry.versions.records import (
+    SEEDS_TAG,
     AliasOutcome,
     ModelSummary,
+    SeedSpread,
     UiCommand,
     VersionDetail,
     VersionSummary,
@@ -30,7 +33,9 @@ __all__ = [
     "Move",
     "Overtaken",
     "Registry",
+    "SEEDS_TAG",
     "SearchLog",
+    "SeedSpread",
     "UiCommand",
     "VersionDetail",
     "VersionSummary",
@@ -38,4 +43,6 @@ __all__ = [
     "check_name",
     "parse_ref",
     "printable",
+    "read_evaluations",
+    "tagged_metric",
 ]

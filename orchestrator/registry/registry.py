@@ -390,6 +390,10 @@ class Registry:
     def _fetch(self, summary: VersionSummary, cache_dir: Path | None = None) -> Path:
         return fetch(self._store, summary, cache_dir or self.cache_dir)
 
+    def test_outcomes(self, version: VersionSummary, data: DataRecord) -> RowOutcomes | None:
+        """Read the outcomes of the test rows of a version's own data; None if they are not kept."""
+        return read_outcomes(self._store, version, data.test_fingerprint or data.fingerprint)
+
     def log_evaluations(self, version: VersionSummary, records: Sequence[EvaluationRecord]) -> str:
         """Store a version's evaluation results on other data; return the ID of their run."""
         with self._store.translating(

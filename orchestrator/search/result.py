@@ -25,6 +25,7 @@ from orchestrator.errors import BadInput, NothingFound
 from orchestrator.job.space import no_result
 from orchestrator.models.nearest_words import nearest_words
 from orchestrator.models.source import BaseModelInfo
+from orchestrator.registry import SEEDS_TAG
 from orchestrator.search.context import SearchContext, StartedSearch
 from orchestrator.search.mlflow_tags import outcome_tags, search_note
 from orchestrator.search.plan.plan import device_hours
@@ -246,7 +247,15 @@ def _register(context: SearchContext, result: Result, trial: BestTrial, run_id: 
             example=context.prepared.rows.test[0],
             nearest=[] if soft is None else nearest_words(context.prepared.source, soft, 3),
             outcomes=trial.outcomes,
+            tags=seed_tags(result.outcome, trial.record),
         )
+
+
+def seed_tags(outcome: Outcome, trial: TrialRecord) -> dict[str, Any]:
+    """Return the tag with the spread of a trial's configuration over seeds; empty without one."""
+    if not (spread := outcome.over_seeds(trial)):
+        return {}
+    return {SEEDS_TAG: {**spread, "fresh": bool(trial.spec.confirms)}}
 
 
 def _best_tensors(trial: TrialRecord) -> dict[str, Any]:

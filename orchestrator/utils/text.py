@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -35,6 +36,8 @@ SECRET_NAME = re.compile(
     r"|(?:^|[_.-])(?:pass|key|key_id|sig)$",
     re.IGNORECASE,
 )
+HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
+SHORTEST_SECRET = 8  # characters; shorter values of secret variables may be common words
 KEY_FILE = re.compile(r"^ssl[_-]?key$", re.IGNORECASE)  # the path of a key file, not a key
 USER_NAME = re.compile(r"^(?:user|username|uid|user_?id|login)$", re.IGNORECASE)
 
@@ -86,6 +89,19 @@ def mask_secrets(text: str) -> str:
     text = LOGIN.sub(rf"\1{HIDDEN}@", text)
     text = PARAMETER.sub(_masked_parameter, text)
     return PASSWORD.sub(rf"\1{HIDDEN}", text)
+
+
+def hide_secrets(text: str) -> str:
+    """Hide the secrets of addresses, tokens of the hub, and values of secret variables.
+
+    For texts that are published: a variable of the environment whose name says that it is a secret
+    must not appear in them.
+    """
+    text = HUB_TOKEN.sub(HIDDEN, mask_secrets(text))
+    for name, value in os.environ.items():
+        if len(value) >= SHORTEST_SECRET and _is_secret(name):
+            text = text.replace(value, HIDDEN)
+    return text
 
 
 def holds_login(url: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,10 @@ from small_jobs import small_job
 
 from orchestrator.job.space import TrialSpec
 from orchestrator.job.spec import SearchSpec
+from orchestrator.registry import SEEDS_TAG, VersionSummary
+from orchestrator.registry.runs.entries import as_texts
 from orchestrator.search.report import read_facts
+from orchestrator.search.result import seed_tags
 from orchestrator.search.state.events import Reported, Started
 from orchestrator.search.state.history import History
 from orchestrator.search.state.journal import Journal
@@ -154,9 +158,30 @@ def test_the_spread_over_seeds_is_of_equal_trials() -> None:
     ):
         outcome.trial_reported(name, report(name, step, step, accuracy))
     found = outcome.over_seeds(outcome.records["s1"])
-    assert found["trials"] == 3
+    assert found["trials"] == 3 and found["seeds"] == [0, 1, 2]
     assert found["validation"]["accuracy"] == {
         "mean": pytest.approx(0.6),
         "std": pytest.approx(0.1),
     }
     assert outcome.over_seeds(outcome.records["other"]) == {}
+
+
+@pytest.mark.parametrize("confirms", ["", "t9"])
+def test_the_spread_over_seeds_is_kept_with_a_version(confirms: str) -> None:
+    """The tag that a registered version gets is read back as the spread; one seed gives none."""
+    specs = {f"s{seed}": replace(SPEC, seed=seed, confirms=confirms) for seed in (3, 7)}
+    outcome = Outcome([*specs.items(), ("other", OTHER)])
+    for name, accuracy in (("s3", 0.5), ("s7", 0.7), ("other", 0.9)):
+        outcome.trial_reported(name, report(name, 8, 8, accuracy))
+    tags = as_texts(seed_tags(outcome, outcome.records["s7"]), 1000)
+    spread = version_tagged(tags).seeds
+    assert spread is not None and spread.seeds == (3, 7) and spread.fresh == bool(confirms)
+    assert spread.mean["accuracy"] == pytest.approx(0.6)
+    assert spread.std["accuracy"] == pytest.approx(0.1 * 2**0.5)
+    assert seed_tags(outcome, outcome.records["other"]) == {}
+    for broken in ("", "[]", "{}", '{"seeds": [1], "validation": {"accuracy": 1}, "fresh": true}'):
+        assert version_tagged({SEEDS_TAG: broken}).seeds is None
+
+
+def version_tagged(tags: dict[str, str]) -> VersionSummary:
+    return VersionSummary("m", 1, (), datetime.now(UTC), "READY", None, "", tags, {}, {}, {})

@@ -224,10 +224,17 @@ def _verbalizer(mapping: dict[Any, str] | None) -> str:
 
 def export_page(document: Mapping[str, Any], folder: Path) -> list[str]:
     """Say where an exported prompt is, and how to load it."""
+    card = [f"Its model card is {document['card']}."] if "card" in document else []
+    card += [f"Note: {document['warning']}."] if "warning" in document else []
+    place = str(folder)
+    if repository := document.get("repository"):
+        card.append(f"It is on the hub: {repository['url']}")
+        place = repository["id"]
     return [
         f"{document['name']}:{document['version']} is in {folder}, "
         f"as {document['peft_type']} of PEFT.",
-        f"next: PeftModel.from_pretrained(base, {str(folder)!r}) in Python",
+        *card,
+        f"next: PeftModel.from_pretrained(base, {place!r}) in Python",
         f"  or: orchestrator import {shlex.quote(str(folder))} --name NAME --job JOB   "
         "(into another registry)",
     ]

@@ -9,16 +9,19 @@ from pathlib import Path
 
 from orchestrator import __version__
 from orchestrator.artifact import SOFT, BaseModelRecord, PromptArtifact
-from orchestrator.artifact.peft import ImportedTask, export_peft, import_peft, read_peft
+from orchestrator.artifact.peft import README, ImportedTask, export_peft, import_peft, read_peft
+from orchestrator.cli.workbench.card import card_facts, model_card
+from orchestrator.cli.workbench.hub import base_licence, check_repository, push_folder
 from orchestrator.data.dataset import RowSplits, load_rows
 from orchestrator.data.encoding import Encoder, make_encoder
 from orchestrator.data.source_row import Row
 from orchestrator.errors import BadInput
 from orchestrator.job.spec import JobSpec
+from orchestrator.models.adapter_folder import ADAPTER_CONFIG
 from orchestrator.models.backbone import Backbone, default_device, load_backbone
 from orchestrator.models.nearest_words import nearest_words
 from orchestrator.models.source import resolve_model
-from orchestrator.registry import CHAMPION, Registry, check_alias, check_name
+from orchestrator.registry import CHAMPION, Registry, VersionSummary, check_alias, check_name
 from orchestrator.search.prepare import (
     cells_record,
     chat_record,
@@ -32,14 +35,48 @@ from orchestrator.utils.documents import JsonObject
 Say = Callable[[str], None]
 
 
-def export_model(registry: Registry, model: str, folder: Path) -> JsonObject:
+def export_model(
+    registry: Registry,
+    model: str,
+    folder: Path,
+    card: bool = False,
+    push: str | None = None,
+    private: bool = False,
+) -> JsonObject:
     """Write a registered prompt as a PEFT folder; return the document of ``export --json``.
 
-    Raises BadInput for a prompt that PEFT can't express, and for a folder that exists.
+    ``card`` adds a model card as README.md. ``push`` names a new repository on the hub, where the
+    folder is uploaded with its card. Raises BadInput for a prompt that PEFT can't express, for a
+    folder that exists and for a repository that the hub refuses; Unreachable if the hub does not
+    answer. What is found wrong with the repository after the folder is written leaves it whole.
     """
     version = registry.resolve(model)
     artifact = PromptArtifact.load(registry.fetch(version.name, version.version))
-    export_peft(artifact, folder)
+    if push is not None:
+        check_repository(push)
+    if not card and push is None:
+        export_peft(artifact, folder)
+        return _exported(version, folder)
+    base = artifact.manifest.base_model
+    licence = base_licence(base.id, base.revision)
+    adapter = push or folder.resolve().name
+    facts = card_facts(registry, version, artifact.manifest, adapter, licence)
+    made = model_card(facts)
+    export_peft(artifact, folder, str(made))
+    document = _exported(version, folder) | {"card": str(folder.resolve() / README)}
+    if facts.base.kind != "hub":
+        document["warning"] = (
+            f"the base model {facts.base.name!r} is not on the hub: the card's metadata name no "
+            f"base model, and {ADAPTER_CONFIG} names {base.id!r}"
+        )
+    if push is not None:
+        address = push_folder(folder, push, made, private)
+        document["repository"] = {"id": push, "url": address, "private": private}
+    return document
+
+
+def _exported(version: VersionSummary, folder: Path) -> JsonObject:
+    """Describe an exported folder, as far as PEFT reads it."""
     written = read_peft(folder).config
     return {
         "name": version.name,

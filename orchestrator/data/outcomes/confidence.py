@@ -3,6 +3,7 @@
 Right and wrong rows are compared by McNemar's test in its exact form: of the rows that only one of
 the two prompts got right, each is as likely to be either's if the prompts are equally good. All
 other metrics are compared by a paired bootstrap: the metric's difference over samples of the rows.
+``interval`` says the same of one prompt's metric alone.
 """
 
 from __future__ import annotations
@@ -75,6 +76,21 @@ def confidence(mine: RowOutcomes, champion: RowOutcomes, metric: str) -> Confide
     if statistics[0] is None or statistics[1] is None:
         return None
     return _bootstrap(statistics[0], statistics[1], mine.rows)
+
+
+def interval(outcomes: RowOutcomes, metric: str) -> tuple[float, float] | None:
+    """Return the 95 % interval of a prompt's metric over samples of its rows.
+
+    None if the outcomes don't determine the metric, or most samples of the rows.
+    """
+    statistic = statistic_of(outcomes, metric)
+    if statistic is None or not outcomes.rows:
+        return None
+    source = np.random.default_rng(SEED)
+    rows = outcomes.rows
+    values = np.array([statistic(source.integers(0, rows, rows)) for _ in range(SAMPLES)])
+    values = values[np.isfinite(values)]
+    return _interval(values) if len(values) >= SAMPLES / 2 else None
 
 
 def _mcnemar(mine: NDArray[np.bool_], champion: NDArray[np.bool_]) -> Confidence:

@@ -54,6 +54,31 @@ class EvaluationRecord:
         ).strip("-.")[:150]
 
 
+def read_evaluations(version: VersionSummary) -> list[EvaluationRecord]:
+    """Read the evaluation results that are stored with a version, without their outcomes."""
+    return [
+        record
+        for tag, text in sorted(version.tags.items())
+        if tag.startswith(EVALUATION_TAG) and (record := _read(text)) is not None
+    ]
+
+
+def _read(text: str) -> EvaluationRecord | None:
+    try:
+        facts = json.loads(text)
+        metrics = {str(name): float(value) for name, value in facts["metrics"].items()}
+        return EvaluationRecord(
+            data=str(facts["data"]),
+            split=str(facts["split"]),
+            group=str(facts["group"]),
+            rows=int(facts["rows"]),
+            fingerprint=str(facts["fingerprint"]),
+            metrics=metrics,
+        )
+    except (KeyError, ValueError, TypeError, AttributeError):  # users can edit tags
+        return None
+
+
 def log_evaluations(
     store: Store, version: VersionSummary, records: Sequence[EvaluationRecord]
 ) -> str:

@@ -30,6 +30,13 @@ store.
 """
 NEAREST_TAG = "orchestrator.nearest"
 """A version's tag: the nearest words of each virtual token and their distances, as JSON."""
+SEEDS_TAG = "orchestrator.seeds"
+"""A version's tag: validation metrics over the trials that differ from its own in the seed alone.
+
+JSON with the number of ``trials``, their ``seeds``, mean and standard deviation of each metric in
+``validation``, and whether the seeds were ``fresh``: then none of the trials chose the
+configuration.
+"""
 KIND_TAG = "orchestrator.kind"
 """A registered model's tag: the kind of its content, ``KIND`` if this program created it."""
 KIND = "soft-prompt"
@@ -38,6 +45,16 @@ CHAMPION_TAG = "orchestrator.champion"
 
 A listing therefore reads no versions.
 """
+
+
+class SeedSpread(NamedTuple):
+    """Validation metrics over trials that differ in the seed alone."""
+
+    seeds: tuple[int, ...]
+    mean: dict[str, float]
+    std: dict[str, float]
+    fresh: bool
+    """True if none of the trials chose the configuration."""
 
 
 class UiCommand(NamedTuple):
@@ -130,6 +147,21 @@ class VersionSummary:
             ]
         except (KeyError, ValueError, TypeError):
             return []
+
+    @property
+    def seeds(self) -> SeedSpread | None:
+        """The spread of its configuration over seeds; None if it is not recorded."""
+        try:
+            spread = json.loads(self.tags[SEEDS_TAG])
+            metrics = spread["validation"]
+            return SeedSpread(
+                tuple(map(int, spread["seeds"])),
+                {name: float(found["mean"]) for name, found in metrics.items()},
+                {name: float(found["std"]) for name, found in metrics.items()},
+                bool(spread["fresh"]),
+            )
+        except (KeyError, ValueError, TypeError, AttributeError):  # users can edit tags
+            return None
 
 
 @dataclass(frozen=True)

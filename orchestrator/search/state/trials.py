@@ -145,9 +145,9 @@ class Outcome:
     def over_seeds(self, best: TrialRecord) -> dict[str, Any]:
         """Return validation metrics over the trials that differ from ``best`` in the seed alone.
 
-        Only trials with as many steps count, ``best`` among them. The result has their number, and
-        mean and standard deviation (of a sample) of each metric. It is empty when there is no other
-        trial.
+        Only trials with as many steps count, ``best`` among them. The result has their number,
+        their seeds, and mean and standard deviation (of a sample) of each metric. It is empty when
+        there is no other trial.
         """
         wanted = replace(best.spec, seed=0), best.step
         sound = [
@@ -155,19 +155,17 @@ class Outcome:
             for record in self.records.values()
             if record.metrics and record.status != TrialStatus.FAILED
         ]
-        same = [
-            record.metrics
-            for record in sound
-            if (replace(record.spec, seed=0), record.step) == wanted
-        ]
+        same = [record for record in sound if (replace(record.spec, seed=0), record.step) == wanted]
         if len(same) < 2:
             return {}
+        found = [record.metrics for record in same]
         spread = {
             name: {"mean": mean(values), "std": stdev(values)}
             for name in best.metrics
-            if len(values := [metrics[name] for metrics in same if name in metrics]) > 1
+            if len(values := [metrics[name] for metrics in found if name in metrics]) > 1
         }
-        return {"trials": len(same), "validation": spread}
+        seeds = sorted(record.spec.seed for record in same)
+        return {"trials": len(same), "seeds": seeds, "validation": spread}
 
     def ranking(self, search: SearchSpec) -> list[TrialRecord]:
         """Return the trials with a result, best first; see ``ranked``."""

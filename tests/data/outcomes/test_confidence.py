@@ -12,7 +12,7 @@ from models import random_prompts, small_task, tiny_backbone
 from scipy import stats
 from sklearn import metrics as sklearn
 
-from orchestrator.data.outcomes.confidence import Confidence, binomial_p, confidence
+from orchestrator.data.outcomes.confidence import Confidence, binomial_p, confidence, interval
 from orchestrator.data.outcomes.rows import (
     BLEU_COUNTS,
     EXACT,
@@ -214,6 +214,31 @@ def test_other_numbers_of_rows_and_unknown_metrics_are_not_compared() -> None:
     assert confidence(one, one, "loss") is None
     assert confidence(one, one, "costs:missed_spam") is None
     assert confidence(RowOutcomes({}), RowOutcomes({}), "accuracy") is None
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "macro_f1"])
+def test_the_interval_of_one_prompt_is_that_of_a_bootstrap(metric: str) -> None:
+    """It agrees with SciPy's percentile bootstrap of the rows, and brackets the metric."""
+    source = np.random.default_rng(3)
+    true = source.integers(0, 2, 200)
+    given = np.where(source.random(200) < 0.8, true, 1 - true)
+    outcomes = answers(true, given)
+    statistic = statistic_of(outcomes, metric)
+    assert statistic is not None
+    wanted = stats.bootstrap(
+        (np.arange(200),), lambda rows: statistic(rows), vectorized=False, n_resamples=3000,
+        method="percentile", random_state=1,
+    ).confidence_interval  # fmt: skip
+    low, high = interval(outcomes, metric) or (0.0, 0.0)
+    assert (low, high) == pytest.approx((wanted.low, wanted.high), abs=0.012)
+    assert low < statistic(np.arange(200)) < high
+
+
+def test_an_interval_is_unknown_without_the_columns() -> None:
+    """No interval is guessed without the metric's columns, without rows or for own metrics."""
+    one = answers([0, 1], [0, 1])
+    assert interval(one, "loss") is None and interval(one, "costs:missed_spam") is None
+    assert interval(RowOutcomes({}), "accuracy") is None
 
 
 def test_outcomes_travel_with_metrics_from_a_worker() -> None:
