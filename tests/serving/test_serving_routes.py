@@ -78,6 +78,7 @@ def test_models(client: Client, model_folder: Any) -> None:
         "object": "model",
         "owned_by": "orchestrator",
         "root": str(model_folder),
+        "parent": str(model_folder),
         "version": 1,
         "alias": "champion",
         "labels": [0, 1],
@@ -241,7 +242,11 @@ BAD: list[tuple[str, Any, int, str, str | None]] = [
     ("/v1/completions", {"model": "none", "prompt": "x"}, 404, "model_not_found", "model"),
     ("/v1/completions", {"model": "story"}, 400, "invalid_value", "prompt"),
     ("/v1/completions", {"model": "story", "prompt": []}, 400, "invalid_value", "prompt"),
-    ("/v1/completions", {"model": "story", "prompt": [1, 2]}, 400, "invalid_value", "prompt"),
+    ("/v1/completions", {"model": "story", "prompt": [1.5]}, 400, "invalid_value", "prompt"),
+    ("/v1/completions", {"model": "story", "prompt": [[]]}, 400, "invalid_value", "prompt"),
+    ("/v1/completions", {"model": "story", "prompt": [1, "a"]}, 400, "invalid_value", "prompt"),
+    ("/v1/completions", {"model": "story", "prompt": [330]}, 400, "invalid_value", "prompt"),
+    ("/v1/completions", {"model": "story", "prompt": [-1]}, 400, "invalid_value", "prompt"),
     ("/v1/completions", {"model": "story", "prompt": ["x"] * 9}, 400, "too_many_inputs", "prompt"),
     ("/v1/completions", {"model": "trec", "prompt": "x"}, 400, "invalid_value", "prompt"),
     (
@@ -302,9 +307,9 @@ BAD: list[tuple[str, Any, int, str, str | None]] = [
     ),
     (
         "/v1/completions",
-        {"model": "story", "prompt": "x", "n": 2},
+        {"model": "story", "prompt": "x", "n": 1000},
         400,
-        "unsupported_parameter",
+        "invalid_value",
         "n",
     ),
     (
@@ -316,9 +321,9 @@ BAD: list[tuple[str, Any, int, str, str | None]] = [
     ),
     (
         "/v1/completions",
-        {"model": "story", "prompt": "x", "echo": True},
+        {"model": "story", "prompt": "x", "echo": "yes"},
         400,
-        "unsupported_parameter",
+        "invalid_value",
         "echo",
     ),
     (
