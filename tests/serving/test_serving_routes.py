@@ -501,17 +501,38 @@ FIELDS = st.sampled_from(
         "stream",
         "logprobs",
         "user",
+        "echo",
+        "logit_bias",
+        "top_k",
+        "min_p",
+        "repetition_penalty",
+        "stop_token_ids",
+        "prompt_logprobs",
+        "tokens",
+        "messages",
     ]
 )
 ROWS = st.lists(
     st.text(max_size=30) | st.dictionaries(st.just("text"), SCALARS, max_size=1), max_size=3
 )
+FUZZED = ["/classify", "/v1/completions", "/tokenize", "/detokenize"]
+TOKENS = st.lists(st.integers(-1, 340), max_size=5)
 BODIES = st.dictionaries(FIELDS | st.text(max_size=5), VALUES, max_size=6) | st.fixed_dictionaries(
     {"model": st.sampled_from(["spam", "story", "trec", "spam:1", "x"])},
     optional={
         "input": ROWS | st.text(),
-        "prompt": st.text() | st.lists(st.text(), max_size=2),
+        "prompt": st.text() | st.lists(st.text(), max_size=2) | TOKENS | st.lists(TOKENS),
         "max_tokens": st.integers(-1, 20) | SCALARS,
+        "tokens": TOKENS,
+        "n": st.integers(-1, 9),
+        "echo": st.booleans(),
+        "logprobs": st.integers(-1, 6),
+        "prompt_logprobs": st.integers(-1, 21),
+        "logit_bias": st.dictionaries(st.integers(0, 400).map(str), st.floats(-100, 100)),
+        "repetition_penalty": st.floats(0, 100),
+        "top_k": st.integers(-1, 400),
+        "min_p": st.floats(0, 1),
+        "stop_token_ids": TOKENS,
         "temperature": st.floats(0, 2) | SCALARS,
         "top_p": st.floats(0, 1) | SCALARS,
         "stop": st.lists(st.text(max_size=3), max_size=2) | SCALARS,
@@ -523,7 +544,7 @@ BODIES = st.dictionaries(FIELDS | st.text(max_size=5), VALUES, max_size=6) | st.
 @settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(path=st.sampled_from(["/classify", "/v1/completions"]), body=BODIES | VALUES)
+@given(path=st.sampled_from(FUZZED), body=BODIES | VALUES)
 def test_no_body_is_an_internal_error(client: Client, path: str, body: Any) -> None:
     """Any JSON body gets a result or a well-formed refusal."""
     answer = client.post(path, body)
