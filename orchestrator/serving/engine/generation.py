@@ -16,6 +16,7 @@ from torch import Tensor
 from orchestrator.models.backbone import Backbone
 from orchestrator.models.decoding import start
 from orchestrator.models.placeholders import text_ids
+from orchestrator.serving.engine.constraints import Constraint
 from orchestrator.serving.engine.detokenize import RowText
 from orchestrator.serving.prompts.served_prompt import ServedPrompt, stack_prompts
 
@@ -46,10 +47,17 @@ class Sampling:
 
     None reports no log-probabilities.
     """
+    constraint: Constraint | None = None
+    """What the texts have to satisfy. A row ends as soon as nothing may follow its text."""
 
     @property
     def greedy(self) -> bool:
         return self.temperature < GREEDY_BELOW
+
+    @property
+    def plain(self) -> bool:
+        """Tell whether the next token is the likeliest one and nothing else is asked."""
+        return self.greedy and self.logprobs is None and self.constraint is None
 
 
 @dataclass(frozen=True)
@@ -108,6 +116,8 @@ class GenerationRow:
         )
         self._logprobs: list[TokenLogprob] = []
         self._told = Delta("", 0)
+        constraint = self.sampling.constraint
+        self._guide = None if constraint is None else constraint.start()
 
     @cached_property
     def _random(self) -> torch.Generator:
@@ -144,12 +154,18 @@ class GenerationRow:
         An error becomes this row's ``failure``; the other rows of the batch go on.
         """
         try:
-            token = greedy if self.sampling.greedy else self.choose(logits)
+            token = self._next(logits, greedy)
             if self.sampling.logprobs is not None:
                 self._logprobs.append(self._logprob(logits, token))
             self.take(token)
         except Exception as error:
             self.failure = error
+
+    def _next(self, logits: Tensor, greedy: int) -> int:
+        if self._guide is not None:
+            allowed = self._guide.allowed(len(logits))
+            return self.choose(logits.masked_fill(~allowed, -torch.inf))
+        return greedy if self.sampling.greedy else self.choose(logits)
 
     def take(self, token: int) -> None:
         """Append a token, and set ``completion`` if the row ends with it."""
@@ -159,8 +175,11 @@ class GenerationRow:
             return
         before = len(self._text.text) if self.sampling.stop else 0
         self._text.add(token)
+        is_complete = self._guide is not None and self._guide.take(token)
         if (text := self._stopped(before)) is not None:
             self._end(text, "stop")
+        elif is_complete:
+            self._end(self._text.text, "stop")
         elif len(self.made) >= self.sampling.max_tokens:
             self._end(self._text.text, "length")
 
@@ -241,7 +260,7 @@ class GenerationBatch:
         """Generate one token for every row; return the rows that ended, removed from the batch."""
         logits = self._state.logits.float()
         likeliest = logits.argmax(-1).tolist()
-        plain = all(row.sampling.greedy and row.sampling.logprobs is None for row in self.rows)
+        plain = all(row.sampling.plain for row in self.rows)
         scores = logits if plain else logits.cpu()
         for row, row_scores, greedy in zip(self.rows, scores, likeliest, strict=True):
             if not row.abandoned:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from pydantic import (
@@ -14,9 +13,11 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import ErrorDetails
 
 from orchestrator.job.labels import Label
+from orchestrator.serving.http.fields import field_error as _field_error
+from orchestrator.serving.http.structured import ConstrainedFields
 
 MAX_INT = 2**63 - 1
 MAX_COLUMNS = 256
@@ -127,7 +128,7 @@ class StreamOptions(BaseModel):
     """End the stream with a chunk that has the usage and no choices."""
 
 
-class GenerationRequest(WireRequest):
+class GenerationRequest(ConstrainedFields, WireRequest):
     """The fields that completions and chat completions have in common."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -230,7 +231,6 @@ class ChatRequest(GenerationRequest):
         "tools": ([],),
         "tool_choice": ("none", "auto"),
         "parallel_tool_calls": (True, False),
-        "response_format": ({"type": "text"},),
         "modalities": (["text"],),
         "logit_bias": ({},),
         "presence_penalty": (0, 0.0),
@@ -436,13 +436,6 @@ def parse_body(kind: type[RequestType], body: bytes) -> RequestType:
         return kind.model_validate_json(body)
     except ValidationError as error:
         raise _as_api_error(error.errors(include_url=False, include_context=True)) from None
-
-
-def _field_error(field: str, message: str) -> PydanticCustomError:
-    if not field.isprintable() or len(field) > 100:
-        field = json.dumps(field[:100])
-    context = {"field": field, "quoted": repr(field), "message": message}
-    return PydanticCustomError("field", "{quoted} {message}", context)
 
 
 def _as_api_error(problems: list[ErrorDetails]) -> ApiError:

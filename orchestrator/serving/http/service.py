@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
@@ -14,8 +14,10 @@ from orchestrator.errors import BadInput, OrchestratorError, Unreachable
 from orchestrator.models.placeholders import text_ids
 from orchestrator.registry import CHAMPION
 from orchestrator.registry.versions.refs import printable
+from orchestrator.serving.engine.constraints import Constraint, ConstraintFailed
 from orchestrator.serving.engine.engine import Overloaded, ServingEngine
 from orchestrator.serving.engine.generation import Completion, Delta, Sampling
+from orchestrator.serving.engine.grammars import BadRule, Grammars, TooComplex
 from orchestrator.serving.http import answers
 from orchestrator.serving.http.chat import NoChatTemplate, encode_chat
 from orchestrator.serving.http.metrics import Metrics
@@ -33,6 +35,7 @@ from orchestrator.serving.http.protocol import (
     ModelList,
 )
 from orchestrator.serving.http.request_record import RequestRecord
+from orchestrator.serving.http.structured import AskedRule
 from orchestrator.serving.prompts.served_prompt import (
     ContextExceeded,
     Given,
@@ -93,6 +96,7 @@ class PromptService:
         # A single thread, because a tokenizer that changes its own settings is not thread-safe.
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
         self._loading = ThreadPoolExecutor(4, thread_name_prefix="prompt-load")
+        self._grammars = Grammars(engine.backbone)
 
     @property
     def healthy(self) -> bool:
@@ -105,6 +109,7 @@ class PromptService:
         self.engine.close()
         self._tokenizing.shutdown(wait=False)
         self._loading.shutdown(wait=False)
+        self._grammars.close()
 
     def models(self, record: RequestRecord) -> ModelList:
         """List the served models that the request's key may use."""
@@ -204,6 +209,7 @@ class PromptService:
         prompt = await self._generating_prompt(request.model, record)
         sampling = _sampling(request, request.max_tokens, request.logprobs)
         inputs = await self._encode(prompt, request.prompts, sampling.max_tokens, "prompt")
+        sampling = await self._constrained(sampling, request, prompt)
         return PreparedRequest(
             prompt, inputs, sampling, answers.Head.new("cmpl", request.model, prompt.id)
         )
@@ -221,9 +227,26 @@ class PromptService:
         sampling = _sampling(request, request.limit, logprobs)
         work = partial(encode_chat, prompt, request.messages, sampling.max_tokens)
         ids = await self._tokenized(work, "messages")
+        sampling = await self._constrained(sampling, request, prompt)
         return PreparedRequest(
             prompt, [ids], sampling, answers.Head.new("chatcmpl", request.model, prompt.id)
         )
+
+    async def _constrained(
+        self, sampling: Sampling, request: GenerationRequest, prompt: ServedPrompt
+    ) -> Sampling:
+        """Add the constraint that the request asks for; ApiError if it can't be used."""
+        if request.asked_rule is None:
+            return sampling
+        constraint = await self._run(self._constraint(request.asked_rule, prompt))
+        return replace(sampling, constraint=constraint)
+
+    async def _constraint(self, asked: AskedRule, prompt: ServedPrompt) -> Constraint:
+        try:
+            return await self._grammars.constraint(asked.rule, prompt)
+        except BadRule as error:
+            code = "constraint_too_complex" if isinstance(error, TooComplex) else "bad_constraint"
+            raise ApiError(400, _with_hint(error), code, asked.field) from None
 
     async def _completed(
         self, prepared: PreparedRequest, record: RequestRecord
@@ -294,8 +317,7 @@ class PromptService:
         except NoChatTemplate as error:
             raise ApiError(400, error.message, "chat_template_missing", param) from None
         except BadInput as error:
-            hint = f"; {error.hint}" if error.hint else ""
-            raise ApiError(400, f"{error.message}{hint}", "invalid_value", param) from None
+            raise ApiError(400, _with_hint(error), "invalid_value", param) from None
 
     async def _run(self, work: Awaitable[Answers]) -> Answers:
         with _refusals():
@@ -316,8 +338,14 @@ def _refusals() -> Iterator[None]:
         raise ApiError(
             504, "The request took longer than this server allows", "request_timeout"
         ) from None
+    except ConstraintFailed as error:
+        raise ApiError(400, _with_hint(error), "constraint_failed") from None
     except OrchestratorError as error:
         raise _unavailable(error.message) from None
+
+
+def _with_hint(error: BadInput) -> str:
+    return f"{error.message}; {error.hint}" if error.hint else error.message
 
 
 async def _until(events: AsyncIterator[Tokens], seconds: float) -> AsyncIterator[Tokens]:
