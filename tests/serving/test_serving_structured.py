@@ -19,7 +19,7 @@ from jsonschema import Draft202012Validator
 from models import backbone_of
 from test_serving_engine import Blocked
 from test_serving_methods import GENERATING, encoded, served  # noqa: F401
-from test_serving_routes import Client, client, error_of  # noqa: F401
+from test_serving_routes import Client, error_of
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
@@ -47,7 +47,7 @@ SCHEMA = {
     "properties": {
         "label": {"enum": ["ham", "spam"]},
         "score": {"type": "integer", "minimum": 0, "maximum": 99},
-        "tags": {"type": "array", "items": {"type": "string", "maxLength": 3}, "maxItems": 2},
+        "tags": {"type": "array", "items": {"type": "string", "maxLength": 2}, "maxItems": 1},
     },
     "required": ["label", "score", "tags"],
     "additionalProperties": False,
@@ -73,8 +73,13 @@ RULES: dict[str, tuple[OutputRule, Callable[[str], Any]]] = {
     "llama.cpp": (OutputRule("grammar", LLAMA_CPP), re.compile(r"(on|off)(,(on|off))*").fullmatch),
     "labels": (OutputRule("labels", ""), {" ham", " spam"}.__contains__),
 }
-TEXTS = ["the quick brown fox", "win", "is this a great movie, or a terrible one?"]
+TEXTS = ["the quick brown fox", "is this a great movie, or a terrible one?"]
 FREE = [Sampling(12, 0.0), Sampling(12, 1.0, seed=5), Sampling(12, 0.0, logprobs=2)]
+
+
+@pytest.fixture
+def client(service: PromptService) -> Client:
+    return Client(service)
 
 
 @pytest.fixture
@@ -105,6 +110,11 @@ def ask_together(
     return answers
 
 
+def shown(row: Completion) -> tuple[Any, ...]:
+    """Return all of a row but the values of its log-probabilities, which batches round."""
+    return row.text, row.finish_reason, row.tokens, [token.text for token in row.logprobs]
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_every_text_keeps_to_its_rule_beside_free_rows(
     name: str, backbone: Backbone, spam: ServedPrompt, grammars: Grammars
@@ -115,18 +125,19 @@ def test_every_text_keeps_to_its_rule_beside_free_rows(
     """
     rule, fits = RULES[name]
     constraint = compiled(grammars, rule, spam)
-    inputs = [spam.encode(text, 120) for text in TEXTS]
+    inputs = [spam.encode(text, 80) for text in TEXTS]
     bound = [
-        Sampling(120, temperature, seed=seed, constraint=constraint)
+        Sampling(80, temperature, seed=seed, constraint=constraint)
         for temperature, seed in ((0.0, 0), (1.0, 1), (1.0, 2))
     ]
     asked = [(spam, inputs, sampling) for sampling in [*FREE, *bound]]
     together = ask_together(backbone, asked)
     offline = OfflineModel(backbone, spam)
     for answers, sampling in zip(together, [*FREE, *bound], strict=True):
-        assert answers == offline.complete(TEXTS, sampling)
+        alone = offline.complete(TEXTS, sampling)
+        assert [shown(row) for row in answers] == [shown(row) for row in alone]
     ended = [row for answers in together[3:] for row in answers if row.finish_reason == "stop"]
-    assert len(ended) >= 5 and all(fits(row.text) for row in ended), ended
+    assert len(ended) >= 4 and all(fits(row.text) for row in ended), ended
 
 
 @pytest.mark.parametrize("family", GENERATING)
@@ -134,7 +145,7 @@ def test_all_families_and_methods_keep_to_a_choice(family: str, served: Any) -> 
     """Rows of prompts of all methods choose a text, and answer with a label when asked to."""
     backbone, prompts = backbone_of(family), served(family)
     grammars = Grammars(backbone)
-    some = list(prompts.values())[0]
+    some = next(iter(prompts.values()))
     choice = compiled(grammars, RULES["choice"][0], some)
     asked = []
     for prompt in prompts.values():
@@ -185,9 +196,9 @@ def test_streams_and_stop_strings_work_as_before(
     backbone: Backbone, engine: ServingEngine, story: ServedPrompt, grammars: Grammars
 ) -> None:
     """Deltas add up to the completion; a stop string ends a text early."""
-    constraint = compiled(grammars, RULES["json"][0], story)
-    inputs = [story.encode(text, 120) for text in TEXTS]
-    sampling = Sampling(120, 1.0, seed=3, constraint=constraint)
+    constraint = compiled(grammars, OutputRule("regex", r'(\w{2,4} "\w{1,3}" ){3}'), story)
+    inputs = [story.encode(text, 40) for text in TEXTS]
+    sampling = Sampling(40, 1.0, seed=3, constraint=constraint)
 
     async def run() -> list[str]:
         texts = [""] * len(inputs)
@@ -197,7 +208,7 @@ def test_streams_and_stop_strings_work_as_before(
 
     whole = OfflineModel(backbone, story).complete(TEXTS, sampling)
     assert asyncio.run(run()) == [row.text for row in whole]
-    stopped = Sampling(120, 1.0, seed=3, stop=('"',), constraint=constraint)
+    stopped = Sampling(40, 1.0, seed=3, stop=('"',), constraint=constraint)
     for row, early in zip(
         whole, OfflineModel(backbone, story).complete(TEXTS, stopped), strict=True
     ):
@@ -271,7 +282,7 @@ def test_tokenizers_that_begin_a_text_with_a_space() -> None:
     constraint = GrammarConstraint(compile_grammar(vocabulary, grammar))
     texts, spaced = set(), 0
     for _ in range(40):
-        guide, ids = constraint.start(), [0][:0]
+        guide, ids = constraint.start(), []
         while True:
             token = choose.choice(guide.allowed(12).nonzero()[:, 0].tolist())
             ids.append(token)
@@ -387,7 +398,6 @@ def test_an_exploding_grammar_is_killed_and_harms_nobody(
     assert "grammar_check.py" not in listed.stdout
 
 
-@pytest.mark.parametrize("route", ["/v1/completions", "/v1/chat/completions"])
 @pytest.mark.parametrize(
     ("fields", "fits"),
     [
@@ -414,23 +424,20 @@ def test_an_exploding_grammar_is_killed_and_harms_nobody(
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_requests_for_structure(
-    client: Client,
-    route: str,
-    fields: dict[str, Any],
-    fits: Callable[[Any], bool],  # noqa: F811
+    client: Client, fields: dict[str, Any], fits: Callable[[Any], bool]
 ) -> None:
     """OpenAI's fields and both generations of vLLM's work on both routes."""
-    is_chat = route.endswith("chat/completions")
-    given = {"messages": [{"role": "user", "content": "a"}]} if is_chat else {"prompt": "a"}
-    body = {"model": "story", "max_tokens": 120, "seed": 4, "temperature": 0.7, **given, **fields}
-    answer = client.post(route, body)
-    assert answer.status_code == 200, answer.text
-    (choice,) = answer.json()["choices"]
-    text = choice["message"]["content"] if is_chat else choice["text"]
-    assert choice["finish_reason"] == "stop" and fits(json.loads(text)), text
+    body = {"model": "story", "max_tokens": 120, "seed": 4, "temperature": 0.7, **fields}
+    plain = client.post("/v1/completions", {**body, "prompt": "a"})
+    messages = [{"role": "user", "content": "a"}]
+    chat = client.post("/v1/chat/completions", {**body, "messages": messages})
+    assert plain.status_code == chat.status_code == 200, plain.text + chat.text
+    (choice,), (message,) = plain.json()["choices"], chat.json()["choices"]
+    assert choice["finish_reason"] == "stop" and fits(json.loads(choice["text"])), choice
+    assert message["message"]["content"] == choice["text"]
 
 
-def test_labels_are_a_choice_of_their_own(client: Client) -> None:  # noqa: F811
+def test_labels_are_a_choice_of_their_own(client: Client) -> None:
     """A prompt with a verbalizer answers with one of its texts; one without is named."""
     body = {"model": "spam", "messages": [{"role": "user", "content": "win"}]}
     for fields in ({"structured_outputs": {"choice": "labels"}}, {"guided_choice": "labels"}):
@@ -444,7 +451,7 @@ def test_labels_are_a_choice_of_their_own(client: Client) -> None:  # noqa: F811
     assert "has no labels" in error["message"]
 
 
-def test_formats_that_change_nothing_are_accepted(client: Client) -> None:  # noqa: F811
+def test_formats_that_change_nothing_are_accepted(client: Client) -> None:
     """The format ``text`` and null fields give the text of a request without them."""
     body = {"model": "story", "prompt": "a", "temperature": 0}
     plain = client.post("/v1/completions", body).json()["choices"]
@@ -516,7 +523,7 @@ BAD: list[tuple[dict[str, Any], str, str, str]] = [
 def test_what_can_not_be_followed_is_refused(service: PromptService) -> None:
     """Each refusal is a 400 that names the field and the reason."""
     service.limits = type(service.limits)(max_inputs=8)
-    client = Client(service)  # noqa: F811
+    client = Client(service)
     for fields, code, param, reason in BAD:
         answer = client.post("/v1/completions", {"model": "story", "prompt": "a", **fields})
         error = error_of(answer)
@@ -524,14 +531,14 @@ def test_what_can_not_be_followed_is_refused(service: PromptService) -> None:
         assert reason in error["message"], error
 
 
-def test_numbers_that_json_can_not_write_are_refused(client: Client) -> None:  # noqa: F811
+def test_numbers_that_json_can_not_write_are_refused(client: Client) -> None:
     """An infinite number in a schema is named instead of compiled."""
     body = '{"model": "story", "prompt": "a", "guided_json": {"const": 1e999}}'
     error = error_of(client.post("/v1/completions", body))
     assert error["param"] == "guided_json" and "number" in error["message"]
 
 
-def test_a_row_that_can_not_go_on_is_a_bad_request(client: Client) -> None:  # noqa: F811
+def test_a_row_that_can_not_go_on_is_a_bad_request(client: Client) -> None:
     """A constraint that fails while a text is written gives a 400, in a stream its event."""
     body = {"model": "story", "prompt": "a", "guided_grammar": DOUBLING}
     answer = client.post("/v1/completions", body)
@@ -543,7 +550,7 @@ def test_a_row_that_can_not_go_on_is_a_bad_request(client: Client) -> None:  # n
 
 def test_a_server_without_the_library_says_so(
     client: Client,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Without llguidance a request is refused with the remedy; a choice of labels works."""
     monkeypatch.setitem(sys.modules, "llguidance", None)
@@ -565,12 +572,6 @@ def test_a_new_grammar_compiles_quickly(story: ServedPrompt, grammars: Grammars)
     for _ in range(100):
         compiled(grammars, rule, story)
     assert time.process_time() - start < 1
-
-
-def test_completions_are_values(story: ServedPrompt, backbone: Backbone) -> None:
-    """A sampling without a constraint is what it was: equal by its values."""
-    assert Sampling(3, 0.0) == Sampling(3, 0.0) and Sampling().constraint is None
-    assert isinstance(OfflineModel(backbone, story).complete(["a"])[0], Completion)
 
 
 def test_bad_rules_are_remembered(story: ServedPrompt, grammars: Grammars) -> None:

@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from orchestrator.data.template import continuation_ids
 from orchestrator.errors import BadInput
 from orchestrator.models.backbone import Backbone
 from orchestrator.models.tokenizer import Tokenizer
@@ -191,7 +190,7 @@ def _read_vocabulary(tokenizer: Tokenizer, end_id: int) -> Any:
     with suppress(ValueError):
         return from_tokenizer(tokenizer, eos_token=end_id)
     pieces = _Pieces(tokenizer, end_id)
-    if pieces.are_the_text:
+    if pieces.are_the_text_of(tokenizer):
         return LLTokenizer(TokenizerWrapper(pieces))
     raise BadRule("the base model's tokenizer can't be used for structured outputs")
 
@@ -202,21 +201,37 @@ class _Pieces:
     bos_token_id = None
 
     def __init__(self, tokenizer: Tokenizer, end_id: int) -> None:
-        self._tokenizer = tokenizer
         self.eos_token_id = end_id
         self.special_token_ids = list(tokenizer.all_special_ids)
         pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
         self.tokens = [(piece or "").replace(SPACE, " ").encode() for piece in pieces]
+        special = set(self.special_token_ids)
+        self._ids = {
+            piece: token
+            for token, piece in enumerate(self.tokens)
+            if piece and token not in special
+        }
+        self._longest = max(map(len, self._ids), default=0)
 
-    def __call__(self, text: str) -> list[int]:
-        """Return the tokens of a text within another one, or none if the text changes there."""
-        ids = continuation_ids(self._tokenizer, "", text)
-        return ids if b"".join(self.tokens[token] for token in ids) == text.encode() else []
+    def __call__(self, text: bytes) -> list[int]:
+        """Return the tokens of a text that is forced, up to what no token can write.
 
-    @property
-    def are_the_text(self) -> bool:
-        """Tell whether the tokens of a text, put together, are the text."""
-        return bool(self("a aa"))
+        Each is the longest that fits, as the tokenizer itself would put a space in front.
+        """
+        ids, start = [], 0
+        while start < len(text):
+            ends = range(min(len(text), start + self._longest), start, -1)
+            end = next((end for end in ends if text[start:end] in self._ids), None)
+            if end is None:
+                break
+            ids.append(self._ids[text[start:end]])
+            start = end
+        return ids
+
+    def are_the_text_of(self, tokenizer: Tokenizer) -> bool:
+        """Tell whether the pieces of a text, put together, are the text."""
+        ids = tokenizer("a aa", add_special_tokens=False)["input_ids"]
+        return b"".join(self.tokens[token] for token in ids).strip() == b"a aa"
 
 
 def _drops_leading_space(tokenizer: Tokenizer, vocabulary: Any) -> bool:
