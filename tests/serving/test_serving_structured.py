@@ -341,11 +341,18 @@ def test_a_request_that_hangs_up_does_not_take_the_grammar_from_others(
     rule = OutputRule("regex", "a{2}")
 
     async def run() -> None:
+        # While all threads are busy, the rule waits, and could be taken back.
+        others = [
+            OutputRule("regex", "b" * count) for count in range(1, grammars_module.THREADS + 1)
+        ]
+        busy = [asyncio.create_task(grammars.constraint(other, story)) for other in others]
+        await asyncio.sleep(0)
         gone = asyncio.create_task(grammars.constraint(rule, story))
         stays = asyncio.create_task(grammars.constraint(rule, story))
         await asyncio.sleep(0)
         gone.cancel()
         assert isinstance(await stays, GrammarConstraint)
+        await asyncio.gather(*busy)
 
     asyncio.run(run())
 
@@ -574,12 +581,14 @@ def test_a_new_grammar_compiles_quickly(story: ServedPrompt, grammars: Grammars)
     assert time.process_time() - start < 1
 
 
-def test_bad_rules_are_remembered(story: ServedPrompt, grammars: Grammars) -> None:
-    """A rule that does not compile is refused again without another process."""
+def test_bad_rules_are_remembered(
+    story: ServedPrompt, grammars: Grammars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rule that does not compile is refused again without another process, as a new error."""
     rule = OutputRule("regex", "a(")
-    errors = []
-    for _ in range(2):
-        with pytest.raises(BadRule) as caught:
-            compiled(grammars, rule, story)
-        errors.append(caught.value)
-    assert errors[0] is errors[1]
+    with pytest.raises(BadRule, match="unclosed group") as first:
+        compiled(grammars, rule, story)
+    monkeypatch.setattr(subprocess, "run", None)
+    with pytest.raises(BadRule, match="unclosed group") as again:
+        compiled(grammars, rule, story)
+    assert first.value is not again.value

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from orchestrator.errors import BadInput
 from orchestrator.models.backbone import Backbone
@@ -65,6 +66,10 @@ class TooComplex(BadRule):
     """A rule took more time or memory than compiling may take."""
 
 
+Outcome: TypeAlias = GrammarConstraint | BadRule
+"""The result of compiling a rule."""
+
+
 class Grammars:
     """The compiled grammars of a server; each belongs to the base model's tokenizer.
 
@@ -78,9 +83,7 @@ class Grammars:
         self._cpu_seconds = cpu_seconds
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="grammar")
         self._lock = threading.Lock()
-        self._compiled: OrderedDict[tuple[OutputRule, int], Future[GrammarConstraint]] = (
-            OrderedDict()
-        )
+        self._compiled: OrderedDict[tuple[OutputRule, int], Future[Outcome]] = OrderedDict()
         self._vocabularies: dict[int, Any] = {}
         self._reading = threading.Lock()
 
@@ -96,13 +99,17 @@ class Grammars:
                 raise BadRule(f"the model {prompt.why_no_labels}", "list the texts to choose from")
             return AnswerConstraint(prompt.encoder.answers, end_id)
         # Other requests may wait for the same future, so hanging up must not cancel it.
-        return await asyncio.shield(asyncio.wrap_future(self._future(rule, end_id)))
+        outcome = await asyncio.shield(asyncio.wrap_future(self._future(rule, end_id)))
+        if isinstance(outcome, BadRule):
+            # A new error for each request: one error raised again and again would keep all frames.
+            raise type(outcome)(outcome.message, outcome.hint)
+        return outcome
 
     def close(self) -> None:
         """Stop the threads; rules that still wait are not compiled."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _future(self, rule: OutputRule, end_id: int) -> Future[GrammarConstraint]:
+    def _future(self, rule: OutputRule, end_id: int) -> Future[Outcome]:
         key = (rule, end_id)
         with self._lock:
             if key in self._compiled:
@@ -117,24 +124,28 @@ class Grammars:
                 self._compiled.popitem(last=False)
         return future
 
-    def _compile(self, rule: OutputRule, end_id: int) -> GrammarConstraint:
+    def _compile(self, rule: OutputRule, end_id: int) -> Outcome:
         try:
-            vocabulary = self._vocabulary(end_id)
-            spaced = self._starts_afresh and _drops_leading_space(self._tokenizer, vocabulary)
-            self._try(rule, spaced)
-            matcher = compile_grammar(vocabulary, translate(rule.kind, rule.source, spaced))
+            return self._compiled_rule(rule, end_id)
         except GrammarFault as fault:
             reason = " ".join(str(fault).split())[:MAX_MESSAGE]
-            raise BadRule(f"the {NAMES[rule.kind]} can't be used: {reason}") from None
-        except TooComplex:
+            return BadRule(f"the {NAMES[rule.kind]} can't be used: {reason}")
+        except ConstraintFailed as error:
+            return BadRule(error.message, error.hint)
+        except TooComplex as error:
             with self._lock:  # on a less busy machine it may compile
                 self._compiled.pop((rule, end_id), None)
-            raise
-        constraint = GrammarConstraint(matcher)
-        try:
-            constraint.start().allowed(0)
-        except ConstraintFailed as error:
-            raise BadRule(error.message, error.hint) from None
+            return error
+        except BadRule as error:
+            return error
+
+    def _compiled_rule(self, rule: OutputRule, end_id: int) -> GrammarConstraint:
+        vocabulary = self._vocabulary(end_id)
+        spaced = self._starts_afresh and _drops_leading_space(self._tokenizer, vocabulary)
+        self._try(rule, spaced)
+        grammar = translate(rule.kind, rule.source, spaced)
+        constraint = GrammarConstraint(compile_grammar(vocabulary, grammar))
+        constraint.start().allowed(0)  # the vocabulary may lack every character to begin with
         return constraint
 
     def _vocabulary(self, end_id: int) -> Any:
@@ -204,7 +215,7 @@ class _Pieces:
         self.eos_token_id = end_id
         self.special_token_ids = list(tokenizer.all_special_ids)
         pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-        self.tokens = [(piece or "").replace(SPACE, " ").encode() for piece in pieces]
+        self.tokens = [_bytes_of(piece or "") for piece in pieces]
         special = set(self.special_token_ids)
         self._ids = {
             piece: token
@@ -232,6 +243,12 @@ class _Pieces:
         """Tell whether the pieces of a text, put together, are the text."""
         ids = tokenizer("a aa", add_special_tokens=False)["input_ids"]
         return b"".join(self.tokens[token] for token in ids).strip() == b"a aa"
+
+
+def _bytes_of(piece: str) -> bytes:
+    if byte := re.fullmatch("<0x([0-9A-F]{2})>", piece):
+        return bytes.fromhex(byte[1])
+    return piece.replace(SPACE, " ").encode()
 
 
 def _drops_leading_space(tokenizer: Tokenizer, vocabulary: Any) -> bool:
