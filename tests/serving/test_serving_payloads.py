@@ -370,6 +370,18 @@ def test_an_empty_answer_of_the_assistant_in_a_chat(
     assert document["count"] == said[0]["usage"]["prompt_tokens"]
 
 
+def test_a_constrained_answer_ends_where_its_text_has_to(client: Client) -> None:
+    """ignore_eos and min_tokens give way to a constraint, of which n answers each have a guide."""
+    asked = {"model": "trec", "max_tokens": 20, "seed": 1, "n": 3}
+    ids = answer_of(client.post("/tokenize", {"prompt": "who is the fox"}))["tokens"]
+    body = {**asked, "prompt": ids, "structured_outputs": {"choice": "labels"}}
+    labels = {" a person", " a place", " a number of things"}
+    for more in ({}, {"ignore_eos": True}, {"min_tokens": 15}, {"repetition_penalty": 5.0}):
+        document = answer_of(client.post(COMPLETIONS, {**body, **more}))
+        assert set(texts_of(document)) <= labels, more
+        assert {choice["finish_reason"] for choice in document["choices"]} == {"stop"}
+
+
 # -- Refusals --------------------------------------------------------------------------------------
 
 UNNAMED = ("model_not_found", "context_length_exceeded")

@@ -23,6 +23,7 @@ from typing import Any, Generic, TypeVar
 from orchestrator.errors import OrchestratorError, Unreachable
 from orchestrator.models.backbone import Backbone
 from orchestrator.serving.engine.classify import answer_probs
+from orchestrator.serving.engine.constraints import ConstraintFailed
 from orchestrator.serving.engine.generation import (
     Completion,
     Delta,
@@ -427,7 +428,8 @@ class ServingEngine:
         if row.completion is not None:
             entry.request.deliver(entry.row, row.completion)
         elif row.failure is not None:
-            log.error("generating a row failed", exc_info=row.failure)
+            if not isinstance(row.failure, ConstraintFailed):
+                log.error("generating a row failed", exc_info=row.failure)
             entry.request.fail(row.failure)
 
     def _fail(self, queued: Sequence[QueuedRow], error: BaseException) -> None:

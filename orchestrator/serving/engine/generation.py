@@ -16,6 +16,7 @@ from torch import Tensor
 from orchestrator.models.backbone import Backbone
 from orchestrator.models.decoding import start
 from orchestrator.models.placeholders import text_ids
+from orchestrator.serving.engine.constraints import Constraint
 from orchestrator.serving.engine.detokenize import RowText
 from orchestrator.serving.engine.input_scores import ScoredToken
 from orchestrator.serving.engine.logit_rules import UNCHANGED, LogitRules, truncated, without
@@ -65,6 +66,8 @@ class Sampling:
 
     None does not score the input.
     """
+    constraint: Constraint | None = None
+    """What the texts have to satisfy. A row ends as soon as nothing may follow its text."""
 
     @property
     def greedy(self) -> bool:
@@ -73,7 +76,8 @@ class Sampling:
     @cached_property
     def takes_likeliest(self) -> bool:
         """Tell whether every token is the likeliest one of the model's own logits."""
-        return self.greedy and self.rules.changes_nothing and not self.min_tokens
+        no_rules = self.rules.changes_nothing and self.constraint is None
+        return self.greedy and no_rules and not self.min_tokens
 
     @cached_property
     def plain(self) -> bool:
@@ -142,6 +146,8 @@ class GenerationRow:
         self._logprobs: list[TokenLogprob] = []
         self._told = Delta("", 0)
         self._stops_from = 0  # stop strings that end before this position are part of the text
+        constraint = self.sampling.constraint
+        self._guide = None if constraint is None else constraint.start()
 
     @cached_property
     def _random(self) -> torch.Generator:
@@ -193,12 +199,18 @@ class GenerationRow:
         An error becomes this row's ``failure``; the other rows of the batch go on.
         """
         try:
-            token = greedy if self.sampling.takes_likeliest else self.choose(logits)
+            token = self._next(logits, greedy)
             if self.sampling.logprobs is not None:
                 self._logprobs.append(self._logprob(logits, token))
             self.take(token)
         except Exception as error:
             self.failure = error
+
+    def _next(self, logits: Tensor, greedy: int) -> int:
+        if self._guide is not None:
+            allowed = self._guide.allowed(len(logits))
+            return self.choose(logits.masked_fill(~allowed, -torch.inf))
+        return greedy if self.sampling.takes_likeliest else self.choose(logits)
 
     def take(self, token: int) -> None:
         """Append a token, and set ``completion`` if the row ends with it."""
@@ -208,15 +220,20 @@ class GenerationRow:
             return
         before = len(self._text.text) if self.sampling.stop else 0
         self._text.add(token)
+        is_complete = self._guide is not None and self._guide.take(token)
         if (text := self._stopped(before)) is not None:
             self._end(text, "stop")
+        elif is_complete:
+            self._end(self._text.text, "stop")
         elif len(self.made) >= self.sampling.max_tokens:
             self._end(self._text.text, "length")
 
     def _is_end(self, token: int) -> bool:
         if token in self.sampling.stop_token_ids:
             return True
-        return token == self.prompt.encoder.end_id and not self.sampling.ignore_eos
+        # Under a constraint, the end token is chosen only where the text has to end.
+        goes_on = self.sampling.ignore_eos and self._guide is None
+        return token == self.prompt.encoder.end_id and not goes_on
 
     def end_at_once(self) -> None:
         """Set ``completion`` of a row that was asked for no tokens."""

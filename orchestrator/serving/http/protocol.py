@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar, cast
 
 from pydantic import (
@@ -17,12 +16,14 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from orchestrator.job.labels import Label
+from orchestrator.serving.http.fields import field_error as _field_error
 from orchestrator.serving.http.sampling_fields import (
     MAX_INT,
     SamplingFields,
     TokenIds,
     value_error,
 )
+from orchestrator.serving.http.structured import ConstrainedFields
 
 MAX_COLUMNS = 256
 MAX_MESSAGES = 256
@@ -163,7 +164,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Fields of vLLM that are not supported, with the values that change nothing."""
 
 
-class GenerationRequest(SamplingFields, WireRequest):
+class GenerationRequest(ConstrainedFields, SamplingFields, WireRequest):
     """The fields that completions and chat completions have in common."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -312,7 +313,6 @@ class ChatRequest(GenerationRequest):
         "parallel_tool_calls": (True, False),
         "functions": ([],),
         "function_call": ("none", "auto"),
-        "response_format": ({"type": "text"},),
         "modalities": (["text"],),
         "audio": (),
         "prediction": (),
@@ -638,13 +638,6 @@ def parse_body(kind: type[RequestType], body: bytes) -> RequestType:
         return kind.model_validate_json(body)
     except ValidationError as error:
         raise _as_api_error(error.errors(include_url=False, include_context=True)) from None
-
-
-def _field_error(field: str, message: str) -> PydanticCustomError:
-    if not field.isprintable() or len(field) > 100:
-        field = json.dumps(field[:100])
-    context = {"field": field, "quoted": repr(field), "message": message}
-    return PydanticCustomError("field", "{quoted} {message}", context)
 
 
 def _as_api_error(problems: list[ErrorDetails]) -> ApiError:

@@ -14,8 +14,10 @@ from orchestrator.errors import BadInput, OrchestratorError, Unreachable
 from orchestrator.models.placeholders import text_ids
 from orchestrator.registry import CHAMPION
 from orchestrator.registry.versions.refs import printable
+from orchestrator.serving.engine.constraints import Constraint, ConstraintFailed
 from orchestrator.serving.engine.engine import Overloaded, ServingEngine
 from orchestrator.serving.engine.generation import Completion, Delta, Sampling
+from orchestrator.serving.engine.grammars import BadRule, Grammars, TooComplex
 from orchestrator.serving.engine.input_scores import ScoredToken
 from orchestrator.serving.http import answers
 from orchestrator.serving.http.chat import NoChatTemplate, encode_chat
@@ -46,6 +48,7 @@ from orchestrator.serving.http.protocol import (
 )
 from orchestrator.serving.http.request_record import RequestRecord
 from orchestrator.serving.http.sampling import choices_of, sampling_of
+from orchestrator.serving.http.structured import AskedRule
 from orchestrator.serving.http.tokenization import detokenize, tokenize, tokenizer_info
 from orchestrator.serving.prompts.served_prompt import (
     ContextExceeded,
@@ -126,6 +129,7 @@ class PromptService:
         # A single thread, because a tokenizer that changes its own settings is not thread-safe.
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
         self._loading = ThreadPoolExecutor(4, thread_name_prefix="prompt-load")
+        self._grammars = Grammars(engine.backbone)
 
     @property
     def healthy(self) -> bool:
@@ -138,6 +142,7 @@ class PromptService:
         self.engine.close()
         self._tokenizing.shutdown(wait=False)
         self._loading.shutdown(wait=False)
+        self._grammars.close()
 
     def models(self, record: RequestRecord) -> ModelList:
         """List the served models that the request's key may use."""
@@ -265,6 +270,7 @@ class PromptService:
             encode_inputs, prompt, request.prompts, sampling.max_tokens, echo, self._vocabulary
         )
         inputs = await self._tokenized(work, "prompt")
+        sampling = await self._constrained(sampling, request, prompt)
         return PreparedRequest(
             prompt,
             [entry.ids for entry in inputs],
@@ -313,6 +319,7 @@ class PromptService:
         sampling = self._sampling(request, prompt, request.limit, logprobs)
         work = partial(encode_chat, prompt, request.messages, sampling.max_tokens)
         ids = await self._tokenized(work, "messages")
+        sampling = await self._constrained(sampling, request, prompt)
         return PreparedRequest(
             prompt,
             [ids],
@@ -321,6 +328,22 @@ class PromptService:
             request.choices,
             prompt_logprobs=request.prompt_logprobs,
         )
+
+    async def _constrained(
+        self, sampling: Sampling, request: GenerationRequest, prompt: ServedPrompt
+    ) -> Sampling:
+        """Add the constraint that the request asks for; ApiError if it can't be used."""
+        if request.asked_rule is None:
+            return sampling
+        constraint = await self._run(self._constraint(request.asked_rule, prompt))
+        return replace(sampling, constraint=constraint)
+
+    async def _constraint(self, asked: AskedRule, prompt: ServedPrompt) -> Constraint:
+        try:
+            return await self._grammars.constraint(asked.rule, prompt)
+        except BadRule as error:
+            code = "constraint_too_complex" if isinstance(error, TooComplex) else "bad_constraint"
+            raise ApiError(400, _with_hint(error), code, asked.field) from None
 
     async def _completed(
         self, prepared: PreparedRequest, record: RequestRecord
@@ -417,8 +440,7 @@ class PromptService:
         except NoChatTemplate as error:
             raise ApiError(400, error.message, "chat_template_missing", param) from None
         except BadInput as error:
-            hint = f"; {error.hint}" if error.hint else ""
-            raise ApiError(400, f"{error.message}{hint}", "invalid_value", param) from None
+            raise ApiError(400, _with_hint(error), "invalid_value", param) from None
 
     async def _run(self, work: Awaitable[Answers]) -> Answers:
         with _refusals():
@@ -439,8 +461,14 @@ def _refusals() -> Iterator[None]:
         raise ApiError(
             504, "The request took longer than this server allows", "request_timeout"
         ) from None
+    except ConstraintFailed as error:
+        raise ApiError(400, _with_hint(error), "constraint_failed") from None
     except OrchestratorError as error:
         raise _unavailable(error.message) from None
+
+
+def _with_hint(error: BadInput) -> str:
+    return f"{error.message}; {error.hint}" if error.hint else error.message
 
 
 async def _until(events: AsyncIterator[Tokens], seconds: float) -> AsyncIterator[Tokens]:
