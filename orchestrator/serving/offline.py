@@ -104,5 +104,7 @@ class OfflineModel:
         row = GenerationRow(self.prompt, ids, sampling)
         batch = GenerationBatch(self.backbone, [row])
         while row.completion is None:
+            if row.failure is not None:
+                raise row.failure
             batch.step()
         return row.completion

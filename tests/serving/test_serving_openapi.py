@@ -33,6 +33,7 @@ def test_the_document_describes_every_route(service: PromptService) -> None:
 OPERATIONS = [
     ("GET", "/health"), ("GET", "/metrics"), ("GET", "/v1/models"), ("GET", "/v1/models/{model}"),
     ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("POST", "/classify"),
+    ("POST", "/tokenize"), ("POST", "/detokenize"), ("GET", "/tokenizer_info"),
 ]  # fmt: skip
 MODELS = ["story", "spam", "trec", "spam:1", "none"]
 

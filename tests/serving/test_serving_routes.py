@@ -78,6 +78,7 @@ def test_models(client: Client, model_folder: Any) -> None:
         "object": "model",
         "owned_by": "orchestrator",
         "root": str(model_folder),
+        "parent": str(model_folder),
         "version": 1,
         "alias": "champion",
         "labels": [0, 1],
@@ -241,7 +242,11 @@ BAD: list[tuple[str, Any, int, str, str | None]] = [
     ("/v1/completions", {"model": "none", "prompt": "x"}, 404, "model_not_found", "model"),
     ("/v1/completions", {"model": "story"}, 400, "invalid_value", "prompt"),
     ("/v1/completions", {"model": "story", "prompt": []}, 400, "invalid_value", "prompt"),
-    ("/v1/completions", {"model": "story", "prompt": [1, 2]}, 400, "invalid_value", "prompt"),
+    ("/v1/completions", {"model": "story", "prompt": [1.5]}, 400, "invalid_value", "prompt"),
+    ("/v1/completions", {"model": "story", "prompt": [[]]}, 400, "invalid_value", "prompt"),
+    ("/v1/completions", {"model": "story", "prompt": [1, "a"]}, 400, "invalid_value", "prompt"),
+    ("/v1/completions", {"model": "story", "prompt": [330]}, 400, "invalid_value", "prompt"),
+    ("/v1/completions", {"model": "story", "prompt": [-1]}, 400, "invalid_value", "prompt"),
     ("/v1/completions", {"model": "story", "prompt": ["x"] * 9}, 400, "too_many_inputs", "prompt"),
     ("/v1/completions", {"model": "trec", "prompt": "x"}, 400, "invalid_value", "prompt"),
     (
@@ -302,9 +307,9 @@ BAD: list[tuple[str, Any, int, str, str | None]] = [
     ),
     (
         "/v1/completions",
-        {"model": "story", "prompt": "x", "n": 2},
+        {"model": "story", "prompt": "x", "n": 1000},
         400,
-        "unsupported_parameter",
+        "invalid_value",
         "n",
     ),
     (
@@ -316,9 +321,9 @@ BAD: list[tuple[str, Any, int, str, str | None]] = [
     ),
     (
         "/v1/completions",
-        {"model": "story", "prompt": "x", "echo": True},
+        {"model": "story", "prompt": "x", "echo": "yes"},
         400,
-        "unsupported_parameter",
+        "invalid_value",
         "echo",
     ),
     (
@@ -496,17 +501,38 @@ FIELDS = st.sampled_from(
         "stream",
         "logprobs",
         "user",
+        "echo",
+        "logit_bias",
+        "top_k",
+        "min_p",
+        "repetition_penalty",
+        "stop_token_ids",
+        "prompt_logprobs",
+        "tokens",
+        "messages",
     ]
 )
 ROWS = st.lists(
     st.text(max_size=30) | st.dictionaries(st.just("text"), SCALARS, max_size=1), max_size=3
 )
+FUZZED = ["/classify", "/v1/completions", "/tokenize", "/detokenize"]
+TOKENS = st.lists(st.integers(-1, 340), max_size=5)
 BODIES = st.dictionaries(FIELDS | st.text(max_size=5), VALUES, max_size=6) | st.fixed_dictionaries(
     {"model": st.sampled_from(["spam", "story", "trec", "spam:1", "x"])},
     optional={
         "input": ROWS | st.text(),
-        "prompt": st.text() | st.lists(st.text(), max_size=2),
+        "prompt": st.text() | st.lists(st.text(), max_size=2) | TOKENS | st.lists(TOKENS),
         "max_tokens": st.integers(-1, 20) | SCALARS,
+        "tokens": TOKENS,
+        "n": st.integers(-1, 9),
+        "echo": st.booleans(),
+        "logprobs": st.integers(-1, 6),
+        "prompt_logprobs": st.integers(-1, 21),
+        "logit_bias": st.dictionaries(st.integers(0, 400).map(str), st.floats(-100, 100)),
+        "repetition_penalty": st.floats(0, 100),
+        "top_k": st.integers(-1, 400),
+        "min_p": st.floats(0, 1),
+        "stop_token_ids": TOKENS,
         "temperature": st.floats(0, 2) | SCALARS,
         "top_p": st.floats(0, 1) | SCALARS,
         "stop": st.lists(st.text(max_size=3), max_size=2) | SCALARS,
@@ -518,7 +544,7 @@ BODIES = st.dictionaries(FIELDS | st.text(max_size=5), VALUES, max_size=6) | st.
 @settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(path=st.sampled_from(["/classify", "/v1/completions"]), body=BODIES | VALUES)
+@given(path=st.sampled_from(FUZZED), body=BODIES | VALUES)
 def test_no_body_is_an_internal_error(client: Client, path: str, body: Any) -> None:
     """Any JSON body gets a result or a well-formed refusal."""
     answer = client.post(path, body)

@@ -23,6 +23,7 @@ from typing import Any, Generic, TypeVar
 from orchestrator.errors import OrchestratorError, Unreachable
 from orchestrator.models.backbone import Backbone
 from orchestrator.serving.engine.classify import answer_probs
+from orchestrator.serving.engine.constraints import ConstraintFailed
 from orchestrator.serving.engine.generation import (
     Completion,
     Delta,
@@ -30,6 +31,7 @@ from orchestrator.serving.engine.generation import (
     GenerationRow,
     Sampling,
 )
+from orchestrator.serving.engine.input_scores import score_inputs
 from orchestrator.serving.prompts.served_prompt import ServedPrompt
 
 Result = TypeVar("Result")
@@ -185,14 +187,24 @@ class ServingEngine:
         return await self._ask(request, self._ranking, prompt, inputs, None)
 
     async def complete(
-        self, prompt: ServedPrompt, inputs: Sequence[list[int]], sampling: Sampling
+        self,
+        prompt: ServedPrompt,
+        inputs: Sequence[list[int]],
+        sampling: Sampling | Sequence[Sampling],
     ) -> list[Completion]:
-        """Return one completion for each input. Raises Overloaded when the queue is full."""
+        """Return one completion for each input.
+
+        ``sampling`` is the same for all inputs, or one for each. Inputs that are the same list run
+        once. Raises Overloaded when the queue is full.
+        """
         request: PendingRequest[Completion] = PendingRequest(len(inputs))
         return await self._ask(request, self._generating, prompt, inputs, sampling)
 
     def stream(
-        self, prompt: ServedPrompt, inputs: Sequence[list[int]], sampling: Sampling
+        self,
+        prompt: ServedPrompt,
+        inputs: Sequence[list[int]],
+        sampling: Sampling | Sequence[Sampling],
     ) -> AsyncIterator[tuple[int, Delta]]:
         """Return an iterator over the inputs' numbers and their deltas, as they are generated.
 
@@ -240,7 +252,7 @@ class ServingEngine:
         line: deque[QueuedRow],
         prompt: ServedPrompt,
         inputs: Sequence[list[int]],
-        sampling: Sampling | None,
+        sampling: Sampling | Sequence[Sampling] | None,
     ) -> list[Result]:
         self._enqueue(line, request, prompt, inputs, sampling)
         return await asyncio.wrap_future(request.future)
@@ -251,9 +263,13 @@ class ServingEngine:
         request: PendingRequest[Result],
         prompt: ServedPrompt,
         inputs: Sequence[list[int]],
-        sampling: Sampling | None,
+        sampling: Sampling | Sequence[Sampling] | None,
     ) -> None:
-        queued = [QueuedRow(request, row, prompt, ids, sampling) for row, ids in enumerate(inputs)]
+        samplings = sampling if isinstance(sampling, Sequence) else [sampling] * len(inputs)
+        queued = [
+            QueuedRow(request, row, prompt, ids, row_sampling)
+            for row, (ids, row_sampling) in enumerate(zip(inputs, samplings, strict=True))
+        ]
         with self._changed:
             if self._closed:
                 raise Unreachable("the server is stopping")
@@ -353,11 +369,36 @@ class ServingEngine:
             GenerationRow(entry.prompt, entry.input_ids, entry.sampling or Sampling())
             for entry in queued
         ]
-        self._observe("prefill", len(rows))
-        entering = GenerationBatch(self.backbone, rows)
+        self._score([row for row in rows if row.sampling.prompt_logprobs is not None])
+        owners = dict(zip(rows, queued, strict=True))
+        for row in [row for row in rows if not row.sampling.max_tokens]:
+            row.end_at_once()
+            self._tell(row, owners[row])
+            self._deliver(row, owners.pop(row))
+        if not owners:
+            return
+        self._observe("prefill", len(owners))
+        entering = GenerationBatch(self.backbone, list(owners))
         if not any(batch.absorb(entering) for batch in self._batches):
             self._batches.append(entering)
-        self._owners.update(zip(rows, queued, strict=True))
+        self._owners.update(owners)
+
+    def _score(self, rows: Sequence[GenerationRow]) -> None:
+        """Score the inputs of rows that ask for it; several rows of one input share the scores."""
+        if not rows:
+            return
+        keys = [(id(row.prompt), id(row.input_ids), row.sampling.prompt_logprobs) for row in rows]
+        distinct = dict(zip(keys, rows, strict=True))
+        self._observe("score", len(distinct))
+        scores = score_inputs(
+            self.backbone,
+            [row.prompt for row in distinct.values()],
+            [row.input_ids for row in distinct.values()],
+            [row.sampling.prompt_logprobs or 0 for row in distinct.values()],
+        )
+        scores_of = dict(zip(distinct, scores, strict=True))
+        for key, row in zip(keys, rows, strict=True):
+            row.input_scores = scores_of[key]
 
     def _step(self, batch: GenerationBatch) -> None:
         for row in batch.rows:
@@ -387,7 +428,8 @@ class ServingEngine:
         if row.completion is not None:
             entry.request.deliver(entry.row, row.completion)
         elif row.failure is not None:
-            log.error("generating a row failed", exc_info=row.failure)
+            if not isinstance(row.failure, ConstraintFailed):
+                log.error("generating a row failed", exc_info=row.failure)
             entry.request.fail(row.failure)
 
     def _fail(self, queued: Sequence[QueuedRow], error: BaseException) -> None:

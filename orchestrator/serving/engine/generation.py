@@ -16,7 +16,10 @@ from torch import Tensor
 from orchestrator.models.backbone import Backbone
 from orchestrator.models.decoding import start
 from orchestrator.models.placeholders import text_ids
+from orchestrator.serving.engine.constraints import Constraint
 from orchestrator.serving.engine.detokenize import RowText
+from orchestrator.serving.engine.input_scores import ScoredToken
+from orchestrator.serving.engine.logit_rules import UNCHANGED, LogitRules, truncated, without
 from orchestrator.serving.prompts.served_prompt import ServedPrompt, stack_prompts
 
 # A smaller temperature would overflow float32 when logits are divided by it, and is greedy anyway.
@@ -46,10 +49,40 @@ class Sampling:
 
     None reports no log-probabilities.
     """
+    rules: LogitRules = UNCHANGED
+    """Biases and penalties, which also apply to greedy decoding."""
+    top_k: int = 0
+    """How many of the likeliest tokens to draw from; 0 draws from all."""
+    min_p: float = 0.0
+    """The smallest probability of a token that is drawn, as a share of the likeliest token's."""
+    ignore_eos: bool = False
+    """Go on after the end token."""
+    min_tokens: int = 0
+    """The number of tokens before which neither a token nor a string ends the row."""
+    stop_token_ids: frozenset[int] = frozenset()
+    """Further tokens that end the row."""
+    prompt_logprobs: int | None = None
+    """How many of the likeliest tokens to report for each token of the input.
+
+    None does not score the input.
+    """
+    constraint: Constraint | None = None
+    """What the texts have to satisfy. A row ends as soon as nothing may follow its text."""
 
     @property
     def greedy(self) -> bool:
         return self.temperature < GREEDY_BELOW
+
+    @cached_property
+    def takes_likeliest(self) -> bool:
+        """Tell whether every token is the likeliest one of the model's own logits."""
+        no_rules = self.rules.changes_nothing and self.constraint is None
+        return self.greedy and no_rules and not self.min_tokens
+
+    @cached_property
+    def plain(self) -> bool:
+        """Tell whether the likeliest token is all that is needed at each step."""
+        return self.takes_likeliest and self.logprobs is None
 
 
 @dataclass(frozen=True)
@@ -74,6 +107,7 @@ class Completion:
     finish_reason: FinishReason
     tokens: int
     logprobs: tuple[TokenLogprob, ...] = ()
+    input_scores: tuple[ScoredToken, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,6 +118,8 @@ class Delta:
     tokens: int
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
+    input_scores: tuple[ScoredToken, ...] = ()
+    """The scores of the input, in the row's first delta only."""
 
 
 @dataclass(eq=False)
@@ -99,6 +135,7 @@ class GenerationRow:
     """The error that ended this row and no other row of the batch."""
     abandoned: bool = False
     """Set when no caller waits for the row any more."""
+    input_scores: tuple[ScoredToken, ...] = ()
 
     def __post_init__(self) -> None:
         # A seq2seq model's decoder starts a new text; other models continue the input's text.
@@ -108,6 +145,9 @@ class GenerationRow:
         )
         self._logprobs: list[TokenLogprob] = []
         self._told = Delta("", 0)
+        self._stops_from = 0  # stop strings that end before this position are part of the text
+        constraint = self.sampling.constraint
+        self._guide = None if constraint is None else constraint.start()
 
     @cached_property
     def _random(self) -> torch.Generator:
@@ -127,16 +167,31 @@ class GenerationRow:
 
         The row has its own random generator, so the result does not depend on the other rows.
         """
+        logits = self._ruled(logits)
         if self.sampling.greedy:
             return int(logits.argmax())
         # Temperatures and top_p below float32's range would become zero.
         temperature = max(self.sampling.temperature, torch.finfo(torch.float32).tiny)
         scaled = (logits - logits.max()) / temperature
         probs, order = scaled.softmax(-1).sort(descending=True)
+        if self.sampling.top_k or self.sampling.min_p:
+            probs = truncated(probs, self.sampling.top_k, self.sampling.min_p)
         # A token is kept while the likelier tokens add up to less than top_p; the first always is.
         is_kept = (probs.cumsum(-1) - probs) < self.sampling.top_p
         is_kept[0] = True
         return int(order[torch.multinomial(probs * is_kept, 1, generator=self._random)])
+
+    def _ruled(self, logits: Tensor) -> Tensor:
+        """Return the logits [V] after the request's own changes."""
+        if len(self.made) < self.sampling.min_tokens:
+            end_id = self.prompt.encoder.end_id
+            logits = without(
+                logits,
+                [*self.sampling.stop_token_ids, *([] if end_id is None else [end_id])],
+            )
+        if self.sampling.rules.changes_nothing:
+            return logits
+        return self.sampling.rules.applied(logits, text_ids(self.input_ids), self.made)
 
     def go_on(self, logits: Tensor, greedy: int) -> None:
         """Take one step from logits [V], of which ``greedy`` is the likeliest token.
@@ -144,25 +199,45 @@ class GenerationRow:
         An error becomes this row's ``failure``; the other rows of the batch go on.
         """
         try:
-            token = greedy if self.sampling.greedy else self.choose(logits)
+            token = self._next(logits, greedy)
             if self.sampling.logprobs is not None:
                 self._logprobs.append(self._logprob(logits, token))
             self.take(token)
         except Exception as error:
             self.failure = error
 
+    def _next(self, logits: Tensor, greedy: int) -> int:
+        if self._guide is not None:
+            allowed = self._guide.allowed(len(logits))
+            return self.choose(logits.masked_fill(~allowed, -torch.inf))
+        return greedy if self.sampling.takes_likeliest else self.choose(logits)
+
     def take(self, token: int) -> None:
         """Append a token, and set ``completion`` if the row ends with it."""
         self.made.append(token)
-        if token == self.prompt.encoder.end_id:
+        if self._is_end(token):
             self._end(self._text.text, "stop")
             return
         before = len(self._text.text) if self.sampling.stop else 0
         self._text.add(token)
+        is_complete = self._guide is not None and self._guide.take(token)
         if (text := self._stopped(before)) is not None:
             self._end(text, "stop")
+        elif is_complete:
+            self._end(self._text.text, "stop")
         elif len(self.made) >= self.sampling.max_tokens:
             self._end(self._text.text, "length")
+
+    def _is_end(self, token: int) -> bool:
+        if token in self.sampling.stop_token_ids:
+            return True
+        # Under a constraint, the end token is chosen only where the text has to end.
+        goes_on = self.sampling.ignore_eos and self._guide is None
+        return token == self.prompt.encoder.end_id and not goes_on
+
+    def end_at_once(self) -> None:
+        """Set ``completion`` of a row that was asked for no tokens."""
+        self._end("", "length")
 
     def pull(self) -> Delta | None:
         """Return what became final since the last call, or None if nothing did.
@@ -177,6 +252,7 @@ class GenerationRow:
             len(self.made) - previous.tokens,
             tuple(self._logprobs[len(previous.logprobs) :]),
             completion.finish_reason if completion else None,
+            () if previous.tokens else self.input_scores,
         )
         if not (news.text or news.logprobs or completion):
             return None
@@ -184,7 +260,9 @@ class GenerationRow:
         return news
 
     def _end(self, text: str, reason: FinishReason) -> None:
-        self.completion = Completion(text, reason, len(self.made), tuple(self._logprobs))
+        self.completion = Completion(
+            text, reason, len(self.made), tuple(self._logprobs), self.input_scores
+        )
 
     def _stopped(self, previous_length: int) -> str | None:
         """Return the text before the first stop string, or None if there is no stop string.
@@ -194,8 +272,14 @@ class GenerationRow:
         if not self.sampling.stop:
             return None
         text = self._text.text
+        if len(self.made) <= self.sampling.min_tokens:
+            self._stops_from = len(text)
+            return None
         start = max(0, previous_length - max(map(len, self.sampling.stop)) - CONTEXT_CHARACTERS)
-        positions = (text.find(stop, start) for stop in self.sampling.stop)
+        positions = (
+            text.find(stop, max(start, self._stops_from - len(stop) + 1))
+            for stop in self.sampling.stop
+        )
         first = min((position for position in positions if position >= 0), default=None)
         return None if first is None else text[:first]
 
@@ -223,8 +307,15 @@ class GenerationBatch:
     @torch.inference_mode()
     def __init__(self, backbone: Backbone, rows: Sequence[GenerationRow]) -> None:
         self.rows = list(rows)
-        prompts, prompt_of_row = stack_prompts([row.prompt for row in rows])
-        self._state = start(backbone, prompts, [row.input_ids for row in rows], prompt_of_row)
+        # Several completions of one input run it once.
+        keys = [(id(row.prompt), id(row.input_ids)) for row in rows]
+        distinct = list(dict(zip(keys, rows, strict=True)).values())
+        prompts, prompt_of_row = stack_prompts([row.prompt for row in distinct])
+        self._state = start(backbone, prompts, [row.input_ids for row in distinct], prompt_of_row)
+        if len(distinct) < len(rows):
+            order = {key: index for index, key in enumerate(dict.fromkeys(keys))}
+            copies = torch.tensor([order[key] for key in keys], device=self._state.logits.device)
+            self._state = self._state.select(copies)
 
     @torch.inference_mode()
     def absorb(self, other: GenerationBatch) -> bool:
@@ -241,7 +332,7 @@ class GenerationBatch:
         """Generate one token for every row; return the rows that ended, removed from the batch."""
         logits = self._state.logits.float()
         likeliest = logits.argmax(-1).tolist()
-        plain = all(row.sampling.greedy and row.sampling.logprobs is None for row in self.rows)
+        plain = all(row.sampling.plain for row in self.rows)
         scores = logits if plain else logits.cpu()
         for row, row_scores, greedy in zip(self.rows, scores, likeliest, strict=True):
             if not row.abandoned:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from orchestrator.serving.engine.generation import Completion, Delta, TokenLogprob
+from orchestrator.serving.http.inputs import NO_REPORT, InputReport
 from orchestrator.serving.http.protocol import (
     AssistantMessage,
     ChatAnswer,
@@ -22,6 +23,8 @@ from orchestrator.serving.http.protocol import (
     Choice,
     CompletionAnswer,
     Logprobs,
+    ScoredChatAnswer,
+    ScoredChoice,
     Usage,
 )
 
@@ -44,17 +47,19 @@ class Head:
 
 
 def completion(
-    head: Head, completions: Sequence[Completion], prompt_tokens: int
+    head: Head,
+    completions: Sequence[Completion],
+    prompt_tokens: int,
+    reports: Sequence[InputReport] = (),
 ) -> CompletionAnswer:
-    """Build the answer of /v1/completions."""
+    """Build the answer of /v1/completions.
+
+    ``reports`` say something about the input of each completion; there may be none.
+    """
+    reports = reports or [NO_REPORT] * len(completions)
     choices = [
-        Choice(
-            index=i,
-            text=entry.text,
-            finish_reason=entry.finish_reason,
-            logprobs=_logprobs(entry.logprobs),
-        )
-        for i, entry in enumerate(completions)
+        _choice(index, entry, report)
+        for index, (entry, report) in enumerate(zip(completions, reports, strict=True))
     ]
     completion_tokens = sum(entry.tokens for entry in completions)
     return CompletionAnswer(
@@ -62,15 +67,39 @@ def completion(
     )
 
 
-def chat(head: Head, completion: Completion, prompt_tokens: int) -> ChatAnswer:
-    """Build the answer of /v1/chat/completions."""
-    choice = ChatChoice(
-        index=0,
-        message=AssistantMessage(content=completion.text),
-        finish_reason=completion.finish_reason,
-        logprobs=_chat_logprobs(completion.logprobs),
+def _choice(index: int, entry: Completion, report: InputReport) -> Choice:
+    choice = Choice(
+        index=index,
+        text=report.echo + entry.text,
+        finish_reason=entry.finish_reason,
+        logprobs=_joined(report.logprobs, _logprobs(entry.logprobs, len(report.echo))),
     )
-    return ChatAnswer(**vars(head), choices=[choice], usage=usage(prompt_tokens, completion.tokens))
+    if report.prompt_logprobs is None:
+        return choice
+    return ScoredChoice(**vars(choice), prompt_logprobs=report.prompt_logprobs)
+
+
+def chat(
+    head: Head,
+    completions: Sequence[Completion],
+    prompt_tokens: int,
+    report: InputReport = NO_REPORT,
+) -> ChatAnswer:
+    """Build the answer of /v1/chat/completions; its completions have one input."""
+    choices = [
+        ChatChoice(
+            index=index,
+            message=AssistantMessage(content=entry.text),
+            finish_reason=entry.finish_reason,
+            logprobs=_chat_logprobs(entry.logprobs),
+        )
+        for index, entry in enumerate(completions)
+    ]
+    tokens = usage(prompt_tokens, sum(entry.tokens for entry in completions))
+    answer = ChatAnswer(**vars(head), choices=choices, usage=tokens)
+    if report.prompt_logprobs is None:
+        return answer
+    return ScoredChatAnswer(**vars(answer), prompt_logprobs=report.prompt_logprobs)
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> Usage:
@@ -87,6 +116,10 @@ class Stream(Protocol):
     def opening(self, rows: int) -> Iterator[Chunk]:
         """Yield the chunks that come before any token."""
 
+    def echo(self, row: int, report: InputReport) -> Chunk:
+        """Build the chunk with a row's input."""
+        ...
+
     def chunk(self, row: int, delta: Delta) -> Chunk:
         """Build the chunk for what a row gained."""
         ...
@@ -100,16 +133,23 @@ class CompletionStream:
 
     def __init__(self, head: Head) -> None:
         self._head = vars(head)
+        self._echoed: dict[int, int] = {}
 
     def opening(self, rows: int) -> Iterator[Chunk]:
         return iter(())
+
+    def echo(self, row: int, report: InputReport) -> CompletionAnswer:
+        """Build the chunk with a row's input, which comes before the row's other chunks."""
+        self._echoed[row] = len(report.echo)
+        choice = Choice(index=row, text=report.echo, finish_reason=None, logprobs=report.logprobs)
+        return CompletionAnswer(**self._head, choices=[choice])
 
     def chunk(self, row: int, delta: Delta) -> CompletionAnswer:
         choice = Choice(
             index=row,
             text=delta.text,
             finish_reason=delta.finish_reason,
-            logprobs=_logprobs(delta.logprobs),
+            logprobs=_logprobs(delta.logprobs, self._echoed.get(row, 0)),
         )
         return CompletionAnswer(**self._head, choices=[choice])
 
@@ -132,6 +172,9 @@ class ChatStream:
                 **self._head, choices=[ChatChunkChoice(index=row, delta=delta, finish_reason=None)]
             )
 
+    def echo(self, row: int, report: InputReport) -> ChatChunk:
+        raise NotImplementedError("a chat has no echo")
+
     def chunk(self, row: int, delta: Delta) -> ChatChunk:
         choice = ChatChunkChoice(
             index=row,
@@ -145,7 +188,8 @@ class ChatStream:
         return ChatChunk(**self._head, choices=[], usage=usage(prompt_tokens, completion_tokens))
 
 
-def _logprobs(tokens: Sequence[TokenLogprob]) -> Logprobs | None:
+def _logprobs(tokens: Sequence[TokenLogprob], before: int = 0) -> Logprobs | None:
+    """Build the log-probabilities of tokens that follow ``before`` characters of the text."""
     if not tokens:
         return None
     # OpenAI's format is a mapping from text; of tokens with equal text, the likeliest stays.
@@ -153,8 +197,20 @@ def _logprobs(tokens: Sequence[TokenLogprob]) -> Logprobs | None:
     return Logprobs(
         tokens=[token.text for token in tokens],
         token_logprobs=[token.logprob for token in tokens],
-        top_logprobs=top_logprobs,
-        text_offset=[token.offset for token in tokens],
+        top_logprobs=[*top_logprobs],
+        text_offset=[before + token.offset for token in tokens],
+    )
+
+
+def _joined(first: Logprobs | None, second: Logprobs | None) -> Logprobs | None:
+    """Join the log-probabilities of an echo and of the text behind it."""
+    if first is None or second is None:
+        return first or second
+    return Logprobs(
+        tokens=[*first.tokens, *second.tokens],
+        token_logprobs=[*first.token_logprobs, *second.token_logprobs],
+        top_logprobs=[*first.top_logprobs, *second.top_logprobs],
+        text_offset=[*first.text_offset, *second.text_offset],
     )
 
 

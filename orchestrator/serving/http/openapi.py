@@ -13,9 +13,14 @@ from orchestrator.serving.http.protocol import (
     ClassifyRequest,
     CompletionAnswer,
     CompletionRequest,
+    DetokenizeAnswer,
+    DetokenizeRequest,
     ErrorAnswer,
     ModelEntry,
     ModelList,
+    TokenizeAnswer,
+    TokenizeRequest,
+    TokenizerInfo,
 )
 from orchestrator.utils.documents import JsonObject
 
@@ -59,6 +64,9 @@ def describe(path: str) -> JsonObject:
         "/v1/completions": _asking(CompletionRequest, CompletionAnswer, streams=True),
         "/v1/chat/completions": _asking(ChatRequest, ChatAnswer, streams=True),
         "/classify": _asking(ClassifyRequest, ClassifyAnswer),
+        "/tokenize": _asking(TokenizeRequest, TokenizeAnswer),
+        "/detokenize": _asking(DetokenizeRequest, DetokenizeAnswer),
+        "/tokenizer_info": {"responses": {200: {"model": TokenizerInfo}, **_errors(READING)}},
     }
     return {"summary": path, **routes[path]}
 

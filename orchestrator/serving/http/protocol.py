@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import json
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar, cast
 
 from pydantic import (
     BaseModel,
@@ -17,8 +16,15 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from orchestrator.job.labels import Label
+from orchestrator.serving.http.fields import field_error as _field_error
+from orchestrator.serving.http.sampling_fields import (
+    MAX_INT,
+    SamplingFields,
+    TokenIds,
+    value_error,
+)
+from orchestrator.serving.http.structured import ConstrainedFields
 
-MAX_INT = 2**63 - 1
 MAX_COLUMNS = 256
 MAX_MESSAGES = 256
 
@@ -69,19 +75,26 @@ class ApiError(Exception):
         }
 
 
-class WireRequest(BaseModel):
+class WireBody(BaseModel):
     """A request body with strict types and without fields that the server would ignore."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
     harmless: ClassVar[frozenset[str]] = frozenset(
-        {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+        {
+            "user",
+            "metadata",
+            "store",
+            "service_tier",
+            "safety_identifier",
+            "prompt_cache_key",
+            "prompt_cache_retention",
+            "cache_salt",
+        }
     )
     """Fields that clients may send and that do not affect the answer."""
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
     """Unsupported fields, with the values that are accepted because they change nothing."""
-
-    model: ModelName
 
     @classmethod
     def __get_pydantic_json_schema__(
@@ -118,6 +131,12 @@ class WireRequest(BaseModel):
             raise _field_error(field, f"is not recognised{suggestion}")
 
 
+class WireRequest(WireBody):
+    """A request body that names the served prompt."""
+
+    model: ModelName
+
+
 class StreamOptions(BaseModel):
     """Options for the contents of a stream."""
 
@@ -127,7 +146,25 @@ class StreamOptions(BaseModel):
     """End the stream with a chunk that has the usage and no choices."""
 
 
-class GenerationRequest(WireRequest):
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "use_beam_search": (False,),
+    "length_penalty": (1, 1.0),
+    "early_stopping": (False,),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "truncate_prompt_tokens": (),
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "return_tokens_as_token_ids": (False,),
+    "return_token_ids": (False,),
+    "priority": (0,),
+    "logits_processors": ([],),
+}
+"""Fields of vLLM that are not supported, with the values that change nothing."""
+
+
+class GenerationRequest(ConstrainedFields, SamplingFields, WireRequest):
     """The fields that completions and chat completions have in common."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -148,35 +185,64 @@ class GenerationRequest(WireRequest):
         """Tell whether the stream ends with a chunk that has the usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
+    @property
+    def choices(self) -> int:
+        """The number of answers to each input."""
+        return self.n or 1
+
     @model_validator(mode="after")
     def _options_belong_to_streams(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
             raise _field_error("stream_options", "is allowed with stream only")
+        if self.prompt_logprobs is not None and self.stream:
+            raise _field_error("prompt_logprobs", "is allowed without stream only")
         return self
 
 
 class CompletionRequest(GenerationRequest):
     """The body of POST /v1/completions.
 
-    Each prompt fills the template that the served prompt was tuned with.
+    Each text fills the template that the served prompt was tuned with. Token ids are read as they
+    are, without a template and without special tokens.
     """
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "n": (1,),
-        "best_of": (1,),
-        "echo": (False,),
+        **NEUTRAL,
         "suffix": ("",),
-        "logit_bias": ({},),
-        "presence_penalty": (0, 0.0),
-        "frequency_penalty": (0, 0.0),
+        "add_special_tokens": (True,),
     }
 
-    prompt: str | Annotated[list[str], Field(min_length=1)]
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, fail_fast=True)]
+        | Annotated[TokenIds, Field(min_length=1)]
+        | Annotated[
+            list[Annotated[TokenIds, Field(min_length=1)]], Field(min_length=1, fail_fast=True)
+        ]
+    )
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_INT)] | None = None
+    """The most tokens of an answer; 0 returns the input alone and needs ``echo``."""
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    echo: bool | None = None
+    """Return the input in front of each answer, with ``logprobs`` its tokens' too."""
+    best_of: Annotated[int, Field(ge=1, le=MAX_INT)] | None = None
+    """Taken if it equals ``n``, so that there is nothing to choose from."""
 
     @property
-    def prompts(self) -> list[str]:
-        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
+    def prompts(self) -> list[str | list[int]]:
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return cast("list[str | list[int]]", self.prompt)
+
+    @model_validator(mode="after")
+    def _every_answer_has_a_use(self) -> CompletionRequest:
+        if self.best_of is not None and self.best_of != self.choices:
+            raise _field_error("best_of", "is not supported by this server; leave it out")
+        if self.max_tokens == 0 and not self.echo:
+            raise value_error("max_tokens", "may be 0 with echo only; ask for at least 1")
+        return self
 
 
 class TextPart(BaseModel):
@@ -194,8 +260,13 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_MESSAGES)]
+    content: (
+        str | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_MESSAGES)] | None
+    ) = None
+    """The text; null, which is an empty text, for the assistant only."""
     name: Annotated[str, Field(max_length=512)] | None = None
+    type: Literal["text", "message"] | None = None
+    """Changes nothing; some clients send it."""
 
     @model_validator(mode="before")
     @classmethod
@@ -212,10 +283,20 @@ class ChatMessage(BaseModel):
             if key in cls.model_fields or value not in (None, [])
         }
 
+    @model_validator(mode="after")
+    def _only_answers_may_be_empty(self) -> ChatMessage:
+        if self.content is None and self.role != "assistant":
+            raise PydanticCustomError(
+                "no_content",
+                "a message of role {role} needs content",
+                {"role": repr(self.role)},
+            )
+        return self
+
     @property
     def text(self) -> str:
-        if isinstance(self.content, str):
-            return self.content
+        if self.content is None or isinstance(self.content, str):
+            return self.content or ""
         return "".join(part.text for part in self.content)
 
 
@@ -226,15 +307,27 @@ class ChatRequest(GenerationRequest):
     """
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "n": (1,),
+        **NEUTRAL,
         "tools": ([],),
         "tool_choice": ("none", "auto"),
         "parallel_tool_calls": (True, False),
-        "response_format": ({"type": "text"},),
+        "functions": ([],),
+        "function_call": ("none", "auto"),
         "modalities": (["text"],),
-        "logit_bias": ({},),
-        "presence_penalty": (0, 0.0),
-        "frequency_penalty": (0, 0.0),
+        "audio": (),
+        "prediction": (),
+        "reasoning_effort": ("none",),
+        "include_reasoning": (True, False),
+        "verbosity": (),
+        "web_search_options": (),
+        "echo": (False,),
+        "add_generation_prompt": (True,),
+        "continue_final_message": (False,),
+        "add_special_tokens": (False,),
+        "documents": ([],),
+        "chat_template": (),
+        "chat_template_kwargs": ({},),
+        "mm_processor_kwargs": ({},),
     }
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
@@ -287,9 +380,23 @@ class Logprobs(Answer):
     """The log-probabilities of a completion's tokens; each list has one entry per token."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    """Null for the first token of an echoed input, as is its entry in ``top_logprobs``."""
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
+
+
+class PromptLogprob(Answer):
+    """The log-probability of a token at one position of the input."""
+
+    logprob: float
+    rank: int
+    """1 for the likeliest token."""
+    decoded_token: str
+
+
+PromptLogprobs: TypeAlias = list[dict[str, PromptLogprob] | None]
+"""For each token of the input, by id, the token itself and the likeliest ones; null first."""
 
 
 class Choice(Answer):
@@ -302,6 +409,12 @@ class Choice(Answer):
     logprobs: Logprobs | None = None
 
 
+class ScoredChoice(Choice):
+    """A completion with the log-probabilities of its input's tokens."""
+
+    prompt_logprobs: PromptLogprobs
+
+
 class CompletionAnswer(Answer):
     """A completion, or one chunk of a streamed completion."""
 
@@ -311,7 +424,7 @@ class CompletionAnswer(Answer):
     model: str
     system_fingerprint: str
     """The version that answered, as ``name:version``."""
-    choices: list[Choice]
+    choices: list[ScoredChoice | Choice]
     usage: Usage | None = None
 
 
@@ -352,6 +465,12 @@ class ChatAnswer(Answer):
     """The version that answered, as ``name:version``."""
     choices: list[ChatChoice]
     usage: Usage
+
+
+class ScoredChatAnswer(ChatAnswer):
+    """A chat answer with the log-probabilities of its input's tokens."""
+
+    prompt_logprobs: PromptLogprobs
 
 
 class ChatDelta(Answer):
@@ -405,6 +524,87 @@ class ClassifyAnswer(Answer):
     data: list[Classified]
 
 
+class TokenizeRequest(WireBody):
+    """The body of POST /tokenize, for a text or a conversation.
+
+    A text is tokenized alone, as the base model's tokenizer does it; with ``apply_template`` it
+    fills the template of the named prompt first, as in /v1/completions.
+    """
+
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "add_generation_prompt": (True,),
+        "continue_final_message": (False,),
+        "chat_template": (),
+        "chat_template_kwargs": ({},),
+        "tools": ([],),
+        "mm_processor_kwargs": ({},),
+        "media_io_kwargs": ({},),
+    }
+
+    model: ModelName | None = None
+    """The served prompt; all prompts have the same tokenizer, so a text alone needs none."""
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None = (
+        None
+    )
+    apply_template: bool | None = None
+    """Fill the prompt's template with the text."""
+    add_special_tokens: bool | None = None
+    """Add special tokens such as BOS to a text; true by default."""
+    return_token_strs: bool | None = None
+
+    @model_validator(mode="after")
+    def _one_input(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise value_error("prompt", "or 'messages' is required, and not both")
+        if self.uses_template and self.model is None:
+            raise value_error("model", "is required: its template is filled")
+        # A conversation's template writes them itself, and a text in a template always has them.
+        if self.uses_template and self.add_special_tokens is (self.messages is not None):
+            raise value_error("add_special_tokens", "is allowed for a text alone only")
+        return self
+
+    @property
+    def uses_template(self) -> bool:
+        """Tell whether the tokens are those of a request to the named prompt."""
+        return self.messages is not None or bool(self.apply_template)
+
+
+class TokenizeAnswer(Answer):
+    """The answer of /tokenize."""
+
+    count: int
+    max_model_len: int
+    """The tokens that an input and its answer may have together; virtual tokens are left out."""
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeRequest(WireBody):
+    """The body of POST /detokenize."""
+
+    model: ModelName | None = None
+    tokens: TokenIds
+
+
+class DetokenizeAnswer(Answer):
+    """The answer of /detokenize."""
+
+    prompt: str
+
+
+class TokenizerInfo(Answer):
+    """The answer of /tokenizer_info, with the keys of a tokenizer_config.json."""
+
+    tokenizer_class: str
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    chat_template: str | None
+    model_max_length: int
+    """The base model's context."""
+
+
 class ModelEntry(Answer):
     """One served model."""
 
@@ -414,6 +614,8 @@ class ModelEntry(Answer):
     owned_by: str = "orchestrator"
     root: str
     """The id of the base model."""
+    parent: str
+    """The same: the prompt is an adapter of this model."""
     version: int
     alias: str
     labels: list[Label] | None
@@ -427,7 +629,7 @@ class ModelList(Answer):
     data: list[ModelEntry]
 
 
-RequestType = TypeVar("RequestType", bound=WireRequest)
+RequestType = TypeVar("RequestType", bound=WireBody)
 
 
 def parse_body(kind: type[RequestType], body: bytes) -> RequestType:
@@ -438,19 +640,14 @@ def parse_body(kind: type[RequestType], body: bytes) -> RequestType:
         raise _as_api_error(error.errors(include_url=False, include_context=True)) from None
 
 
-def _field_error(field: str, message: str) -> PydanticCustomError:
-    if not field.isprintable() or len(field) > 100:
-        field = json.dumps(field[:100])
-    context = {"field": field, "quoted": repr(field), "message": message}
-    return PydanticCustomError("field", "{quoted} {message}", context)
-
-
 def _as_api_error(problems: list[ErrorDetails]) -> ApiError:
     first = problems[0]
     if first["type"] == "json_invalid":
         return ApiError(400, f"The body is not valid JSON: {first['ctx']['error']}", "invalid_json")
     if first["type"] == "field":
         return ApiError(400, first["msg"], "unsupported_parameter", str(first["ctx"]["field"]))
+    if first["type"] == "value":
+        return ApiError(400, first["msg"], "invalid_value", str(first["ctx"]["field"]))
     where = str(first["loc"][0]) if first["loc"] else None
     return ApiError(400, _wrong_value(problems), "invalid_value", where)
 

@@ -27,6 +27,8 @@ from orchestrator.serving.http.protocol import (
     ChatRequest,
     ClassifyRequest,
     CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
     parse_body,
 )
 from orchestrator.serving.http.request_record import RequestRecord
@@ -62,6 +64,9 @@ def make_api(
         ("POST", "/v1/completions", _generate(service, CompletionRequest)),
         ("POST", "/v1/chat/completions", _generate(service, ChatRequest)),
         ("POST", "/classify", _classify(service)),
+        ("POST", "/tokenize", _tokenize(service)),
+        ("POST", "/detokenize", _detokenize(service)),
+        ("GET", "/tokenizer_info", _tokenizer_info(service)),
     ):
         api.add_api_route(path, handler, methods=[method], **describe(path))
     _watch(service)
@@ -250,6 +255,31 @@ def _classify(service: PromptService) -> Handler:
         return _json(await while_connected(request, work))
 
     return classify
+
+
+def _tokenize(service: PromptService) -> Handler:
+    async def tokenize(request: Request) -> Response:
+        body = await read_body(request, service.limits.max_body_bytes)
+        work = service.tokenize(parse_body(TokenizeRequest, body), _record(request))
+        return _json(await while_connected(request, work))
+
+    return tokenize
+
+
+def _detokenize(service: PromptService) -> Handler:
+    async def detokenize(request: Request) -> Response:
+        body = await read_body(request, service.limits.max_body_bytes)
+        work = service.detokenize(parse_body(DetokenizeRequest, body), _record(request))
+        return _json(await while_connected(request, work))
+
+    return detokenize
+
+
+def _tokenizer_info(service: PromptService) -> Handler:
+    async def info(request: Request) -> Response:
+        return _json(service.tokenizer_info())
+
+    return info
 
 
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
@@ -14,10 +14,19 @@ from orchestrator.errors import BadInput, OrchestratorError, Unreachable
 from orchestrator.models.placeholders import text_ids
 from orchestrator.registry import CHAMPION
 from orchestrator.registry.versions.refs import printable
+from orchestrator.serving.engine.constraints import Constraint, ConstraintFailed
 from orchestrator.serving.engine.engine import Overloaded, ServingEngine
 from orchestrator.serving.engine.generation import Completion, Delta, Sampling
+from orchestrator.serving.engine.grammars import BadRule, Grammars, TooComplex
+from orchestrator.serving.engine.input_scores import ScoredToken
 from orchestrator.serving.http import answers
 from orchestrator.serving.http.chat import NoChatTemplate, encode_chat
+from orchestrator.serving.http.inputs import (
+    InputReport,
+    echoed_logprobs,
+    encode_inputs,
+    prompt_logprobs,
+)
 from orchestrator.serving.http.metrics import Metrics
 from orchestrator.serving.http.protocol import (
     ApiError,
@@ -28,11 +37,19 @@ from orchestrator.serving.http.protocol import (
     ClassifyRequest,
     CompletionAnswer,
     CompletionRequest,
+    DetokenizeAnswer,
+    DetokenizeRequest,
     GenerationRequest,
     ModelEntry,
     ModelList,
+    TokenizeAnswer,
+    TokenizeRequest,
+    TokenizerInfo,
 )
 from orchestrator.serving.http.request_record import RequestRecord
+from orchestrator.serving.http.sampling import choices_of, sampling_of
+from orchestrator.serving.http.structured import AskedRule
+from orchestrator.serving.http.tokenization import detokenize, tokenize, tokenizer_info
 from orchestrator.serving.prompts.served_prompt import (
     ContextExceeded,
     Given,
@@ -43,9 +60,6 @@ from orchestrator.serving.prompts.store import ModelCard, ModelNotFound, PromptS
 
 Tokens = TypeVar("Tokens")
 Answers = TypeVar("Answers")
-
-DEFAULT_MAX_TOKENS = 16  # OpenAI's
-DEFAULT_TEMPERATURE = 1.0  # OpenAI's
 
 
 @dataclass(frozen=True)
@@ -66,6 +80,28 @@ class PreparedRequest:
     inputs: list[list[int]]
     sampling: Sampling
     head: answers.Head
+    choices: int = 1
+    """The number of answers to each input; the answers to an input follow each other."""
+    echoes: tuple[str, ...] = ()
+    """The text of each input, if answers begin with it."""
+    prompt_logprobs: int | None = None
+    """The number of likeliest tokens to report for each token of the inputs, if that is asked."""
+
+    @property
+    def rows(self) -> list[list[int]]:
+        """The input of each answer."""
+        return [ids for ids in self.inputs for _ in range(self.choices)]
+
+    @property
+    def samplings(self) -> Sampling | list[Sampling]:
+        """The rule of all answers, or of each."""
+        if self.choices == 1:
+            return self.sampling
+        return choices_of(self.sampling, len(self.inputs), self.choices)
+
+    @property
+    def reports_inputs(self) -> bool:
+        return bool(self.echoes) or self.prompt_logprobs is not None
 
     @property
     def prompt_tokens(self) -> int:
@@ -93,6 +129,7 @@ class PromptService:
         # A single thread, because a tokenizer that changes its own settings is not thread-safe.
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
         self._loading = ThreadPoolExecutor(4, thread_name_prefix="prompt-load")
+        self._grammars = Grammars(engine.backbone)
 
     @property
     def healthy(self) -> bool:
@@ -105,6 +142,7 @@ class PromptService:
         self.engine.close()
         self._tokenizing.shutdown(wait=False)
         self._loading.shutdown(wait=False)
+        self._grammars.close()
 
     def models(self, record: RequestRecord) -> ModelList:
         """List the served models that the request's key may use."""
@@ -146,15 +184,34 @@ class PromptService:
     async def complete(self, request: CompletionRequest, record: RequestRecord) -> CompletionAnswer:
         """Answer POST /v1/completions without a stream."""
         prepared = await self._completion(request, record)
-        return answers.completion(
-            prepared.head, await self._completed(prepared, record), prepared.prompt_tokens
-        )
+        completions = await self._completed(prepared, record)
+        reports = await self._reports(prepared, completions)
+        return answers.completion(prepared.head, completions, prepared.prompt_tokens, reports)
 
     async def chat(self, request: ChatRequest, record: RequestRecord) -> ChatAnswer:
         """Answer POST /v1/chat/completions without a stream."""
         prepared = await self._conversation(request, record)
-        (completion,) = await self._completed(prepared, record)
-        return answers.chat(prepared.head, completion, prepared.prompt_tokens)
+        completions = await self._completed(prepared, record)
+        reports = await self._reports(prepared, completions[:1])
+        return answers.chat(prepared.head, completions, prepared.prompt_tokens, *reports)
+
+    async def tokenize(self, request: TokenizeRequest, record: RequestRecord) -> TokenizeAnswer:
+        """Answer POST /tokenize."""
+        prompt = await self._prompt(request.model, record) if request.model else None
+        work = partial(tokenize, request, self.engine.backbone, prompt)
+        return await self._tokenized(work, "prompt" if request.messages is None else "messages")
+
+    async def detokenize(
+        self, request: DetokenizeRequest, record: RequestRecord
+    ) -> DetokenizeAnswer:
+        """Answer POST /detokenize."""
+        if request.model:
+            await self._prompt(request.model, record)
+        return await self._tokenized(partial(detokenize, request, self.engine.backbone), "tokens")
+
+    def tokenizer_info(self) -> TokenizerInfo:
+        """Answer GET /tokenizer_info."""
+        return tokenizer_info(self.engine.backbone)
 
     async def stream(
         self, request: CompletionRequest | ChatRequest, record: RequestRecord
@@ -172,7 +229,7 @@ class PromptService:
             kind = answers.CompletionStream
         record.streamed = True
         with _refusals():
-            deltas = self.engine.stream(prepared.prompt, prepared.inputs, prepared.sampling)
+            deltas = self.engine.stream(prepared.prompt, prepared.rows, prepared.samplings)
         return self._chunks(kind(prepared.head), deltas, prepared, request.wants_usage, record)
 
     async def _chunks(
@@ -184,12 +241,16 @@ class PromptService:
         record: RequestRecord,
     ) -> AsyncIterator[answers.Chunk]:
         completion_tokens = 0
+        echoing = set(range(len(prepared.rows))) if prepared.echoes else set()
         try:
-            for chunk in shape.opening(len(prepared.inputs)):
+            for chunk in shape.opening(len(prepared.rows)):
                 yield chunk
             with _refusals():
                 async for row, delta in _until(deltas, self.limits.seconds):
                     completion_tokens += delta.tokens
+                    if row in echoing:
+                        echoing.remove(row)
+                        yield shape.echo(row, await self._report(prepared, row, delta.input_scores))
                     yield shape.chunk(row, delta)
             if wants_usage:
                 yield shape.closing(prepared.prompt_tokens, completion_tokens)
@@ -201,12 +262,48 @@ class PromptService:
         self, request: CompletionRequest, record: RequestRecord
     ) -> PreparedRequest:
         self._check_count(len(request.prompts), "prompt")
+        self._check_choices(request, len(request.prompts))
         prompt = await self._generating_prompt(request.model, record)
-        sampling = _sampling(request, request.max_tokens, request.logprobs)
-        inputs = await self._encode(prompt, request.prompts, sampling.max_tokens, "prompt")
-        return PreparedRequest(
-            prompt, inputs, sampling, answers.Head.new("cmpl", request.model, prompt.id)
+        sampling = self._sampling(request, prompt, request.max_tokens, request.logprobs)
+        echo = bool(request.echo)
+        work = partial(
+            encode_inputs, prompt, request.prompts, sampling.max_tokens, echo, self._vocabulary
         )
+        inputs = await self._tokenized(work, "prompt")
+        sampling = await self._constrained(sampling, request, prompt)
+        return PreparedRequest(
+            prompt,
+            [entry.ids for entry in inputs],
+            sampling,
+            answers.Head.new("cmpl", request.model, prompt.id),
+            request.choices,
+            tuple(entry.echo or "" for entry in inputs) if echo else (),
+            request.prompt_logprobs,
+        )
+
+    @property
+    def _vocabulary(self) -> int:
+        """The number of the model's tokens."""
+        return len(self.engine.backbone.table)
+
+    def _sampling(
+        self,
+        request: GenerationRequest,
+        prompt: ServedPrompt,
+        max_tokens: int | None,
+        logprobs: int | None,
+    ) -> Sampling:
+        """Return the request's rule. Raises ApiError for scores of an input that has none."""
+        sampling = sampling_of(request, max_tokens, logprobs, self._vocabulary)
+        if isinstance(request, CompletionRequest) and request.echo and logprobs is not None:
+            count = max(logprobs, request.prompt_logprobs or 0)
+            sampling = replace(sampling, prompt_logprobs=count)
+        if sampling.prompt_logprobs is not None and prompt.encoder.family != "causal":
+            family = prompt.encoder.family
+            field = "prompt_logprobs" if request.prompt_logprobs is not None else "echo"
+            message = f"{field!r} needs a causal model: a {family} model does not predict its input"
+            raise ApiError(400, message, "unsupported_operation", field)
+        return sampling
 
     async def _generating_prompt(self, model: str, record: RequestRecord) -> ServedPrompt:
         """Return the prompt of that name; ApiError if it can't generate text."""
@@ -216,28 +313,77 @@ class PromptService:
         return prompt
 
     async def _conversation(self, request: ChatRequest, record: RequestRecord) -> PreparedRequest:
+        self._check_choices(request, 1)
         prompt = await self._generating_prompt(request.model, record)
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
-        sampling = _sampling(request, request.limit, logprobs)
+        sampling = self._sampling(request, prompt, request.limit, logprobs)
         work = partial(encode_chat, prompt, request.messages, sampling.max_tokens)
         ids = await self._tokenized(work, "messages")
+        sampling = await self._constrained(sampling, request, prompt)
         return PreparedRequest(
-            prompt, [ids], sampling, answers.Head.new("chatcmpl", request.model, prompt.id)
+            prompt,
+            [ids],
+            sampling,
+            answers.Head.new("chatcmpl", request.model, prompt.id),
+            request.choices,
+            prompt_logprobs=request.prompt_logprobs,
         )
+
+    async def _constrained(
+        self, sampling: Sampling, request: GenerationRequest, prompt: ServedPrompt
+    ) -> Sampling:
+        """Add the constraint that the request asks for; ApiError if it can't be used."""
+        if request.asked_rule is None:
+            return sampling
+        constraint = await self._run(self._constraint(request.asked_rule, prompt))
+        return replace(sampling, constraint=constraint)
+
+    async def _constraint(self, asked: AskedRule, prompt: ServedPrompt) -> Constraint:
+        try:
+            return await self._grammars.constraint(asked.rule, prompt)
+        except BadRule as error:
+            code = "constraint_too_complex" if isinstance(error, TooComplex) else "bad_constraint"
+            raise ApiError(400, _with_hint(error), code, asked.field) from None
 
     async def _completed(
         self, prepared: PreparedRequest, record: RequestRecord
     ) -> list[Completion]:
         completions: list[Completion] = await self._run(
-            self.engine.complete(prepared.prompt, prepared.inputs, prepared.sampling)
+            self.engine.complete(prepared.prompt, prepared.rows, prepared.samplings)
         )
         completion_tokens = sum(completion.tokens for completion in completions)
         self._count(record, prepared.prompt_tokens, completion_tokens)
         return completions
 
+    async def _reports(
+        self, prepared: PreparedRequest, completions: Sequence[Completion]
+    ) -> list[InputReport]:
+        """Return what the answers say about their inputs; empty if that is not asked."""
+        if not prepared.reports_inputs:
+            return []
+        return [
+            await self._report(prepared, row, completion.input_scores)
+            for row, completion in enumerate(completions)
+        ]
+
+    async def _report(
+        self, prepared: PreparedRequest, row: int, scores: Sequence[ScoredToken]
+    ) -> InputReport:
+        return await self._tokenized(partial(_input_report, prepared, row, scores), "prompt")
+
     def _count(self, record: RequestRecord, prompt_tokens: int, completion_tokens: int) -> None:
         record.prompt_tokens, record.completion_tokens = prompt_tokens, completion_tokens
         self.metrics.tokens(record.model, prompt_tokens, completion_tokens)
+
+    def _check_choices(self, request: GenerationRequest, inputs: int) -> None:
+        most = self.limits.max_inputs
+        if request.choices > 1 and inputs * request.choices > most:
+            raise ApiError(
+                400,
+                f"'n' asks for {inputs * request.choices} answers, at most {most} are allowed",
+                "too_many_inputs",
+                "n",
+            )
 
     def _check_count(self, count: int, param: str) -> None:
         if count > self.limits.max_inputs:
@@ -294,8 +440,7 @@ class PromptService:
         except NoChatTemplate as error:
             raise ApiError(400, error.message, "chat_template_missing", param) from None
         except BadInput as error:
-            hint = f"; {error.hint}" if error.hint else ""
-            raise ApiError(400, f"{error.message}{hint}", "invalid_value", param) from None
+            raise ApiError(400, _with_hint(error), "invalid_value", param) from None
 
     async def _run(self, work: Awaitable[Answers]) -> Answers:
         with _refusals():
@@ -316,8 +461,14 @@ def _refusals() -> Iterator[None]:
         raise ApiError(
             504, "The request took longer than this server allows", "request_timeout"
         ) from None
+    except ConstraintFailed as error:
+        raise ApiError(400, _with_hint(error), "constraint_failed") from None
     except OrchestratorError as error:
         raise _unavailable(error.message) from None
+
+
+def _with_hint(error: BadInput) -> str:
+    return f"{error.message}; {error.hint}" if error.hint else error.message
 
 
 async def _until(events: AsyncIterator[Tokens], seconds: float) -> AsyncIterator[Tokens]:
@@ -338,14 +489,19 @@ def _encode_all(
     return [prompt.encode(text, answer_tokens) for text in texts]
 
 
-def _sampling(request: GenerationRequest, max_tokens: int | None, logprobs: int | None) -> Sampling:
-    return Sampling(
-        max_tokens=DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
-        temperature=DEFAULT_TEMPERATURE if request.temperature is None else request.temperature,
-        top_p=1.0 if request.top_p is None else request.top_p,
-        stop=request.stops,
-        seed=request.seed,
-        logprobs=logprobs,
+def _input_report(
+    prepared: PreparedRequest, row: int, scores: Sequence[ScoredToken]
+) -> InputReport:
+    """Render what an answer says about its input."""
+    tokenizer = prepared.prompt.encoder.tokenizer
+    count = prepared.prompt_logprobs
+    echo, logprobs = "", None
+    if prepared.echoes:
+        echo = prepared.echoes[row // prepared.choices]
+        if (tops := prepared.sampling.logprobs) is not None:
+            logprobs = echoed_logprobs(tokenizer, scores, tops)
+    return InputReport(
+        echo, logprobs, None if count is None else prompt_logprobs(tokenizer, scores, count)
     )
 
 
@@ -358,6 +514,7 @@ def _entry(card: ModelCard) -> ModelEntry:
         id=card.id,
         created=card.created,
         root=card.base_model,
+        parent=card.base_model,
         version=card.version,
         alias=card.alias,
         labels=list(card.labels) or None,
