@@ -87,9 +87,7 @@ def rank(
     """
     runs = _runs_of(backbone, prompts, inputs, prompt)
     targets, answers = right or ([[0]] * len(inputs), [-1] * len(inputs))
-    logits, padded = runs.start(targets)
-    nodes = _nodes_of_targets(trees, padded, torch.tensor(answers, device=padded.device))
-    runs.place(trees, nodes)
+    logits, padded, nodes = runs.start(trees, targets, answers)
     found = _Found.nothing(trees)
     found.learn(torch.arange(len(inputs), device=padded.device), nodes, logits)
     if every or backbone.sharded:
@@ -98,23 +96,6 @@ def rank(
         _run_best_first(runs, found)
     scores = found.scores()
     return Ranking(scores, scores.argmax(1), logits, padded)
-
-
-def _nodes_of_targets(trees: AnswerTrees, targets: Tensor, answers: Tensor) -> Tensor:
-    """Return the node at which each target token is predicted, [B, Y]; the dummy elsewhere.
-
-    ``answers`` [B] are the answers that the targets begin with, or -1 for targets of one token.
-    """
-    ends = trees.ends.gather(1, answers.clamp(min=0)[:, None])
-    paths = trees.paths.gather(1, ends[:, :, None].expand(-1, -1, trees.paths.shape[2]))[:, 0]
-    beginnings = torch.cat([paths.new_zeros(len(paths), 1), paths], dim=1)
-    last = torch.where(answers[:, None] >= 0, trees.depths.gather(1, ends), 0)
-    real = targets >= 0
-    place = real.long().cumsum(1) - 1
-    inside = real & (place <= last)
-    return beginnings.gather(1, place.clamp(0, beginnings.shape[1] - 1)).masked_fill(
-        ~inside, trees.dummy
-    )
 
 
 @dataclass(frozen=True)
@@ -223,8 +204,23 @@ def _run_best_first(runs: _Runs, found: _Found) -> None:
 class _Runs(ABC):
     """Runs of the rows' inputs and of continuations after them."""
 
+    def start(
+        self, trees: AnswerTrees, targets: Sequence[Ids], answers: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the inputs with their targets.
+
+        Returns logits and targets like ``teacher_forced``, and the nodes [B, Y] that were run. For
+        ``answers``, see ``_nodes_of_targets``.
+        """
+        logits, padded = self._forced(targets)
+        return (
+            logits,
+            padded,
+            _nodes_of_targets(trees, padded, torch.tensor(answers, device=padded.device)),
+        )
+
     @abstractmethod
-    def start(self, targets: Sequence[Ids]) -> tuple[Tensor, Tensor]:
+    def _forced(self, targets: Sequence[Ids]) -> tuple[Tensor, Tensor]:
         """Run the inputs with their targets; return logits and targets like ``teacher_forced``."""
 
     @abstractmethod
@@ -238,9 +234,6 @@ class _Runs(ABC):
     @abstractmethod
     def select(self, rows: Tensor) -> Self:
         """Return the runs of the given rows; the others can't be continued afterwards."""
-
-    def place(self, trees: AnswerTrees, nodes: Tensor) -> None:
-        """Note the nodes [B, Y] whose tokens were run by ``start``."""
 
     def order(self, trees: AnswerTrees) -> Tensor:
         """Return the order of the nodes to choose for running all nodes; -1 for others."""
@@ -310,19 +303,22 @@ class _Branches(_Runs):
         self.rows = rows
         self.backbone = cast(CausalBackbone, rows.backbone)
 
-    def start(self, targets: Sequence[Ids]) -> tuple[Tensor, Tensor]:
+    def start(
+        self, trees: AnswerTrees, targets: Sequence[Ids], answers: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logits, padded, nodes = super().start(trees, targets, answers)
+        # The logits of the last columns were read, which end with each target's last run token.
+        columns = self.width + torch.arange(-nodes.shape[1], 0, device=nodes.device)
+        self.columns = torch.full_like(trees.tokens, -1).scatter(1, nodes, columns.expand_as(nodes))
+        return logits, padded, nodes
+
+    def _forced(self, targets: Sequence[Ids]) -> tuple[Tensor, Tensor]:
         rows = self.rows
         logits, padded, self.state = self.backbone.start_along(
             rows.prompts, rows.inputs, targets, rows.prompt, ROOM
         )
         self.width = self.state.mask.shape[1]
         return logits, padded
-
-    def place(self, trees: AnswerTrees, nodes: Tensor) -> None:
-        # The last token of a target is not run, so its predecessor stands in the last column.
-        first = self.width - nodes.shape[1]
-        columns = first + torch.arange(nodes.shape[1], device=nodes.device)
-        self.columns = torch.full_like(trees.tokens, -1).scatter(1, nodes, columns.expand_as(nodes))
 
     def order(self, trees: AnswerTrees) -> Tensor:
         return trees.order
@@ -399,7 +395,7 @@ class _Copies(_Runs):
     def __init__(self, rows: _Started) -> None:
         self.rows = rows
 
-    def start(self, targets: Sequence[Ids]) -> tuple[Tensor, Tensor]:
+    def _forced(self, targets: Sequence[Ids]) -> tuple[Tensor, Tensor]:
         rows, backbone = self.rows, self.rows.backbone
         self.state = backbone.start(rows.prompts, rows.inputs, rows.prompt)
         longest = max(map(len, targets))
@@ -436,7 +432,7 @@ class _WholeRows(_Runs):
     def __init__(self, rows: _Started) -> None:
         self.rows = rows
 
-    def start(self, targets: Sequence[Ids]) -> tuple[Tensor, Tensor]:
+    def _forced(self, targets: Sequence[Ids]) -> tuple[Tensor, Tensor]:
         rows = self.rows
         return rows.backbone.teacher_forced(rows.prompts, rows.inputs, targets, rows.prompt)
 
@@ -479,3 +475,20 @@ def _chains(trees: AnswerTrees, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor,
     real = depth <= lengths[:, None]
     in_chain = real & (depth >= trees.depths[rows, heads][:, None])
     return rows, paths, real, paths.masked_fill(~in_chain, trees.dummy)
+
+
+def _nodes_of_targets(trees: AnswerTrees, targets: Tensor, answers: Tensor) -> Tensor:
+    """Return the node at which each target token is predicted, [B, Y]; the dummy elsewhere.
+
+    ``answers`` [B] are the answers that the targets begin with, or -1 for targets of one token.
+    """
+    ends = trees.ends.gather(1, answers.clamp(min=0)[:, None])
+    paths = trees.paths.gather(1, ends[:, :, None].expand(-1, -1, trees.paths.shape[2]))[:, 0]
+    beginnings = torch.cat([paths.new_zeros(len(paths), 1), paths], dim=1)
+    last = torch.where(answers[:, None] >= 0, trees.depths.gather(1, ends), 0)
+    real = targets >= 0
+    place = real.long().cumsum(1) - 1
+    inside = real & (place <= last)
+    return beginnings.gather(1, place.clamp(0, beginnings.shape[1] - 1)).masked_fill(
+        ~inside, trees.dummy
+    )
