@@ -356,3 +356,27 @@ def test_memory_does_not_grow_with_the_number_of_answers(
     # A piece of 20 columns a row, and up to five tokens before its first.
     assert max(counts) <= len(INPUTS) * (20 + 5)
     assert max(widths, default=0) <= 12 + 2 * (20 + 5)
+
+
+def test_workers_of_a_sharded_model_run_equally_many_forwards(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The number of forwards depends on the answers only, neither on the rows nor on their scores.
+
+    Every forward of a sharded model waits for all workers.
+    """
+    backbone = tiny_backbone()
+    backbone.sharded = True
+    counts = nodes_run(monkeypatch)
+    answers = many_answers(40)
+    forwards = []
+    for inputs in (INPUTS, INPUTS[:1], INPUTS[3:]):
+        right = [answers[len(ids)] for ids in inputs], [len(ids) for ids in inputs]
+        counts.clear()
+        with torch.no_grad():
+            rank(
+                backbone, None, inputs, [0] * len(inputs), in_trees(backbone, answers, len(inputs)),
+                right, every=False,
+            )  # fmt: skip
+        forwards.append(len(counts))
+    assert len(set(forwards)) == 1 and forwards[0] > 1
