@@ -67,16 +67,22 @@ def one_by_one(
     owner: Sequence[int],
     answers: Answers,
 ) -> list[Tensor]:
-    """Score each answer of each row in a forward of its own, with the row's own prompt."""
+    """Score the answers of each row with the row's own prompt, without cache and padding.
+
+    Answers of one length share a forward, in which every answer has the whole input to itself.
+    """
     scores = []
     for ids, place in zip(inputs, owner, strict=True):
         prepared = None if prompts is None else backbone.prepare([prompts[place]])
-        log_probs = []
-        for answer in answers:
-            logits, targets = backbone.teacher_forced(prepared, [ids], [answer], [0])
-            picked = logits[0].float().log_softmax(-1).gather(1, targets[0][:, None])
-            log_probs.append(picked.sum())
-        scores.append(torch.stack(log_probs))
+        log_probs = torch.zeros(len(answers))
+        for length in {len(answer) for answer in answers}:
+            alike = [index for index, answer in enumerate(answers) if len(answer) == length]
+            logits, targets = backbone.teacher_forced(
+                prepared, [ids] * len(alike), [answers[index] for index in alike], [0] * len(alike)
+            )
+            picked = logits.float().log_softmax(-1).gather(2, targets[:, :, None])[:, :, 0]
+            log_probs[alike] = picked.sum(1).cpu()
+        scores.append(log_probs)
     return scores
 
 
@@ -87,7 +93,7 @@ def in_trees(backbone: Backbone, answers: Answers, rows: int) -> AnswerTrees:
 @pytest.mark.parametrize("kind", ["none", "soft", "prefix"])
 @pytest.mark.parametrize("family", FAMILIES_WITH_TREES)
 def test_a_tree_scores_as_answer_by_answer(family: str, kind: str) -> None:
-    """Scores and choice are those of each answer in a forward of its own, in every family.
+    """Scores and choice are those of each answer after its own whole input, in every family.
 
     Rows have different lengths, and prompts of different lengths or none share the forwards.
     """
@@ -96,7 +102,7 @@ def test_a_tree_scores_as_answer_by_answer(family: str, kind: str) -> None:
     prompts = prompts_of(backbone, kind)
     trees = in_trees(backbone, NESTED, len(INPUTS))
     with torch.no_grad():
-        wanted = torch.stack(one_by_one(backbone, prompts, INPUTS, owner, NESTED)).cpu()
+        wanted = torch.stack(one_by_one(backbone, prompts, INPUTS, owner, NESTED))
         prepared = None if prompts is None else backbone.prepare(prompts)
         every = rank(backbone, prepared, INPUTS, owner, trees)
         best = rank(backbone, prepared, INPUTS, owner, trees, every=False)
@@ -152,7 +158,7 @@ def test_any_tree_is_ranked_exactly(
         patch.setattr(ranking, "FORWARD_TOKENS", piece * len(inputs))
         patch.setattr(ranking, "KEPT_COLUMNS", kept)
         patch.setattr(ranking, "BEST_FIRST", first)
-        wanted = torch.stack(one_by_one(backbone, prompts, inputs, owner, answers)).cpu()
+        wanted = torch.stack(one_by_one(backbone, prompts, inputs, owner, answers))
         prepared = backbone.prepare(prompts or [])
         every = rank(backbone, prepared, inputs, owner, trees)
         best = rank(backbone, prepared, inputs, owner, trees, every=False)
