@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from orchestrator.models.backbone import CausalBackbone
-from tests.benchmarks import accelerator, evaluation, operations, overhead, serving, step
+from tests.benchmarks import accelerator, evaluation, labels, operations, overhead, serving, step
 from tests.benchmarks.__main__ import main
-from tests.benchmarks.measure import Comparison, Line, table
+from tests.benchmarks.measure import Comparison, Line, Skipped, table
 from tests.benchmarks.memory import Step, measured
 from tests.benchmarks.packing import Setting as Packing
 from tests.benchmarks.packing import speed_lines
@@ -205,6 +205,17 @@ def test_both_ways_to_score_answers_agree(backbone: CausalBackbone) -> None:
     found = [evaluation.scores(setting, kind, split, encoder) for kind in (backbone, repeated)]
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_both_sides_of_many_labels_agree() -> None:
+    """Trials evaluated as a tree and one by one have equal accuracy and loss."""
+    try:
+        subject = labels.make_subject(labels.Setting(labels=12, rows=5, trials=2, prompt=3))
+    except Skipped as reason:
+        pytest.skip(str(reason))
+    assert {len(ids) for ids in subject.encoder.answers} <= set(range(2, 8))
+    for tree, other in zip(*(subject.evaluate(side) for side in labels.SIDES), strict=True):
+        assert tree == pytest.approx(other, rel=1e-4)
 
 
 def test_a_part_within_a_part_counts_once() -> None:

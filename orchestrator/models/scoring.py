@@ -10,7 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from orchestrator.models.answer_tree import AnswerTrees
 from orchestrator.models.backbone import Backbone, PreparedPrompts
+from orchestrator.models.ranking import rank
 
 Ids = Sequence[int]
 
@@ -27,7 +29,8 @@ def answer_scores(
     The log-probability of an answer is the sum over its tokens. ``answers[b]`` are the token ids of
     the answers that row b chooses from; rows may have different answers. Where rows can continue
     from a cache, the input runs once, however many answers there are and however long they are. On
-    the plain path and in masked models, longer answers run the input again.
+    the plain path and in masked models, longer answers run the input again. Answers that begin
+    alike share their beginning (``ranking.py``), unless the backbone's ``answers_as_tree`` is off.
     """
     if all(len(ids) == 1 for choices in answers for ids in choices):
         logits, _ = backbone.teacher_forced(
@@ -38,10 +41,22 @@ def answer_scores(
             first[row_index, torch.tensor([ids[0] for ids in choices], device=first.device)].cpu()
             for row_index, choices in enumerate(answers)
         ]
+    if ranks_as_tree(backbone):
+        trees = AnswerTrees.of_rows(answers, backbone.device)
+        scores = rank(backbone, prompts, inputs, prompt, trees).scores.cpu()
+        return [row[: len(choices)] for row, choices in zip(scores, answers, strict=True)]
     if not backbone.continues:
         return _scores_of_pairs(backbone, prompts, inputs, prompt, answers)
     log_probs, _ = answer_tokens(backbone, prompts, inputs, prompt, answers)
     return _split_by_row(log_probs.sum(1).cpu(), answers)
+
+
+def ranks_as_tree(backbone: Backbone) -> bool:
+    """Return whether answers of several tokens are ranked as a tree of their tokens.
+
+    A masked model predicts all tokens of an answer at once, so that its answers share no beginning.
+    """
+    return backbone.answers_as_tree and backbone.family != "masked"
 
 
 def answer_tokens(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -43,8 +44,15 @@ from orchestrator.data.outcomes.rows import (
     outcomes_of,
 )
 from orchestrator.job.metrics import Metric, is_custom, metric_named
+from orchestrator.models.answer_tree import AnswerTrees
 from orchestrator.models.backbone import Backbone, PreparedPrompts, PromptTensors
-from orchestrator.models.scoring import answer_scores, answer_tokens, target_log_probs
+from orchestrator.models.ranking import rank
+from orchestrator.models.scoring import (
+    answer_scores,
+    answer_tokens,
+    ranks_as_tree,
+    target_log_probs,
+)
 from orchestrator.tuning.cpu_threads import Threads
 from orchestrator.tuning.custom_metrics import Judgement, custom_values
 from orchestrator.tuning.forwards import MAX_TOKENS, Share, SharedForwards
@@ -75,6 +83,11 @@ class Wanted:
         """True if the probabilities of all rows have to be kept until the end."""
         return self.everything or (self.metric is not None and self.metric.needs_scores)
 
+    @property
+    def needs_scores(self) -> bool:
+        """True if a metric is computed from the probabilities of all answers."""
+        return self.keeps_scores or self.includes("ece")
+
     def includes(self, name: str) -> bool:
         return self.everything or (self.metric is not None and self.metric.name == name)
 
@@ -104,6 +117,8 @@ class Ranked:
     ) -> None:
         given = np.asarray(judged.given)
         np.add.at(self.counts, (np.asarray(true), given), 1)
+        if judged.scores is None:
+            return
         confidences = np.exp(judged.scores.max(1))
         self.calibration += calibration_counts(confidences, given == np.asarray(true))
         if keeps:
@@ -126,7 +141,9 @@ class Ranked:
         ``labels`` are the right labels of all rows of the split.
         """
         accuracy = float(np.trace(self.counts)) / float(self.counts.sum())
-        every = {**count_metrics(self.counts), "ece": calibration_error(self.calibration)}
+        every = count_metrics(self.counts)
+        if wanted.includes("ece"):
+            every |= {"ece": calibration_error(self.calibration)}
         if wanted.includes("roc_auc"):
             area = roc_auc([labels[row] for row in self.rows], np.concatenate(self.scores))
             every |= {} if area is None else {"roc_auc": area}
@@ -293,12 +310,13 @@ def _own_tallies(
     with needs_room():
         prepared = None if prompts is None else backbone.prepare(prompts)
     forwards = list(longest_first(split.lengths, max_tokens // count, group.size * threads.ways))
+    judge = _judge_of(backbone, encoder, wanted)
 
     @torch.inference_mode()
     def add_tallies(share: Share, tallies: list[Tally]) -> None:
         rows = [row for _ in range(count) for row in share.rows]
         owner = [prompt for prompt in range(count) for _ in share.rows]
-        judged = _judge(backbone, prepared, split, encoder, rows, owner)
+        judged = judge(backbone, prepared, split, encoder, rows, owner)
         if share.counts:
             _tally(judged, split, rows, owner, tallies, wanted)
 
@@ -315,18 +333,14 @@ def forward_tokens(backbone: Backbone) -> int:
     return min(MAX_TOKENS, CPU_TOKENS) if backbone.device.type == "cpu" else MAX_TOKENS
 
 
-def _judge(
-    backbone: Backbone,
-    prompts: PreparedPrompts | None,
-    split: Encoded,
-    encoder: Encoder,
-    rows: list[int],
-    owner: list[int],
-) -> Judged:
-    judge = _by_answers if encoder.answers and backbone.continues else _by_target
-    if all(len(ids) == 1 for ids in encoder.scored_answers):
-        judge = _by_target
-    return judge(backbone, prompts, split, encoder, rows, owner)
+def _judge_of(backbone: Backbone, encoder: Encoder, wanted: Wanted) -> Judge:
+    """Choose how the rows of an evaluation are judged."""
+    answers = encoder.scored_answers
+    if all(len(ids) == 1 for ids in answers):
+        return _by_target
+    if ranks_as_tree(backbone):
+        return _ByTree(AnswerTrees.of([answers], backbone.device), wanted.needs_scores)
+    return _by_answers if backbone.continues else _by_target
 
 
 def _tally(
@@ -374,8 +388,8 @@ class RankedRows:
 
     given: list[int]
     """Index of the most likely answer of each row."""
-    scores: Scores
-    """Log-probability [B, C] of each answer, among the answers."""
+    scores: Scores | None
+    """Log-probability [B, C] of each answer, among the answers; None where nobody needs them."""
 
     @classmethod
     def of(cls, scores: Tensor) -> RankedRows:
@@ -384,7 +398,57 @@ class RankedRows:
         return cls(scores.argmax(-1).tolist(), among_answers.numpy())
 
     def part(self, places: Sequence[int]) -> RankedRows:
-        return RankedRows([self.given[place] for place in places], self.scores[list(places)])
+        scores = None if self.scores is None else self.scores[list(places)]
+        return RankedRows([self.given[place] for place in places], scores)
+
+
+class Judge(Protocol):
+    """A way to judge rows, each with the index of its prompt (``owner``)."""
+
+    def __call__(
+        self,
+        backbone: Backbone,
+        prompts: PreparedPrompts | None,
+        split: Encoded,
+        encoder: Encoder,
+        rows: list[int],
+        owner: list[int],
+    ) -> Judged: ...
+
+
+@dataclass(frozen=True)
+class _ByTree:
+    """Judge rows by feeding the right target, and other answers as a tree of their tokens.
+
+    Without ``every``, answers that can't be the likeliest are not scored.
+    """
+
+    tree: AnswerTrees
+    every: bool
+
+    def __call__(
+        self,
+        backbone: Backbone,
+        prompts: PreparedPrompts | None,
+        split: Encoded,
+        encoder: Encoder,
+        rows: list[int],
+        owner: list[int],
+    ) -> Judged:
+        inputs, targets = [split.inputs[row] for row in rows], [split.targets[row] for row in rows]
+        trees = self.tree.select(torch.zeros(len(rows), dtype=torch.long, device=backbone.device))
+        right = targets, [split.labels[row] for row in rows]
+        ranking = rank(backbone, prompts, inputs, owner, trees, right, self.every)
+        exact, nll = _of_targets(ranking.logits, ranking.targets)
+        if self.every:
+            return Judged(exact, nll, RankedRows.of(ranking.scores))
+        return Judged(exact, nll, RankedRows(ranking.given.tolist(), None))
+
+
+def _of_targets(logits: Tensor, targets: Tensor) -> tuple[list[bool], list[float]]:
+    """Return whether each target is exact, and its negative log-likelihood."""
+    exact = ((logits.argmax(-1) == targets) | (targets < 0)).all(1)
+    return exact.tolist(), (-target_log_probs(logits, targets).sum(1)).tolist()
 
 
 def _by_target(
@@ -401,8 +465,7 @@ def _by_target(
     """
     inputs, targets = [split.inputs[row] for row in rows], [split.targets[row] for row in rows]
     logits, wanted = backbone.teacher_forced(prompts, inputs, targets, owner)
-    nll = -target_log_probs(logits, wanted).sum(1)
-    exact = ((logits.argmax(-1) == wanted) | (wanted < 0)).all(1)
+    exact, nll = _of_targets(logits, wanted)
     answers = encoder.scored_answers
     ranked = None
     if answers and all(len(ids) == 1 for ids in answers):
@@ -414,7 +477,7 @@ def _by_target(
     elif answers:
         scored = answer_scores(backbone, prompts, inputs, owner, [answers] * len(inputs))
         ranked = RankedRows.of(torch.stack(scored))
-    return Judged(exact.tolist(), nll.tolist(), ranked)
+    return Judged(exact, nll, ranked)
 
 
 def _by_answers(

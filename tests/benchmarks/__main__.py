@@ -27,6 +27,7 @@ from tests.benchmarks import (
     accelerator,
     chat_model,
     evaluation,
+    labels,
     live,
     logs,
     methods,
@@ -75,6 +76,10 @@ def _evaluation(args: argparse.Namespace) -> list[Line]:
     return evaluation.lines(
         replace(setting, size="toy", prompts=(2,), rows=4, answers=(2,)) if args.toy else setting
     )
+
+
+def _labels(args: argparse.Namespace) -> list[Line]:
+    return labels.lines(_of_size(args, labels.SETTINGS), args.pairs, args.only)
 
 
 def _accelerator(args: argparse.Namespace) -> list[Line]:
@@ -178,6 +183,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Line]]] = {
     "packing": _packing,
     "overhead": _overhead,
     "evaluation": _evaluation,
+    "labels": _labels,
     "accelerator": _accelerator,
     "logging": _logging,
     "search": _search,
@@ -298,7 +304,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--size",
         help="one of the models 6x192, 6x512, 100M, 1B; of whole searches: small or real; "
-        "of methods also short, of search also middle, long and usual",
+        "of methods also short, of search also middle, long and usual, of labels also many",
     )
     made.add_argument(
         "--seeds",

@@ -49,13 +49,13 @@ def measure_here(step: Step) -> dict[str, float]:
     split = make_rows(count, SIZES[step.size].vocabulary, step.shortest, step.longest)
     prompts = make_prompts(backbone, step.trials, step.prompt)
     packed_gradients(backbone, prompts[:1], [[0]], split)  # allocations of the first step only
-    before = _forget_peak(device)
+    before = forget_peak(device)
     packed_gradients(backbone, prompts, batches(step.trials, step.rows, count), split)
     weights = sum(parameter.nbytes for parameter in backbone.model.parameters())
-    return {"weights": weights / MEGABYTE, "above": (_peak(device) - before) / MEGABYTE}
+    return {"weights": weights / MEGABYTE, "above": (peak(device) - before) / MEGABYTE}
 
 
-def _forget_peak(device: torch.device) -> int:
+def forget_peak(device: torch.device) -> int:
     """Reset the device's memory peak and return the bytes held now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -69,7 +69,7 @@ def forget_peak_of_process() -> int:
     return status_bytes("VmRSS")
 
 
-def _peak(device: torch.device) -> int:
+def peak(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated() if device.type == "cuda" else status_bytes("VmHWM")
 
 

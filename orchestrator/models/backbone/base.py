@@ -46,6 +46,8 @@ class Backbone(ABC):
     """A frozen language model with its tokenizer."""
 
     family: ClassVar[Family]
+    answers_as_tree: bool = True
+    """False scores answers one by one instead of as a tree of their tokens; the results agree."""
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer, info: BaseModelInfo) -> None:
         self.model = model.eval().requires_grad_(False)
@@ -109,6 +111,11 @@ class Backbone(ABC):
     @abstractmethod
     def continues(self) -> bool:
         """True if rows can be started once and then extended at the cost of only the new tokens."""
+
+    @property
+    def branches(self) -> bool:
+        """True if one forward can run continuations of a row that do not see each other."""
+        return False
 
     def start(
         self, prompts: PreparedPrompts | None, inputs: Sequence[Ids], prompt: Sequence[int]

@@ -107,6 +107,12 @@ def select(cache: Cache, rows: Tensor) -> Cache:
     return Cache(layers=[_selected(layer, rows) for layer in cache.layers])
 
 
+def crop(cache: Cache, columns: int) -> None:
+    """Forget all but the first columns; buffers keep their room."""
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys[:, :, :columns], layer.values[:, :, :columns]
+
+
 def _selected(layer: DynamicLayer, rows: Tensor) -> RoomyLayer:
     buffers = layer.buffers if isinstance(layer, RoomyLayer) else (layer.keys, layer.values)
     keys, values = (tensor.index_select(0, rows) for tensor in buffers)

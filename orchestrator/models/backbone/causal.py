@@ -122,6 +122,10 @@ class CausalBackbone(Backbone):
     def continues(self) -> bool:
         return self.prompt_once
 
+    @property
+    def branches(self) -> bool:
+        return self.prompt_once
+
     # Prompts
 
     def prepare(self, prompts: Sequence[Tensor | PromptTensors]) -> PreparedPrompts:
@@ -284,6 +288,49 @@ class CausalBackbone(Backbone):
         return out.logits, CausalState(
             out.logits[:, -1], out.past_key_values, full, state.positions + mask.sum(1)
         )
+
+    def start_along(
+        self,
+        prompts: PreparedPrompts | None,
+        inputs: Sequence[Ids],
+        targets: Sequence[Ids],
+        prompt: Sequence[int],
+        room: int,
+    ) -> tuple[Tensor, Tensor, CausalState]:
+        """Run the inputs and targets; return logits and targets as ``teacher_forced`` does.
+
+        The state has room for ``room`` more columns. It stands at the end of the inputs: its mask
+        hides the last columns, which hold the targets without their last tokens and end at the
+        right edge. Needs the prompt-once path.
+        """
+        placed_rows = self._placed_rows(prompts, inputs, prompt)
+        fed = [[*ids, *target[:-1]] for ids, target in zip(placed_rows, targets, strict=True)]
+        longest = max(map(len, targets))
+        rows = Rows.pad(fed, prompt, self.device)
+        out, mask, positions = self._continue(prompts, rows, keep=longest, room=room)
+        padded = [[*[-100] * (longest - len(target)), *target] for target in targets]
+        fed_tokens = torch.tensor([len(target) - 1 for target in targets], device=self.device)
+        column = torch.arange(mask.shape[1], device=self.device)[None, :]
+        inputs_only = mask & (column < mask.shape[1] - fed_tokens[:, None])
+        state = CausalState(
+            out.logits[:, -1], out.past_key_values, inputs_only, positions[:, -1] + 1 - fed_tokens
+        )
+        return out.logits, torch.tensor(padded, device=self.device), state
+
+    def branch(self, state: CausalState, ids: Tensor, positions: Tensor, sees: Tensor) -> Tensor:
+        """Run tokens [B, n] that may belong to different continuations; return logits [B, n, V].
+
+        ``sees`` [B, n, C + n] is true at the columns that a token attends to, among the C columns
+        of the state's cache and the new ones. The cache grows by the new columns.
+        """
+        logits: Tensor = self.model(
+            input_ids=ids,
+            attention_mask=sees[:, None],
+            position_ids=positions,
+            past_key_values=state.cache,
+            use_cache=True,
+        ).logits
+        return logits
 
     def _continue(
         self, prompts: PreparedPrompts | None, rows: Rows, keep: int, room: int = 0
