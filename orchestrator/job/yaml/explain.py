@@ -186,7 +186,7 @@ def _is_section(kind: Any) -> TypeGuard[type[Section]]:
 
 
 def _adapter(kind: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(kind, config=EXACT)
+    return TypeAdapter(kind) if _is_section(kind) else TypeAdapter(kind, config=EXACT)
 
 
 def _accepts(adapter: TypeAdapter[Any], value: Any) -> bool:
