@@ -313,6 +313,30 @@ def cost(facts: SearchFacts) -> Figure | None:
     return figure
 
 
+def method_bytes(facts: SearchFacts) -> Figure | None:
+    """Draw the best metric over the bytes to store for the task, by method, in a mixed search."""
+    trials = [trial for trial in facts.scored if trial.costs.stored_bytes]
+    if not facts.job.mixes or not trials:
+        return None
+    figure, axes = _figure()
+    for place, (method, of_method) in enumerate(_grouped(trials, _method).items()):
+        axes.scatter(
+            [trial.costs.stored_bytes for trial in of_method],
+            [trial.metrics[facts.metric] for trial in of_method],
+            color=COLOURS[place % len(COLOURS)], marker=MARKERS[place % len(MARKERS)], s=22,
+            label=method, alpha=0.85,
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_xlabel("bytes to store for the task")
+    axes.set_ylabel(f"best validation {facts.metric}")
+    axes.legend(title="method")
+    return figure
+
+
+def _method(trial: TrialRecord) -> str:
+    return trial.spec.method
+
+
 def _grouped(
     trials: Sequence[TrialRecord], key: Callable[[TrialRecord], str]
 ) -> dict[str, list[TrialRecord]]:
@@ -323,7 +347,7 @@ def _grouped(
     return groups
 
 
-FIGURES: Mapping[str, tuple[str, Callable[[SearchFacts], Figure | None]]] = {
+FIGURES: dict[str, tuple[str, Callable[[SearchFacts], Figure | None]]] = {
     "curves": ("Metric over steps, all trials", curves),
     "rate_by_init": ("Against the learning rate, by init", rate_by_init),
     "rate_by_length": ("Against the learning rate, by length", rate_by_length),
@@ -333,6 +357,11 @@ FIGURES: Mapping[str, tuple[str, Callable[[SearchFacts], Figure | None]]] = {
     "confusion": ("The winner's answers on the test rows", confusion),
     "cost": ("Cost", cost),
 }
+"""The figures of every search, each with its title."""
+MIXED_FIGURES: dict[str, tuple[str, Callable[[SearchFacts], Figure | None]]] = {
+    "method_bytes": ("Metric against stored bytes, by method", method_bytes),
+}
+"""The figures that only a search of several methods has besides."""
 
 
 def draw(facts: SearchFacts) -> dict[str, bytes]:
@@ -341,7 +370,7 @@ def draw(facts: SearchFacts) -> dict[str, bytes]:
 
     found: dict[str, bytes] = {}
     with matplotlib.rc_context(STYLE):
-        for name, (_, function) in FIGURES.items():
+        for name, (_, function) in (FIGURES | MIXED_FIGURES).items():
             if (figure := function(facts)) is not None:
                 stream = io.BytesIO()
                 figure.savefig(stream, format="svg", metadata={"Date": None})

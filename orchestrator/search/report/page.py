@@ -14,12 +14,13 @@ from orchestrator import __version__
 from orchestrator.data.outcomes.label_metrics import CLASS_FIGURES, labelled_figures
 from orchestrator.job.spec import PROMPT_METHODS
 from orchestrator.search.report.facts import SearchFacts, init_label
-from orchestrator.search.report.figures import FIGURES
+from orchestrator.search.report.figures import FIGURES, MIXED_FIGURES
 from orchestrator.search.state.confirmation import confirmed
 from orchestrator.search.state.trials import TrialRecord
 from orchestrator.utils.wording import BASELINE_NAMES, counted
 
 MOST_TRIALS = 200
+TITLES = {name: title for name, (title, _) in (FIGURES | MIXED_FIGURES).items()}
 STYLE = """
 :root{color-scheme:light}
 body{font:15px/1.5 system-ui,sans-serif;color:#222;background:#fff;margin:0 auto;padding:1rem;\
@@ -53,7 +54,7 @@ def page(facts: SearchFacts, figures: Mapping[str, bytes]) -> str:
         *_warnings(facts),
         "<h2>Pictures</h2>",
         '<div class="figures">'
-        + "".join(_figure(name, figures[name]) for name in FIGURES if name in figures)
+        + "".join(_figure(name, figures[name]) for name in TITLES if name in figures)
         + "</div>",
         "<h2>Trials</h2>",
         _trials(facts),
@@ -200,7 +201,7 @@ def _warnings(facts: SearchFacts) -> list[str]:
 
 
 def _figure(name: str, svg: bytes) -> str:
-    title = escape(FIGURES[name][0])
+    title = escape(TITLES[name])
     data = base64.b64encode(svg).decode()
     return (
         f"<figure><figcaption>{title}</figcaption>"
