@@ -109,7 +109,7 @@ each method with its trained parameters, stored bytes, seconds and memory. Only 
 registered. If a baseline is better than every prompt by `search.metric`, its result is kept in the
 search's folder, and the best prompt is registered with `registry.alias` (`challenger` where that is
 champion) but does not become champion. The summary says so and names the command that promotes it.
-At equal values of the metric the prompt counts as the best.
+At equal values of the metric the prompt is promoted as usual.
 """
 COMMANDS_OPENING = f"""\
 # Commands

@@ -91,12 +91,16 @@ def better_baseline(best: TrialRecord, prompt: TrialRecord, job: JobSpec) -> str
     After a confirmation the order of the confirmed configurations decides; before, equal values of
     the metric count as equally good, though the loss ranks them.
     """
-    metric, sign = job.search.metric, job.search.ranked_by.sign
-    value, other = best.metrics[metric], prompt.metrics[metric]
-    if is_prompt(best, job) or (job.search.confirm is None and sign * value <= sign * other):
+    if is_prompt(best, job):
         return ""
-    return (
-        f"trial {best.id} ({best.spec.method}) is better than the best prompt, {prompt.id} "
-        f"({prompt.spec.method}), by validation {metric}: {value:.3f} against {other:.3f}; "
-        f"{best.spec.method} can be neither registered nor served"
-    )
+    method, metric, sign = best.spec.method, job.search.metric, job.search.ranked_by.sign
+    value, other = best.metrics[metric], prompt.metrics[metric]
+    named = f"the best prompt, {prompt.id} ({prompt.spec.method})"
+    if job.search.confirm is not None:
+        text = f"trial {best.id} ({method}) comes before {named}, after the confirmation"
+    elif sign * value > sign * other:
+        figures = f"validation {metric} {value:.3f} against {other:.3f}"
+        text = f"trial {best.id} ({method}) is better than {named}, with {figures}"
+    else:
+        return ""
+    return f"{text}; {method} can be neither registered nor served"

@@ -15,7 +15,8 @@ from orchestrator.job.space import TrialSpec
 from orchestrator.job.spec import PROMPT_METHODS
 from orchestrator.models.backbone import Backbone
 from orchestrator.search.plan.forecast import Pace
-from orchestrator.search.plan.measure import _mean, _share
+from orchestrator.search.plan.measure import _mean, _share, measure
+from orchestrator.search.plan.plan import estimate
 from orchestrator.search.prepare import Prepared, prepare
 from orchestrator.search.workers.placement import Placement
 from orchestrator.tuning.engine import Engine
@@ -232,3 +233,16 @@ def test_the_plan_of_several_methods_counts_each_with_its_share(prepared: Prepar
     assert mean.step(1) == pytest.approx((4 * 1.0 + 2 * 3.0) / 6)
     assert mean.step(6) == pytest.approx(2.0 + 2 * 3.0)
     assert _mean([packed], [4], placement) == packed
+
+
+@pytest.mark.long
+def test_the_plan_measures_every_method(prepared: Prepared) -> None:
+    """A child process measures steps and evaluations of all methods, and the largest memory."""
+    placement = Placement(1, 1, 0.0, 1, 2)
+    measured = measure(prepared, placement)
+    pace = measured.pace
+    assert pace.packed == 2 and 0 < pace.step_alone < pace.step_packed
+    assert 0 < pace.evaluation_alone < pace.evaluation_packed
+    assert measured.weights <= measured.idle <= measured.usual <= measured.peak
+    plan = estimate(prepared, placement, measured)
+    assert plan.trials == prepared.total == 9 and plan.seconds["search"] > 0

@@ -50,6 +50,12 @@ class SearchFacts:
             "prompt_design": "demonstrations",
         }.get(self.job.methods[0], "tokens")
 
+    def size_label(self, spec: TrialSpec, named: bool = True) -> str:
+        """Make a label of a trial's size, with the method whose size it is in a mixed search."""
+        if spec.method:
+            return f"{spec.method.replace('_', ' ')} {spec.size:>4}"
+        return f"{spec.size:>4} {self.size_name}" if named else f"{spec.size:>6}"
+
     @cached_property
     def scored(self) -> list[TrialRecord]:
         """Trials with a result, best first, as the search itself ranks them."""

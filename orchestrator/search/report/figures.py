@@ -107,12 +107,12 @@ def _against_rate(
 
 def rate_by_init(facts: SearchFacts) -> Figure | None:
     """Draw the best metric over the learning rate, by init."""
-    return _against_rate(facts, lambda trial: init_label(trial.spec), "init")
+    return _against_rate(facts, lambda trial: init_label(trial.spec) or trial.spec.method, "init")
 
 
 def rate_by_length(facts: SearchFacts) -> Figure | None:
     """Draw the best metric over the learning rate, by the size of the trial."""
-    return _against_rate(facts, lambda trial: f"{trial.spec.size:>4} {facts.size_name}", "length")
+    return _against_rate(facts, lambda trial: facts.size_label(trial.spec), "length")
 
 
 def _ablation(facts: SearchFacts, key: Callable[[TrialRecord], str], what: str) -> Figure | None:
@@ -159,13 +159,13 @@ def _ablation(facts: SearchFacts, key: Callable[[TrialRecord], str], what: str) 
 
 def init_ablation(facts: SearchFacts) -> Figure | None:
     """Draw the best metrics by init."""
-    return _ablation(facts, lambda trial: init_label(trial.spec), "init")
+    return _ablation(facts, lambda trial: init_label(trial.spec) or trial.spec.method, "init")
 
 
 def length_ablation(facts: SearchFacts) -> Figure | None:
     """Draw the best metrics by the size of the trial."""
     what = "virtual tokens" if facts.size_name == "tokens" else facts.size_name
-    return _ablation(facts, lambda trial: f"{trial.spec.size:>6}", what)
+    return _ablation(facts, lambda trial: facts.size_label(trial.spec, named=False), what)
 
 
 def parallel(facts: SearchFacts) -> Figure | None:
@@ -178,7 +178,9 @@ def parallel(facts: SearchFacts) -> Figure | None:
             if any(inits := [init_label(trial.spec) for trial in facts.scored])
             else []
         ),
-        _named_axis(facts.size_name, [f"{trial.spec.size:>6}" for trial in facts.scored]),
+        _named_axis(
+            facts.size_name, [facts.size_label(trial.spec, named=False) for trial in facts.scored]
+        ),
         *(
             [_scaled_axis("log lr", rates, lambda x: f"{10**x:.2g}")]
             if (rates := _log_rates(facts))
