@@ -224,7 +224,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a shared dimension of none": (
         document(shared={"bottleneck": 8}),
-        "search.space.bottleneck: methods prompt_tuning, prefix_tuning and lora has no bottleneck; "
+        "search.space.bottleneck: none of prompt_tuning, prefix_tuning, lora has bottleneck; "
         "leave it out",
     ),
     "no learning rate": (
@@ -268,7 +268,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a network that no method has": (
         document({"lora": METHODS["lora"], "adapter": METHODS["lora"] | {"rank": None}},
                  reparameterization={"type": "mlp"}),
-        "reparameterization.type: mlp does not go with methods lora and adapter; use none",
+        "reparameterization.type: mlp does not go with lora and adapter; use none",
     ),
     "labels of no verbalizer": (
         document({**METHODS, "p_tuning": {"init": ["random", "class_labels"]}},
@@ -279,7 +279,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a registered model of baselines": (
         document({"lora": METHODS["lora"], "adapter": {"learning_rate": RATE}},
                  registry={"model": "other"}),
-        "registry.model: methods lora and adapter makes no prompt to register or serve",
+        "registry.model: each of lora and adapter makes no prompt to register or serve",
     ),
     "demonstrations that are not written": (
         document({**METHODS, "prompt_design": {"shots": 0, "demonstrations": "nearest"}}),
@@ -328,6 +328,17 @@ def test_a_null_method_needs_methods_in_the_space(tmp_path: Path, changes: dict[
         ]
     else:
         assert JobSpec.model_validate(job).methods == ("p_tuning",)
+
+
+def test_a_method_without_a_value_is_told_how_to_take_the_defaults(tmp_path: Path) -> None:
+    """Leaving the key out, as for other sections, would leave out the method."""
+    file = tmp_path / "job.yaml"
+    file.write_text(yaml.safe_dump(document({**METHODS, "p_tuning": None})))
+    with pytest.raises(SpecError) as refused:
+        load_job(file)
+    (problem,) = refused.value.problems
+    assert problem.where == "search.space.method.p_tuning"
+    assert problem.hint == "write {} to take the defaults"
 
 
 def test_a_shared_setting_has_an_effect_if_one_method_reads_it() -> None:

@@ -238,7 +238,7 @@ def _second_best(context: SearchContext, version: int, better: str) -> AliasOutc
     alias = job.registry.alias
     if alias == CHAMPION:
         alias = RegistrySpec().alias
-    context.registry.set_alias(name, alias, version, kind="search")
+    context.registry.set_alias(name, alias, version, better, kind="search")
     kept = f", and is kept in {context.folder.artifact}" if job.registry.register_top else ""
     reason = (
         f"Version {version} is {alias}, not champion: {better}{kept}. "

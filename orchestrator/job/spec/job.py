@@ -102,9 +102,9 @@ class JobSpec(Section):
 
     @property
     def method_names(self) -> str:
-        """The methods in words, such as ``method lora`` or ``methods lora and adapter``."""
+        """The methods in words, such as ``method lora`` or ``each of lora and adapter``."""
         *others, last = self.methods
-        return f"methods {', '.join(others)} and {last}" if others else f"method {last}"
+        return f"each of {', '.join(others)} and {last}" if others else f"method {last}"
 
     @property
     def reparameterization_type(self) -> Reparameterization:
@@ -211,7 +211,7 @@ class JobSpec(Section):
     def _no_prompt_conflicts(self) -> Iterator[Conflict]:
         """Yield conflicts of a job in which no trial learns a soft prompt."""
         method, resources, registry = self.method_names, self.resources, self.registry
-        if self.search.scheduler == "pbt":
+        if self.search.scheduler == "pbt" and not self.mixes:
             other_schedulers = [name for name in get_args(Scheduler) if name != "pbt"]
             text = (
                 f"pbt compares trials side by side, and {method} trains one at a time; "
@@ -300,7 +300,7 @@ class JobSpec(Section):
             yield Conflict("method", text, (key,))
         for name in self.search.space.given:
             if not any(name in SPACES[method] for method in self.methods):
-                text = f"{self.method_names} has no {name}; leave it out"
+                text = f"none of {', '.join(self.methods)} has {name}; leave it out"
                 yield Conflict(f"search.space.{name}", text, (key,))
         for method in self.methods:
             for where, message, reads in self.of(method)._own_conflicts():
@@ -324,7 +324,9 @@ class JobSpec(Section):
         for method in with_networks or self.methods[:1]:
             allowed = REPARAMETERIZATIONS.get(method, ("none",))
             if written.type not in allowed:
-                named = f"method {method}" if with_networks else self.method_names
+                named = f"method {method}"
+                if not with_networks and self.mixes:
+                    named = " and ".join(self.methods)
                 text = f"{written.type} does not go with {named}; use {' or '.join(allowed)}"
                 yield Conflict("reparameterization.type", text, METHOD_KEYS)
 
