@@ -98,11 +98,13 @@ search:
   trials: 18
 ```
 
-The trials are divided evenly among the methods, and those of a method are the ones that a search of
-it alone draws for the same number of trials: the same configurations, seeds and results. The
-searcher `optuna` chooses a method from the results of all trials, and then its own dimensions from
-the results of that method's. `asha` and `median` compare trials of all methods. Prompts of one
-method train packed; baselines such as LoRA train one at a time beside them. `pbt` is refused.
+The trials are divided evenly among the methods, and those of a method are the ones that `random` or
+`grid` gives a search of it alone for the same number of trials. A trial has the results that it has
+there: to the last digit where the same trials are packed together, and up to the rounding of
+another pack otherwise. The searcher `optuna` chooses a method from the results of all trials, and
+then its own dimensions from the results of that method's. `asha` and `median` compare trials of all
+methods. Prompts of one method train packed; baselines such as LoRA train one at a time beside them.
+`pbt` is refused.
 
 The summary, `run --json` (`methods`), the report and the search's MLflow run have the best trial of
 each method with its trained parameters, stored bytes, seconds and memory. Only prompts can be

@@ -2,7 +2,7 @@
 
 Trials of one prompt method train packed, as in a search of that method alone. A baseline changes
 the model, so its trials train one after another. A trial's numbers are those of its method's own
-engine, so they do not depend on the other methods.
+engine: they do not depend on trials of other methods.
 """
 
 from __future__ import annotations
