@@ -81,6 +81,39 @@ this page does not have is refused, and so are values that do not fit together.
 
 Each key is followed by its type and its default. The keys below are in the order of the spec.
 """
+SEVERAL_METHODS = """\
+## Several methods in one search
+
+`search.space.method` gives each method a space of its own, and `method` at the top is left out:
+
+```yaml
+search:
+  space:
+    seed: [0, 1, 2]                 # shared by all methods that have it
+    method:
+      prompt_tuning:
+        num_virtual_tokens: [5, 20]
+        learning_rate: {loguniform: [0.03, 0.5]}
+      prefix_tuning: {learning_rate: {loguniform: [0.001, 0.03]}}
+      lora: {rank: [2, 8], learning_rate: {loguniform: [0.001, 0.03]}}
+  trials: 18
+```
+
+The trials are divided evenly among the methods, and those of a method are the ones that `random` or
+`grid` gives a search of it alone for the same number of trials. A trial has the results that it has
+there: to the last digit where the same trials are packed together, and up to the rounding of
+another pack otherwise. The searcher `optuna` chooses a method from the results of all trials, and
+then its own dimensions from the results of that method's. `asha` and `median` compare trials of all
+methods. Prompts of one method train packed; baselines such as LoRA train one at a time beside them.
+`pbt` is refused.
+
+The summary, `run --json` (`methods`), the report and the search's MLflow run have the best trial of
+each method with its trained parameters, stored bytes, seconds and memory. Only prompts can be
+registered. If a baseline is better than every prompt by `search.metric`, its result is kept in the
+search's folder, and the best prompt is registered with `registry.alias` (`challenger` where that is
+champion) but does not become champion. The summary says so and names the command that promotes it.
+At equal values of the metric the prompt is promoted as usual.
+"""
 COMMANDS_OPENING = f"""\
 # Commands
 
@@ -242,6 +275,8 @@ def list_kind(option: dict[str, Any], models: dict[str, Any]) -> str:
 
 
 def mapping_kind(option: dict[str, Any], models: dict[str, Any]) -> str:
+    if referred(option["additionalProperties"]) == "MethodSpace":
+        return "mapping from a method to a mapping with the keys above"
     return f"mapping to {kind(option['additionalProperties'], models)}"
 
 
@@ -295,7 +330,8 @@ def methods_table() -> str:
     header = ("method", "keys of `search.space`", "`reparameterization.type`, default first")
     text = "The keys of `search.space` that a method has; others are refused beside it."
     more = "What the metrics measure is in [metrics.md](metrics.md)."
-    return f"## Keys of each method\n\n{text}\n\n{table(header, rows)}\n{more}\n"
+    parts = [f"## Keys of each method\n\n{text}\n\n{table(header, rows)}", more, SEVERAL_METHODS]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
 # docs/commands.md

@@ -167,6 +167,6 @@ def test_a_baseline_has_a_report(searches: Searches, method: str) -> None:
     folder = folder_of(searches[method])
     facts, text = read_facts(folder), folder.report.read_text()
     assert all(f"<td>{trial.id}</td>" in text for trial in facts.trials)
-    assert "<th>trained parameters</th>" in text and searches[method].job.result_name in text
+    assert "<th>trained parameters</th>" in text and searches[method].job.result_name() in text
     logged = mlflow.MlflowClient(searches[method].tracking_uri).list_artifacts(facts.run_id)
     assert "report.html" in {file.path for file in logged}

@@ -98,7 +98,7 @@ def validate(
     document |= {"not_checked": unchecked, "warnings": list(warnings)}
     trials = counted(trial_count(spec.search), "trial")
     lines = [
-        f"{job}: sound. {spec.method} of {spec.base_model.id}, {trials}.",
+        f"{job}: sound. {', '.join(spec.methods)} of {spec.base_model.id}, {trials}.",
         *(
             f"not checked: {each['key']}{': ' if each['key'] else ''}{each['reason']}"
             for each in unchecked

@@ -11,13 +11,13 @@ alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from orchestrator.job.metrics import choice_of, names_of
 
 if TYPE_CHECKING:
-    from orchestrator.job.spec import JobSpec
+    from orchestrator.job.spec import JobSpec, SpaceSpec
 
 MADE_BY_PREFIX_LM = ("prefix", "continuation")
 BARE_TEMPLATE = "{prompt}"
@@ -55,8 +55,41 @@ def without_effect(job: JobSpec) -> Iterator[NoEffect]:
 
     ``job`` may lack values: a rule is skipped where a key that it reads is missing.
     """
+    if not job.mixes:
+        yield from _without_effect(job, RULES)
+        return
+    yield from _without_effect(job, [rule for rule in RULES if not _is_of_space(rule)])
+    yield from _without_effect_on_any_method(job)
+
+
+def _is_of_space(rule: Rule) -> bool:
+    return rule.key.startswith("search.space.")
+
+
+def _without_effect_on_any_method(job: JobSpec) -> Iterator[NoEffect]:
+    """Yield the dimensions without effect of a job that mixes methods.
+
+    A shared dimension has an effect if it has one on any of the methods that take it.
+    """
+    rules = [rule for rule in RULES if _is_of_space(rule)]
+    for rule in rules:
+        name = rule.key.rpartition(".")[2]
+        takers: dict[str, list[NoEffect | None]] = {}
+        for method, space in job.search.space.parts.items():
+            if getattr(space, name) is not None:
+                key = job.written_at(method, rule.key)  # type: ignore[arg-type]
+                found = _without_effect(job.of(method), [rule])  # type: ignore[arg-type]
+                takers.setdefault(key, []).append(next(found, None))
+        for key, settings in takers.items():
+            first = settings[0]
+            if first is not None and all(settings):
+                message = first.message.replace(rule.key, key, 1)
+                yield NoEffect(key, message, (*first.reads, "search.space.method"))
+
+
+def _without_effect(job: JobSpec, rules: Sequence[Rule]) -> Iterator[NoEffect]:
     reported: set[str] = set()
-    for rule in RULES:
+    for rule in rules:
         if rule.key in reported or not _asks(job, rule):
             continue
         if any(_value(job, key) is MISSING for key in rule.reads):
@@ -212,8 +245,12 @@ def _nothing_drawn_by_search_seed(job: JobSpec) -> str:
 
 
 def _grid_points(job: JobSpec) -> int:
-    values = (getattr(job.search.space, name) for name in type(job.search.space).model_fields)
-    return math.prod(len(_listed(value)) for value in values if value is not None)
+    return sum(map(_points, job.search.space.parts.values()))
+
+
+def _points(space: SpaceSpec) -> int:
+    values = [value for name, value in space if name != "method" and value is not None]
+    return math.prod(len(_listed(value)) for value in values)
 
 
 def _other_scheduler_than(*schedulers: str) -> Callable[[JobSpec], str]:
@@ -227,9 +264,9 @@ def _other_scheduler_than(*schedulers: str) -> Callable[[JobSpec], str]:
 
 
 def _trials_have_no_steps(job: JobSpec) -> str:
-    if job.method != "prompt_design":
+    if set(job.methods) != {"prompt_design"}:
         return ""
-    return f"with method {job.method}, whose trials have no steps"
+    return f"with {job.method_names}, whose trials have no steps"
 
 
 def _confirms_nothing(job: JobSpec) -> str:
@@ -277,7 +314,8 @@ def _decays_after_the_end(job: JobSpec) -> str:
 
 
 def _has_no_network(job: JobSpec) -> str:
-    return "with reparameterization.type none" if job.reparameterization_type == "none" else ""
+    network = job.reparameterization
+    return "with reparameterization.type none" if network and network.type == "none" else ""
 
 
 # The registry
@@ -294,7 +332,7 @@ def _has_no_prompts(job: JobSpec) -> str:
     top = job.registry.register_top
     if not job.is_baseline or top <= 1:
         return ""
-    return f"above 1 with method {job.method}, which makes no prompt to register"
+    return f"above 1 with {job.method_names}, which makes no prompt to register"
 
 
 HUB_MODEL = "name a model of the hub in base_model.id"

@@ -1,7 +1,8 @@
 """The search space: how many points it has, and which of them become trials.
 
 ``spec.SPACES`` names the dimensions of each method; for prompts these are init, num_virtual_tokens,
-learning_rate and seed. Each dimension is a list of values or, for the learning rate, a range.
+learning_rate and seed. Each dimension is a list of values or, for the learning rate, a range. A
+space may also consist of a space for each of several methods.
 
 Draws are spread, not independent: a search of a dozen trials that happens to leave out an init says
 nothing about that init. Every listed value is drawn as often as every other, give or take one. A
@@ -10,6 +11,7 @@ range is cut into as many equal bins as there are draws, and each bin gives one 
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Mapping, Sequence
@@ -22,6 +24,7 @@ from orchestrator.errors import BadInput
 from orchestrator.job.spec import (
     BASELINE_SPACE,
     DEFAULT_TRIALS,
+    DIMENSIONS,
     MAX_TRIALS,
     PROMPT_SPACE,
     SPACES,
@@ -65,6 +68,8 @@ class TrialSpec:
     template: str | None = None
     shots: int | None = None
     demonstrations: str | None = None
+    method: str = ""
+    """The trial's method in a search that mixes several; empty where all trials have the job's."""
     confirms: str = ""
     """The trial whose configuration this one trains again under a fresh seed; empty for a trial of
     the search itself. It is no part of the configuration."""
@@ -81,6 +86,7 @@ class TrialSpec:
             "learning_rate": self.learning_rate or None,
         }  # fmt: skip
         return {
+            **({"method": self.method} if self.method else {}),
             **{name: value for name, value in values.items() if value is not None},
             "seed": self.seed,
         }
@@ -103,12 +109,16 @@ class TrialSpec:
 
         Raises BadInput unless ``config`` has each key once, with one allowed value.
         """
+        method = config.get("method", "")
+        if method and method not in SPACES:
+            raise BadInput(f"a trial's configuration has an unknown method: {dict(config)}")
         if missing := _missing(config):
             raise BadInput(f"a trial's configuration has no {', '.join(missing)}: {dict(config)}")
+        point = {name: value for name, value in config.items() if name != "method"}
         try:
             # A single point is a space too, so validating it checks the spec's own limits.
             space = SpaceSpec.model_validate(
-                {**dict.fromkeys(SpaceSpec.model_fields), **config}, context=BASELINE_SPACE
+                {**dict.fromkeys(DIMENSIONS), **point}, context=BASELINE_SPACE
             )
         except ValidationError as error:
             problem = error.errors()[0]
@@ -118,10 +128,14 @@ class TrialSpec:
             ) from None
         if any(isinstance(value, list | LogUniform | Uniform) for value in _dimensions(space)):
             raise BadInput(f"a trial's configuration has one value for each key: {dict(config)}")
-        return trial_at(_dimensions(space), _names(space))
+        return replace(trial_at(_dimensions(space), _names(space)), method=method)
 
     def label(self) -> str:
-        """Describe the trial in one short line for tables."""
+        """Describe the trial in one short line for tables, beginning with a method of its own."""
+        method = f"{self.method.replace('_', ' ')}: " if self.method else ""
+        return f"{method}{self._values_label()}"
+
+    def _values_label(self) -> str:
         if not self.init:
             return self._baseline_label()
         start = _excerpt(self.init_text or self.init_artifact) or self.init
@@ -153,7 +167,7 @@ def _missing(config: Mapping[str, Any]) -> list[str]:
         required = set(names) - {"template"}
         return len(required & config.keys()), -len(required)
 
-    nearest = max(SPACES.values(), key=fit)
+    nearest = SPACES.get(config.get("method", "")) or max(SPACES.values(), key=fit)
     return [name for name in nearest if name != "template" and name not in config]
 
 
@@ -170,8 +184,19 @@ def trials(search: SearchSpec) -> list[TrialSpec]:
 
     The spec's ``trials`` sets how many there are; draws are 16 by default. There are fewer when the
     space has fewer points, since no trial is run twice. The list is empty with a searcher that
-    proposes trials while the search runs. Raises BadInput as ``grid`` does.
+    proposes trials while the search runs. In a space of several methods, each method has the
+    trials that a search of it alone would have, with its share of their number. Raises BadInput as
+    ``grid`` does.
     """
+    if search.proposes or search.space.method is None:
+        return _own_trials(search)
+    return _alternating(
+        {method: _own_trials(part) for method, part in _searches(search).items() if part.trials}
+    )
+
+
+def _own_trials(search: SearchSpec) -> list[TrialSpec]:
+    """Return the trials of a search of one method."""
     match search.searcher:
         case "random":
             return draw(search.space, search.trials or DEFAULT_TRIALS, search.seed)
@@ -179,6 +204,58 @@ def trials(search: SearchSpec) -> list[TrialSpec]:
             return _grid_trials(search)
         case "optuna":
             return []
+
+
+def _searches(search: SearchSpec) -> dict[str, SearchSpec]:
+    """Return a search for each method of a space of several, with its share of the trials."""
+    count = search.trials or (
+        _grid_total(search.space) if search.searcher == "grid" else DEFAULT_TRIALS
+    )
+    parts = search.space.parts
+    return {
+        method: search.model_copy(update={"space": parts[method], "trials": share})
+        for method, share in shares(search.space, count).items()
+    }
+
+
+def _grid_total(space: SpaceSpec) -> int:
+    """Return the number of points of a grid. Raises BadInput as ``grid`` does."""
+    size = grid_size(space)
+    if size is None:
+        raise BadInput(
+            "a range of learning rates has no grid", "list learning rates, or use searcher random"
+        )
+    if size > MAX_TRIALS:
+        raise BadInput(
+            f"the grid has {size} points, and a search at most {MAX_TRIALS} trials",
+            "set search.trials",
+        )
+    return size
+
+
+def shares(space: SpaceSpec, count: int) -> dict[str, int]:
+    """Divide ``count`` trials evenly among the methods of a space of several.
+
+    A method whose space has fewer points leaves the rest of its share to the others.
+    """
+    sizes = {method: grid_size(part) for method, part in space.parts.items()}
+    found = dict.fromkeys(sizes, 0)
+    while count:
+        open_methods = [name for name, size in sizes.items() if size is None or found[name] < size]
+        if not open_methods:
+            break
+        for method in open_methods[:count]:
+            found[method] += 1
+        count -= len(open_methods[:count])
+    return found
+
+
+def _alternating(trials: Mapping[str, list[TrialSpec]]) -> list[TrialSpec]:
+    """Take a trial of each method in turn, so that a search that ends early has tried all."""
+    rows = itertools.zip_longest(
+        *([replace(spec, method=name) for spec in found] for name, found in trials.items())
+    )
+    return [spec for row in rows for spec in row if spec is not None]
 
 
 def _grid_trials(search: SearchSpec) -> list[TrialSpec]:
@@ -207,17 +284,23 @@ def confirming_total(search: SearchSpec) -> int:
     if search.confirm is None:
         return 0
     if search.proposes:
-        others = [values for name, values in dimensions(search.space).items() if name != "seed"]
-        listed = [values for values in others if isinstance(values, list)]
-        found = math.prod(map(len, listed)) if len(listed) == len(others) else search.confirm
+        parts = search.space.parts.values()
+        found = sum(_configurations(space) or search.confirm for space in parts)
     else:
         found = len({replace(trial, seed=0) for trial in trials(search)})
     return min(search.confirm, found) * search.confirm_seeds
 
 
+def _configurations(space: SpaceSpec) -> int | None:
+    """Count the points of the space that differ in more than the seed; None with a range."""
+    others = [values for name, values in dimensions(space).items() if name != "seed"]
+    listed = [values for values in others if isinstance(values, list)]
+    return math.prod(map(len, listed)) if len(listed) == len(others) else None
+
+
 def fresh_seeds(search: SearchSpec) -> list[int]:
     """Return the seeds of ``search.confirm``: a function of the spec, and none of the space's."""
-    used = set(_values(search.space.seed))
+    used = {seed for space in search.space.parts.values() for seed in _values(space.seed)}
     rng = random.Random(f"confirm {search.seed}")
     drawn = rng.sample(range(FRESH_SEEDS), len(used) + search.confirm_seeds)
     return [seed for seed in drawn if seed not in used][: search.confirm_seeds]
@@ -242,6 +325,9 @@ def no_result(search: SearchSpec, count: int) -> str:
 
 def grid_size(space: SpaceSpec) -> int | None:
     """Count the points of the space; None when a dimension is a range."""
+    if space.method is not None:
+        sizes = [size for part in space.parts.values() if (size := grid_size(part)) is not None]
+        return sum(sizes) if len(sizes) == len(space.method) else None
     values = _listed(space)
     return None if values is None else math.prod(map(len, values))
 
@@ -252,18 +338,7 @@ def grid(space: SpaceSpec) -> list[TrialSpec]:
     Raises BadInput when a dimension is a range, or when there are more points than a search may
     have trials.
     """
-    values = _listed(space)
-    if values is None:
-        raise BadInput(
-            "a range of learning rates has no grid", "list learning rates, or use searcher random"
-        )
-    size = math.prod(map(len, values))
-    if size > MAX_TRIALS:
-        raise BadInput(
-            f"the grid has {size} points, and a search at most {MAX_TRIALS} trials",
-            "set search.trials",
-        )
-    names = _names(space)
+    size, values, names = _grid_total(space), _listed(space) or [], _names(space)
     return [trial_at(_point(values, index), names) for index in range(size)]
 
 
@@ -272,10 +347,14 @@ def draw(space: SpaceSpec, count: int, seed: int) -> list[TrialSpec]:
 
     A space with fewer points gives every point once. Each listed value is drawn as often as any
     other of its dimension, give or take one. A range is cut into ``count`` equal bins, on a
-    logarithmic scale for loguniform, and each bin gives one value.
+    logarithmic scale for loguniform, and each bin gives one value. Of several methods, each gets
+    its share of the count.
     """
     if count < 1:
         raise ValueError(f"draw needs a count of at least 1, got {count}")
+    if space.method is not None:
+        counts = shares(space, count).items()
+        return _alternating({name: draw(space.parts[name], n, seed) for name, n in counts if n})
     rng = random.Random(seed)
     columns = [_column(value, count, rng) for value in _dimensions(space)]
     count = min(count, math.prod(map(len, columns)))
@@ -307,8 +386,7 @@ def trial_at(row: Row, names: Sequence[str] = PROMPT_SPACE) -> TrialSpec:
 
 def longest(space: SpaceSpec) -> int:
     """Return the greatest num_virtual_tokens of the space; 0 for a space without them."""
-    lengths: list[int] = _values(space.num_virtual_tokens)
-    return max(lengths, default=0)
+    return max(_all_values(space, "num_virtual_tokens"), default=0)
 
 
 def templates(space: SpaceSpec) -> list[str]:
@@ -316,22 +394,34 @@ def templates(space: SpaceSpec) -> list[str]:
 
     The list is empty where all trials use the template of the data.
     """
-    return _values(space.template)
+    return _all_values(space, "template")
 
 
 def init_texts(space: SpaceSpec) -> list[str]:
     """Return the texts that soft prompts start from, in the order of the spec."""
-    return [init.text for init in _values(space.init) if isinstance(init, TextInit)]
+    inits = _all_values(space, "init")
+    return [init.text for init in inits if isinstance(init, TextInit)]
 
 
 def init_artifacts(space: SpaceSpec) -> list[str]:
     """Return the prompts that other prompts start from, in the order of the spec."""
-    return [init.artifact for init in _values(space.init) if isinstance(init, ArtifactInit)]
+    inits = _all_values(space, "init")
+    return [init.artifact for init in inits if isinstance(init, ArtifactInit)]
+
+
+def _all_values(space: SpaceSpec, name: str) -> list[Any]:
+    """Return the different values of a dimension, of all methods of the space."""
+    columns = [_values(getattr(part, name)) for part in space.parts.values()]
+    values: list[Any] = []
+    for value in itertools.chain(*columns):
+        if value not in values:
+            values.append(value)
+    return values
 
 
 def _names(space: SpaceSpec) -> list[str]:
     """Return the names of the dimensions that the space has."""
-    return [name for name in SpaceSpec.model_fields if getattr(space, name) is not None]
+    return [name for name in DIMENSIONS if getattr(space, name) is not None]
 
 
 def _dimensions(space: SpaceSpec) -> Row:

@@ -138,7 +138,7 @@ def examine(job: JobSpec, *, elsewhere: bool = False) -> Inputs:
         unchecked.append(Unchecked("data.path", f"{job.data.path} {NOT_HERE[job.data.source]}"))
     if rows is not None and not faults:
         try:
-            learns = job.method != "prompt_design"
+            learns = set(job.methods) != {"prompt_design"}
             found = judge(rows, job.data, job.search.metric, learns=learns)
             warnings = (*rows.notes, *found)
         except BadInput as error:
@@ -219,20 +219,32 @@ def _without_chat_template(job: JobSpec) -> Fault:
 
 
 def _artifact_findings(job: JobSpec, elsewhere: bool) -> Iterator[Fault | Unchecked]:
+    found: set[Fault | Unchecked] = set()  # a shared init is that of several methods
+    for part in job.parts:
+        (method,) = part.methods
+        for finding in _part_findings(part, job.written_at(method, "search.space.init"), elsewhere):
+            if finding not in found:
+                found.add(finding)
+                yield finding
+
+
+def _part_findings(job: JobSpec, key: str, elsewhere: bool) -> Iterator[Fault | Unchecked]:
+    """Check the prompts that a job of one method starts from, which ``key`` names."""
     init = job.search.space.init
     inits = init if isinstance(init, list) else [init]
     for number, each in enumerate(inits):
         if not isinstance(each, ArtifactInit):
             continue
         place = f"[{number}]" if isinstance(init, list) else ""
-        key = f"search.space.init{place}.artifact"
+        where = f"{key}{place}.artifact"
         folder = Path(each.artifact).expanduser()
         if not folder.is_dir() and not looks_like_path(each.artifact):
-            yield Unchecked(key, f"{each.artifact} is fetched from the registry when it is needed")
+            reason = f"{each.artifact} is fetched from the registry when it is needed"
+            yield Unchecked(where, reason)
         elif _is_elsewhere(each.artifact, elsewhere):
-            yield _on_cluster(key, each.artifact)
+            yield _on_cluster(where, each.artifact)
         else:
-            yield from _folder_faults(job, key, each.artifact, folder)
+            yield from _folder_faults(job, where, each.artifact, folder)
 
 
 def _folder_faults(job: JobSpec, key: str, reference: str, folder: Path) -> Iterator[Fault]:
@@ -251,7 +263,7 @@ def check_can_start(job: JobSpec, reference: str, tensors: Mapping[str, object])
     if job.method != "prefix_tuning" and "prompt" not in tensors:
         raise BadInput(
             f"search.space.init artifact {reference!r} is a prefix "
-            f"and can't start method {job.method}",
+            f"and can't start {job.method_names}",
             "choose a prompt of prompt_tuning or p_tuning, or set method prefix_tuning",
         )
 

@@ -30,7 +30,7 @@ def search_tags(prepared: Prepared, search: str) -> dict[str, Any]:
     """
     job = prepared.job
     tags = {
-        "method": job.method,
+        "method": ", ".join(job.methods),
         "base_model": job.base_model.id,
         "base_model_revision": job.base_model.revision,
         "data_fingerprint": prepared.rows.fingerprint,
@@ -80,9 +80,10 @@ def search_note(
     baselines: Mapping[str, Metrics],
     warnings: Sequence[str] = (),
     confirmed: str = "",
+    methods: Mapping[str, Metrics] = {},
 ) -> dict[str, str]:
     """Write the markdown description that MLflow shows on the page of the search's run."""
-    rows = {job.result_name: tuned}
+    rows = {job.result_name(best.method): tuned, **methods}
     rows |= {name: {split: found[split] for split in SPLITS} for name, found in baselines.items()}
     words = " ".join(best.label().replace("`", "'").split())
     lines = [f"Best by validation {job.search.metric}: `{words}`.", "", *metrics_table(rows), ""]

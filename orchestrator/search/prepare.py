@@ -48,7 +48,7 @@ from orchestrator.job.space import (
     trial_count,
     trials,
 )
-from orchestrator.job.spec import BUILTIN, DataSpec, JobSpec
+from orchestrator.job.spec import BUILTIN, DataSpec, JobSpec, MethodName
 from orchestrator.models.backbone.weights import check_files
 from orchestrator.models.builtin import builtin_model
 from orchestrator.models.source import (
@@ -92,6 +92,18 @@ class Prepared:
     warnings: tuple[str, ...] = ()
     """Sentences on what makes the result less trustworthy."""
 
+    @property
+    def parts(self) -> list[Prepared]:
+        """The inputs of the likely trials of each method; these inputs for a single method."""
+        if not self.job.mixes:
+            return [self]
+        return [self._part(method) for method in self.job.methods]
+
+    def _part(self, method: MethodName) -> Prepared:
+        likely = [spec for spec in likely_trials(self) if spec.method == method]
+        task = self.task.of(method)
+        return replace(self, job=self.job.of(method), trials=likely, total=len(likely), task=task)
+
 
 def prepare(
     job: JobSpec,
@@ -107,10 +119,11 @@ def prepare(
     loaded here. ``begun`` marks a search that is resumed: faults of the splits that would refuse a
     new search are only warned about.
     """
-    if job.method in ("lora", "qlora"):
-        check_peft(job.method)
+    for method in job.methods:
+        if method in ("lora", "qlora"):
+            check_peft(method)
     rows = rows or load_rows(job.data, templates(job.search.space), begun=begun)
-    learns = job.method != "prompt_design"
+    learns = set(job.methods) != {"prompt_design"}
     warnings = [*rows.notes, *judge(rows, job.data, job.search.metric, learns=learns, begun=begun)]
     source, making_s = _base_model(job)
     task = _task(job, rows, source, artifacts, begun=begun)
@@ -122,7 +135,7 @@ def prepare(
         task.instructed[few_shot[0]] = _instructed(job, task, rows, few_shot[0])
     if job.generates:
         _prepare_generation(job, task, rows, source)
-    if job.method == "prompt_design":
+    if "prompt_design" in job.methods:
         task.designs = _designs(job, rows, source)
     return Prepared(
         found_anywhere(job, source),
@@ -166,7 +179,10 @@ def _task(
         check_distinct_tokens(
             {split: splits[split].inputs for split in SPLITS}, job.data.max_input_tokens
         )
-    task = Task(encoder, splits, method=_method(job, encoder), artifacts=_artifacts(job, artifacts))
+    methods = [_method(part, encoder) for part in job.parts]
+    task = Task(encoder, splits, method=methods[0], artifacts=_artifacts(job, artifacts))
+    if job.mixes:
+        task.methods = {method.name: method for method in methods}
     check_context(encoder, splits, longest(job.search.space), source.context_length, rows)
     return task
 
@@ -301,6 +317,8 @@ def _designs(job: JobSpec, rows: RowSplits, source: ModelSource) -> Designs:
     for spec in trials(job.search) or draw(
         job.search.space, trial_count(job.search), job.search.seed
     ):
+        if spec.method not in ("", "prompt_design"):
+            continue
         if not designs.fits(Design.of(spec)):
             raise BadInput(
                 f"search.space.shots {spec.shots}: the context of {context} tokens has no room "
@@ -334,9 +352,13 @@ def likely_trials(prepared: Prepared) -> list[TrialSpec]:
 
 
 def _method(job: JobSpec, encoder: Encoder) -> Method:
+    """Return the method of a job that has only one."""
+    (method,) = job.methods
     hidden = job.reparameterization.hidden_size if job.reparameterization else None
+    if job.reparameterization_type == "none":
+        hidden = None
     return Method(
-        job.method, job.reparameterization_type, hidden, encoder.template.places_virtual_tokens
+        method, job.reparameterization_type, hidden, encoder.template.places_virtual_tokens
     )
 
 
@@ -346,7 +368,9 @@ def _artifacts(job: JobSpec, folders: Mapping[str, Path] | None) -> dict[str, di
     for reference in init_artifacts(job.search.space):
         folder = (folders or {}).get(reference) or Path(reference)
         artifacts[reference] = stored_tensors(folder)
-        check_can_start(job, reference, artifacts[reference])
+        for part in job.parts:
+            if reference in init_artifacts(part.search.space):
+                check_can_start(part, reference, artifacts[reference])
     return artifacts
 
 

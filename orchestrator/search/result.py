@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,18 @@ from orchestrator.data.outcomes.label_metrics import labelled_figures
 from orchestrator.data.outcomes.rows import RowOutcomes, outcomes_of
 from orchestrator.errors import BadInput, NothingFound
 from orchestrator.job.space import no_result
+from orchestrator.job.spec import RegistrySpec
 from orchestrator.models.nearest_words import nearest_words
 from orchestrator.models.source import BaseModelInfo
-from orchestrator.registry import SEEDS_TAG
+from orchestrator.registry import CHAMPION, SEEDS_TAG, AliasOutcome
 from orchestrator.search.context import SearchContext, StartedSearch
+from orchestrator.search.mixture import (
+    better_baseline,
+    is_prompt,
+    method_documents,
+    method_metrics,
+    to_test,
+)
 from orchestrator.search.mlflow_tags import outcome_tags, search_note
 from orchestrator.search.plan.plan import device_hours
 from orchestrator.search.prepare import cells_record, chat_record, data_record, verbalizer_entries
@@ -73,7 +81,8 @@ class Result:
 
     outcome: Outcome
     best_trials: Sequence[BestTrial]
-    """The trials to register, or the best trial alone; best first."""
+    """The tested trials, best first: those to register, or the best trial alone. In a search that
+    mixes methods, the best trial of each is among them."""
     baselines: dict[str, dict[str, Any]]
     model: BaseModelInfo
 
@@ -89,7 +98,7 @@ def evaluate_best(search: StartedSearch, outcome: Outcome) -> list[BestTrial]:
     if not ranked:
         raise _nothing_found(context, outcome)
     context.progress.stage("evaluating the best prompt on the test split")
-    best = ranked[: max(1, context.job.registry.register_top)]
+    best = to_test(ranked, context.job)
     measured = search.workers.evaluate(
         [EvaluationJob("test", trial.checkpoint, spec=trial.spec, confusion=True) for trial in best]
     )
@@ -116,12 +125,9 @@ def publish_result(search: StartedSearch, result: Result) -> dict[str, Any]:
     context, log = search.context, search.log
     log_result(search, result)
     with naming_later_registration(context.folder):
-        if context.job.is_baseline:
-            registered = None
-            if context.job.registry.register_top:
-                keep_baseline(search, result)
-        else:
-            registered = register_best(search, result)
+        if context.job.registry.register_top and not is_prompt(result.best.record, context.job):
+            keep_baseline(search, result)
+        registered = register_best(search, result)
     context.clock.mark("registry")
     costs = search_costs(context, result.outcome)
     log.parent_metrics(costs)
@@ -137,6 +143,8 @@ def log_result(search: StartedSearch, result: Result) -> None:
     states = [trial.status for trial in result.outcome.records.values()]
     log.parent_tags({f"orchestrator.{state}": states.count(state) for state in sorted(set(states))})
     log.parent_tags({"orchestrator.best_trial": best.record.id})
+    methods = _methods(context, result)
+    log.parent_metrics(method_metrics(methods))
     found = confirmed(result.outcome.records.values(), context.job.search)
     for one in found:
         log.parent_metrics(spread_metrics(one))
@@ -152,8 +160,17 @@ def log_result(search: StartedSearch, result: Result) -> None:
             result.baselines,
             context.prepared.warnings,
             text,
+            {f"best of {each['method']}": each["metrics"] for each in methods if each["metrics"]},
         )
     )
+
+
+def _methods(context: SearchContext, result: Result) -> list[dict[str, Any]]:
+    """Describe the best trial of each method; empty for a search of one method."""
+    if not context.job.mixes:
+        return []
+    trials = result.outcome.records.values()
+    return method_documents(result.best_trials, trials, context.job)
 
 
 def search_costs(context: SearchContext, outcome: Outcome) -> Metrics:
@@ -178,20 +195,34 @@ def register_best(search: StartedSearch, result: Result) -> dict[str, Any] | Non
     """Register the best trials that an interrupted run has not registered already.
 
     They are registered from worst to best, so that the best trial becomes the newest version,
-    which takes the alias.
+    which takes the alias. Returns None if there is nothing to register.
     """
     context, log = search.context, search.log
-    job, registry = context.job, context.registry
-    if not job.registry.register_top:
+    job = context.job
+    prompts = [trial for trial in result.best_trials if is_prompt(trial.record, job)]
+    prompts = prompts[: job.registry.register_top]
+    if not prompts:
+        if job.mixes and job.registry.register_top:
+            context.progress.note("no trial of a prompt has a result, so nothing is registered")
         return None
     context.progress.stage(f"registering {job.model_name}")
     _await_mlflow(search)
     registered = _already_registered(context)
     version = 0
-    for trial in reversed(result.best_trials):
+    for trial in reversed(prompts):
         run_id = log.run_ids.get(trial.record.id, log.run_id)
         version = registered.get(run_id) or _register(context, result, trial, run_id)
-    move = registry.auto_alias(
+    better = better_baseline(result.best.record, prompts[0].record, job)
+    move = _second_best(context, version, better) if better else _contest(context, version)
+    context.progress.note(move.reason)
+    of_trial = {"trial": prompts[0].record.id} if job.mixes else {}
+    return {"name": job.model_name, "version": version, **of_trial, **move.document()}
+
+
+def _contest(context: SearchContext, version: int) -> AliasOutcome:
+    """Give the version its alias, and make it champion if it earns that."""
+    job = context.job
+    return context.registry.auto_alias(
         job.model_name,
         version,
         job.registry.alias,
@@ -199,8 +230,21 @@ def register_best(search: StartedSearch, result: Result) -> dict[str, Any] | Non
         job.search.better,
         job.registry.promote_if,
     )
-    context.progress.note(move.reason)
-    return {"name": job.model_name, "version": version, **move.document()}
+
+
+def _second_best(context: SearchContext, version: int, better: str) -> AliasOutcome:
+    """Give the best prompt its alias, but leave the champion to a person: a baseline is better."""
+    job, name = context.job, context.job.model_name
+    alias = job.registry.alias
+    if alias == CHAMPION:
+        alias = RegistrySpec().alias
+    context.registry.set_alias(name, alias, version, better, kind="search")
+    kept = f", and is kept in {context.folder.artifact}" if job.registry.register_top else ""
+    reason = (
+        f"Version {version} is {alias}, not champion: {better}{kept}. "
+        f"orchestrator promote {name} {version} makes the prompt champion all the same."
+    )
+    return AliasOutcome(alias, reason)
 
 
 def _await_mlflow(search: StartedSearch) -> None:
@@ -268,12 +312,13 @@ def _best_tensors(trial: TrialRecord) -> dict[str, Any]:
 
 def prompt_manifest(context: SearchContext, result: Result, trial: BestTrial) -> Manifest:
     """Describe a trial's prompt: how it is used, what it was tuned on, and how good it is."""
-    job, data, task = context.job, context.job.data, context.prepared.task
-    method, record = task.method, trial.record
+    data, task = context.job.data, context.prepared.task
+    record = trial.record
+    method = task.method_of(record.spec)
     return Manifest(
-        method=job.method,
+        method=method.name,
         num_virtual_tokens=record.spec.num_virtual_tokens,
-        config=record.spec.config(),
+        config=replace(record.spec, method="").config(),
         reparameterization=ReparameterizationRecord(
             type=method.reparameterization, hidden_size=method.hidden_size
         ),
@@ -322,10 +367,11 @@ def keep_baseline(search: StartedSearch, result: Result) -> None:
 
 def _baseline_description(context: SearchContext, result: Result) -> dict[str, Any]:
     """Describe the result of a baseline method, in JSON's types."""
-    job, data, trial = context.job, context.job.data, result.best.record
+    data, trial = context.job.data, result.best.record
     chat = chat_record(context.prepared.task.encoder)
     description = {
-        "method": job.method, "base_model": asdict(result.model),
+        "method": context.prepared.task.method_of(trial.spec).name,
+        "base_model": asdict(result.model),
         "template": trial.spec.template or data.template,
         "target": data.target, "verbalizer": data.verbalizer, "sentinel": data.sentinel,
         "chat": chat.model_dump() if chat else None,
@@ -333,7 +379,8 @@ def _baseline_description(context: SearchContext, result: Result) -> dict[str, A
         "steps": trial.best_step, "search": context.id, "trial": trial.id,
         "orchestrator_version": __version__,
     }  # fmt: skip
-    if designs := context.prepared.task.designs:
+    designs = context.prepared.task.designs
+    if designs and description["method"] == "prompt_design":
         description["demonstrations"] = designs.text(Design.of(trial.spec))
     return description
 
@@ -356,6 +403,8 @@ def result_document(
         "baselines": result.baselines,
         "model": registered,
     }
+    if methods := _methods(context, result):
+        document["methods"] = methods
     settings = context.job.search
     if found := confirmed(result.outcome.records.values(), settings):
         document["confirmed"] = [one.document(settings) for one in found]

@@ -49,7 +49,7 @@ def open_mlflow_run(context: SearchContext) -> SearchLog:
     """Open the search's MLflow run: a new one, or the run of the search that is resumed."""
     job, registry, spill = context.job, context.registry, context.folder.unwritten
     params = {
-        "method": job.method,
+        "method": ", ".join(job.methods),
         "base_model": job.base_model.id, "revision": job.base_model.revision,
         "template": job.data.template,
         "searcher": job.search.searcher, "scheduler": job.search.scheduler,

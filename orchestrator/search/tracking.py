@@ -18,6 +18,7 @@ CONFIRMATION = "confirmation"
 SPLITS = ("validation", "test")
 # The keys of a trial's configuration that become tags, since people filter runs by them.
 TAGGED = (
+    "method",
     "init",
     "num_virtual_tokens",
     "rank",

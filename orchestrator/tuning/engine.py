@@ -48,7 +48,7 @@ FLOAT32_BYTES = 4  # artifacts store float32 numbers
 
 @dataclass
 class Task:
-    """The task to learn: its data in tokens, and the method of the job."""
+    """The task to learn: its data in tokens, and the method or methods of the job."""
 
     encoder: Encoder
     splits: dict[str, Encoded]
@@ -56,12 +56,24 @@ class Task:
     instructed: dict[str, dict[str, Encoded]] = field(default_factory=dict)
     """The tokenised splits again, for each written instruction, with the instruction in front."""
     method: Method = field(default_factory=Method)
+    """The method of all trials, in a job of one method."""
+    methods: dict[str, Method] = field(default_factory=dict)
+    """The methods of a job that mixes several, by name; empty for a job of one method."""
     artifacts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """Tensors of the registered prompts that trials may start from, by reference."""
     decoding: Decoding | None = None
     """Settings with which evaluations generate texts; None if the metric does not compare texts."""
     designs: Designs | None = None
     """The rows as method prompt_design writes them out; None for other methods."""
+
+    def method_of(self, spec: TrialSpec) -> Method:
+        """Return the method of a trial."""
+        return self.methods[spec.method] if spec.method else self.method
+
+    def of(self, method: str) -> Task:
+        """Return the task of the trials of one of the methods, as a job of that method has it."""
+        designs = self.designs if method == "prompt_design" else None
+        return replace(self, method=self.methods[method], methods={}, designs=designs)
 
 
 @dataclass
@@ -190,6 +202,10 @@ class Engine:
         Unknown trials are ignored: a stop may arrive after the trial ended by itself.
         """
         self.slots.pop(trial, None)
+
+    def measure_afresh(self) -> None:
+        """Begin to measure the peak memory anew, of the work of this engine alone."""
+        self._memory.start_over()
 
     def round(self) -> list[Report]:
         """Train every seated trial up to its next evaluation, evaluate them together, and report.

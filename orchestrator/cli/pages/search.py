@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from orchestrator.cli.pages.table import aligned, table
@@ -27,9 +27,8 @@ def run_summary(document: JsonObject, spec: JobSpec) -> list[str]:
         for name, found in document["baselines"].items()
     ]
     tuned = best["metrics"]
-    rows.append(
-        (spec.result_name, f"{tuned['validation'][metric]:.3f}", f"{tuned['test'][metric]:.3f}")
-    )
+    name = spec.result_name(best["config"].get("method", ""))
+    rows.append((name, f"{tuned['validation'][metric]:.3f}", f"{tuned['test'][metric]:.3f}"))
     seconds = document["seconds"]
     lines = [
         f"search {document['search']}: {counted(len(document['trials']), 'trial')} in "
@@ -39,6 +38,7 @@ def run_summary(document: JsonObject, spec: JobSpec) -> list[str]:
         "",
         *table((metric, "validation", "test"), rows),
         "",
+        *_methods(document.get("methods", ()), metric),
         *(f"warning: {text}" for text in document.get("warnings", [])),
     ]
     if kept := document.get("artifact"):
@@ -46,12 +46,43 @@ def run_summary(document: JsonObject, spec: JobSpec) -> list[str]:
             f"kept in {kept} and with the search's run; "
             "a baseline is no prompt, and is neither registered nor served"
         )
+        if model := document["model"]:  # a search of several methods, whose best is a baseline
+            return [*lines, text, model["reason"], *_registered(model)]
         return [
             *lines,
             text,
             f"next: orchestrator report {document['search']} OTHER...   (beside other searches)",
         ]
     return [*lines, *_registered(document["model"])]
+
+
+def _methods(methods: Iterable[JsonObject], metric: str) -> list[str]:
+    """Format the best trial of each method with its costs; nothing for a search of one method."""
+    rows = [
+        (
+            found["method"], found["trial"] or "no result", str(found["trials"]),
+            *(f"{found['metrics'][split][metric]:.3f}" if found["metrics"] else ""
+              for split in ("validation", "test")),
+            *_costs(found["costs"]),
+        )
+        for found in methods
+    ]  # fmt: skip
+    heading = (
+        "method", "best trial", "trials", "validation", "test", "trained", "stored bytes",
+        "training s", "peak MB",
+    )  # fmt: skip
+    return [*table(heading, rows), ""] if rows else []
+
+
+def _costs(costs: Mapping[str, float] | None) -> tuple[str, str, str, str]:
+    if costs is None:
+        return "", "", "", ""
+    return (
+        f"{costs['parameters']:,}",
+        f"{costs['stored_bytes']:,}",
+        f"{costs['seconds']:.1f}",
+        f"{costs['peak_bytes'] / 1e6:.0f}",
+    )
 
 
 def _registered(model: JsonObject | None) -> list[str]:

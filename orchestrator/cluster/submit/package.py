@@ -10,11 +10,12 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 from orchestrator.data.tables import table_suffix
 from orchestrator.errors import BadInput
 from orchestrator.job.space import init_artifacts
-from orchestrator.job.spec import ArtifactInit, DataFiles, Init, JobSpec
+from orchestrator.job.spec import ArtifactInit, DataFiles, Init, JobSpec, MethodSpace
 from orchestrator.job.yaml import write
 from orchestrator.models.source import SMALL_FILES, WEIGHTS, looks_like_path
 
@@ -25,6 +26,7 @@ SEARCH = "ORCHESTRATOR_SEARCH"  # the search that the job is an attempt at
 LABELS = "ORCHESTRATOR_LABELS"  # the user and the labels, as a JSON object
 HOME = "ORCHESTRATOR_HOME"
 
+Space = TypeVar("Space", bound=MethodSpace)
 Change = Callable[[str, str], str]  # takes a key of the spec and its path, returns the new path
 
 
@@ -131,19 +133,30 @@ def moved(job: JobSpec, change: Change) -> JobSpec:
     if _is_local(base.id):
         base = base.model_copy(update={"id": change("base_model.id", base.id)})
     if init_artifacts(space):
-        inits = space.init if isinstance(space.init, list) else [space.init]
-        moved_inits = [_moved_init(number, init, change) for number, init in enumerate(inits)]
-        space = space.model_copy(
-            update={"init": moved_inits if isinstance(space.init, list) else moved_inits[0]}
-        )
+        parts = {
+            method: _moved_space(f"search.space.method.{method}", part, change)
+            for method, part in (space.method or {}).items()
+        }
+        space = _moved_space("search.space", space, change)
+        space = space.model_copy(update={"method": parts or None})
     search = job.search.model_copy(update={"space": space})
     return job.model_copy(update={"data": data, "base_model": base, "search": search})
 
 
-def _moved_init(number: int, init: Init | None, change: Change) -> Init | None:
+def _moved_space(key: str, space: Space, change: Change) -> Space:
+    """Return a space with ``change`` applied to the prompts that its own ``init`` names."""
+    inits = space.init if isinstance(space.init, list) else [space.init]
+    moved_inits = [
+        _moved_init(f"{key}.init.{number}", init, change) for number, init in enumerate(inits)
+    ]
+    update = {"init": moved_inits if isinstance(space.init, list) else moved_inits[0]}
+    return space.model_copy(update=update) if "init" in space.given else space
+
+
+def _moved_init(key: str, init: Init | None, change: Change) -> Init | None:
     if not isinstance(init, ArtifactInit) or not _is_local(init.artifact):
         return init  # a registered prompt is fetched on the cluster
-    return ArtifactInit(artifact=change(f"search.space.init.{number}", init.artifact))
+    return ArtifactInit(artifact=change(key, init.artifact))
 
 
 def _is_local(text: str) -> bool:

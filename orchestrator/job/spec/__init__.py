@@ -53,9 +53,11 @@ from orchestrator.job.spec.search import (
 )
 from orchestrator.job.spec.space import (
     BASELINE_SPACE,
+    DIMENSIONS,
     ArtifactInit,
     Init,
     LogUniform,
+    MethodSpace,
     NamedInit,
     SampleVocabInit,
     SpaceSpec,
@@ -83,6 +85,7 @@ __all__ = [
     "DEFAULT_BETAS",
     "DEFAULT_TRIALS",
     "DataFiles",
+    "DIMENSIONS",
     "DataSpec",
     "FIELD",
     "GenerationSpec",
@@ -92,6 +95,7 @@ __all__ = [
     "LogUniform",
     "MAX_TRIALS",
     "MethodName",
+    "MethodSpace",
     "NAME_PATTERN",
     "NamedInit",
     "Optimizer",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from pydantic import model_validator
+from pydantic.json_schema import SkipJsonSchema
 
 from orchestrator.job.labels import by_meaning, contradictions, label_key, spelled
 from orchestrator.job.metrics import choice_of, compares_texts, names_of
@@ -26,7 +27,13 @@ from orchestrator.job.spec.methods import (
 from orchestrator.job.spec.registry import RegistrySpec
 from orchestrator.job.spec.resources import ResourcesSpec
 from orchestrator.job.spec.search import Scheduler, SearchSpec
-from orchestrator.job.spec.space import BASELINE_SPACE, SPACE_DEFAULTS, SpaceSpec
+from orchestrator.job.spec.space import (
+    BASELINE_SPACE,
+    DIMENSIONS,
+    SPACE_DEFAULTS,
+    SpaceSpec,
+    own_defaults,
+)
 from orchestrator.job.spec.template import (
     VIRTUAL,
     answer_in_input,
@@ -34,6 +41,9 @@ from orchestrator.job.spec.template import (
     template_fields,
 )
 from orchestrator.job.spec.train import TrainSpec
+
+METHOD_KEYS = ("method", "search.space.method")
+"""The keys that say which methods a job has."""
 
 
 class JobSpec(Section):
@@ -45,13 +55,13 @@ class JobSpec(Section):
     """The frozen language model."""
     data: DataSpec
     """The rows, and how a row becomes input text and target."""
-    method: MethodName = "prompt_tuning"
+    method: MethodName | SkipJsonSchema[None] = "prompt_tuning"
     """The tuning method. It tunes virtual tokens (prompt_tuning), keys and values of every layer
     (prefix_tuning), or virtual tokens that a small network generates (p_tuning). The other methods
     are baselines: a written prompt (prompt_design), all weights (model_tuning; lomo updates each
     during the backward pass and stores neither gradients nor optimiser state), low-rank changes of
     the weights (lora; qlora where base_model.quantization rounds them), or added layers
-    (adapter)."""
+    (adapter). It is left out where search.space.method lists several methods."""
     reparameterization: ReparameterizationSpec | None = None
     """The small network that generates the prompt; by default mlp for prefix_tuning and lstm for
     p_tuning."""
@@ -72,51 +82,83 @@ class JobSpec(Section):
         return self.registry.model or self.name
 
     @property
+    def methods(self) -> tuple[MethodName, ...]:
+        """The methods of the trials, in the order of the spec."""
+        return tuple(self.search.space.method or filter(None, [self.method]))
+
+    @property
+    def mixes(self) -> bool:
+        """Tell whether search.space.method gives each of several methods a space of its own."""
+        return self.search.space.method is not None
+
+    @property
+    def parts(self) -> list[JobSpec]:
+        """The jobs of the single methods; this job alone unless it mixes methods."""
+        return [self.of(method) for method in self.methods] if self.mixes else [self]
+
+    def of(self, method: MethodName) -> JobSpec:
+        """Return the job of one of the methods that this job mixes."""
+        search = self.search.model_copy(update={"space": self.search.space.of(method)})
+        return self.model_copy(update={"method": method, "search": search})
+
+    @property
+    def method_names(self) -> str:
+        """The methods in words, such as ``method lora`` or ``each of lora and adapter``."""
+        *others, last = self.methods
+        return f"each of {', '.join(others)} and {last}" if others else f"method {last}"
+
+    @property
     def reparameterization_type(self) -> Reparameterization:
-        """The kind of network that generates the prompt: none, mlp or lstm."""
-        if self.reparameterization:
-            return self.reparameterization.type
-        return REPARAMETERIZATIONS.get(self.method, ("none",))[0]
+        """The kind of network that generates the prompt: none, mlp or lstm.
+
+        Only for a job of one method.
+        """
+        networks = REPARAMETERIZATIONS.get(self.method or "", ("none",))
+        written = self.reparameterization if self.method in REPARAMETERIZATIONS else None
+        return written.type if written else networks[0]
 
     @property
     def is_baseline(self) -> bool:
-        """Tell whether the method learns something other than a soft prompt."""
-        return self.method in BASELINES
+        """Tell whether no trial learns a soft prompt."""
+        return all(method in BASELINES for method in self.methods)
 
-    @property
-    def result_name(self) -> str:
-        """The name of the best trial in tables."""
-        return self.method.replace("_", " ") if self.is_baseline else "tuned prompt"
+    def result_name(self, method: str = "") -> str:
+        """Return the name of the best trial in tables; ``method`` is its method in a mixed job."""
+        name = method or self.method or ""
+        return name.replace("_", " ") if name in BASELINES else "tuned prompt"
 
     @model_validator(mode="before")
     @classmethod
-    def _space_of_baseline(cls, document: Any) -> Any:
-        """Give a baseline's space the defaults of its own dimensions, and drop those of prompts."""
-        if not isinstance(document, Mapping) or document.get("method") not in BASELINES:
-            return document
-        search = _plain(document.get("search"))
+    def _whole_space(cls, document: Any) -> Any:
+        """Give a baseline's space the defaults of its own dimensions, and drop those of prompts.
+
+        A space of several methods keeps the dimensions that were written, in each of its parts.
+        """
+        search = _plain(document.get("search")) if isinstance(document, Mapping) else None
         space = None if search is None else _plain(search.get("space"))
         if search is None or space is None:
             return document  # not a mapping: the regular validation reports it
-        dimensions = SPACES[document["method"]]
-        none = {name: None for name in SpaceSpec.model_fields if name not in dimensions}
-        defaults = {name: value for name, value in SPACE_DEFAULTS.items() if name in dimensions}
-        baseline_space = SpaceSpec.model_validate(
-            {**none, **defaults, **space}, context=BASELINE_SPACE
-        )
-        return {**document, "search": {**search, "space": baseline_space}}
+        if isinstance(space.get("method"), Mapping):
+            whole = {**dict.fromkeys(DIMENSIONS), **space, "method": _whole_parts(space["method"])}
+            document = {"method": None, **document}
+        elif document.get("method") in BASELINES:
+            whole = {**own_defaults(document["method"]), **space}
+        else:
+            return document
+        made = SpaceSpec.model_validate(whole, context=BASELINE_SPACE)
+        return {**document, "search": {**search, "space": made}}
 
     def _space_conflicts(self) -> Iterator[Conflict]:
         """Yield conflicts for dimensions of other methods and for missing ones of this method."""
-        dimensions, space = SPACES[self.method], self.search.space
-        written = {name for name in space.model_fields_set if getattr(space, name) is not None}
-        for name in SpaceSpec.model_fields:
-            if name in written and name not in dimensions:
+        (method,) = self.methods
+        dimensions, space = SPACES[method], self.search.space
+        for name in DIMENSIONS:
+            if name in space.given and name not in dimensions:
                 text = (
                     f"method {self.method} has no {name}; leave it out, its space has "
                     f"{', '.join(dimensions)}"
                 )
-                yield Conflict(f"search.space.{name}", text, ("method",))
+                yield Conflict(f"search.space.{name}", text, METHOD_KEYS)
             elif (
                 name in dimensions
                 and name not in SPACE_DEFAULTS
@@ -124,7 +166,7 @@ class JobSpec(Section):
                 and getattr(space, name) is None
             ):
                 yield Conflict(
-                    f"search.space.{name}", f"method {self.method} needs a {name}", ("method",)
+                    f"search.space.{name}", f"method {self.method} needs a {name}", METHOD_KEYS
                 )
         if (
             self.is_baseline
@@ -135,14 +177,17 @@ class JobSpec(Section):
                 f"method {self.method} has no default, since soft prompts' rates are far too "
                 "large for it"
             )
-            hint = f"write for instance {{loguniform: {RATES.get(self.method, RATES['adapter'])}}}"
-            yield Conflict("search.space.learning_rate", f"{text}; {hint}", ("method",))
+            hint = f"write for instance {{loguniform: {RATES.get(method, RATES['adapter'])}}}"
+            yield Conflict("search.space.learning_rate", f"{text}; {hint}", METHOD_KEYS)
 
     @property
     def _template_variants(self) -> list[str]:
         """The templates that the search compares."""
-        templates = self.search.space.template or []
-        return [templates] if isinstance(templates, str) else templates
+        variants: list[str] = []
+        for space in self.search.space.parts.values():
+            templates = space.template or []
+            variants += [templates] if isinstance(templates, str) else templates
+        return variants
 
     def _virtual_token_conflicts(self) -> Iterator[Conflict]:
         """Yield a conflict for each template that places virtual tokens, which baselines lack."""
@@ -154,40 +199,44 @@ class JobSpec(Section):
                 yield Conflict("search.space.template", text, ("method",))
 
     def _baseline_conflicts(self) -> Iterator[Conflict]:
-        method, resources, registry = self.method, self.resources, self.registry
+        """Yield conflicts of a method that is a baseline, also beside other methods."""
         yield from self._virtual_token_conflicts()
-        if self.search.scheduler == "pbt":
+        if self.resources.workers_per_group > 1:
+            text = (
+                f"method {self.method} trains on one worker at a time; set 1, and raise "
+                "resources.workers"
+            )
+            yield Conflict("resources.workers_per_group", text, ("method",))
+        yield from self._quantization_conflicts()
+
+    def _no_prompt_conflicts(self) -> Iterator[Conflict]:
+        """Yield conflicts of a job in which no trial learns a soft prompt."""
+        method, resources, registry = self.method_names, self.resources, self.registry
+        if self.search.scheduler == "pbt" and not self.mixes:
             other_schedulers = [name for name in get_args(Scheduler) if name != "pbt"]
             text = (
-                f"pbt compares trials side by side, and method {method} trains one at a time; "
+                f"pbt compares trials side by side, and {method} trains one at a time; "
                 f"use one of {', '.join(other_schedulers)}"
             )
             yield Conflict("search.scheduler", text, ("method",))
         if resources.trials_per_worker not in ("auto", 1):
             text = (
-                f"{resources.trials_per_worker} trials can't share a model that method "
-                f"{method} changes; leave it out"
+                f"{resources.trials_per_worker} trials can't share a model that {method} "
+                "changes; leave it out"
             )
             yield Conflict("resources.trials_per_worker", f"{text} or set 1", ("method",))
-        if resources.workers_per_group > 1:
-            text = (
-                f"method {method} trains on one worker at a time; set 1, and raise "
-                "resources.workers"
-            )
-            yield Conflict("resources.workers_per_group", text, ("method",))
         defaults = RegistrySpec()
         for key in ("model", "alias", "promote_if"):
             if getattr(registry, key) == getattr(defaults, key):
                 continue
             text = (
-                f"method {method} makes no prompt to register or serve: its result is kept "
+                f"{method} makes no prompt to register or serve: its result is kept "
                 "with its run; leave it out"
             )
             yield Conflict(f"registry.{key}", text, ("method",))
             break
-        if method == "prompt_design" and self.train != TrainSpec():
+        if set(self.methods) == {"prompt_design"} and self.train != TrainSpec():
             yield Conflict("train", "prompt_design trains nothing; leave train out", ("method",))
-        yield from self._quantization_conflicts()
 
     def _quantization_conflicts(self) -> Iterator[Conflict]:
         rounded, keys = self.base_model.quantization, ("method",)
@@ -226,33 +275,77 @@ class JobSpec(Section):
 
     def _answer_conflicts(self) -> Iterator[Conflict]:
         """Yield conflicts for wordings of prompt_design that write the answer into the input."""
-        wordings = self.search.space.template or []
-        for template in [wordings] if isinstance(wordings, str) else wordings:
+        for template in self._template_variants:
             for column, key in self.data.columns_with_answer(template).items():
                 yield Conflict(
                     "search.space.template", answer_in_input(column, key), (key, "data.rename")
                 )
 
     def _method_conflicts(self) -> Iterator[Conflict]:
+        if self.mixes:
+            yield from self._mix_conflicts()
+        elif self.method is None:
+            text = "null is not allowed; leave the key out to take the default"
+            yield Conflict("method", text, ())
+            return
+        else:
+            yield from self._own_conflicts()
+        if self.is_baseline:
+            yield from self._no_prompt_conflicts()
+        yield from self._reparameterization_conflicts()
+
+    def _own_conflicts(self) -> Iterator[Conflict]:
+        """Yield conflicts of this job's only method."""
         yield from self._space_conflicts()
         yield from self._answer_conflicts()
         if self.is_baseline:
             yield from self._baseline_conflicts()
         if self.method == "lomo":
             yield from self._lomo_conflicts()
-        allowed = REPARAMETERIZATIONS.get(self.method, ("none",))
-        if self.reparameterization_type not in allowed:
-            text = (
-                f"{self.reparameterization_type} does not go with method {self.method}; use "
-                f"{' or '.join(allowed)}"
-            )
-            yield Conflict("reparameterization.type", text, ("method",))
         if self.method == "prefix_tuning" and VIRTUAL in template_fields(self.data.template):
             text = (
                 "{*} places virtual tokens, and a prefix has none; drop it, or use "
                 "prompt_tuning or p_tuning"
             )
             yield Conflict("data.template", text, ("method",))
+
+    def _mix_conflicts(self) -> Iterator[Conflict]:
+        """Yield conflicts of a job that mixes methods, those of each method at its own keys."""
+        key = "search.space.method"
+        if self.method is not None and "method" in self.model_fields_set:
+            text = f"{key} says which methods the search tries; leave method out"
+            yield Conflict("method", text, (key,))
+        for name in self.search.space.given:
+            if not any(name in SPACES[method] for method in self.methods):
+                text = f"none of {', '.join(self.methods)} has {name}; leave it out"
+                yield Conflict(f"search.space.{name}", text, (key,))
+        for method in self.methods:
+            for where, message, reads in self.of(method)._own_conflicts():
+                others = [each for each in reads if each not in METHOD_KEYS]
+                yield Conflict(self.written_at(method, where), message, (key, where, *others))
+
+    def written_at(self, method: MethodName, key: str) -> str:
+        """Return where a job that mixes methods has the key of one of them."""
+        parent, _, name = key.rpartition(".")
+        space = self.search.space
+        if parent != "search.space" or space.method is None:
+            return key
+        shared = name in space.given and name not in space.method[method].given
+        return key if shared else f"{parent}.method.{method}.{name}"
+
+    def _reparameterization_conflicts(self) -> Iterator[Conflict]:
+        written = self.reparameterization
+        if written is None:
+            return
+        with_networks = [method for method in self.methods if method in REPARAMETERIZATIONS]
+        for method in with_networks or self.methods[:1]:
+            allowed = REPARAMETERIZATIONS.get(method, ("none",))
+            if written.type not in allowed:
+                named = f"method {method}"
+                if not with_networks and self.mixes:
+                    named = " and ".join(self.methods)
+                text = f"{written.type} does not go with {named}; use {' or '.join(allowed)}"
+                yield Conflict("reparameterization.type", text, METHOD_KEYS)
 
     @property
     def columns(self) -> set[str]:
@@ -376,10 +469,13 @@ class JobSpec(Section):
             yield Conflict(
                 keys[0], f"{text}; add one, or set search.metric to {other_metrics}", (keys[1],)
             )
-        inits = self.search.space.init
-        if "class_labels" in (inits if isinstance(inits, list) else [inits]):
-            text = "class_labels needs data.verbalizer; add one or drop class_labels"
-            yield Conflict("search.space.init", text, ("data.verbalizer",))
+        for method, space in self.search.space.parts.items():
+            inits = space.init
+            if "class_labels" in (inits if isinstance(inits, list) else [inits]):
+                text = "class_labels needs data.verbalizer; add one or drop class_labels"
+                key = "search.space.init"
+                where = self.written_at(cast(MethodName, method), key) if method else key
+                yield Conflict(where, text, ("data.verbalizer", key))
 
     def _conflicts_with_verbalizer(self) -> Iterator[Conflict]:
         if self.generates:
@@ -395,6 +491,17 @@ class JobSpec(Section):
                 "remove one of them"
             )
             yield Conflict("data.references", text, ("data.verbalizer",))
+
+
+def _whole_parts(methods: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return the spaces of several methods, in which None marks a dimension that was left out."""
+    parts = {
+        name: _plain(part) if isinstance(part, Section) else part for name, part in methods.items()
+    }
+    return {
+        name: {**dict.fromkeys(DIMENSIONS), **part} if isinstance(part, Mapping) else part
+        for name, part in parts.items()
+    }
 
 
 def _plain(section: Any) -> dict[str, Any] | None:

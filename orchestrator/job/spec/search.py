@@ -85,12 +85,8 @@ class SearchSpec(Section):
                 f"{self.better}"
             )
             yield Conflict("mode", text, ("metric",))
-        if self.searcher == "grid" and isinstance(self.space.learning_rate, LogUniform | Uniform):
-            text = (
-                "grid needs listed values and space.learning_rate is a range; list values or "
-                "use searcher random"
-            )
-            yield Conflict("searcher", text, ("space.learning_rate",))
+        yield from self._grid_conflicts()
+        yield from self._mix_conflicts()
         yield from self._population_conflicts()
         yield from self._confirmation_conflicts()
         target = self.stop.metric
@@ -98,6 +94,36 @@ class SearchSpec(Section):
         if target is not None and not metric.lowest <= target <= metric.highest:
             text = f"{target:g} is no {self.metric}: {metric.range_text}"
             yield Conflict("stop.metric", text, ("metric",))
+
+    def _grid_conflicts(self) -> Iterator[Conflict]:
+        if self.searcher != "grid":
+            return
+        for method, space in self.space.parts.items():
+            if isinstance(space.learning_rate, LogUniform | Uniform):
+                of_method = f" for {method}" if method else ""
+                text = (
+                    f"grid needs listed values and space.learning_rate is a range{of_method}; "
+                    "list values or use searcher random"
+                )
+                yield Conflict("searcher", text, ("space.learning_rate", "space.method"))
+                return
+
+    def _mix_conflicts(self) -> Iterator[Conflict]:
+        methods = self.space.method
+        if methods is None:
+            return
+        if self.scheduler == "pbt":
+            text = (
+                "pbt copies the prompts of better trials, and a prompt of one method does not fit "
+                "another; use asha, median or fifo, or leave space.method out"
+            )
+            yield Conflict("scheduler", text, ("space.method",))
+        if self.trials is not None and self.trials < len(methods):
+            text = (
+                f"{self.trials} would leave out some of the {len(methods)} methods of "
+                f"space.method; raise it to at least {len(methods)}"
+            )
+            yield Conflict("trials", text, ("space.method",))
 
     def _confirmation_conflicts(self) -> Iterator[Conflict]:
         if self.confirm is None:
@@ -127,6 +153,8 @@ class SearchSpec(Section):
             text = "pbt compares trials, and search.trials is 1; raise it, or use another scheduler"
             yield Conflict("scheduler", text, ("trials",))
         rates = self.space.learning_rate
+        if self.space.method is not None:
+            return
         if isinstance(rates, float) or (isinstance(rates, list) and len(rates) == 1):
             text = (
                 "pbt changes the learning rate between the lowest and the highest of the "

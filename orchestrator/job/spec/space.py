@@ -17,6 +17,7 @@ from orchestrator.job.spec.base import (
     T,
     Text,
 )
+from orchestrator.job.spec.methods import BASELINES, SPACES, MethodName
 from orchestrator.job.spec.template import Template
 
 DEFAULT_RANK = 8
@@ -37,7 +38,7 @@ PromptDimension: TypeAlias = Annotated[
     T | SkipJsonSchema[None], AfterValidator(_none_only_for_baselines)
 ]
 """A dimension that soft prompts always have. It is None only in the space of a baseline that lacks
-it, and never in a file."""
+it, or where a space of several methods leaves it out, and never in a file."""
 
 
 class TextInit(Section):
@@ -82,8 +83,8 @@ NamedInit: TypeAlias = Literal["random", "random_normal", "sample_vocab", "class
 Init: TypeAlias = NamedInit | TextInit | ArtifactInit | SampleVocabInit
 
 
-class SpaceSpec(Section):
-    """The search space: one value, a list to choose from or, for learning_rate, a range."""
+class MethodSpace(Section):
+    """The space of one method: one value, a list to choose from or, for learning_rate, a range."""
 
     init: PromptDimension[Init | Choices[Init]] = "sample_vocab"
     """Initialisation of the virtual tokens: random (uniform in [-0.5, 0.5]), random_normal (normal,
@@ -111,8 +112,40 @@ class SpaceSpec(Section):
     )
     """Peak learning rate. Soft prompts need a large one; methods that change the model's weights
     have no default."""
-    seed: Seed | Choices[Seed] = 0
+    seed: PromptDimension[Seed | Choices[Seed]] = 0
     """Seed of a trial's initialisation and data order, or of its demonstrations (prompt_design)."""
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The dimensions that the user wrote here."""
+        written = {name: getattr(self, name) for name in self.model_fields_set & DIMENSIONS.keys()}
+        return {name: value for name, value in written.items() if value is not None}
+
+
+DIMENSIONS = MethodSpace.model_fields
+"""The dimensions of all methods, in the order in which a trial's configuration has them."""
+
+
+class SpaceSpec(MethodSpace):
+    """The search space: one value, a list to choose from or, for learning_rate, a range."""
+
+    method: Annotated[dict[MethodName, MethodSpace], Field(min_length=1)] | None = None
+    """The methods of a search that mixes several, each with its own space. The dimensions beside
+    it are shared: a method that has such a dimension takes it from there unless its own space has
+    it. The trials are divided evenly among the methods."""
+
+    @property
+    def parts(self) -> dict[str, SpaceSpec]:
+        """The space of each method in a search that mixes methods; otherwise this one, under ""."""
+        return {name: self.of(name) for name in self.method} if self.method else {"": self}
+
+    def of(self, method: MethodName) -> SpaceSpec:
+        """Return the space of one of the methods, as a search of that method alone has it."""
+        own = self.method[method].given if self.method else {}
+        shared = {name: value for name, value in self.given.items() if name in SPACES[method]}
+        written = shared | own
+        defaults = own_defaults(method) if method in BASELINES else {}
+        return SpaceSpec.model_construct(_fields_set=set(written), **{**defaults, **written})
 
 
 SPACE_DEFAULTS: dict[str, Any] = {
@@ -120,3 +153,10 @@ SPACE_DEFAULTS: dict[str, Any] = {
     "demonstrations": "random",
 }  # fmt: skip
 """Defaults of the dimensions that only some methods have."""
+
+
+def own_defaults(method: MethodName) -> dict[str, Any]:
+    """Return the defaults of a baseline's dimensions; None for the dimensions that it lacks."""
+    own = SPACES[method]
+    lacking = {name: None for name in DIMENSIONS if name not in own}
+    return {**lacking, **{name: value for name, value in SPACE_DEFAULTS.items() if name in own}}

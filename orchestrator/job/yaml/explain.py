@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_orig
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from orchestrator.errors import Problem
-from orchestrator.job.spec import JobSpec, Section
+from orchestrator.job.spec import JobSpec, MethodSpace, Section
 from orchestrator.job.yaml.scalars import unquoted
 from orchestrator.job.yaml.tree import Node
 from orchestrator.job.yaml.wording import below, describe, show
@@ -186,7 +186,7 @@ def _is_section(kind: Any) -> TypeGuard[type[Section]]:
 
 
 def _adapter(kind: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(kind, config=EXACT)
+    return TypeAdapter(kind) if _is_section(kind) else TypeAdapter(kind, config=EXACT)
 
 
 def _accepts(adapter: TypeAdapter[Any], value: Any) -> bool:
@@ -239,7 +239,8 @@ def _allowed(kind: Any) -> str:
 def _hint(kind: Any, value: Any) -> str:
     """Suggest the nearest choice, or the quotes to add or remove."""
     if _is_section(kind):
-        return "leave the key out to take the defaults" if value is None else ""
+        defaults = "write {}" if kind is MethodSpace else "leave the key out"
+        return f"{defaults} to take the defaults" if value is None else ""
     adapter = _adapter(kind)
     if isinstance(value, str):
         choices: list[Any] = []

@@ -160,11 +160,14 @@ def _measure(prepared: Prepared, placement: Placement, started: float) -> Measur
     memory = Memory(device)
     idle = memory.start_over()
     # Measure from small to large, since a measurement may not give back all of its memory.
-    short = max(Bench(shortened(prepared, placement), placement, backbone).held(), idle)
-    bench = Bench(prepared, placement, backbone)
-    pace, bare_row_s = bench.pace(), bench.bare_row()
-    usual = max(bench.most, memory.peak(), short)
-    cuts = bench.largest()
+    parts = [(part, _share(part, prepared.total, placement)) for part in prepared.parts]
+    shortest = [Bench(shortened(part, seats), seats, backbone).held() for part, seats in parts]
+    short = max(idle, *shortest)
+    benches = [Bench(part, seats, backbone) for part, seats in parts]
+    pace = _mean([bench.pace() for bench in benches], [part.total for part, _ in parts], placement)
+    bare_row_s = benches[0].bare_row()
+    usual = max(*(bench.most for bench in benches), memory.peak(), short)
+    cuts = tuple(dict.fromkeys(cut for bench in benches for cut in bench.largest()))
     peak = max(memory.peak(), usual)
     weights = weight_bytes(backbone.model)
     sharded = prepared.job.resources.sharding != "none"
@@ -181,6 +184,35 @@ def _measure(prepared: Prepared, placement: Placement, started: float) -> Measur
         room=memory.room(),
         short=max(0, short - elsewhere),
         cuts=cuts,
+    )
+
+
+def _share(part: Prepared, total: int, placement: Placement) -> Placement:
+    """Give the trials of a method the seats of a worker that they take on average."""
+    seats = max(1, round(placement.trials_per_worker * part.total / total))
+    return replace(placement, trials_per_worker=1 if part.job.is_baseline else seats)
+
+
+def _mean(paces: Sequence[Pace], trials: Sequence[int], placement: Placement) -> Pace:
+    """Return the mean pace of methods with so many trials, each of which trains on its own."""
+    if len(paces) == 1:
+        return paces[0]
+    slots, total = placement.trials_per_worker, sum(trials)
+    parts = [count / total for count in trials]
+    seats = [max(1, round(slots * part)) for part in parts]
+
+    def mean(values: Sequence[float]) -> float:
+        return sum(part * value for part, value in zip(parts, values, strict=True))
+
+    # A worker's methods take turns, so a step of a full worker is a step of each.
+    step = sum(pace.step(count) for pace, count in zip(paces, seats, strict=True))
+    evaluation = sum(pace.evaluation(count) for pace, count in zip(paces, seats, strict=True))
+    return Pace(
+        mean([pace.step_alone for pace in paces]),
+        step if slots > 1 else mean([pace.step_alone for pace in paces]),
+        mean([pace.evaluation_alone for pace in paces]),
+        evaluation if slots > 1 else mean([pace.evaluation_alone for pace in paces]),
+        slots,
     )
 
 

@@ -134,7 +134,7 @@ def estimate(
     # Written prompts train nothing and are evaluated once.
     train = (
         job.train.model_copy(update={"steps": 1, "evaluate_every": 1})
-        if prepared.task.designs
+        if set(job.methods) == {"prompt_design"}
         else job.train
     )
     found = forecast(

@@ -38,7 +38,7 @@ def _entry(facts: SearchFacts) -> JsonObject:
     )
     return {
         "search": facts.id,
-        "method": facts.job.method,
+        "method": (best.spec.method if best else "") or ", ".join(facts.job.methods),
         "base_model": facts.job.base_model.id,
         "trials": len(facts.trials),
         "metric": facts.metric,

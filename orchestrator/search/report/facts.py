@@ -10,6 +10,7 @@ from typing import Any
 
 from orchestrator.job.space import TrialSpec
 from orchestrator.job.spec import JobSpec
+from orchestrator.search.mixture import best_of_each
 from orchestrator.search.state.folder import SearchFolder
 from orchestrator.search.state.journal import read_events
 from orchestrator.search.state.saved import load_saved
@@ -40,17 +41,37 @@ class SearchFacts:
     @property
     def size_name(self) -> str:
         """Name of the quantity that ``TrialSpec.size`` counts with the job's method."""
+        if self.job.mixes:
+            return "size"
         return {
             "lora": "rank",
             "qlora": "rank",
             "adapter": "bottleneck",
             "prompt_design": "demonstrations",
-        }.get(self.job.method, "tokens")
+        }.get(self.job.methods[0], "tokens")
+
+    def size_label(self, spec: TrialSpec, named: bool = True) -> str:
+        """Make a label of a trial's size, with the method whose size it is in a mixed search."""
+        if spec.method:
+            return f"{spec.method.replace('_', ' ')} {spec.size:>4}"
+        return f"{spec.size:>4} {self.size_name}" if named else f"{spec.size:>6}"
 
     @cached_property
     def scored(self) -> list[TrialRecord]:
         """Trials with a result, best first, as the search itself ranks them."""
         return ranked(self.trials, self.job.search)
+
+    @property
+    def best_of_each(self) -> dict[str, TrialRecord]:
+        """The best trial of each method, best first; empty for a search of one method."""
+        if not self.job.mixes:
+            return {}
+        named = {
+            found["method"]: found["trial"] for found in (self.result or {}).get("methods", ())
+        }
+        known = {trial.id: trial for trial in self.trials}
+        best = {method: known[trial] for method, trial in named.items() if trial in known}
+        return best or best_of_each(self.scored)
 
     @property
     def winner(self) -> TrialRecord | None:

@@ -107,12 +107,12 @@ def _against_rate(
 
 def rate_by_init(facts: SearchFacts) -> Figure | None:
     """Draw the best metric over the learning rate, by init."""
-    return _against_rate(facts, lambda trial: init_label(trial.spec), "init")
+    return _against_rate(facts, lambda trial: init_label(trial.spec) or trial.spec.method, "init")
 
 
 def rate_by_length(facts: SearchFacts) -> Figure | None:
     """Draw the best metric over the learning rate, by the size of the trial."""
-    return _against_rate(facts, lambda trial: f"{trial.spec.size:>4} {facts.size_name}", "length")
+    return _against_rate(facts, lambda trial: facts.size_label(trial.spec), "length")
 
 
 def _ablation(facts: SearchFacts, key: Callable[[TrialRecord], str], what: str) -> Figure | None:
@@ -159,13 +159,13 @@ def _ablation(facts: SearchFacts, key: Callable[[TrialRecord], str], what: str) 
 
 def init_ablation(facts: SearchFacts) -> Figure | None:
     """Draw the best metrics by init."""
-    return _ablation(facts, lambda trial: init_label(trial.spec), "init")
+    return _ablation(facts, lambda trial: init_label(trial.spec) or trial.spec.method, "init")
 
 
 def length_ablation(facts: SearchFacts) -> Figure | None:
     """Draw the best metrics by the size of the trial."""
     what = "virtual tokens" if facts.size_name == "tokens" else facts.size_name
-    return _ablation(facts, lambda trial: f"{trial.spec.size:>6}", what)
+    return _ablation(facts, lambda trial: facts.size_label(trial.spec, named=False), what)
 
 
 def parallel(facts: SearchFacts) -> Figure | None:
@@ -178,7 +178,9 @@ def parallel(facts: SearchFacts) -> Figure | None:
             if any(inits := [init_label(trial.spec) for trial in facts.scored])
             else []
         ),
-        _named_axis(facts.size_name, [f"{trial.spec.size:>6}" for trial in facts.scored]),
+        _named_axis(
+            facts.size_name, [facts.size_label(trial.spec, named=False) for trial in facts.scored]
+        ),
         *(
             [_scaled_axis("log lr", rates, lambda x: f"{10**x:.2g}")]
             if (rates := _log_rates(facts))
@@ -313,6 +315,30 @@ def cost(facts: SearchFacts) -> Figure | None:
     return figure
 
 
+def method_bytes(facts: SearchFacts) -> Figure | None:
+    """Draw the best metric over the bytes to store for the task, by method, in a mixed search."""
+    trials = [trial for trial in facts.scored if trial.costs.stored_bytes]
+    if not facts.job.mixes or not trials:
+        return None
+    figure, axes = _figure()
+    for place, (method, of_method) in enumerate(_grouped(trials, _method).items()):
+        axes.scatter(
+            [trial.costs.stored_bytes for trial in of_method],
+            [trial.metrics[facts.metric] for trial in of_method],
+            color=COLOURS[place % len(COLOURS)], marker=MARKERS[place % len(MARKERS)], s=22,
+            label=method, alpha=0.85,
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_xlabel("bytes to store for the task")
+    axes.set_ylabel(f"best validation {facts.metric}")
+    axes.legend(title="method")
+    return figure
+
+
+def _method(trial: TrialRecord) -> str:
+    return trial.spec.method
+
+
 def _grouped(
     trials: Sequence[TrialRecord], key: Callable[[TrialRecord], str]
 ) -> dict[str, list[TrialRecord]]:
@@ -323,7 +349,7 @@ def _grouped(
     return groups
 
 
-FIGURES: Mapping[str, tuple[str, Callable[[SearchFacts], Figure | None]]] = {
+FIGURES: dict[str, tuple[str, Callable[[SearchFacts], Figure | None]]] = {
     "curves": ("Metric over steps, all trials", curves),
     "rate_by_init": ("Against the learning rate, by init", rate_by_init),
     "rate_by_length": ("Against the learning rate, by length", rate_by_length),
@@ -333,6 +359,11 @@ FIGURES: Mapping[str, tuple[str, Callable[[SearchFacts], Figure | None]]] = {
     "confusion": ("The winner's answers on the test rows", confusion),
     "cost": ("Cost", cost),
 }
+"""The figures of every search, each with its title."""
+MIXED_FIGURES: dict[str, tuple[str, Callable[[SearchFacts], Figure | None]]] = {
+    "method_bytes": ("Metric against stored bytes, by method", method_bytes),
+}
+"""The figures that only a search of several methods has besides."""
 
 
 def draw(facts: SearchFacts) -> dict[str, bytes]:
@@ -341,7 +372,7 @@ def draw(facts: SearchFacts) -> dict[str, bytes]:
 
     found: dict[str, bytes] = {}
     with matplotlib.rc_context(STYLE):
-        for name, (_, function) in FIGURES.items():
+        for name, (_, function) in (FIGURES | MIXED_FIGURES).items():
             if (figure := function(facts)) is not None:
                 stream = io.BytesIO()
                 figure.savefig(stream, format="svg", metadata={"Date": None})

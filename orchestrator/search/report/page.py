@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from typing import Any
 
@@ -11,13 +12,15 @@ import yaml
 
 from orchestrator import __version__
 from orchestrator.data.outcomes.label_metrics import CLASS_FIGURES, labelled_figures
+from orchestrator.job.spec import PROMPT_METHODS
 from orchestrator.search.report.facts import SearchFacts, init_label
-from orchestrator.search.report.figures import FIGURES
+from orchestrator.search.report.figures import FIGURES, MIXED_FIGURES
 from orchestrator.search.state.confirmation import confirmed
 from orchestrator.search.state.trials import TrialRecord
 from orchestrator.utils.wording import BASELINE_NAMES, counted
 
 MOST_TRIALS = 200
+TITLES = {name: title for name, (title, _) in (FIGURES | MIXED_FIGURES).items()}
 STYLE = """
 :root{color-scheme:light}
 body{font:15px/1.5 system-ui,sans-serif;color:#222;background:#fff;margin:0 auto;padding:1rem;\
@@ -45,12 +48,13 @@ def page(facts: SearchFacts, figures: Mapping[str, bytes]) -> str:
         "<h2>Result</h2>",
         table_of(["", *_metric_names(facts)], _results(facts)),
         *_model(facts),
+        *_methods(facts),
         *_confirmed(facts),
         *_classes(facts),
         *_warnings(facts),
         "<h2>Pictures</h2>",
         '<div class="figures">'
-        + "".join(_figure(name, figures[name]) for name in FIGURES if name in figures)
+        + "".join(_figure(name, figures[name]) for name in TITLES if name in figures)
         + "</div>",
         "<h2>Trials</h2>",
         _trials(facts),
@@ -85,7 +89,8 @@ def _sentence(facts: SearchFacts) -> str:
     trials = counted(len(facts.trials), "trial")
     state = f"took {result['seconds']['total']:.0f} s" if result else "is not finished"
     return (
-        f"{job.method} of {job.base_model.id} ({job.base_model.revision}). {trials}: {counts}. "
+        f"{', '.join(job.methods)} of {job.base_model.id} ({job.base_model.revision}). "
+        f"{trials}: {counts}. "
         f"Searcher {job.search.searcher}, scheduler {job.search.scheduler}, "
         f"ranked by validation {facts.metric}. "
         f"The search {state}."
@@ -109,7 +114,8 @@ def _results(facts: SearchFacts) -> list[list[Any]]:
         BASELINE_NAMES.get(name, name): found for name, found in facts.baselines.items()
     }
     if facts.result:
-        lines[facts.job.result_name] = facts.result["best"]["metrics"]
+        best = facts.result["best"]
+        lines[facts.job.result_name(best["config"].get("method", ""))] = best["metrics"]
     elif facts.winner:
         lines["best so far"] = {"validation": facts.winner.metrics}
     return [
@@ -131,6 +137,29 @@ def _model(facts: SearchFacts) -> list[str]:
         if reason := model.get("reason"):
             lines.append(f"<p>{escape(reason)}</p>")
     return lines
+
+
+def _methods(facts: SearchFacts) -> list[str]:
+    """Return the section of the best trial of each method with its costs, in a mixed search."""
+    documents = {each["method"]: each for each in (facts.result or {}).get("methods", ())}
+    rows = []
+    for method, trial in facts.best_of_each.items():
+        tested = documents.get(method, {}).get("metrics", {}).get("test", {})
+        costs = trial.costs
+        rows.append([
+            method, trial.id, _number(trial.metrics.get(facts.metric)),
+            _number(tested.get(facts.metric)), f"{costs.parameters:,}", f"{costs.stored_bytes:,}",
+            f"{costs.seconds:.1f}", f"{costs.evaluation_seconds:.2f}",
+            f"{costs.peak_bytes / 1e6:.0f}", "yes" if method in PROMPT_METHODS else "no",
+            replace(trial.spec, method="").label(),
+        ])  # fmt: skip
+    heading = [
+        "method", "trial", f"validation {facts.metric}", f"test {facts.metric}",
+        "trained parameters", "stored bytes", "training s", "evaluation s", "peak MB",
+        "can be registered", "configuration",
+    ]  # fmt: skip
+    title = f"<h2>Best of each method, by validation {escape(facts.metric)}</h2>"
+    return [title, table_of(heading, rows, best=True)] if rows else []
 
 
 def _confirmed(facts: SearchFacts) -> list[str]:
@@ -172,7 +201,7 @@ def _warnings(facts: SearchFacts) -> list[str]:
 
 
 def _figure(name: str, svg: bytes) -> str:
-    title = escape(FIGURES[name][0])
+    title = escape(TITLES[name])
     data = base64.b64encode(svg).decode()
     return (
         f"<figure><figcaption>{title}</figcaption>"
@@ -192,7 +221,8 @@ def _trials(facts: SearchFacts) -> str:
     ordered = _winner_first(facts)
     rows = [
         [
-            trial.id, trial.status, init_label(trial.spec), trial.spec.size or "",
+            trial.id, *([trial.spec.method] if facts.job.mixes else []), trial.status,
+            init_label(trial.spec), trial.spec.size or "",
             f"{trial.spec.learning_rate:.3g}", trial.spec.seed,
             trial.step, _number(trial.metrics.get(facts.metric)),
             _number(trial.metrics.get("loss")), f"{trial.costs.parameters:,}",
@@ -202,6 +232,7 @@ def _trials(facts: SearchFacts) -> str:
     ]  # fmt: skip
     heading = [
         "trial",
+        *(["method"] if facts.job.mixes else []),
         "status",
         "init",
         facts.size_name,

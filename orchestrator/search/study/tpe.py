@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.job.space import TrialSpec, dimensions, draw, trial_at, trial_count
 from orchestrator.job.spec import LogUniform, SearchSpec, Uniform
 
 if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
+    import optuna
 
+METHOD = "method"
+"""Optuna's name of the choice of a method, an index, in a search that mixes several."""
 # Spread proposals before TPE takes over, at most half of the trials. Optuna's default is the same.
 FIRST = 10
 ATTEMPTS = 8  # tries to get a point from TPE that no trial has had
@@ -46,8 +49,13 @@ class Proposer:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.total = trial_count(search)
         self._search = search
-        self._axes = {name: _Axis(name, value) for name, value in dimensions(search.space).items()}
-        self._spread = draw(search.space, min(FIRST, (self.total + 1) // 2), search.seed)
+        self._axes = {
+            method: {name: _Axis(name, value) for name, value in dimensions(space).items()}
+            for method, space in search.space.parts.items()
+        }
+        self._methods = list(self._axes)
+        first = max(min(FIRST, (self.total + 1) // 2), len(self._methods))
+        self._spread = draw(search.space, first, search.seed)
         self._study = optuna.create_study(
             direction="maximize" if search.better == "max" else "minimize"
         )
@@ -107,11 +115,18 @@ class Proposer:
 
     def _take(self, spec: TrialSpec) -> TrialSpec:
         """Make ``spec`` the next trial, wherever it comes from."""
-        config = spec.config()
-        self._study.enqueue_trial(
-            {name: axis.place(config[name]) for name, axis in self._varied.items()}
-        )
-        self._trials.append(self._study.ask(self._distributions))
+        config, method = spec.config(), spec.method
+        places = {
+            _name(method, name): axis.place(config[name])
+            for name, axis in self._axes[method].items()
+            if axis.varies
+        }
+        if len(self._methods) > 1:
+            places[METHOD] = self._methods.index(method)
+        self._study.enqueue_trial(places)
+        trial = self._study.ask()
+        self._suggest(trial)
+        self._trials.append(trial)
         self._specs.append(spec)
         return spec
 
@@ -127,12 +142,25 @@ class Proposer:
         self._study.sampler = optuna.samplers.TPESampler(
             seed=seed, n_startup_trials=1, constant_liar=True
         )
-        asked = self._study.ask(self._distributions)
+        asked = self._study.ask()
+        spec = self._suggest(asked)
         self._study.tell(asked, state=optuna.trial.TrialState.FAIL)
-        found = asked.params
-        return trial_at(
-            [axis.value(found.get(name)) for name, axis in self._axes.items()], list(self._axes)
-        )
+        return spec
+
+    def _suggest(self, trial: optuna.Trial) -> TrialSpec:
+        """Have the sampler choose a method, where there are several, and then its own dimensions.
+
+        So each dimension is chosen from the results of the trials of its method alone.
+        """
+        method = self._methods[0]
+        if len(self._methods) > 1:
+            choices = range(len(self._methods))
+            method = self._methods[trial.suggest_categorical(METHOD, choices)]
+        axes = self._axes[method]
+        row = [
+            axis.value(axis.suggested(trial, _name(method, name))) for name, axis in axes.items()
+        ]
+        return replace(trial_at(row, list(axes)), method=method)
 
     def _new_points(self, number: int) -> list[TrialSpec]:
         """Return random points that no trial has had, at least one while the space has any."""
@@ -141,13 +169,10 @@ class Proposer:
         drawn = draw(self._search.space, len(self._specs) + 1, seed)
         return [spec for spec in drawn if spec not in self._specs]
 
-    @property
-    def _varied(self) -> dict[str, _Axis]:
-        return {name: axis for name, axis in self._axes.items() if axis.varies}
 
-    @property
-    def _distributions(self) -> dict[str, BaseDistribution]:
-        return {name: axis.distribution() for name, axis in self._varied.items()}
+def _name(method: str, dimension: str) -> str:
+    """Return Optuna's name of a dimension, of which each method has its own."""
+    return f"{method}.{dimension}" if method else dimension
 
 
 class _Axis:
@@ -171,17 +196,18 @@ class _Axis:
     def varies(self) -> bool:
         return self._range is not None or len(self._values) > 1
 
-    def distribution(self) -> BaseDistribution:
-        from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
+    def suggested(self, trial: optuna.Trial, name: str) -> Any:
+        """Ask Optuna for a value of the dimension; None for a dimension that does not vary."""
         if isinstance(self._range, LogUniform):
-            return FloatDistribution(*self._range.loguniform, log=True)
+            return trial.suggest_float(name, *self._range.loguniform, log=True)
         if isinstance(self._range, Uniform):
-            return FloatDistribution(*self._range.uniform)
+            return trial.suggest_float(name, *self._range.uniform)
+        if not self.varies:
+            return None
         last = len(self._values) - 1
-        return (
-            IntDistribution(0, last) if self._ordered else CategoricalDistribution(range(last + 1))
-        )
+        if self._ordered:
+            return trial.suggest_int(name, 0, last)
+        return trial.suggest_categorical(name, range(last + 1))
 
     def value(self, found: Any) -> Any:
         """Return the value that Optuna's answer stands for.

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, TypedDict, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypedDict, TypeVar
 
 import ray
 
@@ -30,9 +30,11 @@ if TYPE_CHECKING:  # the driver and Train's controller import this module withou
     from orchestrator.models.backbone import Backbone
     from orchestrator.search.workers.model_files import ModelFilesHandle
     from orchestrator.tuning.engine import Engine, Task
+    from orchestrator.tuning.mixed import MixedEngine
     from orchestrator.tuning.worker_group import Group
 
 T = TypeVar("T")
+AnyEngine: TypeAlias = "Engine | MixedEngine"
 
 
 @dataclass(frozen=True)
@@ -74,14 +76,14 @@ def train_loop(config: LoopConfig) -> None:
         raise RuntimeError("the backbone changed during the search; its results are void")
 
 
-def load_engine(told: WorkerConfig) -> Engine | None:
+def load_engine(told: WorkerConfig) -> AnyEngine | None:
     """Load the backbone and make the engine on it.
 
     Returns None if a worker of the group failed to load; the broker then has the reason.
     """
     from orchestrator.models.backbone import check_exact, device_for, read_backbone, set_threads
     from orchestrator.search.workers.model_files import model_source
-    from orchestrator.tuning.make import make_engine
+    from orchestrator.tuning.make import make_engines
     from orchestrator.tuning.worker_group import joined_group
 
     set_threads(told.placement.threads)
@@ -102,10 +104,10 @@ def load_engine(told: WorkerConfig) -> Engine | None:
             model_source(job.base_model, told.files), device, job.base_model.dtype, announce
         )
 
-    def engine_of(backbone: Backbone) -> Engine:
+    def engine_of(backbone: Backbone) -> AnyEngine:
         check_exact(backbone)
         slots, cores = told.placement.trials_per_worker, told.placement.threads
-        return make_engine(
+        return make_engines(
             backbone, actors.get(told.task), job.train, job.search, slots, group, cores
         )
 
@@ -146,7 +148,7 @@ def load_failure(model: str, error: Exception) -> OrchestratorError:
     )
 
 
-def serve_orders(engine: Engine, told: WorkerConfig) -> None:
+def serve_orders(engine: AnyEngine, told: WorkerConfig) -> None:
     """Fetch orders from the broker, carry them out, and return their results with the next call.
 
     In a group, the first worker fetches the orders for all.
@@ -169,7 +171,7 @@ def serve_orders(engine: Engine, told: WorkerConfig) -> None:
             return
 
 
-def join(engine: Engine, told: WorkerConfig) -> None:
+def join(engine: AnyEngine, told: WorkerConfig) -> None:
     """Register this worker and its free slots with the broker."""
     context = ray.get_runtime_context()
     place = Place(
