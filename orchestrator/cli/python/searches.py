@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.cli.python.jobs import Data, JobLike, checked_job
+from orchestrator.cli.python.jobs import JobLike, checked_job
 from orchestrator.errors import Interrupted
 from orchestrator.job.spec import JobSpec
 from orchestrator.search.inputs import Inputs
@@ -24,6 +24,7 @@ from orchestrator.utils.interrupts import Interrupts
 if TYPE_CHECKING:
     import pandas
 
+    from orchestrator.cli.python.jobs import Data
     from orchestrator.search.plan.plan import Plan
     from orchestrator.search.report import SearchFacts
     from orchestrator.search.state.trials import TrialRecord
