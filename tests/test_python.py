@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -75,8 +76,8 @@ def test_the_best_trial_stands_beside_the_baselines() -> None:
     """The best trial, the registered version and the baselines are those of the document."""
     result = po.load_search("finished")
     document = result.document
-    assert result.best is not None and vars(result.best) == document["best"] | vars(result.best)
-    assert result.best.metrics["test"] == document["best"]["metrics"]["test"]
+    assert result.best is not None
+    assert vars(result.best).items() <= document["best"].items()
     assert result.model == "finished:1"
     frame = result.baselines
     assert frame.loc["tuned prompt", "test"] == document["best"]["metrics"]["test"]["loss"]
@@ -113,7 +114,10 @@ def test_the_report_is_the_page_of_the_command_line(tmp_path: Path, command: Com
     page = po.load_search("finished").report(tmp_path / "page.html")
     said = command("report", "finished", "--out", tmp_path / "other.html", "--no-log", "--json")
     assert said.code == 0 and said.document["search"] == po.load_search("finished").id
-    assert Path(page).read_text() == (tmp_path / "other.html").read_text()
+    pages = [Path(page).read_text(), (tmp_path / "other.html").read_text()]
+    # Figures have random ids.
+    one, other = (re.sub(r"base64,[^\"]+", "", text) for text in pages)
+    assert one == other and "<h1>" in one
     html = page._repr_html_()
     assert html.startswith("<iframe sandbox srcdoc=") and html.count("<") == 2
 
@@ -131,7 +135,7 @@ def test_a_search_is_shown_in_a_notebook(folder: Path) -> None:
     trials[0].note = MARKUP
     del result.trials
     assert MARKUP in result.trials.note.tolist() and MARKUP not in result._repr_html_()
-    listed = po.Job(name="x", base_model={"id": "builtin:quickstart"}, data={"path": MARKUP[:9]})
+    listed = po.load_job("finished.yaml", [f"data.template='{{text}} {MARKUP}'"])
     assert "&lt;script&gt;" in listed._repr_html_()
 
 
@@ -153,6 +157,15 @@ def test_an_interrupt_says_how_to_go_on_in_python() -> None:
     assert found.value.hint == (
         "orchestrator.resume('tiny-1') in Python, or orchestrator resume tiny-1"
     )
+
+
+def test_a_notebook_shows_an_error_without_our_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    """IPython asks an error for its lines; the traceback is there for those who want it."""
+    with pytest.raises(po.BadInput) as found:
+        po.load_search("nothing")
+    assert found.value._render_traceback_() == [f"BadInput: {found.value}"]
+    monkeypatch.setenv("ORCHESTRATOR_TRACEBACK", "1")
+    assert "saved.py" in "".join(found.value._render_traceback_())
 
 
 # Progress in a notebook

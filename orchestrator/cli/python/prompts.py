@@ -149,8 +149,10 @@ class RegisteredPrompt:
         """Return the file or data set to evaluate on; a table is written to a file first."""
         if not is_table(data):
             return os.fspath(data)
-        manifest = self._artifact.manifest
-        return str(keep_table(data, "data", target or manifest.target, rename, self.labels))
+        manifest, here = self._artifact.manifest, Path.cwd()
+        file = keep_table(data, "data", target or manifest.target, rename, self.labels)
+        # The name stands in tables and in the registry, so a short one is better.
+        return str(file.relative_to(here) if file.is_relative_to(here) else file)
 
     def export(self, folder: str | os.PathLike[str], **options: Any) -> Path:
         """Write the prompt as a PEFT adapter folder, which must not exist; return the folder.

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     Table: TypeAlias = pandas.DataFrame | datasets.Dataset | pyarrow.Table
 
 REMEDY = "convert the column, for instance with frame.astype({'COLUMN': str})"
+DIGITS = 16  # of the digest, in a file's name
 FAULTS = (ValueError, TypeError, OverflowError, NotImplementedError)  # the errors of Arrow
 
 
@@ -67,7 +68,7 @@ def keep_table(
 
 def _keep(content: bytes, folder: Path, where: str) -> Path:
     """Write a file that is named after its contents, unless it exists already."""
-    file = folder / f"{hashlib.sha256(content).hexdigest()}.parquet"
+    file = folder / f"{hashlib.sha256(content).hexdigest()[:DIGITS]}.parquet"
     try:
         if not file.is_file():
             write_whole(file, content)
