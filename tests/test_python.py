@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
+import os
 import re
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +23,8 @@ from test_progress import SPECS, report
 import orchestrator as po
 from orchestrator.cli.progress import ConsoleProgress
 from orchestrator.cli.python.notebook import NotebookProgress
-from orchestrator.cli.python.searches import SearchResult, _interrupts, progress_display
+from orchestrator.cli.python.searches import SearchResult, _as_guest, progress_display
+from orchestrator.cluster.ray_internals.settings import SEARCH, set_defaults
 from orchestrator.search.state.folder import SearchFolder
 from orchestrator.search.state.trials import TrialStatus
 
@@ -152,11 +156,47 @@ def test_a_finished_search_is_not_run_again(capsys: pytest.CaptureFixture[str]) 
 
 def test_an_interrupt_says_how_to_go_on_in_python() -> None:
     """The error for an interrupt names the call and the command that resume the search."""
-    with pytest.raises(po.Interrupted) as found, _interrupts():
+    with pytest.raises(po.Interrupted) as found, _as_guest():
         raise po.Interrupted("interrupted", "orchestrator resume tiny-1")
     assert found.value.hint == (
         "orchestrator.resume('tiny-1') in Python, or orchestrator resume tiny-1"
     )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_search_leaves_the_process_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """A signal interrupts once; handlers and Ray's settings are then those of before."""
+    # Ignored in the background jobs of a shell.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name in SEARCH:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "1")
+    handlers = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+
+    def search() -> None:
+        with _as_guest():
+            set_defaults(SEARCH)
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(KeyboardInterrupt):
+        search()
+    assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == handlers
+    signal.signal(signal.SIGINT, before)
+    left = {name for name in SEARCH if name in os.environ and name.startswith(("RAY", "TUNE"))}
+    assert left == {"RAY_USAGE_STATS_ENABLED"}
+
+
+def test_a_search_in_a_thread_sets_no_handlers() -> None:
+    """Only the main thread may set handlers, so a search in another thread goes without."""
+
+    def search() -> object:
+        with _as_guest():
+            return signal.getsignal(signal.SIGTERM)
+
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        assert threads.submit(search).result() == signal.getsignal(signal.SIGTERM)
 
 
 def test_a_notebook_shows_an_error_without_our_source(monkeypatch: pytest.MonkeyPatch) -> None:

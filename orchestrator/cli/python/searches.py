@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from orchestrator.search.report import SearchFacts
     from orchestrator.search.state.trials import TrialRecord
 
+SETTINGS_OF_RAY = ("RAY_", "TUNE_")  # how the names of its variables begin
 FIRST_ROWS = 10  # of the trials, in a notebook
 
 
@@ -48,7 +49,7 @@ def plan(
     """
     spec, inputs = checked_job(job, data)
     show = progress_display(spec, progress)
-    with _interrupts():
+    with _as_guest():
         with uncollected():
             from orchestrator.search.plan.job import plan_job
 
@@ -79,7 +80,7 @@ def run(
     """
     spec, inputs = checked_job(job, data)
     show = progress_display(spec, progress)
-    with _interrupts():
+    with _as_guest():
         return run_checked(spec, inputs, show, address, verbose, planned)
 
 
@@ -96,7 +97,7 @@ def resume(
     is not run again. Raises BadInput for a search that does not exist, that is still running, or
     whose data or base model has changed.
     """
-    with _interrupts():
+    with _as_guest():
         factory: ProgressFactory = lambda spec: progress_display(spec, progress)  # noqa: E731
         return resume_saved(os.fspath(search), factory, address, verbose)
 
@@ -152,19 +153,25 @@ def progress_display(job: JobSpec, progress: bool | Progress) -> Progress:
 
 
 @contextmanager
-def _interrupts() -> Iterator[None]:
-    """Stop a search on the first SIGINT or SIGTERM, as the command line does.
+def _as_guest() -> Iterator[None]:
+    """Run a search in a process that is not ours, and leave the process as it was.
 
-    Handlers are set in the main thread alone, and the ones before are put back. An error for an
-    interrupt says how to go on in Python.
+    The first SIGINT or SIGTERM stops the search, as on the command line; handlers are set in the
+    main thread alone. An error for an interrupt says how to go on in Python. Settings for Ray are
+    taken out of the environment again, where they would change other work with Ray.
     """
-    with Interrupts():
-        try:
+    before = set(os.environ)
+    try:
+        with Interrupts():
             yield
-        except Interrupted as error:
-            search = error.hint.rpartition(" ")[2]
-            hint = f"orchestrator.resume({search!r}) in Python, or {error.hint}"
-            raise Interrupted(error.message, hint) from None
+    except Interrupted as error:
+        search = error.hint.rpartition(" ")[2]
+        hint = f"orchestrator.resume({search!r}) in Python, or {error.hint}"
+        raise Interrupted(error.message, hint) from None
+    finally:
+        for name in set(os.environ) - before:
+            if name.startswith(SETTINGS_OF_RAY):
+                del os.environ[name]
 
 
 @dataclass(frozen=True)
