@@ -143,8 +143,11 @@ def test_a_search_is_shown_in_a_notebook(folder: Path) -> None:
     assert "&lt;script&gt;" in listed._repr_html_()
 
 
-def test_a_finished_search_is_not_run_again(capsys: pytest.CaptureFixture[str]) -> None:
-    """Resuming returns what was found, and shows nothing without progress."""
+def test_a_finished_search_is_not_run_again(
+    capsys: pytest.CaptureFixture[str], command: Command
+) -> None:
+    """Resuming returns what was found, as the verb does, and shows nothing without progress."""
+    assert command("resume", "finished", "--json").document == po.load_search("finished").document
     result = po.resume("finished", progress=False)
     assert result.document == po.load_search("finished").document
     assert "is finished" not in capsys.readouterr().err
