@@ -144,15 +144,15 @@ def test_a_search_is_shown_in_a_notebook(folder: Path) -> None:
 
 
 def test_a_finished_search_is_not_run_again(
-    capsys: pytest.CaptureFixture[str], command: Command
+    capfd: pytest.CaptureFixture[str], command: Command
 ) -> None:
     """Resuming returns what was found, as the verb does, and shows nothing without progress."""
     assert command("resume", "finished", "--json").document == po.load_search("finished").document
     result = po.resume("finished", progress=False)
     assert result.document == po.load_search("finished").document
-    assert "is finished" not in capsys.readouterr().err
+    assert "is finished" not in capfd.readouterr().err
     po.resume("finished")
-    assert "is finished" in capsys.readouterr().err
+    assert "is finished" in capfd.readouterr().err
     with pytest.raises(po.BadInput, match="no search 'nothing'"):
         po.load_search("nothing")
 
