@@ -6,6 +6,8 @@ needed is unreachable, 130 interrupted.
 
 from __future__ import annotations
 
+import os
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +29,12 @@ class OrchestratorError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}\n  next: {self.hint}" if self.hint else self.message
+
+    def _render_traceback_(self) -> list[str]:
+        """Return what a notebook shows of the error, in place of a page of our source code."""
+        if os.environ.get(TRACEBACK):
+            return traceback.format_exception(self)
+        return [f"{type(self).__name__}: {self}"]
 
 
 class BadInput(OrchestratorError):

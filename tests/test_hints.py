@@ -29,7 +29,7 @@ CONTINUED = re.compile(r" *\\\n *#? *")
 FILLED_IN = "1"  # placeholder for a value: valid as a name and as a number
 VERSION = [FILLED_IN]  # `orchestrator 0.1.0` is not a command
 ADDS_OPTIONS = {"_option", "repeated"}  # these functions return options, or nothing
-COMMAND = re.compile(r"(?<![\w./-])orchestrator +([a-z][\w-]*|1\b)([^`,;()\n]*)")
+COMMAND = re.compile(r"(?<![\w./-])(?<!import )orchestrator +([a-z][\w-]*|1\b)([^`,;()\n]*)")
 ENDS = re.compile(r" {3,}| && | \| |[.:] |[.:'\"]$")
 # A text that only mentions a verb.
 VERB_ALONE = re.compile(r"`+(orchestrator [\w-]+)`+|the same (orchestrator [\w-]+)")

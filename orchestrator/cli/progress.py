@@ -6,7 +6,8 @@ import math
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -29,6 +30,12 @@ NOTHING = History()
 SPARKS = "▁▂▃▄▅▆▇█"
 
 
+class View(Protocol):
+    """A place on a screen that shows the newest table."""
+
+    def update(self, renderable: Group, /) -> None: ...
+
+
 class ConsoleProgress:
     """Progress display that shows stages, notes and trials as they happen."""
 
@@ -36,7 +43,7 @@ class ConsoleProgress:
         self._job = job
         self._console = console
         self._quiet = quiet
-        self._live: Live | None = None
+        self._live: View | None = None
         self._outcome = Outcome()
         self._readings: dict[str, Reading] = {}
         self._said = time.monotonic()
@@ -66,14 +73,13 @@ class ConsoleProgress:
         self._total = total
         history.tell(self._outcome)
         self._started = time.monotonic()
-        if self._quiet or not self._console.is_terminal:
+        view = None if self._quiet else self._view()
+        if view is None:
             yield
             self._say(self._summary())
             return
         try:
-            with Live(
-                self._table(), console=self._console, refresh_per_second=4, transient=False
-            ) as live:
+            with view as live:
                 self._live = live
                 yield
                 with self._lock:
@@ -82,6 +88,12 @@ class ConsoleProgress:
                     live.update(self._table())
         finally:
             self._live = None
+
+    def _view(self) -> AbstractContextManager[View] | None:
+        """Return a live table, or None if there is no terminal to show it."""
+        if not self._console.is_terminal:
+            return None
+        return Live(self._table(), console=self._console, refresh_per_second=4, transient=False)
 
     def trial_started(self, trial: str, spec: TrialSpec) -> None:
         with self._lock:

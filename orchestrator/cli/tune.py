@@ -9,7 +9,6 @@ import typer
 
 from orchestrator.cli.common import (
     console_progress,
-    open_registry,
     present_search,
     progress_line,
     read_checked,
@@ -153,11 +152,11 @@ def run(
     spec, inputs = read_checked(job, overrides)
     with results_only():
         with uncollected():
-            from orchestrator.search.run import run_job
+            from orchestrator.cli.python.searches import run_checked
 
             progress = console_progress(quiet)
-        document = run_job(spec, progress(spec), address, verbose, planned, inputs=inputs)
-    present_search(document, spec, as_json)
+        result = run_checked(spec, inputs, progress(spec), address, verbose, planned)
+    present_search(result.document, spec, as_json)
 
 
 @verb(TUNE)
@@ -179,11 +178,11 @@ def resume(
     """
     with results_only():
         with uncollected():
-            from orchestrator.search.resume import resume_search
+            from orchestrator.cli.python.searches import resume_saved
 
             progress = console_progress(quiet)
-        document, spec = resume_search(search, progress, address, verbose)
-    present_search(document, spec, as_json)
+        result = resume_saved(search, progress, address, verbose)
+    present_search(result.document, result.job, as_json)
 
 
 @verb(TUNE)
@@ -214,14 +213,11 @@ def report(
         return _compared(searches, out_file, as_json)
     (search,) = searches
     with results_only():
-        from orchestrator.search.report import read_facts, write_report
-        from orchestrator.search.state.saved import find_search
+        from orchestrator.cli.python.searches import load_search
 
-        folder = find_search(search)
-        file = out_file or folder.report
-        registry = open_registry() if keep else None
-        write_report(read_facts(folder), file, registry)
-    document = {"search": folder.id, "file": str(file.absolute()), "logged": keep}
+        found = load_search(search)
+        file = found.report(out_file, log=keep).file
+    document = {"search": found.id, "file": str(file.absolute()), "logged": keep}
     present(document, as_json, lambda: [_open_page(file)])
 
 

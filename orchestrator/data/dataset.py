@@ -11,7 +11,7 @@ import logging
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -317,18 +317,33 @@ def _read_hub(data: DataSpec, name: str) -> dict[str, list[Row]]:
 
 def _named_labels(rows: list[Row], features: Mapping[str, Any], data: DataSpec) -> list[Row]:
     """Replace class numbers by class names if the verbalizer is written with names."""
-    renamed = {new: old for old, new in data.rename.items()}
-    column = renamed.get(data.target, data.target)
-    names = getattr(features.get(column), "names", None)
-    keys = list(data.verbalizer or {})
-    if not names or not keys or not all(isinstance(key, str) for key in keys):
+    found = class_names(features, data.target, data.rename, data.verbalizer or {})
+    if found is None:
         return rows
+    column, names = found
+    return [{**row, column: class_name(row[column], names)} for row in rows]
+
+
+def class_names(
+    features: Mapping[str, Any], target: str, rename: Mapping[str, str], labels: Iterable[Any]
+) -> tuple[str, Sequence[str]] | None:
+    """Find the column of the target and the names of its classes, if ``labels`` are such names.
+
+    ``features`` are those of a data set of the hub. Returns None if the column has no named
+    classes, or if the labels are its numbers.
+    """
+    renamed = {new: old for old, new in rename.items()}
+    column = renamed.get(target, target)
+    names = getattr(features.get(column), "names", None)
+    keys = list(labels)
+    if not names or not keys or not all(isinstance(key, str) for key in keys):
+        return None
     if not set(keys) & set(names) and all(label_key(key)[0] == NUMBER for key in keys):
-        return rows  # "0" and "1" stand for the numbers
-    return [{**row, column: _class_name(row[column], names)} for row in rows]
+        return None  # "0" and "1" stand for the numbers
+    return column, names
 
 
-def _class_name(number: Any, names: Sequence[str]) -> str | None:
+def class_name(number: Any, names: Sequence[str]) -> str | None:
     """Return the name of a class; None for -1, which data sets use for rows without a label."""
     return names[number] if number is not None and 0 <= number < len(names) else None
 

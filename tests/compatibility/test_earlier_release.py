@@ -1,42 +1,25 @@
-"""A registered version and an interrupted search of commit b67b99a can still be read.
-
-``data/earlier_release.tar.gz`` holds a working directory of that commit: a tiny random model, 80
-rows, ``mlflow.db``, and one finished and one interrupted search. Its ``expected.json`` has the
-answers of the registered version, and the result of the search as that commit itself resumed it.
-Manifests name the model by an absolute path, so the archive is always unpacked at the same place.
-"""
+"""A registered version and an interrupted search of commit b67b99a can still be read."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from filelock import FileLock
+from earlier_release import expected, unpacked
 
 from orchestrator.serving.offline import OfflineModel
-
-ARCHIVE = Path(__file__).parent / "data" / "earlier_release.tar.gz"
-FOLDER = Path("/tmp/orchestrator-earlier-release")
 
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
     """Unpack the working directory of the earlier release."""
-    with FileLock(f"{FOLDER}.lock"):
-        shutil.rmtree(FOLDER, ignore_errors=True)
-        FOLDER.mkdir()
-        with tarfile.open(ARCHIVE) as archive:
-            archive.extractall(FOLDER, filter="data")
-        yield FOLDER
-        shutil.rmtree(FOLDER, ignore_errors=True)
+    with unpacked() as folder:
+        yield folder
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -46,11 +29,6 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
-
-
-def expected(folder: Path) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads((folder / "expected.json").read_text())
-    return document
 
 
 def test_a_version_of_an_earlier_release_answers_as_before(folder: Path) -> None:

@@ -113,6 +113,7 @@ def evaluate_models(
     log: bool = True,
     say: Callable[[str], None] = lambda text: None,
     metric: str | None = None,
+    backbone: Backbone | None = None,
 ) -> JsonObject:
     """Evaluate versions on data sets; return the document of ``evaluate --json``.
 
@@ -123,8 +124,9 @@ def evaluate_models(
     else the first of ``METRICS`` that all have. It may be a function of the user's own.
 
     With ``ensemble`` the versions also vote, all of them in one batch. With ``log`` the results are
-    stored with each version. Raises BadInput for versions of different base models, for rows that
-    lack a column or have a label that the prompt can't give, and for a metric that has no value.
+    stored with each version. ``backbone`` is their base model, if it has been loaded. Raises
+    BadInput for versions of different base models, for rows that lack a column or have a label that
+    the prompt can't give, and for a metric that has no value.
     """
     summaries = [registry.resolve(model) for model in models]
     if len({(it.name, it.version) for it in summaries}) < len(summaries):
@@ -133,8 +135,9 @@ def evaluate_models(
     if metric is not None:
         _check_metric(metric, summaries, artifacts)
     read = [[_groups(artifact, question) for artifact in artifacts] for question in questions]
-    say("loading the base model")
-    backbone = _backbone(artifacts, base_model)
+    if backbone is None:
+        say("loading the base model")
+        backbone = load_base_model(artifacts, base_model)
     loaded = [
         Loaded(
             summary,
@@ -216,7 +219,11 @@ def _kept(
         return False
 
 
-def _backbone(artifacts: Sequence[PromptArtifact], base_model: str | None) -> Backbone:
+def load_base_model(artifacts: Sequence[PromptArtifact], base_model: str | None) -> Backbone:
+    """Load the base model that all prompts were tuned for, perhaps from another place.
+
+    Raises BadInput for prompts of different base models.
+    """
     record = artifacts[0].manifest.base_model
     for artifact in artifacts[1:]:
         other = artifact.manifest.base_model

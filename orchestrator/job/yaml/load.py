@@ -43,13 +43,18 @@ def load_with_places(path: str | Path, overrides: Sequence[str] = ()) -> tuple[J
         raise SpecError([Problem(file, error.line, "", str(error), error.hint)]) from None
     for override in overrides:
         lay_over(root, override)
+    return checked(root), Places(root)
+
+
+def checked(root: Node) -> JobSpec:
+    """Return the job spec that a tree holds. Raises SpecError with all problems of the tree."""
     problems = [*root.found(), *explain(root)]
     if not problems:
         try:
-            return JobSpec.model_validate(root.plain()), Places(root)
+            return JobSpec.model_validate(root.plain())
         except ValidationError as error:
             # A check that explain does not know: report pydantic's own message.
-            problems = [Problem(file, None, "", str(error))]
+            problems = [Problem(root.file, None, "", str(error))]
     raise SpecError(Places(root).in_order(problems))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.job.labels import label_text
@@ -364,15 +364,17 @@ MIXED_FIGURES: dict[str, tuple[str, Callable[[SearchFacts], Figure | None]]] = {
     "method_bytes": ("Metric against stored bytes, by method", method_bytes),
 }
 """The figures that only a search of several methods has besides."""
+ALL_FIGURES = FIGURES | MIXED_FIGURES
 
 
-def draw(facts: SearchFacts) -> dict[str, bytes]:
-    """Draw every figure that has something to show, as SVG by name."""
+def draw(facts: SearchFacts, names: Collection[str] = tuple(ALL_FIGURES)) -> dict[str, bytes]:
+    """Draw the figures that have something to show, as SVG by name."""
     import matplotlib
 
     found: dict[str, bytes] = {}
     with matplotlib.rc_context(STYLE):
-        for name, (_, function) in (FIGURES | MIXED_FIGURES).items():
+        for name in names:
+            _, function = ALL_FIGURES[name]
             if (figure := function(facts)) is not None:
                 stream = io.BytesIO()
                 figure.savefig(stream, format="svg", metadata={"Date": None})
