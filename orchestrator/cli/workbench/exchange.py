@@ -1,9 +1,9 @@
-"""Exporting registered prompts to PEFT adapter folders, and importing such folders."""
+"""Exporting registered prompts, and importing PEFT adapter folders."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -30,6 +30,38 @@ from orchestrator.serving.prompts.served_prompt import load_prompt
 from orchestrator.utils.documents import JsonObject
 
 Say = Callable[[str], None]
+
+
+def export_models(
+    registry: Registry,
+    models: Sequence[str],
+    folder: Path,
+    form: str,
+    base_model: str | None = None,
+) -> JsonObject:
+    """Write registered prompts in a format; return the document of ``export --json``.
+
+    Raises BadInput for prompts that the format can't express, and for a folder that exists.
+    """
+    if form == "tokens":
+        from orchestrator.cli.workbench.other_engines import export_tokens
+
+        return export_tokens(registry, models, folder, base_model)
+    if len(models) > 1:
+        raise BadInput(
+            f"--format {form} writes one prompt, and {len(models)} are named: {', '.join(models)}",
+            "export each into a folder of its own, or all into one with --format tokens",
+        )
+    if form == "embeds":
+        from orchestrator.cli.workbench.other_engines import export_embeds
+
+        return export_embeds(registry, models[0], folder, base_model)
+    if base_model is not None:
+        raise BadInput(
+            "--base-model has no effect with --format peft, which needs no base model",
+            "leave --base-model out",
+        )
+    return export_model(registry, models[0], folder)
 
 
 def export_model(registry: Registry, model: str, folder: Path) -> JsonObject:
