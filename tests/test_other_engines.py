@@ -36,7 +36,7 @@ from orchestrator.registry import Registry
 from orchestrator.serving.prompts.served_prompt import ServedPrompt, load_prompt
 
 P = 5
-NEW = 10
+NEW = 8
 FRONT, INSIDE = "{text}\nspam?", "say{*} {text}\n{*}spam?"
 BASES = ("llama", "gpt2", "phi")
 MORE_BASES = ("untied", "qwen2", "gemma3_text")
@@ -46,7 +46,7 @@ BOUNDED = {"gpt2": "normalization", "phi": "bias"}
 
 def text_of(count: int, seed: int) -> list[str]:
     choose = random.Random(seed)
-    return [" ".join(choose.choices(WORDS, k=choose.randint(1, 9))) for _ in range(count)]
+    return [" ".join(choose.choices(WORDS, k=choose.randint(1, 5))) for _ in range(count)]
 
 
 def register(
@@ -160,7 +160,7 @@ def test_stock_transformers_makes_our_greedy_tokens(exported: Exported, index: i
     assert stock_tokens(exported.model, others, end_id) != made
 
 
-def sampled(exported: Exported, texts: int, new: int = 20) -> torch.Tensor:
+def sampled(exported: Exported, texts: int, new: int = 12) -> torch.Tensor:
     """Tokens sampled at temperature 1 behind inputs of both prompts."""
     rows = [
         exported.inputs(prompt, ["is this message spam or ham?"])[0] for prompt in exported.prompts
@@ -268,7 +268,14 @@ def chat_prompt(
     return backbone, register(registry, place, backbone, name, **options)
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize(
+    "style",
+    [
+        pytest.param(style, marks=[] if style in ("llama3", "qwen") else pytest.mark.long)
+        for style in STYLES
+        if not STYLES[style].is_spaced
+    ],
+)
 def test_the_chat_template_inserts_the_virtual_tokens(
     registry: Registry, place: Path, style: str
 ) -> None:
@@ -357,6 +364,19 @@ def test_the_start_token_stands_behind_the_virtual_tokens(registry: Registry, pl
     ids = tokenizer(entry["input"].format(text="a fox"))["input_ids"]
     assert ids == [*entry["ids"], *prompt.encode("a fox", 1)]
     assert ids[P] == tokenizer.bos_token_id and backbone.tokenizer("a")["input_ids"][0] == ids[P]
+
+
+def test_a_text_that_would_get_other_tokens_is_refused(registry: Registry, place: Path) -> None:
+    """Behind an inner virtual token this tokenizer would put a space that was not there in tuning.
+
+    No text has the right tokens, so the refusal names the format that needs none.
+    """
+    backbone = load(save_spaced(place / "cut"))
+    register(registry, place, backbone, "cut", template=INSIDE)
+    with pytest.raises(BadInput, match="otherwise than the prompt was tuned") as refused:
+        export_tokens(registry, ["cut"], place / "cut-tokens")
+    assert "--format embeds" in refused.value.hint
+    assert not (place / "cut-tokens").exists()
 
 
 # Refusals
@@ -462,12 +482,16 @@ def client_of(folder: Path) -> ModuleType:
 
 
 @pytest.mark.parametrize("template", [FRONT, INSIDE])
+@pytest.mark.parametrize("make", [save_model, save_spaced])
 def test_the_client_sends_the_embeddings_that_our_engine_reads(
-    registry: Registry, place: Path, requests: tuple[str, list[Any]], template: str
+    registry: Registry, place: Path, requests: tuple[str, list[Any]], make: Any, template: str
 ) -> None:
-    """The exported client joins virtual tokens and texts, and ends, as the engine does."""
-    name = "client-inside" if template == INSIDE else "client-front"
-    backbone = load(save_model(place / f"{name}-base", seed=len(name)))
+    """The exported client joins virtual tokens and texts, and ends, as the engine does.
+
+    That includes a tokenizer that puts spaces in front of texts, but not behind virtual tokens.
+    """
+    name = f"{make.__name__}-{'inside' if template == INSIDE else 'front'}"
+    backbone = load(make(place / f"{name}-base"))
     prompt = register(registry, place, backbone, name, template=template)
     document = export_embeds(registry, name, place / f"{name}-embeds")
     assert document["num_virtual_tokens"] == P

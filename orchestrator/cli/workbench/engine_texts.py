@@ -71,7 +71,8 @@ The embeddings of an input are, in this order:
 {steps}
 
 Texts are tokenised without special tokens (`add_special_tokens=False`), each by itself, and looked
-up in the base model's embedding table.{chat}
+up in the base model's embedding table. A text behind virtual tokens continues them: it gets the
+tokens that it has behind a letter, so that no tokenizer puts a space in front of it.{chat}
 
 ```sh
 vllm serve {base} --revision {revision} --enable-prompt-embeds
@@ -106,13 +107,21 @@ tokenizer = AutoTokenizer.from_pretrained(MODEL, revision=REVISION)
 model = AutoModelForCausalLM.from_pretrained(MODEL, revision=REVISION, dtype="auto")
 
 
+def ids_of(text, follows):
+    """Tokenise a text; one that follows virtual tokens is read behind a letter, as it continues."""
+    read = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+    letter, joined = read("a"), read("a" + text)
+    continues = follows and joined[: len(letter)] == letter and len(joined) > len(letter)
+    return joined[len(letter) :] if continues else read(text)
+
+
 def embeddings(row):
     pieces, text, used = [], "", 0
     for part in [*PARTS, 0]:
         if not isinstance(part, int):
             text += part if isinstance(part, str) else row[part[0]]
             continue
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = ids_of(text, used > 0) if text else []
         table = model.get_input_embeddings()(torch.tensor(ids, dtype=torch.long))
         pieces += [table, virtual[used : used + part].to(table.dtype)]
         text, used = "", used + part

@@ -30,10 +30,12 @@ from orchestrator.cli.workbench.engine_texts import client_page, embeds_readme, 
 from orchestrator.data.chat import has_chat_template
 from orchestrator.data.encoding import Encoder
 from orchestrator.data.source_row import Row
+from orchestrator.data.template import continuation_ids
 from orchestrator.errors import BadInput
 from orchestrator.job.spec import BaseModelSpec
 from orchestrator.models.backbone import Backbone, load_backbone
 from orchestrator.models.source import resolve_model, usual_family
+from orchestrator.models.tokenizer import Tokenizer
 from orchestrator.models.virtual_tokens import Silence, add_virtual_tokens, embedding_scale
 from orchestrator.registry import Registry, check_name
 from orchestrator.serving.prompts.served_prompt import load_prompt
@@ -463,10 +465,11 @@ def _token_prompt(chosen: Chosen, encoder: Encoder, layout: Layout, ids: list[in
 # Embeddings
 
 
-def _joined_ids(tokenizer: Any, layout: Layout, row: Row) -> list[int]:
+def _joined_ids(tokenizer: Tokenizer, layout: Layout, row: Row) -> list[int]:
     """Tokenise a layout as the client does: each text between virtual tokens by itself.
 
-    Virtual token k is the entry -(k + 1).
+    A text behind virtual tokens continues them, so it is tokenised behind a letter. Virtual token k
+    is the entry -(k + 1).
     """
     ids: list[int] = []
     text = ""
@@ -475,10 +478,14 @@ def _joined_ids(tokenizer: Any, layout: Layout, row: Row) -> list[int]:
             text += part if isinstance(part, str) else row[part.name]
             continue
         if text:
-            ids += tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids += continuation_ids(tokenizer, "", text) if ids else _plain_ids(tokenizer, text)
         text = ""
         ids += [-(part.first + number + 1) for number in range(part.count)]
     return ids
+
+
+def _plain_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 # Writing
