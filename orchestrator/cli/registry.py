@@ -243,7 +243,8 @@ def export_(
         ExportFormat,
         typer.Option(
             "--format",
-            help="peft: an adapter; tokens: a model with virtual tokens; embeds: for vLLM.",
+            metavar="FORMAT",
+            help="peft (an adapter), tokens (a model with virtual tokens) or embeds (for vLLM).",
         ),
     ] = "peft",
     base_model: Annotated[

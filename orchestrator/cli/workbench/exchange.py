@@ -10,6 +10,7 @@ from pathlib import Path
 from orchestrator import __version__
 from orchestrator.artifact import SOFT, BaseModelRecord, PromptArtifact
 from orchestrator.artifact.peft import ImportedTask, export_peft, import_peft, read_peft
+from orchestrator.cli.workbench.other_engines import export_embeds, export_tokens
 from orchestrator.data.dataset import RowSplits, load_rows
 from orchestrator.data.encoding import Encoder, make_encoder
 from orchestrator.data.source_row import Row
@@ -44,8 +45,6 @@ def export_models(
     Raises BadInput for prompts that the format can't express, and for a folder that exists.
     """
     if form == "tokens":
-        from orchestrator.cli.workbench.other_engines import export_tokens
-
         return export_tokens(registry, models, folder, base_model)
     if len(models) > 1:
         raise BadInput(
@@ -53,8 +52,6 @@ def export_models(
             "export each into a folder of its own, or all into one with --format tokens",
         )
     if form == "embeds":
-        from orchestrator.cli.workbench.other_engines import export_embeds
-
         return export_embeds(registry, models[0], folder, base_model)
     if base_model is not None:
         raise BadInput(
