@@ -379,6 +379,27 @@ def test_a_text_that_would_get_other_tokens_is_refused(registry: Registry, place
     assert not (place / "cut-tokens").exists()
 
 
+def test_the_verb_says_what_it_wrote_and_what_is_next(
+    registry: Registry, place: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both formats, as lines and as a document; a prompt's own version may be named."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+    register(registry, place, load(save_model(place / "said", seed=5)), "said")
+    tokens = command("export", "said:1", "said-tokens", "--format", "tokens")
+    assert tokens.code == 0, tokens.err
+    first, head, last = tokens.out.splitlines()
+    assert first == f"said:1: said-tokens is {place / 'said'} with {P} virtual tokens."
+    assert "Greedy decoding never produces them" in head
+    assert last.startswith("next: vllm serve said-tokens   or   AutoModelForCausalLM")
+    readme = (place / "said-tokens" / "README.md").read_text()
+    assert "In a trial behind the prompts the largest was" in readme
+    embeds = command("export", "said", "said-embeds", "--format", "embeds")
+    assert embeds.out.splitlines()[0] == (f"said:1 is in said-embeds, as {P} vectors and a client.")
+    document = command("export", "said", "again", "--format", "embeds", "--json").document
+    assert document["format"] == "embeds" and document["num_virtual_tokens"] == P
+
+
 # Refusals
 
 
