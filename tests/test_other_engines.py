@@ -528,6 +528,7 @@ def test_the_client_sends_the_embeddings_that_our_engine_reads(
     virtual = list(range(len(table), len(rows)))
     assert torch.equal(sent, rows[expected_ids(prompt.encoder, ids, virtual)])
     assert body["stop_token_ids"] == [prompt.encoder.end_id] and body["max_tokens"] == 3
+    assert "prompt" not in body  # vLLM 0.32 takes it as a further prompt and refuses an empty one
     assert "--enable-prompt-embeds" in (place / f"{name}-embeds" / "README.md").read_text()
 
 

@@ -132,7 +132,7 @@ def ask(row, **options):
     buffer = io.BytesIO()
     torch.save(embeddings(row), buffer)
     encoded = base64.b64encode(buffer.getvalue()).decode()
-    body = {{"model": MODEL, "prompt": "", "prompt_embeds": encoded, "stop_token_ids": END}}
+    body = {{"model": MODEL, "prompt_embeds": encoded, "stop_token_ids": END}}
     data, kind = json.dumps(body | options).encode(), {{"Content-Type": "application/json"}}
     request = urllib.request.Request(SERVER + "/v1/completions", data, kind)
     with urllib.request.urlopen(request) as answer:
