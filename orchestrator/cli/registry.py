@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, TypeAlias
 
 import typer
 
@@ -13,6 +13,8 @@ from orchestrator.cli.groups import REGISTRY, verb
 from orchestrator.cli.options import Json, Overrides
 from orchestrator.cli.output import present, results_only, say
 from orchestrator.errors import BadInput
+
+ExportFormat: TypeAlias = Literal["peft", "tokens", "embeds"]
 
 
 @verb(REGISTRY)
@@ -227,13 +229,27 @@ def rollback(
 
 @verb(REGISTRY, "export")
 def export_(
-    model: Annotated[
-        str, typer.Argument(help="NAME, NAME@ALIAS or NAME:VERSION.", show_default=False)
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...", help="NAME, NAME@ALIAS or NAME:VERSION.", show_default=False
+        ),
     ],
     folder: Annotated[
         Path,
         typer.Argument(metavar="DIR", help="Folder to write; must not exist.", show_default=False),
     ],
+    form: Annotated[
+        ExportFormat,
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            help="peft (an adapter), tokens (a model with virtual tokens) or embeds (for vLLM).",
+        ),
+    ] = "peft",
+    base_model: Annotated[
+        str | None, typer.Option(help="Base model, if it lies elsewhere than when tuning.")
+    ] = None,
     card: Annotated[
         bool, typer.Option("--card", help="Add a model card (README.md), as the hub shows it.")
     ] = False,
@@ -252,16 +268,27 @@ def export_(
 ) -> None:
     """Write a registered prompt as a PEFT adapter folder.
 
+    With --format tokens, one or more prompts on one base model become a model folder that other
+    engines serve like any model. With --format embeds, a prompt's vectors are written with a client
+    for vLLM's own server.
+
     --push takes the hub's address and token from HF_ENDPOINT and HF_TOKEN. A failed upload leaves
     the folder whole.
     """
     if private and push is None:
         raise BadInput("--private is about the repository of --push", "add --push OWNER/NAME")
+    if form != "peft" and (card or push is not None):
+        raise BadInput(
+            f"--card and --push are for a PEFT folder, and --format is {form}",
+            "leave --format out, or leave --card and --push out",
+        )
     with results_only():
-        from orchestrator.cli.workbench.exchange import export_model
+        from orchestrator.cli.workbench.exchange import export_models
 
         registry = open_registry()
-        document = export_model(registry, model, folder, card, push, private)
+        document = export_models(
+            registry, models, folder, form, base_model, card=card, push=push, private=private
+        )
     from orchestrator.cli.pages.registry import export_page
 
     present(document, as_json, lambda: export_page(document, folder))

@@ -133,6 +133,19 @@ class Encoder:
         """The answers' token ids with the end token."""
         return [[*ids, *self._ended] for ids in self.answers]
 
+    @property
+    def front_ids(self) -> tuple[int, ...]:
+        """Ids of the special tokens that stand in front of an input, unless a template has them."""
+        return tuple(self._front)
+
+    def segments(self, row: Row) -> list[str | Mark]:
+        """Return a row's input, one turn of the user in a chat, as its texts and marks.
+
+        Texts of templates are ``TemplateText``. Special tokens in front are not part of it.
+        """
+        filled = self._filled(row)
+        return self.chat.segments([Turn(USER, filled)]) if self.chat else filled
+
     def _check_special_tokens(self) -> None:
         """Refuse a tokenizer whose special tokens, which are in every row, have no embedding."""
         mask = [self.tokenizer.mask_token_id] if self.family == "masked" else []

@@ -43,7 +43,7 @@ STARTS_WITH_COMMANDS = {
 ENDS_A_COMMAND = {"|", "&&", "||", ";"}
 OTHERS = {
     ".", "aws", "base64", "cd", "chmod", "docker", "export", "helm", "kubectl", "make", "mkdir",
-    "pg_restore", "python", "rm",
+    "pg_restore", "python", "rm", "vllm",
 }  # fmt: skip
 
 RUN = {

@@ -219,11 +219,20 @@ def _verbalizer(mapping: dict[Any, str] | None) -> str:
     return ", ".join(f"{label_text(label)} = {text!r}" for label, text in mapping.items())
 
 
-# PEFT folders
+# Exported folders
 
 
 def export_page(document: Mapping[str, Any], folder: Path) -> list[str]:
     """Say where an exported prompt is, and how to load it."""
+    if document.get("format") == "tokens":
+        return _token_page(document, folder)
+    name = f"{document['name']}:{document['version']}"
+    if document.get("format") == "embeds":
+        return [
+            f"{name} is in {folder}, as {document['num_virtual_tokens']} vectors and a client.",
+            f"next: vllm serve {document['base_model']} --enable-prompt-embeds   "
+            f"then   python {shlex.quote(str(folder / 'client.py'))} COLUMN=TEXT",
+        ]
     card = [f"Its model card is {document['card']}."] if "card" in document else []
     card += [f"Note: {document['warning']}."] if "warning" in document else []
     place = str(folder)
@@ -231,13 +240,34 @@ def export_page(document: Mapping[str, Any], folder: Path) -> list[str]:
         card.append(f"It is on the hub: {repository['url']}")
         place = repository["id"]
     return [
-        f"{document['name']}:{document['version']} is in {folder}, "
-        f"as {document['peft_type']} of PEFT.",
+        f"{name} is in {folder}, as {document['peft_type']} of PEFT.",
         *card,
         f"next: PeftModel.from_pretrained(base, {place!r}) in Python",
         f"  or: orchestrator import {shlex.quote(str(folder))} --name NAME --job JOB   "
         "(into another registry)",
     ]
+
+
+def _token_page(document: Mapping[str, Any], folder: Path) -> list[str]:
+    """Say which prompts a token folder holds, and what its head promises."""
+    names = ", ".join(f"{one['name']}:{one['version']}" for one in document["prompts"])
+    count = sum(one["num_virtual_tokens"] for one in document["prompts"])
+    return [
+        f"{names}: {folder} is {document['base_model']} with {count} virtual tokens.",
+        HEADS[document["head"]["by"]],
+        f"next: vllm serve {shlex.quote(str(folder))}   or   "
+        f"AutoModelForCausalLM.from_pretrained({str(folder)!r}); see its README.md",
+    ]
+
+
+HEADS = {
+    "bias": "The model never produces them.",
+    "normalization": "The model never produces them.",
+    "avoided tokens": (
+        "Greedy decoding never produces them, and transformers' generate never does; README.md "
+        "says how unlikely they are elsewhere."
+    ),
+}
 
 
 def import_page(document: Mapping[str, Any]) -> list[str]:

@@ -1,9 +1,9 @@
-"""Exporting registered prompts to PEFT adapter folders, and importing such folders."""
+"""Exporting registered prompts, and importing PEFT adapter folders."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from orchestrator.artifact import SOFT, BaseModelRecord, PromptArtifact
 from orchestrator.artifact.peft import README, ImportedTask, export_peft, import_peft, read_peft
 from orchestrator.cli.workbench.card import card_facts, model_card
 from orchestrator.cli.workbench.hub import base_licence, check_repository, push_folder
+from orchestrator.cli.workbench.other_engines import export_embeds, export_tokens
 from orchestrator.data.dataset import RowSplits, load_rows
 from orchestrator.data.encoding import Encoder, make_encoder
 from orchestrator.data.source_row import Row
@@ -33,6 +34,38 @@ from orchestrator.serving.prompts.served_prompt import load_prompt
 from orchestrator.utils.documents import JsonObject
 
 Say = Callable[[str], None]
+
+
+def export_models(
+    registry: Registry,
+    models: Sequence[str],
+    folder: Path,
+    form: str,
+    base_model: str | None = None,
+    card: bool = False,
+    push: str | None = None,
+    private: bool = False,
+) -> JsonObject:
+    """Write registered prompts in a format; return the document of ``export --json``.
+
+    ``card``, ``push`` and ``private`` are those of ``export_model``, for the format peft alone.
+    Raises BadInput for prompts that the format can't express, and for a folder that exists.
+    """
+    if form == "tokens":
+        return export_tokens(registry, models, folder, base_model)
+    if len(models) > 1:
+        raise BadInput(
+            f"--format {form} writes one prompt, and {len(models)} are named: {', '.join(models)}",
+            "export each into a folder of its own, or all into one with --format tokens",
+        )
+    if form == "embeds":
+        return export_embeds(registry, models[0], folder, base_model)
+    if base_model is not None:
+        raise BadInput(
+            "--base-model has no effect with --format peft, which needs no base model",
+            "leave --base-model out",
+        )
+    return export_model(registry, models[0], folder, card, push, private)
 
 
 def export_model(
