@@ -347,7 +347,7 @@ class SearchResult:
             BASELINE_NAMES.get(name, name): found for name, found in self._facts.baselines.items()
         }
         if self.best is not None:
-            rows[self.job.result_name] = self.best.metrics
+            rows[self.job.result_name()] = self.best.metrics
         values = {
             name: {split: found.get(split, {}).get(metric) for split in ("validation", "test")}
             for name, found in rows.items()
