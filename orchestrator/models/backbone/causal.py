@@ -112,6 +112,9 @@ class CausalBackbone(Backbone):
         # a model with a switch can't share their prompt's keys.
         once = runs_prompt_once(model.config) and not switches
         self.prompt_once = once if prompt_once is None else prompt_once
+        # The whole length, answer included, decides about the positions of all tokens. A beginning
+        # therefore has other log-probabilities in a longer answer, and answers can't share it.
+        self.answers_as_tree = not switches
         if self.prompt_once:
             from orchestrator.models.backbone import last_block
 
