@@ -16,7 +16,7 @@ from torch import Tensor
 from orchestrator.models.backbone import Backbone
 from orchestrator.models.decoding import start
 from orchestrator.models.placeholders import text_ids
-from orchestrator.serving.engine.constraints import Constraint
+from orchestrator.serving.engine.constraints import Constraint, ConstraintFailed
 from orchestrator.serving.engine.detokenize import RowText
 from orchestrator.serving.engine.input_scores import ScoredToken
 from orchestrator.serving.engine.logit_rules import UNCHANGED, LogitRules, truncated, without
@@ -76,8 +76,8 @@ class Sampling:
     @cached_property
     def takes_likeliest(self) -> bool:
         """Tell whether every token is the likeliest one of the model's own logits."""
-        no_rules = self.rules.changes_nothing and self.constraint is None
-        return self.greedy and no_rules and not self.min_tokens
+        is_free = self.constraint is None and not self.min_tokens
+        return self.greedy and self.rules.changes_nothing and is_free
 
     @cached_property
     def plain(self) -> bool:
@@ -145,9 +145,9 @@ class GenerationRow:
         )
         self._logprobs: list[TokenLogprob] = []
         self._told = Delta("", 0)
-        self._stops_from = 0  # stop strings that end before this position are part of the text
         constraint = self.sampling.constraint
         self._guide = None if constraint is None else constraint.start()
+        self._stops_from = 0  # stop strings that end before this position are part of the text
 
     @cached_property
     def _random(self) -> torch.Generator:
@@ -167,7 +167,7 @@ class GenerationRow:
 
         The row has its own random generator, so the result does not depend on the other rows.
         """
-        logits = self._ruled(logits)
+        logits = self._allowed(self._ruled(logits))
         if self.sampling.greedy:
             return int(logits.argmax())
         # Temperatures and top_p below float32's range would become zero.
@@ -193,24 +193,30 @@ class GenerationRow:
             return logits
         return self.sampling.rules.applied(logits, text_ids(self.input_ids), self.made)
 
+    def _allowed(self, logits: Tensor) -> Tensor:
+        """Return the logits [V] with minus infinity for tokens that the constraint rules out."""
+        if self._guide is None:
+            return logits
+        logits = logits.masked_fill(~self._guide.allowed(len(logits)), -torch.inf)
+        if not bool((logits > -torch.inf).any()):
+            raise ConstraintFailed(
+                "min_tokens asks for a longer text than the requested structure allows",
+                "lower min_tokens",
+            )
+        return logits
+
     def go_on(self, logits: Tensor, greedy: int) -> None:
         """Take one step from logits [V], of which ``greedy`` is the likeliest token.
 
         An error becomes this row's ``failure``; the other rows of the batch go on.
         """
         try:
-            token = self._next(logits, greedy)
+            token = greedy if self.sampling.takes_likeliest else self.choose(logits)
             if self.sampling.logprobs is not None:
                 self._logprobs.append(self._logprob(logits, token))
             self.take(token)
         except Exception as error:
             self.failure = error
-
-    def _next(self, logits: Tensor, greedy: int) -> int:
-        if self._guide is not None:
-            allowed = self._guide.allowed(len(logits))
-            return self.choose(logits.masked_fill(~allowed, -torch.inf))
-        return greedy if self.sampling.takes_likeliest else self.choose(logits)
 
     def take(self, token: int) -> None:
         """Append a token, and set ``completion`` if the row ends with it."""
@@ -231,7 +237,7 @@ class GenerationRow:
     def _is_end(self, token: int) -> bool:
         if token in self.sampling.stop_token_ids:
             return True
-        # Under a constraint, the end token is chosen only where the text has to end.
+        # Behind a structure nothing may follow, so the end token ends it in any case.
         goes_on = self.sampling.ignore_eos and self._guide is None
         return token == self.prompt.encoder.end_id and not goes_on
 
