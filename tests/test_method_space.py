@@ -202,7 +202,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "an unlisted method": (
         document({**METHODS, "lorra": {"learning_rate": RATE}}),
         'search.space.method.lorra: "lorra" is not allowed; allowed: prompt_tuning, prefix_tuning, '
-        "p_tuning, prompt_design, model_tuning, lora, qlora or adapter",
+        "p_tuning, prompt_design, model_tuning, lomo, lora, qlora or adapter",
     ),
     "no method": (document({}), "search.space.method: {} is not allowed"),
     "a method beside them": (

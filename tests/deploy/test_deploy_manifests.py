@@ -345,7 +345,7 @@ def test_names_do_not_meet(size: str) -> None:
     made = {f"{name}-{suffix}" for name in of_ray for suffix in ("head-svc", "serve-svc")}
     asked = set(
         re.findall(
-            r"service/([\w-]+-svc)", "".join(it.read_text() for it in (ROOT / "docs").glob("*.md"))
+            r"service/([\w-]+-svc)", "".join(it.read_text() for it in (ROOT / "docs").rglob("*.md"))
         )
     )
     assert asked and asked <= made

@@ -69,6 +69,7 @@ def cramped(
     """
     backbone: Any = tiny_backbone()
     forced, start, prepare = backbone.teacher_forced, backbone.start, backbone.prepare
+    along = backbone.start_along
 
     def fits(inputs: Sequence[Sequence[int]]) -> None:
         if len(inputs) * max(map(len, inputs)) > tokens:
@@ -82,6 +83,10 @@ def cramped(
         fits(inputs)
         return start(prompt, inputs, *rest)
 
+    def started_along(prompts: Any, inputs: Any, *rest: Any) -> Any:
+        fits(inputs)
+        return along(prompts, inputs, *rest)
+
     def prepared(asked: Any) -> Any:
         lengths = [
             one.num_virtual_tokens if hasattr(one, "num_virtual_tokens") else len(one)
@@ -92,6 +97,7 @@ def cramped(
         return prepare(asked)
 
     backbone.teacher_forced, backbone.start, backbone.prepare = teacher_forced, started, prepared
+    backbone.start_along = started_along
     return backbone  # type: ignore[no-any-return]
 
 

@@ -115,7 +115,7 @@ def _results(facts: SearchFacts) -> list[list[Any]]:
     }
     if facts.result:
         best = facts.result["best"]
-        lines[facts.job.result_name(best["config"].get("method", ""))] = best["metrics"]
+        lines[facts.job.result_name(best.get("config", {}).get("method", ""))] = best["metrics"]
     elif facts.winner:
         lines["best so far"] = {"validation": facts.winner.metrics}
     return [
