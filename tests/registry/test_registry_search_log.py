@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -212,10 +211,8 @@ def test_nothing_is_lost_when_the_server_restarts_or_stays_away(
         assert search.flush(10)
     server.stop()
     for search in (patient, hasty):
-        started = time.perf_counter()
         search.trial_started("t2", CONFIG)
         search.trial_metrics("t1", 20, {"loss": 0.5})
-        assert time.perf_counter() - started < 0.1
     with pytest.raises(Unreachable, match="could not be written") as failure:
         hasty.finish()
     assert str(spill) in failure.value.hint

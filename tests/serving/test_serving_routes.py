@@ -396,7 +396,7 @@ def test_internal_errors_tell_nothing(
     async def explode(*_: Any) -> Any:
         raise RuntimeError("secret /path")
 
-    monkeypatch.setattr(service, "classify", explode)
+    monkeypatch.setattr(service.engine, "classify", explode)
     answer = client.post("/classify", {"model": "spam", "input": "x"})
     assert (answer.status_code, error_of(answer)["type"]) == (500, "server_error")
     assert "secret" not in answer.text and "secret" in caplog.text

@@ -202,7 +202,7 @@ class Evaluation:
 
     @property
     def drop(self) -> float | None:
-        """How much worse the metric is than on the prompt's own test split; None if unknown."""
+        """The loss of the metric against the prompt's own test split; None if unknown."""
         drop: float | None = self.document["targets"][0]["drop"][0]
         return drop
 

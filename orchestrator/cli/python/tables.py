@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 REMEDY = "convert the column, for instance with frame.astype({'COLUMN': str})"
 DIGITS = 16  # of the digest, in a file's name
-FAULTS = (ValueError, TypeError, OverflowError, NotImplementedError)  # the errors of Arrow
+ARROW_ERRORS = (ValueError, TypeError, OverflowError, NotImplementedError)
 
 
 def is_table(value: object) -> bool:
@@ -58,7 +58,7 @@ def keep_table(
         rows = _with_class_names(convert(table), table, target, rename, labels)
         # Without metadata and chunks, the same rows give the same bytes.
         parquet.write_table(rows.replace_schema_metadata(None).combine_chunks(), stream)
-    except FAULTS as error:
+    except ARROW_ERRORS as error:
         kind = type(table).__name__
         message = f"{where}: the {kind} can't be written as parquet: {first_line(error)}"
         raise BadInput(message, REMEDY) from None
@@ -156,7 +156,7 @@ def _converted(table: Any) -> list[Any]:
     assert convert is not None
     try:
         rows: list[Any] = convert(table).to_pylist()
-    except FAULTS as error:
+    except ARROW_ERRORS as error:
         kind = type(table).__name__
         raise BadInput(f"the {kind} can't be read: {first_line(error)}", REMEDY) from None
     return rows

@@ -28,6 +28,7 @@ from orchestrator.serving.http.protocol import (
     ClassifyRequest,
     CompletionRequest,
     DetokenizeRequest,
+    RequestType,
     TokenizeRequest,
     parse_body,
 )
@@ -63,9 +64,9 @@ def make_api(
         ("GET", "/v1/models/{model:path}", _model(service)),
         ("POST", "/v1/completions", _generate(service, CompletionRequest)),
         ("POST", "/v1/chat/completions", _generate(service, ChatRequest)),
-        ("POST", "/classify", _classify(service)),
-        ("POST", "/tokenize", _tokenize(service)),
-        ("POST", "/detokenize", _detokenize(service)),
+        ("POST", "/classify", _answer(service, ClassifyRequest, service.classify)),
+        ("POST", "/tokenize", _answer(service, TokenizeRequest, service.tokenize)),
+        ("POST", "/detokenize", _answer(service, DetokenizeRequest, service.detokenize)),
         ("GET", "/tokenizer_info", _tokenizer_info(service)),
     ):
         api.add_api_route(path, handler, methods=[method], **describe(path))
@@ -248,31 +249,19 @@ def _generate(service: PromptService, kind: type[CompletionRequest] | type[ChatR
     return generate
 
 
-def _classify(service: PromptService) -> Handler:
-    async def classify(request: Request) -> Response:
+def _answer(
+    service: PromptService,
+    kind: type[RequestType],
+    ask: Callable[[RequestType, RequestRecord], Awaitable[BaseModel]],
+) -> Handler:
+    """Return a handler that parses the body as ``kind`` and sends what ``ask`` answers."""
+
+    async def answer(request: Request) -> Response:
         body = await read_body(request, service.limits.max_body_bytes)
-        work = service.classify(parse_body(ClassifyRequest, body), _record(request))
+        work = ask(parse_body(kind, body), _record(request))
         return _json(await while_connected(request, work))
 
-    return classify
-
-
-def _tokenize(service: PromptService) -> Handler:
-    async def tokenize(request: Request) -> Response:
-        body = await read_body(request, service.limits.max_body_bytes)
-        work = service.tokenize(parse_body(TokenizeRequest, body), _record(request))
-        return _json(await while_connected(request, work))
-
-    return tokenize
-
-
-def _detokenize(service: PromptService) -> Handler:
-    async def detokenize(request: Request) -> Response:
-        body = await read_body(request, service.limits.max_body_bytes)
-        work = service.detokenize(parse_body(DetokenizeRequest, body), _record(request))
-        return _json(await while_connected(request, work))
-
-    return detokenize
+    return answer
 
 
 def _tokenizer_info(service: PromptService) -> Handler:
