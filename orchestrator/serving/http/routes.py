@@ -64,9 +64,9 @@ def make_api(
         ("GET", "/v1/models/{model:path}", _model(service)),
         ("POST", "/v1/completions", _generate(service, CompletionRequest)),
         ("POST", "/v1/chat/completions", _generate(service, ChatRequest)),
-        ("POST", "/classify", _answer(service, ClassifyRequest, service.classify)),
-        ("POST", "/tokenize", _answer(service, TokenizeRequest, service.tokenize)),
-        ("POST", "/detokenize", _answer(service, DetokenizeRequest, service.detokenize)),
+        ("POST", "/classify", _answer(service, ClassifyRequest, PromptService.classify)),
+        ("POST", "/tokenize", _answer(service, TokenizeRequest, PromptService.tokenize)),
+        ("POST", "/detokenize", _answer(service, DetokenizeRequest, PromptService.detokenize)),
         ("GET", "/tokenizer_info", _tokenizer_info(service)),
     ):
         api.add_api_route(path, handler, methods=[method], **describe(path))
@@ -252,13 +252,13 @@ def _generate(service: PromptService, kind: type[CompletionRequest] | type[ChatR
 def _answer(
     service: PromptService,
     kind: type[RequestType],
-    ask: Callable[[RequestType, RequestRecord], Awaitable[BaseModel]],
+    ask: Callable[[PromptService, RequestType, RequestRecord], Awaitable[BaseModel]],
 ) -> Handler:
     """Return a handler that parses the body as ``kind`` and sends what ``ask`` answers."""
 
     async def answer(request: Request) -> Response:
         body = await read_body(request, service.limits.max_body_bytes)
-        work = ask(parse_body(kind, body), _record(request))
+        work = ask(service, parse_body(kind, body), _record(request))
         return _json(await while_connected(request, work))
 
     return answer
